@@ -399,21 +399,21 @@ class RecurrentLIF(Neurons):
         if learned and syn_decay is None:
             raise ValueError(f"{caller}: learn_syn_decay needs syn_decay, its first value, got None")
         self.logit_syn_decay = nn.Parameter(empty(self.num_features or 1)) if learned else None
-        self._syn_decay = syn_decay
-        self._fill_recurrence()
+        self._fill_recurrence(syn_decay)
 
-    def _fill_recurrence(self) -> None:
+    def _fill_recurrence(self, syn_decay: Any) -> None:
         bound = 1 / math.sqrt(self.hidden_size)
         with torch.no_grad():
             self.recurrent_weight.uniform_(-bound, bound)
             if self.recurrent_bias is not None:
                 self.recurrent_bias.uniform_(-bound, bound)
-        if self._syn_decay is not None:
-            self._syn_decay = self._fill_logit(self.logit_syn_decay, "syn_decay", self._syn_decay, "learn_syn_decay")
+        if syn_decay is not None:  # as a float: a Parameter would be registered
+            syn_decay = self._fill_logit(self.logit_syn_decay, "syn_decay", syn_decay, "learn_syn_decay")
+        self._syn_decay: float | None = syn_decay
 
     def reset_parameters(self) -> None:
         """Draws weight and bias anew, resets the other parameters to the values last set, and clears states."""
-        self._fill_recurrence()
+        self._fill_recurrence(self._syn_decay)
         super().reset_parameters()
 
     @property

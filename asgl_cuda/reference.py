@@ -43,6 +43,7 @@ Spiking Neural Network, ECCV 2024.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -290,7 +291,8 @@ def recurrent_reference(
     s = torch.zeros_like(x[0]) if s_init is None else s_init
     i = torch.zeros_like(x[0]) if i_init is None else i_init
     emitted, h_seq, v_seq, i_seq = [], [], [], []
-    with torch.autocast(x.device.type, enabled=False):
+    device = x.device.type  # "meta" has no autocast
+    with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
         for t in range(x.shape[0]):
             fed = detached(s) if detach_recurrent else s
             j = x[t] + ((fed * weight if weight.dim() == 1 else fed @ weight.T) + bias)

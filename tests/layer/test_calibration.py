@@ -1,6 +1,7 @@
 """`calibrate`: rates of layers, changes of weights alone, and errors that name the layer."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -74,8 +75,9 @@ NETWORKS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("rate", [0.05, 0.2, 0.4])
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(
+    ("name", "rate"), [*zip(NETWORKS, itertools.cycle([0.05, 0.2, 0.4])), ("linear", 0.4), ("options", 0.05)]
+)
 def test_layers_fire_at_the_rate(name, rate, x_seq):
     """In four runs: the rates before, the biases, one in which all weights are set, and one that confirms the rates."""
     torch.manual_seed(1)
@@ -145,8 +147,9 @@ def test_nothing_but_weights_changes(training, x_seq):
 def test_a_forward_that_draws_random_numbers(x_seq):
     """The same ones in each run, and none of the generator's."""
     torch.manual_seed(9)
-    layers = {"linear": nn.Linear(16, 40), "lif": LIF()}
-    model = Stack(lambda m, x_seq: m.lif(m.linear(x_seq + 9 * torch.rand_like(x_seq))), **layers)
+    model = Stack(
+        lambda m, x_seq: m.lif(m.linear(x_seq + 9 * torch.rand_like(x_seq))), linear=nn.Linear(16, 40), lif=LIF()
+    )
     drawn = torch.get_rng_state()
     (row,) = calibrate(model, x_seq).layers
     assert torch.equal(torch.get_rng_state(), drawn)
@@ -343,3 +346,19 @@ def test_compiled_models_and_inference_mode(x_seq):
         assert calibrate(inside, x_seq) == expected
     with torch.inference_mode():
         assert calibrate(model, x_seq) == expected
+
+
+def test_recurrent_layers(backend, device):
+    """By the weights in front; those that return the spikes stay."""
+    torch.manual_seed(0)
+    layer = asgl_cuda.RecurrentLIF(8, syn_decay=0.5, analog_prob=0.0, decay=0.8, width=1.5, backend=backend)
+    model = nn.Sequential(nn.Linear(5, 8), layer, nn.Linear(8, 8), LIF(analog_prob=0.0)).to(device).eval()
+    x_seq = torch.randn(20, 16, 5, device=device)
+    before = layer.recurrent_weight.clone()
+    report = calibrate(model, x_seq, 0.2)
+    assert [(row.layer, row.weight) for row in report.layers] == [("1", "0.weight"), ("3", "2.weight")]
+    for part in (model[:2], model):
+        assert part(x_seq).mean().item() == pytest.approx(0.2, rel=0.02)
+    assert torch.equal(layer.recurrent_weight, before)
+    with pytest.raises(ValueError, match=r"asgl_cuda\.calibrate: 0: its input must .*, got a path without weight"):
+        calibrate(nn.Sequential(layer, LIF().to(device)), model[0](x_seq), 0.2)

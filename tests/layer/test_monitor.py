@@ -6,12 +6,11 @@ from typing import ClassVar
 
 import pytest
 import torch
-import torch._dynamo.testing
 from comparison import random_input, randomized
+from layer_cases import Foreign, network
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
-from training_layers import Foreign, network
 
 import asgl_cuda
 from asgl_cuda import LIF, Monitor
@@ -39,14 +38,13 @@ def shaped(value, granularity, time_dim, dims):
     return value.reshape(sizes).movedim(0, time_dim)
 
 
-@pytest.mark.parametrize("surrogate", ["rectangle", "sigmoid", "triangle"])
-@pytest.mark.parametrize(("v_reset", "stateful"), [(0.1, True), (None, False), (None, True)])
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize(
-    ("granularity", "time_dim", "dtype"),
+    ("surrogate", "v_reset", "stateful", "granularity", "time_dim", "dtype"),
     [
-        ("layer", 0, torch.bfloat16), ("channel", 1, torch.float32), ("neuron", 0, torch.float64),
-        ("neuron", -1, torch.float32),
+        ("rectangle", 0.1, True, "layer", 0, torch.bfloat16), ("sigmoid", None, False, "channel", 1, torch.float32),
+        ("triangle", None, True, "neuron", 0, torch.float64), ("rectangle", 0.1, False, "neuron", -1, torch.float32),
+        ("sigmoid", 0.1, True, "channel", 0, torch.float64), ("triangle", None, False, "layer", 1, torch.bfloat16),
     ],
 )  # fmt: skip
 def test_monitor_measures_what_the_function_computes(
@@ -101,13 +99,13 @@ def test_monitor_measures_what_the_function_computes(
     assert found["analog_share"] <= 0.6
 
 
-@pytest.mark.parametrize("checkpointed", [True, False])
-@pytest.mark.parametrize("stateful", [True, False])
-@pytest.mark.parametrize("analog_prob", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize(
+    ("checkpointed", "stateful", "analog_prob"), [(True, False, 0.4), (False, True, 0.4), (False, True, 0.0)]
+)
 def test_watching_changes_no_bit(backend, device, checkpointed, stateful, analog_prob):
     def run(watched):
         torch.manual_seed(7)
-        stateful_too = {"stateful": stateful and not checkpointed, "analog_prob": analog_prob, "backend": backend}
+        stateful_too = {"stateful": stateful, "analog_prob": analog_prob, "backend": backend}
         model = nn.Sequential(
             nn.Linear(6, 5), LIF(5, granularity="channel", **stateful_too),
             nn.Dropout(0.3), nn.Linear(5, 6), LIF(analog_prob=analog_prob, learn_decay=True, backend=backend),
@@ -144,15 +142,12 @@ def test_dead_and_saturated_neurons():
     assert (found["dead"], found["saturated"], found["firing_rate"]) == (0.25, 0.25, (7 + 3) / (24 + 8))
 
 
-@pytest.mark.parametrize(("shape", "neurons"), [((4,), 1), ((4, 5), 5), ((4, 3, 5), 5), ((4, 3, 5, 2), 10)])
-def test_which_dimensions_are_neurons(shape, neurons):
-    x_seq = torch.full(shape, 2.0)
-    x_seq.view(4, -1)[0, 0] = 0.0
-    assert seen(exact(), x_seq)["saturated"] == pytest.approx(1 - 1 / neurons)
-
-
-def test_a_layer_shared_between_shapes():
-    found = seen(exact(), torch.full((2, 3, 4), 2.0), torch.zeros(2, 3, 6))
+def test_which_dimensions_are_neurons():
+    for shape, count in (((4,), 1), ((4, 5), 5), ((4, 3, 5), 5), ((4, 3, 5, 2), 10)):
+        x_seq = torch.full(shape, 2.0)
+        x_seq.view(4, -1)[0, 0] = 0.0
+        assert seen(exact(), x_seq)["saturated"] == pytest.approx(1 - 1 / count)
+    found = seen(exact(), torch.full((2, 3, 4), 2.0), torch.zeros(2, 3, 6))  # a layer shared between shapes
     assert (found["firing_rate"], found["dead"], found["saturated"]) == pytest.approx((0.4, 0.6, 0.4))
 
 
@@ -268,8 +263,7 @@ def test_watching_reads_no_value():
 
 
 @pytest.mark.filterwarnings("ignore:.*neurons at rest fire")
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize(("training", "affine"), [(True, True), (True, False), (False, True)])
 @pytest.mark.parametrize("make", [normalised_model, fused_model])
 @pytest.mark.parametrize(("threshold", "expected"), [(9.0, ("larger", "lower")), (-9.0, ("smaller", "higher"))])
 def test_advice_is_not_what_the_layer_is(make, training, affine, threshold, expected):
@@ -320,13 +314,10 @@ def test_start_stop_and_reset():
     assert rate() is None
 
 
-def test_a_monitor_knows_the_strict_threshold():
+def test_a_monitor_knows_the_strict_threshold_and_the_layers_errors():
     for strict in (False, True):
         found = seen(exact(strict_threshold=strict), torch.ones(1, 1, 1))
         assert (found["firing_rate"], found["analog_share"]) == (not strict, 0)
-
-
-def test_errors_of_the_layer_stay_its_own():
     layer = LIF()
     for arguments in ((), ("x",), (torch.zeros(2, dtype=torch.int64),)):
         with pytest.raises(TypeError) as plain:
@@ -375,25 +366,21 @@ def test_carried_potentials_of_inference_mode_and_compiled_code():
         assert monitor.result()[""] == {"width": 1.0}
 
 
-@pytest.mark.parametrize("wrap", [lambda s_seq: s_seq, lambda s_seq: (s_seq, "state")])
-def test_findings_on_foreign_layers(wrap):
+def test_findings_on_foreign_layers():
+    """Alone and in a tuple, step by step, without a tensor."""
     #                 time, batch, neuron: dead, saturated, neither
     s_seq = torch.tensor([[[0.0, 1.0, 0.0], [0.25, 1.0, 0.75]], [[0.0, 0.5, 0.0], [0.0, 1.0, 1.0]]])
     expected, neurons = {"width": 2.0, "firing_rate": 0.5, "analog_share": 0.25}, {"dead": 1 / 3, "saturated": 1 / 3}
-    assert seen(Foreign(wrap(s_seq)), s_seq) == pytest.approx(expected)
-    assert seen(Foreign(wrap(s_seq), time_dim=0), s_seq) == pytest.approx({**expected, **neurons})
-    assert seen(Foreign(wrap(s_seq.transpose(0, 1)), time_dim=1), s_seq) == pytest.approx({**expected, **neurons})
-
-
-def test_foreign_layers_called_step_by_step_and_without_tensors():
+    for wrap in (lambda s_seq: s_seq, lambda s_seq: (s_seq, "state")):
+        assert seen(Foreign(wrap(s_seq)), s_seq) == pytest.approx(expected)
+        assert seen(Foreign(wrap(s_seq), time_dim=0), s_seq) == pytest.approx({**expected, **neurons})
+        assert seen(Foreign(wrap(s_seq.transpose(0, 1)), time_dim=1), s_seq) == pytest.approx({**expected, **neurons})
     step = torch.tensor([[0.0, 1.0, 0.0], [0.0, 1.0, 1.0]])
     found = seen(Foreign(time_dim=None), step, step)
     assert (found["dead"], found["saturated"], found["firing_rate"]) == pytest.approx((1 / 3, 1 / 3, 0.5))
     assert seen(Foreign(time_dim=None), torch.tensor([0.0, 1.0]))["saturated"] == 0.5  # without batch
     assert seen(Foreign({"spikes": 1}), step) == {"width": pytest.approx(2.0)}
 
-
-def test_a_subclass_with_a_forward_of_its_own_is_foreign():
     class Doubled(LIF):
         def forward(self, x_seq):
             return super().forward(2 * x_seq)
@@ -421,3 +408,28 @@ def test_table_and_scalars():
     lone = Monitor(LIF(width=2.0))
     assert lone.scalars() == pytest.approx({"width": 2.0})
     assert "(the model)" in str(lone)
+
+
+@pytest.mark.parametrize(("analog_prob", "scale_output"), [(0.0, True), (0.5, False), (0.5, True)])
+def test_recurrent_layers(backend, device, analog_prob, scale_output):
+    """Also spikes whose height is the threshold, from the carried states and with the same noise."""
+    layer = asgl_cuda.RecurrentLIF(
+        8, syn_decay=0.7, v_threshold=0.4, scale_output=scale_output, stateful=True, analog_prob=analog_prob,
+        surrogate="sigmoid", decay=0.8, width=1.5, backend=backend,
+    ).to(device)  # fmt: skip
+    x_seq = 3 * torch.rand(6, 3, 8, device=device) - 0.8
+    torch.manual_seed(2)
+    expected = [layer(x_seq[:3]), layer(x_seq[3:])]
+    asgl_cuda.reset(layer)
+    torch.manual_seed(2)
+    with Monitor(layer) as monitor:
+        found = [layer(x_seq[:3]), layer(x_seq[3:])]
+    assert all(map(torch.equal, found, expected))
+    values, s_seq = monitor.result()[""], torch.cat(expected)
+    hard = (s_seq == 0) | (s_seq == (0.4 if scale_output else 1.0))
+    if not analog_prob:
+        assert values["firing_rate"] == pytest.approx((s_seq > 0).double().mean().item())
+    assert values["analog_share"] == pytest.approx(1 - hard.double().mean().item())
+    assert (0.2 < values["analog_share"] < 0.8) == (analog_prob > 0)
+    assert 0 < values["inside"] < 1
+    assert values["smoothing_error"] > 0

@@ -1,363 +1,545 @@
-"""The layer adds parameters, training mode and a carried potential to the function."""
+"""Every layer by the same questions: its function, its states, copies and casts; then what one of them has alone."""
 
 import copy
+import io
+import math
+import pickle
 
 import pytest
 import torch
-from comparison import LEARN_ALL, random_input, randomized
+from comparison import LEARN_ALL, random_input
+from layer_cases import CASES, NEURONS, N, make
 from torch import fx, nn
+from torch.utils.checkpoint import checkpoint
 
 import asgl_cuda
-from asgl_cuda import LIF
-from asgl_cuda.surrogate import SURROGATES
+from asgl_cuda import LIF, BatchNormLIF, RecurrentLIF
+
+T, B = 6, 3
+kinds = pytest.mark.parametrize("kind", CASES)
+neurons = pytest.mark.parametrize("kind", NEURONS)
 
 
-def hard(s_seq):
-    return ((s_seq == 0) | (s_seq == 1)).all().item()
+def inputs(*shape, device="cpu", dtype=torch.float32):
+    """Currents under which most neurons fire."""
+    return random_input(*(shape or (T, B, N)), device=device, dtype=dtype).detach().mul(2).requires_grad_()
 
 
-def test_training_draws_noise_and_evaluation_fires_hard_spikes(backend, device):
-    layer = LIF(backend=backend, analog_prob=0.5).to(device)
-    x_seq = random_input(6, 64, device=device)
-    assert not hard(layer(x_seq))
-    layer.eval()
-    assert hard(layer(x_seq))
-    assert torch.equal(layer(x_seq), layer(x_seq))
-    layer.train()
-    assert not hard(layer(x_seq))
+def gradients(out, *leaves):
+    weights = torch.linspace(-1, 2, out.numel(), device=out.device).reshape(out.shape).to(out)
+    return torch.autograd.grad((out * weights).sum(), leaves, retain_graph=True)
 
 
-def test_evaluation_leaves_the_generator_alone(backend, device):
-    layer = LIF(backend=backend, analog_prob=0.5).to(device).eval()
-    x_seq = random_input(6, 64, device=device)
-    torch.manual_seed(3)
-    expected = torch.rand(8, device=device)
-    torch.manual_seed(3)
-    layer(x_seq)
-    assert torch.equal(torch.rand(8, device=device), expected)
+def states_of(layer, kind):
+    return [getattr(layer, name) for name in CASES[kind].states]
 
 
-def test_surrogate_gradients_flow_in_evaluation(backend, device):
-    x_seq = random_input(6, 64, device=device)
-    layer = LIF(backend=backend).to(device).eval()
-    layer(x_seq).sum().backward()
-    assert x_seq.grad.abs().sum() > 0
-    assert layer.log_width.grad != 0
+# ---- the function ----
 
-
-@pytest.mark.parametrize("surrogate", SURROGATES)
-@pytest.mark.parametrize("v_reset", [0.1, None])
-@pytest.mark.parametrize("training", [True, False])
-def test_equals_the_function(backend, device, surrogate, v_reset, training):
-    options = {"surrogate": surrogate, "v_reset": v_reset, "detach_reset": True, "scale_output": True}
-    layer = LIF(backend=backend, analog_prob=0.4, decay=0.7, v_threshold=0.9, width=1.3, **options, **LEARN_ALL)
-    layer = layer.to(device).train(training)
-    x_seq = random_input(5, 3, 31, device=device)
-    grad = torch.randn(x_seq.shape).to(device)
-    torch.manual_seed(11)
-    ours = layer(x_seq)
-    parameters = (layer.log_width, layer.logit_decay, layer.threshold)
-    our_grads = torch.autograd.grad(ours, (x_seq, *parameters), grad)
-    torch.manual_seed(11)
-    width, decay, threshold = layer.log_width.exp(), layer.logit_decay.sigmoid(), layer.threshold
-    prob = 0.4 if training else 0.0
-    theirs = asgl_cuda.lif(
-        x_seq, width=width, decay=decay, v_threshold=threshold, analog_prob=prob, backend=backend, **options
-    )
-    assert torch.equal(ours, theirs)
-    for our, their in zip(our_grads, torch.autograd.grad(theirs, (x_seq, *parameters), grad), strict=True):
-        assert torch.equal(our, their)
-
-
-# The time dimension, the shape of the input, and the shapes of parameters by channel and by neuron in it.
-INPUTS = [
-    (0, (6, 4, 5), (1, 1, 5), (1, 1, 5)),
-    (1, (4, 6, 5), (1, 1, 5), (1, 1, 5)),
-    (-1, (4, 5, 6), (1, 5, 1), (1, 5, 1)),
-    (0, (6, 4, 5, 3, 2), (1, 1, 5, 1, 1), (1, 1, 5, 3, 2)),
-    (1, (4, 6, 5, 3, 2), (1, 1, 5, 1, 1), (1, 1, 5, 3, 2)),
-    (2, (4, 5, 6, 3, 2), (1, 5, 1, 1, 1), (1, 5, 1, 3, 2)),
-    (-2, (4, 5, 3, 6, 2), (1, 5, 1, 1, 1), (1, 5, 3, 1, 2)),
-    (4, (4, 5, 3, 2, 6), (1, 5, 1, 1, 1), (1, 5, 3, 2, 1)),
+# The granularity, the time dimension, the shape of the input, and the shape of a parameter in it.
+PLACES = [
+    ("layer", 0, (T, B, N), (1,)),
+    ("channel", 1, (B, T, N), (N,)),
+    ("neuron", 0, (T, B, N), (N,)),
+    ("channel", -1, (B, N, T), (N, 1)),
+    ("channel", 1, (B, T, N, 5, 2), (N, 1, 1)),
+    ("neuron", 2, (B, N, T, 5, 2), (1, N, 1, 5, 2)),
+    ("neuron", -2, (B, N, 5, T, 2), (1, N, 5, 1, 2)),
+]
+OF_FUNCTIONS = [
+    (kind, *place)
+    for kind, case in CASES.items()
+    for place in PLACES
+    if case.function and (kind != "RecurrentLIF" or (len(place[2]) == 3 and place[1] >= 0))
 ]
 
 
-@pytest.mark.parametrize(("time_dim", "shape", "channel_shape", "neuron_shape"), INPUTS)
-@pytest.mark.parametrize("granularity", ["layer", "channel", "neuron"])
-def test_granularity(backend, device, time_dim, shape, channel_shape, neuron_shape, granularity):
-    features = {"layer": None, "channel": 5, "neuron": (5, 3, 2)[: len(shape) - 2]}[granularity]
-    options = {"analog_prob": 0.4, "v_reset": None, "backend": backend, **LEARN_ALL}
-    layer = LIF(features, granularity=granularity, time_dim=time_dim, **options)
-    sizes = {"layer": (1,), "channel": (5,), "neuron": features}[granularity]
-    assert {name: tuple(p.shape) for name, p in layer.named_parameters()} == dict.fromkeys(
-        ("log_width", "logit_decay", "threshold"), sizes
-    )
-    layer = randomized(layer).to(device)
-    x_seq = random_input(*shape, device=device)
-    grad = torch.randn(shape).to(device)
+@pytest.mark.parametrize(("kind", "granularity", "time_dim", "shape", "in_x_seq"), OF_FUNCTIONS)
+def test_is_the_function_of_its_parameters(backend, device, kind, granularity, time_dim, shape, in_x_seq):
+    """Output, potentials and gradients in training, of values that differ by neuron, which a state dict has."""
+    case, features = CASES[kind], tuple(size for size in shape[1:] if size not in (T, B))
+    features = {"layer": None, "channel": N, "neuron": features}[granularity]
+    layer = make(kind, backend, device, features=features, granularity=granularity, time_dim=time_dim)
+    assert list(layer.state_dict()) == case.state_dict
+    x_seq, spikes = inputs(*shape, device=device), kind in NEURONS
+    layer.store_v_seq = spikes
     torch.manual_seed(5)
-    ours = layer(x_seq)
-    (dx,) = torch.autograd.grad(ours, x_seq, grad, retain_graph=True)
-    ours.backward(grad)
-    in_x_seq = {"layer": (), "channel": channel_shape, "neuron": neuron_shape}[granularity]
-    width, decay, threshold = (
-        value.detach().reshape(in_x_seq).requires_grad_() for value in (layer.width, layer.decay, layer.v_threshold)
-    )
+    actual = layer(x_seq)
+    values = {name: getattr(layer, attribute) for name, attribute in case.learned.items()}
+    if kind != "RecurrentLIF" and granularity != "layer":
+        assert {tuple(value.shape) for value in values.values()} == {layer.num_features}
+        values = {name: value.reshape(in_x_seq) for name, value in values.items()}
     torch.manual_seed(5)
-    theirs = asgl_cuda.lif(
-        x_seq, width=width, decay=decay, v_threshold=threshold, v_reset=None, analog_prob=0.4, time_dim=time_dim,
-        backend=backend,
-    )  # fmt: skip
-    expected_dx, dwidth, ddecay, dthreshold = torch.autograd.grad(theirs, (x_seq, width, decay, threshold), grad)
-    assert torch.equal(ours, theirs)
-    assert torch.equal(dx, expected_dx)
-    decay = decay.detach()
-    # The chain rule of exp and of the sigmoid, which autograd may associate otherwise.
-    expected = (dwidth * width.detach(), ddecay * decay * (1 - decay), dthreshold)
-    for parameter, gradient in zip(layer.parameters(), expected, strict=True):
-        assert parameter.grad.shape == parameter.shape
-        torch.testing.assert_close(parameter.grad, gradient.reshape(sizes))
+    options = {**case.options, **values, **({"return_v_seq": True} if spikes else {})}
+    expected = case.function(x_seq, **options, time_dim=time_dim, backend=backend)
+    if spikes:
+        assert torch.equal(layer.v_seq, expected.v_seq)
+        actual, expected = torch.stack([actual, layer.v_seq]), torch.stack([expected.s_seq, expected.v_seq])
+        layer.reset()
+        assert layer.v_seq is layer.v is None
+    assert actual.any()
+    assert torch.equal(actual, expected)
+    leaves = x_seq, *layer.parameters()
+    for ours, theirs in zip(gradients(actual, *leaves), gradients(expected, *leaves), strict=True):
+        assert theirs.any()
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("learn_width", [False, True])
-@pytest.mark.parametrize("learn_decay", [False, True])
-@pytest.mark.parametrize("learn_threshold", [False, True])
-def test_flags_decide_which_parameters_exist(backend, device, learn_width, learn_decay, learn_threshold):
-    layer = LIF(
-        31, granularity="channel", learn_width=learn_width, learn_decay=learn_decay, learn_threshold=learn_threshold,
-        decay=0.7, v_threshold=0.9, width=1.3, backend=backend,
-    ).to(device)  # fmt: skip
-    asked = {"log_width": learn_width, "logit_decay": learn_decay, "threshold": learn_threshold}
-    expected = {name for name, learned in asked.items() if learned}
-    assert {name for name, _ in layer.named_parameters()} == set(layer.state_dict()) == expected
-    layer(random_input(5, 3, 31, device=device)).sum().backward()
-    assert all(parameter.grad.abs().sum() > 0 for parameter in layer.parameters())
-    for name, learned, value in (
-        ("width", learn_width, 1.3), ("decay", learn_decay, 0.7), ("v_threshold", learn_threshold, 0.9),
-    ):  # fmt: skip
-        assert isinstance(getattr(layer, name), torch.Tensor) == learned
-        torch.testing.assert_close(
-            torch.as_tensor(getattr(layer, name)).cpu(), torch.tensor(value).expand(31 if learned else ())
-        )
-
-
-@pytest.mark.parametrize("sign", [-1, 1])
-@pytest.mark.parametrize("step", [10.0, 60.0])
-def test_width_and_decay_stay_in_range_after_violent_steps(backend, device, sign, step):
-    """A diverging Adam takes steps of the learning rate's size in the stored logarithm and logit."""
-    layer = LIF(5, granularity="channel", learn_decay=True, backend=backend).to(device)
-    optimizer = torch.optim.Adam(layer.parameters(), lr=step)
-    for _ in range(3):
-        for parameter in layer.parameters():
-            parameter.grad = torch.full_like(parameter, float(sign))
-        optimizer.step()
-        assert (layer.width > 0).all()
-        assert layer.width.isfinite().all()
-        assert ((layer.decay > 0) & (layer.decay < 1)).all()
-        # Some element has u = 0, which a width of 0 turns into NaN.
-        x_seq = torch.ones(4, 3, 5, device=device, requires_grad=True)
-        layer.eval()(x_seq).sum().backward()
-        assert x_seq.grad.isfinite().all()
-
-
-def test_the_layer_has_all_options_of_the_function(backend, device):
-    given = {
-        "decay": 0.75, "v_threshold": 0.9, "v_reset": None, "reset_amount": 0.7, "v_rest": 0.25, "input_gain": 0.5,
-        "width": 1.5, "surrogate_gain": 0.5, "strict_threshold": True, "scale_output": True, "backend": backend,
-    }  # fmt: skip
-    layer = LIF(**given).to(device).eval()
-    # Some potentials equal the threshold, where strict_threshold decides.
-    x_seq = random_input(5, 3, 31, device=device).detach()
-    x_seq[0, :, :9] = 2 * (0.9 - 0.25)
-    x_seq.requires_grad_()
-    ours, theirs = layer(x_seq), asgl_cuda.lif(x_seq, **given)
-    assert torch.equal(ours, theirs)
-    grads = (torch.autograd.grad(s_seq.sum(), x_seq)[0] for s_seq in (ours, theirs))
-    assert torch.equal(*grads)
-    for part in ("reset_amount=0.7", "v_rest=0.25", "input_gain=0.5", "surrogate_gain=0.5", "strict_threshold=True"):
-        assert part in repr(layer)
-
-
-@pytest.mark.parametrize("stateful", [False, True])
-def test_potentials_are_kept(backend, device, stateful):
-    layer = LIF(stateful=stateful, store_v_seq=True, v_reset=None, backend=backend).to(device).eval()
-    x_seq = random_input(5, 3, 31, device=device)
-    assert layer.v_seq is None
+@neurons
+def test_noise_is_of_training_alone(backend, device, kind):
+    """Evaluation has hard spikes and gradients, and draws nothing."""
+    layer = make(kind, backend, device, learn=False, surrogate="sigmoid", learn_width=True)
+    x_seq = inputs(T, B, N, device=device)
+    assert len(layer(x_seq).unique()) > 2
+    layer.eval()
+    torch.manual_seed(3)
+    expected = torch.rand(8, device=device)
+    torch.manual_seed(3)
     s_seq = layer(x_seq)
-    expected = asgl_cuda.lif(x_seq, width=layer.width, v_reset=None, return_v_seq=True, backend=backend)
-    assert torch.equal(s_seq, expected.s_seq)
-    assert torch.equal(layer.v_seq, expected.v_seq)
-    assert (layer.v is not None) == stateful
-    assert set(layer.state_dict()) == {"log_width"}
-    assert torch.equal(copy.deepcopy(layer).double().v_seq, layer.v_seq.double())
-    (grad,) = torch.autograd.grad(layer.v_seq.sum(), x_seq)
-    assert grad.abs().sum() > 0
-    assert not layer.detach_().v_seq.requires_grad
-    layer.reset()
-    assert layer.v_seq is layer.v is None
+    assert torch.equal(torch.rand(8, device=device), expected)
+    assert len(s_seq.unique()) == 2
+    assert torch.equal(layer(x_seq), s_seq)
+    assert all(each.any() for each in gradients(s_seq, x_seq, layer.log_width))
+    layer.train()
+    assert len(layer(x_seq).unique()) > 2
 
 
-@pytest.mark.parametrize("make", [LIF, lambda: asgl_cuda.BatchNormLIF(31)], ids=["LIF", "BatchNormLIF"])
-def test_torch_fx_takes_the_layer_for_a_leaf(make):
-    model = nn.Sequential(nn.Linear(31, 31), nn.Sequential(make(), nn.Linear(31, 31)), make()).eval()
-    x_seq = random_input(5, 3, 31)
-    traced = fx.symbolic_trace(model)
-    again = fx.symbolic_trace(traced)
-    assert [node.target for node in again.graph.nodes if node.op == "call_module"] == ["0", "1.0", "1.1", "2"]
-    assert torch.equal(traced(x_seq), model(x_seq))
-    assert torch.equal(again(x_seq), model(x_seq))
-    traced.train()
-    torch.manual_seed(1)
-    expected = model.train()(x_seq)
-    torch.manual_seed(1)
-    assert torch.equal(traced(x_seq), expected)
+# ---- states ----
 
 
-def test_torch_fx_does_not_look_into_the_layer():
-    class Doubled(LIF):
-        def forward(self, x_seq):
-            return super().forward(2 * x_seq)
+@pytest.mark.parametrize(("time_dim", "dtype"), [(0, torch.float32), (1, torch.bfloat16)])
+@kinds
+def test_calls_and_steps_are_one_sequence(backend, device, kind, time_dim, dtype):
+    """Outputs and gradients; states are in float32 for half inputs, too."""
+    layer = make(kind, backend, device, time_dim=time_dim).eval()
+    x_seq = random_input(21, B, N, dtype=dtype, device=device).detach().movedim(0, time_dim).requires_grad_()
+    layer.store_v_seq = kind != "LeakyIntegrator"
+    whole = layer(x_seq)
+    expected = gradients(whole, x_seq)
+    assert states_of(layer, kind) == [None] * len(CASES[kind].states)
 
-    for model in (LIF(), nn.Sequential(Doubled())):
-        with pytest.raises(TypeError, match=r"asgl_cuda\.LIF: torch\.fx .* must be a leaf"):
-            fx.symbolic_trace(model)
+    def is_whole(parts, join):
+        torch.testing.assert_close(gradients(join(parts, time_dim), x_seq), expected, rtol=1e-5, atol=1e-6)
+        assert all(state.dtype == torch.float32 for state in states_of(layer, kind))
+        return torch.equal(join(parts, time_dim), whole)
 
-
-@pytest.mark.parametrize("layer", [LIF(), asgl_cuda.BatchNormLIF(3)], ids=["LIF", "BatchNormLIF"])
-def test_torch_jit_names_what_works_instead(layer):
-    x_seq = torch.rand(4, 2, 3)
-    for model in (layer, nn.Sequential(nn.Identity(), layer)):
-        for call in (torch.jit.script, lambda model: torch.jit.trace(model, x_seq, check_trace=False)):
-            with pytest.raises(
-                RuntimeError, match=rf"asgl_cuda\.{type(layer).__name__}: torch\.jit can neither .*torch\.export can"
-            ):
-                call(model)
-    exported = torch.export.export(layer.eval(), (x_seq,)).module()
-    assert torch.equal(exported(x_seq), layer(x_seq))
-
-
-@pytest.mark.parametrize(("granularity", "features"), [("channel", 4), ("neuron", (5, 4)), ("neuron", (2, 3, 5, 1))])
-def test_input_that_does_not_fit_the_features(backend, device, granularity, features):
-    layer = LIF(features, granularity=granularity, backend=backend).to(device)
-    with pytest.raises(ValueError, match=r"asgl_cuda\.LIF: granularity") as caught:
-        layer(torch.rand(2, 3, 5, device=device))
-    sizes = [features] if isinstance(features, int) else list(features)
-    assert str(sizes) in str(caught.value)
-    assert "[2, 3, 5]" in str(caught.value)
+    layer.stateful = True
+    for cuts in ((1,), (16,), (3, 20)):
+        parts = x_seq.tensor_split(cuts, dim=time_dim)
+        found = [layer(part) for part in parts]
+        assert is_whole(found, torch.cat)
+        layer.reset()
+        assert not torch.equal(layer(parts[-1]), found[-1])
+        layer.reset()
+    for stateful in (True, False):
+        layer.stateful = stateful
+        found = [layer.step(x_t) for x_t in x_seq.unbind(time_dim)]
+        assert layer.stateful is stateful
+        assert is_whole(found, torch.stack)
+        v = layer.v
+        if not stateful:
+            assert torch.equal(layer(x_seq), whole), "a sequence begins at rest"
+            assert layer.v is v, "the stream goes on after it"
+        asgl_cuda.reset(nn.Sequential(layer))
+        assert states_of(layer, kind) == [None] * len(CASES[kind].states)
 
 
 @pytest.mark.parametrize(
-    ("x_seq", "error", "message"),
-    [([[1.0]], TypeError, "must be a tensor, got list"), (torch.tensor(1.0), ValueError, "at least one dimension")],
-    ids=["list", "scalar"],
+    ("kind", "given"),
+    [(kind, name) for kind, case in CASES.items() if case.function for name in case.states]
+    + [("AdaptiveLIF", "vw"), ("AdaptiveLIF, threshold", "vw"), ("RecurrentLIF", "vsi")],
 )
-@pytest.mark.parametrize("granularity", ["layer", "channel"])
-def test_bad_input(backend, granularity, x_seq, error, message):
-    layer = LIF(3 if granularity == "channel" else None, granularity=granularity, backend=backend)
-    with pytest.raises(error, match=message):
-        layer(x_seq)
+def test_states_that_are_set_are_used(backend, device, kind, given):
+    """Each alone, where others start at rest, and together, in calls and in steps, also of a half type."""
+    case, x_seq = CASES[kind], inputs(device=device).detach()
+    layer = make(kind, backend, device, learn=False, stateful=True).eval()
+    states = {name: torch.rand(B, N, device=device).half().requires_grad_() for name in given}
+    options = {name: value for name, value in case.options.items() if name != "analog_prob"}
+    more = {"weight": layer.recurrent_weight, "bias": layer.recurrent_bias} if kind == "RecurrentLIF" else {}
+    inits = {f"{name}_init": state.float() for name, state in states.items()}
+    expected = case.function(x_seq, **options, **more, **inits, backend=backend)
+    for call in (layer, lambda x_seq: torch.stack([layer.step(x_t) for x_t in x_seq])):
+        layer.reset()
+        for name, state in states.items():
+            setattr(layer, name, state)
+        actual = call(x_seq)
+        assert torch.equal(actual, expected)
+        assert all(grad.any() for grad in torch.autograd.grad(actual.sum(), states.values()))
+    if case.function is asgl_cuda.leaky_integrator:
+        v_init = states["v"].detach()
+        found = [asgl_cuda.leaky_integrator(x_seq, v_init=each, backend=backend) for each in (v_init, v_init.float())]
+        assert torch.equal(*found)
 
 
+STATES = [(kind, name) for kind, case in CASES.items() if kind != "soft reset" for name in case.states]
+
+
+@pytest.mark.parametrize(("kind", "name"), STATES)
 @pytest.mark.parametrize(
-    "options", [{"decay": 0}, {"v_threshold": 1}, {"width": 2, "learn_width": False}, {"v_reset": 0}]
+    ("state", "error", "words"),
+    [
+        (
+            torch.zeros(B, 5),
+            ValueError,
+            r"the carried {} has shape \[3, 5\] and the input, without time, \[3, 8\]; res",
+        ),
+        (torch.zeros(()), ValueError, r"the carried {} has shape \[\] and"),
+        (
+            torch.zeros(T, B, N),
+            ValueError,
+            r"the carried {} has .* \[6, 3, 8\] and .*; step\(\) takes one step without",
+        ),
+        (torch.zeros(B, N, dtype=torch.int64), TypeError, "{} must be of a floating type, got torch.int64"),
+        (torch.zeros(B, N, device="meta"), ValueError, "{} must be on cpu as x_seq, got meta"),
+        (0.0, TypeError, "{} must be a tensor, got float"),
+    ],
+    ids=lambda value: str(value)[:30],
 )
-def test_integers_are_numbers(backend, device, options):
-    x_seq = random_input(5, 3, 31, device=device)
-    floats = {name: value if name == "learn_width" else float(value) for name, value in options.items()}
-    ours, theirs = (LIF(**given, backend=backend).to(device).eval()(x_seq) for given in (options, floats))
-    assert torch.equal(ours, theirs)
+def test_a_state_that_does_not_fit_is_named(kind, name, state, error, words):
+    layer = make(kind, stateful=True)
+    setattr(layer, name, state)
+    wanted = words.format("potential" if name == "v" and "carried" in words else name)
+    kind = type(layer).__name__
+    for call in (layer, lambda x_seq: layer.step(x_seq[0]), lambda x_seq: asgl_cuda.step(layer, x_seq[0])):
+        if "step" not in words or call is layer:
+            with pytest.raises(error, match=rf"asgl_cuda\.{kind}: {wanted}"):
+                call(torch.rand(T, B, N))
+        assert getattr(layer, name) is state, "a refused call must not lose the state"
+
+
+@kinds
+def test_copies_detached_and_cast_states(backend, device, kind):
+    """A state is part of a graph in the middle of training, and torch refuses to copy such a tensor."""
+    layer = make(kind, backend, device, stateful=True, granularity="channel")
+    if kind != "LeakyIntegrator":
+        layer.store_v_seq = True
+    x_seq = inputs(device=device)
+    first = layer(x_seq)
+    before = states_of(layer, kind)
+    file = io.BytesIO()
+    torch.save(layer, file)
+    file.seek(0)
+    twins = copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), torch.load(file, weights_only=False)
+    assert all(state.requires_grad for state in states_of(layer, kind)), "the original keeps its graph"
+    torch.manual_seed(3)
+    following = layer(x_seq)
+    for twin in twins:
+        assert repr(twin) == repr(layer)
+        assert all(map(torch.equal, states_of(twin, kind), before))
+        assert not any(state.requires_grad for state in states_of(twin, kind))
+        torch.manual_seed(3)
+        again = twin(x_seq)
+        assert torch.equal(again, following)
+        again.sum().backward()
+        assert layer.logit_decay.grad is None
+        assert twin.logit_decay.data_ptr() != layer.logit_decay.data_ptr()
+    (first + following).sum().backward()
+    assert layer.logit_decay.grad is not None
+    before = states_of(layer, kind)
+    assert layer.detach_() is layer
+    potentials = [getattr(layer, name) for name in layer._potentials if getattr(layer, name) is not None]
+    assert not any(value.requires_grad for value in potentials)
+    assert all(map(torch.equal, states_of(layer, kind), before))
+    layer.double()
+    assert all(map(torch.equal, states_of(layer, kind), [state.double() for state in before]))
+    assert layer(x_seq.double()).dtype == states_of(layer, kind)[0].dtype == torch.float64
+    layer.to("meta")
+    assert all(state.is_meta for state in states_of(layer, kind))
+    assert not any(parameter.requires_grad for parameter in copy.deepcopy(layer.requires_grad_(False)).parameters())
+
+
+@kinds
+def test_a_forgotten_reset_says_what_helps(backend, device, kind):
+    """Also of states of inference mode: validation comes first, then training without a reset."""
+    model = nn.Sequential(nn.Linear(4, N), make(kind, backend, "cpu", stateful=True)).to(device)
+    x_seq = torch.rand(T, B, 4, device=device)
+    with torch.inference_mode():
+        model(x_seq)
+    model(x_seq).sum().backward()
+    second = model(x_seq)
+    words = r"second time.*asgl_cuda\.reset\(model\).*asgl_cuda\.detach\(model\)"
+    with pytest.raises(RuntimeError, match=words) as caught:
+        second.sum().backward()
+    assert "second time" in str(caught.value.__cause__)
+    assert "asgl_cuda" not in str(caught.value.__cause__)
+    asgl_cuda.detach(model)
+    model(x_seq).sum().backward()
+    asgl_cuda.reset(model)
+    model(x_seq).sum().backward()
+
+
+# ---- parameters ----
+
+
+@pytest.mark.parametrize("granularity", ["layer", "neuron"])
+@kinds
+def test_parameters_come_back(kind, granularity):
+    """From a file, without states; and the first values, by reset_parameters, also of a layer made without values."""
+    layer = make(kind, granularity=granularity, stateful=True).eval()
+    x_seq = inputs()
+    expected = layer(x_seq)
+    file = io.BytesIO()
+    torch.save(layer.state_dict(), file)
+    file.seek(0)
+    fresh = make(kind, granularity=granularity, stateful=True).eval()
+    first = CASES[kind].kind(layer.num_features or None, **fresh_options(kind, granularity)).double()
+    fresh.load_state_dict(torch.load(file, weights_only=True), strict=True)
+    assert fresh.v is None
+    assert torch.equal(fresh(x_seq), expected)
+    empty = CASES[kind].kind(
+        layer.num_features or None, **fresh_options(kind, granularity), device="meta", dtype=torch.float64
+    )
+    assert all(value.is_meta for value in (*empty.parameters(), *empty.buffers()))
+    assert empty(torch.zeros(2, 3, N, device="meta", dtype=torch.float64)).is_meta
+    for made in (fresh.double(), empty.to_empty(device="cpu")):
+        made.reset_parameters()
+        assert made.v is None
+        for name, value in first.state_dict().items():
+            found = made.state_dict()[name]
+            if name.startswith("recurrent"):
+                bound = N**-0.5  # as of torch.nn.RNN
+                assert 0 < found.abs().max() <= bound < 2 * found.abs().max()
+            else:
+                torch.testing.assert_close(found, value, rtol=1e-6, atol=0)
+
+
+def fresh_options(kind, granularity):
+    case = CASES[kind]
+    return {**case.options, **dict.fromkeys(case.learn, True), "granularity": granularity, "backend": "reference"}
+
+
+def test_scalars_of_older_checkpoints_load():
+    layer = LIF(**LEARN_ALL)
+    state = {"0.log_width": torch.tensor(0.5), "0.logit_decay": torch.tensor(1.5), "0.threshold": torch.tensor(2.0)}
+    nn.Sequential(layer).load_state_dict(state)
+    assert all(value.dim() == 0 for value in state.values()), "the caller's dict stays"
+    assert layer.width.item() == pytest.approx(math.exp(0.5))
+    for name in ("log_width", "logit_decay", "threshold"):
+        assert torch.equal(layer.get_parameter(name), state[f"0.{name}"].reshape(1))
+    assert {value.shape for value in (layer.width, layer.decay, layer.v_threshold)} == {()}, "a scalar for the layer"
+    with pytest.raises(RuntimeError, match="size mismatch for log_width"):
+        LIF(3, granularity="channel").load_state_dict(LIF().state_dict())
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, 60.0, -60.0])
+def test_parameters_beyond_their_range_stay_valid(backend, device, value):
+    """A diverging Adam takes steps of the learning rate's size in the stored logarithm and logit."""
+    layer = LIF(learn_decay=True, backend=backend).to(device).eval()
+    with torch.no_grad():
+        layer.log_width.fill_(value)
+        layer.logit_decay.fill_(value)
+    assert 0 < layer.width.item() < math.inf
+    assert 0 < layer.decay.item() < 1
+    layer.width.backward()
+    assert 0 < layer.log_width.grad < math.inf
+    # Some element has u = 0, which a width of 0 turns into NaN.
+    x_seq = torch.ones(4, 3, 5, device=device, requires_grad=True)
+    layer(x_seq).sum().backward()
+    assert x_seq.grad.isfinite().all()
+
+
+def test_repr_tells_what_was_set():
+    neuron = "width=1.3 (learned), decay=0.7 (learned), v_threshold=0.9 (learned), v_reset={}, surrogate={}, "
+    neuron += "analog_prob=0.4, granularity={}"
+    options = {"granularity": "neuron", "time_dim": 1, "stateful": True, "store_v_seq": True}
+    assert repr(make("LIF", features=(N, 3), **options)) == (
+        f"LIF([8, 3], {neuron.format(0.1, 'rectangle', 'neuron')}, input_gain=0.8, surrogate_gain=0.5, "
+        "scale_output=True, stateful=True, store_v_seq=True, time_dim=1)"
+    )
+    assert repr(make("soft reset")) == (
+        f"LIF({neuron.format(None, 'sigmoid', 'layer')}, reset_amount=0.7, v_min=-0.5, v_rest=0.25, "
+        "strict_threshold=True, detach_reset=True)"
+    )
+    learned = "adapt_decay=0.9 (learned), adapt_potential=0.1 (learned), adapt_spike=0.3 (learned), to_threshold=True"
+    layer = make("AdaptiveLIF, threshold")
+    assert repr(layer) == f"AdaptiveLIF({neuron.format(0.1, 'rectangle', 'layer')}, {learned})"
+    others = "input_gain=0.5, v_rest=0.25, granularity=channel, delay=True, time_dim=1"
+    layer = make("LeakyIntegrator", granularity="channel", time_dim=1)
+    assert repr(layer) == f"LeakyIntegrator([8], decay=0.7 (learned), {others})"
+    layer = RecurrentLIF(N, recurrent="elementwise", bias=False, syn_decay=0.5, detach_recurrent=True)
+    own = "recurrent=elementwise, bias=False, syn_decay=0.5, detach_recurrent=True, width=1 (learned), decay=0.5, "
+    assert repr(layer).startswith(f"RecurrentLIF({N}, {own}")
+    layer = RecurrentLIF(N, autapses=False, syn_decay=0.5, learn_syn_decay=True)
+    assert "(8, recurrent=dense, autapses=False, syn_decay=0.5 (learned), " in repr(layer)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("stateful", [False, True])
-def test_half_model(backend, device, dtype, stateful):
-    model = nn.Sequential(
-        nn.Linear(6, 8), LIF(8, granularity="channel", stateful=stateful, backend=backend, **LEARN_ALL), nn.Linear(8, 2)
-    ).to(device, dtype)
-    x_seq = torch.rand(4, 3, 6, device=device).to(dtype)
-    for _ in range(2):
-        out = model(x_seq)
-        assert out.dtype == dtype
-    assert model[1].width.dtype == model[1].decay.dtype == torch.float32
-    out.float().sum().backward()
-    for parameter in model.parameters():
+@kinds
+def test_half_types(backend, device, kind, dtype):
+    """Half parameters are computed with as float32; float32 ones take half inputs, as under autocast."""
+    layer = make(kind, backend, device, granularity="channel", stateful=True)
+    x_seq = inputs(device=device, dtype=dtype).detach()
+    with torch.autocast(device.type, dtype):
+        layer(nn.Linear(N, N, device=device)(x_seq.float())).float().sum().backward()
+    assert all(parameter.grad.dtype == torch.float32 for parameter in layer.parameters())
+    assert all(state.dtype == torch.float32 for state in states_of(layer, kind))
+    asgl_cuda.reset(layer)
+    layer.zero_grad()
+    layer.to(dtype)
+    assert layer.decay.dtype == torch.float32
+    outputs = []
+    for each in (layer, copy.deepcopy(layer).float()):
+        torch.manual_seed(3)
+        outputs.append(torch.cat([each(x_seq), each(x_seq)]))
+    assert torch.equal(*outputs)
+    assert outputs[0].dtype == dtype
+    outputs[0].float().sum().backward()
+    for parameter in layer.parameters():
         assert parameter.grad.dtype == parameter.dtype == dtype
         assert parameter.grad.isfinite().all()
 
 
-def test_float32_parameters_with_half_input(backend, device):
-    layer = LIF(8, granularity="channel", backend=backend, **LEARN_ALL).to(device)
-    layer(torch.rand(4, 3, 8, device=device).bfloat16()).float().sum().backward()
-    assert all(parameter.grad.dtype == torch.float32 for parameter in layer.parameters())
+# ---- tools of torch ----
 
 
-def toy_problem(device):
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@kinds
+def test_activation_checkpointing(backend, device, kind, use_reentrant):
+    """Repeats the noise; saved tensors can be read only once without reentrance."""
+    layers = [make(kind, backend, device, learn, granularity="channel") for learn in (True, False)]
+    model, x_seq = nn.Sequential(*layers), inputs(20, B, N, device=device)
+    results = []
+    for call in (model, lambda x_seq: checkpoint(model, x_seq, use_reentrant=use_reentrant)):
+        x_seq.grad = None
+        model.zero_grad()
+        torch.manual_seed(3)
+        out = call(x_seq)
+        torch.rand(7, device=device)  # draws between forward and recomputation must not change the latter
+        out.square().sum().backward()
+        results.append([out, x_seq.grad, *(each.grad for each in model.parameters())])
+    for ours, theirs in zip(*results, strict=True):
+        assert (ours is theirs is None) or torch.equal(ours, theirs)
+
+
+@kinds
+def test_torch_fx_takes_the_layer_for_a_leaf(kind):
+    model = nn.Sequential(nn.Linear(N, N), nn.Sequential(make(kind), nn.Linear(N, N)), make(kind)).eval()
+    x_seq = inputs()
+    traced = fx.symbolic_trace(model)
+    again = fx.symbolic_trace(traced)
+    assert [node.target for node in again.graph.nodes if node.op == "call_module"] == ["0", "1.0", "1.1", "2"]
+    for training in (False, True):
+        outputs = []
+        for each in (model, traced, again):
+            torch.manual_seed(1)
+            outputs.append(each.train(training)(x_seq))
+        assert all(torch.equal(output, outputs[0]) for output in outputs)
+
+    class Doubled(type(model[2])):
+        def forward(self, x_seq):
+            return super().forward(2 * x_seq)
+
+    model[2].__class__ = Doubled
+    for each in (LIF(), model):
+        with pytest.raises(TypeError, match=r"asgl_cuda\.\w+: torch\.fx .* must be a leaf"):
+            fx.symbolic_trace(each)
+
+
+@kinds
+def test_torch_jit_names_what_works_instead(kind):
+    layer, x_seq = make(kind), inputs()
+    words = rf"asgl_cuda\.{type(layer).__name__}: torch\.jit can neither .*torch\.export can"
+    for model in (layer, nn.Sequential(nn.Identity(), layer)):
+        for call in (torch.jit.script, lambda model: torch.jit.trace(model, x_seq, check_trace=False)):
+            with pytest.raises(RuntimeError, match=words):
+                call(model)
+
+
+def test_small_network_learns(backend, device):
     """Two classes, by which half of the inputs has the larger sum."""
-    inputs = torch.rand(64, 12)
-    labels = (inputs[:, :6].sum(dim=1) > inputs[:, 6:].sum(dim=1)).long()
-    return inputs.expand(6, 64, 12).to(device), labels.to(device)
-
-
-@pytest.mark.parametrize("surrogate", ["rectangle", "sigmoid"])
-def test_small_network_learns(backend, device, surrogate):
-    inputs, labels = toy_problem(device)
-    neuron = {"surrogate": surrogate, "backend": backend, **LEARN_ALL}
+    samples = torch.rand(64, 12)
+    labels = (samples[:, :6].sum(dim=1) > samples[:, 6:].sum(dim=1)).long().to(device)
+    x_seq = samples.expand(T, 64, 12).to(device)
+    neuron = {"backend": backend, **LEARN_ALL}
     model = nn.Sequential(
         nn.Linear(12, 24), LIF(24, granularity="channel", **neuron), nn.Linear(24, 24), LIF(**neuron), nn.Linear(24, 2)
     ).to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
-    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    before = copy.deepcopy(model.state_dict())
     losses = []
     for _ in range(60):
-        loss = nn.functional.cross_entropy(model(inputs).mean(dim=0), labels)
+        loss = nn.functional.cross_entropy(model(x_seq).mean(dim=0), labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
     # Half of the loss of guessing (ln 2) is out of reach of a network whose neurons pass no gradient.
     assert sum(losses[-5:]) / 5 < 0.35, losses[::6]
-    assert all(not torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+    assert all(not torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_functional_call_uses_the_given_parameters(backend, device):
-    layer = LIF(8, granularity="channel", backend=backend, **LEARN_ALL).to(device).eval()
-    other = randomized(copy.deepcopy(layer))
-    x_seq = random_input(5, 3, 8, device=device)
-    given = {name: parameter.detach().clone().requires_grad_() for name, parameter in other.named_parameters()}
-    s_seq = torch.func.functional_call(layer, given, (x_seq,))
-    assert torch.equal(s_seq, other(x_seq))
-    assert not torch.equal(s_seq, layer(x_seq))
-    s_seq.sum().backward()
-    assert all(parameter.grad is not None for parameter in given.values())
-    assert all(parameter.grad is None for parameter in layer.parameters())
+# ---- recurrent neurons alone ----
 
 
-def test_functional_call_carries_the_state(backend, device):
-    layer = LIF(stateful=True, backend=backend).to(device).eval()
-    twin = copy.deepcopy(layer)
-    x_seq = random_input(5, 3, 8, device=device)
-    for _ in range(2):
-        assert torch.equal(torch.func.functional_call(layer, dict(layer.named_parameters()), (x_seq,)), twin(x_seq))
-
-
-def test_inference_mode_before_training(backend, device):
-    """Validation comes first, then training without a reset: the carried potential must not be an inference tensor."""
-    layer = LIF(stateful=True, backend=backend).to(device)
-    x_seq = random_input(5, 3, 8, device=device)
-    with torch.inference_mode():
-        layer(x_seq)
-    layer(x_seq).sum().backward()
-    assert x_seq.grad is not None
-
-
-@pytest.mark.parametrize("value", [float("inf"), -float("inf"), 1e10, -1e10])
-def test_parameters_at_the_end_of_the_number_line_stay_valid(value):
-    layer = LIF(learn_decay=True)
+def recurrent(backend, device, **options):
+    torch.manual_seed(0)
+    layer = RecurrentLIF(N, **{"analog_prob": 0.0, "decay": 0.8, "width": 1.5, **options}, backend=backend).to(device)
     with torch.no_grad():
-        layer.log_width.fill_(value)
-        layer.logit_decay.fill_(value)
-    assert 0 < layer.width.item() < float("inf")
-    assert 0 < layer.decay.item() < 1
-    layer.width.backward()
-    assert layer.log_width.grad.isfinite()
-    assert layer.log_width.grad > 0
+        layer.recurrent_weight *= 3  # else most spikes change nothing
+    return layer
+
+
+def test_autapses_are_neither_used_nor_moved(backend, device):
+    layer = recurrent(backend, device, autapses=False)
+    x_seq = inputs(device=device)
+    expected = layer(x_seq)
+    with torch.no_grad():
+        layer.recurrent_weight.fill_diagonal_(float("nan"))
+    assert torch.equal(layer(x_seq), expected)
+    (gradient,) = gradients(layer(x_seq), layer.recurrent_weight)
+    assert not gradient.diagonal().any()
+    assert gradient.any()
+    assert torch.isfinite(gradient).all()
+
+
+def test_elementwise_is_a_diagonal(backend, device):
+    own, dense = recurrent(backend, device, recurrent="elementwise"), recurrent(backend, device)
+    with torch.no_grad():
+        dense.recurrent_weight.copy_(torch.diag(own.recurrent_weight))
+        dense.recurrent_bias.copy_(own.recurrent_bias)
+    x_seq = inputs(device=device)
+    assert own.recurrent_weight.shape == (N,)
+    assert torch.equal(own(x_seq), dense(x_seq))
+    (ours,) = gradients(own(x_seq), own.recurrent_weight)
+    (theirs,) = gradients(dense(x_seq), dense.recurrent_weight)
+    torch.testing.assert_close(ours, theirs.diagonal(), rtol=1e-5, atol=1e-5)
+
+
+def test_detached_recurrence_keeps_the_gradient_of_the_weight(backend, device):
+    """What the last step has from the others comes through each neuron's own potential."""
+    layer = recurrent(backend, device, detach_recurrent=True, surrogate="sigmoid")
+    x_seq = inputs(device=device)
+    ours, weight = torch.autograd.grad(layer(x_seq)[-1].sum(), [x_seq, layer.recurrent_weight])
+    assert weight.any()
+    assert ours[0].any()
+    (one,) = torch.autograd.grad(layer(x_seq)[-1, :, 0].sum(), x_seq)
+    assert not one[..., 1:].any()
+
+
+def test_recurrent_layers_are_left_by_fuse_and_refused_by_to_nir():
+    x_seq = inputs().detach()
+    model = nn.Sequential(nn.Linear(N, N), asgl_cuda.OverTime(nn.BatchNorm1d(N)), recurrent("reference", "cpu"))
+    fused, report = asgl_cuda.fuse(model, x_seq)
+    assert not report.replaced
+    assert [row.path for row in report.left] == ["1.layer"]
+    assert torch.equal(fused(x_seq), copy.deepcopy(model)(x_seq))
+    pytest.importorskip("nirtorch")
+    with pytest.raises(ValueError, match=r"asgl_cuda\.to_nir: .*\(RecurrentLIF\).*can't be represented in NIR"):
+        asgl_cuda.to_nir(nn.Sequential(nn.Linear(N, N), model[2]), x_seq)
+
+
+def test_statistics_of_averaged_weights():
+    """The docstring of BatchNormLIF replaces torch.optim.swa_utils.update_bn by a loop that gives the same values."""
+    norm, fused = nn.BatchNorm1d(4), BatchNormLIF(4, analog_prob=0.0)
+    pair = nn.Sequential(asgl_cuda.OverTime(norm), LIF(analog_prob=0.0))
+    batches = [torch.randn(3, 6, 4) + shift for shift in (0, 1, 5)]
+    for model in (fused, pair):
+        model(batches[-1])
+    torch.optim.swa_utils.update_bn(batches, pair)
+    fused.reset_running_stats()
+    fused.momentum = None
+    with torch.no_grad():
+        for batch in batches:
+            fused(batch)
+    for key in ("running_mean", "running_var", "num_batches_tracked"):
+        torch.testing.assert_close(getattr(fused, key), getattr(norm, key), rtol=1e-5, atol=1e-6)

@@ -1,12 +1,14 @@
-"""The step of widths is Adam's, whatever the optimizer of the weights is and however a training loop calls it."""
+"""The parameter groups of an optimizer; the step of widths is Adam's, however a training loop calls the optimizer."""
 
 import copy
 import gc
+import math
 import warnings
 import weakref
 
 import pytest
 import torch
+from layer_cases import Foreign
 from torch import nn
 
 import asgl_cuda
@@ -22,30 +24,97 @@ def network(learn_decay=True):
     return nn.Sequential(nn.Linear(3, 5), first, nn.Linear(5, 5), second, nn.Linear(5, 2))
 
 
-def gradients(model, seed):
-    torch.manual_seed(seed)
-    model.zero_grad()
-    x_seq = 3 * torch.randn(4, 6, 3)
-    model(x_seq).square().mean().backward()
+def sgd(model, momentum=0.9, groups=None, **options):
+    return torch.optim.SGD(parameter_groups(model, 0.1, **(groups or {})), momentum=momentum, **options)
+
+
+def gradients(seed, *models):
+    for model in models:
+        torch.manual_seed(seed)
+        model.zero_grad()
+        model(3 * torch.randn(4, 6, 3)).square().mean().backward()
 
 
 def neurons_of(model):
     return [value for name, value in model.named_parameters() if name.endswith(("log_width", "logit_decay"))]
 
 
-def apart(model, lr=0.1, **options):
+def apart(model, **options):
     """The same by two optimizers, weights by SGD."""
-    neurons = neurons_of(model)
-    ids = {*map(id, neurons)}
-    weights = [value for value in model.parameters() if id(value) not in ids]
-    rates = ((value, WIDTH_LR if name.endswith("log_width") else NEURON_LR) for name, value in model.named_parameters())
-    own = [{"params": [value], "lr": rate} for value, rate in rates if id(value) in ids]
-    return torch.optim.SGD(weights, lr, **options), torch.optim.Adam(own)
+    named = dict(model.named_parameters())
+    rates = {"log_width": WIDTH_LR, "logit_decay": NEURON_LR}
+    own = [{"params": [value], "lr": rates[name[2:]]} for name, value in named.items() if name[2:] in rates]
+    weights = [value for name, value in named.items() if name[2:] not in rates]
+    return torch.optim.SGD(weights, 0.1, **options), torch.optim.Adam(own)
 
 
-def assert_same(model, other):
+def assert_same(model, other, equal=torch.equal):
     for (name, value), expected in zip(model.named_parameters(), other.parameters(), strict=True):
-        assert torch.equal(value, expected), name
+        assert equal(value, expected), name
+
+
+# ---- groups ----
+
+
+def test_groups_hold_every_parameter_once():
+    """Shared or frozen, of a foreign layer and of every kind of this package; normalisations apart if asked for."""
+    neuron = LIF(5, granularity="channel", learn_decay=True, learn_threshold=True)
+    joined, foreign = asgl_cuda.BatchNormLIF(5, learn_decay=True), Foreign()
+    recurrent = asgl_cuda.RecurrentLIF(5, syn_decay=0.5, learn_syn_decay=True)
+    integrator = asgl_cuda.LeakyIntegrator(learn_decay=True)
+    adaptive, norm = asgl_cuda.AdaptiveLIF(learn_adaptation=True), nn.LayerNorm((3, 4))
+    linear = nn.Linear(5, 5)
+    model = nn.Sequential(
+        linear, neuron, nn.Sequential(linear, neuron, foreign), nn.BatchNorm1d(5), joined, recurrent, integrator, norm,
+        adaptive,
+    )  # fmt: skip
+    model[3].weight = linear.bias  # shared as a parameter, too
+    linear.weight.requires_grad_(False)
+    groups = {
+        "weights": [linear.weight, foreign.recurrent.weight, recurrent.recurrent_weight],
+        "norms": [
+            linear.bias, foreign.recurrent.bias, model[3].bias, joined.weight, joined.bias, recurrent.recurrent_bias,
+            *norm.parameters(),
+        ],
+        "neurons": [
+            neuron.logit_decay, neuron.threshold, foreign.beta, joined.logit_decay, recurrent.logit_syn_decay,
+            adaptive.logit_adapt_decay, adaptive.adapt_potential, adaptive.adapt_spike, integrator.logit_decay,
+        ],
+        "widths": [each.log_width for each in (neuron, foreign, joined, recurrent, adaptive)],
+    }  # fmt: skip
+
+    def assert_groups(found, expected):
+        assert [group["name"] for group in found] == list(expected)
+        for group in found:
+            assert len(group["params"]) == len({*map(id, group["params"])})
+            assert {*map(id, group["params"])} == {*map(id, expected[group["name"]])}, group["name"]
+
+    found = parameter_groups(model, 0.5, weight_decay=0.1, norm_weight_decay=0.0)
+    assert_groups(found, groups)
+    rates = [(group["lr"], group["weight_decay"]) for group in found]
+    assert rates == [(0.5, 0.1), (0.5, 0.0), (NEURON_LR, 0.0), (WIDTH_LR, 0.0)]
+    apart = {"weights": groups["weights"] + groups["norms"], "neurons": groups["neurons"] + groups["widths"]}
+    found = parameter_groups(model, 0.5, width_lr=0.01, weight_decay=0.1)
+    assert_groups(found, apart)
+    assert [(group["lr"], group["weight_decay"]) for group in found] == [(0.5, 0.1), (0.01, 0.0)]
+
+
+def test_empty_groups_are_left_out():
+    assert [group["name"] for group in parameter_groups(nn.Linear(2, 2), 0.1)] == ["weights"]
+    for layer, name in ((LIF(), "widths"), (asgl_cuda.LeakyIntegrator(learn_decay=True), "neurons")):
+        assert [group["name"] for group in parameter_groups(layer, 0.1)] == [name]
+        assert [group["name"] for group in parameter_groups(layer, 0.1, width_lr=0.01)] == ["neurons"]
+    assert parameter_groups(LIF(learn_width=False), 0.1) == []
+
+
+@pytest.mark.parametrize("name", ["lr", "width_lr", "weight_decay", "norm_weight_decay"])
+@pytest.mark.parametrize("value", [-0.1, math.nan])
+def test_group_errors(name, value):
+    with pytest.raises(ValueError, match=rf"asgl_cuda\.parameter_groups: {name} must be >= 0, got {value}"):
+        parameter_groups(network(), **{"lr": 0.1, name: value})
+
+
+# ---- the step ----
 
 
 @pytest.mark.parametrize(
@@ -53,16 +122,13 @@ def assert_same(model, other):
 )
 def test_two_optimizers_in_one(options):
     model, other = network(), network()
-    optimizer = torch.optim.SGD(parameter_groups(model, 0.1), **options)
-    weights, neurons = apart(other, **options)
-    for seed in range(5):
-        gradients(model, seed)
-        gradients(other, seed)
+    optimizer, (weights, neurons) = sgd(model, **{"momentum": 0, **options}), apart(other, **options)
+    for seed in range(3):
+        gradients(seed, model, other)
         before = [value.grad for value in neurons_of(model)]
-        optimizer.step()
+        for each in (optimizer, weights, neurons):
+            each.step()
         assert all(value.grad is grad for value, grad in zip(neurons_of(model), before, strict=True))
-        weights.step()
-        neurons.step()
         assert_same(model, other)
     assert not torch.equal(model[1].log_width, network()[1].log_width)
 
@@ -87,83 +153,83 @@ def test_every_optimizer_moves_widths_by_the_rate(kind):
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
 def test_a_width_lr_is_the_optimizers_own(kind):
     model, other = network(), network()
-    optimizer = kind(parameter_groups(model, 0.1, width_lr=0.01))
+    optimizer = kind(parameter_groups(model, 0.1, width_lr=0.01, weight_decay=0.2))
     weights, _ = apart(other)
-    plain = kind([{"params": weights.param_groups[0]["params"], "lr": 0.1, "weight_decay": 0.0}])
+    plain = kind(weights.param_groups[0]["params"], lr=0.1, weight_decay=0.2)
     neurons = kind(neurons_of(other), 0.01, weight_decay=0.0)
     for seed in range(3):
-        gradients(model, seed)
-        gradients(other, seed)
+        gradients(seed, model, other)
         for each in (optimizer, plain, neurons):
             each.step()
     assert_same(model, other)
 
 
-def test_maximisation():
+@pytest.mark.parametrize("how", ["positional", "named", "raising", "maximizing", "compiled"])
+def test_ways_to_step(how):
+    """With a closure that computes the gradients, as Lightning does, after one that raised, uphill, and compiled."""
     model, other = network(), network()
-    optimizer, expected = (
-        torch.optim.SGD(parameter_groups(each, 0.1), maximize=each is model) for each in (model, other)
-    )
-    gradients(model, 0)
-    gradients(other, 0)
-    for value in other.parameters():
-        value.grad.neg_()
-    optimizer.step()
-    expected.step()
-    assert_same(model, other)
+    optimizer, expected = sgd(model, maximize=how == "maximizing"), sgd(other)
+    step = torch.compile(optimizer.step, backend="aot_eager") if how == "compiled" else optimizer.step
 
+    def interrupted():
+        raise KeyboardInterrupt
 
-@pytest.mark.parametrize("named", [False, True])
-def test_a_closure_computes_the_gradients(named):
-    """As Lightning calls every optimizer."""
-    model, other = network(), network()
-    optimizer, expected = (torch.optim.SGD(parameter_groups(each, 0.1), momentum=0.9) for each in (model, other))
     for seed in range(3):
 
         def closure(seed=seed):
-            gradients(model, seed)
+            gradients(seed, model)
             return torch.tensor(5.0 + seed)
 
-        assert (optimizer.step(closure=closure) if named else optimizer.step(closure)) == 5.0 + seed
-        gradients(other, seed)
+        gradients(seed, other)
+        if how == "raising":
+            with pytest.raises(KeyboardInterrupt):
+                step(interrupted)
+        if how in ("positional", "named"):
+            assert (step(closure=closure) if how == "named" else step(closure)) == 5.0 + seed
+        else:
+            closure()
+            step()
+        for value in other.parameters() if how == "maximizing" else ():
+            value.grad.neg_()
         expected.step()
-        assert_same(model, other)
+        # Compiled, the arithmetic has another order.
+        assert_same(model, other, torch.allclose if how == "compiled" else torch.equal)
 
 
 def test_schedules_and_checkpoints():
     """Averages and rates are the optimizer's state, also in a new process's optimizer."""
-    model = network()
-    optimizer = torch.optim.SGD(parameter_groups(model, 0.1), momentum=0.9)
-    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 2)
-    for seed in range(3):
-        gradients(model, seed)
-        optimizer.step()
-        schedule.step()
-    assert [group["lr"] for group in optimizer.param_groups[1:]] == pytest.approx([0.1 * NEURON_LR, 0.1 * WIDTH_LR])
-    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict(), schedule.state_dict()))
-    resumed = network()
-    again = torch.optim.SGD(parameter_groups(resumed, 0.1), momentum=0.9)
-    scheduled = torch.optim.lr_scheduler.StepLR(again, 2)
-    for each, state in zip((resumed, again, scheduled), saved, strict=True):
-        each.load_state_dict(state)
-    for seed in range(3, 6):
-        for net, each, rates in ((model, optimizer, schedule), (resumed, again, scheduled)):
-            gradients(net, seed)
-            each.step()
-            rates.step()
-    assert_same(model, resumed)
-    assert float(again.state[resumed[1].log_width]["step"]) == 6
+
+    def made():
+        model = network()
+        optimizer = sgd(model)
+        return model, optimizer, torch.optim.lr_scheduler.StepLR(optimizer, 2)
+
+    def goes_on(seeds, model, optimizer, schedule):
+        for seed in seeds:
+            gradients(seed, model)
+            optimizer.step()
+            schedule.step()
+
+    first, second = made(), made()
+    goes_on(range(3), *first)
+    rates = [group["lr"] for group in first[1].param_groups[1:]]
+    assert rates == pytest.approx([0.1 * NEURON_LR, 0.1 * WIDTH_LR])
+    for each, other in zip(second, first, strict=True):
+        each.load_state_dict(copy.deepcopy(other.state_dict()))
+    for each in (first, second):
+        goes_on(range(3, 6), *each)
+    assert_same(first[0], second[0])
+    assert float(second[1].state[second[0][1].log_width]["step"]) == 6
 
 
 def test_a_checkpoint_of_another_rule_goes_on_with_it():
     """Where decays are learned, an earlier optimizer had a group less, which torch refuses: `width_lr` loads it."""
     model, other = network(learn_decay=False), network(learn_decay=False)
-    old = torch.optim.SGD(parameter_groups(model, 0.1, width_lr=1e-3))
-    new = torch.optim.SGD(parameter_groups(other, 0.1))
+    old, new = sgd(model, groups={"width_lr": 1e-3}), sgd(other)
     new.load_state_dict(old.state_dict())
-    for each, optimizer in ((model, old), (other, new)):
-        gradients(each, 0)
-        optimizer.step()
+    gradients(0, model, other)
+    old.step()
+    new.step()
     assert_same(model, other)
 
 
@@ -171,9 +237,7 @@ def test_a_checkpoint_of_another_rule_goes_on_with_it():
 def test_gradient_scaling_and_clipping(fused):
     """An overflow changes nothing; else the step is that without scaling."""
     model, other = network(), network()
-    optimizer, expected = (torch.optim.SGD(parameter_groups(each, 0.1), momentum=0.9) for each in (model, other))
-    if fused:
-        optimizer = torch.optim.SGD(parameter_groups(model, 0.1), momentum=0.9, fused=True)
+    optimizer, expected = sgd(model, **({"fused": True} if fused else {})), sgd(other)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
     for seed, overflow in enumerate((False, True, False)):
         torch.manual_seed(seed)
@@ -183,79 +247,34 @@ def test_gradient_scaling_and_clipping(fused):
             scale(each(x_seq).square().mean()).backward()
         if overflow:
             model[1].log_width.grad.fill_(torch.inf)
-            scaler.step(optimizer)
-        elif seed == 0:
+        if seed == 0:
             scaler.unscale_(optimizer)
-            for each, stepper in ((model, lambda: scaler.step(optimizer)), (other, expected.step)):
+            for each in (model, other):
                 nn.utils.clip_grad_norm_(each.parameters(), 0.01)
-                stepper()
-        else:
-            scaler.step(optimizer)
+        scaler.step(optimizer)
+        if not overflow:
             expected.step()
         scaler.update()
-        for value, wanted in zip(model.parameters(), other.parameters(), strict=True):
-            torch.testing.assert_close(value, wanted)
+        assert_same(model, other, lambda *pair: torch.testing.assert_close(*pair) is None)
 
 
 def test_frozen_widths_and_parameters_without_gradient_stay():
     model = network()
     model[1].log_width.requires_grad_(False)
     before = [value.detach().clone() for value in neurons_of(model)]
-    optimizer = torch.optim.SGD(parameter_groups(model, 0.1))
+    optimizer = sgd(model)
     optimizer.step()
     assert all(map(torch.equal, neurons_of(model), before))
-    gradients(model, 0)
+    gradients(0, model)
     optimizer.step()
     assert torch.equal(model[1].log_width, before[0])
     assert not torch.equal(model[3].log_width, before[2])
 
 
-def test_a_step_that_raises_leaves_the_next_as_it_was():
-    model, other = network(), network()
-    optimizer, expected = (torch.optim.SGD(parameter_groups(each, 0.1)) for each in (model, other))
-
-    def closure():
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        optimizer.step(closure)
-    for each, stepper in ((model, optimizer), (other, expected)):
-        gradients(each, 0)
-        stepper.step()
-    assert_same(model, other)
-
-
-def test_compiled_step():
-    model, other = network(), network()
-    optimizer, expected = (torch.optim.SGD(parameter_groups(each, 0.1), momentum=0.9) for each in (model, other))
-    step = torch.compile(optimizer.step, backend="aot_eager")
-    for seed in range(3):
-        gradients(model, seed)
-        gradients(other, seed)
-        step()
-        expected.step()
-    for value, wanted in zip(model.parameters(), other.parameters(), strict=True):
-        torch.testing.assert_close(value, wanted)  # compiled, the arithmetic has another order
-
-
-def test_a_wide_start_is_left_under_sgd():
-    """Where the optimizer's own step stays: the width's gradient is small."""
-    found = {}
-    for name, options in {"Adam's": {}, "SGD's": {"width_lr": 3e-4}}.items():
-        model = network()
-        optimizer = torch.optim.SGD(parameter_groups(model, 0.1, **options), momentum=0.9)
-        for seed in range(60):
-            gradients(model, seed)
-            optimizer.step()
-        found[name] = (model[3].width / 9).log().abs().max().item()
-    assert found["Adam's"] > 0.2
-    assert found["SGD's"] < 0.01
-
-
 def test_nothing_keeps_the_model():
     model = network()
-    optimizer = torch.optim.SGD(parameter_groups(model, 0.1), momentum=0.9)
-    gradients(model, 0)
+    optimizer = sgd(model)
+    gradients(0, model)
     gc.collect()
     gc.disable()
     try:
@@ -272,21 +291,9 @@ def test_optimizers_without_such_groups_are_as_ever():
     value.grad = torch.ones(3)
     torch.optim.SGD([value], lr=0.5).step()
     assert torch.equal(value, torch.full((3,), 0.5))
-    assert asgl_cuda.parameter_groups(nn.Linear(2, 2), 0.1)[0]["name"] == "weights"
 
 
-def test_weights_of_recurrent_neurons_are_weights():
-    layer = asgl_cuda.RecurrentLIF(
-        5, syn_decay=0.5, granularity="neuron", learn_decay=True, learn_threshold=True, learn_syn_decay=True
-    )
-    groups = {each["name"]: {*map(id, each["params"])} for each in parameter_groups(layer, 0.1, norm_weight_decay=0.0)}
-    named = {name: id(value) for name, value in layer.named_parameters()}
-    assert groups == {
-        "weights": {named["recurrent_weight"]},
-        "norms": {named["recurrent_bias"]},
-        "neurons": {named[name] for name in ("logit_decay", "threshold", "logit_syn_decay")},
-        "widths": {named["log_width"]},
-    }
+# ---- the warning ----
 
 
 def plain(*between, layers=2):
@@ -310,9 +317,8 @@ def of_another_initialisation():
 
 def test_a_model_that_is_likely_silent_is_named_once(monkeypatch):
     monkeypatch.setattr(asgl_cuda.checks, "_warned", set())
-    with pytest.warns(
-        UserWarning, match=r"asgl_cuda\.parameter_groups: several .* silent.* asgl_cuda\.calibrate"
-    ) as found:
+    words = r"asgl_cuda\.parameter_groups: several .* silent.* asgl_cuda\.calibrate"
+    with pytest.warns(UserWarning, match=words) as found:
         parameter_groups(plain(), 0.1)
     assert found[0].filename == __file__
     with warnings.catch_warnings():
@@ -320,18 +326,17 @@ def test_a_model_that_is_likely_silent_is_named_once(monkeypatch):
         parameter_groups(plain(), 0.1)
 
 
-@pytest.mark.parametrize(
-    "make",
-    [
-        calibrated,
-        of_another_initialisation,
-        lambda: plain(layers=1),
-        lambda: plain(nn.LayerNorm(64)),
-        lambda: nn.Sequential(plain(), asgl_cuda.BatchNormLIF(10)),
-        lambda: plain().to("meta"),
-    ],
-    ids=["calibrated", "another initialisation", "one layer", "LayerNorm", "BatchNormLIF", "meta"],
-)
+OTHERS = {
+    "calibrated": calibrated,
+    "another initialisation": of_another_initialisation,
+    "one layer": lambda: plain(layers=1),
+    "LayerNorm": lambda: plain(nn.LayerNorm(64)),
+    "BatchNormLIF": lambda: nn.Sequential(plain(), asgl_cuda.BatchNormLIF(10)),
+    "meta": lambda: plain().to("meta"),
+}
+
+
+@pytest.mark.parametrize("make", OTHERS.values(), ids=OTHERS)
 def test_others_are_not(make, monkeypatch):
     monkeypatch.setattr(asgl_cuda.checks, "_warned", set())
     with warnings.catch_warnings():

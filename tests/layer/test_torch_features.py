@@ -1,104 +1,159 @@
-"""torch.compile, autocast, checkpointing, no_grad, inference mode and fake tensors."""
+"""torch.compile, torch.export, ahead-of-time compilation, opcheck, no_grad and fake tensors.
+
+Compilations take seconds: each compiles all layers as the branches of one model.
+"""
+
+import copy
 
 import pytest
 import torch
 import torch._dynamo.testing
-from comparison import random_input, rng_state, uniform
+from comparison import Stack, random_input, rng_state, uniform
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 import asgl_cuda
 from asgl_cuda.backends import BACKENDS
 from asgl_cuda.reference import Numbers, Rules
 
 
-@pytest.fixture
-def compiled(backend):
-    """A compiler of functions with fullgraph=True, and the counter of compilations."""
+@pytest.fixture(autouse=True)
+def no_graphs():
+    """Graphs of earlier tests are forgotten."""
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("inductor")
 
-    def compile_it(function, **options):
-        return torch.compile(function, fullgraph=True, backend=counter, **options)
 
-    yield compile_it, counter
-    torch._dynamo.reset()
+@pytest.fixture(params=["fused", "reference"])
+def name(request, backend):
+    """The name of a backend."""
+    if request.param == "fused":
+        return backend
+    if backend in ("emulated", "ptx"):
+        pytest.skip("the reference is the same beside any backend of its device")
+    return "reference"
 
 
 def with_gradients(function, *inputs):
+    """All outputs, and the gradients of all inputs."""
     out = function(*inputs)
     outputs = [output for output in (out if isinstance(out, tuple) else (out,)) if output is not None]
     generator = torch.Generator().manual_seed(0)
     grads = [torch.randn(output.shape, generator=generator).to(output) for output in outputs]
-    return (*outputs, *torch.autograd.grad(outputs, inputs, grads))
+    return (*outputs, *torch.autograd.grad(outputs, inputs, grads, materialize_grads=True))
 
 
 def assert_all_equal(ours, theirs):
     assert len(ours) == len(theirs)
-    for our, their in zip(ours, theirs, strict=True):
-        assert torch.equal(our, their)
+    assert all(map(torch.equal, ours, theirs))
 
 
-@pytest.mark.parametrize("all_outputs", [False, True])
-def test_compile_gives_the_same(backend, device, compiled, all_outputs):
-    compile_it, counter = compiled
+KINDS = {
+    "LIF": lambda **options: asgl_cuda.LIF(
+        8, granularity="channel", learn_decay=True, learn_threshold=True, v_rest=0.1, surrogate="sigmoid", **options
+    ),
+    "soft reset": lambda **options: asgl_cuda.LIF(
+        v_reset=None, learn_decay=True, detach_reset=True, surrogate="arctan", **options
+    ),
+    "rectangle": lambda **options: asgl_cuda.LIF(width=2.0, **options),
+    "integrator": lambda analog_prob, **options: asgl_cuda.LeakyIntegrator(
+        8, granularity="channel", learn_decay=True, **options
+    ),
+    "normalised": lambda **options: asgl_cuda.BatchNormLIF(8, **options),
+    "adaptive": lambda **options: asgl_cuda.AdaptiveLIF(8, granularity="channel", learn_adaptation=True, **options),
+    "recurrent": lambda **options: asgl_cuda.RecurrentLIF(8, syn_decay=0.5, learn_syn_decay=True, **options),
+}
+
+
+def branches(backend, device, kinds=tuple(KINDS), analog_prob=0.0):
+    """Layers of each kind, two behind each other, and weights around."""
+    torch.manual_seed(1)
+    options = {"analog_prob": analog_prob, "backend": backend}
+    made = {
+        kind.replace(" ", "_"): nn.Sequential(
+            nn.Linear(5, 8), KINDS[kind](**options), nn.Linear(8, 8), KINDS[kind](**options), nn.Linear(8, 3)
+        )
+        for kind in kinds
+    }
+    return Stack(lambda model, x_seq: torch.cat([each(x_seq) for each in model.children()], -1), **made).to(device)
+
+
+def inputs(device, steps=4, batch=6):
+    return torch.randn(steps, batch, 5, device=device) * 3
+
+
+def trained(model, x_seq, steps=3):
+    """The outputs, and the gradients and state of each step of a training."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    found = []
+    for _ in range(steps):
+        out = model(x_seq)
+        optimizer.zero_grad()
+        out.square().mean().backward()
+        optimizer.step()
+        found += [out.detach(), *(each.grad.clone() for _, each in sorted(model.named_parameters()))]
+        found += [each.clone() for _, each in sorted(model.state_dict().items())]
+    return found
+
+
+def assert_trains_alike(module, model, x_seq, seed=3):
+    """A normalisation sums its gradients in another order in a graph."""
+    torch.manual_seed(seed)
+    expected = trained(copy.deepcopy(model), x_seq)
+    assert sum(bool(each.any()) for each in expected) > 0.8 * len(expected)
+    torch.manual_seed(seed)
+    for ours, theirs in zip(trained(module, x_seq), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+# ---- torch.compile ----
+
+
+def test_compiled_function(backend, device):
+    """The same bits and noise as in eager mode, of any size by one graph."""
+    counter = torch._dynamo.testing.CompileCounterWithBackend("inductor")
     state = rng_state(device=device)
-    every = dict.fromkeys(("return_v_last", "return_v_seq", "return_h_seq"), True) if all_outputs else {}
+    every = dict.fromkeys(("return_v_last", "return_v_seq", "return_h_seq"), True)
 
-    def function(x_seq, width, decay):
-        # Operations around the layer, so that the graph holds more than one node.
-        learned = {"width": width.exp(), "decay": decay.sigmoid()}
-        return asgl_cuda.lif(x_seq * 1.5, **learned, analog_prob=0.3, rng_state=state, backend=backend, **every)
+    def function(x_seq, width, v_threshold):
+        # One tensor as two parameters, threshold and reset, which the compiler refuses as such.
+        given = {"width": width, "v_threshold": v_threshold, "v_reset": None, "analog_prob": 0.3}
+        noisy = asgl_cuda.lif(x_seq, analog_prob=0.5, backend=backend)
+        return *asgl_cuda.lif(x_seq, **given, rng_state=state, **every, backend=backend), noisy
 
-    inputs = (
-        random_input(5, 3, 31, device=device),
-        uniform(31, low=-0.5, high=0.5, device=device),
-        uniform(low=-0.5, high=0.5, device=device),
-    )
-    ours, theirs = with_gradients(compile_it(function), *inputs), with_gradients(function, *inputs)
-    # The exponential before the layer is the compiler's own and may round otherwise.
-    for our, their in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(our, their, rtol=1e-5, atol=1e-5)
+    compiled = torch.compile(function, fullgraph=True, backend=counter, dynamic=True)
+    leaves = uniform(low=0.5, high=1.5, device=device), uniform(low=0.5, high=1.0, device=device)
+    counts = set()
+    for steps, neurons in ((4, 60), (17, 300), (40, 33)):
+        x_seq, results = random_input(steps, neurons, device=device), []
+        for each in (compiled, function):
+            torch.manual_seed(5)
+            results.append(with_gradients(each, x_seq, *leaves))
+        assert_all_equal(*results)
+        counts.add(counter.frame_count)
+    assert len(counts) == 1, counts
+    with torch.no_grad():
+        torch.manual_seed(5)
+        expected = function(x_seq, *leaves)
+        torch.manual_seed(5)
+        assert_all_equal(compiled(x_seq, *leaves), expected)
+
+
+def test_compiled_layers(backend, device, monkeypatch):
+    """In channels_last, behind a convolution."""
+    # TF32 convolutions round to ten bits, and algorithms differ.
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    counter = torch._dynamo.testing.CompileCounterWithBackend("inductor")
+    layers = [KINDS[kind](analog_prob=0.3, backend=backend) for kind in KINDS if kind != "recurrent"]
+    model = nn.Sequential(
+        nn.Flatten(0, 1), nn.Conv2d(2, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Unflatten(0, (4, 3)), *layers
+    ).to(device, memory_format=torch.channels_last)
+    x_seq, outputs = torch.rand(4, 3, 2, 6, 6, device=device), []
+    for call in (model, torch.compile(model, fullgraph=True, backend=counter)):
+        torch.manual_seed(1)
+        outputs.append(call(x_seq))
+    torch.testing.assert_close(*outputs)
+    outputs[1].sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
     assert counter.frame_count == 1
-
-
-def test_compile_of_the_layer_alone_is_bit_identical(backend, device, compiled):
-    compile_it, _ = compiled
-    state = rng_state(device=device)
-
-    def function(x_seq, width):
-        return asgl_cuda.lif(x_seq, width=width, analog_prob=0.3, rng_state=state, backend=backend)
-
-    inputs = (random_input(20, 3, 31, device=device), uniform(low=0.5, high=1.5, device=device))
-    assert_all_equal(with_gradients(compile_it(function), *inputs), with_gradients(function, *inputs))
-
-
-def test_compile_draws_the_same_noise_as_eager(backend, device, compiled):
-    compile_it, _ = compiled
-
-    def function(x_seq):
-        first = asgl_cuda.lif(x_seq, analog_prob=0.5, backend=backend)
-        return first, asgl_cuda.lif(x_seq, analog_prob=0.5, backend=backend)
-
-    fast = compile_it(function)
-    for requires_grad in (True, False):
-        x_seq = random_input(4, 300, device=device).requires_grad_(requires_grad)
-        torch.manual_seed(5)
-        expected = function(x_seq)
-        assert not torch.equal(*expected)
-        torch.manual_seed(5)
-        assert_all_equal(fast(x_seq), expected)
-
-
-def test_compile_where_the_learned_threshold_is_subtracted(backend, device, compiled):
-    """One tensor as two parameters, which the compiler refuses as such."""
-    compile_it, _ = compiled
-
-    def function(x_seq, v_threshold):
-        return asgl_cuda.lif(x_seq, v_threshold=v_threshold, v_reset=None, backend=backend)
-
-    inputs = (random_input(5, 31, device=device), uniform(31, low=0.5, high=1.0, device=device))
-    assert_all_equal(with_gradients(compile_it(function), *inputs), with_gradients(function, *inputs))
 
 
 SEVERAL_TIMES = {
@@ -117,122 +172,103 @@ SEVERAL_TIMES = {
 }
 
 
-@pytest.mark.parametrize("name", SEVERAL_TIMES)
 @pytest.mark.parametrize("with_grads", [True, False])
-def test_compile_where_one_tensor_is_several_arguments(backend, device, compiled, name, with_grads):
-    compile_it, _ = compiled
-    inputs = (uniform(5, 4, 3, low=0.5, high=1.5, device=device), uniform(4, 3, low=0.5, high=1.5, device=device))
+def test_compile_where_one_tensor_is_several_arguments(backend, device, with_grads):
+    leaves = (uniform(5, 4, 3, low=0.5, high=1.5, device=device), uniform(4, 3, low=0.5, high=1.5, device=device))
 
-    def function(*inputs):
-        return SEVERAL_TIMES[name](*inputs, backend=backend)
+    def function(*leaves):
+        return tuple(each(*leaves, backend=backend) for each in SEVERAL_TIMES.values())
 
-    def called(function):
-        if with_grads:
-            s_seq = function(*inputs)
-            return [s_seq, *torch.autograd.grad(s_seq.square().sum(), inputs, materialize_grads=True)]
-        with torch.no_grad():
-            return [function(*inputs)]
-
-    for actual, expected in zip(called(compile_it(function)), called(function), strict=True):
-        torch.testing.assert_close(actual, expected)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    with torch.set_grad_enabled(with_grads):
+        call = with_gradients if with_grads else lambda function, *leaves: function(*leaves)
+        for actual, expected in zip(call(compiled, *leaves), call(function, *leaves), strict=True):
+            torch.testing.assert_close(actual, expected)
 
 
 @pytest.mark.parametrize("prob", [0.0, 1 / 65536, 0.3, 1 - 1 / 65536, 1.0])
-@pytest.mark.parametrize("steps", [4, 20])
-def test_analog_prob_as_data_is_as_a_number(backend, device, prob, steps):
-    x_seq = random_input(steps, 3, 60, device=device)
-    width = uniform(60, low=0.5, high=1.5, device=device)
-    state = rng_state(device=device)
-    every = torch.tensor([prob], device=device, dtype=torch.float64)
-
-    def by(analog_prob, name):
-        def function(x_seq, width):
-            return asgl_cuda.lif(
-                x_seq, width=width, analog_prob=analog_prob, rng_state=state, return_v_last=True, backend=name
-            )
-
-        return with_gradients(function, x_seq, width)
-
-    assert_all_equal(by(every, backend), by(prob, backend))
-    assert_all_equal(by(every, "reference"), by(prob, "reference"))
-
-
-def test_analog_prob_as_data_compiles_once(backend, device, compiled):
-    compile_it, counter = compiled
-
-    def function(x_seq, analog_prob):
-        return asgl_cuda.lif(x_seq, analog_prob=analog_prob, backend=backend)
-
-    fast = compile_it(function)
-    x_seq = random_input(4, 300, device=device)
-    for prob in (0.0, 0.1, 0.2, 0.9, 1.0):
-        data = torch.tensor(prob, device=device)
-        torch.manual_seed(5)
-        expected = function(x_seq, data)
-        torch.manual_seed(5)
-        assert torch.equal(fast(x_seq, data), expected)
-    assert counter.frame_count == 1
-
-
-def test_dynamic_shapes_compile_once(backend, device, compiled):
-    compile_it, counter = compiled
+def test_analog_prob_as_data_is_as_a_number(name, device, prob):
+    leaves = random_input(20, 3, 60, device=device), uniform(60, low=0.5, high=1.5, device=device)
     state = rng_state(device=device)
 
-    def function(x_seq, width):
-        return asgl_cuda.lif(x_seq, width=width, analog_prob=0.3, rng_state=state, return_v_last=True, backend=backend)
+    def by(analog_prob):
+        options = {"analog_prob": analog_prob, "rng_state": state, "return_v_last": True, "backend": name}
+        return with_gradients(lambda x_seq, width: asgl_cuda.lif(x_seq, width=width, **options), *leaves)
 
-    width = uniform(low=0.5, high=1.5, device=device)
-    fast = compile_it(function, dynamic=True)
-    counts = []
-    for steps, neurons in ((4, 60), (5, 61), (16, 7), (17, 300), (40, 33), (3, 1000)):
-        x_seq = random_input(steps, neurons, device=device)
-        assert_all_equal(with_gradients(fast, x_seq, width), with_gradients(function, x_seq, width))
-        counts.append(counter.frame_count)
-    assert len(set(counts)) == 1, counts
+    assert_all_equal(by(torch.tensor([prob], device=device, dtype=torch.float64)), by(prob))
 
 
-def test_compile_of_channels_last_and_module(backend, device, compiled, monkeypatch):
-    # TF32 convolutions round to ten bits, and algorithms differ.
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    compile_it, counter = compiled
-    model = nn.Sequential(
-        nn.Flatten(0, 1), nn.Conv2d(2, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Unflatten(0, (4, 3)),
-        asgl_cuda.LIF(8, granularity="channel", analog_prob=0.3, learn_decay=True, backend=backend),
-    ).to(device, memory_format=torch.channels_last)  # fmt: skip
-    x_seq = torch.rand(4, 3, 2, 6, 6, device=device)
-    torch.manual_seed(1)
-    expected = model(x_seq)
-    torch.manual_seed(1)
-    actual = compile_it(model)(x_seq)
-    torch.testing.assert_close(actual, expected)
-    actual.sum().backward()
-    assert all(parameter.grad is not None for parameter in model.parameters())
-    assert counter.frame_count == 1
+# ---- operators ----
 
 
-@pytest.mark.parametrize("steps", [16, 20])
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_opcheck(backend, device, steps, layout):
+def operator_inputs(device, x_seq):
+    parameters = [uniform(3, low=0.5, high=1.5, device=device), None, None, uniform(low=0.5, high=1, device=device)]
+    numbers = Numbers(0.0, 0.5, 1.0, 0.0, 1.0, 0.0, 0.0, residual_gain=0.5, v_rest=0.0, surrogate_gain=1.0, v_min=0.0)
+    rules = Rules(1, 1, *[0] * 8, analog_below=0, levels=0, adaptation=0, time_dim=0)
+    return x_seq, None, None, [*parameters, *[None] * 4], numbers, rules
+
+
+@pytest.mark.parametrize(("steps", "channels_last"), [(16, False), (20, True)])
+def test_opcheck(backend, device, steps, channels_last):
+    """Without and with gradients, of all outputs and inputs."""
     operators = BACKENDS[backend].operators
     x_seq = random_input(steps, 2, 3, 4, 5, device=device).detach()
-    if layout == "channels_last":
+    if channels_last:
         x_seq = x_seq.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
+    _, _, _, _, numbers, rules = operator_inputs(device, x_seq)
     parameters = [torch.rand(3, 1, 1, device=device) + 0.5, None, None, torch.zeros((), device=device), *[None] * 3]
     parameters.append(torch.rand_like(x_seq))  # the residual
-    numbers = Numbers(0.0, 0.5, 1.0, 0.0, 1.0, 0.0, 0.0, residual_gain=0.5, v_rest=0.0, surrogate_gain=1.0, v_min=0.0)
-    rules = Rules(0, 1, *[0] * 8, analog_below=20000, levels=0, adaptation=0, time_dim=0)
-    state = rng_state(device=device)
-    v_init = torch.rand(2, 3, 4, 5, device=device)
-    forward = (x_seq, v_init, state, parameters, numbers, rules, [True] * 4)
+    state, v_init = rng_state(device=device), torch.rand(2, 3, 4, 5, device=device)
+    noisy = rules.changed(analog_below=20000)
+    forward = (x_seq, v_init, state, parameters, numbers, noisy, [True] * 4)
     torch.library.opcheck(operators.lif_forward, forward)
     s_seq, v_last, v_seq, h_seq, checkpoints = operators.lif_forward(*forward)
     grads = [torch.randn_like(output) for output in (s_seq, v_last, v_seq, h_seq)]
     wants_parameters = [True, False, False, True, False, False, False, True]
-    inputs = (x_seq, v_init, state, checkpoints, parameters, numbers, rules)
-    torch.library.opcheck(operators.lif_backward, (grads, *inputs, [True, True, *wants_parameters]))
+    given = (x_seq, v_init, state, checkpoints, parameters, numbers, noisy)
+    torch.library.opcheck(operators.lif_backward, (grads, *given, [True, True, *wants_parameters]))
     no_grads = [None, grads[1], None, None]
-    torch.library.opcheck(operators.lif_backward, (no_grads, *inputs, [False, False, *wants_parameters]))
+    torch.library.opcheck(operators.lif_backward, (no_grads, *given, [False, False, *wants_parameters]))
     torch.library.opcheck(operators.draw_rng_state, (state,), test_utils=("test_schema", "test_faketensor"))
+
+
+def test_opcheck_with_gradients(backend, device):
+    operators = BACKENDS[backend].operators
+    x_seq, _, _, parameters, *packed = operator_inputs(device, random_input(20, 2, 3, device=device))
+    torch.library.opcheck(operators.lif_forward, (x_seq, None, None, parameters, *packed, [True] * 4))
+    parameters[1] = uniform(3, low=0.3, high=0.9, device=device)
+    torch.library.opcheck(operators.integrator_forward, (x_seq, None, parameters, *packed, False, True))
+    x_seq = random_input(4, 2, 3, device=device)
+    weight, bias = uniform(3, low=0.5, high=1.5, device=device), uniform(3, low=0.5, high=1.5, device=device)
+    arguments = (x_seq, None, None, None, weight, bias, 1e-5, 0.9, 0)
+    torch.library.opcheck(operators.batch_norm_coefficients, arguments)
+    statistics = torch.rand(2, 3, 3, dtype=torch.float64, device=device)
+    with pytest.raises(RuntimeError, match="train the model that it was made of"):
+        operators.batch_norm_coefficients(x_seq, statistics, *[None] * 4, 1e-5, 1.0, 0)
+
+
+@pytest.mark.parametrize("keeps_checkpoints", [False, True])
+def test_the_operator_by_itself(backend, device, keeps_checkpoints):
+    """No output is silently left out, a graph is made only on request, and has one derivative."""
+    operators = BACKENDS[backend].operators
+    x_seq, _, _, parameters, *packed = given = operator_inputs(device, random_input(20, 2, 3, device=device))
+    width, *_, reset = leaves = [each for each in parameters if each is not None]
+    s_seq, v_last, *checkpoints = operators.lif_forward(*given, [True, False, False, keeps_checkpoints])
+    assert len(checkpoints) == keeps_checkpoints
+    assert not any(each.requires_grad for each in checkpoints)
+    options = {"width": width, "v_reset": reset, "surrogate": "triangle", "return_v_last": True, "backend": backend}
+    expected = asgl_cuda.lif(x_seq, **options)
+    grads = torch.autograd.grad(s_seq.sum() + v_last.sum(), [x_seq, *leaves])
+    others = torch.autograd.grad(expected.s_seq.sum() + expected.v_last.sum(), [x_seq, *leaves])
+    assert_all_equal(grads, others)
+    with torch.no_grad():
+        assert not operators.lif_forward(*given, [True, False, False, keeps_checkpoints])[0].requires_grad
+    if keeps_checkpoints:
+        grads = [torch.ones_like(s_seq).requires_grad_(), None, None, None]
+        inputs = (x_seq, None, None, *checkpoints, parameters, *packed)
+        for gradient in operators.lif_backward(grads, *inputs, [True, False, True, *[False] * 7]):
+            with pytest.raises(RuntimeError, match="a second derivative was asked for"):
+                gradient.sum().backward()
 
 
 def test_fake_tensors_have_the_real_layout(backend, device):
@@ -245,103 +281,12 @@ def test_fake_tensors_have_the_real_layout(backend, device):
         assert (ours.shape, ours.dtype, ours.stride()) == (theirs.shape, theirs.dtype, theirs.stride())
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast(backend, device, dtype):
-    """A convolution under autocast gives half currents: spikes in that type, states and parameters in float32."""
-    layer = nn.Linear(6, 31, device=device)
-    width = uniform(31, low=0.5, high=1.5, device=device)
-    x_seq = torch.rand(4, 3, 6, device=device)
-    with torch.autocast(device.type, dtype):
-        current = layer(x_seq)
-        options = {"width": width, "analog_prob": 0.3, "rng_state": rng_state(device=device)}
-        out = asgl_cuda.lif(current, **options, return_v_last=True, backend=backend)
-    assert current.dtype == out.s_seq.dtype == dtype
-    assert out.v_last.dtype == torch.float32
-    out.s_seq.float().sum().backward()
-    assert width.grad.dtype == layer.weight.grad.dtype == torch.float32
-    expected = asgl_cuda.lif(current.detach(), **options, backend="reference")
-    assert torch.equal(out.s_seq, expected)
-
-
-@pytest.mark.parametrize("use_reentrant", [False, True])
-def test_activation_checkpointing_repeats_the_noise(backend, device, use_reentrant):
-    x_seq = random_input(20, 3, 31, device=device)
-    width = uniform(low=0.5, high=1.5, device=device)
-
-    def function(x, w):
-        return asgl_cuda.lif(x, width=w, analog_prob=0.5, backend=backend)
-
-    def run(call):
-        torch.manual_seed(3)
-        s_seq = call()
-        # Draws between forward and recomputation must not change the latter.
-        torch.rand(7, device=device)
-        if use_reentrant:
-            return backward(s_seq)
-        return s_seq, *torch.autograd.grad(s_seq.square().sum(), (x_seq, width))
-
-    def backward(s_seq):
-        x_seq.grad = width.grad = None
-        s_seq.square().sum().backward()
-        return s_seq, x_seq.grad, width.grad
-
-    assert_all_equal(
-        run(lambda: checkpoint(function, x_seq, width, use_reentrant=use_reentrant)),
-        run(lambda: function(x_seq, width)),
-    )
-
-
-@pytest.mark.parametrize("use_reentrant", [False, True])
-@pytest.mark.parametrize("learned", [False, True])
-@pytest.mark.parametrize("layer", ["LIF", "LeakyIntegrator", "BatchNormLIF"])
-def test_activation_checkpointing_of_layers(backend, device, layer, learned, use_reentrant):
-    """Saved tensors can be read only once without reentrance."""
-    learns = {"learn_decay": learned}
-    if layer != "LeakyIntegrator":
-        learns |= {"learn_width": learned, "learn_threshold": learned}
-    if layer == "BatchNormLIF":
-        learns |= {"affine": learned}
-    model = getattr(asgl_cuda, layer)(7, granularity="channel", **learns, backend=backend).to(device)
-    x_seq = random_input(20, 3, 7, device=device)
-    gain = uniform(7, low=0.5, high=1.0, device=device)
-    leaves = [x_seq, *model.parameters()]
-    if layer == "LeakyIntegrator" and learned:
-        leaves.append(gain)
-
-    def function(x_seq):
-        out = model(x_seq)
-        return asgl_cuda.leaky_integrator(out, input_gain=gain, backend=backend) if gain is leaves[-1] else out
-
-    def run(call):
-        for leaf in leaves:
-            leaf.grad = None
-        torch.manual_seed(3)
-        out = call()
-        out.square().sum().backward()
-        return out, *(leaf.grad for leaf in leaves)
-
-    def checkpointed():
-        return checkpoint(function, x_seq, use_reentrant=use_reentrant)
-
-    assert_all_equal(run(checkpointed), run(lambda: function(x_seq)))
+# ---- modes ----
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_nothing_is_saved_without_gradients(backend, device, mode):
-    x_seq = random_input(40, 3, 31, device=device)
-    width = uniform(low=0.5, high=1.5, device=device)
-    saved = []
-    options = {"width": width, "analog_prob": 0.3, "rng_state": rng_state(device=device), "backend": backend}
-    expected = asgl_cuda.lif(x_seq, **options)
-    with torch.autograd.graph.saved_tensors_hooks(saved.append, lambda tensor: tensor), mode():
-        s_seq = asgl_cuda.lif(x_seq, **options)
-    assert not saved
-    assert not s_seq.requires_grad
-    assert torch.equal(s_seq, expected)
-
-
-def test_checkpoints_are_not_written_without_gradients(backend, device, monkeypatch):
-    written = []
+def test_nothing_is_saved_without_gradients(backend, device, mode, monkeypatch):
+    written, saved = [], []
     operators = BACKENDS[backend].operators
 
     def spy(*arguments):
@@ -351,26 +296,156 @@ def test_checkpoints_are_not_written_without_gradients(backend, device, monkeypa
 
     spied = BACKENDS[backend]._replace(operators=operators._replace(lif_forward=spy), direct=None)
     monkeypatch.setitem(BACKENDS, backend, spied)
-    x_seq = random_input(40, 31, device=device)
-    with torch.no_grad():
-        asgl_cuda.lif(x_seq, backend=backend)
+    x_seq, width = random_input(40, 31, device=device), uniform(low=0.5, high=1.5, device=device)
+    options = {"width": width, "analog_prob": 0.3, "rng_state": rng_state(device=device), "backend": backend}
+    expected = asgl_cuda.lif(x_seq, **options)
+    with torch.autograd.graph.saved_tensors_hooks(saved.append, lambda tensor: tensor), mode():
+        s_seq = asgl_cuda.lif(x_seq, **options)
+    assert not saved
+    assert not s_seq.requires_grad
+    assert torch.equal(s_seq, expected)
     asgl_cuda.lif(x_seq.detach(), backend=backend)
-    asgl_cuda.lif(x_seq, backend=backend)
-    assert written == [0, 0, 2 * 31 + 2]
+    assert written == [2 * 31 + 2, 0, 0]
 
 
-def test_anomaly_mode(backend, device):
+def test_anomaly_mode_and_another_default_type(backend, device):
     x_seq = random_input(4, 31, device=device)
     with torch.autograd.detect_anomaly(check_nan=True):
         asgl_cuda.lif(x_seq, analog_prob=0.5, backend=backend).sum().backward()
-
-
-def test_default_dtype_and_default_device_do_not_matter(backend, device):
-    x_seq = random_input(4, 31, device=device)
     expected = asgl_cuda.lif(x_seq, backend=backend)
     torch.set_default_dtype(torch.float64)
     try:
-        assert torch.equal(asgl_cuda.lif(x_seq, backend=backend), expected)
-        assert torch.equal(asgl_cuda.lif(x_seq, backend="reference"), expected)
+        assert all(torch.equal(asgl_cuda.lif(x_seq, backend=each), expected) for each in (backend, "reference"))
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+# ---- torch.export ----
+
+
+@pytest.mark.parametrize("way", ["plain", "decomposed", "strict"])
+def test_an_exported_model_trains_as_the_model(name, device, way):
+    """Also without noise and by the compiler's front end."""
+    model, x_seq = branches(name, device), inputs(device)
+    program = torch.export.export(copy.deepcopy(model), (x_seq,), strict=way == "strict")
+    program = program.run_decompositions() if way == "decomposed" else program
+    assert_trains_alike(program.module(), model, x_seq)
+
+
+def test_exported_without_gradients_and_in_evaluation(backend, device):
+    """The graph requests no checkpoints."""
+    model, x_seq = branches(backend, device).eval(), inputs(device, steps=20)
+    with torch.no_grad():
+        program = torch.export.export(copy.deepcopy(model), (x_seq,))
+    assert torch.equal(program.module()(x_seq), model(x_seq))
+    assert_trains_alike(program.module(), model, x_seq)
+
+
+def test_exported_with_dynamic_shapes_and_compiled(backend, device):
+    model = branches(backend, device, ("LIF",))
+    x_seq = inputs(device, steps=20)
+    batch = torch.export.Dim("batch", min=2)
+    program = torch.export.export(copy.deepcopy(model), (x_seq,), dynamic_shapes=({1: batch},))
+    module = program.module()
+    compiled = torch.compile(copy.deepcopy(module), backend="aot_eager", fullgraph=True)
+    assert_trains_alike(module, model, inputs(device, steps=20, batch=9))
+    assert_trains_alike(compiled, model, x_seq)
+
+
+@pytest.mark.parametrize("decomposed", [False, True])
+def test_noise_of_an_exported_model(backend, device, decomposed):
+    """New at each call and in each layer, equal to the model's, and the same in backward."""
+    model = nn.Sequential(*(asgl_cuda.LIF(analog_prob=0.5, width=4.0, backend=backend) for _ in range(2))).to(device)
+    x_seq = torch.rand(5, 400, device=device)
+    program = torch.export.export(copy.deepcopy(model), (x_seq,))
+    module = (program.run_decompositions() if decomposed else program).module()
+    torch.manual_seed(3)
+    assert not torch.equal(module(x_seq), module(x_seq))
+    assert_trains_alike(module, model, x_seq)
+
+
+class AllOutputs(nn.Module):
+    """Every output of `lif`, by every parameter."""
+
+    def __init__(self, backend):
+        super().__init__()
+        self.backend = backend
+
+    def forward(self, x_seq, v_init, rng_state, tensors):
+        every = dict.fromkeys(("return_v_last", "return_v_seq", "return_h_seq"), True)
+        options = {"analog_prob": 0.5, "surrogate": "triangle", "backend": self.backend}
+        return tuple(asgl_cuda.lif(x_seq, v_init=v_init, rng_state=rng_state, **tensors, **options, **every))
+
+
+def test_every_output_and_every_input(name, device):
+    names = ("width", "decay", "v_threshold", "v_reset", "input_gain", "input_bias", "input_mean")
+    tensors = {each: uniform(6, low=0.3, high=0.9, device=device) for each in names}
+    tensors["width"] = uniform(low=1.0, high=2.0, device=device)
+    x_seq, v_init = random_input(5, 3, 6, device=device), uniform(3, 6, low=-1, high=1, device=device)
+    state, model = rng_state(device=device), AllOutputs(name)
+    module = torch.export.export(model, (x_seq, v_init, state, tensors)).module()
+
+    def results(function):
+        def of_leaves(x_seq, v_init, *values):
+            return function(x_seq, v_init, state, dict(zip(tensors, values, strict=True)))
+
+        return with_gradients(of_leaves, x_seq, v_init, *tensors.values())
+
+    for ours, theirs in zip(results(module), results(model), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_nan_in_an_exported_reference():
+    """NaN emits no spike, as in the model."""
+    model, x_seq = asgl_cuda.LIF(analog_prob=0.0, backend="reference"), torch.rand(3, 4)
+    x_seq[1, 2] = float("nan")
+    assert torch.equal(torch.export.export(model, (x_seq,)).module()(x_seq), model(x_seq))
+
+
+@pytest.mark.parametrize("kind", ["LIF", "integrator", "normalised"])
+def test_transforms_of_an_exported_model(backend, device, kind):
+    """torch.func.grad, also per sample; missing derivatives are refused."""
+    model, x_seq = branches(backend, device, (kind,)).eval(), inputs(device)
+    module = torch.export.export(model, (x_seq,)).module()
+    parameters = {key: value.detach() for key, value in model.named_parameters()}
+
+    def loss(parameters, x_seq, function=module):
+        return torch.func.functional_call(function, parameters, (x_seq,)).square().sum()
+
+    grads, others = torch.func.grad(loss)(parameters, x_seq), torch.func.grad(loss)(parameters, x_seq, model)
+    several = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, torch.stack([x_seq, x_seq]))
+    for key, other in others.items():
+        torch.testing.assert_close(grads[key], other, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(several[key], other.expand(several[key].shape), rtol=1e-5, atol=1e-6)
+    with pytest.raises(RuntimeError, match="second derivative"):
+        torch.func.grad(lambda x_seq: torch.func.grad(loss, 1)(parameters, x_seq).square().sum())(x_seq)
+    leaf = x_seq.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(module(leaf).square().sum(), leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match="a second derivative was asked for"):
+        gradient.square().sum().backward()
+    with pytest.raises(RuntimeError, match="forward-mode differentiation was asked for"):
+        torch.func.jvp(lambda x_seq: loss(parameters, x_seq), (x_seq,), (x_seq,))
+    dual_level = torch.autograd.forward_ad.dual_level()
+    with pytest.raises(RuntimeError, match="forward-mode differentiation was asked for"), dual_level:
+        module(torch.autograd.forward_ad.make_dual(x_seq, torch.ones_like(x_seq)))
+
+
+def check_compiled_ahead_of_time(name, device, tmp_path):
+    model, x_seq = branches(name, device).eval(), inputs(device, steps=3)
+    with torch.no_grad():
+        program = torch.export.export(model, (x_seq,))
+        path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
+        compiled = torch._inductor.aoti_load_package(path)
+        torch.testing.assert_close(compiled(x_seq), model(x_seq))
+
+
+@pytest.mark.usefixtures("compiler")
+@pytest.mark.skipif("cpu" not in asgl_cuda.available_backends(), reason="no CPU kernels")
+def test_compiled_ahead_of_time(tmp_path):
+    check_compiled_ahead_of_time("cpu", "cpu", tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("compiler")
+def test_compiled_ahead_of_time_by_each_backend(name, device, tmp_path):
+    check_compiled_ahead_of_time(name, device, tmp_path)

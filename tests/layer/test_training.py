@@ -1,31 +1,27 @@
-"""The training kit: its layers, parameter groups, Lightning, hard spikes and resets."""
+"""The training kit: its layers, Lightning, hard spikes and resets."""
 
-import math
 import sys
 import types
 
 import pytest
 import torch
-import torch._dynamo.testing
 from comparison import random_input
+from layer_cases import Foreign, network
 from torch import nn
-from training_layers import Foreign, network
 
 import asgl_cuda
 from asgl_cuda import LIF, AnalogProbSchedule, Monitor, asgl_layers, lightning_callback, parameter_groups, spiking_eval
 
 
 def test_each_asgl_layer_once():
+    """Also of another kind; not the wrapper of a compiled one."""
     shared, foreign = LIF(), Foreign()
     model = nn.Sequential(
         shared, nn.Linear(2, 2), nn.Sequential(foreign, shared), LIF(analog_prob=0, learn_width=False)
     )
     assert list(asgl_layers(model)) == [("0", shared), ("2.0", foreign), ("3", model[3])]
-
-
-def test_a_wrapper_of_torch_compile_is_no_layer():
-    layer = LIF()
-    assert list(asgl_layers(torch.compile(layer, backend="eager"))) == [("_orig_mod", layer)]
+    wrapper = torch.compile(shared, backend="eager")
+    assert list(asgl_layers(wrapper)) == [("_orig_mod", shared)], "a wrapper of torch.compile is no layer"
 
 
 @pytest.mark.parametrize(
@@ -47,78 +43,6 @@ def test_models_that_are_refused(call, name, needs_neurons):
     if needs_neurons:
         with pytest.raises(ValueError, match=rf"asgl_cuda\.{name}: model must have an ASGL layer, got a Sequential"):
             call(nn.Sequential(nn.Linear(2, 2)))
-
-
-def test_groups_hold_every_parameter_once():
-    neuron = LIF(5, granularity="channel", learn_decay=True, learn_threshold=True)
-    linear, foreign = nn.Linear(5, 5), Foreign()
-    model = nn.Sequential(linear, neuron, nn.Sequential(linear, neuron, foreign), nn.BatchNorm1d(5))
-    model[3].weight = linear.bias  # shared as a parameter, too
-    linear.weight.requires_grad_(False)
-    weights, neurons = parameter_groups(model, 0.1, width_lr=0.01, weight_decay=1e-4)
-    assert (weights["lr"], weights["weight_decay"]) == (0.1, 1e-4)
-    assert (neurons["lr"], neurons["weight_decay"]) == (0.01, 0.0)
-    expected = [neuron.log_width, neuron.logit_decay, neuron.threshold, foreign.log_width, foreign.beta]
-    assert list(map(id, neurons["params"])) == list(map(id, expected))
-    found = weights["params"] + neurons["params"]
-    assert len({*map(id, found)}) == len(found) == len(list(model.parameters()))
-    assert {*map(id, found)} == {*map(id, model.parameters())}
-    assert id(foreign.recurrent.weight) in map(id, weights["params"])
-    assert id(linear.weight) in map(id, weights["params"]), "a frozen one stays in"
-
-
-def test_a_normalisation_trains_the_same_fused_and_apart():
-    fused = nn.Sequential(nn.Linear(5, 5), asgl_cuda.BatchNormLIF(5, learn_decay=True))
-    weights, neurons, widths = parameter_groups(fused, 0.1)
-    assert list(map(id, weights["params"])) == list(map(id, (*fused[0].parameters(), fused[1].weight, fused[1].bias)))
-    assert list(map(id, neurons["params"])) == [id(fused[1].logit_decay)]
-    assert list(map(id, widths["params"])) == [id(fused[1].log_width)]
-
-
-def test_normalisations_and_biases_in_a_group_of_their_own():
-    joined = asgl_cuda.BatchNormLIF(3, learn_decay=True)
-    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), joined, nn.LayerNorm((3, 4)), nn.Linear(4, 5), LIF())
-    groups = parameter_groups(model, 0.1, weight_decay=0.5, norm_weight_decay=0.0)
-    assert [group["name"] for group in groups] == ["weights", "norms", "neurons", "widths"]
-    weights, norms, neurons, widths = groups
-    assert (norms["lr"], norms["weight_decay"], weights["weight_decay"]) == (0.1, 0.0, 0.5)
-    assert list(map(id, weights["params"])) == [id(model[0].weight), id(model[4].weight)]
-    expected = [
-        model[0].bias, *model[1].parameters(), joined.weight, joined.bias, *model[3].parameters(), model[4].bias
-    ]  # fmt: skip
-    assert {*map(id, norms["params"])} == {*map(id, expected)}
-    assert len(norms["params"]) == len(expected)
-    assert list(map(id, neurons["params"])) == [id(joined.logit_decay)]
-    assert list(map(id, widths["params"])) == [id(joined.log_width), id(model[5].log_width)]
-    apart = parameter_groups(model, 0.1, weight_decay=0.5)
-    assert [group["name"] for group in apart] == ["weights", "neurons", "widths"]
-
-
-def test_a_step_has_the_rates_asked_for():
-    model = network()
-    optimizer = torch.optim.SGD(parameter_groups(model, 0.5, width_lr=3e-4, weight_decay=0.1), lr=1.0)
-    before = {name: value.detach().clone() for name, value in model.named_parameters()}
-    for value in model.parameters():
-        value.grad = torch.ones_like(value)
-    optimizer.step()
-    for name, value in model.named_parameters():
-        step = 3e-4 if name.endswith("log_width") else 0.5 * (1 + 0.1 * before[name])
-        torch.testing.assert_close(value, before[name] - step)
-
-
-def test_empty_groups_are_left_out():
-    assert [group["name"] for group in parameter_groups(nn.Linear(2, 2), 0.1)] == ["weights"]
-    for layer, name in ((LIF(), "widths"), (asgl_cuda.LeakyIntegrator(learn_decay=True), "neurons")):
-        assert [group["name"] for group in parameter_groups(layer, 0.1)] == [name]
-        assert [group["name"] for group in parameter_groups(layer, 0.1, width_lr=0.01)] == ["neurons"]
-    assert parameter_groups(LIF(learn_width=False), 0.1) == []
-
-
-@pytest.mark.parametrize("name", ["lr", "width_lr", "weight_decay", "norm_weight_decay"])
-@pytest.mark.parametrize("value", [-0.1, math.nan])
-def test_group_errors(name, value):
-    with pytest.raises(ValueError, match=rf"asgl_cuda\.parameter_groups: {name} must be >= 0, got {value}"):
-        parameter_groups(network(), **{"lr": 0.1, name: value})
 
 
 class Callback:
@@ -255,43 +179,3 @@ def test_spiking_eval_of_a_layer_that_refuses_changes_nothing():
     with pytest.raises(ZeroDivisionError), spiking_eval(model):
         pass
     assert model[0].analog_prob == 0.4
-
-
-def test_reset_of_a_whole_model():
-    shared = LIF(stateful=True)
-    norm = asgl_cuda.BatchNormLIF(3, stateful=True, store_v_seq=True)
-    model = nn.Sequential(shared, nn.Sequential(norm, shared))
-    model(torch.randn(4, 2, 3))
-    assert shared.v is not None
-    asgl_cuda.reset(model)
-    assert shared.v is norm.v is norm.v_seq is None
-
-
-@pytest.mark.parametrize(
-    ("library", "make", "current"),
-    [
-        ("spikingjelly.activation_based.neuron", lambda of: (of.LIFNode(), of.QIFNode()), 1.2),
-        ("snntorch", lambda of: (of.Leaky(0.9, init_hidden=True), of.Alpha(0.9, 0.8, init_hidden=True)), 0.4),
-        (
-            "sinabs.layers",
-            lambda of: (
-                of.LIF(10.0, spike_fn=sys.modules["sinabs"].activation.SingleSpike),
-                of.ALIF(10.0, 10.0, min_v_mem=-1.0),
-            ),
-            3.0,
-        ),
-    ],
-)
-def test_reset_of_other_libraries_layers(library, make, current):
-    """One layer is converted, one is left: asgl_cuda has no such neuron."""
-    model, report = asgl_cuda.convert(nn.Sequential(*make(pytest.importorskip(library))))
-    assert (len(report.replaced), len(model)) == (1, 2)
-    x = torch.full((2, 5, 3), current)
-
-    def outputs():
-        return torch.stack([layer(x) for layer in model for _ in range(5)])
-
-    first = outputs()
-    assert not torch.equal(outputs()[:5], first[:5])
-    asgl_cuda.reset(model)
-    assert torch.equal(outputs(), first)

@@ -20,7 +20,7 @@ SUITE = (
     *(f"neuron/test_{name}.py" for name in ("arguments", "philox", "properties")),
     *(f"layer/test_{name}.py" for name in ("neuron", "torch_features")),
 )
-TESTS_NEED = ("conftest.py", "comparison.py")
+TESTS_NEED = ("conftest.py", "comparison.py", "layer/layer_cases.py")
 
 
 def run(*command: str | Path, cwd: Path, status: int = 0, **environment: str) -> str:
