@@ -374,7 +374,7 @@ def _batch_norm_lif(x_seq: Tensor, norm: _Normalisation, given: Arguments) -> Te
     scalar, real = x_seq.dtype, real_type(x_seq.dtype)
     in_one_launch = False
     if running_mean is not None and running_var is not None:
-        in_one_launch = training and _in_one_launch(running_mean, running_var, count, momentum, real)
+        in_one_launch = training and _in_one_launch(running_mean, running_var, momentum, real)
         _check_running(running_mean, running_var, training, in_one_launch)
     if training and group is None and x_seq.numel() == 0:  # counts as a batch, and leaves the statistics, as in torch
         training, in_one_launch, running_mean = False, False, x_seq.new_zeros(x_seq.shape[settings.channel], dtype=real)
@@ -414,7 +414,12 @@ def _batch_norm_lif(x_seq: Tensor, norm: _Normalisation, given: Arguments) -> Te
             outputs, coefficients, _ = _forward(settings, call, values, False)
         if in_one_launch:
             running = running_mean, running_var, count
-            call.operators().batch_norm_update(*running, coefficients, momentum)
+            # torch's fallback for the negative bit takes no operator that changes its arguments and returns nothing.
+            dense = [each.resolve_neg() if each is not None and each.is_neg() else each for each in running]
+            call.operators().batch_norm_update(*dense, coefficients, momentum)
+            for each, changed in zip(running, dense, strict=True):
+                if each is not None and changed is not each:
+                    each.copy_(changed)
             # Only torch's own operations increment versions.
             torch.autograd.graph.increment_version([each for each in running if each is not None])
             statistics = []
@@ -502,16 +507,12 @@ def _check_running(mean: Tensor, variance: Tensor, training: bool, in_one_launch
         )
 
 
-def _in_one_launch(
-    mean: Tensor, variance: Tensor, count: Tensor | None, momentum: float | Tensor, real: torch.dtype
-) -> bool:
+def _in_one_launch(mean: Tensor, variance: Tensor, momentum: float | Tensor, real: torch.dtype) -> bool:
     """Whether the operator updates the running statistics. Compilers fuse torch's own operations better."""
     return (
         not isinstance(momentum, Tensor)
         and not torch.compiler.is_compiling()
         and not transforming()
-        # torch's fallback for the negative bit takes no operator that changes its arguments and returns nothing.
-        and not (mean.is_neg() or variance.is_neg() or (count is not None and count.is_neg()))
         and mean.dtype == variance.dtype == real
         and mean.is_contiguous()
         and variance.is_contiguous()

@@ -205,7 +205,7 @@ def operator_inputs(device, x_seq):
     parameters = [uniform(3, low=0.5, high=1.5, device=device), None, None, uniform(low=0.5, high=1, device=device)]
     numbers = Numbers(0.0, 0.5, 1.0, 0.0, 1.0, 0.0, 0.0, residual_gain=0.5, v_rest=0.0, surrogate_gain=1.0, v_min=0.0)
     rules = Rules(1, 1, *[0] * 8, analog_below=0, levels=0, adaptation=0, time_dim=0)
-    return x_seq, None, None, [*parameters, *[None] * 4], numbers, rules
+    return x_seq, None, None, *parameters, *[None] * 4, numbers, rules
 
 
 @pytest.mark.parametrize(("steps", "channels_last"), [(16, False), (20, True)])
@@ -215,29 +215,29 @@ def test_opcheck(backend, device, steps, channels_last):
     x_seq = random_input(steps, 2, 3, 4, 5, device=device).detach()
     if channels_last:
         x_seq = x_seq.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
-    _, _, _, _, numbers, rules = operator_inputs(device, x_seq)
+    *_, numbers, rules = operator_inputs(device, x_seq)
     parameters = [torch.rand(3, 1, 1, device=device) + 0.5, None, None, torch.zeros((), device=device), *[None] * 3]
     parameters.append(torch.rand_like(x_seq))  # the residual
     state, v_init = rng_state(device=device), torch.rand(2, 3, 4, 5, device=device)
     noisy = rules.changed(analog_below=20000)
-    forward = (x_seq, v_init, state, parameters, numbers, noisy, [True] * 4)
+    forward = (x_seq, v_init, state, *parameters, numbers, noisy, [True] * 4)
     torch.library.opcheck(operators.lif_forward, forward)
     s_seq, v_last, v_seq, h_seq, checkpoints = operators.lif_forward(*forward)
     grads = [torch.randn_like(output) for output in (s_seq, v_last, v_seq, h_seq)]
     wants_parameters = [True, False, False, True, False, False, False, True]
-    given = (x_seq, v_init, state, checkpoints, parameters, numbers, noisy)
-    torch.library.opcheck(operators.lif_backward, (grads, *given, [True, True, *wants_parameters]))
+    given = (x_seq, v_init, state, checkpoints, *parameters, numbers, noisy)
+    torch.library.opcheck(operators.lif_backward, (*grads, *given, [True, True, *wants_parameters]))
     no_grads = [None, grads[1], None, None]
-    torch.library.opcheck(operators.lif_backward, (no_grads, *given, [False, False, *wants_parameters]))
+    torch.library.opcheck(operators.lif_backward, (*no_grads, *given, [False, False, *wants_parameters]))
     torch.library.opcheck(operators.draw_rng_state, (state,), test_utils=("test_schema", "test_faketensor"))
 
 
 def test_opcheck_with_gradients(backend, device):
     operators = BACKENDS[backend].operators
-    x_seq, _, _, parameters, *packed = operator_inputs(device, random_input(20, 2, 3, device=device))
-    torch.library.opcheck(operators.lif_forward, (x_seq, None, None, parameters, *packed, [True] * 4))
-    parameters[1] = uniform(3, low=0.3, high=0.9, device=device)
-    torch.library.opcheck(operators.integrator_forward, (x_seq, None, parameters, *packed, False, True))
+    x_seq, *_, numbers, rules = given = operator_inputs(device, random_input(20, 2, 3, device=device))
+    torch.library.opcheck(operators.lif_forward, (*given, [True] * 4))
+    decay = uniform(3, low=0.3, high=0.9, device=device)
+    torch.library.opcheck(operators.integrator_forward, (x_seq, None, decay, None, numbers, rules, False, True))
     x_seq = random_input(4, 2, 3, device=device)
     weight, bias = uniform(3, low=0.5, high=1.5, device=device), uniform(3, low=0.5, high=1.5, device=device)
     arguments = (x_seq, None, None, None, weight, bias, 1e-5, 0.9, 0)
@@ -251,8 +251,8 @@ def test_opcheck_with_gradients(backend, device):
 def test_the_operator_by_itself(backend, device, keeps_checkpoints):
     """No output is silently left out, a graph is made only on request, and has one derivative."""
     operators = BACKENDS[backend].operators
-    x_seq, _, _, parameters, *packed = given = operator_inputs(device, random_input(20, 2, 3, device=device))
-    width, *_, reset = leaves = [each for each in parameters if each is not None]
+    x_seq, _, _, *others = given = operator_inputs(device, random_input(20, 2, 3, device=device))
+    width, reset = leaves = [each for each in others if isinstance(each, torch.Tensor)]
     s_seq, v_last, *checkpoints = operators.lif_forward(*given, [True, False, False, keeps_checkpoints])
     assert len(checkpoints) == keeps_checkpoints
     assert not any(each.requires_grad for each in checkpoints)
@@ -265,8 +265,8 @@ def test_the_operator_by_itself(backend, device, keeps_checkpoints):
         assert not operators.lif_forward(*given, [True, False, False, keeps_checkpoints])[0].requires_grad
     if keeps_checkpoints:
         grads = [torch.ones_like(s_seq).requires_grad_(), None, None, None]
-        inputs = (x_seq, None, None, *checkpoints, parameters, *packed)
-        for gradient in operators.lif_backward(grads, *inputs, [True, False, True, *[False] * 7]):
+        inputs = (x_seq, None, None, *checkpoints, *others)
+        for gradient in operators.lif_backward(*grads, *inputs, [True, False, True, *[False] * 7]):
             with pytest.raises(RuntimeError, match="a second derivative was asked for"):
                 gradient.sum().backward()
 

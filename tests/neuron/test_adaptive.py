@@ -58,6 +58,5 @@ def test_operators_refuse_what_no_kernel_computes(name):
         (plain._replace(adaptation=3), None, "no adaptation has the number 3"),
         (plain._replace(adaptation=IN_RESET, hard_reset=1), None, "no adaptation has the number 4 with a hard reset"),
     ):
-        parameters = [*[None] * 7, residual]
         with pytest.raises(ValueError, match=message):
-            BACKENDS[name].operators.lif_forward(x_seq, None, None, parameters, numbers, rules, [False] * 4)
+            BACKENDS[name].operators.lif_forward(x_seq, *[None] * 9, residual, numbers, rules, [False] * 4)

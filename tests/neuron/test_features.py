@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.func import grad, vmap
 
 from asgl_cuda.backends import BACKENDS, Operators
+from asgl_cuda.reference import Parameters
 from asgl_cuda.surrogate import SURROGATES
 from benchmarks.speed.clocks import saved_storages
 
@@ -427,14 +428,13 @@ def test_operators_check_each_tensor(backend, device, feature, way, monkeypatch)
         pytest.skip("no direct calls")
     for name, arguments in recorded(feature, backend, device, monkeypatch, steps=18):
         operator = getattr(getattr(BACKENDS[backend], way), name)
-        for place, value in enumerate(arguments):
-            in_list = isinstance(value, (list, tuple))
-            for index, tensor in enumerate(value if in_list else [value]):
-                for other in changes(tensor, in_list and len(value) == 8) if isinstance(tensor, Tensor) else ():
-                    new = [*value[:index], other, *value[index + 1 :]] if in_list else other
-                    what = f"{name} takes {place}, {index}: {list(other.shape)}, {other.dtype}, {other.device}"
-                    with pytest.raises((ValueError, TypeError), match="asgl_cuda"):
-                        refused(operator, what, [*arguments[:place], new, *arguments[place + 1 :]])
+        schema = getattr(BACKENDS[backend].operators, name)._schema
+        for place, (value, argument) in enumerate(zip(arguments, schema.arguments, strict=True)):
+            broadcasts = argument.name in Parameters._fields
+            for other in changes(value, broadcasts) if isinstance(value, Tensor) else ():
+                what = f"{name} takes {argument.name}: {list(other.shape)}, {other.dtype}, {other.device}"
+                with pytest.raises((ValueError, TypeError), match="asgl_cuda"):
+                    refused(operator, what, [*arguments[:place], other, *arguments[place + 1 :]])
 
 
 def refused(operator, what, arguments):

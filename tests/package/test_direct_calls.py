@@ -124,8 +124,8 @@ def test_a_mode_of_the_dispatcher_sees_direct_calls():
 @pytest.mark.parametrize("way", ["operators", "direct"])
 def test_both_ways_refuse_wrong_arguments(way):
     forward = getattr(CPU, way).lif_forward
-    with pytest.raises(ValueError, match="asgl_cuda: expected 7 parameters and a residual, got 2"):
-        forward(torch.rand(4, 7), None, None, [None, None], [0.0] * 11, [0] * 14, [False] * 4)
+    with pytest.raises(ValueError, match="asgl_cuda: expected 11 numbers, got 2"):
+        forward(torch.rand(4, 7), *[None] * 10, [0.0] * 2, [0] * 14, [False] * 4)
     with pytest.raises((TypeError, RuntimeError), match="lif_forward"):
         forward(torch.rand(4, 7))
 
