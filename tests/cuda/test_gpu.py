@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -41,6 +42,10 @@ def large() -> int:
     return 2 * properties.multi_processor_count * properties.max_threads_per_multi_processor
 
 
+def noise(seed: int = 1234567890123) -> dict[str, Any]:
+    return {"analog_prob": 0.3, "rng_state": rng_state(seed, device="cuda")}
+
+
 def results(backend: str, x_seq: Tensor, grad: Tensor | None = None, **options) -> tuple[Tensor, ...]:
     """Spikes and gradients, of x and of the options that require one."""
     leaf = x_seq.detach().requires_grad_()
@@ -53,45 +58,52 @@ def same_bits(ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...]) -> bool:
     return all(torch.equal(our, their) for our, their in zip(ours, theirs, strict=True))
 
 
-@pytest.mark.parametrize("steps", [1, 4, 7, 16, 18])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("v_reset", [0.1, None])
+@pytest.mark.parametrize(
+    ("steps", "dtype", "v_reset"),
+    [(1, torch.float32, 0.1), (4, torch.float16, None), (4, torch.bfloat16, 0.1), (7, torch.float32, None),
+     (16, torch.float16, 0.1), (18, torch.bfloat16, None), (18, torch.float32, 0.1)],
+)  # fmt: skip
 def test_large_layer_with_one_width(backend, large, steps, dtype, v_reset):
     assert_equals_reference(
         random_input(steps, large, dtype=dtype, device="cuda"), backend, outputs=("s_seq",), v_reset=v_reset,
-        width=uniform(low=0.5, high=1.5, device="cuda"), analog_prob=0.3, rng_state=rng_state(device="cuda"),
+        width=uniform(low=0.5, high=1.5, device="cuda"), **noise(),
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-@pytest.mark.parametrize(("sizes", "surrogate"), [((), "rectangle"), ((16, 1), "sigmoid"), ((1, 128), "rectangle")])
+@pytest.mark.parametrize(
+    ("dtype", "sizes", "surrogate"),
+    [(torch.bfloat16, (), "rectangle"), (torch.float32, (16, 1), "sigmoid"), (torch.float32, (1, 128), "rectangle"),
+     (torch.float64, (), "rectangle")],
+)  # fmt: skip
 def test_large_layer_with_everything(backend, large, dtype, sizes, surrogate):
     real = real_of(dtype)
-
-    def parameter(low, high, *shape):
-        return uniform(*shape, low=low, high=high, dtype=real, device="cuda")
-
+    ranges = {
+        "width": (0.7, 1.5), "decay": (0.4, 0.9), "v_threshold": (0.8, 1.2), "v_reset": (-0.2, 0.2),
+        "input_gain": (0.8, 1.2), "input_bias": (-0.1, 0.1), "input_mean": (-0.1, 0.1),
+    }  # fmt: skip
+    parameters = {
+        name: uniform(*sizes, low=low, high=high, dtype=real, device="cuda") for name, (low, high) in ranges.items()
+    }
     assert_equals_reference(
         random_input(18, large // 2048, 16, 128, dtype=dtype, device="cuda"), backend, surrogate=surrogate,
-        width=parameter(0.7, 1.5, *sizes), decay=parameter(0.4, 0.9, *sizes), v_threshold=parameter(0.8, 1.2, *sizes),
-        v_reset=parameter(-0.2, 0.2, *sizes), input_gain=parameter(0.8, 1.2, *sizes),
-        input_bias=parameter(-0.1, 0.1, *sizes), input_mean=parameter(-0.1, 0.1, *sizes),
-        v_init=parameter(-1, 1, large // 2048, 16, 128), scale_output=True, analog_prob=0.3,
-        rng_state=rng_state(device="cuda"),
+        v_init=uniform(large // 2048, 16, 128, low=-1, high=1, dtype=real, device="cuda"), scale_output=True,
+        **parameters, **noise(),
     )  # fmt: skip
 
 
 def test_two_runs_of_a_large_layer_are_bit_identical(backend, large):
     x_seq = random_input(18, large // 16, 16, device="cuda")
-    options = {"analog_prob": 0.3, "rng_state": rng_state(device="cuda")}
     for sizes in ((), (16,)):
         width = uniform(*sizes, low=0.5, high=1.5, device="cuda")
-        first, second = (results(backend, x_seq, width=width, **options) for _ in range(2))
+        first, second = (results(backend, x_seq, width=width, **noise()) for _ in range(2))
         assert same_bits(first, second)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-@pytest.mark.parametrize("offset", [1, 2, 3, 4])
+@pytest.mark.parametrize(
+    ("dtype", "offset"),
+    [(torch.bfloat16, 1), (torch.bfloat16, 2), (torch.bfloat16, 4), (torch.float32, 1), (torch.float32, 2),
+     (torch.float64, 1), (torch.float64, 3)],
+)  # fmt: skip
 def test_storage_that_begins_anywhere(backend, large, dtype, offset):
     """Input, gradient and potential as views that are not aligned for vector accesses."""
     real = real_of(dtype)
@@ -102,7 +114,7 @@ def test_storage_that_begins_anywhere(backend, large, dtype, offset):
 
     x_seq, grad = (random_input(5, large, dtype=dtype, device="cuda").detach() for _ in range(2))
     v_init = random_input(large, dtype=real, device="cuda").detach()
-    options = {"analog_prob": 0.3, "rng_state": rng_state(device="cuda")}
+    options = noise()
     expected = results(backend, x_seq, grad, v_init=v_init.requires_grad_(), **options)
     for x, g, v in (
         (shifted(x_seq), shifted(grad), shifted(v_init)),
@@ -117,8 +129,7 @@ def test_storage_that_begins_anywhere(backend, large, dtype, offset):
 def test_work_goes_to_the_current_stream(backend, large):
     """The input is written late, on another stream, and the host does not wait."""
     x_seq = random_input(18, large, device="cuda").detach()
-    width = uniform(low=0.5, high=1.5, device="cuda")
-    options = {"width": width, "analog_prob": 0.3, "rng_state": rng_state(device="cuda")}
+    options = {"width": uniform(low=0.5, high=1.5, device="cuda"), **noise()}
     expected = results(backend, x_seq, **options)
     late = torch.zeros_like(x_seq)
     side = torch.cuda.Stream()
@@ -169,9 +180,6 @@ def test_second_device_while_the_first_is_current(backend, large):
             random_input(18, neurons, device=second), backend, width=uniform(low=0.5, high=1.5, device=second),
             analog_prob=0.3, rng_state=rng_state(device=second),
         )  # fmt: skip
-        assert (
-            asgl_cuda.lif(random_input(18, neurons, device=second), analog_prob=0.3, backend=backend).device == second
-        )
         assert torch.cuda.current_device() == 0
     with pytest.raises(ValueError, match=r"width must be on cuda:1 as x_seq, got cuda:0"):
         asgl_cuda.lif(random_input(4, 31, device=second), width=torch.ones((), device="cuda:0"))
@@ -182,12 +190,11 @@ def test_graph_of_forward_and_backward(backend, large, size):
     neurons = large if size == "large" else 1000
     x_seq = random_input(18, neurons, device="cuda").detach()
     width = uniform(low=0.5, high=1.5, device="cuda")
-    state = rng_state(device="cuda")
-    options = {"width": width, "analog_prob": 0.3, "rng_state": state}
+    options = {"width": width, **noise()}
     graph, outputs = captured(lambda: results(backend, x_seq, **options))
     for seed in (1, 2):
         x_seq.copy_(random_input(18, neurons, device="cuda"))
-        state.copy_(rng_state(seed, device="cuda"))
+        options["rng_state"].copy_(rng_state(seed, device="cuda"))
         width.data.mul_(1.5)
         for _ in range(2):
             graph.replay()
@@ -221,24 +228,19 @@ def test_graph_draws_fresh_noise_at_each_replay(backend):
     def step() -> tuple[Tensor, ...]:
         return results(backend, x_seq, analog_prob=0.5)
 
-    def replayed(seed: int) -> list[tuple[Tensor, ...]]:
+    graph, outputs = captured(step)
+    found = []
+    for seed in (7, 8, 7):
         torch.manual_seed(seed)
-        found = []
         for _ in range(3):
             graph.replay()
             found.append(tuple(output.clone() for output in outputs))
-        return found
-
-    graph, outputs = captured(step)
-    first, other, again = replayed(7), replayed(8), replayed(7)
-    for ours, theirs in zip(first, again, strict=True):
-        assert same_bits(ours, theirs)
-    masks = [s_seq[0] == 0.75 for s_seq, _ in (*first, *other)]
+    assert all(map(same_bits, found[:3], found[6:]))
+    masks = [s_seq[0] == 0.75 for s_seq, _ in found[:6]]
     for i, mask in enumerate(masks):
         # 1000 fair coins: five deviations of the share are 0.08; two masks agree in half of their elements.
-        assert abs(mask.float().mean().item() - 0.5) < 0.08
-        for later in masks[i + 1 :]:
-            assert abs((mask == later).float().mean().item() - 0.5) < 0.08
+        shares = [mask.float().mean(), *((mask == later).float().mean() for later in masks[i + 1 :])]
+        assert all(abs(share.item() - 0.5) < 0.08 for share in shares)
 
 
 def test_graph_draws_the_same_noise_for_forward_and_backward(backend):

@@ -20,6 +20,7 @@ from torch import Tensor
 from asgl_cuda import backends
 from asgl_cuda.batch_norm import batch_norm_lif
 from asgl_cuda.functional import lif
+from asgl_cuda.integrator import leaky_integrator
 
 from ..emulation.emulated import LARGE, TINY
 from ..kernels.cuda_code import Kernel
@@ -78,34 +79,6 @@ def count(accesses: Iterable[Access], sequences: Iterable[range]) -> Counts:
         column = 2 * (not any(first.address in each for each in sequences)) + first.stores
         found[column] = Sectors(*map(sum, zip(found[column], sectors(at_once), strict=True)))
     return Counts(*found)
-
-
-class TracingLauncher(Launcher):
-    """Counts the accesses of the kernels for which `is_wanted` is true; the others run untraced.
-
-    Sequences are the call's storages of at least `sequence_bytes`.
-    """
-
-    def __init__(
-        self, machine: Machine, multiprocessors: int, is_wanted: Callable[[Kernel], bool], sequence_bytes: int
-    ) -> None:
-        super().__init__(machine, multiprocessors)
-        self._is_wanted, self._sequence_bytes = is_wanted, sequence_bytes
-        self.found: list[tuple[Kernel, Counts]] = []
-
-    def launch(self, device: torch.device, kernel: str, blocks: int, threads: int, params: int, size: int) -> None:
-        name = Kernel.from_symbol(f"void {kernel}(")
-        self.machine.traced = self._is_wanted(name)
-        try:
-            super().launch(device, kernel, blocks, threads, params, size)
-        finally:
-            self.machine.traced = False
-        # A generic address may point to parameters, outside global memory.
-        own = range(params, params + size)
-        accesses = [access for access in self.machine.take_accesses() if access.address not in own]
-        if self._is_wanted(name):
-            storages = (range(*each) for each in self._local.storages.ranges)
-            self.found.append((name, count(accesses, [each for each in storages if len(each) >= self._sequence_bytes])))
 
 
 # ---- cases ----
@@ -178,6 +151,10 @@ def _general(x_seq: Tensor, options: dict[str, Any]) -> Any:
     )  # fmt: skip
 
 
+def _integrated(x_seq: Tensor, options: dict[str, Any]) -> Any:
+    return leaky_integrator(x_seq, decay=_learned(x_seq.dtype, value=0.5), backend=options["backend"])
+
+
 def _decay(*shape: int) -> Callable[[Tensor, dict[str, Any]], Any]:
     return lambda x_seq, options: lif(x_seq, decay=_learned(x_seq.dtype, *shape, value=0.5), **options)
 
@@ -211,22 +188,45 @@ def residual_cases(dtype: torch.dtype) -> Iterator[Case]:
 
 
 def few_cases() -> Iterator[Case]:
-    """Kernels that run per channel or per parameter value, with few and many slots."""
+    """Kernels that run per channel or per parameter value, with few and many slots, and the integrator's."""
     few, many = (4, 32, *SIZES[1:]), (1, 128, *SIZES[1:])
     for shape in (few, many):
         yield Case(("coefficients", "adjoint"), torch.float32, shape, _normalised)
         yield Case(("gradient sum",), torch.float32, shape, _plain, about="one value")
         yield Case(("gradient sum",), torch.float32, shape, _decay(*SIZES[1:2], 1, 1), about="a value a channel")
     yield Case(("gradient sum",), torch.float32, few, _decay(*SIZES[1:]), about="a value a neuron")
+    yield Case(("integrator",), torch.float32, (STEPS[-1], *SIZES), _integrated)
+
+
+class TracingLauncher(Launcher):
+    """Counts the accesses of a case's kernels; the others run untraced."""
+
+    def __init__(self, machine: Machine, case: Case) -> None:
+        super().__init__(machine, LARGE if case.one else TINY)
+        self._case = case
+        self._sequence_bytes = math.prod(case.shape) * case.dtype.itemsize
+        self.found: list[Row] = []
+
+    def launch(self, device: torch.device, kernel: str, blocks: int, threads: int, params: int, size: int) -> None:
+        name = Kernel.from_symbol(f"void {kernel}(")
+        self.machine.traced = name.kind.startswith(self._case.kernels)
+        try:
+            super().launch(device, kernel, blocks, threads, params, size)
+        finally:
+            # A generic address may point to parameters, outside global memory.
+            own = range(params, params + size)
+            accesses = [access for access in self.machine.take_accesses() if access.address not in own]
+            was_traced, self.machine.traced = self.machine.traced, False
+        if was_traced:
+            # No other tensor of a case is as large as a sequence.
+            storages = (range(*each) for each in self._local.storages.ranges)
+            sequences = [each for each in storages if len(each) >= self._sequence_bytes]
+            self.found.append(Row(name, self._case, count(accesses, sequences)))
 
 
 def trace(case: Case, machine: Machine) -> list[Row]:
     """Runs forward and backward."""
-    multiprocessors = LARGE if case.one else TINY
-    launcher = TracingLauncher(
-        machine, multiprocessors, lambda kernel: kernel.kind.startswith(case.kernels),
-        math.prod(case.shape) * case.dtype.itemsize,
-    )  # fmt: skip
+    launcher = TracingLauncher(machine, case)
     operators = backends.Operators(**launcher.operators())
     backends.BACKENDS[BACKEND] = backends.Backend(("cpu",), operators, lambda: None)
     try:
@@ -239,7 +239,7 @@ def trace(case: Case, machine: Machine) -> list[Row]:
         torch.autograd.backward(outputs, [torch.zeros_like(each) for each in outputs])
     finally:
         del backends.BACKENDS[BACKEND]
-    return [Row(kernel, case, counts) for kernel, counts in launcher.found]
+    return launcher.found
 
 
 # ---- the page ----
