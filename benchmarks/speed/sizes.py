@@ -43,8 +43,6 @@ class Size(NamedTuple):
     learned: str = LEARNED[0]
     adaptive: bool = False  # with rows for adaptive neurons, in place of those of ASGL
 
-    accesses = 5  # to an element, forward and backward
-
     @property
     def elements(self) -> int:
         return self.steps * self.neurons

@@ -489,6 +489,7 @@ def test_checkpoints_that_cannot_be_read(tmp_path, monkeypatch):
         call(monkeypatch, *common, "--resume")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_available() or not torch.distributed.is_gloo_available(), reason="no gloo")
 def test_two_processes(tmp_path):
     with socket.socket() as listener:
