@@ -74,10 +74,8 @@ BAD = [
     ({"reset_amount": torch.ones(5), **SOFT}, ValueError, "reset_amount|[4, 6, 3]|[5]", BROADCASTS),
     ({"decay": torch.ones(2, 4, 6, 3)}, ValueError, "decay|[4, 6, 3]|[2, 4, 6, 3]", BROADCASTS),
     ({"width": torch.ones(1, 4, 6, 3)}, ValueError, "width|[4, 6, 3]|[1, 4, 6, 3]", BROADCASTS),
-    ({"width": torch.ones(3, dtype=torch.int32)}, TypeError, "width must be of a floating type|torch.int32"),
     ({"decay": torch.ones((), dtype=torch.bool)}, TypeError, "decay|floating|torch.bool"),
     ({"v_threshold": torch.ones(3, dtype=torch.complex64)}, TypeError, "v_threshold|floating"),
-    ({"width": torch.ones(3, device="meta")}, ValueError, "width must be on cpu|meta"),
     ({"width": torch.ones(3).to_sparse()}, TypeError, "width|dense|sparse"),
     ({"width": "1"}, TypeError, "width must be a float or a tensor, got str"),
     ({"decay": None}, TypeError, "decay must be a float or a tensor, got NoneType"),
@@ -90,6 +88,9 @@ BAD = [
                               ([1e-40, INF, 1.0], "1.08e-19"), ([[INF]], "finite|inf"))
     ),
     ({"width": torch.zeros(3), "analog_prob": 0.5}, ValueError, "width must be > 0|got 0.0"),
+    # Beside the plans kept for widths of the same type and shape above.
+    ({"width": torch.ones(3, dtype=torch.int32)}, TypeError, "width must be of a floating type|torch.int32"),
+    ({"width": torch.ones(3, device="meta")}, ValueError, "width must be on cpu|meta"),
     ({"width": INF}, ValueError, "width|finite|inf"),
     ({"width": 1e-40}, ValueError, "width|1.08e-19|1e-40"),
     ({"width": 10**400}, ValueError, "width|float|beyond"),

@@ -158,8 +158,8 @@ def test_variance_where_outliers_come_first(backend, device, order, reverse, lay
 
 def smooth_gradients(function, leaves):
     s_seq = function(*leaves)
-    grad = torch.linspace(-1, 1, s_seq.numel(), device=s_seq.device).sin().bfloat16()  # of any type
-    return torch.autograd.grad(s_seq, leaves, grad.to(s_seq).view_as(s_seq))
+    grad = torch.randn(s_seq.shape, generator=torch.Generator().manual_seed(0)).bfloat16()  # a value of any type
+    return torch.autograd.grad(s_seq, leaves, grad.to(s_seq))
 
 
 def fused(backend):
@@ -210,20 +210,6 @@ def test_constant_channels(backend, device):
     output.h_seq.square().sum().backward()
     assert x_seq.grad.abs().max() < 1e-3  # the sums that cancel are divided by sqrt(eps)
     torch.testing.assert_close(bias.grad, 2 * bias.detach() * 48)
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_one_value_that_is_no_number(backend, device, value):
-    """The value's channel becomes NaN, other channels stay finite."""
-    x_seq, weight, _ = make("images", device)
-    x_seq[1, 1, 1].view(-1)[0] = value
-    leaf = x_seq.clone().requires_grad_()
-    output = batch_norm_lif(leaf, None, None, weight, training=True, backend=backend, return_h_seq=True)
-    channels = output.h_seq.movedim(2, 0).flatten(1)
-    assert channels[1].isnan().all()
-    assert channels[0].isfinite().all()
-    (grad,) = torch.autograd.grad(output.s_seq.sum(), leaf)
-    assert grad.movedim(2, 0)[0].isfinite().all()
 
 
 def test_one_and_two_values_a_channel(backend, device):
