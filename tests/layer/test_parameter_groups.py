@@ -338,7 +338,8 @@ OTHERS = {
 
 @pytest.mark.parametrize("make", OTHERS.values(), ids=OTHERS)
 def test_others_are_not(make, monkeypatch):
+    model = make()
     monkeypatch.setattr(asgl_cuda.checks, "_warned", set())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        parameter_groups(make(), 0.1)
+        parameter_groups(model, 0.1)

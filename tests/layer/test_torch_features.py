@@ -53,7 +53,6 @@ KINDS = {
     "soft reset": lambda **options: asgl_cuda.LIF(
         v_reset=None, learn_decay=True, detach_reset=True, surrogate="arctan", **options
     ),
-    "rectangle": lambda **options: asgl_cuda.LIF(width=2.0, **options),
     "integrator": lambda analog_prob, **options: asgl_cuda.LeakyIntegrator(
         8, granularity="channel", learn_decay=True, **options
     ),
@@ -64,13 +63,11 @@ KINDS = {
 
 
 def branches(backend, device, kinds=tuple(KINDS), analog_prob=0.0):
-    """Layers of each kind, two behind each other, and weights around."""
+    """A layer of each kind between weights."""
     torch.manual_seed(1)
     options = {"analog_prob": analog_prob, "backend": backend}
     made = {
-        kind.replace(" ", "_"): nn.Sequential(
-            nn.Linear(5, 8), KINDS[kind](**options), nn.Linear(8, 8), KINDS[kind](**options), nn.Linear(8, 3)
-        )
+        kind.replace(" ", "_"): nn.Sequential(nn.Linear(5, 8), KINDS[kind](**options), nn.Linear(8, 3))
         for kind in kinds
     }
     return Stack(lambda model, x_seq: torch.cat([each(x_seq) for each in model.children()], -1), **made).to(device)
