@@ -72,7 +72,7 @@ CASES = {
 NEURONS = [name for name in CASES if name != "LeakyIntegrator"]  # all that spike
 
 
-def make(name: str, backend: str = "reference", device: Any = "cpu", learn: bool = True, **options: Any) -> Any:
+def make(name: str, backend: str | None = "reference", device: Any = "cpu", learn: bool = True, **options: Any) -> Any:
     """A layer of the case, another value for each element of its parameters."""
     case = CASES[name]
     features = options.pop("features", None if options.get("granularity", "layer") == "layer" else N)

@@ -6,8 +6,8 @@ from typing import ClassVar
 
 import pytest
 import torch
-from comparison import random_input, randomized
-from layer_cases import Foreign, network
+from comparison import random_input
+from layer_cases import CASES, Foreign, N, make, network
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -30,73 +30,61 @@ def exact(**options):
     return LIF(decay=0.0, analog_prob=0.0, **options)
 
 
-def shaped(value, granularity, time_dim, dims):
-    """Parameters of granularity neuron `[C, W]` or channel `[C]` in an input of 4 dimensions, by hand."""
-    if granularity == "layer":
-        return value
-    sizes = [1, 1, 5, 1] if granularity == "channel" else [1, 1, 5, 3]
-    return value.reshape(sizes).movedim(0, time_dim)
-
-
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize(
-    ("surrogate", "v_reset", "stateful", "granularity", "time_dim", "dtype"),
+    ("kind", "granularity", "time_dim", "dtype", "stateful"),
     [
-        ("rectangle", 0.1, True, "layer", 0, torch.bfloat16), ("sigmoid", None, False, "channel", 1, torch.float32),
-        ("triangle", None, True, "neuron", 0, torch.float64), ("rectangle", 0.1, False, "neuron", -1, torch.float32),
-        ("sigmoid", 0.1, True, "channel", 0, torch.float64), ("triangle", None, False, "layer", 1, torch.bfloat16),
+        ("LIF", "layer", 0, torch.bfloat16, True), ("LIF", "channel", 1, torch.float32, False),
+        ("soft reset", "neuron", 0, torch.float64, True), ("soft reset", "channel", -1, torch.float32, True),
+        ("RecurrentLIF", "layer", 0, torch.float32, True), ("RecurrentLIF", "neuron", 1, torch.float64, False),
     ],
 )  # fmt: skip
 def test_monitor_measures_what_the_function_computes(
-    backend, device, surrogate, v_reset, stateful, training, granularity, time_dim, dtype
+    backend, device, kind, granularity, time_dim, dtype, stateful, training
 ):
-    options = {"surrogate": surrogate, "v_reset": v_reset, "stateful": stateful, "scale_output": not stateful}
-    features = {"layer": None, "channel": 5, "neuron": (5, 3)}[granularity]
-    options = {"analog_prob": 0.4, "v_threshold": 0.9, "width": 1.3, "backend": backend, **options}
-    learned = {"learn_decay": True, "learn_threshold": True}
-    layer = LIF(features, granularity=granularity, time_dim=time_dim, **learned, **options)
-    layer = randomized(layer).to(device).train(training)
-    inputs = [random_input(4, 2, 5, 3, dtype=dtype, device=device).detach().movedim(0, time_dim) for _ in range(2)]
-    torch.manual_seed(11)
-    with Monitor(layer) as monitor:
-        for x_seq in inputs:
-            layer(x_seq)
-    (found,) = monitor.result().values()
-
-    torch.manual_seed(11)
-    width, decay, threshold = (
-        shaped(value.detach(), granularity, time_dim, 4) for value in (layer.width, layer.decay, layer.v_threshold)
+    """From carried states and with the same noise, also of spikes whose height is the threshold."""
+    case, options = CASES[kind], {"granularity": granularity, "time_dim": time_dim, "stateful": stateful}
+    layer = make(kind, backend, device, **options).train(training)
+    layer = layer.double() if dtype == torch.float64 else layer
+    values = {name: getattr(layer, attribute).detach() for name, attribute in case.learned.items()}
+    if time_dim == -1:
+        values = {name: value.reshape(N, 1) for name, value in values.items()}
+    given = {**case.options, **values, "time_dim": time_dim, "return_h_seq": True, "backend": backend}
+    given["analog_prob"] = 0.4 if training else 0.0
+    shares = {name: [] for name in ("firing_rate", "analog_share", "inside", "smoothing_error")}
+    monitor = Monitor(layer)
+    for seed in range(2):
+        x_seq = random_input(6, 3, N, dtype=dtype, device=device).detach().mul(2).movedim(0, time_dim)
+        states = {f"{name}_init": getattr(layer, name) for name in case.states}
+        torch.manual_seed(seed)
+        with monitor:
+            s_seq = layer(x_seq)
+        torch.manual_seed(seed)
+        expected = case.function(x_seq, **given, **states)
+        assert torch.equal(s_seq, expected.s_seq)
+        threshold, width = (values[name].to(expected.h_seq) for name in ("v_threshold", "width"))
+        u = expected.h_seq - threshold
+        y = u * (1 / width)
+        fired = u > 0 if case.options.get("strict_threshold") else u >= 0
+        hard = fired * threshold if case.options.get("scale_output") else fired.to(u)
+        shares["firing_rate"].append(fired.movedim(time_dim, 0))
+        shares["analog_share"].append(s_seq != hard.to(dtype))
+        shares["inside"].append(y.abs() < 0.5)
+        shares["smoothing_error"].append((SURROGATES[layer.surrogate].cumulative(y) - fired.to(y)).abs())
+    by_neuron = torch.cat(shares["firing_rate"]).flatten(0, 1)
+    found = monitor.result()[""]
+    assert found == pytest.approx(
+        {
+            "width": layer.width.double().mean().item(),
+            **{name: torch.stack(parts).double().mean().item() for name, parts in shares.items()},
+            "dead": (~by_neuron.any(0)).double().mean().item(),
+            "saturated": by_neuron.all(0).double().mean().item(),
+        },
+        rel=1e-6,
+        abs=1e-12,
     )
-    spikes, differs, inside, errors, v = [], [], [], [], None
-    for x_seq in inputs:
-        s_seq, v_last, _, h_seq = asgl_cuda.lif(
-            x_seq, width=width, decay=decay, v_threshold=threshold, analog_prob=0.4 if training else 0.0, v_init=v,
-            surrogate=options["surrogate"], v_reset=options["v_reset"], scale_output=options["scale_output"],
-            return_v_last=True, return_h_seq=True, time_dim=time_dim, backend=backend,
-        )  # fmt: skip
-        v = v_last if options["stateful"] else None
-        y = (h_seq - threshold) * (1 / width.to(h_seq))
-        fired = h_seq - threshold >= 0
-        hard = fired * threshold if options["scale_output"] else fired.to(h_seq)
-        spikes.append(fired.movedim(time_dim, 0))
-        differs.append(s_seq != hard.to(dtype))
-        inside.append(y.abs() < 0.5)
-        errors.append((SURROGATES[options["surrogate"]].cumulative(y) - fired.to(y)).abs())
-    mean = lambda parts: torch.stack(parts).double().mean().item()  # noqa: E731
-    by_neuron = torch.stack(spikes).flatten(0, 2)  # [calls * T * N, 5, 3]
-    expected = {
-        "width": width.double().mean().item(),
-        "firing_rate": mean(spikes),
-        "analog_share": mean(differs),
-        "inside": mean(inside),
-        "smoothing_error": mean(errors),
-        "dead": (~by_neuron.any(0)).double().mean().item(),
-        "saturated": by_neuron.all(0).double().mean().item(),
-    }
-    assert found == pytest.approx(expected, rel=1e-6, abs=1e-12)
     assert 0 < found["firing_rate"] < 1
-    assert (found["analog_share"] > 0) == training
-    assert found["analog_share"] <= 0.6
+    assert (0 < found["analog_share"] < 0.6) == training
 
 
 @pytest.mark.parametrize(
@@ -408,28 +396,3 @@ def test_table_and_scalars():
     lone = Monitor(LIF(width=2.0))
     assert lone.scalars() == pytest.approx({"width": 2.0})
     assert "(the model)" in str(lone)
-
-
-@pytest.mark.parametrize(("analog_prob", "scale_output"), [(0.0, True), (0.5, False), (0.5, True)])
-def test_recurrent_layers(backend, device, analog_prob, scale_output):
-    """Also spikes whose height is the threshold, from the carried states and with the same noise."""
-    layer = asgl_cuda.RecurrentLIF(
-        8, syn_decay=0.7, v_threshold=0.4, scale_output=scale_output, stateful=True, analog_prob=analog_prob,
-        surrogate="sigmoid", decay=0.8, width=1.5, backend=backend,
-    ).to(device)  # fmt: skip
-    x_seq = 3 * torch.rand(6, 3, 8, device=device) - 0.8
-    torch.manual_seed(2)
-    expected = [layer(x_seq[:3]), layer(x_seq[3:])]
-    asgl_cuda.reset(layer)
-    torch.manual_seed(2)
-    with Monitor(layer) as monitor:
-        found = [layer(x_seq[:3]), layer(x_seq[3:])]
-    assert all(map(torch.equal, found, expected))
-    values, s_seq = monitor.result()[""], torch.cat(expected)
-    hard = (s_seq == 0) | (s_seq == (0.4 if scale_output else 1.0))
-    if not analog_prob:
-        assert values["firing_rate"] == pytest.approx((s_seq > 0).double().mean().item())
-    assert values["analog_share"] == pytest.approx(1 - hard.double().mean().item())
-    assert (0.2 < values["analog_share"] < 0.8) == (analog_prob > 0)
-    assert 0 < values["inside"] < 1
-    assert values["smoothing_error"] > 0

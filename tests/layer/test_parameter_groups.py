@@ -63,7 +63,7 @@ def test_groups_hold_every_parameter_once():
     recurrent = asgl_cuda.RecurrentLIF(5, syn_decay=0.5, learn_syn_decay=True)
     integrator = asgl_cuda.LeakyIntegrator(learn_decay=True)
     adaptive, norm = asgl_cuda.AdaptiveLIF(learn_adaptation=True), nn.LayerNorm((3, 4))
-    linear = nn.Linear(5, 5)
+    linear, neuron.inside = nn.Linear(5, 5), nn.Linear(2, 2)  # a module inside of neurons is none
     model = nn.Sequential(
         linear, neuron, nn.Sequential(linear, neuron, foreign), nn.BatchNorm1d(5), joined, recurrent, integrator, norm,
         adaptive,
@@ -71,9 +71,9 @@ def test_groups_hold_every_parameter_once():
     model[3].weight = linear.bias  # shared as a parameter, too
     linear.weight.requires_grad_(False)
     groups = {
-        "weights": [linear.weight, foreign.recurrent.weight, recurrent.recurrent_weight],
+        "weights": [linear.weight, neuron.inside.weight, foreign.recurrent.weight, recurrent.recurrent_weight],
         "norms": [
-            linear.bias, foreign.recurrent.bias, model[3].bias, joined.weight, joined.bias, recurrent.recurrent_bias,
+            linear.bias, neuron.inside.bias, foreign.recurrent.bias, model[3].bias, joined.weight, joined.bias, recurrent.recurrent_bias,
             *norm.parameters(),
         ],
         "neurons": [
@@ -338,7 +338,8 @@ OTHERS = {
 
 @pytest.mark.parametrize("make", OTHERS.values(), ids=OTHERS)
 def test_others_are_not(make, monkeypatch):
+    model = make()
     monkeypatch.setattr(asgl_cuda.checks, "_warned", set())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        parameter_groups(make(), 0.1)
+        parameter_groups(model, 0.1)

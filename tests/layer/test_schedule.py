@@ -134,19 +134,6 @@ def test_a_state_of_nonsense_or_other_layers_is_refused_and_nothing_is_changed(c
     assert (schedule.state_dict(), schedule.probs) == before
 
 
-def test_numbers_of_numpy_and_tensors_are_taken():
-    numpy = pytest.importorskip("numpy")
-    ours, theirs = network(), network()
-    expected = AnalogProbSchedule.linear(ours, 4, 0.25)
-    actual = AnalogProbSchedule.linear(theirs, numpy.int64(4), torch.tensor(0.25))
-    actual.load_state_dict({**actual.state_dict(), "epoch": numpy.int64(2)})
-    expected.load_state_dict({**expected.state_dict(), "epoch": 2})
-    assert actual.probs == expected.probs
-    assert type(actual.state_dict()["epoch"]) is int
-    assert AnalogProbSchedule.multi_step(theirs, [numpy.int32(1)], numpy.float32(0.5)).probs == actual.probs
-    assert AnalogProbSchedule(theirs, lambda start, epoch: torch.tensor(0.5)).probs == {"1": 0.5, "3": 0.5}
-
-
 def test_which_layers_are_scheduled():
     shared, ordinary, silent = LIF(analog_prob=0.4), LIF(analog_prob=0, learn_width=False), LIF(analog_prob=0)
     several, foreign = LIF(multi_spike=True, v_reset=None, analog_prob=0.0), Foreign()

@@ -43,45 +43,6 @@ def looped(function, *arguments):
     return tuple(torch.stack(each) for each in zip(*results, strict=True))
 
 
-@pytest.mark.parametrize(
-    ("steps", "shapes", "shared"),
-    [
-        (4, {"width": ()}, False),
-        (36, {"width": (7,), "decay": ()}, False),
-        (36, {"decay": (5, 1), "v_threshold": (5, 7)}, True),
-        (36, {"v_threshold": (-1, 1, 1), "input_gain": ()}, False),  # -1: a step
-    ],
-)
-def test_vmap_is_a_loop(backend, device, steps, shapes, shared):
-    """Outputs and gradients agree, with parameters of each sample or of all."""
-    x_seq = inputs(steps, device)
-    v_init = torch.rand(SAMPLES, 5, 7, device=device)
-    given = [
-        torch.rand(SAMPLES, *(steps if size < 0 else size for size in shape), device=device) * 0.5 + 0.4
-        for shape in shapes.values()
-    ]
-    parameters = [(each[0],) for each in given] if shared else given
-    in_dims = (0, 0, *(None if shared else 0 for _ in given))
-
-    def function(x_seq, v_init, *parameters):
-        named = dict(zip(shapes, parameters, strict=True))
-        out = asgl_cuda.lif(x_seq, v_init=v_init, surrogate="triangle", return_v_last=True, backend=backend, **named)
-        return out.s_seq, out.v_last
-
-    def loss(*arguments):
-        s_seq, v_last = function(*arguments)
-        return (s_seq * weights(s_seq)).sum() + (v_last * weights(v_last)).sum()
-
-    flat = [each[0] if isinstance(each, tuple) else each for each in (x_seq, v_init, *parameters)]
-    for actual, expected in zip(
-        vmap(function, in_dims)(*flat), looped(function, x_seq, v_init, *parameters), strict=True
-    ):
-        assert torch.equal(actual, expected)
-    every = tuple(range(len(flat)))
-    expected = looped(grad(loss, every), x_seq, v_init, *parameters)
-    close(vmap(grad(loss, every), in_dims)(*flat), expected)
-
-
 def test_where_the_mapped_dimension_is(backend, device):
     x_seq = inputs(36, device)
     width = torch.rand(SAMPLES, device=device) + 0.5
@@ -327,45 +288,65 @@ def normalised(x_seq, residual, value, **options):
     return asgl_cuda.batch_norm_lif(x_seq, mean.to(x_seq), variance.to(x_seq), value, **options)
 
 
-OPERATORS = {  # of x_seq, a residual and a parameter
-    "lif": lambda x_seq, residual, value, **options: asgl_cuda.lif(x_seq, width=value, **options),
-    "lif with residual": lambda x_seq, residual, value, **options: asgl_cuda.lif(
-        x_seq, v_threshold=value, residual=residual, residual_gain=0.5, **options
+# Of x_seq, a residual and a parameter, and the parameter's shape, where -1 is the number of steps.
+OPERATORS = {
+    "lif": (lambda x_seq, _, value, **options: asgl_cuda.lif(x_seq, width=value, **options), (2,)),
+    "lif of each neuron": (lambda x_seq, _, value, **options: asgl_cuda.lif(x_seq, decay=value, **options), (3, 2)),
+    "lif of each step": (
+        lambda x_seq, _, value, **options: asgl_cuda.lif(x_seq, v_threshold=value, **options), (-1, 1, 1),
     ),
-    "adaptive_lif": lambda x_seq, residual, value, **options: asgl_cuda.adaptive_lif(
-        x_seq, adapt_decay=0.9, adapt_spike=value, w_init=residual[0], **options
+    "lif with residual": (
+        lambda x_seq, residual, value, **options: asgl_cuda.lif(
+            x_seq, v_threshold=value, residual=residual, residual_gain=0.5, **options
+        ), (),
     ),
-    "leaky_integrator": lambda x_seq, residual, value, surrogate, **options: asgl_cuda.leaky_integrator(
-        x_seq, value, v_init=residual[0], **options
+    "adaptive_lif": (
+        lambda x_seq, residual, value, **options: asgl_cuda.adaptive_lif(
+            x_seq, adapt_decay=0.9, adapt_spike=value, w_init=residual[0], **options
+        ), (3, 1),
     ),
-    "batch_norm_lif in evaluation": normalised,
-    "batch_norm_lif in training": lambda x_seq, residual, value, **options: asgl_cuda.batch_norm_lif(
-        x_seq, None, None, value, training=True, **options
+    "leaky_integrator": (
+        lambda x_seq, residual, value, surrogate, **options: asgl_cuda.leaky_integrator(
+            x_seq, value, v_init=residual[0], **options
+        ), (2,),
     ),
-    "batch_norm_lif in training, with residual": lambda x_seq, residual, value, **options: asgl_cuda.batch_norm_lif(
-        x_seq, None, None, value, training=True, residual=residual, residual_gain=0.5, **options
+    "batch_norm_lif in evaluation": (normalised, (2,)),
+    "batch_norm_lif in training": (
+        lambda x_seq, _, value, **options: asgl_cuda.batch_norm_lif(
+            x_seq, None, None, value, training=True, **options
+        ), (2,),
     ),
-}
+    "batch_norm_lif in training, with residual": (
+        lambda x_seq, residual, value, **options: asgl_cuda.batch_norm_lif(
+            x_seq, None, None, value, training=True, residual=residual, residual_gain=0.5, **options
+        ), (2,),
+    ),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", OPERATORS)
 @pytest.mark.parametrize(
-    ("transform", "steps"),
-    [("grad(vmap)", 36), ("vmap(grad)", 36), ("vmap(vmap)", 36), ("jacrev", 4), ("grad(grad(vmap))", 4)],
-)
-def test_every_operator_under_transforms(backend, device, steps, name, transform):
+    ("transform", "steps", "shared"),
+    [
+        ("grad(vmap)", 36, True), ("vmap(grad)", 36, False), ("vmap(grad)", 4, True), ("vmap(vmap)", 36, False),
+        ("jacrev", 4, True), ("grad(grad(vmap))", 4, True),
+    ],
+)  # fmt: skip
+def test_every_operator_under_transforms(backend, device, name, transform, steps, shared):
     """Against the reference in a loop, without transforms; a second derivative is refused."""
+    function, shape = OPERATORS[name]
+    function, reference = (partial(function, surrogate="sigmoid", backend=each) for each in (backend, "reference"))
     x_seq, residual = inputs(steps, device, 3, 2), inputs(steps, device, 3, 2)
-    value = torch.rand(2, device=device) + 0.4
-    function = partial(OPERATORS[name], surrogate="sigmoid", backend=backend)
-    reference = partial(OPERATORS[name], surrogate="sigmoid", backend="reference")
-    every, in_dims = (0, 1, 2), (0, 0, None)
+    value = torch.rand(SAMPLES, *(steps if size < 0 else size for size in shape), device=device) + 0.4
+    value = value[0] if shared else value
+    every, in_dims = (0, 1, 2), (0, 0, None if shared else 0)
 
     def loss(*arguments, function=function):
         return (function(*arguments) * weights(x_seq[0])).sum()
 
     def expected(index):
-        leaves = [each.clone().requires_grad_() for each in (x_seq[index], residual[index], value)]
+        given = x_seq[index], residual[index], value if shared else value[index]
+        leaves = [each.clone().requires_grad_() for each in given]
         return torch.autograd.grad(loss(*leaves, function=reference), leaves, materialize_grads=True)
 
     def total(*arguments):
@@ -373,8 +354,8 @@ def test_every_operator_under_transforms(backend, device, steps, name, transform
 
     if transform == "vmap(vmap)":
         pairs = torch.stack([x_seq, x_seq + 0.3])
-        found = vmap(vmap(function, in_dims), in_dims)(pairs, torch.stack([residual] * 2), value)
-        assert torch.equal(found, torch.stack([looped(function, each, residual, (value,)) for each in pairs]))
+        found = vmap(vmap(function, in_dims), (0, 0, None))(pairs, torch.stack([residual] * 2), value)
+        assert torch.equal(found, torch.stack([looped(function, each, residual, value) for each in pairs]))
         return
     if transform == "grad(grad(vmap))":
         with pytest.raises(RuntimeError, match="asgl_cuda: a second derivative was asked for"):

@@ -319,11 +319,11 @@ MUTANTS = {
         "if wants_state and rules.members() > 1 else -1", "if False else -1",
         "neuron/test_features.py vmap and adaptive"),
     "batching: gradients are not written back": batching("    grad_x_seq.copy_(changed)\n", "",
-        "layer/test_transforms.py loop or further or mapped"),
+        "layer/test_transforms.py every_operator or further"),
     "batching: no samples": batching("if info.batch_size == 0:", "if False:", "layer/test_transforms.py no_samples"),
     "batching: checkpoints of other samples": batching(
         "count, neurons).movedim(1, 0)\n", "count, neurons).flatten(1).reshape(count, -1)\n",
-        "layer/test_transforms.py loop"),
+        "layer/test_transforms.py every_operator"),
     # ---- adaptive neurons ----
     "adaptive: w in any soft reset": adaptive("if v_reset is None and reset_amount is None", "if v_reset is None",
         "neuron/test_adaptive.py of_the_threshold_alone"),
