@@ -38,6 +38,7 @@ class Case(NamedTuple):
     shape: tuple[int, ...] = (B, N)  # of the input of a step
     scale: float = 2.5
     rtol: float = 1e-12
+    fires: bool = True  # else values are smooth
 
 
 def each(low, high):
@@ -333,7 +334,7 @@ def of_authors(kind=authors_code.InvSigmoid, p=0.0, steps=T, made=True, granular
 AUTHORS = {
     f"{kind.__name__}, {granularity}": Case(
         partial(of_authors, kind, p, granularity=granularity, decay=0.6, thresh=0.7, vreset=v_reset),
-        shape=(B, N, 2, 2),
+        shape=(B, N, 2, 2), fires=p == 0,
     )
     for (kind, granularity), p, v_reset in turns(
         list(itertools.product((authors_code.InvRectangle, authors_code.InvSigmoid), ("layer", "channel", "neuron"))),

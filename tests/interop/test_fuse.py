@@ -2,6 +2,7 @@
 
 import operator
 import sys
+from functools import partial
 
 import authors_code
 import pytest
@@ -90,15 +91,6 @@ NEURONS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", NEURONS)
-def test_neurons(name, backend):
-    make, shape = NEURONS[name]
-    model = make()
-    if name == "tdLayer":
-        model(torch.randn(shape))  # the width becomes a parameter
-    assert_alike(on(model.double(), backend), 2 * torch.randn(shape), 1, backend)
-
-
 # ---- views ----
 
 
@@ -129,39 +121,6 @@ VIEWS = {
     "squeeze": lambda net, x: net.norm(x.flatten(0, 1)).unsqueeze(2).squeeze(2).view(T, B, C, 6),
     "rows in the batch": lambda net, x: net.norm(x.flatten(0, 1)).view(T, B, C, 6).permute(0, 1, 3, 2).flatten(1, 2),
 }  # fmt: skip
-
-
-@pytest.mark.parametrize("name", VIEWS)
-def test_views(name, backend):
-    assert_alike(views(VIEWS[name]), 2 * torch.randn(T, B, C, 6), 1, backend)
-
-
-def test_channels_last_are_not_copied(backend, monkeypatch):
-    """What the operator gets is a view of the linear layer's output."""
-    fuse = sys.modules["asgl_cuda.interop.fuse"]
-    model, seen = views(linear, fc=nn.Linear(6, C)), []
-    original = fuse.module_batch_norm_lif
-    monkeypatch.setattr(
-        fuse, "module_batch_norm_lif", lambda norm, x, **more: seen.append(x) or original(norm, x, **more)
-    )
-    assert_alike(model, 2 * torch.randn(T, B, 5, 6), 1, backend)
-    assert all(x.shape == (T, B, C, 5) and x.movedim(2, -1).is_contiguous() for x in seen)
-    assert len(seen) > 2
-
-
-def test_noise_falls_on_the_same_elements(backend):
-    """Else the value is computed: the layout of the input is not the value's."""
-    parts = {"norm": nn.BatchNorm2d(C), "lif": asgl_cuda.LIF(analog_prob=0.3)}
-    model = Stack(lambda net, x: net.lif(net.norm(x.flatten(0, 1)).view(T, B, C, -1).transpose(2, 3)), **parts)
-    x_seq = torch.randn(SHAPE)
-    for x, joined in ((x_seq, 0), (x_seq.movedim(2, -1).contiguous().movedim(-1, 2), 1)):
-        fused, report = asgl_cuda.fuse(scattered(model), x)
-        assert len(report.replaced) == joined
-        assert joined or "whose noise would fall on other elements in this layout" in report.left[0].reason
-        expected = history(on(model, backend), x)
-        assert expected["output 1"].frac().any()
-        if joined == 0:
-            torch.testing.assert_close(history(on(fused, backend), x), expected)
 
 
 # ---- sums ----
@@ -195,12 +154,6 @@ FORMS = {
 }
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_sums(form, backend):
-    lif = asgl_cuda.LIF(analog_prob=0.0) if form == "views behind" else None
-    assert_alike(block(FORMS[form], lif), torch.randn(SHAPE), 1, backend)
-
-
 SUMMING = {
     "a gain": lambda: block(lif=asgl_cuda.LIF(input_gain=0.7, v_rest=0.2)),
     "the residual of the layer": lambda: Stack(
@@ -218,16 +171,52 @@ SUMMING = {
 }
 
 
-@pytest.mark.parametrize("name", SUMMING)
-def test_neurons_that_add(name, backend):
-    model, x_seq = SUMMING[name](), 2 * torch.randn(SHAPE)
-    x_seq = x_seq.flatten(0, 1) if name == "sinabs" else x_seq
-    model(x_seq)
-    for module in model.modules():
-        if hasattr(module, "reset_mem"):
-            module.reset_mem()
-    asgl_cuda.reset(model)
-    assert_alike(on(model.double(), backend), x_seq, 1, backend)
+MODELS = {
+    **{f"neurons: {name}": row for name, row in NEURONS.items()},
+    **{f"views: {name}": (partial(views, view), (T, B, C, 6)) for name, view in VIEWS.items()},
+    **{
+        f"adds: {name}": (partial(block, form, asgl_cuda.LIF(analog_prob=0.0) if "views" in name else None), SHAPE)
+        for name, form in FORMS.items()
+    },
+    **{f"adds: {name}": (make, (B * T, C, H, H) if name == "sinabs" else SHAPE) for name, make in SUMMING.items()},
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models(name, backend):
+    make, shape = MODELS[name]
+    model, x_seq = make().double(), 2 * torch.randn(shape)
+    if "tdLayer" in name:
+        model(x_seq)  # the width becomes a parameter
+    assert_alike(on(model, backend), x_seq, 1, backend)
+
+
+def test_channels_last_are_not_copied(backend, monkeypatch):
+    """What the operator gets is a view of the linear layer's output."""
+    fuse = sys.modules["asgl_cuda.interop.fuse"]
+    model, seen = views(linear, fc=nn.Linear(6, C)), []
+    original = fuse.module_batch_norm_lif
+    monkeypatch.setattr(
+        fuse, "module_batch_norm_lif", lambda norm, x, **more: seen.append(x) or original(norm, x, **more)
+    )
+    assert_alike(model, 2 * torch.randn(T, B, 5, 6), 1, backend)
+    assert all(x.shape == (T, B, C, 5) and x.movedim(2, -1).is_contiguous() for x in seen)
+    assert len(seen) > 2
+
+
+def test_noise_falls_on_the_same_elements(backend):
+    """Else the value is computed: the layout of the input is not the value's."""
+    parts = {"norm": nn.BatchNorm2d(C), "lif": asgl_cuda.LIF(analog_prob=0.3)}
+    model = Stack(lambda net, x: net.lif(net.norm(x.flatten(0, 1)).view(T, B, C, -1).transpose(2, 3)), **parts)
+    x_seq = torch.randn(SHAPE)
+    for x, joined in ((x_seq, 0), (x_seq.movedim(2, -1).contiguous().movedim(-1, 2), 1)):
+        fused, report = asgl_cuda.fuse(scattered(model), x)
+        assert len(report.replaced) == joined
+        assert joined or "whose noise would fall on other elements in this layout" in report.left[0].reason
+        expected = history(on(model, backend), x)
+        assert expected["output 1"].frac().any()
+        if joined == 0:
+            torch.testing.assert_close(history(on(fused, backend), x), expected)
 
 
 @pytest.mark.parametrize("first", ["branch", "shortcut"])
