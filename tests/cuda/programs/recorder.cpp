@@ -22,6 +22,8 @@ struct Files {
 };
 Files files{};
 
+constexpr int64 kMostBytes = 3 << 20;
+
 using Bytes = std::vector<char>;
 
 void append(Bytes& bytes, const void* from, int64 size) {
@@ -49,6 +51,8 @@ void record(std::FILE* file, Header header, Params params, const Launch& launch)
     }
     header.bytes += static_cast<int64>((array++)->size());
   });
+  constexpr bool kNeurons = requires { params.summary; };
+  if (kNeurons && header.bytes > kMostBytes) return;  // of sums over many neurons, only these
   std::fwrite(&header, sizeof(header), 1, file);
   std::fwrite(&params, sizeof(params), 1, file);
   for (const Bytes& bytes : arrays) std::fwrite(bytes.data(), 1, bytes.size(), file);

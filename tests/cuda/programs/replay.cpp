@@ -1,5 +1,5 @@
-// Launches every call of a file of recorder.cpp again, and compares the plan and each result, bit for bit. No torch, and
-// few instantiations, so that it compiles in a minute, also for a sanitizer. `replay FILE small` leaves out large calls,
+// Launches every call of files of recorder.cpp again, and compares the plan and each result, bit for bit. No torch, and
+// few instantiations, so that it compiles in a minute, also for a sanitizer. `replay small FILES` leaves out large calls,
 // for an emulation in which every CUDA thread is an OS thread.
 #if defined(ASGL_TEST_CPU)
 #include "cpu/recurrent.h"
@@ -37,15 +37,23 @@ using asgl_recording::for_each_array;
 using asgl_recording::Header;
 using asgl_recording::kAlignment;
 
-// In a build with seeded mutants, the environment selects one, and arrays have room for accesses beyond their ends:
-// results must reveal mutants.
+// In a build with seeded mutants, the environment selects one, and the first failure ends the program. Without a
+// sanitizer arrays have room for accesses beyond their ends: results must reveal mutants.
 #if defined(ASGL_TEST_MUTANTS)
-constexpr int64 kRoom = 65536;
+constexpr size_t kMostFailures = 1;
 void choose_mutant() { asgl::mutant = std::atoi(std::getenv("ASGL_MUTANT")); }
 #else
-constexpr int64 kRoom = 0;
+constexpr size_t kMostFailures = 3;
 void choose_mutant() {}
 #endif
+#if defined(ASGL_TEST_MUTANTS) && !defined(__SANITIZE_ADDRESS__)
+constexpr int64 kRoom = 65536;
+#else
+constexpr int64 kRoom = 0;
+#endif
+constexpr unsigned char kRoomByte = 0x7F;  // large numbers of each type: NaN would stay NaN
+
+constexpr int64 kFewThreads = 1024, kFewBytes = 300000;
 
 // ---- planning and starting a kernel, as the operators do ----
 
@@ -208,7 +216,7 @@ std::string first_difference(const Element* is, const char* was, int64 elements)
     if (!is_same(is[i], expected)) return "[" + std::to_string(i) + "]";
   }
   const auto* room = reinterpret_cast<const unsigned char*>(is + elements);
-  const bool overrun = std::any_of(room, room + kRoom, [](unsigned char byte) { return byte != 0xFF; });
+  const bool overrun = std::any_of(room, room + kRoom, [](unsigned char byte) { return byte != kRoomByte; });
   return overrun ? " beyond its end" : "";
 }
 
@@ -225,7 +233,7 @@ std::string replay(const Header& header, Reader file) {
     auto* first = static_cast<char*>(::operator new(offset + bytes + kRoom, std::align_val_t(kAlignment)));
     storage.emplace_back(first);
     std::memcpy(first + offset, file.take(bytes), bytes);
-    std::memset(first + offset + bytes, 0xFF, kRoom);
+    std::memset(first + offset + bytes, kRoomByte, kRoom);
     pointer = reinterpret_cast<Element*>(first + offset);
     if constexpr (!std::is_const_v<std::remove_reference_t<decltype(*pointer)>>) {
       compare.push_back([now = pointer, after = file.take(bytes), elements, number = storage.size()] {
@@ -314,9 +322,6 @@ std::string_view mapped(const char* path) {
 
 int main(int argc, char** argv) {
   choose_mutant();
-  const bool small = argc > 2 && std::string(argv[2]) == "small";
-  const std::string_view bytes = mapped(argc > 1 ? argv[1] : "");
-  constexpr size_t kMost = 3;
   int calls = 0;
   std::vector<std::string> failures;
   for (const auto& [holds, what] : {std::pair{is_analog_below_resolved(), "a wrong share of analog elements"},
@@ -324,16 +329,18 @@ int main(int argc, char** argv) {
                                     {are_errors_their_own(), "errors"}}) {
     if (!holds) failures.push_back(what);
   }
-  for (size_t at = 0; at < bytes.size() && failures.size() < kMost;) {
-    const auto header = Reader(bytes.data() + at).take<Header>();
-    const bool skipped = small && (header.blocks * header.threads > 1024 || header.bytes > 300000);
-    const std::string difference = skipped ? "" : replay_one(header, bytes.data() + at + sizeof(header));
-    if (!difference.empty()) failures.push_back(std::string(header.kernel) + ", call " + std::to_string(calls) + ": " + difference);
-    at += header.bytes;
-    calls += !skipped;
-#if defined(ASGL_TEST_MUTANTS)
-    if (!failures.empty()) break;
-#endif
+  const bool small = argc > 1 && std::string(argv[1]) == "small";
+  for (int i = small ? 2 : 1; i < argc; ++i) {
+    const std::string_view file = mapped(argv[i]);
+    for (size_t at = 0; at < file.size() && failures.size() < kMostFailures;) {
+      const char* const params = file.data() + at + sizeof(Header);
+      const auto header = Reader(file.data() + at).take<Header>();
+      at += header.bytes;
+      if (small && (header.blocks * header.threads > kFewThreads || header.bytes > kFewBytes)) continue;
+      const std::string difference = replay_one(header, params);
+      if (!difference.empty()) failures.push_back(std::string(header.kernel) + ", call " + std::to_string(calls) + ": " + difference);
+      ++calls;
+    }
   }
   for (const std::string& failure : failures) std::printf("%s\n", failure.c_str());
   std::printf("%zu of %d calls differ\n", failures.size(), calls);
