@@ -122,8 +122,7 @@ extern "C" void asgl_record(const char* cpu, const char* cuda, const char* exten
 
 // Starts an emulated kernel by `launch`, the emulation's function, and returns what that returns.
 extern "C" const char* asgl_record_launch(const char* kernel, int64 blocks, int threads, const void* params,
-                                          int64 resident,
-                                          const char* (*launch)(const char*, int64, int, const void*)) {
+                                          int64 resident, const char* (*launch)(const char*, int64, int, const void*)) {
   const char* problem = "no kernel that is recorded";
   with_params(kernel, [&]<class Params>() {
     Header header = header_of(kernel);

@@ -1,6 +1,6 @@
 // Launches every call of files of recorder.cpp again, and compares the plan and each result, bit for bit. No torch, and
-// few instantiations, so that it compiles in a minute, also for a sanitizer. `replay small FILES` leaves out large calls,
-// for an emulation in which every CUDA thread is an OS thread.
+// few instantiations, so that it compiles in a minute, also for a sanitizer. `replay small FILES` leaves out large
+// calls, for an emulation in which every CUDA thread is an OS thread.
 #if defined(ASGL_TEST_CPU)
 #include "cpu/recurrent.h"
 #include "launch.h"
@@ -120,8 +120,7 @@ bool is_planned(Params& params, const Header& header) {
 template <class Scalar>
 cudaError_t start_neuron(const cuda::Start& start) {
   const cuda::Kernel& kernel = start.launch.kernel;
-  const bool adapts =
-      kernel.of == cuda::Template::kAdaptiveForward || kernel.of == cuda::Template::kAdaptiveBackward;
+  const bool adapts = kernel.of == cuda::Template::kAdaptiveForward || kernel.of == cuda::Template::kAdaptiveBackward;
   if (adapts) return cuda::launch_adaptive<Scalar>(start);
   if (kernel.is_general()) return cuda::launch_general<Scalar>(start);
   if (kernel.surrogate == Surrogate::kSigmoid && !kernel.hard_reset) {
@@ -136,11 +135,17 @@ cudaError_t start_neuron(const cuda::Start& start) {
 }
 
 template <class Scalar>
-cudaError_t start(const ForwardParams<Scalar>&, const cuda::Start& start) { return start_neuron<Scalar>(start); }
+cudaError_t start(const ForwardParams<Scalar>&, const cuda::Start& start) {
+  return start_neuron<Scalar>(start);
+}
 template <class Scalar>
-cudaError_t start(const BackwardParams<Scalar>&, const cuda::Start& start) { return start_neuron<Scalar>(start); }
+cudaError_t start(const BackwardParams<Scalar>&, const cuda::Start& start) {
+  return start_neuron<Scalar>(start);
+}
 template <class Real>
-cudaError_t start(const GradientSum<Real>&, const cuda::Start& start) { return start(&gradient_sum_kernel<Real>); }
+cudaError_t start(const GradientSum<Real>&, const cuda::Start& start) {
+  return start(&gradient_sum_kernel<Real>);
+}
 template <class Scalar>
 cudaError_t start(const IntegratorParams<Scalar>&, const cuda::Start& start) {
   return cuda::launch_integrator<Scalar>(start);
@@ -272,7 +277,8 @@ bool are_large_sizes_planned() {
   params.shape = {1, 1, (int64{1} << 31) - 1};
   const bool settled = cuda::input_of(params) == Input::kPlain;
   ++params.shape.inner;
-  return settled && cuda::input_of(params) == Input::kGeneral && ChannelTiles::plan({5000, 3, 4}, 1, 8, 1).splits <= 2048;
+  return settled && cuda::input_of(params) == Input::kGeneral &&
+         ChannelTiles::plan({5000, 3, 4}, 1, 8, 1).splits <= 2048;
 }
 
 // A launch reports its own error alone, and leaves none behind; an error of others stays for them.
@@ -310,7 +316,7 @@ std::string replay_one(const Header& header, const char* params) {
 
 // The bytes of a file.
 std::string_view mapped(const char* path) {
-  struct stat status {};
+  struct stat status{};
   const int file = open(path, O_RDONLY);
   if (file < 0 || fstat(file, &status) != 0) return {};
   const auto size = static_cast<size_t>(status.st_size);
@@ -338,7 +344,8 @@ int main(int argc, char** argv) {
       at += header.bytes;
       if (small && (header.blocks * header.threads > kFewThreads || header.bytes > kFewBytes)) continue;
       const std::string difference = replay_one(header, params);
-      if (!difference.empty()) failures.push_back(std::string(header.kernel) + ", call " + std::to_string(calls) + ": " + difference);
+      if (!difference.empty())
+        failures.push_back(std::string(header.kernel) + ", call " + std::to_string(calls) + ": " + difference);
       ++calls;
     }
   }
