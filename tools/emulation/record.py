@@ -421,7 +421,7 @@ def recurrent_call(number: int, shape: tuple[int, int, int]) -> Call:
     for name in ("width", "decay", "v_threshold", "bias", "syn_decay", random.choice(("v_reset", "reset_amount"))):
         if name != "syn_decay" or random.once_in(2):
             options[name] = random.values(count, low=0.3, dtype=real)
-    options = {"v_reset": None} | options
+    options.setdefault("v_reset", None)
     learned = [name for name, value in options.items() if isinstance(value, Tensor)]
     learned = [] if random.once_in(3) else learned[random.once_in(3) :]  # without the weight
     options |= {
