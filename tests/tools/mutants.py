@@ -48,7 +48,7 @@ DEAD_LANES_OF_INTEGRATORS = integrator("load(params.grad_v_last + @, later)", "i
 BEYOND_LAST_ROW = channels("if (@) {\n        const Scalar* gradients", "row + k * index.step < index.end_row", "true")
 
 MUTANTS = {
-    "kernels_test": {
+    "neuron": {
         # ---- forward ----
         "all live": ALL_LIVE,
         "no tail check of spikes": kernels("if (@) Lanes::store(s,", "index.live", "true"),
@@ -340,7 +340,7 @@ MUTANTS = {
                                                     "false"),
         "too few blocks of a sum": plans("(sum.shape), @);", "part.elements_each", "part.elements_each + 1"),
     },
-    "adaptive_test": {
+    "adaptive": {
         # ---- the step ----
         "w in the current of all": adaptive("in_current() const { return @; }", "(this->adaptation & kInCurrent) != 0",
                                             "true"),
@@ -376,7 +376,6 @@ MUTANTS = {
         "w's gradient from the current of all": adaptive("choose(@, step.dc", "in_current()", "true"),
         "width's gradient as if w were nothing": adaptive("distance(@, neuron), step", "compared(h, w)", "h"),
         # ---- forward ----
-        "all live": ALL_LIVE,
         "w at v_rest": adaptive_kernels("w = @;\n}", "from == nullptr ? Real(0) : from[n + stride]",
                                         "from == nullptr ? v_rest : from[n + stride]"),
         "w of the next neuron": adaptive_kernels("to[@] = w", "n + stride", "n + stride - 1"),
@@ -455,7 +454,7 @@ MUTANTS = {
         "four neurons a thread backward": plans("plan_with_sums(params, grouped && fit_parameters(params) && @,",
                                                     "!params.options.adapts()", "true"),
     },
-    "batch_norm_test": {
+    "normalisation": {
         "no barrier before moments are joined": channels("= own;\n  @", BARRIER, ""),
         "no barrier between ways": NO_BARRIER_OF_CHANNELS,
         "no barrier between neighbours": channels("\n    @\n  }\n  return", BARRIER, ""),
@@ -512,8 +511,7 @@ MUTANTS = {
                                                                   "(gradients != nullptr || true)"),
         "channels may share four": plans("tiles.shape.inner % @ == 0", "4", "2"),
     },
-    "integrator_test": {
-        "all live": ALL_LIVE,
+    "integrator": {
         "the last step is not loaded": integrator("load_steps(@, next)", "left - kSteps", "left - kSteps - 1"),
         "no delay": integrator("out[j] = @;", "params.delay ? before[j] : v[j]", "v[j]"),
         "parameters of another step": integrator("t = @;\n      neuron", "kBack ? left - 1 - k : steps - left + k",
@@ -554,7 +552,7 @@ norm = partial(Mutant, "cpu/normalisation.cpp")
 PIECES = "for_each_stretch(tile, @, [&](int64 n, int64 offset, int64 length) {"
 
 CPU_MUTANTS = {
-    "recurrent_test": {
+    "recurrent": {
         "no bias": recurrent("args.product[n] + @)", "args.bias[n]", "Real(0)"),
         "a synapse that forgets": recurrent("= args.syn_decay[n] * @ + j", "args.i[n]", "Real(0)"),
         "no gradient through the synapse": recurrent("args.di[n] = @ * dj", "args.syn_decay[n]", "Real(0)"),
@@ -583,7 +581,7 @@ CPU_MUTANTS = {
         "only the last block's dense rows": products("i < kRows && @; ++i", "args.accumulate", "false"),
         "three rows as two": products("tile<2>(args, row, column), row += @;", "2", "1"),
     },
-    "kernels_test": {
+    "neuron": {
         "no residual gain": loops("kResidual ? c + @ * residual[i]", "args.residual_gain", "Real(1)"),
         "no residual gain in general loops": loops("+ @ * args.residual[i];", "args.residual_gain", "Real(1)"),
         "the residual of the tile's first stretch": tiles("kResidual ? residual + @ : nullptr", "i", "0"),
@@ -658,7 +656,7 @@ CPU_MUTANTS = {
         "soft reset's gradient without a spike": loops("keep_if(args.carried, @);", "dv * s", "dv"),
         "gain's gradient without a mean": loops("gain_sum[i] += dh[i] * (@)", "x[i] - neuron.input_mean", "x[i]"),
     },
-    "adaptive_test": {
+    "adaptive": {
         "w of v's first state": cpu("load_state(behind(params.v_init, @)", "all", "int64(0)"),
         "w in the h_seq of none": loops("choose(@, model.compared", "args.compared", "false"),
         "w's checkpoints too near": cpu("t + 1, w, @)", "checkpoint_stride(params.shape)", "params.shape.neurons()"),
@@ -683,7 +681,7 @@ CPU_MUTANTS = {
         "w does not change": loops("args.next_w[i] = @;", "next_w", "w"),
         "carried too early": loops("h, s, w, @, neuron, dv, dw)", "args.carried", "true"),
     },
-    "batch_norm_test": {
+    "normalisation": {
         "no gain of the residual's normalisation": norm("normalisation_adjoint(@ * args.dh[i]",
                                                         "args.gain.template at<kRows>(i)", "Real(1)"),
         "moments without the last value": norm("for (int lane = 0; @; ++i", "i < args.length", "i + 1 < args.length"),
@@ -695,7 +693,7 @@ CPU_MUTANTS = {
                                           "task.units - in_row)", "tiles.units_per_channel"),
         "the mean of another channel": norm("values[i][@]};", "channel", "i == 0 ? int64(0) : channel"),
     },
-    "integrator_test": {
+    "integrator": {
         "no delay": cpu_integrator("args.out[i] = @;", "args.delay ? before : state", "state"),
         "parameters of another step": cpu_integrator("neurons.move_to(tile, @);", "t", "int64(0)"),
         "decay's gradient of another step": cpu_integrator("tile, @, v_buffer", "params.delay ? t : t - 1", "t"),

@@ -1,8 +1,9 @@
-"""Mistakes seeded in kernels and launchers: the programs in tests/cuda/programs find every one of them."""
+"""Mistakes seeded in kernels and launchers: recorded calls find every one of them."""
 
+import os
 import shutil
-from collections.abc import Callable, Iterable
-from functools import cache
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -28,11 +29,11 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("compiler")]
 ORDERS = ("middle", "ascending", "descending", "1", "2")
 
 
-def seed(csrc: Path, mutants: Iterable[Mutant], chosen: int = 0) -> None:
+def seed(csrc: Path, mutants: Iterable[Mutant]) -> None:
     """Adds all mutants to the sources; the variable `mutant` selects one by number, from 1."""
     declaration = csrc / "math" / "host_device.h"
     text = declaration.read_text()
-    declaration.write_text(text.replace("namespace asgl {", f"namespace asgl {{\ninline int mutant = {chosen};", 1))
+    declaration.write_text(text.replace("namespace asgl {", "namespace asgl {\ninline int mutant = 0;", 1))
     for number, (file, context, old, new) in enumerate(mutants, 1):
         source = csrc / file
         text = source.read_text()
@@ -45,90 +46,62 @@ def seed(csrc: Path, mutants: Iterable[Mutant], chosen: int = 0) -> None:
         source.write_text(text.replace(place, context.replace("@", either)))
 
 
-def seeded_program(program: str, mutants: Iterable[Mutant], csrc: Path, *flags: str) -> Path:
+def seeded_program(directory: Path, kernels: sanitize.Kernels, mutants: Iterable[Mutant], *flags: str) -> Path:
+    if kernels is sanitize.CUDA:
+        csrc = shutil.copytree(sanitize.CSRC, directory / "csrc")
+    else:
+        csrc = sanitize.few_instantiations(directory)
     seed(csrc, mutants)
-    path = csrc.parent / program
-    sanitize.build(program, path, ["-O1", "-DASGL_TEST_MUTANTS", *flags], csrc)
-    return path
+    sanitize.build(kernels, directory / "replay", ["-DASGL_TEST_MUTANTS", *flags], csrc)
+    return directory / "replay"
 
 
-def first_failure(program: Path, number: int, orders: Iterable[str] = ORDERS) -> str:
-    """The failed cases of the first order with any: values that differ, or an error of the emulation.
-
-    A crash would prove nothing.
-    """
+def first_failure(program: Path, number: int, calls: Path, orders: Iterable[str]) -> str:
+    """What differs in the first order with any: a result, a plan, an error of the emulation, or a crash."""
     for order in orders:
-        result = sanitize.run(program, ASGL_MUTANT=str(number), ASGL_EMULATION_ORDER=order)
-        assert "cases failed" in result.stdout, f"crash: {result.stdout} {result.stderr}"
+        result = sanitize.run(program, calls, ASGL_MUTANT=str(number), ASGL_EMULATION_ORDER=order)
         if result.returncode != 0:
-            return result.stdout
+            return result.stdout or f"status {result.returncode}: {result.stderr}"
     return ""
 
 
-@pytest.fixture(scope="module")
-def seeded(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """All mutants of a program in one build."""
+@pytest.mark.parametrize("kernels", [sanitize.CUDA, sanitize.CPU], ids=lambda kernels: kernels.name)
+def test_recorded_calls_find_every_mutant(kernels, tmp_path):
+    families = MUTANTS if kernels is sanitize.CUDA else CPU_MUTANTS
+    named = {(family, name): mutant for family, mutants in families.items() for name, mutant in mutants.items()}
+    program = seeded_program(tmp_path, kernels, named.values(), "-O1")
+    calls = {path.stem: path for path in sanitize.calls_for(kernels)}
+    orders = ORDERS if kernels is sanitize.CUDA else ORDERS[:1]
 
-    @cache
-    def build(program: str) -> Path:
-        csrc = shutil.copytree(sanitize.CSRC, tmp_path_factory.mktemp(program) / "csrc")
-        path = seeded_program(program, MUTANTS[program].values(), csrc)
-        assert not first_failure(path, 0, ["middle"]), "without any of them all is well"
-        return path
+    def found(numbered: tuple[int, tuple[str, str]]) -> str:
+        number, (family, _) = numbered
+        return first_failure(program, number, calls[family], orders)
 
-    return build
-
-
-@pytest.mark.parametrize(
-    ("program", "name"), [pytest.param(program, name, id=name) for program in MUTANTS for name in MUTANTS[program]]
-)
-def test_mutant_is_found(seeded, program, name):
-    assert first_failure(seeded(program), list(MUTANTS[program]).index(name) + 1)
-
-
-@pytest.mark.parametrize("program", CPU_MUTANTS)
-def test_mutants_on_the_cpu_are_found(program, tmp_path):
-    """Each mutant changes values; without mutants every case passes."""
-    mutants, csrc = CPU_MUTANTS[program], sanitize.few_instantiations(tmp_path)
-    path = seeded_program(program, mutants.values(), csrc, sanitize.BASELINE, *sanitize.CPU)
-    found = {name: first_failure(path, number, ["middle"]) for number, name in enumerate(["none", *mutants])}
-    assert {name for name in found if not found[name]} == {"none"}, found
+    unchanged = [(0, (family, "")) for family in families]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        assert not any(pool.map(found, unchanged))
+        differences = pool.map(found, enumerate(named, 1))
+        survivors = [name for name, difference in zip(named, differences, strict=True) if not difference]
+    assert not survivors
 
 
-OUTSIDE = "outside of the arrays"
-# Program, mutant, sanitizer, if any, and words of the report.
 SANITIZED = {
-    "race of neurons": ("kernels_test", NO_BARRIER, sanitize.THREAD, "data race"),
-    "race of adaptive neurons": ("adaptive_test", NO_BARRIER_OF_ADAPTIVE, sanitize.THREAD, "data race"),
-    "race of channels": ("batch_norm_test", NO_BARRIER_OF_CHANNELS, sanitize.THREAD, "data race"),
-    "overflow of neurons": ("kernels_test", ALL_LIVE, sanitize.ADDRESS, "heap-buffer-overflow"),
-    "overflow of channels": ("batch_norm_test", BEYOND_LAST_ROW, sanitize.ADDRESS, "heap-buffer-overflow"),
-    "dead lanes of neurons": ("kernels_test", DEAD_LANES, (), OUTSIDE),
-    "dead lanes of adaptive neurons": ("adaptive_test", DEAD_LANES_OF_ADAPTIVE, (), OUTSIDE),
-    "dead lanes of integrators": ("integrator_test", DEAD_LANES_OF_INTEGRATORS, (), OUTSIDE),
-    "dead rows of channels": ("batch_norm_test", BEYOND_LAST_ROW, (), OUTSIDE),
-}
+    "data race": (sanitize.THREAD, [
+        ("neuron", NO_BARRIER), ("adaptive", NO_BARRIER_OF_ADAPTIVE), ("normalisation", NO_BARRIER_OF_CHANNELS),
+    ]),
+    "heap-buffer-overflow": (sanitize.ADDRESS, [
+        ("neuron", ALL_LIVE), ("neuron", DEAD_LANES), ("adaptive", DEAD_LANES_OF_ADAPTIVE),
+        ("integrator", DEAD_LANES_OF_INTEGRATORS), ("normalisation", BEYOND_LAST_ROW),
+    ]),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("name", SANITIZED)
-def test_sanitizer_finds_mutant(name, tmp_path):
-    program, mutant, flags, report = SANITIZED[name]
-    csrc = shutil.copytree(sanitize.CSRC, tmp_path / "csrc")
-    seed(csrc, [mutant], chosen=1)
-    sanitize.build(program, tmp_path / program, ["-O0", "-g", *flags], csrc)
-    result = sanitize.run(tmp_path / program, "small")
-    assert result.returncode != 0
-    assert report in result.stderr, result.stdout + result.stderr
-
-
-@pytest.fixture(scope="module", params=["kernels_test", "adaptive_test", "integrator_test", "batch_norm_test"])
-def program(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("kernels") / request.param
-    sanitize.build(request.param, path, ["-O1"])
-    return path
-
-
-@pytest.mark.parametrize("order", ORDERS)
-def test_kernels_are_right(program, order):
-    result = sanitize.run(program, ASGL_EMULATION_ORDER=order)
-    assert result.returncode == 0, result.stdout + result.stderr
+@pytest.mark.parametrize("report", SANITIZED)
+def test_sanitizer_finds_mutants(report, tmp_path):
+    flags, mutants = SANITIZED[report]
+    program = seeded_program(tmp_path, sanitize.CUDA, [mutant for _, mutant in mutants], "-O1", "-g1", *flags)
+    calls = {path.stem: path for path in sanitize.calls_for(sanitize.CUDA)}
+    for number, (family, mutant) in enumerate(mutants, 1):
+        result = sanitize.run(program, "small", calls[family], ASGL_MUTANT=str(number))
+        assert result.returncode != 0, mutant
+        assert report in result.stderr, f"{mutant} {result.stdout} {result.stderr}"

@@ -13,7 +13,6 @@
 #ifndef ASGL_CUDA_EMULATION_H
 #define ASGL_CUDA_EMULATION_H
 
-#include <deque>
 #include <type_traits>
 #include <utility>
 
@@ -21,23 +20,8 @@
 
 namespace asgl_emulation {
 
-struct RecordedLaunch {
-  const void* kernel;
-  dim3 grid, block;
-  std::size_t shared_bytes;
-  std::vector<std::vector<unsigned char>> arguments;
-
-  template <class T>
-  T argument(std::size_t position) const {
-    T value;
-    std::memcpy(static_cast<void*>(&value), arguments.at(position).data(), sizeof(T));
-    return value;
-  }
-};
-
 struct History {
   std::mutex mutex;
-  std::deque<RecordedLaunch> launches;
   cudaError_t sticky_error = cudaSuccess;
   std::string error_message;
 };
@@ -48,19 +32,6 @@ inline History& history() {
 }
 
 inline thread_local cudaError_t last_error = cudaSuccess;
-
-// The latest `launches_kept` launches that passed the configuration checks, oldest first.
-constexpr std::size_t launches_kept = 4096;
-
-inline std::vector<RecordedLaunch> recorded_launches() {
-  std::lock_guard<std::mutex> lock(history().mutex);
-  return {history().launches.begin(), history().launches.end()};
-}
-
-inline void clear_recorded_launches() {
-  std::lock_guard<std::mutex> lock(history().mutex);
-  history().launches.clear();
-}
 
 inline std::string error_message() {
   std::lock_guard<std::mutex> lock(history().mutex);
@@ -94,19 +65,15 @@ inline cudaError_t set_last_error(cudaError_t error) {
   return error;
 }
 
-inline cudaError_t run_kernel(std::function<void()> kernel, RecordedLaunch record) {
+inline cudaError_t run_kernel(std::function<void()> kernel, dim3 grid, dim3 block, std::size_t shared_bytes) {
   Launch launch;
   {
     std::lock_guard<std::mutex> lock(history().mutex);
     if (history().sticky_error != cudaSuccess) return history().sticky_error;
-    if (!within_limits(record.grid, record.block, record.shared_bytes)) {
-      return set_last_error(cudaErrorInvalidConfiguration);
-    }
-    launch.grid = record.grid;
-    launch.block = record.block;
-    history().launches.push_back(std::move(record));
-    if (history().launches.size() > launches_kept) history().launches.pop_front();
+    if (!within_limits(grid, block, shared_bytes)) return set_last_error(cudaErrorInvalidConfiguration);
   }
+  launch.grid = grid;
+  launch.block = block;
   launch.kernel = std::move(kernel);
   launch.blocks = std::uint64_t(launch.grid.x) * launch.grid.y * launch.grid.z;
   launch.block_threads = launch.block.x * launch.block.y * launch.block.z;
@@ -120,37 +87,28 @@ inline cudaError_t run_kernel(std::function<void()> kernel, RecordedLaunch recor
   return launch.error;
 }
 
-struct ErrorTexts {
-  const char *name, *description;
-};
-
-inline ErrorTexts error_texts(cudaError_t error) {
+inline const char* error_text(cudaError_t error) {
   switch (error) {
     case cudaSuccess:
-      return {"cudaSuccess", "no error"};
+      return "no error";
     case cudaErrorInvalidValue:
-      return {"cudaErrorInvalidValue", "invalid argument"};
+      return "invalid argument";
     case cudaErrorMemoryAllocation:
-      return {"cudaErrorMemoryAllocation", "out of memory"};
+      return "out of memory";
     case cudaErrorInvalidConfiguration:
-      return {"cudaErrorInvalidConfiguration", "invalid configuration argument"};
+      return "invalid configuration argument";
     case cudaErrorMisalignedAddress:
-      return {"cudaErrorMisalignedAddress", "misaligned address"};
+      return "misaligned address";
     case cudaErrorLaunchFailure:
-      return {"cudaErrorLaunchFailure", "unspecified launch failure"};
+      return "unspecified launch failure";
   }
-  return {"unrecognized error code", "unrecognized error code"};
+  return "unrecognized error code";
 }
 
 template <class... P, std::size_t... I>
 cudaError_t launch_kernel(void (*kernel)(P...), dim3 grid, dim3 block, void** arguments, std::size_t shared_bytes,
                           std::index_sequence<I...>) {
-  using Bytes = std::vector<unsigned char>;
-  RecordedLaunch record{reinterpret_cast<const void*>(kernel), grid, block, shared_bytes, {}};
-  (record.arguments.push_back(
-       Bytes(static_cast<unsigned char*>(arguments[I]), static_cast<unsigned char*>(arguments[I]) + sizeof(P))),
-   ...);
-  return run_kernel([=] { kernel(*static_cast<const P*>(arguments[I])...); }, std::move(record));
+  return run_kernel([=] { kernel(*static_cast<const P*>(arguments[I])...); }, grid, block, shared_bytes);
 }
 
 inline std::uint64_t warp_operation(Operation operation, unsigned mask, std::uint64_t value, unsigned source_lane,
@@ -181,11 +139,6 @@ inline void __syncthreads(asgl_emulation::Site site = asgl_emulation::Site::here
 
 inline void __syncwarp(unsigned mask = 0xffffffff, asgl_emulation::Site site = asgl_emulation::Site::here()) {
   asgl_emulation::warp_operation(asgl_emulation::Operation::syncwarp, mask, 0, 0, site);
-}
-
-inline unsigned __ballot_sync(unsigned mask, int predicate, asgl_emulation::Site site = asgl_emulation::Site::here()) {
-  const std::uint64_t vote = predicate != 0;
-  return unsigned(asgl_emulation::warp_operation(asgl_emulation::Operation::ballot, mask, vote, 0, site));
 }
 
 template <class T>
@@ -223,10 +176,6 @@ T __shfl_xor_sync(unsigned mask, T value, int lane_mask, int width = 32,
 }
 
 template <class T>
-T __ldg(const T* address) {
-  return *address;
-}
-template <class T>
 T __ldcs(const T* address) {
   return *address;
 }
@@ -234,9 +183,6 @@ template <class T>
 void __stcs(T* address, const T& value) {
   *address = value;
 }
-
-inline int __popc(unsigned value) { return __builtin_popcount(value); }
-inline unsigned __umulhi(unsigned a, unsigned b) { return unsigned(std::uint64_t(a) * b >> 32); }
 
 inline int min(int a, int b) { return a < b ? a : b; }
 inline int max(int a, int b) { return a > b ? a : b; }
@@ -247,15 +193,9 @@ using cudaStream_t = struct CUstream_st*;
 
 // The values are CUDA's own.
 enum cudaDeviceAttr {
-  cudaDevAttrMaxThreadsPerBlock = 1,
-  cudaDevAttrMaxBlockDimX = 2,
-  cudaDevAttrMaxGridDimX = 5,
-  cudaDevAttrMaxSharedMemoryPerBlock = 8,
   cudaDevAttrWarpSize = 10,
   cudaDevAttrMultiProcessorCount = 16,
   cudaDevAttrMaxThreadsPerMultiProcessor = 39,
-  cudaDevAttrComputeCapabilityMajor = 75,
-  cudaDevAttrComputeCapabilityMinor = 76,
 };
 
 template <class... P>
@@ -265,40 +205,18 @@ cudaError_t cudaLaunchKernel(void (*kernel)(P...), dim3 grid, dim3 block, void**
   return asgl_emulation::launch_kernel(kernel, grid, block, arguments, shared_bytes, std::index_sequence_for<P...>{});
 }
 
-inline cudaError_t cudaPeekAtLastError() {
+inline cudaError_t cudaGetLastError() {
   std::lock_guard<std::mutex> lock(asgl_emulation::history().mutex);
   const cudaError_t sticky = asgl_emulation::history().sticky_error;
-  return sticky != cudaSuccess ? sticky : asgl_emulation::last_error;
-}
-
-inline cudaError_t cudaGetLastError() {
-  const cudaError_t error = cudaPeekAtLastError();
+  const cudaError_t error = sticky != cudaSuccess ? sticky : asgl_emulation::last_error;
   asgl_emulation::last_error = cudaSuccess;
   return error;
 }
 
-inline const char* cudaGetErrorName(cudaError_t error) { return asgl_emulation::error_texts(error).name; }
-inline const char* cudaGetErrorString(cudaError_t error) { return asgl_emulation::error_texts(error).description; }
-
-inline cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
-  return cudaSuccess;
-}
+inline const char* cudaGetErrorString(cudaError_t error) { return asgl_emulation::error_text(error); }
 
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
   switch (device == 0 ? attribute : 0) {
-    case cudaDevAttrMaxThreadsPerBlock:
-      *value = 1024;
-      return cudaSuccess;
-    case cudaDevAttrMaxBlockDimX:
-      *value = 1024;
-      return cudaSuccess;
-    case cudaDevAttrMaxGridDimX:
-      *value = 0x7fffffff;
-      return cudaSuccess;
-    case cudaDevAttrMaxSharedMemoryPerBlock:
-      *value = 48 * 1024;
-      return cudaSuccess;
     case cudaDevAttrWarpSize:
       *value = warpSize;
       return cudaSuccess;
@@ -308,24 +226,8 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
     case cudaDevAttrMaxThreadsPerMultiProcessor:
       *value = 2048;
       return cudaSuccess;
-    case cudaDevAttrComputeCapabilityMajor:
-      *value = 8;
-      return cudaSuccess;
-    case cudaDevAttrComputeCapabilityMinor:
-      *value = 0;
-      return cudaSuccess;
   }
   return asgl_emulation::set_last_error(cudaErrorInvalidValue);
-}
-
-template <class... P>
-cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, void (*)(P...), int block_size,
-                                                          std::size_t shared_bytes) {
-  if (block_size < 1 || block_size > 1024 || shared_bytes > 48 * 1024) {
-    return asgl_emulation::set_last_error(cudaErrorInvalidValue);
-  }
-  *blocks = std::min(16, 2048 / block_size);
-  return cudaSuccess;
 }
 
 #endif  // ASGL_CUDA_EMULATION_H

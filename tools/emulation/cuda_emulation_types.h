@@ -1,5 +1,5 @@
 // CUDA's language extensions and types for an ordinary C++ compiler: the keywords, error codes, vector types whose
-// copies check their alignment, dim3, and the half-precision types.
+// copies check their alignment, dim3, and the conversions of half-precision types for PTX.
 #ifndef ASGL_CUDA_EMULATION_TYPES_H
 #define ASGL_CUDA_EMULATION_TYPES_H
 
@@ -163,27 +163,5 @@ inline std::uint16_t bfloat16_bits(float value) {
 }
 
 }  // namespace asgl_emulation
-
-struct __half {
-  std::uint16_t bits;
-};
-struct __nv_bfloat16 {
-  std::uint16_t bits;
-};
-using half = __half;
-using nv_bfloat16 = __nv_bfloat16;
-
-inline float __half2float(__half value) { return asgl_emulation::half_value(value.bits); }
-inline __half __float2half_rn(float value) { return {asgl_emulation::half_bits(value)}; }
-inline __half __float2half(float value) { return __float2half_rn(value); }
-inline __half __ushort_as_half(unsigned short bits) { return {bits}; }
-inline unsigned short __half_as_ushort(__half value) { return value.bits; }
-inline float __bfloat162float(__nv_bfloat16 value) {
-  return asgl_emulation::float_from_bits(std::uint32_t(value.bits) << 16);
-}
-inline __nv_bfloat16 __float2bfloat16_rn(float value) { return {asgl_emulation::bfloat16_bits(value)}; }
-inline __nv_bfloat16 __float2bfloat16(float value) { return __float2bfloat16_rn(value); }
-inline __nv_bfloat16 __ushort_as_bfloat16(unsigned short bits) { return {bits}; }
-inline unsigned short __bfloat16_as_ushort(__nv_bfloat16 value) { return value.bits; }
 
 #endif  // ASGL_CUDA_EMULATION_TYPES_H

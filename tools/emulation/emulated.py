@@ -39,8 +39,8 @@ class Emulation:
     """The loaded library: device, record of launches, and launcher."""
 
     def __init__(self, path: str) -> None:
-        self._library = ctypes.CDLL(path)
-        self._library.asgl_emulated_launch.restype = ctypes.c_char_p
+        self.library = ctypes.CDLL(path)
+        self.library.asgl_emulated_launch.restype = ctypes.c_char_p
         self._launches: list[Launch] = []
         self.set_multiprocessors(TINY)
 
@@ -57,7 +57,7 @@ class Emulation:
 
     def launch(self, device: torch.device, kernel: str, blocks: int, threads: int, params: int, size: int) -> None:
         self._launches.append(Launch(kernel, blocks, threads, ctypes.string_at(params, size)))
-        problem = self._library.asgl_emulated_launch(
+        problem = self.library.asgl_emulated_launch(
             kernel.encode(), ctypes.c_longlong(blocks), threads, ctypes.c_void_p(params)
         )
         if problem is not None:

@@ -1,6 +1,8 @@
-"""Runs emulated CUDA kernels and CPU kernels under sanitizers, without torch: `python -m tools.emulation.sanitize`."""
+"""Runs recorded calls of CUDA and CPU kernels under sanitizers: `python -m tools.emulation.sanitize`."""
 
 import argparse
+import fcntl
+import hashlib
 import os
 import platform
 import re
@@ -8,9 +10,11 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 from tools import host_compiler
 
@@ -18,6 +22,7 @@ ROOT = Path(__file__).parents[2]
 CSRC = ROOT / "csrc"
 EMULATION = Path(__file__).parent
 PROGRAMS = ROOT / "tests" / "cuda" / "programs"
+DIRECTORY = ROOT / "build" / "sanitize"
 # Without contraction, as the extension: bits are compared.
 FLAGS = ("-std=c++20", "-ffp-contract=off", "-pthread")
 
@@ -25,53 +30,39 @@ ADDRESS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 # ThreadSanitizer does not support fibres: each thread of a block is an OS thread.
 THREAD = ("-fsanitize=thread", "-DASGL_EMULATE_THREADS")
 
-# CPU instead of CUDA kernels; BASELINE, one instruction set, compiles in a third of the time.
-CPU = ("-DASGL_TEST_CPU", f"-I{EMULATION / 'cpu'}", "-include", "cpu_launchers.h")
-BASELINE = "-DASGL_TEST_BASELINE"
 
-# Program, flags and arguments: the CUDA kernels and those for the CPU, each under one sanitizer.
-JOBS = (
-    ("kernels_test", (*THREAD, *CPU, BASELINE), ("small",)),
-    ("kernels_test", ADDRESS, ()),
-    ("adaptive_test", (*ADDRESS, *CPU, BASELINE), ()),
-    ("adaptive_test", ADDRESS, ()),
-    ("integrator_test", (*ADDRESS, *CPU, BASELINE), ()),
-    ("integrator_test", ADDRESS, ()),
-    ("batch_norm_test", (*ADDRESS, *CPU), ()),
-    ("recurrent_test", (*ADDRESS, *CPU, BASELINE), ()),
-    ("batch_norm_test", ADDRESS, ()),
-)
-# With --all: the rest.
-MORE_JOBS = (
-    ("kernels_test", (*ADDRESS, *CPU), ()),
-    ("kernels_test", THREAD, ("small",)),
-    ("adaptive_test", THREAD, ("small",)),
-    ("integrator_test", THREAD, ("small",)),
-    ("batch_norm_test", THREAD, ("small",)),
-    ("selftest", ADDRESS, ()),
-    ("selftest", THREAD, ()),
-)
+class Kernels(NamedTuple):
+    """The kernels of a program; `own` are flags of their files alone."""
+
+    name: str
+    flags: tuple[str, ...]
+    own: tuple[str, ...] = ()
+
+
+CUDA = Kernels("cuda", (f"-I{EMULATION / 'include'}", f"-I{EMULATION}"))
+CLONES = Kernels("clones", ("-DASGL_TEST_CPU", f"-I{EMULATION / 'cpu'}"))
+CPU = Kernels("cpu", CLONES.flags, ("-include", "one_instruction_set.h"))
+
+# Kernels, sanitizer and size of the calls; with --all also the rest.
+JOBS = ((CUDA, ADDRESS, ""), (CPU, ADDRESS, ""), (CPU, THREAD, ""))
+MORE_JOBS = ((CUDA, THREAD, "small"), (CLONES, ADDRESS, ""))
 
 
 def few_instantiations(directory: Path) -> Path:
-    """A copy of csrc with only the tests' types and surrogates of CPU kernels, which compiles in seconds."""
+    """A copy of csrc with only the recorded types and surrogates of CPU kernels, which compiles in seconds."""
     csrc = directory / "csrc"
     shutil.rmtree(csrc, ignore_errors=True)
     shutil.copytree(CSRC, csrc)
-    surrogates = "std::make_integer_sequence<int, kNumSurrogates>{}"
+    few = "std::integer_sequence<int, 0, 2>{}"
     for file, pattern, replacement, count in (
-        ("launch.h", re.escape(surrogates), "std::integer_sequence<int, 0, 2>{}", 1),
-        (
-            "cpu/recurrent.cpp",
-            re.escape("std::make_integer_sequence<int, kNumSurrogates - 1>{}"),
-            "std::integer_sequence<int, 0, 2>{}",
-            1,
-        ),
+        ("launch.h", re.escape("std::make_integer_sequence<int, kNumSurrogates>{}"), few, 1),
+        ("cpu/recurrent.cpp", re.escape("std::make_integer_sequence<int, kNumSurrogates - 1>{}"), few, 1),
         ("cpu/recurrent.cpp", r"template void .*<Half>.*\n", "", 2),
         ("cpu/neuron.cpp", r"template void .*<Half>.*\n", "", 4),
         ("cpu/neuron_adaptive.cpp", r"template void .*<Half>.*\n", "", 2),
         ("cpu/neuron_settled.cpp", r"template void .*<Half>.*\n", "", 2),
         ("cpu/integrator.cpp", r"template void .*<Half>.*\n", "", 2),
+        ("cpu/normalisation.cpp", r"template void .*<Half>.*\n", "", 4),
     ):
         text, found = re.subn(pattern, replacement, (csrc / file).read_text())
         assert found == count, f"{file} has changed: {pattern} is {found} times in it"
@@ -79,17 +70,63 @@ def few_instantiations(directory: Path) -> Path:
     return csrc
 
 
-def build(name: str, program: Path, flags: Sequence[str] = (), csrc: Path = CSRC) -> None:
-    """Compiles tests/cuda/programs/NAME.cpp with the kernels in `csrc`."""
-    paths = [f"-I{EMULATION / 'include'}", f"-I{EMULATION}", f"-I{csrc}"]
-    command = [*host_compiler.command(), *FLAGS, *flags, *paths, str(PROGRAMS / f"{name}.cpp"), "-o", str(program)]
-    result = subprocess.run(command, capture_output=True, text=True)
-    if result.returncode != 0:
-        raise RuntimeError(f"{shlex.join(command)}\n{result.stderr}")
+def compile_all(sources: Sequence[tuple[Path, Sequence[str]]], program: Path, flags: Sequence[str]) -> None:
+    """Compiles sources, each with flags of its own, in parallel, and links them."""
+
+    def run(*arguments: str) -> None:
+        command = [*host_compiler.command(), *FLAGS, *flags, *arguments]
+        result = subprocess.run(command, capture_output=True, text=True)
+        if result.returncode != 0:
+            raise RuntimeError(f"{shlex.join(command)}\n{result.stderr[:10000]}")
+
+    with tempfile.TemporaryDirectory(dir=program.parent) as directory, ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = [str(Path(directory, f"{source.stem}.o")) for source, _ in sources]
+        commands = [(*own, "-c", str(source), "-o", path) for (source, own), path in zip(sources, objects, strict=True)]
+        list(pool.map(lambda arguments: run(*arguments), commands))
+        run(*objects, "-o", str(program))
 
 
-def run(program: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [str(program), *arguments]
+def build(kernels: Kernels, program: Path, flags: Sequence[str] = (), csrc: Path = CSRC) -> None:
+    """Compiles replay.cpp with the kernels in `csrc`."""
+    own = () if kernels is CUDA else sorted((csrc / "cpu").glob("*.cpp"))
+    sources = [(PROGRAMS / "replay.cpp", kernels.flags), *((source, kernels.flags + kernels.own) for source in own)]
+    compile_all(sources, program, [*flags, f"-I{csrc}"])
+
+
+def recorded_calls() -> Path:
+    """The directory with recorded calls, of an interpreter of its own unless sources are as they were."""
+    sources = [*CSRC.rglob("*.*"), *PROGRAMS.glob("record*"), *EMULATION.glob("*.*")]
+    sources += (path for path in (ROOT / "asgl_cuda").rglob("*.py"))
+    digest = hashlib.sha256()
+    for source in sorted(sources):
+        digest.update(source.read_bytes())
+    parent = DIRECTORY.with_name("recorded")
+    parent.mkdir(parents=True, exist_ok=True)
+    made, directory = parent / "made", parent / digest.hexdigest()[:16]
+    with (parent / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not directory.exists():
+            for old in (path for path in parent.iterdir() if path.is_dir()):
+                shutil.rmtree(old)
+            made.mkdir()
+            library = made / "recorder.so"
+            flags = ("-O1", "-shared", "-fPIC")
+            compile_all([(PROGRAMS / "recorder.cpp", (f"-I{CSRC}",))], library, flags)
+            command = [sys.executable, "-m", "tools.emulation.record", str(made)]
+            # Other instruction sets multiply matrices by fused operations.
+            environment = {"LD_PRELOAD": str(library), "ASGL_CUDA_INSTRUCTION_SET": "baseline"}
+            subprocess.run(command, check=True, cwd=ROOT, env={**os.environ, **environment})
+            made.rename(directory)
+    return directory
+
+
+def calls_for(kernels: Kernels) -> list[Path]:
+    paths = sorted(recorded_calls().glob("*.cuda" if kernels is CUDA else "*.cpu"))
+    return [path for path in paths if kernels is not CLONES or path.stem != "recurrent"]
+
+
+def run(program: Path, *arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [str(program), *map(str, arguments)]
     # A racing program may never end.
     variables = {"TSAN_OPTIONS": "halt_on_error=1", **os.environ, **environment}
     result = subprocess.run(command, capture_output=True, text=True, timeout=600, env=variables)
@@ -100,14 +137,13 @@ def run(program: Path, *arguments: str, **environment: str) -> subprocess.Comple
     return result
 
 
-def sanitize(name: str, flags: Sequence[str], arguments: Sequence[str], directory: Path) -> bool:
-    on_cpu = CPU[0] in flags
-    title = f"{name} {' '.join([*flags[:1], 'on the CPU' if on_cpu else 'emulated', *arguments])}"
-    program = directory / title.replace(" ", "_")
-    build(name, program, ["-O1", "-g1", *flags], directory / "csrc" if on_cpu else CSRC)
+def sanitize(kernels: Kernels, flags: Sequence[str], size: str) -> bool:
+    title = f"{kernels.name} {flags[0]} {size}".strip()
+    program = DIRECTORY / title.replace(" ", "_")
+    build(kernels, program, ["-O1", "-g1", *flags], CSRC if kernels is CUDA else DIRECTORY / "csrc")
     # With fibres, the check of returned locals takes two thirds of the time.
-    environment = {} if on_cpu else {"ASAN_OPTIONS": "detect_stack_use_after_return=0"}
-    result = run(program, *arguments, **environment)
+    environment = {"ASAN_OPTIONS": "detect_stack_use_after_return=0"} if kernels is CUDA else {}
+    result = run(program, *filter(None, [size]), *calls_for(kernels), **environment)
     if result.returncode == 0:
         print(f"{title}: {result.stdout.splitlines()[-1]}", flush=True)
     else:
@@ -115,15 +151,24 @@ def sanitize(name: str, flags: Sequence[str], arguments: Sequence[str], director
     return result.returncode == 0
 
 
+def selftest(flags: Sequence[str]) -> bool:
+    """The emulation itself."""
+    program = DIRECTORY / "selftest"
+    compile_all([(PROGRAMS / "selftest.cpp", CUDA.flags)], program, ["-O1", "-g1", *flags])
+    result = run(program, ASAN_OPTIONS="detect_stack_use_after_return=0")
+    print(f"selftest {flags[0]}: {result.stdout}{result.stderr}", flush=True)
+    return result.returncode == 0
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.emulation.sanitize", description=__doc__)
-    parser.add_argument("--all", action="store_true", help="every program under every sanitizer")
-    jobs = (*JOBS, *MORE_JOBS) if parser.parse_args().all else JOBS
-    directory = CSRC.parent / "build" / "sanitize"
-    directory.mkdir(parents=True, exist_ok=True)
-    few_instantiations(directory)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        clean = list(pool.map(lambda job: sanitize(*job, directory), jobs))
+    parser.add_argument("--all", action="store_true", help="all kernels under every sanitizer")
+    everything = parser.parse_args().all
+    DIRECTORY.mkdir(parents=True, exist_ok=True)
+    few_instantiations(DIRECTORY)
+    recorded_calls()
+    clean = [sanitize(*job) for job in (*JOBS, *(MORE_JOBS if everything else ()))]
+    clean += [selftest(flags) for flags in (ADDRESS, THREAD) if everything]
     return 0 if all(clean) else 1
 
 

@@ -1,7 +1,5 @@
 // Tests the emulator itself. Without an argument every check must hold (exit status 0). With the name of a negative
 // control the same kind of check runs on a spoiled kernel, and the program must end with a non-zero exit status.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #include <cmath>
@@ -147,21 +145,18 @@ static void check_shuffles() {
 __global__ void half_warps(unsigned* out) {
   const unsigned lane = threadIdx.x;
   if (lane < 16) {
-    const unsigned votes = __ballot_sync(0x0000ffff, lane % 3 == 0);
-    out[lane] = votes + __shfl_sync(0x0000ffff, lane, 5);
+    out[lane] = __shfl_sync(0x0000ffff, lane, 5);
   } else {
     out[lane] = __shfl_xor_sync(0xffff0000, lane, 1);
   }
 }
 
 static void check_half_warps() {
-  unsigned out[32], votes = 0;
-  for (unsigned lane = 0; lane < 16; lane += 3) votes |= 1u << lane;
+  unsigned out[32];
   CHECK(launch(half_warps, 1, 32, &out[0]) == cudaSuccess, "launch");
   for (unsigned lane = 0; lane < 32; ++lane) {
-    CHECK(out[lane] == (lane < 16 ? votes + 5 : lane ^ 1), "lane %u: %u", lane, out[lane]);
+    CHECK(out[lane] == (lane < 16 ? 5 : lane ^ 1), "lane %u: %u", lane, out[lane]);
   }
-  CHECK(__popc(0xf0f0f0f1u) == 17 && __umulhi(0x80000000u, 6) == 3, "integer functions");
 }
 
 template <bool with_syncwarp>
@@ -295,128 +290,33 @@ static void check_vectors() {
   check_vector_copies<ulonglong2>();
   uint4 v = make_uint4(1, 2, 3, 4);
   const uint4 w = v;
-  v.w = w.x + __ldg(&w).y;
+  v.w = w.x + w.y;
   CHECK(v.x == 1 && v.y == 2 && v.z == 3 && v.w == 3 && w.w == 4 && uint4{}.w == 0, "vector members");
   const float2 f = make_float2(1.5f, -2.0f);
   CHECK(f.x == 1.5f && f.y == -2.0f, "vector members");
 }
 
-static uint32_t bits_of(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  return bits;
-}
-
-static float float_of(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
-
-static unsigned short reference_half(float value) {
-  const _Float16 half = static_cast<_Float16>(value);
-  unsigned short bits;
-  std::memcpy(&bits, &half, sizeof bits);
-  return bits;
-}
-
-// The nearer of the two adjacent bfloat16 values, by distance in double precision.
-static unsigned short reference_bfloat16(float value) {
-  const uint32_t below = bits_of(value) >> 16, above = below + 1;
-  if (std::isinf(value)) return static_cast<unsigned short>(below);
-  // Beyond the largest finite bfloat16 the neighbour counts as 2^128.
-  const double low = float_of(below << 16);
-  const double high = (above & 0x7f80) == 0x7f80 ? std::copysign(0x1p128, low) : double(float_of(above << 16));
-  const double to_low = std::fabs(value - low), to_high = std::fabs(high - value);
-  const bool take_low = to_low < to_high || (to_low == to_high && below % 2 == 0);
-  return static_cast<unsigned short>(take_low ? below : above);
-}
-
-static void check_narrowing(float value) {
-  const unsigned short half = __half_as_ushort(__float2half_rn(value));
-  const unsigned short bfloat16 = __bfloat16_as_ushort(__float2bfloat16_rn(value));
-  if (std::isnan(value)) {
-    CHECK(half == 0x7fff && bfloat16 == 0x7fff, "NaN 0x%08x gives 0x%04x and 0x%04x", bits_of(value), half, bfloat16);
-    return;
-  }
-  CHECK(half == reference_half(value), "%a gives half 0x%04x", value, half);
-  CHECK(bfloat16 == reference_bfloat16(value), "%a gives bfloat16 0x%04x", value, bfloat16);
-}
-
-static void check_half_precision() {
-  for (uint32_t bits = 0; bits < 65536; ++bits) {
-    const unsigned short raw = static_cast<unsigned short>(bits);
-    _Float16 reference;
-    std::memcpy(&reference, &raw, sizeof raw);
-    const float half = __half2float(__ushort_as_half(raw));
-    const float bfloat16 = __bfloat162float(__ushort_as_bfloat16(raw));
-    if (std::isnan(float(reference))) {
-      CHECK(std::isnan(half), "half 0x%04x gives %a", bits, half);
-    } else {
-      CHECK(bits_of(half) == bits_of(float(reference)), "half 0x%04x gives %a", bits, half);
-      CHECK(__half_as_ushort(__float2half(half)) == bits, "half 0x%04x does not survive", bits);
-    }
-    CHECK(bits_of(bfloat16) == bits << 16, "bfloat16 0x%04x gives %a", bits, bfloat16);
-    // Each half and bfloat16 value, the ties between them, and the floats next to the ties.
-    for (uint32_t float_bits : {bits_of(half), bits << 16}) {
-      for (uint32_t step : {0u, 0x1000u, 0x8000u}) {
-        for (int nudge : {-1, 0, 1}) check_narrowing(float_of(float_bits + step + nudge));
-      }
-    }
-  }
-  std::mt19937 random(1);
-  for (int i = 0; i < 300000; ++i) check_narrowing(float_of(random()));
-  for (int e = -30; e <= 20; ++e) {
-    for (int i = 0; i < 1000; ++i) check_narrowing(std::ldexp(float(random()) * 0x1p-31f, e));
-  }
-}
-
 __global__ void do_nothing() {}
-__global__ void take_parameters(char, double, const float*) {}
 
 static void check_limits() {
   void* none[] = {nullptr};
   const auto refused = [&](dim3 grid, dim3 block, size_t shared_bytes) {
     const bool error = cudaLaunchKernel(do_nothing, grid, block, none, shared_bytes) == cudaErrorInvalidConfiguration;
-    return error && cudaPeekAtLastError() == cudaErrorInvalidConfiguration &&
-           cudaGetLastError() == cudaErrorInvalidConfiguration && cudaGetLastError() == cudaSuccess;
+    return error && cudaGetLastError() == cudaErrorInvalidConfiguration && cudaGetLastError() == cudaSuccess;
   };
-  emulation::clear_recorded_launches();
   CHECK(refused(1, 1025, 0) && refused(1, dim3(1, 1025), 0) && refused(1, dim3(1, 1, 65), 0), "block sides");
   CHECK(refused(1, dim3(64, 32), 0) && refused(1, dim3(1024, 1024, 64), 0), "threads in a block");
   CHECK(refused(1, 0, 0) && refused(1, dim3(1, 0), 0) && refused(0, 1, 0) && refused(dim3(1, 1, 0), 1, 0), "zeros");
   CHECK(refused(0x80000000u, 1, 0) && refused(dim3(1, 65536), 1, 0) && refused(dim3(1, 1, 65536), 1, 0), "grid");
   CHECK(refused(1, 1, 48 * 1024 + 1), "shared memory");
-  CHECK(emulation::recorded_launches().empty(), "a refused launch was recorded");
   CHECK(cudaLaunchKernel(do_nothing, dim3(1, 3, 2), dim3(4, 4, 64), none, 48 * 1024) == cudaSuccess, "at the limits");
 
-  int value = 0, device = -1;
+  int value = 0;
   emulation::settings().multiprocessors = 7;
-  CHECK(cudaGetDevice(&device) == cudaSuccess && device == 0, "device");
-  CHECK(cudaDeviceGetAttribute(&value, cudaDevAttrMultiProcessorCount, device) == cudaSuccess && value == 7, "count");
+  CHECK(cudaDeviceGetAttribute(&value, cudaDevAttrMultiProcessorCount, 0) == cudaSuccess && value == 7, "count");
   CHECK(cudaDeviceGetAttribute(&value, cudaDevAttrWarpSize, 3) == cudaErrorInvalidValue, "no such device");
   CHECK(cudaGetLastError() == cudaErrorInvalidValue, "last error");
-  for (int threads : {256, 32}) {
-    const cudaError_t error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&value, do_nothing, threads, 0);
-    CHECK(error == cudaSuccess && value == (threads == 256 ? 8 : 16), "%d blocks of %d threads", value, threads);
-  }
-  CHECK(std::string(cudaGetErrorName(cudaErrorMisalignedAddress)) == "cudaErrorMisalignedAddress", "name");
   CHECK(std::string(cudaGetErrorString(cudaErrorInvalidConfiguration)) == "invalid configuration argument", "text");
-}
-
-static void check_recorded_launches() {
-  const float x = 0;
-  emulation::clear_recorded_launches();
-  launch(take_parameters, dim3(2, 3), dim3(4, 5), 'q', 2.5, &x);
-  const auto launches = emulation::recorded_launches();
-  CHECK(launches.size() == 1, "%zu launches", launches.size());
-  const emulation::RecordedLaunch& record = launches.at(0);
-  CHECK(record.kernel == reinterpret_cast<const void*>(&take_parameters), "kernel");
-  CHECK(record.grid.x == 2 && record.grid.y == 3 && record.block.y == 5 && record.shared_bytes == 0, "shape");
-  CHECK(record.arguments.size() == 3 && record.argument<char>(0) == 'q', "first argument");
-  CHECK(record.argument<double>(1) == 2.5 && record.argument<const float*>(2) == &x, "other arguments");
-  emulation::clear_recorded_launches();
-  CHECK(emulation::recorded_launches().empty(), "cleared");
 }
 
 static void check_all() {
@@ -437,9 +337,7 @@ static void check_all() {
   check_shuffles<unsigned long long>();
   check_faults();
   check_vectors();
-  check_half_precision();
   check_limits();
-  check_recorded_launches();
 }
 
 static void check_kernel_with_fault(void (*kernel)(int*)) {

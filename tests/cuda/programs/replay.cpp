@@ -1,0 +1,355 @@
+// Launches every call of files of recorder.cpp again, and compares the plan and each result, bit for bit. No torch, and
+// few instantiations, so that it compiles in a minute, also for a sanitizer. `replay small FILES` leaves out large
+// calls, for an emulation in which every CUDA thread is an OS thread.
+#if defined(ASGL_TEST_CPU)
+#include "cpu/recurrent.h"
+#include "launch.h"
+#else
+#include "cuda/launch_integrator.cu"
+#include "cuda/launch_neuron.cuh"
+#include "cuda/launch_normalisation.cuh"
+#endif
+
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <limits>
+#include <memory>
+#include <new>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "cuda/plan.h"
+#include "recording.h"
+
+namespace {
+
+using namespace asgl;
+using asgl_recording::for_each_array;
+using asgl_recording::Header;
+using asgl_recording::kAlignment;
+
+// In a build with seeded mutants, the environment selects one, and the first failure ends the program. Without a
+// sanitizer arrays have room for accesses beyond their ends: results must reveal mutants.
+#if defined(ASGL_TEST_MUTANTS)
+constexpr size_t kMostFailures = 1;
+void choose_mutant() { asgl::mutant = std::atoi(std::getenv("ASGL_MUTANT")); }
+#else
+constexpr size_t kMostFailures = 3;
+void choose_mutant() {}
+#endif
+#if defined(ASGL_TEST_MUTANTS) && !defined(__SANITIZE_ADDRESS__)
+constexpr int64 kRoom = 65536;
+#else
+constexpr int64 kRoom = 0;
+#endif
+constexpr unsigned char kRoomByte = 0x7F;  // large numbers of each type: NaN would stay NaN
+
+constexpr int64 kFewThreads = 1024, kFewBytes = 300000;
+
+// ---- planning and starting a kernel, as the operators do ----
+
+#if defined(ASGL_TEST_CPU)
+constexpr bool kOnCpu = true;
+
+template <class Params>
+bool is_planned(Params& params, const Header&) {
+  if constexpr (requires { params.tiles; }) cpu::plan_tiles(params);
+  return true;
+}
+
+template <class Params>
+std::string launch(const Params& params) {
+  if constexpr (requires { cpu::recurrent_forward(params); }) {
+    cpu::recurrent_forward(params);
+  } else if constexpr (requires { cpu::recurrent_backward(params); }) {
+    cpu::recurrent_backward(params);
+  } else {
+    cpu::launch(params);
+  }
+  return "";
+}
+#else
+constexpr bool kOnCpu = false;
+
+template <class Params>
+cuda::Launch planned(Params& params, int64 resident) {
+  if constexpr (requires { params.parts; }) {  // what the first plan changed
+    for (auto& part : params.parts) part.neurons = params.tile > 1 ? params.shape.neurons() : part.neurons;
+  }
+  if constexpr (requires { cuda::plan_tiles(params, [] { return int64{0}; }); }) {
+    cuda::plan_tiles(params, [&] { return resident; });
+  }
+  return cuda::launch_of(params);
+}
+
+// Whether the plan is that of the file, and no other kernel than one for single neurons takes a misaligned array.
+template <class Params>
+bool is_planned(Params& params, const Header& header) {
+  const Params before = params;
+  const cuda::Launch launch = planned(params, header.resident);
+  bool same = cuda::name_of(launch.kernel) == header.kernel && launch.blocks == header.blocks &&
+              launch.threads == header.threads;
+  if constexpr (requires { params.parts; }) {
+    for (int id = 0; id < params.count; ++id) {
+      const auto &is = params.parts[id], &was = before.parts[id];
+      same = same && is.elements_each == was.elements_each && is.runs_each == was.runs_each &&
+             is.slots_each == was.slots_each && is.splits == was.splits && is.blocks == was.blocks;
+    }
+  }
+  if (launch.kernel.lanes == 1) return same;
+  Params other = before;
+  for_each_array(other, [&](auto*& pointer, int64, bool in_fours) {
+    if (!in_fours) return;
+    ++pointer;
+    same = same && planned(other, header.resident).kernel.lanes == 1;
+    --pointer;
+  });
+  return same;
+}
+
+// The models of two surrogates are compiled.
+template <class Scalar>
+cudaError_t start_neuron(const cuda::Start& start) {
+  const cuda::Kernel& kernel = start.launch.kernel;
+  const bool adapts = kernel.of == cuda::Template::kAdaptiveForward || kernel.of == cuda::Template::kAdaptiveBackward;
+  if (adapts) return cuda::launch_adaptive<Scalar>(start);
+  if (kernel.is_general()) return cuda::launch_general<Scalar>(start);
+  if (kernel.surrogate == Surrogate::kSigmoid && !kernel.hard_reset) {
+    return cuda::launch_settled<Scalar>(LIF<Surrogate::kSigmoid, false>{}, start);
+  }
+  if constexpr (!std::is_same_v<Scalar, double>) {
+    if (kernel.surrogate == Surrogate::kRectangle && kernel.hard_reset) {
+      return cuda::launch_settled<Scalar>(LIF<Surrogate::kRectangle, true>{}, start);
+    }
+  }
+  return cudaErrorInvalidValue;
+}
+
+template <class Scalar>
+cudaError_t start(const ForwardParams<Scalar>&, const cuda::Start& start) {
+  return start_neuron<Scalar>(start);
+}
+template <class Scalar>
+cudaError_t start(const BackwardParams<Scalar>&, const cuda::Start& start) {
+  return start_neuron<Scalar>(start);
+}
+template <class Real>
+cudaError_t start(const GradientSum<Real>&, const cuda::Start& start) {
+  return start(&gradient_sum_kernel<Real>);
+}
+template <class Scalar>
+cudaError_t start(const IntegratorParams<Scalar>&, const cuda::Start& start) {
+  return cuda::launch_integrator<Scalar>(start);
+}
+template <class Scalar>
+cudaError_t start(const MomentsParams<Scalar>&, const cuda::Start& start) {
+  return cuda::launch_moments<Scalar>(start);
+}
+template <class Scalar>
+cudaError_t start(const InputGradientParams<Scalar>&, const cuda::Start& start) {
+  return cuda::launch_input_gradient<Scalar>(start);
+}
+template <template <class> class Params, class Real>
+cudaError_t start(const Params<Real>&, const cuda::Start& start) {
+  return cuda::launch_channels<Real>(start);
+}
+
+template <class Params>
+std::string launch(const Params& params) {
+  const cudaError_t error = start(params, {cuda::launch_of(params), &params, nullptr});
+  if (error == cudaSuccess) return "";
+  const std::string problem = std::string(cudaGetErrorString(error)) + " " + asgl_emulation::error_message();
+  asgl_emulation::clear_errors();
+  return problem;
+}
+#endif
+
+// ---- a call ----
+
+template <class Element>
+bool is_same(Element a, Element b) {
+  if constexpr (std::is_integral_v<Element>) {
+    return a == b;
+  } else {
+    const double is = to_real(a), was = to_real(b);
+    return is == was || (std::isnan(is) && std::isnan(was));
+  }
+}
+bool is_same(const Moments& a, const Moments& b) {
+  return is_same(a.count, b.count) && is_same(a.mean, b.mean) && is_same(a.variance, b.variance);
+}
+
+// The bytes of a file from here on.
+class Reader {
+ public:
+  explicit Reader(const char* next) : next_(next) {}
+  const char* take(int64 bytes) {
+    next_ += bytes;
+    return next_ - bytes;
+  }
+  template <class Value>
+  Value take() {
+    Value value;
+    std::memcpy(static_cast<void*>(&value), take(sizeof(value)), sizeof(value));
+    return value;
+  }
+
+ private:
+  const char* next_;
+};
+
+struct Deleter {
+  void operator()(char* bytes) const { ::operator delete(bytes, std::align_val_t(kAlignment)); }
+};
+using Storage = std::unique_ptr<char, Deleter>;
+
+// An array that ends with its storage, so that a sanitizer sees an overrun; with room behind it, that shows one itself.
+template <class Element>
+std::string first_difference(const Element* is, const char* was, int64 elements) {
+  for (int64 i = 0; i < elements; ++i) {
+    Element expected;
+    std::memcpy(static_cast<void*>(&expected), was + i * sizeof(Element), sizeof(Element));
+    if (!is_same(is[i], expected)) return "[" + std::to_string(i) + "]";
+  }
+  const auto* room = reinterpret_cast<const unsigned char*>(is + elements);
+  const bool overrun = std::any_of(room, room + kRoom, [](unsigned char byte) { return byte != kRoomByte; });
+  return overrun ? " beyond its end" : "";
+}
+
+// Returns what differs, or nothing.
+template <class Params>
+std::string replay(const Header& header, Reader file) {
+  auto params = file.take<Params>();
+  std::vector<Storage> storage;
+  std::vector<std::function<std::string()>> compare;
+  for_each_array(params, [&](auto*& pointer, int64 elements, bool) {
+    using Element = std::remove_const_t<std::remove_reference_t<decltype(*pointer)>>;
+    const auto offset = file.take<int64>();
+    const int64 bytes = elements * static_cast<int64>(sizeof(Element));
+    auto* first = static_cast<char*>(::operator new(offset + bytes + kRoom, std::align_val_t(kAlignment)));
+    storage.emplace_back(first);
+    std::memcpy(first + offset, file.take(bytes), bytes);
+    std::memset(first + offset + bytes, kRoomByte, kRoom);
+    pointer = reinterpret_cast<Element*>(first + offset);
+    if constexpr (!std::is_const_v<std::remove_reference_t<decltype(*pointer)>>) {
+      compare.push_back([now = pointer, after = file.take(bytes), elements, number = storage.size()] {
+        const std::string found = first_difference(now, after, elements);
+        return found.empty() ? "" : "array " + std::to_string(number) + found + " differs";
+      });
+    }
+  });
+  if (!is_planned(params, header)) return "another plan";
+  const std::string problem = launch(params);
+  if (!problem.empty()) return problem;
+  for (const auto& each : compare) {
+    const std::string difference = each();
+    if (!difference.empty()) return difference;
+  }
+  return "";
+}
+
+// ---- what no call of a file shows ----
+
+// analog_below from the state is clamped to [0, kAlwaysAnalog].
+bool is_analog_below_resolved() {
+  constexpr int64 kLimit = std::numeric_limits<int64>::max(), kAlways = kAlwaysAnalog;
+  for (const int64 below : {-kLimit, int64{-1}, int64{0}, int64{1}, kAlways - 1, kAlways, kLimit}) {
+    const int64 state[] = {7, 11, below};
+    const NoiseParams resolved = NoiseParams{state, kAnalogBelowInState}.resolved();
+    if (resolved.analog_below != std::clamp<int64>(below, 0, kAlways)) return false;
+  }
+  return true;
+}
+
+// Kernels divide 31 bits, and start for at most 2048 splits.
+bool are_large_sizes_planned() {
+  ForwardParams<float> params{};
+  params.parameters[kInputGain].constant = 1;
+  params.shape = {1, 1, (int64{1} << 31) - 1};
+  const bool settled = cuda::input_of(params) == Input::kPlain;
+  ++params.shape.inner;
+  return settled && cuda::input_of(params) == Input::kGeneral &&
+         ChannelTiles::plan({5000, 3, 4}, 1, 8, 1).splits <= 2048;
+}
+
+// A launch reports its own error alone, and leaves none behind; an error of others stays for them.
+bool are_errors_their_own() {
+#if !defined(ASGL_TEST_CPU)
+  float value = 0;
+  RunningParams<float> params{};
+  params.running_mean = params.running_var = &value;
+  params.coefficients = &value;
+  params.momentum = 1;
+  const auto error = [&](int64 channels) {
+    params.channels = channels;
+    return start(params, {cuda::launch_of(params), &params, nullptr});
+  };
+  if (error(0) != cudaErrorInvalidConfiguration || cudaGetLastError() != cudaSuccess) return false;
+  int attribute = 0;
+  if (cudaDeviceGetAttribute(&attribute, cudaDevAttrWarpSize, -1) != cudaErrorInvalidValue) return false;
+  params.channels = 0;
+  const cuda::Launch launch = {cuda::launch_of(params).kernel, 1};
+  if (start(params, {launch, &params, nullptr}) != cudaSuccess || cudaGetLastError() != cudaErrorInvalidValue) {
+    return false;
+  }
+#endif
+  return true;
+}
+
+std::string replay_one(const Header& header, const char* params) {
+  std::string found = "no such kernel";
+  asgl_recording::with_params(header.kernel, [&]<class Params>() {
+    constexpr bool kRecurrent = requires(Params each) { each.elementwise; };  // for the CPU alone
+    if constexpr (kOnCpu || !kRecurrent) found = replay<Params>(header, Reader(params));
+  });
+  return found;
+}
+
+// The bytes of a file.
+std::string_view mapped(const char* path) {
+  struct stat status{};
+  const int file = open(path, O_RDONLY);
+  if (file < 0 || fstat(file, &status) != 0) return {};
+  const auto size = static_cast<size_t>(status.st_size);
+  void* const bytes = mmap(nullptr, size, PROT_READ, MAP_PRIVATE, file, 0);
+  return bytes == MAP_FAILED ? std::string_view() : std::string_view(static_cast<const char*>(bytes), size);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  choose_mutant();
+  int calls = 0;
+  std::vector<std::string> failures;
+  for (const auto& [holds, what] : {std::pair{is_analog_below_resolved(), "a wrong share of analog elements"},
+                                    {are_large_sizes_planned(), "large sizes"},
+                                    {are_errors_their_own(), "errors"}}) {
+    if (!holds) failures.push_back(what);
+  }
+  const bool small = argc > 1 && std::string(argv[1]) == "small";
+  for (int i = small ? 2 : 1; i < argc; ++i) {
+    const std::string_view file = mapped(argv[i]);
+    for (size_t at = 0; at < file.size() && failures.size() < kMostFailures;) {
+      const char* const params = file.data() + at + sizeof(Header);
+      const auto header = Reader(file.data() + at).take<Header>();
+      at += header.bytes;
+      if (small && (header.blocks * header.threads > kFewThreads || header.bytes > kFewBytes)) continue;
+      const std::string difference = replay_one(header, params);
+      if (!difference.empty())
+        failures.push_back(std::string(header.kernel) + ", call " + std::to_string(calls) + ": " + difference);
+      ++calls;
+    }
+  }
+  for (const std::string& failure : failures) std::printf("%s\n", failure.c_str());
+  std::printf("%zu of %d calls differ\n", failures.size(), calls);
+  return failures.empty() && calls > 0 ? 0 : 1;
+}
