@@ -74,6 +74,10 @@ MUTANTS = {
         'together=True', "neuron/test_recurrent.py noise_under"),
     "recurrent: a width by step passes": recurrent('or value.numel() != count',
         'or False', "neuron/test_recurrent.py errors"),
+    "recurrent: a layer's options are unknown": recurrent('_check_options(lif_options, [',
+        'check_keywords(lif_options, [', "layer/test_recurrent_layer.py errors"),
+    "recurrent: any synapse passes": recurrent('return check_values(rows, ["syn_decay"], x_seq, _CALLER)["syn_decay"]',
+        'return rows["syn_decay"]', "neuron/test_recurrent.py errors"),
     "recurrent: an exported program's gradient through detached spikes": recurrent(
         "has_synapse, detach_recurrent, any(wants_last)", "has_synapse, False, any(wants_last)",
         "neuron/test_recurrent.py exported"),
