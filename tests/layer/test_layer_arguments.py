@@ -223,9 +223,10 @@ BAD = [
     ("RecurrentLIF", {"learn_syn_decay": True, "syn_decay": None}, "learn_syn_decay needs syn_decay"),
     ("RecurrentLIF", {"syn_decay": 1.5}, "syn_decay must be in"),
     ("RecurrentLIF", {"syn_decay": 1.0, "learn_syn_decay": True}, "a learned syn_decay must be in"),
+    ("RecurrentLIF", {"num_features": 4}, ".*unexpected keyword argument 'num_features'"),
     *(
-        ("RecurrentLIF", {name: 1}, f".*unexpected keyword argument '{name}'")
-        for name in ("levels", "multi_spike", "v_min", "num_features")
+        ("RecurrentLIF", {name: 1}, f"recurrent neurons have no {name}")
+        for name in ("levels", "multi_spike", "v_min", "residual")
     ),
 ]  # fmt: skip
 FIRST = {"BatchNormLIF": {"num_features": 3}, "RecurrentLIF": {"hidden_size": 3, "syn_decay": 0.5}}
@@ -235,7 +236,7 @@ FIRST = {"BatchNormLIF": {"num_features": 3}, "RecurrentLIF": {"hidden_size": 3,
 def test_bad_arguments(kind, arguments, words):
     with pytest.raises((TypeError, ValueError), match=rf"^asgl_cuda\.{kind}: {words}") as caught:
         getattr(asgl_cuda, kind)(**{**FIRST.get(kind, {}), **arguments})
-    of_type = re.search("must be an? (int|bool|dtype).*, got|dtype|keyword|argument of", str(caught.value))
+    of_type = re.search("must be an? (int|bool|dtype).*, got|dtype|keyword|argument of|have no", str(caught.value))
     assert caught.type is (TypeError if of_type else ValueError)
 
 

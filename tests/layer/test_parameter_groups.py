@@ -73,7 +73,8 @@ def test_groups_hold_every_parameter_once():
     groups = {
         "weights": [linear.weight, neuron.inside.weight, foreign.recurrent.weight, recurrent.recurrent_weight],
         "norms": [
-            linear.bias, neuron.inside.bias, foreign.recurrent.bias, model[3].bias, joined.weight, joined.bias, recurrent.recurrent_bias,
+            linear.bias, neuron.inside.bias, foreign.recurrent.bias, model[3].bias,
+            joined.weight, joined.bias, recurrent.recurrent_bias,
             *norm.parameters(),
         ],
         "neurons": [

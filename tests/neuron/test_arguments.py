@@ -209,6 +209,12 @@ BAD = [
         ("width", torch.ones(4, 1, 1), {}, ValueError, "width must have one value or shape [3], got [4, 1, 1]"),
         ("width", torch.ones(6, 1), {}, ValueError, "width must have one value or shape [3], got [6, 1]"),
         ("width", torch.ones(4, 1, 3), {}, ValueError, "width must have one value or shape [3], got [4, 1, 3]"),
+        ("width", "wide", {}, TypeError, "width must be"),
+        ("width", torch.ones(3).long(), {}, TypeError, "width must be of a floating type"),
+        ("v_reset", torch.zeros(6, 1), {}, ValueError, "v_reset must have one value or shape [3], got [6, 1]"),
+        ("syn_decay", torch.ones(4, 1, 1), {}, ValueError, "syn_decay must have one value or shape [3]"),
+        ("syn_decay", torch.ones(3).long(), {}, TypeError, "syn_decay must be of a floating type, got torch.int64"),
+        ("syn_decay", NAN, {}, ValueError, "syn_decay must be a number, got nan"),
         ("i_init", torch.zeros(6, 3), {}, ValueError, "i_init needs syn_decay"),
         ("input_gain", NAN, {}, ValueError, "input_gain must be"))),
 ]  # fmt: skip

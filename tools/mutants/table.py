@@ -62,8 +62,9 @@ MUTANTS = {
         'fed = s', "neuron/test_features.py equals and recurrent"),
     "recurrent: all steps draw the same noise": reference('[:, None] * is_offset',
         '[:, None] * 0', "neuron/test_recurrent.py steps_are"),
-    "recurrent: autocast changes products": reference('with torch.autocast(x.device.type, enabled=False):',
-        'if True:', "neuron/test_recurrent.py autocast"),
+    "recurrent: autocast changes products": reference(
+        'torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()',
+        'nullcontext()', "neuron/test_recurrent.py autocast"),
     "recurrent: half spikes are kept": recurrent('(bool(rules.scale_output) or real != x_seq.dtype)',
         'bool(rules.scale_output)', "neuron/test_recurrent.py half_types"),
     "recurrent: scaled spikes are kept": recurrent('(bool(rules.scale_output) or real != x_seq.dtype)',
@@ -74,6 +75,10 @@ MUTANTS = {
         'together=True', "neuron/test_recurrent.py noise_under"),
     "recurrent: a width by step passes": recurrent('or value.numel() != count',
         'or False', "neuron/test_arguments.py bad_arguments and recurrent"),
+    "recurrent: a layer's options are unknown": recurrent('_check_options(lif_options, [',
+        'check_keywords(lif_options, [', "layer/test_layer_arguments.py RecurrentLIF"),
+    "recurrent: any synapse passes": recurrent('return check_values(rows, ["syn_decay"], x_seq, _CALLER)["syn_decay"]',
+        'return rows["syn_decay"]', "neuron/test_arguments.py bad_arguments and recurrent"),
     "recurrent: an exported program's gradient through detached spikes": recurrent(
         "has_synapse, detach_recurrent, any(wants_last)", "has_synapse, False, any(wants_last)",
         "neuron/test_recurrent.py exported"),
