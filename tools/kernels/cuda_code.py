@@ -162,17 +162,27 @@ class Nvcc:
         dry = run([self.path, "-v", "--dryrun", "-c", "-x", "cu", os.devnull, "-o", os.devnull])
         return Path(re.search(r'INCLUDES="-I([^"]+)"', dry)[1].strip())
 
-    def to_ptx(self, source: Path, directory: Path) -> list[Path]:
-        """Writes `<name>.compute_75.ptx`, `<name>.compute_80.ptx` and the host's `<name>.o`; returns the PTX paths."""
-        virtual = [f"-gencode=arch=compute_{v},code=compute_{v}" for v in self._virtual]
-        # One run for all, so that --keep puts the architecture in the name of each file.
+    def _virtual_for(self, architecture: int) -> int:
+        return max(v for v in self._virtual if v <= architecture)
+
+    def to_ptx(self, source: Path, directory: Path, architectures: Iterable[int]) -> list[Path]:
+        """Writes the host's `<name>.o`, and `<name>.compute_80.ptx` and others that the architectures need.
+
+        Returns the paths of the latter.
+        """
+        needed = sorted({self._virtual_for(each) for each in architectures})
+        virtual = [f"-gencode=arch=compute_{v},code=compute_{v}" for v in needed]
+        # One run for all, whose front end on the host's side runs once.
         command = [self.path, *self.flags, *virtual, "--threads=2", "-I", CSRC, "--keep", "--keep-dir", directory]
         run([*command, "-c", source, "-o", directory / f"{source.stem}.o"])
-        return [directory / f"{source.stem}.compute_{v}.ptx" for v in self._virtual]
+        paths = [directory / f"{source.stem}.compute_{v}.ptx" for v in needed]
+        if len(paths) == 1:  # else --keep puts the architecture in the name
+            (directory / f"{source.stem}.ptx").rename(paths[0])
+        return paths
 
     def report(self, directory: Path, stem: str, architecture: int) -> str:
         """The report of ptxas on the PTX of `to_ptx`."""
-        virtual = max(v for v in self._virtual if v <= architecture)
+        virtual = self._virtual_for(architecture)
         ptx, cubin = directory / f"{stem}.compute_{virtual}.ptx", directory / f"{stem}.sm_{architecture}.cubin"
         return run([self.path, *self.flags, f"-arch=sm_{architecture}", "-Xptxas=-v", "-cubin", ptx, "-o", cubin])
 

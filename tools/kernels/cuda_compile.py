@@ -133,7 +133,8 @@ def check(nvcc: Nvcc, directory: Path, arguments: argparse.Namespace) -> int:
     found: Resources = defaultdict(dict)
     with ThreadPoolExecutor(arguments.jobs) as pool:
         glue = pool.submit(compile_ops, nvcc, directory)
-        ptx = [path for paths in pool.map(lambda source: nvcc.to_ptx(source, directory), SOURCES) for path in paths]
+        of_sources = pool.map(lambda source: nvcc.to_ptx(source, directory, architectures), SOURCES)
+        ptx = [path for paths in of_sources for path in paths]
         work = list(product(SOURCES, architectures))
         compiled = pool.map(lambda job: nvcc.report(directory, job[0].stem, job[1]), work)
         for (_, architecture), log in zip(work, compiled, strict=True):
