@@ -251,8 +251,8 @@ def test_opcheck_with_gradients(backend, device):
 def test_the_operator_by_itself(backend, device, keeps_checkpoints):
     """No output is silently left out, a graph is made only on request, and has one derivative."""
     operators = BACKENDS[backend].operators
-    x_seq, _, _, *others = given = operator_inputs(device, random_input(20, 2, 3, device=device))
-    width, reset = leaves = [each for each in others if isinstance(each, torch.Tensor)]
+    x_seq, _, _, *rest = given = operator_inputs(device, random_input(20, 2, 3, device=device))
+    width, reset = leaves = [each for each in rest if isinstance(each, torch.Tensor)]
     s_seq, v_last, *checkpoints = operators.lif_forward(*given, [True, False, False, keeps_checkpoints])
     assert len(checkpoints) == keeps_checkpoints
     assert not any(each.requires_grad for each in checkpoints)
@@ -265,7 +265,7 @@ def test_the_operator_by_itself(backend, device, keeps_checkpoints):
         assert not operators.lif_forward(*given, [True, False, False, keeps_checkpoints])[0].requires_grad
     if keeps_checkpoints:
         grads = [torch.ones_like(s_seq).requires_grad_(), None, None, None]
-        inputs = (x_seq, None, None, *checkpoints, *others)
+        inputs = (x_seq, None, None, *checkpoints, *rest)
         for gradient in operators.lif_backward(*grads, *inputs, [True, False, True, *[False] * 7]):
             with pytest.raises(RuntimeError, match="a second derivative was asked for"):
                 gradient.sum().backward()
