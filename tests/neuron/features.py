@@ -476,10 +476,9 @@ def assert_equals_reference(feature: Feature, case: Case, backend: str, device: 
     grads = [
         without(each, name) for name, each in zip(depend, random_like(expected[name] for name in depend), strict=True)
     ]
+    unused = {} if case.asked == "all" else {"allow_unused": True, "materialize_grads": True}
     found: list[Iterable[Tensor]] = [
-        torch.autograd.grad(
-            [outputs[name] for name in depend], inputs, grads, allow_unused=True, materialize_grads=True
-        )
+        torch.autograd.grad([outputs[name] for name in depend], inputs, grads, **unused)
         for outputs, inputs in ((expected, [*{**leaves, **terms}.values()]), (actual, [*leaves.values()]))
     ]
     errors = {name: error(without(actual[name], name), without(each, name)) for name, each in expected.items()}

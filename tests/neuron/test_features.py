@@ -189,19 +189,19 @@ def test_compile(backend, device, feature):
 @every()
 def test_vmap_is_a_loop(backend, device, feature):
     """Also with gradients inside, where all is mapped, or x_seq alone."""
-    case = Case(DOUBLE, noise=0.3, shape="channel", flags="scaled")
-    three = [feature.call(case, device) for _ in range(3)]
-    options = without_running(three[0][1])
-    names = [name for name in leaves_of(*three[0]) if name != "x_seq"]
-    samples = [(x_seq.detach(), *(given[name].detach() for name in names)) for x_seq, given in three]
+    for noise, shared in ((0.0, False), (0.0, True), (0.3, False)):
+        case = Case(DOUBLE, noise=noise, shape="channel", flags="scaled")
+        three = [feature.call(case, device) for _ in range(3)]
+        options = without_running(three[0][1])
+        names = [name for name in leaves_of(*three[0]) if name != "x_seq"]
+        samples = [(x_seq.detach(), *(given[name].detach() for name in names)) for x_seq, given in three]
 
-    def loss(x_seq, *values):
-        given = {**options, **dict(zip(names, values, strict=True))}
-        return sum(each.square().sum() for each in feature.run(x_seq, given, feature.outputs, backend).values())
+        def loss(x_seq, *values, names=names, options=options):
+            given = {**options, **dict(zip(names, values, strict=True))}
+            return sum(each.square().sum() for each in feature.run(x_seq, given, feature.outputs, backend).values())
 
-    function = grad(loss, tuple(range(1 + len(names))))
-    stacked = [torch.stack(each) for each in zip(*samples, strict=True)]
-    for shared in (False, True):
+        function = grad(loss, tuple(range(1 + len(names))))
+        stacked = [torch.stack(each) for each in zip(*samples, strict=True)]
         inputs = [stacked[0], *(samples[0][1:] if shared else stacked[1:])]
         found = vmap(function, (0, *[None if shared else 0] * len(names)))(*inputs)
         for index, (x_seq, *values) in enumerate(samples):

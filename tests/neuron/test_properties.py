@@ -23,7 +23,7 @@ EVERY = {"return_v_last": True, "return_v_seq": True, "return_h_seq": True}
 many = settings(
     deadline=None,
     derandomize=True,
-    max_examples=150,
+    max_examples=80,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 
@@ -247,13 +247,3 @@ def test_splitting_time_is_one_run(backend, device, call, data):
             scale = math.sqrt(x_seq.numel())
             eps = torch.finfo(theirs.dtype).eps
             torch.testing.assert_close(ours, theirs, rtol=1e3 * eps, atol=1e3 * eps * scale)
-
-
-@many
-@given(call=calls(analog_probs=(0.2, 0.7)))
-def test_elements_outside_the_analog_mask_spike_hard(backend, device, call):
-    x_seq, options = call.tensors(device)
-    options |= {"scale_output": False}
-    s_seq = asgl_cuda.lif(x_seq, **options, backend=backend)
-    mask = asgl_cuda.analog_mask(x_seq, options["analog_prob"], options["rng_state"], time_dim=options["time_dim"])
-    assert ((s_seq == 0) | (s_seq == 1) | mask).all()

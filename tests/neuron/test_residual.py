@@ -66,15 +66,6 @@ def assert_rounded_once(found, right):
     torch.testing.assert_close(found.double(), right.to(found.dtype).double(), rtol=place, atol=smallest)
 
 
-@pytest.mark.parametrize("values", [2, 3, 5])
-def test_half_types_with_few_values_a_channel(backend, device, values):
-    x_seq = torch.randn(values, 1, 3, device=device).half().requires_grad_()
-    residual = like(x_seq)
-    s_seq = batch_norm_lif(x_seq, training=True, residual=residual, residual_gain=0.5, backend=backend, **SMOOTH)
-    grads = torch.autograd.grad(s_seq.sum(), [x_seq, residual])
-    assert {value.dtype for value in (s_seq, *grads)} == {torch.float16}
-
-
 @pytest.mark.parametrize("dtype", HALF_TYPES)
 @pytest.mark.parametrize("wanted", [("x_seq",), ("residual",), ("x_seq", "residual")])
 @pytest.mark.parametrize(

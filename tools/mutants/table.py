@@ -88,7 +88,7 @@ MUTANTS = {
     "reference: the hard reset keeps a gradient": reference("charged * (1 - s_reset) + amount",
         "charged * (1 - s) + amount", "neuron/test_features.py equals and plain"),
     "reference: no limit of spikes": reference("z.clamp(max=rules.levels) if rules.levels else z", "z",
-        "neuron/test_levels.py limit"),
+        "neuron/test_features.py equals and several"),
     "reference: fires at a strict threshold": reference("u > 0 if rules.strict_threshold else u >= 0", "u >= 0",
         "neuron/test_gradients.py subnormal"),
     "reference: a gradient at the floor": reference("torch.relu(v - numbers.v_min) + numbers.v_min",
@@ -261,7 +261,7 @@ MUTANTS = {
         "through_batch = needed.x_seq and ctx.training", "through_batch = needed.x_seq",
         "neuron/test_features.py equals and normalised"),
     "batch_norm: four values a channel in half types": batch_norm("x_seq.numel() <= _FEW * channels",
-        "x_seq.numel() < _FEW * channels", "neuron/test_batch_norm.py half_types"),
+        "x_seq.numel() < _FEW * channels", "neuron/test_batch_norm.py few"),
     "batch_norm: one value a channel": batch_norm("if group is None and x_seq.numel() <= channels:",
         "if group is None and x_seq.numel() < channels:", "neuron/test_arguments.py bad_arguments and batch_norm"),
     "batch_norm: an empty batch does not count": batch_norm("            count.add_(1)\n", "            pass\n",
@@ -314,7 +314,7 @@ MUTANTS = {
         "neuron/test_batch_norm.py cannot_be_kept"),
     "batch_norm: a residual of few half values": batch_norm(
         '"residual": residual.to(torch.float32)', '"residual": residual',
-        "neuron/test_residual.py few"),
+        "neuron/test_batch_norm.py few"),
     # ---- batching ----
     "batching: noise that is given": batching("if rng_state is not None and (rng_dim is None or rng_state.dim() != 3):",
         "if rng_state is not None and rng_dim is None:", "layer/test_transforms.py noise"),
