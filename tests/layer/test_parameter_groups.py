@@ -73,9 +73,8 @@ def test_groups_hold_every_parameter_once():
     groups = {
         "weights": [linear.weight, neuron.inside.weight, foreign.recurrent.weight, recurrent.recurrent_weight],
         "norms": [
-            linear.bias, neuron.inside.bias, foreign.recurrent.bias, model[3].bias,
-            joined.weight, joined.bias, recurrent.recurrent_bias,
-            *norm.parameters(),
+            linear.bias, neuron.inside.bias, foreign.recurrent.bias, model[3].bias, joined.weight, joined.bias,
+            recurrent.recurrent_bias, *norm.parameters(),
         ],
         "neurons": [
             neuron.logit_decay, neuron.threshold, foreign.beta, joined.logit_decay, recurrent.logit_syn_decay,
