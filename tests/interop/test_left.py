@@ -166,6 +166,9 @@ LEFT = {
             2, spike_fn=authors_code.EfficientNoisySpikeII(authors_code.InvSigmoid(), spike=False)
         ), r"smooth values in evaluation \(spike=False\)",
     ),
+    "another spike function": (
+        lambda: authors_code.LIFLayer(2, spike_fn=nn.ReLU()), "its spike function is no EfficientNoisySpike but ReLU",
+    ),
     "InvTanh": (
         lambda: of_authors(authors_code.InvTanh, made=False),
         "its surrogate is InvTanh; known are InvRectangle and InvSigmoid",
