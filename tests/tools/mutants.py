@@ -1,4 +1,4 @@
-"""Mistakes for test_mutants.py to seed in kernels and launchers, by the program that finds them."""
+"""Mistakes for test_mutants.py to seed in kernels and launchers, by the family of recorded calls that finds them."""
 
 from functools import partial
 from typing import NamedTuple
@@ -539,7 +539,7 @@ MUTANTS = {
     },
 }  # fmt: skip
 
-# Mutants of the CPU kernels, found by the same programs.
+# Mutants of the CPU kernels.
 cpu = partial(Mutant, "cpu/neuron.h")
 settled = partial(Mutant, "cpu/neuron_settled.cpp")
 entry = partial(Mutant, "cpu/neuron.cpp")

@@ -412,9 +412,8 @@ def recurrent_call(number: int, shape: tuple[int, int, int]) -> Call:
     time_dim = random.randrange(2)
     dtype = (torch.float32, torch.bfloat16, torch.float32, torch.float64)[number % 4]
     real, sequence = real_type(dtype), (batch, steps, count) if time_dim else (steps, batch, count)
-    weight = (
-        random.values(*([count] if random.once_in(4) else [count, count]), low=-64, high=64, dtype=real).round() / 64
-    )
+    sizes = [count] if random.once_in(4) else [count, count]
+    weight = random.values(*sizes, low=-64, high=64, dtype=real).round() / 64
     if random.once_in(8):
         weight.view(-1)[weight.numel() // 2] = float("nan")
     options: dict[str, Any] = {"weight": weight, "time_dim": time_dim}
