@@ -103,14 +103,3 @@ def test_exported(operators, training):
     found = targets(program.graph)
     assert operators.lif_forward in found
     assert (operators.draw_rng_state in found) == training
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="autograd needs the device itself")
-@pytest.mark.usefixtures("operators")
-def test_gradients():
-    with FakeTensorMode():
-        x_seq = torch.rand(20, 3, 5, device="cuda", requires_grad=True)
-        width = torch.ones(5, device="cuda", requires_grad=True)
-        s_seq = asgl_cuda.lif(x_seq, width=width, analog_prob=0.3)
-        grads = torch.autograd.grad(s_seq.sum(), (x_seq, width))
-    assert [(grad.shape, grad.device) for grad in grads] == [(x_seq.shape, CUDA), (width.shape, CUDA)]
