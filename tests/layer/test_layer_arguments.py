@@ -380,7 +380,7 @@ def test_errors_about_channels(layer, shape, words):
         (OverTime(nn.LayerNorm((2, 6))), (torch.ones(2, 1, 6),), r".* \[T, B, 2, 6\] for LayerNorm, got"),
         (OverTime(nn.Linear(3, 3)), (torch.rand(3),), r"x_seq must have time and batch, .* got shape \[3\]"),
     ],
-    ids=str,
+    ids=lambda value: value[:50] if isinstance(value, str) else type(value).__name__,
 )  # fmt: skip
 def test_inputs_that_do_not_fit(layer, inputs, words):
     with pytest.raises((TypeError, ValueError), match=rf"asgl_cuda\.\w+: {words}"):
