@@ -33,7 +33,7 @@ ASGL_HOST_DEVICE int64 checkpoint_stride(const SequenceShape& shape) {
 }
 
 // Neurons, in sixteenths of the device's resident threads, above which settled CUDA kernels of longer sequences have
-// four neurons a thread. Below, latency binds (tools/roofline/ROOFLINE.md, cycles a step of one warp): 117 forward and
+// four neurons a thread. Below, latency binds (docs/design/gpu.md, cycles a step of one warp): 117 forward and
 // 274 backward for one neuron a thread, 179 and 433 for four. One neuron a thread binds by its issue, 51 and 106
 // instructions for each warp of a scheduler, from 3.5 and 4.1 warps on; a warp is a sixteenth.
 constexpr int kFewSixteenths = 3;
