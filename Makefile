@@ -27,15 +27,15 @@ test: setup  ## run the tests, except for those that take minutes or repeat othe
 
 test-all: setup  ## run all tests, sanitizers and compilations: for a release, and for a change of the kernels
 	@$(PYTEST) -m ""
-	@$(PYTHON) -m tools.emulation.sanitize --all
+	@$(RUN) -m tools.emulation.sanitize --all
 	@$(RUN) -m tools.kernels.cuda_compile
 
 mutants: setup  ## seed mistakes in the code: each must fail a test
 	@$(PYTEST) -m slow tests/tools/test_mutants.py tests/tools/test_ptx_mutants.py
 	@$(RUN) -m tools.mutants.check
 
-sanitize:  ## run the emulated CUDA kernels and the CPU kernels under AddressSanitizer, UBSan and ThreadSanitizer
-	@$(PYTHON) -m tools.emulation.sanitize
+sanitize: setup  ## run recorded calls of the CUDA and CPU kernels under AddressSanitizer, UBSan and ThreadSanitizer
+	@$(RUN) -m tools.emulation.sanitize
 
 cuda-compile: setup  ## compile the CUDA kernels for all architectures, compare with RESOURCES.md, check their PTX
 	@$(RUN) -m tools.kernels.cuda_compile $(if $(ARCHITECTURES),--architectures $(ARCHITECTURES))
