@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from asgl_cuda.backends import launched
-from benchmarks.speed.sizes import Block, Size
+from benchmarks.speed.sizes import Block, Size, description
 from tools.gpu_check import bars, check, kernel_times, prepare, small_calls, steps
 from tools.gpu_check.check import Findings, Outcome
 from tools.gpu_check.steps import Machine, Step
@@ -307,7 +307,7 @@ def test_verdicts(monkeypatch):
     monkeypatch.setattr(bars.importlib.util, "find_spec", lambda name: object())
     of = {kind: [size for size in JUDGED if isinstance(size, kind)] for kind in (Size, Block)}
     sizes, blocks = (
-        [{**each.description(), "seconds": seconds(JUDGED[each])} for each in those] for those in of.values()
+        [{**description(each), "seconds": seconds(JUDGED[each])} for each in those] for those in of.values()
     )
     calls = {OURS: 12.0, THEIRS: 93.0, "launched in Python": 60.0}
     judged = {"sizes": sizes, "blocks": blocks, "call_microseconds": calls}

@@ -30,7 +30,7 @@ from benchmarks.common import device_of, in_time, parser_of, write_json
 from benchmarks.speed.clocks import Row, Sample, silence
 from benchmarks.speed.microbench import rows_of
 from benchmarks.speed.rates import measured_rates
-from benchmarks.speed.sizes import Block, Size, samples, sweep
+from benchmarks.speed.sizes import Block, Size, description, samples, sweep
 
 from ..kernels.cuda_code import Kernel
 
@@ -124,7 +124,7 @@ def measure(size: Size | Block, device: torch.device, bandwidth: float) -> list[
         rounds = max(ROUNDS, len(inputs))
         seen = launches(lambda row=row, n=rounds: [call(row, inputs[i % len(inputs)]) for i in range(n)], device)
         kernels = [entry(name, times, rounds, size, bandwidth) for name, times in seen.items()]
-        found.append({"case": str(size), **size.description(), "row": row.name, "kernels": kernels})
+        found.append({"case": str(size), **description(size), "row": row.name, "kernels": kernels})
     return found
 
 
