@@ -1,7 +1,7 @@
 """Compiles the CUDA kernels for every architecture and compares them with resources.json.
 
-Failures: a kernel that does not compile, or is not in the figures; a spill or stack that is not in the figures;
-operations that are rounded unlike the reference's (code_checks.py); glue that does not compile against the installed
+Failures: a kernel that does not compile, or is not in the figures; other kernels than the operators name; a spill or
+stack that is not in the figures; operations that are rounded unlike the reference's (code_checks.py); glue that does not compile against the installed
 torch. A change of registers is only reported.
 The flags are those of asgl_cuda/extension/compilation.py: PTX for compute_75 and compute_80, from which each
 architecture is compiled. Architectures with the code of another (SAME_CODE) are compiled only with --update, which
@@ -145,6 +145,8 @@ def check(nvcc: Nvcc, directory: Path, arguments: argparse.Namespace) -> int:
     print(f"nvcc {nvcc.version}: {len(found)} kernels for {names}; the glue; {time.monotonic() - start:.0f} s")
 
     problems = list(resources.same_code_problems(found))
+    if extension.problem is None and len(found) != (named := len(launched.kernel_names())):
+        problems.append(f"the operators name {named} kernels, nvcc makes {len(found)}")
     with ProcessPoolExecutor(arguments.jobs) as pool:
         problems += [problem for each in pool.map(file_problems, ptx) for problem in each]
     sections = resources.sections(found)
