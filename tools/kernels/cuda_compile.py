@@ -1,8 +1,8 @@
 """Compiles the CUDA kernels for every architecture and compares them with resources.json.
 
 Failures: a kernel that does not compile, or is not in the figures; other kernels than the operators name; a spill or
-stack that is not in the figures; operations that are rounded unlike the reference's (code_checks.py); glue that does not compile against the installed
-torch. A change of registers is only reported.
+stack that is not in the figures; operations that are rounded unlike the reference's (code_checks.py); glue that does
+not compile against the installed torch. A change of registers is only reported.
 The flags are those of asgl_cuda/extension/compilation.py: PTX for compute_75 and compute_80, from which each
 architecture is compiled. Architectures with the code of another (SAME_CODE) are compiled only with --update, which
 fails where registers differ.
