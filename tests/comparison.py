@@ -31,6 +31,14 @@ def rng_state(seed: int = 1234567890123, offset: int = 42, device: Any = "cpu") 
     return torch.tensor([seed, offset], device=device)
 
 
+def negated(value: Tensor) -> Tensor:
+    """The same values under torch's negative bit."""
+    lazy = torch._neg_view(value.detach().neg())
+    assert lazy.is_neg()
+    assert torch.equal(lazy, value)
+    return lazy.requires_grad_(value.requires_grad)
+
+
 def randomized(model: nn.Module) -> nn.Module:
     """The same model with another value for each element of the neurons' parameters."""
     with torch.no_grad():

@@ -150,14 +150,8 @@ class Call {
                       "asgl_cuda: no adaptation has the number ", place, rules_.hard_reset ? " with a hard reset" : "");
     TORCH_CHECK_VALUE(rules_.adaptation == 0 || rules_.surrogate != static_cast<int64_t>(Surrogate::kInteger),
                       "asgl_cuda: adaptive neurons have no integer spikes");
-    if (v_init.has_value()) {
-      check_type(*v_init, real_type(x_seq), x_seq, "v_init");
-      v_init_ = layout_.match_state(*v_init, "v_init", members());
-    }
-    if (residual.has_value()) {
-      check_type(*residual, x_seq.scalar_type(), x_seq, "residual");
-      residual_ = layout_.match_sequence(*residual, "residual");
-    }
+    v_init_ = state(v_init, "v_init");
+    residual_ = sequence(residual, x_seq.scalar_type(), "residual");
     TORCH_CHECK_VALUE(0 <= rules_.levels && rules_.levels <= std::numeric_limits<uint16>::max(),
                       "asgl_cuda: levels must have 16 bits, got ", rules_.levels);
     check_noise(rules_, rng_state, x_seq);
@@ -180,6 +174,18 @@ class Call {
   bool has_parameter(int id) const { return parameters_[id].has_value(); }
   const ParameterTensor& parameter(int id) const { return *parameters_[id]; }
   at::TensorOptions real_options() const { return x_seq_.options().dtype(real_type(x_seq_)); }
+
+  // A given tensor, checked, in the memory order of x_seq.
+  OptionalTensor state(const OptionalTensor& given, const char* name) const {
+    if (!given.has_value()) return std::nullopt;
+    check_type(*given, real_type(x_seq_), x_seq_, name);
+    return layout_.match_state(*given, name, members());
+  }
+  OptionalTensor sequence(const OptionalTensor& given, at::ScalarType type, const char* name) const {
+    if (!given.has_value()) return std::nullopt;
+    check_type(*given, type, x_seq_, name);
+    return layout_.match_sequence(*given, name);
+  }
 
   template <class Scalar>
   void fill(LIFParams<Scalar>& params) const {

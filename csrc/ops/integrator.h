@@ -51,18 +51,12 @@ std::vector<Tensor> integrator_backward(const Kernels& kernels, const Tensor& gr
   const auto sequence_if = [&](bool needed, const OptionalTensor& given, const char* name) -> OptionalTensor {
     TORCH_CHECK_VALUE(given.has_value() || !needed,
                       "asgl_cuda: a gradient of decay needs v_seq and one of input_gain x_seq, like grad_v_seq");
-    if (!given.has_value()) return std::nullopt;
-    check_type(*given, grad_v_seq.scalar_type(), grad_v_seq, name);
-    const Tensor dense = layout.match_sequence(*given, name);
-    return needed ? OptionalTensor(dense) : std::nullopt;
+    const OptionalTensor dense = call.sequence(given, grad_v_seq.scalar_type(), name);
+    return needed ? dense : std::nullopt;
   };
   const OptionalTensor potentials = sequence_if(wants_decay, v_seq, "v_seq");
   const OptionalTensor inputs = sequence_if(wants_input_gain, x_seq, "x_seq");
-  OptionalTensor grad_last;
-  if (grad_v_last.has_value()) {
-    check_type(*grad_v_last, real_type(grad_v_seq), grad_v_seq, "grad_v_last");
-    grad_last = layout.match_state(*grad_v_last, "grad_v_last");
-  }
+  const OptionalTensor grad_last = call.state(grad_v_last, "grad_v_last");
   const auto backend = kernels.on(grad_v_seq);
   std::vector<Tensor> results;
   if (wants_x_seq) results.push_back(layout.empty_sequence(grad_v_seq.options()));

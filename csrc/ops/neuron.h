@@ -68,19 +68,10 @@ std::vector<Tensor> backward(const Kernels& kernels, const Call& call, const Out
   check_type(checkpoints, real_type(x_seq), x_seq, "checkpoints");
   TORCH_CHECK_VALUE(checkpoints.is_contiguous() && checkpoints.numel() == checkpoint_elements(shape, call.members()),
                     "asgl_cuda: checkpoints do not belong to this x_seq");
-  const auto sequence = [&](const OptionalTensor& grad, at::ScalarType type, const char* name) -> OptionalTensor {
-    if (!grad.has_value()) return std::nullopt;
-    check_type(*grad, type, x_seq, name);
-    return layout.match_sequence(*grad, name);
-  };
-  const OptionalTensor grad_s_seq = sequence(grads.s_seq, x_seq.scalar_type(), "grad_s_seq");
-  const OptionalTensor grad_v_seq = sequence(grads.v_seq, real_type(x_seq), "grad_v_seq");
-  const OptionalTensor grad_h_seq = sequence(grads.h_seq, real_type(x_seq), "grad_h_seq");
-  OptionalTensor grad_v_last;
-  if (grads.v_last.has_value()) {
-    check_type(*grads.v_last, real_type(x_seq), x_seq, "grad_v_last");
-    grad_v_last = layout.match_state(*grads.v_last, "grad_v_last", call.members());
-  }
+  const OptionalTensor grad_s_seq = call.sequence(grads.s_seq, x_seq.scalar_type(), "grad_s_seq");
+  const OptionalTensor grad_v_last = call.state(grads.v_last, "grad_v_last");
+  const OptionalTensor grad_v_seq = call.sequence(grads.v_seq, real_type(x_seq), "grad_v_seq");
+  const OptionalTensor grad_h_seq = call.sequence(grads.h_seq, real_type(x_seq), "grad_h_seq");
 
   const auto backend = kernels.on(x_seq);
   const Tensor grad_x_seq = wanted.x_seq ? layout.empty_sequence(x_seq.options()) : Tensor();

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 import torch._dynamo.testing
-from comparison import uniform
+from comparison import negated, uniform
 from features import (
     CASES,
     COPIED,
@@ -338,13 +338,6 @@ def test_kept_for_backward(backend, device, feature):
         checkpoints = (steps - 1) // 16 / steps * (2 if "w_last" in feature.outputs else 1)
         bytes_an_element = dtype.itemsize * given + 4 * (real + checkpoints)
         assert sum(storages.values()) <= x_seq.numel() * bytes_an_element + 2048  # parameters
-
-
-def negated(value):
-    """The same values under torch's negative bit."""
-    lazy = torch._neg_view(value.detach().neg())
-    assert lazy.is_neg()
-    return lazy.requires_grad_(value.requires_grad)
 
 
 def imaginary(value):

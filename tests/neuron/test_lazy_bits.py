@@ -2,18 +2,10 @@
 
 import pytest
 import torch
-from comparison import random_input, uniform
+from comparison import negated, random_input, uniform
 
 import asgl_cuda
 from asgl_cuda.backends import BACKENDS
-
-
-def negated(value):
-    """The same values under torch's negative bit."""
-    lazy = torch._neg_view(value.detach().neg())
-    assert lazy.is_neg()
-    assert torch.equal(lazy, value)
-    return lazy.requires_grad_(value.requires_grad)
 
 
 @pytest.fixture(params=["direct", "torch.ops"])
