@@ -38,7 +38,8 @@ sanitize: setup  ## run recorded calls of the CUDA and CPU kernels under Address
 	@$(RUN) -m tools.emulation.sanitize
 
 cuda-compile: setup  ## compile the CUDA kernels for all architectures, compare with RESOURCES.md, check their PTX
-	@$(RUN) -m tools.kernels.cuda_compile $(if $(ARCHITECTURES),--architectures $(ARCHITECTURES))
+	@$(RUN) -m tools.kernels.cuda_compile $(if $(ARCHITECTURES),--architectures $(ARCHITECTURES)) \
+	  $(if $(TYPES),--types $(TYPES))
 
 lint: setup  ## check style, formatting, types and workflows
 	@$(RUN) -m ruff check

@@ -40,6 +40,7 @@ if WANTED is None or "ptx" in _WANTED_NAMES:
         others = EMULATION if WANTED is None else None  # runs the other kernels
         for each, multiprocessors in ptx.BACKENDS.items():
             ptx.register(each, ptx.Launcher(PTX_MACHINE, multiprocessors, emulation=others))
+# Of a question to a feature, one case of each type; the others are slow.
 PTX_FILES = {f"test_{name}.py" for name in ("features", "properties", "gradients", "multi_spike")}
 
 # Each is compared with the reference by the whole suite.
@@ -59,13 +60,15 @@ def _surrogate_of(item: pytest.Item, params: dict[str, Any]) -> str | None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Marks the tests of a backend against the reference, so that no other test reruns for each GPU backend."""
-    kept, left_out = [], []
+    kept, left_out, questions = [], [], set()
     for item in items:
         callspec = getattr(item, "callspec", None)
         params = {} if callspec is None else callspec.params
         runs = True
         if params.get("backend") in FUSED_BACKENDS:
             item.add_marker("backend")
+        if params.get("backend") == "emulated" and item.get_closest_marker("traced"):
+            item.add_marker("slow")
         if params.get("backend") in ptx.BACKENDS:
             item.add_marker("ptx")
             runs = WANTED is not None or (
@@ -73,6 +76,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 and item.path.name in PTX_FILES
                 and _surrogate_of(item, params) in EXACT_SURROGATES
             )
+            if runs and "case" in params:
+                question = item.name.removesuffix(f"{params['case']}]"), params["case"].dtype
+                if question in questions:
+                    item.add_marker("slow")
+                questions.add(question)
         (kept if runs else left_out).append(item)
     config.hook.pytest_deselected(items=left_out)
     items[:] = kept

@@ -39,6 +39,13 @@ needs_kernels = pytest.mark.skipif("cpu" not in microbench.fused_backends(CPU), 
 
 
 @pytest.fixture(autouse=True)
+def one_backend(monkeypatch):
+    """Emulated backends take seconds for what the CPU kernels do in milliseconds."""
+    for module in (end_to_end, host, microbench, recurrent):
+        monkeypatch.setattr(module, "fused_backends", lambda device: ["cpu"])
+
+
+@pytest.fixture(autouse=True)
 def compiled(monkeypatch) -> list:
     """What torch.compile would compile, for seconds."""
     found = []
@@ -193,7 +200,6 @@ ROWS = {
 @pytest.mark.parametrize(("size", "expected"), ROWS.items(), ids=map(str, ROWS))
 def test_rows(monkeypatch, size, expected):
     """Every implementation once, with positive times; learned parameters get gradients."""
-    monkeypatch.setattr(microbench, "fused_backends", lambda device: ["cpu"])
     if isinstance(size, Block):
         assert size.random(CPU).shape == size.shape
     found = microbench.measure(size, CPU, repeats=2)
@@ -267,8 +273,7 @@ def test_bytes_an_element(size, kept, peak, kept_by_pair):
 
 
 @pytest.fixture
-def small_recurrent(monkeypatch):
-    monkeypatch.setattr(recurrent, "fused_backends", lambda device: ["cpu"])
+def small_recurrent():
     torch.manual_seed(0)
     size = recurrent.Size(5, 4, 12)
     return size, recurrent.sample_at(size, CPU)

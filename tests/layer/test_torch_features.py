@@ -107,6 +107,7 @@ def assert_trains_alike(module, model, x_seq, seed=3):
 # ---- torch.compile ----
 
 
+@pytest.mark.traced
 def test_compiled_function(backend, device):
     """The same bits and noise as in eager mode, of any size by one graph."""
     counter = torch._dynamo.testing.CompileCounterWithBackend("inductor")
@@ -137,6 +138,7 @@ def test_compiled_function(backend, device):
         assert_all_equal(compiled(x_seq, *leaves), expected)
 
 
+@pytest.mark.traced
 def test_compiled_layers(backend, device, monkeypatch):
     """In channels_last, behind a convolution."""
     # TF32 convolutions round to ten bits, and algorithms differ.
@@ -328,6 +330,7 @@ def test_anomaly_mode_and_another_default_type(backend, device):
     [("fused", "plain"), ("fused", "decomposed"), ("fused", "strict"), ("reference", "plain")],
     indirect=["name"],
 )
+@pytest.mark.traced
 def test_an_exported_model_trains_as_the_model(name, device, way):
     """Also without noise and by the compiler's front end."""
     kinds = IN_KERNELS if name == "reference" else KINDS  # as unrolled loops, which take long

@@ -408,6 +408,7 @@ def test_no_samples(backend, device, state):
     assert vmap(grad(lambda x: function(x).sum()))(x_seq).shape == x_seq.shape
 
 
+@pytest.mark.traced
 def test_forward_mode_is_not_lost_in_compiled_code(backend, device):
     torch._dynamo.reset()
     x_seq = torch.rand(4, 3, device=device)

@@ -157,6 +157,7 @@ def test_same_tensor_as_all_parameters(backend, device, feature):
     torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.traced
 @every(lambda feature: feature in map(FEATURES.get, COMPILED))
 def test_compile(backend, device, feature):
     """One graph, with the eager bits and running statistics."""

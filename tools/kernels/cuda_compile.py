@@ -7,8 +7,8 @@ The flags are those of asgl_cuda/extension/compilation.py: PTX for compute_75 an
 architecture is compiled. Architectures with the code of another (SAME_CODE) are compiled only with --update, which
 fails where registers differ.
 
-NVRTC compiles all kernels of csrc/cuda/kernel.h for one architecture, with --update for four. Failures: kernels of
-only one of NVRTC and nvcc; faults of the PTX; a spill that nvcc's kernel does not have.
+NVRTC compiles the same kernels for one architecture, with --update for four. Failures: faults of the PTX; a spill that
+nvcc's kernel does not have.
 """
 
 from __future__ import annotations
@@ -32,10 +32,11 @@ from asgl_cuda.extension import compilation
 from .. import host_compiler
 from . import resources
 from .code_checks import ptx_problems
-from .cuda_code import CSRC, Nvcc, Usage, kernel_of, reported_usages, run
+from .cuda_code import CSRC, SCALARS, Kernel, Nvcc, Usage, kernel_of, reported_usages, run
 from .resources import PAGE, Resources, reading_order
 
-SOURCES = tuple(sorted((CSRC / "cuda").glob("*.cu")))
+# Each type has a source file of its own; the integrator's has all.
+TYPES = tuple(sorted(str(dtype).removeprefix("torch.") for dtype in SCALARS))
 
 NVRTC_ARCHITECTURES = (75, 80, 90, 120)
 NVRTC_WITHOUT_UPDATE = (90,)
@@ -64,6 +65,12 @@ def compile_ops(nvcc: Nvcc, directory: Path) -> None:
     run([*host_compiler.command(), *flags, "-c", CSRC / "ops/bindings.cpp", "-o", directory / "bindings.o"])
 
 
+def named_kernels(types: Sequence[str]) -> dict[Kernel, str]:
+    """The kernels that the operators may start, and their C++ expressions."""
+    named = {Kernel.from_symbol(f"void {name}("): name for name in launched.kernel_names()}
+    return {kernel: name for kernel, name in named.items() if kernel.dtype in types}
+
+
 # ---- NVRTC ----
 
 
@@ -74,11 +81,10 @@ def compile_by_nvrtc(architecture: int, kernels: list[str]) -> tuple[dict[str, U
     return reported_usages(log), [f"NVRTC, sm_{architecture}: {problem}" for problem in ptx_problems(ptx)]
 
 
-def nvrtc_resources(architectures: Sequence[int], jobs: int) -> tuple[Resources, list[str]]:
-    """The usages of all kernels, and the faults of their PTX."""
+def nvrtc_resources(names: list[str], architectures: Sequence[int], jobs: int) -> tuple[Resources, list[str]]:
+    """The usages of the named kernels, and the faults of their PTX."""
     problems = []
     found: Resources = defaultdict(dict)
-    names = launched.kernel_names()
     chunks = [names[start : start + CHUNK] for start in range(0, len(names), CHUNK)]
     with ProcessPoolExecutor(jobs) as pool:
         work = list(product(architectures, chunks))
@@ -92,8 +98,7 @@ def nvrtc_resources(architectures: Sequence[int], jobs: int) -> tuple[Resources,
 
 def compare_compilers(ours: Resources, theirs: Resources) -> list[str]:
     """The faults of NVRTC's kernels, the first argument, against nvcc's."""
-    problems = [f"nvcc's build lacks what NVRTC was asked for: {kernel}" for kernel in ours.keys() - theirs.keys()]
-    problems += [f"the operators never ask for {kernel}" for kernel in theirs.keys() - ours.keys()]
+    problems = []
     for kernel in sorted(ours.keys() & theirs.keys(), key=reading_order):
         for architecture, usage in ours[kernel].items():
             expected = theirs[kernel][architecture]
@@ -111,13 +116,14 @@ def main() -> int:
     parser.add_argument("--update", action="store_true", help=f"write resources.json and {PAGE.path.name}")
     parser.add_argument("--draw", action="store_true", help=f"draw {PAGE.path.name} again from resources.json")
     parser.add_argument("--architectures", type=int, nargs="+", metavar="90", help="only these (default: see above)")
+    parser.add_argument("--types", nargs="+", choices=TYPES, default=TYPES, help="only kernels of these (default: all)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at a time (default: one a core)")
     arguments = parser.parse_args()
     if arguments.draw:
         PAGE.write()
         return 0
-    if arguments.update and (arguments.architectures or cupy.nvrtc_problem()):
-        parser.error("--update needs all architectures, and NVRTC")
+    if arguments.update and (arguments.architectures or arguments.types != TYPES or cupy.nvrtc_problem()):
+        parser.error("--update needs all architectures, all types, and NVRTC")
     nvcc = Nvcc.find()
     if nvcc is None:
         print("cuda-compile: SKIPPED, there is no nvcc on the PATH")
@@ -130,23 +136,29 @@ def check(nvcc: Nvcc, directory: Path, arguments: argparse.Namespace) -> int:
     start = time.monotonic()
     known = [each for each in nvcc.architectures if arguments.update or each not in compilation.SAME_CODE]
     architectures = arguments.architectures or known
+    sources = [CSRC / "cuda" / f"launch_{name}.cu" for name in ("integrator", *arguments.types)]
     found: Resources = defaultdict(dict)
     with ThreadPoolExecutor(arguments.jobs) as pool:
         glue = pool.submit(compile_ops, nvcc, directory)
-        of_sources = pool.map(lambda source: nvcc.to_ptx(source, directory, architectures), SOURCES)
+        of_sources = pool.map(lambda source: nvcc.to_ptx(source, directory, architectures), sources)
         ptx = [path for paths in of_sources for path in paths]
-        work = list(product(SOURCES, architectures))
+        work = list(product(sources, architectures))
         compiled = pool.map(lambda job: nvcc.report(directory, job[0].stem, job[1]), work)
         for (_, architecture), log in zip(work, compiled, strict=True):
             for symbol, usage in reported_usages(log).items():
-                found[kernel_of(symbol)][architecture] = usage
+                if (kernel := kernel_of(symbol)).dtype in arguments.types:
+                    found[kernel][architecture] = usage
         glue.result()
     names = ", ".join(f"sm_{architecture}" for architecture in architectures)
     print(f"nvcc {nvcc.version}: {len(found)} kernels for {names}; the glue; {time.monotonic() - start:.0f} s")
 
     problems = list(resources.same_code_problems(found))
-    if extension.problem is None and len(found) != (named := len(launched.kernel_names())):
-        problems.append(f"the operators name {named} kernels, nvcc makes {len(found)}")
+    if extension.problem is None:
+        named = named_kernels(arguments.types)
+        problems += [
+            f"the operators start {kernel}, which nvcc does not make" for kernel in named.keys() - found.keys()
+        ]
+        problems += [f"nvcc makes {kernel}, which the operators never start" for kernel in found.keys() - named.keys()]
     with ProcessPoolExecutor(arguments.jobs) as pool:
         problems += [problem for each in pool.map(file_problems, ptx) for problem in each]
     sections = resources.sections(found)
@@ -160,7 +172,7 @@ def check(nvcc: Nvcc, directory: Path, arguments: argparse.Namespace) -> int:
         print(f"NVRTC: SKIPPED, it compiles for {', '.join(f'sm_{a}' for a in NVRTC_ARCHITECTURES)}")
     else:
         start = time.monotonic()
-        by_nvrtc, faults = nvrtc_resources(chosen, arguments.jobs)
+        by_nvrtc, faults = nvrtc_resources(list(named.values()), chosen, arguments.jobs)
         names = ", ".join(f"sm_{architecture}" for architecture in chosen)
         print(f"NVRTC {cupy.nvrtc_version()}: {len(by_nvrtc)} kernels for {names}; {time.monotonic() - start:.0f} s")
         problems += [*faults, *compare_compilers(by_nvrtc, found)]
