@@ -70,18 +70,19 @@ def test_differences_from_the_committed_figures():
     assert compared(more, before, version="13.1.5") == ([], []), "registers change with the version"
 
 
+def test_spills_of_nvrtc():
+    nvcc, spilling = {FORWARD: {120: FINE}}, {FORWARD: {120: SPILLING}}
+    found, known = (resources.with_nvrtc(resources.sections(nvcc), each, nvcc) for each in (spilling, nvcc))
+    (problem,) = resources.compare(found, "13.0.88", {"nvcc": "13.0.88", "sections": known}).problems
+    assert problem == "NVRTC: kernels that spill on sm_120: 1 instead of 0"
+    assert not resources.compare(found, "13.0.88", {"nvcc": "13.0.88", "sections": found}).problems
+
+
 def test_architectures_that_no_longer_have_the_code_of_another():
     same = {FORWARD: {86: FINE, 89: FINE, 90: SPILLING}, BACKWARD: {89: FINE, 90: SPILLING}}
     assert list(resources.same_code_problems(same)) == []
     other = {FORWARD: {86: FINE, 88: FINE, 89: FINE._replace(registers=41)}}
     assert list(resources.same_code_problems(other)) == [f"sm_89 no longer has the code of sm_86: {FORWARD}"]
-
-
-def test_faults_of_nvrtc():
-    theirs = {FORWARD: {90: FINE, 120: FINE}, OTHER: {90: SPILLING}}
-    assert not cuda_compile.compare_compilers(theirs, theirs)
-    (problem,) = cuda_compile.compare_compilers({**theirs, FORWARD: {120: SPILLING}}, theirs)
-    assert problem.startswith(f"a spill of NVRTC's: {FORWARD}, sm_120: ")
 
 
 def test_kernels_that_operators_start():

@@ -7,8 +7,8 @@ The flags are those of asgl_cuda/extension/compilation.py: PTX for compute_75 an
 architecture is compiled. Architectures with the code of another (SAME_CODE) are compiled only with --update, which
 fails where registers differ.
 
-NVRTC compiles the same kernels for one architecture, with --update for four. Failures: faults of the PTX; a spill that
-nvcc's kernel does not have.
+NVRTC compiles the same kernels for one architecture, with --update for four. Failures: faults of the PTX; more kernels
+that spill than in the figures.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from .. import host_compiler
 from . import resources
 from .code_checks import ptx_problems
 from .cuda_code import CSRC, SCALARS, Kernel, Nvcc, Usage, kernel_of, reported_usages, run
-from .resources import PAGE, Resources, reading_order
+from .resources import PAGE, Resources
 
 # Each type has a source file of its own; the integrator's has all.
 TYPES = tuple(sorted(str(dtype).removeprefix("torch.") for dtype in SCALARS))
@@ -94,17 +94,6 @@ def nvrtc_resources(names: list[str], architectures: Sequence[int], jobs: int) -
             for symbol, usage in usages.items():
                 found[kernel_of(symbol)][architecture] = usage
     return found, problems
-
-
-def compare_compilers(ours: Resources, theirs: Resources) -> list[str]:
-    """The faults of NVRTC's kernels, the first argument, against nvcc's."""
-    problems = []
-    for kernel in sorted(ours.keys() & theirs.keys(), key=reading_order):
-        for architecture, usage in ours[kernel].items():
-            expected = theirs[kernel][architecture]
-            if any(usage.spills) and usage.spills != expected.spills:
-                problems.append(f"a spill of NVRTC's: {kernel}, sm_{architecture}: {usage}, nvcc's: {expected}")
-    return problems
 
 
 def main() -> int:
@@ -175,7 +164,7 @@ def check(nvcc: Nvcc, directory: Path, arguments: argparse.Namespace) -> int:
         by_nvrtc, faults = nvrtc_resources(list(named.values()), chosen, arguments.jobs)
         names = ", ".join(f"sm_{architecture}" for architecture in chosen)
         print(f"NVRTC {cupy.nvrtc_version()}: {len(by_nvrtc)} kernels for {names}; {time.monotonic() - start:.0f} s")
-        problems += [*faults, *compare_compilers(by_nvrtc, found)]
+        problems += faults
         sections = resources.with_nvrtc(sections, by_nvrtc, found)
     if arguments.update:
         PAGE.write({"nvcc": nvcc.version, "flags": nvcc.flags, "sections": sections})

@@ -89,6 +89,8 @@ def compare(now: Sections, version: str, committed: dict[str, Any]) -> Findings:
         expected = before.get((section, row[""]))
         if expected is None or row.get("kernels", 1) > expected.get("kernels", 1):
             problems.append(f"{PAGE.path.name} lacks a kernel: {section}: {row['']}")
+        elif section == NVRTC and row["spills"] > expected["spills"]:
+            problems.append(f"NVRTC: kernels that spill on {row['']}: {row['spills']} instead of {expected['spills']}")
         elif version == committed["nvcc"] or section == NVRTC:
             changed = [f"{c} {expected.get(c)} -> {value}" for c, value in row.items() if expected.get(c) != value]
             notes += [f"{section}: {row['']}: {', '.join(changed)}"] if changed else []
