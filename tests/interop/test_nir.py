@@ -86,7 +86,7 @@ def assert_the_same_layers(model, back, kind):
 def test_the_same_layer_comes_back(name, tmp_path):
     given, options = LAYERS[name]
     model = randomized(behind_a_convolution(LIF(**given)))
-    x_seq = random_input(6, 3, *IMAGE).detach()
+    x_seq = 3 * random_input(6, 3, *IMAGE).detach()
     graph = rewritten(to_nir(model, x_seq, **options), tmp_path / "model.nir")
     back = from_nir(graph)
     assert not back.training
