@@ -176,20 +176,7 @@ __global__ void __launch_bounds__(kBlockThreads, 8)
   if (thread == 0) params.store(channel, found);
 }
 
-// A thread for each channel.
-template <class Real>
-__global__ void __launch_bounds__(kBlockThreads, 8) batch_norm_running_kernel(const RunningParams<Real> params) {
-  const int64 channel = static_cast<int64>(blockIdx.x) * kBlockThreads + threadIdx.x;
-  if (channel < params.channels) params.update(channel);
-}
-
-// A thread for each channel.
-template <class Real>
-__global__ void __launch_bounds__(kBlockThreads, 8) batch_norm_adjoint_kernel(const AdjointParams<Real> params) {
-  const int64 channel = static_cast<int64>(blockIdx.x) * kBlockThreads + threadIdx.x;
-  if (channel < params.channels) params.compute(channel);
-}
-
+// Each block computes the adjoints of its channels: they cost less than a launch. The first slot's store the sums.
 template <class Scalar, int kLanes, bool kResidual>
 __global__ void __launch_bounds__(kBlockThreads, 8)
     batch_norm_input_gradient_kernel(const InputGradientParams<Scalar> params) {
@@ -198,10 +185,18 @@ __global__ void __launch_bounds__(kBlockThreads, 8)
   constexpr int kTogether = 2;  // loads of x and of dx in flight
   const ChannelTiles& tiles = params.tiles;
   const ChannelIndex<kLanes> index(tiles);
+  __shared__ Real slopes[kBlockThreads], offsets[kBlockThreads];  // by the first unit of a channel
+  if (index.live && index.way == 0 && index.rank == 0) {
+    const NormalisationAdjoint<Real> adjoint = params.adjoint(index.channel);
+    slopes[index.unit] = adjoint.slope;
+    offsets[index.unit] = adjoint.offset;
+    if (index.task.slot == 0) params.store_sums(index.channel);
+  }
+  __syncthreads();
   if (!index.live) return;
-  const Real mean = params.mean[index.channel], slope = params.adjoint[index.channel];
-  const Real offset = params.adjoint[tiles.shape.channels + index.channel];
-  const Real gain = kResidual ? params.gain[index.channel] : Real(1);
+  const Real mean = params.mean()[index.channel];
+  const Real slope = slopes[index.unit - index.rank], offset = offsets[index.unit - index.rank];
+  const Real gain = kResidual ? params.gain()[index.channel] : Real(1);
   const int64 stride = index.step * tiles.shape.columns();
   int64 element = index.row * tiles.shape.columns() + index.column;
   for (int64 row = index.row; row < index.end_row; row += kTogether * index.step) {
