@@ -182,20 +182,22 @@ __global__ void __launch_bounds__(kBlockThreads, 8)
     batch_norm_input_gradient_kernel(const InputGradientParams<Scalar> params) {
   using Real = Real_t<Scalar>;
   using Lanes = Access<kLanes>;
-  constexpr int kTogether = 2;  // loads of x and of dx in flight
+  constexpr int kTogether = kLanes * sizeof(Real) == 4 ? 4 : 2;  // loads of x and of dx in flight
   const ChannelTiles& tiles = params.tiles;
-  const ChannelIndex<kLanes> index(tiles);
-  __shared__ Real slopes[kBlockThreads], offsets[kBlockThreads];  // by the first unit of a channel
-  if (index.live && index.way == 0 && index.rank == 0) {
-    const NormalisationAdjoint<Real> adjoint = params.adjoint(index.channel);
-    slopes[index.unit] = adjoint.slope;
-    offsets[index.unit] = adjoint.offset;
-    if (index.task.slot == 0) params.store_sums(index.channel);
+  __shared__ Real slopes[kBlockThreads], offsets[kBlockThreads];  // by channel of the tile
+  const ChannelTask task(tiles, blockIdx.x);
+  const int64 own = task.first_channel + threadIdx.x;
+  if (threadIdx.x < tiles.channels_per_tile && own < tiles.shape.channels) {
+    const NormalisationAdjoint<Real> adjoint = params.adjoint(own);
+    slopes[threadIdx.x] = adjoint.slope;
+    offsets[threadIdx.x] = adjoint.offset;
+    if (task.slot == 0) params.store_sums(own);
   }
   __syncthreads();
+  const ChannelIndex<kLanes> index(tiles);
   if (!index.live) return;
-  const Real mean = params.mean()[index.channel];
-  const Real slope = slopes[index.unit - index.rank], offset = offsets[index.unit - index.rank];
+  const int place = static_cast<int>(index.channel - task.first_channel);
+  const Real mean = params.mean()[index.channel], slope = slopes[place], offset = offsets[place];
   const Real gain = kResidual ? params.gain()[index.channel] : Real(1);
   const int64 stride = index.step * tiles.shape.columns();
   int64 element = index.row * tiles.shape.columns() + index.column;

@@ -274,7 +274,7 @@ MUTANTS = {
     "batch_norm: each process updates by its own batch, too": batch_norm("own = coefficients_of(None, ())",
         "own = coefficients_of(None, running)", "layer/test_distributed.py"),
     "batch_norm: values of each process": batch_norm("counts.sum(0) <= 1", "counts <= 1",
-        "layer/test_distributed.py empty"),
+        "layer/test_distributed.py without_samples"),
     "batch_norm: an update without a derivative": batch_norm(", batch_norm_update=_differentiated_update", "",
         "neuron/test_batch_norm.py updates_running"),
     "batch_norm: the gain as the variance": batch_norm("statistics = [coefficients[0], coefficients[3]]",
