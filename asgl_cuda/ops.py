@@ -23,8 +23,8 @@ and input_bias of the neuron, and the unbiased variance; and `total`, [C, 3] in 
 variance of each channel. Sources are mean and variance if given, else `statistics`, the totals of all processes,
 [processes, C, 3], else x_seq.
 
-batch_norm_update does the same, replaces a share of the running statistics, and counts the batch. Graphs have the other
-one, which changes nothing.
+batch_norm_update does the same, replaces a share of the running statistics, and counts the batch. Compiled graphs have
+batch_norm_coefficients, which changes nothing.
 
 batch_norm_backward returns the gradients of weight and bias, from sums of this process and of all. A non-empty
 grad_x_seq holds input_gain times the gradient of the input current, and is overwritten by the gradient of x_seq. With

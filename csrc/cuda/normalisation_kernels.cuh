@@ -176,7 +176,8 @@ __global__ void __launch_bounds__(kBlockThreads, 8)
   if (thread == 0) params.store(channel, found);
 }
 
-// Each block computes the adjoints of its channels: they cost less than a launch. The first slot's store the sums.
+// Each block computes the adjoints of its channels, before its columns, which would stay in registers meanwhile (54 to
+// 61 instead of 43 to 48). Those of the first slot store the gradients of weight and bias.
 template <class Scalar, int kLanes, bool kResidual>
 __global__ void __launch_bounds__(kBlockThreads, 8)
     batch_norm_input_gradient_kernel(const InputGradientParams<Scalar> params) {
