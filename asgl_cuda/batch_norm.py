@@ -77,6 +77,8 @@ class _Settings(NamedTuple):
 
 # The normalisation's arguments by name, among them `count`, num_batches_tracked, and the neuron's time_dim.
 _Normalisation = dict[str, Any]
+# running_mean, running_var, num_batches_tracked and momentum, where the operator updates them; else nothing.
+_Running = tuple[Any, ...]
 
 
 class _ByChannel(NamedTuple):
@@ -91,24 +93,25 @@ class _ByChannel(NamedTuple):
 class BatchNormLIFFunction(torch.autograd.Function):
     """The fused operators as a differentiable function of weight, bias, x_seq, v_init and the neuron's parameters.
 
-    Takes `_Settings`, and the fields of `_ByChannel` and of a `Call`, the parameters one by one. Returns the results of
-    `LIFFunction`, coefficients and statistics.
+    Takes `_Settings`, `_Running`, and the fields of `_ByChannel` and of a `Call`, the parameters one by one. Returns
+    the results of `LIFFunction`, coefficients and statistics.
     """
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(
-        settings: _Settings, backend: str, plan: Plan, mean: Any, variance: Any, rng_state: Any, *tensors: Any
-    ) -> tuple[Tensor, ...]:
+        settings: _Settings, running: _Running, backend: str, plan: Plan, mean: Any, variance: Any, rng_state: Any,
+        *tensors: Any,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
         weight, bias, *of_call = tensors
-        call = call_of(backend, plan, rng_state, *of_call)
-        result, coefficients, statistics = _forward(settings, call, _ByChannel(mean, variance, weight, bias), True)
+        call, norm = call_of(backend, plan, rng_state, *of_call), _ByChannel(mean, variance, weight, bias)
+        result, coefficients, statistics = _forward(settings, running, call, norm, True)
         return *result, coefficients, statistics
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.settings, ctx.backend, ctx.plan, *tensors = inputs
+        ctx.settings, _, ctx.backend, ctx.plan, *tensors = inputs
         mean, _, *kept = tensors  # weight and bias only for once_differentiable: backward has their coefficients
         ctx.training = mean is None
         not_differentiable = output[-3:]  # checkpoints, coefficients, statistics
@@ -123,7 +126,7 @@ class BatchNormLIFFunction(torch.autograd.Function):
         rng_state, weight, bias, *tensors = saved[3:]
         call = call_of(ctx.backend, ctx.plan, rng_state, *tensors)
         x_seq, plan = call.x_seq, call.plan
-        asked = ctx.needs_input_grad[6:]
+        asked = ctx.needs_input_grad[7:]
         wants_weight, wants_bias, *others = asked
         needed = Gradients(*others)
         through_batch = needed.x_seq and ctx.training
@@ -151,7 +154,7 @@ class BatchNormLIFFunction(torch.autograd.Function):
         results = grad_weight, grad_bias, grad_x_seq, *found[1:]
         gradients = [grad for grad, wants in zip(results, asked, strict=True) if wants]
         checked = once_differentiable(gradients, (weight, bias, rng_state, *tensors, *grads))
-        return None, None, None, None, None, None, *with_gaps(checked, asked)
+        return *[None] * 7, *with_gaps(checked, asked)
 
 
 class _Coefficients(NamedTuple):
@@ -218,26 +221,35 @@ def _differentiated(operator: Any, below: Any, *arguments: Any) -> tuple[Tensor,
     return coefficients, total
 
 
-DERIVATIVES["batch_norm_coefficients"] = _differentiated
+def _differentiated_update(operator: Any, below: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
+    """The same for batch_norm_update."""
+    return _differentiated(operator, partial(below, *arguments[:4]), *arguments[4:])
+
+
+DERIVATIVES.update(batch_norm_coefficients=_differentiated, batch_norm_update=_differentiated_update)
 
 
 def _forward(
-    settings: _Settings, call: Call, norm: _ByChannel, keep_checkpoints: bool
+    settings: _Settings, running: _Running, call: Call, norm: _ByChannel, keep_checkpoints: bool
 ) -> tuple[ForwardResult, Tensor, Tensor]:
     """The result of the neuron, the coefficients, and count, mean and variance of each channel."""
 
-    def coefficients_of(statistics: Tensor | None) -> tuple[Tensor, Tensor]:
-        return call.operators().batch_norm_coefficients(
-            call.x_seq, statistics, norm.mean, norm.variance, norm.weight, norm.bias, settings.eps,
+    def coefficients_of(statistics: Tensor | None, running: _Running) -> tuple[Tensor, Tensor]:
+        operators = call.operators()
+        operator = operators.batch_norm_update if running else operators.batch_norm_coefficients
+        return operator(
+            *running, call.x_seq, statistics, norm.mean, norm.variance, norm.weight, norm.bias, settings.eps,
             settings.input_scale, call.plan.rules.time_dim,
         )  # fmt: skip
 
-    coefficients, statistics = coefficients_of(None)
+    of_all = None
     if settings.group is not None:
-        parts = [torch.empty_like(statistics) for _ in range(torch.distributed.get_world_size(settings.group))]
-        torch.distributed.all_gather(parts, statistics, group=settings.group)
-        coefficients, statistics = coefficients_of(torch.stack(parts))
-        _check_shared_count(statistics[:1, 0], settings, call.x_seq)
+        _, own = coefficients_of(None, ())
+        parts = [torch.empty_like(own) for _ in range(torch.distributed.get_world_size(settings.group))]
+        torch.distributed.all_gather(parts, own, group=settings.group)
+        of_all = torch.stack(parts)
+        _check_shared_count(of_all[:, :1, 0], settings, call.x_seq)
+    coefficients, statistics = coefficients_of(of_all, running)
     return _normalised(call, coefficients).forward(keep_checkpoints), coefficients, statistics
 
 
@@ -252,9 +264,9 @@ def _remember(call: Call, results: Sequence[Tensor]) -> None:
     _normalised(call, coefficients).remember(outputs)
 
 
-def _check_shared_count(count: Tensor, settings: _Settings, x_seq: Tensor) -> None:
+def _check_shared_count(counts: Tensor, settings: _Settings, x_seq: Tensor) -> None:
     """Raises for one value per channel over all processes; synchronises only if this process has at most one."""
-    if x_seq.numel() <= x_seq.shape[settings.channel] and bool((count <= 1).any()):
+    if x_seq.numel() <= x_seq.shape[settings.channel] and bool((counts.sum(0) <= 1).any()):
         raise ValueError(
             f"{_CALLER}: training needs more than one value a channel, got one in all processes, here x_seq of shape "
             f"{list(x_seq.shape)}"
@@ -402,26 +414,28 @@ def _batch_norm_lif(x_seq: Tensor, norm: _Normalisation, given: Arguments) -> Te
     if BACKENDS[call.backend].operators is None:
         outputs, *statistics = _reference(settings, call, values)
     else:
+        running: _Running = ()
+        if in_one_launch:
+            kept = running_mean, running_var, count
+            # torch's fallback for the negative bit takes no operator that changes several arguments.
+            dense = [each.resolve_neg() if each is not None and each.is_neg() else each for each in kept]
+            running = *dense, momentum
         tensors = values.weight, values.bias, call.x_seq, call.v_init, *call.parameters
         if is_differentiated((*tensors, mean, variance), _CALLER):
-            inputs = settings, call.backend, call.plan, values.mean, values.variance, call.rng_state, *tensors
+            inputs = settings, running, call.backend, call.plan, values.mean, values.variance, call.rng_state, *tensors
             if recompute.open_contexts or recompute.traced_contexts:
                 found = recompute.applied(apply, BatchNormLIFFunction, inputs, partial(_remember, call))
             else:
                 found = apply(BatchNormLIFFunction, *inputs)
             *outputs, coefficients, _ = found
         else:
-            outputs, coefficients, _ = _forward(settings, call, values, False)
+            outputs, coefficients, _ = _forward(settings, running, call, values, False)
         if in_one_launch:
-            running = running_mean, running_var, count
-            # torch's fallback for the negative bit takes no operator that changes its arguments and returns nothing.
-            dense = [each.resolve_neg() if each is not None and each.is_neg() else each for each in running]
-            call.operators().batch_norm_update(*dense, coefficients, momentum)
-            for each, changed in zip(running, dense, strict=True):
+            for each, changed in zip(kept, dense, strict=True):
                 if each is not None and changed is not each:
                     each.copy_(changed)
             # Only torch's own operations increment versions.
-            torch.autograd.graph.increment_version([each for each in running if each is not None])
+            torch.autograd.graph.increment_version([each for each in kept if each is not None])
             statistics = []
         else:
             statistics = [coefficients[0], coefficients[3]]

@@ -49,8 +49,6 @@ def at_autograd(operator: Any, name: str) -> Callable[..., Any]:
 
 def _without_derivative(operator: Any, below: Callable[..., Any], *arguments: Any) -> Any:
     results = below(*arguments)
-    if results is None:  # batch_norm_update
-        return None
     return type(results)(once_differentiable(results, tensors_in(arguments), apply_here))
 
 

@@ -23,7 +23,8 @@ and input_bias of the neuron, and the unbiased variance; and `total`, [C, 3] in 
 variance of each channel. Sources are mean and variance if given, else `statistics`, the totals of all processes,
 [processes, C, 3], else x_seq.
 
-batch_norm_update replaces a share of the running statistics, and counts the batch.
+batch_norm_update does the same, replaces a share of the running statistics, and counts the batch. Compiled graphs have
+batch_norm_coefficients, which changes nothing.
 
 batch_norm_backward returns the gradients of weight and bias, from sums of this process and of all. A non-empty
 grad_x_seq holds input_gain times the gradient of the input current, and is overwritten by the gradient of x_seq. With
@@ -159,6 +160,10 @@ def _fake_batch_norm_backward(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 _PARAMETERS = ", ".join(f"Tensor? {name}" for name in Parameters._fields)
 _CONSTANTS = "float[] numbers, int[] rules"
+_COEFFICIENTS = (
+    "Tensor x_seq, Tensor? statistics, Tensor? mean, Tensor? variance, Tensor? weight, Tensor? bias, float eps, "
+    "float input_scale, int time_dim) -> (Tensor coefficients, Tensor total)"
+)
 _OPERATORS: dict[str, Callable[..., Any]] = {  # schemas and fake implementations
     "draw_rng_state(Tensor fresh) -> Tensor": _fake_draw_rng_state,
     f"lif_forward(Tensor x_seq, Tensor? v_init, Tensor? rng_state, {_PARAMETERS}, {_CONSTANTS}, bool[] wanted) -> "
@@ -181,11 +186,9 @@ _OPERATORS: dict[str, Callable[..., Any]] = {  # schemas and fake implementation
     f"Tensor parameters, Tensor? v_init, Tensor? s_init, Tensor? i_init, Tensor? rng_state, {_CONSTANTS}, "
     "bool has_synapse, bool detach_recurrent, bool[] wanted) -> Tensor[]":
         _fake_recurrent_backward,
-    "batch_norm_coefficients(Tensor x_seq, Tensor? statistics, Tensor? mean, Tensor? variance, Tensor? weight, "
-    "Tensor? bias, float eps, float input_scale, int time_dim) -> (Tensor coefficients, Tensor total)":
-        _fake_batch_norm_coefficients,
+    f"batch_norm_coefficients({_COEFFICIENTS}": _fake_batch_norm_coefficients,
     "batch_norm_update(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor(c!)? num_batches_tracked, "
-    "Tensor coefficients, float momentum) -> ()": lambda *arguments: None,
+    f"float momentum, {_COEFFICIENTS}": lambda *arguments: _fake_batch_norm_coefficients(*arguments[4:]),
     "batch_norm_backward(Tensor(a!) grad_x_seq, Tensor? grad_residual, Tensor x_seq, Tensor coefficients, "
     "Tensor statistics, Tensor grad_gain, Tensor grad_bias, Tensor total_grad_gain, Tensor total_grad_bias, float eps, "
     "float input_scale, int time_dim) -> (Tensor grad_weight, Tensor grad_bias)":

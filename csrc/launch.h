@@ -40,8 +40,8 @@ void with_pass(Pass pass, F&& f) {
 }
 
 // plan_tiles(params) divides values into tiles, and launch(params) runs the kernel for params: ForwardParams,
-// BackwardParams, GradientSum, IntegratorParams, MomentsParams, CoefficientsParams, RunningParams, AdjointParams and
-// InputGradientParams. They are instantiated where they are defined, as overloads of plan_on and launch_on.
+// BackwardParams, GradientSum, IntegratorParams, MomentsParams, CoefficientsParams and InputGradientParams.
+// They are instantiated where they are defined, as overloads of plan_on and launch_on.
 namespace cpu {
 
 template <class Params>

@@ -29,7 +29,7 @@ class Operators(NamedTuple):
     recurrent_forward: Callable[..., ops.ForwardResult]
     recurrent_backward: Callable[..., ops.BackwardResult]
     batch_norm_coefficients: Callable[..., tuple[torch.Tensor, torch.Tensor]]
-    batch_norm_update: Callable[..., None]
+    batch_norm_update: Callable[..., tuple[torch.Tensor, torch.Tensor]]
     batch_norm_backward: Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
 

@@ -291,24 +291,20 @@ void launch_on(Device, const CoefficientsParams<Real>& params) {
   }
 }
 
-template <class Real>
-void launch_on(Device, const RunningParams<Real>& params) {
-  for (int64 channel = 0; channel < params.channels; ++channel) params.update(channel);
-}
-
-template <class Real>
-void launch_on(Device, const AdjointParams<Real>& params) {
-  for (int64 channel = 0; channel < params.channels; ++channel) params.compute(channel);
-}
-
 template <class Scalar>
 void launch_on(Device, const InputGradientParams<Scalar>& params) {
   using Real = Real_t<Scalar>;
   using Operands = std::array<Operand<Real>, 4>;  // mean, slope, offset, gain
   const ChannelTiles& tiles = params.tiles;
   const bool has_residual = params.grad_residual != nullptr;
-  const Real* const values[] = {params.mean, params.adjoint, params.adjoint + tiles.shape.channels,
-                                has_residual ? params.gain : params.mean};
+  std::vector<Real> slopes, offsets;
+  for (int64 channel = 0; channel < tiles.shape.channels; ++channel) {
+    const NormalisationAdjoint<Real> adjoint = params.adjoint(channel);
+    slopes.push_back(adjoint.slope);
+    offsets.push_back(adjoint.offset);
+    params.store_sums(channel);
+  }
+  const Real* const values[] = {params.mean(), slopes.data(), offsets.data(), params.gain()};
   // The row that a loop reads or writes, in the arithmetic type: in place, or a copy in `buffer`.
   const auto in_place = [](Scalar* sequence, Real* buffer) {
     if constexpr (std::is_same_v<Scalar, Real>) return sequence;
@@ -378,9 +374,5 @@ template void launch(const InputGradientParams<float>&);
 template void launch(const InputGradientParams<double>&);
 template void launch(const CoefficientsParams<float>&);
 template void launch(const CoefficientsParams<double>&);
-template void launch(const RunningParams<float>&);
-template void launch(const AdjointParams<float>&);
-template void launch(const RunningParams<double>&);
-template void launch(const AdjointParams<double>&);
 
 }  // namespace asgl::cpu

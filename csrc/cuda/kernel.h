@@ -21,8 +21,6 @@ enum class Template {
   kGradientSum,
   kMoments,
   kCoefficients,
-  kRunning,
-  kAdjoint,
   kInputGradient,
 };
 
@@ -99,10 +97,6 @@ inline std::string name_of(const Kernel& kernel) {
       return call("batch_moments_kernel", lanes);
     case Template::kCoefficients:
       return call("batch_norm_coefficients_kernel");
-    case Template::kRunning:
-      return call("batch_norm_running_kernel");
-    case Template::kAdjoint:
-      return call("batch_norm_adjoint_kernel");
     case Template::kInputGradient:
       return call("batch_norm_input_gradient_kernel", lanes, boolean(kernel.residual));
   }
@@ -114,10 +108,7 @@ inline std::vector<Kernel> every_kernel() {
   std::vector<Kernel> all;
   const auto add = [&](const Kernel& kernel) { all.push_back(kernel); };
   for (const Type type : {Type::kFloat, Type::kDouble}) {
-    for (const Template each :
-         {Template::kGradientSum, Template::kCoefficients, Template::kRunning, Template::kAdjoint}) {
-      add({each, type});
-    }
+    for (const Template each : {Template::kGradientSum, Template::kCoefficients}) add({each, type});
   }
   for (const Type type : {Type::kHalf, Type::kBFloat16, Type::kFloat, Type::kDouble}) {
     add({Template::kAdaptiveForward, type});

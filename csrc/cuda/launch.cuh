@@ -27,9 +27,7 @@ cudaError_t launch_for(const Start& start) {
       if constexpr (std::is_same_v<Scalar, Real_t<Scalar>>) return start(&gradient_sum_kernel<Scalar>);
       break;
     case Template::kCoefficients:
-    case Template::kRunning:
-    case Template::kAdjoint:
-      if constexpr (std::is_same_v<Scalar, Real_t<Scalar>>) return launch_channels<Scalar>(start);
+      if constexpr (std::is_same_v<Scalar, Real_t<Scalar>>) return start(&batch_norm_coefficients_kernel<Scalar>);
       break;
   }
   return cudaErrorInvalidValue;

@@ -29,17 +29,4 @@ cudaError_t launch_input_gradient(const Start& start) {
                          : start(&batch_norm_input_gradient_kernel<Scalar, 1, false>);
 }
 
-// Kernels of numbers for each channel.
-template <class Real>
-cudaError_t launch_channels(const Start& start) {
-  switch (start.launch.kernel.of) {
-    case Template::kCoefficients:
-      return start(&batch_norm_coefficients_kernel<Real>);
-    case Template::kRunning:
-      return start(&batch_norm_running_kernel<Real>);
-    default:
-      return start(&batch_norm_adjoint_kernel<Real>);
-  }
-}
-
 }  // namespace asgl::cuda

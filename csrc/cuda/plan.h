@@ -246,6 +246,7 @@ void plan_tiles(MomentsParams<Scalar>& params, const Resident&) {
 template <class Scalar, class Resident>
 void plan_tiles(InputGradientParams<Scalar>& params, const Resident&) {
   plan_channels(params.tiles, kChannelRowsEach, params.x_seq, params.grad_x_seq, params.grad_residual);
+  if (params.tiles.shape.rows == 0) params.tiles.splits = 1;  // for the gradients of weight and bias
 }
 
 template <class Scalar>
@@ -256,16 +257,6 @@ Launch launch_of(const MomentsParams<Scalar>& params) {
 template <class Real>
 Launch launch_of(const CoefficientsParams<Real>& params) {
   return {{Template::kCoefficients, kTypeOf<Real>}, params.channels};
-}
-
-template <class Real>
-Launch launch_of(const RunningParams<Real>& params) {
-  return {{Template::kRunning, kTypeOf<Real>}, blocks_for(params.channels, kBlockThreads)};
-}
-
-template <class Real>
-Launch launch_of(const AdjointParams<Real>& params) {
-  return {{Template::kAdjoint, kTypeOf<Real>}, blocks_for(params.channels, kBlockThreads)};
 }
 
 template <class Scalar>

@@ -32,8 +32,40 @@ inline Moments* as_moments(const Tensor& tensor) {
   return reinterpret_cast<Moments*>(tensor.mutable_data_ptr<double>());
 }
 
+// The running statistics of training; none without a mean.
+struct Running {
+  OptionalTensor mean, variance, num_batches_tracked;
+  double momentum;
+
+  void check(int64_t channels, const Tensor& x_seq) const {
+    if (!mean.has_value()) return;
+    for (const Tensor& each : {*mean, *variance}) {
+      TORCH_CHECK_VALUE(each.sizes() == at::IntArrayRef(channels) && each.is_contiguous() &&
+                            each.scalar_type() == real_type(x_seq) && each.device() == x_seq.device(),
+                        "asgl_cuda: running statistics must be contiguous and have shape ", channels, " and type ",
+                        real_type(x_seq), " on ", x_seq.device(), ", got ", each.sizes(), ", ", each.scalar_type(),
+                        ", ", each.device());
+    }
+    TORCH_CHECK_VALUE(!num_batches_tracked.has_value() ||
+                          (num_batches_tracked->scalar_type() == at::kLong && num_batches_tracked->numel() == 1 &&
+                           num_batches_tracked->device() == x_seq.device()),
+                      "asgl_cuda: num_batches_tracked must be one int64 on ", x_seq.device());
+  }
+
+  template <class Real>
+  void fill(CoefficientsParams<Real>& params) const {
+    if (!mean.has_value()) return;
+    params.running_mean = mean->mutable_data_ptr<Real>();
+    params.running_var = variance->mutable_data_ptr<Real>();
+    params.momentum = static_cast<Real>(momentum);
+    if (num_batches_tracked.has_value()) {
+      params.num_batches_tracked = reinterpret_cast<int64*>(num_batches_tracked->mutable_data_ptr<int64_t>());
+    }
+  }
+};
+
 template <class Kernels>
-std::tuple<Tensor, Tensor> batch_norm_coefficients(const Kernels& kernels, const Tensor& x_seq,
+std::tuple<Tensor, Tensor> batch_norm_coefficients(const Kernels& kernels, const Running& running, const Tensor& x_seq,
                                                    const OptionalTensor& statistics, const OptionalTensor& mean,
                                                    const OptionalTensor& variance, const OptionalTensor& weight,
                                                    const OptionalTensor& bias, double eps, double input_scale,
@@ -41,6 +73,7 @@ std::tuple<Tensor, Tensor> batch_norm_coefficients(const Kernels& kernels, const
   const Layout layout(x_seq, time_dim);
   const ChannelShape shape = channel_shape(layout);
   TORCH_CHECK_VALUE(mean.has_value() == variance.has_value(), "asgl_cuda: mean and variance come together");
+  running.check(shape.channels, x_seq);
   at::DimVector sizes = {kNumCoefficients};
   sizes.append(channel_sizes(layout));
   const Tensor coefficients = at::empty(sizes, x_seq.options().dtype(real_type(x_seq)));
@@ -87,46 +120,10 @@ std::tuple<Tensor, Tensor> batch_norm_coefficients(const Kernels& kernels, const
     params.options = {eps, input_scale};
     params.coefficients = coefficients.mutable_data_ptr<Real>();
     params.total = as_moments(total);
+    running.fill(params);
     backend.launch(params);
   });
   return {coefficients, total};
-}
-
-template <class Kernels>
-void batch_norm_update(const Kernels& kernels, const Tensor& running_mean, const Tensor& running_var,
-                       const OptionalTensor& num_batches_tracked, const Tensor& coefficients, double momentum) {
-  TORCH_CHECK_TYPE(coefficients.scalar_type() == at::kFloat || coefficients.scalar_type() == at::kDouble,
-                   "asgl_cuda: coefficients must be float32 or float64, got ", coefficients.scalar_type());
-  TORCH_CHECK_VALUE(coefficients.dim() >= 2 && coefficients.size(0) == kNumCoefficients &&
-                        coefficients.numel() == kNumCoefficients * coefficients.size(1),
-                    "asgl_cuda: coefficients must have shape [4, channels, 1, ...], got ", coefficients.sizes());
-  const int64_t channels = coefficients.size(1);
-  for (const Tensor& running : {running_mean, running_var}) {
-    TORCH_CHECK_VALUE(running.sizes() == at::IntArrayRef(channels) && running.is_contiguous() &&
-                          running.scalar_type() == coefficients.scalar_type() &&
-                          running.device() == coefficients.device(),
-                      "asgl_cuda: running statistics must have shape ", channels, " and be as the coefficients");
-  }
-  TORCH_CHECK_VALUE(!num_batches_tracked.has_value() ||
-                        (num_batches_tracked->scalar_type() == at::kLong && num_batches_tracked->numel() == 1 &&
-                         num_batches_tracked->device() == coefficients.device()),
-                    "asgl_cuda: num_batches_tracked must be one int64 on ", coefficients.device());
-  if (channels == 0) return;
-  const auto backend = kernels.on(coefficients);
-  with_scalar(coefficients.scalar_type(), [&](auto scalar) {
-    using Real = Real_t<decltype(scalar)>;
-    RunningParams<Real> params{};
-    const Tensor dense = coefficients.contiguous();
-    params.coefficients = dense.const_data_ptr<Real>();
-    params.channels = channels;
-    params.momentum = static_cast<Real>(momentum);
-    params.running_mean = running_mean.mutable_data_ptr<Real>();
-    params.running_var = running_var.mutable_data_ptr<Real>();
-    params.num_batches_tracked = num_batches_tracked.has_value()
-                                     ? reinterpret_cast<int64*>(num_batches_tracked->mutable_data_ptr<int64_t>())
-                                     : nullptr;
-    backend.launch(params);
-  });
 }
 
 template <class Kernels>
@@ -162,11 +159,13 @@ std::tuple<Tensor, Tensor> batch_norm_backward(const Kernels& kernels, const Ten
     const Checked<Real> all_gain(total_grad_gain, by_channel, x_seq, "total_grad_gain");
     const Checked<Real> all_bias(total_grad_bias, by_channel, x_seq, "total_grad_bias");
     const auto backend = kernels.on(x_seq);
-    const Tensor adjoint = at::empty({2, shape.channels}, real);
-    AdjointParams<Real> params{};
+    InputGradientParams<Scalar> params{};
+    params.tiles.shape = wanted ? shape : ChannelShape{0, shape.channels, 1};
+    params.x_seq = const_pointer<Scalar>(x_seq);
+    params.grad_x_seq = pointer<Scalar>(grad_x_seq);
+    params.grad_residual = has_residual ? const_pointer<Scalar>(grad_residual) : nullptr;
     params.moments = as_moments(given_statistics.data());
     params.coefficients = given_coefficients.data();
-    params.channels = shape.channels;
     params.grad_gain = own_gain.data();
     params.grad_bias = own_bias.data();
     params.total_grad_gain = all_gain.data();
@@ -174,29 +173,28 @@ std::tuple<Tensor, Tensor> batch_norm_backward(const Kernels& kernels, const Ten
     params.options = {eps, input_scale};
     params.grad_weight = grad_weight.mutable_data_ptr<Real>();
     params.grad_shift = grad_shift.mutable_data_ptr<Real>();
-    params.adjoint = adjoint.mutable_data_ptr<Real>();
-    backend.launch(params);
-    if (!wanted) return;
-    InputGradientParams<Scalar> pass{};
-    pass.x_seq = const_pointer<Scalar>(x_seq);
-    pass.grad_x_seq = pointer<Scalar>(grad_x_seq);
-    pass.tiles.shape = shape;
-    backend.plan_tiles(pass);
-    pass.mean = params.coefficients + kCoefficientMean * shape.channels;
-    pass.adjoint = params.adjoint;
-    pass.grad_residual = has_residual ? const_pointer<Scalar>(grad_residual) : nullptr;
     if (has_residual) in_huge_pages(grad_x_seq);  // still untouched
-    pass.gain = params.coefficients + kCoefficientGain * shape.channels;
-    backend.launch(pass);
+    backend.plan_tiles(params);
+    backend.launch(params);
   });
   return {grad_weight, grad_shift};
+}
+
+// The operator without running statistics, and the one that updates them.
+template <class Library, class Kernels, class... Arguments>
+void implement_coefficients(Library& m, const Kernels& kernels,
+                            std::tuple<Tensor, Tensor> (*run)(const Kernels&, const Running&, Arguments...)) {
+  m.impl("batch_norm_coefficients", [=](Arguments... arguments) { return run(kernels, {}, arguments...); });
+  m.impl("batch_norm_update", [=](const Tensor& running_mean, const Tensor& running_var,
+                                  const OptionalTensor& num_batches_tracked, double momentum, Arguments... arguments) {
+    return run(kernels, {running_mean, running_var, num_batches_tracked, momentum}, arguments...);
+  });
 }
 
 // The schemas are in asgl_cuda/ops.py.
 template <class Kernels, class Library>
 void implement_batch_norm(Library& m, const Kernels& kernels) {
-  m.impl("batch_norm_coefficients", on_kernels(kernels, &batch_norm_coefficients<Kernels>));
-  m.impl("batch_norm_update", on_kernels(kernels, &batch_norm_update<Kernels>));
+  implement_coefficients(m, kernels, &batch_norm_coefficients<Kernels>);
   m.impl("batch_norm_backward", on_kernels(kernels, &batch_norm_backward<Kernels>));
 }
 

@@ -96,6 +96,10 @@ struct CoefficientsParams {
   Normalisation options;
   Real* coefficients;  // [kNumCoefficients, channels]
   Moments* total;      // [channels]
+  // The running statistics of training, updated in place; null: none.
+  Real *running_mean, *running_var;  // [channels]
+  int64* num_batches_tracked;        // null: not counted
+  Real momentum;
 
   ASGL_HOST_DEVICE Moments given(int64 channel) const {
     return {1, static_cast<double>(mean[channel]), static_cast<double>(variance[channel])};
@@ -109,21 +113,9 @@ struct CoefficientsParams {
     coefficients[kCoefficientBias * channels + channel] = values.bias;
     coefficients[kCoefficientVariance * channels + channel] = values.variance;
     total[channel] = found;
-  }
-};
-
-// The running statistics of training, updated in place.
-template <class Real>
-struct RunningParams {
-  const Real* coefficients;  // [kNumCoefficients, channels]
-  int64 channels;
-  Real momentum;
-  Real *running_mean, *running_var;  // [channels]
-  int64* num_batches_tracked;        // null: not counted
-
-  ASGL_HOST_DEVICE void update(int64 channel) const {
-    replace(running_mean[channel], coefficients[kCoefficientMean * channels + channel]);
-    replace(running_var[channel], coefficients[kCoefficientVariance * channels + channel]);
+    if (running_mean == nullptr) return;
+    replace(running_mean[channel], values.mean);
+    replace(running_var[channel], values.variance);
     if (channel == 0 && num_batches_tracked != nullptr) ++*num_batches_tracked;
   }
 
@@ -135,44 +127,39 @@ struct RunningParams {
   }
 };
 
-template <class Real>
-struct AdjointParams {
-  const Moments* moments;    // [channels]
-  const Real* coefficients;  // [kNumCoefficients, channels]
-  int64 channels;
-  const Real *grad_gain, *grad_bias;              // [channels], the sums of this process
-  const Real *total_grad_gain, *total_grad_bias;  // [channels], the sums of all processes
-  Normalisation options;
-  Real *grad_weight, *grad_shift;  // [channels], the gradients of the normalisation's weight and bias
-  Real* adjoint;                   // slope and offset, [2, channels]
-
-  ASGL_HOST_DEVICE void compute(int64 channel) const {
-    const double mean = static_cast<double>(coefficients[kCoefficientMean * channels + channel]);
-    const double gain = static_cast<double>(coefficients[kCoefficientGain * channels + channel]);
-    const GradientSums own = {static_cast<double>(grad_gain[channel]), static_cast<double>(grad_bias[channel])};
-    const GradientSums total = {static_cast<double>(total_grad_gain[channel]),
-                                static_cast<double>(total_grad_bias[channel])};
-    using Adjoint = NormalisationAdjoint<Real>;
-    const Adjoint values(moments[channel], mean, gain, total, options);
-    grad_weight[channel] =
-        static_cast<Real>(options.input_scale * Adjoint::centred(moments[channel], mean, own, options));
-    grad_shift[channel] = static_cast<Real>(options.input_scale * own.bias);
-    adjoint[channel] = values.slope;
-    adjoint[channels + channel] = values.offset;
-  }
-};
-
+// The gradients of the input and of the normalisation's weight and bias. Without rows, of the latter alone.
 template <class Scalar>
 struct InputGradientParams {
   using Real = Real_t<Scalar>;
   ChannelTiles tiles;
   const Scalar* x_seq;  // [rows, channels, inner]
-  const Real* mean;     // [channels]
-  const Real* adjoint;  // slope and offset, [2, channels]
   Scalar* grad_x_seq;   // [rows, channels, inner], dx on return; on entry gain * dh, or with grad_residual nothing
-  // Where one array serves both gradients:
-  const Scalar* grad_residual;  // [rows, channels, inner], dh; null: none
-  const Real* gain;             // [channels]
+  const Scalar* grad_residual;        // [rows, channels, inner], dh, where one array serves both gradients; else null
+  const Moments* moments;             // [channels]
+  const Real* coefficients;           // [kNumCoefficients, channels]
+  const Real *grad_gain, *grad_bias;  // [channels], the sums of this process
+  const Real *total_grad_gain, *total_grad_bias;  // [channels], the sums of all processes
+  Normalisation options;
+  Real *grad_weight, *grad_shift;  // [channels]
+
+  ASGL_HOST_DEVICE const Real* mean() const { return coefficients + kCoefficientMean * tiles.shape.channels; }
+  ASGL_HOST_DEVICE const Real* gain() const { return coefficients + kCoefficientGain * tiles.shape.channels; }
+
+  ASGL_HOST_DEVICE NormalisationAdjoint<Real> adjoint(int64 channel) const {
+    const GradientSums total = {static_cast<double>(total_grad_gain[channel]),
+                                static_cast<double>(total_grad_bias[channel])};
+    return {moments[channel], static_cast<double>(mean()[channel]), static_cast<double>(gain()[channel]), total,
+            options};
+  }
+
+  // Stores the gradients of weight and bias.
+  ASGL_HOST_DEVICE void store_sums(int64 channel) const {
+    const GradientSums own = {static_cast<double>(grad_gain[channel]), static_cast<double>(grad_bias[channel])};
+    const double centred =
+        NormalisationAdjoint<Real>::centred(moments[channel], static_cast<double>(mean()[channel]), own, options);
+    grad_weight[channel] = static_cast<Real>(options.input_scale * centred);
+    grad_shift[channel] = static_cast<Real>(options.input_scale * own.bias);
+  }
 };
 
 }  // namespace asgl

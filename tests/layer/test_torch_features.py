@@ -244,6 +244,8 @@ def test_opcheck_with_gradients(backend, device):
     weight, bias = uniform(3, low=0.5, high=1.5, device=device), uniform(3, low=0.5, high=1.5, device=device)
     arguments = (x_seq, None, None, None, weight, bias, 1e-5, 0.9, 0)
     torch.library.opcheck(operators.batch_norm_coefficients, arguments)
+    running = torch.zeros(3, device=device), torch.ones(3, device=device), torch.tensor(0, device=device)
+    torch.library.opcheck(operators.batch_norm_update, (*running, 0.1, *arguments))
     statistics = torch.rand(2, 3, 3, dtype=torch.float64, device=device)
     with pytest.raises(RuntimeError, match="train the model that it was made of"):
         operators.batch_norm_coefficients(x_seq, statistics, *[None] * 4, 1e-5, 1.0, 0)

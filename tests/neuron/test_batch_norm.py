@@ -423,6 +423,34 @@ def test_the_operator_checks_sizes(backend, device, change, message):
         BACKENDS[backend].operators.batch_norm_coefficients(*arguments)
 
 
+def test_the_operator_that_updates_running_statistics(backend, device):
+    """The results and gradients of the one that does not; others' statistics are refused before a write."""
+    operators = BACKENDS[backend].operators
+    x_seq = torch.randn(4, 2, 3, 5, device=device, requires_grad=True)
+    given = coefficients_arguments(x_seq, "x_seq", torch.float32)
+    mean, variance = torch.zeros(3, device=device), torch.ones(3, device=device)
+    count = torch.tensor(4, device=device)
+    results = (
+        operators.batch_norm_update(mean, variance, count, 0.25, *given),
+        operators.batch_norm_coefficients(*given),
+    )
+    grads = [torch.autograd.grad(coefficients.square().sum(), x_seq) for coefficients, _ in results]
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+    torch.testing.assert_close(*grads, rtol=0, atol=0)
+    (coefficients, _), _ = results
+    torch.testing.assert_close(mean, 0.25 * coefficients[0].flatten())
+    torch.testing.assert_close(variance, 0.75 + 0.25 * coefficients[3].flatten())
+    assert count == 5
+    before = mean.clone(), variance.clone()
+    for wrong in (variance.double(), torch.ones(4, device=device), torch.ones(6, device=device)[::2]):
+        for running in ((mean, wrong), (wrong, variance)):
+            with pytest.raises((ValueError, RuntimeError), match="running statistics must be contiguous"):
+                operators.batch_norm_update(*running, None, 0.25, *given)
+    with pytest.raises((ValueError, RuntimeError), match="num_batches_tracked must be one int64"):
+        operators.batch_norm_update(mean, variance, count.float(), 0.25, *given)
+    torch.testing.assert_close((mean, variance), before, rtol=0, atol=0)
+
+
 def test_the_operator_checks_the_gradient_that_it_writes(backend, device):
     x_seq = torch.randn(4, 2, 3, 5, device=device)
     coefficients, total = BACKENDS[backend].operators.batch_norm_coefficients(

@@ -45,7 +45,7 @@ STATE_BYTES = 4  # of a potential, in the judged types
 STAND_INS = {
     "asgl_cuda::lif_forward": "forward",
     "asgl_cuda::lif_backward": "backward",
-    "asgl_cuda::batch_norm_coefficients": "moments",
+    "asgl_cuda::batch_norm_update": "moments",
     "asgl_cuda::batch_norm_backward": "input gradient",
     "asgl_cuda::integrator_forward": "integrator forward",
     "asgl_cuda::integrator_backward": "integrator backward",

@@ -69,8 +69,6 @@ _KINDS = {
     "batch_moments_kernel<1>": "moments, 1 column",
     "batch_moments_kernel<4>": "moments, 4 columns",
     "batch_norm_coefficients_kernel<>": "coefficients, a block each",
-    "batch_norm_running_kernel<>": "running statistics, a thread each",
-    "batch_norm_adjoint_kernel<>": "adjoint, a thread each",
     "batch_norm_input_gradient_kernel<1, false>": "input gradient, 1 column",
     "batch_norm_input_gradient_kernel<4, false>": "input gradient, 4 columns",
     "batch_norm_input_gradient_kernel<1, true>": "input gradient with residual, 1 column",

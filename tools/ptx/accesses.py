@@ -191,7 +191,7 @@ def few_cases() -> Iterator[Case]:
     """Kernels that run per channel or per parameter value, with few and many slots, and the integrator's."""
     few, many = (4, 32, *SIZES[1:]), (1, 128, *SIZES[1:])
     for shape in (few, many):
-        yield Case(("coefficients", "adjoint"), torch.float32, shape, _normalised)
+        yield Case(("coefficients",), torch.float32, shape, _normalised)
         yield Case(("gradient sum",), torch.float32, shape, _plain, about="one value")
         yield Case(("gradient sum",), torch.float32, shape, _decay(*SIZES[1:2], 1, 1), about="a value a channel")
     yield Case(("gradient sum",), torch.float32, few, _decay(*SIZES[1:]), about="a value a neuron")

@@ -122,35 +122,21 @@ void for_each_array(CoefficientsParams<Real>& params, const Use& use) {
   for (auto* values : {&params.mean, &params.variance, &params.weight, &params.bias}) arrays(*values, params.channels);
   arrays(params.coefficients, kNumCoefficients * params.channels);
   arrays(params.total, params.channels);
-}
-
-template <class Real, class Use>
-void for_each_array(RunningParams<Real>& params, const Use& use) {
-  const Arrays<Use> arrays{use, 1};
-  arrays(params.coefficients, kNumCoefficients * params.channels);
   for (auto* values : {&params.running_mean, &params.running_var}) arrays(*values, params.channels);
   arrays(params.num_batches_tracked, 1);
-}
-
-template <class Real, class Use>
-void for_each_array(AdjointParams<Real>& params, const Use& use) {
-  const Arrays<Use> arrays{use, 1};
-  arrays(params.moments, params.channels);
-  arrays(params.coefficients, kNumCoefficients * params.channels);
-  for (auto* sums : {&params.grad_gain, &params.grad_bias, &params.total_grad_gain, &params.total_grad_bias}) {
-    arrays(*sums, params.channels);
-  }
-  for (auto* values : {&params.grad_weight, &params.grad_shift}) arrays(*values, params.channels);
-  arrays(params.adjoint, 2 * params.channels);
 }
 
 template <class Scalar, class Use>
 void for_each_array(InputGradientParams<Scalar>& params, const Use& use) {
   const Arrays<Use> arrays{use, 1};
-  const int64 elements = params.tiles.shape.rows * params.tiles.shape.columns();
+  const int64 elements = params.tiles.shape.rows * params.tiles.shape.columns(), channels = params.tiles.shape.channels;
   arrays(params.x_seq, elements);
-  for (auto* values : {&params.mean, &params.gain}) arrays(*values, params.tiles.shape.channels, false);
-  arrays(params.adjoint, 2 * params.tiles.shape.channels, false);
+  arrays(params.moments, channels, false);
+  arrays(params.coefficients, kNumCoefficients * channels, false);
+  for (auto* sums : {&params.grad_gain, &params.grad_bias, &params.total_grad_gain, &params.total_grad_bias}) {
+    arrays(*sums, channels, false);
+  }
+  for (auto* values : {&params.grad_weight, &params.grad_shift}) arrays(*values, channels, false);
   arrays(params.grad_x_seq, elements);
   arrays(params.grad_residual, elements);
 }
@@ -218,8 +204,6 @@ void for_each_kernel(const F& f) {
   for_each_real<GradientSum>("asgl::gradient_sum_kernel", f);
   for_each_scalar<MomentsParams>("asgl::batch_moments_kernel", f);
   for_each_real<CoefficientsParams>("asgl::batch_norm_coefficients_kernel", f);
-  for_each_real<RunningParams>("asgl::batch_norm_running_kernel", f);
-  for_each_real<AdjointParams>("asgl::batch_norm_adjoint_kernel", f);
   for_each_scalar<InputGradientParams>("asgl::batch_norm_input_gradient_kernel", f);
   for_each_scalar<RecurrentForwardParams>("asgl::recurrent_forward", f);
   for_each_scalar<RecurrentBackwardParams>("asgl::recurrent_backward", f);

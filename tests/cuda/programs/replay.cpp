@@ -158,9 +158,9 @@ template <class Scalar>
 cudaError_t start(const InputGradientParams<Scalar>&, const cuda::Start& start) {
   return cuda::launch_input_gradient<Scalar>(start);
 }
-template <template <class> class Params, class Real>
-cudaError_t start(const Params<Real>&, const cuda::Start& start) {
-  return cuda::launch_channels<Real>(start);
+template <class Real>
+cudaError_t start(const CoefficientsParams<Real>&, const cuda::Start& start) {
+  return start(&batch_norm_coefficients_kernel<Real>);
 }
 
 template <class Params>
@@ -285,10 +285,10 @@ bool are_large_sizes_planned() {
 bool are_errors_their_own() {
 #if !defined(ASGL_TEST_CPU)
   float value = 0;
-  RunningParams<float> params{};
-  params.running_mean = params.running_var = &value;
-  params.coefficients = &value;
-  params.momentum = 1;
+  Moments total{};
+  CoefficientsParams<float> params{};
+  params.mean = params.variance = params.coefficients = &value;
+  params.total = &total;
   const auto error = [&](int64 channels) {
     params.channels = channels;
     return start(params, {cuda::launch_of(params), &params, nullptr});
