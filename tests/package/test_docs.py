@@ -74,9 +74,10 @@ def test_first_network_is_the_program_of_the_readme():
 
 
 SEARCHED = (
-    "batch first", "dataset", "energy", "firing rate regularization", "freeze width", "gpu", "lifrecurrent",
-    "membrane potential", "nan", "onnx", "padding", "poisson", "recurrent", "rleaky", "rlif", "rsnn", "shd", "tau",
-    "tensorboard", "variable length",
+    "amp", "batch first", "checkpoint", "dataset", "ddp", "energy", "firing rate regularization", "freeze width", "gpu",
+    "learnable decay", "lifrecurrent", "membrane potential", "nan", "onnx", "out of memory", "padding", "poisson",
+    "raster plot", "readout", "recurrent", "reproducible", "reset state", "resnet", "resume", "rleaky", "rlif", "rsnn",
+    "save model", "shd", "streaming", "surrogate gradient", "tau", "tensorboard", "variable length", "windows",
 )  # fmt: skip
 
 
