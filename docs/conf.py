@@ -42,7 +42,7 @@ nitpicky = True
 # ---- pages ----
 
 html_theme = "furo"
-pygments_dark_style = "a11y-high-contrast-dark"  # furo's own underlines modules as if they were links
+pygments_dark_style = "github-dark"  # that of furo underlines modules as if they were links
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_copy_source = False
