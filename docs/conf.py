@@ -195,6 +195,8 @@ def setup(app: Any) -> None:
     (profile / "ipython_kernel_config.py").write_text("c.IPKernelApp.log_level = 40\n")
     os.environ["IPYTHONDIR"] = str(profile.parent)
     app.add_role("code_or_link", _code)
+    # Writes all pages, changed or not: the search loses the index entries of those that are not written again.
+    app.connect("env-updated", lambda _, env: sorted(env.all_docs))
     app.connect("autodoc-process-docstring", _prose_with_colons, priority=100)
     app.connect("autodoc-process-docstring", _property_as_it_is, priority=900)
     app.connect("autodoc-process-signature", _without_unknown)
