@@ -341,8 +341,9 @@ def batch_norm_lif(
         momentum: share of the running statistics replaced by a call in training: a float, or a tensor of one value.
         eps: added to the variance, >= 0.
         input_scale: factor on the normalised input; `alpha * v_threshold` for the tdBN of Zheng et al., AAAI 2021.
-        process_group: in training, share the statistics with these processes, as `torch.nn.SyncBatchNorm` does; all
-            must call. "world": all processes; only this one without initialised torch.distributed.
+        process_group: in training, share the statistics with these processes, as `torch.nn.SyncBatchNorm` does; each
+            of them must make the call. "world": all processes, or this one alone where torch.distributed is not
+            initialised.
 
     Other arguments, results and errors are as in `asgl_cuda.lif`. Differentiable once, also with respect to weight and
     bias. Statistics are computed in float64, from sums that do not cancel, without rounding between the two layers: a

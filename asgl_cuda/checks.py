@@ -133,6 +133,8 @@ _ELSEWHERE = {
     "tau_mem": ("decay", "sinabs' tau_mem is decay=exp(-1 / tau_mem) and multiplies the input by 1 - decay"),
     "spike_threshold": ("v_threshold", "sinabs' spike_threshold{value} is v_threshold{value}"),
     "min_v_mem": ("v_min", "sinabs' min_v_mem{value} is v_min{value}"),
+    "batch_first": ("time_dim", "batch_first=True of torch.nn.RNN is time_dim=1"),
+    "step_mode": ("time_dim", "SpikingJelly's step mode 'm' is a call, 's' is layer.step(x_t)"),
 }  # fmt: skip
 
 

@@ -158,8 +158,8 @@ def lif(
 def unroll_levels(s_seq: Tensor, levels: int, time_dim: int = 0) -> Tensor:
     """Whole numbers of spikes as binary spikes, each step in `levels` sub-steps: `s` ones, then zeros.
 
-    Weights without a bias, and sums over each step's sub-steps behind them, have the results of the numbers: inference
-    of a network trained with `levels` needs only additions, where the numbers would need products.
+    A layer without a bias gives the same result, summed over the sub-steps of each step, for these spikes as for the
+    numbers: inference of a network trained with `levels` then needs only additions, and no products.
 
     Args:
         s_seq: `[T, ...]` (or time at `time_dim`), whole numbers in [0, levels], as `asgl_cuda.lif` emits with levels
@@ -170,8 +170,8 @@ def unroll_levels(s_seq: Tensor, levels: int, time_dim: int = 0) -> Tensor:
         `[T * levels, ...]` of zeros and ones, in the type of s_seq. Not differentiable.
 
     Raises:
-        ValueError: another value in s_seq, whose test synchronises the device and is left out in compiled code and for
-            tensors without values.
+        ValueError: s_seq has a value that is not a whole number in [0, levels]. The check synchronises the device, and
+            is omitted in compiled code and for tensors without values.
 
     Example::
 

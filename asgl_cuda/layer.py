@@ -268,7 +268,9 @@ class NeuronLayer(Settable):
         shape, carried = state_shape(x_seq, time_dim), list(state.shape)
         if carried != shape:
             one_step = list(x_seq.shape) == carried
-            remedy = "step() takes one step without time" if one_step else "reset() comes before another shape"
+            remedy = (
+                "step() takes one step without time" if one_step else "call reset() before an input of another shape"
+            )
             raise ValueError(
                 f"{self._caller}: the carried {'potential' if name == 'v' else name} has shape {carried} and the "
                 f"input, without time, {shape}; {remedy}"

@@ -137,10 +137,10 @@ def _without_time(output: Tensor, x_t: Tensor, time_dim: int) -> Tensor:
 def step(model: nn.Module, x_t: Tensor, *, time_dim: int | None = None) -> Any:
     """One time step of a model: input and output are without time, and the layers carry their states to the next step.
 
-    T calls compute the same as one call with the whole sequence, bit for bit for neurons in evaluation. `LIF`,
-    `BatchNormLIF` and `LeakyIntegrator` need not be stateful, and start at rest again after `asgl_cuda.reset(model)`;
-    `asgl_cuda.detach(model)` cuts the graph for truncated backpropagation. Layers of SpikingJelly, snnTorch and sinabs
-    carry their states as usual, converted or not. If all layers take one step per call, no time dimension is added.
+    T calls compute the same as one call with the whole sequence, bit for bit for neurons in evaluation. The layers of
+    asgl_cuda need not be stateful, and start at rest again after `asgl_cuda.reset(model)`; `asgl_cuda.detach(model)`
+    cuts the graph for truncated backpropagation. Layers of SpikingJelly, snnTorch and sinabs carry their states as
+    usual, converted or not. If all layers take one step per call, no time dimension is added.
 
     Args:
         model: any module that keeps the time dimension; sums over time come after the steps. State or mixing over time

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import inspect
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -40,6 +42,7 @@ nitpicky = True
 # ---- pages ----
 
 html_theme = "furo"
+pygments_dark_style = "github-dark"  # that of furo underlines modules as if they were links
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_copy_source = False
@@ -64,7 +67,7 @@ nb_execution_mode = "cache"
 _package = sorted((ROOT / "asgl_cuda").rglob("*.py"))
 _state = hashlib.sha256(b"".join(file.read_bytes() for file in _package)).hexdigest()[:12]
 nb_execution_cache_path = str(ROOT / "build" / "docs-notebooks" / _state)
-nb_execution_timeout = 300
+nb_execution_timeout = 1200  # a cell takes half a minute, on a loaded machine ten times as long
 nb_execution_raise_on_error = True
 nb_execution_show_tb = True
 nb_merge_streams = True
@@ -175,7 +178,12 @@ def _prose_with_colons(app: Any, what: str, name: str, thing: Any, options: Any,
 def _property_as_it_is(app: Any, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
     """Undoes napoleon's parsing of a type in a property."""
     if what == "property":
-        lines[:] = [*(thing.__doc__ or "").splitlines(), ""]
+        lines[:] = [*inspect.cleandoc(thing.__doc__ or "").splitlines(), ""]
+
+
+def _without_unknown(app: Any, what: str, name: str, thing: Any, options: Any, signature: Any, returns: Any) -> Any:
+    """Leaves out `**unknown`, which only says what an unknown argument may have meant."""
+    return re.sub(r", \*\*unknown: [\w.~]+", "", signature or "") or None, returns
 
 
 def setup(app: Any) -> None:
@@ -187,8 +195,11 @@ def setup(app: Any) -> None:
     (profile / "ipython_kernel_config.py").write_text("c.IPKernelApp.log_level = 40\n")
     os.environ["IPYTHONDIR"] = str(profile.parent)
     app.add_role("code_or_link", _code)
+    # Writes all pages, changed or not: the search loses the index entries of those that are not written again.
+    app.connect("env-updated", lambda _, env: sorted(env.all_docs))
     app.connect("autodoc-process-docstring", _prose_with_colons, priority=100)
     app.connect("autodoc-process-docstring", _property_as_it_is, priority=900)
+    app.connect("autodoc-process-signature", _without_unknown)
     app.connect("missing-reference", _known_elsewhere, priority=400)
     app.connect("build-finished", _copy_mathjax)
 

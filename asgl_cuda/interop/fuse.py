@@ -101,7 +101,7 @@ def unfuse(model: nn.Module, *, inplace: bool = False) -> tuple[nn.Module, Repor
     """The inverse of `fuse`: ``model, report = asgl_cuda.unfuse(joined)``. Trained values stay.
 
     Args:
-        model: a module returned by `fuse`, or an owner, or a part.
+        model: a module returned by `fuse`, a module that contains one, or a part of one.
         inplace: change the model instead of a copy.
 
     Returns:

@@ -214,10 +214,13 @@ class _Trial:
             lambda power: self._rate_of(site, self._again(site, 2**power)), self._rate, self._tolerance(site) / 2
         )
         best = min(rates, key=lambda power: abs(rates[power] - self._rate))
-        is_jump = min(rates.values()) < self._rate < max(rates.values()) and 0.5 <= rates[best] / self._rate <= 2
+        least, most = min(rates.values()), max(rates.values())
+        is_jump = least < self._rate < most and 0.5 <= rates[best] / self._rate <= 2
         if abs(rates[best] - self._rate) > self._tolerance(site) and not is_jump:
             seen = (f"{rates[power]:.3g} at the factor {2**power:.3g}" for power in (min(rates), max(rates)))
-            raise self.refused(site, " and ".join(seen))
+            is_elsewhere = least < most and not least < self._rate < most
+            advice = f"; rates from {least:.3g} to {most:.3g} were found" if is_elsewhere else ""
+            raise self.refused(site, " and ".join(seen) + advice)
         output = _cut(self._again(site, 2**best)[-1])
         self.factors[site] *= 2**best
         self._found[site] = rates[best]

@@ -36,13 +36,14 @@ def parameter_groups(
     """Groups of a torch optimizer: "weights" with `lr` and `weight_decay`, "widths" and "neurons" with their own step.
 
     "widths" are those of ASGL layers, "neurons" the other parameters of these layers and of `LeakyIntegrator`: decay,
-    threshold, adaptation. They set the scale of all gradients behind, and are not decayed. By default their step is
-    that of Adam with rates 0.03 and 3e-3, so that a width changes by at most 3 % a step, or little more, whatever the
-    optimizer of the weights and its rate are. Optimizers other than Adam and its kin are made to do so by hooks around
-    `step`: their own momentum and the like do not concern these groups. Gradients may be accumulated, unscaled by a
-    GradScaler and clipped as usual, Adam's averages are in the optimizer's state dict, and schedulers scale the rates
-    with the others. `OneCycleLR` sets the rates itself: give it a `max_lr` for each group. Optimizers that are no
-    `torch.optim.Optimizer`, that call their closure several times or whose step a CUDA graph captures need `width_lr`.
+    threshold, adaptation. They scale the gradients of all layers in front, and get no weight decay. By default their
+    step is that of Adam with rates 0.03 and 3e-3, so that a width changes by at most 3 % a step, or little more,
+    whatever the optimizer of the weights and its rate are. Where that is not of Adam's family, hooks around its `step`
+    make these steps, and its momentum and other options do not apply to these groups. Gradients may be accumulated,
+    unscaled by a GradScaler and clipped as usual, Adam's averages are in the optimizer's state dict, and schedulers
+    scale the rates with the others. `OneCycleLR` sets the rates itself: give it a `max_lr` for each group. Optimizers
+    that are no `torch.optim.Optimizer`, that call their closure several times or whose step a CUDA graph captures need
+    `width_lr`.
 
     With `width_lr` all of them are "neurons", which the optimizer treats as any other group, with this rate. The
     authors of ASGL train widths by Adam at 3e-4 for 117,000 steps.

@@ -103,15 +103,15 @@ def spiking_eval(model: nn.Module) -> Iterator[None]:
 def reset(model: nn.Module) -> None:
     """Clears the potentials carried by the model's layers: the next call of each starts at rest.
 
-    Layers are `LIF`, `BatchNormLIF` and `LeakyIntegrator`, and the layers of SpikingJelly, snnTorch and sinabs,
-    converted or not, reset by their library's own methods. Norse's layers are stateless.
+    Layers are those of asgl_cuda, and those of SpikingJelly, snnTorch and sinabs, converted or not, which are reset by
+    their library's own methods. Norse's layers are stateless.
 
     Raises TypeError where `model` is no module.
 
     Example::
 
         model = nn.Sequential(nn.Linear(64, 128), asgl_cuda.LIF(stateful=True))
-        for x in torch.randn(10, 32, 64):  # a step a call
+        for x in torch.randn(10, 32, 64):  # one step per call
             spikes = model(x.unsqueeze(0))  # [1, 32, 128]
         asgl_cuda.reset(model)  # before the next sequence
     """

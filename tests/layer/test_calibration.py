@@ -227,9 +227,14 @@ REFUSED = {
     "detached": (lambda: Stack(detached, linear=nn.Linear(16, 16), lif=LIF()), "lif: .* got none"),
     "lazy": (lambda: nn.Sequential(nn.LazyLinear(4), LIF()), r"0\.weight has no shape yet: call the model once before"),
     "biases": (loud, r"1: no factor on 0\.weight makes it fire at 0\.4; the rate is \S+ at the factor .* and \S+ at"),
+    "sparse": (
+        lambda: Stack(
+            lambda m, x: m.lif(m.linear(torch.cat([x[:1], 0 * x[1:]]))), linear=nn.Linear(16, 4, bias=False), lif=LIF()
+        ), r"lif: no factor .*; rates from 0\S* to 0\.1\S* were found$",
+    ),
     "silent": (
         lambda: Stack(lambda m, x: m.lif(m.linear(0 * x)), linear=nn.Linear(16, 4, bias=False), lif=LIF()),
-        "lif: no factor .* the rate is 0 at the factor 1 and 0 at the factor",
+        r"lif: no factor .* the rate is 0 at the factor 1 and 0 at the factor \S+$",
     ),
 }  # fmt: skip
 

@@ -437,6 +437,8 @@ BY_GAIN = "divides the input by tau, as input_gain=0.5 does"
         (lambda: LIF(threshold=1), "'threshold'; snnTorch's threshold=1 is v_threshold=1, strict_threshold=True"),
         (lambda: LIF(v_th=1), "Norse's v_th=1 is v_threshold=1, strict_threshold=True"),
         (lambda: LIF(spike_threshold=0.5), "sinabs' spike_threshold=0.5 is v_threshold=0.5"),
+        (lambda: LIF(batch_first=True), "'batch_first'; batch_first=True of torch.nn.RNN is time_dim=1"),
+        (lambda: BatchNormLIF(3, step_mode="m"), "SpikingJelly's step mode 'm' is a call, 's' is layer.step\\(x_t\\)"),
         (lambda: LeakyIntegrator(threshold=1), "'threshold'"),
         (lambda: asgl_cuda.lif(X, learn_beta=True), "'learn_beta'"),
     ],

@@ -181,7 +181,7 @@ STATES = [(kind, name) for kind, case in CASES.items() if kind != "soft reset" f
         (
             torch.zeros(B, 5),
             ValueError,
-            r"the carried {} has shape \[3, 5\] and the input, without time, \[3, 8\]; res",
+            r"the carried {} has shape \[3, 5\] and the input, without time, \[3, 8\]; call reset\(\)",
         ),
         (torch.zeros(()), ValueError, r"the carried {} has shape \[\] and"),
         (
