@@ -108,6 +108,9 @@ REFUSED = {
 }  # fmt: skip
 
 
+FEW = "MLP", "convolutional", "recurrent speech"
+
+
 @pytest.fixture
 def tiny(monkeypatch):
     """Sizes of layers and networks that take milliseconds."""
@@ -122,7 +125,7 @@ def tiny(monkeypatch):
         },
         end_to_end: {
             "NETWORKS": {name: each._replace(input_shape=(2, 2, *each.input_shape[2:]))
-                         for name, each in networks.NETWORKS.items() if name in ("MLP", "convolutional")},
+                         for name, each in networks.NETWORKS.items() if name in FEW},
             "PROFILED_STEPS": 1, "MOST_STEPS_TO_COMPILE": 0,
         },
         host: {"CALLS": 2},
