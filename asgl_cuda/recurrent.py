@@ -208,7 +208,7 @@ def recurrent_lif(
     given: Arguments = {**LIF_DEFAULTS, **neuron, "input_gain": input_gain}
     adaptation = {"adapt_potential": adapt_potential, "adapt_spike": adapt_spike, "to_threshold": to_threshold}
     if adapt_decay is None:
-        _check_no_adaptation({**adaptation, "w_init": w_init}, recurrent_lif.__kwdefaults__, _CALLER)
+        _check_no_adaptation(adaptation, recurrent_lif.__kwdefaults__, _CALLER)
     else:
         place = place_of_w(given["v_reset"], given["reset_amount"], check_bool("to_threshold", to_threshold, _CALLER))
         given |= {
@@ -268,6 +268,8 @@ def _check(x_seq: Tensor, given: _Recurrence, neuron: Any) -> float:
     check_finite("input_gain", neuron["input_gain"], _CALLER)
     if "adaptation" in neuron:
         _check_adaptation(neuron["input_gain"], _CALLER)
+    else:
+        _check_no_adaptation({"w_init": given.w_init}, {"w_init": None}, _CALLER)
     if given.i_init is not None and given.syn_decay is None:
         raise ValueError(f"{_CALLER}: i_init needs syn_decay, got i_init without a synapse")
     for name, state in (("s_init", given.s_init), ("i_init", given.i_init)):

@@ -534,9 +534,7 @@ def test_recurrent_layers_are_left_by_fuse_and_refused_by_to_nir():
     assert [row.path for row in report.left] == ["1.layer"]
     assert torch.equal(fused(x_seq), copy.deepcopy(model)(x_seq))
     pytest.importorskip("nirtorch")
-    with pytest.raises(
-        ValueError, match=r"1 \(RecurrentLIF\).*can't be represented in NIR; NIR does not say when"
-    ):
+    with pytest.raises(ValueError, match=r"1 \(RecurrentLIF\).*can't be represented in NIR; NIR does not say when"):
         asgl_cuda.to_nir(nn.Sequential(nn.Linear(N, N), model[2]), x_seq)
 
 

@@ -393,8 +393,9 @@ adaptive_lif = Feature(asgl_cuda.adaptive_lif, adaptive, outputs=ADAPTIVE, layer
 lif = Feature(asgl_cuda.lif, plain, layer=asgl_cuda.LIF)
 recurrent_lif = Feature(
     asgl_cuda.recurrent_lif, recurrent, fed_back, ROWS, flat=True, kept=(0, 2), layer=asgl_cuda.RecurrentLIF,
-    outputs=("s_seq", "v_last", "s_last", "i_last", "w_last", "v_seq", "h_seq"),
+    outputs=("s_seq", "v_last", "s_last", "i_last", "v_seq", "h_seq"),
 )  # fmt: skip
+recurrent_adaptive = recurrent_lif._replace(kept=(0, 3), outputs=(*recurrent_lif.outputs, "w_last"))
 
 FEATURES = {
     "plain": lif._replace(instead={"reset": HARD}),
@@ -423,10 +424,8 @@ FEATURES = {
     "normalised in evaluation": batch_norm._replace(arguments=in_evaluation),
     "normalised beside a residual": batch_norm._replace(arguments=beside_a_residual, kept=(2, 0), splits=False),
     "recurrent": recurrent_lif,
-    "recurrent and adaptive": recurrent_lif._replace(arguments=partial(recurrent, to_threshold=False), kept=(0, 3)),
-    "recurrent, adaptive to the threshold": recurrent_lif._replace(
-        arguments=partial(recurrent, to_threshold=True), kept=(0, 3)
-    ),
+    "recurrent and adaptive": recurrent_adaptive._replace(arguments=partial(recurrent, to_threshold=False)),
+    "recurrent, to the threshold": recurrent_adaptive._replace(arguments=partial(recurrent, to_threshold=True)),
 }  # fmt: skip
 PARAMETERS = ("width", "decay", "v_threshold", "v_reset", "reset_amount", "input_gain", "input_bias", "input_mean",
               "adapt_decay", "adapt_potential", "adapt_spike")  # fmt: skip

@@ -43,7 +43,7 @@ FUNCTIONS = {
         names_of(asgl_cuda.adaptive_lif, *OF_ADAPTIVE),
     ),
     "recurrent_lif": (
-        partial(asgl_cuda.recurrent_lif, weight=torch.zeros(3, 3)),
+        partial(asgl_cuda.recurrent_lif, weight=torch.zeros(3, 3), adapt_decay=0.9),
         names_of(asgl_cuda.recurrent_lif, *OF_RECURRENT),
     ),
     "leaky_integrator": (asgl_cuda.leaky_integrator, names_of(asgl_cuda.leaky_integrator)),
@@ -97,8 +97,7 @@ BAD = [
     ({"decay": -(10**400)}, ValueError, "decay|float|beyond"),
     ({"v_rest": 10**5000}, ValueError, "v_rest|float|beyond"),
     *(({name: NAN}, ValueError, f"{name} must be a number, got nan")
-      for name in ("decay", "v_threshold", "v_rest", "surrogate_gain")),
-    ({"adapt_potential": NAN}, ValueError, "adapt_potential must be a number, got nan", "adaptive_lif"),
+      for name in ("decay", "v_threshold", "v_rest", "surrogate_gain", "adapt_potential")),
     ({"v_rest": torch.zeros(3)}, TypeError, "v_rest must be a float|Tensor"),
     ({"surrogate_gain": "2"}, TypeError, "surrogate_gain|str"),
     ({"strict_threshold": "no"}, TypeError, "strict_threshold must be a bool, got str"),
@@ -218,16 +217,12 @@ BAD = [
         ("syn_decay", NAN, {}, ValueError, "syn_decay must be a number, got nan"),
         ("i_init", torch.zeros(6, 3), {}, ValueError, "i_init needs syn_decay"),
         ("input_gain", NAN, {}, ValueError, "input_gain must be"),
-        ("input_gain", 0.5, {"adapt_decay": 0.9}, ValueError, "input_gain must be 1 with an adaptation, got 0.5"),
+        ("input_gain", 0.5, {}, ValueError, "input_gain must be 1 with an adaptation, got 0.5"),
         ("adapt_decay", torch.ones(4, 1, 1), {}, ValueError, "adapt_decay must have one value or shape [3]"),
         ("adapt_decay", NAN, {}, ValueError, "adapt_decay must be a number, got nan"),
-        ("adapt_potential", 0.1, {}, ValueError, "adapt_potential needs adapt_decay, got 0.1 without an adaptation"),
-        ("adapt_spike", torch.ones(3), {}, ValueError, "adapt_spike needs adapt_decay"),
-        ("to_threshold", True, {}, ValueError, "to_threshold needs adapt_decay, got True"),
-        ("to_threshold", 1, {"adapt_decay": 0.9}, TypeError, "to_threshold must be a bool"),
-        ("w_init", torch.zeros(6, 3), {}, ValueError, "w_init needs adapt_decay"),
-        ("w_init", torch.zeros(5, 3), {"adapt_decay": 0.9}, ValueError, "w_init must have shape [6, 3], got [5, 3]"),
-        ("v_init", torch.zeros(5, 3), {"adapt_decay": 0.9}, ValueError, "v_init must have shape [6, 3]"))),
+        *((name, value, {"adapt_decay": None}, ValueError, f"{name} needs adapt_decay, got {shown(value)} without")
+          for name, value in (("adapt_potential", 0.1), ("adapt_spike", torch.ones(3)), ("to_threshold", True),
+                              ("w_init", torch.zeros(6, 3)))))),
 ]  # fmt: skip
 ROWS = [
     pytest.param(name, *row[:3], id=f"{name} {shown(row[0])[:40]}")
