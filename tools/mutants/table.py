@@ -76,7 +76,7 @@ MUTANTS = {
     "recurrent: no adaptation for the threshold": recurrent('rules.adaptation > IN_CURRENT or ',
         '', "neuron/test_features.py one_tensor and threshold"),
     "recurrent: v and w change places": recurrent('v_last, w_last = v_last[0], v_last[1]',
-        'v_last, w_last = v_last[1], v_last[0]', "neuron/test_features.py equals and recurrent"),
+        'v_last, w_last = v_last[1], v_last[0]', "layer/test_neuron.py one_sequence and Recurrent"),
     "recurrent: any gain with an adaptation": recurrent('if input_gain != 1:',
         'if False:', "neuron/test_arguments.py bad_arguments and recurrent"),
     "recurrent: an adaptation is lost": recurrent('result.i_last, result.w_last', 'result.i_last, self.w',
