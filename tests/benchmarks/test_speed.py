@@ -293,9 +293,9 @@ def test_recurrent_rows(small_recurrent):
             assert sorted(map(tuple, (each.shape for each in row.call("both", sample)[1:]))) == sorted(expected), name
     assert rows[f"{OURS}{ALL_SPIKE}"].forward(sample).all()
     assert 0.02 < rows[OURS].forward(sample).mean() < 0.2
-    # Potentials and spikes, the weight and six parameters of each neuron.
+    # Potentials and spikes, the weight and nine parameters of each neuron.
     saved = recurrent.measure(size, CPU, repeats=1)["saved_bytes"]
-    assert saved[OURS] == 4 * (2 * math.prod(size) + 12 * 12 + 6 * 12)
+    assert saved[OURS] == 4 * (2 * math.prod(size) + 12 * 12 + 9 * 12)
     assert PRODUCTS not in saved
 
 
