@@ -331,8 +331,8 @@ def _computed(x_seq: Tensor, given: _Recurrence, neuron: Arguments) -> Tensor | 
             isinstance(given.syn_decay, (Tensor, Logit)),
             rules.adaptation > IN_CURRENT or isinstance(neuron.get("adapt_decay"), Tensor),
         )
-        wanted = keeps if differentiated else (False, wants_h_seq, wants_v_seq, False, False)
-        wanted = *wanted, wants_v_last, wants_v_last, wants_v_last and has_synapse
+        sequences = keeps if differentiated else (False, wants_h_seq, wants_v_seq, False, False)
+        wanted = *sequences, wants_v_last, wants_v_last, wants_v_last and has_synapse
         numbers = tuple(call.plan.numbers)
         plan = _Plan(call.backend, numbers, tuple(rules), has_synapse, given.detach_recurrent, wanted)
         run = partial(apply, RecurrentFunction) if differentiated else RecurrentFunction.forward
@@ -446,17 +446,17 @@ class RecurrentLIF(Adapting):
             raise ValueError(f"{caller}: learn_syn_decay needs syn_decay, its first value, got None")
         self.logit_syn_decay = nn.Parameter(empty(self.num_features or 1)) if learned else None
         self._fill_recurrence(syn_decay)
-        adaptation = {
+        adaptation: dict[str, Any] = {
             "adapt_potential": adapt_potential, "adapt_spike": adapt_spike, "to_threshold": to_threshold,
             "learn_adaptation": learn_adaptation,
         }  # fmt: skip
         if adapt_decay is None:
             _check_no_adaptation(adaptation, RecurrentLIF.__init__.__kwdefaults__, caller)
+            like = dict.fromkeys(adaptation, 0.0)
         else:
             _check_adaptation(self.input_gain, caller)
-        for name in ("adapt_potential", "adapt_spike"):
-            if adaptation[name] is None:
-                adaptation[name] = AdaptiveLIF.__init__.__kwdefaults__[name] if adapt_decay is not None else 0.0
+            like = AdaptiveLIF.__init__.__kwdefaults__ or {}
+        adaptation = {name: like[name] if value is None else value for name, value in adaptation.items()}
         self._set_up_adaptation(adapt_decay, **adaptation, device=device, dtype=dtype)
 
     def _fill_recurrence(self, syn_decay: Any) -> None:

@@ -283,9 +283,10 @@ def recurrent_reference(
     the same with other means.
     """
     real, time_dim = real_type(x_seq.dtype), rules.time_dim
-    *values, bias, syn_decay = parameters
-    adapts, v_threshold = rules.adaptation != 0, values[2]
-    neuron = Parameters(*values, None) if adapts else Parameters(*values[:4], *[None] * 4)
+    width, decay, v_threshold, reset, *of_input, bias, syn_decay = parameters
+    adapts = rules.adaptation != 0
+    of_input = [*of_input, None] if adapts else [None] * 4
+    neuron = Parameters(width, decay, v_threshold, reset, *of_input)
     rules_of_step = rules.changed(time_dim=0, scale_output=0)
     x = x_seq.to(real).movedim(time_dim, 0)
     states = states_of_steps(rng_state, x.shape[0])
