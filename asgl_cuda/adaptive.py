@@ -13,7 +13,7 @@ from typing_extensions import Unpack
 from .call import Arguments, LIFOutput, NeuronArguments, computed
 from .checks import check_bool, check_finite, check_input, check_keywords, check_v_init, read_number
 from .functional import LIF_DEFAULTS
-from .layer import Value, fill_parameter
+from .layer import fill_parameter
 from .layout import real_type
 from .learned import Logit
 from .neuron import LIF, Neurons
@@ -39,7 +39,7 @@ class AdaptiveLIFOutput(NamedTuple):
     h_seq: Tensor | None
 
 
-def _place_of_w(v_reset: Any, reset_amount: Any, to_threshold: bool) -> int:
+def place_of_w(v_reset: Any, reset_amount: Any, to_threshold: bool) -> int:
     if not to_threshold:
         return IN_CURRENT
     return IN_THRESHOLD | IN_RESET if v_reset is None and reset_amount is None else IN_THRESHOLD
@@ -100,14 +100,14 @@ def adaptive_lif(
         "adapt_potential": adapt_potential,
         "adapt_spike": adapt_spike,
     }
-    given["adaptation"] = _place_of_w(given["v_reset"], given["reset_amount"], to_threshold)
+    given["adaptation"] = place_of_w(given["v_reset"], given["reset_amount"], to_threshold)
     return run_adaptive(x_seq, given, w_init)
 
 
 def run_adaptive(x_seq: Tensor, given: Arguments, w_init: Tensor | None) -> Tensor | AdaptiveLIFOutput:
     """`adaptive_lif` with w in any place: bits IN_CURRENT, IN_THRESHOLD and IN_RESET of `adaptation`."""
     x_seq = tensor_of(x_seq, _CALLER)
-    state = None if given["v_init"] is None and w_init is None else _pair(x_seq, given, w_init)
+    state = None if given["v_init"] is None and w_init is None else pair_of_states(_CALLER, x_seq, given, w_init)
     output = computed(_CALLER, x_seq, {**given, "v_init": state})
     if not isinstance(output, LIFOutput):
         return output
@@ -115,18 +115,80 @@ def run_adaptive(x_seq: Tensor, given: Arguments, w_init: Tensor | None) -> Tens
     return AdaptiveLIFOutput(output.s_seq, v_last, w_last, output.v_seq, output.h_seq)
 
 
-def _pair(x_seq: Tensor, given: Arguments, w_init: Tensor | None) -> Tensor:
+def pair_of_states(caller: str, x_seq: Tensor, given: Arguments, w_init: Tensor | None) -> Tensor:
     """Both states in one tensor, checked."""
-    v_init, time_dim = given["v_init"], check_input(x_seq, given["time_dim"], _CALLER)
+    v_init, time_dim = given["v_init"], check_input(x_seq, given["time_dim"], caller)
     for name, value in (("v_init", v_init), ("w_init", w_init)):
         if value is not None:
-            check_v_init(value, x_seq, time_dim, _CALLER, name)
+            check_v_init(value, x_seq, time_dim, caller, name)
     real, like = real_type(x_seq.dtype), x_seq.select(time_dim, 0)
     v = torch.full_like(like, given["v_rest"], dtype=real) if v_init is None else v_init.to(real)
     return torch.stack([v, torch.zeros_like(v) if w_init is None else w_init.to(real)])
 
 
-class AdaptiveLIF(Neurons):
+class Adapting(Neurons):
+    """Neurons whose adaptation is constant, learned, or None."""
+
+    w: Tensor | None
+    adapt_potential: Tensor | float
+    adapt_spike: Tensor | float
+
+    def _set_up_adaptation(
+        self, adapt_decay: Any, adapt_potential: Any, adapt_spike: Any, to_threshold: Any, learn_adaptation: Any,
+        device: Any, dtype: Any,
+    ) -> None:  # fmt: skip
+        self.to_threshold = check_bool("to_threshold", to_threshold, self._caller)
+        learned = check_bool("learn_adaptation", learn_adaptation, self._caller)
+        empty = partial(torch.empty, self.num_features or 1, device=device, dtype=dtype)
+        self.logit_adapt_decay = nn.Parameter(empty()) if learned else None
+        read = partial(read_number, caller=self._caller, learned=learned, option="learn_adaptation")
+        values = read("adapt_potential", adapt_potential), read("adapt_spike", adapt_spike)
+        self._adaptation: tuple[float | None, float, float] = adapt_decay, *values
+        self.adapt_potential, self.adapt_spike = (nn.Parameter(empty()) if learned else each for each in values)
+        self._fill_adaptation()
+
+    def _fill_adaptation(self) -> None:
+        decay, potential, spike = self._adaptation
+        if decay is not None:
+            decay = self._fill_logit(self.logit_adapt_decay, "adapt_decay", decay, "learn_adaptation")
+        for name, value in (("adapt_potential", potential), ("adapt_spike", spike)):
+            check_finite(name, value, self._caller)
+            if self.logit_adapt_decay is not None:
+                fill_parameter(getattr(self, name), value)
+        self._adaptation = decay, potential, spike
+
+    def reset_parameters(self) -> None:
+        """Resets the learned parameters to the values last set, the adaptation's to the first, and clears states."""
+        self._fill_adaptation()
+        super().reset_parameters()
+
+    @property
+    def adapt_decay(self) -> Tensor | float | None:
+        """The adaptation's decay per step: a tensor in the shape of the parameter if learned."""
+        return self._adaptation[0] if self.logit_adapt_decay is None else Logit(self.logit_adapt_decay).value()
+
+    def _given(self, x_seq: Tensor, *arguments: Any, **options: Any) -> Arguments:
+        given = super()._given(x_seq, *arguments, **options)
+        if self._adaptation[0] is None:
+            return given
+        adaptation: Sequence[Any] = (self.adapt_decay, self.adapt_potential, self.adapt_spike)
+        if self.num_features:
+            time_dim = check_input(x_seq, self.time_dim, self._caller)
+            adaptation = [self._broadcast(value, x_seq, time_dim) for value in adaptation]
+        given["adapt_decay"], given["adapt_potential"], given["adapt_spike"] = adaptation
+        given["adaptation"] = place_of_w(self.v_reset, self.reset_amount, self.to_threshold)
+        return given
+
+    def extra_repr(self) -> str:
+        if self._adaptation[0] is None:
+            return super().extra_repr()
+        names = "adapt_decay", "adapt_potential", "adapt_spike"
+        learned = "" if self.logit_adapt_decay is None else " (learned)"
+        parts = [f"{name}={value:g}{learned}" for name, value in zip(names, self._adaptation, strict=True)]
+        return ", ".join([super().extra_repr(), *parts, *(["to_threshold=True"] if self.to_threshold else [])])
+
+
+class AdaptiveLIF(Adapting):
     """Leaky integrate-and-fire neurons that adapt: `LIF` with a second state, as in `asgl_cuda.adaptive_lif`.
 
     Args:
@@ -153,9 +215,6 @@ class AdaptiveLIF(Neurons):
     _function = _CALLER
     _potentials = ("v", "w", "v_seq")
     _states = ("v", "w")
-    w: Tensor | None
-    adapt_potential: Tensor | float
-    adapt_spike: Tensor | float
 
     def __init__(
         self,
@@ -172,36 +231,8 @@ class AdaptiveLIF(Neurons):
         defaults = LIF.__init__.__kwdefaults__ or {}
         check_keywords(lif_options, [name for name in defaults if name not in _WITHOUT], self._caller)
         self._set_up_neurons({**defaults, **lif_options, "num_features": num_features})
-        self.to_threshold = check_bool("to_threshold", to_threshold, self._caller)
-        learned = check_bool("learn_adaptation", learn_adaptation, self._caller)
-        empty = partial(
-            torch.empty, self.num_features or 1, device=lif_options.get("device"), dtype=lif_options.get("dtype")
-        )
-        self.logit_adapt_decay = nn.Parameter(empty()) if learned else None
-        read = partial(read_number, caller=self._caller, learned=learned, option="learn_adaptation")
-        values = read("adapt_potential", adapt_potential), read("adapt_spike", adapt_spike)
-        self._adaptation: tuple[float, float, float] = adapt_decay, *values
-        self.adapt_potential, self.adapt_spike = (nn.Parameter(empty()) if learned else each for each in values)
-        self._fill_adaptation()
-
-    def _fill_adaptation(self) -> None:
-        decay, potential, spike = self._adaptation
-        decay = self._fill_logit(self.logit_adapt_decay, "adapt_decay", decay, "learn_adaptation")
-        for name, value in (("adapt_potential", potential), ("adapt_spike", spike)):
-            check_finite(name, value, self._caller)
-            if self.logit_adapt_decay is not None:
-                fill_parameter(getattr(self, name), value)
-        self._adaptation = decay, potential, spike
-
-    def reset_parameters(self) -> None:
-        """Resets the learned parameters to the values last set, the adaptation's to the first, and clears states."""
-        self._fill_adaptation()
-        super().reset_parameters()
-
-    @property
-    def adapt_decay(self) -> Tensor | float:
-        """The adaptation's decay per step: a tensor in the shape of the parameter if learned."""
-        return self._adaptation[0] if self.logit_adapt_decay is None else Logit(self.logit_adapt_decay).value()
+        placed = {name: lif_options.get(name) for name in ("device", "dtype")}
+        self._set_up_adaptation(adapt_decay, adapt_potential, adapt_spike, to_threshold, learn_adaptation, **placed)
 
     def _run(self, x_seq: Tensor, with_state: bool, **more: Any) -> Tensor:
         s_seq = super()._run(x_seq, with_state, **more)
@@ -215,21 +246,3 @@ class AdaptiveLIF(Neurons):
         if w is not None and v is None:
             v = torch.full_like(w, self.v_rest, dtype=torch.float64)  # rounded to the type of the call
         return v if v is None else torch.stack([v, torch.zeros_like(v) if w is None else w])
-
-    def _given(self, x_seq: Tensor, *arguments: Any, **options: Any) -> Arguments:
-        adaptation: Sequence[Value] = (self.adapt_decay, self.adapt_potential, self.adapt_spike)
-        if self.num_features:
-            time_dim = check_input(x_seq, self.time_dim, self._caller)
-            adaptation = [self._broadcast(value, x_seq, time_dim) for value in adaptation]
-        given = super()._given(x_seq, *arguments, **options)
-        given["adapt_decay"], given["adapt_potential"], given["adapt_spike"] = adaptation
-        given["adaptation"] = _place_of_w(self.v_reset, self.reset_amount, self.to_threshold)
-        return given
-
-    def extra_repr(self) -> str:
-        names = "adapt_decay", "adapt_potential", "adapt_spike"
-        constant = self.logit_adapt_decay is None
-        values = (getattr(self, name) for name in names) if constant else self._adaptation
-        learned = "" if constant else " (learned)"
-        parts = [f"{name}={value:g}{learned}" for name, value in zip(names, values, strict=True)]
-        return ", ".join([super().extra_repr(), *parts, *(["to_threshold=True"] if self.to_threshold else [])])

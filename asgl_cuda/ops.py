@@ -12,11 +12,11 @@ integrator_forward returns v_seq, and v_last if wanted, integrator_backward the 
 and input_gain. Used of numbers and rules: decay, input_gain, v_rest, logit_decay and time_dim. v_seq and v_init are
 needed for the gradient of decay, x_seq for the gradient of input_gain.
 
-recurrent_forward takes `parameters`, [6, N]: width, decay, v_threshold, reset, bias and syn_decay, unused without a
-synapse; numbers and rules are the neuron's. It returns s_seq, and where wanted `emitted` (s in the type of the
-arithmetic, before scale_output), h_seq, v_seq, i_seq, v_last, s_last and i_last; recurrent_backward the wanted
-gradients of x_seq (in that type, too), weight, parameters, v_init, s_init and i_init. i_seq is for the gradient of
-syn_decay.
+recurrent_forward takes `parameters`, [9, N]: those of the neuron, from width to input_mean, bias and syn_decay, unused
+without a synapse; numbers and rules are the neuron's. It returns s_seq, and where wanted `emitted` (s in the type of
+the arithmetic, before scale_output), h_seq, v_seq, i_seq, w_seq, v_last, s_last and i_last; recurrent_backward the
+wanted gradients of x_seq (in that type, too), weight, parameters, v_init, s_init and i_init. i_seq is for the gradient
+of syn_decay; w_seq, w before each step, for that of adapt_decay, and where w is not in the current.
 
 batch_norm_coefficients returns `coefficients`, [4, C, 1, ...], which broadcast against x_seq: input_mean, input_gain
 and input_bias of the neuron, and the unbiased variance; and `total`, [C, 3] in float64: count, mean and biased
@@ -129,19 +129,24 @@ def _fake_integrator_backward(grad_v_seq: Tensor, *others: Any) -> BackwardResul
     return empty_gradients(grad_v_seq, Rules(*rules).time_dim, (decay, input_gain), wanted)
 
 
+def _state_shapes(x_seq: Tensor, rules: Rules) -> list[list[int]]:
+    """Of the states v, s and i of recurrent neurons."""
+    state = state_shape(x_seq, rules.time_dim)
+    return [[2, *state] if rules.adaptation else state, state, state]
+
+
 def _fake_recurrent_forward(x_seq: Tensor, weight: Tensor, *others: Any) -> ForwardResult:
     *_, rules, _, _, wanted = others
-    state = state_shape(x_seq, Rules(*rules).time_dim)
-    shapes = [x_seq.shape] * 4 + [state] * 3
+    states = _state_shapes(x_seq, Rules(*rules))
+    shapes = [x_seq.shape] * 5 + states
     return [x_seq.new_empty(x_seq.shape)] + [
         weight.new_empty(shape) for shape, asked in zip(shapes, wanted, strict=True) if asked
     ]
 
 
 def _fake_recurrent_backward(*arguments: Any) -> BackwardResult:
-    *_, h_seq, _, _, weight, parameters, _, _, _, _, _, rules, _, _, wanted = arguments
-    state = state_shape(h_seq, Rules(*rules).time_dim)
-    shapes = [h_seq.shape, weight.shape, parameters.shape, state, state, state]
+    *_, h_seq, _, _, _, weight, parameters, _, _, _, _, _, rules, _, _, wanted = arguments
+    shapes = [h_seq.shape, weight.shape, parameters.shape, *_state_shapes(h_seq, Rules(*rules))]
     return [h_seq.new_empty(shape) for shape, asked in zip(shapes, wanted, strict=True) if asked]
 
 
@@ -182,9 +187,9 @@ _OPERATORS: dict[str, Callable[..., Any]] = {  # schemas and fake implementation
     f"Tensor? rng_state, {_CONSTANTS}, bool has_synapse, bool detach_recurrent, bool[] wanted) -> Tensor[]":
         _fake_recurrent_forward,
     "recurrent_backward(Tensor? grad_s_seq, Tensor? grad_v_seq, Tensor? grad_h_seq, Tensor? grad_v_last, "
-    "Tensor? grad_s_last, Tensor? grad_i_last, Tensor h_seq, Tensor emitted, Tensor? i_seq, Tensor weight, "
-    f"Tensor parameters, Tensor? v_init, Tensor? s_init, Tensor? i_init, Tensor? rng_state, {_CONSTANTS}, "
-    "bool has_synapse, bool detach_recurrent, bool[] wanted) -> Tensor[]":
+    "Tensor? grad_s_last, Tensor? grad_i_last, Tensor h_seq, Tensor emitted, Tensor? i_seq, "
+    "Tensor? w_seq, Tensor weight, Tensor parameters, Tensor? v_init, Tensor? s_init, Tensor? i_init, "
+    f"Tensor? rng_state, {_CONSTANTS}, bool has_synapse, bool detach_recurrent, bool[] wanted) -> Tensor[]":
         _fake_recurrent_backward,
     f"batch_norm_coefficients({_COEFFICIENTS}": _fake_batch_norm_coefficients,
     "batch_norm_update(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor(c!)? num_batches_tracked, "

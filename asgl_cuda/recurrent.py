@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
+from .adaptive import Adapting, AdaptiveLIF, pair_of_states, place_of_w
 from .backends import BACKENDS, backend_of, operators_of
-from .call import Arguments, NeuronArguments, checked_call
+from .call import Arguments, Call, NeuronArguments, checked_call
 from .checks import (
     check_bool,
     check_dense,
@@ -26,6 +27,7 @@ from .checks import (
     check_sizes,
     check_v_init,
     check_values,
+    shown,
 )
 from .derivatives import DERIVATIVES
 from .functional import LIF_DEFAULTS
@@ -34,49 +36,44 @@ from .learned import Logarithm, Logit
 from .neuron import LIF, Neurons
 from .ops import ForwardResult, with_gaps
 from .pending import tensor_of
-from .reference import Numbers, recurrent_reference
+from .reference import IN_CURRENT, Rules, recurrent_reference
 from .transforms import apply, apply_here, grads_are_zeros, is_differentiated, once_differentiable, saved_tensors
 
 _CALLER = "asgl_cuda.recurrent_lif"
+_CONSTANT = [None] * 7  # no tensor among the neuron's parameters
 # Rules of `lif` that recurrent neurons lack.
 _WITHOUT = {"residual", "residual_gain", "levels", "multi_spike", "v_min"}
 _NEURON = [name for name in NeuronArguments.__annotations__ if name not in _WITHOUT]
-_ROWS = "width", "decay", "v_threshold", "v_reset", "reset_amount"
+_ROWS = "width", "decay", "v_threshold", "v_reset", "reset_amount", "adapt_decay", "adapt_potential", "adapt_spike"
 
 
 class RecurrentLIFOutput(NamedTuple):
     """The result of `recurrent_lif` with states; a field is None unless requested.
 
-    `s_seq`, `v_seq` and `h_seq` are those of `LIFOutput`. `return_v_last` gives the states after the last step, of
-    x_seq's shape without time: `v_last`, `s_last` (what the neurons emitted, before scale_output) and, with a synapse,
-    `i_last`. States are float32, float64 for a float64 input.
+    `s_seq`, `v_seq` and `h_seq` are those of `LIFOutput`, or of `AdaptiveLIFOutput`. `return_v_last` gives the states
+    after the last step, of x_seq's shape without time: `v_last`, `s_last` (what the neurons emitted, before
+    scale_output), with a synapse `i_last`, and with an adaptation `w_last`. States are float32, float64 for a float64
+    input.
     """
 
     s_seq: Tensor
     v_last: Tensor | None
     s_last: Tensor | None
     i_last: Tensor | None
+    w_last: Tensor | None
     v_seq: Tensor | None
     h_seq: Tensor | None
 
 
 class _Plan(NamedTuple):
-    """What a call has besides tensors."""
+    """What a call has besides tensors: the operators' arguments."""
 
     backend: str
-    numbers: tuple[float, ...]  # Numbers
-    rules: tuple[int, ...]  # Rules
+    numbers: tuple[float, ...]
+    rules: tuple[int, ...]
     has_synapse: bool
     detach_recurrent: bool
-    wants_v_last: bool
-    wants_v_seq: bool
-    keeps_i_seq: bool  # for the gradient of syn_decay
-    keeps_emitted: bool  # s_seq is not what the neurons emitted: in half types, and under scale_output
-
-    def outputs(self) -> tuple[bool, ...]:
-        """`wanted` of the operator recurrent_forward."""
-        last = self.wants_v_last
-        return self.keeps_emitted, True, self.wants_v_seq, self.keeps_i_seq, last, last, last and self.has_synapse
+    wanted: tuple[bool, ...]  # of recurrent_forward
 
 
 class RecurrentFunction(torch.autograd.Function):
@@ -91,44 +88,40 @@ class RecurrentFunction(torch.autograd.Function):
     def forward(operator: Any, plan: _Plan, *tensors: Any) -> tuple[Tensor, ...]:
         if operator is None:
             operator = operators_of(plan.backend, tensors).recurrent_forward
-        of_plan = plan.numbers, plan.rules, plan.has_synapse, plan.detach_recurrent, plan.outputs()
-        return tuple(operator(*tensors, *of_plan))
+        return tuple(operator(*tensors, *plan[1:]))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         _, ctx.plan, x_seq, *tensors = inputs
         ctx.dtype = x_seq.dtype
         s_seq, *others = output
-        emitted, h_seq, _, i_seq, *_ = with_gaps(others, ctx.plan.outputs())
-        ctx.save_for_backward(h_seq, s_seq if emitted is None else emitted, i_seq, *tensors)
+        emitted, h_seq, _, i_seq, w_seq, *_ = with_gaps(others, ctx.plan.wanted)
+        ctx.save_for_backward(h_seq, s_seq if emitted is None else emitted, i_seq, w_seq, *tensors)
         ctx.set_materialize_grads(grads_are_zeros())
-        ctx.mark_non_differentiable(*(each for each in (emitted, i_seq) if each is not None))
+        ctx.mark_non_differentiable(*(each for each in (emitted, i_seq, w_seq) if each is not None))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         plan: _Plan = ctx.plan
         saved = saved_tensors(ctx)
-        grad_s_seq, _, grad_h_seq, grad_v_seq, _, *grads_last = with_gaps(grads, (True, *plan.outputs()))
+        grad_s_seq, _, grad_h_seq, grad_v_seq, _, _, *grads_last = with_gaps(grads, (True, *plan.wanted))
         wanted = ctx.needs_input_grad[2:-1]
         inputs = (*saved, *grads)
         found = operators_of(plan.backend, inputs).recurrent_backward(
-            grad_s_seq, grad_v_seq, grad_h_seq, *grads_last, *saved, plan.numbers, plan.rules, plan.has_synapse,
-            plan.detach_recurrent, wanted,
-        )  # fmt: skip
+            grad_s_seq, grad_v_seq, grad_h_seq, *grads_last, *saved, *plan[1:5], wanted
+        )
         grad_x_seq, *gradients = with_gaps(once_differentiable(found, inputs), wanted)
         return None, None, None if grad_x_seq is None else grad_x_seq.to(ctx.dtype), *gradients, None
 
 
 def _differentiated(operator: Any, below: Any, *arguments: Any) -> ForwardResult:
-    """A bare recurrent_forward with its derivative, which all results have but emitted and i_seq."""
+    """A bare recurrent_forward with its derivative, which all results have but emitted, i_seq and w_seq."""
     *tensors, numbers, rules, has_synapse, detach_recurrent, wanted = arguments
-    _, _, wants_v_seq, _, *wants_last = wanted
-    plan = _Plan(
-        backend_of(operator), tuple(numbers), tuple(rules), has_synapse, detach_recurrent, any(wants_last), wants_v_seq,
-        keeps_i_seq=has_synapse, keeps_emitted=True,
-    )  # fmt: skip
+    _, _, wants_v_seq, _, _, *wants_last = wanted
+    kept = True, True, wants_v_seq, has_synapse, Rules(*rules).adaptation != 0, *wants_last
+    plan = _Plan(backend_of(operator), tuple(numbers), tuple(rules), has_synapse, detach_recurrent, kept)
     s_seq, *outputs = apply_here(RecurrentFunction, below, plan, *tensors)
-    named = with_gaps(outputs, plan.outputs())
+    named = with_gaps(outputs, kept)
     return [s_seq, *(each for each, asked in zip(named, wanted, strict=True) if asked)]
 
 
@@ -142,8 +135,13 @@ def recurrent_lif(
     bias: Tensor | None = None,
     syn_decay: Tensor | float | None = None,
     input_gain: float = 1.0,
+    adapt_decay: Tensor | float | None = None,
+    adapt_potential: Tensor | float = 0.0,
+    adapt_spike: Tensor | float = 0.0,
+    to_threshold: bool = False,
     s_init: Tensor | None = None,
     i_init: Tensor | None = None,
+    w_init: Tensor | None = None,
     detach_recurrent: bool = False,
     **neuron: Unpack[NeuronArguments],
 ) -> Tensor | RecurrentLIFOutput:
@@ -157,9 +155,12 @@ def recurrent_lif(
         bias: `[N]`, added at each step, the first included.
         syn_decay: share of the current left after a step, a float, or a tensor of one value or `[N]`; None for no
             synapse.
-        input_gain: a number, the factor on the current behind the synapse.
+        input_gain: a number, the factor on the current behind the synapse; 1 with an adaptation.
+        adapt_decay, adapt_potential, adapt_spike, to_threshold: the adaptation, as in `adaptive_lif`; adapt_decay None
+            for no adaptation.
         s_init: what the neurons emitted before the first step, `[B, N]`; default 0.
-        i_init: the current before the first step, `[B, N]`, only with syn_decay; default 0.
+        i_init, w_init: the current before the first step, `[B, N]`, only with syn_decay, and the adaptation in it, only
+            with adapt_decay; default 0.
         detach_recurrent: let no gradient flow through the weight to earlier spikes, s_init included; the weight's own
             gradient stays. detach_reset concerns the reset alone.
         neuron: arguments of `lif` except `input_bias`, `input_mean`, `residual`, `residual_gain`, `levels`,
@@ -170,7 +171,7 @@ def recurrent_lif(
     tells which elements are analog. They feed back their smooth value.
 
     Kept for backward: 4 bytes an element beside the spikes in float32; under scale_output and in half types the spikes
-    once more, and with a learned syn_decay the current.
+    once more, with a learned syn_decay the current, and w with a learned adapt_decay or to_threshold.
 
     On the CPU one kernel computes all steps of 16 rows of the batch. On a GPU each step is a product and the kernel of
     `lif`.
@@ -203,8 +204,17 @@ def recurrent_lif(
     Heidelberg spiking data sets for the systematic evaluation of spiking neural networks, IEEE TNNLS 2022.
     """
     _check_options(neuron, [*_NEURON, *(recurrent_lif.__kwdefaults__ or {})], _CALLER)
-    recurrence = _Recurrence(weight, bias, syn_decay, s_init, i_init, detach_recurrent)
+    recurrence = _Recurrence(weight, bias, syn_decay, s_init, i_init, w_init, detach_recurrent)
     given: Arguments = {**LIF_DEFAULTS, **neuron, "input_gain": input_gain}
+    adaptation = {"adapt_potential": adapt_potential, "adapt_spike": adapt_spike, "to_threshold": to_threshold}
+    if adapt_decay is None:
+        _check_no_adaptation(adaptation, recurrent_lif.__kwdefaults__, _CALLER)
+    else:
+        place = place_of_w(given["v_reset"], given["reset_amount"], check_bool("to_threshold", to_threshold, _CALLER))
+        given |= {
+            "adapt_decay": adapt_decay, "adapt_potential": adapt_potential, "adapt_spike": adapt_spike,
+            "adaptation": place,
+        }  # fmt: skip
     return _computed(tensor_of(x_seq, _CALLER), recurrence, given)
 
 
@@ -216,7 +226,19 @@ class _Recurrence(NamedTuple):
     syn_decay: Tensor | float | None
     s_init: Tensor | None
     i_init: Tensor | None
+    w_init: Tensor | None
     detach_recurrent: bool
+
+
+def _check_no_adaptation(given: Mapping[str, Any], defaults: Any, caller: str) -> None:
+    for name, value in given.items():
+        if value is not defaults[name] and (isinstance(value, Tensor) or value != defaults[name]):
+            raise ValueError(f"{caller}: {name} needs adapt_decay, got {shown(value)} without an adaptation")
+
+
+def _check_adaptation(input_gain: Any, caller: str) -> None:
+    if input_gain != 1:
+        raise ValueError(f"{caller}: input_gain must be 1 with an adaptation, got {shown(input_gain)}")
 
 
 def _check_options(given: Mapping[str, Any], known: Collection[str], caller: str) -> None:
@@ -238,12 +260,16 @@ def _check(x_seq: Tensor, given: _Recurrence, neuron: Any) -> float:
     _check_shape("weight", given.weight, x_seq, [count, count], [count])
     if given.bias is not None:
         _check_shape("bias", given.bias, x_seq, [count])
-    rows = {**{name: neuron[name] for name in _ROWS}, "syn_decay": given.syn_decay}
+    rows = {**{name: neuron[name] for name in _ROWS if name in neuron}, "syn_decay": given.syn_decay}
     for name, value in rows.items():
         if isinstance(value, Tensor) and value.numel() != 1 and (value.shape[-1] != count or value.numel() != count):
             raise ValueError(f"{_CALLER}: {name} must have one value or shape [{count}], got {list(value.shape)}")
     check_bool("detach_recurrent", given.detach_recurrent, _CALLER)
     check_finite("input_gain", neuron["input_gain"], _CALLER)
+    if "adaptation" in neuron:
+        _check_adaptation(neuron["input_gain"], _CALLER)
+    else:
+        _check_no_adaptation({"w_init": given.w_init}, {"w_init": None}, _CALLER)
     if given.i_init is not None and given.syn_decay is None:
         raise ValueError(f"{_CALLER}: i_init needs syn_decay, got i_init without a synapse")
     for name, state in (("s_init", given.s_init), ("i_init", given.i_init)):
@@ -272,51 +298,63 @@ def _row(value: Any, constant: float, x_seq: Tensor) -> Tensor:
     return torch.full((count,), constant, dtype=real, device=x_seq.device)
 
 
-def _parameters(x_seq: Tensor, given: _Recurrence, neuron: Any, numbers: Numbers, syn_decay: float) -> Tensor:
-    """The operators' parameters, `[6, N]`, of checked values and their constants."""
-    reset = next(name for name in ("v_reset", "reset_amount", "v_threshold") if neuron[name] is not None)
-    values = *(neuron[name] for name in ("width", "decay", "v_threshold", reset)), given.bias, given.syn_decay
-    constants = numbers.width, numbers.decay, numbers.v_threshold, numbers.reset, 0.0, syn_decay
-    return torch.stack([_row(*each, x_seq) for each in zip(values, constants, strict=True)])
+def _parameters(x_seq: Tensor, given: _Recurrence, neuron: Any, call: Call, syn_decay: float) -> Tensor:
+    """The operators' parameters, `[9, N]`, of checked values and their constants."""
+    constants = call.plan.numbers[: len(_CONSTANT)]
+    values = [None if name is None else neuron[name] for name in call.plan.sources or _CONSTANT]
+    rows = zip([*values, given.bias, given.syn_decay], [*constants, 0.0, syn_decay], strict=True)
+    return torch.stack([_row(*each, x_seq) for each in rows])
 
 
 def _computed(x_seq: Tensor, given: _Recurrence, neuron: Arguments) -> Tensor | RecurrentLIFOutput:
     """The result of `recurrent_lif`; width, decay and syn_decay may be a Logarithm and Logits."""
     syn_decay = _check(x_seq, given, neuron)
+    if given.w_init is not None or ("adaptation" in neuron and neuron["v_init"] is not None):
+        neuron = {**neuron, "v_init": pair_of_states(_CALLER, x_seq, neuron, given.w_init)}
     call = checked_call(_CALLER, x_seq, neuron, together=False)
-    real, has_synapse, numbers = call.plan.real, given.syn_decay is not None, call.plan.numbers
-    parameters = _parameters(x_seq, given, neuron, numbers, syn_decay)
+    real, has_synapse = call.plan.real, given.syn_decay is not None
+    parameters = _parameters(x_seq, given, neuron, call, syn_decay)
     rules = call.plan.rules.changed(log_width=0, logit_decay=0)
     wants_v_last, wants_v_seq, wants_h_seq = call.plan.wanted
     states = [None if state is None else state.to(real) for state in (call.v_init, given.s_init, given.i_init)]
     tensors: list[Any] = [x_seq.contiguous(), given.weight.to(real), parameters, *states, call.rng_state]
     if BACKENDS[call.backend].operators is None:
-        arguments: list[Any] = [*tensors, numbers, rules, has_synapse, given.detach_recurrent]
+        arguments: list[Any] = [*tensors, call.plan.numbers, rules, has_synapse, given.detach_recurrent]
         outputs: Any = recurrent_reference(*arguments)
     else:
         differentiated = is_differentiated(tensors, _CALLER)
-        learns_syn_decay = isinstance(given.syn_decay, (Tensor, Logit))
-        plan = _Plan(
-            call.backend, tuple(numbers), tuple(rules), has_synapse, given.detach_recurrent, wants_v_last,
-            wants_v_seq, keeps_i_seq=differentiated and learns_syn_decay,
-            keeps_emitted=differentiated and (bool(rules.scale_output) or real != x_seq.dtype),
-        )  # fmt: skip
+        # Kept for backward: what was emitted where s_seq is not; i_seq for the gradient of syn_decay; and w_seq.
+        keeps = (
+            bool(rules.scale_output) or real != x_seq.dtype,
+            True,
+            wants_v_seq,
+            isinstance(given.syn_decay, (Tensor, Logit)),
+            rules.adaptation > IN_CURRENT or isinstance(neuron.get("adapt_decay"), Tensor),
+        )
+        sequences = keeps if differentiated else (False, wants_h_seq, wants_v_seq, False, False)
+        wanted = *sequences, wants_v_last, wants_v_last, wants_v_last and has_synapse
+        numbers = tuple(call.plan.numbers)
+        plan = _Plan(call.backend, numbers, tuple(rules), has_synapse, given.detach_recurrent, wanted)
         run = partial(apply, RecurrentFunction) if differentiated else RecurrentFunction.forward
-        outputs = with_gaps(run(None, plan, *tensors), (True, *plan.outputs()))
+        outputs = with_gaps(run(None, plan, *tensors), (True, *wanted))
     if not (wants_v_last or wants_v_seq or wants_h_seq):
         return outputs[0]  # type: ignore[no-any-return]
-    s_seq, _, h_seq, v_seq, _, v_last, s_last, i_last = outputs
+    s_seq, _, h_seq, v_seq, _, _, v_last, s_last, i_last = outputs
+    w_last = None
+    if wants_v_last and rules.adaptation:
+        v_last, w_last = v_last[0], v_last[1]
     return RecurrentLIFOutput(
         s_seq,
         v_last if wants_v_last else None,
         s_last if wants_v_last else None,
         i_last if wants_v_last and has_synapse else None,
+        w_last,
         v_seq if wants_v_seq else None,
         h_seq if wants_h_seq else None,
     )
 
 
-class RecurrentLIF(Neurons):
+class RecurrentLIF(Adapting):
     """Recurrent leaky integrate-and-fire neurons: `LIF` whose spikes enter the next step's current.
 
     Args:
@@ -328,6 +366,8 @@ class RecurrentLIF(Neurons):
             no synapse.
         learn_syn_decay: whether it is a parameter of the granularity.
         detach_recurrent: let no gradient flow from a step to the spikes before it through the weight.
+        adapt_decay, adapt_potential, adapt_spike, to_threshold, learn_adaptation: the adaptation of `AdaptiveLIF`, with
+            its defaults (RadLIF, LSNN); adapt_decay None for no adaptation. With one input_gain is 1.
         device, dtype: of the parameters.
         lif_options: arguments of `LIF` except `num_features`, `levels`, `multi_spike` and `v_min`. Granularities
             "channel" and "neuron" are the same here.
@@ -335,8 +375,9 @@ class RecurrentLIF(Neurons):
     Shapes: input and output `[T, B, N]`, or `[B, T, N]` with time_dim=1.
 
     weight and bias are drawn as those of `torch.nn.RNN`, uniformly from `[-1 / sqrt(N), 1 / sqrt(N)]`. A state dict has
-    `recurrent_weight`, `recurrent_bias` and, if learned, `logit_syn_decay` beside the parameters of `LIF`. The states
-    `v`, `s` (what was emitted) and `i` (with a synapse) are carried where the layer is stateful.
+    `recurrent_weight`, `recurrent_bias` and, if learned, `logit_syn_decay` and those of the adaptation beside the
+    parameters of `LIF`. The states `v`, `s` (what was emitted), `i` (with a synapse) and `w` (with an adaptation) are
+    carried where the layer is stateful.
 
     `asgl_cuda.recompute_spikes` keeps the spikes of this layer, which its own backward reads.
 
@@ -357,8 +398,8 @@ class RecurrentLIF(Neurons):
 
     _caller = "asgl_cuda.RecurrentLIF"
     _function = _CALLER
-    _potentials = ("v", "s", "i", "v_seq")
-    _states = ("v", "s", "i")
+    _potentials = ("v", "s", "i", "w", "v_seq")
+    _states = ("v", "s", "i", "w")
     _weights = ("recurrent_weight", "recurrent_bias")
     _options: ClassVar[dict[str, Any]] = {"scale_output": check_bool, **Neurons._options}
     s: Tensor | None
@@ -374,6 +415,11 @@ class RecurrentLIF(Neurons):
         syn_decay: float | None = None,
         learn_syn_decay: bool = False,
         detach_recurrent: bool = False,
+        adapt_decay: float | None = None,
+        adapt_potential: float | None = None,
+        adapt_spike: float | None = None,
+        to_threshold: bool = False,
+        learn_adaptation: bool = False,
         device: Any = None,
         dtype: torch.dtype | None = None,
         **lif_options: Any,
@@ -400,6 +446,18 @@ class RecurrentLIF(Neurons):
             raise ValueError(f"{caller}: learn_syn_decay needs syn_decay, its first value, got None")
         self.logit_syn_decay = nn.Parameter(empty(self.num_features or 1)) if learned else None
         self._fill_recurrence(syn_decay)
+        adaptation: dict[str, Any] = {
+            "adapt_potential": adapt_potential, "adapt_spike": adapt_spike, "to_threshold": to_threshold,
+            "learn_adaptation": learn_adaptation,
+        }  # fmt: skip
+        if adapt_decay is None:
+            _check_no_adaptation(adaptation, RecurrentLIF.__init__.__kwdefaults__, caller)
+            like = dict.fromkeys(adaptation, 0.0)
+        else:
+            _check_adaptation(self.input_gain, caller)
+            like = AdaptiveLIF.__init__.__kwdefaults__ or {}
+        adaptation = {name: like[name] if value is None else value for name, value in adaptation.items()}
+        self._set_up_adaptation(adapt_decay, **adaptation, device=device, dtype=dtype)
 
     def _fill_recurrence(self, syn_decay: Any) -> None:
         bound = 1 / math.sqrt(self.hidden_size)
@@ -430,19 +488,26 @@ class RecurrentLIF(Neurons):
         if not isinstance(result, RecurrentLIFOutput):
             return result
         if keeps:
-            self.v, self.s, self.i = result.v_last, result.s_last, result.i_last
+            self.v, self.s, self.i, self.w = result.v_last, result.s_last, result.i_last, result.w_last
         if stores:
             self.v_seq = result.v_seq
         return result.s_seq
 
     def _lif(  # type: ignore[override]
-        self, x_seq: Tensor, s_init: Tensor | None = None, i_init: Tensor | None = None, **options: Any
+        self,
+        x_seq: Tensor,
+        s_init: Tensor | None = None,
+        i_init: Tensor | None = None,
+        w_init: Tensor | None = None,
+        **options: Any,
     ) -> Tensor | RecurrentLIFOutput:
         """Calls `asgl_cuda.recurrent_lif`."""
         weight: Tensor = self.recurrent_weight
         if not self.autapses:
             weight = weight.masked_fill(torch.eye(self.hidden_size, dtype=torch.bool, device=weight.device), 0.0)
-        recurrence = _Recurrence(weight, self.recurrent_bias, self.syn_decay, s_init, i_init, self.detach_recurrent)
+        recurrence = _Recurrence(
+            weight, self.recurrent_bias, self.syn_decay, s_init, i_init, w_init, self.detach_recurrent
+        )
         return _computed(x_seq, recurrence, self._given(x_seq, self.input_gain, **options))
 
     def extra_repr(self) -> str:

@@ -29,7 +29,8 @@ Adaptive neurons have a second state w, and c = x[t]:
     u    = (h[t] - w[t]) - v_threshold                      in the threshold
     v[t] = h[t] - (reset_amount + w[t]) * s                 in a soft reset: by default with the threshold, or alone
 
-Recurrent neurons, whose c is input_gain * i[t], take a step at a time, with rng_state [seed, offset + t]:
+Recurrent neurons, whose c is input_gain * i[t], adaptive ones with x[t] = i[t], take a step at a time, with rng_state
+[seed, offset + t]:
 
     j[t] = x[t] + (s[t-1] W^T + bias)
     i[t] = syn_decay * i[t-1] + j[t]                        with a synapse, else j[t]
@@ -276,33 +277,38 @@ def recurrent_reference(
     detach_recurrent: bool = False,
     step: Callable[..., Sequence[Tensor]] = lif_reference,
 ) -> tuple[Tensor, ...]:
-    """The loop over the steps: s_seq, emitted, h_seq, v_seq, i_seq, v_last, s_last, i_last.
+    """The loop over the steps: s_seq, emitted, h_seq, v_seq, i_seq, w_seq (before each step), v_last, s_last, i_last.
 
-    `parameters`, [6, N]: width, decay, v_threshold, reset, bias, syn_decay. `step` is `lif_reference`, or computes the
-    same with other means.
+    `parameters`, [9, N]: those of Parameters but the residual, bias, syn_decay. `step` is `lif_reference`, or computes
+    the same with other means.
     """
     real, time_dim = real_type(x_seq.dtype), rules.time_dim
-    width, decay, v_threshold, reset, bias, syn_decay = parameters
-    neuron = Parameters(width, decay, v_threshold, reset, *[None] * 4)
+    width, decay, v_threshold, reset, *of_input, bias, syn_decay = parameters
+    adapts = rules.adaptation != 0
+    of_input = [*of_input, None] if adapts else [None] * 4
+    neuron = Parameters(width, decay, v_threshold, reset, *of_input)
     rules_of_step = rules.changed(time_dim=0, scale_output=0)
     x = x_seq.to(real).movedim(time_dim, 0)
     states = states_of_steps(rng_state, x.shape[0])
     v = torch.full_like(x[0], numbers.v_rest) if v_init is None else v_init
+    if adapts and v_init is None:
+        v = torch.stack([v, torch.zeros_like(v)])
     s = torch.zeros_like(x[0]) if s_init is None else s_init
     i = torch.zeros_like(x[0]) if i_init is None else i_init
-    emitted, h_seq, v_seq, i_seq = [], [], [], []
+    emitted, h_seq, v_seq, i_seq, w_seq = [], [], [], [], []
     device = x.device.type  # "meta" has no autocast
     with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
         for t in range(x.shape[0]):
             fed = detached(s) if detach_recurrent else s
             j = x[t] + ((fed * weight if weight.dim() == 1 else fed @ weight.T) + bias)
             i = syn_decay * i + j if has_synapse else j
+            w_seq.append(v[1] if adapts else torch.zeros_like(v))
             (s,), v, _, (h,) = step(i[None], v, states[t], neuron, numbers, rules_of_step)
             emitted.append(s)
             h_seq.append(h)
-            v_seq.append(v)
+            v_seq.append(v[0] if adapts else v)
             i_seq.append(i)
-    sequences = [torch.stack(each).movedim(0, time_dim) for each in (emitted, h_seq, v_seq, i_seq)]
+    sequences = [torch.stack(each).movedim(0, time_dim) for each in (emitted, h_seq, v_seq, i_seq, w_seq)]
     s_seq = v_threshold * sequences[0] if rules.scale_output else sequences[0]
     return s_seq.to(x_seq.dtype), *sequences, v, s, i
 

@@ -1,9 +1,10 @@
-"""Training steps of four networks with exchanged neuron layers: time, the share of the neurons, and memory.
+"""Training steps of networks with exchanged neuron layers: time, the share of the neurons, and memory.
 
 A step is forward, loss, backward and optimiser. All variants take turns within each repeat; the median is reported.
 The share comes from a separate run under the profiler: hooks of every layer open a range in forward and in
 backward. `asgl_cuda.fuse` fuses batch normalisation and the sums of residual blocks with neurons; before a fused
-network is timed, its losses are compared with the unfused network's. SpikingJelly's ResNet-18 is converted, too.
+network is timed, its losses are compared with the unfused network's. SpikingJelly's ResNet-18 is converted, too. The
+share of recurrent layers includes the products of their recurrence.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ import torch
 from torch import Tensor, nn
 
 import asgl_cuda
-from asgl_cuda import LIF, OverTime
+from asgl_cuda import LIF, OverTime, RecurrentLIF
 
 from ..common import fused_backends
 from .clocks import silence
 from .microbench import ANALOG_PROB, MOST_STEPS_TO_COMPILE
 from .networks import NETWORKS, MakeNeuron, Network, Training, measure_steps
-from .peers import spikingjelly_node
+from .peers import RLeaky, spikingjelly_node
 
 NEURONS, REST = "neuron layers", "the rest"
 OTHERS = (nn.Linear, nn.Conv2d, nn.BatchNorm2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.MaxPool2d, nn.Flatten)
@@ -45,9 +46,10 @@ class Variant(NamedTuple):
 
 
 def variants(network: Network, device: torch.device) -> Iterator[Variant]:
-    """The neuron of ASGL in every implementation; then the ordinary neuron, which SpikingJelly has as well."""
+    """The neuron of ASGL in every implementation; then the ordinary neuron, which another library has as well."""
     backends, residual = fused_backends(device), network.left > 0
-    asgl = {backend: partial(LIF, analog_prob=ANALOG_PROB, backend=backend) for backend in (*backends, "reference")}
+    layer = partial(RecurrentLIF, network.recurrent) if network.recurrent else LIF
+    asgl = {backend: partial(layer, analog_prob=ANALOG_PROB, backend=backend) for backend in (*backends, "reference")}
     yield Variant("reference", asgl["reference"])
     normalised = any(isinstance(layer, nn.BatchNorm2d) for layer in network.make(nn.Identity).modules())
     if network.input_shape[0] <= MOST_STEPS_TO_COMPILE and not residual:  # more layers than Dynamo compiles anew
@@ -57,12 +59,14 @@ def variants(network: Network, device: torch.device) -> Iterator[Variant]:
         if normalised:
             yield Variant(f"asgl_cuda {backend}{FUSED_BLOCK}", asgl[backend], fused=True)
     for backend in backends:
-        yield Variant(f"LIF: asgl_cuda {backend}", partial(LIF, learn_width=False, analog_prob=0.0, backend=backend))
+        yield Variant(f"LIF: asgl_cuda {backend}", partial(layer, learn_width=False, analog_prob=0.0, backend=backend))
+    name = "snnTorch" if network.recurrent else "SpikingJelly"
+    peer: MakeNeuron = partial(RLeaky, network.recurrent) if network.recurrent else spikingjelly_node
     try:
-        spikingjelly_node()
+        peer()
     except ImportError:
         return
-    yield Variant("LIF: SpikingJelly", spikingjelly_node)
+    yield Variant(f"LIF: {name}", peer)
     for backend in backends if residual else ():
         name = f"LIF: SpikingJelly, converted {backend}"
         yield Variant(name, spikingjelly_node, converted=backend)

@@ -28,6 +28,7 @@ class Network(NamedTuple):
     make: Callable[[MakeNeuron], nn.Module]
     input_shape: tuple[int, ...]  # [T, B, ...]
     left: int = 0  # normalisations without neurons of their own
+    recurrent: int = 0  # neurons of each layer, if recurrent
 
 
 def fully_connected(inputs: int, hidden: Sequence[int]) -> Callable[[MakeNeuron], nn.Module]:
@@ -61,8 +62,13 @@ def resnet18(neuron: MakeNeuron) -> nn.Module:
 
 
 MLP = Network(fully_connected(784, (512,) * 4), (8, 128, 784))
-SPEECH = Network(fully_connected(700, (256,) * 3), (100, 64, 700))  # the frames of a word, without recurrence
-NETWORKS = {"MLP": MLP, "convolutional": Network(convolutional, (4, 32, 3, 32, 32)), "speech": SPEECH}
+SPEECH = Network(fully_connected(700, (256,) * 3), (100, 64, 700))  # the frames of a word
+NETWORKS = {
+    "MLP": MLP,
+    "convolutional": Network(convolutional, (4, 32, 3, 32, 32)),
+    "speech": SPEECH,
+    "recurrent speech": SPEECH._replace(recurrent=256),
+}
 if find_spec("spikingjelly") is not None:
     NETWORKS["ResNet-18"] = Network(resnet18, (4, 8, 3, 64, 64), left=3)
 

@@ -152,24 +152,31 @@ def sinabs_alif(like: Tensor) -> Peer:
 # ---- recurrent layers, by their weight and that of the input ----
 
 
-def snntorch_recurrent(weight: Tensor, input_weight: Tensor) -> Peer:
-    """RLeaky, a step a call; by default it subtracts at the next step, after the decay."""
-    import snntorch
+class RLeaky(nn.Module):
+    """snnTorch's, a step a call."""
 
-    leaky = snntorch.RLeaky(beta=DECAY, linear_features=len(weight)).to(weight)
-    with torch.no_grad():
-        leaky.recurrent.weight.copy_(weight)
-        leaky.recurrent.bias.zero_()
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        import snntorch
 
-    def cell(x: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        s, v = leaky(x, *state)
-        return s, (s, v)
+        self.leaky = snntorch.RLeaky(beta=DECAY, linear_features=count)
 
-    def spikes(x_seq: Tensor) -> Tensor:
+    def forward(self, x_seq: Tensor) -> Tensor:
+        def cell(x: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+            s, v = self.leaky(x, *state)
+            return s, (s, v)
+
         return step_by_step(cell, x_seq, (torch.zeros_like(x_seq[0]),) * 2)
 
+
+def snntorch_recurrent(weight: Tensor, input_weight: Tensor) -> Peer:
+    """RLeaky; by default it subtracts at the next step, after the decay."""
+    leaky = RLeaky(len(weight)).to(weight)
+    with torch.no_grad():
+        leaky.leaky.recurrent.weight.copy_(weight)
+        leaky.leaky.recurrent.bias.zero_()
     subtracts = {"v_reset": None, "reset_amount": 1 / DECAY, "strict_threshold": True}
-    return Peer(spikes, subtracts, tuple(leaky.recurrent.parameters()))
+    return Peer(leaky, subtracts, tuple(leaky.leaky.recurrent.parameters()))
 
 
 def sinabs_recurrent(weight: Tensor, input_weight: Tensor) -> Peer:

@@ -157,7 +157,8 @@ struct StepLoop {
   }
 };
 
-// The gradients that the loop itself sums, of adaptive neurons: the width's; the adaptation's as well; all.
+// The gradients that the loop itself sums, of adaptive neurons: the width's; the adaptation's as well; all. With kNone
+// h is the potential that is compared with v_threshold.
 enum class Sums { kNone, kWidth, kAdaptation, kAll };
 
 template <class Real, class Model, class Neurons, Sums kSums>
@@ -194,20 +195,29 @@ struct AdjointLoop {
           if constexpr (Model::kAdapts) {
             const Real w = args.w[i], v_rest = args.options.v_rest;
             Real dw = args.dw[i];
+            constexpr bool kCompared = kSums == Sums::kNone;
+            const Real compared = kCompared ? h : model.compared(h, w), charged = kCompared ? model.charged(h, w) : h;
             if constexpr (kSums >= Sums::kAdaptation) {
               const Real v = model.after_reset(h, s, model.adapted(neuron, w));
               args.sums[kAdaptDecay * kTile + i] += keep_if(args.carried, dw * w);
               args.sums[kAdaptPotential * kTile + i] += keep_if(args.carried, dw * (v - v_rest));
               args.sums[kAdaptSpike * kTile + i] += keep_if(args.carried, dw * s);
             }
-            const auto gradient = model.adjoint(args.g[i], args.gh[i], h, s, w, args.carried, neuron, dv, dw);
+            const auto gradient =
+                model.adjoint(args.g[i], args.gh[i], charged, compared, s, w, args.carried, neuron, dv, dw);
             step = gradient.step;
-            args.sums[kWidth * kTile + i] += step.dy * gradient.distance;
+            if constexpr (kSums == Sums::kNone) {
+              args.distance[i] = gradient.distance;
+              args.dy[i] = step.dy;
+              args.dh[i] = step.dh;
+            } else {
+              args.sums[kWidth * kTile + i] += step.dy * gradient.distance;
+            }
             if constexpr (kSums == Sums::kAll) {
               args.sums[kThreshold * kTile + i] -= step.dy * neuron.inverse_width;
               args.sums[kDecay * kTile + i] += step.dh * (args.v[i] - v_rest);
-              args.d_reset[i] = gradient.reset;
             }
+            if constexpr (kSums == Sums::kAll || kSums == Sums::kNone) args.d_reset[i] = gradient.reset;
             args.dx[i] = step.dc;
             args.dw[i] = dw;
           } else {

@@ -42,60 +42,29 @@ struct RecurrentCurrentLoop {
   }
 };
 
-// dj[t] = dx[t] + di, where dx = input_gain * dh;   di = syn_decay * dj[t] for the step before
-template <class Real>
-struct SynapseAdjointLoop {
-  struct Args {
-    const Real* syn_decay;
-    Real *dj, *di;
-    int64 length;
-  };
-
-  static ASGL_HOST_DEVICE void run(Args args) {
-#pragma GCC ivdep
-    for (int64 n = 0; n < args.length; ++n) {
-      const Real dj = args.dj[n] + args.di[n];
-      args.dj[n] = dj;
-      args.di[n] = args.syn_decay[n] * dj;
-    }
-  }
-};
-
+// v[t] from h[t] and s[t], and of adaptive neurons w[t].
 template <class Real, class Model>
 struct ResetLoop {
   struct Args {
     NeuronRows<Real> neurons;
-    const Real *h, *s;
+    LIFByOptions<Real> options;
+    const Real *h, *s, *w;
     Real* v;
     int64 length;
   };
 
   static ASGL_HOST_DEVICE void run(Args args) {
-#pragma GCC ivdep
-    for (int64 n = 0; n < args.length; ++n) args.v[n] = Model::reset(args.h[n], args.s[n], args.neurons[n]);
-  }
-};
-
-// The gradient of what was emitted: scale * g + feedback, where scale is v_threshold or 1.
-template <class Real>
-struct SpikeGradientLoop {
-  struct Args {
-    const Real* g;
-    Operand<Real> scale;
-    const Real* feedback;
-    Real* out;
-    int64 length;
-  };
-
-  template <bool kRow>
-  static ASGL_HOST_DEVICE void loop(Args args) {
+    const auto model = Model::of(args.options);
 #pragma GCC ivdep
     for (int64 n = 0; n < args.length; ++n) {
-      args.out[n] = args.g[n] * args.scale.template at<kRow>(n) + args.feedback[n];
+      if constexpr (Model::kAdapts) {
+        const Real h = model.charged(args.h[n], args.w[n]);
+        args.v[n] = model.reset(h, args.s[n], model.adapted(args.neurons[n], args.w[n]));
+      } else {
+        args.v[n] = model.reset(args.h[n], args.s[n], args.neurons[n]);
+      }
     }
   }
-
-  static ASGL_HOST_DEVICE void run(Args args) { args.scale.row != nullptr ? loop<true>(args) : loop<false>(args); }
 };
 
 // Rows of the batch: a tile of `count` times N neurons.
@@ -144,21 +113,20 @@ class RepeatedNeurons {
   explicit RepeatedNeurons(const RecurrentParams<Scalar>& params)
       : period_(params.neurons),
         length_(std::clamp<int64>(kPart / params.neurons, 1, kRecurrentRows) * params.neurons),
-        rows_(rows_apart<Real>(kRecurrentParameters + 3, length_)) {
-    for (int id = 0; id < kRecurrentParameters; ++id) fill(params.parameters + id * period_);
-    run<InverseLoop<Real>>({rows_.row(kRecurrentWidth), length_});
-    std::fill_n(rows_.take(), length_, params.input_gain);
-    std::fill_n(rows_.take(), length_, Real(0));
+        rows_(rows_apart<Real>(kRecurrentParameters, length_)) {
+    for (int id = 0; id < kRecurrentParameters; ++id) {
+      const Real* values = params.parameters + id * period_;
+      for (int64 n = 0; n < length_; n += period_) std::copy_n(values, period_, rows_.row(id) + n);
+    }
+    run<InverseLoop<Real>>({rows_.row(kWidth), length_});
   }
 
   int64 length() const { return length_; }
   NeuronRows<Real> neurons() {
-    return {{(*this)[kRecurrentDecay], (*this)[kRecurrentThreshold], (*this)[kRecurrentReset],
-             (*this)[kRecurrentWidth],  // the inverse
-             (*this)[kRecurrentParameters], zeros(), zeros()}};
+    return {{(*this)[kDecay], (*this)[kThreshold], (*this)[kReset], (*this)[kWidth], (*this)[kInputGain],
+             (*this)[kInputBias], (*this)[kInputMean]}};
   }
-  const Real* operator[](int id) { return rows_.row(id); }
-  const Real* zeros() { return rows_.row(kRecurrentParameters + 1); }
+  const Real* operator[](int id) { return rows_.row(id); }  // the inverse for kWidth
 
   // Calls f(offset, length) for parts of a chunk.
   template <class F>
@@ -169,11 +137,6 @@ class RepeatedNeurons {
   }
 
  private:
-  void fill(const Real* values) {
-    Real* row = rows_.take();
-    for (int64 n = 0; n < length_; n += period_) std::copy_n(values, period_, row + n);
-  }
-
   int64 period_, length_;
   Rows<Real> rows_;
 };
@@ -270,14 +233,16 @@ template <class Model, class Scalar>
 void forward_chunk(const RecurrentForwardParams<Scalar>& params, const WeightProduct<Scalar>& product,
                    const Chunk& chunk) {
   using Real = Real_t<Scalar>;
-  Rows<Real> buffers = rows_apart<Real>(7, chunk.length);
+  Rows<Real> buffers = rows_apart<Real>(8, chunk.length);
   Real *const x_buffer = buffers.take(), *const current_buffer = buffers.take(), *const h_buffer = buffers.take();
   Real *const s_buffer = buffers.take(), *const out_buffer = buffers.take();
-  Real *const v = buffers.take(), *const i = buffers.take();
+  Real *const v = buffers.take(), *const w = buffers.take(), *const i = buffers.take();
+  const int64 all = chunk.shape.neurons();
   std::vector<int32_t> indices(static_cast<size_t>(chunk.length));
   RepeatedNeurons<Scalar> repeated(params);
   ChunkNoise<Scalar> noise(params);
   load_state(params.v_init, chunk.first, params.options.v_rest, chunk.length, v);
+  if (Model::kAdapts) load_state(behind(params.v_init, all), chunk.first, Real(0), chunk.length, w);
   load_state(params.i_init, chunk.first, Real(0), chunk.length, i);
   const Real* s_before = state_or(params.s_init, chunk, Real(0), s_buffer);
   const bool scales = params.options.scale_output;
@@ -289,14 +254,16 @@ void forward_chunk(const RecurrentForwardParams<Scalar>& params, const WeightPro
     Real* const out = start_row(params.s_seq, chunk, t, scales ? out_buffer : s_buffer);
     Real* const s = params.emitted != nullptr ? start_row(params.emitted, chunk, t, s_buffer) : scales ? s_buffer : out;
     const uint16* draws = noise.row(chunk, t);
+    finish_row(w, params.w_seq, chunk, t);
     repeated.for_each_part(chunk, [&](int64 offset, int64 length) {
       run<RecurrentCurrentLoop<Real>>({x + offset, repeated[kRecurrentBias], repeated[kRecurrentSynDecay],
                                        params.has_synapse, current + offset, i + offset, length});
       run<StepLoop<Real, Model, NeuronRows<Real>>>(
           {repeated.neurons(), params.options, params.noise.analog_below, length, current + offset, draws + offset,
            v + offset, v + offset, h + offset, s + offset,
-           ahead_of(chunk, t + 1, offset, params.x_seq, params.h_seq, params.s_seq)});
-      if (scales) run<MultiplyLoop<Real>>({s + offset, {repeated[kRecurrentThreshold], Real(0)}, out + offset, length});
+           ahead_of(chunk, t + 1, offset, params.x_seq, params.h_seq, params.s_seq), w + offset, w + offset,
+           /*compared=*/true});
+      if (scales) run<MultiplyLoop<Real>>({s + offset, {repeated[kThreshold], Real(0)}, out + offset, length});
     });
     finish_row(scales ? out : s, params.s_seq, chunk, t);
     finish_row(s, params.emitted, chunk, t);
@@ -306,6 +273,7 @@ void forward_chunk(const RecurrentForwardParams<Scalar>& params, const WeightPro
     s_before = s;
   }
   store_state(v, chunk.length, params.v_last, chunk.first);
+  if (Model::kAdapts) store_state(w, chunk.length, behind(params.v_last, all), chunk.first);
   store_state(s_before, chunk.length, params.s_last, chunk.first);
   store_state(i, chunk.length, params.i_last, chunk.first);
 }
@@ -320,15 +288,23 @@ class ChunkBackward {
       : params_(params), product_(product), chunk_(chunk) {}
 
   void run() {
+    const int64 all = chunk_.shape.neurons();
     load_state(params_.grad_v_last, chunk_.first, Real(0), chunk_.length, dv_);
+    if (Model::kAdapts) load_state(behind(params_.grad_v_last, all), chunk_.first, Real(0), chunk_.length, dw_);
     load_state(params_.grad_i_last, chunk_.first, Real(0), chunk_.length, di_);
     load_state(params_.grad_s_last, chunk_.first, Real(0), chunk_.length, feedback_);
     std::fill_n(zeros_, chunk_.length, Real(0));
     std::fill_n(sums_, kRecurrentSums * parts_.stride(), Real(0));
     carried_ = params_.grad_v_last != nullptr;
     read_before(params_.steps);
+    if (Model::kAdapts && carried_ && params_.grad_parameters != nullptr) {
+      repeated_.for_each_part(chunk_, [&](int64 offset, int64 length) {
+        add_gradients_of_adaptation(potential_before(offset, length), offset, length);
+      });
+    }
     for (int64 t = params_.steps - 1; t >= 0; --t) walk_back(t);
     store_state(dv_, chunk_.length, params_.grad_v_init, chunk_.first);
+    if (Model::kAdapts) store_state(dw_, chunk_.length, behind(params_.grad_v_init, all), chunk_.first);
     store_state(di_, chunk_.length, params_.grad_i_init, chunk_.first);
     store_state(feedback_, chunk_.length, params_.grad_s_init, chunk_.first);
     if (params_.grad_parameters != nullptr) store_sums();
@@ -337,7 +313,7 @@ class ChunkBackward {
  private:
   // What a step left: v is that of h and s, but for v_init.
   struct Step {
-    const Real *h, *s, *v, *i;
+    const Real *h, *s, *v, *i, *w;
   };
 
   Real* sums(int id) { return sums_ + id * parts_.stride(); }
@@ -349,11 +325,12 @@ class ChunkBackward {
     if (t == 0) {
       before_ = {nullptr, state_or(params_.s_init, chunk_, Real(0), s_[0]),
                  state_or(params_.v_init, chunk_, params_.options.v_rest, h_[0]),
-                 state_or(params_.i_init, chunk_, Real(0), i_)};
+                 state_or(params_.i_init, chunk_, Real(0), i_), nullptr};
       return;
     }
+    const Real* w = params_.w_seq == nullptr ? zeros_ : read_row(params_.w_seq, chunk_, t - 1, w_[t % 2]);
     before_ = {read_row(params_.h_seq, chunk_, t - 1, h_[t % 2]), read_row(params_.emitted, chunk_, t - 1, s_[t % 2]),
-               nullptr, wants_syn_decay() ? read_row(params_.i_seq, chunk_, t - 1, i_) : nullptr};
+               nullptr, wants_syn_decay() ? read_row(params_.i_seq, chunk_, t - 1, i_) : nullptr, w};
   }
 
   void accumulate(int id, int64 length, Real factor, const Real* a, Operand<Real> b, Operand<Real> c = {nullptr, 0}) {
@@ -364,7 +341,7 @@ class ChunkBackward {
     const Step now = before_;
     read_before(t);
     const bool scales = params_.options.scale_output;
-    const Real* g = params_.grad_s_seq == nullptr ? zeros_ : read_row(params_.grad_s_seq, chunk_, t, g_);
+    const Real* g = params_.grad_s_seq == nullptr ? nullptr : read_row(params_.grad_s_seq, chunk_, t, g_);
     const Real* gh = params_.grad_h_seq == nullptr ? zeros_ : read_row(params_.grad_h_seq, chunk_, t, gh_);
     if (params_.grad_v_seq != nullptr) {
       const Real* gv = read_row(params_.grad_v_seq, chunk_, t, gv_);
@@ -373,18 +350,19 @@ class ChunkBackward {
     }
     Real* const dj = start_row(params_.grad_j_seq, chunk_, t, dj_);
     repeated_.for_each_part(chunk_, [&](int64 offset, int64 length) {
-      const Operand<Real> v_threshold = {repeated_[kRecurrentThreshold], Real(0)};
-      if (scales && params_.grad_parameters != nullptr) {
-        accumulate(kRecurrentThreshold, length, Real(1), g + offset, {now.s + offset, Real(0)});
+      if (g != nullptr) {
+        const Operand<Real> scale = scales ? Operand<Real>{repeated_[kThreshold], Real(0)} : kOne;
+        cpu::run<AccumulateLoop<Real>>({length, Real(1), g + offset, scale, kZero, feedback_ + offset});
+        if (scales && params_.grad_parameters != nullptr) {
+          accumulate(kThreshold, length, Real(1), g + offset, {now.s + offset, Real(0)});
+        }
       }
-      cpu::run<SpikeGradientLoop<Real>>(
-          {g + offset, scales ? v_threshold : kOne, feedback_ + offset, d_emitted_, length});
       cpu::run<AdjointLoop<Real, Model, NeuronRows<Real>, Sums::kNone>>(
           {.neurons = repeated_.neurons(),
            .options = params_.options,
            .length = length,
            .carried = carried_,
-           .g = d_emitted_,
+           .g = feedback_ + offset,
            .gh = gh + offset,
            .h = now.h + offset,
            .s = now.s + offset,
@@ -394,10 +372,13 @@ class ChunkBackward {
            .dy = dy_,
            .dh = dh_,
            .dx = dj + offset,
-           .ahead = ahead_of(chunk_, t - 1, offset, params_.grad_s_seq, params_.h_seq, params_.emitted,
-                             params_.grad_j_seq)});
+           .ahead =
+               ahead_of(chunk_, t - 1, offset, params_.grad_s_seq, params_.h_seq, params_.emitted, params_.grad_j_seq),
+           .w = now.w + offset,
+           .dw = dw_ + offset});
       if (params_.has_synapse) {
-        cpu::run<SynapseAdjointLoop<Real>>({repeated_[kRecurrentSynDecay], dj + offset, di_ + offset, length});
+        cpu::run<AccumulateLoop<Real>>({length, Real(1), di_ + offset, kOne, kZero, dj + offset});
+        cpu::run<MultiplyLoop<Real>>({dj + offset, {repeated_[kRecurrentSynDecay], Real(0)}, di_ + offset, length});
       }
       if (params_.grad_parameters != nullptr) add_gradients(dj, offset, length);
     });
@@ -411,20 +392,31 @@ class ChunkBackward {
   }
 
   void add_gradients(const Real* dj, int64 offset, int64 length) {
-    const Operand<Real> one = {nullptr, Real(1)};
-    accumulate(kRecurrentWidth, length, Real(1), dy_, {distance_, Real(0)});
-    accumulate(kRecurrentThreshold, length, Real(-1), dy_, {repeated_[kRecurrentWidth], Real(0)});
-    if (carried_) accumulate(kRecurrentReset, length, Real(1), d_reset_, one);
-    accumulate(kRecurrentBias, length, Real(1), dj + offset, one);
-    if (before_.v == nullptr) {
-      cpu::run<ResetLoop<Real, Model>>({repeated_.neurons(), before_.h + offset, before_.s + offset, v_, length});
-    }
-    const Real* v = before_.v == nullptr ? v_ : before_.v + offset;
-    accumulate(kRecurrentDecay, length, Real(1), dh_, {v, Real(0)}, {nullptr, params_.options.v_rest});
+    accumulate(kWidth, length, Real(1), dy_, {distance_, Real(0)});
+    accumulate(kThreshold, length, Real(-1), dy_, {repeated_[kWidth], Real(0)});
+    if (carried_) accumulate(kReset, length, Real(1), d_reset_, kOne);
+    accumulate(kRecurrentBias, length, Real(1), dj + offset, kOne);
+    const Real* v = potential_before(offset, length);
+    accumulate(kDecay, length, Real(1), dh_, {v, Real(0)}, {nullptr, params_.options.v_rest});
+    if (Model::kAdapts && before_.v == nullptr) add_gradients_of_adaptation(v, offset, length);
     if (wants_syn_decay()) accumulate(kRecurrentSynDecay, length, Real(1), dj + offset, {before_.i + offset, Real(0)});
     if (params_.elementwise) {
       accumulate(kRecurrentWeight, length, Real(1), dj + offset, {before_.s + offset, Real(0)});
     }
+  }
+
+  const Real* potential_before(int64 offset, int64 length) {
+    if (before_.v != nullptr) return before_.v + offset;
+    cpu::run<ResetLoop<Real, Model>>(
+        {repeated_.neurons(), params_.options, before_.h + offset, before_.s + offset, before_.w + offset, v_, length});
+    return v_;
+  }
+
+  // From the gradient of w, which the step before updated, with its potential v.
+  void add_gradients_of_adaptation(const Real* v, int64 offset, int64 length) {
+    accumulate(kAdaptDecay, length, Real(1), dw_ + offset, {before_.w + offset, Real(0)});
+    accumulate(kAdaptPotential, length, Real(1), dw_ + offset, {v, Real(0)}, {nullptr, params_.options.v_rest});
+    accumulate(kAdaptSpike, length, Real(1), dw_ + offset, {before_.s + offset, Real(0)});
   }
 
   void store_sums() {
@@ -435,8 +427,8 @@ class ChunkBackward {
       }
     }
     for (int64 n = 0; n < params_.neurons; ++n) {  // from the gradient of 1 / width
-      double& width = totals[kRecurrentWidth * params_.neurons + n];
-      width = gradient_of_width(width, static_cast<double>(params_.parameters[kRecurrentWidth * params_.neurons + n]));
+      double& width = totals[kWidth * params_.neurons + n];
+      width = gradient_of_width(width, static_cast<double>(params_.parameters[kWidth * params_.neurons + n]));
     }
   }
 
@@ -446,14 +438,16 @@ class ChunkBackward {
   const WeightProduct<Scalar>& product_;
   Chunk chunk_;
   RepeatedNeurons<Scalar> repeated_{params_};
-  Rows<Real> rows_ = rows_apart<Real>(13, chunk_.length);
+  Rows<Real> rows_ = rows_apart<Real>(16, chunk_.length);
   Real *const h_[2] = {rows_.take(), rows_.take()}, *const s_[2] = {rows_.take(), rows_.take()};
+  Real* const w_[2] = {rows_.take(), rows_.take()};
   Real *const g_ = rows_.take(), *const gh_ = rows_.take(), *const gv_ = rows_.take(), *const i_ = rows_.take();
   Real *const dj_ = rows_.take(), *const zeros_ = rows_.take();
-  Real *const dv_ = rows_.take(), *const di_ = rows_.take(), *const feedback_ = rows_.take();
-  Rows<Real> parts_ = rows_apart<Real>(6 + kRecurrentSums, repeated_.length());
-  Real *const d_emitted_ = parts_.take(), *const d_reset_ = parts_.take(), *const distance_ = parts_.take();
-  Real *const dy_ = parts_.take(), *const dh_ = parts_.take(), *const v_ = parts_.take();
+  Real *const dv_ = rows_.take(), *const dw_ = rows_.take(), *const di_ = rows_.take();
+  Real* const feedback_ = rows_.take();  // the gradient of the emitted spikes
+  Rows<Real> parts_ = rows_apart<Real>(5 + kRecurrentSums, repeated_.length());
+  Real *const d_reset_ = parts_.take(), *const distance_ = parts_.take(), *const dy_ = parts_.take();
+  Real *const dh_ = parts_.take(), *const v_ = parts_.take();
   Real* const sums_ = parts_.take(kRecurrentSums);
   Step before_{};
   bool carried_ = false;
@@ -508,18 +502,16 @@ void weight_gradient(const RecurrentBackwardParams<Scalar>& params) {
 // Calls task(model, chunk) for all chunks, on as many threads as torch.get_num_threads() allows.
 template <class Params, class Task>
 void for_each_chunk(const Params& params, Task&& task) {
-  const NeuronOptions<typename Params::Real>& options = params.options;
+  using Real = typename Params::Real;
+  const NeuronOptions<Real>& options = params.options;
+  const auto run_all = [&](auto model) {
+    at::parallel_for(0, recurrent_chunks(params.batch), 1, [&](int64_t begin, int64_t end) {
+      for (int64 index = begin; index < end; ++index) task(model, Chunk(params, index));
+    });
+  };
   static_assert(static_cast<int>(Surrogate::kInteger) == kNumSurrogates - 1);
-  with_model(
-      options,
-      [&](auto model) {
-        at::parallel_for(0, recurrent_chunks(params.batch), 1, [&](int64_t begin, int64_t end) {
-          for (int64 index = begin; index < end; ++index) {
-            task(model, Chunk(params, index));
-          }
-        });
-      },
-      std::make_integer_sequence<int, kNumSurrogates - 1>{});
+  if (params.options.adapts()) return run_all(AdaptiveLIF<Real>::of(params.options));
+  with_model(options, run_all, std::make_integer_sequence<int, kNumSurrogates - 1>{});
 }
 
 }  // namespace

@@ -165,7 +165,8 @@ __global__ void __launch_bounds__(kBlockThreads, kAdaptiveBlocks<Real_t<Scalar>>
         sums[kAdaptPotential] += dw * (after - v_rest);
         sums[kAdaptSpike] += dw * s;
       }
-      const auto gradient = model.adjoint(g, gh, h, s, used_w, carried, neuron.now(), dv, dw);
+      const auto gradient =
+          model.adjoint(g, gh, h, model.compared(h, used_w), s, used_w, carried, neuron.now(), dv, dw);
       sums[kWidth] += gradient.step.dy * gradient.distance;
       sums[kThreshold] -= gradient.step.dy * neuron.now().inverse_width;
       sums[kReset] += gradient.reset;

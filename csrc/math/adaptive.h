@@ -30,6 +30,8 @@ struct AdaptiveLIF : LIFByOptions<Real> {
 
   // The potential that is compared with v_threshold.
   ASGL_HOST_DEVICE Real compared(Real h, Real w) const { return h - keep_if(in_threshold(), w); }
+  // h, up to a rounding, of the potential compared.
+  ASGL_HOST_DEVICE Real charged(Real compared_h, Real w) const { return compared_h + keep_if(in_threshold(), w); }
 
   ASGL_HOST_DEVICE Neuron<Real> adapted(Neuron<Real> neuron, Real w) const {
     neuron.reset = neuron.reset + keep_if(in_reset(), w);
@@ -53,19 +55,19 @@ struct AdaptiveLIF : LIFByOptions<Real> {
     StepGradient<Real> step;
   };
 
-  // From the gradients of v and w after the step to those before it, given g and gh, those of s and of the potential
-  // compared. Added in the order of autograd, with `carried` as in LIF.
-  ASGL_HOST_DEVICE Gradient adjoint(Real g, Real gh, Real h, Real s, Real w, bool carried, const Neuron<Real>& neuron,
-                                    Real& dv, Real& dw) const {
+  // From the gradients of v and w after the step to those before it, given g and gh, those of s and of compared_h, the
+  // potential compared. Added in the order of autograd, with `carried` as in LIF.
+  ASGL_HOST_DEVICE Gradient adjoint(Real g, Real gh, Real h, Real compared_h, Real s, Real w, bool carried,
+                                    const Neuron<Real>& neuron, Real& dv, Real& dw) const {
     const Neuron<Real> now = adapted(neuron, w);
     dv = dv + keep_if(carried, neuron.input_bias * dw);
     const Real d_reset = keep_if(carried, this->gradient_of_reset(dv, s));
     const Real ds =
         this->spike_gradient(g + keep_if(carried, neuron.input_mean * dw), h, carried && !this->detach_reset, now, dv);
-    const StepGradient<Real> step = this->step_adjoint(ds, gh, compared(h, w), s, carried, now, *this, dv);
+    const StepGradient<Real> step = this->step_adjoint(ds, gh, compared_h, s, carried, now, *this, dv);
     const Real d_compared = keep_if(in_threshold(), gh + step.dy * neuron.inverse_width);
     dw = (neuron.input_gain * dw + keep_if(in_reset(), d_reset)) - choose(in_current(), step.dc, d_compared);
-    return {d_reset, this->distance(compared(h, w), neuron), step};
+    return {d_reset, this->distance(compared_h, neuron), step};
   }
 };
 

@@ -104,6 +104,13 @@ inline void check_noise(const Rules& rules, const OptionalTensor& rng_state, con
   }
 }
 
+inline void check_adaptation(const Rules& rules) {
+  const int64_t place = rules.adaptation;
+  const bool in_reset = place == kInReset || place == (kInThreshold | kInReset);
+  TORCH_CHECK_VALUE(place == 0 || place == kInCurrent || place == kInThreshold || (in_reset && !rules.hard_reset),
+                    "asgl_cuda: no adaptation has the number ", place, rules.hard_reset ? " with a hard reset" : "");
+}
+
 inline NoiseParams noise_of(const Rules& rules, const OptionalTensor& rng_state) {
   return {rng_state.has_value() ? reinterpret_cast<const int64*>(rng_state->const_data_ptr<int64_t>()) : nullptr,
           static_cast<uint32>(rules.analog_below)};
@@ -144,10 +151,7 @@ class Call {
         rng_state_(rng_state) {
     TORCH_CHECK_VALUE(0 <= rules_.surrogate && rules_.surrogate < kNumSurrogates,
                       "asgl_cuda: no surrogate has the number ", rules_.surrogate);
-    const int64_t place = rules_.adaptation;
-    const bool in_reset = place == kInReset || place == (kInThreshold | kInReset);
-    TORCH_CHECK_VALUE(place == 0 || place == kInCurrent || place == kInThreshold || (in_reset && !rules_.hard_reset),
-                      "asgl_cuda: no adaptation has the number ", place, rules_.hard_reset ? " with a hard reset" : "");
+    check_adaptation(rules_);
     TORCH_CHECK_VALUE(rules_.adaptation == 0 || rules_.surrogate != static_cast<int64_t>(Surrogate::kInteger),
                       "asgl_cuda: adaptive neurons have no integer spikes");
     v_init_ = state(v_init, "v_init");

@@ -2,7 +2,7 @@
 //
 //   j[t] = x[t] + (s[t-1] W^T + bias)                 s[-1] = s_init, or 0
 //   i[t] = syn_decay * i[t-1] + j[t]                  with a synapse, i[-1] = i_init, or 0; else i[t] = j[t]
-//   h[t], s[t], v[t] of the neuron in math/neuron.h with the current input_gain * i[t]
+//   h[t], s[t], v[t] of the neuron in math/neuron.h with the current input_gain * i[t], or of math/adaptive.h with i[t]
 //
 // The gradient of s[t] is that of the output, plus dj[t+1] W, plus that of the reset;
 //   dj[t] = input_gain * dh[t] + syn_decay * dj[t+1]
@@ -13,27 +13,23 @@
 
 namespace asgl {
 
-// Rows of the parameters, [kRecurrentParameters, N].
+// Rows of the parameters, [kRecurrentParameters, N], behind those of ParameterId.
 enum RecurrentParameterId : int {
-  kRecurrentWidth,
-  kRecurrentDecay,
-  kRecurrentThreshold,
-  kRecurrentReset,
-  kRecurrentBias,
+  kRecurrentBias = kNumParameters,
   kRecurrentSynDecay,  // 0 without a synapse
   kRecurrentParameters,
   kRecurrentWeight = kRecurrentParameters,  // of gradients only, where the weight is [N]
   kRecurrentSums
 };
 
-// Sequences are [T, B, N], or [B, T, N]; states and gradients of states [B, N].
+// Sequences are [T, B, N], or [B, T, N]; states and gradients of states [B, N], but v_init, v_last and their gradients
+// [2, B, N] for adaptive neurons, v then w. Their h is the potential that is compared with v_threshold.
 template <class Scalar>
 struct RecurrentParams {
   using Real = Real_t<Scalar>;
   int64 steps, batch, neurons;
   bool batch_first;
   LIFByOptions<Real> options;
-  Real input_gain;
   NoiseParams noise;  // step t draws as a sequence of one step with rng_state [seed, offset + t]
   bool elementwise;   // the weight is [N], the diagonal of W; else [N, N]
   bool has_synapse;
@@ -53,6 +49,7 @@ struct RecurrentForwardParams : RecurrentParams<Scalar> {
   const Scalar* x_seq;
   Scalar* s_seq;                          // times v_threshold under scale_output
   Real *emitted, *h_seq, *v_seq, *i_seq;  // emitted: s itself, in the arithmetic type
+  Real* w_seq;                            // before each step
   Real *v_last, *s_last, *i_last;
 };
 
@@ -61,6 +58,7 @@ struct RecurrentBackwardParams : RecurrentParams<Scalar> {
   using typename RecurrentParams<Scalar>::Real;
   bool detach_recurrent;                // no gradient through dj[t+1] W
   const Real *h_seq, *emitted, *i_seq;  // of forward; i_seq only for the gradient of syn_decay
+  const Real* w_seq;                    // null if only subtracted from the current, by a constant adapt_decay
   const Scalar* grad_s_seq;
   const Real *grad_v_seq, *grad_h_seq, *grad_v_last, *grad_s_last, *grad_i_last;  // null: zero
   Real* grad_j_seq;                                                               // dj, the gradient of x

@@ -1,8 +1,11 @@
 """The data sets of the width experiment: generated ones, and real ones in the formats of their files."""
 
+import sys
+
 import pytest
 
 pytest.importorskip("aeon")
+pytest.importorskip("h5py")
 pytest.importorskip("librosa")
 pytest.importorskip("mlxtend")
 pytest.importorskip("sklearn")
@@ -11,7 +14,7 @@ pytest.importorskip("tonic")
 import numpy as np
 import torch
 
-from benchmarks.learning import data
+from benchmarks.learning import data, spoken
 from benchmarks.learning.data import BANDS, INSTRUMENTS, RATE, SOURCES
 
 
@@ -126,28 +129,52 @@ def test_nmnist(tmp_path, monkeypatch):
     assert found.train[0, :, 1, 5, 1::2].sum() == 16  # ON events at odd x
 
 
-def test_spiking_heidelberg_digits(tmp_path, monkeypatch):
+def write_heidelberg(folder, times, units):
+    """Two samples a part in the published format: seconds in float16, fibres in uint16, rows of different lengths."""
     import h5py
-    import tonic
 
-    monkeypatch.setattr(tonic.datasets.SHD, "_check_exists", lambda self: True)
-    (tmp_path / "SHD").mkdir()
+    (folder / "SHD").mkdir()
     for part in ("train", "test"):
-        with h5py.File(tmp_path / "SHD" / f"shd_{part}.h5", "w") as file:
-            for name, dtype, rows in (
-                ("times", np.float32, [np.linspace(0, 1, 50), np.linspace(0, 0.7, 20)]),
-                ("units", np.int64, [np.arange(50), np.full(20, 699)]),
-            ):
+        with h5py.File(folder / "SHD" / f"shd_{part}.h5", "w") as file:
+            for name, dtype, rows in (("times", np.float16, times), ("units", np.uint16, units)):
                 column = file.create_dataset(f"spikes/{name}", (2,), h5py.vlen_dtype(dtype))
                 for row, values in enumerate(rows):
-                    column[row] = values.astype(dtype)
-            file["labels"] = [0, 1]
-            file["extra/keys"] = [b"null", b"eins"]
-            file["extra/speaker"] = [1, 2]
+                    column[row] = np.array(values, dtype)
+            file["labels"] = np.array([0, 1], np.uint16)
+            file["extra/keys"], file["extra/speaker"] = [b"null", b"eins"], [1, 2]
+
+
+def test_spiking_heidelberg_digits(tmp_path, monkeypatch):
+    write_heidelberg(
+        tmp_path, [[0, 0.013, 0.0151, 1.0, 1.0], [0.7, 1.39, 1.401, 5]], [[3, 4, 5, 699, 699], [0, 1, 2, 2]]
+    )
     found = SOURCES["shd"].read(tmp_path)
     check(found, (100, 700), 2)
-    assert found.train[1, :, :699].sum() == 0
-    assert found.train[1, :, 699].sum() == 19  # the last one ends the last frame
+    places = [[*map(int, place), int(found.train[tuple(place)])] for place in found.train.nonzero()]
+    # 14 ms a step; what comes after 1.4 s is left out.
+    assert places == [[0, 0, 3, 1], [0, 0, 4, 1], [0, 1, 5, 1], [0, 71, 699, 2], [1, 50, 0, 1], [1, 99, 1, 1]]
+    monkeypatch.setitem(sys.modules, "h5py", None)
+    with pytest.raises(ImportError, match="read by h5py, which is missing: pip install h5py"):
+        SOURCES["shd"].read(tmp_path)
+
+
+def test_training_on_spoken_digits(tmp_path, monkeypatch, capsys):
+    """Each kind of neurons learns two samples of different fibres."""
+    random = np.random.default_rng(0)
+    write_heidelberg(
+        tmp_path, random.uniform(0, 1.4, (2, 2000)), random.integers([[0], [350]], [[350], [700]], (2, 2000))
+    )
+    monkeypatch.setattr(sys, "argv", ["spoken", "--data-root", str(tmp_path), "--epochs", "1", "--hidden", "16"])
+    spoken.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(", epoch")[0] for line in lines] == list(spoken.NEURONS)
+    data = SOURCES["shd"].read(tmp_path)
+    monkeypatch.setattr(spoken, "RATE", 0.02)
+    assert [spoken.train(name, data, 8, 16)[-1] for name in spoken.NEURONS] == [1.0] * 3
+    monkeypatch.setattr(sys, "argv", ["spoken", "--data-root", str(tmp_path / "SHD")])
+    with pytest.raises(SystemExit):
+        spoken.main()
+    assert "expected a folder SHD in the data root" in capsys.readouterr().err
 
 
 def test_missing_data(tmp_path):

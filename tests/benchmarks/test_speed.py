@@ -115,6 +115,9 @@ REFUSED = {
 }  # fmt: skip
 
 
+FEW = "MLP", "convolutional", "recurrent speech"
+
+
 @pytest.fixture
 def tiny(monkeypatch):
     """Sizes of layers and networks that take milliseconds."""
@@ -129,7 +132,7 @@ def tiny(monkeypatch):
         },
         end_to_end: {
             "NETWORKS": {name: each._replace(input_shape=(2, 2, *each.input_shape[2:]))
-                         for name, each in networks.NETWORKS.items() if name in ("MLP", "convolutional")},
+                         for name, each in networks.NETWORKS.items() if name in FEW},
             "PROFILED_STEPS": 1, "MOST_STEPS_TO_COMPILE": 0,
         },
         host: {"CALLS": 2},
@@ -295,9 +298,9 @@ def test_recurrent_rows(small_recurrent):
             assert sorted(map(tuple, (each.shape for each in row.call("both", sample)[1:]))) == sorted(expected), name
     assert rows[f"{OURS}{ALL_SPIKE}"].forward(sample).all()
     assert 0.02 < rows[OURS].forward(sample).mean() < 0.2
-    # Potentials and spikes, the weight and six parameters of each neuron.
+    # Potentials and spikes, the weight and nine parameters of each neuron.
     saved = recurrent.measure(size, CPU, repeats=1)["saved_bytes"]
-    assert saved[OURS] == 4 * (2 * math.prod(size) + 12 * 12 + 6 * 12)
+    assert saved[OURS] == 4 * (2 * math.prod(size) + 12 * 12 + 9 * 12)
     assert PRODUCTS not in saved
 
 

@@ -45,6 +45,13 @@ adaptive = partial(
     learned=LEARNED | {name: name for name in ADAPTIVE}, states=("v", "w"),
     state_dict=[*NAMES, "logit_adapt_decay", "adapt_potential", "adapt_spike"],
 )  # fmt: skip
+RETURNING = {"weight": "recurrent_weight", "bias": "recurrent_bias", "syn_decay": "syn_decay"}
+RETURNING_NAMES = ["recurrent_weight", "recurrent_bias", "logit_syn_decay"]
+returning = partial(
+    Case, recurrent, lambda x_seq, weight, **options: asgl_cuda.recurrent_lif(x_seq, weight, **options),
+    learn=(*LEARN, "learn_syn_decay"), learned=LEARNED | RETURNING, state_dict=[*NAMES, *RETURNING_NAMES],
+    states=("v", "s", "i"),
+)  # fmt: skip
 CASES = {
     "LIF": Case(
         LIF, asgl_cuda.lif, HARD | {"input_gain": 0.8, "surrogate_gain": 0.5, "scale_output": True}, LEARN, LEARNED,
@@ -62,11 +69,12 @@ CASES = {
         {"decay": 0.7, "input_gain": 0.5, "v_rest": 0.25, "delay": True}, ("learn_decay",), {"decay": "decay"},
         ["logit_decay"],
     ),
-    "RecurrentLIF": Case(
-        recurrent, lambda x_seq, weight, **options: asgl_cuda.recurrent_lif(x_seq, weight, **options),
-        HARD | {"syn_decay": 0.6, "input_gain": 0.9, "surrogate": "sigmoid"}, (*LEARN, "learn_syn_decay"),
-        LEARNED | {"weight": "recurrent_weight", "bias": "recurrent_bias", "syn_decay": "syn_decay"},
-        [*NAMES, "recurrent_weight", "recurrent_bias", "logit_syn_decay"], ("v", "s", "i"),
+    "RecurrentLIF": returning(options=HARD | {"syn_decay": 0.6, "input_gain": 0.9, "surrogate": "sigmoid"}),
+    "RecurrentLIF, adaptive": returning(
+        options=HARD | ADAPTIVE | {"syn_decay": 0.6, "surrogate": "sigmoid"},
+        learn=(*LEARN, "learn_syn_decay", "learn_adaptation"),
+        learned=LEARNED | RETURNING | {name: name for name in ADAPTIVE}, states=("v", "s", "i", "w"),
+        state_dict=[*NAMES, *RETURNING_NAMES, "logit_adapt_decay", "adapt_potential", "adapt_spike"],
     ),
 }  # fmt: skip
 NEURONS = [name for name in CASES if name != "LeakyIntegrator"]  # all that spike

@@ -223,6 +223,13 @@ BAD = [
     ("RecurrentLIF", {"learn_syn_decay": True, "syn_decay": None}, "learn_syn_decay needs syn_decay"),
     ("RecurrentLIF", {"syn_decay": 1.5}, "syn_decay must be in"),
     ("RecurrentLIF", {"syn_decay": 1.0, "learn_syn_decay": True}, "a learned syn_decay must be in"),
+    ("RecurrentLIF", {"adapt_decay": 1.5}, r"adapt_decay must be in \[0, 1\], got 1.5$"),
+    ("RecurrentLIF", {"adapt_decay": 0.9, "input_gain": 2.0}, "input_gain must be 1 with an adaptation, got 2.0"),
+    *(
+        ("RecurrentLIF", {name: value}, f"{name} needs adapt_decay, got {value} without an adaptation")
+        for name, value in (("adapt_potential", 0.1), ("adapt_spike", 0.0), ("to_threshold", True),
+                            ("learn_adaptation", True))
+    ),
     ("RecurrentLIF", {"num_features": 4}, ".*unexpected keyword argument 'num_features'"),
     *(
         ("RecurrentLIF", {name: 1}, f"recurrent neurons have no {name}")

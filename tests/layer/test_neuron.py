@@ -50,7 +50,7 @@ OF_FUNCTIONS = [
     (kind, *place)
     for kind, case in CASES.items()
     for place in PLACES
-    if case.function and (kind != "RecurrentLIF" or (len(place[2]) == 3 and place[1] >= 0))
+    if case.function and (not kind.startswith("RecurrentLIF") or (len(place[2]) == 3 and place[1] >= 0))
 ]
 
 
@@ -66,7 +66,7 @@ def test_is_the_function_of_its_parameters(backend, device, kind, granularity, t
     torch.manual_seed(5)
     actual = layer(x_seq)
     values = {name: getattr(layer, attribute) for name, attribute in case.learned.items()}
-    if kind != "RecurrentLIF" and granularity != "layer":
+    if not kind.startswith("RecurrentLIF") and granularity != "layer":
         assert {tuple(value.shape) for value in values.values()} == {layer.num_features}
         values = {name: value.reshape(in_x_seq) for name, value in values.items()}
     torch.manual_seed(5)
@@ -147,7 +147,12 @@ def test_calls_and_steps_are_one_sequence(backend, device, kind, time_dim, dtype
 @pytest.mark.parametrize(
     ("kind", "given"),
     [(kind, name) for kind, case in CASES.items() if case.function for name in case.states]
-    + [("AdaptiveLIF", "vw"), ("AdaptiveLIF, threshold", "vw"), ("RecurrentLIF", "vsi")],
+    + [
+        ("AdaptiveLIF", "vw"),
+        ("AdaptiveLIF, threshold", "vw"),
+        ("RecurrentLIF", "vsi"),
+        ("RecurrentLIF, adaptive", "vsiw"),
+    ],
 )
 def test_states_that_are_set_are_used(backend, device, kind, given):
     """Each alone, where others start at rest, and together, in calls and in steps, also of a half type."""
@@ -155,7 +160,9 @@ def test_states_that_are_set_are_used(backend, device, kind, given):
     layer = make(kind, backend, device, learn=False, stateful=True).eval()
     states = {name: torch.rand(B, N, device=device).half().requires_grad_() for name in given}
     options = {name: value for name, value in case.options.items() if name != "analog_prob"}
-    more = {"weight": layer.recurrent_weight, "bias": layer.recurrent_bias} if kind == "RecurrentLIF" else {}
+    more = {}
+    if kind.startswith("RecurrentLIF"):
+        more = {"weight": layer.recurrent_weight, "bias": layer.recurrent_bias}
     inits = {f"{name}_init": state.float() for name, state in states.items()}
     expected = case.function(x_seq, **options, **more, **inits, backend=backend)
     for call in (layer, lambda x_seq: torch.stack([layer.step(x_t) for x_t in x_seq])):
@@ -361,6 +368,9 @@ def test_repr_tells_what_was_set():
     assert repr(layer).startswith(f"RecurrentLIF({N}, {own}")
     layer = RecurrentLIF(N, autapses=False, syn_decay=0.5, learn_syn_decay=True)
     assert "(8, recurrent=dense, autapses=False, syn_decay=0.5 (learned), " in repr(layer)
+    learned = "adapt_decay=0.9 (learned), adapt_potential=0 (learned), adapt_spike=0.1 (learned), to_threshold=True"
+    layer = RecurrentLIF(N, adapt_decay=0.9, learn_adaptation=True, to_threshold=True)
+    assert repr(layer).endswith(f", {learned})")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -524,7 +534,7 @@ def test_recurrent_layers_are_left_by_fuse_and_refused_by_to_nir():
     assert [row.path for row in report.left] == ["1.layer"]
     assert torch.equal(fused(x_seq), copy.deepcopy(model)(x_seq))
     pytest.importorskip("nirtorch")
-    with pytest.raises(ValueError, match=r"asgl_cuda\.to_nir: .*\(RecurrentLIF\).*can't be represented in NIR"):
+    with pytest.raises(ValueError, match=r"1 \(RecurrentLIF\).*can't be represented in NIR; NIR does not say when"):
         asgl_cuda.to_nir(nn.Sequential(nn.Linear(N, N), model[2]), x_seq)
 
 

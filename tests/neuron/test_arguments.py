@@ -43,7 +43,7 @@ FUNCTIONS = {
         names_of(asgl_cuda.adaptive_lif, *OF_ADAPTIVE),
     ),
     "recurrent_lif": (
-        partial(asgl_cuda.recurrent_lif, weight=torch.zeros(3, 3)),
+        partial(asgl_cuda.recurrent_lif, weight=torch.zeros(3, 3), adapt_decay=0.9),
         names_of(asgl_cuda.recurrent_lif, *OF_RECURRENT),
     ),
     "leaky_integrator": (asgl_cuda.leaky_integrator, names_of(asgl_cuda.leaky_integrator)),
@@ -216,7 +216,13 @@ BAD = [
         ("syn_decay", torch.ones(3).long(), {}, TypeError, "syn_decay must be of a floating type, got torch.int64"),
         ("syn_decay", NAN, {}, ValueError, "syn_decay must be a number, got nan"),
         ("i_init", torch.zeros(6, 3), {}, ValueError, "i_init needs syn_decay"),
-        ("input_gain", NAN, {}, ValueError, "input_gain must be"))),
+        ("input_gain", NAN, {}, ValueError, "input_gain must be"),
+        ("input_gain", 0.5, {}, ValueError, "input_gain must be 1 with an adaptation, got 0.5"),
+        ("adapt_decay", torch.ones(4, 1, 1), {}, ValueError, "adapt_decay must have one value or shape [3]"),
+        ("adapt_decay", NAN, {}, ValueError, "adapt_decay must be a number, got nan"),
+        *((name, value, {"adapt_decay": None}, ValueError, f"{name} needs adapt_decay, got {shown(value)} without")
+          for name, value in (("adapt_potential", 0.1), ("adapt_spike", torch.ones(3)), ("to_threshold", True),
+                              ("w_init", torch.zeros(6, 3)))))),
 ]  # fmt: skip
 ROWS = [
     pytest.param(name, *row[:3], id=f"{name} {shown(row[0])[:40]}")

@@ -29,7 +29,7 @@ from benchmarks.speed.clocks import saved_storages
 
 DOUBLE = torch.float64
 # One of each function, since compilers take seconds; tests/layer compiles plain neurons.
-COMPILED = ("several spikes", "adaptive", "integrator", "normalised beside a residual", "recurrent")
+COMPILED = ("several spikes", "adaptive", "integrator", "normalised beside a residual", "recurrent and adaptive")
 
 
 def every(condition=lambda feature: True):

@@ -421,6 +421,9 @@ def recurrent_call(number: int, shape: tuple[int, int, int]) -> Call:
         if name != "syn_decay" or random.once_in(2):
             options[name] = random.values(count, low=0.3, dtype=real)
     options.setdefault("v_reset", None)
+    adapts = random.once_in(3)
+    for name in ("adapt_decay", "adapt_potential", "adapt_spike") if adapts else ():
+        options[name] = random.values(count, low=0.1, high=0.9, dtype=real)
     learned = [name for name, value in options.items() if isinstance(value, Tensor)]
     learned = [] if random.once_in(3) else learned[random.once_in(3) :]  # without the weight
     options |= {
@@ -430,17 +433,19 @@ def recurrent_call(number: int, shape: tuple[int, int, int]) -> Call:
         "scale_output": random.once_in(3),
         "detach_reset": random.once_in(3),
         "detach_recurrent": random.once_in(4),
-        "input_gain": random.choice((1.0, 0.5)),
+        "input_gain": 1.0 if adapts else random.choice((1.0, 0.5)),
+        "to_threshold": adapts and random.once_in(2),
         "analog_prob": random.choice((0, 0, 13107, 65536)) / 65536,
         "rng_state": torch.tensor([number, -1 - number]),
         "x_seq": random.values(*sequence, low=-0.5, high=1.5, dtype=dtype),
         **{f"return_{name}": random.once_in(2) for name in ("v_last", "v_seq", "h_seq")},
     }
-    for name in ("v_init", "s_init", "i_init"):
-        if random.once_in(2) and (name != "i_init" or "syn_decay" in options):
+    needs = {"i_init": "syn_decay", "w_init": "adapt_decay"}
+    for name in ("v_init", "s_init", "i_init", "w_init"):
+        if random.once_in(2) and (name not in needs or needs[name] in options):
             options[name] = random.values(batch, count, low=0.0, dtype=real)
             learned += [name] * random.once_in(2)
-    given = [name for name in ("v_last", "s_last", "i_last", "v_seq", "h_seq") if random.once_in(2)]
+    given = [name for name in ("v_last", "s_last", "i_last", "w_last", "v_seq", "h_seq") if random.once_in(2)]
     given += ["s_seq"] * (not random.once_in(8) or not given)
     return Call(recurrent_lif, options, [*learned, "x_seq"], given, exact=False, backends=("cpu",))
 

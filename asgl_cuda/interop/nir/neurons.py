@@ -33,6 +33,7 @@ from ...over_time import KNOWS_TIME
 INSTALL = 'pip install "nir>=1.0.7" "nirtorch>=2.6"'  # as in pyproject.toml
 KEY = "asgl_cuda"  # in a node's metadata, of what NIR does not know
 DT = 1e-4  # seconds; other libraries assume the same step
+RECURRENCE = "NIR does not say when a spike that returns to its neuron arrives"
 
 _ELSEWHERE = {"time_dim", "backend", "device", "dtype", "delay"}  # arguments of layers that metadata leave out
 _LEARNED = {"learn_width": "log_width", "learn_decay": "logit_decay", "learn_threshold": "threshold"}

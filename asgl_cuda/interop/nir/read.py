@@ -16,7 +16,7 @@ from ...integrator import LeakyIntegrator
 from ...neuron import LIF
 from ...over_time import OverTime
 from . import neurons as units
-from .neurons import KEY, Delay, Scale, as_double, naming, range_of
+from .neurons import KEY, RECURRENCE, Delay, Scale, as_double, naming, range_of
 
 if TYPE_CHECKING:
     import nir
@@ -62,7 +62,7 @@ def from_nir(graph: nir.NIRGraph, dt: float | None = None, *, dtype: torch.dtype
         order = list(TopologicalSorter(sources).static_order())
     except CycleError as error:
         cycle = " -> ".join(reversed(error.args[1]))
-        raise ValueError(f"{_CALLER}: recurrent graphs are not supported, got the cycle {cycle}") from None
+        raise ValueError(f"{_CALLER}: can't read the cycle {cycle}; {RECURRENCE}") from None
 
     paths, result = _paths(nodes), fx.Graph()
     modules: dict[str, Any] = {}

@@ -15,12 +15,13 @@ from ...integrator import LeakyIntegrator
 from ...layer import NeuronLayer, check_module
 from ...layout import real_type
 from ...neuron import LIF, BatchNormLIF
+from ...recurrent import RecurrentLIF
 from ...reference import normalisation
 from ..convert import LIBRARIES, convert, copied, libraries
 from ..converted import Converted, bare_class
 from ..fuse import unfuse
 from . import neurons as units
-from .neurons import KEY, Delay, Scale, as_double, as_shape, naming, range_of
+from .neurons import KEY, RECURRENCE, Delay, Scale, as_double, as_shape, naming, range_of
 
 if TYPE_CHECKING:
     import nir
@@ -172,7 +173,8 @@ class _Writer(fx.Interpreter):
         kind = _BatchNorm if kind.forward is _BatchNorm.forward else kind  # also of a user's subclass
         if kind not in self.layers:
             known = ", ".join(sorted({each.__name__.strip("_") for each in self.layers}))
-            raise ValueError(f"can't be represented in NIR; {self.left.get(module, f'what can be: {known}')}")
+            reason = RECURRENCE if isinstance(module, RecurrentLIF) else f"what can be: {known}"
+            raise ValueError(f"can't be represented in NIR; {self.left.get(module, reason)}")
         if len(inputs) != 1 or len(n.args) + len(n.kwargs) != 1:
             raise ValueError("must be called with the output of a layer, or of several in an addition, alone")
         if kind is Converted:

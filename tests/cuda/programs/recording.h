@@ -141,13 +141,20 @@ void for_each_array(InputGradientParams<Scalar>& params, const Use& use) {
   arrays(params.grad_residual, elements);
 }
 
+// Elements of v_init and the like: of v, and of adaptive neurons w.
+template <class Scalar>
+int64 potentials(const RecurrentParams<Scalar>& params) {
+  return (params.options.adapts() ? 2 : 1) * params.batch * params.neurons;
+}
+
 template <class Scalar, class Use>
 Arrays<Use> inputs_of(RecurrentParams<Scalar>& params, const Use& use) {
   const Arrays<Use> arrays{use, 1};
   const int64 neurons = params.neurons, states = params.batch * neurons;
   arrays(params.weight, params.elementwise ? neurons : neurons * neurons);
   arrays(params.parameters, kRecurrentParameters * neurons);
-  for (auto* state : {&params.v_init, &params.s_init, &params.i_init}) arrays(*state, states);
+  arrays(params.v_init, potentials(params));
+  for (auto* state : {&params.s_init, &params.i_init}) arrays(*state, states);
   arrays.noise(params.noise);
   return arrays;
 }
@@ -158,22 +165,26 @@ void for_each_array(RecurrentForwardParams<Scalar>& params, const Use& use) {
   const int64 states = params.batch * params.neurons, elements = params.steps * states;
   arrays(params.x_seq, elements);
   arrays(params.s_seq, elements);
-  for (auto* sequence : {&params.emitted, &params.h_seq, &params.v_seq, &params.i_seq}) arrays(*sequence, elements);
-  for (auto* state : {&params.v_last, &params.s_last, &params.i_last}) arrays(*state, states);
+  for (auto* sequence : {&params.emitted, &params.h_seq, &params.v_seq, &params.i_seq, &params.w_seq}) {
+    arrays(*sequence, elements);
+  }
+  arrays(params.v_last, potentials(params));
+  for (auto* state : {&params.s_last, &params.i_last}) arrays(*state, states);
 }
 
 template <class Scalar, class Use>
 void for_each_array(RecurrentBackwardParams<Scalar>& params, const Use& use) {
   const auto arrays = inputs_of(params, use);
   const int64 neurons = params.neurons, states = params.batch * neurons, elements = params.steps * states;
-  for (auto* sequence : {&params.h_seq, &params.emitted, &params.i_seq, &params.grad_v_seq, &params.grad_h_seq}) {
-    arrays(*sequence, elements);
-  }
+  for (auto* sequence : {&params.h_seq, &params.emitted, &params.i_seq, &params.w_seq}) arrays(*sequence, elements);
+  for (auto* sequence : {&params.grad_v_seq, &params.grad_h_seq}) arrays(*sequence, elements);
   arrays(params.grad_s_seq, elements);
-  for (auto* state : {&params.grad_v_last, &params.grad_s_last, &params.grad_i_last}) arrays(*state, states);
+  arrays(params.grad_v_last, potentials(params));
+  for (auto* state : {&params.grad_s_last, &params.grad_i_last}) arrays(*state, states);
   arrays(params.grad_j_seq, elements);
   arrays(params.grad_weight, neurons * neurons);
-  for (auto* state : {&params.grad_v_init, &params.grad_s_init, &params.grad_i_init}) arrays(*state, states);
+  arrays(params.grad_v_init, potentials(params));
+  for (auto* state : {&params.grad_s_init, &params.grad_i_init}) arrays(*state, states);
   arrays(params.grad_parameters, recurrent_chunks(params.batch) * kRecurrentSums * neurons);
 }
 
