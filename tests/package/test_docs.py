@@ -22,7 +22,7 @@ from asgl_cuda.backends import cupy
 from asgl_cuda.interop.nir import neurons
 
 ROOT = Path(__file__).parents[2]
-DOCS, README = ROOT / "docs", ROOT / "README.md"
+DOCS = ROOT / "docs"
 PAGES = [page for page in sorted(DOCS.rglob("*.md")) if page != DOCS / "README.md"]
 IMPORTS = ("matplotlib", "sklearn", "spikingjelly", "snntorch", "norse", "sinabs", "nir", "mlxtend", "tonic")
 
@@ -43,13 +43,10 @@ def python_of(page: Path) -> list[str]:
     return found
 
 
-WITH_PYTHON = [
-    README,
-    *(page for page in PAGES if python_of(page) and page != DOCS / "index.md"),
-]  # has README's program
+WITH_PYTHON = [page for page in PAGES if python_of(page)]
 
 
-@pytest.mark.parametrize("page", WITH_PYTHON, ids=[str(page.relative_to(ROOT)) for page in WITH_PYTHON])
+@pytest.mark.parametrize("page", WITH_PYTHON, ids=[str(page.relative_to(DOCS)) for page in WITH_PYTHON])
 def test_python_of_page_runs(page: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     code = python_of(page)
     for library in IMPORTS:
@@ -57,20 +54,19 @@ def test_python_of_page_runs(page: Path, capsys: pytest.CaptureFixture[str], mon
             pytest.importorskip(library)
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))  # C++ takes half a minute
     torch.manual_seed(0)
-    namespace: dict[str, Any] = {"__name__": "page"}
+    namespace: dict[str, object] = {"__name__": "page"}
     for block in code:
         exec(compile(block, page, "exec"), namespace)
-    if page == README:  # the front page states about 98 percent
+    if page == DOCS / "index.md":  # states about 98 percent
         assert "% of the test images" in capsys.readouterr().out
-        assert namespace["accuracy"] > 0.965
-        x_seq, state = torch.randn(20, 8, 16), torch.tensor([2023, 0])
-        loop = namespace["lif"](x_seq, asgl_cuda.analog_mask(x_seq, 0.3, state), width=0.7)
-        assert torch.equal(loop, asgl_cuda.lif(x_seq, width=0.7, analog_prob=0.3, rng_state=state))
+        accuracy = namespace["accuracy"]
+        assert isinstance(accuracy, float)
+        assert accuracy > 0.965
 
 
 def test_first_network_is_the_program_of_the_readme():
     """On the front page as it stands; in the first tutorial line by line, among lines that look at it."""
-    program = python_of(README)[0].strip("\n").splitlines()
+    program = python_of(ROOT / "README.md")[0].strip("\n").splitlines()
     assert python_of(DOCS / "index.md")[0].strip("\n").splitlines() == program
     tutorial = (DOCS / "start" / "first-network.md").read_text()
     cells = re.findall(r"^```{code-cell} python\n(.*?)^```$", tutorial, re.MULTILINE | re.DOTALL)
