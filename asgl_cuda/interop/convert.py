@@ -135,8 +135,8 @@ def convert(
 
     Known are SpikingJelly's `IFNode` and `LIFNode` with their Simple and NonSpiking forms, `ParametricLIFNode`,
     `CUBALIFNode`, `ILIFNode`, the MultiStep forms of its `clock_driven`, snnTorch's `Leaky`, `Lapicque` and `Synaptic`,
-    Norse's `LIF`, `LSNN`, `IAF` and `LI`, `LIFCell`, `LSNNCell`, `IAFCell` and `LIFBoxCell`, sinabs' `LIF`, `IAF`,
-    `ALIF` and `ExpLeak` with their Squeeze forms, `LIFLayer` of the code published by the authors of ASGL, and
+    Norse's `LIF`, `LSNN`, `IAF` and `LI`, `LIFCell`, `LSNNCell`, `IAFCell` and `LIFBoxCell`, sinabs' `LIF`, `IAF`
+    and `ExpLeak` with their Squeeze forms, `LIFLayer` of the code published by the authors of ASGL, and
     subclasses that override nothing that forward uses; `layers` adds others. Recurrent layers whose spikes return
     through a Linear, or one weight a neuron: snnTorch's `RLeaky` and `RSynaptic`, Norse's `LIFRecurrent` and its cell,
     sinabs' `LIFRecurrent` and `IAFRecurrent`, SpikingJelly's `LinearRecurrentContainer` and
@@ -414,8 +414,8 @@ def revert(model: nn.Module, *, inplace: bool = False) -> tuple[nn.Module, Repor
 
     Parameters keep their trained values, those of modules replaced by `layers` where names and shapes agree.
 
-    A learned width is stored in the layer's own surrogate if of the same kind (SpikingJelly's `alpha`, sinabs'
-    `grad_width`); otherwise the report lists the width as lost. The libraries have no `analog_prob`.
+    A learned width is lost, which changes no spike but later gradients: the report has its value. The libraries have no
+    `analog_prob`.
 
     Args:
         model: a module returned by `convert`.
@@ -445,9 +445,9 @@ def revert(model: nn.Module, *, inplace: bool = False) -> tuple[nn.Module, Repor
         if not isinstance(layer, Converted):
             continue
         name, made = bare_class(layer).__name__, type(layer).__name__
-        if layer.settings.spike is not None and layer.log_width is not None and not layer.hold_width():
+        if layer.settings.spike is not None and layer.log_width is not None:
             width = float(torch.as_tensor(layer.width).detach())
-            report.left.append(Left(path, name, f"its learned width, {width:.4g}: its own surrogate can't hold it"))
+            report.left.append(Left(path, name, f"its learned width, {width:.4g}, which is not its own surrogate's"))
         layer.end()
         report.replaced.append(Replaced(path, made, name))
     return model, report

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeAlias
 import torch
 from torch import Tensor, fx, nn
 
-from ..adaptive import AdaptiveLIFOutput, adaptive_lif, run_adaptive
+from ..adaptive import AdaptiveLIFOutput, adaptive_lif
 from ..call import LIFOutput
 from ..checks import HALF_TYPES, PLAIN_TENSORS, shown
 from ..functional import LIF_DEFAULTS, lif
@@ -21,7 +21,6 @@ from ..integrator import IntegratorOutput, leaky_integrator
 from ..layer import Noisy, give_dimension
 from ..learned import Logarithm
 from ..pending import Pending, tensor_of
-from ..reference import IN_RESET
 from .identify import FLAT, SpikeFunction, captured, identify, own_spikes
 
 
@@ -315,19 +314,6 @@ class Converted(Overlay, Noisy):
         assert isinstance(result, AdaptiveLIFOutput)
         return result
 
-    def adaptive_in_reset(
-        self, x_seq: Tensor, adapt_decay: Any, adapt_spike: Any, w_init: Tensor, **options: Any
-    ) -> LIFOutput:
-        """`lif` with a second state w, which is added to the amount of a soft reset alone."""
-        self.check()
-        adaptation = {"adapt_decay": adapt_decay, "adapt_potential": 0.0, "adapt_spike": adapt_spike}
-        given: Any = {**LIF_DEFAULTS, **self._all(x_seq, options), **adaptation, "adaptation": IN_RESET}
-        output = run_adaptive(x_seq, given, w_init)
-        assert isinstance(output, AdaptiveLIFOutput)
-        assert output.v_last is not None
-        v_last = output.v_last.clone()  # not a view of both states, which detach_() would refuse
-        return self._emitted(LIFOutput(output.s_seq, v_last, output.v_seq, output.h_seq), options)
-
     def _emitted(self, output: LIFOutput, options: dict[str, Any]) -> LIFOutput:
         """The output with spikes of the library's type, and by the layer's own function if necessary."""
         s_seq, dtype = output.s_seq, self.settings.dtype or output.s_seq.dtype
@@ -378,10 +364,6 @@ class Converted(Overlay, Noisy):
     def input_terms(self) -> tuple[Tensor | float, Tensor | float]:
         """input_gain and input_bias of `asgl_cuda.lif`."""
         return 1.0, 0.0
-
-    def hold_width(self) -> bool:
-        """Writes the learned width to the layer's own surrogate; False if impossible."""
-        return False
 
     def advice(self) -> str | None:
         """Advice on calls with whole sequences, for a layer called step by step."""
@@ -442,7 +424,7 @@ def number(value: Any) -> Any:
 def _taken(options: dict[str, Any], x_seq: Tensor) -> dict[str, Any]:
     """The options, with integer tensors and scalars of other devices accepted as in PyTorch."""
     for name, given in options.items():
-        if isinstance(given, Tensor) and not (given.dim() and given.is_floating_point()) and name != "rng_state":
+        if isinstance(given, Tensor) and not (given.dim() and given.is_floating_point()):
             value = as_floating(given) if name == "v_init" else number(as_floating(given))
             is_number = isinstance(value, Tensor) and value.dim() == 0
             options[name] = value.to(x_seq.device) if is_number else value

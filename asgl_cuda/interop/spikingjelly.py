@@ -14,7 +14,6 @@ Recurrent containers give a node rc(x, y[t-1]), a Linear of both, or f(y[t-1], x
 
 from __future__ import annotations
 
-import copy
 import importlib
 import importlib.util
 from types import BuiltinFunctionType, FunctionType
@@ -106,19 +105,6 @@ class ConvertedNode(Converted):
     def input_terms(self) -> tuple[Tensor | float, Tensor | float]:
         return _gain(self), 0.0
 
-    def hold_width(self) -> bool:
-        node = self if isinstance(self, ConvertedNode) else _parts(self)[1]
-        function = node.surrogate_function
-        kinds = {
-            "rectangle": "Rect", "triangle": "PiecewiseQuadratic", "sigmoid": "Sigmoid", "arctan": "ATan", "erf": "Erf",
-            "fast_sigmoid": "SoftSign",
-        }  # fmt: skip
-        if kinds.get(self.settings.spike.surrogate) != type(function).__name__:
-            return False
-        node.surrogate_function = copy.deepcopy(function)  # shared by default
-        node.surrogate_function.alpha = 1 / float(torch.as_tensor(self.width).detach())
-        return True
-
 
 class ConvertedCUBALIFNode(ConvertedNode):
     """Charged by a leaky current, `c`; the potential leaks to 0, with any reset."""
@@ -182,7 +168,7 @@ class ConvertedContainer(Recurrent):
     def time_dim(self) -> int | None:  # type: ignore[override]
         return 0 if self.step_mode == "m" else None
 
-    advice, hold_width = ConvertedNode.advice, ConvertedNode.hold_width
+    advice = ConvertedNode.advice
 
     def begin(self, *arguments: Any) -> None:
         self._factor = _factor(self)

@@ -14,7 +14,6 @@ import torch
 from norse.torch.functional import reset as resets
 from norse.torch.module.snn import SNN, SNNCell, SNNRecurrent, SNNRecurrentCell
 from sinabs import activation
-from sinabs.layers.alif import ALIFSqueeze
 from snntorch import surrogate as slopes
 from spikingjelly.activation_based import layer, neuron, surrogate
 from torch import nn
@@ -235,8 +234,7 @@ NORSE = {
 
 
 def of_sinabs(kind, **options):
-    made = ALIFSqueeze if kind == "ALIFSqueeze" else getattr(sinabs.layers, kind)
-    return made(**{"record_states": True, "spike_threshold": torch.tensor(0.8), **options})
+    return getattr(sinabs.layers, kind)(**{"record_states": True, "spike_threshold": torch.tensor(0.8), **options})
 
 
 MAX, TO_ZERO, BY_04 = activation.MaxSpike, activation.MembraneReset(), activation.MembraneSubtract(0.4)
@@ -270,11 +268,6 @@ LEAKS = (
     ("LIF", {"tau_mem": 3.0, "min_v_mem": -0.3, "train_alphas": True}),
     ("LIF", {"tau_mem": 3.0, "tau_syn": 2.0, "norm_input": False}),
 )
-ADAPTIVE = (
-    {}, {"tau_syn": 3.0}, {"train_alphas": True, "norm_input": False},
-    {"tau_adapt": each(5, 20), "adapt_scale": each(0.4, 1.8), "norm_input": False},
-)  # fmt: skip
-ADAPTIVE_SURROGATES = (activation.SingleExponential(0.6, 1.3), GAUSSIAN, activation.Heaviside(0.3))
 SINABS = {
     **{
         f"{kind} {number}, {firing}": Case(
@@ -292,20 +285,6 @@ SINABS = {
             ("IAFSqueeze", {"min_v_mem": torch.full((N,), -1)}),
             ("LIFSqueeze", {"tau_mem": 3.0, "tau_syn": each(1, 4), "train_alphas": True}),
             ("LIFSqueeze", {"tau_mem": each(1, 5), "norm_input": False, **SINGLE}),
-        )
-    },
-    **{
-        f"{kind} {number}, {type(function).__name__}, {type(reset_fn).__name__}": Case(
-            partial(
-                of_sinabs, kind, surrogate_grad_fn=function, reset_fn=reset_fn,
-                **{"tau_mem": 5.0, "tau_adapt": 8.0, "adapt_scale": 1.2, **options},
-                **({"batch_size": B} if kind == "ALIFSqueeze" else {}),
-            ), scale=6.0,
-        )
-        for number, options in enumerate(ADAPTIVE)
-        for kind, function, reset_fn in zip(
-            ("ALIF", "ALIFSqueeze", "ALIF"), ADAPTIVE_SURROGATES,
-            (activation.MembraneSubtract(0.7), activation.MembraneSubtract(), TO_ZERO), strict=True,
         )
     },
     **{
@@ -445,8 +424,6 @@ LAYERS = {
     "sinabs LIF, several": (lambda: sinabs.layers.LIF(2.0), WHOLE),
     "sinabs LIF, tau_syn": (lambda: sinabs.layers.LIF(2.0, tau_syn=2.0, record_states=True), WHOLE),
     "sinabs LIFSqueeze": (lambda: sinabs.layers.LIFSqueeze(tau_mem=2.0, batch_size=3), STEP),
-    "sinabs ALIF": (lambda: sinabs.layers.ALIF(2.0, 5.0, reset_fn=TO_ZERO), WHOLE),
-    "sinabs ALIF, tau_syn": (lambda: sinabs.layers.ALIF(2.0, 5.0, 3.0, reset_fn=BY_04, record_states=True), WHOLE),
     "sinabs ExpLeak": (lambda: sinabs.layers.ExpLeak(2.0), WHOLE),
     "authors": (partial(of_authors, made=False), WHOLE),
 }
@@ -467,7 +444,7 @@ def run(made, x_seq, state=()):
     if isinstance(made, sinabs.layers.StatefulLayer):
         squeezed, x = hasattr(made, "num_timesteps"), x_seq.transpose(0, 1)
         out = made(x.flatten(0, 1)).unflatten(0, x.shape[:2]) if squeezed else made(x)
-        states = (getattr(made, name, None) for name in ("v_mem", "i_syn", "b"))
+        states = (getattr(made, name, None) for name in ("v_mem", "i_syn"))
         recorded = (made.recordings[name].transpose(0, 1) for name in sorted(made.recordings))
         return [out.transpose(0, 1), *(each for each in states if each is not None), *recorded], ()
     if isinstance(made, authors_code.LIFLayer):

@@ -1,6 +1,6 @@
 """Adaptation in the current as published, in float64: spikes equal, gradients within 1e-12.
 
-Adaptation in the threshold is compared by conversions of Norse's LSNN and sinabs' ALIF.
+Adaptation in the threshold is compared by conversions of Norse's LSNN.
 """
 
 import pytest

@@ -182,10 +182,10 @@ REFUSED = {
         lambda: iaf(surrogate_grad_fn=of_a_user, **own_threshold()), written("spike_threshold", 2.5), "threshold is ",
     ),
     "sinabs, reset": (iaf, given(reset_fn=sinabs.activation.MembraneReset()), "reset_fn is MembraneReset"),
-    "sinabs, floor": (
+    "sinabs, floor": (lambda: sinabs.layers.IAF(min_v_mem=-1.0), written("min_v_mem", -2.0), "min_v_mem is "),
+    "ExpLeak, floor": (
         lambda: sinabs.layers.ExpLeak(2.0), given(min_v_mem=nn.Parameter(torch.tensor(0.0))), "min_v_mem is ",
     ),
-    "a floor that adapts": (lambda: sinabs.layers.ALIF(3.0, 5.0), given(min_v_mem=-1.0), "min_v_mem is -1.0"),
     "authors": (
         authors, lambda layer: setattr(layer.cell.spike_fn, "spike", False), "spike is False",
     ),

@@ -287,7 +287,6 @@ NEURONS = {
     ),
     "with a current": (sinabs.layers.LIF(2.0, tau_syn=3.0), f"LIF, {FILTERS}"),
     "without spikes": (sinabs.layers.ExpLeak(2.0), f"ExpLeak, {FILTERS}"),
-    "adaptive, of sinabs": (sinabs.layers.ALIF(2.0, 3.0), f"ALIF, {FILTERS}"),
     "CUBALIFNode": (jelly(neuron.CUBALIFNode(0.5, 0.5)), f"CUBALIFNode, {FILTERS}"),
     "LIFNode, step by step": (jelly(neuron.LIFNode(), "s"), f"LIFNode, {STEPS}"),
     "Leaky": (snntorch.Leaky(beta=0.5, init_hidden=True), f"Leaky, {STEPS}"),

@@ -173,28 +173,6 @@ def test_smooth_steps_are_the_smooth_sequence(name, other):
     assert set(run(whole, x_seq)[0][0].unique().tolist()) == {0.0, 1.0}
 
 
-@pytest.mark.parametrize("reset_fn", [sinabs.activation.MembraneSubtract(), sinabs.activation.MembraneReset()])
-def test_adaptive_noise(reset_fn):
-    """One draw for both passes: the same elements are analog."""
-    layer = sinabs.layers.ALIF(3.0, 5.0, adapt_scale=0.8, norm_input=False, reset_fn=reset_fn, record_states=True)
-    converted, _ = asgl_cuda.convert(layer, asgl={"surrogate": "triangle", "width": 0.8, "analog_prob": 0.3})
-    x = 2 * torch.rand(B, T, N)
-    torch.manual_seed(3)
-    s_seq = converted(x)
-    before = torch.cat([torch.zeros(B, 1, N), converted.recordings["b"][:, :-1]], 1)
-    torch.manual_seed(3)
-    rng_state = torch.randint(2**62, (2,))
-    expected = asgl_cuda.lif(
-        x, decay=converted.alpha_mem_calculated, v_threshold=converted.b0 + converted.adapt_scale * before, width=0.8,
-        surrogate="triangle", analog_prob=0.3, rng_state=rng_state, time_dim=1,
-        v_reset=None if isinstance(reset_fn, sinabs.activation.MembraneSubtract) else 0.0,
-    )  # fmt: skip
-    torch.testing.assert_close(s_seq, expected)
-    assert not set(s_seq.unique().tolist()) <= {0.0, 1.0}
-    s_seq.sum().backward()
-    assert converted.log_width.grad != 0
-
-
 @pytest.mark.parametrize("learnable", [False, True])
 def test_the_authors_widths_before_they_are_made(learnable):
     """The first call of either layer makes the parameter, with the authors' shape and name."""
@@ -367,7 +345,6 @@ def test_asgl_layers_are_traced_in_evaluation():
 
 COMPILED = {
     "container": CASES["container"].make,
-    "sinabs ALIF": lambda: sinabs.layers.ALIF(3.0, 5.0, 4.0, shape=(B, N)),
     "sinabs, least potential": lambda: sinabs.layers.IAF(min_v_mem=-1.0, shape=(B, N)),
 }
 
@@ -475,16 +452,13 @@ def test_states_and_copies_of_sinabs(options):
 
 
 @pytest.mark.parametrize("tau_syn", [None, 3.0])
-@pytest.mark.parametrize("kind", [sinabs.layers.LIF, sinabs.layers.ALIF])
-def test_a_copy_learns_and_the_original_does(kind, tau_syn):
+def test_a_copy_learns_and_the_original_does(tau_syn):
     """The __deepcopy__ of sinabs detaches the original's decays, and shares parameters that it was given."""
-    options = {} if kind is sinabs.layers.LIF else {"tau_adapt": 5.0, "adapt_scale": nn.Parameter(torch.tensor(1.8))}
-    layer = kind(tau_mem=3.0, tau_syn=tau_syn, train_alphas=True, norm_input=False, **options)
+    layer = sinabs.layers.LIF(tau_mem=3.0, tau_syn=tau_syn, train_alphas=True, norm_input=False)
     layer(torch.rand(2, 6, 5, requires_grad=True) * 8)
     model = nn.Sequential(layer)
     learned = {name: value.requires_grad for name, value in model.named_parameters()}
     converted, _ = asgl_cuda.convert(model)
-    assert not converted[0].norm_input  # which the __deepcopy__ of ALIF forgets
     for made in (model, converted):
         assert {name: value.requires_grad for name, value in made.named_parameters()} == learned
         asgl_cuda.reset(made)
@@ -493,17 +467,6 @@ def test_a_copy_learns_and_the_original_does(kind, tau_syn):
     pointers = [{value.data_ptr() for value in made.parameters()} for made in (model, converted)]
     assert pointers[0].isdisjoint(pointers[1])
     assert layer.v_mem.data_ptr() != converted[0].v_mem.data_ptr()
-
-
-def test_a_least_potential_that_is_changed():
-    """Read at each call; on a GPU read again only after a change."""
-    layer = sinabs.layers.IAF(min_v_mem=-1.0)
-    converted, _ = asgl_cuda.convert(layer)
-    x = torch.full((1, 3, 2), -5.0)
-    for least in (-1.0, -2.0):
-        converted.load_state_dict({**converted.state_dict(), "min_v_mem": torch.tensor(least)}, strict=False)
-        converted(x)
-        assert (converted.v_mem == least).all()
 
 
 @pytest.mark.parametrize("reset_fn", [sinabs.activation.MembraneSubtract(), sinabs.activation.MembraneReset()])

@@ -10,7 +10,7 @@ import pytest
 import sinabs.layers
 import snntorch
 import torch
-from conversions import ALL, LAYERS, SINGLE, TO_ZERO, ElementWise, Linear, N, flat, gradients, of_authors
+from conversions import ALL, LAYERS, SINGLE, ElementWise, Linear, N, flat, gradients, of_authors
 from norse.torch.module.exp_filter import ExpFilter
 from sinabs import activation, layers
 from snntorch import surrogate as slopes
@@ -35,10 +35,6 @@ def iaf(**options):
 
 def lif(**options):
     return lambda: layers.LIF(2.0, **options)
-
-
-def alif(**options):
-    return lambda: layers.ALIF(3.0, 3.0, **options)
 
 
 def recurrent(connection, **options):
@@ -117,7 +113,6 @@ LEFT = {
     "inhibition": (leaky(inhibition=True), "it has inhibition"),
     "quantised": (leaky(state_quant=lambda mem: mem), "it quantises its state"),
     "graded": (leaky(graded_spikes_factor=0.5), "its spikes are graded"),
-    "no decay": (leaky(beta=0.0), r"nothing is left \(beta=0\)"),
     "no gradient": (leaky(surrogate_disable=True), "its spike function has no gradient"),
     "heaviside": (leaky(spike_grad=slopes.heaviside(), reset_delay=False), "its surrogate does not fall off"),
     "triangular": (leaky(spike_grad=slopes.triangular(), reset_delay=False), "the slope -1 at the threshold"),
@@ -151,14 +146,7 @@ LEFT = {
     "Heaviside": (iaf(**HEAVISIDE), "surrogate does not fall off"),
     "MultiGaussian": (iaf(surrogate_grad_fn=activation.MultiGaussian()), "its surrogate is none of"),
     "reset to a value": (lif(reset_fn=activation.MembraneReset(0.5), **SINGLE), "resets to a value that is not 0"),
-    "several spikes that adapt": (alif(spike_fn=activation.MultiSpike), "several times a step, which adaptive neurons"),
-    "a floor that adapts": (alif(min_v_mem=-1.0), r"potential \(min_v_mem\), which adaptive neurons lack"),
-    "a threshold that falls": (
-        alif(adapt_scale=-1.0, reset_fn=TO_ZERO), r"its spikes lower the threshold \(adapt_scale\)",
-    ),
-    "a surrogate that adapts": (
-        alif(reset_fn=activation.MembraneSubtract(0.5), **HEAVISIDE), "its surrogate may be another for each threshold",
-    ),
+    "ALIF": (lambda: layers.ALIF(3.0, 3.0), "asgl_cuda.AdaptiveLIF"),
     "ExpLeak with a floor": (lambda: layers.ExpLeak(2.0, min_v_mem=0.0), r"\(min_v_mem\), which it does not emit"),
     "gate": (lambda: of_authors(made=False, use_gate=True), "use_gate=True"),
     "smooth evaluation": (
