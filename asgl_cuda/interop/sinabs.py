@@ -85,7 +85,7 @@ class ConvertedLayer(Converted):
 
     def _membrane(self, x_seq: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """The output, the last potential and, if recorded, all potentials."""
-        several, limit = self.multi_spike and not self.settings.spike.own, _limit(self.spike_fn)
+        several, limit = self.multi_spike, _limit(self.spike_fn)
         output = self.lif(
             x_seq,
             decay=self.alpha_mem_calculated,
@@ -120,14 +120,6 @@ class ConvertedLayer(Converted):
         if not (self.settings.asgl or type(surrogate) in _OWN_WIDTHS):
             found["spike_threshold"] = self.spike_threshold
         return found
-
-    @staticmethod
-    def detaches(layer: Any) -> bool:
-        return isinstance(layer.reset_fn, MembraneReset)
-
-    def spikes_of(self, h_seq: Tensor, v_threshold: Tensor | float) -> Tensor:
-        spikes: Tensor = self.spike_fn.apply(h_seq, v_threshold, self.surrogate_grad_fn)
-        return spikes
 
     def _width_of_call(self) -> Tensor | float:
         surrogate = self.surrogate_grad_fn
@@ -214,8 +206,6 @@ def _only(value: Tensor) -> float:
 # Widths read at each call or independent of the threshold, which other functions may depend on.
 _OWN_WIDTHS = (SingleExponential, Gaussian, PeriodicExponential)
 
-PARTING = (layers.UnflattenTime,)
-
 _LEAKS = (layers.ExpLeak, layers.ExpLeakSqueeze)
 _ADAPTIVE = (layers.ALIF, ALIFSqueeze)
 _RECURRENT = (layers.LIFRecurrent, layers.IAFRecurrent)
@@ -249,21 +239,22 @@ def find(layer: nn.Module) -> Found:
     thresholds = node.spike_threshold.detach().double().cpu()
     if isinstance(node.reset_fn, MembraneReset) and node.reset_fn.reset_value != 0:
         return "it resets to a value that is not 0, which sinabs adds to the neurons that did not spike, too"
-    several, detached = most > 1, ConvertedLayer.detaches(layer)
-    if most not in (math.inf, *range(1, MOST_LEVELS + 1)) and not detached:
+    several = most > 1
+    if several and isinstance(node.reset_fn, MembraneReset):
+        return "it resets to 0 after several spikes a step"
+    if most not in (math.inf, *range(1, MOST_LEVELS + 1)):
         return f"it has at most {most} spikes a step, which must be a whole number in [1, {MOST_LEVELS}] (MaxSpike)"
     if spike_fn is not SingleSpike and not (thresholds > 0).all():
         return "its threshold is not above 0"
     kind = ConvertedRecurrent if returns else ConvertedMultiSpike if several else ConvertedLayer
-    if several and not detached and type(surrogate) is PeriodicExponential:
+    if several and type(surrogate) is PeriodicExponential:
         width = surrogate.grad_width
         return kind, SpikeFunction(PERIODIC, width, 2 * width * surrogate.grad_scale, False)
     if math.isnan(_only(thresholds)) and not (type(surrogate) in _OWN_WIDTHS and (thresholds > 0).all()):
         return "its surrogate may be another for each neuron's own threshold"
     at = thresholds.mean()  # `width` has each neuron's
-    # After a detached reset, all spikes of a step are those of `spikes_of`; else MultiSpike has the same gradient.
-    function: Any = spike_fn if detached else SingleSpike
-    return kind, lambda u: function.apply(u + at, at, surrogate)
+    single: Any = SingleSpike  # MultiSpike has the same gradient
+    return kind, lambda u: single.apply(u + at, at, surrogate)
 
 
 def _lacking(node: Any, most: float) -> str | None:

@@ -33,7 +33,6 @@ from .converted import (
     InStream,
     Settings,
     Streamed,
-    Wrapper,
     bare_class,
     known_class,
     number,
@@ -70,10 +69,6 @@ class ConvertedLeaky(Converted):
             "reset_delay": self.reset_delay,
             "graded_spikes_factor": self._buffers.get("graded_spikes_factor"),
         }
-
-    @staticmethod
-    def detaches(layer: Any) -> bool:
-        return getattr(layer, "reset_delay", True) or layer.reset_mechanism == "none"
 
     def advice(self) -> str | None:
         return (
@@ -214,7 +209,7 @@ class ConvertedLeaky(Converted):
         if last is not None and mem is last[0] and version_of(mem) == last[1]:
             return last[2]  # type: ignore[no-any-return]
         # Unsigned integers wrap around in snnTorch's difference.
-        above = mem.detach() > threshold if mem.is_floating_point() else mem - self.threshold > 0
+        above = mem > threshold if mem.is_floating_point() else mem - self.threshold > 0
         return above.to(mem.dtype)
 
     def end(self) -> None:
@@ -448,10 +443,6 @@ def enlist(model: nn.Module) -> None:
     instances.extend(
         layer for layer in model.modules() if isinstance(layer, snntorch.SpikingNeuron) and id(layer) not in known
     )
-
-
-def wrapped(module: nn.Module) -> Wrapper | None:
-    return Wrapper(["layer"], -1, None) if type(module) is MultiStep else None
 
 
 def reset(module: nn.Module) -> None:

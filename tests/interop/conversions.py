@@ -26,7 +26,7 @@ from asgl_cuda.interop.snntorch import MultiStep
 
 T, B, N, C = 5, 3, 7, 3  # steps, batch, neurons, and channels in models to fuse
 SINGLE = {"spike_fn": activation.SingleSpike}
-OWN, FLAT, READ_OUT = "its own surrogate, outside of the kernel", "slope 1 everywhere", "leaky_integrator"
+FLAT, READ_OUT = "slope 1 everywhere", "leaky_integrator"
 
 
 class Case(NamedTuple):
@@ -77,10 +77,6 @@ FUNCTIONS = {
     "slope 0.7 everywhere": surrogate.LeakyKReLU(0.7, 0.7),
     "rectangle, width 1.4": surrogate.PiecewiseLeakyReLU(0.7, 0.0),
 }  # fmt: skip
-OWN_FUNCTIONS = (
-    surrogate.LeakyKReLU(0.3, 0.8), surrogate.PiecewiseLeakyReLU(0.7, 0.02), surrogate.S2NN(3.0, 0.9),
-    surrogate.QPseudoSpike(1.7), surrogate.LogTailedReLU(0.1), surrogate.SquarewaveFourierSeries(3, 6.0),
-)  # fmt: skip
 RESETS = ((1.0, 0.0), (0.7, -0.3), (0.8, None))
 
 
@@ -103,10 +99,6 @@ JELLY = {
         for v_reset, mode in ((0.0, "s"), (-0.3, "m"), (None, "m"))
     },
     **{by: Case(partial(node, "LIFNode", surrogate_function=function), by) for by, function in FUNCTIONS.items()},
-    **{
-        type(function).__name__: Case(partial(node, kind, mode, surrogate_function=function, detach_reset=True), OWN)
-        for function, (kind, mode) in turns(OWN_FUNCTIONS, [("LIFNode", "s"), ("ParametricLIFNode", "m")])
-    },
     **{
         f"{most} levels": Case(partial(levels, most, tau, mode), f"{most} levels", scale=4.0)
         for most, tau, mode in ((4, 4 / 3, "s"), (1, 2.0, "m"), (6, 10.0, "m"))
@@ -154,14 +146,6 @@ SLOPES = {
     "fast_sigmoid, width 0.2, gradient times 0.4": slopes.fast_sigmoid(5),
     "sigmoid, width 0.2": slopes.sigmoid(slope=5), FLAT: slopes.straight_through_estimator(),
 }  # fmt: skip
-OWN_SLOPES = {
-    "spike rate escape": slopes.spike_rate_escape(beta=1.3, slope=2.0), "sparse": slopes.SFS(slope=3, B=-0.4),
-    "triangular": slopes.triangular(threshold=0.7), "heaviside": slopes.heaviside(),
-}  # fmt: skip
-FIXED = (
-    LEARNED, {"reset_mechanism": "zero"}, {"reset_mechanism": "none", **LEARNED}, {**SYNAPTIC, "learn_alpha": True},
-    {"kind": "Lapicque"},
-)  # fmt: skip
 # A learned value at the ends of its clamp, where threshold / beta has no gradient.
 ENDS = {"beta": (-0.5, 0.0, 1e-7, 1e-4, 1.0, 1.5), "alpha": (-0.5, 1.5)}
 SNNTORCH = {
@@ -171,10 +155,6 @@ SNNTORCH = {
         for how in mechanisms
     },
     **{by: Case(partial(leaky, spike_grad=slope), by) for by, slope in SLOPES.items()},
-    **{
-        f"{name}, {number}": Case(partial(leaky, spike_grad=OWN_SLOPES[name], **options), OWN)
-        for number, (name, options) in enumerate(turns(OWN_SLOPES, FIXED))
-    },
     **{
         f"{name} {value}": Case(
             partial(leaky, **{**(SYNAPTIC if name == "alpha" else {}), name: value, f"learn_{name}": True})
@@ -207,7 +187,6 @@ def norses(kind, learned=False, reset="value", records=None, **given):
 
 
 METHODS = ("super", "triangle", "tanh", "heavi_erfc")
-ADAPTING = {"tau_adapt_inv": 100.0, "alpha": 2.0}
 NORSE = {
     **{
         f"LIFBoxCell, {method}": Case(partial(norses, "LIFBoxCell", method=method, alpha=1.7, reset=reset))
@@ -219,11 +198,6 @@ NORSE = {
         )  # The first step of LIF and LI is float32 in Norse.
         for kind in ("LIF", "LIFCell", "IAF", "IAFCell")
         for method, learned in (("super", True), ("triangle", False))
-    },
-    **{
-        f"{kind}, {method}": Case(partial(norses, kind, learned, method=method, **ADAPTING, beta=beta))
-        for kind in ("LSNN", "LSNNCell")
-        for method, learned, beta in turns(METHODS, (False, True), (0.8, 0.8, each(0.3, 1.2), each(0.3, 1.2)))
     },
     "LI": Case(norse.LI, READ_OUT, rtol=1e-6),
     "LI, learned": Case(partial(norses, "LI", True, records=False), READ_OUT, rtol=1e-6),
@@ -253,14 +227,6 @@ FIRING = {
     "MaxSpike(), periodic": ({"spike_fn": MAX(), "surrogate_grad_fn": PERIODIC}, BY_PERIODIC),
     "MultiSpike": ({}, None),
     "MultiSpike, periodic": ({"surrogate_grad_fn": PERIODIC}, BY_PERIODIC),
-    "MaxSpike(3), to 0": ({"spike_fn": MAX(3), "reset_fn": TO_ZERO}, OWN),
-    "MultiSpike, to 0": ({"reset_fn": TO_ZERO}, OWN),
-    "MaxSpike(2), Heaviside": (
-        {"spike_fn": MAX(2), "surrogate_grad_fn": activation.Heaviside(0.5), "reset_fn": TO_ZERO}, OWN,
-    ),
-    "SingleSpike, MultiGaussian": (
-        {**SINGLE, "surrogate_grad_fn": activation.MultiGaussian(0.0, 0.6), "reset_fn": TO_ZERO}, OWN,
-    ),
 }  # fmt: skip
 LEAKS = (
     ("IAF", {}),
@@ -277,7 +243,7 @@ SINABS = {
         for row, (firing, (more, by)) in enumerate(FIRING.items())
         for number, (kind, options) in enumerate(LEAKS)
         if number % 2 == row % 2
-        for own in (number // 2 == row // 2 % 2 and not firing.endswith(("Heaviside", "MultiGaussian")),)
+        for own in (number // 2 == row // 2 % 2,)
     },
     **{
         f"{kind}, {list(options)}": Case(partial(of_sinabs, kind, batch_size=B, **options), scale=4.0)
@@ -323,7 +289,7 @@ AUTHORS = {
 
 # ---- neurons whose spikes return to them ----
 
-Linear, ElementWise = layer.LinearRecurrentContainer, layer.ElementWiseRecurrentContainer
+Linear = layer.LinearRecurrentContainer
 ATAN = {"spike_grad": slopes.atan(alpha=2.0)}
 ALL = {"linear_features": N, **ATAN}
 ONE = {"all_to_all": False, **ATAN}
@@ -381,21 +347,11 @@ RECURRENT = {
         None, (B, 2, 4), 9.0,
     ),
     "container, CUBALIFNode": Case(lambda: Linear(neuron.CUBALIFNode(), N, N, bias=False, step_mode="m"), scale=9.0),
-    "element-wise": Case(
-        lambda: ElementWise(neuron.IFNode(v_reset=None), lambda y, x: x - 0.3 * y, step_mode="m"), None, (B, 2, N)
-    ),
-    "element-wise, no batch": Case(
-        lambda: ElementWise(neuron.LIFNode(v_threshold=0.5), torch.add, step_mode="m"), None, ()
-    ),
-    "element-wise, a step": Case(
-        lambda: ElementWise(neuron.LIFNode(decay_input=False, detach_reset=True), lambda y, x: y + x)
-    ),
 }  # fmt: skip
 CASES = {**JELLY, **SNNTORCH, **NORSE, **SINABS, **AUTHORS, **RECURRENT}
 
 # A layer of each class, for the questions that are not about its equations.
 WHOLE, STEP = (T, B, N), (B, N)
-FAST = norse.LSNNParameters(tau_mem_inv=torch.tensor(600.0), tau_adapt_inv=torch.tensor(50.0), v_th=torch.tensor(0.3))
 LAYERS = {
     "IFNode": (lambda: neuron.IFNode(step_mode="m"), WHOLE),
     "LIFNode": (lambda: neuron.LIFNode(step_mode="m"), WHOLE),
@@ -417,8 +373,6 @@ LAYERS = {
     "norse LIFCell": (norse.LIFCell, STEP),
     "norse LIFBoxCell": (norse.LIFBoxCell, STEP),
     "norse IAF": (norse.IAF, WHOLE),
-    "norse LSNN": (lambda: norse.LSNN(FAST), WHOLE),
-    "norse LSNNCell": (lambda: norse.LSNNCell(FAST), STEP),
     "norse LI": (norse.LI, WHOLE),
     "sinabs LIF": (lambda: sinabs.layers.LIF(2.0, **SINGLE), WHOLE),
     "sinabs LIF, several": (lambda: sinabs.layers.LIF(2.0), WHOLE),

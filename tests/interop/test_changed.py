@@ -10,7 +10,7 @@ import sinabs.activation
 import sinabs.layers
 import snntorch
 import torch
-from conversions import SINGLE, ElementWise, Linear, N, close, of_authors, reset, run, sinabs_recurrent
+from conversions import SINGLE, Linear, N, close, of_authors, reset, run, sinabs_recurrent
 from snntorch import surrogate as snn_surrogate
 from spikingjelly.activation_based import neuron, surrogate
 from torch import nn
@@ -198,10 +198,6 @@ REFUSED = {
     "recorded": (lambda: sinabs_recurrent(3.0), given(record_states=True), "record_states is True"),
     "another node": (lambda: container(), given(sub_module=neuron.QIFNode()), "sub_module is QIFNode"),
     "potentials": (lambda: container(), given("sub_module", store_v_seq=True), "store_v_seq is True"),
-    "another function": (
-        lambda: ElementWise(neuron.IFNode(), torch.add, step_mode="m"), given(element_wise_function=torch.mul),
-        "element_wise_function is mul",
-    ),
     "a gate": (authors, given("cell", use_gate=True), "use_gate is True, and was False"),
 }  # fmt: skip
 
@@ -319,9 +315,9 @@ def test_hooks_of_tensors_and_of_modules_are_copied(function):
     torch.manual_seed(0)
     model = Net().eval()
     model.linear.bias.requires_grad_()
-    made, report = getattr(asgl_cuda, function)(model)
-    assert len(report.replaced) == 2 * (function == "convert")
     x = 20 * torch.rand(4, 3)
+    made, report = getattr(asgl_cuda, function)(model, *[x] * (function == "fuse"))
+    assert len(report.replaced) == 2 * (function == "convert")
     results = []
     for net in (model, made):
         net.zero_grad()

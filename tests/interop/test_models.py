@@ -269,7 +269,8 @@ STREAMED = {
     ),
     "spikingjelly beside ours, fused": (
         lambda: asgl_cuda.fuse(
-            network(LIF(), node("LIFNode"), spikingjelly(layer.BatchNorm1d(N), neuron.LIFNode()), OverTime(nn.ReLU()))
+            network(LIF(), node("LIFNode"), spikingjelly(layer.BatchNorm1d(N), neuron.LIFNode()), OverTime(nn.ReLU())),
+            torch.rand(T, B, 4),
         )[0], 0,
     ),
     "spikingjelly, spikes that return": (

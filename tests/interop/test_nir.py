@@ -492,7 +492,7 @@ def test_layers_of_spikingjelly(norm):
     x_seq = 2 * torch.randn(9, 3, 2, 6, 5)
     expected = model(x_seq)
     assert fires(expected)
-    for made in (asgl_cuda.fuse(model)[0], model, asgl_cuda.convert(model)[0]):
+    for made in (asgl_cuda.fuse(model, x_seq)[0], model, asgl_cuda.convert(model)[0]):
         assert torch.equal(from_nir(to_nir(made, x_seq))(x_seq), expected)
 
 

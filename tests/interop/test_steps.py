@@ -24,7 +24,7 @@ STEPS = {
     "Lapicque": handed_on(kind="Lapicque", beta=False, R=0.5, C=3.0, time_step=0.8),
     "Synaptic": handed_on(**SYNAPTIC),
     "Synaptic, hidden": lambda: leaky(**SYNAPTIC, output=False),
-    "LIFCell": norse.LIFCell, "IAFCell": norse.IAFCell, "LSNNCell": norse.LSNNCell, "LIFBoxCell": norse.LIFBoxCell,
+    "LIFCell": norse.LIFCell, "IAFCell": norse.IAFCell, "LIFBoxCell": norse.LIFBoxCell,
     "LIFNode": neuron.LIFNode, "CUBALIFNode": neuron.CUBALIFNode,
 }  # fmt: skip
 
@@ -64,7 +64,7 @@ def compiled(layer):
 
 
 # The remaining layers share the forward of one of these.
-COMPILED = ("Leaky, learned, hidden", "Synaptic", "LIFCell", "LSNNCell", "LIFNode")
+COMPILED = ("Leaky, learned, hidden", "Synaptic", "LIFCell", "LIFNode")
 
 
 @pytest.mark.parametrize("name", COMPILED)

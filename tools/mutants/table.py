@@ -52,7 +52,7 @@ spikingjelly = partial(Mutant, "interop/spikingjelly.py")
 streaming = partial(Mutant, "streaming.py")
 sync_batch_norm = partial(Mutant, "training/sync_batch_norm.py")
 
-RETURNS = "interop/test_layers.py equal and (RLeaky or RSynaptic or Recurrent or sinabs or container or element)"
+RETURNS = "interop/test_layers.py equal and (RLeaky or RSynaptic or Recurrent or sinabs or container)"
 
 MUTANTS = {
     # ---- recurrent ----
@@ -653,8 +653,8 @@ MUTANTS = {
         "interop/test_left.py exchanges"),
     "convert: names of converted layers": convert("or shadowed(layer, found[0]) or found", "or found",
         "interop/test_left.py with_a_name"),
-    "convert: hooks are not copied": convert("    _carry_over(model, made, memo)\n", "",
-        "interop/test_changed.py hooks or attributes"),
+    "convert: hooks are not copied": convert("    _carry_over(memo)\n", "",
+        "interop/test_changed.py hooks"),
     "convert: copies are not enlisted": convert('getattr(library, "enlist", lambda model: None)(made)', "pass",
         "interop/test_layers.py of_a_copy"),
     "convert: a lost width is not reported": convert("and layer.log_width is not None:", "and False:",
@@ -695,10 +695,8 @@ MUTANTS = {
     "converted: methods of a subclass": converted(
         '(hasattr(base, name) and (callable(value) or hasattr(value, "__get__")))', "False",
         "interop/test_left.py overrides"),
-    "converted: noise with a surrogate of the layer": converted("if self.settings.spike.own and value:", "if False:",
-        "interop/test_convert.py no_noise"),
-    "converted: spikes in the potential's type": converted("output._replace(s_seq=s_seq.to(dtype))",
-        "output._replace(s_seq=s_seq)", "interop/test_layers.py types"),
+    "converted: spikes in the potential's type": converted("result._replace(s_seq=result.s_seq.to(dtype))",
+        "result._replace(s_seq=result.s_seq)", "interop/test_layers.py types"),
     "identify: slopes that differ by a tenth": identify(".abs() < 1e-6).all()", ".abs() < 1e-1).all()",
         "interop/test_identify.py"),
     "identify: surrogates that learn": identify('    if _learns(function):\n        return "its',
@@ -832,8 +830,6 @@ MUTANTS = {
     "returning: states are views": returning("each.reshape(shape[1:]).clone()", "each.reshape(shape[1:])", RETURNS),
     "returning: hooks": returning("if any(getattr(feedback, hooks) for hooks in HOOKS):", "if False:",
         "interop/test_left.py hooks"),
-    "returning: spikes from outside": returning("return identify(function)  #",
-        "return super().identified(layer, function)  #", "interop/test_left.py own"),
     "snntorch: spikes that do not return": snntorch('        self._keep("spk", results[0])\n', "", RETURNS),
     "snntorch: values of other shapes": snntorch("return fits and not self._is_small", "return not self._is_small",
         RETURNS),
@@ -842,9 +838,6 @@ MUTANTS = {
     "norse: potentials from v_leak": norse('found["v"] + leak', 'found["v"]', RETURNS),
     "sinabs: a bias in the first step": sinabs("torch.where(after_first, bias, 0.0)", "bias", RETURNS),
     "spikingjelly: the Linear behind": spikingjelly("linear.weight @ weight)", "weight)", RETURNS),
-    "spikingjelly: a function that is no sum": spikingjelly(
-        " if all(map(torch.allclose, (value, of_y, of_x), expected)) else reason", "",
-        "interop/test_left.py root"),
     "spikingjelly: spikes of the last call": spikingjelly("s_init=self.y, **options", "**options", RETURNS),
     # ---- libraries ----
     "snntorch: a mem that has changed": snntorch(" and version_of(mem) == last[1]:", ":",
@@ -876,10 +869,6 @@ MUTANTS = {
         "interop/test_layers.py state_of_spikingjelly"),
     "spikingjelly: the gradient's window": spikingjelly("    if window != [0, levels]:\n", "    if False:\n",
         "interop/test_left.py window"),
-    "norse: excess in the first step": norse("excess = rho * (b - v_th)", "excess = b - v_th",
-        "interop/test_layers.py equal and LSNN"),
-    "norse: currents without delay": norse("v_init=i, delay=True)", "v_init=i)",
-        "interop/test_layers.py equal and LSNN"),
     "norse: v_leak without its gain": norse("gain * number(p.v_leak), 1 - gain",
         "number(p.v_leak), 1 - gain", "interop/test_layers.py equal and LIFBox"),
     "norse: a state of its own": norse('if getattr(layer.state_fallback, "__func__", None) is not kind.initial_state:',
@@ -890,6 +879,8 @@ MUTANTS = {
         "v_threshold=self.spike_threshold,  #", "interop/test_layers.py gradient_of_the_threshold"),
     "sinabs: another batch": sinabs("            self.handle_state_batch_size_mismatch(batch)\n", "            pass\n",
         "interop/test_layers.py states_and_copies"),
+    "sinabs: a reset to 0 of several spikes": sinabs("if several and isinstance(node.reset_fn, MembraneReset):",
+        "if False:", "interop/test_left.py several"),
     "sinabs: a reset to another value": sinabs(
         "isinstance(node.reset_fn, MembraneReset) and node.reset_fn.reset_value != 0:", "False:",
         "interop/test_left.py value"),
