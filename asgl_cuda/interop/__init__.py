@@ -1,8 +1,8 @@
 """Models of other libraries on the fused neuron.
 
 One adapter per library, imported only if the library is: spikingjelly, snntorch, norse, sinabs; authors for the code
-of ASGL's authors. Shared: convert (`libraries` documents the adapters), converted, identify, snapshot, steps; fuse;
-nir.
+of ASGL's authors. Shared: convert (`libraries` documents the adapters), converted, recurrent, identify, replaced;
+fuse; nir.
 """
 
 from .convert import Left, Replaced, Report, convert, revert

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .converted import Basis, Converted, Found, InStream, Settings, Wrapper, bare_class, exchanged, overridden
+from .converted import Basis, Converted, Found, InStream, Settings, bare_class, exchanged, overridden
 from .identify import SpikeFunction
 
 _SURROGATES = {"InvRectangle": "rectangle", "InvSigmoid": "sigmoid"}
@@ -98,12 +98,6 @@ def find(layer: nn.Module) -> Found:
         if getattr(cell, flag, False):
             return f"it has {flag}=True"
     return ConvertedLIFLayer, SpikeFunction(_SURROGATES[type(spike.inv_sg).__name__], 1.0, 1.0, False)
-
-
-def wrapped(module: nn.Module) -> Wrapper | None:
-    if type(module).__name__ != "tdLayer" or not hasattr(module, "nb_steps") or list(module._modules) != ["layer"]:
-        return None
-    return Wrapper(["layer"], -1, 1)
 
 
 def knows_time(module: nn.Module) -> bool:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import copy
 import importlib
-import importlib.metadata
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from ..backends import BACKENDS
 from ..checks import check_analog_prob, check_bool, check_name, check_surrogate, check_width, read_number, shown
@@ -106,11 +104,10 @@ def libraries() -> Iterator[Any]:
     """The adapters of the imported libraries.
 
     Required: `find(layer)`, see `Found`; `streamed(module)`, see `InStream`; `knows_time(module)`: whether the module
-    carries state from step to step, and is refused by `OverTime`. Optional: `wrapped(module)`: the module as a Wrapper,
-    or None; `reset(module)` and `detach(module)`: clear or detach the module's state; `copy_layers(model, memo)`: fills
-    deepcopy's memo with layers that their own __deepcopy__ would spoil; `enlist(model)`: registers a copy with the
-    library; NORMALISATIONS: equivalents of torch.nn's classes; PARTING: classes that unflatten time and batch; PLAIN:
-    torch.nn's classes, keyed by the library's equivalents.
+    carries state from step to step, and is refused by `OverTime`. Optional: `reset(module)` and `detach(module)`: clear
+    or detach the module's state; `copy_layers(model, memo)`: fills deepcopy's memo with layers that their own
+    __deepcopy__ would spoil; `enlist(model)`: registers a copy with the library; NORMALISATIONS: equivalents of
+    torch.nn's classes; PLAIN: torch.nn's classes, keyed by the library's equivalents.
     """
     yield authors
     for name, modules in LIBRARIES.items():
@@ -135,24 +132,22 @@ def convert(
 
     Known are SpikingJelly's `IFNode` and `LIFNode` with their Simple and NonSpiking forms, `ParametricLIFNode`,
     `CUBALIFNode`, `ILIFNode`, the MultiStep forms of its `clock_driven`, snnTorch's `Leaky`, `Lapicque` and `Synaptic`,
-    Norse's `LIF`, `LSNN`, `IAF` and `LI`, `LIFCell`, `LSNNCell`, `IAFCell` and `LIFBoxCell`, sinabs' `LIF`, `IAF`,
-    `ALIF` and `ExpLeak` with their Squeeze forms, `LIFLayer` of the code published by the authors of ASGL, and
-    subclasses that override nothing that forward uses; `layers` adds others. Recurrent layers whose spikes return
-    through a Linear, or one weight a neuron: snnTorch's `RLeaky` and `RSynaptic`, Norse's `LIFRecurrent` and its cell,
-    sinabs' `LIFRecurrent` and `IAFRecurrent`, SpikingJelly's `LinearRecurrentContainer` and
-    `ElementWiseRecurrentContainer` are computed by `recurrent_lif`. Synaptic currents and layers that do not
-    fire are computed by `leaky_integrator`. A converted layer keeps spikes, states and gradients, up to rounding: a
-    potential within rounding of the threshold, as with quantised inputs, may fire where it did not. The layer's
-    parameters, their names, its state and base classes also stay: optimizers, state dicts and functions such as
-    SpikingJelly's `reset_net` still work. Decays, thresholds and resets are read at each call. Surrogate, reset
-    mechanism and methods are read once: a call after their change raises RuntimeError, which says what differs. A
-    surrogate unknown to asgl_cuda is kept, and applied to the kernel's potentials, where the reset is detached.
-    SpikingJelly's `backend` has no effect on converted layers. Layers without an exact representation, or with a
-    replaced method (`layer.fire = ...`), are left; the report gives the reason.
+    Norse's `LIF`, `IAF` and `LI`, `LIFCell`, `IAFCell` and `LIFBoxCell`, sinabs' `LIF`, `IAF` and `ExpLeak` with their
+    Squeeze forms, `LIFLayer` of the code published by the authors of ASGL, and subclasses that
+    override nothing that forward uses; `layers` adds others. Recurrent layers whose spikes return through a Linear, or
+    one weight a neuron: snnTorch's `RLeaky` and `RSynaptic`, Norse's `LIFRecurrent` and its cell, sinabs'
+    `LIFRecurrent` and `IAFRecurrent` and SpikingJelly's `LinearRecurrentContainer` are computed by `recurrent_lif`.
+    Synaptic currents and layers that do not fire are computed by `leaky_integrator`. A converted layer keeps spikes,
+    states and gradients, up to rounding: a potential within rounding of the threshold, as with quantised inputs, may
+    fire where it did not. The layer's parameters, their names, its state and base classes also stay: optimizers, state
+    dicts and functions such as SpikingJelly's `reset_net` still work. Decays, thresholds and resets are read at each
+    call. Surrogate, reset mechanism and methods are read once: a call after their change raises RuntimeError, which
+    says what differs. SpikingJelly's `backend` has no effect on converted layers. Layers without an exact
+    representation, with a surrogate unknown to asgl_cuda (which `asgl` replaces) or with a replaced method
+    (`layer.fire = ...`), are left; the report gives the reason.
 
-    Outputs have the library's dtypes, under autocast as well. `torch.jit.trace` records the library's own operations,
-    equivalent except for noise; `torch.jit.script` rejects converted layers. In a copy, hooks of tensors are registered
-    again.
+    Outputs have the library's dtypes, under autocast as well. `torch.jit` rejects converted layers. In a copy, hooks of
+    tensors are registered again.
 
     A converted layer is an instance of its original class, but of another type: code that compares types, such as
     `sinabs.nir.to_nir`, `sinabs.conversion.replace_module` and some counters of SpikingJelly, requires `revert` first.
@@ -219,7 +214,7 @@ def convert(
         if found is None:
             continue
         found = found if isinstance(found, str) else exchanged(layer) or shadowed(layer, found[0]) or found
-        spike = found if isinstance(found, str) else _spike_function(layer, found[0], found[1], wanted)
+        spike = found if isinstance(found, str) else _spike_function(found[0], found[1], wanted)
         if isinstance(found, str) or isinstance(spike, str):
             report.left.append(Left(path, name, found if isinstance(found, str) else str(spike)))
             continue
@@ -264,13 +259,9 @@ def _notes(model: nn.Module, report: Report) -> list[str]:
     if ready:
         return ready
     kinds = {type(module).__name__ for module in model.modules() if next(module.children(), None) is None}
-    return [f"no neurons that are known among {', '.join(sorted(kinds))}; {_imported()}"]
-
-
-_OWN_IS_SLOWER = (
-    "its own surrogate, outside of the kernel, may be slower than before in training: a step a call at 0.65 to 1.2 "
-    "times the speed, sequences of large layers on a CPU at 0.5"
-)
+    imported = ", ".join(name for name in LIBRARIES if name in sys.modules) or "none"
+    known = ", ".join(LIBRARIES)
+    return [f"no neurons that are known among {', '.join(sorted(kinds))}; imported of {known}: {imported}"]
 
 
 def _notes_on(layer: Any) -> Iterator[str]:
@@ -278,35 +269,11 @@ def _notes_on(layer: Any) -> Iterator[str]:
     if isinstance(layer, Converted):
         if (text := layer.advice()) is not None:
             yield text
-        if layer.settings.spike is not None and layer.settings.spike.own:
-            yield _OWN_IS_SLOWER
-        else:
-            uncalled = layer.read_from()
+        uncalled = layer.read_from()
     for name, part in uncalled.items():
         modules = part.modules() if isinstance(part, nn.Module) else ()
         if any(getattr(module, hooks) for module in modules for hooks in HOOKS):
             yield f"hooks of {name} no longer fire"
-
-
-def _imported() -> str:
-    """The imported libraries, as a note."""
-    parts = []
-    for package, modules in LIBRARIES.items():
-        if package in sys.modules:
-            found = any(module in sys.modules for module in modules)
-            lacking = "" if found else f", but not {' or '.join(modules)}, which has the neurons that are known"
-            parts.append(f"{package} {_version_of(package)}{lacking}")
-    if not parts:
-        *others, last = (modules[0] for modules in LIBRARIES.values())
-        return f"no library of neurons is imported; known are {', '.join(others)} and {last}"
-    return f"imported: {'; '.join(parts)}"
-
-
-def _version_of(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "of unknown version"
 
 
 def taken(model: nn.Module, inplace: bool, caller: str) -> nn.Module:
@@ -317,22 +284,13 @@ def taken(model: nn.Module, inplace: bool, caller: str) -> nn.Module:
     try:
         made = copied(model)
     except Exception as error:  # raised by a user's __deepcopy__
-        path, layer = next(row for row in reversed(list(model.named_modules())) if not _can_be_copied(row[1]))
         raise RuntimeError(
-            f"{caller}: {path or 'the model'} ({type(layer).__name__}) can't be copied, not by copy.deepcopy either "
-            f"({type(error).__name__}: {error}); inplace=True changes the model itself"
+            f"{caller}: the model can't be copied ({type(error).__name__}: {error}); inplace=True changes the model "
+            "itself"
         ) from error
     for library in libraries():
         getattr(library, "enlist", lambda model: None)(made)
     return made
-
-
-def _can_be_copied(layer: nn.Module) -> bool:
-    try:
-        copied(layer)
-    except Exception:
-        return False
-    return True
 
 
 def copied(model: nn.Module, share: Iterable[Tensor] = ()) -> nn.Module:
@@ -346,7 +304,7 @@ def copied(model: nn.Module, share: Iterable[Tensor] = ()) -> nn.Module:
     for library in libraries():
         getattr(library, "copy_layers", lambda model, memo: None)(model, memo)
     made = copy.deepcopy(model, memo)
-    _carry_over(model, made, memo)
+    _carry_over(memo)
     return made
 
 
@@ -355,39 +313,19 @@ _REGISTER: dict[str, Callable[..., Any]] = {
     "_backward_hooks": Tensor.register_hook,
     "_post_accumulate_grad_hooks": Tensor.register_post_accumulate_grad_hook,
 }
-_MODULE_ATTRIBUTES = vars(nn.Module()).keys() - {"_parameters", "_buffers", "_modules"}
 
 
-def _carry_over(model: nn.Module, made: nn.Module, memo: dict[int, Any]) -> None:
-    """Copies what deepcopy drops: hooks of tensors, and attributes ignored by a layer's own __deepcopy__."""
-    twins = dict(made.named_modules())
-    for path, module in model.named_modules():
-        twin = twins.get(path)
-        if twin is None or not hasattr(type(module), "__deepcopy__") or type(module).__module__.startswith("torch."):
+def _carry_over(memo: dict[int, Any]) -> None:
+    """Registers the hooks of copied tensors again, which deepcopy drops."""
+    for value in memo.get(id(memo), ()):  # where deepcopy keeps the originals
+        if not isinstance(value, Tensor) or not value.is_leaf or memo[id(value)] is value:
             continue
-        for name, value in vars(module).items():
-            # Such a __deepcopy__ may construct the twin with default settings.
-            if name in _MODULE_ATTRIBUTES or name not in vars(twin) or isinstance(value, bool | int | float | str):
-                twin.__dict__[name] = copy.deepcopy(value, memo)
-    tensors = dict(made.named_parameters(remove_duplicate=False)) | dict(made.named_buffers(remove_duplicate=False))
-    named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
-    pairs = [(value, tensors[name]) for name, value in named if name in tensors]
-    # Tensor attributes: deepcopy keeps the originals in memo[id(memo)].
-    pairs += [(value, memo[id(value)]) for value in memo.get(id(memo), ()) if isinstance(value, Tensor)]
-    done: set[int] = set()
-    for value, duplicate in pairs:
-        if duplicate is value or id(duplicate) in done or not value.is_leaf:
-            continue
-        done.add(id(duplicate))
-        if not is_lazy(value):
-            duplicate.requires_grad_(value.requires_grad)
         for kind, register in _REGISTER.items():
             for hook in (getattr(value, kind) or {}).values():
-                register(duplicate, copy.deepcopy(hook, memo))
+                register(memo[id(value)], copy.deepcopy(hook, memo))
 
 
 def _spike_function(
-    layer: nn.Module,
     kind: type[Converted],
     function: Callable[[Tensor], Tensor] | SpikeFunction | None,
     wanted: _ASGL | None,
@@ -397,7 +335,7 @@ def _spike_function(
     if function is None or isinstance(function, SpikeFunction):
         return function
     if wanted is None:
-        return kind.identified(layer, function)
+        return identify(function)
     surrogate, width = wanted.surrogate, wanted.width
     if surrogate is None or width is None:
         own = identify(function)
@@ -414,8 +352,8 @@ def revert(model: nn.Module, *, inplace: bool = False) -> tuple[nn.Module, Repor
 
     Parameters keep their trained values, those of modules replaced by `layers` where names and shapes agree.
 
-    A learned width is stored in the layer's own surrogate if of the same kind (SpikingJelly's `alpha`, sinabs'
-    `grad_width`); otherwise the report lists the width as lost. The libraries have no `analog_prob`.
+    A learned width is lost, which changes no spike but later gradients: the report has its value. The libraries have no
+    `analog_prob`.
 
     Args:
         model: a module returned by `convert`.
@@ -445,9 +383,9 @@ def revert(model: nn.Module, *, inplace: bool = False) -> tuple[nn.Module, Repor
         if not isinstance(layer, Converted):
             continue
         name, made = bare_class(layer).__name__, type(layer).__name__
-        if layer.settings.spike is not None and layer.log_width is not None and not layer.hold_width():
+        if layer.settings.spike is not None and layer.log_width is not None:
             width = float(torch.as_tensor(layer.width).detach())
-            report.left.append(Left(path, name, f"its learned width, {width:.4g}: its own surrogate can't hold it"))
+            report.left.append(Left(path, name, f"its learned width, {width:.4g}, which is not its own surrogate's"))
         layer.end()
         report.replaced.append(Replaced(path, made, name))
     return model, report

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeAlias
 import torch
 from torch import Tensor, fx, nn
 
-from ..adaptive import AdaptiveLIFOutput, adaptive_lif, run_adaptive
 from ..call import LIFOutput
 from ..checks import HALF_TYPES, PLAIN_TENSORS, shown
 from ..functional import LIF_DEFAULTS, lif
@@ -21,8 +20,7 @@ from ..integrator import IntegratorOutput, leaky_integrator
 from ..layer import Noisy, give_dimension
 from ..learned import Logarithm
 from ..pending import Pending, tensor_of
-from ..reference import IN_RESET
-from .identify import FLAT, SpikeFunction, captured, identify, own_spikes
+from .identify import FLAT, SpikeFunction, captured
 
 
 class Settings(NamedTuple):
@@ -32,18 +30,6 @@ class Settings(NamedTuple):
     backend: str | None
     dtype: torch.dtype | None = None  # of the spikes; None: the potential's
     asgl: bool = False  # the surrogate is the conversion's, not the layer's
-
-
-class Wrapper(NamedTuple):
-    """A sequence of calls of submodules: names, and shifts of the channel dimension on entry and exit.
-
-    -1 if time and batch join, +1 if time and batch part, None if the value itself is not passed on, as in loops over
-    steps.
-    """
-
-    names: list[str]
-    entering: int | None
-    leaving: int | None
 
 
 class Overlay(nn.Module):
@@ -194,7 +180,6 @@ class Converted(Overlay, Noisy):
     _basis: Basis
     time_dim: int | None  # of the input, None if the input is one step
     multi_spike = False  # several spikes per step, for which noise is not defined
-    adapts = False  # a second state, which raises the threshold
     takes_steps = property(lambda self: self.time_dim is None)  # one a call
     takes_input = True  # whether `lif` gets the layer's own input, as fusion with a normalisation requires
     register_buffer = nn.Module.register_buffer  # an override costs 20 us per assignment of a buffer
@@ -216,11 +201,9 @@ class Converted(Overlay, Noisy):
         """The computation of the layer, in words."""
         if self.settings.spike is None:
             return "leaky_integrator"
-        surrogate, width, gain, _, own = self.settings.spike
+        surrogate, width, gain, _ = self.settings.spike
         text = f"{surrogate}, width {float(torch.as_tensor(self.width).detach().mean()):.4g}"
-        if own:
-            text = "its own surrogate, outside of the kernel"
-        elif width == FLAT:
+        if width == FLAT:
             text = f"slope {gain / width:.4g} everywhere"
         elif abs(gain - 1) > 1e-6:
             text += f", gradient times {gain:.4g}"
@@ -257,27 +240,8 @@ class Converted(Overlay, Noisy):
         """What the conversion depends on and what may change, by name: first the spike function, or None."""
         raise NotImplementedError
 
-    @staticmethod
-    def detaches(layer: Any) -> bool:
-        """Whether the layer detaches the spikes of its reset: then they need no surrogate in the kernel."""
-        return False
-
-    @classmethod
-    def identified(cls, layer: Any, function: Callable[[Tensor], Tensor]) -> SpikeFunction | str:
-        """The equivalent of a layer's spike function, the function itself where that suffices, or the reason."""
-        detached = cls.detaches(layer)
-        found = "it spikes several times a step" if detached and cls.multi_spike else identify(function)
-        return own_spikes(function, cls.multi_spike) or found if detached and isinstance(found, str) else found
-
-    def spikes_of(self, h_seq: Tensor, v_threshold: Tensor | float) -> Tensor:
-        """The layer's own spikes, if not the kernel's."""
-        spikes: Tensor = next(iter(self.read_from().values()))(h_seq - v_threshold)
-        return spikes
-
     def check(self) -> None:
         """Raises if the layer is not what it was converted from."""
-        if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
-            self.__prepare_scriptable__()
         basis = self._basis
         reason = basis.changed(self)
         if reason is None and not torch.compiler.is_compiling() and basis.size != len(self.__dict__):
@@ -305,36 +269,8 @@ class Converted(Overlay, Noisy):
             x_seq = x_seq.to(dtype)
         result = self.compute(x_seq, **self._all(x_seq, options))
         assert isinstance(result, LIFOutput)
-        return self._emitted(result, options)
-
-    def adaptive_lif(self, x_seq: Tensor, **options: Any) -> AdaptiveLIFOutput:
-        """`asgl_cuda.adaptive_lif` with the layer's surrogate and noise."""
-        self.check()
-        x_seq = as_floating(tensor_of(x_seq, bare_class(self).__name__))
-        result = adaptive_lif(x_seq, **self._all(x_seq, options))
-        assert isinstance(result, AdaptiveLIFOutput)
-        return result
-
-    def adaptive_in_reset(
-        self, x_seq: Tensor, adapt_decay: Any, adapt_spike: Any, w_init: Tensor, **options: Any
-    ) -> LIFOutput:
-        """`lif` with a second state w, which is added to the amount of a soft reset alone."""
-        self.check()
-        adaptation = {"adapt_decay": adapt_decay, "adapt_potential": 0.0, "adapt_spike": adapt_spike}
-        given: Any = {**LIF_DEFAULTS, **self._all(x_seq, options), **adaptation, "adaptation": IN_RESET}
-        output = run_adaptive(x_seq, given, w_init)
-        assert isinstance(output, AdaptiveLIFOutput)
-        assert output.v_last is not None
-        v_last = output.v_last.clone()  # not a view of both states, which detach_() would refuse
-        return self._emitted(LIFOutput(output.s_seq, v_last, output.v_seq, output.h_seq), options)
-
-    def _emitted(self, output: LIFOutput, options: dict[str, Any]) -> LIFOutput:
-        """The output with spikes of the library's type, and by the layer's own function if necessary."""
-        s_seq, dtype = output.s_seq, self.settings.dtype or output.s_seq.dtype
-        if self.settings.spike.own:
-            assert output.h_seq is not None
-            s_seq = self.spikes_of(output.h_seq, options["v_threshold"])
-        return output if s_seq.dtype is dtype and s_seq is output.s_seq else output._replace(s_seq=s_seq.to(dtype))
+        dtype = dtype or result.s_seq.dtype
+        return result if result.s_seq.dtype is dtype else result._replace(s_seq=result.s_seq.to(dtype))
 
     def _all(self, x_seq: Tensor, options: dict[str, Any]) -> dict[str, Any]:
         """All options of `lif`."""
@@ -347,16 +283,7 @@ class Converted(Overlay, Noisy):
             "return_v_last": True,
             "backend": self.settings.backend,
             **_taken(options, x_seq),
-            **({"return_h_seq": True} if self.settings.spike.own else {}),
         }
-
-    def _set_analog_prob(self, value: Any) -> None:
-        if self.settings.spike.own and value:
-            raise ValueError(
-                f"asgl_cuda.convert: analog_prob must be 0, got {shown(value)}: {bare_class(self).__name__} keeps a "
-                "surrogate of its own; asgl with a surrogate and a width gives it another"
-            )
-        super()._set_analog_prob(value)
 
     def integrate(self, x_seq: Tensor, **options: Any) -> IntegratorOutput:
         """`asgl_cuda.leaky_integrator`."""
@@ -379,31 +306,15 @@ class Converted(Overlay, Noisy):
         """input_gain and input_bias of `asgl_cuda.lif`."""
         return 1.0, 0.0
 
-    def hold_width(self) -> bool:
-        """Writes the learned width to the layer's own surrogate; False if impossible."""
-        return False
-
     def advice(self) -> str | None:
         """Advice on calls with whole sequences, for a layer called step by step."""
         return None
 
-    def original_forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The library's own forward, for torch.jit.trace: equivalent without noise."""
-        if self.training and getattr(self, "_has_noise", False):
-            self.__prepare_scriptable__()
-        made = type(self)
-        self.take_off()
-        try:
-            return self.forward(*args, **kwargs)
-        finally:
-            self.__class__ = made
-
     def __prepare_scriptable__(self) -> NoReturn:
-        """Refuses torch.jit.script, which calls this first."""
+        """Refuses torch.jit.script, which calls this first, and torch.jit.trace."""
         raise RuntimeError(
-            f"asgl_cuda.convert: torch.jit can't script a converted {bare_class(self).__name__}, nor trace it with "
-            "noise or in other calls than those of the layer: asgl_cuda.revert before, or torch.compile or "
-            "torch.export instead"
+            f"asgl_cuda.convert: torch.jit can't take a converted {bare_class(self).__name__}: asgl_cuda.revert "
+            "before, or torch.compile or torch.export instead"
         )
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
@@ -442,7 +353,7 @@ def number(value: Any) -> Any:
 def _taken(options: dict[str, Any], x_seq: Tensor) -> dict[str, Any]:
     """The options, with integer tensors and scalars of other devices accepted as in PyTorch."""
     for name, given in options.items():
-        if isinstance(given, Tensor) and not (given.dim() and given.is_floating_point()) and name != "rng_state":
+        if isinstance(given, Tensor) and not (given.dim() and given.is_floating_point()):
             value = as_floating(given) if name == "v_init" else number(as_floating(given))
             is_number = isinstance(value, Tensor) and value.dim() == 0
             options[name] = value.to(x_seq.device) if is_number else value
@@ -455,7 +366,7 @@ def as_floating(value: Tensor) -> Tensor:
 
 
 def _entered(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Wraps forward: torch.fx sees one call of the module, as of torch.nn's, torch.jit the library's operations."""
+    """Wraps forward: torch.fx sees one call of the module, as of torch.nn's; torch.jit is refused."""
 
     @functools.wraps(forward)
     def call(self: Converted, *args: Any, **kwargs: Any) -> Any:
@@ -464,7 +375,7 @@ def _entered(forward: Callable[..., Any]) -> Callable[..., Any]:
             tracer: Any = args[0].tracer
             return tracer.create_proxy("call_module", tracer.path_of_module(self), args, kwargs)
         if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
-            return self.original_forward(*args, **kwargs)
+            self.__prepare_scriptable__()
         if is_pending and (self.takes_steps or not self.takes_input):
             why = "which is called step by step" if self.takes_steps else "whose input no neuron takes as it is"
             args = args[0].tensor(f"{bare_class(self).__name__}, {why}"), *args[1:]

@@ -22,16 +22,12 @@ FLAT = 2.0**60
 
 
 class SpikeFunction(NamedTuple):
-    """A spike and its gradient: `gain / width * f(u / width)`, the spike at u > 0 if `strict`, else at u >= 0.
-
-    With `own`, the layer's own function gives the spikes and their gradient; these are the spikes of the reset.
-    """
+    """A spike and its gradient: `gain / width * f(u / width)`, the spike at u > 0 if `strict`, else at u >= 0."""
 
     surrogate: str
     width: float
     gain: float
     strict: bool
-    own: bool = False
 
 
 def identify(function: Callable[[Tensor], Tensor]) -> SpikeFunction | str:
@@ -47,22 +43,6 @@ def identify(function: Callable[[Tensor], Tensor]) -> SpikeFunction | str:
             return _identify(function)
     except Exception as error:  # the function is the library's or the user's
         return f"its spike function fails with {type(error).__name__}: {error}"
-
-
-def own_spikes(function: Callable[[Tensor], Tensor], several: bool) -> SpikeFunction | None:
-    """For a detached reset: any function that fires at the threshold, once unless `several`, by each element alone."""
-    if _learns(function):
-        return None
-    try:
-        with torch.inference_mode(False), torch.enable_grad():
-            spikes = function(torch.tensor(_AROUND, dtype=torch.float64))
-            if (spikes.sign() if several else spikes).tolist() != _FIRES:
-                return None
-            apart = torch.cat([_slopes(function, [u]) for u in _BY_DECADE])
-            alike = torch.allclose(_slopes(function, _BY_DECADE), apart, rtol=1e-9, atol=0, equal_nan=True)
-    except Exception:  # the function is the library's or the user's
-        return None
-    return SpikeFunction("rectangle", 1.0, 1.0, fires_strictly(function), own=True) if alike else None
 
 
 def _learns(function: Any) -> bool:

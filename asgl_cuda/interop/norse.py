@@ -1,4 +1,4 @@
-"""Norse: `LIF`, `LSNN`, `IAF`, `LI` and `LIFRecurrent`, their cells, and `LIFBoxCell`.
+"""Norse: `LIF`, `IAF`, `LI` and `LIFRecurrent`, their cells, and `LIFBoxCell`.
 
 j = i + x                                   without i, as in Box and IAF: j = x
 h = v + dt tau_mem_inv (j + v_leak - v)     IAF: v + x
@@ -6,8 +6,6 @@ i = j - dt tau_syn_inv j
 spike = h > v_th;  v = v_reset or, with reset_subtract, h - v_th where it spiked; nothing is detached
 
 LIFRecurrent: x is input_weights x + recurrent_weights spike[t-1], and the spike in the reset is detached
-
-LSNN: j = i, with x added to i afterwards; spike = h > c for c = b + dt tau_adapt_inv (v_th - b); b = c + beta spike
 """
 
 from __future__ import annotations
@@ -24,7 +22,7 @@ from norse.torch.module.exp_filter import ExpFilter
 from torch import Tensor, nn
 
 from ..checks import HALF_TYPES
-from .converted import Converted, Found, InStream, Wrapper, bare_class, known_class, number
+from .converted import Converted, Found, InStream, bare_class, known_class, number
 from .recurrent import Recurrent, currents
 
 # Default step function, `activation`, of each convertible layer.
@@ -35,13 +33,14 @@ _STEPS = {
     norse.IAF: norse.iaf_feed_forward_step,
     norse.IAFCell: norse.iaf_feed_forward_step,
     norse.LI: norse.li_feed_forward_step,
-    norse.LSNN: norse.lsnn_feed_forward_step,
-    norse.LSNNCell: norse.lsnn_feed_forward_step,
     norse.LIFRecurrent: lif_step,
     norse.LIFRecurrentCell: lif_step,
 }
 _FASTER = "its few operations a step are faster than a kernel's call"
-_READ_OUTS = {
+_ADAPTIVE = "its threshold adapts; asgl_cuda.AdaptiveLIF is its counterpart"
+_LEFT = {
+    norse.LSNN: _ADAPTIVE,
+    norse.LSNNCell: _ADAPTIVE,
     norse.LICell: f"{_FASTER}; LI, which takes a whole sequence, can be converted",
     norse.LIBoxCell: f"{_FASTER}; for a whole sequence there is asgl_cuda.LeakyIntegrator",
 }
@@ -121,42 +120,6 @@ class ConvertedSNN(Converted):
         return options, 1 - number(self.dt * p.tau_syn_inv) if hasattr(p, "tau_syn_inv") else None
 
 
-class ConvertedLSNN(ConvertedSNN):
-    """An LSNN; w of `adaptive_lif` is the excess of the threshold c over v_th."""
-
-    adapts = True
-
-    def forward(self, input_tensor: Tensor, state: Any = None) -> tuple[Tensor, Any]:
-        a_step, p = self.time_dim is None, self.p
-        if input_tensor.is_sparse or (a_step and self.steps_as_before()):
-            return super().forward(input_tensor, state)
-        first = self.initial_state(input_tensor) if state is None else state
-        shape = input_tensor.shape if a_step else input_tensor.shape[1:]
-        v, i, b = [each if each.shape == shape else each.to(input_tensor.device).expand(shape) for each in first]
-        options, decay = self._made()
-        rho, beta, v_th = 1 - number(self.dt * p.tau_adapt_inv), number(p.beta), options["v_threshold"]
-        excess = rho * (b - v_th)
-        if a_step:
-            options = {**options, "v_threshold": v_th + excess}
-            output = self.lif(i.unsqueeze(0), v_init=v, **options)
-            out = output.s_seq.squeeze(0)
-            found = {"v": output.v_last, "i": decay * i + input_tensor, "b": options["v_threshold"] + beta * out}
-            return out, _state(first, found, input_tensor)
-        x_seq = input_tensor.to(torch.result_type(input_tensor, i))
-        i_seq, i_last = self.integrate(x_seq, decay=decay, v_init=i, delay=True)
-        gain, bias = options.pop("input_gain"), options.pop("input_bias")
-        current = gain * i_seq if isinstance(bias, float) and bias == 0 else gain * i_seq + bias
-        adapted = self.adaptive_lif(
-            current, adapt_decay=rho, adapt_spike=rho * beta, to_threshold=True, v_init=v, w_init=excess,
-            return_v_seq=self.record_states, **options,
-        )  # fmt: skip
-        b_seq, b_last = self.integrate(adapted.s_seq, decay=rho, input_gain=beta, v_init=b - v_th)
-        found = {"v": adapted.v_last, "i": i_last, "b": v_th + b_last}
-        if self.record_states:
-            found = {"v": adapted.v_seq, "i": torch.cat([i_seq[1:], i_last[None]]), "b": v_th + b_seq}
-        return adapted.s_seq, _state(first, found, input_tensor)
-
-
 class ConvertedRecurrent(Recurrent, ConvertedSNN):
     """Potentials are measured from v_leak, which may be a tensor."""
 
@@ -197,11 +160,11 @@ def _state(first: Any, found: dict[str, Any], input_tensor: Tensor) -> Any:
 
 
 def find(layer: nn.Module) -> Found:
-    kind = known_class(layer, (*_STEPS, *_READ_OUTS), _MIXING)
+    kind = known_class(layer, (*_STEPS, *_LEFT), _MIXING)
     if isinstance(kind, str):
         return kind if isinstance(layer, _NEURONS) else None
-    if kind in _READ_OUTS:
-        return _READ_OUTS[kind]
+    if kind in _LEFT:
+        return _LEFT[kind]
     p: Any = layer.p
     if getattr(layer.state_fallback, "__func__", None) is not kind.initial_state:
         return "it starts from a state of its own (state_fallback)"
@@ -218,13 +181,7 @@ def find(layer: nn.Module) -> Found:
     spike.__qualname__ = p.method
     if isinstance(layer, (snn.SNNRecurrent, snn.SNNRecurrentCell)):
         return ConvertedRecurrent, spike
-    return ConvertedLSNN if kind in (norse.LSNN, norse.LSNNCell) else ConvertedSNN, spike
-
-
-def wrapped(module: nn.Module) -> Wrapper | None:
-    if type(module) is not norse.SequentialState or module.return_hidden:
-        return None
-    return Wrapper(list(module._modules), 0, None)
+    return ConvertedSNN, spike
 
 
 def knows_time(module: nn.Module) -> bool:

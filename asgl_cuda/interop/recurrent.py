@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,17 +11,12 @@ from ..checks import HALF_TYPES
 from ..pending import tensor_of
 from ..recurrent import RecurrentLIFOutput, recurrent_lif
 from .converted import HOOKS, Converted, as_floating, bare_class, number
-from .identify import SpikeFunction, identify
 
 
 class Recurrent(Converted):
     """A layer whose sequences `asgl_cuda.recurrent_lif` computes; the library's own weights stay where they are."""
 
     takes_input = False
-
-    @classmethod
-    def identified(cls, layer: Any, function: Callable[[Tensor], Tensor]) -> SpikeFunction | str:
-        return identify(function)  # spikes from outside of the kernel could not return to it
 
     def steps_as_before(self) -> bool:
         """Whether to run the library's own step, which takes 0.6 times a kernel's call."""

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import importlib.metadata
 from types import NoneType
-from typing import Any, NamedTuple
+from typing import Any
 
 import snntorch
 import torch
@@ -33,7 +33,6 @@ from .converted import (
     InStream,
     Settings,
     Streamed,
-    Wrapper,
     bare_class,
     known_class,
     number,
@@ -52,21 +51,12 @@ _MULTI_STEP = "asgl_cuda.interop.snntorch.MultiStep"
 _NAMES = "a Leaky, Lapicque, Synaptic, RLeaky or RSynaptic"
 
 
-class _After(NamedTuple):
-    """The reset of a returned `mem`, for the next call."""
-
-    mem: Tensor
-    v: Tensor  # after reset, or the spikes if the reset applies to the input
-    values: tuple[Any, ...]  # kept for their identity
-    mark: tuple[Any, ...]
-
-
 class ConvertedLeaky(Converted):
     """One step a call, with arguments and results of `Leaky`; `Lapicque` has the same."""
 
     time_dim = None
     reset_delay = True  # always for Lapicque
-    _after: _After | None = None
+    _last: tuple[Tensor, int, Tensor] | None = None  # the potential of a noisy step, its version, and what was emitted
     _smallness: tuple[Any, bool] = (), False  # beta's id and version, and smallness
 
     def read_from(self) -> dict[str, Any]:
@@ -79,10 +69,6 @@ class ConvertedLeaky(Converted):
             "reset_delay": self.reset_delay,
             "graded_spikes_factor": self._buffers.get("graded_spikes_factor"),
         }
-
-    @staticmethod
-    def detaches(layer: Any) -> bool:
-        return getattr(layer, "reset_delay", True) or layer.reset_mechanism == "none"
 
     def advice(self) -> str | None:
         return (
@@ -109,44 +95,37 @@ class ConvertedLeaky(Converted):
         return self.step(input_.unsqueeze(0), mem)
 
     def step(self, x_seq: Tensor, mem: Tensor | None) -> tuple[Tensor, ...]:
-        """Spikes and potentials after one step of charging by `x_seq`."""
-        values = self._values()
-        options, shift = self._made(*values)
-        mechanism, v_init = values[0], self._before(x_seq, mem)
+        """Spikes and potentials after one step of charging by `x_seq`; a subtraction is from the input."""
+        mechanism, threshold, (decay, gain) = self.reset_mechanism, number(self.threshold), self._terms()
+        v_init = self._before(x_seq, mem)
         if mechanism != "none":
-            after = self._reset(v_init, values, options, shift)
-            if shift is None:
-                v_init = after
-            else:
-                x_seq = _less(x_seq, after, shift)
-        output = self.lif(x_seq, v_init=v_init, **options)
+            reset = self._reset_of(v_init, threshold)
+        if mechanism == "zero":
+            v_init = (1 - reset) * v_init
+        elif mechanism == "subtract":
+            is_one = isinstance(gain, float) and gain == 1
+            x_seq = _less(x_seq, reset, threshold if is_one else threshold / gain)
+        output = self.lif(
+            x_seq, v_init=v_init, decay=decay, input_gain=gain, v_threshold=threshold, v_reset=None, reset_amount=0.0,
+            detach_reset=True,
+        )  # fmt: skip
         assert output.v_last is not None
-        spk = output.s_seq.squeeze(0)  # cheaper gradient than indexing
-        if mechanism == "none":
-            mem = self._as_theirs(output.v_last, x_seq)
-        else:
-            assert output.h_seq is not None
-            mem = output.h_seq.squeeze(0).clone()  # no view, to be detached in place
-            if self.reset_delay:
-                self._remember(mem, output.v_last if shift is None else spk.detach(), values, options, shift)
-            else:
-                amount = options["v_threshold"] if mechanism == "subtract" else mem
-                mem = _less(mem, spk - self.reset, amount)
+        spk, mem = output.s_seq.squeeze(0), self._as_theirs(output.v_last, x_seq)  # cheaper gradient than indexing
+        if mechanism != "none" and not self.reset_delay:
+            mem = _less(mem, spk - reset, threshold if mechanism == "subtract" else mem)
+        elif self._has_noise:
+            self.__dict__["_last"] = mem, version_of(mem), spk.detach()  # faster than Module's
         self._keep("mem", mem)
         return spk, mem
 
     def sequence(self, x_seq: Tensor, mem: Tensor | None = None) -> tuple[Tensor, ...]:
         """Spikes and states of all steps."""
-        values = self._values()
-        options, _ = self._made(*values, whole=True)
+        options = self._over_time()
         if self._is_small(options["decay"]):
             return self.by_steps(x_seq, mem)
-        options["return_h_seq"] = at_rest = self.reset_delay or values[0] == "none"
+        options["return_h_seq"] = at_rest = self.reset_delay or self.reset_mechanism == "none"
         options |= {} if at_rest else {"detach_reset": False, "return_v_seq": True}
-        v_init = self._before(x_seq, mem)
-        if values[0] != "none":
-            v_init = self._reset(v_init, values, options, None)
-        output = self.lif(x_seq, v_init=v_init, **options)
+        output = self.lif(x_seq, v_init=self._start(x_seq, mem, options), **options)
         mem_seq = output.h_seq if at_rest else output.v_seq
         assert mem_seq is not None
         mem_seq = self._as_theirs(mem_seq, x_seq)
@@ -175,27 +154,29 @@ class ConvertedLeaky(Converted):
         own = x_seq.dtype in HALF_TYPES and self.reset_mechanism == "none" and not _has_dimensions(self)
         return mem_seq.to(x_seq.dtype) if own else mem_seq
 
-    def _values(self) -> tuple[Any, ...]:
-        """The values behind the options of `lif`."""
-        leak = (self.R, self.C, self.time_step) if isinstance(self, snntorch.Lapicque) else (self.beta,)
-        return self.reset_mechanism, self.threshold, *leak
+    def _terms(self) -> tuple[Any, Any]:
+        """Decay and gain of the input."""
+        if not isinstance(self, snntorch.Lapicque):
+            return _clamped(self.beta), 1.0
+        R, C, time_step = self.R, self.C, self.time_step  # noqa: N806
+        return number(1 - time_step / (R * C)), number(R * (1 / (R * C)) * time_step)
 
-    def _made(self, mechanism: str, threshold: Any, *leak: Any, whole: bool = False) -> tuple[dict[str, Any], Any]:
-        """The options of `lif`, and the amount of a reset of the input instead of the potential."""
-        threshold, (decay, gain), shift = number(threshold), _terms(*leak), None
-        options = {
-            "detach_reset": True, "return_h_seq": mechanism != "none", "v_threshold": threshold, "input_gain": gain,
-            "v_reset": 0.0 if mechanism == "zero" else None,
-        }  # fmt: skip
-        if mechanism == "none":
-            options["reset_amount"] = 0.0
-        elif mechanism == "subtract" and not (whole or _is_constant(decay)):
-            # From the input: the potential's share, threshold / beta, has no accurate gradient where beta is small.
-            shift, options["reset_amount"] = threshold if len(leak) == 1 else threshold / gain, 0.0
-        elif mechanism == "subtract":
-            decay = _at_least(decay, _LEAST_BETA)
-            options["reset_amount"] = threshold / decay
-        return options | {"decay": decay}, shift
+    def _over_time(self) -> dict[str, Any]:
+        """The options of `lif` for a sequence."""
+        threshold, (decay, gain) = number(self.threshold), self._terms()
+        options = {"v_threshold": threshold, "input_gain": gain, "detach_reset": True, "return_h_seq": True}
+        if self.reset_mechanism == "zero":
+            return {**options, "decay": decay, "v_reset": 0.0}
+        if self.reset_mechanism == "none":
+            return {**options, "decay": decay, "v_reset": None, "reset_amount": 0.0}
+        decay = _at_least(decay, _LEAST_BETA)
+        return {**options, "decay": decay, "v_reset": None, "reset_amount": threshold / decay}
+
+    def _start(self, x_seq: Tensor, mem: Tensor | None, options: dict[str, Any]) -> Tensor:
+        """The potential before a sequence, after the pending reset."""
+        mem = self._before(x_seq, mem)
+        reset = self._reset_of(mem, options["v_threshold"])
+        return (1 - reset) * mem if options["v_reset"] is not None else _less(mem, reset, options["reset_amount"])
 
     def _before(self, x_seq: Tensor, state: Tensor | None, name: str = "mem") -> Tensor:
         """The given or stored state."""
@@ -220,37 +201,24 @@ class ConvertedLeaky(Converted):
         return self._smallness[1]
 
     def input_terms(self) -> tuple[Tensor | float, Tensor | float]:
-        _, _, *leak = self._values()
-        return _terms(*leak)[1], 0.0
+        return self._terms()[1], 0.0
 
-    def _reset(self, mem: Tensor, values: tuple[Any, ...], options: Any, shift: Any) -> Tensor:
-        """The potential after the pending reset; the reset itself if applied to the input."""
-        after: _After | None = self.__dict__.pop("_after", None)
-        if after is not None and mem is after.mem and _mark(mem, values, options, shift) == after.mark:
-            return after.v
+    def _reset_of(self, mem: Tensor, threshold: Tensor | float) -> Tensor:
+        """The pending reset: what a noisy step emitted, or by comparison with the threshold."""
+        last = self.__dict__.pop("_last", None)
+        if last is not None and mem is last[0] and version_of(mem) == last[1]:
+            return last[2]  # type: ignore[no-any-return]
         # Unsigned integers wrap around in snnTorch's difference.
-        above = mem.detach() > options["v_threshold"] if mem.is_floating_point() else mem - values[1] > 0
-        self.reset = reset = above.to(mem.dtype)
-        if shift is not None:
-            return reset  # type: ignore[no-any-return]
-        v: Tensor = (1 - reset) * mem if values[0] == "zero" else _less(mem, reset, options["reset_amount"])
-        return v
-
-    def _remember(self, mem: Tensor, v: Tensor, values: tuple[Any, ...], options: Any, shift: Any) -> None:
-        """Stores the result of a reset, if changes of `mem` and its sources can be detected."""
-        try:
-            mark = _mark(mem, values, options, shift)
-        except RuntimeError:  # tensors of inference mode do not count writes
-            return
-        object.__setattr__(self, "_after", _After(mem, v, values, mark))  # faster than Module's
+        above = mem > threshold if mem.is_floating_point() else mem - self.threshold > 0
+        return above.to(mem.dtype)
 
     def end(self) -> None:
-        for name in ("_after", "_smallness"):
+        for name in ("_last", "_smallness"):
             self.__dict__.pop(name, None)
         super().end()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_after"}  # contains non-leaf tensors
+        return {name: value for name, value in self.__dict__.items() if name != "_last"}  # contains non-leaf tensors
 
 
 class ConvertedSynaptic(ConvertedLeaky):
@@ -308,16 +276,13 @@ class ConvertedRLeaky(Recurrent, ConvertedLeaky):
     def _sequence(self, x_seq: Tensor, spk: Any, mem: Any, **synapse: Any) -> Any:
         """Spikes, potentials, and what computes the currents."""
         self.check()
-        values = self._values()
-        options, _ = self._made(*values, whole=True)
-        s_init, v_init = self._before(x_seq, spk, "spk"), self._before(x_seq, mem)
-        if values[0] != "none":
-            v_init = self._reset(v_init, values, options, None)
+        options, s_init = self._over_time(), self._before(x_seq, spk, "spk")
+        v_init = self._start(x_seq, mem, options)
         if isinstance(self.recurrent, nn.Linear):
             weight, bias = self.recurrent.weight, self.recurrent.bias
         else:
             weight, bias = torch.as_tensor(self.recurrent.V).reshape(-1).expand(x_seq.shape[-1]), None
-        options |= {"return_h_seq": True, "v_init": v_init, "s_init": s_init, "bias": bias, **synapse}
+        options |= {"v_init": v_init, "s_init": s_init, "bias": bias, **synapse}
         output = self.recurrent_lif(x_seq, weight, options.pop("input_gain"), **options)
         assert output.h_seq is not None
         mem_seq = self._as_theirs(output.h_seq, x_seq)
@@ -345,25 +310,6 @@ def _has_dimensions(layer: Any) -> bool:
     """Whether beta, or its sources, has dimensions, and so promotes dtypes in a sum."""
     leak = (layer.R, layer.C) if isinstance(layer, snntorch.Lapicque) else (layer.beta,)
     return any(value.dim() for value in leak)
-
-
-def _terms(*leak: Any) -> tuple[Any, Any]:
-    """Decay and gain of the input."""
-    if len(leak) == 1:
-        return _clamped(leak[0]), 1.0
-    R, C, time_step = leak  # noqa: N806
-    return number(1 - time_step / (R * C)), number(R * (1 / (R * C)) * time_step)
-
-
-def _mark(mem: Tensor, values: tuple[Any, ...], options: dict[str, Any], shift: Any) -> tuple[Any, ...]:
-    """Changes with writes, in-place detach of `mem`, and gradients switched on or off."""
-    sources = [(id(value), value._version) if isinstance(value, Tensor) else value for value in values]
-    numbers = [value for value in options.values() if isinstance(value, float)]
-    return mem.requires_grad, mem._version, torch.is_grad_enabled(), shift is None, sources, numbers
-
-
-def _is_constant(decay: Tensor | float) -> bool:
-    return isinstance(decay, float) and abs(decay) >= _SMALL_BETA
 
 
 def _less(value: Tensor, spikes: Tensor, amount: Tensor | float) -> Tensor:
@@ -481,14 +427,8 @@ def find(layer: nn.Module) -> Found:
         return "its state_function is not that of its reset_mechanism"
     if leaky.reset_mechanism == "zero" and kind is not snntorch.Leaky:
         return 'it resets the input of the next step to 0 as well (reset_mechanism="zero")'
-    decay = leaky.beta
-    if kind is snntorch.Lapicque:
-        decay = 1 - leaky.time_step / (leaky.R * leaky.C)
-        if decay.requires_grad:
-            return "it learns by a graph that ends with the first backward (learn_beta)"
-    constant = not isinstance(decay, nn.Parameter) and not isinstance(layer, Converted)
-    if leaky.reset_mechanism == "subtract" and constant and bool((decay.abs() < _LEAST_BETA).any()):
-        return "it subtracts the threshold from a potential of which nothing is left (beta=0)"
+    if kind is snntorch.Lapicque and (leaky.R * leaky.C).requires_grad:
+        return "it learns by a graph that ends with the first backward (learn_beta)"
     if hasattr(leaky, "recurrent") and (reason := lacking(leaky.recurrent, _RETURNING)) is not None:
         return reason
     if kind is snntorch.RSynaptic and not leaky.reset_delay:
@@ -503,10 +443,6 @@ def enlist(model: nn.Module) -> None:
     instances.extend(
         layer for layer in model.modules() if isinstance(layer, snntorch.SpikingNeuron) and id(layer) not in known
     )
-
-
-def wrapped(module: nn.Module) -> Wrapper | None:
-    return Wrapper(["layer"], -1, None) if type(module) is MultiStep else None
 
 
 def reset(module: nn.Module) -> None:

@@ -9,15 +9,13 @@
 A spike at h >= v_threshold resets to v_reset or, if v_reset is None (0 in the equations), subtracts v_threshold.
 ILIFNode is a LIFNode that emits round(clamp(h / v_threshold, 0, D)) spikes.
 
-Recurrent containers give a node rc(x, y[t-1]), a Linear of both, or f(y[t-1], x), with y what the node emits.
+LinearRecurrentContainer gives a node rc(x, y[t-1]), a Linear of both, with y what the node emits.
 """
 
 from __future__ import annotations
 
-import copy
 import importlib
 import importlib.util
-from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import torch
@@ -26,8 +24,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..call import LIFOutput
 from ..checks import MOST_LEVELS
-from .converted import STATEFUL, Converted, Found, InStream, Streamed, Wrapper, known_class
-from .identify import SpikeFunction, captured
+from .converted import STATEFUL, Converted, Found, InStream, Streamed, known_class
+from .identify import SpikeFunction
 from .recurrent import Recurrent, lacking
 
 # `clock_driven` up to 0.0.0.0.14, which has both.
@@ -61,10 +59,6 @@ class ConvertedNode(Converted):
             "precision": precision,
             "detach_reset": self.detach_reset,
         }
-
-    @staticmethod
-    def detaches(layer: Any) -> bool:
-        return bool(layer.detach_reset)
 
     def advice(self) -> str | None:
         if self.step_mode != "s":
@@ -105,19 +99,6 @@ class ConvertedNode(Converted):
 
     def input_terms(self) -> tuple[Tensor | float, Tensor | float]:
         return _gain(self), 0.0
-
-    def hold_width(self) -> bool:
-        node = self if isinstance(self, ConvertedNode) else _parts(self)[1]
-        function = node.surrogate_function
-        kinds = {
-            "rectangle": "Rect", "triangle": "PiecewiseQuadratic", "sigmoid": "Sigmoid", "arctan": "ATan", "erf": "Erf",
-            "fast_sigmoid": "SoftSign",
-        }  # fmt: skip
-        if kinds.get(self.settings.spike.surrogate) != type(function).__name__:
-            return False
-        node.surrogate_function = copy.deepcopy(function)  # shared by default
-        node.surrogate_function.alpha = 1 / float(torch.as_tensor(self.width).detach())
-        return True
 
 
 class ConvertedCUBALIFNode(ConvertedNode):
@@ -173,24 +154,15 @@ def _kept(node: Any, value: Any, x_seq: Tensor, at_start: float, at_rest: float 
 
 
 class ConvertedContainer(Recurrent):
-    """A recurrent container around a node, or a Linear and a node, which keep their parameters and states."""
+    """LinearRecurrentContainer around a node, or a Linear and a node, which keep their parameters and states."""
 
     y: Any
-    _factor: float | str  # of y in element_wise_function
 
     @property
     def time_dim(self) -> int | None:  # type: ignore[override]
         return 0 if self.step_mode == "m" else None
 
-    advice, hold_width = ConvertedNode.advice, ConvertedNode.hold_width
-
-    def begin(self, *arguments: Any) -> None:
-        self._factor = _factor(self)
-        super().begin(*arguments)
-
-    def end(self) -> None:
-        del self._factor
-        super().end()
+    advice = ConvertedNode.advice
 
     def _neuron_parameters(self) -> list[tuple[str, nn.Parameter]]:
         return [*super()._neuron_parameters(), *_parts(self)[1].named_parameters(recurse=False)]
@@ -199,9 +171,7 @@ class ConvertedContainer(Recurrent):
         _, node = _parts(self)
         found = {**ConvertedNode.read_from(node), "sub_module": self.sub_module, "node": type(node)}
         found["store_v_seq"] = getattr(node, "store_v_seq", False)
-        if hasattr(self, "rc"):
-            return {**found, "feedback": lacking(self.rc)}
-        return {**found, "element_wise_function": self.element_wise_function}
+        return {**found, "feedback": lacking(self.rc)}
 
     def single_step_forward(self, x: Tensor) -> Tensor:
         if self.steps_as_before():
@@ -210,12 +180,9 @@ class ConvertedContainer(Recurrent):
 
     def multi_step_forward(self, x_seq: Tensor) -> Tensor:
         linear, node = _parts(self)
-        if hasattr(self, "rc"):
-            of_x, weight = self.rc.weight.tensor_split([self.rc.out_features], 1)
-            x_seq = nn.functional.linear(x_seq, of_x, self.rc.bias)
-            x_seq, weight = (x_seq, weight) if linear is None else (linear(x_seq), linear.weight @ weight)
-        else:
-            weight = x_seq.new_full(x_seq.shape[-1:] if x_seq.dim() > 1 else (1,), float(self._factor))
+        of_x, weight = self.rc.weight.tensor_split([self.rc.out_features], 1)
+        x_seq = nn.functional.linear(x_seq, of_x, self.rc.bias)
+        x_seq, weight = (x_seq, weight) if linear is None else (linear(x_seq), linear.weight @ weight)
         options = _options(node, x_seq)
         if isinstance(node, _CUBA):
             options |= {"syn_decay": node.c_decay, "i_init": _kept(node, node.c, x_seq, 0.0, 0.0)}
@@ -229,33 +196,9 @@ class ConvertedContainer(Recurrent):
 def _parts(container: Any) -> tuple[Any, Any]:
     """The Linear inside of a container, or None, and the node."""
     inside = container.sub_module
-    if hasattr(container, "rc") and type(inside) is nn.Sequential and len(inside) == 2 and lacking(inside[0]) is None:
+    if type(inside) is nn.Sequential and len(inside) == 2 and lacking(inside[0]) is None:
         return inside[0], inside[1]
     return None, inside
-
-
-def _factor(container: Any) -> float | str:
-    """The number w where x + w y enters the node, 1 for a Linear, or why there is none."""
-    if hasattr(container, "rc"):
-        return lacking(container.rc) or 1.0
-    function = container.element_wise_function
-    name = getattr(function, "__name__", type(function).__name__)
-    reason = f"its spikes y return by {name}(y, x); x + w y with a number w can be converted"
-    held = any(isinstance(each, (Tensor, nn.Module)) for each in captured(function))
-    if held or not isinstance(function, (FunctionType, BuiltinFunctionType)):
-        return reason
-    y, x = (torch.tensor(each, dtype=torch.float64, requires_grad=True) for each in _PROBES)
-    try:
-        with torch.inference_mode(False), torch.enable_grad():
-            value = function(y, x)
-            of_y, of_x = torch.autograd.grad(value.sum(), (y, x), materialize_grads=True)
-    except Exception:  # the function is the user's
-        return reason
-    expected = x + of_y[0] * y, of_y[:1].expand(y.shape), torch.ones_like(x)
-    return float(of_y[0]) if all(map(torch.allclose, (value, of_y, of_x), expected)) else reason
-
-
-_PROBES = ((0.0, 1.0, 0.0, 1.0, 0.5, -3.0), (0.0, 0.0, 1.5, -2.5, 40.0, 0.125))  # y and x
 
 
 class ConvertedILIFNode(ConvertedNode):
@@ -339,18 +282,16 @@ PLAIN = {
 }
 
 _SIMPLE = _classes("neuron", "SimpleIFNode", "SimpleLIFNode")
-_CUBA, _READ_OUTS = _classes("neuron", "CUBALIFNode"), _classes("neuron", "NonSpikingLIFNode")
-_PARAMETRIC, _NON_SPIKING = (
-    _classes("neuron", "ParametricLIFNode"),
-    (*_classes("neuron", "NonSpikingIFNode"), *_READ_OUTS),
-)
+_CUBA, _PARAMETRIC = _classes("neuron", "CUBALIFNode"), _classes("neuron", "ParametricLIFNode")
+_READ_OUTS = _classes("neuron", "NonSpikingLIFNode")
+_NON_SPIKING = (*_classes("neuron", "NonSpikingIFNode"), *_READ_OUTS)
 _INTEGER = _classes("neuron", "ILIFNode")
 _LEAKY = _classes("neuron", "LIFNode", "SimpleLIFNode", "ParametricLIFNode")
 _MULTI_STEP = _classes("neuron", "MultiStepIFNode", "MultiStepLIFNode", "MultiStepParametricLIFNode")
 _KNOWN = (*_classes("neuron", "IFNode"), *_INTEGER, *_LEAKY, *_MULTI_STEP, *_SIMPLE, *_CUBA, *_NON_SPIKING)
 _FEEDING = tuple(
     found
-    for found in _classes("layer", "LinearRecurrentContainer", "ElementWiseRecurrentContainer")
+    for found in _classes("layer", "LinearRecurrentContainer")
     if issubclass(found, _classes("base", "StepModule"))
 )
 _MIXING = _classes("neuron", "PSN", "MaskedPSN", "SlidingPSN", "ILCBaseNode")
@@ -397,7 +338,7 @@ def find(layer: nn.Module) -> Found:
 
 def _feeding(container: Any) -> Found:
     """By a recurrent container."""
-    if isinstance(reason := _factor(container), str):
+    if (reason := lacking(container.rc)) is not None:
         return reason
     _, node = _parts(container)
     found, name = find(node), type(node).__name__
@@ -423,14 +364,6 @@ def _carries(layer: nn.Module) -> bool:
     if isinstance(layer, _RECURRENT):
         return True
     return isinstance(layer, _MEMORY) and bool(layer._memories) and not isinstance(layer, _DROPOUTS)
-
-
-def wrapped(module: nn.Module) -> Wrapper | None:
-    if type(module) in _JOINING:
-        return Wrapper(list(module._modules), -1, 1)
-    if type(module) in _IN_STEPS:
-        return Wrapper(list(module._modules), None, None)
-    return None
 
 
 def reset(module: Any) -> None:

@@ -260,7 +260,7 @@ def residual_network(channels: int = RESIDUAL["channels"], **neuron: Any) -> nn.
     """Scores `[T, B, 10]` of images `[T, B, 1, H, W]`, each normalisation fused with its neurons."""
     make = partial(LIF, surrogate=RESIDUAL["surrogate"], **neuron)
     stages = (channels, 2 * channels, 4 * channels)
-    fused, _ = asgl_cuda.fuse(ResNet(stages, (1, 2, 1), 0, 1, 10, make), inplace=True)
+    fused, _ = asgl_cuda.fuse(ResNet(stages, (1, 2, 1), 0, 1, 10, make), torch.zeros(1, 2, 1, 28, 28), inplace=True)
     return fused
 
 

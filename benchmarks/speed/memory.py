@@ -61,7 +61,7 @@ def spiking_resnet() -> Case:
             theirs(), neuron.LIFNode, example_forward=lambda model: model(example), level=1
         )
 
-    case = Case(shape, lambda: asgl_cuda.fuse(asgl_cuda.convert(theirs())[0])[0])
+    case = Case(shape, lambda: asgl_cuda.fuse(asgl_cuda.convert(theirs())[0], torch.zeros(1, 1, *shape[2:]))[0])
     case.makers |= {SPIKINGJELLY: theirs, OPTIMISED: optimised}
     return case
 

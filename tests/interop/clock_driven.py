@@ -1,7 +1,6 @@
 """Neurons of SpikingJelly's `clock_driven` and their conversions; test_clock_driven.py runs this file."""
 
 import copy
-import importlib.metadata
 import inspect
 import itertools
 import pickle
@@ -94,7 +93,7 @@ def test_left(name):
 def test_notes():
     _, report = asgl_cuda.convert(nn.Sequential(layer.MultiStepDropout(), layer.SeqToANNContainer(nn.Linear(2, 2))))
     assert report == ([], [])
-    assert f"imported: spikingjelly {importlib.metadata.version('spikingjelly')}" in report.notes[0]
+    assert report.notes[0].endswith(": spikingjelly")
     _, report = asgl_cuda.convert(nn.Sequential(neuron.MultiStepLIFNode(), neuron.LIFNode(), neuron.MultiStepIFNode()))
     assert report.notes == ["1: a step a call; MultiStep nodes compute whole sequences, several times faster"]
 

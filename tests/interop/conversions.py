@@ -14,7 +14,6 @@ import torch
 from norse.torch.functional import reset as resets
 from norse.torch.module.snn import SNN, SNNCell, SNNRecurrent, SNNRecurrentCell
 from sinabs import activation
-from sinabs.layers.alif import ALIFSqueeze
 from snntorch import surrogate as slopes
 from spikingjelly.activation_based import layer, neuron, surrogate
 from torch import nn
@@ -27,7 +26,7 @@ from asgl_cuda.interop.snntorch import MultiStep
 
 T, B, N, C = 5, 3, 7, 3  # steps, batch, neurons, and channels in models to fuse
 SINGLE = {"spike_fn": activation.SingleSpike}
-OWN, FLAT, READ_OUT = "its own surrogate, outside of the kernel", "slope 1 everywhere", "leaky_integrator"
+FLAT, READ_OUT = "slope 1 everywhere", "leaky_integrator"
 
 
 class Case(NamedTuple):
@@ -78,10 +77,6 @@ FUNCTIONS = {
     "slope 0.7 everywhere": surrogate.LeakyKReLU(0.7, 0.7),
     "rectangle, width 1.4": surrogate.PiecewiseLeakyReLU(0.7, 0.0),
 }  # fmt: skip
-OWN_FUNCTIONS = (
-    surrogate.LeakyKReLU(0.3, 0.8), surrogate.PiecewiseLeakyReLU(0.7, 0.02), surrogate.S2NN(3.0, 0.9),
-    surrogate.QPseudoSpike(1.7), surrogate.LogTailedReLU(0.1), surrogate.SquarewaveFourierSeries(3, 6.0),
-)  # fmt: skip
 RESETS = ((1.0, 0.0), (0.7, -0.3), (0.8, None))
 
 
@@ -104,10 +99,6 @@ JELLY = {
         for v_reset, mode in ((0.0, "s"), (-0.3, "m"), (None, "m"))
     },
     **{by: Case(partial(node, "LIFNode", surrogate_function=function), by) for by, function in FUNCTIONS.items()},
-    **{
-        type(function).__name__: Case(partial(node, kind, mode, surrogate_function=function, detach_reset=True), OWN)
-        for function, (kind, mode) in turns(OWN_FUNCTIONS, [("LIFNode", "s"), ("ParametricLIFNode", "m")])
-    },
     **{
         f"{most} levels": Case(partial(levels, most, tau, mode), f"{most} levels", scale=4.0)
         for most, tau, mode in ((4, 4 / 3, "s"), (1, 2.0, "m"), (6, 10.0, "m"))
@@ -155,14 +146,6 @@ SLOPES = {
     "fast_sigmoid, width 0.2, gradient times 0.4": slopes.fast_sigmoid(5),
     "sigmoid, width 0.2": slopes.sigmoid(slope=5), FLAT: slopes.straight_through_estimator(),
 }  # fmt: skip
-OWN_SLOPES = {
-    "spike rate escape": slopes.spike_rate_escape(beta=1.3, slope=2.0), "sparse": slopes.SFS(slope=3, B=-0.4),
-    "triangular": slopes.triangular(threshold=0.7), "heaviside": slopes.heaviside(),
-}  # fmt: skip
-FIXED = (
-    LEARNED, {"reset_mechanism": "zero"}, {"reset_mechanism": "none", **LEARNED}, {**SYNAPTIC, "learn_alpha": True},
-    {"kind": "Lapicque"},
-)  # fmt: skip
 # A learned value at the ends of its clamp, where threshold / beta has no gradient.
 ENDS = {"beta": (-0.5, 0.0, 1e-7, 1e-4, 1.0, 1.5), "alpha": (-0.5, 1.5)}
 SNNTORCH = {
@@ -172,10 +155,6 @@ SNNTORCH = {
         for how in mechanisms
     },
     **{by: Case(partial(leaky, spike_grad=slope), by) for by, slope in SLOPES.items()},
-    **{
-        f"{name}, {number}": Case(partial(leaky, spike_grad=OWN_SLOPES[name], **options), OWN)
-        for number, (name, options) in enumerate(turns(OWN_SLOPES, FIXED))
-    },
     **{
         f"{name} {value}": Case(
             partial(leaky, **{**(SYNAPTIC if name == "alpha" else {}), name: value, f"learn_{name}": True})
@@ -208,7 +187,6 @@ def norses(kind, learned=False, reset="value", records=None, **given):
 
 
 METHODS = ("super", "triangle", "tanh", "heavi_erfc")
-ADAPTING = {"tau_adapt_inv": 100.0, "alpha": 2.0}
 NORSE = {
     **{
         f"LIFBoxCell, {method}": Case(partial(norses, "LIFBoxCell", method=method, alpha=1.7, reset=reset))
@@ -221,11 +199,6 @@ NORSE = {
         for kind in ("LIF", "LIFCell", "IAF", "IAFCell")
         for method, learned in (("super", True), ("triangle", False))
     },
-    **{
-        f"{kind}, {method}": Case(partial(norses, kind, learned, method=method, **ADAPTING, beta=beta))
-        for kind in ("LSNN", "LSNNCell")
-        for method, learned, beta in turns(METHODS, (False, True), (0.8, 0.8, each(0.3, 1.2), each(0.3, 1.2)))
-    },
     "LI": Case(norse.LI, READ_OUT, rtol=1e-6),
     "LI, learned": Case(partial(norses, "LI", True, records=False), READ_OUT, rtol=1e-6),
     "LI, records": Case(partial(norses, "LI", True), READ_OUT, rtol=1e-6),
@@ -235,8 +208,7 @@ NORSE = {
 
 
 def of_sinabs(kind, **options):
-    made = ALIFSqueeze if kind == "ALIFSqueeze" else getattr(sinabs.layers, kind)
-    return made(**{"record_states": True, "spike_threshold": torch.tensor(0.8), **options})
+    return getattr(sinabs.layers, kind)(**{"record_states": True, "spike_threshold": torch.tensor(0.8), **options})
 
 
 MAX, TO_ZERO, BY_04 = activation.MaxSpike, activation.MembraneReset(), activation.MembraneSubtract(0.4)
@@ -255,14 +227,6 @@ FIRING = {
     "MaxSpike(), periodic": ({"spike_fn": MAX(), "surrogate_grad_fn": PERIODIC}, BY_PERIODIC),
     "MultiSpike": ({}, None),
     "MultiSpike, periodic": ({"surrogate_grad_fn": PERIODIC}, BY_PERIODIC),
-    "MaxSpike(3), to 0": ({"spike_fn": MAX(3), "reset_fn": TO_ZERO}, OWN),
-    "MultiSpike, to 0": ({"reset_fn": TO_ZERO}, OWN),
-    "MaxSpike(2), Heaviside": (
-        {"spike_fn": MAX(2), "surrogate_grad_fn": activation.Heaviside(0.5), "reset_fn": TO_ZERO}, OWN,
-    ),
-    "SingleSpike, MultiGaussian": (
-        {**SINGLE, "surrogate_grad_fn": activation.MultiGaussian(0.0, 0.6), "reset_fn": TO_ZERO}, OWN,
-    ),
 }  # fmt: skip
 LEAKS = (
     ("IAF", {}),
@@ -270,11 +234,6 @@ LEAKS = (
     ("LIF", {"tau_mem": 3.0, "min_v_mem": -0.3, "train_alphas": True}),
     ("LIF", {"tau_mem": 3.0, "tau_syn": 2.0, "norm_input": False}),
 )
-ADAPTIVE = (
-    {}, {"tau_syn": 3.0}, {"train_alphas": True, "norm_input": False},
-    {"tau_adapt": each(5, 20), "adapt_scale": each(0.4, 1.8), "norm_input": False},
-)  # fmt: skip
-ADAPTIVE_SURROGATES = (activation.SingleExponential(0.6, 1.3), GAUSSIAN, activation.Heaviside(0.3))
 SINABS = {
     **{
         f"{kind} {number}, {firing}": Case(
@@ -284,7 +243,7 @@ SINABS = {
         for row, (firing, (more, by)) in enumerate(FIRING.items())
         for number, (kind, options) in enumerate(LEAKS)
         if number % 2 == row % 2
-        for own in (number // 2 == row // 2 % 2 and not firing.endswith(("Heaviside", "MultiGaussian")),)
+        for own in (number // 2 == row // 2 % 2,)
     },
     **{
         f"{kind}, {list(options)}": Case(partial(of_sinabs, kind, batch_size=B, **options), scale=4.0)
@@ -292,20 +251,6 @@ SINABS = {
             ("IAFSqueeze", {"min_v_mem": torch.full((N,), -1)}),
             ("LIFSqueeze", {"tau_mem": 3.0, "tau_syn": each(1, 4), "train_alphas": True}),
             ("LIFSqueeze", {"tau_mem": each(1, 5), "norm_input": False, **SINGLE}),
-        )
-    },
-    **{
-        f"{kind} {number}, {type(function).__name__}, {type(reset_fn).__name__}": Case(
-            partial(
-                of_sinabs, kind, surrogate_grad_fn=function, reset_fn=reset_fn,
-                **{"tau_mem": 5.0, "tau_adapt": 8.0, "adapt_scale": 1.2, **options},
-                **({"batch_size": B} if kind == "ALIFSqueeze" else {}),
-            ), scale=6.0,
-        )
-        for number, options in enumerate(ADAPTIVE)
-        for kind, function, reset_fn in zip(
-            ("ALIF", "ALIFSqueeze", "ALIF"), ADAPTIVE_SURROGATES,
-            (activation.MembraneSubtract(0.7), activation.MembraneSubtract(), TO_ZERO), strict=True,
         )
     },
     **{
@@ -344,7 +289,7 @@ AUTHORS = {
 
 # ---- neurons whose spikes return to them ----
 
-Linear, ElementWise = layer.LinearRecurrentContainer, layer.ElementWiseRecurrentContainer
+Linear = layer.LinearRecurrentContainer
 ATAN = {"spike_grad": slopes.atan(alpha=2.0)}
 ALL = {"linear_features": N, **ATAN}
 ONE = {"all_to_all": False, **ATAN}
@@ -402,21 +347,11 @@ RECURRENT = {
         None, (B, 2, 4), 9.0,
     ),
     "container, CUBALIFNode": Case(lambda: Linear(neuron.CUBALIFNode(), N, N, bias=False, step_mode="m"), scale=9.0),
-    "element-wise": Case(
-        lambda: ElementWise(neuron.IFNode(v_reset=None), lambda y, x: x - 0.3 * y, step_mode="m"), None, (B, 2, N)
-    ),
-    "element-wise, no batch": Case(
-        lambda: ElementWise(neuron.LIFNode(v_threshold=0.5), torch.add, step_mode="m"), None, ()
-    ),
-    "element-wise, a step": Case(
-        lambda: ElementWise(neuron.LIFNode(decay_input=False, detach_reset=True), lambda y, x: y + x)
-    ),
 }  # fmt: skip
 CASES = {**JELLY, **SNNTORCH, **NORSE, **SINABS, **AUTHORS, **RECURRENT}
 
 # A layer of each class, for the questions that are not about its equations.
 WHOLE, STEP = (T, B, N), (B, N)
-FAST = norse.LSNNParameters(tau_mem_inv=torch.tensor(600.0), tau_adapt_inv=torch.tensor(50.0), v_th=torch.tensor(0.3))
 LAYERS = {
     "IFNode": (lambda: neuron.IFNode(step_mode="m"), WHOLE),
     "LIFNode": (lambda: neuron.LIFNode(step_mode="m"), WHOLE),
@@ -438,15 +373,11 @@ LAYERS = {
     "norse LIFCell": (norse.LIFCell, STEP),
     "norse LIFBoxCell": (norse.LIFBoxCell, STEP),
     "norse IAF": (norse.IAF, WHOLE),
-    "norse LSNN": (lambda: norse.LSNN(FAST), WHOLE),
-    "norse LSNNCell": (lambda: norse.LSNNCell(FAST), STEP),
     "norse LI": (norse.LI, WHOLE),
     "sinabs LIF": (lambda: sinabs.layers.LIF(2.0, **SINGLE), WHOLE),
     "sinabs LIF, several": (lambda: sinabs.layers.LIF(2.0), WHOLE),
     "sinabs LIF, tau_syn": (lambda: sinabs.layers.LIF(2.0, tau_syn=2.0, record_states=True), WHOLE),
     "sinabs LIFSqueeze": (lambda: sinabs.layers.LIFSqueeze(tau_mem=2.0, batch_size=3), STEP),
-    "sinabs ALIF": (lambda: sinabs.layers.ALIF(2.0, 5.0, reset_fn=TO_ZERO), WHOLE),
-    "sinabs ALIF, tau_syn": (lambda: sinabs.layers.ALIF(2.0, 5.0, 3.0, reset_fn=BY_04, record_states=True), WHOLE),
     "sinabs ExpLeak": (lambda: sinabs.layers.ExpLeak(2.0), WHOLE),
     "authors": (partial(of_authors, made=False), WHOLE),
 }
@@ -467,7 +398,7 @@ def run(made, x_seq, state=()):
     if isinstance(made, sinabs.layers.StatefulLayer):
         squeezed, x = hasattr(made, "num_timesteps"), x_seq.transpose(0, 1)
         out = made(x.flatten(0, 1)).unflatten(0, x.shape[:2]) if squeezed else made(x)
-        states = (getattr(made, name, None) for name in ("v_mem", "i_syn", "b"))
+        states = (getattr(made, name, None) for name in ("v_mem", "i_syn"))
         recorded = (made.recordings[name].transpose(0, 1) for name in sorted(made.recordings))
         return [out.transpose(0, 1), *(each for each in states if each is not None), *recorded], ()
     if isinstance(made, authors_code.LIFLayer):

@@ -1,8 +1,6 @@
-"""Adaptation in the current as published, in float64: spikes equal, gradients within 1e-12.
+"""Adaptation as published and in Norse, in float64: spikes equal, gradients within 1e-12."""
 
-Adaptation in the threshold is compared by conversions of Norse's LSNN and sinabs' ALIF.
-"""
-
+import norse.torch as norse
 import pytest
 import torch
 
@@ -67,3 +65,23 @@ def test_bittar_and_garner(starts_at_rest, per_neuron):
         )  # fmt: skip
         leaves = [x, alpha, beta, a, b] + ([] if starts_at_rest else [u, w, s])
         assert_same(ours, bittar_garner(x, alpha, beta, a, b, u, w, s), leaves)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_lsnn(seed):
+    """The threshold of Norse's LSNN adapts."""
+    torch.manual_seed(seed)
+    x, syn, mem, adapt = leaf(*SHAPE, high=8.0), *(leaf(low=low, high=2 * low) for low in (300.0, 300.0, 50.0))
+    beta, v_th = leaf(low=0.3), leaf(low=0.3)
+    parameters = norse.LSNNParameters(
+        tau_syn_inv=syn, tau_mem_inv=mem, tau_adapt_inv=adapt, beta=beta, v_th=v_th, method="triangle", alpha=2.0
+    )
+    theirs, _ = norse.LSNN(parameters)(x)
+    gain, rho = 0.001 * mem, 1 - 0.001 * adapt
+    current = asgl_cuda.leaky_integrator(x, decay=1 - 0.001 * syn, delay=True)
+    ours = asgl_cuda.adaptive_lif(
+        gain * current, decay=1 - gain, adapt_decay=rho, adapt_spike=rho * beta, to_threshold=True, v_threshold=v_th,
+        v_reset=0.0, strict_threshold=True, surrogate="triangle", width=1.0, surrogate_gain=2.0,
+        w_init=(rho * (v_th.detach() - v_th)).expand(SHAPE[1:]),  # Norse starts at a constant
+    )  # fmt: skip
+    assert_same(ours, theirs, [x, syn, mem, adapt, beta, v_th])

@@ -10,7 +10,7 @@ import sinabs.activation
 import sinabs.layers
 import snntorch
 import torch
-from conversions import SINGLE, ElementWise, Linear, N, close, of_authors, reset, run, sinabs_recurrent
+from conversions import SINGLE, Linear, N, close, of_authors, reset, run, sinabs_recurrent
 from snntorch import surrogate as snn_surrogate
 from spikingjelly.activation_based import neuron, surrogate
 from torch import nn
@@ -182,10 +182,10 @@ REFUSED = {
         lambda: iaf(surrogate_grad_fn=of_a_user, **own_threshold()), written("spike_threshold", 2.5), "threshold is ",
     ),
     "sinabs, reset": (iaf, given(reset_fn=sinabs.activation.MembraneReset()), "reset_fn is MembraneReset"),
-    "sinabs, floor": (
+    "sinabs, floor": (lambda: sinabs.layers.IAF(min_v_mem=-1.0), written("min_v_mem", -2.0), "min_v_mem is "),
+    "ExpLeak, floor": (
         lambda: sinabs.layers.ExpLeak(2.0), given(min_v_mem=nn.Parameter(torch.tensor(0.0))), "min_v_mem is ",
     ),
-    "a floor that adapts": (lambda: sinabs.layers.ALIF(3.0, 5.0), given(min_v_mem=-1.0), "min_v_mem is -1.0"),
     "authors": (
         authors, lambda layer: setattr(layer.cell.spike_fn, "spike", False), "spike is False",
     ),
@@ -198,10 +198,6 @@ REFUSED = {
     "recorded": (lambda: sinabs_recurrent(3.0), given(record_states=True), "record_states is True"),
     "another node": (lambda: container(), given(sub_module=neuron.QIFNode()), "sub_module is QIFNode"),
     "potentials": (lambda: container(), given("sub_module", store_v_seq=True), "store_v_seq is True"),
-    "another function": (
-        lambda: ElementWise(neuron.IFNode(), torch.add, step_mode="m"), given(element_wise_function=torch.mul),
-        "element_wise_function is mul",
-    ),
     "a gate": (authors, given("cell", use_gate=True), "use_gate is True, and was False"),
 }  # fmt: skip
 
@@ -319,9 +315,9 @@ def test_hooks_of_tensors_and_of_modules_are_copied(function):
     torch.manual_seed(0)
     model = Net().eval()
     model.linear.bias.requires_grad_()
-    made, report = getattr(asgl_cuda, function)(model)
-    assert len(report.replaced) == 2 * (function == "convert")
     x = 20 * torch.rand(4, 3)
+    made, report = getattr(asgl_cuda, function)(model, *[x] * (function == "fuse"))
+    assert len(report.replaced) == 2 * (function == "convert")
     results = []
     for net in (model, made):
         net.zero_grad()

@@ -10,7 +10,7 @@ import pytest
 import sinabs.layers
 import snntorch
 import torch
-from conversions import ALL, LAYERS, SINGLE, TO_ZERO, ElementWise, Linear, N, flat, gradients, of_authors
+from conversions import ALL, LAYERS, SINGLE, Linear, N, flat, gradients, of_authors
 from norse.torch.module.exp_filter import ExpFilter
 from sinabs import activation, layers
 from snntorch import surrogate as slopes
@@ -35,10 +35,6 @@ def iaf(**options):
 
 def lif(**options):
     return lambda: layers.LIF(2.0, **options)
-
-
-def alif(**options):
-    return lambda: layers.ALIF(3.0, 3.0, **options)
 
 
 def recurrent(connection, **options):
@@ -97,11 +93,10 @@ NO_SUCH, MIXES, STATEFUL = (
     "^asgl_cuda has no such neuron$", "^it mixes neurons, or steps, by weights of its own$",
     "^it is no neuron that convert knows, but carries a state$",
 )  # fmt: skip
-SUM = r"x \+ w y with a number w"
 LEFT = {
     "a subclass of no known neuron": (lambda: subclass(neuron.QIFNode)(), NO_SUCH),
     "smooth spikes": (fires_by(surrogate.Sigmoid(spiking=False)), r"does not spike \(spiking=False\)"),
-    "another surrogate": (fires_by(surrogate.S2NN()), "its surrogate, S2NN, is none of those of asgl_cuda"),
+    "another surrogate": (fires_by(surrogate.S2NN(), detach_reset=True), "its surrogate, S2NN, is none of those of"),
     "a learning closure": (fires_by(learning_closure()), "parameters that learn"),
     "a learning module": (fires_by(Learning()), "its spike function has parameters that learn"),
     "beyond an element": (fires_by(above_the_mean), "something else than 0 below and 1 above"),
@@ -117,7 +112,6 @@ LEFT = {
     "inhibition": (leaky(inhibition=True), "it has inhibition"),
     "quantised": (leaky(state_quant=lambda mem: mem), "it quantises its state"),
     "graded": (leaky(graded_spikes_factor=0.5), "its spikes are graded"),
-    "no decay": (leaky(beta=0.0), r"nothing is left \(beta=0\)"),
     "no gradient": (leaky(surrogate_disable=True), "its spike function has no gradient"),
     "heaviside": (leaky(spike_grad=slopes.heaviside(), reset_delay=False), "its surrogate does not fall off"),
     "triangular": (leaky(spike_grad=slopes.triangular(), reset_delay=False), "the slope -1 at the threshold"),
@@ -133,7 +127,7 @@ LEFT = {
     "a graph": (lambda: snntorch.Lapicque(beta=torch.tensor(0.5), learn_beta=True), r"graph that ends .*learn_beta"),
     "adjoint": (lambda: norse.LIF(norse.LIFParameters(method="adjoint")), "it steps by lif_feed_forward_adjoint_step"),
     "circ": (lambda: norse.LIFBoxCell(norse.LIFBoxParameters(method="circ")), "its surrogate, circ, is none"),
-    "adjoint adaptation": (lambda: norse.LSNN(adjoint=True), "it steps by lsnn_feed_forward_adjoint_step"),
+    "LSNN": (norse.LSNN, "asgl_cuda.AdaptiveLIF is its counterpart"),
     "MaxSpike": (
         lif(spike_fn=MAX(300)), "at most 300 spikes a step, which must be a whole number in .1, 256.",
     ),
@@ -150,15 +144,9 @@ LEFT = {
     ),
     "Heaviside": (iaf(**HEAVISIDE), "surrogate does not fall off"),
     "MultiGaussian": (iaf(surrogate_grad_fn=activation.MultiGaussian()), "its surrogate is none of"),
+    "several spikes to 0": (iaf(reset_fn=activation.MembraneReset()), "it resets to 0 after several spikes a step"),
     "reset to a value": (lif(reset_fn=activation.MembraneReset(0.5), **SINGLE), "resets to a value that is not 0"),
-    "several spikes that adapt": (alif(spike_fn=activation.MultiSpike), "several times a step, which adaptive neurons"),
-    "a floor that adapts": (alif(min_v_mem=-1.0), r"potential \(min_v_mem\), which adaptive neurons lack"),
-    "a threshold that falls": (
-        alif(adapt_scale=-1.0, reset_fn=TO_ZERO), r"its spikes lower the threshold \(adapt_scale\)",
-    ),
-    "a surrogate that adapts": (
-        alif(reset_fn=activation.MembraneSubtract(0.5), **HEAVISIDE), "its surrogate may be another for each threshold",
-    ),
+    "ALIF": (lambda: layers.ALIF(3.0, 3.0), "asgl_cuda.AdaptiveLIF"),
     "ExpLeak with a floor": (lambda: layers.ExpLeak(2.0, min_v_mem=0.0), r"\(min_v_mem\), which it does not emit"),
     "gate": (lambda: of_authors(made=False, use_gate=True), "use_gate=True"),
     "smooth evaluation": (
@@ -195,13 +183,7 @@ LEFT = {
     "adjoint, recurrent": (
         lambda: norse.LIFRecurrent(4, N, norse.LIFParameters(method="adjoint")), "it steps by lif_adjoint_step",
     ),
-    "a product": (
-        lambda: ElementWise(neuron.IFNode(), lambda y, x: y * x), rf"return by <lambda>\(y, x\); {SUM}",
-    ),
-    "a root": (lambda: ElementWise(neuron.IFNode(), lambda y, x: x + y.abs().sqrt()), SUM),
-    "of a tensor": (lambda: ElementWise(neuron.IFNode(), (lambda w: lambda y, x: x + w * y)(torch.ones(1))), SUM),
-    "a module": (lambda: ElementWise(neuron.IFNode(), nn.Bilinear(N, N, N)), r"return by Bilinear\(y, x\)"),
-    "an error": (lambda: ElementWise(neuron.IFNode(), lambda y, x: y.nothing), SUM),
+    "element-wise": (lambda: layer.ElementWiseRecurrentContainer(neuron.IFNode(), torch.add), STATEFUL),
     "integer spikes": (lambda: Linear(neuron.ILIFNode(), N, N), "its ILIFNode is no neuron that recurrent layers have"),
     "an unknown node": (lambda: Linear(neuron.QIFNode(), N, N), "its QIFNode: asgl_cuda has no such neuron"),
     "no node": (lambda: Linear(nn.ReLU(), N, N), "its ReLU is no neuron that recurrent layers have"),
@@ -257,7 +239,8 @@ def test_left(name):
     (row,) = (row for row in report.left if row.path == "1")
     assert row.layer == before.__name__
     assert re.search(reason, row.reason), row.reason
-    if not isinstance(made, (rnn.SpikingLSTMCell, Linear, ElementWise)):  # which contain neurons
+    around_neurons = rnn.SpikingLSTMCell, Linear, layer.ElementWiseRecurrentContainer
+    if not isinstance(made, around_neurons):
         assert (report.replaced, len(report.left)) == ([], 1)
     asgl = {"surrogate": "sigmoid"} if "few operations" in reason else None
     assert asgl is None or asgl_cuda.convert(made, asgl=asgl)[1].left[0].reason == row.reason
@@ -441,7 +424,7 @@ def test_one_that_overrides_in_other_ways():
 @pytest.mark.parametrize(
     ("base", "name"),
     [(snntorch.Leaky, "step"), (neuron.LIFNode, "width"), (layers.LIF, "settings"), (neuron.LIFNode, "multi_spike"),
-     (snntorch.Leaky, "_after"), (neuron.LIFNode, "_analog_prob"), (neuron.LIFNode, "_analog_prob_data"),
+     (snntorch.Leaky, "_last"), (neuron.LIFNode, "_analog_prob"), (neuron.LIFNode, "_analog_prob_data"),
      (neuron.LIFNode, "original"), (layers.LIF, "_least")],
 )  # fmt: skip
 def test_one_with_a_name_of_converted_layers(base, name):

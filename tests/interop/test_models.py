@@ -250,7 +250,7 @@ def nodes(step_mode, *more):
 
 def of_sinabs():
     return network(
-        sinabs.layers.LIF(2.0, tau_syn=3.0, **SINGLE), sinabs.layers.ALIF(5.0, 5.0, reset_fn=MembraneReset()),
+        sinabs.layers.LIF(2.0, tau_syn=3.0, **SINGLE), sinabs.layers.LIF(5.0, reset_fn=MembraneReset(), **SINGLE),
         sinabs.layers.ExpLeak(4.0),
     )  # fmt: skip
 
@@ -269,7 +269,8 @@ STREAMED = {
     ),
     "spikingjelly beside ours, fused": (
         lambda: asgl_cuda.fuse(
-            network(LIF(), node("LIFNode"), spikingjelly(layer.BatchNorm1d(N), neuron.LIFNode()), OverTime(nn.ReLU()))
+            network(LIF(), node("LIFNode"), spikingjelly(layer.BatchNorm1d(N), neuron.LIFNode()), OverTime(nn.ReLU())),
+            torch.rand(T, B, 4),
         )[0], 0,
     ),
     "spikingjelly, spikes that return": (

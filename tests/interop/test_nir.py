@@ -439,7 +439,6 @@ def neurons_of_libraries():
         "floor": (layers.IAF(min_v_mem=-1.0, **single), r"1 \(IAF\): has a least potential, which can't"),
         "several": (layers.IAF(), r"1 \(IAF\): has several spikes a step, which can't"),
         "current": (layers.IAF(tau_syn=3.0, **single), r"1 \(IAF\): has a current, or no spikes, which"),
-        "ALIF": (layers.ALIF(2.0, 3.0, **amount), r"1 \(ALIF\): has adaptation and "),
         "ExpLeak": (layers.ExpLeak(2.0), r"1 \(ExpLeak\): has a current, or no spikes, which"),
         "amount of sinabs": (layers.IAF(**amount, **single), None),
         "a step a call": (jelly.LIFNode(), r"1 \(LIFNode\): must take .* got one step a call"),
@@ -449,7 +448,7 @@ def neurons_of_libraries():
 
 CONVERTED = (
     "LIFNode", "PLIFNode", "IFNode", "soft", "LIF of sinabs", "IAF of sinabs", "MaxSpike(1) of sinabs", "LIFLayer",
-    "soft, not allowed", "floor", "several", "current", "ALIF", "ExpLeak", "amount of sinabs", "a step a call",
+    "soft, not allowed", "floor", "several", "current", "ExpLeak", "amount of sinabs", "a step a call",
     "squeezed",
 )  # fmt: skip
 
@@ -493,7 +492,7 @@ def test_layers_of_spikingjelly(norm):
     x_seq = 2 * torch.randn(9, 3, 2, 6, 5)
     expected = model(x_seq)
     assert fires(expected)
-    for made in (asgl_cuda.fuse(model)[0], model, asgl_cuda.convert(model)[0]):
+    for made in (asgl_cuda.fuse(model, x_seq)[0], model, asgl_cuda.convert(model)[0]):
         assert torch.equal(from_nir(to_nir(made, x_seq))(x_seq), expected)
 
 

@@ -247,7 +247,6 @@ class _Writer(fx.Interpreter):
         """The layer's call of `lif`, as a LIF with input_gain 1 and v_rest 0."""
         call = self.calls[0] if len(self.calls) == 1 else {}
         other = {
-            "adaptation": layer.adapts,
             "a current, or no spikes": not layer.takes_input or not call,
             "several spikes a step": layer.multi_spike or call.get("levels") is not None,
             "a least potential": call.get("v_min") is not None,
