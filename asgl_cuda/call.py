@@ -415,7 +415,7 @@ def checked_call(caller: str, x_seq: Tensor, given: Arguments, together: bool = 
     real, rules, sources = plan.real, plan.rules, plan.sources
     if not fused and (rules.log_width or rules.logit_decay):
         rules = rules.changed(log_width=0, logit_decay=0)
-        plan = make_plan(x_seq, rules, plan.numbers, plan.wanted)
+        plan = make_plan(x_seq, rules, plan.numbers, plan.wanted, sources)
     v_init, rng_state, generator = given["v_init"], given["rng_state"], given["generator"]
     if v_init is not None:
         if not rules.adaptation:

@@ -136,7 +136,8 @@ def convert(
     Squeeze forms, `LIFLayer` of the code published by the authors of ASGL, and subclasses that
     override nothing that forward uses; `layers` adds others. Recurrent layers whose spikes return through a Linear, or
     one weight a neuron: snnTorch's `RLeaky` and `RSynaptic`, Norse's `LIFRecurrent` and its cell, sinabs'
-    `LIFRecurrent` and `IAFRecurrent` and SpikingJelly's `LinearRecurrentContainer` are computed by `recurrent_lif`.
+    `LIFRecurrent` and `IAFRecurrent`, SpikingJelly's `LinearRecurrentContainer` and `ElementWiseRecurrentContainer`
+    are computed by `recurrent_lif`.
     Synaptic currents and layers that do not fire are computed by `leaky_integrator`. A converted layer keeps spikes,
     states and gradients, up to rounding: a potential within rounding of the threshold, as with quantised inputs, may
     fire where it did not. The layer's parameters, their names, its state and base classes also stay: optimizers, state

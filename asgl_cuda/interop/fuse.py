@@ -43,15 +43,15 @@ def fuse(model: nn.Module, *example: Any, inplace: bool = False) -> tuple[nn.Mod
 
     Args:
         model: any module.
-        example: arguments of a call. Copies of the model are called with them, in training and in evaluation, to find
-            what neurons take.
+        example: arguments of a call. Copies of the model are called with them, in training and in evaluation. Without,
+            the first calls decide and complete the report; all known neurons are converted, and code that asks
+            `isinstance(value, Tensor)` may fail.
         inplace: fuse the model instead of a copy; existing optimizers stay valid.
 
     Returns:
         The model, and a `Report` of the neurons that normalise and the normalisations that are left.
 
-    Raises TypeError if `model` is no module or the example is missing, RuntimeError if the model can't be copied, and
-    the errors of its calls.
+    Raises TypeError if `model` is no module, RuntimeError if it can't be copied, and the errors of its calls.
 
     Example::
 
@@ -61,8 +61,6 @@ def fuse(model: nn.Module, *example: Any, inplace: bool = False) -> tuple[nn.Mod
 
     The same in PyTorch: the model as it is.
     """
-    if not example:
-        raise TypeError(f"{_CALLER}: needs the arguments of a call as an example: asgl_cuda.fuse(model, x_seq)")
     model = taken(model, inplace, _CALLER)
     before = {module for module in model.modules() if isinstance(module, Converted)}
     convert(model, inplace=True)
@@ -76,22 +74,26 @@ def fuse(model: nn.Module, *example: Any, inplace: bool = False) -> tuple[nn.Mod
     left = {path: reason for path, norm in norms if (reason := _reason_to_leave(norm))}
     joined: dict[str, str] = {}
     try:
-        joined, others = _found(model, [path for path, _ in norms if path not in left], example)
-        left |= others
+        if example:
+            joined, others = _found(model, [path for path, _ in norms if path not in left], example)
+            left |= others
     finally:
-        kept = {model.get_submodule(path) for path in joined.values()}
+        kept = {model.get_submodule(path) for path in joined.values()} if example else {*converted}
         for layer in converted:
             if layer in kept:
                 vars(layer)[_CONVERTED] = True
             else:
                 layer.end()
+    trial = None if example else _Trial(model, report)
     for path, norm in norms:
         if path in left:
             report.left.append(Left(path, type(norm).__name__, left[path]))
             continue
-        overlay(norm)
-        name = bare_class(model.get_submodule(joined[path])).__name__
-        report.replaced.append(Replaced(joined[path], name, f"normalises as well, instead of {path}"))
+        overlay(norm, trial)
+        if example:
+            report.replaced.append(_row(path, joined[path], model.get_submodule(joined[path])))
+        else:
+            report.notes = ["the first calls decide on the others; fuse(model, example) does so at once"]
     return model, report
 
 
@@ -110,7 +112,7 @@ def unfuse(model: nn.Module, *, inplace: bool = False) -> tuple[nn.Module, Repor
     Example::
 
         norm = asgl_cuda.OverTime(torch.nn.BatchNorm1d(4))
-        joined, _ = asgl_cuda.fuse(torch.nn.Sequential(norm, asgl_cuda.LIF()), torch.rand(5, 2, 4))
+        joined, _ = asgl_cuda.fuse(torch.nn.Sequential(norm, asgl_cuda.LIF()))
         model, report = asgl_cuda.unfuse(joined)
         print(report)
     """
@@ -129,7 +131,7 @@ class Fused(Overlay):
 
     prefix = "Fused"
 
-    trial: _Trial | None = None  # of a copy
+    trial: _Trial | None = None
     track_running_stats: bool
 
     def forward(self, input: Any) -> Any:
@@ -140,6 +142,11 @@ class Fused(Overlay):
         is_compiling = torch.compiler.is_compiling()
         if not is_compiling:
             last = _calls.get(id(self)) if self.training or self.trial is not None else None
+            if self.trial is not None and self.trial.is_left(self):
+                if last is not None:  # which needs the overlay
+                    return super().forward(input)
+                self.end()
+                return self.forward(input)
             reason = self._reason_to_compute()
             if self.training and last is not None and last.is_open():  # running statistics see calls in their order
                 reason = "it is called again before its output is used"
@@ -223,15 +230,16 @@ class Fused(Overlay):
 
     def was_taken(self, layer: Any) -> None:
         if self.trial is not None and not torch.compiler.is_compiling():
-            self.trial.joined.setdefault(self.trial.paths[self], self.trial.paths.get(layer, ""))
+            self.trial.take(self, layer)
 
     def was_left(self, reason: str) -> None:
         # In backward a checkpoint may stop in between.
         if self.trial is not None and not torch.compiler.is_compiling() and torch._C._current_graph_task_id() == -1:
-            self.trial.left.setdefault(self.trial.paths[self], reason)
+            self.trial.leave(self, reason)
 
     def end(self) -> None:
         """Restores the layer, with its current values."""
+        self.__dict__.pop("trial", None)
         self.take_off()
 
     def extra_repr(self) -> str:
@@ -239,7 +247,7 @@ class Fused(Overlay):
 
 
 def overlay(norm: Any, trial: _Trial | None = None) -> None:
-    """Makes a normalisation a `Fused`."""
+    """Makes a normalisation a `Fused`, undecided with a trial."""
     norm.__class__ = overlaid(Fused, type(norm))
     if trial is not None:
         norm.trial = trial
@@ -251,17 +259,41 @@ def _varies_by_channel(value: Tensor, back: int) -> bool:
 
 
 class _Trial:
-    """What becomes of the normalisations of a copy when it is called, by path."""
+    """What becomes of undecided normalisations, by path; a report of the user's own calls is kept up to date."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, report: Report | None = None) -> None:
         self.paths = weakref.WeakKeyDictionary({module: path for path, module in model.named_modules()})
+        self.report = report
         self.joined: dict[str, str] = {}  # the neurons' path
         self.left: dict[str, str] = {}  # the reason
+
+    def __reduce__(self) -> Any:
+        return type(None), ()  # copies of the model are decided
+
+    def take(self, norm: nn.Module, layer: nn.Module) -> None:
+        path, of_layer = self.paths.get(norm, ""), self.paths.get(layer, "")
+        if path not in self.joined and self.report is not None:
+            self.report.replaced.append(_row(path, of_layer, layer))
+        self.joined.setdefault(path, of_layer)
+
+    def leave(self, norm: nn.Module, reason: str) -> None:
+        path = self.paths.get(norm, "")
+        if path not in self.left and self.report is not None:
+            self.report.left.append(Left(path, bare_class(norm).__name__, reason))
+            self.report.replaced[:] = [row for row in self.report.replaced if row.by != _row(path, "", norm).by]
+        self.left.setdefault(path, reason)
+
+    def is_left(self, norm: nn.Module) -> bool:
+        return self.paths.get(norm, "") in self.left
 
     def open(self, reason: str) -> dict[str, str]:
         """The normalisations whose outputs nothing has used yet, with the reason."""
         calls = (call for call in list(_calls.values()) if call.is_open() and call.of in self.paths)
         return {self.paths[call.of]: reason for call in calls}
+
+
+def _row(path: str, of_layer: str, layer: nn.Module) -> Replaced:
+    return Replaced(of_layer, bare_class(layer).__name__, f"normalises as well, instead of {path}")
 
 
 def _found(model: nn.Module, paths: list[str], example: tuple[Any, ...]) -> tuple[dict[str, str], dict[str, str]]:

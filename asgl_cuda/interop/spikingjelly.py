@@ -9,13 +9,14 @@
 A spike at h >= v_threshold resets to v_reset or, if v_reset is None (0 in the equations), subtracts v_threshold.
 ILIFNode is a LIFNode that emits round(clamp(h / v_threshold, 0, D)) spikes.
 
-LinearRecurrentContainer gives a node rc(x, y[t-1]), a Linear of both, with y what the node emits.
+Recurrent containers give a node rc(x, y[t-1]), a Linear of both, or f(y[t-1], x), with y what the node emits.
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..call import LIFOutput
 from ..checks import MOST_LEVELS
 from .converted import STATEFUL, Converted, Found, InStream, Streamed, known_class
-from .identify import SpikeFunction
+from .identify import SpikeFunction, captured
 from .recurrent import Recurrent, lacking
 
 # `clock_driven` up to 0.0.0.0.14, which has both.
@@ -154,15 +155,24 @@ def _kept(node: Any, value: Any, x_seq: Tensor, at_start: float, at_rest: float 
 
 
 class ConvertedContainer(Recurrent):
-    """LinearRecurrentContainer around a node, or a Linear and a node, which keep their parameters and states."""
+    """A recurrent container around a node, or a Linear and a node, which keep their parameters and states."""
 
     y: Any
+    _factor: float | str  # of y in element_wise_function
 
     @property
     def time_dim(self) -> int | None:  # type: ignore[override]
         return 0 if self.step_mode == "m" else None
 
     advice = ConvertedNode.advice
+
+    def begin(self, *arguments: Any) -> None:
+        self._factor = _factor(self)
+        super().begin(*arguments)
+
+    def end(self) -> None:
+        del self._factor
+        super().end()
 
     def _neuron_parameters(self) -> list[tuple[str, nn.Parameter]]:
         return [*super()._neuron_parameters(), *_parts(self)[1].named_parameters(recurse=False)]
@@ -171,7 +181,9 @@ class ConvertedContainer(Recurrent):
         _, node = _parts(self)
         found = {**ConvertedNode.read_from(node), "sub_module": self.sub_module, "node": type(node)}
         found["store_v_seq"] = getattr(node, "store_v_seq", False)
-        return {**found, "feedback": lacking(self.rc)}
+        if hasattr(self, "rc"):
+            return {**found, "feedback": lacking(self.rc)}
+        return {**found, "element_wise_function": self.element_wise_function}
 
     def single_step_forward(self, x: Tensor) -> Tensor:
         if self.steps_as_before():
@@ -180,9 +192,12 @@ class ConvertedContainer(Recurrent):
 
     def multi_step_forward(self, x_seq: Tensor) -> Tensor:
         linear, node = _parts(self)
-        of_x, weight = self.rc.weight.tensor_split([self.rc.out_features], 1)
-        x_seq = nn.functional.linear(x_seq, of_x, self.rc.bias)
-        x_seq, weight = (x_seq, weight) if linear is None else (linear(x_seq), linear.weight @ weight)
+        if hasattr(self, "rc"):
+            of_x, weight = self.rc.weight.tensor_split([self.rc.out_features], 1)
+            x_seq = nn.functional.linear(x_seq, of_x, self.rc.bias)
+            x_seq, weight = (x_seq, weight) if linear is None else (linear(x_seq), linear.weight @ weight)
+        else:
+            weight = x_seq.new_full(x_seq.shape[-1:] if x_seq.dim() > 1 else (1,), float(self._factor))
         options = _options(node, x_seq)
         if isinstance(node, _CUBA):
             options |= {"syn_decay": node.c_decay, "i_init": _kept(node, node.c, x_seq, 0.0, 0.0)}
@@ -196,9 +211,33 @@ class ConvertedContainer(Recurrent):
 def _parts(container: Any) -> tuple[Any, Any]:
     """The Linear inside of a container, or None, and the node."""
     inside = container.sub_module
-    if type(inside) is nn.Sequential and len(inside) == 2 and lacking(inside[0]) is None:
+    if hasattr(container, "rc") and type(inside) is nn.Sequential and len(inside) == 2 and lacking(inside[0]) is None:
         return inside[0], inside[1]
     return None, inside
+
+
+def _factor(container: Any) -> float | str:
+    """The number w where x + w y enters the node, 1 for a Linear, or why there is none."""
+    if hasattr(container, "rc"):
+        return lacking(container.rc) or 1.0
+    function = container.element_wise_function
+    name = getattr(function, "__name__", type(function).__name__)
+    reason = f"its spikes y return by {name}(y, x); x + w y with a number w can be converted"
+    held = any(isinstance(each, (Tensor, nn.Module)) for each in captured(function))
+    if held or not isinstance(function, (FunctionType, BuiltinFunctionType)):
+        return reason
+    y, x = (torch.tensor(each, dtype=torch.float64, requires_grad=True) for each in _PROBES)
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
+            value = function(y, x)
+            of_y, of_x = torch.autograd.grad(value.sum(), (y, x), materialize_grads=True)
+    except Exception:  # the function is the user's
+        return reason
+    expected = x + of_y[0] * y, of_y[:1].expand(y.shape), torch.ones_like(x)
+    return float(of_y[0]) if all(map(torch.allclose, (value, of_y, of_x), expected)) else reason
+
+
+_PROBES = ((0.0, 1.0, 0.0, 1.0, 0.5, -3.0), (0.0, 0.0, 1.5, -2.5, 40.0, 0.125))  # y and x
 
 
 class ConvertedILIFNode(ConvertedNode):
@@ -291,7 +330,7 @@ _MULTI_STEP = _classes("neuron", "MultiStepIFNode", "MultiStepLIFNode", "MultiSt
 _KNOWN = (*_classes("neuron", "IFNode"), *_INTEGER, *_LEAKY, *_MULTI_STEP, *_SIMPLE, *_CUBA, *_NON_SPIKING)
 _FEEDING = tuple(
     found
-    for found in _classes("layer", "LinearRecurrentContainer")
+    for found in _classes("layer", "LinearRecurrentContainer", "ElementWiseRecurrentContainer")
     if issubclass(found, _classes("base", "StepModule"))
 )
 _MIXING = _classes("neuron", "PSN", "MaskedPSN", "SlidingPSN", "ILCBaseNode")
@@ -338,7 +377,7 @@ def find(layer: nn.Module) -> Found:
 
 def _feeding(container: Any) -> Found:
     """By a recurrent container."""
-    if (reason := lacking(container.rc)) is not None:
+    if isinstance(reason := _factor(container), str):
         return reason
     _, node = _parts(container)
     found, name = find(node), type(node).__name__

@@ -289,7 +289,7 @@ AUTHORS = {
 
 # ---- neurons whose spikes return to them ----
 
-Linear = layer.LinearRecurrentContainer
+Linear, ElementWise = layer.LinearRecurrentContainer, layer.ElementWiseRecurrentContainer
 ATAN = {"spike_grad": slopes.atan(alpha=2.0)}
 ALL = {"linear_features": N, **ATAN}
 ONE = {"all_to_all": False, **ATAN}
@@ -347,6 +347,15 @@ RECURRENT = {
         None, (B, 2, 4), 9.0,
     ),
     "container, CUBALIFNode": Case(lambda: Linear(neuron.CUBALIFNode(), N, N, bias=False, step_mode="m"), scale=9.0),
+    "element-wise": Case(
+        lambda: ElementWise(neuron.IFNode(v_reset=None), lambda y, x: x - 0.3 * y, step_mode="m"), None, (B, 2, N)
+    ),
+    "element-wise, no batch": Case(
+        lambda: ElementWise(neuron.LIFNode(v_threshold=0.5), torch.add, step_mode="m"), None, ()
+    ),
+    "element-wise, a step": Case(
+        lambda: ElementWise(neuron.LIFNode(decay_input=False, detach_reset=True), lambda y, x: y + x)
+    ),
 }  # fmt: skip
 CASES = {**JELLY, **SNNTORCH, **NORSE, **SINABS, **AUTHORS, **RECURRENT}
 

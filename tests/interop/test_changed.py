@@ -10,7 +10,7 @@ import sinabs.activation
 import sinabs.layers
 import snntorch
 import torch
-from conversions import SINGLE, Linear, N, close, of_authors, reset, run, sinabs_recurrent
+from conversions import SINGLE, ElementWise, Linear, N, close, of_authors, reset, run, sinabs_recurrent
 from snntorch import surrogate as snn_surrogate
 from spikingjelly.activation_based import neuron, surrogate
 from torch import nn
@@ -198,6 +198,10 @@ REFUSED = {
     "recorded": (lambda: sinabs_recurrent(3.0), given(record_states=True), "record_states is True"),
     "another node": (lambda: container(), given(sub_module=neuron.QIFNode()), "sub_module is QIFNode"),
     "potentials": (lambda: container(), given("sub_module", store_v_seq=True), "store_v_seq is True"),
+    "another function": (
+        lambda: ElementWise(neuron.IFNode(), torch.add, step_mode="m"), given(element_wise_function=torch.mul),
+        "element_wise_function is mul",
+    ),
     "a gate": (authors, given("cell", use_gate=True), "use_gate is True, and was False"),
 }  # fmt: skip
 

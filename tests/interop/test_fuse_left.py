@@ -1,7 +1,6 @@
 """Normalisations that `fuse` leaves, with the reasons; and what else meets the output of one that is fused."""
 
 import copy
-import sys
 
 import norse.torch as norse
 import pytest
@@ -182,7 +181,7 @@ USES = {
 
 @pytest.mark.parametrize("name", USES)
 def test_uses(name, backend):
-    """Left by an example, and of use to code that the example did not reach."""
+    """Left by an example; without one from the first use on; and of use to code that the example did not reach."""
     forward, reason, *error = USES[name]
     model, x_seq = network(forward), torch.randn(SHAPE)
     model.lif.backend = backend
@@ -197,12 +196,21 @@ def test_uses(name, backend):
     fused, report = asgl_cuda.fuse(network(), x_seq)
     assert len(report.replaced) == 1
     fused.load_state_dict(model.state_dict())
-    fused.function, fused.lif.backend = forward, backend
-    if error:
-        with pytest.raises(RuntimeError, match=f"BatchNorm2d is computed by the neurons behind, but {error[0]}"):
-            history(fused, x_seq)
-    else:
-        torch.testing.assert_close(history(fused, x_seq), expected, rtol=1e-9, atol=1e-11)
+    undecided, report = asgl_cuda.fuse(model)
+    for made in (fused, undecided):
+        made.function, made.lif.backend = forward, backend
+        if error:
+            with pytest.raises(RuntimeError, match=f"BatchNorm2d is computed by the neurons behind, but {error[0]}"):
+                history(made, x_seq)
+        else:
+            torch.testing.assert_close(history(made, x_seq), expected, rtol=1e-9, atol=1e-11)
+    if name != "not called":
+        assert [row.path for row in report.left] == ["bn"]
+        assert not report.replaced
+        if not error:
+            assert report.left[0].reason.startswith(reason)
+            undecided(x_seq)
+            assert type(undecided.bn) is nn.BatchNorm2d
 
 
 def test_operands_that_change_in_between():
@@ -299,6 +307,8 @@ def test_neurons(name):
     left, report = asgl_cuda.fuse(model, x_seq)
     assert [row.reason for row in report.left] == ([] if goes_to is None else [f"its output goes to {goes_to}"])
     assert [type(module) for module in left.modules()] == classes or goes_to is None
+    assert asgl_cuda.unfuse(asgl_cuda.fuse(model)[0])[1].replaced
+    asgl_cuda.reset(model)
 
 
 # ---- normalisations ----
@@ -325,8 +335,8 @@ def test_normalisations():
     teb = nn.Sequential(layer.TemporalEffectiveBatchNorm2d(T, C), asgl_cuda.LIF())
     assert "TemporalEffectiveBatchNorm2d computes something else" in reasons(teb, x_seq)["0"]
     assert reasons(nn.BatchNorm2d(C), x_seq[0]) == {"": "its output goes to the caller of the model"}
-    fuse = sys.modules["asgl_cuda.interop.fuse"]
-    assert "before it was called" in fuse._reason_to_leave(nn.LazyBatchNorm2d())  # torch can't copy it
+    lazy = nn.Sequential(OverTime(nn.LazyBatchNorm2d()), asgl_cuda.LIF())  # torch can't copy it
+    assert "before it was called" in asgl_cuda.fuse(lazy, inplace=True)[1].left[0].reason
     with pytest.raises(ValueError, match="expected 4D input"):
         asgl_cuda.fuse(network(), x_seq)[0].bn(x_seq)
 

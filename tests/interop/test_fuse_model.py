@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 import asgl_cuda
 from asgl_cuda import recompute
+from asgl_cuda.interop.fuse import Fused
 from asgl_cuda.over_time import OverTime
 
 pytestmark = pytest.mark.usefixtures("in_double")
@@ -122,8 +123,19 @@ def test_the_example_leaves_no_trace():
 
 
 def test_without_an_example():
-    with pytest.raises(TypeError, match=r"asgl_cuda\.fuse: needs the arguments of a call as an example"):
-        asgl_cuda.fuse(nn.Sequential(*net()))
+    """The first calls decide and complete the report; what is left gets its class back."""
+    model = nn.Sequential(*net(), layer.BatchNorm1d(C, step_mode="m"), nn.Flatten(2))
+    fused, report = asgl_cuda.fuse(model)
+    assert report == ([], [])
+    assert str(report).endswith("fuse(model, example) does so at once")
+    assert torch.equal(fused(X) + 0, model(X))
+    assert [row.path for row in report.replaced] == ["1", "3"]
+    assert report.left == [("4", "BatchNorm1d", "its output goes to add")]
+    for made in (model, fused):
+        functional.reset_net(made)
+    assert torch.equal(fused(X), model(X))
+    assert type(fused[4]) is layer.BatchNorm1d
+    assert isinstance(copy.deepcopy(asgl_cuda.fuse(model)[0])[4], Fused)
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
@@ -152,13 +164,14 @@ def test_models_are_freed_without_the_collector():
     gc.collect()
     gc.disable()
     try:
-        model = asgl_cuda.fuse(net(), X)[0]
-        for _ in range(2):
-            model(X).sum().backward()
-            functional.reset_net(model)
-        found = [weakref.ref(module) for module in model.modules()]
-        del model
-        assert not [each for each in found if each() is not None]
+        for example in ((X,), ()):
+            model = asgl_cuda.fuse(net(), *example)[0]
+            for _ in range(2):
+                model(X).sum().backward()
+                functional.reset_net(model)
+            found = [weakref.ref(module) for module in model.modules()]
+            del model
+            assert not [each for each in found if each() is not None]
     finally:
         gc.enable()
 
@@ -194,7 +207,7 @@ def test_compiled(form):
 
 @pytest.mark.parametrize("lif", [lambda: asgl_cuda.LIF(analog_prob=0.0), lambda: neuron.LIFNode(step_mode="m")])
 def test_exported_and_traced(lif):
-    """torch.export and torch.fx."""
+    """torch.export, torch.fx and, with the value, torch.jit.trace."""
     x_seq = 2 * torch.randn(SHAPE)
     model = scattered(on(asgl_cuda.convert(Block(lif()))[0], "cpu")).eval()
     fused = joined(model, x_seq).eval()
@@ -208,6 +221,9 @@ def test_exported_and_traced(lif):
     traced = torch.fx.symbolic_trace(fused)
     assert torch.equal(traced(x_seq), expected)
     assert "lif" in [node.target for node in traced.graph.find_nodes(op="call_module")]
+    if isinstance(model.lif, neuron.LIFNode):
+        reset(fused)
+        assert torch.equal(torch.jit.trace(fused, (x_seq,), check_trace=False)(x_seq), expected)
 
 
 def test_checkpointed(backend):
@@ -294,9 +310,7 @@ def test_sync_batch_norm(monkeypatch):
     fuse = sys.modules["asgl_cuda.interop.fuse"]
     monkeypatch.setattr(fuse, "module_batch_norm_lif", lambda norm, x, **more: asked.append(more["process_group"]) or x)
     for norm in (nn.SyncBatchNorm(C), nn.SyncBatchNorm(C, process_group="some"), nn.BatchNorm1d(C)):
-        model = nn.Sequential(OverTime(norm), asgl_cuda.LIF()).eval()
-        fuse.overlay(model[0].layer)
-        model.train()(torch.randn(T, B, C))
+        asgl_cuda.fuse(nn.Sequential(OverTime(norm), asgl_cuda.LIF()))[0](torch.randn(T, B, C))
     assert asked == ["world", "some", None]
 
 

@@ -10,7 +10,7 @@ import pytest
 import sinabs.layers
 import snntorch
 import torch
-from conversions import ALL, LAYERS, SINGLE, Linear, N, flat, gradients, of_authors
+from conversions import ALL, LAYERS, SINGLE, ElementWise, Linear, N, flat, gradients, of_authors
 from norse.torch.module.exp_filter import ExpFilter
 from sinabs import activation, layers
 from snntorch import surrogate as slopes
@@ -93,6 +93,7 @@ NO_SUCH, MIXES, STATEFUL = (
     "^asgl_cuda has no such neuron$", "^it mixes neurons, or steps, by weights of its own$",
     "^it is no neuron that convert knows, but carries a state$",
 )  # fmt: skip
+SUM = r"x \+ w y with a number w"
 LEFT = {
     "a subclass of no known neuron": (lambda: subclass(neuron.QIFNode)(), NO_SUCH),
     "smooth spikes": (fires_by(surrogate.Sigmoid(spiking=False)), r"does not spike \(spiking=False\)"),
@@ -183,7 +184,13 @@ LEFT = {
     "adjoint, recurrent": (
         lambda: norse.LIFRecurrent(4, N, norse.LIFParameters(method="adjoint")), "it steps by lif_adjoint_step",
     ),
-    "element-wise": (lambda: layer.ElementWiseRecurrentContainer(neuron.IFNode(), torch.add), STATEFUL),
+    "a product": (
+        lambda: ElementWise(neuron.IFNode(), lambda y, x: y * x), rf"return by <lambda>\(y, x\); {SUM}",
+    ),
+    "a root": (lambda: ElementWise(neuron.IFNode(), lambda y, x: x + y.abs().sqrt()), SUM),
+    "of a tensor": (lambda: ElementWise(neuron.IFNode(), (lambda w: lambda y, x: x + w * y)(torch.ones(1))), SUM),
+    "a module": (lambda: ElementWise(neuron.IFNode(), nn.Bilinear(N, N, N)), r"return by Bilinear\(y, x\)"),
+    "an error": (lambda: ElementWise(neuron.IFNode(), lambda y, x: y.nothing), SUM),
     "integer spikes": (lambda: Linear(neuron.ILIFNode(), N, N), "its ILIFNode is no neuron that recurrent layers have"),
     "an unknown node": (lambda: Linear(neuron.QIFNode(), N, N), "its QIFNode: asgl_cuda has no such neuron"),
     "no node": (lambda: Linear(nn.ReLU(), N, N), "its ReLU is no neuron that recurrent layers have"),
@@ -239,8 +246,7 @@ def test_left(name):
     (row,) = (row for row in report.left if row.path == "1")
     assert row.layer == before.__name__
     assert re.search(reason, row.reason), row.reason
-    around_neurons = rnn.SpikingLSTMCell, Linear, layer.ElementWiseRecurrentContainer
-    if not isinstance(made, around_neurons):
+    if not isinstance(made, (rnn.SpikingLSTMCell, Linear, ElementWise)):  # which contain neurons
         assert (report.replaced, len(report.left)) == ([], 1)
     asgl = {"surrogate": "sigmoid"} if "few operations" in reason else None
     assert asgl is None or asgl_cuda.convert(made, asgl=asgl)[1].left[0].reason == row.reason

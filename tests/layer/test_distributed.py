@@ -108,8 +108,7 @@ CASES = {
     "alone": (network, lambda name: network(name, dist.group.WORLD), False),
     "shared": (network, lambda name: network(name, dist.group.WORLD), True),
     "fused": (  # with SyncBatchNorm, which has no CPU kernels of its own
-        lambda name: pair(name, nn.BatchNorm1d(3)),
-        lambda name: asgl_cuda.fuse(pair(name, nn.SyncBatchNorm(3)), joint_batch())[0],
+        lambda name: pair(name, nn.BatchNorm1d(3)), lambda name: asgl_cuda.fuse(pair(name, nn.SyncBatchNorm(3)))[0],
         False,
     ),
     "converted": (three, lambda name: asgl_cuda.convert_sync_batchnorm(three(name)), False),

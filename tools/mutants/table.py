@@ -52,7 +52,7 @@ spikingjelly = partial(Mutant, "interop/spikingjelly.py")
 streaming = partial(Mutant, "streaming.py")
 sync_batch_norm = partial(Mutant, "training/sync_batch_norm.py")
 
-RETURNS = "interop/test_layers.py equal and (RLeaky or RSynaptic or Recurrent or sinabs or container)"
+RETURNS = "interop/test_layers.py equal and (RLeaky or RSynaptic or Recurrent or sinabs or container or element)"
 
 MUTANTS = {
     # ---- recurrent ----
@@ -862,6 +862,9 @@ MUTANTS = {
     "norse: potentials from v_leak": norse('found["v"] + leak', 'found["v"]', RETURNS),
     "sinabs: a bias in the first step": sinabs("torch.where(after_first, bias, 0.0)", "bias", RETURNS),
     "spikingjelly: the Linear behind": spikingjelly("linear.weight @ weight)", "weight)", RETURNS),
+    "spikingjelly: a function that is no sum": spikingjelly(
+        " if all(map(torch.allclose, (value, of_y, of_x), expected)) else reason", "",
+        "interop/test_left.py root"),
     "spikingjelly: spikes of the last call": spikingjelly("s_init=self.y, **options", "**options", RETURNS),
     # ---- libraries ----
     "snntorch: a mem that has changed": snntorch(" and version_of(mem) == last[1]:", ":",
