@@ -283,9 +283,10 @@ class Pending:
             given = {**given, "v_init": None if v_init is None else v_init.permute(of_state)}
         if residual is not None:
             given = {**given, "residual": residual}
+        if update:  # before a checkpoint stops the call, which has counted the batch then
+            self.call.taken = True
         output = self.norm.neurons(x, given, update)
         if update:
-            self.call.taken = True
             self.norm.was_taken(layer)
         if not is_moved:
             return output  # type: ignore[no-any-return]
