@@ -502,6 +502,11 @@ class RecurrentLIF(Adapting):
         **options: Any,
     ) -> Tensor | RecurrentLIFOutput:
         """Calls `asgl_cuda.recurrent_lif`."""
+        if x_seq.dim() == 3 and x_seq.shape[2] != self.hidden_size:
+            raise ValueError(
+                f"{self._caller}: the last dimension of x_seq must be hidden_size, {self.hidden_size}, got shape "
+                f"{list(x_seq.shape)}"
+            )
         weight: Tensor = self.recurrent_weight
         if not self.autapses:
             weight = weight.masked_fill(torch.eye(self.hidden_size, dtype=torch.bool, device=weight.device), 0.0)
