@@ -142,8 +142,8 @@ def by_nvcc(kernel: str, architecture: str, *options: str) -> str:
 
 # Options of launchers; types and steps that are compiled by default, with plain input.
 COMPILERS = {
-    "compute_75": ({"architecture": "compute_75"}, HALF_TYPES, (1, 4)),  # no packed conversion, no clamp
-    "compute_120": ({"architecture": "compute_120"}, HALF_TYPES, (1, 4)),  # another front end of NVRTC
+    "compute_75": ({"architecture": "compute_75"}, (torch.float16,), (1, 4)),  # no packed conversion, no clamp
+    "compute_120": ({"architecture": "compute_120"}, (torch.bfloat16,), (1, 4)),  # another front end of NVRTC
     "nvcc": ({"compile_kernel": by_nvcc}, (torch.bfloat16,), (4,)),
 }
 
