@@ -229,7 +229,8 @@ class AdaptiveLIF(Adapting):
     ) -> None:
         super().__init__()
         defaults = LIF.__init__.__kwdefaults__ or {}
-        check_keywords(lif_options, [name for name in defaults if name not in _WITHOUT], self._caller)
+        known = *(name for name in defaults if name not in _WITHOUT), *(AdaptiveLIF.__init__.__kwdefaults__ or {})
+        check_keywords(lif_options, known, self._caller)
         self._set_up_neurons({**defaults, **lif_options, "num_features": num_features})
         placed = {name: lif_options.get(name) for name in ("device", "dtype")}
         self._set_up_adaptation(adapt_decay, adapt_potential, adapt_spike, to_threshold, learn_adaptation, **placed)

@@ -421,6 +421,8 @@ def _batch_norm_lif(x_seq: Tensor, norm: _Normalisation, given: Arguments) -> Te
             # torch's fallback for the negative bit takes no operator that changes several arguments.
             dense = [each.resolve_neg() if each is not None and each.is_neg() else each for each in kept]
             running = *dense, momentum
+            # Only torch's own operations increment versions. A checkpoint may stop the call behind the update.
+            torch.autograd.graph.increment_version([each for each in kept if each is not None])
         tensors = values.weight, values.bias, call.x_seq, call.v_init, *call.parameters
         if is_differentiated((*tensors, mean, variance), _CALLER):
             inputs = settings, running, call.backend, call.plan, values.mean, values.variance, call.rng_state, *tensors
@@ -435,8 +437,6 @@ def _batch_norm_lif(x_seq: Tensor, norm: _Normalisation, given: Arguments) -> Te
             for each, changed in zip(kept, dense, strict=True):
                 if each is not None and changed is not each:
                     each.copy_(changed)
-            # Only torch's own operations increment versions.
-            torch.autograd.graph.increment_version([each for each in kept if each is not None])
             statistics = []
         else:
             statistics = [coefficients[0], coefficients[3]]
@@ -601,7 +601,8 @@ def module_batch_norm_lif(
     update = update and training and norm.track_running_stats
     momentum, count = norm.momentum, norm.num_batches_tracked if update else None
     if momentum is None:  # cumulative average
-        momentum = 1 / (norm.num_batches_tracked + 1) if update else 0.0
+        real = torch.promote_types(norm.running_mean.dtype, torch.float32) if update else None
+        momentum = 1 / (norm.num_batches_tracked.to(real) + 1) if update else 0.0
     running_var = norm.running_var
     if uses_batch and not update:
         running_mean = running_var = count = None

@@ -283,10 +283,15 @@ class Pending:
             given = {**given, "v_init": None if v_init is None else v_init.permute(of_state)}
         if residual is not None:
             given = {**given, "residual": residual}
-        if update:  # before a checkpoint stops the call, which has counted the batch then
-            self.call.taken = True
-        output = self.norm.neurons(x, given, update)
+        running_mean = self.norm.running_mean
+        version = None if running_mean is None else _version(running_mean)
+        try:
+            output = self.norm.neurons(x, given, update)
+        except BaseException:  # as of a checkpoint, which may stop the call behind the update
+            self.call.taken = update and running_mean is not None and _version(running_mean) != version
+            raise
         if update:
+            self.call.taken = True
             self.norm.was_taken(layer)
         if not is_moved:
             return output  # type: ignore[no-any-return]

@@ -427,7 +427,8 @@ class RecurrentLIF(Adapting):
         super().__init__()
         caller = self._caller
         defaults = LIF.__init__.__kwdefaults__ or {}
-        _check_options(lif_options, [name for name in defaults if name not in _WITHOUT], caller)
+        known = *(name for name in defaults if name not in _WITHOUT), *(RecurrentLIF.__init__.__kwdefaults__ or {})
+        _check_options(lif_options, known, caller)
         (count,) = check_sizes("hidden_size", check_int("hidden_size", hidden_size, caller), caller)
         given = {**defaults, **lif_options, "device": device, "dtype": dtype}
         self._set_up_neurons({**given, "num_features": None if given["granularity"] == "layer" else count})

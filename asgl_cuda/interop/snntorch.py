@@ -355,8 +355,9 @@ class MultiStep(nn.Module):
     Example::
 
         import snntorch
+        from asgl_cuda.interop.snntorch import MultiStep
 
-        neurons = asgl_cuda.interop.snntorch.MultiStep(snntorch.Leaky(beta=0.9))
+        neurons = MultiStep(snntorch.Leaky(beta=0.9))
         spk_seq, mem_seq = neurons(torch.rand(10, 2, 4))  # [T, B, 4] each
     """
 

@@ -223,8 +223,13 @@ def test_exported_and_traced(lif):
     assert "lif" in [node.target for node in traced.graph.find_nodes(op="call_module")]
 
 
-def test_checkpointed(backend):
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_checkpointed(backend, momentum):
+    """The repeated call counts its batch as well, by the operator or by operations of torch."""
     model, x_seq = on(scattered(Block(asgl_cuda.LIF(analog_prob=0.3))), backend), torch.randn(SHAPE)
+    for made in model.modules():
+        if isinstance(made, nn.BatchNorm2d):
+            made.momentum = momentum
     fused, found = joined(model, x_seq), []
     for made in (fused, model):
         torch.manual_seed(0)
@@ -232,6 +237,28 @@ def test_checkpointed(backend):
         grads = torch.autograd.grad(out.square().sum(), [x_seq, *made.parameters()])
         found.append([out, *grads, *(value.clone() for value in made.buffers())])
     torch.testing.assert_close(*found, rtol=1e-9, atol=1e-11)
+
+
+def test_first_calls_in_a_checkpoint():
+    """A normalisation that is left in the first call is computed again as it was computed there."""
+
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.lif = OverTime(nn.BatchNorm1d(C)), asgl_cuda.LIF(analog_prob=0.0)
+
+        def forward(self, x_seq):
+            y = self.norm(x_seq)
+            return self.lif(y) * y.mean()
+
+    model, x_seq = Twice(), torch.randn(5, 4, C, requires_grad=True)
+    fused, report = asgl_cuda.fuse(model)
+    for _ in range(2):
+        found = [torch.autograd.grad(checkpoint(each, x_seq, use_reentrant=False).sum(), x_seq)
+                 for each in (fused, model)]  # fmt: skip
+        torch.testing.assert_close(*found)
+        assert torch.equal(fused.norm.layer.num_batches_tracked, model.norm.layer.num_batches_tracked)
+    assert [row.path for row in report.left] == ["norm.layer"]
 
 
 def test_steps_and_streams(backend):
