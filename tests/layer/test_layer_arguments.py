@@ -372,7 +372,7 @@ def test_errors_about_channels(layer, shape, words):
         (LeakyIntegrator(), (X, X), r"takes no residual; layer\(x_seq \+ residual\)"),
         (RecurrentLIF(3), (X, X), r"takes no residual; layer\(x_seq \+ residual\)"),
         (RecurrentLIF(3), (torch.ones(2, 4, 3, 3),), r"x_seq must have shape \[T, B, N\], .* got \[2, 4, 3, 3\]"),
-        (RecurrentLIF(4), (X,), r"weight must have shape \[3, 3\] or \[3\], got \[4, 4\]"),
+        (RecurrentLIF(4), (X,), r"the last dimension of x_seq must be hidden_size, 4, got shape \[2, 4, 3\]"),
         (
             OverTime(nn.Conv2d(1, 8, 3)), (torch.ones(8, 1, 8, 8),),
             r"x_seq must be \[T, B, 1, H, W\] for Conv2d, got shape \[8, 1, 8, 8\]; x_seq.unsqu",

@@ -200,10 +200,3 @@ def test_autocast(backend, device):
         assert torch.equal(actual, expected)
         grads = [torch.autograd.grad(each.sum(), weight)[0] for each in (expected, actual)]
         assert torch.equal(*grads)
-
-
-def test_another_size_of_the_input():
-    with pytest.raises(
-        ValueError, match=r"RecurrentLIF: the last dimension of x_seq must be hidden_size, 3, got shape .4"
-    ):
-        asgl_cuda.RecurrentLIF(3)(torch.rand(4, 2, 5))
