@@ -87,8 +87,8 @@ MUTANTS = {
         'together=True', "neuron/test_recurrent.py noise_under"),
     "recurrent: a width by step passes": recurrent('or value.numel() != count',
         'or False', "neuron/test_arguments.py bad_arguments and recurrent"),
-    "recurrent: a layer's options are unknown": recurrent('_check_options(lif_options, [',
-        'check_keywords(lif_options, [', "layer/test_layer_arguments.py RecurrentLIF"),
+    "recurrent: a layer's options are unknown": recurrent("_check_options(lif_options, known,",
+        "check_keywords(lif_options, known,", "layer/test_layer_arguments.py RecurrentLIF"),
     "recurrent: any synapse passes": recurrent('return check_values(rows, ["syn_decay"], x_seq, _CALLER)["syn_decay"]',
         'return rows["syn_decay"]', "neuron/test_arguments.py bad_arguments and recurrent"),
     "recurrent: an exported program's gradient through detached spikes": recurrent(
