@@ -306,8 +306,8 @@ MUTANTS = {
     "batch_norm: statistics that are not tracked": batch_norm(
         "update = update and training and norm.track_running_stats", "update = update and training",
         "neuron/test_batch_norm.py updates_count"),
-    "batch_norm: the average of all batches": batch_norm("1 / (norm.num_batches_tracked + 1) if update",
-        "1 / (norm.num_batches_tracked + 2) if update", "neuron/test_batch_norm.py layer"),
+    "batch_norm: the average of all batches": batch_norm("1 / (norm.num_batches_tracked.to(real) + 1) if update",
+        "1 / (norm.num_batches_tracked.to(real) + 2) if update", "neuron/test_batch_norm.py layer"),
     "batch_norm: evaluation without statistics": batch_norm("uses_batch = training or running_mean is None",
         "uses_batch = training", "neuron/test_batch_norm.py layer"),
     "batch_norm: a second look changes statistics": batch_norm("    if uses_batch and not update:\n", "    if False:\n",
