@@ -355,6 +355,11 @@ def in_function() -> bool:
     return not torch._C._is_fwd_grad_enabled()
 
 
+def in_backward() -> bool:
+    """Whether autograd computes gradients here, as where a checkpoint computes its forward again."""
+    return torch._C._current_graph_task_id() != -1
+
+
 def hooks_of_graph() -> Any:
     """The saved-tensor hooks of torch.autograd.graph on top, from torch 2.7 on; None: there are none."""
     top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map_only
 from ..batch_norm import module_batch_norm_lif
 from ..call import Arguments, LIFOutput
 from ..layout import channel_dim, real_type
-from ..pending import Normal, Pending, checkpoint, hooks_of_graph, in_function, tensor_of, watched
+from ..pending import Normal, Pending, checkpoint, hooks_of_graph, in_backward, in_function, tensor_of, watched
 from .convert import Left, Replaced, Report, convert, copied, libraries, taken
 from .converted import Converted, Overlay, bare_class, overlaid
 
@@ -143,8 +143,7 @@ class Fused(Overlay):
         if not is_compiling:
             last = _calls.get(id(self)) if self.training or self.trial is not None else None
             # A checkpoint computes again what it computed before.
-            is_forward = torch._C._current_graph_task_id() == -1
-            if is_forward and self.trial is not None and self.trial.is_left(self):
+            if self.trial is not None and self.trial.is_left(self) and not in_backward():
                 if last is not None:  # which needs the overlay
                     return super().forward(input)
                 self.end()
@@ -169,7 +168,7 @@ class Fused(Overlay):
         if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
             return "it is called by torch.jit.trace"
         # In backward a checkpoint calls again, a reentrant one without hooks.
-        if in_function() or (torch._C._current_graph_task_id() != -1 and hooks_of_graph() is None):
+        if in_function() or (in_backward() and hooks_of_graph() is None):
             return "it is called by a torch.autograd.Function, as a reentrant checkpoint is"
         return ""
 
@@ -236,7 +235,7 @@ class Fused(Overlay):
 
     def was_left(self, reason: str) -> None:
         # In backward a checkpoint may stop in between.
-        if self.trial is not None and not torch.compiler.is_compiling() and torch._C._current_graph_task_id() == -1:
+        if self.trial is not None and not torch.compiler.is_compiling() and not in_backward():
             self.trial.leave(self, reason)
 
     def end(self) -> None:
