@@ -320,7 +320,8 @@ def _computed(x_seq: Tensor, given: _Recurrence, neuron: Arguments) -> Tensor | 
     tensors: list[Any] = [x_seq.contiguous(), given.weight.to(real), parameters, *states, call.rng_state]
     if BACKENDS[call.backend].operators is None:
         arguments: list[Any] = [*tensors, call.plan.numbers, rules, has_synapse, given.detach_recurrent]
-        outputs: Any = recurrent_reference(*arguments)
+        s_seq, h_seq, v_seq, *last = recurrent_reference(*arguments)
+        outputs: Any = s_seq, None, h_seq, v_seq, None, None, *last
     else:
         differentiated = is_differentiated(tensors, _CALLER)
         # Kept for backward: what was emitted where s_seq is not; i_seq for the gradient of syn_decay; and w_seq.

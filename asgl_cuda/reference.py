@@ -274,13 +274,11 @@ def recurrent_reference(
     numbers: Numbers,
     rules: Rules,
     has_synapse: bool,
-    detach_recurrent: bool = False,
-    step: Callable[..., Sequence[Tensor]] = lif_reference,
+    detach_recurrent: bool,
 ) -> tuple[Tensor, ...]:
-    """The loop over the steps: s_seq, emitted, h_seq, v_seq, i_seq, w_seq (before each step), v_last, s_last, i_last.
+    """The loop over the steps: s_seq, h_seq, v_seq, v_last, s_last, i_last.
 
-    `parameters`, [9, N]: those of Parameters but the residual, bias, syn_decay. `step` is `lif_reference`, or computes
-    the same with other means.
+    `parameters`, [9, N]: those of Parameters but the residual, bias, syn_decay.
     """
     real, time_dim = real_type(x_seq.dtype), rules.time_dim
     width, decay, v_threshold, reset, *of_input, bias, syn_decay = parameters
@@ -295,22 +293,20 @@ def recurrent_reference(
         v = torch.stack([v, torch.zeros_like(v)])
     s = torch.zeros_like(x[0]) if s_init is None else s_init
     i = torch.zeros_like(x[0]) if i_init is None else i_init
-    emitted, h_seq, v_seq, i_seq, w_seq = [], [], [], [], []
+    emitted, h_seq, v_seq = [], [], []
     device = x.device.type  # "meta" has no autocast
     with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
         for t in range(x.shape[0]):
             fed = detached(s) if detach_recurrent else s
             j = x[t] + ((fed * weight if weight.dim() == 1 else fed @ weight.T) + bias)
             i = syn_decay * i + j if has_synapse else j
-            w_seq.append(v[1] if adapts else torch.zeros_like(v))
-            (s,), v, _, (h,) = step(i[None], v, states[t], neuron, numbers, rules_of_step)
+            (s,), v, _, (h,) = lif_reference(i[None], v, states[t], neuron, numbers, rules_of_step)
             emitted.append(s)
             h_seq.append(h)
             v_seq.append(v[0] if adapts else v)
-            i_seq.append(i)
-    sequences = [torch.stack(each).movedim(0, time_dim) for each in (emitted, h_seq, v_seq, i_seq, w_seq)]
-    s_seq = v_threshold * sequences[0] if rules.scale_output else sequences[0]
-    return s_seq.to(x_seq.dtype), *sequences, v, s, i
+    s_seq, *potentials = (torch.stack(each).movedim(0, time_dim) for each in (emitted, h_seq, v_seq))
+    s_seq = v_threshold * s_seq if rules.scale_output else s_seq
+    return s_seq.to(x_seq.dtype), *potentials, v, s, i
 
 
 def integrator_reference(
