@@ -327,10 +327,14 @@ def summed(case: Case, name: str) -> float:
 
 
 def fed_back(case: Case, name: str) -> float:
-    """In float64 spikes are compared, too: no rounding is near a threshold."""
+    """In float64 spikes are compared, too: no rounding is near a threshold.
+
+    In float32 a gradient of the input has, as all others, sums of the neurons that it feeds, in another order, which
+    each step multiplies by the weight again.
+    """
     if case.dtype == torch.float64:
         return 1e-10
-    return 0.0 if not name.startswith("grad_") else PLACE[case.dtype] if name == "grad_x_seq" else 1e-5
+    return 0.0 if not name.startswith("grad_") else max(1e-5, PLACE[case.dtype]) if name == "grad_x_seq" else 1e-5
 
 
 def fed_back_and_adapting(case: Case, name: str) -> float:
