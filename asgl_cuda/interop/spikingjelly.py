@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_map_only
 
 from ..call import LIFOutput
 from ..checks import MOST_LEVELS
@@ -48,6 +49,7 @@ class ConvertedNode(Converted):
 
     v: Any
     surrogate_function: Any
+    _levels: int | None = None
 
     @property
     def time_dim(self) -> int | None:  # type: ignore[override]
@@ -82,24 +84,11 @@ class ConvertedNode(Converted):
         return output.s_seq.squeeze(0)
 
     def _steps(self, x_seq: Tensor, whole: bool) -> LIFOutput:
-        output = self.lif(
-            self._current(x_seq, whole),
-            input_gain=self.input_terms()[0],
-            levels=self._levels(),
-            return_v_seq=whole and getattr(self, "store_v_seq", False),
-            **_options(self, x_seq),
-        )
+        options = _options(self, x_seq)
+        options["return_v_seq"] = whole and getattr(self, "store_v_seq", False)
+        output = self.lif(x_seq, input_gain=_gain(self), levels=self._levels, **options)
         self.v = output.v_last
         return output
-
-    def _levels(self) -> int | None:
-        return None
-
-    def _current(self, x_seq: Tensor, whole: bool) -> Tensor:
-        return x_seq
-
-    def input_terms(self) -> tuple[Tensor | float, Tensor | float]:
-        return _gain(self), 0.0
 
 
 class ConvertedCUBALIFNode(ConvertedNode):
@@ -108,13 +97,14 @@ class ConvertedCUBALIFNode(ConvertedNode):
     takes_input = False
     c: Any
 
-    def _current(self, x_seq: Tensor, whole: bool) -> Tensor:
+    def _steps(self, x_seq: Tensor, whole: bool) -> LIFOutput:
         c = _kept(self, self.c, x_seq, 0.0, None)
-        if not whole:  # cheaper than the integrator's call
+        if whole:
+            x_seq, self.c = self.integrate(x_seq, decay=self.c_decay, v_init=c)
+        else:  # cheaper than the integrator's call
             self.c = self.c_decay * c + x_seq.squeeze(0)
-            return self.c.unsqueeze(0)  # type: ignore[no-any-return]
-        c_seq, self.c = self.integrate(x_seq, decay=self.c_decay, v_init=c)
-        return c_seq
+            x_seq = self.c.unsqueeze(0)
+        return super()._steps(x_seq, whole)
 
 
 def _share(node: Any) -> Tensor | float:
@@ -139,6 +129,8 @@ def _options(node: Any, x_seq: Tensor) -> dict[str, Any]:
 
 
 def _gain(node: Any) -> Tensor | float:
+    if isinstance(node, _INTEGER):
+        return 1.0
     # The input always decays up to 0.0.0.0.8.
     return _share(node) if isinstance(node, _LEAKY) and getattr(node, "decay_input", True) else 1.0
 
@@ -160,10 +152,7 @@ class ConvertedContainer(Recurrent):
     y: Any
     _factor: float | str  # of y in element_wise_function
 
-    @property
-    def time_dim(self) -> int | None:  # type: ignore[override]
-        return 0 if self.step_mode == "m" else None
-
+    time_dim = ConvertedNode.time_dim
     advice = ConvertedNode.advice
 
     def begin(self, *arguments: Any) -> None:
@@ -245,14 +234,12 @@ class ConvertedILIFNode(ConvertedNode):
 
     multi_spike = True
 
-    def input_terms(self) -> tuple[Tensor | float, Tensor | float]:
-        return 1.0, 0.0
-
-    def _levels(self) -> int:
+    @property
+    def _levels(self) -> int:  # type: ignore[override]
         return int(self.surrogate_function.max_spike_count)
 
     def description(self) -> str:
-        return f"{self._levels()} levels"
+        return f"{self._levels} levels"
 
 
 class ConvertedClockDrivenNode(ConvertedNode):
@@ -328,15 +315,15 @@ _INTEGER = _classes("neuron", "ILIFNode")
 _LEAKY = _classes("neuron", "LIFNode", "SimpleLIFNode", "ParametricLIFNode")
 _MULTI_STEP = _classes("neuron", "MultiStepIFNode", "MultiStepLIFNode", "MultiStepParametricLIFNode")
 _KNOWN = (*_classes("neuron", "IFNode"), *_INTEGER, *_LEAKY, *_MULTI_STEP, *_SIMPLE, *_CUBA, *_NON_SPIKING)
+_WITH_STEP_MODE = _classes("base", "StepModule")
 _FEEDING = tuple(
     found
     for found in _classes("layer", "LinearRecurrentContainer", "ElementWiseRecurrentContainer")
-    if issubclass(found, _classes("base", "StepModule"))
+    if issubclass(found, _WITH_STEP_MODE)
 )
 _MIXING = _classes("neuron", "PSN", "MaskedPSN", "SlidingPSN", "ILCBaseNode")
 
 _MEMORY, _OF_SEQUENCES = _classes("base", "MemoryModule"), _classes("base", "MultiStepModule")
-_WITH_STEP_MODE = _classes("base", "StepModule")
 _RECURRENT = _classes("rnn", "SpikingRNNBase", "SpikingRNNCellBase")
 _DROPOUTS = _classes("layer", "Dropout", "Dropout2d", "DropConnectLinear")  # carry a mask, not a state
 
@@ -411,16 +398,8 @@ def reset(module: Any) -> None:
 
 
 def detach(module: Any) -> None:
-    if isinstance(module, _MEMORY):
-        memories = module._memories
-        memories.update((name, _detached(value)) for name, value in memories.items())
-
-
-def _detached(value: Any) -> Any:
-    """Supports views and lists, unlike `Tensor.detach_` as called by `functional.detach_net`."""
-    if isinstance(value, (list, tuple)):
-        return type(value)(map(_detached, value))
-    return value.detach() if isinstance(value, Tensor) else value
+    if isinstance(module, _MEMORY):  # with views and lists, unlike `functional.detach_net`
+        module._memories.update(tree_map_only(Tensor, torch.detach, module._memories))
 
 
 def knows_time(module: nn.Module) -> bool:
