@@ -162,7 +162,7 @@ class ConvertedExpLeak(ConvertedLayer):
 
     def _membrane(self, x_seq: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         v_seq, v_last = self.integrate(
-            x_seq, decay=self.alpha_mem_calculated, input_gain=self._gain(), v_init=self.v_mem, time_dim=1
+            x_seq, input_gain=self._gain(), decay=self.alpha_mem_calculated, v_init=self.v_mem, time_dim=1
         )
         return v_seq, v_last, v_seq
 

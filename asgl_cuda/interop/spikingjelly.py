@@ -84,9 +84,13 @@ class ConvertedNode(Converted):
         return output.s_seq.squeeze(0)
 
     def _steps(self, x_seq: Tensor, whole: bool) -> LIFOutput:
-        options = _options(self, x_seq)
-        options["return_v_seq"] = whole and getattr(self, "store_v_seq", False)
-        output = self.lif(x_seq, input_gain=_gain(self), levels=self._levels, **options)
+        output = self.lif(
+            x_seq,
+            input_gain=_gain(self),
+            levels=self._levels,
+            return_v_seq=whole and getattr(self, "store_v_seq", False),
+            **_options(self, x_seq),
+        )
         self.v = output.v_last
         return output
 

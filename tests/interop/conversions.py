@@ -17,7 +17,6 @@ from sinabs import activation
 from snntorch import surrogate as slopes
 from spikingjelly.activation_based import layer, neuron, surrogate
 from torch import nn
-from torch.nn.functional import cross_entropy
 
 import asgl_cuda
 from asgl_cuda.interop.converted import Converted
@@ -479,21 +478,6 @@ def close(ours, theirs):
 
 
 # ---- models ----
-
-
-def losses(model, scores_of, steps=4):
-    """The losses of a short training on one batch of 6 samples in 3 classes."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    found = []
-    for _ in range(steps):
-        reset(model)
-        optimizer.zero_grad()
-        loss = cross_entropy(scores_of(model), torch.arange(6) % 3)
-        loss.backward()
-        optimizer.step()
-        found.append(loss.detach())
-    assert found[-1] != found[0]
-    return torch.stack(found)
 
 
 def on(model, backend):

@@ -507,7 +507,7 @@ MUTANTS = {
     "calibration: random numbers are drawn": calibration(
         "with ExitStack() as hooks, torch.random.fork_rng(devices):", "with ExitStack() as hooks:",
         "layer/test_calibration.py draws"),
-    "calibration: no tolerance of a spike": calibration("max(_TOLERANCE * self._rate, 1 / self._elements[site])",
+    "calibration: no tolerance of a spike": calibration("max(_TOLERANCE * self._rate, 1 / count)",
         "_TOLERANCE * self._rate", "layer/test_calibration.py one_spike"),
     "calibration: dropout": calibration("self._model.eval().modules()", "self._model.modules()",
         "layer/test_calibration.py fire_at and currents"),
@@ -545,7 +545,7 @@ MUTANTS = {
         "interop/test_models.py fire_at"),
     "calibration: states of earlier weights": calibration("parts.get(id(value), value), more", "value, more",
         "interop/test_models.py fire_at"),
-    "calibration: weights without their factor so far": calibration("self._scale(site, self.factors[site] * factor)",
+    "calibration: weights without their factor so far": calibration("self._scale(site, site.factor * factor)",
         "self._scale(site, factor)", "layer/test_calibration.py not_linear"),
     "calibration: a rate of 1": calibration("if not 0 < rate < 1:", "if not 0 < rate <= 1:",
         "layer/test_calibration.py arguments"),
@@ -554,7 +554,7 @@ MUTANTS = {
         "layer/test_calibration.py jump"),
     "calibration: a rate far off": calibration(" and 0.5 <= rates[best] / self._rate <= 2", "",
         "layer/test_calibration.py jump"),
-    "calibration: a jump is run again": calibration("abs(measured - self._found.get(site, self._rate))",
+    "calibration: a jump is run again": calibration("abs(measured - site.found)",
         "abs(measured - self._rate)", "layer/test_calibration.py jump"),
     "calibration: a model that remembers": calibration(
         "if not trial.is_reached(site, after.get(site, math.nan)):", "if False:", "layer/test_calibration.py refused"),
