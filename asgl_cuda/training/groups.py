@@ -81,7 +81,7 @@ def parameter_groups(
             "training; asgl_cuda.Monitor shows the firing rates",
         )
     layers += (module for module in model.modules() if isinstance(module, LeakyIntegrator))
-    neurons = {}
+    neurons: dict[int, tuple[str, nn.Parameter]] = {}
     for layer in layers:  # of an ASGL layer that is not this package's, all
         own = layer._neuron_parameters() if isinstance(layer, Settable) else layer.named_parameters(recurse=False)
         neurons |= {id(each): (name, each) for name, each in own}

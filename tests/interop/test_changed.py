@@ -10,7 +10,7 @@ import sinabs.activation
 import sinabs.layers
 import snntorch
 import torch
-from conversions import SINGLE, ElementWise, Linear, N, close, of_authors, reset, run, sinabs_recurrent
+from conversions import SINGLE, ElementWise, Linear, N, close, exchange, of_authors, reset, run, sinabs_recurrent
 from snntorch import surrogate as snn_surrogate
 from spikingjelly.activation_based import neuron, surrogate
 from torch import nn
@@ -268,12 +268,6 @@ def test_what_is_no_change(monkeypatch):
 
 
 # ---- exchanged methods ----
-
-
-def exchange(part, name):
-    """Shadows a method by an instance attribute that calls the method."""
-    method = getattr(part, name)
-    setattr(part, name, lambda *arguments, **named: method(*arguments, **named))
 
 
 @pytest.mark.parametrize(("name", "make"), [

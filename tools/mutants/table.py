@@ -997,7 +997,7 @@ MUTANTS = {
         "if False:", "interop/test_nir_read.py errors_name"),
     "nir: tau_mem of a current twice": nir_read("units.integrator_of(node, dt, \"tau_syn\", \"w_in\"), neurons",
         "units.integrator_of(node, dt, \"tau_mem\", \"w_in\"), neurons", "interop/test_nir_read.py currents"),
-    "nir: a scaled output twice": nir_read("            if scaled:  #",
+    "nir: a scaled output twice": nir_read("            if scaled is not None:  #",
         "            if False:  #", "interop/test_nir.py comes_back"),
     "nir: any Scale for a scaled output": nir_read("if len(before) != 1 or not torch.allclose(",
         "if len(before) != 1 or False and not torch.allclose(", "interop/test_nir_read.py scaled_output"),

@@ -76,10 +76,11 @@ def from_nir(graph: nir.NIRGraph, dt: float | None = None, *, dtype: torch.dtype
             value = values[before[0]]
             for source in before[1:]:
                 value = result.call_function(operator.add, (value, values[source]))
-            scaled = [layer for source in before if getattr(layer := modules.get(paths[source]), "scale_output", False)]
-            if scaled:  # the Scale that `to_nir` writes after such a layer, which does it itself
+            layers = [modules.get(paths[source]) for source in before]
+            scaled: Any = next((each for each in layers if getattr(each, "scale_output", False)), None)
+            if scaled is not None:  # the Scale that `to_nir` writes after such a layer, which does it itself
                 scale = as_double(getattr(node, "scale", 0.0))
-                if len(before) != 1 or not torch.allclose(scale, units.spike_heights(scaled[0], scale.shape)):
+                if len(before) != 1 or not torch.allclose(scale, units.spike_heights(scaled, scale.shape)):
                     got = range_of(scale)
                     raise ValueError(f"must be a Scale by v_threshold, by metadata of the LIF in front, got {got}")
             elif isinstance(node, nir.Output):
