@@ -309,21 +309,15 @@ def copied(model: nn.Module, share: Iterable[Tensor] = ()) -> nn.Module:
     return made
 
 
-# Functions that register hooks, by the tensor attribute that stores them.
-_REGISTER: dict[str, Callable[..., Any]] = {
-    "_backward_hooks": Tensor.register_hook,
-    "_post_accumulate_grad_hooks": Tensor.register_post_accumulate_grad_hook,
-}
-
-
 def _carry_over(memo: dict[int, Any]) -> None:
     """Registers the hooks of copied tensors again, which deepcopy drops."""
     for value in memo.get(id(memo), ()):  # where deepcopy keeps the originals
         if not isinstance(value, Tensor) or not value.is_leaf or memo[id(value)] is value:
             continue
-        for kind, register in _REGISTER.items():
-            for hook in (getattr(value, kind) or {}).values():
-                register(memo[id(value)], copy.deepcopy(hook, memo))
+        for hook in (value._backward_hooks or {}).values():
+            memo[id(value)].register_hook(copy.deepcopy(hook, memo))
+        for hook in (value._post_accumulate_grad_hooks or {}).values():
+            memo[id(value)].register_post_accumulate_grad_hook(copy.deepcopy(hook, memo))
 
 
 def _spike_function(

@@ -377,9 +377,6 @@ def _entered(forward: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-STATEFUL = "it is no neuron that convert knows, but carries a state"
-
-
 def exchanged(layer: nn.Module) -> str | None:
     """The reason to leave a layer with a method replaced on the instance, or None."""
     kind = bare_class(layer)

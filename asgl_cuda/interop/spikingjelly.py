@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_map_only
 
 from ..call import LIFOutput
 from ..checks import MOST_LEVELS
-from .converted import STATEFUL, Converted, Found, InStream, Streamed, known_class
+from .converted import Converted, Found, InStream, Streamed, known_class
 from .identify import SpikeFunction, captured
 from .recurrent import Recurrent, lacking
 
@@ -334,6 +334,7 @@ _DROPOUTS = _classes("layer", "Dropout", "Dropout2d", "DropConnectLinear")  # ca
 _JOINING, _IN_STEPS = _classes("layer", "SeqToANNContainer"), _classes("layer", "MultiStepContainer")
 _CONTAINERS = dict.fromkeys((*_JOINING, *_IN_STEPS), 0)  # class: time_dim
 _CONTAINERS |= dict.fromkeys(_classes("layer", "TLastSeqToANNContainer", "TLastMultiStepContainer"), -1)
+_STATEFUL = "it is no neuron that convert knows, but carries a state"
 
 
 def _is_neuron(layer: nn.Module) -> bool:
@@ -345,7 +346,8 @@ def _is_neuron(layer: nn.Module) -> bool:
 def find(layer: nn.Module) -> Found:
     kind = known_class(layer, (*_KNOWN, *_FEEDING), _MIXING)
     if isinstance(kind, str):
-        return kind if _is_neuron(layer) else STATEFUL if _carries(layer) else None
+        carries = isinstance(layer, _MEMORY) and layer._memories and not isinstance(layer, _DROPOUTS)
+        return kind if _is_neuron(layer) else _STATEFUL if carries or isinstance(layer, _RECURRENT) else None
     if kind in _NON_SPIKING:
         return ConvertedNonSpikingNode, None
     if kind in _FEEDING:
@@ -387,13 +389,6 @@ def _integer(function: Any) -> Found:
     if window != [0, levels]:
         return f"its gradient's window is {window}, not [0, {levels}]"
     return ConvertedILIFNode, SpikeFunction("rectangle", 1.0, 1.0, False)
-
-
-def _carries(layer: nn.Module) -> bool:
-    """Whether the layer carries state other than dropout masks between calls, or is a recurrent spiking network."""
-    if isinstance(layer, _RECURRENT):
-        return True
-    return isinstance(layer, _MEMORY) and bool(layer._memories) and not isinstance(layer, _DROPOUTS)
 
 
 def reset(module: Any) -> None:
