@@ -151,9 +151,10 @@ class ConvertedLeaky(Converted):
 
     def _as_theirs(self, mem_seq: Tensor, x_seq: Tensor) -> Tensor:
         """In snnTorch's dtype: the input's, unless a reset, which is float32, or a beta with dimensions promotes it."""
+        if x_seq.dtype not in HALF_TYPES or self.reset_mechanism != "none":
+            return mem_seq
         leak = (self.R, self.C) if isinstance(self, snntorch.Lapicque) else (self.beta,)
-        promotes = self.reset_mechanism != "none" or any(value.dim() for value in leak)
-        return mem_seq if promotes or x_seq.dtype not in HALF_TYPES else mem_seq.to(x_seq.dtype)
+        return mem_seq if any(value.dim() for value in leak) else mem_seq.to(x_seq.dtype)
 
     def _terms(self) -> tuple[Any, Any]:
         """Decay and gain of the input."""

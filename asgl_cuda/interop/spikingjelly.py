@@ -85,7 +85,7 @@ class ConvertedNode(Converted):
 
     def _steps(self, x_seq: Tensor, whole: bool) -> LIFOutput:
         output = self.lif(
-            x_seq,
+            self._current(x_seq, whole),
             input_gain=_gain(self),
             levels=self._levels,
             return_v_seq=whole and getattr(self, "store_v_seq", False),
@@ -94,6 +94,9 @@ class ConvertedNode(Converted):
         self.v = output.v_last
         return output
 
+    def _current(self, x_seq: Tensor, whole: bool) -> Tensor:
+        return x_seq
+
 
 class ConvertedCUBALIFNode(ConvertedNode):
     """Charged by a leaky current, `c`; the potential leaks to 0, with any reset."""
@@ -101,14 +104,13 @@ class ConvertedCUBALIFNode(ConvertedNode):
     takes_input = False
     c: Any
 
-    def _steps(self, x_seq: Tensor, whole: bool) -> LIFOutput:
+    def _current(self, x_seq: Tensor, whole: bool) -> Tensor:
         c = _kept(self, self.c, x_seq, 0.0, None)
-        if whole:
-            x_seq, self.c = self.integrate(x_seq, decay=self.c_decay, v_init=c)
-        else:  # cheaper than the integrator's call
+        if not whole:  # cheaper than the integrator's call
             self.c = self.c_decay * c + x_seq.squeeze(0)
-            x_seq = self.c.unsqueeze(0)
-        return super()._steps(x_seq, whole)
+            return self.c.unsqueeze(0)  # type: ignore[no-any-return]
+        c_seq, self.c = self.integrate(x_seq, decay=self.c_decay, v_init=c)
+        return c_seq
 
 
 def _share(node: Any) -> Tensor | float:
