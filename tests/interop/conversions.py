@@ -73,6 +73,7 @@ FUNCTIONS = {
     "sigmoid, width 0.25": surrogate.Sigmoid(4.0), "arctan, width 0.5": surrogate.ATan(2.0),
     "triangle, width 0.6667": surrogate.PiecewiseQuadratic(1.5), "fast_sigmoid, width 0.5": surrogate.SoftSign(2.0),
     "erf, width 0.5": surrogate.Erf(2.0), "rectangle, width 0.7692": surrogate.Rect(1.3),
+    "laplace, width 0.5": surrogate.PiecewiseExp(2.0),
     "slope 0.7 everywhere": surrogate.LeakyKReLU(0.7, 0.7),
     "rectangle, width 1.4": surrogate.PiecewiseLeakyReLU(0.7, 0.0),
 }  # fmt: skip
