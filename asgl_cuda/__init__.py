@@ -71,10 +71,9 @@ from .recurrent import RecurrentLIF, RecurrentLIFOutput, recurrent_lif
 from .streaming import step
 from .training.calibration import calibrate
 from .training.groups import parameter_groups
-from .training.kit import detach, lightning_callback, reset, spiking_eval
+from .training.kit import convert_sync_batchnorm, detach, lightning_callback, reset, spiking_eval
 from .training.monitor import Monitor
 from .training.schedule import AnalogProbSchedule
-from .training.sync_batch_norm import convert_sync_batchnorm
 
 __all__ = [
     "LIF",

@@ -100,9 +100,6 @@ def find(layer: nn.Module) -> Found:
     return ConvertedLIFLayer, SpikeFunction(_SURROGATES[type(spike.inv_sg).__name__], 1.0, 1.0, False)
 
 
-def knows_time(module: nn.Module) -> bool:
-    return isinstance(module, ConvertedLIFLayer) or find(module) is not None
-
-
 def streamed(module: nn.Module) -> InStream:
-    return "it begins at rest with each call" if knows_time(module) else None
+    is_one = isinstance(module, ConvertedLIFLayer) or find(module) is not None
+    return "it begins at rest with each call" if is_one else None

@@ -103,9 +103,9 @@ def _checked(asgl: Mapping[str, Any] | None) -> _ASGL | None:
 def libraries() -> Iterator[Any]:
     """The adapters of the imported libraries.
 
-    Required: `find(layer)`, see `Found`; `streamed(module)`, see `InStream`; `knows_time(module)`: whether the module
-    carries state from step to step, and is refused by `OverTime`. Optional: `reset(module)` and `detach(module)`: clear
-    or detach the module's state; `copy_layers(model, memo)`: fills deepcopy's memo with layers that their own
+    Required: `find(layer)`, see `Found`; `streamed(module)`, see `InStream`. Optional: `knows_time(module)`: whether
+    `OverTime` refuses the module, where not all that `streamed` answers for are; `reset(module)` and `detach(module)`:
+    clear or detach the module's state; `copy_layers(model, memo)`: fills deepcopy's memo with layers that their own
     __deepcopy__ would spoil; `enlist(model)`: registers a copy with the library; NORMALISATIONS: equivalents of
     torch.nn's classes; PLAIN: torch.nn's classes, keyed by the library's equivalents.
     """
@@ -115,7 +115,7 @@ def libraries() -> Iterator[Any]:
             yield importlib.import_module(f".{name}", __package__)
 
 
-KNOWS_TIME.append(lambda module: any(library.knows_time(module) for library in libraries()))
+KNOWS_TIME.append(lambda module: any(getattr(each, "knows_time", each.streamed)(module) for each in libraries()))
 
 
 def convert(
@@ -309,21 +309,15 @@ def copied(model: nn.Module, share: Iterable[Tensor] = ()) -> nn.Module:
     return made
 
 
-# Functions that register hooks, by the tensor attribute that stores them.
-_REGISTER: dict[str, Callable[..., Any]] = {
-    "_backward_hooks": Tensor.register_hook,
-    "_post_accumulate_grad_hooks": Tensor.register_post_accumulate_grad_hook,
-}
-
-
 def _carry_over(memo: dict[int, Any]) -> None:
     """Registers the hooks of copied tensors again, which deepcopy drops."""
     for value in memo.get(id(memo), ()):  # where deepcopy keeps the originals
         if not isinstance(value, Tensor) or not value.is_leaf or memo[id(value)] is value:
             continue
-        for kind, register in _REGISTER.items():
-            for hook in (getattr(value, kind) or {}).values():
-                register(memo[id(value)], copy.deepcopy(hook, memo))
+        for hook in (value._backward_hooks or {}).values():
+            memo[id(value)].register_hook(copy.deepcopy(hook, memo))
+        for hook in (value._post_accumulate_grad_hooks or {}).values():
+            memo[id(value)].register_post_accumulate_grad_hook(copy.deepcopy(hook, memo))
 
 
 def _spike_function(

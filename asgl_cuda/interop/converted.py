@@ -254,12 +254,12 @@ class Converted(Overlay, Noisy):
             )
 
     def is_plain(self) -> bool:
-        """Whether results equal the original layer's."""
-        return not self.settings.asgl and not getattr(self, "_has_noise", False)
+        """Whether results equal the original layer's, and no backend is asked for."""
+        return self.settings.backend is None and not self.settings.asgl and not getattr(self, "_has_noise", False)
 
     def steps_as_before(self) -> bool:
         """Whether to run the library's own forward: compilers fuse a step with the operations around."""
-        return torch.compiler.is_compiling() and self.settings.backend is None and self.is_plain()
+        return torch.compiler.is_compiling() and self.is_plain()
 
     def lif(self, x_seq: Tensor, **options: Any) -> LIFOutput:
         """`asgl_cuda.lif` with the layer's surrogate and noise, and spikes of the library's type."""
@@ -267,7 +267,11 @@ class Converted(Overlay, Noisy):
         x_seq, dtype = as_floating(x_seq), self.settings.dtype
         if dtype is not None and x_seq.dtype in HALF_TYPES:
             x_seq = x_seq.to(dtype)
-        result = self.compute(x_seq, **self._all(x_seq, options))
+        options = self._all(x_seq, options)
+        if isinstance(x_seq, Pending):  # from the normalisation in front, which `fuse` has left to the layer
+            result = x_seq.lif({**LIF_DEFAULTS, **options}, self, "asgl_cuda.lif")  # type: ignore[typeddict-item]
+        else:
+            result = lif(x_seq, **options)
         assert isinstance(result, LIFOutput)
         dtype = dtype or result.s_seq.dtype
         return result if result.s_seq.dtype is dtype else result._replace(s_seq=result.s_seq.to(dtype))
@@ -294,17 +298,6 @@ class Converted(Overlay, Noisy):
         result = leaky_integrator(as_floating(x_seq), return_v_last=True, backend=self.settings.backend, **options)
         assert isinstance(result, IntegratorOutput)
         return result
-
-    def compute(self, x_seq: Tensor, **options: Any) -> Tensor | LIFOutput:
-        """`asgl_cuda.lif`, with the normalisation in front that `fuse` has left to the layer."""
-        if isinstance(x_seq, Pending):
-            given: Any = {**LIF_DEFAULTS, **options}
-            return x_seq.lif(given, self, "asgl_cuda.lif")
-        return lif(x_seq, **options)
-
-    def input_terms(self) -> tuple[Tensor | float, Tensor | float]:
-        """input_gain and input_bias of `asgl_cuda.lif`."""
-        return 1.0, 0.0
 
     def advice(self) -> str | None:
         """Advice on calls with whole sequences, for a layer called step by step."""
@@ -382,9 +375,6 @@ def _entered(forward: Callable[..., Any]) -> Callable[..., Any]:
         return forward(self, *args, **kwargs)
 
     return call
-
-
-STATEFUL = "it is no neuron that convert knows, but carries a state"
 
 
 def exchanged(layer: nn.Module) -> str | None:

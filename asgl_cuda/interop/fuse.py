@@ -148,7 +148,12 @@ class Fused(Overlay):
                     return super().forward(input)
                 self.end()
                 return self.forward(input)
-            reason = self._reason_to_compute()
+            reason = ""  # what is behind takes tensors alone
+            if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+                reason = "it is called by torch.jit.trace"
+            # In backward a checkpoint calls again, a reentrant one without hooks.
+            elif in_function() or (in_backward() and hooks_of_graph() is None):
+                reason = "it is called by a torch.autograd.Function, as a reentrant checkpoint is"
             if self.training and last is not None and last.is_open():  # running statistics see calls in their order
                 reason = "it is called again before its output is used"
                 last.made(reason)
@@ -162,15 +167,6 @@ class Fused(Overlay):
         if not is_compiling and (self.training or self.trial is not None):
             _calls[id(self)] = call
         return Pending(call, call, 1 + has_time, input, watched=watched(input))
-
-    def _reason_to_compute(self) -> str:
-        """Why what is behind takes tensors alone; "" if neurons may be behind."""
-        if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
-            return "it is called by torch.jit.trace"
-        # In backward a checkpoint calls again, a reentrant one without hooks.
-        if in_function() or (in_backward() and hooks_of_graph() is None):
-            return "it is called by a torch.autograd.Function, as a reentrant checkpoint is"
-        return ""
 
     def normalised(self, x: Tensor, training: bool, update: bool) -> Tensor:
         """What the layer itself computes."""
@@ -192,8 +188,9 @@ class Fused(Overlay):
             return "behind a change of its mode (training)"
         back = pending.x.dim() - channel_dim(given["time_dim"] % pending.x.dim())
         for value in (given["input_gain"], given["input_bias"]):
-            if isinstance(value, Tensor) and not _varies_by_channel(value, back):
-                return f"whose input gain or bias has shape {list(value.shape)}"
+            sizes = value.shape if isinstance(value, Tensor) else ()
+            if [len(sizes) - dim for dim, size in enumerate(sizes) if size != 1] not in ([], [back]):
+                return f"whose input gain or bias has shape {list(sizes)}"
         return ""
 
     def neurons(self, x_seq: Tensor, given: Arguments, update: bool) -> Tensor | LIFOutput:
@@ -252,11 +249,6 @@ def overlay(norm: Any, trial: _Trial | None = None) -> None:
     norm.__class__ = overlaid(Fused, type(norm))
     if trial is not None:
         norm.trial = trial
-
-
-def _varies_by_channel(value: Tensor, back: int) -> bool:
-    """Whether there is one value, or one per index of dimension -`back`."""
-    return [value.dim() - dim for dim, size in enumerate(value.shape) if size != 1] in ([], [back])
 
 
 class _Trial:

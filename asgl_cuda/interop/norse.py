@@ -100,10 +100,6 @@ class ConvertedSNN(Converted):
             found["v"] = output.v_seq if records else output.v_last
         return out, _state(first, found, input_tensor)
 
-    def input_terms(self) -> tuple[Tensor | float, Tensor | float]:
-        options, _ = self._made()
-        return options["input_gain"], options["input_bias"]
-
     def _made(self) -> tuple[dict[str, Any], Any]:
         """The options of `lif`, and the decay of the current, or None."""
         p, gain, bias, decay = self.p, 1.0, 0.0, 1.0
@@ -182,10 +178,6 @@ def find(layer: nn.Module) -> Found:
     if isinstance(layer, (snn.SNNRecurrent, snn.SNNRecurrentCell)):
         return ConvertedRecurrent, spike
     return ConvertedSNN, spike
-
-
-def knows_time(module: nn.Module) -> bool:
-    return isinstance(module, _NEURONS)
 
 
 def streamed(module: nn.Module) -> InStream:

@@ -20,7 +20,7 @@ class Recurrent(Converted):
 
     def steps_as_before(self) -> bool:
         """Whether to run the library's own step, which takes 0.6 times a kernel's call."""
-        return self.settings.backend is None and self.is_plain()
+        return self.is_plain()
 
     def recurrent_lif(self, x_seq: Tensor, weight: Tensor, gain: Any = 1.0, **options: Any) -> RecurrentLIFOutput:
         """The function with the layer's surrogate and noise, for `[T, ..., N]`, or `[B, T, N]` with time_dim=1.

@@ -89,7 +89,7 @@ class ConvertedLayer(Converted):
         output = self.lif(
             x_seq,
             decay=self.alpha_mem_calculated,
-            input_gain=self.input_terms()[0],
+            input_gain=self._gain(),
             v_threshold=self.spike_threshold.detach(),  # in sinabs only the reset has its gradient
             multi_spike=several,
             levels=int(limit) if several and limit is not None else None,
@@ -131,8 +131,8 @@ class ConvertedLayer(Converted):
     def takes_input(self) -> bool:  # type: ignore[override]
         return self.alpha_syn_calculated is None
 
-    def input_terms(self) -> tuple[Tensor | float, Tensor | float]:
-        return 1 - self.alpha_mem_calculated if self.norm_input else 1.0, 0.0
+    def _gain(self) -> Tensor | float:
+        return 1 - self.alpha_mem_calculated if self.norm_input else 1.0
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         # sinabs' own constructs a new, unconverted layer.
@@ -161,9 +161,8 @@ class ConvertedExpLeak(ConvertedLayer):
         return {"function": None, "min_v_mem": self.min_v_mem}
 
     def _membrane(self, x_seq: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        gain, _ = self.input_terms()
         v_seq, v_last = self.integrate(
-            x_seq, decay=self.alpha_mem_calculated, input_gain=gain, v_init=self.v_mem, time_dim=1
+            x_seq, input_gain=self._gain(), decay=self.alpha_mem_calculated, v_init=self.v_mem, time_dim=1
         )
         return v_seq, v_last, v_seq
 
@@ -188,7 +187,7 @@ class ConvertedRecurrent(Recurrent, ConvertedLayer):
             x_seq, weight = x_seq * alpha, weight * (alpha.unsqueeze(-1) if alpha.dim() else alpha)
         time_dim = 1 if len(trailing) == 1 else 0
         output = self.recurrent_lif(
-            x_seq.movedim(1, time_dim), weight, self.input_terms()[0], syn_decay=alpha, time_dim=time_dim,
+            x_seq.movedim(1, time_dim), weight, self._gain(), syn_decay=alpha, time_dim=time_dim,
             decay=self.alpha_mem_calculated, v_threshold=self.spike_threshold.detach(), v_init=self.v_mem,
             i_init=None if alpha is None else self.i_syn, **self._reset(),
         )  # fmt: skip

@@ -82,7 +82,7 @@ class ConvertedLeaky(Converted):
     def steps_as_before(self) -> bool:
         """Also where the gradient of beta costs what the kernel saves: 0.8 to 1.0 times as fast."""
         if self.init_hidden and self.beta.requires_grad and torch.is_grad_enabled():
-            return self.settings.backend is None and self.is_plain()
+            return self.is_plain()
         return super().steps_as_before()
 
     def forward(self, input_: Tensor, *states: Tensor | None, **named: Tensor | None) -> Any:
@@ -150,9 +150,11 @@ class ConvertedLeaky(Converted):
         return spk if self.init_hidden and not self.output else (spk, *states)
 
     def _as_theirs(self, mem_seq: Tensor, x_seq: Tensor) -> Tensor:
-        """In snnTorch's dtype: the input's without a reset, since resets are float32."""
-        own = x_seq.dtype in HALF_TYPES and self.reset_mechanism == "none" and not _has_dimensions(self)
-        return mem_seq.to(x_seq.dtype) if own else mem_seq
+        """In snnTorch's dtype: the input's, unless a reset, which is float32, or a beta with dimensions promotes it."""
+        if x_seq.dtype not in HALF_TYPES or self.reset_mechanism != "none":
+            return mem_seq
+        leak = (self.R, self.C) if isinstance(self, snntorch.Lapicque) else (self.beta,)
+        return mem_seq if any(value.dim() for value in leak) else mem_seq.to(x_seq.dtype)
 
     def _terms(self) -> tuple[Any, Any]:
         """Decay and gain of the input."""
@@ -199,9 +201,6 @@ class ConvertedLeaky(Converted):
         if self._smallness[0] != mark:
             self._smallness = mark, bool((decay.detach().abs() < _SMALL_BETA).any())
         return self._smallness[1]
-
-    def input_terms(self) -> tuple[Tensor | float, Tensor | float]:
-        return self._terms()[1], 0.0
 
     def _reset_of(self, mem: Tensor, threshold: Tensor | float) -> Tensor:
         """The pending reset: what a noisy step emitted, or by comparison with the threshold."""
@@ -304,12 +303,6 @@ class ConvertedRSynaptic(ConvertedRLeaky, ConvertedSynaptic):  # type: ignore[mi
             return s_seq, None, mem_seq
         syn_seq, _ = self.integrate(currents(x_seq, s_seq, *weights), decay=alpha, v_init=syn)
         return s_seq, syn_seq, mem_seq
-
-
-def _has_dimensions(layer: Any) -> bool:
-    """Whether beta, or its sources, has dimensions, and so promotes dtypes in a sum."""
-    leak = (layer.R, layer.C) if isinstance(layer, snntorch.Lapicque) else (layer.beta,)
-    return any(value.dim() for value in leak)
 
 
 def _less(value: Tensor, spikes: Tensor, amount: Tensor | float) -> Tensor:
@@ -456,10 +449,6 @@ def detach(module: nn.Module) -> None:
         for name in module._non_persistent_buffers_set:  # states
             state = module._buffers[name]
             module._buffers[name] = None if state is None else state.detach()
-
-
-def knows_time(module: nn.Module) -> bool:
-    return isinstance(module, _NEURONS)
 
 
 def streamed(module: nn.Module) -> InStream:

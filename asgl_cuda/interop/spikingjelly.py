@@ -22,10 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_map_only
 
 from ..call import LIFOutput
 from ..checks import MOST_LEVELS
-from .converted import STATEFUL, Converted, Found, InStream, Streamed, known_class
+from .converted import Converted, Found, InStream, Streamed, known_class
 from .identify import SpikeFunction, captured
 from .recurrent import Recurrent, lacking
 
@@ -48,6 +49,7 @@ class ConvertedNode(Converted):
 
     v: Any
     surrogate_function: Any
+    _levels: int | None = None
 
     @property
     def time_dim(self) -> int | None:  # type: ignore[override]
@@ -84,22 +86,16 @@ class ConvertedNode(Converted):
     def _steps(self, x_seq: Tensor, whole: bool) -> LIFOutput:
         output = self.lif(
             self._current(x_seq, whole),
-            input_gain=self.input_terms()[0],
-            levels=self._levels(),
+            input_gain=_gain(self),
+            levels=self._levels,
             return_v_seq=whole and getattr(self, "store_v_seq", False),
             **_options(self, x_seq),
         )
         self.v = output.v_last
         return output
 
-    def _levels(self) -> int | None:
-        return None
-
     def _current(self, x_seq: Tensor, whole: bool) -> Tensor:
         return x_seq
-
-    def input_terms(self) -> tuple[Tensor | float, Tensor | float]:
-        return _gain(self), 0.0
 
 
 class ConvertedCUBALIFNode(ConvertedNode):
@@ -139,6 +135,8 @@ def _options(node: Any, x_seq: Tensor) -> dict[str, Any]:
 
 
 def _gain(node: Any) -> Tensor | float:
+    if isinstance(node, _INTEGER):
+        return 1.0
     # The input always decays up to 0.0.0.0.8.
     return _share(node) if isinstance(node, _LEAKY) and getattr(node, "decay_input", True) else 1.0
 
@@ -160,10 +158,7 @@ class ConvertedContainer(Recurrent):
     y: Any
     _factor: float | str  # of y in element_wise_function
 
-    @property
-    def time_dim(self) -> int | None:  # type: ignore[override]
-        return 0 if self.step_mode == "m" else None
-
+    time_dim = ConvertedNode.time_dim
     advice = ConvertedNode.advice
 
     def begin(self, *arguments: Any) -> None:
@@ -245,14 +240,12 @@ class ConvertedILIFNode(ConvertedNode):
 
     multi_spike = True
 
-    def input_terms(self) -> tuple[Tensor | float, Tensor | float]:
-        return 1.0, 0.0
-
-    def _levels(self) -> int:
+    @property
+    def _levels(self) -> int:  # type: ignore[override]
         return int(self.surrogate_function.max_spike_count)
 
     def description(self) -> str:
-        return f"{self._levels()} levels"
+        return f"{self._levels} levels"
 
 
 class ConvertedClockDrivenNode(ConvertedNode):
@@ -328,21 +321,22 @@ _INTEGER = _classes("neuron", "ILIFNode")
 _LEAKY = _classes("neuron", "LIFNode", "SimpleLIFNode", "ParametricLIFNode")
 _MULTI_STEP = _classes("neuron", "MultiStepIFNode", "MultiStepLIFNode", "MultiStepParametricLIFNode")
 _KNOWN = (*_classes("neuron", "IFNode"), *_INTEGER, *_LEAKY, *_MULTI_STEP, *_SIMPLE, *_CUBA, *_NON_SPIKING)
+_WITH_STEP_MODE = _classes("base", "StepModule")
 _FEEDING = tuple(
     found
     for found in _classes("layer", "LinearRecurrentContainer", "ElementWiseRecurrentContainer")
-    if issubclass(found, _classes("base", "StepModule"))
+    if issubclass(found, _WITH_STEP_MODE)
 )
 _MIXING = _classes("neuron", "PSN", "MaskedPSN", "SlidingPSN", "ILCBaseNode")
 
 _MEMORY, _OF_SEQUENCES = _classes("base", "MemoryModule"), _classes("base", "MultiStepModule")
-_WITH_STEP_MODE = _classes("base", "StepModule")
 _RECURRENT = _classes("rnn", "SpikingRNNBase", "SpikingRNNCellBase")
 _DROPOUTS = _classes("layer", "Dropout", "Dropout2d", "DropConnectLinear")  # carry a mask, not a state
 
 _JOINING, _IN_STEPS = _classes("layer", "SeqToANNContainer"), _classes("layer", "MultiStepContainer")
 _CONTAINERS = dict.fromkeys((*_JOINING, *_IN_STEPS), 0)  # class: time_dim
 _CONTAINERS |= dict.fromkeys(_classes("layer", "TLastSeqToANNContainer", "TLastMultiStepContainer"), -1)
+_STATEFUL = "it is no neuron that convert knows, but carries a state"
 
 
 def _is_neuron(layer: nn.Module) -> bool:
@@ -354,7 +348,8 @@ def _is_neuron(layer: nn.Module) -> bool:
 def find(layer: nn.Module) -> Found:
     kind = known_class(layer, (*_KNOWN, *_FEEDING), _MIXING)
     if isinstance(kind, str):
-        return kind if _is_neuron(layer) else STATEFUL if _carries(layer) else None
+        carries = isinstance(layer, _MEMORY) and layer._memories and not isinstance(layer, _DROPOUTS)
+        return kind if _is_neuron(layer) else _STATEFUL if carries or isinstance(layer, _RECURRENT) else None
     if kind in _NON_SPIKING:
         return ConvertedNonSpikingNode, None
     if kind in _FEEDING:
@@ -398,29 +393,14 @@ def _integer(function: Any) -> Found:
     return ConvertedILIFNode, SpikeFunction("rectangle", 1.0, 1.0, False)
 
 
-def _carries(layer: nn.Module) -> bool:
-    """Whether the layer carries state other than dropout masks between calls, or is a recurrent spiking network."""
-    if isinstance(layer, _RECURRENT):
-        return True
-    return isinstance(layer, _MEMORY) and bool(layer._memories) and not isinstance(layer, _DROPOUTS)
-
-
 def reset(module: Any) -> None:
     if isinstance(module, _MEMORY):
         module.reset()
 
 
 def detach(module: Any) -> None:
-    if isinstance(module, _MEMORY):
-        memories = module._memories
-        memories.update((name, _detached(value)) for name, value in memories.items())
-
-
-def _detached(value: Any) -> Any:
-    """Supports views and lists, unlike `Tensor.detach_` as called by `functional.detach_net`."""
-    if isinstance(value, (list, tuple)):
-        return type(value)(map(_detached, value))
-    return value.detach() if isinstance(value, Tensor) else value
+    if isinstance(module, _MEMORY):  # with views and lists, unlike `functional.detach_net`
+        module._memories.update(tree_map_only(Tensor, torch.detach, module._memories))
 
 
 def knows_time(module: nn.Module) -> bool:

@@ -102,24 +102,29 @@ def calibrate(model: nn.Module, x_seq: Any, rate: float = 0.2) -> Calibration:
             after = trial.run()
             if trial.scaled == scaled:
                 break
-    for site, factor in trial.factors.items():
+    for site in before:
         if not trial.is_reached(site, after.get(site, math.nan)):
-            raise trial.refused(site, f"{after.get(site)} at the factor {factor:.3g}, and another one in other runs")
-    for site, factor in trial.factors.items():
+            seen = f"{after.get(site)} at the factor {site.factor:.3g}, and another one in other runs"
+            raise trial.refused(site, seen)
+    for site in before:
         with torch.no_grad():
-            model.get_parameter(site.weight).mul_(factor)
-    layers = [CalibratedLayer(*site, before[site], after[site], factor) for site, factor in trial.factors.items()]
+            model.get_parameter(site.weight).mul_(site.factor)
+    layers = [CalibratedLayer(each.layer, each.weight, before[each], after[each], each.factor) for each in before]
     others = {layer: name for layer, name in trial.neurons.items() if name not in {site.layer for site in before}}
     return Calibration(
         layers, [Left(name, bare_class(layer).__name__, "not run by this input") for layer, name in others.items()]
     )
 
 
-class _Site(NamedTuple):
-    """Names of neurons and of the weight in front; a layer with several calls may have several."""
+class _Site:
+    """Neurons and the weight in front, by name; a layer with several calls may have several."""
 
-    layer: str
-    weight: str
+    def __init__(self, layer: str, weight: str, rate: float) -> None:
+        self.layer, self.weight, self.factor = layer, weight, 1.0
+        self.found, self.tolerance = rate, 0.0  # the nearest rate
+        self.calls: list[Any] = []  # of a run: layer, input, other arguments, output
+        self.biases: list[Tensor] = []  # inputs with the weight at 0
+        self.since = 0  # how many weights had been scaled before the first call
 
 
 class _Trial:
@@ -141,11 +146,8 @@ class _Trial:
         for layer in self.neurons:
             layer.analog_prob = 0.0
         self._inputs, self._rate, self._group = inputs, rate, group
-        self.factors: dict[_Site, float] = {}
+        self._sites: dict[tuple[str, str], _Site] = {}
         self.scaled = 0  # how often weights were
-        self._biases: dict[_Site, list[Tensor]] = {}  # inputs of neurons with the weight at 0
-        self._found: dict[_Site, float] = {}
-        self._elements: dict[_Site, int] = {}
         self._layers: dict[str, str] = {}  # by weight
 
     def _read_parameters(self, model: nn.Module) -> None:
@@ -170,8 +172,8 @@ class _Trial:
 
     def run(self) -> dict[_Site, float]:
         """Runs the model from rest, scales weights and returns the rates found, in order of execution."""
-        self._calls: dict[_Site, list[Any]] = {}
-        self._since: dict[_Site, int] = {}
+        for site in self._sites.values():
+            site.calls = []
         reset(self._model)
         torch.clear_autocast_cache()  # holds casts of earlier weights
         devices = {value.device.index for value in self._parameters.values() if value.is_cuda}
@@ -179,7 +181,8 @@ class _Trial:
             for layer in self.neurons:  # hooks that stay would be reference cycles
                 hooks.callback(layer.register_forward_hook(self._look, with_kwargs=True, prepend=True).remove)
             self._model(*_cut(self._inputs))
-        return {site: self._rate_of(site, [call[-1] for call in calls]) for site, calls in self._calls.items()}
+        sites = [site for site in self._sites.values() if site.calls]
+        return {site: self._rate_of(site, [call[-1] for call in site.calls]) for site in sites}
 
     def prepare(self) -> dict[_Site, float]:
         """The rates before; another run is for the biases."""
@@ -189,52 +192,49 @@ class _Trial:
         self.run()
         for site in before:
             self._scale(site, 1.0)
-        self.factors = dict.fromkeys(before, 1.0)
-        self._biases = {site: [x for _, x, *_ in calls] for site, calls in self._calls.items()}
+            site.biases = [x for _, x, *_ in site.calls]
         return before
 
     def _look(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Records a call of neurons. The last one sets the weight, unless earlier ones preceded others' new weights."""
         given = inspect.signature(layer.forward).bind(*args, **kwargs)
         x, residual = given.args[0], given.arguments.pop("residual", None)
-        site = _Site(self.neurons[layer], self._weight_behind(layer, x, residual))
-        calls = self._calls.setdefault(site, [])
-        calls.append((layer, x.detach().clone(), given.args[1:], given.kwargs, _cut(output)))
-        is_fresh = self._since.setdefault(site, self.scaled) == self.scaled
-        biases = self._biases.get(site, [])
-        is_last = [each.shape for _, each, *_ in calls] == [each.shape for each in biases]
-        return self._set(site) if is_fresh and is_last else calls[-1][-1]
+        key = self.neurons[layer], self._weight_behind(layer, x, residual)
+        site = self._sites.setdefault(key, _Site(*key, self._rate))
+        site.since = site.since if site.calls else self.scaled
+        site.calls.append((layer, x.detach().clone(), given.args[1:], given.kwargs, _cut(output)))
+        is_fresh = site.since == self.scaled
+        is_last = [each.shape for _, each, *_ in site.calls] == [each.shape for each in site.biases]
+        return self._set(site) if is_fresh and is_last else site.calls[-1][-1]
 
     def _set(self, site: _Site) -> Any:
         """Scales the weight for the rate, and returns the output of the last call with it."""
-        outputs = [output for *_, output in self._calls[site]]
+        outputs = [output for *_, output in site.calls]
         if self.is_reached(site, self._rate_of(site, outputs)):
             return outputs[-1]
-        rates = _search(
-            lambda power: self._rate_of(site, self._again(site, 2**power)), self._rate, self._tolerance(site) / 2
-        )
+        rates = _search(lambda power: self._rate_of(site, self._again(site, 2**power)), self._rate, site.tolerance / 2)
         best = min(rates, key=lambda power: abs(rates[power] - self._rate))
         least, most = min(rates.values()), max(rates.values())
         is_jump = least < self._rate < most and 0.5 <= rates[best] / self._rate <= 2
-        if abs(rates[best] - self._rate) > self._tolerance(site) and not is_jump:
+        if abs(rates[best] - self._rate) > site.tolerance and not is_jump:
             seen = (f"{rates[power]:.3g} at the factor {2**power:.3g}" for power in (min(rates), max(rates)))
             is_elsewhere = least < most and not least < self._rate < most
             advice = f"; rates from {least:.3g} to {most:.3g} were found" if is_elsewhere else ""
             raise self.refused(site, " and ".join(seen) + advice)
         output = _cut(self._again(site, 2**best)[-1])
-        self.factors[site] *= 2**best
-        self._found[site] = rates[best]
+        site.factor *= 2**best
+        site.found = rates[best]
         self.scaled += 1
         return output
 
     def _again(self, site: _Site, factor: float) -> list[Any]:
         """The outputs of the neurons with another factor on their weight, from rest."""
-        self._scale(site, self.factors[site] * factor)
+        self._scale(site, site.factor * factor)
         outputs, parts = list[Any](), dict[int, Any]()  # by the part of an earlier output that a call was given
-        for layer, *_ in self._calls[site]:
+        for layer, *_ in site.calls:
             reset(layer)
         with torch.no_grad():
-            for (layer, x, *more, output), bias in zip(self._calls[site], self._biases[site], strict=True):
+            for (layer, x, *more, output), bias in zip(site.calls, site.biases, strict=True):
                 args, kwargs = _pytree.tree_map(lambda value: parts.get(id(value), value), more)  # noqa: B023
                 scaled = x if isinstance(layer, BatchNormLIF) else bias.lerp(x, factor)  # has the weight inside
                 outputs.append(layer.forward(scaled, *args, **kwargs))
@@ -248,18 +248,15 @@ class _Trial:
         counts = torch.stack([*(each.count_nonzero() for each in spikes), elements])
         if self._group is not None:
             torch.distributed.all_reduce(counts, group=self._group)
-        *fired, self._elements[site] = counts.tolist()
-        if not self._elements[site]:
+        *fired, count = counts.tolist()
+        if not count:
             raise ValueError(f"{_CALLER}: {site.layer or 'the model'}: x_seq must have samples, got an empty output")
-        return sum(fired) / self._elements[site]  # type: ignore[no-any-return]
-
-    def _tolerance(self, site: _Site) -> float:
-        return max(_TOLERANCE * self._rate, 1 / self._elements[site])
+        site.tolerance = max(_TOLERANCE * self._rate, 1 / count)
+        return sum(fired) / count  # type: ignore[no-any-return]
 
     def is_reached(self, site: _Site, measured: float) -> bool:
         """Whether it is the rate, or the nearest that was found."""
-        missed = min(abs(measured - self._rate), abs(measured - self._found.get(site, self._rate)))
-        return missed <= self._tolerance(site)
+        return min(abs(measured - self._rate), abs(measured - site.found)) <= site.tolerance
 
     def refused(self, site: _Site, seen: str) -> ValueError:
         return ValueError(

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from ..checks import read_number, warn_once
+from ..checks import in_range, optional, read_number, warn_once
 from ..integrator import LeakyIntegrator
 from ..layer import Settable, asgl_layers, check_module
 from ..neuron import LIF
@@ -69,11 +69,9 @@ def parameter_groups(
     caller = "asgl_cuda.parameter_groups"
     check_module(model, caller)
     rates = {"lr": lr, "width_lr": width_lr, "weight_decay": weight_decay, "norm_weight_decay": norm_weight_decay}
+    check = in_range(read_number, ">= 0", 0)
     for name, value in rates.items():
-        if name in ("width_lr", "norm_weight_decay") and value is None:
-            continue
-        if not read_number(name, value, caller) >= 0:
-            raise ValueError(f"{caller}: {name} must be >= 0, got {value}")
+        (optional(check) if name in ("width_lr", "norm_weight_decay") else check)(name, value, caller)
     layers = [layer for _, layer in asgl_layers(model)]
     if sum(isinstance(layer, LIF) for layer in layers) > 1 and _is_likely_silent(model):
         warn_once(
@@ -83,7 +81,10 @@ def parameter_groups(
             "training; asgl_cuda.Monitor shows the firing rates",
         )
     layers += (module for module in model.modules() if isinstance(module, LeakyIntegrator))
-    neurons = {id(each): (name, each) for layer in layers for name, each in _neuron_parameters(layer)}
+    neurons: dict[int, tuple[str, nn.Parameter]] = {}
+    for layer in layers:  # of an ASGL layer that is not this package's, all
+        own = layer._neuron_parameters() if isinstance(layer, Settable) else layer.named_parameters(recurse=False)
+        neurons |= {id(each): (name, each) for name, each in own}
     norms: dict[int, nn.Parameter] = {}
     if norm_weight_decay is not None:
         norms = {
@@ -96,21 +97,14 @@ def parameter_groups(
     by_adam = width_lr is None
     widths = [each for name, each in neurons.values() if by_adam and name == "log_width"]
     others = [each for name, each in neurons.values() if not (by_adam and name == "log_width")]
-    own = {"weight_decay": 0.0, _BY_ADAM: by_adam}
+    more = {"weight_decay": 0.0, _BY_ADAM: by_adam}
     groups: list[dict[str, Any]] = [
         {"name": "weights", "params": weights, "lr": lr, "weight_decay": weight_decay},
         {"name": "norms", "params": list(norms.values()), "lr": lr, "weight_decay": norm_weight_decay},
-        {"name": "neurons", "params": others, "lr": NEURON_LR if by_adam else width_lr, **own},
-        {"name": "widths", "params": widths, "lr": WIDTH_LR, **own},
+        {"name": "neurons", "params": others, "lr": NEURON_LR if by_adam else width_lr, **more},
+        {"name": "widths", "params": widths, "lr": WIDTH_LR, **more},
     ]
     return [group for group in groups if group["params"]]
-
-
-def _neuron_parameters(layer: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """The parameters that are neurons'; all of an ASGL layer that is not this package's."""
-    if isinstance(layer, Settable):
-        return layer._neuron_parameters()
-    return list(layer.named_parameters(recurse=False))
 
 
 def _is_likely_silent(model: nn.Module) -> bool:

@@ -11,10 +11,12 @@ from typing import Any
 
 from torch import nn
 
-from ..checks import check_analog_prob, check_int, read_number, shown
+from ..checks import check_int, in_range, read_number, shown
 from ..layer import some_asgl_layers
 
 _CALLER = "asgl_cuda.AnalogProbSchedule"
+
+_share = in_range(read_number, "in [0, 1]", 0, 1)
 
 
 class AnalogProbSchedule:
@@ -67,25 +69,25 @@ class AnalogProbSchedule:
         """Multiplies by `gamma` (in [0, 1]) at each of the epochs `milestones`, as torch's MultiStepLR."""
         if not isinstance(milestones, Sequence) or isinstance(milestones, (str, bytes)):
             raise TypeError(f"{_CALLER}: milestones must be a sequence of ints, got {type(milestones).__name__}")
-        epochs, gamma = sorted(_count("milestones", epoch, 1) for epoch in milestones), _share("gamma", gamma)
+        epochs, gamma = sorted(_count("milestones", epoch, 1) for epoch in milestones), _share("gamma", gamma, _CALLER)
         return cls(model, partial(_multi_step, epochs=epochs, gamma=gamma))
 
     @classmethod
     def cosine(cls, model: nn.Module, epochs: int, final: float = 0.0) -> AnalogProbSchedule:
         """Follows half a cosine to `final` at epoch `epochs`, then constant, unlike CosineAnnealingLR."""
-        return cls(model, partial(_cosine, epochs=_count("epochs", epochs, 1), final=_share("final", final)))
+        return cls(model, partial(_cosine, epochs=_count("epochs", epochs, 1), final=_share("final", final, _CALLER)))
 
     @classmethod
     def linear(cls, model: nn.Module, epochs: int, final: float = 0.0) -> AnalogProbSchedule:
         """Equal steps to `final` at epoch `epochs`, then constant."""
-        return cls(model, partial(_linear, epochs=_count("epochs", epochs, 1), final=_share("final", final)))
+        return cls(model, partial(_linear, epochs=_count("epochs", epochs, 1), final=_share("final", final, _CALLER)))
 
     def _set(self, starts: Mapping[str, float], epoch: int) -> None:
         probs: dict[str, float] = {}
         for name, start in starts.items():
-            where = f"{_CALLER}: layer {name!r} at epoch {epoch}"
-            probs[name] = read_number("analog_prob", self._prob_at(start, epoch), where)
-            check_analog_prob(probs[name], where)
+            probs[name] = _share(
+                "analog_prob", self._prob_at(start, epoch), f"{_CALLER}: layer {name!r} at epoch {epoch}"
+            )
         for name, prob in probs.items():
             self._layers[name].analog_prob = prob
 
@@ -114,7 +116,7 @@ class AnalogProbSchedule:
         # The state may have more layers: self.starts lacks layers of constant width that began at 0.
         if not isinstance(starts, Mapping) or not self.starts.keys() <= starts.keys() <= self._layers.keys():
             raise ValueError(f"{_CALLER}: the state must be of layers {list(self.starts)}, got {shown(starts)}")
-        starts = {name: _share(f"the start of layer {name!r}", start) for name, start in starts.items()}
+        starts = {name: _share(f"the start of layer {name!r}", start, _CALLER) for name, start in starts.items()}
         self._set(starts, epoch)
         self.epoch, self.starts = epoch, starts
 
@@ -133,13 +135,6 @@ def _linear(start: float, epoch: int, epochs: int, final: float) -> float:
 
 def _between(start: float, final: float, share: float) -> float:
     return start * share + final * (1 - share)  # unlike final + (start - final) * share, exact at share 1
-
-
-def _share(name: str, value: Any) -> float:
-    share = read_number(name, value, _CALLER)
-    if not 0 <= share <= 1:
-        raise ValueError(f"{_CALLER}: {name} must be in [0, 1], got {share}")
-    return share
 
 
 def _count(name: str, value: Any, least: int) -> int:

@@ -17,7 +17,6 @@ from sinabs import activation
 from snntorch import surrogate as slopes
 from spikingjelly.activation_based import layer, neuron, surrogate
 from torch import nn
-from torch.nn.functional import cross_entropy
 
 import asgl_cuda
 from asgl_cuda.interop.converted import Converted
@@ -74,6 +73,7 @@ FUNCTIONS = {
     "sigmoid, width 0.25": surrogate.Sigmoid(4.0), "arctan, width 0.5": surrogate.ATan(2.0),
     "triangle, width 0.6667": surrogate.PiecewiseQuadratic(1.5), "fast_sigmoid, width 0.5": surrogate.SoftSign(2.0),
     "erf, width 0.5": surrogate.Erf(2.0), "rectangle, width 0.7692": surrogate.Rect(1.3),
+    "laplace, width 0.5": surrogate.PiecewiseExp(2.0),
     "slope 0.7 everywhere": surrogate.LeakyKReLU(0.7, 0.7),
     "rectangle, width 1.4": surrogate.PiecewiseLeakyReLU(0.7, 0.0),
 }  # fmt: skip
@@ -478,22 +478,18 @@ def close(ours, theirs):
     return bool(((ours - theirs).abs() <= 1e-5 * theirs.abs().max().clamp(min=1)).all())
 
 
-# ---- models ----
+# ---- models and methods ----
 
 
-def losses(model, scores_of, steps=4):
-    """The losses of a short training on one batch of 6 samples in 3 classes."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    found = []
-    for _ in range(steps):
-        reset(model)
-        optimizer.zero_grad()
-        loss = cross_entropy(scores_of(model), torch.arange(6) % 3)
-        loss.backward()
-        optimizer.step()
-        found.append(loss.detach())
-    assert found[-1] != found[0]
-    return torch.stack(found)
+def calling(part, name):
+    """A function that calls the method."""
+    method = getattr(part, name)
+    return lambda *arguments, **named: method(*arguments, **named)
+
+
+def exchange(part, name):
+    """Shadows a method by an instance attribute that calls the method."""
+    setattr(part, name, calling(part, name))
 
 
 def on(model, backend):

@@ -10,7 +10,7 @@ import sinabs.activation
 import sinabs.layers
 import snntorch
 import torch
-from conversions import SINGLE, ElementWise, Linear, N, close, of_authors, reset, run, sinabs_recurrent
+from conversions import SINGLE, ElementWise, Linear, N, close, exchange, of_authors, reset, run, sinabs_recurrent
 from snntorch import surrogate as snn_surrogate
 from spikingjelly.activation_based import neuron, surrogate
 from torch import nn
@@ -25,8 +25,9 @@ def jelly():
     return neuron.LIFNode(step_mode="m", surrogate_function=surrogate.Sigmoid(3.0))
 
 
-def leaky(**options):
-    return snntorch.Leaky(**{"beta": 0.7, "init_hidden": True, "spike_grad": snn_surrogate.atan(2.0), **options})
+def leaky(kind="Leaky", **options):
+    more = {"beta": 0.7, "init_hidden": True, "spike_grad": snn_surrogate.atan(2.0), **options}
+    return getattr(snntorch, kind)(**more)
 
 
 def box(method="tanh"):
@@ -97,6 +98,7 @@ def container():
     return Linear(neuron.LIFNode(), N, N, step_mode="m")
 
 
+CURRENT = ("tau_mem_inv", "tau_syn_inv", "v_th", "v_leak", "v_reset")
 alpha_in_closure = torch.tensor(2.0)
 FOLLOWED = {
     "sinabs, threshold loaded": (
@@ -113,7 +115,15 @@ FOLLOWED = {
     "spikingjelly, soft": (jelly, given(v_reset=None)),
     "snntorch, beta": (leaky, written("beta", 0.3)),
     "snntorch, threshold": (leaky, given(threshold=torch.tensor(0.4))),
+    "snntorch, Lapicque": (
+        lambda: leaky(kind="Lapicque", beta=False, R=0.5, C=3.0, time_step=0.8),
+        given(R=torch.tensor(0.9), C=torch.tensor(1.5), time_step=torch.tensor(1.0)),
+    ),
+    "snntorch, Synaptic": (lambda: leaky(kind="Synaptic", alpha=0.7), given(alpha=torch.tensor(0.3))),
     "norse, values": (box, parameters(v_th=torch.tensor(0.4), tau_mem_inv=torch.tensor(200.0))),
+    "norse, values of a cell with a current": (
+        norse.LIFCell, parameters(**dict(zip(CURRENT, torch.tensor([400.0, 300.0, 0.6, 0.1, -0.2]), strict=True))),
+    ),
 }  # fmt: skip
 
 
@@ -260,12 +270,6 @@ def test_what_is_no_change(monkeypatch):
 # ---- exchanged methods ----
 
 
-def exchange(part, name):
-    """Shadows a method by an instance attribute that calls the method."""
-    method = getattr(part, name)
-    setattr(part, name, lambda *arguments, **named: method(*arguments, **named))
-
-
 @pytest.mark.parametrize(("name", "make"), [
     ("fire", leaky), ("neuronal_charge", lambda: neuron.SimpleLIFNode(2.0, True)), ("init_state_with_shape", iaf),
 ])  # fmt: skip
@@ -291,6 +295,7 @@ class Net(nn.Module):
         self.recurrent = norse.LIFRecurrentCell(3, 3, norse.LIFParameters(alpha=torch.tensor(1.0)))
         self.linear = nn.Linear(3, 3)
         self.sinabs = sinabs.layers.LIF(3.0, norm_input=False, **SINGLE)
+        self.sinabs.name = "hidden"
         self.own = torch.ones(3, requires_grad=True)  # no parameter, like weights given to Norse's cells
         self.calls = []
         self.linear.weight.register_hook(self.doubled)
@@ -322,6 +327,7 @@ def test_hooks_of_tensors_and_of_modules_are_copied(function):
     x = 20 * torch.rand(4, 3)
     made, report = getattr(asgl_cuda, function)(model, *[x] * (function == "fuse"))
     assert len(report.replaced) == 2 * (function == "convert")
+    assert (made.sinabs.name, made.sinabs.training) == ("hidden", False)
     results = []
     for net in (model, made):
         net.zero_grad()
@@ -335,16 +341,6 @@ def test_hooks_of_tensors_and_of_modules_are_copied(function):
     assert not made.linear.bias.grad.any()
     for ours, theirs in zip(*results[::-1], strict=True):
         assert close(ours, theirs)
-
-
-def test_attributes_that_the_library_does_not_copy():
-    layer = sinabs.layers.LIF(3.0, **SINGLE).eval()
-    layer.tau_mem.requires_grad_(False)
-    layer.name = "hidden"
-    made, _ = asgl_cuda.convert(nn.Sequential(layer))
-    assert not made[0].training
-    assert not made[0].tau_mem.requires_grad
-    assert made[0].name == "hidden"
 
 
 def test_hooks_of_a_layer_that_is_converted_in_place_stay():

@@ -1,12 +1,11 @@
 """Trainings of thirty steps have the same losses by the reference, fused, and with layers of each library."""
 
-from collections.abc import Callable
-
 import norse.torch as norse
 import pytest
 import sinabs.layers
 import snntorch
 import torch
+from comparison import Stack
 from conversions import SINGLE, reset
 from spikingjelly.activation_based import neuron
 from torch import nn
@@ -24,60 +23,41 @@ SAME = 1e-8
 ROUNDED = 2e-3
 
 
-class Network(nn.Module):
-    """A residual network, [T, B, FEATURES] to [B, CLASSES]; `neurons` makes layers of HIDDEN neurons."""
-
-    def __init__(self, neurons: Callable[[], nn.Module]) -> None:
-        super().__init__()
-        self.first = OverTime(nn.Sequential(nn.Linear(FEATURES, HIDDEN), nn.BatchNorm1d(HIDDEN)))
-        self.second = OverTime(nn.Sequential(nn.Linear(HIDDEN, HIDDEN), nn.BatchNorm1d(HIDDEN)))
-        self.neurons = nn.ModuleList([neurons(), neurons()])
-        self.read_out = nn.Linear(HIDDEN, CLASSES)
-
-    def forward(self, x_seq: torch.Tensor) -> torch.Tensor:
-        s_seq = self.neurons[0](self.first(x_seq))
-        s_seq = self.neurons[1](self.second(s_seq) + s_seq)
-        return self.read_out(s_seq).mean(0)
+def residual(net, x_seq):
+    """A residual network, [T, B, FEATURES] to [B, CLASSES]."""
+    s_seq = net.lif1(net.first(x_seq))
+    s_seq = net.lif2(net.second(s_seq) + s_seq)
+    return net.read_out(s_seq).mean(0)
 
 
-class SpikesAlone(nn.Module):
+def linear(inputs):
+    return OverTime(nn.Sequential(nn.Linear(inputs, HIDDEN), nn.BatchNorm1d(HIDDEN)))
+
+
+def spikes_alone(layer):
     """A layer that returns its state, too."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x_seq: torch.Tensor) -> torch.Tensor:
-        return self.layer(x_seq)[0]
+    return Stack(lambda net, x_seq: net.layer(x_seq)[0], layer=layer)
 
 
-class BatchFirst(nn.Module):
-    """A layer that takes [B, T, ...]."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x_seq: torch.Tensor) -> torch.Tensor:
-        return self.layer(x_seq.transpose(0, 1)).transpose(0, 1).double()  # sinabs returns float32
+def batch_first(layer):
+    """A layer that takes [B, T, ...]; sinabs returns float32."""
+    return Stack(lambda net, x_seq: net.layer(x_seq.transpose(0, 1)).transpose(0, 1).double(), layer=layer)
 
 
-class StepByStep(nn.Module):
-    """A layer that takes and returns the state of a step."""
+def step_by_step(layer, members):
+    """A layer that takes and returns the states of a step; snnTorch returns float32."""
 
-    def __init__(self, layer: nn.Module, members: int) -> None:
-        super().__init__()
-        self.layer, self.members = layer, members
-
-    def forward(self, x_seq: torch.Tensor) -> torch.Tensor:
-        states, spikes = (torch.zeros_like(x_seq[0]),) * self.members, []
+    def forward(net, x_seq):
+        states, spikes = (torch.zeros_like(x_seq[0]),) * members, []
         for x in x_seq:
-            spike, *states = self.layer(x, *states)
-            spikes.append(spike.double())  # snnTorch returns float32
+            spike, *states = net.layer(x, *states)
+            spikes.append(spike.double())
         return torch.stack(spikes)
 
+    return Stack(forward, layer=layer)
 
-def losses(model: nn.Module, **autocast: torch.dtype) -> torch.Tensor:
+
+def losses(model, **autocast):
     """Those of a training that lowers them by a fifth."""
     generator = torch.Generator().manual_seed(1)
     labels = torch.arange(B) % CLASSES
@@ -99,21 +79,22 @@ def losses(model: nn.Module, **autocast: torch.dtype) -> torch.Tensor:
     return torch.stack(found)
 
 
-def network(neurons: Callable[[], nn.Module], dtype: torch.dtype = torch.float64) -> nn.Module:
+def network(neurons, dtype=torch.float64):
     """The network with the weights of seed 0."""
     torch.manual_seed(0)
-    return Network(neurons).to(dtype)
+    parts = {"first": linear(FEATURES), "second": linear(HIDDEN), "lif1": neurons(), "lif2": neurons()}
+    return Stack(residual, **parts, read_out=nn.Linear(HIDDEN, CLASSES)).to(dtype)
 
 
-def ours(backend: str | None = None) -> nn.Module:
+def ours(backend=None):
     return asgl_cuda.LIF(width=2.0, decay=0.6, learn_decay=True, backend=backend)
 
 
-def recurrent(backend: str | None = None) -> nn.Module:
+def recurrent(backend=None):
     return asgl_cuda.RecurrentLIF(HIDDEN, width=2.0, syn_decay=0.3, analog_prob=0.2, backend=backend)
 
 
-def adaptive(backend: str | None = None) -> nn.Module:
+def adaptive(backend=None):
     return asgl_cuda.AdaptiveLIF(width=2.0, analog_prob=0.2, backend=backend)
 
 
@@ -133,13 +114,13 @@ def test_fused_normalisations():
 # Neurons, and how many of the two normalisations `fuse` joins.
 LIBRARIES = {
     "SpikingJelly": (lambda: neuron.LIFNode(step_mode="m"), 2),
-    "snnTorch": (lambda: StepByStep(snntorch.Leaky(beta=0.6), 1), 0),
+    "snnTorch": (lambda: step_by_step(snntorch.Leaky(beta=0.6), 1), 0),
     "snnTorch, recurrent": (
-        lambda: StepByStep(snntorch.RLeaky(beta=0.6, linear_features=HIDDEN), 2), 0,
+        lambda: step_by_step(snntorch.RLeaky(beta=0.6, linear_features=HIDDEN), 2), 0,
     ),
-    "Norse": (lambda: SpikesAlone(norse.LIF(FAST)), 0),
-    "Norse, recurrent": (lambda: SpikesAlone(norse.LIFRecurrent(HIDDEN, HIDDEN, FAST)), 0),
-    "sinabs": (lambda: BatchFirst(sinabs.layers.LIF(3.0, **SINGLE)), 2),
+    "Norse": (lambda: spikes_alone(norse.LIF(FAST)), 0),
+    "Norse, recurrent": (lambda: spikes_alone(norse.LIFRecurrent(HIDDEN, HIDDEN, FAST)), 0),
+    "sinabs": (lambda: batch_first(sinabs.layers.LIF(3.0, **SINGLE)), 2),
 }  # fmt: skip
 
 

@@ -78,16 +78,11 @@ def test_copies_after_a_call(name):
     states = (*vars(twin).values(), *twin._buffers.values(), *getattr(twin, "_memories", {}).values())
     assert not any(value.grad_fn for value in states if isinstance(value, torch.Tensor))
     torch.testing.assert_close(flat(twin(x)), flat(made(x)))
-    ways = [copy.deepcopy]
     if not name.startswith(("Leaky", "Synaptic", "norse")):  # else the library's own layer can't be pickled
-        ways.append(lambda made: pickle.loads(pickle.dumps(made)))
-    for way in ways:
-        made, _ = asgl_cuda.convert(OF_ALL_LIBRARIES[name]())
-        twin = way(made)
-        assert isinstance(twin, Converted)
-        assert twin.settings == made.settings
-        torch.testing.assert_close(flat(twin(x)), flat(made(x)))
-        assert type(asgl_cuda.revert(twin)[0]) is type(OF_ALL_LIBRARIES[name]())
+        fresh, _ = asgl_cuda.convert(OF_ALL_LIBRARIES[name]())
+        again = pickle.loads(pickle.dumps(fresh))
+        assert (type(again), again.settings) == (type(fresh), fresh.settings)
+        torch.testing.assert_close(flat(again(x)), flat(fresh(x)))
 
 
 class Single(nn.Linear):

@@ -10,7 +10,7 @@ import pytest
 import sinabs.layers
 import snntorch
 import torch
-from conversions import ALL, LAYERS, SINGLE, ElementWise, Linear, N, flat, gradients, of_authors
+from conversions import ALL, LAYERS, SINGLE, ElementWise, Linear, N, calling, exchange, flat, gradients, of_authors
 from norse.torch.module.exp_filter import ExpFilter
 from sinabs import activation, layers
 from snntorch import surrogate as slopes
@@ -369,17 +369,6 @@ OPTIONS = {
     snntorch.Leaky: {"beta": 0.5}, snntorch.Synaptic: {"alpha": 0.5, "beta": 0.5}, layers.LIF: {"tau_mem": 2.0},
     layers.IAFSqueeze: {"batch_size": 1},
 }  # fmt: skip
-
-
-def calling(part, name):
-    """A function that calls the method."""
-    method = getattr(part, name)
-    return lambda *arguments, **named: method(*arguments, **named)
-
-
-def exchange(part, name):
-    """Shadows a method by an instance attribute that calls the method."""
-    setattr(part, name, calling(part, name))
 
 
 @pytest.mark.parametrize("base", METHODS, ids=lambda base: base.__name__)

@@ -1,4 +1,4 @@
-"""Models of other libraries as a whole: trainings, rates, a time step a call, and states that are detached."""
+"""Models of other libraries as a whole: rates, a time step a call, and states that are detached."""
 
 import norse.torch as norse
 import pytest
@@ -6,10 +6,9 @@ import sinabs.layers
 import snntorch
 import torch
 from comparison import Stack
-from conversions import SINGLE, B, N, T, losses, node, of_authors
-from sinabs.activation import MembraneReset, PeriodicExponential
-from sinabs.from_torch import from_model
-from spikingjelly.activation_based import functional, layer, neuron, rnn, surrogate
+from conversions import SINGLE, B, N, T, node, of_authors
+from sinabs.activation import MembraneReset
+from spikingjelly.activation_based import functional, layer, neuron, rnn
 from torch import nn
 
 import asgl_cuda
@@ -23,125 +22,6 @@ def spikingjelly(*layers, step_mode="m"):
     model = nn.Sequential(*layers)
     functional.set_step_mode(model, step_mode)
     return model
-
-
-# ---- trainings ----
-
-
-def over_steps(model, x_seq):
-    """The sum of the outputs of steps, and of the last potentials of Norse's."""
-    found, state = 0, ()
-    for x in x_seq:
-        out, *state = out if isinstance(out := model(x, *state), tuple) else (out,)
-        state = state if isinstance(model, norse.SequentialState) else ()
-        found = found + out + (state[0][-1].v if state else 0)
-    return found / len(x_seq)
-
-
-def vgg(pool):
-    net = nn.Sequential(
-        nn.Conv2d(2, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, 6, 3, padding=1), nn.ReLU(), pool,
-        nn.Conv2d(6, 8, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 16, 10), nn.ReLU(), nn.Linear(10, 3),
-    )  # fmt: skip
-    with torch.no_grad():
-        for module in net:
-            if isinstance(module, (nn.Linear, nn.Conv2d)):
-                module.weight *= 3
-    return net
-
-
-def that_was_in_nir():
-    """NIR makes one threshold and one least potential for each neuron."""
-    sinabs_nir = pytest.importorskip("sinabs.nir")
-    model = from_model(vgg(sinabs.layers.SumPool2d(2)), input_shape=(2, 8, 8), batch_size=6)
-    back = sinabs_nir.from_nir(sinabs_nir.to_nir(model.spiking_model, torch.rand(30, 2, 8, 8)), batch_size=6)
-    assert max(value.numel() for name, value in back.named_parameters() if "spike_threshold" in name) > 1
-    return back
-
-
-def by_batch(net, x):
-    out = out[0] if isinstance(out := net(x), tuple) else out
-    return out.unflatten(0, (6, 5)).mean(1)
-
-
-LOW = {"batch_size": 6, "spike_threshold": torch.tensor(0.1), **SINGLE}
-# A model, the shape and scale of its input, its scores, and the number of neurons' layers; then of those to fuse.
-NETS = {
-    "spikingjelly, normalised": (
-        lambda: spikingjelly(
-            layer.Conv2d(1, 4, 3, padding=1), layer.BatchNorm2d(4), neuron.LIFNode(),
-            layer.AvgPool2d(2), layer.Conv2d(4, 6, 3, padding=1), layer.BatchNorm2d(6), neuron.ParametricLIFNode(),
-            layer.Flatten(), layer.Linear(96, 3), neuron.IFNode(v_threshold=0.2, surrogate_function=surrogate.ATan()),
-        ), (5, 6, 1, 8, 8), 4, lambda net, x: net(x).mean(0), 3, 2,
-    ),
-    "spikingjelly, a current and a read-out": (
-        lambda: spikingjelly(
-            layer.Conv2d(1, 4, 3, padding=1), neuron.CUBALIFNode(), layer.AvgPool2d(2),
-            layer.Conv2d(4, 6, 3, padding=1), neuron.SimpleLIFNode(2.0, False), layer.Flatten(),
-            layer.Linear(96, 3), neuron.NonSpikingLIFNode(decode="mean-mem"),
-        ), (5, 6, 1, 8, 8), 2, lambda net, x: 10 * net(x), 3,
-    ),
-    "snntorch": (
-        lambda: nn.Sequential(
-            nn.Linear(8, 10), snntorch.Leaky(beta=0.9, learn_beta=True, **HIDDEN),
-            nn.Linear(10, 10), snntorch.Synaptic(alpha=0.8, beta=0.9, learn_alpha=True, **HIDDEN),
-            nn.Linear(10, 6), snntorch.Lapicque(beta=0.8, **HIDDEN),
-            nn.Linear(6, 3), snntorch.Leaky(beta=0.8, reset_mechanism="none", **HIDDEN, output=True),
-        ), (7, 6, 8), 2, lambda net, x: sum(sum(net(step)) for step in x) / len(x), 4,
-    ),
-    "norse": (
-        lambda: norse.SequentialState(*(
-            each for sizes in ((8, 10), (10, 3)) for each in (
-                nn.Linear(*sizes), norse.LIFBoxCell(norse.LIFBoxParameters(tau_mem_inv=torch.tensor(400.0))),
-            )
-        )), (7, 6, 8), 6, over_steps, 2,
-    ),
-    "sinabs": (
-        lambda: nn.Sequential(
-            nn.Conv2d(2, 4, 3, padding=1), sinabs.layers.IAFSqueeze(**LOW), nn.AvgPool2d(2),
-            nn.Flatten(), nn.Linear(4 * 16, 3), sinabs.layers.LIFSqueeze(tau_mem=3.0, **LOW),
-        ), (30, 2, 8, 8), 3, by_batch, 2,
-    ),
-    "sinabs, from_model": (
-        lambda: from_model(
-            vgg(nn.AvgPool2d(2)), batch_size=6, min_v_mem=None, surrogate_grad_fn=PeriodicExponential(),
-            add_spiking_output=True,
-        ), (30, 2, 8, 8), 4, by_batch, 5,
-    ),
-    "sinabs, from_model, single spikes": (
-        lambda: from_model(
-            vgg(nn.AvgPool2d(2)), batch_size=6, input_shape=(2, 8, 8), spike_threshold=torch.tensor(0.5), **SINGLE
-        ), (30, 2, 8, 8), 4, by_batch, 4,
-    ),
-    "sinabs, from_model, time and batch apart": (
-        lambda: from_model(
-            nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 3)), batch_size=6,
-            spike_layer_class=sinabs.layers.IAF,
-        ), (6, 5, 8), 4, lambda net, x: net(x).mean(1), 1,
-    ),
-    "sinabs, from NIR": (that_was_in_nir, (30, 2, 8, 8), 4, by_batch, 4),
-}  # fmt: skip
-
-
-@pytest.mark.filterwarnings("ignore:nirtorch")
-@pytest.mark.usefixtures("in_double", "spikes_in_double")
-@pytest.mark.parametrize("name", NETS)
-def test_networks_train_alike(name):
-    """The same losses, in float64, where no rounding flips a spike; also of fused layers."""
-    make, shape, scale, scores, layers, *pairs = NETS[name]
-    model = make().double()
-    x = scale * torch.rand(shape)
-    converted, report = asgl_cuda.convert(model)
-    assert (len(report.replaced), report.left) == (layers, [])
-    made = [converted]
-    for count in pairs:
-        fused, report = asgl_cuda.fuse(model, x)
-        assert (len(report.replaced), report.left) == (count, [])
-        made.append(fused)
-    expected = losses(model, lambda net: scores(net, x))
-    for each in made:
-        found = losses(each, lambda net: scores(net, x))
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5, check_dtype=False)
 
 
 # ---- rates ----

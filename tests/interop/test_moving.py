@@ -1,4 +1,7 @@
-"""The tables of docs/guides/moving.md: in each row, the library's layer and ours with those arguments agree."""
+"""The tables of docs/guides/moving.md: in each row, the library's layer and ours with those arguments agree.
+
+The rows of surrogates of SpikingJelly and snnTorch are FUNCTIONS and SLOPES in conversions.py.
+"""
 
 import math
 
@@ -11,8 +14,6 @@ from authors_code import InvRectangle, InvSigmoid
 from conversions import SINGLE, WHOLE, norses, of_authors, run
 from conversions import node as jelly
 from sinabs import activation
-from snntorch import surrogate as slopes
-from spikingjelly.activation_based import surrogate
 from torch import nn
 
 import asgl_cuda
@@ -37,15 +38,7 @@ SPIKINGJELLY = {
     "v_reset": ({"v_reset": 0.2}, {"v_reset": 0.2, "v_rest": 0.2}),
     "v_reset=None": ({"v_reset": None}, {"v_reset": None}),
     "detach_reset": ({"detach_reset": True}, {"detach_reset": True}),
-    **{
-        name: ({"surrogate_function": getattr(surrogate, kind)(alpha)}, {"surrogate": name, "width": 1 / alpha})
-        for kind, alpha, name in (
-            ("Sigmoid", 3.0, "sigmoid"), ("ATan", 2.0, "arctan"), ("Rect", 0.8, "rectangle"), ("Erf", 2.0, "erf"),
-            ("PiecewiseQuadratic", 1.5, "triangle"), ("SoftSign", 2.0, "fast_sigmoid"),
-            ("PiecewiseExp", 2.0, "laplace"),
-        )
-    },
-}  # fmt: skip
+}
 DELAYED = {"decay": 0.8, "v_reset": None, "reset_amount": 1 / 0.8, "detach_reset": True, "strict_threshold": True,
            "surrogate": "arctan", "width": 1 / 2}  # fmt: skip
 SNNTORCH = {
@@ -54,13 +47,7 @@ SNNTORCH = {
     "zero": ({"reset_mechanism": "zero"}, {"v_reset": 0.0, "reset_amount": None}),
     "none": ({"reset_mechanism": "none"}, {"reset_amount": 0.0}),
     "reset_delay=False": ({"reset_delay": False}, {"reset_amount": None, "detach_reset": False}),
-    "atan": ({"spike_grad": slopes.atan(alpha=3.0)}, {"width": 1 / 3}),
-    "fast_sigmoid": (
-        {"spike_grad": slopes.fast_sigmoid(slope=25)},
-        {"surrogate": "fast_sigmoid", "width": 1 / 25, "surrogate_gain": 2 / 25},
-    ),
-    "sigmoid": ({"spike_grad": slopes.sigmoid(slope=25)}, {"surrogate": "sigmoid", "width": 1 / 25}),
-}  # fmt: skip
+}
 BOX = {"decay": 0.9, "input_gain": 0.1, "strict_threshold": True, "surrogate": "fast_sigmoid", "width": 1.0,
        "surrogate_gain": 2.0}  # fmt: skip
 DEFAULTS = {"tau_mem_inv": 100.0, "tau_syn_inv": 200.0, "v_leak": 0.0, "v_th": 1.0, "v_reset": 0.0, "alpha": 10.0}

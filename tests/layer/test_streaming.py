@@ -48,16 +48,8 @@ def network(time_dim=0, **options):
 
 
 @pytest.mark.parametrize("time_dim", [0, 1])
-@pytest.mark.parametrize("fused", [False, True])
-def test_steps_of_a_model_are_one_sequence(backend, device, time_dim, fused):
-    model = network(time_dim, backend=backend)
-    if fused:
-        norm = nn.BatchNorm2d(C)
-        norm.running_var.fill_(4.0)
-        model[1] = nn.Sequential(OverTime(norm), LIF(time_dim=time_dim, backend=backend)).eval()
-        model, report = asgl_cuda.fuse(model, inputs(T, B, 1, 8, 8).movedim(0, time_dim))
-        assert len(report.replaced) == 1, report
-    model = model.to(device)
+def test_steps_of_a_model_are_one_sequence(backend, device, time_dim):
+    model = network(time_dim, backend=backend).to(device)
     x_seq = inputs(T, B, 1, 8, 8).to(device)
     whole = model(x_seq.movedim(0, time_dim))
     assert whole.any()

@@ -76,9 +76,13 @@ def from_nir(graph: nir.NIRGraph, dt: float | None = None, *, dtype: torch.dtype
             value = values[before[0]]
             for source in before[1:]:
                 value = result.call_function(operator.add, (value, values[source]))
-            scaled = [layer for source in before if getattr(layer := modules.get(paths[source]), "scale_output", False)]
-            if scaled:
-                _check_scale(node, scaled[0], len(before))
+            layers = [modules.get(paths[source]) for source in before]
+            scaled: Any = next((each for each in layers if getattr(each, "scale_output", False)), None)
+            if scaled is not None:  # the Scale that `to_nir` writes after such a layer, which does it itself
+                scale = as_double(getattr(node, "scale", 0.0))
+                if len(before) != 1 or not torch.allclose(scale, units.spike_heights(scaled, scale.shape)):
+                    got = range_of(scale)
+                    raise ValueError(f"must be a Scale by v_threshold, by metadata of the LIF in front, got {got}")
             elif isinstance(node, nir.Output):
                 result.output(value)
             else:
@@ -105,20 +109,8 @@ def _paths(names: Iterable[str]) -> dict[str, str]:
     return paths
 
 
-def _check_scale(node: Any, layer: Any, sources: int) -> None:
-    """Requires the Scale that `to_nir` writes after a layer with scale_output, which does it itself."""
-    scale = as_double(getattr(node, "scale", 0.0))
-    if sources != 1 or not torch.allclose(scale, units.spike_heights(layer, scale.shape)):
-        raise ValueError(f"must be a Scale by v_threshold, by metadata of the LIF in front, got {range_of(scale)}")
-
-
-def _ours(node: Any) -> Any:
-    """What `to_nir` has written as metadata, or {}."""
-    return (getattr(node, "metadata", None) or {}).get(KEY, {})
-
-
 def _read(node: Any, dt: float | None) -> Any:
-    kind, ours = type(node).__name__, _ours(node)
+    kind, ours = type(node).__name__, (getattr(node, "metadata", None) or {}).get(KEY, {})  # as `to_nir` writes it
     dt = float(dt or ours.get("dt", units.DT))
     if kind in ("Affine", "Linear", "Conv1d", "Conv2d"):
         return _weights(node, ours)
