@@ -208,7 +208,7 @@ MUTANTS = {
     "layout: channels behind time": layout("return 2 if time_dim <= 1 else 1", "return 2 if time_dim < 1 else 1",
         "neuron/test_features.py equals and normalised"),
     "layout: a checkpoint more": layout("(x_seq.shape[time_dim] - 1) // CHECKPOINT_STEPS",
-        "x_seq.shape[time_dim] // CHECKPOINT_STEPS", "layer/test_torch_features.py test_opcheck"),
+        "x_seq.shape[time_dim] // CHECKPOINT_STEPS", "neuron/test_features.py opcheck and plain"),
     "layout: checkpoints of one state": layout("* members + 2", "+ 2", "neuron/test_features.py opcheck and adaptive"),
     "learned: no gradient beyond the bound": learned("with_gradient_of(value.detach().clamp(-BOUND, BOUND), value)",
         "value.clamp(-BOUND, BOUND)", "neuron/test_learned.py bound"),
@@ -300,7 +300,7 @@ MUTANTS = {
     "batch_norm: strided running variances": batch_norm("        and variance.is_contiguous()\n", "",
         "neuron/test_batch_norm.py running"),
     "batch_norm: running statistics of other types": batch_norm("        and mean.dtype == variance.dtype == real\n",
-        "", "neuron/test_batch_norm.py half_layers or running"),
+        "", "layer/test_neuron.py half_types and BatchNorm"),
     "batch_norm: biased running variances": batch_norm("unbiased = variance * (count / (count - 1))",
         "unbiased = variance", "neuron/test_features.py equals and normalised"),
     "batch_norm: statistics that are not tracked": batch_norm(
@@ -344,11 +344,11 @@ MUTANTS = {
         "if wants_state and rules.members() > 1 else -1", "if False else -1",
         "neuron/test_features.py vmap and adaptive"),
     "batching: gradients are not written back": batching("    grad_x_seq.copy_(changed)\n", "",
-        "layer/test_transforms.py every_operator or further"),
+        "neuron/test_features.py (vmap or jacrev) and normalised"),
     "batching: no samples": batching("if info.batch_size == 0:", "if False:", "layer/test_transforms.py no_samples"),
     "batching: checkpoints of other samples": batching(
         "count, neurons).movedim(1, 0)\n", "count, neurons).flatten(1).reshape(count, -1)\n",
-        "layer/test_transforms.py every_operator"),
+        "neuron/test_features.py vmap and plain"),
     # ---- adaptive neurons ----
     "adaptive: w in any soft reset": adaptive("if v_reset is None and reset_amount is None", "if v_reset is None",
         "neuron/test_adaptive.py of_the_threshold_alone"),
