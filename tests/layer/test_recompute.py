@@ -154,7 +154,7 @@ def assert_same(found, expected):
         assert one is None or torch.equal(one, other)
 
 
-def storages_of_spikes(model, x, context, layers=LIF):
+def storages_of_spikes(model, x, context, layers=(LIF, AdaptiveLIF)):
     """Weak references to the storages of all spikes of a forward, and the output."""
     found = []
     hooks = [
