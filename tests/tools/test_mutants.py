@@ -7,7 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from mutants import (
+
+from tools.emulation import sanitize
+from tools.mutants.kernels import (
     ALL_LIVE,
     BEYOND_LAST_ROW,
     CPU_MUTANTS,
@@ -20,8 +22,6 @@ from mutants import (
     NO_BARRIER_OF_CHANNELS,
     Mutant,
 )
-
-from tools.emulation import sanitize
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("compiler")]
 
