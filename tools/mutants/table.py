@@ -127,7 +127,7 @@ MUTANTS = {
     "reference: statistics in float32": reference("x = x_seq.double()", "x = x_seq.float().double()",
         "neuron/test_features.py equals and normalised"),
     "reference: an offset beyond 32 bits": reference("pair, offset & low)", "pair, offset)",
-        "neuron/test_philox.py definition or mask or depend"),
+        "neuron/test_philox.py definition or mask"),
     "reference: a negative seed": reference("seed >> 32 & low)", "seed >> 32)", "neuron/test_philox.py"),
     "reference: the mask of a channels_last input": reference("movedim(0, order.index(time_dim))",
         "movedim(0, time_dim)", "neuron/test_philox.py memory or time"),
