@@ -210,7 +210,7 @@ def test_every_kernel_is_named_and_counted():
     for kernel in names:
         assert re.search(kernel_times.OUR_KERNELS, kernel)
         assert re.search(kernel_times.OUR_KERNELS, kernel.removeprefix("asgl::"))
-        assert "<" not in kernel_times.kind_of(f"void {kernel}(asgl::Params)")[1], "not in _KINDS of cuda_code.py"
+        assert "<" not in kernel_times.kind_of(f"void {kernel}(asgl::Params)")[1], "unknown to kind_of of cuda_code.py"
     command = kernel_times.ncu_command("ncu", Path("log"))
     assert command[command.index("--kernel-name") + 1] == f"regex:{kernel_times.OUR_KERNELS}"
 
