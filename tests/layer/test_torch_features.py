@@ -108,6 +108,37 @@ def assert_trains_alike(module, model, x_seq, seed=3):
 
 
 @pytest.mark.traced
+def test_compiled_function(backend, device):
+    """The same bits and noise as in eager mode, of any size by one graph."""
+    counter = torch._dynamo.testing.CompileCounterWithBackend("inductor")
+    state = rng_state(device=device)
+    every = dict.fromkeys(("return_v_last", "return_v_seq", "return_h_seq"), True)
+
+    def function(x_seq, width, v_threshold):
+        # One tensor as two parameters, threshold and reset, which the compiler refuses as such.
+        given = {"width": width, "v_threshold": v_threshold, "v_reset": None, "analog_prob": 0.3}
+        noisy = asgl_cuda.lif(x_seq, analog_prob=0.5, backend=backend)
+        return *asgl_cuda.lif(x_seq, **given, rng_state=state, **every, backend=backend), noisy
+
+    compiled = torch.compile(function, fullgraph=True, backend=counter, dynamic=True)
+    leaves = uniform(low=0.5, high=1.5, device=device), uniform(low=0.5, high=1.0, device=device)
+    counts = set()
+    for steps, neurons in ((4, 60), (17, 300), (40, 33)):
+        x_seq, results = random_input(steps, neurons, device=device), []
+        for each in (compiled, function):
+            torch.manual_seed(5)
+            results.append(with_gradients(each, x_seq, *leaves))
+        assert_all_equal(*results)
+        counts.add(counter.frame_count)
+    assert len(counts) == 1, counts
+    with torch.no_grad():
+        torch.manual_seed(5)
+        expected = function(x_seq, *leaves)
+        torch.manual_seed(5)
+        assert_all_equal(compiled(x_seq, *leaves), expected)
+
+
+@pytest.mark.traced
 def test_compiled_layers(backend, device, monkeypatch):
     """In channels_last, behind a convolution."""
     # TF32 convolutions round to ten bits, and algorithms differ.
