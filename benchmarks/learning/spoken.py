@@ -21,6 +21,7 @@ from asgl_cuda import LIF, LeakyIntegrator, RecurrentLIF
 
 from ..common import parser_of
 from .data import SOURCES, Data
+from .optimizers import accuracy_of, fit
 
 BATCH_SIZE = 128
 RATE = 1e-3
@@ -52,33 +53,30 @@ def sequence(samples: Tensor) -> Tensor:
     return samples.transpose(0, 1).float()
 
 
-@torch.no_grad()
-def accuracy(net: nn.Module, data: Data) -> float:
-    net.eval()
-    batches = zip(data.test.split(BATCH_SIZE), data.test_labels.split(BATCH_SIZE), strict=True)
-    right = sum((net(sequence(samples)).mean(0).argmax(1) == labels).sum().item() for samples, labels in batches)
-    net.train()
-    return right / len(data.test_labels)
-
-
 def train(neurons: str, data: Data, epochs: int, hidden: int) -> list[float]:
-    """Prints and returns the accuracy on the test samples after each epoch."""
+    """Prints and returns the accuracy on the test samples, in percent, after each epoch."""
     net = network(neurons, hidden, data)
     optimizer = torch.optim.Adam(asgl_cuda.parameter_groups(net, lr=RATE))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
+
+    def clip(*_: Any) -> None:
+        nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+
+    def scores(samples: Tensor) -> Tensor:
+        return net(sequence(samples)).mean(0)  # type: ignore[no-any-return]
+
+    def loss(batch: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(scores(data.train[batch]), data.train_labels[batch])
+
+    optimizer.register_step_pre_hook(clip)
     found = []
     for epoch in range(1, epochs + 1):
         started = time.perf_counter()
-        for batch in torch.randperm(len(data.train)).split(BATCH_SIZE):
-            loss = nn.functional.cross_entropy(net(sequence(data.train[batch])).mean(0), data.train_labels[batch])
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-            optimizer.step()
+        fit(loss, torch.randperm(len(data.train)).split(BATCH_SIZE), optimizer)
         schedule.step()
         seconds = time.perf_counter() - started
-        found.append(accuracy(net, data))
-        print(f"{neurons}, epoch {epoch}: {found[-1]:.1%} of the test samples, {seconds:.1f} s")
+        found.append(accuracy_of(net, scores, data.test, data.test_labels))
+        print(f"{neurons}, epoch {epoch}: {found[-1]:.1f} % of the test samples, {seconds:.1f} s")
     return found
 
 

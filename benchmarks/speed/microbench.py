@@ -52,7 +52,6 @@ from .peers import (
     introduced,
     loop,
 )
-from .rates import measured_rates
 from .sizes import LAYOUTS, SWEEPS, Block, Size, description, samples, sweep, usual_sizes
 
 ANALOG_PROB = host.ANALOG_PROB
@@ -348,8 +347,6 @@ def main() -> int:
     print("the spikes of the loops, of each peer and of the pairs are ours\n", flush=True)
     report: dict[str, Any] = {"machine": about, "analog_prob": ANALOG_PROB, "memory_kept": kept}
     report |= {"sizes": [], "blocks": []}
-    if "judged" in sweeps:
-        report["card"] = measured_rates(device)._asdict()
     report["call_microseconds"] = overhead = host.call_overhead(device, arguments.repeats, FLOOR)
     for size in in_time(sizes, started, arguments.seconds, report):
         found = measure(size, device, arguments.repeats)

@@ -159,16 +159,6 @@ def test_every_sample_once_an_epoch():
     assert not torch.equal(orders[:, 0], orders[:, 1])
 
 
-def test_sequences_are_halved():
-    samples = torch.arange(90.0).reshape(2, 9, 5)
-    whole = Data(samples, torch.zeros(2), samples[:1], torch.zeros(1))
-    halved = batched.shortened(whole)
-    assert halved.train.shape == (2, 4, 5)
-    assert torch.equal(halved.test[0, 3], (samples[0, 6] + samples[0, 7]) / 2)
-    short = whole._replace(train=samples[:, :8])
-    assert batched.shortened(short) is short
-
-
 # ---- trainings of the studies ----
 
 
@@ -342,11 +332,6 @@ def test_windows_of_which_all_is_known(width, inside, error, analog_prob):
     assert noise.observe(model, images, labels)["spiking_loss"] == found["spiking_loss"]
 
 
-def test_means_over_seeds():
-    runs = [[{"width": 1.0}, {"width": 1.0 + seed}] for seed in (1, 2)]
-    assert noise.over_seeds(runs) == {"width": {"mean": [1.0, 2.5], "deviation": [0.0, pytest.approx(0.5**0.5, 1e-4)]}}
-
-
 # ---- the program ----
 
 
@@ -406,9 +391,6 @@ def test_program(tmp_path, monkeypatch, capsys):
         "nmnist"
     }
     assert conducted[1][1] == Path("build/width_robustness.json")
-    with pytest.raises(SystemExit):
-        call(monkeypatch, "noise", "--data-root", tmp_path / "nothing")
-    assert "--data-root must be a folder that exists" in capsys.readouterr().err
 
 
 def test_demo(tmp_path, monkeypatch, capsys):
@@ -420,11 +402,6 @@ def test_demo(tmp_path, monkeypatch, capsys):
     demo.main()
     assert "times faster" in capsys.readouterr().out
     assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
-    for arguments, words in ((["--epochs", "0"], "at least 1"), (["--figure", "no/demo.png"], "a folder that exists")):
-        monkeypatch.setattr(sys, "argv", ["demo", *arguments])
-        with pytest.raises(SystemExit):
-            demo.main()
-        assert words in capsys.readouterr().err
 
 
 # ---- interrupts ----

@@ -99,13 +99,3 @@ def test_every_file_of_results_has_a_command():
     reports = {name: json.loads((readme.RESULTS / name).read_text()) for name in commands}
     dirty = [name for name, report in sorted(reports.items()) if report["machine"]["commit"].endswith("-dirty")]
     assert " and ".join(f"`{name}`" for name in dirty) in page.split("`-dirty`:")[-1].split(". ")[0]
-
-
-def test_what_the_comparison_leaves_out():
-    """Of the rows, never by hand."""
-    rows = ["LIF: asgl_cuda cpu", "LIF: snnTorch 1.0.0"]
-    assert readme.peers_in_words(rows).endswith("and none is shown under torch.compile.")
-    assert "sigmoid" not in readme.peers_in_words(rows)
-    words = readme.peers_in_words([*rows, "LIF: asgl_cuda cpu, sigmoid", "LIF: snnTorch 1.0.0, torch.compile"])
-    assert "a rectangle, which costs little, and with a sigmoid." in words
-    assert words.endswith("and snnTorch 1.0.0 alone is shown under torch.compile.")

@@ -203,8 +203,6 @@ ROWS = {
 @pytest.mark.parametrize(("size", "expected"), ROWS.items(), ids=map(str, ROWS))
 def test_rows(monkeypatch, size, expected):
     """Every implementation once, with positive times; learned parameters get gradients."""
-    if isinstance(size, Block):
-        assert size.random(CPU).shape == size.shape
     found = microbench.measure(size, CPU, repeats=2)
     assert without_versions(found["seconds"]) == expected
     assert list(found["rows"]) == list(found["seconds"])
@@ -212,11 +210,6 @@ def test_rows(monkeypatch, size, expected):
         assert min(found["seconds"][name].values()) > 0
         assert (row["saved_bytes"] is None) == (name in YARDSTICKS)
         assert row["peak_bytes"] >= 2 * size.bytes, "the output and the gradient"
-    lines = microbench.table(size, found).splitlines()
-    both = {name: each["both"] for name, each in found["seconds"].items()}
-    assert len(lines) == 1 + len(expected)
-    if f"{PAIR}{REFERENCE}" in both:
-        assert f"{both[f'{PAIR}{REFERENCE}'] / both[OURS]:.1f}" in lines[3].split()
     if isinstance(size, Size) and not size.adaptive:
         (sample,) = sizes.samples(size, CPU)
         row = next(row for row in microbench.rows_of(size, CPU) if row.name == OURS)
@@ -361,16 +354,14 @@ def test_fused_blocks_train_as_unfused_ones():
 
 
 @needs_kernels
-@pytest.mark.parametrize("wrong", [{"eps": 2e-5}, {"analog_prob": 0.25}, {"width": 1.1}], ids=str)
-def test_other_blocks_are_refused(monkeypatch, wrong):
+def test_other_blocks_are_refused(monkeypatch):
     fuse = asgl_cuda.fuse
 
     def fuse_wrongly(model, *example, inplace):
         result = fuse(model, *example, inplace=inplace)
         for layer in model.modules():
-            for name, value in wrong.items():
-                if name in vars(layer) or isinstance(getattr(type(layer), name, None), property):
-                    setattr(layer, name, value)
+            if isinstance(layer, nn.BatchNorm2d):
+                layer.eps = 2e-5
         return result
 
     monkeypatch.setattr(asgl_cuda, "fuse", fuse_wrongly)
@@ -418,16 +409,7 @@ def test_programs(tiny, monkeypatch, tmp_path, capsys, name):
     if name == "convert":
         assert len(report["sizes"]) == 2
         assert len({(each["library"], each["layer"]) for each in report["sizes"][0]["layers"]}) == 20
-    if name == "recurrent":
-        seconds = report["sizes"][0]["seconds"]
-        products, faster = readme.recurrent_ratios(report)
-        assert products == [seconds[OURS] / seconds[PRODUCTS]]
-        (norse,) = (time for row, time in seconds.items() if row.startswith("Norse"))
-        assert norse / seconds[f"{OURS}{WITH_INPUT}"] in faster
-        assert len(faster) == 4
     if name == "memory":
-        vgg = report["networks"]["VGG, T = 2"]
-        assert list(vgg) == [memory.KEPT, memory.RECOMPUTED, memory.CHECKPOINTED]
         for each in report["networks"].values():
             kept, recomputed = each[memory.KEPT], each[memory.RECOMPUTED]
             assert recomputed["kept_bytes"] < 0.75 * kept["kept_bytes"]
@@ -450,16 +432,6 @@ def test_microbench(tiny, monkeypatch, tmp_path, capsys, fresh):
     assert "block [2, 3, 4, 5, 6], float32, channels_last, residual" in printed
     for name in ("microbench", "block"):
         assert "| --: |" in readme.text_of(readme.SECTIONS[name], report)
-
-
-def test_a_missing_library_is_named(monkeypatch, capsys):
-    def missing(like):
-        raise ImportError
-
-    monkeypatch.setitem(peers.PEERS["LIF"], "Norse", missing)
-    about = peers.introduced(CPU, "medians")
-    assert without_versions(about["peers"]) == ["SpikingJelly", "snnTorch", "sinabs"]
-    assert 'not installed: Norse (pip install ".[bench]")' in capsys.readouterr().out
 
 
 def test_time_runs_out(tiny, monkeypatch, tmp_path, capsys):

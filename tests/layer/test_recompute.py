@@ -14,7 +14,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from asgl_cuda import LIF, BatchNormLIF, OverTime, RecurrentLIF, lif, recompute, recompute_spikes
+from asgl_cuda import LIF, AdaptiveLIF, BatchNormLIF, OverTime, RecurrentLIF, lif, recompute, recompute_spikes
 
 STEPS, BATCH = 4, 3
 usual = contextlib.nullcontext
@@ -67,6 +67,7 @@ PATTERNS = {
     "scaled output, potentials stored": lambda: (
         two_convs(LIF(scale_output=True, learn_threshold=True, store_v_seq=True)), images(), freed(2),
     ),
+    "adaptive": lambda: (two_convs(AdaptiveLIF(adapt_spike=0.3)), images(), freed(2)),
     "several spikes a step": lambda: (
         two_convs(LIF(multi_spike=True, v_reset=None, analog_prob=0.0, surrogate="periodic_exponential")), images(),
         freed(2),
@@ -153,7 +154,7 @@ def assert_same(found, expected):
         assert one is None or torch.equal(one, other)
 
 
-def storages_of_spikes(model, x, context, layers=LIF):
+def storages_of_spikes(model, x, context, layers=(LIF, AdaptiveLIF)):
     """Weak references to the storages of all spikes of a forward, and the output."""
     found = []
     hooks = [

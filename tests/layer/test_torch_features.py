@@ -210,30 +210,6 @@ def operator_inputs(device, x_seq):
     return x_seq, None, None, *parameters, *[None] * 4, numbers, rules
 
 
-@pytest.mark.parametrize(("steps", "channels_last"), [(16, False), (20, True)])
-def test_opcheck(backend, device, steps, channels_last):
-    """Without and with gradients, of all outputs and inputs."""
-    operators = BACKENDS[backend].operators
-    x_seq = random_input(steps, 2, 3, 4, 5, device=device).detach()
-    if channels_last:
-        x_seq = x_seq.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
-    *_, numbers, rules = operator_inputs(device, x_seq)
-    parameters = [torch.rand(3, 1, 1, device=device) + 0.5, None, None, torch.zeros((), device=device), *[None] * 3]
-    parameters.append(torch.rand_like(x_seq))  # the residual
-    state, v_init = rng_state(device=device), torch.rand(2, 3, 4, 5, device=device)
-    noisy = rules.changed(analog_below=20000)
-    forward = (x_seq, v_init, state, *parameters, numbers, noisy, [True] * 4)
-    torch.library.opcheck(operators.lif_forward, forward)
-    s_seq, v_last, v_seq, h_seq, checkpoints = operators.lif_forward(*forward)
-    grads = [torch.randn_like(output) for output in (s_seq, v_last, v_seq, h_seq)]
-    wants_parameters = [True, False, False, True, False, False, False, True]
-    given = (x_seq, v_init, state, checkpoints, *parameters, numbers, noisy)
-    torch.library.opcheck(operators.lif_backward, (*grads, *given, [True, True, *wants_parameters]))
-    no_grads = [None, grads[1], None, None]
-    torch.library.opcheck(operators.lif_backward, (*no_grads, *given, [False, False, *wants_parameters]))
-    torch.library.opcheck(operators.draw_rng_state, (state,), test_utils=("test_schema", "test_faketensor"))
-
-
 def test_opcheck_with_gradients(backend, device):
     operators = BACKENDS[backend].operators
     x_seq, *_, numbers, rules = given = operator_inputs(device, random_input(20, 2, 3, device=device))
@@ -273,16 +249,6 @@ def test_the_operator_by_itself(backend, device, keeps_checkpoints):
         for gradient in operators.lif_backward(*grads, *inputs, [True, False, True, *[False] * 7]):
             with pytest.raises(RuntimeError, match="a second derivative was asked for"):
                 gradient.sum().backward()
-
-
-def test_fake_tensors_have_the_real_layout(backend, device):
-    x_seq = torch.rand(4, 2, 3, 4, 5, device=device).permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
-    every = {"return_v_last": True, "return_v_seq": True, "return_h_seq": True, "backend": backend}
-    real = asgl_cuda.lif(x_seq, **every)
-    with torch._subclasses.FakeTensorMode() as mode:
-        fake = asgl_cuda.lif(mode.from_tensor(x_seq), **every)
-    for ours, theirs in zip(real, fake, strict=True):
-        assert (ours.shape, ours.dtype, ours.stride()) == (theirs.shape, theirs.dtype, theirs.stride())
 
 
 # ---- modes ----

@@ -127,6 +127,7 @@ MODELS = {
     "LIF": lambda **options: asgl_cuda.LIF(learn_decay=True, learn_threshold=True, **options),
     "by channel": lambda **options: asgl_cuda.LIF(8, granularity="channel", learn_decay=True, **options),
     "normalised": lambda **options: asgl_cuda.BatchNormLIF(8, granularity="channel", **options),
+    "recurrent": lambda **options: asgl_cuda.RecurrentLIF(8, **options),
 }
 
 
@@ -179,25 +180,13 @@ def forward_modes(function, x_seq):
     }
 
 
-@pytest.mark.parametrize("kind", ["lif", "LIF", "batch_norm_lif"])
-def test_forward_mode(backend, device, kind):
+def test_forward_mode(backend, device):
     """Refused with the remedy, and the remedy works: silent zeros would go unnoticed."""
     x_seq = torch.rand(4, 2, 3, device=device) * 2
-
-    def by(name):
-        options = {"surrogate": "sigmoid", "backend": name}
-        if kind == "LIF":
-            return asgl_cuda.LIF(analog_prob=0.0, **options).to(device)
-        if kind == "lif":
-            return lambda x: asgl_cuda.lif(x, **options)
-        return lambda x: asgl_cuda.batch_norm_lif(x, torch.ones(3), torch.ones(3), **options)
-
-    for name, call in forward_modes(by(backend), x_seq).items():
-        if kind == "batch_norm_lif" and "vmap" in name:
-            continue  # a sample has no dimension for channels
+    ours, function = (partial(asgl_cuda.lif, surrogate="sigmoid", backend=name) for name in (backend, "reference"))
+    for call in forward_modes(ours, x_seq).values():
         with pytest.raises(RuntimeError, match=r"forward-mode .* backend='reference' has both"):
             call()
-    function = by("reference")
     expected = torch.einsum("abcdef,def->abc", jacrev(function)(x_seq), x_seq)
     assert expected.abs().max() > 0.1
     for name, call in forward_modes(function, x_seq).items():
@@ -281,99 +270,6 @@ def test_statistics_where_the_cotangent_is_mapped_further(backend, device):
 
     expected = jacrev(vmap(function("reference")))(x_seq)
     torch.testing.assert_close(jacrev(vmap(function(backend)))(x_seq), expected, rtol=1e-4, atol=1e-4)
-
-
-def normalised(x_seq, residual, value, **options):
-    mean, variance = torch.linspace(0, 1, x_seq.shape[2]), torch.linspace(1, 2, x_seq.shape[2])
-    return asgl_cuda.batch_norm_lif(x_seq, mean.to(x_seq), variance.to(x_seq), value, **options)
-
-
-# Of x_seq, a residual and a parameter, and the parameter's shape, where -1 is the number of steps.
-OPERATORS = {
-    "lif": (lambda x_seq, _, value, **options: asgl_cuda.lif(x_seq, width=value, **options), (2,)),
-    "lif of each neuron": (lambda x_seq, _, value, **options: asgl_cuda.lif(x_seq, decay=value, **options), (3, 2)),
-    "lif of each step": (
-        lambda x_seq, _, value, **options: asgl_cuda.lif(x_seq, v_threshold=value, **options), (-1, 1, 1),
-    ),
-    "lif with residual": (
-        lambda x_seq, residual, value, **options: asgl_cuda.lif(
-            x_seq, v_threshold=value, residual=residual, residual_gain=0.5, **options
-        ), (),
-    ),
-    "adaptive_lif": (
-        lambda x_seq, residual, value, **options: asgl_cuda.adaptive_lif(
-            x_seq, adapt_decay=0.9, adapt_spike=value, w_init=residual[0], **options
-        ), (3, 1),
-    ),
-    "leaky_integrator": (
-        lambda x_seq, residual, value, surrogate, **options: asgl_cuda.leaky_integrator(
-            x_seq, value, v_init=residual[0], **options
-        ), (2,),
-    ),
-    "batch_norm_lif in evaluation": (normalised, (2,)),
-    "batch_norm_lif in training": (
-        lambda x_seq, _, value, **options: asgl_cuda.batch_norm_lif(
-            x_seq, None, None, value, training=True, **options
-        ), (2,),
-    ),
-    "batch_norm_lif in training, with residual": (
-        lambda x_seq, residual, value, **options: asgl_cuda.batch_norm_lif(
-            x_seq, None, None, value, training=True, residual=residual, residual_gain=0.5, **options
-        ), (2,),
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", OPERATORS)
-@pytest.mark.parametrize(
-    ("transform", "steps", "shared"),
-    [
-        ("grad(vmap)", 36, True), ("vmap(grad)", 36, False), ("vmap(grad)", 4, True), ("vmap(vmap)", 36, False),
-        ("jacrev", 4, True), ("grad(grad(vmap))", 4, True),
-    ],
-)  # fmt: skip
-def test_every_operator_under_transforms(backend, device, name, transform, steps, shared):
-    """Against the reference in a loop, without transforms; a second derivative is refused."""
-    function, shape = OPERATORS[name]
-    function, reference = (partial(function, surrogate="sigmoid", backend=each) for each in (backend, "reference"))
-    x_seq, residual = inputs(steps, device, 3, 2), inputs(steps, device, 3, 2)
-    value = torch.rand(SAMPLES, *(steps if size < 0 else size for size in shape), device=device) + 0.4
-    value = value[0] if shared else value
-    every, in_dims = (0, 1, 2), (0, 0, None if shared else 0)
-
-    def loss(*arguments, function=function):
-        return (function(*arguments) * weights(x_seq[0])).sum()
-
-    def expected(index):
-        given = x_seq[index], residual[index], value if shared else value[index]
-        leaves = [each.clone().requires_grad_() for each in given]
-        return torch.autograd.grad(loss(*leaves, function=reference), leaves, materialize_grads=True)
-
-    def total(*arguments):
-        return vmap(loss, in_dims)(*arguments).sum()
-
-    if transform == "vmap(vmap)":
-        pairs = torch.stack([x_seq, x_seq + 0.3])
-        found = vmap(vmap(function, in_dims), (0, 0, None))(pairs, torch.stack([residual] * 2), value)
-        assert torch.equal(found, torch.stack([looped(function, each, residual, value) for each in pairs]))
-        return
-    if transform == "grad(grad(vmap))":
-        with pytest.raises(RuntimeError, match="asgl_cuda: a second derivative was asked for"):
-            grad(lambda value: grad(total)(x_seq, residual, value).square().sum())(value)
-        return
-    if transform == "jacrev":
-        arguments = x_seq[0], residual[0], value
-        found = jacrev(function, every)(*arguments)
-        wanted = torch.autograd.functional.jacobian(reference, arguments)
-    else:
-        wanted = tuple(torch.stack(each) for each in zip(*map(expected, range(SAMPLES)), strict=True))
-        if transform == "vmap(grad)":
-            found = vmap(grad(loss, every), in_dims)(x_seq, residual, value)
-        else:
-            found = grad(total, every)(x_seq, residual, value)
-            wanted = *wanted[:2], wanted[2].sum(0)
-    assert max(each.abs().max() for each in wanted) > 0.01
-    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", [None, "reference"])

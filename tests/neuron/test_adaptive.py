@@ -1,7 +1,5 @@
 """Adaptive neurons: what is theirs alone. The rest is asked of all features, in test_features.py."""
 
-import contextlib
-
 import pytest
 import torch
 from comparison import random_input
@@ -34,17 +32,6 @@ def test_w_is_in_the_reset_of_the_threshold_alone(backend, device, amount, v_las
     options = {"adapt_decay": 0.9, "to_threshold": True, "v_reset": None, "return_v_last": True, "backend": backend}
     output = asgl_cuda.adaptive_lif(x_seq, w_init=w_init, reset_amount=amount, **options)
     assert (output.v_last == v_last).all()
-
-
-def test_spikes_are_recomputed(backend, device):
-    x_seq = random_input(20, 3, 50, device=device)
-    grads = []
-    for recompute in (False, True):
-        with asgl_cuda.recompute_spikes() if recompute else contextlib.nullcontext():
-            s_seq = asgl_cuda.adaptive_lif(x_seq, adapt_decay=0.9, adapt_spike=0.3, backend=backend)
-            out = s_seq @ torch.ones(50, 2, device=device, requires_grad=True)
-        grads.append(torch.autograd.grad(out.sum(), x_seq)[0])
-    assert torch.equal(*grads)
 
 
 @pytest.mark.parametrize("name", [each for each in ("cpu", "cuda") if each in asgl_cuda.available_backends()])

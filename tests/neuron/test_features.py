@@ -19,7 +19,7 @@ from features import (
     random_like,
 )
 from torch import Tensor
-from torch.func import grad, vmap
+from torch.func import grad, jacrev, vmap
 
 import asgl_cuda
 from asgl_cuda.backends import BACKENDS, Operators
@@ -193,9 +193,9 @@ def test_compile(backend, device, feature):
 
 @every()
 def test_vmap_is_a_loop(backend, device, feature):
-    """Also with gradients inside, where all is mapped, or x_seq alone."""
-    for noise, shared in ((0.0, False), (0.0, True), (0.3, False)):
-        case = Case(DOUBLE, noise=noise, shape="channel", flags="scaled")
+    """Of gradients inside, outside and in pairs, where all is mapped, or x_seq alone; over one segment and several."""
+    for noise, shared, steps in ((0.0, False, 5), (0.0, True, 36), (0.3, False, 20)):
+        case = Case(DOUBLE, steps, noise=noise, shape="channel", flags="scaled")
         three = [feature.call(case, device) for _ in range(3)]
         options = without_running(three[0][1])
         names = [name for name in leaves_of(*three[0]) if name != "x_seq"]
@@ -205,13 +205,32 @@ def test_vmap_is_a_loop(backend, device, feature):
             given = {**options, **dict(zip(names, values, strict=True))}
             return sum(each.square().sum() for each in feature.run(x_seq, given, feature.outputs, backend).values())
 
-        function = grad(loss, tuple(range(1 + len(names))))
+        every, mapped = tuple(range(1 + len(names))), (0, *[None if shared else 0] * len(names))
+        function = grad(loss, every)
         stacked = [torch.stack(each) for each in zip(*samples, strict=True)]
         inputs = [stacked[0], *(samples[0][1:] if shared else stacked[1:])]
-        found = vmap(function, (0, *[None if shared else 0] * len(names)))(*inputs)
-        for index, (x_seq, *values) in enumerate(samples):
-            expected = function(x_seq, *(samples[0][1:] if shared else values))
-            torch.testing.assert_close([each[index] for each in found], list(expected))
+        of_samples = [function(x_seq, *(samples[0][1:] if shared else values)) for x_seq, *values in samples]
+        expected = [torch.stack(each) for each in zip(*of_samples, strict=True)]
+        torch.testing.assert_close(list(vmap(function, mapped)(*inputs)), expected)
+        pairs = vmap(vmap(function, mapped), (0, *[None] * len(names)))(torch.stack([inputs[0]] * 2), *inputs[1:])
+        torch.testing.assert_close([each[1] for each in pairs], expected)
+        outside = grad(lambda *given, loss=loss, mapped=mapped: vmap(loss, mapped)(*given).sum(), every)(*inputs)
+        sums = [each if dim == 0 else each.sum(0) for each, dim in zip(expected, mapped, strict=True)]
+        torch.testing.assert_close(list(outside), sums)
+
+
+@every()
+def test_jacrev_is_a_gradient_of_each_output(backend, device, feature):
+    """The gradients that come in are mapped, and nothing else."""
+    x_seq, options = feature.call(Case(DOUBLE, shape="channel"), device)
+    options = {name: each.detach() if isinstance(each, Tensor) else each for name, each in options.items()}
+
+    def by_step(x_seq):
+        (output,) = feature.run(x_seq, without_running(options), feature.outputs[:1], backend).values()
+        return output.square().flatten(1).sum(1)
+
+    expected = [grad(lambda x_seq, t=t: by_step(x_seq)[t])(x_seq.detach()) for t in range(len(x_seq))]
+    torch.testing.assert_close(jacrev(by_step)(x_seq.detach()), torch.stack(expected))
 
 
 @every(lambda feature: feature.splits)

@@ -99,25 +99,6 @@ def test_large_parameter_sums(backend, device, name):
         )  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("sizes", "time_dim", "parameters"),
-    [
-        ((5, 2, 6, 20, 20), 0, {"input_gain": (6, 1, 1), "input_bias": (6, 1, 1), "width": ()}),
-        ((5, 2, 6, 20, 20), 0, {"input_gain": (6, 1, 1), "input_mean": (20, 20)}),
-        ((5, 2, 6, 20, 20), 0, {"input_bias": (20,), "input_mean": (6, 20, 1)}),
-        ((4, 5, 700), 1, {"width": (), "decay": (700,)}),
-        ((4, 5, 700), 1, {"width": ()}),
-    ],
-    ids=["channels", "unlike parameters", "unlike parameters in turns", "runs with parameters", "runs"],
-)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_sizes_that_cross_the_edges_of_tiles(backend, device, sizes, time_dim, parameters, dtype):
-    """Channels of 400 and runs of 700 neurons straddle tiles of 1024 neurons (CPU), 128 or 512 (GPU)."""
-    options = {name: uniform(*shape, low=0.5, high=1.0, device=device) for name, shape in parameters.items()}
-    x_seq = random_input(*sizes, dtype=dtype, device=device)
-    assert_equals_reference(x_seq, backend, outputs=("s_seq",), time_dim=time_dim, **options)
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("surrogate", ["rectangle", "sigmoid"])
 def test_half_types_are_as_good_as_pytorch(backend, device, dtype, surrogate):

@@ -44,16 +44,6 @@ def test_zero_tensors(backend, device, way):
     assert torch.equal(grad, torch.autograd.grad(expected.v_seq, x_seq, grads[1])[0])
 
 
-def test_complex_values_are_refused(backend, device):
-    value = torch.tensor(0.3 - 0.5j, device=device).conj()
-    x_seq = random_input(5, 31, device=device)
-    for name in ("decay", "width", "v_init"):
-        with pytest.raises(TypeError, match=f"{name} must be of a floating type"):
-            asgl_cuda.lif(x_seq, **{name: value}, backend=backend)
-    with pytest.raises(TypeError, match="x_seq must be float16"):
-        asgl_cuda.lif(x_seq * value, backend=backend)
-
-
 def test_under_a_compiler_and_vmap(backend, device):
     torch._dynamo.reset()
     x_seq, decay = random_input(5, 31, device=device).detach(), uniform(low=0.3, high=0.9, device=device).detach()

@@ -8,7 +8,7 @@ from comparison import rng_state
 
 import asgl_cuda
 from asgl_cuda.checks import check_analog_prob_tensor
-from asgl_cuda.reference import _draws, _philox4x32
+from asgl_cuda.reference import _philox4x32
 
 # Random123 (Salmon et al., SC 2011) publishes these counters, keys and results of Philox4x32-10.
 KNOWN_ANSWERS = [
@@ -126,36 +126,6 @@ def test_share_of_analog_elements():
         probability = round(analog_prob * 65536) / 65536
         deviation = math.sqrt(probability * (1 - probability) / x_seq.numel())
         assert abs(share - probability) < 5 * deviation
-
-
-def test_independence_over_neurons_and_steps():
-    """Correlation of the mask with itself, shifted by short distances over n and t; 5 deviations of 1 / sqrt(M)."""
-    centred = asgl_cuda.analog_mask(torch.empty(64, 20000), 0.2, rng_state(77, 1)).double() - 0.2
-    variance = 0.2 * 0.8
-    for step in range(5):
-        for neuron in range(9):
-            if step == neuron == 0:
-                continue
-            product = centred[step:, neuron:] * centred[: 64 - step, : 20000 - neuron]
-            assert abs(product.mean().item()) / variance < 5 / math.sqrt(product.numel()), (step, neuron)
-
-
-def test_independence_of_draws_with_other_seed_or_offset():
-    first = _draws(20000, 64, rng_state(1, 1)).double()
-    for state in (rng_state(2, 1), rng_state(1, 2), rng_state(1 + 2**32, 1)):
-        other = _draws(20000, 64, state).double()
-        correlation = torch.corrcoef(torch.stack([first.flatten(), other.flatten()]))[0, 1].item()
-        assert abs(correlation) < 5 / math.sqrt(first.numel())
-
-
-def test_draws_are_uniform():
-    """Chi-squared over 256 bins of the high and of the low byte: mean 255, deviation sqrt(510)."""
-    draws = _draws(20000, 64, rng_state(5, 9)).flatten()
-    for byte in (draws >> 8, draws & 255):
-        counts = torch.bincount(byte, minlength=256).double()
-        expected = draws.numel() / 256
-        statistic = ((counts - expected) ** 2 / expected).sum().item()
-        assert abs(statistic - 255) < 5 * math.sqrt(510)
 
 
 def test_default_noise_obeys_manual_seed(backend, device):

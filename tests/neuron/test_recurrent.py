@@ -1,11 +1,9 @@
 """Recurrent neurons: sizes of tiles, the reference against a plain loop, and what is theirs alone."""
 
-import copy
-
 import pytest
 import torch
 from features import FACTORS, FEATURES, Case, assert_equals_reference
-from torch.func import functional_call, grad, stack_module_state, vmap
+from torch.func import vmap
 
 import asgl_cuda
 
@@ -156,26 +154,6 @@ def test_exported_and_trained(backend, device, detach_recurrent):
     for ours, theirs in zip(*found, strict=True):
         assert theirs.abs().sum() > 0
         torch.testing.assert_close(ours, theirs)
-
-
-def test_transforms(backend, device):
-    """Vmap over weights, grad inside, and an ensemble of layers, are loops."""
-    x_seq, weights = rand(4, 3, 6, device=device), rand(5, 6, 6, device=device)
-
-    def loss(weight):
-        return asgl_cuda.recurrent_lif(x_seq, weight, width=2.0, backend=backend).sum()
-
-    expected = torch.stack([grad(loss)(each) for each in weights])
-    assert torch.equal(vmap(grad(loss))(weights), expected)
-    layers = [asgl_cuda.RecurrentLIF(6, backend=backend, device=device, dtype=torch.float64) for _ in range(3)]
-    states = stack_module_state(layers)
-    skeleton = copy.deepcopy(layers[0])
-    found = vmap(lambda *state: functional_call(skeleton, state, (x_seq,)), randomness="different")(*states)
-    assert found.shape == (3, *x_seq.shape)
-    skeleton.eval()
-    found = vmap(lambda *state: functional_call(skeleton, state, (x_seq,)))(*states)
-    for ours, layer in zip(found, layers, strict=True):
-        assert torch.equal(ours, layer.eval()(x_seq))
 
 
 @pytest.mark.parametrize("randomness", ["same", "different"])

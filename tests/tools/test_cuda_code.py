@@ -7,7 +7,7 @@ import json
 import pytest
 
 from tools.kernels import cuda_compile, resources
-from tools.kernels.code_checks import arithmetic_problems, ptx_problems
+from tools.kernels.code_checks import ptx_problems
 from tools.kernels.cuda_code import Kernel, Usage, reported_usages
 from tools.kernels.resources import Resources
 from tools.ptx import accesses
@@ -142,30 +142,3 @@ def test_other_arithmetic_than_the_references():
         (problem,) = ptx_problems(code)
         assert problem.startswith(f"{FORWARD._replace(reset='soft')}: {opcode} ")
         assert problem.endswith(", 1 times")
-
-
-ROUNDED_OTHERWISE = {
-    "fma.rn.f32", "fma.rn.f64", "fma.rz.f32", "fma.rm.f32", "ex2.approx.ftz.f32", "rcp.approx.ftz.f32",
-    "rcp.approx.ftz.f64", "add.f32",
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("kind", "surrogate", "allowed"),
-    [
-        ("forward", "sigmoid", ["fma.rn", "fma.rm", "ex2.approx.ftz", "rcp.approx.ftz"]),
-        ("forward", "arctan", ["fma.rn", "rcp.approx.ftz"]),
-        ("forward", "erf", ["fma.rn", "fma.rm", "ex2.approx.ftz"]),
-        ("forward", "fast_sigmoid", ["rcp.approx.ftz"]),
-        ("forward", "laplace", ["fma.rn", "fma.rm", "ex2.approx.ftz"]),
-        ("forward", "rectangle", []),
-        ("forward", "triangle", []),
-        ("input gradient, 4 columns", "", []),
-        ("moments, 4 columns", "", ["fma.rn"]),  # exact products
-    ],
-)
-def test_operations_allowed_to_a_kernel(kind, surrogate, allowed):
-    found = arithmetic_problems(Kernel(kind, "float32", surrogate, "hard"), ROUNDED_OTHERWISE)
-    assert {problem.split()[0] for problem in found} == {
-        opcode for opcode in ROUNDED_OTHERWISE if opcode.rpartition(".")[0] not in allowed
-    }

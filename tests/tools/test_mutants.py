@@ -7,7 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from mutants import (
+
+from tools.emulation import sanitize
+from tools.mutants.kernels import (
     ALL_LIVE,
     BEYOND_LAST_ROW,
     CPU_MUTANTS,
@@ -20,8 +22,6 @@ from mutants import (
     NO_BARRIER_OF_CHANNELS,
     Mutant,
 )
-
-from tools.emulation import sanitize
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("compiler")]
 
@@ -66,7 +66,7 @@ def first_failure(program: Path, number: int, calls: Path, orders: Iterable[str]
 
 
 @pytest.mark.parametrize("kernels", [sanitize.CUDA, sanitize.CPU], ids=lambda kernels: kernels.name)
-def test_recorded_calls_find_every_mutant(kernels, tmp_path):
+def test_recorded_calls_find_every_mutant(kernels, tmp_path, record_property):
     families = MUTANTS if kernels is sanitize.CUDA else CPU_MUTANTS
     named = {(family, name): mutant for family, mutants in families.items() for name, mutant in mutants.items()}
     program = seeded_program(tmp_path, kernels, named.values(), "-O1")
@@ -80,9 +80,10 @@ def test_recorded_calls_find_every_mutant(kernels, tmp_path):
     unchanged = [(0, (family, "")) for family in families]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         assert not any(pool.map(found, unchanged))
-        differences = pool.map(found, enumerate(named, 1))
-        survivors = [name for name, difference in zip(named, differences, strict=True) if not difference]
-    assert not survivors
+        differences = dict(zip(named, pool.map(found, enumerate(named, 1)), strict=True))
+    for (family, name), difference in differences.items():
+        record_property(f"{kernels.name}, {family}: {name}", difference.partition("\n")[0])
+    assert not [name for name, difference in differences.items() if not difference]
 
 
 SANITIZED = {

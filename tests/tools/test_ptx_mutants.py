@@ -181,7 +181,7 @@ def test_equal_without_a_mutant(on_ptx, call):
 
 @pytest.mark.usefixtures("emulation")
 @pytest.mark.parametrize("name", MUTANTS)
-def test_mutant_is_found(on_ptx, monkeypatch, tmp_path, name):
+def test_mutant_is_found(on_ptx, monkeypatch, tmp_path, record_property, name):
     call, file, old, new, error = MUTANTS[name]
     csrc = shutil.copytree(emulated.ROOT / "csrc", tmp_path / "csrc")
     text = (csrc / file).read_text()
@@ -190,4 +190,5 @@ def test_mutant_is_found(on_ptx, monkeypatch, tmp_path, name):
     monkeypatch.setattr(cupy, "source_directory", lambda: csrc)
     found = on_ptx(call)
     assert not is_equal(call, found)
+    record_property(f"PTX: {name}", found.partition("\n")[0] if isinstance(found, str) else "other results")
     assert (isinstance(found, str) and error in found) if error else not isinstance(found, str), found

@@ -16,7 +16,13 @@ def test_each_mistake_can_be_seeded():
 
 
 @pytest.mark.parametrize(
-    ("status", "said"), [(0, "SURVIVED"), (1, "found"), (5, "NOT RUN: pytest's status 5"), (-11, "found: signal 11")]
+    ("status", "said"),
+    [
+        (0, "SURVIVED"),
+        (1, "found by tests/neuron/test_layouts.py::test_view"),
+        (5, "NOT RUN: pytest's status 5"),
+        (-11, "found by signal 11, tests/neuron/test_layouts.py"),
+    ],
 )
 def test_outcomes(monkeypatch, tmp_path, status, said):
     (tmp_path / "asgl_cuda").mkdir()
@@ -25,8 +31,10 @@ def test_outcomes(monkeypatch, tmp_path, status, said):
     before = file.read_text()
 
     def run_tests(*arguments):
-        assert arguments == (tmp_path, "neuron/test_layouts.py", "copy or view")
+        assert arguments == (tmp_path, "-x", "tests/neuron/test_layouts.py", "-k", "copy or view")
         assert file.read_text() == before.replace("CHECKPOINT_STEPS = 16", "CHECKPOINT_STEPS = 8")
+        if status == 1:
+            (tmp_path / "notes").write_text("\ttests/neuron/test_layouts.py::test_view\n")
         return status
 
     monkeypatch.setattr(check, "run_tests", run_tests)

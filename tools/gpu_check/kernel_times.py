@@ -27,14 +27,14 @@ from torch.profiler import ProfilerActivity, profile
 from asgl_cuda.layout import CHECKPOINT_STEPS
 from benchmarks import ROOT
 from benchmarks.common import device_of, in_time, parser_of, write_json
-from benchmarks.speed.clocks import Row, Sample, silence
+from benchmarks.speed.clocks import Row, Sample, clock_of, in_turns, silence
 from benchmarks.speed.microbench import rows_of
-from benchmarks.speed.rates import measured_rates
 from benchmarks.speed.sizes import Block, Size, description, samples, sweep
 
 from ..kernels.cuda_code import Kernel
 
 ROUNDS = 10
+COPIED_BYTES = {"cuda": 2**30, "cpu": 2**22}  # on a GPU several times its cache
 # Elements that a kernel reads and writes for each element of x.
 MOVED = {
     "forward": 2, "backward": 3, "forward normalised": 2, "backward normalised": 3, "forward by neuron": 2,
@@ -72,6 +72,14 @@ METRICS = {
 def fused_rows(size: Size | Block, device: torch.device) -> Iterator[Row]:
     """The fused rows of every backend of the device."""
     return (row for row in rows_of(size, device) if row.name.startswith("asgl_cuda "))
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """The bytes per second that a copy reads and writes."""
+    x = torch.randint(256, (COPIED_BYTES[device.type],), dtype=torch.uint8, device=device)
+    row = Row("copy", lambda sample: sample.grad.copy_(sample.x), lambda sample, out: None)
+    clock = clock_of(row, "forward", [Sample(x, x, torch.zeros_like(x))])
+    return 2 * x.numel() / in_turns({row.name: clock}, ROUNDS)[row.name].median
 
 
 def call(row: Row, sample: Sample) -> None:
@@ -227,11 +235,11 @@ def main() -> int:
         print("\n".join(json.dumps(each) for each in found))
         write_json(arguments.json, {"counters": found})
         return 0
-    rates = measured_rates(device)
-    report: dict[str, Any] = {"card": rates._asdict(), "calls": []}
-    print(f"a copy moves {rates.bandwidth / 1e9:.0f} GB/s" + (f", {rates.cycles:.3g} cycles/s" if rates.cycles else ""))
+    bandwidth = copy_bandwidth(device)
+    report: dict[str, Any] = {"card": {"bandwidth": bandwidth}, "calls": []}
+    print(f"a copy moves {bandwidth / 1e9:.0f} GB/s")
     for size in in_time(sweep("judged", device), started, arguments.seconds, report):
-        for measured in measure(size, device, rates.bandwidth):
+        for measured in measure(size, device, bandwidth):
             print(table(measured), flush=True)
             report["calls"].append(measured)
         write_json(arguments.json, report)

@@ -29,51 +29,34 @@ _SURROGATES = {
     f"(asgl::Surrogate){INTEGER}": "integer",
 }
 ANY = "any surrogate", "any reset"  # in general kernels
-# Kinds of kernels by template arguments, without type, surrogate and reset.
-_KINDS = {
-    "lif_forward_kernel<1, (asgl::Input)0, 0>": "forward, 1 neuron",
-    "lif_forward_kernel<1, (asgl::Input)1, 0>": "forward normalised, 1 neuron",
-    "lif_forward_kernel<4, (asgl::Input)0, 0>": "forward, 4 neurons",
-    "lif_forward_kernel<4, (asgl::Input)1, 0>": "forward normalised, 4 neurons",
-    "lif_forward_kernel<4, (asgl::Input)1, 4>": "forward normalised, T = 4",
-    "lif_forward_kernel<4, (asgl::Input)2, 0>": "forward plain, 4 neurons",
-    "lif_forward_kernel<4, (asgl::Input)2, 4>": "forward plain, T = 4",
-    "lif_forward_kernel<1, (asgl::Input)4, 0>": "forward with residual, 1 neuron",
-    "lif_forward_kernel<4, (asgl::Input)4, 0>": "forward with residual, 4 neurons",
-    "lif_forward_kernel<4, (asgl::Input)3, 0>": "forward normalised with residual, 4 neurons",
-    "lif_forward_kernel<4, (asgl::Input)3, 4>": "forward normalised with residual, T = 4",
-    "lif_forward_kernel<4, (asgl::Input)5, 0>": "forward by neuron, 4 neurons",
-    "lif_forward_kernel<4, (asgl::Input)5, 4>": "forward by neuron, T = 4",
-    "lif_backward_kernel<1, (asgl::Input)0>": "backward, 1 neuron",
-    "lif_backward_kernel<4, (asgl::Input)0>": "backward, 4 neurons",
-    "lif_backward_kernel<1, (asgl::Input)4>": "backward with residual, 1 neuron",
-    "lif_backward_kernel<4, (asgl::Input)4>": "backward with residual, 4 neurons",
-    "lif_backward_settled_kernel<1, (asgl::Input)1, 0>": "backward normalised, 1 neuron",
-    "lif_backward_settled_kernel<4, (asgl::Input)1, 0>": "backward normalised, 4 neurons",
-    "lif_backward_settled_kernel<4, (asgl::Input)1, 4>": "backward normalised, T = 4",
-    "lif_backward_settled_kernel<4, (asgl::Input)2, 0>": "backward plain, 4 neurons",
-    "lif_backward_settled_kernel<4, (asgl::Input)2, 4>": "backward plain, T = 4",
-    "lif_backward_settled_kernel<4, (asgl::Input)3, 0>": "backward normalised with residual, 4 neurons",
-    "lif_backward_settled_kernel<4, (asgl::Input)3, 4>": "backward normalised with residual, T = 4",
-    "lif_backward_settled_kernel<4, (asgl::Input)5, 0>": "backward by neuron, 4 neurons",
-    "lif_backward_settled_kernel<4, (asgl::Input)5, 4>": "backward by neuron, T = 4",
-    "adaptive_forward_kernel<>": "adaptive forward",
-    "adaptive_backward_kernel<>": "adaptive backward",
-    "integrator_kernel<1, (asgl::Pass)0>": "integrator forward, 1 neuron",
-    "integrator_kernel<4, (asgl::Pass)0>": "integrator forward, 4 neurons",
-    "integrator_kernel<1, (asgl::Pass)1>": "integrator backward, 1 neuron",
-    "integrator_kernel<4, (asgl::Pass)1>": "integrator backward, 4 neurons",
-    "integrator_kernel<1, (asgl::Pass)2>": "integrator backward with sums, 1 neuron",
-    "integrator_kernel<4, (asgl::Pass)2>": "integrator backward with sums, 4 neurons",
-    "gradient_sum_kernel<>": "gradient sum",
-    "batch_moments_kernel<1>": "moments, 1 column",
-    "batch_moments_kernel<4>": "moments, 4 columns",
-    "batch_norm_coefficients_kernel<>": "coefficients, a block each",
-    "batch_norm_input_gradient_kernel<1, false>": "input gradient, 1 column",
-    "batch_norm_input_gradient_kernel<4, false>": "input gradient, 4 columns",
-    "batch_norm_input_gradient_kernel<1, true>": "input gradient with residual, 1 column",
-    "batch_norm_input_gradient_kernel<4, true>": "input gradient with residual, 4 columns",
-}
+INPUTS = ("", " normalised", " plain", " normalised with residual", " with residual", " by neuron")  # asgl::Input
+PASSES = "forward", "backward", "backward with sums"  # asgl::Pass
+# Kernels without such template arguments.
+ALONE = {
+    "adaptive_forward_kernel": "adaptive forward", "adaptive_backward_kernel": "adaptive backward",
+    "gradient_sum_kernel": "gradient sum", "batch_norm_coefficients_kernel": "coefficients, a block each",
+}  # fmt: skip
+
+
+def kind_of(name: str, arguments: list[str]) -> str | None:
+    """The kind by the template arguments without type, surrogate and reset; None of an unknown kernel."""
+
+    def several(count: str, what: str) -> str:
+        return f"{count} {what}{'' if count == '1' else 's'}"
+
+    match name, *(each.rpartition(")")[2] for each in arguments):
+        case ("lif_forward_kernel" | "lif_backward_kernel" | "lif_backward_settled_kernel", lanes, given, *steps):
+            length = several(lanes, "neuron") if steps in ([], ["0"]) else f"T = {steps[0]}"
+            return f"{name.split('_')[1]}{INPUTS[int(given)]}, {length}"
+        case "integrator_kernel", lanes, each:
+            return f"integrator {PASSES[int(each)]}, {several(lanes, 'neuron')}"
+        case "batch_moments_kernel", columns:
+            return f"moments, {several(columns, 'column')}"
+        case "batch_norm_input_gradient_kernel", columns, residual:
+            return f"input gradient{' with residual' if residual == 'true' else ''}, {several(columns, 'column')}"
+        case (alone,):
+            return ALONE.get(alone)
+    return None
 
 
 class Kernel(NamedTuple):
@@ -102,8 +85,7 @@ class Kernel(NamedTuple):
             reset = {"true": "hard", "false": "soft"}.get(model[2], ANY[1])
             arguments = arguments.replace(model[0], "")
         dtype, *rest = arguments.split(", ")
-        kind = f"{name}<{', '.join(rest)}>"
-        return cls(_KINDS.get(kind, kind), _DTYPES[dtype], surrogate, reset)
+        return cls(kind_of(name, rest) or f"{name}<{', '.join(rest)}>", _DTYPES[dtype], surrogate, reset)
 
 
 class Usage(NamedTuple):

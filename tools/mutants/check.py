@@ -1,4 +1,8 @@
-"""Seeds the mistakes of table.py, one at a time, and runs their tests: `python -m tools.mutants.check [names]`."""
+"""Seeds the mistakes of table.py, one at a time, and runs their tests: `python -m tools.mutants.check [names]`.
+
+Without names, the mistakes in kernels and launchers follow, which tests/tools seeds. build/mutants.md then has what
+found each.
+"""
 
 import argparse
 import compileall
@@ -16,6 +20,7 @@ from py_compile import PycInvalidationMode
 import pytest
 
 from tools.mutants.table import MUTANTS, Mutant
+from tools.pages import table
 
 ROOT = Path(__file__).parents[2]
 # Imported once, not for each mutant: what takes seconds.
@@ -24,6 +29,27 @@ LIBRARIES = (
     "sinabs.layers", "snntorch", "spikingjelly.activation_based.layer", "spikingjelly.activation_based.neuron",
 )  # fmt: skip
 SECONDS = 600  # of a mutant's tests
+KERNELS = "tests/tools/test_mutants.py", "tests/tools/test_ptx_mutants.py"
+TABLE = ROOT / "build" / "mutants.md"
+
+
+class Notes:
+    """A plugin of pytest: writes down tests that fail, and properties of tests, mistakes and what shows them."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "call" or report.failed:
+            rows = [*report.user_properties, *([("", report.nodeid)] if report.failed else [])]
+            with self.file.open("a") as file:
+                file.writelines(f"{name}\t{by}\n" for name, by in rows)
+
+    def take(self) -> list[list[str]]:
+        """The rows of the runs since the last call; the first cell of a test that failed is empty."""
+        rows = [line.split("\t") for line in self.file.read_text().splitlines()] if self.file.exists() else []
+        self.file.unlink(missing_ok=True)
+        return rows
 
 
 def mutated(mutant: Mutant, root: Path = ROOT) -> str:
@@ -34,22 +60,31 @@ def mutated(mutant: Mutant, root: Path = ROOT) -> str:
     return text.replace(mutant.old, mutant.new)
 
 
-def run_tests(directory: Path, file: str, words: str) -> int:
-    """The status of pytest in a fork of this process: 0 where tests pass, 1 where one fails, or a negative signal."""
+def run_tests(directory: Path, *arguments: str, root: Path | None = None, seconds: int = SECONDS) -> int:
+    """The status of pytest in a fork of this process: 0 where tests pass, 1 where one fails, or a negative signal.
+
+    The tests are those in `root`, by default in the directory, which gets `output` and `notes`.
+    """
+    root = root or directory
     sys.stdout.flush()
     child = os.fork()
     if child == 0:
-        signal.alarm(SECONDS)
-        os.chdir(directory)
-        sys.path[:] = [str(directory), *(path for path in sys.path if Path(path or ".").resolve() != ROOT)]
+        signal.alarm(seconds)
+        os.chdir(root)
+        sys.path[:] = [str(root), *(path for path in sys.path if Path(path or ".").resolve() != ROOT)]
         for name in [name for name in sys.modules if name.partition(".")[0] == "tools"]:
             del sys.modules[name]
         with open(directory / "output", "w") as output:  # noqa: PTH123
             os.dup2(output.fileno(), 1)
             os.dup2(output.fileno(), 2)
-        selected = ["-k", words] if words else []
-        os._exit(pytest.main(["-x", "-q", "--no-header", "-p", "no:cacheprovider", f"tests/{file}", *selected]))
+        common = ["-q", "--no-header", "-p", "no:cacheprovider"]
+        os._exit(pytest.main([*common, *arguments], plugins=[Notes(directory / "notes")]))
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def selected(file: str, words: str) -> list[str]:
+    """Arguments of pytest, which ends at the first failure."""
+    return ["-x", f"tests/{file}", *(["-k", words] if words else [])]
 
 
 def copied(directory: Path) -> Path:
@@ -68,14 +103,16 @@ def fails_without(directory: Path, mutants: Iterable[Mutant]) -> dict[str, int]:
         file, _, expression = mutant.tests.partition(" ")
         words.setdefault(file, []).append(expression)
     found = {
-        file: run_tests(directory, file, "" if "" in all_words else " or ".join(f"({each})" for each in all_words))
+        file: run_tests(
+            directory, *selected(file, "" if "" in all_words else " or ".join(f"({each})" for each in all_words))
+        )
         for file, all_words in words.items()
     }
     return {file: status for file, status in found.items() if status != 0}
 
 
 def check(directory: Path, mutant: Mutant) -> str:
-    """`found`, `SURVIVED`, or why the tests say nothing."""
+    """What found it, `SURVIVED`, or why the tests say nothing."""
     try:
         text = mutated(mutant)
     except ValueError as error:
@@ -85,13 +122,25 @@ def check(directory: Path, mutant: Mutant) -> str:
     file.write_text(text)
     try:
         path, _, words = mutant.tests.partition(" ")
-        status = run_tests(directory, path, words)
+        status = run_tests(directory, *selected(path, words))
     finally:
         file.write_text(before)
-    if status == 0:
-        return "SURVIVED"
-    said = "" if status == 1 else f"NOT RUN: pytest's status {status}" if status > 0 else f"found: signal {-status}"
-    return said or "found"
+    failed = [by for _, by in Notes(directory / "notes").take()]
+    if status == 1:
+        return f"found by {failed[0]}"
+    if status < 0:
+        return f"found by signal {-status}, tests/{path}"
+    return "SURVIVED" if status == 0 else f"NOT RUN: pytest's status {status}"
+
+
+def check_kernels(directory: Path) -> dict[str, str]:
+    """The same of each mistake in kernels and launchers; a test that fails is a row of its own."""
+    os.environ.pop("ASGL_TEST_BACKENDS")
+    status = run_tests(directory, *KERNELS, "-m", "slow", root=ROOT, seconds=6 * 3600)
+    print((directory / "output").read_text())
+    rows = Notes(directory / "notes").take()
+    found = {name or by: f"found by {by}" if name and by else "SURVIVED" for name, by in rows}
+    return found if status in (0, 1) else {**found, "tests/tools": f"NOT RUN: pytest's status {status}"}
 
 
 def main(mutants: Mapping[str, Mutant] = MUTANTS) -> int:
@@ -106,20 +155,25 @@ def main(mutants: Mapping[str, Mutant] = MUTANTS) -> int:
     for name in LIBRARIES:
         importlib.import_module(name)
     gc.freeze()
-    bad = 0
+    said: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as temporary:
         directory = copied(Path(temporary))
         for file, status in fails_without(directory, chosen.values()).items():
-            bad += 1
-            print(f"tests/{file} fails without a mutant: pytest's status {status}")
+            said[f"tests/{file} without a mistake"] = f"FAILS: pytest's status {status}"
             print((directory / "output").read_text())
+        Notes(directory / "notes").take()
         for name, mutant in chosen.items():
-            said = check(directory, mutant)
-            bad += not said.startswith("found")
-            print(f"{said}: {name}", flush=True)
+            said[name] = check(directory, mutant)
+            print(f"{name}: {said[name]}", flush=True)
             if arguments.show:
                 print((directory / "output").read_text())
-    print(f"{len(chosen)} mutants, {bad} not found")
+        if not arguments.names:
+            said |= check_kernels(directory)
+    TABLE.parent.mkdir(exist_ok=True)
+    rows = ((name, each.removeprefix("found by ").replace("|", "\\|")) for name, each in said.items())
+    TABLE.write_text(table(["mistake", "found by"], rows, left=2))
+    bad = [name for name, each in said.items() if not each.startswith("found")]
+    print("\n".join([f"{len(said)} mistakes, {len(bad)} not found; {TABLE} has what found each", *bad]))
     return 1 if bad else 0
 
 

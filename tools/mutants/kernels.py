@@ -1,4 +1,4 @@
-"""Mistakes for test_mutants.py to seed in kernels and launchers, by the family of recorded calls that finds them."""
+"""Mistakes in kernels and launchers, by the family of recorded calls that finds them: tests/tools/test_mutants.py."""
 
 from functools import partial
 from typing import NamedTuple
