@@ -30,8 +30,7 @@ test-all: setup  ## run all tests, sanitizers and compilations: for a release, a
 	@$(RUN) -m tools.emulation.sanitize --all
 	@$(RUN) -m tools.kernels.cuda_compile
 
-mutants: setup  ## seed mistakes in the code: each must fail a test
-	@$(PYTEST) -m slow tests/tools/test_mutants.py tests/tools/test_ptx_mutants.py
+mutants: setup  ## seed mistakes in the code: each must fail a test; build/mutants.md has which
 	@$(RUN) -m tools.mutants.check
 
 sanitize: setup  ## run recorded calls of the CUDA and CPU kernels under AddressSanitizer, UBSan and ThreadSanitizer
