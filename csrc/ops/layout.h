@@ -73,10 +73,11 @@ class Layout {
 
   // The same of given tensors, undefined for none.
   Tensor sequence(const OptionalTensor& given, at::ScalarType type, const char* name) const {
-    return dense(given, type, sizes_, order_, name);
+    return is_there(given) ? dense(*given, type, sizes_, order_, name) : Tensor();
   }
   Tensor state(const OptionalTensor& given, const char* name, int64_t members = 1) const {
-    return dense(given, real(), state_sizes(members), state_order(members), name);
+    if (!is_there(given)) return {};
+    return dense(*given, real(), state_sizes(members), state_order(members), name);
   }
 
   // Throws unless the tensor has this type and is on the device of x_seq.
@@ -93,6 +94,7 @@ class Layout {
   }
 
  private:
+  static bool is_there(const OptionalTensor& given) { return given.has_value() && given->defined(); }
   Dims state_sizes(int64_t members) const {
     Dims sizes = sizes_;
     sizes.erase(sizes.begin() + time_dim_);
@@ -110,12 +112,10 @@ class Layout {
   static Tensor empty(const Dims& sizes, const Dims& order, const at::TensorOptions& options) {
     return in_huge_pages(at::empty_strided(sizes, strides_of(sizes, order), options));
   }
-  Tensor dense(const OptionalTensor& given, at::ScalarType type, const Dims& sizes, const Dims& order,
-               const char* name) const {
-    if (!given.has_value() || !given->defined()) return {};
-    check(*given, type, sizes, name);
-    if (given->strides() == at::IntArrayRef(strides_of(sizes, order))) return *given;
-    return given->permute(order).contiguous().permute(inverse_of(order));
+  Tensor dense(const Tensor& given, at::ScalarType type, const Dims& sizes, const Dims& order, const char* name) const {
+    check(given, type, sizes, name);
+    if (given.strides() == at::IntArrayRef(strides_of(sizes, order))) return given;
+    return given.permute(order).contiguous().permute(inverse_of(order));
   }
   static Dims strides_of(const Dims& sizes, const Dims& order) {
     Dims strides(sizes.size());
