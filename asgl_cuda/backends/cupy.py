@@ -1,6 +1,6 @@
 """The CuPy backend: the CUDA kernels of csrc on a GPU without nvcc on the machine.
 
-The operators are the extension's (launched.py). NVRTC, a CUDA library, compiles each kernel at first use from the
+The operators are the extension's (launcher.py). NVRTC, a CUDA library, compiles each kernel at first use from the
 headers installed with this package, and CuPy launches the kernel. Binaries are stored in CuPy's cache on disk
 (CUPY_CACHE_DIR, else ~/.cupy/kernel_cache). CuPy's own compilation, RawModule, is not used: it always flushes subnormal
 numbers to zero.
@@ -29,7 +29,7 @@ import torch
 from .. import extension
 from ..extension import no_sources, source_directory
 from ..extension.build_notes import digest_of_sources
-from . import launched
+from . import launcher
 
 NAMESPACE = "asgl_cuda_cupy"
 # All include the neuron's kernels.
@@ -223,10 +223,10 @@ def _make_context(driver: Any, device_index: int) -> None:
 
 
 LAUNCHER = CupyLauncher()
-FUNCTIONS = launched.implement(NAMESPACE, "CUDA", LAUNCHER)
+FUNCTIONS = launcher.implement(NAMESPACE, "CUDA", LAUNCHER)
 if extension.build_info is not None and extension.build_info.cuda is None:
     # No kernels of nvcc's: those of CuPy serve the operators of exported programs and of C++, too.
-    launched.give_kernels("asgl_cuda", "CUDA", LAUNCHER)
+    launcher.give_kernels("asgl_cuda", "CUDA", LAUNCHER)
 
 
 def description() -> str:

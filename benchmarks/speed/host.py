@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 import asgl_cuda
-from asgl_cuda.backends import BACKENDS, Backend, direct_operators, launched, operators_in
+from asgl_cuda.backends import BACKENDS, Backend, direct_operators, launcher, operators_in
 
 from ..common import fused_backends
 from .clocks import in_turns
@@ -40,7 +40,7 @@ class _Recorder:
 def _recorded() -> Backend:
     """A backend for tensors on the CPU that computes nothing."""
     namespace = f"asgl_cuda_{RECORDED}"
-    functions = launched.implement(namespace, "CPU", _Recorder())
+    functions = launcher.implement(namespace, "CPU", _Recorder())
     return Backend(("cpu",), operators_in(namespace), lambda: None, direct_operators(functions))
 
 

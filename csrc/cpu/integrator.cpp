@@ -97,8 +97,15 @@ void run_pass(const IntegratorParams<Scalar>& params, int64 begin, int64 end) {
 
 template <class Scalar>
 void launch_on(Device, const IntegratorParams<Scalar>& params) {
-  with_pass(params.pass(), [&](auto pass) {
-    for_each_tile_range(params.shape, [&](int64 begin, int64 end) { run_pass<pass()>(params, begin, end); });
+  for_each_tile_range(params.shape, [&](int64 begin, int64 end) {
+    switch (params.pass()) {
+      case Pass::kForward:
+        return run_pass<Pass::kForward>(params, begin, end);
+      case Pass::kBackward:
+        return run_pass<Pass::kBackward>(params, begin, end);
+      case Pass::kSums:
+        return run_pass<Pass::kSums>(params, begin, end);
+    }
   });
 }
 

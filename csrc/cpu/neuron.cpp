@@ -3,7 +3,7 @@
 
 #include <vector>
 
-#include "launch.h"
+#include "cpu/models.h"
 
 namespace asgl::cpu {
 namespace {

@@ -1,6 +1,6 @@
 // The settled CPU kernels of the neuron.
+#include "cpu/models.h"
 #include "cpu/neuron.h"
-#include "launch.h"
 
 namespace asgl::cpu {
 namespace {

@@ -4,7 +4,7 @@
 
 #include <vector>
 
-#include "cpu/launcher.h"
+#include "cpu/overloads.h"
 #include "cpu/rows.h"
 
 namespace asgl::cpu {

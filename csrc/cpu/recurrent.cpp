@@ -1,17 +1,16 @@
 // The CPU kernels of recurrent neurons. A task computes a chunk of the batch through all steps: a product with the
 // weight, then the neuron's loops of cpu/loops.h. Products forward, and the weight's gradient, add up only the rows of
 // the spikes that there are, unless most elements spiked.
-#include "cpu/recurrent.h"
-
 #include <ATen/Parallel.h>
 
 #include <algorithm>
 #include <array>
 #include <vector>
 
+#include "cpu/kernels.h"
+#include "cpu/models.h"
 #include "cpu/product.h"
 #include "cpu/tile.h"
-#include "launch.h"
 
 namespace asgl::cpu {
 namespace {

@@ -5,7 +5,7 @@
 
 #include <array>
 
-#include "cpu/launcher.h"
+#include "cpu/overloads.h"
 #include "cpu/philox_simd.h"
 #include "cpu/rows.h"
 

@@ -97,13 +97,8 @@ __global__ void __launch_bounds__(kBlockThreads, kAdaptiveBlocks<Real_t<Scalar>>
 #pragma unroll
     for (int id = 0; id < kNumParameters; ++id) {
       if (!has(wanted, id) || (params.parameters[id].step_stride != 0) != per_step) continue;
-      __syncthreads();  // earlier values have been read
-      potentials[row][threadIdx.x] = sums[id];
+      store_block_sum<1>(params, id, t, sums[id], reinterpret_cast<ThreadSums<Real>&>(potentials[row]));
       sums[id] = Real(0);
-      __syncthreads();
-      if (threadIdx.x >= kWarpThreads) continue;
-      store_partials<1>(params.partials[id].data + t * params.partials[id].slots, params.parameters[id], params.shape,
-                        reinterpret_cast<const ThreadSums<Real>&>(potentials[row]));
     }
   };
   bool carried = params.grad_v_last != nullptr;

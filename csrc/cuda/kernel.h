@@ -1,5 +1,5 @@
-// The CUDA kernels as values: a template and its arguments. The launchers of launch_*.cuh start the function of a
-// kernel that nvcc compiled; others compile and start a kernel by its name. No CUDA header, so that every build has it.
+// The CUDA kernels as values: a template and its arguments. nvcc compiles every kernel of kernels_of (compiled.cuh),
+// NVRTC one by its name. No CUDA header, so that every build has it.
 #pragma once
 
 #include <string>
@@ -41,8 +41,8 @@ constexpr bool kHasFours = kTypeOf<Scalar> != Type::kDouble;
 
 // Arguments that a template lacks keep their values here.
 struct Kernel {
-  Template of;
-  Type type;
+  Template of = Template::kForward;
+  Type type = Type::kFloat;
   int lanes = 1;  // neurons or columns a thread
   Input input = Input::kGeneral;
   int steps = 0;                                // 0: any number
@@ -51,7 +51,17 @@ struct Kernel {
   Pass pass = Pass::kForward;
   bool residual = false;  // of batch normalisation
 
-  bool is_general() const { return input == Input::kGeneral || input == Input::kGeneralResidual; }
+  constexpr bool is_general() const { return input == Input::kGeneral || input == Input::kGeneralResidual; }
+
+  // One number for all but the type.
+  constexpr uint32 key() const {
+    uint32 key = 0;
+    for (const int each : {static_cast<int>(of), lanes, static_cast<int>(input), steps, static_cast<int>(surrogate),
+                           static_cast<int>(hard_reset), static_cast<int>(pass), static_cast<int>(residual)}) {
+      key = key << 4 | static_cast<uint32>(each);
+    }
+    return key;
+  }
 };
 
 // What a launcher starts.
@@ -103,50 +113,65 @@ inline std::string name_of(const Kernel& kernel) {
   return {};
 }
 
-// Every kernel that launch_of in plan.h may choose.
-inline std::vector<Kernel> every_kernel() {
-  std::vector<Kernel> all;
-  const auto add = [&](const Kernel& kernel) { all.push_back(kernel); };
-  for (const Type type : {Type::kFloat, Type::kDouble}) {
-    for (const Template each : {Template::kGradientSum, Template::kCoefficients}) add({each, type});
+// A list in constant expressions.
+struct Kernels {
+  Kernel all[320];
+  size_t count = 0;
+
+  constexpr void add(const Kernel& kernel) { all[count++] = kernel; }
+};
+
+// Every kernel for x_seq of this type, or for sums in it, that launch_of in plan.h may choose.
+constexpr Kernels kernels_of(Type type) {
+  Kernels kernels{};
+  if (type == Type::kFloat || type == Type::kDouble) {
+    kernels.add({Template::kGradientSum, type});
+    kernels.add({Template::kCoefficients, type});
   }
-  for (const Type type : {Type::kHalf, Type::kBFloat16, Type::kFloat, Type::kDouble}) {
-    add({Template::kAdaptiveForward, type});
-    add({Template::kAdaptiveBackward, type});
-    for (const int lanes : {1, 4}) {
-      if (lanes == 4 && type == Type::kDouble) continue;
-      add({Template::kMoments, type, lanes});
-      for (const bool residual : {false, true}) {
-        Kernel kernel{Template::kInputGradient, type, lanes};
-        kernel.residual = residual;
-        add(kernel);
-      }
-      for (const Pass pass : {Pass::kForward, Pass::kBackward, Pass::kSums}) {
-        Kernel kernel{Template::kIntegrator, type, lanes};
-        kernel.pass = pass;
-        add(kernel);
-      }
-      for (const Input input : {Input::kGeneral, Input::kGeneralResidual}) {
-        add({Template::kForward, type, lanes, input});
-        add({Template::kBackward, type, lanes, input});
-      }
-      for (int surrogate = 0; surrogate < kNumSurrogates; ++surrogate) {
-        for (const bool hard : {false, true}) {
-          if (hard && surrogate == static_cast<int>(Surrogate::kInteger)) continue;
-          for (const Input input : {Input::kNormalised, Input::kPlain, Input::kNormalisedResidual, Input::kApart}) {
-            if (lanes == 1 && input != Input::kNormalised) continue;
-            for (const int steps : {0, kShortSequence}) {
-              if (lanes == 1 && steps > 0) continue;
-              for (const Template each : {Template::kForward, Template::kSettledBackward}) {
-                add({each, type, lanes, input, steps, static_cast<Surrogate>(surrogate), hard});
-              }
+  kernels.add({Template::kAdaptiveForward, type});
+  kernels.add({Template::kAdaptiveBackward, type});
+  for (const int lanes : {1, 4}) {
+    if (lanes == 4 && type == Type::kDouble) continue;
+    kernels.add({Template::kMoments, type, lanes});
+    for (const bool residual : {false, true}) {
+      Kernel kernel{Template::kInputGradient, type, lanes};
+      kernel.residual = residual;
+      kernels.add(kernel);
+    }
+    for (const Pass pass : {Pass::kForward, Pass::kBackward, Pass::kSums}) {
+      Kernel kernel{Template::kIntegrator, type, lanes};
+      kernel.pass = pass;
+      kernels.add(kernel);
+    }
+    for (const Input input : {Input::kGeneral, Input::kGeneralResidual}) {
+      kernels.add({Template::kForward, type, lanes, input});
+      kernels.add({Template::kBackward, type, lanes, input});
+    }
+    for (int surrogate = 0; surrogate < kNumSurrogates; ++surrogate) {
+      for (const bool hard : {false, true}) {
+        if (hard && surrogate == static_cast<int>(Surrogate::kInteger)) continue;
+        for (const Input input : {Input::kNormalised, Input::kPlain, Input::kNormalisedResidual, Input::kApart}) {
+          if (lanes == 1 && input != Input::kNormalised) continue;
+          for (const int steps : {0, kShortSequence}) {
+            if (lanes == 1 && steps > 0) continue;
+            for (const Template each : {Template::kForward, Template::kSettledBackward}) {
+              kernels.add({each, type, lanes, input, steps, static_cast<Surrogate>(surrogate), hard});
             }
           }
         }
       }
     }
   }
-  return all;
+  return kernels;
+}
+
+inline std::vector<Kernel> every_kernel() {
+  std::vector<Kernel> every;
+  for (const Type type : {Type::kHalf, Type::kBFloat16, Type::kFloat, Type::kDouble}) {
+    const Kernels kernels = kernels_of(type);
+    every.insert(every.end(), kernels.all, kernels.all + kernels.count);
+  }
+  return every;
 }
 
 }  // namespace asgl::cuda

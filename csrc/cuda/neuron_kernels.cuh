@@ -94,8 +94,7 @@ __global__ void __launch_bounds__(kBlockThreads, kForwardBlocks<Real_t<Scalar>, 
 #pragma unroll
         for (int j = 0; j < kLanes; ++j) {
           const Neuron<Real>& own = neuron.now(j);
-          Real c = input_current<kInput>(h[j], own);
-          if constexpr (kHasResidual<kInput>) c = c + params.residual_gain * r_k[j];
+          const Real c = input_current<kInput>(h[j], own, params.residual_gain, r_k[j]);
           h[j] = Model::template charge<kInput>(c, v[j], own, options);
           s[j] = model.fire(h[j], noise.is_analog(k, j), own, firing);
           v[j] = model.reset(h[j], s[j], own);
@@ -148,8 +147,7 @@ struct SettledStep {
   __device__ __forceinline__ void compute(const Row& x, const Row& r, const Noise& noise, int k, Row& v, Row& h) const {
 #pragma unroll
     for (int j = 0; j < kLanes; ++j) {
-      Real c = input_current<kInput>(x[j], neuron.now(j));
-      if constexpr (kHasResidual<kInput>) c = c + residual_gain * r[j];
+      const Real c = input_current<kInput>(x[j], neuron.now(j), residual_gain, r[j]);
       h[j] = Model::template charge<kInput>(c, v[j], neuron.now(j), options);
       const Real s = fire(h[j], noise, k, j);
       v[j] = Model::reset(h[j], s, neuron.now(j));
@@ -422,6 +420,19 @@ __global__ void __launch_bounds__(kBlockThreads, kSettledBackwardBlocks<Scalar, 
   store_settled_sums<kLanes, kNumSums>(params, of_all, sums, thread_sums);
 }
 
+// Stores the block's sum of a parameter at step t, 0 for all steps, by way of shared memory. All threads of the block
+// must call this.
+template <int kLanes, class Scalar, class Real>
+__device__ __forceinline__ void store_block_sum(const BackwardParams<Scalar>& params, int id, int64 t, Real sum,
+                                                ThreadSums<Real>& thread_sums) {
+  __syncthreads();  // earlier values have been read
+  thread_sums.values[threadIdx.x] = sum;
+  __syncthreads();
+  if (threadIdx.x >= kWarpThreads) return;
+  Real* slots = params.partials[id].data + t * params.partials[id].slots;
+  store_partials<kLanes>(slots, params.parameters[id], params.shape, thread_sums);
+}
+
 // The backward pass that supports every option at run time. The potentials of a segment are stored in shared memory,
 // where a loop can index them.
 template <class Scalar, int kLanes, Input kInput>
@@ -446,16 +457,10 @@ __global__ void __launch_bounds__(kBlockThreads, kBackwardBlocks<Real_t<Scalar>,
   const auto& model = Model::of(params.options);
   ThreadNeuron<Real, true> neuron(params, index.read_n, options);
   const uint32 wanted = params.summary.wanted;
-  const auto store_sum = [&](int id, int64 t, Real sum, int row) {
-    ThreadSums<Real>& thread_sums = *reinterpret_cast<ThreadSums<Real>*>(potentials[row]);
-    __syncthreads();  // earlier values have been read
-    thread_sums.values[threadIdx.x] = sum;
-    __syncthreads();
-    if (threadIdx.x >= kWarpThreads) return;
-    Real* slots = params.partials[id].data + t * params.partials[id].slots;
-    store_partials<kLanes>(slots, params.parameters[id], params.shape, thread_sums);
-  };
   Real sums[kNumParameters] = {};
+  const auto store_sum = [&](int id, int64 t, int row) {
+    store_block_sum<kLanes>(params, id, t, sums[id], *reinterpret_cast<ThreadSums<Real>*>(potentials[row]));
+  };
   bool carried = params.grad_v_last != nullptr;
   Real dv[kLanes];
   fill(dv, Real(0));
@@ -490,8 +495,7 @@ __global__ void __launch_bounds__(kBlockThreads, kBackwardBlocks<Real_t<Scalar>,
       if constexpr (kHasResidual<kInput>) Lanes::load_once(params.residual + (first_element + k * stride), r);
 #pragma unroll
       for (int j = 0; j < kLanes; ++j) {
-        Real c = input_current<kInput>(h.values[j], neuron.now());
-        if constexpr (kHasResidual<kInput>) c = c + params.residual_gain * r[j];
+        const Real c = input_current<kInput>(h.values[j], neuron.now(), params.residual_gain, r[j]);
         h.values[j] = Model::template charge<kInput>(c, v[j], neuron.now(), options);
         v[j] = model.reset(h.values[j], fire_lane(h.values[j], k, j), neuron.now());
       }
@@ -569,7 +573,7 @@ __global__ void __launch_bounds__(kBlockThreads, kBackwardBlocks<Real_t<Scalar>,
 #pragma unroll
       for (int id = 0; id < kNumParameters; ++id) {
         if (has(wanted, id) && params.parameters[id].step_stride != 0) {
-          store_sum(id, t, sums[id], k);
+          store_sum(id, t, k);
           sums[id] = Real(0);
         }
       }
@@ -578,7 +582,7 @@ __global__ void __launch_bounds__(kBlockThreads, kBackwardBlocks<Real_t<Scalar>,
   }
 #pragma unroll
   for (int id = 0; id < kNumParameters; ++id) {
-    if (has(wanted, id) && params.parameters[id].step_stride == 0) store_sum(id, 0, sums[id], 0);
+    if (has(wanted, id) && params.parameters[id].step_stride == 0) store_sum(id, 0, 0);
   }
   if (params.grad_v_init != nullptr && index.live) Lanes::store(dv, params.grad_v_init + index.n);
 }

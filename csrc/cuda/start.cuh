@@ -7,7 +7,7 @@
 
 namespace asgl::cuda {
 
-// The arguments of a launcher. `params` are those of the kernel.
+// The arguments of a launch. `params` are those of the kernel.
 struct Start {
   Launch launch;
   const void* params;
@@ -27,24 +27,26 @@ struct Start {
   }
 };
 
-// The launchers for one type of x_seq, instantiated in launch_*.cu.
+// Starts a kernel for one type. Instantiated in compiled_*.cu, and nowhere else: nvcc would for the calls below.
 template <class Scalar>
-cudaError_t launch_for(const Start& start);
-template <class Scalar>
-cudaError_t launch_integrator(const Start& start);
+cudaError_t start_compiled(const Start& start);
+extern template cudaError_t start_compiled<Half>(const Start& start);
+extern template cudaError_t start_compiled<BFloat16>(const Start& start);
+extern template cudaError_t start_compiled<float>(const Start& start);
+extern template cudaError_t start_compiled<double>(const Start& start);
 
 // The error is that of this launch alone.
 inline cudaError_t launch(const Launch& launch, const void* params, cudaStream_t stream) {
   const Start start{launch, params, stream};
   switch (launch.kernel.type) {
     case Type::kHalf:
-      return launch_for<Half>(start);
+      return start_compiled<Half>(start);
     case Type::kBFloat16:
-      return launch_for<BFloat16>(start);
+      return start_compiled<BFloat16>(start);
     case Type::kFloat:
-      return launch_for<float>(start);
+      return start_compiled<float>(start);
     case Type::kDouble:
-      return launch_for<double>(start);
+      return start_compiled<double>(start);
   }
   return cudaErrorInvalidValue;
 }

@@ -1,6 +1,6 @@
 // One step of the neuron and its adjoint, for one element, in all backends. A new neuron model or firing rule is a type
-// beside LIF, chosen on the CPU by with_model in launch.h, on a GPU by launch_of in cuda/plan.h, and named by name_of
-// in cuda/kernel.h; rare rules are in lif_by_options.h.
+// beside LIF, chosen on the CPU by with_model in cpu/models.h, on a GPU by launch_of in cuda/plan.h, and named by
+// name_of in cuda/kernel.h; rare rules are in lif_by_options.h.
 //
 // Kernels are settled if no parameter changes over time, plain if the input current is x, normalised if it has a gain,
 // bias or mean, and general if they support every option at run time.
@@ -45,10 +45,16 @@ constexpr bool kIsGeneral = kInput == Input::kGeneral || kInput == Input::kGener
 template <Input kInput>
 constexpr bool kHasResidual = kInput == Input::kNormalisedResidual || kInput == Input::kGeneralResidual;
 
-// c[t] = input_gain * (x[t] - input_mean) + input_bias;   a residual adds residual_gain * residual[t]
+// c[t] = input_gain * (x[t] - input_mean) + input_bias
 template <Input kInput, class Real>
 ASGL_HOST_DEVICE Real input_current(Real x, const Neuron<Real>& neuron) {
   return kInput == Input::kPlain ? x : neuron.input_gain * (x - neuron.input_mean) + neuron.input_bias;
+}
+// The same plus residual_gain * residual[t], which is read only with a residual.
+template <Input kInput, class Real>
+ASGL_HOST_DEVICE Real input_current(Real x, const Neuron<Real>& neuron, Real residual_gain, const Real& residual) {
+  const Real c = input_current<kInput>(x, neuron);
+  return kHasResidual<kInput> ? c + residual_gain * residual : c;
 }
 
 // The firing rule gives the hard spike z: 1 if u >= 0 (strict: u > 0), else 0.

@@ -14,19 +14,40 @@
 #include "ops/integrator.h"
 #include "ops/neuron.h"
 #include "ops/normalisation.h"
-#include "ops/python_launcher.h"
 #include "ops/recurrent_steps.h"
 
 namespace asgl {
 namespace {
 
-template <class Kernels, class Library>
-void implement_all(Library& library, const Kernels& kernels) {
-  ops::implement(library, kernels);
-  ops::implement_integrator(library, kernels);
-  ops::implement_batch_norm(library, kernels);
-  ops::implement_recurrent(library, kernels);
+// The operators on the kernels that a launcher starts, or on those of the CPU without one.
+template <class Library>
+void implement_all(Library& library, const ops::Launcher* launcher) {
+  ops::implement_neuron(library, launcher);
+  ops::implement_integrator(library, launcher);
+  ops::implement_batch_norm(library, launcher);
+  ops::implement_recurrent(library, launcher);
 }
+
+// Starts kernels by functions of Python (asgl_cuda/backends/launcher.py); `params` is an address there.
+class __attribute__((visibility("hidden"))) PythonLauncher : public ops::Launcher {  // as pybind11::object
+ public:
+  PythonLauncher(pybind11::object launch, pybind11::object resident_threads)
+      : launch_(std::move(launch)), resident_threads_(std::move(resident_threads)) {}
+
+  int64_t resident_threads(at::Device device) const override {
+    const pybind11::gil_scoped_acquire gil;
+    return resident_threads_(device).cast<int64_t>();
+  }
+
+  void launch(at::Device device, const cuda::Launch& launch, const void* params, size_t bytes) const override {
+    const pybind11::gil_scoped_acquire gil;
+    launch_(device, cuda::name_of(launch.kernel), launch.blocks, launch.threads, reinterpret_cast<uintptr_t>(params),
+            bytes);
+  }
+
+ private:
+  pybind11::object launch_, resident_threads_;
+};
 
 #if defined(ASGL_WITH_CUDA)
 // Starts the kernels that nvcc compiled.
@@ -52,35 +73,34 @@ const CompiledLauncher compiled_launcher;
 pybind11::object implement(const std::string& name_space, const std::string& device, pybind11::object launch,
                            pybind11::object resident_threads) {
   // Both are for the rest of the process: at its end there is no interpreter to release them.
-  const auto* launcher = new ops::PythonLauncher(std::move(launch), std::move(resident_threads));
+  const auto* launcher = new PythonLauncher(std::move(launch), std::move(resident_threads));
   const auto library = [&](const std::string& key) {
     return new torch::Library(torch::Library::IMPL, name_space, c10::parseDispatchKey(key), __FILE__, __LINE__);
   };
-  const ops::CudaKernels kernels(*launcher);
-  implement_all(*library(device), kernels);
+  implement_all(*library(device), launcher);
   ops::AtAutograd at_autograd(*library("Autograd" + device));
-  implement_all(at_autograd, kernels);
+  implement_all(at_autograd, launcher);
   const pybind11::object functions = pybind11::module_::import("types").attr("SimpleNamespace")();
   ops::DirectCalls calls(functions, name_space);
-  implement_all(calls, kernels);
+  implement_all(calls, launcher);
   return functions;
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(asgl_cuda, CPU, m) { implement_all(m, ops::CpuKernels()); }
+TORCH_LIBRARY_IMPL(asgl_cuda, CPU, m) { implement_all(m, nullptr); }
 
 TORCH_LIBRARY_IMPL(asgl_cuda, AutogradCPU, m) {
   ops::AtAutograd at_autograd(m);
-  implement_all(at_autograd, ops::CpuKernels());
+  implement_all(at_autograd, nullptr);
 }
 
 #if defined(ASGL_WITH_CUDA)
-TORCH_LIBRARY_IMPL(asgl_cuda, CUDA, m) { implement_all(m, ops::CudaKernels(compiled_launcher)); }
+TORCH_LIBRARY_IMPL(asgl_cuda, CUDA, m) { implement_all(m, &compiled_launcher); }
 
 TORCH_LIBRARY_IMPL(asgl_cuda, AutogradCUDA, m) {
   ops::AtAutograd at_autograd(m);
-  implement_all(at_autograd, ops::CudaKernels(compiled_launcher));
+  implement_all(at_autograd, &compiled_launcher);
 }
 #endif
 
@@ -96,7 +116,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   });
   m.def("implement", &implement);
   ops::DirectCalls calls(m, "asgl_cuda");
-  implement_all(calls, ops::CpuKernels());
+  implement_all(calls, nullptr);
 }
 
 }  // namespace asgl

@@ -12,55 +12,26 @@
 #include <optional>
 #include <vector>
 
-#include "launch.h"
 #include "math/adaptive.h"
+#include "ops/kernels.h"
 #include "ops/layout.h"
 
 namespace asgl::ops {
-
-using OptionalTensor = std::optional<Tensor>;
-
-template <class Scalar>
-struct AtenType {
-  using type = Scalar;
-};
-template <>
-struct AtenType<Half> {
-  using type = at::Half;
-};
-template <>
-struct AtenType<BFloat16> {
-  using type = at::BFloat16;
-};
 
 // Null for no tensor, or an empty one.
 template <class Element>
 Element* pointer(const Tensor& tensor) {
   if (!tensor.defined() || tensor.numel() == 0) return nullptr;
-  return reinterpret_cast<Element*>(tensor.mutable_data_ptr<typename AtenType<Element>::type>());
-}
-
-template <class Element>
-const Element* const_pointer(const OptionalTensor& tensor) {
-  if (!tensor.has_value() || tensor->numel() == 0) return nullptr;
-  return reinterpret_cast<const Element*>(tensor->const_data_ptr<typename AtenType<Element>::type>());
+  if constexpr (std::is_const_v<Element>) {
+    return static_cast<Element*>(tensor.const_data_ptr());
+  } else {
+    return static_cast<Element*>(tensor.mutable_data_ptr());
+  }
 }
 
 // At least 2 elements, so that torch.compile does not specialise on the number of steps.
 inline int64_t checkpoint_elements(const SequenceShape& shape, int64_t members) {
   return members * checkpoint_stride(shape) + 2;
-}
-
-inline at::ScalarType real_type(const Tensor& x_seq) {
-  return x_seq.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-}
-
-// Throws unless the tensor has this type and is on the device of x_seq.
-inline void check_type(const Tensor& tensor, at::ScalarType type, const Tensor& x_seq, const char* name) {
-  TORCH_CHECK_TYPE(tensor.scalar_type() == type, "asgl_cuda: ", name, " must have type ", type, ", got ",
-                   tensor.scalar_type());
-  TORCH_CHECK_VALUE(tensor.device() == x_seq.device(), "asgl_cuda: ", name, " must be on ", x_seq.device(), ", got ",
-                    tensor.device());
 }
 
 // Arguments of operators, in the order of the fields of Numbers and Rules in asgl_cuda/reference.py.
@@ -91,16 +62,15 @@ inline Constants constants_of(at::ArrayRef<double> numbers, at::IntArrayRef rule
   return {fields_of<Numbers>(numbers, "numbers"), fields_of<Rules>(rules, "rules")};
 }
 
-inline void check_noise(const Rules& rules, const OptionalTensor& rng_state, const Tensor& x_seq) {
+inline void check_noise(const Rules& rules, const OptionalTensor& rng_state, at::Device device) {
   const int64_t below = rules.analog_below;
   TORCH_CHECK_VALUE(0 <= below && below <= kAnalogBelowInState, "asgl_cuda: analog_below must be in [0, ",
                     kAnalogBelowInState, "], got ", below);
   if ((below > 0 && below != kAlwaysAnalog) || rng_state.has_value()) {
     const int64_t elements = below == kAnalogBelowInState ? 3 : 2;
-    TORCH_CHECK_VALUE(
-        rng_state.has_value() && rng_state->scalar_type() == at::kLong && rng_state->numel() == elements &&
-            rng_state->is_contiguous() && rng_state->device() == x_seq.device(),
-        "asgl_cuda: rng_state must be a contiguous int64 tensor of ", elements, " elements on ", x_seq.device());
+    TORCH_CHECK_VALUE(rng_state.has_value() && rng_state->scalar_type() == at::kLong &&
+                          rng_state->numel() == elements && rng_state->is_contiguous() && rng_state->device() == device,
+                      "asgl_cuda: rng_state must be a contiguous int64 tensor of ", elements, " elements on ", device);
   }
 }
 
@@ -144,71 +114,57 @@ class Call {
  public:
   Call(const Tensor& x_seq, const OptionalTensor& v_init, const OptionalTensor& rng_state, const Parameters& parameters,
        const OptionalTensor& residual, const Constants& constants)
-      : rules_(constants.rules),
+      : x_seq(x_seq),
+        layout(x_seq, constants.rules.time_dim),
+        members(constants.rules.adaptation == 0 ? 1 : 2),
+        rules_(constants.rules),
         numbers_(constants.numbers),
-        x_seq_(x_seq),
-        layout_(x_seq, rules_.time_dim),
         rng_state_(rng_state) {
     TORCH_CHECK_VALUE(0 <= rules_.surrogate && rules_.surrogate < kNumSurrogates,
                       "asgl_cuda: no surrogate has the number ", rules_.surrogate);
     check_adaptation(rules_);
     TORCH_CHECK_VALUE(rules_.adaptation == 0 || rules_.surrogate != static_cast<int64_t>(Surrogate::kInteger),
                       "asgl_cuda: adaptive neurons have no integer spikes");
-    v_init_ = state(v_init, "v_init");
-    residual_ = sequence(residual, x_seq.scalar_type(), "residual");
+    v_init_ = layout.state(v_init, "v_init", members);
+    residual_ = layout.sequence(residual, layout.type(), "residual");
     TORCH_CHECK_VALUE(0 <= rules_.levels && rules_.levels <= std::numeric_limits<uint16>::max(),
                       "asgl_cuda: levels must have 16 bits, got ", rules_.levels);
-    check_noise(rules_, rng_state, x_seq);
+    check_noise(rules_, rng_state, x_seq.device());
     for (int id = 0; id < kNumParameters; ++id) {
       if (!parameters[id].has_value()) continue;
-      check_type(*parameters[id], real_type(x_seq), x_seq, "a parameter");
-      parameters_[id].emplace(*parameters[id], layout_);
+      layout.check_type(*parameters[id], layout.real(), "a parameter");
+      parameters_[id].emplace(*parameters[id], layout);
     }
     for (const auto& [id, learned] : {std::pair(kWidth, rules_.log_width), std::pair(kDecay, rules_.logit_decay)}) {
       TORCH_CHECK_VALUE(learned == 0 || (parameters_[id].has_value() && !parameters_[id]->per_step()),
                         "asgl_cuda: a logarithm of the width and a logit of the decay are tensors without steps");
     }
-    TORCH_CHECK_VALUE(rules_.adaptation == 0 || !residual.has_value(), "asgl_cuda: adaptive neurons have no residual");
+    TORCH_CHECK_VALUE(rules_.adaptation == 0 || !has_residual(), "asgl_cuda: adaptive neurons have no residual");
   }
 
-  const Tensor& x_seq() const { return x_seq_; }
-  const Layout& layout() const { return layout_; }
-  bool has_residual() const { return residual_.has_value(); }
-  int64_t members() const { return rules_.adaptation == 0 ? 1 : 2; }  // of the state
-  bool has_parameter(int id) const { return parameters_[id].has_value(); }
-  const ParameterTensor& parameter(int id) const { return *parameters_[id]; }
-  at::TensorOptions real_options() const { return x_seq_.options().dtype(real_type(x_seq_)); }
+  bool has_residual() const { return residual_.defined(); }
+  // Null for a constant.
+  const ParameterTensor* parameter(int id) const { return parameters_[id].has_value() ? &*parameters_[id] : nullptr; }
 
-  // A given tensor, checked, in the memory order of x_seq.
-  OptionalTensor state(const OptionalTensor& given, const char* name) const {
-    if (!given.has_value()) return std::nullopt;
-    check_type(*given, real_type(x_seq_), x_seq_, name);
-    return layout_.match_state(*given, name, members());
-  }
-  OptionalTensor sequence(const OptionalTensor& given, at::ScalarType type, const char* name) const {
-    if (!given.has_value()) return std::nullopt;
-    check_type(*given, type, x_seq_, name);
-    return layout_.match_sequence(*given, name);
-  }
-
-  template <class Scalar>
-  void fill(LIFParams<Scalar>& params) const {
+  // Params<Scalar> with these arguments.
+  template <template <class> class Params, class Scalar>
+  Params<Scalar> params() const {
     using Real = Real_t<Scalar>;
-    params.shape = layout_.shape();
-    for (int id = 0; id < kNumParameters; ++id) params.parameters[id] = view<Real>(id);
+    Params<Scalar> params{};
+    params.shape = layout.shape();
+    for (int id = 0; id < kNumParameters; ++id) {
+      params.parameters[id] =
+          parameters_[id].has_value()
+              ? parameters_[id]->template view<Real>()
+              : ParameterView<Real>{nullptr, static_cast<Real>(numbers_.constants[id]), 0, params.shape.neurons(), 1};
+    }
     params.options = options_of<Real>(rules_, numbers_);
     params.noise = noise_of(rules_, rng_state_);
-    params.x_seq = const_pointer<Scalar>(x_seq_);
-    params.v_init = const_pointer<Real>(v_init_);
-    params.residual = const_pointer<Scalar>(residual_);
+    params.x_seq = pointer<const Scalar>(x_seq);
+    params.v_init = pointer<const Real>(v_init_);
+    params.residual = pointer<const Scalar>(residual_);
     params.residual_gain = static_cast<Real>(numbers_.residual_gain);
-  }
-
-  template <class Real>
-  ParameterView<Real> view(int id) const {
-    if (parameters_[id].has_value()) return parameters_[id]->view<Real>();
-    const int64 neurons = layout_.shape().neurons();
-    return {nullptr, static_cast<Real>(numbers_.constants[id]), 0, neurons, 1};
+    return params;
   }
 
   // Chain-rule factor from the partial sums to the gradient of a parameter.
@@ -217,12 +173,15 @@ class Call {
     return id == kDecay && rules_.logit_decay != 0 ? Derivative::kOfLogitDecay : Derivative::kNone;
   }
 
+  const Tensor x_seq;
+  const Layout layout;
+  const int64_t members;  // of the state
+
  private:
-  Rules rules_;
-  Numbers numbers_;
-  Tensor x_seq_;
-  Layout layout_;
-  OptionalTensor v_init_, rng_state_, residual_;
+  const Rules rules_;
+  const Numbers numbers_;
+  const OptionalTensor rng_state_;
+  Tensor v_init_, residual_;
   std::optional<ParameterTensor> parameters_[kNumParameters];
 };
 
@@ -249,56 +208,62 @@ class ParameterGradients {
  public:
   ParameterGradients(const Call& call, const WantedParameters& wanted) : call_(call) {
     for (int id = 0; id < kNumParameters; ++id) {
-      if (!wanted[id] || !call.has_parameter(id)) continue;
+      if (!wanted[id] || call.parameter(id) == nullptr) continue;
       ids_.push_back(id);
-      sums_.push_back(call.parameter(id).empty_gradient());
-      if (call.layout().shape().neurons() == 0) sums_.back().zero_();
+      sums_.push_back(call.parameter(id)->empty_gradient());
+      if (call.layout.shape().neurons() == 0) sums_.back().zero_();
     }
   }
 
   // Launches a backward kernel, whose params lack only the partial sums, and sums these.
-  template <class Backend, class Params>
-  void compute(const Backend& backend, Params& params) const {
+  template <class Params>
+  void compute(const Kernels& kernels, Params& params) const {
     using Real = typename Params::Real;
     const SequenceShape& shape = params.shape;
     Real later{};  // any non-null pointer: plan_tiles() needs to know which sums are wanted
     for (const int id : ids_) params.partials[id].data = &later;
-    backend.plan_tiles(params);
+    kernels.plan_tiles(params);
+    const auto elements_of = [&](int id) {
+      return (params.parameters[id].step_stride != 0 ? shape.steps : 1) * params.partials[id].slots;
+    };
     int64_t elements = 0;
     for (const int id : ids_) {
-      const auto& view = params.parameters[id];
-      params.partials[id].slots = params.partials[id].slots_for(view.inner, shape.neurons(), params.tiles.count);
-      elements += (view.step_stride != 0 ? shape.steps : 1) * params.partials[id].slots;
+      auto& partials = params.partials[id];
+      partials.slots = partials.slots_for(params.parameters[id].inner, shape.neurons(), params.tiles.count);
+      elements += elements_of(id);
     }
-    const Tensor partials = elements > 0 ? in_huge_pages(at::empty({elements}, call_.real_options())) : Tensor();
+    const Tensor partials = empty(elements);
     Real* free = pointer<Real>(partials);
-    GradientSum<Real> sum{shape, params.tiles.tile, static_cast<int>(ids_.size()), {}};
-    for (size_t i = 0; i < ids_.size(); ++i) {
-      const int id = ids_[i];
-      const auto& view = params.parameters[id];
+    GradientSum<Real> sum{shape, params.tiles.tile, 0, {}};
+    for (const int id : ids_) {
       params.partials[id].data = free;
-      free += (view.step_stride != 0 ? shape.steps : 1) * params.partials[id].slots;
-      sum.parts[i] = {params.partials[id], view, call_.derivative(id), pointer<Real>(sums_[i]), shape.neurons()};
+      free += elements_of(id);
+      sum.parts[sum.count] = {params.partials[id], params.parameters[id], call_.derivative(id),
+                              pointer<Real>(sums_[sum.count]), shape.neurons()};
+      ++sum.count;
     }
-    backend.launch(params);
+    kernels.launch(params);
     if (sum.count == 0) return;
-    backend.plan_tiles(sum);
-    const int64_t number = sum.num_totals();
-    const Tensor totals = number > 0 ? at::empty({number}, call_.real_options()) : Tensor();
+    kernels.plan_tiles(sum);
+    const Tensor totals = empty(sum.num_totals());
     GradientSum<Real> second = sum.place_totals(pointer<Real>(totals));
-    backend.launch(sum);
+    kernels.launch(sum);
     if (second.count == 0) return;
-    backend.plan_tiles(second);
-    backend.launch(second);
+    kernels.plan_tiles(second);
+    kernels.launch(second);
   }
 
   void append_to(std::vector<Tensor>& results) const {
     for (size_t i = 0; i < ids_.size(); ++i) {
-      results.push_back(call_.parameter(ids_[i]).gradient_in_own_shape(sums_[i]));
+      results.push_back(call_.parameter(ids_[i])->gradient_in_own_shape(sums_[i]));
     }
   }
 
  private:
+  Tensor empty(int64_t elements) const {
+    return elements > 0 ? in_huge_pages(at::empty({elements}, call_.layout.real_options())) : Tensor();
+  }
+
   const Call& call_;
   std::vector<int> ids_;
   std::vector<Tensor> sums_;

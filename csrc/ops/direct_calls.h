@@ -34,23 +34,14 @@ class __attribute__((visibility("hidden"))) DirectCalls {  // as pybind11::objec
   // `scope` gets the functions as attributes.
   DirectCalls(pybind11::object scope, std::string name_space) : scope_(std::move(scope)), namespace_(name_space) {}
 
-  template <class Result, class... Arguments>
-  void impl(const char* name, Result (*)(Arguments...)) {
-    add<Result, Arguments...>(name);
-  }
   template <class Kernel>
   void impl(const char* name, const Kernel&) {
-    add_as(name, &Kernel::operator());
+    add(name, &Kernel::operator());
   }
 
  private:
   template <class Kernel, class Result, class... Arguments>
-  void add_as(const char* name, Result (Kernel::*)(Arguments...) const) {
-    add<Result, Arguments...>(name);
-  }
-
-  template <class Result, class... Arguments>
-  void add(const char* name) {
+  void add(const char* name, Result (Kernel::*)(Arguments...) const) {
     const auto handle = c10::Dispatcher::singleton().findSchemaOrThrow((namespace_ + "::" + name).c_str(), "");
     const auto call = [typed = handle.typed<Result(Arguments...)>()](typename FromPython<Arguments>::type... given) {
       const at::AutoDispatchBelowADInplaceOrView below_autograd;

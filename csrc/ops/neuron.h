@@ -1,48 +1,43 @@
-// The operators of the neuron as templates over the kernels, CpuKernels or CudaKernels.
+// The operators of the neuron.
 #pragma once
 
 #include "ops/call.h"
-#include "ops/launched.h"
 
 namespace asgl::ops {
 
 // Returns s_seq and the other wanted outputs.
-template <class Kernels>
-std::vector<Tensor> forward(const Kernels& kernels, const Call& call, std::array<bool, 4> wanted) {
-  const Tensor& x_seq = call.x_seq();
+inline std::vector<Tensor> forward(const Launcher* launcher, const Call& call, std::array<bool, 4> wanted) {
   const auto [wants_v_last, wants_v_seq, wants_h_seq, wants_checkpoints] = wanted;
-  const auto backend = kernels.on(x_seq);
-  const Layout& layout = call.layout();
-  const SequenceShape& shape = layout.shape();
-  const at::TensorOptions real = call.real_options();
+  const Kernels kernels(launcher, call.x_seq.device());
+  const Layout& layout = call.layout;
   std::vector<Tensor> results;
   const auto keep = [&](Tensor result) {
     results.push_back(result);
     return result;
   };
-  const Tensor s_seq = keep(layout.empty_sequence(x_seq.options()));
-  const Tensor v_last = wants_v_last ? keep(layout.empty_state(real, call.members())) : Tensor();
-  const Tensor v_seq = wants_v_seq ? keep(layout.empty_sequence(real)) : Tensor();
-  const Tensor h_seq = wants_h_seq ? keep(layout.empty_sequence(real)) : Tensor();
-  const int64_t elements = checkpoint_elements(shape, call.members());
-  const Tensor checkpoints = wants_checkpoints ? keep(in_huge_pages(at::empty({elements}, real))) : Tensor();
-  if (shape.neurons() == 0) {
+  const Tensor s_seq = keep(layout.empty_sequence(layout.type()));
+  const Tensor v_last = wants_v_last ? keep(layout.empty_state(call.members)) : Tensor();
+  const Tensor v_seq = wants_v_seq ? keep(layout.empty_sequence(layout.real())) : Tensor();
+  const Tensor h_seq = wants_h_seq ? keep(layout.empty_sequence(layout.real())) : Tensor();
+  const int64_t elements = checkpoint_elements(layout.shape(), call.members);
+  const Tensor checkpoints =
+      wants_checkpoints ? keep(in_huge_pages(at::empty({elements}, layout.real_options()))) : Tensor();
+  if (layout.shape().neurons() == 0) {
     if (wants_checkpoints) checkpoints.zero_();
     return results;
   }
-  with_scalar(x_seq.scalar_type(), [&](auto scalar) {
+  with_scalar(layout.type(), [&](auto scalar) {
     using Scalar = decltype(scalar);
     using Real = Real_t<Scalar>;
-    ForwardParams<Scalar> params{};
-    call.fill(params);
+    auto params = call.params<ForwardParams, Scalar>();
     params.s_seq = pointer<Scalar>(s_seq);
     params.v_last = pointer<Real>(v_last);
     params.v_seq = pointer<Real>(v_seq);
     params.h_seq = pointer<Real>(h_seq);
     params.checkpoints = pointer<Real>(checkpoints);
-    if (wants_checkpoints) params.zeros = pointer<Real>(checkpoints) + elements - 2;
-    backend.plan_tiles(params);
-    backend.launch(params);
+    if (wants_checkpoints) params.zeros = params.checkpoints + elements - 2;
+    kernels.plan_tiles(params);
+    kernels.launch(params);
   });
   return results;
 }
@@ -58,94 +53,88 @@ struct WantedGradients {
 };
 
 // Returns the wanted gradients.
-template <class Kernels>
-std::vector<Tensor> backward(const Kernels& kernels, const Call& call, const OutputGradients& grads,
-                             const Tensor& checkpoints, const WantedGradients& wanted) {
-  const Tensor& x_seq = call.x_seq();
-  const Layout& layout = call.layout();
-  const SequenceShape& shape = layout.shape();
-  const at::TensorOptions real = call.real_options();
-  check_type(checkpoints, real_type(x_seq), x_seq, "checkpoints");
-  TORCH_CHECK_VALUE(checkpoints.is_contiguous() && checkpoints.numel() == checkpoint_elements(shape, call.members()),
-                    "asgl_cuda: checkpoints do not belong to this x_seq");
-  const OptionalTensor grad_s_seq = call.sequence(grads.s_seq, x_seq.scalar_type(), "grad_s_seq");
-  const OptionalTensor grad_v_last = call.state(grads.v_last, "grad_v_last");
-  const OptionalTensor grad_v_seq = call.sequence(grads.v_seq, real_type(x_seq), "grad_v_seq");
-  const OptionalTensor grad_h_seq = call.sequence(grads.h_seq, real_type(x_seq), "grad_h_seq");
+inline std::vector<Tensor> backward(const Launcher* launcher, const Call& call, const OutputGradients& grads,
+                                    const Tensor& checkpoints, const WantedGradients& wanted) {
+  const Layout& layout = call.layout;
+  layout.check_type(checkpoints, layout.real(), "checkpoints");
+  TORCH_CHECK_VALUE(
+      checkpoints.is_contiguous() && checkpoints.numel() == checkpoint_elements(layout.shape(), call.members),
+      "asgl_cuda: checkpoints do not belong to this x_seq");
+  const Tensor grad_s_seq = layout.sequence(grads.s_seq, layout.type(), "grad_s_seq");
+  const Tensor grad_v_last = layout.state(grads.v_last, "grad_v_last", call.members);
+  const Tensor grad_v_seq = layout.sequence(grads.v_seq, layout.real(), "grad_v_seq");
+  const Tensor grad_h_seq = layout.sequence(grads.h_seq, layout.real(), "grad_h_seq");
 
-  const auto backend = kernels.on(x_seq);
-  const Tensor grad_x_seq = wanted.x_seq ? layout.empty_sequence(x_seq.options()) : Tensor();
-  const Tensor grad_v_init = wanted.v_init ? layout.empty_state(real, call.members()) : Tensor();
+  const Kernels kernels(launcher, call.x_seq.device());
+  const Tensor grad_x_seq = wanted.x_seq ? layout.empty_sequence(layout.type()) : Tensor();
+  const Tensor grad_v_init = wanted.v_init ? layout.empty_state(call.members) : Tensor();
   const bool wants_residual = wanted.residual && call.has_residual();
-  const Tensor grad_residual = wants_residual ? layout.empty_sequence(x_seq.options()) : Tensor();
+  const Tensor grad_residual = wants_residual ? layout.empty_sequence(layout.type()) : Tensor();
   std::vector<Tensor> results;
   if (wanted.x_seq) results.push_back(grad_x_seq);
   if (wanted.v_init) results.push_back(grad_v_init);
   const ParameterGradients gradients(call, wanted.parameters);
-  if (shape.neurons() > 0) {
-    with_scalar(x_seq.scalar_type(), [&](auto scalar) {
+  if (layout.shape().neurons() > 0) {
+    with_scalar(layout.type(), [&](auto scalar) {
       using Scalar = decltype(scalar);
       using Real = Real_t<Scalar>;
-      BackwardParams<Scalar> params{};
-      call.fill(params);
-      params.grad_s_seq = const_pointer<Scalar>(grad_s_seq);
-      params.grad_v_last = const_pointer<Real>(grad_v_last);
-      params.grad_v_seq = const_pointer<Real>(grad_v_seq);
-      params.grad_h_seq = const_pointer<Real>(grad_h_seq);
-      params.checkpoints = const_pointer<Real>(checkpoints);
+      auto params = call.params<BackwardParams, Scalar>();
+      params.grad_s_seq = pointer<const Scalar>(grad_s_seq);
+      params.grad_v_last = pointer<const Real>(grad_v_last);
+      params.grad_v_seq = pointer<const Real>(grad_v_seq);
+      params.grad_h_seq = pointer<const Real>(grad_h_seq);
+      params.checkpoints = pointer<const Real>(checkpoints);
       params.grad_x_seq = pointer<Scalar>(grad_x_seq);
       params.grad_v_init = pointer<Real>(grad_v_init);
       params.grad_residual = pointer<Scalar>(grad_residual);
-      gradients.compute(backend, params);
+      gradients.compute(kernels, params);
     });
   }
   gradients.append_to(results);
-  if (grad_residual.defined()) results.push_back(grad_residual);
+  if (wants_residual) results.push_back(grad_residual);
   return results;
 }
 
-template <class Kernels>
-std::vector<Tensor> lif_forward(const Kernels& kernels, const Tensor& x_seq, const OptionalTensor& v_init,
-                                const OptionalTensor& rng_state, const OptionalTensor& width,
-                                const OptionalTensor& decay, const OptionalTensor& v_threshold,
-                                const OptionalTensor& reset, const OptionalTensor& input_gain,
-                                const OptionalTensor& input_bias, const OptionalTensor& input_mean,
-                                const OptionalTensor& residual, at::ArrayRef<double> numbers, at::IntArrayRef rules,
-                                std::array<bool, 4> wanted) {
+inline std::vector<Tensor> lif_forward(const Launcher* launcher, const Tensor& x_seq, const OptionalTensor& v_init,
+                                       const OptionalTensor& rng_state, const OptionalTensor& width,
+                                       const OptionalTensor& decay, const OptionalTensor& v_threshold,
+                                       const OptionalTensor& reset, const OptionalTensor& input_gain,
+                                       const OptionalTensor& input_bias, const OptionalTensor& input_mean,
+                                       const OptionalTensor& residual, at::ArrayRef<double> numbers,
+                                       at::IntArrayRef rules, std::array<bool, 4> wanted) {
   const Parameters parameters = {width, decay, v_threshold, reset, input_gain, input_bias, input_mean};
-  return forward(kernels, Call(x_seq, v_init, rng_state, parameters, residual, constants_of(numbers, rules)), wanted);
+  return forward(launcher, Call(x_seq, v_init, rng_state, parameters, residual, constants_of(numbers, rules)), wanted);
 }
 
-template <class Kernels>
-std::vector<Tensor> lif_backward(const Kernels& kernels, const OptionalTensor& grad_s_seq,
-                                 const OptionalTensor& grad_v_last, const OptionalTensor& grad_v_seq,
-                                 const OptionalTensor& grad_h_seq, const Tensor& x_seq, const OptionalTensor& v_init,
-                                 const OptionalTensor& rng_state, const Tensor& checkpoints,
-                                 const OptionalTensor& width, const OptionalTensor& decay,
-                                 const OptionalTensor& v_threshold, const OptionalTensor& reset,
-                                 const OptionalTensor& input_gain, const OptionalTensor& input_bias,
-                                 const OptionalTensor& input_mean, const OptionalTensor& residual,
-                                 at::ArrayRef<double> numbers, at::IntArrayRef rules,
-                                 std::array<bool, 3 + kNumParameters> wanted) {
+inline std::vector<Tensor> lif_backward(const Launcher* launcher, const OptionalTensor& grad_s_seq,
+                                        const OptionalTensor& grad_v_last, const OptionalTensor& grad_v_seq,
+                                        const OptionalTensor& grad_h_seq, const Tensor& x_seq,
+                                        const OptionalTensor& v_init, const OptionalTensor& rng_state,
+                                        const Tensor& checkpoints, const OptionalTensor& width,
+                                        const OptionalTensor& decay, const OptionalTensor& v_threshold,
+                                        const OptionalTensor& reset, const OptionalTensor& input_gain,
+                                        const OptionalTensor& input_bias, const OptionalTensor& input_mean,
+                                        const OptionalTensor& residual, at::ArrayRef<double> numbers,
+                                        at::IntArrayRef rules, std::array<bool, 3 + kNumParameters> wanted) {
   const Parameters parameters = {width, decay, v_threshold, reset, input_gain, input_bias, input_mean};
   const Call call(x_seq, v_init, rng_state, parameters, residual, constants_of(numbers, rules));
   WantedGradients gradients{wanted[0], wanted[1], {}, wanted.back()};
   std::copy_n(wanted.begin() + 2, kNumParameters, gradients.parameters.begin());
-  return backward(kernels, call, {grad_s_seq, grad_v_last, grad_v_seq, grad_h_seq}, checkpoints, gradients);
+  return backward(launcher, call, {grad_s_seq, grad_v_last, grad_v_seq, grad_h_seq}, checkpoints, gradients);
 }
 
 // Draws (seed, offset) from the device's default generator; an operator, so that compiled graphs draw as eager mode
 // does. `fresh`, a new tensor, gives type and device: compilers merge equal calls, but not allocations.
-inline Tensor draw_rng_state(const Tensor& fresh) {
+inline constexpr auto draw_rng_state = [](const Tensor& fresh) {
   return at::randint(std::numeric_limits<int64_t>::max(), {2}, fresh.options());
-}
+};
 
 // The schemas are in asgl_cuda/ops.py.
-template <class Kernels, class Library>
-void implement(Library& m, const Kernels& kernels) {
+template <class Library>
+void implement_neuron(Library& m, const Launcher* launcher) {
   m.impl("draw_rng_state", draw_rng_state);
-  m.impl("lif_forward", on_kernels(kernels, &lif_forward<Kernels>));
-  m.impl("lif_backward", on_kernels(kernels, &lif_backward<Kernels>));
+  m.impl("lif_forward", on_kernels(launcher, &lif_forward));
+  m.impl("lif_backward", on_kernels(launcher, &lif_backward));
 }
 
 }  // namespace asgl::ops

@@ -1,33 +1,66 @@
-// The operators of batch normalisation as templates over the kernels, CpuKernels or CudaKernels.
+// The operators of batch normalisation.
 #pragma once
 
 #include "ops/call.h"
-#include "ops/launched.h"
 
 namespace asgl::ops {
 
 static_assert(sizeof(Moments) == 3 * sizeof(double));
 
-// The elements of a tensor, checked for shape, type and device; null for no tensor.
-template <class Element>
-class Checked {
+// x_seq as rows of channels * inner columns.
+inline ChannelShape channel_shape(const Layout& layout) {
+  const int64_t channel = layout.channel_dim();
+  TORCH_CHECK_VALUE(channel < static_cast<int64_t>(layout.sizes().size()),
+                    "asgl_cuda: x_seq must have a dimension of channels, got shape ", at::IntArrayRef(layout.sizes()));
+  ChannelShape shape = {1, layout.sizes()[channel], 1};
+  int64* extent = &shape.rows;
+  for (const int64_t dim : layout.order()) {
+    if (dim == channel) {
+      extent = &shape.inner;
+    } else {
+      *extent *= layout.sizes()[dim];
+    }
+  }
+  return shape;
+}
+
+// Shapes that broadcast against x_seq: of one value a channel, and of the coefficients.
+inline Dims channel_sizes(const Layout& layout) {
+  Dims sizes(layout.sizes().size() - layout.channel_dim(), 1);
+  sizes[0] = layout.sizes()[layout.channel_dim()];
+  return sizes;
+}
+inline Dims coefficient_sizes(const Layout& layout) {
+  Dims sizes = {kNumCoefficients};
+  sizes.append(channel_sizes(layout));
+  return sizes;
+}
+
+// Checks given tensors for shape, type and device, and holds them while a kernel is launched.
+class Given {
  public:
-  Checked(const OptionalTensor& tensor, at::IntArrayRef shape, const Tensor& x_seq, const char* name) {
-    if (!tensor.has_value()) return;
+  explicit Given(at::Device device) : device_(device) {}
+
+  // The elements; null for no tensor.
+  template <class Element>
+  const Element* checked(const OptionalTensor& tensor, at::IntArrayRef shape, const char* name) {
+    if (!tensor.has_value()) return nullptr;
     const auto type = c10::CppTypeToScalarType<Element>::value;
-    TORCH_CHECK_VALUE(tensor->sizes() == shape && tensor->scalar_type() == type && tensor->device() == x_seq.device(),
-                      "asgl_cuda: ", name, " must have shape ", shape, " and type ", type, " on ", x_seq.device(),
-                      ", got ", tensor->sizes(), ", ", tensor->scalar_type(), ", ", tensor->device());
-    tensor_ = tensor->contiguous();
+    TORCH_CHECK_VALUE(tensor->sizes() == shape && tensor->scalar_type() == type && tensor->device() == device_,
+                      "asgl_cuda: ", name, " must have shape ", shape, " and type ", type, " on ", device_, ", got ",
+                      tensor->sizes(), ", ", tensor->scalar_type(), ", ", tensor->device());
+    held_.push_back(tensor->contiguous());
+    return held_.back().template const_data_ptr<Element>();
+  }
+  const Moments* moments(const OptionalTensor& tensor, at::IntArrayRef shape, const char* name) {
+    return reinterpret_cast<const Moments*>(checked<double>(tensor, shape, name));
   }
 
-  const Element* data() const { return tensor_.defined() ? tensor_.template const_data_ptr<Element>() : nullptr; }
-
  private:
-  Tensor tensor_;
+  const at::Device device_;
+  std::vector<Tensor> held_;
 };
 
-inline const Moments* as_moments(const double* numbers) { return reinterpret_cast<const Moments*>(numbers); }
 inline Moments* as_moments(const Tensor& tensor) {
   return reinterpret_cast<Moments*>(tensor.mutable_data_ptr<double>());
 }
@@ -37,19 +70,20 @@ struct Running {
   OptionalTensor mean, variance, num_batches_tracked;
   double momentum;
 
-  void check(int64_t channels, const Tensor& x_seq) const {
+  void check(int64_t channels, const Layout& layout) const {
     if (!mean.has_value()) return;
+    const at::Device device = layout.options().device();
     for (const Tensor& each : {*mean, *variance}) {
       TORCH_CHECK_VALUE(each.sizes() == at::IntArrayRef(channels) && each.is_contiguous() &&
-                            each.scalar_type() == real_type(x_seq) && each.device() == x_seq.device(),
+                            each.scalar_type() == layout.real() && each.device() == device,
                         "asgl_cuda: running statistics must be contiguous and have shape ", channels, " and type ",
-                        real_type(x_seq), " on ", x_seq.device(), ", got ", each.sizes(), ", ", each.scalar_type(),
-                        ", ", each.device());
+                        layout.real(), " on ", device, ", got ", each.sizes(), ", ", each.scalar_type(), ", ",
+                        each.device());
     }
     TORCH_CHECK_VALUE(!num_batches_tracked.has_value() ||
                           (num_batches_tracked->scalar_type() == at::kLong && num_batches_tracked->numel() == 1 &&
-                           num_batches_tracked->device() == x_seq.device()),
-                      "asgl_cuda: num_batches_tracked must be one int64 on ", x_seq.device());
+                           num_batches_tracked->device() == device),
+                      "asgl_cuda: num_batches_tracked must be one int64 on ", device);
   }
 
   template <class Real>
@@ -64,75 +98,63 @@ struct Running {
   }
 };
 
-template <class Kernels>
-std::tuple<Tensor, Tensor> batch_norm_coefficients(const Kernels& kernels, const Running& running, const Tensor& x_seq,
-                                                   const OptionalTensor& statistics, const OptionalTensor& mean,
-                                                   const OptionalTensor& variance, const OptionalTensor& weight,
-                                                   const OptionalTensor& bias, double eps, double input_scale,
-                                                   int64_t time_dim) {
+inline std::tuple<Tensor, Tensor> batch_norm_coefficients(const Launcher* launcher, const Running& running,
+                                                          const Tensor& x_seq, const OptionalTensor& statistics,
+                                                          const OptionalTensor& mean, const OptionalTensor& variance,
+                                                          const OptionalTensor& weight, const OptionalTensor& bias,
+                                                          double eps, double input_scale, int64_t time_dim) {
   const Layout layout(x_seq, time_dim);
   const ChannelShape shape = channel_shape(layout);
   TORCH_CHECK_VALUE(mean.has_value() == variance.has_value(), "asgl_cuda: mean and variance come together");
-  running.check(shape.channels, x_seq);
-  at::DimVector sizes = {kNumCoefficients};
-  sizes.append(channel_sizes(layout));
-  const Tensor coefficients = at::empty(sizes, x_seq.options().dtype(real_type(x_seq)));
+  running.check(shape.channels, layout);
+  const Tensor coefficients = at::empty(coefficient_sizes(layout), layout.real_options());
   const at::TensorOptions wide = x_seq.options().dtype(at::kDouble);
   const Tensor total = at::empty({shape.channels, 3}, wide);
   if (shape.channels == 0) return {coefficients, total};
-  with_scalar(x_seq.scalar_type(), [&](auto scalar) {
+  with_scalar(layout.type(), [&](auto scalar) {
     using Scalar = decltype(scalar);
     using Real = Real_t<Scalar>;
-    const int64_t processes =
-        statistics.has_value() && statistics->dim() > 0 ? std::max<int64_t>(statistics->size(0), 1) : 1;
-    const Checked<double> given(statistics, {processes, shape.channels, 3}, x_seq, "statistics");
-    const Checked<Real> given_mean(mean, {shape.channels}, x_seq, "mean");
-    const Checked<Real> given_variance(variance, {shape.channels}, x_seq, "variance");
-    const Checked<Real> given_weight(weight, {shape.channels}, x_seq, "weight");
-    const Checked<Real> given_bias(bias, {shape.channels}, x_seq, "bias");
-    const auto backend = kernels.on(x_seq);
-    Tensor found;
     CoefficientsParams<Real> params{};
-    if (statistics.has_value()) {
-      params.moments = as_moments(given.data());
-      params.slots = processes;
-    } else if (!mean.has_value()) {
-      const bool empty = shape.rows == 0 || shape.inner == 0;
-      MomentsParams<Scalar> own{};
-      own.x_seq = const_pointer<Scalar>(x_seq);
-      own.tiles.shape = shape;
-      if (!empty) backend.plan_tiles(own);
-      params.slots = empty ? 1 : own.tiles.slots();
-      found = at::empty({params.slots, shape.channels, 3}, wide);
-      own.moments = as_moments(found);
-      if (empty) {
-        found.zero_();
-      } else {
-        backend.launch(own);
-      }
-      params.moments = own.moments;
-    }
     params.channels = shape.channels;
-    params.mean = given_mean.data();
-    params.variance = given_variance.data();
-    params.weight = given_weight.data();
-    params.bias = given_bias.data();
+    params.slots = statistics.has_value() && statistics->dim() > 0 ? std::max<int64_t>(statistics->size(0), 1) : 1;
+    Given given(x_seq.device());
+    params.moments = given.moments(statistics, {params.slots, shape.channels, 3}, "statistics");
+    params.mean = given.checked<Real>(mean, {shape.channels}, "mean");
+    params.variance = given.checked<Real>(variance, {shape.channels}, "variance");
+    params.weight = given.checked<Real>(weight, {shape.channels}, "weight");
+    params.bias = given.checked<Real>(bias, {shape.channels}, "bias");
     params.options = {eps, input_scale};
     params.coefficients = coefficients.mutable_data_ptr<Real>();
     params.total = as_moments(total);
     running.fill(params);
-    backend.launch(params);
+    const Kernels kernels(launcher, x_seq.device());
+    Tensor found;
+    if (!statistics.has_value() && !mean.has_value()) {
+      const bool empty = shape.rows == 0 || shape.inner == 0;
+      MomentsParams<Scalar> own{};
+      own.x_seq = pointer<const Scalar>(x_seq);
+      own.tiles.shape = shape;
+      if (!empty) kernels.plan_tiles(own);
+      params.slots = empty ? 1 : own.tiles.slots();
+      found = at::empty({params.slots, shape.channels, 3}, wide);
+      params.moments = own.moments = as_moments(found);
+      if (empty) {
+        found.zero_();
+      } else {
+        kernels.launch(own);
+      }
+    }
+    kernels.launch(params);
   });
   return {coefficients, total};
 }
 
-template <class Kernels>
-std::tuple<Tensor, Tensor> batch_norm_backward(const Kernels& kernels, const Tensor& grad_x_seq,
-                                               const OptionalTensor& grad_residual, const Tensor& x_seq,
-                                               const Tensor& coefficients, const Tensor& statistics,
-                                               const Tensor& grad_gain, const Tensor& grad_bias,
-                                               const Tensor& total_grad_gain, const Tensor& total_grad_bias, double eps,
-                                               double input_scale, int64_t time_dim) {
+inline std::tuple<Tensor, Tensor> batch_norm_backward(const Launcher* launcher, const Tensor& grad_x_seq,
+                                                      const OptionalTensor& grad_residual, const Tensor& x_seq,
+                                                      const Tensor& coefficients, const Tensor& statistics,
+                                                      const Tensor& grad_gain, const Tensor& grad_bias,
+                                                      const Tensor& total_grad_gain, const Tensor& total_grad_bias,
+                                                      double eps, double input_scale, int64_t time_dim) {
   const Layout layout(x_seq, time_dim);
   const ChannelShape shape = channel_shape(layout);
   const bool wanted = grad_x_seq.numel() > 0, has_residual = wanted && grad_residual.has_value();
@@ -140,62 +162,54 @@ std::tuple<Tensor, Tensor> batch_norm_backward(const Kernels& kernels, const Ten
     return grad.sizes() == x_seq.sizes() && grad.permute(layout.order()).is_contiguous() &&
            grad.scalar_type() == x_seq.scalar_type() && grad.device() == x_seq.device();
   };
-  if (!wanted) check_type(grad_x_seq, x_seq.scalar_type(), x_seq, "grad_x_seq");
+  if (!wanted) layout.check_type(grad_x_seq, layout.type(), "grad_x_seq");
   TORCH_CHECK_VALUE(!wanted || (is_like_x_seq(grad_x_seq) && (!has_residual || is_like_x_seq(*grad_residual))),
                     "asgl_cuda: grad_x_seq and grad_residual must have the type and memory order of x_seq");
-  const at::TensorOptions real = x_seq.options().dtype(real_type(x_seq));
-  const Tensor grad_weight = at::empty({shape.channels}, real), grad_shift = at::empty({shape.channels}, real);
+  const Tensor grad_weight = at::empty({shape.channels}, layout.real_options());
+  const Tensor grad_shift = at::empty_like(grad_weight);
   if (shape.channels == 0) return {grad_weight, grad_shift};
-  with_scalar(x_seq.scalar_type(), [&](auto scalar) {
+  with_scalar(layout.type(), [&](auto scalar) {
     using Scalar = decltype(scalar);
     using Real = Real_t<Scalar>;
-    const at::DimVector by_channel = channel_sizes(layout);
-    at::DimVector sizes = {kNumCoefficients};
-    sizes.append(by_channel);
-    const Checked<Real> given_coefficients(coefficients, sizes, x_seq, "coefficients");
-    const Checked<double> given_statistics(statistics, {shape.channels, 3}, x_seq, "statistics");
-    const Checked<Real> own_gain(grad_gain, by_channel, x_seq, "grad_gain");
-    const Checked<Real> own_bias(grad_bias, by_channel, x_seq, "grad_bias");
-    const Checked<Real> all_gain(total_grad_gain, by_channel, x_seq, "total_grad_gain");
-    const Checked<Real> all_bias(total_grad_bias, by_channel, x_seq, "total_grad_bias");
-    const auto backend = kernels.on(x_seq);
     InputGradientParams<Scalar> params{};
     params.tiles.shape = wanted ? shape : ChannelShape{0, shape.channels, 1};
-    params.x_seq = const_pointer<Scalar>(x_seq);
+    params.x_seq = pointer<const Scalar>(x_seq);
     params.grad_x_seq = pointer<Scalar>(grad_x_seq);
-    params.grad_residual = has_residual ? const_pointer<Scalar>(grad_residual) : nullptr;
-    params.moments = as_moments(given_statistics.data());
-    params.coefficients = given_coefficients.data();
-    params.grad_gain = own_gain.data();
-    params.grad_bias = own_bias.data();
-    params.total_grad_gain = all_gain.data();
-    params.total_grad_bias = all_bias.data();
+    params.grad_residual = has_residual ? pointer<const Scalar>(*grad_residual) : nullptr;
+    const Dims by_channel = channel_sizes(layout);
+    Given given(x_seq.device());
+    params.coefficients = given.checked<Real>(coefficients, coefficient_sizes(layout), "coefficients");
+    params.moments = given.moments(statistics, {shape.channels, 3}, "statistics");
+    params.grad_gain = given.checked<Real>(grad_gain, by_channel, "grad_gain");
+    params.grad_bias = given.checked<Real>(grad_bias, by_channel, "grad_bias");
+    params.total_grad_gain = given.checked<Real>(total_grad_gain, by_channel, "total_grad_gain");
+    params.total_grad_bias = given.checked<Real>(total_grad_bias, by_channel, "total_grad_bias");
     params.options = {eps, input_scale};
     params.grad_weight = grad_weight.mutable_data_ptr<Real>();
     params.grad_shift = grad_shift.mutable_data_ptr<Real>();
     if (has_residual) in_huge_pages(grad_x_seq);  // still untouched
-    backend.plan_tiles(params);
-    backend.launch(params);
+    const Kernels kernels(launcher, x_seq.device());
+    kernels.plan_tiles(params);
+    kernels.launch(params);
   });
   return {grad_weight, grad_shift};
 }
 
 // The operator without running statistics, and the one that updates them.
-template <class Library, class Kernels, class... Arguments>
-void implement_coefficients(Library& m, const Kernels& kernels,
-                            std::tuple<Tensor, Tensor> (*run)(const Kernels&, const Running&, Arguments...)) {
-  m.impl("batch_norm_coefficients", [=](Arguments... arguments) { return run(kernels, {}, arguments...); });
+template <class Library, class... Arguments>
+void implement_coefficients(Library& m, const Launcher* launcher,
+                            std::tuple<Tensor, Tensor> (*run)(const Launcher*, const Running&, Arguments...)) {
+  m.impl("batch_norm_coefficients", [=](Arguments... arguments) { return run(launcher, {}, arguments...); });
   m.impl("batch_norm_update", [=](const Tensor& running_mean, const Tensor& running_var,
                                   const OptionalTensor& num_batches_tracked, double momentum, Arguments... arguments) {
-    return run(kernels, {running_mean, running_var, num_batches_tracked, momentum}, arguments...);
+    return run(launcher, {running_mean, running_var, num_batches_tracked, momentum}, arguments...);
   });
 }
 
-// The schemas are in asgl_cuda/ops.py.
-template <class Kernels, class Library>
-void implement_batch_norm(Library& m, const Kernels& kernels) {
-  implement_coefficients(m, kernels, &batch_norm_coefficients<Kernels>);
-  m.impl("batch_norm_backward", on_kernels(kernels, &batch_norm_backward<Kernels>));
+template <class Library>
+void implement_batch_norm(Library& m, const Launcher* launcher) {
+  implement_coefficients(m, launcher, &batch_norm_coefficients);
+  m.impl("batch_norm_backward", on_kernels(launcher, &batch_norm_backward));
 }
 
 }  // namespace asgl::ops

@@ -3,19 +3,16 @@
 // `parameters` are the rows of RecurrentParameterId; numbers and rules those of the neuron.
 #pragma once
 
-#include "cpu/recurrent.h"
 #include "ops/call.h"
-#include "ops/launched.h"
 
 namespace asgl::ops {
 
-// The gradients of results, none for zero; and the results of forward that backward reads.
+// The gradients of results, undefined for zero; and the results of forward that backward reads.
 struct RecurrentGradients {
-  OptionalTensor s_seq, v_seq, h_seq, v_last, s_last, i_last;
+  Tensor s_seq, v_seq, h_seq, v_last, s_last, i_last;
 };
 struct RecurrentResults {
-  Tensor h_seq, emitted;
-  OptionalTensor i_seq, w_seq;
+  Tensor h_seq, emitted, i_seq, w_seq;
 };
 using WantedResults = std::array<bool, 8>;             // emitted, h_seq, v_seq, i_seq, w_seq, v_last, s_last and i_last
 constexpr size_t kStates = 5;                          // where the states begin
@@ -27,60 +24,39 @@ class RecurrentCall {
   RecurrentCall(const Tensor& sequence, const Tensor& weight, const Tensor& parameters, const OptionalTensor& v_init,
                 const OptionalTensor& s_init, const OptionalTensor& i_init, const OptionalTensor& rng_state,
                 const Constants& constants, bool has_synapse, bool detach_recurrent)
-      : has_synapse(has_synapse),
+      : layout(checked(sequence, constants.rules), constants.rules.time_dim),
+        has_synapse(has_synapse),
         detach_recurrent(detach_recurrent),
         rules(constants.rules),
         numbers(constants.numbers),
         sequence(sequence),
         weight(weight.contiguous()),
         parameters(parameters.contiguous()),
+        v_init(layout.state(v_init, "v_init", members())),
+        s_init(layout.state(s_init, "s_init")),
+        i_init(layout.state(i_init, "i_init")),
         rng_state(rng_state) {
-    TORCH_CHECK_VALUE(sequence.dim() == 3 && sequence.is_contiguous(),
-                      "asgl_cuda: x_seq must be contiguous and have 3 dimensions, got shape ", sequence.sizes());
-    TORCH_CHECK_VALUE(rules.time_dim == 0 || rules.time_dim == 1, "asgl_cuda: time_dim must be 0 or 1, got ",
-                      rules.time_dim);
-    TORCH_CHECK_VALUE(sequence.size(rules.time_dim) > 0, "asgl_cuda: x_seq must have at least one time step");
     TORCH_CHECK_VALUE(0 <= rules.surrogate && rules.surrogate < static_cast<int64_t>(Surrogate::kInteger),
                       "asgl_cuda: no surrogate of recurrent neurons has the number ", rules.surrogate);
     TORCH_CHECK_VALUE(
         !(rules.multi_spike || rules.periodic || rules.floored || rules.log_width || rules.logit_decay || rules.levels),
         "asgl_cuda: recurrent neurons have no optional rules but the adaptation");
     check_adaptation(rules);
-    check(this->weight, is_elementwise() ? at::IntArrayRef({neurons()}) : at::IntArrayRef({neurons(), neurons()}),
-          "weight");
-    check(this->parameters, {kRecurrentParameters, neurons()}, "parameters");
-    this->v_init = state(v_init, "v_init", members());
-    this->s_init = state(s_init, "s_init");
-    this->i_init = state(i_init, "i_init");
-    check_noise(rules, rng_state, sequence);
+    const Dims square = {neurons(), neurons()}, row = {neurons()};
+    layout.check(weight, layout.real(), is_elementwise() ? row : square, "weight");
+    layout.check(parameters, layout.real(), {kRecurrentParameters, neurons()}, "parameters");
+    check_noise(rules, rng_state, sequence.device());
   }
 
-  int64_t steps() const { return sequence.size(rules.time_dim); }
+  int64_t steps() const { return layout.shape().steps; }
   int64_t batch() const { return sequence.size(1 - rules.time_dim); }
   int64_t neurons() const { return sequence.size(2); }
   bool is_elementwise() const { return weight.dim() == 1; }
   bool adapts() const { return rules.adaptation != 0; }
   int64_t members() const { return adapts() ? 2 : 1; }  // of the state v_init
 
-  Tensor empty_sequence() const { return in_huge_pages(at::empty(sequence.sizes(), weight.options())); }
-  Tensor empty_state(int64_t members = 1) const { return at::empty(state_sizes(members), weight.options()); }
-  Tensor or_zero(const OptionalTensor& state, int64_t members = 1) const {
-    return state.has_value() ? *state : at::zeros(state_sizes(members), weight.options());
-  }
-
-  RecurrentGradients checked(const RecurrentGradients& grads) const {
-    const at::ScalarType type = grads.s_seq.has_value() ? grads.s_seq->scalar_type() : real_type(sequence);
-    return {like_sequence(grads.s_seq, type, "grad_s_seq"),
-            like_sequence(grads.v_seq, "grad_v_seq"),
-            like_sequence(grads.h_seq, "grad_h_seq"),
-            state(grads.v_last, "grad_v_last", members()),
-            state(grads.s_last, "grad_s_last"),
-            state(grads.i_last, "grad_i_last")};
-  }
-  RecurrentResults checked(const RecurrentResults& kept) const {
-    return {kept.h_seq, *like_sequence(kept.emitted, "emitted"), like_sequence(kept.i_seq, "i_seq"),
-            like_sequence(kept.w_seq, "w_seq")};
-  }
+  Tensor empty_sequence() const { return layout.empty_sequence(layout.real()); }
+  Tensor or_zero(const Tensor& state) const { return state.defined() ? state : layout.empty_state().zero_(); }
 
   template <class Scalar>
   void fill(RecurrentParams<Scalar>& params) const {
@@ -95,63 +71,46 @@ class RecurrentCall {
     params.has_synapse = has_synapse;
     params.weight = weight.const_data_ptr<Real>();
     params.parameters = parameters.const_data_ptr<Real>();
-    params.v_init = const_pointer<Real>(v_init);
-    params.s_init = const_pointer<Real>(s_init);
-    params.i_init = const_pointer<Real>(i_init);
+    params.v_init = pointer<const Real>(v_init);
+    params.s_init = pointer<const Real>(s_init);
+    params.i_init = pointer<const Real>(i_init);
   }
 
+  const Layout layout;
   const bool has_synapse, detach_recurrent;
   const Rules rules;
   const Numbers numbers;
   const Tensor sequence, weight, parameters;
+  const Tensor v_init, s_init, i_init;  // undefined where not given
   const OptionalTensor rng_state;
-  OptionalTensor v_init, s_init, i_init;
 
  private:
-  std::vector<int64_t> state_sizes(int64_t members) const {
-    return members == 1 ? std::vector<int64_t>{batch(), neurons()} : std::vector<int64_t>{members, batch(), neurons()};
-  }
-  OptionalTensor state(const OptionalTensor& given, const char* name, int64_t members = 1) const {
-    if (!given.has_value()) return std::nullopt;
-    check(*given, state_sizes(members), name);
-    return given->contiguous();
-  }
-  OptionalTensor like_sequence(const OptionalTensor& given, const char* name) const {
-    return like_sequence(given, real_type(sequence), name);
-  }
-  OptionalTensor like_sequence(const OptionalTensor& given, at::ScalarType type, const char* name) const {
-    if (!given.has_value()) return std::nullopt;
-    check_type(*given, type, sequence, name);
-    check_sizes(*given, sequence.sizes(), name);
-    return given->contiguous();
-  }
-  static void check_sizes(const Tensor& tensor, at::IntArrayRef sizes, const char* name) {
-    TORCH_CHECK_VALUE(tensor.sizes() == sizes, "asgl_cuda: ", name, " must have shape ", sizes, ", got ",
-                      tensor.sizes());
-  }
-  void check(const Tensor& tensor, at::IntArrayRef sizes, const char* name) const {
-    check_type(tensor, real_type(sequence), sequence, name);
-    check_sizes(tensor, sizes, name);
+  static const Tensor& checked(const Tensor& sequence, const Rules& rules) {
+    TORCH_CHECK_VALUE(sequence.dim() == 3 && sequence.is_contiguous(),
+                      "asgl_cuda: x_seq must be contiguous and have 3 dimensions, got shape ", sequence.sizes());
+    TORCH_CHECK_VALUE(rules.time_dim == 0 || rules.time_dim == 1, "asgl_cuda: time_dim must be 0 or 1, got ",
+                      rules.time_dim);
+    return sequence;
   }
 };
 
 // Returns s_seq and the other wanted results.
-inline std::vector<Tensor> run_forward(const CpuKernels&, const RecurrentCall& call, const WantedResults& wanted) {
-  const Tensor& x_seq = call.sequence;
-  std::vector<Tensor> results = {in_huge_pages(at::empty(x_seq.sizes(), x_seq.options()))};
+inline std::vector<Tensor> forward_on_cpu(const RecurrentCall& call, const WantedResults& wanted) {
+  const Layout& layout = call.layout;
+  std::vector<Tensor> results = {layout.empty_sequence(layout.type())};
   std::array<Tensor, std::tuple_size_v<WantedResults>> others;
   for (size_t i = 0; i < others.size(); ++i) {
     if (!wanted[i]) continue;
-    others[i] = i < kStates ? call.empty_sequence() : call.empty_state(i == kStates ? call.members() : 1);
+    others[i] = i < kStates ? call.empty_sequence() : layout.empty_state(i == kStates ? call.members() : 1);
     results.push_back(others[i]);
   }
-  if (x_seq.numel() == 0) return results;
-  with_scalar(x_seq.scalar_type(), [&](auto scalar) {
+  if (call.sequence.numel() == 0) return results;
+  with_scalar(layout.type(), [&](auto scalar) {
     using Scalar = decltype(scalar);
     using Real = Real_t<Scalar>;
     RecurrentForwardParams<Scalar> params{};
     call.fill(params);
-    params.x_seq = const_pointer<Scalar>(x_seq);
+    params.x_seq = pointer<const Scalar>(call.sequence);
     params.s_seq = pointer<Scalar>(results.front());
     Real** fields[] = {&params.emitted, &params.h_seq,  &params.v_seq,  &params.i_seq,
                        &params.w_seq,   &params.v_last, &params.s_last, &params.i_last};
@@ -162,35 +121,35 @@ inline std::vector<Tensor> run_forward(const CpuKernels&, const RecurrentCall& c
 }
 
 // Returns the wanted gradients, that of x_seq in the arithmetic type.
-inline std::vector<Tensor> run_backward(const CpuKernels&, const RecurrentCall& call, const RecurrentGradients& grads,
-                                        const RecurrentResults& kept, const WantedRecurrentGradients& wanted) {
+inline std::vector<Tensor> backward_on_cpu(const RecurrentCall& call, const RecurrentGradients& grads,
+                                           const RecurrentResults& kept, const WantedRecurrentGradients& wanted) {
   const auto [wants_x_seq, wants_weight, wants_parameters, wants_v_init, wants_s_init, wants_i_init] = wanted;
   const bool elementwise = call.is_elementwise(), wants_sums = wants_parameters || (wants_weight && elementwise);
   const Tensor grad_j_seq = call.empty_sequence();
   const Tensor grad_weight = wants_weight && !elementwise ? at::zeros_like(call.weight) : Tensor();
-  const Tensor grad_v_init = wants_v_init ? call.empty_state(call.members()) : Tensor();
-  const Tensor grad_s_init = wants_s_init ? call.empty_state() : Tensor();
-  const Tensor grad_i_init = wants_i_init ? call.empty_state() : Tensor();
+  const Tensor grad_v_init = wants_v_init ? call.layout.empty_state(call.members()) : Tensor();
+  const Tensor grad_s_init = wants_s_init ? call.layout.empty_state() : Tensor();
+  const Tensor grad_i_init = wants_i_init ? call.layout.empty_state() : Tensor();
   const int64_t chunks = recurrent_chunks(call.batch());
   const Tensor sums = wants_sums ? at::zeros({chunks, kRecurrentSums, call.neurons()}, at::kDouble) : Tensor();
   const at::ScalarType real = kept.h_seq.scalar_type();
   if (call.sequence.numel() > 0) {
-    with_scalar(grads.s_seq.has_value() ? grads.s_seq->scalar_type() : real, [&](auto scalar) {
+    with_scalar(grads.s_seq.defined() ? grads.s_seq.scalar_type() : real, [&](auto scalar) {
       using Scalar = decltype(scalar);
       using Real = Real_t<Scalar>;
       RecurrentBackwardParams<Scalar> params{};
       call.fill(params);
       params.detach_recurrent = call.detach_recurrent;
-      params.h_seq = const_pointer<Real>(kept.h_seq);
-      params.emitted = const_pointer<Real>(kept.emitted);
-      params.i_seq = const_pointer<Real>(kept.i_seq);
-      params.w_seq = const_pointer<Real>(kept.w_seq);
-      params.grad_s_seq = const_pointer<Scalar>(grads.s_seq);
-      params.grad_v_seq = const_pointer<Real>(grads.v_seq);
-      params.grad_h_seq = const_pointer<Real>(grads.h_seq);
-      params.grad_v_last = const_pointer<Real>(grads.v_last);
-      params.grad_s_last = const_pointer<Real>(grads.s_last);
-      params.grad_i_last = const_pointer<Real>(grads.i_last);
+      params.h_seq = pointer<const Real>(kept.h_seq);
+      params.emitted = pointer<const Real>(kept.emitted);
+      params.i_seq = pointer<const Real>(kept.i_seq);
+      params.w_seq = pointer<const Real>(kept.w_seq);
+      params.grad_s_seq = pointer<const Scalar>(grads.s_seq);
+      params.grad_v_seq = pointer<const Real>(grads.v_seq);
+      params.grad_h_seq = pointer<const Real>(grads.h_seq);
+      params.grad_v_last = pointer<const Real>(grads.v_last);
+      params.grad_s_last = pointer<const Real>(grads.s_last);
+      params.grad_i_last = pointer<const Real>(grads.i_last);
       params.grad_j_seq = pointer<Real>(grad_j_seq);
       params.grad_weight = pointer<Real>(grad_weight);
       params.grad_v_init = pointer<Real>(grad_v_init);

@@ -24,17 +24,17 @@ class RecurrentSteps {
 
   const Tensor& row(int id) const { return row_[id]; }
 
-  Call forward(const Tensor& current, const OptionalTensor& v, int64_t t) const {
+  Call forward(const Tensor& current, const Tensor& v, int64_t t) const {
     return {current.unsqueeze(0), v, states_[t], neuron_, std::nullopt, constants_};
   }
 
   // Computed again from h, at rest, where neither its decay nor an adaptation matters, but in the reset.
-  Call backward(const Tensor& h, const OptionalTensor& reset, int64_t t) const {
+  Call backward(const Tensor& h, const Tensor& reset, int64_t t) const {
     Constants constants = constants_;
     constants.numbers.constants[kInputGain] = 1;
     constants.numbers.v_rest = 0;
     Parameters neuron = neuron_;
-    if (reset.has_value()) neuron[kReset] = reset;
+    if (reset.defined()) neuron[kReset] = reset;
     return {h, std::nullopt, states_[t], neuron, std::nullopt, constants};
   }
 
@@ -45,23 +45,22 @@ class RecurrentSteps {
   Parameters neuron_;
 };
 
-template <class Kernels>
-std::vector<Tensor> run_forward(const Kernels& kernels, const RecurrentCall& call, const WantedResults& wanted) {
+inline std::vector<Tensor> forward_by_steps(const Launcher* launcher, const RecurrentCall& call,
+                                            const WantedResults& wanted) {
   const RecurrentSteps step(call);
   const Tensor& x_seq = call.sequence;
   const auto x = x_seq.unbind(call.rules.time_dim);
-  OptionalTensor v = call.v_init;
-  Tensor s = call.or_zero(call.s_init), i = call.has_synapse ? call.or_zero(call.i_init) : Tensor();
+  Tensor v = call.v_init, s = call.or_zero(call.s_init), i = call.has_synapse ? call.or_zero(call.i_init) : Tensor();
   std::array<std::vector<Tensor>, kStates> sequences;  // emitted, h, v, i and w
   for (size_t t = 0; t < x.size(); ++t) {
     const Tensor fed = call.is_elementwise() ? s * call.weight : at::mm(s, call.weight.t());
     const Tensor j = x[t] + (fed + step.row(kRecurrentBias));
     i = call.has_synapse ? step.row(kRecurrentSynDecay) * i + j : j;
-    const auto found = ops::forward(kernels, step.forward(i, v, t), {/*v_last=*/true, false, /*h_seq=*/true, false});
-    const Tensor w = !call.adapts() ? Tensor() : v.has_value() ? (*v)[1] : at::zeros_like(s);
+    const auto found = ops::forward(launcher, step.forward(i, v, t), {/*v_last=*/true, false, /*h_seq=*/true, false});
+    const Tensor w = !call.adapts() ? Tensor() : v.defined() ? v[1] : at::zeros_like(s);
     s = found[0].squeeze(0);
     v = found[1];
-    const Tensor each[] = {s, found[2].squeeze(0), call.adapts() ? (*v)[0] : *v, i, w};
+    const Tensor each[] = {s, found[2].squeeze(0), call.adapts() ? v[0] : v, i, w};
     for (size_t k = 0; k < sequences.size(); ++k) {
       if (k == 0 || wanted[k]) sequences[k].push_back(each[k]);
     }
@@ -73,16 +72,16 @@ std::vector<Tensor> run_forward(const Kernels& kernels, const RecurrentCall& cal
   for (size_t k = 1; k < sequences.size(); ++k) {
     if (wanted[k]) results.push_back(at::stack(sequences[k], call.rules.time_dim));
   }
-  const Tensor last[] = {*v, s, i};
+  const Tensor last[] = {v, s, i};
   for (size_t k = 0; k < 3; ++k) {
     if (wanted[kStates + k]) results.push_back(last[k].clone());
   }
   return results;
 }
 
-template <class Kernels>
-std::vector<Tensor> run_backward(const Kernels& kernels, const RecurrentCall& call, const RecurrentGradients& grads,
-                                 const RecurrentResults& kept, const WantedRecurrentGradients& wanted) {
+inline std::vector<Tensor> backward_by_steps(const Launcher* launcher, const RecurrentCall& call,
+                                             const RecurrentGradients& grads, const RecurrentResults& kept,
+                                             const WantedRecurrentGradients& wanted) {
   const auto [wants_x_seq, wants_weight, wants_parameters, wants_v_init, wants_s_init, wants_i_init] = wanted;
   const RecurrentSteps step(call);
   const Rules& rules = call.rules;
@@ -92,49 +91,48 @@ std::vector<Tensor> run_backward(const Kernels& kernels, const RecurrentCall& ca
   WantedGradients wanted_of_step{/*x_seq=*/true, /*v_init=*/true};
   for (const int id : {kWidth, kThreshold, kReset}) wanted_of_step.parameters[id] = wants_parameters;
   const Tensor no_checkpoints = at::zeros({2}, call.weight.options());
-  const Tensor g_seq = grads.s_seq.has_value() ? grads.s_seq->to(call.weight.scalar_type()) : Tensor();
-  const auto at_step = [&](const OptionalTensor& sequence, int64_t t) -> OptionalTensor {
-    if (!sequence.has_value() || !sequence->defined()) return std::nullopt;
-    return sequence->select(time_dim, t).unsqueeze(0).contiguous();
+  const Tensor g_seq = grads.s_seq.defined() ? grads.s_seq.to(call.weight.scalar_type()) : Tensor();
+  const auto at_step = [&](const Tensor& sequence, int64_t t) {
+    return sequence.defined() ? sequence.select(time_dim, t).unsqueeze(0).contiguous() : Tensor();
   };
-  const auto sum = [](const OptionalTensor& a, const OptionalTensor& b) -> OptionalTensor {
-    return a.has_value() && b.has_value() ? *a + *b : a.has_value() ? a : b;
+  const auto sum = [](const Tensor& a, const Tensor& b) {
+    return a.defined() && b.defined() ? a + b : a.defined() ? a : b;
   };
   std::array<std::vector<Tensor>, 3> of_parameters;  // of width, threshold and reset
   std::vector<Tensor> dh_seq(steps), dj_seq(steps), dw_seq;
-  OptionalTensor dv = grads.v_last, di = grads.i_last, feedback = grads.s_last;  // dv: of v, then w
+  Tensor dv = grads.v_last, di = grads.i_last, feedback = grads.s_last;  // dv: of v, then w
   for (int64_t t = steps - 1; t >= 0; --t) {
-    const OptionalTensor h = at_step(kept.h_seq, t), w = at_step(kept.w_seq, t), gv = at_step(grads.v_seq, t);
-    OptionalTensor g = at_step(g_seq, t), reset;
-    if (g.has_value() && rules.scale_output) g = *g * step.row(kThreshold);
+    const Tensor h = at_step(kept.h_seq, t), w = at_step(kept.w_seq, t), gv = at_step(grads.v_seq, t);
+    Tensor g = at_step(g_seq, t), reset;
+    if (g.defined() && rules.scale_output) g = g * step.row(kThreshold);
     g = sum(g, feedback);
-    if (call.adapts() && dv.has_value()) dw_seq.push_back((*dv)[1]);
-    if (in_reset) reset = step.row(kReset) + *w;
-    if (in_threshold && rules.hard_reset && !rules.detach_reset && (dv.has_value() || gv.has_value())) {
+    if (call.adapts() && dv.defined()) dw_seq.push_back(dv[1]);
+    if (in_reset) reset = step.row(kReset) + w;
+    if (in_threshold && rules.hard_reset && !rules.detach_reset && (dv.defined() || gv.defined())) {
       // h is w below the potential that is reset.
-      const OptionalTensor whole = dv.has_value() ? sum((*dv)[0] + step.row(kAdaptPotential) * (*dv)[1], gv) : gv;
-      g = sum(g, -(*whole * *w));
+      const Tensor whole = dv.defined() ? sum(dv[0] + step.row(kAdaptPotential) * dv[1], gv) : gv;
+      g = sum(g, -(whole * w));
     }
-    if (g.has_value()) g = g->view(h->sizes());
-    const Call backward = step.backward(*h, reset, t);
+    if (g.defined()) g = g.view(h.sizes());
+    const Call backward = step.backward(h, reset, t);
     const auto found =
-        ops::backward(kernels, backward, {g, dv, gv, at_step(grads.h_seq, t)}, no_checkpoints, wanted_of_step);
+        ops::backward(launcher, backward, {g, dv, gv, at_step(grads.h_seq, t)}, no_checkpoints, wanted_of_step);
     dh_seq[t] = found[0].squeeze(0);
     dv = found[1];
     for (size_t k = 2; k < found.size(); ++k) of_parameters[k - 2].push_back(found[k]);
     Tensor dj = gain == 1 ? dh_seq[t] : dh_seq[t] * gain;
     if (call.has_synapse) {
-      if (di.has_value()) dj = dj + *di;
+      if (di.defined()) dj = dj + di;
       di = step.row(kRecurrentSynDecay) * dj;
     }
-    feedback = std::nullopt;
+    feedback = Tensor();
     if (!call.detach_recurrent) feedback = call.is_elementwise() ? dj * call.weight : at::mm(dj, call.weight);
     dj_seq[t] = dj;
   }
   // Of each step, [T, B, N], and what the step before left.
   const Tensor dh_all = at::stack(dh_seq), dj_all = at::stack(dj_seq);
-  const auto before = [&](const Tensor& sequence, const OptionalTensor& first, double otherwise) {
-    const Tensor state = first.has_value() ? *first : at::full_like(dh_seq.front(), otherwise);
+  const auto before = [&](const Tensor& sequence, const Tensor& first, double otherwise) {
+    const Tensor state = first.defined() ? first : at::full_like(dh_seq.front(), otherwise);
     return at::cat({state.unsqueeze(0), sequence.slice(0, 0, steps - 1)});
   };
   const Tensor s = kept.emitted.movedim(time_dim, 0), s_before = before(s, call.s_init, 0);
@@ -145,12 +143,12 @@ std::vector<Tensor> run_backward(const Kernels& kernels, const RecurrentCall& ca
                                             : at::mm(dj_all.flatten(0, 1).t(), s_before.flatten(0, 1)));
   }
   if (wants_parameters) {
-    const Tensor w = kept.w_seq.has_value() ? kept.w_seq->movedim(time_dim, 0) : at::zeros_like(s);
+    const Tensor w = kept.w_seq.defined() ? kept.w_seq.movedim(time_dim, 0) : at::zeros_like(s);
     const Tensor h = kept.h_seq.movedim(time_dim, 0) + (in_threshold ? w : at::zeros({}, w.options()));
     const Tensor reset = in_reset ? step.row(kReset) + w : step.row(kReset);
     const Tensor v = rules.hard_reset ? h * (1 - s) + reset * s : h - reset * s;
     const double v_rest = call.numbers.v_rest;
-    const OptionalTensor v_init = call.adapts() && call.v_init.has_value() ? (*call.v_init)[0] : call.v_init;
+    const Tensor v_init = call.adapts() && call.v_init.defined() ? call.v_init[0] : call.v_init;
     std::vector<Tensor> totals(kRecurrentParameters, at::zeros_like(step.row(kReset)));
     totals[kWidth] = at::stack(of_parameters[0]).sum(0);
     totals[kThreshold] = at::stack(of_parameters[1]).sum(0);
@@ -158,8 +156,8 @@ std::vector<Tensor> run_backward(const Kernels& kernels, const RecurrentCall& ca
     if (g_seq.defined() && rules.scale_output) totals[kThreshold] += (g_seq * kept.emitted).sum({0, 1});
     totals[kDecay] = (dh_all * (before(v, v_init, v_rest) - v_rest)).sum({0, 1});
     totals[kRecurrentBias] = dj_all.sum({0, 1});
-    if (kept.i_seq.has_value()) {
-      totals[kRecurrentSynDecay] = (dj_all * before(kept.i_seq->movedim(time_dim, 0), call.i_init, 0)).sum({0, 1});
+    if (kept.i_seq.defined()) {
+      totals[kRecurrentSynDecay] = (dj_all * before(kept.i_seq.movedim(time_dim, 0), call.i_init, 0)).sum({0, 1});
     }
     if (!dw_seq.empty()) {  // not of the last step, if w_last has no gradient
       const int64_t count = static_cast<int64_t>(dw_seq.size());
@@ -170,48 +168,51 @@ std::vector<Tensor> run_backward(const Kernels& kernels, const RecurrentCall& ca
     }
     results.push_back(at::stack(totals));
   }
-  if (wants_v_init) results.push_back(*dv);
+  if (wants_v_init) results.push_back(dv);
   if (wants_s_init) results.push_back(call.or_zero(feedback).clone());
   if (wants_i_init) results.push_back(call.or_zero(di).clone());
   return results;
 }
 
-template <class Kernels>
-std::vector<Tensor> recurrent_forward(const Kernels& kernels, const Tensor& x_seq, const Tensor& weight,
-                                      const Tensor& parameters, const OptionalTensor& v_init,
-                                      const OptionalTensor& s_init, const OptionalTensor& i_init,
-                                      const OptionalTensor& rng_state, at::ArrayRef<double> numbers,
-                                      at::IntArrayRef rules, bool has_synapse, bool detach_recurrent,
-                                      WantedResults wanted) {
+inline std::vector<Tensor> recurrent_forward(const Launcher* launcher, const Tensor& x_seq, const Tensor& weight,
+                                             const Tensor& parameters, const OptionalTensor& v_init,
+                                             const OptionalTensor& s_init, const OptionalTensor& i_init,
+                                             const OptionalTensor& rng_state, at::ArrayRef<double> numbers,
+                                             at::IntArrayRef rules, bool has_synapse, bool detach_recurrent,
+                                             WantedResults wanted) {
   const c10::impl::ExcludeDispatchKeyGuard without_autocast(c10::autocast_dispatch_keyset);  // products, too
   const RecurrentCall call(x_seq, weight, parameters, v_init, s_init, i_init, rng_state, constants_of(numbers, rules),
                            has_synapse, detach_recurrent);
-  return run_forward(kernels, call, wanted);
+  return launcher == nullptr ? forward_on_cpu(call, wanted) : forward_by_steps(launcher, call, wanted);
 }
 
-template <class Kernels>
-std::vector<Tensor> recurrent_backward(const Kernels& kernels, const OptionalTensor& grad_s_seq,
-                                       const OptionalTensor& grad_v_seq, const OptionalTensor& grad_h_seq,
-                                       const OptionalTensor& grad_v_last, const OptionalTensor& grad_s_last,
-                                       const OptionalTensor& grad_i_last, const Tensor& h_seq, const Tensor& emitted,
-                                       const OptionalTensor& i_seq, const OptionalTensor& w_seq, const Tensor& weight,
-                                       const Tensor& parameters, const OptionalTensor& v_init,
-                                       const OptionalTensor& s_init, const OptionalTensor& i_init,
-                                       const OptionalTensor& rng_state, at::ArrayRef<double> numbers,
-                                       at::IntArrayRef rules, bool has_synapse, bool detach_recurrent,
-                                       WantedRecurrentGradients wanted) {
+inline std::vector<Tensor> recurrent_backward(
+    const Launcher* launcher, const OptionalTensor& grad_s_seq, const OptionalTensor& grad_v_seq,
+    const OptionalTensor& grad_h_seq, const OptionalTensor& grad_v_last, const OptionalTensor& grad_s_last,
+    const OptionalTensor& grad_i_last, const Tensor& h_seq, const Tensor& emitted, const OptionalTensor& i_seq,
+    const OptionalTensor& w_seq, const Tensor& weight, const Tensor& parameters, const OptionalTensor& v_init,
+    const OptionalTensor& s_init, const OptionalTensor& i_init, const OptionalTensor& rng_state,
+    at::ArrayRef<double> numbers, at::IntArrayRef rules, bool has_synapse, bool detach_recurrent,
+    WantedRecurrentGradients wanted) {
   const c10::impl::ExcludeDispatchKeyGuard without_autocast(c10::autocast_dispatch_keyset);
   const RecurrentCall call(h_seq, weight, parameters, v_init, s_init, i_init, rng_state, constants_of(numbers, rules),
                            has_synapse, detach_recurrent);
-  const RecurrentGradients grads{grad_s_seq, grad_v_seq, grad_h_seq, grad_v_last, grad_s_last, grad_i_last};
-  return run_backward(kernels, call, call.checked(grads), call.checked(RecurrentResults{h_seq, emitted, i_seq, w_seq}),
-                      wanted);
+  const Layout& layout = call.layout;
+  const at::ScalarType real = layout.real(), type = grad_s_seq.has_value() ? grad_s_seq->scalar_type() : real;
+  const RecurrentGradients grads{
+      layout.sequence(grad_s_seq, type, "grad_s_seq"), layout.sequence(grad_v_seq, real, "grad_v_seq"),
+      layout.sequence(grad_h_seq, real, "grad_h_seq"), layout.state(grad_v_last, "grad_v_last", call.members()),
+      layout.state(grad_s_last, "grad_s_last"),        layout.state(grad_i_last, "grad_i_last")};
+  const RecurrentResults kept{h_seq, layout.sequence(emitted, real, "emitted"), layout.sequence(i_seq, real, "i_seq"),
+                              layout.sequence(w_seq, real, "w_seq")};
+  return launcher == nullptr ? backward_on_cpu(call, grads, kept, wanted)
+                             : backward_by_steps(launcher, call, grads, kept, wanted);
 }
 
-template <class Kernels, class Library>
-void implement_recurrent(Library& m, const Kernels& kernels) {
-  m.impl("recurrent_forward", on_kernels(kernels, &recurrent_forward<Kernels>));
-  m.impl("recurrent_backward", on_kernels(kernels, &recurrent_backward<Kernels>));
+template <class Library>
+void implement_recurrent(Library& m, const Launcher* launcher) {
+  m.impl("recurrent_forward", on_kernels(launcher, &recurrent_forward));
+  m.impl("recurrent_backward", on_kernels(launcher, &recurrent_backward));
 }
 
 }  // namespace asgl::ops

@@ -5,7 +5,7 @@ import torch
 from comparison import assert_equals_reference, random_input, rng_state, uniform
 
 import asgl_cuda
-from asgl_cuda.backends import launched
+from asgl_cuda.backends import launcher
 from tools.emulation.emulated import LARGE, THREADS_EACH, TINY
 
 BLOCK = 128  # kBlockThreads of csrc/params/neuron.h
@@ -158,4 +158,4 @@ def test_channels_last(emulation):
 
 def test_kernel_without_a_name(emulation):
     with pytest.raises(RuntimeError, match="no such kernel"):
-        emulation.launch(torch.device("cpu"), launched.kernel_names()[0][:-1], 1, 1, 0, 0)
+        emulation.launch(torch.device("cpu"), launcher.kernel_names()[0][:-1], 1, 1, 0, 0)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from asgl_cuda.backends import launched
+from asgl_cuda.backends import launcher
 from benchmarks.speed.sizes import Block, Size, description
 from tools.gpu_check import bars, check, kernel_times, prepare, small_calls, steps
 from tools.gpu_check.check import Findings, Outcome
@@ -205,7 +205,7 @@ def test_calls_for_the_sanitizer(monkeypatch, capsys):
 
 def test_every_kernel_is_named_and_counted():
     """By torch's profiler and by Nsight Compute, with and without the namespace."""
-    names = launched.kernel_names()
+    names = launcher.kernel_names()
     assert len(set(names)) == len(names) == 922
     for kernel in names:
         assert re.search(kernel_times.OUR_KERNELS, kernel)

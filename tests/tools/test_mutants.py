@@ -18,7 +18,7 @@ from tools.mutants.kernels import (
     DEAD_LANES_OF_INTEGRATORS,
     MUTANTS,
     NO_BARRIER,
-    NO_BARRIER_OF_ADAPTIVE,
+    NO_BARRIER_IN_A_SUM,
     NO_BARRIER_OF_CHANNELS,
     Mutant,
 )
@@ -88,7 +88,7 @@ def test_recorded_calls_find_every_mutant(kernels, tmp_path, record_property):
 
 SANITIZED = {
     "data race": (sanitize.THREAD, [
-        ("neuron", NO_BARRIER), ("adaptive", NO_BARRIER_OF_ADAPTIVE), ("normalisation", NO_BARRIER_OF_CHANNELS),
+        ("neuron", NO_BARRIER), ("adaptive", NO_BARRIER_IN_A_SUM), ("normalisation", NO_BARRIER_OF_CHANNELS),
     ]),
     "heap-buffer-overflow": (sanitize.ADDRESS, [
         ("neuron", ALL_LIVE), ("neuron", DEAD_LANES), ("adaptive", DEAD_LANES_OF_ADAPTIVE),

@@ -12,7 +12,7 @@ import torch
 import torch.utils.cpp_extension
 
 from asgl_cuda import backends, extension
-from asgl_cuda.backends import launched
+from asgl_cuda.backends import launcher
 
 ROOT = Path(__file__).parents[2]
 EMULATION = Path(__file__).parent
@@ -82,7 +82,7 @@ def register() -> Emulation:
             is_python_module=False,
         )
     emulation = Emulation(path or str(directory / f"{NAMESPACE}.so"))
-    functions = launched.implement(NAMESPACE, "CPU", emulation)
+    functions = launcher.implement(NAMESPACE, "CPU", emulation)
     backends.BACKENDS["emulated"] = backends.Backend(
         ("cpu",), backends.operators_in(NAMESPACE), lambda: extension.problem, backends.direct_operators(functions)
     )

@@ -1,1 +1,1 @@
-#include "cuda/launch_bfloat16.cu"
+#include "cuda/compiled_bfloat16.cu"

@@ -1,1 +1,1 @@
-#include "cuda/launch_float16.cu"
+#include "cuda/compiled_float16.cu"

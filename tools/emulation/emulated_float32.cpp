@@ -1,1 +1,1 @@
-#include "cuda/launch_float32.cu"
+#include "cuda/compiled_float32.cu"

@@ -1,1 +1,1 @@
-#include "cuda/launch_float64.cu"
+#include "cuda/compiled_float64.cu"

@@ -1,7 +1,7 @@
 // The unchanged CUDA kernels and their launchers, compiled for the host, by the kernels' names. Called through ctypes.
 #include <map>
 
-#include "cuda/launch_integrator.cu"
+#include "cuda/start.cuh"
 
 namespace asgl_emulation {
 namespace {

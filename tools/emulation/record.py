@@ -19,7 +19,7 @@ from torch import Tensor
 
 from asgl_cuda import backends, extension, leaky_integrator, lif, recurrent_lif
 from asgl_cuda.adaptive import run_adaptive
-from asgl_cuda.backends import launched
+from asgl_cuda.backends import launcher
 from asgl_cuda.batch_norm import module_batch_norm_lif
 from asgl_cuda.functional import LIF_DEFAULTS
 from asgl_cuda.layout import real_type
@@ -562,7 +562,7 @@ def record(directory: Path) -> None:
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)  # fills what is uninitialised with NaN
     recording = Recording(emulated.register())
-    functions = launched.implement(NAMESPACE, "CPU", recording)
+    functions = launcher.implement(NAMESPACE, "CPU", recording)
     backends.BACKENDS["recorded"] = backends.Backend(
         ("cpu",), backends.operators_in(NAMESPACE), lambda: extension.problem, backends.direct_operators(functions)
     )

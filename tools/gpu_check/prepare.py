@@ -18,7 +18,7 @@ from functools import partial
 import torch
 
 from asgl_cuda import extension
-from asgl_cuda.backends import cupy, launched
+from asgl_cuda.backends import cupy, launcher
 from asgl_cuda.extension import build_notes
 from benchmarks import ROOT
 from benchmarks.common import parser_of
@@ -84,7 +84,7 @@ def fill_cache(architecture: str, jobs: int) -> int:
     compiled = partial(cupy.load_or_compile, architecture=cupy.target((major, minor)))
     # Spawned: a fork would inherit torch's threads, CUDA context, and an extension from before `build`.
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
-        return len(list(pool.map(compiled, pool.submit(launched.kernel_names).result(), chunksize=4)))
+        return len(list(pool.map(compiled, pool.submit(launcher.kernel_names).result(), chunksize=4)))
 
 
 def main() -> int:

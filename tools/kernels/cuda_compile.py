@@ -26,7 +26,7 @@ from itertools import product
 from pathlib import Path
 
 from asgl_cuda import extension
-from asgl_cuda.backends import cupy, launched
+from asgl_cuda.backends import cupy, launcher
 from asgl_cuda.extension import compilation
 
 from .. import host_compiler
@@ -35,7 +35,7 @@ from .code_checks import ptx_problems
 from .cuda_code import CSRC, SCALARS, Kernel, Nvcc, Usage, kernel_of, reported_usages, run
 from .resources import PAGE, Resources
 
-# Each type has a source file of its own; the integrator's has all.
+# Each type has a source file of its own.
 TYPES = tuple(sorted(str(dtype).removeprefix("torch.") for dtype in SCALARS))
 
 NVRTC_ARCHITECTURES = (75, 80, 90, 120)
@@ -67,7 +67,7 @@ def compile_ops(nvcc: Nvcc, directory: Path) -> None:
 
 def named_kernels(types: Sequence[str]) -> dict[Kernel, str]:
     """The kernels that the operators may start, and their C++ expressions."""
-    named = {Kernel.from_symbol(f"void {name}("): name for name in launched.kernel_names()}
+    named = {Kernel.from_symbol(f"void {name}("): name for name in launcher.kernel_names()}
     return {kernel: name for kernel, name in named.items() if kernel.dtype in types}
 
 
@@ -125,7 +125,7 @@ def check(nvcc: Nvcc, directory: Path, arguments: argparse.Namespace) -> int:
     start = time.monotonic()
     known = [each for each in nvcc.architectures if arguments.update or each not in compilation.SAME_CODE]
     architectures = arguments.architectures or known
-    sources = [CSRC / "cuda" / f"launch_{name}.cu" for name in ("integrator", *arguments.types)]
+    sources = [CSRC / "cuda" / f"compiled_{name}.cu" for name in arguments.types]
     found: Resources = defaultdict(dict)
     with ThreadPoolExecutor(arguments.jobs) as pool:
         glue = pool.submit(compile_ops, nvcc, directory)
@@ -135,8 +135,7 @@ def check(nvcc: Nvcc, directory: Path, arguments: argparse.Namespace) -> int:
         compiled = pool.map(lambda job: nvcc.report(directory, job[0].stem, job[1]), work)
         for (_, architecture), log in zip(work, compiled, strict=True):
             for symbol, usage in reported_usages(log).items():
-                if (kernel := kernel_of(symbol)).dtype in arguments.types:
-                    found[kernel][architecture] = usage
+                found[kernel_of(symbol)][architecture] = usage
         glue.result()
     names = ", ".join(f"sm_{architecture}" for architecture in architectures)
     print(f"nvcc {nvcc.version}: {len(found)} kernels for {names}; the glue; {time.monotonic() - start:.0f} s")

@@ -40,7 +40,7 @@ BARRIER = "__syncthreads();"
 SHUFFLE = "__shfl_down_sync(kWholeWarp, sum, distance)"
 NO_BARRIER = kernels("  }\n  @\n  constexpr int kWarps", BARRIER, "")
 ALL_LIVE = access("live(@)", "n < shape.neurons()", "true")
-NO_BARRIER_OF_ADAPTIVE = adaptive_kernels("@\n      if (threadIdx.x >= kWarpThreads)", BARRIER, "")
+NO_BARRIER_IN_A_SUM = kernels("= sum;\n  @", BARRIER, "")
 NO_BARRIER_OF_CHANNELS = channels("static_cast<int>(tiles.width)]);\n    @", BARRIER, "")
 DEAD_LANES = kernels("if (has_grad_last) Access<kLanes>::load(params.grad_v_last + @, dv)", "index.read_n", "index.n")
 DEAD_LANES_OF_ADAPTIVE = adaptive_kernels("load_pair(params.grad_v_last, @, neurons", "index.read_n", "index.n")
@@ -61,13 +61,12 @@ MUTANTS = {
         "wrong outer index": access("element(@ ? read_n", "shape.outer == 1", "shape.steps == 1 || shape.outer > 0"),
         "wrong checkpoint read": access("at = (@)", "start / kCheckpointSteps - 1", "0"),
         # ---- residual ----
-        "no residual gain in forward": kernels("c = c + @ * r_k[j]", "params.residual_gain", "Real(1)"),
+        "no residual gain in forward": kernels("own, @, r_k[j])", "params.residual_gain", "Real(1)"),
         "the residual of the first step": kernels("load(params.residual + @);\n    advance(load", "load_element",
                                                   "index.element"),
         "the residual in the place of another": kernels("r[@].load(params.residual", "k % kSteps", "(k + 1) % kSteps"),
-        "no residual gain in backward": kernels("c = c + @ * r[j];\n      h[j]", "residual_gain", "Real(1)"),
-        "no residual gain in general backward": kernels("c = c + @ * r[j];\n        h.values", "params.residual_gain",
-                                                        "Real(1)"),
+        "no residual gain in backward": kernels("now(j), @, r[j])", "residual_gain", "Real(1)"),
+        "no residual gain in general backward": kernels("now(), @, r[j])", "params.residual_gain", "Real(1)"),
         "the residual of the segment's first step": kernels("load_once(params.residual + (@), r)",
                                                             "first_element + k * stride", "first_element"),
         "the residual of the first segment": kernels("residual = params.residual + @;", "element", "index.element"),
@@ -191,10 +190,10 @@ MUTANTS = {
         "decay's gradient without v_rest": kernels("v_before[j] - @)", "options.v_rest", "Real(0)"),
         "sums in the row of the first step": kernels("data + @ * params.partials", "t", "int64{0}"),
         "a step's sum stays": kernels("@", "sums[id] = Real(0);", ""),
-        "sums in a row that is still needed": kernels("sums[id], @);\n          ", "k", "k > 0 ? k - 1 : k"),
+        "sums in a row that is still needed": kernels("store_sum(id, t, @)", "k", "k > 0 ? k - 1 : k"),
         "no barrier between segments": kernels("      }\n    }\n    @", BARRIER, ""),
-        "no barrier between two sums": kernels("(potentials[row]);\n    @", BARRIER, ""),
-        "no barrier within a sum": kernels("= sum;\n    @", BARRIER, ""),
+        "no barrier between two sums": kernels("@  // earlier values have been read\n  thread_sums.", BARRIER, ""),
+        "no barrier within a sum": NO_BARRIER_IN_A_SUM,
         # ---- sums of a block ----
         "shifted slot": sums("run, @)] = sum", "blockIdx.x", "blockIdx.x + (run > 0)"),
         "repeated values one by one": sums("if (kLanes == 1 && @)", "parameter.repeats_in(kBlockThreads)", "false"),
@@ -444,9 +443,6 @@ MUTANTS = {
         "sums of steps with the others": adaptive_kernels("!= 0) != @) continue", "per_step", "false"),
         "a step's sum stays": adaptive_kernels("@", "sums[id] = Real(0);", ""),
         "sums in a row that is still needed": adaptive_kernels("store_sums(true, t, @)", "k", "(k > 0 ? k - 1 : k)"),
-        "sums in the row of the first step": adaptive_kernels("data + @ * params.partials", "t", "int64{0}"),
-        "no barrier between two sums": adaptive_kernels("@  // earlier", BARRIER, ""),
-        "no barrier within a sum": NO_BARRIER_OF_ADAPTIVE,
         "no barrier between segments": adaptive_kernels("@  // sums have been read", BARRIER, ""),
         # ---- launchers ----
         "four neurons a thread forward": plans("plan_neurons(params, grouped && fit_parameters(params) && @,",
@@ -484,6 +480,9 @@ MUTANTS = {
         "a wrong number of values": channels("> 1 ? @ : tiles.units_per_channel;", "task.units", "tiles.width"),
         "a product of pairs rounded": pairs("high, @ + (a.high", "math::fma(a.high, b.high, -high)", "0.0f"),
         "a sum of pairs rounded": pairs("ordered_sum(sum.high, @ + (a.low", "sum.low", "0.0f"),
+        "a key without the steps": Mutant("cuda/kernel.h", "static_cast<int>(input), @,", "steps", "0"),
+        "a key without the pass": Mutant("cuda/kernel.h", "@, static_cast<int>(residual)}", "static_cast<int>(pass)",
+                                         "0"),
         "an error of others reported": starts("if (@) static_cast", "error != cudaSuccess", "true"),
         "an error of ours left": starts("(@))) static_cast", "error != cudaSuccess", "false"),
         "wrong slots joined": channels("slot += @)", "kBlockThreads", "kBlockThreads + 1"),

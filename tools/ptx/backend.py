@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from asgl_cuda import backends, extension, ops
-from asgl_cuda.backends import cupy, launched
+from asgl_cuda.backends import cupy, launcher
 from asgl_cuda.extension.build_notes import digest_of_sources
 from asgl_cuda.reference import Rules
 from asgl_cuda.selfcheck import EXACT_SURROGATES
@@ -254,7 +254,7 @@ class Launcher:
     def operators(self) -> dict[str, Callable[..., Any]]:
         """The operators; their kernels may access only the storages of a call's tensors."""
         namespace = f"asgl_cuda_ptx_launcher_{next(_namespaces)}"
-        launched.implement(namespace, "CPU", self)
+        launcher.implement(namespace, "CPU", self)
         kernels = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 
         def watched(operator: Any) -> Callable[..., Any]:

@@ -8,8 +8,7 @@
 #include <stdexcept>
 #include <vector>
 
-#include "cpu/recurrent.h"
-#include "launch.h"
+#include "cpu/kernels.h"
 #include "recording.h"
 
 namespace {

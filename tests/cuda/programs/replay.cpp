@@ -2,12 +2,9 @@
 // few instantiations, so that it compiles in a minute, also for a sanitizer. `replay small FILES` leaves out large
 // calls, for an emulation in which every CUDA thread is an OS thread.
 #if defined(ASGL_TEST_CPU)
-#include "cpu/recurrent.h"
-#include "launch.h"
+#include "cpu/kernels.h"
 #else
-#include "cuda/launch_integrator.cu"
-#include "cuda/launch_neuron.cuh"
-#include "cuda/launch_normalisation.cuh"
+#include "cuda/compiled.cuh"
 #endif
 
 #include <fcntl.h>
@@ -23,6 +20,7 @@
 #include <limits>
 #include <memory>
 #include <new>
+#include <set>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -116,51 +114,30 @@ bool is_planned(Params& params, const Header& header) {
   return same;
 }
 
-// The models of two surrogates are compiled.
+// Settled kernels of two surrogates are compiled.
 template <class Scalar>
-cudaError_t start_neuron(const cuda::Start& start) {
-  const cuda::Kernel& kernel = start.launch.kernel;
-  const bool adapts = kernel.of == cuda::Template::kAdaptiveForward || kernel.of == cuda::Template::kAdaptiveBackward;
-  if (adapts) return cuda::launch_adaptive<Scalar>(start);
-  if (kernel.is_general()) return cuda::launch_general<Scalar>(start);
-  if (kernel.surrogate == Surrogate::kSigmoid && !kernel.hard_reset) {
-    return cuda::launch_settled<Scalar>(LIF<Surrogate::kSigmoid, false>{}, start);
-  }
-  if constexpr (!std::is_same_v<Scalar, double>) {
-    if (kernel.surrogate == Surrogate::kRectangle && kernel.hard_reset) {
-      return cuda::launch_settled<Scalar>(LIF<Surrogate::kRectangle, true>{}, start);
-    }
-  }
-  return cudaErrorInvalidValue;
+constexpr bool is_compiled(const cuda::Kernel& kernel) {
+  if (kernel.of != cuda::Template::kForward && kernel.of != cuda::Template::kSettledBackward) return true;
+  if (kernel.is_general() || (kernel.surrogate == Surrogate::kSigmoid && !kernel.hard_reset)) return true;
+  return !std::is_same_v<Scalar, double> && kernel.surrogate == Surrogate::kRectangle && kernel.hard_reset;
 }
 
-template <class Scalar>
-cudaError_t start(const ForwardParams<Scalar>&, const cuda::Start& start) {
-  return start_neuron<Scalar>(start);
+template <class Scalar, size_t... kIndices>
+cudaError_t start_one(const cuda::Start& start, std::index_sequence<kIndices...>) {
+  cudaError_t error = cudaErrorInvalidValue;
+  const auto try_kernel = [&](auto index) {
+    constexpr cuda::Kernel kKernel = cuda::kKernels<Scalar>.all[index()];
+    if constexpr (is_compiled<Scalar>(kKernel)) {
+      if (kKernel.key() == start.launch.kernel.key()) error = cuda::start_kernel<Scalar, index()>(start);
+    }
+  };
+  (try_kernel(std::integral_constant<size_t, kIndices>{}), ...);
+  return error;
 }
-template <class Scalar>
-cudaError_t start(const BackwardParams<Scalar>&, const cuda::Start& start) {
-  return start_neuron<Scalar>(start);
-}
-template <class Real>
-cudaError_t start(const GradientSum<Real>&, const cuda::Start& start) {
-  return start(&gradient_sum_kernel<Real>);
-}
-template <class Scalar>
-cudaError_t start(const IntegratorParams<Scalar>&, const cuda::Start& start) {
-  return cuda::launch_integrator<Scalar>(start);
-}
-template <class Scalar>
-cudaError_t start(const MomentsParams<Scalar>&, const cuda::Start& start) {
-  return cuda::launch_moments<Scalar>(start);
-}
-template <class Scalar>
-cudaError_t start(const InputGradientParams<Scalar>&, const cuda::Start& start) {
-  return cuda::launch_input_gradient<Scalar>(start);
-}
-template <class Real>
-cudaError_t start(const CoefficientsParams<Real>&, const cuda::Start& start) {
-  return start(&batch_norm_coefficients_kernel<Real>);
+
+template <template <class> class Params, class Scalar>
+cudaError_t start(const Params<Scalar>&, const cuda::Start& start) {
+  return start_one<Scalar>(start, std::make_index_sequence<cuda::kKernels<Scalar>.count>{});
 }
 
 template <class Params>
@@ -281,6 +258,17 @@ bool are_large_sizes_planned() {
          ChannelTiles::plan({5000, 3, 4}, 1, 8, 1).splits <= 2048;
 }
 
+// The kernels of a type are found by keys.
+bool are_keys_different() {
+  for (const cuda::Type type : {cuda::Type::kHalf, cuda::Type::kFloat, cuda::Type::kDouble}) {
+    const cuda::Kernels kernels = cuda::kernels_of(type);
+    std::set<uint32> keys;
+    for (size_t i = 0; i < kernels.count; ++i) keys.insert(kernels.all[i].key());
+    if (keys.size() != kernels.count) return false;
+  }
+  return true;
+}
+
 // A launch reports its own error alone, and leaves none behind; an error of others stays for them.
 bool are_errors_their_own() {
 #if !defined(ASGL_TEST_CPU)
@@ -332,6 +320,7 @@ int main(int argc, char** argv) {
   std::vector<std::string> failures;
   for (const auto& [holds, what] : {std::pair{is_analog_below_resolved(), "a wrong share of analog elements"},
                                     {are_large_sizes_planned(), "large sizes"},
+                                    {are_keys_different(), "kernels of the same key"},
                                     {are_errors_their_own(), "errors"}}) {
     if (!holds) failures.push_back(what);
   }

@@ -1,8 +1,8 @@
-// The launchers of launch.h call the overload for their params. Device makes argument-dependent lookup find overloads
-// that are declared later.
+// The functions of cpu/kernels.h, for files that instantiate them: each calls the overload for its params. Device makes
+// argument-dependent lookup find overloads that are declared later.
 #pragma once
 
-#include "launch.h"
+#include "cpu/kernels.h"
 
 namespace asgl::cpu {
 

@@ -8,7 +8,7 @@ from comparison import random_input, uniform
 
 import asgl_cuda
 from asgl_cuda import backends, extension
-from asgl_cuda.backends import launched
+from asgl_cuda.backends import launcher
 
 pytestmark = pytest.mark.skipif(extension.module is None, reason=str(extension.problem))
 
@@ -38,7 +38,7 @@ class Recorder:
 
 
 RECORDER = Recorder()
-FUNCTIONS = launched.implement(NAMESPACE, "CPU", RECORDER)
+FUNCTIONS = launcher.implement(NAMESPACE, "CPU", RECORDER)
 
 
 @pytest.fixture(params=["direct", "torch.ops"])

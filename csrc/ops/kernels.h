@@ -1,0 +1,53 @@
+// The kernels that operators run: those of the CPU, or those of CUDA, which a launcher starts.
+#pragma once
+
+#include <ATen/ATen.h>
+#include <c10/core/DeviceGuard.h>
+
+#include "cpu/kernels.h"
+#include "cuda/plan.h"
+
+namespace asgl::ops {
+
+// Starts CUDA kernels on a device, in the stream that is current there. Both may be called by any thread.
+class Launcher {
+ public:
+  virtual ~Launcher() = default;
+  // The most threads that the device holds at a time.
+  virtual int64_t resident_threads(at::Device device) const = 0;
+  // `params` are the kernel's, valid until it returns.
+  virtual void launch(at::Device device, const cuda::Launch& launch, const void* params, size_t bytes) const = 0;
+};
+
+// The kernels of one call, on the device of its tensors. Those of the CPU where `launcher` is null, else CUDA's. They
+// return when the work is done or queued, and throw on failure.
+class Kernels {
+ public:
+  Kernels(const Launcher* launcher, at::Device device) : launcher_(launcher), device_(device), guard_(device) {}
+
+  // Divides values into tiles.
+  template <class Params>
+  void plan_tiles(Params& params) const {
+    if (launcher_ == nullptr) return cpu::plan_tiles(params);
+    cuda::plan_tiles(params, [&] { return launcher_->resident_threads(device_); });
+  }
+
+  template <class Params>
+  void launch(const Params& params) const {
+    if (launcher_ == nullptr) return cpu::launch(params);
+    launcher_->launch(device_, cuda::launch_of(params), &params, sizeof(params));
+  }
+
+ private:
+  const Launcher* const launcher_;
+  const at::Device device_;
+  const c10::DeviceGuard guard_;
+};
+
+// An operator on the kernels of a launcher, which is never deleted, as torch registers it.
+template <class Result, class... Arguments>
+auto on_kernels(const Launcher* launcher, Result (*run)(const Launcher*, Arguments...)) {
+  return [=](Arguments... arguments) -> Result { return run(launcher, arguments...); };
+}
+
+}  // namespace asgl::ops
