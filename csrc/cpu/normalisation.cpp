@@ -73,33 +73,12 @@ struct ColumnSumLoop {
   }
 };
 
-template <class Real>
+// dx from gain * dh, which it replaces; with kResidual from dh.
+template <class Real, bool kResidual>
 struct InputGradientLoop {
   struct Args {
-    const Real* x;
-    Operand<Real> mean, slope, offset;  // all rows, or all values
-    Real* dx;                           // gain * dh on entry
-    int64 length;
-  };
-
-  template <bool kRows>
-  static ASGL_HOST_DEVICE void loop(Args args) {
-#pragma GCC ivdep
-    for (int64 i = 0; i < args.length; ++i) {
-      args.dx[i] = normalisation_adjoint(args.dx[i], args.x[i], args.mean.template at<kRows>(i),
-                                         args.slope.template at<kRows>(i), args.offset.template at<kRows>(i));
-    }
-  }
-
-  static ASGL_HOST_DEVICE void run(Args args) { args.mean.row != nullptr ? loop<true>(args) : loop<false>(args); }
-};
-
-// The same from dh.
-template <class Real>
-struct ResidualInputGradientLoop {
-  struct Args {
     const Real *x, *dh;
-    Operand<Real> mean, slope, offset, gain;  // rows all four, or none
+    Operand<Real> mean, slope, offset, gain;  // all rows, or all values
     Real* dx;
     int64 length;
   };
@@ -108,9 +87,9 @@ struct ResidualInputGradientLoop {
   static ASGL_HOST_DEVICE void loop(Args args) {
 #pragma GCC ivdep
     for (int64 i = 0; i < args.length; ++i) {
-      args.dx[i] = normalisation_adjoint(args.gain.template at<kRows>(i) * args.dh[i], args.x[i],
-                                         args.mean.template at<kRows>(i), args.slope.template at<kRows>(i),
-                                         args.offset.template at<kRows>(i));
+      const Real gain_dh = kResidual ? args.gain.template at<kRows>(i) * args.dh[i] : args.dx[i];
+      args.dx[i] = normalisation_adjoint(gain_dh, args.x[i], args.mean.template at<kRows>(i),
+                                         args.slope.template at<kRows>(i), args.offset.template at<kRows>(i));
     }
   }
 
@@ -296,7 +275,6 @@ void launch_on(Device, const InputGradientParams<Scalar>& params) {
   using Real = Real_t<Scalar>;
   using Operands = std::array<Operand<Real>, 4>;  // mean, slope, offset, gain
   const ChannelTiles& tiles = params.tiles;
-  const bool has_residual = params.grad_residual != nullptr;
   std::vector<Real> slopes, offsets;
   for (int64 channel = 0; channel < tiles.shape.channels; ++channel) {
     const NormalisationAdjoint<Real> adjoint = params.adjoint(channel);
@@ -323,12 +301,12 @@ void launch_on(Device, const InputGradientParams<Scalar>& params) {
     Scalar* gradient = params.grad_x_seq + element;
     const Real* x = read(params.x_seq + element, length, rows.row(0));
     Real* dx = in_place(gradient, rows.row(1));
-    if (!has_residual) {
+    if (params.grad_residual == nullptr) {
       convert(gradient, dx, length);
-      run<InputGradientLoop<Real>>({x, mean, slope, offset, dx, length});
+      run<InputGradientLoop<Real, false>>({x, nullptr, mean, slope, offset, gain, dx, length});
     } else {
       const Real* dh = read(params.grad_residual + element, length, rows.row(2));
-      run<ResidualInputGradientLoop<Real>>({x, dh, mean, slope, offset, gain, dx, length});
+      run<InputGradientLoop<Real, true>>({x, dh, mean, slope, offset, gain, dx, length});
     }
     convert(dx, gradient, length);
   };

@@ -689,7 +689,7 @@ CPU_MUTANTS = {
         "carried too early": loops("compared, s, w, @, neuron, dv, dw)", "args.carried", "true"),
     },
     "normalisation": {
-        "no gain of the residual's normalisation": norm("normalisation_adjoint(@ * args.dh[i]",
+        "no gain of the residual's normalisation": norm("kResidual ? @ * args.dh[i]",
                                                         "args.gain.template at<kRows>(i)", "Real(1)"),
         "moments without the last value": norm("for (int lane = 0; @; ++i", "i < args.length", "i + 1 < args.length"),
         "moments of the last chunk's columns": norm("longest = @;", "std::max(longest, chunk)", "chunk"),
