@@ -28,14 +28,13 @@ def in_forward_mode() -> bool:
     return forward_ad._current_level >= 0
 
 
-def transforming() -> bool:
-    """Whether a transform of torch.func is active."""
-    return torch._C._are_functorch_transforms_active()
+# Whether a transform of torch.func is active.
+transforming: Callable[[], bool] = torch._C._are_functorch_transforms_active
 
 
 def grads_are_zeros() -> bool:
     """Whether backward gets zeros, not None, for unused outputs: vmap of torch 2.6 takes no None."""
-    return not torch.compiler.is_compiling() and transforming()
+    return transforming() and not torch.compiler.is_compiling()
 
 
 def is_differentiated(tensors: Sequence[Tensor | None], caller: str) -> bool:
@@ -48,7 +47,11 @@ def is_differentiated(tensors: Sequence[Tensor | None], caller: str) -> bool:
         return torch.is_grad_enabled() or not torch.compiler.is_compiling()
     if in_forward_mode():
         refuse_tangents(tensors, caller)
-    return torch.is_grad_enabled() and True in [tensor.requires_grad for tensor in tensors if tensor is not None]
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
 
 
 def refuse_tangents(tensors: Sequence[Tensor | None], caller: str) -> None:
@@ -142,12 +145,13 @@ class _OnceDifferentiable(torch.autograd.Function):
 
 
 def once_differentiable(
-    gradients: Sequence[Tensor], inputs: Sequence[Tensor | None], apply: Callable[..., Any] = apply
-) -> Sequence[Tensor]:
+    gradients: Sequence[Tensor | None], inputs: Sequence[Tensor | None], apply: Callable[..., Any] = apply
+) -> Sequence[Any]:
     """The gradients, in a graph whose second derivative raises an error."""
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return gradients
-    return apply(_OnceDifferentiable, len(gradients), *gradients, *inputs)  # type: ignore[no-any-return]
+    found = iter(apply(_OnceDifferentiable, len(gradients), *gradients, *inputs))
+    return [None if each is None else next(found) for each in gradients]
 
 
 def draw_under_transforms(device: torch.device, generator: torch.Generator | None) -> Tensor:
