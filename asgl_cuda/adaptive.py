@@ -244,15 +244,6 @@ class AdaptiveLIF(Adapting):
         placed = {name: lif_options.get(name) for name in ("device", "dtype")}
         self._set_up_adaptation(adapt_decay, adapt_potential, adapt_spike, to_threshold, learn_adaptation, **placed)
 
-    def _run(self, x_seq: Tensor, with_state: bool, **more: Any) -> Tensor:
-        s_seq = super()._run(x_seq, with_state, **more)
-        if with_state and self.stateful:
-            assert self.v is not None
-            self.v, self.w = self.v[0], self.v[1]
-        return s_seq
-
-    def _carried(self) -> Tensor | None:
-        v, w = self._carried_state("v"), self._carried_state("w")
-        if w is not None and v is None:
-            v = torch.full_like(w, self.v_rest, dtype=torch.float64)  # rounded to the type of the call
-        return v if v is None else torch.stack([v, torch.zeros_like(v) if w is None else w])
+    def _lif(self, x_seq: Tensor, w_init: Tensor | None = None, **options: Any) -> Tensor | AdaptiveLIFOutput:
+        """Calls `asgl_cuda.adaptive_lif`."""
+        return run_adaptive(x_seq, self._given(x_seq, self.input_gain, **options), w_init)

@@ -92,19 +92,14 @@ _Normalisation = dict[str, Any]
 _Running = tuple[Any, ...]
 
 
-class _ByChannel(NamedTuple):
-    """Values of the normalisation, [C] each; mean and variance are None in training."""
-
-    mean: Tensor | None
-    variance: Tensor | None
-    weight: Tensor | None
-    bias: Tensor | None
+# mean and variance, None in training, weight and bias: [C] each.
+_ByChannel = Sequence[Tensor | None]
 
 
 class BatchNormLIFFunction(torch.autograd.Function):
     """The fused operators as a differentiable function of weight, bias, and the neuron's tensors.
 
-    Takes `_Settings`, `_Running`, what `LIFFunction` takes, and before its tensors the fields of `_ByChannel`. Returns
+    Takes `_Settings`, `_Running`, what `LIFFunction` takes, and before its tensors those of `_ByChannel`. Returns
     the results of `LIFFunction`, coefficients and statistics.
     """
 
@@ -116,7 +111,7 @@ class BatchNormLIFFunction(torch.autograd.Function):
         bias: Any, *inputs: Any,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         call = Call(backend, plan, Inputs(*inputs))
-        outputs, *others = _forward(settings, running, call, _ByChannel(mean, variance, weight, bias), True)
+        outputs, *others = _forward(settings, running, call, (mean, variance, weight, bias), True)
         return *outputs, *others
 
     @staticmethod
@@ -162,20 +157,6 @@ class BatchNormLIFFunction(torch.autograd.Function):
         return *[None] * 6, *once_differentiable(gradients, (weight, bias, *tensors, *grads))
 
 
-class _Coefficients(NamedTuple):
-    """The arguments of batch_norm_coefficients, or gradients."""
-
-    x_seq: Any = None
-    statistics: Any = None
-    mean: Any = None
-    variance: Any = None
-    weight: Any = None
-    bias: Any = None
-    eps: Any = None
-    input_scale: Any = None
-    time_dim: Any = None
-
-
 class _CoefficientsFunction(torch.autograd.Function):
     """The bare operator batch_norm_coefficients as a function of x_seq, weight and bias.
 
@@ -190,36 +171,35 @@ class _CoefficientsFunction(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        _, ctx.backend, *arguments = inputs
-        given = _Coefficients(*arguments)
-        ctx.given = given.mean is None, given.eps, given.input_scale, given.time_dim
-        ctx.save_for_backward(given.x_seq, *output)
+        _, ctx.backend, x_seq, _, mean, _, _, _, *ctx.options = inputs
+        ctx.training = mean is None
+        ctx.save_for_backward(x_seq, *output)
         ctx.mark_non_differentiable(output[1])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         x_seq, coefficients, total = saved_tensors(ctx)
-        training, *options = ctx.given
-        wants = _Coefficients(*ctx.needs_input_grad[2:])
-        through_batch = wants.x_seq and training
+        _, _, wants_x_seq, _, _, _, wants_weight, wants_bias, *_ = ctx.needs_input_grad
+        through_batch = wants_x_seq and ctx.training
         _, grad_gain, grad_shift, _ = grads[0].unbind()
         grad_x_seq = torch.zeros_like(x_seq) if through_batch else x_seq.new_empty(0)
         sums = grad_gain, grad_shift
         grad_weight, grad_bias = operators_of(ctx.backend, (x_seq, coefficients, *sums)).batch_norm_backward(
-            grad_x_seq, None, x_seq, coefficients, total, *sums, *sums, *options
+            grad_x_seq, None, x_seq, coefficients, total, *sums, *sums, *ctx.options
         )
         found = (
             grad_x_seq if through_batch else None,
-            grad_weight if wants.weight else None,
-            grad_bias if wants.bias else None,
+            grad_weight if wants_weight else None,
+            grad_bias if wants_bias else None,
         )
         grad_x_seq, grad_weight, grad_bias = once_differentiable(found, (x_seq, coefficients, *grads))
-        return None, None, *_Coefficients(x_seq=grad_x_seq, weight=grad_weight, bias=grad_bias)
+        return None, None, grad_x_seq, None, None, None, grad_weight, grad_bias, None, None, None
 
 
 def _differentiated(operator: Any, below: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
     """A bare batch_norm_coefficients with its derivative."""
-    if _Coefficients(*arguments).statistics is not None:
+    _, statistics, *_ = arguments
+    if statistics is not None:
         raise RuntimeError(
             "asgl_cuda.batch_norm_coefficients: statistics of several processes can't be differentiated in a graph; "
             "train the model that it was made of"
@@ -415,10 +395,10 @@ def _batch_norm_lif(x_seq: Tensor, norm: _Normalisation, given: Arguments) -> Te
                 given = {**given, "residual": residual.to(torch.float32)}
     call = checked_call(_CALLER, x_seq, given)
     mean, variance = (None, None) if training else (running_mean, running_var)
-    values = _ByChannel(*(
+    values: _ByChannel = [
         value if value is None or value.dtype is real else value.to(real)
         for value in (mean, variance, norm["weight"], norm["bias"])
-    ))  # fmt: skip
+    ]
     outputs: Sequence[Tensor]
     if BACKENDS[call.backend].operators is None:
         outputs, *statistics = _reference(settings, call, values)
@@ -572,7 +552,7 @@ def _update(
 def _reference(settings: _Settings, call: Call, norm: _ByChannel) -> tuple[Sequence[Tensor], Tensor, Tensor]:
     """The outputs of the neuron, and mean and unbiased variance of each channel."""
     channel, x_seq = settings.channel, call.inputs.x_seq
-    mean, variance = norm.mean, norm.variance
+    mean, variance, weight, bias = norm
     unbiased = variance
     if mean is None or variance is None:
         count, mean, variance = batch_statistics(x_seq, channel, settings.group)
@@ -580,7 +560,7 @@ def _reference(settings: _Settings, call: Call, norm: _ByChannel) -> tuple[Seque
         unbiased = variance * (count / (count - 1))
     assert unbiased is not None
     real, eps, input_scale = real_type(x_seq.dtype), settings.eps, settings.input_scale
-    coefficients = normalisation(mean, variance, norm.weight, norm.bias, eps, input_scale, real)
+    coefficients = normalisation(mean, variance, weight, bias, eps, input_scale, real)
     gain, shift, rounded = (by_channel(value, channel, x_seq) for value in coefficients)
     return run_reference(call.plan, call.inputs.with_input(gain, shift, rounded)), mean, unbiased
 

@@ -22,7 +22,6 @@ from .checks import (
     check_analog_prob,
     check_analog_prob_tensor,
     check_bool,
-    check_counting,
     check_finite,
     check_generator,
     check_input,
@@ -32,7 +31,7 @@ from .checks import (
     check_options,
     check_residual,
     check_rng_state,
-    check_surrogate,
+    check_rules,
     check_threshold,
     check_v_init,
     check_values,
@@ -304,25 +303,6 @@ def _differentiated(operator: Any, below: Any, *arguments: Any) -> ForwardResult
 DERIVATIVES["lif_forward"] = _differentiated
 
 
-def _check_combination(caller: str, x_seq: Tensor, given: Arguments, options: Mapping[str, Any], counts: bool) -> None:
-    """Refuses options that exclude each other, or lack another."""
-    surrogate, v_reset, residual = given["surrogate"], given["v_reset"], given["residual"]
-    check_surrogate(surrogate, caller, options["multi_spike"])
-    reset_amount = given["reset_amount"]
-    if reset_amount is not None and v_reset is not None:
-        raise ValueError(
-            f"{caller}: reset_amount is for the soft reset and needs v_reset=None, got v_reset and reset_amount"
-        )
-    if options["multi_spike"]:
-        check_multi_spike(v_reset, given["analog_prob"], caller)
-    if counts:
-        check_counting(v_reset, surrogate, caller)
-    if residual is not None:
-        check_residual(residual, x_seq, caller)
-    elif options["residual_gain"] != 1:
-        raise ValueError(f"{caller}: residual_gain needs a residual, got {given['residual_gain']} without one")
-
-
 def _parameters(
     caller: str, x_seq: Tensor, given: Arguments, options: Mapping[str, Any], counts: bool
 ) -> tuple[dict[str, str], dict[str, float | None]]:
@@ -354,9 +334,15 @@ def _checked(caller: str, x_seq: Any, given: Arguments) -> Plan:
     """Checks everything independent of tensor values."""
     time_dim = check_input(x_seq, given["time_dim"], caller)
     options = check_options(given, OPTIONS, caller)
-    surrogate, analog_prob = given["surrogate"], given["analog_prob"]
+    surrogate, analog_prob, residual = given["surrogate"], given["analog_prob"], given["residual"]
     counts = options["levels"] is not None and not options["multi_spike"]
-    _check_combination(caller, x_seq, given, options, counts)
+    check_rules(given, caller, options["levels"], options["multi_spike"])
+    if options["multi_spike"]:
+        check_multi_spike(given["v_reset"], analog_prob, caller)
+    if residual is not None:
+        check_residual(residual, x_seq, caller)
+    elif options["residual_gain"] != 1:
+        raise ValueError(f"{caller}: residual_gain needs a residual, got {given['residual_gain']} without one")
     arguments, constants = _parameters(caller, x_seq, given, options, counts)
     rules = Rules(
         surrogate=INTEGER if counts else SURROGATES["laplace" if surrogate == PERIODIC else surrogate].id,

@@ -160,6 +160,25 @@ def check_keywords(given: Mapping[str, Any], known: Collection[str], caller: str
             raise TypeError(f"{caller}: got an unexpected keyword argument {name!r}{hint}")
 
 
+def check_rules(given: Mapping[str, Any], caller: str, levels: int | None, multi_spike: bool) -> None:
+    """Refuses resets and surrogates that exclude other options; levels and multi_spike are checked."""
+    v_reset, surrogate = given["v_reset"], given["surrogate"]
+    if given["reset_amount"] is not None and v_reset is not None:
+        raise ValueError(
+            f"{caller}: reset_amount is for the soft reset and needs v_reset=None, got v_reset {shown(v_reset)}"
+        )
+    check_surrogate(surrogate, caller, multi_spike)
+    if levels is None or multi_spike:
+        return
+    if v_reset is not None:
+        raise ValueError(f"{caller}: levels is for the soft reset and needs v_reset=None, got v_reset {shown(v_reset)}")
+    if surrogate != "rectangle":
+        raise ValueError(
+            f"{caller}: levels has the surrogate clamp(h / v_threshold, 0, levels) and takes no other, got "
+            f"{shown(surrogate)}"
+        )
+
+
 def check_surrogate(surrogate: Any, caller: str, multi_spike: bool = False) -> None:
     """One of the names in SURROGATES, or PERIODIC."""
     ours = ELSEWHERE.get(surrogate.lower().replace("_", "")) if isinstance(surrogate, str) else None
@@ -190,17 +209,6 @@ def check_levels(name: str, value: Any, caller: str) -> int:
     if isinstance(value, bool) or not isinstance(value, Integral) or not 1 <= int(value) <= MOST_LEVELS:
         raise ValueError(f"{caller}: {name} must be None or an int in [1, {MOST_LEVELS}], got {shown(value)}")
     return int(value)
-
-
-def check_counting(v_reset: Any, surrogate: str, caller: str) -> None:
-    """Requirements of levels without multi_spike."""
-    if v_reset is not None:
-        raise ValueError(f"{caller}: levels is for the soft reset and needs v_reset=None, got v_reset {shown(v_reset)}")
-    if surrogate != "rectangle":
-        raise ValueError(
-            f"{caller}: levels has the surrogate clamp(h / v_threshold, 0, levels) and takes no other, got "
-            f"{shown(surrogate)}"
-        )
 
 
 def check_threshold(value: Any, several: str, caller: str) -> None:

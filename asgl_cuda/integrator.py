@@ -271,7 +271,7 @@ class LeakyIntegrator(NeuronLayer):
             decay = self._broadcast(decay, x_seq, check_input(x_seq, self.time_dim, self._caller))
         given: _Arguments = {
             "decay": decay, "input_gain": self.input_gain, "v_rest": self.v_rest, "delay": self.delay,
-            "v_init": self._carried() if with_state else None, "time_dim": self.time_dim,
+            "v_init": self._carried_state("v") if with_state else None, "time_dim": self.time_dim,
             "return_v_last": self.stateful, "backend": self.backend,
         }  # fmt: skip
         result = _computed(self._caller, x_seq, given)

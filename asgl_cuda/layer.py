@@ -317,11 +317,8 @@ class NeuronLayer(Settable):
             "torch.compile and torch.export can"
         )
 
-    def _carried(self) -> Tensor | None:
-        """The state that a call starts from; None: at rest."""
-        return self._carried_state("v")
-
     def _carried_state(self, name: str) -> Tensor | None:
+        """The state of this name that a call starts from; None: at rest."""
         if not self.stateful:
             return None  # states belong to steps
         state: Tensor | None = getattr(self, name)

@@ -14,14 +14,13 @@ from .batch_norm import check_process_group, module_batch_norm_lif
 from .call import FLAGS, Arguments, LIFOutput, computed
 from .checks import (
     check_bool,
-    check_counting,
     check_finite,
     check_input,
     check_keywords,
     check_levels,
     check_options,
+    check_rules,
     check_sizes,
-    check_surrogate,
     check_threshold,
     check_width,
     in_range,
@@ -68,19 +67,11 @@ class Neurons(NeuronLayer, Noisy):
 
     def _set_up_neurons(self, given: Mapping[str, Any]) -> None:
         """Checks the constructor's arguments, keeps options and makes parameters."""
-        caller = self._caller
-        if given["reset_amount"] is not None and given["v_reset"] is not None:
-            raise ValueError(
-                f"{caller}: reset_amount is for the soft reset and needs v_reset=None, got v_reset "
-                f"{shown(given['v_reset'])}"
-            )
         self._set_up(given)
-        self.surrogate = given["surrogate"]
-        check_surrogate(self.surrogate, caller, self.multi_spike)
-        if self._counts:
-            check_counting(self.v_reset, self.surrogate, caller)
+        self.surrogate: str = given["surrogate"]
+        check_rules(given, self._caller, self.levels, self.multi_spike)
         self._set_analog_prob(given["analog_prob"])
-        learns = check_options(given, _LEARNS, caller)
+        learns = check_options(given, _LEARNS, self._caller)
         # [1] for a whole layer: torch's fully_shard refuses parameters without a dimension.
         empty = partial(torch.empty, self.num_features or 1, device=given["device"], dtype=given["dtype"])
         self.log_width = nn.Parameter(empty()) if learns["learn_width"] and not self._counts else None
@@ -90,7 +81,7 @@ class Neurons(NeuronLayer, Noisy):
         self._set_decay(given["decay"])
         self._set_threshold(given["v_threshold"])
         if self.surrogate_gain == 0:
-            warn_once("surrogate_gain", f"{caller}: surrogate_gain 0 lets no gradient through the spikes")
+            warn_once("surrogate_gain", f"{self._caller}: surrogate_gain 0 lets no gradient through the spikes")
 
     def reset_parameters(self) -> None:
         """Resets the learned parameters to the values last set, and clears potentials.
@@ -183,22 +174,23 @@ class Neurons(NeuronLayer, Noisy):
             self._v_threshold if threshold is None else threshold,
         )
 
-    def _run(self, x_seq: Tensor, with_state: bool, **residual: Any) -> Tensor:
+    def _run(self, x_seq: Tensor, with_state: bool, **more: Any) -> Tensor:
         if not with_state:
-            return self._lif(x_seq, **residual)  # type: ignore[return-value]
-        kept = {"return_v_last": self.stateful, "return_v_seq": self.store_v_seq}
-        result = self._lif(x_seq, v_init=self._carried(), **kept, **residual)
-        if isinstance(result, LIFOutput):
-            if self.stateful:
-                self.v = result.v_last
-            if self.store_v_seq:
-                self.v_seq = result.v_seq
-            return result.s_seq
-        return result
+            return self._lif(x_seq, **more)  # type: ignore[no-any-return]
+        states = {f"{name}_init": self._carried_state(name) for name in self._states}
+        result = self._lif(x_seq, return_v_last=self.stateful, return_v_seq=self.store_v_seq, **states, **more)
+        if isinstance(result, Tensor):
+            return result
+        if self.stateful:
+            for name in self._states:
+                setattr(self, name, getattr(result, f"{name}_last"))
+        if self.store_v_seq:
+            self.v_seq = result.v_seq
+        return result.s_seq  # type: ignore[no-any-return]
 
-    def _lif(self, x_seq: Tensor, **options: Any) -> Tensor | LIFOutput:
-        """Calls `asgl_cuda.lif`."""
-        return computed(_CALLER, x_seq, self._given(x_seq, self.input_gain, **options))
+    def _lif(self, x_seq: Tensor, **options: Any) -> Any:
+        """Calls the layer's function: with potentials, `{name}_last` of each state, v_seq and s_seq."""
+        raise NotImplementedError
 
     def _given(
         self,

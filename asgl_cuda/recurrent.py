@@ -459,21 +459,7 @@ class RecurrentLIF(Adapting):
         """The synapse's decay per step, a tensor in the shape of the parameter if learned; None without a synapse."""
         return self._syn_decay if self.logit_syn_decay is None else Logit(self.logit_syn_decay).value()
 
-    def _run(self, x_seq: Tensor, with_state: bool, **more: Any) -> Tensor:
-        carried: dict[str, Any] = {}
-        if with_state:
-            carried = {f"{name}_init": self._carried_state(name) for name in self._states}
-        keeps, stores = with_state and self.stateful, with_state and self.store_v_seq
-        result = self._lif(x_seq, return_v_last=keeps, return_v_seq=stores, **carried)
-        if not isinstance(result, RecurrentLIFOutput):
-            return result
-        if keeps:
-            self.v, self.s, self.i, self.w = result.v_last, result.s_last, result.i_last, result.w_last
-        if stores:
-            self.v_seq = result.v_seq
-        return result.s_seq
-
-    def _lif(  # type: ignore[override]
+    def _lif(
         self,
         x_seq: Tensor,
         s_init: Tensor | None = None,

@@ -79,8 +79,6 @@ MUTANTS = {
         'v_last, w_last = v_last[1], v_last[0]', "layer/test_neuron.py one_sequence and Recurrent"),
     "recurrent: any gain with an adaptation": recurrent('if input_gain != 1:',
         'if False:', "neuron/test_arguments.py bad_arguments and recurrent"),
-    "recurrent: an adaptation is lost": recurrent('result.i_last, result.w_last', 'result.i_last, self.w',
-        "layer/test_neuron.py one_sequence and Recurrent"),
     "recurrent: an adaptation at rest": reference('torch.stack([v, torch.zeros_like(v)])',
         'torch.stack([v, torch.ones_like(v)])', "neuron/test_features.py equals and recurrent"),
     "recurrent: samples share noise": recurrent('together=False',
@@ -225,7 +223,7 @@ MUTANTS = {
         "neuron/test_features.py equals and residual"),
     "call: no residual gain in backward": call("values = constants.input_gain, constants.residual_gain,",
         "values = constants.input_gain, 1,", "neuron/test_features.py equals and residual"),
-    "call: both resets": call("if reset_amount is not None and v_reset is not None:", "if False:",
+    "checks: both resets": checks('if given["reset_amount"] is not None and v_reset is not None:', "if False:",
         "neuron/test_arguments.py bad_arguments"),
     "call: a limit of spikes counts": call(
         'options["levels"] is not None and not options["multi_spike"]', 'options["levels"] is not None',
@@ -351,8 +349,8 @@ MUTANTS = {
     # ---- adaptive neurons ----
     "adaptive: w in any soft reset": adaptive("if v_reset is None and reset_amount is None", "if v_reset is None",
         "neuron/test_adaptive.py of_the_threshold_alone"),
-    "adaptive: v and w change places": adaptive("self.v, self.w = self.v[0], self.v[1]",
-        "self.v, self.w = self.v[1], self.v[0]", "layer/test_neuron.py one_sequence and Adaptive"),
+    "adaptive: v and w change places": adaptive("(output.v_last[0], output.v_last[1])",
+        "(output.v_last[1], output.v_last[0])", "layer/test_neuron.py one_sequence and Adaptive"),
     "adaptive: w_init alone rests at 0": adaptive('torch.full_like(like, given["v_rest"], dtype=real)',
         "torch.zeros_like(like, dtype=real)", "neuron/test_adaptive.py begins_at_rest"),
     "adaptive: a reset of the parameters leaves the adaptation": adaptive(
@@ -431,6 +429,9 @@ MUTANTS = {
     "layer: v is the only potential that is detached": layer(
         "for name in self._potentials:\n            value = getattr",
         'for name in ("v",):\n            value = getattr', "layer/test_neuron.py copies and Adaptive"),
+    "neuron: v is the only state that is carried": neuron(
+        "for name in self._states:\n                setattr", 'for name in ("v",):\n                setattr',
+        "layer/test_neuron.py one_sequence and Recurrent"),
     "neuron: the learned threshold is not reset": neuron("        fill_parameter(self.threshold, self._v_threshold)\n",
         "", "layer/test_layer_arguments.py as_new"),
     "neuron: a limit of spikes counts": neuron("self.levels is not None and not self.multi_spike",
