@@ -1,8 +1,8 @@
 """A neuron's call up to the operator: arguments by name, checks, noise, autograd.
 
-lif -> computed -> checked_call (a plan by checks, choose_backend, noise) -> run: the reference under autograd, or
-operators_of(backend).lif_forward, inside LIFFunction if a gradient is needed. Backward draws the same noise again from
-rng_state; no mask is stored.
+lif -> computed -> checked_call (a plan by checks, choose_backend, state_of_noise) -> run_reference under autograd, or
+run_forward, the backend's operator, inside LIFFunction if a gradient is needed. Backward draws the same noise again
+from rng_state; no mask is stored.
 """
 
 from __future__ import annotations
@@ -20,17 +20,14 @@ from .backends import BACKENDS, backend_of, choose_backend, operators_of
 from .checks import (
     cached_by_signature,
     check_analog_prob,
-    check_analog_prob_tensor,
     check_bool,
     check_finite,
-    check_generator,
     check_input,
     check_levels,
     check_multi_spike,
     check_not_nan,
     check_options,
     check_residual,
-    check_rng_state,
     check_rules,
     check_threshold,
     check_v_init,
@@ -42,18 +39,17 @@ from .checks import (
 from .derivatives import DERIVATIVES
 from .layout import in_memory_order, is_dense, real_type
 from .learned import Logarithm, Logit
+from .noise import state_of_noise
 from .ops import ForwardResult, with_gaps
-from .reference import BELOW_IN_STATE, DRAWS, Numbers, Parameters, Rules, lif_reference
+from .reference import BELOW_IN_STATE, Numbers, Parameters, Rules, lif_reference
 from .surrogate import INTEGER, PERIODIC, SURROGATES
 from .transforms import (
     apply,
     apply_here,
-    draw_under_transforms,
     grads_are_zeros,
     is_differentiated,
     once_differentiable,
     saved_tensors,
-    transforming,
 )
 
 
@@ -402,42 +398,8 @@ def checked_call(caller: str, x_seq: Tensor, given: Arguments, together: bool = 
             check_threshold(v_threshold, "multi_spike", caller)
     # Last: refused calls draw nothing.
     if rules.analog_below or rng_state is not None or given["generator"] is not None:
-        rng_state = _noise(caller, x_seq, rules.analog_below, given, backend, together)
+        rng_state = state_of_noise(caller, x_seq, rules.analog_below, given, backend, together)
     return Call(backend, plan, Inputs(*[x_seq, v_init, rng_state, *parameters, residual]))
-
-
-def _noise(
-    caller: str, x_seq: Tensor, analog_below: int, given: Arguments, backend: str, together: bool
-) -> Tensor | None:
-    """The rng_state of the operators, drawn unless given; None where no element draws.
-
-    analog_prob as data is rng_state's third element, marked by BELOW_IN_STATE in the rules: an extra tensor in the
-    schemas would slow all calls.
-    """
-    rng_state, generator, analog_prob = given["rng_state"], given["generator"], given["analog_prob"]
-    below = check_analog_prob_tensor(analog_prob, x_seq, caller) if isinstance(analog_prob, Tensor) else None
-    if rng_state is not None:
-        check_rng_state(rng_state, x_seq, caller)
-        if generator is not None:
-            raise ValueError(f"{caller}: rng_state and generator exclude each other, got both")
-    if generator is not None:
-        check_generator(generator, x_seq, caller)
-    if analog_below in (0, DRAWS):
-        return None
-    if rng_state is None:
-        rng_state = _draw_rng_state(x_seq, generator, backend, together and below is None)
-    return rng_state.contiguous() if below is None else torch.cat([rng_state, below])
-
-
-def _draw_rng_state(x_seq: Tensor, generator: torch.Generator | None, backend: str, together: bool) -> Tensor:
-    operators = BACKENDS[backend].operators
-    if operators is not None:
-        if torch.compiler.is_compiling():
-            if generator is None:
-                return operators.draw_rng_state(torch.empty(2, dtype=torch.int64, device=x_seq.device))
-        elif together and transforming():
-            return draw_under_transforms(x_seq.device, generator)
-    return torch.randint(2**63 - 1, (2,), generator=generator, device=x_seq.device)
 
 
 def computed(caller: str, x_seq: Tensor, given: Arguments) -> Tensor | LIFOutput:

@@ -439,9 +439,7 @@ def check_rng_state(rng_state: Tensor, x_seq: Tensor, caller: str) -> None:
 
 
 def check_generator(generator: Any, x_seq: Tensor, caller: str) -> None:
-    """A generator of x_seq's device, or None."""
-    if generator is None:
-        return
+    """A generator of x_seq's device."""
     if not isinstance(generator, torch.Generator):
         raise TypeError(f"{caller}: generator must be a torch.Generator or None, got {type(generator).__name__}")
     if generator.device.type != x_seq.device.type:

@@ -152,24 +152,3 @@ def once_differentiable(
         return gradients
     found = iter(apply(_OnceDifferentiable, len(gradients), *gradients, *inputs))
     return [None if each is None else next(found) for each in gradients]
-
-
-def draw_under_transforms(device: torch.device, generator: torch.Generator | None) -> Tensor:
-    """A random rng_state `[1, 2]`, by the rules of vmap's `randomness`.
-
-    For different noise per sample, rng_state is mapped with equal values: the first dimension tells batching rules that
-    the neurons of all samples are numbered consecutively.
-    """
-    from torch._functorch import pyfunctorch
-
-    levels = pyfunctorch.retrieve_all_functorch_interpreters()
-    maps = [each for each in levels if isinstance(each, pyfunctorch.VmapInterpreter)]
-    if any(each.randomness() == "error" for each in maps):
-        return torch.randint(2**63 - 1, (1, 2), generator=generator, device=device)  # raises torch's error
-    apart = [each for each in maps if each.randomness() == "different"]
-    with pyfunctorch.temporarily_clear_interpreter_stack():
-        state = torch.randint(2**63 - 1, (1, 2), generator=generator, device=device)
-        state = state.expand(*(each.batch_size() for each in apart), 1, 2)
-        for each in apart:  # outermost first
-            state = torch._C._functorch._add_batch_dim(state, 0, each.level())
-    return state

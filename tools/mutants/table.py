@@ -37,6 +37,7 @@ neuron = partial(Mutant, "neuron.py")
 nir_neurons = partial(Mutant, "interop/nir/neurons.py")
 nir_read = partial(Mutant, "interop/nir/read.py")
 nir_write = partial(Mutant, "interop/nir/write.py")
+noise = partial(Mutant, "noise.py")
 norse = partial(Mutant, "interop/norse.py")
 over_time = partial(Mutant, "over_time.py")
 pending = partial(Mutant, "pending.py")
@@ -250,13 +251,13 @@ MUTANTS = {
         "neuron/test_arguments.py bad_arguments"),
     "call: inputs of any layout": call("        x_seq = x_seq.contiguous()\n", "        pass\n",
         "neuron/test_features.py layouts and plain"),
-    "call: rng_state and generator": call("        if generator is not None:\n            raise",
+    "noise: rng_state and generator": noise("        if generator is not None:\n            raise",
         "        if False:\n            raise", "neuron/test_arguments.py bad_arguments"),
-    "call: draws where all are analog": call("if analog_below in (0, DRAWS):", "if analog_below == 0:",
+    "noise: draws where all are analog": noise("if analog_below in (0, DRAWS):", "if analog_below == 0:",
         "neuron/test_philox.py need_no"),
-    "call: a strided rng_state": call("return rng_state.contiguous() if below", "return rng_state if below",
+    "noise: a strided rng_state": noise("return rng_state.contiguous() if below", "return rng_state if below",
         "neuron/test_philox.py anywhere"),
-    "call: the generator is ignored": call("(2,), generator=generator, device", "(2,), device",
+    "noise: the generator is ignored": noise("(2,), generator=generator, device", "(2,), device",
         "neuron/test_philox.py generator or seed"),
     "call: a second derivative": call("once_differentiable(found, (*tensors, *grads))", "found",
         "neuron/test_features.py rules and plain"),
