@@ -60,13 +60,14 @@ class Neurons(NeuronLayer, Noisy):
     surrogate_gain: float
     strict_threshold: bool
     detach_reset: bool
-    scale_output = False
-    multi_spike = False
-    levels: int | None = None
-    v_min: float | None = None
+    scale_output: bool
+    multi_spike: bool
+    levels: int | None
+    v_min: float | None
 
     def _set_up_neurons(self, given: Mapping[str, Any]) -> None:
         """Checks the constructor's arguments, keeps options and makes parameters."""
+        self.scale_output, self.multi_spike, self.levels, self.v_min = False, False, None, None
         self._set_up(given)
         self.surrogate: str = given["surrogate"]
         check_rules(given, self._caller, self.levels, self.multi_spike)
