@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from .call import Arguments, LIFOutput, NeuronArguments, computed
+from .call import INPUT, Arguments, LIFOutput, NeuronArguments, computed
 from .checks import check_bool, check_finite, check_input, check_keywords, check_v_init, read_number
 from .functional import LIF_DEFAULTS
 from .layer import fill_parameter
@@ -21,9 +21,9 @@ from .pending import tensor_of
 from .reference import IN_CURRENT, IN_RESET, IN_THRESHOLD
 
 _CALLER = "asgl_cuda.adaptive_lif"
-# Rules of `lif` that adaptive neurons lack.
-_WITHOUT = {"residual", "residual_gain", "input_gain", *(LIF._options.keys() - Neurons._options.keys())}
-_NEURON = [name for name in NeuronArguments.__annotations__ if name not in _WITHOUT]
+# Options of `lif` and `LIF` that adaptive neurons lack.
+_WITHOUT = {"residual", "residual_gain", *INPUT, *(LIF._options.keys() - Neurons._options.keys())}
+_NEURON = [name for name in LIF_DEFAULTS if name not in _WITHOUT]
 
 
 class AdaptiveLIFOutput(NamedTuple):
@@ -91,7 +91,7 @@ def adaptive_lif(
     `adapt_spike`. To the threshold: Bellec, Salaj, Subramoney, Legenstein, Maass: Long short-term memory and
     learning-to-learn in networks of spiking neurons, NeurIPS 2018.
     """
-    check_keywords(neuron, _NEURON, _CALLER)
+    check_keywords(neuron, [*_NEURON, *(adaptive_lif.__kwdefaults__ or {})], _CALLER)
     check_bool("to_threshold", to_threshold, _CALLER)
     given: Arguments = {
         **LIF_DEFAULTS,
@@ -132,6 +132,18 @@ class Adapting(Neurons):
     w: Tensor | None
     adapt_potential: Tensor | float
     adapt_spike: Tensor | float
+
+    def _set_up_lif(
+        self, given: Mapping[str, Any], own: Callable[..., Any], without: Collection[str], **others: Any
+    ) -> None:
+        """Sets up neurons by the given options of `LIF` and `others`.
+
+        Known are those of the constructor `own`, and those of `LIF` but `without`.
+        """
+        defaults = LIF.__init__.__kwdefaults__ or {}
+        known = [name for name in defaults if name not in without]
+        check_keywords(given, [*known, *(own.__kwdefaults__ or {})], self._caller)
+        self._set_up_neurons({**defaults, **given, **others})
 
     def _set_up_adaptation(
         self, adapt_decay: Any, adapt_potential: Any, adapt_spike: Any, to_threshold: Any, learn_adaptation: Any,
@@ -228,22 +240,10 @@ class AdaptiveLIF(Adapting):
         **lif_options: Any,
     ) -> None:
         super().__init__()
-        defaults = LIF.__init__.__kwdefaults__ or {}
-        known = *(name for name in defaults if name not in _WITHOUT), *(AdaptiveLIF.__init__.__kwdefaults__ or {})
-        check_keywords(lif_options, known, self._caller)
-        self._set_up_neurons({**defaults, **lif_options, "num_features": num_features})
+        self._set_up_lif(lif_options, AdaptiveLIF.__init__, _WITHOUT, num_features=num_features)
         placed = {name: lif_options.get(name) for name in ("device", "dtype")}
         self._set_up_adaptation(adapt_decay, adapt_potential, adapt_spike, to_threshold, learn_adaptation, **placed)
 
-    def _run(self, x_seq: Tensor, with_state: bool, **more: Any) -> Tensor:
-        s_seq = super()._run(x_seq, with_state, **more)
-        if with_state and self.stateful:
-            assert self.v is not None
-            self.v, self.w = self.v[0], self.v[1]
-        return s_seq
-
-    def _carried(self) -> Tensor | None:
-        v, w = self._carried_state("v"), self._carried_state("w")
-        if w is not None and v is None:
-            v = torch.full_like(w, self.v_rest, dtype=torch.float64)  # rounded to the type of the call
-        return v if v is None else torch.stack([v, torch.zeros_like(v) if w is None else w])
+    def _lif(self, x_seq: Tensor, w_init: Tensor | None = None, **options: Any) -> Tensor | AdaptiveLIFOutput:
+        """Calls `asgl_cuda.adaptive_lif`."""
+        return run_adaptive(x_seq, self._given(x_seq, self.input_gain, **options), w_init)

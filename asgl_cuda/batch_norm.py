@@ -25,15 +25,26 @@ from typing_extensions import Unpack
 
 from . import recompute
 from .backends import BACKENDS, backend_of, operators_of
-from .call import Arguments, Call, Gradients, LIFOutput, NeuronArguments, Plan, call_of, checked_call
+from .call import (
+    Arguments,
+    Call,
+    Inputs,
+    LIFOutput,
+    NeuronArguments,
+    Plan,
+    checked_call,
+    output_of,
+    remember,
+    run_backward,
+    run_forward,
+    run_reference,
+)
 from .checks import (
     HALF_TYPES,
     PLAIN_TENSORS,
     cached_by_signature,
     can_be_seen,
     check_bool,
-    check_dense,
-    check_device,
     check_finite,
     check_floating,
     check_input,
@@ -47,7 +58,7 @@ from .checks import (
 from .derivatives import DERIVATIVES
 from .functional import LIF_DEFAULTS
 from .layout import by_channel, channel_dim, real_type
-from .ops import ForwardResult, with_gaps
+from .ops import ForwardResult
 from .pending import tensor_of
 from .reference import batch_statistics, detached, normalisation
 from .transforms import (
@@ -81,19 +92,14 @@ _Normalisation = dict[str, Any]
 _Running = tuple[Any, ...]
 
 
-class _ByChannel(NamedTuple):
-    """Values of the normalisation, [C] each; mean and variance are None in training."""
-
-    mean: Tensor | None
-    variance: Tensor | None
-    weight: Tensor | None
-    bias: Tensor | None
+# mean and variance, None in training, weight and bias: [C] each.
+_ByChannel = Sequence[Tensor | None]
 
 
 class BatchNormLIFFunction(torch.autograd.Function):
-    """The fused operators as a differentiable function of weight, bias, x_seq, v_init and the neuron's parameters.
+    """The fused operators as a differentiable function of weight, bias, and the neuron's tensors.
 
-    Takes `_Settings`, `_Running`, and the fields of `_ByChannel` and of a `Call`, the parameters one by one. Returns
+    Takes `_Settings`, `_Running`, what `LIFFunction` takes, and before its tensors those of `_ByChannel`. Returns
     the results of `LIFFunction`, coefficients and statistics.
     """
 
@@ -101,13 +107,12 @@ class BatchNormLIFFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        settings: _Settings, running: _Running, backend: str, plan: Plan, mean: Any, variance: Any, rng_state: Any,
-        *tensors: Any,
+        settings: _Settings, running: _Running, backend: str, plan: Plan, mean: Any, variance: Any, weight: Any,
+        bias: Any, *inputs: Any,
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        weight, bias, *of_call = tensors
-        call, norm = call_of(backend, plan, rng_state, *of_call), _ByChannel(mean, variance, weight, bias)
-        result, coefficients, statistics = _forward(settings, running, call, norm, True)
-        return *result, coefficients, statistics
+        call = Call(backend, plan, Inputs(*inputs))
+        outputs, *others = _forward(settings, running, call, (mean, variance, weight, bias), True)
+        return *outputs, *others
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -121,24 +126,20 @@ class BatchNormLIFFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        saved, settings = saved_tensors(ctx), ctx.settings
-        checkpoints, coefficients, statistics = saved[:3]
-        rng_state, weight, bias, *tensors = saved[3:]
-        call = call_of(ctx.backend, ctx.plan, rng_state, *tensors)
-        x_seq, plan = call.x_seq, call.plan
-        asked = ctx.needs_input_grad[7:]
-        wants_weight, wants_bias, *others = asked
-        needed = Gradients(*others)
+        saved, settings, backend, plan = saved_tensors(ctx), ctx.settings, ctx.backend, ctx.plan
+        checkpoints, coefficients, statistics, weight, bias, *tensors = saved
+        inputs, x_seq = Inputs(*tensors), tensors[0]
+        wants_weight, wants_bias, *others = ctx.needs_input_grad[6:]
+        needed = Inputs(*others)
         through_batch = needed.x_seq and ctx.training
         wants_sums = wants_weight or wants_bias or through_batch
         # One array serves both gradients, except in float16, where dh may be beyond the range of dx.
         shared = through_batch and needed.residual and x_seq.dtype != torch.float16
         shared = shared and plan.numbers.residual_gain == 1
-        wanted = Gradients(
-            needed.x_seq and not shared, needed.v_init, needed.width, needed.decay, needed.v_threshold, needed.reset,
-            wants_sums, wants_sums, needed.input_mean, needed.residual,
-        )  # fmt: skip
-        found = Gradients(*with_gaps(_normalised(call, coefficients).backward(grads[:-3], checkpoints, wanted), wanted))
+        wanted = needed.with_input(wants_sums, wants_sums, False)
+        if shared:
+            wanted = Inputs(False, *wanted[1:])
+        found = run_backward(backend, plan, _normalised(inputs, coefficients), grads[:-3], checkpoints, wanted)
         grad_x_seq, grad_weight, grad_bias = found.x_seq, None, None
         if shared:
             grad_x_seq = torch.empty_like(found.residual)
@@ -147,28 +148,13 @@ class BatchNormLIFFunction(torch.autograd.Function):
         if wants_sums:
             sums = found.input_gain, found.input_bias
             grad_input = grad_x_seq if through_batch else x_seq.new_empty(0)
-            grad_weight, grad_bias = call.operators().batch_norm_backward(
+            grad_weight, grad_bias = operators_of(backend, inputs).batch_norm_backward(
                 grad_input, found.residual if shared else None, x_seq, coefficients, statistics, *sums,
                 *_summed(sums, settings.group), settings.eps, settings.input_scale, plan.rules.time_dim,
             )  # fmt: skip
-        results = grad_weight, grad_bias, grad_x_seq, *found[1:]
-        gradients = [grad for grad, wants in zip(results, asked, strict=True) if wants]
-        checked = once_differentiable(gradients, (weight, bias, rng_state, *tensors, *grads))
-        return *[None] * 7, *with_gaps(checked, asked)
-
-
-class _Coefficients(NamedTuple):
-    """The arguments of batch_norm_coefficients, or gradients."""
-
-    x_seq: Any = None
-    statistics: Any = None
-    mean: Any = None
-    variance: Any = None
-    weight: Any = None
-    bias: Any = None
-    eps: Any = None
-    input_scale: Any = None
-    time_dim: Any = None
+        _, *others = found.with_input(None, None, None)
+        gradients = grad_weight if wants_weight else None, grad_bias if wants_bias else None, grad_x_seq, *others
+        return *[None] * 6, *once_differentiable(gradients, (weight, bias, *tensors, *grads))
 
 
 class _CoefficientsFunction(torch.autograd.Function):
@@ -185,34 +171,35 @@ class _CoefficientsFunction(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        _, ctx.backend, *arguments = inputs
-        given = _Coefficients(*arguments)
-        ctx.given = given.mean is None, given.eps, given.input_scale, given.time_dim
-        ctx.save_for_backward(given.x_seq, *output)
+        _, ctx.backend, x_seq, _, mean, _, _, _, *ctx.options = inputs
+        ctx.training = mean is None
+        ctx.save_for_backward(x_seq, *output)
         ctx.mark_non_differentiable(output[1])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         x_seq, coefficients, total = saved_tensors(ctx)
-        training, *options = ctx.given
-        wants = _Coefficients(*ctx.needs_input_grad[2:])
-        through_batch = wants.x_seq and training
+        _, _, wants_x_seq, _, _, _, wants_weight, wants_bias, *_ = ctx.needs_input_grad
+        through_batch = wants_x_seq and ctx.training
         _, grad_gain, grad_shift, _ = grads[0].unbind()
         grad_x_seq = torch.zeros_like(x_seq) if through_batch else x_seq.new_empty(0)
         sums = grad_gain, grad_shift
         grad_weight, grad_bias = operators_of(ctx.backend, (x_seq, coefficients, *sums)).batch_norm_backward(
-            grad_x_seq, None, x_seq, coefficients, total, *sums, *sums, *options
+            grad_x_seq, None, x_seq, coefficients, total, *sums, *sums, *ctx.options
         )
-        asked = through_batch, wants.weight, wants.bias
-        found = [grad for grad, wanted in zip((grad_x_seq, grad_weight, grad_bias), asked, strict=True) if wanted]
-        gradients = with_gaps(once_differentiable(found, (x_seq, coefficients, *grads)), asked)
-        grad_x_seq, grad_weight, grad_bias = gradients
-        return None, None, *_Coefficients(x_seq=grad_x_seq, weight=grad_weight, bias=grad_bias)
+        found = (
+            grad_x_seq if through_batch else None,
+            grad_weight if wants_weight else None,
+            grad_bias if wants_bias else None,
+        )
+        grad_x_seq, grad_weight, grad_bias = once_differentiable(found, (x_seq, coefficients, *grads))
+        return None, None, grad_x_seq, None, None, None, grad_weight, grad_bias, None, None, None
 
 
 def _differentiated(operator: Any, below: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
     """A bare batch_norm_coefficients with its derivative."""
-    if _Coefficients(*arguments).statistics is not None:
+    _, statistics, *_ = arguments
+    if statistics is not None:
         raise RuntimeError(
             "asgl_cuda.batch_norm_coefficients: statistics of several processes can't be differentiated in a graph; "
             "train the model that it was made of"
@@ -233,14 +220,14 @@ def _forward(
     settings: _Settings, running: _Running, call: Call, norm: _ByChannel, keep_checkpoints: bool
 ) -> tuple[ForwardResult, Tensor, Tensor]:
     """The result of the neuron, the coefficients, and count, mean and variance of each channel."""
+    backend, plan, inputs = call
 
     def coefficients_of(statistics: Tensor | None, running: _Running) -> tuple[Tensor, Tensor]:
-        operators = call.operators()
+        operators = operators_of(backend, inputs)
         operator = operators.batch_norm_update if running else operators.batch_norm_coefficients
         return operator(
-            *running, call.x_seq, statistics, norm.mean, norm.variance, norm.weight, norm.bias, settings.eps,
-            settings.input_scale, call.plan.rules.time_dim,
-        )  # fmt: skip
+            *running, inputs.x_seq, statistics, *norm, settings.eps, settings.input_scale, plan.rules.time_dim
+        )
 
     of_all = None
     if settings.group is not None:
@@ -248,20 +235,21 @@ def _forward(
         parts = [torch.empty_like(own) for _ in range(torch.distributed.get_world_size(settings.group))]
         torch.distributed.all_gather(parts, own, group=settings.group)
         of_all = torch.stack(parts)
-        _check_shared_count(of_all[:, :1, 0], settings, call.x_seq)
+        _check_shared_count(of_all[:, :1, 0], settings, inputs.x_seq)
     coefficients, statistics = coefficients_of(of_all, running)
-    return _normalised(call, coefficients).forward(keep_checkpoints), coefficients, statistics
+    outputs = run_forward(backend, plan, _normalised(inputs, coefficients), keep_checkpoints)
+    return outputs, coefficients, statistics
 
 
-def _normalised(call: Call, coefficients: Tensor) -> Call:
-    """The call for neurons whose input is normalised."""
+def _normalised(inputs: Inputs, coefficients: Tensor) -> Inputs:
+    """The inputs of neurons whose current is normalised."""
     mean, gain, shift, _ = coefficients.unbind()
-    return call.with_input(gain, shift, mean)
+    return inputs.with_input(gain, shift, mean)
 
 
 def _remember(call: Call, results: Sequence[Tensor]) -> None:
     *outputs, coefficients, _ = results
-    _normalised(call, coefficients).remember(outputs)
+    remember(call, _normalised(call.inputs, coefficients), outputs)
 
 
 def _check_shared_count(counts: Tensor, settings: _Settings, x_seq: Tensor) -> None:
@@ -407,10 +395,10 @@ def _batch_norm_lif(x_seq: Tensor, norm: _Normalisation, given: Arguments) -> Te
                 given = {**given, "residual": residual.to(torch.float32)}
     call = checked_call(_CALLER, x_seq, given)
     mean, variance = (None, None) if training else (running_mean, running_var)
-    values = _ByChannel(*(
+    values: _ByChannel = [
         value if value is None or value.dtype is real else value.to(real)
         for value in (mean, variance, norm["weight"], norm["bias"])
-    ))  # fmt: skip
+    ]
     outputs: Sequence[Tensor]
     if BACKENDS[call.backend].operators is None:
         outputs, *statistics = _reference(settings, call, values)
@@ -423,13 +411,12 @@ def _batch_norm_lif(x_seq: Tensor, norm: _Normalisation, given: Arguments) -> Te
             running = *dense, momentum
             # Only torch's own operations increment versions. A checkpoint may stop the call behind the update.
             torch.autograd.graph.increment_version([each for each in kept if each is not None])
-        tensors = values.weight, values.bias, call.x_seq, call.v_init, *call.parameters
-        if is_differentiated((*tensors, mean, variance), _CALLER):
-            inputs = settings, running, call.backend, call.plan, values.mean, values.variance, call.rng_state, *tensors
+        if is_differentiated((*values, *call.inputs), _CALLER):
+            arguments = settings, running, call.backend, call.plan, *values, *call.inputs
             if recompute.open_contexts or recompute.traced_contexts:
-                found = recompute.applied(apply, BatchNormLIFFunction, inputs, partial(_remember, call))
+                found = recompute.applied(apply, BatchNormLIFFunction, arguments, partial(_remember, call))
             else:
-                found = apply(BatchNormLIFFunction, *inputs)
+                found = apply(BatchNormLIFFunction, *arguments)
             *outputs, coefficients, _ = found
         else:
             outputs, coefficients, _ = _forward(settings, running, call, values, False)
@@ -442,14 +429,14 @@ def _batch_norm_lif(x_seq: Tensor, norm: _Normalisation, given: Arguments) -> Te
             statistics = [coefficients[0], coefficients[3]]
     if training and running_mean is not None and running_var is not None and statistics:
         _update(running_mean, running_var, count, statistics, momentum)
-    output = call.output(outputs)
+    output = output_of(call.plan, outputs)
     if scalar == x_seq.dtype:
         return output
     return LIFOutput(output[0].to(scalar), *output[1:]) if isinstance(output, LIFOutput) else output.to(scalar)
 
 
 @cached_by_signature(
-    ("running_mean", "running_var", "weight", "bias", "momentum"), ("training", "eps", "input_scale", "time_dim")
+    ("running_mean", "running_var", "weight", "bias", "momentum", "training", "eps", "input_scale", "time_dim")
 )
 def _settings_of(caller: str, x_seq: Tensor, norm: _Normalisation) -> _Settings:
     """Checks arguments of the normalisation; the settings of a single process."""
@@ -471,23 +458,19 @@ def _settings_of(caller: str, x_seq: Tensor, norm: _Normalisation) -> _Settings:
         value = norm[name]
         if value is None:
             continue
-        check_floating(name, value, caller)
-        check_dense(name, value, caller)
+        check_floating(name, value, x_seq, caller)
         if list(value.shape) != [channels]:
             raise ValueError(
                 f"{caller}: {name} must have shape {[channels]} for x_seq of shape {list(x_seq.shape)}, "
                 f"got {list(value.shape)}: {expected_shape(x_seq, time_dim, value.shape or (1,), True)}"
             )
-        check_device(name, value, x_seq, caller)
     if isinstance(momentum, Tensor):
-        check_floating("momentum", momentum, caller)
-        check_dense("momentum", momentum, caller)
+        check_floating("momentum", momentum, x_seq, caller)
         if momentum.numel() != 1:
             raise ValueError(
                 f"{caller}: momentum must be a float or a tensor of one value, got a tensor of shape "
                 f"{list(momentum.shape)}"
             )
-        check_device("momentum", momentum, x_seq, caller)
     else:
         check_finite("momentum", momentum, caller, "a float or a tensor")
     return _Settings(channel, **check_options(norm, _OPTIONS, caller), group=None)
@@ -568,8 +551,8 @@ def _update(
 
 def _reference(settings: _Settings, call: Call, norm: _ByChannel) -> tuple[Sequence[Tensor], Tensor, Tensor]:
     """The outputs of the neuron, and mean and unbiased variance of each channel."""
-    channel, x_seq = settings.channel, call.x_seq
-    mean, variance = norm.mean, norm.variance
+    channel, x_seq = settings.channel, call.inputs.x_seq
+    mean, variance, weight, bias = norm
     unbiased = variance
     if mean is None or variance is None:
         count, mean, variance = batch_statistics(x_seq, channel, settings.group)
@@ -577,9 +560,9 @@ def _reference(settings: _Settings, call: Call, norm: _ByChannel) -> tuple[Seque
         unbiased = variance * (count / (count - 1))
     assert unbiased is not None
     real, eps, input_scale = real_type(x_seq.dtype), settings.eps, settings.input_scale
-    coefficients = normalisation(mean, variance, norm.weight, norm.bias, eps, input_scale, real)
+    coefficients = normalisation(mean, variance, weight, bias, eps, input_scale, real)
     gain, shift, rounded = (by_channel(value, channel, x_seq) for value in coefficients)
-    return call.with_input(gain, shift, rounded).reference(), mean, unbiased
+    return run_reference(call.plan, call.inputs.with_input(gain, shift, rounded)), mean, unbiased
 
 
 def module_batch_norm_lif(

@@ -44,7 +44,7 @@ def _together(operator: Any, info: Any, in_dims: tuple[Any, ...], *arguments: An
     given, dims = dict(zip(names, arguments, strict=True)), dict(zip(names, in_dims, strict=True))
     rules = Rules(*given["rules"])
     rng_state, rng_dim = given.get("rng_state"), dims.get("rng_state")
-    # The neurons of all samples are numbered consecutively only if `draw_under_transforms` mapped the noise.
+    # The neurons of all samples are numbered consecutively only if noise.py mapped the noise.
     if rng_state is not None and (rng_dim is None or rng_state.dim() != 3):
         return _one_by_one(operator, info, in_dims, *arguments, time_dim=rules.time_dim)
 

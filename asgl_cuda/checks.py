@@ -160,6 +160,25 @@ def check_keywords(given: Mapping[str, Any], known: Collection[str], caller: str
             raise TypeError(f"{caller}: got an unexpected keyword argument {name!r}{hint}")
 
 
+def check_rules(given: Mapping[str, Any], caller: str, levels: int | None, multi_spike: bool) -> None:
+    """Refuses resets and surrogates that exclude other options; levels and multi_spike are checked."""
+    v_reset, surrogate = given["v_reset"], given["surrogate"]
+    if given["reset_amount"] is not None and v_reset is not None:
+        raise ValueError(
+            f"{caller}: reset_amount is for the soft reset and needs v_reset=None, got v_reset {shown(v_reset)}"
+        )
+    check_surrogate(surrogate, caller, multi_spike)
+    if levels is None or multi_spike:
+        return
+    if v_reset is not None:
+        raise ValueError(f"{caller}: levels is for the soft reset and needs v_reset=None, got v_reset {shown(v_reset)}")
+    if surrogate != "rectangle":
+        raise ValueError(
+            f"{caller}: levels has the surrogate clamp(h / v_threshold, 0, levels) and takes no other, got "
+            f"{shown(surrogate)}"
+        )
+
+
 def check_surrogate(surrogate: Any, caller: str, multi_spike: bool = False) -> None:
     """One of the names in SURROGATES, or PERIODIC."""
     ours = ELSEWHERE.get(surrogate.lower().replace("_", "")) if isinstance(surrogate, str) else None
@@ -190,17 +209,6 @@ def check_levels(name: str, value: Any, caller: str) -> int:
     if isinstance(value, bool) or not isinstance(value, Integral) or not 1 <= int(value) <= MOST_LEVELS:
         raise ValueError(f"{caller}: {name} must be None or an int in [1, {MOST_LEVELS}], got {shown(value)}")
     return int(value)
-
-
-def check_counting(v_reset: Any, surrogate: str, caller: str) -> None:
-    """Requirements of levels without multi_spike."""
-    if v_reset is not None:
-        raise ValueError(f"{caller}: levels is for the soft reset and needs v_reset=None, got v_reset {shown(v_reset)}")
-    if surrogate != "rectangle":
-        raise ValueError(
-            f"{caller}: levels has the surrogate clamp(h / v_threshold, 0, levels) and takes no other, got "
-            f"{shown(surrogate)}"
-        )
 
 
 def check_threshold(value: Any, several: str, caller: str) -> None:
@@ -353,19 +361,19 @@ def check_device(name: str, value: Tensor, x_seq: Tensor, caller: str) -> None:
         raise ValueError(f"{caller}: {name} must be on {x_seq.device} as x_seq, got {value.device}")
 
 
-def check_floating(name: str, value: Any, caller: str) -> None:
-    """A tensor of a floating type."""
+def check_floating(name: str, value: Any, x_seq: Tensor, caller: str) -> None:
+    """A dense tensor of a floating type, on the device of x_seq."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{caller}: {name} must be a tensor, got {type(value).__name__}")
+    check_dense(name, value, caller)
     if value.dtype not in FLOATING_TYPES:
         raise TypeError(f"{caller}: {name} must be of a floating type, got {value.dtype}")
+    check_device(name, value, x_seq, caller)
 
 
 def check_parameter(name: str, value: Tensor, x_seq: Tensor, caller: str) -> None:
-    """Floating type, device of x_seq, and a shape that broadcasts against it."""
-    check_dense(name, value, caller)
-    check_floating(name, value, caller)
-    check_device(name, value, x_seq, caller)
+    """`check_floating`, and a shape that broadcasts against x_seq."""
+    check_floating(name, value, x_seq, caller)
     extra = x_seq.dim() - value.dim()
     if extra < 0 or any(size != 1 and size != x_seq.shape[extra + dim] for dim, size in enumerate(value.shape)):
         raise ValueError(
@@ -374,13 +382,11 @@ def check_parameter(name: str, value: Tensor, x_seq: Tensor, caller: str) -> Non
 
 
 def check_v_init(v_init: Tensor, x_seq: Tensor, time_dim: int, caller: str, name: str = "v_init") -> None:
-    """Floating type, device of x_seq, and its shape without time."""
-    check_floating(name, v_init, caller)
-    check_dense(name, v_init, caller)
+    """`check_floating`, and the shape of x_seq without time."""
+    check_floating(name, v_init, x_seq, caller)
     shape = state_shape(x_seq, time_dim)
     if list(v_init.shape) != shape:
         raise ValueError(f"{caller}: {name} must have shape {shape}, got {list(v_init.shape)}")
-    check_device(name, v_init, x_seq, caller)
 
 
 def check_residual(residual: Any, x_seq: Tensor, caller: str) -> None:
@@ -433,9 +439,7 @@ def check_rng_state(rng_state: Tensor, x_seq: Tensor, caller: str) -> None:
 
 
 def check_generator(generator: Any, x_seq: Tensor, caller: str) -> None:
-    """A generator of x_seq's device, or None."""
-    if generator is None:
-        return
+    """A generator of x_seq's device."""
     if not isinstance(generator, torch.Generator):
         raise TypeError(f"{caller}: generator must be a torch.Generator or None, got {type(generator).__name__}")
     if generator.device.type != x_seq.device.type:
@@ -513,13 +517,19 @@ _MOST_PLANS = 1000
 _LEARNED = (Logarithm, Logit)
 
 
-def cached_by_signature(values: Sequence[str], options: Sequence[str]) -> Callable[[Check[Plan]], Check[Plan]]:
+def cached_by_signature(names: Sequence[str]) -> Callable[[Check[Plan]], Check[Plan]]:
     """Caches the result of `check(caller, x_seq, given)` for calls of the same signature.
 
-    The check may depend on the caller, on `given` options, which are hashable, on `given` values that are floats or
-    None, and on type, shape, dtype and device of tensors, x_seq included, never on tensor values.
+    The check may depend on the caller, on the `given` arguments of these names, of tensors only on type, shape, dtype
+    and device, never on values, and on x_seq likewise.
     """
-    values_of, options_of = itemgetter(*values), itemgetter(*options)
+    values_of = itemgetter(*names)
+
+    @functools.lru_cache
+    def split(types: tuple[type, ...]) -> tuple[list[int], Callable[[Any], Any]]:
+        """Where tensors are, and what gets all others."""
+        tensors = [index for index, kind in enumerate(types) if issubclass(kind, (Tensor, *_LEARNED))]
+        return tensors, itemgetter(*(index for index in range(len(types)) if index not in tensors))
 
     def with_cache(check: Check[Plan]) -> Check[Plan]:
         plans: dict[Any, Plan] = {}
@@ -529,10 +539,11 @@ def cached_by_signature(values: Sequence[str], options: Sequence[str]) -> Callab
             if is_compiling():
                 return check(caller, x_seq, given)
             try:
-                chosen = options_of(given)
-                kinds = [value if type(value) is float or value is None else _kind(value) for value in values_of(given)]
-                # With the types of options, since True == 1 == 1.0.
-                key = (caller, _kind(x_seq), chosen, *map(type, chosen), *kinds)
+                values = values_of(given)
+                types = tuple(map(type, values))  # since True == 1 == 1.0
+                tensors, others_of = split(types)
+                kinds = [_kind(values[index]) for index in tensors]
+                key = (caller, _kind(x_seq), types, others_of(values), *kinds)
                 plan = plans.get(key)
             except TypeError:
                 return check(caller, x_seq, given)
@@ -549,9 +560,8 @@ def cached_by_signature(values: Sequence[str], options: Sequence[str]) -> Callab
 
 
 def _kind(value: Any) -> Any:
-    """The signature of a tensor; TypeError where a check may depend on more."""
-    kind = type(value)
-    tensor = value.stored if kind in _LEARNED else value
+    """The signature of a tensor beside its type; TypeError where a check may depend on more."""
+    tensor = value.stored if isinstance(value, _LEARNED) else value
     if type(tensor) not in PLAIN_TENSORS or tensor.layout is not torch.strided or tensor.is_nested:
         raise TypeError
-    return kind, tensor.shape, tensor.dtype, tensor.device
+    return tensor.shape, tensor.dtype, tensor.device

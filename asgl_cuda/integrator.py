@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, NoReturn
+from functools import partial
+from typing import Any, ClassVar, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from .backends import BACKENDS, backend_of, choose_backend, operators_of
-from .call import Plan, in_type, make_plan
+from .call import Plan, make_plan, tensors_of
 from .checks import (
     cached_by_signature,
     check_bool,
@@ -48,13 +49,7 @@ class IntegratorOutput(NamedTuple):
 _Arguments = dict[str, Any]
 
 
-class _Plan(NamedTuple):
-    """All of a call that does not depend on tensors' values."""
-
-    neuron: Plan
-    delay: bool
-
-
+_VALUES = "decay", "input_gain"
 _OPTIONS: dict[str, Callable[..., Any]] = {"v_rest": check_not_nan, "delay": check_bool, "return_v_last": check_bool}
 
 
@@ -67,13 +62,10 @@ class IntegratorFunction(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(
-        operator: Any, backend: str, plan: _Plan, x_seq: Tensor, v_init: Any, decay: Any, input_gain: Any
-    ) -> tuple[Tensor, ...]:
+    def forward(operator: Any, backend: str, plan: Plan, *tensors: Any) -> tuple[Tensor, ...]:
         if operator is None:
-            operator = operators_of(backend, (x_seq, v_init, decay, input_gain)).integrator_forward
-        neuron, delay = plan
-        return tuple(operator(x_seq, v_init, decay, input_gain, *neuron.packed, delay, *neuron.wanted))
+            operator = operators_of(backend, tensors).integrator_forward
+        return tuple(operator(*tensors, *plan.packed, *plan.wanted))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -87,42 +79,40 @@ class IntegratorFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        neuron, delay = ctx.plan
-        saved = saved_tensors(ctx)
+        plan, saved, wanted = ctx.plan, saved_tensors(ctx), ctx.needs_input_grad[3:]
         v_seq, v_init, x_seq, decay, input_gain = saved
-        wanted = ctx.needs_input_grad[3:]
-        grad_v_seq, grad_v_last = with_gaps(grads, (True, *neuron.wanted))
+        grad_v_seq, grad_v_last = with_gaps(grads, (True, *plan.wanted))
         if grad_v_seq is None:
             grad_v_seq = torch.zeros(ctx.shape, **ctx.like)
-        if not is_dense(grad_v_seq, neuron.rules.time_dim):
+        if not is_dense(grad_v_seq, plan.rules.time_dim):
             grad_v_seq = grad_v_seq.contiguous()
         found = operators_of(ctx.backend, (*saved, *grads)).integrator_backward(
-            grad_v_seq, grad_v_last, v_seq, x_seq, v_init, decay, input_gain, *neuron.packed, delay, wanted
+            grad_v_seq, grad_v_last, v_seq, x_seq, v_init, decay, input_gain, *plan.packed, wanted
         )
-        return None, None, None, *with_gaps(once_differentiable(found, (*saved, *grads)), wanted)
+        return None, None, None, *once_differentiable(with_gaps(found, wanted), (*saved, *grads))
 
 
-def _differentiated(operator: Any, below: Any, x_seq: Tensor, *others: Any) -> ForwardResult:
+def _differentiated(operator: Any, below: Any, *arguments: Any) -> ForwardResult:
     """A bare integrator_forward with its derivative."""
-    *tensors, numbers, rules, delay, wants_v_last = others
-    plan = _Plan(make_plan(x_seq, Rules(*rules), Numbers(*numbers), (wants_v_last,)), delay)
-    return list(apply_here(IntegratorFunction, below, backend_of(operator), plan, x_seq, *tensors))
+    *tensors, numbers, rules, delay, wants_v_last = arguments
+    plan = make_plan(tensors[0], Rules(*rules), Numbers(*numbers), (wants_v_last,), options=(delay,))
+    return list(apply_here(IntegratorFunction, below, backend_of(operator), plan, *tensors))
 
 
 DERIVATIVES["integrator_forward"] = _differentiated
 
 
-@cached_by_signature(("decay", "input_gain"), ("time_dim", *_OPTIONS))
-def _plan_of(caller: str, x_seq: Tensor, given: _Arguments) -> _Plan:
+@cached_by_signature((*_VALUES, "time_dim", *_OPTIONS))
+def _plan_of(caller: str, x_seq: Tensor, given: _Arguments) -> Plan:
     """Checks everything independent of tensor values."""
     time_dim = check_input(x_seq, given["time_dim"], caller)
     options = check_options(given, _OPTIONS, caller)
-    constants = check_values(given, ("decay", "input_gain"), x_seq, caller)
+    constants = check_values(given, _VALUES, x_seq, caller)
     rules = _RULES.changed(logit_decay=int(isinstance(given["decay"], Logit)), time_dim=time_dim)
     values = {name: 0.0 if constant is None else constant for name, constant in constants.items()}
     numbers = Numbers(**{**_NUMBERS, "v_rest": options["v_rest"], **values})
-    sources = [name if constant is None else None for name, constant in constants.items()]
-    return _Plan(make_plan(x_seq, rules, numbers, (options["return_v_last"],), sources), options["delay"])
+    sources = [(index, name) for index, name in enumerate(_VALUES) if constants[name] is None]
+    return make_plan(x_seq, rules, numbers, (options["return_v_last"],), sources, (options["delay"],))
 
 
 def leaky_integrator(
@@ -184,25 +174,23 @@ def leaky_integrator(
 def _computed(caller: str, x_seq: Tensor, given: _Arguments) -> Tensor | IntegratorOutput:
     """The result of `leaky_integrator`."""
     plan = _plan_of(caller, x_seq, given)
-    neuron, time_dim = plan.neuron, plan.neuron.rules.time_dim
+    numbers, time_dim = plan.numbers, plan.rules.time_dim
     backend = choose_backend(given["backend"], x_seq.device, caller)
     v_init = given["v_init"]
     if v_init is not None:
         check_v_init(v_init, x_seq, time_dim, caller)
-        v_init = v_init.to(neuron.real)
+        v_init = v_init.to(plan.real)
     fused = BACKENDS[backend].operators is not None
-    tensors = [name if name is None else in_type(given[name], neuron.real, fused) for name in neuron.sources]
-    decay, input_gain = tensors
+    decay, input_gain = tensors_of(plan, given, len(_VALUES), fused)
     if fused:
         x_seq = x_seq if is_dense(x_seq, time_dim) else x_seq.contiguous()
-        inputs = None, backend, plan, x_seq, v_init, decay, input_gain
-        differentiated = is_differentiated((x_seq, v_init, decay, input_gain), caller)
-        outputs = apply(IntegratorFunction, *inputs) if differentiated else IntegratorFunction.forward(*inputs)
+        tensors = x_seq, v_init, decay, input_gain
+        run = partial(apply, IntegratorFunction) if is_differentiated(tensors, caller) else IntegratorFunction.forward
+        outputs = run(None, backend, plan, *tensors)
     else:
-        numbers = neuron.numbers
         outputs = integrator_reference(
             x_seq, v_init, numbers.decay if decay is None else decay,
-            numbers.input_gain if input_gain is None else input_gain, numbers.v_rest, plan.delay, time_dim,
+            numbers.input_gain if input_gain is None else input_gain, numbers.v_rest, given["delay"], time_dim,
         )  # fmt: skip
     return IntegratorOutput(*outputs) if given["return_v_last"] else outputs[0]
 
@@ -245,6 +233,8 @@ class LeakyIntegrator(NeuronLayer):
 
     _caller = "asgl_cuda.LeakyIntegrator"
     _function = "asgl_cuda.leaky_integrator"
+    _options: ClassVar[dict[str, Callable[..., Any]]] = {**NeuronLayer._options, "delay": check_bool}
+    delay: bool
 
     def __init__(
         self,
@@ -265,8 +255,7 @@ class LeakyIntegrator(NeuronLayer):
     ) -> None:
         super().__init__()
         check_keywords(unknown, LeakyIntegrator.__init__.__kwdefaults__ or {}, self._caller)
-        self._set_up(num_features, granularity, v_rest, input_gain, stateful, time_dim, backend, device, dtype)
-        self.delay = check_bool("delay", delay, self._caller)
+        self._set_up(locals())
         empty = torch.empty(self.num_features or 1, device=device, dtype=dtype)
         self.logit_decay = nn.Parameter(empty) if check_bool("learn_decay", learn_decay, self._caller) else None
         self._set_decay(decay)
@@ -282,7 +271,7 @@ class LeakyIntegrator(NeuronLayer):
             decay = self._broadcast(decay, x_seq, check_input(x_seq, self.time_dim, self._caller))
         given: _Arguments = {
             "decay": decay, "input_gain": self.input_gain, "v_rest": self.v_rest, "delay": self.delay,
-            "v_init": self._carried() if with_state else None, "time_dim": self.time_dim,
+            "v_init": self._carried_state("v") if with_state else None, "time_dim": self.time_dim,
             "return_v_last": self.stateful, "backend": self.backend,
         }  # fmt: skip
         result = _computed(self._caller, x_seq, given)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, Literal, NoReturn
 
 import torch
@@ -15,8 +15,6 @@ from .backends import BACKENDS
 from .checks import (
     check_analog_prob,
     check_bool,
-    check_dense,
-    check_device,
     check_device_and_dtype,
     check_finite,
     check_floating,
@@ -24,13 +22,13 @@ from .checks import (
     check_int,
     check_multi_spike,
     check_name,
+    check_options,
     check_sizes,
     check_step,
-    did_you_mean,
     expected_shape,
+    optional,
     read_finite,
     read_number,
-    shown,
     warn_once,
 )
 from .layout import state_shape
@@ -44,6 +42,11 @@ _GRANULARITIES = ("layer", "channel", "neuron")
 Value = Tensor | float | Logarithm | Logit  # forms of a neuron parameter
 
 _LEAST_DECAY = 1 / (1 + math.exp(BOUND))
+
+
+def _check_backend(name: str, value: Any, caller: str) -> str:
+    check_name(name, value, BACKENDS, caller)
+    return value  # type: ignore[no-any-return]
 
 
 def give_dimension(state_dict: dict[str, Any], prefix: str, *names: str) -> None:
@@ -148,36 +151,32 @@ class NeuronLayer(Settable):
     store_v_seq = False
     v: Tensor | None
 
-    def _set_up(
-        self,
-        num_features: Any,
-        granularity: Granularity,
-        v_rest: Any,
-        input_gain: Any,
-        stateful: Any,
-        time_dim: Any,
-        backend: Any,
-        device: Any,
-        dtype: Any,
-    ) -> None:
-        """Checks and stores all that is not a parameter."""
-        caller = self._caller
-        if not isinstance(granularity, str) or granularity not in _GRANULARITIES:
-            raise ValueError(
-                f"{caller}: granularity must be layer, channel or neuron, got {shown(granularity)}"
-                f"{did_you_mean(granularity, _GRANULARITIES)}"
-            )
-        self.time_dim = check_int("time_dim", time_dim, caller)
-        if backend is not None:
-            check_name("backend", backend, BACKENDS, caller)
-        self.backend = backend
-        check_device_and_dtype(device, dtype, caller)
-        self.num_features = self._features(num_features, granularity)
-        self.granularity = granularity
-        self.v_rest = read_finite("v_rest", v_rest, caller)
-        self.input_gain = read_finite("input_gain", input_gain, caller)
-        self.stateful = check_bool("stateful", stateful, caller)
+    # The constructor's options that are kept as they are checked: `check(name, value, caller)`.
+    _options: ClassVar[dict[str, Callable[..., Any]]] = {
+        **dict.fromkeys(("v_rest", "input_gain"), read_finite),
+        "stateful": check_bool,
+        "time_dim": check_int,
+        "backend": optional(_check_backend),
+    }
+    v_rest: float
+    input_gain: float
+    stateful: bool
+    time_dim: int
+    backend: str | None
+
+    def _set_up(self, given: Mapping[str, Any]) -> None:
+        """Checks the constructor's arguments, and keeps all that are not of parameters."""
+        caller, granularity = self._caller, given["granularity"]
+        check_name("granularity", granularity, _GRANULARITIES, caller)
+        check_device_and_dtype(given["device"], given["dtype"], caller)
+        self.num_features = self._features(given["num_features"], granularity)
+        self.granularity: Granularity = granularity
+        self._keep(given, self._options)
         self.reset()
+
+    def _keep(self, given: Mapping[str, Any], checks: Mapping[str, Callable[..., Any]]) -> None:
+        for name, value in check_options(given, checks, self._caller).items():
+            setattr(self, name, value)
 
     def _features(self, num_features: Any, granularity: Granularity) -> tuple[int, ...]:
         sizes = () if num_features is None else check_sizes("num_features", num_features, self._caller)
@@ -235,19 +234,23 @@ class NeuronLayer(Settable):
         # Not reshape(()), which refuses tensors sharded by fully_shard.
         return value if isinstance(value, float) or self.num_features else value.sum()
 
-    def forward(self, x_seq: Tensor, residual: None = None) -> Tensor:
+    def forward(self, x_seq: Tensor, residual: Tensor | None = None) -> Tensor:
         """The layer's output for `x_seq` `[T, ...]`, of the same shape; takes no residual."""
+        return self._call(x_seq, residual)
+
+    def _inputs(self, x_seq: Tensor, residual: Tensor | None = None) -> tuple[Tensor, dict[str, Any]]:
+        """The sequences for `_run` that a call of the layer gives."""
         if residual is not None:
             raise TypeError(f"{self._caller}: takes no residual; layer(x_seq + residual) adds it")
-        return self._call(x_seq)
+        return tensor_of(x_seq, type(self).__name__), {}
 
-    def _call(self, x_seq: Tensor, **more: Any) -> Tensor:
-        """The layer's forward; `more`: other sequences for `_run`."""
+    def _call(self, x_seq: Tensor, residual: Tensor | None) -> Tensor:
+        """The layer's forward."""
         if isinstance(x_seq, fx.Proxy):
-            return self._recorded(x_seq, **more)
-        x_seq = tensor_of(x_seq, type(self).__name__)
-        if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+            return self._recorded(x_seq, residual)
+        if torch._C._get_tracing_state() is not None:
             self.__prepare_scriptable__()
+        x_seq, more = self._inputs(x_seq, residual)
         if not (self.stateful or self.store_v_seq):
             return self._run(x_seq, with_state=False, **more)
         time_dim = check_input(x_seq, self.time_dim, self._caller)
@@ -263,8 +266,7 @@ class NeuronLayer(Settable):
         return self._run(x_seq, with_state=True, **more)
 
     def _check_state(self, name: str, state: Any, x_seq: Tensor, time_dim: int) -> None:
-        check_floating(name, state, self._caller)
-        check_dense(name, state, self._caller)
+        check_floating(name, state, x_seq, self._caller)
         shape, carried = state_shape(x_seq, time_dim), list(state.shape)
         if carried != shape:
             one_step = list(x_seq.shape) == carried
@@ -275,7 +277,6 @@ class NeuronLayer(Settable):
                 f"{self._caller}: the carried {'potential' if name == 'v' else name} has shape {carried} and the "
                 f"input, without time, {shape}; {remedy}"
             )
-        check_device(name, state, x_seq, self._caller)
         if len(carried) == 1 and x_seq.shape[time_dim] > 1 and not torch.compiler.is_compiling():
             _warn_of_time(self._caller, x_seq, time_dim)
 
@@ -297,7 +298,7 @@ class NeuronLayer(Settable):
         """Computes the layer, `with_state` from and to the carried potential."""
         raise NotImplementedError
 
-    def _recorded(self, x_seq: fx.Proxy, **more: Any) -> Any:
+    def _recorded(self, x_seq: Any, residual: Any) -> Any:
         """A call of this layer in a graph of torch.fx, whose default leaves are torch's own layers."""
         tracer: Any = x_seq.tracer
         is_own = type(self).forward.__module__.partition(".")[0] == __name__.partition(".")[0]
@@ -306,6 +307,7 @@ class NeuronLayer(Settable):
                 f"{self._caller}: torch.fx can record calls of {type(self).__name__} but not its forward: it must be a "
                 "leaf, and part of the module that is traced"
             )
+        x_seq, more = self._inputs(x_seq, residual)
         return tracer.create_proxy("call_module", tracer.path_of_module(self), (x_seq,), more)
 
     def __prepare_scriptable__(self) -> NoReturn:
@@ -315,11 +317,8 @@ class NeuronLayer(Settable):
             "torch.compile and torch.export can"
         )
 
-    def _carried(self) -> Tensor | None:
-        """The state that a call starts from; None: at rest."""
-        return self._carried_state("v")
-
     def _carried_state(self, name: str) -> Tensor | None:
+        """The state of this name that a call starts from; None: at rest."""
         if not self.stateful:
             return None  # states belong to steps
         state: Tensor | None = getattr(self, name)

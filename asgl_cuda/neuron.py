@@ -14,14 +14,13 @@ from .batch_norm import check_process_group, module_batch_norm_lif
 from .call import FLAGS, Arguments, LIFOutput, computed
 from .checks import (
     check_bool,
-    check_counting,
     check_finite,
     check_input,
     check_keywords,
     check_levels,
     check_options,
+    check_rules,
     check_sizes,
-    check_surrogate,
     check_threshold,
     check_width,
     in_range,
@@ -49,8 +48,8 @@ class Neurons(NeuronLayer, Noisy):
     """
 
     _potentials: ClassVar[tuple[str, ...]] = ("v", "v_seq")
-    # The constructor's options that are kept as they are checked: `check(name, value, caller)`.
     _options: ClassVar[dict[str, Callable[..., Any]]] = {
+        **NeuronLayer._options,
         **dict.fromkeys(("v_reset", "reset_amount"), optional(read_finite)),
         "surrogate_gain": read_finite,
         **dict.fromkeys(("strict_threshold", "detach_reset", "store_v_seq"), check_bool),
@@ -68,26 +67,14 @@ class Neurons(NeuronLayer, Noisy):
 
     def _set_up_neurons(self, given: Mapping[str, Any]) -> None:
         """Checks the constructor's arguments, keeps options and makes parameters."""
-        caller = self._caller
-        set_up = "num_features", "granularity", "v_rest", "input_gain", "stateful", "time_dim", "backend"
-        device, dtype = given["device"], given["dtype"]
-        self._set_up(**{name: given[name] for name in set_up}, device=device, dtype=dtype)
-        if given["reset_amount"] is not None and given["v_reset"] is not None:
-            raise ValueError(
-                f"{caller}: reset_amount is for the soft reset and needs v_reset=None, got v_reset "
-                f"{shown(given['v_reset'])}"
-            )
         self.scale_output, self.multi_spike, self.levels, self.v_min = False, False, None, None
-        for name, value in check_options(given, self._options, caller).items():
-            setattr(self, name, value)
-        self.surrogate = given["surrogate"]
-        check_surrogate(self.surrogate, caller, self.multi_spike)
-        if self._counts:
-            check_counting(self.v_reset, self.surrogate, caller)
+        self._set_up(given)
+        self.surrogate: str = given["surrogate"]
+        check_rules(given, self._caller, self.levels, self.multi_spike)
         self._set_analog_prob(given["analog_prob"])
-        learns = check_options(given, _LEARNS, caller)
+        learns = check_options(given, _LEARNS, self._caller)
         # [1] for a whole layer: torch's fully_shard refuses parameters without a dimension.
-        empty = partial(torch.empty, self.num_features or 1, device=device, dtype=dtype)
+        empty = partial(torch.empty, self.num_features or 1, device=given["device"], dtype=given["dtype"])
         self.log_width = nn.Parameter(empty()) if learns["learn_width"] and not self._counts else None
         self.logit_decay = nn.Parameter(empty()) if learns["learn_decay"] else None
         self.threshold = nn.Parameter(empty()) if learns["learn_threshold"] else None
@@ -95,7 +82,7 @@ class Neurons(NeuronLayer, Noisy):
         self._set_decay(given["decay"])
         self._set_threshold(given["v_threshold"])
         if self.surrogate_gain == 0:
-            warn_once("surrogate_gain", f"{caller}: surrogate_gain 0 lets no gradient through the spikes")
+            warn_once("surrogate_gain", f"{self._caller}: surrogate_gain 0 lets no gradient through the spikes")
 
     def reset_parameters(self) -> None:
         """Resets the learned parameters to the values last set, and clears potentials.
@@ -188,26 +175,23 @@ class Neurons(NeuronLayer, Noisy):
             self._v_threshold if threshold is None else threshold,
         )
 
-    def _run(self, x_seq: Tensor, with_state: bool, **residual: Any) -> Tensor:
+    def _run(self, x_seq: Tensor, with_state: bool, **more: Any) -> Tensor:
         if not with_state:
-            return self._lif(x_seq, **residual)  # type: ignore[return-value]
-        kept = {"return_v_last": self.stateful, "return_v_seq": self.store_v_seq}
-        result = self._lif(x_seq, v_init=self._carried(), **kept, **residual)
-        if isinstance(result, LIFOutput):
-            if self.stateful:
-                self.v = result.v_last
-            if self.store_v_seq:
-                self.v_seq = result.v_seq
-            return result.s_seq
-        return result
+            return self._lif(x_seq, **more)  # type: ignore[no-any-return]
+        states = {f"{name}_init": self._carried_state(name) for name in self._states}
+        result = self._lif(x_seq, return_v_last=self.stateful, return_v_seq=self.store_v_seq, **states, **more)
+        if isinstance(result, Tensor):
+            return result
+        if self.stateful:
+            for name in self._states:
+                setattr(self, name, getattr(result, f"{name}_last"))
+        if self.store_v_seq:
+            self.v_seq = result.v_seq
+        return result.s_seq  # type: ignore[no-any-return]
 
-    def _inputs(self, x_seq: Tensor) -> tuple[Tensor, dict[str, Any]]:
-        """The arguments of `_lif` that a call of the layer gives."""
-        return tensor_of(x_seq, type(self).__name__), {}
-
-    def _lif(self, x_seq: Tensor, **options: Any) -> Tensor | LIFOutput:
-        """Calls `asgl_cuda.lif`."""
-        return computed(_CALLER, x_seq, self._given(x_seq, self.input_gain, **options))
+    def _lif(self, x_seq: Tensor, **options: Any) -> Any:
+        """Calls the layer's function: with potentials, `{name}_last` of each state, v_seq and s_seq."""
+        raise NotImplementedError
 
     def _given(
         self,
@@ -385,23 +369,26 @@ class LIF(Neurons):
 
     def forward(self, x_seq: Tensor, residual: Tensor | None = None) -> Tensor:
         """The spikes of `x_seq` `[T, ...]`, in its shape. A `residual` of that shape is added to the input current."""
-        x_seq, more = self._inputs(x_seq, residual)
-        return self._call(x_seq, **more)
+        return self._call(x_seq, residual)
 
     def _inputs(self, x_seq: Tensor, residual: Tensor | None = None) -> tuple[Tensor, dict[str, Any]]:
-        name, residual = type(self).__name__, tensor_of(residual, type(self).__name__)
-        if isinstance(x_seq, Pending) and residual is not None:
-            is_sum = isinstance(residual, Tensor) and (residual.shape, residual.dtype) == (x_seq.shape, x_seq.dtype)
-            x_seq, residual = (x_seq + residual, None) if is_sum else (x_seq.tensor(name), residual)
-        if isinstance(x_seq, Pending):
-            if type(self)._lif is LIF._lif and type(self)._given is LIF._given:
-                return x_seq.x, {"pending": x_seq}
-            x_seq = x_seq.tensor(name)
-        return x_seq, {} if residual is None else {"residual": residual}
+        if residual is not None:
+            residual = tensor_of(residual, type(self).__name__)
+        if not isinstance(x_seq, Pending):
+            return x_seq, {} if residual is None else {"residual": residual}
+        name = type(self).__name__
+        if residual is not None:
+            if not isinstance(residual, Tensor) or (residual.shape, residual.dtype) != (x_seq.shape, x_seq.dtype):
+                return x_seq.tensor(name), {"residual": residual}
+            x_seq = x_seq + residual
+        if isinstance(x_seq, Pending) and type(self)._lif is LIF._lif and type(self)._given is LIF._given:
+            return x_seq.x, {"pending": x_seq}
+        return tensor_of(x_seq, name), {}
 
-    def _lif(self, x_seq: Tensor, update: bool = True, **options: Any) -> Tensor | LIFOutput:
+    def _lif(
+        self, x_seq: Tensor, update: bool = True, pending: Pending | None = None, **options: Any
+    ) -> Tensor | LIFOutput:
         """Calls `asgl_cuda.lif`; without `update` the layer's state stays unchanged."""
-        pending: Pending | None = options.pop("pending", None)
         given = self._given(x_seq, self.input_gain, **options)
         return computed(_CALLER, x_seq, given) if pending is None else pending.lif(given, self, _CALLER, update)
 
@@ -492,11 +479,10 @@ class BatchNormLIF(LIF):
         in_layer = isinstance(granularity, str) and granularity == "layer"
         if in_layer and others:
             raise ValueError(f"{caller}: num_features must be one number for granularity 'layer', got {num_features}")
-        own = check_options(locals(), _NORM_OPTIONS, caller)
+        own = dict(locals())
         super().__init__(None if in_layer else num_features, device=device, dtype=dtype, **lif_options)
         self.num_channels = channels
-        for name, value in own.items():
-            setattr(self, name, value)
+        self._keep(own, _NORM_OPTIONS)
         check_process_group(process_group, caller)
         self.process_group = process_group
         empty = partial(torch.empty, channels, device=device, dtype=dtype)
@@ -520,7 +506,9 @@ class BatchNormLIF(LIF):
         fill_parameter(self.running_var, 1.0)
         fill_parameter(self.num_batches_tracked, 0)
 
-    def _lif(self, x_seq: Tensor, update: bool = True, **options: Any) -> Tensor | LIFOutput:
+    def _lif(
+        self, x_seq: Tensor, update: bool = True, pending: Pending | None = None, **options: Any
+    ) -> Tensor | LIFOutput:
         return module_batch_norm_lif(
             self, x_seq, self._given(x_seq, **options), self.weight, self.bias, update, self.input_scale,
             self.process_group,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -13,11 +13,9 @@ from typing_extensions import Unpack
 
 from .adaptive import Adapting, AdaptiveLIF, pair_of_states, place_of_w
 from .backends import BACKENDS, backend_of, operators_of
-from .call import Arguments, Call, NeuronArguments, checked_call
+from .call import PARAMETERS, Arguments, Call, NeuronArguments, Plan, checked_call, make_plan
 from .checks import (
     check_bool,
-    check_dense,
-    check_device,
     check_finite,
     check_floating,
     check_input,
@@ -33,17 +31,16 @@ from .derivatives import DERIVATIVES
 from .functional import LIF_DEFAULTS
 from .layout import real_type
 from .learned import Logarithm, Logit
-from .neuron import LIF, Neurons
+from .neuron import Neurons
 from .ops import ForwardResult, with_gaps
 from .pending import tensor_of
-from .reference import IN_CURRENT, Rules, recurrent_reference
+from .reference import IN_CURRENT, Numbers, Rules, recurrent_reference
 from .transforms import apply, apply_here, grads_are_zeros, is_differentiated, once_differentiable, saved_tensors
 
 _CALLER = "asgl_cuda.recurrent_lif"
-_CONSTANT = [None] * 7  # no tensor among the neuron's parameters
-# Rules of `lif` that recurrent neurons lack.
-_WITHOUT = {"residual", "residual_gain", "levels", "multi_spike", "v_min"}
-_NEURON = [name for name in NeuronArguments.__annotations__ if name not in _WITHOUT]
+# Options of `lif` and `LIF` that recurrent neurons lack.
+_WITHOUT = {"residual", "residual_gain", "input_bias", "input_mean", "levels", "multi_spike", "v_min"}
+_NEURON = [name for name in LIF_DEFAULTS if name not in _WITHOUT]
 _ROWS = "width", "decay", "v_threshold", "v_reset", "reset_amount", "adapt_decay", "adapt_potential", "adapt_spike"
 
 
@@ -65,17 +62,6 @@ class RecurrentLIFOutput(NamedTuple):
     h_seq: Tensor | None
 
 
-class _Plan(NamedTuple):
-    """What a call has besides tensors: the operators' arguments."""
-
-    backend: str
-    numbers: tuple[float, ...]
-    rules: tuple[int, ...]
-    has_synapse: bool
-    detach_recurrent: bool
-    wanted: tuple[bool, ...]  # of recurrent_forward
-
-
 class RecurrentFunction(torch.autograd.Function):
     """recurrent_forward as a differentiable function of all tensors but rng_state.
 
@@ -85,14 +71,14 @@ class RecurrentFunction(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(operator: Any, plan: _Plan, *tensors: Any) -> tuple[Tensor, ...]:
+    def forward(operator: Any, backend: str, plan: Plan, *tensors: Any) -> tuple[Tensor, ...]:
         if operator is None:
-            operator = operators_of(plan.backend, tensors).recurrent_forward
-        return tuple(operator(*tensors, *plan[1:]))
+            operator = operators_of(backend, tensors).recurrent_forward
+        return tuple(operator(*tensors, *plan.packed, plan.wanted))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        _, ctx.plan, x_seq, *tensors = inputs
+        _, ctx.backend, ctx.plan, x_seq, *tensors = inputs
         ctx.dtype = x_seq.dtype
         s_seq, *others = output
         emitted, h_seq, _, i_seq, w_seq, *_ = with_gaps(others, ctx.plan.wanted)
@@ -102,16 +88,14 @@ class RecurrentFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        plan: _Plan = ctx.plan
-        saved = saved_tensors(ctx)
+        plan, saved, wanted = ctx.plan, saved_tensors(ctx), ctx.needs_input_grad[3:-1]
         grad_s_seq, _, grad_h_seq, grad_v_seq, _, _, *grads_last = with_gaps(grads, (True, *plan.wanted))
-        wanted = ctx.needs_input_grad[2:-1]
         inputs = (*saved, *grads)
-        found = operators_of(plan.backend, inputs).recurrent_backward(
-            grad_s_seq, grad_v_seq, grad_h_seq, *grads_last, *saved, *plan[1:5], wanted
+        found = operators_of(ctx.backend, inputs).recurrent_backward(
+            grad_s_seq, grad_v_seq, grad_h_seq, *grads_last, *saved, *plan.packed, wanted
         )
-        grad_x_seq, *gradients = with_gaps(once_differentiable(found, inputs), wanted)
-        return None, None, None if grad_x_seq is None else grad_x_seq.to(ctx.dtype), *gradients, None
+        grad_x_seq, *gradients = once_differentiable(with_gaps(found, wanted), inputs)
+        return None, None, None, None if grad_x_seq is None else grad_x_seq.to(ctx.dtype), *gradients, None
 
 
 def _differentiated(operator: Any, below: Any, *arguments: Any) -> ForwardResult:
@@ -119,8 +103,9 @@ def _differentiated(operator: Any, below: Any, *arguments: Any) -> ForwardResult
     *tensors, numbers, rules, has_synapse, detach_recurrent, wanted = arguments
     _, _, wants_v_seq, _, _, *wants_last = wanted
     kept = True, True, wants_v_seq, has_synapse, Rules(*rules).adaptation != 0, *wants_last
-    plan = _Plan(backend_of(operator), tuple(numbers), tuple(rules), has_synapse, detach_recurrent, kept)
-    s_seq, *outputs = apply_here(RecurrentFunction, below, plan, *tensors)
+    options = has_synapse, detach_recurrent
+    plan = make_plan(tensors[0], Rules(*rules), Numbers(*numbers), kept, options=options)
+    s_seq, *outputs = apply_here(RecurrentFunction, below, backend_of(operator), plan, *tensors)
     named = with_gaps(outputs, kept)
     return [s_seq, *(each for each, asked in zip(named, wanted, strict=True) if asked)]
 
@@ -203,7 +188,7 @@ def recurrent_lif(
     memory and learning-to-learn in networks of spiking neurons, NeurIPS 2018; Cramer, Stradmann, Schemmel, Zenke: The
     Heidelberg spiking data sets for the systematic evaluation of spiking neural networks, IEEE TNNLS 2022.
     """
-    _check_options(neuron, [*_NEURON, *(recurrent_lif.__kwdefaults__ or {})], _CALLER)
+    check_keywords(neuron, [*_NEURON, *(recurrent_lif.__kwdefaults__ or {})], _CALLER)
     recurrence = _Recurrence(weight, bias, syn_decay, s_init, i_init, w_init, detach_recurrent)
     given: Arguments = {**LIF_DEFAULTS, **neuron, "input_gain": input_gain}
     adaptation = {"adapt_potential": adapt_potential, "adapt_spike": adapt_spike, "to_threshold": to_threshold}
@@ -233,19 +218,13 @@ class _Recurrence(NamedTuple):
 def _check_no_adaptation(given: Mapping[str, Any], defaults: Any, caller: str) -> None:
     for name, value in given.items():
         if value is not defaults[name] and (isinstance(value, Tensor) or value != defaults[name]):
-            raise ValueError(f"{caller}: {name} needs adapt_decay, got {shown(value)} without an adaptation")
+            got = f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else shown(value)
+            raise ValueError(f"{caller}: {name} needs adapt_decay, got {got} without an adaptation")
 
 
 def _check_adaptation(input_gain: Any, caller: str) -> None:
     if input_gain != 1:
         raise ValueError(f"{caller}: input_gain must be 1 with an adaptation, got {shown(input_gain)}")
-
-
-def _check_options(given: Mapping[str, Any], known: Collection[str], caller: str) -> None:
-    """Refuses options that recurrent neurons lack, and unknown ones."""
-    for name in sorted(_WITHOUT & given.keys()):
-        raise TypeError(f"{caller}: recurrent neurons have no {name}")
-    check_keywords(given, known, caller)
 
 
 def _check(x_seq: Tensor, given: _Recurrence, neuron: Any) -> float:
@@ -281,11 +260,9 @@ def _check(x_seq: Tensor, given: _Recurrence, neuron: Any) -> float:
 
 
 def _check_shape(name: str, value: Tensor, x_seq: Tensor, *shapes: list[int]) -> None:
-    check_floating(name, value, _CALLER)
-    check_dense(name, value, _CALLER)
+    check_floating(name, value, x_seq, _CALLER)
     if list(value.shape) not in shapes:
         raise ValueError(f"{_CALLER}: {name} must have shape {' or '.join(map(str, shapes))}, got {list(value.shape)}")
-    check_device(name, value, x_seq, _CALLER)
 
 
 def _row(value: Any, constant: float, x_seq: Tensor) -> Tensor:
@@ -300,9 +277,11 @@ def _row(value: Any, constant: float, x_seq: Tensor) -> Tensor:
 
 def _parameters(x_seq: Tensor, given: _Recurrence, neuron: Any, call: Call, syn_decay: float) -> Tensor:
     """The operators' parameters, `[9, N]`, of checked values and their constants."""
-    constants = call.plan.numbers[: len(_CONSTANT)]
-    values = [None if name is None else neuron[name] for name in call.plan.sources or _CONSTANT]
-    rows = zip([*values, given.bias, given.syn_decay], [*constants, 0.0, syn_decay], strict=True)
+    values: list[Any] = [None] * len(PARAMETERS)
+    for index, name in call.plan.sources:
+        values[index] = neuron[name]
+    constants = *call.plan.numbers[: len(PARAMETERS)], 0.0, syn_decay
+    rows = zip([*values, given.bias, given.syn_decay], constants, strict=True)
     return torch.stack([_row(*each, x_seq) for each in rows])
 
 
@@ -316,8 +295,9 @@ def _computed(x_seq: Tensor, given: _Recurrence, neuron: Arguments) -> Tensor | 
     parameters = _parameters(x_seq, given, neuron, call, syn_decay)
     rules = call.plan.rules.changed(log_width=0, logit_decay=0)
     wants_v_last, wants_v_seq, wants_h_seq = call.plan.wanted
-    states = [None if state is None else state.to(real) for state in (call.v_init, given.s_init, given.i_init)]
-    tensors: list[Any] = [x_seq.contiguous(), given.weight.to(real), parameters, *states, call.rng_state]
+    v_init, rng_state = call.inputs.v_init, call.inputs.rng_state
+    states = [None if state is None else state.to(real) for state in (v_init, given.s_init, given.i_init)]
+    tensors: list[Any] = [x_seq.contiguous(), given.weight.to(real), parameters, *states, rng_state]
     if BACKENDS[call.backend].operators is None:
         arguments: list[Any] = [*tensors, call.plan.numbers, rules, has_synapse, given.detach_recurrent]
         s_seq, h_seq, v_seq, *last = recurrent_reference(*arguments)
@@ -334,10 +314,10 @@ def _computed(x_seq: Tensor, given: _Recurrence, neuron: Arguments) -> Tensor | 
         )
         sequences = keeps if differentiated else (False, wants_h_seq, wants_v_seq, False, False)
         wanted = *sequences, wants_v_last, wants_v_last, wants_v_last and has_synapse
-        numbers = tuple(call.plan.numbers)
-        plan = _Plan(call.backend, numbers, tuple(rules), has_synapse, given.detach_recurrent, wanted)
+        options = has_synapse, given.detach_recurrent
+        plan = make_plan(x_seq, rules, call.plan.numbers, wanted, options=options)
         run = partial(apply, RecurrentFunction) if differentiated else RecurrentFunction.forward
-        outputs = with_gaps(run(None, plan, *tensors), (True, *wanted))
+        outputs = with_gaps(run(None, call.backend, plan, *tensors), (True, *wanted))
     if not (wants_v_last or wants_v_seq or wants_h_seq):
         return outputs[0]  # type: ignore[no-any-return]
     s_seq, _, h_seq, v_seq, _, _, v_last, s_last, i_last = outputs
@@ -427,12 +407,10 @@ class RecurrentLIF(Adapting):
     ) -> None:
         super().__init__()
         caller = self._caller
-        defaults = LIF.__init__.__kwdefaults__ or {}
-        known = *(name for name in defaults if name not in _WITHOUT), *(RecurrentLIF.__init__.__kwdefaults__ or {})
-        _check_options(lif_options, known, caller)
         (count,) = check_sizes("hidden_size", check_int("hidden_size", hidden_size, caller), caller)
-        given = {**defaults, **lif_options, "device": device, "dtype": dtype}
-        self._set_up_neurons({**given, "num_features": None if given["granularity"] == "layer" else count})
+        features = None if lif_options.get("granularity", "layer") == "layer" else count
+        own: dict[str, Any] = {"num_features": features, "device": device, "dtype": dtype}
+        self._set_up_lif(lif_options, RecurrentLIF.__init__, _WITHOUT, **own)
         check_name("recurrent", recurrent, ("dense", "elementwise"), caller)
         self.hidden_size = count
         self.recurrent = recurrent
@@ -481,21 +459,7 @@ class RecurrentLIF(Adapting):
         """The synapse's decay per step, a tensor in the shape of the parameter if learned; None without a synapse."""
         return self._syn_decay if self.logit_syn_decay is None else Logit(self.logit_syn_decay).value()
 
-    def _run(self, x_seq: Tensor, with_state: bool, **more: Any) -> Tensor:
-        carried: dict[str, Any] = {}
-        if with_state:
-            carried = {f"{name}_init": self._carried_state(name) for name in self._states}
-        keeps, stores = with_state and self.stateful, with_state and self.store_v_seq
-        result = self._lif(x_seq, return_v_last=keeps, return_v_seq=stores, **carried)
-        if not isinstance(result, RecurrentLIFOutput):
-            return result
-        if keeps:
-            self.v, self.s, self.i, self.w = result.v_last, result.s_last, result.i_last, result.w_last
-        if stores:
-            self.v_seq = result.v_seq
-        return result.s_seq
-
-    def _lif(  # type: ignore[override]
+    def _lif(
         self,
         x_seq: Tensor,
         s_init: Tensor | None = None,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -12,9 +12,9 @@ from torch import Tensor
 from .backends import BACKENDS, available_backends
 from .call import LIFOutput
 from .functional import lif
-from .integrator import IntegratorOutput, leaky_integrator
+from .integrator import leaky_integrator
 from .layout import real_type
-from .recurrent import RecurrentLIFOutput, recurrent_lif
+from .recurrent import recurrent_lif
 from .surrogate import PERIODIC, SURROGATES
 
 # Bit-identical to the reference; most others call exp, erf or atan, whose rounding depends on the library.
@@ -181,48 +181,43 @@ def _check(
 
 def _check_integrator(backend: str, device: str, dtype: torch.dtype) -> Iterator[Row]:
     random = _Random(device, dtype)
-    inputs: dict[str, Any] = {
+    inputs = {
         "x_seq": random(_STEPS, _BATCH, _CHANNELS, low=-1.0, high=2.0, dtype=dtype),
         "v_init": random(_BATCH, _CHANNELS, low=-1.0, high=1.0),
         "decay": random(_CHANNELS, low=0.4, high=0.8),
         "input_gain": random(low=0.5, high=2.0),
     }
-
-    def results(backend: str) -> dict[str, Tensor]:
-        output = leaky_integrator(**inputs, return_v_last=True, backend=backend)
-        assert isinstance(output, IntegratorOutput)
-        loss = output.v_seq.double().square().sum() + output.v_last.double().square().sum()
-        gradients = torch.autograd.grad(loss, list(inputs.values()))
-        return {**output._asdict(), **{f"grad_{name}": each for name, each in zip(inputs, gradients, strict=True)}}
-
-    expected = results("reference")
-    for name, actual in results(backend).items():
-        # The fused gradient of decay uses the rounded output.
-        allowed = {"grad_input_gain": 1e-5, "grad_decay": _SPACING.get(dtype, 1e-5)}.get(name, 0.0)
-        what = f"{str(dtype).removeprefix('torch.')}, leaky_integrator"
-        yield Row(backend, what, name, _difference(expected[name], actual), allowed)
+    # The fused gradient of decay uses the rounded output.
+    allowed = {"grad_input_gain": 1e-5, "grad_decay": _SPACING.get(dtype, 1e-5)}
+    yield from _rows(backend, leaky_integrator, inputs, allowed, return_v_last=True)
 
 
 def _check_recurrent(backend: str, device: str, dtype: torch.dtype) -> Iterator[Row]:
     """With a weight of multiples of 1/64, whose sums over spikes are exact in any order."""
     random = _Random(device, dtype)
-    inputs: dict[str, Any] = {
+    inputs = {
         "x_seq": random(_STEPS, _BATCH, _CHANNELS, low=-1.0, high=2.0, dtype=dtype),
         "weight": (random(_CHANNELS, _CHANNELS, low=-16.0, high=16.0).detach().round() / 64).requires_grad_(),
         "syn_decay": random(_CHANNELS, low=0.4, high=0.8),
         "decay": random(_CHANNELS, low=0.4, high=0.8),
     }
+    allowed = {f"grad_{name}": 1e-5 for name in inputs} | {"grad_x_seq": _SPACING.get(dtype, 1e-5)}
+    yield from _rows(backend, recurrent_lif, inputs, allowed, return_v_last=True, return_h_seq=True)
+
+
+def _rows(
+    backend: str, function: Callable[..., Any], inputs: dict[str, Tensor], allowed: dict[str, float], **options: bool
+) -> Iterator[Row]:
+    """Outputs and gradients of a function with several outputs; bits are the same where no difference is allowed."""
 
     def results(backend: str) -> dict[str, Tensor]:
-        output = recurrent_lif(**inputs, return_v_last=True, return_h_seq=True, backend=backend)
-        assert isinstance(output, RecurrentLIFOutput)
-        found = {name: value for name, value in output._asdict().items() if value is not None}
+        outputs = function(**inputs, **options, backend=backend)._asdict()
+        found = {name: value for name, value in outputs.items() if value is not None}
         loss = sum(each.double().square().sum() for each in found.values())
         gradients = torch.autograd.grad(loss, list(inputs.values()))
         return {**found, **{f"grad_{name}": each for name, each in zip(inputs, gradients, strict=True)}}
 
-    expected = results("reference")
+    expected, dtype = results("reference"), inputs["x_seq"].dtype
+    what = f"{str(dtype).removeprefix('torch.')}, {function.__name__}"
     for name, actual in results(backend).items():
-        typed = _SPACING.get(dtype, 1e-5) if name == "grad_x_seq" else 1e-5
-        what = f"{str(dtype).removeprefix('torch.')}, recurrent_lif"
-        yield Row(backend, what, name, _difference(expected[name], actual), typed if name.startswith("grad") else 0.0)
+        yield Row(backend, what, name, _difference(expected[name], actual), allowed.get(name, 0.0))

@@ -28,14 +28,13 @@ def in_forward_mode() -> bool:
     return forward_ad._current_level >= 0
 
 
-def transforming() -> bool:
-    """Whether a transform of torch.func is active."""
-    return torch._C._are_functorch_transforms_active()
+# Whether a transform of torch.func is active.
+transforming: Callable[[], bool] = torch._C._are_functorch_transforms_active
 
 
 def grads_are_zeros() -> bool:
     """Whether backward gets zeros, not None, for unused outputs: vmap of torch 2.6 takes no None."""
-    return not torch.compiler.is_compiling() and transforming()
+    return transforming() and not torch.compiler.is_compiling()
 
 
 def is_differentiated(tensors: Sequence[Tensor | None], caller: str) -> bool:
@@ -48,7 +47,11 @@ def is_differentiated(tensors: Sequence[Tensor | None], caller: str) -> bool:
         return torch.is_grad_enabled() or not torch.compiler.is_compiling()
     if in_forward_mode():
         refuse_tangents(tensors, caller)
-    return torch.is_grad_enabled() and True in [tensor.requires_grad for tensor in tensors if tensor is not None]
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
 
 
 def refuse_tangents(tensors: Sequence[Tensor | None], caller: str) -> None:
@@ -142,30 +145,10 @@ class _OnceDifferentiable(torch.autograd.Function):
 
 
 def once_differentiable(
-    gradients: Sequence[Tensor], inputs: Sequence[Tensor | None], apply: Callable[..., Any] = apply
-) -> Sequence[Tensor]:
+    gradients: Sequence[Tensor | None], inputs: Sequence[Tensor | None], apply: Callable[..., Any] = apply
+) -> Sequence[Any]:
     """The gradients, in a graph whose second derivative raises an error."""
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return gradients
-    return apply(_OnceDifferentiable, len(gradients), *gradients, *inputs)  # type: ignore[no-any-return]
-
-
-def draw_under_transforms(device: torch.device, generator: torch.Generator | None) -> Tensor:
-    """A random rng_state `[1, 2]`, by the rules of vmap's `randomness`.
-
-    For different noise per sample, rng_state is mapped with equal values: the first dimension tells batching rules that
-    the neurons of all samples are numbered consecutively.
-    """
-    from torch._functorch import pyfunctorch
-
-    levels = pyfunctorch.retrieve_all_functorch_interpreters()
-    maps = [each for each in levels if isinstance(each, pyfunctorch.VmapInterpreter)]
-    if any(each.randomness() == "error" for each in maps):
-        return torch.randint(2**63 - 1, (1, 2), generator=generator, device=device)  # raises torch's error
-    apart = [each for each in maps if each.randomness() == "different"]
-    with pyfunctorch.temporarily_clear_interpreter_stack():
-        state = torch.randint(2**63 - 1, (1, 2), generator=generator, device=device)
-        state = state.expand(*(each.batch_size() for each in apart), 1, 2)
-        for each in apart:  # outermost first
-            state = torch._C._functorch._add_batch_dim(state, 0, each.level())
-    return state
+    found = iter(apply(_OnceDifferentiable, len(gradients), *gradients, *inputs))
+    return [None if each is None else next(found) for each in gradients]

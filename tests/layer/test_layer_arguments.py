@@ -149,7 +149,7 @@ FLAGS = (
 )  # fmt: skip
 BAD = [
     # The layer, arguments, and the message; TypeError where a type is named.
-    ("LIF", {"granularity": "row"}, "granularity must be layer, channel or neuron, got 'row'"),
+    ("LIF", {"granularity": "row"}, "granularity must be one of layer, channel, neuron, got 'row'"),
     ("LIF", {"granularity": "channel"}, "granularity 'channel' needs num_features, the number of channels, got None"),
     ("LIF", {"granularity": "neuron"}, "granularity 'neuron' needs num_features, the shape of the neurons, got None"),
     ("LIF", {"num_features": [3, 4], "granularity": "channel"}, r".* needs num_features, .* channels, got \[3, 4\]"),
@@ -228,7 +228,7 @@ BAD = [
     ),
     ("RecurrentLIF", {"num_features": 4}, ".*unexpected keyword argument 'num_features'"),
     *(
-        ("RecurrentLIF", {name: 1}, f"recurrent neurons have no {name}")
+        ("RecurrentLIF", {name: 1}, f".*unexpected keyword argument '{name}'")
         for name in ("levels", "multi_spike", "v_min", "residual")
     ),
 ]  # fmt: skip

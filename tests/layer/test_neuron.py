@@ -440,7 +440,7 @@ def test_torch_fx_takes_the_layer_for_a_leaf(kind):
             return super().forward(2 * x_seq)
 
     model[2].__class__ = Doubled
-    for each in (LIF(), model):
+    for each in (make(kind), model):
         with pytest.raises(TypeError, match=r"asgl_cuda\.\w+: torch\.fx .* must be a leaf"):
             fx.symbolic_trace(each)
 

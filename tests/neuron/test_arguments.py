@@ -169,9 +169,7 @@ BAD = [
     ({"v_min": -INF}, ValueError, "v_min must be finite, got -inf"),
     ({"v_min": "0"}, TypeError, "v_min must be a float, got str"),
     # What some neurons lack.
-    *(({name: value}, TypeError, f"unexpected keyword argument '{name}'", "adaptive_lif")
-      for name, value in (("levels", 4), ("residual", X), ("v_min", 0.0))),
-    *(({name: value}, TypeError, f"recurrent neurons have no {name}", "recurrent_lif")
+    *(({name: value}, TypeError, f"unexpected keyword argument '{name}'", "adaptive_lif recurrent_lif")
       for name, value in (("levels", 4), ("residual", X), ("v_min", 0.0))),
     ({"input_gain": 2.0}, TypeError, "'input_gain'", "batch_norm_lif"),
     # Normalised.
@@ -220,9 +218,10 @@ BAD = [
         ("input_gain", 0.5, {}, ValueError, "input_gain must be 1 with an adaptation, got 0.5"),
         ("adapt_decay", torch.ones(4, 1, 1), {}, ValueError, "adapt_decay must have one value or shape [3]"),
         ("adapt_decay", NAN, {}, ValueError, "adapt_decay must be a number, got nan"),
-        *((name, value, {"adapt_decay": None}, ValueError, f"{name} needs adapt_decay, got {shown(value)} without")
-          for name, value in (("adapt_potential", 0.1), ("adapt_spike", torch.ones(3)), ("to_threshold", True),
-                              ("w_init", torch.zeros(6, 3)))))),
+        *((name, value, {"adapt_decay": None}, ValueError, f"{name} needs adapt_decay, got {got} without")
+          for name, value, got in (("adapt_potential", 0.1, "0.1"), ("to_threshold", True, "True"),
+                                   ("adapt_spike", torch.ones(3), "a tensor of shape [3]"),
+                                   ("w_init", torch.zeros(6, 3), "a tensor of shape [6, 3]"))))),
 ]  # fmt: skip
 ROWS = [
     pytest.param(name, *row[:3], id=f"{name} {shown(row[0])[:40]}")
