@@ -456,6 +456,11 @@ def recurrent_calls() -> Iterator[Call]:
         for _ in range(3 if shape[2] > 1000 else 16):
             yield recurrent_call(number, shape)
             number += 1
+    # Few spikes, so that zeros are left out, and a gradient that is NaN.
+    x_seq = torch.full((3, 4, 9), -1.0)
+    x_seq[0, 0, 0], x_seq[2, 1, 3] = 3.0, float("nan")
+    options = {"x_seq": x_seq, "weight": torch.full((9, 9), 1 / 64), "surrogate": "sigmoid"}
+    yield Call(recurrent_lif, options, ["weight", "x_seq"], exact=False, backends=("cpu",))
 
 
 # ---- batch normalisation ----
