@@ -1,6 +1,6 @@
 """Builds asgl_cuda's extension, by asgl_cuda/extension/compilation.py; the metadata is in pyproject.toml.
 
-ASGL_CUDA_BUILD: cuda or cpu, as in compilation.py; with none, the PyTorch reference remains.
+ASGL_CUDA_BUILD: cuda or cpu, as in compilation.py, or none: the PyTorch reference alone.
 """
 
 from __future__ import annotations
