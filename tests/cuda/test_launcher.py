@@ -78,7 +78,14 @@ def test_errors_reach_the_caller(recorder, refused):
 
 def test_several_threads(recorder):
     """Each waits for the interpreter's lock in its launches, and none for another thread."""
-    threads = [threading.Thread(target=lambda: [step() for _ in range(20)]) for _ in range(4)]
+    all_live = threading.Barrier(4)  # the identifier of a thread that has ended may be another's
+
+    def steps() -> None:
+        all_live.wait(timeout=60)
+        for _ in range(20):
+            step()
+
+    threads = [threading.Thread(target=steps) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
