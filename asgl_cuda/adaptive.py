@@ -91,7 +91,7 @@ def adaptive_lif(
     `adapt_spike`. To the threshold: Bellec, Salaj, Subramoney, Legenstein, Maass: Long short-term memory and
     learning-to-learn in networks of spiking neurons, NeurIPS 2018.
     """
-    check_keywords(neuron, [*_NEURON, *(adaptive_lif.__kwdefaults__ or {})], _CALLER)
+    check_keywords(neuron, [*_NEURON, *(adaptive_lif.__kwdefaults__ or {})], _CALLER, _WITHOUT)
     check_bool("to_threshold", to_threshold, _CALLER)
     given: Arguments = {
         **LIF_DEFAULTS,
@@ -142,7 +142,7 @@ class Adapting(Neurons):
         """
         defaults = LIF.__init__.__kwdefaults__ or {}
         known = [name for name in defaults if name not in without]
-        check_keywords(given, [*known, *(own.__kwdefaults__ or {})], self._caller)
+        check_keywords(given, [*known, *(own.__kwdefaults__ or {})], self._caller, without)
         self._set_up_neurons({**defaults, **given, **others})
 
     def _set_up_adaptation(

@@ -91,6 +91,8 @@ def check_dense(name: str, value: Tensor, caller: str) -> None:
 
 def shown(value: Any) -> str:
     """Any value for errors: short, on one line."""
+    if isinstance(value, Tensor) and value.dim() > 0:
+        return f"a tensor of shape {list(value.shape)}"
     try:
         is_number = isinstance(value, Tensor) and value.dim() == 0
         text = " ".join((f"{value}" if is_number else repr(value)).split())
@@ -152,11 +154,14 @@ def _said_elsewhere(name: str, given: Any, known: Collection[str]) -> str:
     return f"; {text.format(value=value, decay=decay, gain=gain)}"
 
 
-def check_keywords(given: Mapping[str, Any], known: Collection[str], caller: str) -> None:
-    """Only known keyword arguments."""
+def check_keywords(
+    given: Mapping[str, Any], known: Collection[str], caller: str, lacking: Collection[str] = ()
+) -> None:
+    """Only known keyword arguments; options of `lif` that other neurons are `lacking` are said to be that."""
     for name, value in given.items():
         if name not in known:
             hint = _said_elsewhere(name, value, known) or did_you_mean(name, known)
+            hint = ", which these neurons lack" if name in lacking else hint
             raise TypeError(f"{caller}: got an unexpected keyword argument {name!r}{hint}")
 
 
@@ -515,6 +520,7 @@ Plan = TypeVar("Plan")
 Check = Callable[[str, Any, Any], Plan]
 _MOST_PLANS = 1000
 _LEARNED = (Logarithm, Logit)
+_CONSTANTS = (float, int, bool, str, type(None))
 
 
 def cached_by_signature(names: Sequence[str]) -> Callable[[Check[Plan]], Check[Plan]]:
@@ -527,9 +533,12 @@ def cached_by_signature(names: Sequence[str]) -> Callable[[Check[Plan]], Check[P
 
     @functools.lru_cache
     def split(types: tuple[type, ...]) -> tuple[list[int], Callable[[Any], Any]]:
-        """Where tensors are, and what gets all others."""
-        tensors = [index for index, kind in enumerate(types) if issubclass(kind, (Tensor, *_LEARNED))]
-        return tensors, itemgetter(*(index for index in range(len(types)) if index not in tensors))
+        """Where tensors are, and what gets all others; TypeError for types that may not be what they equal."""
+        others = [index for index, kind in enumerate(types) if kind in _CONSTANTS]
+        tensors = [index for index, kind in enumerate(types) if kind in (*PLAIN_TENSORS, *_LEARNED)]
+        if len(others) + len(tensors) < len(types):
+            raise TypeError
+        return tensors, itemgetter(*others)
 
     def with_cache(check: Check[Plan]) -> Check[Plan]:
         plans: dict[Any, Plan] = {}

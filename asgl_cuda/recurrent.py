@@ -188,7 +188,7 @@ def recurrent_lif(
     memory and learning-to-learn in networks of spiking neurons, NeurIPS 2018; Cramer, Stradmann, Schemmel, Zenke: The
     Heidelberg spiking data sets for the systematic evaluation of spiking neural networks, IEEE TNNLS 2022.
     """
-    check_keywords(neuron, [*_NEURON, *(recurrent_lif.__kwdefaults__ or {})], _CALLER)
+    check_keywords(neuron, [*_NEURON, *(recurrent_lif.__kwdefaults__ or {})], _CALLER, _WITHOUT)
     recurrence = _Recurrence(weight, bias, syn_decay, s_init, i_init, w_init, detach_recurrent)
     given: Arguments = {**LIF_DEFAULTS, **neuron, "input_gain": input_gain}
     adaptation = {"adapt_potential": adapt_potential, "adapt_spike": adapt_spike, "to_threshold": to_threshold}
@@ -218,8 +218,7 @@ class _Recurrence(NamedTuple):
 def _check_no_adaptation(given: Mapping[str, Any], defaults: Any, caller: str) -> None:
     for name, value in given.items():
         if value is not defaults[name] and (isinstance(value, Tensor) or value != defaults[name]):
-            got = f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else shown(value)
-            raise ValueError(f"{caller}: {name} needs adapt_decay, got {got} without an adaptation")
+            raise ValueError(f"{caller}: {name} needs adapt_decay, got {shown(value)} without an adaptation")
 
 
 def _check_adaptation(input_gain: Any, caller: str) -> None:

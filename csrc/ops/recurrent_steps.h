@@ -198,6 +198,8 @@ inline std::vector<Tensor> recurrent_backward(
   const RecurrentCall call(h_seq, weight, parameters, v_init, s_init, i_init, rng_state, constants_of(numbers, rules),
                            has_synapse, detach_recurrent);
   const Layout& layout = call.layout;
+  layout.check_type(h_seq, layout.real(), "h_seq");
+  TORCH_CHECK_TYPE(emitted.defined(), "asgl_cuda: emitted must be a tensor");
   const at::ScalarType real = layout.real(), type = grad_s_seq.has_value() ? grad_s_seq->scalar_type() : real;
   const RecurrentGradients grads{
       layout.sequence(grad_s_seq, type, "grad_s_seq"), layout.sequence(grad_v_seq, real, "grad_v_seq"),

@@ -228,7 +228,7 @@ BAD = [
     ),
     ("RecurrentLIF", {"num_features": 4}, ".*unexpected keyword argument 'num_features'"),
     *(
-        ("RecurrentLIF", {name: 1}, f".*unexpected keyword argument '{name}'")
+        ("RecurrentLIF", {name: 1}, f".*keyword argument '{name}', which these neurons lack")
         for name in ("levels", "multi_spike", "v_min", "residual")
     ),
 ]  # fmt: skip
