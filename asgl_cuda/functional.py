@@ -1,4 +1,4 @@
-"""The fused neuron as a function, `lif`, with the defaults of all its options, and functions of its noise and spikes."""
+"""The fused neuron as a function, `lif`, with the defaults of its options, and functions of its noise and spikes."""
 
 from __future__ import annotations
 

@@ -427,3 +427,16 @@ def test_nan_in_the_input_shows_in_the_gradients_of_parameters(backend, device):
     assert not s_seq.any()
     assert not x_seq.grad[1:].any()
     assert width.grad.isnan()
+
+
+def test_numbers_that_change_have_no_plan():
+    class Changing(float):
+        now = 0.0
+
+        def __float__(self):
+            return self.now
+
+    decay = Changing()
+    for decay.now in (0.2, 0.9):
+        found, expected = (asgl_cuda.lif(X + 0.3, decay=each, return_v_seq=True).v_seq for each in (decay, decay.now))
+        assert torch.equal(found, expected)

@@ -130,6 +130,34 @@ def test_both_ways_refuse_wrong_arguments(way):
         forward(torch.rand(4, 7))
 
 
+@pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [
+        ("h_seq", torch.Tensor.half, "h_seq must have type Float, got Half"),
+        ("emitted", lambda _: None, "emitted must be a tensor"),
+        ("emitted", torch.Tensor.double, "emitted must have type Float, got Double"),
+    ],
+)
+def test_what_forward_kept_is_checked(name, change, words):
+    """An exported graph may have other tensors for it."""
+    calls = []
+
+    class Noted(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if "recurrent_backward" in str(function):
+                calls.append((function, [*args]))
+            return function(*args, **(kwargs or {}))
+
+    x_seq, weight = torch.rand(4, 2, 3, requires_grad=True), torch.eye(3).requires_grad_()
+    with Noted():
+        asgl_cuda.recurrent_lif(x_seq, weight, backend="cpu").sum().backward()
+    [(function, arguments)] = calls
+    place = [each.name for each in function._schema.arguments].index(name)
+    arguments[place] = change(arguments[place])
+    with pytest.raises((TypeError, RuntimeError), match=words):
+        function(*arguments)
+
+
 def test_an_extension_compiled_before_is_called_through_torch_ops():
     assert direct_operators(extension.module) == CPU.direct
     assert direct_operators(SimpleNamespace(lif_forward=CPU.direct.lif_forward)) is None
