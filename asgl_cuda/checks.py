@@ -91,11 +91,10 @@ def check_dense(name: str, value: Tensor, caller: str) -> None:
 
 def shown(value: Any) -> str:
     """Any value for errors: short, on one line."""
-    if isinstance(value, Tensor) and value.dim() > 0:
-        return f"a tensor of shape {list(value.shape)}"
     try:
-        is_number = isinstance(value, Tensor) and value.dim() == 0
-        text = " ".join((f"{value}" if is_number else repr(value)).split())
+        if isinstance(value, Tensor) and value.dim() > 0:
+            return f"a tensor of shape {list(value.shape)}"
+        text = " ".join((f"{value}" if isinstance(value, Tensor) else repr(value)).split())
     except Exception:  # ints beyond 4300 digits; user classes
         text = type(value).__name__
     return text if len(text) <= 100 else f"{text[:97]}..."

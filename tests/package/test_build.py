@@ -241,9 +241,9 @@ def test_number_of_jobs(build, monkeypatch, asked, jobs):
     assert build.jobs() == (jobs or 1)
 
 
-@pytest.mark.parametrize(("jobs", "threads"), [(2, 1), (4, 1), (16, 3)])
+@pytest.mark.parametrize(("jobs", "threads"), [(2, 1), (7, 1), (19, 4)])
 def test_threads_of_nvcc(build, monkeypatch, tmp_path, jobs, threads):
-    """Of five files at a time."""
+    """Of four files at a time."""
     monkeypatch.setenv("MAX_JOBS", str(jobs))
     monkeypatch.setattr(build, "DEFAULT_TOOLKIT", make_toolkit(tmp_path / "toolkit"))
     found = build.plan(ROOT / "csrc", "cuda").extension.extra_compile_args["nvcc"]
