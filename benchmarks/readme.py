@@ -232,7 +232,7 @@ def end_to_end(report: Report) -> list[str]:
         cells = (f"{1e3 * each['seconds']:.0f} ms, {each['shares'][NEURONS]:.0%}" if each else "" for each in found)
         rows.append([variant, *cells])
     head = ["", *(f"{name}, {each['input_shape']}" for name, each in networks.items())]
-    return digest(head, rows, (f"{PLAIN}{OURS}", f"{PLAIN}SpikingJelly"))
+    return digest(head, rows, (f"{PLAIN}{OURS}", f"{PLAIN}SpikingJelly", f"{PLAIN}snnTorch"))
 
 
 def memory(report: Report) -> list[str]:
