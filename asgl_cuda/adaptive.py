@@ -91,7 +91,7 @@ def adaptive_lif(
     `adapt_spike`. To the threshold: Bellec, Salaj, Subramoney, Legenstein, Maass: Long short-term memory and
     learning-to-learn in networks of spiking neurons, NeurIPS 2018.
     """
-    check_keywords(neuron, [*_NEURON, *(adaptive_lif.__kwdefaults__ or {})], _CALLER, _WITHOUT)
+    check_keywords(neuron, _KNOWN, _CALLER, _WITHOUT)
     check_bool("to_threshold", to_threshold, _CALLER)
     given: Arguments = {
         **LIF_DEFAULTS,
@@ -102,6 +102,10 @@ def adaptive_lif(
     }
     given["adaptation"] = place_of_w(given["v_reset"], given["reset_amount"], to_threshold)
     return run_adaptive(x_seq, given, w_init)
+
+
+# The keyword arguments, for errors and hints.
+_KNOWN = *_NEURON, *(adaptive_lif.__kwdefaults__ or {})
 
 
 def run_adaptive(x_seq: Tensor, given: Arguments, w_init: Tensor | None) -> Tensor | AdaptiveLIFOutput:

@@ -188,7 +188,7 @@ def recurrent_lif(
     memory and learning-to-learn in networks of spiking neurons, NeurIPS 2018; Cramer, Stradmann, Schemmel, Zenke: The
     Heidelberg spiking data sets for the systematic evaluation of spiking neural networks, IEEE TNNLS 2022.
     """
-    check_keywords(neuron, [*_NEURON, *(recurrent_lif.__kwdefaults__ or {})], _CALLER, _WITHOUT)
+    check_keywords(neuron, _KNOWN, _CALLER, _WITHOUT)
     recurrence = _Recurrence(weight, bias, syn_decay, s_init, i_init, w_init, detach_recurrent)
     given: Arguments = {**LIF_DEFAULTS, **neuron, "input_gain": input_gain}
     adaptation = {"adapt_potential": adapt_potential, "adapt_spike": adapt_spike, "to_threshold": to_threshold}
@@ -201,6 +201,10 @@ def recurrent_lif(
             "adaptation": place,
         }  # fmt: skip
     return _computed(tensor_of(x_seq, _CALLER), recurrence, given)
+
+
+# The keyword arguments, for errors and hints.
+_KNOWN = *_NEURON, *(recurrent_lif.__kwdefaults__ or {})
 
 
 class _Recurrence(NamedTuple):
