@@ -248,6 +248,6 @@ class AdaptiveLIF(Adapting):
         placed = {name: lif_options.get(name) for name in ("device", "dtype")}
         self._set_up_adaptation(adapt_decay, adapt_potential, adapt_spike, to_threshold, learn_adaptation, **placed)
 
-    def _lif(self, x_seq: Tensor, w_init: Tensor | None = None, **options: Any) -> Tensor | AdaptiveLIFOutput:
+    def _compute(self, x_seq: Tensor, w_init: Tensor | None = None, **options: Any) -> Tensor | AdaptiveLIFOutput:
         """Calls `asgl_cuda.adaptive_lif`."""
         return run_adaptive(x_seq, self._given(x_seq, self.input_gain, **options), w_init)

@@ -265,19 +265,15 @@ class LeakyIntegrator(NeuronLayer):
         self.decay = self._decay
         self.reset()
 
-    def _run(self, x_seq: Tensor, with_state: bool, **more: Any) -> Tensor:
+    def _compute(self, x_seq: Tensor, **options: Any) -> Tensor | IntegratorOutput:
         decay = self._decay_value()
         if self.num_features:
             decay = self._broadcast(decay, x_seq, check_input(x_seq, self.time_dim, self._caller))
         given: _Arguments = {
             "decay": decay, "input_gain": self.input_gain, "v_rest": self.v_rest, "delay": self.delay,
-            "v_init": self._carried_state("v") if with_state else None, "time_dim": self.time_dim,
-            "return_v_last": self.stateful, "backend": self.backend,
+            "v_init": None, "time_dim": self.time_dim, "return_v_last": False, "backend": self.backend, **options,
         }  # fmt: skip
-        result = _computed(self._caller, x_seq, given)
-        if isinstance(result, IntegratorOutput):
-            result, self.v = result
-        return result
+        return _computed(self._caller, x_seq, given)
 
     def extra_repr(self) -> str:
         features = f"{list(self.num_features)}, " if self.num_features else ""

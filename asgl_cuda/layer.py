@@ -234,36 +234,45 @@ class NeuronLayer(Settable):
         # Not reshape(()), which refuses tensors sharded by fully_shard.
         return value if isinstance(value, float) or self.num_features else value.sum()
 
-    def forward(self, x_seq: Tensor, residual: Tensor | None = None) -> Tensor:
-        """The layer's output for `x_seq` `[T, ...]`, of the same shape; takes no residual."""
-        return self._call(x_seq, residual)
-
     def _inputs(self, x_seq: Tensor, residual: Tensor | None = None) -> tuple[Tensor, dict[str, Any]]:
-        """The sequences for `_run` that a call of the layer gives."""
+        """The sequences for `_compute` that a call of the layer gives."""
         if residual is not None:
             raise TypeError(f"{self._caller}: takes no residual; layer(x_seq + residual) adds it")
         return tensor_of(x_seq, type(self).__name__), {}
 
-    def _call(self, x_seq: Tensor, residual: Tensor | None) -> Tensor:
-        """The layer's forward."""
+    def forward(self, x_seq: Tensor, residual: Tensor | None = None) -> Tensor:
+        """The layer's output for `x_seq` `[T, ...]`, of the same shape.
+
+        `LIF` and `BatchNormLIF` add a `residual` of that shape to the input current; others take none.
+        """
         if isinstance(x_seq, fx.Proxy):
             return self._recorded(x_seq, residual)
         if torch._C._get_tracing_state() is not None:
             self.__prepare_scriptable__()
-        x_seq, more = self._inputs(x_seq, residual)
+        x_seq, options = self._inputs(x_seq, residual)
         if not (self.stateful or self.store_v_seq):
-            return self._run(x_seq, with_state=False, **more)
+            return self._compute(x_seq, **options)  # type: ignore[no-any-return]
         time_dim = check_input(x_seq, self.time_dim, self._caller)
         if transforming():
             raise RuntimeError(
                 f"{self._caller}: a layer with stateful or store_v_seq can't keep potentials under transforms of "
                 f"torch.func, which end with them; {self._function} takes v_init and returns potentials"
             )
+        states = self._states if self.stateful else ()
+        for name in states:
+            if (state := getattr(self, name)) is not None:
+                self._check_state(name, state, x_seq, time_dim)
+            options[f"{name}_init"] = self._carried_state(name)
         if self.stateful:
-            for name in self._states:
-                if (state := getattr(self, name)) is not None:
-                    self._check_state(name, state, x_seq, time_dim)
-        return self._run(x_seq, with_state=True, **more)
+            options["return_v_last"] = True
+        if self.store_v_seq:
+            options["return_v_seq"] = True
+        result = self._compute(x_seq, **options)
+        for name in states:
+            setattr(self, name, getattr(result, f"{name}_last"))
+        if self.store_v_seq:
+            self.v_seq = result.v_seq
+        return result[0]  # type: ignore[no-any-return]
 
     def _check_state(self, name: str, state: Any, x_seq: Tensor, time_dim: int) -> None:
         check_floating(name, state, x_seq, self._caller)
@@ -294,8 +303,8 @@ class NeuronLayer(Settable):
         finally:
             self.stateful = stateful
 
-    def _run(self, x_seq: Tensor, with_state: bool, **more: Any) -> Tensor:
-        """Computes the layer, `with_state` from and to the carried potential."""
+    def _compute(self, x_seq: Tensor, **options: Any) -> Any:
+        """Calls the layer's function: with potentials, the sequence first, `{name}_last` of each state, and v_seq."""
         raise NotImplementedError
 
     def _recorded(self, x_seq: Any, residual: Any) -> Any:

@@ -175,24 +175,6 @@ class Neurons(NeuronLayer, Noisy):
             self._v_threshold if threshold is None else threshold,
         )
 
-    def _run(self, x_seq: Tensor, with_state: bool, **more: Any) -> Tensor:
-        if not with_state:
-            return self._lif(x_seq, **more)  # type: ignore[no-any-return]
-        states = {f"{name}_init": self._carried_state(name) for name in self._states}
-        result = self._lif(x_seq, return_v_last=self.stateful, return_v_seq=self.store_v_seq, **states, **more)
-        if isinstance(result, Tensor):
-            return result
-        if self.stateful:
-            for name in self._states:
-                setattr(self, name, getattr(result, f"{name}_last"))
-        if self.store_v_seq:
-            self.v_seq = result.v_seq
-        return result.s_seq  # type: ignore[no-any-return]
-
-    def _lif(self, x_seq: Tensor, **options: Any) -> Any:
-        """Calls the layer's function: with potentials, `{name}_last` of each state, v_seq and s_seq."""
-        raise NotImplementedError
-
     def _given(
         self,
         x_seq: Tensor,
@@ -367,10 +349,6 @@ class LIF(Neurons):
         check_keywords(unknown, LIF.__init__.__kwdefaults__ or {}, self._caller)
         self._set_up_neurons(locals())
 
-    def forward(self, x_seq: Tensor, residual: Tensor | None = None) -> Tensor:
-        """The spikes of `x_seq` `[T, ...]`, in its shape. A `residual` of that shape is added to the input current."""
-        return self._call(x_seq, residual)
-
     def _inputs(self, x_seq: Tensor, residual: Tensor | None = None) -> tuple[Tensor, dict[str, Any]]:
         if residual is not None:
             residual = tensor_of(residual, type(self).__name__)
@@ -381,11 +359,11 @@ class LIF(Neurons):
             if not isinstance(residual, Tensor) or (residual.shape, residual.dtype) != (x_seq.shape, x_seq.dtype):
                 return x_seq.tensor(name), {"residual": residual}
             x_seq = x_seq + residual
-        if isinstance(x_seq, Pending) and type(self)._lif is LIF._lif and type(self)._given is LIF._given:
+        if isinstance(x_seq, Pending) and type(self)._compute is LIF._compute and type(self)._given is LIF._given:
             return x_seq.x, {"pending": x_seq}
         return tensor_of(x_seq, name), {}
 
-    def _lif(
+    def _compute(
         self, x_seq: Tensor, update: bool = True, pending: Pending | None = None, **options: Any
     ) -> Tensor | LIFOutput:
         """Calls `asgl_cuda.lif`; without `update` the layer's state stays unchanged."""
@@ -506,7 +484,7 @@ class BatchNormLIF(LIF):
         fill_parameter(self.running_var, 1.0)
         fill_parameter(self.num_batches_tracked, 0)
 
-    def _lif(
+    def _compute(
         self, x_seq: Tensor, update: bool = True, pending: Pending | None = None, **options: Any
     ) -> Tensor | LIFOutput:
         return module_batch_norm_lif(

@@ -12,11 +12,12 @@ integrator_forward returns v_seq, and v_last if wanted, integrator_backward the 
 and input_gain. Used of numbers and rules: decay, input_gain, v_rest, logit_decay and time_dim. v_seq and v_init are
 needed for the gradient of decay, x_seq for the gradient of input_gain.
 
-recurrent_forward takes `parameters`, [9, N]: those of the neuron, from width to input_mean, bias and syn_decay, unused
-without a synapse; numbers and rules are the neuron's. It returns s_seq, and where wanted `emitted` (s in the type of
-the arithmetic, before scale_output), h_seq, v_seq, i_seq, w_seq, v_last, s_last and i_last; recurrent_backward the
-wanted gradients of x_seq (in that type, too), weight, parameters, v_init, s_init and i_init. i_seq is for the gradient
-of syn_decay; w_seq, w before each step, for that of adapt_decay, and where w is not in the current.
+recurrent_forward takes `parameters`, [9, N]: those of the neuron, from width to input_mean, stored as the rules say,
+bias and syn_decay, unused without a synapse; numbers and rules are the neuron's. It returns s_seq, and where wanted
+`emitted` (s in the type of the arithmetic, before scale_output), h_seq, v_seq, i_seq, w_seq, v_last, s_last and i_last;
+recurrent_backward the wanted gradients of x_seq (in that type, too), weight, parameters, v_init, s_init and i_init.
+i_seq is for the gradient of syn_decay; w_seq, w before each step, for that of adapt_decay, and where w is not in the
+current.
 
 batch_norm_coefficients returns `coefficients`, [4, C, 1, ...], which broadcast against x_seq: input_mean, input_gain
 and input_bias of the neuron, and the unbiased variance; and `total`, [C, 3] in float64: count, mean and biased

@@ -13,7 +13,7 @@ from typing_extensions import Unpack
 
 from .adaptive import Adapting, AdaptiveLIF, pair_of_states, place_of_w
 from .backends import BACKENDS, backend_of, operators_of
-from .call import PARAMETERS, Arguments, Call, NeuronArguments, Plan, checked_call, make_plan
+from .call import Arguments, Call, NeuronArguments, Plan, checked_call, make_plan
 from .checks import (
     check_bool,
     check_finite,
@@ -29,8 +29,7 @@ from .checks import (
 )
 from .derivatives import DERIVATIVES
 from .functional import LIF_DEFAULTS
-from .layout import real_type
-from .learned import Logarithm, Logit
+from .learned import Logit
 from .neuron import Neurons
 from .ops import ForwardResult, with_gaps
 from .pending import tensor_of
@@ -268,24 +267,20 @@ def _check_shape(name: str, value: Tensor, x_seq: Tensor, *shapes: list[int]) ->
         raise ValueError(f"{_CALLER}: {name} must have shape {' or '.join(map(str, shapes))}, got {list(value.shape)}")
 
 
-def _row(value: Any, constant: float, x_seq: Tensor) -> Tensor:
-    """One value for each neuron, `[N]`: those of a tensor, or the constant."""
-    count, real = x_seq.shape[2], real_type(x_seq.dtype)
-    if isinstance(value, (Logarithm, Logit)):
-        value = value.value()
-    if isinstance(value, Tensor):
-        return value.to(real).reshape(-1).expand(count)
-    return torch.full((count,), constant, dtype=real, device=x_seq.device)
-
-
-def _parameters(x_seq: Tensor, given: _Recurrence, neuron: Any, call: Call, syn_decay: float) -> Tensor:
-    """The operators' parameters, `[9, N]`, of checked values and their constants."""
-    values: list[Any] = [None] * len(PARAMETERS)
-    for index, name in call.plan.sources:
-        values[index] = neuron[name]
-    constants = *call.plan.numbers[: len(PARAMETERS)], 0.0, syn_decay
-    rows = zip([*values, given.bias, given.syn_decay], constants, strict=True)
-    return torch.stack([_row(*each, x_seq) for each in rows])
+def _parameters(x_seq: Tensor, given: _Recurrence, call: Call, syn_decay: float) -> Tensor:
+    """The operators' parameters, `[9, N]`: a value for each neuron, of tensors or constants."""
+    count, real = x_seq.shape[2], call.plan.real
+    _, _, _, *of_neuron, _ = call.inputs
+    of_synapse = given.syn_decay.value() if isinstance(given.syn_decay, Logit) else given.syn_decay
+    constants = *call.plan.numbers[: len(of_neuron)], 0.0, syn_decay
+    return torch.stack(
+        [
+            value.to(real).reshape(-1).expand(count)
+            if isinstance(value, Tensor)
+            else torch.full((count,), constant, dtype=real, device=x_seq.device)
+            for value, constant in zip((*of_neuron, given.bias, of_synapse), constants, strict=True)
+        ]
+    )
 
 
 def _computed(x_seq: Tensor, given: _Recurrence, neuron: Arguments) -> Tensor | RecurrentLIFOutput:
@@ -295,8 +290,7 @@ def _computed(x_seq: Tensor, given: _Recurrence, neuron: Arguments) -> Tensor | 
         neuron = {**neuron, "v_init": pair_of_states(_CALLER, x_seq, neuron, given.w_init)}
     call = checked_call(_CALLER, x_seq, neuron, together=False)
     real, has_synapse = call.plan.real, given.syn_decay is not None
-    parameters = _parameters(x_seq, given, neuron, call, syn_decay)
-    rules = call.plan.rules.changed(log_width=0, logit_decay=0)
+    parameters, rules = _parameters(x_seq, given, call, syn_decay), call.plan.rules
     wants_v_last, wants_v_seq, wants_h_seq = call.plan.wanted
     v_init, rng_state = call.inputs.v_init, call.inputs.rng_state
     states = [None if state is None else state.to(real) for state in (v_init, given.s_init, given.i_init)]
@@ -462,7 +456,7 @@ class RecurrentLIF(Adapting):
         """The synapse's decay per step, a tensor in the shape of the parameter if learned; None without a synapse."""
         return self._syn_decay if self.logit_syn_decay is None else Logit(self.logit_syn_decay).value()
 
-    def _lif(
+    def _compute(
         self,
         x_seq: Tensor,
         s_init: Tensor | None = None,

@@ -67,7 +67,7 @@ def _shares_of_lif(
     time_dim = layer.time_dim % x_seq.dim()
     if isinstance(layer, LIF):  # whose running statistics a call may update
         more = {**more, "update": False}
-    again: Any = layer._lif(x_seq, generator=generator, return_h_seq=True, **states, **more)
+    again: Any = layer._compute(x_seq, generator=generator, return_h_seq=True, **states, **more)
     h_seq = again.h_seq
     values: list[Any] = [layer._broadcast(each, x_seq, time_dim) for each in (layer.width, layer.v_threshold)]
     # In the dtype of the computation, for equal spikes.
@@ -224,7 +224,7 @@ class Monitor:
         self.stop()
 
     def _look_before(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        known = type(layer).forward is LIF.forward or isinstance(layer, RecurrentLIF)
+        known = isinstance(layer, (LIF, RecurrentLIF)) and type(layer).forward is LIF.forward
         if torch.compiler.is_compiling() or transforming() or not known:
             return
         try:

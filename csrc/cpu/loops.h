@@ -157,9 +157,9 @@ struct StepLoop {
   }
 };
 
-// The gradients that the loop itself sums, of adaptive neurons: the width's; the adaptation's as well; all. With kNone
-// h is the potential that is compared with v_threshold.
-enum class Sums { kNone, kWidth, kAdaptation, kAll };
+// The gradients that the loop itself sums: none, and their terms are rows; the width's; the adaptation's as well; all;
+// of recurrent neurons all but those of the adaptation, whose h is the potential that is compared with v_threshold.
+enum class Sums { kNone, kWidth, kAdaptation, kAll, kRecurrent };
 
 template <class Real, class Model, class Neurons, Sums kSums>
 struct AdjointLoop {
@@ -172,9 +172,10 @@ struct AdjointLoop {
     Real* dv;  // the gradient of v after the step on entry, before it on return
     Real *d_reset, *distance, *dy, *dh, *dx;
     Ahead ahead;
-    const Real *v, *w;  // of adaptive neurons: before the step; the gradient of w as that of v
+    const Real *v, *w;  // before the step, w of adaptive neurons; the gradient of w as that of v
     Real* dw;
-    Real* sums;  // [kNumParameters, kTile]
+    Real* sums;  // [kNumParameters, sums_stride]
+    int64 sums_stride;
   };
 
   // As StepLoop.
@@ -184,53 +185,59 @@ struct AdjointLoop {
       if (static_cast<int>(args.options.surrogate) != kId) return run<kId + 1>(args);
     }
     args.options.surrogate = static_cast<Surrogate>(kId);  // unused by LIF
+    // A constant saves registers.
+    const int64 stride = kSums == Sums::kRecurrent ? args.sums_stride : kTile;
     with_rules<Model>(args.options, [&](const auto& model) __attribute__((always_inline)) {
       for_each_fetch(args.ahead, args.length, [=](int64 begin, int64 end) __attribute__((always_inline)) {
 #pragma GCC ivdep
         for (int64 i = begin; i < end; ++i) {
+          const auto sum = [&](ParameterId id)
+                               __attribute__((always_inline)) -> Real& { return args.sums[id * stride + i]; };
           const Neuron<Real>& neuron = args.neurons[i];
           const Real h = args.h[i], s = args.s[i];
           Real dv = args.dv[i];
           StepGradient<Real> step;
+          Real distance, d_reset;
           if constexpr (Model::kAdapts) {
-            const Real w = args.w[i], v_rest = args.options.v_rest;
+            constexpr bool kCompared = kSums == Sums::kRecurrent;
+            const Real w = args.w[i];
             Real dw = args.dw[i];
-            constexpr bool kCompared = kSums == Sums::kNone;
             const Real compared = kCompared ? h : model.compared(h, w), charged = kCompared ? model.charged(h, w) : h;
-            if constexpr (kSums >= Sums::kAdaptation) {
+            if constexpr (kSums == Sums::kAdaptation || kSums == Sums::kAll) {
               const Real v = model.after_reset(h, s, model.adapted(neuron, w));
-              args.sums[kAdaptDecay * kTile + i] += keep_if(args.carried, dw * w);
-              args.sums[kAdaptPotential * kTile + i] += keep_if(args.carried, dw * (v - v_rest));
-              args.sums[kAdaptSpike * kTile + i] += keep_if(args.carried, dw * s);
+              sum(kAdaptDecay) += keep_if(args.carried, dw * w);
+              sum(kAdaptPotential) += keep_if(args.carried, dw * (v - args.options.v_rest));
+              sum(kAdaptSpike) += keep_if(args.carried, dw * s);
             }
             const auto gradient =
                 model.adjoint(args.g[i], args.gh[i], charged, compared, s, w, args.carried, neuron, dv, dw);
             step = gradient.step;
-            if constexpr (kSums == Sums::kNone) {
-              args.distance[i] = gradient.distance;
-              args.dy[i] = step.dy;
-              args.dh[i] = step.dh;
-            } else {
-              args.sums[kWidth * kTile + i] += step.dy * gradient.distance;
-            }
-            if constexpr (kSums == Sums::kAll) {
-              args.sums[kThreshold * kTile + i] -= step.dy * neuron.inverse_width;
-              args.sums[kDecay * kTile + i] += step.dh * (args.v[i] - v_rest);
-            }
-            if constexpr (kSums == Sums::kAll || kSums == Sums::kNone) args.d_reset[i] = gradient.reset;
+            distance = gradient.distance;
+            d_reset = gradient.reset;
             args.dx[i] = step.dc;
             args.dw[i] = dw;
           } else {
             dv = model.floor_adjoint(h, s, neuron, dv);
-            args.d_reset[i] = model.gradient_of_reset(dv, s);
-            args.distance[i] = model.distance(h, neuron);
+            d_reset = model.gradient_of_reset(dv, s);
+            distance = model.distance(h, neuron);
             const Real ds = model.spike_gradient(args.g[i], h, args.carried && !args.options.detach_reset, neuron, dv);
             step = model.step_adjoint(ds, args.gh[i], h, s, args.carried, neuron, args.options, dv);
-            args.dy[i] = step.dy;
-            args.dh[i] = step.dh;
             args.dx[i] = neuron.input_gain * step.dc;
           }
           args.dv[i] = dv;
+          if constexpr (kSums == Sums::kNone) {
+            args.d_reset[i] = d_reset;
+            args.distance[i] = distance;
+            args.dy[i] = step.dy;
+            args.dh[i] = step.dh;
+          } else {
+            sum(kWidth) += step.dy * distance;
+          }
+          if constexpr (kSums >= Sums::kAll) {
+            sum(kThreshold) -= step.dy * neuron.inverse_width;
+            sum(kDecay) += step.dh * (args.v[i] - args.options.v_rest);
+            sum(kReset) += keep_if(args.carried, d_reset);
+          }
         }
       });
     });

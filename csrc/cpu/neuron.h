@@ -241,13 +241,13 @@ class GeneralBackward {
     });
     finish_row(dx, params_.grad_x_seq, tile_, t);
     finish_residual_row(dh_, params_, tile_, t, x_buffer_);
-    if (carried_) accumulate(kReset, Real(1), d_reset_, kOne, kZero);
     if (!Model::kAdapts) add_gradients(t, k, dx);
     carried_ = true;
     store_step(t);
   }
 
   void add_gradients(int64 t, int64 k, const Real* dx) {
+    if (carried_) accumulate(kReset, Real(1), d_reset_, kOne, kZero);
     accumulate(kWidth, Real(1), dy_, {distance_, Real(0)}, kZero);
     accumulate(kThreshold, Real(-1), dy_, neurons_.inverse_width(), kZero);
     accumulate(kDecay, Real(1), dh_, {v(k), Real(0)}, {nullptr, params_.options.v_rest});

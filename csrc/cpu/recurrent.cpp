@@ -117,6 +117,8 @@ class RepeatedNeurons {
       const Real* values = params.parameters + id * period_;
       for (int64 n = 0; n < length_; n += period_) std::copy_n(values, period_, rows_.row(id) + n);
     }
+    if (params.options.log_width) run<ExpLoop<Real>>({rows_.row(kWidth), length_});
+    if (params.options.logit_decay) run<SigmoidLoop<Real>>({rows_.row(kDecay), length_});
     run<InverseLoop<Real>>({rows_.row(kWidth), length_});
   }
 
@@ -349,6 +351,8 @@ class ChunkBackward {
     }
     Real* const dj = start_row(params_.grad_j_seq, chunk_, t, dj_);
     repeated_.for_each_part(chunk_, [&](int64 offset, int64 length) {
+      // Without gradients of parameters the loop's sums are not read.
+      const Real* v = params_.grad_parameters == nullptr ? zeros_ : potential_before(offset, length);
       if (g != nullptr) {
         const Operand<Real> scale = scales ? Operand<Real>{repeated_[kThreshold], Real(0)} : kOne;
         cpu::run<AccumulateLoop<Real>>({length, Real(1), g + offset, scale, kZero, feedback_ + offset});
@@ -356,7 +360,7 @@ class ChunkBackward {
           accumulate(kThreshold, length, Real(1), g + offset, {now.s + offset, Real(0)});
         }
       }
-      cpu::run<AdjointLoop<Real, Model, NeuronRows<Real>, Sums::kNone>>(
+      cpu::run<AdjointLoop<Real, Model, NeuronRows<Real>, Sums::kRecurrent>>(
           {.neurons = repeated_.neurons(),
            .options = params_.options,
            .length = length,
@@ -366,20 +370,19 @@ class ChunkBackward {
            .h = now.h + offset,
            .s = now.s + offset,
            .dv = dv_ + offset,
-           .d_reset = d_reset_,
-           .distance = distance_,
-           .dy = dy_,
-           .dh = dh_,
            .dx = dj + offset,
            .ahead =
                ahead_of(chunk_, t - 1, offset, params_.grad_s_seq, params_.h_seq, params_.emitted, params_.grad_j_seq),
+           .v = v,
            .w = now.w + offset,
-           .dw = dw_ + offset});
+           .dw = dw_ + offset,
+           .sums = sums_,
+           .sums_stride = parts_.stride()});
       if (params_.has_synapse) {
         cpu::run<AccumulateLoop<Real>>({length, Real(1), di_ + offset, kOne, kZero, dj + offset});
         cpu::run<MultiplyLoop<Real>>({dj + offset, {repeated_[kRecurrentSynDecay], Real(0)}, di_ + offset, length});
       }
-      if (params_.grad_parameters != nullptr) add_gradients(dj, offset, length);
+      if (params_.grad_parameters != nullptr) add_gradients(dj, v, offset, length);
     });
     carried_ = true;
     finish_row(dj, params_.grad_j_seq, chunk_, t);
@@ -390,13 +393,9 @@ class ChunkBackward {
     }
   }
 
-  void add_gradients(const Real* dj, int64 offset, int64 length) {
-    accumulate(kWidth, length, Real(1), dy_, {distance_, Real(0)});
-    accumulate(kThreshold, length, Real(-1), dy_, {repeated_[kWidth], Real(0)});
-    if (carried_) accumulate(kReset, length, Real(1), d_reset_, kOne);
+  // Those that the loop does not sum.
+  void add_gradients(const Real* dj, const Real* v, int64 offset, int64 length) {
     accumulate(kRecurrentBias, length, Real(1), dj + offset, kOne);
-    const Real* v = potential_before(offset, length);
-    accumulate(kDecay, length, Real(1), dh_, {v, Real(0)}, {nullptr, params_.options.v_rest});
     if (Model::kAdapts && before_.v == nullptr) add_gradients_of_adaptation(v, offset, length);
     if (wants_syn_decay()) accumulate(kRecurrentSynDecay, length, Real(1), dj + offset, {before_.i + offset, Real(0)});
     if (params_.elementwise) {
@@ -425,9 +424,12 @@ class ChunkBackward {
         totals[id * params_.neurons + n % params_.neurons] += static_cast<double>(sums(id)[n]);
       }
     }
-    for (int64 n = 0; n < params_.neurons; ++n) {  // from the gradient of 1 / width
-      double& width = totals[kWidth * params_.neurons + n];
-      width = gradient_of_width(width, static_cast<double>(params_.parameters[kWidth * params_.neurons + n]));
+    for (const int id : {kWidth, kDecay}) {
+      const Derivative derivative = derivative_of(id, params_.options.log_width, params_.options.logit_decay);
+      if (derivative == Derivative::kNone) continue;
+      for (int64 k = id * params_.neurons; k < (id + 1) * params_.neurons; ++k) {
+        totals[k] = static_cast<double>(gradient_from(derivative, totals[k], params_.parameters[k]));
+      }
     }
   }
 
@@ -444,10 +446,8 @@ class ChunkBackward {
   Real *const dj_ = rows_.take(), *const zeros_ = rows_.take();
   Real *const dv_ = rows_.take(), *const dw_ = rows_.take(), *const di_ = rows_.take();
   Real* const feedback_ = rows_.take();  // the gradient of the emitted spikes
-  Rows<Real> parts_ = rows_apart<Real>(5 + kRecurrentSums, repeated_.length());
-  Real *const d_reset_ = parts_.take(), *const distance_ = parts_.take(), *const dy_ = parts_.take();
-  Real *const dh_ = parts_.take(), *const v_ = parts_.take();
-  Real* const sums_ = parts_.take(kRecurrentSums);
+  Rows<Real> parts_ = rows_apart<Real>(1 + kRecurrentSums, repeated_.length());
+  Real *const v_ = parts_.take(), *const sums_ = parts_.take(kRecurrentSums);
   Step before_{};
   bool carried_ = false;
 };

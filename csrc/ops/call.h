@@ -168,10 +168,7 @@ class Call {
   }
 
   // Chain-rule factor from the partial sums to the gradient of a parameter.
-  Derivative derivative(int id) const {
-    if (id == kWidth) return rules_.log_width != 0 ? Derivative::kOfLogWidth : Derivative::kOfWidth;
-    return id == kDecay && rules_.logit_decay != 0 ? Derivative::kOfLogitDecay : Derivative::kNone;
-  }
+  Derivative derivative(int id) const { return derivative_of(id, rules_.log_width != 0, rules_.logit_decay != 0); }
 
   const Tensor x_seq;
   const Layout layout;

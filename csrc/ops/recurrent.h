@@ -38,9 +38,8 @@ class RecurrentCall {
         rng_state(rng_state) {
     TORCH_CHECK_VALUE(0 <= rules.surrogate && rules.surrogate < static_cast<int64_t>(Surrogate::kInteger),
                       "asgl_cuda: no surrogate of recurrent neurons has the number ", rules.surrogate);
-    TORCH_CHECK_VALUE(
-        !(rules.multi_spike || rules.periodic || rules.floored || rules.log_width || rules.logit_decay || rules.levels),
-        "asgl_cuda: recurrent neurons have no optional rules but the adaptation");
+    TORCH_CHECK_VALUE(!(rules.multi_spike || rules.periodic || rules.floored || rules.levels),
+                      "asgl_cuda: recurrent neurons have no multi_spike, levels, v_min or periodic surrogate");
     check_adaptation(rules);
     const Dims square = {neurons(), neurons()}, row = {neurons()};
     layout.check(weight, layout.real(), is_elementwise() ? row : square, "weight");

@@ -155,6 +155,10 @@ inline std::vector<Tensor> backward_by_steps(const Launcher* launcher, const Rec
     totals[kReset] = at::stack(of_parameters[2]).flatten(0, -2).sum(0);
     if (g_seq.defined() && rules.scale_output) totals[kThreshold] += (g_seq * kept.emitted).sum({0, 1});
     totals[kDecay] = (dh_all * (before(v, v_init, v_rest) - v_rest)).sum({0, 1});
+    if (rules.logit_decay) {
+      const Tensor decay = step.row(kDecay).clamp(-kLearnedBound, kLearnedBound).sigmoid();
+      totals[kDecay] = totals[kDecay] * (1 - decay) * decay;
+    }
     totals[kRecurrentBias] = dj_all.sum({0, 1});
     if (kept.i_seq.defined()) {
       totals[kRecurrentSynDecay] = (dj_all * before(kept.i_seq.movedim(time_dim, 0), call.i_init, 0)).sum({0, 1});

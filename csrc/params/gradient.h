@@ -11,6 +11,23 @@ constexpr int kElementsEach = 4;  // of a thread, where elements are many and th
 // Chain-rule factor still to be applied to the partial sums, gradients of 1 / width and of the decay.
 enum class Derivative { kNone, kOfWidth, kOfLogWidth, kOfLogitDecay };
 
+ASGL_HOST_DEVICE Derivative derivative_of(int id, bool log_width, bool logit_decay) {
+  if (id == kWidth) return log_width ? Derivative::kOfLogWidth : Derivative::kOfWidth;
+  return id == kDecay && logit_decay ? Derivative::kOfLogitDecay : Derivative::kNone;
+}
+
+// The gradient of a parameter with a derivative, given as `given`. Rounded as in autograd of exp and sigmoid.
+template <class Real>
+ASGL_HOST_DEVICE Real gradient_from(Derivative derivative, double total, Real given) {
+  if (derivative == Derivative::kOfLogitDecay) {
+    const Real decay = sigmoid_within_bound(given);
+    return (static_cast<Real>(total) * (Real(1) - decay)) * decay;
+  }
+  const Real width = derivative == Derivative::kOfLogWidth ? exp_within_bound(given) : given;
+  const Real of_width = static_cast<Real>(gradient_of_width(total, static_cast<double>(width)));
+  return derivative == Derivative::kOfLogWidth ? of_width * width : of_width;
+}
+
 // From the partial sums of one parameter to its gradient.
 template <class Real>
 struct GradientPart {
@@ -31,8 +48,8 @@ struct GradientPart {
   }
 
   ASGL_HOST_DEVICE void store(int64 element, double total) const {
-    gradient[element] =
-        derivative == Derivative::kNone ? static_cast<Real>(total) : of_given(total, parameter.data[element]);
+    gradient[element] = derivative == Derivative::kNone ? static_cast<Real>(total)
+                                                        : gradient_from(derivative, total, parameter.data[element]);
   }
 
   ASGL_HOST_DEVICE int64 num_totals(const SequenceShape& shape) const {
@@ -43,18 +60,6 @@ struct GradientPart {
   ASGL_HOST_DEVICE GradientPart of_totals(const SequenceShape& shape) const {
     const int64 number = num_totals(shape);
     return {{totals, number}, {parameter.data, 0, 0, 1, elements(shape)}, derivative, gradient, number};
-  }
-
- private:
-  // Rounded as in autograd of exp and sigmoid.
-  ASGL_HOST_DEVICE Real of_given(double total, Real given) const {
-    if (derivative == Derivative::kOfLogitDecay) {
-      const Real decay = sigmoid_within_bound(given);
-      return (static_cast<Real>(total) * (Real(1) - decay)) * decay;
-    }
-    const Real width = derivative == Derivative::kOfLogWidth ? exp_within_bound(given) : given;
-    const Real of_width = static_cast<Real>(gradient_of_width(total, static_cast<double>(width)));
-    return derivative == Derivative::kOfLogWidth ? of_width * width : of_width;
   }
 };
 

@@ -260,8 +260,8 @@ def test_code_that_takes_tensors_alone():
 class Slower(asgl_cuda.LIF):
     """Uses its input."""
 
-    def _lif(self, x_seq, update=True, **options):
-        return super()._lif(x_seq / 2, update, **options)
+    def _compute(self, x_seq, update=True, **options):
+        return super()._compute(x_seq / 2, update, **options)
 
 
 def jelly(made, mode="m"):

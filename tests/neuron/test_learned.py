@@ -90,6 +90,28 @@ def test_kernels_make_the_same_values(backend, device, dtype, sizes):
         torch.testing.assert_close(our, their)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("sizes", [(1,), (5,)])
+def test_kernels_of_recurrent_neurons_make_the_same_values(backend, device, dtype, sizes):
+    real = real_of(dtype)
+    log_width, logit = (uniform(*sizes, low=-17.0, high=17.0, dtype=real, device=device) for _ in range(2))
+    x_seq, weight = random_input(9, 33, 5, dtype=dtype, device=device), random_input(5, 5, dtype=real, device=device)
+    options = {"analog_prob": 0.5, "surrogate": "sigmoid", "backend": backend, "return_h_seq": True}
+
+    def results(width, decay):
+        rng_state = torch.tensor([1, 2], device=device)
+        out = asgl_cuda.recurrent_lif(x_seq, weight, width=width, decay=decay, rng_state=rng_state, **options)
+        grad = torch.linspace(-1, 1, x_seq.numel(), device=device).view(x_seq.shape).to(x_seq)
+        return out.s_seq, out.h_seq, *torch.autograd.grad(out.s_seq, (x_seq, weight, log_width, logit), grad)
+
+    ours = results(Logarithm(log_width), Logit(logit))
+    theirs = results(Logarithm(log_width).value(), Logit(logit).value())
+    for our, their in zip(ours[:3], theirs[:3], strict=True):
+        assert torch.equal(our, their)
+    for our, their in zip(ours[3:], theirs[3:], strict=True):  # up to roundings of the derivatives
+        torch.testing.assert_close(our, their)
+
+
 def test_steps_are_refused(backend, device):
     x_seq, log = torch.randn(4, 3, device=device), torch.zeros(4, 1, device=device)
     for learned in ({"width": Logarithm(log)}, {"decay": Logit(log)}):

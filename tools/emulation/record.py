@@ -107,12 +107,15 @@ LEARNED = {"width": ("log_width", Logarithm, -0.7, 0.4), "decay": ("logit_decay"
 KINDS = "plain", "normalised", "uniform", "fours", "any", "by neuron"
 
 
-def neuron(*, backend: str, **options: Any) -> Any:
-    """lif, where width and decay may be stored as a logarithm and a logit."""
+def as_layers_store(function: Callable[..., Any], **options: Any) -> Any:
+    """The function's result, where width and decay may be stored as a logarithm and a logit."""
     for name, (stored, kind, *_) in LEARNED.items():
         if stored in options:
             options[name] = kind(options.pop(stored))
-    return lif(**options, backend=backend)
+    return function(**options)
+
+
+neuron, recurrent = partial(as_layers_store, lif), partial(as_layers_store, recurrent_lif)
 
 
 def neuron_call(number: int, shape: Shape, kind: str, multiprocessors: int, by_options: bool) -> Call:
@@ -292,7 +295,7 @@ def check(call: Call, name: str, actual: Tensor, expected: Tensor) -> None:
     x_seq = call.options["x_seq"]
     sums = name.startswith("grad_") and name[5:] not in ("x_seq", "residual", "v_init", "w_init")
     terms = x_seq.numel() / min(expected.numel(), x_seq.shape[-1]) if sums else 1
-    if call.function is recurrent_lif:
+    if call.function is recurrent:
         terms = max(terms, x_seq.shape[-1] / 16)
     rounded = x_seq.dtype == torch.bfloat16 and (sums or expected.dtype == x_seq.dtype)
     allowed = 2**-7 if rounded else 1e-5 if call.exact else 5e-5
@@ -421,6 +424,8 @@ def recurrent_call(number: int, shape: tuple[int, int, int]) -> Call:
         if name != "syn_decay" or random.once_in(2):
             options[name] = random.values(count, low=0.3, dtype=real)
     options.setdefault("v_reset", None)
+    if number % 3 == 0:
+        options["log_width"], options["logit_decay"] = options.pop("width").log(), options.pop("decay").logit()
     adapts = random.once_in(3)
     for name in ("adapt_decay", "adapt_potential", "adapt_spike") if adapts else ():
         options[name] = random.values(count, low=0.1, high=0.9, dtype=real)
@@ -447,7 +452,7 @@ def recurrent_call(number: int, shape: tuple[int, int, int]) -> Call:
             learned += [name] * random.once_in(2)
     given = [name for name in ("v_last", "s_last", "i_last", "w_last", "v_seq", "h_seq") if random.once_in(2)]
     given += ["s_seq"] * (not random.once_in(8) or not given)
-    return Call(recurrent_lif, options, [*learned, "x_seq"], given, exact=False, backends=("cpu",))
+    return Call(recurrent, options, [*learned, "x_seq"], given, exact=False, backends=("cpu",))
 
 
 def recurrent_calls() -> Iterator[Call]:
@@ -460,7 +465,7 @@ def recurrent_calls() -> Iterator[Call]:
     x_seq = torch.full((3, 4, 9), -1.0)
     x_seq[0, 0, 0], x_seq[2, 1, 3] = 3.0, float("nan")
     options = {"x_seq": x_seq, "weight": torch.full((9, 9), 1 / 64), "surrogate": "sigmoid"}
-    yield Call(recurrent_lif, options, ["weight", "x_seq"], exact=False, backends=("cpu",))
+    yield Call(recurrent, options, ["weight", "x_seq"], exact=False, backends=("cpu",))
 
 
 # ---- batch normalisation ----

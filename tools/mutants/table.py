@@ -210,7 +210,8 @@ MUTANTS = {
         "value.clamp(-BOUND, BOUND)", "neuron/test_learned.py bound"),
     "learned: the decay of the opposite logit": learned("_exp_within_bound(-logit.detach())",
         "_exp_within_bound(logit.detach())", "neuron/test_learned.py"),
-    "learned: a power too low": learned("(left >= bit)", "(left > bit)", "neuron/test_learned.py"),
+    "learned: a power too low": learned("n.abs().to(torch.int64)", "(n.abs() - 1).to(torch.int64)",
+        "neuron/test_learned.py"),
     "learned: widths in half types": learned("log = in_real_type(self.stored)", "log = self.stored",
         "layer/test_neuron.py half"),
     # ---- the call ----
@@ -240,7 +241,7 @@ MUTANTS = {
         '"v_threshold" if given["reset_amount"] is None else "reset_amount"', '"v_threshold"',
         "neuron/test_features.py equals and soft"),
     "call: levels are not scaled": call('constants[_HEIGHT] = 1 / options["levels"]', "constants[_HEIGHT] = 1.0",
-        "neuron/test_features.py equals and levels"),
+        "neuron/test_levels.py unit_height"),
     "call: half parameters": call("= value if value.dtype is real else value.to(real)",
         "= value", "neuron/test_arguments.py half"),
     "call: a half state": call("        v_init = v_init.to(plan.real)\n", "", "neuron/test_arguments.py half"),
@@ -429,8 +430,8 @@ MUTANTS = {
     "layer: v is the only potential that is detached": layer(
         "for name in self._potentials:\n            value = getattr",
         'for name in ("v",):\n            value = getattr', "layer/test_neuron.py copies and Adaptive"),
-    "neuron: v is the only state that is carried": neuron(
-        "for name in self._states:\n                setattr", 'for name in ("v",):\n                setattr',
+    "layer: v is the only state that is carried": layer(
+        "for name in states:\n            setattr", 'for name in ("v",):\n            setattr',
         "layer/test_neuron.py one_sequence and Recurrent"),
     "neuron: the learned threshold is not reset": neuron("        fill_parameter(self.threshold, self._v_threshold)\n",
         "", "layer/test_layer_arguments.py as_new"),
