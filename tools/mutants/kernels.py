@@ -584,6 +584,12 @@ CPU_MUTANTS = {
         "the sums of the last chunk": recurrent("grad_parameters + @ *", "chunk_.index", "int64(0)"),
         "the weight's gradient without spikes": recurrent("dj + offset, {@ + offset, Real(0)});\n    }", "before_.s",
                                                           "dj"),
+        "a width's logarithm as the width": recurrent("if (@) run<ExpLoop", "params.options.log_width", "false"),
+        "a decay's logit as the decay": recurrent("if (@) run<SigmoidLoop", "params.options.logit_decay", "false"),
+        "the gradient of the decay, not of its logit": recurrent("if (@) continue;", "derivative == Derivative::kNone",
+                                                                 "id == kDecay"),
+        "the sums of another stride": loops("= kSums == Sums::kRecurrent ? @ : kTile", "args.sums_stride", "kTile"),
+        "no gradient of the reset": loops("sum(kReset) += keep_if(args.carried, @)", "d_reset", "Real(0)"),
         "only the last block's gathered rows": products("if (@) copy<kVectors", "product.accumulate", "false"),
         "only the last block's dense rows": products("i < kRows && @; ++i", "args.accumulate", "false"),
         "three rows as two": products("tile<2>(args, row, column), row += @;", "2", "1"),
@@ -630,13 +636,13 @@ CPU_MUTANTS = {
         "decay's gradient of another step": cpu("accumulate(kDecay, Real(1), dh_, {v(@)", "k", "k + 1"),
         "decay's gradient of another settled step": settled(".v = v(@)", "t - start", "t - start + 1"),
         "wrong sign of the soft reset's gradient": loops(
-            "d_reset[i] = @;", "model.gradient_of_reset(dv, s)", "dv * s"
+            "d_reset = @;", "model.gradient_of_reset(dv, s)", "dv * s"
         ),
         "single spikes without a floor": rules("return @ ||", "multi_spike", "false"),
         "no floor of single spikes": rules("|| @ ||", "floored", "false"),
         "gradients through the floor": loops("dv = @;", "model.floor_adjoint(h, s, neuron, dv)", "dv"),
-        "width's gradient of no distance": loops("args.distance[i] = @;", "model.distance(h, neuron)", "h"),
-        "one surrogate for all": loops("args.options.surrogate = @;  // unused by LIF\n    with_rules",
+        "width's gradient of no distance": loops("  distance = @;", "model.distance(h, neuron)", "h"),
+        "one surrogate for all": loops("args.options.surrogate = @;  // unused by LIF\n    // A",
                                        "static_cast<Surrogate>(kId)", "Surrogate::kRectangle"),
         "a carried gradient forgotten": settled(
             "Real(0));\n    carried_ = @;", "params_.grad_v_last != nullptr", "false"
@@ -671,9 +677,9 @@ CPU_MUTANTS = {
         "the last w's gradient is v's": cpu("behind(params_.grad_v_last, @)", "all", "int64(0)"),
         "the first w's gradient in the place of v's": cpu("behind(params_.grad_v_init, @)", "all", "int64(0)"),
         "w of the step before again": cpu("w(k), w(@)});", "k + 1", "k"),
-        "adapt_decay's gradient of a spike": loops("dw * @);\n              args.sums[kAdaptPotential", "w", "s"),
-        "adapt_potential's gradient before the reset": loops("dw * (@ - v_rest)", "v", "h"),
-        "adapt_potential's gradient without v_rest": loops("- @));\n              args.sums[kAdaptSpike", "v_rest",
+        "adapt_decay's gradient of a spike": loops("dw * @);\n              sum(kAdaptPotential", "w", "s"),
+        "adapt_potential's gradient before the reset": loops("dw * (@ - args.options.v_rest)", "v", "h"),
+        "adapt_potential's gradient without v_rest": loops("- @));\n              sum(kAdaptSpike", "args.options.v_rest",
                                                            "Real(0)"),
         "adapt_spike's gradient of w": loops("dw * @);\n            }", "s", "w"),
         "the adjoint of the next w": cpu(".w = w(@)", "k", "k + 1"),
