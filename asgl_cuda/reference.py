@@ -152,7 +152,7 @@ def with_gradient_of(s: Tensor, a: Tensor, gain: float = 1.0) -> Tensor:
     if compiling and (transforming() or in_forward_mode()):  # both drop autograd functions silently
         scaled = a * gain
         return s.detach() + (scaled - scaled.detach())
-    if compiling and exporting() and torch.is_grad_enabled():  # exported, autograd functions are clones
+    if compiling and exporting():  # exported, autograd functions are clones
         scaled = a * gain
         nothing = scaled - detached(scaled)
         return detached(s) + torch.where(nothing == 0, nothing, 0.0)  # without a NaN

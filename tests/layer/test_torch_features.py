@@ -310,7 +310,7 @@ def test_an_exported_model_trains_as_the_model(name, device, way):
 
 def test_exported_without_gradients_and_in_evaluation(backend, device):
     """The graph requests no checkpoints."""
-    model, x_seq = branches(backend, device, IN_KERNELS).eval(), inputs(device, steps=20)
+    model, x_seq = branches(backend, device).eval(), inputs(device, steps=20)
     with torch.no_grad():
         program = torch.export.export(copy.deepcopy(model), (x_seq,))
     assert torch.equal(program.module()(x_seq), model(x_seq))
