@@ -679,8 +679,9 @@ CPU_MUTANTS = {
         "w of the step before again": cpu("w(k), w(@)});", "k + 1", "k"),
         "adapt_decay's gradient of a spike": loops("dw * @);\n              sum(kAdaptPotential", "w", "s"),
         "adapt_potential's gradient before the reset": loops("dw * (@ - args.options.v_rest)", "v", "h"),
-        "adapt_potential's gradient without v_rest": loops("- @));\n              sum(kAdaptSpike", "args.options.v_rest",
-                                                           "Real(0)"),
+        "adapt_potential's gradient without v_rest": loops(
+            "- @));\n              sum(kAdaptSpike", "args.options.v_rest", "Real(0)"
+        ),
         "adapt_spike's gradient of w": loops("dw * @);\n            }", "s", "w"),
         "the adjoint of the next w": cpu(".w = w(@)", "k", "k + 1"),
         "gradients of the input for adaptive neurons": cpu("if (@) add_gradients", "!Model::kAdapts", "true"),
