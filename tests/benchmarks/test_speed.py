@@ -245,26 +245,6 @@ def test_bytes_of_block_yardsticks(dtype, residual):
     assert moved == {FLOOR: pytest.approx(block.accesses, abs=0.01), COPY: 4}
 
 
-@needs_kernels
-@pytest.mark.parametrize(
-    ("size", "kept", "peak", "kept_by_pair"),
-    [
-        (Size(4, 2**16, "float32", compiled=False, peers=False), 4, 8, None),
-        (Block((4, 8, 16, 16, 16), "float32", compiled=False), 4, 12, 8),
-        (Block((4, 8, 16, 16, 16), "float32", compiled=False, residual=True), 8, 12, 8),
-    ],
-    ids=str,
-)
-def test_bytes_an_element(size, kept, peak, kept_by_pair):
-    """The layer keeps x, a residual too, and allocates spikes and gradients; the pair keeps what it normalised."""
-    rows = microbench.measure(size, CPU, repeats=1)["rows"]
-    assert kept <= rows[OURS]["saved_bytes"] / size.elements < kept + 0.3
-    assert rows[OURS]["peak_bytes"] / size.elements < peak + 0.3
-    if kept_by_pair:
-        assert kept_by_pair <= rows[f"{PAIR}{OURS}"]["saved_bytes"] / size.elements < kept_by_pair + 0.3
-        assert rows[OURS]["peak_bytes"] < rows[f"{PAIR}{OURS}"]["peak_bytes"]
-
-
 # ---- recurrent rows ----
 
 
