@@ -81,5 +81,5 @@ class Stack(nn.Module):
         for name, layer in layers.items():
             self.add_module(name, layer)
 
-    def forward(self, *inputs):
-        return self.function(self, *inputs)
+    def forward(self, x_seq):
+        return self.function(self, x_seq)

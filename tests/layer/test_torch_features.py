@@ -330,24 +330,19 @@ def test_exported_with_dynamic_shapes_and_compiled(backend, device):
 
 def test_every_output_and_every_input(name, device):
     names = ("width", "decay", "v_threshold", "v_reset", "input_gain", "input_bias", "input_mean")
-    tensors = {each: uniform(6, low=0.3, high=0.9, device=device) for each in names}
-    tensors["width"] = uniform(low=1.0, high=2.0, device=device)
-    x_seq, v_init = random_input(5, 3, 6, device=device), uniform(3, 6, low=-1, high=1, device=device)
-    state = rng_state(device=device)
+    given = {each: uniform(6, low=0.3, high=0.9, device=device) for each in names}
+    given |= {"width": uniform(low=1.0, high=2.0, device=device), "x_seq": random_input(5, 3, 6, device=device)}
+    given["v_init"] = uniform(3, 6, low=-1, high=1, device=device)
     options = {"analog_prob": 0.5, "surrogate": "triangle", "backend": name}
     options |= dict.fromkeys(("return_v_last", "return_v_seq", "return_h_seq"), True)
-    model = Stack(
-        lambda _, x_seq, v_init, rng_state, tensors: tuple(
-            asgl_cuda.lif(x_seq, v_init=v_init, rng_state=rng_state, **tensors, **options)
-        )
-    )
-    module = torch.export.export(model, (x_seq, v_init, state, tensors)).module()
+    model, state = Stack(lambda _, given: tuple(asgl_cuda.lif(**given, **options))), rng_state(device=device)
+    module = torch.export.export(model, ({**given, "rng_state": state},)).module()
 
     def results(function):
-        def of_leaves(x_seq, v_init, *values):
-            return function(x_seq, v_init, state, dict(zip(tensors, values, strict=True)))
+        def of_leaves(*values):
+            return function({**dict(zip(given, values, strict=True)), "rng_state": state})
 
-        return with_gradients(of_leaves, x_seq, v_init, *tensors.values())
+        return with_gradients(of_leaves, *given.values())
 
     for ours, theirs in zip(results(module), results(model), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
