@@ -1,4 +1,4 @@
-"""torch.compile, torch.export, ahead-of-time compilation, opcheck, no_grad and fake tensors.
+"""torch.compile, torch.export, ahead-of-time compilation, operators, no_grad and fake tensors.
 
 Compilations take seconds: each compiles all layers as the branches of one model.
 """
@@ -210,21 +210,11 @@ def operator_inputs(device, x_seq):
     return x_seq, None, None, *parameters, *[None] * 4, numbers, rules
 
 
-def test_opcheck_with_gradients(backend, device):
-    operators = BACKENDS[backend].operators
-    x_seq, *_, numbers, rules = given = operator_inputs(device, random_input(20, 2, 3, device=device))
-    torch.library.opcheck(operators.lif_forward, (*given, [True] * 4))
-    decay = uniform(3, low=0.3, high=0.9, device=device)
-    torch.library.opcheck(operators.integrator_forward, (x_seq, None, decay, None, numbers, rules, False, True))
-    x_seq = random_input(4, 2, 3, device=device)
-    weight, bias = uniform(3, low=0.5, high=1.5, device=device), uniform(3, low=0.5, high=1.5, device=device)
-    arguments = (x_seq, None, None, None, weight, bias, 1e-5, 0.9, 0)
-    torch.library.opcheck(operators.batch_norm_coefficients, arguments)
-    running = torch.zeros(3, device=device), torch.ones(3, device=device), torch.tensor(0, device=device)
-    torch.library.opcheck(operators.batch_norm_update, (*running, 0.1, *arguments))
-    statistics = torch.rand(2, 3, 3, dtype=torch.float64, device=device)
+def test_totals_of_several_processes_have_no_derivative(backend, device):
+    """An exported graph is of one process."""
+    x_seq, statistics = random_input(4, 2, 3, device=device), torch.rand(2, 3, 3, dtype=torch.float64, device=device)
     with pytest.raises(RuntimeError, match="train the model that it was made of"):
-        operators.batch_norm_coefficients(x_seq, statistics, *[None] * 4, 1e-5, 1.0, 0)
+        BACKENDS[backend].operators.batch_norm_coefficients(x_seq, statistics, *[None] * 4, 1e-5, 1.0, 0)
 
 
 @pytest.mark.parametrize("keeps_checkpoints", [False, True])
