@@ -374,6 +374,8 @@ def test_inputs_that_do_not_fit(layer, given, words):
 
 # ---- names ----
 
+BY_GAIN = "divides the input by tau, as input_gain=0.5 does"
+
 
 @pytest.mark.parametrize(
     ("call", "words"),
@@ -392,19 +394,6 @@ def test_inputs_that_do_not_fit(layer, given, words):
             lambda: asgl_cuda.batch_norm_lif(X, training=True, analog_probe=0.1),
             "batch_norm_lif.*'analog_probe'; did you mean analog_prob\\?",
         ),
-    ],
-)
-def test_did_you_mean(call, words):
-    with pytest.raises((TypeError, ValueError), match=f"asgl_cuda.*{words}"):
-        call()
-
-
-BY_GAIN = "divides the input by tau, as input_gain=0.5 does"
-
-
-@pytest.mark.parametrize(
-    ("call", "words"),
-    [
         (lambda: LIF(tau=2), f"'tau'; SpikingJelly's tau=2 is decay=0.5 and {BY_GAIN}"),
         (lambda: LIF(tau=None), "'tau'; SpikingJelly's tau is decay=1 - 1 / tau and .* as input_gain=1 / tau does"),
         (lambda: LIF(tau=1), "tau=1 is decay=0 and divides the input by tau, as input_gain=1 does"),
@@ -428,9 +417,10 @@ BY_GAIN = "divides the input by tau, as input_gain=0.5 does"
         (lambda: asgl_cuda.lif(X, learn_beta=True), "'learn_beta'"),
     ],
 )
-def test_arguments_of_other_libraries(call, words):
-    with pytest.raises(TypeError, match=f"got an unexpected keyword argument .*{words}$"):
+def test_names_of_another_spelling_or_library(call, words):
+    with pytest.raises((TypeError, ValueError), match=rf"^asgl_cuda\..*{words}\??$") as caught:
         call()
+    assert (caught.type is TypeError) == ("got an unexpected keyword argument" in str(caught.value))
 
 
 def test_names_of_other_libraries_are_the_same_functions():
