@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 
 import pytest
 
@@ -15,7 +16,6 @@ pytest.importorskip("rich")
 
 import numpy as np
 import torch
-from torch import nn
 from torch.nn import functional
 
 import asgl_cuda
@@ -36,121 +36,65 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-# ---- a network in plain PyTorch with the names of the authors' checkpoints ----
+# ---- the authors' networks in plain PyTorch, of the state dicts in their naming ----
 
 
-class Holder(nn.Module):
-    """Named modules and parameters, without a forward."""
+class Loop:
+    """Computes by the values of a state dict, in evaluation, and notes their names."""
 
-    def __init__(self, **parts):
-        super().__init__()
-        for name, part in parts.items():
-            setattr(self, name, part)
+    def __init__(self, state, settings):
+        self.state, self.settings, self.used = state, settings, set()
 
+    def __getitem__(self, name):
+        self.used.add(name)
+        return self.state[name]
 
-class OverSteps(nn.Module):
-    """tdLayer: time and batch as one."""
+    def conv(self, x, conv, norm, stride=1):
+        weight = self[f"{conv}.layer.weight"]
+        c = functional.conv2d(x.flatten(0, 1), weight, None, stride, weight.shape[-1] // 2)
+        values = (self[f"{norm}.layer.{name}"] for name in ("running_mean", "running_var", "weight", "bias"))
+        return functional.batch_norm(c, *values).unflatten(0, x.shape[:2])
 
-    def __init__(self, layer):
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x):
-        return torch.stack(self.layer(torch.cat(list(x))).chunk(len(x)))
-
-
-class LoopNeurons(nn.Module):
-    """LIFLayer, in evaluation."""
-
-    def __init__(self, settings):
-        super().__init__()
-        self.threshold = settings.threshold
-        inverse = 1 / settings.width
-        alpha = nn.Parameter(torch.tensor([math.log(inverse) if settings.surrogate == "rectangle" else inverse]))
-        decay = {"decay": nn.Parameter(torch.tensor(0.0))} if settings.learn_decay else {}
-        self.cell = Holder(**decay, spike_fn=Holder(inv_sg=Holder(alpha=alpha)))
-
-    def forward(self, x):
-        decay = self.cell.decay.sigmoid() if hasattr(self.cell, "decay") else 0.5
-        v, out = torch.zeros_like(x[0]), []
+    def neurons(self, x, name):
+        decay, v, out = self[f"{name}.cell.decay"].sigmoid() if self.settings.learn_decay else 0.5, 0, []
         for current in x:
             v = decay * v + current
-            spike = (v >= self.threshold).to(x)
+            spike = (v >= self.settings.threshold).to(x)
             v = v * (1 - spike)
-            out.append(self.threshold * spike)
+            out.append(self.settings.threshold * spike)
         return torch.stack(out)
 
+    def block(self, x, name, stride):
+        hidden = self.neurons(self.conv(x, f"{name}.conv1", f"{name}.bn1", stride), f"{name}.spike1")
+        same = f"{name}.shortcut.0.layer.weight" not in self.state
+        other = x if same else self.conv(x, f"{name}.shortcut.0", f"{name}.shortcut.1", stride)
+        return self.neurons(self.conv(hidden, f"{name}.conv2", f"{name}.bn2") + other, f"{name}.spike2")
 
-class LoopBlock(nn.Module):
-    """BasicBlock."""
+    def resnet19(self, x):
+        x = self.neurons(self.conv(x, "conv0.0", "conv0.1"), "conv0.2")
+        for stage, depth in ((1, 3), (2, 3), (3, 2)):
+            for place in range(depth):
+                x = self.block(x, f"layer{stage}.{place}", 2 if stage > 1 and place == 0 else 1)
+        x = self.neurons(x.mean((-2, -1)) @ self["classifier.0.layer.weight"].T, "classifier.1")
+        return x @ self["classifier.2.layer.weight"].T
 
-    def __init__(self, inputs, outputs, stride, settings):
-        super().__init__()
-        self.conv1 = OverSteps(nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False))
-        self.bn1, self.spike1 = OverSteps(nn.BatchNorm2d(outputs)), LoopNeurons(settings)
-        self.conv2 = OverSteps(nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False))
-        self.bn2, self.spike2 = OverSteps(nn.BatchNorm2d(outputs)), LoopNeurons(settings)
-        self.shortcut = nn.Sequential()
-        if stride == 2 or inputs != outputs:
-            conv = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
-            self.shortcut = nn.Sequential(OverSteps(conv), OverSteps(nn.BatchNorm2d(outputs)))
-
-    def forward(self, x):
-        out = self.bn2(self.conv2(self.spike1(self.bn1(self.conv1(x)))))
-        return self.spike2(out + self.shortcut(x))
-
-
-def loop_resnet19(settings, widths, classes):
-    first = nn.Conv2d(3, widths[0], 3, 1, 1, bias=False)
-    stages, inputs = {}, widths[0]
-    for number, (width, depth) in enumerate(zip(widths, (3, 3, 2), strict=True), start=1):
-        strides = [1 if number == 1 else 2] + [1] * (depth - 1)
-        blocks = [LoopBlock(inputs if i == 0 else width, width, stride, settings) for i, stride in enumerate(strides)]
-        stages[f"layer{number}"] = nn.Sequential(*blocks)
-        inputs = width
-    hidden, last = (OverSteps(nn.Linear(*pair, bias=False)) for pair in ((inputs, 256), (256, classes)))
-    return Holder(
-        conv0=nn.Sequential(OverSteps(first), OverSteps(nn.BatchNorm2d(widths[0])), LoopNeurons(settings)),
-        **stages,
-        avg_pool=OverSteps(nn.AdaptiveAvgPool2d(1)),
-        classifier=nn.Sequential(hidden, LoopNeurons(settings), last),
-    )
+    def vgg(self, x, plan):
+        place = 0
+        for each in plan.split():
+            if each == "conv":
+                x = self.neurons(self.conv(x, f"feature.{place}", f"feature.{place + 1}"), f"feature.{place + 2}")
+            else:
+                pool = functional.avg_pool2d if each == "A" else functional.adaptive_avg_pool2d
+                x = pool(x.flatten(0, 1), 2 if each == "A" else 1).unflatten(0, x.shape[:2])
+            place += 3 if each == "conv" else 1
+        return x.flatten(2) @ self["classifier.0.layer.weight"].T
 
 
-def loop_vgg(settings, plan, inputs, features, classes):
-    layers = []
-    for each in plan.split():
-        if each.startswith("A"):
-            layers.append(OverSteps(nn.AvgPool2d(2) if each == "A" else nn.AdaptiveAvgPool2d(1)))
-        else:
-            layers.append(OverSteps(nn.Conv2d(inputs, int(each), 3, 1, 1, bias=False)))
-            layers += [OverSteps(nn.BatchNorm2d(int(each))), LoopNeurons(settings)]
-            inputs = int(each)
-    classifier = nn.Sequential(OverSteps(nn.Linear(features, classes, bias=False)))
-    return Holder(feature=nn.Sequential(*layers), classifier=classifier)
-
-
-def loop_output(model, x):
-    names = [name for name, _ in model.named_children()]
-    for name in names[:-1]:
-        x = getattr(model, name)(x)
-    return model.classifier(x.flatten(2))
-
-
-# An eighth of the channels, but all hidden neurons; and some names that the state dict must have.
+# An eighth of the channels, but all hidden neurons.
 STAND_INS = {
-    "cifar10-resnet19": (
-        lambda settings: loop_resnet19(settings, (16, 32, 64), 10),
-        {"classifier.1.cell.spike_fn.inv_sg.alpha", "layer2.0.shortcut.1.layer.running_var"},
-    ),
-    "cifar10-vgg13": (
-        lambda settings: loop_vgg(settings, "8 8 A 16 16 A 32 32 A 64 64 64 A 64 AA", 3, 64, 10),
-        {"feature.1.layer.num_batches_tracked", "feature.29.cell.decay"},
-    ),
-    "dvs-cifar10-vggsnn2": (
-        lambda settings: loop_vgg(settings, "8 16 A 32 32 A 64 64 A 64 64 A", 2, 64 * 9, 10),
-        {"feature.26.cell.spike_fn.inv_sg.alpha", "classifier.0.layer.weight"},
-    ),
+    "cifar10-resnet19": Loop.resnet19,
+    "cifar10-vgg13": partial(Loop.vgg, plan="conv conv A conv conv A conv conv A conv conv conv A conv AA"),
+    "dvs-cifar10-vggsnn2": partial(Loop.vgg, plan="conv conv A conv conv A conv conv A conv conv A"),
 }
 
 
@@ -160,10 +104,12 @@ def small(name, **changes):
 
 @pytest.mark.parametrize("name", STAND_INS)
 def test_checkpoint_in_the_authors_naming(name, tmp_path):
-    settings, (make, names) = small(name, steps=3), STAND_INS[name]
-    theirs = make(settings).double().eval()
-    widths = []
-    for key, value in theirs.state_dict().items():
+    settings, widths, state = small(name, steps=3), [], {}
+    ours = Training(settings, data.samples_of(settings, None, 8), Options(CPU))
+    ours.network.double()
+    for key, value in ours.network.state_dict().items():
+        value = value.clone()
+        key = key.replace("logit_decay", "cell.decay").replace("alpha", "cell.spike_fn.inv_sg.alpha")
         if key.endswith("alpha"):
             value.add_(torch.rand(1, dtype=value.dtype))
             widths.append(float((-value).exp() if settings.surrogate == "rectangle" else 1 / value))
@@ -171,22 +117,22 @@ def test_checkpoint_in_the_authors_naming(name, tmp_path):
             value.uniform_(0.5, 1.5)
         elif key.startswith("classifier"):
             value.mul_(20)  # the hidden neurons of ResNet-19 have no normalisation, and would be silent
-    assert names <= theirs.state_dict().keys()
+        state[key] = value.reshape(()) if key.endswith("decay") else value
     file = tmp_path / "theirs.pth"
     config = argparse.Namespace(T=3, thresh=settings.threshold, decay=0.5, p=1, cmd=["python main.py"])
-    torch.save({"best_acc": torch.tensor(0.5), "best_net": theirs.state_dict(), "config": config}, file)
+    torch.save({"best_acc": torch.tensor(0.5), "best_net": state, "config": config}, file)
     saved, dvs = checkpoint_of(file, CPU), "dvs" in name
     other = replace(settings, steps=9, threshold=0.1, decay=0.3, learn_decay=not settings.learn_decay)
     assert settings_in(saved, other) == replace(settings, frames="la" if dvs else "separate")
-    ours = Training(settings, data.samples_of(settings, None, 8), Options(CPU))
-    ours.network.double()
     ours.load_network(saved)
     ours.network.eval()
     x_seq = torch.randn(3, 2, *((2, 48, 48) if dvs else (3, 32, 32))).double()
+    loop = Loop(state, settings)
     with torch.no_grad():
-        found, expected = ours.network(x_seq), loop_output(theirs, x_seq)
+        found, expected = ours.network(x_seq), STAND_INS[name](loop, x_seq)
     assert expected.std() > 0.01
     torch.testing.assert_close(found, expected)
+    assert {key for key in state if not key.endswith(("alpha", "tracked"))} == loop.used
     loaded = [float(layer.width.detach()) for _, layer in asgl_cuda.asgl_layers(ours.network)]
     torch.testing.assert_close(loaded, widths, rtol=1e-6, atol=0)
 

@@ -82,6 +82,24 @@ def other_noise(patch):
     patch.setattr(asgl_cuda, "recompute_spikes", lambda model: setattr(model[0][1], "analog_prob", 0.9) or model)
 
 
+def another_fusion(patch):
+    fuse = asgl_cuda.fuse
+
+    def fuse_wrongly(model, *example, inplace):
+        model[1].layer.eps = 2e-5
+        return fuse(model, *example, inplace=inplace)
+
+    patch.setattr(asgl_cuda, "fuse", fuse_wrongly)
+
+
+def block(neuron):
+    first = OverTime(nn.Conv2d(1, 8, 3)), OverTime(nn.BatchNorm2d(8)), neuron()
+    return nn.Sequential(*first, OverTime(nn.Flatten()), OverTime(nn.Linear(8 * 6 * 6, networks.CLASSES)))
+
+
+BLOCK = Network(block, (2, 5, 1, 8, 8))
+
+
 def measured(module):
     return lambda: list(module.measurements({}, CPU, repeats=1))
 
@@ -111,6 +129,10 @@ REFUSED = {
         r"^Norse \d.* emits other spikes than asgl_cuda\.recurrent_lif$",
     ),
     "conversion": (another_conversion, measured(convert), "^spikingjelly IFNode emits other spikes when it is conv"),
+    "fused block": (
+        another_fusion, lambda: end_to_end.check_losses(BLOCK, CPU),
+        r"^asgl_cuda .*, fused block has losses of \[.*\] without fusing$",
+    ),
     "recomputed": (other_noise, measured(memory), "^VGG, T = 2: asgl_cuda, recompute_spikes has other gradients$"),
 }  # fmt: skip
 
@@ -245,26 +267,6 @@ def test_bytes_of_block_yardsticks(dtype, residual):
     assert moved == {FLOOR: pytest.approx(block.accesses, abs=0.01), COPY: 4}
 
 
-@needs_kernels
-@pytest.mark.parametrize(
-    ("size", "kept", "peak", "kept_by_pair"),
-    [
-        (Size(4, 2**16, "float32", compiled=False, peers=False), 4, 8, None),
-        (Block((4, 8, 16, 16, 16), "float32", compiled=False), 4, 12, 8),
-        (Block((4, 8, 16, 16, 16), "float32", compiled=False, residual=True), 8, 12, 8),
-    ],
-    ids=str,
-)
-def test_bytes_an_element(size, kept, peak, kept_by_pair):
-    """The layer keeps x, a residual too, and allocates spikes and gradients; the pair keeps what it normalised."""
-    rows = microbench.measure(size, CPU, repeats=1)["rows"]
-    assert kept <= rows[OURS]["saved_bytes"] / size.elements < kept + 0.3
-    assert rows[OURS]["peak_bytes"] / size.elements < peak + 0.3
-    if kept_by_pair:
-        assert kept_by_pair <= rows[f"{PAIR}{OURS}"]["saved_bytes"] / size.elements < kept_by_pair + 0.3
-        assert rows[OURS]["peak_bytes"] < rows[f"{PAIR}{OURS}"]["peak_bytes"]
-
-
 # ---- recurrent rows ----
 
 
@@ -309,14 +311,6 @@ def test_products_are_those_of_the_layer(small_recurrent):
 # ---- training steps ----
 
 
-def block(neuron):
-    first = OverTime(nn.Conv2d(1, 8, 3)), OverTime(nn.BatchNorm2d(8)), neuron()
-    return nn.Sequential(*first, OverTime(nn.Flatten()), OverTime(nn.Linear(8 * 6 * 6, networks.CLASSES)))
-
-
-BLOCK = Network(block, (2, 5, 1, 8, 8))
-
-
 @needs_kernels
 @pytest.mark.parametrize("fused", [False, True])
 def test_ranges_change_no_result(monkeypatch, fused):
@@ -351,22 +345,6 @@ def test_fused_blocks_train_as_unfused_ones():
     assert end_to_end.check_losses(BLOCK, CPU) == names
     assert [each.name for each in end_to_end.variants(BLOCK, CPU) if each.fused] == names
     assert not [each for each in end_to_end.variants(networks.MLP, CPU) if each.fused]
-
-
-@needs_kernels
-def test_other_blocks_are_refused(monkeypatch):
-    fuse = asgl_cuda.fuse
-
-    def fuse_wrongly(model, *example, inplace):
-        result = fuse(model, *example, inplace=inplace)
-        for layer in model.modules():
-            if isinstance(layer, nn.BatchNorm2d):
-                layer.eps = 2e-5
-        return result
-
-    monkeypatch.setattr(asgl_cuda, "fuse", fuse_wrongly)
-    with pytest.raises(RuntimeError, match=r"^asgl_cuda .*, fused block has losses of \[.*\] without fusing$"):
-        end_to_end.check_losses(BLOCK, CPU)
 
 
 def test_a_network_without_fusion_is_refused():

@@ -4,7 +4,6 @@ import pytest
 import torch
 from comparison import real_of
 from torch._subclasses import FakeTensorMode
-from torch.fx.experimental.proxy_tensor import make_fx
 
 import asgl_cuda
 from asgl_cuda import backends, extension
@@ -78,20 +77,6 @@ def test_parameter_on_another_device_is_refused():
 
 def targets(graph):
     return [node.target for node in graph.nodes if node.op == "call_function"]
-
-
-def test_traced_by_make_fx(operators):
-    def function(x_seq):
-        state = operators.draw_rng_state(torch.empty(2, dtype=torch.int64, device=x_seq.device))
-        return tuple(asgl_cuda.lif(x_seq, analog_prob=0.3, rng_state=state, return_v_last=True)[:2])
-
-    with FakeTensorMode():
-        graph = make_fx(function)(torch.rand(20, 3, 5, device="cuda").bfloat16()).graph
-    assert {operators.draw_rng_state, operators.lif_forward} <= set(targets(graph))
-    (result,) = (node for node in graph.nodes if node.op == "output")
-    found = [node.meta["val"] for node in result.args[0]]
-    assert [(each.shape, each.dtype) for each in found] == [((20, 3, 5), torch.bfloat16), ((3, 5), torch.float32)]
-    assert {each.device for each in found} == {CUDA}
 
 
 @pytest.mark.parametrize("training", [False, True])

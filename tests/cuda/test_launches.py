@@ -85,18 +85,6 @@ def test_layouts_for_four_neurons(emulation, name, lanes):
     assert forward == ((blocks_for(neurons, 4), BLOCK) if "gradient" in name else backward)
 
 
-@pytest.mark.parametrize("multiprocessors", [TINY, LARGE])
-@pytest.mark.parametrize(
-    ("steps", "sizes", "outputs"),
-    [(4, (), ("s_seq",)), (9, (6, 1), ("s_seq",)), (40, (NEURONS // 6,), ("s_seq",)), (16, (2, 1, 1), ("s_seq",)),
-     (17, (), ("s_seq", "v_last", "v_seq", "h_seq"))],
-)  # fmt: skip
-def test_both_mappings_agree_with_the_reference(emulation, multiprocessors, steps, sizes, outputs):
-    emulation.set_multiprocessors(multiprocessors)
-    x_seq, width = random_input(steps, 2, 6, NEURONS // 6), uniform(*sizes, low=0.5, high=1.5)
-    assert_equals_reference(x_seq, "emulated", outputs=outputs, width=width, **NOISE)
-
-
 # Sizes of a step and of parameters, other options, neurons a thread.
 BY_NEURON = {
     "one parameter": ((2, NEURONS), {"width": (NEURONS,)}, {}, 4),

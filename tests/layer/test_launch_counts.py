@@ -105,16 +105,3 @@ def test_the_public_function(emulation):
     found = launches_of_training(Layer(), emulation)
     assert sorted(found)[:3] == ["aten::exp", "aten::mul", "aten::random_"]
     assert len(found) == 6
-
-
-def test_one_more_inside_an_operator_is_seen(emulation, monkeypatch):
-    backend = asgl_cuda.backends.BACKENDS["emulated"]
-
-    def forward(*arguments):
-        result = backend.operators.lif_forward(*arguments)
-        result[0].mul_(1)
-        return result
-
-    spied = backend._replace(operators=backend.operators._replace(lif_forward=forward), direct=None)
-    monkeypatch.setitem(asgl_cuda.backends.BACKENDS, "emulated", spied)
-    assert len(launches_of_training(LIF(backend="emulated"), emulation)) == 4 + 1

@@ -329,18 +329,6 @@ def test_keyword_arguments_and_other_hooks():
     assert found["smoothing_error"] == 0.25
 
 
-def test_the_second_call_is_of_the_layers_backend(monkeypatch):
-    asked = []
-    computed = asgl_cuda.neuron.computed
-    monkeypatch.setattr(
-        asgl_cuda.neuron, "computed", lambda *given: asked.append(given[2]["backend"]) or computed(*given)
-    )  # fmt: skip
-    model = nn.Sequential(LIF(backend="reference"), LIF())
-    with Monitor(model):
-        model(torch.rand(4, 2, 3))
-    assert asked == ["reference", "reference", None, None]
-
-
 def test_carried_potentials_of_inference_mode_and_compiled_code():
     layer = LIF(stateful=True, analog_prob=0.5)
     with Monitor(layer) as monitor:

@@ -1,4 +1,4 @@
-"""torch.compile, torch.export, ahead-of-time compilation, opcheck, no_grad and fake tensors.
+"""torch.compile, torch.export, ahead-of-time compilation, operators, no_grad and fake tensors.
 
 Compilations take seconds: each compiles all layers as the branches of one model.
 """
@@ -210,21 +210,11 @@ def operator_inputs(device, x_seq):
     return x_seq, None, None, *parameters, *[None] * 4, numbers, rules
 
 
-def test_opcheck_with_gradients(backend, device):
-    operators = BACKENDS[backend].operators
-    x_seq, *_, numbers, rules = given = operator_inputs(device, random_input(20, 2, 3, device=device))
-    torch.library.opcheck(operators.lif_forward, (*given, [True] * 4))
-    decay = uniform(3, low=0.3, high=0.9, device=device)
-    torch.library.opcheck(operators.integrator_forward, (x_seq, None, decay, None, numbers, rules, False, True))
-    x_seq = random_input(4, 2, 3, device=device)
-    weight, bias = uniform(3, low=0.5, high=1.5, device=device), uniform(3, low=0.5, high=1.5, device=device)
-    arguments = (x_seq, None, None, None, weight, bias, 1e-5, 0.9, 0)
-    torch.library.opcheck(operators.batch_norm_coefficients, arguments)
-    running = torch.zeros(3, device=device), torch.ones(3, device=device), torch.tensor(0, device=device)
-    torch.library.opcheck(operators.batch_norm_update, (*running, 0.1, *arguments))
-    statistics = torch.rand(2, 3, 3, dtype=torch.float64, device=device)
+def test_totals_of_several_processes_have_no_derivative(backend, device):
+    """An exported graph is of one process."""
+    x_seq, statistics = random_input(4, 2, 3, device=device), torch.rand(2, 3, 3, dtype=torch.float64, device=device)
     with pytest.raises(RuntimeError, match="train the model that it was made of"):
-        operators.batch_norm_coefficients(x_seq, statistics, *[None] * 4, 1e-5, 1.0, 0)
+        BACKENDS[backend].operators.batch_norm_coefficients(x_seq, statistics, *[None] * 4, 1e-5, 1.0, 0)
 
 
 @pytest.mark.parametrize("keeps_checkpoints", [False, True])
@@ -300,9 +290,9 @@ def test_anomaly_mode_and_another_default_type(backend, device):
 )
 @pytest.mark.traced
 def test_an_exported_model_trains_as_the_model(name, device, way):
-    """Also without noise and by the compiler's front end."""
+    """Also by the compiler's front end; noise is new at each step and in each layer, as the model's."""
     kinds = IN_KERNELS if name == "reference" else KINDS  # as unrolled loops, which take long
-    model, x_seq = branches(name, device, kinds), inputs(device)
+    model, x_seq = branches(name, device, kinds, analog_prob=0.3), inputs(device)
     program = torch.export.export(copy.deepcopy(model), (x_seq,), strict=way == "strict")
     program = program.run_decompositions() if way == "decomposed" else program
     assert_trains_alike(program.module(), model, x_seq)
@@ -328,44 +318,21 @@ def test_exported_with_dynamic_shapes_and_compiled(backend, device):
     assert_trains_alike(compiled, model, x_seq)
 
 
-@pytest.mark.parametrize("decomposed", [False, True])
-def test_noise_of_an_exported_model(backend, device, decomposed):
-    """New at each call and in each layer, equal to the model's, and the same in backward."""
-    model = nn.Sequential(*(asgl_cuda.LIF(analog_prob=0.5, width=4.0, backend=backend) for _ in range(2))).to(device)
-    x_seq = torch.rand(5, 400, device=device)
-    program = torch.export.export(copy.deepcopy(model), (x_seq,))
-    module = (program.run_decompositions() if decomposed else program).module()
-    torch.manual_seed(3)
-    assert not torch.equal(module(x_seq), module(x_seq))
-    assert_trains_alike(module, model, x_seq)
-
-
-class AllOutputs(nn.Module):
-    """Every output of `lif`, by every parameter."""
-
-    def __init__(self, backend):
-        super().__init__()
-        self.backend = backend
-
-    def forward(self, x_seq, v_init, rng_state, tensors):
-        every = dict.fromkeys(("return_v_last", "return_v_seq", "return_h_seq"), True)
-        options = {"analog_prob": 0.5, "surrogate": "triangle", "backend": self.backend}
-        return tuple(asgl_cuda.lif(x_seq, v_init=v_init, rng_state=rng_state, **tensors, **options, **every))
-
-
 def test_every_output_and_every_input(name, device):
     names = ("width", "decay", "v_threshold", "v_reset", "input_gain", "input_bias", "input_mean")
-    tensors = {each: uniform(6, low=0.3, high=0.9, device=device) for each in names}
-    tensors["width"] = uniform(low=1.0, high=2.0, device=device)
-    x_seq, v_init = random_input(5, 3, 6, device=device), uniform(3, 6, low=-1, high=1, device=device)
-    state, model = rng_state(device=device), AllOutputs(name)
-    module = torch.export.export(model, (x_seq, v_init, state, tensors)).module()
+    given = {each: uniform(6, low=0.3, high=0.9, device=device) for each in names}
+    given |= {"width": uniform(low=1.0, high=2.0, device=device), "x_seq": random_input(5, 3, 6, device=device)}
+    given["v_init"] = uniform(3, 6, low=-1, high=1, device=device)
+    options = {"analog_prob": 0.5, "surrogate": "triangle", "backend": name}
+    options |= dict.fromkeys(("return_v_last", "return_v_seq", "return_h_seq"), True)
+    model, state = Stack(lambda _, given: tuple(asgl_cuda.lif(**given, **options))), rng_state(device=device)
+    module = torch.export.export(model, ({**given, "rng_state": state},)).module()
 
     def results(function):
-        def of_leaves(x_seq, v_init, *values):
-            return function(x_seq, v_init, state, dict(zip(tensors, values, strict=True)))
+        def of_leaves(*values):
+            return function({**dict(zip(given, values, strict=True)), "rng_state": state})
 
-        return with_gradients(of_leaves, x_seq, v_init, *tensors.values())
+        return with_gradients(of_leaves, *given.values())
 
     for ours, theirs in zip(results(module), results(model), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
@@ -406,22 +373,13 @@ def test_transforms_of_an_exported_model(backend, device, kind):
         module(torch.autograd.forward_ad.make_dual(x_seq, torch.ones_like(x_seq)))
 
 
-def check_compiled_ahead_of_time(name, device, tmp_path):
+@pytest.mark.traced
+@pytest.mark.usefixtures("compiler")
+@pytest.mark.parametrize("name", ["fused", pytest.param("reference", marks=pytest.mark.slow)], indirect=True)
+def test_compiled_ahead_of_time(name, device, tmp_path):
     model, x_seq = branches(name, device, IN_KERNELS).eval(), inputs(device, steps=3)
     with torch.no_grad():
         program = torch.export.export(model, (x_seq,))
         path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
         compiled = torch._inductor.aoti_load_package(path)
         torch.testing.assert_close(compiled(x_seq), model(x_seq))
-
-
-@pytest.mark.usefixtures("compiler")
-@pytest.mark.skipif("cpu" not in asgl_cuda.available_backends(), reason="no CPU kernels")
-def test_compiled_ahead_of_time(tmp_path):
-    check_compiled_ahead_of_time("cpu", "cpu", tmp_path)
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("compiler")
-def test_compiled_ahead_of_time_by_each_backend(name, device, tmp_path):
-    check_compiled_ahead_of_time(name, device, tmp_path)

@@ -15,63 +15,6 @@ CPU = BACKENDS["cpu"]
 pytestmark = pytest.mark.skipif(CPU.direct is None, reason="this build has no extension")
 
 
-def spikes(x_seq):
-    width = torch.rand(5, 1, generator=torch.Generator().manual_seed(1)).add_(0.5).requires_grad_()
-    out = asgl_cuda.lif(
-        x_seq, width=width, v_init=torch.zeros_like(x_seq[0]), analog_prob=0.3, rng_state=torch.tensor([2, 9]),
-        backend="cpu", return_v_last=True, return_v_seq=True, return_h_seq=True,
-    )  # fmt: skip
-    sum((each * each).sum() for each in out).backward()
-    return *out, x_seq.grad, width.grad
-
-
-def normalised_spikes(x_seq):
-    layer = asgl_cuda.BatchNormLIF(5, backend="cpu")
-    torch.manual_seed(3)
-    s_seq = layer(x_seq)
-    s_seq.square().sum().backward()
-    torch.manual_seed(3)
-    return s_seq, x_seq.grad, layer.weight.grad, layer.running_mean, layer.running_var, layer.eval()(x_seq)
-
-
-def potentials(x_seq):
-    decay = torch.full((5, 1), 0.7, requires_grad=True)
-    v_seq = asgl_cuda.leaky_integrator(x_seq, decay=decay, backend="cpu")
-    v_seq.square().sum().backward()
-    return v_seq, x_seq.grad, decay.grad
-
-
-def recording(operators, called):
-    """The operators, which record the names of those that are called."""
-
-    def noted(name, operator):
-        return lambda *arguments: called.add(name) or operator(*arguments)
-
-    return Operators(*(noted(*each) for each in operators._asdict().items()))
-
-
-@pytest.mark.parametrize(
-    ("compute", "dtype"),
-    [
-        (spikes, torch.float32),
-        (spikes, torch.float64),
-        (normalised_spikes, torch.bfloat16),
-        (potentials, torch.float32),
-    ],
-)
-def test_both_ways_give_the_same_bits(monkeypatch, compute, dtype):
-    by_ops, direct = set(), set()
-    both = CPU._replace(operators=recording(CPU.operators, by_ops), direct=recording(CPU.direct, direct))
-    found = []
-    for backend in (both, both._replace(direct=None)):
-        monkeypatch.setitem(BACKENDS, "cpu", backend)
-        torch.manual_seed(5)
-        found.append(compute(torch.randn(20, 3, 5, 7).to(dtype).requires_grad_()))
-        assert (not by_ops) == (backend is both)
-    assert by_ops == direct != set()
-    assert all(map(torch.equal, *found))
-
-
 def test_every_operator_is_there():
     operators = Operators(*(getattr(torch.ops.asgl_cuda, name) for name in Operators._fields))
     assert len(CPU.direct) == len(operators) == len(set(map(id, CPU.direct)))

@@ -73,21 +73,6 @@ def test_first_network_is_the_program_of_the_readme():
     assert not {*program} - {*"".join(cells).splitlines()}
 
 
-SEARCHED = (
-    "amp", "batch first", "checkpoint", "dataset", "ddp", "energy", "firing rate regularization", "freeze width", "gpu",
-    "learnable decay", "lifrecurrent", "membrane potential", "nan", "onnx", "out of memory", "padding", "poisson",
-    "raster plot", "readout", "recurrent", "reproducible", "reset state", "resnet", "resume", "rleaky", "rlif", "rsnn",
-    "save model", "shd", "streaming", "surrogate gradient", "tau", "tensorboard", "variable length", "windows",
-)  # fmt: skip
-
-
-def test_search_finds():
-    """The site's search puts main index entries first."""
-    lines = re.findall(r"^```\{index\} (.*)$", "\n".join(page.read_text() for page in PAGES), re.MULTILINE)
-    entries = [each.strip().lower() for line in lines for each in line.split(",")]
-    assert [word for word in SEARCHED if entries.count(f"!{word}") != 1] == []
-
-
 def test_reference_is_complete():
     """And a method without a docstring would show torch's: to be overridden by all subclasses."""
     reference = "\n".join(page.read_text() for page in sorted((DOCS / "reference").glob("*.md")))

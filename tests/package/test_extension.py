@@ -2,9 +2,6 @@
 
 import json
 import os
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -130,22 +127,6 @@ def test_one_that_does_not_load(package, monkeypatch):
 def test_remedy_in_a_checkout(package):
     (package.parent / "setup.py").touch()
     assert extension.remedy() == f"pip install --no-build-isolation --no-deps -e {package.parent}"
-
-
-@pytest.mark.skipif(extension.module is None, reason="no extension")
-def test_process_that_imports_a_truncated_extension_goes_on(tmp_path):
-    size = 1_000_000
-    package = tmp_path / "asgl_cuda"
-    shutil.copytree(extension.PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__", "_C.*", "_build_info.*"))
-    shutil.copytree(extension.source_directory(), tmp_path / "csrc")
-    built = Path(extension.module.__file__)
-    for file in (built, built.parent / build_notes.NOTES):
-        shutil.copy(file, package)
-    os.truncate(package / built.name, size)
-    command = [sys.executable, "-m", "asgl_cuda", "info"]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
-    assert (result.returncode, result.stderr) == (0, "")
-    assert f"{package / built.name} is damaged: it has {size} bytes, and " in result.stdout
 
 
 @pytest.mark.parametrize(

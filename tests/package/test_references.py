@@ -68,7 +68,9 @@ def watched() -> None:
         model(inputs())
     schedule.step()
     assert str(monitor)
-    torch.optim.Adam(asgl_cuda.parameter_groups(model, lr=0.1))
+    optimizer = torch.optim.SGD(asgl_cuda.parameter_groups(model, lr=0.1), momentum=0.9)
+    trained(model(inputs()))
+    optimizer.step()
     lightning = types.SimpleNamespace(Callback=type("Callback", (), {}))
     with mock.patch.dict(sys.modules, {"lightning.pytorch": lightning}):
         asgl_cuda.lightning_callback(schedule, monitor)

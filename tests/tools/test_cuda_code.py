@@ -6,9 +6,9 @@ import json
 
 import pytest
 
-from tools.kernels import cuda_compile, resources
+from tools.kernels import resources
 from tools.kernels.code_checks import ptx_problems
-from tools.kernels.cuda_code import Kernel, Usage, reported_usages
+from tools.kernels.cuda_code import Kernel, Usage
 from tools.kernels.resources import Resources
 from tools.ptx import accesses
 
@@ -17,39 +17,6 @@ BACKWARD = Kernel("backward plain, T = 4", "bfloat16", "sigmoid", "soft")
 OTHER = Kernel("backward, 4 neurons", "float16", "erf", "soft")
 FINE = Usage(40, 16, 0, 0, 0)
 SPILLING = Usage(168, 16, 8, 4, 12)
-
-
-@pytest.mark.parametrize(
-    ("symbol", "kernel"),
-    [
-        ("lif_forward_kernel<float, asgl::LIF<(asgl::Surrogate)0, true>, 4, (asgl::Input)2, 0>", FORWARD),
-        ("lif_backward_settled_kernel<asgl::BFloat16, asgl::LIF<(asgl::Surrogate)2, false>, 4, (asgl::Input)2, 4>",
-         BACKWARD),
-        ("lif_backward_kernel<double, 1, (asgl::Input)0>",
-         Kernel("backward, 1 neuron", "float64", "any surrogate", "any reset")),
-        ("lif_backward_settled_kernel<asgl::Half, asgl::LIF<(asgl::Surrogate)0, true>, 4, (asgl::Input)3, 4>",
-         Kernel("backward normalised with residual, T = 4", "float16", "rectangle", "hard")),
-        ("gradient_sum_kernel<double>", Kernel("gradient sum", "float64")),
-        ("integrator_kernel<asgl::Half, 4, (asgl::Pass)2>",
-         Kernel("integrator backward with sums, 4 neurons", "float16")),
-    ],
-)  # fmt: skip
-def test_kernel_of_symbol(symbol, kernel):
-    assert Kernel.from_symbol(f"void asgl::{symbol}(asgl::Params)") == kernel
-
-
-def test_report_of_ptxas():
-    log = """
-ptxas info    : Compiling entry function '_Za' for 'sm_90'
-ptxas info    : Function properties for _Za
-    8 bytes stack frame, 4 bytes spill stores, 12 bytes spill loads
-ptxas info    : Used 168 registers, used 1 barriers, 8 bytes cumulative stack size, 16 bytes smem
-ptxas info    : Compiling entry function '_Zb' for 'sm_90'
-ptxas info    : Function properties for _Zb
-    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
-ptxas info    : Used 39 registers, used 0 barriers
-"""
-    assert reported_usages(log) == {"_Za": SPILLING, "_Zb": Usage(39, 0, 0, 0, 0)}
 
 
 def compared(now: Resources, committed: Resources, version: str = "13.0.88") -> resources.Findings:
@@ -83,13 +50,6 @@ def test_architectures_that_no_longer_have_the_code_of_another():
     assert list(resources.same_code_problems(same)) == []
     other = {FORWARD: {86: FINE, 88: FINE, 89: FINE._replace(registers=41)}}
     assert list(resources.same_code_problems(other)) == [f"sm_89 no longer has the code of sm_86: {FORWARD}"]
-
-
-def test_kernels_that_operators_start():
-    named = cuda_compile.named_kernels(["float64"])
-    assert {kernel.dtype for kernel in named} == {"float64"}
-    assert FORWARD._replace(dtype="float64", kind="gradient sum", surrogate="", reset="") in named
-    assert len(named) < len(cuda_compile.named_kernels(cuda_compile.TYPES))
 
 
 @pytest.mark.parametrize("page", [resources.PAGE, accesses.PAGE], ids=lambda page: page.path.name)

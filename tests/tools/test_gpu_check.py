@@ -84,15 +84,6 @@ def test_stopped_and_failing_steps(monkeypatch):
     assert log.getvalue().endswith("heard\n")
 
 
-@pytest.mark.parametrize("line", ["tests/a.py::test_it[{}] {} [ 25%]", "[gw0] [ 25%] {1} tests/a.py::test_it[{0}] "])
-def test_results_of_a_killed_pytest(line):
-    """As it prints them, alone and with xdist."""
-    lines = [line.format(name, word) for name, word in (("a b", "PASSED"), ("c", "FAILED"), ("d", "PASSED"))]
-    lines.insert(1, "tests/a.py::test_killed ")
-    assert check.last_of_pytest(lines) is None
-    assert check.failures_in(lines) == [lines[2]]
-
-
 def test_extension_is_built_once(monkeypatch, capsys):
     built = []
     monkeypatch.setattr(prepare, "build", lambda architecture: built.append(architecture) is None)
@@ -141,23 +132,6 @@ def test_other_results_are_refused(main, tmp_path, monkeypatch, capsys, content,
     assert message.startswith(f"gpu-check: {file} {words}")
     assert message.endswith("--again\n")
     assert file.read_text() == content
-
-
-@pytest.mark.parametrize(("origin", "left"), [(ORIGIN, ["kernels", "check"]), ({**ORIGIN, "code": "9999"}, ["check"])])
-def test_again_keeps_other_steps_of_the_same_code(main, tmp_path, monkeypatch, origin, left):
-    before = Findings(tmp_path / "gpu_check.json", origin)
-    before.note(outcome("kernels"))
-    before.note(outcome("check", passed=False))
-    for name, value in (
-        ("origin", lambda dry_run: ORIGIN),
-        ("steps", lambda machine: [Step("check", ["true"], 5, {})]),
-    ):  # fmt: skip
-        monkeypatch.setattr(check, name, value)
-    assert main(tmp_path, "--dry-run", "--only", "check", "--again") == 0
-    after = Findings(tmp_path / "gpu_check.json", ORIGIN)
-    assert after.read() is None
-    assert list(after.outcomes) == left
-    assert after.outcomes["check"].passed
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -213,18 +187,6 @@ def test_every_kernel_is_named_and_counted():
         assert "<" not in kernel_times.kind_of(f"void {kernel}(asgl::Params)")[1], "unknown to kind_of of cuda_code.py"
     command = kernel_times.ncu_command("ncu", Path("log"))
     assert command[command.index("--kernel-name") + 1] == f"regex:{kernel_times.OUR_KERNELS}"
-
-
-def test_counters():
-    head = '"ID","Kernel Name","Metric Name","Metric Value"'
-    values = {name: f"{i + 1},000.5" for i, name in enumerate(kernel_times.METRICS)}
-    kernel = "void asgl::batch_moments_kernel<float, (int)4>(asgl::MomentsParams<float>)"
-    lines = ["==PROF== profiling", head, *(f'"0","{kernel}","{name}","{value}"' for name, value in values.items())]
-    (found,) = kernel_times.counters(lines)
-    assert found.pop("kernel") == "moments, 4 columns, float32"
-    scales = dict(kernel_times.METRICS.values())
-    assert len(found) == len(values), "two metrics have one name"
-    assert found == {name: scale * (1000.5 + 1000 * i) for i, (name, scale) in enumerate(scales.items())}
 
 
 def test_share_of_a_copy():

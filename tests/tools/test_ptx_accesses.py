@@ -12,7 +12,7 @@ import torch
 import asgl_cuda
 from tools import ptx
 from tools.ptx import accesses
-from tools.ptx.accesses import Case, Counts, Row, Sectors
+from tools.ptx.accesses import Case, Row, Sectors
 
 pytestmark = [pytest.mark.ptx, pytest.mark.skipif(ptx.missing() is not None, reason=str(ptx.missing()))]
 
@@ -24,37 +24,6 @@ TYPES = [pytest.param(dtype, marks=[pytest.mark.slow] if dtype != torch.float32 
 def traced(dtype: torch.dtype) -> tuple[Row, ...]:
     machine = ptx.Machine()
     return tuple(row for case in accesses.cases((dtype,)) for row in accesses.trace(case, machine))
-
-
-def one_each(addresses: list[int], size: int = 4, where: str = "ld", block: int = 0) -> list[ptx.Access]:
-    """An access of each thread of a block."""
-    return [ptx.Access(where, block, thread, False, size, address) for thread, address in enumerate(addresses)]
-
-
-@pytest.mark.parametrize(
-    ("addresses", "size", "expected"),
-    [
-        ([4 * lane for lane in reversed(range(32))], 4, Sectors(4, 4)),
-        ([4 * lane + 4 for lane in range(32)], 4, Sectors(5, 4)),  # not aligned to a sector
-        ([16 * lane for lane in range(32)], 4, Sectors(16, 4)),  # narrow accesses of four neighbours
-        ([8 * (lane // 16) for lane in range(32)], 8, Sectors(1, 1)),
-        ([30], 2, Sectors(1, 1)),
-    ],
-)
-def test_sectors(addresses, size, expected):
-    assert accesses.sectors(one_each(addresses, size)) == expected
-
-
-def test_accesses_of_warps():
-    """By instruction, block and round, in any order of threads; loads and stores of sequences and others apart."""
-    adjacent, apart = [4 * thread for thread in range(64)], [4096 + 32 * thread for thread in range(64)]
-    rounds = [*one_each(adjacent), *one_each(apart), *one_each(adjacent, where="another"), *one_each(adjacent, block=1)]
-    for order in (rounds, sorted(rounds, key=lambda access: access.thread)):
-        sizes = sorted(accesses.sectors(each).touched for each in accesses.warp_accesses(order))
-        assert sizes == [4] * 6 + [32] * 2
-    stores = [each._replace(where="st", stores=True) for each in one_each(adjacent)]
-    expected = Counts(Sectors(24, 24), Sectors(8, 8), Sectors(64, 8), Sectors())
-    assert accesses.count([*rounds, *stores], [range(0, 256)]) == expected
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)

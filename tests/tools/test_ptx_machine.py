@@ -97,46 +97,6 @@ def test_shuffles(machine):
             assert each == [1000 + (thread if lane is None else thread // 32 * 32 + lane), lane is not None]
 
 
-def test_shared_memory_and_barrier(machine):
-    """Memory is per block; uninitialised values are NaN."""
-    shared = ".shared .align 4 .b8 first[4];\n.shared .align 16 .b8 second[512];"
-    text = module(
-        """
-.shared .align 16 .b8 third[16];
-mov.u32 %r1, second;
-shl.b32 %r2, %r10, 2;
-add.s32 %r3, %r1, %r2;
-mad.lo.u32 %r4, %r11, 128, %r10;
-st.shared.b32 [%r3], %r4;
-bar.sync 0;
-sub.s32 %r3, %r1, %r2;
-ld.shared.b32 %r5, [%r3+508];
-ld.shared.b32 %r6, [first];
-ld.shared.v4.b32 {%r6, %r7, %r8, %r9}, [third];
-mul.wide.u32 %rd1, %r4, 8;
-add.s64 %rd1, %rd10, %rd1;
-st.global.v2.b32 [%rd1], {%r5, %r9};
-""",
-        shared,
-    )
-    found = np.zeros((3, 128, 2), np.uint32)
-    assert run(machine, translated(text), 128, found, blocks=3) is None
-    assert found[:, :, 0].tolist() == [[128 * block + 127 - thread for thread in range(128)] for block in range(3)]
-    assert np.isnan(found[:, :, 1].view(np.float32)).all()
-
-
-def test_error_of_approximations():
-    """The machine's settings are in units in the last place."""
-    body = "ld.global.b32 %r1, [%rd10]; rcp.approx.ftz.f32 %r2, %r1; ex2.approx.ftz.f32 %r3, %r1;"
-    kernel = translated(module(f"{body} st.global.v2.b32 [%rd11], {{%r2, %r3}};"))
-    near, off = ptx.Machine(), ptx.Machine()
-    off.rcp_units, off.ex2_units = 1, -2
-    found = np.zeros((2, 2), np.uint32)
-    for each, to in ((near, found[0]), (off, found[1])):
-        assert run(each, kernel, 1, np.array([3], np.float32), to) is None
-    assert (found[1].astype(int) - found[0]).tolist() == [1, -2]
-
-
 # ---- mistakes ----
 
 # Each by one thread, in a kernel with all faults. %rd10 is a buffer, %rd11 the end of another before a gap.
@@ -181,13 +141,6 @@ def test_fault(machine, faulty, number):
         fault, expected = list(FAULTS.items())[number]
         assert problem.startswith(f"thread (3,0,0) of block (1,0,0): {located(text, fault)} ")
         assert expected in problem
-
-
-def test_launch_that_does_not_fit(machine):
-    kernel = translated(module("", most_threads=64))
-    assert run(machine, kernel, 64) is None
-    assert run(machine, kernel, 65) == "a block has at most 64 threads, got 65"
-    assert machine.run(kernel, 1, 1, 0, 8, set()) == "its parameters take 32 bytes, got 8"
 
 
 def test_registers(machine):
@@ -267,24 +220,3 @@ def test_unknown_statements_are_errors(statement):
     with pytest.raises(UnknownPTXError) as error:
         to_cpp(kernels(text)["kernel"])
     assert str(error.value).startswith(f"kernel: {located(text, statement)}: ")
-
-
-@pytest.mark.parametrize("text", ["", ".visible .entry two(.param .b32 a, .param .b32 b) { ret; }"])
-def test_other_modules_are_errors(text):
-    with pytest.raises(UnknownPTXError, match="kernels of one parameter"):
-        kernels(text)
-    with pytest.raises(UnknownPTXError, match="no other functions"):
-        kernels(f".func helper() {{ ret; }}\n{module('')}")
-
-
-# Errors of the C++ compiler, which show the statement.
-ILL_TYPED = ["add.f32 %r1, %r2, %r3;", "mul.hi.s64 %rd1, %rd2, %rd3;", "mov.b16 %rs1, 65536;", "add.s32 %r1, %p1, %r2;"]
-
-
-def test_ill_typed_statements_are_errors():
-    text = module("\n".join(ILL_TYPED))
-    with pytest.raises(RuntimeError) as error:
-        translated(text)
-    assert str(error.value).startswith("kernel: ")
-    for statement in ILL_TYPED:
-        assert located(text, statement) in str(error.value)

@@ -151,15 +151,6 @@ def sanitize(kernels: Kernels, flags: Sequence[str], size: str) -> bool:
     return result.returncode == 0
 
 
-def selftest(flags: Sequence[str]) -> bool:
-    """The emulation itself."""
-    program = DIRECTORY / "selftest"
-    compile_all([(PROGRAMS / "selftest.cpp", CUDA.flags)], program, ["-O1", "-g1", *flags])
-    result = run(program, ASAN_OPTIONS="detect_stack_use_after_return=0")
-    print(f"selftest {flags[0]}: {result.stdout}{result.stderr}", flush=True)
-    return result.returncode == 0
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.emulation.sanitize", description=__doc__)
     parser.add_argument("--all", action="store_true", help="all kernels under every sanitizer")
@@ -168,7 +159,6 @@ def main() -> int:
     few_instantiations(DIRECTORY)
     recorded_calls()
     clean = [sanitize(*job) for job in (*JOBS, *(MORE_JOBS if everything else ()))]
-    clean += [selftest(flags) for flags in (ADDRESS, THREAD) if everything]
     return 0 if all(clean) else 1
 
 

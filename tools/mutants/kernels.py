@@ -83,6 +83,7 @@ MUTANTS = {
         "four neurons for any residual": plans("groups_of_four(params, @, params.s_seq", "params.residual",
                                                    "params.x_seq"),
         # ---- noise ----
+        "lanes that have left exchange noise": kernels("if (@ && !index.live) return;", "kLanes > 1", "true"),
         "wrong lanes exchange noise": noise("exchanged = @", "__shfl_sync(kWholeWarp, drawn, other, kNoiseGroup)",
                                             "__shfl_sync(kWholeWarp, drawn, other)"),
         "wrong neuron's noise": noise(">> (2 * @)", "rank", "other"),
@@ -194,6 +195,8 @@ MUTANTS = {
         "no barrier between segments": kernels("      }\n    }\n    @", BARRIER, ""),
         "no barrier between two sums": kernels("@  // earlier values have been read\n  thread_sums.", BARRIER, ""),
         "no barrier within a sum": NO_BARRIER_IN_A_SUM,
+        "a barrier for some threads alone": kernels("[threadIdx.x] = row;\n    @", BARRIER,
+                                                    "if (threadIdx.x < 40) __syncthreads();"),
         # ---- sums of a block ----
         "shifted slot": sums("run, @)] = sum", "blockIdx.x", "blockIdx.x + (run > 0)"),
         "repeated values one by one": sums("if (kLanes == 1 && @)", "parameter.repeats_in(kBlockThreads)", "false"),

@@ -193,7 +193,7 @@ MUTANTS = {
         "neuron/test_arguments.py no_others"),
     "checks: warns each time": checks("        _warned.add(kind)\n", "", "layer/test_layer_arguments.py warning_once"),
     "checks: names in other cases": checks("get_close_matches(given.lower(), ", "get_close_matches(given, ",
-        "layer/test_layer_arguments.py did_you_mean"),
+        "layer/test_layer_arguments.py another_spelling"),
     "checks: a step for time at the front": checks("if not -x_t.dim() - 1 <= time_dim", "if not -x_t.dim() <= time_dim",
         "layer/test_streaming.py inputs"),
     "checks: numpy's flags": checks("not isinstance(value, numpy.bool_)", "True",

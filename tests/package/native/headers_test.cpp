@@ -1,22 +1,34 @@
 // Checks of the headers in csrc without torch: `headers_test` lists them, `headers_test NAME` runs one.
 #include <algorithm>
-#include <cfloat>
 #include <cmath>
+#include <cstdarg>
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
 #include <limits>
 
 #include "cpu/philox_simd.h"
-#include "half_types_checks.h"
 #include "math/float_math.h"
-#include "math/neuron.h"
 #include "math/normalisation.h"
 #include "math/philox.h"
-#include "math/surrogates.h"
 #include "params/neuron.h"
 
 namespace {
+
+using asgl::bit_cast;
+using asgl::int64;
+using asgl::uint32;
+
+int failures = 0;
+
+__attribute__((format(printf, 2, 3))) void expect(bool holds, const char* format, ...) {
+  if (holds || ++failures > 10) return;
+  va_list arguments;
+  va_start(arguments, format);
+  std::vprintf(format, arguments);
+  va_end(arguments);
+  std::printf("\n");
+}
 
 // Philox4x32-10 as published: words of 32 bits, each round a permuted pair of products.
 struct Words {
@@ -34,35 +46,6 @@ Words published_philox(Words counter, uint32_t key0, uint32_t key1) {
     key1 += 0xBB67AE85u;
   }
   return counter;
-}
-
-void philox_known_answers() {
-  struct Vector {
-    Words counter;
-    uint32_t key[2];
-    Words result;
-  };
-  // Published by Random123 (Salmon et al., SC 2011).
-  const Vector vectors[] = {
-      {{{0, 0, 0, 0}}, {0, 0}, {{0x6627E8D5u, 0xE169C58Du, 0xBC57AC4Cu, 0x9B00DBD8u}}},
-      {{{0xFFFFFFFFu, 0xFFFFFFFFu, 0xFFFFFFFFu, 0xFFFFFFFFu}},
-       {0xFFFFFFFFu, 0xFFFFFFFFu},
-       {{0x408F276Du, 0x41C83B0Eu, 0xA20BC7C6u, 0x6D5451FDu}}},
-      {{{0x243F6A88u, 0x85A308D3u, 0x13198A2Eu, 0x03707344u}},
-       {0xA4093822u, 0x299F31D0u},
-       {{0xD16CFE09u, 0x94FDCCEBu, 0x5001E420u, 0x24126EA1u}}},
-  };
-  for (const Vector& vector : vectors) {
-    const asgl::PhiloxWords counter = {
-        {vector.counter.w[0], vector.counter.w[1], vector.counter.w[2], vector.counter.w[3]}};
-    const asgl::PhiloxWords result = asgl::philox4x32(counter, vector.key[0], vector.key[1]);
-    const Words published = published_philox(vector.counter, vector.key[0], vector.key[1]);
-    for (int i = 0; i < 4; ++i) {
-      expect(static_cast<uint32_t>(result.w[i]) == vector.result.w[i], "word %d: %08llx, expected %08x", i, result.w[i],
-             vector.result.w[i]);
-      expect(published.w[i] == vector.result.w[i], "the comparison of the other checks is wrong in word %d", i);
-    }
-  }
 }
 
 // The draw of neuron n at step t, by definition.
@@ -83,17 +66,6 @@ void expect_draws(uint64_t n, uint32_t t, int64 seed, int64 offset) {
   const uint32_t expected = defined_draw(n, t, static_cast<uint64_t>(seed), static_cast<uint64_t>(offset));
   expect(draw == expected, "neuron %llu, step %u, seed %lld, offset %lld: %llu, expected %u",
          static_cast<unsigned long long>(n), t, seed, offset, static_cast<unsigned long long>(draw), expected);
-}
-
-void noise_lanes() {
-  for (const int64 seed :
-       {int64{0}, int64{1}, int64{-1}, int64{0x123456789ABCDEF}, std::numeric_limits<int64>::min()}) {
-    for (const int64 offset : {int64{0}, int64{7}, int64{-5}, (int64{1} << 32) + 7}) {
-      for (uint64_t n = 0; n < 40; ++n) {
-        for (uint32_t t = 0; t < 7; ++t) expect_draws(n, t, seed, offset);
-      }
-    }
-  }
 }
 
 void noise_of_groups_beyond_32_bits() {
@@ -209,74 +181,14 @@ void expect_close(float (*function)(float), double (*exact)(double)) {
     const auto x = bit_cast<float>(static_cast<uint32>(bits));
     if (!std::isnan(x)) check(x);
   }
-  // Densely in the range of neurons, with the bounds of exp and the junctions of erf and atan.
+  // Densely in the range of neurons, with the bounds of exp and the junctions of erf and atan; and at the ends.
   for (int i = -1'000'000; i <= 1'000'000; ++i) check(static_cast<float>(i) * 1.1e-4f);
+  for (const float sign : {1.0f, -1.0f}) check(sign * HUGE_VALF);
 }
 
 void exp_is_close() { expect_close(&asgl::float_math::exp, &std::exp); }
 void erf_is_close() { expect_close(&asgl::float_math::erf, &std::erf); }
 void atan_is_close() { expect_close(&asgl::float_math::atan, &std::atan); }
-
-void functions_at_special_values() {
-  namespace fm = asgl::float_math;
-  expect(fm::exp(0.0f) == 1.0f && fm::exp(-0.0f) == 1.0f, "exp(0)");
-  expect(fm::exp(kInfinity) == kInfinity && fm::exp(FLT_MAX) == kInfinity, "exp(inf)");
-  expect(fm::exp(-kInfinity) == 0.0f && fm::exp(-FLT_MAX) == 0.0f, "exp(-inf)");
-  expect(fm::erf(kInfinity) == 1.0f && fm::erf(-kInfinity) == -1.0f, "erf(inf)");
-  expect(fm::erf(FLT_MAX) == 1.0f && fm::erf(-FLT_MAX) == -1.0f, "erf(largest)");
-  const auto right_angle = static_cast<float>(std::acos(0.0));
-  expect(fm::atan(kInfinity) == right_angle && fm::atan(-kInfinity) == -right_angle, "atan(inf)");
-  expect(fm::atan(FLT_MAX) == right_angle && fm::atan(-FLT_MAX) == -right_angle, "atan(largest)");
-  for (const float zero : {0.0f, -0.0f}) {
-    expect(fm::erf(zero) == 0.0f && std::signbit(fm::erf(zero)) == std::signbit(zero), "erf(%g)", zero);
-    expect(fm::atan(zero) == 0.0f && std::signbit(fm::atan(zero)) == std::signbit(zero), "atan(%g)", zero);
-  }
-  for (const float nan : {kNaN, -kNaN, bit_cast<float>(0x7F800001u), bit_cast<float>(0xFFFFFFFFu)}) {
-    expect(std::isnan(fm::exp(nan)), "exp(NaN)");
-    expect(std::isnan(fm::erf(nan)), "erf(NaN)");
-    expect(std::isnan(fm::atan(nan)), "atan(NaN)");
-  }
-}
-
-void surrogate_slopes_at_kinks() {
-  const auto check = []<class Real>(Real one) {
-    using Rectangle = SurrogateMath<Surrogate::kRectangle>;
-    using Triangle = SurrogateMath<Surrogate::kTriangle>;
-    const Real half = one / 2;
-    for (const Real edge : {-half, half}) {
-      expect(Rectangle::adjoint(edge, one) == 1, "the rectangle's edge %g is inside", double(edge));
-      expect(Rectangle::adjoint(edge * Real(1.001), one) == 0, "beyond the rectangle's edge %g", double(edge));
-    }
-    expect(Triangle::adjoint(Real(0), one) == 1, "the triangle's peak");
-    expect(Triangle::adjoint(one, one) == 0 && Triangle::adjoint(-one, one) == 0, "the triangle's edges");
-    expect(SurrogateMath<Surrogate::kLaplace>::adjoint(Real(0), one) == half, "the peak of laplace");
-    expect(SurrogateMath<Surrogate::kFastSigmoid>::adjoint(Real(0), one) == half, "the peak of fast_sigmoid");
-  };
-  check(1.0f);
-  check(1.0);
-}
-
-void integers() {
-  const auto check = []<class Real>(Real) {
-    using Integer = SurrogateMath<Surrogate::kInteger>;
-    constexpr Real infinity = std::numeric_limits<Real>::infinity(), nan = std::numeric_limits<Real>::quiet_NaN();
-    const Real levels = 4, one = 1;
-    for (const Real y : {Real(-1), Real(0), Real(0.3), Real(2.5), Real(4), Real(4.1)}) {
-      expect(Integer::value(y, levels) == std::clamp(y, Real(0), levels), "%g clamped", double(y));
-      expect(Integer::adjoint(y, one, levels) == Real(y >= 0 && y <= 4), "slope at %g", double(y));
-    }
-    expect(Integer::value(infinity, levels) == 4 && Integer::value(-infinity, levels) == 0, "infinity clamped");
-    expect(std::isnan(Integer::value(nan, levels)) && Integer::adjoint(nan, one, levels) == 0, "NaN");
-    for (int i = 0; i <= 256 * 8; ++i) {  // ties, and their neighbours
-      const Real x = Real(i) / 8, above = std::nextafter(x, infinity);
-      expect(asgl::math::rounded(x) == std::nearbyint(x), "%g rounded", double(x));
-      expect(asgl::math::rounded(above) == std::nearbyint(above), "%.9g rounded", double(above));
-    }
-    expect(std::isnan(asgl::math::rounded(nan)), "NaN rounded");
-  };
-  check(1.0f);
-  check(1.0);
-}
 
 // For equal values, rounding alone would make some variances negative.
 void moments_of_equal_values() {
@@ -301,26 +213,13 @@ struct Check {
 
 #define CHECK(name) {#name, &name}
 const Check checks[] = {
-    CHECK(philox_known_answers),
-    CHECK(noise_lanes),
     CHECK(noise_of_groups_beyond_32_bits),
     CHECK(noise_rows_of_clones),
-    CHECK(half_widening),
-    CHECK(bfloat16_widening),
-    CHECK(half_rounding_of_ties),
-    CHECK(bfloat16_rounding_of_ties),
-    CHECK(half_rounding_of_random_floats),
-    CHECK(bfloat16_rounding_of_random_floats),
-    CHECK(half_rounding_of_extremes),
-    CHECK(bfloat16_rounding_of_extremes),
     CHECK(element_beyond_32_bits),
     CHECK(parameter_beyond_32_bits),
     CHECK(exp_is_close),
     CHECK(erf_is_close),
     CHECK(atan_is_close),
-    CHECK(functions_at_special_values),
-    CHECK(surrogate_slopes_at_kinks),
-    CHECK(integers),
     CHECK(moments_of_equal_values),
 };
 #undef CHECK
