@@ -244,6 +244,10 @@ class ConvertedILIFNode(ConvertedNode):
     def _levels(self) -> int:  # type: ignore[override]
         return int(getattr(self.surrogate_function, "max_spike_count", 0))  # 0 of another, which `lif` refuses
 
+    def _steps(self, x_seq: Tensor, whole: bool) -> LIFOutput:
+        output = super()._steps(x_seq, whole)
+        return output._replace(s_seq=output.s_seq.to(x_seq.dtype))  # integers of integers
+
     def description(self) -> str:
         return f"{self._levels} levels"
 

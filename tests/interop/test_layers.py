@@ -276,6 +276,7 @@ INTEGERS = {
     "LIFNode, a reset": lambda: neuron.ParametricLIFNode(v_reset=0.3),
     "IFNode, soft": lambda: neuron.IFNode(v_reset=None),
     "CUBALIFNode, soft": lambda: neuron.CUBALIFNode(v_reset=None),
+    "ILIFNode": lambda: neuron.ILIFNode(step_mode="m"),
     "Leaky, whole numbers": lambda: snntorch.Leaky(beta=1, threshold=2, reset_mechanism="zero"),
     "norse LIFBoxCell, whole numbers": lambda: norse.LIFBoxCell(
         norse.LIFBoxParameters(v_th=torch.tensor(1), tau_mem_inv=torch.tensor(400))

@@ -884,6 +884,8 @@ MUTANTS = {
         "interop/test_layers.py recorded_potentials"),
     "spikingjelly: levels of another surrogate": spikingjelly('"max_spike_count", 0))', '"max_spike_count"))',
         "interop/test_changed.py refused and another"),
+    "spikingjelly: spikes of integers": spikingjelly("output.s_seq.to(x_seq.dtype)", "output.s_seq",
+        "interop/test_layers.py integers and ILIF"),
     "spikingjelly: spikes of the last call": spikingjelly("s_init=self.y, **options", "**options", RETURNS),
     # ---- libraries ----
     "snntorch: a mem that has changed": snntorch(" and version_of(mem) == last[1]:", ":",
