@@ -260,10 +260,10 @@ class ConvertedRLeaky(Recurrent, ConvertedLeaky):
 
     def one_step(self, input_: Tensor, spk: Any = None, *states: Any, **named: Any) -> Any:  # type: ignore[override]
         spk = self._before(input_.unsqueeze(0), spk, "spk")
-        spk, *states = super().one_step(input_ + self.recurrent(spk), *states, **named)
+        spk, *after = super().one_step(input_ + self.recurrent(spk), *states, **named)
         spk = spk.clone()  # no view, which detach_() would refuse
         self._keep("spk", spk)
-        return spk, *states
+        return spk, *after
 
     def sequence(self, x_seq: Tensor, spk: Any = None, mem: Any = None) -> Any:  # type: ignore[override]
         if not self._is_known(x_seq):
