@@ -278,15 +278,15 @@ class Converted(Overlay, Noisy):
 
     def _all(self, x_seq: Tensor, options: dict[str, Any]) -> dict[str, Any]:
         """All options of `lif`."""
+        width = self.width if self.log_width is None else Logarithm(self.log_width)
         return {
-            "width": self.width if self.log_width is None else Logarithm(self.log_width),
             "surrogate": self.settings.spike.surrogate,
             "surrogate_gain": self.settings.spike.gain,
             "strict_threshold": self.settings.spike.strict,
             "analog_prob": self.analog_prob_of_call(x_seq),
             "return_v_last": True,
             "backend": self.settings.backend,
-            **_taken(options, x_seq),
+            **_taken({"width": width, **options}, x_seq),
         }
 
     def integrate(self, x_seq: Tensor, **options: Any) -> IntegratorOutput:
@@ -344,9 +344,23 @@ def number(value: Any) -> Any:
 
 
 def _taken(options: dict[str, Any], x_seq: Tensor) -> dict[str, Any]:
-    """The options, with integer tensors and scalars of other devices accepted as in PyTorch."""
+    """The options, with integer tensors and scalars of other devices accepted as in PyTorch.
+
+    Values belong to a step: with more dimensions they would be taken for one of each time.
+    """
+    time_dim, dims = options.get("time_dim", 0), x_seq.dim() - 1  # of a step
     for name, given in options.items():
-        if isinstance(given, Tensor) and not (given.dim() and given.is_floating_point()):
+        if not isinstance(given, Tensor):
+            continue
+        if given.dim() > dims - (time_dim > 0) and not name.endswith("_init"):
+            if given.dim() > dims:
+                shape = [*x_seq.shape[:time_dim], *x_seq.shape[time_dim + 1 :]]
+                raise ValueError(
+                    f"asgl_cuda.convert: {name} must broadcast against a step of the input, of shape {shape}, got "
+                    f"shape {list(given.shape)}"
+                )
+            options[name] = given = given.unsqueeze(time_dim)
+        if not (given.dim() and given.is_floating_point()):
             value = as_floating(given) if name == "v_init" else number(as_floating(given))
             is_number = isinstance(value, Tensor) and value.dim() == 0
             options[name] = value.to(x_seq.device) if is_number else value

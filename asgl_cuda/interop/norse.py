@@ -61,6 +61,7 @@ class ConvertedSNN(Converted):
 
     def read_from(self) -> dict[str, Any]:
         p, found = self.p, {"function": None, "activation": self.activation}
+        found["state_fallback"] = getattr(self.state_fallback, "__func__", self.state_fallback)
         if self.settings.spike is not None:
             found |= {"method": p.method, "alpha": p.alpha, "reset_method": getattr(p, "reset_method", None)}
         return found

@@ -88,7 +88,7 @@ class ConvertedLeaky(Converted):
     def forward(self, input_: Tensor, *states: Tensor | None, **named: Tensor | None) -> Any:
         if self.steps_as_before():
             return super().forward(input_, *states, **named)
-        return self.results(*self.one_step(input_, *states, **named))
+        return self.results(input_, *self.one_step(input_, *states, **named))
 
     def one_step(self, input_: Tensor, mem: Tensor | None = None) -> tuple[Tensor, ...]:
         """Spikes and states after one step, from the given states or the stored ones."""
@@ -146,7 +146,12 @@ class ConvertedLeaky(Converted):
         else:
             setattr(self, name, value)
 
-    def results(self, spk: Tensor, *states: Tensor) -> Any:
+    def results(self, input_: Tensor, spk: Tensor, *states: Tensor) -> Any:
+        if spk.shape != input_.shape:  # snnTorch then forgets its states in each step
+            raise ValueError(
+                f"asgl_cuda.convert: values of {bare_class(self).__name__} must broadcast against the input, of shape "
+                f"{list(input_.shape)}, got spikes of shape {list(spk.shape)}"
+            )
         return spk if self.init_hidden and not self.output else (spk, *states)
 
     def _as_theirs(self, mem_seq: Tensor, x_seq: Tensor) -> Tensor:
@@ -255,9 +260,10 @@ class ConvertedRLeaky(Recurrent, ConvertedLeaky):
 
     def one_step(self, input_: Tensor, spk: Any = None, *states: Any, **named: Any) -> Any:  # type: ignore[override]
         spk = self._before(input_.unsqueeze(0), spk, "spk")
-        results = super().one_step(input_ + self.recurrent(spk), *states, **named)
-        self._keep("spk", results[0])
-        return results
+        spk, *after = super().one_step(input_ + self.recurrent(spk), *states, **named)
+        spk = spk.clone()  # no view, which detach_() would refuse
+        self._keep("spk", spk)
+        return spk, *after
 
     def sequence(self, x_seq: Tensor, spk: Any = None, mem: Any = None) -> Any:  # type: ignore[override]
         if not self._is_known(x_seq):
@@ -389,7 +395,7 @@ class MultiStep(nn.Module):
                 f"{_MULTI_STEP}: layer must be converted, got one that was reverted: "
                 "asgl_cuda.convert(model, inplace=True) converts it again"
             )
-        return self.layer.results(*self.layer.sequence(x_seq, *states, **named))
+        return self.layer.results(x_seq, *self.layer.sequence(x_seq, *states, **named))
 
 
 _CONVERTED = {

@@ -197,7 +197,7 @@ class ConvertedContainer(Recurrent):
         if isinstance(node, _CUBA):
             options |= {"syn_decay": node.c_decay, "i_init": _kept(node, node.c, x_seq, 0.0, 0.0)}
         output = self.recurrent_lif(x_seq, weight, _gain(node), s_init=self.y, **options)
-        node.v, self.y = output.v_last, output.s_seq[-1]
+        node.v, self.y = output.v_last, output.s_seq[-1].clone()  # no view, which detach_() would refuse
         if output.i_last is not None:
             node.c = output.i_last
         return output.s_seq
@@ -242,7 +242,11 @@ class ConvertedILIFNode(ConvertedNode):
 
     @property
     def _levels(self) -> int:  # type: ignore[override]
-        return int(self.surrogate_function.max_spike_count)
+        return int(getattr(self.surrogate_function, "max_spike_count", 0))  # 0 of another, which `lif` refuses
+
+    def _steps(self, x_seq: Tensor, whole: bool) -> LIFOutput:
+        output = super()._steps(x_seq, whole)
+        return output._replace(s_seq=output.s_seq.to(x_seq.dtype))  # integers of integers
 
     def description(self) -> str:
         return f"{self._levels} levels"
@@ -401,6 +405,8 @@ def reset(module: Any) -> None:
 def detach(module: Any) -> None:
     if isinstance(module, _MEMORY):  # with views and lists, unlike `functional.detach_net`
         module._memories.update(tree_map_only(Tensor, torch.detach, module._memories))
+        if isinstance(v_seq := getattr(module, "v_seq", None), Tensor):
+            module.v_seq = v_seq.detach()
 
 
 def knows_time(module: nn.Module) -> bool:

@@ -162,6 +162,10 @@ REFUSED = {
     "levels": (
         lambda: neuron.ILIFNode(step_mode="m"), given("surrogate_function", max_spike_count=6), "max_spike_count is 6",
     ),
+    "levels of another": (
+        lambda: neuron.ILIFNode(step_mode="m"), given(surrogate_function=surrogate.ATan()),
+        "surrogate_function is ATan, and was MultiLevelSpikeCount",
+    ),
     "detached": (jelly, given(detach_reset=True), "detach_reset is True, and was False"),
     "a precision": (jelly, given(_neuron_precision=("fp16", "fp32", "fp32")), "precision is "),
     "spike_grad": (leaky, given(spike_grad=snn_surrogate.fast_sigmoid(3.0)), "spike_grad is "),
@@ -176,6 +180,7 @@ REFUSED = {
     "state": (leaky, given(state_function=quantised), "state_function is quantised, and was "),
     "no delay": (leaky, given(reset_delay=False), "reset_delay is False, and was True"),
     "activation": (box, given(activation=norse.iaf_feed_forward_step), "activation is iaf_feed_forward_step"),
+    "a first state": (box, given(state_fallback=quantised), "state_fallback is quantised, and was initial_state"),
     "alpha of Norse": (box, parameters(alpha=torch.tensor(1.0)), "alpha is "),
     "a write": (box, lambda layer: layer.p.alpha.fill_(1.0), "alpha is "),
     "method": (box, parameters(method="super"), "method is 'super', and was 'tanh'"),

@@ -25,6 +25,7 @@ from conversions import (
     gradients,
     leaky,
     norse_values,
+    norses,
     of_authors,
     run,
     same,
@@ -275,6 +276,7 @@ INTEGERS = {
     "LIFNode, a reset": lambda: neuron.ParametricLIFNode(v_reset=0.3),
     "IFNode, soft": lambda: neuron.IFNode(v_reset=None),
     "CUBALIFNode, soft": lambda: neuron.CUBALIFNode(v_reset=None),
+    "ILIFNode": lambda: neuron.ILIFNode(step_mode="m"),
     "Leaky, whole numbers": lambda: snntorch.Leaky(beta=1, threshold=2, reset_mechanism="zero"),
     "norse LIFBoxCell, whole numbers": lambda: norse.LIFBoxCell(
         norse.LIFBoxParameters(v_th=torch.tensor(1), tau_mem_inv=torch.tensor(400))
@@ -385,6 +387,71 @@ def test_state_of_spikingjelly():
     simple(torch.rand(4, 5))
     with pytest.raises(ValueError, match=r"v_init must have shape \[3, 5\], got \[4, 5\]"):
         simple(torch.rand(3, 5))
+
+
+@pytest.mark.parametrize("name", [name for name in RECURRENT if "LIFRecurrent" not in name])  # of Norse: handed on
+def test_states_are_detached_in_place(name):
+    """As the libraries' own functions do, which views refuse."""
+    _, converted = case(name)
+    (x_seq,) = inputs(name, 1, torch.float32)
+    run(converted, x_seq)
+    functional.detach_net(converted), converted.zero_grad()
+    snntorch.RLeaky.detach_hidden(), snntorch.RSynaptic.detach_hidden()
+    converted.spk.detach_() if name.startswith("RSyn") else None  # which its detach_hidden leaves
+    states = [getattr(converted, name) for name in ("y", "spk", "mem", "v_mem") if hasattr(converted, name)]
+    assert states
+    assert not any(state.requires_grad for state in states)
+
+
+def test_detach_reaches_recorded_potentials():
+    """Those of steps, which SpikingJelly's detach_net detaches, too."""
+    model, _ = asgl_cuda.convert(nn.Sequential(neuron.LIFNode(store_v_seq=True), neuron.IFNode()))
+    model(torch.rand(3, 4, requires_grad=True))
+    assert model[0].v_seq.requires_grad
+    asgl_cuda.detach(model)
+    assert not model[0].v_seq.requires_grad
+
+
+@in_double
+@pytest.mark.parametrize("kind", ["LIF", "IAF", "ExpLeak"])
+def test_values_of_each_sample(kind):
+    """Of as many samples as steps: sinabs broadcasts values against a step, `lif` against the sequence."""
+    options = {"tau_mem": torch.linspace(2, 9, T * N).reshape(T, N)} if kind != "IAF" else {}
+    if kind != "ExpLeak":
+        options |= {"spike_threshold": torch.linspace(0.5, 1.3, T * N).reshape(T, N), **SINGLE}
+    made = getattr(sinabs.layers, kind)(**options).double()
+    x, found = 3 * torch.rand(T, T, N), []
+    for layer in (made, asgl_cuda.convert(made)[0]):
+        leaf = x.clone().requires_grad_()
+        out = layer(leaf)
+        learned = [value for value in layer.parameters() if value.requires_grad]
+        found.append([out, *torch.autograd.grad(out.square().sum(), [leaf, *learned])])
+    assert len(found[0][0].unique()) > 1
+    torch.testing.assert_close(*found)
+
+
+def a_threshold(shape):
+    made = neuron.IFNode(step_mode="m")
+    made.v_threshold = torch.rand(shape)
+    return asgl_cuda.convert(made)[0]
+
+
+BEYOND = {  # values, and the input
+    "SpikingJelly": (lambda: a_threshold((T, 1, 1)), WHOLE, "v_threshold"),
+    "snnTorch, a step": (lambda: asgl_cuda.convert(snntorch.Leaky(0.5, torch.rand(2, 1)))[0], (N,), "v_threshold"),
+    "snnTorch": (lambda: MultiStep(snntorch.Leaky(torch.rand(T, 1))), (T, N), "decay"),
+    "Norse": (lambda: asgl_cuda.convert(norses("LIF", tau_syn_inv=torch.rand(T, 1)))[0], (T, N), "decay"),
+    "a current": (lambda: asgl_cuda.convert(snntorch.Synaptic(torch.rand(2, 1), 0.5))[0], (N,), "values of Synaptic"),
+    "weights": (lambda: MultiStep(snntorch.RLeaky(0.5, torch.rand(2, 1), False)), (T, N), "values of RLeaky"),
+}
+
+
+@pytest.mark.parametrize("name", BEYOND)
+def test_values_of_more_dimensions_than_a_step(name):
+    """They would be taken for values of each time, where there are as many."""
+    make, shape, what = BEYOND[name]
+    with pytest.raises(ValueError, match=rf"asgl_cuda\.convert: {what} must broadcast against (a step of )?the input"):
+        make()(torch.rand(shape))
 
 
 def test_norse_lifted_and_sparse():
