@@ -395,9 +395,11 @@ def test_states_are_detached_in_place(name):
     _, converted = case(name)
     (x_seq,) = inputs(name, 1, torch.float32)
     run(converted, x_seq)
-    functional.detach_net(converted), converted.zero_grad()
-    snntorch.RLeaky.detach_hidden(), snntorch.RSynaptic.detach_hidden()
-    converted.spk.detach_() if name.startswith("RSyn") else None  # which its detach_hidden leaves
+    functional.detach_net(converted)
+    snntorch.RLeaky.detach_hidden()
+    snntorch.RSynaptic.detach_hidden()
+    if name.startswith("RSyn"):
+        converted.spk.detach_()  # which its detach_hidden leaves
     states = [getattr(converted, name) for name in ("y", "spk", "mem", "v_mem") if hasattr(converted, name)]
     assert states
     assert not any(state.requires_grad for state in states)
