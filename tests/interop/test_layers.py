@@ -375,6 +375,7 @@ def test_state_of_spikingjelly():
     x = torch.randn(5, 3, 4)
     first = converted(x)
     functional.detach_net(converted)
+    converted.zero_grad()  # of sinabs, detaches
     assert not converted[1].v.requires_grad
     functional.reset_net(converted)
     assert torch.equal(converted(x), first)
@@ -396,6 +397,7 @@ def test_states_are_detached_in_place(name):
     (x_seq,) = inputs(name, 1, torch.float32)
     run(converted, x_seq)
     functional.detach_net(converted)
+    converted.zero_grad()  # of sinabs, detaches
     snntorch.RLeaky.detach_hidden()
     snntorch.RSynaptic.detach_hidden()
     if name.startswith("RSyn"):
