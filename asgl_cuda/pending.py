@@ -268,19 +268,16 @@ class Pending:
         self.check()
         if self.was_asked and not torch.compiler.is_compiling():
             raise self.norm.refusal("code, or a backward hook, asked whether its output is a Tensor, which it is not")
-        order, why = self._order(given)
-        why = why or self.norm.reason_against(self, given)
+        why = self._reason_against(given) or self.norm.reason_against(self, given)
         if why:
             return computed(caller, self.tensor(f"{name}, {why}"), given)
         x: Any = self.x
-        residual = self.residual
-        is_moved = order != sorted(order)
-        if is_moved:
-            time_dim = given["time_dim"] % x.dim()
-            of_state = [dim - (dim > time_dim) for dim in order if dim != time_dim]
-            x, residual = (each if each is None else each.contiguous().permute(order) for each in (x, residual))
-            v_init = given["v_init"]
-            given = {**given, "v_init": None if v_init is None else v_init.permute(of_state)}
+        residual, v_init, time_dim = self.residual, given["v_init"], given["time_dim"] % x.dim()
+        here, there = dims = self.channel, channel_dim(time_dim)  # of the channels, and as the operator has them
+        here_of_state, there_of_state = (dim - (dim > time_dim) for dim in dims)
+        if here != there:
+            x, residual = (each if each is None else each.contiguous().movedim(here, there) for each in (x, residual))
+            given = {**given, "v_init": None if v_init is None else v_init.movedim(here_of_state, there_of_state)}
         if residual is not None:
             given = {**given, "residual": residual}
         running_mean = self.norm.running_mean
@@ -293,34 +290,32 @@ class Pending:
         if update:
             self.call.taken = True
             self.norm.was_taken(layer)
-        if not is_moved:
+        if here == there:
             return output  # type: ignore[no-any-return]
-        back, back_of_state = (sorted(range(len(each)), key=each.__getitem__) for each in (order, of_state))
         if isinstance(output, Tensor):
-            return output.permute(back)
-        orders = back, back_of_state, back, back
-        found: Any = (each if each is None else each.permute(dims) for each, dims in zip(output, orders, strict=True))
+            return output.movedim(there, here)
+        moves = (there, here), (there_of_state, here_of_state), (there, here), (there, here)
+        found: Any = (each if each is None else each.movedim(*move) for each, move in zip(output, moves, strict=True))
         return LIFOutput(*found)
 
-    def _order(self, given: Arguments) -> tuple[list[int], str]:
-        """The dimensions with the channels where the operator expects them, or why there is no such order."""
+    def _reason_against(self, given: Arguments) -> str:
+        """Why the operator can't get the channels where it expects them; "" if it can."""
         x, time_dim = self.x, given["time_dim"]
         if not -x.dim() <= time_dim < x.dim():
-            return [], f"whose time_dim is {time_dim}"
+            return f"whose time_dim is {time_dim}"
         time_dim = time_dim % x.dim()
-        channel, order = channel_dim(time_dim), [dim for dim in range(x.dim()) if dim != self.channel]
-        order.insert(channel, self.channel)
-        if channel >= x.dim() or order[time_dim] != time_dim:
-            return [], f"which has time in dimension {time_dim}, with the channels in {self.channel} of {list(x.shape)}"
-        if self.channel != channel:
+        here, there = self.channel, channel_dim(time_dim)
+        if there >= x.dim() or here == time_dim or (here < time_dim) != (there < time_dim):
+            return f"which has time in dimension {time_dim}, with the channels in {here} of {list(x.shape)}"
+        if here != there:
             by_name: Any = given
             values = [getattr(by_name[name], "stored", by_name[name]) for name in VALUES]
             if any(isinstance(each, Tensor) and each.numel() > 1 for each in values):
-                return [], f"whose parameters differ, for channels in dimension {channel}, not {self.channel}"
+                return f"whose parameters differ, for channels in dimension {there}, not {here}"
             analog_prob = given["analog_prob"]
             if not x.is_contiguous() and (isinstance(analog_prob, Tensor) or analog_prob > 0):
-                return [], "whose noise would fall on other elements in this layout"
-        return order, ""
+                return "whose noise would fall on other elements in this layout"
+        return ""
 
 
 def _same_place(before: Any, after: Any, channel: int) -> int:

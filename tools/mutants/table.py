@@ -838,7 +838,7 @@ MUTANTS = {
         "each.numel() > 1 for each in values",
         "False for each in values", "interop/test_fuse_left.py neurons"),
     "pending: potentials in another order": pending(
-        "v_init.permute(of_state)",
+        "v_init.movedim(here_of_state, there_of_state)",
         "v_init", "interop/test_fuse_model.py order"),
     "pending: neurons twice": pending("(update and self.call.taken)", "False", "interop/test_fuse_left.py uses"),
     "pending: a batch that nothing uses": pending(
