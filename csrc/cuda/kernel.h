@@ -54,7 +54,7 @@ struct Kernel {
   constexpr bool is_general() const { return input == Input::kGeneral || input == Input::kGeneralResidual; }
 
   // One number for all but the type.
-  constexpr uint32 key() const {
+  uint32 key() const {
     uint32 key = 0;
     for (const int each : {static_cast<int>(of), lanes, static_cast<int>(input), steps, static_cast<int>(surrogate),
                            static_cast<int>(hard_reset), static_cast<int>(pass), static_cast<int>(residual)}) {
