@@ -26,7 +26,7 @@ namespace asgl_emulation {
 #ifdef ASGL_EMULATE_THREADS
 inline void run_launch(Launch& launch) {
   Block block(launch);
-  for (std::uint64_t number = 0; number < launch.blocks && !launch.failed; ++number) {
+  for (unsigned number = 0; number < launch.blocks && !launch.failed; ++number) {
     block.begin(number);
     std::vector<std::thread> os_threads;
     for (Thread& thread : block.threads) {
@@ -229,7 +229,7 @@ inline void run_blocks(Launch& launch) {
   while (!launch.failed) {
     const std::uint64_t number = launch.next_block++;
     if (number >= launch.blocks) break;
-    block.begin(number);
+    block.begin(unsigned(number));
     scheduler->run(block);
   }
   std::lock_guard<std::mutex> lock(mutex);
@@ -239,9 +239,10 @@ inline void run_blocks(Launch& launch) {
 inline void run_launch(Launch& launch) {
   // Below about this many CUDA threads, starting an OS thread costs more than it saves.
   constexpr std::uint64_t worth_another_os_thread = 4096;
-  const std::uint64_t useful = std::min(launch.blocks, launch.blocks * launch.block_threads / worth_another_os_thread);
+  const std::uint64_t threads = std::uint64_t(launch.blocks) * launch.block_threads;
+  const std::uint64_t useful = std::min<std::uint64_t>(launch.blocks, threads / worth_another_os_thread);
   std::vector<std::thread> helpers;
-  for (std::uint64_t i = 1; i < std::min<std::uint64_t>(settings().os_threads, useful); ++i) {
+  for (std::uint64_t i = 1; i < std::min<std::uint64_t>(std::thread::hardware_concurrency(), useful); ++i) {
     helpers.emplace_back([&launch] { run_blocks(launch); });
   }
   run_blocks(launch);

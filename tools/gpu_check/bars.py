@@ -77,8 +77,7 @@ def seconds_by_size(benchmark: dict[str, Any]) -> dict[str, Seconds]:
     """The seconds of each size and block, by name."""
     found = {}
     for each in benchmark.get("sizes", ()):
-        size = Size(each["steps"], each["neurons"], each["dtype"], layout=each["layout"], learned=each["learned"])
-        found[str(size)] = each["seconds"]
+        found[str(Size(each["steps"], each["neurons"], each["dtype"]))] = each["seconds"]
     for each in benchmark.get("blocks", ()):
         block = Block(tuple(each["shape"]), each["dtype"], each["layout"], residual=each["residual"])
         found[str(block)] = each["seconds"]

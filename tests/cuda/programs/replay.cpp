@@ -144,9 +144,7 @@ template <class Params>
 std::string launch(const Params& params) {
   const cudaError_t error = start(params, {cuda::launch_of(params), &params, nullptr});
   if (error == cudaSuccess) return "";
-  const std::string problem = std::string(cudaGetErrorString(error)) + " " + asgl_emulation::error_message();
-  asgl_emulation::clear_errors();
-  return problem;
+  return std::string(cudaGetErrorString(error)) + " " + std::exchange(asgl_emulation::error_message, "");
 }
 #endif
 
@@ -282,8 +280,7 @@ bool are_errors_their_own() {
     return start(params, {cuda::launch_of(params), &params, nullptr});
   };
   if (error(0) != cudaErrorInvalidConfiguration || cudaGetLastError() != cudaSuccess) return false;
-  int attribute = 0;
-  if (cudaDeviceGetAttribute(&attribute, cudaDevAttrWarpSize, -1) != cudaErrorInvalidValue) return false;
+  asgl_emulation::last_error = cudaErrorInvalidValue;
   params.channels = 0;
   const cuda::Launch launch = {cuda::launch_of(params).kernel, 1};
   if (start(params, {launch, &params, nullptr}) != cudaSuccess || cudaGetLastError() != cudaErrorInvalidValue) {
