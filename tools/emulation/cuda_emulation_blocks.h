@@ -35,31 +35,6 @@ __attribute__((format(printf, 1, 2))) inline std::string text(const char* format
   return buffer;
 }
 
-// The order in which a block's warps, and a warp's lanes, run until they have to wait. `middle` descends
-// from the middle and wraps round (2 1 0 3), so that index 0 runs after some and before others: a missing barrier
-// then shows both where 0 writes for the others and where the others write for 0. With only two warps it
-// cannot show the latter; `ascending` does.
-enum class Order { middle, ascending, descending, shuffled };
-
-struct Settings {
-  Order order = Order::middle;
-  unsigned order_seed = 0;
-
-  // ASGL_EMULATION_ORDER is the name of an order, or a number that seeds `shuffled`.
-  Settings() {
-    const char* const value = std::getenv("ASGL_EMULATION_ORDER");
-    const std::string name = value ? value : "middle";
-    if (name == "middle") return;
-    order = name == "ascending" ? Order::ascending : name == "descending" ? Order::descending : Order::shuffled;
-    order_seed = unsigned(std::strtoul(value, nullptr, 10));
-  }
-};
-
-inline const Settings& settings() {
-  static const Settings the_settings;
-  return the_settings;
-}
-
 enum class Operation : unsigned char { syncthreads, shfl, shfl_down };
 
 inline const char* name_of(Operation operation) {
