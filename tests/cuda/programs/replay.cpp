@@ -270,10 +270,12 @@ bool are_keys_different() {
 // A launch reports its own error alone, and leaves none behind; an error of others stays for them.
 bool are_errors_their_own() {
 #if !defined(ASGL_TEST_CPU)
-  float value = 0;
+  float mean = 0, variance = 0, coefficient = 0;  // apart: threads read the former while one stores the latter
   Moments total{};
   CoefficientsParams<float> params{};
-  params.mean = params.variance = params.coefficients = &value;
+  params.mean = &mean;
+  params.variance = &variance;
+  params.coefficients = &coefficient;
   params.total = &total;
   const auto error = [&](int64 channels) {
     params.channels = channels;
