@@ -79,8 +79,13 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 def in_words(about: dict[str, Any]) -> str:
     """The result of `machine` in short, for the head of a table."""
-    on = about.get("gpu") or f"{about['processor']}, {about['threads']} threads"
+    on = about.get("gpu") or f"{processor_in_words(about)}, {about['threads']} threads"
     return f"{on}, torch {about['torch']}"
+
+
+def processor_in_words(about: dict[str, Any]) -> str:
+    """The processor, and the instruction set of the kernels."""
+    return " with ".join(filter(None, (about["processor"], about["instruction_set"])))
 
 
 def _gpu(device: torch.device) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from . import ROOT
+from .common import in_words, processor_in_words
 from .learning import noise, widths
 from .learning.data import SOURCES
 from .learning.neurons import adaptation_rows, calibration_rows, residual_rows
@@ -311,7 +312,7 @@ class Section(NamedTuple):
     values: Callable[[Report], Report] = lambda report: {}
 
 
-ON = "on {processor}, {threads} threads, torch {torch}, {date}"
+ON = "on {on}, {date}"
 LAYER = f"Forward and backward, nanoseconds an element, {ON}:"
 COST = "trainings took {minutes:.0f} minutes of one core:"
 STUDIED = f"Mean of {{seeds}} seeds; {{trainings:,}} {COST}"
@@ -383,7 +384,9 @@ def read_report(name: str) -> Report:
 
 def values(report: Report) -> Report:
     """What words may name: the machine, the settings, and the number of trainings and their time."""
-    found = {**report["machine"], **report, **report.get("settings", {})}
+    about = report["machine"]
+    found = {**about, "on": in_words(about), "processor": processor_in_words(about)}
+    found |= {**report, **report.get("settings", {})}
     if "runs" in report:
         found["count"] = len(report["runs"])
         found["trainings"], found["minutes"] = found["seeds"] * found["count"], found.get("seconds", 0) / 60

@@ -126,7 +126,7 @@ def frames(dataset: Any) -> tuple[Tensor, Tensor]:
     return torch.stack(samples), torch.tensor(labels)
 
 
-def event_camera(root: Path, name: str, time_bins: int, side: int | None = None) -> Data:
+def event_camera(folder: Path, name: str, time_bins: int, side: int | None = None) -> Data:
     """A data set of tonic, in frames `[T, 2, H, W]` of `side` by `side` pixels or the sensor's."""
     import tonic
 
@@ -137,7 +137,7 @@ def event_camera(root: Path, name: str, time_bins: int, side: int | None = None)
         steps.append(tonic.transforms.Downsample(spatial_factor=side / width))
         width = height = side
     steps.append(tonic.transforms.ToFrame(sensor_size=(width, height, polarities), n_time_bins=time_bins))
-    load = partial(dataset, str(root), transform=tonic.transforms.Compose(steps))
+    load = partial(dataset, str(folder.parent), transform=tonic.transforms.Compose(steps))
     if name == "CIFAR10DVS":  # without parts
         return in_parts(*frames(load()))
     return Data(*frames(load(train=True)), *frames(load(train=False)))
@@ -294,7 +294,6 @@ class Source(NamedTuple):
     kind: str
     load: Callable[..., Data]
     folder: str | None = None
-    in_root: bool = False  # the loader takes the root
 
     def read(self, root: Path | None) -> Data:
         """Raises FileNotFoundError without the data below `root`."""
@@ -302,7 +301,7 @@ class Source(NamedTuple):
             return self.load()
         if root is None or not (root / self.folder).is_dir():
             raise FileNotFoundError(f"expected a folder {self.folder} in the data root, which is {root}")
-        return self.load(root if self.in_root else root / self.folder)
+        return self.load(root / self.folder)
 
 
 IMAGES, EVENTS, SPEECH, MUSIC = KINDS = ("static images", "event streams", "speech", "instrumental sounds")
@@ -312,9 +311,9 @@ SOURCES = {
     "digit_saccades": Source(EVENTS, digit_saccades),
     "vowels": Source(SPEECH, vowels),
     "tones": Source(MUSIC, tones),
-    "nmnist": Source(EVENTS, partial(event_camera, name="NMNIST", time_bins=10), "NMNIST", True),
-    "cifar10_dvs": Source(EVENTS, partial(event_camera, name="CIFAR10DVS", time_bins=10, side=32), "CIFAR10DVS", True),
-    "dvs_gesture": Source(EVENTS, partial(event_camera, name="DVSGesture", time_bins=16, side=32), "DVSGesture", True),
+    "nmnist": Source(EVENTS, partial(event_camera, name="NMNIST", time_bins=10), "NMNIST"),
+    "cifar10_dvs": Source(EVENTS, partial(event_camera, name="CIFAR10DVS", time_bins=10, side=32), "CIFAR10DVS"),
+    "dvs_gesture": Source(EVENTS, partial(event_camera, name="DVSGesture", time_bins=16, side=32), "DVSGesture"),
     "shd": Source(SPEECH, spiking_heidelberg_digits, "SHD"),
     "speech_commands": Source(SPEECH, recordings, "SpeechCommands/speech_commands_v0.02"),
     "instruments": Source(MUSIC, recordings, "instruments"),

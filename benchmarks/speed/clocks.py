@@ -21,14 +21,15 @@ PARTS = ("forward", "backward", "both")
 MOST_SAMPLES = 16
 
 
-def keep_memory() -> bool:
-    """Makes the C library keep freed memory, as torch does on a GPU; returns whether it can.
+def keep_memory() -> None:
+    """Makes the C library keep freed memory, as torch does on a GPU, where it can.
 
     By default, large blocks of some sizes return to the system: measurements would include page faults.
     """
     trim_threshold, mmap_threshold, most = -1, -3, 2**31 - 1
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    return mallopt is not None and all(mallopt(parameter, most) for parameter in (trim_threshold, mmap_threshold))
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda parameter, value: None)
+    for parameter in (trim_threshold, mmap_threshold):
+        mallopt(parameter, most)
 
 
 class Sample(NamedTuple):
@@ -148,9 +149,9 @@ def in_turns(clocks: Mapping[Name, Callable[[], float]], repeats: int) -> dict[N
     return {name: times_of(values) for name, values in seconds.items()}
 
 
-def saved_storages(call: Callable[[], object]) -> dict[int, int]:
-    """Bytes by address of the storages that autograd saves for the backward pass of `call`, inputs included."""
-    storages: dict[int, int] = {}
+def saved_bytes(call: Callable[[], object]) -> int:
+    """Bytes of the storages that autograd saves for the backward pass of `call`, inputs included."""
+    storages: dict[int, int] = {}  # by address
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
@@ -160,7 +161,7 @@ def saved_storages(call: Callable[[], object]) -> dict[int, int]:
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         out = call()  # alive, so that no address is reused
     del out
-    return storages
+    return sum(storages.values())
 
 
 @contextlib.contextmanager

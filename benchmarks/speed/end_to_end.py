@@ -177,20 +177,14 @@ def share_of_neurons(training: Training) -> float:
 # ---- measurement ----
 
 
-def measure(network: Network, device: torch.device, repeats: int) -> dict[str, dict[str, Any]]:
-    """As `measure_steps`, with the share of the neuron layers, by variant."""
-    trainings = {each.name: training_of(network, each, device) for each in variants(network, device)}
-    found = measure_steps(trainings, repeats)
-    for name, training in trainings.items():
-        found[name]["shares"] = {NEURONS: share_of_neurons(training)}
-    return found
-
-
 def measurements(report: dict[str, Any], device: torch.device, repeats: int) -> Iterator[str]:
     """Every network, once the losses of its first steps are those without fusion."""
     report["networks"] = {}
     for name, network in NETWORKS.items():
         check_losses(network, device)
-        variants_found = measure(network, device, repeats)
-        report["networks"][name] = {"input_shape": list(network.input_shape), "variants": variants_found}
+        trainings = {each.name: training_of(network, each, device) for each in variants(network, device)}
+        found = measure_steps(trainings, repeats)
+        for variant, training in trainings.items():
+            found[variant]["shares"] = {NEURONS: share_of_neurons(training)}
+        report["networks"][name] = {"input_shape": list(network.input_shape), "variants": found}
         yield name

@@ -6,11 +6,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from ctypes import addressof, c_void_p
 from functools import cache, partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -44,16 +44,6 @@ def _recorded() -> Backend:
     return Backend(("cpu",), operators_in(namespace), lambda: None, direct_operators(functions))
 
 
-@contextmanager
-def recorded_backend() -> Iterator[None]:
-    """The backend RECORDED, for tensors on the CPU."""
-    BACKENDS[RECORDED] = _recorded()
-    try:
-        yield
-    finally:
-        del BACKENDS[RECORDED]
-
-
 @torch.no_grad()
 def call_overhead(device: torch.device, repeats: int, multiply: str) -> dict[str, float]:
     """Microseconds of a call on a tiny tensor without gradients; of launchers in Python alone on the host."""
@@ -71,6 +61,6 @@ def call_overhead(device: torch.device, repeats: int, multiply: str) -> dict[str
             call()
         return (time.perf_counter() - started) / CALLS
 
-    with recorded_backend():
+    with patch.dict(BACKENDS, {RECORDED: _recorded()}):
         times = in_turns({name: partial(seconds, call) for name, call in calls.items()}, repeats)
     return {name: 1e6 * each.median for name, each in times.items()}

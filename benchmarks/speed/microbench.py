@@ -40,7 +40,7 @@ from asgl_cuda.selfcheck import THRESHOLD_BAND
 
 from ..common import device_of, fused_backends, in_time, parser_of, text_table, write_json
 from . import host
-from .clocks import PARTS, Row, Sample, allocated_bytes, clock_of, in_turns, keep_memory, row_of, saved_storages
+from .clocks import PARTS, Row, Sample, clock_of, in_turns, keep_memory, row_of, saved_bytes
 from .peers import (
     ADLIF,
     ALIF,
@@ -113,21 +113,20 @@ def floor_row() -> Row:
 
 def neuron_rows(size: Size, device: torch.device) -> Iterator[Row]:
     """The floor; every implementation of ASGL; every implementation of the ordinary LIF neuron."""
-    learned = size.parameters(device)
-    width, values = learned["width"], learned.values()
-    asgl = {**learned, "analog_prob": ANALOG_PROB}
+    width = torch.ones((), device=device, requires_grad=True)
+    asgl = {"width": width, "analog_prob": ANALOG_PROB}
 
     def layer(backend: str, **options: Any) -> Callable[[Tensor], Tensor]:
-        return partial(asgl_cuda.lif, **{"decay": DECAY, **options}, time_dim=size.time_dim, backend=backend)
+        return partial(asgl_cuda.lif, decay=DECAY, backend=backend, **options)
 
     yield floor_row()
     for backend in fused_backends(device):
-        yield row_of(f"asgl_cuda {backend}", layer(backend, **asgl), *values)
+        yield row_of(f"asgl_cuda {backend}", layer(backend, **asgl), width)
     if not reference_fits(size, device):
         return
-    yield row_of(REFERENCE, layer(REFERENCE, **asgl), *values)
-    yield from compiled_rows(size, COMPILED, layer(REFERENCE, **asgl), *values)
-    if size.layout != LAYOUTS[0] or not size.peers:
+    yield row_of(REFERENCE, layer(REFERENCE, **asgl), width)
+    yield from compiled_rows(size, COMPILED, layer(REFERENCE, **asgl), width)
+    if not size.peers:
         return
     yield row_of(LOOP, lambda x_seq: asgl_loop(x_seq, width, ANALOG_PROB), width)
     for backend in fused_backends(device):
@@ -247,7 +246,7 @@ def check_blocks(device: torch.device) -> None:
 
     The compiler draws other noise, and is not compared.
     """
-    for layout, with_residual in product((LAYOUTS[0], "channels_last"), (False, True)):
+    for layout, with_residual in product(LAYOUTS, (False, True)):
         block = Block((4, 8, 16, 8, 8), "float32", layout, compiled=False, residual=with_residual)
         x_seq = 2 * block.random(device) + 1
         residual = block.random(device) if with_residual else None
@@ -265,49 +264,40 @@ def check_blocks(device: torch.device) -> None:
 
 
 def measure(size: Size | Block, device: torch.device, repeats: int) -> dict[str, Any]:
-    """Median seconds of all rows, which take turns; of `both` the spread, and what a row keeps and allocates."""
+    """Median seconds of all rows, which take turns; of `both` the spread; the bytes that a row keeps for backward."""
     torch.manual_seed(0)
     torch.cuda.empty_cache()  # the memory of the previous size; without effect on a CPU
     inputs = samples(size, device)
     clocks: dict[tuple[str, str], Callable[[], float]] = {}
-    about: dict[str, dict[str, Any]] = {}
+    kept: dict[str, int | None] = {}
     for row in rows_of(size, device):
-
-        def call(row: Row = row) -> None:
-            row.call("both", inputs[0])
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-
         try:
-            started = time.perf_counter()
-            call()
-            first = time.perf_counter() - started
             found = {(row.name, part): clock_of(row, part, inputs) for part in PARTS}
-            saved = None if row.name in YARDSTICKS else sum(saved_storages(partial(row.forward, inputs[0])).values())
-            about[row.name] = {"saved_bytes": saved, "peak_bytes": allocated_bytes(call, device)[0]}
-            about[row.name]["first_seconds"] = first
-            clocks |= found
+            saved = None if row.name in YARDSTICKS else saved_bytes(partial(row.forward, inputs[0]))
         except RuntimeError as error:
             if "asgl_cuda" in row.name or row.name in YARDSTICKS:
                 raise
             print(f"{row.name} does not work here: {str(error).splitlines()[0]}")
+            continue
+        clocks |= found
+        kept[row.name] = saved
     times = in_turns(clocks, repeats)
     return {
         **description(size),
-        "seconds": {name: {part: times[name, part].median for part in PARTS} for name in about},
-        "rows": {name: {"spread": times[name, "both"].spread, **each} for name, each in about.items()},
+        "seconds": {name: {part: times[name, part].median for part in PARTS} for name in kept},
+        "rows": {name: {"spread": times[name, "both"].spread, "saved_bytes": each} for name, each in kept.items()},
     }
 
 
 def table(size: Size | Block, found: dict[str, Any]) -> str:
     """The measurement as text; a row's reference is that of its kind, such as PLAIN."""
-    lines = [(str(size), *PARTS, "+-", "ns/el.", "multiplies", "faster", "saved", "peak", "first, s")]
+    lines = [(str(size), *PARTS, "+-", "ns/el.", "multiplies", "faster", "saved")]
     seconds = found["seconds"]
     for name, by_part in seconds.items():
         both, about = by_part["both"], found["rows"][name]
         kind = next((each for each in (PLAIN, INTEGER, *ADAPTIVE, PAIR) if name.startswith(each)), "")
         reference = seconds.get(f"{kind}{REFERENCE}") or seconds.get(f"{PAIR}{REFERENCE}")
-        kept = (about[key] for key in ("saved_bytes", "peak_bytes"))
+        kept = about["saved_bytes"]
         lines.append(
             (
                 name,
@@ -316,8 +306,7 @@ def table(size: Size | Block, found: dict[str, Any]) -> str:
                 f"{1e9 * both / size.elements:.3f}",
                 f"{both / seconds[FLOOR]['both']:.2f}",
                 f"{reference['both'] / both:.1f}" if reference else "",
-                *("" if each is None else f"{each / size.elements:.1f}" for each in kept),
-                f"{about['first_seconds']:.2f}",
+                "" if kept is None else f"{kept / size.elements:.1f}",
             )
         )
     return f"{text_table(*lines)}\n"
@@ -328,9 +317,6 @@ def main() -> int:
     parser = parser_of("benchmarks.speed.microbench", __doc__, "device", "seconds", "repeats", "json")
     parser.set_defaults(repeats=15)
     parser.add_argument("--sweep", nargs="+", choices=SWEEPS, help="what to vary")
-    parser.add_argument(
-        "--fresh", action="store_true", help="the C library's defaults: large memory is fresh at each call"
-    )
     arguments = parser.parse_args()
     started = time.monotonic()
     if arguments.repeats < 1:
@@ -338,15 +324,14 @@ def main() -> int:
     device = device_of(parser, arguments.device)
     sweeps = arguments.sweep or []
     sizes = [size for name in sweeps for size in sweep(name, device)] if sweeps else usual_sizes(device)
-    kept = not arguments.fresh and keep_memory()
+    keep_memory()
     about = introduced(device, f"milliseconds, medians of {arguments.repeats}")
     print(f"asgl_cuda, {REFERENCE}, {LOOP}: noise and a learned width; {PLAIN}without, as the other libraries have it")
-    print(f"multiplies: as a multiple of {FLOOR}'s time; faster: than the reference; saved, peak: bytes an element")
+    print(f"multiplies: as a multiple of {FLOOR}'s time; faster: than the reference; saved: bytes an element")
     check_peers(device)
     check_blocks(device)
     print("the spikes of the loops, of each peer and of the pairs are ours\n", flush=True)
-    report: dict[str, Any] = {"machine": about, "analog_prob": ANALOG_PROB, "memory_kept": kept}
-    report |= {"sizes": [], "blocks": []}
+    report: dict[str, Any] = {"machine": about, "analog_prob": ANALOG_PROB, "sizes": [], "blocks": []}
     report["call_microseconds"] = overhead = host.call_overhead(device, arguments.repeats, FLOOR)
     for size in in_time(sizes, started, arguments.seconds, report):
         found = measure(size, device, arguments.repeats)

@@ -16,7 +16,6 @@ from asgl_cuda import BatchNormLIF, OverTime
 
 from ..learning.recipe.networks import VGG
 from .clocks import allocated_bytes, in_turns
-from .peers import spiking_resnet18
 
 CLASSES = 10
 MakeNeuron = Callable[[], nn.Module]
@@ -58,7 +57,13 @@ def vgg(wrap: Callable[[nn.Module], nn.Module] = lambda block: block) -> nn.Modu
 
 
 def resnet18(neuron: MakeNeuron) -> nn.Module:
-    return spiking_resnet18(neuron, CLASSES)
+    """SpikingJelly's, with these neurons."""
+    from spikingjelly.activation_based import functional as jelly
+    from spikingjelly.activation_based.model import spiking_resnet
+
+    model: nn.Module = spiking_resnet.spiking_resnet18(spiking_neuron=neuron, num_classes=CLASSES)
+    jelly.set_step_mode(model, "m")
+    return model
 
 
 MLP = Network(fully_connected(784, (512,) * 4), (8, 128, 784))

@@ -83,16 +83,6 @@ def spikingjelly_node(step_mode: str = "m") -> nn.Module:
     return neuron.LIFNode(tau=1 / (1 - DECAY), step_mode=step_mode, **options)
 
 
-def spiking_resnet18(neuron: Callable[[], nn.Module], classes: int) -> nn.Module:
-    """SpikingJelly's ResNet-18 with these neurons, for `[T, B, 3, H, W]`."""
-    from spikingjelly.activation_based import functional
-    from spikingjelly.activation_based.model import spiking_resnet
-
-    model: nn.Module = spiking_resnet.spiking_resnet18(spiking_neuron=neuron, num_classes=classes)
-    functional.set_step_mode(model, "m")
-    return model
-
-
 # ---- LIF and ALIF, by a tensor on their device ----
 
 

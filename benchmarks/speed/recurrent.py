@@ -25,7 +25,7 @@ from torch.nn.functional import linear
 import asgl_cuda
 
 from ..common import fused_backends
-from .clocks import Row, Sample, clock_of, in_turns, row_of, sample_of, saved_storages
+from .clocks import Row, Sample, clock_of, in_turns, row_of, sample_of, saved_bytes
 from .microbench import COMPILED_STEP, PLAIN_LOOP, REFERENCE, reset_compiler
 from .peers import DECAY, Peer, installed_peers, loop, recurrent_step
 
@@ -89,7 +89,7 @@ def products_row(weight: Tensor, s_seq: Tensor) -> Row:
     return Row(PRODUCTS, forward, backward)
 
 
-def rows_of(size: Size, device: torch.device, s_seq: Tensor, compiled: bool = True) -> Iterator[Row]:
+def rows_of(size: Size, device: torch.device, s_seq: Tensor) -> Iterator[Row]:
     """The products; every implementation; then those with the product of the input."""
     weight, input_weight = (each.requires_grad_() for each in weights(size.neurons, device))
     yield products_row(weight.detach(), s_seq)
@@ -98,10 +98,9 @@ def rows_of(size: Size, device: torch.device, s_seq: Tensor, compiled: bool = Tr
         yield row_of(name, partial(function, weight=weight), weight)
         yield row_of(f"{name}{ALL_SPIKE}", partial(function, weight=weight, v_threshold=-100.0), weight)
     yield row_of(PLAIN_LOOP, partial(loop, step=recurrent_step, weight=weight), weight)
-    if compiled:
-        reset_compiler()
-        step = torch.compile(recurrent_step, fullgraph=True, dynamic=False)
-        yield row_of(COMPILED_STEP, partial(loop, step=step, weight=weight), weight)
+    reset_compiler()
+    step = torch.compile(recurrent_step, fullgraph=True, dynamic=False)
+    yield row_of(COMPILED_STEP, partial(loop, step=step, weight=weight), weight)
     peers = installed_peers("recurrent", weight.detach(), input_weight.detach())
     yield from (row_of(name, peer.spikes, *peer.weights) for name, peer in peers.items() if not peer.has_input)
     for name, function in ours.items():
@@ -126,13 +125,13 @@ def check_peers(device: torch.device) -> None:
             raise RuntimeError(f"{name} emits other spikes than asgl_cuda.recurrent_lif")
 
 
-def measure(size: Size, device: torch.device, repeats: int, compiled: bool = True) -> dict[str, Any]:
+def measure(size: Size, device: torch.device, repeats: int) -> dict[str, Any]:
     """Median seconds of all rows, which take turns; their spread; bytes kept for backward; the spikes' rate."""
     torch.manual_seed(0)
     sample = sample_at(size, device)
     with torch.no_grad():
         s_seq = layer(sample.x, weights(size.neurons, device)[0])
-    found = list(rows_of(size, device, s_seq, compiled))
+    found = list(rows_of(size, device, s_seq))
     times = in_turns({row.name: clock_of(row, "both", [sample]) for row in found}, repeats)
     layers = [row for row in found if row.name != PRODUCTS]
     return {
@@ -141,7 +140,7 @@ def measure(size: Size, device: torch.device, repeats: int, compiled: bool = Tru
         "rate": s_seq.mean().item(),
         "seconds": {name: each.median for name, each in times.items()},
         "spread": {name: each.spread for name, each in times.items()},
-        "saved_bytes": {row.name: sum(saved_storages(partial(row.forward, sample)).values()) for row in layers},
+        "saved_bytes": {row.name: saved_bytes(partial(row.forward, sample)) for row in layers},
     }
 
 

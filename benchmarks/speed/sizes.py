@@ -1,4 +1,4 @@
-"""Measured sizes: shapes, types and layouts of neuron layers and of blocks, and sweeps over them.
+"""Measured sizes: shapes and types of neuron layers and of blocks, and sweeps over them.
 
 A block is batch normalisation followed by neurons, in some with a residual added between the two.
 """
@@ -7,24 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .clocks import MOST_SAMPLES, Sample, sample_of
-from .peers import DECAY
 
-LAYOUTS = ("time first", "batch first", "channels_last")
-LEARNED = (
-    "width",
-    "width by channel",
-    "width, decay, threshold",
-    "width, decay, threshold by channel",
-    "width, decay, threshold by neuron",
-)
-BATCH, CHANNELS = 32, 32  # for layouts and parameters with these dimensions
+LAYOUTS = ("time first", "channels_last")  # of blocks
 
 
 def normal(device: torch.device, dtype: str, *shape: int) -> Tensor:
@@ -32,15 +22,13 @@ def normal(device: torch.device, dtype: str, *shape: int) -> Tensor:
 
 
 class Size(NamedTuple):
-    """A measured shape and type: [steps, neurons], or another layout of as many neurons."""
+    """A measured shape [steps, neurons] and type."""
 
     steps: int
     neurons: int
     dtype: str
     compiled: bool = True  # with a row for torch.compile, which takes seconds
     peers: bool = True  # with rows for the other libraries
-    layout: str = LAYOUTS[0]
-    learned: str = LEARNED[0]
     adaptive: bool = False  # with rows for adaptive neurons, in place of those of ASGL
 
     @property
@@ -51,35 +39,11 @@ class Size(NamedTuple):
     def bytes(self) -> int:
         return self.elements * getattr(torch, self.dtype).itemsize
 
-    @property
-    def time_dim(self) -> int:
-        return int(self.layout == "batch first")
-
     def random(self, device: torch.device) -> Tensor:
-        filled = partial(normal, device, self.dtype)
-        if self.layout == "batch first":
-            return filled(BATCH, self.steps, self.neurons // BATCH)
-        if self.layout == "channels_last":
-            side = math.isqrt(self.neurons // (BATCH * CHANNELS))
-            return filled(self.steps, BATCH, side, self.neurons // (BATCH * CHANNELS * side), CHANNELS).movedim(4, 2)
-        if self.learned.endswith(("by channel", "by neuron")):
-            return filled(self.steps, BATCH, CHANNELS, self.neurons // (BATCH * CHANNELS))
-        return filled(self.steps, self.neurons)
-
-    def parameters(self, device: torch.device) -> dict[str, Tensor]:
-        """The learned parameters, as arguments of `asgl_cuda.lif`."""
-        values = {"width": 1.0}
-        if self.learned.startswith("width, decay, threshold"):
-            values |= {"decay": DECAY, "v_threshold": 1.0}
-        shapes = {"channel": (CHANNELS, 1), "neuron": (CHANNELS, self.neurons // (BATCH * CHANNELS))}
-        shape = shapes.get(self.learned.rsplit(" ", maxsplit=1)[-1], ())
-        return {name: torch.full(shape, value, device=device, requires_grad=True) for name, value in values.items()}
+        return normal(device, self.dtype, self.steps, self.neurons)
 
     def __str__(self) -> str:
-        layout = "" if self.layout == LAYOUTS[0] else f", {self.layout}"
-        learned = "" if self.learned == LEARNED[0] else f", learned {self.learned}"
-        adaptive = ", adaptive" if self.adaptive else ""
-        return f"T = {self.steps}, N = {self.neurons}, {self.dtype}{layout}{learned}{adaptive}"
+        return f"T = {self.steps}, N = {self.neurons}, {self.dtype}{', adaptive' if self.adaptive else ''}"
 
 
 class Block(NamedTuple):
@@ -87,7 +51,7 @@ class Block(NamedTuple):
 
     shape: tuple[int, ...]
     dtype: str
-    layout: str = LAYOUTS[0]  # or channels_last
+    layout: str = LAYOUTS[0]
     compiled: bool = True
     residual: bool = False  # added between the two
 
@@ -149,30 +113,6 @@ JUDGED = tuple(
     each._replace(compiled=False)
     for each in (*(size._replace(peers=False) for size in GPU_SIZES), *GPU_BLOCKS, *GPU_RESIDUAL_BLOCKS)
 )
-GPU_ADAPTIVE = tuple(
-    Size(*size, dtype, compiled=False, peers=False, adaptive=True)
-    for size in ((128, 2**19), (100, 64 * 700))
-    for dtype in ("float32", "bfloat16")
-)
-# First adaptive neurons, other learned parameters than one width, and extreme lengths; then sizes from tiny layers to
-# 2^28 elements.
-GPU_SWEEP = GPU_ADAPTIVE + tuple(
-    Size(steps, neurons, dtype, compiled=False, peers=False, learned=learned)
-    for steps, neurons, learned in (
-        *((4, 2**24, learned) for learned in LEARNED[1:]),
-        *((128, 2**19, learned) for learned in LEARNED[1:]),
-        (1, 2**24, LEARNED[0]),
-        (1000, 2**10, LEARNED[0]),
-        *(
-            (steps, 2**power, LEARNED[0])
-            for powers in (range(14, 19), range(20, 27, 2))
-            for steps in (4, 16, 128)
-            for power in powers
-            if steps * 2**power <= 2**28 and (steps, power) != (4, 24)
-        ),
-    )
-    for dtype in ("float32", "bfloat16")
-)
 COMPILED_SIZES = (*GPU_SIZES, *GPU_BLOCKS, *(Size(16, 2**22, dtype, peers=False) for dtype in ("float32", "bfloat16")))
 
 
@@ -201,19 +141,12 @@ def sweep(name: str, device: torch.device) -> Sequence[Size | Block]:
     return {
         "T": [Size(steps, 2 ** (15 + more), "float32") for steps in (1, 2, 4, 8, 16, 32, 64, 128)],
         "N": [Size(4, 2 ** (power + more), "float32") for power in range(8, 23, 2)],
-        "layout": [Size(4, 2 ** (20 + more), "float32", peers=False, layout=layout) for layout in LAYOUTS],
-        "learned": [
-            Size(steps, neurons << more, "float32", compiled=False, peers=False, learned=learned)
-            for steps, neurons in ((4, 2**20), (16, 2**18))
-            for learned in LEARNED
-        ],
-        "large": [Size(*size, "float32", compiled=False, peers=False) for size in ((4, 2**23), (16, 2**20))],
         "adaptive": [Size(*size, "float32", adaptive=True) for size in ((128, 2 ** (15 + more)), (100, 64 * 700))],
     }[name]
 
 
-FOR_GPUS = {"judged": JUDGED, "gpu": GPU_SWEEP, "compiled": COMPILED_SIZES}
-SWEEPS = ("T", "N", "layout", "learned", "large", "adaptive", *FOR_GPUS)
+FOR_GPUS = {"judged": JUDGED, "compiled": COMPILED_SIZES}
+SWEEPS = ("T", "N", "adaptive", *FOR_GPUS)
 
 
 def samples(size: Size | Block, device: torch.device) -> list[Sample]:

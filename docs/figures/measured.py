@@ -18,14 +18,13 @@ from benchmarks.learning.optimizers import RATES
 from benchmarks.learning.widths import METHODS, by_width
 from benchmarks.readme import RESULTS, Report, read_report
 from benchmarks.speed.microbench import FLOOR, INTEGER
-from benchmarks.speed.sizes import LAYOUTS
 
 TITLES = ("learned width", "share inside the window", "smoothing error E|H(u) - spike|", "loss on the test images")
 
 
 def layer_sweep(report: dict[str, Any], file: Path) -> None:
     """Nanoseconds an element over T and over N, each at the other's most frequent value; I-LIF takes as long as LIF."""
-    measured = [size for size in report["sizes"] if size["dtype"] == "float32" and size["layout"] == LAYOUTS[0]]
+    measured = report["sizes"]
     names = dict.fromkeys(name for size in measured for name in size["seconds"] if not name.startswith(INTEGER))
     with palette.panels(file, 1, 2, (12, 5), sharey=True) as ((left, right),):
         for panel, along, fixed, label in ((left, "steps", "neurons", "T"), (right, "neurons", "steps", "N")):

@@ -25,7 +25,7 @@ import asgl_cuda
 from asgl_cuda.backends import BACKENDS, Operators
 from asgl_cuda.reference import Parameters
 from asgl_cuda.surrogate import SURROGATES
-from benchmarks.speed.clocks import saved_storages
+from benchmarks.speed.clocks import saved_bytes
 
 DOUBLE = torch.float64
 # One of each function, since compilers take seconds; tests/layer compiles plain neurons.
@@ -353,11 +353,11 @@ def test_kept_for_backward(backend, device, feature):
     for dtype, steps in ((torch.float32, 4), (torch.bfloat16, 16), (torch.float32, 64)):
         case = Case(dtype, steps, shape="one", sizes=(64, 4, 2, 2), noise=0.3, asked="spikes")
         x_seq, options = feature.call(case, device)
-        storages = saved_storages(lambda: feature.run(x_seq, options, feature.outputs[:1], backend))  # noqa: B023
+        saved = saved_bytes(lambda: feature.run(x_seq, options, feature.outputs[:1], backend))  # noqa: B023
         given, real = feature.kept
         checkpoints = (steps - 1) // 16 / steps * (2 if "w_last" in feature.outputs else 1)
         bytes_an_element = dtype.itemsize * given + 4 * (real + checkpoints)
-        assert sum(storages.values()) <= x_seq.numel() * bytes_an_element + 2048  # parameters
+        assert saved <= x_seq.numel() * bytes_an_element + 2048  # parameters
 
 
 def imaginary(value):

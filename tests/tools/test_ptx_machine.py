@@ -139,7 +139,7 @@ def test_fault(machine, faulty, number):
         assert problem is None
     else:
         fault, expected = list(FAULTS.items())[number]
-        assert problem.startswith(f"thread (3,0,0) of block (1,0,0): {located(text, fault)} ")
+        assert problem.startswith(f"thread 3 of block 1: {located(text, fault)} ")
         assert expected in problem
 
 
@@ -165,7 +165,7 @@ SHUFFLE = "shfl.sync.down.b32 %r1, %r10, 1, 31, -1;"
 OTHERS = {
     "bar.sync 0;": "16 wait at __syncthreads",
     "shfl.sync.idx.b32 %r1, %r10, 0, 31, -1;": "has diverged",
-    "shfl.sync.down.b32 %r2, %r10, 1, 31, 65535;": "thread (16,0,0) of block (0,0,0), lane 16, is not in the mask",
+    "shfl.sync.down.b32 %r2, %r10, 1, 31, 65535;": "thread 16 of block 0, lane 16, is not in the mask",
     "ret;": "lane 16, which has exited",
 }
 

@@ -35,41 +35,10 @@ __attribute__((format(printf, 1, 2))) inline std::string text(const char* format
   return buffer;
 }
 
-inline std::string text(const uint3& index) { return text("(%u,%u,%u)", index.x, index.y, index.z); }
-
-// The order in which a block's warps, and a warp's lanes, run until they have to wait. `middle` descends
-// from the middle and wraps round (2 1 0 3), so that index 0 runs after some and before others: a missing barrier
-// then shows both where 0 writes for the others and where the others write for 0. With only two warps it
-// cannot show the latter; `ascending` does.
-enum class Order { middle, ascending, descending, shuffled };
-
-// Changed only while no kernel runs.
-struct Settings {
-  int multiprocessors = 4;
-  unsigned os_threads = std::max(1u, std::thread::hardware_concurrency());
-  Order order = Order::middle;
-  unsigned order_seed = 0;
-
-  // ASGL_EMULATION_ORDER is the name of an order, or a number that seeds `shuffled`.
-  Settings() {
-    const char* const value = std::getenv("ASGL_EMULATION_ORDER");
-    const std::string name = value ? value : "middle";
-    if (name == "middle") return;
-    order = name == "ascending" ? Order::ascending : name == "descending" ? Order::descending : Order::shuffled;
-    order_seed = unsigned(std::strtoul(value, nullptr, 10));
-  }
-};
-
-inline Settings& settings() {
-  static Settings the_settings;
-  return the_settings;
-}
-
-enum class Operation : unsigned char { syncthreads, syncwarp, shfl, shfl_up, shfl_down, shfl_xor, ballot };
+enum class Operation : unsigned char { syncthreads, shfl, shfl_down };
 
 inline const char* name_of(Operation operation) {
-  static const char* const names[] = {"__syncthreads",    "__syncwarp",      "__shfl_sync",  "__shfl_up_sync",
-                                      "__shfl_down_sync", "__shfl_xor_sync", "__ballot_sync"};
+  static const char* const names[] = {"__syncthreads", "__shfl_sync", "__shfl_down_sync"};
   return names[static_cast<int>(operation)];
 }
 
@@ -143,7 +112,6 @@ void for_each_lane(unsigned lanes, Visit visit) {
 class Fibre;
 
 struct Thread {
-  uint3 index;
   unsigned number;  // in the block
   Request request;
   std::uint64_t result;
@@ -168,9 +136,7 @@ struct KernelAborted {};
 
 struct Launch {
   std::function<void()> kernel;
-  dim3 grid, block;
-  std::uint64_t blocks;
-  unsigned block_threads;
+  unsigned blocks, block_threads;
   std::atomic<std::uint64_t> next_block{0};
   std::atomic<bool> failed{false};
   std::mutex mutex;
@@ -192,17 +158,15 @@ class Block {
   explicit Block(Launch& launch_)
       : launch(launch_), threads(launch_.block_threads), warps((launch_.block_threads + 31) / 32) {}
 
-  void begin(std::uint64_t number);
+  void begin(unsigned number);
   void run_thread(Thread& self);
   void synchronise(Thread& self, const Site& site);
   std::uint64_t exchange(Thread& self, const Request& request);
   [[noreturn]] void stop(const std::string& fault);
-  std::string describe(const Thread& thread) const {
-    return "thread " + text(thread.index) + " of block " + text(index);
-  }
+  std::string describe(const Thread& thread) const { return text("thread %u of block %u", thread.number, index); }
 
   Launch& launch;
-  uint3 index;
+  unsigned index;
   std::vector<Thread> threads;
   std::vector<Warp> warps;
   std::atomic<bool> aborted;
@@ -227,14 +191,11 @@ class Block {
 inline thread_local Block* current_block = nullptr;
 inline thread_local Thread* current_thread = nullptr;
 
-inline void Block::begin(std::uint64_t number) {
-  const dim3& grid = launch.grid;
-  const dim3& block = launch.block;
-  index = {unsigned(number % grid.x), unsigned(number / grid.x % grid.y), unsigned(number / grid.x / grid.y)};
+inline void Block::begin(unsigned number) {
+  index = number;
   for (unsigned i = 0; i < threads.size(); ++i) {
     Thread& thread = threads[i];
     thread.number = i;
-    thread.index = {i % block.x, i / block.x % block.y, i / block.x / block.y};
     thread.waiting = thread.finished = false;
     thread.fibre = nullptr;
   }
@@ -309,29 +270,22 @@ inline void Block::release_barrier() {
   for (Thread& thread : threads) release(thread);
 }
 
-// Grants the operation once all lanes of its mask have arrived. Exited lanes in the mask are ignored by __syncwarp, and
-// a fault in operations that exchange values.
+// Grants the operation once all lanes of its mask have arrived. An exited lane in the mask is a fault.
 inline bool Block::complete(Warp& warp, const Request& request, Lock& lock) {
-  const unsigned gone = request.mask & ~warp.live;
-  if (gone && request.operation != Operation::syncwarp) {
-    fail(lock, "block " + text(index) + ": " + request.describe() +
+  if (const unsigned gone = request.mask & ~warp.live) {
+    fail(lock, text("block %u: ", index) + request.describe() +
                    text(" names lane %d, which has exited or does not exist", __builtin_ctz(gone)));
   }
-  const unsigned members = request.mask & warp.live;
+  const unsigned members = request.mask;
   if (members & ~warp.arrived) return false;
 
   Thread* const lanes = warp.lanes;
   bool same_mask = true;
-  unsigned votes = 0;
-  for_each_lane(members, [&](unsigned lane) {
-    same_mask &= lanes[lane].request.mask == request.mask;
-    votes |= unsigned(lanes[lane].request.value != 0) << lane;
-  });
+  for_each_lane(members, [&](unsigned lane) { same_mask &= lanes[lane].request.mask == members; });
   if (!same_mask) return false;
   for_each_lane(members, [&](unsigned lane) {
     const Request& other = lanes[lane].request;
-    const bool same_site = other.site == request.site || other.operation == Operation::syncwarp;
-    if (other.operation == request.operation && same_site) return;
+    if (other.operation == request.operation && other.site == request.site) return;
     fail(lock, "the warp of " + describe(lanes[lane]) + " has diverged: this thread is at " + other.describe() +
                    ", another at " + request.describe());
   });
@@ -339,8 +293,7 @@ inline bool Block::complete(Warp& warp, const Request& request, Lock& lock) {
   for_each_lane(members, [&](unsigned lane) {
     // The value of a lane outside the mask is undefined: here all ones, a NaN.
     const unsigned source = lanes[lane].request.source_lane;
-    const std::uint64_t taken = members >> source & 1 ? lanes[source].request.value : ~std::uint64_t(0);
-    lanes[lane].result = request.operation == Operation::ballot ? votes : taken;
+    lanes[lane].result = members >> source & 1 ? lanes[source].request.value : ~std::uint64_t(0);
   });
   warp.arrived &= ~members;
   // Last, since a released lane may change its request at once.
@@ -396,11 +349,10 @@ inline void Block::fail_stuck(Lock& lock) {
     Waiters& waiters = places[thread.request.describe()];
     if (waiters.count++ == 0) waiters.first = &thread;
   }
-  std::string fault =
-      "block " + text(index) +
-      text(" cannot go on: %u of its %u threads have exited", launch.block_threads - live, launch.block_threads);
+  std::string fault = text("block %u cannot go on: %u of its %u threads have exited", index,
+                           launch.block_threads - live, launch.block_threads);
   for (const auto& [place, waiters] : places) {
-    fault += text("; %u wait at ", waiters.count) + place + ", the first is thread " + text(waiters.first->index);
+    fault += text("; %u wait at ", waiters.count) + place + text(", the first is thread %u", waiters.first->number);
   }
   locks.clear();
   lock.lock();
@@ -410,10 +362,10 @@ inline void Block::fail_stuck(Lock& lock) {
 inline void set_thread(Block& block, Thread& thread) {
   current_block = &block;
   current_thread = &thread;
-  threadIdx = thread.index;
-  blockIdx = block.index;
-  blockDim = block.launch.block;
-  gridDim = block.launch.grid;
+  threadIdx.x = thread.number;
+  blockIdx.x = block.index;
+  blockDim.x = block.launch.block_threads;
+  gridDim.x = block.launch.blocks;
 }
 
 inline void check_alignment(const void* address, std::size_t alignment, const char* access) {

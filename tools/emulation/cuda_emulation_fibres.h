@@ -13,10 +13,7 @@
 #ifdef __SANITIZE_ADDRESS__
 #include <sanitizer/common_interface_defs.h>
 #endif
-#if !defined(__x86_64__) && !defined(ASGL_EMULATE_UCONTEXT)
-#define ASGL_EMULATE_UCONTEXT
-#endif
-#ifdef ASGL_EMULATE_UCONTEXT
+#ifndef __x86_64__
 #include <ucontext.h>
 #endif
 #endif
@@ -26,7 +23,7 @@ namespace asgl_emulation {
 #ifdef ASGL_EMULATE_THREADS
 inline void run_launch(Launch& launch) {
   Block block(launch);
-  for (std::uint64_t number = 0; number < launch.blocks && !launch.failed; ++number) {
+  for (unsigned number = 0; number < launch.blocks && !launch.failed; ++number) {
     block.begin(number);
     std::vector<std::thread> os_threads;
     for (Thread& thread : block.threads) {
@@ -55,7 +52,7 @@ struct Context {
   const void* stack = nullptr;
   std::size_t stack_bytes = 0;
   void* fake_stack = nullptr;
-#ifdef ASGL_EMULATE_UCONTEXT
+#ifndef __x86_64__
   ucontext_t registers;
 
   void prepare(void* bottom, void (*entry)()) {
@@ -147,15 +144,20 @@ class Fibre {
 
 inline void yield_fibre() { current_thread->fibre->yield(); }
 
+// The order in which a block's warps, and a warp's lanes, run until they have to wait: ASGL_EMULATION_ORDER is the name
+// of one, or a number that seeds a random one. `middle` descends from the middle and wraps round (2 1 0 3), so that
+// index 0 runs after some and before others: a missing barrier then shows both where 0 writes for the others and where
+// the others write for 0. With only two warps it cannot show the latter; `ascending` does.
 inline std::vector<unsigned> visiting_order(unsigned count) {
-  const Order order = settings().order;
+  static const char* const given = std::getenv("ASGL_EMULATION_ORDER");
+  static const std::string order = given ? given : "middle";
   std::vector<unsigned> visits(count);
   std::iota(visits.begin(), visits.end(), 0u);
-  if (order == Order::shuffled) {
-    std::shuffle(visits.begin(), visits.end(), std::minstd_rand(settings().order_seed));
-  } else if (order != Order::ascending) {
+  if (order == "middle" || order == "descending") {
     std::reverse(visits.begin(), visits.end());
-    if (order == Order::middle) std::rotate(visits.begin(), visits.begin() + (count - 1) / 2, visits.end());
+    if (order == "middle") std::rotate(visits.begin(), visits.begin() + (count - 1) / 2, visits.end());
+  } else if (order != "ascending") {
+    std::shuffle(visits.begin(), visits.end(), std::minstd_rand(unsigned(std::stoul(order))));
   }
   return visits;
 }
@@ -229,7 +231,7 @@ inline void run_blocks(Launch& launch) {
   while (!launch.failed) {
     const std::uint64_t number = launch.next_block++;
     if (number >= launch.blocks) break;
-    block.begin(number);
+    block.begin(unsigned(number));
     scheduler->run(block);
   }
   std::lock_guard<std::mutex> lock(mutex);
@@ -239,9 +241,10 @@ inline void run_blocks(Launch& launch) {
 inline void run_launch(Launch& launch) {
   // Below about this many CUDA threads, starting an OS thread costs more than it saves.
   constexpr std::uint64_t worth_another_os_thread = 4096;
-  const std::uint64_t useful = std::min(launch.blocks, launch.blocks * launch.block_threads / worth_another_os_thread);
+  const std::uint64_t threads = std::uint64_t(launch.blocks) * launch.block_threads;
+  const std::uint64_t useful = std::min<std::uint64_t>(launch.blocks, threads / worth_another_os_thread);
   std::vector<std::thread> helpers;
-  for (std::uint64_t i = 1; i < std::min<std::uint64_t>(settings().os_threads, useful); ++i) {
+  for (std::uint64_t i = 1; i < std::min<std::uint64_t>(std::thread::hardware_concurrency(), useful); ++i) {
     helpers.emplace_back([&launch] { run_blocks(launch); });
   }
   run_blocks(launch);

@@ -3,19 +3,16 @@
 #ifndef ASGL_CUDA_EMULATION_TYPES_H
 #define ASGL_CUDA_EMULATION_TYPES_H
 
+#include <bit>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
 
-#define ASGL_EMULATED 1
-
 #define __global__
 #define __device__
 #define __host__
-#define __constant__
 #define __launch_bounds__(...)
 #define __forceinline__ inline __attribute__((always_inline))
-#define __align__(bytes) __attribute__((aligned(bytes)))
 #ifdef ASGL_EMULATE_THREADS
 #define __shared__ static
 #else
@@ -26,7 +23,6 @@
 enum cudaError_t {
   cudaSuccess = 0,
   cudaErrorInvalidValue = 1,
-  cudaErrorMemoryAllocation = 2,
   cudaErrorInvalidConfiguration = 9,
   cudaErrorMisalignedAddress = 716,
   cudaErrorLaunchFailure = 719,
@@ -52,96 +48,55 @@ void copy_checked(Vector* to, const Vector* from) {
   std::memcpy(target, source, sizeof(Vector));
 }
 
-constexpr std::size_t vector_alignment(std::size_t bytes) { return bytes < 16 ? bytes : 16; }
+}  // namespace asgl_emulation
 
 // no_sanitize: UndefinedBehaviorSanitizer would report the address again, here instead of at the access.
 #define ASGL_CHECKED_COPY(Vector)                                                    \
   Vector() = default;                                                                \
-  Vector(const Vector& other) { copy_checked(this, &other); }                        \
+  Vector(const Vector& other) { asgl_emulation::copy_checked(this, &other); }        \
   __attribute__((no_sanitize("alignment"))) Vector& operator=(const Vector& other) { \
-    copy_checked(this, &other);                                                      \
+    asgl_emulation::copy_checked(this, &other);                                      \
     return *this;                                                                    \
   }
 
-template <class T>
-struct alignas(vector_alignment(2 * sizeof(T))) Vector2 {
-  T x, y;
-  constexpr Vector2(T x_, T y_) : x(x_), y(y_) {}
-  ASGL_CHECKED_COPY(Vector2)
+struct alignas(8) uint2 {
+  unsigned x, y;
+  constexpr uint2(unsigned x_, unsigned y_) : x(x_), y(y_) {}
+  ASGL_CHECKED_COPY(uint2)
 };
 
-template <class T>
-struct Vector3 {
-  T x, y, z;
-};
-
-template <class T>
-struct alignas(vector_alignment(4 * sizeof(T))) Vector4 {
-  T x, y, z, w;
-  constexpr Vector4(T x_, T y_, T z_, T w_) : x(x_), y(y_), z(z_), w(w_) {}
-  ASGL_CHECKED_COPY(Vector4)
+struct alignas(16) float4 {
+  float x, y, z, w;
+  constexpr float4(float x_, float y_, float z_, float w_) : x(x_), y(y_), z(z_), w(w_) {}
+  ASGL_CHECKED_COPY(float4)
 };
 #undef ASGL_CHECKED_COPY
 
-}  // namespace asgl_emulation
+inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
-#define ASGL_VECTOR_TYPES(name, T)                                   \
-  using name##2 = asgl_emulation::Vector2<T>;                        \
-  using name##3 = asgl_emulation::Vector3<T>;                        \
-  using name##4 = asgl_emulation::Vector4<T>;                        \
-  inline name##2 make_##name##2(T x, T y) { return {x, y}; }         \
-  inline name##3 make_##name##3(T x, T y, T z) { return {x, y, z}; } \
-  inline name##4 make_##name##4(T x, T y, T z, T w) { return {x, y, z, w}; }
-ASGL_VECTOR_TYPES(char, signed char)
-ASGL_VECTOR_TYPES(uchar, unsigned char)
-ASGL_VECTOR_TYPES(short, short)
-ASGL_VECTOR_TYPES(ushort, unsigned short)
-ASGL_VECTOR_TYPES(int, int)
-ASGL_VECTOR_TYPES(uint, unsigned)
-ASGL_VECTOR_TYPES(longlong, long long)
-ASGL_VECTOR_TYPES(ulonglong, unsigned long long)
-ASGL_VECTOR_TYPES(float, float)
-ASGL_VECTOR_TYPES(double, double)
-#undef ASGL_VECTOR_TYPES
-
+// Launches are one-dimensional.
 struct dim3 {
-  unsigned x, y, z;
+  unsigned x;
 
-  constexpr dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
-  constexpr dim3(uint3 v) : x(v.x), y(v.y), z(v.z) {}
+  explicit constexpr dim3(unsigned x_ = 1) : x(x_) {}
 };
 
 // Set by the scheduler before a CUDA thread runs on this OS thread.
-inline thread_local uint3 threadIdx;
-inline thread_local uint3 blockIdx;
-inline thread_local dim3 blockDim;
-inline thread_local dim3 gridDim;
-inline constexpr int warpSize = 32;
+inline thread_local dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace asgl_emulation {
 
-inline std::uint32_t float_bits(float value) {
-  std::uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  return bits;
-}
-
-inline float float_from_bits(std::uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
-
 inline std::uint16_t half_bits(float value) {
-  const std::uint32_t bits = float_bits(value);
+  const std::uint32_t bits = std::bit_cast<std::uint32_t>(value);
   const std::uint32_t sign = bits >> 16 & 0x8000;
   const std::uint32_t magnitude = bits & 0x7fffffff;
   if (magnitude > 0x7f800000) return 0x7fff;
-  if (magnitude >= float_bits(65520.0f)) return std::uint16_t(sign | 0x7c00);
+  if (magnitude >= std::bit_cast<std::uint32_t>(65520.0f)) return std::uint16_t(sign | 0x7c00);
   if (magnitude < 0x38800000) {
     // Below 2^-14 half values are multiples of 2^-24, the spacing of floats at 0.5: the addition rounds.
-    const float aligned = float_from_bits(magnitude) + 0.5f;
-    return std::uint16_t(sign | (float_bits(aligned) - float_bits(0.5f)));
+    const float aligned = std::bit_cast<float>(magnitude) + 0.5f;
+    return std::uint16_t(sign | (std::bit_cast<std::uint32_t>(aligned) - std::bit_cast<std::uint32_t>(0.5f)));
   }
   const std::uint32_t rounded = magnitude + 0xfff + (magnitude >> 13 & 1);
   return std::uint16_t(sign | (rounded - 0x38000000) >> 13);
@@ -150,14 +105,14 @@ inline std::uint16_t half_bits(float value) {
 inline float half_value(std::uint16_t bits) {
   const std::uint32_t sign = std::uint32_t(bits & 0x8000) << 16;
   const std::uint32_t magnitude = bits & 0x7fff;
-  if (magnitude > 0x7c00) return float_from_bits(0x7fffffff);
-  if (magnitude == 0x7c00) return float_from_bits(sign | 0x7f800000);
-  if (magnitude < 0x0400) return float_from_bits(sign | float_bits(float(magnitude) * 0x1p-24f));
-  return float_from_bits(sign | ((magnitude << 13) + 0x38000000));
+  if (magnitude > 0x7c00) return std::bit_cast<float>(0x7fffffff);
+  if (magnitude == 0x7c00) return std::bit_cast<float>(sign | 0x7f800000);
+  if (magnitude < 0x0400) return std::bit_cast<float>(sign | std::bit_cast<std::uint32_t>(float(magnitude) * 0x1p-24f));
+  return std::bit_cast<float>(sign | ((magnitude << 13) + 0x38000000));
 }
 
 inline std::uint16_t bfloat16_bits(float value) {
-  const std::uint32_t bits = float_bits(value);
+  const std::uint32_t bits = std::bit_cast<std::uint32_t>(value);
   if ((bits & 0x7fffffff) > 0x7f800000) return 0x7fff;
   return std::uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }

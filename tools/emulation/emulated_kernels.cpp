@@ -26,8 +26,6 @@ extern "C" const char* asgl_emulated_launch(const char* name, asgl::int64 blocks
   if (kernel == nullptr) return "there is no such kernel";
   const cudaError_t error = asgl::cuda::launch({*kernel, blocks, threads}, params, nullptr);
   if (error == cudaSuccess) return nullptr;
-  // Faults are sticky, as on a device; cleared for the next call.
-  problem = std::string(cudaGetErrorString(error)) + " " + asgl_emulation::error_message();
-  asgl_emulation::clear_errors();
+  problem = std::string(cudaGetErrorString(error)) + " " + std::exchange(asgl_emulation::error_message, "");
   return problem.c_str();
 }

@@ -6,6 +6,7 @@ Calls are drawn at random from tables of shapes, on the CPU's kernels and on emu
 from __future__ import annotations
 
 import ctypes
+import itertools
 import os
 import random
 import sys
@@ -115,7 +116,9 @@ def as_layers_store(function: Callable[..., Any], **options: Any) -> Any:
     return function(**options)
 
 
-neuron, recurrent = partial(as_layers_store, lif), partial(as_layers_store, recurrent_lif)
+neuron, recurrent, integrator = (
+    partial(as_layers_store, function) for function in (lif, recurrent_lif, leaky_integrator)
+)
 
 
 def neuron_call(number: int, shape: Shape, kind: str, multiprocessors: int, by_options: bool) -> Call:
@@ -363,22 +366,13 @@ def adaptive_call(number: int, shape: Shape) -> Call:
     return Call(adaptive, options, learned, given, exact)
 
 
-def integrator(*, backend: str, **options: Any) -> Any:
-    if "logit_decay" in options:
-        options["decay"] = Logit(options.pop("logit_decay"))
-    return leaky_integrator(**options, backend=backend)
-
-
 def integrator_call(number: int, shape: Shape) -> Call:
     random = Random(number)
     dtype = torch.float64 if number % 5 == 4 else (torch.float32, torch.bfloat16)[number % 2]
     bounds = {"decay": (0.3, 0.95), "input_gain": (-1.5, 1.5)}
     options, learned = random_parameters(random, shape, bounds, real_type(dtype))
-    if (
-        isinstance(options["decay"], Tensor)
-        and options["decay"].shape[int(shape.batch_first)] == 1
-        and random.once_in(2)
-    ):
+    decay = options["decay"]
+    if isinstance(decay, Tensor) and decay.shape[int(shape.batch_first)] == 1 and random.once_in(2):
         options["logit_decay"] = options.pop("decay").logit()
         learned = ["logit_decay" if name == "decay" else name for name in learned]
     options |= {
@@ -397,12 +391,9 @@ def integrator_call(number: int, shape: Shape) -> Call:
 
 
 def calls_of(call: Callable[[int, Shape], Call]) -> Iterator[Call]:
-    number = 0
-    for steps in (17, 4, 1, 33, 5, 8, 40, 2):
-        for dims in ((7,), (3, 172), (257,), (4, 128), (6, 10), (4, 25), (1,)):
-            for _ in range(2):
-                yield call(number, Shape(steps, dims, len(dims) > 1 and number % 3 == 0))
-                number += 1
+    lengths, all_dims = (17, 4, 1, 33, 5, 8, 40, 2), ((7,), (3, 172), (257,), (4, 128), (6, 10), (4, 25), (1,))
+    for number, (steps, dims, _) in enumerate(itertools.product(lengths, all_dims, range(2))):
+        yield call(number, Shape(steps, dims, len(dims) > 1 and number % 3 == 0))
 
 
 # ---- recurrent neurons, on the CPU alone ----
@@ -456,11 +447,9 @@ def recurrent_call(number: int, shape: tuple[int, int, int]) -> Call:
 
 
 def recurrent_calls() -> Iterator[Call]:
-    number = 0
-    for shape in ((1, 1, 1), (3, 2, 5), (2, 17, 9), (6, 16, 4), (4, 33, 31), (2, 3, 66), (9, 40, 33), (2, 2, 1040)):
-        for _ in range(3 if shape[2] > 1000 else 16):
-            yield recurrent_call(number, shape)
-            number += 1
+    shapes = (1, 1, 1), (3, 2, 5), (2, 17, 9), (6, 16, 4), (4, 33, 31), (2, 3, 66), (9, 40, 33)
+    for number, shape in enumerate([each for each in shapes for _ in range(16)] + [(2, 2, 1040)] * 3):
+        yield recurrent_call(number, shape)
     # Few spikes, so that zeros are left out, and a gradient that is NaN.
     x_seq = torch.full((3, 4, 9), -1.0)
     x_seq[0, 0, 0], x_seq[2, 1, 3] = 3.0, float("nan")
@@ -522,15 +511,13 @@ def batch_norm_call(number: int, shape: Shape) -> Call:
 
 
 def batch_norm_calls() -> Iterator[Call]:
-    number = 0
-    for steps, dims in (
+    shapes = (
         (5, (2, 3, 7)), (4, (10, 3, 128)), (1, (5, 1, 600)), (2, (35, 100)), (1, (5, 200, 3)), (13, (10, 64, 4)),
         (4, (32, 1, 10)), (5, (13, 3, 49)), (1, (4099, 3, 4)), (1, (5, 3, 1024)), (2, (65, 200)), (3, (1366, 4)),
         (1, (1, 64, 10)), (1, (2, 2, 17921)),
-    ):  # fmt: skip
-        for _ in range(5):
-            yield batch_norm_call(number, Shape(steps, dims))
-            number += 1
+    )  # fmt: skip
+    for number, (shape, _) in enumerate(itertools.product(shapes, range(5))):
+        yield batch_norm_call(number, Shape(*shape))
     for dims in ((9, 2, 65540), (9, 3, 30000)):  # several tiles and splits of the CPU's kernels
         yield batch_norm_call(1, Shape(1, dims))._replace(backends=("cpu",))
 

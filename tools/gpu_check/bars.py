@@ -10,13 +10,11 @@ import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-import torch
-
 from benchmarks.speed.host import IN_PYTHON
 from benchmarks.speed.microbench import COMPILED, COPY, FLOOR, MOST_STEPS_TO_COMPILE, REFERENCE
-from benchmarks.speed.sizes import Block, Size, sweep
+from benchmarks.speed.sizes import JUDGED, Block, Size
 
-CUPY_KERNELS = "asgl_cuda cupy"  # a row of the micro-benchmark
+OURS, CUPY_KERNELS = "asgl_cuda cuda", "asgl_cuda cupy"  # rows of the micro-benchmark
 MOST = {"forward": 1.15, "backward": 1.2, "both": 1.15}  # over the floor, in float32
 HALF_TYPES = 1.3  # where instructions bind on cards with fast memory: see docs/design/gpu.md
 COPY_ACCESSES = 4  # to an element, by the copies of x and of the gradient beside a block
@@ -58,50 +56,48 @@ class Goal(NamedTuple):
         return f"at most {self.most:.2f}" if self.most < math.inf else f"at least {self.least:g}"
 
 
-def goals(size: Size | Block, ours: str, with_cupy: bool) -> Iterator[Goal]:
+def goals(size: Size | Block, with_cupy: bool) -> Iterator[Goal]:
     """The goals of a judged size or block."""
     most = MOST if size.dtype == "float32" else dict.fromkeys(MOST, HALF_TYPES)
     if isinstance(size, Block):
         times = size.accesses / COPY_ACCESSES
-        for name, row in {"nvcc": ours, **({"CuPy": CUPY_KERNELS} if with_cupy else {})}.items():
+        for name, row in {"nvcc": OURS, **({"CuPy": CUPY_KERNELS} if with_cupy else {})}.items():
             yield Goal(f"{name} over copies", "both", row, COPY, most=most["both"], times=times)
         return
     for part, floor in (("forward", "x * 2"), ("backward", "x * g")):
-        yield Goal(f"{part} over {floor}", part, ours, FLOOR, most=most[part])
+        yield Goal(f"{part} over {floor}", part, OURS, FLOOR, most=most[part])
         if with_cupy:
-            yield Goal(f"CuPy over nvcc, {part}", part, CUPY_KERNELS, ours, most=1.03)
-    yield Goal("reference over ours", "both", REFERENCE, ours, least=15)
+            yield Goal(f"CuPy over nvcc, {part}", part, CUPY_KERNELS, OURS, most=1.03)
+    yield Goal("reference over ours", "both", REFERENCE, OURS, least=15)
 
 
 def seconds_by_size(benchmark: dict[str, Any]) -> dict[str, Seconds]:
     """The seconds of each size and block, by name."""
     found = {}
     for each in benchmark.get("sizes", ()):
-        size = Size(each["steps"], each["neurons"], each["dtype"], layout=each["layout"], learned=each["learned"])
-        found[str(size)] = each["seconds"]
+        found[str(Size(each["steps"], each["neurons"], each["dtype"]))] = each["seconds"]
     for each in benchmark.get("blocks", ()):
         block = Block(tuple(each["shape"]), each["dtype"], each["layout"], residual=each["residual"])
         found[str(block)] = each["seconds"]
     return found
 
 
-def bars(device: torch.device, judged: dict[str, Any] | None, compiled: dict[str, Any] | None) -> list[Bar]:
+def bars(judged: dict[str, Any] | None = None, compiled: dict[str, Any] | None = None) -> list[Bar]:
     """Results by two runs of the micro-benchmark, the second with torch.compile, as far as they ran."""
     found = []
-    ours = f"asgl_cuda {device.type}"
     if judged is not None:
-        with_cupy = device.type == "cuda" and importlib.util.find_spec("cupy") is not None
+        with_cupy = importlib.util.find_spec("cupy") is not None
         measured = seconds_by_size(judged)
-        for size in sweep("judged", device):
-            found += [goal.bar(size, measured.get(str(size), {})) for goal in goals(size, ours, with_cupy)]
+        for size in JUDGED:
+            found += [goal.bar(size, measured.get(str(size), {})) for goal in goals(size, with_cupy)]
         if with_cupy:
             calls = {name: {"both": us} for name, us in judged.get("call_microseconds", {}).items()}
             goal = Goal("CuPy over its launchers", "both", CUPY_KERNELS, IN_PYTHON, most=CUPY_OVER_LAUNCHERS)
             found.append(goal.bar("a call", calls))
     if compiled is not None:
-        goal = Goal("torch.compile over ours", "both", COMPILED, ours, least=1)
+        goal = Goal("torch.compile over ours", "both", COMPILED, OURS, least=1)
         measured = seconds_by_size(compiled)
-        for size in sweep("judged", device):
+        for size in JUDGED:
             if isinstance(size, Size) and size.steps <= MOST_STEPS_TO_COMPILE:
                 found.append(goal.bar(size, measured.get(str(size), {})))
     return found

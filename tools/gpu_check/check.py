@@ -194,19 +194,11 @@ class Findings:
         self.write()
 
     def bars(self) -> list[Any]:
-        """The bars for the measurements so far."""
-        import torch
+        """The bars for the measurements so far, none in a dry run: times on a CPU say nothing about them."""
+        from .bars import bars  # needs torch
 
-        from .bars import bars
-
-        judged, compiled = (
-            self.outcomes[name].result if name in self.outcomes else None for name in ("judged", "compiled")
-        )
-        return bars(torch.device("cuda" if self._origin["capability"] else "cpu"), judged, compiled)
-
-    def judged(self) -> list[Any]:
-        """The bars, none in a dry run: times on a CPU say nothing about them."""
-        return self.bars() if self._origin["capability"] else []
+        steps = ("judged", "compiled") if self._origin["capability"] else ()
+        return bars(**{name: self.outcomes[name].result for name in steps if name in self.outcomes})
 
     def write(self) -> None:
         from benchmarks.common import write_json  # needs torch
@@ -228,14 +220,14 @@ class Findings:
         lines = [line for outcome in outcomes for line in outcome.failures][:20]
         lines += [f"{outcome.name}: {outcome.tests}" for outcome in outcomes if outcome.tests]
         lines += [f"{outcome.name:<72}{outcome.seconds:>8.0f} s  {outcome.ended}" for outcome in outcomes]
-        judged = self.judged()
-        if judged:
+        bars = self.bars()
+        if bars:
             lines.append(f"{'':<62}{'goal':>16}{'measured':>10}")
-        for bar in judged:
+        for bar in bars:
             measured = "" if bar.measured is None else f"{bar.measured:.2f}"
             verdict = "passed" if bar.passed else "missed" if bar.measured is not None else "not measured"
             lines.append(f"{bar.what:<62}{bar.goal:>16}{measured:>10}  {verdict}")
-        failed, all_of_them = len(self.failed()), len(outcomes) + len(judged)
+        failed, all_of_them = len(self.failed()), len(outcomes) + len(bars)
         return "\n".join(
             [*lines, f"gpu-check: {failed} of {all_of_them} failed" if failed else "gpu-check: all passed"]
         )
@@ -244,7 +236,7 @@ class Findings:
         """Steps and bars that did not pass."""
         return [
             *(outcome.name for outcome in self.outcomes.values() if not outcome.passed),
-            *(bar.what for bar in self.judged() if not bar.passed),
+            *(bar.what for bar in self.bars() if not bar.passed),
         ]
 
 
@@ -309,7 +301,6 @@ def main() -> int:
     parser.add_argument("out", type=Path, help="the folder for log.txt and gpu_check.json")
     parser.add_argument("--only", nargs="+", metavar="STEP", help="these steps, such as gpu-tests kernels")
     parser.add_argument("--again", action="store_true", help="repeat completed steps, also those of other code")
-    parser.add_argument("--seconds", type=float, default=WHOLE, help=f"for all steps (default {WHOLE:.0f})")
     parser.add_argument("--dry-run", action="store_true", help="try this program, on the CPU with small sizes")
     arguments = parser.parse_args()
     out = arguments.out.absolute()
@@ -334,7 +325,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, interrupt)
     started = time.monotonic()
     with (out / "log.txt").open("a") as log:
-        run_all(todo, slower * arguments.seconds, log, findings.note, environment(machine.device))
+        run_all(todo, slower * WHOLE, log, findings.note, environment(machine.device))
         gpu = findings.about.get("gpu", "no GPU")
         text = f"{gpu}, {time.monotonic() - started:.0f} s in all\n{findings.summary()}"
         log.write(text + "\n")

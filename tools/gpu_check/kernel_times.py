@@ -82,10 +82,6 @@ def copy_bandwidth(device: torch.device) -> float:
     return 2 * x.numel() / in_turns({row.name: clock}, ROUNDS)[row.name].median
 
 
-def call(row: Row, sample: Sample) -> None:
-    row.backward(sample, row.forward(sample))
-
-
 def launches(work: Callable[[], object], device: torch.device) -> dict[str, list[float]]:
     """Microseconds of the kernels that a function launches, by name, in order of their first launches."""
     cuda = device.type == "cuda"
@@ -128,10 +124,10 @@ def measure(size: Size | Block, device: torch.device, bandwidth: float) -> list[
     found = []
     for row in fused_rows(size, device):
         for sample in inputs[:2]:
-            call(row, sample)
-        rounds = max(ROUNDS, len(inputs))
-        seen = launches(lambda row=row, n=rounds: [call(row, inputs[i % len(inputs)]) for i in range(n)], device)
-        kernels = [entry(name, times, rounds, size, bandwidth) for name, times in seen.items()]
+            row.call("both", sample)
+        turns = [inputs[i % len(inputs)] for i in range(max(ROUNDS, len(inputs)))]
+        seen = launches(lambda row=row, turns=turns: [row.call("both", sample) for sample in turns], device)
+        kernels = [entry(name, times, len(turns), size, bandwidth) for name, times in seen.items()]
         found.append({"case": str(size), **description(size), "row": row.name, "kernels": kernels})
     return found
 
@@ -166,10 +162,10 @@ def profiled_once(device: torch.device) -> None:
     for size in sweep("judged", device):
         sample = samples(size, device)[0]
         for row in fused_rows(size, device):
-            call(row, sample)
+            row.call("both", sample)
             torch.cuda.synchronize()
             torch.cuda.profiler.start()
-            call(row, sample)
+            row.call("both", sample)
             torch.cuda.synchronize()
             torch.cuda.profiler.stop()
             print(f"profiled {size}: {row.name}", flush=True)

@@ -78,12 +78,12 @@ def ready(device: str, architecture: str) -> str | None:
     return extension_problem(device, architecture)
 
 
-def fill_cache(architecture: str, jobs: int) -> int:
+def fill_cache(architecture: str) -> int:
     """Compiles all kernels that the backend cupy can request; returns the count."""
     major, minor = map(int, architecture.split("."))
     compiled = partial(cupy.load_or_compile, architecture=cupy.target((major, minor)))
     # Spawned: a fork would inherit torch's threads, CUDA context, and an extension from before `build`.
-    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
         return len(list(pool.map(compiled, pool.submit(launcher.kernel_names).result(), chunksize=4)))
 
 
@@ -103,7 +103,7 @@ def main() -> int:
     print(f"{problem or 'the extension works'}, after {time.monotonic() - started:.0f} s", flush=True)
     if arguments.device == "cuda" and importlib.util.find_spec("cupy") is not None:
         os.environ.setdefault("CUPY_CACHE_DIR", str(CUPY_CACHE))
-        count = fill_cache(architecture, os.cpu_count() or 1)
+        count = fill_cache(architecture)
         print(f"{count} kernels are in {cupy.cache_directory()}, after {time.monotonic() - started:.0f} s")
     return 0 if problem is None else 1
 

@@ -100,7 +100,6 @@ def steps(machine: Machine, python: str = sys.executable) -> list[Step]:
     found += [
         Step("check", [python, "-m", "asgl_cuda", "check"], 10, {}),
         measures("layers", "tools.gpu_check.layers", seconds=20, timed=False),
-        benchmark("sweeps", "gpu", repeats=5, seconds=35),
         measures("layers-compiled", "tools.gpu_check.layers", "--compiled", seconds=25, timed=False),
         benchmark("compiled", "compiled", repeats=5, seconds=45),
     ]

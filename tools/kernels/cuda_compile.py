@@ -81,12 +81,12 @@ def compile_by_nvrtc(architecture: int, kernels: list[str]) -> tuple[dict[str, U
     return reported_usages(log), [f"NVRTC, sm_{architecture}: {problem}" for problem in ptx_problems(ptx)]
 
 
-def nvrtc_resources(names: list[str], architectures: Sequence[int], jobs: int) -> tuple[Resources, list[str]]:
+def nvrtc_resources(names: list[str], architectures: Sequence[int]) -> tuple[Resources, list[str]]:
     """The usages of the named kernels, and the faults of their PTX."""
     problems = []
     found: Resources = defaultdict(dict)
     chunks = [names[start : start + CHUNK] for start in range(0, len(names), CHUNK)]
-    with ProcessPoolExecutor(jobs) as pool:
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
         work = list(product(architectures, chunks))
         results = pool.map(compile_by_nvrtc, *zip(*work, strict=True))
         for (architecture, _), (usages, faults) in zip(work, results, strict=True):
@@ -106,7 +106,6 @@ def main() -> int:
     parser.add_argument("--draw", action="store_true", help=f"draw {PAGE.path.name} again from resources.json")
     parser.add_argument("--architectures", type=int, nargs="+", metavar="90", help="only these (default: see above)")
     parser.add_argument("--types", nargs="+", choices=TYPES, default=TYPES, help="only kernels of these (default: all)")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at a time (default: one a core)")
     arguments = parser.parse_args()
     if arguments.draw:
         PAGE.write()
@@ -127,7 +126,7 @@ def check(nvcc: Nvcc, directory: Path, arguments: argparse.Namespace) -> int:
     architectures = arguments.architectures or known
     sources = [CSRC / "cuda" / f"compiled_{name}.cu" for name in arguments.types]
     found: Resources = defaultdict(dict)
-    with ThreadPoolExecutor(arguments.jobs) as pool:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
         glue = pool.submit(compile_ops, nvcc, directory)
         of_sources = pool.map(lambda source: nvcc.to_ptx(source, directory, architectures), sources)
         ptx = [path for paths in of_sources for path in paths]
@@ -147,7 +146,7 @@ def check(nvcc: Nvcc, directory: Path, arguments: argparse.Namespace) -> int:
             f"the operators start {kernel}, which nvcc does not make" for kernel in named.keys() - found.keys()
         ]
         problems += [f"nvcc makes {kernel}, which the operators never start" for kernel in found.keys() - named.keys()]
-    with ProcessPoolExecutor(arguments.jobs) as pool:
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
         problems += [problem for each in pool.map(file_problems, ptx) for problem in each]
     sections = resources.sections(found)
     reason = cupy.nvrtc_problem() or extension.problem
@@ -160,7 +159,7 @@ def check(nvcc: Nvcc, directory: Path, arguments: argparse.Namespace) -> int:
         print(f"NVRTC: SKIPPED, it compiles for {', '.join(f'sm_{a}' for a in NVRTC_ARCHITECTURES)}")
     else:
         start = time.monotonic()
-        by_nvrtc, faults = nvrtc_resources(list(named.values()), chosen, arguments.jobs)
+        by_nvrtc, faults = nvrtc_resources(list(named.values()), chosen)
         names = ", ".join(f"sm_{architecture}" for architecture in chosen)
         print(f"NVRTC {cupy.nvrtc_version()}: {len(by_nvrtc)} kernels for {names}; {time.monotonic() - start:.0f} s")
         problems += faults

@@ -212,7 +212,7 @@ MUTANTS = {
         "threads of single neurons": sums(": neurons) / @;", "kLanes", "1"),
         "each lane from the first thread on": sums("first_thread + @;", "lane_of_run", "0"),
         "not all threads of a run": sums("thread += @)", "lanes_each", "2 * lanes_each"),
-        "wrong lane in a sum": sums("sum += @;", SHUFFLE, SHUFFLE.replace("down", "up")),
+        "wrong lane in a sum": sums("sum += @;", SHUFFLE, SHUFFLE.replace("distance", "1")),
         "sums of short runs from other lanes": sums("if (@) {\n#pragma unroll\n      for", "all_lanes", "true"),
         "the sum of another lane": sums("if (@) slots", "lane_of_run == 0", "lane_of_run == lanes_each - 1"),
         # ---- sums of all blocks ----

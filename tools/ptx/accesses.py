@@ -13,6 +13,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -228,8 +229,7 @@ def trace(case: Case, machine: Machine) -> list[Row]:
     """Runs forward and backward."""
     launcher = TracingLauncher(machine, case)
     operators = backends.Operators(**launcher.operators())
-    backends.BACKENDS[BACKEND] = backends.Backend(("cpu",), operators, lambda: None)
-    try:
+    with patch.dict(backends.BACKENDS, {BACKEND: backends.Backend(("cpu",), operators, lambda: None)}):
         x_seq = torch.zeros(case.shape, dtype=case.dtype, requires_grad=True)
         options = {"analog_prob": 0.25, "backend": BACKEND, **_CHOSEN[case.dtype]}
         if case.residual:
@@ -237,8 +237,6 @@ def trace(case: Case, machine: Machine) -> list[Row]:
         output = case.compute(x_seq, options)
         outputs = [output] if isinstance(output, Tensor) else output
         torch.autograd.backward(outputs, [torch.zeros_like(each) for each in outputs])
-    finally:
-        del backends.BACKENDS[BACKEND]
     return launcher.found
 
 

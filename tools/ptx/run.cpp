@@ -143,8 +143,6 @@ extern "C" const char* asgl_ptx_run(ptx::Kernel kernel, ptx::u32 shared_bytes, u
                        traced, &waits};
   const ptx::u64 number = ++launches;
   asgl_emulation::Launch launch;
-  launch.grid = dim3(blocks);
-  launch.block = dim3(threads);
   launch.blocks = blocks;
   launch.block_threads = threads;
   launch.kernel = [&] { call.kernel(ptx::EmulatedMachine(call, number)); };
