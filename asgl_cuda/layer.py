@@ -258,7 +258,7 @@ class NeuronLayer(Settable):
                 f"{self._caller}: a layer with stateful or store_v_seq can't keep potentials under transforms of "
                 f"torch.func, which end with them; {self._function} takes v_init and returns potentials"
             )
-        states = self._states if self.stateful else ()
+        states = self._states if self.stateful else ()  # else they belong to steps
         for name in states:
             if (state := getattr(self, name)) is not None:
                 self._check_state(name, state, x_seq, time_dim)
@@ -327,9 +327,7 @@ class NeuronLayer(Settable):
         )
 
     def _carried_state(self, name: str) -> Tensor | None:
-        """The state of this name that a call starts from; None: at rest."""
-        if not self.stateful:
-            return None  # states belong to steps
+        """The state of this name that the next call goes on from; None: at rest."""
         state: Tensor | None = getattr(self, name)
         # Autograd refuses inference tensors, not their copies.
         if state is not None and not torch.compiler.is_compiling() and state.is_inference():

@@ -239,7 +239,7 @@ class Monitor:
         if layer.training and layer.analog_prob > 0:
             cpu = device.type == "cpu"  # torch.cpu has no get_rng_state
             rng_state = torch.get_rng_state() if cpu else torch.get_device_module(device).get_rng_state(device)
-        states = {f"{name}_init": layer._carried_state(name) for name in layer._states}
+        states = {f"{name}_init": layer._carried_state(name) for name in layer._states if layer.stateful}
         self._before[layer] = x_seq, more, states, rng_state
 
     @torch.no_grad()

@@ -53,9 +53,11 @@ def test_monitor_measures_what_the_function_computes(
     given["analog_prob"] = 0.4 if training else 0.0
     shares = {name: [] for name in ("firing_rate", "analog_share", "inside", "smoothing_error")}
     monitor = Monitor(layer)
+    if not stateful:
+        layer.step(random_input(3, N, dtype=dtype, device=device))  # whose states no sequence starts from
     for seed in range(2):
         x_seq = random_input(6, 3, N, dtype=dtype, device=device).detach().mul(2).movedim(0, time_dim)
-        states = {f"{name}_init": getattr(layer, name) for name in case.states}
+        states = {f"{name}_init": getattr(layer, name) if stateful else None for name in case.states}
         torch.manual_seed(seed)
         with monitor:
             s_seq = layer(x_seq)

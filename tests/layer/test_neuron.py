@@ -386,7 +386,7 @@ def test_half_types(backend, device, kind, dtype):
     asgl_cuda.reset(layer)
     layer.zero_grad()
     layer.to(dtype)
-    assert layer.decay.dtype == torch.float32
+    assert all(getattr(layer, name).dtype == torch.float32 for name in ("decay", "width") if hasattr(layer, name))
     outputs = []
     for each in (layer, copy.deepcopy(layer).float()):
         torch.manual_seed(3)

@@ -413,9 +413,10 @@ MUTANTS = {
         "if len(carried) == 1 and", "layer/test_streaming.py warns"),
     "layer: no layer is stateful after a step": layer("        finally:\n            self.stateful = stateful",
         "        finally:\n            self.stateful = False", "layer/test_neuron.py one_sequence"),
-    "layer: a sequence begins where steps ended": layer(
-        "        if not self.stateful:\n            return None  # states belong to steps\n", "",
+    "layer: a sequence begins where steps ended": layer("self._states if self.stateful else ()", "self._states",
         "layer/test_neuron.py one_sequence"),
+    "monitor: a sequence begins where steps ended": monitor("for name in layer._states if layer.stateful}",
+        "for name in layer._states}", "layer/test_monitor.py computes"),
     "layer: potentials of inference mode": layer("state if torch.is_inference_mode_enabled() else state.clone()",
         "state", "layer/test_neuron.py forgotten"),
     "layer: potentials stay where they are": layer(
