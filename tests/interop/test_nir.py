@@ -160,6 +160,25 @@ def branches():
     return Stack(forward, conv=nn.Conv2d(2, 4, 3, padding=1), norm=nn.BatchNorm2d(4), lif=LIF(v_threshold=0.4))
 
 
+def summed():
+    def forward(net, x_seq):
+        return net.lif(net.norm(net.first(x_seq) + net.second(x_seq)))
+
+    weights = {"first": nn.Linear(6, 5), "second": nn.Linear(6, 5)}
+    return Stack(forward, **weights, norm=OverTime(nn.BatchNorm1d(5)), lif=LIF(v_threshold=0.4))
+
+
+def dropped():
+    """A weight whose output is normalised behind a dropout, and used without."""
+
+    def forward(net, x_seq):
+        y = net.linear(x_seq)
+        return net.lif(net.norm(net.dropout(y))) + net.other(y)
+
+    layers = {"norm": OverTime(nn.BatchNorm1d(5)), "lif": LIF(v_threshold=0.4), "other": LIF(v_threshold=0.4)}
+    return Stack(forward, linear=nn.Linear(6, 5), dropout=nn.Dropout(), **layers)
+
+
 def normalised(*features, **options):
     return BatchNormLIF(*features, v_threshold=0.4, **options)
 
@@ -225,6 +244,8 @@ NORMALISED = {
         lambda: [conv(2, 4, 3), OverTime(nn.AvgPool2d(2)), normalised(4)], IMAGE, [CONV2D, CONV2D],
     ),
     "between others": (lambda: [branches()], IMAGE, [CONV2D, CONV2D]),
+    "behind a sum": (lambda: [summed()], ROW, [AFFINE, AFFINE, AFFINE]),
+    "behind a dropout, and without": (lambda: [dropped()], ROW, [AFFINE, AFFINE]),
     "of a line": (lambda: [OverTime(nn.BatchNorm1d(4)), LIF()], LINE, [CONV1D]),
     "twice": (lambda: [OverTime(nn.BatchNorm1d(6)), normalised(6)], ROW, [AFFINE]),
     "fused alone": (lambda: [fused(IMAGE, OverTime(nn.BatchNorm2d(2)), LIF())], IMAGE, [CONV2D]),

@@ -83,7 +83,7 @@ def to_nir(
     writer = _Writer(traced, float(dt), allow_soft_reset, real_type(example_input.dtype), left)
     with torch.no_grad():
         writer.run(example_input)
-    return writer.nir.NIRGraph(writer.nodes, writer.edges)
+    return writer.finished()
 
 
 def _is_leaf(module: nn.Module) -> bool:
@@ -99,7 +99,6 @@ class _Flow(NamedTuple):
     sources: tuple[str, ...]  # the nodes to be summed
     shape: tuple[int, ...]  # the shape of the neurons
     leading: int  # dimensions in front: 2 for time and batch, 1 for both in one
-    alone: bool  # whether nothing else uses the output of the sources
 
 
 class _Writer(fx.Interpreter):
@@ -120,7 +119,7 @@ class _Writer(fx.Interpreter):
         self.layers: dict[Any, Any] = {
             **dict.fromkeys(_SILENT, lambda layer, flow: {}),
             **dict.fromkeys((LIF, LeakyIntegrator), self._neurons),
-            BatchNormLIF: lambda layer, flow: {**self._norm(layer, flow, "_norm"), **self._neurons(layer, flow)},
+            BatchNormLIF: lambda layer, flow: {"_norm": self._norm(layer, flow)[""], **self._neurons(layer, flow)},
             Converted: self._converted,
             Scale: lambda layer, flow: {"": self.nir.Scale(self._array(layer.scale, flow))},
             Delay: lambda layer, flow: {"": self._delay(layer.steps, flow)},
@@ -144,16 +143,13 @@ class _Writer(fx.Interpreter):
             value = super().run_node(n)
             if n.op == "placeholder":
                 self.time_and_batch = value.shape[:2]
-                self.flows[n] = self._add(
-                    n.name, self.nir.Input(None), _Flow((), value.shape[2:], 2, False), value.shape[2:]
-                )
+                self.flows[n] = self._add(n.name, self.nir.Input(None), _Flow((), value.shape[2:], 2), value.shape[2:])
             elif n.op == "output":
                 if n.args[0] not in self.flows or inputs[0].leading != 2:
                     raise ValueError(f"the model must return one tensor [T, B, ...], got {n.args[0]}")
                 self._add(n.name, self.nir.Output(None), inputs[0], inputs[0].shape)
             elif isinstance(value, Tensor):  # sizes are not part of the graph
-                flow = self._between(n, value, inputs)
-                self.flows[n] = flow._replace(alone=flow.alone and _has_one_user(n))
+                self.flows[n] = self._between(n, value, inputs)
         return value
 
     def _between(self, n: fx.Node, value: Tensor, inputs: list[_Flow]) -> _Flow:
@@ -163,7 +159,7 @@ class _Writer(fx.Interpreter):
         if n.target in (operator.add, torch.add, "add") and inputs and len(inputs) == len(n.args) and not n.kwargs:
             sources = tuple(source for flow in inputs for source in flow.sources)
             # NIR has no duplicate edges and no broadcasting.
-            if len(set(sources)) == len(sources) and all(flow[1:3] == inputs[0][1:3] for flow in inputs):
+            if len(set(sources)) == len(sources) and all(flow[1:] == inputs[0][1:] for flow in inputs):
                 return inputs[0]._replace(sources=sources)
         elif name == "flatten" and leading == 2 and sizes == (0, 1):
             return inputs[0]._replace(leading=1)
@@ -192,7 +188,7 @@ class _Writer(fx.Interpreter):
         for suffix, node in self.layers[kind](module, flow).items():
             name = n.graph._graph_namespace.create_name(n.name + suffix, None) if suffix else n.name
             flow = self._add(name, node, flow, value.shape[flow.leading :])
-        self.flows[n] = flow._replace(alone=_has_one_user(n))
+        self.flows[n] = flow
         return value
 
     def _recorded(self, layer: Converted, x_seq: Tensor, **options: Any) -> Any:
@@ -319,8 +315,8 @@ class _Writer(fx.Interpreter):
         end = -1 if end == len(flow.shape) - 1 else end
         return {"": self.nir.Flatten(input_type={"input": as_shape(flow.shape)}, start_dim=start, end_dim=end)}
 
-    def _norm(self, norm: Any, flow: _Flow, suffix: str = "") -> dict[str, Any]:
-        """A normalisation in evaluation mode, in the weights in front where there are some."""
+    def _norm(self, norm: Any, flow: _Flow) -> dict[str, Any]:
+        """A normalisation in evaluation mode, as weights in float64 until `finished`."""
         mean, (channels, *sizes), scale = norm.running_mean, flow.shape, getattr(norm, "input_scale", 1.0)
         if not isinstance(norm, LIF):
             _check_joined(norm, flow, len(flow.shape))
@@ -328,24 +324,33 @@ class _Writer(fx.Interpreter):
             raise ValueError(f"NIR normalises one or two dimensions by running statistics, got {list(flow.shape)}")
         real = torch.float64
         gain, shift, mean = normalisation(mean, norm.running_var, norm.weight, norm.bias, norm.eps, scale, real)
-        shift = shift - gain * mean
-        front = self.nodes[flow.sources[0]]
-        if flow.alone and hasattr(front, "weight"):
-            weight = as_double(front.weight)
-            front.weight = self._array(weight * gain.reshape(-1, *[1] * (weight.dim() - 1)))
-            front.bias, front.metadata = self._array(as_double(front.bias) * gain + shift), {}
-            return {}
-        weight, bias = self._array(gain.diag().reshape(channels, channels, *[1] * len(sizes))), self._array(shift)
+        weight, bias = gain.diag().reshape(channels, channels, *[1] * len(sizes)).numpy(), (shift - gain * mean).numpy()
         if not sizes:
-            return {suffix: self.nir.Affine(weight, bias)}
-        # Not grouped: few readers support groups.
-        kind, size = (self.nir.Conv1d, sizes[0]) if len(sizes) == 1 else (self.nir.Conv2d, sizes)
-        return {suffix: kind(size, weight, 1, 0, 1, 1, bias)}
+            node = self.nir.Affine(weight, bias)
+        else:  # not grouped: few readers support groups
+            one = len(sizes) == 1
+            node = (self.nir.Conv1d if one else self.nir.Conv2d)(sizes[0] if one else sizes, weight, 1, 0, 1, 1, bias)
+        node.metadata = {KEY: {"normalises": True}}
+        return {"": node}
 
-
-def _has_one_user(n: fx.Node) -> bool:
-    """Whether one other function uses the value, apart from its sizes."""
-    return sum(user.target not in (getattr, "size", "dim") for user in n.users) == 1
+    def finished(self) -> Any:
+        """The graph, with normalisations in the weights in front where there are some."""
+        for name, node in list(self.nodes.items()):
+            if "normalises" not in node.metadata.get(KEY, {}):
+                continue
+            before = [source for source, target in self.edges if target == name]
+            users = [target for source, target in self.edges if source in before]
+            weights, weight, bias = self.nodes[before[0]], as_double(node.weight), as_double(node.bias)
+            if len(before) == 1 and users == [name] and hasattr(weights, "weight"):
+                gain = weight.flatten(1).diagonal()
+                weight, bias = as_double(weights.weight), as_double(weights.bias) * gain + bias
+                weight = weight * gain.reshape(-1, *[1] * (weight.dim() - 1))
+                edges = [edge for edge in self.edges if edge[1] != name]
+                self.edges = [(before[0] if source == name else source, target) for source, target in edges]
+                del self.nodes[name]
+                node = weights
+            node.weight, node.bias, node.metadata = self._array(weight), self._array(bias), {}
+        return self.nir.NIRGraph(self.nodes, self.edges)
 
 
 def _check_joined(layer: Any, flow: _Flow, dims: int) -> None:
