@@ -30,10 +30,13 @@ def parameter_groups(
     model: nn.Module,
     lr: float,
     width_lr: float | None = None,
-    weight_decay: float = 0.0,
+    weight_decay: float | None = None,
     norm_weight_decay: float | None = None,
 ) -> list[dict[str, Any]]:
     """Groups of a torch optimizer: "weights" with `lr` and `weight_decay`, "widths" and "neurons" with their own step.
+
+    If `weight_decay` is None, the weights get the weight decay of the optimizer, as in
+    `AdamW(parameter_groups(model, lr), weight_decay=0.05)`.
 
     "widths" are those of ASGL layers, "neurons" the other parameters of these layers and of `LeakyIntegrator`: decay,
     threshold, adaptation. They scale the gradients of all layers in front, and get no weight decay. By default their
@@ -71,7 +74,7 @@ def parameter_groups(
     rates = {"lr": lr, "width_lr": width_lr, "weight_decay": weight_decay, "norm_weight_decay": norm_weight_decay}
     check = in_range(read_number, ">= 0", 0)
     for name, value in rates.items():
-        (optional(check) if name in ("width_lr", "norm_weight_decay") else check)(name, value, caller)
+        (check if name == "lr" else optional(check))(name, value, caller)
     layers = [layer for _, layer in asgl_layers(model)]
     if sum(isinstance(layer, LIF) for layer in layers) > 1 and _is_likely_silent(model):
         warn_once(
@@ -97,9 +100,11 @@ def parameter_groups(
     by_adam = width_lr is None
     widths = [each for name, each in neurons.values() if by_adam and name == "log_width"]
     others = [each for name, each in neurons.values() if not (by_adam and name == "log_width")]
-    more = {"weight_decay": 0.0, _BY_ADAM: by_adam}
+    # A key of a group hides the optimizer's own option, so that weights have no decay unless asked for.
+    decayed = {} if weight_decay is None else {"weight_decay": weight_decay}
+    more = {"weight_decay": 0.0, **({_BY_ADAM: True} if by_adam else {})}
     groups: list[dict[str, Any]] = [
-        {"name": "weights", "params": weights, "lr": lr, "weight_decay": weight_decay},
+        {"name": "weights", "params": weights, "lr": lr, **decayed},
         {"name": "norms", "params": list(norms.values()), "lr": lr, "weight_decay": norm_weight_decay},
         {"name": "neurons", "params": others, "lr": NEURON_LR if by_adam else width_lr, **more},
         {"name": "widths", "params": widths, "lr": WIDTH_LR, **more},

@@ -1,6 +1,8 @@
 """The parameter groups of an optimizer; the step of widths is Adam's, however a training loop calls the optimizer."""
 
 import copy
+import inspect
+import itertools
 import math
 import warnings
 
@@ -97,6 +99,36 @@ def test_groups_hold_every_parameter_once():
     assert [(group["lr"], group["weight_decay"]) for group in found] == [(0.5, 0.1), (0.01, 0.0)]
 
 
+# Muon takes matrices alone.
+DECAYING = [
+    name
+    for name, kind in vars(torch.optim).items()
+    if isinstance(kind, type) and name != "Muon" and "weight_decay" in inspect.signature(kind).parameters
+]
+
+
+@pytest.mark.parametrize("kind", DECAYING)
+@pytest.mark.parametrize("own", [None, 0.2])
+def test_weights_have_the_weight_decay_of_the_optimizer(kind, own):
+    """Unless the groups were asked for another. Learned parameters of neurons never decay."""
+    kind = getattr(torch.optim, kind)
+    default = inspect.signature(kind).parameters["weight_decay"].default
+    for asked, norms in itertools.product((None, 0.0, 0.3), (None, 0.0)):
+        groups = parameter_groups(network(), 0.1, weight_decay=asked, norm_weight_decay=norms)
+        optimizer = kind(groups, **({} if own is None else {"weight_decay": own}))
+        found = {group["name"]: group["weight_decay"] for group in optimizer.param_groups}
+        assert found.pop("weights") == next(each for each in (asked, own, default) if each is not None)
+        assert not any(found.values())
+
+
+def test_no_key_but_what_was_asked_for():
+    """A key of a group hides the optimizer's option of that name."""
+    for width_lr, more in ((None, {"by_adam"}), (0.01, set())):
+        weights, *others = parameter_groups(network(), 0.1, width_lr=width_lr)
+        assert {*weights} == {"name", "params", "lr"}
+        assert all({*each} == {"name", "params", "lr", "weight_decay", *more} for each in others)
+
+
 def test_empty_groups_are_left_out():
     assert [group["name"] for group in parameter_groups(nn.Linear(2, 2), 0.1)] == ["weights"]
     for layer, name in ((LIF(), "widths"), (asgl_cuda.LeakyIntegrator(learn_decay=True), "neurons")):
@@ -138,7 +170,9 @@ KINDS = ["Adadelta", "Adagrad", "ASGD", "RMSprop", "Rprop", "NAdam", "RAdam", "A
 def test_every_optimizer_moves_widths_by_the_rate(kind):
     """3 % at the first step, for any size of the gradient, where Adadelta's own step has no size."""
     model = network()
-    optimizer = getattr(torch.optim, kind)(parameter_groups(model, 1e-3, weight_decay=0.0 if kind == "Rprop" else 0.1))
+    optimizer = getattr(torch.optim, kind)(
+        parameter_groups(model, 1e-3), **({} if kind == "Rprop" else {"weight_decay": 0.1})
+    )
     before = [value.detach().clone() for value in neurons_of(model)]
     for value in model.parameters():
         value.grad = torch.full_like(value, 1e-4)
