@@ -121,11 +121,24 @@ def _output(*command: str) -> str | None:
 # ---- results ----
 
 
+LONGEST = 300  # characters of a line, so that a row of a table or a training run is one
+
+
+def to_json(value: Any) -> str:
+    """JSON in which a dictionary or list is one line where it fits, else a line for each of its values."""
+    line = json.dumps(value)
+    if len(line) <= LONGEST or not isinstance(value, dict | list | tuple):
+        return line
+    if isinstance(value, dict):
+        return "{\n" + ",\n".join(f"{json.dumps(key)}: {to_json(each)}" for key, each in value.items()) + "\n}"
+    return "[\n" + ",\n".join(map(to_json, value)) + "\n]"
+
+
 def write_json(file: Path | None, content: Any) -> None:
     """Writes a file atomically; None writes nothing."""
     if file is not None:
         part = file.with_suffix(".part")
-        part.write_text(json.dumps(content, indent=1) + "\n")
+        part.write_text(to_json(content) + "\n")
         part.replace(file)
 
 

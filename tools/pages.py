@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks.common import write_json
+
 
 class Page(NamedTuple):
     """A page, and the function that makes its text from its figures."""
@@ -26,18 +28,8 @@ class Page(NamedTuple):
     def write(self, figures: Any = None) -> None:
         """Writes figures and page, or draws the page again from the committed figures."""
         if figures is not None:
-            self._json.write_text(to_json(figures) + "\n")
+            write_json(self._json, figures)
         self.path.write_text(self.text(self.figures))
-
-
-def to_json(value: Any) -> str:
-    """JSON with one line for each innermost dictionary and each flat list."""
-    line = json.dumps(value)
-    if "{" not in line[1:] and (isinstance(value, dict) or "[" not in line[1:]):
-        return line
-    if isinstance(value, dict):
-        return "{\n" + ",\n".join(f"{json.dumps(key)}: {to_json(each)}" for key, each in value.items()) + "\n}"
-    return "[\n" + ",\n".join(map(to_json, value)) + "\n]"
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
