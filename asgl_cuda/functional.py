@@ -68,8 +68,8 @@ def lif(
             periodic_exponential, whose slope peaks at every multiple of the threshold.
         surrogate_gain: factor on the surrogate gradient.
         analog_prob: fraction of elements that emit F(u / width) instead of a spike, in steps of 1 / 65536. Default 0;
-            the default of the layer `LIF` is 0.2. A tensor of one value on x_seq's device is data of a compiled graph
-            instead of a constant, and gets no gradient. Its range is checked only on the CPU; on a GPU values are
+            the default of the layer `LIF` is 0.2. A tensor of one value on x_seq's device can change without
+            recompiling a compiled graph; it gets no gradient. Its range is checked only on the CPU; on a GPU values are
             clamped to [0, 1], and NaN counts as 0.
         rng_state: int64 tensor `[seed, offset]` on x_seq's device, which determines the noise. Neurons are numbered in
             memory order, so a channels_last x_seq gets other noise than its contiguous copy.
@@ -89,8 +89,8 @@ def lif(
             Each spike subtracts `reset_amount`, so `v_reset` must be None. A NaN potential emits NaN. `unroll_levels`
             turns the output into binary spikes. With multi_spike, levels only limits the number of spikes.
         multi_spike: emit `trunc(h / v_threshold)` spikes per step where h > 0. Each spike subtracts `reset_amount`, so
-            `v_reset` must be None. `v_threshold` must be > 0, and is checked like the width. There is no noise, because
-            the surrogates are not slopes of a smooth number of spikes.
+            `v_reset` must be None. `v_threshold` must be > 0, and is checked like the width. `analog_prob` must be 0,
+            because no smooth function that counts spikes has these surrogates as its slope.
         v_min: lower bound of the potential after the reset, in units of x_seq, `v = relu(v - v_min) + v_min`. No
             gradient flows at the bound. It does not apply to v_init.
         v_init: potential before the first step, in the shape of x_seq without time; default `v_rest`.

@@ -389,8 +389,9 @@ class BatchNormLIF(LIF):
         num_features: number of channels; for granularity "neuron" the shape of the neurons, channels first.
         eps, momentum, affine, track_running_stats: as in `torch.nn.BatchNorm2d`.
         input_scale: factor on the normalised input; `alpha * v_threshold` for tdBN.
-        process_group: the processes that share statistics in training, as in `torch.nn.SyncBatchNorm`; "world" for all
-            processes at each call. A layer with a group can't be copied or pickled; a layer with "world" can.
+        process_group: the processes that share statistics in training, as in `torch.nn.SyncBatchNorm`; "world" means
+            all processes that exist at each call. A layer with a group can't be copied or pickled; a layer with "world"
+            can.
         device, dtype: of the parameters and the running statistics.
         lif_options: arguments of `LIF`, except `input_gain`.
 
@@ -406,7 +407,8 @@ class BatchNormLIF(LIF):
                 layer.reset_running_stats()
                 layer.momentum = None  # the average of all batches; restore it afterwards
 
-    Shapes: input and output are `[T, B, C, ...]`. `time_dim` moves time among the other dimensions, whose order stays.
+    Shapes: input and output are `[T, B, C, ...]`. With `time_dim`, time is another dimension, and batch, channels and
+    the rest keep their order.
 
     `layer(x_seq, residual)` adds the shortcut of a residual block between the normalisation and the neurons,
     `input_scale * y + residual`, without the sum in memory. `residual` must have the shape and type of x_seq.

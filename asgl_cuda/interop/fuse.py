@@ -32,14 +32,15 @@ def fuse(model: nn.Module, *example: Any, inplace: bool = False) -> tuple[nn.Mod
     """Merges normalisations into the neurons after them: ``joined, report = asgl_cuda.fuse(model, x_seq)``.
 
     Normalisations may be `torch.nn.BatchNorm1d`, `2d` and `3d`, `SyncBatchNorm` and SpikingJelly's equivalents. The
-    neurons may be `asgl_cuda.LIF`, or layers that `convert` knows, which are converted. Between the two there may be
-    views (`reshape`, `transpose`, ...) and one sum with a tensor of the same shape and type, as in a residual block:
+    neurons may be `asgl_cuda.LIF`, or layers that `convert` can convert, which is then done. Between the two there may
+    be views (`reshape`, `transpose`, ...) and one sum with a tensor of the same shape and type, as in a residual block:
     see `asgl_cuda.batch_norm_lif`. A normalisation is left, with the reason in the report, if anything else uses its
     output or the sum, or if the neurons are called step by step, where two layers are faster than one.
 
     Parameters, buffers and their names, state, optimizers and checkpoints stay valid. Other neurons, and code that the
-    example did not reach, get the same value as before. They get a RuntimeError instead where this would lose a
-    gradient, or miss a change in place. In inference mode and under `torch.compile`, changes in place are not noticed.
+    example did not reach, get the value that the normalisation alone would return. If a gradient would be lost, or a
+    change in place missed, a RuntimeError is raised. In inference mode and under `torch.compile`, changes in place are
+    not noticed.
 
     Args:
         model: any module.
