@@ -17,8 +17,8 @@ from asgl_cuda.interop import snntorch  # noqa: F401
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs" / "reference").glob("*.md"))
 ABOVE = """\
-Each name with the first line of its docstring. The [site](../README.md) has the docstrings in full, as
-`help(asgl_cuda.{name})` has."""
+This page lists each name with the first line of its docstring. For the whole docstring call `help(asgl_cuda.{name})`,
+follow the link to the source, or build the [site](../README.md)."""
 
 
 def names_in(text: str) -> list[str]:
