@@ -52,62 +52,63 @@ def lif(
     """Leaky integrate-and-fire neurons over a whole sequence, with the noise and the learned width of ASGL.
 
     Args:
-        x_seq: input current, `[T, ...]` (or time at `time_dim`), float16, bfloat16, float32 or float64. Contiguous and
-            channels_last layouts are used as they are, any other is copied once.
-        decay: share of the potential left after a step (no unit, per step); any value, also outside [0, 1].
+        x_seq: input current, `[T, ...]`, or with time at `time_dim`; float16, bfloat16, float32 or float64. Contiguous
+            and channels_last layouts are used as they are. An input of any other layout is copied once.
+        decay: fraction of the potential that is left after a step (no unit, per step). Any value is allowed, also
+            outside of [0, 1].
         v_threshold, v_rest: threshold and resting potential, in units of x_seq.
         v_reset: potential after a spike (hard reset), or None for the soft reset.
         reset_amount: amount that a spike subtracts under the soft reset; default `v_threshold`.
-        width: width of the surrogate, in units of x_seq, at least 1.1e-19 in float32, where 1 / width^2 is still
-            finite. fast_sigmoid and arctan square u / width, and have no gradient beyond abs(u) = 1e19 width, where
-            the square overflows. A tensor is checked only on the CPU, outside of torch.compile and torch.func, to
-            avoid a device synchronisation: unchecked, a width < 0 gives gradients of the wrong sign, a width of 0
-            gives NaN.
+        width: width of the surrogate, in units of x_seq. In float32 it must be at least 1.1e-19, so that 1 / width^2 is
+            finite. fast_sigmoid and arctan square u / width, and have no gradient for abs(u) > 1e19 width, where the
+            square overflows. To avoid a device synchronisation, a tensor is checked only on the CPU, and not under
+            torch.compile and torch.func. Where it is not checked, a width < 0 gives gradients of the wrong sign, and a
+            width of 0 gives NaN.
         surrogate: rectangle, triangle, sigmoid, arctan, erf, fast_sigmoid or laplace; with `multi_spike` also
             periodic_exponential, whose slope peaks at every multiple of the threshold.
         surrogate_gain: factor on the surrogate gradient.
-        analog_prob: share of elements and steps that emit F(u / width) instead of a spike, in steps of 1 / 65536. A
-            tensor of one value on x_seq's device is data of a compiled graph, not a constant, and gets no gradient. Its
-            range is checked only on the CPU: on a GPU values are clamped to [0, 1], NaN is 0. Default 0; 0.2 in the
-            layer `LIF`.
-        rng_state: int64 `[seed, offset]` on x_seq's device, which fixes the noise. Neurons are indexed in memory order:
-            a channels_last x_seq gets other noise than its contiguous copy.
-        generator: source of rng_state if not given; default the device's default generator. Activation checkpointing
-            restores only the default generator: any other would draw new noise in the recomputation, so give rng_state
-            there.
+        analog_prob: fraction of elements that emit F(u / width) instead of a spike, in steps of 1 / 65536. Default 0;
+            the default of the layer `LIF` is 0.2. A tensor of one value on x_seq's device can change without
+            recompiling a compiled graph; it gets no gradient. Its range is checked only on the CPU; on a GPU values are
+            clamped to [0, 1], and NaN counts as 0.
+        rng_state: int64 tensor `[seed, offset]` on x_seq's device, which determines the noise. Neurons are numbered in
+            memory order, so a channels_last x_seq gets other noise than its contiguous copy.
+        generator: generator that draws rng_state if rng_state is not given; default the device's default generator.
+            Activation checkpointing restores only the default generator, and the recomputation would draw new noise
+            from any other. Give rng_state there.
         input_gain, input_bias, input_mean: the input current is `input_gain * (x_seq - input_mean) + input_bias`.
-        residual: the shortcut of a residual block, shape and type of x_seq: `residual_gain * residual` is added to the
-            input current, without a sum in memory. Memory order as x_seq, or copied once.
-        residual_gain: a number, only with a residual; a learned factor belongs on the residual itself.
-        strict_threshold: fire at u > 0 instead of u >= 0; no effect with levels and multi_spike.
-        scale_output: emit `v_threshold * s`; with levels `s / levels`.
-        detach_reset: let no gradient flow through the spike inside the reset.
-        levels: emit a whole number of spikes in a step, `round(clamp(h / v_threshold, 0, levels))` with ties to even
-            (I-LIF), at most 256, the quotient as h times the rounded `1 / v_threshold`; an analog element leaves out
-            the rounding. The gradient is that of the clamp, 1 at its edges: the threshold is the width. Each spike
-            subtracts `reset_amount`: needs `v_reset=None`. A NaN potential emits NaN. `unroll_levels` makes binary
-            spikes. With multi_spike only a limit to its spikes.
-        multi_spike: emit `trunc(h / v_threshold)` spikes in a step where h > 0. Each spike subtracts `reset_amount`:
-            needs `v_reset=None`, and `v_threshold` > 0, checked as the width. No noise, since the surrogates are not
-            slopes of a smooth number of spikes.
-        v_min: floor of the potential after reset, in units of x_seq, `v = relu(v - v_min) + v_min`; no gradient flows
-            at the floor. Not applied to v_init.
-        v_init: potential before the first step, shape of x_seq without time; default `v_rest`.
+        residual: shortcut of a residual block, in shape and type of x_seq. `residual_gain * residual` is added to the
+            input current, without a sum in memory. If its memory order is not that of x_seq, it is copied once.
+        residual_gain: a number, only with a residual. Apply a learned factor to the residual itself.
+        strict_threshold: fire at u > 0 instead of u >= 0. No effect with levels and multi_spike.
+        scale_output: emit `v_threshold * s`, and with levels `s / levels`.
+        detach_reset: stop the gradient that flows through the spike in the reset.
+        levels: emit an integer number of spikes per step (I-LIF), `round(clamp(h / v_threshold, 0, levels))` with ties
+            to even; at most 256. The quotient is computed as h times the rounded `1 / v_threshold`. Analog elements are
+            not rounded. The gradient is the gradient of the clamp, 1 at its edges, and the threshold acts as the width.
+            Each spike subtracts `reset_amount`, so `v_reset` must be None. A NaN potential emits NaN. `unroll_levels`
+            turns the output into binary spikes. With multi_spike, levels only limits the number of spikes.
+        multi_spike: emit `trunc(h / v_threshold)` spikes per step where h > 0. Each spike subtracts `reset_amount`, so
+            `v_reset` must be None. `v_threshold` must be > 0, and is checked like the width. `analog_prob` must be 0,
+            because no smooth function that counts spikes has these surrogates as its slope.
+        v_min: lower bound of the potential after the reset, in units of x_seq, `v = relu(v - v_min) + v_min`. No
+            gradient flows at the bound. It does not apply to v_init.
+        v_init: potential before the first step, in the shape of x_seq without time; default `v_rest`.
         return_v_last, return_v_seq, return_h_seq: return potentials as well, see `LIFOutput`.
         backend: one of `available_backends()`; default the best for x_seq's device.
 
     `width`, `decay`, `v_threshold`, `v_reset`, `reset_amount` and `input_*` are floats or tensors that broadcast
     against x_seq: one value, `[C, 1, 1]`, `[C, H, W]`, `[T, 1, 1, 1, 1]`, and so on. Parameters and `v_init` are
-    converted to the type of the arithmetic: float32, or float64 for a float64 x_seq.
+    converted to the type of the arithmetic, which is float64 for a float64 x_seq and float32 otherwise.
 
-    A NaN potential emits no spike, and makes gradients of parameters NaN, as in any layer that multiplies.
+    A NaN potential emits no spike, and makes the gradients of parameters NaN, as in any layer that multiplies.
 
     Returns:
-        The spikes, in shape and type of x_seq; or a `LIFOutput` if a potential is requested. All outputs are
+        The spikes, in shape and type of x_seq, or a `LIFOutput` if a potential was asked for. All outputs are
         differentiable once with respect to x_seq, residual, v_init and every tensor parameter.
 
     Raises:
-        TypeError, ValueError: an argument of wrong type, shape, device or range; nothing is computed then.
+        TypeError, ValueError: an argument has a wrong type, shape, device or range. Nothing is computed then.
         RuntimeError: the requested backend does not work here.
 
     Example::
@@ -118,7 +119,7 @@ def lif(
         s_seq.mean().backward()  # x_seq.grad [4, 32, 128], width.grad [128]
 
         output = asgl_cuda.lif(x_seq, return_v_last=True)
-        more = asgl_cuda.lif(x_seq, v_init=output.v_last)  # goes on where the first call ended
+        more = asgl_cuda.lif(x_seq, v_init=output.v_last)  # continues from the end of the first call
 
     Source: Wang, Jiang, Lian, Yan, Tang: Adaptive Smoothing Gradient Learning for Spiking Neural Networks, ICML 2023.
     periodic_exponential: Weidel, Sheik: WaveSense, arXiv 2111.01456. levels: Luo, Yao, Chou, Xu, Li: Integer-Valued
@@ -136,9 +137,9 @@ def lif(
             s[t] = a + torch.where(mask[t], 0, z - a).detach()
             v = h * (1 - s[t]) + v_reset * s[t]
 
-    With levels `a = (h * (1 / v_threshold)).clamp(0, levels)` and `z = a.round()`. With multi_spike
-    `z = (h > 0) * (h / v_threshold).trunc()`. periodic_exponential is laplace of another distance
-    where h >= v_threshold: `v_threshold * (2 * (h / v_threshold - 0.5).remainder(1) - 1)`, of slope 1.
+    With levels, `a = (h * (1 / v_threshold)).clamp(0, levels)` and `z = a.round()`. With multi_spike,
+    `z = (h > 0) * (h / v_threshold).trunc()`. periodic_exponential is laplace; where h >= v_threshold, the distance u
+    is replaced by `v_threshold * (2 * (h / v_threshold - 0.5).remainder(1) - 1)`, with a slope of 1.
     """
     if unknown:
         check_keywords(unknown, LIF_DEFAULTS, _CALLER)

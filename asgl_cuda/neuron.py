@@ -236,57 +236,60 @@ class LIF(Neurons):
     """Leaky integrate-and-fire neurons with adaptive smoothing gradients, over all time steps in one call.
 
     Args:
-        num_features: number of channels for granularity "channel", number of neurons or their shape `[C, H, W]` for
+        num_features: number of channels for granularity "channel"; number of neurons, or their shape `[C, H, W]`, for
             "neuron"; None for "layer".
-        decay: share of the potential left after a step, in [0, 1], in (0, 1) if learned (stored as a logit).
+        decay: fraction of the potential that is left after a step, in [0, 1]. A learned decay must be in (0, 1), and is
+            stored as a logit.
         v_threshold, v_rest: threshold and resting potential, in units of the input.
-        v_reset: potential after a spike, below the threshold, or None to subtract `reset_amount` instead (soft reset).
+        v_reset: potential after a spike, below the threshold; or None to subtract `reset_amount` instead (soft reset).
         reset_amount: amount that a spike subtracts under the soft reset; default the threshold.
         input_gain: factor on the input.
-        width: initial width of the surrogate, > 0 (kept as its logarithm).
+        width: initial width of the surrogate, > 0. Its logarithm is stored.
         surrogate: the name of a surrogate, see `asgl_cuda.lif`.
         surrogate_gain: factor on the surrogate gradient.
-        analog_prob: share of elements that emit the smooth value in training; evaluation has only hard spikes. Default
-            0.2, as in the paper, 0 in the function `asgl_cuda.lif`; 0 is better where the width begins at 10 or more.
-        granularity: one value of each learned parameter per layer, per channel or per neuron.
-        learn_width, learn_decay, learn_threshold: which values are parameters; the others are constants.
+        analog_prob: fraction of elements that emit the smooth value in training; in evaluation all spikes are hard. The
+            default is 0.2, as in the paper, while it is 0 in the function `asgl_cuda.lif`. If the initial width is 10
+            or more, 0 is better.
+        granularity: whether a learned parameter has one value per layer, per channel or per neuron.
+        learn_width, learn_decay, learn_threshold: which of these are parameters; the others are constants.
         strict_threshold: fire above the threshold, not at it.
-        detach_reset: let no gradient flow through the spike inside the reset.
-        scale_output: emit `v_threshold` instead of 1 for a spike, with levels `1 / levels`.
-        levels: emit up to `levels` spikes a step, rounded (I-LIF); needs `v_reset=None`. No width is learned: the
-            threshold takes its place. With multi_spike only a limit.
-        multi_spike: emit several spikes a step; needs `v_reset=None` and always `analog_prob=0`.
-        v_min: floor of the potential after reset, in units of the input; None for none.
+        detach_reset: stop the gradient that flows through the spike in the reset.
+        scale_output: emit `v_threshold` instead of 1 for a spike, and with levels `1 / levels`.
+        levels: emit up to `levels` spikes per step, rounded (I-LIF). `v_reset` must be None. No width is learned,
+            because the threshold takes its place. With multi_spike, levels only limits the number of spikes.
+        multi_spike: emit several spikes per step. `v_reset` must be None, and `analog_prob` 0 at all times.
+        v_min: lower bound of the potential after the reset, in units of the input; None for no bound.
         stateful: carry the potential from call to call, as `v`, until `reset()` or `asgl_cuda.reset(model)`. Not for
-            activation checkpointing, which calls twice. `step(x_t)`, one step without time, always carries `v`.
-        store_v_seq: keep the potentials after reset of the last call as `v_seq`, in the shape of the input.
+            activation checkpointing, which calls the layer twice. `step(x_t)`, one step without the time dimension,
+            always carries `v`.
+        store_v_seq: store the potentials after the reset of the last call as `v_seq`, in the shape of the input.
         time_dim: time dimension of inputs.
         backend: see `asgl_cuda.lif`.
         device, dtype: of the parameters.
 
-    Floats may also be tensors of one value; a tensor that requires a gradient, such as a Parameter, can only initialise
-    a learned parameter. `width`, `decay` and `v_threshold` can be read at any time, and set to one value for all
-    neurons. A learned width or decay has the same bits in every backend, equal to `torch.exp` and `torch.sigmoid` up to
-    the last bits.
+    A float may also be given as a tensor of one value. A tensor that requires a gradient, such as a Parameter, can only
+    initialise a learned parameter. `width`, `decay` and `v_threshold` can be read at any time, and set to one value for
+    all neurons. A learned width or decay has the same bits in every backend; they equal those of `torch.exp` and
+    `torch.sigmoid` up to the last bits.
 
-    Shapes: input and output `[T, N, ...]`, or with time at `time_dim`. Without time, the channels are the second
-    dimension, and the neurons are the last ones.
+    Shapes: input and output are `[T, N, ...]`, or have time at `time_dim`. After removing time, the second dimension is
+    the channels, and the last dimensions are the neurons.
 
-    `layer(x_seq, residual)` is `layer(x_seq + residual)`, without the sum in memory; `residual` has shape and type of
-    x_seq.
+    `layer(x_seq, residual)` computes `layer(x_seq + residual)` without the sum in memory. `residual` must have the
+    shape and type of x_seq.
 
-    A state dict holds only learned parameters: `log_width`, `logit_decay`, `threshold`; as in torch's layers, no
-    constants, flags, `analog_prob` or potentials. State dicts load silently into a layer with another constant decay.
-    `AnalogProbSchedule.state_dict()` has the noise.
+    A state dict has only the learned parameters, `log_width`, `logit_decay` and `threshold`. As in torch's layers, it
+    has no constants, flags, `analog_prob` or potentials, so it loads without a warning into a layer with another
+    constant decay. `AnalogProbSchedule.state_dict()` has the noise.
 
     SpikingJelly's `LIFNode(tau=tau)` has `decay=1 - 1 / tau, input_gain=1 / tau`.
 
-    Processes with the same seed draw the same noise; `torch.manual_seed(seed + rank)` after creating the model gives
-    each its own.
+    Processes with the same seed draw the same noise. Call `torch.manual_seed(seed + rank)` after creating the model to
+    give each process its own noise.
 
-    Raises ValueError or TypeError for arguments out of range, otherwise as `asgl_cuda.lif`. Warns once per process if
-    neurons at rest fire (`v_threshold` at `v_rest` or below), if a soft reset does not lower the potential, and if
-    `surrogate_gain` is 0.
+    Raises ValueError or TypeError for arguments out of range, and otherwise the errors of `asgl_cuda.lif`. Warns once
+    per process if neurons fire at rest (`v_threshold` at `v_rest` or below), if a soft reset does not lower the
+    potential, or if `surrogate_gain` is 0.
 
     Example::
 
@@ -300,8 +303,8 @@ class LIF(Neurons):
 
     The same in PyTorch: `asgl_cuda.lif(x_seq, width=log_width.exp(), ...)`, whose docstring has the loop.
 
-    Without a normalisation deeper layers are silent under torch's first weights, and learn nothing:
-    :doc:`/tutorials/stalled-network`, by `asgl_cuda.Monitor` and `asgl_cuda.calibrate`.
+    With torch's initial weights and without a normalisation, deeper layers are silent and learn nothing.
+    :doc:`/tutorials/stalled-network` shows how `asgl_cuda.Monitor` finds them and `asgl_cuda.calibrate` helps.
     """
 
     _caller = _CALLER
@@ -380,35 +383,37 @@ _NORM_OPTIONS = {
 
 
 class BatchNormLIF(LIF):
-    """Batch normalisation over time, batch and space, and the neurons of `LIF` behind it: two layers in one.
+    """Batch normalisation over time, batch and space, and the neurons of `LIF` after it: two layers in one.
 
     Args:
         num_features: number of channels; for granularity "neuron" the shape of the neurons, channels first.
         eps, momentum, affine, track_running_stats: as in `torch.nn.BatchNorm2d`.
         input_scale: factor on the normalised input; `alpha * v_threshold` for tdBN.
-        process_group: share the statistics of training with these processes, as `torch.nn.SyncBatchNorm` does; "world":
-            all processes at each call. A layer with a group can't be copied or pickled, a layer with "world" can.
+        process_group: the processes that share statistics in training, as in `torch.nn.SyncBatchNorm`; "world" means
+            all processes that exist at each call. A layer with a group can't be copied or pickled; a layer with "world"
+            can.
         device, dtype: of the parameters and the running statistics.
         lif_options: arguments of `LIF`, except `input_gain`.
 
-    `{**norm.state_dict(), **lif.state_dict()}` loads: parameters and buffers have the names of `torch.nn.BatchNorm2d`
-    and `LIF`.
+    Parameters and buffers have the names of `torch.nn.BatchNorm2d` and `LIF`, so that
+    `{**norm.state_dict(), **lif.state_dict()}` loads.
 
-    Not a subclass of torch's `_BatchNorm`, so functions for such layers skip it: instead of
-    `torch.nn.SyncBatchNorm.convert_sync_batchnorm` use `asgl_cuda.convert_sync_batchnorm`; instead of
-    `torch.optim.swa_utils.update_bn`, before running the batches in training mode without gradients::
+    The layer is not a subclass of torch's `_BatchNorm`, so functions for such layers skip it. Use
+    `asgl_cuda.convert_sync_batchnorm` instead of `torch.nn.SyncBatchNorm.convert_sync_batchnorm`. Instead of
+    `torch.optim.swa_utils.update_bn`, run the following, and then the batches in training mode without gradients::
 
         for layer in model.modules():
             if isinstance(layer, asgl_cuda.BatchNormLIF):
                 layer.reset_running_stats()
-                layer.momentum = None  # the average of all batches; give it back afterwards
+                layer.momentum = None  # the average of all batches; restore it afterwards
 
-    Shapes: input and output `[T, B, C, ...]`, or with time at `time_dim` among batch, channels and the rest.
+    Shapes: input and output are `[T, B, C, ...]`. With `time_dim`, time is another dimension, and batch, channels and
+    the rest keep their order.
 
-    `layer(x_seq, residual)` adds the shortcut of a residual block, of x_seq's shape and type, between normalisation and
-    neurons, `input_scale * y + residual`, without the sum in memory.
+    `layer(x_seq, residual)` adds the shortcut of a residual block between the normalisation and the neurons,
+    `input_scale * y + residual`, without the sum in memory. `residual` must have the shape and type of x_seq.
 
-    Raises as `LIF` and `asgl_cuda.batch_norm_lif`, whose docstring has the same in PyTorch.
+    Raises the errors of `LIF` and of `asgl_cuda.batch_norm_lif`, whose docstring has the same in PyTorch.
 
     Example::
 

@@ -21,6 +21,7 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.g
 
 import asgl_cuda  # noqa: E402
 from benchmarks import palette  # noqa: E402
+from docs import pages  # noqa: E402
 
 project = "asgl_cuda"
 author = "the authors of asgl_cuda"
@@ -54,7 +55,8 @@ html_theme_options = {
 html_show_copyright = False
 copybutton_exclude = ".linenos, .gp, .go"
 
-myst_enable_extensions = ["attrs_inline", "colon_fence", "deflist", "dollarmath"]
+myst_enable_extensions = ["dollarmath"]
+myst_fence_as_directive = ["math"]
 myst_heading_anchors = 3
 
 # MathJax is part of the site, so that equations need no network: one script and its fonts, of 24 MB.
@@ -111,10 +113,30 @@ intersphinx_mapping = {
 }
 
 
-def _copy_mathjax(app: Any, error: Exception | None) -> None:
-    """Copies the script at `mathjax_path` and its fonts into the site."""
+def _read_page(app: Any, docname: str, source: list[str]) -> None:
+    source[0] = pages.for_site(docname, source[0])
+    for module in ("pages.py", "search_terms.py"):  # a page is read again where they change
+        app.env.note_dependency(DOCS / module)
+
+
+def _anchor_names(app: Any, doctree: Any) -> None:
+    """Lets `functions.md#lif`, a heading on code hosts, lead to the entry of `asgl_cuda.lif`."""
+    from sphinx.addnodes import desc_signature
+
+    anchors = app.env.metadata[app.env.docname].get("myst_slugs", {})
+    for entry in doctree.findall(desc_signature):
+        for target in entry["ids"]:
+            name = target.rpartition(".")[2]
+            anchors[name.lower()] = (None, target, name)
+
+
+def _copy_files(app: Any, error: Exception | None) -> None:
+    """Copies figures of pages' HTML into the site, and the script at `mathjax_path` with its fonts."""
     if error is not None or app.builder.format != "html":
         return
+    for file in (DOCS / "figures").glob("*.png"):
+        (Path(app.outdir) / "figures").mkdir(exist_ok=True)
+        shutil.copyfile(file, Path(app.outdir) / "figures" / file.name)
     target = Path(app.outdir) / "_static"
     for file in importlib.metadata.files("sphinx-mathjax-offline") or []:
         inside = Path(*file.parts[2:])  # relative to the package's static folder
@@ -201,7 +223,9 @@ def setup(app: Any) -> None:
     app.connect("autodoc-process-docstring", _property_as_it_is, priority=900)
     app.connect("autodoc-process-signature", _without_unknown)
     app.connect("missing-reference", _known_elsewhere, priority=400)
-    app.connect("build-finished", _copy_mathjax)
+    app.connect("source-read", _read_page)
+    app.connect("doctree-read", _anchor_names)
+    app.connect("build-finished", _copy_files)
 
 
 default_role = "code_or_link"

@@ -126,54 +126,60 @@ def convert(
     inplace: bool = False,
     backend: str | None = None,
 ) -> tuple[nn.Module, Report]:
-    """Computes the neuron layers of a model by the fused neuron: ``fast, report = asgl_cuda.convert(model)``.
+    """Replaces the neurons of a model by fused ones: ``fast, report = asgl_cuda.convert(model)``.
 
-    Returns the model, a copy unless `inplace`, and a report on its layers.
+    The result is a copy of the model unless `inplace`, and a report on its layers.
 
-    Known are SpikingJelly's `IFNode` and `LIFNode` with their Simple and NonSpiking forms, `ParametricLIFNode`,
-    `CUBALIFNode`, `ILIFNode`, the MultiStep forms of its `clock_driven`, snnTorch's `Leaky`, `Lapicque` and `Synaptic`,
-    Norse's `LIF`, `IAF` and `LI`, `LIFCell`, `IAFCell` and `LIFBoxCell`, sinabs' `LIF`, `IAF` and `ExpLeak` with their
-    Squeeze forms, `LIFLayer` of the code published by the authors of ASGL, and subclasses that
-    override nothing that forward uses; `layers` adds others. Recurrent layers whose spikes return through a Linear, or
-    one weight a neuron: snnTorch's `RLeaky` and `RSynaptic`, Norse's `LIFRecurrent` and its cell, sinabs'
-    `LIFRecurrent` and `IAFRecurrent`, SpikingJelly's `LinearRecurrentContainer` and `ElementWiseRecurrentContainer`
-    are computed by `recurrent_lif`.
-    Synaptic currents and layers that do not fire are computed by `leaky_integrator`. A converted layer keeps spikes,
-    states and gradients, up to rounding: a potential within rounding of the threshold, as with quantised inputs, may
-    fire where it did not. The layer's parameters, their names, its state and base classes also stay: optimizers, state
-    dicts and functions such as SpikingJelly's `reset_net` still work. Decays, thresholds and resets are read at each
-    call. Surrogate, reset mechanism and methods are read once: a call after their change raises RuntimeError, which
-    says what differs. SpikingJelly's `backend` has no effect on converted layers. Layers without an exact
-    representation, with a surrogate unknown to asgl_cuda (which `asgl` replaces) or with a replaced method
-    (`layer.fire = ...`), are left; the report gives the reason.
+    These layers are converted, and subclasses that override nothing that forward uses; `layers` adds others:
 
-    Outputs have the library's dtypes, under autocast as well. `torch.jit` rejects converted layers. In a copy, hooks of
-    tensors are registered again.
+    - SpikingJelly's `IFNode` and `LIFNode` with their Simple and NonSpiking forms, `ParametricLIFNode`, `CUBALIFNode`,
+      `ILIFNode`, the MultiStep forms of `clock_driven`, `LinearRecurrentContainer` and `ElementWiseRecurrentContainer`.
+    - snnTorch's `Leaky`, `Lapicque`, `Synaptic`, `RLeaky` and `RSynaptic`.
+    - Norse's `LIF`, `IAF`, `LI` and `LIFRecurrent`, and `LIFCell`, `IAFCell`, `LIFBoxCell` and `LIFRecurrentCell`.
+    - sinabs' `LIF`, `IAF` and `ExpLeak` with their Squeeze forms, `LIFRecurrent` and `IAFRecurrent`.
+    - `LIFLayer` of the code published by the authors of ASGL.
 
-    A converted layer is an instance of its original class, but of another type: code that compares types, such as
-    `sinabs.nir.to_nir`, `sinabs.conversion.replace_module` and some counters of SpikingJelly, requires `revert` first.
+    Recurrent layers are converted if their spikes return through a Linear or one weight per neuron, and are computed by
+    `recurrent_lif`. Synaptic currents and layers that do not fire are computed by `leaky_integrator`.
+
+    Spikes, states and gradients stay the same up to rounding. If a potential differs from the threshold by rounding
+    only, as with quantised inputs, a neuron may fire where it did not before. The parameters of a layer, their names,
+    its state and its base classes also stay the same, so optimizers, state dicts and functions such as SpikingJelly's
+    `reset_net` still work. SpikingJelly's `backend` has no effect on converted layers.
+
+    Decays, thresholds and resets are read at each call. Surrogate, reset mechanism and methods are read once; if they
+    change later, a call raises a RuntimeError that names the difference. A layer is left, with the reason in the
+    report, if it has no exact representation, a surrogate unknown to asgl_cuda (which `asgl` replaces) or a replaced
+    method (`layer.fire = ...`).
+
+    Outputs have the dtypes of the library, under autocast as well. `torch.jit` rejects converted layers. In a copy,
+    hooks of tensors are registered again.
+
+    A converted layer is an instance of its original class, but has another type. Call `revert` before code that
+    compares types, such as `sinabs.nir.to_nir`, `sinabs.conversion.replace_module` and some counters of SpikingJelly.
     Layers that can't be copied require `inplace=True`.
 
     Args:
         model: any module, or a neuron layer.
-        asgl: makes the replaced layers ASGL layers: a mapping with `surrogate` and initial `width` (default: the
-            layer's own), `analog_prob` (default 0.2) and `learn_width` (default True), which adds a parameter
-            `log_width` to each layer, to be passed to the optimizer. Layers of the authors' code are ASGL layers
-            already, with their own width and `analog_prob`. Layers that do not fire are converted as without `asgl`,
-            layers with several spikes per step are left.
-        layers: functions by class, for neurons of your own: `make(module)` returns a layer, such as `asgl_cuda.LIF`,
-            that takes the module's place under its paths, or None to leave it. Classes match exactly: a subclass needs
-            a key of its own. The layer loads the module's state dict, as it will load checkpoints: names that agree,
-            or that a hook of `register_load_state_dict_pre_hook` maps; its other parameters go to the optimizer.
-            References outside of the module tree, in lists for example, keep the module.
+        asgl: turns the replaced layers into ASGL layers. A mapping with `surrogate` and initial `width` (default: those
+            of the layer), `analog_prob` (default 0.2) and `learn_width` (default True). A learned width is a new
+            parameter `log_width` of each layer, which must be passed to the optimizer. Layers of the authors' code are
+            ASGL layers already, with their own width and `analog_prob`. Layers that do not fire are converted as
+            without `asgl`. Layers with several spikes per step are left.
+        layers: for neurons of your own, functions by class. `make(module)` returns a layer, such as `asgl_cuda.LIF`,
+            that replaces the module under all its paths, or None to leave the module. Classes match exactly, so a
+            subclass needs a key of its own. The new layer loads the state dict of the module, and later its
+            checkpoints: equal names, and names that a hook of `register_load_state_dict_pre_hook` maps. Pass its other
+            parameters to the optimizer. References outside of the module tree, for example in lists, keep the old
+            module.
         inplace: convert the model instead of a copy; existing optimizers stay valid.
-        backend: of all layers, see `asgl_cuda.lif`.
+        backend: backend of all layers, see `asgl_cuda.lif`.
 
     Returns:
-        The model, and a `Report` with the lists `replaced` and `left`; `print` shows both, with advice on speed.
+        The model, and a `Report` with the lists `replaced` and `left`. `print` shows both, with advice on speed.
 
     Raises TypeError or ValueError for invalid arguments, and RuntimeError for a model that can't be copied, or an error
-    of a function in `layers`; the model stays unchanged.
+    of a function in `layers`. The model stays unchanged then.
 
     Example::
 

@@ -29,29 +29,30 @@ _calls: weakref.WeakValueDictionary[int, Normal] = weakref.WeakValueDictionary()
 
 
 def fuse(model: nn.Module, *example: Any, inplace: bool = False) -> tuple[nn.Module, Report]:
-    """Fuses normalisations into the neurons behind: ``joined, report = asgl_cuda.fuse(model, x_seq)``.
+    """Merges normalisations into the neurons after them: ``joined, report = asgl_cuda.fuse(model, x_seq)``.
 
-    Known are `torch.nn.BatchNorm1d`, `2d` and `3d`, `SyncBatchNorm` and SpikingJelly's equivalents, in front of
-    `asgl_cuda.LIF` or of neurons that `convert` knows, which are converted. In between may be views (`reshape`,
-    `transpose`, ...) and one sum with a tensor of the same shape and type, as in a residual block: see
-    `asgl_cuda.batch_norm_lif`. A normalisation whose output or sum also goes elsewhere, or to neurons that are called
-    step by step, which are faster apart, is left; the report says why.
+    Normalisations may be `torch.nn.BatchNorm1d`, `2d` and `3d`, `SyncBatchNorm` and SpikingJelly's equivalents. The
+    neurons may be `asgl_cuda.LIF`, or layers that `convert` can convert, which is then done. Between the two there may
+    be views (`reshape`, `transpose`, ...) and one sum with a tensor of the same shape and type, as in a residual block:
+    see `asgl_cuda.batch_norm_lif`. A normalisation is left, with the reason in the report, if anything else uses its
+    output or the sum, or if the neurons are called step by step, where two layers are faster than one.
 
-    Parameters, buffers and their names, state, optimizers and checkpoints stay valid. Other neurons, or code that the
-    example did not reach, get the value as before. Where that would lose a gradient, or miss a change in place, they
-    get a RuntimeError; changes in place are unseen in inference mode and under `torch.compile`.
+    Parameters, buffers and their names, state, optimizers and checkpoints stay valid. Other neurons, and code that the
+    example did not reach, get the value that the normalisation alone would return. If a gradient would be lost, or a
+    change in place missed, a RuntimeError is raised. In inference mode and under `torch.compile`, changes in place are
+    not noticed.
 
     Args:
         model: any module.
-        example: arguments of a call. Copies of the model are called with them, in training and in evaluation. Without,
-            the first calls decide and complete the report; all known neurons are converted, and code that asks
-            `isinstance(value, Tensor)` may fail.
+        example: arguments of a call. Copies of the model are called with them, in training and in evaluation mode.
+            Without an example the first calls decide what is merged, and complete the report. Then all known neurons
+            are converted, and code that asks `isinstance(value, Tensor)` may fail.
         inplace: fuse the model instead of a copy; existing optimizers stay valid.
 
     Returns:
         The model, and a `Report` of the neurons that normalise and the normalisations that are left.
 
-    Raises TypeError if `model` is no module, RuntimeError if it can't be copied, and the errors of its calls.
+    Raises TypeError if `model` is not a module, RuntimeError if it can't be copied, and the errors of its calls.
 
     Example::
 

@@ -35,33 +35,34 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Groups of a torch optimizer: "weights" with `lr` and `weight_decay`, "widths" and "neurons" with their own step.
 
-    If `weight_decay` is None, the weights get the weight decay of the optimizer, as in
-    `AdamW(parameter_groups(model, lr), weight_decay=0.05)`.
+    Weights get the weight decay of the optimizer, as in `AdamW(parameter_groups(model, lr), weight_decay=0.05)`, unless
+    `weight_decay` gives them another.
 
-    "widths" are those of ASGL layers, "neurons" the other parameters of these layers and of `LeakyIntegrator`: decay,
-    threshold, adaptation. They scale the gradients of all layers in front, and get no weight decay. By default their
-    step is that of Adam with rates 0.03 and 3e-3, so that a width changes by at most 3 % a step, or little more,
-    whatever the optimizer of the weights and its rate are. Where that is not of Adam's family, hooks around its `step`
-    make these steps, and its momentum and other options do not apply to these groups. Gradients may be accumulated,
-    unscaled by a GradScaler and clipped as usual, Adam's averages are in the optimizer's state dict, and schedulers
-    scale the rates with the others. `OneCycleLR` sets the rates itself: give it a `max_lr` for each group. Optimizers
-    that are no `torch.optim.Optimizer`, that call their closure several times or whose step a CUDA graph captures need
-    `width_lr`.
+    "widths" are the widths of ASGL layers. "neurons" are the other parameters of these layers and of `LeakyIntegrator`:
+    decays, thresholds and adaptations. Both scale the gradients of all layers before them, and get no weight decay.
 
-    With `width_lr` all of them are "neurons", which the optimizer treats as any other group, with this rate. The
-    authors of ASGL train widths by Adam at 3e-4 for 117,000 steps.
+    By default both groups take the step of Adam, with rates of 0.03 and 3e-3, whatever the optimizer of the weights and
+    its rate are. A width then changes by about 3 % per step at most. If the optimizer is not of Adam's family, hooks
+    around its `step` make these steps, and its momentum and other options do not apply to these groups. Gradients may
+    be accumulated, unscaled by a GradScaler and clipped as usual, Adam's averages are in the state dict of the
+    optimizer, and schedulers scale the rates together with the others. `OneCycleLR` sets the rates itself, so give it a
+    `max_lr` for each group.
 
-    With `norm_weight_decay`, usually 0, normalisations and biases are a group "norms" between the two, with `lr` and
-    this decay: all parameters with at most one dimension, and those of `LayerNorm` and `RMSNorm`. None leaves them
-    among the weights.
+    Give `width_lr` if the optimizer is not a `torch.optim.Optimizer`, if it calls its closure several times, or if a
+    CUDA graph captures its step. Then all of these parameters are "neurons", and the optimizer treats them as any other
+    group, with this rate. (The authors of ASGL train widths by Adam at 3e-4 for 117,000 steps.)
 
-    Parameters of modules inside an ASGL layer are no neurons, nor are the normalisation's in `BatchNormLIF` and the
-    weights and biases of recurrences. Every parameter is in one group, once, also if shared or frozen: optimizers skip
-    frozen parameters. Empty groups are omitted.
+    With `norm_weight_decay`, usually 0, there is a group "norms" between "weights" and the others, with `lr` and this
+    decay. It has all parameters with at most one dimension, which are biases and the parameters of normalisations, and
+    those of `LayerNorm` and `RMSNorm`. With None these stay among the weights.
 
-    Raises ValueError for a negative rate or decay, TypeError where `model` is no module. Warns once per process of a
-    model with several layers of `LIF`, no normalisation and torch's first weights: its deeper layers are likely silent,
-    and then learn nothing.
+    Parameters of modules inside of an ASGL layer do not belong to "neurons". Neither do those of the normalisation in
+    `BatchNormLIF`, nor the weights and biases of recurrences. Every parameter is in one group, once, even if it is
+    shared or frozen: optimizers skip frozen parameters. Empty groups are omitted.
+
+    Raises ValueError for a negative rate or decay, and TypeError if `model` is not a module. Warns once per process if
+    a model has several layers of `LIF`, no normalisation and torch's initial weights: its deeper layers are likely
+    silent, and then learn nothing.
 
     Example::
 

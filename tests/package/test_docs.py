@@ -20,6 +20,7 @@ from torch import nn
 import asgl_cuda
 from asgl_cuda.backends import cupy
 from asgl_cuda.interop.nir import neurons
+from docs import names, pages
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -30,20 +31,14 @@ IMPORTS = ("matplotlib", "sklearn", "spikingjelly", "snntorch", "norse", "sinabs
 
 
 def python_of(page: Path) -> list[str]:
-    """Runnable blocks, each after as many empty lines as precede it: setups in comments, `python` fences.
-
-    Tutorials have none: they are executed when the documentation is built.
-    """
+    """Runnable blocks, shown and hidden, each after as many empty lines as precede it."""
     text = page.read_text()
-    found = []
-    for match in re.finditer(r"^% setup:\n((?:%[^\n]*\n)+)|^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
-        setup, block = match.groups()
-        lines_before = text.count("\n", 0, match.start()) + 1
-        found.append("\n" * lines_before + (block or re.sub("^% ?", "", setup, flags=re.MULTILINE)))
-    return found
+    code = [(match["hidden"] or match["shown"], match.end()) for match in pages.PYTHON.finditer(text)]
+    return ["\n" * (text.count("\n", 0, end) - block.count("\n")) + block for block, end in code]
 
 
-WITH_PYTHON = [page for page in PAGES if python_of(page)]
+# Notebooks are executed when the documentation is built.
+WITH_PYTHON = [page for page in PAGES if python_of(page) and not page.read_text().startswith(pages.NOTEBOOK)]
 
 
 @pytest.mark.parametrize("page", WITH_PYTHON, ids=[str(page.relative_to(DOCS)) for page in WITH_PYTHON])
@@ -57,7 +52,7 @@ def test_python_of_page_runs(page: Path, capsys: pytest.CaptureFixture[str], mon
     namespace: dict[str, object] = {"__name__": "page"}
     for block in code:
         exec(compile(block, page, "exec"), namespace)
-    if page == DOCS / "index.md":  # states about 98 percent
+    if page == DOCS / "index.md":  # says about 97 %
         assert "% of the test images" in capsys.readouterr().out
         accuracy = namespace["accuracy"]
         assert isinstance(accuracy, float)
@@ -68,18 +63,22 @@ def test_first_network_is_the_program_of_the_readme():
     """On the front page as it stands; in the first tutorial line by line, among lines that look at it."""
     program = python_of(ROOT / "README.md")[0].strip("\n").splitlines()
     assert python_of(DOCS / "index.md")[0].strip("\n").splitlines() == program
-    tutorial = (DOCS / "start" / "first-network.md").read_text()
-    cells = re.findall(r"^```{code-cell} python\n(.*?)^```$", tutorial, re.MULTILINE | re.DOTALL)
-    assert not {*program} - {*"".join(cells).splitlines()}
+    tutorial = DOCS / "start" / "first-network.md"
+    assert not {*program} - {*"".join(python_of(tutorial)).splitlines()}
 
 
 def test_reference_is_complete():
     """And a method without a docstring would show torch's: to be overridden by all subclasses."""
-    reference = "\n".join(page.read_text() for page in sorted((DOCS / "reference").glob("*.md")))
-    listed = re.findall(r"^\.\. (?:autofunction|autoclass|py:data):: (?:asgl_cuda\.)?(.*)$", reference, re.MULTILINE)
-    assert {*asgl_cuda.__all__, "interop.snntorch.MultiStep"} - {*listed} == set()
+    listed = [name for page in names.PAGES for name in names.names_in(page.read_text())]
+    assert {*asgl_cuda.__all__, "interop.snntorch.MultiStep"} - {*listed} == {"__version__"}
     layers = [each for each in vars(asgl_cuda).values() if isinstance(each, type) and issubclass(each, nn.Module)]
     assert [layer for layer in layers if "x_seq" not in (inspect.getdoc(layer.forward) or "")] == []
+
+
+@pytest.mark.parametrize("page", names.PAGES, ids=[page.stem for page in names.PAGES])
+def test_reference_on_a_code_host_has_the_names(page: Path):
+    """As `python -m docs.names` writes them."""
+    assert names.written(page.read_text()) == page.read_text()
 
 
 # ---- docstrings ----
