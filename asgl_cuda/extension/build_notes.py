@@ -32,9 +32,9 @@ class BuildInfo(NamedTuple):
     checksum: int
 
     def code_for(self, capability: tuple[int, int]) -> str | None:
-        """The code that a GPU of this compute capability runs, such as sm_86 or compute_80; None if there is none.
+        """The code for a GPU of this compute capability, such as sm_86 or compute_80; None if there is none.
 
-        A cubin runs on GPUs of the same major version and no lower minor one. The driver compiles PTX for any later GPU.
+        A cubin runs on GPUs of the same major version and no lower minor one. The driver compiles PTX for later GPUs.
         """
         wanted = 10 * capability[0] + capability[1]
         names = re.findall(r"\b(sm|compute)_(\d+)", self.cuda or "")
