@@ -107,6 +107,8 @@ def _misfit(device: torch.device) -> str | None:
     )
 
 
+BEST = "; None, the default, is the best for the device of x_seq"  # suffix of an error for an unknown name
+
 # In order of preference.
 BACKENDS: dict[str, Backend] = {
     "cuda": Backend(
@@ -171,7 +173,7 @@ def choose_backend(name: str | None, device: torch.device, caller: str) -> str:
     """
     if name is not None:
         if not isinstance(name, str) or name not in BACKENDS:
-            check_name("backend", name, BACKENDS, caller)
+            check_name("backend", name, BACKENDS, caller, otherwise=BEST)
         backend = BACKENDS[name]
         problem = backend.problem()
         if problem is None and not backend.serves(device):
