@@ -144,6 +144,7 @@ _ELSEWHERE = {
         "decay", "Norse's tau_mem_inv is decay=1 - dt * tau_mem_inv and multiplies the input by dt * tau_mem_inv",
     ),
     "v_th": ("v_threshold", "Norse's v_th{value} is v_threshold{value}, strict_threshold=True"),
+    "tau_syn": ("decay", "sinabs' tau_syn is decay=exp(-1 / tau_syn) of a LeakyIntegrator in front"),
     "v_leak": ("v_rest", "Norse's v_leak{value} is v_rest{value}"),
     "tau_mem": ("decay", "sinabs' tau_mem is decay=exp(-1 / tau_mem) and multiplies the input by 1 - decay"),
     "spike_threshold": ("v_threshold", "sinabs' spike_threshold{value} is v_threshold{value}"),
