@@ -230,7 +230,7 @@ MOST_LEVELS = 256  # the last integer up to which bfloat16 has all
 def check_levels(name: str, value: Any, caller: str) -> int:
     """A number of spikes a step."""
     if isinstance(value, bool) or not isinstance(value, Integral) or not 1 <= int(value) <= MOST_LEVELS:
-        raise ValueError(f"{caller}: {name} must be None or an int in [1, {MOST_LEVELS}], got {shown(value)}")
+        raise ValueError(f"{caller}: {name} must be an int in [1, {MOST_LEVELS}], got {shown(value)}")
     return int(value)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
+from inspect import signature
 from typing import Any, ClassVar, NoReturn
 
 import torch
@@ -372,27 +373,27 @@ class LIF(Neurons):
         return computed(caller, x_seq, given) if pending is None else pending.lif(given, self, caller, update)
 
 
-def unknown_options(layer: NeuronLayer, known: Collection[str]) -> str:
-    """The options in the layer's table that are not `known` nor at their defaults, as `name=value`; "" without any.
-
-    For all that represents a layer elsewhere, and would be silently wrong with an option of which it knows nothing.
-    """
-    defaults = {**(LIF.__init__.__kwdefaults__ or {}), **(type(layer).__init__.__kwdefaults__ or {})}
-    found = {name: getattr(layer, name, defaults.get(name)) for name in layer._options if name not in known}
-    changed = {name: value for name, value in found.items() if value is not defaults.get(name)}
-    return ", ".join(
-        f"{name}={shown(value)}"
-        for name, value in changed.items()
-        if isinstance(value, Tensor) or value != defaults.get(name)
-    )
-
-
 _NORM_OPTIONS = {
     "eps": in_range(read_finite, ">= 0", 0),
     "momentum": optional(in_range(read_number, "in [0, 1] or None", 0, 1)),
     "input_scale": read_finite,
     **dict.fromkeys(("affine", "track_running_stats"), check_bool),
 }
+
+
+def unknown_options(layer: NeuronLayer, known: Collection[str]) -> str:
+    """The options in the layer's tables that are not `known` nor at their defaults, as `name=value`; "" without any.
+
+    For all that represents a layer elsewhere, and would be silently wrong with an option of which it knows nothing.
+    """
+    parameters = {**signature(LIF.__init__).parameters, **signature(type(layer).__init__).parameters}
+    found = []
+    for name in (*layer._options, *(_NORM_OPTIONS if isinstance(layer, BatchNormLIF) else ())):
+        default = parameters[name].default if name in parameters else None
+        value = getattr(layer, name, default)
+        if name not in known and value is not default and (isinstance(value, Tensor) or value != default):
+            found.append(f"{name}={shown(value)}")
+    return ", ".join(found)
 
 
 class BatchNormLIF(LIF):

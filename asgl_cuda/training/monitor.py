@@ -31,6 +31,7 @@ _FEW_INSIDE = 0.01  # of the potentials inside the window
 _KNOWN = {
     "v_rest", "input_gain", "v_reset", "reset_amount", "v_min", "strict_threshold", "scale_output", "levels",
     "multi_spike", "surrogate_gain", "detach_reset", "delay", "stateful", "store_v_seq", "time_dim", "backend",
+    "eps", "momentum", "input_scale", "affine", "track_running_stats",
 }  # fmt: skip
 
 _LITTLE = 0.01  # of eps: with less variance a channel is normalised to less than a tenth around its bias

@@ -312,7 +312,6 @@ def test_an_option_that_is_not_known_is_refused(monkeypatch, kind):
     """Where it is in use: a reader would not know of it."""
     model = nn.Sequential(nn.Linear(3, 3), kind())
     monkeypatch.setitem(kind._options, "refractory", None)
-    monkeypatch.setitem(kind.__init__.__kwdefaults__, "refractory", 0)
     to_nir(model, torch.rand(2, 1, 3))
     model[1].refractory = 2
     with pytest.raises(

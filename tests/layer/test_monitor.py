@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import asgl_cuda
-from asgl_cuda import LIF, Monitor
+from asgl_cuda import LIF, Monitor, neuron
 from asgl_cuda.surrogate import SURROGATES
 
 
@@ -301,8 +301,8 @@ def test_an_option_that_monitor_does_not_know_is_refused(monkeypatch, kind):
     """Where it is in use."""
     layer = getattr(asgl_cuda, kind)(*[3] * (kind in ("BatchNormLIF", "RecurrentLIF")))
     model = nn.Sequential(nn.Linear(3, 3), layer)
-    monkeypatch.setitem(type(layer)._options, "refractory", None)
-    monkeypatch.setitem(LIF.__init__.__kwdefaults__, "refractory", 0)
+    tables = [type(layer)._options, *[neuron._NORM_OPTIONS] * (kind == "BatchNormLIF")]
+    monkeypatch.setitem(tables[-1], "refractory", None)
     with Monitor(model) as monitor:
         model(torch.ones(2, 4, 3))
     layer.refractory = 2

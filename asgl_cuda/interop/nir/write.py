@@ -31,6 +31,7 @@ _CALLER = "asgl_cuda.to_nir"
 _KNOWN = {
     "v_rest", "input_gain", "v_reset", "reset_amount", "v_min", "strict_threshold", "scale_output", "levels",
     "multi_spike", "surrogate_gain", "detach_reset", "delay", "stateful", "store_v_seq", "time_dim", "backend",
+    "eps", "momentum", "input_scale", "affine", "track_running_stats",
 }  # fmt: skip
 _KNOWN_OF_CALLS = {  # of `lif`, by converted layers
     "decay", "input_gain", "input_bias", "v_rest", "v_threshold", "v_reset", "reset_amount", "scale_output", "levels",
