@@ -353,7 +353,12 @@ def batch_norm_lif(
         s_seq = asgl_cuda.lif(input_scale * y.unflatten(0, x_seq.shape[:2]), ...)
     """
     check_keywords(neuron, (*NeuronArguments.__annotations__, "input_scale"), _CALLER)
-    if isinstance(momentum, Tensor) and momentum.is_floating_point() and momentum.dim() == 0 and can_be_seen(momentum):
+    if (
+        isinstance(momentum, Tensor)
+        and momentum.is_floating_point()
+        and momentum.numel() == 1
+        and can_be_seen(momentum)
+    ):
         check_finite("momentum", momentum.item(), _CALLER, "a float or a tensor")
     given: Arguments = {**LIF_DEFAULTS, **neuron}
     norm: _Normalisation = {

@@ -27,10 +27,15 @@ PLAIN_TENSORS = (Tensor, Parameter)
 FLOATING_TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
+def check_tensor(name: str, value: Any, caller: str) -> None:
+    """A tensor of any kind."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{caller}: {name} must be a tensor, got {type(value).__name__}")
+
+
 def check_input(x_seq: Tensor, time_dim: int, caller: str, name: str = "x_seq") -> int:
     """Type and shape; returns time_dim, made non-negative."""
-    if not isinstance(x_seq, Tensor):
-        raise TypeError(f"{caller}: {name} must be a tensor, got {type(x_seq).__name__}")
+    check_tensor(name, x_seq, caller)
     check_dense(name, x_seq, caller)
     if x_seq.dtype not in FLOATING_TYPES:
         raise TypeError(f"{caller}: {name} must be float16, bfloat16, float32 or float64, got {x_seq.dtype}")
@@ -53,8 +58,7 @@ def check_input(x_seq: Tensor, time_dim: int, caller: str, name: str = "x_seq") 
 
 def check_step(x_t: Any, time_dim: int, caller: str) -> None:
     """An input of one time step, with room for time at `time_dim`."""
-    if not isinstance(x_t, Tensor):
-        raise TypeError(f"{caller}: x_t must be a tensor, got {type(x_t).__name__}")
+    check_tensor("x_t", x_t, caller)
     check_dense("x_t", x_t, caller)
     if not -x_t.dim() - 1 <= time_dim <= x_t.dim():
         raise ValueError(
@@ -100,17 +104,20 @@ def shown(value: Any) -> str:
     return text if len(text) <= 100 else f"{text[:97]}..."
 
 
+_NEAR = 0.75  # of difflib: a letter changed, added or moved in a short name; gpu and cpu have 0.67
+
+
 def did_you_mean(given: Any, names: Iterable[str]) -> str:
     """Suffix of an error for an unknown name: the nearest of `names`, if any."""
-    near = difflib.get_close_matches(given.lower(), names, n=1) if isinstance(given, str) else []
+    near = difflib.get_close_matches(given.lower(), names, n=1, cutoff=_NEAR) if isinstance(given, str) else []
     return f"; did you mean {near[0]}?" if near else ""
 
 
-def check_name(name: str, value: Any, names: Iterable[str], caller: str, hint: str = "") -> None:
-    """One of the names."""
+def check_name(name: str, value: Any, names: Iterable[str], caller: str, hint: str = "", otherwise: str = "") -> None:
+    """One of the names; an error ends with the hint, else the nearest name, `otherwise` without one."""
     names = tuple(names)
     if not isinstance(value, str) or value not in names:
-        hint = hint or did_you_mean(value, names)
+        hint = hint or did_you_mean(value, names) or otherwise
         raise ValueError(f"{caller}: {name} must be one of {', '.join(names)}, got {shown(value)}{hint}")
 
 
@@ -120,7 +127,14 @@ _ELSEWHERE = {
     "init_tau": ("decay", "SpikingJelly's init_tau{value} is {decay} and divides the input by tau{gain}"),
     "surrogate_function": ("surrogate", "SpikingJelly's ATan(alpha) is surrogate='arctan', width=1 / alpha"),
     "beta": ("decay", "snnTorch's beta{value} is decay{value}"),
-    "alpha": ("decay", "snnTorch's alpha{value} is an asgl_cuda.LeakyIntegrator(decay{value}) in front"),
+    "alpha": (
+        "decay",
+        "snnTorch's alpha{value} is the decay of a LeakyIntegrator in front, SpikingJelly's alpha is width=1 / alpha",
+    ),
+    "input_size": (
+        "recurrent", "the input has hidden_size values, which torch.nn.Linear(input_size, hidden_size) in front makes",
+    ),
+    "num_layers": ("recurrent", "several layers are several RecurrentLIF in a torch.nn.Sequential"),
     "learn_beta": ("learn_decay", "snnTorch's learn_beta is learn_decay"),
     "threshold": ("v_threshold", "snnTorch's threshold{value} is v_threshold{value}, strict_threshold=True"),
     "reset_mechanism": ("v_reset", "snnTorch's 'subtract' is v_reset=None, 'zero' is v_reset=0"),
@@ -130,6 +144,7 @@ _ELSEWHERE = {
         "decay", "Norse's tau_mem_inv is decay=1 - dt * tau_mem_inv and multiplies the input by dt * tau_mem_inv",
     ),
     "v_th": ("v_threshold", "Norse's v_th{value} is v_threshold{value}, strict_threshold=True"),
+    "tau_syn": ("decay", "sinabs' tau_syn is decay=exp(-1 / tau_syn) of a LeakyIntegrator in front"),
     "v_leak": ("v_rest", "Norse's v_leak{value} is v_rest{value}"),
     "tau_mem": ("decay", "sinabs' tau_mem is decay=exp(-1 / tau_mem) and multiplies the input by 1 - decay"),
     "spike_threshold": ("v_threshold", "sinabs' spike_threshold{value} is v_threshold{value}"),
@@ -139,6 +154,9 @@ _ELSEWHERE = {
 }  # fmt: skip
 
 
+_DECAYS = {"alpha", "beta"}  # whose values are shown only where they can be decays
+
+
 def _said_elsewhere(name: str, given: Any, known: Collection[str]) -> str:
     """Suffix of an error for an argument of another library, which has another name or meaning here."""
     ours, text = _ELSEWHERE.get(name, ("", ""))
@@ -146,7 +164,8 @@ def _said_elsewhere(name: str, given: Any, known: Collection[str]) -> str:
         return ""
     gain = next((f", as {each}=1 / tau does" for each in ("input_scale", "input_gain") if each in known), "")
     value, decay = "", "decay=1 - 1 / tau"
-    if isinstance(given, (int, float)) and not isinstance(given, bool):
+    is_number = isinstance(given, (int, float)) and not isinstance(given, bool)
+    if is_number and (name not in _DECAYS or 0 <= given <= 1):
         value = f"={shown(given)}"
         if 1 <= given < math.inf:
             decay, gain = f"decay={1 - 1 / given:g}", gain.replace("1 / tau", f"{1 / given:g}")
@@ -211,7 +230,7 @@ MOST_LEVELS = 256  # the last integer up to which bfloat16 has all
 def check_levels(name: str, value: Any, caller: str) -> int:
     """A number of spikes a step."""
     if isinstance(value, bool) or not isinstance(value, Integral) or not 1 <= int(value) <= MOST_LEVELS:
-        raise ValueError(f"{caller}: {name} must be None or an int in [1, {MOST_LEVELS}], got {shown(value)}")
+        raise ValueError(f"{caller}: {name} must be an int in [1, {MOST_LEVELS}], got {shown(value)}")
     return int(value)
 
 
@@ -277,7 +296,7 @@ def read_number(name: str, value: Any, caller: str, learned: bool = False, optio
     """
     if isinstance(value, Tensor):
         value = _value_of(name, value, caller, learned, option)
-    elif getattr(value, "shape", None) == () and hasattr(value, "item"):
+    elif getattr(value, "size", None) == 1 and hasattr(value, "item"):  # an array, or a number of numpy
         value = value.item()
     return check_number(name, value, caller)
 
@@ -367,8 +386,7 @@ def check_device(name: str, value: Tensor, x_seq: Tensor, caller: str) -> None:
 
 def check_floating(name: str, value: Any, x_seq: Tensor, caller: str) -> None:
     """A dense tensor of a floating type, on the device of x_seq."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{caller}: {name} must be a tensor, got {type(value).__name__}")
+    check_tensor(name, value, caller)
     check_dense(name, value, caller)
     if value.dtype not in FLOATING_TYPES:
         raise TypeError(f"{caller}: {name} must be of a floating type, got {value.dtype}")

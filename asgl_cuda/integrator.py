@@ -268,7 +268,7 @@ class LeakyIntegrator(NeuronLayer):
     def _compute(self, x_seq: Tensor, **options: Any) -> Tensor | IntegratorOutput:
         decay = self._decay_value()
         if self.num_features:
-            decay = self._broadcast(decay, x_seq, check_input(x_seq, self.time_dim, self._caller))
+            decay = self._broadcast(decay, x_seq, self._check_features(x_seq))
         given: _Arguments = {
             "decay": decay, "input_gain": self.input_gain, "v_rest": self.v_rest, "delay": self.delay,
             "v_init": None, "time_dim": self.time_dim, "return_v_last": False, "backend": self.backend, **options,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from typing_extensions import Self
 
-from .backends import BACKENDS
+from .backends import BACKENDS, BEST
 from .checks import (
     check_analog_prob,
     check_bool,
@@ -25,6 +25,7 @@ from .checks import (
     check_options,
     check_sizes,
     check_step,
+    check_tensor,
     expected_shape,
     optional,
     read_finite,
@@ -45,7 +46,7 @@ _LEAST_DECAY = 1 / (1 + math.exp(BOUND))
 
 
 def _check_backend(name: str, value: Any, caller: str) -> str:
-    check_name(name, value, BACKENDS, caller)
+    check_name(name, value, BACKENDS, caller, otherwise=BEST)
     return value  # type: ignore[no-any-return]
 
 
@@ -147,6 +148,7 @@ class NeuronLayer(Settable):
     _function: ClassVar[str]  # the functional form, for errors
     _potentials: ClassVar[tuple[str, ...]] = ("v",)  # no buffers: DistributedDataParallel would broadcast them
     _states: ClassVar[tuple[str, ...]] = ("v",)  # those that are carried
+    _least_batch: ClassVar[int] = 0  # dimensions of the batch that an input must have
     logit_decay: nn.Parameter | None
     store_v_seq = False
     v: Tensor | None
@@ -250,6 +252,7 @@ class NeuronLayer(Settable):
         if torch._C._get_tracing_state() is not None:
             self.__prepare_scriptable__()
         x_seq, options = self._inputs(x_seq, residual)
+        check_tensor("x_seq", x_seq, self._caller)  # apart, since `Pending` notes who asks for a tensor
         if not (self.stateful or self.store_v_seq):
             return self._compute(x_seq, **options)  # type: ignore[no-any-return]
         time_dim = check_input(x_seq, self.time_dim, self._caller)
@@ -342,17 +345,29 @@ class NeuronLayer(Settable):
             return type(value)(self._reshaped(value.stored, x_seq, time_dim))
         return self._reshaped(value, x_seq, time_dim)
 
-    def _reshaped(self, value: Tensor, x_seq: Tensor, time_dim: int) -> Tensor:
+    def _dims_of_features(self, x_seq: Tensor, time_dim: int) -> list[int]:
+        """The dimensions of x_seq that num_features names."""
         neuron_dims = [dim for dim in range(x_seq.dim()) if dim != time_dim]
-        dims = neuron_dims[1:2] if self.granularity == "channel" else neuron_dims[-value.dim() :]
-        if [x_seq.shape[dim] for dim in dims] != list(self.num_features):
+        return neuron_dims[1:2] if self.granularity == "channel" else neuron_dims[-len(self.num_features) :]
+
+    def _check_features(self, x_seq: Tensor) -> int:
+        """Refuses an input without the dimensions of num_features, also without parameters that have them.
+
+        Returns time_dim, non-negative.
+        """
+        time_dim = check_input(x_seq, self.time_dim, self._caller)
+        sizes = [x_seq.shape[dim] for dim in self._dims_of_features(x_seq, time_dim)]
+        if sizes != list(self.num_features) or x_seq.dim() < 1 + self._least_batch + len(sizes):
             raise ValueError(
                 f"{self._caller}: granularity {self.granularity!r} with num_features {list(self.num_features)} does "
                 f"not fit an input of shape {list(x_seq.shape)} with time_dim {self.time_dim}: "
                 + expected_shape(x_seq, time_dim, self.num_features, self.granularity == "channel")
             )
+        return time_dim
+
+    def _reshaped(self, value: Tensor, x_seq: Tensor, time_dim: int) -> Tensor:
         shape = [1] * x_seq.dim()
-        for dim, size in zip(dims, self.num_features, strict=True):
+        for dim, size in zip(self._dims_of_features(x_seq, time_dim), self.num_features, strict=True):
             shape[dim] = size
         return value.reshape(shape)
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
+from inspect import signature
 from typing import Any, ClassVar, NoReturn
 
 import torch
@@ -23,6 +24,7 @@ from .checks import (
     check_sizes,
     check_threshold,
     check_width,
+    expected_shape,
     in_range,
     optional,
     read_finite,
@@ -31,10 +33,9 @@ from .checks import (
     warn_once,
 )
 from .layer import Granularity, NeuronLayer, Noisy, Value, fill_parameter, give_dimension
+from .layout import channel_dim
 from .learned import BOUND, Logarithm
 from .pending import Pending, tensor_of
-
-_CALLER = "asgl_cuda.LIF"
 
 _LEAST_WIDTH, _LARGEST_WIDTH = math.exp(-BOUND), math.exp(BOUND)
 
@@ -189,7 +190,7 @@ class Neurons(NeuronLayer, Noisy):
         """The arguments of `asgl_cuda.lif`: the layer's and the given ones."""
         values: tuple[Any, Any, Any] = self._values()
         if self.num_features:
-            time_dim = check_input(x_seq, self.time_dim, _CALLER)
+            time_dim = self._check_features(x_seq)
             values = tuple(self._broadcast(value, x_seq, time_dim) for value in values)  # type: ignore[assignment]
         width, decay, v_threshold = values
         return {
@@ -307,7 +308,7 @@ class LIF(Neurons):
     :doc:`/tutorials/stalled-network` shows how `asgl_cuda.Monitor` finds them and `asgl_cuda.calibrate` helps.
     """
 
-    _caller = _CALLER
+    _caller = "asgl_cuda.LIF"
     _function = "asgl_cuda.lif"
     _options: ClassVar[dict[str, Callable[..., Any]]] = {
         **dict.fromkeys(("multi_spike", "scale_output"), check_bool),
@@ -371,7 +372,8 @@ class LIF(Neurons):
     ) -> Tensor | LIFOutput:
         """Calls `asgl_cuda.lif`; without `update` the layer's state stays unchanged."""
         given = self._given(x_seq, self.input_gain, **options)
-        return computed(_CALLER, x_seq, given) if pending is None else pending.lif(given, self, _CALLER, update)
+        caller = self._caller
+        return computed(caller, x_seq, given) if pending is None else pending.lif(given, self, caller, update)
 
 
 _NORM_OPTIONS = {
@@ -380,6 +382,21 @@ _NORM_OPTIONS = {
     "input_scale": read_finite,
     **dict.fromkeys(("affine", "track_running_stats"), check_bool),
 }
+
+
+def unknown_options(layer: NeuronLayer, known: Collection[str]) -> str:
+    """The options in the layer's tables that are not `known` nor at their defaults, as `name=value`; "" without any.
+
+    For all that represents a layer elsewhere, and would be silently wrong with an option of which it knows nothing.
+    """
+    parameters = {**signature(LIF.__init__).parameters, **signature(type(layer).__init__).parameters}
+    found = []
+    for name in (*layer._options, *(_NORM_OPTIONS if isinstance(layer, BatchNormLIF) else ())):
+        default = parameters[name].default if name in parameters else None
+        value = getattr(layer, name, default)
+        if name not in known and value is not default and (isinstance(value, Tensor) or value != default):
+            found.append(f"{name}={shown(value)}")
+    return ", ".join(found)
 
 
 class BatchNormLIF(LIF):
@@ -425,6 +442,7 @@ class BatchNormLIF(LIF):
     """
 
     _caller = "asgl_cuda.BatchNormLIF"
+    _least_batch = 1
     _weights = ("weight", "bias")
     eps: float
     momentum: float | None
@@ -492,10 +510,22 @@ class BatchNormLIF(LIF):
     def _compute(
         self, x_seq: Tensor, update: bool = True, pending: Pending | None = None, **options: Any
     ) -> Tensor | LIFOutput:
+        if self.weight is None and self.running_mean is None:
+            self._check_channels(x_seq)
         return module_batch_norm_lif(
             self, x_seq, self._given(x_seq, **options), self.weight, self.bias, update, self.input_scale,
             self.process_group,
         )  # fmt: skip
+
+    def _check_channels(self, x_seq: Tensor) -> None:
+        """What `asgl_cuda.batch_norm_lif` does where it has tensors of the channels' size."""
+        time_dim = check_input(x_seq, self.time_dim, self._caller)
+        channel = channel_dim(time_dim)
+        if x_seq.dim() > channel and x_seq.shape[channel] != self.num_channels:
+            raise ValueError(
+                f"{self._caller}: x_seq must have {self.num_channels} channels: "
+                + expected_shape(x_seq, time_dim, (self.num_channels,), by_channel=True)
+            )
 
     def extra_repr(self) -> str:
         parts = [f"{self.num_channels}", f"eps={self.eps:g}", f"momentum={self.momentum}"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from .backends import BACKENDS, backend_of, operators_of
 from .call import Arguments, Call, NeuronArguments, Plan, checked_call, make_plan
 from .checks import (
     check_bool,
+    check_dense,
     check_finite,
     check_floating,
     check_input,
@@ -220,7 +221,8 @@ class _Recurrence(NamedTuple):
 
 def _check_no_adaptation(given: Mapping[str, Any], defaults: Any, caller: str) -> None:
     for name, value in given.items():
-        if value is not defaults[name] and (isinstance(value, Tensor) or value != defaults[name]):
+        is_number = isinstance(value, (int, float))  # arrays and tensors have no one truth
+        if value is not defaults[name] and not (is_number and value == defaults[name]):
             raise ValueError(f"{caller}: {name} needs adapt_decay, got {shown(value)} without an adaptation")
 
 
@@ -235,7 +237,7 @@ def _check(x_seq: Tensor, given: _Recurrence, neuron: Any) -> float:
     if x_seq.dim() != 3 or time_dim > 1:
         raise ValueError(
             f"{_CALLER}: x_seq must have shape [T, B, N], or [B, T, N] with time_dim=1, got {list(x_seq.shape)} with "
-            f"time_dim={time_dim}"
+            f"time_dim={time_dim}{'; is time missing?' if x_seq.dim() == 2 else ''}"
         )
     count = x_seq.shape[2]
     _check_shape("weight", given.weight, x_seq, [count, count], [count])
@@ -243,7 +245,10 @@ def _check(x_seq: Tensor, given: _Recurrence, neuron: Any) -> float:
         _check_shape("bias", given.bias, x_seq, [count])
     rows = {**{name: neuron[name] for name in _ROWS if name in neuron}, "syn_decay": given.syn_decay}
     for name, value in rows.items():
-        if isinstance(value, Tensor) and value.numel() != 1 and (value.shape[-1] != count or value.numel() != count):
+        if not isinstance(value, Tensor):
+            continue
+        check_dense(name, value, _CALLER)
+        if value.numel() != 1 and (value.shape[-1] != count or value.numel() != count):
             raise ValueError(f"{_CALLER}: {name} must have one value or shape [{count}], got {list(value.shape)}")
     check_bool("detach_recurrent", given.detach_recurrent, _CALLER)
     check_finite("input_gain", neuron["input_gain"], _CALLER)
@@ -386,7 +391,7 @@ class RecurrentLIF(Adapting):
     def __init__(
         self,
         hidden_size: int,
-        *,
+        *others: NoReturn,
         recurrent: Literal["dense", "elementwise"] = "dense",
         bias: bool = True,
         autapses: bool = True,
@@ -404,13 +409,18 @@ class RecurrentLIF(Adapting):
     ) -> None:
         super().__init__()
         caller = self._caller
+        if others:
+            raise TypeError(
+                f"{caller}: takes hidden_size alone without a name, got {shown((hidden_size, *others))}; the input has "
+                "hidden_size values, which torch.nn.Linear(input_size, hidden_size) in front makes"
+            )
         (count,) = check_sizes("hidden_size", check_int("hidden_size", hidden_size, caller), caller)
-        features = None if lif_options.get("granularity", "layer") == "layer" else count
+        granularity = lif_options.get("granularity", "layer")
+        features = None if isinstance(granularity, str) and granularity == "layer" else count
         own: dict[str, Any] = {"num_features": features, "device": device, "dtype": dtype}
         self._set_up_lif(lif_options, RecurrentLIF.__init__, _WITHOUT, **own)
         check_name("recurrent", recurrent, ("dense", "elementwise"), caller)
         self.hidden_size = count
-        self.recurrent = recurrent
         self.autapses = check_bool("autapses", autapses, caller)
         if not autapses and recurrent == "elementwise":
             raise ValueError(f"{caller}: recurrent='elementwise' has autapses alone, got autapses=False")
@@ -450,6 +460,15 @@ class RecurrentLIF(Adapting):
         """Draws weight and bias anew, resets the other parameters to the values last set, and clears states."""
         self._fill_recurrence(self._syn_decay)
         super().reset_parameters()
+
+    @property
+    def recurrent(self) -> str:
+        """The kind of `recurrent_weight`, "dense" or "elementwise"."""
+        return "dense" if self.recurrent_weight.dim() == 2 else "elementwise"
+
+    @recurrent.setter
+    def recurrent(self, value: str) -> None:
+        raise AttributeError(f"{self._caller}: recurrent is the shape of the weight; another one needs another layer")
 
     @property
     def syn_decay(self) -> Tensor | float | None:

@@ -6,6 +6,7 @@ torch.ops.
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -36,24 +37,31 @@ class Operators(NamedTuple):
 class Backend(NamedTuple):
     """An implementation of the neuron. `operators` is None for the reference, which autograd differentiates.
 
-    `problem` returns why the backend does not work and a remedy, or None; called at the choice for a tensor, never at
-    import. `direct` are the same operators as functions that bypass torch.ops.
+    `problem` returns why the backend does not work and a remedy, or None; `misfit` why it does not work on one of the
+    devices. They are called at the choice for a tensor, never at import. `direct` are the same operators as functions
+    that bypass torch.ops.
     """
 
     device_types: tuple[str, ...]  # empty: any
     operators: Operators | None
     problem: Callable[[], str | None]
     direct: Operators | None = None
+    misfit: Callable[[torch.device], str | None] = lambda device: None
 
     def serves(self, device: torch.device) -> bool:
         return not self.device_types or device.type in self.device_types
 
+    def problem_on(self, device: torch.device) -> str | None:
+        return self.problem() or self.misfit(device)
+
     def device_problem(self) -> str | None:
-        """`problem`, or a missing device, which the choice for a tensor need not check."""
+        """`problem_on` the current device, or a missing device, which the choice for a tensor need not check."""
         problem = self.problem()
-        if problem is None and self.device_types == ("cuda",) and not torch.cuda.is_available():
+        if problem is not None or self.device_types != ("cuda",):
+            return problem
+        if not torch.cuda.is_available():
             return "torch finds no CUDA device: torch.cuda.is_available() is False"
-        return problem
+        return self.misfit(torch.device("cuda", torch.cuda.current_device()))
 
 
 def operators_in(namespace: str) -> Operators:
@@ -76,9 +84,36 @@ def _cuda_problem() -> str | None:
     return extension.problem
 
 
+def _cuda_misfit(device: torch.device) -> str | None:
+    """Why none of the code that nvcc made runs on this GPU. Computed once for each; initialises CUDA."""
+    return _misfit(device)
+
+
+_cuda_misfit._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see cupy.problem
+
+
+@functools.cache
+def _misfit(device: torch.device) -> str | None:
+    info = extension.build_info
+    if info is None or info.cuda is None or not torch.cuda.is_available():  # fake tensors need no GPU
+        return None
+    capability = torch.cuda.get_device_capability(device)
+    if info.code_for(capability) is not None:
+        return None
+    asked = "{}.{}".format(*capability)
+    return (
+        f"the extension has no kernels for {torch.cuda.get_device_name(device)}, of compute capability {asked}: it was "
+        f"built by {info.cuda}. To build it with TORCH_CUDA_ARCH_LIST={asked} in the environment: {extension.remedy()}"
+    )
+
+
+BEST = "; None, the default, is the best for the device of x_seq"  # suffix of an error for an unknown name
+
 # In order of preference.
 BACKENDS: dict[str, Backend] = {
-    "cuda": Backend(("cuda",), operators_in("asgl_cuda"), _cuda_problem, direct_operators(extension.module)),
+    "cuda": Backend(
+        ("cuda",), operators_in("asgl_cuda"), _cuda_problem, direct_operators(extension.module), _cuda_misfit
+    ),
     "cupy": Backend(("cuda",), operators_in(cupy.NAMESPACE), cupy.problem, direct_operators(cupy.FUNCTIONS)),
     "cpu": Backend(("cpu",), operators_in("asgl_cuda"), lambda: extension.problem, direct_operators(extension.module)),
     "reference": Backend((), None, lambda: None),
@@ -103,8 +138,8 @@ def backend_of(operator: Any) -> str:
 
 
 _warned: set[str] = set()
-# Best fused backend by device type, and the table it was chosen from.
-_best: dict[str, tuple[str, tuple[Backend, ...]]] = {}
+# Best fused backend by device, and the table it was chosen from.
+_best: dict[torch.device, tuple[str, tuple[Backend, ...]]] = {}
 
 
 def available_backends() -> tuple[str, ...]:
@@ -138,25 +173,26 @@ def choose_backend(name: str | None, device: torch.device, caller: str) -> str:
     """
     if name is not None:
         if not isinstance(name, str) or name not in BACKENDS:
-            check_name("backend", name, BACKENDS, caller)
+            check_name("backend", name, BACKENDS, caller, otherwise=BEST)
         backend = BACKENDS[name]
         problem = backend.problem()
-        if problem is not None:
-            raise RuntimeError(f"{caller}: backend {name!r} is not available: {problem}")
-        if not backend.serves(device):
+        if problem is None and not backend.serves(device):
             raise ValueError(
                 f"{caller}: backend {name!r} needs x_seq on {' or '.join(backend.device_types)}, got {device}"
             )
+        problem = problem or backend.misfit(device)
+        if problem is not None:
+            raise RuntimeError(f"{caller}: backend {name!r} is not available: {problem}")
         return name
     compiling = torch.compiler.is_compiling()
-    if not compiling and device.type in _best:
-        found, table = _best[device.type]
+    if not compiling and device in _best:
+        found, table = _best[device]
         if table == tuple(BACKENDS.values()):
             return found
     for candidate, backend in BACKENDS.items():
-        if backend.serves(device) and backend.problem() is None:
+        if backend.serves(device) and backend.problem_on(device) is None:
             if backend.operators is not None and not compiling:
-                _best[device.type] = candidate, tuple(BACKENDS.values())
+                _best[device] = candidate, tuple(BACKENDS.values())
             if candidate == "reference" and device.type != "meta":  # computes nothing
                 _warn_about_reference(device)
             return candidate
@@ -171,7 +207,7 @@ def _warn_about_reference(device: torch.device) -> None:
     problems = [
         f"{name}: {problem}"
         for name, backend in BACKENDS.items()
-        if backend.serves(device) and (problem := backend.problem()) is not None
+        if backend.serves(device) and (problem := backend.problem_on(device)) is not None
     ]
     why = "; ".join(problems) if problems else f"no fused backend serves {device.type}"
     message = f"asgl_cuda: using the slow reference backend on {device.type}: {why}"

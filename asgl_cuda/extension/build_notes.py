@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import re
 import zlib
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -29,6 +30,18 @@ class BuildInfo(NamedTuple):
     sources: str  # digest_of_build at the time
     size: int
     checksum: int
+
+    def code_for(self, capability: tuple[int, int]) -> str | None:
+        """The code for a GPU of this compute capability, such as sm_86 or compute_80; None if there is none.
+
+        A cubin runs on GPUs of the same major version and no lower minor one. The driver compiles PTX for later GPUs.
+        """
+        wanted = 10 * capability[0] + capability[1]
+        names = re.findall(r"\b(sm|compute)_(\d+)", self.cuda or "")
+        built = {kind: [int(number) for each, number in names if each == kind] for kind in ("sm", "compute")}
+        cubins = [number for number in built["sm"] if number // 10 == capability[0] and number <= wanted]
+        ptx = [number for number in built["compute"] if number <= wanted]
+        return f"sm_{max(cubins)}" if cubins else f"compute_{max(ptx)}" if ptx else None
 
 
 def minor_version(torch_version: str) -> str:

@@ -43,8 +43,8 @@ CPU_SOURCES = (
     "cpu/normalisation.cpp", "cpu/recurrent.cpp", "ops/bindings.cpp",
 )  # fmt: skip
 NVCC_FLAGS = ["-O3", "-std=c++17", "--fmad=false"]
-# Measured: 746 MB a thread of nvcc; g++ 760 to 840 for the CPU kernels, and once 1,840, for ops/bindings.cpp.
-COMPILER_BYTES = 1000 * 2**20
+# Measured: 746 MB a thread of nvcc; g++ 760 to 840 for the CPU kernels, and 2,100 to 2,200 for ops/bindings.cpp alone.
+COMPILER_BYTES, LARGEST_COMPILER_BYTES = 1000 * 2**20, 2200 * 2**20
 
 
 class Toolkit(NamedTuple):
@@ -72,16 +72,20 @@ def wheel_homes(major: str) -> list[Path]:
     return [Path(folder) / f"cu{major}" for folder in (package and package.submodule_search_locations) or ()]
 
 
+def named_home() -> tuple[str, Path] | None:
+    """The variable that names a toolkit, and its folder."""
+    return next(((name, Path(home)) for name in ("CUDA_HOME", "CUDA_PATH") if (home := os.environ.get(name))), None)
+
+
 def toolkit_homes(major: str) -> list[Path]:
-    """Where a toolkit may be, best first."""
-    if named := os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH"):
-        return [Path(named)]
+    """Where a toolkit may be, best first. A named one may be of another version, so that others follow."""
+    named = named_home()
     homes = [DEFAULT_TOOLKIT, *wheel_homes(major)]
     if nvcc := shutil.which("nvcc"):
         # It may be a wrapper script; the compiler behind it knows its own place.
         top = re.search(r"^#\$ TOP=(.+)$", output_of(nvcc, "--dryrun", "any.cu"), re.MULTILINE)
         homes = [*([Path(top[1].strip()).resolve()] if top else []), Path(nvcc).parent.parent, *homes]
-    return homes
+    return [*([named[1]] if named else []), *homes]
 
 
 def read_toolkit(home: Path) -> Toolkit | None:
@@ -127,7 +131,11 @@ def choose_toolkit(wanted: str | None) -> tuple[Toolkit | None, str]:
     else:
         found = find_toolkit(torch.version.cuda)
     if isinstance(found, Toolkit):
-        return found, f"torch {torch.__version__} is a build for CUDA {torch.version.cuda}, toolkit in {found.home}"
+        reason = f"torch {torch.__version__} is a build for CUDA {torch.version.cuda}, toolkit in {found.home}"
+        if (named := named_home()) and named[1].resolve() != found.home:
+            variable, home = named
+            reason += f", since {variable}={home} has no toolkit of CUDA {found.version.split('.')[0]}"
+        return found, reason
     if wanted == "cuda":
         raise SystemExit(f"asgl_cuda: ASGL_CUDA_BUILD is cuda, but {found}")
     return None, found
@@ -177,7 +185,8 @@ def jobs() -> int:
         (free,) = re.findall(r"^MemAvailable: +(\d+) kB$", Path("/proc/meminfo").read_text(), re.MULTILINE)
     except (OSError, ValueError):
         return os.cpu_count() or 1
-    return max(1, min(os.cpu_count() or 1, int(free) * 1024 // COMPILER_BYTES))
+    beside_largest = (int(free) * 1024 - LARGEST_COMPILER_BYTES) // COMPILER_BYTES
+    return max(1, min(os.cpu_count() or 1, 1 + beside_largest))
 
 
 def wanted_build() -> str | None:
@@ -255,13 +264,15 @@ def require_compiler() -> None:
 def builder(planned: Plan, package: Path) -> type[cpp_extension.BuildExtension]:
     """The command build_ext; `package` is where it builds in place."""
     kernels = f"the CPU and CUDA kernels ({planned.cuda})" if planned.cuda else "only the CPU kernels"
+    # On two cores g++ takes five; nvcc 60 to 100 seconds for one architecture, three to six minutes for six.
+    minutes = 5 + (1 + len(re.findall(r"\bsm_", planned.cuda)) if planned.cuda else 0)
 
     class Build(cpp_extension.BuildExtension):
         """Shows its progress, and notes what the extension was built for."""
 
         def run(self) -> None:
             require_compiler()
-            say(f"compiling {kernels}, {os.environ['MAX_JOBS']} files at a time: on two cores five minutes")
+            say(f"compiling {kernels}, {os.environ['MAX_JOBS']} files at a time: on two cores {minutes} minutes")
             compiled = threading.Event()
             earlier = {path: path.stat().st_mtime_ns for path in Path(self.build_temp).rglob("*.o")}
             threading.Thread(target=self.watch, args=(compiled, earlier), daemon=True).start()

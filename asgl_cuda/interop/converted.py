@@ -94,6 +94,9 @@ _MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
+FEEDBACK = ("feedback", "rec_connect", "recurrent")  # through which spikes return, in `read_from`: why not, or None
+
+
 class Basis:
     """What a layer was converted from, compared at each call: the values of `read_from`, and those of its function.
 
@@ -142,6 +145,8 @@ class Basis:
         for name, value in values.items():
             old = self.copies.get(name, before[name])
             if not (value is old or _alike(value, old)):
+                if old is None and name in FEEDBACK:  # a sentence of `lacking`
+                    return str(value)
                 now, was = _in_words(value), _in_words(old)
                 return f"its {name} is {now}, and was {was}" if now != was else f"its {name} is another {now}"
         if not torch.compiler.is_compiling():

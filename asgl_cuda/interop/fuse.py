@@ -67,6 +67,9 @@ def fuse(model: nn.Module, *example: Any, inplace: bool = False) -> tuple[nn.Mod
     convert(model, inplace=True)
     converted = [each for each in model.modules() if isinstance(each, Converted) and each not in before]
     report = Report([], [])
+    for path, each in model.named_modules():
+        if isinstance(each, Fused):
+            report.left.append(Left(path, bare_class(each).__name__, "neurons compute it since an earlier fuse"))
     norms = [
         (path, each)
         for path, each in model.named_modules()

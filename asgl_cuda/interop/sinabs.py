@@ -175,6 +175,7 @@ class ConvertedRecurrent(Recurrent, ConvertedLayer):
         return {**super().read_from(), "record_states": self.record_states, "rec_connect": feedback}
 
     def _steps(self, input_data: Tensor) -> Tensor:
+        self.check()  # before the weight of rec_connect is read
         batch, steps, *trailing = input_data.shape
         if not self.is_state_initialised() or not self.state_has_shape((batch, *trailing)):
             self.init_state_with_shape((batch, *trailing))

@@ -186,6 +186,7 @@ class ConvertedContainer(Recurrent):
         return self.multi_step_forward(x.unsqueeze(0)).squeeze(0)
 
     def multi_step_forward(self, x_seq: Tensor) -> Tensor:
+        self.check()  # before weights are read
         linear, node = _parts(self)
         if hasattr(self, "rc"):
             of_x, weight = self.rc.weight.tensor_split([self.rc.out_features], 1)

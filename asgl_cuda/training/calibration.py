@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils import _pytree
 
-from ..checks import read_number
+from ..checks import read_number, shown
 from ..interop import convert, unfuse
 from ..interop.convert import Left, copied
 from ..interop.converted import bare_class
@@ -96,7 +96,9 @@ def calibrate(model: nn.Module, x_seq: Any, rate: float = 0.2) -> Calibration:
         model = model.get_submodule("module" if is_shared else "_orig_mod")
     with torch.inference_mode(False), torch.enable_grad(), torch.compiler.set_stance("force_eager"):
         trial = _Trial(model, x_seq if isinstance(x_seq, tuple) else (x_seq,), rate, group)
-        before = trial.prepare()
+        with _naming_x_seq(x_seq):
+            before = trial.run()
+        trial.prepare(before)
         for _ in range(len(before) + _MORE_RUNS):
             scaled = trial.scaled
             after = trial.run()
@@ -114,6 +116,25 @@ def calibrate(model: nn.Module, x_seq: Any, rate: float = 0.2) -> Calibration:
     return Calibration(
         layers, [Left(name, bare_class(layer).__name__, "not run by this input") for layer, name in others.items()]
     )
+
+
+@contextmanager
+def _naming_x_seq(x_seq: Any) -> Iterator[None]:
+    """Errors of the model's first call say what it was called with."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        if first.startswith("asgl_cuda."):
+            raise
+        hint = "; of a batch (x, y) take x alone" if isinstance(x_seq, (list, tuple)) else ""
+        got = shown(x_seq) if isinstance(x_seq, Tensor) else f"a {type(x_seq).__name__}"
+        raise ValueError(
+            f"{_CALLER}: x_seq must be what the model takes, a tuple for several arguments, got {got}, with "
+            f"which the model raises {type(error).__name__}: {first}{hint}"
+        ) from error
 
 
 class _Site:
@@ -184,16 +205,14 @@ class _Trial:
         sites = [site for site in self._sites.values() if site.calls]
         return {site: self._rate_of(site, [call[-1] for call in site.calls]) for site in sites}
 
-    def prepare(self) -> dict[_Site, float]:
-        """The rates before; another run is for the biases."""
-        before = self.run()
+    def prepare(self, before: dict[_Site, float]) -> None:
+        """Another run, after a first one, is for the biases."""
         for site in before:
             self._scale(site, 0.0)
         self.run()
         for site in before:
             self._scale(site, 1.0)
             site.biases = [x for _, x, *_ in site.calls]
-        return before
 
     def _look(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Records a call of neurons. The last one sets the weight, unless earlier ones preceded others' new weights."""

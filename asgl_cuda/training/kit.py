@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..checks import shown
 from ..interop.convert import libraries
 from ..interop.converted import bare_class
 from ..interop.fuse import Fused, overlay
@@ -178,7 +179,7 @@ def convert_sync_batchnorm(model: nn.Module, process_group: Any = None) -> nn.Mo
     ):
         raise TypeError(
             f"{caller}: process_group must be a process group that this process is in, or None for all processes, "
-            f"got {process_group!r}"
+            f"got {shown(process_group)}"
         )
     kinds = [kind for library in libraries() for kind in getattr(library, "NORMALISATIONS", ())]
     fused = [path for path, module in model.named_modules() if isinstance(module, Fused)]

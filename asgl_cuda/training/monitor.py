@@ -10,14 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from ..batch_norm import sharing
-from ..layer import some_asgl_layers
+from ..layer import NeuronLayer, some_asgl_layers
 from ..layout import channel_dim
-from ..neuron import LIF, BatchNormLIF, Neurons
+from ..neuron import LIF, BatchNormLIF, Neurons, unknown_options
 from ..recurrent import RecurrentLIF
 from ..reference import batch_statistics
 from ..surrogate import SURROGATES
 from ..transforms import transforming
 
+_CALLER = "asgl_cuda.Monitor"
 # In the order of tables.
 _QUANTITIES = ("width", "firing_rate", "analog_share", "inside", "smoothing_error", "dead", "saturated")
 
@@ -25,6 +26,13 @@ _QUANTITIES = ("width", "firing_rate", "analog_share", "inside", "smoothing_erro
 _MANY = 0.5  # of the neurons dead, or saturated; of the channels constant
 _RARE = 0.05  # a rate below which larger weights help where most neurons are dead
 _FEW_INSIDE = 0.01  # of the potentials inside the window
+
+# The options of layers with which it knows what fires, and what is emitted where.
+_KNOWN = {
+    "v_rest", "input_gain", "v_reset", "reset_amount", "v_min", "strict_threshold", "scale_output", "levels",
+    "multi_spike", "surrogate_gain", "detach_reset", "delay", "stateful", "store_v_seq", "time_dim", "backend",
+    "eps", "momentum", "input_scale", "affine", "track_running_stats",
+}  # fmt: skip
 
 _LITTLE = 0.01  # of eps: with less variance a channel is normalised to less than a tenth around its bias
 
@@ -121,8 +129,8 @@ def _remedy(norm: Any, size: str, threshold: str) -> str:
     return own if _uses_batch(norm) else f"running statistics of such inputs, by batches in training mode; or {own}"
 
 
-def _problem(values: Mapping[str, float], layer: Any, norm: Any) -> str | None:
-    """The problem of a layer with these quantities, and a remedy."""
+def _problem(values: Mapping[str, float], layer: Any, norm: Any, diverged: bool) -> str | None:
+    """The problem of a layer with these quantities, and a remedy; `diverged`: the model has a NaN weight."""
     rate, inside, dead = values.get("firing_rate"), values.get("inside", 1.0), values.get("dead", 0.0)
     if rate is None:
         return None
@@ -133,7 +141,15 @@ def _problem(values: Mapping[str, float], layer: Any, norm: Any) -> str | None:
             "over time, or asgl_cuda.LIF, without a normalisation"
         )
     if math.isnan(values["width"]) or math.isnan(values.get("smoothing_error", 0.0)):
-        return "its potentials or its width are NaN: a smaller learning rate, or clipped gradients"
+        if diverged:
+            return (
+                "its potentials or its width are NaN, as is a weight of the model: a smaller learning rate, clipped "
+                "gradients, or data without NaN"
+            )
+        return (
+            "its potentials are NaN, and no weight of the model is: look for NaN or infinity in the data, in float16 "
+            "for currents beyond 65504"
+        )
     seen, helps = [], _remedy(norm, "differently scaled", "different")
     if rate == 0 or dead > _MANY:
         seen.append("no neuron ever fired" if rate == 0 else f"{dead:.0%} of the neurons never fired (dead)")
@@ -183,13 +199,15 @@ class Monitor:
             model(x_seq)
         print(monitor)
 
-    Raises ValueError for a model without ASGL layers, TypeError where it is no module.
+    Raises ValueError for a model without ASGL layers, and at the start for one with an option that Monitor does not
+    know, TypeError where it is no module.
 
     Source: Wang, Jiang, Lian, Yan, Tang: Adaptive Smoothing Gradient Learning for Spiking Neural Networks, ICML 2023.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._layers = some_asgl_layers(model, "asgl_cuda.Monitor")
+        self._layers = some_asgl_layers(model, _CALLER)
+        self._model = model
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         # Input, states and random state before a call.
         self._before: dict[nn.Module, tuple[Tensor, dict[str, Any], dict[str, Any], Tensor | None]] = {}
@@ -201,7 +219,16 @@ class Monitor:
         self._tallies = {layer: _Tally() for layer in self._layers.values()}
 
     def start(self) -> None:
-        """Starts watching, adding to earlier counts; no effect if already started."""
+        """Starts watching, adding to earlier counts; no effect if already started.
+
+        Raises ValueError where a layer has an option that Monitor does not know.
+        """
+        for name, layer in self._layers.items():
+            if isinstance(layer, NeuronLayer) and (options := unknown_options(layer, _KNOWN)):
+                raise ValueError(
+                    f"{_CALLER}: {name or 'the model'} ({type(layer).__name__}) has {options}, with which Monitor does "
+                    "not know what fires"
+                )
         for layer in () if self._handles else self._layers.values():
             self._handles += [
                 layer.register_forward_pre_hook(self._look_before, with_kwargs=True),
@@ -271,8 +298,10 @@ class Monitor:
         found = self.result()
         if all("firing_rate" not in values for values in found.values()):
             return ["nothing was seen: no call of the model inside `with monitor:` that is not compiled or transformed"]
+        weights = [each for each in self._model.parameters() if each.is_floating_point() and not each.is_meta]
+        diverged = any(bool(each.isnan().any()) for each in weights)
         problems = {
-            name: _problem(values, self._layers[name], self._norms.get(self._layers[name]))
+            name: _problem(values, self._layers[name], self._norms.get(self._layers[name]), diverged)
             for name, values in found.items()
         }
         return [f"{name or '(the model)'}: {problem}" for name, problem in problems.items() if problem is not None]

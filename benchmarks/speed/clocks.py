@@ -89,23 +89,27 @@ class CpuClock:
 
 
 class GpuClock:
-    """CpuClock for a GPU, over several calls in a row, all queued before the first starts."""
+    """CpuClock for a GPU, over several calls in a row.
+
+    All are queued before the first starts, which hides the host's time; not `queued`, it counts where the host binds.
+    """
 
     CYCLES_A_SECOND = 2e9  # an estimate: the wait need only be long enough
     LONGEST = 0.02  # seconds of the calls in a row, and of the wait
 
-    def __init__(self, row: Row, part: str, inputs: list[Sample]) -> None:
+    def __init__(self, row: Row, part: str, inputs: list[Sample], queued: bool = True) -> None:
         outs = [row.forward(sample) if part == "backward" else None for sample in inputs]
         self._row, self._part, self._inputs, self._next = row, part, list(zip(inputs, outs, strict=True)), 0
         self._run(1)  # compiles, loads
         torch.cuda.synchronize()
         started = time.perf_counter()
         self._run(1)
-        queued = time.perf_counter()
+        launched = time.perf_counter()
         torch.cuda.synchronize()
         done = time.perf_counter()
         self._count = max(1, min(MOST_SAMPLES, int(self.LONGEST / (done - started))))
-        self._wait = int(min(2 * self._count * (queued - started), self.LONGEST) * self.CYCLES_A_SECOND)
+        seconds = min(2 * self._count * (launched - started), self.LONGEST)
+        self._wait = int(seconds * self.CYCLES_A_SECOND) if queued else 0
 
     def _run(self, count: int) -> None:
         for _ in range(count):
@@ -114,7 +118,8 @@ class GpuClock:
 
     def seconds(self) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(self._wait)
+        if self._wait:
+            torch.cuda._sleep(self._wait)
         start.record()
         self._run(self._count)
         end.record()
@@ -122,8 +127,10 @@ class GpuClock:
         return start.elapsed_time(end) / 1e3 / self._count
 
 
-def clock_of(row: Row, part: str, inputs: list[Sample]) -> Callable[[], float]:
-    return (GpuClock if inputs[0].x.device.type == "cuda" else CpuClock)(row, part, inputs).seconds
+def clock_of(row: Row, part: str, inputs: list[Sample], queued: bool = True) -> Callable[[], float]:
+    if inputs[0].x.device.type == "cuda":
+        return GpuClock(row, part, inputs, queued).seconds
+    return CpuClock(row, part, inputs).seconds
 
 
 class Times(NamedTuple):

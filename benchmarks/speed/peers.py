@@ -225,9 +225,20 @@ def installed_peers(kind: str, *arguments: Tensor) -> dict[str, Peer]:
     return found
 
 
+def spikingjelly_implementation(device: torch.device) -> str | None:
+    """The implementation of LIF that SpikingJelly has chosen for the device: cuda, triton or torch; None before 2.0."""
+    try:
+        from spikingjelly.activation_based.functional import neuron_implementation
+    except ImportError:
+        return None
+    return str(neuron_implementation("lif", device)["implementation"])
+
+
 def introduced(device: torch.device, words: str) -> dict[str, Any]:
     """Machine, software and peers of a measurement; printed with these words, and what is missing."""
     about = {**machine(device), "peers": list(installed_peers("LIF", torch.zeros((), device=device)))}
+    if device.type == "cuda":  # on a CPU there is one
+        about["spikingjelly_implementation"] = spikingjelly_implementation(device)
     print(f"{in_words(about)}; {words}")
     missing = [name for name in PEERS["LIF"] if not any(peer.startswith(name) for peer in about["peers"])]
     if missing:

@@ -7,7 +7,8 @@ where all neurons spike; a loop in PyTorch, and with its step compiled; the laye
 multiply the input with a weight, too, stand beside ours behind a product of the whole sequence.
 
 The spikes of all are compared with ours first. All rows take turns within each repeat; the median is
-reported. Gradients are those of input and weights.
+reported. Gradients are those of input and weights. On a GPU the time includes the host's, which starts kernels at each
+step and may bind.
 """
 
 from __future__ import annotations
@@ -132,7 +133,7 @@ def measure(size: Size, device: torch.device, repeats: int) -> dict[str, Any]:
     with torch.no_grad():
         s_seq = layer(sample.x, weights(size.neurons, device)[0])
     found = list(rows_of(size, device, s_seq))
-    times = in_turns({row.name: clock_of(row, "both", [sample]) for row in found}, repeats)
+    times = in_turns({row.name: clock_of(row, "both", [sample], queued=False) for row in found}, repeats)
     layers = [row for row in found if row.name != PRODUCTS]
     return {
         **size._asdict(),
@@ -148,7 +149,8 @@ def measurements(report: dict[str, Any], device: torch.device, repeats: int) -> 
     """Every size with each number of threads; the spikes of the loop and of each peer are ours."""
     check_peers(device)
     report["sizes"] = []
-    for threads, size in itertools.product(THREADS, SIZES):
+    of_device = THREADS if device.type == "cpu" else (torch.get_num_threads(),)
+    for threads, size in itertools.product(of_device, SIZES):
         torch.set_num_threads(threads)
         report["sizes"].append(measure(size, device, repeats))
         yield f"{size}, {threads} threads"

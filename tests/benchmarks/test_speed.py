@@ -26,8 +26,8 @@ from asgl_cuda import OverTime
 from benchmarks import readme
 from benchmarks.common import in_words
 from benchmarks.speed import __main__ as program
-from benchmarks.speed import convert, end_to_end, host, memory, microbench, networks, peers, recurrent, sizes
-from benchmarks.speed.clocks import allocated_bytes
+from benchmarks.speed import clocks, convert, end_to_end, host, memory, microbench, networks, peers, recurrent, sizes
+from benchmarks.speed.clocks import Row, Sample, allocated_bytes
 from benchmarks.speed.end_to_end import FUSED_BLOCK, Variant, training_of
 from benchmarks.speed.microbench import COPY, FLOOR, LOOP, PAIR, PLAIN, REFERENCE, YARDSTICKS
 from benchmarks.speed.networks import Network, Training
@@ -260,6 +260,33 @@ def test_bytes_of_block_yardsticks(dtype, residual):
             moved[row.name] = traffic.bytes / block.bytes
     assert block.accesses == (11 if residual else 9)
     assert moved == {FLOOR: pytest.approx(block.accesses, abs=0.01), COPY: 4}
+
+
+def test_the_implementation_that_spikingjelly_chose(monkeypatch, capsys):
+    """Is part of a report from a GPU: on a machine without nvcc it may be another one."""
+    from spikingjelly._ops import lif
+
+    monkeypatch.setattr(lif._selection, "diagnostics", lambda device, execution: {"implementation": "triton"})
+    monkeypatch.setattr(peers, "machine", lambda device: {"gpu": "a card", "torch": "2.13"})
+    monkeypatch.setattr(peers, "installed_peers", lambda *_: {})
+    monkeypatch.setattr(torch, "zeros", lambda *_, **__: None)
+    assert peers.introduced(torch.device("cuda"), "medians")["spikingjelly_implementation"] == "triton"
+
+
+@pytest.mark.parametrize("queued", [True, False])
+def test_a_gpus_time_with_and_without_the_hosts(monkeypatch, queued):
+    """Behind a wait the host runs ahead; without, its time counts where it binds."""
+    done = []
+    event = type("Event", (), {"__init__": lambda self, **_: None, "synchronize": lambda self: None})
+    event.record, event.elapsed_time = lambda self: done.append("event"), lambda self, end: 6.0
+    for name, value in {"synchronize": lambda: None, "Event": event, "_sleep": lambda _: done.append("wait")}.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    row = Row("a call", lambda sample: done.append("call"), lambda sample, out: None)
+    clock = clocks.GpuClock(row, "both", [Sample(torch.ones(2), None, None)], queued)
+    calls = clock._count
+    done.clear()
+    assert clock.seconds() == pytest.approx(6e-3 / calls)
+    assert done == [*["wait"] * queued, "event", *["call"] * calls, "event"]
 
 
 # ---- recurrent rows ----

@@ -210,8 +210,15 @@ REFUSED = {
     "a hook of a connection": (
         lambda: sinabs_recurrent(3.0), lambda layer: layer.rec_connect.register_forward_hook(print), "with hooks",
     ),
+    "another connection of sinabs": (
+        lambda: sinabs_recurrent(3.0), given(rec_connect=nn.Identity()),
+        "spikes return through a Identity; a Linear can be converted; ",
+    ),
     "recorded": (lambda: sinabs_recurrent(3.0), given(record_states=True), "record_states is True"),
     "another node": (lambda: container(), given(sub_module=neuron.QIFNode()), "sub_module is QIFNode"),
+    "another connection of a container": (
+        lambda: container(), given(rc=nn.Identity()), "spikes return through a Identity; a Linear can be converted; ",
+    ),
     "potentials": (lambda: container(), given("sub_module", store_v_seq=True), "store_v_seq is True"),
     "another function": (
         lambda: ElementWise(neuron.IFNode(), torch.add, step_mode="m"), given(element_wise_function=torch.mul),

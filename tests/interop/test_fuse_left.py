@@ -341,6 +341,18 @@ def test_normalisations():
         asgl_cuda.fuse(network(), x_seq)[0].bn(x_seq)
 
 
+def test_what_is_fused_already():
+    """Is not fused again, and the report says so."""
+    x_seq = torch.rand(3, 2, 4)
+    joined, _ = asgl_cuda.fuse(nn.Sequential(OverTime(nn.BatchNorm1d(4)), asgl_cuda.LIF()), x_seq)
+    for example in ((), (x_seq,)):
+        again, report = asgl_cuda.fuse(joined, *example)
+        assert [(row.path, row.reason) for row in report.left] == [
+            ("0.layer", "neurons compute it since an earlier fuse")
+        ]
+        assert isinstance(again[0].layer, Fused)
+
+
 def test_hooks():
     """Forward hooks see the value; backward hooks would see no gradient."""
 

@@ -14,7 +14,7 @@ from torch import nn
 
 import asgl_cuda
 from asgl_cuda import LIF, BatchNormLIF, LeakyIntegrator
-from asgl_cuda.interop.nir import from_nir, to_nir
+from asgl_cuda.interop.nir import from_nir, to_nir, write
 from asgl_cuda.over_time import OverTime
 
 # ---- models that come back ----
@@ -305,6 +305,26 @@ def test_every_option_of_the_layer_is_written():
     node = to_nir(LeakyIntegrator(), torch.rand(2, 3, 4)).nodes["_0"]
     options = set(LeakyIntegrator.__init__.__kwdefaults__) - not_of_the_neuron - {"delay"}
     assert set(node.metadata["asgl_cuda"]["options"]) == options
+
+
+@pytest.mark.parametrize("kind", [LIF, LeakyIntegrator])
+def test_an_option_that_is_not_known_is_refused(monkeypatch, kind):
+    """Where it is in use: a reader would not know of it."""
+    model = nn.Sequential(nn.Linear(3, 3), kind())
+    monkeypatch.setitem(kind._options, "refractory", None)
+    to_nir(model, torch.rand(2, 1, 3))
+    model[1].refractory = 2
+    with pytest.raises(
+        ValueError, match=rf"1 \({kind.__name__}\): has refractory=2, which can't be represented in NIR"
+    ):
+        to_nir(model, torch.rand(2, 1, 3))
+
+
+def test_an_option_of_a_converted_layer_that_is_not_known_is_refused(monkeypatch):
+    neuron = pytest.importorskip("spikingjelly.activation_based.neuron")
+    monkeypatch.setattr(write, "_KNOWN_OF_CALLS", write._KNOWN_OF_CALLS - {"decay"})
+    with pytest.raises(ValueError, match=r"0 \(LIFNode\): has decay, which can't be represented in NIR"):
+        to_nir(nn.Sequential(neuron.LIFNode(step_mode="m")), torch.rand(2, 1, 3))
 
 
 def test_time_in_the_second_dimension_is_first_afterwards():

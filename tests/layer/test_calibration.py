@@ -306,6 +306,22 @@ def test_arguments(x_seq):
         ((model, x_seq, "0.2"), TypeError, "rate must be a float"),
         ((1, x_seq), TypeError, r"model must be a torch\.nn\.Module, got int"),
         ((nn.Linear(16, 4), x_seq), ValueError, "model must have an ASGL layer, got a Linear without"),
+        (
+            (model, [(x_seq, 1)]),
+            ValueError,
+            r"x_seq must be what .*, got a list, with which .* TypeError: .*take x alone",
+        ),
+        (
+            (model, (x_seq, 1)),
+            ValueError,
+            r"x_seq must be .*, got a tuple, with which .* TypeError: .*; of a batch \(x, y",
+        ),
+        ((model, "x"), ValueError, r"x_seq must be .*, got a str, with which the model raises TypeError: .*[^e]$"),
+        (
+            (model, x_seq[..., :3]),
+            ValueError,
+            r"x_seq must .*, got a tensor of shape \[4, 32, 3\], .* RuntimeError: mat1 ",
+        ),
         ((model, x_seq[:, :0]), ValueError, "1: x_seq must have samples, got an empty output"),
     ):
         with pytest.raises(error, match=rf"asgl_cuda\.calibrate: {message}"):

@@ -43,6 +43,7 @@ NUMBER_LIKE = {
     "a tensor with a dimension": lambda value: torch.tensor([value], dtype=torch.float64),
     "a number of numpy": numpy.float64,
     "an array": lambda value: numpy.array(value),
+    "an array with a dimension": lambda value: numpy.array([value]),
     "a fraction": Fraction,
     "a Parameter that is frozen": lambda value: nn.Parameter(torch.tensor(value).double(), requires_grad=False),
 }
@@ -347,6 +348,18 @@ CHANNEL, NEURON = {"granularity": "channel"}, {"granularity": "neuron"}
         (BatchNormLIF(8), (4, 8), "the second but time, got shape [4, 8] with time_dim 0; is time missing?"),
         (LIF(time_dim=1), (4,), "got 1; is time missing?"),
         (LIF(time_dim=-3), (4, 5), "got -3; is time missing?"),
+        (LIF((4, 8), **NEURON, learn_width=False), (4, 8), "[T, B, 4, 8] with the neurons last; got [4, 8]; is time m"
+         "issing?"),
+        (LeakyIntegrator(8, **NEURON), (8,), "[T, B, 8] with the neurons last; got [8]; is time missing?"),
+        (LeakyIntegrator(8, **CHANNEL), (4, 8), "[T, B, C, ...] with C = 8; got [4, 8]; is time missing?"),
+        (AdaptiveLIF(8, **CHANNEL, learn_width=False), (4, 8), "with C = 8; got [4, 8]; is time missing?"),
+        (LIF(8, **CHANNEL, levels=2, v_reset=None), (4, 8, 5), "C = 8; got [4, 8, 5]; is time missing?"),
+        (BatchNormLIF((8, 8, 8), **NEURON), (4, 8, 8, 8), "[T, B, 8, 8, 8] with the neurons last; got [4, 8, 8, 8]; is"
+         " time missing?"),
+        (BatchNormLIF(8, affine=False, track_running_stats=False), (4, 8, 6, 6), "must have 8 channels: expected [T, "
+         "B, C, ...] with C = 8; got [4, 8, 6, 6]; is time missing?"),
+        (RecurrentLIF(3), (2, 3), "must have shape [T, B, N], or [B, T, N] with time_dim=1, got [2, 3] with time_dim=0;"
+         " is time missing?"),
         (LIF(), [[1.0]], "x_seq must be a tensor, got list"),
         (LIF(3, **CHANNEL), [[1.0]], "x_seq must be a tensor, got list"),
         (LIF(), torch.tensor(1.0), "x_seq must have at least one dimension"),
@@ -372,6 +385,20 @@ def test_inputs_that_do_not_fit(layer, given, words):
     assert ("is time missing?" in str(caught.value)) == ("is time missing?" in words)
 
 
+@pytest.mark.parametrize("kind", LAYERS)
+def test_an_error_names_the_layer(kind):
+    features = {} if kind in ("BatchNormLIF", "RecurrentLIF") else {"num_features": 3}
+    by_neuron = LAYERS[kind](**features, **NEURON)
+    for layer, given in (
+        (LAYERS[kind](), [[1.0]]),
+        (LAYERS[kind](), None),
+        (by_neuron, [[1.0]]),
+        (by_neuron, X.bool()),
+    ):
+        with pytest.raises(TypeError, match=rf"^asgl_cuda\.{kind}: x_seq must be (a tensor|float16)"):
+            layer(given)
+
+
 # ---- names ----
 
 BY_GAIN = "divides the input by tau, as input_gain=0.5 does"
@@ -387,6 +414,18 @@ BY_GAIN = "divides the input by tau, as input_gain=0.5 does"
         (lambda: asgl_cuda.lif(X, surrogate="sigmoyd"), "did you mean sigmoid\\?"),
         (lambda: LIF(3, granularity="chanel"), "did you mean channel\\?"),
         (lambda: LIF(backend="CPU"), "did you mean cpu\\?"),
+        (lambda: LIF(backend="gpu"), "got 'gpu'; None, the default, is the best for the device of x_seq"),
+        (
+            lambda: asgl_cuda.lif(X, backend="torch"),
+            "got 'torch'; None, the default, is the best for the device of x_seq",
+        ),
+        (lambda: RecurrentLIF(64, input_size=3), "'input_size'; the input has hidden_size values, which .* makes"),
+        (lambda: RecurrentLIF(64, num_layers=3), "'num_layers'; several layers are several RecurrentLIF in .*"),
+        (lambda: LIF(alpha=2.0), "snnTorch's alpha is the decay of a LeakyIntegrator .* alpha is width=1 / alpha"),
+        (lambda: LIF(alpha=0.5), "snnTorch's alpha=0.5 is the decay of .*"),
+        (lambda: LIF(beta=torch.nan), "snnTorch's beta is decay"),
+        (lambda: LIF(beta=20), "snnTorch's beta is decay"),
+        (lambda: LIF(size=3), "'size'"),
         (lambda: asgl_cuda.lif(X, backend="referense"), "did you mean reference\\?"),
         (lambda: asgl_cuda.convert(nn.Identity(), backend="cdua"), "did you mean cuda\\?"),
         (lambda: BatchNormLIF(3, v_treshold=1.0), "BatchNormLIF.*'v_treshold'; did you mean v_threshold\\?"),
@@ -421,6 +460,29 @@ def test_names_of_another_spelling_or_library(call, words):
     with pytest.raises((TypeError, ValueError), match=rf"^asgl_cuda\..*{words}\??$") as caught:
         call()
     assert (caught.type is TypeError) == ("got an unexpected keyword argument" in str(caught.value))
+
+
+def test_the_size_of_the_input_is_no_argument():
+    with pytest.raises(
+        TypeError, match=r"asgl_cuda\.RecurrentLIF: takes hidden_size alone .* got \(64, 128\); .*Linear"
+    ):
+        RecurrentLIF(64, 128)
+
+
+def test_the_kind_of_a_weight_does_not_change():
+    layer = RecurrentLIF(3, recurrent="elementwise")
+    with pytest.raises(AttributeError, match=r"asgl_cuda\.RecurrentLIF: recurrent is the shape of the weight"):
+        layer.recurrent = "dense"
+    assert layer.recurrent == copy.deepcopy(layer).recurrent == "elementwise"
+
+
+@pytest.mark.parametrize("value", [numpy.ones(3), numpy.zeros(3), torch.ones(3)], ids=str)
+def test_an_adaptation_that_is_not_there_has_no_values(value):
+    words = "adapt_spike needs adapt_decay, got .* without an adaptation"
+    with pytest.raises(ValueError, match=rf"asgl_cuda\.RecurrentLIF: {words}"):
+        RecurrentLIF(3, adapt_spike=value)
+    with pytest.raises(ValueError, match=rf"asgl_cuda\.recurrent_lif: {words}"):
+        asgl_cuda.recurrent_lif(X, torch.zeros(3, 3), adapt_spike=value)
 
 
 def test_names_of_other_libraries_are_the_same_functions():

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import asgl_cuda
-from asgl_cuda import LIF, Monitor
+from asgl_cuda import LIF, Monitor, neuron
 from asgl_cuda.surrogate import SURROGATES
 
 
@@ -166,7 +166,7 @@ WORDS = [
     (LIF(analog_prob=0.0, width=9.0), X * 0.01, ["no neuron ever fired. What helps: larger weights in front, which"]),
     (LIF(analog_prob=0.0), X.abs() * 100, ["% of the neurons fired at every step (saturated)", "smaller weights"]),
     (LIF(analog_prob=0.0, width=1e-6), X, ["no gradient passes", "differently scaled weights"]),
-    (LIF(analog_prob=0.0, surrogate="sigmoid"), X * math.nan, ["its potentials or its width are NaN"]),
+    (LIF(analog_prob=0.0, surrogate="sigmoid"), X * math.nan, ["its potentials are NaN, and no weight of the model "]),
     (exact(), half_dead(5), []),
     (exact(), half_dead(6), ["60% of the neurons never fired (dead). What helps: a normalisation in front"]),
     (LIF(levels=4, v_reset=None, analog_prob=0.0), -X.abs(), ["0.0% of the potentials are between 0 and levels"]),
@@ -187,7 +187,7 @@ def test_problems_in_words(layer, x_seq, expected):
     for line in found:
         assert line.startswith("0: ")
         assert all(part in line for part in expected), line
-        assert ("width" in line) == (any("width" in part for part in expected) or "abs(u)" in line or "NaN" in line)
+        assert ("width" in line) == (any("width" in part for part in expected) or "abs(u)" in line)
         assert str(monitor).splitlines()[-1] == line
         assert {*re.findall(r"asgl_cuda\.(\w+)", line)} <= {*asgl_cuda.__all__}
 
@@ -277,6 +277,40 @@ def test_advice_is_not_what_the_layer_is(make, training, affine, threshold, expe
         with monitor:
             model(inputs)
         assert not any("never" in each for each in monitor.problems())
+
+
+def test_nan_of_the_data_is_no_fault_of_the_learning_rate():
+    """Of a weight it is, in whatever layer, and of no other sign of it."""
+    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), LIF())
+    with Monitor(model) as monitor:
+        model(torch.full((4, 3), math.nan))
+    (problem,) = monitor.problems()
+    assert problem == (
+        "2: its potentials are NaN, and no weight of the model is: look for NaN or infinity in the data, in float16 "
+        "for currents beyond 65504"
+    )
+    nn.init.constant_(model[0].bias, math.nan)
+    (problem,) = monitor.problems()
+    assert problem.startswith(
+        "2: its potentials or its width are NaN, as is a weight of the model: a smaller learning "
+    )
+
+
+@pytest.mark.parametrize("kind", ["LIF", "BatchNormLIF", "AdaptiveLIF", "RecurrentLIF"])
+def test_an_option_that_monitor_does_not_know_is_refused(monkeypatch, kind):
+    """Where it is in use."""
+    layer = getattr(asgl_cuda, kind)(*[3] * (kind in ("BatchNormLIF", "RecurrentLIF")))
+    model = nn.Sequential(nn.Linear(3, 3), layer)
+    tables = [type(layer)._options, *[neuron._NORM_OPTIONS] * (kind == "BatchNormLIF")]
+    monkeypatch.setitem(tables[-1], "refractory", None)
+    with Monitor(model) as monitor:
+        model(torch.ones(2, 4, 3))
+    layer.refractory = 2
+    with pytest.raises(
+        ValueError, match=rf"^asgl_cuda\.Monitor: 1 \({kind}\) has refractory=2, with which Monitor does"
+    ):
+        monitor.start()
+    assert not layer._forward_hooks
 
 
 def test_start_stop_and_reset():

@@ -54,9 +54,16 @@ def make_toolkit(home: Path, version: str = "13.0", cudart: str = "lib64/libcuda
     return home
 
 
+@pytest.mark.parametrize("named", [None, "of another version", "that is gone"])
 @pytest.mark.parametrize("place", ["CUDA_HOME", "behind a wrapper", "wheels", "default"])
-def test_toolkit_that_is_found(build, monkeypatch, tmp_path, place):
-    """A named one before the default; nvcc on the PATH may be a script; a wheel's libcudart has a version."""
+def test_toolkit_that_is_found(build, monkeypatch, tmp_path, place, named):
+    """A named one before the default; nvcc on the PATH may be a script; a wheel's libcudart has a version.
+
+    A named one that does not serve hides none of the others.
+    """
+    if named is not None and place != "CUDA_HOME":
+        other = tmp_path / "named"
+        monkeypatch.setenv("CUDA_HOME", str(make_toolkit(other, version="12.9") if "version" in named else other))
     home, cudart = tmp_path / "toolkit", "lib64/libcudart.so"
     if place == "wheels":
         home, cudart = tmp_path / "site-packages/nvidia/cu13", "lib/libcudart.so.13"
@@ -74,6 +81,9 @@ def test_toolkit_that_is_found(build, monkeypatch, tmp_path, place):
     assert toolkit == (home, "13.0", home / "include", home / cudart)
     assert "13.2" in reason
     assert str(home) in reason
+    left = f", since CUDA_HOME={tmp_path / 'named'} has no toolkit of CUDA 13"
+    assert reason.endswith(left if "CUDA_HOME" in reason else str(home))
+    assert ("CUDA_HOME" in reason) == (named is not None and place != "CUDA_HOME")
 
 
 def without_cuda(monkeypatch, home):
@@ -96,6 +106,12 @@ NO_TOOLKIT = {
     "another version": (
         lambda patch, home: make_toolkit(home, version="12.9"),
         "toolkit of CUDA 13 with nvcc, cuda_runtime.h and libcudart, but {home} is CUDA 12.9", "needs a toolkit",
+    ),
+    "another version in CUDA_HOME": (
+        lambda patch, home: patch.setenv(
+            "CUDA_HOME", str(make_toolkit(make_toolkit(home, version="12.9") / "named", version="12.8"))
+        ),
+        "but {home}/named is CUDA 12.8; {home} is CUDA 12.9", "needs a toolkit",
     ),
     "torch without CUDA": (without_cuda, "is a build without CUDA", "but torch .* is a build without CUDA"),
     "torch for ROCm": (for_rocm, "is a build for ROCm", "but torch .* is a build for ROCm"),
@@ -171,8 +187,10 @@ def test_unknown_architectures(build, monkeypatch, asked):
         build.architectures(KNOWN)
 
 
-@pytest.mark.parametrize("cuda", [None, "CUDA 13.0, sm_90"])
-def test_notes_and_last_line(build, capsys, tmp_path, monkeypatch, cuda):
+@pytest.mark.parametrize(
+    ("cuda", "minutes"), [(None, 5), ("CUDA 13.0, sm_90", 7), ("CUDA 13.0, sm_75 sm_80 and PTX of compute_80", 8)]
+)
+def test_notes_and_last_line(build, capsys, tmp_path, monkeypatch, cuda, minutes):
     """And progress, on the terminal, of the files that are compiled now."""
     said: list[str] = []
     named = threading.Event()
@@ -206,7 +224,7 @@ def test_notes_and_last_line(build, capsys, tmp_path, monkeypatch, cuda):
     assert last.startswith("asgl_cuda: built ")
     assert (cuda or "only the CPU kernels") in last
     assert last.endswith(": a reason")
-    assert "3 files at a time" in said[0]
+    assert f"3 files at a time: on two cores {minutes} minutes" in said[0]
     assert said[1] == "1 of 2 files: neuron"
 
 
@@ -233,12 +251,10 @@ def test_compiler(build, monkeypatch, tmp_path):
 def test_number_of_jobs(build, monkeypatch, asked, jobs):
     monkeypatch.setenv("MAX_JOBS", asked)
     monkeypatch.setattr(os, "cpu_count", lambda: 7)
-    monkeypatch.setattr(Path, "read_text", lambda _: f"MemAvailable: {7 * build.COMPILER_BYTES // 1024} kB\n")
-    assert build.jobs() == (jobs or 7)
-    monkeypatch.setattr(Path, "read_text", lambda _: f"MemAvailable: {3.5 * build.COMPILER_BYTES // 1024:.0f} kB\n")
-    assert build.jobs() == (jobs or 3)
-    monkeypatch.setattr(Path, "read_text", lambda _: "MemAvailable: 1 kB\n")
-    assert build.jobs() == (jobs or 1)
+    for free, most in ((8.3, 7), (8.1, 6), (4, 2), (3.1, 1), (0.1, 1)):  # in GB: one file takes 2.2, others 1
+        kilobytes = int(free * 1000 * 1024)
+        monkeypatch.setattr(Path, "read_text", lambda _, size=kilobytes: f"MemAvailable: {size} kB\n")
+        assert build.jobs() == (jobs or most)
 
 
 @pytest.mark.parametrize(("jobs", "threads"), [(2, 1), (7, 1), (19, 4)])

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import asgl_cuda
+import asgl_cuda.__main__ as command
 from asgl_cuda import backends, extension
 from asgl_cuda.extension import build_notes
 
@@ -141,3 +142,87 @@ def test_extension_without_cuda(monkeypatch, cuda, problem):
     info = build_notes.BuildInfo(HERE, None, "there is no toolkit", "0123", 1, 1)
     monkeypatch.setattr(extension, "build_info", info)
     assert backends.BACKENDS["cuda"].problem() == problem + extension.remedy()
+
+
+# ---- the GPU ----
+
+
+def built_for(cuda: str | None) -> build_notes.BuildInfo:
+    return build_notes.BuildInfo(HERE, cuda, "a reason", "0123", 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("cuda", "capability", "code"),
+    [
+        ("CUDA 13.0, sm_75 sm_80 sm_86 sm_90 and PTX of compute_80", (8, 9), "sm_86"),
+        ("CUDA 13.0, sm_75 sm_80 sm_86 sm_90 and PTX of compute_80", (8, 0), "sm_80"),
+        ("CUDA 13.0, sm_75 sm_80 sm_86 sm_90 and PTX of compute_80", (12, 0), "compute_80"),
+        ("CUDA 13.0, sm_75 sm_80 sm_86 sm_90 and PTX of compute_80", (7, 0), None),
+        ("CUDA 13.0, sm_75 and PTX of compute_75", (7, 0), None),
+        ("CUDA 13.0, sm_75 and PTX of compute_75", (8, 0), "compute_75"),
+        ("CUDA 13.0, sm_86", (8, 0), None),
+        ("CUDA 13.0, sm_90", (10, 0), None),
+        ("CUDA 13.0, sm_100", (10, 3), "sm_100"),
+        ("CUDA 13.0, sm_120", (10, 3), None),
+        (None, (9, 0), None),
+    ],
+)
+def test_code_that_a_gpu_runs(cuda, capability, code):
+    """Cubins within a major version, upwards; PTX on all later GPUs."""
+    assert built_for(cuda).code_for(capability) == code
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """A V100, which is the current device, and an L40 beside it, for an extension of sm_80."""
+    capabilities = {0: (7, 0), 1: (8, 9)}
+    monkeypatch.setattr(extension, "build_info", built_for("CUDA 12.4, sm_80"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capabilities[device.index])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: ("Tesla V100", "L40")[device.index])
+    monkeypatch.setitem(backends.BACKENDS, "cuda", backends.BACKENDS["cuda"]._replace(problem=lambda: None))
+    for each in (backends._misfit.cache_clear, backends._best.clear):
+        each()
+    yield [torch.device("cuda", index) for index in capabilities]
+    for each in (backends._misfit.cache_clear, backends._best.clear):
+        each()
+
+
+@pytest.mark.parametrize(("cupy", "best"), [(None, "cupy"), ("not installed", "reference")])
+@pytest.mark.filterwarnings("ignore:asgl_cuda. using the slow reference")
+def test_a_gpu_without_code_in_the_extension(gpus, monkeypatch, capsys, cupy, best):
+    """Another backend serves it, an error has the remedy, and `info` as well; the other GPU is served."""
+    monkeypatch.setitem(backends.BACKENDS, "cupy", backends.BACKENDS["cupy"]._replace(problem=lambda: cupy))
+    problem = (
+        "the extension has no kernels for Tesla V100, of compute capability 7.0: it was built by CUDA 12.4, sm_80. "
+        f"To build it with TORCH_CUDA_ARCH_LIST=7.0 in the environment: {extension.remedy()}"
+    )
+    for _ in range(2):  # the second is remembered
+        assert [backends.choose_backend(None, each, "here") for each in gpus] == [best, "cuda"]
+    assert backends.choose_backend("cuda", gpus[1], "here") == "cuda"
+    with pytest.raises(RuntimeError) as raised:
+        backends.choose_backend("cuda", gpus[0], "here")
+    assert str(raised.value) == f"here: backend 'cuda' is not available: {problem}"
+    assert backends.unavailable_backends()["cuda"] == problem
+    monkeypatch.setattr("sys.argv", ["asgl_cuda", "info"])
+    command.main()
+    out = capsys.readouterr().out
+    assert f"  cuda       {problem}\n" in out
+    assert f"default on a GPU: {best}\n" in out
+
+
+def test_the_gpu_is_asked_about_under_torch_compile(monkeypatch):
+    """That is not traced, and does not break the graph."""
+
+    def misfit(device):
+        torch._dynamo.graph_break()
+        return f"no kernels for {device}"
+
+    monkeypatch.setattr(backends, "_misfit", misfit)
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def function(x):
+        return x + len(backends.BACKENDS["cuda"].misfit(torch.device("cuda", 1)) or "")
+
+    assert function(torch.zeros(())) == len("no kernels for cuda:1")

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import asgl_cuda
-from asgl_cuda import LIF, AdaptiveLIF, AnalogProbSchedule, BatchNormLIF, LeakyIntegrator, OverTime
+from asgl_cuda import LIF, AdaptiveLIF, AnalogProbSchedule, BatchNormLIF, LeakyIntegrator, OverTime, RecurrentLIF
 from asgl_cuda.call import NeuronArguments
 
 
@@ -49,14 +49,14 @@ def names(function, *others):
     return [name for name in (*given, *others) if name != "self"]
 
 
-def set_on(make):
+def set_on(make, x_seq=X):
     """A call that sets attributes of a layer, and calls it if they could be set."""
 
     def call(**values):
         layer = make()
         for name, value in values.items():
             setattr(layer, name, value)
-        layer(X)
+        layer(x_seq)
 
     return call
 
@@ -90,6 +90,14 @@ CALLS = {
         asgl_cuda.adaptive_lif, names(asgl_cuda.adaptive_lif, "v_init", "v_reset", "width"),
         {"x_seq": X, "adapt_decay": 0.9},
     ),
+    "recurrent_lif": (
+        asgl_cuda.recurrent_lif, names(asgl_cuda.recurrent_lif, *NeuronArguments.__annotations__),
+        {"x_seq": X[0], "weight": torch.zeros(3, 3)},
+    ),
+    "recurrent_lif with all": (
+        asgl_cuda.recurrent_lif, names(asgl_cuda.recurrent_lif, "width", "v_init", "v_reset"),
+        {"x_seq": X[0], "weight": torch.zeros(3, 3), "syn_decay": 0.5, "adapt_decay": 0.9},
+    ),
     "unroll_levels": (asgl_cuda.unroll_levels, names(asgl_cuda.unroll_levels), {"s_seq": X, "levels": 2}),
     "LIF": (LIF, names(LIF.__init__), {}),
     "LIF that learns": (LIF, names(LIF.__init__), {"learn_decay": True, "learn_threshold": True}),
@@ -105,6 +113,17 @@ CALLS = {
     "AdaptiveLIF": (AdaptiveLIF, names(AdaptiveLIF.__init__, "decay", "stateful"), {}),
     "AdaptiveLIF called": (AdaptiveLIF(), ["x_seq", "residual"], {"x_seq": X}),
     "AdaptiveLIF carries": (set_on(lambda: AdaptiveLIF(stateful=True)), ["v", "w"], {}),
+    "RecurrentLIF": (
+        RecurrentLIF, names(RecurrentLIF.__init__, *names(LIF.__init__)[1:]), {"hidden_size": 3},
+    ),
+    "RecurrentLIF that learns": (
+        RecurrentLIF, names(RecurrentLIF.__init__, "width", "granularity"),
+        {"hidden_size": 3, "syn_decay": 0.5, "learn_syn_decay": True, "adapt_decay": 0.9, "learn_adaptation": True},
+    ),
+    "RecurrentLIF called": (RecurrentLIF(3), ["x_seq", "residual"], {"x_seq": X[0]}),
+    "RecurrentLIF carries": (
+        set_on(lambda: RecurrentLIF(3, syn_decay=0.5, adapt_decay=0.9, stateful=True), X[0]), ["v", "s", "i", "w"], {},
+    ),
     "OverTime": (OverTime, ["layer"], {}),
     "OverTime called": (OverTime(nn.Identity()), ["x_seq"], {}),
     "AnalogProbSchedule": (AnalogProbSchedule, ["model"], {"prob_at": lambda start, epoch: start}),
@@ -120,6 +139,13 @@ CALLS = {
     "spiking_eval": (lambda model: asgl_cuda.spiking_eval(model).__enter__(), ["model"], {}),
     "step": (asgl_cuda.step, ["model", "x_t"], {"model": LIF(), "x_t": X[0]}),
     "step called": (LIF().step, ["x_t"], {}),
+    "detach": (asgl_cuda.detach, ["model"], {}),
+    "convert_sync_batchnorm": (
+        asgl_cuda.convert_sync_batchnorm, names(asgl_cuda.convert_sync_batchnorm), {"model": LIF()},
+    ),
+    "calibrate": (
+        asgl_cuda.calibrate, names(asgl_cuda.calibrate), {"model": network()[:2], "x_seq": torch.rand(8, 16, 3)},
+    ),
     "reset": (asgl_cuda.reset, ["model"], {}),
     "asgl_layers": (asgl_cuda.asgl_layers, ["model"], {}),
     "Monitor": (asgl_cuda.Monitor, ["model"], {}),

@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from asgl_cuda import extension
 from asgl_cuda.backends import launcher
+from asgl_cuda.extension import build_notes
 from benchmarks.speed.sizes import Block, Size, description
-from tools.gpu_check import bars, check, kernel_times, prepare, small_calls, steps
+from tools.gpu_check import bars, check, kernel_times, layers, prepare, small_calls, steps
 from tools.gpu_check.check import Findings, Outcome
 from tools.gpu_check.steps import Machine, Step
 
@@ -48,8 +50,22 @@ def main(monkeypatch):
 
 
 def test_steps_fit_into_the_time():
-    found = steps.steps(Machine("cuda", ("cuda", "cupy"), "/bin/ncu", sanitizer=True, workers=8))
+    build, *found = steps.steps(Machine("cuda", ("cuda", "cupy"), "/bin/ncu", sanitizer=True, workers=8))
+    assert build.name == steps.BUILD
     assert sum(step.seconds for step in found) <= check.WHOLE
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_the_build_takes_no_time_from_the_steps(main, monkeypatch, tmp_path, ends):
+    ran = []
+
+    def run_all(todo, whole, log, note, variables):
+        ran.append(([step.name for step in todo], whole))
+        return ends
+
+    monkeypatch.setattr(check, "run_all", run_all)
+    main(tmp_path, "--dry-run", "--only", steps.BUILD, "check", "layers")
+    assert ran == [(["extension"], steps.BUILD_SECONDS), (["check", "layers"], 10 * check.WHOLE)][: 1 + ends]
 
 
 def bash(name, text, seconds=60.0, *words, **options):
@@ -94,6 +110,29 @@ def test_extension_is_built_once(monkeypatch, capsys):
     assert capsys.readouterr().out == "it is not; building it\n"
 
 
+@pytest.mark.parametrize(
+    ("cuda", "architecture", "words"),
+    [
+        ("CUDA 13.0, sm_80 sm_86", "8.9", None),
+        ("CUDA 13.0, sm_90", "9.0", None),
+        ("CUDA 13.0, sm_80 sm_86 and PTX of compute_80", "9.0", "has no cubin for 9.0"),
+        ("CUDA 13.0, sm_89", "8.6", "has no cubin for 8.6"),
+        (None, "9.0", "was built without CUDA"),
+    ],
+)
+def test_architectures_that_serve_the_gpu(monkeypatch, cuda, architecture, words):
+    """An sm_86 serves a GPU of 8.9; PTX would be compiled while the steps are timed."""
+    monkeypatch.setattr(extension, "build_info", build_notes.BuildInfo("2.13", cuda, "a reason", "0123", 1, 1))
+    monkeypatch.setattr(extension, "module", object())
+    monkeypatch.setattr(sys, "argv", ["-c", "cuda", architecture])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    if words is None:
+        exec(prepare.PROBE, {})
+        return
+    with pytest.raises(SystemExit, match=words):
+        exec(prepare.PROBE, {})
+
+
 # ---- findings ----
 
 
@@ -111,8 +150,10 @@ def test_second_run_continues_a_killed_one(tmp_path):
     assert done == [False, True, False, False]
     second.note(outcome("kernels", machine={"gpu": "a card"}))
     assert second.about == {"gpu": "a card"}
+    second.note(outcome("counters", note="nobody may count"))
     assert second.failed() == ["gpu-tests"]
-    assert second.summary().endswith("gpu-check: 1 of 3 failed")
+    assert "passed; nobody may count\n" in second.summary()
+    assert second.summary().endswith("gpu-check: 1 of 4 failed")
 
 
 @pytest.mark.parametrize(
@@ -162,6 +203,7 @@ def test_dry_run(tmp_path):
     assert {kernel["kernel"] for kernel in kernels} < of_layers == set(kernel_times.STAND_INS)
     assert all(kernel["share_of_copy"] > 0 for kernel in kernels)
     assert results["layers"]["layers"][0]["launches"] == 2
+    assert all(each["peak_bytes"] > 0 for each in (*results["layers"]["layers"], *results["kernels"]["calls"]))
     assert found["bars"] == []
 
 
@@ -172,6 +214,20 @@ def test_calls_for_the_sanitizer(monkeypatch, capsys):
     assert last == "done"
     assert len(lines) == 5 * len({line.partition(":")[0] for line in lines}), "each call with each input"
     assert not re.search(r"\b(nan|inf)\b", "\n".join(lines))
+
+
+def test_layers_of_every_kind(monkeypatch, capsys, tmp_path):
+    """Their time, launches and peaks, on the CPU."""
+    result = tmp_path / "result.json"
+    monkeypatch.setattr(sys, "argv", ["layers", "--device", "cpu", "--json", str(result)])
+    monkeypatch.setattr(layers, "CALLS", {"cpu": 1})
+    monkeypatch.setattr(layers, "REPEATS", 1)
+    assert layers.main() == 0
+    found = {each["layer"]: each for each in json.loads(result.read_text())["layers"] if each["backend"] == "cpu"}
+    assert {"AdaptiveLIF", "LIF, levels", "RecurrentLIF", "RecurrentLIF, synapse and adaptation"} < set(found)
+    assert found["RecurrentLIF"]["launched"] == {f"asgl_cuda::recurrent_{part}": 1 for part in ("forward", "backward")}
+    for each in found.values():
+        assert each["peak_bytes"] >= 2 * 4 * torch.Size(each["shape"]).numel(), "spikes and the input's gradient"
 
 
 # ---- kernels ----
@@ -187,6 +243,27 @@ def test_every_kernel_is_named_and_counted():
         assert "<" not in kernel_times.kind_of(f"void {kernel}(asgl::Params)")[1], "unknown to kind_of of cuda_code.py"
     command = kernel_times.ncu_command("ncu", Path("log"))
     assert command[command.index("--kernel-name") + 1] == f"regex:{kernel_times.OUR_KERNELS}"
+
+
+FORBIDDEN = "==ERROR== ERR_NVGPUCTRPERM - The user does not have permission to access NVIDIA GPU Performance Counters"
+
+
+@pytest.mark.parametrize(
+    ("said", "status"), [(FORBIDDEN, 0), ("==ERROR== Failed to prepare kernel for profiling", "counted nothing")]
+)
+def test_missing_counters(monkeypatch, tmp_path, said, status):
+    """Without the permission to count, a note; else a failure."""
+    result, ncu = tmp_path / "result.json", tmp_path / "ncu"
+    ncu.write_text(f"#!/bin/sh\necho '{said}' > $3\nexit 1\n")
+    ncu.chmod(0o755)
+    monkeypatch.setattr(sys, "argv", ["kernel_times", "--device", "cpu", "--ncu", str(ncu), "--json", str(result)])
+    if status:
+        with pytest.raises(SystemExit, match=status):
+            kernel_times.main()
+        assert not result.exists()
+        return
+    assert kernel_times.main() == 0
+    assert "ERR_NVGPUCTRPERM" in json.loads(result.read_text())["note"]
 
 
 def test_share_of_a_copy():
@@ -205,7 +282,9 @@ def test_share_of_a_copy():
         "kernel": "moments, 4 columns, float32", "count": 1, "microseconds": 2.0, "bytes": 16384, "gb_a_second": 8.192,
         "share_of_copy": 2.048,
     }  # fmt: skip
-    assert "205%" in kernel_times.table({"case": "a block", "row": "ours", "kernels": [found]})
+    measured = {"case": "a block", "row": "ours", "bytes": 4096, "peak_bytes": 10240, "kernels": [found]}
+    assert "205%" in kernel_times.table(measured)
+    assert "2.50 times" in kernel_times.table(measured)
 
 
 # ---- bars ----

@@ -4,10 +4,11 @@ The kernels by nvcc and, where CuPy is installed, by NVRTC, in under ten minutes
 torch, numpy and pytest, and no network; to build the extension (or in advance: `python3 -m tools.gpu_check.prepare`)
 setuptools, ninja, nvcc and a C++ compiler.
 
-The most important steps come first (steps.py). Each has a time limit, and passes unused time on to the next; a step
-that fails stops no other. OUT gets log.txt, all output, and gpu_check.json, rewritten as each step ends. A second run
-skips the steps that the first completed. The verdicts are printed last. The exit status is 0 if everything passed; a
-dry run has no bars, and ten times the time.
+The extension is built first, which does not count against the ten minutes. The most important steps come first
+(steps.py). Each has a time limit, and passes unused time on to the next; a step that fails stops no other. OUT gets
+log.txt, all output, and gpu_check.json, rewritten as each step ends. A second run skips the steps that the first
+completed. The verdicts are printed last. The exit status is 0 if everything passed; a dry run has no bars, and ten
+times the time.
 """
 
 from __future__ import annotations
@@ -31,12 +32,11 @@ from typing import Any, NamedTuple, TextIO
 
 from benchmarks import ROOT
 
-from .steps import RESULT, SECONDS, Machine, Step, environment, steps
+from .steps import BUILD, BUILD_SECONDS, RESULT, SECONDS, Machine, Step, environment, steps
 
 WHOLE = 570.0  # seconds
 GRACE = 8.0  # from SIGINT to SIGKILL
 INTERRUPTED = "interrupted"
-ALWAYS = "extension"  # in every run
 
 
 class Outcome(NamedTuple):
@@ -129,8 +129,11 @@ def run_all(
     log: TextIO,
     note: Callable[[Outcome], None],
     variables: dict[str, str],
-) -> None:
-    """Runs the steps until interrupted; each may take the time left, less the time of later steps."""
+) -> bool:
+    """Runs the steps until interrupted; each may take the time left, less the time of later steps.
+
+    Returns whether all have ended.
+    """
     end = time.monotonic() + whole
     for number, step in enumerate(todo):
         limit = end - time.monotonic() - sum(later.seconds for later in todo[number + 1 :])
@@ -140,7 +143,8 @@ def run_all(
             outcome = run(step, limit, log, variables)
             note(outcome)
             if outcome.ended.startswith(INTERRUPTED):
-                return
+                return False
+    return True
 
 
 def last_of_pytest(lines: list[str]) -> str | None:
@@ -186,7 +190,7 @@ class Findings:
         return None
 
     def is_done(self, name: str) -> bool:
-        return name != ALWAYS and name in self.outcomes and self.outcomes[name].complete
+        return name != BUILD and name in self.outcomes and self.outcomes[name].complete
 
     def note(self, outcome: Outcome) -> None:
         self.outcomes[outcome.name] = outcome
@@ -219,7 +223,9 @@ class Findings:
         outcomes = list(self.outcomes.values())
         lines = [line for outcome in outcomes for line in outcome.failures][:20]
         lines += [f"{outcome.name}: {outcome.tests}" for outcome in outcomes if outcome.tests]
-        lines += [f"{outcome.name:<72}{outcome.seconds:>8.0f} s  {outcome.ended}" for outcome in outcomes]
+        for outcome in outcomes:
+            note = f"; {outcome.result['note']}" if "note" in outcome.result else ""
+            lines.append(f"{outcome.name:<72}{outcome.seconds:>8.0f} s  {outcome.ended}{note}")
         bars = self.bars()
         if bars:
             lines.append(f"{'':<62}{'goal':>16}{'measured':>10}")
@@ -319,13 +325,16 @@ def main() -> int:
     wanted = [step for step in todo if step.name in (arguments.only or names)]
     slower = 10 if arguments.dry_run else 1  # on few cores that others use
     todo = [step for step in wanted if arguments.again or not findings.is_done(step.name)]
-    todo = [step._replace(seconds=slower * step.seconds) for step in todo]
+    builds = [step for step in todo if step.name == BUILD]
+    todo = [step._replace(seconds=slower * step.seconds) for step in todo if step.name != BUILD]
     # Children inherit an ignored SIGINT from a background shell; SIGTERM must end the current step, too.
     signal.signal(signal.SIGINT, interrupt)
     signal.signal(signal.SIGTERM, interrupt)
     started = time.monotonic()
     with (out / "log.txt").open("a") as log:
-        run_all(todo, slower * WHOLE, log, findings.note, environment(machine.device))
+        variables = environment(machine.device)
+        if run_all(builds, BUILD_SECONDS, log, findings.note, variables):
+            run_all(todo, slower * WHOLE, log, findings.note, variables)
         gpu = findings.about.get("gpu", "no GPU")
         text = f"{gpu}, {time.monotonic() - started:.0f} s in all\n{findings.summary()}"
         log.write(text + "\n")

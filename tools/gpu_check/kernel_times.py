@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from torch.profiler import ProfilerActivity, profile
 from asgl_cuda.layout import CHECKPOINT_STEPS
 from benchmarks import ROOT
 from benchmarks.common import device_of, in_time, parser_of, write_json
-from benchmarks.speed.clocks import Row, Sample, clock_of, in_turns, silence
+from benchmarks.speed.clocks import Row, Sample, allocated_bytes, clock_of, in_turns, silence
 from benchmarks.speed.microbench import rows_of
 from benchmarks.speed.sizes import Block, Size, description, samples, sweep
 
@@ -49,7 +50,10 @@ STAND_INS = {
     "asgl_cuda::batch_norm_backward": "input gradient",
     "asgl_cuda::integrator_forward": "integrator forward",
     "asgl_cuda::integrator_backward": "integrator backward",
+    "asgl_cuda::recurrent_forward": "recurrent forward",
+    "asgl_cuda::recurrent_backward": "recurrent backward",
 }
+FORBIDDEN = "ERR_NVGPUCTRPERM"  # how Nsight Compute says that only administrators may count
 # For Nsight Compute, whether or not it leaves out the namespace.
 OUR_KERNELS = "^(asgl::)?(lif|adaptive|integrator|gradient_sum|batch)_"
 # Metrics of Nsight Compute, with name and scale of the value in the results.
@@ -127,8 +131,10 @@ def measure(size: Size | Block, device: torch.device, bandwidth: float) -> list[
             row.call("both", sample)
         turns = [inputs[i % len(inputs)] for i in range(max(ROUNDS, len(inputs)))]
         seen = launches(lambda row=row, turns=turns: [row.call("both", sample) for sample in turns], device)
+        peak, _ = allocated_bytes(partial(row.call, "both", inputs[0]), device)
         kernels = [entry(name, times, len(turns), size, bandwidth) for name, times in seen.items()]
-        found.append({"case": str(size), **description(size), "row": row.name, "kernels": kernels})
+        about = {"case": str(size), **description(size), "row": row.name, "bytes": size.bytes, "peak_bytes": peak}
+        found.append({**about, "kernels": kernels})
     return found
 
 
@@ -146,7 +152,11 @@ def entry(name: str, times: list[float], rounds: int, size: Size | Block, bandwi
 
 def table(measured: dict[str, Any]) -> str:
     """The measurements of one call as text."""
-    lines = [f"{measured['case']}: {measured['row']}", f"  {'':<64}{'count':>6}{'µs':>10}{'GB/s':>8}{'of copy':>9}"]
+    peak = f", at most {measured['peak_bytes'] / measured['bytes']:.2f} times the bytes of x allocated"
+    lines = [
+        f"{measured['case']}: {measured['row']}{peak}",
+        f"  {'':<64}{'count':>6}{'µs':>10}{'GB/s':>8}{'of copy':>9}",
+    ]
     for kernel in measured["kernels"]:
         line = f"  {kernel['kernel'][:64]:<64}{kernel['count']:>6g}{kernel['microseconds']:>10.1f}"
         known = f"{kernel['gb_a_second']:>8.0f}{kernel['share_of_copy']:>9.0%}" if "bytes" in kernel else ""
@@ -198,7 +208,10 @@ def counters(lines: Iterable[str]) -> list[dict[str, Any]]:
 
 
 def counted_by(ncu: str) -> list[dict[str, Any]]:
-    """The counters of every launch, in order, as far as they were written before a failure."""
+    """The counters of every launch, in order, as far as they were written before a failure.
+
+    Raises PermissionError where this user may not count.
+    """
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "ncu.csv"
         try:
@@ -210,6 +223,8 @@ def counted_by(ncu: str) -> list[dict[str, Any]]:
         if not line.startswith('"'):
             print(line)
     found = counters(text)
+    if not found and any(FORBIDDEN in line for line in text):
+        raise PermissionError(f"counters need a permission that this user lacks ({FORBIDDEN})")
     if not found:
         raise SystemExit(f"kernel_times: {ncu} counted nothing, status {status}")
     return found
@@ -227,7 +242,12 @@ def main() -> int:
         profiled_once(device)
         return 0
     if arguments.ncu:
-        found = counted_by(arguments.ncu)
+        try:
+            found = counted_by(arguments.ncu)
+        except PermissionError as error:
+            print(error)
+            write_json(arguments.json, {"counters": [], "note": str(error)})
+            return 0
         print("\n".join(json.dumps(each) for each in found))
         write_json(arguments.json, {"counters": found})
         return 0

@@ -1,4 +1,4 @@
-"""A training step of one layer on a tiny input, bound by the host: its time, and the kernels that it launches.
+"""A training step of one layer on a tiny input, bound by the host: its time, kernels and peak of memory.
 
 Forward and backward in eager mode; replayed from a CUDA graph; and under torch.compile with mode="reduce-overhead",
 which captures such graphs itself.
@@ -17,11 +17,13 @@ from torch.utils.benchmark import Timer
 
 import asgl_cuda
 from benchmarks.common import device_of, fused_backends, parser_of, write_json
+from benchmarks.speed.clocks import allocated_bytes
 from benchmarks.speed.microbench import ANALOG_PROB
 
 from .kernel_times import kind_of, launches
 
 SHAPE = (4, 8, 16, 4, 4)  # [T, B, C, H, W]
+RECURRENT_SHAPE = (50, 16, 64)  # [T, B, N]
 RESIDUAL = "BatchNormLIF, residual"
 EAGER, GRAPH, COMPILED = "eager", "CUDA graph", "reduce-overhead"
 CALLS = {"cuda": 500, "cpu": 20}
@@ -36,16 +38,27 @@ def layers(device: torch.device, backend: str) -> dict[str, nn.Module]:
         "LIF by channel, learned width, decay, threshold": learns_all.to(device),
         "BatchNormLIF": asgl_cuda.BatchNormLIF(SHAPE[2], **options).to(device),
         RESIDUAL: asgl_cuda.BatchNormLIF(SHAPE[2], **options).to(device),
+        "LIF, levels": asgl_cuda.LIF(levels=4, v_reset=None, learn_threshold=True, **options).to(device),
+        "AdaptiveLIF": asgl_cuda.AdaptiveLIF(learn_adaptation=True, **options).to(device),
+        "RecurrentLIF": asgl_cuda.RecurrentLIF(RECURRENT_SHAPE[2], **options).to(device),
+        "RecurrentLIF, synapse and adaptation": asgl_cuda.RecurrentLIF(
+            RECURRENT_SHAPE[2], syn_decay=0.8, learn_syn_decay=True, adapt_decay=0.9, **options
+        ).to(device),
         "LeakyIntegrator": asgl_cuda.LeakyIntegrator(learn_decay=True, backend=backend).to(device),
     }
+
+
+def shape_for(layer: nn.Module) -> tuple[int, ...]:
+    return RECURRENT_SHAPE if isinstance(layer, asgl_cuda.RecurrentLIF) else SHAPE
 
 
 def training_step(
     layer: nn.Module, device: torch.device, residual: bool = False, compiled: bool = False
 ) -> Callable[[], Any]:
     """A function that computes spikes, and gradients of the inputs and parameters."""
-    inputs = [torch.randn(SHAPE, device=device, requires_grad=True) for _ in range(1 + residual)]
-    grad = torch.randn(SHAPE, device=device)
+    shape = shape_for(layer)
+    inputs = [torch.randn(shape, device=device, requires_grad=True) for _ in range(1 + residual)]
+    grad = torch.randn(shape, device=device)
     leaves = (*inputs, *layer.parameters())
     function = torch.compile(layer, mode="reduce-overhead") if compiled else layer
 
@@ -100,7 +113,8 @@ def measure(step: Callable[[], Any], device: torch.device) -> dict[str, Any]:
     timer = Timer("step()", globals={"step": step}, num_threads=torch.get_num_threads())
     seconds = statistics.median(timer.timeit(CALLS[device.type]).mean for _ in range(REPEATS))
     launched = {kind_of(name)[1]: len(times) for name, times in launches(step, device).items()}
-    return {"microseconds": 1e6 * seconds, "launches": sum(launched.values()), "launched": launched}
+    found = {"microseconds": 1e6 * seconds, "launches": sum(launched.values()), "launched": launched}
+    return {**found, "peak_bytes": allocated_bytes(step, device)[0]}
 
 
 def main() -> int:
@@ -109,7 +123,7 @@ def main() -> int:
     parser.add_argument("--compiled", action="store_true", help="only under torch.compile, which takes a while")
     arguments = parser.parse_args()
     device = device_of(parser, arguments.device)
-    report: dict[str, Any] = {"shape": SHAPE, "layers": []}
+    report: dict[str, Any] = {"layers": []}
     for backend in fused_backends(device):
         for name, layer in layers(device, backend).items():
             for variant, step in variants(layer, device, name == RESIDUAL, arguments.compiled):
@@ -117,7 +131,8 @@ def main() -> int:
                 print(f"{backend}, {name}, {variant}: {found['microseconds']:.1f} µs, {found['launches']} launches")
                 for kernel, count in found["launched"].items():
                     print(f"  {count} {kernel[:100]}", flush=True)
-                report["layers"].append({"backend": backend, "layer": name, "variant": variant, **found})
+                about = {"backend": backend, "layer": name, "shape": shape_for(layer), "variant": variant}
+                report["layers"].append({**about, **found})
                 write_json(arguments.json, report)
     return 0
 

@@ -36,8 +36,8 @@ if extension.module is None:
     sys.exit(f"the extension is missing: {extension.problem}")
 if device == "cuda" and info.cuda is None:
     sys.exit(f"the extension was built without CUDA: {info.reason}")
-if device == "cuda" and architecture not in info.cuda.split():
-    sys.exit(f"the extension was built for {info.cuda}, and not for {architecture}")
+if device == "cuda" and not (info.code_for(tuple(map(int, architecture.split(".")))) or "").startswith("sm_"):
+    sys.exit(f"the extension was built for {info.cuda}, and has no cubin for {architecture}")
 if device == "cpu" or torch.cuda.is_available():
     lif(torch.ones(4, 64, device=device), backend=device).sum().item()
 """
@@ -45,9 +45,8 @@ if device == "cpu" or torch.cuda.is_available():
 
 def extension_problem(device: str, architecture: str) -> str | None:
     """Why the extension must be built; None where it works."""
-    name = f"sm_{architecture.replace('.', '')}"
     result = subprocess.run(
-        [sys.executable, "-c", PROBE, device, name], cwd=ROOT, capture_output=True, text=True, check=False
+        [sys.executable, "-c", PROBE, device, architecture], cwd=ROOT, capture_output=True, text=True, check=False
     )
     return None if result.returncode == 0 else (result.stderr.strip().splitlines() or ["it crashes"])[-1]
 

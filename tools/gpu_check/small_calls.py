@@ -58,6 +58,14 @@ def calls(x_seq: Tensor, backend: str) -> Iterator[tuple[str, Callable[[], Tenso
             name, lambda layer=layer, added=added: layer(x_seq, *added), [x_seq, *added, *layer.parameters()],
         )  # fmt: skip
         yield f"{name}, evaluation", lambda layer=layer, added=added: layer.eval()(x_seq, *added), [x_seq, *added]
+    threshold = parameter(channels, 1)
+    levels = {"levels": 4, "v_reset": None, "v_threshold": threshold, **common}
+    yield "levels", lambda: asgl_cuda.lif(x_seq, **levels), [x_seq, threshold]
+    for name, options in (("", {}), (", synapse and adaptation", {"syn_decay": 0.8, "adapt_decay": 0.9})):
+        recurrent = asgl_cuda.RecurrentLIF(length, **options, **common).to(x_seq.device, real)
+        yield (
+            f"RecurrentLIF{name}", lambda layer=recurrent: layer(x_seq[:, :, 0]), [x_seq, *recurrent.parameters()],
+        )  # fmt: skip
     adaptive = asgl_cuda.AdaptiveLIF(backend=backend).to(x_seq.device)
     yield "AdaptiveLIF", lambda: adaptive(x_seq), [x_seq, *adaptive.parameters()]
     integrator = asgl_cuda.LeakyIntegrator(learn_decay=True, backend=backend).to(x_seq.device)

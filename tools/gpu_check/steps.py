@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 from benchmarks import ROOT
 
+BUILD = "extension"  # the step before the others, in every run
+BUILD_SECONDS = 3600.0  # beside the time of the others: a compiler on few cores may take half an hour
 PREPARED = ROOT / "build" / "prepared"  # by prepare.py
 CUPY_CACHE = PREPARED / "cupy"
 # Placeholders in a command.
@@ -65,7 +67,7 @@ def not_everything(lines: list[str]) -> str | None:
 
 
 def steps(machine: Machine, python: str = sys.executable) -> list[Step]:
-    """At most nine and a half minutes in all; each step may use what the steps before it left."""
+    """The build, and steps of at most nine and a half minutes in all; each may use what those before it left."""
     device, on_gpu = machine.device, machine.device == "cuda"
     # A line for each test as it ends, and a traceback of a test that hangs: in the driver only SIGKILL ends it.
     pytest = [python, "-m", "pytest", "-vv", "-rfE", "--color=no", "-o", "faulthandler_timeout=45"]
@@ -87,7 +89,7 @@ def steps(machine: Machine, python: str = sys.executable) -> list[Step]:
         return measures(name, "benchmarks.speed.microbench", "--sweep", sweep, "--repeats", repeated, seconds=seconds)
 
     found = [
-        Step("extension", [python, "-m", "tools.gpu_check.prepare", "--device", device], 90, {}),
+        Step(BUILD, [python, "-m", "tools.gpu_check.prepare", "--device", device], BUILD_SECONDS, {}),
         tests("gpu-tests", "gpu and not sanitizer", 50, machine.backends),  # one process: some fill the memory
         measures("kernels", "tools.gpu_check.kernel_times", seconds=40),
     ]
@@ -99,8 +101,8 @@ def steps(machine: Machine, python: str = sys.executable) -> list[Step]:
     found += [tests(f"suite-{each}", "backend and not gpu", 65, (each,), machine.workers) for each in machine.backends]
     found += [
         Step("check", [python, "-m", "asgl_cuda", "check"], 10, {}),
-        measures("layers", "tools.gpu_check.layers", seconds=20, timed=False),
-        measures("layers-compiled", "tools.gpu_check.layers", "--compiled", seconds=25, timed=False),
+        measures("layers", "tools.gpu_check.layers", seconds=40, timed=False),
+        measures("layers-compiled", "tools.gpu_check.layers", "--compiled", seconds=60, timed=False),
         benchmark("compiled", "compiled", repeats=5, seconds=45),
     ]
     if machine.sanitizer:

@@ -14,7 +14,7 @@ from ...checks import check_bool, check_input
 from ...integrator import LeakyIntegrator
 from ...layer import NeuronLayer, check_module
 from ...layout import real_type
-from ...neuron import LIF, BatchNormLIF
+from ...neuron import LIF, BatchNormLIF, unknown_options
 from ...recurrent import RecurrentLIF
 from ...reference import normalisation
 from ..convert import LIBRARIES, convert, copied, libraries
@@ -27,6 +27,17 @@ if TYPE_CHECKING:
     import nir
 
 _CALLER = "asgl_cuda.to_nir"
+# The options of layers that nodes have, or that change no spike in evaluation.
+_KNOWN = {
+    "v_rest", "input_gain", "v_reset", "reset_amount", "v_min", "strict_threshold", "scale_output", "levels",
+    "multi_spike", "surrogate_gain", "detach_reset", "delay", "stateful", "store_v_seq", "time_dim", "backend",
+    "eps", "momentum", "input_scale", "affine", "track_running_stats",
+}  # fmt: skip
+_KNOWN_OF_CALLS = {  # of `lif`, by converted layers
+    "decay", "input_gain", "input_bias", "v_rest", "v_threshold", "v_reset", "reset_amount", "scale_output", "levels",
+    "v_min", "strict_threshold", "surrogate", "surrogate_gain", "width", "detach_reset", "analog_prob", "rng_state",
+    "generator", "v_init", "time_dim", "return_v_last", "return_v_seq", "return_h_seq", "backend", "multi_spike",
+}  # fmt: skip
 _SILENT = (  # in evaluation
     nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout,
 )  # fmt: skip
@@ -217,6 +228,8 @@ class _Writer(fx.Interpreter):
         return value.to(self.real).contiguous().numpy()
 
     def _neurons(self, layer: Any, flow: _Flow) -> dict[str, Any]:
+        if options := unknown_options(layer, _KNOWN):
+            raise ValueError(f"has {options}, which can't be represented in NIR")
         fires, numbers = isinstance(layer, LIF), cast("dict[str, Any]", units.numbers_of(layer, flow.shape))
         decay = numbers.pop("decay")
         if not ((decay >= 0) & (decay <= 1)).all():
@@ -250,6 +263,7 @@ class _Writer(fx.Interpreter):
             "a current, or no spikes": not layer.takes_input or not call,
             "several spikes a step": layer.multi_spike or call.get("levels") is not None,
             "a least potential": call.get("v_min") is not None,
+            ", ".join(sorted(call.keys() - _KNOWN_OF_CALLS)): not call.keys() <= _KNOWN_OF_CALLS,
         }
         if any(other.values()):
             got = " and ".join(name for name, there in other.items() if there)
