@@ -353,13 +353,6 @@ def batch_norm_lif(
         s_seq = asgl_cuda.lif(input_scale * y.unflatten(0, x_seq.shape[:2]), ...)
     """
     check_keywords(neuron, (*NeuronArguments.__annotations__, "input_scale"), _CALLER)
-    if (
-        isinstance(momentum, Tensor)
-        and momentum.is_floating_point()
-        and momentum.numel() == 1
-        and can_be_seen(momentum)
-    ):
-        check_finite("momentum", momentum.item(), _CALLER, "a float or a tensor")
     given: Arguments = {**LIF_DEFAULTS, **neuron}
     norm: _Normalisation = {
         "running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias, "count": None,
@@ -369,10 +362,18 @@ def batch_norm_lif(
     return _batch_norm_lif(tensor_of(x_seq, _CALLER), norm, given)
 
 
+def _check_value(momentum: Any) -> None:
+    """A finite one, of a tensor as well where reading it does not synchronise with a GPU."""
+    seen = isinstance(momentum, Tensor) and can_be_seen(momentum)
+    if seen and momentum.numel() == 1 and momentum.is_floating_point():
+        check_finite("momentum", momentum.item(), _CALLER, "a float or a tensor")
+
+
 def _batch_norm_lif(x_seq: Tensor, norm: _Normalisation, given: Arguments) -> Tensor | LIFOutput:
     """The same; may count the batch."""
     settings = _settings_of(_CALLER, x_seq, norm)
     training, momentum, count = norm["training"], norm["momentum"], norm["count"]
+    _check_value(momentum)
     running_mean, running_var = norm["running_mean"], norm["running_var"]
     group = sharing(norm["process_group"]) if training else None
     if group is not None:

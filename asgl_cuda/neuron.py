@@ -389,12 +389,15 @@ def unknown_options(layer: NeuronLayer, known: Collection[str]) -> str:
 
     For all that represents a layer elsewhere, and would be silently wrong with an option of which it knows nothing.
     """
+    names = {*layer._options, *(_NORM_OPTIONS if isinstance(layer, BatchNormLIF) else ())} - {*known}
+    if not names:
+        return ""
     parameters = {**signature(LIF.__init__).parameters, **signature(type(layer).__init__).parameters}
     found = []
-    for name in (*layer._options, *(_NORM_OPTIONS if isinstance(layer, BatchNormLIF) else ())):
+    for name in sorted(names):
         default = parameters[name].default if name in parameters else None
         value = getattr(layer, name, default)
-        if name not in known and value is not default and (isinstance(value, Tensor) or value != default):
+        if value is not default and (isinstance(value, Tensor) or value != default):
             found.append(f"{name}={shown(value)}")
     return ", ".join(found)
 

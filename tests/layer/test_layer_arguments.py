@@ -476,6 +476,15 @@ def test_the_kind_of_a_weight_does_not_change():
     assert layer.recurrent == copy.deepcopy(layer).recurrent == "elementwise"
 
 
+def test_a_momentum_that_is_set():
+    layer = BatchNormLIF(3)
+    for value in (math.nan, torch.tensor(math.nan), torch.tensor([math.inf])):
+        layer.momentum = value
+        with pytest.raises(ValueError, match=r"asgl_cuda\.batch_norm_lif: momentum must be finite, got (nan|inf)"):
+            layer(X)
+    assert layer.running_mean.tolist() == [0, 0, 0]
+
+
 @pytest.mark.parametrize("value", [numpy.ones(3), numpy.zeros(3), torch.ones(3)], ids=str)
 def test_an_adaptation_that_is_not_there_has_no_values(value):
     words = "adapt_spike needs adapt_decay, got .* without an adaptation"

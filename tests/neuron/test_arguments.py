@@ -191,6 +191,7 @@ BAD = [
     ({"momentum": None}, TypeError, "momentum must be a float or a tensor, got NoneType"),
     ({"momentum": INF}, ValueError, "momentum must be finite, got inf"),
     ({"momentum": torch.tensor(NAN)}, ValueError, "momentum must be finite, got nan"),
+    ({"momentum": torch.tensor([NAN])}, ValueError, "momentum must be finite, got nan"),
     ({"momentum": torch.ones(2)}, ValueError, "momentum|tensor of one value|shape [2]"),
     ({"momentum": torch.ones(())[None][:0]}, ValueError, "momentum|shape [0]"),
     ({"momentum": torch.tensor(1j)}, TypeError, "momentum must be of a floating type"),
