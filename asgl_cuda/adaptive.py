@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from .call import INPUT, Arguments, LIFOutput, NeuronArguments, computed
-from .checks import check_bool, check_finite, check_input, check_keywords, check_v_init, read_number
+from .checks import check_bool, check_finite, check_input, check_keywords, check_v_init, least_and_most
 from .functional import LIF_DEFAULTS
-from .layer import fill_parameter
+from .layer import fill_parameter, values_shown
 from .layout import real_type
 from .learned import Logit
 from .neuron import LIF, Neurons
@@ -130,17 +130,25 @@ def pair_of_states(caller: str, x_seq: Tensor, given: Arguments, w_init: Tensor 
     return torch.stack([v, torch.zeros_like(v) if w_init is None else w_init.to(real)])
 
 
-class Adapting(Neurons):
-    """Neurons whose adaptation is constant, learned, or None."""
+_FACTORS = "adapt_potential", "adapt_spike"
 
+
+class Adapting(Neurons):
+    """Neurons whose adaptation is constant or learned, or that have none."""
+
+    _constants = (*Neurons._constants, "_adapt_decay", "_adapt_potential", "_adapt_spike", *_FACTORS)
     w: Tensor | None
+    logit_adapt_decay: nn.Parameter | None
     adapt_potential: Tensor | float
     adapt_spike: Tensor | float
+    _adapt_potential: Tensor | float
+    _adapt_spike: Tensor | float
+    to_threshold: bool
 
     def _set_up_lif(
         self, given: Mapping[str, Any], own: Callable[..., Any], without: Collection[str], **others: Any
     ) -> None:
-        """Sets up neurons by the given options of `LIF` and `others`.
+        """Sets up neurons without an adaptation, by the given options of `LIF` and `others`.
 
         Known are those of the constructor `own`, and those of `LIF` but `without`.
         """
@@ -148,6 +156,8 @@ class Adapting(Neurons):
         known = [name for name in defaults if name not in without]
         check_keywords(given, [*known, *(own.__kwdefaults__ or {})], self._caller, without)
         self._set_up_neurons({**defaults, **given, **others})
+        self.logit_adapt_decay, self.to_threshold = None, False
+        self._adapt_decay: Tensor | float | None = None
 
     def _set_up_adaptation(
         self, adapt_decay: Any, adapt_potential: Any, adapt_spike: Any, to_threshold: Any, learn_adaptation: Any,
@@ -157,35 +167,38 @@ class Adapting(Neurons):
         learned = check_bool("learn_adaptation", learn_adaptation, self._caller)
         empty = partial(torch.empty, self.num_features or 1, device=device, dtype=dtype)
         self.logit_adapt_decay = nn.Parameter(empty()) if learned else None
-        read = partial(read_number, caller=self._caller, learned=learned, option="learn_adaptation")
-        values = read("adapt_potential", adapt_potential), read("adapt_spike", adapt_spike)
-        self._adaptation: tuple[float | None, float, float] = adapt_decay, *values
-        self.adapt_potential, self.adapt_spike = (nn.Parameter(empty()) if learned else each for each in values)
-        self._fill_adaptation()
+        if learned:
+            self.adapt_potential = nn.Parameter(empty())
+            self.adapt_spike = nn.Parameter(empty())
+        self._fill_adaptation(adapt_decay, adapt_potential, adapt_spike)
+        if not learned:
+            self.adapt_potential, self.adapt_spike = self._adapt_potential, self._adapt_spike
 
-    def _fill_adaptation(self) -> None:
-        decay, potential, spike = self._adaptation
-        if decay is not None:
-            decay = self._fill_logit(self.logit_adapt_decay, "adapt_decay", decay, "learn_adaptation")
-        for name, value in (("adapt_potential", potential), ("adapt_spike", spike)):
-            check_finite(name, value, self._caller)
-            if self.logit_adapt_decay is not None:
+    def _fill_adaptation(self, adapt_decay: Any, *factors: Any) -> None:
+        learned, option = self.logit_adapt_decay, "learn_adaptation"
+        self._adapt_decay = self._fill_logit(learned, "adapt_decay", adapt_decay, option)
+        for name, given in zip(_FACTORS, factors, strict=True):
+            value = self._read(name, given, learned, option)
+            for each in least_and_most(value):
+                check_finite(name, each, self._caller)
+            setattr(self, f"_{name}", value)
+            if learned is not None:
                 fill_parameter(getattr(self, name), value)
-        self._adaptation = decay, potential, spike
 
     def reset_parameters(self) -> None:
         """Resets the learned parameters to the values last set, the adaptation's to the first, and clears states."""
-        self._fill_adaptation()
+        if self._adapt_decay is not None:
+            self._fill_adaptation(self._adapt_decay, self._adapt_potential, self._adapt_spike)
         super().reset_parameters()
 
     @property
     def adapt_decay(self) -> Tensor | float | None:
         """The adaptation's decay per step: a tensor in the shape of the parameter if learned."""
-        return self._adaptation[0] if self.logit_adapt_decay is None else Logit(self.logit_adapt_decay).value()
+        return self._adapt_decay if self.logit_adapt_decay is None else Logit(self.logit_adapt_decay).value()
 
     def _given(self, x_seq: Tensor, *arguments: Any, **options: Any) -> Arguments:
         given = super()._given(x_seq, *arguments, **options)
-        if self._adaptation[0] is None:
+        if self._adapt_decay is None:
             return given
         adaptation: Sequence[Any] = (self.adapt_decay, self.adapt_potential, self.adapt_spike)
         if self.num_features:
@@ -196,11 +209,10 @@ class Adapting(Neurons):
         return given
 
     def extra_repr(self) -> str:
-        if self._adaptation[0] is None:
+        if self._adapt_decay is None:
             return super().extra_repr()
-        names = "adapt_decay", "adapt_potential", "adapt_spike"
-        learned = "" if self.logit_adapt_decay is None else " (learned)"
-        parts = [f"{name}={value:g}{learned}" for name, value in zip(names, self._adaptation, strict=True)]
+        names = "adapt_decay", *_FACTORS
+        parts = [f"{name}={values_shown(getattr(self, '_' + name), self.logit_adapt_decay)}" for name in names]
         return ", ".join([super().extra_repr(), *parts, *(["to_threshold=True"] if self.to_threshold else [])])
 
 
@@ -210,7 +222,8 @@ class AdaptiveLIF(Adapting):
     Args:
         num_features: as for `LIF`.
         adapt_decay: share of the adaptation left after a step, in [0, 1], in (0, 1) if learned (stored as a logit).
-        adapt_potential, adapt_spike: factors on the potential after reset and on the spike.
+        adapt_potential, adapt_spike: factors on the potential after reset and on the spike. All three are floats or
+            tensors, as `LIF` has them.
         to_threshold: add the adaptation to the threshold; default subtract it from the input current.
         learn_adaptation: whether these three are parameters of the granularity; else they stay constant.
         lif_options: arguments of `LIF` except `input_gain`, `scale_output`, `levels`, `multi_spike` and `v_min`.
@@ -236,9 +249,9 @@ class AdaptiveLIF(Adapting):
         self,
         num_features: int | Sequence[int] | None = None,
         *,
-        adapt_decay: float = 0.97,
-        adapt_potential: float = 0.0,
-        adapt_spike: float = 0.1,
+        adapt_decay: Tensor | float = 0.97,
+        adapt_potential: Tensor | float = 0.0,
+        adapt_spike: Tensor | float = 0.1,
         to_threshold: bool = False,
         learn_adaptation: bool = False,
         **lif_options: Any,

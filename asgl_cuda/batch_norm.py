@@ -88,8 +88,15 @@ class _Settings(NamedTuple):
 
 # The normalisation's arguments by name, among them `count`, num_batches_tracked, and the neuron's time_dim.
 _Normalisation = dict[str, Any]
-# running_mean, running_var, num_batches_tracked and momentum, where the operator updates them; else nothing.
-_Running = tuple[Any, ...]
+
+
+class _Running(NamedTuple):
+    """The running statistics that a call updates."""
+
+    mean: Tensor
+    variance: Tensor
+    batches: Tensor | None  # num_batches_tracked
+    momentum: float | Tensor
 
 
 # mean and variance, None in training, weight and bias: [C] each.
@@ -99,16 +106,16 @@ _ByChannel = Sequence[Tensor | None]
 class BatchNormLIFFunction(torch.autograd.Function):
     """The fused operators as a differentiable function of weight, bias, and the neuron's tensors.
 
-    Takes `_Settings`, `_Running`, what `LIFFunction` takes, and before its tensors those of `_ByChannel`. Returns
-    the results of `LIFFunction`, coefficients and statistics.
+    Takes `_Settings`, `_Running` or None, what `LIFFunction` takes, and before its tensors those of `_ByChannel`.
+    Returns the results of `LIFFunction`, coefficients and statistics.
     """
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(
-        settings: _Settings, running: _Running, backend: str, plan: Plan, mean: Any, variance: Any, weight: Any,
-        bias: Any, *inputs: Any,
+        settings: _Settings, running: _Running | None, backend: str, plan: Plan, mean: Any, variance: Any,
+        weight: Any, bias: Any, *inputs: Any,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         call = Call(backend, plan, Inputs(*inputs))
         outputs, *others = _forward(settings, running, call, (mean, variance, weight, bias), True)
@@ -217,26 +224,46 @@ DERIVATIVES.update(batch_norm_coefficients=_differentiated, batch_norm_update=_d
 
 
 def _forward(
-    settings: _Settings, running: _Running, call: Call, norm: _ByChannel, keep_checkpoints: bool
+    settings: _Settings, running: _Running | None, call: Call, norm: _ByChannel, keep_checkpoints: bool
 ) -> tuple[ForwardResult, Tensor, Tensor]:
-    """The result of the neuron, the coefficients, and count, mean and variance of each channel."""
+    """The result of the neuron, the coefficients, and count, mean and variance of each channel.
+
+    Updates running statistics before autograd saves a tensor, which ends a call that a checkpoint repeats.
+    """
     backend, plan, inputs = call
 
-    def coefficients_of(statistics: Tensor | None, running: _Running) -> tuple[Tensor, Tensor]:
+    def coefficients_of(statistics: Tensor | None, updated: Sequence[Any] = ()) -> tuple[Tensor, Tensor]:
         operators = operators_of(backend, inputs)
-        operator = operators.batch_norm_update if running else operators.batch_norm_coefficients
+        operator = operators.batch_norm_update if updated else operators.batch_norm_coefficients
         return operator(
-            *running, inputs.x_seq, statistics, *norm, settings.eps, settings.input_scale, plan.rules.time_dim
+            *updated, inputs.x_seq, statistics, *norm, settings.eps, settings.input_scale, plan.rules.time_dim
         )
 
     of_all = None
     if settings.group is not None:
-        _, own = coefficients_of(None, ())
+        _, own = coefficients_of(None)
         parts = [torch.empty_like(own) for _ in range(torch.distributed.get_world_size(settings.group))]
         torch.distributed.all_gather(parts, own, group=settings.group)
         of_all = torch.stack(parts)
         _check_shared_count(of_all[:, :1, 0], settings, inputs.x_seq)
-    coefficients, statistics = coefficients_of(of_all, running)
+    if running is not None and _in_one_launch(running, plan.real):
+        mean, variance, batches, momentum = running
+        if batches is not None and (batches.dtype is not torch.int64 or batches.device != mean.device):
+            batches.add_(1)  # cast, or from a checkpoint that was cast
+            batches = None
+        kept: list[Tensor | None] = [mean, variance, batches]
+        # torch's fallback for the negative bit takes no operator that changes several arguments.
+        dense = [each.resolve_neg() if each is not None and each.is_neg() else each for each in kept]
+        # Only torch's own operations increment versions.
+        torch.autograd.graph.increment_version([each for each in kept if each is not None])
+        coefficients, statistics = coefficients_of(of_all, (*dense, momentum))
+        for each, changed in zip(kept, dense, strict=True):
+            if each is not None and changed is not None and changed is not each:
+                each.copy_(changed)
+    else:
+        coefficients, statistics = coefficients_of(of_all)
+        if running is not None:
+            _update(running, coefficients[0], coefficients[3])
     outputs = run_forward(backend, plan, _normalised(inputs, coefficients), keep_checkpoints)
     return outputs, coefficients, statistics
 
@@ -335,7 +362,9 @@ def batch_norm_lif(
 
     Other arguments, results and errors are as in `asgl_cuda.lif`. Differentiable once, also with respect to weight and
     bias. Statistics are computed in float64, from sums that do not cancel, without rounding between the two layers: a
-    float16 input of mean 100 and deviation 0.1 is normalised accurately.
+    float16 input of mean 100 and deviation 0.1 is normalised accurately. Inputs may be up to 1e15 in magnitude,
+    1e150 in float64; larger ones can give NaN or inaccurate gradients. With `eps=0` the deviation of a channel must be
+    at least 1e-15, 1e-150 in float64.
 
     Example::
 
@@ -379,12 +408,13 @@ def _batch_norm_lif(x_seq: Tensor, norm: _Normalisation, given: Arguments) -> Te
     if group is not None:
         settings = _Settings(settings.channel, settings.eps, settings.input_scale, group)
     scalar, real = x_seq.dtype, real_type(x_seq.dtype)
-    in_one_launch = False
+    running = None
     if running_mean is not None and running_var is not None:
-        in_one_launch = training and _in_one_launch(running_mean, running_var, momentum, real)
-        _check_running(running_mean, running_var, training, in_one_launch)
+        if training:
+            running = _Running(running_mean, running_var, count, momentum)
+        _check_running(running_mean, running_var, training, running is not None and _in_one_launch(running, real))
     if training and group is None and x_seq.numel() == 0:  # counts as a batch, and leaves the statistics, as in torch
-        training, in_one_launch, running_mean = False, False, x_seq.new_zeros(x_seq.shape[settings.channel], dtype=real)
+        training, running, running_mean = False, None, x_seq.new_zeros(x_seq.shape[settings.channel], dtype=real)
         running_var = torch.ones_like(running_mean)
         if count is not None:
             count.add_(1)
@@ -407,34 +437,21 @@ def _batch_norm_lif(x_seq: Tensor, norm: _Normalisation, given: Arguments) -> Te
     ]
     outputs: Sequence[Tensor]
     if BACKENDS[call.backend].operators is None:
-        outputs, *statistics = _reference(settings, call, values)
+        outputs = _reference(settings, running, call, values)
     else:
-        running: _Running = ()
-        if in_one_launch:
-            kept = running_mean, running_var, count
-            # torch's fallback for the negative bit takes no operator that changes several arguments.
-            dense = [each.resolve_neg() if each is not None and each.is_neg() else each for each in kept]
-            running = *dense, momentum
-            # Only torch's own operations increment versions. A checkpoint may stop the call behind the update.
-            torch.autograd.graph.increment_version([each for each in kept if each is not None])
+        traced = torch.compiler.is_compiling() or transforming()
+        inside = None if traced else running
         if is_differentiated((*values, *call.inputs), _CALLER):
-            arguments = settings, running, call.backend, call.plan, *values, *call.inputs
+            arguments = settings, inside, call.backend, call.plan, *values, *call.inputs
             if recompute.open_contexts or recompute.traced_contexts:
                 found = recompute.applied(apply, BatchNormLIFFunction, arguments, partial(_remember, call))
             else:
                 found = apply(BatchNormLIFFunction, *arguments)
             *outputs, coefficients, _ = found
         else:
-            outputs, coefficients, _ = _forward(settings, running, call, values, False)
-        if in_one_launch:
-            for each, changed in zip(kept, dense, strict=True):
-                if each is not None and changed is not each:
-                    each.copy_(changed)
-            statistics = []
-        else:
-            statistics = [coefficients[0], coefficients[3]]
-    if training and running_mean is not None and running_var is not None and statistics:
-        _update(running_mean, running_var, count, statistics, momentum)
+            outputs, coefficients, _ = _forward(settings, inside, call, values, False)
+        if running is not None and traced:
+            _update(running, coefficients[0], coefficients[3])
     output = output_of(call.plan, outputs)
     if scalar == x_seq.dtype:
         return output
@@ -511,8 +528,9 @@ def _check_running(mean: Tensor, variance: Tensor, training: bool, in_one_launch
         )
 
 
-def _in_one_launch(mean: Tensor, variance: Tensor, momentum: float | Tensor, real: torch.dtype) -> bool:
+def _in_one_launch(running: _Running, real: torch.dtype) -> bool:
     """Whether the operator updates the running statistics. Compilers fuse torch's own operations better."""
+    mean, variance, _, momentum = running
     return (
         not isinstance(momentum, Tensor)
         and not torch.compiler.is_compiling()
@@ -524,10 +542,9 @@ def _in_one_launch(mean: Tensor, variance: Tensor, momentum: float | Tensor, rea
 
 
 @torch.no_grad()
-def _update(
-    mean: Tensor, variance: Tensor, batches: Tensor | None, values: Sequence[Tensor], momentum: float | Tensor
-) -> None:
-    """Replaces a share of the running mean and variance, and counts the batch."""
+def _update(running: _Running, *statistics: Tensor) -> None:
+    """Replaces a share of the running mean and variance by those of a batch, and counts it."""
+    mean, variance, batches, momentum = running
     in_inference = torch.compiler.is_compiling() or torch.is_inference_mode_enabled()
     if not in_inference and (mean.is_inference() or variance.is_inference()):
         raise ValueError(
@@ -536,7 +553,7 @@ def _update(
         )
     if isinstance(momentum, Tensor) and momentum.dim():
         momentum = momentum.reshape(())
-    for each, value in zip((mean, variance), values, strict=True):
+    for each, value in zip((mean, variance), statistics, strict=True):
         share = momentum.to(each.dtype) if isinstance(momentum, Tensor) else momentum
         value = detached(value).to(each.dtype).reshape(each.shape)
         if not transforming():
@@ -555,20 +572,19 @@ def _update(
         batches.add_(1)
 
 
-def _reference(settings: _Settings, call: Call, norm: _ByChannel) -> tuple[Sequence[Tensor], Tensor, Tensor]:
-    """The outputs of the neuron, and mean and unbiased variance of each channel."""
+def _reference(settings: _Settings, running: _Running | None, call: Call, norm: _ByChannel) -> Sequence[Tensor]:
+    """The outputs of the neuron."""
     channel, x_seq = settings.channel, call.inputs.x_seq
     mean, variance, weight, bias = norm
-    unbiased = variance
     if mean is None or variance is None:
         count, mean, variance = batch_statistics(x_seq, channel, settings.group)
         _check_shared_count(count, settings, x_seq)
-        unbiased = variance * (count / (count - 1))
-    assert unbiased is not None
+        if running is not None:
+            _update(running, mean, variance * (count / (count - 1)))
     real, eps, input_scale = real_type(x_seq.dtype), settings.eps, settings.input_scale
     coefficients = normalisation(mean, variance, weight, bias, eps, input_scale, real)
     gain, shift, rounded = (by_channel(value, channel, x_seq) for value in coefficients)
-    return run_reference(call.plan, call.inputs.with_input(gain, shift, rounded)), mean, unbiased
+    return run_reference(call.plan, call.inputs.with_input(gain, shift, rounded))
 
 
 def module_batch_norm_lif(

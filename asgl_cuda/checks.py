@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 from torch.nn import Parameter
 
-from .layout import state_shape
+from .layout import real_type, state_shape
 from .learned import Logarithm, Logit
 from .reference import DRAWS
 from .surrogate import ELSEWHERE, PERIODIC, SURROGATES
@@ -301,22 +301,44 @@ def read_number(name: str, value: Any, caller: str, learned: bool = False, optio
     return check_number(name, value, caller)
 
 
-def _value_of(name: str, value: Tensor, caller: str, learned: bool, option: str) -> Any:
-    """The one value of a tensor."""
+def read_values(
+    name: str, value: Any, caller: str, shape: Sequence[int], learned: bool = False, option: str = ""
+) -> Tensor | float:
+    """`read_number`, or a tensor of this shape, a value for each channel or neuron: a copy in the arithmetic's type."""
+    if not isinstance(value, Tensor) or value.numel() == 1:
+        return read_number(name, value, caller, learned, option)
+    _value_of(name, value, caller, learned, option, shape)
+    return value.detach().to(real_type(value.dtype), copy=True)
+
+
+def least_and_most(value: Tensor | float) -> tuple[float, float]:
+    """Of the values; NaN where one is."""
+    if not isinstance(value, Tensor):
+        return value, value
+    least, most = torch.aminmax(value)
+    return least.item(), most.item()
+
+
+def _value_of(
+    name: str, value: Tensor, caller: str, learned: bool, option: str, shape: Sequence[int] | None = None
+) -> Any:
+    """The one value of a tensor, or the first one of this shape."""
     check_dense(name, value, caller)
-    expected = f"{caller}: {name} must be a float or a tensor of one value"
-    if value.numel() != 1:
-        raise ValueError(f"{expected}, got a tensor of shape {list(value.shape)}")
+    several = f", or of shape {list(shape)}" if shape else ""
+    expected = f"{caller}: {name} must be a float or a tensor of one value{several}"
+    if value.numel() != 1 and (not shape or value.shape != tuple(shape)):
+        hint = "" if shape is None or shape else "; granularity 'channel' or 'neuron' takes a value for each"
+        raise ValueError(f"{expected}, got a tensor of shape {list(value.shape)}{hint}")
     if value.dtype is torch.bool or value.is_complex():
         raise TypeError(f"{expected}, got {value.dtype}")
     if value.requires_grad and not learned:
         remedy = f"{option}=True learns it, and " if option else ""
         raise ValueError(
             f"{caller}: {name} would be a constant of the layer and not be trained, got a tensor that requires a "
-            f"gradient; {remedy}{name}.item() is its value"
+            f"gradient; {remedy}{name}.{'item() is its value' if value.numel() == 1 else 'detach() has its values'}"
         )
     try:
-        return value.item()
+        return value.flatten()[0].item()
     except Exception:  # types vary for tensors without values, as in traces
         raise ValueError(f"{expected}, got one on {value.device} whose value can't be read") from None
 
@@ -407,7 +429,7 @@ def check_v_init(v_init: Tensor, x_seq: Tensor, time_dim: int, caller: str, name
     """`check_floating`, and the shape of x_seq without time."""
     check_floating(name, v_init, x_seq, caller)
     shape = state_shape(x_seq, time_dim)
-    if list(v_init.shape) != shape:
+    if v_init.shape != torch.Size(shape):
         raise ValueError(f"{caller}: {name} must have shape {shape}, got {list(v_init.shape)}")
 
 

@@ -22,7 +22,7 @@ from .checks import (
     check_values,
 )
 from .derivatives import DERIVATIVES
-from .layer import Granularity, NeuronLayer
+from .layer import Granularity, NeuronLayer, values_shown
 from .layout import is_dense
 from .learned import Logit
 from .ops import ForwardResult, with_gaps
@@ -208,8 +208,8 @@ class LeakyIntegrator(NeuronLayer):
         stateful: carry the potential from call to call, as `v`, until `reset()` or `asgl_cuda.reset(model)`.
             `step(x_t)`, one step without time, always carries `v`.
 
-    Floats may also be tensors of one value, as for `LIF`. `decay` can be read at any time, and set to one value for all
-    neurons. A state dict holds only a learned decay, as `logit_decay`.
+    Floats may also be tensors of one value, and decay one of shape `num_features`, as for `LIF`. `decay` can be read
+    and set at any time. A state dict holds only a learned decay, as `logit_decay`.
 
     Neurons with a synaptic current are `nn.Sequential(LeakyIntegrator(decay=a), LIF(decay=b))`. Per neuron and step the
     two layers move 4 elements forward, 5 backward: the current and its gradient go through memory. A single kernel
@@ -240,7 +240,7 @@ class LeakyIntegrator(NeuronLayer):
         self,
         num_features: int | Sequence[int] | None = None,
         *,
-        decay: float = 0.5,
+        decay: Tensor | float = 0.5,
         input_gain: float = 1.0,
         v_rest: float = 0.0,
         delay: bool = False,
@@ -277,7 +277,7 @@ class LeakyIntegrator(NeuronLayer):
 
     def extra_repr(self) -> str:
         features = f"{list(self.num_features)}, " if self.num_features else ""
-        decay = f"decay={self._decay:g}{'' if self.logit_decay is None else ' (learned)'}"
+        decay = f"decay={values_shown(self._decay, self.logit_decay)}"
         others = f"input_gain={self.input_gain:g}, v_rest={self.v_rest:g}, granularity={self.granularity}"
         flags = "".join(f", {flag}=True" for flag in ("delay", "stateful") if getattr(self, flag))
         return f"{features}{decay}, {others}{flags}" + (f", time_dim={self.time_dim}" if self.time_dim else "")

@@ -27,9 +27,11 @@ from .checks import (
     check_step,
     check_tensor,
     expected_shape,
+    least_and_most,
     optional,
     read_finite,
     read_number,
+    read_values,
     warn_once,
 )
 from .layout import state_shape
@@ -58,11 +60,17 @@ def give_dimension(state_dict: dict[str, Any], prefix: str, *names: str) -> None
             state_dict[prefix + name] = value.reshape(1)
 
 
-def fill_parameter(parameter: Tensor | None, value: float) -> None:
-    """Sets all elements to the value, unless the parameter is None."""
+def fill_parameter(parameter: Tensor | None, value: Tensor | float) -> None:
+    """Sets all elements to the value, or to one each, unless the parameter is None."""
     if parameter is not None:
         with torch.no_grad():
-            parameter.fill_(value)
+            parameter.copy_(value) if isinstance(value, Tensor) else parameter.fill_(value)
+
+
+def values_shown(value: Tensor | float, parameter: Tensor | None = None) -> str:
+    """A value of neurons, or the ends of several, and whether a parameter began there."""
+    least, most = (f"{each:g}" for each in least_and_most(value))
+    return f"{least if least == most else f'{least} to {most}'}{'' if parameter is None else ' (learned)'}"
 
 
 class Settable(nn.Module):
@@ -149,6 +157,7 @@ class NeuronLayer(Settable):
     _potentials: ClassVar[tuple[str, ...]] = ("v",)  # no buffers: DistributedDataParallel would broadcast them
     _states: ClassVar[tuple[str, ...]] = ("v",)  # those that are carried
     _least_batch: ClassVar[int] = 0  # dimensions of the batch that an input must have
+    _constants: ClassVar[tuple[str, ...]] = ("_decay",)  # values of neurons that may be tensors: no buffers, either
     logit_decay: nn.Parameter | None
     store_v_seq = False
     v: Tensor | None
@@ -173,6 +182,7 @@ class NeuronLayer(Settable):
         check_device_and_dtype(given["device"], given["dtype"], caller)
         self.num_features = self._features(given["num_features"], granularity)
         self.granularity: Granularity = granularity
+        self._place = torch.empty(0, device=given["device"])  # on the layer's device
         self._keep(given, self._options)
         self.reset()
 
@@ -196,35 +206,49 @@ class NeuronLayer(Settable):
             )
         return sizes
 
+    def _read(self, name: str, value: Any, parameter: Tensor | None = None, option: str = "") -> Tensor | float:
+        """A value of neurons, constant or of a `parameter` that is learned by `option`: a float, or one for each."""
+        learned = parameter is not None
+        found = read_values(name, value, self._caller, self.num_features, learned, option)
+        for each in () if learned else least_and_most(found):
+            check_finite(name, each, self._caller)
+        return self._placed(found, self._place.device)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def _placed(value: Any, device: torch.device) -> Any:
+        """A tensor on this device; where it is, as floats are, if the device has no values."""
+        return value.to(device) if isinstance(value, Tensor) and device.type != "meta" else value
+
     @property
     def decay(self) -> Tensor | float:
         """The decay per step: a tensor of the granularity's shape, `[]` for "layer", if learned."""
         return self._shown(self._decay_value())
 
     @decay.setter
-    def decay(self, value: float) -> None:
+    def decay(self, value: Tensor | float) -> None:
         self._set_decay(value)
 
     def _set_decay(self, value: Any) -> None:
         self._decay = self._fill_logit(self.logit_decay, "decay", value, "learn_decay")
 
-    def _fill_logit(self, parameter: Tensor | None, name: str, given: Any, option: str) -> float:
-        """A decay as a float, whose logit `parameter` gets where it is learned by `option`."""
-        learned = parameter is not None
-        value: float = read_number(name, given, self._caller, learned, option)
-        if not learned:
-            check_finite(name, value, self._caller)
-        if value < 0 or value > 1:
-            tau = f"; SpikingJelly's tau={value:g} is decay={1 - 1 / value:g}" if value > 1 and name == "decay" else ""
-            raise ValueError(f"{self._caller}: {name} must be in [0, 1], got {value:g}{tau}")
-        if learned:
-            if not _LEAST_DECAY <= value <= 1 - _LEAST_DECAY:
+    def _fill_logit(self, parameter: Tensor | None, name: str, given: Any, option: str) -> Tensor | float:
+        """A decay, or one for each neuron, whose logits `parameter` gets where it is learned by `option`."""
+        found = self._read(name, given, parameter, option)
+        for value in least_and_most(found):
+            if value < 0 or value > 1:
+                tau = f"; SpikingJelly's tau={value:g} is decay={1 - 1 / value:g}" if value > 1 else ""
+                raise ValueError(
+                    f"{self._caller}: {name} must be in [0, 1], got {value:g}{tau if name == 'decay' else ''}"
+                )
+            if parameter is not None and not _LEAST_DECAY <= value <= 1 - _LEAST_DECAY:
                 raise ValueError(
                     f"{self._caller}: a learned {name} must be in (0, 1), at least {_LEAST_DECAY:.3g} from the ends, "
                     f"got {value}"
                 )
-            fill_parameter(parameter, math.log(value / (1 - value)))
-        return value
+        if parameter is not None:
+            logit = found.double().logit() if isinstance(found, Tensor) else math.log(found / (1 - found))
+            fill_parameter(parameter, logit)
+        return found
 
     def _decay_value(self) -> Value:
         return self._decay if self.logit_decay is None else Logit(self.logit_decay)
@@ -234,7 +258,7 @@ class NeuronLayer(Settable):
         if isinstance(value, (Logarithm, Logit)):
             value = value.value()
         # Not reshape(()), which refuses tensors sharded by fully_shard.
-        return value if isinstance(value, float) or self.num_features else value.sum()
+        return value.sum() if isinstance(value, Tensor) and not self.num_features else value
 
     def _inputs(self, x_seq: Tensor, residual: Tensor | None = None) -> tuple[Tensor, dict[str, Any]]:
         """The sequences for `_compute` that a call of the layer gives."""
@@ -339,11 +363,9 @@ class NeuronLayer(Settable):
 
     def _broadcast(self, value: Value, x_seq: Tensor, time_dim: int) -> Value:
         """A parameter of the granularity's shape, reshaped to broadcast against x_seq."""
-        if isinstance(value, float) or not self.num_features:
-            return value
         if isinstance(value, (Logarithm, Logit)):
-            return type(value)(self._reshaped(value.stored, x_seq, time_dim))
-        return self._reshaped(value, x_seq, time_dim)
+            return type(value)(self._reshaped(value.stored, x_seq, time_dim)) if self.num_features else value
+        return self._reshaped(value, x_seq, time_dim) if isinstance(value, Tensor) and self.num_features else value
 
     def _dims_of_features(self, x_seq: Tensor, time_dim: int) -> list[int]:
         """The dimensions of x_seq that num_features names."""
@@ -369,7 +391,7 @@ class NeuronLayer(Settable):
         shape = [1] * x_seq.dim()
         for dim, size in zip(self._dims_of_features(x_seq, time_dim), self.num_features, strict=True):
             shape[dim] = size
-        return value.reshape(shape)
+        return (value.to("meta") if x_seq.is_meta else value).reshape(shape)
 
     def reset(self) -> None:
         """Clears potentials: the next call starts at rest."""
@@ -387,9 +409,13 @@ class NeuronLayer(Settable):
         return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        # .to(), .half() and others move potentials as well.
+        # .to(), .half() and others move potentials as well; of constants they change the device alone.
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._map_potentials(fn)
+        self._place = fn(self._place)
+        for name in self._constants:
+            if name in self.__dict__:  # else it is a parameter
+                setattr(self, name, self._placed(getattr(self, name), self._place.device))
         return self
 
     def __getstate__(self) -> dict[str, Any]:

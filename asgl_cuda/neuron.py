@@ -26,19 +26,21 @@ from .checks import (
     check_width,
     expected_shape,
     in_range,
+    least_and_most,
     optional,
     read_finite,
     read_number,
     shown,
     warn_once,
 )
-from .layer import Granularity, NeuronLayer, Noisy, Value, fill_parameter, give_dimension
+from .layer import Granularity, NeuronLayer, Noisy, Value, fill_parameter, give_dimension, values_shown
 from .layout import channel_dim
 from .learned import BOUND, Logarithm
 from .pending import Pending, tensor_of
 
 _LEAST_WIDTH, _LARGEST_WIDTH = math.exp(-BOUND), math.exp(BOUND)
 
+_OF_RESET = "v_reset", "reset_amount"
 _LEARNS = dict.fromkeys(("learn_width", "learn_decay", "learn_threshold"), check_bool)
 
 
@@ -49,15 +51,15 @@ class Neurons(NeuronLayer, Noisy):
     """
 
     _potentials: ClassVar[tuple[str, ...]] = ("v", "v_seq")
+    _constants: ClassVar[tuple[str, ...]] = (*NeuronLayer._constants, "_width", "_v_threshold", *_OF_RESET)
     _options: ClassVar[dict[str, Callable[..., Any]]] = {
         **NeuronLayer._options,
-        **dict.fromkeys(("v_reset", "reset_amount"), optional(read_finite)),
         "surrogate_gain": read_finite,
         **dict.fromkeys(("strict_threshold", "detach_reset", "store_v_seq"), check_bool),
     }
     v_seq: Tensor | None
-    v_reset: float | None
-    reset_amount: float | None
+    v_reset: Tensor | float | None
+    reset_amount: Tensor | float | None
     surrogate_gain: float
     strict_threshold: bool
     detach_reset: bool
@@ -70,6 +72,8 @@ class Neurons(NeuronLayer, Noisy):
         """Checks the constructor's arguments, keeps options and makes parameters."""
         self.scale_output, self.multi_spike, self.levels, self.v_min = False, False, None, None
         self._set_up(given)
+        for name in _OF_RESET:
+            setattr(self, name, None if given[name] is None else self._read(name, given[name]))
         self.surrogate: str = given["surrogate"]
         check_rules(given, self._caller, self.levels, self.multi_spike)
         self._set_analog_prob(given["analog_prob"])
@@ -103,7 +107,7 @@ class Neurons(NeuronLayer, Noisy):
         return self._shown(self._values()[2 if self._counts else 0])
 
     @width.setter
-    def width(self, value: float) -> None:
+    def width(self, value: Tensor | float) -> None:
         self._set_width(value)
 
     @property
@@ -113,16 +117,17 @@ class Neurons(NeuronLayer, Noisy):
 
     def _set_width(self, value: Any) -> None:
         learned = self.log_width is not None
-        value = read_number("width", value, self._caller, learned, "learn_width")
-        check_width(value, self._caller)
-        if self._counts and value != 1:
-            raise ValueError(f"{self._caller}: with levels the threshold is the width, got width {value}")
-        if learned and not _LEAST_WIDTH <= value <= _LARGEST_WIDTH:
-            raise ValueError(
-                f"{self._caller}: a learned width must be in [{_LEAST_WIDTH:.3g}, {_LARGEST_WIDTH:.3g}], got {value}"
-            )
-        self._width = value
-        fill_parameter(self.log_width, math.log(value))
+        found = self._read("width", value, self.log_width, "learn_width")
+        for each in least_and_most(found):
+            check_width(each, self._caller)
+            if self._counts and each != 1:
+                raise ValueError(f"{self._caller}: with levels the threshold is the width, got width {each}")
+            if learned and not _LEAST_WIDTH <= each <= _LARGEST_WIDTH:
+                raise ValueError(
+                    f"{self._caller}: a learned width must be in [{_LEAST_WIDTH:.3g}, {_LARGEST_WIDTH:.3g}], got {each}"
+                )
+        self._width = found
+        fill_parameter(self.log_width, found.double().log() if isinstance(found, Tensor) else math.log(found))
 
     @property
     def v_threshold(self) -> Tensor | float:
@@ -130,36 +135,39 @@ class Neurons(NeuronLayer, Noisy):
         return self._shown(self._values()[2])
 
     @v_threshold.setter
-    def v_threshold(self, value: float) -> None:
+    def v_threshold(self, value: Tensor | float) -> None:
         self._set_threshold(value)
 
     def _set_threshold(self, value: Any) -> None:
-        learned = self.threshold is not None
-        value = read_number("v_threshold", value, self._caller, learned, "learn_threshold")
-        self._check_threshold(check_finite("v_threshold", value, self._caller))
-        self._v_threshold = value
-        fill_parameter(self.threshold, value)
+        found = self._read("v_threshold", value, self.threshold, "learn_threshold")
+        for each in least_and_most(found):
+            check_finite("v_threshold", each, self._caller)
+        self._check_threshold(found)
+        self._v_threshold = found
+        fill_parameter(self.threshold, found)
 
-    def _check_threshold(self, value: float) -> None:
+    def _check_threshold(self, value: Tensor | float) -> None:
         """Refuses thresholds at which neurons fire forever, and warns of unusual ones."""
         caller, v_rest = self._caller, self.v_rest
         for name in ("v_reset", "v_min"):
             after = getattr(self, name)
             # Thresholds up to v_rest only warn, below.
-            if isinstance(after, (int, float)) and v_rest < after >= value:
+            fires_on = after is not None and (after > v_rest) & (after >= value)
+            if fires_on.any() if isinstance(fires_on, Tensor) else fires_on:
                 raise ValueError(
                     f"{caller}: {name} must be below v_threshold, or a neuron that has fired does so again, got {name} "
-                    f"{after} and v_threshold {value}"
+                    f"{shown(after)} and v_threshold {shown(value)}"
                 )
         several = "multi_spike" if self.multi_spike else "levels" if self._counts else ""
+        least, _ = least_and_most(value)
         if several:
-            check_threshold(value, several, caller)
-        if self._fires(v_rest - value):
-            message = f"v_threshold {value:g} is not above v_rest {v_rest:g}: neurons at rest fire without any input"
+            check_threshold(least, several, caller)
+        if self._fires(v_rest - least):
+            message = f"v_threshold {least:g} is not above v_rest {v_rest:g}: neurons at rest fire without any input"
             warn_once("v_threshold", f"{caller}: {message}")
         elif self.v_reset is None:
-            amount = value if self.reset_amount is None else self.reset_amount
-            if isinstance(amount, (int, float)) and amount <= 0:
+            amount, _ = least_and_most(value if self.reset_amount is None else self.reset_amount)
+            if amount <= 0:
                 message = f"a spike takes {amount:g} off the potential, which does not fall below v_threshold"
                 warn_once("reset_amount", f"{caller}: {message}")
 
@@ -188,13 +196,13 @@ class Neurons(NeuronLayer, Noisy):
         residual: Tensor | None = None,
     ) -> Arguments:
         """The arguments of `asgl_cuda.lif`: the layer's and the given ones."""
-        values: tuple[Any, Any, Any] = self._values()
+        values: Sequence[Any] = *self._values(), self.v_reset, self.reset_amount
         if self.num_features:
             time_dim = self._check_features(x_seq)
-            values = tuple(self._broadcast(value, x_seq, time_dim) for value in values)  # type: ignore[assignment]
-        width, decay, v_threshold = values
+            values = [self._broadcast(value, x_seq, time_dim) for value in values]
+        width, decay, v_threshold, v_reset, reset_amount = values
         return {
-            "decay": decay, "v_threshold": v_threshold, "v_reset": self.v_reset, "reset_amount": self.reset_amount,
+            "decay": decay, "v_threshold": v_threshold, "v_reset": v_reset, "reset_amount": reset_amount,
             "v_rest": self.v_rest, "width": width, "surrogate": self.surrogate, "surrogate_gain": self.surrogate_gain,
             "analog_prob": self.analog_prob_of_call(x_seq), "rng_state": None, "generator": generator,
             "input_gain": input_gain, "input_bias": 0.0, "input_mean": 0.0, "residual": residual,
@@ -217,13 +225,13 @@ class Neurons(NeuronLayer, Noisy):
             del learned["width"]
             surrogate = ""
         features = f"{list(self.num_features)}, " if self.num_features else ""
-        parts = [
-            f"{name}={getattr(self, '_' + name):g}{' (learned)' if parameter is not None else ''}"
-            for name, parameter in learned.items()
-        ]
-        parts.append(f"v_reset={self.v_reset}")
+        parts = [f"{name}={values_shown(getattr(self, '_' + name), parameter)}" for name, parameter in learned.items()]
+        v_reset = self.v_reset
+        parts.append(f"v_reset={values_shown(v_reset) if isinstance(v_reset, Tensor) else v_reset}")
         parts.append(f"{surrogate}analog_prob={self.analog_prob:g}, granularity={self.granularity}")
-        defaults = {"reset_amount": None, "v_min": None, "v_rest": 0.0, "input_gain": 1.0, "surrogate_gain": 1.0}
+        if self.reset_amount is not None:
+            parts.append(f"reset_amount={values_shown(self.reset_amount)}")
+        defaults = {"v_min": None, "v_rest": 0.0, "input_gain": 1.0, "surrogate_gain": 1.0}
         parts.extend(f"{name}={value:g}" for name in defaults if (value := getattr(self, name)) != defaults[name])
         if self.levels is not None:
             parts.append(f"levels={self.levels}")
@@ -268,10 +276,11 @@ class LIF(Neurons):
         backend: see `asgl_cuda.lif`.
         device, dtype: of the parameters.
 
-    A float may also be given as a tensor of one value. A tensor that requires a gradient, such as a Parameter, can only
-    initialise a learned parameter. `width`, `decay` and `v_threshold` can be read at any time, and set to one value for
-    all neurons. A learned width or decay has the same bits in every backend; they equal those of `torch.exp` and
-    `torch.sigmoid` up to the last bits.
+    A float may also be given as a tensor of one value. With granularity "channel" or "neuron", `width`, `decay`,
+    `v_threshold`, `v_reset` and `reset_amount` may be tensors of shape `num_features`, learned or not. A tensor that
+    requires a gradient, such as a Parameter, can only initialise a learned parameter. `width`, `decay` and
+    `v_threshold` can be read and set at any time. A learned width or decay has the same bits in every backend; they
+    equal those of `torch.exp` and `torch.sigmoid` up to the last bits.
 
     Shapes: input and output are `[T, N, ...]`, or have time at `time_dim`. After removing time, the second dimension is
     the channels, and the last dimensions are the neurons.
@@ -321,13 +330,13 @@ class LIF(Neurons):
         self,
         num_features: int | Sequence[int] | None = None,
         *,
-        decay: float = 0.5,
-        v_threshold: float = 1.0,
-        v_reset: float | None = 0.0,
-        reset_amount: float | None = None,
+        decay: Tensor | float = 0.5,
+        v_threshold: Tensor | float = 1.0,
+        v_reset: Tensor | float | None = 0.0,
+        reset_amount: Tensor | float | None = None,
         v_rest: float = 0.0,
         input_gain: float = 1.0,
-        width: float = 1.0,
+        width: Tensor | float = 1.0,
         surrogate: str = "rectangle",
         surrogate_gain: float = 1.0,
         analog_prob: float = 0.2,
@@ -432,6 +441,9 @@ class BatchNormLIF(LIF):
 
     `layer(x_seq, residual)` adds the shortcut of a residual block between the normalisation and the neurons,
     `input_scale * y + residual`, without the sum in memory. `residual` must have the shape and type of x_seq.
+
+    Inputs may be up to 1e15 in magnitude, 1e150 in float64. Larger inputs can give NaN or inaccurate gradients. With
+    `eps=0` the deviation of a channel must be at least 1e-15, 1e-150 in float64.
 
     Raises the errors of `LIF` and of `asgl_cuda.batch_norm_lif`, whose docstring has the same in PyTorch.
 

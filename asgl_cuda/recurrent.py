@@ -30,6 +30,7 @@ from .checks import (
 )
 from .derivatives import DERIVATIVES
 from .functional import LIF_DEFAULTS
+from .layer import values_shown
 from .learned import Logit
 from .neuron import Neurons
 from .ops import ForwardResult, with_gaps
@@ -152,8 +153,9 @@ def recurrent_lif(
             `multi_spike` and `v_min`. Parameters have one value or `[N]`.
 
     weight, bias and syn_decay are converted to the type of the arithmetic, as all parameters, under autocast as well.
-    Step t draws its noise as a sequence of one step with rng_state `[seed, offset + t]`; `analog_mask` of that step
-    tells which elements are analog. They feed back their smooth value.
+    Step t draws its noise as a sequence of one step with rng_state `[seed + 0x61C8864680B583EB * t, offset]`, modulo
+    2^64; `analog_mask` of that step tells which elements are analog. They feed back their smooth value. Calls with
+    another offset share no noise, whatever their lengths.
 
     Kept for backward: 4 bytes an element beside the spikes in float32; under scale_output and in half types the spikes
     once more, with a learned syn_decay the current, and w with a learned adapt_decay or to_threshold.
@@ -268,7 +270,7 @@ def _check(x_seq: Tensor, given: _Recurrence, neuron: Any) -> float:
 
 def _check_shape(name: str, value: Tensor, x_seq: Tensor, *shapes: list[int]) -> None:
     check_floating(name, value, x_seq, _CALLER)
-    if list(value.shape) not in shapes:
+    if not any(value.shape == torch.Size(shape) for shape in shapes):
         raise ValueError(f"{_CALLER}: {name} must have shape {' or '.join(map(str, shapes))}, got {list(value.shape)}")
 
 
@@ -345,8 +347,8 @@ class RecurrentLIF(Adapting):
         recurrent: "dense", a weight from each neuron to each, `[N, N]`, or "elementwise", each neuron's own, `[N]`.
         bias: whether the recurrent current has a bias.
         autapses: whether neurons are connected to themselves; if not, the diagonal of the weight is left out.
-        syn_decay: share of the current left after a step, in [0, 1], in (0, 1) if learned (stored as a logit); None for
-            no synapse.
+        syn_decay: share of the current left after a step, in [0, 1], in (0, 1) if learned (stored as a logit), a float
+            or a tensor as `LIF` has them; None for no synapse.
         learn_syn_decay: whether it is a parameter of the granularity.
         detach_recurrent: let no gradient flow from a step to the spikes before it through the weight.
         adapt_decay, adapt_potential, adapt_spike, to_threshold, learn_adaptation: the adaptation of `AdaptiveLIF`, with
@@ -384,6 +386,7 @@ class RecurrentLIF(Adapting):
     _potentials = ("v", "s", "i", "w", "v_seq")
     _states = ("v", "s", "i", "w")
     _weights = ("recurrent_weight", "recurrent_bias")
+    _constants = (*Adapting._constants, "_syn_decay")
     _options: ClassVar[dict[str, Any]] = {"scale_output": check_bool, **Neurons._options}
     s: Tensor | None
     i: Tensor | None
@@ -395,12 +398,12 @@ class RecurrentLIF(Adapting):
         recurrent: Literal["dense", "elementwise"] = "dense",
         bias: bool = True,
         autapses: bool = True,
-        syn_decay: float | None = None,
+        syn_decay: Tensor | float | None = None,
         learn_syn_decay: bool = False,
         detach_recurrent: bool = False,
-        adapt_decay: float | None = None,
-        adapt_potential: float | None = None,
-        adapt_spike: float | None = None,
+        adapt_decay: Tensor | float | None = None,
+        adapt_potential: Tensor | float | None = None,
+        adapt_spike: Tensor | float | None = None,
         to_threshold: bool = False,
         learn_adaptation: bool = False,
         device: Any = None,
@@ -439,10 +442,9 @@ class RecurrentLIF(Adapting):
         }  # fmt: skip
         if adapt_decay is None:
             _check_no_adaptation(adaptation, RecurrentLIF.__init__.__kwdefaults__, caller)
-            like = dict.fromkeys(adaptation, 0.0)
-        else:
-            _check_adaptation(self.input_gain, caller)
-            like = AdaptiveLIF.__init__.__kwdefaults__ or {}
+            return
+        _check_adaptation(self.input_gain, caller)
+        like = AdaptiveLIF.__init__.__kwdefaults__ or {}
         adaptation = {name: like[name] if value is None else value for name, value in adaptation.items()}
         self._set_up_adaptation(adapt_decay, **adaptation, device=device, dtype=dtype)
 
@@ -454,7 +456,7 @@ class RecurrentLIF(Adapting):
                 self.recurrent_bias.uniform_(-bound, bound)
         if syn_decay is not None:  # as a float: a Parameter would be registered
             syn_decay = self._fill_logit(self.logit_syn_decay, "syn_decay", syn_decay, "learn_syn_decay")
-        self._syn_decay: float | None = syn_decay
+        self._syn_decay: Tensor | float | None = syn_decay
 
     def reset_parameters(self) -> None:
         """Draws weight and bias anew, resets the other parameters to the values last set, and clears states."""
@@ -492,16 +494,17 @@ class RecurrentLIF(Adapting):
         weight: Tensor = self.recurrent_weight
         if not self.autapses:
             weight = weight.masked_fill(torch.eye(self.hidden_size, dtype=torch.bool, device=weight.device), 0.0)
-        recurrence = _Recurrence(
-            weight, self.recurrent_bias, self.syn_decay, s_init, i_init, w_init, self.detach_recurrent
-        )
+        syn_decay: Any = self.syn_decay
+        if self.num_features:
+            syn_decay = self._broadcast(syn_decay, x_seq, check_input(x_seq, self.time_dim, self._caller))
+        recurrence = _Recurrence(weight, self.recurrent_bias, syn_decay, s_init, i_init, w_init, self.detach_recurrent)
         return _computed(x_seq, recurrence, self._given(x_seq, self.input_gain, **options))
 
     def extra_repr(self) -> str:
         parts = [f"{self.hidden_size}", f"recurrent={self.recurrent}"]
         parts += [f"{name}=False" for name in ("bias", "autapses") if not self._has(name)]
         if self._syn_decay is not None:
-            parts.append(f"syn_decay={self._syn_decay:g}{'' if self.logit_syn_decay is None else ' (learned)'}")
+            parts.append(f"syn_decay={values_shown(self._syn_decay, self.logit_syn_decay)}")
         parts += ["detach_recurrent=True"] if self.detach_recurrent else []
         return ", ".join([*parts, super().extra_repr()])
 

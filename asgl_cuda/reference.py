@@ -30,7 +30,7 @@ Adaptive neurons have a second state w, and c = x[t]:
     v[t] = h[t] - (reset_amount + w[t]) * s                 in a soft reset: by default with the threshold, or alone
 
 Recurrent neurons, whose c is input_gain * i[t], adaptive ones with x[t] = i[t], take a step at a time, with rng_state
-[seed, offset + t]:
+[seed + SEED_OF_STEP * t, offset]:
 
     j[t] = x[t] + (s[t-1] W^T + bias)
     i[t] = syn_decay * i[t-1] + j[t]                        with a synapse, else j[t]
@@ -58,6 +58,7 @@ from .transforms import apply, exporting, in_forward_mode, transforming
 DRAWS = 65536  # an element draws an integer in [0, DRAWS)
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by size in bytes
 IN_CURRENT, IN_THRESHOLD, IN_RESET = 1, 2, 4  # bits of Rules.adaptation, as in csrc
+SEED_OF_STEP = 0x61C8864680B583EB  # kSeedOfStep of csrc/params/recurrent.h
 BELOW_IN_STATE = DRAWS + 1  # analog_prob is data: rng_state[2] is round(analog_prob * DRAWS)
 
 
@@ -256,11 +257,11 @@ def lif_reference(
 
 
 def states_of_steps(rng_state: Tensor | None, steps: int) -> Tensor | list[None]:
-    """The rng_state of each step of recurrent neurons: [seed, offset + t]."""
+    """The rng_state of each step of recurrent neurons: [seed + SEED_OF_STEP * t, offset]."""
     if rng_state is None:
         return [None] * steps
-    is_offset = torch.arange(rng_state.shape[0], device=rng_state.device) == 1
-    return rng_state + torch.arange(steps, device=rng_state.device)[:, None] * is_offset
+    is_seed = torch.arange(rng_state.shape[0], device=rng_state.device) == 0
+    return rng_state + torch.arange(steps, device=rng_state.device)[:, None] * SEED_OF_STEP * is_seed
 
 
 def recurrent_reference(

@@ -158,8 +158,8 @@ class ChunkNoise {
     const auto* draws = reinterpret_cast<const uint16*>(rows_.row(0));
     if (!drawn_) return draws;
     const int64 group = chunk.first / 4 / kNoiseGroups * kNoiseGroups;
-    const int64 state[2] = {rng_state_[0],
-                            static_cast<int64>(static_cast<uint64>(rng_state_[1]) + static_cast<uint64>(t))};
+    const uint64 seed = static_cast<uint64>(rng_state_[0]) + static_cast<uint64>(t) * kSeedOfStep;
+    const int64 state[2] = {static_cast<int64>(seed), rng_state_[1]};
     const int64 groups = (chunk.first + chunk.length + 3) / 4 - group;
     run<NoiseLoop>({noise_key(state), static_cast<uint64>(group), groups, 0, rows_.row(0), rows_.row(1)});
     return draws + (chunk.first - 4 * group);

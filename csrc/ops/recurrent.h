@@ -41,6 +41,8 @@ class RecurrentCall {
     TORCH_CHECK_VALUE(!(rules.multi_spike || rules.periodic || rules.floored || rules.levels),
                       "asgl_cuda: recurrent neurons have no multi_spike, levels, v_min or periodic surrogate");
     check_adaptation(rules);
+    TORCH_CHECK_VALUE(adapts() || (numbers.constants[kInputBias] == 0 && numbers.constants[kInputMean] == 0),
+                      "asgl_cuda: recurrent neurons have no input_bias and input_mean");
     const Dims square = {neurons(), neurons()}, row = {neurons()};
     layout.check(weight, layout.real(), is_elementwise() ? row : square, "weight");
     layout.check(parameters, layout.real(), {kRecurrentParameters, neurons()}, "parameters");

@@ -13,12 +13,14 @@ class RecurrentSteps {
   explicit RecurrentSteps(const RecurrentCall& call)
       : row_(call.parameters.unbind()), constants_{call.numbers, call.rules}, states_(call.steps()) {
     constants_.rules.time_dim = constants_.rules.scale_output = 0;
+    constants_.numbers.residual_gain = 1;
     const int count = call.adapts() ? kNumParameters : kInputGain;  // else the input's are constants
     for (int id = 0; id < count; ++id) neuron_[id] = row_[id];
     if (!call.rng_state.has_value()) return;
-    const Tensor is_offset = at::arange(call.rng_state->numel(), call.rng_state->options()).eq(1);
+    const Tensor is_seed = at::arange(call.rng_state->numel(), call.rng_state->options()).eq(0);
     const Tensor t = at::arange(call.steps(), call.rng_state->options()).unsqueeze(1);
-    const std::vector<Tensor> states = (*call.rng_state + t * is_offset).unbind();  // [seed, offset + t]
+    const int64_t seed_of_step = static_cast<int64_t>(kSeedOfStep);
+    const std::vector<Tensor> states = (*call.rng_state + t * seed_of_step * is_seed).unbind();
     states_.assign(states.begin(), states.end());
   }
 
@@ -26,6 +28,13 @@ class RecurrentSteps {
 
   Call forward(const Tensor& current, const Tensor& v, int64_t t) const {
     return {current.unsqueeze(0), v, states_[t], neuron_, std::nullopt, constants_};
+  }
+
+  // The same with the current (fed + bias) + x.
+  Call forward(const Tensor& fed, const Tensor& x, const Tensor& v, int64_t t) const {
+    Parameters neuron = neuron_;
+    neuron[kInputBias] = row_[kRecurrentBias];
+    return {fed.unsqueeze(0), v, states_[t], neuron, x.unsqueeze(0), constants_};
   }
 
   // Computed again from h, at rest, where neither its decay nor an adaptation matters, but in the reset.
@@ -49,14 +58,21 @@ inline std::vector<Tensor> forward_by_steps(const Launcher* launcher, const Recu
                                             const WantedResults& wanted) {
   const RecurrentSteps step(call);
   const Tensor& x_seq = call.sequence;
-  const auto x = x_seq.unbind(call.rules.time_dim);
+  // Where the current is j[t] itself, and not asked for, the neuron's kernel adds it up: two launches a step.
+  const bool wants_current = wanted[3] || wanted[7];
+  const bool adds = !call.has_synapse && !call.adapts() && call.numbers.constants[kInputGain] == 1 && !wants_current;
+  const Tensor x_by_step = x_seq.movedim(call.rules.time_dim, 0);
+  const auto x = (adds ? x_by_step.to(call.layout.real()).contiguous() : x_by_step).unbind();
   Tensor v = call.v_init, s = call.or_zero(call.s_init), i = call.has_synapse ? call.or_zero(call.i_init) : Tensor();
   std::array<std::vector<Tensor>, kStates> sequences;  // emitted, h, v, i and w
   for (size_t t = 0; t < x.size(); ++t) {
     const Tensor fed = call.is_elementwise() ? s * call.weight : at::mm(s, call.weight.t());
-    const Tensor j = x[t] + (fed + step.row(kRecurrentBias));
-    i = call.has_synapse ? step.row(kRecurrentSynDecay) * i + j : j;
-    const auto found = ops::forward(launcher, step.forward(i, v, t), {/*v_last=*/true, false, /*h_seq=*/true, false});
+    if (!adds) {
+      const Tensor j = x[t] + (fed + step.row(kRecurrentBias));
+      i = call.has_synapse ? step.row(kRecurrentSynDecay) * i + j : j;
+    }
+    const Call neuron = adds ? step.forward(fed, x[t], v, t) : step.forward(i, v, t);
+    const auto found = ops::forward(launcher, neuron, {/*v_last=*/true, false, /*h_seq=*/true, false});
     const Tensor w = !call.adapts() ? Tensor() : v.defined() ? v[1] : at::zeros_like(s);
     s = found[0].squeeze(0);
     v = found[1];

@@ -22,6 +22,11 @@ enum RecurrentParameterId : int {
   kRecurrentSums
 };
 
+// Modulo 2^64. Steps have keys of their own, since a kernel of one step draws at a fixed place of the counter: calls
+// with another offset share no draws. 2^64 / phi^2, whose multiples are far apart: neither do calls with seeds less
+// than 2^40 apart, in up to 2^20 steps.
+constexpr uint64 kSeedOfStep = 0x61C8864680B583EB;
+
 // Sequences are [T, B, N], or [B, T, N]; states and gradients of states [B, N], but v_init, v_last and their gradients
 // [2, B, N] for adaptive neurons, v then w. Their h is the potential that is compared with v_threshold.
 template <class Scalar>
@@ -30,7 +35,7 @@ struct RecurrentParams {
   int64 steps, batch, neurons;
   bool batch_first;
   LIFByOptions<Real> options;
-  NoiseParams noise;  // step t draws as a sequence of one step with rng_state [seed, offset + t]
+  NoiseParams noise;  // step t draws as a sequence of one step with rng_state [seed + t * kSeedOfStep, offset]
   bool elementwise;   // the weight is [N], the diagonal of W; else [N, N]
   bool has_synapse;
   const Real* weight;

@@ -5,6 +5,7 @@ kernel, also operations inside operators.
 """
 
 import re
+from collections import Counter
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from asgl_cuda import LIF, BatchNormLIF
 # These only allocate or view memory, or read values that are on the CPU.
 NO_LAUNCH = re.compile(
     r"aten::((new_)?empty|(.*_)?strided|view|reshape|expand|permute|unbind|select|slice|flatten|narrow|detach|alias|to"
-    r"|item|_local_scalar_dense|contiguous)"
+    r"|item|_local_scalar_dense|contiguous|(un)?squeeze|transpose|t\b|movedim|resolve_conj)"
 )
 X_SHAPE = (4, 2, 6, 3, 3)
 LEARNED = {"learn_decay": True, "learn_threshold": True, "backend": "emulated"}
@@ -82,6 +83,23 @@ def test_batch_norm_lif(emulation, options):
     found = launches_of_training(BatchNormLIF(6, **options), emulation)
     before, after = ["batch_moments_kernel", "batch_norm_coefficients_kernel"], ["batch_norm_input_gradient_kernel"]
     assert found == ["aten::random_", *before, *KERNELS, *after]
+
+
+@pytest.mark.parametrize("options", [{}, {"recurrent": "elementwise"}, {"time_dim": 1}, {"autapses": False}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_step_of_recurrent_neurons(emulation, options, dtype):
+    """A product, and the neuron's kernel with bias and input; without a synapse, an adaptation or a gain."""
+
+    def launches(steps, **more):
+        layer = asgl_cuda.RecurrentLIF(6, analog_prob=0.0, backend="emulated", **options, **more)
+        x_seq = torch.randn(steps, steps, 6, dtype=dtype)
+        with torch.no_grad():
+            return launches_of(lambda: layer(x_seq), emulation)
+
+    product = "aten::mul" if "recurrent" in options else "aten::mm"
+    assert Counter(launches(5)) - Counter(launches(3)) == {product: 2, "lif_forward_kernel": 2}
+    for more, each in (({"syn_decay": 0.5}, 6), ({"input_gain": 0.5}, 4)):
+        assert len(launches(5, **more)) - len(launches(3, **more)) == 2 * each
 
 
 def test_evaluation(emulation):

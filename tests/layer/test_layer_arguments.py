@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import io
 import math
 import re
 import warnings
@@ -324,6 +325,172 @@ def test_a_layer_as_new_is_one_with_what_was_set():
     nn.init.zeros_(layer.threshold)
     layer.reset_parameters()
     assert layer.v_threshold.item() == 1
+
+
+@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize("name", ["adapt_decay", "adapt_potential", "adapt_spike"])
+def test_an_adaptation_has_no_value_none(name, learned):
+    with pytest.raises(TypeError, match=f"asgl_cuda.AdaptiveLIF: {name} must be a float, got NoneType"):
+        AdaptiveLIF(**{name: None}, learn_adaptation=learned)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_none_is_refused_where_a_function_refuses_it(kind):
+    layer = LAYERS[kind]
+    defaults = getattr(layer, "func", layer).__init__.__kwdefaults__ or {}
+    names = [*NUMBERS[kind], *(name for name, value in defaults.items() if isinstance(value, float))]
+    for name in {*names} - {"v_reset", "v_min", "momentum", "syn_decay"}:  # documented to be None
+        with pytest.raises(TypeError, match=rf"asgl_cuda\.{kind}: {name} must be a float, got NoneType"):
+            layer(**{name: None})
+
+
+# ---- values by neuron ----
+
+N = 6
+BY_NEURON = {  # a value's ends, and its option to learn it
+    "decay": (0.1, 0.9, "learn_decay"),
+    "width": (0.5, 2.0, "learn_width"),
+    "v_threshold": (0.5, 2.0, "learn_threshold"),
+    "v_reset": (-1.0, 0.4, None),
+    "reset_amount": (0.2, 1.0, None),
+    "syn_decay": (0.1, 0.9, "learn_syn_decay"),
+    "adapt_decay": (0.1, 0.9, "learn_adaptation"),
+    "adapt_potential": (-0.2, 0.2, "learn_adaptation"),
+    "adapt_spike": (-0.1, 0.5, "learn_adaptation"),
+}
+COMMON = ("decay", "width", "v_threshold", "v_reset", "reset_amount")
+ADAPTATION = ("adapt_decay", "adapt_potential", "adapt_spike")
+OF_LAYERS = [
+    (kind, name, learned)
+    for kind, names in {
+        LIF: COMMON, BatchNormLIF: COMMON, LeakyIntegrator: ("decay",), AdaptiveLIF: (*COMMON, *ADAPTATION),
+        RecurrentLIF: (*COMMON, *ADAPTATION, "syn_decay"),
+    }.items()
+    for name in names
+    for learned in ((False, True) if BY_NEURON[name][2] else (False,))
+]  # fmt: skip
+
+
+def by_neuron(kind, name, learned, value, granularity="neuron", **options):
+    """A layer with this value, learned or not, and the others' defaults."""
+    _, _, option = BY_NEURON[name]
+    if option == "learn_width" and kind is not LeakyIntegrator:
+        options["learn_width"] = learned
+    elif option is not None:
+        options[option] = learned
+    if name == "reset_amount":
+        options["v_reset"] = None
+    if kind is RecurrentLIF and name.startswith("adapt"):
+        options.setdefault("adapt_decay", 0.5)
+    if kind is not LeakyIntegrator:
+        options["analog_prob"] = 0.0
+    return kind(N, **{**options, name: value}, granularity=granularity)
+
+
+@pytest.mark.parametrize("granularity", ["channel", "neuron"])
+@pytest.mark.parametrize(("kind", "name", "learned"), OF_LAYERS)
+def test_a_value_for_each_neuron(kind, name, learned, granularity):
+    """Each neuron computes as one of a layer with that value alone; copies, files, moves and resets keep it."""
+    low, high, _ = BY_NEURON[name]
+    value, x_seq = torch.linspace(low, high, N), torch.rand(5, 4, N) * 2 - 0.5
+    torch.manual_seed(0)
+    layer = by_neuron(kind, name, learned, value, granularity)
+    torch.testing.assert_close(torch.as_tensor(getattr(layer, name)).detach(), value)
+    assert f"{name}={low:g} to {high:g}{' (learned)' if learned else ''}" in repr(layer)
+    expected = layer(x_seq).detach()
+    for n in range(N) if kind is not RecurrentLIF else ():
+        alone = by_neuron(kind, name, learned, value[n].item(), granularity)
+        assert torch.equal(alone(x_seq)[..., n], expected[..., n])
+    with torch.device("meta"):
+        empty = by_neuron(kind, name, learned, value, granularity)
+    assert empty(x_seq.to("meta")).is_meta
+    empty.to_empty(device="cpu").reset_parameters()
+    file = io.BytesIO()
+    torch.save(layer, file)
+    file.seek(0)
+    for each in (
+        copy.deepcopy(layer),
+        torch.load(file, weights_only=False),
+        empty,
+        copy.deepcopy(layer).double().float(),
+    ):
+        each.load_state_dict(layer.state_dict())
+        assert torch.equal(each(x_seq), expected)
+    if not learned:
+        half = copy.deepcopy(layer).half()
+        torch.testing.assert_close(getattr(half, name), value, rtol=0, atol=0)
+    uniform = by_neuron(kind, name, learned, high, granularity)
+    assert layer.state_dict().keys() == uniform.state_dict().keys()
+    value.zero_()
+    assert torch.equal(layer(x_seq), expected), "a copy"
+
+
+@pytest.mark.parametrize("name", ["decay", "width", "v_threshold"])
+@pytest.mark.parametrize("learned", [False, True])
+def test_setters_take_a_value_for_each_neuron(name, learned):
+    low, high, _ = BY_NEURON[name]
+    layer, value = by_neuron(LIF, name, learned, high), torch.linspace(low, high, N)
+    setattr(layer, name, value)
+    torch.testing.assert_close(getattr(layer, name).detach(), value)
+    with pytest.raises(ValueError, match=rf"LIF: {name} must be .* or of shape \[6\], got a tensor of shape \[5\]"):
+        setattr(layer, name, value[:5])
+    torch.testing.assert_close(getattr(layer, name).detach(), value)
+    setattr(layer, name, high)
+    assert (torch.as_tensor(getattr(layer, name)) == pytest.approx(high)) if not learned else True
+
+
+@pytest.mark.parametrize(("kind", "name", "learned"), OF_LAYERS)
+def test_other_shapes_and_values_are_refused(kind, name, learned):
+    low, high, option = BY_NEURON[name]
+    value = torch.linspace(low, high, N)
+    bad = {
+        "or of shape [6], got a tensor of shape [5]": value[:5],
+        "or of shape [6], got a tensor of shape [6, 1]": value[:, None],
+        "or of shape [6], got torch.complex64": value.to(torch.complex64),
+        "whose value can't be read": value.to("meta"),
+        "nan": torch.where(value == high, torch.nan, value),
+    }
+    if not learned:
+        remedy = "" if option is None else f"{option}=True learns it, and "
+        bad[f"requires a gradient; {remedy}{name}.detach() has its values"] = nn.Parameter(value)
+    if "decay" in name:
+        bad["got 1.5"] = torch.where(value == high, 1.5, value)
+    for words, each in bad.items():
+        with pytest.raises((TypeError, ValueError), match=rf"^asgl_cuda\.{kind.__name__}: .*" + re.escape(words)):
+            by_neuron(kind, name, learned, each)
+    if kind not in (BatchNormLIF, RecurrentLIF):
+        with pytest.raises(ValueError, match="granularity 'channel' or 'neuron' takes a value for each"):
+            kind(**{name: value})
+
+
+class Moved(torch.Tensor):
+    """Records where it is moved."""
+
+    devices = ()
+
+    def to(self, *arguments, **options):
+        Moved.devices += arguments
+        return self
+
+
+def test_constants_by_neuron_move_with_the_layer():
+    values = {name: torch.linspace(*BY_NEURON[name][:2], N).as_subclass(Moved) for name in BY_NEURON}
+    layer = RecurrentLIF(N, granularity="neuron", v_reset=None)
+    layer._syn_decay, layer._adapt_decay = values.pop("syn_decay"), values.pop("adapt_decay")
+    for name, value in values.items():
+        setattr(layer, name if name in ("v_reset", "reset_amount") or name.startswith("adapt") else f"_{name}", value)
+    Moved.devices = ()
+    layer.to("cpu")
+    assert Moved.devices == (torch.device("cpu"),) * len(BY_NEURON)
+    layer.to("meta")
+    assert Moved.devices == (torch.device("cpu"),) * len(BY_NEURON)
+
+
+def test_a_reset_at_one_neurons_threshold_is_refused():
+    v_reset, v_threshold = torch.tensor([0.0, 0.5]), torch.tensor([0.4, 0.5])
+    LIF(2, granularity="neuron", v_reset=v_reset, v_threshold=v_threshold + 0.1)
+    with pytest.raises(ValueError, match="v_reset must be below v_threshold"):
+        LIF(2, granularity="neuron", v_reset=v_reset, v_threshold=v_threshold)
 
 
 # ---- inputs ----

@@ -158,6 +158,35 @@ def test_compiled_layers(backend, device, monkeypatch):
     assert counter.frame_count == 1
 
 
+OF_ANY_SIZE = {
+    "LIF": lambda **options: asgl_cuda.LIF(5, **options),
+    "behind LIF": lambda **options: nn.Sequential(
+        asgl_cuda.LIF(backend=options["backend"]), asgl_cuda.RecurrentLIF(5, **options)
+    ),
+    "recurrent": lambda **options: asgl_cuda.RecurrentLIF(5, **options),
+    "synapse": lambda **options: asgl_cuda.RecurrentLIF(5, syn_decay=torch.rand(5), adapt_decay=0.5, **options),
+    "elementwise": lambda **options: asgl_cuda.RecurrentLIF(5, recurrent="elementwise", bias=False, **options),
+    "adaptive": lambda **options: asgl_cuda.AdaptiveLIF(5, adapt_decay=torch.rand(5), **options),
+    "integrator": lambda **options: asgl_cuda.LeakyIntegrator(5, learn_decay=True, **options),
+    "normalised": lambda **options: asgl_cuda.BatchNormLIF(5, decay=torch.rand(5), **options),
+}
+
+
+@pytest.mark.parametrize("kind", OF_ANY_SIZE)
+def test_compiled_for_any_size(name, device, kind):
+    """Parameters have sizes that are known, inputs do not."""
+    layer = OF_ANY_SIZE[kind](granularity="neuron", backend=name).to(device)
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(layer, dynamic=True, fullgraph=True, backend=counter)
+    for steps, batch in ((6, 3), (7, 4)):
+        x_seq, results = torch.randn(steps, batch, 5, device=device, requires_grad=True), []
+        for call in (layer, compiled):
+            torch.manual_seed(2)
+            results.append(with_gradients(call, x_seq, *layer.parameters()))
+        assert_all_equal(*results)
+    assert counter.frame_count == 1 or name == "reference"  # whose loop is unrolled
+
+
 SEVERAL_TIMES = {
     # Calls in which the input x or the potentials v are also other arguments.
     "input": lambda x, v, **options: asgl_cuda.lif(x, width=x, v_threshold=x, surrogate="sigmoid", **options),

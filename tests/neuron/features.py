@@ -275,7 +275,11 @@ def recurrent(draw: Draw, to_threshold: bool | None = None) -> Options:
         value = (value * 64).round() / 64 if exact else value / count**0.5
         return value.requires_grad_(draw.only in (None, name))
 
-    options = {**neuron(draw), "input_gain": 0.5, "detach_recurrent": case.flags == "detached"}
+    options = {
+        **neuron(draw),
+        "input_gain": 0.5 if case.flags == "scaled" else 1.0,
+        "detach_recurrent": case.flags == "detached",
+    }
     options["weight"] = weight("weight", *((count,) if case.reset == "amount" else (count, count)))
     options |= {"bias": weight("bias", count)} if case.flags != "none" else {}
     if case.asked != "spikes" or case.flags == "scaled":

@@ -8,6 +8,7 @@ from comparison import real_of, rng_state, uniform
 from features import FEATURES, Case, assert_equals_reference
 from torch import nn
 from torch.nn.functional import batch_norm
+from torch.utils.checkpoint import checkpoint
 
 import asgl_cuda
 from asgl_cuda import batch_norm_lif
@@ -271,6 +272,70 @@ def test_running_statistics_of_one_memory(backend, device):
         batch_norm_lif(x_seq, mean, variance, training=True, backend=backend)
         assert torch.equal(mean, expected[0])
         assert torch.equal(variance, expected[1])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "magnitude", "eps"),
+    [
+        (torch.float32, 1e15, 1e-5), (torch.bfloat16, 1e15, 1e-5), (torch.float64, 1e150, 1e-5),
+        (torch.float32, 1e-15, 0.0), (torch.bfloat16, 1e-15, 0.0), (torch.float64, 1e-150, 0.0),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("sizes", ["large", "many rows"])
+@pytest.mark.parametrize("mean", [0.0, 1.0])
+def test_ends_of_the_documented_range(backend, device, dtype, magnitude, eps, sizes, mean):
+    """Outputs, gradients and statistics are the reference's, to the roundings of a sum."""
+    steps = torch.randn(4, *SIZES[sizes], dtype=torch.float64).clamp(-3, 3) / 4 + mean * 0.25
+    x_seq = (steps * magnitude).to(device, dtype)
+    grad, found = torch.randn(x_seq.shape).to(x_seq), []
+    for name in (backend, "reference"):
+        leaf = x_seq.clone().requires_grad_()
+        running = [torch.zeros(x_seq.shape[2], dtype=real_of(dtype), device=device) for _ in "12"]
+        weight = torch.ones_like(running[0], requires_grad=True)
+        s_seq = batch_norm_lif(leaf, *running, weight, training=True, eps=eps, **SMOOTH, backend=name)
+        found.append([s_seq, *torch.autograd.grad(s_seq, [leaf, weight], grad), *running])
+    place = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 2**-7}[dtype]
+    for ours, theirs in zip(*found, strict=True):
+        assert theirs.isfinite().all()
+        assert relative(ours, theirs) <= place
+
+
+@pytest.mark.parametrize("options", [{"momentum": None}, {}, {"dtype": torch.float64}, {"track_running_stats": False}])
+@pytest.mark.parametrize("by_reference", [False, True])
+def test_checkpoint_counts_as_for_torch(backend, device, options, by_reference):
+    """The last layer of a checkpoint that stops early, behind the update of running statistics."""
+    norm, layer = nn.BatchNorm2d(3, **options), asgl_cuda.BatchNormLIF(3, **options)
+    layer.backend = "reference" if by_reference else backend
+    for each in (norm, layer):
+        each.to(device)
+    for _ in range(3):
+        x_seq = torch.randn(4, 2, 3, 3, 3, device=device, requires_grad=True)
+        checkpoint(layer, x_seq, use_reentrant=False).sum().backward()
+        checkpoint(
+            norm, x_seq.flatten(0, 1).to(options.get("dtype", torch.float32)), use_reentrant=False
+        ).sum().backward()
+    if options.get("track_running_stats", True):
+        assert layer.num_batches_tracked == norm.num_batches_tracked == 6
+        torch.testing.assert_close(layer.running_mean, norm.running_mean)
+        torch.testing.assert_close(layer.running_var, norm.running_var)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.int32, torch.uint8])
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_number_of_batches_of_any_type(backend, device, dtype, momentum):
+    """As torch takes it, and with the same statistics."""
+    found = []
+    for kind in (torch.int64, dtype):
+        torch.manual_seed(0)
+        layer = asgl_cuda.BatchNormLIF(3, momentum=momentum, backend=backend).to(device)
+        state = layer.state_dict()
+        layer.load_state_dict({**state, "num_batches_tracked": state["num_batches_tracked"].to(kind)}, assign=True)
+        for _ in range(3):
+            layer(torch.randn(4, 2, 3, device=device))
+        assert layer.num_batches_tracked.dtype == kind
+        assert layer.num_batches_tracked == 3
+        found.append((layer.running_mean, layer.running_var))
+    assert torch.equal(torch.stack(found[0]), torch.stack(found[1]))
 
 
 def test_momentum_is_one_value_of_any_shape(backend, device):

@@ -77,10 +77,42 @@ def test_reference_is_a_plain_loop():
         torch.testing.assert_close(ours, theirs)
 
 
+def state_of_step(seed, offset, t):
+    seed = (seed + 0x61C8864680B583EB * t) % 2**64
+    return torch.tensor([seed - 2**64 if seed >= 2**63 else seed, offset])
+
+
+def masks_of(seed, offset, backend, device, steps=24, batch=64, count=32):
+    """What is analog, seen in what neurons without a weight emit."""
+    x_seq, rng_state = (
+        torch.full((steps, batch, count), 0.9, device=device),
+        torch.tensor([seed, offset], device=device),
+    )
+    options = {"decay": 0.0, "width": 4.0, "analog_prob": 0.5, "rng_state": rng_state}
+    s_seq = asgl_cuda.recurrent_lif(x_seq, torch.zeros(count, device=device), **options, backend=backend)
+    assert 0.45 < (s_seq > 0).float().mean() < 0.55
+    return (s_seq > 0).double()
+
+
+@pytest.mark.parametrize("by_reference", [False, True])
+@pytest.mark.parametrize("other", [(9, 1), (9, 2), (10, 0), (9, 2**31), (9 - 2**63, 0)])
+def test_calls_of_near_states_share_no_noise(backend, device, by_reference, other):
+    """At no lag; of 47 shares of 2,048 elements or more that agree, each is within five deviations of a half."""
+    backend = "reference" if by_reference else backend
+    one, two = masks_of(9, 0, backend, device), masks_of(*other, backend, device)
+    for lag in range(-23, 24):
+        earlier, later = (one[: 24 - lag], two[lag:]) if lag >= 0 else (one[-lag:], two[:lag])
+        agree = (earlier == later).double()
+        assert abs(agree.mean() - 0.5) < 5 * 0.5 / agree.numel() ** 0.5, f"lag {lag}"
+        if lag:
+            own = (one[: 24 - lag] == one[lag:]) if lag > 0 else (one[-lag:] == one[:lag])
+            assert abs(own.double().mean() - 0.5) < 5 * 0.5 / own.numel() ** 0.5, f"own, lag {lag}"
+
+
 @pytest.mark.parametrize("recurrent", ["dense", "elementwise"])
 @pytest.mark.parametrize("by_reference", [False, True])
 def test_steps_are_the_sequence(backend, device, recurrent, by_reference):
-    """With states handed on, and the noise of step t at offset + t."""
+    """With states handed on, and the noise of step t by its own seed."""
     backend = "reference" if by_reference else backend
     torch.manual_seed(1)
     x_seq = rand(7, 3, 20, device=device)
@@ -89,7 +121,7 @@ def test_steps_are_the_sequence(backend, device, recurrent, by_reference):
     whole = asgl_cuda.recurrent_lif(x_seq, weight, rng_state=torch.tensor([5, 11], device=device), **options)
     state = {}
     for t, x in enumerate(x_seq):
-        rng_state = torch.tensor([5, 11 + t], device=device)
+        rng_state = state_of_step(5, 11, t).to(device)
         out = asgl_cuda.recurrent_lif(x[None], weight, rng_state=rng_state, **options, **state)
         state = {"v_init": out.v_last, "s_init": out.s_last, "i_init": out.i_last}
         assert torch.equal(out.s_seq[0], whole.s_seq[t])

@@ -561,7 +561,7 @@ CPU_MUTANTS = {
         "a synapse that forgets": recurrent("= args.syn_decay[n] * @ + j", "args.i[n]", "Real(0)"),
         "no gradient through the synapse": recurrent("({dj + offset, {@, Real(0)}, di_",
                                                       "repeated_[kRecurrentSynDecay]", "zeros_"),
-        "noise of the first step": recurrent("(rng_state_[1]) + @)", "static_cast<uint64>(t)", "uint64(0)"),
+        "noise of the first step": recurrent("+ @ * kSeedOfStep", "static_cast<uint64>(t)", "uint64(0)"),
         "noise of the first rows": recurrent("draws + (@)", "chunk.first - 4 * group", "int64(0)"),
         "noise of the chunk's first rows": recurrent("draws + @,", "offset", "int64(0)"),
         "zeros hide a NaN of the weight": recurrent(
