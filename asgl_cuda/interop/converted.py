@@ -326,11 +326,13 @@ InStream: TypeAlias = "Streamed | str | None"
 class Streamed(NamedTuple):
     """How a module takes the steps of a stream: the time dimension of its input, and the attribute with its state.
 
-    None for an input of one step, and without a single state, as in containers.
+    None for an input of one step, and without a single state, as in containers. With a switch the module carries its
+    state only while its attribute `stateful` is set.
     """
 
     time_dim: int | None
     state: str | None
+    has_switch: bool = False
 
 
 def number(value: Any) -> Any:
