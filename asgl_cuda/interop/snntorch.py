@@ -438,7 +438,7 @@ def find(layer: nn.Module) -> Found:
         return 'it resets the input of the next step to 0 as well (reset_mechanism="zero")'
     if kind is snntorch.Lapicque and (leaky.R * leaky.C).requires_grad:
         return "it learns by a graph that ends with the first backward (learn_beta)"
-    if hasattr(leaky, "recurrent") and (reason := lacking(leaky.recurrent, _RETURNING)) is not None:
+    if issubclass(_CONVERTED[kind], Recurrent) and (reason := lacking(leaky.recurrent, _RETURNING)) is not None:
         return reason
     if kind is snntorch.RSynaptic and not leaky.reset_delay:
         return "its reset without delay fails in snnTorch (reset_delay=False)"
