@@ -585,6 +585,18 @@ def test_multi_step_states_and_keys(kind):
         assert multi[1].layer.threshold == torch.tensor(0.3)
 
 
+@pytest.mark.parametrize("name", [name for name in SNNTORCH if "negative" in name])
+def test_negative_decays_are_kept(name, monkeypatch):
+    """Raised to the least decay, they would be computed step by step, or wrongly in a compiled graph."""
+    made, whole = case(name, whole=True)
+    (x_seq,) = inputs(name, 1, torch.float32)
+    expected = run(made, x_seq)[0]
+    monkeypatch.setattr(type(whole.layer), "by_steps", lambda *given: pytest.fail("step by step"))
+    for call in (whole, torch.compile(whole, backend="eager")):
+        asgl_cuda.reset(whole)
+        torch.testing.assert_close(flat(call(x_seq)), expected, check_dtype=False)
+
+
 CARRYING = {
     "Leaky": {}, "Synaptic": {"alpha": 0.7}, "RLeaky": {"linear_features": 7},
     "RSynaptic": {"alpha": 0.7, "linear_features": 7},

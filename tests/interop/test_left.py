@@ -131,6 +131,7 @@ LEFT = {
     "inhibition": (leaky(inhibition=True), "it has inhibition"),
     "quantised": (leaky(state_quant=lambda mem: mem), "it quantises its state"),
     "graded": (leaky(graded_spikes_factor=0.5), "its spikes are graded"),
+    "graded by what learns": (leaky(learn_graded_spikes_factor=True), "its spikes are graded"),
     "no gradient": (leaky(surrogate_disable=True), "its spike function has no gradient"),
     "heaviside": (leaky(spike_grad=slopes.heaviside(), reset_delay=False), "its surrogate does not fall off"),
     "triangular": (leaky(spike_grad=slopes.triangular(), reset_delay=False), "the slope -1 at the threshold"),
@@ -146,6 +147,10 @@ LEFT = {
     "a graph": (lambda: snntorch.Lapicque(beta=torch.tensor(0.5), learn_beta=True), r"graph that ends .*learn_beta"),
     "adjoint": (lambda: norse.LIF(norse.LIFParameters(method="adjoint")), "it steps by lif_feed_forward_adjoint_step"),
     "circ": (lambda: norse.LIFBoxCell(norse.LIFBoxParameters(method="circ")), "its surrogate, circ, is none"),
+    "a reset of a user": (
+        lambda: norse.LIFBoxCell(norse.LIFBoxParameters(reset_method=lambda z, v, p: v - z)),
+        "it resets by a function of its own",
+    ),
     "LSNN": (norse.LSNN, "asgl_cuda.AdaptiveLIF is its counterpart"),
     "MaxSpike": (
         lif(spike_fn=MAX(300)), "at most 300 spikes a step, which must be a whole number in .1, 256.",
