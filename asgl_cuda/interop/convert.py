@@ -105,9 +105,10 @@ def libraries() -> Iterator[Any]:
 
     Required: `find(layer)`, see `Found`; `streamed(module)`, see `InStream`. Optional: `knows_time(module)`: whether
     `OverTime` refuses the module, where not all that `streamed` answers for are; `reset(module)` and `detach(module)`:
-    clear or detach the module's state; `copy_layers(model, memo)`: fills deepcopy's memo with layers that their own
-    __deepcopy__ would spoil; `enlist(model)`: registers a copy with the library; NORMALISATIONS: equivalents of
-    torch.nn's classes; PLAIN: torch.nn's classes, keyed by the library's equivalents.
+    clear or detach the module's state; `not_written(module)`: why `to_nir` can't write it, or None;
+    `copy_layers(model, memo)`: fills deepcopy's memo with layers that their own __deepcopy__ would spoil;
+    `enlist(model)`: registers a copy with the library; NORMALISATIONS: equivalents of torch.nn's classes; PLAIN:
+    torch.nn's classes, keyed by the library's equivalents.
     """
     yield authors
     for name, modules in LIBRARIES.items():

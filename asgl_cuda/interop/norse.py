@@ -181,6 +181,12 @@ def find(layer: nn.Module) -> Found:
     return ConvertedSNN, spike
 
 
+def not_written(module: nn.Module) -> str | None:
+    if not isinstance(module, (*_NEURONS, norse.SequentialState, norse.RecurrentSequential)):
+        return None
+    return "it returns its state beside its output; norse.torch.to_nir writes models of Norse's cells, if not converted"
+
+
 def streamed(module: nn.Module) -> InStream:
     if not isinstance(module, _NEURONS):
         return None
