@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
 from torch.utils import _pytree
@@ -46,7 +46,7 @@ def _takers(model: nn.Module) -> Iterator[_Taker]:
         name = f"{type(module).__name__} at {path!r}" if path else type(module).__name__
         compiled = compiled or "_orig_mod" in module._modules or module._compiled_call_impl is not None
         if isinstance(module, NeuronLayer):
-            answer: Streamed | str | None = Streamed(module.time_dim, "v")
+            answer: Streamed | str | None = Streamed(module.time_dim, "v", has_switch=True)
         elif isinstance(module, (nn.RNNBase, nn.RNNCellBase, Delay)):
             answer = "it begins at rest with each call, unless the model hands its state on"
         else:
@@ -171,7 +171,7 @@ def step(model: nn.Module, x_t: Tensor, *, time_dim: int | None = None) -> Any:
     watched = [taker for taker in takers if not taker.compiled]
     watch = _Watch(watched)
     with ExitStack() as undo:
-        for layer in (module for module in model.modules() if isinstance(module, NeuronLayer)):
+        for layer in (cast("Any", taker.module) for taker in takers if taker.streamed.has_switch):
             undo.callback(setattr, layer, "stateful", layer.stateful)
             layer.stateful = True
         for taker in watched:

@@ -105,9 +105,10 @@ def libraries() -> Iterator[Any]:
 
     Required: `find(layer)`, see `Found`; `streamed(module)`, see `InStream`. Optional: `knows_time(module)`: whether
     `OverTime` refuses the module, where not all that `streamed` answers for are; `reset(module)` and `detach(module)`:
-    clear or detach the module's state; `copy_layers(model, memo)`: fills deepcopy's memo with layers that their own
-    __deepcopy__ would spoil; `enlist(model)`: registers a copy with the library; NORMALISATIONS: equivalents of
-    torch.nn's classes; PLAIN: torch.nn's classes, keyed by the library's equivalents.
+    clear or detach the module's state; `not_written(module)`: why `to_nir` can't write it, or None;
+    `copy_layers(model, memo)`: fills deepcopy's memo with layers that their own __deepcopy__ would spoil;
+    `enlist(model)`: registers a copy with the library; NORMALISATIONS: equivalents of torch.nn's classes; PLAIN:
+    torch.nn's classes, keyed by the library's equivalents.
     """
     yield authors
     for name, modules in LIBRARIES.items():
@@ -178,8 +179,9 @@ def convert(
     Returns:
         The model, and a `Report` with the lists `replaced` and `left`. `print` shows both, with advice on speed.
 
-    Raises TypeError or ValueError for invalid arguments, and RuntimeError for a model that can't be copied, or an error
-    of a function in `layers`. The model stays unchanged then.
+    Raises TypeError or ValueError for invalid arguments, ValueError for `asgl` or `backend` if a layer is converted
+    already, and RuntimeError for a model that can't be copied, or an error of a function in `layers`. The model stays
+    unchanged then.
 
     Example::
 
@@ -194,6 +196,8 @@ def convert(
     if backend is not None:
         check_name("backend", backend, BACKENDS, _CALLER)
     model = taken(model, inplace, _CALLER)
+    if wanted is not None or backend is not None:
+        _check_unconverted(model)
     made = made_for(model, layers, _CALLER)
     known = list(libraries())
     report = Report([], [])
@@ -212,9 +216,6 @@ def convert(
             inside.append(f"{path}.")
             continue
         if isinstance(layer, Converted):
-            if wanted is not None or backend is not None:
-                reason = "it is converted already, with its own settings: asgl_cuda.revert comes first"
-                report.left.append(Left(path, name, reason))
             continue
         answers = (library.find(layer) for library in known)
         found = _vendored(layer) or next((each for each in answers if each is not None), None)
@@ -234,6 +235,17 @@ def convert(
         inside.append(f"{path}." if path else "")
     report.notes = _notes(model, report)
     return model, report
+
+
+def _check_unconverted(model: nn.Module) -> None:
+    """Refuses a model whose converted layers would keep the settings that they have."""
+    paths = [path or "(the model)" for path, layer in model.named_modules() if isinstance(layer, Converted)]
+    if paths:
+        names = ", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
+        raise ValueError(
+            f"{_CALLER}: {names}: converted already, and asgl and backend are settings of a conversion; convert the "
+            "original layers: asgl_cuda.convert(asgl_cuda.revert(model)[0], ...)"
+        )
 
 
 def _vendored(layer: nn.Module) -> str | None:

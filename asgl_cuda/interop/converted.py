@@ -98,34 +98,54 @@ FEEDBACK = ("feedback", "rec_connect", "recurrent")  # through which spikes retu
 
 
 class Basis:
-    """What a layer was converted from, compared at each call: the values of `read_from`, and those of its function.
+    """What a layer was converted from, compared at each call.
+
+    These are the values of `read_from`, with the attributes, tensors and closure of the spike function, and, of all
+    modules among them, whose forward is not called any more, methods and hooks.
 
     Tensors are compared by identity and number of writes, and after a change of either by value: equal values, loaded
-    or of a copy, are no change. Compiled graphs compare neither tensors nor classes.
+    or of a copy, are no change. Compiled graphs compare neither tensors nor classes, closures, methods and hooks.
     """
 
     def __init__(self, layer: Converted) -> None:
-        self.size = -1  # number of the layer's attributes at the last check
-        name, function = next(iter(layer.read_from().items()))
-        self.own = {}  # attributes of the function, by name
-        if not (layer.settings.asgl or isinstance(function, FunctionType)):
-            names = (each for each in getattr(function, "__dict__", ()) if each not in _MODULE_ATTRIBUTES)
-            self.own = {f"{name}.{each}": each for each in names}
-        self.has_buffers = isinstance(function, nn.Module) and next(function.buffers(), None) is not None
-        self.held = {f"a tensor of {name}": each for each in captured(function) if isinstance(each, Tensor)}
-        self._note(self._read(layer))
+        self.mark: list[Any] = []  # of the methods and hooks at the last check
+        self.function = next(iter(layer.read_from().values()))
+        self.closure = _closure(self.function)
+        values, functions, replaced = self._replaced(layer)
+        self.names = {name: frozenset(_attributes(each)) for name, each in replaced.items()}
+        self.hooks = {name: _hooks_of(each) for name, each in replaced.items()}
+        self.own = {name: sorted(self.names[name] - _MODULE_ATTRIBUTES) for name in functions}
+        self._note(self._read(values, functions))
 
-    def _read(self, layer: Converted) -> dict[str, Any]:
+    def _replaced(self, layer: Converted) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        """The values of `read_from`; the spike function, if computed with, and the modules inside; all modules."""
         values = layer.read_from()
         name, function = next(iter(values.items()))
+        functions: dict[str, Any] = {}
         if layer.settings.asgl:
-            del values[name]  # not computed with
-            return values
-        for key, attribute in self.own.items():
-            values[key] = getattr(function, attribute, None)
-        if self.has_buffers:
-            values |= {f"{name}.{key}": buffer for key, buffer in function.named_buffers()}
-        return values | self.held if self.held else values
+            del values[name]
+        elif function is not None:
+            functions[name] = function
+            if torch.compiler.is_compiling():
+                return values, functions, functions
+            if self.closure and function is self.function:
+                held = {f"{key} of {name}": function.__closure__[cell].cell_contents for key, cell in self.closure}
+                values |= held
+                functions |= _with_children(held)
+            elif isinstance(function, nn.Module) and function._modules:
+                functions |= _with_children({name: function})
+        return values, functions, _with_children(values) | functions
+
+    def _read(self, values: dict[str, Any], functions: dict[str, Any]) -> dict[str, Any]:
+        """The values, and those of the functions."""
+        is_compiling = torch.compiler.is_compiling()
+        for name, each in functions.items():
+            for attribute in self.own.get(name, ()):
+                values[f"{name}.{attribute}"] = getattr(each, attribute, None)
+            if not is_compiling and isinstance(each, nn.Module) and (each._buffers or each._parameters):
+                tensors = {**each._buffers, **each._parameters}
+                values |= {f"{name}.{key}": tensor for key, tensor in tensors.items()}
+        return values
 
     def _note(self, values: dict[str, Any]) -> None:
         self.values = values
@@ -135,23 +155,73 @@ class Basis:
 
     def changed(self, layer: Converted) -> str | None:
         """The first difference in words, or None."""
-        values, before = self._read(layer), self.values
-        if torch.compiler.is_compiling():
+        values, functions, replaced = self._replaced(layer)
+        values, before = self._read(values, functions), self.values
+        is_compiling = torch.compiler.is_compiling()
+        if is_compiling:
             values = {name: each for name, each in values.items() if not isinstance(each, (Tensor, type))}
-        elif all(map(operator.is_, values.values(), before.values())) and all(
-            before[name]._version == version for name, version in self.versions.items()
+        elif (
+            len(values) == len(before)
+            and all(map(operator.is_, values.values(), before.values()))
+            and all(before[name]._version == version for name, version in self.versions.items())
         ):
-            return None
+            return self._hidden(layer, replaced)
         for name, value in values.items():
-            old = self.copies.get(name, before[name])
+            old = self.copies.get(name, before.get(name))
             if not (value is old or _alike(value, old)):
                 if old is None and name in FEEDBACK:  # a sentence of `lacking`
                     return str(value)
                 now, was = _in_words(value), _in_words(old)
                 return f"its {name} is {now}, and was {was}" if now != was else f"its {name} is another {now}"
-        if not torch.compiler.is_compiling():
-            self._note(values)
+        if is_compiling:
+            return None
+        self._note(values)
+        return self._hidden(layer, replaced)
+
+    def _hidden(self, layer: Converted, replaced: dict[str, Any]) -> str | None:
+        """The first method that an attribute hides, or the first other hooks, in words."""
+        mark: list[Any] = [len(layer.__dict__)]
+        for each in replaced.values():
+            mark += (len(_attributes(each)), _hooks_of(each))
+        if mark == self.mark:
+            return None
+        if reason := exchanged(layer):
+            return reason
+        for name, each in replaced.items():
+            for attribute in _attributes(each):
+                if attribute not in self.names.get(name, ()) and hasattr(type(each), attribute):
+                    return f"its {name}.{attribute} is not that of {type(each).__name__}, but an attribute"
+            if _hooks_of(each) != self.hooks.get(name):
+                return f"its {name} has other hooks, which do not fire"
+        self.mark = mark
         return None
+
+
+def _closure(function: Any) -> list[tuple[str, int]]:
+    """The names and places of a closure's variables whose types leave copies equal."""
+    if not isinstance(function, FunctionType):
+        return []
+    kinds = (Tensor, nn.Module, bool, int, float, str, type, FunctionType)
+    found = enumerate(zip(function.__code__.co_freevars, captured(function), strict=True))
+    return [(name, place) for place, (name, value) in found if isinstance(value, kinds)]
+
+
+def _with_children(values: dict[str, Any]) -> dict[str, Any]:
+    """The modules among the values, and all that are inside, by name."""
+    found: dict[str, Any] = {}
+    for name, each in values.items():
+        if isinstance(each, nn.Module):
+            found |= dict(each.named_modules(prefix=name)) if each._modules else {name: each}
+    return found
+
+
+def _attributes(function: Any) -> dict[str, Any]:
+    return getattr(function, "__dict__", {})
+
+
+def _hooks_of(function: Any) -> list[int]:
+    """The numbers of the hooks, which torch does not give twice."""
+    return [each for hooks in HOOKS for each in getattr(function, hooks, ())]
 
 
 def _alike(one: Any, other: Any) -> bool:
@@ -247,12 +317,8 @@ class Converted(Overlay, Noisy):
 
     def check(self) -> None:
         """Raises if the layer is not what it was converted from."""
-        basis = self._basis
-        reason = basis.changed(self)
-        if reason is None and not torch.compiler.is_compiling() and basis.size != len(self.__dict__):
-            reason, basis.size = exchanged(self), len(self.__dict__)  # perhaps a method
+        reason = self._basis.changed(self)
         if reason is not None:
-            basis.size = -1
             raise RuntimeError(
                 f"asgl_cuda.convert: {bare_class(self).__name__} was changed after its conversion: {reason}; convert "
                 "again: asgl_cuda.convert(asgl_cuda.revert(model)[0])"
@@ -331,11 +397,13 @@ InStream: TypeAlias = "Streamed | str | None"
 class Streamed(NamedTuple):
     """How a module takes the steps of a stream: the time dimension of its input, and the attribute with its state.
 
-    None for an input of one step, and without a single state, as in containers.
+    None for an input of one step, and without a single state, as in containers. With a switch the module carries its
+    state only while its attribute `stateful` is set.
     """
 
     time_dim: int | None
     state: str | None
+    has_switch: bool = False
 
 
 def number(value: Any) -> Any:

@@ -76,7 +76,7 @@ class ConvertedSNN(Converted):
         a_step = self.time_dim is None
         if input_tensor.is_sparse or (a_step and self.steps_as_before()):
             return super().forward(input_tensor, state)  # type: ignore[no-any-return]
-        records, found = getattr(self, "record_states", False), {}
+        records, found = not a_step and self.record_states, {}
         first = self.initial_state(input_tensor) if state is None else state
         options, decay_of_current = self._made()
         if decay_of_current is not None:
@@ -126,7 +126,7 @@ class ConvertedRecurrent(Recurrent, ConvertedSNN):
         a_step, p = self.time_dim is None, self.p
         if input_tensor.is_sparse or (a_step and self.steps_as_before()):
             return super(ConvertedSNN, self).forward(input_tensor, state)  # type: ignore[no-any-return]
-        records = getattr(self, "record_states", False)
+        records = not a_step and self.record_states
         first = self.initial_state(input_tensor) if state is None else state
         options, decay = self._made()
         leak = number(p.v_leak)
@@ -179,6 +179,12 @@ def find(layer: nn.Module) -> Found:
     if isinstance(layer, (snn.SNNRecurrent, snn.SNNRecurrentCell)):
         return ConvertedRecurrent, spike
     return ConvertedSNN, spike
+
+
+def not_written(module: nn.Module) -> str | None:
+    if not isinstance(module, (*_NEURONS, norse.SequentialState, norse.RecurrentSequential)):
+        return None
+    return "it returns its state beside its output; norse.torch.to_nir writes models of Norse's cells, if not converted"
 
 
 def streamed(module: nn.Module) -> InStream:

@@ -94,17 +94,17 @@ def kept_by(layer: nn.Module) -> nn.Module | None:
 
 
 def restore(model: nn.Module, layer: nn.Module) -> tuple[nn.Module, list[str]]:
-    """The kept module, back in its places with values of the same names, and the parameters without a place in it."""
+    """The kept module, back in its places with values of the same names and shapes, and parameters without a place."""
     module: nn.Module = layer.__dict__.pop(_KEPT)
     _place(model, layer, module)
     tensor = next(chain(layer.parameters(), layer.buffers()), None)
     if tensor is not None:
         module.to(tensor.device)
     values, own = layer.state_dict(), module.state_dict()
-    for name, value in own.items():
-        if name in values and values[name].shape == value.shape:
-            with torch.no_grad():
-                value.copy_(values[name])
+    same = {name for name, value in own.items() if name in values and values[name].shape == value.shape}
+    with torch.no_grad():
+        for name in same:
+            own[name].copy_(values[name])
     shared = {id(parameter) for parameter in module.parameters()}
     named = layer.named_parameters()
-    return module, [name for name, value in named if name not in own and id(value) not in shared]
+    return module, [name for name, value in named if name not in same and id(value) not in shared]

@@ -314,7 +314,7 @@ def knows_time(module: nn.Module) -> bool:
 def streamed(module: nn.Module) -> InStream:
     if not isinstance(module, layers.StatefulLayer):
         return None
-    if hasattr(module, "rec_connect"):
+    if isinstance(module, _MIXING):
         return "it does not carry its recurrent input from call to call"
     if isinstance(module, layers.ALIF) and module.alpha_syn_calculated is not None:
         return "it does not carry its current (tau_syn) from call to call"

@@ -24,7 +24,7 @@ import torch
 from snntorch._neurons import rleaky, rsynaptic
 from torch import Tensor, nn
 
-from ..checks import HALF_TYPES
+from ..checks import HALF_TYPES, check_bool
 from ..pending import Pending
 from ..transforms import transforming
 from .converted import (
@@ -335,13 +335,19 @@ class MultiStep(nn.Module):
 
     Args:
         layer: a layer of snnTorch, converted in place if necessary.
+        stateful: a call goes on from the states that the last call left in the layer, until `asgl_cuda.reset(model)`.
+            By default each call starts at rest. May be set later, as an attribute.
 
     A call takes `x_seq` `[T, ...]` and, unless the layer has init_hidden, optional initial states, and returns the
-    layer's results of all steps, stacked: spikes, or spikes and states. Without states it goes on from the last call,
-    as snnTorch's layers do: `asgl_cuda.reset(model)` lets the next call start at rest. State dicts have the layer's own
-    keys, without `layer.`, and load both.
+    layer's results of all steps, stacked: spikes, or spikes and states. A state that is not given is at rest, or, if
+    stateful, the last call's. The layer keeps the last states, as `layer.mem`. State dicts have the layer's own keys,
+    without `layer.`, and load both.
 
-    Raises ValueError for a layer that can't be represented, or with a reset by subtraction without delay.
+    `snntorch.utils.reset(model)` looks only at the model's own children, and so does not find the layer; with
+    `stateful=True` use `asgl_cuda.reset(model)`, which also resets other layers of snnTorch.
+
+    Raises TypeError for arguments of another type, ValueError for a layer that can't be represented, or with a reset by
+    subtraction without delay.
 
     The same with snnTorch::
 
@@ -360,10 +366,11 @@ class MultiStep(nn.Module):
         spk_seq, mem_seq = neurons(torch.rand(10, 2, 4))  # [T, B, 4] each
     """
 
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, layer: nn.Module, *, stateful: bool = False) -> None:
         from .convert import convert
 
         super().__init__()
+        self.stateful = check_bool("stateful", stateful, _MULTI_STEP)
         if not isinstance(layer, nn.Module):
             raise TypeError(f"{_MULTI_STEP}: layer must be {_NAMES} of snnTorch, got {type(layer).__name__}")
         converted, report = convert(layer, inplace=True)
@@ -385,7 +392,7 @@ class MultiStep(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def forward(self, x_seq: Tensor, *states: Tensor | None, **named: Tensor | None) -> Any:
-        """The results of all steps of `x_seq` `[T, ...]`, stacked, from the given states or those of the last call."""
+        """The results of all steps of `x_seq` `[T, ...]`, stacked."""
         for name, value in (("x_seq", x_seq), *(("a state", state) for state in (*states, *named.values()))):
             expected = (Pending, Tensor) if name == "x_seq" else (Tensor, NoneType)
             if not isinstance(value, expected):
@@ -395,6 +402,8 @@ class MultiStep(nn.Module):
                 f"{_MULTI_STEP}: layer must be converted, got one that was reverted: "
                 "asgl_cuda.convert(model, inplace=True) converts it again"
             )
+        if not self.stateful:
+            self.layer.reset_mem()
         return self.layer.results(x_seq, *self.layer.sequence(x_seq, *states, **named))
 
 
@@ -429,7 +438,7 @@ def find(layer: nn.Module) -> Found:
         return 'it resets the input of the next step to 0 as well (reset_mechanism="zero")'
     if kind is snntorch.Lapicque and (leaky.R * leaky.C).requires_grad:
         return "it learns by a graph that ends with the first backward (learn_beta)"
-    if hasattr(leaky, "recurrent") and (reason := lacking(leaky.recurrent, _RETURNING)) is not None:
+    if issubclass(_CONVERTED[kind], Recurrent) and (reason := lacking(leaky.recurrent, _RETURNING)) is not None:
         return reason
     if kind is snntorch.RSynaptic and not leaky.reset_delay:
         return "its reset without delay fails in snnTorch (reset_delay=False)"
@@ -459,7 +468,7 @@ def detach(module: nn.Module) -> None:
 
 def streamed(module: nn.Module) -> InStream:
     if isinstance(module, MultiStep):
-        return Streamed(0, None)
+        return Streamed(0, None, has_switch=True)
     if not isinstance(module, _NEURONS):
         return None
     return Streamed(None, "mem") if hasattr(module, "mem") else "it carries no potential from call to call"

@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_map_only
 
 from ..call import LIFOutput
 from ..checks import MOST_LEVELS
-from .converted import Converted, Found, InStream, Streamed, known_class
+from .converted import Converted, Found, InStream, Streamed, exchanged, known_class
 from .identify import SpikeFunction, captured
 from .recurrent import Recurrent, lacking
 
@@ -174,9 +174,12 @@ class ConvertedContainer(Recurrent):
 
     def read_from(self) -> dict[str, Any]:
         _, node = _parts(self)
-        found = {**ConvertedNode.read_from(node), "sub_module": self.sub_module, "node": type(node)}
+        found = {"surrogate_function": None, "sub_module": self.sub_module, "node": type(node)}
+        if not _is_neuron(node):  # which has no surrogate
+            return found
+        found |= ConvertedNode.read_from(node)
         found["store_v_seq"] = getattr(node, "store_v_seq", False)
-        if hasattr(self, "rc"):
+        if isinstance(self, _WITH_WEIGHTS):
             return {**found, "feedback": lacking(self.rc)}
         return {**found, "element_wise_function": self.element_wise_function}
 
@@ -186,9 +189,9 @@ class ConvertedContainer(Recurrent):
         return self.multi_step_forward(x.unsqueeze(0)).squeeze(0)
 
     def multi_step_forward(self, x_seq: Tensor) -> Tensor:
-        self.check()  # before weights are read
+        self.check()  # of the parts
         linear, node = _parts(self)
-        if hasattr(self, "rc"):
+        if isinstance(self, _WITH_WEIGHTS):
             of_x, weight = self.rc.weight.tensor_split([self.rc.out_features], 1)
             x_seq = nn.functional.linear(x_seq, of_x, self.rc.bias)
             x_seq, weight = (x_seq, weight) if linear is None else (linear(x_seq), linear.weight @ weight)
@@ -207,14 +210,13 @@ class ConvertedContainer(Recurrent):
 def _parts(container: Any) -> tuple[Any, Any]:
     """The Linear inside of a container, or None, and the node."""
     inside = container.sub_module
-    if hasattr(container, "rc") and type(inside) is nn.Sequential and len(inside) == 2 and lacking(inside[0]) is None:
-        return inside[0], inside[1]
-    return None, inside
+    pair = isinstance(container, _WITH_WEIGHTS) and type(inside) is nn.Sequential and len(inside) == 2
+    return (inside[0], inside[1]) if pair and isinstance(inside[0], nn.Linear) else (None, inside)
 
 
 def _factor(container: Any) -> float | str:
     """The number w where x + w y enters the node, 1 for a Linear, or why there is none."""
-    if hasattr(container, "rc"):
+    if isinstance(container, _WITH_WEIGHTS):
         return lacking(container.rc) or 1.0
     function = container.element_wise_function
     name = getattr(function, "__name__", type(function).__name__)
@@ -327,9 +329,10 @@ _LEAKY = _classes("neuron", "LIFNode", "SimpleLIFNode", "ParametricLIFNode")
 _MULTI_STEP = _classes("neuron", "MultiStepIFNode", "MultiStepLIFNode", "MultiStepParametricLIFNode")
 _KNOWN = (*_classes("neuron", "IFNode"), *_INTEGER, *_LEAKY, *_MULTI_STEP, *_SIMPLE, *_CUBA, *_NON_SPIKING)
 _WITH_STEP_MODE = _classes("base", "StepModule")
+_WITH_WEIGHTS = _classes("layer", "LinearRecurrentContainer")
 _FEEDING = tuple(
     found
-    for found in _classes("layer", "LinearRecurrentContainer", "ElementWiseRecurrentContainer")
+    for found in (*_WITH_WEIGHTS, *_classes("layer", "ElementWiseRecurrentContainer"))
     if issubclass(found, _WITH_STEP_MODE)
 )
 _MIXING = _classes("neuron", "PSN", "MaskedPSN", "SlidingPSN", "ILCBaseNode")
@@ -377,10 +380,14 @@ def find(layer: nn.Module) -> Found:
 
 def _feeding(container: Any) -> Found:
     """By a recurrent container."""
-    if isinstance(reason := _factor(container), str):
+    if isinstance(factor := _factor(container), str):
+        return factor
+    linear, node = _parts(container)
+    if linear is not None and (reason := lacking(linear)):
         return reason
-    _, node = _parts(container)
     found, name = find(node), type(node).__name__
+    if isinstance(found, tuple):
+        found = exchanged(node) or found
     if not isinstance(found, tuple) or found[0] not in (ConvertedNode, ConvertedCUBALIFNode):
         return f"its {name}{f': {found}' if isinstance(found, str) else ' is no neuron that recurrent layers have'}"
     if getattr(node, "store_v_seq", False):

@@ -123,6 +123,12 @@ def by_neuron(name="beta", **options):
     return leaky(**{name: each(0.3, 0.9), f"learn_{name}": True, **options})
 
 
+def lapicque_by_neuron(**options):
+    made = leaky("Lapicque", beta=False, R=0.5, C=3, time_step=1.2, **options)
+    made.R = each(0.2, 0.9)  # which the constructor does not take
+    return made
+
+
 LEARNED = {"learn_beta": True, "learn_threshold": True}
 SYNAPTIC = {"kind": "Synaptic", "alpha": 0.7}
 MECHANISMS = ("subtract", "zero", "none")
@@ -140,6 +146,10 @@ NEURONS = {
     "Lapicque, R and C": (
         partial(leaky, "Lapicque", beta=False, R=0.5, C=3, time_step=0.8, learn_threshold=True), ("subtract", "none"),
     ),
+    "Lapicque, a negative decay": (
+        partial(leaky, "Lapicque", beta=False, R=0.5, C=3, time_step=2.0), ("subtract", "none"),
+    ),
+    "Lapicque, negative decays and others": (lapicque_by_neuron, ("subtract", "none")),
 }  # fmt: skip
 SLOPES = {
     "arctan, width 0.3333": slopes.atan(alpha=3.0),

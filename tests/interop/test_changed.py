@@ -17,6 +17,8 @@ from torch import nn
 
 import asgl_cuda
 from asgl_cuda.interop import converted as module
+from asgl_cuda.interop.identify import captured
+from asgl_cuda.interop.snntorch import MultiStep
 
 SHAPE = (6, 4, N)
 
@@ -82,6 +84,51 @@ class Widened(nn.Module):
         return smooth + ((u >= 0).to(u) - smooth).detach()
 
 
+class Inside(nn.Module):
+    """A user's surrogate that calls another module, and has a slope of its class and one that does not learn."""
+
+    gain = 1.0
+
+    def __init__(self):
+        super().__init__()
+        self.inner = Widened()
+        self.inner.scale = 1.0
+        self.factor = nn.Parameter(torch.tensor(1.0), requires_grad=False)
+
+    def forward(self, u):
+        return self.inner(self.gain * self.factor * self.inner.scale * u)
+
+
+class Called:
+    """A user's surrogate that is no module."""
+
+    slope = 3.0
+
+    def __call__(self, u):
+        smooth = (self.slope * u).sigmoid()
+        return smooth + ((u > 0).to(u) - smooth).detach()
+
+
+def closing_over(slope):
+    """A surrogate whose number can be changed, as by a schedule."""
+
+    def function(u):
+        smooth = (slope * u).sigmoid()
+        return smooth + ((u > 0).to(u) - smooth).detach()
+
+    def change(value):
+        nonlocal slope
+        slope = value
+
+    function.change = change
+    return function
+
+
+def closing_over_a_module():
+    module = Widened()
+    return lambda u: module(u)
+
+
 def of_a_user(v_mem, spike_threshold):
     return torch.exp(-torch.abs(v_mem - spike_threshold) / spike_threshold)
 
@@ -94,8 +141,13 @@ def authors():
     return of_authors(steps=SHAPE[0], made=False)
 
 
-def container():
-    return Linear(neuron.LIFNode(), N, N, step_mode="m")
+def nodes(function, step_mode="m", kind="LIFNode"):
+    return getattr(neuron, kind)(step_mode=step_mode, surrogate_function=function)
+
+
+def container(*before):
+    node = neuron.LIFNode()
+    return Linear(nn.Sequential(*before, node) if before else node, N, N, step_mode="m")
 
 
 CURRENT = ("tau_mem_inv", "tau_syn_inv", "v_th", "v_leak", "v_reset")
@@ -171,7 +223,31 @@ REFUSED = {
     "spike_grad": (leaky, given(spike_grad=snn_surrogate.fast_sigmoid(3.0)), "spike_grad is "),
     "a tensor of a closure": (
         lambda: leaky(spike_grad=snn_surrogate.atan(alpha_in_closure)), lambda layer: alpha_in_closure.fill_(5.0),
-        "a tensor of spike_grad is ",
+        "alpha of spike_grad is ",
+    ),
+    "a number of a closure": (
+        lambda: leaky(spike_grad=closing_over(3.0)), lambda layer: layer.spike_grad.change(2.0),
+        "slope of spike_grad is 2.0, and was 3.0",
+    ),
+    "a module of a closure": (
+        lambda: leaky(spike_grad=closing_over_a_module()), lambda layer: captured(layer.spike_grad)[0].slope.fill_(2.0),
+        "module of spike_grad.slope is ",
+    ),
+    "an attribute inside": (
+        lambda: nodes(Inside()), lambda layer: setattr(layer.surrogate_function.inner, "scale", 2.0),
+        "surrogate_function.inner.scale is 2.0, and was 1.0",
+    ),
+    "a buffer inside": (
+        lambda: nodes(Inside()), written("surrogate_function.inner.slope", 2.0), "surrogate_function.inner.slope is ",
+    ),
+    "a parameter that does not learn": (
+        lambda: nodes(Inside()), written("surrogate_function.factor", 2.0), "surrogate_function.factor is ",
+    ),
+    "an attribute over that of the class": (
+        lambda: nodes(Inside()), given("surrogate_function", gain=2.0), "surrogate_function.gain is not that of Inside",
+    ),
+    "an attribute over that of a class that is no module": (
+        lambda: leaky(spike_grad=Called()), given("spike_grad", slope=2.0), "spike_grad.slope is not that of Called",
     ),
     "inhibition": (leaky, given(inhibition=True), "inhibition is True"),
     "quantised": (leaky, given(state_quant=quantised), "state_quant is quantised, and was False"),
@@ -219,6 +295,11 @@ REFUSED = {
     "another connection of a container": (
         lambda: container(), given(rc=nn.Identity()), "spikes return through a Identity; a Linear can be converted; ",
     ),
+    "another module": (lambda: container(), given(sub_module=nn.ReLU()), "surrogate_function is None, and was Sigmoid"),
+    "more modules": (
+        lambda: container(nn.Linear(N, N)), lambda layer: layer.sub_module.append(nn.ReLU()),
+        "surrogate_function is None, and was Sigmoid",
+    ),
     "potentials": (lambda: container(), given("sub_module", store_v_seq=True), "store_v_seq is True"),
     "another function": (
         lambda: ElementWise(neuron.IFNode(), torch.add, step_mode="m"), given(element_wise_function=torch.mul),
@@ -238,9 +319,67 @@ def test_other_changes_are_refused(name):
     x_seq = torch.rand(SHAPE)
     call(x_seq)
     change(converted)
-    with pytest.raises(RuntimeError, match=f"was changed after its conversion: its .*{reason}.*convert again"):
-        call(x_seq)
+    for _ in range(2):  # a refusal is no acceptance
+        with pytest.raises(RuntimeError, match=f"was changed after its conversion: its .*{reason}.*convert again"):
+            call(x_seq)
     assert type(asgl_cuda.revert(converted, inplace=True)[0]) is type(make())
+
+
+# Layers, and the modules that the kernel computes in place of.
+NOT_CALLED = {
+    "LIFNode": (jelly, "surrogate_function"),
+    "LIFNode, a step": (lambda: neuron.LIFNode(), "surrogate_function"),
+    "CUBALIFNode": (lambda: neuron.CUBALIFNode(), "surrogate_function"),
+    "ILIFNode, a step": (lambda: neuron.ILIFNode(), "surrogate_function"),
+    "a surrogate inside of a surrogate": (lambda: nodes(Inside()), "surrogate_function.inner"),
+    "snnTorch": (lambda: leaky(spike_grad=Widened()), "spike_grad"),
+    "snnTorch, whole": (lambda: MultiStep(leaky(spike_grad=Widened())), "layer.spike_grad"),
+    "a container's node": (container, "sub_module"),
+    "a container's surrogate": (container, "sub_module.surrogate_function"),
+    "a container's Linear": (lambda: container(nn.Linear(N, N)), "sub_module.0"),
+    "authors, cell": (authors, "cell"),
+    "authors, spikes": (authors, "cell.spike_fn"),
+    "authors, surrogate": (authors, "cell.spike_fn.inv_sg"),
+}
+HIDDEN = {
+    "forward": lambda module: exchange(module, "forward"),
+    "hook": lambda module: module.register_forward_hook(lambda module, inputs, output: 2 * output),
+    "pre-hook": lambda module: module.register_forward_pre_hook(lambda module, inputs: inputs),
+    "backward hook": lambda module: module.register_full_backward_hook(lambda *given: None),
+    "backward pre-hook": lambda module: module.register_full_backward_pre_hook(lambda *given: None),
+}
+
+
+@pytest.mark.parametrize("change", HIDDEN)
+@pytest.mark.parametrize("name", NOT_CALLED)
+def test_methods_and_hooks_of_what_is_not_called_are_refused(name, change):
+    """Of a copy as well; without the change the layer works again."""
+    make, path = NOT_CALLED[name]
+    made = make()
+    for converted in (made, copy.deepcopy(made)) if isinstance(made, MultiStep) else (asgl_cuda.convert(made)[0],):
+        x_seq = torch.rand(SHAPE)
+        before = output_of(converted, x_seq)
+        module = converted.get_submodule(path)
+        hook = HIDDEN[change](module)
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match=rf"after its conversion: its .*({path.split('.')[-1]}|feedback)"):
+                output_of(converted, x_seq)
+        module.__dict__.pop("forward") if hook is None else hook.remove()
+        reset(converted)
+        assert torch.equal(output_of(converted, x_seq), before)
+
+
+def test_hooks_from_before_stay_accepted():
+    """Which are in the report, in copies as well; a second one is not."""
+    made = jelly()
+    made.surrogate_function.register_forward_hook(lambda module, inputs, output: output)
+    converted, report = asgl_cuda.convert(made)
+    assert report.notes == ["(the model): hooks of surrogate_function no longer fire"]
+    for each in (converted, copy.deepcopy(converted)):
+        each(torch.rand(SHAPE))
+        each.surrogate_function.register_forward_hook(lambda module, inputs, output: output)
+        with pytest.raises(RuntimeError, match="its surrogate_function has other hooks, which do not fire"):
+            each(torch.rand(SHAPE))
 
 
 def test_a_change_is_refused_in_a_compiled_graph():

@@ -3,6 +3,7 @@
 import copy
 import inspect
 import pickle
+import re
 import subprocess
 import sys
 from functools import partial
@@ -19,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import asgl_cuda
 from asgl_cuda.interop.converted import Converted
+from asgl_cuda.interop.snntorch import MultiStep
 
 
 def jelly(**options):
@@ -308,13 +310,31 @@ def test_layers_that_are_converted_already():
     assert notes(converted, asgl_cuda.LIF(), asgl_cuda.LeakyIntegrator()) == [
         "0 replaced, 0 left", "0.0 is converted already", "1 is a layer of asgl_cuda", "2 is a layer of asgl_cuda",
     ]  # fmt: skip
-    for options in ({"asgl": {}}, {"backend": "reference"}):
-        again, report = asgl_cuda.convert(converted, **options)
-        (left,) = report.left
-        assert left.path == "0"
-        assert "converted already" in left.reason
-        assert "asgl_cuda.revert comes first" in left.reason
-        assert not list(again.parameters())
+
+
+SETTINGS = [{"asgl": {}}, {"asgl": {"width": 0.7}, "inplace": True}, {"backend": "reference"}]
+
+
+@pytest.mark.parametrize("options", SETTINGS, ids=["asgl", "in place", "backend"])
+@pytest.mark.parametrize("by", ["convert", "fuse", "MultiStep"])
+def test_settings_of_layers_that_are_converted_already_are_refused(by, options):
+    """Before anything changes; the remedy in the message works."""
+    if by == "MultiStep":
+        made = nn.Sequential(nn.Linear(4, 4), MultiStep(snntorch.Leaky(0.9)), neuron.LIFNode(step_mode="m"))
+    else:
+        norm, nodes = asgl_cuda.OverTime(nn.BatchNorm1d(4)), (neuron.LIFNode(step_mode="m") for _ in range(2))
+        model = nn.Sequential(norm, *nodes)
+        made = asgl_cuda.convert(model)[0] if by == "convert" else asgl_cuda.fuse(model, torch.rand(3, 2, 4))[0]
+    types = [type(module) for module in made.modules()]
+    remedy = re.escape("asgl_cuda.convert(asgl_cuda.revert(model)[0], ...)")
+    with pytest.raises(ValueError, match=f"^asgl_cuda.convert: 1.*: converted already, .*{remedy}$"):
+        asgl_cuda.convert(made, **options)
+    assert [type(module) for module in made.modules()] == types
+    again, report = asgl_cuda.convert(asgl_cuda.revert(made)[0], **options)
+    assert (len(report.replaced), report.left) == (2, [])
+    layers = [module for module in again.modules() if isinstance(module, Converted)]
+    assert [layer.analog_prob for layer in layers] == [0.2 * ("asgl" in options)] * 2
+    assert {layer.settings.backend for layer in layers} == {options.get("backend")}
 
 
 IMPORTS = """

@@ -51,7 +51,7 @@ def case(name, whole=False, **options):
     converted, report = asgl_cuda.convert(twin, inplace=True, **options)
     assert len(report.replaced) == 1, report
     assert CASES[name].by in (None, report.replaced[0].by) or options.get("asgl")
-    return made, MultiStep(converted) if whole else converted
+    return made, MultiStep(converted, stateful=True) if whole else converted
 
 
 def inputs(name, calls=2, dtype=torch.float64):
@@ -564,17 +564,16 @@ def test_errors_of_multi_step():
 
 @pytest.mark.parametrize("kind", ["Leaky", "Synaptic"])
 def test_multi_step_states_and_keys(kind):
-    """It goes on from the last call, unless it is given states; keys are those of the layer, and of older versions."""
+    """A call starts at rest, unless it is given states; keys are those of the layer, and of older versions."""
     options = {"beta": 0.8, "learn_threshold": True, **({"alpha": 0.7} if kind == "Synaptic" else {})}
     layer, model = (nn.Sequential(nn.Identity(), getattr(snntorch, kind)(**options)) for _ in range(2))
     multi = nn.Sequential(nn.Identity(), MultiStep(model[1]))
     x_seq = torch.randn(9, 3, 7)
     first = multi(x_seq)[0]
     assert torch.equal(first, run(layer[1], x_seq)[0][0])
-    assert not torch.equal(multi(x_seq)[0], first)
-    asgl_cuda.reset(multi)
     assert torch.equal(multi(x_seq)[0], first)
     states = torch.rand(len(options) - 1, 3, 7)
+    asgl_cuda.reset(layer)
     torch.testing.assert_close(multi[1](x_seq, mem=states[-1])[0][0], layer[1](x_seq[0], mem=states[-1])[0])
     torch.testing.assert_close(multi[1](x_seq, *states)[0][0], layer[1](x_seq[0], *states)[0])
     assert list(multi.state_dict()) == list(layer.state_dict())
@@ -584,6 +583,46 @@ def test_multi_step_states_and_keys(kind):
         multi.load_state_dict(layer.state_dict())
         multi.load_state_dict(given)
         assert multi[1].layer.threshold == torch.tensor(0.3)
+
+
+@pytest.mark.parametrize("name", [name for name in SNNTORCH if "negative" in name])
+def test_negative_decays_are_kept(name, monkeypatch):
+    """Raised to the least decay, they would be computed step by step, or wrongly in a compiled graph."""
+    made, whole = case(name, whole=True)
+    (x_seq,) = inputs(name, 1, torch.float32)
+    expected = run(made, x_seq)[0]
+    monkeypatch.setattr(type(whole.layer), "by_steps", lambda *given: pytest.fail("step by step"))
+    for call in (whole, torch.compile(whole, backend="eager")):
+        asgl_cuda.reset(whole)
+        torch.testing.assert_close(flat(call(x_seq)), expected, check_dtype=False)
+
+
+CARRYING = {
+    "Leaky": {}, "Synaptic": {"alpha": 0.7}, "RLeaky": {"linear_features": 7},
+    "RSynaptic": {"alpha": 0.7, "linear_features": 7},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("hidden", [False, True], ids=["", "init_hidden"])
+@pytest.mark.parametrize("kind", CARRYING)
+def test_multi_step_carries_states_if_asked_for(kind, hidden):
+    """In evaluation, where nothing else would tell that a second sequence goes on from the first."""
+    torch.manual_seed(0)
+    multi = MultiStep(getattr(snntorch, kind)(beta=0.8, init_hidden=hidden, **CARRYING[kind])).eval()
+    x_seq = 2 * torch.rand(9, 3, 7)
+    whole = multi(x_seq) if hidden else multi(x_seq)[0]
+    multi.stateful = True
+    for _ in range(2):  # the second time from the states of whole sequences
+        asgl_cuda.reset(multi)
+        found = [out if hidden else out[0] for out in map(multi, x_seq.split(4))]
+        assert torch.equal(torch.cat(found), whole)
+    utils.reset(nn.Sequential(multi))  # finds children of its own classes alone
+    assert not torch.equal(multi(x_seq) if hidden else multi(x_seq)[0], whole)
+    multi.stateful = False
+    assert torch.equal(multi(x_seq) if hidden else multi(x_seq)[0], whole)
+    for value in (1, None):
+        with pytest.raises(TypeError, match=r"snntorch\.MultiStep: stateful must be a bool"):
+            MultiStep(snntorch.Leaky(0.5), stateful=value)
 
 
 @pytest.mark.parametrize("kind", ["Leaky", "Synaptic"])

@@ -10,7 +10,20 @@ import pytest
 import sinabs.layers
 import snntorch
 import torch
-from conversions import ALL, LAYERS, SINGLE, ElementWise, Linear, N, calling, exchange, flat, gradients, of_authors
+from conversions import (
+    ALL,
+    LAYERS,
+    SINGLE,
+    ElementWise,
+    Linear,
+    N,
+    calling,
+    exchange,
+    flat,
+    gradients,
+    norse_values,
+    of_authors,
+)  # fmt: skip
 from norse.torch.module.exp_filter import ExpFilter
 from sinabs import activation, layers
 from snntorch import surrogate as slopes
@@ -49,6 +62,11 @@ def set_to(made, **attributes):
 
 def hooked(made, path):
     made.get_submodule(path).register_forward_hook(lambda module, args, output: output)
+    return made
+
+
+def exchanged(made, name):
+    exchange(made, name)
     return made
 
 
@@ -113,6 +131,7 @@ LEFT = {
     "inhibition": (leaky(inhibition=True), "it has inhibition"),
     "quantised": (leaky(state_quant=lambda mem: mem), "it quantises its state"),
     "graded": (leaky(graded_spikes_factor=0.5), "its spikes are graded"),
+    "graded by what learns": (leaky(learn_graded_spikes_factor=True), "its spikes are graded"),
     "no gradient": (leaky(surrogate_disable=True), "its spike function has no gradient"),
     "heaviside": (leaky(spike_grad=slopes.heaviside(), reset_delay=False), "its surrogate does not fall off"),
     "triangular": (leaky(spike_grad=slopes.triangular(), reset_delay=False), "the slope -1 at the threshold"),
@@ -128,6 +147,10 @@ LEFT = {
     "a graph": (lambda: snntorch.Lapicque(beta=torch.tensor(0.5), learn_beta=True), r"graph that ends .*learn_beta"),
     "adjoint": (lambda: norse.LIF(norse.LIFParameters(method="adjoint")), "it steps by lif_feed_forward_adjoint_step"),
     "circ": (lambda: norse.LIFBoxCell(norse.LIFBoxParameters(method="circ")), "its surrogate, circ, is none"),
+    "a reset of a user": (
+        lambda: norse.LIFBoxCell(norse.LIFBoxParameters(reset_method=lambda z, v, p: v - z)),
+        "it resets by a function of its own",
+    ),
     "LSNN": (norse.LSNN, "asgl_cuda.AdaptiveLIF is its counterpart"),
     "MaxSpike": (
         lif(spike_fn=MAX(300)), "at most 300 spikes a step, which must be a whole number in .1, 256.",
@@ -199,6 +222,14 @@ LEFT = {
     ),
     "weights in between": (
         lambda: Linear(nn.Sequential(nn.Linear(N, N), nn.ReLU(), neuron.IFNode()), N, N), "its Sequential is no neuron",
+    ),
+    "an exchanged method of the node": (
+        lambda: Linear(exchanged(neuron.SimpleLIFNode(2.0, True), "neuronal_fire"), N, N),
+        "its SimpleLIFNode: its neuronal_fire is not that of SimpleLIFNode, but an attribute",
+    ),
+    "an exchanged method of a Linear": (
+        lambda: Linear(nn.Sequential(exchanged(nn.Linear(N, N), "forward"), neuron.IFNode()), N, N),
+        "its spikes return through a Linear",
     ),
     # ---- other kinds: no neuron of a known library is overlooked ----
     **{
@@ -312,6 +343,33 @@ def test_one_that_changes_no_result(name):
         made.reset(), converted[0].reset()
         assert calls == ["reset", "reset"]
     assert type(asgl_cuda.revert(converted, inplace=True)[0][0]) is type(twin)
+
+
+OWN = {
+    "LIFCell": (norse.LIFCell, {"record_states": True}),
+    "LIFRecurrentCell": (lambda: norse.LIFRecurrentCell(N, N, norse_values()), {"record_states": True}),
+    "Leaky": (lambda: snntorch.Leaky(0.5), {"recurrent": nn.ReLU()}),
+    "element-wise": (lambda: ElementWise(neuron.IFNode(), torch.add, step_mode="m"), {"rc": nn.ReLU()}),
+    "sinabs": (lambda: layers.LIF(2.0), {"rec_connect": nn.ReLU()}),
+}
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_attributes_that_other_classes_of_the_library_have(name):
+    """They are the user's own in this class, and change no output, state or step."""
+    torch.manual_seed(0)
+    make, attributes = OWN[name]
+    made = set_to(make(), **attributes)
+    if "Recurrent" not in name:  # whose subclasses are left
+        made.__class__ = subclass_of(type(made))
+    model, report = asgl_cuda.convert(nn.Sequential(made), backend="reference")
+    assert [row.layer for row in report.replaced] == [type(made).__name__]
+    x = 20 * torch.rand(6, 4, N)
+    outputs = [flat(each(x[0] if "Cell" in name else x)) for each in (made, model[0])]
+    assert any(out.any() for out in outputs[0])
+    torch.testing.assert_close(outputs[1], outputs[0])
+    if name == "sinabs":
+        torch.testing.assert_close(asgl_cuda.step(model, x[:, 0]), made(x[:, :1])[:, 0])
 
 
 class Slow(neuron.LIFNode):

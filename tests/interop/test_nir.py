@@ -4,6 +4,7 @@ import copy
 import re
 import sys
 from collections import OrderedDict
+from functools import partial
 
 import authors_code
 import pytest
@@ -447,6 +448,21 @@ X = torch.ones(2, 2, 2)
         (lambda: to_nir(LIF(), X, "1"), TypeError, "to_nir: dt must be a float, got str"),
         (lambda: to_nir(LIF(), X, dt=0), ValueError, "to_nir: dt must be > 0, got 0.0"),
         (lambda: from_nir(graph_of(nir_lif()), dt=-1), ValueError, "from_nir: dt must be > 0, got -1.0"),
+        (
+            lambda: from_nir(to_nir(LIF(), X), dt=1e-3),
+            ValueError,
+            r"from_nir: node '_0' \(LIF\): to_nir wrote it with dt = 0.0001, got dt = 0.001; without dt the node's own",
+        ),
+        (
+            lambda: from_nir(to_nir(LeakyIntegrator(delay=True), X, dt=1e-3), dt=1e-4),
+            ValueError,
+            r"from_nir: node '_0' \(LI\): to_nir wrote it with dt = 0.001, got dt = 0.0001",
+        ),
+        (
+            lambda: from_nir(graph_of(nir_lif()), dtype=-1),
+            TypeError,
+            "from_nir: dtype must be float16, bfloat16, float32, float64 or None, got -1",
+        ),
         (lambda: to_nir(LIF(), X, allow_soft_reset=1), TypeError, "to_nir: allow_soft_reset must be a bool, got int"),
         (lambda: from_nir("model.nir"), TypeError, r"from_nir: graph must be a nir\.NIRGraph, .*, got str"),
     ],
@@ -454,6 +470,16 @@ X = torch.ones(2, 2, 2)
 def test_arguments(call, error, message):
     with pytest.raises(error, match=rf"asgl_cuda\.{message}"):
         call()
+
+
+@pytest.mark.parametrize("dt", [1e-4, 1e-3, 0.3])
+def test_the_step_that_was_given_is_the_step_that_is_read(dt):
+    """Named again or not."""
+    model = nn.Sequential(nn.Linear(4, 5), LIF(v_threshold=0.2), nn.Linear(5, 3), LeakyIntegrator(delay=True)).eval()
+    x_seq = random_input(6, 3, 4).detach()
+    graph = to_nir(model, x_seq, dt=dt)
+    for back in (from_nir(graph), from_nir(graph, dt=dt)):
+        assert torch.equal(back(x_seq), model(x_seq))
 
 
 # ---- layers of other libraries ----
@@ -510,6 +536,23 @@ def test_converted_layers(name):
     expected = model(x_seq)
     assert 0.02 < (expected > 0).float().mean() < 0.98
     torch.testing.assert_close(s_seq.transpose(0, 1) if "sinabs" in name else s_seq, expected)
+
+
+def test_norses_layers_are_refused_by_name():
+    """They return their state with their output, alone, in a Sequential and in Norse's containers."""
+    norse = pytest.importorskip("norse.torch")
+    reason = "can't be represented in NIR; it returns its state beside its output; norse.torch.to_nir writes models"
+    cells = norse.LIFBoxCell, norse.LIFCell, norse.IAF, norse.LIF, norse.LICell, partial(norse.LIFRecurrent, 4, 4)
+    for make in cells:
+        name = type(make()).__name__
+        containers = norse.SequentialState(nn.Linear(4, 4), make()), norse.RecurrentSequential(make(), nn.Linear(4, 4))
+        models = [make(), nn.Sequential(make()), nn.Sequential(nn.Linear(4, 4), make())]
+        models += [*containers, *map(nn.Sequential, containers)]
+        named = [(name, 0), (name, 0), (name, 1), *[(type(each).__name__, 0) for each in containers] * 2]
+        for model, (kind, place) in zip(models, named, strict=True):
+            said = reason if "LICell" not in kind else "can't be represented in NIR; its few operations"
+            with pytest.raises(ValueError, match=rf"^asgl_cuda\.to_nir: {place} \({kind}\): {re.escape(said)}"):
+                to_nir(model, torch.rand(2, 3, 4))
 
 
 @pytest.mark.usefixtures("in_double")

@@ -250,6 +250,10 @@ def test_the_scale_of_scaled_output_must_be_there():
     graph.nodes["_0_scale"].scale[:] = 2
     with pytest.raises(ValueError, match=r"'_0_scale' \(Scale\): must be a Scale by v_threshold.*, got 2"):
         from_nir(graph)
+    graph.nodes["_0_scale"].scale[:] = 0.5
+    graph.edges.append(("input_1", "_0_scale"))  # the sum of scaled spikes and another
+    with pytest.raises(ValueError, match=r"'_0_scale' \(Scale\): must be a Scale by v_threshold.*, got 0.5"):
+        from_nir(graph)
     del graph.nodes["_0_scale"]
     graph.edges[:] = [("input_1", "_0"), ("_0", "output")]
     with pytest.raises(ValueError, match=r"'output' \(Output\): must be a Scale by v_threshold"):
@@ -329,26 +333,38 @@ def test_others_read_it(read, tmp_path):
     assert_same_spikes(model, x_seq, read(to_nir(model, x_seq), tmp_path / "model.nir", x_seq))
 
 
-def of_norse(model, x_seq):
-    """Its own reader gives the spikes; it writes tau as dt / tau_mem_inv."""
+def of_norse(cell, model, x_seq, **values):
+    """Norse writes dt / tau_mem_inv as tau; its cells have steps of 1e-3. Files take numbers by neuron alone."""
     norse = pytest.importorskip("norse.torch")
-    p = norse.LIFParameters(tau_mem_inv=torch.tensor(200.0), v_th=torch.tensor(0.1))
+    kind = getattr(norse, cell.replace("Cell", "Parameters"))
+    values = {"v_th": 0.1, "tau_mem_inv": 200.0, **values} if cell != "IAFCell" else {"v_th": 0.4, **values}
+
+    def neurons(size):
+        numbers = {name: float(kind._field_defaults[name]) for name in OF_NEURONS & {*kind._fields}} | values
+        each = {name: torch.full((size,), value) for name, value in numbers.items() if isinstance(value, float)}
+        return getattr(norse, cell)(kind(**{**numbers, **each}))
+
     for linear in (model[0], model[2]):
-        linear.weight *= 8
-    other = norse.SequentialState(model[0], norse.LIFCell(p), model[2], norse.LIFCell())
-    graph = norse.to_nir(other, x_seq[0], dt=1.0)
-    assert sum(isinstance(node, nir.CubaLIF) for node in graph.nodes.values()) == 2
-    return graph, stepped(norse.from_nir(graph, dt=1e-3), x_seq), 1e-3
+        linear.weight *= 4
+    other = norse.SequentialState(model[0], neurons(16), model[2], neurons(12))
+    return norse.to_nir(other, x_seq[0, 0], dt=1.0), stepped(other, x_seq), 1.0 if cell == "IAFCell" else 1e-3
 
 
-def of_snntorch(kind, model, x_seq):
+def reset_subtract(*given):
+    return pytest.importorskip("norse.torch").functional.reset.reset_subtract(*given)
+
+
+OF_NEURONS = {"v_leak", "tau_syn_inv", "tau_mem_inv", "v_reset"}
+
+
+def of_snntorch(kind, model, x_seq, mechanism="zero", delay=True):
     snntorch, module = pytest.importorskip("snntorch"), pytest.importorskip("snntorch.export_nir")
 
     def neurons(size):
         current = {"alpha": torch.linspace(0.3, 0.8, size)} if kind == "Synaptic" else {}
         return getattr(snntorch, kind)(
             beta=torch.full((size,), 0.75), threshold=torch.full((size,), 1.5 if current else 0.8), **current,
-            reset_mechanism="zero", reset_delay=False, init_hidden=True,
+            reset_mechanism=mechanism, reset_delay=delay, init_hidden=True,
         )  # fmt: skip
 
     other = nn.Sequential(model[0], neurons(16), model[2], neurons(12))
@@ -358,12 +374,13 @@ def of_snntorch(kind, model, x_seq):
     return graph, torch.stack([other(x) for x in x_seq]), None
 
 
-def of_sinabs(model, x_seq):
+def of_sinabs(model, x_seq, single=True, to_zero=True):
     """It writes r = 1, in steps."""
     layers, sinabs_nir = pytest.importorskip("sinabs.layers"), pytest.importorskip("sinabs.nir")
     activation = pytest.importorskip("sinabs.activation")
     neurons = layers.IAFSqueeze(
-        batch_size=5, spike_fn=activation.SingleSpike, reset_fn=activation.MembraneReset(),
+        batch_size=5, spike_fn=activation.SingleSpike if single else activation.MultiSpike,
+        reset_fn=activation.MembraneReset() if to_zero else activation.MembraneSubtract(),
         spike_threshold=torch.tensor(3.0),
     )  # fmt: skip
     other, batch_first = nn.Sequential(model[0], neurons), x_seq.transpose(0, 1).flatten(0, 1)
@@ -372,29 +389,73 @@ def of_sinabs(model, x_seq):
     return graph, other(batch_first).unflatten(0, (5, 20)).transpose(0, 1), 1.0
 
 
-def of_spikingjelly(model, x_seq):
+def of_spikingjelly(make, model, x_seq):
     module = pytest.importorskip("spikingjelly.activation_based.nir_exchange")
     from spikingjelly.activation_based import functional, neuron
 
-    other = nn.Sequential(
-        model[0], neuron.LIFNode(tau=3.0, v_reset=0.1, v_threshold=0.4), model[2], neuron.LIFNode(decay_input=False)
-    )
+    other = nn.Sequential(model[0], make(neuron), model[2], make(neuron))
     functional.set_step_mode(other, "m")
     graph = module.export_to_nir(other, x_seq)
     functional.reset_net(other)
     return graph, other(x_seq), None
 
 
+# What docs/guides/nir.md says of the files that other libraries write: equal spikes, or others.
 WRITERS = {
-    "norse": of_norse, "snntorch, Leaky": partial(of_snntorch, "Leaky"), "sinabs": of_sinabs,
-    "snntorch, Synaptic": partial(of_snntorch, "Synaptic"), "spikingjelly": of_spikingjelly,
-}  # fmt: skip
+    "norse, LIFBoxCell": partial(of_norse, "LIFBoxCell", v_leak=0.05),
+    "norse, IAFCell": partial(of_norse, "IAFCell"),
+    "snntorch, Leaky": partial(of_snntorch, "Leaky"),
+    "snntorch, Leaky, at once": partial(of_snntorch, "Leaky", delay=False),
+    "snntorch, Synaptic, at once": partial(of_snntorch, "Synaptic", delay=False),
+    "sinabs, IAF": of_sinabs,
+    "spikingjelly, LIFNode": partial(of_spikingjelly, lambda neuron: neuron.LIFNode(3.0, v_reset=0.1, v_threshold=0.4)),
+    "spikingjelly, decay_input": partial(of_spikingjelly, lambda neuron: neuron.LIFNode(decay_input=False)),
+    "spikingjelly, IFNode": partial(of_spikingjelly, lambda neuron: neuron.IFNode()),
+    "spikingjelly, ParametricLIFNode": partial(
+        of_spikingjelly, lambda neuron: neuron.ParametricLIFNode(1.5, v_threshold=0.4)
+    ),
+    "spikingjelly, CUBALIFNode": partial(of_spikingjelly, lambda neuron: neuron.CUBALIFNode(0.6, 0.7)),
+}
+OTHERS = {
+    "norse, LIFCell": partial(of_norse, "LIFCell"),
+    "norse, a reset to another value": partial(of_norse, "LIFBoxCell", v_reset=-0.2),
+    "norse, a reset by subtraction": partial(of_norse, "LIFBoxCell", reset_method=reset_subtract),
+    "snntorch, Synaptic": partial(of_snntorch, "Synaptic"),
+    "snntorch, subtract": partial(of_snntorch, "Leaky", mechanism="subtract"),
+    "snntorch, none": partial(of_snntorch, "Leaky", mechanism="none"),
+    "sinabs, several spikes": partial(of_sinabs, single=False, to_zero=False),
+    "sinabs, a reset by subtraction": partial(of_sinabs, to_zero=False),
+    "spikingjelly, IFNode that starts at v_reset": partial(of_spikingjelly, lambda neuron: neuron.IFNode(v_reset=-0.2)),
+}
+
+
+def in_file(graph, path):
+    nir.write(path, graph)
+    return nir.read(path)
+
+
+@torch.no_grad()
+@pytest.mark.usefixtures("in_double", "spikes_in_double")
+@pytest.mark.filterwarnings("ignore:nirtorch")
+@pytest.mark.parametrize("name", [*WRITERS, *OTHERS])
+def test_others_write_it(name, tmp_path):
+    """In float64, through a file. A file names no reset, no delay and no gain, so that others can't be refused."""
+    model, x_seq = network()
+    model, x_seq = model.double(), x_seq.double()
+    graph, expected, dt = {**WRITERS, **OTHERS}[name](model, x_seq)
+    s_seq = from_nir(in_file(graph, tmp_path / "model.nir"), dt=dt, dtype=torch.float64)(x_seq)
+    assert fires(expected)
+    differ = (s_seq != expected).double().mean()
+    assert differ == 0 if name in WRITERS else differ > 0.01
 
 
 @torch.no_grad()
 @pytest.mark.filterwarnings("ignore:nirtorch")
-@pytest.mark.parametrize("name", WRITERS)
-def test_others_write_it(name):
-    model, x_seq = network()
-    graph, s_seq, dt = WRITERS[name](model, x_seq)
-    assert_same_spikes(from_nir(graph, dt=dt), x_seq, s_seq)
+def test_norses_own_step():
+    """By default Norse multiplies its time constants by 1e-3, so that a cell's step is 1e-6 there."""
+    norse = pytest.importorskip("norse.torch")
+    other, x = norse.SequentialState(nn.Linear(8, 16), norse.LIFBoxCell()), torch.rand(20, 5, 8)
+    graph = norse.to_nir(other, x[0])
+    with pytest.raises(ValueError, match=r"tau must be at least dt = 0\.001, got 1e-05; dt is the step that"):
+        from_nir(graph, dt=1e-3)
+    assert from_nir(graph, dt=1e-6).get_submodule("1").decay == pytest.approx(0.9)

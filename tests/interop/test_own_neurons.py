@@ -159,6 +159,25 @@ def test_values_of_the_same_names_come_back():
     assert not report.left
 
 
+def test_values_of_other_shapes_do_not_come_back():
+    """Which torch would broadcast, one value to all; the report has them."""
+
+    def one_for_all(module):
+        layer = nn.PReLU(1)
+
+        def mean(layer, state_dict, prefix, *others):
+            state_dict[prefix + "weight"] = state_dict[prefix + "weight"].mean().reshape(1)
+
+        layer.register_load_state_dict_pre_hook(mean)
+        return layer
+
+    model = nn.Sequential(nn.PReLU(8))
+    expected = nn.init.uniform_(model[0].weight).detach().clone()
+    back, report = asgl_cuda.revert(asgl_cuda.convert(model, layers={nn.PReLU: one_for_all})[0])
+    assert torch.equal(back[0].weight, expected)
+    assert report.left == [("0", "PReLU", "its weight: PReLU has no such parameter")]
+
+
 def test_what_is_left():
     """Subclasses, and modules for which the function returns None."""
     model = nn.Sequential(MemUpdate(), type("Mine", (MemUpdate,), {})(), SigmoidLIF())

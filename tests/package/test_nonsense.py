@@ -1,5 +1,6 @@
 """Any value for any argument is accepted, or refused by an error of asgl_cuda that names the argument."""
 
+import importlib.util
 import inspect
 import math
 import warnings
@@ -158,6 +159,17 @@ CALLS = {
     "fuse": (asgl_cuda.fuse, names(asgl_cuda.fuse), {"model": LIF()}),
     "unfuse": (asgl_cuda.unfuse, names(asgl_cuda.unfuse), {"model": LIF()}),
 }  # fmt: skip
+if importlib.util.find_spec("nir") and importlib.util.find_spec("nirtorch"):
+    CALLS |= {
+        "to_nir": (asgl_cuda.to_nir, names(asgl_cuda.to_nir), {"model": LIF(), "example_input": X}),
+        "from_nir": (asgl_cuda.from_nir, names(asgl_cuda.from_nir), {"graph": asgl_cuda.to_nir(LIF(), X)}),
+    }
+if importlib.util.find_spec("snntorch"):
+    import snntorch
+
+    from asgl_cuda.interop.snntorch import MultiStep
+
+    CALLS["MultiStep"] = (MultiStep, names(MultiStep.__init__), {"layer": snntorch.Leaky(0.5)})
 
 
 def raw_error(call, options):

@@ -175,7 +175,8 @@ def step_of(node: Any, dt: float, tau: str = "tau", r: str = "r") -> tuple[Tenso
         rate = dt / as_double(time)
         decay, gain = torch.where((rate - 1).abs() < 1e-6, 0.0, 1 - rate), gain * rate  # tau = dt, rounded
         if not ((decay >= 0) & (decay <= 1)).all():
-            raise ValueError(f"{tau} must be at least dt = {dt}, got {range_of(as_double(time))}")
+            hint = "dt is the step that the graph was written for"
+            raise ValueError(f"{tau} must be at least dt = {dt}, got {range_of(as_double(time))}; {hint}")
     # r = tau / dt may have been rounded, which would change the threshold.
     return decay, torch.where((gain - 1).abs() < 1e-6, 1.0, gain)
 

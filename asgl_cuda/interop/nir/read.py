@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx, nn
 
+from ...checks import check_device_and_dtype
 from ...integrator import LeakyIntegrator
 from ...neuron import LIF
 from ...over_time import OverTime
@@ -34,7 +35,8 @@ def from_nir(graph: nir.NIRGraph, dt: float | None = None, *, dtype: torch.dtype
         graph: one Input, one Output, between them LIF, IF, CubaLIF, LI, I, CubaLI, Affine, Linear, Conv1d, Conv2d,
             AvgPool2d, SumPool2d, Flatten, Scale, Threshold and Delay, without cycles; edges into the same node are
             added. Shapes that do not fit each other are refused by `nir.read`, or by the first call.
-        dt: length of a step, in seconds, or in the graph's unit of tau; default the node's step in `to_nir`, else 1e-4.
+        dt: length of a step, in seconds, or in the graph's unit of tau: the step that the graph was written for, which
+            nodes of `to_nir` name and other nodes do not. Default the node's step in `to_nir`, else 1e-4.
         dtype: dtype of all weights and parameters; default `torch.get_default_dtype()`.
 
     LIF and IF become asgl_cuda.LIF, LI and I asgl_cuda.LeakyIntegrator, CubaLIF and CubaLI a Sequential of two of
@@ -49,6 +51,7 @@ def from_nir(graph: nir.NIRGraph, dt: float | None = None, *, dtype: torch.dtype
         ValueError: a node can't be represented, or contradicts its metadata; the message names the node.
     """
     nir = units.require("nir", units.DT if dt is None else dt, _CALLER)
+    check_device_and_dtype(None, dtype, _CALLER)
     if not isinstance(graph, nir.NIRGraph):
         got = type(graph).__name__
         raise TypeError(f"{_CALLER}: graph must be a nir.NIRGraph, as nir.read gives it of a file, got {got}")
@@ -111,7 +114,10 @@ def _paths(names: Iterable[str]) -> dict[str, str]:
 
 def _read(node: Any, dt: float | None) -> Any:
     kind, ours = type(node).__name__, (getattr(node, "metadata", None) or {}).get(KEY, {})  # as `to_nir` writes it
-    dt = float(dt or ours.get("dt", units.DT))
+    written = float(ours.get("dt", dt or units.DT))
+    if dt is not None and abs(dt - written) > 1e-6 * written:
+        raise ValueError(f"to_nir wrote it with dt = {written}, got dt = {dt}; without dt the node's own is taken")
+    dt = written
     if kind in ("Affine", "Linear", "Conv1d", "Conv2d"):
         return _weights(node, ours)
     if kind in ("AvgPool2d", "SumPool2d"):

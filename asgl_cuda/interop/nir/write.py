@@ -53,8 +53,8 @@ def to_nir(
             `divisor_override=1`: SumPool2d), Flatten and BatchNorm, in sequence or connected by additions, in any
             modules that torch.fx can trace. A layer without time may be surrounded by `x_seq.flatten(0, 1)` and
             `unflatten(0, ...)`, as in `asgl_cuda.OverTime`, or be SpikingJelly's in step mode "m". Dropout and Identity
-            are dropped. Neurons of other libraries are converted as by `asgl_cuda.convert`, must get a sequence and
-            have no synaptic current; `from_nir` makes LIF layers of them.
+            are dropped. Neurons of other libraries are converted as by `asgl_cuda.convert`, must get a sequence, return
+            one tensor, which Norse's do not, and have no synaptic current; `from_nir` makes LIF layers of them.
         example_input: `[T, B, ...]`, or `[B, T, ...]` if the LIF layers have `time_dim=1`; only shape and dtype matter.
         dt: length of a step, in seconds.
         allow_soft_reset: also write layers with soft reset, with several spikes per step and with v_min. NIR's LIF
@@ -80,10 +80,12 @@ def to_nir(
         got = list(example_input.shape)
         raise ValueError(f"{_CALLER}: example_input must have time, batch and neurons, [T, B, ...], got shape {got}")
     with naming(f"{_CALLER}: {type(model).__name__} can't be copied"):
-        root = nn.Sequential(copied(model)) if _is_leaf(model) else copied(model)  # fx always traces a root
+        is_leaf = _is_leaf(model) or _not_written(model) is not None
+        root = nn.Sequential(copied(model)) if is_leaf else copied(model)  # fx always traces a root
     unfuse(root, inplace=True)
     _, report = convert(root, inplace=True)
     left = {root.get_submodule(row.path): row.reason for row in report.left}
+    left |= {module: reason for module in root.modules() if (reason := _not_written(module)) and module not in left}
     for module in root.eval().modules():
         if isinstance(module, NeuronLayer):
             module.reset()
@@ -102,6 +104,12 @@ def _is_leaf(module: nn.Module) -> bool:
     if isinstance(module, (NeuronLayer, Scale, Delay, Converted, _BatchNorm)):
         return True
     return type(module).__module__.split(".")[0] in ("torch", *LIBRARIES) and not module._modules
+
+
+def _not_written(module: nn.Module) -> str | None:
+    """The reason of the module's library not to write it, or None."""
+    reasons = (getattr(library, "not_written", lambda module: None)(module) for library in libraries())
+    return next((reason for reason in reasons if reason is not None), None)
 
 
 class _Flow(NamedTuple):
@@ -180,7 +188,7 @@ class _Writer(fx.Interpreter):
         raise ValueError(f"can't be represented in NIR; between layers, what can be: {known}")
 
     def _run_module(self, n: fx.Node, module: Any, inputs: list[_Flow]) -> Any:
-        kind = Converted if isinstance(module, Converted) else type(module)
+        kind = Converted if isinstance(module, Converted) and module not in self.left else type(module)
         kind = _BatchNorm if kind.forward is _BatchNorm.forward else kind  # also of a user's subclass
         if kind not in self.layers:
             known = ", ".join(sorted({each.__name__.strip("_") for each in self.layers}))
