@@ -121,6 +121,25 @@ def test_bits_do_not_depend_on_threads_or_batch(rate):
     assert torch.equal(asgl_cuda.recurrent_lif(x_seq[:, 17:19], weight, width=4.0, backend="cpu"), s_seq[:, 17:19])
 
 
+@pytest.mark.parametrize("value", [2.0, -2.0, -0.0, 2.0**-126, 2.0**-149, 2.0**120])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_only_zeros_are_left_out(backend, device, dtype, value):
+    """One state of each row is not zero, in each place of a vector and of what follows the last one."""
+    count = 21
+    s_init, x_seq = value * torch.eye(count, dtype=dtype), torch.zeros(2, count, count, dtype=dtype, device=device)
+    weight = torch.linspace(-2, 2, count * count, dtype=dtype).view(count, count)
+    found = []
+    for name in (backend, "reference"):
+        leaves = [each.detach().clone().to(device).requires_grad_() for each in (weight, s_init)]
+        output = asgl_cuda.recurrent_lif(
+            x_seq, leaves[0], s_init=leaves[1], v_threshold=1e300 if dtype == torch.float64 else 1e38, width=1e3,
+            surrogate="fast_sigmoid", backend=name, return_h_seq=True,
+        )  # fmt: skip
+        grads = torch.autograd.grad((output.h_seq * x_seq.new_ones(count).cumsum(0)).sum(), leaves)
+        found.append((output.h_seq, *grads))
+    torch.testing.assert_close(*found, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("time_dim", [0, 1])
 def test_bits_do_not_depend_on_the_product(time_dim):
     """Products are gathered or dense by the spikes of 16 neurons; here half of them are connected to none."""
