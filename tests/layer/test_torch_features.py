@@ -274,16 +274,10 @@ def test_nothing_is_saved_without_gradients(backend, device, mode, monkeypatch):
     assert written == [2 * 31 + 2, 0, 0]
 
 
-def test_anomaly_mode_and_another_default_type(backend, device):
+def test_anomaly_mode(backend, device):
     x_seq = random_input(4, 31, device=device)
     with torch.autograd.detect_anomaly(check_nan=True):
         asgl_cuda.lif(x_seq, analog_prob=0.5, backend=backend).sum().backward()
-    expected = asgl_cuda.lif(x_seq, backend=backend)
-    torch.set_default_dtype(torch.float64)
-    try:
-        assert all(torch.equal(asgl_cuda.lif(x_seq, backend=each), expected) for each in (backend, "reference"))
-    finally:
-        torch.set_default_dtype(torch.float32)
 
 
 # ---- torch.export ----

@@ -261,6 +261,27 @@ def test_forward_mode_of_the_reference(feature):
         torch.testing.assert_close(*products, rtol=1e-10, atol=1e-10)
 
 
+@every()
+def test_the_default_type_changes_nothing(backend, device, feature):
+    """Of tensors that a call makes."""
+    x_seq, options = feature.call(Case(steps=5, shape="channel", noise=0.3, flags="detached"), device)
+    leaves, options = list(leaves_of(x_seq, options).values()), without_running(options)
+    before = torch.get_default_dtype()
+    for name in (backend, "reference"):
+        found = []
+        for default in (before, DOUBLE, torch.float16):
+            torch.set_default_dtype(default)
+            try:
+                outputs = feature.run(x_seq, options, feature.outputs, name)
+                losses = [each.float().square().sum() for each in outputs.values()]
+                grads = torch.autograd.grad(losses, leaves, allow_unused=True, materialize_grads=True)
+            finally:
+                torch.set_default_dtype(before)
+            found.append([*outputs.values(), *grads])
+        for other in found[1:]:
+            torch.testing.assert_close(other, found[0], rtol=0, atol=0)
+
+
 @every(lambda feature: feature.splits)
 def test_two_parts_are_the_whole(backend, device, feature):
     """Without noise, which is indexed by the steps of a call."""

@@ -7,7 +7,7 @@ from torch.func import vmap
 
 import asgl_cuda
 
-SIZES = [(5, 1, 63), (17, 2, 65), (9, 33, 10), (3, 33, 130), (6, 16, 64), (2, 5, 1030)]  # [T, B, N]
+SIZES = [(5, 1, 63), (17, 2, 65), (9, 33, 10), (3, 33, 130), (6, 16, 64), (2, 5, 1030), (2, 4113, 3)]  # [T, B, N]
 
 
 def rand(*shape, low=-1.0, high=1.0, dtype=torch.float64, device="cpu"):
@@ -17,7 +17,7 @@ def rand(*shape, low=-1.0, high=1.0, dtype=torch.float64, device="cpu"):
 @pytest.mark.parametrize(("steps", "batch", "count"), SIZES)
 @pytest.mark.parametrize("dtype", FACTORS["dtype"])
 def test_sizes(backend, device, dtype, steps, batch, count):
-    """Around 16 rows of the batch, and vectors."""
+    """Around 16 rows of the batch, and vectors; and of more than 256 times 16 rows."""
     case = Case(dtype, steps, "triangle", sizes=(batch, count, 1, 1), noise=0.3, flags="scaled")
     assert_equals_reference(FEATURES["recurrent"], case, backend, device)
 
