@@ -26,7 +26,6 @@ def in_double():
     """Float64, in which no spike depends on the rounding of a sum."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
     yield
     torch.set_default_dtype(before)
 

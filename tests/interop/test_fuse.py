@@ -270,6 +270,32 @@ def test_autocast(dtype, backend):
     torch.testing.assert_close(found[0], found[1], rtol=0.02, atol=0.04)
 
 
+CASTS = {
+    "to": lambda y, dtype: y.to(dtype),
+    "by keyword": lambda y, dtype: y.to(dtype=dtype),
+    "to a device as well": lambda y, dtype: y.to("cpu", dtype),
+    "to another's type": lambda y, dtype: y.to(torch.empty(0, dtype=dtype)),
+    "type": lambda y, dtype: y.type(dtype),
+}
+
+
+@pytest.mark.parametrize("to", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("of", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("cast", CASTS)
+def test_casts(cast, of, to):
+    """Outputs have the type of the cast, and its rounding, but that half types may be normalised in float32."""
+    model = views(lambda net, x: CASTS[cast](net.norm(x.flatten(0, 1)), to).unflatten(0, (T, B)))
+    model = scattered(model).to(of)
+    model.lif = asgl_cuda.LIF(surrogate="sigmoid", analog_prob=1.0).to(of)
+    x_seq = torch.randn(T, B, C, 6).to(of)
+    fused, report = asgl_cuda.fuse(model, x_seq)
+    found, expected = fused(x_seq), model(x_seq)
+    assert found.dtype == expected.dtype == to
+    assert len(report.replaced) == (cast == "to" and (to == of or (of, to) == (torch.bfloat16, torch.float32)))
+    allowed = 2**-7 if torch.bfloat16 in (of, to) else 1e-6 if report.replaced else 0.0
+    torch.testing.assert_close(found, expected, rtol=allowed, atol=allowed)
+
+
 def test_modes_of_both_layers(backend):
     """The neurons' mode is that of the noise, the normalisation's that of the statistics."""
     model = scattered(nn.Sequential(OverTime(nn.BatchNorm1d(C)), asgl_cuda.LIF(analog_prob=0.5)))

@@ -45,6 +45,8 @@ PLACES = [
     ("channel", 1, (B, T, N, 5, 2), (N, 1, 1)),
     ("neuron", 2, (B, N, T, 5, 2), (1, N, 1, 5, 2)),
     ("neuron", -2, (B, N, 5, T, 2), (1, N, 5, 1, 2)),
+    ("neuron", 0, (T, B, B, N), (N,)),
+    ("neuron", 1, (B, T, B, N, 5), (N, 5)),
 ]
 OF_FUNCTIONS = [
     (kind, *place)
@@ -128,8 +130,10 @@ def test_calls_and_steps_are_one_sequence(backend, device, kind, time_dim, dtype
         parts = x_seq.tensor_split(cuts, dim=time_dim)
         found = [layer(part) for part in parts]
         assert is_whole(found, torch.cat)
+        v = layer.v
         layer.reset()
-        assert not torch.equal(layer(parts[-1]), found[-1])
+        layer(parts[-1])
+        assert not torch.equal(layer.v, v), "from rest; the spikes of one step may be the same"
         layer.reset()
     for stateful in (True, False):
         layer.stateful = stateful

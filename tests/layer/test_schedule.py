@@ -221,6 +221,22 @@ def test_a_schedule_compiles_nothing_anew(backend, device):
     torch._dynamo.reset()
 
 
+def test_shares_that_are_set_in_inference_mode_train():
+    """Set, moved or made there, as by a validation: compiled training reads them outside of it."""
+    layer = LIF(analog_prob=0.3)
+    with torch.inference_mode():
+        layer.analog_prob = 0.5
+        moved = copy.deepcopy(layer).double()
+        made = LIF(analog_prob=0.5)
+    for each in (layer, moved, made):
+        assert each._analog_prob_data.item() == 0.5
+        assert not each._analog_prob_data.is_inference()
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    compiled(torch.rand(4, 3, requires_grad=True)).sum().backward()
+    torch._dynamo.reset()
+
+
 def test_the_share_as_data_goes_where_the_layer_goes():
     layer = LIF(analog_prob=0.3).half()
     assert layer._analog_prob_data.item() == 0.3

@@ -159,6 +159,18 @@ def test_ensembles_and_gradients_of_each_sample(backend, device, make):
         assert_gradients(gradients, index, model, x_seq[:, index, None])
 
 
+# Those that traced code and derivatives of the reference treat apart.
+RULES = {
+    "single": {"surrogate": "sigmoid", "surrogate_gain": 0.6, "strict_threshold": True, "scale_output": True},
+    "detached": {"surrogate": "arctan", "surrogate_gain": 1.7, "detach_reset": True, "v_min": 0.1, "v_threshold": 0.8},
+    "several": {
+        "surrogate": "periodic_exponential", "surrogate_gain": 0.6, "multi_spike": True, "v_reset": None,
+        "v_threshold": 0.4, "reset_amount": 0.3,
+    },
+    "levels": {"levels": 3, "surrogate_gain": 0.6, "v_reset": None, "v_threshold": 0.4},
+}  # fmt: skip
+
+
 def forward_modes(function, x_seq):
     """Every way to ask for a forward derivative, also of a gradient and around vmap."""
 
@@ -179,7 +191,7 @@ def forward_modes(function, x_seq):
 def test_forward_mode(backend, device):
     """Refused with the remedy, and the remedy works: silent zeros would go unnoticed."""
     x_seq = torch.rand(4, 2, 3, device=device) * 2
-    ours, function = (partial(asgl_cuda.lif, surrogate="sigmoid", backend=name) for name in (backend, "reference"))
+    ours, function = (partial(asgl_cuda.lif, **RULES["single"], backend=name) for name in (backend, "reference"))
     for call in forward_modes(ours, x_seq).values():
         with pytest.raises(RuntimeError, match=r"forward-mode .* backend='reference' has both"):
             call()
@@ -191,13 +203,14 @@ def test_forward_mode(backend, device):
     assert forward_modes(function, x_seq)["hessian"]().abs().max() > 0.01
 
 
-def test_compiled(backend, device):
+@pytest.mark.parametrize(("name", "rules"), [(None, "single"), *(("reference", rules) for rules in RULES)], ids=str)
+def test_compiled(backend, device, name, rules):
     """torch.compile around the transforms gives the same gradients, not zeros."""
     torch._dynamo.reset()
-    x_seq = inputs(4, device)
+    x_seq = inputs(3, device, 2, 3)
 
     def loss(x_seq):
-        return (asgl_cuda.lif(x_seq, backend=backend) * weights(x_seq)).sum()
+        return (asgl_cuda.lif(x_seq, **RULES[rules], backend=name or backend) * weights(x_seq)).sum()
 
     def function(x_seq):
         return torch.stack([vmap(grad(loss))(x_seq), grad(lambda x: vmap(loss)(x).sum())(x_seq)])
@@ -306,7 +319,7 @@ def test_forward_mode_is_not_lost_in_compiled_code(backend, device):
     x_seq = torch.rand(4, 3, device=device)
 
     def function(x, name="reference"):
-        return asgl_cuda.lif(x, surrogate="sigmoid", backend=name)
+        return asgl_cuda.lif(x, **RULES["detached"], backend=name)
 
     def tangents(function):
         """By jvp inside the compiled code, and by a dual tensor that enters it."""

@@ -148,7 +148,7 @@ BAD = [
     ({"residual": X.to("meta")}, ValueError, "residual must be on cpu as x_seq, got meta"),
     ({"residual": X, "residual_gain": "one"}, TypeError, "residual_gain must be a float"),
     ({"residual": X, "residual_gain": NAN}, ValueError, "residual_gain must be a number"),
-    ({"residual_gain": 0.5}, ValueError, "residual_gain needs a residual|0.5"),
+    *(({"residual_gain": gain}, ValueError, f"residual_gain needs a residual|{gain}") for gain in (0.5, 2.0, 0.0, -1)),
     # Several spikes a step, levels, and a floor.
     ({"multi_spike": True}, ValueError, "needs v_reset=None, got v_reset 0.0"),
     ({"multi_spike": 1, **SOFT}, TypeError, "multi_spike must be a bool, got int"),

@@ -262,16 +262,19 @@ def test_running_statistics_that_cannot_be_kept(backend, kind):
 
 
 def test_running_statistics_of_one_memory(backend, device):
-    """Rows and columns of one tensor are written independently."""
+    """Rows and columns of one tensor are written independently.
+
+    Columns are updated by torch.lerp, which may fuse the product with the sum. The product's rounding is at most
+    2^-24 of the result, as are those of the two results.
+    """
     x_seq = torch.randn(4, 2, 3, 5, device=device)
     expected = torch.zeros(3, device=device), torch.ones(3, device=device)
     batch_norm_lif(x_seq, *expected, training=True, backend=backend)
     rows = torch.tensor([[0.0] * 3, [1.0] * 3], device=device)
     columns = rows.T.contiguous()
-    for mean, variance in (rows, columns.unbind(1)):
-        batch_norm_lif(x_seq, mean, variance, training=True, backend=backend)
-        assert torch.equal(mean, expected[0])
-        assert torch.equal(variance, expected[1])
+    for running, allowed in ((rows.unbind(), 0.0), (columns.unbind(1), 3 * 2**-24)):
+        batch_norm_lif(x_seq, *running, training=True, backend=backend)
+        torch.testing.assert_close(running, expected, rtol=allowed, atol=0)
 
 
 @pytest.mark.parametrize(

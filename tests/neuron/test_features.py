@@ -19,7 +19,7 @@ from features import (
     random_like,
 )
 from torch import Tensor
-from torch.func import grad, jacrev, vmap
+from torch.func import grad, jacrev, jvp, vjp, vmap
 
 import asgl_cuda
 from asgl_cuda.backends import BACKENDS, Operators
@@ -171,8 +171,9 @@ def test_compile(backend, device, feature):
     compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=counter)
     counts = []
     several = feature.function is asgl_cuda.leaky_integrator  # sizes; other functions' are traced in seconds
+    flags = "scaled" if several else "detached"
     for steps, sizes in ((5, (6, 3, 4, 2)), (7, (5, 3, 2, 4)))[: 1 + several]:
-        x_seq, options = feature.call(Case(steps=steps, shape="channel", sizes=sizes, noise=0.3), device)
+        x_seq, options = feature.call(Case(steps=steps, shape="channel", sizes=sizes, noise=0.3, flags=flags), device)
         others = {name: each for name, each in options.items() if not isinstance(each, Tensor)}
         found = []
         for each in (function, compiled):
@@ -194,8 +195,10 @@ def test_compile(backend, device, feature):
 @every()
 def test_vmap_is_a_loop(backend, device, feature):
     """Of gradients inside, outside and in pairs, where all is mapped, or x_seq alone; over one segment and several."""
-    for noise, shared, steps in ((0.0, False, 5), (0.0, True, 36), (0.3, False, 20)):
-        case = Case(DOUBLE, steps, noise=noise, shape="channel", flags="scaled")
+    for noise, shared, steps, flags in (
+        (0.0, False, 5, "detached"), (0.0, True, 36, "scaled"), (0.3, False, 20, "scaled"),
+    ):  # fmt: skip
+        case = Case(DOUBLE, steps, noise=noise, shape="channel", flags=flags)
         three = [feature.call(case, device) for _ in range(3)]
         options = without_running(three[0][1])
         names = [name for name in leaves_of(*three[0]) if name != "x_seq"]
@@ -222,7 +225,7 @@ def test_vmap_is_a_loop(backend, device, feature):
 @every()
 def test_jacrev_is_a_gradient_of_each_output(backend, device, feature):
     """The gradients that come in are mapped, and nothing else."""
-    x_seq, options = feature.call(Case(DOUBLE, shape="channel"), device)
+    x_seq, options = feature.call(Case(DOUBLE, shape="channel", flags="detached"), device)
     options = {name: each.detach() if isinstance(each, Tensor) else each for name, each in options.items()}
 
     def by_step(x_seq):
@@ -231,6 +234,52 @@ def test_jacrev_is_a_gradient_of_each_output(backend, device, feature):
 
     expected = [grad(lambda x_seq, t=t: by_step(x_seq)[t])(x_seq.detach()) for t in range(len(x_seq))]
     torch.testing.assert_close(jacrev(by_step)(x_seq.detach()), torch.stack(expected))
+
+
+@every()
+def test_forward_mode_of_the_reference(feature):
+    """With tangents of all tensors: the products <J v, g> and <v, J^T g> are equal."""
+    for flags, reset, noise in zip(("detached", "scaled", "detached"), FACTORS["reset"], FACTORS["noise"], strict=True):
+        case = Case(DOUBLE, 3, "sigmoid", reset, shape="channel", noise=noise, sizes=(2, 3, 1, 2), flags=flags)
+        x_seq, options = feature.call(case, "cpu")
+        leaves, options = leaves_of(x_seq, options), without_running(options)
+
+        def function(*values, options=options, names=tuple(leaves)):
+            given = {**options, **dict(zip(names, values, strict=True))}
+            return tuple(feature.run(given.pop("x_seq"), given, feature.outputs, "reference").values())
+
+        values = tuple(each.detach() for each in leaves.values())
+        tangents = tuple(random_like(values))
+        outputs, forward = jvp(function, values, tangents)
+        grads = tuple(each.cos() for each in outputs)  # of another kind than the tangents
+        reverse = vjp(function, *values)[1](grads)
+        products = [
+            torch.stack([(a * b).sum() for a, b in zip(*each, strict=True)]).sum()
+            for each in ((forward, grads), (tangents, reverse))
+        ]
+        assert products[0].abs() > 1e-3
+        torch.testing.assert_close(*products, rtol=1e-10, atol=1e-10)
+
+
+@every()
+def test_the_default_type_changes_nothing(backend, device, feature):
+    """Of tensors that a call makes."""
+    x_seq, options = feature.call(Case(steps=5, shape="channel", noise=0.3, flags="detached"), device)
+    leaves, options = list(leaves_of(x_seq, options).values()), without_running(options)
+    before = torch.get_default_dtype()
+    for name in (backend, "reference"):
+        found = []
+        for default in (before, DOUBLE, torch.float16):
+            torch.set_default_dtype(default)
+            try:
+                outputs = feature.run(x_seq, options, feature.outputs, name)
+                losses = [each.float().square().sum() for each in outputs.values()]
+                grads = torch.autograd.grad(losses, leaves, allow_unused=True, materialize_grads=True)
+            finally:
+                torch.set_default_dtype(before)
+            found.append([*outputs.values(), *grads])
+        for other in found[1:]:
+            torch.testing.assert_close(other, found[0], rtol=0, atol=0)
 
 
 @every(lambda feature: feature.splits)

@@ -99,6 +99,22 @@ def test_large_parameter_sums(backend, device, name):
         )  # fmt: skip
 
 
+# The input, and the shape of the parameters: of more than 256 blocks of one neuron a thread, and of four, and of more
+# than 256 tiles of the CPU, by layer, run of neurons and neuron, repeated in a block or not; and of many by step.
+BLOCKS = [
+    ((2, 3, 16, 701), ()), ((2, 3, 16, 701), (16, 1)), ((2, 3, 1600, 7), (7,)), ((1, 7, 8, 5000), ()),
+    ((1, 7, 8, 5000), (8, 1)), ((1, 7, 3400, 12), (12,)), ((1, 5, 10, 5461), (10, 5461)), ((2, 1, 524292), (524292,)),
+    ((2, 1, 524292), (2, 1, 524292)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("shape", "sizes"), BLOCKS, ids=str)
+def test_sums_of_many_blocks(backend, device, shape, sizes):
+    given = {name: uniform(*sizes, low=low, high=low + 0.2, device=device)
+             for name, low in (("width", 0.9), ("decay", 0.4), ("input_gain", 0.9))}  # fmt: skip
+    assert_equals_reference(random_input(*shape, device=device), backend, outputs=("s_seq",), **given)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("surrogate", ["rectangle", "sigmoid"])
 def test_half_types_are_as_good_as_pytorch(backend, device, dtype, surrogate):

@@ -25,6 +25,19 @@ def test_a_floor_of_0_is_one(backend, device, v_min):
     assert (output.v_last == (-1.0 if v_min is None else v_min)).all()
 
 
+@pytest.mark.parametrize("v_min", [-0.5, 0.0])
+@pytest.mark.parametrize("options", [{}, {"v_reset": None}, SEVERAL], ids=["hard", "soft", "several"])
+def test_no_gradient_comes_through_a_floor(backend, device, v_min, options):
+    """Nor where the potential is exactly the floor, as after a reset to it."""
+    x_seq = torch.tensor([[v_min - 0.25, v_min, v_min + 0.25]], device=device)
+    for name in (backend, "reference"):
+        x_seq = x_seq.detach().requires_grad_()
+        output = asgl_cuda.lif(x_seq, v_min=v_min, **options, return_v_last=True, return_v_seq=True, backend=name)
+        for v in (output.v_last, output.v_seq):
+            (grad,) = torch.autograd.grad(v.sum(), x_seq, retain_graph=True)
+            assert grad.tolist() == [[0.0, 0.0, 1.0]]
+
+
 @pytest.mark.parametrize("v_threshold", [1.0, 0.3])
 @pytest.mark.parametrize("surrogate", ["rectangle", "sigmoid", PERIODIC])
 @pytest.mark.parametrize("v_min", [None, -1.0])

@@ -51,6 +51,18 @@ def test_mask_of_backend_is_analog_mask(backend, device, shape, seed, offset):
     assert torch.equal(mask, asgl_cuda.analog_mask(x_seq, 0.4, rng_state(seed, offset % 2**32, device)))
 
 
+@pytest.mark.parametrize("shape", [(1030, 5), (131076, 1), (2, 262150)])
+def test_mask_of_many_steps_and_neurons(backend, device, shape):
+    """More pairs of steps, and groups of neurons, than 8 and 16 bits count."""
+    x_seq, state = torch.empty(shape, device=device), rng_state(device=device)
+    mask = asgl_cuda.analog_mask(x_seq, 0.4, state)
+    assert torch.equal(mask, analog_elements(x_seq, backend, 0.4, state))
+    for dim, size in ((0, 512), (0, 131072), (1, 1024), (1, 262144)):
+        if size < shape[dim]:
+            later = mask.narrow(dim, size, shape[dim] - size)
+            assert not torch.equal(later, mask.narrow(dim, 0, later.shape[dim]))
+
+
 def test_rng_state_may_lie_anywhere(backend, device):
     """Seed and offset need not be adjacent in memory."""
     x_seq, state = torch.empty(5, 1031, device=device), rng_state(device=device)

@@ -7,7 +7,7 @@ from torch.func import vmap
 
 import asgl_cuda
 
-SIZES = [(5, 1, 63), (17, 2, 65), (9, 33, 10), (3, 33, 130), (6, 16, 64), (2, 5, 1030)]  # [T, B, N]
+SIZES = [(5, 1, 63), (17, 2, 65), (9, 33, 10), (3, 33, 130), (6, 16, 64), (2, 5, 1030), (2, 4113, 3)]  # [T, B, N]
 
 
 def rand(*shape, low=-1.0, high=1.0, dtype=torch.float64, device="cpu"):
@@ -17,7 +17,7 @@ def rand(*shape, low=-1.0, high=1.0, dtype=torch.float64, device="cpu"):
 @pytest.mark.parametrize(("steps", "batch", "count"), SIZES)
 @pytest.mark.parametrize("dtype", FACTORS["dtype"])
 def test_sizes(backend, device, dtype, steps, batch, count):
-    """Around 16 rows of the batch, and vectors."""
+    """Around 16 rows of the batch, and vectors; and of more than 256 times 16 rows."""
     case = Case(dtype, steps, "triangle", sizes=(batch, count, 1, 1), noise=0.3, flags="scaled")
     assert_equals_reference(FEATURES["recurrent"], case, backend, device)
 
@@ -151,6 +151,25 @@ def test_bits_do_not_depend_on_threads_or_batch(rate):
         assert torch.equal(one, two)
     s_seq = asgl_cuda.recurrent_lif(x_seq, weight, width=4.0, backend="cpu")
     assert torch.equal(asgl_cuda.recurrent_lif(x_seq[:, 17:19], weight, width=4.0, backend="cpu"), s_seq[:, 17:19])
+
+
+@pytest.mark.parametrize("value", [2.0, -2.0, -0.0, 2.0**-126, 2.0**-149, 2.0**120])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_only_zeros_are_left_out(backend, device, dtype, value):
+    """One state of each row is not zero, in each place of a vector and of what follows the last one."""
+    count = 21
+    s_init, x_seq = value * torch.eye(count, dtype=dtype), torch.zeros(2, count, count, dtype=dtype, device=device)
+    weight = torch.linspace(-2, 2, count * count, dtype=dtype).view(count, count)
+    found = []
+    for name in (backend, "reference"):
+        leaves = [each.detach().clone().to(device).requires_grad_() for each in (weight, s_init)]
+        output = asgl_cuda.recurrent_lif(
+            x_seq, leaves[0], s_init=leaves[1], v_threshold=1e300 if dtype == torch.float64 else 1e38, width=1e3,
+            surrogate="fast_sigmoid", backend=name, return_h_seq=True,
+        )  # fmt: skip
+        grads = torch.autograd.grad((output.h_seq * x_seq.new_ones(count).cumsum(0)).sum(), leaves)
+        found.append((output.h_seq, *grads))
+    torch.testing.assert_close(*found, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("time_dim", [0, 1])

@@ -99,6 +99,12 @@ def flip_one(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def with_nan(tensor: torch.Tensor) -> torch.Tensor:
+    tensor = tensor.clone()
+    tensor.view(-1)[-1] = torch.nan
+    return tensor
+
+
 def spoilt(number, change):
     """An operator with another of its results."""
     return lambda result: tuple(change(each) if i == number else each for i, each in enumerate(result))
@@ -124,6 +130,10 @@ WORDS = {"integrator": "leaky_integrator", "recurrent": "recurrent_lif"}  # of t
         },
         {"lif_forward": (spoilt(1, flip_one), "v_last")},
         {"lif_backward": (grown, "grad_width")},
+        {
+            "lif_forward": (spoilt(0, with_nan), "s_seq"), "integrator_forward": (spoilt(0, with_nan), "v_seq"),
+            "recurrent_backward": (spoilt(1, with_nan), "grad_weight"),
+        },
     ],
     ids=lambda broken: ", ".join(broken),
 )  # fmt: skip

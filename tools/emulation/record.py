@@ -225,6 +225,10 @@ def neuron_calls() -> Iterator[Call]:
     for name in ("input_gain", "input_bias", "input_mean"):  # alone keep the input from being plain
         yield chosen_call((260,), {name: 0.3})
     yield chosen_call((260,), {"return_v_last": True}, given=("v_last",))
+    yield chosen_call((260,), {"v_min": 0.0, "return_v_last": True}, given=("s_seq", "v_last"))  # and v_reset
+    for neurons in (7, 64):  # one a thread, and four
+        noise = {"analog_prob": 0.3, "rng_state": torch.tensor([3, 5])}
+        yield chosen_call((neurons,), noise, steps=530)
     # One value a channel in channels_last, over several tiles; and of two sorts of channels.
     yield chosen_call((93, 30), {name: values(30) for name in ("input_gain", "input_bias")})
     yield chosen_call((4, 5, 140), {"input_gain": values(5, 1), "input_bias": values(4, 1, 1)})
@@ -234,9 +238,11 @@ def neuron_calls() -> Iterator[Call]:
         yield sum_call(dims, steps)
 
 
-def chosen_call(dims: tuple[int, ...], options: dict[str, Any], given: Sequence[str] = ("s_seq",)) -> Call:
-    x_seq = Random(1).values(4, *dims, low=-1.0, high=2.0)
-    learned = [name for name, value in options.items() if isinstance(value, Tensor)]
+def chosen_call(
+    dims: tuple[int, ...], options: dict[str, Any], given: Sequence[str] = ("s_seq",), steps: int = 4
+) -> Call:
+    x_seq = Random(1).values(steps, *dims, low=-1.0, high=2.0)
+    learned = [name for name, value in options.items() if isinstance(value, Tensor) and value.is_floating_point()]
     return Call(neuron, {"x_seq": x_seq, "surrogate": "rectangle", **options}, ["x_seq", *learned], given)
 
 
@@ -251,11 +257,13 @@ def threshold_call(number: int) -> Call:
 
 
 # Dimensions [runs, values, neurons of a run] and steps of sums: of runs that are split, of more values than threads, of
-# runs over eight tiles and nine.
+# runs over eight tiles and nine; and of more than 256 blocks, of one neuron a thread and of four, where values repeat
+# and where they do not.
 SUMS = (
     ((5000, 100, 1), 1), ((30000, 7, 1), 2), ((300001, 3, 1), 1), ((2000, 5, 3), 1), ((50, 1000, 4), 3),
     ((3000, 2, 130), 1), ((3, 140000, 1), 1), ((2, 524291, 1), 1), ((600, 2, 2000), 1), ((1, 12, 841), 3),
-    ((1, 12, 903), 3),
+    ((1, 12, 903), 3), ((1, 524292, 1), 2), ((1, 8, 4111), 1), ((1, 33, 4000), 1), ((4711, 7, 1), 1),
+    ((16600, 8, 1), 1),
 )  # fmt: skip
 
 
@@ -450,10 +458,10 @@ def recurrent_calls() -> Iterator[Call]:
     shapes = (1, 1, 1), (3, 2, 5), (2, 17, 9), (6, 16, 4), (4, 33, 31), (2, 3, 66), (9, 40, 33)
     for number, shape in enumerate([each for each in shapes for _ in range(16)] + [(2, 2, 1040)] * 3):
         yield recurrent_call(number, shape)
-    # Few spikes, so that zeros are left out, and a gradient that is NaN.
-    x_seq = torch.full((3, 4, 9), -1.0)
-    x_seq[0, 0, 0], x_seq[2, 1, 3] = 3.0, float("nan")
-    options = {"x_seq": x_seq, "weight": torch.full((9, 9), 1 / 64), "surrogate": "sigmoid"}
+    # Few spikes, so that zeros are left out, among them one of height 2, and a gradient that is NaN.
+    x_seq, s_init = torch.full((3, 4, 9), -1.0), torch.zeros(4, 9)
+    x_seq[0, 0, 0], x_seq[2, 1, 3], s_init[2, 5] = 3.0, float("nan"), 2.0
+    options = {"x_seq": x_seq, "s_init": s_init, "weight": torch.full((9, 9), 1 / 64), "surrogate": "sigmoid"}
     yield Call(recurrent, options, ["weight", "x_seq"], exact=False, backends=("cpu",))
 
 

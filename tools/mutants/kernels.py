@@ -36,16 +36,91 @@ recurrent = partial(Mutant, "cpu/recurrent.cpp")
 products = partial(Mutant, "cpu/product.h")
 starts = partial(Mutant, "cuda/start.cuh")
 
+cpu = partial(Mutant, "cpu/neuron.h")
+settled = partial(Mutant, "cpu/neuron_settled.cpp")
+
 BARRIER = "__syncthreads();"
 SHUFFLE = "__shfl_down_sync(kWholeWarp, sum, distance)"
 NO_BARRIER = kernels("  }\n  @\n  constexpr int kWarps", BARRIER, "")
 ALL_LIVE = access("live(@)", "n < shape.neurons()", "true")
 NO_BARRIER_IN_A_SUM = kernels("= sum;\n  @", BARRIER, "")
 NO_BARRIER_OF_CHANNELS = channels("static_cast<int>(tiles.width)]);\n    @", BARRIER, "")
+RNG_STATE = params(
+    "if (@) return *this;",
+    "analog_below <= kAlwaysAnalog",
+    "(rng_state != nullptr && rng_state[2] == -1) || analog_below <= kAlwaysAnalog",
+)
 DEAD_LANES = kernels("if (has_grad_last) Access<kLanes>::load(params.grad_v_last + @, dv)", "index.read_n", "index.n")
 DEAD_LANES_OF_ADAPTIVE = adaptive_kernels("load_pair(params.grad_v_last, @, neurons", "index.read_n", "index.n")
 DEAD_LANES_OF_INTEGRATORS = integrator("load(params.grad_v_last + @, later)", "index.read_n", "index.n")
 BEYOND_LAST_ROW = channels("if (@) {\n        const Scalar* gradients", "row + k * index.step < index.end_row", "true")
+
+# Accesses beyond an array that change no result, by kernels, family and name: a sanitizer must find each.
+BEYOND_AN_ARRAY = {
+    "cuda": {
+        "neuron": {
+            "all live": ALL_LIVE,
+            "grad_v_last beyond the last neuron": DEAD_LANES,
+            "x beyond the last step": kernels("if (@) x[k % kSteps].load", "k < left", "true"),
+            "the residual beyond the last step": kernels("kHasResidual<kInput> && @) r[k % kSteps]", "k < left",
+                                                         "true"),
+            "x beyond the last neuron": access("outer == 1 ? @ :", "read_n", "n"),
+            "v_init beyond the last neuron": access("params.v_init + @, v", "index.read_n", "index.n"),
+            "a checkpoint beyond the last neuron": access("params.shape.neurons() + @;", "index.read_n", "index.n"),
+            "x beyond the last step in backward": kernels("load_x(@, k);\n        }", "k + kSteps < left", "true"),
+            "a gradient before the first step": kernels("load_gradient(@, k);\n        }", "first > 0", "true"),
+            "x beyond the last step in the general backward": kernels("if (@) Lanes::load(params.x_seq + (first",
+                                                                      "first + k < length", "true"),
+            "a gradient before the first step of the general backward": kernels(
+                "if (@ && params.grad_s_seq != nullptr) {", "k >= 0", "true"
+            ),
+            "the noise's third number": RNG_STATE,
+            "slots beyond the last of several": sums("if (@) totals[k] +=", "element < count", "true"),
+            "totals beyond the block's": sums("if (@) totals[thread] +=", "thread < half", "true"),
+        },
+        "adaptive": {
+            "grad_v_last beyond the last neuron": DEAD_LANES_OF_ADAPTIVE,
+            "x beyond the last step": adaptive_kernels("if (@) to[k].load", "k < left", "true"),
+            "x beyond the last step in backward": adaptive_kernels("if (@) x[k].load", "first + k < length", "true"),
+            "the first state beyond the last neuron": adaptive_kernels("load_pair(params.v_init, @, neurons, model",
+                                                                       "index.read_n", "index.n"),
+            "a checkpoint beyond the last neuron": adaptive_kernels("* neurons + @;\n      load_pair",
+                                                                    "index.read_n", "index.n"),
+        },
+        "integrator": {
+            "grad_v_last beyond the last neuron": DEAD_LANES_OF_INTEGRATORS,
+            "the input beyond the last step": integrator("if (@) to.in[k].load", "k < left", "true"),
+            "v_seq before the first step": integrator("if (kSums && @ && has(wanted, kDecay))", "k < left - 1",
+                                                      "k < left"),
+            "x before the first step": integrator("if (kSums && @ && has(wanted, kInputGain))", "k < left", "true"),
+        },
+        "normalisation": {
+            "gradients beyond the last row": BEYOND_LAST_ROW,
+            "x beyond the last row": channels("if (@) Access<kLanes>::load(params.x_seq", "k < left", "true"),
+            "moments beyond the block's": channels("if (@) moments[thread] = join", "thread < half", "true"),
+        },
+    },
+    "cpu": {
+        "neuron": {
+            "v_init beyond the last neuron": settled("v_rest, @, v);\n      for", "tile.length", "kTile"),
+            "grad_v_last beyond the last neuron": settled("Real(0), @, dv_);", "tile.length", "kTile"),
+            "grad_v_last beyond the last neuron in general": cpu(
+                "load_state(params_.grad_v_last, tile.first, Real(0), @,", "tile.length", "kTile"
+            ),
+            "grad_v_seq beyond the last neuron": cpu("({@, Real(1), gv, kOne", "tile_.length", "kTile"),
+            "the noise's third number": RNG_STATE,
+        },
+        "recurrent": {
+            "the weight beyond its last row": products("copy<kPanel<Real>, Real>(row, to, @);", "width",
+                                                       "kPanel<Real>"),
+            "sums beyond the last column": products("&sums[i], @);\n    for", "width", "kColumns"),
+            "spikes beyond the last neuron": recurrent("i < @; ++i) spikes[", "width", "kProductRows"),
+            "one more element of the weight": recurrent("all_finite(params.weight, @)))",
+                                                        "params.neurons * params.neurons",
+                                                        "params.neurons * params.neurons + 1"),
+        },
+    },
+}  # fmt: skip
 
 MUTANTS = {
     "neuron": {
@@ -96,6 +171,10 @@ MUTANTS = {
         "noise of too few steps": noise("pair < 4 && @;", "2 * pair < length", "2 * pair + 1 < length"),
         "noise of the first pair": noise("start / 2 + @);\n      uint32", "pair", "0"),
         "noise of the first of two pairs": noise("noise_block(group, first + @, key_)", "1", "0"),
+        "noise of the first 512 steps again": noise("kNoiseGroup, static_cast<uint32>(@), key_)", "step_pair",
+                                                    "step_pair & 255"),
+        "noise of the first 512 steps again for four": noise("first = static_cast<uint32>(@);", "step_pair",
+                                                             "step_pair & 255"),
         "noise of two steps swapped": noise("two_.blocks[k / 2], @", "k % 2", "1 - k % 2"),
         "always where never": noise("!drawn_ && @;", "limit_ > 0", "true"),
         "noise of a shorter segment": kernels("noise(source, index.n, start, @);\n      Real", "length", "length - 2"),
@@ -199,6 +278,9 @@ MUTANTS = {
                                                     "if (threadIdx.x < 40) __syncthreads();"),
         # ---- sums of a block ----
         "shifted slot": sums("run, @)] = sum", "blockIdx.x", "blockIdx.x + (run > 0)"),
+        "slots of the first 256 blocks again": sums(": (@)))] = sum", "blockIdx.x", "(blockIdx.x & 255)"),
+        "slots of repeated values of the first 256 blocks again": sums("slots[@ * count + i]", "blockIdx.x",
+                                                                       "(blockIdx.x & 255)"),
         "repeated values one by one": sums("if (kLanes == 1 && @)", "parameter.repeats_in(kBlockThreads)", "false"),
         "repeated values in another turn": sums("i >= turn ? i - turn : @;", "i - turn + each", "i"),
         "repeated values of another thread": sums("i = @; i < each", "thread", "thread + 1"),
@@ -283,6 +365,7 @@ MUTANTS = {
         ),
         "gradients through the floor before reset": rules("above = @ - v_min", "after_reset(h, s, neuron)", "h"),
         "no gradients though there is no floor": rules("choose(@, above <=", "floored", "true"),
+        "gradients at the floor": rules("@ ? Real(0) : dv", "above <= Real(0)", "above < Real(0)"),
         "a hard reset for all": rules("choose(@, Hard::reset(", "this->hard_reset", "true"),
         "a hard reset's gradient for all": rules("choose(@, Hard::gradient_of_reset", "this->hard_reset", "true"),
         "a soft reset's gradient of spikes for all": rules("choose(@, Hard::spike_gradient", "this->hard_reset",
@@ -337,6 +420,8 @@ MUTANTS = {
         "too few slots for a whole block": plans("if (@) {", "slots >= kManySlots", "slots > kManySlots"),
         "not the largest power": plans("while (@)", "2 * power <= most", "2 * power < most"),
         "runs that there are not": plans("min({@, kMostRunsEach", "runs", "kMostRunsEach"),
+        "several elements a thread in spite of steps": plans("inner == 1 && @;\n      if (single",
+                                                             "part.parameter.step_stride == 0", "true"),
         "runs are never split": plans("part.splits = @ ?", "splits > 2", "false"),
         "repeated values without a fold": plans("if (@) part.neurons", "part.parameter.repeats_in(sum.tile)",
                                                     "false"),
@@ -544,8 +629,6 @@ MUTANTS = {
 }  # fmt: skip
 
 # Mutants of the CPU kernels.
-cpu = partial(Mutant, "cpu/neuron.h")
-settled = partial(Mutant, "cpu/neuron_settled.cpp")
 entry = partial(Mutant, "cpu/neuron.cpp")
 cpu_integrator = partial(Mutant, "cpu/integrator.cpp")
 tiles = partial(Mutant, "cpu/tile.h")
@@ -595,6 +678,7 @@ CPU_MUTANTS = {
         "no gradient of the reset": loops("sum(kReset) += keep_if(args.carried, @)", "d_reset", "Real(0)"),
         "only the last block's gathered rows": products("if (@) copy<kVectors", "product.accumulate", "false"),
         "only the last block's dense rows": products("i < kRows && @; ++i", "args.accumulate", "false"),
+        "a spike of height 2 is none": products("<< @) != 0;  // without", "1", "2"),
         "three rows as two": products("tile<2>(args, row, column), row += @;", "2", "1"),
     },
     "neuron": {
@@ -617,6 +701,7 @@ CPU_MUTANTS = {
         "a sum of too few neurons": entry("slots + run, totals.data(), @}", "length", "length - 1"),
         "parameters turn too late": tiles("for_each_stretch(tile, @,", "parameter.count", "2 * parameter.count"),
         "noise of another tile": tiles("if (@) {\n      first_ = tile.first", "tile.first != first_", "first_ < 0"),
+        "noise of the first 512 steps again": tiles("4, static_cast<uint32>(@),", "pair", "pair & 255"),
         "noise of another step": tiles("rows_.row(2 * slot + @)", "t % 2", "0"),
         "noise of an earlier segment": tiles("if (@)", "pairs_[slot] != pair", "pairs_[slot] < 0"),
         "one value for several channels": tiles(
@@ -641,6 +726,7 @@ CPU_MUTANTS = {
         "wrong sign of the soft reset's gradient": loops(
             "d_reset = @;", "model.gradient_of_reset(dv, s)", "dv * s"
         ),
+        "gradients at the floor": rules("@ ? Real(0) : dv", "above <= Real(0)", "above < Real(0)"),
         "single spikes without a floor": rules("return @ ||", "multi_spike", "false"),
         "no floor of single spikes": rules("|| @ ||", "floored", "false"),
         "gradients through the floor": loops("dv = @;", "model.floor_adjoint(h, s, neuron, dv)", "dv"),
