@@ -37,6 +37,10 @@ LAYERS = {
     "learned": (LEARN_ALL, {}),
     "channel": ({**CHANNEL, **LEARN_ALL}, {}),
     "neuron": ({**NEURON, **LEARN_ALL}, {}),
+    "constants of each": (
+        {**CHANNEL, **dict.fromkeys(("decay", "v_threshold", "width"), torch.linspace(0.2, 0.6, 4)), "v_rest": -0.25,
+         "v_reset": torch.linspace(-0.5, 0.1, 4)}, {},
+    ),
     "no leak": ({"decay": 1.0, "v_threshold": 1.5}, {}),
     "scaled output": ({**CHANNEL, "scale_output": True, "v_threshold": 0.6, **LEARN_ALL}, {}),
     "another step": (LEARN_ALL, {"dt": 1e-3}),
@@ -63,6 +67,7 @@ INTEGRATORS = {
     "channel": ({**CHANNEL, "learn_decay": True}, {"dt": 1e-3}),
     "neuron": ({**NEURON, "learn_decay": True, "input_gain": 0.3}, {}),
     "no decay": ({"decay": 0.0}, {}),
+    "constants of each": ({**CHANNEL, "decay": torch.linspace(0.0, 0.9, 4)}, {}),
     "no leak": ({"decay": 1.0, "input_gain": -0.7}, {}),
     "gain and rest": ({"decay": 0.9, "input_gain": 0.1, "v_rest": -0.3, "stateful": True}, {}),
 }
@@ -408,6 +413,10 @@ NOT_REPRESENTED = {
     "time elsewhere": (lambda: nn.Sequential(LIF(), LIF(time_dim=1)), r"1 \(LIF\): time must be .* before have it"),
     "input gain": (lambda: nn.Sequential(LIF(input_gain=-1)), r"0 \(LIF\): input_gain must be > 0, got -1\.0"),
     "decay": (lambda: nn.Sequential(decaying(LIF(), 1.5)), r"0 \(LIF\): decay must be in \[0, 1\], got 1.5"),
+    "leak of some": (
+        lambda: nn.Sequential(LIF(4, granularity="neuron", decay=torch.linspace(0.4, 1.0, 4))),
+        r"0 \(LIF\): decay must be 1 for all neurons or for none, got 0.4 to 1",
+    ),
     "padding mode": over_time(
         nn.Conv2d(2, 2, 3, padding=1, padding_mode="circular"), "padding_mode must be zeros, got circular"
     ),

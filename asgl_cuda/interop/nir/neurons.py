@@ -136,12 +136,12 @@ def spike_heights(layer: LIF, shape: Sequence[int]) -> Tensor:
 def metadata_of(layer: LIF | LeakyIntegrator, dt: float) -> dict[str, Any]:
     """What `restored` makes the layer of, in numbers, strings, arrays and dicts, which files support."""
     kind: Any = LIF if isinstance(layer, LIF) else LeakyIntegrator
-    options = {}
+    options: dict[str, Any] = {}
     for name in kind.__init__.__kwdefaults__.keys() - _ELSEWHERE:
         if name in _LEARNED:
             options[name] = getattr(layer, _LEARNED[name]) is not None
         elif (value := getattr(layer, f"_{name}", getattr(layer, name, None))) is not None:  # _name: as last set
-            options[name] = value
+            options[name] = as_double(value).numpy() if isinstance(value, Tensor) else value
     learned = {name: as_double(value).numpy() for name, value in layer.named_parameters() if name in _LEARNED.values()}
     ours = {"dt": dt, "options": options, "num_features": as_shape(layer.num_features), "parameters": learned}
     if isinstance(layer, LIF):
@@ -153,8 +153,11 @@ def metadata_of(layer: LIF | LeakyIntegrator, dt: float) -> dict[str, Any]:
 def restored(ours: Any, kind: Any, said: dict[str, Tensor]) -> Any:
     """The layer of the metadata, which must agree with `said`, the numbers of the node."""
     with naming(f"metadata[{KEY!r}] can't be taken, without it the numbers alone are read"):
-        # Files give numpy's numbers.
-        options = {name: value.item() if hasattr(value, "item") else value for name, value in ours["options"].items()}
+        # Files give numpy's numbers, and arrays of values by neuron.
+        options = {
+            name: as_double(value) if getattr(value, "ndim", 0) else value.item() if hasattr(value, "item") else value
+            for name, value in ours["options"].items()
+        }
         options |= {"v_reset": None} if ours.get("reset") == "soft" else {}
         layer = kind([int(size) for size in ours["num_features"]] or None, **options, dtype=torch.float64)
         layer.load_state_dict({name: as_double(value) for name, value in ours["parameters"].items()})
@@ -204,22 +207,14 @@ def integrator_of(node: Any, dt: float, tau: str = "tau", r: str = "r") -> nn.Mo
 
 
 def new_layer(kind: Any, numbers: dict[str, Tensor], **options: Any) -> Any:
-    """A layer with these constants; what differs between neurons is a parameter without gradient."""
-    differing = {name: value for name, value in numbers.items() if value.min() != value.max()}
-    for name, value in differing.items():
-        if name not in ("decay", "v_threshold"):
+    """A layer with these constants, some of them by neuron."""
+    values: dict[str, Any] = {name: float(value.flatten()[0]) for name, value in numbers.items()}
+    for name, value in numbers.items():
+        if value.min() == value.max():
+            continue
+        if name in ("input_gain", "v_rest"):
             raise ValueError(f"{name} must be the same for all neurons, got {range_of(value)}")
-        if name == "decay" and not ((value > 3.1e-7) & (value < 1 - 3.1e-7)).all():
-            raise ValueError(f"a decay that differs between neurons must be in (0, 1), got {range_of(value)}")
-        one = value.dim() == 1  # in a graph with images, one value a channel
-        options |= {
-            "granularity": "channel" if one else "neuron",
-            "num_features": value.shape,
-            "learn_" + name.removeprefix("v_"): True,
-        }
-    layer = kind(**{name: float(value.flatten()[0]) for name, value in numbers.items()}, **options)
-    for name, value in differing.items():
-        parameter = layer.logit_decay if name == "decay" else layer.threshold
-        parameter.data = value.logit() if name == "decay" else value.clone()
-        parameter.requires_grad_(False)
-    return layer
+        values[name] = value
+        granularity = "channel" if value.dim() == 1 else "neuron"  # in a graph with images, one value a channel
+        options |= {"granularity": granularity, "num_features": value.shape}
+    return kind(**values, **options)

@@ -43,7 +43,7 @@ def from_nir(graph: nir.NIRGraph, dt: float | None = None, *, dtype: torch.dtype
     these, the current first, Threshold a LIF with decay 0, and Delay a module that takes whole sequences. A gain of an
     integrator that differs between neurons becomes a preceding Scale. A node written by `to_nir` becomes the same layer
     again, parameters included, but with time first. In other nodes, options unknown to NIR take the layer's defaults; a
-    decay or threshold is a parameter without gradient if different between neurons, else a constant.
+    decay, threshold and reset are constants, by neuron where they differ.
 
     Raises:
         ImportError: nir is not installed.

@@ -243,6 +243,8 @@ class _Writer(fx.Interpreter):
         if not ((decay >= 0) & (decay <= 1)).all():
             raise ValueError(f"decay must be in [0, 1], got {range_of(decay)}")
         leaks = not (decay == 1).all()
+        if leaks and (decay == 1).any():  # whose tau would be infinite
+            raise ValueError(f"decay must be 1 for all neurons or for none, got {range_of(decay)}")
         unit, per_step = (1 - decay, 1.0) if leaks else (decay, self.dt)
         if fires:
             hard = layer.v_reset is not None
