@@ -75,9 +75,7 @@ SEARCH_TERMS = {
         "Time constants: decay and tau": "!tau, time constant, decay, beta, alpha, leak, dt",
     },
     "guides/troubleshooting": {
-        "`its potentials or its width are NaN: a smaller learning rate, or clipped gradients`": (
-            "!NaN, inf, loss is nan"
-        ),
+        "`its potentials are NaN, and no weight of the model is`": "!NaN, inf, loss is nan",
         "Speed and installation": "!slow, speed",
         "Between two runs": "!reproducible, reproducibility, deterministic",
     },
