@@ -3,6 +3,7 @@
 Neurons act on each element of a step alone, so that views in between commute with the normalisation:
 
     lif(view(norm(x)) + s) = batch_norm_lif(view(x), residual=s)    with the channels where the view puts them
+    lif(a norm(x)) = batch_norm_lif(x, input_scale=a)               for a number a
 
 A plain object: a subclass of Tensor would enter a `torch.autograd.Function` without its gradient.
 """
@@ -25,6 +26,7 @@ from .layout import channel_dim
 _SWAPS, _MOVES = ("transpose", "swapaxes", "swapdims"), ("movedim", "moveaxis")
 _BY_SHAPE = ("reshape", "view", "flatten", "unflatten", "squeeze", "unsqueeze", "to")
 _VIEWS = frozenset((*_SWAPS, *_MOVES, *_BY_SHAPE, "permute", "contiguous", "view_as", "reshape_as"))
+_PRODUCTS = frozenset(("mul", "multiply", "__mul__", "__rmul__"))
 _SUMS = frozenset(("add", "add_", "__add__", "__radd__", "__iadd__"))
 _QUERIES = frozenset(
     ("shape", "ndim", "dtype", "device", "layout", "size", "dim", "numel", "is_cuda", "is_sparse", "is_nested",
@@ -76,13 +78,14 @@ class Normal(Source):
 
 
 class Pending:
-    """Views of a normalised value, or of its sum with one other tensor: `views(source)`.
+    """Views of a normalised value times `factor`, or of its sum with one other tensor: `views(source)`.
 
-    `x` and `residual`, the operands, have seen the views; the channels are dimension `channel`. Views and one addition
-    make another; other functions, operators and methods of tensors get the value, as the layers computed it.
+    `x` and `residual`, the operands, have seen the views; the channels are dimension `channel`. Views, factors and one
+    addition make another; other functions, operators and methods of tensors get the value, as the layers computed it.
     """
 
     value: Tensor | None = None
+    factor = 1.0  # of the normalised value alone, not of the other operand
     was_asked = False
 
     def __init__(
@@ -154,6 +157,8 @@ class Pending:
             return partial(self._viewed, name)
         if name in _SUMS:
             return partial(self._plus, name)
+        if name in _PRODUCTS:
+            return partial(self._times, name)
         if not hasattr(Tensor, name):
             raise AttributeError(f"'Tensor' object has no attribute {name!r}")
         return self._of_value(name)
@@ -179,6 +184,9 @@ class Pending:
                 return first._plus("add_" if name in _CHANGING else "add", args[1], **kwargs)
             if name not in _CHANGING:
                 return args[1]._plus("add", first, **kwargs)
+        if name in _PRODUCTS and len(args) == 2:
+            one, other = (first, args[1]) if isinstance(first, Pending) else (args[1], first)
+            return one._times("mul", other, **kwargs)
         args, kwargs = (tree_map_only(Pending, lambda each: each.tensor(name), each) for each in (args, kwargs))
         if isinstance(first, Pending):
             first._note(name)
@@ -212,6 +220,7 @@ class Pending:
     def _behind(self, made: Pending) -> Pending:
         """Passes on what is known of a value to a view of it, or to a sum."""
         made.was_asked, made.has_graph = self.was_asked, self.has_graph and torch.is_grad_enabled()
+        made.factor = self.factor
         if made.source is self.source:
             made.changes, made.views_have_graph = self.changes, made.views_have_graph and self.views_have_graph
         return made
@@ -255,6 +264,15 @@ class Pending:
         self.source, self.residual, self.views, self.watched, self.changes = source, other, (), seen, 0
         return self
 
+    def _times(self, name: str, other: Any, **more: Any) -> Any:
+        is_constant = type(other) in (int, float) and math.isfinite(other) and not more
+        if not is_constant or self.is_known() or self.residual is not None:
+            return self._of_value(name)(tensor_of(other, name), **more)
+        views = (*self.views, (name, (other,), {}))
+        made = self._behind(Pending(self.call, self.source, self.channel, self.x, None, views, self.watched))
+        made.factor *= other
+        return made
+
     # ---- neurons ----
 
     def lif(self, given: Arguments, layer: Any, caller: str, update: bool = True) -> Tensor | LIFOutput:
@@ -283,7 +301,7 @@ class Pending:
         running_mean = self.norm.running_mean
         version = None if running_mean is None else _version(running_mean)
         try:
-            output = self.norm.neurons(x, given, update)
+            output = self.norm.neurons(x, given, update, self.factor)
         except BaseException:  # as of a checkpoint, which may stop the call behind the update
             self.call.taken = update and running_mean is not None and _version(running_mean) != version
             raise
@@ -369,7 +387,9 @@ def checkpoint() -> Any:
 
 def _operator(name: str) -> Any:
     def operator(self: Pending, *args: Any) -> Any:
-        return self._plus(name, *args) if name in _SUMS else self._of_value(name)(*args)
+        if name in _SUMS:
+            return self._plus(name, *args)
+        return self._times(name, *args) if name in _PRODUCTS else self._of_value(name)(*args)
 
     return operator
 

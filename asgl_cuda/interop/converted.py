@@ -50,6 +50,11 @@ class Overlay(nn.Module):
         def __getattr__(self, name: str) -> Any:
             """Attributes of the layer's class."""
 
+    @classmethod
+    def bases(cls, original: type[nn.Module]) -> tuple[tuple[type, ...], dict[str, Any]]:
+        """The bases of the class for layers of `original`, and names of its own."""
+        return (cls, original), {}
+
     def take_off(self) -> None:
         """Restores the layer's previous class."""
         self.__class__ = self.original  # type: ignore[assignment]
@@ -66,8 +71,9 @@ _made: dict[tuple[type[Overlay], type[nn.Module]], Any] = {}
 def overlaid(overlay: type[Overlay], original: type[nn.Module]) -> Any:
     """`original` with `overlay` before it; cached."""
     if (overlay, original) not in _made:
-        names = {"overlay": overlay, "original": original, "__module__": overlay.__module__}
-        _made[overlay, original] = type(f"{overlay.prefix}{original.__name__}", (overlay, original), names)
+        bases, more = overlay.bases(original)
+        names = {"overlay": overlay, "original": original, "__module__": overlay.__module__, **more}
+        _made[overlay, original] = type(f"{overlay.prefix}{original.__name__}", bases, names)
     return _made[overlay, original]
 
 

@@ -5,6 +5,7 @@ Only the normalisation changes: it returns a `Pending`, which neurons take, and 
 
 from __future__ import annotations
 
+import functools
 import weakref
 from typing import Any
 
@@ -31,11 +32,13 @@ _calls: weakref.WeakValueDictionary[int, Normal] = weakref.WeakValueDictionary()
 def fuse(model: nn.Module, *example: Any, inplace: bool = False) -> tuple[nn.Module, Report]:
     """Merges normalisations into the neurons after them: ``joined, report = asgl_cuda.fuse(model, x_seq)``.
 
-    Normalisations may be `torch.nn.BatchNorm1d`, `2d` and `3d`, `SyncBatchNorm` and SpikingJelly's equivalents. The
-    neurons may be `asgl_cuda.LIF`, or layers that `convert` can convert, which is then done. Between the two there may
-    be views (`reshape`, `transpose`, ...) and one sum with a tensor of the same shape and type, as in a residual block:
-    see `asgl_cuda.batch_norm_lif`. A normalisation is left, with the reason in the report, if anything else uses its
-    output or the sum, or if the neurons are called step by step, where two layers are faster than one.
+    Normalisations may be `torch.nn.BatchNorm1d`, `2d` and `3d`, `SyncBatchNorm`, SpikingJelly's equivalents, and
+    subclasses of these whose forward ends in that of their base, as many a tdBatchNorm does. The neurons may be
+    `asgl_cuda.LIF`, or layers that `convert` can convert, which is then done. Between the two, and around the base's
+    forward, there may be views (`reshape`, `transpose`, ...), factors that are numbers, and one sum with a tensor of the
+    same shape and type, as in a residual block: see `asgl_cuda.batch_norm_lif`. A normalisation is left, with the reason
+    in the report, if anything else uses its output or the sum, or if the neurons are called step by step, where two
+    layers are faster than one.
 
     Parameters, buffers and their names, state, optimizers and checkpoints stay valid. Other neurons, and code that the
     example did not reach, get the value that the normalisation alone would return. If a gradient would be lost, or a
@@ -138,20 +141,27 @@ class Fused(Overlay):
     trial: _Trial | None = None
     track_running_stats: bool
 
+    @classmethod
+    def bases(cls, original: type[nn.Module]) -> tuple[tuple[type, ...], dict[str, Any]]:
+        """The overlay comes after a user's class with a forward of its own, which then calls the overlay's."""
+        base = _base(original)
+        if base is None or base is original:
+            return super().bases(original)
+        return (original, overlaid(cls, base)), {"forward": _entered(original.forward)}
+
     def forward(self, input: Any) -> Any:
         if isinstance(input, fx.Proxy):  # a leaf, whose result is no tensor
-            tracer: Any = input.tracer
-            return tracer.create_proxy("call_module", tracer.path_of_module(self), (input,), {})
+            return _as_leaf(self, input)
         input = tensor_of(input, self.original.__name__)
         is_compiling = torch.compiler.is_compiling()
         if not is_compiling:
             last = _calls.get(id(self)) if self.training or self.trial is not None else None
             # A checkpoint computes again what it computed before.
             if self.trial is not None and self.trial.is_left(self) and not in_backward():
-                if last is not None:  # which needs the overlay
-                    return super().forward(input)
-                self.end()
-                return self.forward(input)
+                forward = super().forward
+                if last is None:  # which needs the overlay
+                    self.end()
+                return forward(input)
             reason = ""  # what is behind takes tensors alone
             if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
                 reason = "it is called by torch.jit.trace"
@@ -166,6 +176,7 @@ class Fused(Overlay):
                 return super().forward(input)
         # SpikingJelly's have time and batch apart in step mode "m".
         has_time = getattr(type(self), "step_mode", None) is not None and self.step_mode == "m"
+        has_time = has_time and hasattr(_base(self.original), "step_mode")  # not of a user's own
         self._check_input_dim(input[0] if has_time else input)
         call = Normal(self, input)
         if not is_compiling and (self.training or self.trial is not None):
@@ -197,18 +208,19 @@ class Fused(Overlay):
                 return f"whose input gain or bias has shape {list(sizes)}"
         return ""
 
-    def neurons(self, x_seq: Tensor, given: Arguments, update: bool) -> Tensor | LIFOutput:
-        """`asgl_cuda.batch_norm_lif` of input_gain (y + residual) + input_bias, with y the normalised input."""
+    def neurons(self, x_seq: Tensor, given: Arguments, update: bool, factor: float = 1.0) -> Tensor | LIFOutput:
+        """`asgl_cuda.batch_norm_lif` of input_gain (factor y + residual) + input_bias, with y the normalised input."""
         weight, bias, scale = self.weight, self.bias, 1.0
         input_gain: Any
         input_gain, input_bias, residual = given["input_gain"], given["input_bias"], given["residual"]
         residual_gain: Any = input_gain
         if isinstance(input_gain, float) and isinstance(input_bias, float) and input_bias == 0:
-            scale = input_gain
+            scale = input_gain * factor
         else:
             options: Any = {"dtype": real_type(x_seq.dtype), "device": x_seq.device}
             values = (torch.as_tensor(value, **options) for value in (input_gain, input_bias))
             gain, shift = (value.reshape(-1).expand(self.num_features) for value in values)
+            gain = gain * factor
             weight = gain if weight is None else gain * weight.to(gain.dtype)
             bias = shift if bias is None else gain * bias.to(gain.dtype) + shift
         if residual is not None and not isinstance(input_gain, float):
@@ -336,7 +348,41 @@ def _reason_to_leave(norm: nn.Module) -> str:
         return "it does not know the number of its channels before it was called"
     if "forward" in vars(norm):
         return "it has a forward that is not of its class"
-    known = (known for library in libraries() for known in getattr(library, "NORMALISATIONS", ()))
-    if type(norm).forward not in (_BatchNorm.forward, nn.SyncBatchNorm.forward) and type(norm) not in known:
-        return f"{type(norm).__name__} computes something else than torch.nn's"
-    return ""
+    kind = type(norm)
+    base = _base(kind)
+    if base is None:
+        return _something_else(kind)
+    users = kind.__mro__[: kind.__mro__.index(base)]
+    taken = {name for each in users for name in vars(each)} & {*vars(Fused), *vars(Overlay)} - {*dir(nn.Module)}
+    return f"its {', '.join(sorted(taken))} has the name of one that fused layers have" if taken else ""
+
+
+def _something_else(kind: type[nn.Module]) -> str:
+    return f"{kind.__name__} computes something else than torch.nn's"
+
+
+def _base(kind: type[nn.Module]) -> Any:
+    """The first class with a forward that the neurons can compute: the class itself, or the base of a user's."""
+    known = [known for library in libraries() for known in getattr(library, "NORMALISATIONS", ())]
+    forwards = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+    return next((each for each in kind.__mro__ if getattr(each, "forward", None) in forwards or each in known), None)
+
+
+def _as_leaf(norm: Any, input: fx.Proxy) -> fx.Proxy:
+    tracer: Any = input.tracer
+    return tracer.create_proxy("call_module", tracer.path_of_module(norm), (input,), {})  # type: ignore[no-any-return]
+
+
+def _entered(forward: Any) -> Any:
+    """Wraps the forward of a user's normalisation."""
+
+    @functools.wraps(forward)
+    def call(self: Fused, input: Any) -> Any:
+        if isinstance(input, fx.Proxy):
+            return _as_leaf(self, input)
+        output = forward(self, input)
+        if type(output) is not Pending and isinstance(self, Fused):
+            self.was_left(_something_else(self.original))
+        return output
+
+    return call

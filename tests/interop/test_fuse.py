@@ -1,6 +1,8 @@
 """Outputs, gradients and statistics of fused models: neurons of each library, views and sums in between."""
 
+import copy
 import operator
+import pickle
 import sys
 from functools import partial
 
@@ -12,11 +14,12 @@ import snntorch
 import torch
 from comparison import Stack
 from conversions import SINGLE, B, C, T, assert_alike, history, of_authors, on, scattered
-from spikingjelly.activation_based import functional, layer, neuron
+from spikingjelly.activation_based import base, functional, layer, neuron
 from spikingjelly.activation_based.model import spiking_resnet
 from torch import nn
 
 import asgl_cuda
+from asgl_cuda.interop.fuse import Fused
 from asgl_cuda.interop.snntorch import MultiStep
 from asgl_cuda.over_time import OverTime
 
@@ -89,6 +92,122 @@ NEURONS = {
     ),
     "sinabs' IAF": (lambda: sinabs_with(sinabs.layers.IAF(**ONE)), (B * T, C, 2, 2)),
 }  # fmt: skip
+
+
+# ---- normalisations of users, which end in their base's forward ----
+
+
+class Joined(nn.BatchNorm2d):
+    """Time and batch in one, as tdBatchNorm of published models."""
+
+    alpha, v_th = 1.0, 1.0
+
+    def forward(self, x):
+        steps, batch, *sizes = x.shape
+        y = super().forward(x.reshape(steps * batch, *sizes))
+        return y.view(steps, batch, *y.shape[1:]).contiguous()
+
+
+class Scaled(Joined):
+    """With the factors of tdBN, and another class in between."""
+
+    alpha, v_th = 0.7, 1.5
+
+    def forward(self, x):
+        return self.alpha * self.v_th * super().forward(x)
+
+
+class TimeLast(nn.BatchNorm2d):
+    """Of `[B, C, H, W, T]`."""
+
+    def forward(self, x):
+        folded = x.permute(4, 0, 1, 2, 3)
+        return super().forward(folded.flatten(0, 1)).unflatten(0, folded.shape[:2]).permute(1, 2, 3, 4, 0).mul(2)
+
+
+class Halved:
+    """A mixin."""
+
+    def forward(self, x):
+        return torch.mul(super().forward(x), 0.5)
+
+
+class Mixed(Halved, nn.BatchNorm2d):
+    """Whose forward is the mixin's."""
+
+
+class Stepping(nn.BatchNorm2d, base.StepModule):
+    """With a step mode of its own."""
+
+    def forward(self, x):
+        return functional.seq_to_ann_forward(x, super().forward) if self.step_mode == "m" else super().forward(x)
+
+
+class OfSpikingJelly(layer.BatchNorm2d):
+    """With the step mode of its base."""
+
+    def forward(self, x):
+        return super().forward(x) * -1.25
+
+
+class Synchronised(nn.SyncBatchNorm):
+    """Over the processes."""
+
+    def forward(self, x):
+        return super().forward(x.flatten(0, 1)).unflatten(0, x.shape[:2]) * 2.0
+
+
+OF_USERS = {
+    "Joined": (lambda: nn.Sequential(Joined(C), asgl_cuda.LIF()), SHAPE),
+    "Scaled": (lambda: nn.Sequential(Scaled(C), asgl_cuda.LIF()), SHAPE),
+    "Scaled, a gain and a rest": (
+        lambda: nn.Sequential(Scaled(C), asgl_cuda.LIF(input_gain=0.7, v_rest=0.2, v_reset=None)), SHAPE,
+    ),
+    "Scaled, a gain that is learned": (lambda: jelly(Stepping(C), neuron.ParametricLIFNode(v_reset=0.1)), SHAPE),
+    "TimeLast": (lambda: nn.Sequential(TimeLast(C), asgl_cuda.LIF(time_dim=4)), (B, C, H, H, T)),
+    "Mixed": (ours(Mixed(C)), SHAPE),
+    "Stepping": (lambda: jelly(Stepping(C), neuron.LIFNode(tau=1.5)), SHAPE),
+    "OfSpikingJelly": (lambda: jelly(OfSpikingJelly(C), neuron.LIFNode(tau=1.5)), SHAPE),
+    "Synchronised": (lambda: nn.Sequential(Synchronised(C), asgl_cuda.LIF()), SHAPE),
+    "Scaled, by channel": (
+        lambda: sinabs_with_scaled(
+            sinabs.layers.LIF(torch.arange(2.0, 2.0 + C)[:, None, None], norm_input=True, **SEVERAL)
+        ),
+        (T, B, C, 2, 2),
+    ),
+    "Scaled, in a sum": (
+        lambda: Stack(lambda net, x: net.lif(net.norm(x) + x), norm=Scaled(C), lif=asgl_cuda.LIF(input_gain=0.8)),
+        SHAPE,
+    ),
+    "Scaled, a sum with a learned gain": (
+        lambda: Stack(
+            lambda net, x: net.lif(net.norm(x) + x), norm=Scaled(C), lif=neuron.ParametricLIFNode(step_mode="m")
+        ), SHAPE,
+    ),
+    "a factor in the model": (
+        lambda: Stack(lambda net, x: net.lif(3 * net.norm(x)), norm=Joined(C), lif=asgl_cuda.LIF()), SHAPE,
+    ),
+}  # fmt: skip
+
+
+def sinabs_with_scaled(made):
+    return Stack(lambda net, x: net.lif(net.norm(x).transpose(0, 1)), norm=Scaled(C), lif=made)
+
+
+def test_a_users_normalisation_is_restored_copied_and_traced():
+    x_seq = torch.randn(SHAPE)
+    model = scattered(nn.Sequential(Scaled(C), asgl_cuda.LIF(analog_prob=0.0)))
+    fused, report = asgl_cuda.fuse(model, x_seq)
+    assert report == ([("1", "LIF", "normalises as well, instead of 0")], [])
+    expected = model.eval()(x_seq)
+    traced = torch.fx.GraphModule(fused, torch.fx.Tracer(autowrap_modules=()).trace(fused))
+    for each in (fused, copy.deepcopy(fused), pickle.loads(pickle.dumps(fused)), traced):
+        assert isinstance(each.get_submodule("0"), (Fused, Scaled))
+        torch.testing.assert_close(each.eval()(x_seq), expected, rtol=1e-9, atol=0)
+    undecided, report = asgl_cuda.fuse(model)
+    torch.testing.assert_close(undecided(x_seq), expected, rtol=1e-9, atol=0)
+    assert [row.by for row in report.replaced] == ["normalises as well, instead of 0"]
+    assert type(asgl_cuda.unfuse(fused, inplace=True)[0][0]) is Scaled
 
 
 # ---- views ----
@@ -173,6 +292,7 @@ SUMMING = {
 
 MODELS = {
     **{f"neurons: {name}": row for name, row in NEURONS.items()},
+    **{f"of users: {name}": row for name, row in OF_USERS.items()},
     **{f"views: {name}": (partial(views, view), (T, B, C, 6)) for name, view in VIEWS.items()},
     **{
         f"adds: {name}": (partial(block, form, asgl_cuda.LIF(analog_prob=0.0) if "views" in name else None), SHAPE)

@@ -1,6 +1,7 @@
 """Normalisations that `fuse` leaves, with the reasons; and what else meets the output of one that is fused."""
 
 import copy
+import math
 
 import norse.torch as norse
 import pytest
@@ -314,11 +315,26 @@ def test_neurons(name):
 # ---- normalisations ----
 
 
-class Scaled(nn.BatchNorm2d):
-    """Computes something else."""
+def of_a_user(use, **names):
+    """A normalisation whose forward does what `use` does with that of its base."""
+    kind = type("Mine", (nn.BatchNorm2d,), names)
+    kind.forward = lambda self, x: use(super(kind, self).forward, x, self)
+    return kind(C)
+
+
+class Arithmetic(nn.BatchNorm2d):
+    """Normalises by itself, as the first tdBatchNorm."""
 
     def forward(self, x):
-        return 2 * super().forward(x)
+        mean, var = x.mean((0, 2, 3), keepdim=True), x.var((0, 2, 3), keepdim=True)
+        return (x - mean) / (var + self.eps).sqrt() * self.weight[:, None, None]
+
+
+class Functional(nn.BatchNorm2d):
+    """Normalises by torch's function."""
+
+    def forward(self, x):
+        return nn.functional.batch_norm(x, None, None, self.weight, self.bias, True)
 
 
 def test_normalisations():
@@ -326,14 +342,24 @@ def test_normalisations():
     replaced = nn.BatchNorm2d(C)
     replaced.forward = lambda x: x
     cases = {
-        Scaled(C): "Scaled computes something else than torch.nn's",
+        Arithmetic(C): "Arithmetic computes something else than torch.nn's",
+        Functional(C): "Functional computes something else than torch.nn's",
+        of_a_user(lambda norm, x, self: norm(x).relu()): "its output goes to relu",
+        of_a_user(lambda norm, x, self: norm(x) * self.weight[0]): "its output goes to mul",
+        of_a_user(lambda norm, x, self: norm(x) * torch.ones(())): "its output goes to mul",
+        of_a_user(lambda norm, x, self: norm(x) * math.inf): "its output goes to mul",
+        of_a_user(lambda norm, x, self: norm(x) + 1): "its output goes to add",
+        of_a_user(lambda norm, x, self: norm(x) / 2): "its output goes to truediv",
+        of_a_user(lambda norm, x, self: 2 * (norm(x) + x)): "the sum of its output and another goes to rmul",
+        of_a_user(lambda norm, x, self: norm(x) + norm(2 * x)): "its output goes to add",
+        of_a_user(lambda norm, x, self: norm(x), neurons=3): "its neurons has the name of one that fused layers have",
         replaced: "it has a forward that is not of its class",
         nn.GroupNorm(1, C): None,
     }
     for each, reason in cases.items():
         assert reasons(network(bn=each), x_seq) == ({} if reason is None else {"bn": reason})
     teb = nn.Sequential(layer.TemporalEffectiveBatchNorm2d(T, C), asgl_cuda.LIF())
-    assert "TemporalEffectiveBatchNorm2d computes something else" in reasons(teb, x_seq)["0"]
+    assert reasons(teb, x_seq) == {"0": "its output goes to mul"}
     assert reasons(nn.BatchNorm2d(C), x_seq[0]) == {"": "its output goes to the caller of the model"}
     lazy = nn.Sequential(OverTime(nn.LazyBatchNorm2d()), asgl_cuda.LIF())  # torch can't copy it
     assert "before it was called" in asgl_cuda.fuse(lazy, inplace=True)[1].left[0].reason

@@ -805,8 +805,24 @@ MUTANTS = {
         '    if "forward" in vars(norm):\n',
         "    if False:\n", "interop/test_fuse_left.py normalisations"),
     "fuse: normalisations of a subclass": fuse(
-        " and type(norm) not in known:",
-        " and False:", "interop/test_fuse_left.py normalisations"),
+        "        return (original, overlaid(cls, base)), {",
+        "        return (cls, original), {", "interop/test_fuse.py users"),
+    "fuse: something else, without its name": fuse(
+        "if type(output) is not Pending and isinstance(self, Fused):",
+        "if False:", "interop/test_fuse_left.py normalisations"),
+    "fuse: names of fused layers": fuse(
+        " if taken else ", " if False else ", "interop/test_fuse_left.py normalisations"),
+    "fuse: a step mode of the user's": fuse(
+        'has_time = has_time and hasattr(_base(self.original), "step_mode")', "pass", "interop/test_fuse.py users"),
+    "fuse: a factor": fuse("scale = input_gain * factor", "scale = input_gain", "interop/test_fuse.py users"),
+    "fuse: a factor beside a learned gain": fuse(
+        "            gain = gain * factor\n", "", "interop/test_fuse.py users"),
+    "pending: views without the factor": pending(
+        "        made.factor = self.factor\n", "", "interop/test_fuse.py users"),
+    "pending: a factor of the sum": pending(
+        "self.is_known() or self.residual is not None:\n            return self._of_value(name)(tensor_of",
+        "self.is_known():\n            return self._of_value(name)(tensor_of",
+        "interop/test_fuse_left.py normalisations"),
     "fuse: step mode m is s": fuse('and self.step_mode == "m"', "and False", "interop/test_fuse.py neurons"),
     "fuse: training alone is tried": fuse(
         "for training in (True, False):",
@@ -1020,8 +1036,8 @@ MUTANTS = {
         "    pass", "interop/test_nir.py unused"),
     "nir: carried potentials at the start": nir_write("            module.reset()\n",
         "            pass\n", "interop/test_nir.py left_alone"),
-    "nir: the model itself, not a copy": nir_write("nn.Sequential(copied(model)) if _is_leaf(model) else copied(model)",
-        "nn.Sequential(model) if _is_leaf(model) else model", "interop/test_nir.py left_alone"),
+    "nir: the model itself, not a copy": nir_write("nn.Sequential(copied(model)) if is_leaf else copied(model)",
+        "nn.Sequential(model) if is_leaf else model", "interop/test_nir.py left_alone"),
     "nir: a normalisation without its scale": nir_write("getattr(norm, \"input_scale\", 1.0)",
         "1.0", "interop/test_nir.py normalised"),
     "nir: folded where others use the output": nir_write("len(before) == 1 and users == [name] and",
@@ -1078,8 +1094,12 @@ MUTANTS = {
         "            if False:  #", "interop/test_nir.py comes_back"),
     "nir: any Scale for a scaled output": nir_read("if len(before) != 1 or not torch.allclose(",
         "if len(before) != 1 or False and not torch.allclose(", "interop/test_nir_read.py scaled_output"),
-    "nir: the step of the reader, not of the file": nir_read("float(dt or ours.get(\"dt\", units.DT))",
+    "nir: the step of the reader, not of the file": nir_read('float(ours.get("dt", dt or units.DT))',
         "float(dt or units.DT)", "interop/test_nir.py comes_back"),
+    "nir: a step that contradicts the file": nir_read("if dt is not None and abs(dt - written) > 1e-6 * written:",
+        "if False:", "interop/test_nir.py arguments"),
+    "nir: a scaled output in a sum": nir_read("if len(before) != 1 or not torch", "if not torch",
+        "interop/test_nir_read.py scaled_output"),
     "nir: edges that are written twice": nir_read("list(dict.fromkeys(map(tuple, graph.edges)))",
         "list(map(tuple, graph.edges))", "interop/test_nir_read.py any_name"),
     "nir: names of Python": nir_read("not keyword.iskeyword(part) and ",
