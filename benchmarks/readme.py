@@ -27,6 +27,7 @@ from .speed.sizes import LAYOUTS
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = (ROOT / "README.md", ROOT / "docs" / "measured.md")
 OURS = "asgl_cuda cpu"
+SPACE = "\N{NO-BREAK SPACE}"
 Report = dict[str, Any]
 Rows = list[list[str]]
 
@@ -109,7 +110,7 @@ def in_words_of_readers(name: str) -> str:
 
 
 def pair_of(eager: float | None, compiled: float | None, digits: Callable[[float | None], str]) -> str:
-    return f"{digits(eager)} / {digits(compiled) or '-'}"
+    return f"{digits(eager)}{SPACE}/{SPACE}{digits(compiled) or '-'}"
 
 
 def name_alone(name: str) -> str:
@@ -145,7 +146,7 @@ def layers_values(report: Report) -> Report:
         if name.startswith(PLAIN) and name.endswith(COMPILED)
     ]
     again = [each[key] for each in report["sizes"][0]["recompiled"].values() for key in ("batch", "steps")]
-    return {"compiling": between(first, ".0f", ".0f"), "again": between(again, ".0f", ".0f")}
+    return {"compiling": between(first, ".0f", ".0f"), "again": max(again)}
 
 
 def microbench(report: Report) -> list[str]:
@@ -284,7 +285,7 @@ def steps(report: Report) -> list[str]:
     for name, network in report["networks"].items():
         pairs = (pair_of(milliseconds(network, each), compiled_milliseconds(network, each), rounded) for each in names)
         cells = (rounded(milliseconds(network, row)) for row in ours.values())
-        rows.append([f"{name}, T = {network['input_shape'][0]}", *cells, *pairs])
+        rows.append([f"{name}, T{SPACE}={SPACE}{network['input_shape'][0]}", *cells, *pairs])
     return markdown_table(["", *ours, *map(name_alone, names)], rows)
 
 
@@ -470,29 +471,29 @@ LAYER = f"Forward and backward, nanoseconds an element, {ON}:"
 COST = "trainings took {minutes:.0f} minutes of one core:"
 STUDIED = f"Mean of {{seeds}} seeds; {{trainings:,}} {COST}"
 FAST = (
-    "**Fast.** One kernel computes all time steps of a layer. In the networks [below](#speed-and-memory) a training "
-    "step takes {eager} times as long with the neurons of SpikingJelly, snnTorch, Norse or sinabs. It takes {whole} "
-    "times as long where `torch.compile` compiles the whole network, which takes {compiling} seconds."
+    "One kernel computes all time steps of a layer. In the networks [below](#speed-and-memory) a training step takes "
+    "{eager} times as long with the neurons of SpikingJelly, snnTorch, Norse or sinabs as with those of asgl_cuda, and "
+    "{whole} times as long after `torch.compile`."
 )
 LEARNED = (
-    "**No surrogate to tune.** The width of the surrogate gradient is learned with the weights. Over initial widths "
-    "from {narrowest} to {widest}, five small data sets and two optimizers, a learned sigmoid reached {learned} % "
-    "accuracy on average and a fixed one {fixed} % ([how](docs/measured.md#learned-widths-and-noise))."
+    "The width of the surrogate gradient is learned with the weights. From initial widths of {narrowest} to {widest}, "
+    "with SGD and Adam, networks with a learned sigmoid reached {learned} % accuracy on average over five small data "
+    "sets, and those with a fixed one {fixed} % ([table](docs/measured.md#the-first-width))."
 )
 STEPS = (
-    f"Milliseconds per training step, eager / compiled by `torch.compile`, float32, {ON}, with {{peers_in_words}}; "
-    "*loop* is plain PyTorch, and all but *ASGL*, which has noise and a learned width, compute the same ordinary LIF "
-    "neuron, of which {firing} % spike per time step. Compiling takes {compiling} s per network; at T = 100 only one "
-    "time step is compiled, since one layer of {long_layer} at T = {long_steps} takes {long_first_seconds:.0f} s to "
-    'compile, and "-" stands where a library has no such step.'
+    "Milliseconds per training step, eager / compiled by `torch.compile` ({compiling} s per network), float32, "
+    f"{ON}, with {{peers_in_words}}. *ASGL* has noise and a learned width; all others are the same ordinary LIF "
+    "neuron, of which {firing} % spike per time step (*loop*: plain PyTorch; at T = 100 one time step is compiled, "
+    "since one layer of {long_layer} at T = {long_steps} takes {long_first_seconds:.0f} s)."
 )
 LAYERS = (
-    f"Nanoseconds per element of one layer, forward and backward, {ON}; *bytes* are per element, kept for backward. "
-    "Compiling takes {compiling} s, and {again} s again for a new T and for the second batch size."
+    f"One layer, forward and backward, nanoseconds per element, {ON}; *bytes* are per element, kept for backward. "
+    "Compiling takes {compiling} s, and up to {again:.0f} s again for another batch size or another T "
+    "([each](docs/measured.md#one-layer))."
 )
 GAIN = (
-    "In the networks below, converted SpikingJelly networks train {jelly} times as fast, and snnTorch networks with "
-    "`MultiStep` {snntorch} times. `fuse` changes the time of a training step by a factor of {fused} more and keeps "
+    "in the table below, converted SpikingJelly networks train {jelly} times as fast as before, and snnTorch networks "
+    "with `MultiStep` {snntorch} times. `fuse` makes a training step another {fused} times as fast, and keeps "
     "{kept:.0f} instead of {kept_apart:.0f} bytes per element for backward."
 )
 ARMS = [(optimizer, surrogate) for optimizer in ("SGD", "Adam") for surrogate in ("rectangle", "sigmoid")]
