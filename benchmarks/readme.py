@@ -103,7 +103,7 @@ def compiled(name: str) -> str:
     return f"{name}, {COMPILED}"
 
 
-def in_words_of_readers(name: str) -> str:
+def shown_as(name: str) -> str:
     words = {PLAIN_LOOP: "loop in PyTorch", REFERENCE: "loop with all options", OURS: "asgl_cuda, LIF"}
     name = name.removeprefix(PLAIN)
     return words.get(name, name)
@@ -161,11 +161,10 @@ def microbench(report: Report) -> list[str]:
     for name in (each for peer in peers for each in (peer, compiled(peer))):
         times = [nanoseconds(size, name) for size in sizes]
         if times[0] is not None:
-            first = [size["rows"][name]["first_seconds"] for size in sizes if name in size["rows"]]
-            again = sizes[0]["recompiled"].get(name)
-            seconds = [*first, *again.values()] if again else []
-            cells = [*map(number, times), *map(number, seconds)]
-            plain.append([in_words_of_readers(name), *cells, *[""] * (8 - len(cells))])
+            again = sizes[0]["recompiled"].get(name, {})
+            first = [size["rows"].get(name, {}).get("first_seconds") if again else None for size in sizes[:2]]
+            seconds = [*first, *(again.get(key) for key in ("batch", "third_batch", "steps"))]
+            plain.append([shown_as(name), *map(number, (*times, *seconds))])
     calls = report["call_microseconds"]
     return [
         *markdown_table(head, rows),
@@ -347,7 +346,7 @@ def end_to_end(report: Report) -> list[str]:
     for name, network in report["networks"].items():
         rows = [
             [
-                in_words_of_readers(variant) if variant.startswith(PLAIN) else variant,
+                shown_as(variant) if variant.startswith(PLAIN) else variant,
                 *(f"{1e3 * each[part]:.0f}" for part in ("seconds", "evaluation_seconds")),
                 *(f"{each[part] / 1e6:.0f}" for part in ("kept_bytes", "peak_bytes")),
                 *(f"{seconds:.1f}" if "compile" in variant else ""

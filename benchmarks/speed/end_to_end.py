@@ -91,10 +91,8 @@ def ours(network: Network, backend: str, **options: Any) -> MakeNeuron:
 
     def make(input_weight: Tensor, weight: Tensor) -> nn.Module:
         count, inputs = input_weight.shape
-        linear, neurons = (
-            nn.Linear(inputs, count, bias=False),
-            RecurrentLIF(count, bias=False, backend=backend, **options),
-        )
+        linear = nn.Linear(inputs, count, bias=False)
+        neurons = RecurrentLIF(count, bias=False, backend=backend, **options)
         linear.weight.data, neurons.recurrent_weight.data = input_weight, weight
         return nn.Sequential(linear, neurons)
 

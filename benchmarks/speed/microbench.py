@@ -94,7 +94,7 @@ class Pair(nn.Sequential):
 def reset_compiler() -> None:
     """For one size alone: after another size the compiler would make sizes dynamic. Nothing is kept on disk."""
     torch._inductor.config.force_disable_caches = True
-    torch._dynamo.config.recompile_limit = 64  # layers of several libraries share code
+    torch._dynamo.config.cache_size_limit = 64  # layers of several libraries share code
     # Backward is timed alone, and repeated: it must keep its buffers.
     torch._functorch.config.donated_buffer = False
     torch._dynamo.reset()
