@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import platform
 import re
 import shutil
@@ -69,6 +70,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         "processor": _processor(),
         "instruction_set": extension.module.cpu_instruction_set() if extension.module else None,
         "threads": torch.get_num_threads(),
+        "load": round(os.getloadavg()[0], 1),
         "torch": torch.__version__,
         "asgl_cuda": asgl_cuda.__version__,
         "python": platform.python_version(),
@@ -77,9 +79,14 @@ def machine(device: torch.device) -> dict[str, Any]:
     }
 
 
+# Runnable processes per thread in the minute before a measurement, above which other work took its time.
+LOADED = 2.0
+
+
 def in_words(about: dict[str, Any]) -> str:
     """The result of `machine` in short, for the head of a table."""
-    on = about.get("gpu") or f"{processor_in_words(about)}, {about['threads']} threads"
+    shared = " shared with other work" if about.get("load", 0) > LOADED * about["threads"] else ""
+    on = about.get("gpu") or f"{processor_in_words(about)}, {about['threads']} threads{shared}"
     return f"{on}, torch {about['torch']}"
 
 

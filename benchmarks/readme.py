@@ -16,17 +16,18 @@ from .learning import noise, widths
 from .learning.data import SOURCES
 from .learning.neurons import adaptation_rows, calibration_rows, residual_rows
 from .speed import convert
-from .speed.end_to_end import FUSED_BLOCK, NEURONS
+from .speed.end_to_end import COMPILED_NETWORK, COMPILED_STEP, CONVERTED, FUSED_BLOCK
 from .speed.memory import HEAD as MEMORY_HEAD
 from .speed.memory import KEPT, RECOMPUTED
 from .speed.memory import rows as memory_rows
-from .speed.microbench import COMPILED, FLOOR, LOOP, PAIR, PLAIN, REFERENCE, SIGMOID
-from .speed.recurrent import PRODUCTS, WITH_INPUT
+from .speed.microbench import COMPILED, FLOOR, LOOP, PAIR, PLAIN, PLAIN_LOOP, REFERENCE
+from .speed.recurrent import ALL_SPIKE, PRODUCTS, WITH_INPUT
 from .speed.sizes import LAYOUTS
 
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = (ROOT / "README.md", ROOT / "docs" / "measured.md")
 OURS = "asgl_cuda cpu"
+SPACE = "\N{NO-BREAK SPACE}"
 Report = dict[str, Any]
 Rows = list[list[str]]
 
@@ -61,7 +62,7 @@ def number(value: float | None) -> str:
     return "" if value is None else f"{value:.{2 if value < 10 else 1}f}"
 
 
-def between(values: list[float], first: str = ".2f", last: str = ".2f") -> str:
+def between(values: Collection[float], first: str = ".2f", last: str = ".2f") -> str:
     return f"{min(values):{first}} to {max(values):{last}}"
 
 
@@ -92,58 +93,60 @@ def kept_bytes(size: Report, row: str) -> float | None:
 
 
 def compared(report: Report) -> tuple[list[Report], list[str]]:
-    """The sizes with rows of the ordinary neuron, and these rows."""
+    """The sizes with rows of the ordinary neuron, and these rows, those of compiled peers left out."""
     sizes = [size for size in report["sizes"] if f"{PLAIN}{OURS}" in size["seconds"]]
-    return sizes, [name for name in sizes[0]["seconds"] if name.startswith(PLAIN)]
+    names = [name for name in sizes[0]["seconds"] if name.startswith(PLAIN) and not name.endswith(COMPILED)]
+    return sizes, names
 
 
-def peers_in_words(rows: Collection[str]) -> str:
-    """How the ordinary neurons of the rows differ, and what is not among them."""
-    sigmoid = ", and with a sigmoid" if any(SIGMOID in name for name in rows) else ""
-    end = f", {COMPILED}"
-    compiled = [name.removeprefix(PLAIN).removesuffix(end) for name in rows if name.endswith(end)]
-    under = f"{' and '.join(compiled)} alone is" if compiled else "none is"
-    return (
-        "Surrogates differ: the other libraries have their defaults, asgl_cuda is measured with a rectangle, which "
-        f"costs little{sigmoid}. Backends that others have for GPUs are not shown, and {under} shown under "
-        "torch.compile."
-    )
+def compiled(name: str) -> str:
+    return f"{name}, {COMPILED}"
 
 
-def headline(report: Report) -> list[str]:
-    """The layer compared with a multiply and the libraries: time, and bytes kept for backward."""
+def shown_as(name: str) -> str:
+    words = {PLAIN_LOOP: "loop in PyTorch", REFERENCE: "loop with all options", OURS: "asgl_cuda, LIF"}
+    name = name.removeprefix(PLAIN)
+    return words.get(name, name)
+
+
+def pair_of(eager: float | None, compiled: float | None, digits: Callable[[float | None], str]) -> str:
+    return f"{digits(eager)}{SPACE}/{SPACE}{digits(compiled) or '-'}"
+
+
+def name_alone(name: str) -> str:
+    """A library without its version, in a head whose caption has the versions."""
+    return re.sub(r" \d[\d.]*$", "", "loop" if name == f"{PLAIN}{PLAIN_LOOP}" else name.removeprefix(PLAIN))
+
+
+def layers(report: Report) -> list[str]:
+    """By number of steps the layer of each library, eager and compiled; last what it keeps for backward."""
     sizes, peers = compared(report)
-    words = {OURS: "asgl_cuda, LIF", REFERENCE: "loop in PyTorch"}
-    columns = {"two multiplies": FLOOR, "asgl_cuda, ASGL": OURS}
-    columns |= {words.get(name.removeprefix(PLAIN), name.removeprefix(PLAIN)): name for name in peers}
-    rows = [[named(size), *(number(nanoseconds(size, row)) for row in columns.values())] for size in sizes]
-    kept = (kept_bytes(sizes[0], row) for row in columns.values())
-    name = f"bytes kept for backward, T = {sizes[0]['steps']}"
-    rows.append([name, *("" if each is None else f"{each:.1f}" for each in kept)])
-    return markdown_table(["", *columns], rows)
+    ours = {"multiplies": FLOOR, "ASGL": OURS, "LIF": f"{PLAIN}{OURS}"}
+    others = [name for name in peers if "asgl_cuda" not in name and not name.endswith(REFERENCE)]
+    rows = []
+    for size in sizes:
+        pairs = (pair_of(nanoseconds(size, name), nanoseconds(size, compiled(name)), number) for name in others)
+        rows.append([f"T = {size['steps']}", *(number(nanoseconds(size, row)) for row in ours.values()), *pairs])
+
+    def kept(name: str) -> str:
+        found = kept_bytes(sizes[0], name) if name in sizes[0]["rows"] else None
+        return "" if found is None else f"{found:.0f}"
+
+    pairs = (f"{kept(name)} / {kept(compiled(name)) or '-'}" for name in others)
+    rows.append(["bytes", *map(kept, ours.values()), *pairs])
+    return markdown_table(["", *ours, *map(name_alone, others)], rows)
 
 
-def headline_values(report: Report) -> Report:
-    blocks = report["blocks"]
-    gains = [block["seconds"][f"{PAIR}{OURS}"]["both"] / block["seconds"][OURS]["both"] for block in blocks]
-    plain = {"dtype": "float32", "layout": LAYOUTS[0], "residual": False}
-    (block,) = (each for each in blocks if plain.items() <= each.items())
-    networks = [each["variants"] for each in read_report("end_to_end")["networks"].values()]
-    fused = [each for each in networks if f"{OURS}{FUSED_BLOCK}" in each]
-    vgg = read_report("memory")["networks"]["VGG, T = 4"]
-    products, faster = recurrent_ratios(read_report("recurrent"))
-    return {
-        "peers": peers_in_words(compared(report)[1]),
-        "gains": between(gains),
-        "steps": between([each[OURS]["seconds"] / each[f"{OURS}{FUSED_BLOCK}"]["seconds"] for each in fused]),
-        "kept": kept_bytes(block, OURS),
-        "kept_apart": kept_bytes(block, f"{PAIR}{OURS}"),
-        **{
-            name: vgg[RECOMPUTED][key] / vgg[KEPT][key] for name, key in (("memory", "kept_bytes"), ("time", "seconds"))
-        },
-        "products": between(products),
-        "faster": between(faster, ".1f", ".0f"),
-    }
+def layers_values(report: Report) -> Report:
+    """The seconds of compiling, and of compiling again."""
+    first = [
+        each["first_seconds"]
+        for size in compared(report)[0]
+        for name, each in size["rows"].items()
+        if name.startswith(PLAIN) and name.endswith(COMPILED)
+    ]
+    again = [each[key] for each in report["sizes"][0]["recompiled"].values() for key in ("batch", "steps")]
+    return {"compiling": between(first, ".0f", ".0f"), "again": max(again)}
 
 
 def microbench(report: Report) -> list[str]:
@@ -154,15 +157,28 @@ def microbench(report: Report) -> list[str]:
         rows.append([f"{named(size)}, {size['dtype']}", *map(number, (floor, mine, mine / floor, *others))])
     head = ["", "two multiplies", "asgl_cuda", "times multiplies", "torch.compile", "author's loop", "reference"]
     sizes, peers = compared(report)
-    plain = [[f"T = {size['steps']}", *(number(nanoseconds(size, name)) for name in peers)] for size in sizes]
+    plain = []
+    for name in (each for peer in peers for each in (peer, compiled(peer))):
+        times = [nanoseconds(size, name) for size in sizes]
+        if times[0] is not None:
+            again = sizes[0]["recompiled"].get(name, {})
+            first = [size["rows"].get(name, {}).get("first_seconds") if again else None for size in sizes[:2]]
+            seconds = [*first, *(again.get(key) for key in ("batch", "third_batch", "steps"))]
+            plain.append([shown_as(name), *map(number, (*times, *seconds))])
     calls = report["call_microseconds"]
     return [
         *markdown_table(head, rows),
         "",
         "The same as an ordinary LIF neuron, without noise and learned width, which is what the other libraries have. "
-        f"{peers_in_words(peers)}",
+        "Surrogates differ: the other libraries have their defaults, asgl_cuda has a rectangle and, in one row, a "
+        "sigmoid. Backends that others have for GPUs are not shown. Of what torch.compile compiles: the seconds of the "
+        "first call at T = 4 and T = 16, then at T = 4 the seconds of the first call with another batch, with a third "
+        "batch, and with one time step more.",
         "",
-        *markdown_table(["", *(name.removeprefix(PLAIN) for name in peers)], plain),
+        *markdown_table(
+            ["", *(f"T = {size['steps']}" for size in sizes), "first, T = 4", "T = 16", "batch", "third", "T = 5"],
+            plain,
+        ),
         "",
         f"One call on `[4, 64]` without gradients: {calls[OURS]:.1f} µs, with noise {calls[f'{OURS} with noise']:.1f} "
         f"µs, `x * 2` {calls[FLOOR]:.1f} µs.",
@@ -207,6 +223,17 @@ def recurrent_ratios(report: Report) -> tuple[list[float], list[float]]:
     return products, faster
 
 
+def recurrent_values(report: Report) -> Report:
+    products, faster = recurrent_ratios(report)
+    every = [size["seconds"][f"{OURS}{ALL_SPIKE}"] / size["seconds"][PRODUCTS] for size in report["sizes"]]
+    return {
+        "rates": between([size["rate"] for size in report["sizes"]], ".1%", ".1%"),
+        "products": between(products),
+        "all_spike": between(every),
+        "faster": between(faster, ".1f", ".0f"),
+    }
+
+
 def recurrent(report: Report) -> list[str]:
     """Every recurrent layer: milliseconds by size and threads, and bytes kept for backward."""
     sizes = report["sizes"]
@@ -223,17 +250,138 @@ def recurrent(report: Report) -> list[str]:
 # ---- networks, libraries, studies ----
 
 
-def end_to_end(report: Report) -> list[str]:
-    """Milliseconds of a training step and the share of the neuron layers, by network and variant."""
-    networks = report["networks"]
-    widest_first = sorted(networks.values(), key=lambda each: len(each["variants"]), reverse=True)
+def milliseconds(network: Report, variant: str, part: str = "seconds") -> float | None:
+    found = network["variants"].get(variant)
+    return None if found is None else 1e3 * found[part]
+
+
+def libraries(report: Report) -> list[str]:
+    """The rows of a loop and of the libraries, eager and unconverted."""
+    names = dict.fromkeys(name for each in report["networks"].values() for name in each["variants"])
+    ends = (COMPILED, COMPILED_STEP, COMPILED_NETWORK)
+    return [
+        name for name in names
+        if name.startswith(PLAIN) and OURS not in name and CONVERTED not in name and not name.endswith(ends)
+    ]  # fmt: skip
+
+
+def compiled_milliseconds(network: Report, name: str) -> float | None:
+    """The least of what was compiled."""
+    variants = (compiled(name), f"{name}{COMPILED_STEP}", f"{name}{COMPILED_NETWORK}")
+    times = [time for each in variants if (time := milliseconds(network, each)) is not None]
+    return min(times, default=None)
+
+
+def rounded(value: float | None) -> str:
+    return "" if value is None else f"{value:.0f}"
+
+
+def steps(report: Report) -> list[str]:
+    """Milliseconds of a training step, by network and library, eager and compiled."""
+    ours = {"ASGL": OURS, "LIF": f"{PLAIN}{OURS}"}
+    names = libraries(report)
     rows = []
-    for variant in dict.fromkeys(name for each in widest_first for name in each["variants"]):
-        found = (network["variants"].get(variant) for network in networks.values())
-        cells = (f"{1e3 * each['seconds']:.0f} ms, {each['shares'][NEURONS]:.0%}" if each else "" for each in found)
-        rows.append([variant, *cells])
-    head = ["", *(f"{name}, {each['input_shape']}" for name, each in networks.items())]
-    return digest(head, rows, (f"{PLAIN}{OURS}", f"{PLAIN}SpikingJelly", f"{PLAIN}snnTorch"))
+    for name, network in report["networks"].items():
+        pairs = (pair_of(milliseconds(network, each), compiled_milliseconds(network, each), rounded) for each in names)
+        cells = (rounded(milliseconds(network, row)) for row in ours.values())
+        rows.append([f"{name}, T{SPACE}={SPACE}{network['input_shape'][0]}", *cells, *pairs])
+    return markdown_table(["", *ours, *map(name_alone, names)], rows)
+
+
+def ratios(report: Report, slower: Callable[[str], str], faster: Callable[[str], str]) -> list[float]:
+    """How many times as fast one variant of a library is as another, over networks and libraries."""
+    found = []
+    for network in report["networks"].values():
+        for name in libraries(report):
+            times = milliseconds(network, slower(name)), milliseconds(network, faster(name))
+            if None not in times:
+                found.append(times[0] / times[1])  # type: ignore[operator]
+    return found
+
+
+def steps_values(report: Report) -> Report:
+    def ours(name: str) -> str:
+        return f"{PLAIN}{OURS}"
+
+    def converted(library: str) -> Callable[[str], str]:
+        return lambda name: f"{name}{CONVERTED} cpu" if library in name else ""
+
+    networks = report["networks"].values()
+    first = [
+        each["first_seconds"]["training"]
+        for network in networks
+        for name, each in network["variants"].items()
+        if name.endswith(COMPILED)
+    ]
+    rates = [rate for network in networks for rate in network["rates"]]
+    eager = ratios(report, lambda name: name if PLAIN_LOOP not in name else "", ours)
+    whole = [ratios(report, lambda name, end=end: f"{name}{end}", ours) for end in (f", {COMPILED}", COMPILED_STEP)]
+    jelly, torch = (ratios(report, lambda name: name, converted(each)) for each in ("SpikingJelly", "snnTorch"))
+    fused = ratios(report, converted("SpikingJelly"), lambda name: f"{name}{CONVERTED} cpu{FUSED_BLOCK}")
+    return {
+        "eager": between(eager, ".1f", ".1f"),
+        "whole": between(whole[0], ".1f", ".1f"),
+        "by_step": between(whole[1], ".1f", ".1f"),
+        "compiling": between(first, ".0f", ".0f"),
+        "peers_in_words": f"{', '.join(report['machine']['peers'][:-1])} and {report['machine']['peers'][-1]}",
+        "firing": between([100 * rate for rate in rates], ".0f", ".0f"),
+        "jelly": between(jelly, ".1f", ".1f"),
+        "snntorch": between(torch, ".1f", ".1f"),
+        "fused": between(fused, ".2f", ".2f"),
+    }
+
+
+def gain_values(report: Report) -> Report:
+    (block,) = (
+        each for each in read_report("microbench")["blocks"]
+        if (each["dtype"], each["layout"], each["residual"]) == ("float32", LAYOUTS[0], False)
+    )  # fmt: skip
+    kept = {"kept": kept_bytes(block, OURS), "kept_apart": kept_bytes(block, f"{PAIR}{OURS}")}
+    return {**steps_values(report), **kept}
+
+
+def end_to_end(report: Report) -> list[str]:
+    """A folded table for each network: training step, evaluation, bytes, and the first step."""
+    lines: list[str] = []
+    for name, network in report["networks"].items():
+        rows = [
+            [
+                shown_as(variant) if variant.startswith(PLAIN) else variant,
+                *(f"{1e3 * each[part]:.0f}" for part in ("seconds", "evaluation_seconds")),
+                *(f"{each[part] / 1e6:.0f}" for part in ("kept_bytes", "peak_bytes")),
+                *(f"{seconds:.1f}" if "compile" in variant else ""
+                  for seconds in each["first_seconds"].values()),
+            ]
+            for variant, each in network["variants"].items()
+        ]  # fmt: skip
+        head = ["", "training step, ms", "evaluation, ms", "kept, MB", "peak, MB"]
+        head += ["first step, s", "first evaluation, s"]
+        rates = between([100 * each for each in network["rates"]], ".0f", ".0f")
+        title = f"{name}, {network['input_shape']}; {rates} % of the neurons spike per step"
+        lines += [*folded(title, markdown_table(head, rows)), ""]
+    return lines[:-1]
+
+
+def long_values(report: Report) -> Report:
+    found = report["long_loop"]
+    times = {f"long_{name}_ms": 1e3 * found[name] for name in ("eager", "compiled")}
+    return {**steps_values(report), **{f"long_{name}": value for name, value in found.items()}, **times}
+
+
+def demo(report: Report) -> list[str]:
+    """What the demo printed at its end."""
+    return ["```text", *report["printed"], f"({in_words(report['machine'])}, {report['machine']['date']})", "```"]
+
+
+def learned_values(report: Report) -> Report:
+    """The range of mean accuracies over all first widths and optimizers, by what happens to the width."""
+    head, rows = widths.robustness_summary(report)
+    found = {
+        method: [float(cell) for name, *cells in rows for cell in cells if name.endswith(f"sigmoid, {arm}")]
+        for method, arm in (("fixed", widths.SG), ("learned", widths.LEARNED))
+    }
+    ranges = {method: between(values, ".0f", ".0f") for method, values in found.items()}
+    return {**ranges, "narrowest": head[1], "widest": head[-1]}
 
 
 def memory(report: Report) -> list[str]:
@@ -295,6 +443,11 @@ def noisy(report: Report) -> list[str]:
     return [*lines, *folded(f"Controls, gains on {noise.named(noise.CONTROLLED)}", controls)]
 
 
+def nothing(report: Report) -> list[str]:
+    """Of a section that is words alone."""
+    return []
+
+
 def study(rows: Callable[[Report], tuple[list[str], Rows]], *shown: str) -> Callable[[Report], list[str]]:
     """The table of a study, all of it or, of its rows, those that are shown first."""
     return lambda report: digest(*rows(report), shown) if shown else markdown_table(*rows(report))
@@ -316,28 +469,52 @@ ON = "on {on}, {date}"
 LAYER = f"Forward and backward, nanoseconds an element, {ON}:"
 COST = "trainings took {minutes:.0f} minutes of one core:"
 STUDIED = f"Mean of {{seeds}} seeds; {{trainings:,}} {COST}"
-HEADLINE = (
-    f"Forward and backward, nanoseconds an element, float32, {ON}. ASGL has noise and a learned width, all others are "
-    "ordinary LIF. {peers} `BatchNormLIF` is {gains} times faster than `nn.BatchNorm2d` before `LIF`, by type and "
-    "layout, a training step of convolutional networks {steps} times; without a residual it keeps {kept:.1f} instead "
-    "of {kept_apart:.1f} bytes an element. With `asgl_cuda.recompute_spikes()` backward computes spikes again: a "
-    "VGG-like network keeps {memory:.2f} of its bytes, in {time:.2f} times the time of a step. `RecurrentLIF` takes "
-    "{products} times the matrix products of its recurrence, the recurrent layers of the four libraries {faster} times "
-    "as long as it. [All measurements](docs/measured.md):"
+FAST = (
+    "One kernel computes all time steps of a layer. In the networks [below](#speed-and-memory) a training step takes "
+    "{eager} times as long with the neurons of SpikingJelly, snnTorch, Norse or sinabs as with those of asgl_cuda, and "
+    "{whole} times as long after `torch.compile`."
+)
+LEARNED = (
+    "The width of the surrogate gradient is learned with the weights. From initial widths of {narrowest} to {widest}, "
+    "with SGD and Adam, networks with a learned sigmoid reached {learned} % accuracy on average over five small data "
+    "sets, and those with a fixed one {fixed} % ([table](docs/measured.md#the-first-width))."
+)
+STEPS = (
+    "Milliseconds per training step, eager / compiled by `torch.compile` ({compiling} s per network), float32, "
+    f"{ON}, with {{peers_in_words}}. *ASGL* has noise and a learned width; all others are the same ordinary LIF "
+    "neuron, of which {firing} % spike per time step (*loop*: plain PyTorch; at T = 100 one time step is compiled, "
+    "since one layer of {long_layer} at T = {long_steps} takes {long_first_seconds:.0f} s)."
+)
+LAYERS = (
+    f"One layer, forward and backward, nanoseconds per element, {ON}; *bytes* are per element, kept for backward. "
+    "Compiling takes {compiling} s, and up to {again:.0f} s again for another batch size or another T "
+    "([each](docs/measured.md#one-layer))."
+)
+GAIN = (
+    "in the table below, converted SpikingJelly networks train {jelly} times as fast as before, and snnTorch networks "
+    "with `MultiStep` {snntorch} times. `fuse` makes a training step another {fused} times as fast, and keeps "
+    "{kept:.0f} instead of {kept_apart:.0f} bytes per element for backward."
 )
 ARMS = [(optimizer, surrogate) for optimizer in ("SGD", "Adam") for surrogate in ("rectangle", "sigmoid")]
 SECTIONS = {
-    "headline": Section("microbench", headline, HEADLINE, headline_values),
+    "fast": Section("end_to_end", nothing, FAST, steps_values),
+    "learned": Section("width_robustness", nothing, LEARNED, learned_values),
+    "demo": Section("demo", demo, ""),
+    "gain": Section("end_to_end", nothing, GAIN, gain_values),
+    "steps": Section("end_to_end", steps, STEPS, long_values),
+    "layers": Section("microbench", layers, LAYERS, layers_values),
     "microbench": Section("microbench", microbench, LAYER),
     "adaptive": Section("microbench_adaptive", adaptive, LAYER),
     "recurrent": Section(
         "recurrent",
         recurrent,
-        "Milliseconds, float32, on {processor}, torch {torch}, {date}; {rates} of elements spike, except in one row:",
-        lambda report: {"rates": between([size["rate"] for size in report["sizes"]], ".1%", ".1%")},
+        "Milliseconds, float32, on {processor}, torch {torch}, {date}. At {rates} of spikes per neuron and step "
+        "`RecurrentLIF` takes {products} times as long as its matrix products alone, and {all_spike} times where all "
+        "neurons spike. The recurrent layers of the other libraries take {faster} times as long as `RecurrentLIF`:",
+        recurrent_values,
     ),
     "block": Section("microbench", block, f"`{{blocks[0][shape]}}`, nanoseconds an element, {ON}:"),
-    "end_to_end": Section("end_to_end", end_to_end, f"Milliseconds of a step, share of the neurons, {ON}:"),
+    "end_to_end": Section("end_to_end", end_to_end, f"Medians, float32, {ON}:"),
     "memory": Section("memory", memory, f"Batch {{batch}} unless said, float32, {ON}:"),
     "convert": Section(
         "convert",
@@ -395,7 +572,8 @@ def values(report: Report) -> Report:
 
 def text_of(section: Section, report: Report) -> str:
     words = section.words.format(**{**values(report), **section.values(report)})
-    return "\n".join((words, "", *section.body(report)))
+    body = section.body(report)
+    return "\n".join([*filter(None, [words]), *([""] if words and body else []), *body])
 
 
 def pages(texts: dict[Path, str]) -> dict[Path, str]:
@@ -403,9 +581,11 @@ def pages(texts: dict[Path, str]) -> dict[Path, str]:
     found = dict(texts)
     for name, section in SECTIONS.items():
         content = text_of(section, read_report(section.file))
-        pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+        pattern = re.compile(rf"(<!-- {name} -->)(\n?).*?(<!-- /{name} -->)", re.DOTALL)
         (page,) = (page for page, text in found.items() if pattern.search(text))
-        found[page] = pattern.sub(lambda match, content=content: f"{match[1]}{content}\n{match[2]}", found[page])
+        found[page] = pattern.sub(
+            lambda match, content=content: f"{match[1]}{match[2]}{content}{match[2]}{match[3]}", found[page]
+        )
     return found
 
 

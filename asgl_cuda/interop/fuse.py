@@ -35,10 +35,10 @@ def fuse(model: nn.Module, *example: Any, inplace: bool = False) -> tuple[nn.Mod
     Normalisations may be `torch.nn.BatchNorm1d`, `2d` and `3d`, `SyncBatchNorm`, SpikingJelly's equivalents, and
     subclasses of these whose forward ends in that of their base, as many a tdBatchNorm does. The neurons may be
     `asgl_cuda.LIF`, or layers that `convert` can convert, which is then done. Between the two, and around the base's
-    forward, there may be views (`reshape`, `transpose`, ...), factors that are numbers, and one sum with a tensor of the
-    same shape and type, as in a residual block: see `asgl_cuda.batch_norm_lif`. A normalisation is left, with the reason
-    in the report, if anything else uses its output or the sum, or if the neurons are called step by step, where two
-    layers are faster than one.
+    forward, there may be views (`reshape`, `transpose`, ...), factors that are numbers, and one sum with a tensor of
+    the same shape and type, as in a residual block: see `asgl_cuda.batch_norm_lif`. A normalisation is left, with the
+    reason in the report, if anything else uses its output or the sum, or if the neurons are called step by step, where
+    two layers are faster than one.
 
     Parameters, buffers and their names, state, optimizers and checkpoints stay valid. Other neurons, and code that the
     example did not reach, get the value that the normalisation alone would return. If a gradient would be lost, or a

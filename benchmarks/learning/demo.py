@@ -21,7 +21,7 @@ import asgl_cuda
 from asgl_cuda import OverTime
 
 from .. import palette
-from ..common import parser_of, text_table
+from ..common import machine, parser_of, text_table, write_json
 from .optimizers import SGD, accuracy_of, fit, optimizer_of
 
 TIME_STEPS = 4
@@ -103,16 +103,16 @@ def summary(reference: Run, fused: Run, test_images: int) -> str:
     difference = max(((a - b).abs().max() / a.abs().max()).item() for a, b in grads)
     steps = len(reference.losses)
     same = next((step for step in range(steps) if reference.losses[step] != fused.losses[step]), steps)
-    rows = [("neuron layer", "test accuracy", "s/epoch")]
+    rows = [("neuron layer", "test accuracy ± its standard error", "median seconds per epoch")]
     for run in (reference, fused):
         share = run.accuracy[-1] / 100
         error = 100 * math.sqrt(share * (1 - share) / test_images)
         rows.append((run.label, f"{run.accuracy[-1]:.1f} ± {error:.1f} %", f"{median(run.seconds):.3f}"))
     rows.append(("times faster", "", f"{median(reference.seconds) / median(fused.seconds):.1f}"))
     return (
-        f"{text_table(*rows)}\nAccuracy: with its standard error. Seconds: median over the epochs, training only.\n"
-        f"Gradients of the first step differ by at most {difference:.1e} of the largest value of their tensor; losses\n"
-        f"are the same to the last bit in the first {same} of {steps} steps, then rounding may set them apart."
+        f"{text_table(*rows)}\n"
+        f"Gradients of the first step differ by at most {difference:.1e} of each tensor's largest value.\n"
+        f"Losses agree to the last bit in the first {same} of {steps} steps; later, roundings may differ."
     )
 
 
@@ -135,7 +135,7 @@ def draw(reference: Run, fused: Run, path: Path) -> None:
 
 def main() -> None:
     """Runs both trainings, then prints the table and draws the figure."""
-    parser = parser_of("benchmarks.learning.demo", __doc__)
+    parser = parser_of("benchmarks.learning.demo", __doc__, "json")
     parser.add_argument("--epochs", type=int, default=30, help="of each training (default: %(default)s)")
     parser.add_argument("--figure", type=Path, default=Path("demo.png"), metavar="FILE", help="default: %(default)s")
     args = parser.parse_args()
@@ -153,7 +153,9 @@ def main() -> None:
     with Progress() as progress:
         reference = train("plain PyTorch", "reference", data, args.epochs, progress)
         fused = train("fused", None, data, args.epochs, progress)
-    print(summary(reference, fused, len(data[1])))
+    found = summary(reference, fused, len(data[1]))
+    print(found)
+    write_json(args.json, {"machine": machine(torch.device("cpu")), "printed": found.splitlines()})
     draw(reference, fused, args.figure)
     print(f"Figure: {args.figure.absolute()}")
 

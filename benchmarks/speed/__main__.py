@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
+from functools import partial
 from typing import Any
 
 from ..common import device_of, parser_of, write_json
 from ..readme import SECTIONS, text_of
 from . import convert, end_to_end, memory, recurrent
 from .clocks import keep_memory
+from .networks import NETWORKS
 from .peers import introduced
 
 PROGRAMS = {
@@ -24,12 +27,27 @@ def main() -> int:
     """Measures, and writes the results after each part."""
     parser = parser_of("benchmarks.speed", str(__doc__), "device", "repeats", "seconds", "json")
     parser.add_argument("program", choices=PROGRAMS, help="and `python -m benchmarks.speed.microbench`")
+    parts = (*NETWORKS, end_to_end.LONG_LOOP)
+    parser.add_argument(
+        "--networks", nargs="+", choices=parts, metavar="NAME",
+        help=f"of end_to_end only these, beside those in the file: {', '.join(parts)}",
+    )  # fmt: skip
     arguments = parser.parse_args()
     started = time.monotonic()
     device = device_of(parser, arguments.device)
     keep_memory()
     report: dict[str, Any] = {"machine": introduced(device, f"medians of {arguments.repeats}")}
-    for part in PROGRAMS[arguments.program](report, device, arguments.repeats):
+    measurements = PROGRAMS[arguments.program]
+    if arguments.networks:
+        if arguments.program != "end_to_end":
+            parser.error(f"--networks is for end_to_end, got {arguments.program}")
+        measurements = partial(end_to_end.measurements, chosen=arguments.networks)
+        if arguments.json and arguments.json.exists():
+            found = json.loads(arguments.json.read_text())
+            if {**found["machine"], "load": report["machine"]["load"]} != report["machine"]:
+                parser.error(f"--json {arguments.json} is of another machine, commit or day: measure all networks anew")
+            report = found
+    for part in measurements(report, device, arguments.repeats):
         print(f"measured: {part}", flush=True)
         write_json(arguments.json, report)
         if time.monotonic() - started > arguments.seconds:

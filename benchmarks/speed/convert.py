@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import asgl_cuda
 
 from .clocks import Sample, clock_of, in_turns, row_of, sample_of
-from .peers import by_sinabs, by_spikingjelly, step_by_step
+from .peers import peer_of_sinabs, peer_of_spikingjelly, step_by_step
 
 STEPS, ELEMENTS = (4, 16, 128), 2**22  # elements: steps times neurons
 
@@ -32,6 +32,14 @@ class Case(NamedTuple):
     layer: nn.Module
     spikes: Callable[[Any, Tensor], Tensor]
     converted: Callable[[nn.Module], nn.Module] = lambda layer: asgl_cuda.convert(layer)[0]
+
+
+def by_spikingjelly(layer: Any, x_seq: Tensor) -> Tensor:
+    return peer_of_spikingjelly(layer).spikes(x_seq)
+
+
+def by_sinabs(layer: Any, x_seq: Tensor) -> Tensor:
+    return peer_of_sinabs(layer, {}).spikes(x_seq)
 
 
 def spikingjelly() -> Iterator[Case]:

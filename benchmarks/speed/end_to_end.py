@@ -1,15 +1,20 @@
-"""Training steps of networks with exchanged neuron layers: time, the share of the neurons, and memory.
+"""Training steps and evaluations of whole networks, with the neurons of asgl_cuda, of a loop and of other libraries.
 
-A step is forward, loss, backward and optimiser. All variants take turns within each repeat; the median is reported.
-The share comes from a separate run under the profiler: hooks of every layer open a range in forward and in
-backward. `asgl_cuda.fuse` fuses batch normalisation and the sums of residual blocks with neurons; before a fused
-network is timed, its losses are compared with the unfused network's. SpikingJelly's ResNet-18 is converted, too. The
-share of recurrent layers includes the products of their recurrence.
+A step is forward, loss, backward and optimizer; an evaluation is forward without gradients. Both begin at rest. The
+weights, the data, the loss and the optimizer are the same for all variants of a network. Neurons are those of `peers`:
+ordinary LIF with decay 1/2, threshold 1 and reset to 0. Those of ASGL have noise and a learned width as well, and
+snnTorch's recurrent neurons subtract at the reset.
+
+Each network is measured eager and with compiled neurons, with the seconds of the first call; one also as a compiled
+network. Loops over many time steps take minutes to compile: there one step of the cell is compiled instead, and
+`long_loop` measures one such layer.
+SpikingJelly's nodes are measured converted as well, and snnTorch's in `MultiStep`, which takes whole sequences.
+`asgl_cuda.fuse` joins batch normalisation and neurons.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,23 +22,41 @@ import torch
 from torch import Tensor, nn
 
 import asgl_cuda
-from asgl_cuda import LIF, OverTime, RecurrentLIF
+from asgl_cuda import LIF, RecurrentLIF
 
 from ..common import fused_backends
-from .clocks import silence
-from .microbench import ANALOG_PROB, MOST_STEPS_TO_COMPILE
-from .networks import NETWORKS, MakeNeuron, Network, Training, measure_steps
-from .peers import RLeaky, spikingjelly_node
+from . import recurrent
+from .clocks import in_turns, row_of
+from .microbench import (
+    ANALOG_PROB,
+    COMPILED,
+    MOST_STEPS_TO_COMPILE,
+    PLAIN,
+    PLAIN_LOOP,
+    check_peers,
+    first_seconds,
+    reset_compiler,
+)
+from .networks import NETWORKS, MakeNeuron, Network, Training
+from .peers import DECAY, OverSteps, Recurrent, installed, installed_peers, lif_loop, recurrent_loop
+from .sizes import Size, samples
 
-NEURONS, REST = "neuron layers", "the rest"
-OTHERS = (nn.Linear, nn.Conv2d, nn.BatchNorm2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.MaxPool2d, nn.Flatten)
-PROFILED_STEPS = 4  # the events of a recurrent loop take 0.7 GB a step
 FUSED_BLOCK = ", fused block"  # suffix of a variant whose neurons normalise
+CONVERTED = ", converted"  # suffix of a variant whose neurons of another library are replaced
+COMPILED_STEP = ", compiled step"  # suffix of a variant with a compiled cell
+COMPILED_NETWORK = ", compiled network"
+# The libraries whose cells can be compiled alone.
+BY_STEPS = {"LIF": (PLAIN_LOOP, "snnTorch", "Norse"), "recurrent": (PLAIN_LOOP, "snnTorch")}
+OTHER_RESET = "snnTorch"  # whose recurrent neurons subtract at the next step
+LONG_LOOP = "long loop"  # one compiled layer at many steps
+LONG, LONG_REPEATS = Size(128, 2**15, "float32"), 5
 COMPARED_STEPS = 3
 COMPARED_BATCH = 4
 # Losses are compared in float64: fusion changes roundings, and a single other spike changes all that follows. In
 # float32, other spikes occur within a few steps, in float64 none. Other noise changes a loss by at least 1e-4.
 LOSS_TOLERANCE = 1e-9
+# First losses of implementations of one neuron, in float32: roundings set single spikes apart.
+SAME_NEURON = 1e-3
 
 
 class Variant(NamedTuple):
@@ -43,34 +66,90 @@ class Variant(NamedTuple):
     neuron: MakeNeuron
     fused: bool = False  # with the normalisations
     converted: str | None = None  # to this backend
+    compiled: bool = False  # the network
+
+
+class Sequences(nn.Module):
+    """snnTorch's neurons in `MultiStep`, without their potentials."""
+
+    def __init__(self, backend: str) -> None:
+        super().__init__()
+        import snntorch
+
+        from asgl_cuda.interop.snntorch import MultiStep
+
+        self.layer = MultiStep(snntorch.Leaky(beta=DECAY, reset_mechanism="zero"))
+
+    def forward(self, x_seq: Tensor) -> Tensor:
+        return self.layer(x_seq, torch.zeros_like(x_seq[0]))[0]  # type: ignore[no-any-return]
+
+
+def ours(network: Network, backend: str, **options: Any) -> MakeNeuron:
+    """LIF, or RecurrentLIF after a product with the weight of the input."""
+    if network.kind == "LIF":
+        return partial(LIF, backend=backend, **options)
+
+    def make(input_weight: Tensor, weight: Tensor) -> nn.Module:
+        count, inputs = input_weight.shape
+        linear = nn.Linear(inputs, count, bias=False)
+        neurons = RecurrentLIF(count, bias=False, backend=backend, **options)
+        linear.weight.data, neurons.recurrent_weight.data = input_weight, weight
+        return nn.Sequential(linear, neurons)
+
+    return make
+
+
+def theirs(network: Network, make: Any) -> MakeNeuron:
+    """The layer of a peer; recurrent ones from both weights."""
+    if network.kind == "LIF":
+        return lambda: make(torch.zeros(())).layer
+    return lambda input_weight, weight: Recurrent(make(weight, input_weight), input_weight)
+
+
+def compiled_layer(make: MakeNeuron) -> nn.Module:
+    return torch.compile(make())  # type: ignore[return-value]
+
+
+def compiled_cells(make: MakeNeuron) -> MakeNeuron:
+    """The same with compiled steps."""
+
+    def made(*weights: Tensor) -> nn.Module:
+        layer = make(*weights)
+        for each in layer.modules():
+            if isinstance(each, OverSteps):
+                each.cell = torch.compile(each.cell)
+        return layer
+
+    return made
 
 
 def variants(network: Network, device: torch.device) -> Iterator[Variant]:
-    """The neuron of ASGL in every implementation; then the ordinary neuron, which another library has as well."""
-    backends, residual = fused_backends(device), network.left > 0
-    layer = partial(RecurrentLIF, network.recurrent) if network.recurrent else LIF
-    asgl = {backend: partial(layer, analog_prob=ANALOG_PROB, backend=backend) for backend in (*backends, "reference")}
-    yield Variant("reference", asgl["reference"])
+    """The neuron of ASGL; then the ordinary neuron in every implementation."""
     normalised = any(isinstance(layer, nn.BatchNorm2d) for layer in network.make(nn.Identity).modules())
-    if network.input_shape[0] <= MOST_STEPS_TO_COMPILE and not residual:  # more layers than Dynamo compiles anew
-        yield Variant("torch.compile", lambda: torch.compile(asgl["reference"](), fullgraph=True, dynamic=False))
-    for backend in backends:
-        yield Variant(f"asgl_cuda {backend}", asgl[backend])
+    for backend in fused_backends(device):
+        asgl = ours(network, backend, analog_prob=ANALOG_PROB)
+        yield Variant(f"asgl_cuda {backend}", asgl)
         if normalised:
-            yield Variant(f"asgl_cuda {backend}{FUSED_BLOCK}", asgl[backend], fused=True)
-    for backend in backends:
-        yield Variant(f"LIF: asgl_cuda {backend}", partial(layer, learn_width=False, analog_prob=0.0, backend=backend))
-    name = "snnTorch" if network.recurrent else "SpikingJelly"
-    peer: MakeNeuron = partial(RLeaky, network.recurrent) if network.recurrent else spikingjelly_node
-    try:
-        peer()
-    except ImportError:
-        return
-    yield Variant(f"LIF: {name}", peer)
-    for backend in backends if residual else ():
-        name = f"LIF: SpikingJelly, converted {backend}"
-        yield Variant(name, spikingjelly_node, converted=backend)
-        yield Variant(f"{name}{FUSED_BLOCK}", spikingjelly_node, fused=True, converted=backend)
+            yield Variant(f"asgl_cuda {backend}{FUSED_BLOCK}", asgl, fused=True)
+        yield Variant(f"{PLAIN}asgl_cuda {backend}", ours(network, backend, learn_width=False, analog_prob=0.0))
+    makers = {PLAIN_LOOP: lif_loop if network.kind == "LIF" else recurrent_loop, **installed(network.kind)}
+    for name, make in makers.items():
+        neuron = theirs(network, make)
+        yield Variant(f"{PLAIN}{name}", neuron)
+        if network.input_shape[0] <= MOST_STEPS_TO_COMPILE:
+            yield Variant(f"{PLAIN}{name}, {COMPILED}", partial(compiled_layer, neuron))
+            if not normalised and name.startswith("SpikingJelly"):
+                yield Variant(f"{PLAIN}{name}{COMPILED_NETWORK}", neuron, compiled=True)
+        elif name.startswith(BY_STEPS[network.kind]):
+            yield Variant(f"{PLAIN}{name}{COMPILED_STEP}", compiled_cells(neuron))
+        for backend in fused_backends(device) if network.kind == "LIF" else ():
+            converted = f"{PLAIN}{name}{CONVERTED} {backend}"
+            if name.startswith("SpikingJelly"):
+                yield Variant(converted, neuron, converted=backend)
+                if normalised:
+                    yield Variant(f"{converted}{FUSED_BLOCK}", neuron, fused=True, converted=backend)
+            if name.startswith("snnTorch"):
+                yield Variant(converted, partial(Sequences, backend))
 
 
 def training_of(
@@ -85,6 +164,8 @@ def training_of(
         _, report = asgl_cuda.fuse(model, training.x_seq, inplace=True)
         if len(report.left) != network.left:
             raise RuntimeError(f"not all of the network is fused:\n{report}")
+    if variant.compiled:
+        training.model = torch.compile(training.model)
     return training
 
 
@@ -106,85 +187,107 @@ def check_losses(network: Network, device: torch.device) -> list[str]:
     return names
 
 
-# ---- the share of the neurons ----
-
-
-class Ranges:
-    """The profiler's open range, one at most: what follows a layer, such as a sum, counts as of the layer."""
-
-    def __init__(self) -> None:
-        self._open: Any = None
-
-    def watch(self, layer: nn.Module, name: str) -> None:
-        """Opens a range in forward and in backward, which the next layer's range ends."""
-
-        def after(layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
-            self.end()
-            if type(output) is Tensor and output is not inputs[0]:  # else the neurons compute it
-                output.register_hook(lambda grad: self.begin(name))
-
-        layer.register_forward_pre_hook(lambda *_: self.begin(name))
-        layer.register_forward_hook(after)
-
-    def begin(self, name: str) -> None:
-        self.end()
-        self._open = torch.profiler.record_function(name)
-        self._open.__enter__()
-
-    def end(self) -> None:
-        if self._open is not None:
-            self._open.__exit__(None, None, None)
-            self._open = None
-
-
-def computes_spikes(layer: nn.Module) -> bool:
-    return not isinstance(layer.layer if isinstance(layer, OverTime) else layer, OTHERS)
-
-
-def layers_of(model: nn.Module) -> Iterator[nn.Module]:
-    """The layers of a chain or of a residual network."""
-    for layer in model.children():
-        if isinstance(layer, nn.Sequential) or hasattr(layer, "downsample"):
-            yield from layers_of(layer)
-        else:
-            yield layer
-
-
-def share_of_neurons(training: Training) -> float:
-    """The share of the neuron layers in the time of a step; in a fused block it includes the normalisation."""
-    ranges = Ranges()
-    for layer in layers_of(training.model):
-        ranges.watch(layer, NEURONS if computes_spikes(layer) else REST)
-
-    def step() -> None:
-        training.step()
-        ranges.end()  # the range of the first layer
-
-    step()
-    cuda = training.device.type == "cuda"
-    activities = [torch.profiler.ProfilerActivity.CPU] + ([torch.profiler.ProfilerActivity.CUDA] if cuda else [])
-    with silence(), torch.profiler.profile(activities=activities) as profile:
-        for _ in range(PROFILED_STEPS):
-            with torch.profiler.record_function("step"):
-                step()
-        if cuda:
-            torch.cuda.synchronize()
-    events = {event.key: event for event in profile.key_averages()}
-    neurons, whole = (getattr(events[key], f"{'device' if cuda else 'cpu'}_time_total") for key in (NEURONS, "step"))
-    return float(neurons / whole)
+def check_first_losses(network: Network, losses: dict[str, float]) -> None:
+    """Refuses an ordinary neuron that computes something else than the others."""
+    plain = {name: loss for name, loss in losses.items() if name.startswith(PLAIN)}
+    expected = next(iter(plain.values()))
+    for name, loss in plain.items():
+        other = network.kind == "recurrent" and name.startswith(f"{PLAIN}{OTHER_RESET}")
+        if not other and abs(loss / expected - 1) > SAME_NEURON:
+            raise RuntimeError(f"{name} has a first loss of {loss:.5f}, the first variant {expected:.5f}")
 
 
 # ---- measurement ----
 
 
-def measurements(report: dict[str, Any], device: torch.device, repeats: int) -> Iterator[str]:
-    """Every network, once the losses of its first steps are those without fusion."""
-    report["networks"] = {}
+@torch.no_grad()
+def firing_rates(network: Network, device: torch.device) -> list[float]:
+    """The spikes per neuron and step of each layer of ordinary LIF, before training."""
+    plain = next(each for each in variants(network, device) if each.name.startswith(f"{PLAIN}asgl_cuda"))
+    training, rates = training_of(network, plain, device), []
+    for layer in training.model.modules():
+        if isinstance(layer, LIF | RecurrentLIF):
+            layer.register_forward_hook(lambda layer, inputs, output: rates.append(float(output.mean())))
+    training.model(training.x_seq)
+    return rates
+
+
+def first_calls(training: Training) -> dict[str, Any]:
+    """The seconds of the first step and evaluation, which compile, and the loss before the step."""
+    losses: list[float] = []
+
+    def step(training: Training) -> Tensor:
+        losses.append(float(loss := training.step()))
+        return loss
+
+    seconds = {"training": training.seconds(step), "evaluation": training.seconds(Training.evaluate)}
+    return {"first_seconds": seconds, "first_loss": losses[0]}
+
+
+def measure(network: Network, device: torch.device, repeats: int) -> dict[str, dict[str, Any]]:
+    """By variant the median seconds of a step and an evaluation, bytes, losses, and the seconds of first calls."""
+    reset_compiler()
+    found: dict[str, dict[str, Any]] = {}
+    trainings: dict[str, Training] = {}
+    for variant in variants(network, device):
+        try:
+            training = training_of(network, variant, device)
+            found[variant.name] = first_calls(training)
+        except RuntimeError as error:
+            if COMPILED not in variant.name:
+                raise
+            print(f"{variant.name} does not compile: {str(error).splitlines()[0]}")
+            continue
+        trainings[variant.name] = training
+    check_first_losses(network, {name: each["first_loss"] for name, each in found.items()})
+    for training in trainings.values():
+        training.step()
+    clocks = {
+        (name, part): partial(training.seconds, work)
+        for part, work in {"seconds": Training.step, "evaluation_seconds": Training.evaluate}.items()
+        for name, training in trainings.items()
+    }
+    times = in_turns(clocks, repeats)
+    for name, training in trainings.items():
+        found[name] |= {"last_loss": float(training.step()), **training.allocated_bytes()}
+        found[name] |= {part: times[name, part].median for part in ("seconds", "evaluation_seconds")}
+        found[name]["spread"] = times[name, "seconds"].spread
+        if not found[name]["last_loss"] < found[name]["first_loss"]:
+            raise RuntimeError(
+                f"{name} does not train: losses of {found[name]['first_loss']}, then {found[name]['last_loss']}"
+            )
+    return found
+
+
+def long_loop(device: torch.device) -> dict[str, Any]:
+    """One peer's layer at many steps: the seconds of the first call compiled, then of calls eager and compiled."""
+    reset_compiler()
+    (sample,) = samples(LONG, device)
+    name, peer = next(iter({**installed_peers("LIF", sample.x), PLAIN_LOOP: lif_loop(sample.x)}.items()))
+    eager, compiled = row_of(name, peer.spikes), row_of(name, peer.compiled().spikes)
+    first = first_seconds(compiled, sample)
+    clocks = {which: partial(first_seconds, row, sample) for which, row in (("eager", eager), ("compiled", compiled))}
+    seconds = {which: times.median for which, times in in_turns(clocks, LONG_REPEATS).items()}
+    return {"layer": name, "steps": LONG.steps, "neurons": LONG.neurons, "first_seconds": first, **seconds}
+
+
+def measurements(
+    report: dict[str, Any], device: torch.device, repeats: int, chosen: Collection[str] = (*NETWORKS, LONG_LOOP)
+) -> Iterator[str]:
+    """The chosen networks, once peers have our spikes and the losses of first steps are those without fusion."""
+    check_peers(device)
+    recurrent.check_peers(device)
+    report.setdefault("networks", {})
+    if LONG_LOOP in chosen:
+        report["long_loop"] = long_loop(device)
+        yield LONG_LOOP
     for name, network in NETWORKS.items():
+        if name not in chosen:
+            continue
         check_losses(network, device)
-        trainings = {each.name: training_of(network, each, device) for each in variants(network, device)}
-        found = measure_steps(trainings, repeats)
-        for variant, training in trainings.items():
-            found[variant]["shares"] = {NEURONS: share_of_neurons(training)}
-        report["networks"][name] = {"input_shape": list(network.input_shape), "variants": found}
+        report["networks"][name] = {
+            "input_shape": list(network.input_shape),
+            "rates": firing_rates(network, device),
+            "variants": measure(network, device, repeats),
+        }
         yield name

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 import asgl_cuda
 
-from .networks import MLP, NETWORKS, SPEECH, Training, measure_steps, resnet18, vgg
+from .networks import MLP, SPEECH, Training, measure_steps, resnet18, vgg
 
 BATCH = 8
 LENGTHS = (4, 8, 16)
@@ -73,7 +74,7 @@ def cases() -> dict[str, Case]:
     for name, network in {"MLP": MLP, "speech": SPEECH}.items():
         steps, batch, _ = network.input_shape
         found[f"{name}, T = {steps}, batch {batch}"] = Case(network.input_shape, partial(network.make, asgl_cuda.LIF))
-    return found | ({"spiking_resnet18, T = 4": spiking_resnet()} if "ResNet-18" in NETWORKS else {})
+    return found | ({"spiking_resnet18, T = 4": spiking_resnet()} if find_spec("spikingjelly") else {})
 
 
 def measure(name: str, case: Case, device: torch.device, repeats: int) -> dict[str, dict[str, Any]]:

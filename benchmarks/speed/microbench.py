@@ -32,6 +32,7 @@ from typing import Any
 
 import torch
 import torch._functorch.config
+import torch._inductor.config
 from torch import Tensor, nn
 
 import asgl_cuda
@@ -50,6 +51,7 @@ from .peers import (
     asgl_loop,
     installed_peers,
     introduced,
+    lif_loop,
     loop,
 )
 from .sizes import LAYOUTS, SWEEPS, Block, Size, description, samples, sweep, usual_sizes
@@ -67,11 +69,11 @@ INTEGER = "I-LIF: "  # the same with integer spikes
 ADAPTIVE = {"adLIF: ": ADLIF, "ALIF: ": ALIF}
 PLAIN_LOOP = "loop"
 SIGMOID = ", sigmoid"  # suffix of a row with that surrogate: the default, a rectangle, costs less than most of peers'
-COMPILED_PEER = "snnTorch"  # compiles in seconds, to the fastest; Norse and sinabs do not compile as one graph
 COMPILED_STEP = "compiled step"  # the loop, with one step compiled
 PAIR = "pair: "  # prefix of blocks that are not fused
 # Beyond this many steps the compiler unrolls for minutes.
 MOST_STEPS_TO_COMPILE = 16
+FEWEST_STEPS = 4  # at which it is measured what recompiles
 # Autograd keeps some fifteen float32 tensors of the reference; the gradients take the rest.
 REFERENCE_BYTES_AN_ELEMENT = 100
 
@@ -90,7 +92,9 @@ class Pair(nn.Sequential):
 
 
 def reset_compiler() -> None:
-    """For one size alone: after another size the compiler would make sizes dynamic."""
+    """For one size alone: after another size the compiler would make sizes dynamic. Nothing is kept on disk."""
+    torch._inductor.config.force_disable_caches = True
+    torch._dynamo.config.cache_size_limit = 64  # layers of several libraries share code
     # Backward is timed alone, and repeated: it must keep its buffers.
     torch._functorch.config.donated_buffer = False
     torch._dynamo.reset()
@@ -133,10 +137,10 @@ def neuron_rows(size: Size, device: torch.device) -> Iterator[Row]:
         yield row_of(f"{PLAIN}asgl_cuda {backend}", layer(backend))
         yield row_of(f"{PLAIN}asgl_cuda {backend}{SIGMOID}", layer(backend, surrogate="sigmoid"))
     yield row_of(f"{PLAIN}{REFERENCE}", layer(REFERENCE))
-    for name, peer in installed_peers("LIF", width).items():
+    for name, peer in {PLAIN_LOOP: lif_loop(width), **installed_peers("LIF", width)}.items():
         yield row_of(f"{PLAIN}{name}", peer.spikes)
-        if name.startswith(COMPILED_PEER):
-            yield from compiled_rows(size, f"{PLAIN}{name}, {COMPILED}", peer.spikes)
+        if size.compiled and size.steps <= MOST_STEPS_TO_COMPILE:
+            yield row_of(f"{PLAIN}{name}, {COMPILED}", peer.compiled().spikes)
     for name, backend in {
         **{f"asgl_cuda {each}": each for each in fused_backends(device)},
         REFERENCE: REFERENCE,
@@ -230,7 +234,7 @@ def check_peers(device: torch.device) -> None:
     compared = {LOOP: Peer(lambda x: asgl_loop(x, width, ANALOG_PROB, mask), noisy)}
     for prefix, options in ADAPTIVE.items():
         compared[f"{prefix}{PLAIN_LOOP}"] = Peer(partial(loop, step=adaptive_step, **options), options)
-    compared |= installed_peers("LIF", width)
+    compared |= {f"{PLAIN}{PLAIN_LOOP}": lif_loop(width), **installed_peers("LIF", width)}
     compared |= {f"ALIF: {name}": peer for name, peer in installed_peers("ALIF", width).items()}
     for name, peer in compared.items():
         neuron = dict(peer.same_neuron)
@@ -263,15 +267,38 @@ def check_blocks(device: torch.device) -> None:
 # ---- measurement ----
 
 
+def first_seconds(row: Row, sample: Sample) -> float:
+    """The seconds of a call for which a row may have to be compiled."""
+    started = time.perf_counter()
+    row.call("both", sample)
+    return time.perf_counter() - started
+
+
+def recompiled(row: Row, size: Size, device: torch.device) -> dict[str, float]:
+    """The seconds of the first call with another batch, with a third batch, and with one step more."""
+    others = {
+        "batch": size._replace(neurons=size.neurons // 2),
+        "third_batch": size._replace(neurons=size.neurons // 4),
+        "steps": size._replace(steps=size.steps + 1),
+    }
+    return {name: first_seconds(row, samples(other, device)[0]) for name, other in others.items()}
+
+
 def measure(size: Size | Block, device: torch.device, repeats: int) -> dict[str, Any]:
-    """Median seconds of all rows, which take turns; of `both` the spread; the bytes that a row keeps for backward."""
+    """Median seconds of all rows, which take turns; of `both` the spread; the bytes that a row keeps for backward.
+
+    Of the first call the seconds, in which some rows compile; of compiled peers at few steps what recompiles.
+    """
     torch.manual_seed(0)
     torch.cuda.empty_cache()  # the memory of the previous size; without effect on a CPU
     inputs = samples(size, device)
     clocks: dict[tuple[str, str], Callable[[], float]] = {}
     kept: dict[str, int | None] = {}
+    first: dict[str, float] = {}
+    compiled: list[Row] = []
     for row in rows_of(size, device):
         try:
+            first[row.name] = first_seconds(row, inputs[0])
             found = {(row.name, part): clock_of(row, part, inputs) for part in PARTS}
             saved = None if row.name in YARDSTICKS else saved_bytes(partial(row.forward, inputs[0]))
         except RuntimeError as error:
@@ -281,11 +308,17 @@ def measure(size: Size | Block, device: torch.device, repeats: int) -> dict[str,
             continue
         clocks |= found
         kept[row.name] = saved
+        if row.name.startswith(PLAIN) and row.name.endswith(COMPILED) and size.steps == FEWEST_STEPS:
+            compiled.append(row)
     times = in_turns(clocks, repeats)
     return {
         **description(size),
         "seconds": {name: {part: times[name, part].median for part in PARTS} for name in kept},
-        "rows": {name: {"spread": times[name, "both"].spread, "saved_bytes": each} for name, each in kept.items()},
+        "rows": {
+            name: {"spread": times[name, "both"].spread, "saved_bytes": each, "first_seconds": first[name]}
+            for name, each in kept.items()
+        },
+        "recompiled": {row.name: recompiled(row, size, device) for row in compiled if isinstance(size, Size)},
     }
 
 

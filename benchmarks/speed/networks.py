@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from importlib.util import find_spec
+from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -12,13 +12,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+import asgl_cuda
 from asgl_cuda import BatchNormLIF, OverTime
 
-from ..learning.recipe.networks import VGG
+from ..learning.recipe.networks import VGG, ResNet
 from .clocks import allocated_bytes, in_turns
 
 CLASSES = 10
-MakeNeuron = Callable[[], nn.Module]
+# Of weights that multiply spikes: about one element in ten is a spike, and each layer fires as often as the one before.
+GAIN = 2.5
+MakeNeuron = Callable[..., nn.Module]  # without arguments; of recurrent layers, with the weights of input and spikes
 
 
 class Network(NamedTuple):
@@ -27,22 +30,41 @@ class Network(NamedTuple):
     make: Callable[[MakeNeuron], nn.Module]
     input_shape: tuple[int, ...]  # [T, B, ...]
     left: int = 0  # normalisations without neurons of their own
-    recurrent: int = 0  # neurons of each layer, if recurrent
+    kind: str = "LIF"  # of the neurons in PEERS
 
 
-def fully_connected(inputs: int, hidden: Sequence[int]) -> Callable[[MakeNeuron], nn.Module]:
-    def make(neuron: MakeNeuron) -> nn.Module:
-        layers: list[nn.Module] = []
-        for pair in pairwise((inputs, *hidden)):
-            layers += [OverTime(nn.Linear(*pair)), neuron()]
-        return nn.Sequential(*layers, OverTime(nn.Linear(hidden[-1], CLASSES)))
+def orthogonal(inputs: int, outputs: int, first: bool) -> Tensor:
+    """A weight `[outputs, inputs]`."""
+    return nn.init.orthogonal_(torch.empty(outputs, inputs), gain=1.0 if first else GAIN)
 
-    return make
+
+def fully_connected(inputs: int, hidden: Sequence[int], make_neuron: MakeNeuron) -> nn.Module:
+    layers: list[nn.Module] = []
+    for pair in pairwise((inputs, *hidden)):
+        linear = nn.Linear(*pair)
+        linear.weight.data = orthogonal(*pair, first=not layers)
+        layers += [OverTime(linear), make_neuron()]
+    return nn.Sequential(*layers, OverTime(nn.Linear(hidden[-1], CLASSES)))
+
+
+def recurrent(inputs: int, hidden: Sequence[int], make_neuron: MakeNeuron) -> nn.Module:
+    """Layers of recurrent neurons, whose own weights are drawn as RecurrentLIF draws them."""
+    weights = []  # drawn first: neurons of some libraries draw numbers of their own
+    for before, count in pairwise((inputs, *hidden)):
+        weight = torch.empty(count, count).uniform_(-(count**-0.5), count**-0.5)
+        weights.append((orthogonal(before, count, first=not weights), weight))
+    last = OverTime(nn.Linear(hidden[-1], CLASSES))
+    return nn.Sequential(*(make_neuron(*each) for each in weights), last)
 
 
 def convolutional(neuron: MakeNeuron) -> nn.Module:
     """VGG-like convolutions with batch normalisation, on images of 32 x 32."""
     return VGG((32, 32, "A", 64, 64, "A", 128, 128, "AA"), 1, 3, CLASSES, neuron)
+
+
+def residual(neuron: MakeNeuron) -> nn.Module:
+    """Three residual blocks on images of 32 x 32."""
+    return ResNet((32, 64, 128), (1, 1, 1), 0, 3, CLASSES, neuron)
 
 
 def vgg(wrap: Callable[[nn.Module], nn.Module] = lambda block: block) -> nn.Module:
@@ -66,16 +88,15 @@ def resnet18(neuron: MakeNeuron) -> nn.Module:
     return model
 
 
-MLP = Network(fully_connected(784, (512,) * 4), (8, 128, 784))
-SPEECH = Network(fully_connected(700, (256,) * 3), (100, 64, 700))  # the frames of a word
+MLP = Network(partial(fully_connected, 784, (512,) * 4), (8, 128, 784))
+SPEECH = Network(partial(fully_connected, 700, (256,) * 3), (100, 64, 700))  # the frames of a word
 NETWORKS = {
     "MLP": MLP,
     "convolutional": Network(convolutional, (4, 32, 3, 32, 32)),
+    "residual": Network(residual, (4, 32, 3, 32, 32), left=2),
     "speech": SPEECH,
-    "recurrent speech": SPEECH._replace(recurrent=256),
+    "recurrent speech": Network(partial(recurrent, 700, (256,) * 3), SPEECH.input_shape, kind="recurrent"),
 }
-if find_spec("spikingjelly") is not None:
-    NETWORKS["ResNet-18"] = Network(resnet18, (4, 8, 3, 64, 64), left=3)
 
 
 class Training:
@@ -91,11 +112,9 @@ class Training:
         self._optimizer = torch.optim.SGD(self.model.parameters(), lr=0.01, momentum=0.9)
 
     def clear(self) -> None:
-        """Frees what the last step left, gradients and SpikingJelly's states: freed inside, it would count as less."""
+        """Frees what the last step left, gradients and states: freed inside, it would count as less."""
         self._optimizer.zero_grad()
-        for layer in self.model.modules():
-            if hasattr(layer, "store_v_seq"):
-                layer.reset()
+        asgl_cuda.reset(self.model)
 
     def loss(self) -> Tensor:
         torch.manual_seed(1)
@@ -108,6 +127,15 @@ class Training:
         loss.backward()
         self._optimizer.step()
         return loss.detach()
+
+    @torch.no_grad()
+    def evaluate(self) -> Tensor:
+        """The scores `[B, classes]` in evaluation."""
+        self.model.eval()
+        asgl_cuda.reset(self.model)
+        scores: Tensor = self.model(self.x_seq).mean(0)
+        self.model.train()
+        return scores
 
     def gradients(self) -> list[Tensor]:
         self.clear()
@@ -122,9 +150,10 @@ class Training:
         _, kept = allocated_bytes(self.loss, self.device)
         return {"peak_bytes": peak, "kept_bytes": kept}
 
-    def seconds(self) -> float:
+    def seconds(self, work: Callable[[Training], Tensor] | None = None) -> float:
+        """The seconds of a step or of other work."""
         started = time.perf_counter()
-        self.step()
+        (work or Training.step)(self)
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - started

@@ -11,6 +11,7 @@ import importlib.metadata
 import math
 from collections.abc import Callable, Iterable
 from functools import partial
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
@@ -30,10 +31,19 @@ Spikes = Callable[[Tensor], Tensor]  # [T, N] to [T, N], of recurrent layers [T,
 class Peer(NamedTuple):
     """Another implementation of a layer."""
 
-    spikes: Spikes
+    layer: Spikes  # from the state of its last call, unless it starts at rest by itself
     same_neuron: dict[str, Any]  # options of lif, adaptive_lif or recurrent_lif for the same spikes
     weights: tuple[Tensor, ...] = ()  # of a recurrent layer: their gradients are computed
     has_input: bool = False  # a recurrent layer that multiplies its input with a weight, too
+    reset: Callable[[], object] = tuple  # outside of the layer, where no compiler has to follow it
+
+    def spikes(self, x_seq: Tensor) -> Tensor:
+        """The layer from rest."""
+        self.reset()
+        return self.layer(x_seq)
+
+    def compiled(self) -> Peer:
+        return self._replace(layer=torch.compile(self.layer))
 
 
 # ---- calls of the libraries ----
@@ -48,18 +58,37 @@ def step_by_step(cell: Callable[..., Any], x_seq: Iterable[Tensor], state: Any =
     return torch.stack(s_seq)
 
 
-def by_spikingjelly(module: Any, x_seq: Tensor) -> Tensor:
+class OverSteps(nn.Module):
+    """A cell over a sequence, a step per call, from the state that `rest` gives."""
+
+    def __init__(self, cell: Callable[..., Any], rest: Callable[[Tensor], Any] = lambda x: None) -> None:
+        super().__init__()
+        self.cell, self._rest = cell, rest
+
+    def forward(self, x_seq: Tensor) -> Tensor:
+        return step_by_step(self.cell, x_seq, self._rest(x_seq[0]))
+
+
+class BatchFirst(nn.Module):
+    """A layer for `[B, T, ...]` in a network for `[T, B, ...]`, or for `[T, N]`."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x_seq: Tensor) -> Tensor:
+        batched = x_seq if x_seq.dim() > 2 else x_seq[:, None]
+        return self.layer(batched.movedim(0, 1)).movedim(1, 0).reshape(x_seq.shape)  # type: ignore[no-any-return]
+
+
+def peer_of_spikingjelly(module: Any, *about: Any) -> Peer:
     from spikingjelly.activation_based import functional
 
-    functional.reset_net(module)
-    return module(x_seq)  # type: ignore[no-any-return]
+    return Peer(module, {}, *about, reset=partial(functional.reset_net, module))
 
 
-def by_sinabs(layer: Any, x_seq: Tensor) -> Tensor:
-    """Batch first."""
-    layer.reset_states()
-    batched = x_seq if x_seq.dim() > 2 else x_seq[:, None]
-    return layer(batched.movedim(0, 1)).movedim(1, 0).reshape(x_seq.shape)  # type: ignore[no-any-return]
+def peer_of_sinabs(layer: Any, same_neuron: dict[str, Any], *about: Any) -> Peer:
+    return Peer(BatchFirst(layer), same_neuron, *about, reset=layer.reset_states)
 
 
 def norse_parameters(kind: Callable[..., Any], like: Tensor, **more: float) -> Any:
@@ -87,7 +116,7 @@ def spikingjelly_node(step_mode: str = "m") -> nn.Module:
 
 
 def spikingjelly(like: Tensor) -> Peer:
-    return Peer(partial(by_spikingjelly, spikingjelly_node()), {})
+    return peer_of_spikingjelly(spikingjelly_node())
 
 
 def snntorch(like: Tensor) -> Peer:
@@ -95,22 +124,22 @@ def snntorch(like: Tensor) -> Peer:
     import snntorch
 
     leaky = snntorch.Leaky(beta=DECAY, threshold=1.0, reset_mechanism="zero").to(like)
-    return Peer(lambda x_seq: step_by_step(leaky, x_seq, leaky.reset_mem()), {"strict_threshold": True})
+    return Peer(OverSteps(leaky, torch.zeros_like), {"strict_threshold": True})
 
 
 def norse(like: Tensor) -> Peer:
-    """LIFBoxCell, a step a call."""
+    """LIFBoxCell, a step a call; its potentials are smaller by 1 - DECAY, and so is its threshold."""
     from norse.torch import LIFBoxCell, LIFBoxParameters
 
-    cell = LIFBoxCell(norse_parameters(LIFBoxParameters, like), dt=NORSE_STEP)
-    return Peer(partial(step_by_step, cell), {"strict_threshold": True, "input_gain": 1 - DECAY})
+    cell = LIFBoxCell(norse_parameters(LIFBoxParameters, like, v_th=1 - DECAY), dt=NORSE_STEP)
+    return Peer(OverSteps(cell), {"strict_threshold": True})
 
 
 def sinabs(like: Tensor) -> Peer:
     """LIF over the sequence."""
     from sinabs import layers
 
-    return Peer(partial(by_sinabs, layers.LIF(**sinabs_neuron()).to(like)), {})
+    return peer_of_sinabs(layers.LIF(**sinabs_neuron()).to(like), {})
 
 
 def norse_alif(like: Tensor) -> Peer:
@@ -136,37 +165,32 @@ def sinabs_alif(like: Tensor) -> Peer:
 
     neuron = {name: value for name, value in sinabs_neuron().items() if name != "spike_fn"}
     adaptation = {"tau_adapt": -1 / math.log(ADAPT_DECAY), "adapt_scale": ADAPT_SPIKE / (1 - ADAPT_DECAY)}
-    return Peer(partial(by_sinabs, layers.ALIF(**neuron, **adaptation).to(like)), ALIF)
+    return peer_of_sinabs(layers.ALIF(**neuron, **adaptation).to(like), ALIF)
 
 
 # ---- recurrent layers, by their weight and that of the input ----
 
 
-class RLeaky(nn.Module):
-    """snnTorch's, a step a call."""
-
-    def __init__(self, count: int) -> None:
-        super().__init__()
-        import snntorch
-
-        self.leaky = snntorch.RLeaky(beta=DECAY, linear_features=count)
-
-    def forward(self, x_seq: Tensor) -> Tensor:
-        def cell(x: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-            s, v = self.leaky(x, *state)
-            return s, (s, v)
-
-        return step_by_step(cell, x_seq, (torch.zeros_like(x_seq[0]),) * 2)
+def zeros(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Two states at rest."""
+    return torch.zeros_like(x), torch.zeros_like(x)
 
 
 def snntorch_recurrent(weight: Tensor, input_weight: Tensor) -> Peer:
-    """RLeaky; by default it subtracts at the next step, after the decay."""
-    leaky = RLeaky(len(weight)).to(weight)
+    """RLeaky, a step a call; by default it subtracts at the next step, after the decay."""
+    import snntorch
+
+    leaky = snntorch.RLeaky(beta=DECAY, linear_features=len(weight)).to(weight)
     with torch.no_grad():
-        leaky.leaky.recurrent.weight.copy_(weight)
-        leaky.leaky.recurrent.bias.zero_()
+        leaky.recurrent.weight.copy_(weight)
+        leaky.recurrent.bias.zero_()
+
+    def cell(x: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        s, v = leaky(x, *state)
+        return s, (s, v)
+
     subtracts = {"v_reset": None, "reset_amount": 1 / DECAY, "strict_threshold": True}
-    return Peer(leaky, subtracts, tuple(leaky.leaky.recurrent.parameters()))
+    return Peer(OverSteps(cell, zeros), subtracts, tuple(leaky.recurrent.parameters()))
 
 
 def sinabs_recurrent(weight: Tensor, input_weight: Tensor) -> Peer:
@@ -176,7 +200,7 @@ def sinabs_recurrent(weight: Tensor, input_weight: Tensor) -> Peer:
     connections = nn.Linear(*weight.shape, bias=False).to(weight)
     connections.weight.data.copy_(weight)
     layer = layers.LIFRecurrent(rec_connect=connections, **sinabs_neuron()).to(weight)
-    return Peer(partial(by_sinabs, layer), {}, (connections.weight,))
+    return peer_of_sinabs(layer, {}, (connections.weight,))
 
 
 def norse_recurrent(weight: Tensor, input_weight: Tensor) -> Peer:
@@ -193,14 +217,30 @@ def norse_recurrent(weight: Tensor, input_weight: Tensor) -> Peer:
 
 
 def spikingjelly_recurrent(weight: Tensor, input_weight: Tensor) -> Peer:
-    """LIFNode in a LinearRecurrentContainer, which multiplies input and spikes with one weight."""
+    """LIFNode in a LinearRecurrentContainer, which multiplies input and spikes with one weight.
+
+    The container has as many inputs as neurons: for another number it follows the product of the input.
+    """
     from spikingjelly.activation_based import layer
 
-    node, count = spikingjelly_node("s"), len(weight)
+    node, count, has_input = spikingjelly_node("s"), len(weight), input_weight.shape == weight.shape
     container = layer.LinearRecurrentContainer(node, count, count, bias=False, step_mode="m").to(weight)
     with torch.no_grad():
-        container.rc.weight.copy_(torch.cat([input_weight, weight], 1))
-    return Peer(partial(by_spikingjelly, container), {}, (container.rc.weight,), has_input=True)
+        container.rc.weight.copy_(torch.cat([input_weight if has_input else torch.eye(count).to(weight), weight], 1))
+    return peer_of_spikingjelly(container, (container.rc.weight,), has_input)
+
+
+class Recurrent(nn.Module):
+    """A peer's recurrent layer, after a product of the whole sequence where it has no weight of the input."""
+
+    def __init__(self, peer: Peer, input_weight: Tensor) -> None:
+        super().__init__()
+        self.layer, self._reset, self.weights = peer.layer, peer.reset, nn.ParameterList(peer.weights)
+        self.input_weight = None if peer.has_input else nn.Parameter(input_weight)
+
+    def forward(self, x_seq: Tensor) -> Tensor:
+        self._reset()
+        return self.layer(x_seq if self.input_weight is None else nn.functional.linear(x_seq, self.input_weight))
 
 
 PEERS: dict[str, dict[str, Callable[..., Peer]]] = {
@@ -213,15 +253,12 @@ PEERS: dict[str, dict[str, Callable[..., Peer]]] = {
 }  # fmt: skip
 
 
-def installed_peers(kind: str, *arguments: Tensor) -> dict[str, Peer]:
-    """The peers of a kind that are installed, by name and version."""
+def installed(kind: str) -> dict[str, Callable[..., Peer]]:
+    """What makes the peers of a kind that are installed, by name and version."""
     found = {}
     for name, make in PEERS[kind].items():
-        try:
-            peer = make(*arguments)
-        except ImportError:
-            continue
-        found[f"{name} {importlib.metadata.version(name.lower())}"] = peer
+        if find_spec(name.lower()) is not None:
+            found[f"{name} {importlib.metadata.version(name.lower())}"] = make
     return found
 
 
@@ -232,6 +269,10 @@ def spikingjelly_implementation(device: torch.device) -> str | None:
     except ImportError:
         return None
     return str(neuron_implementation("lif", device)["implementation"])
+
+
+def installed_peers(kind: str, *arguments: Tensor) -> dict[str, Peer]:
+    return {name: make(*arguments) for name, make in installed(kind).items()}
 
 
 def introduced(device: torch.device, words: str) -> dict[str, Any]:
@@ -269,6 +310,18 @@ def asgl_loop(x_seq: Tensor, width: Tensor, analog_prob: float, mask: Tensor | N
     return torch.stack(s_seq)
 
 
+def lif_step(x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """One step of the loop that docs/design/equations.md prints, without noise: spike and potential."""
+    h = DECAY * v + x
+    a, z = smoothed(h - 1.0)
+    s = a + (z - a).detach()
+    return s, h * (1 - s)
+
+
+def lif_loop(like: Tensor) -> Peer:
+    return Peer(OverSteps(lif_step, torch.zeros_like), {})
+
+
 def adaptive_step(
     x: Tensor,
     state: tuple[Tensor, Tensor],
@@ -296,6 +349,11 @@ def recurrent_step(x: Tensor, state: tuple[Tensor, Tensor], weight: Tensor) -> t
     return s, (s, h * (1 - s))
 
 
+def recurrent_loop(weight: Tensor, input_weight: Tensor) -> Peer:
+    parameter = nn.Parameter(weight)
+    return Peer(OverSteps(partial(recurrent_step, weight=parameter), zeros), {}, (parameter,))
+
+
 def loop(x_seq: Tensor, step: Callable[..., Any], **options: Any) -> Tensor:
     """Adaptive or recurrent neurons over the steps."""
-    return step_by_step(partial(step, **options), x_seq, (torch.zeros_like(x_seq[0]),) * 2)
+    return step_by_step(partial(step, **options), x_seq, zeros(x_seq[0]))

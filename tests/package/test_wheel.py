@@ -116,7 +116,7 @@ def test_readme_says_how(tmp_path):
     pip = python.with_name("pip")
     pip.write_text(f'#!/bin/sh\nexec {sys.executable} -m pip --python {python} "$@"\n')
     pip.chmod(0o755)
-    _, install, info = README.split("## Install\n")[1].split("```sh\n")[1].split("```")[0].splitlines()
+    *_, install, info = README.split("## Install\n")[1].split("```sh\n")[1].split("```")[0].splitlines()
     # Leave other installations untouched.
     offline = {"PIP_NO_INDEX": "1", "PIP_NO_DEPS": "1", "PIP_IGNORE_INSTALLED": "1"}
     path = os.pathsep.join([str(python.parent), os.environ["PATH"]])
