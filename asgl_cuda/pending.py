@@ -268,6 +268,7 @@ class Pending:
         is_constant = type(other) in (int, float) and math.isfinite(other) and not more
         if not is_constant or self.is_known() or self.residual is not None:
             return self._of_value(name)(tensor_of(other, name), **more)
+        self.check()
         views = (*self.views, (name, (other,), {}))
         made = self._behind(Pending(self.call, self.source, self.channel, self.x, None, views, self.watched))
         made.factor *= other

@@ -12,7 +12,7 @@ from torch.utils import _pytree
 
 from .checks import check_int, check_step
 from .interop.convert import libraries
-from .interop.converted import Streamed
+from .interop.converted import Converted, Streamed
 from .interop.nir.neurons import Delay
 from .layer import NeuronLayer, check_module
 from .over_time import OverTime
@@ -55,6 +55,7 @@ def _takers(model: nn.Module) -> Iterator[_Taker]:
             raise RuntimeError(f"{_CALLER}: {name} can't take a step at a time: {answer}")
         if answer is not None:
             yield _Taker(name, module, answer, inside, compiled)
+        compiled = compiled or isinstance(module, Converted)  # which does not call what is inside
         inside = inside or answer is not None or isinstance(module, OverTime)  # has no dimension of time inside
         children = [(each, child) for each, child in module._modules.items() if child is not None]
         left += [(child, f"{path}.{each}" if path else each, inside, compiled) for each, child in reversed(children)]
