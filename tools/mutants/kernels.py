@@ -48,7 +48,7 @@ NO_BARRIER_OF_CHANNELS = channels("static_cast<int>(tiles.width)]);\n    @", BAR
 RNG_STATE = params(
     "if (@) return *this;",
     "analog_below <= kAlwaysAnalog",
-    "(rng_state != nullptr && rng_state[2] == -1) || analog_below <= kAlwaysAnalog",
+    "(rng_state != nullptr && rng_state[2] == -2) || analog_below <= kAlwaysAnalog",
 )
 DEAD_LANES = kernels("if (has_grad_last) Access<kLanes>::load(params.grad_v_last + @, dv)", "index.read_n", "index.n")
 DEAD_LANES_OF_ADAPTIVE = adaptive_kernels("load_pair(params.grad_v_last, @, neurons", "index.read_n", "index.n")
@@ -76,7 +76,6 @@ BEYOND_AN_ARRAY = {
             ),
             "the noise's third number": RNG_STATE,
             "slots beyond the last of several": sums("if (@) totals[k] +=", "element < count", "true"),
-            "totals beyond the block's": sums("if (@) totals[thread] +=", "thread < half", "true"),
         },
         "adaptive": {
             "grad_v_last beyond the last neuron": DEAD_LANES_OF_ADAPTIVE,
@@ -97,7 +96,6 @@ BEYOND_AN_ARRAY = {
         "normalisation": {
             "gradients beyond the last row": BEYOND_LAST_ROW,
             "x beyond the last row": channels("if (@) Access<kLanes>::load(params.x_seq", "k < left", "true"),
-            "moments beyond the block's": channels("if (@) moments[thread] = join", "thread < half", "true"),
         },
     },
     "cpu": {
@@ -115,6 +113,7 @@ BEYOND_AN_ARRAY = {
                                                        "kPanel<Real>"),
             "sums beyond the last column": products("&sums[i], @);\n    for", "width", "kColumns"),
             "spikes beyond the last neuron": recurrent("i < @; ++i) spikes[", "width", "kProductRows"),
+            "spikes beyond the last vector": products("i + @ <= length", "8", "1"),
             "one more element of the weight": recurrent("all_finite(params.weight, @)))",
                                                         "params.neurons * params.neurons",
                                                         "params.neurons * params.neurons + 1"),

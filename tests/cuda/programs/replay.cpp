@@ -3,6 +3,8 @@
 // calls, for an emulation in which every CUDA thread is an OS thread.
 #if defined(ASGL_TEST_CPU)
 #include "cpu/kernels.h"
+#include "cpu/philox_simd.h"
+#include "cpu/product.h"
 #else
 #include "cuda/compiled.cuh"
 #endif
@@ -292,6 +294,106 @@ bool are_errors_their_own() {
   return true;
 }
 
+#if defined(ASGL_TEST_CPU)
+// Calls f() with a loop's clone for each instruction set that the processor has, the vectors as its argument in bytes.
+template <class F>
+void for_each_vector(const F& f) {
+  f(std::integral_constant<int, 16>{});
+#if defined(__x86_64__)
+  if (cpu::best_instruction_set() >= cpu::InstructionSet::kAvx2 && __builtin_cpu_supports("fma")) {
+    f(std::integral_constant<int, 32>{});
+  }
+  if (cpu::best_instruction_set() == cpu::InstructionSet::kAvx512) f(std::integral_constant<int, 64>{});
+#endif
+}
+
+template <class Loop, int kBytes>
+void run_clone(const typename Loop::Args& args) {
+#if defined(__x86_64__)
+  if constexpr (kBytes == 64) return cpu::run_avx512<Loop>(args);
+  if constexpr (kBytes == 32 && std::is_same_v<Loop, cpu::NoiseLoop>) return cpu::run_avx2<Loop>(args);
+  if constexpr (kBytes == 32) return cpu::run_fma<Loop>(args);
+#endif
+  cpu::run_baseline<Loop>(args);
+}
+
+// Products of small whole numbers, most of them zeros, in arrays of just their size.
+template <class Real>
+bool is_product_right(int64 rows, int64 depth, int64 columns, bool transposed) {
+  std::vector<Real> a(rows * depth), b(depth * columns), panels(cpu::panels_size<Real>(depth, columns));
+  for (int64 i = 0; i < rows * depth; ++i) a[i] = i % 3 == 0 ? Real(i % 5) : Real(0);
+  for (int64 i = 0; i < depth * columns; ++i) b[i] = Real(i % 7 - 3);
+  const int64 row_stride = transposed ? 1 : columns, column_stride = transposed ? depth : 1;
+  cpu::fill_panels(b.data(), row_stride, column_stride, depth, columns, panels.data());
+  bool right = true;
+  const auto is_right = [&](const std::vector<Real>& out) {
+    for (int64 i = 0; i < rows; ++i) {
+      for (int64 j = 0; j < columns; ++j) {
+        Real sum = 1;  // the products add to ones
+        for (int64 k = 0; k < depth; ++k) sum += a[i * depth + k] * b[k * row_stride + j * column_stride];
+        right = right && out[i * columns + j] == sum;
+      }
+    }
+  };
+  for_each_vector([&](auto bytes) {
+    std::vector<Real> out(rows * columns, Real(1));
+    run_clone<cpu::DenseProductLoop<Real, bytes()>, bytes()>(
+        {a.data(), depth, rows, depth, columns, panels.data(), /*accumulate=*/true, out.data()});
+    is_right(out);
+    std::vector<Real> gathered(rows * columns, Real(1));
+    for (int64 i = 0; i < rows; ++i) {
+      const std::vector<Real> row(a.begin() + i * depth, a.begin() + (i + 1) * depth);
+      std::vector<int32_t> indices(depth);
+      int64 count = cpu::list_nonzero_after(0, row.data(), depth, indices.data(), 0);
+#if defined(__x86_64__)
+      if (bytes() > 16) count = cpu::list_nonzero_avx2(row.data(), depth, indices.data());
+#endif
+      run_clone<cpu::GatheredProductLoop<Real, bytes()>, bytes()>(
+          {{row.data(), depth, 1, depth, columns, panels.data(), /*accumulate=*/true, &gathered[i * columns]},
+           indices.data(),
+           count});
+    }
+    is_right(gathered);
+  });
+  return right;
+}
+
+// Stores are whole vectors, for a multiple of kNoiseGroups.
+bool is_noise_right(int64 groups) {
+  const NoiseKey key = {1, 2, 3};
+  bool right = true;
+  for_each_vector([&](auto bytes) {
+    const int64 room = (groups + cpu::kNoiseGroups - 1) / cpu::kNoiseGroups * cpu::kNoiseGroups;
+    std::vector<uint64> even(room), odd(room);
+    run_clone<cpu::NoiseLoop, bytes()>({key, uint64{1} << 32, groups, 700, even.data(), odd.data()});
+    for (int64 i = 0; i < groups; ++i) {
+      const NoiseBlock block = noise_block((uint64{1} << 32) + static_cast<uint64>(i), 700, key);
+      right = right && even[i] == block.draws[0] && odd[i] == block.draws[1];
+    }
+  });
+  return right;
+}
+#endif
+
+// The loops written for vectors, of which recorded calls run those of the smallest.
+bool are_vectors_right() {
+  bool right = true;
+#if defined(ASGL_TEST_CPU)
+  for (const int64 groups : {1, 32, 33, 100}) right = right && is_noise_right(groups);
+  for (const int64 rows : {1, 6, 16}) {
+    for (const int64 depth : {1, 7, 8, 9, 33}) {
+      for (const int64 columns : {1, 15, 33, 130}) {
+        for (const bool transposed : {false, true}) {
+          right = right && is_product_right<float>(rows, depth, columns, transposed) &&
+                  is_product_right<double>(rows, depth, columns, transposed);
+        }
+      }
+    }
+  }
+#endif
+  return right;
+}
+
 std::string replay_one(const Header& header, const char* params) {
   std::string found = "no such kernel";
   asgl_recording::with_params(header.kernel, [&]<class Params>() {
@@ -320,7 +422,8 @@ int main(int argc, char** argv) {
   for (const auto& [holds, what] : {std::pair{is_analog_below_resolved(), "a wrong share of analog elements"},
                                     {are_large_sizes_planned(), "large sizes"},
                                     {are_keys_different(), "kernels of the same key"},
-                                    {are_errors_their_own(), "errors"}}) {
+                                    {are_errors_their_own(), "errors"},
+                                    {are_vectors_right(), "products and noise of vectors"}}) {
     if (!holds) failures.push_back(what);
   }
   const bool small = argc > 1 && std::string(argv[1]) == "small";
