@@ -7,6 +7,8 @@ Layers:
     RecurrentLIF            LIF neurons whose spikes come back through a weight: RLIF
     LeakyIntegrator         neurons that do not fire: a synaptic current, or a read-out
     OverTime                a layer without time, over a sequence
+    SpikeLinear, SpikeConv1d, SpikeConv2d
+                            torch's layers for inputs that are mostly zero
 
 Functions:
     lif, LIFOutput          LIF as a function
@@ -17,6 +19,8 @@ Functions:
                             RecurrentLIF as a function
     leaky_integrator, IntegratorOutput
                             LeakyIntegrator as a function
+    spike_linear, spike_conv2d
+                            SpikeLinear and SpikeConv2d as functions
     analog_mask             mask of analog elements
     unroll_levels           integer spikes as binary ones
 
@@ -68,6 +72,7 @@ from .neuron import LIF, BatchNormLIF
 from .over_time import OverTime
 from .recompute import recompute_spikes
 from .recurrent import RecurrentLIF, RecurrentLIFOutput, recurrent_lif
+from .spikes import SpikeConv1d, SpikeConv2d, SpikeLinear, spike_conv2d, spike_linear
 from .streaming import step
 from .training.calibration import calibrate
 from .training.groups import parameter_groups
@@ -88,6 +93,9 @@ __all__ = [
     "OverTime",
     "RecurrentLIF",
     "RecurrentLIFOutput",
+    "SpikeConv1d",
+    "SpikeConv2d",
+    "SpikeLinear",
     "__version__",
     "adaptive_lif",
     "analog_mask",
@@ -108,6 +116,8 @@ __all__ = [
     "recurrent_lif",
     "reset",
     "revert",
+    "spike_conv2d",
+    "spike_linear",
     "spiking_eval",
     "step",
     "to_nir",
