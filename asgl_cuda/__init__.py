@@ -45,6 +45,10 @@ Models of other libraries:
     to_nir, from_nir        the exchange format NIR
     interop                 one module for each library
 
+Spike layers:
+    to_spike_layers, from_spike_layers
+                            torch's layers with sparse inputs as SpikeLinear and so on, and back
+
 Backends:
     available_backends, unavailable_backends
                             the working ones, and why others do not work
@@ -73,6 +77,7 @@ from .over_time import OverTime
 from .recompute import recompute_spikes
 from .recurrent import RecurrentLIF, RecurrentLIFOutput, recurrent_lif
 from .spikes import SpikeConv1d, SpikeConv2d, SpikeLinear, spike_conv2d, spike_linear
+from .spikes.conversion import from_spike_layers, to_spike_layers
 from .streaming import step
 from .training.calibration import calibrate
 from .training.groups import parameter_groups
@@ -107,6 +112,7 @@ __all__ = [
     "convert_sync_batchnorm",
     "detach",
     "from_nir",
+    "from_spike_layers",
     "fuse",
     "leaky_integrator",
     "lif",
@@ -121,6 +127,7 @@ __all__ = [
     "spiking_eval",
     "step",
     "to_nir",
+    "to_spike_layers",
     "unavailable_backends",
     "unfuse",
     "unroll_levels",

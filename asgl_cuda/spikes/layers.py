@@ -113,12 +113,14 @@ class SpikeLinear(_SpikeLayer, nn.Linear):
 class _SpikeConv(_SpikeLayer):
     """What the convolutions share."""
 
-    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
+        """The convolution of `input`, `[N, in_channels, ...]` or `[in_channels, ...]`, with the weight."""
         layer: Any = self
+        weight, bias = layer.weight, layer.bias
         caller = f"asgl_cuda.{type(self).__name__}"
         x = tensor_of(input, caller)
         if layer.groups != 1 or any(each != 1 for each in layer.dilation) or not has_kernel(x, weight, caller):
-            return super()._conv_forward(x, weight, bias)  # type: ignore[misc,no-any-return]
+            return layer._conv_forward(x, weight, bias)  # type: ignore[no-any-return]
         padding = layer.padding
         if layer.padding_mode != "zeros":
             x = functional.pad(x, layer._reversed_padding_repeated_twice, mode=layer.padding_mode)
