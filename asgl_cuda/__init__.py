@@ -7,6 +7,8 @@ Layers:
     RecurrentLIF            LIF neurons whose spikes come back through a weight: RLIF
     LeakyIntegrator         neurons that do not fire: a synaptic current, or a read-out
     OverTime                a layer without time, over a sequence
+    SpikeLinear, SpikeConv1d, SpikeConv2d
+                            torch's layers for inputs that are mostly zero
 
 Functions:
     lif, LIFOutput          LIF as a function
@@ -17,6 +19,8 @@ Functions:
                             RecurrentLIF as a function
     leaky_integrator, IntegratorOutput
                             LeakyIntegrator as a function
+    spike_linear, spike_conv2d
+                            SpikeLinear and SpikeConv2d as functions
     analog_mask             mask of analog elements
     unroll_levels           integer spikes as binary ones
 
@@ -40,6 +44,10 @@ Models of other libraries:
     fuse, unfuse            normalisations with the neurons behind them, and back
     to_nir, from_nir        the exchange format NIR
     interop                 one module for each library
+
+Spike layers:
+    to_spike_layers, from_spike_layers
+                            torch's layers with sparse inputs as SpikeLinear and so on, and back
 
 Backends:
     available_backends, unavailable_backends
@@ -68,6 +76,8 @@ from .neuron import LIF, BatchNormLIF
 from .over_time import OverTime
 from .recompute import recompute_spikes
 from .recurrent import RecurrentLIF, RecurrentLIFOutput, recurrent_lif
+from .spikes import SpikeConv1d, SpikeConv2d, SpikeLinear, spike_conv2d, spike_linear
+from .spikes.conversion import from_spike_layers, to_spike_layers
 from .streaming import step
 from .training.calibration import calibrate
 from .training.groups import parameter_groups
@@ -88,6 +98,9 @@ __all__ = [
     "OverTime",
     "RecurrentLIF",
     "RecurrentLIFOutput",
+    "SpikeConv1d",
+    "SpikeConv2d",
+    "SpikeLinear",
     "__version__",
     "adaptive_lif",
     "analog_mask",
@@ -99,6 +112,7 @@ __all__ = [
     "convert_sync_batchnorm",
     "detach",
     "from_nir",
+    "from_spike_layers",
     "fuse",
     "leaky_integrator",
     "lif",
@@ -108,9 +122,12 @@ __all__ = [
     "recurrent_lif",
     "reset",
     "revert",
+    "spike_conv2d",
+    "spike_linear",
     "spiking_eval",
     "step",
     "to_nir",
+    "to_spike_layers",
     "unavailable_backends",
     "unfuse",
     "unroll_levels",

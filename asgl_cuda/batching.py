@@ -33,6 +33,8 @@ def batching_rules(library: Any) -> dict[str, Rule]:
         **{name: partial(_together, getattr(library, name).default) for name in names},
         "recurrent_forward": partial(_one_by_one, library.recurrent_forward.default, time_dim=0),
         "recurrent_backward": partial(_one_by_one, library.recurrent_backward.default, time_dim=0),
+        "spike_product": partial(_rows_together, library.spike_product.default),
+        "spike_gradient": partial(_one_by_one, library.spike_gradient.default, time_dim=0),
         "batch_norm_coefficients": partial(_one_by_one, library.batch_norm_coefficients.default),
         "batch_norm_backward": partial(_one_by_one, partial(_write_back, library.batch_norm_backward.default)),
     }
@@ -98,6 +100,18 @@ def _together(operator: Any, info: Any, in_dims: tuple[Any, ...], *arguments: An
             results[-1] = torch.cat([each.flatten(1), zeros], 1)
     of_state = int(wants_x_seq) if wants_state and rules.members() > 1 else -1
     return results, [int(index == of_state) for index in range(len(results))]
+
+
+def _rows_together(operator: Any, info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
+    """One call if x alone is mapped: each row of a product, or image of a convolution, is computed alone anyway."""
+    dim, *others = pytree.tree_leaves(in_dims, is_leaf=lambda each: each is None)
+    x, weight, *given = arguments
+    if dim is None or any(each is not None for each in others):
+        return _one_by_one(operator, info, in_dims, *arguments, time_dim=0)
+    x = x.movedim(dim, 0)
+    if weight.dim() == 2:
+        return operator(x, weight, *given), 0
+    return operator(x.flatten(0, 1), weight, *given).unflatten(0, x.shape[:2]), 0
 
 
 def _shape_of_one(value: Tensor, dim: int | None) -> list[int]:

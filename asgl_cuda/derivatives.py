@@ -49,6 +49,8 @@ def at_autograd(operator: Any, name: str) -> Callable[..., Any]:
 
 def _without_derivative(operator: Any, below: Callable[..., Any], *arguments: Any) -> Any:
     results = below(*arguments)
+    if isinstance(results, Tensor):
+        return once_differentiable((results,), tensors_in(arguments), apply_here)[0]
     return type(results)(once_differentiable(results, tensors_in(arguments), apply_here))
 
 

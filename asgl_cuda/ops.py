@@ -19,6 +19,10 @@ recurrent_backward the wanted gradients of x_seq (in that type, too), weight, pa
 i_seq is for the gradient of syn_decay; w_seq, w before each step, for that of adapt_decay, and where w is not in the
 current.
 
+spike_product, on the CPU alone, is torch's linear, conv1d or conv2d, for a weight of 2, 3 or 4 dimensions, as a sum
+over the elements of x that are not zero. `panels` is a copy of the weight in the kernel's order, or None.
+spike_gradient is the gradient of a weight with the sizes `weight`.
+
 batch_norm_coefficients returns `coefficients`, [4, C, 1, ...], which broadcast against x_seq: input_mean, input_gain
 and input_bias of the neuron, and the unbiased variance; and `total`, [C, 3] in float64: count, mean and biased
 variance of each channel. Sources are mean and variance if given, else `statistics`, the totals of all processes,
@@ -40,6 +44,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._functorch import config as functorch_config
+from torch._prims_common import suggest_memory_format
 
 from .batching import batching_rules
 from .derivatives import at_autograd, tensors_in
@@ -151,6 +156,31 @@ def _fake_recurrent_backward(*arguments: Any) -> BackwardResult:
     return [h_seq.new_empty(shape) for shape, asked in zip(shapes, wanted, strict=True) if asked]
 
 
+def _in_layout(like: Sequence[Tensor], sizes: Sequence[Any]) -> Tensor:
+    """Channels last if a tensor is, as torch's convolutions."""
+    formats = [suggest_memory_format(each) for each in like if each.dim() == 4]
+    last = torch.channels_last if torch.channels_last in formats else torch.contiguous_format
+    return torch.empty(sizes, dtype=like[0].dtype, device=like[0].device, memory_format=last)
+
+
+def _fake_spike_product(
+    x: Tensor, weight: Tensor, bias: Any, panels: Any, stride: Sequence[int], padding: Sequence[int]
+) -> Tensor:
+    if weight.dim() == 2:
+        return x.new_empty((*x.shape[:-1], weight.shape[0]))
+    windows = zip(x.shape[2:], weight.shape[2:], stride, padding, strict=True)
+    sizes = [(size + 2 * pad - kernel) // step + 1 for size, kernel, step, pad in windows]
+    return _in_layout((x, weight), (x.shape[0], weight.shape[0], *sizes))
+
+
+def _fake_spike_gradient(grad: Tensor, x: Tensor, weight: Sequence[int], *others: Any) -> Tensor:
+    *_, channels_last = others
+    return torch.empty(
+        weight, dtype=x.dtype, device=x.device,
+        memory_format=torch.channels_last if channels_last and len(weight) == 4 else torch.contiguous_format,
+    )  # fmt: skip
+
+
 def _fake_batch_norm_coefficients(x_seq: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     *_, time_dim = others
     channel = channel_dim(time_dim)
@@ -192,6 +222,10 @@ _OPERATORS: dict[str, Callable[..., Any]] = {  # schemas and fake implementation
     "Tensor? w_seq, Tensor weight, Tensor parameters, Tensor? v_init, Tensor? s_init, Tensor? i_init, "
     f"Tensor? rng_state, {_CONSTANTS}, bool has_synapse, bool detach_recurrent, bool[] wanted) -> Tensor[]":
         _fake_recurrent_backward,
+    "spike_product(Tensor x, Tensor weight, Tensor? bias, Tensor? panels, int[] stride, int[] padding) -> Tensor":
+        _fake_spike_product,
+    "spike_gradient(Tensor grad, Tensor x, int[] weight, int[] stride, int[] padding, bool channels_last) -> Tensor":
+        _fake_spike_gradient,
     f"batch_norm_coefficients({_COEFFICIENTS}": _fake_batch_norm_coefficients,
     "batch_norm_update(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor(c!)? num_batches_tracked, "
     f"float momentum, {_COEFFICIENTS}": lambda *arguments: _fake_batch_norm_coefficients(*arguments[4:]),

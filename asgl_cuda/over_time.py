@@ -78,7 +78,7 @@ def _sample_of(layer: nn.Module) -> tuple[str, Sequence[str]]:
         layer = next(layer.children())
     sizes: Sequence[str] = ()
     hooked = layer._forward_pre_hooks and not isinstance(layer, nn.modules.lazy.LazyModuleMixin)
-    if hooked or not type(layer).forward.__module__.startswith("torch.nn."):
+    if hooked or not type(layer).forward.__module__.startswith(("torch.nn.", "asgl_cuda.spikes.")):
         return type(layer).__name__, sizes  # may add a dimension itself
     if isinstance(layer, nn.modules.conv._ConvNd):  # would take time and batch for channels
         sizes = f"{layer.in_channels or 'C'}", *("L", "HW", "DHW")[len(layer.kernel_size) - 1]

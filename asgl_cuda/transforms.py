@@ -140,7 +140,7 @@ class _OnceDifferentiable(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> None:
         raise RuntimeError(
             "asgl_cuda: a second derivative was asked for, and the fused backends have only the first; "
-            "backend='reference' has all"
+            "backend='reference' has all, and so have torch's own layers for spike layers"
         )
 
 

@@ -15,6 +15,7 @@
 #include "ops/neuron.h"
 #include "ops/normalisation.h"
 #include "ops/recurrent_steps.h"
+#include "ops/spikes.h"
 
 namespace asgl {
 namespace {
@@ -88,11 +89,15 @@ pybind11::object implement(const std::string& name_space, const std::string& dev
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(asgl_cuda, CPU, m) { implement_all(m, nullptr); }
+TORCH_LIBRARY_IMPL(asgl_cuda, CPU, m) {
+  implement_all(m, nullptr);
+  ops::implement_spikes(m);
+}
 
 TORCH_LIBRARY_IMPL(asgl_cuda, AutogradCPU, m) {
   ops::AtAutograd at_autograd(m);
   implement_all(at_autograd, nullptr);
+  ops::implement_spikes(at_autograd);
 }
 
 #if defined(ASGL_WITH_CUDA)
@@ -117,6 +122,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("implement", &implement);
   ops::DirectCalls calls(m, "asgl_cuda");
   implement_all(calls, nullptr);
+  ops::implement_spikes(calls);
+  m.def("spike_panels", &ops::spike_panels);
+  m.def("pack_spikes", &ops::pack_spikes);
+  m.def("unpack_spikes", &ops::unpack_spikes);
 }
 
 }  // namespace asgl

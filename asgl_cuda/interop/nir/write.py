@@ -17,6 +17,7 @@ from ...layout import real_type
 from ...neuron import LIF, BatchNormLIF, unknown_options
 from ...recurrent import RecurrentLIF
 from ...reference import normalisation
+from ...spikes.layers import SPIKE_LAYERS
 from ..convert import LIBRARIES, convert, copied, libraries
 from ..converted import Converted, bare_class
 from ..fuse import unfuse
@@ -101,7 +102,7 @@ def to_nir(
 
 def _is_leaf(module: nn.Module) -> bool:
     """Whether the module is a layer of torch, asgl_cuda or a library, and no container."""
-    if isinstance(module, (NeuronLayer, Scale, Delay, Converted, _BatchNorm)):
+    if isinstance(module, (NeuronLayer, Scale, Delay, Converted, _BatchNorm, *SPIKE_LAYERS.values())):
         return True
     return type(module).__module__.split(".")[0] in ("torch", *LIBRARIES) and not module._modules
 
@@ -142,7 +143,7 @@ class _Writer(fx.Interpreter):
             Converted: self._converted,
             Scale: lambda layer, flow: {"": self.nir.Scale(self._array(layer.scale, flow))},
             Delay: lambda layer, flow: {"": self._delay(layer.steps, flow)},
-            **dict.fromkeys((nn.Linear, nn.Conv1d, nn.Conv2d), self._weights),
+            **dict.fromkeys((*SPIKE_LAYERS, *SPIKE_LAYERS.values()), self._weights),
             nn.AvgPool2d: self._pool,
             nn.Flatten: self._flatten,
             **dict.fromkeys((_BatchNorm, nn.SyncBatchNorm), self._norm),

@@ -1,0 +1,272 @@
+"""Linear maps and convolutions of spikes, as functions.
+
+The reference of a product is torch's own operator, which also computes what the kernels do not: see `has_kernel`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import has_torch_function
+
+from .. import extension
+from ..backends import choose_backend
+from ..derivatives import DERIVATIVES
+from ..pending import tensor_of
+from ..transforms import (
+    apply,
+    apply_here,
+    in_forward_mode,
+    is_differentiated,
+    once_differentiable,
+    saved_tensors,
+    transforming,
+)
+
+_TYPES = torch.float32, torch.float64
+
+
+class _Operators(NamedTuple):
+    """The operators of asgl_cuda/ops.py for products of spikes."""
+
+    spike_product: Callable[..., Tensor]
+    spike_gradient: Callable[..., Tensor]
+
+
+_operators = _Operators(*(getattr(torch.ops.asgl_cuda, name).default for name in _Operators._fields))
+_direct = (
+    None if extension.module is None else _Operators(*(getattr(extension.module, name) for name in _Operators._fields))
+)
+
+
+def _operators_of(inputs: Sequence[Any]) -> _Operators:
+    """As `backends.operators_of`: compilers, function modes and subclasses of Tensor see torch.ops alone."""
+    if torch.compiler.is_compiling() or _direct is None or has_torch_function(inputs):
+        return _operators
+    return _direct
+
+
+class _Packed(NamedTuple):
+    """Spikes for backward: a bit for each element, and the values of those that are not zero, unless all are 1."""
+
+    bits: Tensor
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+    def unpacked(self) -> Tensor:
+        x = torch.empty_strided(self.shape, self.stride, dtype=self.dtype)
+        extension.module.unpack_spikes(self.bits, x)  # type: ignore[union-attr]
+        return x
+
+
+def _packed(x: Tensor) -> _Packed | None:
+    """None where x itself is to be saved: if that takes no more memory, and where sizes must not depend on values."""
+    if torch.compiler.is_compiling() or transforming() or type(x) is not Tensor or not x.is_cpu:
+        return None
+    bits = extension.module.pack_spikes(x)  # type: ignore[union-attr]
+    return None if bits is None else _Packed(bits, x.shape, x.stride(), x.dtype)
+
+
+class SpikeFunction(torch.autograd.Function):
+    """spike_product as a differentiable function of x, weight and bias.
+
+    Takes an operator, or None for the one that is called directly.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(operator: Any, x: Tensor, weight: Tensor, *others: Any) -> Tensor:
+        if operator is None:
+            operator = _operators_of((x, weight, *others)).spike_product
+        return operator(x, weight, *others)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, x, weight, _, _, ctx.stride, ctx.padding = inputs
+        _, wants_x, wants_weight, *_ = ctx.needs_input_grad
+        ctx.packed = _packed(x) if wants_weight else None
+        if ctx.packed is not None:
+            x, ctx.packed = ctx.packed.bits, ctx.packed._replace(bits=None)
+        ctx.like_x = inputs[1].shape, torch._prims_common.suggest_memory_format(inputs[1])
+        ctx.weight_shape = weight.shape
+        ctx.channels_last = torch._prims_common.suggest_memory_format(weight) is torch.channels_last
+        ctx.save_for_backward(x if wants_weight else None, weight if wants_x else None)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        x, weight = saved_tensors(ctx)
+        saved = x, weight, grad
+        if ctx.packed is not None:
+            x = ctx.packed._replace(bits=x).unpacked()
+        _, wants_x, wants_weight, wants_bias, *_ = ctx.needs_input_grad
+        stride, padding, is_linear = ctx.stride, ctx.padding, len(ctx.weight_shape) == 2
+        grad_x = grad_weight = grad_bias = None
+        if wants_x and is_linear:
+            grad_x = grad @ weight
+        elif wants_x:
+            shape, memory_format = ctx.like_x
+            # Only the sizes and the layout of the input matter.
+            if (like := x) is None:
+                like = torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=memory_format)
+            ones, zeros = [1] * len(stride), [0] * len(stride)
+            grad_x, _, _ = torch.ops.aten.convolution_backward(
+                grad, like, weight, None, stride, padding, ones, False, zeros, 1, [True, False, False]
+            )
+        if wants_weight:
+            gradient = _operators_of((grad, x)).spike_gradient
+            grad_weight = gradient(grad, x, ctx.weight_shape, stride, padding, ctx.channels_last)
+        if wants_bias:
+            grad_bias = grad.flatten(0, -2).sum(0) if is_linear else grad.transpose(0, 1).flatten(1).sum(1)
+        return None, *once_differentiable((grad_x, grad_weight, grad_bias), saved), None, None, None
+
+
+def _differentiated(operator: Any, below: Any, *arguments: Any) -> Tensor:
+    """A bare spike_product with its derivative."""
+    return apply_here(SpikeFunction, below, *arguments)  # type: ignore[no-any-return]
+
+
+DERIVATIVES["spike_product"] = _differentiated
+
+
+def has_kernel(x: Tensor, weight: Tensor, caller: str) -> bool:
+    """Whether kernels compute the product, by the list of non-zeros; else torch's own operator does."""
+    return (
+        x.dtype in _TYPES
+        and x.dtype is weight.dtype
+        and x.device.type == weight.device.type == "cpu"
+        and x.layout is weight.layout is torch.strided
+        and not (x.is_nested or in_forward_mode() or torch.is_autocast_enabled("cpu"))
+        and choose_backend(None, x.device, caller) == "cpu"
+    )
+
+
+def product(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    panels: Tensor | None,
+    stride: Sequence[int] = (),
+    padding: Sequence[int] = (),
+    caller: str = "",
+) -> Tensor:
+    """The result of the kernels: of linear, or of a convolution as `weight` has dimensions."""
+    arguments = x, weight, bias, panels, list(stride), list(padding)
+    run = partial(apply, SpikeFunction) if is_differentiated((x, weight, bias), caller) else SpikeFunction.forward
+    return run(None, *arguments)
+
+
+def convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    panels: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int] | str,
+    caller: str,
+) -> Tensor:
+    """A convolution on the kernels, of a batch or of one sample."""
+    channels, dims = weight.shape[1], weight.dim()
+    if x.dim() not in (dims - 1, dims) or x.shape[1 - dims] != channels:
+        sizes = ", ".join(("L",) if dims == 3 else ("H", "W"))
+        raise ValueError(
+            f"{caller}: the input must have shape [N, {channels}, {sizes}] or [{channels}, {sizes}], got "
+            f"{list(x.shape)}"
+        )
+    if isinstance(padding, str):
+        both = [size - 1 if padding == "same" else 0 for size in weight.shape[2:]]  # sides together
+        padding = [each // 2 for each in both]
+        x = functional.pad(x, [pad for each in reversed(both) for pad in (0, each % 2)])
+    if x.dim() == dims:
+        return product(x, weight, bias, panels, stride, padding, caller)
+    return product(x.unsqueeze(0), weight, bias, panels, stride, padding, caller).squeeze(0)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, panels: Tensor | None, caller: str) -> Tensor:
+    """A linear map on the kernels."""
+    if x.dim() == 0 or x.shape[-1] != weight.shape[-1]:
+        raise ValueError(f"{caller}: the input must have shape [..., {weight.shape[-1]}], got {list(x.shape)}")
+    return product(x, weight, bias, panels, caller=caller)
+
+
+def spike_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`torch.nn.functional.linear` for inputs that are mostly zero, such as spikes: time is that of the non-zeros.
+
+    Args:
+        input: `[..., in_features]`. Any values: those that are not 1 are multiplied, and NaN and infinity are summed.
+        weight: `[out_features, in_features]`.
+        bias: `[out_features]`.
+
+    On the CPU in float32 and float64 the sum of each output runs over the non-zero inputs in their order, from the bias
+    on, by fused multiply-add where the processor has it. An output therefore has the same bits alone and in a batch,
+    for any number of threads and, with AVX2 or AVX-512, on any processor. A weight that is not finite has no effect
+    where its input is zero; in torch's product it gives NaN.
+
+    Other types, devices and layouts, autocast and forward-mode differentiation: `torch.nn.functional.linear`.
+
+    For backward a bit per element is saved instead of the input, and the non-zero values if one is not 1.
+
+    Returns:
+        `[..., out_features]`, differentiable once with respect to all arguments.
+
+    Raises:
+        ValueError: sizes do not fit.
+
+    Example::
+
+        spikes = (torch.rand(100, 32, 512) < 0.1).float()  # [T, B, N]
+        weight = torch.randn(256, 512, requires_grad=True)
+        current = asgl_cuda.spike_linear(spikes, weight)  # [T, B, 256]
+        current.sum().backward()
+    """
+    caller = "asgl_cuda.spike_linear"
+    x = tensor_of(input, caller)
+    if has_kernel(x, weight, caller) and weight.dim() == 2:
+        return linear(x, weight, bias, None, caller)
+    return functional.linear(x, weight, bias)
+
+
+def spike_conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] | str = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+) -> Tensor:
+    """`torch.nn.functional.conv2d` for inputs that are mostly zero, such as spikes: time is that of the non-zeros.
+
+    Args:
+        input: `[N, C, H, W]` or `[C, H, W]`, any values as in `spike_linear`. channels_last is fastest.
+        weight: `[out_channels, C, kernel_height, kernel_width]`.
+        bias: `[out_channels]`.
+        stride, padding, dilation, groups: as in torch.
+
+    As `spike_linear`, with sums over the non-zero inputs by row and column of the kernel, then by channel. Dilations
+    and groups other than 1 also run torch's operator.
+
+    Returns:
+        `[N, out_channels, H', W']` or `[out_channels, H', W']`, differentiable once with respect to all tensors.
+
+    Raises:
+        ValueError: sizes do not fit.
+
+    Example::
+
+        spikes = (torch.rand(8, 16, 32, 32) < 0.1).float().to(memory_format=torch.channels_last)
+        weight = torch.randn(32, 16, 3, 3, requires_grad=True)
+        current = asgl_cuda.spike_conv2d(spikes, weight, padding=1)  # [8, 32, 32, 32]
+    """
+    caller = "asgl_cuda.spike_conv2d"
+    x, pair = tensor_of(input, caller), nn.modules.utils._pair
+    padded = padding if isinstance(padding, str) else pair(padding)
+    if weight.dim() == 4 and pair(dilation) == (1, 1) and groups == 1 and has_kernel(x, weight, caller):
+        return convolution(x, weight, bias, None, pair(stride), padded, caller)
+    return functional.conv2d(x, weight, bias, stride, padding, dilation, groups)

@@ -1,0 +1,179 @@
+"""torch's linear layers and convolutions as products that only spikes cost."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from .. import extension
+from ..pending import tensor_of
+from ..transforms import transforming
+from .functional import convolution, has_kernel, linear
+
+# Sums of an input up to which a call takes the copy of the weight: transposing it would take longer than the product.
+_FEW_SUMS = 64
+
+
+class _Copy:
+    """A weight in the kernels' order, as long as the weight has not changed."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self._key = self._key_of(weight)
+        self._storage = weight.untyped_storage()  # kept, so that no other weight gets its address
+        self.panels: Tensor = extension.module.spike_panels(weight.detach())  # type: ignore[union-attr]
+
+    @staticmethod
+    def _key_of(weight: Tensor) -> tuple[Any, ...]:
+        return weight.data_ptr(), weight._version, weight.shape, weight.stride(), weight.dtype
+
+    def is_of(self, weight: Tensor) -> bool:
+        return self._key_of(weight) == self._key
+
+
+class _SpikeLayer(nn.Module):
+    """What the layers share: in evaluation, a copy of the weight for inputs of a few samples, as single time steps.
+
+    Not saved, copied or pickled. A change of the weight shows in its version, of its storage in its address. Optimizers
+    may change it unseen, torch's fused ones among them: a call in training or with a gradient of the weight drops the
+    copy.
+    """
+
+    weight: Tensor
+    _copy: _Copy | None = None
+
+    def _panels(self, x: Tensor) -> Tensor | None:
+        weight = self.weight
+        if self.training or (weight.requires_grad and torch.is_grad_enabled()):
+            self._copy = None
+            return None
+        if (
+            x.numel() > _FEW_SUMS * weight[0].numel()
+            or torch.compiler.is_compiling()
+            or transforming()
+            or type(weight) not in (nn.Parameter, Tensor)
+            or weight.is_inference()
+        ):
+            return None
+        copy = self._copy  # read once: another thread may replace it
+        if copy is None or not copy.is_of(weight):
+            copy = self._copy = _Copy(weight)
+        return copy.panels
+
+    def train(self, mode: bool = True) -> Any:
+        """As torch's; drops the copy of the weight."""
+        self._copy = None
+        return super().train(mode)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        self._copy = None
+        return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_copy"}
+
+
+class SpikeLinear(_SpikeLayer, nn.Linear):
+    """`torch.nn.Linear` for inputs that are mostly zero, such as spikes: time is that of the non-zeros.
+
+    Args:
+        in_features, out_features, bias, device, dtype: as of `torch.nn.Linear`, whose state dict this layer has, too.
+
+    Shapes: `[..., in_features]` to `[..., out_features]`.
+
+    See `spike_linear` for what is computed, and where torch's own operator is. The layer always computes by the list of
+    non-zeros, whatever its input: it is faster than `torch.nn.Linear` up to about 0.4 non-zeros, and slower above; an
+    evaluation twice as fast at 0.2. Layers with fewer than about 32 outputs gain nothing.
+
+    In evaluation and without gradients, inputs of a few samples, such as single time steps, take a transposed copy of
+    the weight. The layer keeps the copy until the weight changes, a call has a gradient of the weight, or `train()` or
+    `eval()` is called. Changes that torch does not count, through ``.data`` or NumPy, are not seen until then.
+
+    Raises as `spike_linear` does.
+
+    Example::
+
+        model = nn.Sequential(nn.Linear(40, 512), asgl_cuda.LIF(), asgl_cuda.SpikeLinear(512, 256), asgl_cuda.LIF())
+        s_seq = model(torch.randn(100, 32, 40))  # [T, B, 40] to [T, B, 256]
+
+    The same in PyTorch: `torch.nn.Linear`.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The product of `input` `[..., in_features]` with the weight, `[..., out_features]`."""
+        caller = "asgl_cuda.SpikeLinear"
+        x = tensor_of(input, caller)
+        if has_kernel(x, self.weight, caller):
+            return linear(x, self.weight, self.bias, self._panels(x), caller)
+        return functional.linear(x, self.weight, self.bias)
+
+
+class _SpikeConv(_SpikeLayer):
+    """What the convolutions share."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The convolution of `input`, `[N, in_channels, ...]` or `[in_channels, ...]`, with the weight."""
+        layer: Any = self
+        weight, bias = layer.weight, layer.bias
+        caller = f"asgl_cuda.{type(self).__name__}"
+        x = tensor_of(input, caller)
+        if layer.groups != 1 or any(each != 1 for each in layer.dilation) or not has_kernel(x, weight, caller):
+            return layer._conv_forward(x, weight, bias)  # type: ignore[no-any-return]
+        padding = layer.padding
+        if layer.padding_mode != "zeros":
+            x = functional.pad(x, layer._reversed_padding_repeated_twice, mode=layer.padding_mode)
+            padding = (0,) * len(layer.kernel_size)
+        return convolution(x, weight, bias, self._panels(x), layer.stride, padding, caller)
+
+
+class SpikeConv1d(_SpikeConv, nn.Conv1d):
+    """`torch.nn.Conv1d` for inputs that are mostly zero, such as spikes: time is that of the non-zeros.
+
+    Args:
+        in_channels, out_channels and so on: all arguments of `torch.nn.Conv1d`, whose state dict this layer has, too.
+
+    Shapes: `[N, in_channels, L]` or `[in_channels, L]`, as `torch.nn.Conv1d`.
+
+    As `SpikeConv2d`. Raises as `spike_conv2d` does.
+
+    Example::
+
+        layer = asgl_cuda.SpikeConv1d(64, 64, 5, padding=2)
+        current = layer((torch.rand(32, 64, 100) < 0.1).float())  # [32, 64, 100]
+
+    The same in PyTorch: `torch.nn.Conv1d`.
+    """
+
+
+class SpikeConv2d(_SpikeConv, nn.Conv2d):
+    """`torch.nn.Conv2d` for inputs that are mostly zero, such as spikes: time is that of the non-zeros.
+
+    Args:
+        in_channels, out_channels and so on: all arguments of `torch.nn.Conv2d`, whose state dict this layer has, too.
+
+    Shapes: `[N, in_channels, H, W]` or `[in_channels, H, W]`, as `torch.nn.Conv2d`. Over time: in `asgl_cuda.OverTime`.
+
+    See `spike_conv2d` for what is computed, and where torch's own operator is, and `SpikeLinear` for the copy of the
+    weight. The layer always computes by the list of non-zeros: it is faster than `torch.nn.Conv2d` up to about 0.3
+    non-zeros. Layers with fewer than about 32 input or output channels gain nothing, nor do first layers, whose input
+    is dense.
+
+    Raises as `spike_conv2d` does.
+
+    Example::
+
+        block = nn.Sequential(
+            asgl_cuda.OverTime(asgl_cuda.SpikeConv2d(64, 64, 3, padding=1, bias=False)), asgl_cuda.BatchNormLIF(64)
+        )
+        s_seq = block((torch.rand(4, 8, 64, 16, 16) < 0.1).float())  # [T, B, C, H, W]
+
+    The same in PyTorch: `torch.nn.Conv2d`.
+    """
+
+
+# By torch's layers.
+SPIKE_LAYERS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Linear: SpikeLinear, nn.Conv1d: SpikeConv1d, nn.Conv2d: SpikeConv2d,
+}  # fmt: skip

@@ -1,0 +1,32 @@
+// What the operators of products that only spikes cost call of the CPU's kernels. Real is float or double.
+#pragma once
+
+#include "params/spikes.h"
+
+namespace asgl::cpu {
+
+template <class Real>
+void spike_product(const SpikeProductParams<Real>& params);
+template <class Real>
+void spike_gradient(const SpikeGradientParams<Real>& params);
+
+// The weight in the order in which spike_product reads it: the elements of that copy, and the copy.
+template <class Real>
+int64 spike_panels_size(const SpikeShape& shape);
+template <class Real>
+void fill_spike_panels(const SpikeShape& shape, const Real* weight, Real* panels);
+
+// Spikes packed: a bit for each element, in whole words of 64 bits, and the elements that are not zero.
+struct SpikeCount {
+  int64 nonzero;
+  bool all_ones;
+};
+template <class Real>
+SpikeCount mask_spikes(const Real* x, int64 length, uint8* mask);
+template <class Real>
+void copy_spikes(const Real* x, int64 length, Real* values);
+// `values` null: all are 1.
+template <class Real>
+void unpack_spikes(const uint8* mask, const Real* values, int64 length, Real* x);
+
+}  // namespace asgl::cpu

@@ -1,0 +1,243 @@
+// The operators of products that only spikes cost, and tensors packed as spikes. CPU, float32 and float64.
+#pragma once
+
+#include <torch/library.h>
+
+#include <cstring>
+#include <limits>
+
+#include "cpu/spikes.h"
+#include "ops/call.h"
+
+namespace asgl::ops {
+
+// A linear layer, x [..., channels], or a convolution, x [images, channels, (height,) width], as a convolution of
+// images in memory order [images, height, width, channels]. `weight` are the sizes of the weight, in torch's order.
+class SpikeCall {
+ public:
+  SpikeCall(const Tensor& x, at::IntArrayRef weight, at::IntArrayRef stride, at::IntArrayRef padding)
+      : type(x.scalar_type()), dims_(static_cast<int64_t>(weight.size())) {
+    TORCH_CHECK_TYPE(x.is_cpu() && (type == at::kFloat || type == at::kDouble),
+                     "asgl_cuda: x must be float32 or float64 on the CPU, got ", type, " on ", x.device());
+    TORCH_CHECK_VALUE(2 <= dims_ && dims_ <= 4, "asgl_cuda: weight must have 2 to 4 dimensions, got ", dims_);
+    const size_t spatial = static_cast<size_t>(dims_ - 2);
+    TORCH_CHECK_VALUE(stride.size() == spatial && padding.size() == spatial, "asgl_cuda: stride and padding must have ",
+                      spatial, " elements, got ", stride.size(), " and ", padding.size());
+    TORCH_CHECK_VALUE(spatial == 0 ? x.dim() >= 1 : x.dim() == dims_, "asgl_cuda: x has ", x.dim(),
+                      " dimensions, which do not fit a weight of ", dims_);
+    const int64_t channels = x.size(spatial == 0 ? -1 : 1);
+    TORCH_CHECK_VALUE(channels == weight[1], "asgl_cuda: x must have ", weight[1], " channels, got ", channels);
+    shape.channels = channels;
+    shape.outputs = weight[0];
+    shape.images =
+        spatial == 0 ? (channels == 0 ? c10::multiply_integers(x.sizes().slice(0, x.dim() - 1)) : x.numel() / channels)
+                     : x.size(0);
+    shape.height = spatial == 2 ? x.size(2) : 1;
+    shape.width = spatial == 0 ? 1 : x.size(-1);
+    const auto last = [&](at::IntArrayRef sizes, size_t back, int64_t otherwise) {
+      return back < spatial ? sizes[sizes.size() - 1 - back] : otherwise;
+    };
+    shape.kernel_height = last(weight, 1, 1);
+    shape.kernel_width = last(weight, 0, 1);
+    shape.stride_height = last(stride, 1, 1);
+    shape.stride_width = last(stride, 0, 1);
+    shape.padding_height = last(padding, 1, 0);
+    shape.padding_width = last(padding, 0, 0);
+    TORCH_CHECK_VALUE(shape.stride_height > 0 && shape.stride_width > 0 && shape.padding_height >= 0 &&
+                          shape.padding_width >= 0 && shape.kernel_height > 0 && shape.kernel_width > 0,
+                      "asgl_cuda: stride and kernel_size must be positive, and padding not negative");
+    shape.out_height = out_size(shape.height, shape.kernel_height, shape.stride_height, shape.padding_height);
+    shape.out_width = out_size(shape.width, shape.kernel_width, shape.stride_width, shape.padding_width);
+    TORCH_CHECK_VALUE(shape.out_height > 0 && shape.out_width > 0, "asgl_cuda: the kernel is larger than the image, ",
+                      x.sizes());
+    const double places = (static_cast<double>(shape.width) + static_cast<double>(shape.padding_width) +
+                           static_cast<double>(shape.kernel_height) * static_cast<double>(shape.kernel_width)) *
+                          static_cast<double>(channels);
+    TORCH_CHECK_VALUE(places < std::numeric_limits<int32_t>::max(), "asgl_cuda: a row of an image is too long, ",
+                      x.sizes());
+  }
+
+  bool is_linear() const { return dims_ == 2; }
+
+  // In the memory order of kernels. Undefined strides of dimensions of size 1 do not matter.
+  Tensor in_order(const Tensor& tensor) const {
+    if (is_linear()) return tensor.contiguous();
+    return (dims_ == 3 ? tensor.unsqueeze(2) : tensor).contiguous(at::MemoryFormat::ChannelsLast);
+  }
+
+  // A tensor of these sizes, [*, *, (height,) width], for kernels; `finished` brings it to torch's order.
+  Tensor empty(at::IntArrayRef sizes, const at::TensorOptions& options) const {
+    if (is_linear()) return in_huge_pages(at::empty(sizes, options));
+    const bool is_line = dims_ == 3;
+    return in_huge_pages(
+        at::empty({sizes[0], sizes[1], is_line ? 1 : sizes[2], sizes.back()}, options, at::MemoryFormat::ChannelsLast));
+  }
+  Tensor finished(const Tensor& result, bool channels_last) const {
+    if (is_linear() || (channels_last && dims_ == 4)) return result;
+    const Tensor contiguous = result.contiguous();
+    return dims_ == 3 ? contiguous.squeeze(2) : contiguous;
+  }
+
+  const at::ScalarType type;
+  SpikeShape shape{};
+
+ private:
+  static int64_t out_size(int64_t size, int64_t kernel, int64_t stride, int64_t padding) {
+    const int64_t room = size + 2 * padding - kernel;
+    return room < 0 ? 0 : room / stride + 1;
+  }
+
+  const int64_t dims_;
+};
+
+template <class F>
+void with_real(at::ScalarType type, F&& f) {
+  if (type == at::kDouble) return f(double{});
+  f(float{});
+}
+
+inline bool is_channels_last(const Tensor& tensor) {
+  return tensor.dim() == 4 && tensor.suggest_memory_format() == at::MemoryFormat::ChannelsLast;
+}
+
+inline Dims spike_result_sizes(const SpikeCall& call, const Tensor& x) {
+  Dims sizes(x.sizes().begin(), x.sizes().end());
+  if (call.is_linear()) {
+    sizes.back() = call.shape.outputs;
+  } else {
+    sizes[1] = call.shape.outputs;
+    if (x.dim() == 4) sizes[2] = call.shape.out_height;
+    sizes.back() = call.shape.out_width;
+  }
+  return sizes;
+}
+
+inline void check_like(const Tensor& tensor, const Tensor& x, const char* name) {
+  TORCH_CHECK_TYPE(tensor.scalar_type() == x.scalar_type() && tensor.is_cpu(), "asgl_cuda: ", name,
+                   " must have the type and device of x, ", x.scalar_type(), " on cpu, got ", tensor.scalar_type(),
+                   " on ", tensor.device());
+}
+
+// `panels`: spike_panels of the weight, or none.
+inline Tensor spike_product(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                            const OptionalTensor& panels, at::IntArrayRef stride, at::IntArrayRef padding) {
+  const SpikeCall call(x, weight.sizes(), stride, padding);
+  check_like(weight, x, "weight");
+  const int64_t outputs = call.shape.outputs;
+  if (bias.has_value()) {
+    check_like(*bias, x, "bias");
+    TORCH_CHECK_VALUE(bias->dim() == 1 && bias->size(0) == outputs, "asgl_cuda: bias must have shape [", outputs,
+                      "], got ", bias->sizes());
+  }
+  const Tensor result = call.empty(spike_result_sizes(call, x), x.options());
+  if (x.numel() == 0 && result.numel() > 0) {  // sums of nothing
+    result.zero_();
+    if (bias.has_value()) result.add_(call.is_linear() ? *bias : bias->view({-1, 1, 1}));
+  } else if (result.numel() > 0) {
+    const Tensor x_in_order = call.in_order(x), kept_bias = bias.has_value() ? bias->contiguous() : Tensor();
+    const Tensor weight_in_order = panels.has_value() ? Tensor() : call.in_order(weight);
+    with_real(call.type, [&](auto real) {
+      using Real = decltype(real);
+      if (panels.has_value()) {
+        check_like(*panels, x, "panels");
+        TORCH_CHECK_VALUE(panels->numel() == cpu::spike_panels_size<Real>(call.shape) && panels->is_contiguous(),
+                          "asgl_cuda: panels must be those of the weight");
+      }
+      const auto data = [](const OptionalTensor& tensor) {
+        return tensor.has_value() ? pointer<const Real>(*tensor) : nullptr;
+      };
+      cpu::spike_product<Real>({call.shape, pointer<const Real>(x_in_order), pointer<const Real>(weight_in_order),
+                                data(panels), pointer<const Real>(kept_bias), pointer<Real>(result)});
+    });
+  }
+  return call.finished(result, is_channels_last(x) || is_channels_last(weight));
+}
+
+// The gradient of a weight of these sizes.
+inline Tensor spike_gradient(const Tensor& grad, const Tensor& x, at::IntArrayRef weight, at::IntArrayRef stride,
+                             at::IntArrayRef padding, bool channels_last) {
+  const SpikeCall call(x, weight, stride, padding);
+  check_like(grad, x, "grad");
+  TORCH_CHECK_VALUE(grad.sizes() == at::IntArrayRef(spike_result_sizes(call, x)), "asgl_cuda: grad must have shape ",
+                    at::IntArrayRef(spike_result_sizes(call, x)), ", got ", grad.sizes());
+  const Tensor result = call.empty(weight, x.options());
+  if (x.numel() == 0 || grad.numel() == 0) {
+    result.zero_();
+  } else {
+    const Tensor x_in_order = call.in_order(x), grad_in_order = call.in_order(grad);
+    with_real(call.type, [&](auto real) {
+      using Real = decltype(real);
+      cpu::spike_gradient<Real>(
+          {call.shape, pointer<const Real>(x_in_order), pointer<const Real>(grad_in_order), pointer<Real>(result)});
+    });
+  }
+  return call.finished(result, channels_last);
+}
+
+template <class Library>
+void implement_spikes(Library& m) {
+  m.impl("spike_product", [](const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                             const OptionalTensor& panels, at::IntArrayRef stride, at::IntArrayRef padding) {
+    return spike_product(x, weight, bias, panels, stride, padding);
+  });
+  m.impl("spike_gradient", [](const Tensor& grad, const Tensor& x, at::IntArrayRef weight, at::IntArrayRef stride,
+                              at::IntArrayRef padding, bool channels_last) {
+    return spike_gradient(grad, x, weight, stride, padding, channels_last);
+  });
+}
+
+// The weight of a call with x of any batch, as spike_product reads it.
+inline Tensor spike_panels(const Tensor& weight) {
+  SpikeShape shape{};
+  shape.outputs = weight.size(0);
+  shape.channels = weight.size(1);
+  shape.kernel_height = weight.dim() == 4 ? weight.size(2) : 1;
+  shape.kernel_width = weight.dim() > 2 ? weight.size(-1) : 1;
+  const Tensor in_order =
+      weight.dim() == 2 ? weight.contiguous()
+                        : (weight.dim() == 3 ? weight.unsqueeze(2) : weight).contiguous(at::MemoryFormat::ChannelsLast);
+  Tensor panels;
+  with_real(weight.scalar_type(), [&](auto real) {
+    using Real = decltype(real);
+    panels = at::empty({cpu::spike_panels_size<Real>(shape)}, weight.options());
+    if (panels.numel() > 0) {
+      cpu::fill_spike_panels<Real>(shape, pointer<const Real>(in_order), pointer<Real>(panels));
+    }
+  });
+  return panels;
+}
+
+// The elements of a dense tensor: a bit each, in memory order, then those that are not zero, unless all are 1.
+// Undefined if that takes no less memory, or for other tensors.
+inline Tensor pack_spikes(const Tensor& x) {
+  Tensor packed;
+  if (!x.is_non_overlapping_and_dense() || x.is_neg()) return packed;
+  with_real(x.scalar_type(), [&](auto real) {
+    using Real = decltype(real);
+    const int64_t length = x.numel(), words = (length + 63) / 64;
+    const Tensor mask = at::empty({words * 8}, x.options().dtype(at::kByte));
+    const Real* data = pointer<const Real>(x);
+    const cpu::SpikeCount found = cpu::mask_spikes(data, length, mask.mutable_data_ptr<uint8>());
+    if (found.all_ones) {
+      packed = mask;
+    } else if (found.nonzero * static_cast<int64_t>(sizeof(Real)) + mask.numel() < static_cast<int64_t>(x.nbytes())) {
+      packed = at::empty({mask.numel() + found.nonzero * static_cast<int64_t>(sizeof(Real))}, mask.options());
+      std::memcpy(packed.mutable_data_ptr<uint8>(), mask.const_data_ptr<uint8>(), mask.numel());
+      cpu::copy_spikes(data, length, reinterpret_cast<Real*>(packed.mutable_data_ptr<uint8>() + mask.numel()));
+    }
+  });
+  return packed;
+}
+
+// Fills `x`, a dense tensor with the sizes and strides of the packed one.
+inline void unpack_spikes(const Tensor& packed, const Tensor& x) {
+  with_real(x.scalar_type(), [&](auto real) {
+    using Real = decltype(real);
+    const uint8* mask = packed.const_data_ptr<uint8>();
+    const int64_t bytes = (x.numel() + 63) / 64 * 8;
+    const Real* values = packed.numel() == bytes ? nullptr : reinterpret_cast<const Real*>(mask + bytes);
+    cpu::unpack_spikes(mask, values, x.numel(), pointer<Real>(x));
+  });
+}
+
+}  // namespace asgl::ops

@@ -1,0 +1,43 @@
+// Arguments of products that add up only the elements of x that are not zero:
+//
+//   out[n, y, x, o] = bias[o] + sum over ky, kx, c of x[n, iy, ix, c] * weight[o, ky, kx, c]
+//   iy = y * stride + ky - padding, and ix likewise; elements outside of the image are zero
+//   dweight[o, ky, kx, c] = sum over n, y, x of x[n, iy, ix, c] * grad[n, y, x, o]
+//
+// Each sum is in this order, by fused multiply-add where the processor has it. A linear layer is a convolution of
+// images of one pixel.
+#pragma once
+
+#include "math/host_device.h"
+
+namespace asgl {
+
+struct SpikeShape {
+  int64 images, channels, height, width;
+  int64 outputs, kernel_height, kernel_width;
+  int64 stride_height, stride_width, padding_height, padding_width;
+  int64 out_height, out_width;
+
+  int64 out_pixels() const { return images * out_height * out_width; }
+  int64 depth() const { return kernel_height * kernel_width * channels; }  // the most elements of a sum
+};
+
+template <class Real>
+struct SpikeProductParams {
+  SpikeShape shape;
+  const Real* x;       // [images, height, width, channels]
+  const Real* weight;  // [outputs, kernel_height, kernel_width, channels]
+  const Real* panels;  // the weight in the order of spike_panels, or null
+  const Real* bias;    // [outputs], or null
+  Real* out;           // [images, out_height, out_width, outputs]
+};
+
+template <class Real>
+struct SpikeGradientParams {
+  SpikeShape shape;
+  const Real* x;      // [images, height, width, channels]
+  const Real* grad;   // [images, out_height, out_width, outputs]
+  Real* grad_weight;  // [outputs, kernel_height, kernel_width, channels]
+};
+
+}  // namespace asgl

@@ -1,0 +1,84 @@
+"""Models whose layers become spike layers where their inputs are sparse, and back."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
+
+import asgl_cuda
+from asgl_cuda import LIF
+
+pytestmark = pytest.mark.skipif("cpu" not in asgl_cuda.available_backends(), reason="no compiled extension")
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        asgl_cuda.OverTime(nn.Conv2d(2, 40, 3)), LIF(), asgl_cuda.OverTime(nn.Conv2d(40, 40, 3)), LIF(), nn.Flatten(2),
+        nn.Linear(160, 64), LIF(v_threshold=0.3), nn.Linear(64, 64), nn.Linear(64, 48, bias=False), LIF(),
+        nn.Linear(48, 5),
+    )  # fmt: skip
+
+
+def test_sparse_layers_of_a_network():
+    model, x_seq = network(), torch.rand(5, 3, 2, 6, 6)
+    optimizer = torch.optim.Adam(model.parameters())
+    parameters, expected = list(model.parameters()), model(x_seq)
+    found, report = asgl_cuda.to_spike_layers(model, x_seq)
+    assert found is model
+    replaced = {row.path: row.by for row in report.replaced}
+    assert list(replaced) == ["2.layer", "5", "7"]
+    assert replaced["2.layer"].startswith("SpikeConv2d, 0.")
+    left = {row.path: row.reason for row in report.left}
+    assert "fewer than 32 channels" in left["0.layer"]
+    assert "too dense" in left["8"]
+    assert "fewer than 32 outputs" in left["10"]
+    assert all(mine is other for mine, other in zip(model.parameters(), parameters, strict=True))
+    torch.testing.assert_close(model(x_seq), expected, rtol=1e-4, atol=1e-4)
+    model(x_seq).sum().backward()
+    optimizer.step()
+    assert model.training
+    assert asgl_cuda.to_spike_layers(model, x_seq)[1].replaced == []
+    back, report = asgl_cuda.from_spike_layers(model)
+    assert [row.path for row in report.replaced] == list(replaced)
+    assert not any("Spike" in type(each).__name__ for each in back.modules())
+
+
+def test_layers_that_are_left():
+    torch.manual_seed(0)
+
+    class Own(nn.Linear):
+        pass
+
+    class OnZeros(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.own, self.normed = Own(64, 64), weight_norm(nn.Linear(64, 64))
+            self.rounded, self.grouped = nn.Linear(64, 64).bfloat16(), nn.Conv1d(64, 64, 3, groups=2)
+            self.unused = nn.Linear(64, 64)
+
+        def forward(self, x):
+            return self.own(x), self.normed(x), self.rounded(x.bfloat16()), self.grouped(x.t())
+
+    replaced, left = asgl_cuda.to_spike_layers(OnZeros(), torch.zeros(64, 64))[1]
+    assert replaced == []
+    reasons = ["subclass", "subclass", "float32 and float64", "groups", "not run"]
+    assert all(reason in row.reason for reason, row in zip(reasons, left, strict=True)), left
+    with pytest.raises(TypeError, match=r"to_spike_layers: model must be a torch.nn.Module, got int"):
+        asgl_cuda.to_spike_layers(3, None)
+
+
+@pytest.mark.parametrize("converted", [False, True])
+def test_models_of_other_libraries(converted):
+    snntorch = pytest.importorskip("snntorch")
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(20, 64), snntorch.Leaky(0.9, init_hidden=True), nn.Linear(64, 64),
+        snntorch.Leaky(0.9, init_hidden=True),
+    )  # fmt: skip
+    if converted:
+        model, _ = asgl_cuda.convert(model)
+    x = torch.randn(8, 20)
+    model, report = asgl_cuda.to_spike_layers(model, x)
+    assert [row.path for row in report.replaced] == ["2"]
+    assert model(x).shape == (8, 64)
