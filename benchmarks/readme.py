@@ -288,46 +288,48 @@ def steps(report: Report) -> list[str]:
     return markdown_table(["", *ours, *map(name_alone, names)], rows)
 
 
-def ratios(report: Report, slower: Callable[[str], str], faster: Callable[[str], str]) -> list[float]:
-    """How many times as fast one variant of a library is as another, over networks and libraries."""
-    found = []
-    for network in report["networks"].values():
-        for name in libraries(report):
-            times = milliseconds(network, slower(name)), milliseconds(network, faster(name))
-            if None not in times:
-                found.append(times[0] / times[1])  # type: ignore[operator]
-    return found
+Time = Callable[[Report, str], float | None]  # of a network and the name of a library's row
+
+
+def times_faster(report: Report, slower: Time, faster: Time, rows: Collection[str]) -> list[float]:
+    """How many times as fast one variant of these libraries is as another, where a network has both."""
+    pairs = ((slower(network, name), faster(network, name)) for network in report["networks"].values() for name in rows)
+    return [before / after for before, after in pairs if before and after]
 
 
 def steps_values(report: Report) -> Report:
-    def ours(name: str) -> str:
-        return f"{PLAIN}{OURS}"
-
-    def converted(library: str) -> Callable[[str], str]:
-        return lambda name: f"{name}{CONVERTED} cpu" if library in name else ""
-
     networks = report["networks"].values()
+    peers = libraries(report)[1:]  # without the loop
+
+    def ours(network: Report, name: str) -> float | None:
+        return milliseconds(network, f"{PLAIN}{OURS}")
+
+    def converted(network: Report, name: str) -> float | None:
+        return milliseconds(network, f"{name}{CONVERTED} cpu")
+
+    def fused(network: Report, name: str) -> float | None:
+        return milliseconds(network, f"{name}{CONVERTED} cpu{FUSED_BLOCK}")
+
+    def gain(library: str) -> str:
+        names = [name for name in peers if library in name]
+        return between(times_faster(report, milliseconds, converted, names), ".1f", ".1f")
+
     first = [
         each["first_seconds"]["training"]
         for network in networks
         for name, each in network["variants"].items()
-        if name.endswith(COMPILED)
+        if name.endswith((COMPILED, COMPILED_STEP, COMPILED_NETWORK))
     ]
-    rates = [rate for network in networks for rate in network["rates"]]
-    eager = ratios(report, lambda name: name if PLAIN_LOOP not in name else "", ours)
-    whole = [ratios(report, lambda name, end=end: f"{name}{end}", ours) for end in (f", {COMPILED}", COMPILED_STEP)]
-    jelly, torch = (ratios(report, lambda name: name, converted(each)) for each in ("SpikingJelly", "snnTorch"))
-    fused = ratios(report, converted("SpikingJelly"), lambda name: f"{name}{CONVERTED} cpu{FUSED_BLOCK}")
+    rates = [100 * rate for network in networks for rate in network["rates"]]
     return {
-        "eager": between(eager, ".1f", ".1f"),
-        "whole": between(whole[0], ".1f", ".1f"),
-        "by_step": between(whole[1], ".1f", ".1f"),
+        "eager": between(times_faster(report, milliseconds, ours, peers), ".1f", ".1f"),
+        "compiled": between(times_faster(report, compiled_milliseconds, ours, peers), ".1f", ".1f"),
         "compiling": between(first, ".0f", ".0f"),
-        "peers_in_words": f"{', '.join(report['machine']['peers'][:-1])} and {report['machine']['peers'][-1]}",
-        "firing": between([100 * rate for rate in rates], ".0f", ".0f"),
-        "jelly": between(jelly, ".1f", ".1f"),
-        "snntorch": between(torch, ".1f", ".1f"),
-        "fused": between(fused, ".2f", ".2f"),
+        "peers_in_words": " and ".join((", ".join(report["machine"]["peers"][:-1]), report["machine"]["peers"][-1])),
+        "firing": between(rates, ".0f", ".0f"),
+        "jelly": gain("SpikingJelly"),
+        "snntorch": gain("snnTorch"),
+        "fused": between(times_faster(report, converted, fused, peers)),
     }
 
 
@@ -470,14 +472,14 @@ LAYER = f"Forward and backward, nanoseconds an element, {ON}:"
 COST = "trainings took {minutes:.0f} minutes of one core:"
 STUDIED = f"Mean of {{seeds}} seeds; {{trainings:,}} {COST}"
 FAST = (
-    "One kernel computes all time steps of a layer. In the networks [below](#speed-and-memory) a training step takes "
-    "{eager} times as long with the neurons of SpikingJelly, snnTorch, Norse or sinabs as with those of asgl_cuda, and "
-    "{whole} times as long after `torch.compile`."
+    "In the networks [below](#speed-and-memory) a training step takes {eager} times as long with the neurons of "
+    "SpikingJelly, snnTorch, Norse or sinabs as with those of asgl_cuda, and {compiled} times as long after "
+    "`torch.compile`."
 )
 LEARNED = (
     "The width of the surrogate gradient is learned with the weights. From initial widths of {narrowest} to {widest}, "
-    "with SGD and Adam, networks with a learned sigmoid reached {learned} % accuracy on average over five small data "
-    "sets, and those with a fixed one {fixed} % ([table](docs/measured.md#the-first-width))."
+    "with SGD and Adam, networks that learned the width of a sigmoid reached {learned} % accuracy on average over five "
+    "small data sets, and networks with a fixed width {fixed} % ([table](docs/measured.md#the-first-width))."
 )
 STEPS = (
     "Milliseconds per training step, eager / compiled by `torch.compile` ({compiling} s per network), float32, "
@@ -492,7 +494,7 @@ LAYERS = (
 )
 GAIN = (
     "in the table below, converted SpikingJelly networks train {jelly} times as fast as before, and snnTorch networks "
-    "with `MultiStep` {snntorch} times. `fuse` makes a training step another {fused} times as fast, and keeps "
+    "with `MultiStep` {snntorch} times. `fuse` multiplies the speed of a training step by {fused} more, and keeps "
     "{kept:.0f} instead of {kept_apart:.0f} bytes per element for backward."
 )
 ARMS = [(optimizer, surrogate) for optimizer in ("SGD", "Adam") for surrogate in ("rectangle", "sigmoid")]

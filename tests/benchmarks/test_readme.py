@@ -90,10 +90,18 @@ def test_readme_is_two_screens():
         assert [line for block in blocks(language) for line in block.splitlines() if len(line) > MOST_COLUMNS] == []
 
 
+def anchors(page: Path) -> set[str]:
+    """The names under which code hosts find the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 def test_links_exist():
     for page in readme.PAGES:
-        for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
-            assert (page.parent / target).exists(), f"{page.name}: {target}"
+        for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", page.read_text()):
+            file = page.parent / target if target else page
+            assert file.exists(), f"{page.name}: {target}"
+            assert not anchor or anchor in anchors(file), f"{page.name}: {target}#{anchor}"
 
 
 def test_figures_are_those_of_the_results():
