@@ -484,8 +484,8 @@ LEARNED = (
 STEPS = (
     "Milliseconds per training step, eager / compiled by `torch.compile` ({compiling} s per network), float32, "
     f"{ON}, with {{peers_in_words}}. *ASGL* has noise and a learned width; all others are the same ordinary LIF "
-    "neuron, of which {firing} % spike per time step (*loop*: plain PyTorch; at T = 100 one time step is compiled, "
-    "since one layer of {long_layer} at T = {long_steps} takes {long_first_seconds:.0f} s)."
+    "neuron, of which {firing} % spike per time step (*loop*: plain PyTorch; -: not compiled; at T = 100 one time "
+    "step is compiled, since one layer of {long_layer} at T = {long_steps} takes {long_first_seconds:.0f} s)."
 )
 LAYERS = (
     f"One layer, forward and backward, nanoseconds per element, {ON}; *floor* is two multiplies, *bytes* are kept per "
