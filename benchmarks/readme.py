@@ -121,7 +121,7 @@ def name_alone(name: str) -> str:
 def layers(report: Report) -> list[str]:
     """By number of steps the layer of each library, eager and compiled; last what it keeps for backward."""
     sizes, peers = compared(report)
-    ours = {"multiplies": FLOOR, "ASGL": OURS, "LIF": f"{PLAIN}{OURS}"}
+    ours = {"floor": FLOOR, "ASGL": OURS, "LIF": f"{PLAIN}{OURS}"}
     others = [name for name in peers if "asgl_cuda" not in name and not name.endswith(REFERENCE)]
     rows = []
     for size in sizes:
@@ -484,11 +484,12 @@ LEARNED = (
 STEPS = (
     "Milliseconds per training step, eager / compiled by `torch.compile` ({compiling} s per network), float32, "
     f"{ON}, with {{peers_in_words}}. *ASGL* has noise and a learned width; all others are the same ordinary LIF "
-    "neuron, of which {firing} % spike per time step (*loop*: plain PyTorch; at T = 100 one time step is compiled, "
-    "since one layer of {long_layer} at T = {long_steps} takes {long_first_seconds:.0f} s)."
+    "neuron, of which {firing} % spike per time step (*loop*: plain PyTorch; -: not compiled; at T = 100 one time "
+    "step is compiled, since one layer of {long_layer} at T = {long_steps} takes {long_first_seconds:.0f} s)."
 )
 LAYERS = (
-    f"One layer, forward and backward, nanoseconds per element, {ON}; *bytes* are per element, kept for backward. "
+    f"One layer, forward and backward, nanoseconds per element, {ON}; *floor* is two multiplies, *bytes* are kept per "
+    "element for backward. "
     "Compiling takes {compiling} s, and up to {again:.0f} s again for another batch size or another T "
     "([each](docs/measured.md#one-layer))."
 )
