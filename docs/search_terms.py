@@ -69,6 +69,9 @@ SEARCH_TERMS = {
         ),
         "Spoken digits: SHD": "!SHD, SSC, Heidelberg digits, spoken digits, Speech Commands",
     },
+    "guides/spike-layers": {
+        "Layers that only spikes cost": "!SpikeLinear, !SpikeConv2d, sparse spikes, sparse product, to_spike_layers",
+    },
     "guides/states": {
         "Reset and detach": "!reset state, hidden state",
         "Membrane potentials": "!membrane potential, voltage, recording, potentials, v_seq, store_v_seq",

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._prims_common import suggest_memory_format
 from torch.nn import functional
 from torch.overrides import has_torch_function
 
@@ -51,26 +52,20 @@ def _operators_of(inputs: Sequence[Any]) -> _Operators:
     return _direct
 
 
-class _Packed(NamedTuple):
-    """Spikes for backward: a bit for each element, and the values of those that are not zero, unless all are 1."""
+def _packed(x: Tensor) -> Tensor | None:
+    """A bit for each element, and the values of those that are not zero, unless all are 1.
 
-    bits: Tensor
-    shape: torch.Size
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-
-    def unpacked(self) -> Tensor:
-        x = torch.empty_strided(self.shape, self.stride, dtype=self.dtype)
-        extension.module.unpack_spikes(self.bits, x)  # type: ignore[union-attr]
-        return x
-
-
-def _packed(x: Tensor) -> _Packed | None:
-    """None where x itself is to be saved: if that takes no more memory, and where sizes must not depend on values."""
+    None where x itself is to be saved: if that takes no more memory, and where sizes must not depend on values.
+    """
     if torch.compiler.is_compiling() or transforming() or type(x) is not Tensor or not x.is_cpu:
         return None
-    bits = extension.module.pack_spikes(x)  # type: ignore[union-attr]
-    return None if bits is None else _Packed(bits, x.shape, x.stride(), x.dtype)
+    return extension.module.pack_spikes(x)  # type: ignore[union-attr,no-any-return]
+
+
+def _unpacked(packed: Tensor, shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> Tensor:
+    x = torch.empty_strided(shape, stride, dtype=dtype)
+    extension.module.unpack_spikes(packed, x)  # type: ignore[union-attr]
+    return x
 
 
 class SpikeFunction(torch.autograd.Function):
@@ -91,20 +86,20 @@ class SpikeFunction(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         _, x, weight, _, _, ctx.stride, ctx.padding = inputs
         _, wants_x, wants_weight, *_ = ctx.needs_input_grad
-        ctx.packed = _packed(x) if wants_weight else None
-        if ctx.packed is not None:
-            x, ctx.packed = ctx.packed.bits, ctx.packed._replace(bits=None)
-        ctx.like_x = inputs[1].shape, torch._prims_common.suggest_memory_format(inputs[1])
+        packed = _packed(x) if wants_weight else None
+        ctx.layout = None if packed is None else (x.shape, x.stride(), x.dtype)
+        ctx.like_x = x.shape, suggest_memory_format(x)
         ctx.weight_shape = weight.shape
-        ctx.channels_last = torch._prims_common.suggest_memory_format(weight) is torch.channels_last
-        ctx.save_for_backward(x if wants_weight else None, weight if wants_x else None)
+        ctx.channels_last = suggest_memory_format(weight) is torch.channels_last
+        kept = x if packed is None else packed
+        ctx.save_for_backward(kept if wants_weight else None, weight if wants_x else None)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         x, weight = saved_tensors(ctx)
         saved = x, weight, grad
-        if ctx.packed is not None:
-            x = ctx.packed._replace(bits=x).unpacked()
+        if ctx.layout is not None:
+            x = _unpacked(x, *ctx.layout)
         _, wants_x, wants_weight, wants_bias, *_ = ctx.needs_input_grad
         stride, padding, is_linear = ctx.stride, ctx.padding, len(ctx.weight_shape) == 2
         grad_x = grad_weight = grad_bias = None

@@ -84,12 +84,13 @@ class SpikeLinear(_SpikeLayer, nn.Linear):
     Shapes: `[..., in_features]` to `[..., out_features]`.
 
     See `spike_linear` for what is computed, and where torch's own operator is. The layer always computes by the list of
-    non-zeros, whatever its input: it is faster than `torch.nn.Linear` up to about 0.4 non-zeros, and slower above; an
-    evaluation twice as fast at 0.2. Layers with fewer than about 32 outputs gain nothing.
+    non-zeros, whatever its input: it is faster than `torch.nn.Linear` up to about 0.4 non-zeros, with about twice the
+    speed of an evaluation at 0.2, and slower above. Layers with fewer than about 32 outputs gain nothing.
 
     In evaluation and without gradients, inputs of a few samples, such as single time steps, take a transposed copy of
     the weight. The layer keeps the copy until the weight changes, a call has a gradient of the weight, or `train()` or
-    `eval()` is called. Changes that torch does not count, through ``.data`` or NumPy, are not seen until then.
+    `eval()` is called. Changes that torch does not count, through ``.data`` or NumPy, are not seen until then. In
+    training, a call with a single sample transposes the weight first, and is slower than torch's.
 
     Raises as `spike_linear` does.
 
@@ -156,9 +157,9 @@ class SpikeConv2d(_SpikeConv, nn.Conv2d):
     Shapes: `[N, in_channels, H, W]` or `[in_channels, H, W]`, as `torch.nn.Conv2d`. Over time: in `asgl_cuda.OverTime`.
 
     See `spike_conv2d` for what is computed, and where torch's own operator is, and `SpikeLinear` for the copy of the
-    weight. The layer always computes by the list of non-zeros: it is faster than `torch.nn.Conv2d` up to about 0.3
-    non-zeros. Layers with fewer than about 32 input or output channels gain nothing, nor do first layers, whose input
-    is dense.
+    weight. The layer always computes by the list of non-zeros: it is faster than `torch.nn.Conv2d` up to about a
+    quarter of non-zeros. Layers with fewer than about 32 input or output channels gain nothing, nor do first layers,
+    whose input is dense.
 
     Raises as `spike_conv2d` does.
 

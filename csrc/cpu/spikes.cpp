@@ -250,6 +250,14 @@ constexpr double kProductsPerTask = 1 << 18;
 }  // namespace
 
 template <class Real>
+void transpose_each(const Real* from, int64 count, int64 rows, int64 columns, Real* to) {
+  const int64 size = rows * columns, grain = 1 + kElementsPerTask / (size + 1);
+  at::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
+    for (int64 i = begin; i < end; ++i) transpose(from + i * size, columns, rows, columns, to + i * size, rows);
+  });
+}
+
+template <class Real>
 int64 spike_panels_size(const SpikeShape& shape) {
   return round_up(shape.outputs, group_of<Real>(shape.depth(), shape.outputs)) * shape.depth();
 }
@@ -399,6 +407,8 @@ void spike_gradient(const SpikeGradientParams<Real>& params) {
   });
 }
 
+template void transpose_each(const float*, int64, int64, int64, float*);
+template void transpose_each(const double*, int64, int64, int64, double*);
 template int64 spike_panels_size<float>(const SpikeShape&);
 template int64 spike_panels_size<double>(const SpikeShape&);
 template void fill_spike_panels(const SpikeShape&, const float*, float*);

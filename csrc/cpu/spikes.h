@@ -16,6 +16,10 @@ int64 spike_panels_size(const SpikeShape& shape);
 template <class Real>
 void fill_spike_panels(const SpikeShape& shape, const Real* weight, Real* panels);
 
+// Matrices transposed: to[i, k, j] = from[i, j, k], as images to channels_last and back.
+template <class Real>
+void transpose_each(const Real* from, int64 count, int64 rows, int64 columns, Real* to);
+
 // Spikes packed: a bit for each element, in whole words of 64 bits, and the elements that are not zero.
 struct SpikeCount {
   int64 nonzero;

@@ -4,7 +4,6 @@ import copy
 import gc
 import io
 import pickle
-import threading
 
 import pytest
 import torch
@@ -145,26 +144,6 @@ def test_copies_and_files_have_no_copy_of_the_weight(layers):
         with torch.no_grad():
             again.weight.zero_()
         assert torch.equal(ours(x[:1]), expected)
-
-
-def test_threads_share_a_layer():
-    torch.manual_seed(0)
-    layer = asgl_cuda.SpikeLinear(64, 64).eval().requires_grad_(False)
-    x = (torch.rand(1, 64) < 0.3).float()
-    expected, found = layer(x), []
-
-    def work():
-        for _ in range(50):
-            layer._copy = None
-            found.append(torch.equal(layer(x), expected))
-
-    threads = [threading.Thread(target=work) for _ in range(4)]
-    for each in threads:
-        each.start()
-    for each in threads:
-        each.join()
-    assert all(found)
-    assert len(found) == 200
 
 
 def test_compiled_and_exported(layers):
