@@ -5,6 +5,7 @@ The site has docstrings in their place, by the directives of the same page.
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import re
 import sys
@@ -12,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import asgl_cuda
-from asgl_cuda.interop import snntorch  # noqa: F401
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs" / "reference").glob("*.md"))
@@ -28,10 +28,8 @@ def names_in(text: str) -> list[str]:
 
 def entry(name: str) -> str:
     """A heading, to which links lead, with the first line of the docstring and a link to the source."""
-    thing: Any = asgl_cuda
-    for part in name.split("."):
-        thing = getattr(thing, part)
-    thing = inspect.unwrap(thing)
+    module, _, attribute = f"asgl_cuda.{name}".rpartition(".")
+    thing: Any = inspect.unwrap(getattr(importlib.import_module(module), attribute))
     line = (inspect.getdoc(thing) or "").splitlines()[0].replace("``", "`")
     source = Path(inspect.getfile(thing)).relative_to(ROOT).as_posix()
     return f"## `{thing.__name__}`\n\n{line} [Source](../../{source})"

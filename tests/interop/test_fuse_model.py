@@ -89,8 +89,10 @@ def test_a_copy_unless_inplace_is_said_and_back():
     assert set(vars(model[3])) == attributes
     kept, _ = asgl_cuda.unfuse(asgl_cuda.fuse(asgl_cuda.convert(model)[0], X)[0])
     assert type(kept[3]).__name__ == "ConvertedParametricLIFNode"
-    for other in (nn.Sequential(nn.Linear(6, 2), asgl_cuda.LIF()), fused):
-        assert asgl_cuda.fuse(other, X)[1] == ([], [])
+    assert asgl_cuda.fuse(nn.Sequential(nn.Linear(6, 2), asgl_cuda.LIF()), X)[1] == ([], [])
+    replaced, left = asgl_cuda.fuse(fused, X)[1]
+    assert not replaced
+    assert {row.reason for row in left} == {"neurons compute it since an earlier fuse"}
 
 
 class Counting(nn.Module):

@@ -59,6 +59,9 @@ class NeuronsByStep(Neurons):
         self.num_features = (steps,)
         self.alpha = nn.Parameter(self.alpha.detach().repeat(steps))
 
+    def _check_features(self, x_seq: Tensor) -> int:
+        return self.time_dim % x_seq.dim()  # steps are no features
+
     def _broadcast(self, value: Any, x_seq: Tensor, time_dim: int) -> Any:
         if not isinstance(value, Logarithm):
             return value
