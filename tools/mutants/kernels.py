@@ -760,7 +760,7 @@ CPU_MUTANTS = {
         "a gradient that no step carries": loops("args.carried || @;", "k + 1 < args.steps", "false"),
         "no sum of the width's gradient alone": settled("if (@) return adjoint", "params_.wants(kWidth)", "false"),
         "a segment's steps in the same row of dx": rows("row == buffer ? 0 : @}", "tile.shape.inner", "0"),
-        "a rectangle's slope without its edge": Mutant("math/surrogates.h", "& (x @ Real(1))", "<=", "<"),
+        "a rectangle's slope on one side alone": Mutant("math/surrogates.h", "return (@) & (x", "x >= Real(0)", "true"),
         "gain's gradient without a mean": loops("gain_sum[i] += dh[i] * (@)", "x[i] - neuron.input_mean", "x[i]"),
     },
     "adaptive": {
