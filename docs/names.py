@@ -12,8 +12,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import asgl_cuda
-
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs" / "reference").glob("*.md"))
 ABOVE = """\
