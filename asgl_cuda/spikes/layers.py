@@ -50,7 +50,7 @@ class _SpikeLayer(nn.Module):
             self._copy = None
             return None
         if (
-            x.numel() > _FEW_SUMS * weight[0].numel()
+            x.numel() * weight.shape[0] > _FEW_SUMS * weight.numel()
             or torch.compiler.is_compiling()
             or transforming()
             or type(weight) not in (nn.Parameter, Tensor)
