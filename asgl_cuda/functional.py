@@ -82,7 +82,10 @@ def lif(
         residual_gain: a number, only with a residual. Apply a learned factor to the residual itself.
         strict_threshold: fire at u > 0 instead of u >= 0. No effect with levels and multi_spike.
         scale_output: emit `v_threshold * s`, and with levels `s / levels`.
-        detach_reset: stop the gradient that flows through the spike in the reset.
+        detach_reset: stop the gradient that flows through the spike in the reset. Under the hard reset and with a
+            rectangle, this path multiplies the gradient at each step with a spike by up to
+            `decay * (v_threshold - v_reset + width / 2) / width`. If this is above 1, as for decay > 2 / 3 with the
+            other defaults, gradients can explode over many steps.
         levels: emit an integer number of spikes per step (I-LIF), `round(clamp(h / v_threshold, 0, levels))` with ties
             to even; at most 256. The quotient is computed as h times the rounded `1 / v_threshold`. Analog elements are
             not rounded. The gradient is the gradient of the clamp, 1 at its edges, and the threshold acts as the width.

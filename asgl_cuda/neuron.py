@@ -248,7 +248,7 @@ class LIF(Neurons):
         num_features: number of channels for granularity "channel"; number of neurons, or their shape `[C, H, W]`, for
             "neuron"; None for "layer".
         decay: fraction of the potential that is left after a step, in [0, 1]. A learned decay must be in (0, 1), and is
-            stored as a logit.
+            stored as a logit. For long sequences with decay > 2 / 3 see `detach_reset`.
         v_threshold, v_rest: threshold and resting potential, in units of the input.
         v_reset: potential after a spike, below the threshold; or None to subtract `reset_amount` instead (soft reset).
         reset_amount: amount that a spike subtracts under the soft reset; default the threshold.
@@ -257,12 +257,14 @@ class LIF(Neurons):
         surrogate: the name of a surrogate, see `asgl_cuda.lif`.
         surrogate_gain: factor on the surrogate gradient.
         analog_prob: fraction of elements that emit the smooth value in training; in evaluation all spikes are hard. The
-            default is 0.2, as in the paper, while it is 0 in the function `asgl_cuda.lif`. If the initial width is 10
-            or more, 0 is better.
+            default is 0.2, as in the paper, while it is 0 in the function `asgl_cuda.lif`.
         granularity: whether a learned parameter has one value per layer, per channel or per neuron.
         learn_width, learn_decay, learn_threshold: which of these are parameters; the others are constants.
         strict_threshold: fire above the threshold, not at it.
-        detach_reset: stop the gradient that flows through the spike in the reset.
+        detach_reset: stop the gradient that flows through the spike in the reset. Under the hard reset and with a
+            rectangle, this path multiplies the gradient at each step with a spike by up to
+            `decay * (v_threshold - v_reset + width / 2) / width`. If this is above 1, as for decay > 2 / 3 with the
+            other defaults, gradients can explode over many steps. `Monitor` measures the growth.
         scale_output: emit `v_threshold` instead of 1 for a spike, and with levels `1 / levels`.
         levels: emit up to `levels` spikes per step, rounded (I-LIF). `v_reset` must be None. No width is learned,
             because the threshold takes its place. With multi_spike, levels only limits the number of spikes.

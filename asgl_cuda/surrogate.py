@@ -1,6 +1,7 @@
-"""The surrogates: names, ids shared with the kernels, and F in plain PyTorch.
+"""The surrogates: names, ids shared with the kernels, F and its slope f = F' in plain PyTorch.
 
 Each F is a unit-width cumulative function, F(-inf) = 0 and F(inf) = 1; a neuron of width w uses H(u) = F(u / w).
+Autograd differentiates F; `slope` is for readings without autograd.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ class Surrogate(NamedTuple):
 
     id: int
     cumulative: Callable[[Tensor], Tensor]
+    slope: Callable[[Tensor], Tensor]
 
 
 def clamped(y: Tensor, most: float) -> Tensor:
@@ -47,14 +49,18 @@ def _mirrored(tail: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
 
 
 SURROGATES: dict[str, Surrogate] = {
-    "rectangle": Surrogate(0, lambda y: clamped(y + 0.5, 1)),
-    "triangle": Surrogate(1, _mirrored(_triangle_tail)),
-    "sigmoid": Surrogate(2, torch.sigmoid),
-    "arctan": Surrogate(3, lambda y: torch.atan(y * (math.pi / 2)) * (1 / math.pi) + 0.5),
-    "erf": Surrogate(4, lambda y: (1 + torch.erf(y)) * 0.5),
+    "rectangle": Surrogate(0, lambda y: clamped(y + 0.5, 1), lambda y: (y.abs() <= 0.5).to(y)),
+    "triangle": Surrogate(1, _mirrored(_triangle_tail), lambda y: (1 - y.abs()).clamp(min=0)),
+    "sigmoid": Surrogate(2, torch.sigmoid, lambda y: torch.sigmoid(y) * torch.sigmoid(-y)),
+    "arctan": Surrogate(
+        3,
+        lambda y: torch.atan(y * (math.pi / 2)) * (1 / math.pi) + 0.5,
+        lambda y: 0.5 / (1 + (y * (math.pi / 2)) ** 2),
+    ),
+    "erf": Surrogate(4, lambda y: (1 + torch.erf(y)) * 0.5, lambda y: torch.exp(-y * y) * (1 / math.sqrt(math.pi))),
     # y / (2 (1 + |y|)) + 1/2, in a form valid at infinity.
-    "fast_sigmoid": Surrogate(5, _mirrored(lambda y: 0.5 / (1 + y))),
-    "laplace": Surrogate(6, _mirrored(lambda y: 0.5 * torch.exp(-y))),
+    "fast_sigmoid": Surrogate(5, _mirrored(lambda y: 0.5 / (1 + y)), lambda y: 0.5 / (1 + y.abs()) ** 2),
+    "laplace": Surrogate(6, _mirrored(lambda y: 0.5 * torch.exp(-y)), lambda y: 0.5 * torch.exp(-y.abs())),
 }
 
 # Names in other libraries, in lower case; equal with a width of 1 / alpha.

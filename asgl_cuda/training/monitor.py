@@ -14,18 +14,19 @@ from ..layer import NeuronLayer, some_asgl_layers
 from ..layout import channel_dim
 from ..neuron import LIF, BatchNormLIF, Neurons, unknown_options
 from ..recurrent import RecurrentLIF
-from ..reference import batch_statistics
-from ..surrogate import SURROGATES
+from ..reference import batch_statistics, periodic_distance
+from ..surrogate import PERIODIC, SURROGATES
 from ..transforms import transforming
 
 _CALLER = "asgl_cuda.Monitor"
 # In the order of tables.
-_QUANTITIES = ("width", "firing_rate", "analog_share", "inside", "smoothing_error", "dead", "saturated")
+_QUANTITIES = ("width", "firing_rate", "analog_share", "inside", "smoothing_error", "growth", "dead", "saturated")
 
 # Shares at which `Monitor.problems` reports a layer.
 _MANY = 0.5  # of the neurons dead, or saturated; of the channels constant
 _RARE = 0.05  # a rate below which larger weights help where most neurons are dead
 _FEW_INSIDE = 0.01  # of the potentials inside the window
+_EXPLODES = 1000.0  # a growth of gradients; trainings with one of 30 reach the accuracy of those without
 
 # The options of layers with which it knows what fires, and what is emitted where.
 _KNOWN = {
@@ -75,30 +76,62 @@ def _shares_of_lif(
     time_dim = layer.time_dim % x_seq.dim()
     if isinstance(layer, LIF):  # whose running statistics a call may update
         more = {**more, "update": False}
-    again: Any = layer._compute(x_seq, generator=generator, return_h_seq=True, **states, **more)
+    potentials = {"return_h_seq": True, "return_v_seq": layer.v_min is not None}
+    again: Any = layer._compute(x_seq, generator=generator, **potentials, **states, **more)
     h_seq = again.h_seq
-    values: list[Any] = [layer._broadcast(each, x_seq, time_dim) for each in (layer.width, layer.v_threshold)]
+    given: Any = (layer.width, layer.v_threshold, layer.decay, layer.v_reset, layer.reset_amount)
+    values: list[Any] = [layer._broadcast(each, x_seq, time_dim) for each in given]
     # In the dtype of the computation, for equal spikes.
-    width, threshold = (value.to(h_seq) if isinstance(value, Tensor) else value for value in values)
+    width, threshold, decay, v_reset, amount = (
+        value.to(h_seq) if isinstance(value, Tensor) else value for value in values
+    )
     if layer._counts:
         y = h_seq * (1 / threshold)
         smooth = y.clamp(0, layer.levels)
         hard = smooth.round()
         shares = {"firing_rate": hard > 0, "inside": smooth == y}
+        slope = shares["inside"].to(h_seq) / threshold
         emitted = hard / layer.levels if layer.scale_output else hard
     else:
+        periodic = layer.surrogate == PERIODIC
+        surrogate = SURROGATES["laplace" if periodic else layer.surrogate]
         u = h_seq - threshold
         y = u * (1 / width)
         hard = layer._fires(u)
         shares = {"firing_rate": hard, "inside": y.abs() < 0.5}
-        if layer.multi_spike:
-            return shares
-        smooth = SURROGATES[layer.surrogate].cumulative(y)
-        emitted = hard * threshold if layer.scale_output else hard
-    return shares | {
-        "analog_share": s_seq != emitted.to(s_seq.dtype),
-        "smoothing_error": (smooth - hard.to(smooth)).abs(),
-    }
+        distance = periodic_distance(h_seq, torch.as_tensor(threshold).to(h_seq)) if periodic else u
+        slope = surrogate.slope(distance * (1 / width)) / width
+        smooth = surrogate.cumulative(y)
+        emitted = hard.to(h_seq) * threshold if layer.scale_output else hard
+    analog = s_seq != emitted.to(s_seq.dtype)
+    if getattr(layer, "adapt_decay", None) is None:
+        slope = slope * (0.0 if layer.detach_reset else layer.surrogate_gain)
+        if v_reset is None:
+            passed = 1 - (threshold if amount is None else amount) * slope
+        else:
+            passed = 1 - smooth.where(analog, hard.to(smooth)) + (v_reset - h_seq) * slope
+        passed = passed if layer.v_min is None else passed * (again.v_seq > layer.v_min)
+        shares["growth"] = _growth(decay * passed, time_dim)
+    if not layer.multi_spike:
+        shares |= {"analog_share": analog, "smoothing_error": (smooth - hard.to(smooth)).abs()}
+    return shares
+
+
+def _growth(factors: Tensor, time_dim: int) -> Tensor:
+    """The largest product of adjacent factors of each neuron, without those of the last step, or 1.
+
+    With the factors decay * dv[t]/dh[t], the gradient of the potentials
+
+        dL/dh[t] = dL/ds[t] * ds[t]/dh[t] + decay * dv[t]/dh[t] * dL/dh[t+1]
+
+    grows by such a product on its way to an earlier step.
+    """
+    steps = factors.movedim(time_dim, 0)
+    growth = largest = torch.zeros_like(steps[0], dtype=torch.float64)  # logarithms, for hundreds of steps
+    for factor in reversed(steps[:-1].unbind()):
+        growth = factor.double().abs().log() + growth.clamp(min=0)
+        largest = torch.maximum(largest, growth)
+    return largest.exp()
 
 
 def _uses_batch(norm: Any) -> bool:
@@ -150,6 +183,12 @@ def _problem(values: Mapping[str, float], layer: Any, norm: Any, diverged: bool)
             "its potentials are NaN, and no weight of the model is: look for NaN or infinity in the data, in float16 "
             "for currents beyond 65504"
         )
+    if values.get("growth", 1.0) > _EXPLODES:
+        width = "" if getattr(layer, "_counts", False) else ", or a larger width"
+        return (
+            f"gradients grow by a factor of {values['growth']:.1e} on their way back through its resets. What helps: "
+            f"detach_reset=True{width}"
+        )
     seen, helps = [], _remedy(norm, "differently scaled", "different")
     if rate == 0 or dead > _MANY:
         seen.append("no neuron ever fired" if rate == 0 else f"{dead:.0%} of the neurons never fired (dead)")
@@ -171,7 +210,7 @@ def _problem(values: Mapping[str, float], layer: Any, norm: Any, diverged: bool)
 class Monitor:
     """Watches the ASGL layers of a model, over all calls inside `with monitor:` or between `start()` and `stop()`.
 
-    For each layer `result()` has, in [0, 1] except the width:
+    For each layer `result()` has, in [0, 1] except the width and the growth:
 
     - `width`: mean of the current widths, in units of the input.
     - `firing_rate`: share of elements whose potential reached the threshold, whatever the output; with levels, of
@@ -181,6 +220,10 @@ class Monitor:
       clamped.
     - `smoothing_error`: E|H(u) - spike|, which should vanish by the paper's argument. Missing with `multi_spike`, as is
       `analog_share`.
+    - `growth`: largest factor by which the gradient of a potential grows on its way from one step to an earlier one,
+      mean over neurons and samples; 1 if it never grows. It is computed from the recorded potentials, without a
+      backward pass, as the product of `decay * dv[t]/dh[t]` over the steps between. Gradients through recurrent weights
+      and from layer to layer are not a part of it. Missing with an adaptation.
     - `constant`, of a layer that normalises by the statistics of each call, as BatchNormLIF in training: share of
       channels with a variance of less than `eps / 100`, of which nothing but the bias is left. Not in the table.
     - `dead`, `saturated`: share of neurons that never spiked, and that spiked at every step, in all samples. Neurons
@@ -322,10 +365,14 @@ class Monitor:
     def __str__(self) -> str:
         rows = [["layer", *(key.replace("_", " ") for key in _QUANTITIES)]]
         for name, values in self.result().items():
-            cells = (f"{values[key]:.4f}" if key in values else "-" for key in _QUANTITIES)
+            cells = (_shown(values[key]) if key in values else "-" for key in _QUANTITIES)
             rows.append([name or "(the model)", *cells])
         problems = self.problems()
         return "\n".join([*aligned(rows, "<" + ">" * len(_QUANTITIES)), *([""] if problems else []), *problems])
+
+
+def _shown(value: float) -> str:
+    return f"{value:.4f}" if value < 1000 else f"{value:.1e}"
 
 
 def aligned(rows: Sequence[Sequence[str]], sides: str) -> list[str]:

@@ -75,6 +75,7 @@ def test_monitor_measures_what_the_function_computes(
         shares["smoothing_error"].append((SURROGATES[layer.surrogate].cumulative(y) - fired.to(y)).abs())
     by_neuron = torch.cat(shares["firing_rate"]).flatten(0, 1)
     found = monitor.result()[""]
+    assert found.pop("growth") >= 1
     assert found == pytest.approx(
         {
             "width": layer.width.double().mean().item(),
@@ -87,6 +88,52 @@ def test_monitor_measures_what_the_function_computes(
     )
     assert 0 < found["firing_rate"] < 1
     assert (0 < found["analog_share"] < 0.6) == training
+
+
+GROWING = {
+    "hard reset": {},
+    "noise": {"analog_prob": 0.4},
+    "another reset": {"v_reset": -0.3, "v_rest": 0.1, "v_threshold": 1.2},
+    "floor": {"v_min": -0.1, "v_reset": -0.3},
+    "detached": {"detach_reset": True, "analog_prob": 0.4},
+    "detached soft reset": {"detach_reset": True, "v_reset": None},
+    "soft reset": {"v_reset": None, "width": 0.3},
+    "an amount": {"v_reset": None, "reset_amount": 2.0, "v_min": -0.5},
+    "spike's height": {"scale_output": True, "v_threshold": 0.7, "analog_prob": 0.4},
+    "levels": {"levels": 3, "v_reset": None, "width": 1.0, "v_threshold": 0.7, "reset_amount": 3.0, "analog_prob": 0.4},
+    "several spikes": {"multi_spike": True, "v_reset": None, "width": 0.3},
+    "periodic": {"multi_spike": True, "v_reset": None, "surrogate": "periodic_exponential", "width": 0.2},
+    **{name: {"surrogate": name, "surrogate_gain": 3.0} for name in SURROGATES},
+}
+
+
+@pytest.mark.parametrize("time_dim", [0, 1])
+@pytest.mark.parametrize("options", GROWING.values(), ids=GROWING)
+def test_growth_of_gradients(backend, device, options, time_dim):
+    """Against autograd: the largest derivative of a potential by the current of an earlier step."""
+    neurons = {"decay": 0.9, "width": 0.5, "analog_prob": 0.0, "time_dim": time_dim, "backend": backend, **options}
+    layer = LIF(**neurons, learn_width=False)
+    x_seq = random_input(7, 5, N, dtype=torch.float64, device=device).detach().abs().movedim(0, time_dim)
+    x_seq.requires_grad_()
+    torch.manual_seed(1)
+    with Monitor(layer) as monitor:
+        layer(x_seq)
+    torch.manual_seed(1)
+    h_seq = asgl_cuda.lif(x_seq, **neurons, return_h_seq=True).h_seq.movedim(time_dim, 0)
+    by_current = [torch.autograd.grad(h.sum(), x_seq, retain_graph=True)[0].abs().amax(time_dim) for h in h_seq]
+    growth = torch.stack(by_current).amax(0)
+    assert monitor.result()[""]["growth"] == pytest.approx(growth.mean().item(), rel=1e-9)
+    assert (growth.max() > 1.01) == ("detach_reset" not in options)
+
+
+def test_growth_of_a_recurrent_layer_is_of_its_potentials():
+    """Missing with an adaptation, which is a second way back."""
+    x_seq, values = torch.rand(9, 2, N), {"decay": 0.95, "width": 0.5, "analog_prob": 0.0}
+    layer = asgl_cuda.RecurrentLIF(N, bias=False, **values)
+    nn.init.zeros_(layer.recurrent_weight)
+    expected = seen(LIF(**values), x_seq)["growth"]
+    assert seen(layer, x_seq)["growth"] == expected > 1.1
+    assert "growth" not in seen(asgl_cuda.RecurrentLIF(N, adapt_decay=0.9, **values), x_seq)
 
 
 @pytest.mark.parametrize(
@@ -147,7 +194,7 @@ def test_a_monitor_that_saw_nothing():
     with monitor:
         monitor._layers["1"](torch.zeros(4, 0, 5))  # no sample at all
     assert monitor.result() == expected
-    assert str(monitor).splitlines()[1].split() == ["1", "1.0000", "-", "-", "-", "-", "-", "-"]
+    assert str(monitor).splitlines()[1].split() == ["1", "1.0000", *["-"] * 7]
     assert monitor.problems()[0].startswith("nothing was seen: no call of the model inside `with monitor:`")
     assert str(monitor).splitlines()[-1] == monitor.problems()[0]
 
@@ -159,6 +206,7 @@ def half_dead(count):
 
 
 X = torch.randn(4, 16, 64, generator=torch.Generator().manual_seed(0))
+LONG = torch.linspace(0.5, 1.5, 20).expand(100, 1, -1)  # constant currents
 WORDS = [
     (LIF(analog_prob=0.0), X, []),
     (LIF(analog_prob=0.0), X * 0.01, ["no neuron ever fired", "0.0% of", ": no gradient", "larger weights", "width"]),
@@ -172,6 +220,10 @@ WORDS = [
     (LIF(levels=4, v_reset=None, analog_prob=0.0), -X.abs(), ["0.0% of the potentials are between 0 and levels"]),
     (asgl_cuda.BatchNormLIF(5, eps=0.0), torch.ones(4, 6, 5), ["100% of the channels do not vary"]),
     (LIF(analog_prob=0.0), torch.linspace(0, 1.5, 20).expand(8, 1, -1), []),  # a constant current
+    (LIF(analog_prob=0.0, decay=0.95), LONG, ["gradients grow by a factor of", "detach_reset=True, or a larger width"]),
+    (LIF(analog_prob=0.0, decay=0.95, detach_reset=True), LONG, []),
+    (LIF(analog_prob=0.0, decay=0.95, width=2.0), LONG, []),
+    (LIF(analog_prob=0.0, levels=2, v_reset=None, reset_amount=4.0), LONG, ["gradients grow", "detach_reset=True"]),
 ]  # fmt: skip
 
 
@@ -409,13 +461,13 @@ def test_table_and_scalars():
     result = monitor.result()
     expected = {f"{key}/{name}": value for name, values in result.items() for key, value in values.items()}
     assert monitor.scalars() == expected
-    assert len(expected) == 7 + 3
+    assert len(expected) == 8 + 3
     head, first, second, *_ = str(monitor).splitlines()
     assert head.startswith("layer")
-    keys = ("width", "firing_rate", "analog_share", "inside", "smoothing_error", "dead", "saturated")
+    keys = ("width", "firing_rate", "analog_share", "inside", "smoothing_error", "growth", "dead", "saturated")
     assert first.split() == ["1", *(f"{result['1'][key]:.4f}" for key in keys)]
     assert second.split()[0] == "3"
-    assert second.split().count("-") == 4
+    assert second.split().count("-") == 5
     assert len(head) == len(first) == len(second)
     lone = Monitor(LIF(width=2.0))
     assert lone.scalars() == pytest.approx({"width": 2.0})
