@@ -47,9 +47,6 @@ struct Ahead {
 
 constexpr int64 kNeuronsPerFetch = 128;
 
-// One row ahead would be too late: a row takes about the latency of memory.
-constexpr int64 kRowsAhead = 2;
-
 // Prefetches a part of the rows ahead, then calls f(begin, end), for every kNeuronsPerFetch neurons; once for all if
 // there is nothing to prefetch, as each part begins with some 40 instructions.
 template <class F>
@@ -247,50 +244,20 @@ struct AdjointLoop {
   }
 };
 
-// Neurons of a vectorised loop of the settled kernels: a constant, which the compiler unrolls without a remainder. A
-// tile's last block may be beyond its end: rows have room for it, and its results are not stored.
-constexpr int64 kBlock = 32;
-
-// Adjacent steps of a tile: the row of step k begins at first + k * stride.
-template <class Element>
-struct Steps {
-  Element* first;
-  int64 stride;
-
-  ASGL_HOST_DEVICE Element* operator[](int64 k) const { return first + k * stride; }
-};
-
-template <class Real>
-ASGL_HOST_DEVICE Ahead ahead_of(const Real* read, const Real* written) {
-  return {sizeof(Real), {reinterpret_cast<const char*>(read), reinterpret_cast<const char*>(written)}};
-}
-
-// Prefetches two lines of each row, at blocks that begin such a pair: the processor can't fetch many more at once.
-ASGL_HOST_DEVICE void prefetch_block(const Ahead& ahead, int64 first) {
-  constexpr int64 kCacheLine = 64, kLines = 2;
-  const int64 offset = first * ahead.element_size;
-  if (offset % (kLines * kCacheLine) != 0) return;
-  for (const char* row : ahead.rows) {
-    if (row == nullptr) continue;
-    for (int64 i = 0; i < kLines; ++i) __builtin_prefetch(row + offset + i * kCacheLine);
-  }
-}
-
-// The settled loops, over the blocks of a tile in each of its steps, with the input current as rows. Forward computes
-// only spikes or potentials, backward gradients of the current and the parameters.
+// The settled loops, with the input current as a row. Forward computes only spikes or potentials, backward gradients of
+// the current and the parameters.
 template <class Real, class Model, class Neurons, bool kSpikes>
 struct SettledStepLoop {
   struct Args {
     Neurons neurons;
     NeuronOptions<Real> options;
     uint32 analog_below;
-    int64 length, steps;
-    Steps<const Real> current;
-    Steps<const uint16> draws;
-    Steps<Real> v;            // before each step, and after the last
-    Steps<Real> out;          // s with kSpikes, else h
-    bool prefetches;          // the rows of later steps
-    Ahead ahead[kRowsAhead];  // prefetched beside the last steps
+    int64 length;
+    const Real* current;
+    const uint16* draws;
+    Real *v, *next_v;
+    Real* out;  // s with kSpikes, else h
+    Ahead ahead;
   };
 
   static ASGL_HOST_DEVICE void run(Args args) { args.analog_below > 0 ? loop<true>(args) : loop<false>(args); }
@@ -298,50 +265,35 @@ struct SettledStepLoop {
   template <bool kNoise>
   static ASGL_HOST_DEVICE void loop(Args args) {
     const Firing<Real> firing(args.options);
-    for (int64 k = 0; k < args.steps; ++k) {
-      const int64 next = k + kRowsAhead;
-      const Ahead ahead = next < args.steps ? rows_of(args, next) : args.ahead[next - args.steps];
-      for (int64 first = 0; first < args.length; first += kBlock) {
-        prefetch_block(ahead, first);
-        const Real *current = args.current[k] + first, *v = args.v[k] + first;
-        const uint16* draws = args.draws[k] + first;
-        Real *out = args.out[k] + first, *next_v = args.v[k + 1] + first;
+    for_each_fetch(args.ahead, args.length, [=](int64 begin, int64 end) __attribute__((always_inline)) {
 #pragma GCC ivdep
-        for (int64 i = 0; i < kBlock; ++i) {
-          const Neuron<Real>& neuron = args.neurons[first + i];
-          const Real h = Model::template charge<Input::kPlain>(current[i], v[i], neuron, args.options);
-          const Real s = Model::fire(h, kNoise && is_analog(draws[i], args.analog_below), neuron, firing);
-          out[i] = kSpikes ? s : h;
-          next_v[i] = Model::reset(h, s, neuron);
-        }
+      for (int64 i = begin; i < end; ++i) {
+        const Neuron<Real>& neuron = args.neurons[i];
+        const Real h = Model::template charge<Input::kPlain>(args.current[i], args.v[i], neuron, args.options);
+        const Real s = Model::fire(h, kNoise && is_analog(args.draws[i], args.analog_below), neuron, firing);
+        args.out[i] = kSpikes ? s : h;
+        args.next_v[i] = Model::reset(h, s, neuron);
       }
-    }
-  }
-
-  static ASGL_HOST_DEVICE Ahead rows_of(const Args& args, int64 k) {
-    return args.prefetches ? ahead_of(args.current[k], kSpikes ? args.out[k] : nullptr) : Ahead{};
+    });
   }
 };
 
-// The parameters whose gradients the settled loop sums: none, width, or width, decay, threshold and soft reset.
-enum class SettledSums { kNone, kWidth, kAll };
-
-template <class Real, class Model, class Neurons, SettledSums kSums>
+// kMore: sums the gradients of decay, threshold and soft reset, besides the width's.
+template <class Real, class Model, class Neurons, bool kMore>
 struct SettledAdjointLoop {
   struct Args {
     Neurons neurons;
     NeuronOptions<Real> options;
     uint32 analog_below;
-    int64 length, steps;
+    int64 length;
     bool carried;
-    Steps<const Real> g, h;
-    Steps<const uint16> draws;
-    Real* dv;             // the gradient of v after the last step on entry, before the first on return
-    Steps<const Real> v;  // before each step
+    const Real *g, *h;
+    const uint16* draws;
+    Real* dv;       // the gradient of v after the step on entry, before it on return
+    const Real* v;  // before the step
     Real *width, *decay, *threshold, *reset;
-    Steps<Real> d_current;
-    bool prefetches;          // the rows of earlier steps
-    Ahead ahead[kRowsAhead];  // prefetched beside the first steps
+    Real* d_current;
+    Ahead ahead;
   };
 
   static ASGL_HOST_DEVICE void run(Args args) { args.analog_below > 0 ? loop<true>(args) : loop<false>(args); }
@@ -349,40 +301,26 @@ struct SettledAdjointLoop {
   template <bool kNoise>
   static ASGL_HOST_DEVICE void loop(Args args) {
     const Firing<Real> firing(args.options);
-    for (int64 k = args.steps - 1; k >= 0; --k) {
-      const bool carried = args.carried || k + 1 < args.steps;
-      const int64 next = k - kRowsAhead;
-      const Ahead ahead = next >= 0 ? rows_of(args, next) : args.ahead[-1 - next];
-      for (int64 first = 0; first < args.length; first += kBlock) {
-        prefetch_block(ahead, first);
-        const Real *g = args.g[k] + first, *potentials = args.h[k] + first, *v = args.v[k] + first;
-        const uint16* draws = args.draws[k] + first;
-        Real *gradient = args.dv + first, *d_current = args.d_current[k] + first, *width = args.width + first;
-        Real *decay = args.decay + first, *threshold = args.threshold + first, *reset = args.reset + first;
+    for_each_fetch(args.ahead, args.length, [=](int64 begin, int64 end) __attribute__((always_inline)) {
 #pragma GCC ivdep
-        for (int64 i = 0; i < kBlock; ++i) {
-          const Neuron<Real>& neuron = args.neurons[first + i];
-          const Real h = potentials[i];
-          const Real s = Model::fire(h, kNoise && is_analog(draws[i], args.analog_below), neuron, firing);
-          Real dv = gradient[i];
-          if constexpr (kSums == SettledSums::kAll && !Model::kResetsHard) reset[i] -= keep_if(carried, dv * s);
-          const Real ds = Model::spike_gradient(g[i], h, carried && !args.options.detach_reset, neuron, dv);
-          const StepGradient<Real> step =
-              Model::step_adjoint(ds, NoGradient{}, h, s, carried, neuron, args.options, dv);
-          if constexpr (kSums != SettledSums::kNone) width[i] += step.dy * Model::distance(h, neuron);
-          if constexpr (kSums == SettledSums::kAll) {
-            threshold[i] -= step.dy * neuron.inverse_width;
-            decay[i] += step.dh * v[i];
-          }
-          d_current[i] = step.dc;
-          gradient[i] = dv;
+      for (int64 i = begin; i < end; ++i) {
+        const Neuron<Real>& neuron = args.neurons[i];
+        const Real h = args.h[i];
+        const Real s = Model::fire(h, kNoise && is_analog(args.draws[i], args.analog_below), neuron, firing);
+        Real dv = args.dv[i];
+        if constexpr (kMore && !Model::kResetsHard) args.reset[i] -= keep_if(args.carried, dv * s);
+        const Real ds = Model::spike_gradient(args.g[i], h, args.carried && !args.options.detach_reset, neuron, dv);
+        const StepGradient<Real> step =
+            Model::step_adjoint(ds, NoGradient{}, h, s, args.carried, neuron, args.options, dv);
+        args.width[i] += step.dy * Model::distance(h, neuron);
+        if constexpr (kMore) {
+          args.threshold[i] -= step.dy * neuron.inverse_width;
+          args.decay[i] += step.dh * args.v[i];
         }
+        args.d_current[i] = step.dc;
+        args.dv[i] = dv;
       }
-    }
-  }
-
-  static ASGL_HOST_DEVICE Ahead rows_of(const Args& args, int64 k) {
-    return args.prefetches ? ahead_of(args.g[k], args.d_current[k]) : Ahead{};
+    });
   }
 };
 

@@ -11,6 +11,8 @@
 namespace asgl::cpu {
 
 constexpr int64 kElementsPerTask = 32768;
+// One row ahead would be too late: a row takes about the latency of memory.
+constexpr int64 kRowsAhead = 2;
 
 inline int64 num_tiles(const SequenceShape& shape) { return (shape.neurons() + kTile - 1) / kTile; }
 
@@ -24,8 +26,6 @@ struct Tile {
 
   // Whether the elements of a step are contiguous.
   bool in_one_piece() const { return first % shape.inner + length <= shape.inner; }
-  // Whether settled loops may read and write its rows in place.
-  bool in_whole_blocks() const { return in_one_piece() && length % kBlock == 0; }
 };
 
 inline Runs runs_of(const Tile& tile, int64 inner) { return {inner - tile.first % inner, inner, tile.length}; }
@@ -36,20 +36,15 @@ void for_each_stretch(const Tile& tile, int64 inner, F&& f) {
   runs_of(tile, inner).for_each([&](int64, int64 offset, int64 length) { f(tile.first + offset, offset, length); });
 }
 
-template <class Element>
-void copy_row(const Element* sequence, const Tile& tile, int64 t, Real_t<Element>* buffer) {
-  for_each_stretch(tile, tile.shape.inner, [&](int64 n, int64 offset, int64 length) {
-    run<ConvertLoop<Element, Real_t<Element>>>({sequence + tile.shape.element(n, t), buffer + offset, length});
-  });
-}
-
 // Row t of a sequence, contiguous and in the arithmetic type: in place, or a copy in `buffer`.
 template <class Element>
 const Real_t<Element>* read_row(const Element* sequence, const Tile& tile, int64 t, Real_t<Element>* buffer) {
   if constexpr (std::is_same_v<Element, Real_t<Element>>) {
     if (tile.in_one_piece()) return sequence + tile.shape.element(tile.first, t);
   }
-  copy_row(sequence, tile, t, buffer);
+  for_each_stretch(tile, tile.shape.inner, [&](int64 n, int64 offset, int64 length) {
+    run<ConvertLoop<Element, Real_t<Element>>>({sequence + tile.shape.element(n, t), buffer + offset, length});
+  });
   return buffer;
 }
 
@@ -71,21 +66,6 @@ void finish_row(const Real_t<Element>* row, Element* sequence, const Tile& tile,
   for_each_stretch(tile, tile.shape.inner, [&](int64 n, int64 offset, int64 length) {
     run<ConvertLoop<Real_t<Element>, Element>>({row + offset, sequence + tile.shape.element(n, t), length});
   });
-}
-
-// For settled loops the rows from row t on, in place, or row t alone as a copy.
-template <class Element>
-Steps<const Real_t<Element>> read_steps(const Element* sequence, const Tile& tile, int64 t, Real_t<Element>* buffer) {
-  if (tile.in_whole_blocks()) return {read_row(sequence, tile, t, buffer), tile.shape.inner};
-  copy_row(sequence, tile, t, buffer);
-  return {buffer, 0};
-}
-
-// Where they write the rows from row t on: in place, or each in `buffer`.
-template <class Element>
-Steps<Real_t<Element>> start_steps(Element* sequence, const Tile& tile, int64 t, Real_t<Element>* buffer) {
-  Real_t<Element>* row = tile.in_whole_blocks() ? start_row(sequence, tile, t, buffer) : buffer;
-  return {row, row == buffer ? 0 : tile.shape.inner};
 }
 
 // The address of row t for a prefetch; null if there is none or it is not contiguous. For sequences that were last used

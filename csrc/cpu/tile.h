@@ -89,12 +89,6 @@ class TileNoise {
     return reinterpret_cast<const uint16*>(rows_.row(2 * slot + t % 2));
   }
 
-  // The rows of `count` steps of a segment, from row t on.
-  Steps<const uint16> rows(const Tile& tile, int64 t, int64 count) {
-    for (int64 step = t; step < t + count; ++step) row(tile, step);
-    return {row(tile, t), drawn_ ? 4 * rows_.stride() : 0};
-  }
-
  private:
   static constexpr int64 kPairs = kCheckpointSteps / 2;
   static_assert(kTile / 4 % kNoiseGroups == 0);
@@ -166,7 +160,7 @@ class TileNeurons {
     patterns_[id] = pattern;
     const bool is_log_width = id == kWidth && options_.log_width, is_logit = id == kDecay && options_.logit_decay;
     const bool in_place = id != kWidth && !is_logit && parameter.data != nullptr && parameter.inner == 1 &&
-                          phase + tile.length <= parameter.count && tile.length % kBlock == 0;
+                          phase + tile.length <= parameter.count;
     row_[id] = in_place ? parameter.data + t * parameter.step_stride + phase : rows_.row(id);
     if (in_place) return;
     fill_parameter_row(parameter, tile, t, rows_.row(id), id == kWidth && !is_log_width);

@@ -711,7 +711,7 @@ CPU_MUTANTS = {
         "a row of another tile": tiles("pattern = {@, is_per_step", "phase", "int64(0)"),
         "a row of another step": tiles(", @};", "is_per_step(id) ? t : 0", "0"),
         "a row beyond the parameter": tiles(
-            "&&\n                          @ &&", "phase + tile.length <= parameter.count", "phase < parameter.count"
+            "&&\n                          @;", "phase + tile.length <= parameter.count", "phase < parameter.count"
         ),
         "rows of the input of another tile": tiles("period_ < kTile && @",
                                                    "tile.first % count_ == tile_.first % count_", "true"),
@@ -721,7 +721,7 @@ CPU_MUTANTS = {
         "no last checkpoint": cpu("kCheckpointSteps == 0 && @)", "steps < params.shape.steps",
                                   "steps + kCheckpointSteps < params.shape.steps"),
         "decay's gradient of another step": cpu("accumulate(kDecay, Real(1), dh_, {v(@)", "k", "k + 1"),
-        "decay's gradient of another settled step": settled(".v = {v(@)", "t - start", "t - start + 1"),
+        "decay's gradient of another settled step": settled(".v = v(@)", "t - start", "t - start + 1"),
         "wrong sign of the soft reset's gradient": loops(
             "d_reset = @;", "model.gradient_of_reset(dv, s)", "dv * s"
         ),
@@ -733,7 +733,7 @@ CPU_MUTANTS = {
         "one surrogate for all": loops("args.options.surrogate = @;  // unused by LIF\n    // A",
                                        "static_cast<Surrogate>(kId)", "Surrogate::kRectangle"),
         "a carried gradient forgotten": settled(
-            "(params_, tile);\n    carried_ = @;", "params_.grad_v_last != nullptr", "false"
+            "Real(0));\n    carried_ = @;", "params_.grad_v_last != nullptr", "false"
         ),
         "settled forward in spite of potentials": entry("return params.v_seq == nullptr && @;",
                                                         "params.h_seq == nullptr", "true"),
@@ -752,15 +752,9 @@ CPU_MUTANTS = {
         "a sum without its last": loops("for (int lane = 0; @; ++i, ++lane) lanes[lane]", "i < length",
                                         "i + 1 < length"),
         "width's gradient without a threshold": loops("step.dy * @;", "Model::distance(h, neuron)", "h"),
-        "threshold's gradient without a width": loops("threshold[i] -= step.dy * @;", "neuron.inverse_width",
+        "threshold's gradient without a width": loops("args.threshold[i] -= step.dy * @;", "neuron.inverse_width",
                                                      "Real(1)"),
-        "soft reset's gradient without a spike": loops("reset[i] -= keep_if(carried, @);", "dv * s", "dv"),
-        "the tile's end in place though no whole block": rows("in_one_piece() && @;", "length % kBlock == 0", "true"),
-        "noise of a segment's first step": tiles("drawn_ ? @ : 0}", "4 * rows_.stride()", "0"),
-        "a gradient that no step carries": loops("args.carried || @;", "k + 1 < args.steps", "false"),
-        "no sum of the width's gradient alone": settled("if (@) return adjoint", "params_.wants(kWidth)", "false"),
-        "a segment's steps in the same row of dx": rows("row == buffer ? 0 : @}", "tile.shape.inner", "0"),
-        "a rectangle's slope on one side alone": Mutant("math/surrogates.h", "return (@) & (x", "x >= Real(0)", "true"),
+        "soft reset's gradient without a spike": loops("keep_if(args.carried, @);", "dv * s", "dv"),
         "gain's gradient without a mean": loops("gain_sum[i] += dh[i] * (@)", "x[i] - neuron.input_mean", "x[i]"),
     },
     "adaptive": {
