@@ -40,9 +40,8 @@ class _Operators(NamedTuple):
 
 
 _operators = _Operators(*(getattr(torch.ops.asgl_cuda, name).default for name in _Operators._fields))
-_direct = (
-    None if extension.module is None else _Operators(*(getattr(extension.module, name) for name in _Operators._fields))
-)
+_found: list[Any] = [getattr(extension.module, name, None) for name in _Operators._fields]
+_direct = None if None in _found else _Operators(*_found)
 
 
 def _operators_of(inputs: Sequence[Any]) -> _Operators:

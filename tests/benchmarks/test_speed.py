@@ -270,7 +270,7 @@ def test_the_implementation_that_spikingjelly_chose(monkeypatch, capsys):
     from spikingjelly._ops import lif
 
     monkeypatch.setattr(lif._selection, "diagnostics", lambda device, execution: {"implementation": "triton"})
-    monkeypatch.setattr(peers, "machine", lambda device: {"gpu": "a card", "torch": "2.13"})
+    monkeypatch.setattr(peers, "machine", lambda device: {"gpu": "a card", "torch": "2.13", "threads": 1})
     monkeypatch.setattr(peers, "installed_peers", lambda *_: {})
     monkeypatch.setattr(torch, "zeros", lambda *_, **__: None)
     assert peers.introduced(torch.device("cuda"), "medians")["spikingjelly_implementation"] == "triton"

@@ -1125,7 +1125,7 @@ MUTANTS = {
     "build: architectures that torch has not": Mutant("extension/compilation.py",
         "supported & architectures_of_torch() or supported", "supported", "package/test_build.py architectures"),
     "build: compilers beyond the memory": Mutant("extension/compilation.py",
-        "int(free) * 1024 // COMPILER_BYTES", "int(free)", "package/test_build.py jobs"),
+        "(int(free) * 1024 - LARGEST_COMPILER_BYTES) // COMPILER_BYTES", "int(free)", "package/test_build.py jobs"),
     "build: CUDA for a torch for ROCm": Mutant("extension/compilation.py",
         "if torch.version.hip is not None:", "if False:", "package/test_build.py no_toolkit"),
     "check: NaN agrees with anything": Mutant("selfcheck.py",
