@@ -183,14 +183,15 @@ def test_compiled_for_any_size(name, device, kind):
     """Parameters have sizes that are known, inputs do not."""
     layer = OF_ANY_SIZE[kind](granularity="neuron", backend=name).to(device)
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(layer, dynamic=True, fullgraph=True, backend=counter)
+    compiled, frames = torch.compile(layer, dynamic=True, fullgraph=True, backend=counter), []
     for steps, batch in ((6, 3), (7, 4)):
         x_seq, results = torch.randn(steps, batch, 5, device=device, requires_grad=True), []
         for call in (layer, compiled):
             torch.manual_seed(2)
             results.append(with_gradients(lambda x_seq, *_, call=call: call(x_seq), x_seq, *layer.parameters()))
         assert_all_equal(*results)
-    assert counter.frame_count == 1 or name == "reference"  # whose loop is unrolled
+        frames.append(counter.frame_count)  # 2 of the first call: the compiler begins again where floats are symbols
+    assert frames[0] == frames[1] or name == "reference"  # whose loop is unrolled
 
 
 SEVERAL_TIMES = {
