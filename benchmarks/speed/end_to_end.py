@@ -106,8 +106,8 @@ def theirs(network: Network, make: Any) -> MakeNeuron:
     return lambda input_weight, weight: Recurrent(make(weight, input_weight), input_weight)
 
 
-def compiled_layer(make: MakeNeuron) -> nn.Module:
-    return torch.compile(make())  # type: ignore[return-value]
+def compiled_layer(make: MakeNeuron, *weights: Tensor) -> nn.Module:
+    return torch.compile(make(*weights))  # type: ignore[return-value]
 
 
 def compiled_cells(make: MakeNeuron) -> MakeNeuron:
@@ -290,4 +290,5 @@ def measurements(
             "rates": firing_rates(network, device),
             "variants": measure(network, device, repeats),
         }
+        report["networks"] = {each: report["networks"][each] for each in NETWORKS if each in report["networks"]}
         yield name

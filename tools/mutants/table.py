@@ -598,7 +598,7 @@ MUTANTS = {
     "monitor: one spike is none": monitor("(counts == 0).sum()", "(counts <= 1).sum()", "layer/test_monitor.py dead"),
     "monitor: a batch is neurons": monitor("(spikes.dim() > before + 1)", "(spikes.dim() > before + 2)",
         "layer/test_monitor.py which_dimensions"),
-    "monitor: scaled spikes": monitor("emitted = hard * threshold if layer.scale_output else hard", "emitted = hard",
+    "monitor: scaled spikes": monitor("emitted = hard.to(h_seq) * threshold if layer.scale_output else hard", "emitted = hard",
         "layer/test_monitor.py measures"),
     "monitor: looks under transforms": monitor("transforming() or not isinstance(s_seq", "not isinstance(s_seq",
         "layer/test_transforms.py not_kept"),
