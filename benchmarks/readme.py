@@ -472,41 +472,33 @@ LAYER = f"Forward and backward, nanoseconds an element, {ON}:"
 COST = "trainings took {minutes:.0f} minutes of one core:"
 STUDIED = f"Mean of {{seeds}} seeds; {{trainings:,}} {COST}"
 FAST = (
-    "In the five networks [below](#speed-and-memory), with LIF neurons of asgl_cuda, a training step is "
-    "{eager} times as "
-    "fast as with the neurons of SpikingJelly, snnTorch, Norse or sinabs, and {compiled} times as fast as with these "
-    "after `torch.compile`."
+    "In the five networks [below](#speed-and-memory), with LIF neurons of asgl_cuda, a training step is {eager} "
+    "times as fast as with the neurons of SpikingJelly, snnTorch, Norse or sinabs, and {compiled} times as fast as "
+    "with these after `torch.compile`."
 )
 LEARNED = (
-    "The width of the surrogate gradient is learned with the weights. On average over five small data sets, "
-    "with SGD and "
-    "Adam and initial widths of {narrowest} to {widest}, networks with a sigmoid reached {learned} % with a "
-    "learned width "
-    "and {fixed} % with a fixed one ([table](docs/measured.md#the-first-width)). The default is a rectangle, "
-    "which needs an "
-    "initial width of 1 or more."
+    "The width of the surrogate gradient is learned with the weights. On average over five small data sets, with "
+    "SGD and Adam and initial widths of {narrowest} to {widest}, networks with a sigmoid reached {learned} % with a "
+    "learned width and {fixed} % with a fixed one ([table](docs/measured.md#the-first-width)). The default is a "
+    "rectangle, which needs an initial width of 1 or more."
 )
 STEPS = (
     "Milliseconds per training step: eager / after `torch.compile`, which took {compiling} s per network. Measured in "
     f"float32 {ON}, with {{peers_in_words}}. *ASGL* and *LIF* are asgl_cuda's neurons, *ASGL* with noise and a learned "
-    "width. *loop* is plain PyTorch. All columns but *ASGL* compute the same LIF neuron; {firing} % of the "
-    "neurons spike "
-    "per time step. At T = 100 a single time step is compiled, because compiling one layer of {long_layer} for T = "
-    "{long_steps} takes {long_first_seconds:.0f} s; -: not compiled."
+    "width. *loop* is plain PyTorch. All columns but *ASGL* compute the same LIF neuron; {firing} % of the neurons "
+    "spike per time step. At T = 100 a single time step is compiled, because compiling one layer of {long_layer} for "
+    "T = {long_steps} takes {long_first_seconds:.0f} s; -: not compiled."
 )
 LAYERS = (
-    f"One layer, forward and backward, nanoseconds per element, {ON}. *floor*: two element-wise "
-    f"multiplications. *bytes*: "
-    "memory kept per element for backward. "
-    "Compiling takes {compiling} s, and up to {again:.0f} s more for another batch size or another T "
-    "([each](docs/measured.md#one-layer))."
+    f"One layer, forward and backward, nanoseconds per element, {ON}. *floor*: two element-wise multiplications. "
+    "*bytes*: memory kept per element for backward. Compiling takes {compiling} s, and up to {again:.0f} s more for "
+    "another batch size or another T ([each](docs/measured.md#one-layer))."
 )
 GAIN = (
-    "in the networks below, converted SpikingJelly networks train {jelly} times as fast as before, and "
-    "snnTorch networks "
-    "with `MultiStep` {snntorch} times as fast. After `fuse`, they train {fused} times as fast as after "
-    "`convert` alone. A "
-    "merged normalisation keeps {kept:.0f} instead of {kept_apart:.0f} bytes per neuron and time step for backward."
+    "in the networks below, converted SpikingJelly networks train {jelly} times as fast as before, and snnTorch "
+    "networks with `MultiStep` {snntorch} times as fast. After `fuse`, they train {fused} times as fast as after "
+    "`convert` alone. A merged normalisation keeps {kept:.0f} instead of {kept_apart:.0f} bytes per neuron and time "
+    "step for backward."
 )
 ARMS = [(optimizer, surrogate) for optimizer in ("SGD", "Adam") for surrogate in ("rectangle", "sigmoid")]
 SECTIONS = {
