@@ -172,19 +172,22 @@ OF_ANY_SIZE = {
 }
 
 
+@pytest.mark.traced
 @pytest.mark.parametrize("kind", OF_ANY_SIZE)
 def test_compiled_for_any_size(name, device, kind):
     """Parameters have sizes that are known, inputs do not."""
     layer = OF_ANY_SIZE[kind](granularity="neuron", backend=name).to(device)
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(layer, dynamic=True, fullgraph=True, backend=counter)
-    for steps, batch in ((6, 3), (7, 4)):
+    counts = set()
+    for steps, batch in ((2, 3), (3, 4)):
         x_seq, results = torch.randn(steps, batch, 5, device=device, requires_grad=True), []
         for call in (layer, compiled):
             torch.manual_seed(2)
-            results.append(with_gradients(call, x_seq, *layer.parameters()))
+            results.append(with_gradients(lambda x_seq, *_, call=call: call(x_seq), x_seq, *layer.parameters()))
         assert_all_equal(*results)
-    assert counter.frame_count == 1 or name == "reference"  # whose loop is unrolled
+        counts.add(counter.frame_count)
+    assert len(counts) == 1 or name == "reference"  # whose loop is unrolled
 
 
 SEVERAL_TIMES = {
