@@ -124,4 +124,4 @@ def test_monitor():
         s_seq = layer(currents(6, 3, 8))
     found = monitor.result()[""]
     assert found["firing_rate"] == pytest.approx((s_seq > 0).double().mean().item())
-    assert found.keys() == {"width", "firing_rate", "inside", "dead", "saturated"}
+    assert found.keys() == {"width", "firing_rate", "inside", "growth", "dead", "saturated"}
