@@ -88,8 +88,8 @@ class SpikeLinear(_SpikeLayer, nn.Linear):
     speed of an evaluation at 0.2, and slower above. Layers with fewer than about 32 outputs gain nothing.
 
     In evaluation and without gradients, inputs of a few samples, such as single time steps, take a transposed copy of
-    the weight. The layer keeps the copy until the weight changes, a call has a gradient of the weight, or `train()` or
-    `eval()` is called. Changes that torch does not count, through ``.data`` or NumPy, are not seen until then. In
+    the weight. The layer keeps the copy until the weight changes, a call has a gradient of the weight, or ``train()``
+    or ``eval()`` is called. Changes that torch does not count, through ``.data`` or NumPy, are not seen until then. In
     training, a call with a single sample transposes the weight first, and is slower than torch's.
 
     Raises as `spike_linear` does.
