@@ -477,17 +477,17 @@ FAST = (
     "with these after `torch.compile`."
 )
 LEARNED = (
-    "The width of the surrogate gradient is learned with the weights. On average over five small data sets, with "
-    "SGD and Adam and initial widths of {narrowest} to {widest}, networks with a sigmoid reached {learned} % with a "
-    "learned width and {fixed} % with a fixed one ([table](docs/measured.md#the-first-width)). The default is a "
-    "rectangle, which needs an initial width of 1 or more."
+    "The width of the surrogate gradient is learned with the weights. For SGD and Adam and initial widths of "
+    "{narrowest} to {widest}, networks with a sigmoid as surrogate averaged {learned} % over five small data sets "
+    "with a learned width, and {fixed} % with a fixed one ([table](docs/measured.md#the-first-width)). The default "
+    "is a rectangle, which needs an initial width of 1 or more."
 )
 STEPS = (
     "Milliseconds per training step: eager / after `torch.compile`, which took {compiling} s per network. Measured in "
     f"float32 {ON}, with {{peers_in_words}}. *ASGL* and *LIF* are asgl_cuda's neurons, *ASGL* with noise and a learned "
     "width. *loop* is plain PyTorch. All columns but *ASGL* compute the same LIF neuron; {firing} % of the neurons "
-    "spike per time step. At T = 100 a single time step is compiled, because compiling one layer of {long_layer} for "
-    "T = {long_steps} takes {long_first_seconds:.0f} s; -: not compiled."
+    "spike per time step. At T = 100 a single time step is compiled (one layer of {long_layer} for T = {long_steps} "
+    "takes {long_first_seconds:.0f} s), or nothing (-)."
 )
 LAYERS = (
     f"One layer, forward and backward, nanoseconds per element, {ON}. *floor*: two element-wise multiplications. "
@@ -495,10 +495,10 @@ LAYERS = (
     "another batch size or another T ([each](docs/measured.md#one-layer))."
 )
 GAIN = (
-    "in the networks below, converted SpikingJelly networks train {jelly} times as fast as before, and snnTorch "
-    "networks with `MultiStep` {snntorch} times as fast. After `fuse`, they train {fused} times as fast as after "
-    "`convert` alone. A merged normalisation keeps {kept:.0f} instead of {kept_apart:.0f} bytes per neuron and time "
-    "step for backward."
+    "in the networks below without recurrence, converted SpikingJelly networks train {jelly} times as fast as "
+    "before, and snnTorch networks with `MultiStep` {snntorch} times as fast. After `fuse`, networks with "
+    "normalisations train {fused} times as fast as after `convert` alone. A merged normalisation keeps {kept:.0f} "
+    "instead of {kept_apart:.0f} bytes per neuron and time step for backward."
 )
 ARMS = [(optimizer, surrogate) for optimizer in ("SGD", "Adam") for surrogate in ("rectangle", "sigmoid")]
 SECTIONS = {
