@@ -17,6 +17,7 @@ from torch.overrides import has_torch_function
 
 from .. import extension
 from ..backends import choose_backend
+from ..checks import check_tensor
 from ..derivatives import DERIVATIVES
 from ..pending import tensor_of
 from ..transforms import (
@@ -131,6 +132,8 @@ DERIVATIVES["spike_product"] = _differentiated
 
 def has_kernel(x: Tensor, weight: Tensor, caller: str) -> bool:
     """Whether kernels compute the product, by the list of non-zeros; else torch's own operator does."""
+    check_tensor("input", x, caller)
+    check_tensor("weight", weight, caller)
     return (
         x.dtype in _TYPES
         and x.dtype is weight.dtype
@@ -261,6 +264,6 @@ def spike_conv2d(
     caller = "asgl_cuda.spike_conv2d"
     x, pair = tensor_of(input, caller), nn.modules.utils._pair
     padded = padding if isinstance(padding, str) else pair(padding)
-    if weight.dim() == 4 and pair(dilation) == (1, 1) and groups == 1 and has_kernel(x, weight, caller):
+    if has_kernel(x, weight, caller) and weight.dim() == 4 and pair(dilation) == (1, 1) and groups == 1:
         return convolution(x, weight, bias, None, pair(stride), padded, caller)
     return functional.conv2d(x, weight, bias, stride, padding, dilation, groups)

@@ -120,7 +120,7 @@ class _SpikeConv(_SpikeLayer):
         weight, bias = layer.weight, layer.bias
         caller = f"asgl_cuda.{type(self).__name__}"
         x = tensor_of(input, caller)
-        if layer.groups != 1 or any(each != 1 for each in layer.dilation) or not has_kernel(x, weight, caller):
+        if not has_kernel(x, weight, caller) or layer.groups != 1 or any(each != 1 for each in layer.dilation):
             return layer._conv_forward(x, weight, bias)  # type: ignore[no-any-return]
         padding = layer.padding
         if layer.padding_mode != "zeros":

@@ -281,6 +281,24 @@ def test_errors(call, message):
         call(torch.rand(2, 4))
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda given: asgl_cuda.spike_linear(given, torch.rand(3, 4)),
+        lambda given: asgl_cuda.spike_linear(torch.rand(2, 4), given),
+        lambda given: asgl_cuda.spike_conv2d(given, torch.rand(3, 4, 1, 1)),
+        lambda given: asgl_cuda.spike_conv2d(torch.rand(2, 4, 1, 1), given),
+        lambda given: asgl_cuda.SpikeLinear(4, 3)(given),
+        lambda given: asgl_cuda.SpikeConv1d(4, 3, 1)(given),
+        lambda given: asgl_cuda.SpikeConv2d(4, 3, 1, groups=1, dilation=2)(given),
+    ],
+)
+@pytest.mark.parametrize("given", ["x", None, [[1.0] * 4]], ids=str)
+def test_what_is_no_tensor(call, given):
+    with pytest.raises(TypeError, match=r"asgl_cuda\..* (input|weight) must be a tensor, got (str|NoneType|list)"):
+        call(given)
+
+
 def test_second_derivatives_and_forward_mode():
     x, weight = torch.rand(3, 4), torch.rand(2, 4, requires_grad=True)
     (grad,) = torch.autograd.grad(asgl_cuda.spike_linear(x, weight).square().sum(), weight, create_graph=True)
