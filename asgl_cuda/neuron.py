@@ -280,9 +280,9 @@ class LIF(Neurons):
 
     A float may also be given as a tensor of one value. With granularity "channel" or "neuron", `width`, `decay`,
     `v_threshold`, `v_reset` and `reset_amount` may be tensors of shape `num_features`, learned or not. A tensor that
-    requires a gradient, such as a Parameter, can only initialise a learned parameter. `width`, `decay` and
-    `v_threshold` can be read and set at any time. A learned width or decay has the same bits in every backend; they
-    equal those of `torch.exp` and `torch.sigmoid` up to the last bits.
+    requires a gradient, such as a Parameter, is accepted only for a learned parameter, as its initial value. `width`,
+    `decay` and `v_threshold` can be read and set at any time. A learned width or decay has the same bits in every
+    backend; they equal those of `torch.exp` and `torch.sigmoid` up to the last bits.
 
     Shapes: input and output are `[T, N, ...]`, or have time at `time_dim`. After removing time, the second dimension is
     the channels, and the last dimensions are the neurons.
@@ -438,8 +438,8 @@ class BatchNormLIF(LIF):
                 layer.reset_running_stats()
                 layer.momentum = None  # the average of all batches; restore it afterwards
 
-    Shapes: input and output are `[T, B, C, ...]`. With `time_dim`, time is another dimension, and batch, channels and
-    the rest keep their order.
+    Shapes: input and output are `[T, B, C, ...]`, or have time at `time_dim`. Batch, channels and the rest keep their
+    order.
 
     `layer(x_seq, residual)` adds the shortcut of a residual block between the normalisation and the neurons,
     `input_scale * y + residual`, without the sum in memory. `residual` must have the shape and type of x_seq.
