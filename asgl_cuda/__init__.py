@@ -70,14 +70,13 @@ from .batch_norm import batch_norm_lif
 from .call import LIFOutput
 from .functional import analog_mask, lif, unroll_levels
 from .integrator import IntegratorOutput, LeakyIntegrator, leaky_integrator
-from .interop import convert, from_nir, fuse, revert, to_nir, unfuse
+from .interop import convert, from_nir, from_spike_layers, fuse, revert, to_nir, to_spike_layers, unfuse
 from .layer import asgl_layers
 from .neuron import LIF, BatchNormLIF
 from .over_time import OverTime
 from .recompute import recompute_spikes
 from .recurrent import RecurrentLIF, RecurrentLIFOutput, recurrent_lif
 from .spikes import SpikeConv1d, SpikeConv2d, SpikeLinear, spike_conv2d, spike_linear
-from .spikes.conversion import from_spike_layers, to_spike_layers
 from .streaming import step
 from .training.calibration import calibrate
 from .training.groups import parameter_groups

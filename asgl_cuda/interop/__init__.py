@@ -2,12 +2,25 @@
 
 One adapter per library, imported only if the library is: spikingjelly, snntorch, norse, sinabs; authors for the code
 of ASGL's authors. Shared: convert (`libraries` documents the adapters), converted, recurrent, identify, replaced;
-fuse; nir.
+fuse; nir. spike_layers converts torch's own layers.
 """
 
 from .convert import Left, Replaced, Report, convert, revert
 from .fuse import fuse, unfuse
 from .nir import from_nir, to_nir
+from .spike_layers import from_spike_layers, to_spike_layers
 
 # The functions `convert` and `fuse` shadow the submodules of these names.
-__all__ = ["Left", "Replaced", "Report", "convert", "from_nir", "fuse", "revert", "to_nir", "unfuse"]
+__all__ = [
+    "Left",
+    "Replaced",
+    "Report",
+    "convert",
+    "from_nir",
+    "from_spike_layers",
+    "fuse",
+    "revert",
+    "to_nir",
+    "to_spike_layers",
+    "unfuse",
+]

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..interop.convert import Left, Replaced, Report, copied
 from ..layer import check_module
 from ..pending import tensor_of
-from .functional import has_kernel
-from .layers import SPIKE_LAYERS
+from ..spikes.functional import has_kernel
+from ..spikes.layers import SPIKE_LAYERS
+from .convert import Left, Replaced, Report, copied
 
 _DENSE = {ours: theirs for theirs, ours in SPIKE_LAYERS.items()}
 _FEW = 32  # channels or outputs below which lists cost more than they save
