@@ -412,7 +412,7 @@ def _batch_norm_lif(x_seq: Tensor, norm: _Normalisation, given: Arguments) -> Te
     if running_mean is not None and running_var is not None:
         if training:
             running = _Running(running_mean, running_var, count, momentum)
-        _check_running(running_mean, running_var, training, running is not None and _in_one_launch(running, real))
+        _check_running(running_mean, running_var, training)
     if training and group is None and x_seq.numel() == 0:  # counts as a batch, and leaves the statistics, as in torch
         training, running, running_mean = False, None, x_seq.new_zeros(x_seq.shape[settings.channel], dtype=real)
         running_var = torch.ones_like(running_mean)
@@ -502,14 +502,15 @@ def _settings_of(caller: str, x_seq: Tensor, norm: _Normalisation) -> _Settings:
 _OPTIONS = {"eps": in_range(check_finite, ">= 0", 0), "input_scale": check_not_nan}
 
 
-def _check_running(mean: Tensor, variance: Tensor, training: bool, in_one_launch: bool) -> None:
+def _check_running(mean: Tensor, variance: Tensor, training: bool) -> None:
     """Refuses running statistics that require a gradient or share memory."""
     if (mean.requires_grad or variance.requires_grad) and torch.is_grad_enabled():
         name = "running_mean" if mean.requires_grad else "running_var"
         raise ValueError(f"{_CALLER}: {name} has no gradient and must not require one; {name}.detach() can be taken")
     if not training or torch.compiler.is_compiling() or transforming() or type(mean) not in PLAIN_TENSORS:
         return
-    if in_one_launch and abs(mean.data_ptr() - variance.data_ptr()) >= mean.numel() * mean.element_size():
+    apart = abs(mean.data_ptr() - variance.data_ptr())
+    if mean.is_contiguous() and variance.is_contiguous() and apart >= max(mean.nbytes, variance.nbytes):
         return
     addresses = []
     for name, value in (("running_mean", mean), ("running_var", variance)):
