@@ -87,8 +87,8 @@ def to_spike_layers(model: nn.Module, example: Any) -> tuple[nn.Module, Report]:
     def count(name: str, layer: Any, inputs: tuple[Any, ...]) -> None:
         x = tensor_of(inputs[0], caller)
         shares, kernels = counted.setdefault(name, ([], []))
+        kernels.append(has_kernel(x, layer.weight, caller))  # refuses what is no tensor
         shares.append((int(x.count_nonzero()), x.numel()))
-        kernels.append(has_kernel(x, layer.weight, caller))
 
     trial = copied(model).eval()
     for name, layer in _candidates(trial):

@@ -66,6 +66,9 @@ def test_layers_that_are_left():
     assert all(reason in row.reason for reason, row in zip(reasons, left, strict=True)), left
     with pytest.raises(TypeError, match=r"to_spike_layers: model must be a torch.nn.Module, got int"):
         asgl_cuda.to_spike_layers(3, None)
+    for example, kind in ((None, "NoneType"), ("x", "str")):
+        with pytest.raises(TypeError, match=rf"to_spike_layers: input must be a tensor, got {kind}"):
+            asgl_cuda.to_spike_layers(nn.Linear(64, 64), example)
 
 
 @pytest.mark.parametrize("converted", [False, True])
