@@ -12,6 +12,19 @@ const Real_t<Scalar>* read_residual(const LIFParams<Scalar>& params, const Tile&
   return params.residual == nullptr ? nullptr : read_row(params.residual, tile, t, buffer);
 }
 
+// Whether a loop may take a block through all steps of a segment: if their rows are in place.
+template <class Scalar>
+bool takes_all_steps(const LIFParams<Scalar>& params, const Tile& tile) {
+  return std::is_same_v<Scalar, Real_t<Scalar>> && tile.in_one_piece() && params.is_input_plain() &&
+         params.residual == nullptr;
+}
+
+// Neurons of a block in a loop over one step: parts while rows are prefetched, since the processor can't fetch a row at
+// once.
+int64 block_of_step(const Tile& tile, const Ahead& ahead) {
+  return ahead.empty() ? std::max<int64>(1, tile.length) : kBlock;
+}
+
 // ---- forward ----
 
 template <class Model, class Scalar>
@@ -24,31 +37,49 @@ void run_with(const ForwardParams<Scalar>& params) {
     TileNoise noise(params.noise);
     TileNeurons<Real> neurons(params.parameters, params.options, kInputGain);
     TileInput<Real> input(params);
+    const Stream past_cache =
+        Model::kHasExp && params.noise.analog_below > 0 ? nullptr : stream_for(params.s_seq, params.shape);
     for (int64 index = begin; index < end; ++index) {
       const Tile tile(params.shape, index);
       neurons.move_to(tile, 0);
       input.move_to(tile);
       load_state(params.v_init, tile.first, params.options.v_rest, tile.length, v);
-      for (int64 t = 0; t < steps; ++t) {
-        const Real* x = read_row(params.x_seq, tile, t, x_buffer);
-        Real* s = start_row(params.s_seq, tile, t, s_buffer);
-        const int64 next_t = (t + kRowsAhead) % steps;
-        const Tile next(params.shape, index + (t + kRowsAhead) / steps);
-        const Ahead ahead = {
-            sizeof(Scalar),
-            {recent_row_ahead(params.x_seq, next, next_t), recent_row_ahead(params.residual, next, next_t),
-             recent_row_ahead(params.s_seq, next, next_t)}};
-        const Real* current = input.current(x, read_residual(params, tile, t, r_buffer));
+      const bool all_steps = takes_all_steps(params, tile);
+      const Stream stream = all_steps ? past_cache : nullptr;
+      const auto ahead = [&](const Tile& at, int64 t) {
+        return Ahead{sizeof(Scalar),
+                     {recent_row_ahead(params.x_seq, at, t), recent_row_ahead(params.residual, at, t),
+                      stream ? nullptr : recent_row_ahead(params.s_seq, at, t)}};
+      };
+      for (int64 t = 0, count; t < steps; t += count) {
+        count = std::min(all_steps ? kCheckpointSteps : int64{1}, steps - t);
+        Steps<const Real> x = read_steps(params.x_seq, tile, t, x_buffer);
+        if (!input.plain()) x.first = input.current(x.first, read_residual(params, tile, t, r_buffer));
+        const Steps<Real> s = start_steps(params.s_seq, tile, t, s_buffer);
+        const int64 later = t + kRowsAhead;
+        const Ahead rows_ahead = all_steps ? along(ahead(tile, t), params.shape, stream != nullptr)
+                                           : ahead(Tile(params.shape, index + later / steps), later % steps);
         neurons.template visit<SettledRows<Real>>([&](auto values) {
-          run<SettledStepLoop<Real, Model, decltype(values), true>>({values, params.options, params.noise.analog_below,
-                                                                     tile.length, current, noise.row(tile, t), v, v, s,
-                                                                     ahead});
+          run<SettledStepLoop<Real, Model, decltype(values)>>(
+              {.neurons = values,
+               .options = params.options,
+               .analog_below = params.noise.analog_below,
+               .length = tile.length,
+               .block = all_steps ? kBlock : block_of_step(tile, rows_ahead),
+               .steps = count,
+               .current = x,
+               .draws = noise.rows(tile, t, count),
+               .v = v,
+               .s = s,
+               .stream = stream,
+               .ahead = rows_ahead});
         });
-        finish_row(s, params.s_seq, tile, t);
-        store_checkpoint(params, tile, t + 1, v);
+        if (!all_steps) finish_row(s.first, params.s_seq, tile, t);
+        store_checkpoint(params, tile, t + count, v);
       }
       store_state(v, tile.length, params.v_last, tile.first);
     }
+    if (past_cache != nullptr) finish_stream();
   });
 }
 
@@ -70,94 +101,138 @@ class SettledBackward {
     input_.clear_sums();
     load_state(params_.grad_v_last, tile.first, Real(0), tile.length, dv_);
     for (int id = 0; id < (more_ ? kInputGain : kDecay); ++id) std::fill_n(sums(id), tile.length, Real(0));
+    const bool all_steps = takes_all_steps(params_, tile);
+    stream_ = all_steps ? past_cache_ : nullptr;
     carried_ = params_.grad_v_last != nullptr;
     for (int64 start = last_start_; start >= 0; start -= segment_) {
       const int64 stop = std::min(params_.shape.steps, start + segment_);
-      compute_potentials(start, stop);
-      walk_back(start, stop);
+      load_start(params_, tile_, start, v(0).first);
+      if (all_steps) {
+        compute(start, stop);
+      } else {
+        for (int64 t = start; t < stop; ++t) compute_potentials(start, stop, t);
+        for (int64 t = stop - 1; t >= start; --t) walk_back(start, stop, t);
+      }
     }
     for (int id = 0; id < kInputGain; ++id) store(id, sums(id));
     for (const ParameterId id : {kInputGain, kInputBias}) {
       if (params_.wants(id)) input_.store_gradient(id, params_.partials[id]);
     }
     store_state(dv_, tile.length, params_.grad_v_init, tile.first);
+    if (stream_ != nullptr) finish_stream();
   }
 
  private:
-  Real* h(int64 k) const { return h_ + k * rows_.stride(); }
+  Steps<Real> h(int64 k) const { return {h_ + k * rows_.stride(), rows_.stride()}; }
   Real* sums(int id) const { return sums_ + id * rows_.stride(); }
-  Real* v(int64 k) const { return v_ + k % states_ * rows_.stride(); }
+  Steps<Real> v(int64 k) const {
+    const int64 stride = states_ > 1 ? rows_.stride() : 0;
+    return {v_ + k * stride, stride};
+  }
   void store(int id, const Real* sums) {
     if (params_.wants(id)) store_partials(params_.partials[id], params_.parameters[id], tile_, 0, sums);
   }
 
-  // The rows of kRowsAhead rows after row `used` of a segment: x forward, g and dx backward, then x of the next segment
-  // or tile.
+  Ahead input_ahead(const Tile& tile, int64 t) const {
+    return {sizeof(Scalar), {row_ahead(params_.x_seq, tile, t), row_ahead(params_.residual, tile, t)}};
+  }
+  Ahead gradients_ahead(int64 t) const {
+    const auto written = [&](Scalar* sequence) { return stream_ ? nullptr : recent_row_ahead(sequence, tile_, t); };
+    return {
+        sizeof(Scalar),
+        {recent_row_ahead(params_.grad_s_seq, tile_, t), written(params_.grad_x_seq), written(params_.grad_residual)}};
+  }
+
+  // One step at a time: the rows of kRowsAhead rows after row `used` of a segment: x forward, g and dx backward, then x
+  // of the next segment or tile.
   Ahead ahead(int64 start, int64 stop, int64 used) const {
     const int64 next = used + kRowsAhead, steps = stop - start;
-    const auto input = [&](const Tile& tile, int64 t) {
-      return Ahead{sizeof(Scalar), {row_ahead(params_.x_seq, tile, t), row_ahead(params_.residual, tile, t)}};
-    };
-    if (next < steps) return input(tile_, start + next);
-    if (next < 2 * steps) {
-      const int64 t = stop - 1 - (next - steps);
-      return {sizeof(Scalar),
-              {recent_row_ahead(params_.grad_s_seq, tile_, t), recent_row_ahead(params_.grad_x_seq, tile_, t),
-               recent_row_ahead(params_.grad_residual, tile_, t)}};
-    }
+    if (next < steps) return input_ahead(tile_, start + next);
+    if (next < 2 * steps) return gradients_ahead(stop - 1 - (next - steps));
     const int64 next_start = start > 0 ? start - segment_ : last_start_;
     const int64 t = std::min(next_start + next - 2 * steps, params_.shape.steps - 1);
-    return input(start > 0 ? tile_ : Tile(params_.shape, tile_.index + 1), t);
+    return input_ahead(start > 0 ? tile_ : Tile(params_.shape, tile_.index + 1), t);
   }
 
-  void compute_potentials(int64 start, int64 stop) {
-    load_start(params_, tile_, start, v(0));
-    for (int64 t = start; t < stop; ++t) {
-      const int64 k = t - start;
-      const Real* x = read_row(params_.x_seq, tile_, t, x_buffer_);
-      const Real* current = input_.current(x, read_residual(params_, tile_, t, r_buffer_));
-      neurons_.template visit<SettledRows<Real>>([&](auto neurons) {
-        cpu::run<SettledStepLoop<Real, Model, decltype(neurons), false>>(
-            {neurons, params_.options, params_.noise.analog_below, tile_.length, current, noise_.row(tile_, t), v(k),
-             v(k + 1), h(k), ahead(start, stop, k)});
-      });
-    }
+  // Runs the loop over `count` steps from step t on. f(arguments) sets those that depend on where rows are.
+  template <class F>
+  void run_loop(int64 start, int64 t, int64 count, F&& f) {
+    neurons_.template visit<SettledRows<Real>>([&](auto neurons) {
+      const auto call = [&](auto kSums) {
+        using Loop = SettledAdjointLoop<Real, Model, decltype(neurons), kSums()>;
+        typename Loop::Args args{.neurons = neurons,
+                                 .options = params_.options,
+                                 .analog_below = params_.noise.analog_below,
+                                 .length = tile_.length,
+                                 .steps = count,
+                                 .carried = carried_,
+                                 .draws = noise_.rows(tile_, t, count),
+                                 .v = v(t - start),
+                                 .h = h(t - start),
+                                 .dv = dv_,
+                                 .width = sums(kWidth),
+                                 .decay = sums(kDecay),
+                                 .threshold = sums(kThreshold),
+                                 .reset = sums(kReset)};
+        f(args);
+        cpu::run<Loop>(args);
+      };
+      if (more_) return call(std::integral_constant<SettledSums, SettledSums::kAll>{});
+      if (params_.wants(kWidth)) return call(std::integral_constant<SettledSums, SettledSums::kWidth>{});
+      call(std::integral_constant<SettledSums, SettledSums::kNone>{});
+    });
   }
 
-  void walk_back(int64 start, int64 stop) {
-    for (int64 t = stop - 1; t >= start; --t) {
-      const Real* g = params_.grad_s_seq == nullptr ? zeros_ : read_row(params_.grad_s_seq, tile_, t, g_buffer_);
-      Scalar* const grad_x_seq = params_.grad_x_seq;
-      Scalar* const grad_residual = params_.grad_residual;
-      Real* dx = start_row(dx_is_dc_ && grad_x_seq == nullptr ? grad_residual : grad_x_seq, tile_, t, dx_buffer_);
-      Real* dc = dx_is_dc_ ? dx : start_row(grad_residual, tile_, t, input_.gradient_row());
-      neurons_.template visit<SettledRows<Real>>([&](auto neurons) {
-        const auto adjoint = [&](auto kMore) {
-          cpu::run<SettledAdjointLoop<Real, Model, decltype(neurons), kMore()>>(
-              {.neurons = neurons,
-               .options = params_.options,
-               .analog_below = params_.noise.analog_below,
-               .length = tile_.length,
-               .carried = carried_,
-               .g = g,
-               .h = h(t - start),
-               .draws = noise_.row(tile_, t),
-               .dv = dv_,
-               .v = v(t - start),
-               .width = sums(kWidth),
-               .decay = sums(kDecay),
-               .threshold = sums(kThreshold),
-               .reset = sums(kReset),
-               .d_current = dc,
-               .ahead = ahead(start, stop, 2 * stop - start - 1 - t)});
-        };
-        more_ ? adjoint(std::true_type{}) : adjoint(std::false_type{});
-      });
-      carried_ = true;
-      if (!dx_is_dc_) input_.backward(read_row(params_.x_seq, tile_, t, x_buffer_), dc, dx);
-      finish_row(dx, grad_x_seq, tile_, t);
-      finish_residual_row(dc, params_, tile_, t, r_buffer_);
+  Steps<const Real> gradients(int64 t) {
+    if (params_.grad_s_seq == nullptr) return {zeros_, 0};
+    return read_steps(params_.grad_s_seq, tile_, t, g_buffer_);
+  }
+
+  // A segment whose rows are in place, block by block.
+  void compute(int64 start, int64 stop) {
+    run_loop(start, start, stop - start, [&](auto& args) {
+      args.block = kBlock;
+      args.current = read_steps(params_.x_seq, tile_, start, x_buffer_);
+      args.h.stride = kBlock;
+      args.h_is_of_block = true;
+      args.g = gradients(start);
+      args.d_current = start_steps(params_.grad_x_seq, tile_, start, dx_buffer_);
+      args.stream = stream_;
+      args.input_ahead = along(input_ahead(tile_, start), params_.shape, stream_ != nullptr);
+      args.gradients_ahead = along(gradients_ahead(start), params_.shape, stream_ != nullptr);
+    });
+    carried_ = true;
+  }
+
+  void compute_potentials(int64 start, int64 stop, int64 t) {
+    const Real* x = read_row(params_.x_seq, tile_, t, x_buffer_);
+    const Real* current = input_.current(x, read_residual(params_, tile_, t, r_buffer_));
+    run_loop(start, t, 1, [&](auto& args) {
+      args.current = {current, 0};
+      args.input_ahead = ahead(start, stop, t - start);
+      args.block = block_of_step(tile_, args.input_ahead);
+    });
+  }
+
+  void walk_back(int64 start, int64 stop, int64 t) {
+    Scalar *const grad_x_seq = params_.grad_x_seq, *const grad_residual = params_.grad_residual;
+    Real* const dc_buffer = dx_is_dc_ ? dx_buffer_ : input_.gradient_row();
+    const Steps<Real> dc =
+        start_steps(dx_is_dc_ && grad_x_seq != nullptr ? grad_x_seq : grad_residual, tile_, t, dc_buffer);
+    run_loop(start, t, 1, [&](auto& args) {
+      args.g = gradients(t);
+      args.d_current = dc;
+      args.gradients_ahead = ahead(start, stop, 2 * stop - start - 1 - t);
+      args.block = block_of_step(tile_, args.gradients_ahead);
+    });
+    carried_ = true;
+    Real* dx = dc.first;
+    if (!dx_is_dc_) {
+      dx = start_row(grad_x_seq, tile_, t, dx_buffer_);
+      input_.backward(read_row(params_.x_seq, tile_, t, x_buffer_), dc.first, dx);
     }
+    finish_row(dx, grad_x_seq, tile_, t);
+    finish_residual_row(dc.first, params_, tile_, t, r_buffer_);
   }
 
   const BackwardParams<Scalar>& params_;
@@ -165,6 +240,8 @@ class SettledBackward {
   const int64 last_start_ = (params_.shape.steps - 1) / segment_ * segment_;
   const bool more_ = params_.wants(kDecay) || params_.wants(kThreshold) || params_.wants(kReset);
   const bool dx_is_dc_ = params_.is_input_plain();
+  const Stream past_cache_ = Model::kHasExp ? nullptr : stream_for(params_.grad_x_seq, params_.shape);
+  Stream stream_ = nullptr;
   Rows<Real> rows_{segment_ + states_ + 6 + kInputGain, kTile};
   Real *const h_ = rows_.take(segment_), *const v_ = rows_.take(states_), *const dv_ = rows_.take();
   Real *const sums_ = rows_.take(kInputGain), *const zeros_ = rows_.take();

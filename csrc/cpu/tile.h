@@ -89,6 +89,12 @@ class TileNoise {
     return reinterpret_cast<const uint16*>(rows_.row(2 * slot + t % 2));
   }
 
+  // The rows of `count` steps of a segment, from row t on.
+  Steps<const uint16> rows(const Tile& tile, int64 t, int64 count) {
+    for (int64 step = t; step < t + count; ++step) row(tile, step);
+    return {row(tile, t), drawn_ ? 4 * rows_.stride() : 0};
+  }
+
  private:
   static constexpr int64 kPairs = kCheckpointSteps / 2;
   static_assert(kTile / 4 % kNoiseGroups == 0);
