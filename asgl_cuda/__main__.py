@@ -9,8 +9,8 @@ import sys
 
 import torch
 
-from . import __version__, available_backends, extension, unavailable_backends
-from .backends import BACKENDS, cupy
+from . import __version__, available_backends, unavailable_backends
+from .backends import BACKENDS, cupy, extension
 from .selfcheck import Row, check_backends
 
 

@@ -18,9 +18,9 @@ from torch.compiler import is_compiling
 from torch.nn import Parameter
 
 from .layout import real_type, state_shape
-from .learned import Logarithm, Logit
-from .reference import DRAWS
-from .surrogate import ELSEWHERE, PERIODIC, SURROGATES
+from .reference.learned import Logarithm, Logit
+from .reference.neurons import DRAWS
+from .reference.surrogates import ELSEWHERE, PERIODIC, SURROGATES
 
 HALF_TYPES = (torch.float16, torch.bfloat16)
 PLAIN_TENSORS = (Tensor, Parameter)

@@ -14,9 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.overrides import has_torch_function
 
-from .. import extension, ops
 from ..checks import check_name, level_of_user
-from . import cupy
+from . import cupy, extension, ops
 
 
 class Operators(NamedTuple):

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeAlias
 import torch
 from torch import Tensor, fx, nn
 
-from ..call import LIFOutput
+from ..calls.plan import LIFOutput
 from ..checks import HALF_TYPES, PLAIN_TENSORS, shown
-from ..functional import LIF_DEFAULTS, lif
-from ..integrator import IntegratorOutput, leaky_integrator
-from ..layer import Noisy, give_dimension
-from ..learned import Logarithm
-from ..pending import Pending, tensor_of
+from ..neurons.base import Noisy, give_dimension
+from ..neurons.deferred import Pending, tensor_of
+from ..neurons.leaky_integrator import IntegratorOutput, leaky_integrator
+from ..neurons.lif import LIF_DEFAULTS, lif
+from ..reference.learned import Logarithm
 from .identify import FLAT, SpikeFunction, captured
 
 

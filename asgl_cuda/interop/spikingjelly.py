@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map_only
 
-from ..call import LIFOutput
+from ..calls.plan import LIFOutput
 from ..checks import MOST_LEVELS
 from .converted import Converted, Found, InStream, Streamed, exchanged, known_class
 from .identify import SpikeFunction, captured

@@ -21,8 +21,8 @@ from ..checks import read_number, shown
 from ..interop import convert, unfuse
 from ..interop.convert import Left, copied
 from ..interop.converted import bare_class
-from ..layer import asgl_layers, some_asgl_layers
-from ..neuron import BatchNormLIF
+from ..neurons.base import asgl_layers, some_asgl_layers
+from ..neurons.spiking import BatchNormLIF
 from .kit import reset
 from .monitor import aligned
 

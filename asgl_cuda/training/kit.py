@@ -15,8 +15,8 @@ from ..checks import shown
 from ..interop.convert import libraries
 from ..interop.converted import bare_class
 from ..interop.fuse import Fused, overlay
-from ..layer import NeuronLayer, check_module, some_asgl_layers
-from ..neuron import BatchNormLIF
+from ..neurons.base import NeuronLayer, check_module, some_asgl_layers
+from ..neurons.spiking import BatchNormLIF
 from .monitor import Monitor
 from .schedule import AnalogProbSchedule
 

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..batch_norm import sharing
-from ..layer import NeuronLayer, some_asgl_layers
 from ..layout import channel_dim
-from ..neuron import LIF, BatchNormLIF, Neurons, unknown_options
-from ..recurrent import RecurrentLIF
-from ..reference import batch_statistics, periodic_distance
-from ..surrogate import PERIODIC, SURROGATES
-from ..transforms import transforming
+from ..neurons.base import NeuronLayer, some_asgl_layers
+from ..neurons.batch_norm_lif import sharing
+from ..neurons.recurrent_lif import RecurrentLIF
+from ..neurons.spiking import LIF, BatchNormLIF, Neurons, unknown_options
+from ..reference.neurons import batch_statistics, periodic_distance
+from ..reference.surrogates import PERIODIC, SURROGATES
+from ..torch_modes import transforming
 
 _CALLER = "asgl_cuda.Monitor"
 # In the order of tables.

@@ -197,7 +197,7 @@ CLONE = """
 import sys, torch, asgl_cuda
 from asgl_cuda.__main__ import check
 from asgl_cuda.selfcheck import differences
-if asgl_cuda.extension.module.cpu_instruction_set() != sys.argv[1]:
+if asgl_cuda.backends.extension.module.cpu_instruction_set() != sys.argv[1]:
     sys.exit(77)
 assert check() == 0
 state = torch.tensor([3, 5])

@@ -19,9 +19,9 @@ def test_each_mistake_can_be_seeded():
     ("status", "said"),
     [
         (0, "SURVIVED"),
-        (1, "found by tests/neuron/test_layouts.py::test_view"),
+        (1, "found by tests/neurons/test_views.py::test_view"),
         (5, "NOT RUN: pytest's status 5"),
-        (-11, "found by signal 11, tests/neuron/test_layouts.py"),
+        (-11, "found by signal 11, tests/neurons/test_views.py"),
     ],
 )
 def test_outcomes(monkeypatch, tmp_path, status, said):
@@ -31,14 +31,14 @@ def test_outcomes(monkeypatch, tmp_path, status, said):
     before = file.read_text()
 
     def run_tests(*arguments):
-        assert arguments == (tmp_path, "-x", "tests/neuron/test_layouts.py", "-k", "copy or view")
+        assert arguments == (tmp_path, "-x", "tests/neurons/test_views.py", "-k", "copy or view")
         assert file.read_text() == before.replace("CHECKPOINT_STEPS = 16", "CHECKPOINT_STEPS = 8")
         if status == 1:
-            (tmp_path / "notes").write_text("\ttests/neuron/test_layouts.py::test_view\n")
+            (tmp_path / "notes").write_text("\ttests/neurons/test_views.py::test_view\n")
         return status
 
     monkeypatch.setattr(check, "run_tests", run_tests)
-    mutant = Mutant("layout.py", "CHECKPOINT_STEPS = 16", "CHECKPOINT_STEPS = 8", "neuron/test_layouts.py copy or view")
+    mutant = Mutant("layout.py", "CHECKPOINT_STEPS = 16", "CHECKPOINT_STEPS = 8", "neurons/test_views.py copy or view")
     assert check.check(tmp_path, mutant) == said
     assert file.read_text() == before
     assert check.check(tmp_path, mutant._replace(old="return")).startswith(
