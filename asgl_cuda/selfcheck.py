@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from .backends import BACKENDS, available_backends
-from .calls.plan import LIFOutput
 from .layout import real_type
 from .neurons.leaky_integrator import leaky_integrator
-from .neurons.lif import lif
+from .neurons.lif import LIFOutput, lif
 from .neurons.recurrent_lif import recurrent_lif
 from .reference.surrogates import PERIODIC, SURROGATES
 

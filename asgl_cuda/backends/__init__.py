@@ -19,7 +19,7 @@ from . import cupy, extension, ops
 
 
 class Operators(NamedTuple):
-    """The operators of asgl_cuda/ops.py, as one backend implements them."""
+    """The operators of ops.py, as one backend implements them."""
 
     draw_rng_state: Callable[[torch.Tensor], torch.Tensor]
     lif_forward: Callable[..., ops.ForwardResult]

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ..layout import channel_dim, is_dense
-from ..reference.neurons import Parameters, Rules
+from ..reference.records import Parameters, Rules
 
 Rule = Callable[..., tuple[Any, Any]]  # takes info, in_dims and the operator's arguments; returns outputs and out_dims
 
@@ -46,7 +46,7 @@ def _together(operator: Any, info: Any, in_dims: tuple[Any, ...], *arguments: An
     given, dims = dict(zip(names, arguments, strict=True)), dict(zip(names, in_dims, strict=True))
     rules = Rules(*given["rules"])
     rng_state, rng_dim = given.get("rng_state"), dims.get("rng_state")
-    # The neurons of all samples are numbered consecutively only if noise.py mapped the noise.
+    # The neurons of all samples are numbered consecutively only if calls/noise.py mapped the noise.
     if rng_state is not None and (rng_dim is None or rng_state.dim() != 3):
         return _one_by_one(operator, info, in_dims, *arguments, time_dim=rules.time_dim)
 

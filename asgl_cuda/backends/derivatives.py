@@ -1,4 +1,4 @@
-"""Autograd of bare operators. The derivatives are the autograd functions in call, batch_norm, integrator and recurrent.
+"""Autograd of bare operators. The derivatives are autograd functions in neurons/ and spikes/, registered there.
 
 | who differentiates | by |
 |---|---|

@@ -3,10 +3,10 @@
 Each backend has its own namespace; C++ and CUDA kernels share `torch.ops.asgl_cuda`.
 
 Parameters, from width to residual, are tensors, or None for a constant. `numbers` and `rules` are Numbers and Rules of
-reference.py, as lists: numbers one by one would cost each call 7 us. `wanted` selects the results: in forward, beside
-s_seq, v_last, v_seq, h_seq and checkpoints, in backward the gradients of x_seq, v_init and each parameter that is a
-tensor. Gradients of results are None for zero. States of adaptive neurons are pairs, `[2, ...]`: v, and w for the next
-step.
+reference/records.py, as lists: numbers one by one would cost each call 7 us. `wanted` selects the results: in forward,
+beside s_seq, v_last, v_seq, h_seq and checkpoints, in backward the gradients of x_seq, v_init and each parameter that
+is a tensor. Gradients of results are None for zero. States of adaptive neurons are pairs, `[2, ...]`: v, and w for the
+next step.
 
 integrator_forward returns v_seq, and v_last if wanted, integrator_backward the wanted gradients of x_seq, v_init, decay
 and input_gain. Used of numbers and rules: decay, input_gain, v_rest, logit_decay and time_dim. v_seq and v_init are
@@ -47,7 +47,7 @@ from torch._functorch import config as functorch_config
 from torch._prims_common import suggest_memory_format
 
 from ..layout import channel_dim, checkpoint_elements, empty_state, real_type, state_shape
-from ..reference.neurons import Parameters, Rules
+from ..reference.records import Parameters, Rules
 from .batching import batching_rules
 from .derivatives import at_autograd, tensors_in
 

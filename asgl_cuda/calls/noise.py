@@ -1,4 +1,4 @@
-"""The noise of a call: its rng_state, given or drawn, whose meaning is `analog_mask_below` of reference.py."""
+"""The noise of a call: its rng_state, given or drawn, whose meaning is `analog_mask_below` of reference/noise.py."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..backends import BACKENDS
 from ..checks import check_analog_prob_tensor, check_generator, check_rng_state
-from ..reference.neurons import DRAWS
+from ..reference.records import DRAWS
 from ..torch_modes import transforming
 
 

@@ -1,32 +1,18 @@
-"""A neuron's call up to the operator: arguments by name, checks, noise, autograd.
-
-lif -> computed -> checked_call (a plan by checks, choose_backend, state_of_noise) -> run_reference under autograd, or
-run_forward, the backend's operator, inside LIFFunction if a gradient is needed. Backward draws the same noise again
-from rng_state; no mask is stored.
-"""
+"""From a call's arguments to the tensors, numbers and rules of an operator: checks, a plan, noise."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from typing_extensions import TypedDict
 
-from ..backends import BACKENDS, backend_of, choose_backend, operators_of
-from ..backends.derivatives import DERIVATIVES
-from ..backends.ops import ForwardResult, with_gaps
+from ..backends import BACKENDS, choose_backend
 from ..checks import (
-    cached_by_signature,
     check_analog_prob,
-    check_bool,
-    check_finite,
     check_input,
-    check_levels,
     check_multi_spike,
-    check_not_nan,
     check_options,
     check_residual,
     check_rules,
@@ -35,100 +21,14 @@ from ..checks import (
     check_values,
     check_width,
     check_width_tensor,
-    optional,
 )
 from ..layout import in_memory_order, is_dense, real_type
 from ..reference.learned import Logarithm, Logit
-from ..reference.neurons import BELOW_IN_STATE, Numbers, Parameters, Rules, lif_reference
+from ..reference.records import BELOW_IN_STATE, Numbers, Parameters, Rules
 from ..reference.surrogates import INTEGER, PERIODIC, SURROGATES
-from ..torch_modes import (
-    apply,
-    apply_here,
-    grads_are_zeros,
-    is_differentiated,
-    once_differentiable,
-    saved_tensors,
-)
-from . import recompute
+from .arguments import ADAPTATION, ADAPTIVE_VALUES, FLAGS, INPUT, OPTION_NAMES, OPTIONS, RETURNS, VALUES, Arguments
+from .cache import cached_by_signature
 from .noise import state_of_noise
-
-
-class LIFOutput(NamedTuple):
-    """The result of `lif` with potentials; a field is None unless requested.
-
-    `s_seq`, `v_seq` (potential after reset) and `h_seq` (before reset) have the shape of x_seq, `v_last` the same
-    without time. Potentials are float32, float64 for a float64 input.
-    """
-
-    s_seq: Tensor
-    v_last: Tensor | None
-    v_seq: Tensor | None
-    h_seq: Tensor | None
-
-
-class NeuronArguments(TypedDict, total=False):
-    """Common arguments of `lif` and `batch_norm_lif`, documented in `lif`."""
-
-    decay: Tensor | float
-    v_threshold: Tensor | float
-    v_reset: Tensor | float | None
-    reset_amount: Tensor | float | None
-    width: Tensor | float
-    surrogate: str
-    surrogate_gain: float
-    analog_prob: Tensor | float
-    residual: Tensor | None
-    residual_gain: float
-    rng_state: Tensor | None
-    generator: torch.Generator | None
-    v_rest: float
-    strict_threshold: bool
-    scale_output: bool
-    detach_reset: bool
-    levels: int | None
-    multi_spike: bool
-    v_min: float | None
-    v_init: Tensor | None
-    time_dim: int
-    return_v_last: bool
-    return_v_seq: bool
-    return_h_seq: bool
-    backend: str | None
-
-
-class Arguments(NeuronArguments, total=False):
-    """All arguments of `lif` except x_seq, or of adaptive neurons: the record that a call is made of.
-
-    From layers, width and decay may be a Logarithm and a Logit.
-    """
-
-    input_gain: Tensor | float
-    input_bias: Tensor | float
-    input_mean: Tensor | float
-    # Only of adaptive neurons: where w is, bits IN_CURRENT and others, and its parameters.
-    adaptation: int
-    adapt_decay: Any
-    adapt_potential: Any
-    adapt_spike: Any
-
-
-# Options that are flags of Rules, and those that ask for a result.
-FLAGS = "multi_spike", "strict_threshold", "detach_reset", "scale_output"
-RETURNS = "return_v_last", "return_v_seq", "return_h_seq"
-# Options that are never tensors, with their checks. `surrogate` depends on another, time_dim on x_seq.
-OPTIONS: dict[str, Callable[..., Any]] = {
-    **dict.fromkeys((*FLAGS, *RETURNS), check_bool),
-    **dict.fromkeys(("surrogate_gain", "v_rest", "residual_gain"), check_not_nan),
-    "v_min": optional(check_finite),
-    "levels": optional(check_levels),
-}
-OPTION_NAMES = "surrogate", "time_dim", *OPTIONS
-# Where the parameters of operators come from, `reset` aside; adaptive neurons have others instead of the input's.
-INPUT = {"input_gain": "input_gain", "input_bias": "input_bias", "input_mean": "input_mean"}
-_ADAPTATION = {"input_gain": "adapt_decay", "input_bias": "adapt_potential", "input_mean": "adapt_spike"}
-_COMMON = "width", "decay", "v_threshold", "v_reset", "reset_amount"
-VALUES = *_COMMON, *INPUT, "analog_prob", "residual"
-_ADAPTIVE_VALUES = *_COMMON, *_ADAPTATION.values(), "analog_prob", "residual"
 
 
 class Plan(NamedTuple):
@@ -194,111 +94,6 @@ class Call(NamedTuple):
     inputs: Inputs
 
 
-def run_forward(
-    backend: str, plan: Plan, inputs: Sequence[Any], keep_checkpoints: bool, operator: Any = None
-) -> ForwardResult:
-    """Runs lif_forward of a fused backend, or the operator given."""
-    if operator is None:
-        operator = operators_of(backend, inputs).lif_forward
-    return operator(*inputs, *plan.packed, (*plan.wanted, keep_checkpoints))  # type: ignore[no-any-return]
-
-
-def run_backward(
-    backend: str, plan: Plan, inputs: Inputs, grads: Sequence[Tensor | None], checkpoints: Tensor, wanted: Inputs
-) -> Inputs:
-    """The `wanted` gradients, for those of the results of forward."""
-    x_seq, v_init, rng_state, *parameters = inputs
-    found = operators_of(backend, (*inputs, *grads)).lif_backward(
-        *with_gaps(grads, (True, *plan.wanted)), x_seq, v_init, rng_state, checkpoints, *parameters, *plan.packed,
-        (wanted.x_seq, wanted.v_init, *wanted[3:]),
-    )  # fmt: skip
-    return Inputs(*with_gaps(found, wanted))
-
-
-def run_reference(plan: Plan, inputs: Inputs) -> list[Tensor]:
-    """Runs the reference; returns the wanted results."""
-    x_seq, v_init, rng_state, *parameters = inputs
-    s_seq, *potentials = lif_reference(x_seq, v_init, rng_state, Parameters(*parameters), plan.numbers, plan.rules)
-    return [s_seq, *(each for each, asked in zip(potentials, plan.wanted, strict=True) if asked)]
-
-
-def remember(call: Call, inputs: Inputs, outputs: Sequence[Tensor]) -> None:
-    """Has backward recompute the spikes of a call with these inputs, inside `recompute_spikes`."""
-    backend = call.backend  # not the call, which has the tensors
-    plan = make_plan(inputs.x_seq, call.plan.rules, call.plan.numbers, (False, False, False))
-
-    def spikes(*inputs: Tensor | None) -> Tensor:
-        return run_forward(backend, plan, inputs, keep_checkpoints=False)[0]
-
-    # Copies of parameters: FSDP frees them before backward of the next layer needs the spikes.
-    sequences = "x_seq", "v_init", "rng_state", "residual"
-    values = {
-        name: value if value is None or name in sequences else value.detach().clone()
-        for name, value in inputs._asdict().items()
-    }
-    recompute.remember(outputs[0], spikes, values)
-
-
-def output_of(plan: Plan, outputs: Sequence[Tensor]) -> Tensor | LIFOutput:
-    """The requested outputs, which come first."""
-    return LIFOutput(*with_gaps(outputs, (True, *plan.wanted))) if True in plan.wanted else outputs[0]
-
-
-class LIFFunction(torch.autograd.Function):
-    """lif_forward as a differentiable function of its tensors.
-
-    Takes an operator, or None for the backend's, a plan, and `Inputs` one by one, since autograd ignores tensors in
-    tuples. Returns the outputs and the checkpoints for backward.
-    """
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(operator: Any, backend: str, plan: Plan, *inputs: Any) -> tuple[Tensor, ...]:
-        return tuple(run_forward(backend, plan, inputs, True, operator))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        _, ctx.backend, ctx.plan, *tensors = inputs
-        checkpoints = output[-1]
-        ctx.save_for_backward(checkpoints, *tensors)
-        ctx.set_materialize_grads(grads_are_zeros())
-        ctx.mark_non_differentiable(checkpoints)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        checkpoints, *tensors = saved_tensors(ctx)
-        inputs, plan, wanted = Inputs(*tensors), ctx.plan, Inputs(*ctx.needs_input_grad[3:])
-        # The gradients of x_seq and of the residual may be the same tensor, as in a sum.
-        shared = wanted.residual and wanted.x_seq and _adds(plan.numbers, inputs)
-        if shared:
-            asked = [*wanted[:-1], False]
-            wanted = Inputs(*asked)
-        *grads_of_outputs, _ = grads
-        found = run_backward(ctx.backend, plan, inputs, grads_of_outputs, checkpoints, wanted)
-        gradients = once_differentiable(found, (*tensors, *grads))
-        return None, None, None, *gradients[:-1], gradients[0] if shared else gradients[-1]
-
-
-def _adds(constants: Numbers, inputs: Inputs) -> bool:
-    """Whether the input current is x, or the sum of x and the residual."""
-    if inputs.input_gain is not None or inputs.input_bias is not None or inputs.input_mean is not None:
-        return False
-    values = constants.input_gain, constants.residual_gain, constants.input_bias, constants.input_mean
-    return values == (1, 1, 0, 0)
-
-
-def _differentiated(operator: Any, below: Any, *arguments: Any) -> ForwardResult:
-    """A bare lif_forward with its derivative."""
-    *inputs, numbers, rules, (*of_outputs, keeps_checkpoints) = arguments
-    plan = make_plan(inputs[0], Rules(*rules), Numbers(*numbers), of_outputs)
-    *outputs, checkpoints = apply_here(LIFFunction, below, backend_of(operator), plan, *inputs)
-    return [*outputs, checkpoints] if keeps_checkpoints else outputs
-
-
-DERIVATIVES["lif_forward"] = _differentiated
-
-
 def _parameters(
     caller: str, x_seq: Tensor, given: Arguments, options: Mapping[str, Any], counts: bool
 ) -> tuple[dict[str, str], dict[str, float | None]]:
@@ -309,7 +104,7 @@ def _parameters(
     soft = "v_threshold" if given["reset_amount"] is None else "reset_amount"
     reset = soft if given["v_reset"] is None else "v_reset"
     arguments = {"width": "width", "decay": "decay", "v_threshold": "v_threshold", "reset": reset}
-    arguments.update(_ADAPTATION if given.get("adaptation", 0) else INPUT)
+    arguments.update(ADAPTATION if given.get("adaptation", 0) else INPUT)
     constants, real = check_values(given, arguments.values(), x_seq, caller), real_type(x_seq.dtype)
     if constants["width"] is not None:
         check_width(constants["width"], caller, real)
@@ -369,7 +164,7 @@ def _checked(caller: str, x_seq: Any, given: Arguments) -> Plan:
 _THRESHOLD_OF_LEVELS = "v_threshold with levels"
 _HEIGHT = "height of a spike"  # the constant that levels put in the place of v_threshold
 _plan_of = cached_by_signature((*VALUES, *OPTION_NAMES))(_checked)
-_adaptive_plan_of = cached_by_signature((*_ADAPTIVE_VALUES, *OPTION_NAMES, "adaptation"))(_checked)
+_adaptive_plan_of = cached_by_signature((*ADAPTIVE_VALUES, *OPTION_NAMES, "adaptation"))(_checked)
 
 
 def checked_call(caller: str, x_seq: Tensor, given: Arguments, together: bool = True) -> Call:
@@ -400,18 +195,3 @@ def checked_call(caller: str, x_seq: Tensor, given: Arguments, together: bool = 
     if rules.analog_below or rng_state is not None or given["generator"] is not None:
         rng_state = state_of_noise(caller, x_seq, rules.analog_below, given, backend, together)
     return Call(backend, plan, Inputs(*[x_seq, v_init, rng_state, *parameters, residual]))
-
-
-def computed(caller: str, x_seq: Tensor, given: Arguments) -> Tensor | LIFOutput:
-    """The result of `lif`."""
-    backend, plan, inputs = call = checked_call(caller, x_seq, given)
-    if BACKENDS[backend].operators is None:
-        outputs = run_reference(plan, inputs)
-    elif not is_differentiated(inputs, caller):
-        outputs = run_forward(backend, plan, inputs, keep_checkpoints=False)
-    elif recompute.open_contexts or recompute.traced_contexts:
-        take = partial(remember, call, inputs)
-        outputs = recompute.applied(apply, LIFFunction, (None, backend, plan, *inputs), take)
-    else:
-        outputs = apply(LIFFunction, None, backend, plan, *inputs)
-    return output_of(plan, outputs)

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from ..calls.plan import INPUT, Arguments, LIFOutput, NeuronArguments, computed
+from ..calls.arguments import INPUT, Arguments, NeuronArguments
 from ..checks import check_bool, check_finite, check_input, check_keywords, check_v_init, least_and_most
 from ..layout import real_type
 from ..reference.learned import Logit
-from ..reference.neurons import IN_CURRENT, IN_RESET, IN_THRESHOLD
+from ..reference.records import IN_CURRENT, IN_RESET, IN_THRESHOLD
 from .base import fill_parameter, values_shown
 from .deferred import tensor_of
-from .lif import LIF_DEFAULTS
-from .spiking import LIF, Neurons
+from .lif import LIF, LIF_DEFAULTS, LIFOutput, computed
+from .spiking import Neurons
 
 _CALLER = "asgl_cuda.adaptive_lif"
 # Options of `lif` and `LIF` that adaptive neurons lack.

@@ -169,6 +169,7 @@ class NeuronLayer(Settable):
         "time_dim": check_int,
         "backend": optional(_check_backend),
     }
+    _norm_options: ClassVar[dict[str, Callable[..., Any]]] = {}  # the same of a normalisation in the layer
     v_rest: float
     input_gain: float
     stateful: bool

@@ -1,4 +1,4 @@
-"""Batch normalisation fused with the neuron: autograd wiring, and `batch_norm_lif`.
+"""Batch normalisation and the neurons after it, in one: `batch_norm_lif`, its derivative, and the layer `BatchNormLIF`.
 
 Forward reads x for the statistics, then reads it once more and writes s; backward reads x and the gradient and writes
 dh, then reads dh and x and writes dx, in place: 36 bytes per element in float32. Saved for backward: x, checkpoints,
@@ -15,36 +15,24 @@ and xhat = (x - mean) / sqrt(variance + eps):
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from ..backends import BACKENDS, backend_of, operators_of
 from ..backends.derivatives import DERIVATIVES
 from ..backends.ops import ForwardResult
 from ..calls import recompute
-from ..calls.plan import (
-    Arguments,
-    Call,
-    Inputs,
-    LIFOutput,
-    NeuronArguments,
-    Plan,
-    checked_call,
-    output_of,
-    remember,
-    run_backward,
-    run_forward,
-    run_reference,
-)
+from ..calls.arguments import Arguments, NeuronArguments
+from ..calls.cache import cached_by_signature
+from ..calls.plan import Call, Inputs, Plan, checked_call
 from ..checks import (
     HALF_TYPES,
     PLAIN_TENSORS,
-    cached_by_signature,
     can_be_seen,
     check_bool,
     check_finite,
@@ -53,12 +41,17 @@ from ..checks import (
     check_keywords,
     check_not_nan,
     check_options,
+    check_sizes,
     expected_shape,
     in_range,
+    optional,
+    read_finite,
+    read_number,
     shown,
 )
 from ..layout import by_channel, channel_dim, real_type
-from ..reference.neurons import batch_statistics, detached, normalisation
+from ..reference.normalisation import batch_statistics, normalisation
+from ..reference.surrogates import detached
 from ..torch_modes import (
     apply,
     apply_here,
@@ -68,8 +61,9 @@ from ..torch_modes import (
     saved_tensors,
     transforming,
 )
-from .deferred import tensor_of
-from .lif import LIF_DEFAULTS
+from .base import fill_parameter
+from .deferred import Pending, tensor_of
+from .lif import LIF, LIF_DEFAULTS, LIFOutput, output_of, remember, run_backward, run_forward, run_reference
 
 _CALLER = "asgl_cuda.batch_norm_lif"
 
@@ -304,7 +298,7 @@ def _no_group(process_group: Any, caller: str) -> TypeError:
     return TypeError(f"{caller}: {expected}, got {shown(process_group)}")
 
 
-def sharing(process_group: Any) -> Any:
+def sharing(process_group: Any, caller: str) -> Any:
     """The group, or None if it has one process."""
     if process_group is None:
         return None
@@ -313,7 +307,7 @@ def sharing(process_group: Any) -> Any:
             return None
         process_group = torch.distributed.group.WORLD
     elif not torch.distributed.is_available() or not isinstance(process_group, torch.distributed.ProcessGroup):
-        raise _no_group(process_group, _CALLER)
+        raise _no_group(process_group, caller)
     return process_group if torch.distributed.get_world_size(process_group) > 1 else None
 
 
@@ -404,7 +398,7 @@ def _batch_norm_lif(x_seq: Tensor, norm: _Normalisation, given: Arguments) -> Te
     training, momentum, count = norm["training"], norm["momentum"], norm["count"]
     _check_value(momentum)
     running_mean, running_var = norm["running_mean"], norm["running_var"]
-    group = sharing(norm["process_group"]) if training else None
+    group = sharing(norm["process_group"], _CALLER) if training else None
     if group is not None:
         settings = _Settings(settings.channel, settings.eps, settings.input_scale, group)
     scalar, real = x_seq.dtype, real_type(x_seq.dtype)
@@ -618,3 +612,148 @@ def module_batch_norm_lif(
         "process_group": process_group, "time_dim": given["time_dim"],
     }  # fmt: skip
     return _batch_norm_lif(x_seq, arguments, given)
+
+
+class BatchNormLIF(LIF):
+    """Batch normalisation over time, batch and space, and the neurons of `LIF` after it: two layers in one.
+
+    Args:
+        num_features: number of channels; for granularity "neuron" the shape of the neurons, channels first.
+        eps, momentum, affine, track_running_stats: as in `torch.nn.BatchNorm2d`.
+        input_scale: factor on the normalised input; `alpha * v_threshold` for tdBN.
+        process_group: the processes that share statistics in training, as in `torch.nn.SyncBatchNorm`; "world" means
+            all processes that exist at each call. A layer with a group can't be copied or pickled; a layer with "world"
+            can.
+        device, dtype: of the parameters and the running statistics.
+        lif_options: arguments of `LIF`, except `input_gain`.
+
+    Parameters and buffers have the names of `torch.nn.BatchNorm2d` and `LIF`, so that
+    `{**norm.state_dict(), **lif.state_dict()}` loads.
+
+    The layer is not a subclass of torch's `_BatchNorm`, so functions for such layers skip it. Use
+    `asgl_cuda.convert_sync_batchnorm` instead of `torch.nn.SyncBatchNorm.convert_sync_batchnorm`. Instead of
+    `torch.optim.swa_utils.update_bn`, run the following, and then the batches in training mode without gradients::
+
+        for layer in model.modules():
+            if isinstance(layer, asgl_cuda.BatchNormLIF):
+                layer.reset_running_stats()
+                layer.momentum = None  # the average of all batches; restore it afterwards
+
+    Shapes: input and output are `[T, B, C, ...]`, or have time at `time_dim`. Batch, channels and the rest keep their
+    order.
+
+    `layer(x_seq, residual)` adds the shortcut of a residual block between the normalisation and the neurons,
+    `input_scale * y + residual`, without the sum in memory. `residual` must have the shape and type of x_seq.
+
+    Inputs may be up to 1e15 in magnitude, 1e150 in float64. Larger inputs can give NaN or inaccurate gradients. With
+    `eps=0` the deviation of a channel must be at least 1e-15, 1e-150 in float64.
+
+    Raises the errors of `LIF` and of `asgl_cuda.batch_norm_lif`, whose docstring has the same in PyTorch.
+
+    Example::
+
+        block = nn.Sequential(nn.Linear(64, 128), asgl_cuda.BatchNormLIF(128, analog_prob=0.2))
+        s_seq = block(torch.randn(4, 32, 64))  # [T, B, 64] to [T, B, 128]
+
+        norm, neurons = nn.BatchNorm1d(128), asgl_cuda.LIF()  # as two layers; their checkpoint loads
+        block[1].load_state_dict({**norm.state_dict(), **neurons.state_dict()})
+    """
+
+    _caller = "asgl_cuda.BatchNormLIF"
+    _least_batch = 1
+    _norm_options: ClassVar[dict[str, Callable[..., Any]]] = {
+        "eps": in_range(read_finite, ">= 0", 0),
+        "momentum": optional(in_range(read_number, "in [0, 1] or None", 0, 1)),
+        "input_scale": read_finite,
+        **dict.fromkeys(("affine", "track_running_stats"), check_bool),
+    }
+    _weights = ("weight", "bias")
+    eps: float
+    momentum: float | None
+    input_scale: float
+    affine: bool
+    track_running_stats: bool
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    num_batches_tracked: Tensor | None
+
+    def __init__(
+        self,
+        num_features: int | Sequence[int],
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        input_scale: float = 1.0,
+        process_group: Any = None,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        **lif_options: Any,
+    ) -> None:
+        caller = self._caller
+        if "input_gain" in lif_options:
+            raise TypeError(f"{caller}: input_gain is an argument of LIF; input_scale is the factor here")
+        check_keywords(lif_options, {**(LIF.__init__.__kwdefaults__ or {}), "input_scale": 1.0}, caller)
+        try:
+            channels, *others = check_sizes("num_features", num_features, caller)
+        except (TypeError, ValueError):
+            raise ValueError(
+                f"{caller}: num_features must be a number of channels or begin with it, got {shown(num_features)}"
+            ) from None
+        granularity = lif_options.get("granularity", "layer")
+        in_layer = isinstance(granularity, str) and granularity == "layer"
+        if in_layer and others:
+            raise ValueError(f"{caller}: num_features must be one number for granularity 'layer', got {num_features}")
+        own = dict(locals())
+        super().__init__(None if in_layer else num_features, device=device, dtype=dtype, **lif_options)
+        self.num_channels = channels
+        self._keep(own, self._norm_options)
+        check_process_group(process_group, caller)
+        self.process_group = process_group
+        empty = partial(torch.empty, channels, device=device, dtype=dtype)
+        self.weight = nn.Parameter(empty()) if self.affine else None
+        self.bias = nn.Parameter(empty()) if self.affine else None
+        self.register_buffer("running_mean", empty() if track_running_stats else None)
+        self.register_buffer("running_var", empty() if track_running_stats else None)
+        self.register_buffer("num_batches_tracked", torch.tensor(0, device=device) if track_running_stats else None)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Also resets the normalisation."""
+        super().reset_parameters()
+        self.reset_running_stats()
+        fill_parameter(self.weight, 1.0)
+        fill_parameter(self.bias, 0.0)
+
+    def reset_running_stats(self) -> None:
+        """Resets the running statistics, as `torch.nn.BatchNorm2d.reset_running_stats` does."""
+        fill_parameter(self.running_mean, 0.0)
+        fill_parameter(self.running_var, 1.0)
+        fill_parameter(self.num_batches_tracked, 0)
+
+    def _compute(
+        self, x_seq: Tensor, update: bool = True, pending: Pending | None = None, **options: Any
+    ) -> Tensor | LIFOutput:
+        if self.weight is None and self.running_mean is None:
+            self._check_channels(x_seq)
+        return module_batch_norm_lif(
+            self, x_seq, self._given(x_seq, **options), self.weight, self.bias, update, self.input_scale,
+            self.process_group,
+        )  # fmt: skip
+
+    def _check_channels(self, x_seq: Tensor) -> None:
+        """What `asgl_cuda.batch_norm_lif` does where it has tensors of the channels' size."""
+        time_dim = check_input(x_seq, self.time_dim, self._caller)
+        channel = channel_dim(time_dim)
+        if x_seq.dim() > channel and x_seq.shape[channel] != self.num_channels:
+            raise ValueError(
+                f"{self._caller}: x_seq must have {self.num_channels} channels: "
+                + expected_shape(x_seq, time_dim, (self.num_channels,), by_channel=True)
+            )
+
+    def extra_repr(self) -> str:
+        parts = [f"{self.num_channels}", f"eps={self.eps:g}", f"momentum={self.momentum}"]
+        parts += [f"{flag}=False" for flag in ("affine", "track_running_stats") if not getattr(self, flag)]
+        if self.input_scale != 1:
+            parts.append(f"input_scale={self.input_scale:g}")
+        return ", ".join([*parts, super().extra_repr()])

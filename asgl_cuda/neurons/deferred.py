@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from ..calls.plan import VALUES, Arguments, LIFOutput, computed
+from ..calls.arguments import VALUES, Arguments
 from ..layout import channel_dim
 
 _SWAPS, _MOVES = ("transpose", "swapaxes", "swapdims"), ("movedim", "moveaxis")
@@ -276,20 +276,25 @@ class Pending:
 
     # ---- neurons ----
 
-    def lif(self, given: Arguments, layer: Any, caller: str, update: bool = True) -> Tensor | LIFOutput:
-        """`layer`, the neurons behind, with arguments `given`: in one call with normalisation and sum, or of the value.
+    def value_for(self, layer: Any, given: Arguments, update: bool) -> Tensor | None:
+        """The value, if `layer`, the neurons after it, can't take normalisation and sum into one call; None if it can.
 
-        Without `update` nothing changes, for a call that is repeated.
+        Arguments as in `joined`.
         """
         name = getattr(type(layer), "original", type(layer)).__name__
         if self.is_known() or (update and self.call.taken):
-            return computed(caller, self.tensor(name), given)
+            return self.tensor(name)
         self.check()
         if self.was_asked and not torch.compiler.is_compiling():
             raise self.norm.refusal("code, or a backward hook, asked whether its output is a Tensor, which it is not")
         why = self._reason_against(given) or self.norm.reason_against(self, given)
-        if why:
-            return computed(caller, self.tensor(f"{name}, {why}"), given)
+        return self.tensor(f"{name}, {why}") if why else None
+
+    def joined(self, layer: Any, given: Arguments, update: bool) -> Any:
+        """The output of `layer` with the arguments `given`, in one call with normalisation and sum.
+
+        Without `update` nothing changes, for a call that is repeated.
+        """
         x: Any = self.x
         residual, v_init, time_dim = self.residual, given["v_init"], given["time_dim"] % x.dim()
         here, there = dims = self.channel, channel_dim(time_dim)  # of the channels, and as the operator has them
@@ -310,12 +315,12 @@ class Pending:
             self.call.taken = True
             self.norm.was_taken(layer)
         if here == there:
-            return output  # type: ignore[no-any-return]
+            return output
         if isinstance(output, Tensor):
             return output.movedim(there, here)
         moves = (there, here), (there_of_state, here_of_state), (there, here), (there, here)
         found: Any = (each if each is None else each.movedim(*move) for each, move in zip(output, moves, strict=True))
-        return LIFOutput(*found)
+        return type(output)(*found)
 
     def _reason_against(self, given: Arguments) -> str:
         """Why the operator can't get the channels where it expects them; "" if it can."""

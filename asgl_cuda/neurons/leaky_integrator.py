@@ -12,20 +12,13 @@ from torch import Tensor, nn
 from ..backends import BACKENDS, backend_of, choose_backend, operators_of
 from ..backends.derivatives import DERIVATIVES
 from ..backends.ops import ForwardResult, with_gaps
+from ..calls.cache import cached_by_signature
 from ..calls.plan import Plan, make_plan, tensors_of
-from ..checks import (
-    cached_by_signature,
-    check_bool,
-    check_input,
-    check_keywords,
-    check_not_nan,
-    check_options,
-    check_v_init,
-    check_values,
-)
+from ..checks import check_bool, check_input, check_keywords, check_not_nan, check_options, check_v_init, check_values
 from ..layout import is_dense
 from ..reference.learned import Logit
-from ..reference.neurons import Numbers, Rules, integrator_reference
+from ..reference.neurons import integrator_reference
+from ..reference.records import Numbers, Rules
 from ..torch_modes import apply, apply_here, grads_are_zeros, is_differentiated, once_differentiable, saved_tensors
 from .base import Granularity, NeuronLayer, values_shown
 from .deferred import tensor_of

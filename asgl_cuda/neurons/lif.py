@@ -1,19 +1,68 @@
-"""The fused neuron as a function, `lif`, with the defaults of its options, and functions of its noise and spikes."""
+"""Leaky integrate-and-fire neurons: `lif`, its derivative, and the layer `LIF`.
+
+lif -> computed -> checked_call (a plan by checks, choose_backend, state_of_noise) -> run_reference under autograd, or
+run_forward, the backend's operator, inside LIFFunction if a gradient is needed. Backward draws the same noise again
+from rng_state; no mask is stored.
+"""
 
 from __future__ import annotations
 
-from typing import NoReturn
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
+from inspect import signature
+from typing import Any, ClassVar, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
-from ..calls.plan import Arguments, LIFOutput, computed
-from ..checks import PLAIN_TENSORS, check_analog_prob, check_input, check_keywords, check_levels, check_rng_state
-from ..reference.neurons import analog_mask_below
-from ..torch_modes import transforming
-from .deferred import tensor_of
+from ..backends import BACKENDS, backend_of, operators_of
+from ..backends.derivatives import DERIVATIVES
+from ..backends.ops import ForwardResult, with_gaps
+from ..calls import recompute
+from ..calls.arguments import Arguments
+from ..calls.plan import Call, Inputs, Plan, checked_call, make_plan
+from ..checks import (
+    PLAIN_TENSORS,
+    check_analog_prob,
+    check_bool,
+    check_input,
+    check_keywords,
+    check_levels,
+    check_rng_state,
+    optional,
+    read_finite,
+    shown,
+)
+from ..reference.neurons import lif_reference
+from ..reference.noise import analog_mask_below
+from ..reference.records import Numbers, Parameters, Rules
+from ..torch_modes import (
+    apply,
+    apply_here,
+    grads_are_zeros,
+    is_differentiated,
+    once_differentiable,
+    saved_tensors,
+    transforming,
+)
+from .base import Granularity, NeuronLayer
+from .deferred import Pending, tensor_of
+from .spiking import Neurons
 
 _CALLER = "asgl_cuda.lif"
+
+
+class LIFOutput(NamedTuple):
+    """The result of `lif` with potentials; a field is None unless requested.
+
+    `s_seq`, `v_seq` (potential after reset) and `h_seq` (before reset) have the shape of x_seq, `v_last` the same
+    without time. Potentials are float32, float64 for a float64 input.
+    """
+
+    s_seq: Tensor
+    v_last: Tensor | None
+    v_seq: Tensor | None
+    h_seq: Tensor | None
 
 
 def lif(
@@ -159,6 +208,157 @@ def lif(
     return computed(_CALLER, tensor_of(x_seq, _CALLER), given)
 
 
+LIF_DEFAULTS: Arguments = lif.__kwdefaults__ or {}  # type: ignore[assignment]
+
+
+def computed(caller: str, x_seq: Tensor, given: Arguments) -> Tensor | LIFOutput:
+    """The result of `lif`."""
+    backend, plan, inputs = call = checked_call(caller, x_seq, given)
+    if BACKENDS[backend].operators is None:
+        outputs = run_reference(plan, inputs)
+    elif not is_differentiated(inputs, caller):
+        outputs = run_forward(backend, plan, inputs, keep_checkpoints=False)
+    elif recompute.open_contexts or recompute.traced_contexts:
+        take = partial(remember, call, inputs)
+        outputs = recompute.applied(apply, LIFFunction, (None, backend, plan, *inputs), take)
+    else:
+        outputs = apply(LIFFunction, None, backend, plan, *inputs)
+    return output_of(plan, outputs)
+
+
+def computed_after(
+    pending: Pending, layer: Any, caller: str, given: Arguments, update: bool = True
+) -> Tensor | LIFOutput:
+    """The result of `lif` in `layer`, after a normalisation: of both in one call, or of the normalised value."""
+    value = pending.value_for(layer, given, update)
+    if value is None:
+        return pending.joined(layer, given, update)  # type: ignore[no-any-return]
+    return computed(caller, value, given)
+
+
+def output_of(plan: Plan, outputs: Sequence[Tensor]) -> Tensor | LIFOutput:
+    """The requested outputs, which come first."""
+    return LIFOutput(*with_gaps(outputs, (True, *plan.wanted))) if True in plan.wanted else outputs[0]
+
+
+def run_reference(plan: Plan, inputs: Inputs) -> list[Tensor]:
+    """Runs the reference; returns the wanted results."""
+    x_seq, v_init, rng_state, *parameters = inputs
+    s_seq, *potentials = lif_reference(x_seq, v_init, rng_state, Parameters(*parameters), plan.numbers, plan.rules)
+    return [s_seq, *(each for each, asked in zip(potentials, plan.wanted, strict=True) if asked)]
+
+
+def run_forward(
+    backend: str, plan: Plan, inputs: Sequence[Any], keep_checkpoints: bool, operator: Any = None
+) -> ForwardResult:
+    """Runs lif_forward of a fused backend, or the operator given."""
+    if operator is None:
+        operator = operators_of(backend, inputs).lif_forward
+    return operator(*inputs, *plan.packed, (*plan.wanted, keep_checkpoints))  # type: ignore[no-any-return]
+
+
+def run_backward(
+    backend: str, plan: Plan, inputs: Inputs, grads: Sequence[Tensor | None], checkpoints: Tensor, wanted: Inputs
+) -> Inputs:
+    """The `wanted` gradients, for those of the results of forward."""
+    x_seq, v_init, rng_state, *parameters = inputs
+    found = operators_of(backend, (*inputs, *grads)).lif_backward(
+        *with_gaps(grads, (True, *plan.wanted)), x_seq, v_init, rng_state, checkpoints, *parameters, *plan.packed,
+        (wanted.x_seq, wanted.v_init, *wanted[3:]),
+    )  # fmt: skip
+    return Inputs(*with_gaps(found, wanted))
+
+
+class LIFFunction(torch.autograd.Function):
+    """lif_forward as a differentiable function of its tensors.
+
+    Takes an operator, or None for the backend's, a plan, and `Inputs` one by one, since autograd ignores tensors in
+    tuples. Returns the outputs and the checkpoints for backward.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(operator: Any, backend: str, plan: Plan, *inputs: Any) -> tuple[Tensor, ...]:
+        return tuple(run_forward(backend, plan, inputs, True, operator))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        _, ctx.backend, ctx.plan, *tensors = inputs
+        checkpoints = output[-1]
+        ctx.save_for_backward(checkpoints, *tensors)
+        ctx.set_materialize_grads(grads_are_zeros())
+        ctx.mark_non_differentiable(checkpoints)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        checkpoints, *tensors = saved_tensors(ctx)
+        inputs, plan, wanted = Inputs(*tensors), ctx.plan, Inputs(*ctx.needs_input_grad[3:])
+        # The gradients of x_seq and of the residual may be the same tensor, as in a sum.
+        shared = wanted.residual and wanted.x_seq and _adds(plan.numbers, inputs)
+        if shared:
+            asked = [*wanted[:-1], False]
+            wanted = Inputs(*asked)
+        *grads_of_outputs, _ = grads
+        found = run_backward(ctx.backend, plan, inputs, grads_of_outputs, checkpoints, wanted)
+        gradients = once_differentiable(found, (*tensors, *grads))
+        return None, None, None, *gradients[:-1], gradients[0] if shared else gradients[-1]
+
+
+def _adds(constants: Numbers, inputs: Inputs) -> bool:
+    """Whether the input current is x, or the sum of x and the residual."""
+    if inputs.input_gain is not None or inputs.input_bias is not None or inputs.input_mean is not None:
+        return False
+    values = constants.input_gain, constants.residual_gain, constants.input_bias, constants.input_mean
+    return values == (1, 1, 0, 0)
+
+
+def _differentiated(operator: Any, below: Any, *arguments: Any) -> ForwardResult:
+    """A bare lif_forward with its derivative."""
+    *inputs, numbers, rules, (*of_outputs, keeps_checkpoints) = arguments
+    plan = make_plan(inputs[0], Rules(*rules), Numbers(*numbers), of_outputs)
+    *outputs, checkpoints = apply_here(LIFFunction, below, backend_of(operator), plan, *inputs)
+    return [*outputs, checkpoints] if keeps_checkpoints else outputs
+
+
+DERIVATIVES["lif_forward"] = _differentiated
+
+
+def remember(call: Call, inputs: Inputs, outputs: Sequence[Tensor]) -> None:
+    """Has backward recompute the spikes of a call with these inputs, inside `recompute_spikes`."""
+    backend = call.backend  # not the call, which has the tensors
+    plan = make_plan(inputs.x_seq, call.plan.rules, call.plan.numbers, (False, False, False))
+
+    def spikes(*inputs: Tensor | None) -> Tensor:
+        return run_forward(backend, plan, inputs, keep_checkpoints=False)[0]
+
+    # Copies of parameters: FSDP frees them before backward of the next layer needs the spikes.
+    sequences = "x_seq", "v_init", "rng_state", "residual"
+    values = {
+        name: value if value is None or name in sequences else value.detach().clone()
+        for name, value in inputs._asdict().items()
+    }
+    recompute.remember(outputs[0], spikes, values)
+
+
+def analog_mask(x_seq: Tensor, analog_prob: float, rng_state: Tensor, time_dim: int = 0) -> Tensor:
+    """Which elements of `x_seq` are analog under the noise of `rng_state`: a bool tensor of x_seq's shape.
+
+    Only shape, memory layout and device of x_seq count; `analog_prob` acts in steps of 1 / 65536. Raises TypeError and
+    ValueError as `lif` does.
+
+    Example::
+
+        x_seq, rng_state = torch.randn(4, 32, 128), torch.tensor([2023, 0])
+        s_seq = asgl_cuda.lif(x_seq, analog_prob=0.2, rng_state=rng_state)
+        mask = asgl_cuda.analog_mask(x_seq, 0.2, rng_state)  # those that emitted the smooth value
+        assert set(s_seq[~mask].tolist()) == {0.0, 1.0}
+    """
+    time_dim = check_input(x_seq, time_dim, "asgl_cuda.analog_mask")
+    check_rng_state(rng_state, x_seq, "asgl_cuda.analog_mask")
+    return analog_mask_below(x_seq, check_analog_prob(analog_prob, "asgl_cuda.analog_mask"), rng_state, time_dim)
+
+
 def unroll_levels(s_seq: Tensor, levels: int, time_dim: int = 0) -> Tensor:
     """Whole numbers of spikes as binary spikes, each step in `levels` sub-steps: `s` ones, then zeros.
 
@@ -204,22 +404,166 @@ def unroll_levels(s_seq: Tensor, levels: int, time_dim: int = 0) -> Tensor:
         return (s_seq.unsqueeze(time_dim + 1) > below).to(s_seq.dtype).flatten(time_dim, time_dim + 1)
 
 
-LIF_DEFAULTS: Arguments = lif.__kwdefaults__ or {}  # type: ignore[assignment]
+class LIF(Neurons):
+    """Leaky integrate-and-fire neurons with adaptive smoothing gradients, over all time steps in one call.
 
+    Args:
+        num_features: number of channels for granularity "channel"; number of neurons, or their shape `[C, H, W]`, for
+            "neuron"; None for "layer".
+        decay: fraction of the potential that is left after a step, in [0, 1]. A learned decay must be in (0, 1), and is
+            stored as a logit. For long sequences with decay > 2 / 3 see `detach_reset`.
+        v_threshold, v_rest: threshold and resting potential, in units of the input.
+        v_reset: potential after a spike, below the threshold; or None to subtract `reset_amount` instead (soft reset).
+        reset_amount: amount that a spike subtracts under the soft reset; default the threshold.
+        input_gain: factor on the input.
+        width: initial width of the surrogate, > 0. Its logarithm is stored.
+        surrogate: the name of a surrogate, see `asgl_cuda.lif`.
+        surrogate_gain: factor on the surrogate gradient.
+        analog_prob: fraction of elements that emit the smooth value in training; in evaluation all spikes are hard. The
+            default is 0.2, as in the paper, while it is 0 in the function `asgl_cuda.lif`.
+        granularity: whether a learned parameter has one value per layer, per channel or per neuron.
+        learn_width, learn_decay, learn_threshold: which of these are parameters; the others are constants.
+        strict_threshold: fire above the threshold, not at it.
+        detach_reset: stop the gradient that flows through the spike in the reset. Under the hard reset and with a
+            rectangle, this path multiplies the gradient at each step with a spike by up to
+            `decay * (v_threshold - v_reset + width / 2) / width`. If this is above 1, as for decay > 2 / 3 with the
+            other defaults, gradients can explode over many steps. `Monitor` measures the growth.
+        scale_output: emit `v_threshold` instead of 1 for a spike, and with levels `1 / levels`.
+        levels: emit up to `levels` spikes per step, rounded (I-LIF). `v_reset` must be None. No width is learned,
+            because the threshold takes its place. With multi_spike, levels only limits the number of spikes.
+        multi_spike: emit several spikes per step. `v_reset` must be None, and `analog_prob` 0 at all times.
+        v_min: lower bound of the potential after the reset, in units of the input; None for no bound.
+        stateful: carry the potential from call to call, as `v`, until `reset()` or `asgl_cuda.reset(model)`. Not for
+            activation checkpointing, which calls the layer twice. `step(x_t)`, one step without the time dimension,
+            always carries `v`.
+        store_v_seq: store the potentials after the reset of the last call as `v_seq`, in the shape of the input.
+        time_dim: time dimension of inputs.
+        backend: see `asgl_cuda.lif`.
+        device, dtype: of the parameters.
 
-def analog_mask(x_seq: Tensor, analog_prob: float, rng_state: Tensor, time_dim: int = 0) -> Tensor:
-    """Which elements of `x_seq` are analog under the noise of `rng_state`: a bool tensor of x_seq's shape.
+    A float may also be given as a tensor of one value. With granularity "channel" or "neuron", `width`, `decay`,
+    `v_threshold`, `v_reset` and `reset_amount` may be tensors of shape `num_features`, learned or not. A tensor that
+    requires a gradient, such as a Parameter, is accepted only for a learned parameter, as its initial value. `width`,
+    `decay` and `v_threshold` can be read and set at any time. A learned width or decay has the same bits in every
+    backend; they equal those of `torch.exp` and `torch.sigmoid` up to the last bits.
 
-    Only shape, memory layout and device of x_seq count; `analog_prob` acts in steps of 1 / 65536. Raises TypeError and
-    ValueError as `lif` does.
+    Shapes: input and output are `[T, N, ...]`, or have time at `time_dim`. After removing time, the second dimension is
+    the channels, and the last dimensions are the neurons.
+
+    `layer(x_seq, residual)` computes `layer(x_seq + residual)` without the sum in memory. `residual` must have the
+    shape and type of x_seq.
+
+    A state dict has only the learned parameters, `log_width`, `logit_decay` and `threshold`. As in torch's layers, it
+    has no constants, flags, `analog_prob` or potentials, so it loads without a warning into a layer with another
+    constant decay. `AnalogProbSchedule.state_dict()` has the noise.
+
+    SpikingJelly's `LIFNode(tau=tau)` has `decay=1 - 1 / tau, input_gain=1 / tau`.
+
+    Processes with the same seed draw the same noise. Call `torch.manual_seed(seed + rank)` after creating the model to
+    give each process its own noise.
+
+    Raises ValueError or TypeError for arguments out of range, and otherwise the errors of `asgl_cuda.lif`. Warns once
+    per process if neurons fire at rest (`v_threshold` at `v_rest` or below), if a soft reset does not lower the
+    potential, or if `surrogate_gain` is 0.
 
     Example::
 
-        x_seq, rng_state = torch.randn(4, 32, 128), torch.tensor([2023, 0])
-        s_seq = asgl_cuda.lif(x_seq, analog_prob=0.2, rng_state=rng_state)
-        mask = asgl_cuda.analog_mask(x_seq, 0.2, rng_state)  # those that emitted the smooth value
-        assert set(s_seq[~mask].tolist()) == {0.0, 1.0}
+        model = nn.Sequential(
+            nn.Linear(64, 128),
+            asgl_cuda.LIF(decay=0.9),  # one learned width
+            nn.Linear(128, 128),
+            asgl_cuda.LIF(128, granularity="channel", learn_decay=True),  # a width and a decay for each channel
+        )
+        s_seq = model(torch.randn(4, 32, 64))  # [T, B, 64] to [T, B, 128]
+
+    The same in PyTorch: `asgl_cuda.lif(x_seq, width=log_width.exp(), ...)`, whose docstring has the loop.
+
+    With torch's initial weights and without a normalisation, deeper layers are silent and learn nothing.
+    :doc:`/tutorials/stalled-network` shows how `asgl_cuda.Monitor` finds them and `asgl_cuda.calibrate` helps.
     """
-    time_dim = check_input(x_seq, time_dim, "asgl_cuda.analog_mask")
-    check_rng_state(rng_state, x_seq, "asgl_cuda.analog_mask")
-    return analog_mask_below(x_seq, check_analog_prob(analog_prob, "asgl_cuda.analog_mask"), rng_state, time_dim)
+
+    _caller = "asgl_cuda.LIF"
+    _function = _CALLER
+    _options: ClassVar[dict[str, Callable[..., Any]]] = {
+        **dict.fromkeys(("multi_spike", "scale_output"), check_bool),
+        "levels": optional(check_levels),
+        "v_min": optional(read_finite),
+        **Neurons._options,
+    }
+
+    def __init__(
+        self,
+        num_features: int | Sequence[int] | None = None,
+        *,
+        decay: Tensor | float = 0.5,
+        v_threshold: Tensor | float = 1.0,
+        v_reset: Tensor | float | None = 0.0,
+        reset_amount: Tensor | float | None = None,
+        v_rest: float = 0.0,
+        input_gain: float = 1.0,
+        width: Tensor | float = 1.0,
+        surrogate: str = "rectangle",
+        surrogate_gain: float = 1.0,
+        analog_prob: float = 0.2,
+        granularity: Granularity = "layer",
+        learn_width: bool = True,
+        learn_decay: bool = False,
+        learn_threshold: bool = False,
+        strict_threshold: bool = False,
+        detach_reset: bool = False,
+        scale_output: bool = False,
+        levels: int | None = None,
+        multi_spike: bool = False,
+        v_min: float | None = None,
+        stateful: bool = False,
+        store_v_seq: bool = False,
+        time_dim: int = 0,
+        backend: str | None = None,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        **unknown: NoReturn,
+    ) -> None:
+        super().__init__()
+        check_keywords(unknown, LIF.__init__.__kwdefaults__ or {}, self._caller)
+        self._set_up_neurons(locals())
+
+    def _inputs(self, x_seq: Tensor, residual: Tensor | None = None) -> tuple[Tensor, dict[str, Any]]:
+        if residual is not None:
+            residual = tensor_of(residual, type(self).__name__)
+        if not isinstance(x_seq, Pending):
+            return x_seq, {} if residual is None else {"residual": residual}
+        name = type(self).__name__
+        if residual is not None:
+            if not isinstance(residual, Tensor) or (residual.shape, residual.dtype) != (x_seq.shape, x_seq.dtype):
+                return x_seq.tensor(name), {"residual": residual}
+            x_seq = x_seq + residual
+        if isinstance(x_seq, Pending) and type(self)._compute is LIF._compute and type(self)._given is LIF._given:
+            return x_seq.x, {"pending": x_seq}
+        return tensor_of(x_seq, name), {}
+
+    def _compute(
+        self, x_seq: Tensor, update: bool = True, pending: Pending | None = None, **options: Any
+    ) -> Tensor | LIFOutput:
+        """Calls `asgl_cuda.lif`; without `update` the layer's state stays unchanged."""
+        given = self._given(x_seq, self.input_gain, **options)
+        if pending is None:
+            return computed(self._caller, x_seq, given)
+        return computed_after(pending, self, self._caller, given, update)
+
+
+def unknown_options(layer: NeuronLayer, known: Collection[str]) -> str:
+    """The options in the layer's tables that are not `known` nor at their defaults, as `name=value`; "" without any.
+
+    For all that represents a layer elsewhere, and would be silently wrong with an option of which it knows nothing.
+    """
+    names = {*layer._options, *layer._norm_options} - {*known}
+    if not names:
+        return ""
+    parameters = {**signature(LIF.__init__).parameters, **signature(type(layer).__init__).parameters}
+    found = []
+    for name in sorted(names):
+        default = parameters[name].default if name in parameters else None
+        value = getattr(layer, name, default)
+        if value is not default and (isinstance(value, Tensor) or value != default):
+            found.append(f"{name}={shown(value)}")
+    return ", ".join(found)

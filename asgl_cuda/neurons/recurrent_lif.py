@@ -14,7 +14,8 @@ from typing_extensions import Unpack
 from ..backends import BACKENDS, backend_of, operators_of
 from ..backends.derivatives import DERIVATIVES
 from ..backends.ops import ForwardResult, with_gaps
-from ..calls.plan import Arguments, Call, NeuronArguments, Plan, checked_call, make_plan
+from ..calls.arguments import Arguments, NeuronArguments
+from ..calls.plan import Call, Plan, checked_call, make_plan
 from ..checks import (
     check_bool,
     check_dense,
@@ -30,7 +31,8 @@ from ..checks import (
     shown,
 )
 from ..reference.learned import Logit
-from ..reference.neurons import IN_CURRENT, Numbers, Rules, recurrent_reference
+from ..reference.neurons import recurrent_reference
+from ..reference.records import IN_CURRENT, Numbers, Rules
 from ..torch_modes import apply, apply_here, grads_are_zeros, is_differentiated, once_differentiable, saved_tensors
 from .adaptive_lif import Adapting, AdaptiveLIF, pair_of_states, place_of_w
 from .base import values_shown

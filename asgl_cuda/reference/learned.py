@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..layout import real_type
-from .neurons import with_gradient_of
+from .surrogates import with_gradient_of
 
 BOUND = 15.0  # kLearnedBound of csrc
 

@@ -1,4 +1,4 @@
-"""The surrogates: names, ids shared with the kernels, F and its slope f = F' in plain PyTorch.
+"""The surrogates: names, ids shared with the kernels, F and its slope f = F' in plain PyTorch, and their gradient.
 
 Each F is a unit-width cumulative function, F(-inf) = 0 and F(inf) = 1; a neuron of width w uses H(u) = F(u / w).
 Autograd differentiates F; `slope` is for readings without autograd.
@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-# With multi_spike: laplace of `periodic_distance` (reference.py).
+from ..torch_modes import apply, exporting, in_forward_mode, transforming
+
+# With multi_spike: laplace of `periodic_distance`.
 PERIODIC = "periodic_exponential"
 
 # With levels: the id of Surrogate::kInteger in csrc, F(y) = clamp(y, 0, levels).
@@ -71,3 +73,61 @@ ELSEWHERE = {
     "rect": "rectangle",
     "softsign": "fast_sigmoid",
 }
+
+
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by size in bytes
+
+
+class GradientOf(torch.autograd.Function):
+    """The value of `s` with the gradient of `a`, times `gain`: a + stop_gradient(s - a), but exact."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(s: Tensor, a: Tensor, gain: float) -> Tensor:
+        return s.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.gain = inputs[2]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:
+        return None, grad * ctx.gain, None
+
+
+class GradientAndTangentOf(GradientOf):
+    """Adds a forward-mode derivative, which torch.compile cannot trace."""
+
+    @staticmethod
+    def jvp(ctx: Any, s: Tensor | None, a: Tensor, gain: None) -> Any:
+        return a * ctx.gain
+
+
+def with_gradient_of(s: Tensor, a: Tensor, gain: float = 1.0) -> Tensor:
+    """Applies `GradientOf`."""
+    compiling = torch.compiler.is_compiling()
+    if compiling and (transforming() or in_forward_mode()):  # both drop autograd functions silently
+        scaled = a * gain
+        return s.detach() + (scaled - scaled.detach())
+    if compiling and exporting():  # exported, autograd functions are clones
+        scaled = a * gain
+        nothing = scaled - detached(scaled)
+        return detached(s) + torch.where(nothing == 0, nothing, 0.0)  # without a NaN
+    result: Tensor = apply(GradientOf if compiling else GradientAndTangentOf, s, a, gain)
+    return result
+
+
+def detached(value: Tensor) -> Tensor:
+    """The value as a constant, also in decomposed exported graphs, which drop detach()."""
+    if not exporting():
+        return value.detach()
+    return value.view(_INTEGERS[value.element_size()]).view(value.dtype)
+
+
+def periodic_distance(h: Tensor, v_threshold: Tensor) -> Tensor:
+    """Distance from the threshold; above it, twice the distance from its nearest multiple, with slope 1."""
+    u = h - v_threshold
+    turns = h / v_threshold - 0.5
+    above = v_threshold * (2 * (turns - turns.floor()) - 1)
+    return with_gradient_of(torch.where(h < v_threshold, u, above).detach(), u)

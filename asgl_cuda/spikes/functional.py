@@ -33,7 +33,7 @@ _TYPES = torch.float32, torch.float64
 
 
 class _Operators(NamedTuple):
-    """The operators of asgl_cuda/ops.py for products of spikes."""
+    """The operators of backends/ops.py for products of spikes."""
 
     spike_product: Callable[..., Tensor]
     spike_gradient: Callable[..., Tensor]

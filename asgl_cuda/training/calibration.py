@@ -22,8 +22,8 @@ from ..interop import convert, unfuse
 from ..interop.convert import Left, copied
 from ..interop.converted import bare_class
 from ..neurons.base import asgl_layers, some_asgl_layers
-from ..neurons.spiking import BatchNormLIF
-from .kit import reset
+from ..neurons.batch_norm_lif import BatchNormLIF
+from ..states import reset
 from .monitor import aligned
 
 _CALLER = "asgl_cuda.calibrate"

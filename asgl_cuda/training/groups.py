@@ -17,7 +17,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from ..checks import in_range, optional, read_number, warn_once
 from ..neurons.base import Settable, asgl_layers, check_module
 from ..neurons.leaky_integrator import LeakyIntegrator
-from ..neurons.spiking import LIF
+from ..neurons.lif import LIF
 from .calibration import NORMALISATIONS
 
 WIDTH_LR = 0.03

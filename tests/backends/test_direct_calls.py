@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import asgl_cuda
 from asgl_cuda.backends import BACKENDS, Operators, direct_operators, extension, operators_of
-from asgl_cuda.reference.neurons import Numbers, Rules
+from asgl_cuda.reference.records import Numbers, Rules
 from asgl_cuda.reference.surrogates import INTEGER
 
 CPU = BACKENDS["cpu"]

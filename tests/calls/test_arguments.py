@@ -11,9 +11,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import asgl_cuda
-from asgl_cuda import LIF, backends, checks
+from asgl_cuda import LIF, backends
 from asgl_cuda.backends import extension
-from asgl_cuda.calls import plan as call
+from asgl_cuda.calls import cache, plan
 from asgl_cuda.checks import shown
 from asgl_cuda.neurons.adaptive_lif import _NEURON as OF_ADAPTIVE
 from asgl_cuda.neurons.lif import LIF_DEFAULTS
@@ -279,10 +279,10 @@ def test_accepted_arguments_stand_for_no_others(monkeypatch):
     asgl_cuda.lif(X, strict_threshold=True)
     with pytest.raises(TypeError, match="strict_threshold must be a bool, got int"):
         asgl_cuda.lif(X, strict_threshold=1)
-    monkeypatch.setattr(checks, "_MOST_PLANS", 3)
+    monkeypatch.setattr(cache, "_MOST_PLANS", 3)
     for number in range(9):
         asgl_cuda.lif(X, v_rest=number / 8)
-    assert len(inspect.getclosurevars(call._plan_of).nonlocals["plans"]) <= 3
+    assert len(inspect.getclosurevars(plan._plan_of).nonlocals["plans"]) <= 3
 
 
 def test_bad_arguments_of_analog_mask():
@@ -341,7 +341,8 @@ def without_extension(monkeypatch):
         for name, backend in backends.BACKENDS.items()
     }
     monkeypatch.setattr(backends, "BACKENDS", broken)
-    monkeypatch.setattr("asgl_cuda.calls.plan.BACKENDS", broken)
+    for module in ("calls.plan", "neurons.lif"):
+        monkeypatch.setattr(f"asgl_cuda.{module}.BACKENDS", broken)
     monkeypatch.setattr(backends, "_warned", set())
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 import asgl_cuda
 from asgl_cuda.neurons.adaptive_lif import run_adaptive
 from asgl_cuda.neurons.lif import LIF_DEFAULTS
-from asgl_cuda.reference.neurons import IN_RESET
+from asgl_cuda.reference.records import IN_RESET
 from asgl_cuda.reference.surrogates import PERIODIC, SURROGATES
 from asgl_cuda.selfcheck import EXACT_SURROGATES, THRESHOLD_BAND
 

@@ -6,7 +6,7 @@ from comparison import random_input
 
 import asgl_cuda
 from asgl_cuda.backends import BACKENDS
-from asgl_cuda.reference.neurons import IN_CURRENT, IN_RESET, Numbers, Rules
+from asgl_cuda.reference.records import IN_CURRENT, IN_RESET, Numbers, Rules
 from asgl_cuda.reference.surrogates import INTEGER
 
 

@@ -23,7 +23,7 @@ from torch.func import grad, jacrev, jvp, vjp, vmap
 
 import asgl_cuda
 from asgl_cuda.backends import BACKENDS, Operators
-from asgl_cuda.reference.neurons import Parameters
+from asgl_cuda.reference.records import Parameters
 from asgl_cuda.reference.surrogates import SURROGATES
 from benchmarks.speed.clocks import saved_bytes
 

@@ -6,7 +6,7 @@ from comparison import random_input
 
 import asgl_cuda
 from asgl_cuda.backends import BACKENDS
-from asgl_cuda.reference.neurons import Numbers, Rules
+from asgl_cuda.reference.records import Numbers, Rules
 
 
 @pytest.mark.parametrize(("learned", "wanted"), [("", ""), ("decay", "out"), ("input_gain", "x_seq")])

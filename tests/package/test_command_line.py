@@ -35,7 +35,8 @@ def main(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:
 
 def only(monkeypatch, backends):
     """Replaces the table in every module: removing rows would change the order of preference."""
-    for module in ("backends", "call", "integrator", "recurrent", "selfcheck"):
+    neurons = "neurons.lif", "neurons.leaky_integrator", "neurons.recurrent_lif"
+    for module in ("backends", "calls.plan", *neurons, "selfcheck"):
         monkeypatch.setattr(f"asgl_cuda.{module}.BACKENDS", backends)
 
 

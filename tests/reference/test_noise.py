@@ -8,7 +8,7 @@ from comparison import rng_state
 
 import asgl_cuda
 from asgl_cuda.checks import check_analog_prob_tensor
-from asgl_cuda.reference.neurons import _philox4x32
+from asgl_cuda.reference.noise import _philox4x32
 
 # Random123 (Salmon et al., SC 2011) publishes these counters, keys and results of Philox4x32-10.
 KNOWN_ANSWERS = [

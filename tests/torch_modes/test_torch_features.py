@@ -13,7 +13,7 @@ from torch import nn
 
 import asgl_cuda
 from asgl_cuda.backends import BACKENDS
-from asgl_cuda.reference.neurons import Numbers, Rules
+from asgl_cuda.reference.records import Numbers, Rules
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,6 @@ from torch.utils.checkpoint import checkpoint
 
 import asgl_cuda
 from asgl_cuda import LIF, Monitor
-from asgl_cuda.neurons import spiking as neuron
 from asgl_cuda.reference.surrogates import SURROGATES
 
 
@@ -354,7 +353,7 @@ def test_an_option_that_monitor_does_not_know_is_refused(monkeypatch, kind):
     """Where it is in use."""
     layer = getattr(asgl_cuda, kind)(*[3] * (kind in ("BatchNormLIF", "RecurrentLIF")))
     model = nn.Sequential(nn.Linear(3, 3), layer)
-    tables = [type(layer)._options, *[neuron._NORM_OPTIONS] * (kind == "BatchNormLIF")]
+    tables = [type(layer)._options, *[type(layer)._norm_options] * (kind == "BatchNormLIF")]
     monkeypatch.setitem(tables[-1], "refractory", None)
     with Monitor(model) as monitor:
         model(torch.ones(2, 4, 3))

@@ -25,7 +25,7 @@ from asgl_cuda.neurons.adaptive_lif import run_adaptive
 from asgl_cuda.neurons.batch_norm_lif import module_batch_norm_lif
 from asgl_cuda.neurons.lif import LIF_DEFAULTS
 from asgl_cuda.reference.learned import Logarithm, Logit
-from asgl_cuda.reference.neurons import IN_CURRENT, IN_RESET, IN_THRESHOLD
+from asgl_cuda.reference.records import IN_CURRENT, IN_RESET, IN_THRESHOLD
 
 from . import emulated
 

@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 from asgl_cuda import backends
 from asgl_cuda.backends import cupy, extension, launcher, ops
 from asgl_cuda.backends.extension.build_notes import digest_of_sources
-from asgl_cuda.reference.neurons import Rules
+from asgl_cuda.reference.records import Rules
 from asgl_cuda.reference.surrogates import SURROGATES
 from asgl_cuda.selfcheck import EXACT_SURROGATES
 

@@ -27,8 +27,8 @@ from torch import Tensor, nn
 
 from ...checks import check_number, check_width
 from ...neurons.leaky_integrator import LeakyIntegrator
+from ...neurons.lif import LIF
 from ...neurons.over_time import KNOWS_TIME
-from ...neurons.spiking import LIF
 
 INSTALL = 'pip install "nir>=1.0.7" "nirtorch>=2.6"'  # as in pyproject.toml
 KEY = "asgl_cuda"  # in a node's metadata, of what NIR does not know

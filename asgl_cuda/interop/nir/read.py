@@ -14,8 +14,8 @@ from torch import fx, nn
 
 from ...checks import check_device_and_dtype
 from ...neurons.leaky_integrator import LeakyIntegrator
+from ...neurons.lif import LIF
 from ...neurons.over_time import OverTime
-from ...neurons.spiking import LIF
 from . import neurons as units
 from .neurons import KEY, RECURRENCE, Delay, Scale, as_double, naming, range_of
 
