@@ -154,7 +154,7 @@ def available_backends() -> tuple[str, ...]:
 
 
 def unavailable_backends() -> dict[str, str]:
-    """The backends that do not work here, each with the reason and a remedy.
+    """The names of the backends that do not work here, each with the reason and a remedy.
 
     Example::
 

@@ -105,9 +105,9 @@ def _fake_draw_rng_state(fresh: Tensor) -> Tensor:
     # A smaller budget has backward draw again: other noise than forward's.
     if torch.is_grad_enabled() and functorch_config.activation_memory_budget < 1:
         raise RuntimeError(
-            "asgl_cuda: torch._functorch.config.activation_memory_budget must be 1 where neurons draw noise, got "
-            f"{functorch_config.activation_memory_budget}: backward would draw other noise than forward; "
-            "asgl_cuda.recompute_spikes saves memory in compiled models, too"
+            "asgl_cuda: torch._functorch.config.activation_memory_budget must be 1 if neurons draw noise, got "
+            f"{functorch_config.activation_memory_budget}, because backward would draw other noise than forward; use "
+            "asgl_cuda.recompute_spikes, which also saves memory in compiled models"
         )
     return torch.empty_like(fresh)
 

@@ -113,7 +113,7 @@ def _parameters(
         check_threshold(threshold, "multi_spike", caller)
     if counts:
         if constants["width"] != 1:
-            raise ValueError(f"{caller}: with levels the threshold is the width: width must be left at 1, got another")
+            raise ValueError(f"{caller}: levels uses the threshold as width, so width must be 1, got another value")
         if threshold is not None:
             check_width(threshold, caller, real, _THRESHOLD_OF_LEVELS)
         arguments["width"], arguments["v_threshold"] = "v_threshold", _HEIGHT

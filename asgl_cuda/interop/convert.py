@@ -243,8 +243,8 @@ def _check_unconverted(model: nn.Module) -> None:
     if paths:
         names = ", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
         raise ValueError(
-            f"{_CALLER}: {names}: converted already, and asgl and backend are settings of a conversion; convert the "
-            "original layers: asgl_cuda.convert(asgl_cuda.revert(model)[0], ...)"
+            f"{_CALLER}: {names}: converted already, and asgl and backend apply only to layers that are not; convert "
+            "the original layers, with asgl_cuda.convert(asgl_cuda.revert(model)[0], ...)"
         )
 
 
@@ -363,10 +363,11 @@ def _spike_function(
 def revert(model: nn.Module, *, inplace: bool = False) -> tuple[nn.Module, Report]:
     """Restores a model's original neuron layers: ``original, report = asgl_cuda.revert(fast)``.
 
-    Parameters keep their trained values, those of modules replaced by `layers` where names and shapes agree.
+    Parameters keep their trained values. For modules that `layers` has replaced, this holds for parameters with the
+    same names and shapes.
 
-    A learned width is lost, which changes no spike but later gradients: the report has its value. The libraries have no
-    `analog_prob`.
+    A learned width is lost, and so is `analog_prob`, because the libraries do not have them. This changes no spike in
+    evaluation, but later gradients. The report has the value of the width.
 
     Args:
         model: a module returned by `convert`.
@@ -375,7 +376,7 @@ def revert(model: nn.Module, *, inplace: bool = False) -> tuple[nn.Module, Repor
     Returns:
         The model, and a `Report` of the layers.
 
-    Raises TypeError if `model` is no module.
+    Raises TypeError if `model` is not a module.
 
     Example::
 

@@ -382,8 +382,8 @@ class Converted(Overlay, Noisy):
     def __prepare_scriptable__(self) -> NoReturn:
         """Refuses torch.jit.script, which calls this first, and torch.jit.trace."""
         raise RuntimeError(
-            f"asgl_cuda.convert: torch.jit can't take a converted {bare_class(self).__name__}: asgl_cuda.revert "
-            "before, or torch.compile or torch.export instead"
+            f"asgl_cuda.convert: torch.jit can't take a converted {bare_class(self).__name__}; call asgl_cuda.revert "
+            "before, or use torch.compile or torch.export"
         )
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:

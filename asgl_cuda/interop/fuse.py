@@ -106,7 +106,7 @@ def fuse(model: nn.Module, *example: Any, inplace: bool = False) -> tuple[nn.Mod
 
 
 def unfuse(model: nn.Module, *, inplace: bool = False) -> tuple[nn.Module, Report]:
-    """The inverse of `fuse`: ``model, report = asgl_cuda.unfuse(joined)``. Trained values stay.
+    """Separates what `fuse` has merged: ``model, report = asgl_cuda.unfuse(joined)``. Trained values stay.
 
     Args:
         model: a module returned by `fuse`, a module that contains one, or a part of one.
@@ -115,7 +115,7 @@ def unfuse(model: nn.Module, *, inplace: bool = False) -> tuple[nn.Module, Repor
     Returns:
         The model, and a `Report` of the normalisations, and of the neurons that `fuse` had converted.
 
-    Raises TypeError if `model` is no module.
+    Raises TypeError if `model` is not a module.
 
     Example::
 

@@ -25,7 +25,7 @@ def made_for(
     layers = _checked(layers, caller)
     if type(model) in layers:
         name = type(model).__name__
-        raise ValueError(f"{caller}: layers replaces modules inside of model, which is a {name} itself")
+        raise ValueError(f"{caller}: layers can only replace modules inside of model, got a {name} as model")
     found: dict[nn.Module, tuple[nn.Module | None, str]] = {}
     inside: list[str] = []  # path prefixes of modules that are replaced as a whole
     for path, module in model.named_modules(remove_duplicate=False):
@@ -36,7 +36,7 @@ def made_for(
             continue
         layer, text = _made(module, layers[type(module)], f"{caller}: layers, for {path}")
         if layer is not None and any(layer is each for each, _ in found.values()):
-            raise ValueError(f"{caller}: layers, for {path}: must return a new layer for each module, got one again")
+            raise ValueError(f"{caller}: layers, for {path}: must return a new layer for each module, got one twice")
         found[module] = layer, text
     return found
 
@@ -69,7 +69,7 @@ def _made(module: nn.Module, make: Callable[[Any], Any], where: str) -> tuple[nn
         lacking = layer.load_state_dict(module.state_dict(), strict=False).unexpected_keys
     except RuntimeError as error:
         raise RuntimeError(
-            f"{where} ({name}): its state does not load in the {type(layer).__name__}: {error}"
+            f"{where} ({name}): its state does not load into the {type(layer).__name__}: {error}"
         ) from error
     return layer, f"{type(layer).__name__}{', which has no ' if lacking else ''}{', '.join(lacking)}"
 

@@ -264,7 +264,7 @@ class NeuronLayer(Settable):
     def _inputs(self, x_seq: Tensor, residual: Tensor | None = None) -> tuple[Tensor, dict[str, Any]]:
         """The sequences for `_compute` that a call of the layer gives."""
         if residual is not None:
-            raise TypeError(f"{self._caller}: takes no residual; layer(x_seq + residual) adds it")
+            raise TypeError(f"{self._caller}: takes no residual; call layer(x_seq + residual)")
         return tensor_of(x_seq, type(self).__name__), {}
 
     def forward(self, x_seq: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -283,8 +283,8 @@ class NeuronLayer(Settable):
         time_dim = check_input(x_seq, self.time_dim, self._caller)
         if transforming():
             raise RuntimeError(
-                f"{self._caller}: a layer with stateful or store_v_seq can't keep potentials under transforms of "
-                f"torch.func, which end with them; {self._function} takes v_init and returns potentials"
+                f"{self._caller}: a layer with stateful or store_v_seq can't keep potentials after a transform of "
+                f"torch.func; use {self._function}, which takes v_init and returns potentials"
             )
         states = self._states if self.stateful else ()  # else they belong to steps
         for name in states:
@@ -429,9 +429,9 @@ def _warn_of_time(caller: str, x_seq: Tensor, time_dim: int) -> None:
     """Warns once that `[B, N]` is taken for a sequence."""
     warn_once(
         f"{caller}, time",
-        f"{caller}: a stateful layer goes on with an input of shape {list(x_seq.shape)}, whose dimension {time_dim} is "
-        "taken for time. A step of a batch is layer.step(x_t), or asgl_cuda.step(model, x_t); a sequence without batch "
-        "can be given one, of size 1",
+        f"{caller}: a stateful layer continues with an input of shape {list(x_seq.shape)}, of which dimension "
+        f"{time_dim} is taken for time. For one step of a batch call layer.step(x_t) or asgl_cuda.step(model, x_t); to "
+        "a sequence without batch add a batch dimension of size 1",
     )
 
 
@@ -439,7 +439,7 @@ def asgl_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """The ASGL layers of a model with their names, in the order of `named_modules`, each once.
 
     An ASGL layer is a module with `analog_prob` (a float), `log_width` (a parameter or None) and `width`. Layers
-    without noise are included: noise may be set later. Raises TypeError if `model` is not a module.
+    without noise are included, because they can get noise later. Raises TypeError if `model` is not a module.
 
     Example::
 
@@ -462,8 +462,8 @@ def some_asgl_layers(model: nn.Module, caller: str) -> dict[str, Any]:
     layers = dict(asgl_layers(model))
     if not layers:
         raise ValueError(
-            f"{caller}: model must have an ASGL layer, got a {type(model).__name__} without; "
-            "asgl_cuda.convert makes neurons of other libraries such layers"
+            f"{caller}: model must have an ASGL layer, got a {type(model).__name__} without one; "
+            "asgl_cuda.convert turns neurons of other libraries into such layers"
         )
     return layers
 

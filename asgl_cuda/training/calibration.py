@@ -58,28 +58,31 @@ class Calibration(NamedTuple):
 
 
 def calibrate(model: nn.Module, x_seq: Any, rate: float = 0.2) -> Calibration:
-    """Scales the weights in front of the neurons, from one batch, until each layer fires at `rate`.
+    """Scales the weights before the neurons, with one batch, until each layer fires at `rate`.
 
-    For networks without normalisation, whose deeper layers are otherwise silent at first and learn nothing. Call once,
-    after construction or conversion of the model and before the optimizer's first step. The scaled weight belongs to
-    the linear layer or convolution in front of the neurons, through views, pooling, dropout and currents, or to a
-    normalisation in between, also in `BatchNormLIF`. Nothing else of the model changes.
+    In networks without normalisation the deeper layers are otherwise silent at first, and learn nothing. Call it once,
+    after the model has been made or converted and before the first step of the optimizer. It scales the weight of the
+    linear layer or convolution before the neurons, also if views, pooling, dropout or currents lie in between. If a
+    normalisation lies in between, also in `BatchNormLIF`, it scales the weight of the normalisation. Nothing else of
+    the model changes.
 
-    Rates are those of a copy with hard spikes, without dropout, from rest; normalisations use batch statistics in
-    training mode. Each layer's factor is found on its own input, and confirmed by another run.
+    Rates are measured on a copy with hard spikes, without dropout, from rest. In training mode normalisations use the
+    statistics of the batch. The factor of each layer is found from the input of that layer, and confirmed by another
+    run.
 
     Args:
-        model: any module with firing layers of asgl_cuda or converted ones, running all time steps in one call. A model
-            in DistributedDataParallel is calibrated on the batches of all processes, each of which must call.
-        x_seq: a batch as the model takes it; a tuple is its positional arguments.
-        rate: share of neurons and steps with a spike, in (0, 1), reached to within 1% of `rate`; less exactly if
-            few distinct inputs let the rate rise only in larger steps.
+        model: any module with firing layers of asgl_cuda or converted ones, which runs all time steps in one call. A
+            model in DistributedDataParallel is calibrated on the batches of all processes, and each process must call.
+        x_seq: a batch as the model takes it; a tuple contains the positional arguments.
+        rate: fraction of neurons and steps with a spike, in (0, 1). It is reached to within 1 % of `rate`, or less
+            exactly if few distinct inputs let the rate rise only in larger steps.
 
-    Returns the layers in order of execution with rates before and after and factors, and the layers that did not run.
+    Returns the layers in order of execution, with their rates before and after and their factors, and the layers that
+    did not run.
 
-    Raises ValueError for a layer that no factor can bring to `rate`: behind several paths, without a weight in front,
-    with a shared, parametrised or frozen weight, out of reach, or with a rate that depends on earlier calls. The
-    message names the layer; the model is unchanged.
+    Raises ValueError if no factor can bring a layer to `rate`: because its input comes from several paths or from no
+    weight, because the weight is shared, parametrised or frozen, because the rate is out of reach, or because it
+    depends on earlier calls. The message names the layer, and the model is unchanged.
 
     Example::
 
@@ -296,10 +299,10 @@ class _Trial:
         got = ["a path without weight"] if None in paths else []
         got += [f"{each} ({self._problems[each]})" if each in self._problems else f"{each}" for each in paths - {None}]
         raise ValueError(
-            f"{_CALLER}: {name or 'the model'}: its input must have one weight, got "
-            f"{'several paths: ' * (len(got) > 1)}{' and '.join(sorted(got)) or 'none'}; that of a linear layer, a "
-            "convolution or a normalisation, not parametrised and in its graph. A normalisation in front, such as "
-            "asgl_cuda.BatchNormLIF, gives it one"
+            f"{_CALLER}: {name or 'the model'}: its input must have one weight that can be scaled, got "
+            f"{'several paths: ' * (len(got) > 1)}{' and '.join(sorted(got)) or 'none'}; it must belong to a linear "
+            "layer, a convolution or a normalisation, not be parametrised, and be used in its graph. Put a "
+            "normalisation before these neurons, or use asgl_cuda.BatchNormLIF"
         )
 
     def _paths(self, x: Tensor) -> set[str | None]:

@@ -80,9 +80,9 @@ def parameter_groups(
     if sum(isinstance(layer, LIF) for layer in layers) > 1 and _is_likely_silent(model):
         warn_once(
             "silent",
-            f"{caller}: several layers of LIF, no normalisation, and torch's first weights: deeper layers are likely "
-            "silent, and then learn nothing. BatchNormLIF helps, or asgl_cuda.calibrate(model, x_seq) before the "
-            "training; asgl_cuda.Monitor shows the firing rates",
+            f"{caller}: the model has several layers of LIF, no normalisation, and torch's initial weights, so deeper "
+            "layers are likely silent and learn nothing. Use BatchNormLIF, or call asgl_cuda.calibrate(model, x_seq) "
+            "before training; asgl_cuda.Monitor shows the firing rates",
         )
     layers += (module for module in model.modules() if isinstance(module, LeakyIntegrator))
     neurons: dict[int, tuple[str, nn.Parameter]] = {}

@@ -211,29 +211,32 @@ def _problem(values: Mapping[str, float], layer: Any, norm: Any, diverged: bool)
 class Monitor:
     """Watches the ASGL layers of a model, over all calls inside `with monitor:` or between `start()` and `stop()`.
 
-    For each layer `result()` has, in [0, 1] except the width and the growth:
+    `result()` returns these quantities for each layer. All but the width and the growth are in [0, 1]. An element is
+    one neuron at one time step.
 
     - `width`: mean of the current widths, in units of the input.
-    - `firing_rate`: share of elements whose potential reached the threshold, whatever the output; with levels, of
-      elements that emit a spike.
-    - `analog_share`: share of elements with an output other than the hard spike: at most `analog_prob`.
-    - `inside`: share of elements inside the window of the surrogate, abs(u / width) < 1/2; with levels, those not
-      clamped.
-    - `smoothing_error`: E|H(u) - spike|, which should vanish by the paper's argument. Missing with `multi_spike`, as is
+    - `firing_rate`: fraction of elements whose potential reached the threshold, whatever the output was; with levels,
+      of elements that emit a spike.
+    - `analog_share`: fraction of elements whose output is not the hard spike; at most `analog_prob`.
+    - `inside`: fraction of elements inside the window of the surrogate, abs(u / width) < 1/2; with levels, of elements
+      that are not clamped.
+    - `smoothing_error`: E|H(u) - spike|, which the paper expects to vanish. Missing with `multi_spike`, as is
       `analog_share`.
     - `growth`: largest factor by which the gradient of a potential grows on its way from one step to an earlier one,
       mean over neurons and samples; 1 if it never grows. It is computed from the recorded potentials, without a
-      backward pass, as the product of `decay * dv[t]/dh[t]` over the steps between. Gradients through recurrent weights
-      and from layer to layer are not a part of it. Missing with an adaptation.
-    - `constant`, of a layer that normalises by the statistics of each call, as BatchNormLIF in training: share of
-      channels with a variance of less than `eps / 100`, of which nothing but the bias is left. Not in the table.
-    - `dead`, `saturated`: share of neurons that never spiked, and that spiked at every step, in all samples. Neurons
-      are the positions of an input `[T, N, ...]` without time and batch, or without time if one dimension remains.
+      backward pass, as the product of `decay * dv[t]/dh[t]` over the steps between. It does not include gradients
+      through recurrent weights and from layer to layer. Missing with an adaptation.
+    - `constant`: only for layers that normalise by the statistics of each call, as BatchNormLIF in training: fraction
+      of channels with a variance of less than `eps / 100`, of which only the bias is left. Not in the table.
+    - `dead`, `saturated`: fractions of neurons that never spiked, and that spiked at every step, in all samples.
+      Neurons are the positions of an input `[T, N, ...]` without time and batch, or without time if one dimension
+      remains.
 
     Watching changes no output, gradient, state or random number. `LIF` and `RecurrentLIF` compute each watched call
-    twice. Of a layer with another forward only the output (a tuple's first) is used, as spikes of height 1, without
-    `inside` and `smoothing_error`, and `dead` and `saturated` only if it has `time_dim`, None for calls of one step.
-    Calls in compiled code and under transforms of torch.func are not seen. Quantities not seen yet are missing.
+    twice. For layers with another forward, the output (the first of a tuple) is taken for spikes of height 1, and
+    `inside` and `smoothing_error` are missing. `dead` and `saturated` are then there only if the layer has `time_dim`,
+    which is None for calls of one step. Calls in compiled code and under transforms of torch.func are not seen.
+    Quantities that were not seen yet are missing.
 
     `print(monitor)` shows a table, then `problems()`.
 
@@ -244,7 +247,7 @@ class Monitor:
         print(monitor)
 
     Raises ValueError for a model without ASGL layers, and at the start for one with an option that Monitor does not
-    know, TypeError where it is no module.
+    know, TypeError if the model is not a module.
 
     Source: Wang, Jiang, Lian, Yan, Tang: Adaptive Smoothing Gradient Learning for Spiking Neural Networks, ICML 2023.
     """
@@ -263,15 +266,15 @@ class Monitor:
         self._tallies = {layer: _Tally() for layer in self._layers.values()}
 
     def start(self) -> None:
-        """Starts watching, adding to earlier counts; no effect if already started.
+        """Starts watching, and adds to earlier counts. It has no effect if the monitor watches already.
 
-        Raises ValueError where a layer has an option that Monitor does not know.
+        Raises ValueError if a layer has an option that Monitor does not know.
         """
         for name, layer in self._layers.items():
             if isinstance(layer, NeuronLayer) and (options := unknown_options(layer, _KNOWN)):
                 raise ValueError(
-                    f"{_CALLER}: {name or 'the model'} ({type(layer).__name__}) has {options}, with which Monitor does "
-                    "not know what fires"
+                    f"{_CALLER}: {name or 'the model'} ({type(layer).__name__}) has {options}, which Monitor does not "
+                    "support"
                 )
         for layer in () if self._handles else self._layers.values():
             self._handles += [
@@ -338,7 +341,7 @@ class Monitor:
         }
 
     def problems(self) -> list[str]:
-        """Problems of layers that may not learn, a line each: layer, observation, remedy. Empty without any."""
+        """Problems of layers that may not learn, one line each: layer, observation, remedy. Empty if there are none."""
         found = self.result()
         if all("firing_rate" not in values for values in found.values()):
             return ["nothing was seen: no call of the model inside `with monitor:` that is not compiled or transformed"]

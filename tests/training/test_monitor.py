@@ -358,9 +358,7 @@ def test_an_option_that_monitor_does_not_know_is_refused(monkeypatch, kind):
     with Monitor(model) as monitor:
         model(torch.ones(2, 4, 3))
     layer.refractory = 2
-    with pytest.raises(
-        ValueError, match=rf"^asgl_cuda\.Monitor: 1 \({kind}\) has refractory=2, with which Monitor does"
-    ):
+    with pytest.raises(ValueError, match=rf"^asgl_cuda\.Monitor: 1 \({kind}\) has refractory=2, which Monitor does"):
         monitor.start()
     assert not layer._forward_hooks
 

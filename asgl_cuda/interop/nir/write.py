@@ -53,21 +53,23 @@ def to_nir(
     Args:
         model: layers of asgl_cuda.LIF and LeakyIntegrator, Linear, Conv1d, Conv2d, AvgPool2d (with
             `divisor_override=1`: SumPool2d), Flatten and BatchNorm, in sequence or connected by additions, in any
-            modules that torch.fx can trace. A layer without time may be surrounded by `x_seq.flatten(0, 1)` and
-            `unflatten(0, ...)`, as in `asgl_cuda.OverTime`, or be SpikingJelly's in step mode "m". Dropout and Identity
-            are dropped. Neurons of other libraries are converted as by `asgl_cuda.convert`, must get a sequence, return
-            one tensor, which Norse's do not, and have no synaptic current; `from_nir` makes LIF layers of them.
+            modules that torch.fx can trace. A layer without time may be between `x_seq.flatten(0, 1)` and
+            `unflatten(0, ...)`, as in `asgl_cuda.OverTime`, or be a layer of SpikingJelly in step mode "m". Dropout and
+            Identity are left out. Neurons of other libraries are converted as by `asgl_cuda.convert`. They must take a
+            sequence, return one tensor, which Norse's do not, and have no synaptic current. `from_nir` makes LIF layers
+            from them.
         example_input: `[T, B, ...]`, or `[B, T, ...]` if the LIF layers have `time_dim=1`; only shape and dtype matter.
         dt: length of a step, in seconds.
         allow_soft_reset: also write layers with soft reset, with several spikes per step and with v_min. NIR's LIF
-            resets to v_reset; only `from_nir` reads the layer's own reset from the metadata.
+            resets to v_reset, and only `from_nir` reads the layer's own reset from the metadata.
 
-    A LIF is written with r = 1 and v_leak = 0, or without leak as an IF with r = 1 / dt: threshold and reset, measured
-    from v_rest, are multiplied by `(1 - decay) / input_gain`, which changes no spike. A LeakyIntegrator becomes an LI,
-    or an I, with r = input_gain / (1 - decay), and with `delay` a Delay behind it. A normalisation, also in
-    BatchNormLIF and in pairs joined by `fuse`, is folded into the weights in front; without such, or if their output
-    has other users, it becomes an Affine or convolution of its own. `scale_output` becomes a Scale. NIR's neuron fires
-    above the threshold, asgl_cuda.LIF also at it. Half precision is written as float32.
+    A LIF is written with r = 1 and v_leak = 0. Threshold and reset, measured from v_rest, are multiplied by
+    `(1 - decay) / input_gain`, which changes no spike. A LIF without leak is written as an IF with r = 1 / dt. A
+    LeakyIntegrator becomes an LI or an I with r = input_gain / (1 - decay), followed by a Delay if it has `delay`. A
+    normalisation, also in BatchNormLIF and in pairs merged by `fuse`, is folded into the weights before it. If there
+    are no such weights, or if their output is used elsewhere, it becomes an Affine or a convolution. `scale_output`
+    becomes a Scale. NIR's neuron fires above the threshold, and asgl_cuda.LIF also at it. Half types are written as
+    float32.
 
     Raises:
         ImportError: nir or nirtorch is not installed.
@@ -187,7 +189,7 @@ class _Writer(fx.Interpreter):
         elif name == "unflatten" and leading == 1 and value.shape[:2] == self.time_and_batch:
             return inputs[0]._replace(leading=2)
         known = "additions of different layers' outputs, flatten(0, 1) and unflatten(0, ...) of time and batch"
-        raise ValueError(f"can't be represented in NIR; between layers, what can be: {known}")
+        raise ValueError(f"can't be represented in NIR; between layers there may only be {known}")
 
     def _run_module(self, n: fx.Node, module: Any, inputs: list[_Flow]) -> Any:
         kind = Converted if isinstance(module, Converted) and module not in self.left else type(module)
@@ -197,7 +199,7 @@ class _Writer(fx.Interpreter):
             reason = RECURRENCE if isinstance(module, RecurrentLIF) else f"what can be: {known}"
             raise ValueError(f"can't be represented in NIR; {self.left.get(module, reason)}")
         if len(inputs) != 1 or len(n.args) + len(n.kwargs) != 1:
-            raise ValueError("must be called with the output of a layer, or of several in an addition, alone")
+            raise ValueError("must have one argument: the output of a layer, or the sum of outputs of several")
         if kind is Converted:
             self.calls = []
             vars(module)["lif"] = partial(self._recorded, module)
@@ -218,11 +220,11 @@ class _Writer(fx.Interpreter):
 
     def _check_time(self, flow: _Flow, time_dim: int | None) -> None:
         if flow.leading != 2 or time_dim is None:
-            got = "one step a call" if time_dim is None else "both in one by flatten(0, 1)"
-            raise ValueError(f"must take time and batch apart, [T, B, ...], got {got}")
+            got = "one step per call" if time_dim is None else "both merged by flatten(0, 1)"
+            raise ValueError(f"must take time and batch as two dimensions, [T, B, ...], got {got}")
         found, self.time_dim = self.time_dim, time_dim % (2 + len(flow.shape))
         if self.time_dim > 1 or found not in (None, self.time_dim):
-            raise ValueError(f"time must be in front, and where the layers before have it, got time_dim {time_dim}")
+            raise ValueError(f"time must be dimension 0 or 1, as in the layers before, got time_dim {time_dim}")
 
     def _add(self, name: str, node: Any, flow: _Flow, shape: Any) -> _Flow:
         """Adds a node behind the flow's sources; `shape`: the output's."""
@@ -294,7 +296,7 @@ class _Writer(fx.Interpreter):
         elif not torch.equal(amount, numbers["v_threshold"]):
             numbers["reset_amount"] = amount
         if scaled and not torch.equal(of("v_threshold"), numbers["v_threshold"]):
-            raise ValueError("its spikes of v_threshold can't be represented with an input gain or a rest")
+            raise ValueError("scale_output can't be represented together with input_gain or v_rest")
         options = {"strict_threshold": layer.settings.spike.strict, "scale_output": scaled}
         same = units.new_layer(LIF, numbers, **options, **({"v_reset": None} if soft else {}))
         return self._neurons(same, flow)
@@ -337,7 +339,7 @@ class _Writer(fx.Interpreter):
         leading = 1 if getattr(layer, "step_mode", "s") == "m" else flow.leading
         start, end = (dim % (leading + len(flow.shape)) - leading for dim in (layer.start_dim, layer.end_dim))
         if start < 0:
-            raise ValueError(f"must leave time and batch alone: start_dim at least {leading}, got {layer.start_dim}")
+            raise ValueError(f"must not flatten time or batch: start_dim must be >= {leading}, got {layer.start_dim}")
         end = -1 if end == len(flow.shape) - 1 else end
         return {"": self.nir.Flatten(input_type={"input": as_shape(flow.shape)}, start_dim=start, end_dim=end)}
 
@@ -383,4 +385,6 @@ def _check_joined(layer: Any, flow: _Flow, dims: int) -> None:
     """Refuses inputs without a batch, which torch's layers also take, with batch or time as channels."""
     if flow.leading != (2 if getattr(layer, "step_mode", "s") == "m" else 1) or len(flow.shape) != dims:
         got = f"{len(flow.shape)} after {flow.leading}"
-        raise ValueError(f"must get {dims} dimensions after time and batch in one, as in asgl_cuda.OverTime, got {got}")
+        raise ValueError(
+            f"must get time and batch merged, as in asgl_cuda.OverTime, and {dims} dimensions after them, got {got}"
+        )
