@@ -102,7 +102,7 @@ def shown(value: Any) -> str:
     return text if len(text) <= 100 else f"{text[:97]}..."
 
 
-_NEAR = 0.75  # of difflib: a letter changed, added or moved in a short name; gpu and cpu have 0.67
+_NEAR = 0.75  # ratio of difflib for one letter changed, added or moved in a short name; gpu and cpu have 0.67
 
 
 def did_you_mean(given: Any, names: Iterable[str]) -> str:
@@ -153,7 +153,7 @@ _ELSEWHERE = {
 }  # fmt: skip
 
 
-_DECAYS = {"alpha", "beta"}  # whose values are shown only where they can be decays
+_DECAYS = {"alpha", "beta"}  # their values are shown only if they can be decays
 
 
 def _said_elsewhere(name: str, given: Any, known: Collection[str]) -> str:
@@ -223,7 +223,7 @@ def check_multi_spike(v_reset: Any, analog_prob: Any, caller: str) -> None:
         )
 
 
-MOST_LEVELS = 256  # the last integer up to which bfloat16 has all
+MOST_LEVELS = 256  # bfloat16 represents all integers up to this
 
 
 def check_levels(name: str, value: Any, caller: str) -> int:
@@ -295,7 +295,7 @@ def read_number(name: str, value: Any, caller: str, learned: bool = False, optio
     """
     if isinstance(value, Tensor):
         value = _value_of(name, value, caller, learned, option)
-    elif getattr(value, "size", None) == 1 and hasattr(value, "item"):  # an array, or a number of numpy
+    elif getattr(value, "size", None) == 1 and hasattr(value, "item"):  # a NumPy array or scalar
         value = value.item()
     return check_number(name, value, caller)
 
@@ -338,7 +338,7 @@ def _value_of(
         )
     try:
         return value.flatten()[0].item()
-    except Exception:  # types vary for tensors without values, as in traces
+    except Exception:  # tensors without values, as in traces, raise various types
         raise ValueError(f"{expected}, got one on {value.device} whose value can't be read") from None
 
 

@@ -26,8 +26,8 @@ class _Taker(NamedTuple):
     name: str
     module: nn.Module
     streamed: Streamed
-    inside: bool  # a module around it determines time_dim
-    compiled: bool  # hooks would be ignored, or compiled
+    inside: bool  # another module around it determines time_dim
+    compiled: bool  # compiled code would ignore or compile hooks
 
     def state(self) -> Any:
         return None if self.streamed.state is None else getattr(self.module, self.streamed.state)
@@ -55,8 +55,8 @@ def _takers(model: nn.Module) -> Iterator[_Taker]:
             raise RuntimeError(f"{_CALLER}: {name} can't be called step by step: {answer}")
         if answer is not None:
             yield _Taker(name, module, answer, inside, compiled)
-        compiled = compiled or isinstance(module, Converted)  # which does not call what is inside
-        inside = inside or answer is not None or isinstance(module, OverTime)  # has no dimension of time inside
+        compiled = compiled or isinstance(module, Converted)  # converted layers do not call the modules inside
+        inside = inside or answer is not None or isinstance(module, OverTime)  # modules inside see no time dimension
         children = [(each, child) for each, child in module._modules.items() if child is not None]
         left += [(child, f"{path}.{each}" if path else each, inside, compiled) for each, child in reversed(children)]
 
@@ -81,13 +81,13 @@ class _Watch:
 
     def __init__(self, takers: Sequence[_Taker]) -> None:
         self._called: set[_Taker] = set()
-        self._states = {taker: taker.state() for taker in takers}  # as the last call left them
+        self._states = {taker: taker.state() for taker in takers}  # the states after the last call
 
     def check_states(self, *takers: _Taker) -> None:
         for taker in takers or self._called:
             state, left = taker.state(), self._states[taker]
             same = state is left
-            if isinstance(state, Tensor) and isinstance(left, Tensor):  # may have been detached
+            if isinstance(state, Tensor) and isinstance(left, Tensor):  # the state may have been detached
                 same = state.shape == left.shape and state.data_ptr() == left.data_ptr()
             if not same:
                 raise RuntimeError(

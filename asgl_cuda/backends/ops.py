@@ -52,7 +52,7 @@ from .batching import batching_rules
 from .derivatives import at_autograd, tensors_in
 
 ForwardResult = list[Tensor]  # s_seq, then v_last, v_seq, h_seq, checkpoints where wanted
-BackwardResult = list[Tensor]  # gradients of x_seq, v_init and the parameters where wanted
+BackwardResult = list[Tensor]  # gradients of x_seq, v_init and the parameters, if wanted
 
 
 def with_gaps(results: Sequence[Any], wanted: Sequence[bool]) -> list[Any]:
@@ -234,7 +234,7 @@ _OPERATORS: dict[str, Callable[..., Any]] = {  # schemas and fake implementation
     "float input_scale, int time_dim) -> (Tensor grad_weight, Tensor grad_bias)":
         _fake_batch_norm_backward,
 }  # fmt: skip
-_libraries: list[torch.library.Library] = []  # operators live as long as their library
+_libraries: list[torch.library.Library] = []  # operators exist as long as their library
 
 
 def define_operators(namespace: str) -> torch.library.Library:

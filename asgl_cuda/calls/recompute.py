@@ -46,8 +46,8 @@ class _Thread(threading.local):
 
     def __init__(self) -> None:
         self.depth = 0
-        self.packed = False  # whether a tensor was saved by the hooks
-        self.models: list[nn.Module] = []  # whose forward has opened one
+        self.packed = False  # whether the hooks have saved a tensor
+        self.models: list[nn.Module] = []  # models whose forward has opened a context
 
 
 _thread = _Thread()
@@ -93,7 +93,7 @@ class _Spikes:
         self._asking: WeakSet[_Recomputed] = WeakSet()
         self._answered: WeakSet[_Recomputed] = WeakSet()
         self._again: Tensor | None = None
-        self._node = ref(spikes.grad_fn)  # the call's, which owns this object until a layer saves the spikes
+        self._node = ref(spikes.grad_fn)  # the node of the call, which owns this object until a layer saves the spikes
         self._lock = threading.Lock()
 
     @property
@@ -298,7 +298,7 @@ def applied(
         return checkpoint(lambda: apply(function, *inputs), use_reentrant=False)
     _thread.packed = False
     results = apply(function, *inputs)
-    if _thread.packed:  # else other hooks save the call's tensors
+    if _thread.packed:  # otherwise other hooks save the tensors of the call
         remember(results)
     return results
 

@@ -254,15 +254,15 @@ def _vendored(layer: nn.Module) -> str | None:
         package, found, _ = each.__module__.partition(".spikingjelly.")
         if found and hasattr(layer, "neuronal_charge"):
             return (
-                f"it is of {package}.spikingjelly, a copy of SpikingJelly that convert does not know: import "
-                "spikingjelly itself in its place, or give its class in layers"
+                f"it is of {package}.spikingjelly, a copy of SpikingJelly that convert does not know; import "
+                "spikingjelly itself instead, or pass its class in layers"
             )
     return None
 
 
 def _notes(model: nn.Module, report: Report) -> list[str]:
     """Advice on speed, hooks that no longer fire, or why nothing was found."""
-    advice: dict[str, list[str]] = {}  # paths by text
+    advice: dict[str, list[str]] = {}  # paths by text of the advice
     for path, *_ in report.replaced:
         layer: Any = model.get_submodule(path)
         for text in _notes_on(layer):
@@ -280,7 +280,7 @@ def _notes(model: nn.Module, report: Report) -> list[str]:
     kinds = {type(module).__name__ for module in model.modules() if next(module.children(), None) is None}
     imported = ", ".join(name for name in LIBRARIES if name in sys.modules) or "none"
     known = ", ".join(LIBRARIES)
-    return [f"no neurons that are known among {', '.join(sorted(kinds))}; imported of {known}: {imported}"]
+    return [f"no known neurons among {', '.join(sorted(kinds))}; of {known}, imported: {imported}"]
 
 
 def _notes_on(layer: Any) -> Iterator[str]:
@@ -292,7 +292,7 @@ def _notes_on(layer: Any) -> Iterator[str]:
     for name, part in uncalled.items():
         modules = part.modules() if isinstance(part, nn.Module) else ()
         if any(getattr(module, hooks) for module in modules for hooks in HOOKS):
-            yield f"hooks of {name} no longer fire"
+            yield f"hooks of {name} are no longer called"
 
 
 def taken(model: nn.Module, inplace: bool, caller: str) -> nn.Module:
@@ -329,7 +329,7 @@ def copied(model: nn.Module, share: Iterable[Tensor] = ()) -> nn.Module:
 
 def _carry_over(memo: dict[int, Any]) -> None:
     """Registers the hooks of copied tensors again, which deepcopy drops."""
-    for value in memo.get(id(memo), ()):  # where deepcopy keeps the originals
+    for value in memo.get(id(memo), ()):  # deepcopy keeps the originals there
         if not isinstance(value, Tensor) or not value.is_leaf or memo[id(value)] is value:
             continue
         for hook in (value._backward_hooks or {}).values():

@@ -201,7 +201,7 @@ class Fused(Overlay):
         if torch.is_grad_enabled() and not pending.has_graph:
             return "which has gradients, while it was called without"
         if self.training != pending.call.training:
-            return "behind a change of its mode (training)"
+            return "after a change of its mode (training)"
         back = pending.x.dim() - channel_dim(given["time_dim"] % pending.x.dim())
         for value in (given["input_gain"], given["input_bias"]):
             sizes = value.shape if isinstance(value, Tensor) else ()
@@ -239,8 +239,8 @@ class Fused(Overlay):
     def refusal(self, text: str) -> RuntimeError:
         self.was_left(text)
         return RuntimeError(
-            f"{_CALLER}: {self.original.__name__} is computed by the neurons behind, but {text}: "
-            "asgl_cuda.unfuse(model) lets it compute, asgl_cuda.fuse(model, example) leaves it where these lead here"
+            f"{_CALLER}: {self.original.__name__} is computed by the neurons after it, but {text}; call "
+            "asgl_cuda.unfuse(model), or asgl_cuda.fuse(model, example) with an example that does this"
         )
 
     def was_taken(self, layer: Any) -> None:
@@ -258,7 +258,7 @@ class Fused(Overlay):
         self.take_off()
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, computed by the neurons behind"
+        return f"{super().extra_repr()}, computed by the neurons after it"
 
 
 def overlay(norm: Any, trial: _Trial | None = None) -> None:

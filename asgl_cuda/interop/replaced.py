@@ -15,7 +15,7 @@ from torch import nn
 
 from ..checks import shown
 
-_KEPT = "_asgl_cuda_replaced"  # attribute of a layer: the module that was in its place
+_KEPT = "_asgl_cuda_replaced"  # attribute of a layer that holds the module that it has replaced
 
 
 def made_for(
@@ -58,7 +58,7 @@ def _made(module: nn.Module, make: Callable[[Any], Any], where: str) -> tuple[nn
     name = type(module).__name__
     try:
         layer = make(module)
-    except Exception as error:  # the function is the user's
+    except Exception as error:  # functions of users may raise anything
         raise RuntimeError(f"{where} ({name}): {type(error).__name__}: {error}") from error
     if layer is None:
         return None, f"layers[{name}] returned None"

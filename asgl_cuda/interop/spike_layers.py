@@ -16,7 +16,7 @@ from ..spikes.layers import SPIKE_LAYERS
 from .convert import Left, Replaced, Report, copied
 
 _DENSE = {ours: theirs for theirs, ours in SPIKE_LAYERS.items()}
-_FEW = 32  # channels or outputs below which lists cost more than they save
+_FEW = 32  # with fewer channels or outputs, lists cost more than they save
 _LEAST_GAIN = 1.3
 
 
@@ -88,7 +88,7 @@ def to_spike_layers(model: nn.Module, example: Any) -> tuple[nn.Module, Report]:
     def count(name: str, layer: Any, inputs: tuple[Any, ...]) -> None:
         x = tensor_of(inputs[0], caller)
         shares, kernels = counted.setdefault(name, ([], []))
-        kernels.append(has_kernel(x, layer.weight, caller))  # refuses what is no tensor
+        kernels.append(has_kernel(x, layer.weight, caller))  # raises for an input that is not a tensor
         shares.append((int(x.count_nonzero()), x.numel()))
 
     trial = copied(model).eval()

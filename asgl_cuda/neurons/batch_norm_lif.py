@@ -77,7 +77,7 @@ class _Settings(NamedTuple):
     channel: int  # dimension of x_seq
     eps: float
     input_scale: float
-    group: Any  # processes that share the statistics; None: only this one
+    group: Any  # processes that share the statistics; None for only this one
 
 
 # The normalisation's arguments by name, among them `count`, num_batches_tracked, and the neuron's time_dim.
@@ -118,7 +118,7 @@ class BatchNormLIFFunction(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.settings, _, ctx.backend, ctx.plan, *tensors = inputs
-        mean, _, *kept = tensors  # weight and bias only for once_differentiable: backward has their coefficients
+        mean, _, *kept = tensors  # weight and bias are only for once_differentiable; backward uses their coefficients
         ctx.training = mean is None
         not_differentiable = output[-3:]  # checkpoints, coefficients, statistics
         ctx.save_for_backward(*not_differentiable, *kept)
@@ -243,7 +243,7 @@ def _forward(
     if running is not None and _in_one_launch(running, plan.real):
         mean, variance, batches, momentum = running
         if batches is not None and (batches.dtype is not torch.int64 or batches.device != mean.device):
-            batches.add_(1)  # cast, or from a checkpoint that was cast
+            batches.add_(1)  # cast by the user, or from a checkpoint that was cast
             batches = None
         kept: list[Tensor | None] = [mean, variance, batches]
         # torch's fallback for the negative bit takes no operator that changes several arguments.
@@ -555,7 +555,7 @@ def _update(running: _Running, *statistics: Tensor) -> None:
         if not transforming():
             each.lerp_(value, share)
             continue
-        new = each.lerp(value, share)  # vmap has no lerp_
+        new = each.lerp(value, share)  # vmap does not support lerp_
         try:
             each.copy_(new)
         except RuntimeError as error:
@@ -601,7 +601,7 @@ def module_batch_norm_lif(
     uses_batch = training or running_mean is None
     update = update and training and norm.track_running_stats
     momentum, count = norm.momentum, norm.num_batches_tracked if update else None
-    if momentum is None:  # cumulative average
+    if momentum is None:  # momentum None means a cumulative average
         real = torch.promote_types(norm.running_mean.dtype, torch.float32) if update else None
         momentum = 1 / (norm.num_batches_tracked.to(real) + 1) if update else 0.0
     running_var = norm.running_var

@@ -326,7 +326,7 @@ DERIVATIVES["lif_forward"] = _differentiated
 
 def remember(call: Call, inputs: Inputs, outputs: Sequence[Tensor]) -> None:
     """Has backward recompute the spikes of a call with these inputs, inside `recompute_spikes`."""
-    backend = call.backend  # not the call, which has the tensors
+    backend = call.backend  # captures the backend, not the call, which would keep the tensors
     plan = make_plan(inputs.x_seq, call.plan.rules, call.plan.numbers, (False, False, False))
 
     def spikes(*inputs: Tensor | None) -> Tensor:

@@ -78,10 +78,10 @@ def _sample_of(layer: nn.Module) -> tuple[str, Sequence[str]]:
     sizes: Sequence[str] = ()
     hooked = layer._forward_pre_hooks and not isinstance(layer, nn.modules.lazy.LazyModuleMixin)
     if hooked or not type(layer).forward.__module__.startswith(("torch.nn.", "asgl_cuda.spikes.")):
-        return type(layer).__name__, sizes  # may add a dimension itself
-    if isinstance(layer, nn.modules.conv._ConvNd):  # would take time and batch for channels
+        return type(layer).__name__, sizes  # such a layer may add a dimension itself
+    if isinstance(layer, nn.modules.conv._ConvNd):  # a convolution would take time and batch for channels
         sizes = f"{layer.in_channels or 'C'}", *("L", "HW", "DHW")[len(layer.kernel_size) - 1]
-    elif isinstance(layer, nn.Linear):  # for features
+    elif isinstance(layer, nn.Linear):  # a linear layer would take them for features
         sizes = (f"{layer.in_features or 'N'}",)
     elif isinstance(layer, (nn.LayerNorm, nn.RMSNorm)):
         sizes = [f"{size}" for size in layer.normalized_shape]
@@ -98,7 +98,7 @@ def _check_inside(layer: nn.Module) -> None:
             f"{_CALLER}: layer must not use time, got {type(layer).__name__}, which would get time and batch merged"
         )
     found, modules = {layer}, [layer]
-    for module in modules:  # appended to below
+    for module in modules:  # the loop appends to it
         if type(module) not in _timeless:
             if any(knows(module) for knows in KNOWS_TIME):
                 path = next(path for path, each in layer.named_modules() if each is module)

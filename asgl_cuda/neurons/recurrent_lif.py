@@ -226,7 +226,7 @@ class _Recurrence(NamedTuple):
 
 def _check_no_adaptation(given: Mapping[str, Any], defaults: Any, caller: str) -> None:
     for name, value in given.items():
-        is_number = isinstance(value, (int, float))  # arrays and tensors have no one truth
+        is_number = isinstance(value, (int, float))  # arrays and tensors have no single truth value
         if value is not defaults[name] and not (is_number and value == defaults[name]):
             raise ValueError(f"{caller}: {name} needs adapt_decay, got {shown(value)} without an adaptation")
 

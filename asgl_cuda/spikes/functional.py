@@ -176,7 +176,7 @@ def convolution(
             f"{list(x.shape)}"
         )
     if isinstance(padding, str):
-        both = [size - 1 if padding == "same" else 0 for size in weight.shape[2:]]  # sides together
+        both = [size - 1 if padding == "same" else 0 for size in weight.shape[2:]]  # padding of both sides together
         padding = [each // 2 for each in both]
         x = functional.pad(x, [pad for each in reversed(both) for pad in (0, each % 2)])
     if x.dim() == dims:

@@ -22,7 +22,7 @@ class _Copy:
 
     def __init__(self, weight: Tensor) -> None:
         self._key = self._key_of(weight)
-        self._storage = weight.untyped_storage()  # kept, so that no other weight gets its address
+        self._storage = weight.untyped_storage()  # kept alive, so that no other weight gets its address
         self.panels: Tensor = extension.module.spike_panels(weight.detach())  # type: ignore[union-attr]
 
     @staticmethod

@@ -27,7 +27,7 @@ from ..states import reset
 from .monitor import aligned
 
 _CALLER = "asgl_cuda.calibrate"
-_TOLERANCE = 0.01  # relative to the rate
+_TOLERANCE = 0.01  # tolerance relative to the rate
 _MORE_RUNS = 5  # than layers: for weights also in front of earlier layers, and inputs not linear in their weight
 _WIDEST = 12  # factors from 2^-12 to 2^12 are tried; larger ones would scale rounding errors
 _NARROWEST = 2**-14  # an interval of log2(factor); a rate that changes in it by more than the tolerance jumps
@@ -145,9 +145,9 @@ class _Site:
 
     def __init__(self, layer: str, weight: str, rate: float) -> None:
         self.layer, self.weight, self.factor = layer, weight, 1.0
-        self.found, self.tolerance = rate, 0.0  # the nearest rate
-        self.calls: list[Any] = []  # of a run: layer, input, other arguments, output
-        self.biases: list[Tensor] = []  # inputs with the weight at 0
+        self.found, self.tolerance = rate, 0.0  # the nearest rate found, and its tolerance
+        self.calls: list[Any] = []  # the calls of a run: layer, input, other arguments, output
+        self.biases: list[Tensor] = []  # inputs of the neurons if the weight were 0
         self.since = 0  # how many weights had been scaled before the first call
 
 
@@ -158,7 +158,7 @@ class _Trial:
         self._read_parameters(model)
         self._model, _ = unfuse(copied(model), inplace=True)
         for name in dict(asgl_layers(model)).keys() - dict(asgl_layers(self._model)).keys():
-            convert(self._model.get_submodule(name), inplace=True)  # as fuse had done
+            convert(self._model.get_submodule(name), inplace=True)  # fuse had converted it
         for mine, other in zip(self._model.eval().modules(), model.modules(), strict=True):
             if isinstance(mine, NORMALISATIONS):
                 mine.training = other.training
@@ -171,8 +171,8 @@ class _Trial:
             layer.analog_prob = 0.0
         self._inputs, self._rate, self._group = inputs, rate, group
         self._sites: dict[tuple[str, str], _Site] = {}
-        self.scaled = 0  # how often weights were
-        self._layers: dict[str, str] = {}  # by weight
+        self.scaled = 0  # number of scalings
+        self._layers: dict[str, str] = {}  # names of layers by weight
 
     def _read_parameters(self, model: nn.Module) -> None:
         """Collects the weights, and why some parameters can't be scaled."""
@@ -199,9 +199,9 @@ class _Trial:
         for site in self._sites.values():
             site.calls = []
         reset(self._model)
-        torch.clear_autocast_cache()  # holds casts of earlier weights
+        torch.clear_autocast_cache()  # the cache holds casts of earlier weights
         devices = {value.device.index for value in self._parameters.values() if value.is_cuda}
-        with ExitStack() as hooks, torch.random.fork_rng(devices):  # the same random numbers
+        with ExitStack() as hooks, torch.random.fork_rng(devices):  # every run draws the same random numbers
             for layer in self.neurons:  # hooks that stay would be reference cycles
                 hooks.callback(layer.register_forward_hook(self._look, with_kwargs=True, prepend=True).remove)
             self._model(*_cut(self._inputs))

@@ -20,13 +20,13 @@ from ..reference.surrogates import PERIODIC, SURROGATES, periodic_distance
 from ..torch_modes import transforming
 
 _CALLER = "asgl_cuda.Monitor"
-# In the order of tables.
+# The quantities, in the order of the table.
 _QUANTITIES = ("width", "firing_rate", "analog_share", "inside", "smoothing_error", "growth", "dead", "saturated")
 
-# Shares at which `Monitor.problems` reports a layer.
-_MANY = 0.5  # of the neurons dead, or saturated; of the channels constant
-_RARE = 0.05  # a rate below which larger weights help where most neurons are dead
-_FEW_INSIDE = 0.01  # of the potentials inside the window
+# Fractions from which on `Monitor.problems` reports a layer.
+_MANY = 0.5  # fraction of neurons dead or saturated, or of channels constant
+_RARE = 0.05  # if most neurons are dead, larger weights help below this rate
+_FEW_INSIDE = 0.01  # fraction of potentials inside the window
 _EXPLODES = 1000.0  # a growth of gradients; trainings with one of 30 reach the accuracy of those without
 
 # The options of layers with which it knows what fires, and what is emitted where.
@@ -154,13 +154,13 @@ def _remedy(norm: Any, size: str, threshold: str) -> str:
     """What helps potentials of the wrong scale: neither what the layer is already, nor what `calibrate` refuses."""
     if norm is None:
         return (
-            f"{size} weights in front, which asgl_cuda.calibrate(model, x_seq) sets where there are trained ones; or a "
-            "normalisation in front, as in asgl_cuda.BatchNormLIF"
+            f"{size} weights before the neurons, which asgl_cuda.calibrate(model, x_seq) sets if they are learned, or "
+            "a normalisation before the neurons, as in asgl_cuda.BatchNormLIF"
         )
     own = f"a {threshold} threshold"
     if norm.weight is not None and norm.weight.requires_grad:
         own = f"a {size} weight of its normalisation: asgl_cuda.calibrate(model, x_seq)"
-    return own if _uses_batch(norm) else f"running statistics of such inputs, by batches in training mode; or {own}"
+    return own if _uses_batch(norm) else f"running statistics of such inputs, from batches in training mode; or {own}"
 
 
 def _problem(values: Mapping[str, float], layer: Any, norm: Any, diverged: bool) -> str | None:
@@ -170,19 +170,19 @@ def _problem(values: Mapping[str, float], layer: Any, norm: Any, diverged: bool)
         return None
     if values.get("constant", 0.0) > _MANY:
         return (
-            f"{values['constant']:.0%} of the channels do not vary over time and batch: its normalisation leaves "
-            "nothing of them but its bias, and passes no gradient. What helps: a larger batch, an input that varies "
-            "over time, or asgl_cuda.LIF, without a normalisation"
+            f"{values['constant']:.0%} of the channels do not vary over time and batch, so its normalisation leaves "
+            "only its bias, and passes no gradient. What helps: a larger batch, an input that varies over time, or "
+            "asgl_cuda.LIF, without a normalisation"
         )
     if math.isnan(values["width"]) or math.isnan(values.get("smoothing_error", 0.0)):
         if diverged:
             return (
-                "its potentials or its width are NaN, as is a weight of the model: a smaller learning rate, clipped "
-                "gradients, or data without NaN"
+                "its potentials or its width are NaN, as is a weight of the model. What helps: a smaller learning "
+                "rate, clipped gradients, or data without NaN"
             )
         return (
-            "its potentials are NaN, and no weight of the model is: look for NaN or infinity in the data, in float16 "
-            "for currents beyond 65504"
+            "its potentials are NaN, and no weight of the model is. What helps: look for NaN or infinity in the data, "
+            "and in float16 for currents beyond 65504"
         )
     if values.get("growth", 1.0) > _EXPLODES:
         width = "" if getattr(layer, "_counts", False) else ", or a larger width"
@@ -193,7 +193,7 @@ def _problem(values: Mapping[str, float], layer: Any, norm: Any, diverged: bool)
     seen, helps = [], _remedy(norm, "differently scaled", "different")
     if rate == 0 or dead > _MANY:
         seen.append("no neuron ever fired" if rate == 0 else f"{dead:.0%} of the neurons never fired (dead)")
-        helps = "other inputs" if norm is not None else "a normalisation in front, or other inputs"
+        helps = "other inputs" if norm is not None else "a normalisation before the neurons, or other inputs"
         helps = _remedy(norm, "larger", "lower") if rate < _RARE else helps
     elif values.get("saturated", 0.0) > _MANY:
         seen.append(f"{values['saturated']:.0%} of the neurons fired at every step (saturated)")
@@ -256,7 +256,7 @@ class Monitor:
         self._layers = some_asgl_layers(model, _CALLER)
         self._model = model
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
-        # Input, states and random state before a call.
+        # The input, the states and the random state before a call.
         self._before: dict[nn.Module, tuple[Tensor, dict[str, Any], dict[str, Any], Tensor | None]] = {}
         self._norms: dict[nn.Module, Any] = {}  # normalisations that the layers compute
         self.reset()
@@ -279,7 +279,7 @@ class Monitor:
         for layer in () if self._handles else self._layers.values():
             self._handles += [
                 layer.register_forward_pre_hook(self._look_before, with_kwargs=True),
-                # First, to see the layer's own output.
+                # This hook must run first, to see the output of the layer itself.
                 layer.register_forward_hook(self._look, prepend=True),
             ]
 
@@ -303,7 +303,7 @@ class Monitor:
             return
         try:
             x_seq, more = layer._inputs(*args, **kwargs)
-        except TypeError:  # the layer's own to raise
+        except TypeError:  # the layer itself raises the error
             return
         if not isinstance(x_seq, Tensor):
             return

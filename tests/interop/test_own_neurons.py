@@ -221,4 +221,4 @@ def test_hooks_that_no_longer_fire():
     model = nn.Sequential(MemUpdate())
     model[0].register_forward_hook(lambda *given: None)
     _, report = asgl_cuda.convert(model, layers=LAYERS)
-    assert list(report.notes) == ["0: hooks of the module in its place no longer fire"]
+    assert list(report.notes) == ["0: hooks of the module in its place are no longer called"]

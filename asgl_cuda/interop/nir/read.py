@@ -86,7 +86,7 @@ def from_nir(graph: nir.NIRGraph, dt: float | None = None, *, dtype: torch.dtype
                 scale = as_double(getattr(node, "scale", 0.0))
                 if len(before) != 1 or not torch.allclose(scale, units.spike_heights(scaled, scale.shape)):
                     got = range_of(scale)
-                    raise ValueError(f"must be a Scale by v_threshold, by metadata of the LIF in front, got {got}")
+                    raise ValueError(f"must be a Scale by v_threshold, as the LIF before it says, got {got}")
             elif isinstance(node, nir.Output):
                 result.output(value)
             else:
@@ -114,7 +114,10 @@ def _paths(names: Iterable[str]) -> dict[str, str]:
 
 
 def _read(node: Any, dt: float | None) -> Any:
-    kind, ours = type(node).__name__, (getattr(node, "metadata", None) or {}).get(KEY, {})  # as `to_nir` writes it
+    kind, ours = (
+        type(node).__name__,
+        (getattr(node, "metadata", None) or {}).get(KEY, {}),
+    )  # as `to_nir` writes it
     written = float(ours.get("dt", dt or units.DT))
     if dt is not None and abs(dt - written) > 1e-6 * written:
         raise ValueError(f"to_nir wrote it with dt = {written}, got dt = {dt}; leave out dt to use that of the node")

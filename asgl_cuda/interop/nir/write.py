@@ -40,7 +40,7 @@ _KNOWN_OF_CALLS = {  # of `lif`, by converted layers
     "v_min", "strict_threshold", "surrogate", "surrogate_gain", "width", "detach_reset", "analog_prob", "rng_state",
     "generator", "v_init", "time_dim", "return_v_last", "return_v_seq", "return_h_seq", "backend", "multi_spike",
 }  # fmt: skip
-_SILENT = (  # in evaluation
+_SILENT = (  # options without effect in evaluation
     nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout,
 )  # fmt: skip
 
@@ -119,9 +119,9 @@ def _not_written(module: nn.Module) -> str | None:
 class _Flow(NamedTuple):
     """A tensor of the traced model, in the graph of NIR."""
 
-    sources: tuple[str, ...]  # the nodes to be summed
+    sources: tuple[str, ...]  # names of the nodes to be summed
     shape: tuple[int, ...]  # the shape of the neurons
-    leading: int  # dimensions in front: 2 for time and batch, 1 for both in one
+    leading: int  # leading dimensions: 2 for time and batch, 1 if they are merged
 
 
 class _Writer(fx.Interpreter):
@@ -136,8 +136,8 @@ class _Writer(fx.Interpreter):
         self.edges: list[tuple[str, str]] = []
         self.flows: dict[fx.Node, _Flow] = {}
         self.time_and_batch = torch.Size()
-        self.time_dim: int | None = None  # of the preceding neurons
-        self.calls: list[dict[str, Any]] = []  # options of `lif` in the current call of a converted layer
+        self.time_dim: int | None = None  # time dimension of the preceding neurons
+        self.calls: list[dict[str, Any]] = []  # options of `lif` in the current call of a converted layer, if any
         # Each gives a layer's nodes, one after the other, by what is added to the layer's name.
         self.layers: dict[Any, Any] = {
             **dict.fromkeys(_SILENT, lambda layer, flow: {}),
@@ -171,7 +171,7 @@ class _Writer(fx.Interpreter):
                 if n.args[0] not in self.flows or inputs[0].leading != 2:
                     raise ValueError(f"the model must return one tensor [T, B, ...], got {n.args[0]}")
                 self._add(n.name, self.nir.Output(None), inputs[0], inputs[0].shape)
-            elif isinstance(value, Tensor):  # sizes are not part of the graph
+            elif isinstance(value, Tensor):  # sizes are left out of the graph
                 self.flows[n] = self._between(n, value, inputs)
         return value
 
@@ -321,7 +321,7 @@ class _Writer(fx.Interpreter):
             sizes["groups"] = layer.groups
         elif len(flow.shape) != 1:
             raise ValueError(f"NIR's Affine takes neurons in one dimension, got shape {list(flow.shape)}")
-        bias = torch.zeros(len(layer.weight)) if layer.bias is None else layer.bias  # readers expect one
+        bias = torch.zeros(len(layer.weight)) if layer.bias is None else layer.bias  # readers expect a bias
         node = kind(weight=self._array(layer.weight), bias=self._array(bias), **sizes)
         node.metadata = {KEY: {"bias": False}} if layer.bias is None else {}
         return {"": node}
