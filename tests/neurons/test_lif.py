@@ -162,6 +162,21 @@ def test_a_threshold_is_exceeded_by_a_subnormal_number(backend, device, steps, d
     assert_equals_reference(x_seq, backend, **options)
 
 
+# 16 MiB and more, with a last block that is not whole, with checkpoints, and batch first.
+LONG = [((4, 2**20 + 48), 0), ((17, 2**18), 0), ((3, 4, 2**19), 1)]
+
+
+@pytest.mark.skipif("cpu" not in asgl_cuda.available_backends(), reason="no CPU kernels")
+@pytest.mark.parametrize("analog_prob", [0.0, 0.25])
+@pytest.mark.parametrize(("shape", "time_dim"), LONG, ids=str)
+def test_results_that_are_stored_past_the_cache(shape, time_dim, analog_prob):
+    x_seq = random_input(*shape)
+    assert_equals_reference(
+        x_seq, "cpu", time_dim=time_dim, analog_prob=analog_prob, rng_state=rng_state(), surrogate="rectangle"
+    )
+
+
+
 def test_number_of_threads_is_honoured():
     extension = asgl_cuda.backends.extension.module
     if extension is None:

@@ -733,7 +733,7 @@ CPU_MUTANTS = {
         "one surrogate for all": loops("args.options.surrogate = @;  // unused by LIF\n    // A",
                                        "static_cast<Surrogate>(kId)", "Surrogate::kRectangle"),
         "a carried gradient forgotten": settled(
-            "Real(0));\n    carried_ = @;", "params_.grad_v_last != nullptr", "false"
+            "nullptr;\n    carried_ = @;", "params_.grad_v_last != nullptr", "false"
         ),
         "settled forward in spite of potentials": entry("return params.v_seq == nullptr && @;",
                                                         "params.h_seq == nullptr", "true"),
@@ -751,10 +751,16 @@ CPU_MUTANTS = {
                                                         "true"),
         "a sum without its last": loops("for (int lane = 0; @; ++i, ++lane) lanes[lane]", "i < length",
                                         "i + 1 < length"),
-        "width's gradient without a threshold": loops("step.dy * @;", "Model::distance(h, neuron)", "h"),
-        "threshold's gradient without a width": loops("args.threshold[i] -= step.dy * @;", "neuron.inverse_width",
+        "width's gradient without a threshold": loops("step.dy * @;", "Model::distance(h[i], neuron)", "h[i]"),
+        "threshold's gradient without a width": loops("threshold[i] -= step.dy * @;", "neuron.inverse_width",
                                                      "Real(1)"),
-        "soft reset's gradient without a spike": loops("keep_if(args.carried, @);", "dv * s", "dv"),
+        "soft reset's gradient without a spike": loops("reset[i] -= keep_if(carried, @);", "dv * s", "dv"),
+        "potentials of a tile as of a block": loops("(@ ? 0 : first)", "args.h_is_of_block", "true"),
+        "noise of a segment's first step": tiles("drawn_ ? @ : 0}", "4 * rows_.stride()", "0"),
+        "a gradient that no step carries": loops("args.carried || @;", "k + 1 < args.steps", "false"),
+        "no sum of the width's gradient alone": settled("if (@) return call", "params_.wants(kWidth)", "false"),
+        "a segment's steps in the same row of dx": rows("row == buffer ? 0 : @}", "tile.shape.inner", "0"),
+        "a rectangle's slope without its edge": Mutant("math/surrogates.h", "& (x @ Real(1))", "<=", "<"),
         "gain's gradient without a mean": loops("gain_sum[i] += dh[i] * (@)", "x[i] - neuron.input_mean", "x[i]"),
     },
     "adaptive": {
