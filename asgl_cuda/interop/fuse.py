@@ -1,4 +1,4 @@
-"""`fuse` and `unfuse`: normalisations computed by the neurons behind them, and the inverse.
+"""`fuse` and `unfuse`: normalisations computed by the neurons after them, and the inverse.
 
 Only the normalisation changes: it returns a `Pending`, which neurons take, and whatever else has computed.
 """
@@ -163,7 +163,7 @@ class Fused(Overlay):
                 if last is None:  # which needs the overlay
                     self.end()
                 return forward(input)
-            reason = ""  # what is behind takes tensors alone
+            reason = ""  # the callers take only tensors
             if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
                 reason = "it is called by torch.jit.trace"
             # In backward a checkpoint calls again, a reentrant one without hooks.

@@ -238,7 +238,7 @@ def find(layer: nn.Module) -> Found:
     surrogate = node.surrogate_grad_fn
     thresholds = node.spike_threshold.detach().double().cpu()
     if isinstance(node.reset_fn, MembraneReset) and node.reset_fn.reset_value != 0:
-        return "it resets to a value that is not 0, which sinabs adds to the neurons that did not spike, too"
+        return "it resets to a value that is not 0, which sinabs also adds to neurons that did not spike"
     several = most > 1
     if several and isinstance(node.reset_fn, MembraneReset):
         return "it resets to 0 after several spikes a step"

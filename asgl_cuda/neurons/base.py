@@ -95,7 +95,7 @@ class Settable(nn.Module):
 
 
 class Noisy(Settable):
-    """A layer with a share of analog elements, data of a compiled graph: a schedule does not recompile."""
+    """A layer with a fraction of analog elements, which is data of a compiled graph: a schedule does not recompile."""
 
     _analog_prob: float  # for eager calls: reading a tensor would synchronise with the GPU
     # For compiled graphs: [1], [0] without noise. No buffer: DistributedDataParallel would broadcast it at each call.
@@ -103,7 +103,7 @@ class Noisy(Settable):
 
     @property
     def analog_prob(self) -> float:
-        """Share of elements that emit the smooth value in training."""
+        """Fraction of elements that emit the smooth value in training."""
         return self._analog_prob
 
     @analog_prob.setter

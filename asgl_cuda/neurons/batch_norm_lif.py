@@ -539,7 +539,7 @@ def _in_one_launch(running: _Running, real: torch.dtype) -> bool:
 
 @torch.no_grad()
 def _update(running: _Running, *statistics: Tensor) -> None:
-    """Replaces a share of the running mean and variance by those of a batch, and counts it."""
+    """Replaces a fraction of the running mean and variance by those of a batch, and counts the batch."""
     mean, variance, batches, momentum = running
     in_inference = torch.compiler.is_compiling() or torch.is_inference_mode_enabled()
     if not in_inference and (mean.is_inference() or variance.is_inference()):

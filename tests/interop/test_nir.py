@@ -553,7 +553,7 @@ def test_converted_layers(name):
 def test_norses_layers_are_refused_by_name():
     """They return their state with their output, alone, in a Sequential and in Norse's containers."""
     norse = pytest.importorskip("norse.torch")
-    reason = "can't be represented in NIR; it returns its state beside its output; norse.torch.to_nir writes models"
+    reason = "can't be represented in NIR; it returns a state with its output; norse.torch.to_nir writes models"
     cells = norse.LIFBoxCell, norse.LIFCell, norse.IAF, norse.LIF, norse.LICell, partial(norse.LIFRecurrent, 4, 4)
     for make in cells:
         name = type(make()).__name__

@@ -176,7 +176,7 @@ class _Writer(fx.Interpreter):
         return value
 
     def _between(self, n: fx.Node, value: Tensor, inputs: list[_Flow]) -> _Flow:
-        """The flow behind a function between layers."""
+        """The flow after a function between layers."""
         name = n.target if isinstance(n.target, str) else getattr(n.target, "__name__", "")
         sizes, leading = (*n.args[1:], *n.kwargs.values()), inputs[0].leading if inputs else 0
         if n.target in (operator.add, torch.add, "add") and inputs and len(inputs) == len(n.args) and not n.kwargs:
@@ -227,7 +227,7 @@ class _Writer(fx.Interpreter):
             raise ValueError(f"time must be dimension 0 or 1, as in the layers before, got time_dim {time_dim}")
 
     def _add(self, name: str, node: Any, flow: _Flow, shape: Any) -> _Flow:
-        """Adds a node behind the flow's sources; `shape`: the output's."""
+        """Adds a node after the flow's sources. `shape` is the shape of its output."""
         # nir infers wrong types for grouped convolutions and non-square kernels, none for pooling.
         node.input_type, node.output_type = {"input": as_shape(flow.shape)}, {"output": as_shape(shape)}
         self.nodes[name] = node
