@@ -5,8 +5,8 @@ Each backend has its own namespace; C++ and CUDA kernels share `torch.ops.asgl_c
 Parameters, from width to residual, are tensors, or None for a constant. `numbers` and `rules` are Numbers and Rules of
 reference/records.py, as lists: numbers one by one would cost each call 7 us. `wanted` selects the results: in forward
 v_last, v_seq, h_seq and checkpoints, which follow s_seq, and in backward the gradients of x_seq, v_init and each
-parameter that is a tensor. Gradients of results are None for zero. States of adaptive neurons are pairs, `[2, ...]`: v, and w for the
-next step.
+parameter that is a tensor. Gradients of results are None for zero. States of adaptive neurons are pairs, `[2, ...]`:
+v, and w for the next step.
 
 integrator_forward returns v_seq, and v_last if wanted, integrator_backward the wanted gradients of x_seq, v_init, decay
 and input_gain. Used of numbers and rules: decay, input_gain, v_rest, logit_decay and time_dim. v_seq and v_init are
