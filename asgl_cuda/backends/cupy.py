@@ -207,7 +207,7 @@ class CupyLauncher:
         driver = _driver()
         binary = load_or_compile(kernel, target(torch.cuda.get_device_capability(device)))
         _make_context(driver, device.index)
-        module = driver.moduleLoadData(binary.image)  # stays loaded
+        module = driver.moduleLoadData(binary.image)  # the module stays loaded
         function: int = driver.moduleGetFunction(module, binary.symbol)
         self._functions[device.index, kernel] = function
         return function

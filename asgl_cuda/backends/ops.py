@@ -51,7 +51,7 @@ from ..reference.records import Parameters, Rules
 from .batching import batching_rules
 from .derivatives import at_autograd, tensors_in
 
-ForwardResult = list[Tensor]  # s_seq, then v_last, v_seq, h_seq, checkpoints where wanted
+ForwardResult = list[Tensor]  # s_seq, then v_last, v_seq, h_seq and checkpoints, if wanted
 BackwardResult = list[Tensor]  # gradients of x_seq, v_init and the parameters, if wanted
 
 

@@ -246,9 +246,9 @@ def _forward(
             batches.add_(1)  # cast by the user, or from a checkpoint that was cast
             batches = None
         kept: list[Tensor | None] = [mean, variance, batches]
-        # torch's fallback for the negative bit takes no operator that changes several arguments.
+        # torch's fallback for the negative bit does not support operators that change several arguments.
         dense = [each.resolve_neg() if each is not None and each.is_neg() else each for each in kept]
-        # Only torch's own operations increment versions.
+        # Only torch's own operations increment version counters.
         torch.autograd.graph.increment_version([each for each in kept if each is not None])
         coefficients, statistics = coefficients_of(of_all, (*dense, momentum))
         for each, changed in zip(kept, dense, strict=True):

@@ -138,7 +138,7 @@ class _Writer(fx.Interpreter):
         self.time_and_batch = torch.Size()
         self.time_dim: int | None = None  # time dimension of the preceding neurons
         self.calls: list[dict[str, Any]] = []  # options of `lif` in the current call of a converted layer, if any
-        # Each gives a layer's nodes, one after the other, by what is added to the layer's name.
+        # Each function returns the nodes of a layer in order, by the suffix that is added to the name of the layer.
         self.layers: dict[Any, Any] = {
             **dict.fromkeys(_SILENT, lambda layer, flow: {}),
             **dict.fromkeys((LIF, LeakyIntegrator), self._neurons),
@@ -181,7 +181,7 @@ class _Writer(fx.Interpreter):
         sizes, leading = (*n.args[1:], *n.kwargs.values()), inputs[0].leading if inputs else 0
         if n.target in (operator.add, torch.add, "add") and inputs and len(inputs) == len(n.args) and not n.kwargs:
             sources = tuple(source for flow in inputs for source in flow.sources)
-            # NIR has no duplicate edges and no broadcasting.
+            # NIR has neither duplicate edges nor broadcasting.
             if len(set(sources)) == len(sources) and all(flow[1:] == inputs[0][1:] for flow in inputs):
                 return inputs[0]._replace(sources=sources)
         elif name == "flatten" and leading == 2 and sizes == (0, 1):
