@@ -85,7 +85,7 @@ def find(layer: nn.Module) -> Found:
     spike = cell.spike_fn
     if type(spike).__name__ not in ("EfficientNoisySpike", "EfficientNoisySpikeII"):
         return (
-            f"its spike function is no EfficientNoisySpike but {getattr(spike, '__qualname__', type(spike).__name__)}"
+            f"its spike function is not EfficientNoisySpike but {getattr(spike, '__qualname__', type(spike).__name__)}"
         )
     if type(spike.inv_sg).__name__ not in _SURROGATES:
         return f"its surrogate is {type(spike.inv_sg).__name__}; known are {' and '.join(_SURROGATES)}"

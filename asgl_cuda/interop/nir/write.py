@@ -276,7 +276,7 @@ class _Writer(fx.Interpreter):
         other = {
             "a current, or no spikes": not layer.takes_input or not call,
             "several spikes a step": layer.multi_spike or call.get("levels") is not None,
-            "a least potential": call.get("v_min") is not None,
+            "a lower limit of the potential": call.get("v_min") is not None,
             ", ".join(sorted(call.keys() - _KNOWN_OF_CALLS)): not call.keys() <= _KNOWN_OF_CALLS,
         }
         if any(other.values()):
