@@ -171,7 +171,7 @@ LEFT = {
     "several spikes to 0": (iaf(reset_fn=activation.MembraneReset()), "it resets to 0 after several spikes per step"),
     "reset to a value": (lif(reset_fn=activation.MembraneReset(0.5), **SINGLE), "resets to a value that is not 0"),
     "ALIF": (lambda: layers.ALIF(3.0, 3.0), "asgl_cuda.AdaptiveLIF"),
-    "ExpLeak with a floor": (lambda: layers.ExpLeak(2.0, min_v_mem=0.0), r"\(min_v_mem\), which its output does not have"),
+    "ExpLeak with a floor": (lambda: layers.ExpLeak(2.0, min_v_mem=0.0), "which its output does not have"),
     "gate": (lambda: of_authors(made=False, use_gate=True), "use_gate=True"),
     "smooth evaluation": (
         lambda: authors_code.LIFLayer(
