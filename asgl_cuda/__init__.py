@@ -2,9 +2,9 @@
 
 Layers:
     LIF                     leaky integrate-and-fire neurons that learn the width of their surrogate
-    BatchNormLIF            a batch normalisation and the neurons behind it, in one
+    BatchNormLIF            a batch normalisation and the neurons after it, in one
     AdaptiveLIF             LIF neurons that adapt: adLIF and ALIF
-    RecurrentLIF            LIF neurons whose spikes come back through a weight: RLIF
+    RecurrentLIF            LIF neurons whose spikes are fed back through a weight: RLIF
     LeakyIntegrator         neurons that do not fire: a synaptic current, or a read-out
     OverTime                a layer without time, over a sequence
     SpikeLinear, SpikeConv1d, SpikeConv2d
@@ -25,11 +25,11 @@ Functions:
     unroll_levels           integer spikes as binary ones
 
 States:
-    step                    a model one time step at a time
+    step                    calls a model for one time step
     reset, detach           clear or detach the states of layers
 
 Training:
-    parameter_groups        for an optimizer
+    parameter_groups        groups of parameters for an optimizer
     calibrate               scales weights to a target firing rate
     AnalogProbSchedule      lowers the noise over the epochs
     Monitor                 firing rates, widths, dead neurons
@@ -40,18 +40,18 @@ Training:
     asgl_layers             the ASGL layers of a model
 
 Models of other libraries:
-    convert, revert         SpikingJelly, snnTorch, Norse and sinabs on the fused neuron, and back
-    fuse, unfuse            normalisations with the neurons behind them, and back
-    to_nir, from_nir        the exchange format NIR
+    convert, revert         neurons of SpikingJelly, snnTorch, Norse and sinabs as fused neurons, and back
+    fuse, unfuse            normalisations merged into the neurons after them, and back
+    to_nir, from_nir        write and read the exchange format NIR
     interop                 one module for each library
 
 Spike layers:
     to_spike_layers, from_spike_layers
-                            torch's layers with sparse inputs as SpikeLinear and so on, and back
+                            turn torch's layers with sparse inputs into SpikeLinear and so on, and back
 
 Backends:
     available_backends, unavailable_backends
-                            the working ones, and why others do not work
+                            the backends that work here, and why others do not
 
 Details: `help(asgl_cuda.LIF)` and so on.
 """

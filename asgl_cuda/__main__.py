@@ -61,7 +61,7 @@ def check() -> int:
             f"{backend:<10}{what:<42}{output:>10.1e}{potentials:>12.1e}{grad_x:>10.1e}"
             f"{parameters:>13.1e}{'  MISMATCH in ' + ', '.join(bad) if bad else ''}"
         )
-    print("largest differences from the reference, as a share of its largest value; 0: the same bits")
+    print("largest differences from the reference, relative to its largest value; 0 means the same bits")
     print(f"{len(groups) - failed} cases agree, {failed} do not")
     return 1 if failed else 0
 

@@ -45,7 +45,7 @@ def differences(
     """
     leaves = {"x_seq": x_seq, **{name: value for name, value in options.items() if isinstance(value, Tensor)}}
     leaves = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
-    # Expanded parameters show the terms of the reference's gradient.
+    # Expanded parameters show the single terms of the reference's gradient.
     terms = {
         name: leaf.expand(x_seq.shape) for name, leaf in leaves.items() if name not in ("x_seq", "v_init", "residual")
     }
@@ -129,7 +129,7 @@ def check_backends() -> Iterator[Row]:
 
 
 _STEPS, _BATCH, _CHANNELS = 21, 5, 67
-# The spacing of the output's type near 1.
+# The spacing of floating-point values near 1, in the type of the output.
 _SPACING = {torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
 
@@ -167,7 +167,7 @@ def _check(
         rng_state=torch.tensor([1234567890123, 42], device=device),
         residual=random(_STEPS, _BATCH, _CHANNELS, low=-0.5, high=0.5, dtype=dtype) if residual else None,
     )
-    # Sums over thousands of elements are in another order.
+    # Sums over thousands of elements have another order.
     spacing = _SPACING.get(dtype, 1e-6)
     what = f"{str(dtype).removeprefix('torch.')}, {surrogate}, {'soft' if v_reset is None else 'hard'} reset"
     what += ", residual" if residual else ""
@@ -186,7 +186,7 @@ def _check_integrator(backend: str, device: str, dtype: torch.dtype) -> Iterator
         "decay": random(_CHANNELS, low=0.4, high=0.8),
         "input_gain": random(low=0.5, high=2.0),
     }
-    # The fused gradient of decay uses the rounded output.
+    # The fused gradient of decay is computed from the rounded output.
     allowed = {"grad_input_gain": 1e-5, "grad_decay": _SPACING.get(dtype, 1e-5)}
     yield from _rows(backend, leaky_integrator, inputs, allowed, return_v_last=True)
 

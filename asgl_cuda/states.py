@@ -125,7 +125,7 @@ class _Watch:
 def _without_time(output: Tensor, x_t: Tensor, time_dim: int) -> Tensor:
     if -output.dim() <= time_dim < output.dim() and output.shape[time_dim] == 1:
         without = output.squeeze(time_dim)
-        # A size of 1 may be the batch.
+        # A dimension of size 1 may be the batch.
         if x_t.dim() < 2 or x_t.shape[0] != 1 or tuple(without.shape[:1]) == (1,):
             return without
     raise ValueError(

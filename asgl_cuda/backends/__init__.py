@@ -137,7 +137,7 @@ def backend_of(operator: Any) -> str:
 
 
 _warned: set[str] = set()
-# Best fused backend by device, and the table it was chosen from.
+# The best fused backend by device, and the table from which it was chosen.
 _best: dict[torch.device, tuple[str, tuple[Backend, ...]]] = {}
 
 

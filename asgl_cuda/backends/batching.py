@@ -21,7 +21,7 @@ from ..reference.records import Parameters, Rules
 Rule = Callable[..., tuple[Any, Any]]  # takes info, in_dims and the operator's arguments; returns outputs and out_dims
 
 
-# Arguments of operators that are sequences, and that are states.
+# The arguments of operators that are sequences, and those that are states.
 _SEQUENCES = "x_seq", "v_seq", "residual", "grad_s_seq", "grad_v_seq", "grad_h_seq"
 _STATES = "v_init", "grad_v_last"
 
@@ -94,7 +94,7 @@ def _together(operator: Any, info: Any, in_dims: tuple[Any, ...], *arguments: An
         results[before:] = [grad.reshape(count, *shape) for grad, shape in zip(results[before:], shapes, strict=True)]
     elif "wanted" in given:
         wants_x_seq, (wants_state, *_, wants_checkpoints) = True, given["wanted"]
-        if wants_checkpoints:  # [segments, samples, neurons] and two zeros, which all samples get
+        if wants_checkpoints:  # [segments, samples, neurons] and two zeros for all samples
             segments, zeros = results[-1][:-2], results[-1][-2:].expand(count, 2)
             each = segments.reshape(segments.numel() // max(count * neurons, 1), count, neurons).movedim(1, 0)
             results[-1] = torch.cat([each.flatten(1), zeros], 1)

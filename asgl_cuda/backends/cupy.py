@@ -160,7 +160,7 @@ def _read(path: Path) -> Binary | None:
 
 
 def _write(path: Path, binary: Binary) -> None:
-    """Atomic: other processes use the directory, too."""
+    """Writes atomically, because other processes use the same directory."""
     content = binary.symbol.encode() + b"\0" + binary.image
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -207,7 +207,7 @@ class CupyLauncher:
         driver = _driver()
         binary = load_or_compile(kernel, target(torch.cuda.get_device_capability(device)))
         _make_context(driver, device.index)
-        module = driver.moduleLoadData(binary.image)  # stays loaded
+        module = driver.moduleLoadData(binary.image)  # the module stays loaded
         function: int = driver.moduleGetFunction(module, binary.symbol)
         self._functions[device.index, kernel] = function
         return function
@@ -224,7 +224,7 @@ def _make_context(driver: Any, device_index: int) -> None:
 LAUNCHER = CupyLauncher()
 FUNCTIONS = launcher.implement(NAMESPACE, "CUDA", LAUNCHER)
 if extension.build_info is not None and extension.build_info.cuda is None:
-    # No kernels of nvcc's: those of CuPy serve the operators of exported programs and of C++, too.
+    # Without kernels compiled by nvcc, those of CuPy also serve the operators of exported programs and of C++.
     launcher.give_kernels("asgl_cuda", "CUDA", LAUNCHER)
 
 

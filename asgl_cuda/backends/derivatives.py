@@ -35,7 +35,7 @@ def at_autograd(operator: Any, name: str) -> Callable[..., Any]:
         enabled = torch.is_grad_enabled()
 
         def below(*arguments: Any) -> Any:
-            # Function disables gradients; the next level of differentiation needs the caller's grad mode.
+            # Function disables gradients, but the next level of differentiation needs the grad mode of the caller.
             with torch.set_grad_enabled(enabled), torch._C._AutoDispatchBelowAutograd():
                 return operator.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
 

@@ -3,10 +3,10 @@
 Each backend has its own namespace; C++ and CUDA kernels share `torch.ops.asgl_cuda`.
 
 Parameters, from width to residual, are tensors, or None for a constant. `numbers` and `rules` are Numbers and Rules of
-reference/records.py, as lists: numbers one by one would cost each call 7 us. `wanted` selects the results: in forward,
-beside s_seq, v_last, v_seq, h_seq and checkpoints, in backward the gradients of x_seq, v_init and each parameter that
-is a tensor. Gradients of results are None for zero. States of adaptive neurons are pairs, `[2, ...]`: v, and w for the
-next step.
+reference/records.py, as lists: numbers one by one would cost each call 7 us. `wanted` selects the results: in forward
+v_last, v_seq, h_seq and checkpoints, which follow s_seq, and in backward the gradients of x_seq, v_init and each
+parameter that is a tensor. Gradients of results are None for zero. States of adaptive neurons are pairs, `[2, ...]`:
+v, and w for the next step.
 
 integrator_forward returns v_seq, and v_last if wanted, integrator_backward the wanted gradients of x_seq, v_init, decay
 and input_gain. Used of numbers and rules: decay, input_gain, v_rest, logit_decay and time_dim. v_seq and v_init are
@@ -15,7 +15,7 @@ needed for the gradient of decay, x_seq for the gradient of input_gain.
 recurrent_forward takes `parameters`, [9, N]: those of the neuron, from width to input_mean, stored as the rules say,
 bias and syn_decay, unused without a synapse; numbers and rules are the neuron's. It returns s_seq, and where wanted
 `emitted` (s in the type of the arithmetic, before scale_output), h_seq, v_seq, i_seq, w_seq, v_last, s_last and i_last;
-recurrent_backward the wanted gradients of x_seq (in that type, too), weight, parameters, v_init, s_init and i_init.
+recurrent_backward the wanted gradients of x_seq (also in that type), weight, parameters, v_init, s_init and i_init.
 i_seq is for the gradient of syn_decay; w_seq, w before each step, for that of adapt_decay, and where w is not in the
 current.
 
@@ -28,8 +28,8 @@ and input_bias of the neuron, and the unbiased variance; and `total`, [C, 3] in 
 variance of each channel. Sources are mean and variance if given, else `statistics`, the totals of all processes,
 [processes, C, 3], else x_seq.
 
-batch_norm_update does the same, replaces a share of the running statistics, and counts the batch. Compiled graphs have
-batch_norm_coefficients, which changes nothing.
+batch_norm_update does the same, replaces a fraction of the running statistics, and counts the batch. Compiled graphs
+have batch_norm_coefficients, which changes nothing.
 
 batch_norm_backward returns the gradients of weight and bias, from sums of this process and of all. A non-empty
 grad_x_seq holds input_gain times the gradient of the input current, and is overwritten by the gradient of x_seq. With
@@ -51,7 +51,7 @@ from ..reference.records import Parameters, Rules
 from .batching import batching_rules
 from .derivatives import at_autograd, tensors_in
 
-ForwardResult = list[Tensor]  # s_seq, then v_last, v_seq, h_seq, checkpoints where wanted
+ForwardResult = list[Tensor]  # s_seq, then v_last, v_seq, h_seq and checkpoints, if wanted
 BackwardResult = list[Tensor]  # gradients of x_seq, v_init and the parameters, if wanted
 
 
@@ -90,7 +90,7 @@ def empty_gradients(
 
 
 def _on_one_device(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
-    """The fake implementation, which torch calls for any argument on meta, also beside tensors with values."""
+    """The fake implementation, which torch calls if any argument is on meta, even if other tensors have values."""
 
     def checked(*arguments: Any) -> Any:
         devices = list(dict.fromkeys(str(each.device) for each in tensors_in(arguments)))

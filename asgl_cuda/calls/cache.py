@@ -67,7 +67,7 @@ def cached_by_signature(names: Sequence[str]) -> Callable[[Check[Checked]], Chec
 
 
 def _kind(value: Any) -> Any:
-    """The signature of a tensor beside its type; TypeError where a check may depend on more."""
+    """The signature of a tensor besides its type. Raises TypeError if a check may depend on more."""
     tensor = value.stored if isinstance(value, _LEARNED) else value
     if type(tensor) not in PLAIN_TENSORS or tensor.layout is not torch.strided or tensor.is_nested:
         raise TypeError

@@ -37,7 +37,7 @@ class Plan(NamedTuple):
     real: torch.dtype
     rules: Rules
     numbers: Numbers
-    wanted: tuple[bool, ...]  # results beside the first: of `lif` v_last, v_seq and h_seq
+    wanted: tuple[bool, ...]  # results after the first: for `lif` v_last, v_seq and h_seq
     packed: tuple[Any, ...]  # the arguments of operators after the tensors: numbers, rules, and their own options
     sources: Sequence[tuple[int, str]]  # the indices of parameters that are tensors, and the arguments they come from
 

@@ -277,7 +277,7 @@ def _enter(model: nn.Module, *_: Any) -> None:
 
 
 def _leave(model: nn.Module, *_: Any) -> None:
-    # Also called where another hook raised before _enter.
+    # Also called if another hook raised an error before _enter.
     if torch.compiler.is_compiling():
         _Context().__exit__()
     elif _thread.models and _thread.models[-1] is model:
@@ -312,5 +312,5 @@ def remember(spikes: Tensor, compute: Callable[..., Tensor], inputs: dict[str, T
         return
     found = _Spikes(spikes, compute, inputs)
     _thread.known[found.key] = found
-    # Freed with a dropped graph.
+    # The graph was dropped, and has freed it.
     spikes.grad_fn.asgl_cuda_spikes = found  # type: ignore[attr-defined]

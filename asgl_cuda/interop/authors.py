@@ -1,7 +1,7 @@
 """The published code of ASGL's authors: `LIFLayer` with a `LIFCell` and an `EfficientNoisySpikeII`; `tdLayer`.
 
     h = sigmoid(decay) v + x;  u = h - thresh;  v = h - thresh s, or h (1 - s) + vreset s;  the output is thresh s
-    InvRectangle: 1 / width = exp(alpha);  InvSigmoid: 1 / width = alpha;  p is the share of analog elements
+    InvRectangle: 1 / width = exp(alpha);  InvSigmoid: 1 / width = alpha;  p is the fraction of analog elements
 
 The code is no package: layers are recognised by class names. asgl_cuda draws the noise: other elements are analog than
 in the original, with the same probability.
@@ -85,7 +85,7 @@ def find(layer: nn.Module) -> Found:
     spike = cell.spike_fn
     if type(spike).__name__ not in ("EfficientNoisySpike", "EfficientNoisySpikeII"):
         return (
-            f"its spike function is no EfficientNoisySpike but {getattr(spike, '__qualname__', type(spike).__name__)}"
+            f"its spike function is not EfficientNoisySpike but {getattr(spike, '__qualname__', type(spike).__name__)}"
         )
     if type(spike.inv_sg).__name__ not in _SURROGATES:
         return f"its surrogate is {type(spike.inv_sg).__name__}; known are {' and '.join(_SURROGATES)}"

@@ -53,7 +53,7 @@ class _Rows(NamedTuple):
 
 
 class Report(_Rows):
-    """The layers changed and left by `convert`, `fuse` and their inverses: `replaced, left = report`.
+    """The layers that `convert`, `fuse` and their inverses changed, and the others: `replaced, left = report`.
 
     `print` shows a table, then `notes`: advice on speed, or why nothing was found.
     """

@@ -23,7 +23,7 @@ from .identify import FLAT, SpikeFunction, captured
 
 
 class Settings(NamedTuple):
-    """Settings of a conversion beside the layer's own."""
+    """Settings of a conversion that are not settings of the layer."""
 
     spike: Any  # a SpikeFunction; None if the layer does not fire
     backend: str | None

@@ -1,4 +1,4 @@
-"""`fuse` and `unfuse`: normalisations computed by the neurons behind them, and the inverse.
+"""`fuse` and `unfuse`: normalisations computed by the neurons after them, and the inverse.
 
 Only the normalisation changes: it returns a `Pending`, which neurons take, and whatever else has computed.
 """
@@ -157,13 +157,13 @@ class Fused(Overlay):
         is_compiling = torch.compiler.is_compiling()
         if not is_compiling:
             last = _calls.get(id(self)) if self.training or self.trial is not None else None
-            # A checkpoint computes again what it computed before.
+            # A checkpoint computes in backward the same as before.
             if self.trial is not None and self.trial.is_left(self) and not in_backward():
                 forward = super().forward
-                if last is None:  # which needs the overlay
+                if last is None:  # the rest needs the overlay
                     self.end()
                 return forward(input)
-            reason = ""  # what is behind takes tensors alone
+            reason = ""  # the callers take only tensors
             if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
                 reason = "it is called by torch.jit.trace"
             # In backward a checkpoint calls again, a reentrant one without hooks.
@@ -175,7 +175,7 @@ class Fused(Overlay):
             if reason:
                 self.was_left(reason)
                 return super().forward(input)
-        # SpikingJelly's have time and batch apart in step mode "m".
+        # In step mode "m", layers of SpikingJelly have separate dimensions for time and batch.
         has_time = getattr(type(self), "step_mode", None) is not None and self.step_mode == "m"
         has_time = has_time and hasattr(_base(self.original), "step_mode")  # not of a user's own
         self._check_input_dim(input[0] if has_time else input)
@@ -226,7 +226,7 @@ class Fused(Overlay):
             bias = shift if bias is None else gain * bias.to(gain.dtype) + shift
         if residual is not None and not isinstance(input_gain, float):
             residual, residual_gain = (residual * input_gain).to(x_seq.dtype), 1.0
-        # None: this process alone.
+        # None means only this process.
         group = (self.process_group or "world") if isinstance(self, nn.SyncBatchNorm) else None
         if residual is not None or weight is not self.weight or scale != 1:
             residual_gain = 1.0 if residual is None else residual_gain
@@ -248,7 +248,7 @@ class Fused(Overlay):
             self.trial.take(self, layer)
 
     def was_left(self, reason: str) -> None:
-        # In backward a checkpoint may stop in between.
+        # In backward a checkpoint may stop before the end.
         if self.trial is not None and not torch.compiler.is_compiling() and not in_backward():
             self.trial.leave(self, reason)
 

@@ -86,7 +86,7 @@ def _identify(function: Callable[[Tensor], Tensor]) -> SpikeFunction | str:
     if math.isinf(half):
         if (_slopes(function, _BY_DECADE) == peak).all():
             return SpikeFunction("rectangle", FLAT, peak * FLAT, fires_strictly(function))
-        return "its surrogate does not fall off"
+        return "the slope of its surrogate does not fall to 0"
     for name, (unit_peak, unit_half) in _unit_shapes().items():
         width = half / unit_half
         u = [sign * probe * width for probe in _PROBES for sign in (-1, 1)]
@@ -95,7 +95,7 @@ def _identify(function: Callable[[Tensor], Tensor]) -> SpikeFunction | str:
             return SpikeFunction(name, width, peak * width / unit_peak, fires_strictly(function))
     name = getattr(function, "__qualname__", type(function).__name__)
     named = "" if "<lambda>" in name else f", {name.split('.')[0]},"
-    return f"its surrogate{named} is none of those of asgl_cuda"
+    return f"its surrogate{named} is not one that asgl_cuda has"
 
 
 @functools.cache

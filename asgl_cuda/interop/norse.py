@@ -184,7 +184,7 @@ def find(layer: nn.Module) -> Found:
 def not_written(module: nn.Module) -> str | None:
     if not isinstance(module, (*_NEURONS, norse.SequentialState, norse.RecurrentSequential)):
         return None
-    return "it returns its state beside its output; norse.torch.to_nir writes models of Norse's cells, if not converted"
+    return "it returns a state with its output; norse.torch.to_nir writes models of Norse's cells, if not converted"
 
 
 def streamed(module: nn.Module) -> InStream:

@@ -25,7 +25,7 @@ class Recurrent(Converted):
     def recurrent_lif(self, x_seq: Tensor, weight: Tensor, gain: Any = 1.0, **options: Any) -> RecurrentLIFOutput:
         """The function with the layer's surrogate and noise, for `[T, ..., N]`, or `[B, T, N]` with time_dim=1.
 
-        A `gain` of the current behind the synapse that is a tensor scales what enters the synapse instead.
+        If the `gain` of the current after the synapse is a tensor, the input of the synapse is scaled instead.
         """
         self.check()
         x_seq, dtype = as_floating(tensor_of(x_seq, bare_class(self).__name__)), self.settings.dtype

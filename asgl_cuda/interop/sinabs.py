@@ -216,13 +216,13 @@ _MIXING = (*_RECURRENT, layers.ALIFRecurrent)
 def find(layer: nn.Module) -> Found:
     kind_of_layer = known_class(layer, (*_KNOWN, *_ADAPTIVE), _MIXING)
     if kind_of_layer in _ADAPTIVE:
-        return "its threshold has no gradient where it fires; asgl_cuda.AdaptiveLIF has the complete one"
+        return "its threshold has no gradient where it fires; use asgl_cuda.AdaptiveLIF, whose gradient is complete"
     if isinstance(kind_of_layer, str):
         return kind_of_layer if isinstance(layer, layers.StatefulLayer) else None
     node: Any = layer
     if kind_of_layer in _LEAKS:
         if node.min_v_mem is not None:
-            return "it has a least potential (min_v_mem), which it does not emit"
+            return "it has a lower limit of the potential (min_v_mem), which its output does not have"
         return ConvertedExpLeak, None
     most, spike_fn = _most(node.spike_fn), node.spike_fn
     if most is None:
@@ -232,18 +232,18 @@ def find(layer: nn.Module) -> Found:
     if returns and (reason := _lacking(node, most)) is not None:
         return reason
     if node.min_v_mem is not None and math.isnan(_only(node.min_v_mem)):
-        return "its least potential (min_v_mem) differs between neurons"
+        return "its lower limit of the potential (min_v_mem) differs between neurons"
     if type(node.reset_fn) not in (MembraneSubtract, MembraneReset):
         return f"it resets by {type(node.reset_fn).__name__}"
     surrogate = node.surrogate_grad_fn
     thresholds = node.spike_threshold.detach().double().cpu()
     if isinstance(node.reset_fn, MembraneReset) and node.reset_fn.reset_value != 0:
-        return "it resets to a value that is not 0, which sinabs adds to the neurons that did not spike, too"
+        return "it resets to a value that is not 0, which sinabs also adds to neurons that did not spike"
     several = most > 1
     if several and isinstance(node.reset_fn, MembraneReset):
-        return "it resets to 0 after several spikes a step"
+        return "it resets to 0 after several spikes per step"
     if most not in (math.inf, *range(1, MOST_LEVELS + 1)):
-        return f"it has at most {most} spikes a step, which must be a whole number in [1, {MOST_LEVELS}] (MaxSpike)"
+        return f"it emits at most {most} spikes per step, which must be an integer in [1, {MOST_LEVELS}] (MaxSpike)"
     if spike_fn is not SingleSpike and not (thresholds > 0).all():
         return "its threshold is not above 0"
     kind = ConvertedRecurrent if returns else ConvertedMultiSpike if several else ConvertedLayer
@@ -262,9 +262,9 @@ def _lacking(node: Any, most: float) -> str | None:
     if node.record_states:
         return "it records its states (record_states)"
     if most > 1:
-        return "it may spike several times a step, which recurrent neurons do not"
+        return "it may spike several times per step, which recurrent neurons do not support"
     if node.min_v_mem is not None:
-        return "it has a least potential (min_v_mem), which recurrent neurons lack"
+        return "it has a lower limit of the potential (min_v_mem), which recurrent neurons do not support"
     return lacking(node.rec_connect)
 
 

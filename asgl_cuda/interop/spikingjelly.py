@@ -121,7 +121,7 @@ def _share(node: Any) -> Tensor | float:
 
 
 def _options(node: Any, x_seq: Tensor) -> dict[str, Any]:
-    """Options of `lif`, beside those of its input."""
+    """Options of `lif`, except those of its input."""
     v_reset = 0.0 if node.v_reset is None else node.v_reset
     v_rest = 0.0 if isinstance(node, _CUBA) else v_reset
     return {

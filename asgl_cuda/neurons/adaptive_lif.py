@@ -21,7 +21,7 @@ from .lif import LIF, LIF_DEFAULTS, LIFOutput, computed
 from .spiking import Neurons
 
 _CALLER = "asgl_cuda.adaptive_lif"
-# Options of `lif` and `LIF` that adaptive neurons lack.
+# Options of `lif` and `LIF` that adaptive neurons do not have.
 _WITHOUT = {"residual", "residual_gain", *INPUT, *(LIF._options.keys() - Neurons._options.keys())}
 _NEURON = [name for name in LIF_DEFAULTS if name not in _WITHOUT]
 

@@ -95,7 +95,7 @@ class Settable(nn.Module):
 
 
 class Noisy(Settable):
-    """A layer with a share of analog elements, data of a compiled graph: a schedule does not recompile."""
+    """A layer with a fraction of analog elements, which is data of a compiled graph: a schedule does not recompile."""
 
     _analog_prob: float  # for eager calls: reading a tensor would synchronise with the GPU
     # For compiled graphs: [1], [0] without noise. No buffer: DistributedDataParallel would broadcast it at each call.
@@ -103,7 +103,7 @@ class Noisy(Settable):
 
     @property
     def analog_prob(self) -> float:
-        """Share of elements that emit the smooth value in training."""
+        """Fraction of elements that emit the smooth value in training."""
         return self._analog_prob
 
     @analog_prob.setter
@@ -258,7 +258,7 @@ class NeuronLayer(Settable):
         """The value of a property: a scalar for the whole layer."""
         if isinstance(value, (Logarithm, Logit)):
             value = value.value()
-        # Not reshape(()), which refuses tensors sharded by fully_shard.
+        # Not reshape(()), which raises an error for tensors sharded by fully_shard.
         return value.sum() if isinstance(value, Tensor) and not self.num_features else value
 
     def _inputs(self, x_seq: Tensor, residual: Tensor | None = None) -> tuple[Tensor, dict[str, Any]]:
@@ -357,7 +357,7 @@ class NeuronLayer(Settable):
     def _carried_state(self, name: str) -> Tensor | None:
         """The state of this name that the next call goes on from; None: at rest."""
         state: Tensor | None = getattr(self, name)
-        # Autograd refuses inference tensors, not their copies.
+        # Autograd accepts no inference tensors, but their copies.
         if state is not None and not torch.compiler.is_compiling() and state.is_inference():
             return state if torch.is_inference_mode_enabled() else state.clone()
         return state
@@ -410,7 +410,7 @@ class NeuronLayer(Settable):
         return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        # .to(), .half() and others move potentials as well; of constants they change the device alone.
+        # .to(), .half() and others also move potentials. For constants they change only the device.
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._map_potentials(fn)
         self._place = fn(self._place)
@@ -420,7 +420,7 @@ class NeuronLayer(Settable):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        # Non-leaf tensors can be neither copied nor pickled.
+        # Non-leaf tensors can neither be copied nor pickled.
         potentials = {name: value.detach() for name in self._potentials if (value := getattr(self, name)) is not None}
         return self.__dict__ | potentials
 

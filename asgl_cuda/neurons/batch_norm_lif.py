@@ -246,9 +246,9 @@ def _forward(
             batches.add_(1)  # cast by the user, or from a checkpoint that was cast
             batches = None
         kept: list[Tensor | None] = [mean, variance, batches]
-        # torch's fallback for the negative bit takes no operator that changes several arguments.
+        # torch's fallback for the negative bit does not support operators that change several arguments.
         dense = [each.resolve_neg() if each is not None and each.is_neg() else each for each in kept]
-        # Only torch's own operations increment versions.
+        # Only torch's own operations increment version counters.
         torch.autograd.graph.increment_version([each for each in kept if each is not None])
         coefficients, statistics = coefficients_of(of_all, (*dense, momentum))
         for each, changed in zip(kept, dense, strict=True):
@@ -539,7 +539,7 @@ def _in_one_launch(running: _Running, real: torch.dtype) -> bool:
 
 @torch.no_grad()
 def _update(running: _Running, *statistics: Tensor) -> None:
-    """Replaces a share of the running mean and variance by those of a batch, and counts it."""
+    """Replaces a fraction of the running mean and variance by those of a batch, and counts the batch."""
     mean, variance, batches, momentum = running
     in_inference = torch.compiler.is_compiling() or torch.is_inference_mode_enabled()
     if not in_inference and (mean.is_inference() or variance.is_inference()):

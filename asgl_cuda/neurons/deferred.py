@@ -308,7 +308,7 @@ class Pending:
         version = None if running_mean is None else _version(running_mean)
         try:
             output = self.norm.neurons(x, given, update, self.factor)
-        except BaseException:  # as of a checkpoint, which may stop the call behind the update
+        except BaseException:  # for example from a checkpoint, which may stop the call after the update
             self.call.taken = update and running_mean is not None and _version(running_mean) != version
             raise
         if update:
@@ -343,7 +343,7 @@ class Pending:
 
 
 def _same_place(before: Any, after: Any, channel: int) -> int:
-    """The dimension that a reshape leaves as it is, behind as many elements as before; -1: there is none."""
+    """The dimension that a reshape keeps, with as many elements before it as before; -1 if there is none."""
     front, found = math.prod(before[:channel]), -1
     for dim, size in enumerate(after):
         if size == before[channel] and math.prod(after[:dim]) == front:

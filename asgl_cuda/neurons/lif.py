@@ -294,7 +294,7 @@ class LIFFunction(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         checkpoints, *tensors = saved_tensors(ctx)
         inputs, plan, wanted = Inputs(*tensors), ctx.plan, Inputs(*ctx.needs_input_grad[3:])
-        # The gradients of x_seq and of the residual may be the same tensor, as in a sum.
+        # As in a sum, the gradients of x_seq and of the residual may be the same tensor.
         shared = wanted.residual and wanted.x_seq and _adds(plan.numbers, inputs)
         if shared:
             asked = [*wanted[:-1], False]
@@ -332,7 +332,7 @@ def remember(call: Call, inputs: Inputs, outputs: Sequence[Tensor]) -> None:
     def spikes(*inputs: Tensor | None) -> Tensor:
         return run_forward(backend, plan, inputs, keep_checkpoints=False)[0]
 
-    # Copies of parameters: FSDP frees them before backward of the next layer needs the spikes.
+    # Copies of parameters, because FSDP frees them before backward of the next layer needs the spikes.
     sequences = "x_seq", "v_init", "rng_state", "residual"
     values = {
         name: value if value is None or name in sequences else value.detach().clone()

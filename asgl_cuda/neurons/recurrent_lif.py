@@ -41,7 +41,7 @@ from .lif import LIF_DEFAULTS
 from .spiking import Neurons
 
 _CALLER = "asgl_cuda.recurrent_lif"
-# Options of `lif` and `LIF` that recurrent neurons lack.
+# Options of `lif` and `LIF` that recurrent neurons do not have.
 _WITHOUT = {"residual", "residual_gain", "input_bias", "input_mean", "levels", "multi_spike", "v_min"}
 _NEURON = [name for name in LIF_DEFAULTS if name not in _WITHOUT]
 _ROWS = "width", "decay", "v_threshold", "v_reset", "reset_amount", "adapt_decay", "adapt_potential", "adapt_spike"

@@ -17,7 +17,7 @@ def batch_statistics(x_seq: Tensor, channel: int, group: Any) -> tuple[Tensor, T
     """
     dims = [dim for dim in range(x_seq.dim()) if dim != channel]
     x = x_seq.double()
-    # torch.tensor would copy from the host, and wait for the GPU.
+    # torch.tensor would copy from the host and wait for the GPU.
     count = torch.scalar_tensor(x.numel() // x.shape[channel], dtype=x.dtype, device=x.device)
     if group is None:
         variance, mean = torch.var_mean(x, dims, correction=0)

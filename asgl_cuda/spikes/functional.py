@@ -106,7 +106,7 @@ class SpikeFunction(torch.autograd.Function):
             grad_x = grad @ weight
         elif wants_x:
             shape, memory_format = ctx.like_x
-            # Only the sizes and the layout of the input matter.
+            # Only the sizes and the layout of the input decide.
             if (like := x) is None:
                 like = torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=memory_format)
             ones, zeros = [1] * len(stride), [0] * len(stride)

@@ -176,7 +176,7 @@ class SpikeConv2d(_SpikeConv, nn.Conv2d):
     """
 
 
-# By torch's layers.
+# Spike layers by the torch layers that they replace.
 SPIKE_LAYERS: dict[type[nn.Module], type[nn.Module]] = {
     nn.Linear: SpikeLinear, nn.Conv1d: SpikeConv1d, nn.Conv2d: SpikeConv2d,
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""`calibrate`: scales weights, layer by layer, until the neurons behind them fire at a given rate.
+"""`calibrate`: scales weights, layer by layer, until the neurons after them fire at a given rate.
 
 Related: layer-sequential unit-variance initialisation (Mishkin, Matas: All You Need Is a Good Init, ICLR 2016), with a
 measured variance, and fluctuation-driven initialisation (Rossbroich, Gygax, Zenke, 2022), with assumed rates.
@@ -28,14 +28,14 @@ from .monitor import aligned
 
 _CALLER = "asgl_cuda.calibrate"
 _TOLERANCE = 0.01  # tolerance relative to the rate
-_MORE_RUNS = 5  # than layers: for weights also in front of earlier layers, and inputs not linear in their weight
+_MORE_RUNS = 5  # more than layers, for weights also before earlier layers, and inputs not linear in their weight
 _WIDEST = 12  # factors from 2^-12 to 2^12 are tried; larger ones would scale rounding errors
 _NARROWEST = 2**-14  # an interval of log2(factor); a rate that changes in it by more than the tolerance jumps
 NORMALISATIONS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, BatchNormLIF)
 
 
 class CalibratedLayer(NamedTuple):
-    """A layer of neurons: name, weight in front, firing rate before and after, and factor."""
+    """A layer of neurons: its name, the scaled weight, the firing rate before and after, and the factor."""
 
     layer: str
     weight: str
@@ -45,7 +45,7 @@ class CalibratedLayer(NamedTuple):
 
 
 class Calibration(NamedTuple):
-    """The layers set by `calibrate`, in order of execution, and the layers left. `print` shows a table."""
+    """The layers that `calibrate` has set, in order of execution, and the others. `print` shows a table."""
 
     layers: list[CalibratedLayer]
     left: list[Left]
@@ -264,7 +264,7 @@ class _Trial:
         return outputs
 
     def _rate_of(self, site: _Site, outputs: list[Any]) -> float:
-        """The share of spikes, over all processes."""
+        """The fraction of spikes, over all processes."""
         spikes = [next(each for each in _pytree.tree_leaves(output) if isinstance(each, Tensor)) for output in outputs]
         elements = spikes[0].new_tensor(sum(each.numel() for each in spikes), dtype=torch.int64)
         counts = torch.stack([*(each.count_nonzero() for each in spikes), elements])
@@ -295,7 +295,7 @@ class _Trial:
         if weight is not None and len(paths) == 1 and weight not in self._problems:
             if (other := self._layers.setdefault(weight, name)) == name:
                 return weight
-            self._problems[weight] = f"in front of {other}, too"
+            self._problems[weight] = f"also before {other}"
         got = ["a path without weight"] if None in paths else []
         got += [f"{each} ({self._problems[each]})" if each in self._problems else f"{each}" for each in paths - {None}]
         raise ValueError(
@@ -349,7 +349,7 @@ def _cut(values: Any) -> Any:
 
 
 def _leaf_behind(node: Any) -> Tensor | None:
-    """The leaf behind nodes with one input each, as of a transposed weight."""
+    """The leaf from which nodes with one input each lead here, as of a transposed weight."""
     while not hasattr(node, "variable"):
         inputs = [each for each, _ in node.next_functions if each is not None]
         if len(inputs) != 1:

@@ -101,7 +101,7 @@ def parameter_groups(
     by_adam = width_lr is None
     widths = [each for name, each in neurons.values() if by_adam and name == "log_width"]
     others = [each for name, each in neurons.values() if not (by_adam and name == "log_width")]
-    # A key of a group hides the optimizer's own option, so that weights have no decay unless asked for.
+    # A key of a group hides the option of the optimizer, so weights have no decay unless it is asked for.
     decayed = {} if weight_decay is None else {"weight_decay": weight_decay}
     more = {"weight_decay": 0.0, **({_BY_ADAM: True} if by_adam else {})}
     groups: list[dict[str, Any]] = [

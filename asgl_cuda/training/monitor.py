@@ -53,7 +53,7 @@ class _Tally:
             self._shares[key] = total + values.sum(dtype=torch.float64), elements + values.numel()
 
     def add_neurons(self, spikes: Tensor, time_dim: int | None) -> None:
-        """Adds spikes `[T, N, ...]`, or `[N, ...]` without time; a lone dimension beside time is neurons, no batch."""
+        """Adds spikes `[T, N, ...]`, or `[N, ...]` without time. A single dimension besides time has the neurons."""
         before = 0 if time_dim is None else 1
         spikes = spikes if time_dim is None else spikes.movedim(time_dim, 0)
         shape = spikes.shape[before + (spikes.dim() > before + 1) :]
@@ -327,7 +327,7 @@ class Monitor:
             channel = more["pending"].channel if "pending" in more else channel_dim(layer.time_dim % x_seq.dim())
             shares |= _constant_channels(self._norms.get(layer), x_seq, channel)
         else:
-            # H(0) = 1/2, so smooth values show the hard spike, too.
+            # H(0) = 1/2, so a smooth value also shows the hard spike.
             shares = {"firing_rate": s_seq >= 0.5, "analog_share": s_seq != s_seq.round()}
         self._tallies[layer].add(shares)
         if hasattr(layer, "time_dim"):

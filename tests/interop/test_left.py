@@ -115,7 +115,7 @@ SUM = r"x \+ w y with a number w"
 LEFT = {
     "a subclass of no known neuron": (lambda: subclass(neuron.QIFNode)(), NO_SUCH),
     "smooth spikes": (fires_by(surrogate.Sigmoid(spiking=False)), r"does not spike \(spiking=False\)"),
-    "another surrogate": (fires_by(surrogate.S2NN(), detach_reset=True), "its surrogate, S2NN, is none of those of"),
+    "another surrogate": (fires_by(surrogate.S2NN(), detach_reset=True), "its surrogate, S2NN, is not one that"),
     "a learning closure": (fires_by(learning_closure()), "parameters that learn"),
     "a learning module": (fires_by(Learning()), "its spike function has parameters that learn"),
     "beyond an element": (fires_by(above_the_mean), "something else than 0 below and 1 above"),
@@ -133,10 +133,10 @@ LEFT = {
     "graded": (leaky(graded_spikes_factor=0.5), "its spikes are graded"),
     "graded by what learns": (leaky(learn_graded_spikes_factor=True), "its spikes are graded"),
     "no gradient": (leaky(surrogate_disable=True), "its spike function has no gradient"),
-    "heaviside": (leaky(spike_grad=slopes.heaviside(), reset_delay=False), "its surrogate does not fall off"),
+    "heaviside": (leaky(spike_grad=slopes.heaviside(), reset_delay=False), "surrogate does not fall to 0"),
     "triangular": (leaky(spike_grad=slopes.triangular(), reset_delay=False), "the slope -1 at the threshold"),
-    "a reset with gradient": (leaky(spike_grad=ESCAPE, reset_delay=False), "is none of those of asgl_cuda"),
-    "random": (leaky(spike_grad=slopes.SSO()), "its surrogate does not fall off"),
+    "a reset with gradient": (leaky(spike_grad=ESCAPE, reset_delay=False), "is not one that asgl_cuda has"),
+    "random": (leaky(spike_grad=slopes.SSO()), "the slope of its surrogate does not fall to 0"),
     "a mean in the gradient": (
         leaky(spike_grad=slopes.custom_surrogate(lambda u, grad, s: grad * u.mean())), "its surrogate",
     ),
@@ -146,16 +146,16 @@ LEFT = {
     ),
     "a graph": (lambda: snntorch.Lapicque(beta=torch.tensor(0.5), learn_beta=True), r"graph that ends .*learn_beta"),
     "adjoint": (lambda: norse.LIF(norse.LIFParameters(method="adjoint")), "it steps by lif_feed_forward_adjoint_step"),
-    "circ": (lambda: norse.LIFBoxCell(norse.LIFBoxParameters(method="circ")), "its surrogate, circ, is none"),
+    "circ": (lambda: norse.LIFBoxCell(norse.LIFBoxParameters(method="circ")), "its surrogate, circ, is not one"),
     "a reset of a user": (
         lambda: norse.LIFBoxCell(norse.LIFBoxParameters(reset_method=lambda z, v, p: v - z)),
         "it resets by a function of its own",
     ),
     "LSNN": (norse.LSNN, "asgl_cuda.AdaptiveLIF is its counterpart"),
     "MaxSpike": (
-        lif(spike_fn=MAX(300)), "at most 300 spikes a step, which must be a whole number in .1, 256.",
+        lif(spike_fn=MAX(300)), "at most 300 spikes per step, which must be an integer in .1, 256.",
     ),
-    "no spikes": (lif(spike_fn=MAX(0)), "it has at most 0 spikes a step"),
+    "no spikes": (lif(spike_fn=MAX(0)), "it emits at most 0 spikes per step"),
     "spikes of a user": (
         lif(spike_fn=type("Mine", (activation.MultiSpike,), {})),
         "its spikes are those of Mine; SingleSpike, MultiSpike and MaxSpike can be converted",
@@ -166,12 +166,12 @@ LEFT = {
     "surrogates for each": (
         iaf(spike_threshold=torch.tensor([1.0, 2.0]), **HEAVISIDE), "another for each neuron's own threshold",
     ),
-    "Heaviside": (iaf(**HEAVISIDE), "surrogate does not fall off"),
-    "MultiGaussian": (iaf(surrogate_grad_fn=activation.MultiGaussian()), "its surrogate is none of"),
-    "several spikes to 0": (iaf(reset_fn=activation.MembraneReset()), "it resets to 0 after several spikes a step"),
+    "Heaviside": (iaf(**HEAVISIDE), "surrogate does not fall to 0"),
+    "MultiGaussian": (iaf(surrogate_grad_fn=activation.MultiGaussian()), "its surrogate is not one that"),
+    "several spikes to 0": (iaf(reset_fn=activation.MembraneReset()), "it resets to 0 after several spikes per step"),
     "reset to a value": (lif(reset_fn=activation.MembraneReset(0.5), **SINGLE), "resets to a value that is not 0"),
     "ALIF": (lambda: layers.ALIF(3.0, 3.0), "asgl_cuda.AdaptiveLIF"),
-    "ExpLeak with a floor": (lambda: layers.ExpLeak(2.0, min_v_mem=0.0), r"\(min_v_mem\), which it does not emit"),
+    "ExpLeak with a floor": (lambda: layers.ExpLeak(2.0, min_v_mem=0.0), "which its output does not have"),
     "gate": (lambda: of_authors(made=False, use_gate=True), "use_gate=True"),
     "smooth evaluation": (
         lambda: authors_code.LIFLayer(
@@ -179,7 +179,7 @@ LEFT = {
         ), r"smooth values in evaluation \(spike=False\)",
     ),
     "another spike function": (
-        lambda: authors_code.LIFLayer(2, spike_fn=nn.ReLU()), "its spike function is no EfficientNoisySpike but ReLU",
+        lambda: authors_code.LIFLayer(2, spike_fn=nn.ReLU()), "its spike function is not EfficientNoisySpike but ReLU",
     ),
     "InvTanh": (
         lambda: of_authors(authors_code.InvTanh, made=False),
@@ -200,8 +200,8 @@ LEFT = {
         lambda: snntorch.RLeaky(0.9, linear_features=N, spike_grad=slopes.SFS()), "its surrogate",
     ),
     "a Sequential": (recurrent(nn.Sequential(nn.Flatten()), **SINGLE), "return through a Sequential; a Linear"),
-    "several spikes": (recurrent(nn.Linear(N, N)), "times a step, which recurrent neurons do not"),
-    "least potential": (recurrent(nn.Linear(N, N), min_v_mem=-1.0, **SINGLE), "recurrent neurons lack"),
+    "several spikes": (recurrent(nn.Linear(N, N)), "times per step, which recurrent neurons do not"),
+    "least potential": (recurrent(nn.Linear(N, N), min_v_mem=-1.0, **SINGLE), "recurrent neurons do not support"),
     "recorded": (recurrent(nn.Linear(N, N), record_states=True, **SINGLE), r"\(record_states\)"),
     "adaptive": (lambda: sinabs.layers.ALIFRecurrent(2.0, 2.0, rec_connect=nn.Linear(N, N)), MIXES),
     "adjoint, recurrent": (

@@ -512,7 +512,7 @@ def neurons_of_libraries():
         "MaxSpike(1) of sinabs": (layers.IAF(spike_fn=activation.MaxSpike(1)), None),
         "LIFLayer": (authors_code.LIFLayer(6, spike_fn=spike, thresh=0.8), None),
         "soft, not allowed": (jelly.LIFNode(v_reset=None, step_mode="m"), r"1 \(LIFNode\): has a soft reset"),
-        "floor": (layers.IAF(min_v_mem=-1.0, **single), r"1 \(IAF\): has a least potential, which can't"),
+        "floor": (layers.IAF(min_v_mem=-1.0, **single), r"1 \(IAF\): has a lower limit of the potential, which can't"),
         "several": (layers.IAF(), r"1 \(IAF\): has several spikes a step, which can't"),
         "current": (layers.IAF(tau_syn=3.0, **single), r"1 \(IAF\): has a current, or no spikes, which"),
         "ExpLeak": (layers.ExpLeak(2.0), r"1 \(ExpLeak\): has a current, or no spikes, which"),
@@ -553,7 +553,7 @@ def test_converted_layers(name):
 def test_norses_layers_are_refused_by_name():
     """They return their state with their output, alone, in a Sequential and in Norse's containers."""
     norse = pytest.importorskip("norse.torch")
-    reason = "can't be represented in NIR; it returns its state beside its output; norse.torch.to_nir writes models"
+    reason = "can't be represented in NIR; it returns a state with its output; norse.torch.to_nir writes models"
     cells = norse.LIFBoxCell, norse.LIFCell, norse.IAF, norse.LIF, norse.LICell, partial(norse.LIFRecurrent, 4, 4)
     for make in cells:
         name = type(make()).__name__

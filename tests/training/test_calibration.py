@@ -218,7 +218,7 @@ REFUSED = {
     "used twice": (
         lambda: Stack(
             lambda m, x_seq: m.last(m.linear(m.lif(m.linear(x_seq)))), lif=LIF(), last=LIF(), linear=nn.Linear(16, 16)
-        ), r"last: .* got linear\.weight \(in front of lif, too\)",
+        ), r"last: .* got linear\.weight \(also before lif\)",
     ),
     "tied": (tied, r"1: .* got 0\.weight \(shared with 2\.weight\)"),
     "one memory": (lambda: tied(memory=True), r"1: .* got 0\.weight \(shared with 2\.weight\)"),

@@ -196,7 +196,7 @@ def said_by(node: Any, dt: float, tau: str = "tau") -> dict[str, Tensor]:
 
 
 def integrator_of(node: Any, dt: float, tau: str = "tau", r: str = "r") -> nn.Module:
-    """An integrator, behind a Scale if the gain differs between neurons."""
+    """An integrator, after a Scale if the gain differs between neurons."""
     decay, gain = step_of(node, dt, tau, r)
     scales = bool((gain != gain.max()).any())
     numbers = {"decay": decay, "input_gain": torch.ones(()) if scales else gain}

@@ -138,7 +138,7 @@ class _Writer(fx.Interpreter):
         self.time_and_batch = torch.Size()
         self.time_dim: int | None = None  # time dimension of the preceding neurons
         self.calls: list[dict[str, Any]] = []  # options of `lif` in the current call of a converted layer, if any
-        # Each gives a layer's nodes, one after the other, by what is added to the layer's name.
+        # Each function returns the nodes of a layer in order, by the suffix that is added to the name of the layer.
         self.layers: dict[Any, Any] = {
             **dict.fromkeys(_SILENT, lambda layer, flow: {}),
             **dict.fromkeys((LIF, LeakyIntegrator), self._neurons),
@@ -176,12 +176,12 @@ class _Writer(fx.Interpreter):
         return value
 
     def _between(self, n: fx.Node, value: Tensor, inputs: list[_Flow]) -> _Flow:
-        """The flow behind a function between layers."""
+        """The flow after a function between layers."""
         name = n.target if isinstance(n.target, str) else getattr(n.target, "__name__", "")
         sizes, leading = (*n.args[1:], *n.kwargs.values()), inputs[0].leading if inputs else 0
         if n.target in (operator.add, torch.add, "add") and inputs and len(inputs) == len(n.args) and not n.kwargs:
             sources = tuple(source for flow in inputs for source in flow.sources)
-            # NIR has no duplicate edges and no broadcasting.
+            # NIR has neither duplicate edges nor broadcasting.
             if len(set(sources)) == len(sources) and all(flow[1:] == inputs[0][1:] for flow in inputs):
                 return inputs[0]._replace(sources=sources)
         elif name == "flatten" and leading == 2 and sizes == (0, 1):
@@ -227,7 +227,7 @@ class _Writer(fx.Interpreter):
             raise ValueError(f"time must be dimension 0 or 1, as in the layers before, got time_dim {time_dim}")
 
     def _add(self, name: str, node: Any, flow: _Flow, shape: Any) -> _Flow:
-        """Adds a node behind the flow's sources; `shape`: the output's."""
+        """Adds a node after the flow's sources. `shape` is the shape of its output."""
         # nir infers wrong types for grouped convolutions and non-square kernels, none for pooling.
         node.input_type, node.output_type = {"input": as_shape(flow.shape)}, {"output": as_shape(shape)}
         self.nodes[name] = node
@@ -276,7 +276,7 @@ class _Writer(fx.Interpreter):
         other = {
             "a current, or no spikes": not layer.takes_input or not call,
             "several spikes a step": layer.multi_spike or call.get("levels") is not None,
-            "a least potential": call.get("v_min") is not None,
+            "a lower limit of the potential": call.get("v_min") is not None,
             ", ".join(sorted(call.keys() - _KNOWN_OF_CALLS)): not call.keys() <= _KNOWN_OF_CALLS,
         }
         if any(other.values()):
