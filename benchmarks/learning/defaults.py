@@ -2,7 +2,7 @@
 
 Every task is a data set with a number of layers, time steps, a decay and a number of training steps. *Fixed* arms are
 ordinary LIF neurons with the surrogates of other libraries: the width is fixed, and there is no noise. *Learned* arms
-learn the width, by the step of `asgl_cuda.parameter_groups`. Each arm has its own learning rate of the weights, the one of
+learn the width, by the step of `asgl_cuda.parameter_groups`. Each arm has its own learning rate of the weights, that of
 three with the best mean accuracy of three seeds on a fifth of the training samples. At that rate ten seeds are trained,
 and tested by hard spikes; differences between arms are paired by seed.
 """
@@ -42,8 +42,8 @@ FIXED_DETACHED = dict(fixed(*each, detached=True) for each in PEERS)
 LEARNED = dict(
     learned(*each)
     for each in (
-        ("sigmoid", 1.0, 0.2, True), ("sigmoid", 1.0, 0.0, True), ("sigmoid", 0.5, 0.2, True),
-        ("sigmoid", 0.5, 0.0, True), ("sigmoid", 1.0, 0.2, False), ("sigmoid", 1.0, 0.0, False),
+        ("sigmoid", 1.0, 0.2, True), ("sigmoid", 1.0, 0.0, True), ("sigmoid", 1.0, 0.5, True),
+        ("sigmoid", 0.5, 0.2, True), ("sigmoid", 0.5, 0.5, True), ("sigmoid", 1.0, 0.2, False),
         ("rectangle", 1.0, 0.2, False),
     )
 )  # fmt: skip
@@ -60,16 +60,13 @@ class Task(NamedTuple):
     steps: int = 250
 
 
-# Resets matter most where a gradient passes many of them.
-LONG = (Task(layers=2, time_steps=100, decay=0.95), Task(time_steps=20, decay=0.9))
-WITH_ADAMW = (Task(), Task("tones", time_steps=0), Task("mnist"), Task(layers=10))
+LONG = Task(layers=2, time_steps=100, decay=0.95)
 TASKS = (
-    Task("tones", time_steps=0), Task(layers=10), Task(time_steps=1), Task(steps=60), LONG[0],
-    Task("digit_saccades", time_steps=0), Task("mnist"), Task(decay=0.95), Task(), Task("tones", 6, 0, 0.95),
-    Task(layers=10, time_steps=1), Task("digit_saccades", 6, 0, 0.9), Task(layers=10, decay=0.95), Task(layers=2),
-    LONG[1], Task("mnist", 6, 1), Task("mnist", 2, 4, 0.9), Task("tones", 2, 0, 0.9), Task("tones", 10, 0),
-    Task("digit_saccades", 10, 0), Task(decay=0.9), Task(time_steps=20),
+    Task("tones", time_steps=0), Task(layers=10), Task(time_steps=1), Task(steps=60), Task(), Task("mnist"), LONG,
+    Task("digit_saccades", time_steps=0), Task(decay=0.95), Task("tones", 6, 0, 0.95), Task("mnist", 6, 1),
+    Task("mnist", 2, 4, 0.9), Task("digit_saccades", 2, 0, 0.9), Task(time_steps=20, decay=0.9),
 )  # fmt: skip
+WITH_ADAMW = (Task(layers=10), Task())
 
 
 class Run(NamedTuple):
@@ -88,7 +85,8 @@ CELLS = [*itertools.product(TASKS, (SGD, ADAM)), *itertools.product(WITH_ADAMW, 
 
 
 def fixed_of(task: Task) -> dict[str, dict[str, Any]]:
-    return FIXED | FIXED_DETACHED if task in LONG else FIXED
+    """Without a detached reset none of them learns over many steps."""
+    return FIXED_DETACHED if task == LONG else FIXED
 
 
 RUNS = [Run(*task, optimizer, arm) for task, optimizer in CELLS for arm in (*LEARNED, *fixed_of(task))]
