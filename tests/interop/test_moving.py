@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("in_double", "spikes_in_double")
 
 def plain(**options):
     """A neuron without the features that other libraries lack."""
-    return LIF(**{"learn_width": False, "analog_prob": 0.0, **options})
+    return LIF(**{"learn_width": False, "analog_prob": 0.0, "detach_reset": False, **options})
 
 
 SIGMOID = {"surrogate": "sigmoid", "width": 1 / 4}  # Sigmoid(alpha=4) is SpikingJelly's default

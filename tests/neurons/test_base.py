@@ -355,15 +355,15 @@ def test_repr_tells_what_was_set():
     options = {"granularity": "neuron", "time_dim": 1, "stateful": True, "store_v_seq": True}
     assert repr(make("LIF", features=(N, 3), **options)) == (
         f"LIF([8, 3], {neuron.format(0.1, 'rectangle', 'neuron')}, input_gain=0.8, surrogate_gain=0.5, "
-        "scale_output=True, stateful=True, store_v_seq=True, time_dim=1)"
+        "detach_reset=False, scale_output=True, stateful=True, store_v_seq=True, time_dim=1)"
     )
     assert repr(make("soft reset")) == (
         f"LIF({neuron.format(None, 'sigmoid', 'layer')}, reset_amount=0.7, v_min=-0.5, v_rest=0.25, "
-        "strict_threshold=True, detach_reset=True)"
+        "strict_threshold=True)"
     )
     learned = "adapt_decay=0.9 (learned), adapt_potential=0.1 (learned), adapt_spike=0.3 (learned), to_threshold=True"
     layer = make("AdaptiveLIF, threshold")
-    assert repr(layer) == f"AdaptiveLIF({neuron.format(0.1, 'rectangle', 'layer')}, {learned})"
+    assert repr(layer) == f"AdaptiveLIF({neuron.format(0.1, 'rectangle', 'layer')}, detach_reset=False, {learned})"
     others = "input_gain=0.5, v_rest=0.25, granularity=channel, delay=True, time_dim=1"
     layer = make("LeakyIntegrator", granularity="channel", time_dim=1)
     assert repr(layer) == f"LeakyIntegrator([8], decay=0.7 (learned), {others})"
