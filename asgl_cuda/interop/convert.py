@@ -74,7 +74,7 @@ class _ASGL(NamedTuple):
 
     surrogate: str | None = None
     width: float | None = None
-    analog_prob: float = 0.2
+    analog_prob: float = 0.5
     learn_width: bool = True
 
 
@@ -164,7 +164,7 @@ def convert(
     Args:
         model: any module, or a neuron layer.
         asgl: turns the replaced layers into ASGL layers. A mapping with `surrogate` and initial `width` (default: those
-            of the layer, or of `LIF` if the layer has no surrogate that asgl_cuda knows), `analog_prob` (default 0.2)
+            of the layer, or of `LIF` if the layer has no surrogate that asgl_cuda knows), `analog_prob` (default 0.5)
             and `learn_width` (default True). A learned width is a new parameter `log_width` of each layer, which must
             be passed to the optimizer. Layers of the authors' code are ASGL layers already, with their own width and
             `analog_prob`. Layers that do not fire are converted as without `asgl`. Layers with several spikes per step

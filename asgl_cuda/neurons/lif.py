@@ -117,7 +117,7 @@ def lif(
             periodic_exponential, whose slope peaks at every multiple of the threshold. No effect with levels.
         surrogate_gain: factor on the surrogate gradient.
         analog_prob: fraction of elements that emit F(u / width) instead of a spike, in steps of 1 / 65536. Default 0;
-            the default of the layer `LIF` is 0.2. A tensor of one value on x_seq's device can change without
+            the default of the layer `LIF` is 0.5. A tensor of one value on x_seq's device can change without
             recompiling a compiled graph; it gets no gradient. Its range is checked only on the CPU; on a GPU values are
             clamped to [0, 1], and NaN counts as 0.
         rng_state: int64 tensor `[seed, offset]` on x_seq's device, which determines the noise. Neurons are numbered in
@@ -191,9 +191,9 @@ def lif(
             v = h * (1 - s[t]) + v_reset * s[t]
 
     With the surrogate rectangle, `a = ((h - v_threshold) * slope + 0.5).clamp(0, 1)`, and spikes and input gradients
-    have the bits of this loop. With levels, `a = (h * (1 / v_threshold)).clamp(0, levels)` and `z = a.round()`. With multi_spike,
-    `z = (h > 0) * (h / v_threshold).trunc()`. periodic_exponential is laplace; where h >= v_threshold, the distance u
-    is replaced by `v_threshold * (2 * (h / v_threshold - 0.5).remainder(1) - 1)`, with a slope of 1.
+    have the bits of this loop. With levels, `a = (h * (1 / v_threshold)).clamp(0, levels)` and `z = a.round()`. With
+    multi_spike, `z = (h > 0) * (h / v_threshold).trunc()`. periodic_exponential is laplace; where h >= v_threshold, the
+    distance u is replaced by `v_threshold * (2 * (h / v_threshold - 0.5).remainder(1) - 1)`, with a slope of 1.
     """
     if unknown:
         check_keywords(unknown, LIF_DEFAULTS, _CALLER)
@@ -422,7 +422,7 @@ class LIF(Neurons):
         surrogate: the name of a surrogate, see `asgl_cuda.lif`.
         surrogate_gain: factor on the surrogate gradient.
         analog_prob: fraction of elements that emit the smooth value in training; in evaluation all spikes are hard. The
-            default is 0.2, as in the paper, while it is 0 in the function `asgl_cuda.lif`.
+            default is 0.5 (0.2 in the paper), while it is 0 in the function `asgl_cuda.lif`.
         granularity: whether a learned parameter has one value per layer, per channel or per neuron.
         learn_width, learn_decay, learn_threshold: which of these are parameters; the others are constants.
         strict_threshold: fire above the threshold, not at it.
@@ -504,7 +504,7 @@ class LIF(Neurons):
         width: Tensor | float = 1.0,
         surrogate: str = "sigmoid",
         surrogate_gain: float = 1.0,
-        analog_prob: float = 0.2,
+        analog_prob: float = 0.5,
         granularity: Granularity = "layer",
         learn_width: bool = True,
         learn_decay: bool = False,

@@ -41,12 +41,13 @@ FIXED_DETACHED = dict(fixed(*each, detached=True) for each in PEERS)
 LEARNED = dict(
     learned(*each)
     for each in (
-        ("sigmoid", 1.0, 0.2, True), ("sigmoid", 1.0, 0.0, True), ("sigmoid", 1.0, 0.5, True),
+        ("sigmoid", 1.0, 0.5, True), ("sigmoid", 1.0, 0.2, True), ("sigmoid", 1.0, 0.0, True),
         ("sigmoid", 0.5, 0.2, True), ("sigmoid", 0.5, 0.5, True), ("sigmoid", 1.0, 0.2, False),
         ("rectangle", 1.0, 0.2, False),
     )
 )  # fmt: skip
 ARMS = FIXED | FIXED_DETACHED | LEARNED
+DEFAULT = next(iter(LEARNED))  # of the layers
 
 
 class Task(NamedTuple):
@@ -138,14 +139,29 @@ def named(task: Task) -> str:
     return f"{task.data}, {task.layers} layers{time}, decay {task.decay:g}, {task.steps} steps"
 
 
+def gains(cell: dict[str, list[float]], task: Task) -> tuple[str, dict[str, tuple[float, float]]]:
+    """The best fixed arm of a cell by its mean in the test, and by learned arm the gain on it, +- half its interval."""
+    best = max(fixed_of(task), key=lambda arm: statistics.fmean(cell[arm]))
+    return best, {arm: paired(cell[arm], cell[best]) for arm in LEARNED}
+
+
+def lost(report: Report) -> dict[str, Any]:
+    """In how many cells each learned arm loses to the best fixed one by more than its interval."""
+    found = [gains(cell, task)[1] for task, _, cell in accuracies(report)]
+    by_arm = {arm: sum(gain[arm][0] < -gain[arm][1] for gain in found) for arm in LEARNED}
+    others = "; ".join(f"{arm.removeprefix('learned ')}: {count}" for arm, count in by_arm.items() if arm != DEFAULT)
+    return {"cells": len(found), "lost": by_arm[DEFAULT], "others": others}
+
+
 def rows(report: Report) -> tuple[list[str], list[list[str]]]:
     """Head and rows: the best fixed arm of a cell, and what each learned arm gains on it, with 95 % intervals."""
     table = []
     for task, optimizer, cell in accuracies(report):
-        best = max(fixed_of(task), key=lambda arm: statistics.fmean(cell[arm]))
-        gains = ("{:+.1f} ± {:.1f}".format(*paired(cell[arm], cell[best])) for arm in LEARNED)
-        table.append([named(task), optimizer, f"{best}: {statistics.fmean(cell[best]):.1f}", *gains])
-    return ["", "weights", "best fixed", *LEARNED], table
+        best, found = gains(cell, task)
+        cells = ("{:+.1f} ± {:.1f}".format(*gain) for gain in found.values())
+        table.append([named(task), optimizer, f"{best}: {statistics.fmean(cell[best]):.1f}", *cells])
+    heads = (arm.removeprefix("learned ") for arm in LEARNED)
+    return ["", "weights", "best fixed", *heads], table
 
 
 SETTINGS = {"settings": {"seeds": SEEDS, "choosing": CHOOSING, "rates": RATES, "base": Setting(1.0)._asdict()}}

@@ -423,7 +423,7 @@ def test_where_the_square_overflows_there_is_no_gradient(backend, device, surrog
 
 
 def test_nan_in_the_input_shows_in_the_gradients_of_parameters(backend, device):
-    """NaN gives no spike and, with a rectangle, no gradient of x, but NaN in parameter gradients, which torch.amp.GradScaler sees."""
+    """With a rectangle NaN gives no gradient of x, but NaN in parameter gradients, which torch.amp.GradScaler sees."""
     x_seq = torch.tensor([[0.5], [NAN], [1.0]], device=device, requires_grad=True)
     width = torch.ones((), device=device, requires_grad=True)
     s_seq = asgl_cuda.lif(x_seq, width=width, surrogate="rectangle", backend=backend)

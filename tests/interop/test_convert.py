@@ -164,7 +164,7 @@ def test_asgl_takes_missing_options_from_the_layer():
     ):  # fmt: skip
         node, _ = converted_node(atan(), learn_width=False, **given)
         assert tuple(node.settings.spike) == pytest.approx(spike)
-        assert (node.log_width, node.analog_prob) == (None, 0.2)
+        assert (node.log_width, node.analog_prob) == (None, 0.5)
     super_spike = jelly(surrogate_function=surrogate.SuperSpike(3.0))
     assert asgl_cuda.convert(super_spike)[0][1].settings.spike.gain == pytest.approx(6.0)
     assert converted_node(super_spike)[0].settings.spike.gain == 1.0
@@ -355,7 +355,7 @@ def test_settings_of_layers_that_are_converted_already_are_refused(by, options):
     again, report = asgl_cuda.convert(asgl_cuda.revert(made)[0], **options)
     assert (len(report.replaced), report.left) == (2, [])
     layers = [module for module in again.modules() if isinstance(module, Converted)]
-    assert [layer.analog_prob for layer in layers] == [0.2 * ("asgl" in options)] * 2
+    assert [layer.analog_prob for layer in layers] == [0.5 * ("asgl" in options)] * 2
     assert {layer.settings.backend for layer in layers} == {options.get("backend")}
 
 

@@ -4,6 +4,7 @@ import copy
 import io
 import math
 import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -347,6 +348,36 @@ def test_parameters_beyond_their_range_stay_valid(backend, device, value):
     x_seq = torch.ones(4, 3, 5, device=device, requires_grad=True)
     layer(x_seq).sum().backward()
     assert x_seq.grad.isfinite().all()
+
+
+def test_layers_and_functions_have_the_same_defaults():
+    """But for the noise, and the reset that layers detach."""
+    function, layer = asgl_cuda.lif.__kwdefaults__, LIF.__init__.__kwdefaults__
+    both = function.keys() & layer.keys()
+    differ = {name: (function[name], layer[name]) for name in both if function[name] != layer[name]}
+    assert differ == {"analog_prob": (0.0, 0.5), "detach_reset": (False, True)}
+    for kind in (asgl_cuda.BatchNormLIF, asgl_cuda.AdaptiveLIF, asgl_cuda.RecurrentLIF):
+        made = kind(N)
+        assert {name: getattr(made, name) for name in ("surrogate", *differ)} == {
+            "surrogate": layer["surrogate"], "analog_prob": 0.5, "detach_reset": True
+        }  # fmt: skip
+
+
+FUNCTIONS = {
+    "lif": asgl_cuda.lif,
+    "batch_norm_lif": partial(asgl_cuda.batch_norm_lif, training=True),
+    "adaptive_lif": partial(asgl_cuda.adaptive_lif, adapt_decay=0.9),
+    "recurrent_lif": lambda x_seq, **options: asgl_cuda.recurrent_lif(x_seq, torch.zeros(N).to(x_seq), **options),
+}
+
+
+@pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
+def test_the_default_surrogate_is_a_sigmoid(backend, device, function):
+    x_seq = inputs(T, B, N, device=device).detach()
+    for name in (backend, "reference"):
+        smooth = partial(function, x_seq, analog_prob=1.0, backend=name)
+        assert torch.equal(smooth(), smooth(surrogate="sigmoid"))
+        assert not torch.equal(smooth(), smooth(surrogate="rectangle"))
 
 
 def test_repr_tells_what_was_set():
