@@ -55,7 +55,7 @@ def trained_widths(epochs: int, seed: int = 0) -> list[list[float]]:
     """The widths by layer, at the start and after each epoch of a training on digits."""
     train_images, _, train_labels, _ = load_data(seed)
     torch.manual_seed(seed)
-    model = spiking_mlp(HIDDEN, width=FIRST_WIDTH, surrogate=SURROGATE, detach_reset=False)
+    model = spiking_mlp(HIDDEN, width=FIRST_WIDTH, surrogate=SURROGATE)
     optimizer = optimizer_of(model, SGD)
     steps = epochs * -(-len(train_images) // BATCH_SIZE)
     steppers: list[Any] = [optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)]
