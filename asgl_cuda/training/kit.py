@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from ..checks import shown
-from ..interop.convert import libraries
 from ..interop.converted import bare_class
 from ..interop.fuse import Fused, overlay
+from ..interop.libraries import libraries
 from ..layer import NeuronLayer, check_module, some_asgl_layers
 from ..neuron import BatchNormLIF
 from .monitor import Monitor
