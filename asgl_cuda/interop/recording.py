@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_map_only, tree_unflatten
 
-from ..pending import checkpoint, in_function
+from ..neurons.deferred import checkpoint, in_function
 
 _CALLER = "asgl_cuda.convert"
 _local = threading.local()

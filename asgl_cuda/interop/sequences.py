@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map, tree_map_only
 
 from ..checks import shown
-from ..layer import NeuronLayer
+from ..neurons.base import NeuronLayer
 from .converted import Converted, Overlay, Streamed, bare_class, overlaid
 from .libraries import libraries
 from .recording import Recording, recording
