@@ -17,7 +17,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -289,7 +289,7 @@ class Operation(Group):
         elif not any(varies):
             with _Purity() as seen:  # type: ignore[no-untyped-call]
                 first = self._one(0)
-            if seen.pure:
+            if seen.pure and all(isinstance(each, Tensor) for each in tree_flatten(first)[0]):
                 self.stack = tree_map(lambda each: each.expand(count, *each.shape), first)
             else:  # as of random numbers, which differ by step
                 self.items = [first, *(self._one(each) for each in range(1, count))]
@@ -368,9 +368,9 @@ def _selected(base: Tensor, index: Any, indices: Sequence[tuple[int, ...]]) -> T
     if index[0] is Ellipsis and len(index) == 2:
         dim = base.dim() - 1
     else:
-        dim = next(place for place, each in enumerate(index) if isinstance(each, _Hole))
+        dim = next((place for place, each in enumerate(index) if isinstance(each, _Hole)), -1)
         rest = (*index[:dim], slice(None), *index[dim + 1 :])
-        if any(not isinstance(each, slice) or each.step is not None for each in rest):
+        if dim < 0 or any(not isinstance(each, slice) or each.step is not None for each in rest):
             return None
     size: int = base.shape[dim]
     steps = [each[0] for each in indices]
@@ -441,6 +441,7 @@ class Chain:
         self.layer, self.modes = layer, modes
         self.initial = {name: _place(each) for name, each in initial.items()}
         self.inputs: list[_Place] = []
+        self.mark = self._marked()
         self.results = {name: Result(self, name) for name in (SPIKES, *initial)}
         self.final: dict[str, Any] = {}
 
@@ -451,10 +452,25 @@ class Chain:
                 return False
         return True
 
+    def _marked(self) -> list[Any]:
+        """What the layer computes with beside its states: tensors, their versions, and numbers."""
+        mark: list[Any] = []
+        for module in self.layer.modules():
+            mark += [value for name, value in vars(module).items() if name[0] != "_" and type(value) in _NUMBERS]
+            for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+                if isinstance(tensor, Tensor) and name not in self.initial:
+                    mark += (id(tensor), 0 if tensor.is_inference() else tensor._version)
+        return mark
+
     def needs(self) -> list[Group]:
         return [each.group for each in (*self.inputs, *self.initial.values()) if isinstance(each, _Place)]
 
     def run(self) -> None:
+        if self.mark != self._marked():
+            raise RuntimeError(
+                f"{_CALLER}: with sequences, all steps of a {type(self.layer).original.__name__} are "
+                "computed at once, but the model's code changes its parameters or attributes between steps"
+            )
         groups = {each.group for each in self.inputs}
         if len(groups) > 1:
             x_seq = torch.stack([each.group.item(each.at) for each in self.inputs])
@@ -486,6 +502,7 @@ class Chain:
                 self.layer.keep_state(name, self.final[name] if is_last else state.value("").clone())
 
 
+_NUMBERS = (bool, int, float, str)
 SPIKES = "spikes"  # a chain's result beside its states
 
 
@@ -521,18 +538,21 @@ class Recording:
         self.before: dict[Any, dict[str, Any]] = {}  # states of layers
 
     def __enter__(self) -> Recording:
-        self._outer, self._mode = recording(), _Mode(self)
+        self._outer, self._mode = recording(), cast("Any", _Mode(self))
         _local.recording = self
-        self._mode.__enter__()  # type: ignore[no-untyped-call]
+        self._mode.__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self._mode.__exit__(*error)  # type: ignore[no-untyped-call]
+        self._mode.__exit__(*error)
         _local.recording = self._outer
+        self._mode = None
         if error[0] is not None:  # layers keep no values that nothing will compute
             for layer, states in self.before.items():
                 for name, state in states.items():
                     layer.keep_state(name, state)
+        for chain in (*self.earlier, *self.chains.values()):  # no reference cycle, which would keep tensors
+            chain.results.clear()
 
     def given(self, value: Tensor) -> Recorded:
         """A tensor that exists, as an operand."""
@@ -554,10 +574,12 @@ class Recording:
         target = args[0]
         if type(target) is Recorded:
             function, args, kwargs, name = changed
-            if function is None or len(target.shared or ()) > 1:
+            views = len(target.shared or ()) > 1
+            if function is None or views or isinstance(target.group, Given):
                 raise RuntimeError(
-                    f"{_CALLER}: with sequences, {name} can't change a value of a step in place"
-                    + (", of which there are views" if function else "")
+                    f"{_CALLER}: with sequences, {name} can't change "
+                    + ("the model's input" if isinstance(target.group, Given) else "a value of a step")
+                    + f" in place{', of which there are views' if views else ''}"
                 )
             made = self._record(function, args, kwargs)
             target.group, target.index = made.group, made.index

@@ -1,6 +1,8 @@
 """`convert(model, sequences=...)`: what a loop over the steps computes, by one call of each layer, or a refusal."""
 
 import copy
+import gc
+import weakref
 
 import norse.torch as norse
 import pytest
@@ -64,7 +66,7 @@ def batch_first(net, x_seq):
 def time_last(net, x_seq):
     x, states, rec = x_seq.permute(1, 2, 0), [(), ()], []
     for t in range(x.shape[-1]):
-        states, spikes, _ = net.step(x[..., t], states)
+        states, spikes, _ = net.step(x[..., [t]].squeeze(-1), states)
         rec.append(spikes)
     return rec
 
@@ -365,7 +367,24 @@ def checkpointed(net, x_seq):
     return torch.stack([net.lif1(checkpoint(net.fc1, x, use_reentrant=False))[0] for x in x_seq])
 
 
+def changed(net, x_seq):
+    states, rec = [(), ()], []
+    for x in x_seq:
+        states, spikes, _ = net.step(x, states)
+        with torch.no_grad():
+            net.lif1.threshold.mul_(1.01)
+        rec.append(spikes)
+    return torch.stack(rec)
+
+
+def input_in_place(net, x_seq):
+    x_seq += 1
+    return stacked(net, x_seq)
+
+
 REFUSED = {
+    changed: "all steps of a Leaky are computed at once, but the model's code changes its parameters",
+    input_in_place: "__iadd__ can't change the model's input in place",
     fed_back: r"lif1 \(Leaky\) and lif2 \(Leaky\) emits in a step returns",
     asked: r"lif1 \(Leaky\) takes its steps after .* in __bool__",
     read_back: "in __getitem__, between two steps",
@@ -381,10 +400,11 @@ def test_refused(loop):
     """The layers keep their states; the loop itself still runs."""
     model = type("Looped", (Net,), {"forward": loop})()
     fast, _ = asgl_cuda.convert(model, sequences="loop")
-    before = [each.clone() for each in fast.buffers()]
+    before = [each.clone() for name, each in fast.named_buffers() if not name.endswith("threshold")]
     with pytest.raises(RuntimeError, match=REFUSED[loop]):
         fast(input_of())
-    assert all(map(torch.equal, before, fast.buffers()))
+    after = [each for name, each in fast.named_buffers() if not name.endswith("threshold")]
+    assert all(map(torch.equal, before, after))
     model(input_of())
 
 
@@ -437,6 +457,21 @@ def test_states():
         loop, _ = asgl_cuda.convert(type("Looped", (Net,), {"forward": stacked})(), sequences="loop")
         with pytest.raises(RuntimeError, match="has a loop over the steps"):
             asgl_cuda.step(loop, x_seq[0])
+
+
+def test_nothing_is_kept():
+    """Without a garbage collection, which does not see the memory of a GPU."""
+    fast, _ = asgl_cuda.convert(STEPS["snnTorch"](), sequences=True)
+    gc.disable()
+    try:
+        x_seq = input_of()
+        given = weakref.ref(x_seq)
+        with torch.no_grad():
+            fast(x_seq)
+        del x_seq
+        assert given() is None
+    finally:
+        gc.enable()
 
 
 def test_overlay():
