@@ -138,10 +138,16 @@ def on_itself(net, x_seq):
     return states[0][0]
 
 
+def reset_at_the_end(net, x_seq):
+    found = stacked(net, x_seq)
+    net.lif1.reset_mem()
+    return found
+
+
 LOOPS = {
     each.__name__: each
     for each in (stacked, static, batch_first, time_last, sums, written, delayed, truncated, in_place, no_gradient,
-                 on_itself)
+                 on_itself, reset_at_the_end)
 }  # fmt: skip
 LAYERS = {
     "zero": lambda: (
