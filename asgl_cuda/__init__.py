@@ -38,6 +38,8 @@ Training:
     lightning_callback      schedule and monitor in a Lightning Trainer
     convert_sync_batchnorm  statistics shared by processes
     asgl_layers             the ASGL layers of a model
+    plot_spikes, plot_layers, plot_gradient_norms
+                            pictures, with matplotlib
 
 Models of other libraries:
     convert, revert         neurons of SpikingJelly, snnTorch, Norse and sinabs as fused neurons, and back
@@ -80,6 +82,7 @@ from .training.calibration import calibrate
 from .training.groups import parameter_groups
 from .training.kit import convert_sync_batchnorm, lightning_callback, spiking_eval
 from .training.monitor import Monitor
+from .training.plots import plot_gradient_norms, plot_layers, plot_spikes
 from .training.schedule import AnalogProbSchedule
 
 __all__ = [
@@ -115,6 +118,9 @@ __all__ = [
     "lif",
     "lightning_callback",
     "parameter_groups",
+    "plot_gradient_norms",
+    "plot_layers",
+    "plot_spikes",
     "recompute_spikes",
     "recurrent_lif",
     "reset",

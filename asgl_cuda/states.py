@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree
 
 from .checks import check_int, check_step
-from .interop.convert import libraries
 from .interop.converted import Converted, Streamed
+from .interop.libraries import libraries
 from .interop.nir.neurons import Delay
+from .interop.sequences import InSequences
 from .neurons.base import NeuronLayer, check_module
 from .neurons.over_time import OverTime
 
@@ -47,6 +48,8 @@ def _takers(model: nn.Module) -> Iterator[_Taker]:
         compiled = compiled or "_orig_mod" in module._modules or module._compiled_call_impl is not None
         if isinstance(module, NeuronLayer):
             answer: Streamed | str | None = Streamed(module.time_dim, "v", has_switch=True)
+        elif isinstance(module, InSequences):
+            answer = module.streamed()
         elif isinstance(module, (nn.RNNBase, nn.RNNCellBase, Delay)):
             answer = "it begins at rest with each call, unless the model hands its state on"
         else:
@@ -55,6 +58,8 @@ def _takers(model: nn.Module) -> Iterator[_Taker]:
             raise RuntimeError(f"{_CALLER}: {name} can't be called step by step: {answer}")
         if answer is not None:
             yield _Taker(name, module, answer, inside, compiled)
+        if isinstance(module, InSequences):  # its layers are given whole sequences by it
+            continue
         compiled = compiled or isinstance(module, Converted)  # converted layers do not call the modules inside
         inside = inside or answer is not None or isinstance(module, OverTime)  # modules inside see no time dimension
         children = [(each, child) for each, child in module._modules.items() if child is not None]

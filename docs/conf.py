@@ -21,7 +21,7 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.g
 
 import asgl_cuda  # noqa: E402
 from benchmarks import palette  # noqa: E402
-from docs import pages  # noqa: E402
+from docs import notebooks, pages  # noqa: E402
 
 project = "asgl_cuda"
 author = "the authors of asgl_cuda"
@@ -131,12 +131,15 @@ def _anchor_names(app: Any, doctree: Any) -> None:
 
 
 def _copy_files(app: Any, error: Exception | None) -> None:
-    """Copies figures of pages' HTML into the site, and the script at `mathjax_path` with its fonts."""
+    """Writes the tutorials' notebooks into the site, figures of pages' HTML, and the script at `mathjax_path`."""
     if error is not None or app.builder.format != "html":
         return
     for file in (DOCS / "figures").glob("*.png"):
         (Path(app.outdir) / "figures").mkdir(exist_ok=True)
         shutil.copyfile(file, Path(app.outdir) / "figures" / file.name)
+    (Path(app.outdir) / "notebooks").mkdir(exist_ok=True)
+    for name, text in notebooks.tutorials(DOCS).items():
+        (Path(app.outdir) / "notebooks" / f"{Path(name).name}.ipynb").write_text(notebooks.notebook(text))
     target = Path(app.outdir) / "_static"
     for file in importlib.metadata.files("sphinx-mathjax-offline") or []:
         inside = Path(*file.parts[2:])  # relative to the package's static folder

@@ -16,6 +16,8 @@ from docs.search_terms import SEARCH_TERMS
 
 NOTEBOOK = "<!-- notebook -->\n"
 HEADER = "---\nfile_format: mystnb\nkernelspec: {name: python3, display_name: Python 3}\n---\n"
+# docs/notebooks.py makes the file.
+DOWNLOAD = '<p><a href="../notebooks/{}.ipynb" download>Download this page as a Jupyter notebook</a></p>\n'
 # Python in comments, and in fences; one that has a <details> to itself is matched with it.
 PYTHON = re.compile(
     r"^<!-- python\n(?P<hidden>.*?)^-->$"
@@ -35,6 +37,7 @@ def for_site(page: str, text: str) -> str:
         text = line.sub(lambda match, words=words: f"```{{index}} {words}\n```\n\n{match[0]}", text)
     if not text.startswith(NOTEBOOK):
         return PYTHON.sub(lambda match: "" if match["shown"] is None else match[0], text)
+    text = re.sub(r"^# .*\n", rf"\g<0>\n{DOWNLOAD.format(page.rpartition('/')[2])}", text, count=1, flags=re.MULTILINE)
     return HEADER + PYTHON.sub(_cell, text.removeprefix(NOTEBOOK))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -16,20 +15,13 @@ from ..checks import check_analog_prob, check_bool, check_name, check_surrogate,
 from ..neurons.base import NeuronLayer, check_module
 from ..neurons.lif import LIF_DEFAULTS
 from ..neurons.over_time import KNOWS_TIME
-from . import authors
 from .converted import HOOKS, Converted, Settings, bare_class, exchanged, overlaid, shadowed
 from .identify import FLAT, SpikeFunction, fires_strictly, identify, is_spike, type_of_spikes
+from .libraries import LIBRARIES, libraries
 from .replaced import kept_by, made_for, replace, restore
+from .sequences import InSequences, in_sequences, kind_of, reason_against
 
 _CALLER = "asgl_cuda.convert"
-
-# Libraries, named like the adapters' files, and the modules that define neuron layers, the current one first.
-LIBRARIES = {
-    "spikingjelly": ("spikingjelly.activation_based", "spikingjelly.clock_driven"),
-    "snntorch": ("snntorch",),
-    "norse": ("norse.torch",),
-    "sinabs": ("sinabs.layers",),
-}
 
 
 class Replaced(NamedTuple):
@@ -101,22 +93,6 @@ def _checked(asgl: Mapping[str, Any] | None) -> _ASGL | None:
     return _ASGL(surrogate, width, analog_prob, learn_width)
 
 
-def libraries() -> Iterator[Any]:
-    """The adapters of the imported libraries.
-
-    Required: `find(layer)`, see `Found`; `streamed(module)`, see `InStream`. Optional: `knows_time(module)`: whether
-    `OverTime` refuses the module, where not all that `streamed` answers for are; `reset(module)` and `detach(module)`:
-    clear or detach the module's state; `not_written(module)`: why `to_nir` can't write it, or None;
-    `copy_layers(model, memo)`: fills deepcopy's memo with layers that their own __deepcopy__ would spoil;
-    `enlist(model)`: registers a copy with the library; NORMALISATIONS: equivalents of torch.nn's classes; PLAIN:
-    torch.nn's classes, keyed by the library's equivalents.
-    """
-    yield authors
-    for name, modules in LIBRARIES.items():
-        if any(sys.modules.get(module) is not None for module in modules):
-            yield importlib.import_module(f".{name}", __package__)
-
-
 KNOWS_TIME.append(lambda module: any(getattr(each, "knows_time", each.streamed)(module) for each in libraries()))
 
 
@@ -126,6 +102,7 @@ def convert(
     asgl: Mapping[str, Any] | None = None,
     layers: Mapping[type[nn.Module], Callable[[Any], nn.Module | None]] | None = None,
     inplace: bool = False,
+    sequences: bool | str = False,
     backend: str | None = None,
 ) -> tuple[nn.Module, Report]:
     """Replaces the neurons of a model by fused ones: ``fast, report = asgl_cuda.convert(model)``.
@@ -161,6 +138,14 @@ def convert(
     compares types, such as `sinabs.nir.to_nir`, `sinabs.conversion.replace_module` and some counters of SpikingJelly.
     Layers that can't be copied require `inplace=True`.
 
+    With `sequences` the model's own code runs once per step, but on values that are not computed yet. After the last
+    step each layer computes all steps in one call, and equal operations of all steps are one operation. Outputs,
+    gradients and the states that layers keep are those of the loop, up to rounding. Normalisations in training compute
+    one step after the other. Random numbers have the same distribution, but are drawn in another order. The model is
+    refused, by the name of the layer or function, if a neuron is not converted, if spikes return to an earlier layer,
+    if the code needs a value between two steps, as `if spikes.sum() > 0` does, and if a torch.autograd.Function or a
+    torch.utils.checkpoint inside of the model gets values of steps. `torch.compile` and `torch.export` get the loop.
+
     Args:
         model: any module, or a neuron layer.
         asgl: turns the replaced layers into ASGL layers. A mapping with `surrogate` and initial `width` (default: those
@@ -176,14 +161,18 @@ def convert(
             parameters to the optimizer. References outside of the module tree, for example in lists, keep the old
             module.
         inplace: convert the model instead of a copy; existing optimizers stay valid.
+        sequences: computes all time steps of a model at once that takes one step per call. True: a call of the result
+            takes `x_seq` `[T, ...]`, starts at rest, and returns what the model returns for each step, stacked
+            `[T, ...]`; with `fast.stateful = True` it continues from the states of the last call. "loop": the forward
+            of the model contains the loop over the steps, and is called as before. See below.
         backend: backend of all layers, see `asgl_cuda.lif`.
 
     Returns:
         The model, and a `Report` with the lists `replaced` and `left`. `print` shows both, with advice on speed.
 
     Raises TypeError or ValueError for invalid arguments, ValueError for `asgl` or `backend` if a layer is converted
-    already, and RuntimeError for a model that can't be copied, or an error of a function in `layers`. The model stays
-    unchanged then.
+    already and for a model that `sequences` refuses, and RuntimeError for a model that can't be copied, or an error of
+    a function in `layers`. The model stays unchanged then.
 
     Example::
 
@@ -193,16 +182,21 @@ def convert(
         fast, report = asgl_cuda.convert(model)
         print(report)
         spikes = fast(torch.rand(2, 4))
+
+        fast, report = asgl_cuda.convert(model, sequences=True)
+        spikes = fast(torch.rand(10, 2, 4))  # [T, B, 3]
     """
     wanted = _checked(asgl)
+    kind = kind_of(sequences)
     if backend is not None:
         check_name("backend", backend, BACKENDS, _CALLER)
     model = taken(model, inplace, _CALLER)
     if wanted is not None or backend is not None:
         _check_unconverted(model)
     made = made_for(model, layers, _CALLER)
-    known = list(libraries())
+    finds = [getattr(library, "find_in_loop" if kind else "find", library.find) for library in libraries()]
     report = Report([], [])
+    new: list[Converted] = []
     inside: list[str] = []  # path prefixes of replaced layers, whose submodules are not reported
     for path, layer in list(model.named_modules()):
         if path.startswith(tuple(inside)):
@@ -219,7 +213,7 @@ def convert(
             continue
         if isinstance(layer, Converted):
             continue
-        answers = (library.find(layer) for library in known)
+        answers = (find(layer) for find in finds)
         found = _vendored(layer) or next((each for each in answers if each is not None), None)
         if found is None:
             continue
@@ -233,8 +227,18 @@ def convert(
         analog_prob, learn_width = (0.0, False) if wanted is None else (wanted.analog_prob, wanted.learn_width)
         settings = Settings(spike, backend, type_of_spikes(found[1]), wanted is not None)
         layer.begin(settings, analog_prob, learn_width)
+        new.append(layer)
         report.replaced.append(Replaced(path, name, layer.description()))
         inside.append(f"{path}." if path else "")
+    if kind is not None:
+        if reason := reason_against(model, report.left):
+            for layer in new:
+                layer.end()
+            for layer, _ in made.values():
+                if layer is not None:
+                    restore(model, layer)
+            raise ValueError(f"{_CALLER}: with sequences, {reason}")
+        report.replaced.insert(0, Replaced("", bare_class(model).__name__, in_sequences(model, kind)))
     report.notes = _notes(model, report)
     return model, report
 
@@ -267,7 +271,7 @@ def _notes(model: nn.Module, report: Report) -> list[str]:
     advice: dict[str, list[str]] = {}  # paths by text of the advice
     for path, *_ in report.replaced:
         layer: Any = model.get_submodule(path)
-        for text in _notes_on(layer):
+        for text in _notes_on(layer, isinstance(model, InSequences)):
             advice.setdefault(text, []).append(path or "(the model)")
     notes = [f"{', '.join(paths)}: {text}" for text, paths in advice.items()]
     if report.replaced or report.left:
@@ -285,10 +289,10 @@ def _notes(model: nn.Module, report: Report) -> list[str]:
     return [f"no known neurons among {', '.join(sorted(kinds))}; of {known}, imported: {imported}"]
 
 
-def _notes_on(layer: Any) -> Iterator[str]:
+def _notes_on(layer: Any, in_loop: bool) -> Iterator[str]:
     uncalled = {"the module in its place": kept_by(layer)}
     if isinstance(layer, Converted):
-        if (text := layer.advice()) is not None:
+        if not in_loop and (text := layer.advice()) is not None:
             yield text
         uncalled = layer.read_from()
     for name, part in uncalled.items():
@@ -390,6 +394,8 @@ def revert(model: nn.Module, *, inplace: bool = False) -> tuple[nn.Module, Repor
     """
     model = taken(model, inplace, "asgl_cuda.revert")
     report = Report([], [])
+    if isinstance(model, InSequences):
+        model.end_sequences()
     for path, layer in list(model.named_modules()):
         if kept_by(layer) is not None:
             module, lost = restore(model, layer)

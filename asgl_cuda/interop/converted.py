@@ -20,6 +20,7 @@ from ..neurons.leaky_integrator import IntegratorOutput, leaky_integrator
 from ..neurons.lif import LIF_DEFAULTS, LIFOutput, computed_after, lif
 from ..reference.learned import Logarithm
 from .identify import FLAT, SpikeFunction, captured
+from .recording import Recording, recording
 
 
 class Settings(NamedTuple):
@@ -377,7 +378,27 @@ class Converted(Overlay, Noisy):
 
     def advice(self) -> str | None:
         """Advice on calls with whole sequences, for a layer called step by step."""
-        return None
+        return _ADVICE if self.takes_steps else None
+
+    # ---- a layer in a recorded loop, see recording.py ----
+
+    def record_step(self, found: Recording, *args: Any, **kwargs: Any) -> Any:
+        """Records a step: `found.step`, with the layer's arguments and results."""
+        raise RuntimeError(f"asgl_cuda.convert: with sequences, {found.name(self)} must take one step per call")
+
+    def recorded_states(self) -> dict[str, Any]:
+        """The states that the layer keeps from step to step, by name."""
+        return {}
+
+    def keep_state(self, name: str, value: Any) -> None:
+        setattr(self, name, value)
+
+    def steps_from(self, x_seq: Tensor, states: dict[str, Any], wanted: set[str]) -> tuple[Any, Any]:
+        """All steps from these states: stacks of the results by name, of states only the `wanted`, and final states.
+
+        States that the layer keeps are set before, and read after.
+        """
+        raise NotImplementedError
 
     def __prepare_scriptable__(self) -> NoReturn:
         """Refuses torch.jit.script, which calls this first, and torch.jit.trace."""
@@ -390,6 +411,11 @@ class Converted(Overlay, Noisy):
         give_dimension(state_dict, prefix, "log_width")
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 
+
+_ADVICE = (
+    "one step per call gains little; convert(model, sequences=True) computes all steps at once, up to 6 times as fast "
+    '(sequences="loop" if the model\'s forward contains the loop over the steps)'
+)
 
 # An adapter's answer for a layer: the converting class and the spike function (None if the layer does not fire), or the
 # reason to leave the layer; None unless the layer is a neuron of the library.
@@ -455,6 +481,8 @@ def _entered(forward: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(forward)
     def call(self: Converted, *args: Any, **kwargs: Any) -> Any:
+        if not torch.compiler.is_compiling() and (found := recording()) is not None and not found.is_running:
+            return self.record_step(found, *args, **kwargs)
         is_pending = bool(args) and isinstance(args[0], Pending)
         if args and not is_pending and isinstance(args[0], fx.Proxy):
             tracer: Any = args[0].tracer

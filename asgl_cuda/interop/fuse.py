@@ -20,8 +20,9 @@ from ..layout import channel_dim, real_type
 from ..neurons.batch_norm_lif import module_batch_norm_lif
 from ..neurons.deferred import Normal, Pending, checkpoint, hooks_of_graph, in_backward, in_function, tensor_of, watched
 from ..neurons.lif import LIFOutput
-from .convert import Left, Replaced, Report, convert, copied, libraries, taken
+from .convert import Left, Replaced, Report, convert, copied, taken
 from .converted import Converted, Overlay, bare_class, overlaid
+from .libraries import libraries
 
 _CALLER = "asgl_cuda.fuse"
 _CONVERTED = "_converted_by_fuse"  # an attribute of neurons, for `unfuse`

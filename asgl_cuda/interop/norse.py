@@ -22,7 +22,8 @@ from norse.torch.module.exp_filter import ExpFilter
 from torch import Tensor, nn
 
 from ..checks import HALF_TYPES
-from .converted import Converted, Found, InStream, bare_class, known_class, number
+from .converted import Converted, Found, InStream, known_class, number
+from .recording import SPIKES, Recording
 from .recurrent import Recurrent, currents
 
 # Default step function, `activation`, of each convertible layer.
@@ -35,6 +36,16 @@ _STEPS = {
     norse.LI: norse.li_feed_forward_step,
     norse.LIFRecurrent: lif_step,
     norse.LIFRecurrentCell: lif_step,
+}
+# Layers that do not fire, converted for whole sequences alone, and the states of cells.
+_READ_OUTS = {norse.LICell: norse.li_feed_forward_step, norse.LIBoxCell: norse.li_box_feed_forward_step}
+_STATES: dict[Any, Any] = {
+    norse.LIFCell: norse.LIFFeedForwardState,
+    norse.LIFBoxCell: norse.LIFBoxFeedForwardState,
+    norse.IAFCell: norse.IAFFeedForwardState,
+    norse.LIFRecurrentCell: norse.LIFState,
+    norse.LICell: norse.LIState,
+    norse.LIBoxCell: norse.LIBoxState,
 }
 _FASTER = "its few operations a step are faster than a kernel's call"
 _ADAPTIVE = "its threshold adapts; asgl_cuda.AdaptiveLIF is its counterpart"
@@ -66,18 +77,35 @@ class ConvertedSNN(Converted):
             found |= {"method": p.method, "alpha": p.alpha, "reset_method": getattr(p, "reset_method", None)}
         return found
 
-    def advice(self) -> str | None:
-        name = bare_class(self).__name__.removesuffix("Cell")
-        if self.time_dim is not None or not hasattr(norse, name):
-            return None
-        return f"a step a call; norse.torch.{name} computes whole sequences, several times faster"
+    def steps_as_before(self) -> bool:
+        """Also a step that does not fire: its few operations are faster than a kernel's call."""
+        return self.settings.spike is None or super().steps_as_before()
+
+    def record_step(self, found: Recording, input_tensor: Any, state: Any = None) -> Any:
+        if self.time_dim is not None:
+            return super().record_step(found, input_tensor, state)
+        kind = _STATES[known_class(self, _STATES)]
+        results = found.step(self, input_tensor, {name: getattr(state, name, None) for name in kind._fields})
+        return results[SPIKES], kind(**{name: results[name] for name in kind._fields})
+
+    def steps_from(self, x_seq: Tensor, states: dict[str, Any], wanted: set[str]) -> tuple[Any, Any]:
+        at_rest = all(each is None for each in states.values())
+        state = None if at_rest else _STATES[known_class(self, _STATES)](**states)
+        out, last = self.compute(x_seq, state, a_step=False, records=bool(wanted & {*states}))
+        if not wanted & {*states}:
+            return {SPIKES: out}, last._asdict()
+        return {SPIKES: out, **last._asdict()}, {}
 
     def forward(self, input_tensor: Tensor, state: Any = None) -> tuple[Tensor, Any]:
         a_step = self.time_dim is None
         if input_tensor.is_sparse or (a_step and self.steps_as_before()):
             return super().forward(input_tensor, state)  # type: ignore[no-any-return]
-        records, found = not a_step and self.record_states, {}
-        first = self.initial_state(input_tensor) if state is None else state
+        return self.compute(input_tensor, state, a_step, not a_step and self.record_states)
+
+    def compute(self, input_tensor: Tensor, state: Any, a_step: bool, records: bool) -> tuple[Tensor, Any]:
+        """Output and state of a step or a sequence, with the states of all steps if it `records` them."""
+        found: dict[str, Any] = {}
+        first = self.state_at_rest(input_tensor, a_step) if state is None else state
         options, decay_of_current = self._made()
         if decay_of_current is not None:
             if a_step:
@@ -101,6 +129,10 @@ class ConvertedSNN(Converted):
             found["v"] = output.v_seq if records else output.v_last
         return out, _state(first, found, input_tensor)
 
+    def state_at_rest(self, input_tensor: Tensor, a_step: bool) -> Any:
+        of_step = self.time_dim is None and not a_step  # a cell knows no time
+        return self.initial_state(input_tensor[0] if of_step else input_tensor)
+
     def _made(self) -> tuple[dict[str, Any], Any]:
         """The options of `lif`, and the decay of the current, or None."""
         p, gain, bias, decay = self.p, 1.0, 0.0, 1.0
@@ -123,11 +155,13 @@ class ConvertedRecurrent(Recurrent, ConvertedSNN):
     _weights = ("input_weights", "recurrent_weights")
 
     def forward(self, input_tensor: Tensor, state: Any = None) -> tuple[Tensor, Any]:
-        a_step, p = self.time_dim is None, self.p
-        if input_tensor.is_sparse or (a_step and self.steps_as_before()):
+        if input_tensor.is_sparse or (self.time_dim is None and self.steps_as_before()):
             return super(ConvertedSNN, self).forward(input_tensor, state)  # type: ignore[no-any-return]
-        records = not a_step and self.record_states
-        first = self.initial_state(input_tensor) if state is None else state
+        return super().forward(input_tensor, state)
+
+    def compute(self, input_tensor: Tensor, state: Any, a_step: bool, records: bool) -> tuple[Tensor, Any]:
+        p = self.p
+        first = self.state_at_rest(input_tensor, a_step) if state is None else state
         options, decay = self._made()
         leak = number(p.v_leak)
         x_seq = nn.functional.linear(input_tensor[None] if a_step else input_tensor, self.input_weights)
@@ -156,16 +190,28 @@ def _state(first: Any, found: dict[str, Any], input_tensor: Tensor) -> Any:
     return type(first)(**found)
 
 
+def find_in_loop(layer: nn.Module) -> Found:
+    """The answer of `find` for a layer whose steps are computed together."""
+    kind = known_class(layer, _READ_OUTS)
+    if kind not in _READ_OUTS:
+        return find(layer)
+    return _found(layer, kind, _READ_OUTS[kind])
+
+
 def find(layer: nn.Module) -> Found:
     kind = known_class(layer, (*_STEPS, *_LEFT), _MIXING)
     if isinstance(kind, str):
         return kind if isinstance(layer, _NEURONS) else None
     if kind in _LEFT:
         return _LEFT[kind]
+    return _found(layer, kind, _STEPS[kind])
+
+
+def _found(layer: Any, kind: Any, step: Any) -> Found:
     p: Any = layer.p
     if getattr(layer.state_fallback, "__func__", None) is not kind.initial_state:
         return "it starts from a state of its own (state_fallback)"
-    if layer.activation is not _STEPS[kind]:
+    if layer.activation is not step:
         return f"it steps by {getattr(layer.activation, '__name__', layer.activation)}"
     if getattr(p, "reset_method", reset_value) not in (reset_value, reset_subtract):
         return "it resets by a function of its own"

@@ -38,6 +38,7 @@ from .converted import (
     number,
     version_of,
 )
+from .recording import SPIKES, Recording
 from .recurrent import Recurrent, currents, lacking
 
 # Substitute for a learned beta of 0, since threshold / beta must exist; the change is below the resolution of float32
@@ -56,6 +57,7 @@ class ConvertedLeaky(Converted):
 
     time_dim = None
     reset_delay = True  # always True for Lapicque
+    _states: tuple[str, ...] = ("mem",)
     _last: tuple[Tensor, int, Tensor] | None = None  # the potential of a noisy step, its version, and the spikes
     _smallness: tuple[Any, bool] = (), False  # id and version of beta, and whether it is small
 
@@ -69,11 +71,6 @@ class ConvertedLeaky(Converted):
             "reset_delay": self.reset_delay,
             "graded_spikes_factor": self._buffers.get("graded_spikes_factor"),
         }
-
-    def advice(self) -> str | None:
-        return (
-            "a step a call; asgl_cuda.interop.snntorch.MultiStep(layer) computes whole sequences, several times faster"
-        )
 
     def begin(self, settings: Settings, analog_prob: float, learn_width: bool) -> None:
         super().begin(settings, analog_prob, learn_width)
@@ -89,6 +86,36 @@ class ConvertedLeaky(Converted):
         if self.steps_as_before():
             return super().forward(input_, *states, **named)
         return self.results(input_, *self.one_step(input_, *states, **named))
+
+    def recorded_states(self) -> dict[str, Any]:
+        return {name: self._buffers[name] for name in self._states}
+
+    def keep_state(self, name: str, value: Any) -> None:
+        self._buffers[name] = value  # also one that is no tensor yet
+
+    def record_step(self, found: Recording, input_: Any, *given: Any, **named: Any) -> Any:
+        states = self.recorded_states()
+        unknown = [*given[len(states) :], *(named.keys() - {*self._states[len(given) :]})]
+        if unknown:
+            raise TypeError(f"{bare_class(self).__name__} takes an input and {', '.join(states)}, got {unknown[0]!r}")
+        for name, value in (*zip(states, given, strict=False), *named.items()):
+            if value is not None:
+                self._check_given(name)
+                states[name] = value
+        results = found.step(self, input_, states)
+        for name in states:
+            self.keep_state(name, results[name])
+        spikes, *others = [results[name] for name in (*(() if "spk" in states else (SPIKES,)), *states)]
+        return spikes if self.init_hidden and not self.output else (spikes, *others)
+
+    def steps_from(self, x_seq: Tensor, states: dict[str, Any], wanted: set[str]) -> tuple[Any, Any]:
+        late = self.reset_delay or self.reset_mechanism != "subtract"
+        steps = self.sequence if late else self.by_steps
+        spikes, *others = steps(x_seq, *(None for _ in states))
+        self.results(x_seq, spikes)
+        names = [name for name in states if name != "spk"]
+        found = {SPIKES: spikes, "spk": spikes, **dict(zip(names, others, strict=True))}
+        return {name: each for name, each in found.items() if name in (SPIKES, *states) and each is not None}, {}
 
     def one_step(self, input_: Tensor, mem: Tensor | None = None) -> tuple[Tensor, ...]:
         """Spikes and states after one step, from the given states or the stored ones."""
@@ -189,9 +216,13 @@ class ConvertedLeaky(Converted):
         """The given or stored state."""
         if state is None:
             state = getattr(self, name)
-        elif self.init_hidden:
-            raise TypeError(f"`{name}` should not be passed as an argument while `init_hidden=True`")
+        else:
+            self._check_given(name)
         return state if state.shape == x_seq.shape[1:] else x_seq.new_zeros(x_seq.shape[1:])
+
+    def _check_given(self, name: str) -> None:
+        if self.init_hidden:
+            raise TypeError(f"`{name}` should not be passed as an argument while `init_hidden=True`")
 
     def _is_small(self, decay: Tensor | float) -> bool:
         """Whether a sequence is computed step by step; updated after changes of a readable beta."""
@@ -230,6 +261,7 @@ class ConvertedSynaptic(ConvertedLeaky):
 
     takes_input = False
     syn: Tensor
+    _states: tuple[str, ...] = ("syn", "mem")
 
     def advice(self) -> str | None:
         return f"{super().advice()}; for backward a step keeps up to 1.6 times the bytes of snnTorch's"
@@ -253,6 +285,7 @@ class ConvertedRLeaky(Recurrent, ConvertedLeaky):
     """One step a call, with arguments and results of `RLeaky`; `recurrent` is a Linear or one weight a neuron."""
 
     _weights = ("V",)
+    _states: tuple[str, ...] = ("spk", "mem")
     steps_as_before = ConvertedLeaky.steps_as_before  # its own step is no slower
 
     def read_from(self) -> dict[str, Any]:
@@ -299,6 +332,8 @@ class ConvertedRLeaky(Recurrent, ConvertedLeaky):
 
 class ConvertedRSynaptic(ConvertedRLeaky, ConvertedSynaptic):  # type: ignore[misc]
     """One step a call, with arguments and results of `RSynaptic`."""
+
+    _states = ("spk", "syn", "mem")
 
     def sequence(self, x_seq: Tensor, spk: Any = None, syn: Any = None, mem: Any = None) -> Any:  # type: ignore[override]
         if not self._is_known(x_seq):

@@ -14,6 +14,7 @@ from ..neurons.deferred import tensor_of
 from ..spikes.functional import has_kernel
 from ..spikes.layers import SPIKE_LAYERS
 from .convert import Left, Replaced, Report, copied
+from .recording import Recorded
 
 _DENSE = {ours: theirs for theirs, ours in SPIKE_LAYERS.items()}
 _FEW = 32  # with fewer channels or outputs, lists cost more than they save
@@ -86,6 +87,9 @@ def to_spike_layers(model: nn.Module, example: Any) -> tuple[nn.Module, Report]:
     counted: dict[str, tuple[list[tuple[int, int]], list[bool]]] = {}
 
     def count(name: str, layer: Any, inputs: tuple[Any, ...]) -> None:
+        if isinstance(inputs[0], Recorded):
+            inputs[0].then(lambda x: count(name, layer, (x,)))
+            return
         x = tensor_of(inputs[0], caller)
         shares, kernels = counted.setdefault(name, ([], []))
         kernels.append(has_kernel(x, layer.weight, caller))  # raises for an input that is not a tensor

@@ -26,8 +26,9 @@ from torch.utils._pytree import tree_map_only
 
 from ..checks import MOST_LEVELS
 from ..neurons.lif import LIFOutput
-from .converted import Converted, Found, InStream, Streamed, exchanged, known_class
+from .converted import Converted, Found, InStream, Streamed, bare_class, exchanged, known_class
 from .identify import SpikeFunction, captured
+from .recording import SPIKES, Recording
 from .recurrent import Recurrent, lacking
 
 # `clock_driven` up to 0.0.0.0.14, which has both.
@@ -67,7 +68,7 @@ class ConvertedNode(Converted):
         if self.step_mode != "s":
             return None
         whole = "spikingjelly.activation_based.functional.set_step_mode(model, 'm')"
-        return f"step mode 's' computes a step a call; {whole} computes whole sequences, 3 to 12 times faster"
+        return f"step mode 's' gains little; {whole} computes whole sequences, 3 to 12 times faster"
 
     def multi_step_forward(self, x_seq: Tensor) -> Tensor:
         output = self._steps(x_seq, whole=True)
@@ -84,15 +85,33 @@ class ConvertedNode(Converted):
         return output.s_seq.squeeze(0)
 
     def _steps(self, x_seq: Tensor, whole: bool) -> LIFOutput:
+        return self._fired(self._current(x_seq, whole), x_seq, whole and getattr(self, "store_v_seq", False))
+
+    def _fired(self, current: Tensor, x_seq: Tensor, return_v_seq: bool) -> LIFOutput:
         output = self.lif(
-            self._current(x_seq, whole),
-            input_gain=_gain(self),
-            levels=self._levels,
-            return_v_seq=whole and getattr(self, "store_v_seq", False),
-            **_options(self, x_seq),
+            current, input_gain=_gain(self), levels=self._levels, return_v_seq=return_v_seq, **_options(self, x_seq)
         )
         self.v = output.v_last
         return output
+
+    def recorded_states(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("v", "c") if name in self._memories}
+
+    def record_step(self, found: Recording, x: Any) -> Any:
+        if self.step_mode == "m":
+            return super().record_step(found, x)
+        results = found.step(self, x, states := self.recorded_states())
+        for name in states:
+            setattr(self, name, results[name])
+        if hasattr(self, "_append_v_seq") and self.store_v_seq:
+            self._append_v_seq(results["v"])
+        return results[SPIKES]
+
+    def steps_from(self, x_seq: Tensor, states: dict[str, Any], wanted: set[str]) -> tuple[Any, Any]:
+        current = self._current(x_seq, True)
+        output = self._fired(current, x_seq, "v" in wanted)
+        found = {SPIKES: output.s_seq, "v": output.v_seq, "c": current if "c" in states else None}
+        return {name: each for name, each in found.items() if each is not None}, {}
 
     def _current(self, x_seq: Tensor, whole: bool) -> Tensor:
         return x_seq
@@ -183,6 +202,29 @@ class ConvertedContainer(Recurrent):
             return {**found, "feedback": lacking(self.rc)}
         return {**found, "element_wise_function": self.element_wise_function}
 
+    def recorded_states(self) -> dict[str, Any]:
+        node = _parts(self)[1]
+        return {"y": self.y, **{name: getattr(node, name) for name in ("v", "c") if name in node._memories}}
+
+    def keep_state(self, name: str, value: Any) -> None:
+        setattr(self if name == "y" else _parts(self)[1], name, value)
+
+    def record_step(self, found: Recording, x: Any) -> Any:
+        if self.step_mode == "m":
+            return super().record_step(found, x)
+        results = found.step(self, x, states := self.recorded_states())
+        for name in states:
+            self.keep_state(name, results[name])
+        return results["y"]
+
+    def steps_from(self, x_seq: Tensor, states: dict[str, Any], wanted: set[str]) -> tuple[Any, Any]:
+        if missing := wanted & {"v", "c"}:
+            raise RuntimeError(
+                f"asgl_cuda.convert: with sequences, a {bare_class(self).__name__} gives its spikes alone, but the "
+                f"model's code reads its {missing.pop()} in each step"
+            )
+        return {"y": self.multi_step_forward(x_seq)}, {}
+
     def single_step_forward(self, x: Tensor) -> Tensor:
         if self.steps_as_before():
             return super().single_step_forward(x)  # type: ignore[misc,no-any-return]
@@ -247,8 +289,8 @@ class ConvertedILIFNode(ConvertedNode):
     def _levels(self) -> int:  # type: ignore[override]
         return int(getattr(self.surrogate_function, "max_spike_count", 0))  # otherwise 0, an error of `lif`
 
-    def _steps(self, x_seq: Tensor, whole: bool) -> LIFOutput:
-        output = super()._steps(x_seq, whole)
+    def _fired(self, current: Tensor, x_seq: Tensor, return_v_seq: bool) -> LIFOutput:
+        output = super()._fired(current, x_seq, return_v_seq)
         return output._replace(s_seq=output.s_seq.to(x_seq.dtype))  # integers for integer inputs
 
     def description(self) -> str:
@@ -270,7 +312,13 @@ class ConvertedClockDrivenNode(ConvertedNode):
     def advice(self) -> str | None:
         if self.step_mode == "m":
             return None
-        return "a step a call; MultiStep nodes compute whole sequences, several times faster"
+        return "one step per call gains little; MultiStep nodes compute whole sequences, several times faster"
+
+    def record_step(self, found: Recording, x: Any) -> Any:
+        spikes = super().record_step(found, x)
+        if "spike" in self._memories:
+            self.spike = spikes
+        return spikes
 
     def forward(self, x: Tensor) -> Tensor:
         whole = self.step_mode == "m"

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from ..checks import shown
-from ..interop.convert import libraries
 from ..interop.converted import bare_class
 from ..interop.fuse import Fused, overlay
+from ..interop.libraries import libraries
 from ..neurons.base import check_module, some_asgl_layers
 from ..neurons.batch_norm_lif import BatchNormLIF
 from .monitor import Monitor

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..interop.recording import Recorded
 from ..layout import channel_dim
 from ..neurons.base import NeuronLayer, some_asgl_layers
 from ..neurons.batch_norm_lif import BatchNormLIF, sharing
@@ -318,6 +319,9 @@ class Monitor:
     @torch.no_grad()
     def _look(self, layer: Any, args: tuple[Any, ...], output: Any) -> None:
         s_seq = output[0] if isinstance(output, tuple) else output
+        if isinstance(s_seq, Recorded):
+            s_seq.then(lambda value: self._look(layer, args, value))
+            return
         if torch.compiler.is_compiling() or transforming() or not isinstance(s_seq, Tensor) or s_seq.numel() == 0:
             return
         if before := self._before.pop(layer, None):

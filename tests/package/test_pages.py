@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
+import builtins
 import functools
+import json
 import re
 from collections.abc import Iterator
 from html.parser import HTMLParser
@@ -12,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from docs import pages
+from docs import notebooks, pages
 
 markdown_it = pytest.importorskip("markdown_it")
 
@@ -118,7 +121,8 @@ ON_THE_SITE = {
     "host": ("<!-- host -->\n## `lif`\n\n[Source](lif.py)\n<!-- /host -->\n", "\n"),
     "cells": (
         "<!-- notebook -->\n# A\n\n<!-- python\nassert x\n-->\n\n```python\nx\n```\n\n```sh\nls\n```\n",
-        f"{pages.HEADER}# A\n\n```{{code-cell}} python\n:tags: [remove-cell]\n\nassert x\n```\n\n"
+        f"{pages.HEADER}# A\n\n{pages.DOWNLOAD.format('a')}\n"
+        "```{code-cell} python\n:tags: [remove-cell]\n\nassert x\n```\n\n"
         "```{code-cell} python\nx\n```\n\n```sh\nls\n```\n",
     ),
     "folded": (
@@ -141,3 +145,29 @@ def test_search_terms_stand_before_their_headings(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(pages.SEARCH_TERMS, "a", {"Gone": "!word"})
     with pytest.raises(ValueError, match=r"a must have one heading 'Gone'"):
         pages.for_site("a", "# A\n")
+
+
+TUTORIALS = notebooks.tutorials(ROOT / "docs")
+
+
+@pytest.mark.parametrize("page", TUTORIALS)
+def test_notebooks(page: str):
+    """Each has the code that the page shows and what this code needs, and no markup of the page."""
+    made = json.loads(notebooks.notebook(TUTORIALS[page]))
+    assert (made["nbformat"], made["cells"][0]["source"].partition("\n")[0][:2]) == (4, "# ")
+    code = [cell["source"] for cell in made["cells"] if cell["cell_type"] == "code"]
+    shown = [match["shown"].strip("\n") for match in pages.PYTHON.finditer(TUTORIALS[page]) if match["shown"]]
+    assert [cell for cell in code if cell in shown] == shown
+    text = "\n".join(cell["source"] for cell in made["cells"] if cell["cell_type"] == "markdown")
+    assert not re.search(r"<!--|-->|details>|\.md\)|```\{", text)
+    trees = [ast.parse(cell) for cell in code]
+    bound = set(dir(builtins)) | {each.arg for tree in trees for each in ast.walk(tree) if isinstance(each, ast.arg)}
+    for cell in code:
+        bound |= notebooks.names_in(cell, ast.Store)
+        assert notebooks.names_in(cell, ast.Load) <= bound
+
+
+def test_notebook_keeps_hidden_code_that_is_needed():
+    text = "<!-- notebook -->\n# A\n\n<!-- python\ny = 1\n-->\n\n```python\nx = y\n```\n\n<!-- python\nassert x\n-->\n"
+    cells = json.loads(notebooks.notebook(text))["cells"]
+    assert [cell["source"] for cell in cells] == ["# A", "y = 1", "x = y"]

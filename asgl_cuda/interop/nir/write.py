@@ -19,9 +19,10 @@ from ...neurons.lif import LIF, unknown_options
 from ...neurons.recurrent_lif import RecurrentLIF
 from ...reference.normalisation import normalisation
 from ...spikes.layers import SPIKE_LAYERS
-from ..convert import LIBRARIES, convert, copied, libraries
+from ..convert import convert, copied
 from ..converted import Converted, bare_class
 from ..fuse import unfuse
+from ..libraries import LIBRARIES, libraries
 from . import neurons as units
 from .neurons import KEY, RECURRENCE, Delay, Scale, as_double, as_shape, naming, range_of
 

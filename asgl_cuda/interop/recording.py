@@ -1,0 +1,877 @@
+"""Loops over time steps that are recorded and computed afterwards, each operation for all steps in one call.
+
+A model's own code runs once per step on `Recorded` values. Operations that differ only in the step of their operands,
+such as `linear(x[0], w)` and `linear(x[1], w)`, form one `Operation`, which `torch.vmap` computes, or a loop where vmap
+can't. The steps of a neuron form one `Chain`, which its layer computes as a sequence. What needs what gives the order.
+A chain that needs its own results, as where spikes return to an earlier layer, is refused.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import itertools
+import operator
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any, NamedTuple, TypeAlias, cast
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map, tree_map_only, tree_unflatten
+
+from ..neurons.deferred import checkpoint, in_function
+
+_CALLER = "asgl_cuda.convert"
+_local = threading.local()
+_serials = itertools.count(1)  # ids of groups, which no other group gets later
+
+
+def recording() -> Recording | None:
+    """The recording that this thread's code runs in."""
+    return getattr(_local, "recording", None)
+
+
+# ---- how an operation is computed: as where it was called ----
+
+_DEVICES = ("cpu", "cuda")
+_NO_AUTOCAST = (None, None)
+_Modes: TypeAlias = "tuple[bool, tuple[torch.dtype | None, ...]]"
+
+
+def _modes() -> _Modes:
+    """Whether gradients are enabled; by device, the dtype of autocast, or None where it is off."""
+    if not any(map(torch.is_autocast_enabled, _DEVICES)):
+        return torch.is_grad_enabled(), _NO_AUTOCAST
+    return torch.is_grad_enabled(), tuple(
+        torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None for device in _DEVICES
+    )
+
+
+@contextmanager
+def _under(modes: _Modes) -> Iterator[None]:
+    with ExitStack() as stack:
+        grad, types = _modes()
+        if modes[0] != grad:
+            stack.enter_context(torch.set_grad_enabled(modes[0]))
+        for device, dtype, current in zip(_DEVICES, modes[1], types, strict=True):
+            if dtype is not current:
+                stack.enter_context(torch.autocast(device, dtype, enabled=dtype is not None))
+        yield
+
+
+# ---- values ----
+
+
+class Recorded:
+    """A value of one step, not computed yet: member `index` of a group."""
+
+    __slots__ = ("__weakref__", "group", "index", "of", "shared")
+
+    def __init__(self, of: Recording, group: Group, index: int) -> None:
+        self.of, self.group, self.index = of, group, index
+        self.shared: weakref.WeakSet[Recorded] | None = None  # views of the same values
+
+    def value(self, use: str) -> Any:
+        """The value, which `use` needs."""
+        return self.of.value(self, use)
+
+    def then(self, function: Callable[[Any], object]) -> None:
+        """Calls the function with the value, once it is computed."""
+        _used(self.group)
+        self.of.waiting.append((self.group, self.index, function))
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _ABOUT:
+            return getattr(self.group.meta(), name)
+        if name == "device":
+            return self.group.device()
+        if name == "is_cuda":
+            return self.group.device().type == "cuda"
+        if name == "requires_grad":
+            return self.group.requires_grad
+        if name in _NEW:
+            return getattr(torch.empty(0, dtype=self.dtype, device=self.device), name)
+        found = getattr(Tensor, name)  # an AttributeError names Tensor
+        if name in _ASKING:
+            return getattr(self.value(name), name)
+        return partial(self.of.call, found, self) if callable(found) else self.of.call(found.__get__, self)
+
+    def __iter__(self) -> Iterator[Any]:
+        meta = self.group.meta()
+        return (self.of.call(Tensor.__getitem__, self, each) for each in range(len(meta)))
+
+    def __len__(self) -> int:
+        return len(self.group.meta())
+
+    def __repr__(self) -> str:
+        return repr(self.value("repr"))
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """After the loop: the function of the values."""
+        name = function.__name__
+        args, kwargs = tree_map_only(cls, lambda each: each.value(name), (args, kwargs or {}))
+        return function(*args, **kwargs)
+
+
+def _operator(name: str) -> Any:
+    function = getattr(Tensor, name)
+
+    def method(self: Recorded, *args: Any) -> Any:
+        if args == (None,) and name in ("__eq__", "__ne__"):
+            return name == "__ne__"
+        if name in _ASKING:
+            return getattr(self.value(name), name)(*args)
+        return self.of.call(function, self, *args)
+
+    return method
+
+
+_ABOUT = {"shape", "ndim", "dtype", "layout", "size", "dim", "numel", "is_sparse", "is_nested", "is_quantized",
+          "is_floating_point", "is_complex", "stride", "nelement", "itemsize", "ndimension"}  # fmt: skip
+_NEW = {"new_zeros", "new_ones", "new_full", "new_empty", "new_tensor"}
+_LIKE = {torch.zeros_like, torch.ones_like, torch.full_like, torch.empty_like}
+_ASKING = {"item", "tolist", "numpy", "__bool__", "__float__", "__int__", "__index__", "__complex__", "__format__",
+           "__array__", "__reduce_ex__", "__contains__", "backward", "data_ptr", "untyped_storage"}  # fmt: skip
+_OPERATORS = {name for name in dir(Tensor) if name[:2] == "__" and callable(getattr(Tensor, name))} - {*dir(object)}
+_OPERATORS |= {"__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__", "__format__", "__reduce_ex__"}
+for _name in _OPERATORS - {"__torch_function__", "__torch_dispatch__", "__setstate__", "__deepcopy__", "__hash__"}:
+    if _name not in vars(Recorded):
+        setattr(Recorded, _name, _operator(_name))
+Recorded.__hash__ = object.__hash__  # type: ignore[method-assign]
+
+_VIEWS = {"view", "view_as", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "transpose", "permute", "t",
+          "movedim", "select", "narrow", "__getitem__", "chunk", "split", "expand", "contiguous", "to",
+          "detach"}  # fmt: skip
+
+
+class Group:
+    """Results of different steps that are computed together: `stack`, `[steps, ...]`, or `items`, one per step."""
+
+    stack: Any = None  # or tuples of stacks
+    items: Sequence[Any] | None = None
+    requires_grad = False
+    _meta: Any = None
+
+    def __init__(self) -> None:
+        self.serial = next(_serials)
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def is_known(self) -> bool:
+        return self.stack is not None or self.items is not None
+
+    def stacked(self) -> Any:
+        if self.stack is None:
+            assert self.items is not None
+            if isinstance(self.items[0], Tensor):
+                self.stack = torch.stack(list(self.items))
+                return self.stack
+            self.stack = tree_map(lambda *each: torch.stack(each), *self.items)
+        return self.stack
+
+    def item(self, index: int) -> Any:
+        if self.items is None:
+            if isinstance(self.stack, Tensor):
+                self.items = self.stack.unbind(0)
+                return self.items[index]
+            leaves, spec = tree_flatten(self.stack)
+            columns = [leaf.unbind(0) for leaf in leaves]
+            self.items = [tree_unflatten(each, spec) for each in zip(*columns, strict=True)]
+        return self.items[index]
+
+    def gather(self, indices: Sequence[int]) -> Any:
+        """The stack of these members."""
+        stack, first, count = self.stacked(), indices[0], len(indices)
+        if first == 0 and count == len(self) and list(indices) == list(range(count)):
+            return stack
+        if list(indices) != list(range(first, first + count)):
+            return tree_map(lambda each: each[list(indices)], stack)
+        return tree_map(lambda each: each.narrow(0, first, count), stack)
+
+    def meta(self) -> Any:
+        """A member on the device "meta", for questions about its shape."""
+        if self._meta is None:
+            with torch.no_grad():
+                self._meta = self.make_meta()
+        return self._meta
+
+    def make_meta(self) -> Any:
+        raise NotImplementedError
+
+    def device(self) -> torch.device:
+        raise NotImplementedError
+
+
+class Given(Group):
+    """One value that exists already, such as the input of the model."""
+
+    def __init__(self, value: Any) -> None:
+        super().__init__()
+        self.items = [value]
+        self.requires_grad = isinstance(value, Tensor) and value.requires_grad
+
+    def __len__(self) -> int:
+        return 1
+
+    def make_meta(self) -> Any:
+        assert self.items is not None
+        return _meta_of(self.items[0])
+
+    def device(self) -> torch.device:
+        assert self.items is not None
+        return self.items[0].device  # type: ignore[no-any-return]
+
+
+def _meta_of(value: Any) -> Any:
+    return torch.empty_like(value, device="meta") if isinstance(value, Tensor) else value
+
+
+class _Hole:
+    """Where an operation has its operand of this number, or, of the number None, an index that differs by step."""
+
+    def __init__(self, number: int | None) -> None:
+        self.number = number
+
+
+class Operation(Group):
+    """A function of operands of several steps. Members have one index for each of the groups in `sources`."""
+
+    def __init__(self, function: Any, args: Any, kwargs: Any, operands: Sequence[Recorded], modes: _Modes) -> None:
+        super().__init__()
+        function = operator.getitem if function is Tensor.__getitem__ else function  # also of tuples
+        self.function, self.args, self.kwargs, self.modes = function, args, kwargs, modes
+        self.sources = [_used(each.group) for each in operands]
+        self.members: list[tuple[int, ...]] = []
+        self.indices: list[tuple[int, ...]] = []  # of getitem, by member
+        self.given = [each for each in _leaves((args, kwargs)) if isinstance(each, Tensor)]
+        operands_and_given: list[Any] = [*self.sources, *self.given]
+        self.requires_grad = modes[0] and any(each.requires_grad for each in operands_and_given)
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    def needs(self) -> Sequence[Group]:
+        return self.sources
+
+    def call(self, values: Sequence[Any], indices: tuple[int, ...] = ()) -> Any:
+        left = iter(indices)
+
+        def fill(each: Any) -> Any:
+            if not isinstance(each, _Hole):
+                return each
+            return next(left) if each.number is None else values[each.number]
+
+        args, kwargs = _filled((self.args, self.kwargs), fill)
+        return self.function(*args, **kwargs)
+
+    def run(self) -> None:
+        with _under(self.modes):
+            self.compute()
+
+    def compute(self) -> None:
+        count, columns = len(self), list(zip(*self.members, strict=True))
+        varies = [len({*column}) > 1 for column in columns]
+        if count == 1:
+            self.items = [self._one(0)]
+        elif self.indices[0] and len({*self.indices}) > 1:
+            if not any(varies):
+                self.stack = _selected(self.sources[0].item(columns[0][0]), self.args[1], self.indices)
+            if self.stack is None:
+                self.items = [self._one(each) for each in range(count)]
+        elif not any(varies):
+            with _Purity() as seen:  # type: ignore[no-untyped-call]
+                first = self._one(0)
+            if seen.pure and all(isinstance(each, Tensor) for each in tree_flatten(first)[0]):
+                self.stack = tree_map(lambda each: each.expand(count, *each.shape), first)
+            else:  # as of random numbers, which differ by step
+                self.items = [first, *(self._one(each) for each in range(1, count))]
+        elif self._updates():
+            self.items = [self._one(each) for each in range(count)]
+        else:
+            try:
+                pairs = zip(self.sources, columns, varies, strict=True)
+                values = [source.gather(column) if each else source.item(column[0]) for source, column, each in pairs]
+                dims = tuple(0 if each else None for each in varies)
+                function = lambda *values: self.call(values, self.indices[0])  # noqa: E731
+                self.stack = torch.vmap(function, dims, randomness="different")(*values)
+            except Exception:  # no batching rule, or no tensors: an error of the function itself comes again
+                self.items = [self._one(each) for each in range(count)]
+
+    def _one(self, index: int) -> Any:
+        pairs = zip(self.sources, self.members[index], strict=True)
+        return self.call([source.item(each) for source, each in pairs], self.indices[index])
+
+    def _updates(self) -> bool:
+        """Whether each step updates running statistics."""
+        return self.function is nn.functional.batch_norm and (self.args[5:6] or (self.kwargs.get("training"),))[0]
+
+    def make_meta(self) -> Any:
+        metas = [source.meta() for source in self.sources]
+        args, kwargs = tree_map(_meta_of, (self.args, self.kwargs))
+        whole = Operation(self.function, args, kwargs, (), self.modes)
+        return whole.call(metas, self.indices[0])
+
+    def device(self) -> torch.device:
+        for each in _leaves((self.args, self.kwargs)):
+            if isinstance(each, (torch.device, str)) and self.function is Tensor.to:
+                return torch.device(each)
+        if self.sources:
+            return self.sources[0].device()
+        return self.given[0].device
+
+
+class Stacked(Operation):
+    """torch.stack of members of one group."""
+
+    def compute(self) -> None:
+        dim: int = self.kwargs.get("dim", self.args[1] if len(self.args) > 1 else 0)
+        self.items = [self.sources[0].gather(self.members[0]).movedim(0, dim)]
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    if isinstance(value, (tuple, list)):
+        for each in value:
+            yield from _leaves(each)
+    elif isinstance(value, dict):
+        yield from _leaves(list(value.values()))
+    else:
+        yield value
+
+
+def _filled(value: Any, fill: Callable[[Any], Any]) -> Any:
+    """tree_map that knows slices, and not named tuples of torch."""
+    if isinstance(value, _Hole):
+        return fill(value)
+    if type(value) in (tuple, list):
+        return type(value)(_filled(each, fill) for each in value)
+    if type(value) is dict:
+        return {name: _filled(each, fill) for name, each in value.items()}
+    if type(value) is slice:
+        return slice(*(_filled(each, fill) for each in (value.start, value.stop, value.step)))
+    return value
+
+
+def _selected(base: Tensor, index: Any, indices: Sequence[tuple[int, ...]]) -> Tensor | None:
+    """`base[index]` for one integer per step, stacked; None where that is no selection along a dimension."""
+    index = index if isinstance(index, tuple) else (index,)
+    rest: tuple[Any, ...] = ()
+    if not isinstance(base, Tensor) or len(indices[0]) > 1:
+        return None
+    if index[0] is Ellipsis and len(index) == 2:
+        dim = base.dim() - 1
+    else:
+        dim = next((place for place, each in enumerate(index) if isinstance(each, _Hole)), -1)
+        rest = (*index[:dim], slice(None), *index[dim + 1 :])
+        if dim < 0 or any(not isinstance(each, slice) or each.step is not None for each in rest):
+            return None
+    size: int = base.shape[dim]
+    steps = [each[0] for each in indices]
+    if not all(-size <= each < size for each in steps):
+        return None
+    base = (base[rest] if rest else base).movedim(dim, 0)
+    steps = [each % size for each in steps]
+    if steps == list(range(steps[0], steps[0] + len(steps))):
+        return base if len(steps) == size else base.narrow(0, steps[0], len(steps))
+    return base[steps]
+
+
+class _Purity(TorchDispatchMode):
+    """Finds whether a call draws random numbers or changes anything."""
+
+    pure = True
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        changes = function._schema.is_mutable or ("batch_norm" in function.name() and "backward" not in function.name())
+        self.pure &= not changes and torch.Tag.nondeterministic_seeded not in function.tags
+        return function(*args, **kwargs or {})
+
+
+class Result(Group):
+    """A named result of a chain in all of its steps."""
+
+    def __init__(self, chain: Chain, name: str) -> None:
+        super().__init__()
+        self.chain, self.name = chain, name
+        self.given: list[weakref.ref[Recorded]] = []
+        self.is_used = False
+        self.requires_grad = True
+
+    def __len__(self) -> int:
+        return len(self.chain.inputs)
+
+    def is_wanted(self) -> bool:
+        """Whether steps before the last one may be asked for."""
+        return self.is_used or any(each() is not None for each in self.given[:-1])
+
+    def make_meta(self) -> Any:
+        return self.chain.inputs[0].group.meta()
+
+    def device(self) -> torch.device:
+        return self.chain.inputs[0].group.device()
+
+    def item(self, index: int) -> Any:
+        if self.stack is None and self.items is None and index == len(self) - 1:
+            return self.chain.final[self.name]
+        return super().item(index)
+
+    def is_known(self) -> bool:
+        return self.chain.is_done
+
+
+def _used(group: Group) -> Group:
+    if isinstance(group, Result):
+        group.is_used = True
+    return group
+
+
+class Chain:
+    """Consecutive steps of one layer, each from the states that the one before left."""
+
+    is_done = False
+
+    def __init__(self, layer: Any, initial: dict[str, Any], modes: _Modes) -> None:
+        self.layer, self.modes = layer, modes
+        self.initial = {name: _place(each) for name, each in initial.items()}
+        self.inputs: list[_Place] = []
+        self.mark = self._marked()
+        self.results = {name: Result(self, name) for name in (SPIKES, *initial)}
+        self.final: dict[str, Any] = {}
+
+    def goes_on(self, states: dict[str, Any]) -> bool:
+        last = len(self.inputs) - 1
+        for name, state in states.items():
+            if type(state) is not Recorded or state.group is not self.results[name] or state.index != last:
+                return False
+        return True
+
+    def _marked(self) -> list[Any]:
+        """What the layer computes with beside its states: tensors, their versions, and numbers."""
+        mark: list[Any] = []
+        for module in self.layer.modules():
+            mark += [value for name, value in vars(module).items() if name[0] != "_" and type(value) in _NUMBERS]
+            for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+                if isinstance(tensor, Tensor) and name not in self.initial:
+                    mark += (id(tensor), 0 if tensor.is_inference() else tensor._version)
+        return mark
+
+    def needs(self) -> list[Group]:
+        return [each.group for each in (*self.inputs, *self.initial.values()) if isinstance(each, _Place)]
+
+    def run(self) -> None:
+        if self.mark != self._marked():
+            raise RuntimeError(
+                f"{_CALLER}: with sequences, all steps of a {type(self.layer).original.__name__} are "
+                "computed at once, but the model's code changes its parameters or attributes between steps"
+            )
+        groups = {each.group for each in self.inputs}
+        if len(groups) > 1:
+            x_seq = torch.stack([each.group.item(each.at) for each in self.inputs])
+        else:
+            x_seq = groups.pop().gather([each.at for each in self.inputs])
+        initial = {
+            name: each.group.item(each.at) if isinstance(each, _Place) else each for name, each in self.initial.items()
+        }
+        wanted = {name for name, each in self.results.items() if each.is_wanted()}
+        layer, kept = self.layer, self.layer.recorded_states()
+        for name in kept:
+            layer.keep_state(name, initial[name])
+        try:
+            with _under(self.modes):
+                found, self.final = layer.steps_from(x_seq, initial, wanted)
+            self.final |= layer.recorded_states()
+        finally:
+            for name, state in kept.items():  # of a later step, or of a reset behind the loop
+                layer.keep_state(name, state)
+        for name, stack in found.items():
+            self.results[name].stack = stack
+        self.is_done = True
+
+    def keep_states(self) -> None:
+        """Gives the layer its states, as the loop left them."""
+        for name, state in self.layer.recorded_states().items():
+            if type(state) is Recorded:
+                is_last = self.goes_on({name: state}) and name in self.final
+                self.layer.keep_state(name, self.final[name] if is_last else state.value("").clone())
+
+
+_NUMBERS = (bool, int, float, str)
+SPIKES = "spikes"  # a chain's result beside its states
+
+
+class _Place(NamedTuple):
+    group: Group
+    at: int
+
+
+def _place(value: Any) -> Any:
+    return _Place(_used(value.group), value.index) if type(value) is Recorded else value
+
+
+# ---- recording ----
+
+
+class Recording:
+    """What the code of a loop called, until its end: ``with recording: ...``."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.operations: dict[Any, Operation] = {}
+        self.chains: dict[nn.Module, Chain] = {}  # the last of each layer
+        self.earlier: list[Chain] = []
+        self.effects: list[Operation] = []  # changes of tensors that exist already, in order
+        self.givens: dict[int, Given] = {}
+        self.read: set[int] = set()  # storages that operations read, and that effects write
+        self.written: set[int] = set()
+        self.is_running = False
+        self.checkpoint = checkpoint()
+        self.asked = ""
+        self.waiting: list[tuple[Group, int, Callable[[Any], object]]] = []
+        self.calls: dict[nn.Module, int] = {}  # steps of each layer
+        self.before: dict[Any, dict[str, Any]] = {}  # states of layers
+
+    def __enter__(self) -> Recording:
+        self._outer, self._mode = recording(), cast("Any", _Mode(self))
+        _local.recording = self
+        self._mode.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._mode.__exit__(*error)
+        _local.recording = self._outer
+        self._mode = None
+        if error[0] is not None:  # layers keep no values that nothing will compute
+            for layer, states in self.before.items():
+                for name, state in states.items():
+                    layer.keep_state(name, state)
+        for chain in (*self.earlier, *self.chains.values()):  # no reference cycle, which would keep tensors
+            chain.results.clear()
+
+    def given(self, value: Tensor) -> Recorded:
+        """A tensor that exists, as an operand."""
+        return Recorded(self, self.givens.setdefault(id(value), Given(value)), 0)
+
+    def call(self, function: Any, *args: Any, **kwargs: Any) -> Any:
+        """Records the call of a function of torch."""
+        if self.is_running or recording() is not self:
+            return Recorded.__torch_function__(function, (), args, kwargs)
+        if function in _LIKE:
+            return function(args[0].group.meta(), *args[1:], **{"device": args[0].device, **kwargs})
+        if not torch.is_grad_enabled() and in_function():
+            raise RuntimeError(
+                f"{_CALLER}: with sequences, a torch.autograd.Function gets values of steps that are computed later, "
+                f"in {function.__name__}, and would lose their gradients; neurons of your own need an entry in layers"
+            )
+        if function in (torch.stack, torch.Tensor.__getitem__) or not (changed := _changed(function, args, kwargs)):
+            return self._record(function, args, kwargs)
+        target = args[0]
+        if type(target) is Recorded:
+            function, args, kwargs, name = changed
+            views = len(target.shared or ()) > 1
+            if function is None or views or isinstance(target.group, Given):
+                raise RuntimeError(
+                    f"{_CALLER}: with sequences, {name} can't change "
+                    + ("the model's input" if isinstance(target.group, Given) else "a value of a step")
+                    + f" in place{', of which there are views' if views else ''}"
+                )
+            made = self._record(function, args, kwargs)
+            target.group, target.index = made.group, made.index
+        else:
+            self._write(function, args, kwargs)
+        return target
+
+    def _write(self, function: Any, args: Any, kwargs: Any) -> None:
+        """Records a change of a tensor that exists."""
+        storage = _storage(args[0])
+        if storage in self.read:
+            self.flush(function.__name__)
+        self.written.add(storage)
+        self._record(function, args, kwargs, merge=False)
+
+    def _record(self, function: Any, args: Any, kwargs: Any, merge: bool = True) -> Recorded:
+        operands: list[Recorded] = []
+        indices: list[int] = []
+        modes = _modes()
+        key: list[Any] = [function, modes]
+        if function is Tensor.__getitem__ and type(args[0]) is Recorded:
+            _scan(args[0], key, operands, None)
+            _scan(args[1], key, operands, indices)
+            steps = args[0].group
+            if isinstance(steps, Given) and type(args[1]) is int and not -len(args[0]) <= args[1] < len(args[0]):
+                raise IndexError(f"index {args[1]} is out of bounds for dimension 0 with size {len(args[0])}")
+        else:
+            for each in args:
+                _scan(each, key, operands, None)
+            if kwargs:
+                _scan(kwargs, key, operands, None)
+        made = self.operations.get(place := tuple(key)) if merge else None
+        if made is None or made.is_known():
+            if checkpoint() is not self.checkpoint:
+                raise RuntimeError(
+                    f"{_CALLER}: with sequences, steps are computed after the model's code has ended, where a "
+                    "torch.utils.checkpoint inside of the model does not save memory; it belongs around the model"
+                )
+            numbers = itertools.count()
+            takes_indices = bool(indices)
+            args, kwargs = (_emptied(each, numbers, takes_indices) for each in (args, kwargs))
+            groups = {each.group for each in operands}
+            kind = Stacked if function is torch.stack and len(groups) == 1 and len(operands) > 1 else Operation
+            made = kind(function, args, kwargs, operands, modes)
+            self.read |= {_storage(each) for each in made.given[not merge :]}  # without what it changes
+            if merge:
+                self.operations[place] = made
+            else:
+                self.effects.append(made)
+        made.members.append(tuple(each.index for each in operands))
+        made.indices.append(tuple(indices))
+        found = Recorded(self, made, len(made) - 1)
+        if function.__name__ in _VIEWS and operands:
+            base = operands[0]
+            if base.shared is None:
+                base.shared = weakref.WeakSet((base,))
+            base.shared.add(found)
+            found.shared = base.shared
+        return found
+
+    def step(self, layer: Any, x: Any, states: dict[str, Any]) -> dict[str, Recorded]:
+        """Records a step of a layer, from these states; the spikes and the states after it."""
+        modes = _modes()
+        self.calls[layer] = self.calls.get(layer, 0) + 1
+        if layer not in self.before:
+            self.before[layer] = layer.recorded_states()
+        chain = self.chains.get(layer)
+        if chain is None or not chain.goes_on(states) or chain.modes != modes or chain.is_done:
+            if chain is not None:
+                if chain.is_done and chain.goes_on(states):
+                    raise RuntimeError(
+                        f"{_CALLER}: with sequences, {self.name(layer)} takes its steps after the model's code has "
+                        f"ended, but the code needs a value that depends on it, in {self.asked}, between two steps"
+                    )
+                self.earlier.append(chain)
+            chain = self.chains[layer] = Chain(layer, states, modes)
+        chain.inputs.append(_place(x if type(x) is Recorded else self.given(x)))
+        found = {}
+        for name, result in chain.results.items():
+            found[name] = Recorded(self, result, len(chain.inputs) - 1)
+            result.given.append(weakref.ref(found[name]))
+        return found
+
+    def name(self, layer: nn.Module) -> str:
+        path = next((path for path, module in self.model.named_modules() if module is layer), "")
+        return f"{path or '(the model)'} ({getattr(type(layer), 'original', type(layer)).__name__})"
+
+    # ---- computing ----
+
+    def value(self, recorded: Recorded, use: str) -> Any:
+        self.asked = use
+        self._run(recorded.group)
+        return recorded.group.item(recorded.index)
+
+    def flush(self, use: str) -> None:
+        """Computes all that is recorded."""
+        self.asked = use
+        self._run(*self.operations.values())
+        self._finish()
+
+    def _finish(self) -> None:
+        for effect in self.effects:
+            self._run(effect)
+        self.effects.clear()
+        for chain in (*self.earlier, *self.chains.values()):
+            self._run(chain)
+        self.read.clear()
+        self.written.clear()
+
+    def end(self, output: Any) -> Any:
+        """The output with its values, after all that is recorded; layers get their states."""
+        for each in _leaves(output):
+            if type(each) is Recorded and isinstance(each.group, Result):
+                each.group.is_used = True
+        self._finish()
+        for group, index, function in self.waiting:
+            self._run(group)
+            function(group.item(index))
+        for chain in self.chains.values():
+            chain.keep_states()
+        for module in self.model.modules():
+            for values in (vars(module), *vars(module).values()):
+                if isinstance(values, (dict, list)):
+                    pairs = values.items() if isinstance(values, dict) else enumerate(values)
+                    for name, each in [(name, each) for name, each in pairs if type(each) is Recorded]:
+                        values[name] = each.value("")
+        return tree_map_only(Recorded, lambda each: each.value("the model's output"), output)
+
+    def stack(self, outputs: Sequence[Any]) -> Any:
+        """The outputs of all steps, one call each, stacked."""
+        leaves, (spec, *others) = zip(*map(tree_flatten, outputs), strict=True)
+        if any(each != spec for each in others):
+            raise RuntimeError(f"{_CALLER}: with sequences, a model must return the same structure in each step")
+        return tree_unflatten([self._stacked(each) for each in zip(*leaves, strict=True)], spec)
+
+    def _stacked(self, values: tuple[Any, ...]) -> Any:
+        if all(each is None for each in values):
+            return None
+        if not all(isinstance(each, (Recorded, Tensor)) for each in values):
+            names = sorted({type(each).__name__ for each in values})
+            raise TypeError(
+                f"{_CALLER}: with sequences, a model must return tensors in each step, got {', '.join(names)}"
+            )
+        some = any(type(each) is Recorded for each in values)
+        return self.call(torch.stack, list(values)) if some else torch.stack(values)
+
+    def pass_through(self, function: Any, args: Any, kwargs: Any) -> Any:
+        """Calls a function of tensors that exist."""
+        name = function.__name__
+        if self.written and name not in _ABOUT and name != "__get__":
+            tensors = (each for each in _leaves((args, kwargs)) if isinstance(each, Tensor))
+            if any(_storage(each) in self.written for each in tensors):
+                self.flush(name)
+        if self.read and _changed(function, args, kwargs) and _storage(args[0]) in self.read:
+            self.flush(name)
+        return function(*args, **kwargs)
+
+    def _run(self, *wanted: Any) -> None:
+        if self.is_running:  # by code inside of an operation
+            return
+        self.is_running = True
+        try:
+            for each in wanted:
+                self._run_one(each)
+        finally:
+            self.is_running = False
+
+    def _run_one(self, wanted: Any) -> None:
+        todo, opened = [_unit(wanted)], set()  # a path, with branches not taken yet
+        while todo:
+            unit = todo[-1]
+            missing = [] if _is_known(unit) else [_unit(each) for each in unit.needs() if not each.is_known()]
+            if missing:
+                opened.add(unit)
+                if again := next((each for each in missing if each in opened), None):
+                    path = [each for each in todo[todo.index(again) :] if each in opened]
+                    names = " and ".join(self.name(each.layer) for each in path if isinstance(each, Chain))
+                    raise RuntimeError(
+                        f"{_CALLER}: with sequences, all steps of a layer are computed at once, but what {names} emits "
+                        "in a step returns to it in a later one; asgl_cuda.convert(model) computes it step by step"
+                    )
+                todo += dict.fromkeys(missing)
+                continue
+            todo.pop()
+            if not _is_known(unit):
+                unit.run()
+
+
+def _unit(group: Any) -> Any:
+    """What computes a group."""
+    return group.chain if isinstance(group, Result) else group
+
+
+def _is_known(unit: Any) -> bool:
+    return unit.is_done if isinstance(unit, Chain) else unit.is_known()
+
+
+class _Mode(TorchFunctionMode):
+    """Sees the calls of torch's functions in a recording."""
+
+    def __init__(self, of: Recording) -> None:
+        super().__init__()
+        self.of = of
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self.of.is_running:
+            return function(*args, **(kwargs or {}))
+        if Recorded in types:
+            return self.of.call(function, *args, **(kwargs or {}))
+        return self.of.pass_through(function, args, kwargs or {})
+
+
+def _scan(value: Any, key: list[Any], operands: list[Recorded], indices: list[int] | None) -> None:
+    """What tells operations apart, and operands; with `indices`, integers may differ between members."""
+    kind = type(value)
+    if kind is Recorded:
+        operands.append(value)
+        key.append(-value.group.serial)  # an id of a tensor is positive
+    elif isinstance(value, Tensor):
+        key.append(id(value))
+    elif kind in (tuple, list) or isinstance(value, (tuple, list)):
+        key.append((kind, len(value)))
+        for each in value:
+            _scan(each, key, operands, indices)
+    elif kind is dict:
+        key.append((dict, *value))
+        for each in value.values():
+            _scan(each, key, operands, None)
+    elif kind is slice:
+        key.append(slice)
+        for each in (value.start, value.stop, value.step):
+            _scan(each, key, operands, None)
+    elif kind is int and indices is not None:
+        indices.append(value)
+        key.append(_Hole)
+    else:
+        key.append((kind, id(value) if kind.__hash__ is None else value))
+
+
+def _emptied(value: Any, numbers: Iterator[int], takes_indices: bool, inside: bool = False) -> Any:
+    """The value with holes for operands, and for indices in the last argument of getitem."""
+    kind = type(value)
+    if kind is Recorded:
+        return _Hole(next(numbers))
+    if kind in (tuple, list) or isinstance(value, (tuple, list)):
+        made = [_emptied(each, numbers, takes_indices, True) for each in value]
+        return made if isinstance(value, list) else tuple(made)
+    if kind is dict:
+        return {name: _emptied(each, numbers, False) for name, each in value.items()}
+    if kind is slice:
+        return slice(*(_emptied(each, numbers, False) for each in (value.start, value.stop, value.step)))
+    return _Hole(None) if kind is int and takes_indices and inside else value
+
+
+def _storage(tensor: Tensor) -> int:
+    try:
+        return int(tensor.untyped_storage()._cdata)
+    except (NotImplementedError, RuntimeError):  # of torch.func, or sparse
+        return id(tensor)
+
+
+@functools.cache
+def _kind_of_change(function: Any) -> tuple[Any, str, int | None] | None:
+    """For a function that changes its first argument, one that does not; or where it is told to."""
+    name = function.__name__
+    if name == "__setitem__":
+        return None, name, None
+    plain = ""
+    if name[:3] == "__i" and name[-2:] == "__" and name not in ("__invert__", "__int__", "__index__"):
+        plain = f"__{name[3:]}"
+    elif name[-1:] == "_" and name[-2:] != "__":
+        plain = name[:-1]
+    if plain:
+        owner = next((each for each in (Tensor, torch, nn.functional) if getattr(each, name, None) is function), Tensor)
+        return getattr(owner, plain, getattr(Tensor, plain, None)), name, None
+    try:
+        names = list(inspect.signature(function).parameters)
+    except (TypeError, ValueError):
+        return None
+    return (function, name, names.index("inplace")) if "inplace" in names else None
+
+
+def _changed(function: Any, args: Any, kwargs: Any) -> Any:
+    """The call without a change in place, and the name of the function; None for a call that changes nothing."""
+    kind = _kind_of_change(function)
+    if kind is None:
+        return None
+    plain, name, place = kind
+    if place is None:
+        return plain, args, kwargs, name
+    if kwargs.get("inplace"):
+        return plain, args, {**kwargs, "inplace": False}, name
+    if len(args) > place and args[place]:
+        return plain, (*args[:place], False, *args[place + 1 :]), kwargs, name
+    return None

@@ -1,0 +1,139 @@
+"""Pictures of a training run: spikes, quantities of layers, gradients over time. matplotlib is imported at the call."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checks import shown
+
+_Result = Mapping[str, Mapping[str, float]]
+
+
+def plot_spikes(s_seq: Tensor, *, ax: Any = None) -> Any:
+    """Draws a raster: a mark for each spike, by time step and neuron.
+
+    Args:
+        s_seq: `[T, ...]`, the spikes of one sample, for example `out[:, 0]` of an output `[T, B, ...]`. All dimensions
+            after time are one list of neurons. Anything but zero is a spike.
+        ax: the matplotlib axes; default: the current ones.
+
+    Returns:
+        The axes.
+
+    Raises TypeError if `s_seq` is no tensor, ValueError if it has no neurons, ImportError without matplotlib.
+
+    Example::
+
+        s_seq = asgl_cuda.lif(torch.rand(50, 20))  # [T, N]
+        asgl_cuda.plot_spikes(s_seq)
+    """
+    caller = "asgl_cuda.plot_spikes"
+    marks = _over_time(s_seq, "s_seq", caller).nonzero()
+    ax = _axes(ax, caller)
+    steps, neurons = s_seq.shape[0], s_seq[0].numel()
+    ax.scatter(*marks.T.cpu().numpy(), s=max(2.0, 90.0 / neurons), marker="|" if neurons < 100 else ".", color="black")
+    ax.set(xlabel="time step", ylabel="neuron", xlim=(-0.5, steps - 0.5), ylim=(-0.5, neurons - 0.5))
+    return ax
+
+
+def plot_layers(results: _Result | Sequence[_Result], quantity: str = "firing_rate", *, ax: Any = None) -> Any:
+    """Draws a quantity of `Monitor` by layer: bars for one result, lines for those of a training run.
+
+    Args:
+        results: `monitor.result()`, or a list of them, for example one per epoch.
+        quantity: "firing_rate", "width", "dead" and so on, as `Monitor` names them. Layers without it are left out.
+        ax: the matplotlib axes; default: the current ones.
+
+    Returns:
+        The axes.
+
+    Raises TypeError or ValueError for other results, ValueError if no layer has the quantity, ImportError without
+    matplotlib.
+
+    Example::
+
+        model = nn.Sequential(nn.Linear(4, 8), asgl_cuda.LIF(), nn.Linear(8, 2), asgl_cuda.LIF())
+        results = []
+        for epoch in range(3):
+            with asgl_cuda.Monitor(model) as monitor:
+                model(torch.rand(10, 32, 4))
+            results.append(monitor.result())
+        asgl_cuda.plot_layers(results, "width")
+        asgl_cuda.plot_layers(results[-1])
+    """
+    caller = "asgl_cuda.plot_layers"
+    history = [results] if isinstance(results, Mapping) else results
+    if not isinstance(history, Sequence) or not all(isinstance(each, Mapping) for each in history) or not history:
+        raise TypeError(f"{caller}: results must be a result of Monitor or a list of them, got {shown(results)}")
+    layers = [name for name, values in history[0].items() if quantity in values]
+    if not layers:
+        known = sorted({key for values in history[0].values() for key in values})
+        raise ValueError(f"{caller}: quantity must be one of {', '.join(known)}, got {shown(quantity)}")
+    ax = _axes(ax, caller)
+    names = [name or "(the model)" for name in layers]
+    if isinstance(results, Mapping):
+        ax.bar(names, [results[name][quantity] for name in layers])
+        ax.set(xlabel="layer")
+    else:
+        for name, layer in zip(names, layers, strict=True):
+            values = [each.get(layer, {}).get(quantity, float("nan")) for each in history]
+            ax.plot(range(1, len(history) + 1), values, marker="o", markersize=3, label=name)
+        ax.set(xlabel="result")
+        ax.legend(title="layer")
+    ax.set(ylabel=quantity.replace("_", " "))
+    return ax
+
+
+def plot_gradient_norms(gradients: Tensor | Mapping[str, Tensor], *, ax: Any = None) -> Any:
+    """Draws the norm of a gradient at each time step, on a logarithmic axis: gradients that vanish or explode.
+
+    Args:
+        gradients: `[T, ...]`, the gradient of a sequence, such as `x_seq.grad`; or several by name.
+        ax: the matplotlib axes; default: the current ones.
+
+    Returns:
+        The axes. A norm of zero has no mark.
+
+    Raises TypeError for other values, such as the None of a gradient that was not computed, ValueError for a gradient
+    without time, ImportError without matplotlib.
+
+    Example::
+
+        x_seq = torch.randn(30, 16, 8, requires_grad=True)
+        asgl_cuda.lif(x_seq, decay=0.9)[-1].sum().backward()
+        asgl_cuda.plot_gradient_norms(x_seq.grad)
+    """
+    caller = "asgl_cuda.plot_gradient_norms"
+    named = gradients if isinstance(gradients, Mapping) else {"": gradients}
+    norms = {name: _over_time(each, name or "gradients", caller).double().norm(dim=1) for name, each in named.items()}
+    ax = _axes(ax, caller)
+    for name, each in norms.items():
+        values = torch.where(each > 0, each, float("nan"))
+        ax.plot(range(len(each)), values.cpu().numpy(), marker="o", markersize=3, label=name or None)
+    ax.set(xlabel="time step", ylabel="norm of the gradient", yscale="log")
+    if isinstance(gradients, Mapping):
+        ax.legend()
+    return ax
+
+
+def _over_time(value: Any, name: str, caller: str) -> Tensor:
+    """`[T, N]`."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{caller}: {name} must be a tensor, got {shown(value)}")
+    if value.dim() < 2 or value.numel() == 0:
+        raise ValueError(f"{caller}: {name} must have time and neurons, [T, ...], got shape {list(value.shape)}")
+    return value.detach().flatten(1)
+
+
+def _axes(ax: Any, caller: str) -> Any:
+    if ax is not None:
+        return ax
+    try:
+        return importlib.import_module("matplotlib.pyplot").gca()
+    except ImportError as error:
+        raise ImportError(f"{caller} draws with matplotlib: pip install matplotlib") from error
