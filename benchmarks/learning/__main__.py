@@ -10,12 +10,14 @@ from ..common import parser_of
 from ..readme import SECTIONS, text_of
 from .neurons import ADAPTATION, CALIBRATION, RESIDUAL_NETWORK
 from .noise import GRADIENTS, NOISE, SMOOTHING
+from .sparse import SPARSE
 from .widths import WIDTH_STEP, width_robustness
 
 STUDIES = {
     study.name: study
     for study in (
-        width_robustness(), WIDTH_STEP, NOISE, GRADIENTS, SMOOTHING, ADAPTATION, CALIBRATION, RESIDUAL_NETWORK
+        width_robustness(), WIDTH_STEP, NOISE, GRADIENTS, SMOOTHING, ADAPTATION, CALIBRATION, RESIDUAL_NETWORK,
+        SPARSE,
     )
 }  # fmt: skip
 
