@@ -184,3 +184,12 @@ class SpikeConv2d(_SpikeConv, nn.Conv2d):
 SPIKE_LAYERS: dict[type[nn.Module], type[nn.Module]] = {
     nn.Linear: SpikeLinear, nn.Conv1d: SpikeConv1d, nn.Conv2d: SpikeConv2d,
 }  # fmt: skip
+
+
+def expected_gain(layer: nn.Module, share: float) -> float:
+    """How many times as fast as of torch's layer an evaluation is.
+
+    Measured in float32 on layers of 64 to 1,024 channels.
+    """
+    fixed, each = (0.03, 1.8) if isinstance(layer, nn.Linear) else (0.05, 3.2)
+    return 1 / (fixed + each * share)

@@ -63,6 +63,12 @@ def returning(backend):
     return nn.Sequential(nn.Flatten(2), nn.Linear(15, 8), layer, nn.Linear(8, 2)).double()
 
 
+def sparse(backend):
+    """Spike layers; every element is analog, and not zero."""
+    first, second = (asgl_cuda.LIF(**options(backend)) for _ in range(2))
+    return nn.Sequential(first, asgl_cuda.SpikeLinear(5, 4), second, asgl_cuda.SpikeLinear(4, 6)).double()
+
+
 def thresholds():
     """Several layers, alternating weights and neurons with noise."""
     torch.manual_seed(0)
@@ -114,6 +120,7 @@ CASES = {
     "converted": (three, lambda name: asgl_cuda.convert_sync_batchnorm(three(name)), False),
     "converted, group": (three, lambda name: asgl_cuda.convert_sync_batchnorm(three(name), dist.group.WORLD), False),
     "recurrent": (returning, returning, True),
+    "spike layers": (sparse, sparse, True),
 }  # fmt: skip
 
 
