@@ -76,7 +76,7 @@ $(VENV)/created:
 	@$(PIP) install "setuptools>=77" "setuptools-scm>=8" "$(TORCH)" ninja
 	@touch $@
 
-$(VENV)/built: $(VENV)/created setup.py asgl_cuda/extension/compilation.py asgl_cuda/extension/build_notes.py pyproject.toml MANIFEST.in $(shell find csrc -type f -not -name '*.md')
+$(VENV)/built: $(VENV)/created setup.py asgl_cuda/backends/extension/compilation.py asgl_cuda/backends/extension/build_notes.py pyproject.toml MANIFEST.in $(shell find csrc -type f -not -name '*.md')
 	@echo "Installing what tests and benchmarks need, compiling csrc: five minutes on two cores"
 	@$(PIP) install --no-build-isolation --editable ".[test,bench,dev]"
 	@# sinabs pins nir <= 1.0.4, too old for SpikingJelly's exchange, but works with newer versions of nir.

@@ -1,4 +1,4 @@
-"""Builds asgl_cuda's extension, by asgl_cuda/extension/compilation.py; the metadata is in pyproject.toml.
+"""Builds asgl_cuda's extension, by asgl_cuda/backends/extension/compilation.py; the metadata is in pyproject.toml.
 
 ASGL_CUDA_BUILD: cuda or cpu, as in compilation.py, or none: the PyTorch reference alone.
 """
@@ -30,12 +30,12 @@ def require_setuptools() -> None:
 
 def load_compilation() -> ModuleType:
     """Imports compilation.py without its parent packages, which would load an earlier build's extension."""
-    for name, folder in (("asgl_cuda", PACKAGE), ("asgl_cuda.extension", PACKAGE / "extension")):
+    for name in ("asgl_cuda", "asgl_cuda.backends", "asgl_cuda.backends.extension"):
         package = ModuleType(name)
-        package.__path__ = [str(folder)]
+        package.__path__ = [str(ROOT.joinpath(*name.split(".")))]
         sys.modules[name] = package
     try:
-        return import_module("asgl_cuda.extension.compilation")
+        return import_module("asgl_cuda.backends.extension.compilation")
     except ImportError as error:
         raise SystemExit(
             f"asgl_cuda: it is built against the torch that it will run with, and that does not import here ({error}). "

@@ -65,23 +65,21 @@ import warnings
 warnings.filterwarnings("ignore", "Failed to initialize NumPy: No module named 'numpy'")
 
 from ._version import __version__
-from .adaptive import AdaptiveLIF, AdaptiveLIFOutput, adaptive_lif
 from .backends import available_backends, unavailable_backends
-from .batch_norm import batch_norm_lif
-from .call import LIFOutput
-from .functional import analog_mask, lif, unroll_levels
-from .integrator import IntegratorOutput, LeakyIntegrator, leaky_integrator
+from .calls.recompute import recompute_spikes
 from .interop import convert, from_nir, from_spike_layers, fuse, revert, to_nir, to_spike_layers, unfuse
-from .layer import asgl_layers
-from .neuron import LIF, BatchNormLIF
-from .over_time import OverTime
-from .recompute import recompute_spikes
-from .recurrent import RecurrentLIF, RecurrentLIFOutput, recurrent_lif
+from .neurons.adaptive_lif import AdaptiveLIF, AdaptiveLIFOutput, adaptive_lif
+from .neurons.base import asgl_layers
+from .neurons.batch_norm_lif import BatchNormLIF, batch_norm_lif
+from .neurons.leaky_integrator import IntegratorOutput, LeakyIntegrator, leaky_integrator
+from .neurons.lif import LIF, LIFOutput, analog_mask, lif, unroll_levels
+from .neurons.over_time import OverTime
+from .neurons.recurrent_lif import RecurrentLIF, RecurrentLIFOutput, recurrent_lif
 from .spikes import SpikeConv1d, SpikeConv2d, SpikeLinear, spike_conv2d, spike_linear
-from .streaming import step
+from .states import detach, reset, step
 from .training.calibration import calibrate
 from .training.groups import parameter_groups
-from .training.kit import convert_sync_batchnorm, detach, lightning_callback, reset, spiking_eval
+from .training.kit import convert_sync_batchnorm, lightning_callback, spiking_eval
 from .training.monitor import Monitor
 from .training.rates import FiringRates
 from .training.schedule import AnalogProbSchedule

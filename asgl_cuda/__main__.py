@@ -9,8 +9,8 @@ import sys
 
 import torch
 
-from . import __version__, available_backends, extension, unavailable_backends
-from .backends import BACKENDS, cupy
+from ._version import __version__
+from .backends import BACKENDS, available_backends, cupy, extension, unavailable_backends
 from .selfcheck import Row, check_backends
 
 

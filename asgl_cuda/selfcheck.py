@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 
 from .backends import BACKENDS, available_backends
-from .call import LIFOutput
-from .functional import lif
-from .integrator import leaky_integrator
 from .layout import real_type
-from .recurrent import recurrent_lif
-from .surrogate import PERIODIC, SURROGATES
+from .neurons.leaky_integrator import leaky_integrator
+from .neurons.lif import LIFOutput, lif
+from .neurons.recurrent_lif import recurrent_lif
+from .reference.surrogates import PERIODIC, SURROGATES
 
 # Bit-identical to the reference; most others call exp, erf or atan, whose rounding depends on the library.
 EXACT_SURROGATES = ("rectangle", "triangle")

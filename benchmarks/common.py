@@ -18,8 +18,7 @@ from typing import Any, TypeVar
 import torch
 
 import asgl_cuda
-from asgl_cuda import extension
-from asgl_cuda.backends import BACKENDS
+from asgl_cuda.backends import BACKENDS, extension
 
 from . import ROOT
 

@@ -85,10 +85,10 @@ python_maximum_signature_line_length = 88
 python_use_unqualified_type_names = True
 nitpick_ignore = [
     ("py:class", "typing_extensions.Unpack"),
-    ("py:class", "asgl_cuda.call.NeuronArguments"),
+    ("py:class", "asgl_cuda.calls.arguments.NeuronArguments"),
     ("py:class", "asgl_cuda.training.monitor.ScalarWriter"),
-    ("py:class", "asgl_cuda.recompute._Context"),
-    ("py:class", "asgl_cuda.recompute.Module"),
+    ("py:class", "asgl_cuda.calls.recompute._Context"),
+    ("py:class", "asgl_cuda.calls.recompute.Module"),
     ("py:class", "nir.NIRGraph"),
 ]
 _ALIASES = {

@@ -14,13 +14,12 @@ from typing import Any, NamedTuple
 import torch
 from torch.overrides import has_torch_function
 
-from .. import extension, ops
 from ..checks import check_name, level_of_user
-from . import cupy
+from . import cupy, extension, ops
 
 
 class Operators(NamedTuple):
-    """The operators of asgl_cuda/ops.py, as one backend implements them."""
+    """The operators of ops.py, as one backend implements them."""
 
     draw_rng_state: Callable[[torch.Tensor], torch.Tensor]
     lif_forward: Callable[..., ops.ForwardResult]

@@ -26,10 +26,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .. import extension
-from ..extension import no_sources, source_directory
-from ..extension.build_notes import digest_of_sources
-from . import launcher
+from . import extension, launcher
+from .extension import no_sources, source_directory
+from .extension.build_notes import digest_of_sources
 
 NAMESPACE = "asgl_cuda_cupy"
 # All include the neuron's kernels.

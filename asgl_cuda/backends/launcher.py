@@ -10,8 +10,8 @@ from typing import Any, Protocol
 
 import torch
 
-from .. import extension
-from ..ops import define_operators
+from . import extension
+from .ops import define_operators
 
 
 class Launcher(Protocol):

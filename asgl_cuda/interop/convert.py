@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from ..backends import BACKENDS
 from ..checks import check_analog_prob, check_bool, check_name, check_surrogate, check_width, read_number, shown
-from ..layer import NeuronLayer, check_module
-from ..over_time import KNOWS_TIME
+from ..neurons.base import NeuronLayer, check_module
+from ..neurons.over_time import KNOWS_TIME
 from . import authors
 from .converted import HOOKS, Converted, Settings, bare_class, exchanged, overlaid, shadowed
 from .identify import FLAT, SpikeFunction, fires_strictly, identify, type_of_spikes

@@ -13,13 +13,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeAlias
 import torch
 from torch import Tensor, fx, nn
 
-from ..call import LIFOutput
 from ..checks import HALF_TYPES, PLAIN_TENSORS, shown
-from ..functional import LIF_DEFAULTS, lif
-from ..integrator import IntegratorOutput, leaky_integrator
-from ..layer import Noisy, give_dimension
-from ..learned import Logarithm
-from ..pending import Pending, tensor_of
+from ..neurons.base import Noisy, give_dimension
+from ..neurons.deferred import Pending, tensor_of
+from ..neurons.leaky_integrator import IntegratorOutput, leaky_integrator
+from ..neurons.lif import LIF_DEFAULTS, LIFOutput, computed_after, lif
+from ..reference.learned import Logarithm
 from .identify import FLAT, SpikeFunction, captured
 
 
@@ -346,7 +345,7 @@ class Converted(Overlay, Noisy):
             x_seq = x_seq.to(dtype)
         options = self._all(x_seq, options)
         if isinstance(x_seq, Pending):  # from the normalisation in front, which `fuse` has left to the layer
-            result = x_seq.lif({**LIF_DEFAULTS, **options}, self, "asgl_cuda.lif")  # type: ignore[typeddict-item]
+            result = computed_after(x_seq, self, "asgl_cuda.lif", {**LIF_DEFAULTS, **options})  # type: ignore[typeddict-item]
         else:
             result = lif(x_seq, **options)
         assert isinstance(result, LIFOutput)

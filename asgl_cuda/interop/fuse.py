@@ -15,10 +15,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.utils._pytree import tree_map_only
 
-from ..batch_norm import module_batch_norm_lif
-from ..call import Arguments, LIFOutput
+from ..calls.arguments import Arguments
 from ..layout import channel_dim, real_type
-from ..pending import Normal, Pending, checkpoint, hooks_of_graph, in_backward, in_function, tensor_of, watched
+from ..neurons.batch_norm_lif import module_batch_norm_lif
+from ..neurons.deferred import Normal, Pending, checkpoint, hooks_of_graph, in_backward, in_function, tensor_of, watched
+from ..neurons.lif import LIFOutput
 from .convert import Left, Replaced, Report, convert, copied, libraries, taken
 from .converted import Converted, Overlay, bare_class, overlaid
 

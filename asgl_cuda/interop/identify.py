@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..surrogate import SURROGATES
+from ..reference.surrogates import SURROGATES
 
 _PROBES = (0.05, 0.11, 0.23, 0.37, 0.61, 0.79, 0.93, 1.3, 1.9, 2.7, 4.1)  # u / width
 _BY_DECADE = tuple(sign * 10.0**power for power in range(-9, 18) for sign in (-1, 1))  # u, within a window of FLAT

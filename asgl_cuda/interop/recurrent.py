@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import HALF_TYPES
-from ..pending import tensor_of
-from ..recurrent import RecurrentLIFOutput, recurrent_lif
+from ..neurons.deferred import tensor_of
+from ..neurons.recurrent_lif import RecurrentLIFOutput, recurrent_lif
 from .converted import HOOKS, Converted, as_floating, bare_class, number
 
 

@@ -36,7 +36,7 @@ from sinabs.layers.reshape import SqueezeMixin
 from torch import Tensor, nn
 
 from ..checks import MOST_LEVELS
-from ..surrogate import PERIODIC
+from ..reference.surrogates import PERIODIC
 from .converted import Converted, Found, InStream, Settings, Streamed, known_class, number
 from .identify import SpikeFunction
 from .recurrent import Recurrent, lacking

@@ -25,8 +25,8 @@ from snntorch._neurons import rleaky, rsynaptic
 from torch import Tensor, nn
 
 from ..checks import HALF_TYPES, check_bool
-from ..pending import Pending
-from ..transforms import transforming
+from ..neurons.deferred import Pending
+from ..torch_modes import transforming
 from .converted import (
     Converted,
     Found,

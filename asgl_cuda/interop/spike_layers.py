@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..layer import check_module
-from ..pending import tensor_of
+from ..neurons.base import check_module
+from ..neurons.deferred import tensor_of
 from ..spikes.functional import has_kernel
 from ..spikes.layers import SPIKE_LAYERS, expected_gain
 from .convert import Left, Replaced, Report, copied, libraries

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map_only
 
-from ..call import LIFOutput
 from ..checks import MOST_LEVELS
+from ..neurons.lif import LIFOutput
 from .converted import Converted, Found, InStream, Streamed, exchanged, known_class
 from .identify import SpikeFunction, captured
 from .recurrent import Recurrent, lacking

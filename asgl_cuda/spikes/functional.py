@@ -14,12 +14,11 @@ from torch._prims_common import suggest_memory_format
 from torch.nn import functional
 from torch.overrides import has_torch_function
 
-from .. import extension
-from ..backends import choose_backend
+from ..backends import choose_backend, extension
+from ..backends.derivatives import DERIVATIVES
 from ..checks import check_tensor
-from ..derivatives import DERIVATIVES
-from ..pending import tensor_of
-from ..transforms import (
+from ..neurons.deferred import tensor_of
+from ..torch_modes import (
     apply,
     apply_here,
     in_forward_mode,
@@ -33,7 +32,7 @@ _TYPES = torch.float32, torch.float64
 
 
 class _Operators(NamedTuple):
-    """The operators of asgl_cuda/ops.py for products of spikes."""
+    """The operators of backends/ops.py for products of spikes."""
 
     spike_product: Callable[..., Tensor]
     spike_gradient: Callable[..., Tensor]

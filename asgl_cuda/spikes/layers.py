@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .. import extension
-from ..pending import tensor_of
-from ..transforms import transforming
+from ..backends import extension
+from ..neurons.deferred import tensor_of
+from ..torch_modes import transforming
 from .functional import convolution, has_kernel, linear
 
 # Sums of an input up to which a call takes the copy of the weight: transposing it would take longer than the product.

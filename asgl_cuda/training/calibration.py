@@ -21,9 +21,9 @@ from ..checks import read_number, shown
 from ..interop import convert, unfuse
 from ..interop.convert import Left, copied
 from ..interop.converted import bare_class
-from ..layer import asgl_layers, some_asgl_layers
-from ..neuron import BatchNormLIF
-from .kit import reset
+from ..neurons.base import asgl_layers, some_asgl_layers
+from ..neurons.batch_norm_lif import BatchNormLIF
+from ..states import reset
 from .monitor import aligned
 
 _CALLER = "asgl_cuda.calibrate"

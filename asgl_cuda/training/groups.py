@@ -15,9 +15,9 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from ..checks import in_range, optional, read_number, warn_once
-from ..integrator import LeakyIntegrator
-from ..layer import Settable, asgl_layers, check_module
-from ..neuron import LIF
+from ..neurons.base import Settable, asgl_layers, check_module
+from ..neurons.leaky_integrator import LeakyIntegrator
+from ..neurons.lif import LIF
 from .calibration import NORMALISATIONS
 
 WIDTH_LR = 0.03

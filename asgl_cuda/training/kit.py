@@ -1,4 +1,4 @@
-"""Helpers of a training: reset and detach of states, hard spikes, shared batch statistics, Lightning."""
+"""Helpers of a training: hard spikes, shared batch statistics, Lightning."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from ..checks import shown
 from ..interop.convert import libraries
 from ..interop.converted import bare_class
 from ..interop.fuse import Fused, overlay
-from ..layer import NeuronLayer, check_module, some_asgl_layers
-from ..neuron import BatchNormLIF
+from ..neurons.base import check_module, some_asgl_layers
+from ..neurons.batch_norm_lif import BatchNormLIF
 from .monitor import Monitor
 from .schedule import AnalogProbSchedule
 
@@ -103,51 +103,6 @@ def spiking_eval(model: nn.Module) -> Iterator[None]:
     finally:
         for layer, analog_prob in before:
             layer.analog_prob = analog_prob
-
-
-def reset(model: nn.Module) -> None:
-    """Clears the potentials carried by the model's layers: the next call of each starts at rest.
-
-    Layers are those of asgl_cuda, and those of SpikingJelly, snnTorch and sinabs, converted or not, which are reset by
-    their library's own methods. Norse's layers are stateless.
-
-    Raises TypeError where `model` is no module.
-
-    Example::
-
-        model = nn.Sequential(nn.Linear(64, 128), asgl_cuda.LIF(stateful=True))
-        for x in torch.randn(10, 32, 64):  # one step per call
-            spikes = model(x.unsqueeze(0))  # [1, 32, 128]
-        asgl_cuda.reset(model)  # before the next sequence
-    """
-    _of_all_layers(model, "reset", "reset")
-
-
-def detach(model: nn.Module) -> None:
-    """Detaches the potentials carried by the model's layers, for truncated backpropagation through time.
-
-    The next call continues from the detached values, where its backward ends. For layers, see `asgl_cuda.reset`.
-
-    Raises TypeError where `model` is no module.
-
-    Example::
-
-        for chunk in x_seq.split(2):
-            model(chunk).sum().backward()
-            asgl_cuda.detach(model)
-    """
-    _of_all_layers(model, "detach", "detach_")
-
-
-def _of_all_layers(model: nn.Module, name: str, method: str) -> None:
-    """Calls the method of each of our layers, and the function of this name of each library."""
-    check_module(model, f"asgl_cuda.{name}")
-    functions = [getattr(library, name) for library in libraries() if hasattr(library, name)]
-    for module in model.modules():
-        if isinstance(module, NeuronLayer):
-            getattr(module, method)()
-        for function in functions:
-            function(module)
 
 
 def convert_sync_batchnorm(model: nn.Module, process_group: Any = None) -> nn.Module:

@@ -9,15 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..batch_norm import sharing
-from ..layer import NeuronLayer, some_asgl_layers
 from ..layout import channel_dim
-from ..neuron import LIF, BatchNormLIF, Neurons, unknown_options
-from ..recurrent import RecurrentLIF
-from ..reference import batch_statistics, periodic_distance
+from ..neurons.base import NeuronLayer, some_asgl_layers
+from ..neurons.batch_norm_lif import BatchNormLIF, sharing
+from ..neurons.lif import LIF, unknown_options
+from ..neurons.recurrent_lif import RecurrentLIF
+from ..neurons.spiking import Neurons
+from ..reference.normalisation import batch_statistics
+from ..reference.surrogates import PERIODIC, SURROGATES, periodic_distance
 from ..spikes.layers import SPIKE_LAYERS, expected_gain
-from ..surrogate import PERIODIC, SURROGATES
-from ..transforms import transforming
+from ..torch_modes import transforming
 
 _CALLER = "asgl_cuda.Monitor"
 # In the order of tables.
@@ -148,7 +149,7 @@ def _constant_channels(norm: Any, x_seq: Tensor, channel: int) -> dict[str, Tens
     group = getattr(norm, "process_group", None)
     if isinstance(norm, nn.SyncBatchNorm):
         group = group or "world"
-    *_, variance = batch_statistics(x_seq, channel, sharing(group))
+    *_, variance = batch_statistics(x_seq, channel, sharing(group, _CALLER))
     return {"constant": variance <= _LITTLE * norm.eps}
 
 

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..batch_norm import check_process_group, sharing
 from ..checks import HALF_TYPES, read_finite
-from ..layer import some_asgl_layers
-from ..pending import in_backward
-from ..transforms import transforming
+from ..neurons.base import some_asgl_layers
+from ..neurons.batch_norm_lif import check_process_group, sharing
+from ..neurons.deferred import in_backward
+from ..torch_modes import transforming
 
 _CALLER = "asgl_cuda.FiringRates"
 
@@ -91,7 +91,7 @@ class FiringRates:
         sums = {name: self._sums[name] for name in self._layers if name in self._sums}
         self._sums.clear()
         rates = {name: total / count for name, (total, count) in sums.items()}
-        if (group := sharing(self._process_group)) is not None:
+        if (group := sharing(self._process_group, _CALLER)) is not None:
             rates = self._shared(rates, sums, group)
         if not rates:
             raise RuntimeError(

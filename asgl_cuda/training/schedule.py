@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from ..checks import check_int, in_range, read_number, shown
-from ..layer import some_asgl_layers
+from ..neurons.base import some_asgl_layers
 
 _CALLER = "asgl_cuda.AnalogProbSchedule"
 

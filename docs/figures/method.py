@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 import asgl_cuda
-from asgl_cuda.surrogate import SURROGATES
+from asgl_cuda.reference.surrogates import SURROGATES
 from benchmarks import palette
 from benchmarks.learning.demo import BATCH_SIZE, load_data, scores_of, spiking_mlp, widths_of
 from benchmarks.learning.optimizers import SGD, optimizer_of

@@ -6,9 +6,9 @@ from comparison import real_of
 from torch._subclasses import FakeTensorMode
 
 import asgl_cuda
-from asgl_cuda import backends, extension
-from asgl_cuda.backends import cupy
-from asgl_cuda.reference import Numbers, Rules
+from asgl_cuda import backends
+from asgl_cuda.backends import cupy, extension
+from asgl_cuda.reference.records import Numbers, Rules
 
 pytestmark = pytest.mark.skipif(extension.module is None, reason=str(extension.problem))
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import asgl_cuda
 from asgl_cuda.backends import BACKENDS
-from asgl_cuda.reference import _philox4x32
+from asgl_cuda.reference.noise import _philox4x32
 from tools.gpu_check.layers import captured
 
 WANTED = os.environ.get("ASGL_TEST_BACKENDS", "cuda,cupy").split(",")

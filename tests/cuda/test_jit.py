@@ -17,8 +17,9 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import asgl_cuda
-from asgl_cuda import backends, extension
+from asgl_cuda import backends
 from asgl_cuda.backends import cupy as jit
+from asgl_cuda.backends import extension
 from tools import host_compiler
 from tools.emulation import emulated
 from tools.kernels.code_checks import ptx_problems

@@ -7,8 +7,8 @@ import torch
 from comparison import random_input, uniform
 
 import asgl_cuda
-from asgl_cuda import backends, extension
-from asgl_cuda.backends import launcher
+from asgl_cuda import backends
+from asgl_cuda.backends import extension, launcher
 
 pytestmark = pytest.mark.skipif(extension.module is None, reason=str(extension.problem))
 

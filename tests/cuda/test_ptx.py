@@ -11,9 +11,9 @@ from comparison import assert_equals_reference, random_input, real_of, rng_state
 import asgl_cuda
 from asgl_cuda import backends
 from asgl_cuda.backends import cupy
-from asgl_cuda.extension import compilation
+from asgl_cuda.backends.extension import compilation
+from asgl_cuda.reference.surrogates import SURROGATES
 from asgl_cuda.selfcheck import EXACT_SURROGATES
-from asgl_cuda.surrogate import SURROGATES
 from tools import ptx
 from tools.emulation import emulated
 from tools.kernels.cuda_code import CSRC, Nvcc, run

@@ -459,7 +459,7 @@ def reset(model):
         elif isinstance(module, snntorch.SpikingNeuron):
             if module.init_hidden:
                 module.reset_mem()
-        elif hasattr(module, "reset") and not isinstance(module, asgl_cuda.layer.NeuronLayer):
+        elif hasattr(module, "reset") and not isinstance(module, asgl_cuda.neurons.base.NeuronLayer):
             module.reset()
 
 

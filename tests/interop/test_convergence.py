@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import asgl_cuda
-from asgl_cuda.over_time import OverTime
+from asgl_cuda.neurons.over_time import OverTime
 
 T, B, FEATURES, HIDDEN, CLASSES, STEPS = 6, 30, 8, 16, 3, 30
 FAST = norse.LIFParameters(tau_mem_inv=torch.tensor(600.0), v_th=torch.tensor(0.3))

@@ -21,7 +21,7 @@ from torch import nn
 import asgl_cuda
 from asgl_cuda.interop.fuse import Fused
 from asgl_cuda.interop.snntorch import MultiStep
-from asgl_cuda.over_time import OverTime
+from asgl_cuda.neurons.over_time import OverTime
 
 pytestmark = pytest.mark.usefixtures("in_double")
 

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 import asgl_cuda
 from asgl_cuda.interop.fuse import Fused
-from asgl_cuda.over_time import OverTime
+from asgl_cuda.neurons.over_time import OverTime
 
 pytestmark = pytest.mark.usefixtures("in_double")
 

@@ -17,9 +17,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import asgl_cuda
-from asgl_cuda import recompute
+from asgl_cuda.calls import recompute
 from asgl_cuda.interop.fuse import Fused
-from asgl_cuda.over_time import OverTime
+from asgl_cuda.neurons.over_time import OverTime
 
 pytestmark = pytest.mark.usefixtures("in_double")
 
@@ -327,7 +327,7 @@ def test_spikes_recomputed(monkeypatch):
 
 
 def test_sync_batch_norm(monkeypatch):
-    """Fused layers stay so, and name their processes, by default all; layer/test_distributed.py runs two."""
+    """Fused layers stay so, and name their processes, by default all; training/test_distributed.py runs two."""
     x_seq, asked = torch.randn(SHAPE), []
     model = scattered(Block())
     converted = asgl_cuda.convert_sync_batchnorm(joined(model, x_seq))

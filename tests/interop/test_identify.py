@@ -19,9 +19,9 @@ def spiking(smooth, fires):
 
 
 @pytest.mark.parametrize(("width", "gain"), [(1e-3, 1.0), (0.3, 30.0), (1.0, 0.1), (7.0, 1.0), (200.0, 30.0)])
-@pytest.mark.parametrize("name", asgl_cuda.surrogate.SURROGATES)
+@pytest.mark.parametrize("name", asgl_cuda.reference.surrogates.SURROGATES)
 def test_surrogates_are_identified(name, width, gain):
-    cumulative = asgl_cuda.surrogate.SURROGATES[name].cumulative
+    cumulative = asgl_cuda.reference.surrogates.SURROGATES[name].cumulative
     found = identify(spiking(lambda u: cumulative(u / width) * gain, lambda u: u > 0))
     assert (found.surrogate, found.strict) == (name, True)
     assert (found.width, found.gain) == pytest.approx((width, gain), rel=1e-6)

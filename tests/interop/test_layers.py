@@ -35,7 +35,7 @@ from spikingjelly.activation_based import functional, neuron
 from torch import nn
 
 import asgl_cuda
-from asgl_cuda import recompute
+from asgl_cuda.calls import recompute
 from asgl_cuda.interop.snntorch import MultiStep
 
 # ---- outputs, states and gradients, in float64 ----

@@ -16,7 +16,7 @@ from torch import nn
 import asgl_cuda
 from asgl_cuda import LIF, BatchNormLIF, LeakyIntegrator
 from asgl_cuda.interop.nir import from_nir, to_nir, write
-from asgl_cuda.over_time import OverTime
+from asgl_cuda.neurons.over_time import OverTime
 
 # ---- models that come back ----
 

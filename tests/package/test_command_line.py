@@ -35,7 +35,8 @@ def main(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:
 
 def only(monkeypatch, backends):
     """Replaces the table in every module: removing rows would change the order of preference."""
-    for module in ("backends", "call", "integrator", "recurrent", "selfcheck"):
+    neurons = "neurons.lif", "neurons.leaky_integrator", "neurons.recurrent_lif"
+    for module in ("backends", "calls.plan", *neurons, "selfcheck"):
         monkeypatch.setattr(f"asgl_cuda.{module}.BACKENDS", backends)
 
 
@@ -197,7 +198,7 @@ CLONE = """
 import sys, torch, asgl_cuda
 from asgl_cuda.__main__ import check
 from asgl_cuda.selfcheck import differences
-if asgl_cuda.extension.module.cpu_instruction_set() != sys.argv[1]:
+if asgl_cuda.backends.extension.module.cpu_instruction_set() != sys.argv[1]:
     sys.exit(77)
 assert check() == 0
 state = torch.tensor([3, 5])

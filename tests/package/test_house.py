@@ -12,6 +12,11 @@ import pytest
 ROOT = Path(__file__).parents[2]
 # Each may import those before it.
 LAYERS = ("asgl_cuda", "benchmarks", "tools", "tests")
+# Rooms of asgl_cuda, files and folders; each may import those before it.
+ROOMS = (
+    "_version", "layout", "torch_modes", "reference", "checks", "backends", "calls", "neurons", "spikes", "selfcheck",
+    "interop", "states", "training", "__init__", "__main__",
+)  # fmt: skip
 # Folders of csrc, and the folders whose headers each may include; "." is csrc itself.
 HEADERS = {
     "math": {"math"},
@@ -55,6 +60,18 @@ def test_layers(layer):
     later = ("tests", *LAYERS[LAYERS.index(layer) + 1 :])
     assert not [f"{path}: {name}" for path in files(layer) for name in imports(path) if name.split(".")[0] in later]
     assert not files("tests", "__init__.py")
+
+
+def test_rooms():
+    """The package has these rooms, and each knows those before it."""
+    inside = (ROOT / "asgl_cuda").iterdir()
+    found = {path.stem for path in inside if path.suffix == ".py" or (path / "__init__.py").exists()}
+    assert found == set(ROOMS)
+    for path in files("asgl_cuda"):
+        room = path.relative_to(ROOT / "asgl_cuda").parts[0].removesuffix(".py")
+        known = {f"asgl_cuda.{each}" for each in ROOMS[: ROOMS.index(room) + 1]}
+        names = {".".join(name.split(".")[:2]) for name in imports(path) if name.split(".")[0] == "asgl_cuda"}
+        assert names <= known, path
 
 
 def test_no_test_measures_time():

@@ -13,7 +13,7 @@ from torch import nn
 
 import asgl_cuda
 from asgl_cuda import LIF, AdaptiveLIF, AnalogProbSchedule, BatchNormLIF, LeakyIntegrator, OverTime, RecurrentLIF
-from asgl_cuda.call import NeuronArguments
+from asgl_cuda.calls.arguments import NeuronArguments
 
 
 class Contrary:

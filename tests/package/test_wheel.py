@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import asgl_cuda
-from asgl_cuda.extension import build_notes
+from asgl_cuda.backends.extension import build_notes
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -20,7 +20,7 @@ SUITE = (
     *(f"neuron/test_{name}.py" for name in ("arguments", "philox")),
     *(f"layer/test_{name}.py" for name in ("neuron", "torch_features")),
 )
-TESTS_NEED = ("conftest.py", "comparison.py", "layer/layer_cases.py")
+TESTS_NEED = ("conftest.py", "comparison.py", "layer_cases.py")
 
 
 def run(*command: str | Path, cwd: Path, status: int = 0, **environment: str) -> str:

@@ -118,7 +118,7 @@ for case in CASES.values():
 
 
 def test_instruction_sets_with_fma_change_no_bits():
-    from asgl_cuda import extension
+    from asgl_cuda.backends import extension
 
     if extension.module.cpu_instruction_set() != "AVX-512":
         pytest.skip("the processor has one of the two")

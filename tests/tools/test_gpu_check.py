@@ -12,9 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from asgl_cuda import extension
-from asgl_cuda.backends import launcher
-from asgl_cuda.extension import build_notes
+from asgl_cuda.backends import extension, launcher
+from asgl_cuda.backends.extension import build_notes
 from benchmarks.speed.sizes import Block, Size, description
 from tools.gpu_check import bars, check, kernel_times, layers, prepare, small_calls, steps
 from tools.gpu_check.check import Findings, Outcome

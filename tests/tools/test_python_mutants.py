@@ -12,16 +12,17 @@ def test_each_mistake_can_be_seeded():
     files = {name: check.ROOT / "tests" / mutant.tests.partition(" ")[0] for name, mutant in MUTANTS.items()}
     assert not [name for name, file in files.items() if not file.is_file()]
     for mutant in MUTANTS.values():
-        assert check.mutated(mutant) != (check.ROOT / "asgl_cuda" / mutant.file).read_text()
+        path, text = check.mutated(mutant, check.ROOT)
+        assert text != path.read_text()
 
 
 @pytest.mark.parametrize(
     ("status", "said"),
     [
         (0, "SURVIVED"),
-        (1, "found by tests/neuron/test_layouts.py::test_view"),
+        (1, "found by tests/neurons/test_views.py::test_view"),
         (5, "NOT RUN: pytest's status 5"),
-        (-11, "found by signal 11, tests/neuron/test_layouts.py"),
+        (-11, "found by signal 11, tests/neurons/test_views.py"),
     ],
 )
 def test_outcomes(monkeypatch, tmp_path, status, said):
@@ -31,16 +32,16 @@ def test_outcomes(monkeypatch, tmp_path, status, said):
     before = file.read_text()
 
     def run_tests(*arguments):
-        assert arguments == (tmp_path, "-x", "tests/neuron/test_layouts.py", "-k", "copy or view")
+        assert arguments == (tmp_path, "-x", "tests/neurons/test_views.py", "-k", "copy or view")
         assert file.read_text() == before.replace("CHECKPOINT_STEPS = 16", "CHECKPOINT_STEPS = 8")
         if status == 1:
-            (tmp_path / "notes").write_text("\ttests/neuron/test_layouts.py::test_view\n")
+            (tmp_path / "notes").write_text("\ttests/neurons/test_views.py::test_view\n")
         return status
 
     monkeypatch.setattr(check, "run_tests", run_tests)
-    mutant = Mutant("layout.py", "CHECKPOINT_STEPS = 16", "CHECKPOINT_STEPS = 8", "neuron/test_layouts.py copy or view")
+    mutant = Mutant("CHECKPOINT_STEPS = 16", "CHECKPOINT_STEPS = 8", "neurons/test_views.py copy or view")
     assert check.check(tmp_path, mutant) == said
     assert file.read_text() == before
-    assert check.check(tmp_path, mutant._replace(old="return")).startswith(
-        "NOT APPLIED: layout.py has changed: it has "
-    )
+    said = check.check(tmp_path, mutant._replace(old="return"))
+    assert said.startswith("NOT APPLIED: the text to change must be in asgl_cuda once, and is asgl_cuda/layout.py ")
+    assert check.check(tmp_path, mutant._replace(old="of nowhere")).endswith("is nowhere: 'of nowhere'")

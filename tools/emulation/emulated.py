@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 import torch.utils.cpp_extension
 
-from asgl_cuda import backends, extension
-from asgl_cuda.backends import launcher
+from asgl_cuda import backends
+from asgl_cuda.backends import extension, launcher
 
 ROOT = Path(__file__).parents[2]
 EMULATION = Path(__file__).parent

@@ -18,14 +18,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from asgl_cuda import backends, extension, leaky_integrator, lif, recurrent_lif
-from asgl_cuda.adaptive import run_adaptive
-from asgl_cuda.backends import launcher
-from asgl_cuda.batch_norm import module_batch_norm_lif
-from asgl_cuda.functional import LIF_DEFAULTS
+from asgl_cuda import backends, leaky_integrator, lif, recurrent_lif
+from asgl_cuda.backends import extension, launcher
 from asgl_cuda.layout import real_type
-from asgl_cuda.learned import Logarithm, Logit
-from asgl_cuda.reference import IN_CURRENT, IN_RESET, IN_THRESHOLD
+from asgl_cuda.neurons.adaptive_lif import run_adaptive
+from asgl_cuda.neurons.batch_norm_lif import module_batch_norm_lif
+from asgl_cuda.neurons.lif import LIF_DEFAULTS
+from asgl_cuda.reference.learned import Logarithm, Logit
+from asgl_cuda.reference.records import IN_CURRENT, IN_RESET, IN_THRESHOLD
 
 from . import emulated
 

@@ -17,9 +17,8 @@ from functools import partial
 
 import torch
 
-from asgl_cuda import extension
-from asgl_cuda.backends import cupy, launcher
-from asgl_cuda.extension import build_notes
+from asgl_cuda.backends import cupy, extension, launcher
+from asgl_cuda.backends.extension import build_notes
 from benchmarks import ROOT
 from benchmarks.common import parser_of
 
@@ -58,7 +57,7 @@ def build(architecture: str) -> bool:
         print(f"compilation needs setuptools, which {sys.executable} lacks", flush=True)
         return False
     # Without setup.py: an old setuptools can't read pyproject.toml.
-    command = [sys.executable, "-m", "asgl_cuda.extension.compilation", str(ROOT / "csrc"), str(COMPILED)]
+    command = [sys.executable, "-m", "asgl_cuda.backends.extension.compilation", str(ROOT / "csrc"), str(COMPILED)]
     if subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode != 0:
         return False
     for name in (build_notes.EXTENSION, build_notes.NOTES):  # the notes last

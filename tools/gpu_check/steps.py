@@ -20,7 +20,7 @@ CUPY_CACHE = PREPARED / "cupy"
 SECONDS = "SECONDS"  # time limit
 RESULT = "RESULT"  # JSON file for results
 # Stand in for a suite without a GPU.
-A_FEW_TESTS = ["tests/neuron/test_philox.py", "-k", "mask_with_time or none_and_all"]
+A_FEW_TESTS = ["tests/reference/test_noise.py", "-k", "mask_with_time or none_and_all"]
 
 
 class Machine(NamedTuple):

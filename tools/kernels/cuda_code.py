@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 import torch
 
-from asgl_cuda.extension import compilation
-from asgl_cuda.surrogate import INTEGER, SURROGATES
+from asgl_cuda.backends.extension import compilation
+from asgl_cuda.reference.surrogates import INTEGER, SURROGATES
 from benchmarks import ROOT
 
 CSRC = ROOT / "csrc"

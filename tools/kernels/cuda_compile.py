@@ -3,7 +3,7 @@
 Failures: a kernel that does not compile, or is not in the figures; other kernels than the operators name; a spill or
 stack that is not in the figures; operations that are rounded unlike the reference's (code_checks.py); glue that does
 not compile against the installed torch. A change of registers is only reported.
-The flags are those of asgl_cuda/extension/compilation.py: PTX for compute_75 and compute_80, from which each
+The flags are those of asgl_cuda/backends/extension/compilation.py: PTX for compute_75 and compute_80, from which each
 architecture is compiled. Architectures with the code of another (SAME_CODE) are compiled only with --update, which
 fails where registers differ.
 
@@ -25,9 +25,8 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
 
-from asgl_cuda import extension
-from asgl_cuda.backends import cupy, launcher
-from asgl_cuda.extension import compilation
+from asgl_cuda.backends import cupy, extension, launcher
+from asgl_cuda.backends.extension import compilation
 
 from .. import host_compiler
 from . import resources

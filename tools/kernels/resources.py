@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from asgl_cuda.extension import compilation
+from asgl_cuda.backends.extension import compilation
 
 from ..pages import Page, table
 from .cuda_code import Kernel, Usage

@@ -52,12 +52,15 @@ class Notes:
         return rows
 
 
-def mutated(mutant: Mutant, root: Path = ROOT) -> str:
-    """The text of the file with the mistake."""
-    text = (root / "asgl_cuda" / mutant.file).read_text()
-    if (times := text.count(mutant.old)) != 1:
-        raise ValueError(f"{mutant.file} has changed: it has {times} times {mutant.old!r}")
-    return text.replace(mutant.old, mutant.new)
+def mutated(mutant: Mutant, root: Path) -> tuple[Path, str]:
+    """The file of asgl_cuda in `root` that has the text, and its content with the mistake."""
+    texts = {path: path.read_text() for path in sorted((root / "asgl_cuda").rglob("*.py"))}
+    times = {path: text.count(mutant.old) for path, text in texts.items() if mutant.old in text}
+    if sum(times.values()) != 1:
+        where = ", ".join(f"{path.relative_to(root)} {count} times" for path, count in times.items()) or "nowhere"
+        raise ValueError(f"the text to change must be in asgl_cuda once, and is {where}: {mutant.old!r}")
+    (path,) = times
+    return path, texts[path].replace(mutant.old, mutant.new)
 
 
 def run_tests(directory: Path, *arguments: str, root: Path | None = None, seconds: int = SECONDS) -> int:
@@ -114,10 +117,9 @@ def fails_without(directory: Path, mutants: Iterable[Mutant]) -> dict[str, int]:
 def check(directory: Path, mutant: Mutant) -> str:
     """What found it, `SURVIVED`, or why the tests say nothing."""
     try:
-        text = mutated(mutant)
+        file, text = mutated(mutant, directory)
     except ValueError as error:
         return f"NOT APPLIED: {error}"
-    file = directory / "asgl_cuda" / mutant.file
     before = file.read_text()
     file.write_text(text)
     try:

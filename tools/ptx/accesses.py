@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from asgl_cuda import backends
-from asgl_cuda.batch_norm import batch_norm_lif
-from asgl_cuda.functional import lif
-from asgl_cuda.integrator import leaky_integrator
+from asgl_cuda.neurons.batch_norm_lif import batch_norm_lif
+from asgl_cuda.neurons.leaky_integrator import leaky_integrator
+from asgl_cuda.neurons.lif import lif
 
 from ..emulation.emulated import LARGE, TINY
 from ..kernels.cuda_code import Kernel

@@ -22,12 +22,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from asgl_cuda import backends, extension, ops
-from asgl_cuda.backends import cupy, launcher
-from asgl_cuda.extension.build_notes import digest_of_sources
-from asgl_cuda.reference import Rules
+from asgl_cuda import backends
+from asgl_cuda.backends import cupy, extension, launcher, ops
+from asgl_cuda.backends.extension.build_notes import digest_of_sources
+from asgl_cuda.reference.records import Rules
+from asgl_cuda.reference.surrogates import SURROGATES
 from asgl_cuda.selfcheck import EXACT_SURROGATES
-from asgl_cuda.surrogate import SURROGATES
 
 from ..emulation.emulated import EMULATION, LARGE, ROOT, THREADS_EACH, TINY, Emulation
 from ..host_compiler import compiler

@@ -26,9 +26,9 @@ import torch
 from torch import Tensor, nn
 
 from ...checks import check_number, check_width
-from ...integrator import LeakyIntegrator
-from ...neuron import LIF
-from ...over_time import KNOWS_TIME
+from ...neurons.leaky_integrator import LeakyIntegrator
+from ...neurons.lif import LIF
+from ...neurons.over_time import KNOWS_TIME
 
 INSTALL = 'pip install "nir>=1.0.7" "nirtorch>=2.6"'  # as in pyproject.toml
 KEY = "asgl_cuda"  # in a node's metadata, of what NIR does not know

@@ -13,9 +13,9 @@ import torch
 from torch import fx, nn
 
 from ...checks import check_device_and_dtype
-from ...integrator import LeakyIntegrator
-from ...neuron import LIF
-from ...over_time import OverTime
+from ...neurons.leaky_integrator import LeakyIntegrator
+from ...neurons.lif import LIF
+from ...neurons.over_time import OverTime
 from . import neurons as units
 from .neurons import KEY, RECURRENCE, Delay, Scale, as_double, naming, range_of
 

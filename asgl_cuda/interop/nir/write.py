@@ -11,12 +11,13 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ...checks import check_bool, check_input
-from ...integrator import LeakyIntegrator
-from ...layer import NeuronLayer, check_module
 from ...layout import real_type
-from ...neuron import LIF, BatchNormLIF, unknown_options
-from ...recurrent import RecurrentLIF
-from ...reference import normalisation
+from ...neurons.base import NeuronLayer, check_module
+from ...neurons.batch_norm_lif import BatchNormLIF
+from ...neurons.leaky_integrator import LeakyIntegrator
+from ...neurons.lif import LIF, unknown_options
+from ...neurons.recurrent_lif import RecurrentLIF
+from ...reference.normalisation import normalisation
 from ...spikes.layers import SPIKE_LAYERS
 from ..convert import LIBRARIES, convert, copied, libraries
 from ..converted import Converted, bare_class

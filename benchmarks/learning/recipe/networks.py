@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import asgl_cuda
 from asgl_cuda import OverTime
-from asgl_cuda.learned import Logarithm
+from asgl_cuda.reference.learned import Logarithm
 
 from .presets import CLASSES, Settings
 

@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from asgl_cuda.surrogate import SURROGATES
+from asgl_cuda.reference.surrogates import SURROGATES
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,58 @@
+"""Autograd of bare operators. The derivatives are autograd functions in neurons/ and spikes/, registered there.
+
+| who differentiates | by |
+|---|---|
+| eager mode, torch.func | the function, around pybind11 functions that call the operator below autograd |
+| torch.compile | the same, traced around torch.ops |
+| a graph of torch.export, torch.ops | the operator's autograd kernel, `at_autograd`, which looks it up in DERIVATIVES |
+| a backward operator | nobody: a second derivative raises an error |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..torch_modes import apply_here, in_forward_mode, once_differentiable, refuse_tangents
+
+Derivative = Callable[..., Any]
+# By operator; others are not differentiable. A derivative takes the operator, the operator below autograd, and its
+# arguments, and returns results with a graph.
+DERIVATIVES: dict[str, Derivative] = {}
+
+
+def at_autograd(operator: Any, name: str) -> Callable[..., Any]:
+    """The operator's autograd kernel; csrc/ops/autograd.h is a faster one for calls without gradients."""
+
+    def kernel(keyset: Any, *arguments: Any) -> Any:
+        tensors = tensors_in(arguments)
+        if in_forward_mode():
+            refuse_tangents(tensors, f"asgl_cuda.{name}")
+
+        enabled = torch.is_grad_enabled()
+
+        def below(*arguments: Any) -> Any:
+            # Function disables gradients; the next level of differentiation needs the caller's grad mode.
+            with torch.set_grad_enabled(enabled), torch._C._AutoDispatchBelowAutograd():
+                return operator.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
+
+        if not enabled or not any(each.requires_grad for each in tensors):
+            return below(*arguments)
+        derivative: Derivative = DERIVATIVES.get(name, _without_derivative)
+        return derivative(operator, below, *arguments)
+
+    return kernel
+
+
+def _without_derivative(operator: Any, below: Callable[..., Any], *arguments: Any) -> Any:
+    results = below(*arguments)
+    if isinstance(results, Tensor):
+        return once_differentiable((results,), tensors_in(arguments), apply_here)[0]
+    return type(results)(once_differentiable(results, tensors_in(arguments), apply_here))
+
+
+def tensors_in(arguments: Sequence[Any]) -> tuple[Tensor, ...]:
+    return tuple(each for each in arguments if isinstance(each, Tensor))

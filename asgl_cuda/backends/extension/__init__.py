@@ -1,0 +1,82 @@
+"""The compiled extension that is installed with the package: loaded if it fits this process, else the reason.
+
+`compilation` builds it, for setup.py; `build_notes` are what it is compared with before it is mapped.
+"""
+
+from __future__ import annotations
+
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+from ..._version import __version__
+from .. import ops  # noqa: F401  # defines the operators that the extension looks up when it is loaded
+from . import build_notes
+from .build_notes import EXTENSION, NOTES, BuildInfo
+
+PACKAGE = Path(__file__).parents[2]
+
+
+def source_directory() -> Path | None:
+    """The folder of the sources: in the package, or beside it in a checkout."""
+    folders = (PACKAGE / "csrc", PACKAGE.parent / "csrc")
+    return next((path for path in folders if (path / "ops/bindings.cpp").is_file()), None)
+
+
+def remedy() -> str:
+    """What builds the extension for this torch."""
+    options = "--no-build-isolation --no-deps"
+    if (PACKAGE.parent / "setup.py").is_file():
+        return f"pip install {options} -e {PACKAGE.parent}"
+    return f"in a checkout of asgl_cuda, pip install {options} --force-reinstall ."
+
+
+def no_sources() -> str:
+    return f"the sources, which were installed with asgl_cuda, are gone. To install them again: {remedy()}"
+
+
+def _misfit(info: BuildInfo) -> str | None:
+    """An extension loads in any torch of the minor version that it was built for."""
+    if build_notes.minor_version(info.torch_version) != build_notes.minor_version(torch.__version__):
+        name = f"asgl_cuda {__version__}+{build_notes.local_version(info.torch_version, info.cuda)}"
+        return f"{name} was built for torch {info.torch_version}, and this is torch {torch.__version__}"
+    sources = source_directory()
+    if sources is not None and info.sources != build_notes.digest_of_build(sources, PACKAGE / "backends"):
+        return f"it was built from other sources than those in {sources}"
+    return None
+
+
+def load() -> tuple[ModuleType | None, BuildInfo | None, str | None]:
+    """The extension and its notes, or the reason for none with a remedy."""
+    if not (PACKAGE / NOTES).exists():
+        others = [path.name for path in PACKAGE.glob("_C.*")]
+        why = f"{', '.join(others)} in {PACKAGE} has no {NOTES} beside it: its build did not end" if others else None
+        return None, None, _problem(why or f"it was not built with this installation, in {PACKAGE}")
+    try:
+        info = build_notes.read(PACKAGE)
+        why = _misfit(info)
+        if why is None:
+            return _import(PACKAGE / EXTENSION), info, None
+    except FileNotFoundError:
+        why = f"this Python loads {EXTENSION}, which is not in {PACKAGE}: it was built for another Python"
+    except (ImportError, OSError, TypeError, ValueError) as error:
+        why = str(error)
+    return None, None, _problem(why)
+
+
+def _problem(why: str) -> str:
+    return f"the compiled extension is missing: {why}. To build it: {remedy()}"
+
+
+def _import(path: Path) -> ModuleType:
+    spec = spec_from_file_location("asgl_cuda._C", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+module, build_info, problem = load()

@@ -1,0 +1,91 @@
+"""Notes beside a compiled extension: the torch that it fits, its sources, its size and checksum.
+
+They are compared before the extension is mapped, since some extensions end the process that maps them: a file that was
+cut off (SIGBUS), and one whose operators have other arguments than those of ops.py (SIGABRT). Notes are data, read
+without executing them. The module needs Python alone: setup.py loads it where the package can't be imported.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import re
+import zlib
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+from typing import NamedTuple
+
+EXTENSION = f"_C{EXTENSION_SUFFIXES[0]}"  # the file's name for this Python
+NOTES = "_build_info.json"
+SOURCES = ("*.cpp", "*.cu", "*.cuh", "*.h")
+
+
+class BuildInfo(NamedTuple):
+    """The notes."""
+
+    torch_version: str
+    cuda: str | None  # the toolkit and the architectures that the CUDA kernels were compiled by and for
+    reason: str  # why with or without CUDA
+    sources: str  # digest_of_build at the time
+    size: int
+    checksum: int
+
+    def code_for(self, capability: tuple[int, int]) -> str | None:
+        """The code for a GPU of this compute capability, such as sm_86 or compute_80; None if there is none.
+
+        A cubin runs on GPUs of the same major version and no lower minor one. The driver compiles PTX for later GPUs.
+        """
+        wanted = 10 * capability[0] + capability[1]
+        names = re.findall(r"\b(sm|compute)_(\d+)", self.cuda or "")
+        built = {kind: [int(number) for each, number in names if each == kind] for kind in ("sm", "compute")}
+        cubins = [number for number in built["sm"] if number // 10 == capability[0] and number <= wanted]
+        ptx = [number for number in built["compute"] if number <= wanted]
+        return f"sm_{max(cubins)}" if cubins else f"compute_{max(ptx)}" if ptx else None
+
+
+def minor_version(torch_version: str) -> str:
+    return ".".join(torch_version.split("+")[0].split(".")[:2])
+
+
+def local_version(torch_version: str, cuda: str | None) -> str:
+    """The torch that an extension fits, in the version of its wheel: torch2.13.cpu, torch2.13.cu130."""
+    build = (torch_version.partition("+")[2] or "cuda") if cuda else "cpu"
+    return f"torch{minor_version(torch_version)}.{build}"
+
+
+@functools.cache
+def digest_of_sources(directory: Path) -> bytes:
+    digest = hashlib.sha256()
+    for path in sorted(path for pattern in SOURCES for path in directory.rglob(pattern)):
+        digest.update(str(path.relative_to(directory)).encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.digest()
+
+
+def digest_of_build(csrc: Path, backends: Path) -> str:
+    """Names the sources and how the extension is compiled from them; `backends` is the folder of that name."""
+    how = (backends / "extension" / "compilation.py").read_bytes()
+    return hashlib.sha256(digest_of_sources(csrc) + how).hexdigest()[:16]
+
+
+def write(directory: Path, torch_version: str, cuda: str | None, reason: str, sources: str) -> None:
+    """Notes about the extension there."""
+    content = (directory / EXTENSION).read_bytes()
+    info = BuildInfo(torch_version, cuda, reason, sources, len(content), zlib.crc32(content))
+    (directory / NOTES).write_text(json.dumps(info._asdict(), indent=2) + "\n", encoding="utf-8")
+
+
+def read(directory: Path) -> BuildInfo:
+    """Raises OSError where there are none, ValueError where they, or the extension there, are damaged."""
+    notes, extension = directory / NOTES, directory / EXTENSION
+    try:
+        info = BuildInfo(**json.loads(notes.read_text(encoding="utf-8")))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{notes} is damaged ({error})") from error
+    content = extension.read_bytes()
+    if len(content) != info.size:
+        raise ValueError(f"{extension} is damaged: it has {len(content)} bytes, and {info.size} were built")
+    # For accidents a CRC does: it takes 0.2 ms a MB, a hash 0.5 and more.
+    if zlib.crc32(content) != info.checksum:
+        raise ValueError(f"{extension} is damaged: its checksum is another than when it was built")
+    return info

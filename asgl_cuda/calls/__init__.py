@@ -1,0 +1,1 @@
+"""From keyword arguments to an operator's tensors: the arguments, the plan, the noise, recomputation."""

@@ -1,0 +1,77 @@
+"""The arguments of a neuron's call by name, and the checks of those that are never tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import TypedDict
+
+from ..checks import check_bool, check_finite, check_levels, check_not_nan, optional
+
+
+class NeuronArguments(TypedDict, total=False):
+    """Common arguments of `lif` and `batch_norm_lif`, documented in `lif`."""
+
+    decay: Tensor | float
+    v_threshold: Tensor | float
+    v_reset: Tensor | float | None
+    reset_amount: Tensor | float | None
+    width: Tensor | float
+    surrogate: str
+    surrogate_gain: float
+    analog_prob: Tensor | float
+    residual: Tensor | None
+    residual_gain: float
+    rng_state: Tensor | None
+    generator: torch.Generator | None
+    v_rest: float
+    strict_threshold: bool
+    scale_output: bool
+    detach_reset: bool
+    levels: int | None
+    multi_spike: bool
+    v_min: float | None
+    v_init: Tensor | None
+    time_dim: int
+    return_v_last: bool
+    return_v_seq: bool
+    return_h_seq: bool
+    backend: str | None
+
+
+class Arguments(NeuronArguments, total=False):
+    """All arguments of `lif` except x_seq, or of adaptive neurons: the record that a call is made of.
+
+    From layers, width and decay may be a Logarithm and a Logit.
+    """
+
+    input_gain: Tensor | float
+    input_bias: Tensor | float
+    input_mean: Tensor | float
+    # Only of adaptive neurons: where w is, bits IN_CURRENT and others, and its parameters.
+    adaptation: int
+    adapt_decay: Any
+    adapt_potential: Any
+    adapt_spike: Any
+
+
+# Options that are flags of Rules, and those that ask for a result.
+FLAGS = "multi_spike", "strict_threshold", "detach_reset", "scale_output"
+RETURNS = "return_v_last", "return_v_seq", "return_h_seq"
+# Options that are never tensors, with their checks. `surrogate` depends on another, time_dim on x_seq.
+OPTIONS: dict[str, Callable[..., Any]] = {
+    **dict.fromkeys((*FLAGS, *RETURNS), check_bool),
+    **dict.fromkeys(("surrogate_gain", "v_rest", "residual_gain"), check_not_nan),
+    "v_min": optional(check_finite),
+    "levels": optional(check_levels),
+}
+OPTION_NAMES = "surrogate", "time_dim", *OPTIONS
+# Where the parameters of operators come from, `reset` aside; adaptive neurons have others instead of the input's.
+INPUT = {"input_gain": "input_gain", "input_bias": "input_bias", "input_mean": "input_mean"}
+ADAPTATION = {"input_gain": "adapt_decay", "input_bias": "adapt_potential", "input_mean": "adapt_spike"}
+_COMMON = "width", "decay", "v_threshold", "v_reset", "reset_amount"
+VALUES = *_COMMON, *INPUT, "analog_prob", "residual"
+ADAPTIVE_VALUES = *_COMMON, *ADAPTATION.values(), "analog_prob", "residual"

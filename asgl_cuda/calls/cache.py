@@ -1,0 +1,74 @@
+"""The results of checks, kept for calls of the same signature."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from operator import itemgetter
+from typing import Any, TypeVar
+
+import torch
+from torch.compiler import is_compiling
+
+from ..checks import PLAIN_TENSORS
+from ..reference.learned import Logarithm, Logit
+
+Checked = TypeVar("Checked")
+Check = Callable[[str, Any, Any], Checked]
+
+_MOST_PLANS = 1000
+_LEARNED = (Logarithm, Logit)
+_CONSTANTS = (float, int, bool, str, type(None))
+
+
+def cached_by_signature(names: Sequence[str]) -> Callable[[Check[Checked]], Check[Checked]]:
+    """Caches the result of `check(caller, x_seq, given)` for calls of the same signature.
+
+    The check may depend on the caller, on the `given` arguments of these names, of tensors only on type, shape, dtype
+    and device, never on values, and on x_seq likewise.
+    """
+    values_of = itemgetter(*names)
+
+    @functools.lru_cache
+    def split(types: tuple[type, ...]) -> tuple[list[int], Callable[[Any], Any]]:
+        """Where tensors are, and what gets all others; TypeError for types that may not be what they equal."""
+        others = [index for index, kind in enumerate(types) if kind in _CONSTANTS]
+        tensors = [index for index, kind in enumerate(types) if kind in (*PLAIN_TENSORS, *_LEARNED)]
+        if len(others) + len(tensors) < len(types):
+            raise TypeError
+        return tensors, itemgetter(*others)
+
+    def decorate(check: Check[Checked]) -> Check[Checked]:
+        plans: dict[Any, Checked] = {}
+
+        @functools.wraps(check)
+        def cached(caller: str, x_seq: Any, given: Any) -> Checked:
+            if is_compiling():
+                return check(caller, x_seq, given)
+            try:
+                values = values_of(given)
+                types = tuple(map(type, values))  # since True == 1 == 1.0
+                tensors, others_of = split(types)
+                kinds = [_kind(values[index]) for index in tensors]
+                key = (caller, _kind(x_seq), types, others_of(values), *kinds)
+                plan = plans.get(key)
+            except TypeError:
+                return check(caller, x_seq, given)
+            if plan is None:
+                plan = check(caller, x_seq, given)
+                if len(plans) >= _MOST_PLANS:
+                    plans.clear()
+                plans[key] = plan
+            return plan
+
+        return cached
+
+    return decorate
+
+
+def _kind(value: Any) -> Any:
+    """The signature of a tensor beside its type; TypeError where a check may depend on more."""
+    tensor = value.stored if isinstance(value, _LEARNED) else value
+    if type(tensor) not in PLAIN_TENSORS or tensor.layout is not torch.strided or tensor.is_nested:
+        raise TypeError
+    return tensor.shape, tensor.dtype, tensor.device

@@ -1,0 +1,68 @@
+"""The noise of a call: its rng_state, given or drawn, whose meaning is `analog_mask_below` of reference/noise.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backends import BACKENDS
+from ..checks import check_analog_prob_tensor, check_generator, check_rng_state
+from ..reference.records import DRAWS
+from ..torch_modes import transforming
+
+
+def state_of_noise(
+    caller: str, x_seq: Tensor, analog_below: int, given: Any, backend: str, together: bool
+) -> Tensor | None:
+    """The rng_state of the operators, drawn unless given; None where no element draws.
+
+    analog_prob as data is rng_state's third element, marked by BELOW_IN_STATE in the rules: an extra tensor in the
+    schemas would slow all calls. `together`: one call of an operator may compute all samples of a vmap.
+    """
+    rng_state, generator, analog_prob = given["rng_state"], given["generator"], given["analog_prob"]
+    below = check_analog_prob_tensor(analog_prob, x_seq, caller) if isinstance(analog_prob, Tensor) else None
+    if rng_state is not None:
+        check_rng_state(rng_state, x_seq, caller)
+        if generator is not None:
+            raise ValueError(f"{caller}: rng_state and generator exclude each other, got both")
+    if generator is not None:
+        check_generator(generator, x_seq, caller)
+    if analog_below in (0, DRAWS):
+        return None
+    if rng_state is None:
+        rng_state = _draw_rng_state(x_seq, generator, backend, together and below is None)
+    return rng_state.contiguous() if below is None else torch.cat([rng_state, below])
+
+
+def _draw_rng_state(x_seq: Tensor, generator: torch.Generator | None, backend: str, together: bool) -> Tensor:
+    operators = BACKENDS[backend].operators
+    if operators is not None:
+        if torch.compiler.is_compiling():
+            if generator is None:
+                return operators.draw_rng_state(torch.empty(2, dtype=torch.int64, device=x_seq.device))
+        elif together and transforming():
+            return _draw_under_transforms(x_seq.device, generator)
+    return torch.randint(2**63 - 1, (2,), generator=generator, device=x_seq.device)
+
+
+def _draw_under_transforms(device: torch.device, generator: torch.Generator | None) -> Tensor:
+    """A random rng_state `[1, 2]`, by the rules of vmap's `randomness`.
+
+    For different noise per sample, rng_state is mapped with equal values: the first dimension tells batching rules that
+    the neurons of all samples are numbered consecutively.
+    """
+    from torch._functorch import pyfunctorch
+
+    levels = pyfunctorch.retrieve_all_functorch_interpreters()
+    maps = [each for each in levels if isinstance(each, pyfunctorch.VmapInterpreter)]
+    if any(each.randomness() == "error" for each in maps):
+        return torch.randint(2**63 - 1, (1, 2), generator=generator, device=device)  # raises torch's error
+    apart = [each for each in maps if each.randomness() == "different"]
+    with pyfunctorch.temporarily_clear_interpreter_stack():
+        state = torch.randint(2**63 - 1, (1, 2), generator=generator, device=device)
+        state = state.expand(*(each.batch_size() for each in apart), 1, 2)
+        for each in apart:  # outermost first
+            state = torch._C._functorch._add_batch_dim(state, 0, each.level())
+    return state

@@ -1,0 +1,197 @@
+"""From a call's arguments to the tensors, numbers and rules of an operator: checks, a plan, noise."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..backends import BACKENDS, choose_backend
+from ..checks import (
+    check_analog_prob,
+    check_input,
+    check_multi_spike,
+    check_options,
+    check_residual,
+    check_rules,
+    check_threshold,
+    check_v_init,
+    check_values,
+    check_width,
+    check_width_tensor,
+)
+from ..layout import in_memory_order, is_dense, real_type
+from ..reference.learned import Logarithm, Logit
+from ..reference.records import BELOW_IN_STATE, Numbers, Parameters, Rules
+from ..reference.surrogates import INTEGER, PERIODIC, SURROGATES
+from .arguments import ADAPTATION, ADAPTIVE_VALUES, FLAGS, INPUT, OPTION_NAMES, OPTIONS, RETURNS, VALUES, Arguments
+from .cache import cached_by_signature
+from .noise import state_of_noise
+
+
+class Plan(NamedTuple):
+    """All of a call that does not depend on tensors' values."""
+
+    real: torch.dtype
+    rules: Rules
+    numbers: Numbers
+    wanted: tuple[bool, ...]  # results beside the first: of `lif` v_last, v_seq and h_seq
+    packed: tuple[Any, ...]  # what operators take behind the tensors: numbers, rules, and options of their own
+    sources: Sequence[tuple[int, str]]  # the indices of parameters that are tensors, and the arguments they come from
+
+
+def make_plan(
+    x_seq: Tensor, rules: Rules, numbers: Numbers, wanted: Sequence[bool], sources: Sequence[tuple[int, str]] = (),
+    options: Sequence[bool] = (),
+) -> Plan:  # fmt: skip
+    """A plan for the type of x_seq."""
+    packed = tuple(numbers), tuple(rules), *options
+    return Plan(real_type(x_seq.dtype), rules, numbers, tuple(wanted), packed, sources)
+
+
+class Inputs(NamedTuple):
+    """The tensors of lif_forward in their order, None for a constant; or their gradients, or which are wanted."""
+
+    x_seq: Any
+    v_init: Any
+    rng_state: Any
+    width: Any
+    decay: Any
+    v_threshold: Any
+    reset: Any
+    input_gain: Any
+    input_bias: Any
+    input_mean: Any
+    residual: Any
+
+    def with_input(self, gain: Any, bias: Any, mean: Any) -> Inputs:
+        """With other parameters of the input. Not by `_replace`, which torch 2.6 can't compile."""
+        x_seq, v_init, rng_state, width, decay, v_threshold, reset, _, _, _, residual = self
+        return Inputs(x_seq, v_init, rng_state, width, decay, v_threshold, reset, gain, bias, mean, residual)
+
+
+PARAMETERS = Parameters._fields[:-1]  # without the residual, which is never a constant
+
+
+def tensors_of(plan: Plan, given: Any, count: int, fused: bool) -> list[Any]:
+    """A call's parameters in the type of the arithmetic, None for constants; learned ones as stored where `fused`."""
+    real, found = plan.real, [None] * count
+    for index, name in plan.sources:
+        value = given[name]
+        if isinstance(value, (Logarithm, Logit)):
+            value = value.stored if fused else value.value()
+        found[index] = value if value.dtype is real else value.to(real)
+    return found
+
+
+class Call(NamedTuple):
+    """The arguments of `lif`, checked and converted."""
+
+    backend: str
+    plan: Plan
+    inputs: Inputs
+
+
+def _parameters(
+    caller: str, x_seq: Tensor, given: Arguments, options: Mapping[str, Any], counts: bool
+) -> tuple[dict[str, str], dict[str, float | None]]:
+    """The argument that is each parameter of the operators; the arguments that are constants, None for tensors.
+
+    With levels width is the threshold, and v_threshold the factor of scale_output.
+    """
+    soft = "v_threshold" if given["reset_amount"] is None else "reset_amount"
+    reset = soft if given["v_reset"] is None else "v_reset"
+    arguments = {"width": "width", "decay": "decay", "v_threshold": "v_threshold", "reset": reset}
+    arguments.update(ADAPTATION if given.get("adaptation", 0) else INPUT)
+    constants, real = check_values(given, arguments.values(), x_seq, caller), real_type(x_seq.dtype)
+    if constants["width"] is not None:
+        check_width(constants["width"], caller, real)
+    threshold = constants["v_threshold"]
+    if options["multi_spike"] and threshold is not None:
+        check_threshold(threshold, "multi_spike", caller)
+    if counts:
+        if constants["width"] != 1:
+            raise ValueError(f"{caller}: with levels the threshold is the width: width must be left at 1, got another")
+        if threshold is not None:
+            check_width(threshold, caller, real, _THRESHOLD_OF_LEVELS)
+        arguments["width"], arguments["v_threshold"] = "v_threshold", _HEIGHT
+        constants[_HEIGHT] = 1 / options["levels"]
+    return arguments, constants
+
+
+def _checked(caller: str, x_seq: Any, given: Arguments) -> Plan:
+    """Checks everything independent of tensor values."""
+    time_dim = check_input(x_seq, given["time_dim"], caller)
+    options = check_options(given, OPTIONS, caller)
+    surrogate, analog_prob, residual = given["surrogate"], given["analog_prob"], given["residual"]
+    counts = options["levels"] is not None and not options["multi_spike"]
+    check_rules(given, caller, options["levels"], options["multi_spike"])
+    if options["multi_spike"]:
+        check_multi_spike(given["v_reset"], analog_prob, caller)
+    if residual is not None:
+        check_residual(residual, x_seq, caller)
+    elif options["residual_gain"] != 1:
+        raise ValueError(f"{caller}: residual_gain needs a residual, got {given['residual_gain']} without one")
+    arguments, constants = _parameters(caller, x_seq, given, options, counts)
+    rules = Rules(
+        surrogate=INTEGER if counts else SURROGATES["laplace" if surrogate == PERIODIC else surrogate].id,
+        hard_reset=int(given["v_reset"] is not None),
+        periodic=int(surrogate == PERIODIC),
+        floored=int(options["v_min"] is not None),
+        log_width=int(isinstance(given["width"], Logarithm)),
+        logit_decay=int(isinstance(given["decay"], Logit)),
+        analog_below=BELOW_IN_STATE if isinstance(analog_prob, Tensor) else check_analog_prob(analog_prob, caller),
+        levels=options["levels"] or 0,
+        adaptation=given.get("adaptation", 0),
+        time_dim=time_dim,
+        **{name: int(options[name]) for name in FLAGS},
+    )
+    found = {name: constants[argument] for name, argument in arguments.items()}
+    values = {name: 0.0 if number is None else number for name, number in found.items()}
+    numbers = Numbers(
+        residual_gain=options["residual_gain"],
+        v_rest=options["v_rest"],
+        surrogate_gain=options["surrogate_gain"],
+        v_min=options["v_min"] or 0.0,
+        **values,
+    )
+    sources = [(index, name) for index, name in enumerate(arguments.values()) if constants[name] is None]
+    return make_plan(x_seq, rules, numbers, [options[name] for name in RETURNS], sources)
+
+
+_THRESHOLD_OF_LEVELS = "v_threshold with levels"
+_HEIGHT = "height of a spike"  # the constant that levels put in the place of v_threshold
+_plan_of = cached_by_signature((*VALUES, *OPTION_NAMES))(_checked)
+_adaptive_plan_of = cached_by_signature((*ADAPTIVE_VALUES, *OPTION_NAMES, "adaptation"))(_checked)
+
+
+def checked_call(caller: str, x_seq: Tensor, given: Arguments, together: bool = True) -> Call:
+    """Everything in `lif` before the computation, draws included; errors name `caller`.
+
+    `together`: one call of an operator may compute all samples of a vmap.
+    """
+    plan = (_adaptive_plan_of if "adaptation" in given else _plan_of)(caller, x_seq, given)
+    backend = choose_backend(given["backend"], x_seq.device, caller)
+    rules = plan.rules
+    v_init, rng_state, residual = given["v_init"], given["rng_state"], given["residual"]
+    if v_init is not None:
+        if not rules.adaptation:
+            check_v_init(v_init, x_seq, rules.time_dim, caller)
+        v_init = v_init.to(plan.real)
+    if not is_dense(x_seq, rules.time_dim):
+        x_seq = x_seq.contiguous()
+    if residual is not None:
+        residual = in_memory_order(residual, x_seq, rules.time_dim)
+    parameters = tensors_of(plan, given, len(PARAMETERS), BACKENDS[backend].operators is not None)
+    if plan.sources:
+        width, _, v_threshold, *_ = parameters
+        if width is not None and not rules.log_width:
+            check_width_tensor(width, caller, _THRESHOLD_OF_LEVELS if rules.surrogate == INTEGER else "width")
+        if rules.multi_spike and v_threshold is not None:
+            check_threshold(v_threshold, "multi_spike", caller)
+    # Last: refused calls draw nothing.
+    if rules.analog_below or rng_state is not None or given["generator"] is not None:
+        rng_state = state_of_noise(caller, x_seq, rules.analog_below, given, backend, together)
+    return Call(backend, plan, Inputs(*[x_seq, v_init, rng_state, *parameters, residual]))

@@ -1,0 +1,315 @@
+"""Spikes recomputed in backward instead of stored: `with asgl_cuda.recompute_spikes():` around forward.
+
+A convolution or a linear layer saves its input for backward, which in a spiking network is spikes. Noise is
+counter-based: one forward kernel computes the same spikes, analog values included, from the neuron's saved tensors.
+
+Unrelated: the potentials that a neuron's backward recomputes from checkpoints.
+
+Max pooling saves positions as int64, twice the bytes of its float32 result; `_Kept` narrows these.
+
+Hooks on saved tensors put a `_Recomputed` in place of spikes and views of spikes, recognised by their storage; a weak
+reference keeps the address of a storage from being reused. Under such hooks autograd does not compare versions of
+tensors, so `_Kept` does.
+
+Where other hooks on saved tensors are active, such as those of activation checkpointing, nothing is recomputed.
+Checkpointing counts what it saves, and its memory is freed only if nothing else keeps the inputs of neurons.
+
+torch.compile traces no such hooks: there a tag on the neurons' call has AOTAutograd compute it again in backward.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, overload
+from weakref import WeakSet, WeakValueDictionary, ref
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import disable_saved_tensors_hooks, saved_tensors_hooks
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.checkpoint import checkpoint
+
+from ..torch_modes import exporting, transforming
+
+Module = TypeVar("Module", bound=nn.Module)
+
+_CALLER = "asgl_cuda.recompute_spikes"
+
+
+class _Thread(threading.local):
+    """Open contexts of a thread, and calls inside them by the storage of the spikes."""
+
+    hooks: contextlib.AbstractContextManager[None]
+    known: WeakValueDictionary[int, _Spikes]
+
+    def __init__(self) -> None:
+        self.depth = 0
+        self.packed = False  # whether a tensor was saved by the hooks
+        self.models: list[nn.Module] = []  # whose forward has opened one
+
+
+_thread = _Thread()
+open_contexts = 0  # in all threads; a call outside any context checks only two integers
+traced_contexts = 0  # entered in code that torch.compile traces, where neither locks nor hooks are known
+_counting = threading.Lock()
+
+
+class _Kept:
+    """A tensor saved as is, which must not change; indices of max pooling in fewer bytes."""
+
+    def __init__(self, tensor: Tensor, name: str) -> None:
+        self._tensor, self._name, self._version = tensor, name, tensor._version
+        self._dtype = tensor.dtype
+
+    @property
+    def shape(self) -> torch.Size:
+        return self._tensor.shape
+
+    def narrow(self, dtype: torch.dtype) -> None:
+        if self._tensor._version == self._version:
+            self._tensor = self._tensor.to(dtype)
+            self._version = self._tensor._version
+
+    def unpacked(self) -> Tensor:
+        if self._tensor._version != self._version:
+            raise RuntimeError(
+                f"{_CALLER}: {self._name} ({self._tensor.dtype}, shape {list(self._tensor.shape)}), which backward "
+                f"needs, has been modified by an inplace operation: expected version {self._version}, got "
+                f"{self._tensor._version}"
+            )
+        return self._tensor.to(self._dtype)
+
+
+class _Spikes:
+    """The spikes of one call: their recomputation and its requesters."""
+
+    def __init__(self, spikes: Tensor, compute: Callable[..., Tensor], inputs: dict[str, Tensor | None]) -> None:
+        self._storage = StorageWeakRef(spikes.untyped_storage())
+        self._dtype, self._version = spikes.dtype, spikes._version
+        self._compute = compute
+        self._inputs = [None if each is None else _packed(each.detach(), name) for name, each in inputs.items()]
+        self._asking: WeakSet[_Recomputed] = WeakSet()
+        self._answered: WeakSet[_Recomputed] = WeakSet()
+        self._again: Tensor | None = None
+        self._node = ref(spikes.grad_fn)  # the call's, which owns this object until a layer saves the spikes
+        self._lock = threading.Lock()
+
+    @property
+    def key(self) -> int:
+        return self._storage.cdata  # type: ignore[no-any-return]
+
+    def stood_for(self, tensor: Tensor) -> _Recomputed | None:
+        """The substitute for a tensor in this storage; None unless shape, strides and offset describe it in full."""
+        if self._storage.expired() or (tensor._version, tensor.dtype) != (self._version, self._dtype):
+            return None
+        if tensor.is_neg():
+            return None
+        recomputed = _Recomputed(self, tensor)
+        self._asking.add(recomputed)
+        if (node := self._node()) is not None:
+            node.asgl_cuda_spikes = None  # type: ignore[attr-defined]
+        return recomputed
+
+    def computed_for(self, asking: _Recomputed) -> Tensor:
+        """The spikes, computed at the first request and freed after the last."""
+        with self._lock:
+            spikes = self._again
+            if spikes is None:
+                spikes = self._again = self._computed()
+            self._answered.add(asking)
+            if len(self._answered) >= len(self._asking):
+                self._again = None
+                self._answered.clear()
+            return spikes
+
+    def _computed(self) -> Tensor:
+        inputs = [None if each is None else each.unpacked() for each in self._inputs]
+        with torch.no_grad():
+            return self._compute(*inputs)
+
+
+class _Recomputed:
+    """Placeholder for spikes or a view."""
+
+    def __init__(self, spikes: _Spikes, tensor: Tensor) -> None:
+        self._spikes = spikes
+        self.shape, self._stride, self._offset = tensor.shape, tensor.stride(), tensor.storage_offset()
+
+    def unpacked(self) -> Tensor:
+        return self._spikes.computed_for(self).as_strided(self.shape, self._stride, self._offset)
+
+
+# Nodes of autograd whose result1 has positions in the input's last two dimensions.
+_MAX_POOLING = ("MaxPool2DWithIndicesBackward0", "AdaptiveMaxPool2DBackward0")
+
+
+def _narrow_indices(tensor: Tensor) -> None:
+    """If the tensor is a result of max pooling or a view of one: has its indices saved in 2 or 4 bytes instead of 8."""
+    node = (tensor if tensor._base is None else tensor._base).grad_fn
+    if node is None or node.name() not in _MAX_POOLING:
+        return
+    raw = node._raw_saved_self, node._raw_saved_result1  # type: ignore[attr-defined]
+    if any(getattr(each, "unpack_hook", None) is not _unpacked for each in raw):  # saved elsewhere, or an older torch
+        return
+    source, indices = (each.data for each in raw)
+    *_, height, width = source.shape
+    for dtype in (torch.int16, torch.int32):
+        if height * width <= torch.iinfo(dtype).max:
+            indices.narrow(dtype)
+            return
+
+
+def _packed(tensor: Tensor, name: str = "a tensor") -> _Kept | _Recomputed:
+    _thread.packed = True
+    if type(tensor) is Tensor and tensor.layout is torch.strided and _thread.depth:
+        spikes = _thread.known.get(tensor.untyped_storage()._cdata)
+        recomputed = None if spikes is None else spikes.stood_for(tensor)
+        if recomputed is not None:
+            return recomputed
+        _narrow_indices(tensor)
+    return _Kept(tensor, name)
+
+
+def _unpacked(packed: _Kept | _Recomputed) -> Tensor:
+    return packed.unpacked()
+
+
+def _hooks() -> contextlib.AbstractContextManager[None]:
+    """The hooks; none where others are active or torch.func refuses them."""
+    if transforming():
+        return contextlib.nullcontext()
+    try:
+        with disable_saved_tensors_hooks("none may be active"):
+            pass
+    except RuntimeError:
+        return contextlib.nullcontext()
+    return saved_tensors_hooks(_packed, _unpacked)
+
+
+class _Context(contextlib.ContextDecorator):
+    """Outermost contexts install the hooks."""
+
+    def __enter__(self) -> None:
+        global open_contexts, traced_contexts
+        if torch.compiler.is_compiling():
+            traced_contexts += 1
+            return
+        if _thread.depth == 0:
+            _thread.known = WeakValueDictionary()
+            _thread.hooks = _hooks()
+            _thread.hooks.__enter__()
+        _thread.depth += 1
+        with _counting:
+            open_contexts += 1
+
+    def __exit__(self, *error: Any) -> None:
+        global open_contexts, traced_contexts
+        if torch.compiler.is_compiling():
+            traced_contexts -= 1
+            return
+        with _counting:
+            open_contexts -= 1
+        _thread.depth -= 1
+        if _thread.depth == 0:
+            _thread.hooks.__exit__(*error)
+            del _thread.known, _thread.hooks
+            if error and "support saved tensor hooks" in str(error[1]):
+                raise RuntimeError(
+                    f"{_CALLER}: torch.func.{{grad, vjp, jacrev, hessian}} cannot be called in the context, since they "
+                    "support no hooks on saved tensors; they may be around the context, which then has no effect"
+                ) from error[1]
+
+
+@overload
+def recompute_spikes() -> _Context: ...
+@overload
+def recompute_spikes(model: Module) -> Module: ...
+def recompute_spikes(model: nn.Module | None = None) -> Any:
+    """Has backward recompute spikes, bit for bit, instead of storing them.
+
+    For layers behind asgl_cuda's neurons that save their input for backward, such as convolutions and linear layers.
+    Costs one more forward kernel of the neurons, computed once for all layers that need the spikes.
+
+    Args:
+        model: recomputes for every forward from now on, for training loops of other libraries. None: a context to enter
+            around forward; loss and backward may be inside or outside.
+
+    Saved as usual: outputs of dropout and pooling, concatenated or cast spikes (under autocast, neurons of the lower
+    precision avoid the cast), views of another type, spikes modified in place before use. Modifications that autograd
+    does not see, through ``.data`` or NumPy, are lost in backward. Indices of max pooling are saved in 2 or 4 bytes
+    instead of 8.
+
+    Where other hooks on saved tensors are active (torch.utils.checkpoint, save_on_cpu), inside or around the context,
+    and in functions that torch.func transforms, nothing changes. Under torch.compile, which compiles once for inside
+    and once for outside, the context may be around or in the compiled code; torch 2.6 saves as usual there.
+
+    Returns:
+        A context manager and decorator; or the model.
+
+    Raises:
+        TypeError: model is no module.
+        RuntimeError: in backward, if an input of neurons was modified in place after forward; if torch.func.grad, vjp,
+            jacrev or hessian is called in the context, whose hooks on saved tensors they do not support.
+
+    Example::
+
+        model = torch.nn.Sequential(asgl_cuda.BatchNormLIF(64), torch.nn.Flatten(2), torch.nn.Linear(64, 10))
+        with asgl_cuda.recompute_spikes():
+            loss = model(torch.randn(4, 32, 64)).square().mean()
+        loss.backward()  # computes the spikes for the gradient of the linear layer's weight
+    """
+    if model is None:
+        return _Context()
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{_CALLER}: model must be a torch.nn.Module, got {type(model).__name__}")
+    model.register_forward_pre_hook(_enter)
+    model.register_forward_hook(_leave, always_call=True)
+    return model
+
+
+def _enter(model: nn.Module, *_: Any) -> None:
+    _Context().__enter__()
+    if not torch.compiler.is_compiling():
+        _thread.models.append(model)
+
+
+def _leave(model: nn.Module, *_: Any) -> None:
+    # Also called where another hook raised before _enter.
+    if torch.compiler.is_compiling():
+        _Context().__exit__()
+    elif _thread.models and _thread.models[-1] is model:
+        _thread.models.pop()
+        _Context().__exit__()
+
+
+def applied(
+    apply: Callable[..., Any],
+    function: type[torch.autograd.Function],
+    inputs: Sequence[Any],
+    remember: Callable[[Any], None],
+) -> Any:
+    """apply(function, *inputs), a call of neurons while a context is open; `remember` takes the results."""
+    if torch.compiler.is_compiling():
+        if exporting() or transforming():
+            return apply(function, *inputs)
+        return checkpoint(lambda: apply(function, *inputs), use_reentrant=False)
+    _thread.packed = False
+    results = apply(function, *inputs)
+    if _thread.packed:  # else other hooks save the call's tensors
+        remember(results)
+    return results
+
+
+def remember(spikes: Tensor, compute: Callable[..., Tensor], inputs: dict[str, Tensor | None]) -> None:
+    """Has backward recompute the spikes of a call, if this thread is inside a context.
+
+    `compute` takes the inputs in their order.
+    """
+    if not _thread.depth or type(spikes) is not Tensor or spikes.grad_fn is None:
+        return
+    found = _Spikes(spikes, compute, inputs)
+    _thread.known[found.key] = found
+    # Freed with a dropped graph.
+    spikes.grad_fn.asgl_cuda_spikes = found  # type: ignore[attr-defined]

@@ -1,0 +1,266 @@
+"""Adaptive neurons, with a second state, as a function and as a layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Unpack
+
+from ..calls.arguments import INPUT, Arguments, NeuronArguments
+from ..checks import check_bool, check_finite, check_input, check_keywords, check_v_init, least_and_most
+from ..layout import real_type
+from ..reference.learned import Logit
+from ..reference.records import IN_CURRENT, IN_RESET, IN_THRESHOLD
+from .base import fill_parameter, values_shown
+from .deferred import tensor_of
+from .lif import LIF, LIF_DEFAULTS, LIFOutput, computed
+from .spiking import Neurons
+
+_CALLER = "asgl_cuda.adaptive_lif"
+# Options of `lif` and `LIF` that adaptive neurons lack.
+_WITHOUT = {"residual", "residual_gain", *INPUT, *(LIF._options.keys() - Neurons._options.keys())}
+_NEURON = [name for name in LIF_DEFAULTS if name not in _WITHOUT]
+
+
+class AdaptiveLIFOutput(NamedTuple):
+    """The result of `adaptive_lif` with potentials, as `LIFOutput`: h_seq is what is compared with v_threshold.
+
+    `w_last`, given with `v_last`, is w for the step after the last one.
+    """
+
+    s_seq: Tensor
+    v_last: Tensor | None
+    w_last: Tensor | None
+    v_seq: Tensor | None
+    h_seq: Tensor | None
+
+
+def place_of_w(v_reset: Any, reset_amount: Any, to_threshold: bool) -> int:
+    if not to_threshold:
+        return IN_CURRENT
+    return IN_THRESHOLD | IN_RESET if v_reset is None and reset_amount is None else IN_THRESHOLD
+
+
+def adaptive_lif(
+    x_seq: Tensor,
+    *,
+    adapt_decay: Tensor | float,
+    adapt_potential: Tensor | float = 0.0,
+    adapt_spike: Tensor | float = 0.0,
+    to_threshold: bool = False,
+    w_init: Tensor | None = None,
+    **neuron: Unpack[NeuronArguments],
+) -> Tensor | AdaptiveLIFOutput:
+    """Leaky integrate-and-fire neurons that adapt, over a whole sequence: adLIF and ALIF.
+
+    Args:
+        x_seq: input current, as for `lif`.
+        adapt_decay: share of the adaptation w left after a step, like the next two a float or a tensor as in `lif`.
+        adapt_potential: factor on the potential after reset, above v_rest.
+        adapt_spike: increment of w by a spike, in units of x_seq.
+        to_threshold: add w to the threshold, and to the amount of a soft reset without `reset_amount`; default subtract
+            it from the current.
+        w_init: w in the first step, shape of x_seq without time; default 0.
+        neuron: arguments of `lif` except `input_*`, `residual`, `residual_gain`, `scale_output`, `levels`,
+            `multi_spike` and `v_min`.
+
+    Returns:
+        As `lif`, or an `AdaptiveLIFOutput`, also differentiable with respect to w_init and the parameters above.
+
+    Raises TypeError, ValueError and RuntimeError as `lif` does.
+
+    Example::
+
+        s_seq = asgl_cuda.adaptive_lif(torch.randn(100, 32, 128), adapt_decay=0.97, adapt_spike=0.1, decay=0.9)
+
+    The same in PyTorch, for the defaults::
+
+        v, w = torch.zeros_like(x_seq[0]), torch.zeros_like(x_seq[0])
+        for t in range(T):
+            h = decay * v + (x_seq[t] - (0 if to_threshold else w))
+            s[t] = (h - (w if to_threshold else 0) >= v_threshold).to(h)
+            v = h * (1 - s[t])
+            w = adapt_decay * w + (adapt_potential * v + adapt_spike * s[t])
+
+    Sources: Bittar, Garner: A surrogate gradient spiking baseline for speech command recognition, Frontiers in
+    Neuroscience 2022, whose w follows the potential before a soft reset: add `adapt_potential * reset_amount` to
+    `adapt_spike`. To the threshold: Bellec, Salaj, Subramoney, Legenstein, Maass: Long short-term memory and
+    learning-to-learn in networks of spiking neurons, NeurIPS 2018.
+    """
+    check_keywords(neuron, _KNOWN, _CALLER, _WITHOUT)
+    check_bool("to_threshold", to_threshold, _CALLER)
+    given: Arguments = {
+        **LIF_DEFAULTS,
+        **neuron,
+        "adapt_decay": adapt_decay,
+        "adapt_potential": adapt_potential,
+        "adapt_spike": adapt_spike,
+    }
+    given["adaptation"] = place_of_w(given["v_reset"], given["reset_amount"], to_threshold)
+    return run_adaptive(x_seq, given, w_init)
+
+
+# The keyword arguments, for errors and hints.
+_KNOWN = *_NEURON, *(adaptive_lif.__kwdefaults__ or {})
+
+
+def run_adaptive(x_seq: Tensor, given: Arguments, w_init: Tensor | None) -> Tensor | AdaptiveLIFOutput:
+    """`adaptive_lif` with w in any place: bits IN_CURRENT, IN_THRESHOLD and IN_RESET of `adaptation`."""
+    x_seq = tensor_of(x_seq, _CALLER)
+    state = None if given["v_init"] is None and w_init is None else pair_of_states(_CALLER, x_seq, given, w_init)
+    output = computed(_CALLER, x_seq, {**given, "v_init": state})
+    if not isinstance(output, LIFOutput):
+        return output
+    v_last, w_last = (None, None) if output.v_last is None else (output.v_last[0], output.v_last[1])
+    return AdaptiveLIFOutput(output.s_seq, v_last, w_last, output.v_seq, output.h_seq)
+
+
+def pair_of_states(caller: str, x_seq: Tensor, given: Arguments, w_init: Tensor | None) -> Tensor:
+    """Both states in one tensor, checked."""
+    v_init, time_dim = given["v_init"], check_input(x_seq, given["time_dim"], caller)
+    for name, value in (("v_init", v_init), ("w_init", w_init)):
+        if value is not None:
+            check_v_init(value, x_seq, time_dim, caller, name)
+    real, like = real_type(x_seq.dtype), x_seq.select(time_dim, 0)
+    v = torch.full_like(like, given["v_rest"], dtype=real) if v_init is None else v_init.to(real)
+    return torch.stack([v, torch.zeros_like(v) if w_init is None else w_init.to(real)])
+
+
+_FACTORS = "adapt_potential", "adapt_spike"
+
+
+class Adapting(Neurons):
+    """Neurons whose adaptation is constant or learned, or that have none."""
+
+    _constants = (*Neurons._constants, "_adapt_decay", "_adapt_potential", "_adapt_spike", *_FACTORS)
+    w: Tensor | None
+    logit_adapt_decay: nn.Parameter | None
+    adapt_potential: Tensor | float
+    adapt_spike: Tensor | float
+    _adapt_potential: Tensor | float
+    _adapt_spike: Tensor | float
+    to_threshold: bool
+
+    def _set_up_lif(
+        self, given: Mapping[str, Any], own: Callable[..., Any], without: Collection[str], **others: Any
+    ) -> None:
+        """Sets up neurons without an adaptation, by the given options of `LIF` and `others`.
+
+        Known are those of the constructor `own`, and those of `LIF` but `without`.
+        """
+        defaults = LIF.__init__.__kwdefaults__ or {}
+        known = [name for name in defaults if name not in without]
+        check_keywords(given, [*known, *(own.__kwdefaults__ or {})], self._caller, without)
+        self._set_up_neurons({**defaults, **given, **others})
+        self.logit_adapt_decay, self.to_threshold = None, False
+        self._adapt_decay: Tensor | float | None = None
+
+    def _set_up_adaptation(
+        self, adapt_decay: Any, adapt_potential: Any, adapt_spike: Any, to_threshold: Any, learn_adaptation: Any,
+        device: Any, dtype: Any,
+    ) -> None:  # fmt: skip
+        self.to_threshold = check_bool("to_threshold", to_threshold, self._caller)
+        learned = check_bool("learn_adaptation", learn_adaptation, self._caller)
+        empty = partial(torch.empty, self.num_features or 1, device=device, dtype=dtype)
+        self.logit_adapt_decay = nn.Parameter(empty()) if learned else None
+        if learned:
+            self.adapt_potential = nn.Parameter(empty())
+            self.adapt_spike = nn.Parameter(empty())
+        self._fill_adaptation(adapt_decay, adapt_potential, adapt_spike)
+        if not learned:
+            self.adapt_potential, self.adapt_spike = self._adapt_potential, self._adapt_spike
+
+    def _fill_adaptation(self, adapt_decay: Any, *factors: Any) -> None:
+        learned, option = self.logit_adapt_decay, "learn_adaptation"
+        self._adapt_decay = self._fill_logit(learned, "adapt_decay", adapt_decay, option)
+        for name, given in zip(_FACTORS, factors, strict=True):
+            value = self._read(name, given, learned, option)
+            for each in least_and_most(value):
+                check_finite(name, each, self._caller)
+            setattr(self, f"_{name}", value)
+            if learned is not None:
+                fill_parameter(getattr(self, name), value)
+
+    def reset_parameters(self) -> None:
+        """Resets the learned parameters to the values last set, the adaptation's to the first, and clears states."""
+        if self._adapt_decay is not None:
+            self._fill_adaptation(self._adapt_decay, self._adapt_potential, self._adapt_spike)
+        super().reset_parameters()
+
+    @property
+    def adapt_decay(self) -> Tensor | float | None:
+        """The adaptation's decay per step: a tensor in the shape of the parameter if learned."""
+        return self._adapt_decay if self.logit_adapt_decay is None else Logit(self.logit_adapt_decay).value()
+
+    def _given(self, x_seq: Tensor, *arguments: Any, **options: Any) -> Arguments:
+        given = super()._given(x_seq, *arguments, **options)
+        if self._adapt_decay is None:
+            return given
+        adaptation: Sequence[Any] = (self.adapt_decay, self.adapt_potential, self.adapt_spike)
+        if self.num_features:
+            time_dim = check_input(x_seq, self.time_dim, self._caller)
+            adaptation = [self._broadcast(value, x_seq, time_dim) for value in adaptation]
+        given["adapt_decay"], given["adapt_potential"], given["adapt_spike"] = adaptation
+        given["adaptation"] = place_of_w(self.v_reset, self.reset_amount, self.to_threshold)
+        return given
+
+    def extra_repr(self) -> str:
+        if self._adapt_decay is None:
+            return super().extra_repr()
+        names = "adapt_decay", *_FACTORS
+        parts = [f"{name}={values_shown(getattr(self, '_' + name), self.logit_adapt_decay)}" for name in names]
+        return ", ".join([super().extra_repr(), *parts, *(["to_threshold=True"] if self.to_threshold else [])])
+
+
+class AdaptiveLIF(Adapting):
+    """Leaky integrate-and-fire neurons that adapt: `LIF` with a second state, as in `asgl_cuda.adaptive_lif`.
+
+    Args:
+        num_features: as for `LIF`.
+        adapt_decay: share of the adaptation left after a step, in [0, 1], in (0, 1) if learned (stored as a logit).
+        adapt_potential, adapt_spike: factors on the potential after reset and on the spike. All three are floats or
+            tensors, as `LIF` has them.
+        to_threshold: add the adaptation to the threshold; default subtract it from the input current.
+        learn_adaptation: whether these three are parameters of the granularity; else they stay constant.
+        lif_options: arguments of `LIF` except `input_gain`, `scale_output`, `levels`, `multi_spike` and `v_min`.
+
+    `w` is carried beside `v`. A state dict has `logit_adapt_decay`, `adapt_potential` and `adapt_spike` if learned.
+    Raises as `LIF` does.
+
+    Example::
+
+        model = nn.Sequential(
+            nn.Linear(64, 128),
+            asgl_cuda.AdaptiveLIF(128, granularity="neuron", decay=0.9, learn_decay=True, learn_adaptation=True),
+        )
+        s_seq = model(torch.randn(100, 32, 64))  # [T, B, 64] to [T, B, 128]
+    """
+
+    _caller = "asgl_cuda.AdaptiveLIF"
+    _function = _CALLER
+    _potentials = ("v", "w", "v_seq")
+    _states = ("v", "w")
+
+    def __init__(
+        self,
+        num_features: int | Sequence[int] | None = None,
+        *,
+        adapt_decay: Tensor | float = 0.97,
+        adapt_potential: Tensor | float = 0.0,
+        adapt_spike: Tensor | float = 0.1,
+        to_threshold: bool = False,
+        learn_adaptation: bool = False,
+        **lif_options: Any,
+    ) -> None:
+        super().__init__()
+        self._set_up_lif(lif_options, AdaptiveLIF.__init__, _WITHOUT, num_features=num_features)
+        placed = {name: lif_options.get(name) for name in ("device", "dtype")}
+        self._set_up_adaptation(adapt_decay, adapt_potential, adapt_spike, to_threshold, learn_adaptation, **placed)
+
+    def _compute(self, x_seq: Tensor, w_init: Tensor | None = None, **options: Any) -> Tensor | AdaptiveLIFOutput:
+        """Calls `asgl_cuda.adaptive_lif`."""
+        return run_adaptive(x_seq, self._given(x_seq, self.input_gain, **options), w_init)

@@ -1,0 +1,489 @@
+"""The base of ASGL layers (`asgl_cuda.LIF` and converted layers) and integrators."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, ClassVar, Literal, NoReturn
+
+import torch
+from torch import Tensor, fx, nn
+from typing_extensions import Self
+
+from ..backends import BACKENDS, BEST
+from ..checks import (
+    check_analog_prob,
+    check_bool,
+    check_device_and_dtype,
+    check_finite,
+    check_floating,
+    check_input,
+    check_int,
+    check_multi_spike,
+    check_name,
+    check_options,
+    check_sizes,
+    check_step,
+    check_tensor,
+    expected_shape,
+    least_and_most,
+    optional,
+    read_finite,
+    read_number,
+    read_values,
+    warn_once,
+)
+from ..layout import state_shape
+from ..reference.learned import BOUND, Logarithm, Logit
+from ..torch_modes import transforming
+from .deferred import tensor_of
+
+Granularity = Literal["layer", "channel", "neuron"]
+_GRANULARITIES = ("layer", "channel", "neuron")
+
+Value = Tensor | float | Logarithm | Logit  # forms of a neuron parameter
+
+_LEAST_DECAY = 1 / (1 + math.exp(BOUND))
+
+
+def _check_backend(name: str, value: Any, caller: str) -> str:
+    check_name(name, value, BACKENDS, caller, otherwise=BEST)
+    return value  # type: ignore[no-any-return]
+
+
+def give_dimension(state_dict: dict[str, Any], prefix: str, *names: str) -> None:
+    """Adds the dimension that older checkpoints lack to parameters of a whole layer."""
+    for name in names:
+        value = state_dict.get(prefix + name)
+        if isinstance(value, Tensor) and value.dim() == 0:
+            state_dict[prefix + name] = value.reshape(1)
+
+
+def fill_parameter(parameter: Tensor | None, value: Tensor | float) -> None:
+    """Sets all elements to the value, or to one each, unless the parameter is None."""
+    if parameter is not None:
+        with torch.no_grad():
+            parameter.copy_(value) if isinstance(value, Tensor) else parameter.fill_(value)
+
+
+def values_shown(value: Tensor | float, parameter: Tensor | None = None) -> str:
+    """A value of neurons, or the ends of several, and whether a parameter began there."""
+    least, most = (f"{each:g}" for each in least_and_most(value))
+    return f"{least if least == most else f'{least} to {most}'}{'' if parameter is None else ' (learned)'}"
+
+
+def set_plain(layer: nn.Module, name: str, value: Any) -> None:
+    """Sets an attribute that is no parameter, buffer or module, for which nn.Module's own way takes 0.9 us."""
+    if torch.compiler.is_compiling():
+        setattr(layer, name, value)
+    else:
+        vars(layer)[name] = value
+
+
+class Settable(nn.Module):
+    """A module with properties that accept a Parameter, which nn.Module would register before their setters run."""
+
+    _weights: ClassVar[tuple[str, ...]] = ()  # parameters that are no neuron's: of connections and normalisations
+
+    def _neuron_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        return [each for each in self.named_parameters(recurse=False) if each[0] not in self._weights]
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        if isinstance(getattr(type(self), name, None), property):
+            object.__setattr__(self, name, param)
+        else:
+            super().register_parameter(name, param)
+
+    def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
+        if isinstance(getattr(type(self), name, None), property):
+            object.__setattr__(self, name, tensor)
+        else:
+            super().register_buffer(name, tensor, persistent)
+
+
+class Noisy(Settable):
+    """A layer with a share of analog elements, data of a compiled graph: a schedule does not recompile."""
+
+    _analog_prob: float  # for eager calls: reading a tensor would synchronise with the GPU
+    # For compiled graphs: [1], [0] without noise. No buffer: DistributedDataParallel would broadcast it at each call.
+    _analog_prob_data: Tensor
+
+    @property
+    def analog_prob(self) -> float:
+        """Share of elements that emit the smooth value in training."""
+        return self._analog_prob
+
+    @analog_prob.setter
+    def analog_prob(self, value: float) -> None:
+        self._set_analog_prob(value)
+
+    def _set_analog_prob(self, value: Any) -> None:
+        caller = getattr(self, "_caller", f"asgl_cuda.{type(self).__name__}")
+        value = read_number("analog_prob", value, caller)
+        check_analog_prob(value, caller)
+        if getattr(self, "multi_spike", False):
+            check_multi_spike(getattr(self, "v_reset", None), value, caller)
+        self._analog_prob = value
+        self._keep_as_data(getattr(self, "_analog_prob_data", torch.empty(0, device="cpu")).device)
+
+    def analog_prob_of_call(self, x_seq: Tensor) -> Tensor | float:
+        """`analog_prob` for `asgl_cuda.lif`; 0 in evaluation."""
+        if not self.training:
+            return 0.0
+        if not torch.compiler.is_compiling():
+            return self._analog_prob
+        return self._analog_prob_data.to(x_seq.device) if self._has_noise else 0.0
+
+    @property
+    def _has_noise(self) -> bool:
+        """Read off the shape, so that a compiled graph does not depend on the share."""
+        return self._analog_prob_data.numel() > 0
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], *arguments: Any, **options: Any) -> Any:
+        super()._apply(fn, *arguments, **options)  # type: ignore[no-untyped-call]
+        if "_analog_prob_data" in self.__dict__:  # only fn's device counts, not values or type
+            self._keep_as_data(fn(self._analog_prob_data).device)
+        return self
+
+    def _keep_as_data(self, device: torch.device) -> None:
+        size = int(self._analog_prob > 0)
+        with torch.inference_mode(False):  # else unusable in training
+            self._analog_prob_data = torch.full((size,), self._analog_prob, dtype=torch.float64, device=device)
+
+    def end_noise(self) -> None:
+        """Removes the attributes of the noise."""
+        for name in ("_analog_prob", "_analog_prob_data"):
+            self.__dict__.pop(name, None)
+
+
+class NeuronLayer(Settable):
+    """A layer of neurons or integrators: a decay and other values of a granularity, and a carried potential."""
+
+    _caller: ClassVar[str]  # the name in errors
+    _function: ClassVar[str]  # the functional form, for errors
+    _potentials: ClassVar[tuple[str, ...]] = ("v",)  # no buffers: DistributedDataParallel would broadcast them
+    _states: ClassVar[tuple[str, ...]] = ("v",)  # those that are carried
+    _least_batch: ClassVar[int] = 0  # dimensions of the batch that an input must have
+    _constants: ClassVar[tuple[str, ...]] = ("_decay",)  # values of neurons that may be tensors: no buffers, either
+    logit_decay: nn.Parameter | None
+    store_v_seq = False
+    v: Tensor | None
+    # Of asgl_cuda.step while it runs: called before and after each call, as hooks, which take torch 10 us a module.
+    _watch: Any = None
+
+    # The constructor's options that are kept as they are checked: `check(name, value, caller)`.
+    _options: ClassVar[dict[str, Callable[..., Any]]] = {
+        **dict.fromkeys(("v_rest", "input_gain"), read_finite),
+        "stateful": check_bool,
+        "time_dim": check_int,
+        "backend": optional(_check_backend),
+    }
+    _norm_options: ClassVar[dict[str, Callable[..., Any]]] = {}  # the same of a normalisation in the layer
+    v_rest: float
+    input_gain: float
+    stateful: bool
+    time_dim: int
+    backend: str | None
+
+    def _set_up(self, given: Mapping[str, Any]) -> None:
+        """Checks the constructor's arguments, and keeps all that are not of parameters."""
+        caller, granularity = self._caller, given["granularity"]
+        check_name("granularity", granularity, _GRANULARITIES, caller)
+        check_device_and_dtype(given["device"], given["dtype"], caller)
+        self.num_features = self._features(given["num_features"], granularity)
+        self.granularity: Granularity = granularity
+        self._place = torch.empty(0, device=given["device"])  # on the layer's device
+        self._keep(given, self._options)
+        self.reset()
+
+    def _keep(self, given: Mapping[str, Any], checks: Mapping[str, Callable[..., Any]]) -> None:
+        for name, value in check_options(given, checks, self._caller).items():
+            setattr(self, name, value)
+
+    def _features(self, num_features: Any, granularity: Granularity) -> tuple[int, ...]:
+        sizes = () if num_features is None else check_sizes("num_features", num_features, self._caller)
+        if granularity == "layer":
+            if sizes:
+                raise ValueError(
+                    f"{self._caller}: num_features needs granularity 'channel' or 'neuron', got {num_features} with "
+                    "granularity 'layer'"
+                )
+            return ()
+        if num_features is None or (granularity == "channel" and len(sizes) != 1):
+            wanted = "the number of channels" if granularity == "channel" else "the shape of the neurons"
+            raise ValueError(
+                f"{self._caller}: granularity {granularity!r} needs num_features, {wanted}, got {num_features}"
+            )
+        return sizes
+
+    def _read(self, name: str, value: Any, parameter: Tensor | None = None, option: str = "") -> Tensor | float:
+        """A value of neurons, constant or of a `parameter` that is learned by `option`: a float, or one for each."""
+        learned = parameter is not None
+        found = read_values(name, value, self._caller, self.num_features, learned, option)
+        for each in () if learned else least_and_most(found):
+            check_finite(name, each, self._caller)
+        return self._placed(found, self._place.device)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def _placed(value: Any, device: torch.device) -> Any:
+        """A tensor on this device; where it is, as floats are, if the device has no values."""
+        return value.to(device) if isinstance(value, Tensor) and device.type != "meta" else value
+
+    @property
+    def decay(self) -> Tensor | float:
+        """The decay per step: a tensor of the granularity's shape, `[]` for "layer", if learned."""
+        return self._shown(self._decay_value())
+
+    @decay.setter
+    def decay(self, value: Tensor | float) -> None:
+        self._set_decay(value)
+
+    def _set_decay(self, value: Any) -> None:
+        self._decay = self._fill_logit(self.logit_decay, "decay", value, "learn_decay")
+
+    def _fill_logit(self, parameter: Tensor | None, name: str, given: Any, option: str) -> Tensor | float:
+        """A decay, or one for each neuron, whose logits `parameter` gets where it is learned by `option`."""
+        found = self._read(name, given, parameter, option)
+        for value in least_and_most(found):
+            if value < 0 or value > 1:
+                tau = f"; SpikingJelly's tau={value:g} is decay={1 - 1 / value:g}" if value > 1 else ""
+                raise ValueError(
+                    f"{self._caller}: {name} must be in [0, 1], got {value:g}{tau if name == 'decay' else ''}"
+                )
+            if parameter is not None and not _LEAST_DECAY <= value <= 1 - _LEAST_DECAY:
+                raise ValueError(
+                    f"{self._caller}: a learned {name} must be in (0, 1), at least {_LEAST_DECAY:.3g} from the ends, "
+                    f"got {value}"
+                )
+        if parameter is not None:
+            logit = found.double().logit() if isinstance(found, Tensor) else math.log(found / (1 - found))
+            fill_parameter(parameter, logit)
+        return found
+
+    def _decay_value(self) -> Value:
+        return self._decay if self.logit_decay is None else Logit(self.logit_decay)
+
+    def _shown(self, value: Value) -> Tensor | float:
+        """The value of a property: a scalar for the whole layer."""
+        if isinstance(value, (Logarithm, Logit)):
+            value = value.value()
+        # Not reshape(()), which refuses tensors sharded by fully_shard.
+        return value.sum() if isinstance(value, Tensor) and not self.num_features else value
+
+    def _inputs(self, x_seq: Tensor, residual: Tensor | None = None) -> tuple[Tensor, dict[str, Any]]:
+        """The sequences for `_compute` that a call of the layer gives."""
+        if residual is not None:
+            raise TypeError(f"{self._caller}: takes no residual; layer(x_seq + residual) adds it")
+        return tensor_of(x_seq, type(self).__name__), {}
+
+    def forward(self, x_seq: Tensor, residual: Tensor | None = None) -> Tensor:
+        """The layer's output for `x_seq` `[T, ...]`, of the same shape.
+
+        `LIF` and `BatchNormLIF` add a `residual` of that shape to the input current; others take none.
+        """
+        if isinstance(x_seq, fx.Proxy):
+            return self._recorded(x_seq, residual)
+        if torch._C._get_tracing_state() is not None:
+            self.__prepare_scriptable__()
+        x_seq, options = self._inputs(x_seq, residual)
+        check_tensor("x_seq", x_seq, self._caller)  # apart, since `Pending` notes who asks for a tensor
+        if not (self.stateful or self.store_v_seq):
+            return self._compute(x_seq, **options)  # type: ignore[no-any-return]
+        time_dim = check_input(x_seq, self.time_dim, self._caller)
+        if (watch := self._watch) is not None:
+            watch.before(x_seq)
+        if transforming():
+            raise RuntimeError(
+                f"{self._caller}: a layer with stateful or store_v_seq can't keep potentials under transforms of "
+                f"torch.func, which end with them; {self._function} takes v_init and returns potentials"
+            )
+        states = self._states if self.stateful else ()  # else they belong to steps
+        for name in states:
+            if (state := getattr(self, name)) is not None:
+                self._check_state(name, state, x_seq, time_dim)
+            options[f"{name}_init"] = self._carried_state(name)
+        if self.stateful:
+            options["return_v_last"] = True
+        if self.store_v_seq:
+            options["return_v_seq"] = True
+        result = self._compute(x_seq, **options)
+        for name in states:
+            set_plain(self, name, getattr(result, f"{name}_last"))
+        if self.store_v_seq:
+            self.v_seq = result.v_seq
+        if watch is not None:
+            watch.after()
+        return result[0]  # type: ignore[no-any-return]
+
+    def _check_state(self, name: str, state: Any, x_seq: Tensor, time_dim: int) -> None:
+        check_floating(name, state, x_seq, self._caller)
+        shape, carried = state_shape(x_seq, time_dim), list(state.shape)
+        if carried != shape:
+            one_step = list(x_seq.shape) == carried
+            remedy = (
+                "step() takes one step without time" if one_step else "call reset() before an input of another shape"
+            )
+            raise ValueError(
+                f"{self._caller}: the carried {'potential' if name == 'v' else name} has shape {carried} and the "
+                f"input, without time, {shape}; {remedy}"
+            )
+        if len(carried) == 1 and x_seq.shape[time_dim] > 1 and not torch.compiler.is_compiling():
+            _warn_of_time(self._caller, x_seq, time_dim)
+
+    def step(self, x_t: Tensor) -> Tensor:
+        """One time step: input and output are without time, and `v` is carried to the next step until `reset()`.
+
+        The layer need not be stateful; if not, calls with a whole sequence start at rest, regardless of steps. In
+        training, `BatchNormLIF` normalises by the statistics of the step. Raises as a call does.
+        """
+        x_t = tensor_of(x_t, f"a step of {type(self).__name__}")
+        check_step(x_t, self.time_dim, self._caller)
+        stateful = self.stateful
+        set_plain(self, "stateful", True)
+        try:
+            return self(x_t.unsqueeze(self.time_dim)).squeeze(self.time_dim)  # type: ignore[no-any-return]
+        finally:
+            set_plain(self, "stateful", stateful)
+
+    def _compute(self, x_seq: Tensor, **options: Any) -> Any:
+        """Calls the layer's function: with potentials, the sequence first, `{name}_last` of each state, and v_seq."""
+        raise NotImplementedError
+
+    def _recorded(self, x_seq: Any, residual: Any) -> Any:
+        """A call of this layer in a graph of torch.fx, whose default leaves are torch's own layers."""
+        tracer: Any = x_seq.tracer
+        is_own = type(self).forward.__module__.partition(".")[0] == __name__.partition(".")[0]
+        if not is_own or tracer.root is self:
+            raise TypeError(
+                f"{self._caller}: torch.fx can record calls of {type(self).__name__} but not its forward: it must be a "
+                "leaf, and part of the module that is traced"
+            )
+        x_seq, more = self._inputs(x_seq, residual)
+        return tracer.create_proxy("call_module", tracer.path_of_module(self), (x_seq,), more)
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """Refuses torch.jit.script, which calls this first."""
+        raise RuntimeError(
+            f"{self._caller}: torch.jit can neither trace nor script {type(self).__name__}; "
+            "torch.compile and torch.export can"
+        )
+
+    def _carried_state(self, name: str) -> Tensor | None:
+        """The state of this name that the next call goes on from; None: at rest."""
+        state: Tensor | None = getattr(self, name)
+        # Autograd refuses inference tensors, not their copies.
+        if state is not None and not torch.compiler.is_compiling() and state.is_inference():
+            return state if torch.is_inference_mode_enabled() else state.clone()
+        return state
+
+    def _broadcast(self, value: Value, x_seq: Tensor, time_dim: int) -> Value:
+        """A parameter of the granularity's shape, reshaped to broadcast against x_seq."""
+        if isinstance(value, (Logarithm, Logit)):
+            return type(value)(self._reshaped(value.stored, x_seq, time_dim)) if self.num_features else value
+        return self._reshaped(value, x_seq, time_dim) if isinstance(value, Tensor) and self.num_features else value
+
+    def _dims_of_features(self, x_seq: Tensor, time_dim: int) -> list[int]:
+        """The dimensions of x_seq that num_features names."""
+        neuron_dims = [dim for dim in range(x_seq.dim()) if dim != time_dim]
+        return neuron_dims[1:2] if self.granularity == "channel" else neuron_dims[-len(self.num_features) :]
+
+    def _check_features(self, x_seq: Tensor) -> int:
+        """Refuses an input without the dimensions of num_features, also without parameters that have them.
+
+        Returns time_dim, non-negative.
+        """
+        time_dim = check_input(x_seq, self.time_dim, self._caller)
+        sizes = [x_seq.shape[dim] for dim in self._dims_of_features(x_seq, time_dim)]
+        if sizes != list(self.num_features) or x_seq.dim() < 1 + self._least_batch + len(sizes):
+            raise ValueError(
+                f"{self._caller}: granularity {self.granularity!r} with num_features {list(self.num_features)} does "
+                f"not fit an input of shape {list(x_seq.shape)} with time_dim {self.time_dim}: "
+                + expected_shape(x_seq, time_dim, self.num_features, self.granularity == "channel")
+            )
+        return time_dim
+
+    def _reshaped(self, value: Tensor, x_seq: Tensor, time_dim: int) -> Tensor:
+        shape = [1] * x_seq.dim()
+        for dim, size in zip(self._dims_of_features(x_seq, time_dim), self.num_features, strict=True):
+            shape[dim] = size
+        return (value.to("meta") if x_seq.is_meta else value).reshape(shape)
+
+    def reset(self) -> None:
+        """Clears potentials: the next call starts at rest."""
+        for name in self._potentials:
+            setattr(self, name, None)
+
+    def _map_potentials(self, fn: Callable[[Tensor], Tensor]) -> None:
+        for name in self._potentials:
+            value = getattr(self, name)
+            setattr(self, name, None if value is None else fn(value))
+
+    def detach_(self) -> Self:
+        """Detaches potentials from their graph, for truncated backpropagation through time."""
+        self._map_potentials(Tensor.detach)
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # .to(), .half() and others move potentials as well; of constants they change the device alone.
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._map_potentials(fn)
+        self._place = fn(self._place)
+        for name in self._constants:
+            if name in self.__dict__:  # else it is a parameter
+                setattr(self, name, self._placed(getattr(self, name), self._place.device))
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Non-leaf tensors can be neither copied nor pickled.
+        potentials = {name: value.detach() for name in self._potentials if (value := getattr(self, name)) is not None}
+        return self.__dict__ | potentials
+
+
+def _warn_of_time(caller: str, x_seq: Tensor, time_dim: int) -> None:
+    """Warns once that `[B, N]` is taken for a sequence."""
+    warn_once(
+        f"{caller}, time",
+        f"{caller}: a stateful layer goes on with an input of shape {list(x_seq.shape)}, whose dimension {time_dim} is "
+        "taken for time. A step of a batch is layer.step(x_t), or asgl_cuda.step(model, x_t); a sequence without batch "
+        "can be given one, of size 1",
+    )
+
+
+def asgl_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """The ASGL layers of a model with their names, in the order of `named_modules`, each once.
+
+    An ASGL layer is a module with `analog_prob` (a float), `log_width` (a parameter or None) and `width`. Layers
+    without noise are included: noise may be set later. Raises TypeError if `model` is not a module.
+
+    Example::
+
+        model = nn.Sequential(nn.Linear(64, 128), asgl_cuda.LIF(width=2.0))
+        for name, layer in asgl_cuda.asgl_layers(model):
+            print(name, layer.width.item(), layer.analog_prob)  # 1 2.0 0.2
+    """
+    check_module(model, "asgl_cuda.asgl_layers")
+    # getattr_static, since torch.compile's wrapper forwards attributes and would count as a second layer.
+    return (
+        (name, module)
+        for name, module in model.named_modules()
+        if inspect.getattr_static(module, "analog_prob", None) is not None and hasattr(module, "log_width")
+    )
+
+
+def some_asgl_layers(model: nn.Module, caller: str) -> dict[str, Any]:
+    """ASGL layers as a dict; having none is an error."""
+    check_module(model, caller)
+    layers = dict(asgl_layers(model))
+    if not layers:
+        raise ValueError(
+            f"{caller}: model must have an ASGL layer, got a {type(model).__name__} without; "
+            "asgl_cuda.convert makes neurons of other libraries such layers"
+        )
+    return layers
+
+
+def check_module(model: Any, caller: str) -> None:
+    """Refuses anything but a module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{caller}: model must be a torch.nn.Module, got {type(model).__name__}")

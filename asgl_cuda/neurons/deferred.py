@@ -1,0 +1,409 @@
+"""`Pending`: a normalised value that is computed only if something else than neurons asks for it.
+
+Neurons act on each element of a step alone, so that views in between commute with the normalisation:
+
+    lif(view(norm(x)) + s) = batch_norm_lif(view(x), residual=s)    with the channels where the view puts them
+    lif(a norm(x)) = batch_norm_lif(x, input_scale=a)               for a number a
+
+A plain object: a subclass of Tensor would enter a `torch.autograd.Function` without its gradient.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from contextlib import suppress
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from ..calls.arguments import VALUES, Arguments
+from ..layout import channel_dim
+
+_SWAPS, _MOVES = ("transpose", "swapaxes", "swapdims"), ("movedim", "moveaxis")
+_BY_SHAPE = ("reshape", "view", "flatten", "unflatten", "squeeze", "unsqueeze", "to")
+_VIEWS = frozenset((*_SWAPS, *_MOVES, *_BY_SHAPE, "permute", "contiguous", "view_as", "reshape_as"))
+_PRODUCTS = frozenset(("mul", "multiply", "__mul__", "__rmul__"))
+_SUMS = frozenset(("add", "add_", "__add__", "__radd__", "__iadd__"))
+_QUERIES = frozenset(
+    ("shape", "ndim", "dtype", "device", "layout", "size", "dim", "numel", "is_cuda", "is_sparse", "is_nested",
+     "is_floating_point", "is_complex", "new_zeros", "new_ones", "new_full")
+)  # fmt: skip
+
+
+class Source:
+    """A tensor that the layers would have made, here a sum; `made` computes it, for a reason in words."""
+
+    tensor: Tensor | None = None
+    changes = 0  # in place
+
+    def __init__(self, of: Any, other: Tensor) -> None:
+        self.of, self.other, self.has_graph = of, other, torch.is_grad_enabled()
+
+    def make(self, reason: str) -> Tensor:
+        return self.of.made(reason) + self.other  # type: ignore[no-any-return]
+
+    def made(self, reason: str) -> Tensor:
+        if self.tensor is None:
+            with torch.set_grad_enabled(self.has_graph):
+                self.tensor = self.make(reason)
+        return self.tensor
+
+
+class Normal(Source):
+    """The output of a call of a normalisation."""
+
+    taken = False  # by neurons, which have updated the running statistics
+    training = False
+
+    def __init__(self, norm: Any, x: Tensor) -> None:
+        super().__init__(norm, x)
+        self.training, self.checkpoint = norm.training, checkpoint()
+
+    def make(self, reason: str) -> Tensor:
+        value: Tensor = self.of.normalised(self.other, self.training, not self.taken)
+        self.of.was_left(reason)
+        return value
+
+    def is_open(self) -> bool:
+        return self.tensor is None and not self.taken
+
+    def __del__(self) -> None:
+        if self.is_open() and self.training:  # counts the batch, as the layer would have
+            with suppress(Exception):  # as of a batch of one value
+                self.made("nothing uses it")
+
+
+class Pending:
+    """Views of a normalised value times `factor`, or of its sum with one other tensor: `views(source)`.
+
+    `x` and `residual`, the operands, have seen the views; the channels are dimension `channel`. Views, factors and one
+    addition make another; other functions, operators and methods of tensors get the value, as the layers computed it.
+    """
+
+    value: Tensor | None = None
+    factor = 1.0  # of the normalised value alone, not of the other operand
+    was_asked = False
+
+    def __init__(
+        self,
+        call: Normal,
+        source: Source,
+        channel: int,
+        x: Tensor,
+        residual: Tensor | None = None,
+        views: tuple[Any, ...] = (),
+        watched: tuple[Any, ...] = (),  # tensors that must not change, with their versions
+    ) -> None:
+        self.call, self.source, self.channel, self.x, self.residual = call, source, channel, x, residual
+        self.views, self.watched, self.changes = views, watched, source.changes
+        self.views_have_graph = torch.is_grad_enabled()
+        self.has_graph = call.has_graph  # and so have all views, and the sum
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
+        """Read by isinstance, and by functions of torch."""
+        names = sys._getframe(1).f_code.co_names
+        if "isinstance" in names and "Tensor" in names:
+            self.was_asked = True
+        return Pending
+
+    @property
+    def norm(self) -> Any:
+        return self.call.of
+
+    @property
+    def requires_grad(self) -> bool:
+        values = (self.x, self.norm.weight, self.norm.bias, self.residual) if self.has_graph else (self.residual,)
+        return self.views_have_graph and any(each is not None and each.requires_grad for each in values)
+
+    def tensor(self, use: str) -> Tensor:
+        """The value, which `use` needs."""
+        if torch.compiler.is_compiling():
+            return self.made("")
+        what = "its output" if self.residual is None else "the sum of its output and another"
+        return self.made(f"{what} {'is used again, by' if self.call.taken else 'goes to'} {use.strip('_')}")
+
+    def made(self, reason: str) -> Tensor:
+        if self.value is None:
+            self.check()
+            value = self.source.made(reason)
+            with torch.set_grad_enabled(self.views_have_graph):
+                for name, args, kwargs in self.views:
+                    value = getattr(value, name)(*args, **kwargs)
+            self.value = value
+        return self.value
+
+    def is_known(self) -> bool:
+        """Whether the value, or the tensor that it is a view of, is computed."""
+        return self.value is not None or self.source.tensor is not None or self.call.tensor is not None
+
+    def check(self) -> None:
+        """Refuses what would differ from the layers that were there."""
+        if self.changes != self.source.changes:
+            raise self.norm.refusal("its output, or a view of it, was changed in place after this view")
+        if any(version != _version(tensor) for tensor, version in self.watched):
+            raise self.norm.refusal("its input, or what is added to it, has been modified by an inplace operation")
+        if in_function() and self.requires_grad:
+            raise self.norm.refusal("its output goes to a torch.autograd.Function, which would lose its gradient")
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _QUERIES:
+            return getattr(self.x, name)
+        if name in _VIEWS:
+            return partial(self._viewed, name)
+        if name in _SUMS:
+            return partial(self._plus, name)
+        if name in _PRODUCTS:
+            return partial(self._times, name)
+        if not hasattr(Tensor, name):
+            raise AttributeError(f"'Tensor' object has no attribute {name!r}")
+        return self._of_value(name)
+
+    def _of_value(self, name: str) -> Any:
+        value = self.tensor(name)
+        self._note(name)
+        return getattr(value, name)
+
+    def _note(self, name: str) -> None:
+        """Counts a change in place, which other views of this value, not computed yet, would miss."""
+        if name in _CHANGING:
+            self.source.changes += 1
+            self.changes = self.source.changes
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name, kwargs, first = function.__name__, kwargs or {}, args[0] if args else None
+        if isinstance(first, Pending) and name in _VIEWS:
+            return first._viewed(name, *args[1:], **kwargs)
+        if name in _SUMS and len(args) == 2:
+            if isinstance(first, Pending):
+                return first._plus("add_" if name in _CHANGING else "add", args[1], **kwargs)
+            if name not in _CHANGING:
+                return args[1]._plus("add", first, **kwargs)
+        if name in _PRODUCTS and len(args) == 2:
+            one, other = (first, args[1]) if isinstance(first, Pending) else (args[1], first)
+            return one._times("mul", other, **kwargs)
+        args, kwargs = (tree_map_only(Pending, lambda each: each.tensor(name), each) for each in (args, kwargs))
+        if isinstance(first, Pending):
+            first._note(name)
+        return function(*args, **kwargs)
+
+    # ---- views and the sum ----
+
+    def _viewed(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        if name in ("view_as", "reshape_as"):
+            name, args = "reshape", (args[0].shape,)
+        if name == "to" and args == (self.x.dtype,) and not kwargs:
+            return self
+        x: Any = self.x
+        residual, channel = self.residual, self.channel
+        if self.is_known():
+            channel = -1
+        elif name != "contiguous":
+            channel = self._channel_behind(name, args, kwargs)
+            if channel >= 0:
+                on_input = "reshape" if name == "view" else name  # the layout of x may be another
+                x, residual = (
+                    each if each is None else getattr(each, on_input)(*args, **kwargs) for each in (x, residual)
+                )
+                if name in _BY_SHAPE:
+                    channel = _same_place(self.x.shape, x.shape, channel)
+        if channel < 0:
+            return getattr(self.tensor(name), name)(*args, **kwargs)
+        views = (*self.views, (name, args, kwargs))
+        return self._behind(Pending(self.call, self.source, channel, x, residual, views, self.watched))
+
+    def _behind(self, made: Pending) -> Pending:
+        """Passes on what is known of a value to a view of it, or to a sum."""
+        made.was_asked, made.has_graph = self.was_asked, self.has_graph and torch.is_grad_enabled()
+        made.factor = self.factor
+        if made.source is self.source:
+            made.changes, made.views_have_graph = self.changes, made.views_have_graph and self.views_have_graph
+        return made
+
+    def _channel_behind(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+        """Where a permutation puts the channels; where they are, for another view; -1 for what is neither."""
+        x = self.x
+        if name in _BY_SHAPE:
+            if name == "to":  # half types are normalised without rounding in between
+                return self.channel if args == (torch.float32,) and not kwargs and x.dtype.itemsize == 2 else -1
+            return -1 if any(isinstance(each, torch.dtype) for each in (*args, *kwargs.values())) else self.channel
+        order = list(range(x.dim()))
+        dims = args[0] if len(args) == 1 else args
+        if kwargs or not all(isinstance(dim, int) for dim in dims):
+            return -1
+        if name == "permute":
+            order = [dim % x.dim() for dim in dims]
+        elif name in _SWAPS:
+            first, second = dims
+            order[first], order[second] = order[second], order[first]
+        else:
+            source, destination = dims
+            order.insert(destination % x.dim(), order.pop(source))
+        return order.index(self.channel)
+
+    def _plus(self, name: str, other: Any, alpha: float = 1, **more: Any) -> Any:
+        if isinstance(other, Pending):
+            other = other.tensor("add")
+        x, is_taken = self.x, self.is_known() or self.call.taken or self.residual is not None
+        kind = (other.shape, other.dtype, other.device) if isinstance(other, Tensor) else None
+        if is_taken or kind != (x.shape, x.dtype, x.device) or more or alpha != 1:
+            return self._of_value(name)(other, **more, **({} if alpha == 1 else {"alpha": alpha}))
+        self.check()
+        of = self._behind(Pending(self.call, self.source, self.channel, x, None, self.views, self.watched))
+        source, seen = Source(of, other), (*self.watched, *watched(other))
+        if name not in _CHANGING:
+            return self._behind(Pending(self.call, source, self.channel, x, other, (), seen))
+        self._note(name)
+        of.changes, self.views_have_graph = self.changes, torch.is_grad_enabled()
+        self.has_graph &= self.views_have_graph
+        self.source, self.residual, self.views, self.watched, self.changes = source, other, (), seen, 0
+        return self
+
+    def _times(self, name: str, other: Any, **more: Any) -> Any:
+        is_constant = type(other) in (int, float) and math.isfinite(other) and not more
+        if not is_constant or self.is_known() or self.residual is not None:
+            return self._of_value(name)(tensor_of(other, name), **more)
+        self.check()
+        views = (*self.views, (name, (other,), {}))
+        made = self._behind(Pending(self.call, self.source, self.channel, self.x, None, views, self.watched))
+        made.factor *= other
+        return made
+
+    # ---- neurons ----
+
+    def value_for(self, layer: Any, given: Arguments, update: bool) -> Tensor | None:
+        """The value, if `layer`, the neurons after it, can't take normalisation and sum into one call; None if it can.
+
+        Arguments as in `joined`.
+        """
+        name = getattr(type(layer), "original", type(layer)).__name__
+        if self.is_known() or (update and self.call.taken):
+            return self.tensor(name)
+        self.check()
+        if self.was_asked and not torch.compiler.is_compiling():
+            raise self.norm.refusal("code, or a backward hook, asked whether its output is a Tensor, which it is not")
+        why = self._reason_against(given) or self.norm.reason_against(self, given)
+        return self.tensor(f"{name}, {why}") if why else None
+
+    def joined(self, layer: Any, given: Arguments, update: bool) -> Any:
+        """The output of `layer` with the arguments `given`, in one call with normalisation and sum.
+
+        Without `update` nothing changes, for a call that is repeated.
+        """
+        x: Any = self.x
+        residual, v_init, time_dim = self.residual, given["v_init"], given["time_dim"] % x.dim()
+        here, there = dims = self.channel, channel_dim(time_dim)  # of the channels, and as the operator has them
+        here_of_state, there_of_state = (dim - (dim > time_dim) for dim in dims)
+        if here != there:
+            x, residual = (each if each is None else each.contiguous().movedim(here, there) for each in (x, residual))
+            given = {**given, "v_init": None if v_init is None else v_init.movedim(here_of_state, there_of_state)}
+        if residual is not None:
+            given = {**given, "residual": residual}
+        running_mean = self.norm.running_mean
+        version = None if running_mean is None else _version(running_mean)
+        try:
+            output = self.norm.neurons(x, given, update, self.factor)
+        except BaseException:  # as of a checkpoint, which may stop the call behind the update
+            self.call.taken = update and running_mean is not None and _version(running_mean) != version
+            raise
+        if update:
+            self.call.taken = True
+            self.norm.was_taken(layer)
+        if here == there:
+            return output
+        if isinstance(output, Tensor):
+            return output.movedim(there, here)
+        moves = (there, here), (there_of_state, here_of_state), (there, here), (there, here)
+        found: Any = (each if each is None else each.movedim(*move) for each, move in zip(output, moves, strict=True))
+        return type(output)(*found)
+
+    def _reason_against(self, given: Arguments) -> str:
+        """Why the operator can't get the channels where it expects them; "" if it can."""
+        x, time_dim = self.x, given["time_dim"]
+        if not -x.dim() <= time_dim < x.dim():
+            return f"whose time_dim is {time_dim}"
+        time_dim = time_dim % x.dim()
+        here, there = self.channel, channel_dim(time_dim)
+        if there >= x.dim() or here == time_dim or (here < time_dim) != (there < time_dim):
+            return f"which has time in dimension {time_dim}, with the channels in {here} of {list(x.shape)}"
+        if here != there:
+            by_name: Any = given
+            values = [getattr(by_name[name], "stored", by_name[name]) for name in VALUES]
+            if any(isinstance(each, Tensor) and each.numel() > 1 for each in values):
+                return f"whose parameters differ, for channels in dimension {there}, not {here}"
+            analog_prob = given["analog_prob"]
+            if not x.is_contiguous() and (isinstance(analog_prob, Tensor) or analog_prob > 0):
+                return "whose noise would fall on other elements in this layout"
+        return ""
+
+
+def _same_place(before: Any, after: Any, channel: int) -> int:
+    """The dimension that a reshape leaves as it is, behind as many elements as before; -1: there is none."""
+    front, found = math.prod(before[:channel]), -1
+    for dim, size in enumerate(after):
+        if size == before[channel] and math.prod(after[:dim]) == front:
+            found = dim
+            if dim - len(after) == channel - len(before):  # of several dimensions of size 1
+                break
+    return found if front else -1
+
+
+def tensor_of(x: Any, use: str) -> Any:
+    """The value of a `Pending`; anything else as it is."""
+    return x.tensor(use) if isinstance(x, Pending) else x
+
+
+def _version(tensor: Tensor) -> int:
+    """The number of writes; not counted in inference mode and in compiled code."""
+    return 0 if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version
+
+
+def watched(tensor: Tensor) -> tuple[Any, ...]:
+    return ((tensor, _version(tensor)),)
+
+
+def in_function() -> bool:
+    """Whether a torch.autograd.Function runs its forward, which switches more off than torch.no_grad."""
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+        return False
+    return not torch._C._is_fwd_grad_enabled()
+
+
+def in_backward() -> bool:
+    """Whether autograd computes gradients here, as where a checkpoint computes its forward again."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def hooks_of_graph() -> Any:
+    """The saved-tensor hooks of torch.autograd.graph on top, from torch 2.7 on; None: there are none."""
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return None if top is None or torch.compiler.is_compiling() else top(False)
+
+
+def checkpoint() -> Any:
+    """What tells the checkpoint, not a reentrant one, that is being computed from others."""
+    hooks = hooks_of_graph()
+    return hooks[0] if hooks and hooks[0].__module__ == "torch.utils.checkpoint" else None
+
+
+def _operator(name: str) -> Any:
+    def operator(self: Pending, *args: Any) -> Any:
+        if name in _SUMS:
+            return self._plus(name, *args)
+        return self._times(name, *args) if name in _PRODUCTS else self._of_value(name)(*args)
+
+    return operator
+
+
+_OPERATORS = {name for name in dir(Tensor) if name[:2] == "__" and callable(getattr(Tensor, name))} - {*dir(object)}
+_OPERATORS |= {"__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__", "__repr__", "__format__", "__reduce_ex__"}
+_CHANGING = {name for name in dir(Tensor) if name.endswith("_") and not name.endswith("__")} | {"__setitem__"}
+_CHANGING |= {*(name for name in _OPERATORS if name[:3] == "__i" and f"__{name[3:]}" in _OPERATORS)}
+for _name in _OPERATORS - {"__torch_function__", "__torch_dispatch__", "__setstate__"}:
+    if _name not in vars(Pending):
+        setattr(Pending, _name, _operator(_name))

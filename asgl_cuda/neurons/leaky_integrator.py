@@ -1,0 +1,276 @@
+"""The leaky integrator, a neuron without spikes, as a function and as a layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, ClassVar, NamedTuple, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from ..backends import BACKENDS, backend_of, choose_backend, operators_of
+from ..backends.derivatives import DERIVATIVES
+from ..backends.ops import ForwardResult, with_gaps
+from ..calls.cache import cached_by_signature
+from ..calls.plan import Plan, make_plan, tensors_of
+from ..checks import check_bool, check_input, check_keywords, check_not_nan, check_options, check_v_init, check_values
+from ..layout import is_dense
+from ..reference.learned import Logit
+from ..reference.neurons import integrator_reference
+from ..reference.records import Numbers, Rules
+from ..torch_modes import apply, apply_here, grads_are_zeros, is_differentiated, once_differentiable, saved_tensors
+from .base import Granularity, NeuronLayer, values_shown
+from .deferred import tensor_of
+
+_RULES = Rules(*[0] * len(Rules._fields))
+_NUMBERS = dict.fromkeys(Numbers._fields, 0.0)
+
+
+class IntegratorOutput(NamedTuple):
+    """The result of `leaky_integrator` with return_v_last.
+
+    `v_seq` has shape and type of x_seq; `v_last`, the potential after the last step, has the same shape without time,
+    in float32, or float64 for a float64 input.
+    """
+
+    v_seq: Tensor
+    v_last: Tensor
+
+
+# All arguments of `leaky_integrator` except x_seq, by name; decay may be a Logit.
+_Arguments = dict[str, Any]
+
+
+_VALUES = "decay", "input_gain"
+_OPTIONS: dict[str, Callable[..., Any]] = {"v_rest": check_not_nan, "delay": check_bool, "return_v_last": check_bool}
+
+
+class IntegratorFunction(torch.autograd.Function):
+    """integrator_forward as a differentiable function of x_seq, v_init, decay and input_gain.
+
+    Takes an operator, or None for the backend's.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(operator: Any, backend: str, plan: Plan, *tensors: Any) -> tuple[Tensor, ...]:
+        if operator is None:
+            operator = operators_of(backend, tensors).integrator_forward
+        return tuple(operator(*tensors, *plan.packed, *plan.wanted))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        _, ctx.backend, ctx.plan, *tensors = inputs
+        x_seq, v_init, decay, input_gain = tensors
+        *_, learns_decay, learns_gain = ctx.needs_input_grad
+        ctx.shape, ctx.like = x_seq.shape, {"dtype": x_seq.dtype, "device": x_seq.device}
+        kept = (output[0], v_init) if learns_decay else (None, None)
+        ctx.save_for_backward(*kept, x_seq if learns_gain else None, decay, input_gain)
+        ctx.set_materialize_grads(grads_are_zeros())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        plan, saved, wanted = ctx.plan, saved_tensors(ctx), ctx.needs_input_grad[3:]
+        v_seq, v_init, x_seq, decay, input_gain = saved
+        grad_v_seq, grad_v_last = with_gaps(grads, (True, *plan.wanted))
+        if grad_v_seq is None:
+            grad_v_seq = torch.zeros(ctx.shape, **ctx.like)
+        if not is_dense(grad_v_seq, plan.rules.time_dim):
+            grad_v_seq = grad_v_seq.contiguous()
+        found = operators_of(ctx.backend, (*saved, *grads)).integrator_backward(
+            grad_v_seq, grad_v_last, v_seq, x_seq, v_init, decay, input_gain, *plan.packed, wanted
+        )
+        return None, None, None, *once_differentiable(with_gaps(found, wanted), (*saved, *grads))
+
+
+def _differentiated(operator: Any, below: Any, *arguments: Any) -> ForwardResult:
+    """A bare integrator_forward with its derivative."""
+    *tensors, numbers, rules, delay, wants_v_last = arguments
+    plan = make_plan(tensors[0], Rules(*rules), Numbers(*numbers), (wants_v_last,), options=(delay,))
+    return list(apply_here(IntegratorFunction, below, backend_of(operator), plan, *tensors))
+
+
+DERIVATIVES["integrator_forward"] = _differentiated
+
+
+@cached_by_signature((*_VALUES, "time_dim", *_OPTIONS))
+def _plan_of(caller: str, x_seq: Tensor, given: _Arguments) -> Plan:
+    """Checks everything independent of tensor values."""
+    time_dim = check_input(x_seq, given["time_dim"], caller)
+    options = check_options(given, _OPTIONS, caller)
+    constants = check_values(given, _VALUES, x_seq, caller)
+    rules = _RULES.changed(logit_decay=int(isinstance(given["decay"], Logit)), time_dim=time_dim)
+    values = {name: 0.0 if constant is None else constant for name, constant in constants.items()}
+    numbers = Numbers(**{**_NUMBERS, "v_rest": options["v_rest"], **values})
+    sources = [(index, name) for index, name in enumerate(_VALUES) if constants[name] is None]
+    return make_plan(x_seq, rules, numbers, (options["return_v_last"],), sources, (options["delay"],))
+
+
+def leaky_integrator(
+    x_seq: Tensor,
+    decay: Tensor | float = 0.5,
+    *,
+    input_gain: Tensor | float = 1.0,
+    v_rest: float = 0.0,
+    v_init: Tensor | None = None,
+    delay: bool = False,
+    time_dim: int = 0,
+    return_v_last: bool = False,
+    backend: str | None = None,
+    **unknown: NoReturn,
+) -> Tensor | IntegratorOutput:
+    """Leaky integrators over a whole sequence: synaptic currents, or the read-out of a network.
+
+    Args:
+        x_seq: input, `[T, ...]` (or time at `time_dim`); types and layouts are those of `lif`.
+        decay: share of the potential left after a step (no unit, per step), any value; 1 sums up the input.
+        input_gain: factor on the input; like decay a float or a tensor that broadcasts against x_seq.
+        v_rest: resting potential, in units of x_seq.
+        v_init: potential before the first step, shape of x_seq without time; default `v_rest`.
+        delay: emit the potential before the input of a step, not after.
+        return_v_last: return the potential after the last step as well, see `IntegratorOutput`.
+        backend: one of `available_backends()`; default the best for x_seq's device.
+
+    Sequences saved for backward: x_seq if input_gain requires a gradient, the output if decay does; in half types the
+    gradient of decay uses rounded potentials.
+
+    Returns:
+        The potentials, in shape and type of x_seq; or an `IntegratorOutput`. Both are differentiable once with respect
+        to x_seq, v_init, and decay and input_gain if given as tensors.
+
+    Raises TypeError, ValueError and RuntimeError as `lif` does.
+
+    Example::
+
+        current = asgl_cuda.leaky_integrator(torch.randn(4, 32, 128), 0.8, input_gain=0.2)  # [T, B, N]
+        s_seq = asgl_cuda.lif(current)
+
+    The same in PyTorch::
+
+        v = torch.full_like(x_seq[0], v_rest)
+        for t in range(T):
+            before, v = v, v_rest + decay * (v - v_rest) + input_gain * x_seq[t]
+            out[t] = before if delay else v
+    """
+    caller = "asgl_cuda.leaky_integrator"
+    if unknown:
+        check_keywords(unknown, ("decay", *(leaky_integrator.__kwdefaults__ or {})), caller)
+    given: _Arguments = {
+        "decay": decay, "input_gain": input_gain, "v_rest": v_rest, "v_init": v_init, "delay": delay,
+        "time_dim": time_dim, "return_v_last": return_v_last, "backend": backend,
+    }  # fmt: skip
+    return _computed(caller, tensor_of(x_seq, caller), given)
+
+
+def _computed(caller: str, x_seq: Tensor, given: _Arguments) -> Tensor | IntegratorOutput:
+    """The result of `leaky_integrator`."""
+    plan = _plan_of(caller, x_seq, given)
+    numbers, time_dim = plan.numbers, plan.rules.time_dim
+    backend = choose_backend(given["backend"], x_seq.device, caller)
+    v_init = given["v_init"]
+    if v_init is not None:
+        check_v_init(v_init, x_seq, time_dim, caller)
+        v_init = v_init.to(plan.real)
+    fused = BACKENDS[backend].operators is not None
+    decay, input_gain = tensors_of(plan, given, len(_VALUES), fused)
+    if fused:
+        x_seq = x_seq if is_dense(x_seq, time_dim) else x_seq.contiguous()
+        tensors = x_seq, v_init, decay, input_gain
+        run = partial(apply, IntegratorFunction) if is_differentiated(tensors, caller) else IntegratorFunction.forward
+        outputs = run(None, backend, plan, *tensors)
+    else:
+        outputs = integrator_reference(
+            x_seq, v_init, numbers.decay if decay is None else decay,
+            numbers.input_gain if input_gain is None else input_gain, numbers.v_rest, given["delay"], time_dim,
+        )  # fmt: skip
+    return IntegratorOutput(*outputs) if given["return_v_last"] else outputs[0]
+
+
+class LeakyIntegrator(NeuronLayer):
+    """Leaky integrators, over all time steps in one call: a synapse in front of `LIF`, or the read-out of a network.
+
+    Args:
+        num_features, granularity, time_dim, backend, device, dtype: as for `LIF`.
+        decay: share of the potential left after a step, in [0, 1], in (0, 1) if learned (stored as a logit).
+        input_gain: factor on the input.
+        v_rest: resting potential, in units of the input.
+        delay: emit the potential before the input of a step, not after.
+        learn_decay: whether the decay is a parameter; else it stays constant.
+        stateful: carry the potential from call to call, as `v`, until `reset()` or `asgl_cuda.reset(model)`.
+            `step(x_t)`, one step without time, always carries `v`.
+
+    Floats may also be tensors of one value, and decay one of shape `num_features`, as for `LIF`. `decay` can be read
+    and set at any time. A state dict holds only a learned decay, as `logit_decay`.
+
+    Neurons with a synaptic current are `nn.Sequential(LeakyIntegrator(decay=a), LIF(decay=b))`. Per neuron and step the
+    two layers move 4 elements forward, 5 backward: the current and its gradient go through memory. A single kernel
+    would move 2 and 3.
+
+    Raises ValueError or TypeError for arguments out of range, otherwise as `asgl_cuda.leaky_integrator`.
+
+    Example::
+
+        model = nn.Sequential(
+            nn.Linear(64, 128),
+            asgl_cuda.LeakyIntegrator(decay=0.8, input_gain=0.2),  # the synaptic current
+            asgl_cuda.LIF(decay=0.9),
+            nn.Linear(128, 10),
+            asgl_cuda.LeakyIntegrator(decay=0.95),  # the read-out
+        )
+        scores = model(torch.randn(100, 32, 64))[-1]  # [T, B, 64] to [B, 10]: its value after the last step
+
+    The same in PyTorch: `asgl_cuda.leaky_integrator(x_seq, logit_decay.sigmoid(), ...)`, whose docstring has the loop.
+    """
+
+    _caller = "asgl_cuda.LeakyIntegrator"
+    _function = "asgl_cuda.leaky_integrator"
+    _options: ClassVar[dict[str, Callable[..., Any]]] = {**NeuronLayer._options, "delay": check_bool}
+    delay: bool
+
+    def __init__(
+        self,
+        num_features: int | Sequence[int] | None = None,
+        *,
+        decay: Tensor | float = 0.5,
+        input_gain: float = 1.0,
+        v_rest: float = 0.0,
+        delay: bool = False,
+        granularity: Granularity = "layer",
+        learn_decay: bool = False,
+        stateful: bool = False,
+        time_dim: int = 0,
+        backend: str | None = None,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        **unknown: NoReturn,
+    ) -> None:
+        super().__init__()
+        check_keywords(unknown, LeakyIntegrator.__init__.__kwdefaults__ or {}, self._caller)
+        self._set_up(locals())
+        empty = torch.empty(self.num_features or 1, device=device, dtype=dtype)
+        self.logit_decay = nn.Parameter(empty) if check_bool("learn_decay", learn_decay, self._caller) else None
+        self._set_decay(decay)
+
+    def reset_parameters(self) -> None:
+        """Resets a learned decay to the value last set, and clears the potential."""
+        self.decay = self._decay
+        self.reset()
+
+    def _compute(self, x_seq: Tensor, **options: Any) -> Tensor | IntegratorOutput:
+        decay = self._decay_value()
+        if self.num_features:
+            decay = self._broadcast(decay, x_seq, self._check_features(x_seq))
+        given: _Arguments = {
+            "decay": decay, "input_gain": self.input_gain, "v_rest": self.v_rest, "delay": self.delay,
+            "v_init": None, "time_dim": self.time_dim, "return_v_last": False, "backend": self.backend, **options,
+        }  # fmt: skip
+        return _computed(self._caller, x_seq, given)
+
+    def extra_repr(self) -> str:
+        features = f"{list(self.num_features)}, " if self.num_features else ""
+        decay = f"decay={values_shown(self._decay, self.logit_decay)}"
+        others = f"input_gain={self.input_gain:g}, v_rest={self.v_rest:g}, granularity={self.granularity}"
+        flags = "".join(f", {flag}=True" for flag in ("delay", "stateful") if getattr(self, flag))
+        return f"{features}{decay}, {others}{flags}" + (f", time_dim={self.time_dim}" if self.time_dim else "")

@@ -1,0 +1,569 @@
+"""Leaky integrate-and-fire neurons: `lif`, its derivative, and the layer `LIF`.
+
+lif -> computed -> checked_call (a plan by checks, choose_backend, state_of_noise) -> run_reference under autograd, or
+run_forward, the backend's operator, inside LIFFunction if a gradient is needed. Backward draws the same noise again
+from rng_state; no mask is stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
+from inspect import signature
+from typing import Any, ClassVar, NamedTuple, NoReturn
+
+import torch
+from torch import Tensor
+
+from ..backends import BACKENDS, backend_of, operators_of
+from ..backends.derivatives import DERIVATIVES
+from ..backends.ops import ForwardResult, with_gaps
+from ..calls import recompute
+from ..calls.arguments import Arguments
+from ..calls.plan import Call, Inputs, Plan, checked_call, make_plan
+from ..checks import (
+    PLAIN_TENSORS,
+    check_analog_prob,
+    check_bool,
+    check_input,
+    check_keywords,
+    check_levels,
+    check_rng_state,
+    optional,
+    read_finite,
+    shown,
+)
+from ..reference.neurons import lif_reference
+from ..reference.noise import analog_mask_below
+from ..reference.records import Numbers, Parameters, Rules
+from ..torch_modes import (
+    apply,
+    apply_here,
+    grads_are_zeros,
+    is_differentiated,
+    once_differentiable,
+    saved_tensors,
+    transforming,
+)
+from .base import Granularity, NeuronLayer
+from .deferred import Pending, tensor_of
+from .spiking import Neurons
+
+_CALLER = "asgl_cuda.lif"
+
+
+class LIFOutput(NamedTuple):
+    """The result of `lif` with potentials; a field is None unless requested.
+
+    `s_seq`, `v_seq` (potential after reset) and `h_seq` (before reset) have the shape of x_seq, `v_last` the same
+    without time. Potentials are float32, float64 for a float64 input.
+    """
+
+    s_seq: Tensor
+    v_last: Tensor | None
+    v_seq: Tensor | None
+    h_seq: Tensor | None
+
+
+def lif(
+    x_seq: Tensor,
+    *,
+    decay: Tensor | float = 0.5,
+    v_threshold: Tensor | float = 1.0,
+    v_reset: Tensor | float | None = 0.0,
+    reset_amount: Tensor | float | None = None,
+    width: Tensor | float = 1.0,
+    surrogate: str = "rectangle",
+    surrogate_gain: float = 1.0,
+    analog_prob: Tensor | float = 0.0,
+    rng_state: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    v_rest: float = 0.0,
+    input_gain: Tensor | float = 1.0,
+    input_bias: Tensor | float = 0.0,
+    input_mean: Tensor | float = 0.0,
+    residual: Tensor | None = None,
+    residual_gain: float = 1.0,
+    strict_threshold: bool = False,
+    scale_output: bool = False,
+    detach_reset: bool = False,
+    levels: int | None = None,
+    multi_spike: bool = False,
+    v_min: float | None = None,
+    v_init: Tensor | None = None,
+    time_dim: int = 0,
+    return_v_last: bool = False,
+    return_v_seq: bool = False,
+    return_h_seq: bool = False,
+    backend: str | None = None,
+    **unknown: NoReturn,
+) -> Tensor | LIFOutput:
+    """Leaky integrate-and-fire neurons over a whole sequence, with the noise and the learned width of ASGL.
+
+    Args:
+        x_seq: input current, `[T, ...]`, or with time at `time_dim`; float16, bfloat16, float32 or float64. Contiguous
+            and channels_last layouts are used as they are. An input of any other layout is copied once.
+        decay: fraction of the potential that is left after a step (no unit, per step). Any value is allowed, also
+            outside of [0, 1].
+        v_threshold, v_rest: threshold and resting potential, in units of x_seq.
+        v_reset: potential after a spike (hard reset), or None for the soft reset.
+        reset_amount: amount that a spike subtracts under the soft reset; default `v_threshold`.
+        width: width of the surrogate, in units of x_seq. In float32 it must be at least 1.1e-19, so that 1 / width^2 is
+            finite. fast_sigmoid and arctan square u / width, and have no gradient for abs(u) > 1e19 width, where the
+            square overflows. To avoid a device synchronisation, a tensor is checked only on the CPU, and not under
+            torch.compile and torch.func. Where it is not checked, a width < 0 gives gradients of the wrong sign, and a
+            width of 0 gives NaN.
+        surrogate: rectangle, triangle, sigmoid, arctan, erf, fast_sigmoid or laplace; with `multi_spike` also
+            periodic_exponential, whose slope peaks at every multiple of the threshold.
+        surrogate_gain: factor on the surrogate gradient.
+        analog_prob: fraction of elements that emit F(u / width) instead of a spike, in steps of 1 / 65536. Default 0;
+            the default of the layer `LIF` is 0.2. A tensor of one value on x_seq's device can change without
+            recompiling a compiled graph; it gets no gradient. Its range is checked only on the CPU; on a GPU values are
+            clamped to [0, 1], and NaN counts as 0.
+        rng_state: int64 tensor `[seed, offset]` on x_seq's device, which determines the noise. Neurons are numbered in
+            memory order, so a channels_last x_seq gets other noise than its contiguous copy.
+        generator: generator that draws rng_state if rng_state is not given; default the device's default generator.
+            Activation checkpointing restores only the default generator, and the recomputation would draw new noise
+            from any other. Give rng_state there.
+        input_gain, input_bias, input_mean: the input current is `input_gain * (x_seq - input_mean) + input_bias`.
+        residual: shortcut of a residual block, in shape and type of x_seq. `residual_gain * residual` is added to the
+            input current, without a sum in memory. If its memory order is not that of x_seq, it is copied once.
+        residual_gain: a number, only with a residual. Apply a learned factor to the residual itself.
+        strict_threshold: fire at u > 0 instead of u >= 0. No effect with levels and multi_spike.
+        scale_output: emit `v_threshold * s`, and with levels `s / levels`.
+        detach_reset: stop the gradient that flows through the spike in the reset. Under the hard reset and with a
+            rectangle, this path multiplies the gradient at each step with a spike by up to
+            `decay * (v_threshold - v_reset + width / 2) / width`. If this is above 1, as for decay > 2 / 3 with the
+            other defaults, gradients can explode over many steps.
+        levels: emit an integer number of spikes per step (I-LIF), `round(clamp(h / v_threshold, 0, levels))` with ties
+            to even; at most 256. The quotient is computed as h times the rounded `1 / v_threshold`. Analog elements are
+            not rounded. The gradient is the gradient of the clamp, 1 at its edges, and the threshold acts as the width.
+            Each spike subtracts `reset_amount`, so `v_reset` must be None. A NaN potential emits NaN. `unroll_levels`
+            turns the output into binary spikes. With multi_spike, levels only limits the number of spikes.
+        multi_spike: emit `trunc(h / v_threshold)` spikes per step where h > 0. Each spike subtracts `reset_amount`, so
+            `v_reset` must be None. `v_threshold` must be > 0, and is checked like the width. `analog_prob` must be 0,
+            because no smooth function that counts spikes has these surrogates as its slope.
+        v_min: lower bound of the potential after the reset, in units of x_seq, `v = relu(v - v_min) + v_min`. No
+            gradient flows at the bound. It does not apply to v_init.
+        v_init: potential before the first step, in the shape of x_seq without time; default `v_rest`.
+        return_v_last, return_v_seq, return_h_seq: return potentials as well, see `LIFOutput`.
+        backend: one of `available_backends()`; default the best for x_seq's device.
+
+    `width`, `decay`, `v_threshold`, `v_reset`, `reset_amount` and `input_*` are floats or tensors that broadcast
+    against x_seq: one value, `[C, 1, 1]`, `[C, H, W]`, `[T, 1, 1, 1, 1]`, and so on. Parameters and `v_init` are
+    converted to the type of the arithmetic, which is float64 for a float64 x_seq and float32 otherwise.
+
+    A NaN potential emits no spike, and makes the gradients of parameters NaN, as in any layer that multiplies.
+
+    Returns:
+        The spikes, in shape and type of x_seq, or a `LIFOutput` if a potential was asked for. All outputs are
+        differentiable once with respect to x_seq, residual, v_init and every tensor parameter.
+
+    Raises:
+        TypeError, ValueError: an argument has a wrong type, shape, device or range. Nothing is computed then.
+        RuntimeError: the requested backend does not work here.
+
+    Example::
+
+        x_seq = torch.randn(4, 32, 128, requires_grad=True)  # [T, B, N]
+        width = torch.ones(128, requires_grad=True)  # one for each neuron
+        s_seq = asgl_cuda.lif(x_seq, width=width, analog_prob=0.2)  # [4, 32, 128]
+        s_seq.mean().backward()  # x_seq.grad [4, 32, 128], width.grad [128]
+
+        output = asgl_cuda.lif(x_seq, return_v_last=True)
+        more = asgl_cuda.lif(x_seq, v_init=output.v_last)  # continues from the end of the first call
+
+    Source: Wang, Jiang, Lian, Yan, Tang: Adaptive Smoothing Gradient Learning for Spiking Neural Networks, ICML 2023.
+    periodic_exponential: Weidel, Sheik: WaveSense, arXiv 2111.01456. levels: Luo, Yao, Chou, Xu, Li: Integer-Valued
+    Training and Spike-Driven Inference Spiking Neural Network for High-performance and Energy-efficient Object
+    Detection, ECCV 2024; analog elements there as in Quant-Noise, Fan et al., ICLR 2021.
+
+    The same in PyTorch, for the defaults and a mask of analog elements::
+
+        v = torch.zeros_like(x_seq[0])
+        slope = 1 / torch.as_tensor(width, dtype=x_seq.dtype)
+        for t in range(T):
+            h = decay * v + x_seq[t]
+            a = ((h - v_threshold) * slope + 0.5).clamp(0, 1)
+            z = (h >= v_threshold).to(h)
+            s[t] = a + torch.where(mask[t], 0, z - a).detach()
+            v = h * (1 - s[t]) + v_reset * s[t]
+
+    With levels, `a = (h * (1 / v_threshold)).clamp(0, levels)` and `z = a.round()`. With multi_spike,
+    `z = (h > 0) * (h / v_threshold).trunc()`. periodic_exponential is laplace; where h >= v_threshold, the distance u
+    is replaced by `v_threshold * (2 * (h / v_threshold - 0.5).remainder(1) - 1)`, with a slope of 1.
+    """
+    if unknown:
+        check_keywords(unknown, LIF_DEFAULTS, _CALLER)
+    given: Arguments = {
+        "decay": decay, "v_threshold": v_threshold, "v_reset": v_reset, "reset_amount": reset_amount, "v_rest": v_rest,
+        "width": width, "surrogate": surrogate, "surrogate_gain": surrogate_gain, "analog_prob": analog_prob,
+        "rng_state": rng_state, "generator": generator, "input_gain": input_gain, "input_bias": input_bias,
+        "input_mean": input_mean, "residual": None if residual is None else tensor_of(residual, _CALLER),
+        "residual_gain": residual_gain, "strict_threshold": strict_threshold, "scale_output": scale_output,
+        "detach_reset": detach_reset, "levels": levels, "multi_spike": multi_spike, "v_min": v_min, "v_init": v_init,
+        "time_dim": time_dim, "return_v_last": return_v_last, "return_v_seq": return_v_seq,
+        "return_h_seq": return_h_seq, "backend": backend,
+    }  # fmt: skip
+    return computed(_CALLER, tensor_of(x_seq, _CALLER), given)
+
+
+LIF_DEFAULTS: Arguments = lif.__kwdefaults__ or {}  # type: ignore[assignment]
+
+
+def computed(caller: str, x_seq: Tensor, given: Arguments) -> Tensor | LIFOutput:
+    """The result of `lif`."""
+    backend, plan, inputs = call = checked_call(caller, x_seq, given)
+    if BACKENDS[backend].operators is None:
+        outputs = run_reference(plan, inputs)
+    elif not is_differentiated(inputs, caller):
+        outputs = run_forward(backend, plan, inputs, keep_checkpoints=False)
+    elif recompute.open_contexts or recompute.traced_contexts:
+        take = partial(remember, call, inputs)
+        outputs = recompute.applied(apply, LIFFunction, (None, backend, plan, *inputs), take)
+    else:
+        outputs = apply(LIFFunction, None, backend, plan, *inputs)
+    return output_of(plan, outputs)
+
+
+def computed_after(
+    pending: Pending, layer: Any, caller: str, given: Arguments, update: bool = True
+) -> Tensor | LIFOutput:
+    """The result of `lif` in `layer`, after a normalisation: of both in one call, or of the normalised value."""
+    value = pending.value_for(layer, given, update)
+    if value is None:
+        return pending.joined(layer, given, update)  # type: ignore[no-any-return]
+    return computed(caller, value, given)
+
+
+def output_of(plan: Plan, outputs: Sequence[Tensor]) -> Tensor | LIFOutput:
+    """The requested outputs, which come first."""
+    return LIFOutput(*with_gaps(outputs, (True, *plan.wanted))) if True in plan.wanted else outputs[0]
+
+
+def run_reference(plan: Plan, inputs: Inputs) -> list[Tensor]:
+    """Runs the reference; returns the wanted results."""
+    x_seq, v_init, rng_state, *parameters = inputs
+    s_seq, *potentials = lif_reference(x_seq, v_init, rng_state, Parameters(*parameters), plan.numbers, plan.rules)
+    return [s_seq, *(each for each, asked in zip(potentials, plan.wanted, strict=True) if asked)]
+
+
+def run_forward(
+    backend: str, plan: Plan, inputs: Sequence[Any], keep_checkpoints: bool, operator: Any = None
+) -> ForwardResult:
+    """Runs lif_forward of a fused backend, or the operator given."""
+    if operator is None:
+        operator = operators_of(backend, inputs).lif_forward
+    return operator(*inputs, *plan.packed, (*plan.wanted, keep_checkpoints))  # type: ignore[no-any-return]
+
+
+def run_backward(
+    backend: str, plan: Plan, inputs: Inputs, grads: Sequence[Tensor | None], checkpoints: Tensor, wanted: Inputs
+) -> Inputs:
+    """The `wanted` gradients, for those of the results of forward."""
+    x_seq, v_init, rng_state, *parameters = inputs
+    found = operators_of(backend, (*inputs, *grads)).lif_backward(
+        *with_gaps(grads, (True, *plan.wanted)), x_seq, v_init, rng_state, checkpoints, *parameters, *plan.packed,
+        (wanted.x_seq, wanted.v_init, *wanted[3:]),
+    )  # fmt: skip
+    return Inputs(*with_gaps(found, wanted))
+
+
+class LIFFunction(torch.autograd.Function):
+    """lif_forward as a differentiable function of its tensors.
+
+    Takes an operator, or None for the backend's, a plan, and `Inputs` one by one, since autograd ignores tensors in
+    tuples. Returns the outputs and the checkpoints for backward.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(operator: Any, backend: str, plan: Plan, *inputs: Any) -> tuple[Tensor, ...]:
+        return tuple(run_forward(backend, plan, inputs, True, operator))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        _, ctx.backend, ctx.plan, *tensors = inputs
+        checkpoints = output[-1]
+        ctx.save_for_backward(checkpoints, *tensors)
+        ctx.set_materialize_grads(grads_are_zeros())
+        ctx.mark_non_differentiable(checkpoints)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        checkpoints, *tensors = saved_tensors(ctx)
+        inputs, plan, wanted = Inputs(*tensors), ctx.plan, Inputs(*ctx.needs_input_grad[3:])
+        # The gradients of x_seq and of the residual may be the same tensor, as in a sum.
+        shared = wanted.residual and wanted.x_seq and _adds(plan.numbers, inputs)
+        if shared:
+            asked = [*wanted[:-1], False]
+            wanted = Inputs(*asked)
+        *grads_of_outputs, _ = grads
+        found = run_backward(ctx.backend, plan, inputs, grads_of_outputs, checkpoints, wanted)
+        gradients = once_differentiable(found, (*tensors, *grads))
+        return None, None, None, *gradients[:-1], gradients[0] if shared else gradients[-1]
+
+
+def _adds(constants: Numbers, inputs: Inputs) -> bool:
+    """Whether the input current is x, or the sum of x and the residual."""
+    if inputs.input_gain is not None or inputs.input_bias is not None or inputs.input_mean is not None:
+        return False
+    values = constants.input_gain, constants.residual_gain, constants.input_bias, constants.input_mean
+    return values == (1, 1, 0, 0)
+
+
+def _differentiated(operator: Any, below: Any, *arguments: Any) -> ForwardResult:
+    """A bare lif_forward with its derivative."""
+    *inputs, numbers, rules, (*of_outputs, keeps_checkpoints) = arguments
+    plan = make_plan(inputs[0], Rules(*rules), Numbers(*numbers), of_outputs)
+    *outputs, checkpoints = apply_here(LIFFunction, below, backend_of(operator), plan, *inputs)
+    return [*outputs, checkpoints] if keeps_checkpoints else outputs
+
+
+DERIVATIVES["lif_forward"] = _differentiated
+
+
+def remember(call: Call, inputs: Inputs, outputs: Sequence[Tensor]) -> None:
+    """Has backward recompute the spikes of a call with these inputs, inside `recompute_spikes`."""
+    backend = call.backend  # not the call, which has the tensors
+    plan = make_plan(inputs.x_seq, call.plan.rules, call.plan.numbers, (False, False, False))
+
+    def spikes(*inputs: Tensor | None) -> Tensor:
+        return run_forward(backend, plan, inputs, keep_checkpoints=False)[0]
+
+    # Copies of parameters: FSDP frees them before backward of the next layer needs the spikes.
+    sequences = "x_seq", "v_init", "rng_state", "residual"
+    values = {
+        name: value if value is None or name in sequences else value.detach().clone()
+        for name, value in inputs._asdict().items()
+    }
+    recompute.remember(outputs[0], spikes, values)
+
+
+def analog_mask(x_seq: Tensor, analog_prob: float, rng_state: Tensor, time_dim: int = 0) -> Tensor:
+    """Which elements of `x_seq` are analog under the noise of `rng_state`: a bool tensor of x_seq's shape.
+
+    Only shape, memory layout and device of x_seq count; `analog_prob` acts in steps of 1 / 65536. Raises TypeError and
+    ValueError as `lif` does.
+
+    Example::
+
+        x_seq, rng_state = torch.randn(4, 32, 128), torch.tensor([2023, 0])
+        s_seq = asgl_cuda.lif(x_seq, analog_prob=0.2, rng_state=rng_state)
+        mask = asgl_cuda.analog_mask(x_seq, 0.2, rng_state)  # those that emitted the smooth value
+        assert set(s_seq[~mask].tolist()) == {0.0, 1.0}
+    """
+    time_dim = check_input(x_seq, time_dim, "asgl_cuda.analog_mask")
+    check_rng_state(rng_state, x_seq, "asgl_cuda.analog_mask")
+    return analog_mask_below(x_seq, check_analog_prob(analog_prob, "asgl_cuda.analog_mask"), rng_state, time_dim)
+
+
+def unroll_levels(s_seq: Tensor, levels: int, time_dim: int = 0) -> Tensor:
+    """Whole numbers of spikes as binary spikes, each step in `levels` sub-steps: `s` ones, then zeros.
+
+    A layer without a bias gives the same result, summed over the sub-steps of each step, for these spikes as for the
+    numbers: inference of a network trained with `levels` then needs only additions, and no products.
+
+    Args:
+        s_seq: `[T, ...]` (or time at `time_dim`), whole numbers in [0, levels], as `asgl_cuda.lif` emits with levels
+            and without noise.
+        levels: number of sub-steps, as in `asgl_cuda.lif`.
+
+    Returns:
+        `[T * levels, ...]` of zeros and ones, in the type of s_seq. Not differentiable.
+
+    Raises:
+        ValueError: s_seq has a value that is not a whole number in [0, levels]. The check synchronises the device, and
+            is omitted in compiled code and for tensors without values.
+
+    Example::
+
+        s_seq = asgl_cuda.lif(4 * torch.rand(2, 32, 64), levels=4, v_reset=None)  # [T, B, N]
+        weight = torch.randn(10, 64)
+        sums = (asgl_cuda.unroll_levels(s_seq, 4) @ weight.T).unflatten(0, (2, 4)).sum(1)
+        torch.testing.assert_close(sums, s_seq @ weight.T)
+
+    Source: Luo et al., ECCV 2024, as in `asgl_cuda.lif`.
+    """
+    caller = "asgl_cuda.unroll_levels"
+    time_dim = check_input(s_seq, time_dim, caller, "s_seq")
+    if levels is None:
+        raise ValueError(f"{caller}: levels must be an int, got None")
+    levels = check_levels("levels", levels, caller)
+    with torch.no_grad():
+        has_values = type(s_seq) in PLAIN_TENSORS and not s_seq.is_meta
+        if has_values and not torch.compiler.is_compiling() and not transforming():
+            others = s_seq[~((s_seq == s_seq.round()) & (s_seq >= 0) & (s_seq <= levels))]
+            if others.numel():
+                raise ValueError(
+                    f"{caller}: s_seq must have whole numbers in [0, {levels}], got {others[0].item():g}; spikes are "
+                    "whole in evaluation or with analog_prob=0, without scale_output"
+                )
+        below = torch.arange(levels, device=s_seq.device)[(slice(None), *(None,) * (s_seq.dim() - time_dim - 1))]
+        return (s_seq.unsqueeze(time_dim + 1) > below).to(s_seq.dtype).flatten(time_dim, time_dim + 1)
+
+
+class LIF(Neurons):
+    """Leaky integrate-and-fire neurons with adaptive smoothing gradients, over all time steps in one call.
+
+    Args:
+        num_features: number of channels for granularity "channel"; number of neurons, or their shape `[C, H, W]`, for
+            "neuron"; None for "layer".
+        decay: fraction of the potential that is left after a step, in [0, 1]. A learned decay must be in (0, 1), and is
+            stored as a logit. For long sequences with decay > 2 / 3 see `detach_reset`.
+        v_threshold, v_rest: threshold and resting potential, in units of the input.
+        v_reset: potential after a spike, below the threshold; or None to subtract `reset_amount` instead (soft reset).
+        reset_amount: amount that a spike subtracts under the soft reset; default the threshold.
+        input_gain: factor on the input.
+        width: initial width of the surrogate, > 0. Its logarithm is stored.
+        surrogate: the name of a surrogate, see `asgl_cuda.lif`.
+        surrogate_gain: factor on the surrogate gradient.
+        analog_prob: fraction of elements that emit the smooth value in training; in evaluation all spikes are hard. The
+            default is 0.2, as in the paper, while it is 0 in the function `asgl_cuda.lif`.
+        granularity: whether a learned parameter has one value per layer, per channel or per neuron.
+        learn_width, learn_decay, learn_threshold: which of these are parameters; the others are constants.
+        strict_threshold: fire above the threshold, not at it.
+        detach_reset: stop the gradient that flows through the spike in the reset. Under the hard reset and with a
+            rectangle, this path multiplies the gradient at each step with a spike by up to
+            `decay * (v_threshold - v_reset + width / 2) / width`. If this is above 1, as for decay > 2 / 3 with the
+            other defaults, gradients can explode over many steps. `Monitor` measures the growth.
+        scale_output: emit `v_threshold` instead of 1 for a spike, and with levels `1 / levels`.
+        levels: emit up to `levels` spikes per step, rounded (I-LIF). `v_reset` must be None. No width is learned,
+            because the threshold takes its place. With multi_spike, levels only limits the number of spikes.
+        multi_spike: emit several spikes per step. `v_reset` must be None, and `analog_prob` 0 at all times.
+        v_min: lower bound of the potential after the reset, in units of the input; None for no bound.
+        stateful: carry the potential from call to call, as `v`, until `reset()` or `asgl_cuda.reset(model)`. Not for
+            activation checkpointing, which calls the layer twice. `step(x_t)`, one step without the time dimension,
+            always carries `v`.
+        store_v_seq: store the potentials after the reset of the last call as `v_seq`, in the shape of the input.
+        time_dim: time dimension of inputs.
+        backend: see `asgl_cuda.lif`.
+        device, dtype: of the parameters.
+
+    A float may also be given as a tensor of one value. With granularity "channel" or "neuron", `width`, `decay`,
+    `v_threshold`, `v_reset` and `reset_amount` may be tensors of shape `num_features`, learned or not. A tensor that
+    requires a gradient, such as a Parameter, is accepted only for a learned parameter, as its initial value. `width`,
+    `decay` and `v_threshold` can be read and set at any time. A learned width or decay has the same bits in every
+    backend; they equal those of `torch.exp` and `torch.sigmoid` up to the last bits.
+
+    Shapes: input and output are `[T, N, ...]`, or have time at `time_dim`. After removing time, the second dimension is
+    the channels, and the last dimensions are the neurons.
+
+    `layer(x_seq, residual)` computes `layer(x_seq + residual)` without the sum in memory. `residual` must have the
+    shape and type of x_seq.
+
+    A state dict has only the learned parameters, `log_width`, `logit_decay` and `threshold`. As in torch's layers, it
+    has no constants, flags, `analog_prob` or potentials, so it loads without a warning into a layer with another
+    constant decay. `AnalogProbSchedule.state_dict()` has the noise.
+
+    SpikingJelly's `LIFNode(tau=tau)` has `decay=1 - 1 / tau, input_gain=1 / tau`.
+
+    Processes with the same seed draw the same noise. Call `torch.manual_seed(seed + rank)` after creating the model to
+    give each process its own noise.
+
+    Raises ValueError or TypeError for arguments out of range, and otherwise the errors of `asgl_cuda.lif`. Warns once
+    per process if neurons fire at rest (`v_threshold` at `v_rest` or below), if a soft reset does not lower the
+    potential, or if `surrogate_gain` is 0.
+
+    Example::
+
+        model = nn.Sequential(
+            nn.Linear(64, 128),
+            asgl_cuda.LIF(decay=0.9),  # one learned width
+            nn.Linear(128, 128),
+            asgl_cuda.LIF(128, granularity="channel", learn_decay=True),  # a width and a decay for each channel
+        )
+        s_seq = model(torch.randn(4, 32, 64))  # [T, B, 64] to [T, B, 128]
+
+    The same in PyTorch: `asgl_cuda.lif(x_seq, width=log_width.exp(), ...)`, whose docstring has the loop.
+
+    With torch's initial weights and without a normalisation, deeper layers are silent and learn nothing.
+    :doc:`/tutorials/stalled-network` shows how `asgl_cuda.Monitor` finds them and `asgl_cuda.calibrate` helps.
+    """
+
+    _caller = "asgl_cuda.LIF"
+    _function = _CALLER
+    _options: ClassVar[dict[str, Callable[..., Any]]] = {
+        **dict.fromkeys(("multi_spike", "scale_output"), check_bool),
+        "levels": optional(check_levels),
+        "v_min": optional(read_finite),
+        **Neurons._options,
+    }
+
+    def __init__(
+        self,
+        num_features: int | Sequence[int] | None = None,
+        *,
+        decay: Tensor | float = 0.5,
+        v_threshold: Tensor | float = 1.0,
+        v_reset: Tensor | float | None = 0.0,
+        reset_amount: Tensor | float | None = None,
+        v_rest: float = 0.0,
+        input_gain: float = 1.0,
+        width: Tensor | float = 1.0,
+        surrogate: str = "rectangle",
+        surrogate_gain: float = 1.0,
+        analog_prob: float = 0.2,
+        granularity: Granularity = "layer",
+        learn_width: bool = True,
+        learn_decay: bool = False,
+        learn_threshold: bool = False,
+        strict_threshold: bool = False,
+        detach_reset: bool = False,
+        scale_output: bool = False,
+        levels: int | None = None,
+        multi_spike: bool = False,
+        v_min: float | None = None,
+        stateful: bool = False,
+        store_v_seq: bool = False,
+        time_dim: int = 0,
+        backend: str | None = None,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        **unknown: NoReturn,
+    ) -> None:
+        super().__init__()
+        check_keywords(unknown, LIF.__init__.__kwdefaults__ or {}, self._caller)
+        self._set_up_neurons(locals())
+
+    def _inputs(self, x_seq: Tensor, residual: Tensor | None = None) -> tuple[Tensor, dict[str, Any]]:
+        if residual is not None:
+            residual = tensor_of(residual, type(self).__name__)
+        if not isinstance(x_seq, Pending):
+            return x_seq, {} if residual is None else {"residual": residual}
+        name = type(self).__name__
+        if residual is not None:
+            if not isinstance(residual, Tensor) or (residual.shape, residual.dtype) != (x_seq.shape, x_seq.dtype):
+                return x_seq.tensor(name), {"residual": residual}
+            x_seq = x_seq + residual
+        if isinstance(x_seq, Pending) and type(self)._compute is LIF._compute and type(self)._given is LIF._given:
+            return x_seq.x, {"pending": x_seq}
+        return tensor_of(x_seq, name), {}
+
+    def _compute(
+        self, x_seq: Tensor, update: bool = True, pending: Pending | None = None, **options: Any
+    ) -> Tensor | LIFOutput:
+        """Calls `asgl_cuda.lif`; without `update` the layer's state stays unchanged."""
+        given = self._given(x_seq, self.input_gain, **options)
+        if pending is None:
+            return computed(self._caller, x_seq, given)
+        return computed_after(pending, self, self._caller, given, update)
+
+
+def unknown_options(layer: NeuronLayer, known: Collection[str]) -> str:
+    """The options in the layer's tables that are not `known` nor at their defaults, as `name=value`; "" without any.
+
+    For all that represents a layer elsewhere, and would be silently wrong with an option of which it knows nothing.
+    """
+    names = {*layer._options, *layer._norm_options} - {*known}
+    if not names:
+        return ""
+    parameters = {**signature(LIF.__init__).parameters, **signature(type(layer).__init__).parameters}
+    found = []
+    for name in sorted(names):
+        default = parameters[name].default if name in parameters else None
+        value = getattr(layer, name, default)
+        if value is not default and (isinstance(value, Tensor) or value != default):
+            found.append(f"{name}={shown(value)}")
+    return ", ".join(found)

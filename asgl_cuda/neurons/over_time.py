@@ -1,0 +1,115 @@
+"""Layers without time, applied to a sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from .base import NeuronLayer
+from .deferred import Pending
+
+_CALLER = "asgl_cuda.OverTime"
+
+# Whether a module carries state from step to step. `interop` adds tests for other libraries.
+KNOWS_TIME: list[Callable[[nn.Module], bool]] = [lambda module: isinstance(module, NeuronLayer)]
+
+
+class OverTime(nn.Module):
+    """A layer without time, such as a convolution or a batch normalisation, applied to all steps at once.
+
+    Args:
+        layer: any module, several in an `nn.Sequential`. Layers with state over time, such as neurons, are refused at
+            any depth: time and batch are one dimension.
+
+    Shapes: `[T, B, ...]` to `[T, B, ...]`, or `[B, T, ...]` to `[B, T, ...]`; the layer sees time and batch in one,
+    `[T * B, ...]`.
+
+    Raises TypeError if `layer` is not a module or contains a layer with state over time, even if added later, or if the
+    input is not a tensor; ValueError for an input without time and batch, also one that a convolution would take for a
+    sample without a batch.
+
+    Example::
+
+        model = nn.Sequential(asgl_cuda.OverTime(nn.Conv2d(1, 16, 3)), asgl_cuda.BatchNormLIF(16))
+        s_seq = model(torch.randn(4, 32, 1, 8, 8))  # [T, B, 1, 8, 8] to [T, B, 16, 6, 6]
+
+    The same in PyTorch::
+
+        layer(x_seq.flatten(0, 1)).unflatten(0, x_seq.shape[:2])
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        if not isinstance(layer, nn.Module):
+            raise TypeError(f"{_CALLER}: layer must be a torch.nn.Module, got {type(layer).__name__}")
+        _check_inside(layer)
+        self.layer = layer
+
+    def forward(self, x_seq: Tensor) -> Tensor:
+        """The layer's output for all steps of `x_seq` `[T, B, ...]`, with T and B in front as well."""
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+            _check_input(x_seq, self.layer)
+            if not torch.compiler.is_compiling():
+                _check_inside(self.layer)
+        return self.layer(x_seq.flatten(0, 1)).unflatten(0, x_seq.shape[:2])  # type: ignore[no-any-return]
+
+
+def _check_input(x_seq: Any, layer: nn.Module) -> None:
+    if isinstance(x_seq, (Pending, Tensor)):
+        if x_seq.is_nested or x_seq.dim() < 2:
+            got = "a nested tensor" if x_seq.is_nested else f"shape {list(x_seq.shape)}"
+            raise ValueError(f"{_CALLER}: x_seq must have time and batch, [T, B, ...], got {got}")
+        name, sizes = _sample_of(layer)
+        if x_seq.dim() < 2 + len(sizes):
+            raise ValueError(
+                f"{_CALLER}: x_seq must be [T, B, {', '.join(sizes)}] for {name}, got shape {list(x_seq.shape)}; "
+                "x_seq.unsqueeze(1) has a batch of size 1"
+            )
+    elif not isinstance(x_seq, fx.Proxy):
+        raise TypeError(f"{_CALLER}: x_seq must be a tensor, got {type(x_seq).__name__}")
+
+
+def _sample_of(layer: nn.Module) -> tuple[str, Sequence[str]]:
+    """The first layer's name, and the sizes of a sample where, with fewer, it would mix steps and samples."""
+    while type(layer).forward is nn.Sequential.forward and layer._modules:
+        layer = next(layer.children())
+    sizes: Sequence[str] = ()
+    hooked = layer._forward_pre_hooks and not isinstance(layer, nn.modules.lazy.LazyModuleMixin)
+    if hooked or not type(layer).forward.__module__.startswith(("torch.nn.", "asgl_cuda.spikes.")):
+        return type(layer).__name__, sizes  # may add a dimension itself
+    if isinstance(layer, nn.modules.conv._ConvNd):  # would take time and batch for channels
+        sizes = f"{layer.in_channels or 'C'}", *("L", "HW", "DHW")[len(layer.kernel_size) - 1]
+    elif isinstance(layer, nn.Linear):  # for features
+        sizes = (f"{layer.in_features or 'N'}",)
+    elif isinstance(layer, (nn.LayerNorm, nn.RMSNorm)):
+        sizes = [f"{size}" for size in layer.normalized_shape]
+    return type(layer).__name__, sizes
+
+
+_timeless: set[type[nn.Module]] = set()  # classes without time
+
+
+def _check_inside(layer: nn.Module) -> None:
+    """Refuses modules that know time, each class tested once. 0.2 us a module; modules() takes 0.7."""
+    if isinstance(layer, (nn.RNNBase, nn.RNNCellBase)):  # inside another module, possibly not over time
+        raise TypeError(
+            f"{_CALLER}: layer must know no time, got {type(layer).__name__}, for which time and batch would be one"
+        )
+    found, modules = {layer}, [layer]
+    for module in modules:  # appended to below
+        if type(module) not in _timeless:
+            if any(knows(module) for knows in KNOWS_TIME):
+                path = next(path for path, each in layer.named_modules() if each is module)
+                name, at = type(module).__name__, f" at {path!r}" if path else ""
+                raise TypeError(
+                    f"{_CALLER}: layer must know no time, got {name}{at}, for which time and batch would be one; it "
+                    f"belongs outside, as in nn.Sequential(OverTime(...), {name}(...))"
+                )
+            _timeless.add(type(module))
+        for child in module._modules.values():
+            if child is not None and child not in found:
+                found.add(child)
+                modules.append(child)

@@ -1,0 +1,514 @@
+"""Recurrent neurons, whose spikes enter the next step's current through a weight, as a function and as a layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, ClassVar, Literal, NamedTuple, NoReturn
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Unpack
+
+from ..backends import BACKENDS, backend_of, operators_of
+from ..backends.derivatives import DERIVATIVES
+from ..backends.ops import ForwardResult, with_gaps
+from ..calls.arguments import Arguments, NeuronArguments
+from ..calls.plan import Call, Plan, checked_call, make_plan
+from ..checks import (
+    check_bool,
+    check_dense,
+    check_finite,
+    check_floating,
+    check_input,
+    check_int,
+    check_keywords,
+    check_name,
+    check_sizes,
+    check_v_init,
+    check_values,
+    shown,
+)
+from ..reference.learned import Logit
+from ..reference.neurons import recurrent_reference
+from ..reference.records import IN_CURRENT, Numbers, Rules
+from ..torch_modes import apply, apply_here, grads_are_zeros, is_differentiated, once_differentiable, saved_tensors
+from .adaptive_lif import Adapting, AdaptiveLIF, pair_of_states, place_of_w
+from .base import values_shown
+from .deferred import tensor_of
+from .lif import LIF_DEFAULTS
+from .spiking import Neurons
+
+_CALLER = "asgl_cuda.recurrent_lif"
+# Options of `lif` and `LIF` that recurrent neurons lack.
+_WITHOUT = {"residual", "residual_gain", "input_bias", "input_mean", "levels", "multi_spike", "v_min"}
+_NEURON = [name for name in LIF_DEFAULTS if name not in _WITHOUT]
+_ROWS = "width", "decay", "v_threshold", "v_reset", "reset_amount", "adapt_decay", "adapt_potential", "adapt_spike"
+
+
+class RecurrentLIFOutput(NamedTuple):
+    """The result of `recurrent_lif` with states; a field is None unless requested.
+
+    `s_seq`, `v_seq` and `h_seq` are those of `LIFOutput`, or of `AdaptiveLIFOutput`. `return_v_last` gives the states
+    after the last step, of x_seq's shape without time: `v_last`, `s_last` (what the neurons emitted, before
+    scale_output), with a synapse `i_last`, and with an adaptation `w_last`. States are float32, float64 for a float64
+    input.
+    """
+
+    s_seq: Tensor
+    v_last: Tensor | None
+    s_last: Tensor | None
+    i_last: Tensor | None
+    w_last: Tensor | None
+    v_seq: Tensor | None
+    h_seq: Tensor | None
+
+
+class RecurrentFunction(torch.autograd.Function):
+    """recurrent_forward as a differentiable function of all tensors but rng_state.
+
+    Takes an operator, or None for the backend's, a plan and the tensors of the operator.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(operator: Any, backend: str, plan: Plan, *tensors: Any) -> tuple[Tensor, ...]:
+        if operator is None:
+            operator = operators_of(backend, tensors).recurrent_forward
+        return tuple(operator(*tensors, *plan.packed, plan.wanted))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        _, ctx.backend, ctx.plan, x_seq, *tensors = inputs
+        ctx.dtype = x_seq.dtype
+        s_seq, *others = output
+        emitted, h_seq, _, i_seq, w_seq, *_ = with_gaps(others, ctx.plan.wanted)
+        ctx.save_for_backward(h_seq, s_seq if emitted is None else emitted, i_seq, w_seq, *tensors)
+        ctx.set_materialize_grads(grads_are_zeros())
+        ctx.mark_non_differentiable(*(each for each in (emitted, i_seq, w_seq) if each is not None))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        plan, saved, wanted = ctx.plan, saved_tensors(ctx), ctx.needs_input_grad[3:-1]
+        grad_s_seq, _, grad_h_seq, grad_v_seq, _, _, *grads_last = with_gaps(grads, (True, *plan.wanted))
+        inputs = (*saved, *grads)
+        found = operators_of(ctx.backend, inputs).recurrent_backward(
+            grad_s_seq, grad_v_seq, grad_h_seq, *grads_last, *saved, *plan.packed, wanted
+        )
+        grad_x_seq, *gradients = once_differentiable(with_gaps(found, wanted), inputs)
+        return None, None, None, None if grad_x_seq is None else grad_x_seq.to(ctx.dtype), *gradients, None
+
+
+def _differentiated(operator: Any, below: Any, *arguments: Any) -> ForwardResult:
+    """A bare recurrent_forward with its derivative, which all results have but emitted, i_seq and w_seq."""
+    *tensors, numbers, rules, has_synapse, detach_recurrent, wanted = arguments
+    _, _, wants_v_seq, _, _, *wants_last = wanted
+    kept = True, True, wants_v_seq, has_synapse, Rules(*rules).adaptation != 0, *wants_last
+    options = has_synapse, detach_recurrent
+    plan = make_plan(tensors[0], Rules(*rules), Numbers(*numbers), kept, options=options)
+    s_seq, *outputs = apply_here(RecurrentFunction, below, backend_of(operator), plan, *tensors)
+    named = with_gaps(outputs, kept)
+    return [s_seq, *(each for each, asked in zip(named, wanted, strict=True) if asked)]
+
+
+DERIVATIVES["recurrent_forward"] = _differentiated
+
+
+def recurrent_lif(
+    x_seq: Tensor,
+    weight: Tensor,
+    *,
+    bias: Tensor | None = None,
+    syn_decay: Tensor | float | None = None,
+    input_gain: float = 1.0,
+    adapt_decay: Tensor | float | None = None,
+    adapt_potential: Tensor | float = 0.0,
+    adapt_spike: Tensor | float = 0.0,
+    to_threshold: bool = False,
+    s_init: Tensor | None = None,
+    i_init: Tensor | None = None,
+    w_init: Tensor | None = None,
+    detach_recurrent: bool = False,
+    **neuron: Unpack[NeuronArguments],
+) -> Tensor | RecurrentLIFOutput:
+    """Recurrent leaky integrate-and-fire neurons over a whole sequence.
+
+    Args:
+        x_seq: input current, `[T, B, N]`, or `[B, T, N]` with time_dim=1; types as for `lif`. A layout that is not
+            contiguous is copied once.
+        weight: `[N, N]`, from the neurons of a step (columns) to those of the next (rows), as in `torch.nn.Linear`; or
+            `[N]`, each neuron's own. A row of the batch in which few neurons spike takes less time.
+        bias: `[N]`, added at each step, the first included.
+        syn_decay: share of the current left after a step, a float, or a tensor of one value or `[N]`; None for no
+            synapse.
+        input_gain: a number, the factor on the current behind the synapse; 1 with an adaptation.
+        adapt_decay, adapt_potential, adapt_spike, to_threshold: the adaptation, as in `adaptive_lif`; adapt_decay None
+            for no adaptation.
+        s_init: what the neurons emitted before the first step, `[B, N]`; default 0.
+        i_init, w_init: the current before the first step, `[B, N]`, only with syn_decay, and the adaptation in it, only
+            with adapt_decay; default 0.
+        detach_recurrent: let no gradient flow through the weight to earlier spikes, s_init included; the weight's own
+            gradient stays. detach_reset concerns the reset alone.
+        neuron: arguments of `lif` except `input_bias`, `input_mean`, `residual`, `residual_gain`, `levels`,
+            `multi_spike` and `v_min`. Parameters have one value or `[N]`.
+
+    weight, bias and syn_decay are converted to the type of the arithmetic, as all parameters, under autocast as well.
+    Step t draws its noise as a sequence of one step with rng_state `[seed + 0x61C8864680B583EB * t, offset]`, modulo
+    2^64; `analog_mask` of that step tells which elements are analog. They feed back their smooth value. Calls with
+    another offset share no noise, whatever their lengths.
+
+    Kept for backward: 4 bytes an element beside the spikes in float32; under scale_output and in half types the spikes
+    once more, with a learned syn_decay the current, and w with a learned adapt_decay or to_threshold.
+
+    On the CPU one kernel computes all steps of 16 rows of the batch. On a GPU each step is a product and the kernel of
+    `lif`.
+
+    Returns:
+        As `lif`, or a `RecurrentLIFOutput`, differentiable once with respect to x_seq, weight, bias, syn_decay, states
+        and every tensor parameter.
+
+    Raises TypeError, ValueError and RuntimeError as `lif` does.
+
+    Example::
+
+        x_seq = torch.randn(100, 32, 128)  # [T, B, N]
+        weight = torch.nn.init.orthogonal_(torch.empty(128, 128)).requires_grad_()
+        s_seq = asgl_cuda.recurrent_lif(x_seq, weight, decay=0.9, syn_decay=0.8)
+        s_seq.mean().backward()  # weight.grad [128, 128]
+
+    The same in PyTorch, for the defaults::
+
+        s, i, v = (torch.zeros_like(x_seq[0]) for _ in range(3))
+        for t in range(T):
+            j = x_seq[t] + s @ weight.T + bias
+            i = syn_decay * i + j  # with a synapse, else j
+            h = decay * v + input_gain * i
+            s = s_seq[t] = (h >= v_threshold).to(h)
+            v = h * (1 - s)
+
+    Sources: as for `lif`. Networks of such neurons: Bellec, Salaj, Subramoney, Legenstein, Maass: Long short-term
+    memory and learning-to-learn in networks of spiking neurons, NeurIPS 2018; Cramer, Stradmann, Schemmel, Zenke: The
+    Heidelberg spiking data sets for the systematic evaluation of spiking neural networks, IEEE TNNLS 2022.
+    """
+    check_keywords(neuron, _KNOWN, _CALLER, _WITHOUT)
+    recurrence = _Recurrence(weight, bias, syn_decay, s_init, i_init, w_init, detach_recurrent)
+    given: Arguments = {**LIF_DEFAULTS, **neuron, "input_gain": input_gain}
+    adaptation = {"adapt_potential": adapt_potential, "adapt_spike": adapt_spike, "to_threshold": to_threshold}
+    if adapt_decay is None:
+        _check_no_adaptation(adaptation, recurrent_lif.__kwdefaults__, _CALLER)
+    else:
+        place = place_of_w(given["v_reset"], given["reset_amount"], check_bool("to_threshold", to_threshold, _CALLER))
+        given |= {
+            "adapt_decay": adapt_decay, "adapt_potential": adapt_potential, "adapt_spike": adapt_spike,
+            "adaptation": place,
+        }  # fmt: skip
+    return _computed(tensor_of(x_seq, _CALLER), recurrence, given)
+
+
+# The keyword arguments, for errors and hints.
+_KNOWN = *_NEURON, *(recurrent_lif.__kwdefaults__ or {})
+
+
+class _Recurrence(NamedTuple):
+    """The arguments of `recurrent_lif` that `lif` does not have."""
+
+    weight: Tensor
+    bias: Tensor | None
+    syn_decay: Tensor | float | None
+    s_init: Tensor | None
+    i_init: Tensor | None
+    w_init: Tensor | None
+    detach_recurrent: bool
+
+
+def _check_no_adaptation(given: Mapping[str, Any], defaults: Any, caller: str) -> None:
+    for name, value in given.items():
+        is_number = isinstance(value, (int, float))  # arrays and tensors have no one truth
+        if value is not defaults[name] and not (is_number and value == defaults[name]):
+            raise ValueError(f"{caller}: {name} needs adapt_decay, got {shown(value)} without an adaptation")
+
+
+def _check_adaptation(input_gain: Any, caller: str) -> None:
+    if input_gain != 1:
+        raise ValueError(f"{caller}: input_gain must be 1 with an adaptation, got {shown(input_gain)}")
+
+
+def _check(x_seq: Tensor, given: _Recurrence, neuron: Any) -> float:
+    """Refuses what does not fit x_seq, also where `lif` would take it. Returns syn_decay, 0 if no constant."""
+    time_dim = check_input(x_seq, neuron["time_dim"], _CALLER)
+    if x_seq.dim() != 3 or time_dim > 1:
+        raise ValueError(
+            f"{_CALLER}: x_seq must have shape [T, B, N], or [B, T, N] with time_dim=1, got {list(x_seq.shape)} with "
+            f"time_dim={time_dim}{'; is time missing?' if x_seq.dim() == 2 else ''}"
+        )
+    count = x_seq.shape[2]
+    _check_shape("weight", given.weight, x_seq, [count, count], [count])
+    if given.bias is not None:
+        _check_shape("bias", given.bias, x_seq, [count])
+    rows = {**{name: neuron[name] for name in _ROWS if name in neuron}, "syn_decay": given.syn_decay}
+    for name, value in rows.items():
+        if not isinstance(value, Tensor):
+            continue
+        check_dense(name, value, _CALLER)
+        if value.numel() != 1 and (value.shape[-1] != count or value.numel() != count):
+            raise ValueError(f"{_CALLER}: {name} must have one value or shape [{count}], got {list(value.shape)}")
+    check_bool("detach_recurrent", given.detach_recurrent, _CALLER)
+    check_finite("input_gain", neuron["input_gain"], _CALLER)
+    if "adaptation" in neuron:
+        _check_adaptation(neuron["input_gain"], _CALLER)
+    else:
+        _check_no_adaptation({"w_init": given.w_init}, {"w_init": None}, _CALLER)
+    if given.i_init is not None and given.syn_decay is None:
+        raise ValueError(f"{_CALLER}: i_init needs syn_decay, got i_init without a synapse")
+    for name, state in (("s_init", given.s_init), ("i_init", given.i_init)):
+        if state is not None:
+            check_v_init(state, x_seq, time_dim, _CALLER, name)
+    if given.syn_decay is None:
+        return 0.0
+    return check_values(rows, ["syn_decay"], x_seq, _CALLER)["syn_decay"] or 0.0
+
+
+def _check_shape(name: str, value: Tensor, x_seq: Tensor, *shapes: list[int]) -> None:
+    check_floating(name, value, x_seq, _CALLER)
+    if not any(value.shape == torch.Size(shape) for shape in shapes):
+        raise ValueError(f"{_CALLER}: {name} must have shape {' or '.join(map(str, shapes))}, got {list(value.shape)}")
+
+
+def _parameters(x_seq: Tensor, given: _Recurrence, call: Call, syn_decay: float) -> Tensor:
+    """The operators' parameters, `[9, N]`: a value for each neuron, of tensors or constants."""
+    count, real = x_seq.shape[2], call.plan.real
+    _, _, _, *of_neuron, _ = call.inputs
+    of_synapse = given.syn_decay.value() if isinstance(given.syn_decay, Logit) else given.syn_decay
+    constants = *call.plan.numbers[: len(of_neuron)], 0.0, syn_decay
+    return torch.stack(
+        [
+            value.to(real).reshape(-1).expand(count)
+            if isinstance(value, Tensor)
+            else torch.full((count,), constant, dtype=real, device=x_seq.device)
+            for value, constant in zip((*of_neuron, given.bias, of_synapse), constants, strict=True)
+        ]
+    )
+
+
+def _computed(x_seq: Tensor, given: _Recurrence, neuron: Arguments) -> Tensor | RecurrentLIFOutput:
+    """The result of `recurrent_lif`; width, decay and syn_decay may be a Logarithm and Logits."""
+    syn_decay = _check(x_seq, given, neuron)
+    if given.w_init is not None or ("adaptation" in neuron and neuron["v_init"] is not None):
+        neuron = {**neuron, "v_init": pair_of_states(_CALLER, x_seq, neuron, given.w_init)}
+    call = checked_call(_CALLER, x_seq, neuron, together=False)
+    real, has_synapse = call.plan.real, given.syn_decay is not None
+    parameters, rules = _parameters(x_seq, given, call, syn_decay), call.plan.rules
+    wants_v_last, wants_v_seq, wants_h_seq = call.plan.wanted
+    v_init, rng_state = call.inputs.v_init, call.inputs.rng_state
+    states = [None if state is None else state.to(real) for state in (v_init, given.s_init, given.i_init)]
+    tensors: list[Any] = [x_seq.contiguous(), given.weight.to(real), parameters, *states, rng_state]
+    if BACKENDS[call.backend].operators is None:
+        arguments: list[Any] = [*tensors, call.plan.numbers, rules, has_synapse, given.detach_recurrent]
+        s_seq, h_seq, v_seq, *last = recurrent_reference(*arguments)
+        outputs: Any = s_seq, None, h_seq, v_seq, None, None, *last
+    else:
+        differentiated = is_differentiated(tensors, _CALLER)
+        # Kept for backward: what was emitted where s_seq is not; i_seq for the gradient of syn_decay; and w_seq.
+        keeps = (
+            bool(rules.scale_output) or real != x_seq.dtype,
+            True,
+            wants_v_seq,
+            isinstance(given.syn_decay, (Tensor, Logit)),
+            rules.adaptation > IN_CURRENT or isinstance(neuron.get("adapt_decay"), Tensor),
+        )
+        sequences = keeps if differentiated else (False, wants_h_seq, wants_v_seq, False, False)
+        wanted = *sequences, wants_v_last, wants_v_last, wants_v_last and has_synapse
+        options = has_synapse, given.detach_recurrent
+        plan = make_plan(x_seq, rules, call.plan.numbers, wanted, options=options)
+        run = partial(apply, RecurrentFunction) if differentiated else RecurrentFunction.forward
+        outputs = with_gaps(run(None, call.backend, plan, *tensors), (True, *wanted))
+    if not (wants_v_last or wants_v_seq or wants_h_seq):
+        return outputs[0]  # type: ignore[no-any-return]
+    s_seq, _, h_seq, v_seq, _, _, v_last, s_last, i_last = outputs
+    w_last = None
+    if wants_v_last and rules.adaptation:
+        v_last, w_last = v_last[0], v_last[1]
+    return RecurrentLIFOutput(
+        s_seq,
+        v_last if wants_v_last else None,
+        s_last if wants_v_last else None,
+        i_last if wants_v_last and has_synapse else None,
+        w_last,
+        v_seq if wants_v_seq else None,
+        h_seq if wants_h_seq else None,
+    )
+
+
+class RecurrentLIF(Adapting):
+    """Recurrent leaky integrate-and-fire neurons: `LIF` whose spikes enter the next step's current.
+
+    Args:
+        hidden_size: number of neurons, N.
+        recurrent: "dense", a weight from each neuron to each, `[N, N]`, or "elementwise", each neuron's own, `[N]`.
+        bias: whether the recurrent current has a bias.
+        autapses: whether neurons are connected to themselves; if not, the diagonal of the weight is left out.
+        syn_decay: share of the current left after a step, in [0, 1], in (0, 1) if learned (stored as a logit), a float
+            or a tensor as `LIF` has them; None for no synapse.
+        learn_syn_decay: whether it is a parameter of the granularity.
+        detach_recurrent: let no gradient flow from a step to the spikes before it through the weight.
+        adapt_decay, adapt_potential, adapt_spike, to_threshold, learn_adaptation: the adaptation of `AdaptiveLIF`, with
+            its defaults (RadLIF, LSNN); adapt_decay None for no adaptation. With one input_gain is 1.
+        device, dtype: of the parameters.
+        lif_options: arguments of `LIF` except `num_features`, `levels`, `multi_spike` and `v_min`. Granularities
+            "channel" and "neuron" are the same here.
+
+    Shapes: input and output `[T, B, N]`, or `[B, T, N]` with time_dim=1.
+
+    weight and bias are drawn as those of `torch.nn.RNN`, uniformly from `[-1 / sqrt(N), 1 / sqrt(N)]`. A state dict has
+    `recurrent_weight`, `recurrent_bias` and, if learned, `logit_syn_decay` and those of the adaptation beside the
+    parameters of `LIF`. The states `v`, `s` (what was emitted), `i` (with a synapse) and `w` (with an adaptation) are
+    carried where the layer is stateful.
+
+    `asgl_cuda.recompute_spikes` keeps the spikes of this layer, which its own backward reads.
+
+    Raises as `LIF` does.
+
+    Example::
+
+        model = nn.Sequential(
+            nn.Linear(40, 128),
+            asgl_cuda.RecurrentLIF(128, decay=0.95, syn_decay=0.8, granularity="neuron", learn_decay=True),
+            nn.Linear(128, 12),
+            asgl_cuda.LeakyIntegrator(decay=0.95),
+        )
+        scores = model(torch.randn(100, 32, 40)).mean(0)  # [T, B, 40] to [B, 12]
+
+    The same in PyTorch: `asgl_cuda.recurrent_lif(x_seq, layer.recurrent_weight, ...)`, whose docstring has the loop.
+    """
+
+    _caller = "asgl_cuda.RecurrentLIF"
+    _function = _CALLER
+    _potentials = ("v", "s", "i", "w", "v_seq")
+    _states = ("v", "s", "i", "w")
+    _weights = ("recurrent_weight", "recurrent_bias")
+    _constants = (*Adapting._constants, "_syn_decay")
+    _options: ClassVar[dict[str, Any]] = {"scale_output": check_bool, **Neurons._options}
+    s: Tensor | None
+    i: Tensor | None
+
+    def __init__(
+        self,
+        hidden_size: int,
+        *others: NoReturn,
+        recurrent: Literal["dense", "elementwise"] = "dense",
+        bias: bool = True,
+        autapses: bool = True,
+        syn_decay: Tensor | float | None = None,
+        learn_syn_decay: bool = False,
+        detach_recurrent: bool = False,
+        adapt_decay: Tensor | float | None = None,
+        adapt_potential: Tensor | float | None = None,
+        adapt_spike: Tensor | float | None = None,
+        to_threshold: bool = False,
+        learn_adaptation: bool = False,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        **lif_options: Any,
+    ) -> None:
+        super().__init__()
+        caller = self._caller
+        if others:
+            raise TypeError(
+                f"{caller}: takes hidden_size alone without a name, got {shown((hidden_size, *others))}; the input has "
+                "hidden_size values, which torch.nn.Linear(input_size, hidden_size) in front makes"
+            )
+        (count,) = check_sizes("hidden_size", check_int("hidden_size", hidden_size, caller), caller)
+        granularity = lif_options.get("granularity", "layer")
+        features = None if isinstance(granularity, str) and granularity == "layer" else count
+        own: dict[str, Any] = {"num_features": features, "device": device, "dtype": dtype}
+        self._set_up_lif(lif_options, RecurrentLIF.__init__, _WITHOUT, **own)
+        check_name("recurrent", recurrent, ("dense", "elementwise"), caller)
+        self.hidden_size = count
+        self.autapses = check_bool("autapses", autapses, caller)
+        if not autapses and recurrent == "elementwise":
+            raise ValueError(f"{caller}: recurrent='elementwise' has autapses alone, got autapses=False")
+        self.detach_recurrent = check_bool("detach_recurrent", detach_recurrent, caller)
+        empty = partial(torch.empty, device=device, dtype=dtype)
+        self.recurrent_weight = nn.Parameter(empty((count,) if recurrent == "elementwise" else (count, count)))
+        self.recurrent_bias = nn.Parameter(empty(count)) if check_bool("bias", bias, caller) else None
+        learned = check_bool("learn_syn_decay", learn_syn_decay, caller)
+        if learned and syn_decay is None:
+            raise ValueError(f"{caller}: learn_syn_decay needs syn_decay, its first value, got None")
+        self.logit_syn_decay = nn.Parameter(empty(self.num_features or 1)) if learned else None
+        self._fill_recurrence(syn_decay)
+        adaptation: dict[str, Any] = {
+            "adapt_potential": adapt_potential, "adapt_spike": adapt_spike, "to_threshold": to_threshold,
+            "learn_adaptation": learn_adaptation,
+        }  # fmt: skip
+        if adapt_decay is None:
+            _check_no_adaptation(adaptation, RecurrentLIF.__init__.__kwdefaults__, caller)
+            return
+        _check_adaptation(self.input_gain, caller)
+        like = AdaptiveLIF.__init__.__kwdefaults__ or {}
+        adaptation = {name: like[name] if value is None else value for name, value in adaptation.items()}
+        self._set_up_adaptation(adapt_decay, **adaptation, device=device, dtype=dtype)
+
+    def _fill_recurrence(self, syn_decay: Any) -> None:
+        bound = 1 / math.sqrt(self.hidden_size)
+        with torch.no_grad():
+            self.recurrent_weight.uniform_(-bound, bound)
+            if self.recurrent_bias is not None:
+                self.recurrent_bias.uniform_(-bound, bound)
+        if syn_decay is not None:  # as a float: a Parameter would be registered
+            syn_decay = self._fill_logit(self.logit_syn_decay, "syn_decay", syn_decay, "learn_syn_decay")
+        self._syn_decay: Tensor | float | None = syn_decay
+
+    def reset_parameters(self) -> None:
+        """Draws weight and bias anew, resets the other parameters to the values last set, and clears states."""
+        self._fill_recurrence(self._syn_decay)
+        super().reset_parameters()
+
+    @property
+    def recurrent(self) -> str:
+        """The kind of `recurrent_weight`, "dense" or "elementwise"."""
+        return "dense" if self.recurrent_weight.dim() == 2 else "elementwise"
+
+    @recurrent.setter
+    def recurrent(self, value: str) -> None:
+        raise AttributeError(f"{self._caller}: recurrent is the shape of the weight; another one needs another layer")
+
+    @property
+    def syn_decay(self) -> Tensor | float | None:
+        """The synapse's decay per step, a tensor in the shape of the parameter if learned; None without a synapse."""
+        return self._syn_decay if self.logit_syn_decay is None else Logit(self.logit_syn_decay).value()
+
+    def _compute(
+        self,
+        x_seq: Tensor,
+        s_init: Tensor | None = None,
+        i_init: Tensor | None = None,
+        w_init: Tensor | None = None,
+        **options: Any,
+    ) -> Tensor | RecurrentLIFOutput:
+        """Calls `asgl_cuda.recurrent_lif`."""
+        if x_seq.dim() == 3 and x_seq.shape[2] != self.hidden_size:
+            raise ValueError(
+                f"{self._caller}: the last dimension of x_seq must be hidden_size, {self.hidden_size}, got shape "
+                f"{list(x_seq.shape)}"
+            )
+        weight: Tensor = self.recurrent_weight
+        if not self.autapses:
+            weight = weight.masked_fill(torch.eye(self.hidden_size, dtype=torch.bool, device=weight.device), 0.0)
+        syn_decay: Any = self.syn_decay
+        if self.num_features:
+            syn_decay = self._broadcast(syn_decay, x_seq, check_input(x_seq, self.time_dim, self._caller))
+        recurrence = _Recurrence(weight, self.recurrent_bias, syn_decay, s_init, i_init, w_init, self.detach_recurrent)
+        return _computed(x_seq, recurrence, self._given(x_seq, self.input_gain, **options))
+
+    def extra_repr(self) -> str:
+        parts = [f"{self.hidden_size}", f"recurrent={self.recurrent}"]
+        parts += [f"{name}=False" for name in ("bias", "autapses") if not self._has(name)]
+        if self._syn_decay is not None:
+            parts.append(f"syn_decay={values_shown(self._syn_decay, self.logit_syn_decay)}")
+        parts += ["detach_recurrent=True"] if self.detach_recurrent else []
+        return ", ".join([*parts, super().extra_repr()])
+
+    def _has(self, name: str) -> bool:
+        return self.recurrent_bias is not None if name == "bias" else self.autapses

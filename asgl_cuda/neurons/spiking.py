@@ -1,0 +1,229 @@
+"""What layers of spiking neurons have in common: width, decay, threshold and reset."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..calls.arguments import FLAGS, Arguments
+from ..checks import (
+    check_bool,
+    check_finite,
+    check_options,
+    check_rules,
+    check_threshold,
+    check_width,
+    least_and_most,
+    read_finite,
+    shown,
+    warn_once,
+)
+from ..reference.learned import BOUND, Logarithm
+from .base import NeuronLayer, Noisy, Value, fill_parameter, give_dimension, values_shown
+
+_LEAST_WIDTH, _LARGEST_WIDTH = math.exp(-BOUND), math.exp(BOUND)
+
+_OF_RESET = "v_reset", "reset_amount"
+_LEARNS = dict.fromkeys(("learn_width", "learn_decay", "learn_threshold"), check_bool)
+
+
+class Neurons(NeuronLayer, Noisy):
+    """A layer of spiking neurons: width, decay and threshold, constant or learned, the reset, and the noise.
+
+    Layers add options to `_options`: without, neurons emit one spike a step, of height 1, and have no floor.
+    """
+
+    _potentials: ClassVar[tuple[str, ...]] = ("v", "v_seq")
+    _constants: ClassVar[tuple[str, ...]] = (*NeuronLayer._constants, "_width", "_v_threshold", *_OF_RESET)
+    _options: ClassVar[dict[str, Callable[..., Any]]] = {
+        **NeuronLayer._options,
+        "surrogate_gain": read_finite,
+        **dict.fromkeys(("strict_threshold", "detach_reset", "store_v_seq"), check_bool),
+    }
+    v_seq: Tensor | None
+    v_reset: Tensor | float | None
+    reset_amount: Tensor | float | None
+    surrogate_gain: float
+    strict_threshold: bool
+    detach_reset: bool
+    scale_output: bool
+    multi_spike: bool
+    levels: int | None
+    v_min: float | None
+
+    def _set_up_neurons(self, given: Mapping[str, Any]) -> None:
+        """Checks the constructor's arguments, keeps options and makes parameters."""
+        self.scale_output, self.multi_spike, self.levels, self.v_min = False, False, None, None
+        self._set_up(given)
+        for name in _OF_RESET:
+            setattr(self, name, None if given[name] is None else self._read(name, given[name]))
+        self.surrogate: str = given["surrogate"]
+        check_rules(given, self._caller, self.levels, self.multi_spike)
+        self._set_analog_prob(given["analog_prob"])
+        learns = check_options(given, _LEARNS, self._caller)
+        # [1] for a whole layer: torch's fully_shard refuses parameters without a dimension.
+        empty = partial(torch.empty, self.num_features or 1, device=given["device"], dtype=given["dtype"])
+        self.log_width = nn.Parameter(empty()) if learns["learn_width"] and not self._counts else None
+        self.logit_decay = nn.Parameter(empty()) if learns["learn_decay"] else None
+        self.threshold = nn.Parameter(empty()) if learns["learn_threshold"] else None
+        self._set_width(given["width"])
+        self._set_decay(given["decay"])
+        self._set_threshold(given["v_threshold"])
+        if self.surrogate_gain == 0:
+            warn_once("surrogate_gain", f"{self._caller}: surrogate_gain 0 lets no gradient through the spikes")
+
+    def reset_parameters(self) -> None:
+        """Resets the learned parameters to the values last set, and clears potentials.
+
+        For layers created on the device "meta" and moved by `to_empty`.
+        """
+        self.width, self.decay = self._width, self._decay
+        fill_parameter(self.threshold, self._v_threshold)
+        self.reset()
+
+    @property
+    def width(self) -> Tensor | float:
+        """The width, in units of the input: a tensor of the granularity's shape, `[]` for "layer", if learned.
+
+        With levels, the threshold.
+        """
+        return self._shown(self._values()[2 if self._counts else 0])
+
+    @width.setter
+    def width(self, value: Tensor | float) -> None:
+        self._set_width(value)
+
+    @property
+    def _counts(self) -> bool:
+        """Whether spikes are rounded potentials."""
+        return self.levels is not None and not self.multi_spike
+
+    def _set_width(self, value: Any) -> None:
+        learned = self.log_width is not None
+        found = self._read("width", value, self.log_width, "learn_width")
+        for each in least_and_most(found):
+            check_width(each, self._caller)
+            if self._counts and each != 1:
+                raise ValueError(f"{self._caller}: with levels the threshold is the width, got width {each}")
+            if learned and not _LEAST_WIDTH <= each <= _LARGEST_WIDTH:
+                raise ValueError(
+                    f"{self._caller}: a learned width must be in [{_LEAST_WIDTH:.3g}, {_LARGEST_WIDTH:.3g}], got {each}"
+                )
+        self._width = found
+        fill_parameter(self.log_width, found.double().log() if isinstance(found, Tensor) else math.log(found))
+
+    @property
+    def v_threshold(self) -> Tensor | float:
+        """The threshold, in units of the input: a tensor of the granularity's shape, `[]` for "layer", if learned."""
+        return self._shown(self._values()[2])
+
+    @v_threshold.setter
+    def v_threshold(self, value: Tensor | float) -> None:
+        self._set_threshold(value)
+
+    def _set_threshold(self, value: Any) -> None:
+        found = self._read("v_threshold", value, self.threshold, "learn_threshold")
+        for each in least_and_most(found):
+            check_finite("v_threshold", each, self._caller)
+        self._check_threshold(found)
+        self._v_threshold = found
+        fill_parameter(self.threshold, found)
+
+    def _check_threshold(self, value: Tensor | float) -> None:
+        """Refuses thresholds at which neurons fire forever, and warns of unusual ones."""
+        caller, v_rest = self._caller, self.v_rest
+        for name in ("v_reset", "v_min"):
+            after = getattr(self, name)
+            # Thresholds up to v_rest only warn, below.
+            fires_on = after is not None and (after > v_rest) & (after >= value)
+            if fires_on.any() if isinstance(fires_on, Tensor) else fires_on:
+                raise ValueError(
+                    f"{caller}: {name} must be below v_threshold, or a neuron that has fired does so again, got {name} "
+                    f"{shown(after)} and v_threshold {shown(value)}"
+                )
+        several = "multi_spike" if self.multi_spike else "levels" if self._counts else ""
+        least, _ = least_and_most(value)
+        if several:
+            check_threshold(least, several, caller)
+        if self._fires(v_rest - least):
+            message = f"v_threshold {least:g} is not above v_rest {v_rest:g}: neurons at rest fire without any input"
+            warn_once("v_threshold", f"{caller}: {message}")
+        elif self.v_reset is None:
+            amount, _ = least_and_most(value if self.reset_amount is None else self.reset_amount)
+            if amount <= 0:
+                message = f"a spike takes {amount:g} off the potential, which does not fall below v_threshold"
+                warn_once("reset_amount", f"{caller}: {message}")
+
+    def _fires(self, u: Any) -> Any:
+        """Whether neurons whose potential is `u` above the threshold fire."""
+        return u > 0 if self.strict_threshold else u >= 0
+
+    def _values(self) -> tuple[Value, Value, Value]:
+        """Width, decay and threshold: constants, or learned, in the shape of the parameters."""
+        log_width, threshold = self.log_width, self.threshold  # 0.7 us each
+        return (
+            self._width if log_width is None else Logarithm(log_width),
+            self._decay_value(),
+            self._v_threshold if threshold is None else threshold,
+        )
+
+    def _given(
+        self,
+        x_seq: Tensor,
+        input_gain: float = 1.0,
+        v_init: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        return_v_last: bool = False,
+        return_v_seq: bool = False,
+        return_h_seq: bool = False,
+        residual: Tensor | None = None,
+    ) -> Arguments:
+        """The arguments of `asgl_cuda.lif`: the layer's and the given ones."""
+        values: Sequence[Any] = *self._values(), self.v_reset, self.reset_amount
+        if self.num_features:
+            time_dim = self._check_features(x_seq)
+            values = [self._broadcast(value, x_seq, time_dim) for value in values]
+        width, decay, v_threshold, v_reset, reset_amount = values
+        return {
+            "decay": decay, "v_threshold": v_threshold, "v_reset": v_reset, "reset_amount": reset_amount,
+            "v_rest": self.v_rest, "width": width, "surrogate": self.surrogate, "surrogate_gain": self.surrogate_gain,
+            "analog_prob": self.analog_prob_of_call(x_seq), "rng_state": None, "generator": generator,
+            "input_gain": input_gain, "input_bias": 0.0, "input_mean": 0.0, "residual": residual,
+            "residual_gain": 1.0 if residual is None else input_gain, "strict_threshold": self.strict_threshold,
+            "scale_output": self.scale_output, "detach_reset": self.detach_reset, "levels": self.levels,
+            "multi_spike": self.multi_spike, "v_min": self.v_min, "v_init": v_init, "time_dim": self.time_dim,
+            "return_v_last": return_v_last, "return_v_seq": return_v_seq, "return_h_seq": return_h_seq,
+            "backend": self.backend,
+        }  # fmt: skip
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *options: Any) -> None:
+        if not self.num_features:
+            give_dimension(state_dict, prefix, "log_width", "logit_decay", "threshold")
+        super()._load_from_state_dict(state_dict, prefix, *options)
+
+    def extra_repr(self) -> str:
+        learned = {"width": self.log_width, "decay": self.logit_decay, "v_threshold": self.threshold}
+        surrogate = f"surrogate={self.surrogate}, "
+        if self._counts:
+            del learned["width"]
+            surrogate = ""
+        features = f"{list(self.num_features)}, " if self.num_features else ""
+        parts = [f"{name}={values_shown(getattr(self, '_' + name), parameter)}" for name, parameter in learned.items()]
+        v_reset = self.v_reset
+        parts.append(f"v_reset={values_shown(v_reset) if isinstance(v_reset, Tensor) else v_reset}")
+        parts.append(f"{surrogate}analog_prob={self.analog_prob:g}, granularity={self.granularity}")
+        if self.reset_amount is not None:
+            parts.append(f"reset_amount={values_shown(self.reset_amount)}")
+        defaults = {"v_min": None, "v_rest": 0.0, "input_gain": 1.0, "surrogate_gain": 1.0}
+        parts.extend(f"{name}={value:g}" for name in defaults if (value := getattr(self, name)) != defaults[name])
+        if self.levels is not None:
+            parts.append(f"levels={self.levels}")
+        parts.extend(f"{flag}=True" for flag in (*FLAGS, "stateful", "store_v_seq") if getattr(self, flag))
+        if self.time_dim:
+            parts.append(f"time_dim={self.time_dim}")
+        return features + ", ".join(parts)

@@ -1,0 +1,68 @@
+"""What a call consists of besides sequences and states: parameters, constant numbers, and rules."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+IN_CURRENT, IN_THRESHOLD, IN_RESET = 1, 2, 4  # bits of Rules.adaptation, as in csrc
+DRAWS = 65536  # an element draws an integer in [0, DRAWS)
+BELOW_IN_STATE = DRAWS + 1  # analog_prob is data: rng_state[2] is round(analog_prob * DRAWS)
+
+
+class Parameters(NamedTuple):
+    """Values with gradients that may vary over neurons and steps, in the order of ParameterId in csrc."""
+
+    width: Any
+    decay: Any
+    v_threshold: Any
+    reset: Any  # v_reset for the hard reset, reset_amount for the soft one
+    input_gain: Any
+    input_bias: Any
+    input_mean: Any
+    residual: Any  # a sequence like x_seq
+
+
+class Numbers(NamedTuple):
+    """The argument `numbers` of operators: constant parameters (0 for tensors), and other constants."""
+
+    width: float
+    decay: float
+    v_threshold: float
+    reset: float
+    input_gain: float
+    input_bias: float
+    input_mean: float
+    residual_gain: float
+    v_rest: float
+    surrogate_gain: float
+    v_min: float  # 0 without a floor
+
+
+class Rules(NamedTuple):
+    """The argument `rules` of operators, in the order of struct Rules in csrc/ops/call.h."""
+
+    surrogate: int  # its id, or INTEGER with levels
+    hard_reset: int  # 0 or 1, as all up to logit_decay
+    strict_threshold: int
+    scale_output: int
+    detach_reset: int
+    multi_spike: int
+    periodic: int  # 1: the surrogate, laplace, is periodic_exponential
+    floored: int  # 1: v_min is the floor of the potential
+    log_width: int  # 1: the width is given as its logarithm, within the bound of learned.py; 0 for the reference
+    logit_decay: int  # 1: the decay is given as its logit
+    analog_below: int  # round(analog_prob * DRAWS), or BELOW_IN_STATE
+    # The most spikes a step, 0 for no limit. With INTEGER width is the threshold, v_threshold the factor of
+    # scale_output.
+    levels: int
+    # Where w is. If not 0, states are pairs, [2, ...], and the input's parameters are the adaptation's.
+    adaptation: int
+    time_dim: int  # not negative
+
+    def members(self) -> int:
+        """Those of the state."""
+        return 2 if self.adaptation else 1
+
+    def changed(self, **values: int) -> Rules:
+        """As `_replace`, which torch.compile could not trace in torch 2.6."""
+        return Rules(*[values.get(name, value) for name, value in zip(Rules._fields, self, strict=True)])

@@ -1,0 +1,282 @@
+"""The states that a model carries from call to call: single time steps, reset and detach."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils import _pytree
+from torch.utils.hooks import RemovableHandle
+
+from .checks import check_int, check_step
+from .interop.convert import libraries
+from .interop.converted import Converted, InStream, Streamed
+from .interop.nir.neurons import Delay
+from .neurons.base import NeuronLayer, check_module, set_plain
+from .neurons.over_time import OverTime
+
+_CALLER = "asgl_cuda.step"
+
+
+class _Taker:
+    """A module that takes steps. Refuses those whose results would differ from a call with the whole sequence."""
+
+    def __init__(self, model: nn.Module, module: nn.Module, streamed: Streamed, inside: bool, compiled: bool) -> None:
+        self.model, self.module, self.streamed = model, module, streamed
+        self.inside = inside  # a module around it determines time_dim
+        self.compiled = compiled  # hooks would be ignored, or compiled
+        self.around = getattr(module, "_watch", None)  # of a step of a model around this one
+        self.called = False
+        self.left = self._state()  # the state as the last call left it
+
+    @property
+    def name(self) -> str:
+        """The module in errors."""
+        return _name_of(self.model, self.module)
+
+    def _state(self) -> Any:
+        return None if self.streamed.state is None else getattr(self.module, self.streamed.state)
+
+    def check_state(self) -> None:
+        state, left = self._state(), self.left
+        same = state is left
+        if not same and isinstance(state, Tensor) and isinstance(left, Tensor):  # may have been detached
+            same = state.shape == left.shape and state.data_ptr() == left.data_ptr()
+        if not same:
+            raise RuntimeError(
+                f"{_CALLER}: {self.name} is reset, or its state replaced, by the model's own forward: that belongs "
+                "outside, between sequences, as in asgl_cuda.reset(model)"
+            )
+
+    def before(self, x_seq: Any) -> None:
+        """Called with the input of each call."""
+        if self.called:
+            raise RuntimeError(
+                f"{_CALLER}: {self.name} is called twice in one step but carries one state: each place needs a layer "
+                "of its own; for a model whose forward goes over time itself, time_dim must say where time is"
+            )
+        self.called = True
+        if self.around is not None:
+            self.around.before(x_seq)
+        self.check_state()
+        shape, time_dim = x_seq.shape, self.streamed.time_dim
+        if time_dim is None or not -len(shape) <= time_dim < len(shape):
+            return  # the layer refuses what it can't take
+        if (steps := shape[time_dim]) != 1:
+            raise RuntimeError(
+                f"{_CALLER}: {self.name} gets {steps} time steps in one step: the model's forward makes them of its "
+                "input, and what comes after can be stepped"
+            )
+
+    def after(self) -> None:
+        """Called after each call."""
+        if self.around is not None:
+            self.around.after()
+        self.left = self._state()
+
+    def register_hooks(self) -> Iterator[RemovableHandle]:
+        """For another library's layer."""
+
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            inputs = [value for value in (*args, *kwargs.values()) if hasattr(value, "shape")]
+            if len(inputs) > 1 and not self.called:
+                raise RuntimeError(
+                    f"{_CALLER}: {self.name} gets its state from the model's forward, which begins anew with each "
+                    "call; it must keep the state itself, as snnTorch's layers do with init_hidden=True"
+                )
+            if inputs:
+                self.before(inputs[0])
+
+        yield self.module.register_forward_pre_hook(before, with_kwargs=True)
+        yield self.module.register_forward_hook(lambda *_: self.after())
+
+
+def _name_of(model: nn.Module, module: nn.Module) -> str:
+    path = next(path for path, each in model.named_modules() if each is module)
+    return f"{type(module).__name__} at {path!r}" if path else type(module).__name__
+
+
+_streamed = functools.cache(functools.partial(Streamed, state="v", has_switch=True))  # by time_dim
+
+# By class what knows its modules, None for those that take no steps. A class is asked about once: 4 us.
+_known_by: dict[type[nn.Module], Callable[[nn.Module], InStream] | None] = {}
+
+
+def _answer(module: nn.Module) -> InStream:
+    """How the module takes steps, or why it can't; None where it takes none."""
+    if isinstance(module, NeuronLayer):
+        return _streamed(module.time_dim)
+    kind = type(module)
+    if kind not in _known_by:
+        if isinstance(module, (nn.RNNBase, nn.RNNCellBase, Delay)):
+            return "it begins at rest with each call, unless the model hands its state on"
+        asked = (library.streamed for library in libraries())
+        _known_by[kind] = next((streamed for streamed in asked if streamed(module) is not None), None)
+    streamed = _known_by[kind]
+    return None if streamed is None else streamed(module)
+
+
+def _takers(model: nn.Module) -> Iterator[_Taker]:
+    """Each taker once; refuses unstreamable modules."""
+    found: set[nn.Module] = set()
+    left: list[tuple[nn.Module, bool, bool]] = [(model, False, False)]  # inside, compiled
+    while left:  # a recursive closure would be a reference cycle, which keeps the model
+        module, inside, compiled = left.pop()
+        if module in found:
+            continue
+        found.add(module)
+        children = module._modules
+        compiled = compiled or "_orig_mod" in children or module._compiled_call_impl is not None
+        answer = _answer(module)
+        if isinstance(answer, str):
+            raise RuntimeError(f"{_CALLER}: {_name_of(model, module)} can't take a step at a time: {answer}")
+        if answer is not None:
+            yield _Taker(model, module, answer, inside, compiled)
+        compiled = compiled or isinstance(module, Converted)  # which does not call what is inside
+        inside = inside or answer is not None or isinstance(module, OverTime)  # has no dimension of time inside
+        left += [(child, inside, compiled) for child in reversed(children.values()) if child is not None]
+
+
+def _time_dim_of(takers: Sequence[_Taker]) -> int | None:
+    """The dimension of time in the model's input; None where a call is a step."""
+    first: dict[int | None, _Taker] = {}
+    for taker in takers:
+        if not taker.inside:
+            first.setdefault(taker.streamed.time_dim, taker)
+    if len(first) > 1:
+        said = (
+            f"{taker.name} {'takes a step a call' if at is None else f'has time at {at}'}"
+            for at, taker in first.items()
+        )
+        raise ValueError(
+            f"{_CALLER}: all layers must have time at the same dimension, or time_dim must say where it is in the "
+            f"model's input; {', '.join(said)}"
+        )
+    return next(iter(first), 0)
+
+
+def _without_time(output: Tensor, x_t: Tensor, time_dim: int) -> Tensor:
+    if -output.dim() <= time_dim < output.dim() and output.shape[time_dim] == 1:
+        without = output.squeeze(time_dim)
+        # A size of 1 may be the batch.
+        if x_t.dim() < 2 or x_t.shape[0] != 1 or tuple(without.shape[:1]) == (1,):
+            return without
+    raise ValueError(
+        f"{_CALLER}: the model's output must have time where its input has it, at time_dim {time_dim}, got shape "
+        f"{list(output.shape)} for an input with a single step of shape {list(x_t.shape)}: a sum or mean over time "
+        "comes after the steps, outside of the model"
+    )
+
+
+def step(model: nn.Module, x_t: Tensor, *, time_dim: int | None = None) -> Any:
+    """One time step of a model: input and output are without time, and the layers carry their states to the next step.
+
+    T calls compute the same as one call with the whole sequence, bit for bit for neurons in evaluation. The layers of
+    asgl_cuda need not be stateful, and start at rest again after `asgl_cuda.reset(model)`; `asgl_cuda.detach(model)`
+    cuts the graph for truncated backpropagation. Layers of SpikingJelly, snnTorch and sinabs carry their states as
+    usual, converted or not. If all layers take one step per call, no time dimension is added.
+
+    Args:
+        model: any module that keeps the time dimension; sums over time come after the steps. State or mixing over time
+            in its own forward, as `asgl_cuda.lif`, a shift or attention, is not detected. To be compiled as a whole,
+            `asgl_cuda.step(torch.compile(model), x_t)`: calls inside are not watched then.
+        x_t: the input of the step, `[B, ...]`.
+        time_dim: dimension of time in the model's input and output; default as in the layers, else 0.
+
+    Returns the model's output, with each tensor in tuples, lists and dicts without time.
+
+    Raises TypeError for no module or no tensor, ValueError where layers differ in time_dim or the output has no time,
+    RuntimeError for a layer that can't carry its state from call to call, is called twice in a step, gets its state
+    from the caller, or is reset by the model's own forward. After it some layers have taken the step: reset the model.
+
+    Example::
+
+        net = torch.nn.Sequential(torch.nn.Linear(4, 8), asgl_cuda.LIF(), torch.nn.Linear(8, 2)).eval()
+        for x_t in torch.rand(10, 32, 4):
+            out = asgl_cuda.step(net, x_t)  # [32, 2]
+        asgl_cuda.reset(net)
+    """
+    check_module(model, _CALLER)
+    if time_dim is not None:
+        check_int("time_dim", time_dim, _CALLER)
+    takers = list(_takers(model))
+    time_dim = _time_dim_of(takers) if time_dim is None else time_dim
+    check_step(x_t, time_dim or 0, _CALLER)
+    handles: list[RemovableHandle] = []
+    kept: list[tuple[Any, str, Any]] = []  # attributes to restore
+
+    def put(layer: Any, name: str, value: Any) -> None:
+        kept.append((layer, name, getattr(layer, name)))
+        set_plain(layer, name, value)
+
+    try:
+        for taker in takers:
+            if taker.streamed.has_switch:
+                put(taker.module, "stateful", True)
+            if taker.compiled:
+                continue
+            if isinstance(taker.module, NeuronLayer):
+                put(taker.module, "_watch", taker)
+            else:
+                handles += taker.register_hooks()
+        output = model(x_t if time_dim is None else x_t.unsqueeze(time_dim))
+        for taker in takers:
+            if taker.called:
+                taker.check_state()
+    finally:
+        for handle in handles:
+            handle.remove()
+        for layer, name, value in kept:
+            set_plain(layer, name, value)
+    if time_dim is None:
+        return output
+    if isinstance(output, Tensor):
+        return _without_time(output, x_t, time_dim)
+    return _pytree.tree_map_only(Tensor, lambda each: _without_time(each, x_t, time_dim), output)
+
+
+def reset(model: nn.Module) -> None:
+    """Clears the potentials carried by the model's layers: the next call of each starts at rest.
+
+    Layers are those of asgl_cuda, and those of SpikingJelly, snnTorch and sinabs, converted or not, which are reset by
+    their library's own methods. Norse's layers are stateless.
+
+    Raises TypeError where `model` is no module.
+
+    Example::
+
+        model = nn.Sequential(nn.Linear(64, 128), asgl_cuda.LIF(stateful=True))
+        for x in torch.randn(10, 32, 64):  # one step per call
+            spikes = model(x.unsqueeze(0))  # [1, 32, 128]
+        asgl_cuda.reset(model)  # before the next sequence
+    """
+    _of_all_layers(model, "reset", "reset")
+
+
+def detach(model: nn.Module) -> None:
+    """Detaches the potentials carried by the model's layers, for truncated backpropagation through time.
+
+    The next call continues from the detached values, where its backward ends. For layers, see `asgl_cuda.reset`.
+
+    Raises TypeError where `model` is no module.
+
+    Example::
+
+        for chunk in x_seq.split(2):
+            model(chunk).sum().backward()
+            asgl_cuda.detach(model)
+    """
+    _of_all_layers(model, "detach", "detach_")
+
+
+def _of_all_layers(model: nn.Module, name: str, method: str) -> None:
+    """Calls the method of each of our layers, and the function of this name of each library."""
+    check_module(model, f"asgl_cuda.{name}")
+    functions = [getattr(library, name) for library in libraries() if hasattr(library, name)]
+    for module in model.modules():
+        if isinstance(module, NeuronLayer):
+            getattr(module, method)()
+        for function in functions:
+            function(module)
