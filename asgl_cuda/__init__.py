@@ -33,6 +33,7 @@ Training:
     calibrate               scales weights to a target firing rate
     AnalogProbSchedule      lowers the noise over the epochs
     Monitor                 firing rates, widths, dead neurons
+    FiringRates             a differentiable penalty on firing rates
     recompute_spikes        backward recomputes spikes instead of storing them
     spiking_eval            hard spikes with surrogate gradients
     lightning_callback      schedule and monitor in a Lightning Trainer
@@ -83,6 +84,7 @@ from .training.groups import parameter_groups
 from .training.kit import convert_sync_batchnorm, lightning_callback, spiking_eval
 from .training.monitor import Monitor
 from .training.plots import plot_gradient_norms, plot_layers, plot_spikes
+from .training.rates import FiringRates
 from .training.schedule import AnalogProbSchedule
 
 __all__ = [
@@ -91,6 +93,7 @@ __all__ = [
     "AdaptiveLIFOutput",
     "AnalogProbSchedule",
     "BatchNormLIF",
+    "FiringRates",
     "IntegratorOutput",
     "LIFOutput",
     "LeakyIntegrator",

@@ -17,7 +17,9 @@ def real_type(dtype: torch.dtype) -> torch.dtype:
 
 def state_shape(x_seq: Tensor, time_dim: int) -> list[int]:
     """The shape of a potential: x_seq's without time."""
-    return [size for dim, size in enumerate(x_seq.shape) if dim != time_dim]
+    shape = list(x_seq.shape)
+    del shape[time_dim]
+    return shape
 
 
 def channel_dim(time_dim: int) -> int:

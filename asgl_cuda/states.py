@@ -2,78 +2,159 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
-from functools import partial
-from typing import Any, NamedTuple, cast
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 from torch.utils import _pytree
+from torch.utils.hooks import RemovableHandle
 
 from .checks import check_int, check_step
-from .interop.converted import Converted, Streamed
+from .interop.converted import Converted, InStream, Streamed
 from .interop.libraries import libraries
 from .interop.nir.neurons import Delay
 from .interop.sequences import InSequences
-from .neurons.base import NeuronLayer, check_module
+from .neurons.base import NeuronLayer, check_module, set_plain
 from .neurons.over_time import OverTime
 
 _CALLER = "asgl_cuda.step"
 
 
-class _Taker(NamedTuple):
-    """A module that takes steps, and its name in errors."""
+class _Taker:
+    """A module that takes steps. Refuses those whose results would differ from a call with the whole sequence."""
 
-    name: str
-    module: nn.Module
-    streamed: Streamed
-    inside: bool  # another module around it determines time_dim
-    compiled: bool  # compiled code would ignore or compile hooks
+    def __init__(self, model: nn.Module, module: nn.Module, streamed: Streamed, inside: bool, compiled: bool) -> None:
+        self.model, self.module, self.streamed = model, module, streamed
+        self.inside = inside  # a module around it determines time_dim
+        self.compiled = compiled  # hooks would be ignored, or compiled
+        self.around = getattr(module, "_watch", None)  # of a step of a model around this one
+        self.called = False
+        self.left = self._state()  # the state as the last call left it
 
-    def state(self) -> Any:
+    @property
+    def name(self) -> str:
+        """The module in errors."""
+        return _name_of(self.model, self.module)
+
+    def _state(self) -> Any:
         return None if self.streamed.state is None else getattr(self.module, self.streamed.state)
+
+    def check_state(self) -> None:
+        state, left = self._state(), self.left
+        same = state is left
+        if not same and isinstance(state, Tensor) and isinstance(left, Tensor):  # may have been detached
+            same = state.shape == left.shape and state.data_ptr() == left.data_ptr()
+        if not same:
+            raise RuntimeError(
+                f"{_CALLER}: {self.name} is reset, or its state replaced, by the model's own forward; call "
+                "asgl_cuda.reset(model) outside of it instead, between sequences"
+            )
+
+    def before(self, x_seq: Any) -> None:
+        """Called with the input of each call."""
+        if self.called:
+            raise RuntimeError(
+                f"{_CALLER}: {self.name} is called twice in one step but carries only one state; use another layer "
+                "for the second call. If the model's forward has a loop over time, pass time_dim"
+            )
+        self.called = True
+        if self.around is not None:
+            self.around.before(x_seq)
+        self.check_state()
+        shape, time_dim = x_seq.shape, self.streamed.time_dim
+        if time_dim is None or not -len(shape) <= time_dim < len(shape):
+            return  # the layer refuses what it can't take
+        if (steps := shape[time_dim]) != 1:
+            raise RuntimeError(
+                f"{_CALLER}: {self.name} gets {steps} time steps in one step, which the model's forward makes from "
+                "its input; call step with the layers after that"
+            )
+
+    def after(self) -> None:
+        """Called after each call."""
+        if self.around is not None:
+            self.around.after()
+        self.left = self._state()
+
+    def register_hooks(self) -> Iterator[RemovableHandle]:
+        """For another library's layer."""
+
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            inputs = [value for value in (*args, *kwargs.values()) if hasattr(value, "shape")]
+            if len(inputs) > 1 and not self.called:
+                raise RuntimeError(
+                    f"{_CALLER}: {self.name} gets its state from the model's forward, which starts anew at each "
+                    "call; it must keep the state itself, as snnTorch's layers do with init_hidden=True"
+                )
+            if inputs:
+                self.before(inputs[0])
+
+        yield self.module.register_forward_pre_hook(before, with_kwargs=True)
+        yield self.module.register_forward_hook(lambda *_: self.after())
+
+
+def _name_of(model: nn.Module, module: nn.Module) -> str:
+    path = next(path for path, each in model.named_modules() if each is module)
+    return f"{type(module).__name__} at {path!r}" if path else type(module).__name__
+
+
+_streamed = functools.cache(functools.partial(Streamed, state="v", has_switch=True))  # by time_dim
+
+# By class what knows its modules, None for those that take no steps. A class is asked about once: 4 us.
+_known_by: dict[type[nn.Module], Callable[[nn.Module], InStream] | None] = {}
+
+
+def _answer(module: nn.Module) -> InStream:
+    """How the module takes steps, or why it can't; None where it takes none."""
+    if isinstance(module, NeuronLayer):
+        return _streamed(module.time_dim)
+    if isinstance(module, InSequences):
+        return module.streamed()
+    kind = type(module)
+    if kind not in _known_by:
+        if isinstance(module, (nn.RNNBase, nn.RNNCellBase, Delay)):
+            return "it begins at rest with each call, unless the model hands its state on"
+        asked = (library.streamed for library in libraries())
+        _known_by[kind] = next((streamed for streamed in asked if streamed(module) is not None), None)
+    streamed = _known_by[kind]
+    return None if streamed is None else streamed(module)
 
 
 def _takers(model: nn.Module) -> Iterator[_Taker]:
     """Each taker once; refuses unstreamable modules."""
-    known = [library.streamed for library in libraries()]
     found: set[nn.Module] = set()
-    left: list[tuple[nn.Module, str, bool, bool]] = [(model, "", False, False)]  # path, inside, compiled
+    left: list[tuple[nn.Module, bool, bool]] = [(model, False, False)]  # inside, compiled
     while left:  # a recursive closure would be a reference cycle, which keeps the model
-        module, path, inside, compiled = left.pop()
+        module, inside, compiled = left.pop()
         if module in found:
             continue
         found.add(module)
-        name = f"{type(module).__name__} at {path!r}" if path else type(module).__name__
-        compiled = compiled or "_orig_mod" in module._modules or module._compiled_call_impl is not None
-        if isinstance(module, NeuronLayer):
-            answer: Streamed | str | None = Streamed(module.time_dim, "v", has_switch=True)
-        elif isinstance(module, InSequences):
-            answer = module.streamed()
-        elif isinstance(module, (nn.RNNBase, nn.RNNCellBase, Delay)):
-            answer = "it begins at rest with each call, unless the model hands its state on"
-        else:
-            answer = next((each for streamed in known if (each := streamed(module)) is not None), None)
+        children = module._modules
+        compiled = compiled or "_orig_mod" in children or module._compiled_call_impl is not None
+        answer = _answer(module)
         if isinstance(answer, str):
-            raise RuntimeError(f"{_CALLER}: {name} can't be called step by step: {answer}")
+            raise RuntimeError(f"{_CALLER}: {_name_of(model, module)} can't be called step by step: {answer}")
         if answer is not None:
-            yield _Taker(name, module, answer, inside, compiled)
+            yield _Taker(model, module, answer, inside, compiled)
         if isinstance(module, InSequences):  # its layers are given whole sequences by it
             continue
         compiled = compiled or isinstance(module, Converted)  # converted layers do not call the modules inside
         inside = inside or answer is not None or isinstance(module, OverTime)  # modules inside see no time dimension
-        children = [(each, child) for each, child in module._modules.items() if child is not None]
-        left += [(child, f"{path}.{each}" if path else each, inside, compiled) for each, child in reversed(children)]
+        left += [(child, inside, compiled) for child in reversed(children.values()) if child is not None]
 
 
 def _time_dim_of(takers: Sequence[_Taker]) -> int | None:
     """The dimension of time in the model's input; None where a call is a step."""
-    first: dict[int | None, str] = {}
+    first: dict[int | None, _Taker] = {}
     for taker in takers:
         if not taker.inside:
-            first.setdefault(taker.streamed.time_dim, taker.name)
+            first.setdefault(taker.streamed.time_dim, taker)
     if len(first) > 1:
-        said = (f"{name} {'takes a step a call' if at is None else f'has time at {at}'}" for at, name in first.items())
+        said = (
+            f"{taker.name} {'takes a step a call' if at is None else f'has time at {at}'}"
+            for at, taker in first.items()
+        )
         raise ValueError(
             f"{_CALLER}: all layers must have the same time dimension, got {', '.join(said)}; otherwise pass time_dim, "
             "the time dimension of the model's input"
@@ -81,56 +162,10 @@ def _time_dim_of(takers: Sequence[_Taker]) -> int | None:
     return next(iter(first), 0)
 
 
-class _Watch:
-    """Refuses steps whose results would differ from a call with the whole sequence."""
-
-    def __init__(self, takers: Sequence[_Taker]) -> None:
-        self._called: set[_Taker] = set()
-        self._states = {taker: taker.state() for taker in takers}  # the states after the last call
-
-    def check_states(self, *takers: _Taker) -> None:
-        for taker in takers or self._called:
-            state, left = taker.state(), self._states[taker]
-            same = state is left
-            if isinstance(state, Tensor) and isinstance(left, Tensor):  # the state may have been detached
-                same = state.shape == left.shape and state.data_ptr() == left.data_ptr()
-            if not same:
-                raise RuntimeError(
-                    f"{_CALLER}: {taker.name} is reset, or its state replaced, by the model's own forward; call "
-                    "asgl_cuda.reset(model) outside of it instead, between sequences"
-                )
-
-    def before(self, taker: _Taker, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        inputs = [value for value in (*args, *kwargs.values()) if hasattr(value, "shape")]
-        if taker in self._called:
-            raise RuntimeError(
-                f"{_CALLER}: {taker.name} is called twice in one step but carries only one state; use another layer "
-                "for the second call. If the model's forward has a loop over time, pass time_dim"
-            )
-        self._called.add(taker)
-        if len(inputs) > 1 and not isinstance(module, NeuronLayer):  # whose second one is the residual
-            raise RuntimeError(
-                f"{_CALLER}: {taker.name} gets its state from the model's forward, which starts anew at each call; "
-                "it must keep the state itself, as snnTorch's layers do with init_hidden=True"
-            )
-        self.check_states(taker)
-        time_dim = taker.streamed.time_dim
-        if time_dim is None or not inputs or not -len(inputs[0].shape) <= time_dim < len(inputs[0].shape):
-            return  # the layer refuses what it can't take
-        if (steps := inputs[0].shape[time_dim]) != 1:
-            raise RuntimeError(
-                f"{_CALLER}: {taker.name} gets {steps} time steps in one step, which the model's forward makes from "
-                "its input; call step with the layers after that"
-            )
-
-    def after(self, taker: _Taker, *_: Any) -> None:
-        self._states[taker] = taker.state()
-
-
 def _without_time(output: Tensor, x_t: Tensor, time_dim: int) -> Tensor:
     if -output.dim() <= time_dim < output.dim() and output.shape[time_dim] == 1:
         without = output.squeeze(time_dim)
-        # A dimension of size 1 may be the batch.
+        # A size of 1 may be the batch.
         if x_t.dim() < 2 or x_t.shape[0] != 1 or tuple(without.shape[:1]) == (1,):
             return without
     raise ValueError(
@@ -176,20 +211,36 @@ def step(model: nn.Module, x_t: Tensor, *, time_dim: int | None = None) -> Any:
     takers = list(_takers(model))
     time_dim = _time_dim_of(takers) if time_dim is None else time_dim
     check_step(x_t, time_dim or 0, _CALLER)
-    watched = [taker for taker in takers if not taker.compiled]
-    watch = _Watch(watched)
-    with ExitStack() as undo:
-        for layer in (cast("Any", taker.module) for taker in takers if taker.streamed.has_switch):
-            undo.callback(setattr, layer, "stateful", layer.stateful)
-            layer.stateful = True
-        for taker in watched:
-            before, after = partial(watch.before, taker), partial(watch.after, taker)
-            undo.callback(taker.module.register_forward_pre_hook(before, with_kwargs=True).remove)
-            undo.callback(taker.module.register_forward_hook(after).remove)
+    handles: list[RemovableHandle] = []
+    kept: list[tuple[Any, str, Any]] = []  # attributes to restore
+
+    def put(layer: Any, name: str, value: Any) -> None:
+        kept.append((layer, name, getattr(layer, name)))
+        set_plain(layer, name, value)
+
+    try:
+        for taker in takers:
+            if taker.streamed.has_switch:
+                put(taker.module, "stateful", True)
+            if taker.compiled:
+                continue
+            if isinstance(taker.module, NeuronLayer):
+                put(taker.module, "_watch", taker)
+            else:
+                handles += taker.register_hooks()
         output = model(x_t if time_dim is None else x_t.unsqueeze(time_dim))
-        watch.check_states()
+        for taker in takers:
+            if taker.called:
+                taker.check_state()
+    finally:
+        for handle in handles:
+            handle.remove()
+        for layer, name, value in kept:
+            set_plain(layer, name, value)
     if time_dim is None:
         return output
+    if isinstance(output, Tensor):
+        return _without_time(output, x_t, time_dim)
     return _pytree.tree_map_only(Tensor, lambda each: _without_time(each, x_t, time_dim), output)
 
 

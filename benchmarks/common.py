@@ -11,7 +11,7 @@ import re
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -165,3 +165,14 @@ def in_time(work: Sequence[Work], started: float, seconds: float, report: dict[s
             print(f"not measured for want of time: {'; '.join(report['not_measured'])}")
             return
         yield each
+
+
+def minima(functions: Sequence[Callable[[], Any]], repeats: int) -> list[float]:
+    """Seconds of each, which take turns."""
+    found = [float("inf")] * len(functions)
+    for _ in range(repeats):
+        for index, function in enumerate(functions):
+            started = time.perf_counter()
+            function()
+            found[index] = min(found[index], time.perf_counter() - started)
+    return found

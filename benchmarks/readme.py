@@ -15,6 +15,7 @@ from .common import in_words, processor_in_words
 from .learning import defaults, noise, widths
 from .learning.data import SOURCES
 from .learning.neurons import adaptation_rows, calibration_rows, residual_rows
+from .learning.sparse import sparse_rows
 from .speed import convert
 from .speed.end_to_end import COMPILED_NETWORK, COMPILED_STEP, CONVERTED, FUSED_BLOCK
 from .speed.memory import HEAD as MEMORY_HEAD
@@ -558,6 +559,7 @@ SECTIONS = {
         "On {data}, means of {seeds} seeds:",
     ),
     "adaptation": Section("adaptation", study(adaptation_rows), STUDIED),
+    "sparse": Section("sparse", study(sparse_rows), f"After {{steps}} steps; {{count}} {COST}"),
     "smoothing": Section(
         "smoothing",
         study(
@@ -581,7 +583,7 @@ def values(report: Report) -> Report:
     found |= {**report, **report.get("settings", {})}
     if "runs" in report:
         found["count"] = len(report["runs"])
-        found["trainings"], found["minutes"] = found["seeds"] * found["count"], found.get("seconds", 0) / 60
+        found["trainings"], found["minutes"] = found.get("seeds", 1) * found["count"], found.get("seconds", 0) / 60
     return found
 
 

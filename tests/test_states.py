@@ -1,7 +1,9 @@
 """A model that takes one time step a call, errors of models that can't be streamed, and layers over time."""
 
 import collections
+import copy
 import inspect
+import pickle
 import warnings
 
 import pytest
@@ -155,6 +157,50 @@ def test_inputs_that_are_refused(x_t, time_dim, error, words):
     with pytest.raises(error, match=rf"asgl_cuda\.LIF: {words}"):
         LIF(time_dim=time_dim).step(x_t)
     assert LIF(time_dim=-3).step(torch.rand(B, C)).shape == (B, C), "the first, from the end"
+
+
+def doubled(model):
+    model[0].register_forward_hook(lambda module, args, output: 2 * output)
+
+
+CHANGES = {
+    "another layer": lambda model: model.append(LeakyIntegrator(decay=0.5)),
+    "other neurons": lambda model: model.__setitem__(1, LIF(decay=0.25)),
+    "time at 1": lambda model: setattr(model[1], "time_dim", 1),
+    "hook": doubled,
+    "mode": lambda model: model.train(not model.training),
+    "copied": copy.deepcopy,
+    "pickled": lambda model: pickle.loads(pickle.dumps(model)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("training", [False, True])
+def test_a_step_sees_what_has_changed_after_the_last(change, training):
+    model = nn.Sequential(exact(nn.Linear(4, C)), LIF(analog_prob=0.0), exact(nn.Linear(C, 3))).train(training)
+    x_seq = inputs(T, B, 4)
+    before = [asgl_cuda.step(model, x_t) for x_t in x_seq]
+    changed = CHANGES[change](model)
+    model = changed if isinstance(changed, nn.Module) else model
+    asgl_cuda.reset(model)
+    time_dim = model[1].time_dim
+    found = torch.stack([asgl_cuda.step(model, x_t) for x_t in x_seq], time_dim)
+    assert torch.equal(found, model(x_seq.movedim(0, time_dim)))
+    same = change in ("time at 1", "mode", "copied", "pickled")
+    assert torch.equal(found.movedim(time_dim, 0), torch.stack(before)) == same
+
+
+def test_steps_of_a_part_inside_of_a_step():
+    """Its layers are watched by both."""
+    inner = nn.Sequential(exact(nn.Linear(4, C)), LIF())
+    once = Stack(lambda m, x_seq: asgl_cuda.step(m.inner, x_seq[0])[None], inner=inner).eval()
+    x_seq = inputs(T, B, 4)
+    assert torch.equal(torch.stack([asgl_cuda.step(once, x_t) for x_t in x_seq]), inner(x_seq))
+    twice = Stack(lambda m, x_seq: [asgl_cuda.step(m.inner, x_t)[None] for x_t in (x_seq[0], x_seq[0])], inner=inner)
+    asgl_cuda.reset(twice)
+    with pytest.raises(RuntimeError, match=r"asgl_cuda\.step: LIF at 'inner\.1' is called twice in one step"):
+        asgl_cuda.step(twice, x_seq[0])
+    assert inner[1]._watch is None
 
 
 def test_flags_come_back_after_an_exception():

@@ -12,8 +12,10 @@ from torch import nn
 from ..neurons.base import check_module
 from ..neurons.deferred import tensor_of
 from ..spikes.functional import has_kernel
-from ..spikes.layers import SPIKE_LAYERS
+from ..spikes.layers import SPIKE_LAYERS, expected_gain
 from .convert import Left, Replaced, Report, copied
+from .converted import Overlay, overlaid
+from .libraries import libraries
 from .recording import Recorded
 
 _DENSE = {ours: theirs for theirs, ours in SPIKE_LAYERS.items()}
@@ -21,15 +23,27 @@ _FEW = 32  # with fewer channels or outputs, lists cost more than they save
 _LEAST_GAIN = 1.3
 
 
-def _gain(layer: nn.Module, share: float) -> float:
-    """How many times as fast an evaluation is, as measured on layers of 64 to 1,024 channels in float32."""
-    fixed, each = (0.03, 1.8) if isinstance(layer, nn.Linear) else (0.05, 3.2)
-    return 1 / (fixed + each * share)
+class _OfLibrary(Overlay):
+    """A library's layer over steps, whose forward calls that of torch's layer, here of a spike layer."""
+
+    prefix = "Spike"
+
+    @classmethod
+    def bases(cls, original: type[nn.Module]) -> tuple[tuple[type, ...], dict[str, Any]]:
+        return (cls, original, next(SPIKE_LAYERS[base] for base in original.__mro__ if base in SPIKE_LAYERS)), {}
+
+
+def _spike_class(kind: type[nn.Module]) -> Any:
+    """The class of a spike layer in place of a layer of class `kind`; None if that may compute something else."""
+    if kind in SPIKE_LAYERS:
+        return SPIKE_LAYERS[kind]
+    known = (library.PLAIN[kind] for library in libraries() if kind in getattr(library, "PLAIN", ()))
+    return overlaid(_OfLibrary, kind) if next(known, None) in SPIKE_LAYERS else None
 
 
 def _reason_against(layer: Any, shares: list[tuple[int, int]], kernels: bool) -> str:
     """Why a layer is left; nothing where a spike layer is faster."""
-    if type(layer) not in SPIKE_LAYERS:
+    if _spike_class(type(layer)) is None:
         return "its class is a subclass of torch's layer, which may compute something else"
     if "forward" in vars(layer):
         return "its forward is replaced"
@@ -43,13 +57,15 @@ def _reason_against(layer: Any, shares: list[tuple[int, int]], kernels: bool) ->
     if outputs < _FEW or (inputs < _FEW and not isinstance(layer, nn.Linear)):
         return f"too small to gain: it has fewer than {_FEW} {'outputs' if outputs < _FEW else 'channels'}"
     share = _share(shares)
-    return "" if _gain(layer, share) >= _LEAST_GAIN else f"its input is too dense: {share:.2f} of it is not zero"
+    return (
+        "" if expected_gain(layer, share) >= _LEAST_GAIN else f"its input is too dense: {share:.2f} of it is not zero"
+    )
 
 
 def _candidates(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """Linear layers and convolutions by path, but spike layers."""
     for name, layer in model.named_modules():
-        if isinstance(layer, tuple(SPIKE_LAYERS)) and type(layer) not in _DENSE:
+        if isinstance(layer, tuple(SPIKE_LAYERS)) and not isinstance(layer, tuple(_DENSE)):
             yield name, layer
 
 
@@ -62,16 +78,17 @@ def to_spike_layers(model: nn.Module, example: Any) -> tuple[nn.Module, Report]:
     """Turns linear layers and convolutions whose inputs are mostly zero into spike layers.
 
     Args:
-        model: any module, with neurons of any library. The class of its Linear, Conv1d and Conv2d is changed in place,
-            so parameters, their names, hooks and optimizers stay. Compile a model of torch.compile again.
+        model: any module, with neurons of any library. The class of its Linear, Conv1d and Conv2d, torch's or
+            SpikingJelly's, is changed in place, so parameters, their names, hooks and optimizers stay. Compile a model
+            of torch.compile again.
         example: an input of the model, or a tuple of its positional arguments. A copy of the model is evaluated with
             it once, and the non-zero inputs of each layer are counted. Firing rates change during training, so use a
             trained network.
 
     Returns the model and a report. For each replaced layer the report has the fraction of non-zero inputs and an
     estimate of how many times as fast its evaluation is. A training step gains less, because the gradient of the input
-    is dense. Layers with dense inputs, such as first layers, small layers, subclasses of torch's layers, and
-    convolutions with groups or dilations are not replaced. The choice depends only on this example. A spike layer
+    is dense. Layers with dense inputs, such as first layers, small layers, other subclasses of torch's layers,
+    and convolutions with groups or dilations are not replaced. The choice depends only on this example. A spike layer
     always uses the list of non-zero inputs, whatever its input is.
 
     Raises TypeError if the model is not a module.
@@ -106,8 +123,8 @@ def to_spike_layers(model: nn.Module, example: Any) -> tuple[nn.Module, Report]:
         if reason := _reason_against(layer, shares, all(kernels)):
             report.left.append(Left(name, type(layer).__name__, reason))
             continue
-        kind, share = SPIKE_LAYERS[type(layer)], _share(shares)
-        gain = f"evaluation about {_gain(layer, share):.1f} times as fast"
+        kind, share = _spike_class(type(layer)), _share(shares)
+        gain = f"evaluation about {expected_gain(layer, share):.1f} times as fast"
         report.replaced.append(
             Replaced(name, type(layer).__name__, f"{kind.__name__}, {share:.2f} of its input is not zero: {gain}")
         )
@@ -127,8 +144,8 @@ def from_spike_layers(model: nn.Module) -> tuple[nn.Module, Report]:
     check_module(model, "asgl_cuda.from_spike_layers")
     report = Report([], [])
     for name, layer in model.named_modules():
-        if type(layer) in _DENSE:
-            kind = _DENSE[type(layer)]
+        if type(layer) in _DENSE or isinstance(layer, _OfLibrary):
+            kind = layer.original if isinstance(layer, _OfLibrary) else _DENSE[type(layer)]
             report.replaced.append(Replaced(name, type(layer).__name__, kind.__name__))
             vars(layer).pop("_copy", None)
             layer.__class__ = kind

@@ -73,6 +73,14 @@ def values_shown(value: Tensor | float, parameter: Tensor | None = None) -> str:
     return f"{least if least == most else f'{least} to {most}'}{'' if parameter is None else ' (learned)'}"
 
 
+def set_plain(layer: nn.Module, name: str, value: Any) -> None:
+    """Sets an attribute that is no parameter, buffer or module, for which nn.Module's own way takes 0.9 us."""
+    if torch.compiler.is_compiling():
+        setattr(layer, name, value)
+    else:
+        vars(layer)[name] = value
+
+
 class Settable(nn.Module):
     """A module with properties that accept a Parameter, which nn.Module would register before their setters run."""
 
@@ -161,6 +169,8 @@ class NeuronLayer(Settable):
     logit_decay: nn.Parameter | None
     store_v_seq = False
     v: Tensor | None
+    # Of asgl_cuda.step while it runs: called before and after each call, as hooks, which take torch 10 us a module.
+    _watch: Any = None
 
     # The constructor's options that are kept as they are checked: `check(name, value, caller)`.
     _options: ClassVar[dict[str, Callable[..., Any]]] = {
@@ -281,6 +291,8 @@ class NeuronLayer(Settable):
         if not (self.stateful or self.store_v_seq):
             return self._compute(x_seq, **options)  # type: ignore[no-any-return]
         time_dim = check_input(x_seq, self.time_dim, self._caller)
+        if (watch := self._watch) is not None:
+            watch.before(x_seq)
         if transforming():
             raise RuntimeError(
                 f"{self._caller}: a layer with stateful or store_v_seq can't keep potentials after a transform of "
@@ -297,9 +309,11 @@ class NeuronLayer(Settable):
             options["return_v_seq"] = True
         result = self._compute(x_seq, **options)
         for name in states:
-            setattr(self, name, getattr(result, f"{name}_last"))
+            set_plain(self, name, getattr(result, f"{name}_last"))
         if self.store_v_seq:
             self.v_seq = result.v_seq
+        if watch is not None:
+            watch.after()
         return result[0]  # type: ignore[no-any-return]
 
     def _check_state(self, name: str, state: Any, x_seq: Tensor, time_dim: int) -> None:
@@ -325,11 +339,12 @@ class NeuronLayer(Settable):
         """
         x_t = tensor_of(x_t, f"a step of {type(self).__name__}")
         check_step(x_t, self.time_dim, self._caller)
-        stateful, self.stateful = self.stateful, True
+        stateful = self.stateful
+        set_plain(self, "stateful", True)
         try:
             return self(x_t.unsqueeze(self.time_dim)).squeeze(self.time_dim)  # type: ignore[no-any-return]
         finally:
-            self.stateful = stateful
+            set_plain(self, "stateful", stateful)
 
     def _compute(self, x_seq: Tensor, **options: Any) -> Any:
         """Calls the layer's function: with potentials, the sequence first, `{name}_last` of each state, and v_seq."""

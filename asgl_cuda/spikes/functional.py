@@ -6,7 +6,6 @@ The reference of a product is torch's own operator, which also computes what the
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -133,10 +132,12 @@ def has_kernel(x: Tensor, weight: Tensor, caller: str) -> bool:
     """Whether kernels compute the product, by the list of non-zeros; else torch's own operator does."""
     check_tensor("input", x, caller)
     check_tensor("weight", weight, caller)
+    dtype = x.dtype
     return (
-        x.dtype in _TYPES
-        and x.dtype is weight.dtype
-        and x.device.type == weight.device.type == "cpu"
+        dtype in _TYPES
+        and weight.dtype is dtype
+        and x.is_cpu
+        and weight.is_cpu
         and x.layout is weight.layout is torch.strided
         and not (x.is_nested or in_forward_mode() or torch.is_autocast_enabled("cpu"))
         and choose_backend(None, x.device, caller) == "cpu"
@@ -153,9 +154,10 @@ def product(
     caller: str = "",
 ) -> Tensor:
     """The result of the kernels: of linear, or of a convolution as `weight` has dimensions."""
-    arguments = x, weight, bias, panels, list(stride), list(padding)
-    run = partial(apply, SpikeFunction) if is_differentiated((x, weight, bias), caller) else SpikeFunction.forward
-    return run(None, *arguments)
+    arguments = x, weight, bias, panels, stride, padding
+    if is_differentiated((x, weight, bias), caller):
+        return apply(SpikeFunction, None, *arguments)  # type: ignore[no-any-return]
+    return _operators_of((x, weight, bias)).spike_product(*arguments)
 
 
 def convolution(
@@ -186,7 +188,7 @@ def convolution(
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, panels: Tensor | None, caller: str) -> Tensor:
     """A linear map on the kernels."""
-    if x.dim() == 0 or x.shape[-1] != weight.shape[-1]:
+    if x.dim() == 0 or x.size(-1) != weight.size(-1):
         raise ValueError(f"{caller}: the input must have shape [..., {weight.shape[-1]}], got {list(x.shape)}")
     return product(x, weight, bias, panels, caller=caller)
 

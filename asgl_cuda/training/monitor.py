@@ -1,4 +1,4 @@
-"""`Monitor` watches ASGL layers: widths, firing rates, shares of analog elements, dead neurons."""
+"""`Monitor` watches ASGL layers: widths, firing rates, shares of analog elements, dead neurons; and spike layers."""
 
 from __future__ import annotations
 
@@ -18,11 +18,14 @@ from ..neurons.recurrent_lif import RecurrentLIF
 from ..neurons.spiking import Neurons
 from ..reference.normalisation import batch_statistics
 from ..reference.surrogates import PERIODIC, SURROGATES, periodic_distance
+from ..spikes.layers import SPIKE_LAYERS, expected_gain
 from ..torch_modes import transforming
 
 _CALLER = "asgl_cuda.Monitor"
 # The quantities, in the order of the table.
-_QUANTITIES = ("width", "firing_rate", "analog_share", "inside", "smoothing_error", "growth", "dead", "saturated")
+_QUANTITIES = (
+    "width", "firing_rate", "analog_share", "inside", "smoothing_error", "growth", "dead", "saturated", "nonzero_inputs"
+)  # fmt: skip
 
 # Fractions from which on `Monitor.problems` reports a layer.
 _MANY = 0.5  # fraction of neurons dead or saturated, or of channels constant
@@ -167,6 +170,12 @@ def _remedy(norm: Any, size: str, threshold: str) -> str:
 def _problem(values: Mapping[str, float], layer: Any, norm: Any, diverged: bool) -> str | None:
     """The problem of a layer with these quantities, and a remedy; `diverged`: the model has a NaN weight."""
     rate, inside, dead = values.get("firing_rate"), values.get("inside", 1.0), values.get("dead", 0.0)
+    if (share := values.get("nonzero_inputs")) is not None and (gain := expected_gain(layer, share)) < 1:
+        return (
+            f"{share:.0%} of its inputs are not zero, with which its evaluation takes about {1 / gain:.1f} times as "
+            "long as that of torch's layer. What helps: asgl_cuda.from_spike_layers; or sparser spikes before it, by a "
+            "penalty on firing rates (asgl_cuda.FiringRates)"
+        )
     if rate is None:
         return None
     if values.get("constant", 0.0) > _MANY:
@@ -231,6 +240,8 @@ class Monitor:
     - `dead`, `saturated`: fractions of neurons that never spiked, and that spiked at every step, in all samples.
       Neurons are the positions of an input `[T, N, ...]` without time and batch, or without time if one dimension
       remains.
+    - `nonzero_inputs`: only for spike layers, which have none of the other quantities: fraction of non-zero inputs.
+      `problems` names those that would be faster as torch's layers.
 
     Watching changes no output, gradient, state or random number. `LIF` and `RecurrentLIF` compute each watched call
     twice. For layers with another forward, the output (the first of a tuple) is taken for spikes of height 1, and
@@ -259,11 +270,16 @@ class Monitor:
         # The input, the states and the random state before a call.
         self._before: dict[nn.Module, tuple[Tensor, dict[str, Any], dict[str, Any], Tensor | None]] = {}
         self._norms: dict[nn.Module, Any] = {}  # normalisations that the layers compute
+        spiking = tuple(SPIKE_LAYERS.values())
+        self._products = {name: each for name, each in model.named_modules() if isinstance(each, spiking)}
+        order = {name: index for index, (name, _) in enumerate(model.named_modules())}
+        both = self._layers | self._products
+        self._watched = {name: both[name] for name in sorted(both, key=order.__getitem__)}
         self.reset()
 
     def reset(self) -> None:
         """Clears all counts."""
-        self._tallies = {layer: _Tally() for layer in self._layers.values()}
+        self._tallies = {layer: _Tally() for layer in self._watched.values()}
 
     def start(self) -> None:
         """Starts watching, and adds to earlier counts. It has no effect if the monitor watches already.
@@ -276,7 +292,11 @@ class Monitor:
                     f"{_CALLER}: {name or 'the model'} ({type(layer).__name__}) has {options}, which Monitor does not "
                     "support"
                 )
-        for layer in () if self._handles else self._layers.values():
+        if self._handles:
+            return
+        for layer in self._products.values():
+            self._handles.append(layer.register_forward_pre_hook(self._look_at_input))
+        for layer in self._layers.values():
             self._handles += [
                 layer.register_forward_pre_hook(self._look_before, with_kwargs=True),
                 # This hook must run first, to see the output of the layer itself.
@@ -317,6 +337,12 @@ class Monitor:
         self._before[layer] = x_seq, more, states, rng_state
 
     @torch.no_grad()
+    def _look_at_input(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
+        x = args[0] if args else None
+        if isinstance(x, Tensor) and x.numel() > 0 and not torch.compiler.is_compiling() and not transforming():
+            self._tallies[layer].add({"nonzero_inputs": x != 0})
+
+    @torch.no_grad()
     def _look(self, layer: Any, args: tuple[Any, ...], output: Any) -> None:
         s_seq = output[0] if isinstance(output, tuple) else output
         if isinstance(s_seq, Recorded):
@@ -338,10 +364,9 @@ class Monitor:
 
     def result(self) -> dict[str, dict[str, float]]:
         """The measured quantities, by the layers' names."""
-        return {
-            name: {"width": torch.as_tensor(layer.width).mean().item(), **self._tallies[layer].result()}
-            for name, layer in self._layers.items()
-        }
+        found = {name: self._tallies[layer].result() for name, layer in self._watched.items()}
+        widths = {name: {"width": torch.as_tensor(each.width).mean().item()} for name, each in self._layers.items()}
+        return {name: widths.get(name, {}) | values for name, values in found.items()}
 
     def problems(self) -> list[str]:
         """Problems of layers that may not learn, one line each: layer, observation, remedy. Empty if there are none."""
@@ -351,7 +376,7 @@ class Monitor:
         weights = [each for each in self._model.parameters() if each.is_floating_point() and not each.is_meta]
         diverged = any(bool(each.isnan().any()) for each in weights)
         problems = {
-            name: _problem(values, self._layers[name], self._norms.get(self._layers[name]), diverged)
+            name: _problem(values, self._watched[name], self._norms.get(self._watched[name]), diverged)
             for name, values in found.items()
         }
         return [f"{name or '(the model)'}: {problem}" for name, problem in problems.items() if problem is not None]
@@ -370,12 +395,13 @@ class Monitor:
         }
 
     def __str__(self) -> str:
-        rows = [["layer", *(key.replace("_", " ") for key in _QUANTITIES)]]
+        keys = _QUANTITIES if self._products else _QUANTITIES[:-1]
+        rows = [["layer", *(key.replace("_", " ") for key in keys)]]
         for name, values in self.result().items():
-            cells = (_shown(values[key]) if key in values else "-" for key in _QUANTITIES)
+            cells = (_shown(values[key]) if key in values else "-" for key in keys)
             rows.append([name or "(the model)", *cells])
         problems = self.problems()
-        return "\n".join([*aligned(rows, "<" + ">" * len(_QUANTITIES)), *([""] if problems else []), *problems])
+        return "\n".join([*aligned(rows, "<" + ">" * len(keys)), *([""] if problems else []), *problems])
 
 
 def _shown(value: float) -> str:

@@ -11,13 +11,14 @@ from ..readme import SECTIONS, text_of
 from .defaults import DEFAULTS
 from .neurons import ADAPTATION, CALIBRATION, RESIDUAL_NETWORK
 from .noise import GRADIENTS, NOISE, SMOOTHING
+from .sparse import SPARSE
 from .widths import WIDTH_STEP, width_robustness
 
 STUDIES = {
     study.name: study
     for study in (
         width_robustness(), WIDTH_STEP, DEFAULTS, NOISE, GRADIENTS, SMOOTHING, ADAPTATION, CALIBRATION,
-        RESIDUAL_NETWORK,
+        RESIDUAL_NETWORK, SPARSE,
     )
 }  # fmt: skip
 

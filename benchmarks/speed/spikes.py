@@ -8,8 +8,7 @@ its input is not zero, and its hidden rates are about --shares. Minima of --repe
 from __future__ import annotations
 
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 import asgl_cuda
 
-from ..common import parser_of
+from ..common import minima, parser_of
 from .clocks import keep_memory
 
 LAST, CONTIGUOUS = torch.channels_last, torch.contiguous_format
@@ -35,17 +34,6 @@ LAYERS: tuple[tuple[str, tuple[int, ...], dict[str, int], tuple[int, ...], Any],
     ("Conv2d", (128, 128, 3), {"padding": 1, "stride": 2}, (64, 128, 16, 16), LAST),
     ("Conv2d", (64, 64, 5), {"padding": 2}, (64, 64, 16, 16), LAST),
 )
-
-
-def minima(functions: Sequence[Callable[[], Any]], repeats: int) -> list[float]:
-    """Seconds of each, which take turns."""
-    found = [float("inf")] * len(functions)
-    for _ in range(repeats):
-        for index, function in enumerate(functions):
-            started = time.perf_counter()
-            function()
-            found[index] = min(found[index], time.perf_counter() - started)
-    return found
 
 
 def compare(dense: nn.Module, ours: nn.Module, x: Tensor, repeats: int) -> str:

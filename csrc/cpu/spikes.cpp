@@ -74,7 +74,7 @@ void list_walks(const SpikeShape& shape, const SpikeLists<Real>& lists, int64 fi
     const int64 end = std::clamp<int64>(left + shape.kernel_width, begin, shape.width);
     for (int64 ky = 0; ky < shape.kernel_height; ++ky) {
       const int64 row = y * shape.stride_height + ky - shape.padding_height;
-      Walk<int32_t>& walk = *walks++ = {nullptr, 0, 0};
+      Walk<int32_t>& walk = *walks++ = {lists.indices(), 0, 0};
       if (row < 0 || row >= shape.height) continue;
       const int64 pixels = (image * shape.height + row) * shape.width;
       walk.first = lists.from(pixels + begin);

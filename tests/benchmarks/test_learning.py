@@ -31,7 +31,7 @@ import asgl_cuda
 from asgl_cuda import OverTime
 from benchmarks import readme
 from benchmarks.learning import __main__ as program
-from benchmarks.learning import batched, defaults, demo, neurons, noise, studies, widths
+from benchmarks.learning import batched, defaults, demo, neurons, noise, sparse, studies, widths
 from benchmarks.learning.batched import Networks, Setting
 from benchmarks.learning.data import SOURCES, Data
 from benchmarks.learning.optimizers import ADAM, MOMENTUM, SGD, WEIGHT_DECAY, accuracy_of, fit, optimizer_of
@@ -223,6 +223,10 @@ TRAININGS = {
     "residual_network": [
         partial(neurons.train_residual, neurons.Residual(optimizer, 1.0, arm, 0), 2, 4)
         for optimizer, arm in ((SGD, "ASGL"), (ADAM, "SG"))
+    ],
+    "sparse": [
+        partial(sparse.train_sparse, sparse.Sparse(network, penalty, 0), {**sparse.SETTINGS, "steps": 3, "ramp": 2})
+        for network, penalty in itertools.product(list(sparse.NETWORKS)[:2], (False, True))
     ],
 }  # fmt: skip
 

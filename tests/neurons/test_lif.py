@@ -176,7 +176,6 @@ def test_results_that_are_stored_past_the_cache(shape, time_dim, analog_prob):
     )
 
 
-
 def test_number_of_threads_is_honoured():
     extension = asgl_cuda.backends.extension.module
     if extension is None:

@@ -1,5 +1,8 @@
 """Models whose layers become spike layers where their inputs are sparse, and back."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from torch import nn
@@ -71,17 +74,59 @@ def test_layers_that_are_left():
             asgl_cuda.to_spike_layers(nn.Linear(64, 64), example)
 
 
-@pytest.mark.parametrize("converted", [False, True])
-def test_models_of_other_libraries(converted):
+MODELS = {
+    "as they are": lambda model, example: model,
+    "converted": lambda model, example: asgl_cuda.convert(model)[0],
+    "fused": lambda model, example: asgl_cuda.fuse(asgl_cuda.convert(model)[0], example)[0],
+}
+
+
+@pytest.mark.parametrize("change", MODELS)
+def test_models_of_other_libraries(change):
     snntorch = pytest.importorskip("snntorch")
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Linear(20, 64), snntorch.Leaky(0.9, init_hidden=True), nn.Linear(64, 64),
         snntorch.Leaky(0.9, init_hidden=True),
     )  # fmt: skip
-    if converted:
-        model, _ = asgl_cuda.convert(model)
     x = torch.randn(8, 20)
-    model, report = asgl_cuda.to_spike_layers(model, x)
+    model, report = asgl_cuda.to_spike_layers(MODELS[change](model, x), x)
     assert [row.path for row in report.replaced] == ["2"]
     assert model(x).shape == (8, 64)
+
+
+@pytest.mark.parametrize("step_mode", ["s", "m"])
+@pytest.mark.parametrize("change", MODELS)
+def test_spikingjellys_layers(change, step_mode):
+    """They go over the steps themselves; copies and files too, and back."""
+    jelly = pytest.importorskip("spikingjelly.activation_based")
+    from spikingjelly.activation_based import functional, layer, neuron
+
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        layer.Conv2d(2, 40, 3), layer.BatchNorm2d(40), neuron.LIFNode(), layer.Conv2d(40, 40, 3, bias=False),
+        layer.BatchNorm2d(40), neuron.LIFNode(), layer.Flatten(), layer.Linear(160, 48), neuron.IFNode(),
+    )  # fmt: skip
+    functional.set_step_mode(net, step_mode)
+    x_seq = torch.rand(5, 3, 2, 6, 6) * 2
+    example = x_seq if step_mode == "m" else x_seq[0]
+
+    def outputs(model):
+        jelly.functional.reset_net(model)
+        with torch.no_grad():
+            return model(x_seq) if step_mode == "m" else torch.stack([model(x_t) for x_t in x_seq])
+
+    model = MODELS[change](net, example).eval()
+    expected, kinds = outputs(model), [type(each) for each in model]
+    model, report = asgl_cuda.to_spike_layers(model, example)
+    assert [(row.path, row.layer) for row in report.replaced] == [("3", "Conv2d"), ("7", "Linear")]
+    assert isinstance(model[3], asgl_cuda.SpikeConv2d)
+    assert isinstance(model[3], layer.Conv2d)
+    assert asgl_cuda.to_spike_layers(model, example)[1].replaced == []
+    for again in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        torch.testing.assert_close(outputs(again), expected)
+        assert isinstance(again[7], asgl_cuda.SpikeLinear)
+        assert again[3].step_mode == step_mode
+    model, report = asgl_cuda.from_spike_layers(model)
+    assert [row.by for row in report.replaced] == ["Conv2d", "Linear"]
+    assert [type(each) for each in model] == kinds

@@ -161,6 +161,23 @@ def test_compiled_and_exported(layers):
     assert ("asgl_cuda.spike_product.default" in names) == (getattr(ours, "groups", 1) == 1)
 
 
+@pytest.mark.slow  # compiles C++
+def test_compiled_by_inductor():
+    """A network with its gradients; a second batch size compiles nothing wrong."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        asgl_cuda.OverTime(asgl_cuda.SpikeConv2d(4, 33, 3, padding=1)), asgl_cuda.BatchNormLIF(33, analog_prob=0.0),
+        nn.Flatten(2), asgl_cuda.SpikeLinear(33 * 30, 10),
+    )  # fmt: skip
+    compiled = torch.compile(model, fullgraph=True)
+    for samples in (3, 5, 6):
+        x_seq = (torch.rand(2, samples, 4, 6, 5) < 0.3).float()
+        for found, expected in zip(gradients(compiled, x_seq), gradients(model, x_seq), strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        assert torch.equal(compiled.eval()(x_seq), model.eval()(x_seq))
+
+
 def test_transforms(layers):
     dense, ours, x = layers
     found, expected = ({name: each.detach() for name, each in layer.named_parameters()} for layer in (ours, dense))

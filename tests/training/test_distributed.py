@@ -63,6 +63,12 @@ def returning(backend):
     return nn.Sequential(nn.Flatten(2), nn.Linear(15, 8), layer, nn.Linear(8, 2)).double()
 
 
+def sparse(backend):
+    """Spike layers; every element is analog, and not zero."""
+    first, second = (asgl_cuda.LIF(**options(backend)) for _ in range(2))
+    return nn.Sequential(first, asgl_cuda.SpikeLinear(5, 4), second, asgl_cuda.SpikeLinear(4, 6)).double()
+
+
 def thresholds():
     """Several layers, alternating weights and neurons with noise."""
     torch.manual_seed(0)
@@ -114,6 +120,7 @@ CASES = {
     "converted": (three, lambda name: asgl_cuda.convert_sync_batchnorm(three(name)), False),
     "converted, group": (three, lambda name: asgl_cuda.convert_sync_batchnorm(three(name), dist.group.WORLD), False),
     "recurrent": (returning, returning, True),
+    "spike layers": (sparse, sparse, True),
 }  # fmt: skip
 
 
@@ -159,6 +166,24 @@ def with_calibration(rank):
     return [tuple(row) for row in report.layers], [value.detach() for value in model.parameters()]
 
 
+def with_penalty(model, x_seq):
+    """The penalty on the rates, and gradients; the second layer is called once more."""
+    with asgl_cuda.FiringRates(model) as rates:
+        s_seq = model(x_seq)
+        inner = getattr(model, "module", model)
+        inner[3](2 * s_seq[..., :4])
+        penalty = rates.penalty(0.3)
+    penalty.backward()
+    return penalty.detach(), [each.grad for each in inner.parameters() if each.grad is not None]
+
+
+def smooth():
+    """Without noise, which differs by the samples; the threshold is learned, as a weight is."""
+    torch.manual_seed(0)
+    given = {"surrogate": "sigmoid", "analog_prob": 1.0, "learn_threshold": True}
+    return nn.Sequential(nn.Linear(5, 4), asgl_cuda.LIF(**given), nn.Linear(4, 4), asgl_cuda.LIF(**given)).double()
+
+
 def in_process(rank, folder, backends):
     """Every case at once, because processes take seconds to start."""
     torch.set_num_threads(1)
@@ -175,6 +200,8 @@ def in_process(rank, folder, backends):
             if case == "recurrent":
                 found[name, "state"] = model[2].s
     found["calibrated"] = with_calibration(rank)
+    module = DistributedDataParallel(smooth(), find_unused_parameters=True)
+    found["penalty"] = with_penalty(module, share(joint_batch(), rank))
     found["kept"] = train_recomputed(rank, nullcontext())
     found["recomputed"] = train_recomputed(rank, asgl_cuda.recompute_spikes())
     found["empty"] = with_an_empty_share(rank)
@@ -251,6 +278,15 @@ def test_calibration_is_of_the_joint_batch(results):
     for row, (layer, weight, *numbers) in zip(whole, rows, strict=True):
         assert (row.layer, row.weight) == (layer, weight)
         assert row[2:] == pytest.approx(numbers, rel=1e-6)
+
+
+def test_a_penalty_on_rates_is_of_the_joint_batch(results):
+    """Value and averaged gradients, for parts of different sizes."""
+    penalty, grads = with_penalty(smooth(), joint_batch())
+    for found, own in (result["penalty"] for result in results):
+        torch.testing.assert_close(found, penalty)
+        for ours, theirs in zip(own, grads, strict=True):
+            torch.testing.assert_close(ours, theirs)
 
 
 # ---- a group of one process ----

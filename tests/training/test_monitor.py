@@ -477,3 +477,38 @@ def test_table_and_scalars():
     lone = Monitor(LIF(width=2.0))
     assert lone.scalars() == pytest.approx({"width": 2.0})
     assert "(the model)" in str(lone)
+
+
+def test_inputs_of_spike_layers():
+    """Which of them are not zero, and where torch's layer is faster."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        asgl_cuda.SpikeLinear(8, 64), LIF(), asgl_cuda.OverTime(asgl_cuda.SpikeConv1d(1, 4, 3)), nn.Flatten(2)
+    )
+    model.insert(2, nn.Unflatten(2, (1, 64)))
+    x_seq = torch.zeros(4, 2, 8)
+    x_seq[..., :6] = float("nan")
+    x_seq[..., 6] = 1.0
+    with Monitor(model) as monitor:
+        s_seq = model[:2](x_seq)
+        for share in (1.0, 0.0, 0.2):
+            model[3]((torch.arange(320).reshape(1, 5, 1, 64) < 320 * share).float())
+    found = monitor.result()
+    assert list(found) == ["0", "1", "3.layer"]
+    assert found["0"] == {"nonzero_inputs": 0.875}
+    assert found["3.layer"] == {"nonzero_inputs": pytest.approx(0.4)}
+    assert "nonzero_inputs" not in found["1"]
+    assert s_seq.shape == (4, 2, 64)
+    assert monitor.scalars()["nonzero_inputs/0"] == 0.875
+    problems = [each for each in monitor.problems() if "inputs are not zero" in each]
+    assert [each.partition(":")[0] for each in problems] == ["0", "3.layer"]
+    assert "88% of its inputs" in problems[0]
+    assert "asgl_cuda.from_spike_layers" in problems[0]
+    assert "nonzero inputs" in str(monitor)
+    assert not any(each._forward_pre_hooks for each in model.modules())
+    monitor.reset()
+    with monitor:
+        model[3](torch.zeros(1, 5, 1, 64))
+    assert monitor.result()["3.layer"] == {"nonzero_inputs": 0}
+    assert not any("not zero" in each for each in monitor.problems())
+    assert "nonzero" not in str(Monitor(nn.Sequential(LIF())))

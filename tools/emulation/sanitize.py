@@ -154,6 +154,22 @@ def sanitize(kernels: Kernels, flags: Sequence[str], size: str) -> bool:
     return result.returncode == 0
 
 
+def sanitize_spikes(flags: Sequence[str]) -> bool:
+    """Products of spikes at random sizes, by every instruction set; they need no recording."""
+    title = f"spikes {flags[0]}"
+    program = DIRECTORY / title.replace(" ", "_")
+    sources = [PROGRAMS / "spike_products.cpp", CSRC / "cpu" / "spikes.cpp", CSRC / "cpu" / "packed_spikes.cpp"]
+    own = [f"-I{CSRC}", *CLONES.flags]
+    compile_all([(source, own) for source in sources], program, ["-O1", "-g1", *flags])
+    results = [run(program, ASGL_CUDA_INSTRUCTION_SET=each) for each in ("baseline", "avx2", "avx512")]
+    for result in results:
+        if result.returncode != 0:
+            print(f"{title}: status {result.returncode}\n{result.stdout}{result.stderr}", flush=True)
+            return False
+    print(f"{title}: {results[0].stdout.strip()}", flush=True)
+    return True
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.emulation.sanitize", description=__doc__)
     parser.add_argument("--all", action="store_true", help="all kernels under every sanitizer")
@@ -161,7 +177,8 @@ def main() -> int:
     DIRECTORY.mkdir(parents=True, exist_ok=True)
     few_instantiations(DIRECTORY)
     recorded_calls()
-    clean = [sanitize(*job) for job in (*JOBS, *(MORE_JOBS if everything else ()))]
+    clean = [sanitize_spikes(flags) for flags in (ADDRESS, THREAD)]
+    clean += [sanitize(*job) for job in (*JOBS, *(MORE_JOBS if everything else ()))]
     return 0 if all(clean) else 1
 
 

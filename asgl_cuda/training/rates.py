@@ -1,0 +1,166 @@
+"""Firing rates with gradients, for penalties in the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..checks import HALF_TYPES, read_finite
+from ..neurons.base import some_asgl_layers
+from ..neurons.batch_norm_lif import check_process_group, sharing
+from ..neurons.deferred import in_backward
+from ..torch_modes import transforming
+
+_CALLER = "asgl_cuda.FiringRates"
+
+
+class FiringRates:
+    """Differentiable firing rates of the ASGL layers of a model, over calls inside `with rates:` or after `start()`.
+
+    The rate of a layer is the mean of its output, in spikes per neuron and step. In training the mean contains the
+    smooth values of analog elements, and with `levels` all spikes of a step.
+
+    Args:
+        model: any module with ASGL layers; `asgl_cuda.convert` makes neurons of other libraries such layers.
+        process_group: the processes whose rates are averaged, "world" for all that exist at each call, or None for this
+            process alone. The gradients of DistributedDataParallel are then those of one process with all samples. All
+            processes of the group must take the rates.
+
+    Only calls that autograd records count, so that an evaluation in between changes nothing. A call keeps its graph
+    until the rates are taken: take them once per training step. Start before the first call of a compiled model. Calls
+    under transforms of torch.func and under reentrant activation checkpointing are not seen.
+
+    Example::
+
+        with asgl_cuda.FiringRates(model) as rates:
+            for x_seq, labels in batches:
+                scores = model(x_seq).mean(0)
+                loss = nn.functional.cross_entropy(scores, labels) + 3.0 * rates.penalty()
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+
+    Raises ValueError for a model without ASGL layers, and for a layer with `scale_output`, whose outputs are no spikes
+    of height 1; TypeError where it is no module, and for another process group.
+
+    Source: Zenke, Vogels: The remarkable robustness of surrogate gradient learning for instilling complex function in
+    spiking neural networks, Neural Computation 33 (2021), for penalties on rates.
+    """
+
+    def __init__(self, model: nn.Module, *, process_group: Any = "world") -> None:
+        self._layers = some_asgl_layers(model, _CALLER)
+        for name, layer in self._layers.items():
+            if getattr(layer, "scale_output", False):
+                raise ValueError(
+                    f"{_CALLER}: {name or 'the model'} ({type(layer).__name__}) has scale_output=True, and its mean "
+                    "output is no firing rate; the threshold can be a factor of the weights behind it instead"
+                )
+        check_process_group(process_group, _CALLER)
+        self._process_group = process_group
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._sums: dict[str, tuple[Any, int]] = {}  # of the outputs since the last time, and numbers of elements
+
+    def start(self) -> None:
+        """Starts to record the outputs of the layers; no effect if already started."""
+        for name, layer in () if self._handles else self._layers.items():
+            # First, to see the layer's own output.
+            self._handles.append(layer.register_forward_hook(_Hook(self._sums, name), prepend=True))
+
+    def stop(self) -> None:
+        """Stops, and forgets calls whose rates have not been taken."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._sums.clear()
+
+    def __enter__(self) -> FiringRates:
+        self.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stop()
+
+    def take(self) -> dict[str, Tensor]:
+        """The rates since the last time, `[]` each, by the layers' names, without layers that were not called.
+
+        Raises RuntimeError where no layer was called.
+        """
+        sums = {name: self._sums[name] for name in self._layers if name in self._sums}
+        self._sums.clear()
+        rates = {name: total / count for name, (total, count) in sums.items()}
+        if (group := sharing(self._process_group, _CALLER)) is not None:
+            rates = self._shared(rates, sums, group)
+        if not rates:
+            raise RuntimeError(
+                f"{_CALLER}: no layer was called since the rates were last taken, or no call that autograd records: it "
+                "must be started before the call, and, for a compiled model, before the first one"
+            )
+        return rates
+
+    def _shared(self, rates: dict[str, Tensor], sums: dict[str, tuple[Any, int]], group: Any) -> dict[str, Tensor]:
+        """The rates of all processes, with gradients of this one that are to be averaged."""
+        device = next((rate.device for rate in rates.values()), None)
+        given = [sums.get(name, (torch.zeros(()), 0)) for name in self._layers]  # the same layers in all processes
+        numbers = [torch.stack([total.detach().to(device, torch.float64) for total, _ in given])]
+        numbers.append(numbers[0].new_tensor([count for _, count in given]))
+        shared = torch.stack(numbers)
+        torch.distributed.all_reduce(shared, group=group)
+        processes, found = torch.distributed.get_world_size(group), {}
+        for name, total, count in zip(self._layers, *shared.unbind(), strict=True):
+            if (rate := rates.get(name)) is not None:
+                own, _ = sums[name]
+                found[name] = (total / count).to(rate) + processes * (own - own.detach()) / count.to(rate)
+        return found
+
+    def penalty(self, target: float | Mapping[str, float] | None = None) -> Tensor:
+        """A penalty on the rates since the last time, to be multiplied by a weight and added to the loss.
+
+        Args:
+            target: the rate that each layer should have, or one for each of some layers by their names. None: the
+                penalty is the mean of all rates, which has a gradient down to silence.
+
+        Returns a tensor `[]`: with targets the mean over layers of `(rate - target) ** 2`, which also pulls up layers
+        that fire too rarely, as far as their potentials reach the window of the surrogate.
+
+        Raises the errors of `take`, TypeError and ValueError for other targets, KeyError for names of no layer.
+        """
+        targets: Mapping[str, Any] = target if isinstance(target, Mapping) else dict.fromkeys(self._layers, target)
+        for name, value in targets.items():
+            if name not in self._layers:
+                raise KeyError(f"{_CALLER}: no ASGL layer is named {name!r}; there are {', '.join(self._layers)}")
+            if target is not None and read_finite("target", value, _CALLER) < 0:
+                raise ValueError(f"{_CALLER}: target must be at least 0, got {value}")
+        rates = {name: rate for name, rate in self.take().items() if name in targets}
+        if not rates:
+            raise RuntimeError(f"{_CALLER}: none of the layers with a target was called")
+        values = [rate if target is None else (rate - targets[name]) ** 2 for name, rate in rates.items()]
+        return torch.stack([each.to(values[0].device) for each in values]).mean()
+
+
+class _Hook:
+    """Adds up the outputs of a layer; of a copy of the layer, nothing."""
+
+    def __init__(self, sums: dict[str, tuple[Any, int]] | None = None, name: str = "") -> None:
+        self._sums, self._name = sums, name
+
+    def __reduce__(self) -> Any:
+        return _Hook, ()
+
+    def __call__(self, layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        s_seq = output[0] if isinstance(output, tuple) else output
+        if (
+            self._sums is None
+            or transforming()
+            or not isinstance(s_seq, Tensor)
+            or not s_seq.requires_grad
+            or s_seq.numel() == 0
+        ):
+            return
+        if not torch.compiler.is_compiling() and in_backward():  # a checkpoint computes its forward again
+            return
+        total, count = self._sums.get(self._name, (0.0, 0))
+        own = s_seq.sum(dtype=torch.float32 if s_seq.dtype in HALF_TYPES else None)
+        self._sums[self._name] = total + own, count + s_seq.numel()
