@@ -59,13 +59,6 @@ Backends:
 Details: `help(asgl_cuda.LIF)` and so on.
 """
 
-# ruff: noqa: E402  # torch is not imported before
-import sys
-import warnings
-
-# Emitted when torch is imported; NumPy is optional for torch and for this package.
-warnings.filterwarnings("ignore", "Failed to initialize NumPy: No module named 'numpy'")
-
 from ._version import __version__
 from .backends import available_backends, unavailable_backends
 from .calls.recompute import recompute_spikes
@@ -142,11 +135,4 @@ __all__ = [
 
 def __dir__() -> list[str]:
     """The public names."""
-    special = [name for name in globals() if name.startswith("__") and name.endswith("__") and name != "__dir__"]
-    frame = sys._getframe()
-    for _ in range(3):  # pydoc calls inspect.getmembers
-        if frame.f_back is not None:
-            frame = frame.f_back
-        if frame.f_code.co_filename.endswith("pydoc.py"):
-            return special  # pydoc would print 1,000 lines of torch.nn.Module per layer; the docstring has a list
-    return sorted({*__all__, "interop", *special})
+    return sorted({*__all__, "interop"})

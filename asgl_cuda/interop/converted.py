@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..checks import HALF_TYPES, PLAIN_TENSORS, shown
-from ..neurons.base import Noisy, give_dimension
+from ..neurons.base import Noisy
 from ..neurons.deferred import Pending, tensor_of
 from ..neurons.leaky_integrator import IntegratorOutput, leaky_integrator
 from ..neurons.lif import LIF_DEFAULTS, LIFOutput, computed_after, lif
@@ -406,10 +406,6 @@ class Converted(Overlay, Noisy):
             f"asgl_cuda.convert: torch.jit can't take a converted {bare_class(self).__name__}; call asgl_cuda.revert "
             "before, or use torch.compile or torch.export"
         )
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
-        give_dimension(state_dict, prefix, "log_width")
-        super()._load_from_state_dict(state_dict, prefix, *arguments)
 
 
 _ADVICE = (

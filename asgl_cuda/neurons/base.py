@@ -52,14 +52,6 @@ def _check_backend(name: str, value: Any, caller: str) -> str:
     return value  # type: ignore[no-any-return]
 
 
-def give_dimension(state_dict: dict[str, Any], prefix: str, *names: str) -> None:
-    """Adds the dimension that older checkpoints lack to parameters of a whole layer."""
-    for name in names:
-        value = state_dict.get(prefix + name)
-        if isinstance(value, Tensor) and value.dim() == 0:
-            state_dict[prefix + name] = value.reshape(1)
-
-
 def fill_parameter(parameter: Tensor | None, value: Tensor | float) -> None:
     """Sets all elements to the value, or to one each, unless the parameter is None."""
     if parameter is not None:

@@ -24,7 +24,7 @@ from ..checks import (
     warn_once,
 )
 from ..reference.learned import BOUND, Logarithm
-from .base import NeuronLayer, Noisy, Value, fill_parameter, give_dimension, values_shown
+from .base import NeuronLayer, Noisy, Value, fill_parameter, values_shown
 
 _LEAST_WIDTH, _LARGEST_WIDTH = math.exp(-BOUND), math.exp(BOUND)
 
@@ -200,11 +200,6 @@ class Neurons(NeuronLayer, Noisy):
             "return_v_last": return_v_last, "return_v_seq": return_v_seq, "return_h_seq": return_h_seq,
             "backend": self.backend,
         }  # fmt: skip
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *options: Any) -> None:
-        if not self.num_features:
-            give_dimension(state_dict, prefix, "log_width", "logit_decay", "threshold")
-        super()._load_from_state_dict(state_dict, prefix, *options)
 
     def extra_repr(self) -> str:
         learned = {"width": self.log_width, "decay": self.logit_decay, "v_threshold": self.threshold}

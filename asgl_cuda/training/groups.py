@@ -3,11 +3,12 @@
 A width's gradient shrinks by orders of magnitude where the width is large and the network deep: a step in proportion to
 it, as SGD's, either can't leave a wide start or destroys a good one. Adam's step has the size of its rate in log_width.
 Optimizers of another kind leave it to hooks around their step, which see gradients as the optimizer would: accumulated,
-unscaled, clipped.
+unscaled, clipped. The hooks are set when a model first has such parameters.
 """
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -103,6 +104,8 @@ def parameter_groups(
     others = [each for name, each in neurons.values() if not (by_adam and name == "log_width")]
     # A key of a group hides the option of the optimizer, so weights have no decay unless it is asked for.
     decayed = {} if weight_decay is None else {"weight_decay": weight_decay}
+    if by_adam and neurons:
+        _watch_optimizers()
     more = {"weight_decay": 0.0, **({_BY_ADAM: True} if by_adam else {})}
     groups: list[dict[str, Any]] = [
         {"name": "weights", "params": weights, "lr": lr, **decayed},
@@ -170,5 +173,8 @@ def _after_step(optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
         value.grad = grad
 
 
-register_optimizer_step_pre_hook(_before_step)
-register_optimizer_step_post_hook(_after_step)
+@cache
+def _watch_optimizers() -> None:
+    """Sets the hooks, once in a process; they act on groups of this key alone."""
+    register_optimizer_step_pre_hook(_before_step)
+    register_optimizer_step_post_hook(_after_step)

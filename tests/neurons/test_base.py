@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 import torch
-from comparison import LEARN_ALL, random_input
+from comparison import random_input
 from layer_cases import CASES, NEURONS, N, make
 from torch import fx, nn
 from torch.utils.checkpoint import checkpoint
@@ -318,19 +318,6 @@ def test_parameters_come_back(kind, granularity):
 def fresh_options(kind, granularity):
     case = CASES[kind]
     return {**case.options, **dict.fromkeys(case.learn, True), "granularity": granularity, "backend": "reference"}
-
-
-def test_scalars_of_older_checkpoints_load():
-    layer = LIF(**LEARN_ALL)
-    state = {"0.log_width": torch.tensor(0.5), "0.logit_decay": torch.tensor(1.5), "0.threshold": torch.tensor(2.0)}
-    nn.Sequential(layer).load_state_dict(state)
-    assert all(value.dim() == 0 for value in state.values()), "the caller's dict stays"
-    assert layer.width.item() == pytest.approx(math.exp(0.5))
-    for name in ("log_width", "logit_decay", "threshold"):
-        assert torch.equal(layer.get_parameter(name), state[f"0.{name}"].reshape(1))
-    assert {value.shape for value in (layer.width, layer.decay, layer.v_threshold)} == {()}, "a scalar for the layer"
-    with pytest.raises(RuntimeError, match="size mismatch for log_width"):
-        LIF(3, granularity="channel").load_state_dict(LIF().state_dict())
 
 
 @pytest.mark.parametrize("value", [math.inf, -math.inf, 60.0, -60.0])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import doctest
 import inspect
-import pydoc
 import re
 import textwrap
 import types
@@ -188,20 +187,13 @@ def test_the_same_in_pytorch_is_the_same(name: str, options: dict[str, Any], dty
 # ---- names and hints ----
 
 
-def test_names_and_help():
-    """`dir` has the public names, and help is short, and names them all."""
-    names = dir(asgl_cuda)
-    public = sorted(name for name in (*asgl_cuda.__all__, "interop") if not name.startswith("__"))
-    assert [name for name in names if not name.startswith("__")] == public
-    assert {"__all__", "__doc__", "__file__", "__name__", "__path__", "__spec__", "__version__"} < set(names)
-    modules = [name for name in public if isinstance(getattr(asgl_cuda, name), types.ModuleType)]
-    assert modules == ["interop"]
-    text = pydoc.plain(pydoc.render_doc(asgl_cuda))
-    assert text.count("\n") < 120
-    words = text.partition("PACKAGE CONTENTS")[0].replace(",", " ").split()
-    assert {name for name in asgl_cuda.__all__ if not name.startswith("__")} - {*words} == set()
-    assert "nn.Module" not in text
-    assert "analog_prob" in pydoc.plain(pydoc.render_doc(asgl_cuda.LIF))
+def test_names():
+    """`dir` has the public names, and the docstring lists them all."""
+    public = sorted({*asgl_cuda.__all__, "interop"})
+    assert dir(asgl_cuda) == public
+    assert [name for name in public if isinstance(getattr(asgl_cuda, name), types.ModuleType)] == ["interop"]
+    words = (asgl_cuda.__doc__ or "").replace(",", " ").split()
+    assert {name for name in public if not name.startswith("__")} - {*words} == set()
 
 
 @pytest.mark.parametrize("name", ["nir", "cupy", "cupy12"])

@@ -371,8 +371,6 @@ MUTANTS = {
     "integrator: inputs of any layout": Mutant("x_seq if is_dense(x_seq, time_dim) else x_seq.contiguous()",
         "x_seq", "neurons/test_features.py layouts and integrator"),
     # ---- layers ----
-    "layer: scalars of older checkpoints": Mutant("isinstance(value, Tensor) and value.dim() == 0:", "False:",
-        "neurons/test_base.py scalars"),
     "layer: noise in evaluation": Mutant("        if not self.training:\n            return 0.0\n", "",
         "neurons/test_base.py noise_is"),
     "layer: the share as data stays behind": Mutant(
@@ -635,6 +633,8 @@ MUTANTS = {
         "training/test_groups.py others"),
     "groups: weights without values": Mutant(" and not each.is_meta and each.numel()", " and each.numel()",
         "training/test_groups.py others"),
+    "groups: no hooks": Mutant("        _watch_optimizers()\n", "        pass\n",
+        "training/test_groups.py moves_widths_by_the_rate"),
     "groups: every group": Mutant("if each.get(_BY_ADAM)]", "if True]",
         "training/test_groups.py without_such"),
     "kit: an exception leaves the monitor watching": Mutant("        on_exception = on_train_batch_end\n", "",
