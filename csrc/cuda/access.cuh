@@ -9,7 +9,7 @@ namespace asgl {
 constexpr int kWarpThreads = 32;
 constexpr unsigned kWholeWarp = 0xFFFFFFFFu;
 
-// Accesses whose lines leave L2 first, of data that a kernel touches once (`once` below).
+// Accesses whose lines leave L2 first, for data that a kernel touches once (`once` below).
 template <class Word>
 __device__ __forceinline__ Word load_streaming(const Word* from) {
   return __ldcs(from);

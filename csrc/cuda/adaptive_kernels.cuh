@@ -7,7 +7,7 @@
 
 namespace asgl {
 
-// Blocks a multiprocessor: the most without spills.
+// Blocks per multiprocessor: as many as fit without spills.
 template <class Real>
 constexpr int kAdaptiveBlocks = sizeof(Real) == 8 ? 3 : 4;
 
@@ -27,7 +27,7 @@ template <class Scalar>
 __global__ void __launch_bounds__(kBlockThreads, kAdaptiveBlocks<Real_t<Scalar>>)
     adaptive_forward_kernel(const ForwardParams<Scalar> params) {
   using Real = Real_t<Scalar>;
-  constexpr int kSteps = 8;  // loaded while as many are computed
+  constexpr int kSteps = 8;  // steps loaded while as many others are computed
   const int64 steps = params.shape.steps, stride = params.shape.inner, neurons = params.shape.neurons();
   const ThreadIndex<1> index(params.shape);
   Packed<1, Scalar> now[kSteps], next[kSteps];
@@ -170,7 +170,7 @@ __global__ void __launch_bounds__(kBlockThreads, kAdaptiveBlocks<Real_t<Scalar>>
       if (params.grad_x_seq != nullptr && index.live) params.grad_x_seq[element] = from_real<Scalar>(gradient.step.dc);
       store_sums(true, t, k);
     }
-    __syncthreads();  // sums have been read
+    __syncthreads();  // all threads have read the sums
   }
   store_sums(false, 0, 0);
   if (params.grad_v_init != nullptr && index.live) store_pair(dv, dw, params.grad_v_init, index.n, neurons);

@@ -8,7 +8,7 @@
 
 namespace asgl {
 
-// Blocks a multiprocessor: the most without spills.
+// Blocks per multiprocessor: as many as fit without spills.
 template <class Real, Pass kPass>
 constexpr int kIntegratorBlocks = sizeof(Real) == 8      ? (kPass == Pass::kSums ? 3 : 4)
                                   : kPass == Pass::kSums ? 5
@@ -20,7 +20,7 @@ __global__ void __launch_bounds__(kBlockThreads, kIntegratorBlocks<Real_t<Scalar
   using Real = Real_t<Scalar>;
   using Lanes = Access<kLanes>;
   constexpr bool kBack = kPass != Pass::kForward, kSums = kPass == Pass::kSums;
-  constexpr int kSteps = (kLanes == 1 ? 8 : 4) / (kSums ? 2 : 1);  // loaded while as many are computed
+  constexpr int kSteps = (kLanes == 1 ? 8 : 4) / (kSums ? 2 : 1);  // steps loaded while as many others are computed
   const int64 steps = params.shape.steps, stride = kBack ? -params.shape.inner : params.shape.inner;
   const ThreadIndex<kLanes> index(params.shape);
   if (!kSums && !index.live) return;
@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(kBlockThreads, kIntegratorBlocks<Real_t<Scalar
       if (has(wanted, kIds[i]) && has_steps == per_step) stored |= 1u << i;
     }
     if (stored == 0) return;
-    __syncthreads();  // earlier sums have been read
+    __syncthreads();  // all threads have read the earlier sums
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       if (!has(stored, i)) continue;

@@ -43,17 +43,17 @@ constexpr bool kHasFours = kTypeOf<Scalar> != Type::kDouble;
 struct Kernel {
   Template of = Template::kForward;
   Type type = Type::kFloat;
-  int lanes = 1;  // neurons or columns a thread
+  int lanes = 1;  // neurons or columns per thread
   Input input = Input::kGeneral;
-  int steps = 0;                                // 0: any number
+  int steps = 0;                                // 0 for any number
   Surrogate surrogate = Surrogate::kRectangle;  // and the next: of the neuron, unless the input is general
   bool hard_reset = false;
   Pass pass = Pass::kForward;
-  bool residual = false;  // of batch normalisation
+  bool residual = false;  // of kernels for batch normalisation
 
   constexpr bool is_general() const { return input == Input::kGeneral || input == Input::kGeneralResidual; }
 
-  // One number for all but the type.
+  // One number for all arguments but the type.
   uint32 key() const {
     uint32 key = 0;
     for (const int each : {static_cast<int>(of), lanes, static_cast<int>(input), steps, static_cast<int>(surrogate),

@@ -375,7 +375,7 @@ __global__ void __launch_bounds__(kBlockThreads, kSettledBackwardBlocks<Scalar, 
             const auto walk_back = [&](bool carried) {
               step.walk_back(carried, x_k, h[k].values, s, ds, dv, from_u, dh, dx, sums);
             };
-            k < carried_steps ? walk_back(true) : walk_back(false);  // mostly true, without selections
+            k < carried_steps ? walk_back(true) : walk_back(false);  // usually true, and then without selections
             if ((wanted & (1u << kThreshold | 1u << kReset)) != 0) {
 #pragma unroll
               for (int j = 0; j < kLanes; ++j) {
@@ -416,7 +416,7 @@ __global__ void __launch_bounds__(kBlockThreads, kSettledBackwardBlocks<Scalar, 
   uint32 of_all = wanted;
   if constexpr (kOwn > 1) of_all = store_own_sums(params, wanted, index, sums, thread_sums);
   if (of_all == 0) return;
-  if (!kInRegisters || kOwn > 1) __syncthreads();  // sums overwrite potentials, and repeated sums
+  if (!kInRegisters || kOwn > 1) __syncthreads();  // the sums overwrite potentials and repeated sums
   store_settled_sums<kLanes, kNumSums>(params, of_all, sums, thread_sums);
 }
 
@@ -562,7 +562,7 @@ __global__ void __launch_bounds__(kBlockThreads, kBackwardBlocks<Real_t<Scalar>,
       carried = true;
       if (params.grad_x_seq != nullptr && index.live) {
         int64 stored_element = element;
-        opaque(stored_element);  // or the compiler splits the store for half types
+        opaque(stored_element);  // otherwise the compiler splits the store for half types
         Lanes::store_once(dx, params.grad_x_seq + stored_element);
       }
       if (kHasResidual<kInput> && params.grad_residual != nullptr && index.live) {
@@ -578,7 +578,7 @@ __global__ void __launch_bounds__(kBlockThreads, kBackwardBlocks<Real_t<Scalar>,
         }
       }
     }
-    __syncthreads();  // sums have been read
+    __syncthreads();  // all threads have read the sums
   }
 #pragma unroll
   for (int id = 0; id < kNumParameters; ++id) {

@@ -11,11 +11,11 @@ namespace asgl {
 template <int kLanes>
 struct ChannelIndex {
   ChannelTask task;
-  int unit, way;         // of the tile
+  int unit, way;         // position in the tile
   int neighbours, rank;  // units of the channel in the tile; among these
   int64 channel;
   bool live;
-  int64 row, end_row, step;  // rows of the thread
+  int64 row, end_row, step;  // the rows of the thread
   int64 column;
 
   __device__ __forceinline__ explicit ChannelIndex(const ChannelTiles& tiles)
@@ -139,7 +139,7 @@ __global__ void __launch_bounds__(kBlockThreads, 6) batch_moments_kernel(const M
         if (k < left) Access<kLanes>::load(params.x_seq + (element + k * stride), x[k]);
       }
       element += kTogether * stride;
-      left == kTogether ? sums.add(x, kTogether, shift) : sums.add(x, left, shift);  // mostly all, without selections
+      left == kTogether ? sums.add(x, kTogether, shift) : sums.add(x, left, shift);  // usually all, without selections
     }
   }
   sums = add_in_block(sums, tiles, index);
@@ -216,7 +216,7 @@ __global__ void __launch_bounds__(kBlockThreads, 8)
     for (int k = 0; k < kTogether; ++k) {
       if (row + k * index.step < index.end_row) {
         int64 stored = element + k * stride;
-        opaque(stored);  // or the compiler splits the stores for half types
+        opaque(stored);  // otherwise the compiler splits the stores for half types
         if constexpr (kResidual) {
 #pragma unroll
           for (int j = 0; j < kLanes; ++j) dx[k][j] = gain * dx[k][j];

@@ -57,7 +57,7 @@ bool groups_of_four(const LIFParams<Scalar>& params, const Pointers&... sequence
          (is_aligned(sequences_and_states) && ...);
 }
 
-// Whether four neurons a thread are faster.
+// Whether four neurons per thread are faster.
 template <class Params, class Resident>
 bool fours_pay(const Params& params, const Resident& resident) {
   const Input input = input_of(params);
@@ -73,7 +73,7 @@ ParameterSummary summary_of(const LIFParams<Scalar>& params) {
   ParameterSummary summary{};
   if (params.shape.neurons() >= kDivisible) return summary;
   summary.alike = true;
-  int64 inner = 1, count = 1;  // of the first parameter that differs between neurons
+  int64 inner = 1, count = 1;  // those of the first parameter that differs between neurons
   for (int id = 0; id < kNumParameters; ++id) {
     const auto& parameter = params.parameters[id];
     if (parameter.data != nullptr) summary.tensors |= 1u << id;
@@ -188,13 +188,13 @@ template <class Real, class Resident>
 void plan_tiles(GradientSum<Real>& sum, const Resident&) {
   constexpr int64 kManySlots = 8;
   constexpr int64 kMostRunsEach = 16, kFewRuns = 8, kManyThreads = 131072;
-  constexpr int64 kRuns = 16, kSingleRuns = 128;  // a thread's where split; loads of single neurons overlap
+  constexpr int64 kRuns = 16, kSingleRuns = 128;  // runs of a thread if they are split; loads of single neurons overlap
   constexpr int64 kMostSplits = 2048;
   for (int id = 0; id < sum.count; ++id) {
     GradientPart<Real>& part = sum.parts[id];
     if (part.parameter.repeats_in(sum.tile)) part.neurons = blocks_for(part.neurons, sum.tile) * part.parameter.count;
     const int64 inner = part.parameter.inner, runs = part.neurons / (inner * part.parameter.count);
-    const int64 slots = (inner + sum.tile - 2) / sum.tile + 1;  // most slots of a run
+    const int64 slots = (inner + sum.tile - 2) / sum.tile + 1;  // the largest number of slots of a run
     const auto largest_power = [](int64 most) {
       int power = 1;
       while (2 * power <= most) power *= 2;
@@ -229,7 +229,7 @@ Launch launch_of(const GradientSum<Real>& sum) {
 
 // ---- batch normalisation ----
 
-// Four columns a thread if of one channel and aligned.
+// Four columns per thread if they belong to one channel and are aligned.
 template <class Scalar, class... Gradients>
 void plan_channels(ChannelTiles& tiles, int64 rows_each, const Scalar* x_seq, const Gradients*... gradients) {
   const bool fours =

@@ -21,7 +21,7 @@ struct AdaptiveLIF : LIFByOptions<Real> {
 
   static ASGL_HOST_DEVICE AdaptiveLIF of(const Base& options) {
     AdaptiveLIF model{options};
-    model.multi_spike = model.periodic = model.floored = false;  // rules that adaptive neurons lack
+    model.multi_spike = model.periodic = model.floored = false;  // rules that adaptive neurons do not have
     return model;
   }
   ASGL_HOST_DEVICE bool in_current() const { return (this->adaptation & kInCurrent) != 0; }
@@ -51,7 +51,7 @@ struct AdaptiveLIF : LIFByOptions<Real> {
   }
 
   struct Gradient {
-    Real reset, distance;  // of the reset; and the distance from the threshold
+    Real reset, distance;  // the amount of the reset, and the distance from the threshold
     StepGradient<Real> step;
   };
 

@@ -26,8 +26,8 @@ struct LIFByOptions : NeuronOptions<Real> {
 
   Real v_min;
   bool multi_spike;
-  bool periodic;     // the surrogate is a function of the distance below
-  bool floored;      // by v_min
+  bool periodic;     // whether the surrogate is a function of the distance below
+  bool floored;      // whether v_min bounds the potential
   uint8 adaptation;  // bits of math/adaptive.h; in padding, as levels
 
   ASGL_HOST_DEVICE bool adapts() const { return adaptation != 0; }

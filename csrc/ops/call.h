@@ -18,7 +18,7 @@
 
 namespace asgl::ops {
 
-// Null for no tensor, or an empty one.
+// Null if there is no tensor, or an empty one.
 template <class Element>
 Element* pointer(const Tensor& tensor) {
   if (!tensor.defined() || tensor.numel() == 0) return nullptr;
@@ -107,7 +107,7 @@ LIFByOptions<Real> options_of(const Rules& rules, const Numbers& numbers) {
   return options;
 }
 
-using Parameters = std::array<OptionalTensor, kNumParameters>;  // by ParameterId, none for a constant
+using Parameters = std::array<OptionalTensor, kNumParameters>;  // by ParameterId; no tensor for a constant
 
 // The arguments that forward and backward share, checked.
 class Call {
@@ -172,7 +172,7 @@ class Call {
 
   const Tensor x_seq;
   const Layout layout;
-  const int64_t members;  // of the state
+  const int64_t members;  // members of the state
 
  private:
   const Rules rules_;
@@ -217,7 +217,7 @@ class ParameterGradients {
   void compute(const Kernels& kernels, Params& params) const {
     using Real = typename Params::Real;
     const SequenceShape& shape = params.shape;
-    Real later{};  // any non-null pointer: plan_tiles() needs to know which sums are wanted
+    Real later{};  // any non-null pointer, which tells plan_tiles() that the sums are wanted
     for (const int id : ids_) params.partials[id].data = &later;
     kernels.plan_tiles(params);
     const auto elements_of = [&](int id) {

@@ -47,7 +47,7 @@ class __attribute__((visibility("hidden"))) DirectCalls {  // as pybind11::objec
       const at::AutoDispatchBelowADInplaceOrView below_autograd;
       try {
         return typed.call(FromPython<Arguments>::taken(given)...);
-      } catch (const std::invalid_argument& error) {  // from code without torch; else a RuntimeError
+      } catch (const std::invalid_argument& error) {  // code without torch throws these
         TORCH_CHECK_VALUE(false, error.what());
       }
     };

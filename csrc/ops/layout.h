@@ -64,14 +64,14 @@ class Layout {
   at::ScalarType real() const { return real_type(type()); }
   at::TensorOptions real_options() const { return options_.dtype(real()); }
 
-  // In the memory order of x_seq.
+  // A tensor in the memory order of x_seq.
   Tensor empty_sequence(at::ScalarType type) const { return empty(sizes_, order_, options_.dtype(type)); }
   // Of x_seq's shape without time, in the order of the neurons; a state of several members has them in front.
   Tensor empty_state(int64_t members = 1) const {
     return empty(state_sizes(members), state_order(members), real_options());
   }
 
-  // The same of given tensors, undefined for none.
+  // The same for tensors that may be absent, and are undefined then.
   Tensor sequence(const OptionalTensor& given, at::ScalarType type, const char* name) const {
     return is_there(given) ? dense(*given, type, sizes_, order_, name) : Tensor();
   }

@@ -42,7 +42,7 @@ inline std::vector<Tensor> forward(const Launcher* launcher, const Call& call, s
   return results;
 }
 
-// The gradients of the results of lif_forward, none for zero.
+// The gradients of the results of lif_forward; no tensor means zero.
 struct OutputGradients {
   OptionalTensor s_seq, v_last, v_seq, h_seq;
 };

@@ -41,7 +41,7 @@ class Given {
  public:
   explicit Given(at::Device device) : device_(device) {}
 
-  // The elements; null for no tensor.
+  // The elements; null if there is no tensor.
   template <class Element>
   const Element* checked(const OptionalTensor& tensor, at::IntArrayRef shape, const char* name) {
     if (!tensor.has_value()) return nullptr;
@@ -65,7 +65,7 @@ inline Moments* as_moments(const Tensor& tensor) {
   return reinterpret_cast<Moments*>(tensor.mutable_data_ptr<double>());
 }
 
-// The running statistics of training; none without a mean.
+// The running statistics of training, if there is a mean.
 struct Running {
   OptionalTensor mean, variance, num_batches_tracked;
   double momentum;

@@ -15,7 +15,7 @@ struct RecurrentResults {
   Tensor h_seq, emitted, i_seq, w_seq;
 };
 using WantedResults = std::array<bool, 8>;             // emitted, h_seq, v_seq, i_seq, w_seq, v_last, s_last and i_last
-constexpr size_t kStates = 5;                          // where the states begin
+constexpr size_t kStates = 5;                          // index of the first state
 using WantedRecurrentGradients = std::array<bool, 6>;  // x_seq, weight, parameters, v_init, s_init and i_init
 
 // The arguments that forward and backward share, checked. `sequence` is x_seq, or a sequence of its shape.
@@ -54,7 +54,7 @@ class RecurrentCall {
   int64_t neurons() const { return sequence.size(2); }
   bool is_elementwise() const { return weight.dim() == 1; }
   bool adapts() const { return rules.adaptation != 0; }
-  int64_t members() const { return adapts() ? 2 : 1; }  // of the state v_init
+  int64_t members() const { return adapts() ? 2 : 1; }  // members of the state v_init
 
   Tensor empty_sequence() const { return layout.empty_sequence(layout.real()); }
   Tensor or_zero(const Tensor& state) const { return state.defined() ? state : layout.empty_state().zero_(); }
@@ -82,7 +82,7 @@ class RecurrentCall {
   const Rules rules;
   const Numbers numbers;
   const Tensor sequence, weight, parameters;
-  const Tensor v_init, s_init, i_init;  // undefined where not given
+  const Tensor v_init, s_init, i_init;  // undefined if not given
   const OptionalTensor rng_state;
 
  private:

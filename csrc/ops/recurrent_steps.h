@@ -14,7 +14,7 @@ class RecurrentSteps {
       : row_(call.parameters.unbind()), constants_{call.numbers, call.rules}, states_(call.steps()) {
     constants_.rules.time_dim = constants_.rules.scale_output = 0;
     constants_.numbers.residual_gain = 1;
-    const int count = call.adapts() ? kNumParameters : kInputGain;  // else the input's are constants
+    const int count = call.adapts() ? kNumParameters : kInputGain;  // otherwise the input's are constants
     for (int id = 0; id < count; ++id) neuron_[id] = row_[id];
     if (!call.rng_state.has_value()) return;
     const Tensor is_seed = at::arange(call.rng_state->numel(), call.rng_state->options()).eq(0);
@@ -179,7 +179,7 @@ inline std::vector<Tensor> backward_by_steps(const Launcher* launcher, const Rec
     if (kept.i_seq.defined()) {
       totals[kRecurrentSynDecay] = (dj_all * before(kept.i_seq.movedim(time_dim, 0), call.i_init, 0)).sum({0, 1});
     }
-    if (!dw_seq.empty()) {  // not of the last step, if w_last has no gradient
+    if (!dw_seq.empty()) {  // for the last step only if w_last has a gradient
       const int64_t count = static_cast<int64_t>(dw_seq.size());
       const Tensor dw = at::stack(dw_seq).flip(0);
       totals[kAdaptDecay] = (dw * w.narrow(0, 0, count)).sum({0, 1});
@@ -200,7 +200,7 @@ inline std::vector<Tensor> recurrent_forward(const Launcher* launcher, const Ten
                                              const OptionalTensor& rng_state, at::ArrayRef<double> numbers,
                                              at::IntArrayRef rules, bool has_synapse, bool detach_recurrent,
                                              WantedResults wanted) {
-  const c10::impl::ExcludeDispatchKeyGuard without_autocast(c10::autocast_dispatch_keyset);  // products, too
+  const c10::impl::ExcludeDispatchKeyGuard without_autocast(c10::autocast_dispatch_keyset);  // also for the products
   const RecurrentCall call(x_seq, weight, parameters, v_init, s_init, i_init, rng_state, constants_of(numbers, rules),
                            has_synapse, detach_recurrent);
   return launcher == nullptr ? forward_on_cpu(call, wanted) : forward_by_steps(launcher, call, wanted);

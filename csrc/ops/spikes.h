@@ -103,7 +103,7 @@ class SpikeCall {
     return room < 0 ? 0 : room / stride + 1;
   }
 
-  // torch's own copies take five times as long.
+  // torch's own copies take five times as long as these.
   void transpose_each(const Tensor& from, const Tensor& to, int64_t rows, int64_t columns) const {
     with_real(type, [&](auto real) {
       using Real = decltype(real);
@@ -148,7 +148,7 @@ inline Tensor spike_product(const Tensor& x, const Tensor& weight, const Optiona
                       "], got ", bias->sizes());
   }
   const Tensor result = call.empty(spike_result_sizes(call, x), x.options());
-  if (x.numel() == 0 && result.numel() > 0) {  // sums of nothing
+  if (x.numel() == 0 && result.numel() > 0) {  // empty sums, which are the bias or 0
     result.zero_();
     if (bias.has_value()) result.add_(call.is_linear() ? *bias : bias->view({-1, 1, 1}));
   } else if (result.numel() > 0) {

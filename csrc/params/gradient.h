@@ -5,8 +5,8 @@
 
 namespace asgl {
 
-constexpr int kSumThreads = 512;  // of a block of CUDA
-constexpr int kElementsEach = 4;  // of a thread, where elements are many and their runs few
+constexpr int kSumThreads = 512;  // threads of a CUDA block
+constexpr int kElementsEach = 4;  // elements of a thread, if there are many elements and few runs
 
 // Chain-rule factor still to be applied to the partial sums, gradients of 1 / width and of the decay.
 enum class Derivative { kNone, kOfWidth, kOfLogWidth, kOfLogitDecay };
@@ -40,7 +40,7 @@ struct GradientPart {
   // parallel.
   int elements_each, runs_each, slots_each;
   int splits;    // of the runs. More than one leave totals, which a second launch adds up
-  int64 blocks;  // of a split
+  int64 blocks;  // blocks of a split
   Real* totals;  // [splits, T or 1, count], set by place_totals()
 
   ASGL_HOST_DEVICE int64 elements(const SequenceShape& shape) const {
@@ -67,8 +67,8 @@ struct GradientPart {
 template <class Real>
 struct GradientSum {
   SequenceShape shape;
-  int64 tile;  // neurons
-  int count;   // number of parts
+  int64 tile;  // neurons per tile
+  int count;   // the number of parts
   GradientPart<Real> parts[kNumParameters];
 
   ASGL_HOST_DEVICE int64 num_totals() const {

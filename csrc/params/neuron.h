@@ -103,8 +103,8 @@ struct NoiseParams {
 
 // The tiles of plan_tiles(), which determine the size of GradientPartials.
 struct NeuronTiles {
-  int64 tile;   // neurons a tile
-  int64 count;  // tiles in all
+  int64 tile;   // neurons per tile
+  int64 count;  // the number of tiles
 };
 
 // Of adaptive neurons, states are [2, N] and checkpoints [2, (T - 1) / kCheckpointSteps, N], v then w.
@@ -118,8 +118,8 @@ struct LIFParams {
   NeuronTiles tiles;
   ParameterSummary summary;  // set by plan_tiles() of CUDA; from kDivisible neurons on only `wanted`
   const Scalar* x_seq;       // [outer, T, inner]
-  const Real* v_init;        // [N]; null: at rest
-  const Scalar* residual;    // [outer, T, inner]; null: none
+  const Real* v_init;        // [N]; null means at rest
+  const Scalar* residual;    // [outer, T, inner]; null means none
   Real residual_gain;
 
   // The assumption for charge; kGeneral also if a parameter changes over time.
@@ -163,7 +163,7 @@ struct ForwardParams : LIFParams<Scalar> {
 // share a slot, and no slot depends on the number of threads.
 template <class Real>
 struct GradientPartials {
-  Real* data;  // [T or 1, slots]; null: not wanted
+  Real* data;  // [T or 1, slots]; null if not wanted
   int64 slots;
 
   ASGL_HOST_DEVICE static int64 slot(int64 inner, int64 run, int64 tile) { return inner == 1 ? run : run + tile; }

@@ -98,7 +98,7 @@ struct CoefficientsParams {
   Moments* total;      // [channels]
   // The running statistics of training, updated in place; null: none.
   Real *running_mean, *running_var;  // [channels]
-  int64* num_batches_tracked;        // null: not counted
+  int64* num_batches_tracked;        // null if not counted
   Real momentum;
 
   ASGL_HOST_DEVICE Moments given(int64 channel) const {

@@ -18,7 +18,7 @@ enum RecurrentParameterId : int {
   kRecurrentBias = kNumParameters,
   kRecurrentSynDecay,  // 0 without a synapse
   kRecurrentParameters,
-  kRecurrentWeight = kRecurrentParameters,  // of gradients only, where the weight is [N]
+  kRecurrentWeight = kRecurrentParameters,  // only in gradients, if the weight is [N]
   kRecurrentSums
 };
 
@@ -40,7 +40,7 @@ struct RecurrentParams {
   bool has_synapse;
   const Real* weight;
   const Real* parameters;
-  const Real *v_init, *s_init, *i_init;  // null: v_rest, 0 and 0
+  const Real *v_init, *s_init, *i_init;  // null means v_rest, 0 and 0
 
   SequenceShape shape() const {
     return batch_first ? SequenceShape{batch, steps, neurons} : SequenceShape{1, steps, batch * neurons};
@@ -53,8 +53,8 @@ struct RecurrentForwardParams : RecurrentParams<Scalar> {
   using typename RecurrentParams<Scalar>::Real;
   const Scalar* x_seq;
   Scalar* s_seq;                          // times v_threshold under scale_output
-  Real *emitted, *h_seq, *v_seq, *i_seq;  // emitted: s itself, in the arithmetic type
-  Real* w_seq;                            // before each step
+  Real *emitted, *h_seq, *v_seq, *i_seq;  // emitted is s itself, in the arithmetic type
+  Real* w_seq;                            // the adaptation before each step
   Real *v_last, *s_last, *i_last;
 };
 
@@ -62,10 +62,10 @@ template <class Scalar>
 struct RecurrentBackwardParams : RecurrentParams<Scalar> {
   using typename RecurrentParams<Scalar>::Real;
   bool detach_recurrent;                // no gradient through dj[t+1] W
-  const Real *h_seq, *emitted, *i_seq;  // of forward; i_seq only for the gradient of syn_decay
+  const Real *h_seq, *emitted, *i_seq;  // results of forward; i_seq only for the gradient of syn_decay
   const Real* w_seq;                    // null if only subtracted from the current, by a constant adapt_decay
   const Scalar* grad_s_seq;
-  const Real *grad_v_seq, *grad_h_seq, *grad_v_last, *grad_s_last, *grad_i_last;  // null: zero
+  const Real *grad_v_seq, *grad_h_seq, *grad_v_last, *grad_s_last, *grad_i_last;  // null means zero
   Real* grad_j_seq;                                                               // dj, the gradient of x
   Real* grad_weight;                                                              // [N, N] or null
   Real *grad_v_init, *grad_s_init, *grad_i_init;                                  // or null

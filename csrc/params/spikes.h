@@ -19,7 +19,7 @@ struct SpikeShape {
   int64 out_height, out_width;
 
   int64 out_pixels() const { return images * out_height * out_width; }
-  int64 depth() const { return kernel_height * kernel_width * channels; }  // the most elements of a sum
+  int64 depth() const { return kernel_height * kernel_width * channels; }  // the largest number of elements of a sum
 };
 
 template <class Real>

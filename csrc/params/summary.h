@@ -26,8 +26,8 @@ struct ParameterSummary {
   bool alike;
   uint8 by_neuron;  // a bit for each whose values of adjacent neurons are adjacent
   NeuronIndex common;
-  uint32 strides[kNumParameters];   // 1, or 0 for one value
-  NeuronIndex own[kNumParameters];  // if not alike
+  uint32 strides[kNumParameters];   // 1, or 0 if there is one value
+  NeuronIndex own[kNumParameters];  // used if they are not alike
 };
 
 ASGL_HOST_DEVICE bool has(uint32 bits, int id) { return bits >> id & 1u; }

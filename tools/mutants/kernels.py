@@ -530,7 +530,7 @@ MUTANTS = {
         "sums of steps with the others": adaptive_kernels("!= 0) != @) continue", "per_step", "false"),
         "a step's sum stays": adaptive_kernels("@", "sums[id] = Real(0);", ""),
         "sums in a row that is still needed": adaptive_kernels("store_sums(true, t, @)", "k", "(k > 0 ? k - 1 : k)"),
-        "no barrier between segments": adaptive_kernels("@  // sums have been read", BARRIER, ""),
+        "no barrier between segments": adaptive_kernels("@  // all threads have read the sums", BARRIER, ""),
         # ---- launchers ----
         "four neurons a thread forward": plans("plan_neurons(params, grouped && fit_parameters(params) && @,",
                                                    "!params.options.adapts()", "true"),

@@ -16,7 +16,7 @@ from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import NamedTuple
 
-EXTENSION = f"_C{EXTENSION_SUFFIXES[0]}"  # the file's name for this Python
+EXTENSION = f"_C{EXTENSION_SUFFIXES[0]}"  # the file name for this version of Python
 NOTES = "_build_info.json"
 SOURCES = ("*.cpp", "*.cu", "*.cuh", "*.h")
 
@@ -26,8 +26,8 @@ class BuildInfo(NamedTuple):
 
     torch_version: str
     cuda: str | None  # the toolkit and the architectures that the CUDA kernels were compiled by and for
-    reason: str  # why with or without CUDA
-    sources: str  # digest_of_build at the time
+    reason: str  # why it was built with or without CUDA
+    sources: str  # digest_of_build at build time
     size: int
     checksum: int
 

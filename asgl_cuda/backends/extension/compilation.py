@@ -51,7 +51,7 @@ class Toolkit(NamedTuple):
     """A CUDA toolkit, as far as it is needed."""
 
     home: Path
-    version: str  # of nvcc, such as 13.0
+    version: str  # version of nvcc, such as 13.0
     include: Path
     cudart: Path
 
@@ -82,7 +82,7 @@ def toolkit_homes(major: str) -> list[Path]:
     named = named_home()
     homes = [DEFAULT_TOOLKIT, *wheel_homes(major)]
     if nvcc := shutil.which("nvcc"):
-        # It may be a wrapper script; the compiler behind it knows its own place.
+        # nvcc may be a wrapper script; the compiler that it calls knows its own folder.
         top = re.search(r"^#\$ TOP=(.+)$", output_of(nvcc, "--dryrun", "any.cu"), re.MULTILINE)
         homes = [*([Path(top[1].strip()).resolve()] if top else []), Path(nvcc).parent.parent, *homes]
     return [*([named[1]] if named else []), *homes]
@@ -202,8 +202,8 @@ class Plan(NamedTuple):
 
     extension: Extension
     cuda: str | None  # what the CUDA kernels are compiled by and for
-    reason: str  # why with or without them
-    sources: str  # their digest
+    reason: str  # why they are built or not
+    sources: str  # digest of the sources
 
 
 def plan(csrc: Path, wanted: str | None) -> Plan:
@@ -234,9 +234,9 @@ def plan(csrc: Path, wanted: str | None) -> Plan:
     kernels = sorted(map(str, (csrc / "cuda").glob("*.cu")))
     extension.sources[:0] = kernels
     extension.define_macros.append(("ASGL_WITH_CUDA", None))
-    threads = max(1, parallel // len(kernels))  # of each of the compilers that ninja starts
+    threads = max(1, parallel // len(kernels))  # threads of each compiler that ninja starts
     extension.extra_compile_args["nvcc"] = [*NVCC_FLAGS, *flags, f"--threads={threads}"]
-    if toolkit.include != Path("/usr/include"):  # there already, and in its right place in the order
+    if toolkit.include != Path("/usr/include"):  # always searched, and after the others
         extension.include_dirs.append(str(toolkit.include))
     extension.libraries.append("c10_cuda")
     extension.extra_link_args.append(str(toolkit.cudart))
@@ -248,7 +248,7 @@ def say(words: str) -> None:
     try:
         with Path("/dev/tty").open("w") as terminal:
             terminal.write(f"asgl_cuda: {words}\n")
-    except OSError:  # there is none
+    except OSError:  # no such program
         pass
 
 
