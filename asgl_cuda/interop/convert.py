@@ -361,7 +361,7 @@ def _spike_function(
         if isinstance(own, str) and not is_spike(function):
             return f"{own}; asgl needs a surrogate and a width"
         if isinstance(own, str) or own.width == FLAT:
-            own = SpikeFunction(LIF_DEFAULTS["surrogate"], LIF_DEFAULTS["width"], 1.0, False)
+            own = SpikeFunction(LIF_DEFAULTS["surrogate"], float(LIF_DEFAULTS["width"]), 1.0, False)
         surrogate, width = surrogate or own.surrogate, width or own.width
     return SpikeFunction(surrogate, width, 1.0, fires_strictly(function))
 
