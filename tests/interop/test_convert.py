@@ -348,9 +348,9 @@ def test_no_library_is_imported():
     """A library's file is imported only after the library itself."""
     result = subprocess.run([sys.executable, "-c", IMPORTS], check=True, capture_output=True, text=True)
     _, none, imported, _, empty = result.stdout.splitlines()
-    assert none.endswith(f"imported of {ALL_FOUR}: none")
+    assert none.endswith(f"of {ALL_FOUR}, imported: none")
     assert imported == "[]"
-    assert empty.endswith(f"imported of {ALL_FOUR}: spikingjelly")
+    assert empty.endswith(f"of {ALL_FOUR}, imported: spikingjelly")
 
 
 # ---- backends and errors ----
