@@ -95,9 +95,11 @@ _TEXT = {
 
 def kind_of(sequences: Any) -> str | None:
     """What a call of the model is, for the argument `sequences` of `convert`; None: the argument is False."""
-    if sequences is not True and sequences is not False and sequences != "loop":
+    if isinstance(sequences, bool):
+        return "steps" if sequences else None
+    if not isinstance(sequences, str) or sequences != "loop":
         raise ValueError(f'{_CALLER}: sequences must be False, True or "loop", got {shown(sequences)}')
-    return {False: None, True: "steps"}.get(sequences, "loop")
+    return sequences
 
 
 def reason_against(model: nn.Module, left: list[Any]) -> str:
