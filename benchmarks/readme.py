@@ -392,6 +392,21 @@ def memory(report: Report) -> list[str]:
     return digest(MEMORY_HEAD, rows, (f"VGG, T = 4: {KEPT}", f"VGG, T = 4: {RECOMPUTED}"))
 
 
+def spike_layers(report: Report) -> list[str]:
+    """Milliseconds of torch's layers and of spike layers, and their ratios; first the network and the stream."""
+    rows: Rows = []
+    for name, found in report["rows"].items():
+        cells = []
+        for part in ("forward", "step"):
+            theirs, ours = (1e3 * each for each in found.get(part, (0.0, 0.0)))
+            cells.append(f"{theirs:.3g} / {ours:.3g} = {theirs / ours:.1f}" if ours else "")
+        rows.append([name, *cells])
+    first = [row for row in rows if row[0].startswith(("network", "stream", "Linear(1024, 1024) [512"))]
+    head = ["", "forward", "step"]
+    others = [row for row in rows if row not in first]
+    return [*markdown_table(head, first), "", *folded("Other layers", markdown_table(head, others))]
+
+
 def calibrated(report: Report) -> list[str]:
     """Accuracies by the calibrated rate, and how far usual rates are apart."""
     head, rows = calibration_rows(report)
@@ -559,6 +574,7 @@ SECTIONS = {
         "On {data}, means of {seeds} seeds:",
     ),
     "adaptation": Section("adaptation", study(adaptation_rows), STUDIED),
+    "spikes": Section("spikes", spike_layers, f"Milliseconds, torch's / spike layers, float32, one thread, {ON}:"),
     "sparse": Section("sparse", study(sparse_rows), f"After {{steps}} steps; {{count}} {COST}"),
     "smoothing": Section(
         "smoothing",

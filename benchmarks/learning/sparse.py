@@ -44,8 +44,7 @@ def convolutional(pixels: int, classes: int) -> nn.Module:
 # The data, the network, the weight of the penalty, and the number of seeds.
 NETWORKS: dict[str, tuple[str, Callable[[], nn.Module], float, int]] = {
     "digits, fully connected": ("digits", partial(fully_connected, 64, 10), 3.0, 10),
-    "digits, convolutional": ("digits", partial(convolutional, 64, 10), 1.0, 10),
-    "mnist, fully connected": ("mnist", partial(fully_connected, 196, 10), 3.0, 5),
+    "digits, convolutional": ("digits", partial(convolutional, 64, 10), 1.0, 8),
 }
 
 

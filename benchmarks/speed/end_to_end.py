@@ -9,7 +9,7 @@ Each network is measured eager and with compiled neurons, with the seconds of th
 network. Loops over many time steps take minutes to compile: there one step of the cell is compiled instead, and
 `long_loop` measures one such layer.
 SpikingJelly's nodes are measured converted as well, and snnTorch's in `MultiStep`, which takes whole sequences.
-`asgl_cuda.fuse` joins batch normalisation and neurons.
+`asgl_cuda.fuse` joins batch normalisation and neurons. `asgl_cuda.to_spike_layers` replaces layers with sparse inputs.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ from .sizes import Size, samples
 
 FUSED_BLOCK = ", fused block"  # suffix of a variant whose neurons normalise
 CONVERTED = ", converted"  # suffix of a variant whose neurons of another library are replaced
+SPIKES = ", spike layers"  # suffix of a variant whose layers with sparse inputs are spike layers
 COMPILED_STEP = ", compiled step"  # suffix of a variant with a compiled cell
 COMPILED_NETWORK = ", compiled network"
 # The libraries whose cells can be compiled alone.
@@ -66,6 +67,7 @@ class Variant(NamedTuple):
     neuron: MakeNeuron
     fused: bool = False  # with the normalisations
     converted: str | None = None  # to this backend
+    spikes: bool = False  # spike layers where inputs are sparse
     compiled: bool = False  # the network
 
 
@@ -132,7 +134,10 @@ def variants(network: Network, device: torch.device) -> Iterator[Variant]:
         yield Variant(f"asgl_cuda {backend}", asgl)
         if normalised:
             yield Variant(f"asgl_cuda {backend}{FUSED_BLOCK}", asgl, fused=True)
-        yield Variant(f"{PLAIN}asgl_cuda {backend}", ours(network, backend, learn_width=False, analog_prob=0.0))
+        plain = ours(network, backend, learn_width=False, analog_prob=0.0)
+        yield Variant(f"{PLAIN}asgl_cuda {backend}", plain)
+        if backend == "cpu":
+            yield Variant(f"{PLAIN}asgl_cuda {backend}{SPIKES}", plain, spikes=True)
     makers = {PLAIN_LOOP: lif_loop if network.kind == "LIF" else recurrent_loop, **installed(network.kind)}
     for name, make in makers.items():
         neuron = theirs(network, make)
@@ -165,6 +170,8 @@ def training_of(
         _, report = asgl_cuda.fuse(model, training.x_seq, inplace=True)
         if len(report.left) != network.left:
             raise RuntimeError(f"not all of the network is fused:\n{report}")
+    if variant.spikes:
+        asgl_cuda.to_spike_layers(model, training.x_seq)
     if variant.compiled:
         training.model = torch.compile(training.model)
     return training

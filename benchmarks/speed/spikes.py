@@ -2,13 +2,14 @@
 
 Forward without gradients; a step is forward with gradients and backward, for a layer with the gradient of the input.
 Inputs are ones at random places. The network has 700-512-512-512-20 features over 64 steps of 32 samples, a tenth of
-its input is not zero, and its hidden rates are about --shares. Minima of --repeats.
+its input is not zero, and its hidden rates are about --shares. A stream is `asgl_cuda.step` of 700-1024-1024-20
+features with one sample, in evaluation. Minima of --repeats.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,9 +17,11 @@ from torch import Tensor, nn
 
 import asgl_cuda
 
-from ..common import minima, parser_of
+from ..common import machine, minima, parser_of, write_json
 from .clocks import keep_memory
 
+STEPS = 100  # of a stream
+MOST_FEW, CALLS = 5000, 50  # calls with fewer elements are timed so many at a time
 LAST, CONTIGUOUS = torch.channels_last, torch.contiguous_format
 # A layer's name and arguments, the shape of its input, and its layout.
 LAYERS: tuple[tuple[str, tuple[int, ...], dict[str, int], tuple[int, ...], Any], ...] = (
@@ -36,8 +39,8 @@ LAYERS: tuple[tuple[str, tuple[int, ...], dict[str, int], tuple[int, ...], Any],
 )
 
 
-def compare(dense: nn.Module, ours: nn.Module, x: Tensor, repeats: int) -> str:
-    """Milliseconds of forward and of a step, torch's and ours, and their ratios."""
+def compare(dense: nn.Module, ours: nn.Module, x: Tensor, repeats: int) -> dict[str, list[float]]:
+    """Seconds of forward and of a step, torch's and ours."""
     grad = torch.randn_like(dense(x))
     inputs = (x,) if x.requires_grad else ()
 
@@ -48,12 +51,20 @@ def compare(dense: nn.Module, ours: nn.Module, x: Tensor, repeats: int) -> str:
         return lambda: torch.autograd.grad(model(x), (*inputs, *model.parameters()), grad)
 
     models = dense, ours
-    trained = minima([step(each) for each in models], repeats)
-    found = minima([evaluation(each.eval()) for each in models], repeats)
-    return "  ".join(
-        f"{part} {1e3 * theirs:8.3f} / {1e3 * mine:8.3f} = {theirs / mine:5.2f}"
-        for part, (theirs, mine) in (("forward", found), ("step", trained))
-    )
+    many = 1 if x.numel() > MOST_FEW else CALLS  # of calls that take microseconds
+    trained = minima([times(many, step(each)) for each in models], repeats)
+    found = minima([times(many, evaluation(each.eval())) for each in models], repeats)
+    return {"forward": [each / many for each in found], "step": [each / many for each in trained]}
+
+
+def times(many: int, function: Callable[[], Any]) -> Callable[[], Any]:
+    """So many calls."""
+
+    def called() -> None:
+        for _ in range(many):
+            function()
+
+    return called
 
 
 def network(linear: type[nn.Linear], share: float) -> nn.Sequential:
@@ -67,33 +78,60 @@ def network(linear: type[nn.Linear], share: float) -> nn.Sequential:
     return model
 
 
+def stream(linear: type[nn.Linear], share: float, x_seq: Tensor) -> Callable[[], Any]:
+    """Steps of one sample through 700-1024-1024-20 features, whose hidden rates are about `share`."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        linear(700, 1024), asgl_cuda.LIF(width=1.0), linear(1024, 1024), asgl_cuda.LIF(width=1.0), nn.Linear(1024, 20)
+    ).eval()
+    asgl_cuda.calibrate(model, x_seq, share)
+    asgl_cuda.reset(model)
+    return torch.no_grad()(lambda: [asgl_cuda.step(model, x_t) for x_t in x_seq])
+
+
+def rows(shares: Sequence[float], repeats: int) -> Iterator[tuple[str, dict[str, list[float]]]]:
+    """Name and seconds of each layer and share, then of networks and streams."""
+    for name, sizes, options, shape, layout in LAYERS:
+        dense: nn.Module = getattr(nn, name)(*sizes, **options)
+        ours: nn.Module = getattr(asgl_cuda, f"Spike{name}")(*sizes, **options)
+        ours.load_state_dict(dense.state_dict())
+        words = "" if layout is None else " channels_last" if layout is LAST else " contiguous"
+        words += "".join(f" {option}={value}" for option, value in options.items())
+        for share in shares:
+            x = (torch.rand(shape) < share).float()
+            if layout is not None:
+                x = x.contiguous(memory_format=layout)
+                dense.to(memory_format=layout)
+                ours.to(memory_format=layout)
+            yield f"{name}{sizes}{words} {list(shape)} at {share}", compare(dense, ours, x.requires_grad_(), repeats)
+    for share in shares:
+        x = (torch.rand(64, 32, 700) < 0.1).float()
+        dense, ours = network(nn.Linear, share), network(asgl_cuda.SpikeLinear, share)
+        yield f"network, T = 64, B = 32, at {share}", compare(dense, ours, x, repeats)
+    for share in shares:
+        x_seq = (torch.rand(STEPS, 1, 700) < share).float()
+        found = minima([stream(linear, share, x_seq) for linear in (nn.Linear, asgl_cuda.SpikeLinear)], repeats)
+        yield f"stream, a step, at {share}", {"forward": [each / STEPS for each in found]}
+
+
 def main() -> int:
     """Prints a row for each layer and share."""
-    parser = parser_of("benchmarks.speed.spikes", str(__doc__), "repeats")
+    parser = parser_of("benchmarks.speed.spikes", str(__doc__), "repeats", "json")
     parser.add_argument("--shares", type=float, nargs="*", default=[0.05, 0.1, 0.2], help="of non-zero inputs")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     keep_memory()
     torch.manual_seed(0)
-    for name, sizes, options, shape, layout in LAYERS:
-        dense: nn.Module = getattr(nn, name)(*sizes, **options)
-        ours: nn.Module = getattr(asgl_cuda, f"Spike{name}")(*sizes, **options)
-        ours.load_state_dict(dense.state_dict())
-        for share in arguments.shares:
-            x = (torch.rand(shape) < share).float()
-            if layout is not None:
-                x = x.contiguous(memory_format=layout)
-                dense.to(memory_format=layout)
-                ours.to(memory_format=layout)
-            words = "" if layout is None else " channels_last" if layout is LAST else " contiguous"
-            words += "".join(f" {option}={value}" for option, value in options.items())
-            found = compare(dense, ours, x.requires_grad_(), arguments.repeats)
-            print(f"{name}{sizes}{words} {list(shape)} at {share}: {found}")
-    for share in arguments.shares:
-        x = (torch.rand(64, 32, 700) < 0.1).float()
-        dense, ours = network(nn.Linear, share), network(asgl_cuda.SpikeLinear, share)
-        print(f"network, T = 64, B = 32, at {share}: {compare(dense, ours, x, arguments.repeats)}")
+    report: dict[str, Any] = {"machine": machine(torch.device("cpu")), "threads": arguments.threads, "rows": {}}
+    for name, found in rows(arguments.shares, arguments.repeats):
+        parts = (
+            f"{part} {1e3 * theirs:8.3f} / {1e3 * mine:8.3f} = {theirs / mine:5.2f}"
+            for part, (theirs, mine) in found.items()
+        )
+        print(f"{name}: {'  '.join(parts)}", flush=True)
+        report["rows"][name] = found
+        write_json(arguments.json, report)
     return 0
 
 

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <atomic>
 #include <memory>
+#include <new>
 #include <vector>
 
 #include "cpu/product.h"
@@ -16,6 +17,18 @@ namespace asgl::cpu {
 namespace {
 
 constexpr int64 kElementsPerTask = 65536;
+
+// Room for elements, not initialised. Aligned: a vector across two lines of the cache takes two loads.
+struct Delete {
+  void operator()(void* memory) const { ::operator delete(memory, std::align_val_t(64)); }
+};
+template <class Element>
+using Room = std::unique_ptr<Element[], Delete>;
+template <class Element>
+Room<Element> room_for(int64 elements) {
+  const size_t bytes = static_cast<size_t>(elements) * sizeof(Element);
+  return Room<Element>(static_cast<Element*>(::operator new(bytes, std::align_val_t(64))));
+}
 
 // The elements of x that are not zero: their places in a row of an image, [width * channels], in order.
 template <class Real>
@@ -32,8 +45,8 @@ class SpikeLists {
       if (!ones) all_ones = false;
     });
     for (size_t pixel = 1; pixel < offsets_.size(); ++pixel) offsets_[pixel] += offsets_[pixel - 1];
-    indices_.reset(new int32_t[static_cast<size_t>(count())]);
-    if (!all_ones) values_.reset(new Real[static_cast<size_t>(count())]);
+    indices_ = room_for<int32_t>(count());
+    if (!all_ones) values_ = room_for<Real>(count());
     at::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
       std::vector<int32_t> places(static_cast<size_t>(length));
       for (int64 row = begin; row < end; ++row) {
@@ -52,8 +65,8 @@ class SpikeLists {
 
  private:
   std::vector<int64> offsets_;  // [images * height * width + 1]
-  std::unique_ptr<int32_t[]> indices_;
-  std::unique_ptr<Real[]> values_;
+  Room<int32_t> indices_;
+  Room<Real> values_;
 };
 
 // Listed elements, whose rows of b are their indices plus `base`.
@@ -284,8 +297,7 @@ void spike_product(const SpikeProductParams<Real>& params) {
   const int64 grain = 1 + static_cast<int64>(kProductsPerTask / (products + 1));
   at::parallel_for(0, groups * chunks, grain, [&](int64_t begin, int64_t end) {
     std::vector<Walk<int32_t>> walks(static_cast<size_t>(kPixels * shape.kernel_height));
-    std::unique_ptr<Real[]> filled(params.panels == nullptr ? new Real[static_cast<size_t>(group * shape.depth())]
-                                                            : nullptr);
+    const Room<Real> filled = params.panels == nullptr ? room_for<Real>(group * shape.depth()) : nullptr;
     for (int64 task = begin; task < end; ++task) {
       const int64 column = task / chunks * group, from = task % chunks * chunk;
       const Real* b = params.panels == nullptr ? filled.get() : params.panels + column * shape.depth();
@@ -372,11 +384,6 @@ class GradientRows {
     }
   }
 
-  template <class Element>
-  static std::unique_ptr<Element[]> room_for(int64 elements) {
-    return std::unique_ptr<Element[]>(new Element[static_cast<size_t>(elements)]);
-  }
-
   const SpikeGradientParams<Real>& params_;
   const SpikeShape& shape_;
   const SpikeLists<Real>& lists_;
@@ -386,10 +393,10 @@ class GradientRows {
   std::vector<Walk<Pixel>> walks_ = std::vector<Walk<Pixel>>(static_cast<size_t>(rows_));
   std::vector<Walk<int32_t>> of_pixels_ =
       std::vector<Walk<int32_t>>(static_cast<size_t>(kSortedPixels * shape_.kernel_height));
-  std::unique_ptr<Pixel[]> pixels_ = room_for<Pixel>(rows_ * stride_);
-  std::unique_ptr<Real[]> values_ = lists_.values() == nullptr ? nullptr : room_for<Real>(rows_ * stride_);
-  std::unique_ptr<Real[]> grad_ = room_for<Real>(kSortedPixels * group_);  // [pixels, group]
-  std::unique_ptr<Real[]> tile_ = room_for<Real>(kTileRows * group_);      // [rows, group]
+  Room<Pixel> pixels_ = room_for<Pixel>(rows_ * stride_);
+  Room<Real> values_ = lists_.values() == nullptr ? nullptr : room_for<Real>(rows_ * stride_);
+  Room<Real> grad_ = room_for<Real>(kSortedPixels * group_);  // [pixels, group]
+  Room<Real> tile_ = room_for<Real>(kTileRows * group_);      // [rows, group]
 };
 
 }  // namespace
