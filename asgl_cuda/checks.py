@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 from torch.nn import Parameter
 
-from .layout import real_type, state_shape
+from .layout import Features, real_type, state_shape
 from .reference.learned import Logarithm, Logit
 from .reference.records import DRAWS
 from .reference.surrogates import ELSEWHERE, PERIODIC, SURROGATES
@@ -384,14 +384,33 @@ def check_options(given: Any, checks: Mapping[str, Callable[..., Any]], caller: 
     return {name: check(name, given[name], caller) for name, check in checks.items()}
 
 
-def check_values(given: Any, names: Iterable[str], x_seq: Tensor, caller: str) -> dict[str, float | None]:
-    """Parameters of neurons, a float or a tensor each: the floats by name, None for a tensor."""
+def check_features(features: Features, x_seq: Tensor, time_dim: int, caller: str) -> None:
+    """An input with the dimensions of a layer's parameters, also where the layer has none that are tensors."""
+    sizes = [x_seq.shape[dim] for dim in features.dims(x_seq, time_dim)]
+    if sizes != list(features.sizes) or x_seq.dim() < 1 + features.least_batch + len(sizes):
+        raise ValueError(
+            f"{caller}: granularity {'channel' if features.by_channel else 'neuron'!r} with num_features "
+            f"{list(features.sizes)} does not fit an input of shape {list(x_seq.shape)} with time_dim {time_dim}: "
+            + expected_shape(x_seq, time_dim, features.sizes, features.by_channel)
+        )
+
+
+def check_values(
+    given: Any, names: Iterable[str], x_seq: Tensor, caller: str, features: Features | None = None
+) -> dict[str, float | None]:
+    """Parameters of neurons, a float or a tensor each: the floats by name, None for a tensor.
+
+    Tensors broadcast against x_seq, or have the shape of checked `features`.
+    """
     constants: dict[str, float | None] = {}
     for name in names:
         value = given[name]
         tensor = value.stored if isinstance(value, (Logarithm, Logit)) else value
         if isinstance(tensor, Tensor):
-            check_parameter(name, tensor, x_seq, caller)
+            if features is None or tensor.shape != features.sizes:
+                check_parameter(name, tensor, x_seq, caller)
+            else:
+                check_floating(name, tensor, x_seq, caller)
             constants[name] = None
         else:
             check = check_number if name == "width" else check_not_nan

@@ -3,11 +3,32 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 CHECKPOINT_STEPS = 16  # kCheckpointSteps of csrc
+
+
+class Features(NamedTuple):
+    """The dimensions of x_seq in which a layer's parameters differ, of these sizes."""
+
+    by_channel: bool  # the second dimension but time, else the last dimensions but time
+    sizes: tuple[int, ...]
+    least_batch: int = 0  # dimensions in front of them but time that x_seq must have
+
+    def dims(self, x_seq: Tensor, time_dim: int) -> list[int]:
+        """These dimensions; fewer where x_seq lacks some."""
+        others = [dim for dim in range(x_seq.dim()) if dim != time_dim]
+        return others[1:2] if self.by_channel else others[-len(self.sizes) :]
+
+    def shape(self, x_seq: Tensor, time_dim: int) -> tuple[int, ...]:
+        """The shape in which parameters of these sizes broadcast against x_seq, which has the dimensions."""
+        shape, dims = [1] * x_seq.dim(), self.dims(x_seq, time_dim)
+        for dim, size in zip(dims, self.sizes, strict=True):
+            shape[dim] = size
+        return tuple(shape[dims[0] :] if len(dims) == 1 else shape)
 
 
 def real_type(dtype: torch.dtype) -> torch.dtype:

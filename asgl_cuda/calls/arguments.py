@@ -10,6 +10,7 @@ from torch import Tensor
 from typing_extensions import TypedDict
 
 from ..checks import check_bool, check_finite, check_levels, check_not_nan, optional
+from ..layout import Features
 
 
 class NeuronArguments(TypedDict, total=False):
@@ -56,6 +57,7 @@ class Arguments(NeuronArguments, total=False):
     adapt_decay: Any
     adapt_potential: Any
     adapt_spike: Any
+    features: Features  # only of layers whose parameters differ between channels or neurons
 
 
 # Options that are flags of Rules, and those that ask for a result.

@@ -11,6 +11,7 @@ import torch
 from torch.compiler import is_compiling
 
 from ..checks import PLAIN_TENSORS
+from ..layout import Features
 from ..reference.learned import Logarithm, Logit
 
 Checked = TypeVar("Checked")
@@ -18,7 +19,7 @@ Check = Callable[[str, Any, Any], Checked]
 
 _MOST_PLANS = 1000
 _LEARNED = (Logarithm, Logit)
-_CONSTANTS = (float, int, bool, str, type(None))
+_CONSTANTS = (float, int, bool, str, type(None), Features)
 
 
 def cached_by_signature(names: Sequence[str]) -> Callable[[Check[Checked]], Check[Checked]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from ..backends import BACKENDS, choose_backend
 from ..checks import (
     check_analog_prob,
+    check_features,
     check_input,
     check_multi_spike,
     check_options,
@@ -22,13 +23,21 @@ from ..checks import (
     check_width,
     check_width_tensor,
 )
-from ..layout import in_memory_order, is_dense, real_type
+from ..layout import Features, in_memory_order, is_dense, real_type
 from ..reference.learned import Logarithm, Logit
 from ..reference.records import BELOW_IN_STATE, Numbers, Parameters, Rules
 from ..reference.surrogates import INTEGER, PERIODIC, SURROGATES
 from .arguments import ADAPTATION, ADAPTIVE_VALUES, FLAGS, INPUT, OPTION_NAMES, OPTIONS, RETURNS, VALUES, Arguments
 from .cache import cached_by_signature
 from .noise import state_of_noise
+
+
+class Source(NamedTuple):
+    """Where a parameter that is a tensor comes from."""
+
+    place: int  # among the parameters of the operator
+    argument: str
+    shape: tuple[int, ...] | None  # in which it broadcasts against x_seq; None: as it is
 
 
 class Plan(NamedTuple):
@@ -39,16 +48,33 @@ class Plan(NamedTuple):
     numbers: Numbers
     wanted: tuple[bool, ...]  # results after the first: for `lif` v_last, v_seq and h_seq
     packed: tuple[Any, ...]  # the arguments of operators after the tensors: numbers, rules, and their own options
-    sources: Sequence[tuple[int, str]]  # the indices of parameters that are tensors, and the arguments they come from
+    sources: Sequence[Source]
 
 
 def make_plan(
-    x_seq: Tensor, rules: Rules, numbers: Numbers, wanted: Sequence[bool], sources: Sequence[tuple[int, str]] = (),
+    x_seq: Tensor, rules: Rules, numbers: Numbers, wanted: Sequence[bool], sources: Sequence[Source] = (),
     options: Sequence[bool] = (),
 ) -> Plan:  # fmt: skip
     """A plan for the type of x_seq."""
     packed = tuple(numbers), tuple(rules), *options
     return Plan(real_type(x_seq.dtype), rules, numbers, tuple(wanted), packed, sources)
+
+
+def sources_of(
+    arguments: Iterable[str], constants: Mapping[str, float | None], given: Any, x_seq: Tensor, time_dim: int
+) -> list[Source]:
+    """The sources of the parameters, in the order of their `arguments`, that are no `constants`."""
+    features: Features | None = given.get("features")
+    found = []
+    for place, name in enumerate(arguments):
+        if constants[name] is not None:
+            continue
+        shape, stored = None, getattr(given[name], "stored", given[name])
+        if features is not None and stored.shape == features.sizes:
+            shape = features.shape(x_seq, time_dim)
+            shape = None if shape == features.sizes else shape
+        found.append(Source(place, name, shape))
+    return found
 
 
 class Inputs(NamedTuple):
@@ -78,11 +104,13 @@ PARAMETERS = Parameters._fields[:-1]  # without the residual, which is never a c
 def tensors_of(plan: Plan, given: Any, count: int, fused: bool) -> list[Any]:
     """A call's parameters in the type of the arithmetic, None for constants; learned ones as stored where `fused`."""
     real, found = plan.real, [None] * count
-    for index, name in plan.sources:
+    for place, name, shape in plan.sources:
         value = given[name]
         if isinstance(value, (Logarithm, Logit)):
             value = value.stored if fused else value.value()
-        found[index] = value if value.dtype is real else value.to(real)
+        if shape is not None:
+            value = value.view(shape)
+        found[place] = value if value.dtype is real else value.to(real)
     return found
 
 
@@ -105,7 +133,8 @@ def _parameters(
     reset = soft if given["v_reset"] is None else "v_reset"
     arguments = {"width": "width", "decay": "decay", "v_threshold": "v_threshold", "reset": reset}
     arguments.update(ADAPTATION if given.get("adaptation", 0) else INPUT)
-    constants, real = check_values(given, arguments.values(), x_seq, caller), real_type(x_seq.dtype)
+    features = given.get("features")
+    constants, real = check_values(given, arguments.values(), x_seq, caller, features), real_type(x_seq.dtype)
     if constants["width"] is not None:
         check_width(constants["width"], caller, real)
     threshold = constants["v_threshold"]
@@ -124,6 +153,8 @@ def _parameters(
 def _checked(caller: str, x_seq: Any, given: Arguments) -> Plan:
     """Checks everything independent of tensor values."""
     time_dim = check_input(x_seq, given["time_dim"], caller)
+    if (features := given.get("features")) is not None:
+        check_features(features, x_seq, time_dim, caller)
     options = check_options(given, OPTIONS, caller)
     surrogate, analog_prob, residual = given["surrogate"], given["analog_prob"], given["residual"]
     counts = options["levels"] is not None and not options["multi_spike"]
@@ -157,14 +188,19 @@ def _checked(caller: str, x_seq: Any, given: Arguments) -> Plan:
         v_min=options["v_min"] or 0.0,
         **values,
     )
-    sources = [(index, name) for index, name in enumerate(arguments.values()) if constants[name] is None]
+    sources = sources_of(arguments.values(), constants, given, x_seq, time_dim)
     return make_plan(x_seq, rules, numbers, [options[name] for name in RETURNS], sources)
 
 
 _THRESHOLD_OF_LEVELS = "v_threshold with levels"
 _HEIGHT = "height of a spike"  # the constant that replaces v_threshold with levels
-_plan_of = cached_by_signature((*VALUES, *OPTION_NAMES))(_checked)
-_adaptive_plan_of = cached_by_signature((*ADAPTIVE_VALUES, *OPTION_NAMES, "adaptation"))(_checked)
+_NAMES = {False: (*VALUES, *OPTION_NAMES), True: (*ADAPTIVE_VALUES, *OPTION_NAMES, "adaptation")}
+# By whether an adaptation is given, and features.
+_PLANS = {
+    (adapts, differ): cached_by_signature((*names, "features") if differ else names)(_checked)
+    for adapts, names in _NAMES.items()
+    for differ in (False, True)
+}
 
 
 def checked_call(caller: str, x_seq: Tensor, given: Arguments, together: bool = True) -> Call:
@@ -172,7 +208,7 @@ def checked_call(caller: str, x_seq: Tensor, given: Arguments, together: bool = 
 
     `together`: one call of an operator may compute all samples of a vmap.
     """
-    plan = (_adaptive_plan_of if "adaptation" in given else _plan_of)(caller, x_seq, given)
+    plan = _PLANS["adaptation" in given, "features" in given](caller, x_seq, given)
     backend = choose_backend(given["backend"], x_seq.device, caller)
     rules = plan.rules
     v_init, rng_state, residual = given["v_init"], given["rng_state"], given["residual"]

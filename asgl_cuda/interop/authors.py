@@ -30,7 +30,7 @@ class ConvertedLIFLayer(Converted):
         self._basis = Basis(self)
         self.log_width = None
 
-    def read_from(self) -> dict[str, Any]:
+    def dependencies(self) -> dict[str, Any]:
         spike, cell = self.cell.spike_fn, self.cell
         flags = {flag: getattr(cell, flag, False) for flag in ("use_gate", "return_noreset_v")}
         parts = {"cell": cell, "spike_fn": spike, "inv_sg": spike.inv_sg, "spike": getattr(spike, "spike", True)}

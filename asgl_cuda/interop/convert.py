@@ -294,7 +294,7 @@ def _notes_on(layer: Any, in_loop: bool) -> Iterator[str]:
     if isinstance(layer, Converted):
         if not in_loop and (text := layer.advice()) is not None:
             yield text
-        uncalled = layer.read_from()
+        uncalled = layer.dependencies()
     for name, part in uncalled.items():
         modules = part.modules() if isinstance(part, nn.Module) else ()
         if any(getattr(module, hooks) for module in modules for hooks in HOOKS):

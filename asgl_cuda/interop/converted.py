@@ -100,13 +100,13 @@ _MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-FEEDBACK = ("feedback", "rec_connect", "recurrent")  # through which spikes return, in `read_from`: why not, or None
+FEEDBACK = ("feedback", "rec_connect", "recurrent")  # through which spikes return, in `dependencies`: why not, or None
 
 
 class Basis:
     """What a layer was converted from, compared at each call.
 
-    These are the values of `read_from`, with the attributes, tensors and closure of the spike function, and, of all
+    These are the values of `dependencies`, with the attributes, tensors and closure of the spike function, and, of all
     modules among them, whose forward is not called any more, methods and hooks.
 
     Tensors are compared by identity and number of writes, and after a change of either by value: equal values, loaded
@@ -115,7 +115,7 @@ class Basis:
 
     def __init__(self, layer: Converted) -> None:
         self.mark: list[Any] = []  # methods and hooks at the last check
-        self.function = next(iter(layer.read_from().values()))
+        self.function = next(iter(layer.dependencies().values()))
         self.closure = _closure(self.function)
         values, functions, replaced = self._replaced(layer)
         self.names = {name: frozenset(_attributes(each)) for name, each in replaced.items()}
@@ -124,8 +124,8 @@ class Basis:
         self._note(self._read(values, functions))
 
     def _replaced(self, layer: Converted) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-        """The values of `read_from`; the spike function, if computed with, and the modules inside; all modules."""
-        values = layer.read_from()
+        """The values of `dependencies`; the spike function, if computed with, and the modules inside; all modules."""
+        values = layer.dependencies()
         name, function = next(iter(values.items()))
         functions: dict[str, Any] = {}
         if layer.settings.asgl:
@@ -317,7 +317,7 @@ class Converted(Overlay, Noisy):
         del self.settings, self._basis
         self.take_off()
 
-    def read_from(self) -> dict[str, Any]:
+    def dependencies(self) -> dict[str, Any]:
         """What the conversion depends on and what may change, by name: first the spike function, or None."""
         raise NotImplementedError
 

@@ -93,12 +93,12 @@ def fuse(model: nn.Module, *example: Any, inplace: bool = False) -> tuple[nn.Mod
                 vars(layer)[_CONVERTED] = True
             else:
                 layer.end()
-    trial = None if example else _Trial(model, report)
+    outcome = None if example else _Outcome(model, report)
     for path, norm in norms:
         if path in left:
             report.left.append(Left(path, type(norm).__name__, left[path]))
             continue
-        overlay(norm, trial)
+        overlay(norm, outcome)
         if example:
             report.replaced.append(_row(path, joined[path], model.get_submodule(joined[path])))
         else:
@@ -140,7 +140,7 @@ class Fused(Overlay):
 
     prefix = "Fused"
 
-    trial: _Trial | None = None
+    outcome: _Outcome | None = None
     track_running_stats: bool
 
     @classmethod
@@ -157,9 +157,9 @@ class Fused(Overlay):
         input = tensor_of(input, self.original.__name__)
         is_compiling = torch.compiler.is_compiling()
         if not is_compiling:
-            last = _calls.get(id(self)) if self.training or self.trial is not None else None
+            last = _calls.get(id(self)) if self.training or self.outcome is not None else None
             # A checkpoint computes in backward the same as before.
-            if self.trial is not None and self.trial.is_left(self) and not in_backward():
+            if self.outcome is not None and self.outcome.is_left(self) and not in_backward():
                 forward = super().forward
                 if last is None:  # the rest needs the overlay
                     self.end()
@@ -181,7 +181,7 @@ class Fused(Overlay):
         has_time = has_time and hasattr(_base(self.original), "step_mode")  # not of a user's own
         self._check_input_dim(input[0] if has_time else input)
         call = Normal(self, input)
-        if not is_compiling and (self.training or self.trial is not None):
+        if not is_compiling and (self.training or self.outcome is not None):
             _calls[id(self)] = call
         return Pending(call, call, 1 + has_time, input, watched=watched(input))
 
@@ -245,31 +245,31 @@ class Fused(Overlay):
         )
 
     def was_taken(self, layer: Any) -> None:
-        if self.trial is not None and not torch.compiler.is_compiling():
-            self.trial.take(self, layer)
+        if self.outcome is not None and not torch.compiler.is_compiling():
+            self.outcome.join(self, layer)
 
     def was_left(self, reason: str) -> None:
         # In backward a checkpoint may stop before the end.
-        if self.trial is not None and not torch.compiler.is_compiling() and not in_backward():
-            self.trial.leave(self, reason)
+        if self.outcome is not None and not torch.compiler.is_compiling() and not in_backward():
+            self.outcome.leave(self, reason)
 
     def end(self) -> None:
         """Restores the layer, with its current values."""
-        self.__dict__.pop("trial", None)
+        self.__dict__.pop("outcome", None)
         self.take_off()
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, computed by the neurons after it"
 
 
-def overlay(norm: Any, trial: _Trial | None = None) -> None:
-    """Makes a normalisation a `Fused`, undecided with a trial."""
+def overlay(norm: Any, outcome: _Outcome | None = None) -> None:
+    """Makes a normalisation a `Fused`, undecided with an outcome to be found."""
     norm.__class__ = overlaid(Fused, type(norm))
-    if trial is not None:
-        norm.trial = trial
+    if outcome is not None:
+        norm.outcome = outcome
 
 
-class _Trial:
+class _Outcome:
     """What becomes of undecided normalisations, by path; a report of the user's own calls is kept up to date."""
 
     def __init__(self, model: nn.Module, report: Report | None = None) -> None:
@@ -281,7 +281,8 @@ class _Trial:
     def __reduce__(self) -> Any:
         return type(None), ()  # copies of the model are decided
 
-    def take(self, norm: nn.Module, layer: nn.Module) -> None:
+    def join(self, norm: nn.Module, layer: nn.Module) -> None:
+        """Notes that the neurons `layer` took the normalisation."""
         path, of_layer = self.paths.get(norm, ""), self.paths.get(layer, "")
         if path not in self.joined and self.report is not None:
             self.report.replaced.append(_row(path, of_layer, layer))
@@ -315,23 +316,23 @@ def _found(model: nn.Module, paths: list[str], example: tuple[Any, ...]) -> tupl
         left = dict(refused)
         for training in (True, False):
             made = copied(model, model.parameters()).train(training)
-            trial = _Trial(made)
+            outcome = _Outcome(made)
             for path in paths:
                 if path not in refused:
-                    overlay(made.get_submodule(path), trial)
+                    overlay(made.get_submodule(path), outcome)
             try:
                 output = _called(made, example)
             except Exception as error:
                 line = (str(error).splitlines() or [""])[0]
-                new = {path: reason for path, reason in trial.left.items() if path not in refused}
-                new = new or trial.open(f"without its value the forward fails: {type(error).__name__}: {line}")
+                new = {path: reason for path, reason in outcome.left.items() if path not in refused}
+                new = new or outcome.open(f"without its value the forward fails: {type(error).__name__}: {line}")
                 if not new:
                     raise
                 refused |= new
                 break
             tree_map_only(Pending, lambda each: each.tensor("the caller of the model"), output)
-            left |= trial.open("its output stays in the model") | trial.left
-            joined |= trial.joined
+            left |= outcome.open("its output stays in the model") | outcome.left
+            joined |= outcome.joined
         else:
             left |= {path: "the example does not lead to it" for path in paths if path not in joined | left}
             return {path: layer for path, layer in joined.items() if path not in left}, left

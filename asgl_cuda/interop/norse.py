@@ -70,7 +70,7 @@ class ConvertedSNN(Converted):
     def takes_input(self) -> bool:  # type: ignore[override]
         return self.settings.spike is not None and not hasattr(self.p, "tau_syn_inv")
 
-    def read_from(self) -> dict[str, Any]:
+    def dependencies(self) -> dict[str, Any]:
         p, found = self.p, {"function": None, "activation": self.activation}
         found["state_fallback"] = getattr(self.state_fallback, "__func__", self.state_fallback)
         if self.settings.spike is not None:

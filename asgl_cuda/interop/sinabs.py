@@ -107,7 +107,7 @@ class ConvertedLayer(Converted):
         amount = self.reset_fn.subtract_value
         return {"v_reset": None, "reset_amount": self.spike_threshold if amount is None else amount}
 
-    def read_from(self) -> dict[str, Any]:
+    def dependencies(self) -> dict[str, Any]:
         surrogate, reset_fn = self.surrogate_grad_fn, self.reset_fn
         found = {
             "surrogate_grad_fn": surrogate,
@@ -157,7 +157,7 @@ class ConvertedExpLeak(ConvertedLayer):
 
     takes_input = False
 
-    def read_from(self) -> dict[str, Any]:
+    def dependencies(self) -> dict[str, Any]:
         return {"function": None, "min_v_mem": self.min_v_mem}
 
     def _membrane(self, x_seq: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -170,9 +170,9 @@ class ConvertedExpLeak(ConvertedLayer):
 class ConvertedRecurrent(Recurrent, ConvertedLayer):
     """A recurrent layer whose `rec_connect` is a Linear."""
 
-    def read_from(self) -> dict[str, Any]:
+    def dependencies(self) -> dict[str, Any]:
         feedback = lacking(self.rec_connect)
-        return {**super().read_from(), "record_states": self.record_states, "rec_connect": feedback}
+        return {**super().dependencies(), "record_states": self.record_states, "rec_connect": feedback}
 
     def _steps(self, input_data: Tensor) -> Tensor:
         self.check()  # must come before the weight of rec_connect is read

@@ -61,7 +61,7 @@ class ConvertedLeaky(Converted):
     _last: tuple[Tensor, int, Tensor] | None = None  # the potential of a noisy step, its version, and the spikes
     _smallness: tuple[Any, bool] = (), False  # id and version of beta, and whether it is small
 
-    def read_from(self) -> dict[str, Any]:
+    def dependencies(self) -> dict[str, Any]:
         return {
             "spike_grad": self.spike_grad,
             "inhibition": self.inhibition,
@@ -288,8 +288,8 @@ class ConvertedRLeaky(Recurrent, ConvertedLeaky):
     _states: tuple[str, ...] = ("spk", "mem")
     steps_as_before = ConvertedLeaky.steps_as_before  # its own step is no slower
 
-    def read_from(self) -> dict[str, Any]:
-        return {**super().read_from(), "recurrent": lacking(self.recurrent, _RETURNING)}
+    def dependencies(self) -> dict[str, Any]:
+        return {**super().dependencies(), "recurrent": lacking(self.recurrent, _RETURNING)}
 
     def one_step(self, input_: Tensor, spk: Any = None, *states: Any, **named: Any) -> Any:  # type: ignore[override]
         spk = self._before(input_.unsqueeze(0), spk, "spk")
@@ -299,12 +299,12 @@ class ConvertedRLeaky(Recurrent, ConvertedLeaky):
         return spk, *after
 
     def sequence(self, x_seq: Tensor, spk: Any = None, mem: Any = None) -> Any:  # type: ignore[override]
-        if not self._is_known(x_seq):
+        if not self._fits_recurrent_lif(x_seq):
             return self.by_steps(x_seq, spk, mem)
         s_seq, mem_seq, *_ = self._sequence(x_seq, spk, mem)
         return s_seq, mem_seq
 
-    def _is_known(self, x_seq: Tensor) -> bool:
+    def _fits_recurrent_lif(self, x_seq: Tensor) -> bool:
         """Whether `recurrent_lif` takes the layer's values: one, or one a neuron."""
         values = (self.threshold, self.beta, getattr(self, "alpha", None), getattr(self.recurrent, "V", None))
         shape = x_seq.shape[-1:]
@@ -336,7 +336,7 @@ class ConvertedRSynaptic(ConvertedRLeaky, ConvertedSynaptic):  # type: ignore[mi
     _states = ("spk", "syn", "mem")
 
     def sequence(self, x_seq: Tensor, spk: Any = None, syn: Any = None, mem: Any = None) -> Any:  # type: ignore[override]
-        if not self._is_known(x_seq):
+        if not self._fits_recurrent_lif(x_seq):
             return self.by_steps(x_seq, spk, syn, mem)
         alpha, syn = _clamped(self.alpha), self._before(x_seq, syn, "syn")
         s_seq, mem_seq, *weights = self._sequence(x_seq, spk, mem, syn_decay=alpha, i_init=syn)

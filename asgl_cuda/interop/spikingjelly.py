@@ -56,7 +56,7 @@ class ConvertedNode(Converted):
     def time_dim(self) -> int | None:  # type: ignore[override]
         return 0 if self.step_mode == "m" else None
 
-    def read_from(self) -> dict[str, Any]:
+    def dependencies(self) -> dict[str, Any]:
         precision = self.__dict__.get("_neuron_precision")
         return {
             "surrogate_function": self.surrogate_function,
@@ -191,12 +191,12 @@ class ConvertedContainer(Recurrent):
     def _neuron_parameters(self) -> list[tuple[str, nn.Parameter]]:
         return [*super()._neuron_parameters(), *_parts(self)[1].named_parameters(recurse=False)]
 
-    def read_from(self) -> dict[str, Any]:
+    def dependencies(self) -> dict[str, Any]:
         _, node = _parts(self)
         found = {"surrogate_function": None, "sub_module": self.sub_module, "node": type(node)}
         if not _is_neuron(node):  # other modules have no surrogate
             return found
-        found |= ConvertedNode.read_from(node)
+        found |= ConvertedNode.dependencies(node)
         found["store_v_seq"] = getattr(node, "store_v_seq", False)
         if isinstance(self, _WITH_WEIGHTS):
             return {**found, "feedback": lacking(self.rc)}
@@ -306,8 +306,8 @@ class ConvertedClockDrivenNode(ConvertedNode):
     def step_mode(self) -> str:
         return "m" if isinstance(self, _MULTI_STEP) else "s"
 
-    def read_from(self) -> dict[str, Any]:
-        return {**super().read_from(), "Lava": self.__dict__.get("backend") == "lava"}
+    def dependencies(self) -> dict[str, Any]:
+        return {**super().dependencies(), "Lava": self.__dict__.get("backend") == "lava"}
 
     def advice(self) -> str | None:
         if self.step_mode == "m":
@@ -338,7 +338,7 @@ class ConvertedNonSpikingNode(Converted):
     takes_input = False
     time_dim = 0
 
-    def read_from(self) -> dict[str, Any]:
+    def dependencies(self) -> dict[str, Any]:
         return {"function": None}
 
     def forward(self, x_seq: Tensor) -> Any:

@@ -17,12 +17,12 @@ from ..reference.learned import Logit
 from ..reference.records import IN_CURRENT, IN_RESET, IN_THRESHOLD
 from .base import fill_parameter, values_shown
 from .deferred import tensor_of
-from .lif import LIF, LIF_DEFAULTS, LIFOutput, computed
+from .lif import LIF, LIF_DEFAULTS, LIFOutput, computed, without
 from .spiking import Neurons
 
 _CALLER = "asgl_cuda.adaptive_lif"
 # Options of `lif` and `LIF` that adaptive neurons do not have.
-_WITHOUT = {"residual", "residual_gain", *INPUT, *(LIF._options.keys() - Neurons._options.keys())}
+_WITHOUT = without(Neurons, *INPUT)
 _NEURON = [name for name in LIF_DEFAULTS if name not in _WITHOUT]
 
 
@@ -205,8 +205,7 @@ class Adapting(Neurons):
             return given
         adaptation: Sequence[Any] = (self.adapt_decay, self.adapt_potential, self.adapt_spike)
         if self.num_features:
-            time_dim = check_input(x_seq, self.time_dim, self._caller)
-            adaptation = [self._broadcast(value, x_seq, time_dim) for value in adaptation]
+            adaptation = self._for_call(adaptation, x_seq)
         given["adapt_decay"], given["adapt_potential"], given["adapt_spike"] = adaptation
         given["adaptation"] = place_of_w(self.v_reset, self.reset_amount, self.to_threshold)
         return given
@@ -247,7 +246,6 @@ class AdaptiveLIF(Adapting):
 
     _caller = "asgl_cuda.AdaptiveLIF"
     _function = _CALLER
-    _potentials = ("v", "w", "v_seq")
     _states = ("v", "w")
 
     def __init__(
@@ -266,6 +264,6 @@ class AdaptiveLIF(Adapting):
         placed = {name: lif_options.get(name) for name in ("device", "dtype")}
         self._set_up_adaptation(adapt_decay, adapt_potential, adapt_spike, to_threshold, learn_adaptation, **placed)
 
-    def _compute(self, x_seq: Tensor, w_init: Tensor | None = None, **options: Any) -> Tensor | AdaptiveLIFOutput:
+    def _call_function(self, x_seq: Tensor, w_init: Tensor | None = None, **options: Any) -> Tensor | AdaptiveLIFOutput:
         """Calls `asgl_cuda.adaptive_lif`."""
         return run_adaptive(x_seq, self._given(x_seq, self.input_gain, **options), w_init)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal, NoReturn
 
 import torch
@@ -13,6 +13,7 @@ from typing_extensions import Self
 
 from ..backends import BACKENDS, BEST
 from ..checks import (
+    FLOATING_TYPES,
     check_analog_prob,
     check_bool,
     check_device_and_dtype,
@@ -26,7 +27,6 @@ from ..checks import (
     check_sizes,
     check_step,
     check_tensor,
-    expected_shape,
     least_and_most,
     optional,
     read_finite,
@@ -34,7 +34,7 @@ from ..checks import (
     read_values,
     warn_once,
 )
-from ..layout import state_shape
+from ..layout import Features, state_shape
 from ..reference.learned import BOUND, Logarithm, Logit
 from ..torch_modes import transforming
 from .deferred import tensor_of
@@ -154,8 +154,9 @@ class NeuronLayer(Settable):
 
     _caller: ClassVar[str]  # the name of the layer in errors
     _function: ClassVar[str]  # the functional form, for errors
-    _potentials: ClassVar[tuple[str, ...]] = ("v",)  # no buffers: DistributedDataParallel would broadcast them
-    _states: ClassVar[tuple[str, ...]] = ("v",)  # the states that are carried from call to call
+    # Carried from call to call, `{name}_init` and `{name}_last` of the function; no buffers: DistributedDataParallel
+    # would broadcast them.
+    _states: ClassVar[tuple[str, ...]] = ("v",)
     _least_batch: ClassVar[int] = 0  # dimensions of the batch that an input must have
     _constants: ClassVar[tuple[str, ...]] = ("_decay",)  # values of neurons that may be tensors: no buffers, either
     logit_decay: nn.Parameter | None
@@ -183,8 +184,9 @@ class NeuronLayer(Settable):
         caller, granularity = self._caller, given["granularity"]
         check_name("granularity", granularity, _GRANULARITIES, caller)
         check_device_and_dtype(given["device"], given["dtype"], caller)
-        self.num_features = self._features(given["num_features"], granularity)
+        self.num_features = self._checked_features(given["num_features"], granularity)
         self.granularity: Granularity = granularity
+        self._features = Features(granularity == "channel", self.num_features, self._least_batch)
         self._place = torch.empty(0, device=given["device"])  # on the layer's device
         self._keep(given, self._options)
         self.reset()
@@ -193,7 +195,7 @@ class NeuronLayer(Settable):
         for name, value in check_options(given, checks, self._caller).items():
             setattr(self, name, value)
 
-    def _features(self, num_features: Any, granularity: Granularity) -> tuple[int, ...]:
+    def _checked_features(self, num_features: Any, granularity: Granularity) -> tuple[int, ...]:
         sizes = () if num_features is None else check_sizes("num_features", num_features, self._caller)
         if granularity == "layer":
             if sizes:
@@ -264,7 +266,7 @@ class NeuronLayer(Settable):
         return value.sum() if isinstance(value, Tensor) and not self.num_features else value
 
     def _inputs(self, x_seq: Tensor, residual: Tensor | None = None) -> tuple[Tensor, dict[str, Any]]:
-        """The sequences for `_compute` that a call of the layer gives."""
+        """The sequences for `_call_function` that a call of the layer gives."""
         if residual is not None:
             raise TypeError(f"{self._caller}: takes no residual; call layer(x_seq + residual)")
         return tensor_of(x_seq, type(self).__name__), {}
@@ -280,8 +282,10 @@ class NeuronLayer(Settable):
             self.__prepare_scriptable__()
         x_seq, options = self._inputs(x_seq, residual)
         check_tensor("x_seq", x_seq, self._caller)  # a separate call, because `Pending` records who asks for a tensor
+        if x_seq.dtype not in FLOATING_TYPES:
+            check_input(x_seq, self.time_dim, self._caller)  # names the layer, not its function
         if not (self.stateful or self.store_v_seq):
-            return self._compute(x_seq, **options)  # type: ignore[no-any-return]
+            return self._call_function(x_seq, **options)  # type: ignore[no-any-return]
         time_dim = check_input(x_seq, self.time_dim, self._caller)
         if (watch := self._watch) is not None:
             watch.before(x_seq)
@@ -299,7 +303,7 @@ class NeuronLayer(Settable):
             options["return_v_last"] = True
         if self.store_v_seq:
             options["return_v_seq"] = True
-        result = self._compute(x_seq, **options)
+        result = self._call_function(x_seq, **options)
         for name in states:
             set_plain(self, name, getattr(result, f"{name}_last"))
         if self.store_v_seq:
@@ -338,8 +342,11 @@ class NeuronLayer(Settable):
         finally:
             set_plain(self, "stateful", stateful)
 
-    def _compute(self, x_seq: Tensor, **options: Any) -> Any:
-        """Calls the layer's function: with potentials, the sequence first, `{name}_last` of each state, and v_seq."""
+    def _call_function(self, x_seq: Tensor, **options: Any) -> Any:
+        """Calls `_function` with the layer's parameters.
+
+        Returns its output: the sequence, or with potentials a tuple with `{name}_last` of each state, and v_seq.
+        """
         raise NotImplementedError
 
     def _recorded(self, x_seq: Any, residual: Any) -> Any:
@@ -369,37 +376,28 @@ class NeuronLayer(Settable):
             return state if torch.is_inference_mode_enabled() else state.clone()
         return state
 
-    def _broadcast(self, value: Value, x_seq: Tensor, time_dim: int) -> Value:
-        """A parameter of the granularity's shape, reshaped to broadcast against x_seq."""
-        if isinstance(value, (Logarithm, Logit)):
-            return type(value)(self._reshaped(value.stored, x_seq, time_dim)) if self.num_features else value
-        return self._reshaped(value, x_seq, time_dim) if isinstance(value, Tensor) and self.num_features else value
+    def _for_call(self, values: Sequence[Any], x_seq: Tensor) -> Sequence[Any]:
+        """Parameters as a call takes them: as stored, on the device "meta" for an input there."""
+        if not x_seq.is_meta:
+            return values
 
-    def _dims_of_features(self, x_seq: Tensor, time_dim: int) -> list[int]:
-        """The dimensions of x_seq that num_features names."""
-        neuron_dims = [dim for dim in range(x_seq.dim()) if dim != time_dim]
-        return neuron_dims[1:2] if self.granularity == "channel" else neuron_dims[-len(self.num_features) :]
+        def on_meta(value: Any) -> Any:
+            if isinstance(value, (Logarithm, Logit)):
+                return type(value)(on_meta(value.stored))
+            return value.to("meta") if isinstance(value, Tensor) else value
 
-    def _check_features(self, x_seq: Tensor) -> int:
-        """Refuses an input without the dimensions of num_features, also without parameters that have them.
+        return [on_meta(value) for value in values]
 
-        Returns time_dim, non-negative.
-        """
-        time_dim = check_input(x_seq, self.time_dim, self._caller)
-        sizes = [x_seq.shape[dim] for dim in self._dims_of_features(x_seq, time_dim)]
-        if sizes != list(self.num_features) or x_seq.dim() < 1 + self._least_batch + len(sizes):
-            raise ValueError(
-                f"{self._caller}: granularity {self.granularity!r} with num_features {list(self.num_features)} does "
-                f"not fit an input of shape {list(x_seq.shape)} with time_dim {self.time_dim}: "
-                + expected_shape(x_seq, time_dim, self.num_features, self.granularity == "channel")
-            )
-        return time_dim
+    def _broadcast(self, value: Any, x_seq: Tensor) -> Any:
+        """A value of the granularity's shape, reshaped to broadcast against x_seq; any other as it is."""
+        if not isinstance(value, Tensor) or not self.num_features:
+            return value
+        return value.reshape(self._features.shape(x_seq, self.time_dim % x_seq.dim()))
 
-    def _reshaped(self, value: Tensor, x_seq: Tensor, time_dim: int) -> Tensor:
-        shape = [1] * x_seq.dim()
-        for dim, size in zip(self._dims_of_features(x_seq, time_dim), self.num_features, strict=True):
-            shape[dim] = size
-        return (value.to("meta") if x_seq.is_meta else value).reshape(shape)
+    @property
+    def _potentials(self) -> tuple[str, ...]:
+        """The states, and the sequence that a layer may store."""
+        return (*self._states, "v_seq") if "store_v_seq" in self._options else self._states
 
     def reset(self) -> None:
         """Clears potentials: the next call starts at rest."""

@@ -732,7 +732,7 @@ class BatchNormLIF(LIF):
         fill_parameter(self.running_var, 1.0)
         fill_parameter(self.num_batches_tracked, 0)
 
-    def _compute(
+    def _call_function(
         self, x_seq: Tensor, update: bool = True, pending: Pending | None = None, **options: Any
     ) -> Tensor | LIFOutput:
         if self.weight is None and self.running_mean is None:

@@ -334,7 +334,7 @@ class Pending:
         if here != there:
             by_name: Any = given
             values = [getattr(by_name[name], "stored", by_name[name]) for name in VALUES]
-            if any(isinstance(each, Tensor) and each.numel() > 1 for each in values):
+            if "features" in given or any(isinstance(each, Tensor) and each.numel() > 1 for each in values):
                 return f"whose parameters differ, for channels in dimension {there}, not {here}"
             analog_prob = given["analog_prob"]
             if not x.is_contiguous() and (isinstance(analog_prob, Tensor) or analog_prob > 0):

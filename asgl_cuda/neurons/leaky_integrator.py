@@ -13,8 +13,17 @@ from ..backends import BACKENDS, backend_of, choose_backend, operators_of
 from ..backends.derivatives import DERIVATIVES
 from ..backends.ops import ForwardResult, with_gaps
 from ..calls.cache import cached_by_signature
-from ..calls.plan import Plan, make_plan, tensors_of
-from ..checks import check_bool, check_input, check_keywords, check_not_nan, check_options, check_v_init, check_values
+from ..calls.plan import Plan, make_plan, sources_of, tensors_of
+from ..checks import (
+    check_bool,
+    check_features,
+    check_input,
+    check_keywords,
+    check_not_nan,
+    check_options,
+    check_v_init,
+    check_values,
+)
 from ..layout import is_dense
 from ..reference.learned import Logit
 from ..reference.neurons import integrator_reference
@@ -95,17 +104,26 @@ def _differentiated(operator: Any, below: Any, *arguments: Any) -> ForwardResult
 DERIVATIVES["integrator_forward"] = _differentiated
 
 
-@cached_by_signature((*_VALUES, "time_dim", *_OPTIONS))
-def _plan_of(caller: str, x_seq: Tensor, given: _Arguments) -> Plan:
+def _checked(caller: str, x_seq: Tensor, given: _Arguments) -> Plan:
     """Checks everything independent of tensor values."""
     time_dim = check_input(x_seq, given["time_dim"], caller)
+    if (features := given.get("features")) is not None:
+        check_features(features, x_seq, time_dim, caller)
     options = check_options(given, _OPTIONS, caller)
-    constants = check_values(given, _VALUES, x_seq, caller)
+    constants = check_values(given, _VALUES, x_seq, caller, features)
     rules = _RULES.changed(logit_decay=int(isinstance(given["decay"], Logit)), time_dim=time_dim)
     values = {name: 0.0 if constant is None else constant for name, constant in constants.items()}
     numbers = Numbers(**{**_NUMBERS, "v_rest": options["v_rest"], **values})
-    sources = [(index, name) for index, name in enumerate(_VALUES) if constants[name] is None]
+    sources = sources_of(_VALUES, constants, given, x_seq, time_dim)
     return make_plan(x_seq, rules, numbers, (options["return_v_last"],), sources, (options["delay"],))
+
+
+_NAMES = *_VALUES, "time_dim", *_OPTIONS
+# By whether features are given, as by layers whose decays differ.
+_PLANS = {
+    False: cached_by_signature(_NAMES)(_checked),
+    True: cached_by_signature((*_NAMES, "features"))(_checked),
+}
 
 
 def leaky_integrator(
@@ -167,7 +185,7 @@ def leaky_integrator(
 
 def _computed(caller: str, x_seq: Tensor, given: _Arguments) -> Tensor | IntegratorOutput:
     """The result of `leaky_integrator`."""
-    plan = _plan_of(caller, x_seq, given)
+    plan = _PLANS["features" in given](caller, x_seq, given)
     numbers, time_dim = plan.numbers, plan.rules.time_dim
     backend = choose_backend(given["backend"], x_seq.device, caller)
     v_init = given["v_init"]
@@ -260,14 +278,16 @@ class LeakyIntegrator(NeuronLayer):
         self.decay = self._decay
         self.reset()
 
-    def _compute(self, x_seq: Tensor, **options: Any) -> Tensor | IntegratorOutput:
+    def _call_function(self, x_seq: Tensor, **options: Any) -> Tensor | IntegratorOutput:
         decay = self._decay_value()
-        if self.num_features:
-            decay = self._broadcast(decay, x_seq, self._check_features(x_seq))
         given: _Arguments = {
             "decay": decay, "input_gain": self.input_gain, "v_rest": self.v_rest, "delay": self.delay,
-            "v_init": None, "time_dim": self.time_dim, "return_v_last": False, "backend": self.backend, **options,
+            "v_init": None, "time_dim": self.time_dim, "return_v_last": False, "backend": self.backend,
+            **options,
         }  # fmt: skip
+        if self.num_features:
+            (given["decay"],) = self._for_call([decay], x_seq)
+            given["features"] = self._features
         return _computed(self._caller, x_seq, given)
 
     def extra_repr(self) -> str:

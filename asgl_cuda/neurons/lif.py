@@ -537,11 +537,15 @@ class LIF(Neurons):
             if not isinstance(residual, Tensor) or (residual.shape, residual.dtype) != (x_seq.shape, x_seq.dtype):
                 return x_seq.tensor(name), {"residual": residual}
             x_seq = x_seq + residual
-        if isinstance(x_seq, Pending) and type(self)._compute is LIF._compute and type(self)._given is LIF._given:
+        if (
+            isinstance(x_seq, Pending)
+            and type(self)._call_function is LIF._call_function
+            and type(self)._given is LIF._given
+        ):
             return x_seq.x, {"pending": x_seq}
         return tensor_of(x_seq, name), {}
 
-    def _compute(
+    def _call_function(
         self, x_seq: Tensor, update: bool = True, pending: Pending | None = None, **options: Any
     ) -> Tensor | LIFOutput:
         """Calls `asgl_cuda.lif`; without `update` the layer's state stays unchanged."""
@@ -549,6 +553,11 @@ class LIF(Neurons):
         if pending is None:
             return computed(self._caller, x_seq, given)
         return computed_after(pending, self, self._caller, given, update)
+
+
+def without(layer: type[Neurons], *arguments: str) -> set[str]:
+    """Options of `lif` and `LIF` that another neuron lacks: these arguments, a residual, what is not in its table."""
+    return {"residual", "residual_gain", *arguments, *(LIF._options.keys() - layer._options.keys())}
 
 
 def unknown_options(layer: NeuronLayer, known: Collection[str]) -> str:

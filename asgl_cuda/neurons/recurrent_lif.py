@@ -37,13 +37,10 @@ from ..torch_modes import apply, apply_here, grads_are_zeros, is_differentiated,
 from .adaptive_lif import Adapting, AdaptiveLIF, pair_of_states, place_of_w
 from .base import values_shown
 from .deferred import tensor_of
-from .lif import LIF_DEFAULTS
+from .lif import LIF_DEFAULTS, without
 from .spiking import Neurons
 
 _CALLER = "asgl_cuda.recurrent_lif"
-# Options of `lif` and `LIF` that recurrent neurons do not have.
-_WITHOUT = {"residual", "residual_gain", "input_bias", "input_mean", "levels", "multi_spike", "v_min"}
-_NEURON = [name for name in LIF_DEFAULTS if name not in _WITHOUT]
 _ROWS = "width", "decay", "v_threshold", "v_reset", "reset_amount", "adapt_decay", "adapt_potential", "adapt_spike"
 
 
@@ -206,10 +203,6 @@ def recurrent_lif(
             "adaptation": place,
         }  # fmt: skip
     return _computed(tensor_of(x_seq, _CALLER), recurrence, given)
-
-
-# The keyword arguments, for errors and hints.
-_KNOWN = *_NEURON, *(recurrent_lif.__kwdefaults__ or {})
 
 
 class _Recurrence(NamedTuple):
@@ -387,7 +380,6 @@ class RecurrentLIF(Adapting):
 
     _caller = "asgl_cuda.RecurrentLIF"
     _function = _CALLER
-    _potentials = ("v", "s", "i", "w", "v_seq")
     _states = ("v", "s", "i", "w")
     _weights = ("recurrent_weight", "recurrent_bias")
     _constants = (*Adapting._constants, "_syn_decay")
@@ -481,7 +473,7 @@ class RecurrentLIF(Adapting):
         """The synapse's decay per step, a tensor in the shape of the parameter if learned; None without a synapse."""
         return self._syn_decay if self.logit_syn_decay is None else Logit(self.logit_syn_decay).value()
 
-    def _compute(
+    def _call_function(
         self,
         x_seq: Tensor,
         s_init: Tensor | None = None,
@@ -500,7 +492,7 @@ class RecurrentLIF(Adapting):
             weight = weight.masked_fill(torch.eye(self.hidden_size, dtype=torch.bool, device=weight.device), 0.0)
         syn_decay: Any = self.syn_decay
         if self.num_features:
-            syn_decay = self._broadcast(syn_decay, x_seq, check_input(x_seq, self.time_dim, self._caller))
+            (syn_decay,) = self._for_call([syn_decay], x_seq)
         recurrence = _Recurrence(weight, self.recurrent_bias, syn_decay, s_init, i_init, w_init, self.detach_recurrent)
         return _computed(x_seq, recurrence, self._given(x_seq, self.input_gain, **options))
 
@@ -514,3 +506,9 @@ class RecurrentLIF(Adapting):
 
     def _has(self, name: str) -> bool:
         return self.recurrent_bias is not None if name == "bias" else self.autapses
+
+
+# Options of `lif` and `LIF` that recurrent neurons lack, and the keyword arguments, for errors and hints.
+_WITHOUT = without(RecurrentLIF, "input_bias", "input_mean")
+_NEURON = [name for name in LIF_DEFAULTS if name not in _WITHOUT]
+_KNOWN = *_NEURON, *(recurrent_lif.__kwdefaults__ or {})

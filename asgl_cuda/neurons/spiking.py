@@ -38,7 +38,6 @@ class Neurons(NeuronLayer, Noisy):
     Layers add options to `_options`: without, neurons emit one spike a step, of height 1, and have no floor.
     """
 
-    _potentials: ClassVar[tuple[str, ...]] = ("v", "v_seq")
     _constants: ClassVar[tuple[str, ...]] = (*NeuronLayer._constants, "_width", "_v_threshold", *_OF_RESET)
     _options: ClassVar[dict[str, Callable[..., Any]]] = {
         **NeuronLayer._options,
@@ -186,10 +185,9 @@ class Neurons(NeuronLayer, Noisy):
         """The arguments of `asgl_cuda.lif`: the layer's and the given ones."""
         values: Sequence[Any] = *self._values(), self.v_reset, self.reset_amount
         if self.num_features:
-            time_dim = self._check_features(x_seq)
-            values = [self._broadcast(value, x_seq, time_dim) for value in values]
+            values = self._for_call(values, x_seq)
         width, decay, v_threshold, v_reset, reset_amount = values
-        return {
+        given: Arguments = {
             "decay": decay, "v_threshold": v_threshold, "v_reset": v_reset, "reset_amount": reset_amount,
             "v_rest": self.v_rest, "width": width, "surrogate": self.surrogate, "surrogate_gain": self.surrogate_gain,
             "analog_prob": self.analog_prob_of_call(x_seq), "rng_state": None, "generator": generator,
@@ -200,6 +198,9 @@ class Neurons(NeuronLayer, Noisy):
             "return_v_last": return_v_last, "return_v_seq": return_v_seq, "return_h_seq": return_h_seq,
             "backend": self.backend,
         }  # fmt: skip
+        if self.num_features:
+            given["features"] = self._features
+        return given
 
     def extra_repr(self) -> str:
         learned = {"width": self.log_width, "decay": self.logit_decay, "v_threshold": self.threshold}

@@ -46,6 +46,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,6 +55,12 @@ from ..layout import real_type
 from .noise import analog_mask_below, states_of_steps
 from .records import IN_CURRENT, IN_RESET, IN_THRESHOLD, Numbers, Parameters, Rules
 from .surrogates import INTEGER, SURROGATES, clamped, detached, periodic_distance, with_gradient_of
+
+
+def _time_first(value: Any, x_seq: Tensor, time_dim: int) -> Tensor:
+    """A parameter that broadcasts against x_seq, with time in front."""
+    tensor = torch.as_tensor(value, dtype=real_type(x_seq.dtype), device=x_seq.device)
+    return tensor[(None,) * (x_seq.dim() - tensor.dim())].movedim(time_dim, 0)
 
 
 def lif_reference(
@@ -72,15 +79,12 @@ def lif_reference(
     if not counts:
         cumulative = next(each.cumulative for each in SURROGATES.values() if each.id == rules.surrogate)
 
-    def by_step(name: str) -> Tensor:
-        value = getattr(parameters, name)
-        if value is None:
-            value = getattr(numbers, name)
-        tensor = torch.as_tensor(value, dtype=real, device=x_seq.device)
-        return tensor[(None,) * (x_seq.dim() - tensor.dim())].movedim(time_dim, 0)
-
     *names, _ = Parameters._fields
-    width, decay, v_threshold, reset, input_gain, input_bias, input_mean = map(by_step, names)
+    given = (getattr(parameters, name) for name in names)
+    values = (getattr(numbers, name) if value is None else value for name, value in zip(names, given, strict=True))
+    width, decay, v_threshold, reset, input_gain, input_bias, input_mean = (
+        _time_first(value, x_seq, time_dim) for value in values
+    )
     inverse_width = 1 / width
     x = x_seq.to(real).movedim(time_dim, 0)
     r = None if parameters.residual is None else parameters.residual.to(real).movedim(time_dim, 0)
@@ -198,14 +202,14 @@ def integrator_reference(
     real = real_type(x_seq.dtype)
     x = x_seq.to(real).movedim(time_dim, 0)
 
-    def by_step(value: Tensor | float) -> Sequence[Tensor]:
-        tensor = torch.as_tensor(value, dtype=real, device=x_seq.device)
-        steps = tensor[(None,) * (x_seq.dim() - tensor.dim())].movedim(time_dim, 0)
+    def per_step(value: Tensor | float) -> Sequence[Tensor]:
+        """A parameter's value at each step."""
+        steps = _time_first(value, x_seq, time_dim)
         return [steps[0]] * len(x) if len(steps) == 1 else list(steps)
 
     v = torch.full_like(x[0], v_rest) if v_init is None else v_init
     v_seq = [v]
-    for x_t, decay_t, gain_t in zip(x, by_step(decay), by_step(input_gain), strict=True):
+    for x_t, decay_t, gain_t in zip(x, per_step(decay), per_step(input_gain), strict=True):
         v = (v_rest + decay_t * (v - v_rest)) + gain_t * x_t
         v_seq.append(v)
     return torch.stack(v_seq[:-1] if delay else v_seq[1:]).movedim(0, time_dim).to(x_seq.dtype), v

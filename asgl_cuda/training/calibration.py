@@ -110,7 +110,7 @@ def calibrate(model: nn.Module, x_seq: Any, rate: float = 0.2) -> Calibration:
     for site in before:
         if not trial.is_reached(site, after.get(site, math.nan)):
             seen = f"{after.get(site)} at the factor {site.factor:.3g}, and another one in other runs"
-            raise trial.refused(site, seen)
+            raise trial.error_at(site, seen)
     for site in before:
         with torch.no_grad():
             model.get_parameter(site.weight).mul_(site.factor)
@@ -242,7 +242,7 @@ class _Trial:
             seen = (f"{rates[power]:.3g} at the factor {2**power:.3g}" for power in (min(rates), max(rates)))
             is_elsewhere = least < most and not least < self._rate < most
             advice = f"; rates from {least:.3g} to {most:.3g} were found" if is_elsewhere else ""
-            raise self.refused(site, " and ".join(seen) + advice)
+            raise self.error_at(site, " and ".join(seen) + advice)
         output = _cut(self._again(site, 2**best)[-1])
         site.factor *= 2**best
         site.found = rates[best]
@@ -280,7 +280,8 @@ class _Trial:
         """Whether it is the rate, or the nearest that was found."""
         return min(abs(measured - self._rate), abs(measured - site.found)) <= site.tolerance
 
-    def refused(self, site: _Site, seen: str) -> ValueError:
+    def error_at(self, site: _Site, seen: str) -> ValueError:
+        """That no factor leads to the rate; `seen` are the rates found."""
         return ValueError(
             f"{_CALLER}: {site.layer or 'the model'}: no factor on {site.weight} makes it fire at {self._rate:g}; the "
             f"rate is {seen}"

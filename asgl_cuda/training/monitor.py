@@ -82,10 +82,10 @@ def _shares_of_lif(
     if isinstance(layer, LIF):  # whose running statistics a call may update
         more = {**more, "update": False}
     potentials = {"return_h_seq": True, "return_v_seq": layer.v_min is not None}
-    again: Any = layer._compute(x_seq, generator=generator, **potentials, **states, **more)
+    again: Any = layer._call_function(x_seq, generator=generator, **potentials, **states, **more)
     h_seq = again.h_seq
     given: Any = (layer.width, layer.v_threshold, layer.decay, layer.v_reset, layer.reset_amount)
-    values: list[Any] = [layer._broadcast(each, x_seq, time_dim) for each in given]
+    values: list[Any] = [layer._broadcast(each, x_seq) for each in given]
     # In the dtype of the computation, for equal spikes.
     width, threshold, decay, v_reset, amount = (
         value.to(h_seq) if isinstance(value, Tensor) else value for value in values

@@ -142,9 +142,9 @@ struct SettledStep {
     return Model::fire(h, noise.is_analog(k, j), neuron.now(j), firing);
   }
 
-  // From x to h, and from v before step k to v after it.
+  // Step k: charges to h, fires and resets; v is the potential before, then after it.
   template <class Noise>
-  __device__ __forceinline__ void compute(const Row& x, const Row& r, const Noise& noise, int k, Row& v, Row& h) const {
+  __device__ __forceinline__ void advance(const Row& x, const Row& r, const Noise& noise, int k, Row& v, Row& h) const {
 #pragma unroll
     for (int j = 0; j < kLanes; ++j) {
       const Real c = input_current<kInput>(x[j], neuron.now(j), residual_gain, r[j]);
@@ -227,11 +227,12 @@ __device__ __forceinline__ uint32 store_own_sums(const BackwardParams<Scalar>& p
   return of_all;
 }
 
-// Stores the block's sums: a warp has every kWarps-th parameter. All threads of the block must call this.
+// Adds the threads' sums up and stores those of the block: a warp has every kWarps-th parameter. All threads of the
+// block must call this.
 template <int kLanes, int kNumSums, class Scalar, class Real, int kOwn>
-__device__ __forceinline__ void store_settled_sums(const BackwardParams<Scalar>& params, uint32 wanted,
-                                                   const Real (&sums)[kNumParameters][kOwn],
-                                                   ThreadSums<Real>* thread_sums) {
+__device__ __forceinline__ void store_block_sums(const BackwardParams<Scalar>& params, uint32 wanted,
+                                                 const Real (&sums)[kNumParameters][kOwn],
+                                                 ThreadSums<Real>* thread_sums) {
 #pragma unroll
   for (int id = 0; id < kNumSums; ++id) {
     if (has(wanted, id)) thread_sums[id].values[threadIdx.x] = sums[id][0];
@@ -347,7 +348,7 @@ __global__ void __launch_bounds__(kBlockThreads, kSettledBackwardBlocks<Scalar, 
             Real x_k[kLanes], r_k[kLanes];
             x[k].unpack(x_k);
             if constexpr (kResidual) r[k].unpack(r_k);
-            step.compute(x_k, r_k, few, k, v, h[k].values);
+            step.advance(x_k, r_k, few, k, v, h[k].values);
             if (!kInRegisters) potentials[first + k][threadIdx.x] = h[k];
           }
           if (!kInRegisters) load_x(k + kSteps < left, k);
@@ -417,7 +418,7 @@ __global__ void __launch_bounds__(kBlockThreads, kSettledBackwardBlocks<Scalar, 
   if constexpr (kOwn > 1) of_all = store_own_sums(params, wanted, index, sums, thread_sums);
   if (of_all == 0) return;
   if (!kInRegisters || kOwn > 1) __syncthreads();  // the sums overwrite potentials and repeated sums
-  store_settled_sums<kLanes, kNumSums>(params, of_all, sums, thread_sums);
+  store_block_sums<kLanes, kNumSums>(params, of_all, sums, thread_sums);
 }
 
 // Stores the block's sum of a parameter at step t, 0 for all steps, by way of shared memory. All threads of the block

@@ -1,6 +1,6 @@
 // A learned width is stored as its logarithm, a learned decay as its logit. Kernels convert stored values where they
 // read them and apply the derivatives where they sum gradients, so that neither costs a launch. All backends and
-// asgl_cuda/learned.py do the same operations, for equal bits.
+// asgl_cuda/reference/learned.py do the same operations, for equal bits.
 #pragma once
 
 #include "math/float_math.h"

@@ -1,5 +1,6 @@
-// The surrogates as unit-width cumulative functions F and their slopes f = F' (asgl_cuda/surrogate.py has F in
-// PyTorch). A new one needs an id and a SurrogateMath here, F there, and its name in the docstring of lif.
+// The surrogates as unit-width cumulative functions F and their slopes f = F' (F in PyTorch is in
+// asgl_cuda/reference/surrogates.py). A new one needs an id and a SurrogateMath here, F there, and its name in the
+// docstring of lif.
 #pragma once
 
 #include "math/float_math.h"

@@ -1,5 +1,5 @@
 // Kernels for torch's autograd keys. A call without gradients redispatches to the backend; any other goes to the Python
-// kernel of asgl_cuda/derivatives.py. The Python kernel alone would add 8 us to each call of a compiled graph.
+// kernel of asgl_cuda/backends/derivatives.py. The Python kernel alone would add 8 us to each call of a compiled graph.
 #pragma once
 
 #include <ATen/core/LegacyTypeDispatch.h>

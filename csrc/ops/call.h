@@ -34,7 +34,7 @@ inline int64_t checkpoint_elements(const SequenceShape& shape, int64_t members) 
   return members * checkpoint_stride(shape) + 2;
 }
 
-// Arguments of operators, in the order of the fields of Numbers and Rules in asgl_cuda/reference.py.
+// Arguments of operators, in the order of the fields of Numbers and Rules in asgl_cuda/reference/records.py.
 struct Numbers {
   double constants[kNumParameters];  // in the order of ParameterId, 0 where the parameter is a tensor
   double residual_gain, v_rest, surrogate_gain, v_min;

@@ -129,7 +129,7 @@ inline constexpr auto draw_rng_state = [](const Tensor& fresh) {
   return at::randint(std::numeric_limits<int64_t>::max(), {2}, fresh.options());
 };
 
-// The schemas are in asgl_cuda/ops.py.
+// The schemas are in asgl_cuda/backends/ops.py.
 template <class Library>
 void implement_neuron(Library& m, const Launcher* launcher) {
   m.impl("draw_rng_state", draw_rng_state);

@@ -282,7 +282,7 @@ def test_accepted_arguments_stand_for_no_others(monkeypatch):
     monkeypatch.setattr(cache, "_MOST_PLANS", 3)
     for number in range(9):
         asgl_cuda.lif(X, v_rest=number / 8)
-    assert len(inspect.getclosurevars(plan._plan_of).nonlocals["plans"]) <= 3
+    assert len(inspect.getclosurevars(plan._PLANS[False, False]).nonlocals["plans"]) <= 3
 
 
 def test_bad_arguments_of_analog_mask():

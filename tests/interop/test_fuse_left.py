@@ -261,8 +261,8 @@ def test_code_that_takes_tensors_alone():
 class Slower(asgl_cuda.LIF):
     """Uses its input."""
 
-    def _compute(self, x_seq, update=True, **options):
-        return super()._compute(x_seq / 2, update, **options)
+    def _call_function(self, x_seq, update=True, **options):
+        return super()._call_function(x_seq / 2, update, **options)
 
 
 def jelly(made, mode="m"):

@@ -286,7 +286,7 @@ def assert_same_spikes(model, x_seq, s_seq):
     margins = []
 
     def measure(layer, inputs):
-        output = layer._compute(inputs[0], update=False, return_h_seq=True)
+        output = layer._call_function(inputs[0], update=False, return_h_seq=True)
         margins.append((output.h_seq - layer.v_threshold).abs().min())
 
     for layer in (layer for layer in model.modules() if isinstance(layer, LIF)):

@@ -409,7 +409,7 @@ def test_tdbn(backend, device):
     """Zheng et al. multiply the normalised input by alpha * v_threshold."""
     layer = asgl_cuda.BatchNormLIF(3, v_threshold=0.8, input_scale=0.5 * 0.8, decay=0.0, backend=backend).to(device)
     x_seq = torch.randn(4, 2, 3, 5, device=device)
-    output = layer._compute(x_seq, 0, return_h_seq=True)
+    output = layer._call_function(x_seq, 0, return_h_seq=True)
     h_seq = output.h_seq.movedim(2, 0).flatten(1)
     torch.testing.assert_close(h_seq.std(dim=1, correction=0), torch.full((3,), 0.4, device=device), rtol=1e-4, atol=0)
 

@@ -296,8 +296,8 @@ def builder(planned: Plan, package: Path) -> type[cpp_extension.BuildExtension]:
     return Build
 
 
-def main(csrc: Path, directory: Path) -> None:
-    """Compiles the sources there to `asgl_cuda` in the directory, where `objects` serve the next time."""
+def build(csrc: Path, directory: Path) -> None:
+    """Compiles the sources in `csrc` to `asgl_cuda` in the directory, and keeps the objects there for the next time."""
     planned = plan(csrc, wanted_build())
     command = builder(planned, directory)(Distribution({"ext_modules": [planned.extension]}))
     command.build_lib, command.build_temp = str(directory), str(directory / "objects")
@@ -306,4 +306,4 @@ def main(csrc: Path, directory: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:]))
+    build(*map(Path, sys.argv[1:]))
