@@ -176,7 +176,7 @@ def _without_time(output: Tensor, x_t: Tensor, time_dim: int) -> Tensor:
 
 
 def step(model: nn.Module, x_t: Tensor, *, time_dim: int | None = None) -> Any:
-    """Calls a model for one time step. Input and output have no time, and the layers carry their states to the next.
+    """Calls a model for one time step. Input and output have no time dimension, and layers keep their states.
 
     T calls compute the same as one call with the whole sequence. In evaluation the bits of neurons are the same. The
     layers of asgl_cuda need not be stateful. After `asgl_cuda.reset(model)` they start at rest again, and
@@ -191,12 +191,12 @@ def step(model: nn.Module, x_t: Tensor, *, time_dim: int | None = None) -> Any:
         x_t: the input of the step, `[B, ...]`.
         time_dim: dimension of time in the model's input and output; default as in the layers, else 0.
 
-    Returns the model's output, with each tensor in tuples, lists and dicts without time.
+    Returns the model's output. All tensors, also in tuples, lists and dicts, are without the time dimension.
 
     Raises TypeError if an argument is not a module or not a tensor, ValueError if layers differ in time_dim or the
-    output has no time, and RuntimeError if a layer can't carry its state from call to call, is called twice in a step,
-    gets its state from the caller, or is reset by the model's own forward. After an error some layers may have taken
-    the step, so reset the model.
+    output has no time dimension, and RuntimeError if a layer can't carry its state from call to call, is called twice
+    in a step, gets its state from the caller, or is reset by the model's own forward. After an error some layers may
+    have taken the step, so reset the model.
 
     Example::
 

@@ -170,11 +170,11 @@ def microbench(report: Report) -> list[str]:
     return [
         *markdown_table(head, rows),
         "",
-        "The next table has the ordinary LIF neuron, without noise and learned width, which the other libraries also "
-        "compute. The other libraries use their default surrogates, and asgl_cuda a rectangle or, in one row, a "
-        "sigmoid. Backends of other libraries for GPUs are not shown. The last five columns are seconds of compiling: "
-        "of the first call at T = 4 and at T = 16, and at T = 4 of the first call with another batch size, with a "
-        "third batch size, and with one time step more.",
+        "The next table has the ordinary LIF neuron, without noise and with a fixed width, which the other libraries "
+        "also compute. The other libraries use their default surrogates, and asgl_cuda a rectangle or, in one row, a "
+        "sigmoid. Backends of other libraries for GPUs are not shown. The last five columns are the seconds that "
+        "compiling takes: in the first call at T = 4 and at T = 16, and then, at T = 4, in the first call with another "
+        "batch size, with a third batch size, and with one more time step.",
         "",
         *markdown_table(
             ["", *(f"T = {size['steps']}" for size in sizes), "first, T = 4", "T = 16", "batch", "third", "T = 5"],
@@ -377,14 +377,15 @@ def demo(report: Report) -> list[str]:
 
 
 def learned_values(report: Report) -> Report:
-    """The range of mean accuracies over all first widths and optimizers, by what happens to the width."""
+    """The worst and the best mean accuracy over all initial widths and optimizers, by what happens to the width."""
     head, rows = widths.robustness_summary(report)
     found = {
         method: [float(cell) for name, *cells in rows for cell in cells if name.endswith(f"sigmoid, {arm}")]
         for method, arm in (("fixed", widths.SG), ("learned", widths.LEARNED))
     }
-    ranges = {method: between(values, ".0f", ".0f") for method, values in found.items()}
-    return {**ranges, "narrowest": head[1], "widest": head[-1]}
+    worst = {f"worst_{method}": min(values) for method, values in found.items()}
+    best = {f"best_{method}": max(values) for method, values in found.items()}
+    return {**worst, **best, "narrowest": head[1], "widest": head[-1]}
 
 
 def memory(report: Report) -> list[str]:
@@ -434,8 +435,9 @@ def robustness(report: Report) -> list[str]:
 def robustness_values(report: Report) -> Report:
     sets = dict.fromkeys(key.split()[0] for key in report["runs"])
     return {
+        "sets": len(sets),
         "kinds": ", ".join(f"{name} ({SOURCES[name].kind})" for name in sets),
-        "optimizers": ", ".join(f"{name} at {rate:g}" for name, rate in report["settings"]["rates"].items()),
+        "optimizers": ", ".join(f"{name} {rate:g}" for name, rate in report["settings"]["rates"].items()),
     }
 
 
@@ -486,7 +488,7 @@ class Section(NamedTuple):
 ON = "on {on}, {date}"
 LAYER = f"Forward and backward, nanoseconds per element, {ON}:"
 COST = "training runs took {minutes:.0f} minutes on one core:"
-STUDIED = f"Mean of {{seeds}} seeds; {{trainings:,}} {COST}"
+STUDIED = f"Mean of {{seeds}} seeds. {{trainings:,}} {COST}"
 FAST = (
     "In the five networks [below](#speed-and-memory), with LIF neurons of asgl_cuda, a training step is {eager} "
     "times as fast as with the neurons of SpikingJelly, snnTorch, Norse or sinabs, and {compiled} times as fast as "
@@ -494,26 +496,31 @@ FAST = (
 )
 LEARNED = (
     "The width of the surrogate gradient is learned with the weights. We trained with SGD and Adam, from initial "
-    "widths of {narrowest} to {widest}, with a sigmoid as surrogate. Depending on these choices, the mean accuracy "
-    "over five small data sets was {learned} % with a learned width, and {fixed} % with a fixed one "
-    "([table](docs/measured.md#the-first-width)). A learned sigmoid is the default."
+    "widths of {narrowest} to {widest}, with a sigmoid as surrogate. Averaged over five small data sets, the worst "
+    "accuracy was {worst_learned:.0f} % with a learned width and {worst_fixed:.0f} % with a fixed one, and the best "
+    "{best_learned:.0f} and {best_fixed:.0f} % ([table](docs/measured.md#the-first-width)). By default the layers of "
+    "asgl_cuda have a sigmoid whose width is learned."
 )
 STEPS = (
     "Milliseconds per training step: eager / after `torch.compile`, which took {compiling} s per network. Measured in "
-    f"float32 {ON}, with {{peers_in_words}}. *ASGL* and *LIF* are asgl_cuda's neurons, *ASGL* with noise and a learned "
-    "width, both with a rectangle as surrogate. *loop* is plain PyTorch. All columns but *ASGL* compute the same LIF "
-    "neuron; {firing} % of the neurons spike per time step. At T = 100 we compiled a single time step, because "
-    "compiling whole sequences takes long: {long_first_seconds:.0f} s for one layer of {long_layer} at "
-    "T = {long_steps}. A dash: not compiled."
+    f"float32 {ON}, with {{peers_in_words}}. *LIF* is asgl_cuda's neuron with a fixed width and without noise, and "
+    "*ASGL* the same neuron with a learned width and noise. Both have a rectangle as surrogate. *loop* is plain "
+    "PyTorch. All columns but *ASGL* compute the same LIF neuron; {firing} % of the neurons spike per time step. "
+    "Compiling long sequences takes long: {long_first_seconds:.0f} s for one layer of {long_layer} at "
+    "T = {long_steps}. At T = 100 we therefore compiled a single time step. A dash marks layers that contain the loop "
+    "over time themselves, so that a single step of them can't be compiled."
 )
 LAYERS = (
-    f"One layer, forward and backward, nanoseconds per element, {ON}. *floor*: two element-wise multiplications. "
-    "*bytes*: memory kept per element for backward. Compiling takes {compiling} s, and up to {again:.0f} s more for "
-    "another batch size or another T ([each](docs/measured.md#one-layer))."
+    f"One layer, forward and backward, nanoseconds per element, {ON}. *floor* is the time of two element-wise "
+    "multiplications, and *bytes* the memory kept per element for backward. In a pair, the second figure is after "
+    "`torch.compile`. The first call then takes {compiling} s to compile, and up to {again:.0f} s more when batch size "
+    "or T changes ([times of each](docs/measured.md#one-layer)). At T = 128 nothing was compiled, because that takes "
+    "long."
 )
 GAIN = (
     "in the networks below without recurrence, converted SpikingJelly networks train {jelly} times as fast as "
-    "before, and snnTorch networks with `MultiStep` {snntorch} times as fast. After `fuse`, networks with "
+    "before. snnTorch networks whose layers take whole sequences, in "
+    "[`MultiStep`](docs/reference/neurons.md#multistep), train {snntorch} times as fast. After `fuse`, networks with "
     "normalisations train {fused} times as fast as after `convert` alone. A merged normalisation keeps {kept:.0f} "
     "instead of {kept_apart:.0f} bytes per neuron and time step for backward."
 )
@@ -545,26 +552,27 @@ SECTIONS = {
         f"How many times as fast, for {{elements:,}} elements, {ON}:",
     ),
     "calibration": Section(
-        "calibration", calibrated, f"After {{steps}} steps, mean of {{seeds}} seeds; {{count}} {COST}"
+        "calibration", calibrated, f"Accuracy after {{steps}} steps, averaged over {{seeds}} seeds. {{count}} {COST}"
     ),
     "width_robustness": Section(
         "width_robustness",
         robustness,
-        f"After {{steps}} steps, mean of {{kinds}} and {{seeds}} seeds; {{optimizers}}. {{trainings:,}} {COST}",
+        f"Accuracy after {{steps}} steps, averaged over {{sets}} data sets and {{seeds}} seeds. Data sets: {{kinds}}. "
+        f"Learning rates: {{optimizers}}. {{trainings:,}} {COST}",
         robustness_values,
     ),
     "width_step": Section("width_step", width_step, STUDIED),
     "residual_network": Section(
         "residual_network",
         study(residual_rows, *(f"{each}, width 10, {arm}" for each in ("SGD", "Adam") for arm in ("SG", "learned"))),
-        f"{{parameters:,}} parameters, T = {{time_steps}}, {{surrogate}}, {{seeds}} seeds; {{count}} {COST}",
+        f"{{parameters:,}} parameters, T = {{time_steps}}, {{surrogate}}, {{seeds}} seeds. {{count}} {COST}",
     ),
     "defaults": Section(
         "defaults",
         study(defaults.rows),
-        "Mean of {seeds} seeds. The first learned arm has the defaults of the layers. Of {cells} cells it loses to the "
-        "best fixed arm by more than the interval in {lost}, the others in: {others}. All took {minutes:.0f} minutes "
-        "of one core:",
+        "Mean of {seeds} seeds. The first learned arm has the defaults of the layers. It loses to the best fixed arm "
+        "by more than the interval in {lost} of {cells} cells. The numbers of such cells for the other learned arms "
+        "are: {others}. All training runs took {minutes:.0f} minutes on one core:",
         defaults.lost,
     ),
     "noise": Section("noise", noisy, STUDIED),
@@ -574,15 +582,19 @@ SECTIONS = {
         "On {data}, means of {seeds} seeds:",
     ),
     "adaptation": Section("adaptation", study(adaptation_rows), STUDIED),
-    "spikes": Section("spikes", spike_layers, f"Milliseconds, torch's / spike layers, float32, one thread, {ON}:"),
-    "sparse": Section("sparse", study(sparse_rows), f"After {{steps}} steps; {{count}} {COST}"),
+    "spikes": Section(
+        "spikes",
+        spike_layers,
+        f"Milliseconds with torch's layers / with spike layers = how many times as fast, float32, one thread, {ON}:",
+    ),
+    "sparse": Section("sparse", study(sparse_rows), f"Means over the seeds, after {{steps}} steps; {{count}} {COST}"),
     "smoothing": Section(
         "smoothing",
         study(
             noise.smoothing_rows,
             *(f"SGD, {each}, width 5, {arm}" for each in ("rectangle", "sigmoid") for arm in ("noise", "no noise")),
         ),
-        "Over {epochs} epochs, {seeds} seeds:",
+        "Over {epochs} epochs, means of {seeds} seeds:",
     ),
 }
 

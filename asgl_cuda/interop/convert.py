@@ -107,7 +107,7 @@ def convert(
 ) -> tuple[nn.Module, Report]:
     """Replaces the neurons of a model by fused ones: ``fast, report = asgl_cuda.convert(model)``.
 
-    The result is a copy of the model unless `inplace`, and a report on its layers.
+    Returns two values: the converted model, which is a copy unless `inplace=True`, and a report on its layers.
 
     These layers are converted, and subclasses that override nothing that forward uses; `layers` adds others:
 
@@ -138,13 +138,14 @@ def convert(
     compares types, such as `sinabs.nir.to_nir`, `sinabs.conversion.replace_module` and some counters of SpikingJelly.
     Layers that can't be copied require `inplace=True`.
 
-    With `sequences` the model's own code runs once per step, but on values that are not computed yet. After the last
-    step each layer computes all steps in one call, and equal operations of all steps are one operation. Outputs,
-    gradients and the states that layers keep are those of the loop, up to rounding. Normalisations in training compute
-    one step after the other. Random numbers have the same distribution, but are drawn in another order. The model is
-    refused, by the name of the layer or function, if a neuron is not converted, if spikes return to an earlier layer,
-    if the code needs a value between two steps, as `if spikes.sum() > 0` does, and if a torch.autograd.Function or a
-    torch.utils.checkpoint inside of the model gets values of steps. `torch.compile` and `torch.export` get the loop.
+    With `sequences` the model's own code runs once per step, on placeholders for values that are computed later. After
+    the last step each layer computes all steps in one call, and an operation that is the same in each step is computed
+    once for all steps. Outputs, gradients and the states that layers keep are those of the loop, up to rounding.
+    Normalisations in training are computed step by step. Random numbers have the same distribution, but are drawn in
+    another order. `convert` refuses a model in which a neuron is not converted. A call raises RuntimeError if spikes
+    return to an earlier layer, if the code needs a value between two steps, as `if spikes.sum() > 0` does, or if a
+    torch.autograd.Function or a torch.utils.checkpoint inside of the model gets values of steps. The messages name the
+    layer or function. `torch.compile` and `torch.export` get the loop itself.
 
     Args:
         model: any module, or a neuron layer.
@@ -156,23 +157,25 @@ def convert(
             are left.
         layers: for neurons of your own, functions by class. `make(module)` returns a layer, such as `asgl_cuda.LIF`,
             that replaces the module under all its paths, or None to leave the module. Classes match exactly, so a
-            subclass needs a key of its own. The new layer loads the state dict of the module, and later its
-            checkpoints: equal names, and names that a hook of `register_load_state_dict_pre_hook` maps. Pass its other
-            parameters to the optimizer. References outside of the module tree, for example in lists, keep the old
-            module.
+            subclass needs a key of its own. The new layer takes over the state dict of the replaced module,
+            and can later load the checkpoints of that module. Entries are matched by name. If your layer uses other
+            names, register a hook on it with `register_load_state_dict_pre_hook` that renames the entries. Pass new
+            parameters to the optimizer. References outside of the module tree, for example in lists, still lead to the
+            old module.
         inplace: convert the model instead of a copy; existing optimizers stay valid.
-        sequences: computes all time steps of a model at once that takes one step per call. True: a call of the result
-            takes `x_seq` `[T, ...]`, starts at rest, and returns what the model returns for each step, stacked
-            `[T, ...]`; with `fast.stateful = True` it continues from the states of the last call. "loop": the forward
-            of the model contains the loop over the steps, and is called as before. See below.
+        sequences: for a model whose layers take one step per call, compute all time steps at once, as described above.
+            With True, a call of the result takes `x_seq` `[T, ...]`, starts at rest, and returns what the model returns
+            for each step, stacked to `[T, ...]`. If `fast.stateful = True` is set, a call continues from the states of
+            the last one. Give "loop" if the forward of the model contains the loop over the steps; the result is then
+            called as the model is. Default False: calls stay as they are.
         backend: backend of all layers, see `asgl_cuda.lif`.
 
     Returns:
         The model, and a `Report` with the lists `replaced` and `left`. `print` shows both, with advice on speed.
 
-    Raises TypeError or ValueError for invalid arguments, ValueError for `asgl` or `backend` if a layer is converted
-    already and for a model that `sequences` refuses, and RuntimeError for a model that can't be copied, or an error of
-    a function in `layers`. The model stays unchanged then.
+    Raises TypeError or ValueError for invalid arguments; ValueError if `asgl` or `backend` is given and the model
+    already contains a converted layer, or if `sequences` refuses the model; and RuntimeError if the model can't be
+    copied. Errors raised by a function in `layers` are passed on. After an error the model is unchanged.
 
     Example::
 

@@ -39,8 +39,8 @@ def fuse(model: nn.Module, *example: Any, inplace: bool = False) -> tuple[nn.Mod
     `asgl_cuda.LIF`, or layers that `convert` can convert, which is then done. Between the two, and around the base's
     forward, there may be views (`reshape`, `transpose`, ...), factors that are numbers, and one sum with a tensor of
     the same shape and type, as in a residual block: see `asgl_cuda.batch_norm_lif`. A normalisation is left, with the
-    reason in the report, if anything else uses its output or the sum, or if the neurons are called step by step, where
-    two layers are faster than one.
+    reason in the report, if anything else uses its output or the sum, or if the neurons are called step by step. In
+    that case two layers are faster than one.
 
     Parameters, buffers and their names, state, optimizers and checkpoints stay valid. Other neurons, and code that the
     example did not reach, get the value that the normalisation alone would return. If a gradient would be lost, or a
@@ -50,14 +50,16 @@ def fuse(model: nn.Module, *example: Any, inplace: bool = False) -> tuple[nn.Mod
     Args:
         model: any module.
         example: arguments of a call. Copies of the model are called with them, in training and in evaluation mode.
-            Without an example the first calls decide what is merged, and complete the report. Then all known neurons
-            are converted, and code that asks `isinstance(value, Tensor)` may fail.
+            Without an example, the first calls of the model decide what is merged, and complete the report. In that
+            case all known neurons are converted. During the first calls the model's own code may meet values that are
+            not tensors, so a test such as `isinstance(value, Tensor)` may fail there.
         inplace: fuse the model instead of a copy; existing optimizers stay valid.
 
     Returns:
-        The model, and a `Report` of the neurons that normalise and the normalisations that are left.
+        The model, and a `Report` that lists the neurons that now also normalise, and the normalisations that are left.
 
-    Raises TypeError if `model` is not a module, RuntimeError if it can't be copied, and the errors of its calls.
+    Raises TypeError if `model` is not a module, and RuntimeError if it can't be copied. Errors that the model raises
+    when it is called with `example` are passed on.
 
     Example::
 

@@ -130,7 +130,8 @@ def lif(
             input current, without a sum in memory. If its memory order is not that of x_seq, it is copied once.
         residual_gain: a number, only with a residual. Apply a learned factor to the residual itself.
         strict_threshold: fire at u > 0 instead of u >= 0. No effect with levels and multi_spike.
-        scale_output: emit `v_threshold * s`, and with levels `s / levels`.
+        scale_output: multiply the output by `v_threshold`. With levels and without multi_spike, divide it by `levels`
+            instead.
         detach_reset: stop the gradient that flows through the spike in the reset. Default False; the default of the
             layers is True. Under the hard reset, this path multiplies the gradient at a step with a spike at the
             threshold by `decay * (v_threshold - v_reset)` times the slope of the surrogate, which is 1 / (4 * width)
@@ -144,8 +145,8 @@ def lif(
         multi_spike: emit `trunc(h / v_threshold)` spikes per step where h > 0. Each spike subtracts `reset_amount`, so
             `v_reset` must be None. `v_threshold` must be > 0, and is checked like the width. `analog_prob` must be 0,
             because no smooth function that counts spikes has these surrogates as its slope.
-        v_min: lower bound of the potential after the reset, in units of x_seq, `v = relu(v - v_min) + v_min`. No
-            gradient flows at the bound. It does not apply to v_init.
+        v_min: lower bound of the potential after the reset, in units of x_seq, `v = relu(v - v_min) + v_min`. Where the
+            potential is at `v_min`, no gradient flows back through it. The bound does not apply to v_init.
         v_init: potential before the first step, in the shape of x_seq without time; default `v_rest`.
         return_v_last, return_v_seq, return_h_seq: return potentials as well, see `LIFOutput`.
         backend: one of `available_backends()`; default the best for x_seq's device.
@@ -191,8 +192,8 @@ def lif(
             v = h * (1 - s[t]) + v_reset * s[t]
 
     With the surrogate rectangle, `a = ((h - v_threshold) * slope + 0.5).clamp(0, 1)`, and spikes and input gradients
-    have the bits of this loop. With levels, `a = (h * (1 / v_threshold)).clamp(0, levels)` and `z = a.round()`. With
-    multi_spike, `z = (h > 0) * (h / v_threshold).trunc()`. periodic_exponential is laplace; where h >= v_threshold, the
+    are bit-identical to this loop. With levels, `a = (h * (1 / v_threshold)).clamp(0, levels)` and `z = a.round()`.
+    With multi_spike, `z = (h > 0) * (h / v_threshold).trunc()`. periodic_exponential is laplace; where h >= v_threshold, the
     distance u is replaced by `v_threshold * (2 * (h / v_threshold - 0.5).remainder(1) - 1)`, with a slope of 1.
     """
     if unknown:
@@ -425,14 +426,17 @@ class LIF(Neurons):
             default is 0.5 (0.2 in the paper), while it is 0 in the function `asgl_cuda.lif`.
         granularity: whether a learned parameter has one value per layer, per channel or per neuron.
         learn_width, learn_decay, learn_threshold: which of these are parameters; the others are constants.
-        strict_threshold: fire above the threshold, not at it.
+        strict_threshold: fire only if the potential is above the threshold, and not if the two are equal.
         detach_reset: stop the gradient that flows through the spike in the reset, through which gradients can explode
             over many steps: see `asgl_cuda.lif`, where the default is False. `Monitor` measures the growth.
-        scale_output: emit `v_threshold` instead of 1 for a spike, and with levels `1 / levels`.
-        levels: emit up to `levels` spikes per step, rounded (I-LIF). `v_reset` must be None. No width is learned,
-            because the threshold takes its place. With multi_spike, levels only limits the number of spikes.
-        multi_spike: emit several spikes per step. `v_reset` must be None, and `analog_prob` 0 at all times.
-        v_min: lower bound of the potential after the reset, in units of the input; None for no bound.
+        scale_output: multiply the output by `v_threshold`. With levels and without multi_spike, divide it by `levels`
+            instead.
+        levels: emit a whole number of spikes per step, from 0 to `levels`: the potential divided by the threshold,
+            clamped to this range and rounded (I-LIF). `v_reset` must be None. No width is learned, because the
+            threshold takes its place. With multi_spike, levels only limits the number of spikes.
+        multi_spike: emit as many spikes per step as thresholds fit into the potential. `v_reset` must be None, and
+            `analog_prob` must always be 0.
+        v_min: lower bound of the potential after the reset, in units of the input. None: no bound.
         stateful: carry the potential from call to call, as `v`, until `reset()` or `asgl_cuda.reset(model)`. Not for
             activation checkpointing, which calls the layer twice. `step(x_t)`, one step without the time dimension,
             always carries `v`.

@@ -72,7 +72,8 @@ def calibrate(model: nn.Module, x_seq: Any, rate: float = 0.2) -> Calibration:
 
     Args:
         model: any module with firing layers of asgl_cuda or converted ones, which runs all time steps in one call. A
-            model in DistributedDataParallel is calibrated on the batches of all processes, and each process must call.
+            model in DistributedDataParallel is calibrated on the batches of all processes, so every process must call
+            `calibrate`.
         x_seq: a batch as the model takes it; a tuple contains the positional arguments.
         rate: fraction of neurons and steps with a spike, in (0, 1). It is reached to within 1 % of `rate`, or less
             exactly if few distinct inputs let the rate rise only in larger steps.

@@ -224,24 +224,26 @@ class Monitor:
     one neuron at one time step.
 
     - `width`: mean of the current widths, in units of the input.
-    - `firing_rate`: fraction of elements whose potential reached the threshold, whatever the output was; with levels,
-      of elements that emit a spike.
+    - `firing_rate`: fraction of elements whose potential reached the threshold, whatever the output was. With levels,
+      fraction of elements that emit at least one spike.
     - `analog_share`: fraction of elements whose output is not the hard spike; at most `analog_prob`.
-    - `inside`: fraction of elements inside the window of the surrogate, abs(u / width) < 1/2; with levels, of elements
-      that are not clamped.
+    - `inside`: fraction of elements inside the window of the surrogate, abs(u / width) < 1/2. With levels, fraction of
+      elements that are not clamped.
     - `smoothing_error`: E|H(u) - spike|, which the paper expects to vanish. Missing with `multi_spike`, as is
       `analog_share`.
     - `growth`: largest factor by which the gradient of a potential grows on its way from one step to an earlier one,
       mean over neurons and samples; 1 if it never grows. It is computed from the recorded potentials, without a
       backward pass, as the product of `decay * dv[t]/dh[t]` over the steps between. It does not include gradients
       through recurrent weights and from layer to layer. Missing with an adaptation.
-    - `constant`: only for layers that normalise by the statistics of each call, as BatchNormLIF in training: fraction
-      of channels with a variance of less than `eps / 100`, of which only the bias is left. Not in the table.
-    - `dead`, `saturated`: fractions of neurons that never spiked, and that spiked at every step, in all samples.
+    - `constant`: fraction of channels whose variance is less than `eps / 100`, so that after normalisation little more
+      than the bias is left. Only for layers that normalise by the statistics of each call, such as BatchNormLIF in
+      training. Not in the table.
+    - `dead`, `saturated`: fraction of neurons that never spiked in any sample, and of neurons that spiked at every step
+      of all samples.
       Neurons are the positions of an input `[T, N, ...]` without time and batch, or without time if one dimension
       remains.
-    - `nonzero_inputs`: only for spike layers, which have none of the other quantities: fraction of non-zero inputs.
-      `problems` names those that would be faster as torch's layers.
+    - `nonzero_inputs`: fraction of non-zero inputs. Only for spike layers, which have none of the other quantities.
+      `problems` names the spike layers that would be faster as torch's layers.
 
     Watching changes no output, gradient, state or random number. `LIF` and `RecurrentLIF` compute each watched call
     twice. For layers with another forward, the output (the first of a tuple) is taken for spikes of height 1, and

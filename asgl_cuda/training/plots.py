@@ -18,14 +18,15 @@ def plot_spikes(s_seq: Tensor, *, ax: Any = None) -> Any:
     """Draws a raster: a mark for each spike, by time step and neuron.
 
     Args:
-        s_seq: `[T, ...]`, the spikes of one sample, for example `out[:, 0]` of an output `[T, B, ...]`. All dimensions
-            after time are one list of neurons. Anything but zero is a spike.
-        ax: the matplotlib axes; default: the current ones.
+        s_seq: the spikes of one sample, `[T, ...]`, for example `out[:, 0]` of an output `[T, B, ...]`. The dimensions
+            after time are flattened to one list of neurons. Every value other than 0 is drawn as a spike.
+        ax: the matplotlib axes to draw into; default: the current axes.
 
     Returns:
         The axes.
 
-    Raises TypeError if `s_seq` is no tensor, ValueError if it has no neurons, ImportError without matplotlib.
+    Raises TypeError if `s_seq` is not a tensor, ValueError if it has fewer than two dimensions or no element, and
+    ImportError if matplotlib is not installed.
 
     Example::
 
@@ -42,18 +43,19 @@ def plot_spikes(s_seq: Tensor, *, ax: Any = None) -> Any:
 
 
 def plot_layers(results: _Result | Sequence[_Result], quantity: str = "firing_rate", *, ax: Any = None) -> Any:
-    """Draws a quantity of `Monitor` by layer: bars for one result, lines for those of a training run.
+    """Draws a quantity that `Monitor` measured in each layer: as bars for one result, as lines for several results.
 
     Args:
-        results: `monitor.result()`, or a list of them, for example one per epoch.
-        quantity: "firing_rate", "width", "dead" and so on, as `Monitor` names them. Layers without it are left out.
-        ax: the matplotlib axes; default: the current ones.
+        results: what `monitor.result()` returned, or a list of such results, for example one per epoch.
+        quantity: the name of a quantity of `Monitor`, such as "firing_rate", "width" or "dead". Layers for which it was
+            not measured are left out.
+        ax: the matplotlib axes to draw into; default: the current axes.
 
     Returns:
         The axes.
 
-    Raises TypeError or ValueError for other results, ValueError if no layer has the quantity, ImportError without
-    matplotlib.
+    Raises TypeError if `results` is not a result or a list of results, ValueError if no layer has the quantity, and
+    ImportError if matplotlib is not installed.
 
     Example::
 
@@ -90,17 +92,17 @@ def plot_layers(results: _Result | Sequence[_Result], quantity: str = "firing_ra
 
 
 def plot_gradient_norms(gradients: Tensor | Mapping[str, Tensor], *, ax: Any = None) -> Any:
-    """Draws the norm of a gradient at each time step, on a logarithmic axis: gradients that vanish or explode.
+    """Draws the norm of a gradient at each time step, on a logarithmic axis, to show whether it vanishes or explodes.
 
     Args:
-        gradients: `[T, ...]`, the gradient of a sequence, such as `x_seq.grad`; or several by name.
-        ax: the matplotlib axes; default: the current ones.
+        gradients: the gradient of a sequence, `[T, ...]`, such as `x_seq.grad`; or a dict of several by their names.
+        ax: the matplotlib axes to draw into; default: the current axes.
 
     Returns:
-        The axes. A norm of zero has no mark.
+        The axes. Time steps at which the norm is 0 have no mark.
 
-    Raises TypeError for other values, such as the None of a gradient that was not computed, ValueError for a gradient
-    without time, ImportError without matplotlib.
+    Raises TypeError if a gradient is not a tensor, for example None because it was not computed, ValueError if it has
+    fewer than two dimensions or no element, and ImportError if matplotlib is not installed.
 
     Example::
 

@@ -18,20 +18,21 @@ _CALLER = "asgl_cuda.FiringRates"
 
 
 class FiringRates:
-    """Differentiable firing rates of the ASGL layers of a model, over calls inside `with rates:` or after `start()`.
+    """Differentiable firing rates of the ASGL layers of a model, for calls inside `with rates:` or after `start()`.
 
-    The rate of a layer is the mean of its output, in spikes per neuron and step. In training the mean contains the
-    smooth values of analog elements, and with `levels` all spikes of a step.
+    The rate of a layer is the mean of its output, in spikes per neuron and step. In training this mean includes the
+    smooth values of analog elements. With `levels` it counts all spikes of a step.
 
     Args:
         model: any module with ASGL layers; `asgl_cuda.convert` makes neurons of other libraries such layers.
-        process_group: the processes whose rates are averaged, "world" for all that exist at each call, or None for this
-            process alone. The gradients of DistributedDataParallel are then those of one process with all samples. All
-            processes of the group must take the rates.
+        process_group: the processes whose rates are averaged: a process group, "world" for all processes that exist at
+            the time of a call, or None for this process alone. Under DistributedDataParallel the gradients of averaged
+            rates are those of one process with all samples. All processes of the group must take the rates.
 
-    Only calls that autograd records count, so that an evaluation in between changes nothing. A call keeps its graph
-    until the rates are taken: take them once per training step. Start before the first call of a compiled model. Calls
-    under transforms of torch.func and under reentrant activation checkpointing are not seen.
+    Only calls that autograd records are counted, so an evaluation between training steps changes nothing. The graph of
+    a call is kept until the rates are taken, so take them once per training step. If the model is compiled, start
+    before its first call. Calls under transforms of torch.func and under reentrant activation checkpointing are not
+    counted.
 
     Example::
 
@@ -43,8 +44,8 @@ class FiringRates:
                 loss.backward()
                 optimizer.step()
 
-    Raises ValueError for a model without ASGL layers, and for a layer with `scale_output`, whose outputs are no spikes
-    of height 1; TypeError where it is no module, and for another process group.
+    Raises ValueError if the model has no ASGL layers, or a layer with `scale_output`, whose spikes do not have the
+    height 1; and TypeError if `model` is not a module, or `process_group` is something else.
 
     Source: Zenke, Vogels: The remarkable robustness of surrogate gradient learning for instilling complex function in
     spiking neural networks, Neural Computation 33 (2021), for penalties on rates.
@@ -70,7 +71,7 @@ class FiringRates:
             self._handles.append(layer.register_forward_hook(_Hook(self._sums, name), prepend=True))
 
     def stop(self) -> None:
-        """Stops, and forgets calls whose rates have not been taken."""
+        """Stops to record, and drops calls whose rates have not been taken."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -84,9 +85,9 @@ class FiringRates:
         self.stop()
 
     def take(self) -> dict[str, Tensor]:
-        """The rates since the last time, `[]` each, by the layers' names, without layers that were not called.
+        """The rates of the calls since they were last taken: a scalar tensor for each layer that was called, by name.
 
-        Raises RuntimeError where no layer was called.
+        Raises RuntimeError if no layer was called.
         """
         sums = {name: self._sums[name] for name in self._layers if name in self._sums}
         self._sums.clear()
@@ -116,16 +117,18 @@ class FiringRates:
         return found
 
     def penalty(self, target: float | Mapping[str, float] | None = None) -> Tensor:
-        """A penalty on the rates since the last time, to be multiplied by a weight and added to the loss.
+        """Takes the rates, and returns a penalty on them. Multiply it by a weight and add it to the loss.
 
         Args:
-            target: the rate that each layer should have, or one for each of some layers by their names. None: the
-                penalty is the mean of all rates, which has a gradient down to silence.
+            target: the rate that every layer should have, or a dict with the target of each of some layers by name, or
+                None.
 
-        Returns a tensor `[]`: with targets the mean over layers of `(rate - target) ** 2`, which also pulls up layers
-        that fire too rarely, as far as their potentials reach the window of the surrogate.
+        Returns a scalar tensor. With None it is the mean of the rates of all layers, which pushes towards silence. With
+        targets it is the mean of `(rate - target) ** 2` over the layers. This also raises the rates of layers that fire
+        too rarely, if their potentials reach the window of the surrogate.
 
-        Raises the errors of `take`, TypeError and ValueError for other targets, KeyError for names of no layer.
+        Raises the errors of `take`, TypeError or ValueError for invalid targets, and KeyError if a name is not the name
+        of a layer.
         """
         targets: Mapping[str, Any] = target if isinstance(target, Mapping) else dict.fromkeys(self._layers, target)
         for name, value in targets.items():

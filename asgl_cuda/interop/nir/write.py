@@ -66,11 +66,11 @@ def to_nir(
 
     A LIF is written with r = 1 and v_leak = 0. Threshold and reset, measured from v_rest, are multiplied by
     `(1 - decay) / input_gain`, which changes no spike. A LIF without leak is written as an IF with r = 1 / dt. A
-    LeakyIntegrator becomes an LI or an I with r = input_gain / (1 - decay), followed by a Delay if it has `delay`. A
-    normalisation, also in BatchNormLIF and in pairs merged by `fuse`, is folded into the weights before it. If there
-    are no such weights, or if their output is used elsewhere, it becomes an Affine or a convolution. `scale_output`
-    becomes a Scale. NIR's neuron fires above the threshold, and asgl_cuda.LIF also at it. Half types are written as
-    float32.
+    LeakyIntegrator becomes an LI with r = input_gain / (1 - decay), or, if its decay is 1, an I with
+    r = input_gain / dt. If it has `delay`, a Delay follows. A normalisation, also in BatchNormLIF and in pairs merged
+    by `fuse`, is folded into the weights before it. If there are no such weights, or if their output is used elsewhere,
+    it becomes an Affine or a convolution. `scale_output` becomes a Scale. NIR's neuron fires above the threshold, and
+    asgl_cuda.LIF also if the potential equals the threshold. Half types are written as float32.
 
     Raises:
         ImportError: nir or nirtorch is not installed.
