@@ -193,8 +193,9 @@ def lif(
 
     With the surrogate rectangle, `a = ((h - v_threshold) * slope + 0.5).clamp(0, 1)`, and spikes and input gradients
     are bit-identical to this loop. With levels, `a = (h * (1 / v_threshold)).clamp(0, levels)` and `z = a.round()`.
-    With multi_spike, `z = (h > 0) * (h / v_threshold).trunc()`. periodic_exponential is laplace; where h >= v_threshold, the
-    distance u is replaced by `v_threshold * (2 * (h / v_threshold - 0.5).remainder(1) - 1)`, with a slope of 1.
+    With multi_spike, `z = (h > 0) * (h / v_threshold).trunc()`. periodic_exponential is laplace, except that where
+    h >= v_threshold, the distance u is `v_threshold * (2 * (h / v_threshold - 0.5).remainder(1) - 1)`, with a slope of
+    1.
     """
     if unknown:
         check_keywords(unknown, LIF_DEFAULTS, _CALLER)
