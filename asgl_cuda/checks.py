@@ -194,7 +194,7 @@ def check_rules(given: Mapping[str, Any], caller: str, levels: int | None, multi
         return
     if v_reset is not None:
         raise ValueError(f"{caller}: levels is for the soft reset and needs v_reset=None, got v_reset {shown(v_reset)}")
-    if surrogate != "rectangle":
+    if surrogate not in ("sigmoid", "rectangle"):  # the default, and the clamp's own name
         raise ValueError(
             f"{caller}: levels has the surrogate clamp(h / v_threshold, 0, levels) and takes no other, got "
             f"{shown(surrogate)}"

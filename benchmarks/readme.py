@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from . import ROOT
 from .common import in_words, processor_in_words
-from .learning import noise, widths
+from .learning import defaults, noise, widths
 from .learning.data import SOURCES
 from .learning.neurons import adaptation_rows, calibration_rows, residual_rows
 from .speed import convert
@@ -480,15 +480,15 @@ LEARNED = (
     "The width of the surrogate gradient is learned with the weights. We trained with SGD and Adam, from initial "
     "widths of {narrowest} to {widest}, with a sigmoid as surrogate. Depending on these choices, the mean accuracy "
     "over five small data sets was {learned} % with a learned width, and {fixed} % with a fixed one "
-    "([table](docs/measured.md#the-first-width)). The default is a rectangle, which needs an initial width of 1 or "
-    "more."
+    "([table](docs/measured.md#the-first-width)). A learned sigmoid is the default."
 )
 STEPS = (
     "Milliseconds per training step: eager / after `torch.compile`, which took {compiling} s per network. Measured in "
     f"float32 {ON}, with {{peers_in_words}}. *ASGL* and *LIF* are asgl_cuda's neurons, *ASGL* with noise and a learned "
-    "width. *loop* is plain PyTorch. All columns but *ASGL* compute the same LIF neuron; {firing} % of the neurons "
-    "spike per time step. At T = 100 we compiled a single time step, because compiling whole sequences takes long: "
-    "{long_first_seconds:.0f} s for one layer of {long_layer} at T = {long_steps}. A dash: not compiled."
+    "width, both with a rectangle as surrogate. *loop* is plain PyTorch. All columns but *ASGL* compute the same LIF "
+    "neuron; {firing} % of the neurons spike per time step. At T = 100 we compiled a single time step, because "
+    "compiling whole sequences takes long: {long_first_seconds:.0f} s for one layer of {long_layer} at "
+    "T = {long_steps}. A dash: not compiled."
 )
 LAYERS = (
     f"One layer, forward and backward, nanoseconds per element, {ON}. *floor*: two element-wise multiplications. "
@@ -542,6 +542,14 @@ SECTIONS = {
         "residual_network",
         study(residual_rows, *(f"{each}, width 10, {arm}" for each in ("SGD", "Adam") for arm in ("SG", "learned"))),
         f"{{parameters:,}} parameters, T = {{time_steps}}, {{surrogate}}, {{seeds}} seeds; {{count}} {COST}",
+    ),
+    "defaults": Section(
+        "defaults",
+        study(defaults.rows),
+        "Mean of {seeds} seeds. The first learned arm has the defaults of the layers. Of {cells} cells it loses to the "
+        "best fixed arm by more than the interval in {lost}, the others in: {others}. All took {minutes:.0f} minutes "
+        "of one core:",
+        defaults.lost,
     ),
     "noise": Section("noise", noisy, STUDIED),
     "gradients": Section(

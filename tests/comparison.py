@@ -50,15 +50,15 @@ def randomized(model: nn.Module) -> nn.Module:
 
 
 def assert_equals_reference(x_seq: Tensor, backend: str, **options: Any) -> None:
-    """Compares outputs and all gradients: the same bits for rectangle and triangle, else within some roundings.
+    """Compares outputs and all gradients: the same bits for rectangle, the default here, and triangle, else roundings.
 
     - Triangle gradients under 1e-37 may differ by a few smallest subnormals: see csrc/math/surrogates.h.
     - Potentials and float32 spikes of the other surrogates may differ by 1e-6, some ten roundings.
     - Half types round these values once more on store, so they may differ by one ulp.
     - Parameter gradients are sums in another order, and may differ by 1e-5.
     """
-    surrogate = options.get("surrogate", "rectangle")
-    exact = surrogate in EXACT_SURROGATES
+    options = {"surrogate": "rectangle", **options}
+    exact = options["surrogate"] in EXACT_SURROGATES
     found = differences(x_seq, backend, band=0.0 if exact else THRESHOLD_BAND, **options)
     last_place = {torch.float16: 2**-10, torch.bfloat16: 2**-7, torch.float32: 1e-6, torch.float64: 1e-14}[x_seq.dtype]
     real_place = 1e-14 if x_seq.dtype == torch.float64 else 1e-6

@@ -37,7 +37,10 @@ def batch_norm(num_features: int | None, **options: Any) -> nn.Module:
 LEARN = ("learn_width", "learn_decay", "learn_threshold")
 LEARNED = {name: name for name in ("width", "decay", "v_threshold")}
 NAMES = ["log_width", "logit_decay", "threshold"]
-HARD = {"decay": 0.7, "v_threshold": 0.9, "v_reset": 0.1, "width": 1.3, "analog_prob": 0.4}
+HARD = {
+    "decay": 0.7, "v_threshold": 0.9, "v_reset": 0.1, "width": 1.3, "surrogate": "rectangle", "analog_prob": 0.4,
+    "detach_reset": False,
+}  # fmt: skip
 SOFT = {**HARD, "v_reset": None, "reset_amount": 0.7, "v_rest": 0.25, "detach_reset": True, "strict_threshold": True}
 ADAPTIVE = {"adapt_decay": 0.9, "adapt_potential": 0.1, "adapt_spike": 0.3}
 adaptive = partial(

@@ -219,7 +219,7 @@ def test_no_step_compiles_anew():
 
 
 def test_a_monitor_sees_steps_and_sequences_as_they_are(backend, device):
-    layer = LIF(backend=backend).to(device).eval()
+    layer = LIF(surrogate="rectangle", backend=backend).to(device).eval()
     x_seq = random_input(T, B, C, device=device).detach()
     results = []
     for run in (lambda: layer(x_seq), lambda: [layer.step(x_t) for x_t in x_seq], lambda: layer(x_seq)):

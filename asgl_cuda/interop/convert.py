@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from ..backends import BACKENDS
 from ..checks import check_analog_prob, check_bool, check_name, check_surrogate, check_width, read_number, shown
 from ..neurons.base import NeuronLayer, check_module
+from ..neurons.lif import LIF_DEFAULTS
 from ..neurons.over_time import KNOWS_TIME
 from . import authors
 from .converted import HOOKS, Converted, Settings, bare_class, exchanged, overlaid, shadowed
-from .identify import FLAT, SpikeFunction, fires_strictly, identify, type_of_spikes
+from .identify import FLAT, SpikeFunction, fires_strictly, identify, is_spike, type_of_spikes
 from .replaced import kept_by, made_for, replace, restore
 
 _CALLER = "asgl_cuda.convert"
@@ -73,7 +74,7 @@ class _ASGL(NamedTuple):
 
     surrogate: str | None = None
     width: float | None = None
-    analog_prob: float = 0.2
+    analog_prob: float = 0.5
     learn_width: bool = True
 
 
@@ -163,10 +164,11 @@ def convert(
     Args:
         model: any module, or a neuron layer.
         asgl: turns the replaced layers into ASGL layers. A mapping with `surrogate` and initial `width` (default: those
-            of the layer), `analog_prob` (default 0.2) and `learn_width` (default True). A learned width is a new
-            parameter `log_width` of each layer, which must be passed to the optimizer. Layers of the authors' code are
-            ASGL layers already, with their own width and `analog_prob`. Layers that do not fire are converted as
-            without `asgl`. Layers with several spikes per step are left.
+            of the layer, or of `LIF` if the layer has no surrogate that asgl_cuda knows), `analog_prob` (default 0.5)
+            and `learn_width` (default True). A learned width is a new parameter `log_width` of each layer, which must
+            be passed to the optimizer. Layers of the authors' code are ASGL layers already, with their own width and
+            `analog_prob`. Layers that do not fire are converted as without `asgl`. Layers with several spikes per step
+            are left.
         layers: for neurons of your own, functions by class. `make(module)` returns a layer, such as `asgl_cuda.LIF`,
             that replaces the module under all its paths, or None to leave the module. Classes match exactly, so a
             subclass needs a key of its own. The new layer loads the state dict of the module, and later its
@@ -352,10 +354,10 @@ def _spike_function(
     surrogate, width = wanted.surrogate, wanted.width
     if surrogate is None or width is None:
         own = identify(function)
-        if not isinstance(own, str) and own.width == FLAT:
-            own = "its surrogate has the same slope everywhere"
-        if isinstance(own, str):
+        if isinstance(own, str) and not is_spike(function):
             return f"{own}; asgl needs a surrogate and a width"
+        if isinstance(own, str) or own.width == FLAT:
+            own = SpikeFunction(LIF_DEFAULTS["surrogate"], float(LIF_DEFAULTS["width"]), 1.0, False)
         surrogate, width = surrogate or own.surrogate, width or own.width
     return SpikeFunction(surrogate, width, 1.0, fires_strictly(function))
 

@@ -19,6 +19,7 @@ _AROUND = (-1e3, *(-1e-9, 1e-9) * 32, 1e3, 1e3)
 _FIRES = [float(u > 0) for u in _AROUND]
 # Width of a rectangle in place of a constant slope. A power of two, which is exact in the gain and in 1 / width.
 FLAT = 2.0**60
+_NO_SPIKES = "its spike function emits something else than 0 below and 1 above the threshold"
 
 
 class SpikeFunction(NamedTuple):
@@ -40,7 +41,7 @@ def identify(function: Callable[[Tensor], Tensor]) -> SpikeFunction | str:
         return "its spike function has parameters that learn"
     try:
         with torch.inference_mode(False), torch.enable_grad():
-            return _identify(function)
+            return _identify(function) if _emits_spikes(function) else _NO_SPIKES
     except Exception as error:  # the function is the library's or the user's
         return f"its spike function fails with {type(error).__name__}: {error}"
 
@@ -74,9 +75,19 @@ def type_of_spikes(function: Any) -> torch.dtype | None:
     return None if dtype is torch.float64 else dtype
 
 
+def is_spike(function: Callable[[Tensor], Tensor]) -> bool:
+    """Whether a function without parameters emits 0 below the threshold and 1 above, whatever its gradient."""
+    try:
+        return not _learns(function) and _emits_spikes(function)
+    except Exception:  # the function is the library's or the user's
+        return False
+
+
+def _emits_spikes(function: Callable[[Tensor], Tensor]) -> bool:
+    return function(torch.tensor(_AROUND, dtype=torch.float64)).tolist() == _FIRES
+
+
 def _identify(function: Callable[[Tensor], Tensor]) -> SpikeFunction | str:
-    if function(torch.tensor(_AROUND, dtype=torch.float64)).tolist() != _FIRES:
-        return "its spike function emits something else than 0 below and 1 above the threshold"
     leaf = torch.ones(1, dtype=torch.float64, requires_grad=True)
     if not function(leaf).requires_grad:
         return "its spike function has no gradient"

@@ -445,7 +445,7 @@ def asgl_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
         model = nn.Sequential(nn.Linear(64, 128), asgl_cuda.LIF(width=2.0))
         for name, layer in asgl_cuda.asgl_layers(model):
-            print(name, layer.width.item(), layer.analog_prob)  # 1 2.0 0.2
+            print(name, layer.width.item(), layer.analog_prob)  # 1 2.0 0.5
     """
     check_module(model, "asgl_cuda.asgl_layers")
     # getattr_static, since torch.compile's wrapper forwards attributes and would count as a second layer.

@@ -73,7 +73,7 @@ def lif(
     v_reset: Tensor | float | None = 0.0,
     reset_amount: Tensor | float | None = None,
     width: Tensor | float = 1.0,
-    surrogate: str = "rectangle",
+    surrogate: str = "sigmoid",
     surrogate_gain: float = 1.0,
     analog_prob: Tensor | float = 0.0,
     rng_state: Tensor | None = None,
@@ -114,10 +114,10 @@ def lif(
             torch.compile and torch.func. Where it is not checked, a width < 0 gives gradients of the wrong sign, and a
             width of 0 gives NaN.
         surrogate: rectangle, triangle, sigmoid, arctan, erf, fast_sigmoid or laplace; with `multi_spike` also
-            periodic_exponential, whose slope peaks at every multiple of the threshold.
+            periodic_exponential, whose slope peaks at every multiple of the threshold. No effect with levels.
         surrogate_gain: factor on the surrogate gradient.
         analog_prob: fraction of elements that emit F(u / width) instead of a spike, in steps of 1 / 65536. Default 0;
-            the default of the layer `LIF` is 0.2. A tensor of one value on x_seq's device can change without
+            the default of the layer `LIF` is 0.5. A tensor of one value on x_seq's device can change without
             recompiling a compiled graph; it gets no gradient. Its range is checked only on the CPU; on a GPU values are
             clamped to [0, 1], and NaN counts as 0.
         rng_state: int64 tensor `[seed, offset]` on x_seq's device, which determines the noise. Neurons are numbered in
@@ -131,10 +131,11 @@ def lif(
         residual_gain: a number, only with a residual. Apply a learned factor to the residual itself.
         strict_threshold: fire at u > 0 instead of u >= 0. No effect with levels and multi_spike.
         scale_output: emit `v_threshold * s`, and with levels `s / levels`.
-        detach_reset: stop the gradient that flows through the spike in the reset. Under the hard reset and with a
-            rectangle, this path multiplies the gradient at each step with a spike by up to
-            `decay * (v_threshold - v_reset + width / 2) / width`. If this is above 1, as for decay > 2 / 3 with the
-            other defaults, gradients can explode over many steps.
+        detach_reset: stop the gradient that flows through the spike in the reset. Default False; the default of the
+            layers is True. Under the hard reset, this path multiplies the gradient at a step with a spike at the
+            threshold by `decay * (v_threshold - v_reset)` times the slope of the surrogate, which is 1 / (4 * width)
+            for a sigmoid and 1 / width for a rectangle. If this is above 1, gradients can explode over many steps. A
+            sigmoid also multiplies the gradient by up to 1.22 * decay at potentials below v_reset.
         levels: emit an integer number of spikes per step (I-LIF), `round(clamp(h / v_threshold, 0, levels))` with ties
             to even; at most 256. The quotient is computed as h times the rounded `1 / v_threshold`. Analog elements are
             not rounded. The gradient is the gradient of the clamp, 1 at its edges, and the threshold acts as the width.
@@ -184,14 +185,15 @@ def lif(
         slope = 1 / torch.as_tensor(width, dtype=x_seq.dtype)
         for t in range(T):
             h = decay * v + x_seq[t]
-            a = ((h - v_threshold) * slope + 0.5).clamp(0, 1)
+            a = ((h - v_threshold) * slope).sigmoid()
             z = (h >= v_threshold).to(h)
             s[t] = a + torch.where(mask[t], 0, z - a).detach()
             v = h * (1 - s[t]) + v_reset * s[t]
 
-    With levels, `a = (h * (1 / v_threshold)).clamp(0, levels)` and `z = a.round()`. With multi_spike,
-    `z = (h > 0) * (h / v_threshold).trunc()`. periodic_exponential is laplace; where h >= v_threshold, the distance u
-    is replaced by `v_threshold * (2 * (h / v_threshold - 0.5).remainder(1) - 1)`, with a slope of 1.
+    With the surrogate rectangle, `a = ((h - v_threshold) * slope + 0.5).clamp(0, 1)`, and spikes and input gradients
+    have the bits of this loop. With levels, `a = (h * (1 / v_threshold)).clamp(0, levels)` and `z = a.round()`. With
+    multi_spike, `z = (h > 0) * (h / v_threshold).trunc()`. periodic_exponential is laplace; where h >= v_threshold, the
+    distance u is replaced by `v_threshold * (2 * (h / v_threshold - 0.5).remainder(1) - 1)`, with a slope of 1.
     """
     if unknown:
         check_keywords(unknown, LIF_DEFAULTS, _CALLER)
@@ -411,7 +413,7 @@ class LIF(Neurons):
         num_features: number of channels for granularity "channel"; number of neurons, or their shape `[C, H, W]`, for
             "neuron"; None for "layer".
         decay: fraction of the potential that is left after a step, in [0, 1]. A learned decay must be in (0, 1), and is
-            stored as a logit. For long sequences with decay > 2 / 3 see `detach_reset`.
+            stored as a logit.
         v_threshold, v_rest: threshold and resting potential, in units of the input.
         v_reset: potential after a spike, below the threshold; or None to subtract `reset_amount` instead (soft reset).
         reset_amount: amount that a spike subtracts under the soft reset; default the threshold.
@@ -420,14 +422,12 @@ class LIF(Neurons):
         surrogate: the name of a surrogate, see `asgl_cuda.lif`.
         surrogate_gain: factor on the surrogate gradient.
         analog_prob: fraction of elements that emit the smooth value in training; in evaluation all spikes are hard. The
-            default is 0.2, as in the paper, while it is 0 in the function `asgl_cuda.lif`.
+            default is 0.5 (0.2 in the paper), while it is 0 in the function `asgl_cuda.lif`.
         granularity: whether a learned parameter has one value per layer, per channel or per neuron.
         learn_width, learn_decay, learn_threshold: which of these are parameters; the others are constants.
         strict_threshold: fire above the threshold, not at it.
-        detach_reset: stop the gradient that flows through the spike in the reset. Under the hard reset and with a
-            rectangle, this path multiplies the gradient at each step with a spike by up to
-            `decay * (v_threshold - v_reset + width / 2) / width`. If this is above 1, as for decay > 2 / 3 with the
-            other defaults, gradients can explode over many steps. `Monitor` measures the growth.
+        detach_reset: stop the gradient that flows through the spike in the reset, through which gradients can explode
+            over many steps: see `asgl_cuda.lif`, where the default is False. `Monitor` measures the growth.
         scale_output: emit `v_threshold` instead of 1 for a spike, and with levels `1 / levels`.
         levels: emit up to `levels` spikes per step, rounded (I-LIF). `v_reset` must be None. No width is learned,
             because the threshold takes its place. With multi_spike, levels only limits the number of spikes.
@@ -502,15 +502,15 @@ class LIF(Neurons):
         v_rest: float = 0.0,
         input_gain: float = 1.0,
         width: Tensor | float = 1.0,
-        surrogate: str = "rectangle",
+        surrogate: str = "sigmoid",
         surrogate_gain: float = 1.0,
-        analog_prob: float = 0.2,
+        analog_prob: float = 0.5,
         granularity: Granularity = "layer",
         learn_width: bool = True,
         learn_decay: bool = False,
         learn_threshold: bool = False,
         strict_threshold: bool = False,
-        detach_reset: bool = False,
+        detach_reset: bool = True,
         scale_output: bool = False,
         levels: int | None = None,
         multi_spike: bool = False,

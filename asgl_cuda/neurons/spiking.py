@@ -223,7 +223,8 @@ class Neurons(NeuronLayer, Noisy):
         parts.extend(f"{name}={value:g}" for name in defaults if (value := getattr(self, name)) != defaults[name])
         if self.levels is not None:
             parts.append(f"levels={self.levels}")
-        parts.extend(f"{flag}=True" for flag in (*FLAGS, "stateful", "store_v_seq") if getattr(self, flag))
+        flags = {**dict.fromkeys((*FLAGS, "stateful", "store_v_seq"), False), "detach_reset": True}
+        parts.extend(f"{name}={value}" for name in flags if (value := getattr(self, name)) != flags[name])
         if self.time_dim:
             parts.append(f"time_dim={self.time_dim}")
         return features + ", ".join(parts)

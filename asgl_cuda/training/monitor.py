@@ -185,10 +185,9 @@ def _problem(values: Mapping[str, float], layer: Any, norm: Any, diverged: bool)
             "and in float16 for currents beyond 65504"
         )
     if values.get("growth", 1.0) > _EXPLODES:
-        width = "" if getattr(layer, "_counts", False) else ", or a larger width"
         return (
             f"gradients grow by a factor of {values['growth']:.1e} on their way back through its resets. What helps: "
-            f"detach_reset=True{width}"
+            "detach_reset=True"
         )
     seen, helps = [], _remedy(norm, "differently scaled", "different")
     if rate == 0 or dead > _MANY:

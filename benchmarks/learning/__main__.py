@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ..common import parser_of
 from ..readme import SECTIONS, text_of
+from .defaults import DEFAULTS
 from .neurons import ADAPTATION, CALIBRATION, RESIDUAL_NETWORK
 from .noise import GRADIENTS, NOISE, SMOOTHING
 from .widths import WIDTH_STEP, width_robustness
@@ -15,7 +16,8 @@ from .widths import WIDTH_STEP, width_robustness
 STUDIES = {
     study.name: study
     for study in (
-        width_robustness(), WIDTH_STEP, NOISE, GRADIENTS, SMOOTHING, ADAPTATION, CALIBRATION, RESIDUAL_NETWORK
+        width_robustness(), WIDTH_STEP, DEFAULTS, NOISE, GRADIENTS, SMOOTHING, ADAPTATION, CALIBRATION,
+        RESIDUAL_NETWORK,
     )
 }  # fmt: skip
 
@@ -25,6 +27,7 @@ def main() -> int:
     parser = parser_of("benchmarks.learning", str(__doc__), "json")
     parser.add_argument("study", choices=STUDIES)
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="trainings at a time (default: cores)")
+    parser.add_argument("--only", default="", metavar="TEXT", help="only runs with this in their fields, as 'Adam 0.1'")
     parser.add_argument("--data-root", type=Path, metavar="DIR", help="the folder of real sets, for width_robustness")
     arguments = parser.parse_args()
     root, study = arguments.data_root, STUDIES[arguments.study]
@@ -32,9 +35,11 @@ def main() -> int:
         if not root.is_dir():
             parser.error(f"--data-root must be a folder that exists, got {root}")
         study = width_robustness(root)
+    if not any(arguments.only in study.text(run) for run in study.runs):
+        parser.error(f"--only {arguments.only!r} is in no run; the first one is {study.text(study.runs[0])!r}")
     file = arguments.json or Path("build") / f"{study.name}.json"
     file.parent.mkdir(exist_ok=True)
-    report = study.conduct(file, arguments.jobs)
+    report = study.conduct(file, arguments.jobs, arguments.only)
     print(f"{text_of(SECTIONS[study.name], report)}\n\nin {file}")
     return 0
 

@@ -44,6 +44,8 @@ class Setting(NamedTuple):
     width_by_weights: bool = False  # the weights' optimizer instead of Adam
     layers: int = 6
     by_channel: bool = False  # a width for each channel, else one for each layer
+    decay: float = DECAY  # as made
+    detach_reset: bool = False
     decay_rate: float | None = None  # of learned decays and thresholds, None: constants
 
 
@@ -73,7 +75,7 @@ class Networks(nn.Module):
             return nn.ParameterList([nn.Parameter(filled.clone(), learned) for _ in hidden])
 
         self.log_widths = values(math.log(setting.width), HIDDEN if setting.by_channel else 1, setting.learned)
-        self.logit_decays = values(math.log(DECAY / (1 - DECAY)), 1, setting.decay_rate is not None)
+        self.logit_decays = values(math.log(setting.decay / (1 - setting.decay)), 1, setting.decay_rate is not None)
         self.thresholds = values(THRESHOLD, 1, setting.decay_rate is not None)
 
     def forward(self, samples: Tensor, analog_prob: float = 0.0) -> Tensor:
@@ -89,7 +91,8 @@ class Networks(nn.Module):
             s_seq = asgl_cuda.lif(
                 x_seq, width=log_width.exp() if log_width.requires_grad else self.setting.width,
                 surrogate=self.setting.surrogate, analog_prob=analog_prob, time_dim=2,
-                **({"decay": DECAY, "v_threshold": THRESHOLD} | learned),
+                detach_reset=self.setting.detach_reset,
+                **({"decay": self.setting.decay, "v_threshold": THRESHOLD} | learned),
             )  # fmt: skip
             s_seq = functional.dropout(s_seq, self.setting.dropout, self.training)
         return torch.baddbmm(self.bias, self.weights[-1], s_seq.mean(2))
@@ -111,7 +114,9 @@ class Networks(nn.Module):
             (groups if setting.width_by_weights else for_adam).append(widths)
         if setting.decay_rate is not None:
             for_adam.append({"params": [*self.logit_decays, *self.thresholds], "lr": setting.decay_rate})
-        kind = partial(torch.optim.SGD, momentum=MOMENTUM) if setting.optimizer == SGD else torch.optim.Adam
+        kind: Any = getattr(torch.optim, setting.optimizer)
+        if setting.optimizer == SGD:
+            kind = partial(kind, momentum=MOMENTUM)
         return [kind(groups, lr=setting.rate), *([torch.optim.Adam(for_adam)] if for_adam else [])]
 
     def widths(self) -> list[list[float]]:

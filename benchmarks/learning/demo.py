@@ -28,17 +28,19 @@ TIME_STEPS = 4
 HIDDEN = (256, 256, 256, 256)
 BATCH_SIZE = 64
 ANALOG_PROB = 0.2
+NEURON: dict[str, Any] = {"surrogate": "rectangle", "analog_prob": ANALOG_PROB, "detach_reset": False}
 
 
 def spiking_mlp(hidden: Sequence[int], **neuron: Any) -> nn.Sequential:
     """A network from images `[T, B, 64]` to scores `[T, B, 10]`, of normalised layers of LIF neurons.
 
-    Statistics are over time and batch. Options are those of `asgl_cuda.LIF`.
+    Statistics are over time and batch. Options are those of `asgl_cuda.LIF`. A rectangle has the same bits in every
+    backend.
     """
     layers: list[nn.Module] = []
     for inputs, outputs in pairwise((64, *hidden)):
         layers += [OverTime(nn.Linear(inputs, outputs, bias=False)), OverTime(nn.BatchNorm1d(outputs))]
-        layers += [asgl_cuda.LIF(**{"analog_prob": ANALOG_PROB, **neuron})]
+        layers += [asgl_cuda.LIF(**NEURON | neuron)]
     return nn.Sequential(*layers, nn.Linear(hidden[-1], 10))
 
 

@@ -35,6 +35,9 @@ from .optimizers import RATES, accuracy_of, fit, optimizer_of
 from .recipe.networks import ResNet
 from .studies import Report, Study, spread, text_of
 
+# Of the neurons in all three studies, unless a study says otherwise.
+NEURON: dict[str, Any] = {"surrogate": "rectangle", "analog_prob": 0.2, "detach_reset": False}
+
 # ---- adaptation ----
 
 ADAPTED_SEEDS, HIDDEN = 5, 64
@@ -72,7 +75,9 @@ def recall(samples: int, delay: int, generator: torch.Generator) -> tuple[Tensor
 
 def adapted_network(features: int, classes: int, layers: int, neuron: str) -> nn.Sequential:
     decay, adaptation = NEURONS[neuron]
-    options: dict[str, Any] = {"granularity": "neuron", "learn_decay": True, "decay": decay, "v_reset": None}
+    options: dict[str, Any] = {
+        "granularity": "neuron", "learn_decay": True, "decay": decay, "v_reset": None, **NEURON
+    }  # fmt: skip
     made: list[nn.Module] = []
     for inputs in (features, *(HIDDEN,) * (layers - 1)):
         adapting = None if adaptation is None else {**options, **adaptation, "learn_adaptation": True}
@@ -152,7 +157,7 @@ class OverSamples(nn.Sequential):
 
 
 def linear(inputs: int, layers: int, classes: int, **neuron: Any) -> nn.Module:
-    hidden = [(nn.Linear(*pair), LIF(**neuron)) for pair in itertools.pairwise((inputs, *(128,) * layers))]
+    hidden = [(nn.Linear(*pair), LIF(**NEURON | neuron)) for pair in itertools.pairwise((inputs, *(128,) * layers))]
     return OverSamples(nn.Flatten(2), *itertools.chain(*hidden), nn.Linear(128, classes))
 
 
@@ -161,8 +166,8 @@ def convolutional(classes: int) -> nn.Module:
     for inputs, outputs in itertools.pairwise((1, 16, 16, 32, 32)):
         if inputs < outputs == 32:
             layers.append(OverTime(nn.MaxPool2d(2)))
-        layers += [OverTime(nn.Conv2d(inputs, outputs, 3, padding=1)), LIF()]
-    return OverSamples(*layers, nn.Flatten(2), nn.Linear(512, 128), LIF(), nn.Linear(128, classes))
+        layers += [OverTime(nn.Conv2d(inputs, outputs, 3, padding=1)), LIF(**NEURON)]
+    return OverSamples(*layers, nn.Flatten(2), nn.Linear(512, 128), LIF(**NEURON), nn.Linear(128, classes))
 
 
 NETWORKS: dict[str, tuple[str, Callable[[], nn.Module]]] = {  # the data, and the network
@@ -238,7 +243,7 @@ WIDTHS = (1.0, 10.0)
 EPOCHS = 4
 RESIDUAL: dict[str, Any] = {
     "seeds": SEEDS, "channels": 16, "time_steps": TIME_STEPS, "epochs": EPOCHS, "batch": BATCH, "rates": RATES,
-    "surrogate": "rectangle", "parameters": 96323,
+    "surrogate": NEURON["surrogate"], "parameters": 96323,
 }  # fmt: skip
 ARMS: dict[str, dict[str, Any]] = {
     "SG": {"learn_width": False, "analog_prob": 0.0},
@@ -258,7 +263,7 @@ class Residual(NamedTuple):
 
 def residual_network(channels: int = RESIDUAL["channels"], **neuron: Any) -> nn.Module:
     """Scores `[T, B, 10]` of images `[T, B, 1, H, W]`, each normalisation fused with its neurons."""
-    make = partial(LIF, surrogate=RESIDUAL["surrogate"], **neuron)
+    make = partial(LIF, **NEURON | neuron)
     stages = (channels, 2 * channels, 4 * channels)
     fused, _ = asgl_cuda.fuse(ResNet(stages, (1, 2, 1), 0, 1, 10, make), torch.zeros(1, 2, 1, 28, 28), inplace=True)
     return fused

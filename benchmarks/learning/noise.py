@@ -291,7 +291,8 @@ def observations(run: Smoothed, seed: int, epochs: int) -> list[dict[str, float]
     """Before the first epoch and after each."""
     images, test_images, labels, test_labels = load_data(seed)
     torch.manual_seed(seed)
-    model = spiking_mlp(HIDDEN, width=run.width, surrogate=run.surrogate, analog_prob=SMOOTHED_ARMS[run.arm])
+    neuron = {"width": run.width, "surrogate": run.surrogate, "analog_prob": SMOOTHED_ARMS[run.arm]}
+    model = spiking_mlp(HIDDEN, **neuron)
     optimizer = optimizer_of(model, run.optimizer)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * -(-len(images) // BATCH_SIZE))
     found = [observe(model, test_images, test_labels)]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import asgl_cuda
 
-SGD, ADAM = "SGD", "Adam"
+SGD, ADAM, ADAMW = "SGD", "Adam", "AdamW"
 RATES = {SGD: 0.1, ADAM: 3e-3}  # of the weights, where a study has one
 MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4  # of SGD
 

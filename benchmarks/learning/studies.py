@@ -42,10 +42,10 @@ class Study(NamedTuple):
     text: Callable[[Any], str] = text_of
     listed: bool = False
 
-    def conduct(self, file: Path, jobs: int) -> Report:
-        """Trains missing runs, `jobs` at a time."""
+    def conduct(self, file: Path, jobs: int, only: str = "") -> Report:
+        """Trains missing runs whose texts have `only` in them, `jobs` at a time."""
         report = self.begun(file)
-        self.train_all(report, file, jobs)
+        self.train_all(report, file, jobs, [run for run in self.runs if only in self.text(run)])
         return self.written(report)
 
     def begun(self, file: Path) -> Report:
@@ -73,12 +73,12 @@ class Study(NamedTuple):
             return {**report, "runs": runs}
         return {**report, "runs": [{**named[name]._asdict(), **result} for name, result in runs.items()]}
 
-    def train_all(self, report: Report, file: Path, jobs: int) -> None:
-        """Trains the runs missing in `report`, `jobs` at a time with one thread each; writes it after each.
+    def train_all(self, report: Report, file: Path, jobs: int, runs: Sequence[Any]) -> None:
+        """Trains the runs that `report` lacks, `jobs` at a time with one thread each; writes it after each.
 
         An error or Ctrl-C ends the trainings that have begun.
         """
-        left = [run for run in self.runs if self.text(run) not in report["runs"]]
+        left = [run for run in runs if self.text(run) not in report["runs"]]
         columns = *Progress.get_default_columns()[:-1], MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(jobs, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
@@ -87,7 +87,7 @@ class Study(NamedTuple):
             signal.signal(signal.SIGINT, before)
             try:
                 with Progress(*columns) as progress:
-                    task = progress.add_task("trainings", total=len(self.runs), completed=len(self.runs) - len(left))
+                    task = progress.add_task("trainings", total=len(runs), completed=len(runs) - len(left))
                     for done in as_completed(waiting):
                         result, seconds = done.result()
                         report["runs"][self.text(waiting[done])] = result
@@ -100,8 +100,8 @@ class Study(NamedTuple):
                 pool.shutdown(cancel_futures=True)
                 if not isinstance(error, KeyboardInterrupt):
                     raise
-                trained = sum(self.text(run) in report["runs"] for run in self.runs)
-                words = f"the same command goes on: {file} has {trained} of {len(self.runs)} trainings"
+                trained = sum(self.text(run) in report["runs"] for run in runs)
+                words = f"the same command goes on: {file} has {trained} of {len(runs)} trainings"
                 raise KeyboardInterrupt(words) from None
 
 

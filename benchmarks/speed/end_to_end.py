@@ -38,7 +38,7 @@ from .microbench import (
     reset_compiler,
 )
 from .networks import NETWORKS, MakeNeuron, Network, Training
-from .peers import DECAY, OverSteps, Recurrent, installed, installed_peers, lif_loop, recurrent_loop
+from .peers import DECAY, SURROGATE, OverSteps, Recurrent, installed, installed_peers, lif_loop, recurrent_loop
 from .sizes import Size, samples
 
 FUSED_BLOCK = ", fused block"  # suffix of a variant whose neurons normalise
@@ -86,6 +86,7 @@ class Sequences(nn.Module):
 
 def ours(network: Network, backend: str, **options: Any) -> MakeNeuron:
     """LIF, or RecurrentLIF after a product with the weight of the input."""
+    options = {"surrogate": SURROGATE, "detach_reset": False, **options}
     if network.kind == "LIF":
         return partial(LIF, backend=backend, **options)
 

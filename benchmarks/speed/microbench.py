@@ -46,6 +46,7 @@ from .peers import (
     ADLIF,
     ALIF,
     DECAY,
+    SURROGATE,
     Peer,
     adaptive_step,
     asgl_loop,
@@ -68,7 +69,7 @@ INTEGER = "I-LIF: "  # the same with integer spikes
 # The same with adaptation, in the current and in the threshold.
 ADAPTIVE = {"adLIF: ": ADLIF, "ALIF: ": ALIF}
 PLAIN_LOOP = "loop"
-SIGMOID = ", sigmoid"  # suffix of a row with that surrogate: the default, a rectangle, costs less than most of peers'
+SIGMOID = ", sigmoid"  # suffix of a row with that surrogate, the default; the others have SURROGATE
 COMPILED_STEP = "compiled step"  # the loop, with one step compiled
 PAIR = "pair: "  # prefix of blocks that are not fused
 # Beyond this many steps the compiler unrolls for minutes.
@@ -121,7 +122,7 @@ def neuron_rows(size: Size, device: torch.device) -> Iterator[Row]:
     asgl = {"width": width, "analog_prob": ANALOG_PROB}
 
     def layer(backend: str, **options: Any) -> Callable[[Tensor], Tensor]:
-        return partial(asgl_cuda.lif, decay=DECAY, backend=backend, **options)
+        return partial(asgl_cuda.lif, decay=DECAY, backend=backend, **{"surrogate": SURROGATE, **options})
 
     yield floor_row()
     for backend in fused_backends(device):
@@ -156,7 +157,8 @@ def adaptive_rows(size: Size, device: torch.device) -> Iterator[Row]:
 
     def layers(prefix: str, function: Callable[..., Any], **options: Any) -> Iterator[Row]:
         for name, backend in backends.items():
-            yield row_of(f"{prefix}{name}", partial(function, decay=DECAY, backend=backend, **options))
+            call = partial(function, decay=DECAY, surrogate=SURROGATE, backend=backend, **options)
+            yield row_of(f"{prefix}{name}", call)
 
     yield floor_row()
     yield from layers(PLAIN, asgl_cuda.lif)
@@ -177,7 +179,9 @@ def adaptive_rows(size: Size, device: torch.device) -> Iterator[Row]:
 def block_rows(block: Block, device: torch.device) -> Iterator[Row]:
     """The floor; copies; every implementation of the block, fused and as a pair."""
     channels = block.shape[2]
-    neuron: dict[str, Any] = {"decay": DECAY, "analog_prob": ANALOG_PROB}
+    neuron: dict[str, Any] = {
+        "decay": DECAY, "analog_prob": ANALOG_PROB, "surrogate": SURROGATE, "detach_reset": False
+    }  # fmt: skip
 
     def pair(backend: str) -> nn.Module:
         norm = OverTime(nn.BatchNorm2d(channels))
@@ -230,7 +234,7 @@ def check_peers(device: torch.device) -> None:
     x_seq, width = torch.randn(20, 4096, device=device), torch.ones((), device=device)
     state = torch.tensor([1, 2], device=device)
     mask = asgl_cuda.analog_mask(x_seq, ANALOG_PROB, state)
-    noisy = {"width": width, "analog_prob": ANALOG_PROB, "rng_state": state}
+    noisy = {"width": width, "analog_prob": ANALOG_PROB, "rng_state": state, "surrogate": SURROGATE}
     compared = {LOOP: Peer(lambda x: asgl_loop(x, width, ANALOG_PROB, mask), noisy)}
     for prefix, options in ADAPTIVE.items():
         compared[f"{prefix}{PLAIN_LOOP}"] = Peer(partial(loop, step=adaptive_step, **options), options)
@@ -255,7 +259,9 @@ def check_blocks(device: torch.device) -> None:
         x_seq = 2 * block.random(device) + 1
         residual = block.random(device) if with_residual else None
         sample = Sample(x_seq, x_seq, x_seq, residual, residual)
-        options: dict[str, Any] = {"decay": DECAY, "analog_prob": ANALOG_PROB, "backend": REFERENCE}
+        options: dict[str, Any] = {
+            "decay": DECAY, "analog_prob": ANALOG_PROB, "surrogate": SURROGATE, "backend": REFERENCE
+        }  # fmt: skip
         torch.manual_seed(0)  # the noise
         expected = asgl_cuda.batch_norm_lif(x_seq, training=True, residual=residual, return_h_seq=True, **options)
         for row in block_rows(block, device):

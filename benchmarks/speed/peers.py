@@ -21,6 +21,7 @@ from ..common import in_words, machine
 
 DECAY = 0.5
 ADAPT_DECAY, ADAPT_SPIKE = 0.9, 0.2
+SURROGATE = "rectangle"  # of asgl_cuda in all rows that name no other
 # Options of asgl_cuda.adaptive_lif: the adaptation in the current follows the potential, too.
 ADLIF: dict[str, Any] = {"adapt_decay": ADAPT_DECAY, "adapt_spike": ADAPT_SPIKE, "adapt_potential": 0.1}
 ALIF: dict[str, Any] = {"adapt_decay": ADAPT_DECAY, "adapt_spike": ADAPT_SPIKE, "to_threshold": True}

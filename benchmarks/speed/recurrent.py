@@ -28,7 +28,7 @@ import asgl_cuda
 from ..common import fused_backends
 from .clocks import Row, Sample, clock_of, in_turns, row_of, sample_of, saved_bytes
 from .microbench import COMPILED_STEP, PLAIN_LOOP, REFERENCE, reset_compiler
-from .peers import DECAY, Peer, installed_peers, loop, recurrent_step
+from .peers import DECAY, SURROGATE, Peer, installed_peers, loop, recurrent_step
 
 PRODUCTS = "products alone"
 ALL_SPIKE = ", all spike"  # suffix: at a threshold that all neurons reach at each step
@@ -67,7 +67,7 @@ def sample_at(size: Size, device: torch.device) -> Sample:
 def layer(x_seq: Tensor, weight: Tensor, input_weight: Tensor | None = None, **options: Any) -> Tensor:
     """Recurrent neurons, behind the product of the whole sequence where there is a weight of the input."""
     current = x_seq if input_weight is None else linear(x_seq, input_weight)
-    spikes = asgl_cuda.recurrent_lif(current, weight, decay=DECAY, **options)
+    spikes = asgl_cuda.recurrent_lif(current, weight, decay=DECAY, **{"surrogate": SURROGATE, **options})
     assert isinstance(spikes, Tensor)
     return spikes
 

@@ -31,10 +31,10 @@ import asgl_cuda
 from asgl_cuda import OverTime
 from benchmarks import readme
 from benchmarks.learning import __main__ as program
-from benchmarks.learning import batched, demo, neurons, noise, studies, widths
+from benchmarks.learning import batched, defaults, demo, neurons, noise, studies, widths
 from benchmarks.learning.batched import Networks, Setting
 from benchmarks.learning.data import SOURCES, Data
-from benchmarks.learning.optimizers import ADAM, MOMENTUM, SGD, WEIGHT_DECAY
+from benchmarks.learning.optimizers import ADAM, MOMENTUM, SGD, WEIGHT_DECAY, accuracy_of, fit, optimizer_of
 from benchmarks.learning.studies import Study
 
 ROOT = Path(__file__).parents[2]
@@ -86,8 +86,8 @@ def alone(found, setting, seed):
     for linear in [nn.Linear(*pair, bias=False) for pair in itertools.pairwise(sizes)]:
         neuron = asgl_cuda.LIF(
             batched.HIDDEN if setting.by_channel else None, granularity="channel" if setting.by_channel else "layer",
-            decay=batched.DECAY, width=setting.width, surrogate=setting.surrogate, analog_prob=setting.analog_prob,
-            learn_width=setting.learned, **learns,
+            decay=setting.decay, width=setting.width, surrogate=setting.surrogate, analog_prob=setting.analog_prob,
+            learn_width=setting.learned, detach_reset=setting.detach_reset, **learns,
         )  # fmt: skip
         layers += [OverTime(linear), OverTime(nn.BatchNorm1d(batched.HIDDEN)), neuron]
     model = nn.Sequential(*layers, nn.Linear(batched.HIDDEN, 3))
@@ -115,6 +115,7 @@ def alone(found, setting, seed):
         (5, {"width_by_weights": True, "width_rate": 0.01}),
         (1, {"optimizer": ADAM, "rate": 3e-3, "decay_rate": 0.01}),
         (5, {"by_channel": True, "surrogate": "triangle"}),
+        (5, {"decay": 0.9, "detach_reset": True}),
     ],
     ids=str,
 )
@@ -190,6 +191,10 @@ TRAININGS = {
         partial(widths.train_by_rule, widths.Step("digits", "rectangle", 6, 2, learned, SGD, 0.2, 5.0, rule), 2)
         for learned, rule in (("width", "fixed"), ("channels", "Adam 0.1"), ("decays", "0.03"))
     ],
+    "defaults": [
+        partial(defaults.train_run, defaults.Run("digits", 6, 4, 0.9, 2, SGD, arm), 3, 2)
+        for arm in (defaults.DEFAULT, "sigmoid 0.5")
+    ],
     "noise": [
         partial(noise.train_arm, noise.Compared("digits", 4, 2, 1.0, SGD, "sigmoid", 0.1, arm), 2)
         for arm in noise.ARMS
@@ -244,6 +249,29 @@ def test_fixed_widths_stay(small_data):
     assert asgl["losses"][1] < asgl["losses"][0]
     assert len(asgl["widths"]) == 9
     assert sg["widths"] == [1.0] * 9 != asgl["widths"]
+
+
+@pytest.mark.parametrize(("optimizer", "noise"), [(SGD, {"analog_prob": 0.0}), (ADAM, {"analog_prob": 0.0}), (SGD, {})])
+def test_long_sequences_are_learned_by_default(optimizer, noise):
+    """Constant inputs, 100 steps and a slow decay, where gradients explode through a reset that is not detached."""
+    found = SOURCES["digits"].read(None)
+    torch.manual_seed(0)
+    layers: list[nn.Module] = [nn.Flatten(2)]
+    for _ in range(2):
+        layers += [nn.Linear(64, 64, bias=False), asgl_cuda.BatchNormLIF(64, decay=0.95, **noise)]
+    model = nn.Sequential(*layers, nn.Linear(64, 10))
+
+    def scores_of(samples):
+        return model(samples.transpose(0, 1).expand(100, -1, -1, -1, -1)).mean(0)
+
+    steps, weights = 250, optimizer_of(model, optimizer)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(weights, steps)
+    batches = (torch.randint(len(found.train), (32,)) for _ in range(steps))
+    fit(
+        lambda each: functional.cross_entropy(scores_of(found.train[each]), found.train_labels[each]),
+        batches, weights, cosine,
+    )  # fmt: skip
+    assert accuracy_of(model, scores_of, found.test, found.test_labels) >= 95
 
 
 def test_parameters_of_the_residual_network():
@@ -353,6 +381,8 @@ def test_trainings_are_not_repeated(tmp_path, monkeypatch, listed):
     # A process would import torch anew.
     monkeypatch.setattr(studies, "ProcessPoolExecutor", lambda jobs, *_, **__: ThreadPoolExecutor(jobs))
     file = tmp_path / "found.json"
+    squares(2, listed=listed).conduct(file, 2, "0 0.5")
+    assert len(json.loads(file.read_text())["runs"]) == 1
     squares(2, listed=listed).conduct(file, 2)
     report = squares(3, listed=listed)._replace(train=lambda run: {"result": -1}).conduct(file, 1)
     assert json.loads(file.read_text()) == report
@@ -376,21 +406,28 @@ def test_program(tmp_path, monkeypatch, capsys):
     """It prints the section of the page; a data root adds sets of the width's study."""
     conducted = []
 
-    def conduct(study, file, jobs):
-        conducted.append((study, file, jobs))
+    def conduct(study, file, jobs, only):
+        conducted.append((study, file, jobs, only))
         return readme.read_report(study.name)
 
     monkeypatch.setattr(Study, "conduct", conduct)
-    assert call(monkeypatch, "noise", "--json", tmp_path / "found.json", "--jobs", 3) == 0
-    assert conducted[0][1:] == (tmp_path / "found.json", 3)
+    cell = "digits 4 250 10 Adam sigmoid"
+    assert call(monkeypatch, "noise", "--json", tmp_path / "found.json", "--jobs", 3, "--only", cell) == 0
+    assert conducted[0][1:] == (tmp_path / "found.json", 3, cell)
+    with pytest.raises(SystemExit):
+        call(monkeypatch, "noise", "--only", "digits 5")
+    assert "--only 'digits 5' is in no run; the first one is 'digits 1 60 1 SGD rectangle 0.03 0'" in (
+        capsys.readouterr().err
+    )
+    call(monkeypatch, "noise", "--json", tmp_path / "found.json")
     assert readme.text_of(readme.SECTIONS["noise"], readme.read_report("noise")) in capsys.readouterr().out
     (tmp_path / "NMNIST").mkdir()
     monkeypatch.chdir(tmp_path)
     call(monkeypatch, "width_robustness", "--data-root", tmp_path)
-    assert {run.data for run in conducted[1][0].runs} - {run.data for run in widths.width_robustness().runs} == {
+    assert {run.data for run in conducted[2][0].runs} - {run.data for run in widths.width_robustness().runs} == {
         "nmnist"
     }
-    assert conducted[1][1] == Path("build/width_robustness.json")
+    assert conducted[2][1] == Path("build/width_robustness.json")
 
 
 def test_demo(tmp_path, monkeypatch, capsys):

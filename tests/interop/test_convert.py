@@ -164,7 +164,7 @@ def test_asgl_takes_missing_options_from_the_layer():
     ):  # fmt: skip
         node, _ = converted_node(atan(), learn_width=False, **given)
         assert tuple(node.settings.spike) == pytest.approx(spike)
-        assert (node.log_width, node.analog_prob) == (None, 0.2)
+        assert (node.log_width, node.analog_prob) == (None, 0.5)
     super_spike = jelly(surrogate_function=surrogate.SuperSpike(3.0))
     assert asgl_cuda.convert(super_spike)[0][1].settings.spike.gain == pytest.approx(6.0)
     assert converted_node(super_spike)[0].settings.spike.gain == 1.0
@@ -176,13 +176,35 @@ def test_asgl_where_the_layers_own_surrogate_is_unknown():
     assert "PiecewiseLeakyReLU, is none of those" in asgl_cuda.convert(net)[1].left[0].reason
     leaky = snntorch.Leaky(beta=0.8, spike_grad=snntorch.surrogate.straight_through_estimator())
     for made in (net, leaky):
-        assert (
-            asgl_cuda.convert(made, asgl={"width": 1.0})[1]
-            .left[0]
-            .reason.endswith("; asgl needs a surrogate and a width")
-        )
-        assert not asgl_cuda.convert(made, asgl={"width": 1.0, "surrogate": "sigmoid"})[1].left
-    assert converted_node(net, width=1.0, surrogate="sigmoid")[0].settings.spike == ("sigmoid", 1.0, 1.0, False)
+        for given, expected in (
+            ({}, "sigmoid, width 1,"), ({"width": 2.0}, "sigmoid, width 2,"), ({"surrogate": "erf"}, "erf, width 1,")
+        ):  # fmt: skip
+            _, report = asgl_cuda.convert(made, asgl=given)
+            assert not report.left
+            assert report.replaced[0].by.startswith(expected)
+    assert converted_node(net, width=1.0, surrogate="rectangle")[0].settings.spike == ("rectangle", 1.0, 1.0, False)
+
+
+def half(u):
+    return 0.5 * (u > 0).to(u)
+
+
+def failing(u):
+    raise ZeroDivisionError
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [
+        (half, "emits something else than 0 below and 1 above"),
+        (failing, "fails with ZeroDivisionError"),
+        (nn.PReLU(), "has parameters that learn"),
+    ],
+)
+def test_asgl_leaves_layers_that_emit_no_spikes(function, reason):
+    (left,) = asgl_cuda.convert(snntorch.Leaky(beta=0.8, spike_grad=function), asgl={})[1].left
+    assert reason in left.reason
+    assert left.reason.endswith("; asgl needs a surrogate and a width")
 
 
 def test_no_noise_where_asgl_has_none():
@@ -333,7 +355,7 @@ def test_settings_of_layers_that_are_converted_already_are_refused(by, options):
     again, report = asgl_cuda.convert(asgl_cuda.revert(made)[0], **options)
     assert (len(report.replaced), report.left) == (2, [])
     layers = [module for module in again.modules() if isinstance(module, Converted)]
-    assert [layer.analog_prob for layer in layers] == [0.2 * ("asgl" in options)] * 2
+    assert [layer.analog_prob for layer in layers] == [0.5 * ("asgl" in options)] * 2
     assert {layer.settings.backend for layer in layers} == {options.get("backend")}
 
 

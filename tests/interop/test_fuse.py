@@ -66,7 +66,7 @@ NEURONS = {
         ours(nn.BatchNorm2d(C), input_gain=0.7, v_rest=0.2, v_reset=None, reset_amount=0.5, strict_threshold=True),
         SHAPE,
     ),
-    "all steps noisy": (ours(nn.BatchNorm2d(C), analog_prob=1.0), SHAPE),
+    "all steps noisy": (ours(nn.BatchNorm2d(C), surrogate="rectangle", analog_prob=1.0), SHAPE),
     "LIFNode": (lambda: jelly(layer.BatchNorm2d(C), neuron.LIFNode(tau=1.5, v_reset=0.1)), SHAPE),
     "ParametricLIFNode, no affine": (
         lambda: jelly(layer.BatchNorm2d(C, affine=False), neuron.ParametricLIFNode()), SHAPE,

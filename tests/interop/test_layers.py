@@ -488,7 +488,7 @@ def test_states_and_copies_of_sinabs(options):
     assert type(twin) is type(converted)
     assert twin.spike_threshold is not converted.spike_threshold
     if not current:
-        assert twin.analog_prob == 0.2
+        assert twin.analog_prob == 0.5
         assert twin.log_width is not converted.log_width
     states = ("v_mem", "i_syn")[: 1 + current]
     for name in states:

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("in_double", "spikes_in_double")
 
 def plain(**options):
     """A neuron without the features that other libraries lack."""
-    return LIF(**{"learn_width": False, "analog_prob": 0.0, **options})
+    return LIF(**{"learn_width": False, "analog_prob": 0.0, "detach_reset": False, **options})
 
 
 SIGMOID = {"surrogate": "sigmoid", "width": 1 / 4}  # Sigmoid(alpha=4) is SpikingJelly's default
@@ -99,7 +99,7 @@ ROWS = {
     },
     "spikingjelly, IFNode": lambda: (jelly("IFNode"), plain(**SIGMOID, decay=1.0), 2.5),
     "spikingjelly, current": lambda: (
-        jelly("CUBALIFNode"), behind(0.5, decay=0.75, v_threshold=0.5, width=1.0), 0.3,
+        jelly("CUBALIFNode"), behind(0.5, decay=0.75, v_threshold=0.5, surrogate="rectangle"), 0.3,
     ),
     **{
         f"snntorch, {name}": lambda theirs=theirs, ours=ours: (leaky(**theirs), plain(**{**DELAYED, **ours}), 0.8)

@@ -66,7 +66,7 @@ def mem_update(module):
 
 
 def sigmoid_lif(module):
-    layer = LIF(v_reset=None, learn_decay=True, **TRIANGLE)
+    layer = LIF(v_reset=None, learn_decay=True, detach_reset=False, **TRIANGLE)
 
     def rename(layer, state_dict, prefix, *others):
         if prefix + "w" in state_dict:

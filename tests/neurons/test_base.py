@@ -4,6 +4,7 @@ import copy
 import io
 import math
 import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -349,21 +350,51 @@ def test_parameters_beyond_their_range_stay_valid(backend, device, value):
     assert x_seq.grad.isfinite().all()
 
 
+def test_layers_and_functions_have_the_same_defaults():
+    """But for the noise, and the reset that layers detach."""
+    function, layer = asgl_cuda.lif.__kwdefaults__, LIF.__init__.__kwdefaults__
+    both = function.keys() & layer.keys()
+    differ = {name: (function[name], layer[name]) for name in both if function[name] != layer[name]}
+    assert differ == {"analog_prob": (0.0, 0.5), "detach_reset": (False, True)}
+    for kind in (asgl_cuda.BatchNormLIF, asgl_cuda.AdaptiveLIF, asgl_cuda.RecurrentLIF):
+        made = kind(N, granularity="channel")
+        assert {name: getattr(made, name) for name in ("surrogate", *differ)} == {
+            "surrogate": layer["surrogate"], "analog_prob": 0.5, "detach_reset": True
+        }  # fmt: skip
+
+
+FUNCTIONS = {
+    "lif": asgl_cuda.lif,
+    "batch_norm_lif": partial(asgl_cuda.batch_norm_lif, training=True),
+    "adaptive_lif": partial(asgl_cuda.adaptive_lif, adapt_decay=0.9),
+    "recurrent_lif": lambda x_seq, **options: asgl_cuda.recurrent_lif(x_seq, torch.zeros(N).to(x_seq), **options),
+}
+
+
+@pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
+def test_the_default_surrogate_is_a_sigmoid(backend, device, function):
+    x_seq = inputs(T, B, N, device=device).detach()
+    for name in (backend, "reference"):
+        smooth = partial(function, x_seq, analog_prob=1.0, backend=name)
+        assert torch.equal(smooth(), smooth(surrogate="sigmoid"))
+        assert not torch.equal(smooth(), smooth(surrogate="rectangle"))
+
+
 def test_repr_tells_what_was_set():
     neuron = "width=1.3 (learned), decay=0.7 (learned), v_threshold=0.9 (learned), v_reset={}, surrogate={}, "
     neuron += "analog_prob=0.4, granularity={}"
     options = {"granularity": "neuron", "time_dim": 1, "stateful": True, "store_v_seq": True}
     assert repr(make("LIF", features=(N, 3), **options)) == (
         f"LIF([8, 3], {neuron.format(0.1, 'rectangle', 'neuron')}, input_gain=0.8, surrogate_gain=0.5, "
-        "scale_output=True, stateful=True, store_v_seq=True, time_dim=1)"
+        "detach_reset=False, scale_output=True, stateful=True, store_v_seq=True, time_dim=1)"
     )
     assert repr(make("soft reset")) == (
         f"LIF({neuron.format(None, 'sigmoid', 'layer')}, reset_amount=0.7, v_min=-0.5, v_rest=0.25, "
-        "strict_threshold=True, detach_reset=True)"
+        "strict_threshold=True)"
     )
     learned = "adapt_decay=0.9 (learned), adapt_potential=0.1 (learned), adapt_spike=0.3 (learned), to_threshold=True"
     layer = make("AdaptiveLIF, threshold")
-    assert repr(layer) == f"AdaptiveLIF({neuron.format(0.1, 'rectangle', 'layer')}, {learned})"
+    assert repr(layer) == f"AdaptiveLIF({neuron.format(0.1, 'rectangle', 'layer')}, detach_reset=False, {learned})"
     others = "input_gain=0.5, v_rest=0.25, granularity=channel, delay=True, time_dim=1"
     layer = make("LeakyIntegrator", granularity="channel", time_dim=1)
     assert repr(layer) == f"LeakyIntegrator([8], decay=0.7 (learned), {others})"

@@ -32,7 +32,9 @@ def test_no_gradient_comes_through_a_floor(backend, device, v_min, options):
     x_seq = torch.tensor([[v_min - 0.25, v_min, v_min + 0.25]], device=device)
     for name in (backend, "reference"):
         x_seq = x_seq.detach().requires_grad_()
-        output = asgl_cuda.lif(x_seq, v_min=v_min, **options, return_v_last=True, return_v_seq=True, backend=name)
+        output = asgl_cuda.lif(
+            x_seq, v_min=v_min, surrogate="rectangle", **options, return_v_last=True, return_v_seq=True, backend=name
+        )
         for v in (output.v_last, output.v_seq):
             (grad,) = torch.autograd.grad(v.sum(), x_seq, retain_graph=True)
             assert grad.tolist() == [[0.0, 0.0, 1.0]]

@@ -69,7 +69,14 @@ def test_reference_is_a_plain_loop():
     x_seq, weight, bias, decay, syn_decay, width = leaves
     expected = plain_loop(*leaves)
     actual = asgl_cuda.recurrent_lif(
-        x_seq, weight, bias=bias, decay=decay, syn_decay=syn_decay, width=width, backend="reference"
+        x_seq,
+        weight,
+        bias=bias,
+        decay=decay,
+        syn_decay=syn_decay,
+        width=width,
+        surrogate="rectangle",
+        backend="reference",
     )
     assert torch.equal(actual, expected)
     grads = torch.randn_like(expected)

@@ -117,7 +117,7 @@ def examples_in(docstring: str) -> list[str]:
 
 
 EXAMPLES = [(name, code) for name, docstring in public_docstrings() for code in examples_in(docstring)]
-PRINTED = {"asgl_layers": "1 2.0 0.2", "AnalogProbSchedule": "{'1': 0.0}"}
+PRINTED = {"asgl_layers": "1 2.0 0.5", "AnalogProbSchedule": "{'1': 0.0}"}
 
 
 @pytest.mark.parametrize(("name", "code"), EXAMPLES, ids=[name for name, _ in EXAMPLES])
@@ -159,7 +159,10 @@ ADAPTATION = {"adapt_decay": 0.97, "adapt_potential": 0.1, "adapt_spike": 0.3}
     ],
 )
 def test_the_same_in_pytorch_is_the_same(name: str, options: dict[str, Any], dtype: torch.dtype):
-    """The loop has every bit, at values that round: an order of operations or a quotient would show."""
+    """The loop has every bit, at values that round: an order of operations or a quotient would show.
+
+    That of `lif` with the smooth value of a rectangle, which its docstring has below the loop.
+    """
     function, state = getattr(asgl_cuda, name), torch.tensor([2023, 0])
     loop = (inspect.getdoc(function) or "").split("The same in PyTorch")[1].split("::\n\n")[1].split("\n\n")[0]
     x_seq = torch.randn(30, 8, 64, dtype=dtype)
@@ -168,6 +171,13 @@ def test_the_same_in_pytorch_is_the_same(name: str, options: dict[str, Any], dty
     noise = {"rng_state": state} if "analog_prob" in options else {}
     if noise:
         values["mask"] = asgl_cuda.analog_mask(x_seq, options["analog_prob"], state)
+    smooth, exact = (f"((h - v_threshold) * slope{end}" for end in (").sigmoid()", " + 0.5).clamp(0, 1)"))
+    if name == "lif":
+        assert f"`a = {exact}`" in (inspect.getdoc(function) or "")
+        exec(textwrap.dedent(loop), values)
+        torch.testing.assert_close(written, function(x_seq, **options, **noise))
+        assert smooth in loop
+        loop, options = loop.replace(smooth, exact), {**options, "surrogate": "rectangle"}
     exec(textwrap.dedent(loop), values)
     output = function(x_seq, **options, **noise, return_v_last=True)
     assert torch.equal(written, output[0])

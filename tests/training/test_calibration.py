@@ -134,7 +134,7 @@ def test_nothing_but_weights_changes(training, x_seq):
     assert torch.equal(torch.get_rng_state(), drawn)
     assert torch.equal(model[1][0].v, before[1][0].v)
     assert [module.training for module in model.modules()] == [module.training for module in before.modules()]
-    assert [layer.analog_prob for _, layer in asgl_cuda.asgl_layers(model)] == [0.4, 0.2]
+    assert [layer.analog_prob for _, layer in asgl_cuda.asgl_layers(model)] == [0.4, 0.5]
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     assert all(torch.equal(value.grad, grad) for value, grad in zip(model.parameters(), grads, strict=True))
     scaled = {row.weight for row in report.layers}

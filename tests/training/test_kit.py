@@ -141,10 +141,10 @@ def test_spiking_eval(training):
         with spiking_eval(model):
             pass
         assert probs() == [0, 0, 0]
-    assert probs() == [0.2, 1.0, 0.3]
+    assert probs() == [0.5, 1.0, 0.3]
     with pytest.raises(ZeroDivisionError), spiking_eval(model):
         raise ZeroDivisionError
-    assert probs() == [0.2, 1.0, 0.3]
+    assert probs() == [0.5, 1.0, 0.3]
     layer, x_seq = LIF(analog_prob=0.5), random_input(6, 3, 31)
     with spiking_eval(layer):
         (found,) = torch.autograd.grad(layer(x_seq).sum(), x_seq)

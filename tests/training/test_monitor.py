@@ -26,8 +26,8 @@ def seen(layer, *calls, **options):
 
 
 def exact(**options):
-    """Neurons that fire by the input of the step alone."""
-    return LIF(decay=0.0, analog_prob=0.0, **options)
+    """Neurons that fire by the input of the step alone, with a rectangle."""
+    return LIF(**{"decay": 0.0, "analog_prob": 0.0, "surrogate": "rectangle", **options})
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -111,7 +111,10 @@ GROWING = {
 @pytest.mark.parametrize("options", GROWING.values(), ids=GROWING)
 def test_growth_of_gradients(backend, device, options, time_dim):
     """Against autograd: the largest derivative of a potential by the current of an earlier step."""
-    neurons = {"decay": 0.9, "width": 0.5, "analog_prob": 0.0, "time_dim": time_dim, "backend": backend, **options}
+    neurons = {
+        "decay": 0.9, "width": 0.5, "surrogate": "rectangle", "analog_prob": 0.0, "detach_reset": False,
+        "time_dim": time_dim, "backend": backend, **options,
+    }  # fmt: skip
     layer = LIF(**neurons, learn_width=False)
     x_seq = random_input(7, 5, N, dtype=torch.float64, device=device).detach().abs().movedim(0, time_dim)
     x_seq.requires_grad_()
@@ -128,7 +131,7 @@ def test_growth_of_gradients(backend, device, options, time_dim):
 
 def test_growth_of_a_recurrent_layer_is_of_its_potentials():
     """Missing with an adaptation, which is a second way back."""
-    x_seq, values = torch.rand(9, 2, N), {"decay": 0.95, "width": 0.5, "analog_prob": 0.0}
+    x_seq, values = torch.rand(9, 2, N), {"decay": 0.95, "width": 0.1, "analog_prob": 0.0, "detach_reset": False}
     layer = asgl_cuda.RecurrentLIF(N, bias=False, **values)
     nn.init.zeros_(layer.recurrent_weight)
     expected = seen(LIF(**values), x_seq)["growth"]
@@ -209,21 +212,25 @@ X = torch.randn(4, 16, 64, generator=torch.Generator().manual_seed(0))
 LONG = torch.linspace(0.5, 1.5, 20).expand(100, 1, -1)  # constant currents
 WORDS = [
     (LIF(analog_prob=0.0), X, []),
-    (LIF(analog_prob=0.0), X * 0.01, ["no neuron ever fired", "0.0% of", ": no gradient", "larger weights", "width"]),
-    (LIF(analog_prob=0.0, surrogate="sigmoid"), X * 0.01, ["no neuron ever fired", "hardly any gradient", "calibrate"]),
+    (exact(), X * 0.01, ["no neuron ever fired", "0.0% of", ": no gradient", "larger weights", "width"]),
+    (LIF(analog_prob=0.0), X * 0.01, ["no neuron ever fired", "hardly any gradient", "calibrate"]),
     (LIF(analog_prob=0.0, width=9.0), X * 0.01, ["no neuron ever fired. What helps: larger weights before the"]),
     (LIF(analog_prob=0.0), X.abs() * 100, ["% of the neurons fired at every step (saturated)", "smaller weights"]),
-    (LIF(analog_prob=0.0, width=1e-6), X, ["no gradient passes", "differently scaled weights"]),
+    (exact(width=1e-6), X, ["no gradient passes", "differently scaled weights"]),
     (LIF(analog_prob=0.0, surrogate="sigmoid"), X * math.nan, ["its potentials are NaN, and no weight of the model "]),
     (exact(), half_dead(5), []),
     (exact(), half_dead(6), ["60% of the neurons never fired (dead). What helps: a normalisation before"]),
     (LIF(levels=4, v_reset=None, analog_prob=0.0), -X.abs(), ["0.0% of the potentials are between 0 and levels"]),
     (asgl_cuda.BatchNormLIF(5, eps=0.0), torch.ones(4, 6, 5), ["100% of the channels do not vary"]),
     (LIF(analog_prob=0.0), torch.linspace(0, 1.5, 20).expand(8, 1, -1), []),  # a constant current
-    (LIF(analog_prob=0.0, decay=0.95), LONG, ["gradients grow by a factor of", "detach_reset=True, or a larger width"]),
-    (LIF(analog_prob=0.0, decay=0.95, detach_reset=True), LONG, []),
-    (LIF(analog_prob=0.0, decay=0.95, width=2.0), LONG, []),
-    (LIF(analog_prob=0.0, levels=2, v_reset=None, reset_amount=4.0), LONG, ["gradients grow", "detach_reset=True"]),
+    (exact(decay=0.95, detach_reset=False), LONG, ["gradients grow by a factor of", "detach_reset=True"]),
+    (LIF(analog_prob=0.0, decay=0.95, width=0.2, detach_reset=False), LONG, ["gradients grow", "detach_reset=True"]),
+    (LIF(analog_prob=0.0, decay=0.95), LONG, []),
+    (exact(decay=0.95, width=2.0, detach_reset=False), LONG, []),
+    (
+        LIF(analog_prob=0.0, levels=2, v_reset=None, reset_amount=4.0, detach_reset=False), LONG,
+        ["gradients grow", "detach_reset=True"],
+    ),
 ]  # fmt: skip
 
 

@@ -72,7 +72,7 @@ def neurons_of(settings: Settings) -> Neurons:
     make = partial(NeuronsByStep, settings.steps) if settings.widths == "per-step" else Neurons
     neurons = make(
         decay=settings.decay, learn_decay=settings.learn_decay, v_threshold=settings.threshold, width=settings.width,
-        surrogate=settings.surrogate, analog_prob=settings.analog_prob, scale_output=True,
+        surrogate=settings.surrogate, analog_prob=settings.analog_prob, scale_output=True, detach_reset=False,
     )  # fmt: skip
     # Frozen instead of constant: a compiled graph would have the constant in it.
     neurons.alpha.requires_grad_(settings.widths in ("learned", "per-step"))
