@@ -83,11 +83,11 @@ def check_dense(name: str, value: Tensor, caller: str) -> None:
     """A strided tensor in the memory of this process."""
     if value.is_nested or value.layout is not torch.strided:
         kind = "a nested tensor" if value.is_nested else f"one of layout {value.layout}"
-        raise TypeError(f"{caller}: {name} must be a dense tensor, got {kind}; padded or made dense, it can be taken")
+        raise TypeError(f"{caller}: {name} must be a dense tensor, got {kind}; pad it, or convert it to a dense tensor")
     if hasattr(value, "to_local"):
         raise TypeError(
-            f"{caller}: {name} must be a tensor of this process, got a {type(value).__name__}; neurons are "
-            f"independent, so that {name}.to_local() can be taken where time is not sharded"
+            f"{caller}: {name} must be a tensor of this process, got a {type(value).__name__}; unless time is "
+            f"sharded, pass {name}.to_local(), because neurons are independent"
         )
 
 
@@ -102,7 +102,7 @@ def shown(value: Any) -> str:
     return text if len(text) <= 100 else f"{text[:97]}..."
 
 
-_NEAR = 0.75  # of difflib: a letter changed, added or moved in a short name; gpu and cpu have 0.67
+_NEAR = 0.75  # ratio of difflib for one letter changed, added or moved in a short name; gpu and cpu have 0.67
 
 
 def did_you_mean(given: Any, names: Iterable[str]) -> str:
@@ -127,12 +127,13 @@ _ELSEWHERE = {
     "beta": ("decay", "snnTorch's beta{value} is decay{value}"),
     "alpha": (
         "decay",
-        "snnTorch's alpha{value} is the decay of a LeakyIntegrator in front, SpikingJelly's alpha is width=1 / alpha",
+        "snnTorch's alpha{value} is the decay of a LeakyIntegrator before the layer, SpikingJelly's alpha is "
+        "width=1 / alpha",
     ),
     "input_size": (
-        "recurrent", "the input has hidden_size values, which torch.nn.Linear(input_size, hidden_size) in front makes",
+        "recurrent", "for inputs of another size put torch.nn.Linear(input_size, hidden_size) before the layer",
     ),
-    "num_layers": ("recurrent", "several layers are several RecurrentLIF in a torch.nn.Sequential"),
+    "num_layers": ("recurrent", "for several layers put several RecurrentLIF into a torch.nn.Sequential"),
     "learn_beta": ("learn_decay", "snnTorch's learn_beta is learn_decay"),
     "threshold": ("v_threshold", "snnTorch's threshold{value} is v_threshold{value}, strict_threshold=True"),
     "reset_mechanism": ("v_reset", "snnTorch's 'subtract' is v_reset=None, 'zero' is v_reset=0"),
@@ -142,7 +143,7 @@ _ELSEWHERE = {
         "decay", "Norse's tau_mem_inv is decay=1 - dt * tau_mem_inv and multiplies the input by dt * tau_mem_inv",
     ),
     "v_th": ("v_threshold", "Norse's v_th{value} is v_threshold{value}, strict_threshold=True"),
-    "tau_syn": ("decay", "sinabs' tau_syn is decay=exp(-1 / tau_syn) of a LeakyIntegrator in front"),
+    "tau_syn": ("decay", "sinabs' tau_syn is decay=exp(-1 / tau_syn) of a LeakyIntegrator before the layer"),
     "v_leak": ("v_rest", "Norse's v_leak{value} is v_rest{value}"),
     "tau_mem": ("decay", "sinabs' tau_mem is decay=exp(-1 / tau_mem) and multiplies the input by 1 - decay"),
     "spike_threshold": ("v_threshold", "sinabs' spike_threshold{value} is v_threshold{value}"),
@@ -152,7 +153,7 @@ _ELSEWHERE = {
 }  # fmt: skip
 
 
-_DECAYS = {"alpha", "beta"}  # whose values are shown only where they can be decays
+_DECAYS = {"alpha", "beta"}  # their values are shown only if they can be decays
 
 
 def _said_elsewhere(name: str, given: Any, known: Collection[str]) -> str:
@@ -217,12 +218,12 @@ def check_multi_spike(v_reset: Any, analog_prob: Any, caller: str) -> None:
         )
     if isinstance(analog_prob, Tensor) or check_number("analog_prob", analog_prob, caller) != 0:
         raise ValueError(
-            f"{caller}: multi_spike needs analog_prob=0, got {shown(analog_prob)}: its surrogates are the slope of no "
-            "smooth number of spikes that an element could emit"
+            f"{caller}: multi_spike needs analog_prob=0, got {shown(analog_prob)}, because there is no smooth number "
+            "of spikes that a neuron could emit instead"
         )
 
 
-MOST_LEVELS = 256  # the last integer up to which bfloat16 has all
+MOST_LEVELS = 256  # bfloat16 represents all integers up to this
 
 
 def check_levels(name: str, value: Any, caller: str) -> int:
@@ -294,7 +295,7 @@ def read_number(name: str, value: Any, caller: str, learned: bool = False, optio
     """
     if isinstance(value, Tensor):
         value = _value_of(name, value, caller, learned, option)
-    elif getattr(value, "size", None) == 1 and hasattr(value, "item"):  # an array, or a number of numpy
+    elif getattr(value, "size", None) == 1 and hasattr(value, "item"):  # a NumPy array or scalar
         value = value.item()
     return check_number(name, value, caller)
 
@@ -330,14 +331,14 @@ def _value_of(
     if value.dtype is torch.bool or value.is_complex():
         raise TypeError(f"{expected}, got {value.dtype}")
     if value.requires_grad and not learned:
-        remedy = f"{option}=True learns it, and " if option else ""
+        remedy = f"set {option}=True to learn it, or " if option else ""
         raise ValueError(
-            f"{caller}: {name} would be a constant of the layer and not be trained, got a tensor that requires a "
-            f"gradient; {remedy}{name}.{'item() is its value' if value.numel() == 1 else 'detach() has its values'}"
+            f"{caller}: {name} is a constant of the layer and would not be trained, got a tensor that requires a "
+            f"gradient; {remedy}pass {name}.{'item()' if value.numel() == 1 else 'detach()'} for a constant"
         )
     try:
         return value.flatten()[0].item()
-    except Exception:  # types vary for tensors without values, as in traces
+    except Exception:  # tensors without values, as in traces, raise various types
         raise ValueError(f"{expected}, got one on {value.device} whose value can't be read") from None
 
 
@@ -459,7 +460,7 @@ def check_analog_prob_tensor(analog_prob: Tensor, x_seq: Tensor, caller: str) ->
     check_dense("analog_prob", analog_prob, caller)
     if analog_prob.dtype not in FLOATING_TYPES or analog_prob.numel() != 1:
         raise TypeError(
-            f"{caller}: analog_prob must be a float or a tensor of one, got a tensor of shape "
+            f"{caller}: analog_prob must be a float or a tensor of one value, got a tensor of shape "
             f"{list(analog_prob.shape)} and type {analog_prob.dtype}"
         )
     check_device("analog_prob", analog_prob, x_seq, caller)

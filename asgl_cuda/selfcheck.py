@@ -108,7 +108,7 @@ class Row(NamedTuple):
     what: str
     quantity: str
     difference: Difference
-    allowed: float  # relative; 0: the same bits
+    allowed: float  # relative error; 0 means the same bits
 
     @property
     def passed(self) -> bool:

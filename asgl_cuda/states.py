@@ -25,11 +25,11 @@ class _Taker:
 
     def __init__(self, model: nn.Module, module: nn.Module, streamed: Streamed, inside: bool, compiled: bool) -> None:
         self.model, self.module, self.streamed = model, module, streamed
-        self.inside = inside  # a module around it determines time_dim
-        self.compiled = compiled  # hooks would be ignored, or compiled
+        self.inside = inside  # another module around it determines time_dim
+        self.compiled = compiled  # compiled code would ignore or compile hooks
         self.around = getattr(module, "_watch", None)  # of a step of a model around this one
         self.called = False
-        self.left = self._state()  # the state as the last call left it
+        self.left = self._state()  # the state after the last call
 
     @property
     def name(self) -> str:
@@ -42,20 +42,20 @@ class _Taker:
     def check_state(self) -> None:
         state, left = self._state(), self.left
         same = state is left
-        if not same and isinstance(state, Tensor) and isinstance(left, Tensor):  # may have been detached
+        if not same and isinstance(state, Tensor) and isinstance(left, Tensor):  # the state may have been detached
             same = state.shape == left.shape and state.data_ptr() == left.data_ptr()
         if not same:
             raise RuntimeError(
-                f"{_CALLER}: {self.name} is reset, or its state replaced, by the model's own forward: that belongs "
-                "outside, between sequences, as in asgl_cuda.reset(model)"
+                f"{_CALLER}: {self.name} is reset, or its state replaced, by the model's own forward; call "
+                "asgl_cuda.reset(model) outside of it instead, between sequences"
             )
 
     def before(self, x_seq: Any) -> None:
         """Called with the input of each call."""
         if self.called:
             raise RuntimeError(
-                f"{_CALLER}: {self.name} is called twice in one step but carries one state: each place needs a layer "
-                "of its own; for a model whose forward goes over time itself, time_dim must say where time is"
+                f"{_CALLER}: {self.name} is called twice in one step but carries only one state; use another layer "
+                "for the second call. If the model's forward has a loop over time, pass time_dim"
             )
         self.called = True
         if self.around is not None:
@@ -66,8 +66,8 @@ class _Taker:
             return  # the layer refuses what it can't take
         if (steps := shape[time_dim]) != 1:
             raise RuntimeError(
-                f"{_CALLER}: {self.name} gets {steps} time steps in one step: the model's forward makes them of its "
-                "input, and what comes after can be stepped"
+                f"{_CALLER}: {self.name} gets {steps} time steps in one step, which the model's forward makes from its "
+                "input; call step with the layers after that"
             )
 
     def after(self) -> None:
@@ -83,7 +83,7 @@ class _Taker:
             inputs = [value for value in (*args, *kwargs.values()) if hasattr(value, "shape")]
             if len(inputs) > 1 and not self.called:
                 raise RuntimeError(
-                    f"{_CALLER}: {self.name} gets its state from the model's forward, which begins anew with each "
+                    f"{_CALLER}: {self.name} gets its state from the model's forward, which starts anew at each "
                     "call; it must keep the state itself, as snnTorch's layers do with init_hidden=True"
                 )
             if inputs:
@@ -131,11 +131,11 @@ def _takers(model: nn.Module) -> Iterator[_Taker]:
         compiled = compiled or "_orig_mod" in children or module._compiled_call_impl is not None
         answer = _answer(module)
         if isinstance(answer, str):
-            raise RuntimeError(f"{_CALLER}: {_name_of(model, module)} can't take a step at a time: {answer}")
+            raise RuntimeError(f"{_CALLER}: {_name_of(model, module)} can't be called step by step: {answer}")
         if answer is not None:
             yield _Taker(model, module, answer, inside, compiled)
-        compiled = compiled or isinstance(module, Converted)  # which does not call what is inside
-        inside = inside or answer is not None or isinstance(module, OverTime)  # has no dimension of time inside
+        compiled = compiled or isinstance(module, Converted)  # converted layers do not call the modules inside
+        inside = inside or answer is not None or isinstance(module, OverTime)  # modules inside see no time dimension
         left += [(child, inside, compiled) for child in reversed(children.values()) if child is not None]
 
 
@@ -151,8 +151,8 @@ def _time_dim_of(takers: Sequence[_Taker]) -> int | None:
             for at, taker in first.items()
         )
         raise ValueError(
-            f"{_CALLER}: all layers must have time at the same dimension, or time_dim must say where it is in the "
-            f"model's input; {', '.join(said)}"
+            f"{_CALLER}: all layers must have the same time dimension, got {', '.join(said)}; otherwise pass time_dim, "
+            "the time dimension of the model's input"
         )
     return next(iter(first), 0)
 
@@ -164,32 +164,34 @@ def _without_time(output: Tensor, x_t: Tensor, time_dim: int) -> Tensor:
         if x_t.dim() < 2 or x_t.shape[0] != 1 or tuple(without.shape[:1]) == (1,):
             return without
     raise ValueError(
-        f"{_CALLER}: the model's output must have time where its input has it, at time_dim {time_dim}, got shape "
-        f"{list(output.shape)} for an input with a single step of shape {list(x_t.shape)}: a sum or mean over time "
-        "comes after the steps, outside of the model"
+        f"{_CALLER}: the model's output must have the time dimension of its input, time_dim {time_dim}, got shape "
+        f"{list(output.shape)} for an input with a single step of shape {list(x_t.shape)}; compute a sum or mean over "
+        "time after the steps, outside of the model"
     )
 
 
 def step(model: nn.Module, x_t: Tensor, *, time_dim: int | None = None) -> Any:
-    """One time step of a model: input and output are without time, and the layers carry their states to the next step.
+    """Calls a model for one time step. Input and output have no time, and the layers carry their states to the next.
 
-    T calls compute the same as one call with the whole sequence, bit for bit for neurons in evaluation. The layers of
-    asgl_cuda need not be stateful, and start at rest again after `asgl_cuda.reset(model)`; `asgl_cuda.detach(model)`
-    cuts the graph for truncated backpropagation. Layers of SpikingJelly, snnTorch and sinabs carry their states as
-    usual, converted or not. If all layers take one step per call, no time dimension is added.
+    T calls compute the same as one call with the whole sequence. In evaluation the bits of neurons are the same. The
+    layers of asgl_cuda need not be stateful. After `asgl_cuda.reset(model)` they start at rest again, and
+    `asgl_cuda.detach(model)` cuts the graph for truncated backpropagation. Layers of SpikingJelly, snnTorch and sinabs
+    carry their states as usual, converted or not. If all layers take one step per call, no time dimension is added.
 
     Args:
-        model: any module that keeps the time dimension; sums over time come after the steps. State or mixing over time
-            in its own forward, as `asgl_cuda.lif`, a shift or attention, is not detected. To be compiled as a whole,
-            `asgl_cuda.step(torch.compile(model), x_t)`: calls inside are not watched then.
+        model: any module whose output has the time dimension of its input. Compute sums over time after the steps,
+            outside of the model. If the forward of the model itself has a state or mixes steps, as `asgl_cuda.lif`, a
+            shift or attention do, this is not detected. To compile, call `asgl_cuda.step(torch.compile(model), x_t)`.
+            The calls of layers are then not checked.
         x_t: the input of the step, `[B, ...]`.
         time_dim: dimension of time in the model's input and output; default as in the layers, else 0.
 
     Returns the model's output, with each tensor in tuples, lists and dicts without time.
 
-    Raises TypeError for no module or no tensor, ValueError where layers differ in time_dim or the output has no time,
-    RuntimeError for a layer that can't carry its state from call to call, is called twice in a step, gets its state
-    from the caller, or is reset by the model's own forward. After it some layers have taken the step: reset the model.
+    Raises TypeError if an argument is not a module or not a tensor, ValueError if layers differ in time_dim or the
+    output has no time, and RuntimeError if a layer can't carry its state from call to call, is called twice in a step,
+    gets its state from the caller, or is reset by the model's own forward. After an error some layers may have taken
+    the step, so reset the model.
 
     Example::
 
@@ -238,12 +240,12 @@ def step(model: nn.Module, x_t: Tensor, *, time_dim: int | None = None) -> Any:
 
 
 def reset(model: nn.Module) -> None:
-    """Clears the potentials carried by the model's layers: the next call of each starts at rest.
+    """Clears the potentials that the layers of a model carry, so that the next call of each starts at rest.
 
-    Layers are those of asgl_cuda, and those of SpikingJelly, snnTorch and sinabs, converted or not, which are reset by
-    their library's own methods. Norse's layers are stateless.
+    It resets the layers of asgl_cuda, and those of SpikingJelly, snnTorch and sinabs, converted or not, by the methods
+    of their library. Norse's layers carry no state.
 
-    Raises TypeError where `model` is no module.
+    Raises TypeError if `model` is not a module.
 
     Example::
 
@@ -258,9 +260,10 @@ def reset(model: nn.Module) -> None:
 def detach(model: nn.Module) -> None:
     """Detaches the potentials carried by the model's layers, for truncated backpropagation through time.
 
-    The next call continues from the detached values, where its backward ends. For layers, see `asgl_cuda.reset`.
+    The next call continues from the potentials, and its backward ends there. It works for the same layers as
+    `asgl_cuda.reset`.
 
-    Raises TypeError where `model` is no module.
+    Raises TypeError if `model` is not a module.
 
     Example::
 

@@ -14,8 +14,8 @@ from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
 _FORWARD_MODE = (
-    "forward-mode differentiation was asked for, and the fused backends have reverse mode alone; "
-    "backend='reference' has both"
+    "forward-mode differentiation was asked for, and the fused backends have only reverse mode; "
+    "use backend='reference', which has both"
 )
 
 
@@ -113,9 +113,9 @@ def saved_tensors(ctx: Any) -> tuple[Any, ...]:
         if "second time" not in str(error):
             raise
         raise RuntimeError(
-            f"{error} In asgl_cuda: where a layer carries its potential, it leads into the graph of an earlier call, "
-            "whose backward is done. asgl_cuda.reset(model) belongs between sequences; asgl_cuda.detach(model) goes on "
-            "from the potentials without their graph, for truncated backpropagation through time."
+            f"{error} In asgl_cuda: a layer that carries its potential continues the graph of an earlier call, whose "
+            "backward is done. Call asgl_cuda.reset(model) between sequences, or asgl_cuda.detach(model) to keep the "
+            "potentials without their graph, for truncated backpropagation through time."
         ) from error
 
 
@@ -139,8 +139,8 @@ class _OnceDifferentiable(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> None:
         raise RuntimeError(
-            "asgl_cuda: a second derivative was asked for, and the fused backends have only the first; "
-            "backend='reference' has all, and so have torch's own layers for spike layers"
+            "asgl_cuda: a second derivative was asked for, and the fused backends have only the first; use "
+            "backend='reference', or torch's own layers instead of spike layers"
         )
 
 

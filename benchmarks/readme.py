@@ -170,19 +170,19 @@ def microbench(report: Report) -> list[str]:
     return [
         *markdown_table(head, rows),
         "",
-        "The same as an ordinary LIF neuron, without noise and learned width, which is what the other libraries have. "
-        "Surrogates differ: the other libraries have their defaults, asgl_cuda has a rectangle and, in one row, a "
-        "sigmoid. Backends that others have for GPUs are not shown. Of what torch.compile compiles: the seconds of the "
-        "first call at T = 4 and T = 16, then at T = 4 the seconds of the first call with another batch, with a third "
-        "batch, and with one time step more.",
+        "The next table has the ordinary LIF neuron, without noise and learned width, which the other libraries also "
+        "compute. The other libraries use their default surrogates, and asgl_cuda a rectangle or, in one row, a "
+        "sigmoid. Backends of other libraries for GPUs are not shown. The last five columns are seconds of compiling: "
+        "of the first call at T = 4 and at T = 16, and at T = 4 of the first call with another batch size, with a "
+        "third batch size, and with one time step more.",
         "",
         *markdown_table(
             ["", *(f"T = {size['steps']}" for size in sizes), "first, T = 4", "T = 16", "batch", "third", "T = 5"],
             plain,
         ),
         "",
-        f"One call on `[4, 64]` without gradients: {calls[OURS]:.1f} µs, with noise {calls[f'{OURS} with noise']:.1f} "
-        f"µs, `x * 2` {calls[FLOOR]:.1f} µs.",
+        f"One call with an input `[4, 64]` and without gradients takes {calls[OURS]:.1f} µs, and with noise "
+        f"{calls[f'{OURS} with noise']:.1f} µs. `x * 2` takes {calls[FLOOR]:.1f} µs.",
     ]
 
 
@@ -419,8 +419,8 @@ def calibrated(report: Report) -> list[str]:
     return [
         *digest(head, rows, ("digits, 6 layers, SGD", "digits, 6 layers, Adam")),
         "",
-        f"Among 0.05, 0.1 and 0.2 the best and the worst rate are {shallow} points apart at up to six layers, {deep} "
-        "at twelve.",
+        f"The accuracies at rates of 0.05, 0.1 and 0.2 are {shallow} points apart with up to six layers, and {deep} "
+        "points with twelve.",
     ]
 
 
@@ -484,8 +484,8 @@ class Section(NamedTuple):
 
 
 ON = "on {on}, {date}"
-LAYER = f"Forward and backward, nanoseconds an element, {ON}:"
-COST = "trainings took {minutes:.0f} minutes of one core:"
+LAYER = f"Forward and backward, nanoseconds per element, {ON}:"
+COST = "training runs took {minutes:.0f} minutes on one core:"
 STUDIED = f"Mean of {{seeds}} seeds; {{trainings:,}} {COST}"
 FAST = (
     "In the five networks [below](#speed-and-memory), with LIF neurons of asgl_cuda, a training step is {eager} "
@@ -530,18 +530,19 @@ SECTIONS = {
     "recurrent": Section(
         "recurrent",
         recurrent,
-        "Milliseconds, float32, on {processor}, torch {torch}, {date}. At {rates} of spikes per neuron and step "
-        "`RecurrentLIF` takes {products} times as long as its matrix products alone, and {all_spike} times where all "
-        "neurons spike. The recurrent layers of the other libraries take {faster} times as long as `RecurrentLIF`:",
+        "Milliseconds, float32, on {processor}, torch {torch}, {date}. If {rates} of the neurons spike per step, "
+        "`RecurrentLIF` takes {products} times as long as its matrix products alone. If all neurons spike, it takes "
+        "{all_spike} times as long. The recurrent layers of the other libraries take {faster} times as long as "
+        "`RecurrentLIF`:",
         recurrent_values,
     ),
-    "block": Section("microbench", block, f"`{{blocks[0][shape]}}`, nanoseconds an element, {ON}:"),
+    "block": Section("microbench", block, f"Input `{{blocks[0][shape]}}`, nanoseconds per element, {ON}:"),
     "end_to_end": Section("end_to_end", end_to_end, f"Medians, float32, {ON}:"),
-    "memory": Section("memory", memory, f"Batch {{batch}} unless said, float32, {ON}:"),
+    "memory": Section("memory", memory, f"Batches of {{batch}} unless a row says otherwise, float32, {ON}:"),
     "convert": Section(
         "convert",
         study(convert.rows, "spikingjelly LIFNode", "snntorch Leaky in MultiStep", "norse LIF", "sinabs LIF"),
-        f"Times faster, {{elements:,}} elements, {ON}:",
+        f"How many times as fast, for {{elements:,}} elements, {ON}:",
     ),
     "calibration": Section(
         "calibration", calibrated, f"After {{steps}} steps, mean of {{seeds}} seeds; {{count}} {COST}"

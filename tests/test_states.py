@@ -69,7 +69,7 @@ def test_a_batch_of_one_keeps_its_dimension():
     x_seq = inputs(T, 1, 1, 8, 8)
     steps = torch.stack([asgl_cuda.step(model, x_t) for x_t in x_seq])
     assert torch.equal(steps, model(x_seq))
-    with pytest.raises(ValueError, match=r"asgl_cuda\.step: the model's output must have time .* \[1, 2\] for"):
+    with pytest.raises(ValueError, match=r"asgl_cuda\.step: the model's output must have the time .* \[1, 2\] for"):
         asgl_cuda.step(Stack(lambda m, x: m.model(x).mean(0), model=model), x_seq[0])
 
 
@@ -119,8 +119,8 @@ REFUSED = {
     "time of its own": (
         Stack(lambda m, x: m.lif(x.expand(4, -1, -1)), lif=LIF()), RuntimeError, "LIF at 'lif' gets 4 time steps",
     ),
-    "recurrent": (nn.Sequential(LIF(), nn.LSTM(C, C)), RuntimeError, "LSTM at '1' can't take a step .* begins at rest"),
-    "recurrent cell": (Stack(lambda m, x: x, cell=nn.LSTMCell(C, C)), RuntimeError, "LSTMCell at 'cell' can't take a"),
+    "recurrent": (nn.Sequential(LIF(), nn.LSTM(C, C)), RuntimeError, "LSTM at '1' can't be .* begins at rest"),
+    "recurrent cell": (Stack(lambda m, x: x, cell=nn.LSTMCell(C, C)), RuntimeError, "LSTMCell at 'cell' can't be"),
     "time in two places": (
         nn.Sequential(LIF(), LIF(time_dim=1)), ValueError, r"LIF at '0' has time at 0, LIF at '1' has time at 1",
     ),
@@ -289,7 +289,7 @@ def test_a_stateful_layer_that_goes_on_with_two_dimensions_warns(monkeypatch):
         for _ in range(2):
             one_step(x_t[:1])
             LIF()(x_t)
-    with pytest.warns(UserWarning, match=r"asgl_cuda\.LIF: .*\[8, 5\], whose dimension 0.* layer\.step\(x_t\)") as got:
+    with pytest.warns(UserWarning, match=r"asgl_cuda\.LIF: .*\[8, 5\], of which .* 0 .* layer\.step\(x_t\)") as got:
         layer(x_t)
     assert (got[0].filename, got[0].lineno) == (__file__, inspect.currentframe().f_lineno - 1)
     with warnings.catch_warnings():
@@ -328,7 +328,7 @@ def test_over_time_takes_what_knows_no_time():
 def test_over_time_refuses_layers_with_a_state():
     for layer in (LIF(), BatchNormLIF(3), LeakyIntegrator(), nn.LSTM(3, 3), nn.GRU(3, 3), nn.LSTMCell(3, 3)):
         name = type(layer).__name__
-        with pytest.raises(TypeError, match=rf"asgl_cuda\.OverTime: layer must know no time, got {name}, "):
+        with pytest.raises(TypeError, match=rf"asgl_cuda\.OverTime: layer must not use time, got {name}, "):
             OverTime(layer)
         if not isinstance(layer, (nn.RNNBase, nn.RNNCellBase)):
             inside = nn.Sequential(nn.Linear(3, 3), nn.Sequential(nn.Identity(), layer))
@@ -338,8 +338,8 @@ def test_over_time_refuses_layers_with_a_state():
     layer, x_seq = OverTime(nn.Sequential(nn.Linear(3, 3))), torch.rand(T, B, 3)
     layer(x_seq)
     layer.layer.append(LIF())  # neurons that come later
-    with pytest.raises(TypeError, match=r"asgl_cuda\.OverTime: layer must know no time, got LIF at '1'"):
+    with pytest.raises(TypeError, match=r"asgl_cuda\.OverTime: layer must not use time, got LIF at '1'"):
         layer(x_seq)
     layer.layer = LIF()
-    with pytest.raises(TypeError, match=r"asgl_cuda\.OverTime: layer must know no time, got LIF, "):
+    with pytest.raises(TypeError, match=r"asgl_cuda\.OverTime: layer must not use time, got LIF, "):
         layer(x_seq)

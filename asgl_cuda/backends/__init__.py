@@ -41,7 +41,7 @@ class Backend(NamedTuple):
     that bypass torch.ops.
     """
 
-    device_types: tuple[str, ...]  # empty: any
+    device_types: tuple[str, ...]  # empty if any device is supported
     operators: Operators | None
     problem: Callable[[], str | None]
     direct: Operators | None = None
@@ -125,7 +125,7 @@ def operators_of(backend: str, inputs: Sequence[torch.Tensor | None]) -> Operato
     Compilers, torch function modes and subclasses of Tensor intercept only calls of torch.ops.
     """
     found = BACKENDS[backend]
-    assert found.operators is not None  # not the reference
+    assert found.operators is not None  # every backend but the reference has operators
     if torch.compiler.is_compiling() or found.direct is None or has_torch_function(inputs):
         return found.operators
     return found.direct
@@ -154,7 +154,7 @@ def available_backends() -> tuple[str, ...]:
 
 
 def unavailable_backends() -> dict[str, str]:
-    """The backends that do not work here, each with the reason and a remedy.
+    """The names of the backends that do not work here, each with the reason and a remedy.
 
     Example::
 
@@ -192,7 +192,7 @@ def choose_backend(name: str | None, device: torch.device, caller: str) -> str:
         if backend.serves(device) and backend.problem_on(device) is None:
             if backend.operators is not None and not compiling:
                 _best[device] = candidate, tuple(BACKENDS.values())
-            if candidate == "reference" and device.type != "meta":  # computes nothing
+            if candidate == "reference" and device.type != "meta":  # the meta device computes nothing
                 _warn_about_reference(device)
             return candidate
     raise AssertionError("the reference serves every device")

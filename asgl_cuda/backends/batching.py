@@ -129,7 +129,7 @@ def _one_by_one(
     def pick(value: Any, dim: int | None, index: int) -> Any:
         if dim is None:
             return value
-        if info.batch_size == 0:  # one call, for the shapes
+        if info.batch_size == 0:  # called once, for the shapes
             return value.new_zeros(_shape_of_one(value, dim))
         value = value.select(dim, index)
         return value if is_dense(value, time_dim) else value.contiguous()
@@ -148,7 +148,7 @@ def _write_back(operator: Any, grad_x_seq: Tensor, grad_residual: Tensor | None,
     if grad_x_seq.numel() == 0:
         return operator(grad_x_seq, grad_residual, x_seq, *others)
     last = x_seq.dim() - 1
-    channel = last if x_seq.is_contiguous() else channel_dim(others[-1])  # else channels_last
+    channel = last if x_seq.is_contiguous() else channel_dim(others[-1])  # otherwise it is channels_last
 
     def laid_out(grad: Tensor) -> Tensor:
         return grad.movedim(channel, last).clone(memory_format=torch.contiguous_format).movedim(last, channel)

@@ -33,7 +33,7 @@ from .extension.build_notes import digest_of_sources
 NAMESPACE = "asgl_cuda_cupy"
 # All include the neuron's kernels.
 SOURCE = "".join(f'#include "cuda/{name}_kernels.cuh"\n' for name in ("adaptive", "integrator", "normalisation"))
-# As for nvcc in compilation.py: no contraction, so that all backends round alike.
+# As for nvcc in compilation.py. Without contraction all backends round alike.
 OPTIONS = ("--std=c++17", "--fmad=false")
 # The smallest kernel: if it compiles and loads, the backend works.
 PROBE = "asgl::gradient_sum_kernel<float>"
@@ -43,7 +43,7 @@ logger = logging.getLogger("asgl_cuda")
 
 def install_command() -> str:
     """The command that installs CuPy and NVRTC for the CUDA of the installed torch."""
-    # As in pyproject.toml. Not by the extras' names: this package is on no index.
+    # As in pyproject.toml. The names of extras would not work, because this package is on no index.
     if (torch.version.cuda or "").startswith("12."):
         return 'pip install "cupy-cuda12x>=13.6" "nvidia-cuda-nvrtc-cu12==12.*"'
     return 'pip install "cupy-cuda13x>=13.6" "nvidia-cuda-nvrtc==13.*"'
@@ -235,7 +235,7 @@ def description() -> str:
     elif nvrtc_problem() is not None:
         nvrtc = "NVRTC missing"
     else:
-        maps = Path("/proc/self/maps")  # libraries of this process; not on every system
+        maps = Path("/proc/self/maps")  # lists the libraries of this process, on some systems
         lines = maps.read_text().splitlines() if maps.exists() else []
         paths = sorted({line.split()[-1] for line in lines if "libnvrtc.so" in line})
         nvrtc = f"NVRTC {nvrtc_version()}" + "".join(f" in {path}" for path in paths)

@@ -52,7 +52,7 @@ from .batching import batching_rules
 from .derivatives import at_autograd, tensors_in
 
 ForwardResult = list[Tensor]  # s_seq, then v_last, v_seq, h_seq, checkpoints where wanted
-BackwardResult = list[Tensor]  # gradients of x_seq, v_init and the parameters where wanted
+BackwardResult = list[Tensor]  # gradients of x_seq, v_init and the parameters, if wanted
 
 
 def with_gaps(results: Sequence[Any], wanted: Sequence[bool]) -> list[Any]:
@@ -105,9 +105,9 @@ def _fake_draw_rng_state(fresh: Tensor) -> Tensor:
     # A smaller budget has backward draw again: other noise than forward's.
     if torch.is_grad_enabled() and functorch_config.activation_memory_budget < 1:
         raise RuntimeError(
-            "asgl_cuda: torch._functorch.config.activation_memory_budget must be 1 where neurons draw noise, got "
-            f"{functorch_config.activation_memory_budget}: backward would draw other noise than forward; "
-            "asgl_cuda.recompute_spikes saves memory in compiled models, too"
+            "asgl_cuda: torch._functorch.config.activation_memory_budget must be 1 if neurons draw noise, got "
+            f"{functorch_config.activation_memory_budget}, because backward would draw other noise than forward; use "
+            "asgl_cuda.recompute_spikes, which also saves memory in compiled models"
         )
     return torch.empty_like(fresh)
 
@@ -234,7 +234,7 @@ _OPERATORS: dict[str, Callable[..., Any]] = {  # schemas and fake implementation
     "float input_scale, int time_dim) -> (Tensor grad_weight, Tensor grad_bias)":
         _fake_batch_norm_backward,
 }  # fmt: skip
-_libraries: list[torch.library.Library] = []  # operators live as long as their library
+_libraries: list[torch.library.Library] = []  # operators exist as long as their library
 
 
 def define_operators(namespace: str) -> torch.library.Library:

@@ -69,7 +69,7 @@ OPTIONS: dict[str, Callable[..., Any]] = {
     "levels": optional(check_levels),
 }
 OPTION_NAMES = "surrogate", "time_dim", *OPTIONS
-# Where the parameters of operators come from, `reset` aside; adaptive neurons have others instead of the input's.
+# The arguments that are parameters of operators, except `reset`. Adaptive neurons have others instead of the input's.
 INPUT = {"input_gain": "input_gain", "input_bias": "input_bias", "input_mean": "input_mean"}
 ADAPTATION = {"input_gain": "adapt_decay", "input_bias": "adapt_potential", "input_mean": "adapt_spike"}
 _COMMON = "width", "decay", "v_threshold", "v_reset", "reset_amount"

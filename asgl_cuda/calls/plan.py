@@ -38,7 +38,7 @@ class Plan(NamedTuple):
     rules: Rules
     numbers: Numbers
     wanted: tuple[bool, ...]  # results beside the first: of `lif` v_last, v_seq and h_seq
-    packed: tuple[Any, ...]  # what operators take behind the tensors: numbers, rules, and options of their own
+    packed: tuple[Any, ...]  # the arguments of operators after the tensors: numbers, rules, and their own options
     sources: Sequence[tuple[int, str]]  # the indices of parameters that are tensors, and the arguments they come from
 
 
@@ -113,7 +113,7 @@ def _parameters(
         check_threshold(threshold, "multi_spike", caller)
     if counts:
         if constants["width"] != 1:
-            raise ValueError(f"{caller}: with levels the threshold is the width: width must be left at 1, got another")
+            raise ValueError(f"{caller}: levels uses the threshold as width, so width must be 1, got another value")
         if threshold is not None:
             check_width(threshold, caller, real, _THRESHOLD_OF_LEVELS)
         arguments["width"], arguments["v_threshold"] = "v_threshold", _HEIGHT
@@ -162,7 +162,7 @@ def _checked(caller: str, x_seq: Any, given: Arguments) -> Plan:
 
 
 _THRESHOLD_OF_LEVELS = "v_threshold with levels"
-_HEIGHT = "height of a spike"  # the constant that levels put in the place of v_threshold
+_HEIGHT = "height of a spike"  # the constant that replaces v_threshold with levels
 _plan_of = cached_by_signature((*VALUES, *OPTION_NAMES))(_checked)
 _adaptive_plan_of = cached_by_signature((*ADAPTIVE_VALUES, *OPTION_NAMES, "adaptation"))(_checked)
 
@@ -191,7 +191,7 @@ def checked_call(caller: str, x_seq: Tensor, given: Arguments, together: bool = 
             check_width_tensor(width, caller, _THRESHOLD_OF_LEVELS if rules.surrogate == INTEGER else "width")
         if rules.multi_spike and v_threshold is not None:
             check_threshold(v_threshold, "multi_spike", caller)
-    # Last: refused calls draw nothing.
+    # This comes last, so that calls that raise an error draw no noise.
     if rules.analog_below or rng_state is not None or given["generator"] is not None:
         rng_state = state_of_noise(caller, x_seq, rules.analog_below, given, backend, together)
     return Call(backend, plan, Inputs(*[x_seq, v_init, rng_state, *parameters, residual]))

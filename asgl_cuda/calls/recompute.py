@@ -46,8 +46,8 @@ class _Thread(threading.local):
 
     def __init__(self) -> None:
         self.depth = 0
-        self.packed = False  # whether a tensor was saved by the hooks
-        self.models: list[nn.Module] = []  # whose forward has opened one
+        self.packed = False  # whether the hooks have saved a tensor
+        self.models: list[nn.Module] = []  # models whose forward has opened a context
 
 
 _thread = _Thread()
@@ -93,7 +93,7 @@ class _Spikes:
         self._asking: WeakSet[_Recomputed] = WeakSet()
         self._answered: WeakSet[_Recomputed] = WeakSet()
         self._again: Tensor | None = None
-        self._node = ref(spikes.grad_fn)  # the call's, which owns this object until a layer saves the spikes
+        self._node = ref(spikes.grad_fn)  # the node of the call, which owns this object until a layer saves the spikes
         self._lock = threading.Lock()
 
     @property
@@ -217,8 +217,8 @@ class _Context(contextlib.ContextDecorator):
             del _thread.known, _thread.hooks
             if error and "support saved tensor hooks" in str(error[1]):
                 raise RuntimeError(
-                    f"{_CALLER}: torch.func.{{grad, vjp, jacrev, hessian}} cannot be called in the context, since they "
-                    "support no hooks on saved tensors; they may be around the context, which then has no effect"
+                    f"{_CALLER}: torch.func.{{grad, vjp, jacrev, hessian}} cannot be called in the context, because "
+                    "they support no hooks on saved tensors; they may be around it, and then it has no effect"
                 ) from error[1]
 
 
@@ -227,31 +227,32 @@ def recompute_spikes() -> _Context: ...
 @overload
 def recompute_spikes(model: Module) -> Module: ...
 def recompute_spikes(model: nn.Module | None = None) -> Any:
-    """Has backward recompute spikes, bit for bit, instead of storing them.
+    """Makes backward recompute spikes, bit for bit, instead of storing them.
 
-    For layers behind asgl_cuda's neurons that save their input for backward, such as convolutions and linear layers.
-    Costs one more forward kernel of the neurons, computed once for all layers that need the spikes.
+    Layers after asgl_cuda's neurons, such as convolutions and linear layers, usually store their input for backward.
+    Recomputing it costs one more forward kernel of the neurons, once for all layers that need the spikes.
 
     Args:
-        model: recomputes for every forward from now on, for training loops of other libraries. None: a context to enter
-            around forward; loss and backward may be inside or outside.
+        model: recompute spikes in every forward pass of this model from now on, for training loops of other libraries.
+            With None, the result is a context to enter around the forward pass. Loss and backward may be inside or
+            outside.
 
-    Saved as usual: outputs of dropout and pooling, concatenated or cast spikes (under autocast, neurons of the lower
-    precision avoid the cast), views of another type, spikes modified in place before use. Modifications that autograd
-    does not see, through ``.data`` or NumPy, are lost in backward. Indices of max pooling are saved in 2 or 4 bytes
-    instead of 8.
+    The following are stored as usual: outputs of dropout and pooling, concatenated or cast spikes, views of another
+    type, and spikes modified in place before use. (Under autocast, neurons in the lower precision need no cast.)
+    Modifications that autograd does not see, through ``.data`` or NumPy, are lost in backward. Indices of max pooling
+    are stored in 2 or 4 bytes instead of 8.
 
-    Where other hooks on saved tensors are active (torch.utils.checkpoint, save_on_cpu), inside or around the context,
-    and in functions that torch.func transforms, nothing changes. Under torch.compile, which compiles once for inside
-    and once for outside, the context may be around or in the compiled code; torch 2.6 saves as usual there.
+    If other hooks on saved tensors are active (torch.utils.checkpoint, save_on_cpu), inside or around the context, and
+    in functions that torch.func transforms, spikes are stored as usual. With torch.compile, the context may be around
+    or in the compiled code, which is compiled once with and once without it. torch 2.6 stores spikes as usual there.
 
     Returns:
-        A context manager and decorator; or the model.
+        A context manager and decorator, or the model.
 
     Raises:
-        TypeError: model is no module.
-        RuntimeError: in backward, if an input of neurons was modified in place after forward; if torch.func.grad, vjp,
-            jacrev or hessian is called in the context, whose hooks on saved tensors they do not support.
+        TypeError: model is not a module.
+        RuntimeError: in backward, if an input of neurons was modified in place after forward; and if torch.func.grad,
+            vjp, jacrev or hessian is called in the context, because they do not support hooks on saved tensors.
 
     Example::
 
@@ -297,7 +298,7 @@ def applied(
         return checkpoint(lambda: apply(function, *inputs), use_reentrant=False)
     _thread.packed = False
     results = apply(function, *inputs)
-    if _thread.packed:  # else other hooks save the call's tensors
+    if _thread.packed:  # otherwise other hooks save the tensors of the call
         remember(results)
     return results
 

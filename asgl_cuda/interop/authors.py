@@ -57,7 +57,7 @@ class ConvertedLIFLayer(Converted):
 
     def forward(self, x: Tensor) -> Tensor:
         cell = self.cell
-        for name in ("reset", "reset2"):  # the name differs between versions of the code
+        for name in ("reset", "reset2"):  # the name of this method differs between versions of the code
             getattr(cell, name, lambda: None)()
         surrogate = cell.spike_fn.inv_sg
         if surrogate.learnable and not isinstance(surrogate.alpha, nn.Parameter):

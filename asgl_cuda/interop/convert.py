@@ -243,8 +243,8 @@ def _check_unconverted(model: nn.Module) -> None:
     if paths:
         names = ", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
         raise ValueError(
-            f"{_CALLER}: {names}: converted already, and asgl and backend are settings of a conversion; convert the "
-            "original layers: asgl_cuda.convert(asgl_cuda.revert(model)[0], ...)"
+            f"{_CALLER}: {names}: converted already, and asgl and backend apply only to layers that are not; convert "
+            "the original layers, with asgl_cuda.convert(asgl_cuda.revert(model)[0], ...)"
         )
 
 
@@ -254,15 +254,15 @@ def _vendored(layer: nn.Module) -> str | None:
         package, found, _ = each.__module__.partition(".spikingjelly.")
         if found and hasattr(layer, "neuronal_charge"):
             return (
-                f"it is of {package}.spikingjelly, a copy of SpikingJelly that convert does not know: import "
-                "spikingjelly itself in its place, or give its class in layers"
+                f"it is of {package}.spikingjelly, a copy of SpikingJelly that convert does not know; import "
+                "spikingjelly itself instead, or pass its class in layers"
             )
     return None
 
 
 def _notes(model: nn.Module, report: Report) -> list[str]:
     """Advice on speed, hooks that no longer fire, or why nothing was found."""
-    advice: dict[str, list[str]] = {}  # paths by text
+    advice: dict[str, list[str]] = {}  # paths by text of the advice
     for path, *_ in report.replaced:
         layer: Any = model.get_submodule(path)
         for text in _notes_on(layer):
@@ -280,7 +280,7 @@ def _notes(model: nn.Module, report: Report) -> list[str]:
     kinds = {type(module).__name__ for module in model.modules() if next(module.children(), None) is None}
     imported = ", ".join(name for name in LIBRARIES if name in sys.modules) or "none"
     known = ", ".join(LIBRARIES)
-    return [f"no neurons that are known among {', '.join(sorted(kinds))}; imported of {known}: {imported}"]
+    return [f"no known neurons among {', '.join(sorted(kinds))}; of {known}, imported: {imported}"]
 
 
 def _notes_on(layer: Any) -> Iterator[str]:
@@ -292,7 +292,7 @@ def _notes_on(layer: Any) -> Iterator[str]:
     for name, part in uncalled.items():
         modules = part.modules() if isinstance(part, nn.Module) else ()
         if any(getattr(module, hooks) for module in modules for hooks in HOOKS):
-            yield f"hooks of {name} no longer fire"
+            yield f"hooks of {name} are no longer called"
 
 
 def taken(model: nn.Module, inplace: bool, caller: str) -> nn.Module:
@@ -329,7 +329,7 @@ def copied(model: nn.Module, share: Iterable[Tensor] = ()) -> nn.Module:
 
 def _carry_over(memo: dict[int, Any]) -> None:
     """Registers the hooks of copied tensors again, which deepcopy drops."""
-    for value in memo.get(id(memo), ()):  # where deepcopy keeps the originals
+    for value in memo.get(id(memo), ()):  # deepcopy keeps the originals there
         if not isinstance(value, Tensor) or not value.is_leaf or memo[id(value)] is value:
             continue
         for hook in (value._backward_hooks or {}).values():
@@ -363,10 +363,11 @@ def _spike_function(
 def revert(model: nn.Module, *, inplace: bool = False) -> tuple[nn.Module, Report]:
     """Restores a model's original neuron layers: ``original, report = asgl_cuda.revert(fast)``.
 
-    Parameters keep their trained values, those of modules replaced by `layers` where names and shapes agree.
+    Parameters keep their trained values. For modules that `layers` has replaced, this holds for parameters with the
+    same names and shapes.
 
-    A learned width is lost, which changes no spike but later gradients: the report has its value. The libraries have no
-    `analog_prob`.
+    A learned width is lost, and so is `analog_prob`, because the libraries do not have them. This changes no spike in
+    evaluation, but later gradients. The report has the value of the width.
 
     Args:
         model: a module returned by `convert`.
@@ -375,7 +376,7 @@ def revert(model: nn.Module, *, inplace: bool = False) -> tuple[nn.Module, Repor
     Returns:
         The model, and a `Report` of the layers.
 
-    Raises TypeError if `model` is no module.
+    Raises TypeError if `model` is not a module.
 
     Example::
 

@@ -25,10 +25,10 @@ from .identify import FLAT, SpikeFunction, captured
 class Settings(NamedTuple):
     """Settings of a conversion beside the layer's own."""
 
-    spike: Any  # a SpikeFunction; None where the layer does not fire
+    spike: Any  # a SpikeFunction; None if the layer does not fire
     backend: str | None
-    dtype: torch.dtype | None = None  # of the spikes; None: the potential's
-    asgl: bool = False  # the surrogate is the conversion's, not the layer's
+    dtype: torch.dtype | None = None  # dtype of the spikes; None for that of the potential
+    asgl: bool = False  # whether the surrogate comes from `asgl` and not from the layer
 
 
 class Overlay(nn.Module):
@@ -38,7 +38,7 @@ class Overlay(nn.Module):
     functions to reset, detach or copy layers still work. Removing the class restores the layer.
     """
 
-    prefix: str  # of the names of classes made by `overlaid`
+    prefix: str  # prefix of the names of classes that `overlaid` makes
 
     # Set by `overlaid` in each class.
     overlay: type[Overlay]
@@ -113,7 +113,7 @@ class Basis:
     """
 
     def __init__(self, layer: Converted) -> None:
-        self.mark: list[Any] = []  # of the methods and hooks at the last check
+        self.mark: list[Any] = []  # methods and hooks at the last check
         self.function = next(iter(layer.read_from().values()))
         self.closure = _closure(self.function)
         values, functions, replaced = self._replaced(layer)
@@ -258,9 +258,9 @@ class Converted(Overlay, Noisy):
     settings: Settings
     log_width: nn.Parameter | None
     _basis: Basis
-    time_dim: int | None  # of the input, None if the input is one step
+    time_dim: int | None  # time dimension of the input, None if the input is one step
     multi_spike = False  # several spikes per step, for which noise is not defined
-    takes_steps = property(lambda self: self.time_dim is None)  # one a call
+    takes_steps = property(lambda self: self.time_dim is None)  # whether a call takes one step
     takes_input = True  # whether `lif` gets the layer's own input, as fusion with a normalisation requires
     register_buffer = nn.Module.register_buffer  # an override costs 20 us per assignment of a buffer
 
@@ -382,8 +382,8 @@ class Converted(Overlay, Noisy):
     def __prepare_scriptable__(self) -> NoReturn:
         """Refuses torch.jit.script, which calls this first, and torch.jit.trace."""
         raise RuntimeError(
-            f"asgl_cuda.convert: torch.jit can't take a converted {bare_class(self).__name__}: asgl_cuda.revert "
-            "before, or torch.compile or torch.export instead"
+            f"asgl_cuda.convert: torch.jit can't take a converted {bare_class(self).__name__}; call asgl_cuda.revert "
+            "before, or use torch.compile or torch.export"
         )
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
@@ -426,7 +426,7 @@ def _taken(options: dict[str, Any], x_seq: Tensor) -> dict[str, Any]:
 
     Values belong to a step: with more dimensions they would be taken for one of each time.
     """
-    time_dim, dims = options.get("time_dim", 0), x_seq.dim() - 1  # of a step
+    time_dim, dims = options.get("time_dim", 0), x_seq.dim() - 1  # without time
     for name, given in options.items():
         if not isinstance(given, Tensor):
             continue

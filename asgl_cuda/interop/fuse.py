@@ -106,7 +106,7 @@ def fuse(model: nn.Module, *example: Any, inplace: bool = False) -> tuple[nn.Mod
 
 
 def unfuse(model: nn.Module, *, inplace: bool = False) -> tuple[nn.Module, Report]:
-    """The inverse of `fuse`: ``model, report = asgl_cuda.unfuse(joined)``. Trained values stay.
+    """Separates what `fuse` has merged: ``model, report = asgl_cuda.unfuse(joined)``. Trained values stay.
 
     Args:
         model: a module returned by `fuse`, a module that contains one, or a part of one.
@@ -115,7 +115,7 @@ def unfuse(model: nn.Module, *, inplace: bool = False) -> tuple[nn.Module, Repor
     Returns:
         The model, and a `Report` of the normalisations, and of the neurons that `fuse` had converted.
 
-    Raises TypeError if `model` is no module.
+    Raises TypeError if `model` is not a module.
 
     Example::
 
@@ -201,7 +201,7 @@ class Fused(Overlay):
         if torch.is_grad_enabled() and not pending.has_graph:
             return "which has gradients, while it was called without"
         if self.training != pending.call.training:
-            return "behind a change of its mode (training)"
+            return "after a change of its mode (training)"
         back = pending.x.dim() - channel_dim(given["time_dim"] % pending.x.dim())
         for value in (given["input_gain"], given["input_bias"]):
             sizes = value.shape if isinstance(value, Tensor) else ()
@@ -239,8 +239,8 @@ class Fused(Overlay):
     def refusal(self, text: str) -> RuntimeError:
         self.was_left(text)
         return RuntimeError(
-            f"{_CALLER}: {self.original.__name__} is computed by the neurons behind, but {text}: "
-            "asgl_cuda.unfuse(model) lets it compute, asgl_cuda.fuse(model, example) leaves it where these lead here"
+            f"{_CALLER}: {self.original.__name__} is computed by the neurons after it, but {text}; call "
+            "asgl_cuda.unfuse(model), or asgl_cuda.fuse(model, example) with an example that does this"
         )
 
     def was_taken(self, layer: Any) -> None:
@@ -258,7 +258,7 @@ class Fused(Overlay):
         self.take_off()
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, computed by the neurons behind"
+        return f"{super().extra_repr()}, computed by the neurons after it"
 
 
 def overlay(norm: Any, trial: _Trial | None = None) -> None:

@@ -48,7 +48,7 @@ class Recurrent(Converted):
         if len(shape) != 3:
             whole = {}
             for name, each in output._asdict().items():
-                if each is not None:  # states are no views, which detach_() would refuse
+                if each is not None:  # states must not be views, because detach_() refuses views
                     each = each.reshape(shape) if name.endswith("_seq") else each.reshape(shape[1:]).clone()
                 whole[name] = each
             output = RecurrentLIFOutput(**whole)

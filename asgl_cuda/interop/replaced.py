@@ -15,7 +15,7 @@ from torch import nn
 
 from ..checks import shown
 
-_KEPT = "_asgl_cuda_replaced"  # attribute of a layer: the module that was in its place
+_KEPT = "_asgl_cuda_replaced"  # attribute of a layer that holds the module that it has replaced
 
 
 def made_for(
@@ -25,7 +25,7 @@ def made_for(
     layers = _checked(layers, caller)
     if type(model) in layers:
         name = type(model).__name__
-        raise ValueError(f"{caller}: layers replaces modules inside of model, which is a {name} itself")
+        raise ValueError(f"{caller}: layers can only replace modules inside of model, got a {name} as model")
     found: dict[nn.Module, tuple[nn.Module | None, str]] = {}
     inside: list[str] = []  # path prefixes of modules that are replaced as a whole
     for path, module in model.named_modules(remove_duplicate=False):
@@ -36,7 +36,7 @@ def made_for(
             continue
         layer, text = _made(module, layers[type(module)], f"{caller}: layers, for {path}")
         if layer is not None and any(layer is each for each, _ in found.values()):
-            raise ValueError(f"{caller}: layers, for {path}: must return a new layer for each module, got one again")
+            raise ValueError(f"{caller}: layers, for {path}: must return a new layer for each module, got one twice")
         found[module] = layer, text
     return found
 
@@ -58,7 +58,7 @@ def _made(module: nn.Module, make: Callable[[Any], Any], where: str) -> tuple[nn
     name = type(module).__name__
     try:
         layer = make(module)
-    except Exception as error:  # the function is the user's
+    except Exception as error:  # functions of users may raise anything
         raise RuntimeError(f"{where} ({name}): {type(error).__name__}: {error}") from error
     if layer is None:
         return None, f"layers[{name}] returned None"
@@ -69,7 +69,7 @@ def _made(module: nn.Module, make: Callable[[Any], Any], where: str) -> tuple[nn
         lacking = layer.load_state_dict(module.state_dict(), strict=False).unexpected_keys
     except RuntimeError as error:
         raise RuntimeError(
-            f"{where} ({name}): its state does not load in the {type(layer).__name__}: {error}"
+            f"{where} ({name}): its state does not load into the {type(layer).__name__}: {error}"
         ) from error
     return layer, f"{type(layer).__name__}{', which has no ' if lacking else ''}{', '.join(lacking)}"
 

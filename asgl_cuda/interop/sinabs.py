@@ -137,7 +137,7 @@ class ConvertedLayer(Converted):
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         # sinabs' own constructs a new, unconverted layer.
         state = {**self.__dict__, "_buffers": {name: value.detach() for name, value in self.named_buffers()}}
-        for name in ("recordings", "firing_rate"):  # perhaps non-leaf tensors
+        for name in ("recordings", "firing_rate"):  # may be non-leaf tensors
             state.pop(name, None)
         return _copy(self, state, memo)
 
@@ -175,7 +175,7 @@ class ConvertedRecurrent(Recurrent, ConvertedLayer):
         return {**super().read_from(), "record_states": self.record_states, "rec_connect": feedback}
 
     def _steps(self, input_data: Tensor) -> Tensor:
-        self.check()  # before the weight of rec_connect is read
+        self.check()  # must come before the weight of rec_connect is read
         batch, steps, *trailing = input_data.shape
         if not self.is_state_initialised() or not self.state_has_shape((batch, *trailing)):
             self.init_state_with_shape((batch, *trailing))
@@ -184,7 +184,7 @@ class ConvertedRecurrent(Recurrent, ConvertedLayer):
         if bias is not None:
             after_first = torch.arange(steps, device=x_seq.device).reshape(-1, *[1] * len(trailing)) > 0
             x_seq = x_seq + torch.where(after_first, bias, 0.0)
-        if alpha is not None:  # a current decays in the step in which it comes
+        if alpha is not None:  # in sinabs a current decays in the step in which it arrives
             x_seq, weight = x_seq * alpha, weight * (alpha.unsqueeze(-1) if alpha.dim() else alpha)
         time_dim = 1 if len(trailing) == 1 else 0
         output = self.recurrent_lif(
@@ -252,7 +252,7 @@ def find(layer: nn.Module) -> Found:
         return kind, SpikeFunction(PERIODIC, width, 2 * width * surrogate.grad_scale, False)
     if math.isnan(_only(thresholds)) and not (type(surrogate) in _OWN_WIDTHS and (thresholds > 0).all()):
         return "its surrogate may be another for each neuron's own threshold"
-    at = thresholds.mean()  # `width` has each neuron's
+    at = thresholds.mean()  # `width` has one value per neuron
     single: Any = SingleSpike  # MultiSpike has the same gradient
     return kind, lambda u: single.apply(u + at, at, surrogate)
 

@@ -55,9 +55,9 @@ class ConvertedLeaky(Converted):
     """One step a call, with arguments and results of `Leaky`; `Lapicque` has the same."""
 
     time_dim = None
-    reset_delay = True  # always for Lapicque
-    _last: tuple[Tensor, int, Tensor] | None = None  # the potential of a noisy step, its version, and what was emitted
-    _smallness: tuple[Any, bool] = (), False  # beta's id and version, and smallness
+    reset_delay = True  # always True for Lapicque
+    _last: tuple[Tensor, int, Tensor] | None = None  # the potential of a noisy step, its version, and the spikes
+    _smallness: tuple[Any, bool] = (), False  # id and version of beta, and whether it is small
 
     def read_from(self) -> dict[str, Any]:
         return {
@@ -114,7 +114,7 @@ class ConvertedLeaky(Converted):
         if mechanism != "none" and not self.reset_delay:
             mem = _less(mem, spk - reset, threshold if mechanism == "subtract" else mem)
         elif self._has_noise:
-            self.__dict__["_last"] = mem, version_of(mem), spk.detach()  # faster than Module's
+            self.__dict__["_last"] = mem, version_of(mem), spk.detach()  # faster than Module.__setattr__
         self._keep("mem", mem)
         return spk, mem
 
@@ -147,7 +147,7 @@ class ConvertedLeaky(Converted):
             setattr(self, name, value)
 
     def results(self, input_: Tensor, spk: Tensor, *states: Tensor) -> Any:
-        if spk.shape != input_.shape:  # snnTorch then forgets its states in each step
+        if spk.shape != input_.shape:  # snnTorch would then reset its states in each step
             raise ValueError(
                 f"asgl_cuda.convert: values of {bare_class(self).__name__} must broadcast against the input, of shape "
                 f"{list(input_.shape)}, got spikes of shape {list(spk.shape)}"
@@ -222,7 +222,7 @@ class ConvertedLeaky(Converted):
         super().end()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_last"}  # contains non-leaf tensors
+        return {name: value for name, value in self.__dict__.items() if name != "_last"}  # non-leaf tensors
 
 
 class ConvertedSynaptic(ConvertedLeaky):
@@ -253,7 +253,7 @@ class ConvertedRLeaky(Recurrent, ConvertedLeaky):
     """One step a call, with arguments and results of `RLeaky`; `recurrent` is a Linear or one weight a neuron."""
 
     _weights = ("V",)
-    steps_as_before = ConvertedLeaky.steps_as_before  # whose step is no slower
+    steps_as_before = ConvertedLeaky.steps_as_before  # its own step is no slower
 
     def read_from(self) -> dict[str, Any]:
         return {**super().read_from(), "recurrent": lacking(self.recurrent, _RETURNING)}
@@ -261,7 +261,7 @@ class ConvertedRLeaky(Recurrent, ConvertedLeaky):
     def one_step(self, input_: Tensor, spk: Any = None, *states: Any, **named: Any) -> Any:  # type: ignore[override]
         spk = self._before(input_.unsqueeze(0), spk, "spk")
         spk, *after = super().one_step(input_ + self.recurrent(spk), *states, **named)
-        spk = spk.clone()  # no view, which detach_() would refuse
+        spk = spk.clone()  # must not be a view, because detach_() refuses views
         self._keep("spk", spk)
         return spk, *after
 
@@ -305,7 +305,7 @@ class ConvertedRSynaptic(ConvertedRLeaky, ConvertedSynaptic):  # type: ignore[mi
             return self.by_steps(x_seq, spk, syn, mem)
         alpha, syn = _clamped(self.alpha), self._before(x_seq, syn, "syn")
         s_seq, mem_seq, *weights = self._sequence(x_seq, spk, mem, syn_decay=alpha, i_init=syn)
-        if self.init_hidden and not self.output:  # which gives spikes alone
+        if self.init_hidden and not self.output:  # the layer then returns only spikes
             return s_seq, None, mem_seq
         syn_seq, _ = self.integrate(currents(x_seq, s_seq, *weights), decay=alpha, v_init=syn)
         return s_seq, syn_seq, mem_seq

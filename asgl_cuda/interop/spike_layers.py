@@ -17,7 +17,7 @@ from .convert import Left, Replaced, Report, copied, libraries
 from .converted import Overlay, overlaid
 
 _DENSE = {ours: theirs for theirs, ours in SPIKE_LAYERS.items()}
-_FEW = 32  # channels or outputs below which lists cost more than they save
+_FEW = 32  # with fewer channels or outputs, lists cost more than they save
 _LEAST_GAIN = 1.3
 
 
@@ -73,21 +73,23 @@ def _share(shares: list[tuple[int, int]]) -> float:
 
 
 def to_spike_layers(model: nn.Module, example: Any) -> tuple[nn.Module, Report]:
-    """Makes spike layers of the linear layers and convolutions of a model whose inputs are mostly zero.
+    """Turns linear layers and convolutions whose inputs are mostly zero into spike layers.
 
     Args:
-        model: any module; neurons of any library. Its Linear, Conv1d and Conv2d, torch's or SpikingJelly's, change
-            their class in place: parameters, their names, hooks and optimizers stay. Compile a compiled model again.
-        example: an input of the model, or a tuple of its positional arguments, for one evaluation of a copy in which
-            the non-zeros of each layer's input are counted. Networks fire more sparsely or more densely after some
-            training: a trained network gives the right choice.
+        model: any module, with neurons of any library. The class of its Linear, Conv1d and Conv2d, torch's or
+            SpikingJelly's, is changed in place, so parameters, their names, hooks and optimizers stay. Compile a model
+            of torch.compile again.
+        example: an input of the model, or a tuple of its positional arguments. A copy of the model is evaluated with
+            it once, and the non-zero inputs of each layer are counted. Firing rates change during training, so use a
+            trained network.
 
-    Returns the model and a report. Replaced layers have the share of non-zero inputs and an estimate of how many times
-    as fast their evaluation is; a training step gains less, since the gradient of the input is dense. Left are dense
-    inputs, such as those of first layers, small layers, other subclasses of torch's layers, groups and dilations. The
-    choice depends on this example alone: a spike layer computes by the list of non-zeros whatever its input.
+    Returns the model and a report. For each replaced layer the report has the fraction of non-zero inputs and an
+    estimate of how many times as fast its evaluation is. A training step gains less, because the gradient of the input
+    is dense. Layers with dense inputs, such as first layers, small layers, other subclasses of torch's layers, and
+    convolutions with groups or dilations are not replaced. The choice depends only on this example. A spike layer
+    always uses the list of non-zero inputs, whatever its input is.
 
-    Raises TypeError if the model is no module.
+    Raises TypeError if the model is not a module.
 
     Example::
 
@@ -102,7 +104,7 @@ def to_spike_layers(model: nn.Module, example: Any) -> tuple[nn.Module, Report]:
     def count(name: str, layer: Any, inputs: tuple[Any, ...]) -> None:
         x = tensor_of(inputs[0], caller)
         shares, kernels = counted.setdefault(name, ([], []))
-        kernels.append(has_kernel(x, layer.weight, caller))  # refuses what is no tensor
+        kernels.append(has_kernel(x, layer.weight, caller))  # raises for an input that is not a tensor
         shares.append((int(x.count_nonzero()), x.numel()))
 
     trial = copied(model).eval()
@@ -126,9 +128,9 @@ def to_spike_layers(model: nn.Module, example: Any) -> tuple[nn.Module, Report]:
 
 
 def from_spike_layers(model: nn.Module) -> tuple[nn.Module, Report]:
-    """Gives the spike layers of a model torch's classes again, in place; see `to_spike_layers`.
+    """Turns the spike layers of a model back into torch's layers, in place; the inverse of `to_spike_layers`.
 
-    Returns the model and a report. Raises TypeError if the model is no module.
+    Returns the model and a report. Raises TypeError if the model is not a module.
 
     Example::
 

@@ -79,7 +79,7 @@ class ConvertedNode(Converted):
         if self.steps_as_before():
             return super().single_step_forward(x)  # type: ignore[misc,no-any-return]
         output = self._steps(x.unsqueeze(0), whole=False)
-        if hasattr(self, "_append_v_seq") and self.store_v_seq:  # since version 2
+        if hasattr(self, "_append_v_seq") and self.store_v_seq:  # only since version 2
             self._append_v_seq(output.v_last)
         return output.s_seq.squeeze(0)
 
@@ -145,7 +145,7 @@ def _kept(node: Any, value: Any, x_seq: Tensor, at_start: float, at_rest: float 
     """The state of the last call; None at rest."""
     whole, simple = not x_seq.is_floating_point(), isinstance(node, (ConvertedClockDrivenNode, *_SIMPLE))
     if isinstance(value, Tensor) and value.shape != x_seq.shape[1:] and not simple:
-        value = at_start  # restarts, as in SpikingJelly
+        value = at_start  # start at rest, as in SpikingJelly
     if not isinstance(value, Tensor):
         return None if value == at_rest and not whole else x_seq.new_full(x_seq.shape[1:], value)
     # Since version 2, SpikingJelly stores states in the input's dtype.
@@ -156,7 +156,7 @@ class ConvertedContainer(Recurrent):
     """A recurrent container around a node, or a Linear and a node, which keep their parameters and states."""
 
     y: Any
-    _factor: float | str  # of y in element_wise_function
+    _factor: float | str  # factor on y in element_wise_function
 
     time_dim = ConvertedNode.time_dim
     advice = ConvertedNode.advice
@@ -175,7 +175,7 @@ class ConvertedContainer(Recurrent):
     def read_from(self) -> dict[str, Any]:
         _, node = _parts(self)
         found = {"surrogate_function": None, "sub_module": self.sub_module, "node": type(node)}
-        if not _is_neuron(node):  # which has no surrogate
+        if not _is_neuron(node):  # other modules have no surrogate
             return found
         found |= ConvertedNode.read_from(node)
         found["store_v_seq"] = getattr(node, "store_v_seq", False)
@@ -189,7 +189,7 @@ class ConvertedContainer(Recurrent):
         return self.multi_step_forward(x.unsqueeze(0)).squeeze(0)
 
     def multi_step_forward(self, x_seq: Tensor) -> Tensor:
-        self.check()  # of the parts
+        self.check()  # checks the parts
         linear, node = _parts(self)
         if isinstance(self, _WITH_WEIGHTS):
             of_x, weight = self.rc.weight.tensor_split([self.rc.out_features], 1)
@@ -201,7 +201,7 @@ class ConvertedContainer(Recurrent):
         if isinstance(node, _CUBA):
             options |= {"syn_decay": node.c_decay, "i_init": _kept(node, node.c, x_seq, 0.0, 0.0)}
         output = self.recurrent_lif(x_seq, weight, _gain(node), s_init=self.y, **options)
-        node.v, self.y = output.v_last, output.s_seq[-1].clone()  # no view, which detach_() would refuse
+        node.v, self.y = output.v_last, output.s_seq[-1].clone()  # must not be a view, because detach_() refuses views
         if output.i_last is not None:
             node.c = output.i_last
         return output.s_seq
@@ -229,13 +229,13 @@ def _factor(container: Any) -> float | str:
         with torch.inference_mode(False), torch.enable_grad():
             value = function(y, x)
             of_y, of_x = torch.autograd.grad(value.sum(), (y, x), materialize_grads=True)
-    except Exception:  # the function is the user's
+    except Exception:  # functions of users may raise anything
         return reason
     expected = x + of_y[0] * y, of_y[:1].expand(y.shape), torch.ones_like(x)
     return float(of_y[0]) if all(map(torch.allclose, (value, of_y, of_x), expected)) else reason
 
 
-_PROBES = ((0.0, 1.0, 0.0, 1.0, 0.5, -3.0), (0.0, 0.0, 1.5, -2.5, 40.0, 0.125))  # y and x
+_PROBES = ((0.0, 1.0, 0.0, 1.0, 0.5, -3.0), (0.0, 0.0, 1.5, -2.5, 40.0, 0.125))  # values of y and of x
 
 
 class ConvertedILIFNode(ConvertedNode):
@@ -245,11 +245,11 @@ class ConvertedILIFNode(ConvertedNode):
 
     @property
     def _levels(self) -> int:  # type: ignore[override]
-        return int(getattr(self.surrogate_function, "max_spike_count", 0))  # 0 of another, which `lif` refuses
+        return int(getattr(self.surrogate_function, "max_spike_count", 0))  # otherwise 0, an error of `lif`
 
     def _steps(self, x_seq: Tensor, whole: bool) -> LIFOutput:
         output = super()._steps(x_seq, whole)
-        return output._replace(s_seq=output.s_seq.to(x_seq.dtype))  # integers of integers
+        return output._replace(s_seq=output.s_seq.to(x_seq.dtype))  # integers for integer inputs
 
     def description(self) -> str:
         return f"{self._levels} levels"
@@ -277,7 +277,7 @@ class ConvertedClockDrivenNode(ConvertedNode):
         if not whole and self.steps_as_before():
             return super().forward(x)  # type: ignore[no-any-return]
         spikes = self.multi_step_forward(x) if whole else self.single_step_forward(x)
-        if "spike" in self._memories:  # up to 0.0.0.0.8
+        if "spike" in self._memories:  # only up to 0.0.0.0.8
             self.spike = spikes[-1] if whole else spikes
             if whole:
                 self.spike_seq = spikes
@@ -339,7 +339,7 @@ _MIXING = _classes("neuron", "PSN", "MaskedPSN", "SlidingPSN", "ILCBaseNode")
 
 _MEMORY, _OF_SEQUENCES = _classes("base", "MemoryModule"), _classes("base", "MultiStepModule")
 _RECURRENT = _classes("rnn", "SpikingRNNBase", "SpikingRNNCellBase")
-_DROPOUTS = _classes("layer", "Dropout", "Dropout2d", "DropConnectLinear")  # carry a mask, not a state
+_DROPOUTS = _classes("layer", "Dropout", "Dropout2d", "DropConnectLinear")  # these carry a mask, not a state
 
 _JOINING, _IN_STEPS = _classes("layer", "SeqToANNContainer"), _classes("layer", "MultiStepContainer")
 _CONTAINERS = dict.fromkeys((*_JOINING, *_IN_STEPS), 0)  # class: time_dim
@@ -431,7 +431,7 @@ def streamed(module: nn.Module) -> InStream:
     if not knows_time(module):
         return None
     memories = getattr(module, "_memories", {})
-    in_name = any(each.__name__.startswith("MultiStep") for each in type(module).__mro__)  # of `clock_driven`
+    in_name = any(each.__name__.startswith("MultiStep") for each in type(module).__mro__)  # `clock_driven`
     step_mode = getattr(module, "step_mode", "m" if in_name else "s")
     if "v" in memories or (memories and (step_mode == "s" or not _is_neuron(module))):
         return Streamed(0 if step_mode == "m" else None, "v" if "v" in memories else None)

@@ -27,9 +27,10 @@ _NEURON = [name for name in LIF_DEFAULTS if name not in _WITHOUT]
 
 
 class AdaptiveLIFOutput(NamedTuple):
-    """The result of `adaptive_lif` with potentials, as `LIFOutput`: h_seq is what is compared with v_threshold.
+    """The result of `adaptive_lif` if potentials are asked for: the fields of `LIFOutput`, and `w_last`.
 
-    `w_last`, given with `v_last`, is w for the step after the last one.
+    `h_seq` is the value that is compared with v_threshold. `w_last`, which comes with `v_last`, is the adaptation for
+    the step after the last one.
     """
 
     s_seq: Tensor
@@ -59,17 +60,19 @@ def adaptive_lif(
 
     Args:
         x_seq: input current, as for `lif`.
-        adapt_decay: share of the adaptation w left after a step, like the next two a float or a tensor as in `lif`.
-        adapt_potential: factor on the potential after reset, above v_rest.
-        adapt_spike: increment of w by a spike, in units of x_seq.
-        to_threshold: add w to the threshold, and to the amount of a soft reset without `reset_amount`; default subtract
-            it from the current.
-        w_init: w in the first step, shape of x_seq without time; default 0.
+        adapt_decay: fraction of the adaptation w that is left after a step. Like the next two arguments, it is a float
+            or a tensor as in `lif`.
+        adapt_potential: factor on the potential after reset minus v_rest, which is added to w.
+        adapt_spike: amount that a spike adds to w, in units of x_seq.
+        to_threshold: add w to the threshold, and to the amount of a soft reset without `reset_amount`, instead of
+            subtracting it from the current.
+        w_init: w in the first step, in the shape of x_seq without time; default 0.
         neuron: arguments of `lif` except `input_*`, `residual`, `residual_gain`, `scale_output`, `levels`,
             `multi_spike` and `v_min`.
 
     Returns:
-        As `lif`, or an `AdaptiveLIFOutput`, also differentiable with respect to w_init and the parameters above.
+        The spikes, or an `AdaptiveLIFOutput` if a potential was asked for. They are differentiable as in `lif`, and
+        also with respect to w_init and the parameters above.
 
     Raises TypeError, ValueError and RuntimeError as `lif` does.
 
@@ -221,15 +224,17 @@ class AdaptiveLIF(Adapting):
 
     Args:
         num_features: as for `LIF`.
-        adapt_decay: share of the adaptation left after a step, in [0, 1], in (0, 1) if learned (stored as a logit).
+        adapt_decay: fraction of the adaptation that is left after a step, in [0, 1]. If learned it must be in (0, 1),
+            and is stored as a logit.
         adapt_potential, adapt_spike: factors on the potential after reset and on the spike. All three are floats or
             tensors, as `LIF` has them.
-        to_threshold: add the adaptation to the threshold; default subtract it from the input current.
-        learn_adaptation: whether these three are parameters of the granularity; else they stay constant.
+        to_threshold: add the adaptation to the threshold, instead of subtracting it from the input current.
+        learn_adaptation: whether these three are parameters, with one value per layer, channel or neuron as
+            `granularity` says; else they stay constant.
         lif_options: arguments of `LIF` except `input_gain`, `scale_output`, `levels`, `multi_spike` and `v_min`.
 
-    `w` is carried beside `v`. A state dict has `logit_adapt_decay`, `adapt_potential` and `adapt_spike` if learned.
-    Raises as `LIF` does.
+    A stateful layer carries the adaptation as `w`, in addition to `v`. If the adaptation is learned, the state dict has
+    `logit_adapt_decay`, `adapt_potential` and `adapt_spike`. Raises the errors of `LIF`.
 
     Example::
 

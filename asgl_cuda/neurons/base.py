@@ -42,7 +42,7 @@ from .deferred import tensor_of
 Granularity = Literal["layer", "channel", "neuron"]
 _GRANULARITIES = ("layer", "channel", "neuron")
 
-Value = Tensor | float | Logarithm | Logit  # forms of a neuron parameter
+Value = Tensor | float | Logarithm | Logit  # the forms of a neuron's parameter
 
 _LEAST_DECAY = 1 / (1 + math.exp(BOUND))
 
@@ -84,7 +84,7 @@ def set_plain(layer: nn.Module, name: str, value: Any) -> None:
 class Settable(nn.Module):
     """A module with properties that accept a Parameter, which nn.Module would register before their setters run."""
 
-    _weights: ClassVar[tuple[str, ...]] = ()  # parameters that are no neuron's: of connections and normalisations
+    _weights: ClassVar[tuple[str, ...]] = ()  # parameters of connections and normalisations, not of neurons
 
     def _neuron_parameters(self) -> list[tuple[str, nn.Parameter]]:
         return [each for each in self.named_parameters(recurse=False) if each[0] not in self._weights]
@@ -142,13 +142,13 @@ class Noisy(Settable):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *arguments: Any, **options: Any) -> Any:
         super()._apply(fn, *arguments, **options)  # type: ignore[no-untyped-call]
-        if "_analog_prob_data" in self.__dict__:  # only fn's device counts, not values or type
+        if "_analog_prob_data" in self.__dict__:  # fn may change the device, but not values or type
             self._keep_as_data(fn(self._analog_prob_data).device)
         return self
 
     def _keep_as_data(self, device: torch.device) -> None:
         size = int(self._analog_prob > 0)
-        with torch.inference_mode(False):  # else unusable in training
+        with torch.inference_mode(False):  # inference tensors can't be used in training
             self._analog_prob_data = torch.full((size,), self._analog_prob, dtype=torch.float64, device=device)
 
     def end_noise(self) -> None:
@@ -160,10 +160,10 @@ class Noisy(Settable):
 class NeuronLayer(Settable):
     """A layer of neurons or integrators: a decay and other values of a granularity, and a carried potential."""
 
-    _caller: ClassVar[str]  # the name in errors
+    _caller: ClassVar[str]  # the name of the layer in errors
     _function: ClassVar[str]  # the functional form, for errors
     _potentials: ClassVar[tuple[str, ...]] = ("v",)  # no buffers: DistributedDataParallel would broadcast them
-    _states: ClassVar[tuple[str, ...]] = ("v",)  # those that are carried
+    _states: ClassVar[tuple[str, ...]] = ("v",)  # the states that are carried from call to call
     _least_batch: ClassVar[int] = 0  # dimensions of the batch that an input must have
     _constants: ClassVar[tuple[str, ...]] = ("_decay",)  # values of neurons that may be tensors: no buffers, either
     logit_decay: nn.Parameter | None
@@ -274,7 +274,7 @@ class NeuronLayer(Settable):
     def _inputs(self, x_seq: Tensor, residual: Tensor | None = None) -> tuple[Tensor, dict[str, Any]]:
         """The sequences for `_compute` that a call of the layer gives."""
         if residual is not None:
-            raise TypeError(f"{self._caller}: takes no residual; layer(x_seq + residual) adds it")
+            raise TypeError(f"{self._caller}: takes no residual; call layer(x_seq + residual)")
         return tensor_of(x_seq, type(self).__name__), {}
 
     def forward(self, x_seq: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -287,7 +287,7 @@ class NeuronLayer(Settable):
         if torch._C._get_tracing_state() is not None:
             self.__prepare_scriptable__()
         x_seq, options = self._inputs(x_seq, residual)
-        check_tensor("x_seq", x_seq, self._caller)  # apart, since `Pending` notes who asks for a tensor
+        check_tensor("x_seq", x_seq, self._caller)  # a separate call, because `Pending` records who asks for a tensor
         if not (self.stateful or self.store_v_seq):
             return self._compute(x_seq, **options)  # type: ignore[no-any-return]
         time_dim = check_input(x_seq, self.time_dim, self._caller)
@@ -295,10 +295,10 @@ class NeuronLayer(Settable):
             watch.before(x_seq)
         if transforming():
             raise RuntimeError(
-                f"{self._caller}: a layer with stateful or store_v_seq can't keep potentials under transforms of "
-                f"torch.func, which end with them; {self._function} takes v_init and returns potentials"
+                f"{self._caller}: a layer with stateful or store_v_seq can't keep potentials after a transform of "
+                f"torch.func; use {self._function}, which takes v_init and returns potentials"
             )
-        states = self._states if self.stateful else ()  # else they belong to steps
+        states = self._states if self.stateful else ()  # otherwise states belong to steps
         for name in states:
             if (state := getattr(self, name)) is not None:
                 self._check_state(name, state, x_seq, time_dim)
@@ -430,7 +430,7 @@ class NeuronLayer(Settable):
         self._map_potentials(fn)
         self._place = fn(self._place)
         for name in self._constants:
-            if name in self.__dict__:  # else it is a parameter
+            if name in self.__dict__:  # otherwise it is a parameter
                 setattr(self, name, self._placed(getattr(self, name), self._place.device))
         return self
 
@@ -444,9 +444,9 @@ def _warn_of_time(caller: str, x_seq: Tensor, time_dim: int) -> None:
     """Warns once that `[B, N]` is taken for a sequence."""
     warn_once(
         f"{caller}, time",
-        f"{caller}: a stateful layer goes on with an input of shape {list(x_seq.shape)}, whose dimension {time_dim} is "
-        "taken for time. A step of a batch is layer.step(x_t), or asgl_cuda.step(model, x_t); a sequence without batch "
-        "can be given one, of size 1",
+        f"{caller}: a stateful layer continues with an input of shape {list(x_seq.shape)}, of which dimension "
+        f"{time_dim} is taken for time. For one step of a batch call layer.step(x_t) or asgl_cuda.step(model, x_t); to "
+        "a sequence without batch add a batch dimension of size 1",
     )
 
 
@@ -454,7 +454,7 @@ def asgl_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """The ASGL layers of a model with their names, in the order of `named_modules`, each once.
 
     An ASGL layer is a module with `analog_prob` (a float), `log_width` (a parameter or None) and `width`. Layers
-    without noise are included: noise may be set later. Raises TypeError if `model` is not a module.
+    without noise are included, because they can get noise later. Raises TypeError if `model` is not a module.
 
     Example::
 
@@ -477,8 +477,8 @@ def some_asgl_layers(model: nn.Module, caller: str) -> dict[str, Any]:
     layers = dict(asgl_layers(model))
     if not layers:
         raise ValueError(
-            f"{caller}: model must have an ASGL layer, got a {type(model).__name__} without; "
-            "asgl_cuda.convert makes neurons of other libraries such layers"
+            f"{caller}: model must have an ASGL layer, got a {type(model).__name__} without one; "
+            "asgl_cuda.convert turns neurons of other libraries into such layers"
         )
     return layers
 

@@ -77,7 +77,7 @@ class _Settings(NamedTuple):
     channel: int  # dimension of x_seq
     eps: float
     input_scale: float
-    group: Any  # processes that share the statistics; None: only this one
+    group: Any  # processes that share the statistics; None for only this one
 
 
 # The normalisation's arguments by name, among them `count`, num_batches_tracked, and the neuron's time_dim.
@@ -118,7 +118,7 @@ class BatchNormLIFFunction(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.settings, _, ctx.backend, ctx.plan, *tensors = inputs
-        mean, _, *kept = tensors  # weight and bias only for once_differentiable: backward has their coefficients
+        mean, _, *kept = tensors  # weight and bias are only for once_differentiable; backward uses their coefficients
         ctx.training = mean is None
         not_differentiable = output[-3:]  # checkpoints, coefficients, statistics
         ctx.save_for_backward(*not_differentiable, *kept)
@@ -202,8 +202,8 @@ def _differentiated(operator: Any, below: Any, *arguments: Any) -> tuple[Tensor,
     _, statistics, *_ = arguments
     if statistics is not None:
         raise RuntimeError(
-            "asgl_cuda.batch_norm_coefficients: statistics of several processes can't be differentiated in a graph; "
-            "train the model that it was made of"
+            "asgl_cuda.batch_norm_coefficients: statistics of several processes can't be differentiated in an exported "
+            "graph; train the model that was exported"
         )
     coefficients, total = apply_here(_CoefficientsFunction, below, backend_of(operator), *arguments)
     return coefficients, total
@@ -243,7 +243,7 @@ def _forward(
     if running is not None and _in_one_launch(running, plan.real):
         mean, variance, batches, momentum = running
         if batches is not None and (batches.dtype is not torch.int64 or batches.device != mean.device):
-            batches.add_(1)  # cast, or from a checkpoint that was cast
+            batches.add_(1)  # cast by the user, or from a checkpoint that was cast
             batches = None
         kept: list[Tensor | None] = [mean, variance, batches]
         # torch's fallback for the negative bit takes no operator that changes several arguments.
@@ -277,8 +277,8 @@ def _check_shared_count(counts: Tensor, settings: _Settings, x_seq: Tensor) -> N
     """Raises for one value per channel over all processes; synchronises only if this process has at most one."""
     if x_seq.numel() <= x_seq.shape[settings.channel] and bool((counts.sum(0) <= 1).any()):
         raise ValueError(
-            f"{_CALLER}: training needs more than one value a channel, got one in all processes, here x_seq of shape "
-            f"{list(x_seq.shape)}"
+            f"{_CALLER}: training needs more than one value per channel, got one in all processes together, and here "
+            f"x_seq of shape {list(x_seq.shape)}"
         )
 
 
@@ -342,23 +342,24 @@ def batch_norm_lif(
     Args:
         x_seq: `[T, B, C, ...]` (or time at `time_dim`), float16, bfloat16, float32 or float64; the channels are the
             second dimension except time.
-        running_mean, running_var: `[C]`, in units of x_seq and their square; used in evaluation, updated in training if
-            given, and must not share memory then. Not differentiable.
+        running_mean, running_var: `[C]`, in units of x_seq and their square. They are used in evaluation. In training
+            they are updated if given, and must not share memory. They are not differentiable.
         weight, bias: `[C]`; default 1 and 0.
         training: normalise by mean and variance of x_seq, each over all dimensions except the channels, instead of
             running_mean and running_var.
-        momentum: share of the running statistics replaced by a call in training: a float, or a tensor of one value.
+        momentum: fraction of the running statistics that a call in training replaces; a float, or a tensor of one
+            value.
         eps: added to the variance, >= 0.
         input_scale: factor on the normalised input; `alpha * v_threshold` for the tdBN of Zheng et al., AAAI 2021.
-        process_group: in training, share the statistics with these processes, as `torch.nn.SyncBatchNorm` does; each
-            of them must make the call. "world": all processes, or this one alone where torch.distributed is not
+        process_group: in training, share the statistics with these processes, as `torch.nn.SyncBatchNorm` does. Each of
+            them must make the call. "world" means all processes, or only this one if torch.distributed is not
             initialised.
 
-    Other arguments, results and errors are as in `asgl_cuda.lif`. Differentiable once, also with respect to weight and
-    bias. Statistics are computed in float64, from sums that do not cancel, without rounding between the two layers: a
-    float16 input of mean 100 and deviation 0.1 is normalised accurately. Inputs may be up to 1e15 in magnitude,
-    1e150 in float64; larger ones can give NaN or inaccurate gradients. With `eps=0` the deviation of a channel must be
-    at least 1e-15, 1e-150 in float64.
+    Other arguments, results and errors are as in `asgl_cuda.lif`. The result is differentiable once, also with respect
+    to weight and bias. Statistics are computed in float64, from sums that do not cancel, without rounding between the
+    two layers: a float16 input of mean 100 and standard deviation 0.1 is normalised accurately. Inputs may be up to
+    1e15 in magnitude, or 1e150 in float64. Larger inputs can give NaN or inaccurate gradients. With `eps=0` the
+    standard deviation of a channel must be at least 1e-15, or 1e-150 in float64.
 
     Example::
 
@@ -416,7 +417,7 @@ def _batch_norm_lif(x_seq: Tensor, norm: _Normalisation, given: Arguments) -> Te
         channels = x_seq.shape[settings.channel]
         if group is None and x_seq.numel() <= channels:
             raise ValueError(
-                f"{_CALLER}: training needs more than one value a channel, got x_seq of shape {list(x_seq.shape)}"
+                f"{_CALLER}: training needs more than one value per channel, got x_seq of shape {list(x_seq.shape)}"
             )
         if scalar in HALF_TYPES and x_seq.numel() <= _FEW * channels:
             x_seq = x_seq.to(torch.float32)
@@ -463,7 +464,7 @@ def _settings_of(caller: str, x_seq: Tensor, norm: _Normalisation) -> _Settings:
     channel = channel_dim(time_dim)
     if channel >= x_seq.dim():
         raise ValueError(
-            f"{caller}: x_seq must have a dimension of channels, the second but time, got shape {list(x_seq.shape)} "
+            f"{caller}: x_seq must have a dimension of channels after time and batch, got shape {list(x_seq.shape)} "
             f"with time_dim {time_dim}; is time missing?"
         )
     channels = x_seq.shape[channel]
@@ -500,7 +501,7 @@ def _check_running(mean: Tensor, variance: Tensor, training: bool) -> None:
     """Refuses running statistics that require a gradient or share memory."""
     if (mean.requires_grad or variance.requires_grad) and torch.is_grad_enabled():
         name = "running_mean" if mean.requires_grad else "running_var"
-        raise ValueError(f"{_CALLER}: {name} has no gradient and must not require one; {name}.detach() can be taken")
+        raise ValueError(f"{_CALLER}: {name} gets no gradient, so it must not require one; pass {name}.detach()")
     if not training or torch.compiler.is_compiling() or transforming() or type(mean) not in PLAIN_TENSORS:
         return
     apart = abs(mean.data_ptr() - variance.data_ptr())
@@ -511,15 +512,15 @@ def _check_running(mean: Tensor, variance: Tensor, training: bool) -> None:
         step = value.stride(0) * value.element_size()
         if step == 0 and value.numel() > 1:
             raise ValueError(
-                f"{_CALLER}: {name} is written in training and must have memory for each channel, got an expanded "
-                f"tensor; {name}.clone() has it"
+                f"{_CALLER}: {name} is updated in training, so it must have memory for each channel, got an expanded "
+                f"tensor; pass {name}.clone()"
             )
         start = value.data_ptr()
         addresses.append({start + step * index for index in range(value.numel() if start else 0)})
     if not addresses[0].isdisjoint(addresses[1]):
         raise ValueError(
-            f"{_CALLER}: running_mean and running_var are written in training and must not share memory; "
-            "running_var.clone() has its own"
+            f"{_CALLER}: running_mean and running_var are updated in training, so they must not share memory; "
+            "pass running_var.clone()"
         )
 
 
@@ -544,7 +545,7 @@ def _update(running: _Running, *statistics: Tensor) -> None:
     if not in_inference and (mean.is_inference() or variance.is_inference()):
         raise ValueError(
             f"{_CALLER}: running statistics that were made in inference mode can't be updated outside of it; "
-            "their clone() can"
+            "replace them by their clone()"
         )
     if isinstance(momentum, Tensor) and momentum.dim():
         momentum = momentum.reshape(())
@@ -554,14 +555,14 @@ def _update(running: _Running, *statistics: Tensor) -> None:
         if not transforming():
             each.lerp_(value, share)
             continue
-        new = each.lerp(value, share)  # vmap has no lerp_
+        new = each.lerp(value, share)  # vmap does not support lerp_
         try:
             each.copy_(new)
         except RuntimeError as error:
             raise RuntimeError(
-                f"{_CALLER}: running statistics are written in training, and under torch.func must be arguments of the "
-                "transformed function, mapped where x_seq is: torch.func.functional_call passes a layer's, "
-                "torch.func.stack_module_state maps those of several; without them, track_running_stats=False"
+                f"{_CALLER}: running statistics are updated in training, so under torch.func they must be arguments of "
+                "the transformed function, and mapped if x_seq is. torch.func.functional_call passes those of a layer, "
+                "and torch.func.stack_module_state stacks those of several; or use track_running_stats=False"
             ) from error
     if batches is not None:
         batches.add_(1)
@@ -600,7 +601,7 @@ def module_batch_norm_lif(
     uses_batch = training or running_mean is None
     update = update and training and norm.track_running_stats
     momentum, count = norm.momentum, norm.num_batches_tracked if update else None
-    if momentum is None:  # cumulative average
+    if momentum is None:  # momentum None means a cumulative average
         real = torch.promote_types(norm.running_mean.dtype, torch.float32) if update else None
         momentum = 1 / (norm.num_batches_tracked.to(real) + 1) if update else 0.0
     running_var = norm.running_var

@@ -38,7 +38,7 @@ class Source:
     """A tensor that the layers would have made, here a sum; `made` computes it, for a reason in words."""
 
     tensor: Tensor | None = None
-    changes = 0  # in place
+    changes = 0  # number of changes in place
 
     def __init__(self, of: Any, other: Tensor) -> None:
         self.of, self.other, self.has_graph = of, other, torch.is_grad_enabled()
@@ -56,7 +56,7 @@ class Source:
 class Normal(Source):
     """The output of a call of a normalisation."""
 
-    taken = False  # by neurons, which have updated the running statistics
+    taken = False  # whether neurons have computed it, and updated the running statistics
     training = False
 
     def __init__(self, norm: Any, x: Tensor) -> None:
@@ -72,8 +72,8 @@ class Normal(Source):
         return self.tensor is None and not self.taken
 
     def __del__(self) -> None:
-        if self.is_open() and self.training:  # counts the batch, as the layer would have
-            with suppress(Exception):  # as of a batch of one value
+        if self.is_open() and self.training:  # the layer itself would have counted the batch
+            with suppress(Exception):  # for example for a batch of one value
                 self.made("nothing uses it")
 
 
@@ -85,7 +85,7 @@ class Pending:
     """
 
     value: Tensor | None = None
-    factor = 1.0  # of the normalised value alone, not of the other operand
+    factor = 1.0  # scales only the normalised value, not the other operand
     was_asked = False
 
     def __init__(
@@ -229,7 +229,7 @@ class Pending:
         """Where a permutation puts the channels; where they are, for another view; -1 for what is neither."""
         x = self.x
         if name in _BY_SHAPE:
-            if name == "to":  # half types are normalised without rounding in between
+            if name == "to":  # half types must not be rounded between normalisation and neurons
                 return self.channel if args == (torch.float32,) and not kwargs and x.dtype.itemsize == 2 else -1
             return -1 if any(isinstance(each, torch.dtype) for each in (*args, *kwargs.values())) else self.channel
         order = list(range(x.dim()))

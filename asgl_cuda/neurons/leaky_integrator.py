@@ -28,10 +28,10 @@ _NUMBERS = dict.fromkeys(Numbers._fields, 0.0)
 
 
 class IntegratorOutput(NamedTuple):
-    """The result of `leaky_integrator` with return_v_last.
+    """The result of `leaky_integrator` with return_v_last=True.
 
-    `v_seq` has shape and type of x_seq; `v_last`, the potential after the last step, has the same shape without time,
-    in float32, or float64 for a float64 input.
+    `v_seq` has the shape and type of x_seq. `v_last` is the potential after the last step, with the same shape without
+    time. Its type is float64 for a float64 input, and float32 otherwise.
     """
 
     v_seq: Tensor
@@ -124,17 +124,18 @@ def leaky_integrator(
     """Leaky integrators over a whole sequence: synaptic currents, or the read-out of a network.
 
     Args:
-        x_seq: input, `[T, ...]` (or time at `time_dim`); types and layouts are those of `lif`.
-        decay: share of the potential left after a step (no unit, per step), any value; 1 sums up the input.
+        x_seq: input, `[T, ...]`, or with time at `time_dim`; types and layouts are those of `lif`.
+        decay: fraction of the potential that is left after a step (no unit, per step). Any value is allowed; 1 sums up
+            the input.
         input_gain: factor on the input; like decay a float or a tensor that broadcasts against x_seq.
         v_rest: resting potential, in units of x_seq.
-        v_init: potential before the first step, shape of x_seq without time; default `v_rest`.
-        delay: emit the potential before the input of a step, not after.
+        v_init: potential before the first step, in the shape of x_seq without time; default `v_rest`.
+        delay: emit the potential before the input of a step is added, instead of after.
         return_v_last: return the potential after the last step as well, see `IntegratorOutput`.
         backend: one of `available_backends()`; default the best for x_seq's device.
 
-    Sequences saved for backward: x_seq if input_gain requires a gradient, the output if decay does; in half types the
-    gradient of decay uses rounded potentials.
+    Backward needs x_seq if input_gain requires a gradient, and the output if decay does; these are stored. In half
+    types the gradient of decay is therefore computed from rounded potentials.
 
     Returns:
         The potentials, in shape and type of x_seq; or an `IntegratorOutput`. Both are differentiable once with respect
@@ -189,26 +190,27 @@ def _computed(caller: str, x_seq: Tensor, given: _Arguments) -> Tensor | Integra
 
 
 class LeakyIntegrator(NeuronLayer):
-    """Leaky integrators, over all time steps in one call: a synapse in front of `LIF`, or the read-out of a network.
+    """Leaky integrators, over all time steps in one call: a synapse before `LIF`, or the read-out of a network.
 
     Args:
         num_features, granularity, time_dim, backend, device, dtype: as for `LIF`.
-        decay: share of the potential left after a step, in [0, 1], in (0, 1) if learned (stored as a logit).
+        decay: fraction of the potential that is left after a step, in [0, 1]. A learned decay must be in (0, 1), and is
+            stored as a logit.
         input_gain: factor on the input.
         v_rest: resting potential, in units of the input.
-        delay: emit the potential before the input of a step, not after.
+        delay: emit the potential before the input of a step is added, instead of after.
         learn_decay: whether the decay is a parameter; else it stays constant.
         stateful: carry the potential from call to call, as `v`, until `reset()` or `asgl_cuda.reset(model)`.
             `step(x_t)`, one step without time, always carries `v`.
 
-    Floats may also be tensors of one value, and decay one of shape `num_features`, as for `LIF`. `decay` can be read
-    and set at any time. A state dict holds only a learned decay, as `logit_decay`.
+    A float may also be given as a tensor of one value, and decay as a tensor of shape `num_features`, as for `LIF`.
+    `decay` can be read and set at any time. A state dict contains only a learned decay, as `logit_decay`.
 
-    Neurons with a synaptic current are `nn.Sequential(LeakyIntegrator(decay=a), LIF(decay=b))`. Per neuron and step the
-    two layers move 4 elements forward, 5 backward: the current and its gradient go through memory. A single kernel
-    would move 2 and 3.
+    Neurons with a synaptic current are `nn.Sequential(LeakyIntegrator(decay=a), LIF(decay=b))`. Per neuron and step
+    these two layers move 4 values in forward and 5 in backward, because the current and its gradient go through memory.
+    A single kernel would move 2 and 3.
 
-    Raises ValueError or TypeError for arguments out of range, otherwise as `asgl_cuda.leaky_integrator`.
+    Raises ValueError or TypeError for arguments out of range, and otherwise the errors of `asgl_cuda.leaky_integrator`.
 
     Example::
 

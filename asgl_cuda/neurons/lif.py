@@ -53,10 +53,10 @@ _CALLER = "asgl_cuda.lif"
 
 
 class LIFOutput(NamedTuple):
-    """The result of `lif` with potentials; a field is None unless requested.
+    """The result of `lif` if potentials are asked for. Fields that were not asked for are None.
 
-    `s_seq`, `v_seq` (potential after reset) and `h_seq` (before reset) have the shape of x_seq, `v_last` the same
-    without time. Potentials are float32, float64 for a float64 input.
+    `s_seq`, `v_seq` (potential after reset) and `h_seq` (before reset) have the shape of x_seq, and `v_last` the same
+    shape without time. Potentials are float64 for a float64 input, and float32 otherwise.
     """
 
     s_seq: Tensor
@@ -326,7 +326,7 @@ DERIVATIVES["lif_forward"] = _differentiated
 
 def remember(call: Call, inputs: Inputs, outputs: Sequence[Tensor]) -> None:
     """Has backward recompute the spikes of a call with these inputs, inside `recompute_spikes`."""
-    backend = call.backend  # not the call, which has the tensors
+    backend = call.backend  # captures the backend, not the call, which would keep the tensors
     plan = make_plan(inputs.x_seq, call.plan.rules, call.plan.numbers, (False, False, False))
 
     def spikes(*inputs: Tensor | None) -> Tensor:
@@ -342,10 +342,10 @@ def remember(call: Call, inputs: Inputs, outputs: Sequence[Tensor]) -> None:
 
 
 def analog_mask(x_seq: Tensor, analog_prob: float, rng_state: Tensor, time_dim: int = 0) -> Tensor:
-    """Which elements of `x_seq` are analog under the noise of `rng_state`: a bool tensor of x_seq's shape.
+    """The elements of `x_seq` that are analog with the noise of `rng_state`, as a bool tensor in the shape of x_seq.
 
-    Only shape, memory layout and device of x_seq count; `analog_prob` acts in steps of 1 / 65536. Raises TypeError and
-    ValueError as `lif` does.
+    Only the shape, memory layout and device of x_seq matter. `analog_prob` is rounded to multiples of 1 / 65536. Raises
+    the errors of `lif`.
 
     Example::
 
@@ -360,14 +360,14 @@ def analog_mask(x_seq: Tensor, analog_prob: float, rng_state: Tensor, time_dim: 
 
 
 def unroll_levels(s_seq: Tensor, levels: int, time_dim: int = 0) -> Tensor:
-    """Whole numbers of spikes as binary spikes, each step in `levels` sub-steps: `s` ones, then zeros.
+    """Turns integer spikes into binary spikes: each step becomes `levels` sub-steps, of which the first `s` are ones.
 
-    A layer without a bias gives the same result, summed over the sub-steps of each step, for these spikes as for the
-    numbers: inference of a network trained with `levels` then needs only additions, and no products.
+    If the outputs of a layer without a bias are summed over the sub-steps of each step, they are the same as for the
+    integer spikes. Inference of a network trained with `levels` then needs only additions, and no products.
 
     Args:
-        s_seq: `[T, ...]` (or time at `time_dim`), whole numbers in [0, levels], as `asgl_cuda.lif` emits with levels
-            and without noise.
+        s_seq: `[T, ...]`, or with time at `time_dim`; integers in [0, levels], as `asgl_cuda.lif` emits with levels and
+            without noise.
         levels: number of sub-steps, as in `asgl_cuda.lif`.
 
     Returns:
@@ -397,8 +397,8 @@ def unroll_levels(s_seq: Tensor, levels: int, time_dim: int = 0) -> Tensor:
             others = s_seq[~((s_seq == s_seq.round()) & (s_seq >= 0) & (s_seq <= levels))]
             if others.numel():
                 raise ValueError(
-                    f"{caller}: s_seq must have whole numbers in [0, {levels}], got {others[0].item():g}; spikes are "
-                    "whole in evaluation or with analog_prob=0, without scale_output"
+                    f"{caller}: s_seq must have whole numbers in [0, {levels}], got {others[0].item():g}; layers emit "
+                    "them in evaluation or with analog_prob=0, and without scale_output"
                 )
         below = torch.arange(levels, device=s_seq.device)[(slice(None), *(None,) * (s_seq.dim() - time_dim - 1))]
         return (s_seq.unsqueeze(time_dim + 1) > below).to(s_seq.dtype).flatten(time_dim, time_dim + 1)

@@ -21,15 +21,14 @@ class OverTime(nn.Module):
     """A layer without time, such as a convolution or a batch normalisation, applied to all steps at once.
 
     Args:
-        layer: any module, several in an `nn.Sequential`. Layers with state over time, such as neurons, are refused at
-            any depth: time and batch are one dimension.
+        layer: any module; pass several as an `nn.Sequential`. It must not contain layers with state over time, such as
+            neurons, because it gets time and batch merged into one dimension.
 
-    Shapes: `[T, B, ...]` to `[T, B, ...]`, or `[B, T, ...]` to `[B, T, ...]`; the layer sees time and batch in one,
-    `[T * B, ...]`.
+    Shapes: `[T, B, ...]` to `[T, B, ...]`, or `[B, T, ...]` to `[B, T, ...]`. `layer` gets `[T * B, ...]`.
 
     Raises TypeError if `layer` is not a module or contains a layer with state over time, even if added later, or if the
-    input is not a tensor; ValueError for an input without time and batch, also one that a convolution would take for a
-    sample without a batch.
+    input is not a tensor. Raises ValueError for an input without time and batch, also for one that a convolution would
+    take for a sample without a batch.
 
     Example::
 
@@ -49,7 +48,7 @@ class OverTime(nn.Module):
         self.layer = layer
 
     def forward(self, x_seq: Tensor) -> Tensor:
-        """The layer's output for all steps of `x_seq` `[T, B, ...]`, with T and B in front as well."""
+        """The layer's output for all steps of `x_seq` `[T, B, ...]`, as `[T, B, ...]`."""
         if not torch.jit.is_scripting():  # type: ignore[attr-defined]
             _check_input(x_seq, self.layer)
             if not torch.compiler.is_compiling():
@@ -79,10 +78,10 @@ def _sample_of(layer: nn.Module) -> tuple[str, Sequence[str]]:
     sizes: Sequence[str] = ()
     hooked = layer._forward_pre_hooks and not isinstance(layer, nn.modules.lazy.LazyModuleMixin)
     if hooked or not type(layer).forward.__module__.startswith(("torch.nn.", "asgl_cuda.spikes.")):
-        return type(layer).__name__, sizes  # may add a dimension itself
-    if isinstance(layer, nn.modules.conv._ConvNd):  # would take time and batch for channels
+        return type(layer).__name__, sizes  # such a layer may add a dimension itself
+    if isinstance(layer, nn.modules.conv._ConvNd):  # a convolution would take time and batch for channels
         sizes = f"{layer.in_channels or 'C'}", *("L", "HW", "DHW")[len(layer.kernel_size) - 1]
-    elif isinstance(layer, nn.Linear):  # for features
+    elif isinstance(layer, nn.Linear):  # a linear layer would take them for features
         sizes = (f"{layer.in_features or 'N'}",)
     elif isinstance(layer, (nn.LayerNorm, nn.RMSNorm)):
         sizes = [f"{size}" for size in layer.normalized_shape]
@@ -96,17 +95,17 @@ def _check_inside(layer: nn.Module) -> None:
     """Refuses modules that know time, each class tested once. 0.2 us a module; modules() takes 0.7."""
     if isinstance(layer, (nn.RNNBase, nn.RNNCellBase)):  # inside another module, possibly not over time
         raise TypeError(
-            f"{_CALLER}: layer must know no time, got {type(layer).__name__}, for which time and batch would be one"
+            f"{_CALLER}: layer must not use time, got {type(layer).__name__}, which would get time and batch merged"
         )
     found, modules = {layer}, [layer]
-    for module in modules:  # appended to below
+    for module in modules:  # the loop appends to it
         if type(module) not in _timeless:
             if any(knows(module) for knows in KNOWS_TIME):
                 path = next(path for path, each in layer.named_modules() if each is module)
                 name, at = type(module).__name__, f" at {path!r}" if path else ""
                 raise TypeError(
-                    f"{_CALLER}: layer must know no time, got {name}{at}, for which time and batch would be one; it "
-                    f"belongs outside, as in nn.Sequential(OverTime(...), {name}(...))"
+                    f"{_CALLER}: layer must not use time, got {name}{at}, which would get time and batch merged; put "
+                    f"it outside, as in nn.Sequential(OverTime(...), {name}(...))"
                 )
             _timeless.add(type(module))
         for child in module._modules.values():

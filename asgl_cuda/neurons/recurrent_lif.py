@@ -48,12 +48,12 @@ _ROWS = "width", "decay", "v_threshold", "v_reset", "reset_amount", "adapt_decay
 
 
 class RecurrentLIFOutput(NamedTuple):
-    """The result of `recurrent_lif` with states; a field is None unless requested.
+    """The result of `recurrent_lif` if states are asked for. Fields that were not asked for are None.
 
-    `s_seq`, `v_seq` and `h_seq` are those of `LIFOutput`, or of `AdaptiveLIFOutput`. `return_v_last` gives the states
-    after the last step, of x_seq's shape without time: `v_last`, `s_last` (what the neurons emitted, before
-    scale_output), with a synapse `i_last`, and with an adaptation `w_last`. States are float32, float64 for a float64
-    input.
+    `s_seq`, `v_seq` and `h_seq` are those of `LIFOutput` or `AdaptiveLIFOutput`. With `return_v_last` there are also
+    the states after the last step, in the shape of x_seq without time: `v_last`, `s_last` (the spikes before
+    scale_output), with a synapse `i_last`, and with an adaptation `w_last`. States are float64 for a float64 input, and
+    float32 otherwise.
     """
 
     s_seq: Tensor
@@ -138,36 +138,37 @@ def recurrent_lif(
     Args:
         x_seq: input current, `[T, B, N]`, or `[B, T, N]` with time_dim=1; types as for `lif`. A layout that is not
             contiguous is copied once.
-        weight: `[N, N]`, from the neurons of a step (columns) to those of the next (rows), as in `torch.nn.Linear`; or
-            `[N]`, each neuron's own. A row of the batch in which few neurons spike takes less time.
-        bias: `[N]`, added at each step, the first included.
-        syn_decay: share of the current left after a step, a float, or a tensor of one value or `[N]`; None for no
-            synapse.
-        input_gain: a number, the factor on the current behind the synapse; 1 with an adaptation.
+        weight: `[N, N]`, from the neurons of one step (columns) to the neurons of the next step (rows), as in
+            `torch.nn.Linear`; or `[N]`, from each neuron to itself. Samples in which few neurons spike take less time.
+        bias: `[N]`, added at each step, also at the first.
+        syn_decay: fraction of the synaptic current that is left after a step: a float, or a tensor of one value or
+            `[N]`; None for no synapse.
+        input_gain: a number, the factor on the current after the synapse; must be 1 with an adaptation.
         adapt_decay, adapt_potential, adapt_spike, to_threshold: the adaptation, as in `adaptive_lif`; adapt_decay None
             for no adaptation.
-        s_init: what the neurons emitted before the first step, `[B, N]`; default 0.
-        i_init, w_init: the current before the first step, `[B, N]`, only with syn_decay, and the adaptation in it, only
-            with adapt_decay; default 0.
-        detach_recurrent: let no gradient flow through the weight to earlier spikes, s_init included; the weight's own
-            gradient stays. detach_reset concerns the reset alone.
+        s_init: spikes before the first step, `[B, N]`; default 0.
+        i_init: synaptic current before the first step, `[B, N]`, only with syn_decay; default 0.
+        w_init: adaptation in the first step, `[B, N]`, only with adapt_decay; default 0.
+        detach_recurrent: stop the gradient that flows through the weight to earlier spikes and s_init. The weight still
+            gets its gradient. detach_reset concerns only the reset.
         neuron: arguments of `lif` except `input_bias`, `input_mean`, `residual`, `residual_gain`, `levels`,
             `multi_spike` and `v_min`. Parameters have one value or `[N]`.
 
-    weight, bias and syn_decay are converted to the type of the arithmetic, as all parameters, under autocast as well.
-    Step t draws its noise as a sequence of one step with rng_state `[seed + 0x61C8864680B583EB * t, offset]`, modulo
-    2^64; `analog_mask` of that step tells which elements are analog. They feed back their smooth value. Calls with
-    another offset share no noise, whatever their lengths.
+    Like all parameters, weight, bias and syn_decay are converted to the type of the arithmetic, also under autocast.
+    Step t draws the noise of a sequence of one step with rng_state `[seed + 0x61C8864680B583EB * t, offset]`, modulo
+    2^64. `analog_mask` of that step tells which elements are analog. Their smooth values are fed back. Calls with
+    different offsets share no noise, whatever their lengths.
 
-    Kept for backward: 4 bytes an element beside the spikes in float32; under scale_output and in half types the spikes
-    once more, with a learned syn_decay the current, and w with a learned adapt_decay or to_threshold.
+    For backward, 4 bytes per element are stored in addition to the spikes in float32. With scale_output and in half
+    types, the spikes are stored once more. With a learned syn_decay the current is stored, and with a learned
+    adapt_decay or with to_threshold the adaptation.
 
-    On the CPU one kernel computes all steps of 16 rows of the batch. On a GPU each step is a product and the kernel of
-    `lif`.
+    On the CPU one kernel computes all steps of 16 samples of the batch. On a GPU each step is a product and the kernel
+    of `lif`.
 
     Returns:
-        As `lif`, or a `RecurrentLIFOutput`, differentiable once with respect to x_seq, weight, bias, syn_decay, states
-        and every tensor parameter.
+        The spikes, or a `RecurrentLIFOutput` if a state was asked for. They are differentiable once with respect to
+        x_seq, weight, bias, syn_decay, states and every tensor parameter.
 
     Raises TypeError, ValueError and RuntimeError as `lif` does.
 
@@ -225,7 +226,7 @@ class _Recurrence(NamedTuple):
 
 def _check_no_adaptation(given: Mapping[str, Any], defaults: Any, caller: str) -> None:
     for name, value in given.items():
-        is_number = isinstance(value, (int, float))  # arrays and tensors have no one truth
+        is_number = isinstance(value, (int, float))  # arrays and tensors have no single truth value
         if value is not defaults[name] and not (is_number and value == defaults[name]):
             raise ValueError(f"{caller}: {name} needs adapt_decay, got {shown(value)} without an adaptation")
 
@@ -342,33 +343,34 @@ def _computed(x_seq: Tensor, given: _Recurrence, neuron: Arguments) -> Tensor | 
 
 
 class RecurrentLIF(Adapting):
-    """Recurrent leaky integrate-and-fire neurons: `LIF` whose spikes enter the next step's current.
+    """Recurrent leaky integrate-and-fire neurons: `LIF` whose spikes are fed back to the next step through a weight.
 
     Args:
         hidden_size: number of neurons, N.
-        recurrent: "dense", a weight from each neuron to each, `[N, N]`, or "elementwise", each neuron's own, `[N]`.
+        recurrent: "dense" for a weight `[N, N]` from each neuron to all neurons, or "elementwise" for a weight `[N]`
+            from each neuron to itself.
         bias: whether the recurrent current has a bias.
-        autapses: whether neurons are connected to themselves; if not, the diagonal of the weight is left out.
-        syn_decay: share of the current left after a step, in [0, 1], in (0, 1) if learned (stored as a logit), a float
-            or a tensor as `LIF` has them; None for no synapse.
-        learn_syn_decay: whether it is a parameter of the granularity.
-        detach_recurrent: let no gradient flow from a step to the spikes before it through the weight.
+        autapses: whether neurons are connected to themselves; if not, the diagonal of the weight has no effect.
+        syn_decay: fraction of the synaptic current that is left after a step, in [0, 1], as a float or a tensor as for
+            `LIF`; None for no synapse. If learned it must be in (0, 1), and is stored as a logit.
+        learn_syn_decay: whether syn_decay is a parameter, with one value per layer or neuron as `granularity` says.
+        detach_recurrent: stop the gradient that flows through the weight to the spikes of the step before.
         adapt_decay, adapt_potential, adapt_spike, to_threshold, learn_adaptation: the adaptation of `AdaptiveLIF`, with
-            its defaults (RadLIF, LSNN); adapt_decay None for no adaptation. With one input_gain is 1.
+            its defaults (RadLIF, LSNN); adapt_decay None for no adaptation. With an adaptation, input_gain must be 1.
         device, dtype: of the parameters.
         lif_options: arguments of `LIF` except `num_features`, `levels`, `multi_spike` and `v_min`. Granularities
             "channel" and "neuron" are the same here.
 
-    Shapes: input and output `[T, B, N]`, or `[B, T, N]` with time_dim=1.
+    Shapes: input and output are `[T, B, N]`, or `[B, T, N]` with time_dim=1.
 
-    weight and bias are drawn as those of `torch.nn.RNN`, uniformly from `[-1 / sqrt(N), 1 / sqrt(N)]`. A state dict has
-    `recurrent_weight`, `recurrent_bias` and, if learned, `logit_syn_decay` and those of the adaptation beside the
-    parameters of `LIF`. The states `v`, `s` (what was emitted), `i` (with a synapse) and `w` (with an adaptation) are
-    carried where the layer is stateful.
+    Weight and bias are initialised as in `torch.nn.RNN`, uniformly from `[-1 / sqrt(N), 1 / sqrt(N)]`. In addition to
+    the parameters of `LIF`, a state dict has `recurrent_weight` and `recurrent_bias`, and if they are learned
+    `logit_syn_decay` and the parameters of the adaptation. A stateful layer carries `v`, `s` (the last spikes), with a
+    synapse `i` and with an adaptation `w`.
 
-    `asgl_cuda.recompute_spikes` keeps the spikes of this layer, which its own backward reads.
+    `asgl_cuda.recompute_spikes` does not apply to this layer, because its own backward needs the spikes.
 
-    Raises as `LIF` does.
+    Raises the errors of `LIF`.
 
     Example::
 
@@ -416,8 +418,8 @@ class RecurrentLIF(Adapting):
         caller = self._caller
         if others:
             raise TypeError(
-                f"{caller}: takes hidden_size alone without a name, got {shown((hidden_size, *others))}; the input has "
-                "hidden_size values, which torch.nn.Linear(input_size, hidden_size) in front makes"
+                f"{caller}: takes only hidden_size without a name, got {shown((hidden_size, *others))}; for inputs of "
+                "another size put torch.nn.Linear(input_size, hidden_size) before the layer"
             )
         (count,) = check_sizes("hidden_size", check_int("hidden_size", hidden_size, caller), caller)
         granularity = lif_options.get("granularity", "layer")
@@ -428,14 +430,14 @@ class RecurrentLIF(Adapting):
         self.hidden_size = count
         self.autapses = check_bool("autapses", autapses, caller)
         if not autapses and recurrent == "elementwise":
-            raise ValueError(f"{caller}: recurrent='elementwise' has autapses alone, got autapses=False")
+            raise ValueError(f"{caller}: recurrent='elementwise' needs autapses=True, got False")
         self.detach_recurrent = check_bool("detach_recurrent", detach_recurrent, caller)
         empty = partial(torch.empty, device=device, dtype=dtype)
         self.recurrent_weight = nn.Parameter(empty((count,) if recurrent == "elementwise" else (count, count)))
         self.recurrent_bias = nn.Parameter(empty(count)) if check_bool("bias", bias, caller) else None
         learned = check_bool("learn_syn_decay", learn_syn_decay, caller)
         if learned and syn_decay is None:
-            raise ValueError(f"{caller}: learn_syn_decay needs syn_decay, its first value, got None")
+            raise ValueError(f"{caller}: learn_syn_decay needs syn_decay as initial value, got None")
         self.logit_syn_decay = nn.Parameter(empty(self.num_features or 1)) if learned else None
         self._fill_recurrence(syn_decay)
         adaptation: dict[str, Any] = {
@@ -467,12 +469,12 @@ class RecurrentLIF(Adapting):
 
     @property
     def recurrent(self) -> str:
-        """The kind of `recurrent_weight`, "dense" or "elementwise"."""
+        """The form of `recurrent_weight`, "dense" or "elementwise"."""
         return "dense" if self.recurrent_weight.dim() == 2 else "elementwise"
 
     @recurrent.setter
     def recurrent(self, value: str) -> None:
-        raise AttributeError(f"{self._caller}: recurrent is the shape of the weight; another one needs another layer")
+        raise AttributeError(f"{self._caller}: recurrent decides the shape of the weight and can't be changed")
 
     @property
     def syn_decay(self) -> Tensor | float | None:

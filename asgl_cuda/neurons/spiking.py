@@ -109,7 +109,7 @@ class Neurons(NeuronLayer, Noisy):
         for each in least_and_most(found):
             check_width(each, self._caller)
             if self._counts and each != 1:
-                raise ValueError(f"{self._caller}: with levels the threshold is the width, got width {each}")
+                raise ValueError(f"{self._caller}: levels uses the threshold as width, so width must be 1, got {each}")
             if learned and not _LEAST_WIDTH <= each <= _LARGEST_WIDTH:
                 raise ValueError(
                     f"{self._caller}: a learned width must be in [{_LEAST_WIDTH:.3g}, {_LARGEST_WIDTH:.3g}], got {each}"
@@ -143,8 +143,8 @@ class Neurons(NeuronLayer, Noisy):
             fires_on = after is not None and (after > v_rest) & (after >= value)
             if fires_on.any() if isinstance(fires_on, Tensor) else fires_on:
                 raise ValueError(
-                    f"{caller}: {name} must be below v_threshold, or a neuron that has fired does so again, got {name} "
-                    f"{shown(after)} and v_threshold {shown(value)}"
+                    f"{caller}: {name} must be below v_threshold, or a neuron that has fired fires again without "
+                    f"input, got {name} {shown(after)} and v_threshold {shown(value)}"
                 )
         several = "multi_spike" if self.multi_spike else "levels" if self._counts else ""
         least, _ = least_and_most(value)
@@ -156,7 +156,7 @@ class Neurons(NeuronLayer, Noisy):
         elif self.v_reset is None:
             amount, _ = least_and_most(value if self.reset_amount is None else self.reset_amount)
             if amount <= 0:
-                message = f"a spike takes {amount:g} off the potential, which does not fall below v_threshold"
+                message = f"a spike subtracts {amount:g} from the potential, which then stays above v_threshold"
                 warn_once("reset_amount", f"{caller}: {message}")
 
     def _fires(self, u: Any) -> Any:

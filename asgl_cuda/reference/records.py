@@ -35,22 +35,22 @@ class Numbers(NamedTuple):
     residual_gain: float
     v_rest: float
     surrogate_gain: float
-    v_min: float  # 0 without a floor
+    v_min: float  # 0 without a lower limit
 
 
 class Rules(NamedTuple):
     """The argument `rules` of operators, in the order of struct Rules in csrc/ops/call.h."""
 
     surrogate: int  # its id, or INTEGER with levels
-    hard_reset: int  # 0 or 1, as all up to logit_decay
+    hard_reset: int  # 0 or 1, like all fields up to logit_decay
     strict_threshold: int
     scale_output: int
     detach_reset: int
     multi_spike: int
-    periodic: int  # 1: the surrogate, laplace, is periodic_exponential
-    floored: int  # 1: v_min is the floor of the potential
+    periodic: int  # 1 if the surrogate is periodic_exponential, which has the id of laplace
+    floored: int  # 1 if v_min is the lower limit of the potential
     log_width: int  # 1: the width is given as its logarithm, within the bound of learned.py; 0 for the reference
-    logit_decay: int  # 1: the decay is given as its logit
+    logit_decay: int  # 1 if the decay is given as its logit
     analog_below: int  # round(analog_prob * DRAWS), or BELOW_IN_STATE
     # The most spikes a step, 0 for no limit. With INTEGER width is the threshold, v_threshold the factor of
     # scale_output.

@@ -37,7 +37,7 @@ def clamped(y: Tensor, most: float) -> Tensor:
 
 def _triangle_tail(y: Tensor) -> Tensor:
     inside = (1 - y).clamp(min=0)
-    return 0.5 * inside * inside  # as in csrc; the last place of pow depends on the device
+    return 0.5 * inside * inside  # as in csrc; the last digit of pow depends on the device
 
 
 def _mirrored(tail: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -75,7 +75,7 @@ ELSEWHERE = {
 }
 
 
-_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by size in bytes
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # integer types by size in bytes
 
 
 class GradientOf(torch.autograd.Function):
@@ -107,10 +107,10 @@ class GradientAndTangentOf(GradientOf):
 def with_gradient_of(s: Tensor, a: Tensor, gain: float = 1.0) -> Tensor:
     """Applies `GradientOf`."""
     compiling = torch.compiler.is_compiling()
-    if compiling and (transforming() or in_forward_mode()):  # both drop autograd functions silently
+    if compiling and (transforming() or in_forward_mode()):  # both ignore autograd functions silently
         scaled = a * gain
         return s.detach() + (scaled - scaled.detach())
-    if compiling and exporting():  # exported, autograd functions are clones
+    if compiling and exporting():  # in exported graphs autograd functions are clones
         scaled = a * gain
         nothing = scaled - detached(scaled)
         return detached(s) + torch.where(nothing == 0, nothing, 0.0)  # without a NaN

@@ -178,7 +178,7 @@ def convolution(
             f"{list(x.shape)}"
         )
     if isinstance(padding, str):
-        both = [size - 1 if padding == "same" else 0 for size in weight.shape[2:]]  # sides together
+        both = [size - 1 if padding == "same" else 0 for size in weight.shape[2:]]  # padding of both sides together
         padding = [each // 2 for each in both]
         x = functional.pad(x, [pad for each in reversed(both) for pad in (0, each % 2)])
     if x.dim() == dims:
@@ -194,21 +194,23 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, panels: Tensor | None
 
 
 def spike_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`torch.nn.functional.linear` for inputs that are mostly zero, such as spikes: time is that of the non-zeros.
+    """`torch.nn.functional.linear` for inputs that are mostly zero, such as spikes. It skips the zeros.
 
     Args:
-        input: `[..., in_features]`. Any values: those that are not 1 are multiplied, and NaN and infinity are summed.
+        input: `[..., in_features]`, with any values. Values other than 1 are multiplied by the weight as usual, also
+            NaN and infinity.
         weight: `[out_features, in_features]`.
         bias: `[out_features]`.
 
-    On the CPU in float32 and float64 the sum of each output runs over the non-zero inputs in their order, from the bias
-    on, by fused multiply-add where the processor has it. An output therefore has the same bits alone and in a batch,
-    for any number of threads and, with AVX2 or AVX-512, on any processor. A weight that is not finite has no effect
-    where its input is zero; in torch's product it gives NaN.
+    On the CPU in float32 and float64, the sum of each output begins with the bias and adds the non-zero inputs in their
+    order, by fused multiply-add if the processor has it. An output therefore has the same bits alone and in a batch,
+    for any number of threads and, with AVX2 or AVX-512, on any processor. If a weight is not finite and its input is
+    zero, the weight has no effect, whereas torch's product gives NaN.
 
-    Other types, devices and layouts, autocast and forward-mode differentiation: `torch.nn.functional.linear`.
+    `torch.nn.functional.linear` is used for other types, devices and layouts, under autocast, and in forward-mode
+    differentiation.
 
-    For backward a bit per element is saved instead of the input, and the non-zero values if one is not 1.
+    For backward one bit per element is stored instead of the input, and the non-zero values if one of them is not 1.
 
     Returns:
         `[..., out_features]`, differentiable once with respect to all arguments.
@@ -239,16 +241,16 @@ def spike_conv2d(
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
 ) -> Tensor:
-    """`torch.nn.functional.conv2d` for inputs that are mostly zero, such as spikes: time is that of the non-zeros.
+    """`torch.nn.functional.conv2d` for inputs that are mostly zero, such as spikes. It skips the zeros.
 
     Args:
-        input: `[N, C, H, W]` or `[C, H, W]`, any values as in `spike_linear`. channels_last is fastest.
+        input: `[N, C, H, W]` or `[C, H, W]`, with any values, as in `spike_linear`. channels_last is fastest.
         weight: `[out_channels, C, kernel_height, kernel_width]`.
         bias: `[out_channels]`.
         stride, padding, dilation, groups: as in torch.
 
-    As `spike_linear`, with sums over the non-zero inputs by row and column of the kernel, then by channel. Dilations
-    and groups other than 1 also run torch's operator.
+    It computes as `spike_linear` does, with sums over the non-zero inputs by row and column of the kernel, then by
+    channel. torch's operator is also used for dilations and groups other than 1.
 
     Returns:
         `[N, out_channels, H', W']` or `[out_channels, H', W']`, differentiable once with respect to all tensors.

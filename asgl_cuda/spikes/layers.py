@@ -28,7 +28,7 @@ class _Copy:
 
     def __init__(self, weight: Tensor) -> None:
         self._key = self._key_of(weight)
-        self._storage = weight.untyped_storage()  # kept, so that no other weight gets its address
+        self._storage = weight.untyped_storage()  # kept alive, so that no other weight gets its address
         self.panels: Tensor = extension.module.spike_panels(weight.detach())  # type: ignore[union-attr]
 
     @staticmethod
@@ -81,23 +81,24 @@ class _SpikeLayer(nn.Module):
 
 
 class SpikeLinear(_SpikeLayer, nn.Linear):
-    """`torch.nn.Linear` for inputs that are mostly zero, such as spikes: time is that of the non-zeros.
+    """`torch.nn.Linear` for inputs that are mostly zero, such as spikes. It skips the zeros.
 
     Args:
-        in_features, out_features, bias, device, dtype: as of `torch.nn.Linear`, whose state dict this layer has, too.
+        in_features, out_features, bias, device, dtype: as in `torch.nn.Linear`. The state dict is also the same.
 
     Shapes: `[..., in_features]` to `[..., out_features]`.
 
-    See `spike_linear` for what is computed, and where torch's own operator is. The layer always computes by the list of
-    non-zeros, whatever its input: it is faster than `torch.nn.Linear` up to about 0.4 non-zeros, with about twice the
-    speed of an evaluation at 0.2, and slower above. Layers with fewer than about 32 outputs gain nothing.
+    See `spike_linear` for the computation, and for the cases in which torch's operator is used. The layer always uses
+    the list of non-zero inputs, whatever the input is. It is faster than `torch.nn.Linear` if at most about 0.4 of the
+    inputs are non-zero, and slower above that. With 0.2 an evaluation is about twice as fast. Layers with fewer than
+    about 32 outputs gain nothing.
 
-    In evaluation and without gradients, inputs of a few samples, such as single time steps, take a transposed copy of
-    the weight. The layer keeps the copy until the weight changes, a call has a gradient of the weight, or ``train()``
-    or ``eval()`` is called. Changes that torch does not count, through ``.data`` or NumPy, are not seen until then. In
-    training, a call with a single sample transposes the weight first, and is slower than torch's.
+    In evaluation and without gradients, calls with a few samples, such as single time steps, use a transposed copy of
+    the weight. The layer keeps the copy until the weight changes, until a call needs a gradient of the weight, or until
+    ``train()`` or ``eval()`` is called. Changes that torch does not count, through ``.data`` or NumPy, are not noticed
+    until then. In training, a call with a single sample transposes the weight first, and is slower than torch's.
 
-    Raises as `spike_linear` does.
+    Raises the errors of `spike_linear`.
 
     Example::
 
@@ -136,14 +137,14 @@ class _SpikeConv(_SpikeLayer):
 
 
 class SpikeConv1d(_SpikeConv, nn.Conv1d):
-    """`torch.nn.Conv1d` for inputs that are mostly zero, such as spikes: time is that of the non-zeros.
+    """`torch.nn.Conv1d` for inputs that are mostly zero, such as spikes. It skips the zeros.
 
     Args:
-        in_channels, out_channels and so on: all arguments of `torch.nn.Conv1d`, whose state dict this layer has, too.
+        in_channels, out_channels and so on: all arguments of `torch.nn.Conv1d`. The state dict is also the same.
 
     Shapes: `[N, in_channels, L]` or `[in_channels, L]`, as `torch.nn.Conv1d`.
 
-    As `SpikeConv2d`. Raises as `spike_conv2d` does.
+    See `SpikeConv2d`. Raises the errors of `spike_conv2d`.
 
     Example::
 
@@ -155,19 +156,20 @@ class SpikeConv1d(_SpikeConv, nn.Conv1d):
 
 
 class SpikeConv2d(_SpikeConv, nn.Conv2d):
-    """`torch.nn.Conv2d` for inputs that are mostly zero, such as spikes: time is that of the non-zeros.
+    """`torch.nn.Conv2d` for inputs that are mostly zero, such as spikes. It skips the zeros.
 
     Args:
-        in_channels, out_channels and so on: all arguments of `torch.nn.Conv2d`, whose state dict this layer has, too.
+        in_channels, out_channels and so on: all arguments of `torch.nn.Conv2d`. The state dict is also the same.
 
-    Shapes: `[N, in_channels, H, W]` or `[in_channels, H, W]`, as `torch.nn.Conv2d`. Over time: in `asgl_cuda.OverTime`.
+    Shapes: `[N, in_channels, H, W]` or `[in_channels, H, W]`, as `torch.nn.Conv2d`. For sequences wrap the layer in
+    `asgl_cuda.OverTime`.
 
-    See `spike_conv2d` for what is computed, and where torch's own operator is, and `SpikeLinear` for the copy of the
-    weight. The layer always computes by the list of non-zeros: it is faster than `torch.nn.Conv2d` up to about a
-    quarter of non-zeros. Layers with fewer than about 32 input or output channels gain nothing, nor do first layers,
-    whose input is dense.
+    See `spike_conv2d` for the computation, and for the cases in which torch's operator is used, and `SpikeLinear` for
+    the copy of the weight. The layer always uses the list of non-zero inputs. It is faster than `torch.nn.Conv2d` if at
+    most about a quarter of the inputs is non-zero. Layers with fewer than about 32 input or output channels gain
+    nothing, and neither do first layers, whose input is dense.
 
-    Raises as `spike_conv2d` does.
+    Raises the errors of `spike_conv2d`.
 
     Example::
 

@@ -27,7 +27,7 @@ from ..states import reset
 from .monitor import aligned
 
 _CALLER = "asgl_cuda.calibrate"
-_TOLERANCE = 0.01  # relative to the rate
+_TOLERANCE = 0.01  # tolerance relative to the rate
 _MORE_RUNS = 5  # than layers: for weights also in front of earlier layers, and inputs not linear in their weight
 _WIDEST = 12  # factors from 2^-12 to 2^12 are tried; larger ones would scale rounding errors
 _NARROWEST = 2**-14  # an interval of log2(factor); a rate that changes in it by more than the tolerance jumps
@@ -58,28 +58,31 @@ class Calibration(NamedTuple):
 
 
 def calibrate(model: nn.Module, x_seq: Any, rate: float = 0.2) -> Calibration:
-    """Scales the weights in front of the neurons, from one batch, until each layer fires at `rate`.
+    """Scales the weights before the neurons, with one batch, until each layer fires at `rate`.
 
-    For networks without normalisation, whose deeper layers are otherwise silent at first and learn nothing. Call once,
-    after construction or conversion of the model and before the optimizer's first step. The scaled weight belongs to
-    the linear layer or convolution in front of the neurons, through views, pooling, dropout and currents, or to a
-    normalisation in between, also in `BatchNormLIF`. Nothing else of the model changes.
+    In networks without normalisation the deeper layers are otherwise silent at first, and learn nothing. Call it once,
+    after the model has been made or converted and before the first step of the optimizer. It scales the weight of the
+    linear layer or convolution before the neurons, also if views, pooling, dropout or currents lie in between. If a
+    normalisation lies in between, also in `BatchNormLIF`, it scales the weight of the normalisation. Nothing else of
+    the model changes.
 
-    Rates are those of a copy with hard spikes, without dropout, from rest; normalisations use batch statistics in
-    training mode. Each layer's factor is found on its own input, and confirmed by another run.
+    Rates are measured on a copy with hard spikes, without dropout, from rest. In training mode normalisations use the
+    statistics of the batch. The factor of each layer is found from the input of that layer, and confirmed by another
+    run.
 
     Args:
-        model: any module with firing layers of asgl_cuda or converted ones, running all time steps in one call. A model
-            in DistributedDataParallel is calibrated on the batches of all processes, each of which must call.
-        x_seq: a batch as the model takes it; a tuple is its positional arguments.
-        rate: share of neurons and steps with a spike, in (0, 1), reached to within 1% of `rate`; less exactly if
-            few distinct inputs let the rate rise only in larger steps.
+        model: any module with firing layers of asgl_cuda or converted ones, which runs all time steps in one call. A
+            model in DistributedDataParallel is calibrated on the batches of all processes, and each process must call.
+        x_seq: a batch as the model takes it; a tuple contains the positional arguments.
+        rate: fraction of neurons and steps with a spike, in (0, 1). It is reached to within 1 % of `rate`, or less
+            exactly if few distinct inputs let the rate rise only in larger steps.
 
-    Returns the layers in order of execution with rates before and after and factors, and the layers that did not run.
+    Returns the layers in order of execution, with their rates before and after and their factors, and the layers that
+    did not run.
 
-    Raises ValueError for a layer that no factor can bring to `rate`: behind several paths, without a weight in front,
-    with a shared, parametrised or frozen weight, out of reach, or with a rate that depends on earlier calls. The
-    message names the layer; the model is unchanged.
+    Raises ValueError if no factor can bring a layer to `rate`: because its input comes from several paths or from no
+    weight, because the weight is shared, parametrised or frozen, because the rate is out of reach, or because it
+    depends on earlier calls. The message names the layer, and the model is unchanged.
 
     Example::
 
@@ -142,9 +145,9 @@ class _Site:
 
     def __init__(self, layer: str, weight: str, rate: float) -> None:
         self.layer, self.weight, self.factor = layer, weight, 1.0
-        self.found, self.tolerance = rate, 0.0  # the nearest rate
-        self.calls: list[Any] = []  # of a run: layer, input, other arguments, output
-        self.biases: list[Tensor] = []  # inputs with the weight at 0
+        self.found, self.tolerance = rate, 0.0  # the nearest rate found, and its tolerance
+        self.calls: list[Any] = []  # the calls of a run: layer, input, other arguments, output
+        self.biases: list[Tensor] = []  # inputs of the neurons if the weight were 0
         self.since = 0  # how many weights had been scaled before the first call
 
 
@@ -155,7 +158,7 @@ class _Trial:
         self._read_parameters(model)
         self._model, _ = unfuse(copied(model), inplace=True)
         for name in dict(asgl_layers(model)).keys() - dict(asgl_layers(self._model)).keys():
-            convert(self._model.get_submodule(name), inplace=True)  # as fuse had done
+            convert(self._model.get_submodule(name), inplace=True)  # fuse had converted it
         for mine, other in zip(self._model.eval().modules(), model.modules(), strict=True):
             if isinstance(mine, NORMALISATIONS):
                 mine.training = other.training
@@ -168,8 +171,8 @@ class _Trial:
             layer.analog_prob = 0.0
         self._inputs, self._rate, self._group = inputs, rate, group
         self._sites: dict[tuple[str, str], _Site] = {}
-        self.scaled = 0  # how often weights were
-        self._layers: dict[str, str] = {}  # by weight
+        self.scaled = 0  # number of scalings
+        self._layers: dict[str, str] = {}  # names of layers by weight
 
     def _read_parameters(self, model: nn.Module) -> None:
         """Collects the weights, and why some parameters can't be scaled."""
@@ -196,9 +199,9 @@ class _Trial:
         for site in self._sites.values():
             site.calls = []
         reset(self._model)
-        torch.clear_autocast_cache()  # holds casts of earlier weights
+        torch.clear_autocast_cache()  # the cache holds casts of earlier weights
         devices = {value.device.index for value in self._parameters.values() if value.is_cuda}
-        with ExitStack() as hooks, torch.random.fork_rng(devices):  # the same random numbers
+        with ExitStack() as hooks, torch.random.fork_rng(devices):  # every run draws the same random numbers
             for layer in self.neurons:  # hooks that stay would be reference cycles
                 hooks.callback(layer.register_forward_hook(self._look, with_kwargs=True, prepend=True).remove)
             self._model(*_cut(self._inputs))
@@ -296,10 +299,10 @@ class _Trial:
         got = ["a path without weight"] if None in paths else []
         got += [f"{each} ({self._problems[each]})" if each in self._problems else f"{each}" for each in paths - {None}]
         raise ValueError(
-            f"{_CALLER}: {name or 'the model'}: its input must have one weight, got "
-            f"{'several paths: ' * (len(got) > 1)}{' and '.join(sorted(got)) or 'none'}; that of a linear layer, a "
-            "convolution or a normalisation, not parametrised and in its graph. A normalisation in front, such as "
-            "asgl_cuda.BatchNormLIF, gives it one"
+            f"{_CALLER}: {name or 'the model'}: its input must have one weight that can be scaled, got "
+            f"{'several paths: ' * (len(got) > 1)}{' and '.join(sorted(got)) or 'none'}; it must belong to a linear "
+            "layer, a convolution or a normalisation, not be parametrised, and be used in its graph. Put a "
+            "normalisation before these neurons, or use asgl_cuda.BatchNormLIF"
         )
 
     def _paths(self, x: Tensor) -> set[str | None]:

@@ -80,13 +80,13 @@ def parameter_groups(
     if sum(isinstance(layer, LIF) for layer in layers) > 1 and _is_likely_silent(model):
         warn_once(
             "silent",
-            f"{caller}: several layers of LIF, no normalisation, and torch's first weights: deeper layers are likely "
-            "silent, and then learn nothing. BatchNormLIF helps, or asgl_cuda.calibrate(model, x_seq) before the "
-            "training; asgl_cuda.Monitor shows the firing rates",
+            f"{caller}: the model has several layers of LIF, no normalisation, and torch's initial weights, so deeper "
+            "layers are likely silent and learn nothing. Use BatchNormLIF, or call asgl_cuda.calibrate(model, x_seq) "
+            "before training; asgl_cuda.Monitor shows the firing rates",
         )
     layers += (module for module in model.modules() if isinstance(module, LeakyIntegrator))
     neurons: dict[int, tuple[str, nn.Parameter]] = {}
-    for layer in layers:  # of an ASGL layer that is not this package's, all
+    for layer in layers:  # for ASGL layers from elsewhere, all parameters
         own = layer._neuron_parameters() if isinstance(layer, Settable) else layer.named_parameters(recurse=False)
         neurons |= {id(each): (name, each) for name, each in own}
     norms: dict[int, nn.Parameter] = {}
@@ -152,7 +152,7 @@ def _step_by_adam(optimizer: Any, groups: list[dict[str, Any]]) -> None:
     for group in groups:
         for value in group["params"]:
             if "exp_avg" not in optimizer.state.get(value, {}):
-                optimizer.state.pop(value, None)  # Adagrad's is made with it
+                optimizer.state.pop(value, None)  # the state of Adagrad already exists
         maximize = bool(group.get("maximize"))
         adam: Any = torch.optim.Adam(group["params"], lr=group["lr"], maximize=maximize, fused=scaled or None)
         adam.state = optimizer.state

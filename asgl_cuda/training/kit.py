@@ -22,13 +22,13 @@ from .schedule import AnalogProbSchedule
 
 
 def lightning_callback(schedule: AnalogProbSchedule | None = None, monitor: Monitor | None = None) -> Any:
-    """A Lightning callback: steps `schedule` and logs the results of `monitor` at the end of each training epoch.
+    """A Lightning callback that steps `schedule` and logs the results of `monitor` at the end of each training epoch.
 
-    The monitor watches training steps, not validation, and is reset at each epoch's start; its `scalars()` are logged
-    by name, as means over the processes. Checkpoints save and restore the schedule's state. The callback is that of
-    `lightning`, or of `pytorch_lightning` where only that is imported.
+    The monitor watches training steps, but not validation, and is reset at the start of each epoch. Its `scalars()` are
+    logged by name, as means over the processes. Checkpoints save and restore the state of the schedule. The callback
+    belongs to `lightning`, or to `pytorch_lightning` if only that is imported.
 
-    Raises ValueError if both are None, TypeError for other types, ImportError without Lightning.
+    Raises ValueError if both are None, TypeError for other types, and ImportError if Lightning is not installed.
     """
     if schedule is None and monitor is None:
         raise ValueError("asgl_cuda.lightning_callback: needs a schedule, a monitor or both, got None and None")
@@ -78,15 +78,16 @@ def lightning_callback(schedule: AnalogProbSchedule | None = None, monitor: Moni
 
 @contextmanager
 def spiking_eval(model: nn.Module) -> Iterator[None]:
-    """Inside, every ASGL layer emits hard spikes, and surrogate gradients flow: for attacks and fine-tuning.
+    """A context in which every ASGL layer emits hard spikes, with surrogate gradients, for attacks and fine-tuning.
 
-    Sets `analog_prob` to 0 and restores each layer's own value on leaving, also after an exception. Nothing else
-    changes: not the modes of batch norm and dropout, carried potentials or `requires_grad`. Attacks need `model.eval()`
-    as well, fine-tuning does not. Do not step an `AnalogProbSchedule` inside: its values are lost on leaving.
+    On entry `analog_prob` is set to 0. On exit each layer gets its own value back, also after an exception. Nothing
+    else changes: not the modes of batch norm and dropout, carried potentials or `requires_grad`. Attacks need
+    `model.eval()` as well, and fine-tuning does not. Do not step an `AnalogProbSchedule` inside, because its values are
+    lost on exit.
 
-    A context manager, and a decorator of functions; a bare call does nothing.
+    The result is a context manager and a decorator of functions. A call without `with` does nothing.
 
-    Raises ValueError for a model without ASGL layers, TypeError where it is no module, both on entering.
+    Raises ValueError for a model without ASGL layers, and TypeError if `model` is not a module, both on entry.
 
     Example::
 
@@ -108,19 +109,20 @@ def spiking_eval(model: nn.Module) -> Iterator[None]:
 def convert_sync_batchnorm(model: nn.Module, process_group: Any = None) -> nn.Module:
     """The model, with normalisations that share batch statistics between processes in training.
 
-    Applies `torch.nn.SyncBatchNorm.convert_sync_batchnorm`, in place, and also converts `BatchNormLIF`, which torch
-    skips; what `asgl_cuda.fuse` has joined, which torch takes apart, stays so. Parameters and buffers stay.
+    Applies `torch.nn.SyncBatchNorm.convert_sync_batchnorm` in place, and also converts `BatchNormLIF`, which torch's
+    function skips. Layers that `asgl_cuda.fuse` has merged stay merged, whereas torch's function would separate them.
+    Parameters and buffers stay.
 
     Args:
-        model: any module, before `DistributedDataParallel` takes it.
-        process_group: default all processes.
+        model: any module, before it is wrapped in `DistributedDataParallel`.
+        process_group: the processes that share statistics; default all.
 
     Returns:
-        The model; if itself a normalisation, its replacement.
+        The model, or its replacement if the model itself is a normalisation.
 
     Raises:
-        TypeError: model is no module, or process_group no process group.
-        ValueError: a normalisation of SpikingJelly has step mode "m", which torch's would lose. Nothing has been
+        TypeError: model is not a module, or process_group is not a process group.
+        ValueError: a normalisation of SpikingJelly has step mode "m", which torch's layer would lose. Nothing is
             changed then.
 
     Example::
@@ -143,7 +145,7 @@ def convert_sync_batchnorm(model: nn.Module, process_group: Any = None) -> nn.Mo
         if bare_class(module) in kinds and getattr(module, "step_mode", "s") == "m":
             raise ValueError(
                 f"{caller}: {path or 'the model'} ({name} of SpikingJelly) must have step mode 's', which torch's "
-                "SyncBatchNorm has, got 'm'; torch's layer in a SeqToANNContainer, or BatchNormLIF, can be converted"
+                "SyncBatchNorm has, got 'm'; use torch's layer in a SeqToANNContainer, or BatchNormLIF"
             )
     for module in model.modules():
         if isinstance(module, BatchNormLIF):

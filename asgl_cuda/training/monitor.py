@@ -21,15 +21,15 @@ from ..spikes.layers import SPIKE_LAYERS, expected_gain
 from ..torch_modes import transforming
 
 _CALLER = "asgl_cuda.Monitor"
-# In the order of tables.
+# The quantities, in the order of the table.
 _QUANTITIES = (
     "width", "firing_rate", "analog_share", "inside", "smoothing_error", "growth", "dead", "saturated", "nonzero_inputs"
 )  # fmt: skip
 
-# Shares at which `Monitor.problems` reports a layer.
-_MANY = 0.5  # of the neurons dead, or saturated; of the channels constant
-_RARE = 0.05  # a rate below which larger weights help where most neurons are dead
-_FEW_INSIDE = 0.01  # of the potentials inside the window
+# Fractions from which on `Monitor.problems` reports a layer.
+_MANY = 0.5  # fraction of neurons dead or saturated, or of channels constant
+_RARE = 0.05  # if most neurons are dead, larger weights help below this rate
+_FEW_INSIDE = 0.01  # fraction of potentials inside the window
 _EXPLODES = 1000.0  # a growth of gradients; trainings with one of 30 reach the accuracy of those without
 
 # The options of layers with which it knows what fires, and what is emitted where.
@@ -157,13 +157,13 @@ def _remedy(norm: Any, size: str, threshold: str) -> str:
     """What helps potentials of the wrong scale: neither what the layer is already, nor what `calibrate` refuses."""
     if norm is None:
         return (
-            f"{size} weights in front, which asgl_cuda.calibrate(model, x_seq) sets where there are trained ones; or a "
-            "normalisation in front, as in asgl_cuda.BatchNormLIF"
+            f"{size} weights before the neurons, which asgl_cuda.calibrate(model, x_seq) sets if they are learned, or "
+            "a normalisation before the neurons, as in asgl_cuda.BatchNormLIF"
         )
     own = f"a {threshold} threshold"
     if norm.weight is not None and norm.weight.requires_grad:
         own = f"a {size} weight of its normalisation: asgl_cuda.calibrate(model, x_seq)"
-    return own if _uses_batch(norm) else f"running statistics of such inputs, by batches in training mode; or {own}"
+    return own if _uses_batch(norm) else f"running statistics of such inputs, from batches in training mode; or {own}"
 
 
 def _problem(values: Mapping[str, float], layer: Any, norm: Any, diverged: bool) -> str | None:
@@ -179,19 +179,19 @@ def _problem(values: Mapping[str, float], layer: Any, norm: Any, diverged: bool)
         return None
     if values.get("constant", 0.0) > _MANY:
         return (
-            f"{values['constant']:.0%} of the channels do not vary over time and batch: its normalisation leaves "
-            "nothing of them but its bias, and passes no gradient. What helps: a larger batch, an input that varies "
-            "over time, or asgl_cuda.LIF, without a normalisation"
+            f"{values['constant']:.0%} of the channels do not vary over time and batch, so its normalisation leaves "
+            "only its bias, and passes no gradient. What helps: a larger batch, an input that varies over time, or "
+            "asgl_cuda.LIF, without a normalisation"
         )
     if math.isnan(values["width"]) or math.isnan(values.get("smoothing_error", 0.0)):
         if diverged:
             return (
-                "its potentials or its width are NaN, as is a weight of the model: a smaller learning rate, clipped "
-                "gradients, or data without NaN"
+                "its potentials or its width are NaN, as is a weight of the model. What helps: a smaller learning "
+                "rate, clipped gradients, or data without NaN"
             )
         return (
-            "its potentials are NaN, and no weight of the model is: look for NaN or infinity in the data, in float16 "
-            "for currents beyond 65504"
+            "its potentials are NaN, and no weight of the model is. What helps: look for NaN or infinity in the data, "
+            "and in float16 for currents beyond 65504"
         )
     if values.get("growth", 1.0) > _EXPLODES:
         width = "" if getattr(layer, "_counts", False) else ", or a larger width"
@@ -202,7 +202,7 @@ def _problem(values: Mapping[str, float], layer: Any, norm: Any, diverged: bool)
     seen, helps = [], _remedy(norm, "differently scaled", "different")
     if rate == 0 or dead > _MANY:
         seen.append("no neuron ever fired" if rate == 0 else f"{dead:.0%} of the neurons never fired (dead)")
-        helps = "other inputs" if norm is not None else "a normalisation in front, or other inputs"
+        helps = "other inputs" if norm is not None else "a normalisation before the neurons, or other inputs"
         helps = _remedy(norm, "larger", "lower") if rate < _RARE else helps
     elif values.get("saturated", 0.0) > _MANY:
         seen.append(f"{values['saturated']:.0%} of the neurons fired at every step (saturated)")
@@ -220,31 +220,34 @@ def _problem(values: Mapping[str, float], layer: Any, norm: Any, diverged: bool)
 class Monitor:
     """Watches the ASGL layers of a model, over all calls inside `with monitor:` or between `start()` and `stop()`.
 
-    For each layer `result()` has, in [0, 1] except the width and the growth:
+    `result()` returns these quantities for each layer. All but the width and the growth are in [0, 1]. An element is
+    one neuron at one time step.
 
     - `width`: mean of the current widths, in units of the input.
-    - `firing_rate`: share of elements whose potential reached the threshold, whatever the output; with levels, of
-      elements that emit a spike.
-    - `analog_share`: share of elements with an output other than the hard spike: at most `analog_prob`.
-    - `inside`: share of elements inside the window of the surrogate, abs(u / width) < 1/2; with levels, those not
-      clamped.
-    - `smoothing_error`: E|H(u) - spike|, which should vanish by the paper's argument. Missing with `multi_spike`, as is
+    - `firing_rate`: fraction of elements whose potential reached the threshold, whatever the output was; with levels,
+      of elements that emit a spike.
+    - `analog_share`: fraction of elements whose output is not the hard spike; at most `analog_prob`.
+    - `inside`: fraction of elements inside the window of the surrogate, abs(u / width) < 1/2; with levels, of elements
+      that are not clamped.
+    - `smoothing_error`: E|H(u) - spike|, which the paper expects to vanish. Missing with `multi_spike`, as is
       `analog_share`.
     - `growth`: largest factor by which the gradient of a potential grows on its way from one step to an earlier one,
       mean over neurons and samples; 1 if it never grows. It is computed from the recorded potentials, without a
-      backward pass, as the product of `decay * dv[t]/dh[t]` over the steps between. Gradients through recurrent weights
-      and from layer to layer are not a part of it. Missing with an adaptation.
-    - `constant`, of a layer that normalises by the statistics of each call, as BatchNormLIF in training: share of
-      channels with a variance of less than `eps / 100`, of which nothing but the bias is left. Not in the table.
-    - `dead`, `saturated`: share of neurons that never spiked, and that spiked at every step, in all samples. Neurons
-      are the positions of an input `[T, N, ...]` without time and batch, or without time if one dimension remains.
-    - `nonzero_inputs`, of a spike layer, which has none of the others: share of non-zero inputs. `problems` names those
-      that would be faster as torch's layers.
+      backward pass, as the product of `decay * dv[t]/dh[t]` over the steps between. It does not include gradients
+      through recurrent weights and from layer to layer. Missing with an adaptation.
+    - `constant`: only for layers that normalise by the statistics of each call, as BatchNormLIF in training: fraction
+      of channels with a variance of less than `eps / 100`, of which only the bias is left. Not in the table.
+    - `dead`, `saturated`: fractions of neurons that never spiked, and that spiked at every step, in all samples.
+      Neurons are the positions of an input `[T, N, ...]` without time and batch, or without time if one dimension
+      remains.
+    - `nonzero_inputs`: only for spike layers, which have none of the others: fraction of non-zero inputs. `problems`
+      names spike layers that would be faster as torch's layers.
 
     Watching changes no output, gradient, state or random number. `LIF` and `RecurrentLIF` compute each watched call
-    twice. Of a layer with another forward only the output (a tuple's first) is used, as spikes of height 1, without
-    `inside` and `smoothing_error`, and `dead` and `saturated` only if it has `time_dim`, None for calls of one step.
-    Calls in compiled code and under transforms of torch.func are not seen. Quantities not seen yet are missing.
+    twice. For layers with another forward, the output (the first of a tuple) is taken for spikes of height 1, and
+    `inside` and `smoothing_error` are missing. `dead` and `saturated` are then there only if the layer has `time_dim`,
+    which is None for calls of one step. Calls in compiled code and under transforms of torch.func are not seen.
+    Quantities that were not seen yet are missing.
 
     `print(monitor)` shows a table, then `problems()`.
 
@@ -255,7 +258,7 @@ class Monitor:
         print(monitor)
 
     Raises ValueError for a model without ASGL layers, and at the start for one with an option that Monitor does not
-    know, TypeError where it is no module.
+    know, TypeError if the model is not a module.
 
     Source: Wang, Jiang, Lian, Yan, Tang: Adaptive Smoothing Gradient Learning for Spiking Neural Networks, ICML 2023.
     """
@@ -264,7 +267,7 @@ class Monitor:
         self._layers = some_asgl_layers(model, _CALLER)
         self._model = model
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
-        # Input, states and random state before a call.
+        # The input, the states and the random state before a call.
         self._before: dict[nn.Module, tuple[Tensor, dict[str, Any], dict[str, Any], Tensor | None]] = {}
         self._norms: dict[nn.Module, Any] = {}  # normalisations that the layers compute
         spiking = tuple(SPIKE_LAYERS.values())
@@ -279,15 +282,15 @@ class Monitor:
         self._tallies = {layer: _Tally() for layer in self._watched.values()}
 
     def start(self) -> None:
-        """Starts watching, adding to earlier counts; no effect if already started.
+        """Starts watching, and adds to earlier counts. It has no effect if the monitor watches already.
 
-        Raises ValueError where a layer has an option that Monitor does not know.
+        Raises ValueError if a layer has an option that Monitor does not know.
         """
         for name, layer in self._layers.items():
             if isinstance(layer, NeuronLayer) and (options := unknown_options(layer, _KNOWN)):
                 raise ValueError(
-                    f"{_CALLER}: {name or 'the model'} ({type(layer).__name__}) has {options}, with which Monitor does "
-                    "not know what fires"
+                    f"{_CALLER}: {name or 'the model'} ({type(layer).__name__}) has {options}, which Monitor does not "
+                    "support"
                 )
         if self._handles:
             return
@@ -296,7 +299,7 @@ class Monitor:
         for layer in self._layers.values():
             self._handles += [
                 layer.register_forward_pre_hook(self._look_before, with_kwargs=True),
-                # First, to see the layer's own output.
+                # This hook must run first, to see the output of the layer itself.
                 layer.register_forward_hook(self._look, prepend=True),
             ]
 
@@ -320,7 +323,7 @@ class Monitor:
             return
         try:
             x_seq, more = layer._inputs(*args, **kwargs)
-        except TypeError:  # the layer's own to raise
+        except TypeError:  # the layer itself raises the error
             return
         if not isinstance(x_seq, Tensor):
             return
@@ -363,7 +366,7 @@ class Monitor:
         return {name: widths.get(name, {}) | values for name, values in found.items()}
 
     def problems(self) -> list[str]:
-        """Problems of layers that may not learn, a line each: layer, observation, remedy. Empty without any."""
+        """Problems of layers that may not learn, one line each: layer, observation, remedy. Empty if there are none."""
         found = self.result()
         if all("firing_rate" not in values for values in found.values()):
             return ["nothing was seen: no call of the model inside `with monitor:` that is not compiled or transformed"]

@@ -23,17 +23,18 @@ class AnalogProbSchedule:
     """Sets `analog_prob` of every ASGL layer over the epochs, each from its own initial value.
 
     Args:
-        model: its layers are set immediately, for epoch 0. A layer with neither noise nor a learned width stays an
-            ordinary neuron, as does one with `multi_spike`.
-        prob_at: `analog_prob` (in [0, 1]) of a layer that started with `start`, at `epoch`: `prob_at(start, epoch)`.
+        model: its layers are set immediately, for epoch 0. Layers with neither noise nor a learned width, and layers
+            with `multi_spike`, are not changed.
+        prob_at: a function `prob_at(start, epoch)` that returns the `analog_prob`, in [0, 1], at `epoch` of a layer
+            whose initial value was `start`.
 
     `multi_step`, `cosine` and `linear` make common schedules. Call `step()` after each epoch. `epoch` counts these
-    calls; `starts` are the initial values, `probs` the current values, by layer name.
+    calls. `starts` has the initial values and `probs` the current values, by layer name.
 
-    Under torch.compile a new value is data of the graph: only noise switched on or off recompiles.
+    A new value does not recompile a model of torch.compile, except when it becomes 0 or stops being 0.
 
-    Raises ValueError for a model without a layer to schedule and for a `prob_at` out of range, TypeError for arguments
-    that are no module and no function.
+    Raises ValueError if the model has no layer to schedule or if `prob_at` returns a value out of range, and TypeError
+    if the arguments are not a module and a function.
 
     Example::
 
@@ -74,12 +75,12 @@ class AnalogProbSchedule:
 
     @classmethod
     def cosine(cls, model: nn.Module, epochs: int, final: float = 0.0) -> AnalogProbSchedule:
-        """Follows half a cosine to `final` at epoch `epochs`, then constant, unlike CosineAnnealingLR."""
+        """Follows half a cosine to `final` at epoch `epochs`, and stays there, unlike CosineAnnealingLR."""
         return cls(model, partial(_cosine, epochs=_count("epochs", epochs, 1), final=_share("final", final, _CALLER)))
 
     @classmethod
     def linear(cls, model: nn.Module, epochs: int, final: float = 0.0) -> AnalogProbSchedule:
-        """Equal steps to `final` at epoch `epochs`, then constant."""
+        """Goes in equal steps to `final` at epoch `epochs`, and stays there."""
         return cls(model, partial(_linear, epochs=_count("epochs", epochs, 1), final=_share("final", final, _CALLER)))
 
     def _set(self, starts: Mapping[str, float], epoch: int) -> None:

@@ -111,7 +111,7 @@ BAD = [
     ({"analog_prob": 1.5}, ValueError, "analog_prob must be in [0, 1], got 1.5"),
     ({"analog_prob": -0.1}, ValueError, "analog_prob|[0, 1]|-0.1"),
     ({"analog_prob": NAN}, ValueError, "analog_prob|[0, 1]|nan"),
-    ({"analog_prob": torch.ones(2)}, TypeError, "analog_prob|float|tensor of one|[2]"),
+    ({"analog_prob": torch.ones(2)}, TypeError, "analog_prob|float|tensor of one value|[2]"),
     ({"analog_prob": torch.tensor(1)}, TypeError, "analog_prob|float|int64"),
     ({"analog_prob": torch.tensor(1.5)}, ValueError, "analog_prob|[0, 1]|1.5"),
     ({"analog_prob": torch.tensor(0.5, device="meta")}, ValueError, "analog_prob|cpu|meta"),
@@ -154,7 +154,7 @@ BAD = [
     # Several spikes a step, levels, and a floor.
     ({"multi_spike": True}, ValueError, "needs v_reset=None, got v_reset 0.0"),
     ({"multi_spike": 1, **SOFT}, TypeError, "multi_spike must be a bool, got int"),
-    ({**SEVERAL, "analog_prob": 0.2}, ValueError, "needs analog_prob=0, got 0.2: |no smooth number of spikes"),
+    ({**SEVERAL, "analog_prob": 0.2}, ValueError, "needs analog_prob=0, got 0.2, |no smooth number of spikes"),
     ({**SEVERAL, "analog_prob": torch.zeros(())}, ValueError, "needs analog_prob=0, got 0", "lif batch_norm_lif"),
     ({**SEVERAL, "analog_prob": [0.1]}, TypeError, "analog_prob|float|list"),
     *(({**SEVERAL, "v_threshold": value}, ValueError, "v_threshold > 0|multi_spike")
@@ -165,7 +165,7 @@ BAD = [
     ({**SOFT, "levels": 4, "surrogate": "sigmoid"}, ValueError, "takes no other, got 'sigmoid'"),
     *(({**SOFT, "levels": 4, "v_threshold": value}, ValueError, "v_threshold|> 0")
       for value in (0.0, -1.0, torch.zeros(3))),
-    *(({**SOFT, "levels": 4, "width": width}, ValueError, "the threshold is the width", "lif batch_norm_lif")
+    *(({**SOFT, "levels": 4, "width": width}, ValueError, "uses the threshold as width", "lif batch_norm_lif")
       for width in (2.0, torch.ones(()), torch.ones(3))),
     ({"v_min": NAN}, ValueError, "v_min must be finite, got nan"),
     ({"v_min": -INF}, ValueError, "v_min must be finite, got -inf"),
@@ -185,7 +185,7 @@ BAD = [
     ({"training": False}, ValueError, "evaluation|needs running_mean and running_var", "batch_norm_lif"),
     ({"running_mean": torch.zeros(3)}, ValueError, "must both be given"),
     ({"x_seq": X[:, 0]}, ValueError, "must have a dimension of channels|got shape [4, 3]", "batch_norm_lif"),
-    ({"x_seq": X[:1, :1]}, ValueError, "more than one value a channel, got x_seq of shape [1, 1, 3]", "batch_norm_lif"),
+    ({"x_seq": X[:1, :1]}, ValueError, "one value per channel, got x_seq of shape [1, 1, 3]", "batch_norm_lif"),
     ({"eps": "small"}, TypeError, "eps must be a float, got str"),
     ({"eps": -1.0}, ValueError, "eps must be >= 0, got -1.0"),
     ({"eps": INF}, ValueError, "eps must be finite, got inf"),

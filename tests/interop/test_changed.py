@@ -374,7 +374,7 @@ def test_hooks_from_before_stay_accepted():
     made = jelly()
     made.surrogate_function.register_forward_hook(lambda module, inputs, output: output)
     converted, report = asgl_cuda.convert(made)
-    assert report.notes == ["(the model): hooks of surrogate_function no longer fire"]
+    assert report.notes == ["(the model): hooks of surrogate_function are no longer called"]
     for each in (converted, copy.deepcopy(converted)):
         each(torch.rand(SHAPE))
         each.surrogate_function.register_forward_hook(lambda module, inputs, output: output)

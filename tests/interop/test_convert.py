@@ -298,11 +298,11 @@ def test_notes():
     assert "norse.torch.LIF computes whole sequences" in report[6]
     first, said = notes(nn.Linear(2, 2), nn.Sequential(nn.ReLU(), nn.Linear(2, 2)))
     assert first == "0 replaced, 0 left"
-    assert said == f"no neurons that are known among Linear, ReLU; imported of {ALL_FOUR}: {ALL_FOUR}"
+    assert said == f"no known neurons among Linear, ReLU; of {ALL_FOUR}, imported: {ALL_FOUR}"
     function = surrogate.Sigmoid()
     function.register_forward_hook(lambda *given: None)
     _, report = asgl_cuda.convert(nn.Sequential(neuron.LIFNode(step_mode="m", surrogate_function=function)))
-    assert report.notes == ["0: hooks of surrogate_function no longer fire"]
+    assert report.notes == ["0: hooks of surrogate_function are no longer called"]
 
 
 def test_layers_that_are_converted_already():

@@ -174,7 +174,7 @@ USES = {
     "unused": (lambda net, x: (norm(net, x), net.lif(x))[1], "nothing uses it"),
     "kept": (lambda net, x: (net.__dict__.update(kept=norm(net, x)), net.lif(x))[1], "its output stays in the model"),
     "out of order": (out_of_order, "it is called again before its output is used"),
-    "frozen in between": (with_value(frozen_in_between), "its output goes to LIF, behind a change of its mode"),
+    "frozen in between": (with_value(frozen_in_between), "its output goes to LIF, after a change of its mode"),
     "asked": (with_value(asked), ASKED, ASKED),
     "not called": (lambda net, x: net.lif(net.conv(x.flatten(0, 1)).view_as(x)), "the example does not lead to it"),
 }  # fmt: skip
@@ -201,7 +201,7 @@ def test_uses(name, backend):
     for made in (fused, undecided):
         made.function, made.lif.backend = forward, backend
         if error:
-            with pytest.raises(RuntimeError, match=f"BatchNorm2d is computed by the neurons behind, but {error[0]}"):
+            with pytest.raises(RuntimeError, match=f"BatchNorm2d is computed by the neurons after it, but {error[0]}"):
                 history(made, x_seq)
         else:
             torch.testing.assert_close(history(made, x_seq), expected, rtol=1e-9, atol=1e-11)

@@ -78,7 +78,7 @@ def test_a_copy_unless_inplace_is_said_and_back():
         ]  # fmt: skip
         assert isinstance(made[2], layer.BatchNorm1d)
         assert list(made.state_dict()) == names
-        assert "computed by the neurons behind" in repr(made)
+        assert "computed by the neurons after it" in repr(made)
     assert all(ours is theirs for ours, theirs in zip(same.parameters(), parameters, strict=True))
     _, report = asgl_cuda.unfuse(same, inplace=True)
     assert [row[1:] for row in report.replaced] == [

@@ -207,7 +207,7 @@ def test_a_model_that_goes_over_time_itself():
     whole = model(x_seq)
     asgl_cuda.reset(model)
     assert torch.equal(torch.stack([asgl_cuda.step(model, x_t, time_dim=0) for x_t in x_seq]), whole)
-    with pytest.raises(RuntimeError, match=r"Leaky at 'lif' is called twice .* time_dim must say where time is"):
+    with pytest.raises(RuntimeError, match=r"Leaky at 'lif' is called twice .* has a loop over time, pass time_dim"):
         asgl_cuda.step(model, x_seq[0])
     with pytest.raises(RuntimeError, match=r"Leaky at 'lif' gets its state from the model's forward.*init_hidden=True"):
         asgl_cuda.step(Loop(False), x_seq[0], time_dim=0)
@@ -219,8 +219,8 @@ REFUSED = {
     "norse": (lambda: nn.Sequential(nn.Linear(4, N), norse.LIFCell()), r"LIFCell at '1' .*: Norse hands its state on"),
     "norse sequence": (lambda: norse.SequentialState(norse.LIF()), "LIF at '0' .*: Norse hands its state on"),
     "norse recurrent": (lambda: norse.LIFRecurrentCell(4, N), "LIFRecurrentCell can't .*: Norse hands its state on"),
-    "not spiking": (neuron.NonSpikingLIFNode, "NonSpikingLIFNode can't take a step .* carries no potential"),
-    "parallel": (lambda: nn.Sequential(neuron.PSN(T)), "PSN at '0' can't take a step .* carries no potential"),
+    "not spiking": (neuron.NonSpikingLIFNode, "NonSpikingLIFNode can't be called step .* carries no potential"),
+    "parallel": (lambda: nn.Sequential(neuron.PSN(T)), "PSN at '0' can't be called step .* carries no potential"),
     "sinabs recurrent": (
         lambda: sinabs.layers.IAFRecurrent(rec_connect=nn.Linear(4, 4)), "IAFRecurrent .* its recurrent input",
     ),
@@ -228,7 +228,7 @@ REFUSED = {
         lambda: sinabs.layers.ALIF(5.0, 5.0, 3.0, reset_fn=MembraneReset()), r"ALIF .* its current \(tau_syn\)",
     ),
     "fixed steps": (lambda: sinabs.layers.IAFSqueeze(num_timesteps=T), "IAFSqueeze .*num_timesteps=5; with batch_size"),
-    "authors": (lambda: of_authors(made=False), "LIFLayer can't take a step .* begins at rest with each call"),
+    "authors": (lambda: of_authors(made=False), "LIFLayer can't be called step .* begins at rest with each call"),
 }  # fmt: skip
 
 
@@ -252,11 +252,11 @@ def test_over_time_refuses_neurons_of_all_libraries():
     for make in CARRYING:
         for change in (lambda model: model, converted):
             model = change(nn.Sequential(nn.Linear(3, 3), make()))
-            with pytest.raises(TypeError, match=r"OverTime: layer must know no time, got \w+ at '1(\.\w+)?'"):
+            with pytest.raises(TypeError, match=r"OverTime: layer must not use time, got \w+ at '1(\.\w+)?'"):
                 OverTime(model)
             wrapper = OverTime(nn.Sequential(nn.Linear(3, 3)))
             wrapper.layer.append(model)
-            with pytest.raises(TypeError, match=r"OverTime: layer must know no time, got \w+ at '1\.1(\.\w+)?', "):
+            with pytest.raises(TypeError, match=r"OverTime: layer must not use time, got \w+ at '1\.1(\.\w+)?', "):
                 wrapper(torch.rand(T, B, 3))
 
 

@@ -147,7 +147,7 @@ ROWS = {
 
 
 @pytest.mark.parametrize("row", ROWS)
-@pytest.mark.filterwarnings("ignore:asgl_cuda.LIF. a spike takes 0 off")
+@pytest.mark.filterwarnings("ignore:asgl_cuda.LIF. a spike subtracts 0 from")
 def test_rows(row):
     """Spikes, and gradients of their randomly weighted sum."""
     theirs, ours, scale, *mean = ROWS[row]()

@@ -383,7 +383,7 @@ NOT_REPRESENTED = {
     "a start that is not 0": (lambda: LeakyIntegrator(decay=1.0, v_rest=0.5), "v_rest without leak"),
     "batch norm": (
         lambda: nn.Sequential(nn.Sequential(nn.BatchNorm1d(3))),
-        r"0\.0 \(BatchNorm1d\): must get 1 dimensions after time and batch in one, as in .*OverTime, got 1 after 2",
+        r"0\.0 \(BatchNorm1d\): must get time and batch merged, .* and 1 dimensions after them, got 1 after 2",
     ),
     "statistics of the batch": (
         lambda: OverTime(nn.BatchNorm1d(4, track_running_stats=False)), r"layer \(BatchNorm1d\): .* running statistics",
@@ -395,22 +395,22 @@ NOT_REPRESENTED = {
     "mean": (stack(lambda m, x: m.lif(x).mean(0)), "mean in the model itself: can't be represented"),
     "a constant added": (stack(lambda m, x: m.linear(x) + 1), "add in the model itself"),
     "twice the same": (stack(lambda m, x: m.linear(x) + x + x), "add in the model itself"),
-    "two arguments": (stack(lambda m, x: m.lif(x, m.linear(x))), r"lif \(LIF\): must be called with the output of a"),
+    "two arguments": (stack(lambda m, x: m.lif(x, m.linear(x))), r"lif \(LIF\): must have one argument: the output"),
     "unflatten": (stack(lambda m, x: m.lif(x.unflatten(2, (2, 2)))), "unflatten in the model"),
     "batch first": (stack(lambda m, x: m.linear(x.flatten(0, 1)).unflatten(0, (3, 2))), "unflatten in the model"),
     "batch as channels": (
         lambda: nn.Sequential(nn.Conv1d(3, 3, 1)),
-        r"0 \(Conv1d\): must get 2 dimensions after time and batch in one, as in .*OverTime, got 1 after 2",
+        r"0 \(Conv1d\): must get time and batch merged, .* and 2 dimensions after them, got 1 after 2",
     ),
     "no way for fx": (stack(lambda m, x: m.lif(x) if x.sum() > 0 else x), "Stack can't be traced"),
     "two outputs": (stack(lambda m, x: (m.lif(x), x)), r"must return one tensor \[T, B, ...\]"),
     "neurons without time": (
         stack(lambda m, x: m.lif(x.flatten(0, 1)).unflatten(0, x.shape[:2])),
-        r"lif \(LIF\): must take time and batch apart",
+        r"lif \(LIF\): must take time and batch as two dimensions",
     ),
-    "batch flattened": (lambda: nn.Sequential(nn.Flatten()), r"0 \(Flatten\): must leave time and batch alone.*got 1"),
-    "time last": (lambda: nn.Sequential(LIF(time_dim=-1)), r"0 \(LIF\): time must be in front.*got time_dim -1"),
-    "time elsewhere": (lambda: nn.Sequential(LIF(), LIF(time_dim=1)), r"1 \(LIF\): time must be .* before have it"),
+    "batch flattened": (lambda: nn.Sequential(nn.Flatten()), r"0 \(Flatten\): must not flatten time or batch.*got 1"),
+    "time last": (lambda: nn.Sequential(LIF(time_dim=-1)), r"0 \(LIF\): time must be dimension 0 .*got time_dim -1"),
+    "time elsewhere": (lambda: nn.Sequential(LIF(), LIF(time_dim=1)), r"1 \(LIF\): time must be .* layers before"),
     "input gain": (lambda: nn.Sequential(LIF(input_gain=-1)), r"0 \(LIF\): input_gain must be > 0, got -1\.0"),
     "decay": (lambda: nn.Sequential(decaying(LIF(), 1.5)), r"0 \(LIF\): decay must be in \[0, 1\], got 1.5"),
     "leak of some": (
@@ -460,7 +460,7 @@ X = torch.ones(2, 2, 2)
         (
             lambda: from_nir(to_nir(LIF(), X), dt=1e-3),
             ValueError,
-            r"from_nir: node '_0' \(LIF\): to_nir wrote it with dt = 0.0001, got dt = 0.001; without dt the node's own",
+            r"from_nir: node '_0' \(LIF\): to_nir wrote it with dt = 0.0001, got dt = 0.001; leave out dt to use that",
         ),
         (
             lambda: from_nir(to_nir(LeakyIntegrator(delay=True), X, dt=1e-3), dt=1e-4),
@@ -517,8 +517,11 @@ def neurons_of_libraries():
         "current": (layers.IAF(tau_syn=3.0, **single), r"1 \(IAF\): has a current, or no spikes, which"),
         "ExpLeak": (layers.ExpLeak(2.0), r"1 \(ExpLeak\): has a current, or no spikes, which"),
         "amount of sinabs": (layers.IAF(**amount, **single), None),
-        "a step a call": (jelly.LIFNode(), r"1 \(LIFNode\): must take .* got one step a call"),
-        "squeezed": (layers.IAFSqueeze(batch_size=3, **single), r"1 \(IAFSqueeze\): must take time and batch apart"),
+        "a step a call": (jelly.LIFNode(), r"1 \(LIFNode\): must take .* got one step per call"),
+        "squeezed": (
+            layers.IAFSqueeze(batch_size=3, **single),
+            r"1 \(IAFSqueeze\): must take time and batch as two dimensions",
+        ),
     }
 
 

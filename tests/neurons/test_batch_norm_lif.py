@@ -234,8 +234,8 @@ RUNNING = {
     "the same twice": lambda: (BOTH[:3], BOTH[:3], "running_mean and running_var .* must not share memory"),
     "one behind the other": lambda: (BOTH[:3], BOTH[2:5], "must not share memory"),
     "every second": lambda: (BOTH[:5:2], BOTH[:3], "must not share memory"),
-    "a mean that learns": lambda: (torch.zeros(3).requires_grad_(), torch.ones(3), "running_mean has no gradient"),
-    "a variance that learns": lambda: (torch.zeros(3), torch.ones(3).requires_grad_(), "running_var has no gradient"),
+    "a mean that learns": lambda: (torch.zeros(3).requires_grad_(), torch.ones(3), "running_mean gets no gradient"),
+    "a variance that learns": lambda: (torch.zeros(3), torch.ones(3).requires_grad_(), "running_var gets no gradient"),
     "a variance of inference mode": lambda: (
         torch.zeros(3).double(), torch.inference_mode()(torch.ones)(3), "made in inference mode",
     ),

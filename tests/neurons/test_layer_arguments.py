@@ -97,7 +97,7 @@ def test_a_parameter_is_an_initial_value_and_no_constant(kind, name, as_paramete
         layer = LAYERS[kind](**{name: given, option: True})
         assert getattr(layer, name).item() == pytest.approx(0.25)
         assert getattr(layer, name).requires_grad
-    words = rf"asgl_cuda\.{kind}: {name} would be a constant .* {option + '=True' if option else ''}.*item\(\)"
+    words = rf"asgl_cuda\.{kind}: {name} is a constant of the layer .* {option + '=True' if option else ''}.*item\(\)"
     options = {option: False} if option else {}
     with pytest.raises(ValueError, match=words):
         LAYERS[kind](**{name: given}, **options)
@@ -214,7 +214,7 @@ BAD = [
     ("AdaptiveLIF", {"levels": 4}, ".*unexpected keyword argument 'levels'"),
     ("AdaptiveLIF", {"input_gain": 2.0}, ".*unexpected keyword argument 'input_gain'"),
     ("RecurrentLIF", {"recurrent": "conv"}, "recurrent must be"),
-    ("RecurrentLIF", {"recurrent": "elementwise", "autapses": False}, ".* has autapses alone, got autapses=False"),
+    ("RecurrentLIF", {"recurrent": "elementwise", "autapses": False}, ".* needs autapses=True, got False"),
     ("RecurrentLIF", {"hidden_size": 0}, "hidden_size must be .*positive"),
     ("RecurrentLIF", {"hidden_size": (2, 3)}, "hidden_size must be an int, got tuple"),
     *(("RecurrentLIF", {flag: 1}, f"{flag} must be a bool") for flag in ("bias", "autapses", "detach_recurrent")),
@@ -294,8 +294,8 @@ def test_a_potential_after_a_spike_at_the_threshold_is_refused(learned, name):
     [
         ({"v_threshold": 0.0}, "v_threshold 0 is not above v_rest 0: .* without any input"),
         ({"v_threshold": 0.5, "v_rest": 0.75}, "v_threshold 0.5 is not above v_rest 0.75"),
-        ({"v_threshold": -0.5, "v_rest": -1.0, "v_reset": None}, "a spike takes -0.5 off"),
-        ({"v_reset": None, "reset_amount": 0.0}, "a spike takes 0 off"),
+        ({"v_threshold": -0.5, "v_rest": -1.0, "v_reset": None}, "a spike subtracts -0.5 from"),
+        ({"v_reset": None, "reset_amount": 0.0}, "a spike subtracts 0 from"),
         ({"surrogate_gain": 0}, "surrogate_gain 0"),
     ],
 )
@@ -451,8 +451,8 @@ def test_other_shapes_and_values_are_refused(kind, name, learned):
         "nan": torch.where(value == high, torch.nan, value),
     }
     if not learned:
-        remedy = "" if option is None else f"{option}=True learns it, and "
-        bad[f"requires a gradient; {remedy}{name}.detach() has its values"] = nn.Parameter(value)
+        remedy = "" if option is None else f"set {option}=True to learn it, or "
+        bad[f"requires a gradient; {remedy}pass {name}.detach() for a constant"] = nn.Parameter(value)
     if "decay" in name:
         bad["got 1.5"] = torch.where(value == high, 1.5, value)
     for words, each in bad.items():
@@ -512,7 +512,7 @@ CHANNEL, NEURON = {"granularity": "channel"}, {"granularity": "neuron"}
         (LeakyIntegrator((4, 8), **NEURON, learn_decay=True), (2, 3, 8), "4, 8] with the neurons last; got [2, 3, 8]"),
         (BatchNormLIF(8), (4, 8, 5, 6), "[T, B, C, ...] with C = 8; got [4, 8, 5, 6]; is time missing?"),
         (BatchNormLIF(8), (4, 3, 5, 6), "[T, B, C, ...] with C = 8; got [4, 3, 5, 6]"),
-        (BatchNormLIF(8), (4, 8), "the second but time, got shape [4, 8] with time_dim 0; is time missing?"),
+        (BatchNormLIF(8), (4, 8), "after time and batch, got shape [4, 8] with time_dim 0; is time missing?"),
         (LIF(time_dim=1), (4,), "got 1; is time missing?"),
         (LIF(time_dim=-3), (4, 5), "got -3; is time missing?"),
         (LIF((4, 8), **NEURON, learn_width=False), (4, 8), "[T, B, 4, 8] with the neurons last; got [4, 8]; is time m"
@@ -531,7 +531,7 @@ CHANNEL, NEURON = {"granularity": "channel"}, {"granularity": "neuron"}
         (LIF(3, **CHANNEL), [[1.0]], "x_seq must be a tensor, got list"),
         (LIF(), torch.tensor(1.0), "x_seq must have at least one dimension"),
         (LIF(3, **CHANNEL), torch.tensor(1.0), "x_seq must have at least one dimension"),
-        *((partial(layer, X), X, "takes no residual; layer(x_seq + residual)")
+        *((partial(layer, X), X, "takes no residual; call layer(x_seq + residual)")
           for layer in (AdaptiveLIF(), LeakyIntegrator(), RecurrentLIF(3))),
         (RecurrentLIF(3), (2, 4, 3, 3), "x_seq must have shape [T, B, N], "),
         (RecurrentLIF(4), X, "the last dimension of x_seq must be hidden_size, 4, got shape [2, 4, 3]"),
@@ -586,8 +586,8 @@ BY_GAIN = "divides the input by tau, as input_gain=0.5 does"
             lambda: asgl_cuda.lif(X, backend="torch"),
             "got 'torch'; None, the default, is the best for the device of x_seq",
         ),
-        (lambda: RecurrentLIF(64, input_size=3), "'input_size'; the input has hidden_size values, which .* makes"),
-        (lambda: RecurrentLIF(64, num_layers=3), "'num_layers'; several layers are several RecurrentLIF in .*"),
+        (lambda: RecurrentLIF(64, input_size=3), "'input_size'; for inputs of another size put .* before the layer"),
+        (lambda: RecurrentLIF(64, num_layers=3), "'num_layers'; for several layers put several RecurrentLIF .*"),
         (lambda: LIF(alpha=2.0), "snnTorch's alpha is the decay of a LeakyIntegrator .* alpha is width=1 / alpha"),
         (lambda: LIF(alpha=0.5), "snnTorch's alpha=0.5 is the decay of .*"),
         (lambda: LIF(beta=torch.nan), "snnTorch's beta is decay"),
@@ -631,14 +631,14 @@ def test_names_of_another_spelling_or_library(call, words):
 
 def test_the_size_of_the_input_is_no_argument():
     with pytest.raises(
-        TypeError, match=r"asgl_cuda\.RecurrentLIF: takes hidden_size alone .* got \(64, 128\); .*Linear"
+        TypeError, match=r"asgl_cuda\.RecurrentLIF: takes only hidden_size .* got \(64, 128\); .*Linear"
     ):
         RecurrentLIF(64, 128)
 
 
 def test_the_kind_of_a_weight_does_not_change():
     layer = RecurrentLIF(3, recurrent="elementwise")
-    with pytest.raises(AttributeError, match=r"asgl_cuda\.RecurrentLIF: recurrent is the shape of the weight"):
+    with pytest.raises(AttributeError, match=r"asgl_cuda\.RecurrentLIF: recurrent decides the shape of the weight"):
         layer.recurrent = "dense"
     assert layer.recurrent == copy.deepcopy(layer).recurrent == "elementwise"
 

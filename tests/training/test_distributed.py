@@ -258,13 +258,13 @@ def test_errors_of_each_process(results):
     for rank, result in enumerate(results):
         for name in BACKENDS:
             assert result[name, "one value"] == (
-                "asgl_cuda.batch_norm_lif: training needs more than one value a channel, got one in all processes, "
-                f"here x_seq of shape [1, {1 - rank}, 3]",
+                "asgl_cuda.batch_norm_lif: training needs more than one value per channel, got one in all processes "
+                f"together, and here x_seq of shape [1, {1 - rank}, 3]",
                 [1, 1, 1],
             )
         assert result["DTensor"] == (
-            "asgl_cuda.lif: x_seq must be a tensor of this process, got a DTensor; neurons are independent, so that "
-            "x_seq.to_local() can be taken where time is not sharded"
+            "asgl_cuda.lif: x_seq must be a tensor of this process, got a DTensor; unless time is sharded, "
+            "pass x_seq.to_local(), because neurons are independent"
         )
 
 
@@ -306,7 +306,7 @@ def test_a_group_of_one_process_is_none(request):
     world(torch.randn(2, 1, 3))  # before there are processes
     request.getfixturevalue("alone")
     for layer in (asgl_cuda.BatchNormLIF(3, process_group=dist.group.WORLD), world):
-        with pytest.raises(ValueError, match="more than one value a channel, got x_seq of shape"):
+        with pytest.raises(ValueError, match="more than one value per channel, got x_seq of shape"):
             layer(torch.ones(1, 1, 3))
         layer(torch.randn(2, 1, 3))
 

@@ -211,12 +211,12 @@ WORDS = [
     (LIF(analog_prob=0.0), X, []),
     (LIF(analog_prob=0.0), X * 0.01, ["no neuron ever fired", "0.0% of", ": no gradient", "larger weights", "width"]),
     (LIF(analog_prob=0.0, surrogate="sigmoid"), X * 0.01, ["no neuron ever fired", "hardly any gradient", "calibrate"]),
-    (LIF(analog_prob=0.0, width=9.0), X * 0.01, ["no neuron ever fired. What helps: larger weights in front, which"]),
+    (LIF(analog_prob=0.0, width=9.0), X * 0.01, ["no neuron ever fired. What helps: larger weights before the"]),
     (LIF(analog_prob=0.0), X.abs() * 100, ["% of the neurons fired at every step (saturated)", "smaller weights"]),
     (LIF(analog_prob=0.0, width=1e-6), X, ["no gradient passes", "differently scaled weights"]),
     (LIF(analog_prob=0.0, surrogate="sigmoid"), X * math.nan, ["its potentials are NaN, and no weight of the model "]),
     (exact(), half_dead(5), []),
-    (exact(), half_dead(6), ["60% of the neurons never fired (dead). What helps: a normalisation in front"]),
+    (exact(), half_dead(6), ["60% of the neurons never fired (dead). What helps: a normalisation before"]),
     (LIF(levels=4, v_reset=None, analog_prob=0.0), -X.abs(), ["0.0% of the potentials are between 0 and levels"]),
     (asgl_cuda.BatchNormLIF(5, eps=0.0), torch.ones(4, 6, 5), ["100% of the channels do not vary"]),
     (LIF(analog_prob=0.0), torch.linspace(0, 1.5, 20).expand(8, 1, -1), []),  # a constant current
@@ -269,7 +269,7 @@ def test_channels_that_do_not_vary(make):
 
     constant, problems = found_in(image)
     assert constant == 1.0
-    assert problems.startswith(f"{name}: 100% of the channels do not vary over time and batch: its normalisation")
+    assert problems.startswith(f"{name}: 100% of the channels do not vary over time and batch, so its normalisation")
     assert "a larger batch" in problems
     assert "calibrate" not in problems
     assert "BatchNormLIF" not in problems
@@ -319,7 +319,7 @@ def test_advice_is_not_what_the_layer_is(make, training, affine, threshold, expe
         model(inputs)
     (line,) = monitor.problems()
     assert "BatchNormLIF" not in line
-    assert "in front" not in line
+    assert "before the neurons" not in line
     assert ("asgl_cuda.calibrate" in line) == affine
     assert (f"a {expected[0]} weight of its normalisation" if affine else f"a {expected[1]} threshold") in line
     assert ("running statistics" in line) == (not training)
@@ -338,13 +338,13 @@ def test_nan_of_the_data_is_no_fault_of_the_learning_rate():
         model(torch.full((4, 3), math.nan))
     (problem,) = monitor.problems()
     assert problem == (
-        "2: its potentials are NaN, and no weight of the model is: look for NaN or infinity in the data, in float16 "
-        "for currents beyond 65504"
+        "2: its potentials are NaN, and no weight of the model is. What helps: look for NaN or infinity in the data, "
+        "and in float16 for currents beyond 65504"
     )
     nn.init.constant_(model[0].bias, math.nan)
     (problem,) = monitor.problems()
     assert problem.startswith(
-        "2: its potentials or its width are NaN, as is a weight of the model: a smaller learning "
+        "2: its potentials or its width are NaN, as is a weight of the model. What helps: a smaller learning "
     )
 
 
@@ -358,9 +358,7 @@ def test_an_option_that_monitor_does_not_know_is_refused(monkeypatch, kind):
     with Monitor(model) as monitor:
         model(torch.ones(2, 4, 3))
     layer.refractory = 2
-    with pytest.raises(
-        ValueError, match=rf"^asgl_cuda\.Monitor: 1 \({kind}\) has refractory=2, with which Monitor does"
-    ):
+    with pytest.raises(ValueError, match=rf"^asgl_cuda\.Monitor: 1 \({kind}\) has refractory=2, which Monitor does"):
         monitor.start()
     assert not layer._forward_hooks
 

@@ -92,8 +92,8 @@ MUTANTS = {
     "reference: tangents without the surrogate's gain": Mutant("return a * ctx.gain", "return a",
         "neurons/test_features.py forward_mode"),
     "reference: compiled transforms without the surrogate's gain": Mutant(
-        "drop autograd functions silently\n        scaled = a * gain",
-        "drop autograd functions silently\n        scaled = a", "torch_modes/test_transforms.py compiled"),
+        "ignore autograd functions silently\n        scaled = a * gain",
+        "ignore autograd functions silently\n        scaled = a", "torch_modes/test_transforms.py compiled"),
     "reference: an exported model without the surrogate's gain": Mutant(
         "autograd functions are clones\n        scaled = a * gain", "autograd functions are clones\n        scaled = a",
         "torch_modes/test_torch_features.py every_output"),
@@ -508,7 +508,7 @@ MUTANTS = {
     "calibration: neurons go on where they ended": Mutant("            reset(layer)\n", "            pass\n",
         "training/test_calibration.py fire_at and currents or nothing"),
     "calibration: casts of earlier weights": Mutant(
-        "        torch.clear_autocast_cache()  # holds casts of earlier weights\n", "",
+        "        torch.clear_autocast_cache()  # the cache holds casts of earlier weights\n", "",
         "training/test_calibration.py autocast"),
     "calibration: frozen weights": Mutant("len(paths) == 1 and weight not in self._problems:",
         "len(paths) == 1:", "training/test_calibration.py refused"),
@@ -556,7 +556,7 @@ MUTANTS = {
     "calibration: a second weight of the neurons": Mutant(
         "(other := self._layers.setdefault(weight, name)) == name:", "True:", "training/test_calibration.py refused"),
     "calibration: neurons that fuse converted": Mutant(
-        "            convert(self._model.get_submodule(name), inplace=True)  # as fuse had done\n",
+        "            convert(self._model.get_submodule(name), inplace=True)  # fuse had converted it\n",
         "            pass\n", "interop/test_models.py fire_at"),
     # ---- monitor ----
     "monitor: sees what other hooks made": Mutant("(self._look, prepend=True)",
@@ -955,7 +955,7 @@ MUTANTS = {
         'isinstance(node, _LEAKY) and getattr(node, "decay_input", True)', "isinstance(node, _LEAKY)",
         "interop/test_layers.py equal and LIF"),
     "spikingjelly: a state of another shape": Mutant(
-        "        value = at_start  # restarts, as in SpikingJelly\n", "        pass\n",
+        "        value = at_start  # start at rest, as in SpikingJelly\n", "        pass\n",
         "interop/test_layers.py state_of_spikingjelly"),
     "spikingjelly: the gradient's window": Mutant("    if window != [0, levels]:\n", "    if False:\n",
         "interop/test_left.py window"),

@@ -35,15 +35,16 @@ def from_nir(graph: nir.NIRGraph, dt: float | None = None, *, dtype: torch.dtype
         graph: one Input, one Output, between them LIF, IF, CubaLIF, LI, I, CubaLI, Affine, Linear, Conv1d, Conv2d,
             AvgPool2d, SumPool2d, Flatten, Scale, Threshold and Delay, without cycles; edges into the same node are
             added. Shapes that do not fit each other are refused by `nir.read`, or by the first call.
-        dt: length of a step, in seconds, or in the graph's unit of tau: the step that the graph was written for, which
-            nodes of `to_nir` name and other nodes do not. Default the node's step in `to_nir`, else 1e-4.
+        dt: length of a step, in seconds, or in the graph's unit of tau. It must be the step for which the graph was
+            written. Nodes that `to_nir` wrote contain it, and it is their default; for other nodes the default is 1e-4.
         dtype: dtype of all weights and parameters; default `torch.get_default_dtype()`.
 
-    LIF and IF become asgl_cuda.LIF, LI and I asgl_cuda.LeakyIntegrator, CubaLIF and CubaLI a Sequential of two of
-    these, the current first, Threshold a LIF with decay 0, and Delay a module that takes whole sequences. A gain of an
-    integrator that differs between neurons becomes a preceding Scale. A node written by `to_nir` becomes the same layer
-    again, parameters included, but with time first. In other nodes, options unknown to NIR take the layer's defaults; a
-    decay, threshold and reset are constants, by neuron where they differ.
+    LIF and IF become asgl_cuda.LIF, and LI and I become asgl_cuda.LeakyIntegrator. CubaLIF and CubaLI become a
+    Sequential of two of these, with the current first. Threshold becomes a LIF with decay 0, and Delay a module that
+    takes whole sequences. If the gain of an integrator differs between neurons, a Scale before it has the gains. A node
+    written by `to_nir` becomes the same layer again, with its parameters, but with time first. For other nodes, options
+    that NIR does not have take the defaults of the layer. Decay, threshold and reset are then constants, one per neuron
+    if they differ.
 
     Raises:
         ImportError: nir is not installed.
@@ -54,7 +55,7 @@ def from_nir(graph: nir.NIRGraph, dt: float | None = None, *, dtype: torch.dtype
     check_device_and_dtype(None, dtype, _CALLER)
     if not isinstance(graph, nir.NIRGraph):
         got = type(graph).__name__
-        raise TypeError(f"{_CALLER}: graph must be a nir.NIRGraph, as nir.read gives it of a file, got {got}")
+        raise TypeError(f"{_CALLER}: graph must be a nir.NIRGraph, as nir.read returns it, got {got}")
     nodes: dict[str, Any] = graph.nodes
     edges = list(dict.fromkeys(map(tuple, graph.edges)))  # some exporters write an edge twice
     for kind in (nir.Input, nir.Output):
@@ -85,7 +86,7 @@ def from_nir(graph: nir.NIRGraph, dt: float | None = None, *, dtype: torch.dtype
                 scale = as_double(getattr(node, "scale", 0.0))
                 if len(before) != 1 or not torch.allclose(scale, units.spike_heights(scaled, scale.shape)):
                     got = range_of(scale)
-                    raise ValueError(f"must be a Scale by v_threshold, by metadata of the LIF in front, got {got}")
+                    raise ValueError(f"must be a Scale by v_threshold, as the LIF before it says, got {got}")
             elif isinstance(node, nir.Output):
                 result.output(value)
             else:
@@ -113,10 +114,13 @@ def _paths(names: Iterable[str]) -> dict[str, str]:
 
 
 def _read(node: Any, dt: float | None) -> Any:
-    kind, ours = type(node).__name__, (getattr(node, "metadata", None) or {}).get(KEY, {})  # as `to_nir` writes it
+    kind, ours = (
+        type(node).__name__,
+        (getattr(node, "metadata", None) or {}).get(KEY, {}),
+    )  # as `to_nir` writes it
     written = float(ours.get("dt", dt or units.DT))
     if dt is not None and abs(dt - written) > 1e-6 * written:
-        raise ValueError(f"to_nir wrote it with dt = {written}, got dt = {dt}; without dt the node's own is taken")
+        raise ValueError(f"to_nir wrote it with dt = {written}, got dt = {dt}; leave out dt to use that of the node")
     dt = written
     if kind in ("Affine", "Linear", "Conv1d", "Conv2d"):
         return _weights(node, ours)
@@ -149,7 +153,7 @@ def _read(node: Any, dt: float | None) -> Any:
         numbers = dict(zip(("decay", "input_gain"), units.step_of(node, dt), strict=True))
         numbers["v_rest"] = as_double(getattr(node, "v_leak", 0.0))
         return units.restored(ours, LeakyIntegrator, numbers) if ours else units.integrator_of(node, dt)
-    raise ValueError("can't be represented; what can be is in the documentation of asgl_cuda.from_nir")
+    raise ValueError("can't be read; the documentation of asgl_cuda.from_nir lists the nodes that can")
 
 
 def _weights(node: Any, ours: Any) -> nn.Module:

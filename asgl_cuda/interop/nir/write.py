@@ -40,7 +40,7 @@ _KNOWN_OF_CALLS = {  # of `lif`, by converted layers
     "v_min", "strict_threshold", "surrogate", "surrogate_gain", "width", "detach_reset", "analog_prob", "rng_state",
     "generator", "v_init", "time_dim", "return_v_last", "return_v_seq", "return_h_seq", "backend", "multi_spike",
 }  # fmt: skip
-_SILENT = (  # in evaluation
+_SILENT = (  # options without effect in evaluation
     nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout,
 )  # fmt: skip
 
@@ -53,21 +53,23 @@ def to_nir(
     Args:
         model: layers of asgl_cuda.LIF and LeakyIntegrator, Linear, Conv1d, Conv2d, AvgPool2d (with
             `divisor_override=1`: SumPool2d), Flatten and BatchNorm, in sequence or connected by additions, in any
-            modules that torch.fx can trace. A layer without time may be surrounded by `x_seq.flatten(0, 1)` and
-            `unflatten(0, ...)`, as in `asgl_cuda.OverTime`, or be SpikingJelly's in step mode "m". Dropout and Identity
-            are dropped. Neurons of other libraries are converted as by `asgl_cuda.convert`, must get a sequence, return
-            one tensor, which Norse's do not, and have no synaptic current; `from_nir` makes LIF layers of them.
+            modules that torch.fx can trace. A layer without time may be between `x_seq.flatten(0, 1)` and
+            `unflatten(0, ...)`, as in `asgl_cuda.OverTime`, or be a layer of SpikingJelly in step mode "m". Dropout and
+            Identity are left out. Neurons of other libraries are converted as by `asgl_cuda.convert`. They must take a
+            sequence, return one tensor, which Norse's do not, and have no synaptic current. `from_nir` makes LIF layers
+            from them.
         example_input: `[T, B, ...]`, or `[B, T, ...]` if the LIF layers have `time_dim=1`; only shape and dtype matter.
         dt: length of a step, in seconds.
         allow_soft_reset: also write layers with soft reset, with several spikes per step and with v_min. NIR's LIF
-            resets to v_reset; only `from_nir` reads the layer's own reset from the metadata.
+            resets to v_reset, and only `from_nir` reads the layer's own reset from the metadata.
 
-    A LIF is written with r = 1 and v_leak = 0, or without leak as an IF with r = 1 / dt: threshold and reset, measured
-    from v_rest, are multiplied by `(1 - decay) / input_gain`, which changes no spike. A LeakyIntegrator becomes an LI,
-    or an I, with r = input_gain / (1 - decay), and with `delay` a Delay behind it. A normalisation, also in
-    BatchNormLIF and in pairs joined by `fuse`, is folded into the weights in front; without such, or if their output
-    has other users, it becomes an Affine or convolution of its own. `scale_output` becomes a Scale. NIR's neuron fires
-    above the threshold, asgl_cuda.LIF also at it. Half precision is written as float32.
+    A LIF is written with r = 1 and v_leak = 0. Threshold and reset, measured from v_rest, are multiplied by
+    `(1 - decay) / input_gain`, which changes no spike. A LIF without leak is written as an IF with r = 1 / dt. A
+    LeakyIntegrator becomes an LI or an I with r = input_gain / (1 - decay), followed by a Delay if it has `delay`. A
+    normalisation, also in BatchNormLIF and in pairs merged by `fuse`, is folded into the weights before it. If there
+    are no such weights, or if their output is used elsewhere, it becomes an Affine or a convolution. `scale_output`
+    becomes a Scale. NIR's neuron fires above the threshold, and asgl_cuda.LIF also at it. Half types are written as
+    float32.
 
     Raises:
         ImportError: nir or nirtorch is not installed.
@@ -117,9 +119,9 @@ def _not_written(module: nn.Module) -> str | None:
 class _Flow(NamedTuple):
     """A tensor of the traced model, in the graph of NIR."""
 
-    sources: tuple[str, ...]  # the nodes to be summed
+    sources: tuple[str, ...]  # names of the nodes to be summed
     shape: tuple[int, ...]  # the shape of the neurons
-    leading: int  # dimensions in front: 2 for time and batch, 1 for both in one
+    leading: int  # leading dimensions: 2 for time and batch, 1 if they are merged
 
 
 class _Writer(fx.Interpreter):
@@ -134,8 +136,8 @@ class _Writer(fx.Interpreter):
         self.edges: list[tuple[str, str]] = []
         self.flows: dict[fx.Node, _Flow] = {}
         self.time_and_batch = torch.Size()
-        self.time_dim: int | None = None  # of the preceding neurons
-        self.calls: list[dict[str, Any]] = []  # options of `lif` in the current call of a converted layer
+        self.time_dim: int | None = None  # time dimension of the preceding neurons
+        self.calls: list[dict[str, Any]] = []  # options of `lif` in the current call of a converted layer, if any
         # Each gives a layer's nodes, one after the other, by what is added to the layer's name.
         self.layers: dict[Any, Any] = {
             **dict.fromkeys(_SILENT, lambda layer, flow: {}),
@@ -169,7 +171,7 @@ class _Writer(fx.Interpreter):
                 if n.args[0] not in self.flows or inputs[0].leading != 2:
                     raise ValueError(f"the model must return one tensor [T, B, ...], got {n.args[0]}")
                 self._add(n.name, self.nir.Output(None), inputs[0], inputs[0].shape)
-            elif isinstance(value, Tensor):  # sizes are not part of the graph
+            elif isinstance(value, Tensor):  # sizes are left out of the graph
                 self.flows[n] = self._between(n, value, inputs)
         return value
 
@@ -187,7 +189,7 @@ class _Writer(fx.Interpreter):
         elif name == "unflatten" and leading == 1 and value.shape[:2] == self.time_and_batch:
             return inputs[0]._replace(leading=2)
         known = "additions of different layers' outputs, flatten(0, 1) and unflatten(0, ...) of time and batch"
-        raise ValueError(f"can't be represented in NIR; between layers, what can be: {known}")
+        raise ValueError(f"can't be represented in NIR; between layers there may only be {known}")
 
     def _run_module(self, n: fx.Node, module: Any, inputs: list[_Flow]) -> Any:
         kind = Converted if isinstance(module, Converted) and module not in self.left else type(module)
@@ -197,7 +199,7 @@ class _Writer(fx.Interpreter):
             reason = RECURRENCE if isinstance(module, RecurrentLIF) else f"what can be: {known}"
             raise ValueError(f"can't be represented in NIR; {self.left.get(module, reason)}")
         if len(inputs) != 1 or len(n.args) + len(n.kwargs) != 1:
-            raise ValueError("must be called with the output of a layer, or of several in an addition, alone")
+            raise ValueError("must have one argument: the output of a layer, or the sum of outputs of several")
         if kind is Converted:
             self.calls = []
             vars(module)["lif"] = partial(self._recorded, module)
@@ -218,11 +220,11 @@ class _Writer(fx.Interpreter):
 
     def _check_time(self, flow: _Flow, time_dim: int | None) -> None:
         if flow.leading != 2 or time_dim is None:
-            got = "one step a call" if time_dim is None else "both in one by flatten(0, 1)"
-            raise ValueError(f"must take time and batch apart, [T, B, ...], got {got}")
+            got = "one step per call" if time_dim is None else "both merged by flatten(0, 1)"
+            raise ValueError(f"must take time and batch as two dimensions, [T, B, ...], got {got}")
         found, self.time_dim = self.time_dim, time_dim % (2 + len(flow.shape))
         if self.time_dim > 1 or found not in (None, self.time_dim):
-            raise ValueError(f"time must be in front, and where the layers before have it, got time_dim {time_dim}")
+            raise ValueError(f"time must be dimension 0 or 1, as in the layers before, got time_dim {time_dim}")
 
     def _add(self, name: str, node: Any, flow: _Flow, shape: Any) -> _Flow:
         """Adds a node behind the flow's sources; `shape`: the output's."""
@@ -294,7 +296,7 @@ class _Writer(fx.Interpreter):
         elif not torch.equal(amount, numbers["v_threshold"]):
             numbers["reset_amount"] = amount
         if scaled and not torch.equal(of("v_threshold"), numbers["v_threshold"]):
-            raise ValueError("its spikes of v_threshold can't be represented with an input gain or a rest")
+            raise ValueError("scale_output can't be represented together with input_gain or v_rest")
         options = {"strict_threshold": layer.settings.spike.strict, "scale_output": scaled}
         same = units.new_layer(LIF, numbers, **options, **({"v_reset": None} if soft else {}))
         return self._neurons(same, flow)
@@ -319,7 +321,7 @@ class _Writer(fx.Interpreter):
             sizes["groups"] = layer.groups
         elif len(flow.shape) != 1:
             raise ValueError(f"NIR's Affine takes neurons in one dimension, got shape {list(flow.shape)}")
-        bias = torch.zeros(len(layer.weight)) if layer.bias is None else layer.bias  # readers expect one
+        bias = torch.zeros(len(layer.weight)) if layer.bias is None else layer.bias  # readers expect a bias
         node = kind(weight=self._array(layer.weight), bias=self._array(bias), **sizes)
         node.metadata = {KEY: {"bias": False}} if layer.bias is None else {}
         return {"": node}
@@ -337,7 +339,7 @@ class _Writer(fx.Interpreter):
         leading = 1 if getattr(layer, "step_mode", "s") == "m" else flow.leading
         start, end = (dim % (leading + len(flow.shape)) - leading for dim in (layer.start_dim, layer.end_dim))
         if start < 0:
-            raise ValueError(f"must leave time and batch alone: start_dim at least {leading}, got {layer.start_dim}")
+            raise ValueError(f"must not flatten time or batch: start_dim must be >= {leading}, got {layer.start_dim}")
         end = -1 if end == len(flow.shape) - 1 else end
         return {"": self.nir.Flatten(input_type={"input": as_shape(flow.shape)}, start_dim=start, end_dim=end)}
 
@@ -383,4 +385,6 @@ def _check_joined(layer: Any, flow: _Flow, dims: int) -> None:
     """Refuses inputs without a batch, which torch's layers also take, with batch or time as channels."""
     if flow.leading != (2 if getattr(layer, "step_mode", "s") == "m" else 1) or len(flow.shape) != dims:
         got = f"{len(flow.shape)} after {flow.leading}"
-        raise ValueError(f"must get {dims} dimensions after time and batch in one, as in asgl_cuda.OverTime, got {got}")
+        raise ValueError(
+            f"must get time and batch merged, as in asgl_cuda.OverTime, and {dims} dimensions after them, got {got}"
+        )
