@@ -240,8 +240,8 @@ class Monitor:
     - `dead`, `saturated`: fractions of neurons that never spiked, and that spiked at every step, in all samples.
       Neurons are the positions of an input `[T, N, ...]` without time and batch, or without time if one dimension
       remains.
-    - `nonzero_inputs`: only for spike layers, which have none of the other quantities: fraction of non-zero inputs.
-      `problems` names those that would be faster as torch's layers.
+    - `nonzero_inputs`: only for spike layers, which have none of the others: fraction of non-zero inputs. `problems`
+      names spike layers that would be faster as torch's layers.
 
     Watching changes no output, gradient, state or random number. `LIF` and `RecurrentLIF` compute each watched call
     twice. For layers with another forward, the output (the first of a tuple) is taken for spikes of height 1, and
