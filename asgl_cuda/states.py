@@ -26,11 +26,11 @@ class _Taker:
 
     def __init__(self, model: nn.Module, module: nn.Module, streamed: Streamed, inside: bool, compiled: bool) -> None:
         self.model, self.module, self.streamed = model, module, streamed
-        self.inside = inside  # a module around it determines time_dim
-        self.compiled = compiled  # hooks would be ignored, or compiled
+        self.inside = inside  # another module around it determines time_dim
+        self.compiled = compiled  # compiled code would ignore or compile hooks
         self.around = getattr(module, "_watch", None)  # of a step of a model around this one
         self.called = False
-        self.left = self._state()  # the state as the last call left it
+        self.left = self._state()  # the state after the last call
 
     @property
     def name(self) -> str:
@@ -43,7 +43,7 @@ class _Taker:
     def check_state(self) -> None:
         state, left = self._state(), self.left
         same = state is left
-        if not same and isinstance(state, Tensor) and isinstance(left, Tensor):  # may have been detached
+        if not same and isinstance(state, Tensor) and isinstance(left, Tensor):  # the state may have been detached
             same = state.shape == left.shape and state.data_ptr() == left.data_ptr()
         if not same:
             raise RuntimeError(
@@ -67,8 +67,8 @@ class _Taker:
             return  # the layer refuses what it can't take
         if (steps := shape[time_dim]) != 1:
             raise RuntimeError(
-                f"{_CALLER}: {self.name} gets {steps} time steps in one step, which the model's forward makes from "
-                "its input; call step with the layers after that"
+                f"{_CALLER}: {self.name} gets {steps} time steps in one step, which the model's forward makes from its "
+                "input; call step with the layers after that"
             )
 
     def after(self) -> None:

@@ -409,7 +409,7 @@ class Converted(Overlay, Noisy):
 
 
 _ADVICE = (
-    "one step per call gains little; convert(model, sequences=True) computes all steps at once, up to 6 times as fast "
+    "one step per call gains little; convert(model, sequences=True) computes all steps at once "
     '(sequences="loop" if the model\'s forward contains the loop over the steps)'
 )
 

@@ -87,8 +87,8 @@ def to_spike_layers(model: nn.Module, example: Any) -> tuple[nn.Module, Report]:
 
     Returns the model and a report. For each replaced layer the report has the fraction of non-zero inputs and an
     estimate of how many times as fast its evaluation is. A training step gains less, because the gradient of the input
-    is dense. Layers with dense inputs, such as first layers, small layers, other subclasses of torch's layers,
-    and convolutions with groups or dilations are not replaced. The choice depends only on this example. A spike layer
+    is dense. Layers with dense inputs, such as first layers, small layers, other subclasses of torch's layers, and
+    convolutions with groups or dilations are not replaced. The choice depends only on this example. A spike layer
     always uses the list of non-zero inputs, whatever its input is.
 
     Raises TypeError if the model is not a module.

@@ -239,9 +239,8 @@ class Monitor:
       than the bias is left. Only for layers that normalise by the statistics of each call, such as BatchNormLIF in
       training. Not in the table.
     - `dead`, `saturated`: fraction of neurons that never spiked in any sample, and of neurons that spiked at every step
-      of all samples.
-      Neurons are the positions of an input `[T, N, ...]` without time and batch, or without time if one dimension
-      remains.
+      of all samples. Neurons are the positions of an input `[T, N, ...]` without time and batch, or without time if one
+      dimension remains.
     - `nonzero_inputs`: fraction of non-zero inputs. Only for spike layers, which have none of the other quantities.
       `problems` names the spike layers that would be faster as torch's layers.
 

@@ -61,7 +61,7 @@ def test_bittar_and_garner(starts_at_rest, per_neuron):
         gain = 1 - alpha
         ours = asgl_cuda.adaptive_lif(
             gain * x, decay=alpha, adapt_decay=beta, adapt_potential=gain * a, adapt_spike=gain * (a + b), v_reset=None,
-            strict_threshold=True, v_init=u - s, w_init=gain * (beta * w + a * u + b * s),
+            strict_threshold=True, surrogate="rectangle", v_init=u - s, w_init=gain * (beta * w + a * u + b * s),
         )  # fmt: skip
         leaves = [x, alpha, beta, a, b] + ([] if starts_at_rest else [u, w, s])
         assert_same(ours, bittar_garner(x, alpha, beta, a, b, u, w, s), leaves)

@@ -316,7 +316,7 @@ def test_traced(name):
     x, other = 3 * torch.rand(2, *shape)
     converted, _ = asgl_cuda.convert(make())
     for take in (torch.jit.script, lambda net: torch.jit.trace(net, x)):
-        with pytest.raises(RuntimeError, match=r"asgl_cuda\.convert: torch\.jit can't .*: asgl_cuda\.revert before"):
+        with pytest.raises(RuntimeError, match=r"asgl_cuda\.convert: torch\.jit can't .*; call asgl_cuda\.revert"):
             take(nn.Sequential(converted))
     net = nn.Sequential(nn.Identity(), converted)
     graph = torch.fx.symbolic_trace(net)
