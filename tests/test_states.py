@@ -165,7 +165,7 @@ def doubled(model):
 
 CHANGES = {
     "another layer": lambda model: model.append(LeakyIntegrator(decay=0.5)),
-    "other neurons": lambda model: model.__setitem__(1, LIF(decay=0.25)),
+    "other neurons": lambda model: model.__setitem__(1, LIF(decay=0.25, analog_prob=0.0)),
     "time at 1": lambda model: setattr(model[1], "time_dim", 1),
     "hook": doubled,
     "mode": lambda model: model.train(not model.training),

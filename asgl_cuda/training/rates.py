@@ -36,9 +36,11 @@ class FiringRates:
 
     Example::
 
+        optimizer = torch.optim.Adam(model.parameters())
+        labels = torch.randint(10, (8,))
         with asgl_cuda.FiringRates(model) as rates:
-            for x_seq, labels in batches:
-                scores = model(x_seq).mean(0)
+            for _ in range(10):
+                scores = model(x_seq).mean(0)  # [8, 10]
                 loss = nn.functional.cross_entropy(scores, labels) + 3.0 * rates.penalty()
                 optimizer.zero_grad()
                 loss.backward()

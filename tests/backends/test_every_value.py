@@ -31,7 +31,7 @@ def test_rounded_to_nearest_even(backend, device, dtype):
     gain = torch.cat([numbers, ties, drawn[drawn.isfinite()], torch.tensor([largest, -largest])])
     gain = torch.cat([gain, *(torch.nextafter(gain, torch.tensor(end)) for end in (-largest, largest))]).to(device)
     x_seq = torch.zeros(1, len(gain), dtype=dtype, device=device, requires_grad=True)
-    s_seq = lif(x_seq, input_gain=gain, width=4.0, backend=backend)
+    s_seq = lif(x_seq, input_gain=gain, surrogate="rectangle", width=4.0, backend=backend)
     (grad,) = torch.autograd.grad(s_seq, x_seq, torch.full_like(s_seq, 4.0))
     assert torch.equal(grad[0], gain.to(dtype))
 

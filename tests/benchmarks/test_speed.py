@@ -180,9 +180,10 @@ def test_loop_draws_masks():
 
 def test_loops_have_our_gradients():
     x_seq, weight = (torch.randn(*size, dtype=torch.float64, requires_grad=True) for size in ((20, 4, 12), (12, 12)))
-    pairs = [(asgl_cuda.recurrent_lif(x_seq, weight, decay=0.5), {"step": peers.recurrent_step, "weight": weight})]
+    recurrent = asgl_cuda.recurrent_lif(x_seq, weight, decay=0.5, surrogate="rectangle")
+    pairs = [(recurrent, {"step": peers.recurrent_step, "weight": weight})]
     for options in (peers.ADLIF, peers.ALIF):
-        ours = asgl_cuda.adaptive_lif(x_seq + 0 * weight.sum(), decay=0.5, **options)
+        ours = asgl_cuda.adaptive_lif(x_seq + 0 * weight.sum(), decay=0.5, surrogate="rectangle", **options)
         pairs.append((ours, {"step": peers.adaptive_step, **options}))
     for ours, options in pairs:
         assert 0.05 < ours.mean() < 0.9

@@ -259,7 +259,7 @@ def test_bad_arguments(name, options, error, words):
 
 
 def test_bad_arguments_of_layers():
-    with pytest.raises(ValueError, match=r"needs analog_prob=0, got 0\.2"):  # the default
+    with pytest.raises(ValueError, match=r"needs analog_prob=0, got 0\.5"):  # the default
         LIF(**SEVERAL)
     layer = LIF(**SEVERAL, analog_prob=0.0)
     with pytest.raises(ValueError, match=r"needs analog_prob=0, got 0\.1"):

@@ -344,7 +344,7 @@ def test_layers_and_functions_have_the_same_defaults():
     differ = {name: (function[name], layer[name]) for name in both if function[name] != layer[name]}
     assert differ == {"analog_prob": (0.0, 0.5), "detach_reset": (False, True)}
     for kind in (asgl_cuda.BatchNormLIF, asgl_cuda.AdaptiveLIF, asgl_cuda.RecurrentLIF):
-        made = kind(N)
+        made = kind(N, granularity="channel")
         assert {name: getattr(made, name) for name in ("surrogate", *differ)} == {
             "surrogate": layer["surrogate"], "analog_prob": 0.5, "detach_reset": True
         }  # fmt: skip

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -16,10 +17,11 @@ pytestmark = pytest.mark.skipif("cpu" not in asgl_cuda.available_backends(), rea
 
 def network():
     torch.manual_seed(0)
+    quiet = partial(LIF, analog_prob=0.0)
     return nn.Sequential(
-        asgl_cuda.OverTime(nn.Conv2d(2, 40, 3)), LIF(), asgl_cuda.OverTime(nn.Conv2d(40, 40, 3)), LIF(), nn.Flatten(2),
-        nn.Linear(160, 64), LIF(v_threshold=0.3), nn.Linear(64, 64), nn.Linear(64, 48, bias=False), LIF(),
-        nn.Linear(48, 5),
+        asgl_cuda.OverTime(nn.Conv2d(2, 40, 3)), quiet(), asgl_cuda.OverTime(nn.Conv2d(40, 40, 3)), quiet(),
+        nn.Flatten(2), nn.Linear(160, 64), quiet(v_threshold=0.3), nn.Linear(64, 64), nn.Linear(64, 48, bias=False),
+        quiet(), nn.Linear(48, 5),
     )  # fmt: skip
 
 

@@ -224,8 +224,8 @@ def test_in_a_network():
 
     def network(linear, convolution):
         return nn.Sequential(
-            asgl_cuda.OverTime(convolution(2, 8, 3, padding=1)), asgl_cuda.LIF(), nn.Flatten(2), linear(8 * 36, 20),
-            asgl_cuda.LIF(), linear(20, 5),
+            asgl_cuda.OverTime(convolution(2, 8, 3, padding=1)), asgl_cuda.LIF(analog_prob=0.0), nn.Flatten(2),
+            linear(8 * 36, 20), asgl_cuda.LIF(analog_prob=0.0), linear(20, 5),
         )  # fmt: skip
 
     model, dense = network(asgl_cuda.SpikeLinear, asgl_cuda.SpikeConv2d), network(nn.Linear, nn.Conv2d)

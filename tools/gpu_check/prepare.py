@@ -28,7 +28,8 @@ COMPILED = ROOT / "build" / "compiled"
 # In a separate process: a rebuilt extension can't be reloaded.
 PROBE = """
 import sys, torch
-from asgl_cuda import extension, lif
+from asgl_cuda import lif
+from asgl_cuda.backends import extension
 device, architecture = sys.argv[1:]
 info = extension.build_info
 if extension.module is None:

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 import asgl_cuda
 from asgl_cuda import OverTime
-from asgl_cuda.reference.learned import Logarithm
 
 from .presets import CLASSES, Settings
 
@@ -59,13 +58,15 @@ class NeuronsByStep(Neurons):
         self.num_features = (steps,)
         self.alpha = nn.Parameter(self.alpha.detach().repeat(steps))
 
-    def _check_features(self, x_seq: Tensor) -> int:
-        return self.time_dim % x_seq.dim()  # steps are no features
+    def _given(self, x_seq: Tensor, *arguments: Any, **options: Any) -> dict[str, Any]:
+        given = super()._given(x_seq, *arguments, **options)
+        given["width"] = self._broadcast(given["width"].value(), x_seq)
+        del given["features"]  # steps are no features
+        return given
 
-    def _broadcast(self, value: Any, x_seq: Tensor, time_dim: int) -> Any:
-        if not isinstance(value, Logarithm):
-            return value
-        return value.value().reshape(-1, *(1,) * (x_seq.dim() - 1))
+    def _broadcast(self, value: Any, x_seq: Tensor) -> Any:
+        is_by_step = isinstance(value, Tensor) and value.shape == self.alpha.shape
+        return value.reshape(-1, *(1,) * (x_seq.dim() - 1)) if is_by_step else value
 
 
 def neurons_of(settings: Settings) -> Neurons:
