@@ -36,11 +36,12 @@ class FiringRates:
 
     Example::
 
-        optimizer = torch.optim.Adam(model.parameters())
-        labels = torch.randint(10, (8,))
+        model = nn.Sequential(nn.Linear(20, 64), asgl_cuda.BatchNormLIF(64), nn.Linear(64, 10))
+        optimizer = torch.optim.Adam(asgl_cuda.parameter_groups(model, lr=1e-3))
+        batches = [(torch.rand(4, 32, 20), torch.randint(10, (32,))) for _ in range(3)]
         with asgl_cuda.FiringRates(model) as rates:
-            for _ in range(10):
-                scores = model(x_seq).mean(0)  # [8, 10]
+            for x_seq, labels in batches:
+                scores = model(x_seq).mean(0)  # [32, 10]
                 loss = nn.functional.cross_entropy(scores, labels) + 3.0 * rates.penalty()
                 optimizer.zero_grad()
                 loss.backward()
