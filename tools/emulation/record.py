@@ -504,6 +504,7 @@ def batch_norm_call(number: int, shape: Shape) -> Call:
         "norm": {"momentum": random.choice((0.1, 0.7, 1.0)), "eps": random.choice((1e-5, 1e-3))},
         "training": not random.once_in(6),
         "input_scale": random.choice((1.0, 0.7)),
+        "surrogate": "rectangle",
     }
     if dtype == torch.float64:
         options |= {"surrogate": "sigmoid", "v_reset": None}
