@@ -172,7 +172,13 @@ LONG = [((4, 2**20 + 48), 0), ((17, 2**18), 0), ((3, 4, 2**19), 1)]
 def test_results_that_are_stored_past_the_cache(shape, time_dim, analog_prob):
     x_seq = random_input(*shape)
     assert_equals_reference(
-        x_seq, "cpu", time_dim=time_dim, analog_prob=analog_prob, rng_state=rng_state(), surrogate="rectangle"
+        x_seq,
+        "cpu",
+        outputs=("s_seq",),
+        time_dim=time_dim,
+        analog_prob=analog_prob,
+        rng_state=rng_state(),
+        surrogate="rectangle",
     )
 
 
