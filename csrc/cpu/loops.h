@@ -52,21 +52,26 @@ struct Ahead {
   ASGL_HOST_DEVICE bool empty() const { return !rows[0] && !rows[1] && !rows[2] && !rows[3]; }
 };
 
+// Prefetches `count` elements of the rows of step k.
+ASGL_HOST_DEVICE void prefetch_block(const Ahead& ahead, int64 k, int64 first, int64 count) {
+  constexpr int64 kCacheLine = 64;
+  const int64 begin = (k * ahead.stride + first) * ahead.element_size, bytes = count * ahead.element_size;
+  for (const char* row : ahead.rows) {
+    if (row == nullptr) continue;
+    for (int64 i = 0; i < bytes; i += kCacheLine) __builtin_prefetch(row + begin + i);
+  }
+}
+
 constexpr int64 kNeuronsPerFetch = 128;
 
 // Prefetches a part of the rows ahead, then calls f(begin, end), for every kNeuronsPerFetch neurons; once for all if
 // there is nothing to prefetch, as each part begins with some 40 instructions.
 template <class F>
 ASGL_HOST_DEVICE void for_each_fetch(const Ahead& ahead, int64 length, F&& f) {
-  constexpr int64 kCacheLine = 64;
   const int64 each = ahead.empty() ? length : kNeuronsPerFetch;
   for (int64 begin = 0; begin < length; begin += each) {
     const int64 end = begin + each < length ? begin + each : length;
-    const int64 first = begin * ahead.element_size, last = end * ahead.element_size;
-    for (const char* row : ahead.rows) {
-      if (row == nullptr) continue;
-      for (int64 i = first; i < last; i += kCacheLine) __builtin_prefetch(row + i);
-    }
+    prefetch_block(ahead, 0, begin, end - begin);
     f(begin, end);
   }
 }
@@ -270,16 +275,6 @@ ASGL_HOST_DEVICE void for_each_block(int64 length, int64 block, F&& f) {
   for (int64 first = 0; first < length; first += block) {
     const int64 count = length - first < block ? length - first : block;
     count == kBlock ? f(first, std::integral_constant<int64, kBlock>{}) : f(first, count);
-  }
-}
-
-// Prefetches `count` elements of the rows of step k.
-ASGL_HOST_DEVICE void prefetch_block(const Ahead& ahead, int64 k, int64 first, int64 count) {
-  constexpr int64 kCacheLine = 64;
-  const int64 begin = (k * ahead.stride + first) * ahead.element_size, bytes = count * ahead.element_size;
-  for (const char* row : ahead.rows) {
-    if (row == nullptr) continue;
-    for (int64 i = 0; i < bytes; i += kCacheLine) __builtin_prefetch(row + begin + i);
   }
 }
 
