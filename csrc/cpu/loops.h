@@ -349,7 +349,8 @@ struct SettledStepLoop {
 // The parameters whose gradients the settled loop sums: none, width, or width, decay, threshold and soft reset.
 enum class SettledSums { kNone, kWidth, kAll };
 
-// Backward of a segment: the potentials, unless `current` is null, and the gradients, unless `d_current` is.
+// Backward of a segment: the potentials, unless `current` is null, and the gradients, unless `d_current` is. With noise
+// the first also keep for the second the spikes and, of surrogates that have one, the slopes, whose exp is shared.
 template <class Real, class Model, class Neurons, SettledSums kSums>
 struct SettledAdjointLoop {
   struct Args {
@@ -360,9 +361,9 @@ struct SettledAdjointLoop {
     bool carried;
     Steps<const Real> current;
     Steps<const uint16> draws;
-    Steps<Real> v;       // before each step, and after the last
-    Steps<Real> h;       // of the tile, or of a block
-    bool h_is_of_block;  // where one call computes both
+    Steps<Real> v;            // before each step, and after the last
+    Steps<Real> h, s, slope;  // of the tile, or of a block; s and slope with noise
+    bool h_is_of_block;       // where one call computes both
     Steps<const Real> g;
     Real* dv;  // the gradient of v after the last step on entry, before the first on return
     Real *width, *decay, *threshold, *reset;
@@ -376,51 +377,60 @@ struct SettledAdjointLoop {
   template <bool kNoise>
   static ASGL_HOST_DEVICE void loop(Args args) {
     for_each_block(args.length, args.block, [&](int64 first, auto count) __attribute__((always_inline)) {
-      const Steps<Real> h = {args.h.first + (args.h_is_of_block ? 0 : first), args.h.stride};
-      if (args.current.first != nullptr) compute_potentials<kNoise>(args, first, count, h);
-      if (args.d_current.first != nullptr) walk_back<kNoise>(args, first, count, h);
+      const int64 kept = args.h_is_of_block ? 0 : first;
+      if (args.current.first != nullptr) compute_potentials<kNoise>(args, first, count, kept);
+      if (args.d_current.first != nullptr) walk_back<kNoise>(args, first, count, kept);
     });
   }
 
   template <bool kNoise, class Count>
-  static ASGL_HOST_DEVICE void compute_potentials(const Args& args, int64 first, Count count, Steps<Real> potentials) {
+  static ASGL_HOST_DEVICE void compute_potentials(const Args& args, int64 first, Count count, int64 kept) {
     const Firing<Real> firing(args.options);
     for (int64 k = 0; k < args.steps; ++k) {
       const Real *current = args.current[k] + first, *v = args.v[k] + first;
       const uint16* draws = args.draws[k] + first;
-      Real *h = potentials[k], *next_v = args.v[k + 1] + first;
+      Real *h = args.h[k] + kept, *next_v = args.v[k + 1] + first;
+      Real *kept_s = args.s[k] + kept, *slope = args.slope[k] + kept;
       prefetch_block(args.input_ahead, k, first, count);
 #pragma GCC ivdep
       for (int64 i = 0, end = count; i < end; ++i) {
         const Neuron<Real>& neuron = args.neurons[first + i];
-        h[i] = Model::template charge<Input::kPlain>(current[i], v[i], neuron, args.options);
-        const Real s = Model::fire(h[i], kNoise && is_analog(draws[i], args.analog_below), neuron, firing);
-        next_v[i] = Model::reset(h[i], s, neuron);
+        const Real potential = Model::template charge<Input::kPlain>(current[i], v[i], neuron, args.options);
+        const Real s = Model::fire(potential, kNoise && is_analog(draws[i], args.analog_below), neuron, firing);
+        if constexpr (kNoise && Model::kHasSlope) slope[i] = Model::slope(potential, neuron);
+        if constexpr (kNoise) kept_s[i] = s;
+        next_v[i] = Model::reset(potential, s, neuron);
+        h[i] = potential;
       }
     }
   }
 
   template <bool kNoise, class Count>
-  static ASGL_HOST_DEVICE void walk_back(const Args& args, int64 first, Count count, Steps<Real> potentials) {
+  static ASGL_HOST_DEVICE void walk_back(const Args& args, int64 first, Count count, int64 kept) {
     const Firing<Real> firing(args.options);
     alignas(64) Real streamed[kBlock];
     Real *gradient = args.dv + first, *width = args.width + first;
     Real *decay = args.decay + first, *threshold = args.threshold + first, *reset = args.reset + first;
     for (int64 k = args.steps - 1; k >= 0; --k) {
       const bool carried = args.carried || k + 1 < args.steps;
-      const Real *g = args.g[k] + first, *v = args.v[k] + first, *h = potentials[k];
-      const uint16* draws = args.draws[k] + first;
+      const Real *g = args.g[k] + first, *v = args.v[k] + first, *h = args.h[k] + kept;
+      const Real *kept_s = args.s[k] + kept, *slope = args.slope[k] + kept;
       Real* d_current = args.stream == nullptr ? args.d_current[k] + first : streamed;
       prefetch_block(args.gradients_ahead, k, first, count);
 #pragma GCC ivdep
       for (int64 i = 0, end = count; i < end; ++i) {
         const Neuron<Real>& neuron = args.neurons[first + i];
-        const Real s = Model::fire(h[i], kNoise && is_analog(draws[i], args.analog_below), neuron, firing);
+        const Real s = kNoise ? kept_s[i] : Model::fire(h[i], false, neuron, firing);
         Real dv = gradient[i];
         if constexpr (kSums == SettledSums::kAll && !Model::kResetsHard) reset[i] -= keep_if(carried, dv * s);
         const Real ds = Model::spike_gradient(g[i], h[i], carried && !args.options.detach_reset, neuron, dv);
-        const StepGradient<Real> step =
-            Model::step_adjoint(ds, NoGradient{}, h[i], s, carried, neuron, args.options, dv);
+        StepGradient<Real> step;
+        if constexpr (kNoise && Model::kHasSlope) {
+          step = Model::step_adjoint_from(ds * args.options.surrogate_gain * slope[i], NoGradient{}, s, carried, neuron,
+                                          dv);
+        } else {
+          step = Model::step_adjoint(ds, NoGradient{}, h[i], s, carried, neuron, args.options, dv);
+        }
         if constexpr (kSums != SettledSums::kNone) width[i] += step.dy * Model::distance(h[i], neuron);
         if constexpr (kSums == SettledSums::kAll) {
           threshold[i] -= step.dy * neuron.inverse_width;

@@ -124,7 +124,7 @@ class SettledBackward {
   }
 
  private:
-  Steps<Real> h(int64 k) const { return {h_ + k * rows_.stride(), rows_.stride()}; }
+  Steps<Real> kept(Real* rows, int64 k) const { return {rows + k * rows_.stride(), rows_.stride()}; }
   Real* sums(int id) const { return sums_ + id * rows_.stride(); }
   Steps<Real> v(int64 k) const {
     const int64 stride = states_ > 1 ? rows_.stride() : 0;
@@ -169,7 +169,9 @@ class SettledBackward {
                                  .carried = carried_,
                                  .draws = noise_.rows(tile_, t, count),
                                  .v = v(t - start),
-                                 .h = h(t - start),
+                                 .h = kept(h_, t - start),
+                                 .s = kept(s_, t - start),
+                                 .slope = kept(slope_, t - start),
                                  .dv = dv_,
                                  .width = sums(kWidth),
                                  .decay = sums(kDecay),
@@ -194,7 +196,7 @@ class SettledBackward {
     run_loop(start, start, stop - start, [&](auto& args) {
       args.block = kBlock;
       args.current = read_steps(params_.x_seq, tile_, start, x_buffer_);
-      args.h.stride = kBlock;
+      args.h.stride = args.s.stride = args.slope.stride = kBlock;
       args.h_is_of_block = true;
       args.g = gradients(start);
       args.d_current = start_steps(params_.grad_x_seq, tile_, start, dx_buffer_);
@@ -243,8 +245,10 @@ class SettledBackward {
   const bool dx_is_dc_ = params_.is_input_plain();
   const Stream past_cache_ = Model::kHasExp ? nullptr : stream_for(params_.grad_x_seq, params_.shape);
   Stream stream_ = nullptr;
-  Rows<Real> rows_{segment_ + states_ + 6 + kInputGain, kTile};
-  Real *const h_ = rows_.take(segment_), *const v_ = rows_.take(states_), *const dv_ = rows_.take();
+  const int64 kept_ = params_.noise.analog_below > 0 ? segment_ : 0;
+  Rows<Real> rows_{segment_ + 2 * kept_ + states_ + 6 + kInputGain, kTile};
+  Real *const h_ = rows_.take(segment_), *const s_ = rows_.take(kept_), *const slope_ = rows_.take(kept_);
+  Real *const v_ = rows_.take(states_), *const dv_ = rows_.take();
   Real *const sums_ = rows_.take(kInputGain), *const zeros_ = rows_.take();
   Real *const x_buffer_ = rows_.take(), *const g_buffer_ = rows_.take(), *const dx_buffer_ = rows_.take();
   Real* const r_buffer_ = rows_.take();

@@ -27,6 +27,19 @@ ASGL_HOST_DEVICE float exp(float x) {
   return (p * scale) * other_scale;
 }
 
+// e^x for x <= 0, in two thirds of exp's operations: x log2(e) = n + r with |r| <= 1/2, 2^r is a polynomial of r whose
+// parts are independent, and one factor 2^n suffices, as nothing overflows and results below 2^-126.5 are 0. The error
+// is at most 1.6e-7, and relative to the result at most 4e-6 (2.2e-7 for x > -0.5); e^0 = 1.
+ASGL_HOST_DEVICE float exp_of_nonpositive(float x) {
+  x = x < -88.0f ? -88.0f : x;  // already 0
+  const float scaled = x * 1.44269504f;
+  const float shifted = scaled + 12582912.0f;
+  const float r = scaled - (shifted - 12582912.0f), square = r * r;
+  const float middle = 0x1.ebf9bcp-3f + 0x1.c6b752p-5f * r, high = 0x1.3cea88p-7f + 0x1.5bba14p-10f * r;
+  const float power = (1.0f + 0x1.62e42ap-1f * r) + square * (middle + square * high);
+  return power * bit_cast<float>((bit_cast<uint32>(shifted) << 23) + 0x3F800000u);
+}
+
 // With a = |x|: a + a q(a^2) below 293/256, else 1 - p(a - 293/256)^8, p approximating erfc^(1/8). At most 1.61 ulp.
 ASGL_HOST_DEVICE float erf(float x) {
   const uint32 sign = bit_cast<uint32>(x) & 0x80000000u;

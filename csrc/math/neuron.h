@@ -123,7 +123,7 @@ ASGL_HOST_DEVICE double gradient_of_width(double gradient_of_inverse, double wid
 template <Surrogate kSurrogate, bool kHardReset>
 struct LIF {
   static constexpr bool kResetsHard = kHardReset, kOnlyGeneral = false, kAdapts = false;
-  static constexpr bool kCounts = kSurrogate == Surrogate::kInteger;
+  static constexpr bool kCounts = kSurrogate == Surrogate::kInteger, kHasSlope = asgl::kHasSlope<kSurrogate>;
   // On a CPU arithmetic takes longer than memory.
   static constexpr bool kHasExp =
       kSurrogate == Surrogate::kSigmoid || kSurrogate == Surrogate::kErf || kSurrogate == Surrogate::kLaplace;
@@ -187,14 +187,25 @@ struct LIF {
     return kCounts ? h : h - neuron.v_threshold;
   }
 
+  // F'(y), for surrogates with kHasSlope.
+  template <class Real>
+  static ASGL_HOST_DEVICE Real slope(Real h, const Neuron<Real>& neuron) {
+    return SurrogateMath<kSurrogate>::slope(distance(h, neuron) * neuron.inverse_width);
+  }
+
   // On return `v_gradient`, dv on entry, is the gradient of v[t-1].
   template <class Real, class GradientOfH>
   static ASGL_HOST_DEVICE StepGradient<Real> step_adjoint(Real ds, GradientOfH gh, Real h, Real s, bool carried,
                                                           const Neuron<Real>& neuron,
                                                           const NeuronOptions<Real>& options, Real& v_gradient) {
-    const Real dv = v_gradient, y = distance(h, neuron) * neuron.inverse_width;
+    const Real y = distance(h, neuron) * neuron.inverse_width;
     const Real dy = surrogate<kSurrogate>(static_cast<Real>(options.levels), y, ds * options.surrogate_gain);
-    const Real from_v = kHardReset ? dv * (Real(1) - s) : dv;
+    return step_adjoint_from(dy, gh, s, carried, neuron, v_gradient);
+  }
+  template <class Real, class GradientOfH>
+  static ASGL_HOST_DEVICE StepGradient<Real> step_adjoint_from(Real dy, GradientOfH gh, Real s, bool carried,
+                                                               const Neuron<Real>& neuron, Real& v_gradient) {
+    const Real dv = v_gradient, from_v = kHardReset ? dv * (Real(1) - s) : dv;
     const Real dh = (gh + keep_if(carried, from_v)) + dy * neuron.inverse_width;
     v_gradient = neuron.decay * dh;
     return {dy, dh, dh};

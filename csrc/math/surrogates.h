@@ -15,17 +15,21 @@ constexpr int kNumSurrogates = static_cast<int>(Surrogate::kCount);
 namespace math {
 
 #if defined(__CUDA_ARCH__)
-ASGL_HOST_DEVICE double exp(double x) { return ::exp(x); }
+ASGL_HOST_DEVICE double exp_of_nonpositive(double x) { return ::exp(x); }
 ASGL_HOST_DEVICE double erf(double x) { return ::erf(x); }
 ASGL_HOST_DEVICE double atan(double x) { return ::atan(x); }
 ASGL_HOST_DEVICE double trunc(double x) { return ::trunc(x); }
 ASGL_HOST_DEVICE float trunc(float x) { return ::truncf(x); }
+ASGL_HOST_DEVICE double magnitude(double x) { return ::fabs(x); }
+ASGL_HOST_DEVICE float magnitude(float x) { return ::fabsf(x); }
 #else
-ASGL_HOST_DEVICE double exp(double x) { return __builtin_exp(x); }
+ASGL_HOST_DEVICE double exp_of_nonpositive(double x) { return __builtin_exp(x); }
 ASGL_HOST_DEVICE double erf(double x) { return __builtin_erf(x); }
 ASGL_HOST_DEVICE double atan(double x) { return __builtin_atan(x); }
 ASGL_HOST_DEVICE double trunc(double x) { return __builtin_trunc(x); }
 ASGL_HOST_DEVICE float trunc(float x) { return __builtin_truncf(x); }
+ASGL_HOST_DEVICE double magnitude(double x) { return __builtin_fabs(x); }
+ASGL_HOST_DEVICE float magnitude(float x) { return __builtin_fabsf(x); }
 #endif
 
 // ASGL_HOST_FUNCTIONS: the host's float32 functions on the device, to test that nothing else differs.
@@ -34,21 +38,16 @@ ASGL_HOST_DEVICE float trunc(float x) { return __builtin_truncf(x); }
 #endif
 
 #if defined(ASGL_DEVICE_FUNCTIONS)
-ASGL_HOST_DEVICE float exp(float x) { return ::expf(x); }
+ASGL_HOST_DEVICE float exp_of_nonpositive(float x) { return ::expf(x); }
 ASGL_HOST_DEVICE float erf(float x) { return ::erff(x); }
 ASGL_HOST_DEVICE float atan(float x) { return ::atanf(x); }
 #else
-ASGL_HOST_DEVICE float exp(float x) { return float_math::exp(x); }
+ASGL_HOST_DEVICE float exp_of_nonpositive(float x) { return float_math::exp_of_nonpositive(x); }
 ASGL_HOST_DEVICE float erf(float x) { return float_math::erf(x); }
 ASGL_HOST_DEVICE float atan(float x) { return float_math::atan(x); }
 #endif
 
 // Comparisons, not fmin and fmax, which lose NaN.
-template <class Real>
-ASGL_HOST_DEVICE Real magnitude(Real x) {
-  return x < Real(0) ? -x : x;
-}
-
 template <class Real>
 ASGL_HOST_DEVICE Real clamp_to_unit(Real x) {
   const Real from_below = x < Real(0) ? Real(0) : x;
@@ -103,7 +102,8 @@ ASGL_HOST_DEVICE bool is_in_unit(Real x) {
 template <Surrogate kind>
 struct SurrogateMath;
 
-// value is F(y); adjoint is the gradient of y, given y and the gradient da of F(y).
+// value is F(y). With the gradient da of F(y), the gradient of y is da * slope(y), or adjoint(y, da) for surrogates that
+// take hardly more than a comparison.
 // Rectangle and triangle do the operations of PyTorch's autograd on the reference in the same order, for equal bits,
 // except that triangle computes one product where autograd adds two halves, which saves three operations: for gradients
 // under 1e-37 the halves are subnormal and round differently.
@@ -140,16 +140,19 @@ struct SurrogateMath<Surrogate::kTriangle> {
   }
 };
 
+// With e = exp(-|y|): F = 1 / (1 + e) or e / (1 + e), slope = e / (1 + e)^2. Both share e and the quotient, and nothing
+// is lost to cancellation, as it would be in 1 - F.
 template <>
 struct SurrogateMath<Surrogate::kSigmoid> {
   template <class Real>
   static ASGL_HOST_DEVICE Real value(Real y) {
-    return math::reciprocal(Real(1) + math::exp(-y));
+    const Real e = math::exp_of_nonpositive(-math::magnitude(y)), inverse = math::reciprocal(Real(1) + e);
+    return y < Real(0) ? e * inverse : inverse;
   }
   template <class Real>
-  static ASGL_HOST_DEVICE Real adjoint(Real y, Real da) {
-    const Real a = value(y);
-    return da * ((Real(1) - a) * a);
+  static ASGL_HOST_DEVICE Real slope(Real y) {
+    const Real e = math::exp_of_nonpositive(-math::magnitude(y)), inverse = math::reciprocal(Real(1) + e);
+    return e * inverse * inverse;
   }
 };
 
@@ -160,9 +163,9 @@ struct SurrogateMath<Surrogate::kArctan> {
     return math::atan(y * Real(1.57079632679489661923)) * Real(0.318309886183790671538) + Real(0.5);
   }
   template <class Real>
-  static ASGL_HOST_DEVICE Real adjoint(Real y, Real da) {
+  static ASGL_HOST_DEVICE Real slope(Real y) {
     const Real scaled = y * Real(1.57079632679489661923);
-    return da * (Real(0.5) * math::reciprocal(Real(1) + scaled * scaled));
+    return Real(0.5) * math::reciprocal(Real(1) + scaled * scaled);
   }
 };
 
@@ -173,8 +176,8 @@ struct SurrogateMath<Surrogate::kErf> {
     return (Real(1) + math::erf(y)) * Real(0.5);
   }
   template <class Real>
-  static ASGL_HOST_DEVICE Real adjoint(Real y, Real da) {
-    return da * (math::exp(-(y * y)) * Real(0.564189583547756286948));
+  static ASGL_HOST_DEVICE Real slope(Real y) {
+    return math::exp_of_nonpositive(-(y * y)) * Real(0.564189583547756286948);
   }
 };
 
@@ -186,9 +189,9 @@ struct SurrogateMath<Surrogate::kFastSigmoid> {
     return y < Real(0) ? tail : Real(1) - tail;
   }
   template <class Real>
-  static ASGL_HOST_DEVICE Real adjoint(Real y, Real da) {
+  static ASGL_HOST_DEVICE Real slope(Real y) {
     const Real denominator = Real(1) + math::magnitude(y);
-    return da * (Real(0.5) * math::reciprocal(denominator * denominator));
+    return Real(0.5) * math::reciprocal(denominator * denominator);
   }
 };
 
@@ -196,12 +199,12 @@ template <>
 struct SurrogateMath<Surrogate::kLaplace> {
   template <class Real>
   static ASGL_HOST_DEVICE Real value(Real y) {
-    const Real tail = Real(0.5) * math::exp(-math::magnitude(y));
+    const Real tail = Real(0.5) * math::exp_of_nonpositive(-math::magnitude(y));
     return y < Real(0) ? tail : Real(1) - tail;
   }
   template <class Real>
-  static ASGL_HOST_DEVICE Real adjoint(Real y, Real da) {
-    return da * (Real(0.5) * math::exp(-math::magnitude(y)));
+  static ASGL_HOST_DEVICE Real slope(Real y) {
+    return Real(0.5) * math::exp_of_nonpositive(-math::magnitude(y));
   }
 };
 
@@ -217,6 +220,10 @@ struct SurrogateMath<Surrogate::kInteger> {
   }
 };
 
+// Whether the gradient of y is a product with the slope, which takes long enough that a kernel may keep it.
+template <Surrogate kSurrogate>
+constexpr bool kHasSlope = kSurrogate >= Surrogate::kSigmoid && kSurrogate <= Surrogate::kLaplace;
+
 // F(y), or with the gradient da of F(y), the gradient of y. Only kInteger has levels.
 template <Surrogate kSurrogate, class Real, class... Gradient>
 ASGL_HOST_DEVICE Real surrogate(Real levels, Real y, Gradient... da) {
@@ -225,6 +232,8 @@ ASGL_HOST_DEVICE Real surrogate(Real levels, Real y, Gradient... da) {
     return Math::adjoint(y, da..., levels);
   } else if constexpr (kSurrogate == Surrogate::kInteger) {
     return Math::value(y, levels);
+  } else if constexpr (kHasSlope<kSurrogate> && sizeof...(da) > 0) {
+    return (da * ...) * Math::slope(y);
   } else if constexpr (sizeof...(da) > 0) {
     return Math::adjoint(y, da...);
   } else {

@@ -187,6 +187,24 @@ void expect_close(float (*function)(float), double (*exact)(double)) {
 }
 
 void exp_is_close() { expect_close(&asgl::float_math::exp, &std::exp); }
+
+// float_math.h claims 1.6e-7, and relative to the result 4e-6; results under 2^-126 are 0.
+void exp_of_nonpositive_is_close() {
+  for (uint64_t bits = 0x80000000u; bits <= 0xFF800000u; bits += 127) {
+    const auto x = bit_cast<float>(static_cast<uint32>(bits));
+    const double value = asgl::float_math::exp_of_nonpositive(x), expected = std::exp(static_cast<double>(x));
+    const double allowed = std::fmin(1.6e-7, 4e-6 * expected);
+    expect(std::fabs(value - expected) <= std::fmax(allowed, 0x1p-126), "%a: %a is not %a", x, value, expected);
+  }
+  expect(asgl::float_math::exp_of_nonpositive(0.0f) == 1, "e^0 is not 1");
+  expect(asgl::float_math::exp_of_nonpositive(-HUGE_VALF) == 0, "e^-inf is not 0");
+  // All bits of a NaN, since the scale is made of bits.
+  for (uint32 bits = 0x7F800001u; bits < 0x7F800001u + 1024; ++bits) {
+    const float nan = bit_cast<float>(bits | 0x80000000u);
+    expect(std::isnan(asgl::float_math::exp_of_nonpositive(nan)), "NaN %08x is lost", bits);
+  }
+}
+
 void erf_is_close() { expect_close(&asgl::float_math::erf, &std::erf); }
 void atan_is_close() { expect_close(&asgl::float_math::atan, &std::atan); }
 
@@ -218,6 +236,7 @@ const Check checks[] = {
     CHECK(element_beyond_32_bits),
     CHECK(parameter_beyond_32_bits),
     CHECK(exp_is_close),
+    CHECK(exp_of_nonpositive_is_close),
     CHECK(erf_is_close),
     CHECK(atan_is_close),
     CHECK(moments_of_equal_values),
