@@ -349,21 +349,21 @@ struct SettledStepLoop {
 // The parameters whose gradients the settled loop sums: none, width, or width, decay, threshold and soft reset.
 enum class SettledSums { kNone, kWidth, kAll };
 
-// Backward of a segment: the potentials, unless `current` is null, and the gradients, unless `d_current` is. With noise
-// the first also keep for the second the spikes and, of surrogates that have one, the slopes, whose exp is shared.
+// Backward of a segment, for each block: the potentials, then the gradients. With noise the potentials' loop keeps for
+// the other the spikes and, of surrogates that have one, the slopes, which share their exp. The gradient of the current
+// may be stored in its place.
 template <class Real, class Model, class Neurons, SettledSums kSums>
 struct SettledAdjointLoop {
   struct Args {
     Neurons neurons;
     NeuronOptions<Real> options;
     uint32 analog_below;
-    int64 length, block, steps;
+    int64 length, steps;
     bool carried;
     Steps<const Real> current;
     Steps<const uint16> draws;
-    Steps<Real> v;            // before each step, and after the last
-    Steps<Real> h, s, slope;  // of the tile, or of a block; s and slope with noise
-    bool h_is_of_block;       // where one call computes both
+    Steps<Real> v;        // before each step, and after the last
+    Real *h, *s, *slope;  // [steps, kBlock], of a block
     Steps<const Real> g;
     Real* dv;  // the gradient of v after the last step on entry, before the first on return
     Real *width, *decay, *threshold, *reset;
@@ -376,21 +376,20 @@ struct SettledAdjointLoop {
 
   template <bool kNoise>
   static ASGL_HOST_DEVICE void loop(Args args) {
-    for_each_block(args.length, args.block, [&](int64 first, auto count) __attribute__((always_inline)) {
-      const int64 kept = args.h_is_of_block ? 0 : first;
-      if (args.current.first != nullptr) compute_potentials<kNoise>(args, first, count, kept);
-      if (args.d_current.first != nullptr) walk_back<kNoise>(args, first, count, kept);
+    for_each_block(args.length, kBlock, [&](int64 first, auto count) __attribute__((always_inline)) {
+      compute_potentials<kNoise>(args, first, count);
+      walk_back<kNoise>(args, first, count);
     });
   }
 
   template <bool kNoise, class Count>
-  static ASGL_HOST_DEVICE void compute_potentials(const Args& args, int64 first, Count count, int64 kept) {
+  static ASGL_HOST_DEVICE void compute_potentials(const Args& args, int64 first, Count count) {
     const Firing<Real> firing(args.options);
     for (int64 k = 0; k < args.steps; ++k) {
       const Real *current = args.current[k] + first, *v = args.v[k] + first;
       const uint16* draws = args.draws[k] + first;
-      Real *h = args.h[k] + kept, *next_v = args.v[k + 1] + first;
-      Real *kept_s = args.s[k] + kept, *slope = args.slope[k] + kept;
+      Real *h = args.h + k * kBlock, *kept_s = args.s + k * kBlock, *slope = args.slope + k * kBlock;
+      Real* next_v = args.v[k + 1] + first;
       prefetch_block(args.input_ahead, k, first, count);
 #pragma GCC ivdep
       for (int64 i = 0, end = count; i < end; ++i) {
@@ -406,15 +405,15 @@ struct SettledAdjointLoop {
   }
 
   template <bool kNoise, class Count>
-  static ASGL_HOST_DEVICE void walk_back(const Args& args, int64 first, Count count, int64 kept) {
+  static ASGL_HOST_DEVICE void walk_back(const Args& args, int64 first, Count count) {
     const Firing<Real> firing(args.options);
     alignas(64) Real streamed[kBlock];
     Real *gradient = args.dv + first, *width = args.width + first;
     Real *decay = args.decay + first, *threshold = args.threshold + first, *reset = args.reset + first;
     for (int64 k = args.steps - 1; k >= 0; --k) {
       const bool carried = args.carried || k + 1 < args.steps;
-      const Real *g = args.g[k] + first, *v = args.v[k] + first, *h = args.h[k] + kept;
-      const Real *kept_s = args.s[k] + kept, *slope = args.slope[k] + kept;
+      const Real *g = args.g[k] + first, *v = args.v[k] + first;
+      const Real *h = args.h + k * kBlock, *kept_s = args.s + k * kBlock, *slope = args.slope + k * kBlock;
       Real* d_current = args.stream == nullptr ? args.d_current[k] + first : streamed;
       prefetch_block(args.gradients_ahead, k, first, count);
 #pragma GCC ivdep

@@ -5,25 +5,64 @@
 namespace asgl::cpu {
 namespace {
 
-// Row t of the residual; null without one.
+// Steps whose rows a loop takes as copies, which the L1 cache holds.
+constexpr int64 kStepsCopied = 4;
+
+// How far a loop prefetches in the rows that it uses.
+constexpr int64 kElementsAhead = 256;
+
+// Whether the steps of a sequence are in place for a loop: contiguous, and in the arithmetic type.
 template <class Scalar>
-const Real_t<Scalar>* read_residual(const LIFParams<Scalar>& params, const Tile& tile, int64 t,
-                                    Real_t<Scalar>* buffer) {
-  return params.residual == nullptr ? nullptr : read_row(params.residual, tile, t, buffer);
+bool is_in_place(const Tile& tile) {
+  return std::is_same_v<Scalar, Real_t<Scalar>> && tile.in_one_piece();
 }
 
-// Whether a loop may take a block through all steps of a segment: if their rows are in place.
-template <class Scalar>
-bool takes_all_steps(const LIFParams<Scalar>& params, const Tile& tile) {
-  return std::is_same_v<Scalar, Real_t<Scalar>> && tile.in_one_piece() && params.is_input_plain() &&
-         params.residual == nullptr;
+// Adjacent steps of a tile that one call of a loop takes.
+struct Chunk {
+  Tile tile;
+  int64 t, count;
+};
+
+// What a loop over a chunk prefetches of a sequence: what it uses itself some blocks later, or what is used of the next
+// chunk, where rows are copies or computed apart.
+template <class Element>
+const char* ahead_of(const Element* sequence, const Chunk& chunk, const Chunk& next, bool used_by_loop) {
+  if (!used_by_loop) return row_ahead(sequence, next.tile, next.t);
+  const char* row = row_ahead(sequence, chunk.tile, chunk.t);
+  return row == nullptr ? nullptr : row + kElementsAhead * sizeof(Element);
 }
 
-// Neurons of a block in a loop over one step: parts while rows are prefetched, since the processor can't fetch a row at
-// once.
-int64 block_of_step(const Tile& tile, const Ahead& ahead) {
-  return ahead.empty() ? std::max<int64>(1, tile.length) : kBlock;
-}
+// The input current of a chunk: x in place, or rows in a buffer.
+template <class Scalar>
+class ChunkCurrents {
+  using Real = Real_t<Scalar>;
+
+ public:
+  ChunkCurrents(const LIFParams<Scalar>& params, int64 most_steps)
+      : params_(params), input_(params), rows_(most_steps + 2, kTile) {}
+
+  TileInput<Real>& input() { return input_; }
+  bool in_place(const Tile& tile) const { return input_.plain() && is_in_place<Scalar>(tile); }
+  Steps<Real> buffer() { return {rows_.row(2), rows_.stride()}; }
+
+  Steps<const Real> compute(const Chunk& chunk) {
+    const Tile& tile = chunk.tile;
+    if (in_place(tile)) return read_steps(params_.x_seq, tile, chunk.t, rows_.row(0));
+    const Steps<Real> currents = buffer();
+    for (int64 k = 0, t = chunk.t; k < chunk.count; ++k, ++t) {
+      const Real* x = read_row(params_.x_seq, tile, t, input_.plain() ? currents[k] : rows_.row(0));
+      if (input_.plain()) continue;
+      input_.current(x, params_.residual == nullptr ? nullptr : read_row(params_.residual, tile, t, rows_.row(1)),
+                     currents[k]);
+    }
+    return {currents.first, currents.stride};
+  }
+
+ private:
+  const LIFParams<Scalar>& params_;
+  TileInput<Real> input_;
+  Rows<Real> rows_;
+};
 
 // ---- forward ----
 
@@ -32,50 +71,51 @@ void run_with(const ForwardParams<Scalar>& params) {
   using Real = Real_t<Scalar>;
   const int64 steps = params.shape.steps;
   for_each_tile_range(params.shape, [&](int64 begin, int64 end) {
-    Rows<Real> rows(4, kTile);
-    Real *x_buffer = rows.take(), *s_buffer = rows.take(), *r_buffer = rows.take(), *v = rows.take();
+    ChunkCurrents<Scalar> currents(params, kStepsCopied);
+    Rows<Real> rows(kStepsCopied + 1, kTile);
+    const Steps<Real> s_buffer = {rows.take(kStepsCopied), rows.stride()};
+    Real* v = rows.take();
     TileNoise noise(params.noise);
     TileNeurons<Real> neurons(params.parameters, params.options, kInputGain);
-    TileInput<Real> input(params);
-    const Stream past_cache =
-        Model::kHasExp && params.noise.analog_below > 0 ? nullptr : stream_for(params.s_seq, params.shape);
+    const Stream past_cache = stream_for(params.s_seq, params.shape);
     for (int64 index = begin; index < end; ++index) {
       const Tile tile(params.shape, index);
-      neurons.move_to(tile, 0);
-      input.move_to(tile);
-      load_state(params.v_init, tile.first, params.options.v_rest, tile.length, v);
+      const bool s_in_place = is_in_place<Scalar>(tile), all_in_place = s_in_place && currents.in_place(tile);
+      const bool in_cache = recent_row_ahead(params.x_seq, tile, 0) == nullptr;
       // In the L2 cache rows are faster, whose stores don't wait for loads at the same place of another page.
-      const bool all_steps = takes_all_steps(params, tile) && recent_row_ahead(params.x_seq, tile, 0) != nullptr;
-      const Stream stream = all_steps ? past_cache : nullptr;
-      const auto ahead = [&](const Tile& at, int64 t) {
-        return Ahead{sizeof(Scalar),
-                     {recent_row_ahead(params.x_seq, at, t), recent_row_ahead(params.residual, at, t),
-                      stream != nullptr ? nullptr : recent_row_ahead(params.s_seq, at, t)}};
-      };
+      const int64 most = !all_in_place ? kStepsCopied : in_cache ? 1 : kCheckpointSteps;
+      const Stream stream = s_in_place ? past_cache : nullptr;
+      neurons.move_to(tile, 0);
+      currents.input().move_to(tile);
+      load_state(params.v_init, tile.first, params.options.v_rest, tile.length, v);
       for (int64 t = 0, count; t < steps; t += count) {
-        count = std::min(all_steps ? kCheckpointSteps : int64{1}, steps - t);
-        Steps<const Real> x = read_steps(params.x_seq, tile, t, x_buffer);
-        if (!input.plain()) x.first = input.current(x.first, read_residual(params, tile, t, r_buffer));
-        const Steps<Real> s = start_steps(params.s_seq, tile, t, s_buffer);
-        const int64 later = t + kRowsAhead;
-        const Ahead rows_ahead = all_steps ? along(ahead(tile, t), params.shape, stream != nullptr)
-                                           : ahead(Tile(params.shape, index + later / steps), later % steps);
+        count = std::min(most, steps - t);
+        const Chunk chunk = {tile, t, count};
+        const Chunk next = t + count < steps ? Chunk{tile, t + count, most} : Chunk{{params.shape, index + 1}, 0, most};
+        Ahead ahead = {.element_size = sizeof(Scalar), .stride = params.shape.inner};
+        if (!in_cache) {
+          ahead.rows[0] = ahead_of(params.x_seq, chunk, next, all_in_place);
+          ahead.rows[1] = ahead_of(params.residual, chunk, next, false);
+          if (stream == nullptr) ahead.rows[2] = ahead_of(params.s_seq, chunk, next, s_in_place);
+        }
+        const Steps<const Real> current = currents.compute(chunk);
+        const Steps<Real> s = s_in_place ? start_steps(params.s_seq, tile, t, v) : s_buffer;
         neurons.template visit<SettledRows<Real>>([&](auto values) {
           run<SettledStepLoop<Real, Model, decltype(values)>>(
               {.neurons = values,
                .options = params.options,
                .analog_below = params.noise.analog_below,
                .length = tile.length,
-               .block = all_steps ? kBlock : block_of_step(tile, rows_ahead),
+               .block = count == 1 && in_cache ? std::max<int64>(1, tile.length) : kBlock,
                .steps = count,
-               .current = x,
+               .current = current,
                .draws = noise.rows(tile, t, count),
                .v = v,
                .s = s,
                .stream = stream,
-               .ahead = rows_ahead});
+               .ahead = ahead});
         });
-        if (!all_steps) finish_row(s.first, params.s_seq, tile, t);
+        for (int64 k = 0; k < count && !s_in_place; ++k) finish_row(s[k], params.s_seq, tile, t + k);
         store_checkpoint(params, tile, t + count, v);
       }
       store_state(v, tile.length, params.v_last, tile.first);
@@ -96,146 +136,105 @@ class SettledBackward {
   }
 
   void run(const Tile& tile) {
-    tile_ = tile;
     neurons_.move_to(tile, 0);
-    input_.move_to(tile);
-    input_.clear_sums();
+    input().move_to(tile);
+    input().clear_sums();
     load_state(params_.grad_v_last, tile.first, Real(0), tile.length, dv_);
     for (int id = 0; id < (more_ ? kInputGain : kDecay); ++id) std::fill_n(sums(id), tile.length, Real(0));
-    const bool all_steps = takes_all_steps(params_, tile);
-    stream_ = all_steps ? past_cache_ : nullptr;
     carried_ = params_.grad_v_last != nullptr;
     for (int64 start = last_start_; start >= 0; start -= segment_) {
-      const int64 stop = std::min(params_.shape.steps, start + segment_);
-      load_start(params_, tile_, start, v(0).first);
-      if (all_steps) {
-        compute(start, stop);
-      } else {
-        for (int64 t = start; t < stop; ++t) compute_potentials(start, stop, t);
-        for (int64 t = stop - 1; t >= start; --t) walk_back(start, stop, t);
-      }
+      load_start(params_, tile, start, v_);
+      walk_back(segment(tile, start), start > 0 ? segment(tile, start - segment_)
+                                                : segment(Tile(params_.shape, tile.index + 1), last_start_));
+      carried_ = true;
     }
-    for (int id = 0; id < kInputGain; ++id) store(id, sums(id));
+    for (int id = 0; id < kInputGain; ++id) {
+      if (params_.wants(id)) store_partials(params_.partials[id], params_.parameters[id], tile, 0, sums(id));
+    }
     for (const ParameterId id : {kInputGain, kInputBias}) {
-      if (params_.wants(id)) input_.store_gradient(id, params_.partials[id]);
+      if (params_.wants(id)) input().store_gradient(id, params_.partials[id]);
     }
     store_state(dv_, tile.length, params_.grad_v_init, tile.first);
-    if (stream_ != nullptr) finish_stream();
+    if (past_cache_ != nullptr) finish_stream();
   }
 
  private:
-  Steps<Real> kept(Real* rows, int64 k) const { return {rows + k * rows_.stride(), rows_.stride()}; }
+  TileInput<Real>& input() { return currents_.input(); }
   Real* sums(int id) const { return sums_ + id * rows_.stride(); }
-  Steps<Real> v(int64 k) const {
-    const int64 stride = states_ > 1 ? rows_.stride() : 0;
-    return {v_ + k * stride, stride};
-  }
-  void store(int id, const Real* sums) {
-    if (params_.wants(id)) store_partials(params_.partials[id], params_.parameters[id], tile_, 0, sums);
+  Chunk segment(const Tile& tile, int64 start) const {
+    return {tile, start, std::min(segment_, params_.shape.steps - start)};
   }
 
-  Ahead input_ahead(const Tile& tile, int64 t) const {
-    return {sizeof(Scalar), {row_ahead(params_.x_seq, tile, t), row_ahead(params_.residual, tile, t)}};
-  }
-  Ahead gradients_ahead(int64 t) const {
-    const auto written = [&](Scalar* sequence) { return stream_ ? nullptr : recent_row_ahead(sequence, tile_, t); };
-    return {
-        sizeof(Scalar),
-        {recent_row_ahead(params_.grad_s_seq, tile_, t), written(params_.grad_x_seq), written(params_.grad_residual)}};
-  }
-
-  // One step at a time: the rows of kRowsAhead rows after row `used` of a segment: x forward, g and dx backward, then x
-  // of the next segment or tile.
-  Ahead ahead(int64 start, int64 stop, int64 used) const {
-    const int64 next = used + kRowsAhead, steps = stop - start;
-    if (next < steps) return input_ahead(tile_, start + next);
-    if (next < 2 * steps) return gradients_ahead(stop - 1 - (next - steps));
-    const int64 next_start = start > 0 ? start - segment_ : last_start_;
-    const int64 t = std::min(next_start + next - 2 * steps, params_.shape.steps - 1);
-    return input_ahead(start > 0 ? tile_ : Tile(params_.shape, tile_.index + 1), t);
+  Steps<const Real> gradients(const Chunk& chunk) {
+    if (params_.grad_s_seq == nullptr) return {zeros_, 0};
+    if (is_in_place<Scalar>(chunk.tile)) return read_steps(params_.grad_s_seq, chunk.tile, chunk.t, g_);
+    for (int64 k = 0; k < chunk.count; ++k) {
+      read_row(params_.grad_s_seq, chunk.tile, chunk.t + k, g_ + k * rows_.stride());
+    }
+    return {g_, rows_.stride()};
   }
 
-  // Runs the loop over `count` steps from step t on. f(arguments) sets those that depend on where rows are.
-  template <class F>
-  void run_loop(int64 start, int64 t, int64 count, F&& f) {
+  void walk_back(const Chunk& chunk, const Chunk& next) {
+    const Tile& tile = chunk.tile;
+    const bool in_place = is_in_place<Scalar>(tile), x_in_place = currents_.in_place(tile);
+    Scalar* const grad_current = dx_is_dc_ && params_.grad_x_seq ? params_.grad_x_seq : params_.grad_residual;
+    // Else the gradient of the current replaces it.
+    const bool dc_in_place = in_place && grad_current != nullptr;
+    const Steps<Real> dc = dc_in_place ? start_steps(grad_current, tile, chunk.t, zeros_) : currents_.buffer();
+    const Stream stream = dc_in_place && dx_is_dc_ ? past_cache_ : nullptr;
+    Ahead input_ahead = {.element_size = sizeof(Scalar), .stride = params_.shape.inner}, gradients_ahead = input_ahead;
+    input_ahead.rows[0] = ahead_of(params_.x_seq, chunk, next, x_in_place);
+    input_ahead.rows[1] = ahead_of(params_.residual, chunk, next, false);
+    if (!in_cache_) {
+      gradients_ahead.rows[0] = ahead_of(params_.grad_s_seq, chunk, next, in_place);
+      if (stream == nullptr) {
+        gradients_ahead.rows[1] = ahead_of(params_.grad_x_seq, chunk, next, dc_in_place && dx_is_dc_);
+        gradients_ahead.rows[2] = ahead_of(params_.grad_residual, chunk, next, dc_in_place && !dx_is_dc_);
+      }
+    }
+    const Steps<const Real> current = currents_.compute(chunk), g = gradients(chunk);
     neurons_.template visit<SettledRows<Real>>([&](auto neurons) {
       const auto call = [&](auto kSums) {
-        using Loop = SettledAdjointLoop<Real, Model, decltype(neurons), kSums()>;
-        typename Loop::Args args{.neurons = neurons,
-                                 .options = params_.options,
-                                 .analog_below = params_.noise.analog_below,
-                                 .length = tile_.length,
-                                 .steps = count,
-                                 .carried = carried_,
-                                 .draws = noise_.rows(tile_, t, count),
-                                 .v = v(t - start),
-                                 .h = kept(h_, t - start),
-                                 .s = kept(s_, t - start),
-                                 .slope = kept(slope_, t - start),
-                                 .dv = dv_,
-                                 .width = sums(kWidth),
-                                 .decay = sums(kDecay),
-                                 .threshold = sums(kThreshold),
-                                 .reset = sums(kReset)};
-        f(args);
-        cpu::run<Loop>(args);
+        cpu::run<SettledAdjointLoop<Real, Model, decltype(neurons), kSums()>>(
+            {.neurons = neurons,
+             .options = params_.options,
+             .analog_below = params_.noise.analog_below,
+             .length = tile.length,
+             .steps = chunk.count,
+             .carried = carried_,
+             .current = current,
+             .draws = noise_.rows(tile, chunk.t, chunk.count),
+             .v = {v_, states_ > 1 ? rows_.stride() : 0},
+             .h = h_,
+             .s = s_,
+             .slope = slope_,
+             .g = g,
+             .dv = dv_,
+             .width = sums(kWidth),
+             .decay = sums(kDecay),
+             .threshold = sums(kThreshold),
+             .reset = sums(kReset),
+             .d_current = dc,
+             .stream = stream,
+             .input_ahead = input_ahead,
+             .gradients_ahead = gradients_ahead});
       };
       if (more_) return call(std::integral_constant<SettledSums, SettledSums::kAll>{});
       if (params_.wants(kWidth)) return call(std::integral_constant<SettledSums, SettledSums::kWidth>{});
       call(std::integral_constant<SettledSums, SettledSums::kNone>{});
     });
+    for (int64 k = chunk.count - 1; k >= 0; --k) finish(tile, chunk.t + k, dc[k]);
   }
 
-  Steps<const Real> gradients(int64 t) {
-    if (params_.grad_s_seq == nullptr) return {zeros_, 0};
-    return read_steps(params_.grad_s_seq, tile_, t, g_buffer_);
-  }
-
-  // A segment whose rows are in place, block by block.
-  void compute(int64 start, int64 stop) {
-    run_loop(start, start, stop - start, [&](auto& args) {
-      args.block = kBlock;
-      args.current = read_steps(params_.x_seq, tile_, start, x_buffer_);
-      args.h.stride = args.s.stride = args.slope.stride = kBlock;
-      args.h_is_of_block = true;
-      args.g = gradients(start);
-      args.d_current = start_steps(params_.grad_x_seq, tile_, start, dx_buffer_);
-      args.stream = stream_;
-      args.input_ahead = along(input_ahead(tile_, start), params_.shape, stream_ != nullptr);
-      args.gradients_ahead = along(gradients_ahead(start), params_.shape, stream_ != nullptr);
-    });
-    carried_ = true;
-  }
-
-  void compute_potentials(int64 start, int64 stop, int64 t) {
-    const Real* x = read_row(params_.x_seq, tile_, t, x_buffer_);
-    const Real* current = input_.current(x, read_residual(params_, tile_, t, r_buffer_));
-    run_loop(start, t, 1, [&](auto& args) {
-      args.current = {current, 0};
-      args.input_ahead = ahead(start, stop, t - start);
-      args.block = block_of_step(tile_, args.input_ahead);
-    });
-  }
-
-  void walk_back(int64 start, int64 stop, int64 t) {
-    Scalar *const grad_x_seq = params_.grad_x_seq, *const grad_residual = params_.grad_residual;
-    Real* const dc_buffer = dx_is_dc_ ? dx_buffer_ : input_.gradient_row();
-    const Steps<Real> dc =
-        start_steps(dx_is_dc_ && grad_x_seq != nullptr ? grad_x_seq : grad_residual, tile_, t, dc_buffer);
-    run_loop(start, t, 1, [&](auto& args) {
-      args.g = gradients(t);
-      args.d_current = dc;
-      args.gradients_ahead = ahead(start, stop, 2 * stop - start - 1 - t);
-      args.block = block_of_step(tile_, args.gradients_ahead);
-    });
-    carried_ = true;
-    Real* dx = dc.first;
+  // Stores the gradients of x and the residual, of which the loop has stored one where it is in place.
+  void finish(const Tile& tile, int64 t, Real* dc) {
+    Real* dx = dc;
     if (!dx_is_dc_) {
-      dx = start_row(grad_x_seq, tile_, t, dx_buffer_);
-      input_.backward(read_row(params_.x_seq, tile_, t, x_buffer_), dc.first, dx);
+      dx = start_row(params_.grad_x_seq, tile, t, dx_buffer_);
+      input().backward(read_row(params_.x_seq, tile, t, x_buffer_), dc, dx);
     }
-    finish_row(dx, grad_x_seq, tile_, t);
-    finish_residual_row(dc.first, params_, tile_, t, r_buffer_);
+    finish_row(dx, params_.grad_x_seq, tile, t);
+    finish_residual_row(dc, params_, tile, t, x_buffer_);
   }
 
   const BackwardParams<Scalar>& params_;
@@ -243,19 +242,17 @@ class SettledBackward {
   const int64 last_start_ = (params_.shape.steps - 1) / segment_ * segment_;
   const bool more_ = params_.wants(kDecay) || params_.wants(kThreshold) || params_.wants(kReset);
   const bool dx_is_dc_ = params_.is_input_plain();
-  const Stream past_cache_ = Model::kHasExp ? nullptr : stream_for(params_.grad_x_seq, params_.shape);
-  Stream stream_ = nullptr;
-  const int64 kept_ = params_.noise.analog_below > 0 ? segment_ : 0;
-  Rows<Real> rows_{segment_ + 2 * kept_ + states_ + 6 + kInputGain, kTile};
-  Real *const h_ = rows_.take(segment_), *const s_ = rows_.take(kept_), *const slope_ = rows_.take(kept_);
-  Real *const v_ = rows_.take(states_), *const dv_ = rows_.take();
+  const bool in_cache_ = recent_row_ahead(params_.x_seq, Tile(params_.shape, 0), 0) == nullptr;
+  const Stream past_cache_ = stream_for(params_.grad_x_seq, params_.shape);
+  ChunkCurrents<Scalar> currents_{params_, segment_};
+  Rows<Real> rows_{segment_ + states_ + 4 + kInputGain, kTile}, block_rows_{3 * segment_, kBlock};
+  Real *const g_ = rows_.take(segment_), *const v_ = rows_.take(states_), *const dv_ = rows_.take();
   Real *const sums_ = rows_.take(kInputGain), *const zeros_ = rows_.take();
-  Real *const x_buffer_ = rows_.take(), *const g_buffer_ = rows_.take(), *const dx_buffer_ = rows_.take();
-  Real* const r_buffer_ = rows_.take();
+  Real *const x_buffer_ = rows_.take(), *const dx_buffer_ = rows_.take();
+  Real *const h_ = block_rows_.take(segment_), *const s_ = block_rows_.take(segment_);
+  Real* const slope_ = block_rows_.take(segment_);
   TileNoise noise_{params_.noise};
   TileNeurons<Real> neurons_{params_.parameters, params_.options, kInputGain};
-  TileInput<Real> input_{params_};
-  Tile tile_{params_.shape, 0};
   bool carried_ = false;
 };
 

@@ -98,16 +98,6 @@ const char* recent_row_ahead(const Element* sequence, const Tile& tile, int64 t)
   return bytes < kCacheBytes ? nullptr : row_ahead(sequence, tile, t);
 }
 
-// For loops over adjacent steps, whose blocks each pass through all rows: the same rows, some blocks later.
-inline Ahead along(Ahead ahead, const SequenceShape& shape, bool streams) {
-  const int64 elements = streams ? 512 : 256;
-  for (const char*& row : ahead.rows) {
-    if (row != nullptr) row += elements * ahead.element_size;
-  }
-  ahead.stride = shape.inner;
-  return ahead;
-}
-
 // How blocks of a result are stored past the cache where that is faster, else null: with the sum that the next layer
 // might be, T = 4 and N = 2^20 take 0.92 of the time, N = 2^18 1.5 times; at T = 1 they take longer at any size.
 template <class Element>

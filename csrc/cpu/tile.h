@@ -234,10 +234,10 @@ class TileInput {
       : parameters_(params.parameters),
         residual_gain_(params.residual_gain),
         plain_(params.is_input_plain() && params.residual == nullptr),
-        rows_(plain_ ? 0 : 6, kTile),
+        rows_(plain_ ? 0 : 5, kTile),
         tile_(params.shape, 0) {
     if (plain_) return;
-    for (Real** row : {&current_, &gain_, &bias_, &mean_, &gain_sum_, &bias_sum_}) *row = rows_.take();
+    for (Real** row : {&gain_, &bias_, &mean_, &gain_sum_, &bias_sum_}) *row = rows_.take();
     bool alike = true;  // the non-uniform parameters
     for (int id = kInputGain; id < kNumParameters; ++id) {
       const ParameterView<Real>& parameter = parameters_[id];
@@ -272,15 +272,12 @@ class TileInput {
     std::fill_n(bias_sum_, kTile, Real(0));
   }
 
-  // `residual` is null without one.
-  const Real* current(const Real* x, const Real* residual) {
-    if (plain_) return x;
-    residual == nullptr ? compute<false>(x, nullptr) : compute<true>(x, residual);
-    return current_;
+  // Unless plain. `residual` is null without one.
+  void current(const Real* x, const Real* residual, Real* current) {
+    residual == nullptr ? compute<false>(x, nullptr, current) : compute<true>(x, residual, current);
   }
 
-  // A row for the gradient of the current, dc, from which backward computes dx.
-  Real* gradient_row() { return current_; }
+  // From the gradient of the current.
   void backward(const Real* x, const Real* dc, Real* dx) {
     if (in_rows_) {
       run<InputCurrentAdjointLoop<Real, true>>({x, dc, rows(), gain_sum_, bias_sum_, dx, tile_.length});
@@ -315,13 +312,13 @@ class TileInput {
 
  private:
   template <bool kResidual>
-  void compute(const Real* x, const Real* residual) {
+  void compute(const Real* x, const Real* residual, Real* current) {
     if (in_rows_) {
-      run<InputCurrentLoop<Real, true, kResidual>>({x, residual, residual_gain_, rows(), current_, tile_.length});
+      run<InputCurrentLoop<Real, true, kResidual>>({x, residual, residual_gain_, rows(), current, tile_.length});
     } else {
       for_each_shared([&](int64, int64 i, int64 length, const InputParameters<Real, false>& parameters) {
         run<InputCurrentLoop<Real, false, kResidual>>(
-            {x + i, kResidual ? residual + i : nullptr, residual_gain_, parameters, current_ + i, length});
+            {x + i, kResidual ? residual + i : nullptr, residual_gain_, parameters, current + i, length});
       });
     }
   }
@@ -344,7 +341,7 @@ class TileInput {
   int64 shared_ = 0, count_ = 1;  // inner and count of the non-uniform parameters, if equal
   int64 period_ = kTile;          // period of the rows
   Rows<Real> rows_;
-  Real *current_ = nullptr, *gain_ = nullptr, *bias_ = nullptr, *mean_ = nullptr;
+  Real *gain_ = nullptr, *bias_ = nullptr, *mean_ = nullptr;
   Real *gain_sum_ = nullptr, *bias_sum_ = nullptr;
   Tile tile_;
   bool filled_ = false;

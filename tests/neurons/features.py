@@ -510,9 +510,21 @@ def assert_equals_reference(feature: Feature, case: Case, backend: str, device: 
     ]
     errors = {name: error(without(actual[name], name), without(each, name)) for name, each in expected.items()}
     # What parameters' gradients are sums of, which may cancel; terms may have cancelled already.
-    of_currents = float(found[0][0].double().norm()) if "x_seq" in leaves else 0.0
+    if "x_seq" in leaves:
+        of_currents = found[0][0]
+    else:
+        x_leaf, copies = x_seq.detach().requires_grad_(), {name: each.clone() for name, each in running[0].items()}
+        again = feature.run(x_leaf, {**options, **copies}, feature.outputs, "reference")
+        (of_currents,) = torch.autograd.grad([again[name] for name in depend], x_leaf, grads, **unused)
+    size_of_currents = float(of_currents.double().norm())
+    # The reference's slope of a sigmoid, F (1 - F), has the rounding of F, up to 2^-24, however small 1 - F is.
+    least_of_slopes = 1e-30
+    if case.surrogate == "sigmoid" and case.dtype == torch.float32 and grads:
+        least_of_slopes = 2**-24 / PLACE[case.dtype] * max(float(each.abs().max()) for each in grads if each.numel())
     for name, theirs, ours in zip(leaves, *found, strict=True):
-        size, least = None, max(of_currents / max(ours.numel(), 1) ** 0.5, 1e-30) if name in SUMMED else 1e-30
+        size, least = None, least_of_slopes
+        if name in SUMMED:
+            least = max(size_of_currents / max(ours.numel(), 1) ** 0.5, least)
         if name in terms:
             size = theirs.double().square().sum_to_size(ours.shape).sqrt()
             theirs = theirs.double().sum_to_size(ours.shape)
