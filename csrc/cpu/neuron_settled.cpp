@@ -5,11 +5,14 @@
 namespace asgl::cpu {
 namespace {
 
-// Steps whose rows a loop takes as copies, which the L1 cache holds.
-constexpr int64 kStepsCopied = 4;
+// Steps whose input currents are computed before a loop that stores past the cache, for fewer and longer streams.
+constexpr int64 kStepsOfStream = 4;
+
+// The length of rows that a loop takes together: a page apart, they would share the same few sets of the L1 cache.
+constexpr int64 kRowsApart = kTile + 16;
 
 // How far a loop prefetches in the rows that it uses.
-constexpr int64 kElementsAhead = 256;
+constexpr int64 kElementsAhead = 256, kElementsAheadOfStream = 512;
 
 // Whether the steps of a sequence are in place for a loop: contiguous, and in the arithmetic type.
 template <class Scalar>
@@ -26,10 +29,11 @@ struct Chunk {
 // What a loop over a chunk prefetches of a sequence: what it uses itself some blocks later, or what is used of the next
 // chunk, where rows are copies or computed apart.
 template <class Element>
-const char* ahead_of(const Element* sequence, const Chunk& chunk, const Chunk& next, bool used_by_loop) {
+const char* ahead_of(const Element* sequence, const Chunk& chunk, const Chunk& next, bool used_by_loop,
+                     bool streams = false) {
   if (!used_by_loop) return row_ahead(sequence, next.tile, next.t);
   const char* row = row_ahead(sequence, chunk.tile, chunk.t);
-  return row == nullptr ? nullptr : row + kElementsAhead * sizeof(Element);
+  return row == nullptr ? nullptr : row + (streams ? kElementsAheadOfStream : kElementsAhead) * sizeof(Element);
 }
 
 // The input current of a chunk: x in place, or rows in a buffer.
@@ -39,7 +43,7 @@ class ChunkCurrents {
 
  public:
   ChunkCurrents(const LIFParams<Scalar>& params, int64 most_steps)
-      : params_(params), input_(params), rows_(most_steps + 2, kTile) {}
+      : params_(params), input_(params), rows_(most_steps + 2, kRowsApart) {}
 
   TileInput<Real>& input() { return input_; }
   bool in_place(const Tile& tile) const { return input_.plain() && is_in_place<Scalar>(tile); }
@@ -71,10 +75,9 @@ void run_with(const ForwardParams<Scalar>& params) {
   using Real = Real_t<Scalar>;
   const int64 steps = params.shape.steps;
   for_each_tile_range(params.shape, [&](int64 begin, int64 end) {
-    ChunkCurrents<Scalar> currents(params, kStepsCopied);
-    Rows<Real> rows(kStepsCopied + 1, kTile);
-    const Steps<Real> s_buffer = {rows.take(kStepsCopied), rows.stride()};
-    Real* v = rows.take();
+    ChunkCurrents<Scalar> currents(params, kStepsOfStream);
+    Rows<Real> rows(2, kTile);
+    Real *v = rows.take(), *s_buffer = rows.take();
     TileNoise noise(params.noise);
     TileNeurons<Real> neurons(params.parameters, params.options, kInputGain);
     const Stream past_cache = stream_for(params.s_seq, params.shape);
@@ -82,31 +85,32 @@ void run_with(const ForwardParams<Scalar>& params) {
       const Tile tile(params.shape, index);
       const bool s_in_place = is_in_place<Scalar>(tile), all_in_place = s_in_place && currents.in_place(tile);
       const bool in_cache = recent_row_ahead(params.x_seq, tile, 0) == nullptr;
-      // In the L2 cache rows are faster, whose stores don't wait for loads at the same place of another page.
-      const int64 most = !all_in_place ? kStepsCopied : in_cache ? 1 : kCheckpointSteps;
       const Stream stream = s_in_place ? past_cache : nullptr;
+      // In the L2 cache single steps are faster, whose stores don't wait for loads at the same place of another page.
+      const int64 most = all_in_place && !in_cache ? kCheckpointSteps : stream != nullptr ? kStepsOfStream : 1;
       neurons.move_to(tile, 0);
       currents.input().move_to(tile);
       load_state(params.v_init, tile.first, params.options.v_rest, tile.length, v);
       for (int64 t = 0, count; t < steps; t += count) {
         count = std::min(most, steps - t);
         const Chunk chunk = {tile, t, count};
-        const Chunk next = t + count < steps ? Chunk{tile, t + count, most} : Chunk{{params.shape, index + 1}, 0, most};
+        const int64 later = t + std::max(most, kRowsAhead);
+        const Chunk next = {{params.shape, index + later / steps}, later % steps, count};
         Ahead ahead = {.element_size = sizeof(Scalar), .stride = params.shape.inner};
         if (!in_cache) {
-          ahead.rows[0] = ahead_of(params.x_seq, chunk, next, all_in_place);
+          ahead.rows[0] = ahead_of(params.x_seq, chunk, next, all_in_place, stream != nullptr);
           ahead.rows[1] = ahead_of(params.residual, chunk, next, false);
           if (stream == nullptr) ahead.rows[2] = ahead_of(params.s_seq, chunk, next, s_in_place);
         }
         const Steps<const Real> current = currents.compute(chunk);
-        const Steps<Real> s = s_in_place ? start_steps(params.s_seq, tile, t, v) : s_buffer;
+        const Steps<Real> s = start_steps(params.s_seq, tile, t, s_buffer);
         neurons.template visit<SettledRows<Real>>([&](auto values) {
           run<SettledStepLoop<Real, Model, decltype(values)>>(
               {.neurons = values,
                .options = params.options,
                .analog_below = params.noise.analog_below,
                .length = tile.length,
-               .block = count == 1 && in_cache ? std::max<int64>(1, tile.length) : kBlock,
+               .block = ahead.empty() && most == 1 ? std::max<int64>(1, tile.length) : kBlock,
                .steps = count,
                .current = current,
                .draws = noise.rows(tile, t, count),
@@ -115,7 +119,7 @@ void run_with(const ForwardParams<Scalar>& params) {
                .stream = stream,
                .ahead = ahead});
         });
-        for (int64 k = 0; k < count && !s_in_place; ++k) finish_row(s[k], params.s_seq, tile, t + k);
+        if (!s_in_place) finish_row(s.first, params.s_seq, tile, t);
         store_checkpoint(params, tile, t + count, v);
       }
       store_state(v, tile.length, params.v_last, tile.first);
@@ -181,16 +185,15 @@ class SettledBackward {
     // Else the gradient of the current replaces it.
     const bool dc_in_place = in_place && grad_current != nullptr;
     const Steps<Real> dc = dc_in_place ? start_steps(grad_current, tile, chunk.t, zeros_) : currents_.buffer();
-    const Stream stream = dc_in_place && dx_is_dc_ ? past_cache_ : nullptr;
+    // Not where it is read again for the residual's.
+    const bool streams = in_place && past_cache_ != nullptr && !(dx_is_dc_ && params_.grad_residual != nullptr);
     Ahead input_ahead = {.element_size = sizeof(Scalar), .stride = params_.shape.inner}, gradients_ahead = input_ahead;
-    input_ahead.rows[0] = ahead_of(params_.x_seq, chunk, next, x_in_place);
+    input_ahead.rows[0] = ahead_of(params_.x_seq, chunk, next, x_in_place, streams);
     input_ahead.rows[1] = ahead_of(params_.residual, chunk, next, false);
     if (!in_cache_) {
-      gradients_ahead.rows[0] = ahead_of(params_.grad_s_seq, chunk, next, in_place);
-      if (stream == nullptr) {
-        gradients_ahead.rows[1] = ahead_of(params_.grad_x_seq, chunk, next, dc_in_place && dx_is_dc_);
-        gradients_ahead.rows[2] = ahead_of(params_.grad_residual, chunk, next, dc_in_place && !dx_is_dc_);
-      }
+      gradients_ahead.rows[0] = ahead_of(params_.grad_s_seq, chunk, next, in_place, streams);
+      if (!streams) gradients_ahead.rows[1] = ahead_of(params_.grad_x_seq, chunk, next, dc_in_place && dx_is_dc_);
+      gradients_ahead.rows[2] = ahead_of(params_.grad_residual, chunk, next, dc_in_place && !dx_is_dc_);
     }
     const Steps<const Real> current = currents_.compute(chunk), g = gradients(chunk);
     neurons_.template visit<SettledRows<Real>>([&](auto neurons) {
@@ -215,7 +218,7 @@ class SettledBackward {
              .threshold = sums(kThreshold),
              .reset = sums(kReset),
              .d_current = dc,
-             .stream = stream,
+             .stream = streams && dx_is_dc_ ? past_cache_ : nullptr,
              .input_ahead = input_ahead,
              .gradients_ahead = gradients_ahead});
       };
@@ -228,12 +231,16 @@ class SettledBackward {
 
   // Stores the gradients of x and the residual, of which the loop has stored one where it is in place.
   void finish(const Tile& tile, int64 t, Real* dc) {
-    Real* dx = dc;
-    if (!dx_is_dc_) {
-      dx = start_row(params_.grad_x_seq, tile, t, dx_buffer_);
+    if (dx_is_dc_) {
+      finish_row(dc, params_.grad_x_seq, tile, t);
+    } else {
+      const bool streams = is_in_place<Scalar>(tile) && past_cache_ != nullptr;
+      Real* const stored = start_row(params_.grad_x_seq, tile, t, dx_buffer_);
+      Real* const dx = streams ? dx_buffer_ : stored;
       input().backward(read_row(params_.x_seq, tile, t, x_buffer_), dc, dx);
+      streams ? past_cache_(reinterpret_cast<float*>(stored), reinterpret_cast<float*>(dx), tile.length)
+              : finish_row(dx, params_.grad_x_seq, tile, t);
     }
-    finish_row(dx, params_.grad_x_seq, tile, t);
     finish_residual_row(dc, params_, tile, t, x_buffer_);
   }
 
@@ -245,7 +252,7 @@ class SettledBackward {
   const bool in_cache_ = recent_row_ahead(params_.x_seq, Tile(params_.shape, 0), 0) == nullptr;
   const Stream past_cache_ = stream_for(params_.grad_x_seq, params_.shape);
   ChunkCurrents<Scalar> currents_{params_, segment_};
-  Rows<Real> rows_{segment_ + states_ + 4 + kInputGain, kTile}, block_rows_{3 * segment_, kBlock};
+  Rows<Real> rows_{segment_ + states_ + 4 + kInputGain, kRowsApart}, block_rows_{3 * segment_, kBlock};
   Real *const g_ = rows_.take(segment_), *const v_ = rows_.take(states_), *const dv_ = rows_.take();
   Real *const sums_ = rows_.take(kInputGain), *const zeros_ = rows_.take();
   Real *const x_buffer_ = rows_.take(), *const dx_buffer_ = rows_.take();

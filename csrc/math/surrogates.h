@@ -102,8 +102,8 @@ ASGL_HOST_DEVICE bool is_in_unit(Real x) {
 template <Surrogate kind>
 struct SurrogateMath;
 
-// value is F(y). With the gradient da of F(y), the gradient of y is da * slope(y), or adjoint(y, da) for surrogates that
-// take hardly more than a comparison.
+// value is F(y). With the gradient da of F(y), the gradient of y is da * slope(y), or adjoint(y, da) for surrogates
+// whose slope is hardly more than a comparison.
 // Rectangle and triangle do the operations of PyTorch's autograd on the reference in the same order, for equal bits,
 // except that triangle computes one product where autograd adds two halves, which saves three operations: for gradients
 // under 1e-37 the halves are subnormal and round differently.

@@ -721,7 +721,9 @@ CPU_MUTANTS = {
         "no last checkpoint": cpu("kCheckpointSteps == 0 && @)", "steps < params.shape.steps",
                                   "steps + kCheckpointSteps < params.shape.steps"),
         "decay's gradient of another step": cpu("accumulate(kDecay, Real(1), dh_, {v(@)", "k", "k + 1"),
-        "decay's gradient of another settled step": settled(".v = v(@)", "t - start", "t - start + 1"),
+        "decay's gradient of another settled step": loops(
+            "*g = args.g[k] + first, *v = @ + first", "args.v[k]", "args.v[k + 1]"
+        ),
         "wrong sign of the soft reset's gradient": loops(
             "d_reset = @;", "model.gradient_of_reset(dv, s)", "dv * s"
         ),
@@ -733,7 +735,7 @@ CPU_MUTANTS = {
         "one surrogate for all": loops("args.options.surrogate = @;  // unused by LIF\n    // A",
                                        "static_cast<Surrogate>(kId)", "Surrogate::kRectangle"),
         "a carried gradient forgotten": settled(
-            "nullptr;\n    carried_ = @;", "params_.grad_v_last != nullptr", "false"
+            "Real(0));\n    carried_ = @;", "params_.grad_v_last != nullptr", "false"
         ),
         "settled forward in spite of potentials": entry("return params.v_seq == nullptr && @;",
                                                         "params.h_seq == nullptr", "true"),
@@ -755,7 +757,10 @@ CPU_MUTANTS = {
         "threshold's gradient without a width": loops("threshold[i] -= step.dy * @;", "neuron.inverse_width",
                                                      "Real(1)"),
         "soft reset's gradient without a spike": loops("reset[i] -= keep_if(carried, @);", "dv * s", "dv"),
-        "potentials of a tile as of a block": loops("(@ ? 0 : first)", "args.h_is_of_block", "true"),
+        "slopes of a segment's first step": loops("*slope = args.slope + @;\n      Real* d_current", "k * kBlock", "0"),
+        "spikes of a segment's first step": loops(
+            "*kept_s = args.s + @, *slope = args.slope + k * kBlock;\n      Real* d", "k * kBlock", "0"
+        ),
         "noise of a segment's first step": tiles("drawn_ ? @ : 0}", "4 * rows_.stride()", "0"),
         "a gradient that no step carries": loops("args.carried || @;", "k + 1 < args.steps", "false"),
         "no sum of the width's gradient alone": settled("if (@) return call", "params_.wants(kWidth)", "false"),
