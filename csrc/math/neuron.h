@@ -124,9 +124,6 @@ template <Surrogate kSurrogate, bool kHardReset>
 struct LIF {
   static constexpr bool kResetsHard = kHardReset, kOnlyGeneral = false, kAdapts = false;
   static constexpr bool kCounts = kSurrogate == Surrogate::kInteger, kHasSlope = asgl::kHasSlope<kSurrogate>;
-  // On a CPU arithmetic takes longer than memory.
-  static constexpr bool kHasExp =
-      kSurrogate == Surrogate::kSigmoid || kSurrogate == Surrogate::kErf || kSurrogate == Surrogate::kLaplace;
 
   // The object whose functions kernels call; LIFByOptions keeps the options in it.
   template <class Options>
