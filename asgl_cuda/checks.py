@@ -86,8 +86,8 @@ def check_dense(name: str, value: Tensor, caller: str) -> None:
         raise TypeError(f"{caller}: {name} must be a dense tensor, got {kind}; pad it, or convert it to a dense tensor")
     if hasattr(value, "to_local"):
         raise TypeError(
-            f"{caller}: {name} must be a tensor of this process, got a {type(value).__name__}; unless time is "
-            f"sharded, pass {name}.to_local(), because neurons are independent"
+            f"{caller}: {name} must be a tensor of this process, got a {type(value).__name__}; if it is not "
+            f"sharded over time, pass {name}.to_local(), because neurons are independent"
         )
 
 

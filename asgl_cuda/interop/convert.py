@@ -353,7 +353,7 @@ def _spike_function(
     wanted: _ASGL | None,
 ) -> SpikeFunction | str | None:
     if wanted is not None and kind.multi_spike:
-        return "it may spike several times a step, which asgl does not provide for; without asgl it can be converted"
+        return "it may spike several times per step, which ASGL layers can't; without asgl it can be converted"
     if function is None or isinstance(function, SpikeFunction):
         return function
     if wanted is None:

@@ -236,4 +236,4 @@ def not_written(module: nn.Module) -> str | None:
 def streamed(module: nn.Module) -> InStream:
     if not isinstance(module, _NEURONS):
         return None
-    return "Norse hands its state on: output, state = model(x_t, state) is a step, with time of size 1 for LIF and LI"
+    return "Norse's caller passes the state: a step is output, state = model(x_t, state), for LIF and LI with x_t[None]"

@@ -107,7 +107,7 @@ def adaptive_lif(
     return run_adaptive(x_seq, given, w_init)
 
 
-# The keyword arguments, for errors and hints.
+# The keyword arguments of `adaptive_lif`, for errors and hints.
 _KNOWN = *_NEURON, *(adaptive_lif.__kwdefaults__ or {})
 
 

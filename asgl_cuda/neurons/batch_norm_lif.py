@@ -67,7 +67,8 @@ from .lif import LIF, LIF_DEFAULTS, LIFOutput, output_of, remember, run_backward
 
 _CALLER = "asgl_cuda.batch_norm_lif"
 
-# Up to this many values per channel, half types compute in float32: dx is a small difference of large terms.
+# With at most this many values per channel, half types compute in float32, because dx is a small difference of large
+# terms.
 _FEW = 4
 
 
@@ -80,7 +81,7 @@ class _Settings(NamedTuple):
     group: Any  # processes that share the statistics; None for only this one
 
 
-# The normalisation's arguments by name, among them `count`, num_batches_tracked, and the neuron's time_dim.
+# The arguments of the normalisation by name, including `count`, num_batches_tracked, and the neuron's time_dim.
 _Normalisation = dict[str, Any]
 
 
@@ -93,7 +94,8 @@ class _Running(NamedTuple):
     momentum: float | Tensor
 
 
-# mean and variance, None in training, weight and bias: [C] each.
+# (mean, variance, weight, bias), each of shape [C]. mean and variance are None in training; weight and bias are None if
+# not given.
 _ByChannel = Sequence[Tensor | None]
 
 
@@ -134,7 +136,7 @@ class BatchNormLIFFunction(torch.autograd.Function):
         needed = Inputs(*others)
         through_batch = needed.x_seq and ctx.training
         wants_sums = wants_weight or wants_bias or through_batch
-        # One array serves both gradients, except in float16, where dh may be beyond the range of dx.
+        # The gradients of input and residual share one array, except in float16, whose range dh may exceed.
         shared = through_batch and needed.residual and x_seq.dtype != torch.float16
         shared = shared and plan.numbers.residual_gain == 1
         wanted = needed.with_input(wants_sums, wants_sums, False)

@@ -144,9 +144,11 @@ class Pending:
     def check(self) -> None:
         """Refuses what would differ from the layers that were there."""
         if self.changes != self.source.changes:
-            raise self.norm.refusal("its output, or a view of it, was changed in place after this view")
+            raise self.norm.refusal("its output, or a view of it, was changed in place after this view was made")
         if any(version != _version(tensor) for tensor, version in self.watched):
-            raise self.norm.refusal("its input, or what is added to it, has been modified by an inplace operation")
+            raise self.norm.refusal(
+                "its input, or what is added to its output, has been modified by an inplace operation"
+            )
         if in_function() and self.requires_grad:
             raise self.norm.refusal("its output goes to a torch.autograd.Function, which would lose its gradient")
 

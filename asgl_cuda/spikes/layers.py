@@ -13,7 +13,8 @@ from ..neurons.deferred import tensor_of
 from ..torch_modes import transforming
 from .functional import convolution, has_kernel, linear
 
-# Sums of an input up to which a call takes the copy of the weight: transposing it would take longer than the product.
+# Up to this number of sums, a call uses the layer's copy of the weight: transposing the weight would take longer than
+# the product.
 _FEW_SUMS = 64
 
 

@@ -28,7 +28,7 @@ from .monitor import aligned
 
 _CALLER = "asgl_cuda.calibrate"
 _TOLERANCE = 0.01  # tolerance relative to the rate
-_MORE_RUNS = 5  # more than layers, for weights also before earlier layers, and inputs not linear in their weight
+_MORE_RUNS = 5  # runs beyond one per layer, for weights shared with earlier layers and for nonlinear inputs
 _WIDEST = 12  # factors from 2^-12 to 2^12 are tried; larger ones would scale rounding errors
 _NARROWEST = 2**-14  # an interval of log2(factor); a rate that changes in it by more than the tolerance jumps
 NORMALISATIONS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, BatchNormLIF)

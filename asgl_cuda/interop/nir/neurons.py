@@ -152,8 +152,8 @@ def metadata_of(layer: LIF | LeakyIntegrator, dt: float) -> dict[str, Any]:
 
 def restored(ours: Any, kind: Any, said: dict[str, Tensor]) -> Any:
     """The layer of the metadata, which must agree with `said`, the numbers of the node."""
-    with naming(f"metadata[{KEY!r}] can't be taken, without it the numbers alone are read"):
-        # Files give numpy's numbers, and arrays of values by neuron.
+    with naming(f"metadata[{KEY!r}] can't be used; delete it to read the numbers of the node alone"):
+        # Graphs that were read from a file have numbers of numpy, and arrays for values that differ between neurons.
         options = {
             name: as_double(value) if getattr(value, "ndim", 0) else value.item() if hasattr(value, "item") else value
             for name, value in ours["options"].items()
@@ -164,8 +164,8 @@ def restored(ours: Any, kind: Any, said: dict[str, Tensor]) -> Any:
         for name, number in said.items():
             value = numbers_of(layer, number.shape)[name]
             if not torch.allclose(number, value, rtol=1e-5, atol=1e-6):
-                says = f"numbers say {name} {range_of(number)} and it says {range_of(value)}"
-                raise ValueError(f"{says}, written with dt = {ours['dt']}")
+                says = f"numbers say {name} {range_of(number)} and metadata say {range_of(value)}"
+                raise ValueError(f"{says}, with the step dt = {ours['dt']} of the metadata")
     return layer
 
 
