@@ -311,7 +311,7 @@ def read_values(
 
 
 def least_and_most(value: Tensor | float) -> tuple[float, float]:
-    """Of the values; NaN where one is."""
+    """The least and the largest of the values; NaN if a value is NaN."""
     if not isinstance(value, Tensor):
         return value, value
     least, most = torch.aminmax(value)
@@ -470,7 +470,7 @@ def check_residual(residual: Any, x_seq: Tensor, caller: str) -> None:
 
 
 def check_analog_prob(analog_prob: float, caller: str) -> int:
-    """In [0, 1]; returns the limit for draws, round(analog_prob * DRAWS)."""
+    """Checks that analog_prob is in [0, 1]; returns the limit for draws, round(analog_prob * DRAWS)."""
     return round(in_range(check_number, "in [0, 1]", 0, 1)("analog_prob", analog_prob, caller) * DRAWS)
 
 

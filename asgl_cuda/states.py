@@ -78,7 +78,7 @@ class _Taker:
         self.left = self._state()
 
     def register_hooks(self) -> Iterator[RemovableHandle]:
-        """For another library's layer."""
+        """Registers hooks on a layer of another library."""
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             inputs = [value for value in (*args, *kwargs.values()) if hasattr(value, "shape")]

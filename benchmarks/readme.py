@@ -121,7 +121,7 @@ def name_alone(name: str) -> str:
 
 
 def layers(report: Report) -> list[str]:
-    """By number of steps the layer of each library, eager and compiled; last what it keeps for backward."""
+    """Times of one layer by number of steps and library, eager and compiled; the last row has the bytes kept."""
     sizes, peers = compared(report)
     ours = {"floor": FLOOR, NOISY: OURS, FIXED: f"{PLAIN}{OURS}"}
     others = [name for name in peers if "asgl_cuda" not in name and not name.endswith(REFERENCE)]
@@ -470,7 +470,7 @@ def noisy(report: Report) -> list[str]:
 
 
 def nothing(report: Report) -> list[str]:
-    """Of a section that is words alone."""
+    """The body of a section that consists of words alone."""
     return []
 
 

@@ -148,7 +148,7 @@ def load_or_compile(kernel: str, architecture: str) -> Binary:
 
 
 def _read(path: Path) -> Binary | None:
-    """None for a missing or damaged file."""
+    """The binary in this file; None if the file is missing or damaged."""
     try:
         content = path.read_bytes()
     except OSError:
@@ -215,7 +215,7 @@ class CupyLauncher:
 
 
 def _make_context(driver: Any, device_index: int) -> None:
-    """For threads that have not used the device yet: unlike CUDA's runtime, the driver creates no context."""
+    """Makes torch's context current in this thread: unlike CUDA's runtime, the driver does not create one."""
     if not driver.ctxGetCurrent():
         import cupy
 

@@ -41,7 +41,7 @@ class Source(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """All of a call that does not depend on tensors' values."""
+    """Everything about a call that does not depend on the values of tensors."""
 
     real: torch.dtype
     rules: Rules
@@ -125,7 +125,7 @@ class Call(NamedTuple):
 def _parameters(
     caller: str, x_seq: Tensor, given: Arguments, options: Mapping[str, Any], counts: bool
 ) -> tuple[dict[str, str], dict[str, float | None]]:
-    """The argument that is each parameter of the operators; the arguments that are constants, None for tensors.
+    """The argument from which each parameter of the operators comes; the values of arguments, None for tensors.
 
     With levels width is the threshold, and v_threshold the factor of scale_output.
     """

@@ -305,7 +305,7 @@ def applied(
 
 
 def remember(spikes: Tensor, compute: Callable[..., Tensor], inputs: dict[str, Tensor | None]) -> None:
-    """Has backward recompute the spikes of a call, if this thread is inside a context.
+    """If this thread is inside a context, makes backward recompute the spikes of this call.
 
     `compute` takes the inputs in their order.
     """

@@ -375,8 +375,8 @@ def revert(model: nn.Module, *, inplace: bool = False) -> tuple[nn.Module, Repor
     Parameters keep their trained values. For modules that `layers` has replaced, this holds for parameters with the
     same names and shapes.
 
-    A learned width is lost, and so is `analog_prob`, because the libraries do not have them. This changes no spike in
-    evaluation, but later gradients. The report has the value of the width.
+    A learned width is lost, and so is `analog_prob`, because the libraries do not have them. Spikes in evaluation stay
+    the same, but later gradients differ. The report lists the widths.
 
     Args:
         model: a module returned by `convert`.

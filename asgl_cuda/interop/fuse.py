@@ -36,12 +36,12 @@ def fuse(model: nn.Module, *example: Any, inplace: bool = False) -> tuple[nn.Mod
     """Merges normalisations into the neurons after them: ``joined, report = asgl_cuda.fuse(model, x_seq)``.
 
     Normalisations may be `torch.nn.BatchNorm1d`, `2d` and `3d`, `SyncBatchNorm`, SpikingJelly's equivalents, and
-    subclasses of these whose forward ends in that of their base, as many a tdBatchNorm does. The neurons may be
-    `asgl_cuda.LIF`, or layers that `convert` can convert, which is then done. Between the two, and around the base's
-    forward, there may be views (`reshape`, `transpose`, ...), factors that are numbers, and one sum with a tensor of
-    the same shape and type, as in a residual block: see `asgl_cuda.batch_norm_lif`. A normalisation is left, with the
-    reason in the report, if anything else uses its output or the sum, or if the neurons are called step by step. In
-    that case two layers are faster than one.
+    subclasses of these whose forward calls the forward of their base, as many classes named tdBatchNorm do. The neurons
+    may be `asgl_cuda.LIF`, or layers that `convert` can convert, and `fuse` then converts them. Between the two, and
+    around the base's forward, there may be views (`reshape`, `transpose`, ...), factors that are numbers, and one sum
+    with a tensor of the same shape and type, as in a residual block: see `asgl_cuda.batch_norm_lif`. A normalisation is
+    left, with the reason in the report, if anything else uses its output or the sum, or if the neurons are called step
+    by step. In that case two layers are faster than one.
 
     Parameters, buffers and their names, state, optimizers and checkpoints stay valid. Other neurons, and code that the
     example did not reach, get the value that the normalisation alone would return. If a gradient would be lost, or a
@@ -68,7 +68,7 @@ def fuse(model: nn.Module, *example: Any, inplace: bool = False) -> tuple[nn.Mod
         joined, report = asgl_cuda.fuse(torch.nn.Sequential(norm, asgl_cuda.LIF()), torch.rand(5, 2, 4))
         print(report)
 
-    The same in PyTorch: the model as it is.
+    The same in PyTorch: the model before `fuse`.
     """
     model = taken(model, inplace, _CALLER)
     before = {module for module in model.modules() if isinstance(module, Converted)}
@@ -193,7 +193,7 @@ class Fused(Overlay):
         return Pending(call, call, 1 + has_time, input, watched=watched(input))
 
     def normalised(self, x: Tensor, training: bool, update: bool) -> Tensor:
-        """What the layer itself computes."""
+        """The output of the layer if no neurons take over the normalisation."""
         now = self.training, self.track_running_stats
         self.training, self.track_running_stats = training, now[1] and update
         try:
@@ -202,7 +202,7 @@ class Fused(Overlay):
             self.training, self.track_running_stats = now
 
     def reason_against(self, pending: Pending, given: Arguments) -> str:
-        """Why the neurons can't compute it; "" if they can."""
+        """Why the neurons can't compute this normalisation; "" if they can."""
         here, there = checkpoint(), pending.call.checkpoint
         if here is not there and (here is not None or self.training):
             where = "inside of another torch.utils.checkpoint than its neurons"

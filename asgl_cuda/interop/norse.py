@@ -78,7 +78,7 @@ class ConvertedSNN(Converted):
         return found
 
     def steps_as_before(self) -> bool:
-        """Also a step that does not fire: its few operations are faster than a kernel's call."""
+        """Whether the library's own step runs: also for neurons that do not fire, whose steps are fast."""
         return self.settings.spike is None or super().steps_as_before()
 
     def record_step(self, found: Recording, input_tensor: Any, state: Any = None) -> Any:

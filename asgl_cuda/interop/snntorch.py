@@ -417,7 +417,7 @@ class MultiStep(nn.Module):
         self.layer = converted
 
     def state_dict(self, *args: Any, **options: Any) -> Any:
-        """That of the layer."""
+        """The state dict of the layer."""
         return self.layer.state_dict(*args, **options)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:

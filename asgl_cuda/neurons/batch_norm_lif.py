@@ -212,7 +212,7 @@ def _differentiated(operator: Any, below: Any, *arguments: Any) -> tuple[Tensor,
 
 
 def _differentiated_update(operator: Any, below: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
-    """The same for batch_norm_update."""
+    """The derivative of batch_norm_update, as above."""
     return _differentiated(operator, partial(below, *arguments[:4]), *arguments[4:])
 
 
@@ -648,10 +648,11 @@ class BatchNormLIF(LIF):
     `layer(x_seq, residual)` adds the shortcut of a residual block between the normalisation and the neurons,
     `input_scale * y + residual`, without the sum in memory. `residual` must have the shape and type of x_seq.
 
-    Inputs may be up to 1e15 in magnitude, 1e150 in float64. Larger inputs can give NaN or inaccurate gradients. With
-    `eps=0` the deviation of a channel must be at least 1e-15, 1e-150 in float64.
+    Inputs may be up to 1e15 in magnitude, or 1e150 in float64. Larger inputs can give NaN or inaccurate gradients. With
+    `eps=0` the standard deviation of a channel must be at least 1e-15, or 1e-150 in float64.
 
-    Raises the errors of `LIF` and of `asgl_cuda.batch_norm_lif`, whose docstring has the same in PyTorch.
+    Raises the errors of `LIF` and of `asgl_cuda.batch_norm_lif`. The docstring of the latter shows how PyTorch computes
+    the same.
 
     Example::
 
@@ -722,7 +723,7 @@ class BatchNormLIF(LIF):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Also resets the normalisation."""
+        """Resets the parameters of the neurons and of the normalisation."""
         super().reset_parameters()
         self.reset_running_stats()
         fill_parameter(self.weight, 1.0)

@@ -61,7 +61,7 @@ class Rules(NamedTuple):
     time_dim: int  # not negative
 
     def members(self) -> int:
-        """Those of the state."""
+        """The number of members of the state."""
         return 2 if self.adaptation else 1
 
     def changed(self, **values: int) -> Rules:

@@ -259,8 +259,8 @@ class Monitor:
             model(x_seq)
         print(monitor)
 
-    Raises ValueError for a model without ASGL layers, and at the start for one with an option that Monitor does not
-    know, TypeError if the model is not a module.
+    Raises ValueError for a model without ASGL layers, and TypeError if the model is not a module. At the start, raises
+    ValueError if a layer has an option that Monitor does not know.
 
     Source: Wang, Jiang, Lian, Yan, Tang: Adaptive Smoothing Gradient Learning for Spiking Neural Networks, ICML 2023.
     """

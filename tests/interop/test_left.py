@@ -164,7 +164,7 @@ LEFT = {
     "some thresholds": (iaf(spike_threshold=torch.tensor([0.5, -0.5])), "^its threshold is not above 0$"),
     "least potentials": (iaf(min_v_mem=torch.tensor([-1.0, -2.0])), r"\(min_v_mem\) differs between neurons"),
     "surrogates for each": (
-        iaf(spike_threshold=torch.tensor([1.0, 2.0]), **HEAVISIDE), "another for each neuron's own threshold",
+        iaf(spike_threshold=torch.tensor([1.0, 2.0]), **HEAVISIDE), "its threshold differs between neurons, and its",
     ),
     "Heaviside": (iaf(**HEAVISIDE), "surrogate does not fall to 0"),
     "MultiGaussian": (iaf(surrogate_grad_fn=activation.MultiGaussian()), "its surrogate is not one that"),

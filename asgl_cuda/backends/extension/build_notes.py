@@ -76,7 +76,7 @@ def write(directory: Path, torch_version: str, cuda: str | None, reason: str, so
 
 
 def read(directory: Path) -> BuildInfo:
-    """Raises OSError where there are none, ValueError where they, or the extension there, are damaged."""
+    """Reads the notes. Raises OSError if there are none, ValueError if notes or extension are damaged."""
     notes, extension = directory / NOTES, directory / EXTENSION
     try:
         info = BuildInfo(**json.loads(notes.read_text(encoding="utf-8")))

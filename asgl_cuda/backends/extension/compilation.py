@@ -60,7 +60,7 @@ class Toolkit(NamedTuple):
 
 
 def output_of(*command: str | Path) -> str:
-    """What a program says, nothing where there is none that starts."""
+    """The output of a program; empty if it can't be started."""
     try:
         return subprocess.run(
             command, check=False, text=True, errors="replace", stdout=subprocess.PIPE, stderr=subprocess.STDOUT
@@ -70,7 +70,7 @@ def output_of(*command: str | Path) -> str:
 
 
 def wheel_homes(major: str) -> list[Path]:
-    """Where the wheel nvidia-cuda-nvcc puts its nvcc."""
+    """The folders into which the wheel nvidia-cuda-nvcc puts nvcc."""
     package = importlib.util.find_spec("nvidia")
     return [Path(folder) / f"cu{major}" for folder in (package and package.submodule_search_locations) or ()]
 
@@ -81,7 +81,7 @@ def named_home() -> tuple[str, Path] | None:
 
 
 def toolkit_homes(major: str) -> list[Path]:
-    """Where a toolkit may be, best first. A named one may be of another version, so that others follow."""
+    """Folders that may have a toolkit, best first. A named toolkit may have the wrong version, so others follow."""
     named = named_home()
     homes = [DEFAULT_TOOLKIT, *wheel_homes(major)]
     if nvcc := shutil.which("nvcc"):
@@ -124,7 +124,7 @@ def find_toolkit(cuda: str) -> Toolkit | str:
 
 
 def choose_toolkit(wanted: str | None) -> tuple[Toolkit | None, str]:
-    """What to compile the CUDA kernels with, None for not at all, and why."""
+    """The toolkit to compile the CUDA kernels with, or None to compile none, and the reason."""
     if wanted == "cpu":
         return None, "ASGL_CUDA_BUILD was cpu"
     if torch.version.hip is not None:
@@ -193,7 +193,7 @@ def jobs() -> int:
 
 
 def wanted_build() -> str | None:
-    """What ASGL_CUDA_BUILD asks for."""
+    """The value of ASGL_CUDA_BUILD, checked."""
     wanted = os.environ.get("ASGL_CUDA_BUILD")
     if wanted not in (None, "cuda", "cpu", "none"):
         raise SystemExit(f"asgl_cuda: ASGL_CUDA_BUILD must be cuda, cpu or none, got {wanted!r}")

@@ -237,7 +237,7 @@ class _Writer(fx.Interpreter):
         return flow._replace(sources=(name,), shape=tuple(shape))
 
     def _array(self, value: Any, flow: _Flow | None = None) -> Any:
-        """In the type of the model; for each neuron where there is a flow."""
+        """An array in the type of the model; with a flow, expanded to one value per neuron."""
         value = as_double(value) if flow is None else as_double(value).expand(flow.shape)
         return value.to(self.real).contiguous().numpy()
 
