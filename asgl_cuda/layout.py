@@ -19,7 +19,7 @@ class Features(NamedTuple):
     least_batch: int = 0  # number of dimensions besides time that x_seq must have before them
 
     def dims(self, x_seq: Tensor, time_dim: int) -> list[int]:
-        """These dimensions; fewer where x_seq lacks some."""
+        """The dimensions of x_seq in which parameters differ; fewer if x_seq does not have all of them."""
         others = [dim for dim in range(x_seq.dim()) if dim != time_dim]
         return others[1:2] if self.by_channel else others[-len(self.sizes) :]
 

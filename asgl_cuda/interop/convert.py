@@ -1,4 +1,4 @@
-"""`convert` and `revert`: other libraries' neuron layers on the fused neuron, and back."""
+"""`convert` and `revert`: replace neuron layers of other libraries by fused ones, and restore them."""
 
 from __future__ import annotations
 

@@ -774,7 +774,7 @@ class Recording:
 
 
 def _unit(group: Any) -> Any:
-    """What computes a group."""
+    """The object that computes a group: the chain of a result, or the group itself."""
     return group.chain if isinstance(group, Result) else group
 
 

@@ -94,7 +94,7 @@ _TEXT = {
 
 
 def kind_of(sequences: Any) -> str | None:
-    """What a call of the model is, for the argument `sequences` of `convert`; None: the argument is False."""
+    """Checks the argument `sequences` of `convert`. Returns "steps" for True, "loop", or None for False."""
     if isinstance(sequences, bool):
         return "steps" if sequences else None
     if not isinstance(sequences, str) or sequences != "loop":

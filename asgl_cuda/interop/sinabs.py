@@ -258,7 +258,7 @@ def find(layer: nn.Module) -> Found:
 
 
 def _lacking(node: Any, most: float) -> str | None:
-    """What `recurrent_lif` lacks of a layer."""
+    """Why `recurrent_lif` can't compute a layer, or None."""
     if node.record_states:
         return "it records its states (record_states)"
     if most > 1:

@@ -483,7 +483,7 @@ def find(layer: nn.Module) -> Found:
 
 
 def enlist(model: nn.Module) -> None:
-    """Adds a copy's layers to snnTorch's list of layers to reset and detach."""
+    """Adds the layers of a copied model to the list of layers that snnTorch resets and detaches."""
     instances: list[Any] = snntorch.SpikingNeuron.instances
     known = {id(layer) for layer in instances}
     instances.extend(

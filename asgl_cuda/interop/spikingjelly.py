@@ -427,7 +427,7 @@ def find(layer: nn.Module) -> Found:
 
 
 def _feeding(container: Any) -> Found:
-    """By a recurrent container."""
+    """Finds the conversion of a recurrent container."""
     if isinstance(factor := _factor(container), str):
         return factor
     linear, node = _parts(container)
@@ -444,7 +444,7 @@ def _feeding(container: Any) -> Found:
 
 
 def _integer(function: Any) -> Found:
-    """By the surrogate of an ILIFNode, MultiLevelSpikeCount."""
+    """Finds the conversion of an ILIFNode, from its surrogate MultiLevelSpikeCount."""
     levels, *window = function.max_spike_count, function.grad_min, function.grad_max
     if levels > MOST_LEVELS:
         return f"it counts up to {levels} spikes, more than {MOST_LEVELS}"

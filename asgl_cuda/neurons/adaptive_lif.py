@@ -91,8 +91,8 @@ def adaptive_lif(
 
     Sources: Bittar, Garner: A surrogate gradient spiking baseline for speech command recognition, Frontiers in
     Neuroscience 2022. There w follows the potential before a soft reset; to compute the same, add
-    `adapt_potential * reset_amount` to `adapt_spike`. For w on the threshold: Bellec, Salaj, Subramoney, Legenstein, Maass: Long
-    short-term memory and learning-to-learn in networks of spiking neurons, NeurIPS 2018.
+    `adapt_potential * reset_amount` to `adapt_spike`. For w on the threshold: Bellec, Salaj, Subramoney, Legenstein,
+    Maass: Long short-term memory and learning-to-learn in networks of spiking neurons, NeurIPS 2018.
     """
     check_keywords(neuron, _KNOWN, _CALLER, _WITHOUT)
     check_bool("to_threshold", to_threshold, _CALLER)

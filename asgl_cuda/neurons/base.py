@@ -130,7 +130,7 @@ class Noisy(Settable):
 
     @property
     def _has_noise(self) -> bool:
-        """Read off the shape, so that a compiled graph does not depend on the share."""
+        """Whether there is noise, from the shape of the data, so that a compiled graph does not depend on its value."""
         return self._analog_prob_data.numel() > 0
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *arguments: Any, **options: Any) -> Any:

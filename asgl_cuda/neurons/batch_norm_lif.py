@@ -389,14 +389,14 @@ def batch_norm_lif(
 
 
 def _check_value(momentum: Any) -> None:
-    """A finite one, of a tensor as well where reading it does not synchronise with a GPU."""
+    """Checks that momentum is finite; a tensor is read only if this does not synchronise with a GPU."""
     seen = isinstance(momentum, Tensor) and can_be_seen(momentum)
     if seen and momentum.numel() == 1 and momentum.is_floating_point():
         check_finite("momentum", momentum.item(), _CALLER, "a float or a tensor")
 
 
 def _batch_norm_lif(x_seq: Tensor, norm: _Normalisation, given: Arguments) -> Tensor | LIFOutput:
-    """The same; may count the batch."""
+    """The result of `batch_norm_lif` from a record of arguments; counts the batch if `count` is given."""
     settings = _settings_of(_CALLER, x_seq, norm)
     training, momentum, count = norm["training"], norm["momentum"], norm["count"]
     _check_value(momentum)

@@ -388,7 +388,7 @@ def hooks_of_graph() -> Any:
 
 
 def checkpoint() -> Any:
-    """What tells the checkpoint, not a reentrant one, that is being computed from others."""
+    """An object that identifies the checkpoint that is being computed, or None; reentrant checkpoints have none."""
     hooks = hooks_of_graph()
     return hooks[0] if hooks and hooks[0].__module__ == "torch.utils.checkpoint" else None
 

@@ -278,7 +278,7 @@ class _Trial:
         return sum(fired) / count  # type: ignore[no-any-return]
 
     def is_reached(self, site: _Site, measured: float) -> bool:
-        """Whether it is the rate, or the nearest that was found."""
+        """Whether a rate is the wanted one, or the nearest that was found."""
         return min(abs(measured - self._rate), abs(measured - site.found)) <= site.tolerance
 
     def error_at(self, site: _Site, seen: str) -> ValueError:

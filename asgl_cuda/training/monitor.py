@@ -156,7 +156,7 @@ def _constant_channels(norm: Any, x_seq: Tensor, channel: int) -> dict[str, Tens
 
 
 def _remedy(norm: Any, size: str, threshold: str) -> str:
-    """What helps potentials of the wrong scale: neither what the layer is already, nor what `calibrate` refuses."""
+    """The remedy for potentials of the wrong scale; names nothing that the layer has already or `calibrate` refuses."""
     if norm is None:
         return (
             f"{size} weights before the neurons, which asgl_cuda.calibrate(model, x_seq) sets if they are learned, or "

@@ -91,7 +91,7 @@ class Scale(nn.Module):
 
 
 class Delay(nn.Module):
-    """NIR's Delay: the input of as many time steps before, for all neurons or each; 0 at first."""
+    """NIR's Delay: the input from `steps` steps earlier, a number for all neurons or one for each; 0 at first."""
 
     steps: Tensor
 
@@ -116,7 +116,7 @@ def per_neuron(layer: LIF | LeakyIntegrator, value: Tensor | float, shape: Seque
 
 
 def numbers_of(layer: Any, shape: Sequence[int]) -> dict[str, Tensor]:
-    """What a node says of a layer, for each neuron: of a LIF in units with input_gain 1 and v_rest 0."""
+    """The numbers that a node has of a layer, one per neuron; of a LIF in units with input_gain 1 and v_rest 0."""
     numbers = {"decay": layer.decay, "input_gain": layer.input_gain, "v_rest": layer.v_rest}
     if isinstance(layer, LIF):
         v_reset = layer.v_rest if layer.v_reset is None else layer.v_reset
@@ -134,7 +134,7 @@ def spike_heights(layer: LIF, shape: Sequence[int]) -> Tensor:
 
 
 def metadata_of(layer: LIF | LeakyIntegrator, dt: float) -> dict[str, Any]:
-    """What `restored` makes the layer of, in numbers, strings, arrays and dicts, which files support."""
+    """The metadata from which `restored` makes the layer: numbers, strings, arrays and dicts, which files support."""
     kind: Any = LIF if isinstance(layer, LIF) else LeakyIntegrator
     options: dict[str, Any] = {}
     for name in kind.__init__.__kwdefaults__.keys() - _ELSEWHERE:
