@@ -86,8 +86,8 @@ def check_dense(name: str, value: Tensor, caller: str) -> None:
         raise TypeError(f"{caller}: {name} must be a dense tensor, got {kind}; pad it, or convert it to a dense tensor")
     if hasattr(value, "to_local"):
         raise TypeError(
-            f"{caller}: {name} must be a tensor of this process, got a {type(value).__name__}; unless time is "
-            f"sharded, pass {name}.to_local(), because neurons are independent"
+            f"{caller}: {name} must be a tensor of this process, got a {type(value).__name__}; if it is not "
+            f"sharded over time, pass {name}.to_local(), because neurons are independent"
         )
 
 
@@ -227,7 +227,7 @@ MOST_LEVELS = 256  # bfloat16 represents all integers up to this
 
 
 def check_levels(name: str, value: Any, caller: str) -> int:
-    """A number of spikes a step."""
+    """Checks a number of spikes per step."""
     if isinstance(value, bool) or not isinstance(value, Integral) or not 1 <= int(value) <= MOST_LEVELS:
         raise ValueError(f"{caller}: {name} must be an int in [1, {MOST_LEVELS}], got {shown(value)}")
     return int(value)
@@ -311,7 +311,7 @@ def read_values(
 
 
 def least_and_most(value: Tensor | float) -> tuple[float, float]:
-    """Of the values; NaN where one is."""
+    """The least and the largest of the values; NaN if a value is NaN."""
     if not isinstance(value, Tensor):
         return value, value
     least, most = torch.aminmax(value)
@@ -470,7 +470,7 @@ def check_residual(residual: Any, x_seq: Tensor, caller: str) -> None:
 
 
 def check_analog_prob(analog_prob: float, caller: str) -> int:
-    """In [0, 1]; returns the limit for draws, round(analog_prob * DRAWS)."""
+    """Checks that analog_prob is in [0, 1]; returns the limit for draws, round(analog_prob * DRAWS)."""
     return round(in_range(check_number, "in [0, 1]", 0, 1)("analog_prob", analog_prob, caller) * DRAWS)
 
 

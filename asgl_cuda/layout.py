@@ -14,12 +14,12 @@ CHECKPOINT_STEPS = 16  # kCheckpointSteps of csrc
 class Features(NamedTuple):
     """The dimensions of x_seq in which a layer's parameters differ, of these sizes."""
 
-    by_channel: bool  # the second dimension but time, else the last dimensions but time
+    by_channel: bool  # values belong to the second dimension without time; otherwise to the last ones
     sizes: tuple[int, ...]
-    least_batch: int = 0  # dimensions in front of them but time that x_seq must have
+    least_batch: int = 0  # number of dimensions besides time that x_seq must have before them
 
     def dims(self, x_seq: Tensor, time_dim: int) -> list[int]:
-        """These dimensions; fewer where x_seq lacks some."""
+        """The dimensions of x_seq in which parameters differ; fewer if x_seq does not have all of them."""
         others = [dim for dim in range(x_seq.dim()) if dim != time_dim]
         return others[1:2] if self.by_channel else others[-len(self.sizes) :]
 

@@ -16,7 +16,8 @@ from .neurons.lif import LIFOutput, lif
 from .neurons.recurrent_lif import recurrent_lif
 from .reference.surrogates import PERIODIC, SURROGATES
 
-# Bit-identical to the reference; most others call exp, erf or atan, whose rounding depends on the library.
+# Surrogates that are bit-identical in every backend. Most others call exp, erf or atan, whose rounding depends on the
+# math library.
 EXACT_SURROGATES = ("rectangle", "triangle")
 
 # Computations that differ by roundings may disagree on spikes near the threshold. Neurons this close (tens of float32
@@ -45,7 +46,7 @@ def differences(
     """
     leaves = {"x_seq": x_seq, **{name: value for name, value in options.items() if isinstance(value, Tensor)}}
     leaves = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
-    # Expanded parameters show the single terms of the reference's gradient.
+    # The gradient of an expanded parameter has the terms of which the gradient of the parameter is the sum.
     terms = {
         name: leaf.expand(x_seq.shape) for name, leaf in leaves.items() if name not in ("x_seq", "v_init", "residual")
     }

@@ -67,8 +67,8 @@ class _Taker:
             return  # the layer refuses what it can't take
         if (steps := shape[time_dim]) != 1:
             raise RuntimeError(
-                f"{_CALLER}: {self.name} gets {steps} time steps in one step, which the model's forward makes from its "
-                "input; call step with the layers after that"
+                f"{_CALLER}: {self.name} gets {steps} time steps in one step, because the model's forward makes a "
+                "sequence of its input; call asgl_cuda.step with the layers after that"
             )
 
     def after(self) -> None:
@@ -78,7 +78,7 @@ class _Taker:
         self.left = self._state()
 
     def register_hooks(self) -> Iterator[RemovableHandle]:
-        """For another library's layer."""
+        """Registers hooks on a layer of another library."""
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             inputs = [value for value in (*args, *kwargs.values()) if hasattr(value, "shape")]
@@ -101,7 +101,8 @@ def _name_of(model: nn.Module, module: nn.Module) -> str:
 
 _streamed = functools.cache(functools.partial(Streamed, state="v", has_switch=True))  # by time_dim
 
-# By class what knows its modules, None for those that take no steps. A class is asked about once: 4 us.
+# For each class the function that knows how its modules take steps, or None. Asking costs 4 us, so each class is asked
+# about once.
 _known_by: dict[type[nn.Module], Callable[[nn.Module], InStream] | None] = {}
 
 
@@ -114,7 +115,7 @@ def _answer(module: nn.Module) -> InStream:
     kind = type(module)
     if kind not in _known_by:
         if isinstance(module, (nn.RNNBase, nn.RNNCellBase, Delay)):
-            return "it begins at rest with each call, unless the model hands its state on"
+            return "it starts each call at rest, unless its caller passes a state"
         asked = (library.streamed for library in libraries())
         _known_by[kind] = next((streamed for streamed in asked if streamed(module) is not None), None)
     streamed = _known_by[kind]

@@ -43,7 +43,7 @@ def is_differentiated(tensors: Sequence[Tensor | None], caller: str) -> bool:
     Raises RuntimeError in forward mode, which operators without a forward derivative would ignore silently.
     """
     if transforming():
-        # requires_grad of a mapped input does not show outer differentiation.
+        # Under vmap, requires_grad of an input does not show whether an outer transform differentiates.
         return torch.is_grad_enabled() or not torch.compiler.is_compiling()
     if in_forward_mode():
         refuse_tangents(tensors, caller)
@@ -57,7 +57,7 @@ def is_differentiated(tensors: Sequence[Tensor | None], caller: str) -> bool:
 def refuse_tangents(tensors: Sequence[Tensor | None], caller: str) -> None:
     """Raises RuntimeError where a tensor has a tangent, in forward mode."""
     given = (tensor for tensor in tensors if tensor is not None)
-    # Tangents are not visible to the compiler.
+    # The compiler does not see tangents of forward mode.
     if torch.compiler.is_compiling() or any(forward_ad.unpack_dual(each).tangent is not None for each in given):
         raise RuntimeError(f"{caller}: {_FORWARD_MODE}")
 

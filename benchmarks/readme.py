@@ -28,6 +28,7 @@ from .speed.sizes import LAYOUTS
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = (ROOT / "README.md", ROOT / "docs" / "measured.md")
 OURS = "asgl_cuda cpu"
+NOISY, FIXED = "learned, noise", "fixed width"  # columns of asgl_cuda
 SPACE = "\N{NO-BREAK SPACE}"
 Report = dict[str, Any]
 Rows = list[list[str]]
@@ -120,9 +121,9 @@ def name_alone(name: str) -> str:
 
 
 def layers(report: Report) -> list[str]:
-    """By number of steps the layer of each library, eager and compiled; last what it keeps for backward."""
+    """Times of one layer by number of steps and library, eager and compiled; the last row has the bytes kept."""
     sizes, peers = compared(report)
-    ours = {"floor": FLOOR, "ASGL": OURS, "LIF": f"{PLAIN}{OURS}"}
+    ours = {"floor": FLOOR, NOISY: OURS, FIXED: f"{PLAIN}{OURS}"}
     others = [name for name in peers if "asgl_cuda" not in name and not name.endswith(REFERENCE)]
     rows = []
     for size in sizes:
@@ -279,7 +280,7 @@ def rounded(value: float | None) -> str:
 
 def steps(report: Report) -> list[str]:
     """Milliseconds of a training step, by network and library, eager and compiled."""
-    ours = {"ASGL": OURS, "LIF": f"{PLAIN}{OURS}"}
+    ours = {NOISY: OURS, FIXED: f"{PLAIN}{OURS}"}
     names = libraries(report)
     rows = []
     for name, network in report["networks"].items():
@@ -305,6 +306,9 @@ def steps_values(report: Report) -> Report:
     def ours(network: Report, name: str) -> float | None:
         return milliseconds(network, f"{PLAIN}{OURS}")
 
+    def noisy(network: Report, name: str) -> float | None:
+        return milliseconds(network, OURS)
+
     def converted(network: Report, name: str) -> float | None:
         return milliseconds(network, f"{name}{CONVERTED} cpu")
 
@@ -325,6 +329,8 @@ def steps_values(report: Report) -> Report:
     return {
         "eager": between(times_faster(report, milliseconds, ours, peers), ".1f", ".1f"),
         "compiled": between(times_faster(report, compiled_milliseconds, ours, peers), ".1f", ".1f"),
+        "noisy": between(times_faster(report, milliseconds, noisy, peers), ".1f", ".1f"),
+        "noisy_compiled": between(times_faster(report, compiled_milliseconds, noisy, peers), ".1f", ".1f"),
         "compiling": between(first, ".0f", ".0f"),
         "peers_in_words": " and ".join((", ".join(report["machine"]["peers"][:-1]), report["machine"]["peers"][-1])),
         "firing": between(rates, ".0f", ".0f"),
@@ -464,7 +470,7 @@ def noisy(report: Report) -> list[str]:
 
 
 def nothing(report: Report) -> list[str]:
-    """Of a section that is words alone."""
+    """The body of a section that consists of words alone."""
     return []
 
 
@@ -486,43 +492,45 @@ class Section(NamedTuple):
 
 
 ON = "on {on}, {date}"
-LAYER = f"Forward and backward, nanoseconds per element, {ON}:"
+LAYER = f"Forward and backward, nanoseconds per neuron and time step, {ON}:"
 COST = "training runs took {minutes:.0f} minutes on one core:"
 STUDIED = f"Mean of {{seeds}} seeds. {{trainings:,}} {COST}"
 FAST = (
-    "In the five networks [below](#speed-and-memory), with LIF neurons of asgl_cuda, a training step is {eager} "
-    "times as fast as with the neurons of SpikingJelly, snnTorch, Norse or sinabs, and {compiled} times as fast as "
-    "with these after `torch.compile`."
+    "In the five networks [below](#speed-and-memory), a training step with asgl_cuda's neurons of fixed width is "
+    "{eager} times as fast as with the neurons of SpikingJelly, snnTorch, Norse or sinabs, and {compiled} times as "
+    "fast as with these after `torch.compile`. With a learned width and noise, the factors are {noisy} and "
+    "{noisy_compiled}."
 )
 LEARNED = (
-    "The width of the surrogate gradient is learned with the weights. We trained with SGD and Adam, from initial "
-    "widths of {narrowest} to {widest}, with a sigmoid as surrogate. Averaged over five small data sets, the worst "
-    "accuracy was {worst_learned:.0f} % with a learned width and {worst_fixed:.0f} % with a fixed one, and the best "
-    "{best_learned:.0f} and {best_fixed:.0f} % ([table](docs/measured.md#the-first-width)). By default the layers of "
-    "asgl_cuda have a sigmoid whose width is learned."
+    "The width of the surrogate gradient is learned with the weights. We trained networks with SGD and Adam from "
+    "initial widths of {narrowest} to {widest}, with a sigmoid as surrogate and without noise. Each pair of optimizer "
+    "and initial width gives one accuracy, the mean over five small data sets. With a learned width these accuracies "
+    "lie between {worst_learned:.0f} and {best_learned:.0f} %, with a fixed width between {worst_fixed:.0f} and "
+    "{best_fixed:.0f} % ([table](docs/measured.md#the-first-width)). By default, layers of asgl_cuda have a sigmoid "
+    "whose width is learned, and [noise](#the-neuron) during training."
 )
 STEPS = (
     "Milliseconds per training step: eager / after `torch.compile`, which took {compiling} s per network. Measured in "
-    f"float32 {ON}, with {{peers_in_words}}. *LIF* is asgl_cuda's neuron with a fixed width and without noise, and "
-    "*ASGL* the same neuron with a learned width and noise. Both have a rectangle as surrogate. *loop* is plain "
-    "PyTorch. All columns but *ASGL* compute the same LIF neuron; {firing} % of the neurons spike per time step. "
-    "Compiling long sequences takes long: {long_first_seconds:.0f} s for one layer of {long_layer} at "
-    "T = {long_steps}. At T = 100 we therefore compiled a single time step. A dash marks layers that contain the loop "
-    "over time themselves, so that a single step of them can't be compiled."
+    f"float32 {ON}, with {{peers_in_words}}. The first two columns are asgl_cuda: *learned, noise* with a learned "
+    "width and noise, *fixed width* without noise. Both have a rectangle as surrogate. *loop* is plain PyTorch. All "
+    "columns but the first compute the same LIF neuron, except that snnTorch's recurrent one resets by subtraction. "
+    "Per time step {firing} % of the neurons spike. Compiling long sequences takes long: {long_first_seconds:.0f} s "
+    "for one layer of {long_layer} at T = {long_steps}. At T = 100 we therefore compiled a single time step. A dash "
+    "means that we used a layer of the library that contains the loop over time, and did not compile it."
 )
 LAYERS = (
-    f"One layer, forward and backward, nanoseconds per element, {ON}. *floor* is the time of two element-wise "
-    "multiplications, and *bytes* the memory kept per element for backward. In a pair, the second figure is after "
-    "`torch.compile`. The first call then takes {compiling} s to compile, and up to {again:.0f} s more when batch size "
-    "or T changes ([times of each](docs/measured.md#one-layer)). At T = 128 nothing was compiled, because that takes "
-    "long."
+    f"One layer, forward and backward, nanoseconds per neuron and time step, {ON}. *floor* is the time of two "
+    "element-wise multiplications. The last row has the bytes that are kept for backward, per neuron and time step. In "
+    "a pair, the second figure is after `torch.compile`. The first call then takes {compiling} s to compile, and up to "
+    "{again:.0f} s more when batch size or T changes ([times of each](docs/measured.md#one-layer)). At T = 128 nothing "
+    "was compiled, because that takes long."
 )
 GAIN = (
-    "in the networks below without recurrence, converted SpikingJelly networks train {jelly} times as fast as "
-    "before. snnTorch networks whose layers take whole sequences, in "
-    "[`MultiStep`](docs/reference/neurons.md#multistep), train {snntorch} times as fast. After `fuse`, networks with "
-    "normalisations train {fused} times as fast as after `convert` alone. A merged normalisation keeps {kept:.0f} "
-    "instead of {kept_apart:.0f} bytes per neuron and time step for backward."
+    "in the networks below without recurrence, `convert` makes a training step of a SpikingJelly network {jelly} "
+    "times as fast as before. For snnTorch networks it is {snntorch} times as fast; there each layer was put into "
+    "asgl_cuda's [`MultiStep`](docs/reference/neurons.md#multistep), which takes whole sequences. `fuse` makes "
+    "networks with normalisations another {fused} times as fast. A normalisation and its neurons together then keep "
+    "{kept:.0f} bytes per neuron and time step for backward, instead of {kept_apart:.0f}."
 )
 ARMS = [(optimizer, surrogate) for optimizer in ("SGD", "Adam") for surrogate in ("rectangle", "sigmoid")]
 SECTIONS = {
@@ -543,7 +551,7 @@ SECTIONS = {
         "`RecurrentLIF`:",
         recurrent_values,
     ),
-    "block": Section("microbench", block, f"Input `{{blocks[0][shape]}}`, nanoseconds per element, {ON}:"),
+    "block": Section("microbench", block, f"Input `{{blocks[0][shape]}}`, nanoseconds per neuron and time step, {ON}:"),
     "end_to_end": Section("end_to_end", end_to_end, f"Medians, float32, {ON}:"),
     "memory": Section("memory", memory, f"Batches of {{batch}} unless a row says otherwise, float32, {ON}:"),
     "convert": Section(

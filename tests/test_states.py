@@ -119,7 +119,7 @@ REFUSED = {
     "time of its own": (
         Stack(lambda m, x: m.lif(x.expand(4, -1, -1)), lif=LIF()), RuntimeError, "LIF at 'lif' gets 4 time steps",
     ),
-    "recurrent": (nn.Sequential(LIF(), nn.LSTM(C, C)), RuntimeError, "LSTM at '1' can't be .* begins at rest"),
+    "recurrent": (nn.Sequential(LIF(), nn.LSTM(C, C)), RuntimeError, "LSTM at '1' can't be .* each call at rest"),
     "recurrent cell": (Stack(lambda m, x: x, cell=nn.LSTMCell(C, C)), RuntimeError, "LSTMCell at 'cell' can't be"),
     "time in two places": (
         nn.Sequential(LIF(), LIF(time_dim=1)), ValueError, r"LIF at '0' has time at 0, LIF at '1' has time at 1",

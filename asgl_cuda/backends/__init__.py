@@ -108,7 +108,7 @@ def _misfit(device: torch.device) -> str | None:
 
 BEST = "; None, the default, is the best for the device of x_seq"  # suffix of an error for an unknown name
 
-# In order of preference.
+# The backends in order of preference: backend=None takes the first one that works.
 BACKENDS: dict[str, Backend] = {
     "cuda": Backend(
         ("cuda",), operators_in("asgl_cuda"), _cuda_problem, direct_operators(extension.module), _cuda_misfit
@@ -137,7 +137,7 @@ def backend_of(operator: Any) -> str:
 
 
 _warned: set[str] = set()
-# The best fused backend by device, and the table from which it was chosen.
+# For each device the best fused backend, and the table of backends from which it was chosen.
 _best: dict[torch.device, tuple[str, tuple[Backend, ...]]] = {}
 
 

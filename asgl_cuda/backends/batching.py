@@ -21,7 +21,7 @@ from ..reference.records import Parameters, Rules
 Rule = Callable[..., tuple[Any, Any]]  # takes info, in_dims and the operator's arguments; returns outputs and out_dims
 
 
-# The arguments of operators that are sequences, and those that are states.
+# Names of the arguments of operators that are sequences, and names of those that are states.
 _SEQUENCES = "x_seq", "v_seq", "residual", "grad_s_seq", "grad_v_seq", "grad_h_seq"
 _STATES = "v_init", "grad_v_last"
 
@@ -34,7 +34,7 @@ def batching_rules(library: Any) -> dict[str, Rule]:
         "recurrent_forward": partial(_one_by_one, library.recurrent_forward.default, time_dim=0),
         "recurrent_backward": partial(_one_by_one, library.recurrent_backward.default, time_dim=0),
         "spike_product": partial(_rows_together, library.spike_product.default),
-        "spike_gradient": partial(_one_by_one, library.spike_gradient.default, time_dim=0),
+        "spike_weight_gradient": partial(_one_by_one, library.spike_weight_gradient.default, time_dim=0),
         "batch_norm_coefficients": partial(_one_by_one, library.batch_norm_coefficients.default),
         "batch_norm_backward": partial(_one_by_one, partial(_write_back, library.batch_norm_backward.default)),
     }
@@ -46,7 +46,8 @@ def _together(operator: Any, info: Any, in_dims: tuple[Any, ...], *arguments: An
     given, dims = dict(zip(names, arguments, strict=True)), dict(zip(names, in_dims, strict=True))
     rules = Rules(*given["rules"])
     rng_state, rng_dim = given.get("rng_state"), dims.get("rng_state")
-    # The neurons of all samples are numbered consecutively only if calls/noise.py mapped the noise.
+    # _draw_under_transforms (calls/noise.py) maps an rng_state of shape [1, 2], so it is 3-D here: neurons are then
+    # numbered across all samples. A given rng_state has shape [2] and counts from 0 in each sample.
     if rng_state is not None and (rng_dim is None or rng_state.dim() != 3):
         return _one_by_one(operator, info, in_dims, *arguments, time_dim=rules.time_dim)
 
@@ -57,7 +58,7 @@ def _together(operator: Any, info: Any, in_dims: tuple[Any, ...], *arguments: An
         return value.expand(count, *value.shape) if dim is None else value.movedim(dim, 0)
 
     def state(value: Any, dim: int | None) -> Any:
-        """The same for a state, with its members, if several, before the samples."""
+        """A state with the samples first; if it has several members, these come before the samples."""
         value = front(value, dim)
         return value if value is None or rules.members() == 1 else value.movedim(0, 1)
 

@@ -33,7 +33,7 @@ from .extension.build_notes import digest_of_sources
 NAMESPACE = "asgl_cuda_cupy"
 # All include the neuron's kernels.
 SOURCE = "".join(f'#include "cuda/{name}_kernels.cuh"\n' for name in ("adaptive", "integrator", "normalisation"))
-# As for nvcc in compilation.py. Without contraction all backends round alike.
+# The options of nvcc in compilation.py. Without contraction to FMA all backends round alike.
 OPTIONS = ("--std=c++17", "--fmad=false")
 # The smallest kernel: if it compiles and loads, the backend works.
 PROBE = "asgl::gradient_sum_kernel<float>"
@@ -43,7 +43,8 @@ logger = logging.getLogger("asgl_cuda")
 
 def install_command() -> str:
     """The command that installs CuPy and NVRTC for the CUDA of the installed torch."""
-    # As in pyproject.toml. The names of extras would not work, because this package is on no index.
+    # The packages of the extras in pyproject.toml. Extras themselves need a package on an index, and this one is on
+    # none.
     if (torch.version.cuda or "").startswith("12."):
         return 'pip install "cupy-cuda12x>=13.6" "nvidia-cuda-nvrtc-cu12==12.*"'
     return 'pip install "cupy-cuda13x>=13.6" "nvidia-cuda-nvrtc==13.*"'
@@ -147,7 +148,7 @@ def load_or_compile(kernel: str, architecture: str) -> Binary:
 
 
 def _read(path: Path) -> Binary | None:
-    """None for a missing or damaged file."""
+    """The binary in this file; None if the file is missing or damaged."""
     try:
         content = path.read_bytes()
     except OSError:
@@ -214,7 +215,7 @@ class CupyLauncher:
 
 
 def _make_context(driver: Any, device_index: int) -> None:
-    """For threads that have not used the device yet: unlike CUDA's runtime, the driver creates no context."""
+    """Makes torch's context current in this thread: unlike CUDA's runtime, the driver does not create one."""
     if not driver.ctxGetCurrent():
         import cupy
 
@@ -224,7 +225,7 @@ def _make_context(driver: Any, device_index: int) -> None:
 LAUNCHER = CupyLauncher()
 FUNCTIONS = launcher.implement(NAMESPACE, "CUDA", LAUNCHER)
 if extension.build_info is not None and extension.build_info.cuda is None:
-    # Without kernels compiled by nvcc, those of CuPy also serve the operators of exported programs and of C++.
+    # If nvcc compiled no kernels, the kernels of CuPy also serve the operators that exported programs and C++ call.
     launcher.give_kernels("asgl_cuda", "CUDA", LAUNCHER)
 
 

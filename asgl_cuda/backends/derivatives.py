@@ -19,8 +19,8 @@ from torch import Tensor
 from ..torch_modes import apply_here, in_forward_mode, once_differentiable, refuse_tangents
 
 Derivative = Callable[..., Any]
-# By operator; others are not differentiable. A derivative takes the operator, the operator below autograd, and its
-# arguments, and returns results with a graph.
+# The derivatives by operator; other operators are not differentiable. A derivative takes the operator, the same
+# operator below autograd, and its arguments. It returns results with a graph.
 DERIVATIVES: dict[str, Derivative] = {}
 
 

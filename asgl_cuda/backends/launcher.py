@@ -38,7 +38,7 @@ def implement(namespace: str, device: str, launcher: Launcher) -> Any:
 
 
 def give_kernels(namespace: str, device: str, launcher: Launcher) -> Any:
-    """The same for operators that are defined."""
+    """Gives the kernels of a launcher to operators that are already defined."""
     with_kernels = getattr(extension.module, "implement", None)
     return None if with_kernels is None else with_kernels(namespace, device, launcher.launch, launcher.resident_threads)
 

@@ -21,7 +21,7 @@ current.
 
 spike_product, on the CPU alone, is torch's linear, conv1d or conv2d, for a weight of 2, 3 or 4 dimensions, as a sum
 over the elements of x that are not zero. `panels` is a copy of the weight in the kernel's order, or None.
-spike_gradient is the gradient of a weight with the sizes `weight`.
+spike_weight_gradient is the gradient of a weight with the sizes `weight_sizes`.
 
 batch_norm_coefficients returns `coefficients`, [4, C, 1, ...], which broadcast against x_seq: input_mean, input_gain
 and input_bias of the neuron, and the unbiased variance; and `total`, [C, 3] in float64: count, mean and biased
@@ -102,7 +102,7 @@ def _on_one_device(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _fake_draw_rng_state(fresh: Tensor) -> Tensor:
-    # A smaller budget has backward draw again: other noise than forward's.
+    # With a smaller budget, backward would draw noise again, which differs from the noise of forward.
     if torch.is_grad_enabled() and functorch_config.activation_memory_budget < 1:
         raise RuntimeError(
             "asgl_cuda: torch._functorch.config.activation_memory_budget must be 1 if neurons draw noise, got "
@@ -136,7 +136,7 @@ def _fake_integrator_backward(grad_v_seq: Tensor, *others: Any) -> BackwardResul
 
 
 def _state_shapes(x_seq: Tensor, rules: Rules) -> list[list[int]]:
-    """Of the states v, s and i of recurrent neurons."""
+    """The shapes of the states v, s and i of recurrent neurons."""
     state = state_shape(x_seq, rules.time_dim)
     return [[2, *state] if rules.adaptation else state, state, state]
 
@@ -157,7 +157,7 @@ def _fake_recurrent_backward(*arguments: Any) -> BackwardResult:
 
 
 def _in_layout(like: Sequence[Tensor], sizes: Sequence[Any]) -> Tensor:
-    """Channels last if a tensor is, as torch's convolutions."""
+    """Uses channels_last if one of the tensors does, as torch's convolutions do."""
     formats = [suggest_memory_format(each) for each in like if each.dim() == 4]
     last = torch.channels_last if torch.channels_last in formats else torch.contiguous_format
     return torch.empty(sizes, dtype=like[0].dtype, device=like[0].device, memory_format=last)
@@ -173,11 +173,11 @@ def _fake_spike_product(
     return _in_layout((x, weight), (x.shape[0], weight.shape[0], *sizes))
 
 
-def _fake_spike_gradient(grad: Tensor, x: Tensor, weight: Sequence[int], *others: Any) -> Tensor:
+def _fake_spike_weight_gradient(grad: Tensor, x: Tensor, weight_sizes: Sequence[int], *others: Any) -> Tensor:
     *_, channels_last = others
     return torch.empty(
-        weight, dtype=x.dtype, device=x.device,
-        memory_format=torch.channels_last if channels_last and len(weight) == 4 else torch.contiguous_format,
+        weight_sizes, dtype=x.dtype, device=x.device,
+        memory_format=torch.channels_last if channels_last and len(weight_sizes) == 4 else torch.contiguous_format,
     )  # fmt: skip
 
 
@@ -224,8 +224,9 @@ _OPERATORS: dict[str, Callable[..., Any]] = {  # schemas and fake implementation
         _fake_recurrent_backward,
     "spike_product(Tensor x, Tensor weight, Tensor? bias, Tensor? panels, int[] stride, int[] padding) -> Tensor":
         _fake_spike_product,
-    "spike_gradient(Tensor grad, Tensor x, int[] weight, int[] stride, int[] padding, bool channels_last) -> Tensor":
-        _fake_spike_gradient,
+    "spike_weight_gradient(Tensor grad, Tensor x, int[] weight_sizes, int[] stride, int[] padding, "
+    "bool channels_last) -> Tensor":
+        _fake_spike_weight_gradient,
     f"batch_norm_coefficients({_COEFFICIENTS}": _fake_batch_norm_coefficients,
     "batch_norm_update(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor(c!)? num_batches_tracked, "
     f"float momentum, {_COEFFICIENTS}": lambda *arguments: _fake_batch_norm_coefficients(*arguments[4:]),

@@ -52,7 +52,7 @@ class Arguments(NeuronArguments, total=False):
     input_gain: Tensor | float
     input_bias: Tensor | float
     input_mean: Tensor | float
-    # Only of adaptive neurons: where w is, bits IN_CURRENT and others, and its parameters.
+    # Only for adaptive neurons: to what w is added (bits IN_CURRENT and others), and the parameters of the adaptation.
     adaptation: int
     adapt_decay: Any
     adapt_potential: Any
@@ -60,10 +60,11 @@ class Arguments(NeuronArguments, total=False):
     features: Features  # only of layers whose parameters differ between channels or neurons
 
 
-# Options that are flags of Rules, and those that ask for a result.
+# Options that become flags of Rules, and options that ask for an additional result.
 FLAGS = "multi_spike", "strict_threshold", "detach_reset", "scale_output"
 RETURNS = "return_v_last", "return_v_seq", "return_h_seq"
-# Options that are never tensors, with their checks. `surrogate` depends on another, time_dim on x_seq.
+# Options that are never tensors, with their checks. `surrogate` and time_dim are checked elsewhere, because they depend
+# on another option and on x_seq.
 OPTIONS: dict[str, Callable[..., Any]] = {
     **dict.fromkeys((*FLAGS, *RETURNS), check_bool),
     **dict.fromkeys(("surrogate_gain", "v_rest", "residual_gain"), check_not_nan),
@@ -71,7 +72,8 @@ OPTIONS: dict[str, Callable[..., Any]] = {
     "levels": optional(check_levels),
 }
 OPTION_NAMES = "surrogate", "time_dim", *OPTIONS
-# The arguments that are parameters of operators, except `reset`. Adaptive neurons have others instead of the input's.
+# The arguments that are parameters of operators, except `reset`. Instead of gain, bias and mean of the input, adaptive
+# neurons have the parameters of the adaptation.
 INPUT = {"input_gain": "input_gain", "input_bias": "input_bias", "input_mean": "input_mean"}
 ADAPTATION = {"input_gain": "adapt_decay", "input_bias": "adapt_potential", "input_mean": "adapt_spike"}
 _COMMON = "width", "decay", "v_threshold", "v_reset", "reset_amount"

@@ -32,7 +32,7 @@ def cached_by_signature(names: Sequence[str]) -> Callable[[Check[Checked]], Chec
 
     @functools.lru_cache
     def split(types: tuple[type, ...]) -> tuple[list[int], Callable[[Any], Any]]:
-        """Where tensors are, and what gets all others; TypeError for types that may not be what they equal."""
+        """The positions of tensors, and a getter of all other arguments. TypeError for types that can't be keys."""
         others = [index for index, kind in enumerate(types) if kind in _CONSTANTS]
         tensors = [index for index, kind in enumerate(types) if kind in (*PLAIN_TENSORS, *_LEARNED)]
         if len(others) + len(tensors) < len(types):

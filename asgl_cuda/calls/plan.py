@@ -41,7 +41,7 @@ class Source(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """All of a call that does not depend on tensors' values."""
+    """Everything about a call that does not depend on the values of tensors."""
 
     real: torch.dtype
     rules: Rules
@@ -125,7 +125,7 @@ class Call(NamedTuple):
 def _parameters(
     caller: str, x_seq: Tensor, given: Arguments, options: Mapping[str, Any], counts: bool
 ) -> tuple[dict[str, str], dict[str, float | None]]:
-    """The argument that is each parameter of the operators; the arguments that are constants, None for tensors.
+    """The argument from which each parameter of the operators comes; the values of arguments, None for tensors.
 
     With levels width is the threshold, and v_threshold the factor of scale_output.
     """
@@ -142,7 +142,8 @@ def _parameters(
         check_threshold(threshold, "multi_spike", caller)
     if counts:
         if constants["width"] != 1:
-            raise ValueError(f"{caller}: levels uses the threshold as width, so width must be 1, got another value")
+            got = "a tensor; leave it out" if constants["width"] is None else constants["width"]
+            raise ValueError(f"{caller}: levels uses the threshold as width, so width must be the float 1.0, got {got}")
         if threshold is not None:
             check_width(threshold, caller, real, _THRESHOLD_OF_LEVELS)
         arguments["width"], arguments["v_threshold"] = "v_threshold", _HEIGHT
@@ -195,7 +196,7 @@ def _checked(caller: str, x_seq: Any, given: Arguments) -> Plan:
 _THRESHOLD_OF_LEVELS = "v_threshold with levels"
 _HEIGHT = "height of a spike"  # the constant that replaces v_threshold with levels
 _NAMES = {False: (*VALUES, *OPTION_NAMES), True: (*ADAPTIVE_VALUES, *OPTION_NAMES, "adaptation")}
-# By whether an adaptation is given, and features.
+# Functions that make plans, by whether an adaptation is given and by whether features are given.
 _PLANS = {
     (adapts, differ): cached_by_signature((*names, "features") if differ else names)(_checked)
     for adapts, names in _NAMES.items()
@@ -227,7 +228,7 @@ def checked_call(caller: str, x_seq: Tensor, given: Arguments, together: bool = 
             check_width_tensor(width, caller, _THRESHOLD_OF_LEVELS if rules.surrogate == INTEGER else "width")
         if rules.multi_spike and v_threshold is not None:
             check_threshold(v_threshold, "multi_spike", caller)
-    # This comes last, so that calls that raise an error draw no noise.
+    # Noise is drawn last, so that a call that raises an error does not advance the generator.
     if rules.analog_below or rng_state is not None or given["generator"] is not None:
         rng_state = state_of_noise(caller, x_seq, rules.analog_below, given, backend, together)
     return Call(backend, plan, Inputs(*[x_seq, v_init, rng_state, *parameters, residual]))

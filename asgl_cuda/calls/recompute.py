@@ -141,7 +141,7 @@ class _Recomputed:
         return self._spikes.computed_for(self).as_strided(self.shape, self._stride, self._offset)
 
 
-# Nodes of autograd whose result1 has positions in the input's last two dimensions.
+# Names of autograd nodes whose result1 has positions in the last two dimensions of the input.
 _MAX_POOLING = ("MaxPool2DWithIndicesBackward0", "AdaptiveMaxPool2DBackward0")
 
 
@@ -217,8 +217,9 @@ class _Context(contextlib.ContextDecorator):
             del _thread.known, _thread.hooks
             if error and "support saved tensor hooks" in str(error[1]):
                 raise RuntimeError(
-                    f"{_CALLER}: torch.func.{{grad, vjp, jacrev, hessian}} cannot be called in the context, because "
-                    "they support no hooks on saved tensors; they may be around it, and then it has no effect"
+                    f"{_CALLER}: torch.func.{{grad, vjp, jacrev, hessian}} can't be called inside of the context, "
+                    "because they do not support hooks on saved tensors; leave out the context (inside of the function "
+                    "that they transform it is allowed, but has no effect)"
                 ) from error[1]
 
 
@@ -304,7 +305,7 @@ def applied(
 
 
 def remember(spikes: Tensor, compute: Callable[..., Tensor], inputs: dict[str, Tensor | None]) -> None:
-    """Has backward recompute the spikes of a call, if this thread is inside a context.
+    """If this thread is inside a context, makes backward recompute the spikes of this call.
 
     `compute` takes the inputs in their order.
     """

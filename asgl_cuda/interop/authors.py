@@ -88,7 +88,7 @@ def find(layer: nn.Module) -> Found:
             f"its spike function is not EfficientNoisySpike but {getattr(spike, '__qualname__', type(spike).__name__)}"
         )
     if type(spike.inv_sg).__name__ not in _SURROGATES:
-        return f"its surrogate is {type(spike.inv_sg).__name__}; known are {' and '.join(_SURROGATES)}"
+        return f"its surrogate is {type(spike.inv_sg).__name__}; convert knows {' and '.join(_SURROGATES)}"
     if not getattr(spike, "spike", True):
         return "it emits smooth values in evaluation (spike=False)"
     for part in (cell, spike, spike.inv_sg):
@@ -102,4 +102,4 @@ def find(layer: nn.Module) -> Found:
 
 def streamed(module: nn.Module) -> InStream:
     is_one = isinstance(module, ConvertedLIFLayer) or find(module) is not None
-    return "it begins at rest with each call" if is_one else None
+    return "it starts each call at rest" if is_one else None

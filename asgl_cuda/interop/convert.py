@@ -1,4 +1,4 @@
-"""`convert` and `revert`: other libraries' neuron layers on the fused neuron, and back."""
+"""`convert` and `revert`: replace neuron layers of other libraries by fused ones, and restore them."""
 
 from __future__ import annotations
 
@@ -353,7 +353,7 @@ def _spike_function(
     wanted: _ASGL | None,
 ) -> SpikeFunction | str | None:
     if wanted is not None and kind.multi_spike:
-        return "it may spike several times a step, which asgl does not provide for; without asgl it can be converted"
+        return "it may spike several times per step, which ASGL layers can't; without asgl it can be converted"
     if function is None or isinstance(function, SpikeFunction):
         return function
     if wanted is None:
@@ -375,8 +375,8 @@ def revert(model: nn.Module, *, inplace: bool = False) -> tuple[nn.Module, Repor
     Parameters keep their trained values. For modules that `layers` has replaced, this holds for parameters with the
     same names and shapes.
 
-    A learned width is lost, and so is `analog_prob`, because the libraries do not have them. This changes no spike in
-    evaluation, but later gradients. The report has the value of the width.
+    A learned width is lost, and so is `analog_prob`, because the libraries do not have them. Spikes in evaluation stay
+    the same, but later gradients differ. The report lists the widths.
 
     Args:
         model: a module returned by `convert`.

@@ -41,7 +41,7 @@ class Overlay(nn.Module):
 
     prefix: str  # prefix of the names of classes that `overlaid` makes
 
-    # Set by `overlaid` in each class.
+    # The overlay from which `overlaid` made this class.
     overlay: type[Overlay]
     original: type[nn.Module]
 
@@ -196,9 +196,9 @@ class Basis:
         for name, each in replaced.items():
             for attribute in _attributes(each):
                 if attribute not in self.names.get(name, ()) and hasattr(type(each), attribute):
-                    return f"its {name}.{attribute} is not that of {type(each).__name__}, but an attribute"
+                    return f"its {name}.{attribute} is an attribute, not the method of {type(each).__name__}"
             if _hooks_of(each) != self.hooks.get(name):
-                return f"its {name} has other hooks, which do not fire"
+                return f"its {name} has other hooks than before, which would not be called"
         self.mark = mark
         return None
 
@@ -234,7 +234,7 @@ def _alike(one: Any, other: Any) -> bool:
     if isinstance(one, Tensor) and isinstance(other, Tensor):
         return one.shape == other.shape and bool((one == other.to(one.device)).all())
     if isinstance(one, nn.Module):  # whose attributes are compared; replicas are others
-        # torch.export wraps shared modules in subclasses.
+        # Compiled code is an exception, because torch.export wraps shared modules in subclasses.
         return type(one) is type(other) or (torch.compiler.is_compiling() and isinstance(one, type(other)))
     return not isinstance(one, Tensor) and not isinstance(other, Tensor) and bool(one == other)
 
@@ -306,7 +306,7 @@ class Converted(Overlay, Noisy):
         self.log_width = None
         if learn_width:
             device = next((tensor.device for tensor in (*self.parameters(), *self.buffers())), None)
-            # [1]: torch's fully_shard refuses zero-dimensional parameters.
+            # Of shape [1], because torch's fully_shard refuses zero-dimensional parameters.
             self.log_width = nn.Parameter(torch.full((1,), math.log(settings.spike.width), device=device))
 
     def end(self) -> None:
@@ -498,7 +498,7 @@ def exchanged(layer: nn.Module) -> str | None:
     kind = bare_class(layer)
     for name in vars(layer):
         if name not in _FREE and inspect.isroutine(inspect.getattr_static(kind, name, None)):
-            return f"its {name} is not that of {kind.__name__}, but an attribute of this layer"
+            return f"its {name} is an attribute of this layer, not the method of {kind.__name__}"
     return None
 
 
@@ -515,11 +515,11 @@ def shadowed(layer: nn.Module, overlay: type[Converted]) -> str | None:
     names = [*vars(layer), *layer._parameters, *layer._buffers, *layer._modules]
     for name in (*names, *(name for each in users for name in vars(each))):
         if name in taken:
-            return f"its {name} has the name of one that converted layers have"
+            return f"its attribute {name} has a name that converted layers use themselves"
     return None
 
 
-# Overridden by a subclass, these do not change results; the subclass's own are still called.
+# A subclass may override these: they do not change results, and those of the subclass are still called.
 _FREE = {
     "__init__", "__repr__", "__dict__", "__weakref__", "__annotate_func__", "_get_name", "extra_repr", "train", "reset",
     "reset_mem", "reset_states",
@@ -535,7 +535,7 @@ def known_class(layer: nn.Module, known: Collection[Any], mixing: tuple[type[nn.
     if kind in known:
         return kind
     if isinstance(layer, mixing):
-        return "it mixes neurons, or steps, by weights of its own"
+        return "it has weights between its neurons or time steps"
     base = next((base for base in kind.__mro__ if base in known), object)
     between = kind.__mro__[: kind.__mro__.index(base)]
     if base is object or base.__module__.split(".")[0] in [each.__module__.split(".")[0] for each in between]:
@@ -549,8 +549,9 @@ def overridden(kind: type[nn.Module], base: type[nn.Module]) -> str | None:
         for name, value in vars(each).items():
             if name in _FREE or each in base.__mro__ or inspect.getattr_static(kind, name) is not value:
                 continue
-            # A property with a setter may replace an attribute of instances, of which classes do not tell.
+            # A property with a setter may replace an attribute that the base class sets on instances, which can't be
+            # seen in the class.
             sets = value.fset is not None if isinstance(value, property) else hasattr(type(value), "__set__")
             if sets or (hasattr(base, name) and (callable(value) or hasattr(value, "__get__"))):
-                return f"its {name} is not that of {base.__name__}, which convert knows, but of {each.__name__}"
+                return f"its {name} is defined by {each.__name__}, not by {base.__name__}, which convert knows"
     return None

@@ -27,7 +27,8 @@ from .libraries import libraries
 _CALLER = "asgl_cuda.fuse"
 _CONVERTED = "_converted_by_fuse"  # an attribute of neurons, for `unfuse`
 
-# The last call of each normalisation, by its id, which no other has during the call.
+# The last call of each normalisation, by id(normalisation). A call keeps its normalisation alive, so no other object
+# can have that id while the entry exists.
 _calls: weakref.WeakValueDictionary[int, Normal] = weakref.WeakValueDictionary()
 
 
@@ -35,12 +36,12 @@ def fuse(model: nn.Module, *example: Any, inplace: bool = False) -> tuple[nn.Mod
     """Merges normalisations into the neurons after them: ``joined, report = asgl_cuda.fuse(model, x_seq)``.
 
     Normalisations may be `torch.nn.BatchNorm1d`, `2d` and `3d`, `SyncBatchNorm`, SpikingJelly's equivalents, and
-    subclasses of these whose forward ends in that of their base, as many a tdBatchNorm does. The neurons may be
-    `asgl_cuda.LIF`, or layers that `convert` can convert, which is then done. Between the two, and around the base's
-    forward, there may be views (`reshape`, `transpose`, ...), factors that are numbers, and one sum with a tensor of
-    the same shape and type, as in a residual block: see `asgl_cuda.batch_norm_lif`. A normalisation is left, with the
-    reason in the report, if anything else uses its output or the sum, or if the neurons are called step by step. In
-    that case two layers are faster than one.
+    subclasses of these whose forward calls the forward of their base, as many classes named tdBatchNorm do. The neurons
+    may be `asgl_cuda.LIF`, or layers that `convert` can convert, and `fuse` then converts them. Between the two, and
+    around the base's forward, there may be views (`reshape`, `transpose`, ...), factors that are numbers, and one sum
+    with a tensor of the same shape and type, as in a residual block: see `asgl_cuda.batch_norm_lif`. A normalisation is
+    left, with the reason in the report, if anything else uses its output or the sum, or if the neurons are called step
+    by step. In that case two layers are faster than one.
 
     Parameters, buffers and their names, state, optimizers and checkpoints stay valid. Other neurons, and code that the
     example did not reach, get the value that the normalisation alone would return. If a gradient would be lost, or a
@@ -67,7 +68,7 @@ def fuse(model: nn.Module, *example: Any, inplace: bool = False) -> tuple[nn.Mod
         joined, report = asgl_cuda.fuse(torch.nn.Sequential(norm, asgl_cuda.LIF()), torch.rand(5, 2, 4))
         print(report)
 
-    The same in PyTorch: the model as it is.
+    The same in PyTorch: the model before `fuse`.
     """
     model = taken(model, inplace, _CALLER)
     before = {module for module in model.modules() if isinstance(module, Converted)}
@@ -160,27 +161,31 @@ class Fused(Overlay):
         is_compiling = torch.compiler.is_compiling()
         if not is_compiling:
             last = _calls.get(id(self)) if self.training or self.outcome is not None else None
-            # A checkpoint computes in backward the same as before.
+            # In backward a checkpoint must compute the same as in forward, so a decision that was made meanwhile is not
+            # applied.
             if self.outcome is not None and self.outcome.is_left(self) and not in_backward():
                 forward = super().forward
-                if last is None:  # the rest needs the overlay
+                if last is None:  # otherwise its last call still needs the overlay
                     self.end()
                 return forward(input)
             reason = ""  # the callers take only tensors
             if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
                 reason = "it is called by torch.jit.trace"
-            # In backward a checkpoint calls again, a reentrant one without hooks.
+            # In backward a checkpoint calls the layer again; a reentrant checkpoint does so without hooks on saved
+            # tensors.
             elif in_function() or (in_backward() and hooks_of_graph() is None):
-                reason = "it is called by a torch.autograd.Function, as a reentrant checkpoint is"
-            if self.training and last is not None and last.is_open():  # running statistics see calls in their order
+                reason = "it is called inside of a torch.autograd.Function, such as a reentrant checkpoint"
+            # Running statistics must be updated in the order of the calls.
+            if self.training and last is not None and last.is_open():
                 reason = "it is called again before its output is used"
                 last.made(reason)
             if reason:
                 self.was_left(reason)
                 return super().forward(input)
-        # In step mode "m", layers of SpikingJelly have separate dimensions for time and batch.
+        # In step mode "m", layers of SpikingJelly have separate dimensions for time and batch. A step_mode of a
+        # user's own class does not count.
         has_time = getattr(type(self), "step_mode", None) is not None and self.step_mode == "m"
-        has_time = has_time and hasattr(_base(self.original), "step_mode")  # not of a user's own
+        has_time = has_time and hasattr(_base(self.original), "step_mode")
         self._check_input_dim(input[0] if has_time else input)
         call = Normal(self, input)
         if not is_compiling and (self.training or self.outcome is not None):
@@ -188,7 +193,7 @@ class Fused(Overlay):
         return Pending(call, call, 1 + has_time, input, watched=watched(input))
 
     def normalised(self, x: Tensor, training: bool, update: bool) -> Tensor:
-        """What the layer itself computes."""
+        """The output of the layer if no neurons take over the normalisation."""
         now = self.training, self.track_running_stats
         self.training, self.track_running_stats = training, now[1] and update
         try:
@@ -197,14 +202,21 @@ class Fused(Overlay):
             self.training, self.track_running_stats = now
 
     def reason_against(self, pending: Pending, given: Arguments) -> str:
-        """Why the neurons can't compute it; "" if they can."""
+        """Why the neurons can't compute this normalisation; "" if they can."""
         here, there = checkpoint(), pending.call.checkpoint
         if here is not there and (here is not None or self.training):
-            raise self.refusal("its neurons are not called in the same torch.utils.checkpoint, which calls again")
+            where = "inside of another torch.utils.checkpoint than its neurons"
+            if here is None or there is None:
+                sides = ("inside", "outside") if here is None else ("outside", "inside")
+                where = "{} of a torch.utils.checkpoint and its neurons {}".format(*sides)
+            raise self.refusal(
+                f"the normalisation is called {where}, and a checkpoint calls its part again in backward",
+                "put both into the same checkpoint, or ",
+            )
         if torch.is_grad_enabled() and not pending.has_graph:
-            return "which has gradients, while it was called without"
+            return "which is called with gradients, while the normalisation was called without"
         if self.training != pending.call.training:
-            return "after a change of its mode (training)"
+            return "after a change between training and evaluation mode"
         back = pending.x.dim() - channel_dim(given["time_dim"] % pending.x.dim())
         for value in (given["input_gain"], given["input_bias"]):
             sizes = value.shape if isinstance(value, Tensor) else ()
@@ -229,7 +241,7 @@ class Fused(Overlay):
             bias = shift if bias is None else gain * bias.to(gain.dtype) + shift
         if residual is not None and not isinstance(input_gain, float):
             residual, residual_gain = (residual * input_gain).to(x_seq.dtype), 1.0
-        # None means only this process.
+        # A process group of None would mean only this process.
         group = (self.process_group or "world") if isinstance(self, nn.SyncBatchNorm) else None
         if residual is not None or weight is not self.weight or scale != 1:
             residual_gain = 1.0 if residual is None else residual_gain
@@ -239,11 +251,12 @@ class Fused(Overlay):
             self, x_seq, given=given, weight=weight, bias=bias, update=update, input_scale=scale, process_group=group
         )
 
-    def refusal(self, text: str) -> RuntimeError:
+    def refusal(self, text: str, remedy: str = "") -> RuntimeError:
         self.was_left(text)
         return RuntimeError(
-            f"{_CALLER}: {self.original.__name__} is computed by the neurons after it, but {text}; call "
-            "asgl_cuda.unfuse(model), or asgl_cuda.fuse(model, example) with an example that does this"
+            f"{_CALLER}: {self.original.__name__} is computed by the neurons after it, but {text}; {remedy}"
+            "call asgl_cuda.unfuse(model), or fuse the original model again with an example that does this, so that "
+            "this layer is left as it is"
         )
 
     def was_taken(self, layer: Any) -> None:
@@ -251,7 +264,7 @@ class Fused(Overlay):
             self.outcome.join(self, layer)
 
     def was_left(self, reason: str) -> None:
-        # In backward a checkpoint may stop before the end.
+        # Calls in backward do not count: a checkpoint may stop them before the neurons are called.
         if self.outcome is not None and not torch.compiler.is_compiling() and not in_backward():
             self.outcome.leave(self, reason)
 
@@ -277,8 +290,8 @@ class _Outcome:
     def __init__(self, model: nn.Module, report: Report | None = None) -> None:
         self.paths = weakref.WeakKeyDictionary({module: path for path, module in model.named_modules()})
         self.report = report
-        self.joined: dict[str, str] = {}  # the neurons' path
-        self.left: dict[str, str] = {}  # the reason
+        self.joined: dict[str, str] = {}  # path of the normalisation: path of the neurons
+        self.left: dict[str, str] = {}  # path of the normalisation: the reason
 
     def __reduce__(self) -> Any:
         return type(None), ()  # copies of the model are decided
@@ -350,20 +363,20 @@ def _called(model: nn.Module, example: tuple[Any, ...]) -> Any:
 
 def _reason_to_leave(norm: nn.Module) -> str:
     if isinstance(norm, LazyModuleMixin):
-        return "it does not know the number of its channels before it was called"
+        return "its number of channels is unknown until its first call"
     if "forward" in vars(norm):
-        return "it has a forward that is not of its class"
+        return "its forward is an attribute of the module, not the method of its class"
     kind = type(norm)
     base = _base(kind)
     if base is None:
         return _something_else(kind)
     users = kind.__mro__[: kind.__mro__.index(base)]
     taken = {name for each in users for name in vars(each)} & {*vars(Fused), *vars(Overlay)} - {*dir(nn.Module)}
-    return f"its {', '.join(sorted(taken))} has the name of one that fused layers have" if taken else ""
+    return f"its class defines {', '.join(sorted(taken))}, a name that fused layers use" if taken else ""
 
 
 def _something_else(kind: type[nn.Module]) -> str:
-    return f"{kind.__name__} computes something else than torch.nn's"
+    return f"{kind.__name__} computes something else than torch.nn's normalisations"
 
 
 def _base(kind: type[nn.Module]) -> Any:

@@ -14,10 +14,12 @@ from ..reference.surrogates import SURROGATES
 
 _PROBES = (0.05, 0.11, 0.23, 0.37, 0.61, 0.79, 0.93, 1.3, 1.9, 2.7, 4.1)  # u / width
 _BY_DECADE = tuple(sign * 10.0**power for power in range(-9, 18) for sign in (-1, 1))  # u, within a window of FLAT
-# Many times near the threshold, so that no random function passes; no mean of 0, for those that compare with it.
+# Values far from the threshold, and many near it, so that no random function passes. Their mean is not 0, because a
+# function may compare with the mean.
 _AROUND = (-1e3, *(-1e-9, 1e-9) * 32, 1e3, 1e3)
 _FIRES = [float(u > 0) for u in _AROUND]
-# Width of a rectangle in place of a constant slope. A power of two, which is exact in the gain and in 1 / width.
+# The width of the rectangle that replaces a surrogate of constant slope. It is a power of two, so that gain and 1 /
+# width are exact.
 FLAT = 2.0**60
 _NO_SPIKES = "its spike function emits something else than 0 below and 1 above the threshold"
 

@@ -78,7 +78,7 @@ class ConvertedSNN(Converted):
         return found
 
     def steps_as_before(self) -> bool:
-        """Also a step that does not fire: its few operations are faster than a kernel's call."""
+        """Whether the library's own step runs: also for neurons that do not fire, whose steps are fast."""
         return self.settings.spike is None or super().steps_as_before()
 
     def record_step(self, found: Recording, input_tensor: Any, state: Any = None) -> Any:
@@ -236,4 +236,4 @@ def not_written(module: nn.Module) -> str | None:
 def streamed(module: nn.Module) -> InStream:
     if not isinstance(module, _NEURONS):
         return None
-    return "Norse hands its state on: output, state = model(x_t, state) is a step, with time of size 1 for LIF and LI"
+    return "Norse's caller passes the state: a step is output, state = model(x_t, state), for LIF and LI with x_t[None]"

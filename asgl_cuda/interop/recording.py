@@ -567,7 +567,8 @@ class Recording:
         if not torch.is_grad_enabled() and in_function():
             raise RuntimeError(
                 f"{_CALLER}: with sequences, a torch.autograd.Function gets values of steps that are computed later, "
-                f"in {function.__name__}, and would lose their gradients; neurons of your own need an entry in layers"
+                f"in {function.__name__}, and would lose their gradients; if the function belongs to neurons of your "
+                "own, replace these by the argument layers of asgl_cuda.convert"
             )
         if function in (torch.stack, torch.Tensor.__getitem__) or not (changed := _changed(function, args, kwargs)):
             return self._record(function, args, kwargs)
@@ -579,7 +580,7 @@ class Recording:
                 raise RuntimeError(
                     f"{_CALLER}: with sequences, {name} can't change "
                     + ("the model's input" if isinstance(target.group, Given) else "a value of a step")
-                    + f" in place{', of which there are views' if views else ''}"
+                    + f" in place{', because there are views of it' if views else ''}"
                 )
             made = self._record(function, args, kwargs)
             target.group, target.index = made.group, made.index
@@ -615,8 +616,8 @@ class Recording:
         if made is None or made.is_known():
             if checkpoint() is not self.checkpoint:
                 raise RuntimeError(
-                    f"{_CALLER}: with sequences, steps are computed after the model's code has ended, where a "
-                    "torch.utils.checkpoint inside of the model does not save memory; it belongs around the model"
+                    f"{_CALLER}: with sequences, steps are computed after the model's code has run, so that a "
+                    "torch.utils.checkpoint inside of the model saves no memory; put the checkpoint around the model"
                 )
             numbers = itertools.count()
             takes_indices = bool(indices)
@@ -624,7 +625,7 @@ class Recording:
             groups = {each.group for each in operands}
             kind = Stacked if function is torch.stack and len(groups) == 1 and len(operands) > 1 else Operation
             made = kind(function, args, kwargs, operands, modes)
-            self.read |= {_storage(each) for each in made.given[not merge :]}  # without what it changes
+            self.read |= {_storage(each) for each in made.given[not merge :]}  # without the tensor that it changes
             if merge:
                 self.operations[place] = made
             else:
@@ -650,9 +651,12 @@ class Recording:
         if chain is None or not chain.goes_on(states) or chain.modes != modes or chain.is_done:
             if chain is not None:
                 if chain.is_done and chain.goes_on(states):
+                    example = ", as in `if spk.sum() > 0`" if self.asked == "__bool__" else ""
                     raise RuntimeError(
-                        f"{_CALLER}: with sequences, {self.name(layer)} takes its steps after the model's code has "
-                        f"ended, but the code needs a value that depends on it, in {self.asked}, between two steps"
+                        f"{_CALLER}: with sequences, all steps of {self.name(layer)} are computed at once, after the "
+                        "model's code has run, but between two steps this code needs a value that depends on the "
+                        f"layer's output ({self.asked}{example}); remove that, or use asgl_cuda.convert(model) without "
+                        "sequences, which computes step by step"
                     )
                 self.earlier.append(chain)
             chain = self.chains[layer] = Chain(layer, states, modes)
@@ -738,7 +742,7 @@ class Recording:
         return function(*args, **kwargs)
 
     def _run(self, *wanted: Any) -> None:
-        if self.is_running:  # by code inside of an operation
+        if self.is_running:  # called by code inside of an operation
             return
         self.is_running = True
         try:
@@ -759,7 +763,8 @@ class Recording:
                     names = " and ".join(self.name(each.layer) for each in path if isinstance(each, Chain))
                     raise RuntimeError(
                         f"{_CALLER}: with sequences, all steps of a layer are computed at once, but what {names} emits "
-                        "in a step returns to it in a later one; asgl_cuda.convert(model) computes it step by step"
+                        "in a step returns to its input in a later step; use asgl_cuda.convert(model) without "
+                        "sequences, which computes step by step"
                     )
                 todo += dict.fromkeys(missing)
                 continue
@@ -769,7 +774,7 @@ class Recording:
 
 
 def _unit(group: Any) -> Any:
-    """What computes a group."""
+    """The object that computes a group: the chain of a result, or the group itself."""
     return group.chain if isinstance(group, Result) else group
 
 
@@ -837,7 +842,7 @@ def _emptied(value: Any, numbers: Iterator[int], takes_indices: bool, inside: bo
 def _storage(tensor: Tensor) -> int:
     try:
         return int(tensor.untyped_storage()._cdata)
-    except (NotImplementedError, RuntimeError):  # of torch.func, or sparse
+    except (NotImplementedError, RuntimeError):  # a tensor of torch.func, or a sparse one, has no storage
         return id(tensor)
 
 

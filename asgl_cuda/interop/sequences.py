@@ -94,7 +94,7 @@ _TEXT = {
 
 
 def kind_of(sequences: Any) -> str | None:
-    """What a call of the model is, for the argument `sequences` of `convert`; None: the argument is False."""
+    """Checks the argument `sequences` of `convert`. Returns "steps" for True, "loop", or None for False."""
     if isinstance(sequences, bool):
         return "steps" if sequences else None
     if not isinstance(sequences, str) or sequences != "loop":
@@ -117,10 +117,10 @@ def reason_against(model: nn.Module, left: list[Any]) -> str:
     if not any(isinstance(layer, Converted) for layer in model.modules()):
         return "a model must have neurons that take one step per call, got none"
     if "forward" in vars(model):
-        return "the model's forward must be that of its class, got another that the model has as an attribute"
+        return "the model's forward must be the method of its class, got an attribute of the model"
     names = [name for name in ("stateful", "streamed", "_sequences", "end_sequences") if hasattr(model, name)]
     taken = names if names and not isinstance(model, InSequences) else []
-    return f"the model's {taken[0]} has the name of one that the result has" if taken else ""
+    return f"the model has an attribute {taken[0]}, a name that the converted model uses itself" if taken else ""
 
 
 def in_sequences(model: nn.Module, kind: str) -> str:

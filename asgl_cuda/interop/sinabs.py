@@ -71,7 +71,7 @@ class ConvertedLayer(Converted):
             self.init_state_with_shape((batch, *trailing))
         elif self.v_mem.shape[0] != batch:
             self.handle_state_batch_size_mismatch(batch)
-        # Steps and potentials are promoted with the state, which is float32.
+        # sinabs promotes input and potentials to the type of the state, which is float32.
         x_seq = input_data.to(torch.promote_types(input_data.dtype, self.v_mem.dtype))
         alpha, i_last = self.alpha_syn_calculated, None
         if alpha is not None:
@@ -135,7 +135,7 @@ class ConvertedLayer(Converted):
         return 1 - self.alpha_mem_calculated if self.norm_input else 1.0
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        # sinabs' own constructs a new, unconverted layer.
+        # The __deepcopy__ of sinabs would construct a new, unconverted layer.
         state = {**self.__dict__, "_buffers": {name: value.detach() for name, value in self.named_buffers()}}
         for name in ("recordings", "firing_rate"):  # may be non-leaf tensors
             state.pop(name, None)
@@ -203,7 +203,7 @@ def _only(value: Tensor) -> float:
     return float(low) if low == high else math.nan
 
 
-# Widths read at each call or independent of the threshold, which other functions may depend on.
+# Surrogates whose width is read at each call or does not depend on the threshold; other functions may depend on it.
 _OWN_WIDTHS = (SingleExponential, Gaussian, PeriodicExponential)
 
 _LEAKS = (layers.ExpLeak, layers.ExpLeakSqueeze)
@@ -222,12 +222,12 @@ def find(layer: nn.Module) -> Found:
     node: Any = layer
     if kind_of_layer in _LEAKS:
         if node.min_v_mem is not None:
-            return "it has a lower limit of the potential (min_v_mem), which its output does not have"
+            return "it has a lower limit of the potential (min_v_mem), which leaky_integrator does not have"
         return ConvertedExpLeak, None
     most, spike_fn = _most(node.spike_fn), node.spike_fn
     if most is None:
         name = getattr(spike_fn, "__name__", type(spike_fn).__name__)
-        return f"its spikes are those of {name}; SingleSpike, MultiSpike and MaxSpike can be converted"
+        return f"its spike function is {name}; SingleSpike, MultiSpike and MaxSpike can be converted"
     returns = kind_of_layer in _RECURRENT
     if returns and (reason := _lacking(node, most)) is not None:
         return reason
@@ -251,14 +251,14 @@ def find(layer: nn.Module) -> Found:
         width = surrogate.grad_width
         return kind, SpikeFunction(PERIODIC, width, 2 * width * surrogate.grad_scale, False)
     if math.isnan(_only(thresholds)) and not (type(surrogate) in _OWN_WIDTHS and (thresholds > 0).all()):
-        return "its surrogate may be another for each neuron's own threshold"
+        return "its threshold differs between neurons, and its surrogate may depend on the threshold"
     at = thresholds.mean()  # `width` has one value per neuron
     single: Any = SingleSpike  # MultiSpike has the same gradient
     return kind, lambda u: single.apply(u + at, at, surrogate)
 
 
 def _lacking(node: Any, most: float) -> str | None:
-    """What `recurrent_lif` lacks of a layer."""
+    """Why `recurrent_lif` can't compute a layer, or None."""
     if node.record_states:
         return "it records its states (record_states)"
     if most > 1:

@@ -41,7 +41,7 @@ from .converted import (
 from .recording import SPIKES, Recording
 from .recurrent import Recurrent, currents, lacking
 
-# Substitute for a learned beta of 0, since threshold / beta must exist; the change is below the resolution of float32
+# Replaces a learned beta of 0, for which threshold / beta does not exist. The change is below the resolution of float32
 # at the threshold.
 _LEAST_BETA = 1e-6
 # Below this bound, threshold / beta makes rounding errors in the gradient of beta too large: relative 6e-5 at 1e-3.
@@ -243,7 +243,7 @@ class ConvertedLeaky(Converted):
         last = self.__dict__.pop("_last", None)
         if last is not None and mem is last[0] and version_of(mem) == last[1]:
             return last[2]  # type: ignore[no-any-return]
-        # Unsigned integers wrap around in snnTorch's difference.
+        # snnTorch takes a difference, in which unsigned integers wrap around.
         above = mem > threshold if mem.is_floating_point() else mem - self.threshold > 0
         return above.to(mem.dtype)
 
@@ -264,7 +264,7 @@ class ConvertedSynaptic(ConvertedLeaky):
     _states: tuple[str, ...] = ("syn", "mem")
 
     def advice(self) -> str | None:
-        return f"{super().advice()}; for backward a step keeps up to 1.6 times the bytes of snnTorch's"
+        return f"{super().advice()}; a step stores up to 1.6 times as many bytes for backward as in snnTorch"
 
     def one_step(self, input_: Tensor, syn: Any = None, mem: Any = None) -> Any:  # type: ignore[override]
         syn = _clamped(self.alpha) * self._before(input_.unsqueeze(0), syn, "syn") + input_
@@ -417,7 +417,7 @@ class MultiStep(nn.Module):
         self.layer = converted
 
     def state_dict(self, *args: Any, **options: Any) -> Any:
-        """That of the layer."""
+        """The state dict of the layer."""
         return self.layer.state_dict(*args, **options)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
@@ -459,7 +459,9 @@ def find(layer: nn.Module) -> Found:
         return kind if isinstance(layer, _NEURONS) or bare_class(layer).__name__ == "LeakyKernel" else None
     leaky: Any = layer
     if importlib.metadata.version("snntorch").split(".")[0] != "1":
-        return f"of snnTorch {importlib.metadata.version('snntorch')}; known is the reset of version 1"
+        return (
+            f"it is of snnTorch {importlib.metadata.version('snntorch')}, and convert knows only the reset of version 1"
+        )
     if leaky.inhibition:
         return "it has inhibition"
     if leaky.state_quant:
@@ -481,7 +483,7 @@ def find(layer: nn.Module) -> Found:
 
 
 def enlist(model: nn.Module) -> None:
-    """Adds a copy's layers to snnTorch's list of layers to reset and detach."""
+    """Adds the layers of a copied model to the list of layers that snnTorch resets and detaches."""
     instances: list[Any] = snntorch.SpikingNeuron.instances
     known = {id(layer) for layer in instances}
     instances.extend(

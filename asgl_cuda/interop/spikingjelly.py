@@ -31,7 +31,7 @@ from .identify import SpikeFunction, captured
 from .recording import SPIKES, Recording
 from .recurrent import Recurrent, lacking
 
-# `clock_driven` up to 0.0.0.0.14, which has both.
+# SpikingJelly up to 0.0.0.0.14 has `clock_driven`; 0.0.0.0.14 has both packages.
 _PACKAGES = [
     package
     for package in ("spikingjelly.activation_based", "spikingjelly.clock_driven")
@@ -156,7 +156,7 @@ def _options(node: Any, x_seq: Tensor) -> dict[str, Any]:
 def _gain(node: Any) -> Tensor | float:
     if isinstance(node, _INTEGER):
         return 1.0
-    # The input always decays up to 0.0.0.0.8.
+    # Up to SpikingJelly 0.0.0.0.8 the input always decays.
     return _share(node) if isinstance(node, _LEAKY) and getattr(node, "decay_input", True) else 1.0
 
 
@@ -287,7 +287,7 @@ class ConvertedILIFNode(ConvertedNode):
 
     @property
     def _levels(self) -> int:  # type: ignore[override]
-        return int(getattr(self.surrogate_function, "max_spike_count", 0))  # otherwise 0, an error of `lif`
+        return int(getattr(self.surrogate_function, "max_spike_count", 0))  # 0 is an error of `lif`
 
     def _fired(self, current: Tensor, x_seq: Tensor, return_v_seq: bool) -> LIFOutput:
         output = super()._fired(current, x_seq, return_v_seq)
@@ -354,15 +354,15 @@ class ConvertedNonSpikingNode(Converted):
         return v_seq[-1] if self.decode == "last_mem" else list(v_seq)
 
 
-# Equivalents of torch.nn's; in step mode "m" time and batch are apart. ThresholdDependent changes only the initial
-# weight; before version 2 it joins time and batch twice.
+# Equivalents of torch.nn's normalisations; in step mode "m" time and batch are separate dimensions. The
+# ThresholdDependent ones differ only in the initial weight, and before version 2 they join time and batch twice.
 _OF_THRESHOLD = tuple(f"ThresholdDependentBatchNorm{dims}d" for dims in (1, 2, 3))
 NORMALISATIONS = (
     *_classes("layer", "BatchNorm1d", "BatchNorm2d", "BatchNorm3d"),
     *(found for found in _classes("layer", *_OF_THRESHOLD) if "forward" not in vars(found)),
 )
 
-# Equivalents of torch.nn's layers; in step mode "m" time and batch are apart.
+# Equivalents of torch.nn's layers; in step mode "m" time and batch are separate dimensions.
 PLAIN = {
     found: getattr(nn, found.__name__)
     for found in _classes("layer", "Linear", "Conv1d", "Conv2d", "AvgPool2d", "Flatten", "Dropout", "Dropout2d")
@@ -427,7 +427,7 @@ def find(layer: nn.Module) -> Found:
 
 
 def _feeding(container: Any) -> Found:
-    """By a recurrent container."""
+    """Finds the conversion of a recurrent container."""
     if isinstance(factor := _factor(container), str):
         return factor
     linear, node = _parts(container)
@@ -444,7 +444,7 @@ def _feeding(container: Any) -> Found:
 
 
 def _integer(function: Any) -> Found:
-    """By the surrogate of an ILIFNode, MultiLevelSpikeCount."""
+    """Finds the conversion of an ILIFNode, from its surrogate MultiLevelSpikeCount."""
     levels, *window = function.max_spike_count, function.grad_min, function.grad_max
     if levels > MOST_LEVELS:
         return f"it counts up to {levels} spikes, more than {MOST_LEVELS}"

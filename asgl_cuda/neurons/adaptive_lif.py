@@ -90,9 +90,9 @@ def adaptive_lif(
             w = adapt_decay * w + (adapt_potential * v + adapt_spike * s[t])
 
     Sources: Bittar, Garner: A surrogate gradient spiking baseline for speech command recognition, Frontiers in
-    Neuroscience 2022, whose w follows the potential before a soft reset: add `adapt_potential * reset_amount` to
-    `adapt_spike`. To the threshold: Bellec, Salaj, Subramoney, Legenstein, Maass: Long short-term memory and
-    learning-to-learn in networks of spiking neurons, NeurIPS 2018.
+    Neuroscience 2022. There w follows the potential before a soft reset; to compute the same, add
+    `adapt_potential * reset_amount` to `adapt_spike`. For w on the threshold: Bellec, Salaj, Subramoney, Legenstein,
+    Maass: Long short-term memory and learning-to-learn in networks of spiking neurons, NeurIPS 2018.
     """
     check_keywords(neuron, _KNOWN, _CALLER, _WITHOUT)
     check_bool("to_threshold", to_threshold, _CALLER)
@@ -107,7 +107,7 @@ def adaptive_lif(
     return run_adaptive(x_seq, given, w_init)
 
 
-# The keyword arguments, for errors and hints.
+# The keyword arguments of `adaptive_lif`, for errors and hints.
 _KNOWN = *_NEURON, *(adaptive_lif.__kwdefaults__ or {})
 
 
@@ -189,7 +189,7 @@ class Adapting(Neurons):
                 fill_parameter(getattr(self, name), value)
 
     def reset_parameters(self) -> None:
-        """Resets the learned parameters to the values last set, the adaptation's to the first, and clears states."""
+        """Resets learned parameters to the values last set, those of the adaptation to the first; clears states."""
         if self._adapt_decay is not None:
             self._fill_adaptation(self._adapt_decay, self._adapt_potential, self._adapt_spike)
         super().reset_parameters()

@@ -98,7 +98,8 @@ class Noisy(Settable):
     """A layer with a fraction of analog elements, which is data of a compiled graph: a schedule does not recompile."""
 
     _analog_prob: float  # for eager calls: reading a tensor would synchronise with the GPU
-    # For compiled graphs: [1], [0] without noise. No buffer: DistributedDataParallel would broadcast it at each call.
+    # The analog_prob of compiled graphs, of shape [1], or [0] if the layer has no noise. It is not a buffer, because
+    # DistributedDataParallel would broadcast it at each call.
     _analog_prob_data: Tensor
 
     @property
@@ -129,7 +130,7 @@ class Noisy(Settable):
 
     @property
     def _has_noise(self) -> bool:
-        """Read off the shape, so that a compiled graph does not depend on the share."""
+        """Whether there is noise, from the shape of the data, so that a compiled graph does not depend on its value."""
         return self._analog_prob_data.numel() > 0
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *arguments: Any, **options: Any) -> Any:
@@ -154,25 +155,26 @@ class NeuronLayer(Settable):
 
     _caller: ClassVar[str]  # the name of the layer in errors
     _function: ClassVar[str]  # the functional form, for errors
-    # Carried from call to call, `{name}_init` and `{name}_last` of the function; no buffers: DistributedDataParallel
-    # would broadcast them.
+    # Names of the states that are carried from call to call: arguments `{name}_init` and results `{name}_last` of the
+    # function. They are not buffers, because DistributedDataParallel would broadcast them.
     _states: ClassVar[tuple[str, ...]] = ("v",)
     _least_batch: ClassVar[int] = 0  # dimensions of the batch that an input must have
-    _constants: ClassVar[tuple[str, ...]] = ("_decay",)  # values of neurons that may be tensors: no buffers, either
+    _constants: ClassVar[tuple[str, ...]] = ("_decay",)  # values of neurons, floats or tensors, but not buffers
     logit_decay: nn.Parameter | None
     store_v_seq = False
     v: Tensor | None
-    # Of asgl_cuda.step while it runs: called before and after each call, as hooks, which take torch 10 us a module.
+    # Set by asgl_cuda.step while it runs, and called before and after each call. Hooks of torch would cost 10 us per
+    # module.
     _watch: Any = None
 
-    # The constructor's options that are kept as they are checked: `check(name, value, caller)`.
+    # Options of the constructor that become attributes, with their checks `check(name, value, caller)`.
     _options: ClassVar[dict[str, Callable[..., Any]]] = {
         **dict.fromkeys(("v_rest", "input_gain"), read_finite),
         "stateful": check_bool,
         "time_dim": check_int,
         "backend": optional(_check_backend),
     }
-    _norm_options: ClassVar[dict[str, Callable[..., Any]]] = {}  # the same of a normalisation in the layer
+    _norm_options: ClassVar[dict[str, Callable[..., Any]]] = {}  # as _options, for the normalisation in the layer
     v_rest: float
     input_gain: float
     stateful: bool
@@ -262,7 +264,7 @@ class NeuronLayer(Settable):
         """The value of a property: a scalar for the whole layer."""
         if isinstance(value, (Logarithm, Logit)):
             value = value.value()
-        # Not reshape(()), which raises an error for tensors sharded by fully_shard.
+        # The sum of one element. reshape(()) would raise an error for tensors that fully_shard has sharded.
         return value.sum() if isinstance(value, Tensor) and not self.num_features else value
 
     def _inputs(self, x_seq: Tensor, residual: Tensor | None = None) -> tuple[Tensor, dict[str, Any]]:
@@ -354,9 +356,11 @@ class NeuronLayer(Settable):
         tracer: Any = x_seq.tracer
         is_own = type(self).forward.__module__.partition(".")[0] == __name__.partition(".")[0]
         if not is_own or tracer.root is self:
+            remedy = "trace a module that contains the layer"
+            if not is_own:
+                remedy = f"override Tracer.is_leaf_module so that {type(self).__name__} is a leaf"
             raise TypeError(
-                f"{self._caller}: torch.fx can record calls of {type(self).__name__} but not its forward: it must be a "
-                "leaf, and part of the module that is traced"
+                f"{self._caller}: torch.fx can record calls of {type(self).__name__} but not its forward; {remedy}"
             )
         x_seq, more = self._inputs(x_seq, residual)
         return tracer.create_proxy("call_module", tracer.path_of_module(self), (x_seq,), more)
@@ -371,7 +375,7 @@ class NeuronLayer(Settable):
     def _carried_state(self, name: str) -> Tensor | None:
         """The state of this name that the next call goes on from; None: at rest."""
         state: Tensor | None = getattr(self, name)
-        # Autograd accepts no inference tensors, but their copies.
+        # Autograd does not accept inference tensors, but it accepts copies of them.
         if state is not None and not torch.compiler.is_compiling() and state.is_inference():
             return state if torch.is_inference_mode_enabled() else state.clone()
         return state

@@ -67,7 +67,8 @@ from .lif import LIF, LIF_DEFAULTS, LIFOutput, output_of, remember, run_backward
 
 _CALLER = "asgl_cuda.batch_norm_lif"
 
-# Up to this many values per channel, half types compute in float32: dx is a small difference of large terms.
+# With at most this many values per channel, half types compute in float32, because dx is a small difference of large
+# terms.
 _FEW = 4
 
 
@@ -80,7 +81,7 @@ class _Settings(NamedTuple):
     group: Any  # processes that share the statistics; None for only this one
 
 
-# The normalisation's arguments by name, among them `count`, num_batches_tracked, and the neuron's time_dim.
+# The arguments of the normalisation by name, including `count`, num_batches_tracked, and the neuron's time_dim.
 _Normalisation = dict[str, Any]
 
 
@@ -93,7 +94,8 @@ class _Running(NamedTuple):
     momentum: float | Tensor
 
 
-# mean and variance, None in training, weight and bias: [C] each.
+# (mean, variance, weight, bias), each of shape [C]. mean and variance are None in training; weight and bias are None if
+# not given.
 _ByChannel = Sequence[Tensor | None]
 
 
@@ -134,7 +136,7 @@ class BatchNormLIFFunction(torch.autograd.Function):
         needed = Inputs(*others)
         through_batch = needed.x_seq and ctx.training
         wants_sums = wants_weight or wants_bias or through_batch
-        # One array serves both gradients, except in float16, where dh may be beyond the range of dx.
+        # The gradients of input and residual share one array, except in float16, whose range dh may exceed.
         shared = through_batch and needed.residual and x_seq.dtype != torch.float16
         shared = shared and plan.numbers.residual_gain == 1
         wanted = needed.with_input(wants_sums, wants_sums, False)
@@ -210,7 +212,7 @@ def _differentiated(operator: Any, below: Any, *arguments: Any) -> tuple[Tensor,
 
 
 def _differentiated_update(operator: Any, below: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
-    """The same for batch_norm_update."""
+    """The derivative of batch_norm_update, as above."""
     return _differentiated(operator, partial(below, *arguments[:4]), *arguments[4:])
 
 
@@ -387,14 +389,14 @@ def batch_norm_lif(
 
 
 def _check_value(momentum: Any) -> None:
-    """A finite one, of a tensor as well where reading it does not synchronise with a GPU."""
+    """Checks that momentum is finite; a tensor is read only if this does not synchronise with a GPU."""
     seen = isinstance(momentum, Tensor) and can_be_seen(momentum)
     if seen and momentum.numel() == 1 and momentum.is_floating_point():
         check_finite("momentum", momentum.item(), _CALLER, "a float or a tensor")
 
 
 def _batch_norm_lif(x_seq: Tensor, norm: _Normalisation, given: Arguments) -> Tensor | LIFOutput:
-    """The same; may count the batch."""
+    """The result of `batch_norm_lif` from a record of arguments; counts the batch if `count` is given."""
     settings = _settings_of(_CALLER, x_seq, norm)
     training, momentum, count = norm["training"], norm["momentum"], norm["count"]
     _check_value(momentum)
@@ -646,10 +648,11 @@ class BatchNormLIF(LIF):
     `layer(x_seq, residual)` adds the shortcut of a residual block between the normalisation and the neurons,
     `input_scale * y + residual`, without the sum in memory. `residual` must have the shape and type of x_seq.
 
-    Inputs may be up to 1e15 in magnitude, 1e150 in float64. Larger inputs can give NaN or inaccurate gradients. With
-    `eps=0` the deviation of a channel must be at least 1e-15, 1e-150 in float64.
+    Inputs may be up to 1e15 in magnitude, or 1e150 in float64. Larger inputs can give NaN or inaccurate gradients. With
+    `eps=0` the standard deviation of a channel must be at least 1e-15, or 1e-150 in float64.
 
-    Raises the errors of `LIF` and of `asgl_cuda.batch_norm_lif`, whose docstring has the same in PyTorch.
+    Raises the errors of `LIF` and of `asgl_cuda.batch_norm_lif`. The docstring of the latter shows how PyTorch computes
+    the same.
 
     Example::
 
@@ -720,7 +723,7 @@ class BatchNormLIF(LIF):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Also resets the normalisation."""
+        """Resets the parameters of the neurons and of the normalisation."""
         super().reset_parameters()
         self.reset_running_stats()
         fill_parameter(self.weight, 1.0)

@@ -144,9 +144,11 @@ class Pending:
     def check(self) -> None:
         """Refuses what would differ from the layers that were there."""
         if self.changes != self.source.changes:
-            raise self.norm.refusal("its output, or a view of it, was changed in place after this view")
+            raise self.norm.refusal("its output, or a view of it, was changed in place after this view was made")
         if any(version != _version(tensor) for tensor, version in self.watched):
-            raise self.norm.refusal("its input, or what is added to it, has been modified by an inplace operation")
+            raise self.norm.refusal(
+                "its input, or what is added to its output, has been modified by an inplace operation"
+            )
         if in_function() and self.requires_grad:
             raise self.norm.refusal("its output goes to a torch.autograd.Function, which would lose its gradient")
 
@@ -386,7 +388,7 @@ def hooks_of_graph() -> Any:
 
 
 def checkpoint() -> Any:
-    """What tells the checkpoint, not a reentrant one, that is being computed from others."""
+    """An object that identifies the checkpoint that is being computed, or None; reentrant checkpoints have none."""
     hooks = hooks_of_graph()
     return hooks[0] if hooks and hooks[0].__module__ == "torch.utils.checkpoint" else None
 

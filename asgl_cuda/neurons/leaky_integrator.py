@@ -119,7 +119,7 @@ def _checked(caller: str, x_seq: Tensor, given: _Arguments) -> Plan:
 
 
 _NAMES = *_VALUES, "time_dim", *_OPTIONS
-# By whether features are given, as by layers whose decays differ.
+# Functions that make plans, by whether features are given; layers whose decays differ between neurons give them.
 _PLANS = {
     False: cached_by_signature(_NAMES)(_checked),
     True: cached_by_signature((*_NAMES, "features"))(_checked),

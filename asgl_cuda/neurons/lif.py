@@ -123,8 +123,8 @@ def lif(
         rng_state: int64 tensor `[seed, offset]` on x_seq's device, which determines the noise. Neurons are numbered in
             memory order, so a channels_last x_seq gets other noise than its contiguous copy.
         generator: generator that draws rng_state if rng_state is not given; default the device's default generator.
-            Activation checkpointing restores only the default generator, and the recomputation would draw new noise
-            from any other. Give rng_state there.
+            With activation checkpointing give rng_state instead of a generator: checkpointing restores only the default
+            generator, and with another one the second forward pass would draw new noise.
         input_gain, input_bias, input_mean: the input current is `input_gain * (x_seq - input_mean) + input_bias`.
         residual: shortcut of a residual block, in shape and type of x_seq. `residual_gain * residual` is added to the
             input current, without a sum in memory. If its memory order is not that of x_seq, it is copied once.
@@ -144,7 +144,7 @@ def lif(
             turns the output into binary spikes. With multi_spike, levels only limits the number of spikes.
         multi_spike: emit `trunc(h / v_threshold)` spikes per step where h > 0. Each spike subtracts `reset_amount`, so
             `v_reset` must be None. `v_threshold` must be > 0, and is checked like the width. `analog_prob` must be 0,
-            because no smooth function that counts spikes has these surrogates as its slope.
+            because no smooth number of spikes exists whose slope is one of these surrogates.
         v_min: lower bound of the potential after the reset, in units of x_seq, `v = relu(v - v_min) + v_min`. Where the
             potential is at `v_min`, no gradient flows back through it. The bound does not apply to v_init.
         v_init: potential before the first step, in the shape of x_seq without time; default `v_rest`.
@@ -155,7 +155,7 @@ def lif(
     against x_seq: one value, `[C, 1, 1]`, `[C, H, W]`, `[T, 1, 1, 1, 1]`, and so on. Parameters and `v_init` are
     converted to the type of the arithmetic, which is float64 for a float64 x_seq and float32 otherwise.
 
-    A NaN potential emits no spike, and makes the gradients of parameters NaN, as in any layer that multiplies.
+    A neuron whose potential is NaN emits no spike, and the gradients of its parameters are NaN.
 
     Returns:
         The spikes, in shape and type of x_seq, or a `LIFOutput` if a potential was asked for. All outputs are
@@ -194,8 +194,8 @@ def lif(
     With the surrogate rectangle, `a = ((h - v_threshold) * slope + 0.5).clamp(0, 1)`, and spikes and input gradients
     are bit-identical to this loop. With levels, `a = (h * (1 / v_threshold)).clamp(0, levels)` and `z = a.round()`.
     With multi_spike, `z = (h > 0) * (h / v_threshold).trunc()`. periodic_exponential is laplace, except that where
-    h >= v_threshold, the distance u is `v_threshold * (2 * (h / v_threshold - 0.5).remainder(1) - 1)`, with a slope of
-    1.
+    h >= v_threshold, u is `v_threshold * (2 * (h / v_threshold - 0.5).remainder(1) - 1)`, and the derivative of u by h
+    is taken as 1.
     """
     if unknown:
         check_keywords(unknown, LIF_DEFAULTS, _CALLER)
@@ -298,7 +298,7 @@ class LIFFunction(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         checkpoints, *tensors = saved_tensors(ctx)
         inputs, plan, wanted = Inputs(*tensors), ctx.plan, Inputs(*ctx.needs_input_grad[3:])
-        # As in a sum, the gradients of x_seq and of the residual may be the same tensor.
+        # The gradients of x_seq and of the residual may be one tensor, as they are for a sum.
         shared = wanted.residual and wanted.x_seq and _adds(plan.numbers, inputs)
         if shared:
             asked = [*wanted[:-1], False]
@@ -428,8 +428,8 @@ class LIF(Neurons):
         granularity: whether a learned parameter has one value per layer, per channel or per neuron.
         learn_width, learn_decay, learn_threshold: which of these are parameters; the others are constants.
         strict_threshold: fire only if the potential is above the threshold, and not if the two are equal.
-        detach_reset: stop the gradient that flows through the spike in the reset, through which gradients can explode
-            over many steps: see `asgl_cuda.lif`, where the default is False. `Monitor` measures the growth.
+        detach_reset: stop the gradient that flows through the spike in the reset, which can explode over many steps
+            (see `asgl_cuda.lif`, where the default is False). `Monitor` measures how much gradients grow.
         scale_output: multiply the output by `v_threshold`. With levels and without multi_spike, divide it by `levels`
             instead.
         levels: emit a whole number of spikes per step, from 0 to `levels`: the potential divided by the threshold,
@@ -438,9 +438,9 @@ class LIF(Neurons):
         multi_spike: emit as many spikes per step as thresholds fit into the potential. `v_reset` must be None, and
             `analog_prob` must always be 0.
         v_min: lower bound of the potential after the reset, in units of the input. None: no bound.
-        stateful: carry the potential from call to call, as `v`, until `reset()` or `asgl_cuda.reset(model)`. Not for
-            activation checkpointing, which calls the layer twice. `step(x_t)`, one step without the time dimension,
-            always carries `v`.
+        stateful: carry the potential from call to call, as `v`, until `reset()` or `asgl_cuda.reset(model)`. Do not
+            use it with activation checkpointing, which calls the layer twice. `step(x_t)`, which computes one step
+            without the time dimension, always carries `v`.
         store_v_seq: store the potentials after the reset of the last call as `v_seq`, in the shape of the input.
         time_dim: time dimension of inputs.
         backend: see `asgl_cuda.lif`.
@@ -450,7 +450,7 @@ class LIF(Neurons):
     `v_threshold`, `v_reset` and `reset_amount` may be tensors of shape `num_features`, learned or not. A tensor that
     requires a gradient, such as a Parameter, is accepted only for a learned parameter, as its initial value. `width`,
     `decay` and `v_threshold` can be read and set at any time. A learned width or decay has the same bits in every
-    backend; they equal those of `torch.exp` and `torch.sigmoid` up to the last bits.
+    backend. It may differ in the last bits from `torch.exp(log_width)` or `torch.sigmoid(logit_decay)`.
 
     Shapes: input and output are `[T, N, ...]`, or have time at `time_dim`. After removing time, the second dimension is
     the channels, and the last dimensions are the neurons.
@@ -460,9 +460,9 @@ class LIF(Neurons):
 
     A state dict has only the learned parameters, `log_width`, `logit_decay` and `threshold`. As in torch's layers, it
     has no constants, flags, `analog_prob` or potentials, so it loads without a warning into a layer with another
-    constant decay. `AnalogProbSchedule.state_dict()` has the noise.
+    constant decay. `AnalogProbSchedule.state_dict()` contains `analog_prob`.
 
-    SpikingJelly's `LIFNode(tau=tau)` has `decay=1 - 1 / tau, input_gain=1 / tau`.
+    `decay=1 - 1 / tau, input_gain=1 / tau` gives the neuron of SpikingJelly's `LIFNode(tau=tau)`.
 
     Processes with the same seed draw the same noise. Call `torch.manual_seed(seed + rank)` after creating the model to
     give each process its own noise.

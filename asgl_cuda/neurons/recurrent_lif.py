@@ -304,7 +304,8 @@ def _computed(x_seq: Tensor, given: _Recurrence, neuron: Arguments) -> Tensor | 
         outputs: Any = s_seq, None, h_seq, v_seq, None, None, *last
     else:
         differentiated = is_differentiated(tensors, _CALLER)
-        # Kept for backward: what was emitted where s_seq is not; i_seq for the gradient of syn_decay; and w_seq.
+        # Results kept for backward: the emitted spikes if s_seq differs from them; i_seq for the gradient of syn_decay;
+        # w_seq.
         keeps = (
             bool(rules.scale_output) or real != x_seq.dtype,
             True,
@@ -508,7 +509,8 @@ class RecurrentLIF(Adapting):
         return self.recurrent_bias is not None if name == "bias" else self.autapses
 
 
-# Options of `lif` and `LIF` that recurrent neurons lack, and the keyword arguments, for errors and hints.
+# Options of `lif` and `LIF` that recurrent neurons do not have, and the keyword arguments that they have, for errors
+# and hints.
 _WITHOUT = without(RecurrentLIF, "input_bias", "input_mean")
 _NEURON = [name for name in LIF_DEFAULTS if name not in _WITHOUT]
 _KNOWN = *_NEURON, *(recurrent_lif.__kwdefaults__ or {})

@@ -65,7 +65,7 @@ class Neurons(NeuronLayer, Noisy):
         check_rules(given, self._caller, self.levels, self.multi_spike)
         self._set_analog_prob(given["analog_prob"])
         learns = check_options(given, _LEARNS, self._caller)
-        # [1] for a whole layer: torch's fully_shard refuses parameters without a dimension.
+        # A value for the whole layer has shape [1], because torch's fully_shard refuses parameters without a dimension.
         empty = partial(torch.empty, self.num_features or 1, device=given["device"], dtype=given["dtype"])
         self.log_width = nn.Parameter(empty()) if learns["learn_width"] and not self._counts else None
         self.logit_decay = nn.Parameter(empty()) if learns["learn_decay"] else None

@@ -46,7 +46,7 @@ def in_real_type(value: Tensor) -> Tensor:
 
 
 def _bounded(value: Tensor) -> Tensor:
-    """Clamped, so that exp is positive and finite and sigmoid inside (0, 1) after any step of an optimizer."""
+    """Clamps a stored value, so that exp is positive and finite and sigmoid inside (0, 1) after any optimizer step."""
     return with_gradient_of(value.detach().clamp(-BOUND, BOUND), value)
 
 

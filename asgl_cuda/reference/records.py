@@ -52,15 +52,16 @@ class Rules(NamedTuple):
     log_width: int  # 1: the width is given as its logarithm, within the bound of learned.py; 0 for the reference
     logit_decay: int  # 1 if the decay is given as its logit
     analog_below: int  # round(analog_prob * DRAWS), or BELOW_IN_STATE
-    # The most spikes a step, 0 for no limit. With INTEGER width is the threshold, v_threshold the factor of
-    # scale_output.
+    # The largest number of spikes per step; 0 means no limit. If `surrogate` is INTEGER, width is the threshold, and
+    # v_threshold is the factor of scale_output.
     levels: int
-    # Where w is. If not 0, states are pairs, [2, ...], and the input's parameters are the adaptation's.
+    # To what w is added; 0 without adaptation. Otherwise states have shape [2, ...], v and w, and input_gain,
+    # input_bias and input_mean are the parameters of the adaptation.
     adaptation: int
     time_dim: int  # not negative
 
     def members(self) -> int:
-        """Those of the state."""
+        """The number of members of the state."""
         return 2 if self.adaptation else 1
 
     def changed(self, **values: int) -> Rules:

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from ..torch_modes import apply, exporting, in_forward_mode, transforming
 
-# With multi_spike: laplace of `periodic_distance`.
+# A surrogate for multi_spike: laplace as a function of `periodic_distance`.
 PERIODIC = "periodic_exponential"
 
-# With levels: the id of Surrogate::kInteger in csrc, F(y) = clamp(y, 0, levels).
+# The surrogate of levels, F(y) = clamp(y, 0, levels), by its id: Surrogate::kInteger in csrc.
 INTEGER = 7
 
 
@@ -65,7 +65,7 @@ SURROGATES: dict[str, Surrogate] = {
     "laplace": Surrogate(6, _mirrored(lambda y: 0.5 * torch.exp(-y)), lambda y: 0.5 * torch.exp(-y.abs())),
 }
 
-# Names in other libraries, in lower case; equal with a width of 1 / alpha.
+# Names that other libraries use, in lower case. Their alpha is 1 / width.
 ELSEWHERE = {
     "atan": "arctan",
     "piecewiseexp": "laplace",

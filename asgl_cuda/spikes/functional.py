@@ -35,7 +35,7 @@ class _Operators(NamedTuple):
     """The operators of backends/ops.py for products of spikes."""
 
     spike_product: Callable[..., Tensor]
-    spike_gradient: Callable[..., Tensor]
+    spike_weight_gradient: Callable[..., Tensor]
 
 
 _operators = _Operators(*(getattr(torch.ops.asgl_cuda, name).default for name in _Operators._fields))
@@ -105,7 +105,7 @@ class SpikeFunction(torch.autograd.Function):
             grad_x = grad @ weight
         elif wants_x:
             shape, memory_format = ctx.like_x
-            # Only the sizes and the layout of the input decide.
+            # If x was not kept, an empty tensor serves: only sizes and layout of the input matter here.
             if (like := x) is None:
                 like = torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=memory_format)
             ones, zeros = [1] * len(stride), [0] * len(stride)
@@ -113,7 +113,7 @@ class SpikeFunction(torch.autograd.Function):
                 grad, like, weight, None, stride, padding, ones, False, zeros, 1, [True, False, False]
             )
         if wants_weight:
-            gradient = _operators_of((grad, x)).spike_gradient
+            gradient = _operators_of((grad, x)).spike_weight_gradient
             grad_weight = gradient(grad, x, ctx.weight_shape, stride, padding, ctx.channels_last)
         if wants_bias:
             grad_bias = grad.flatten(0, -2).sum(0) if is_linear else grad.transpose(0, 1).flatten(1).sum(1)

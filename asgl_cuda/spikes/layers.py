@@ -13,7 +13,8 @@ from ..neurons.deferred import tensor_of
 from ..torch_modes import transforming
 from .functional import convolution, has_kernel, linear
 
-# Sums of an input up to which a call takes the copy of the weight: transposing it would take longer than the product.
+# Up to this number of sums, a call uses the layer's copy of the weight: transposing the weight would take longer than
+# the product.
 _FEW_SUMS = 64
 
 
@@ -40,7 +41,7 @@ class _Copy:
 
 
 class _SpikeLayer(nn.Module):
-    """What the layers share: in evaluation, a copy of the weight for inputs of a few samples, as single time steps.
+    """Base of the layers: in evaluation it keeps a copy of the weight for calls with few samples, such as single steps.
 
     Not saved, copied or pickled. A change of the weight shows in its version, of its storage in its address. Optimizers
     may change it unseen, torch's fused ones among them: a call in training or with a gradient of the weight drops the
@@ -68,7 +69,7 @@ class _SpikeLayer(nn.Module):
         return copy.panels
 
     def train(self, mode: bool = True) -> Any:
-        """As torch's; drops the copy of the weight."""
+        """Sets the mode as in torch, and drops the copy of the weight."""
         self._copy = None
         return super().train(mode)
 
@@ -119,7 +120,7 @@ class SpikeLinear(_SpikeLayer, nn.Linear):
 
 
 class _SpikeConv(_SpikeLayer):
-    """What the convolutions share."""
+    """Base of the convolutions."""
 
     def forward(self, input: Tensor) -> Tensor:
         """The convolution of `input`, `[N, in_channels, ...]` or `[in_channels, ...]`, with the weight."""

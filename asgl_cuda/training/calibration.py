@@ -28,7 +28,7 @@ from .monitor import aligned
 
 _CALLER = "asgl_cuda.calibrate"
 _TOLERANCE = 0.01  # tolerance relative to the rate
-_MORE_RUNS = 5  # more than layers, for weights also before earlier layers, and inputs not linear in their weight
+_MORE_RUNS = 5  # runs beyond one per layer, for weights shared with earlier layers and for nonlinear inputs
 _WIDEST = 12  # factors from 2^-12 to 2^12 are tried; larger ones would scale rounding errors
 _NARROWEST = 2**-14  # an interval of log2(factor); a rate that changes in it by more than the tolerance jumps
 NORMALISATIONS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, BatchNormLIF)
@@ -60,11 +60,11 @@ class Calibration(NamedTuple):
 def calibrate(model: nn.Module, x_seq: Any, rate: float = 0.2) -> Calibration:
     """Scales the weights before the neurons, with one batch, until each layer fires at `rate`.
 
-    In networks without normalisation the deeper layers are otherwise silent at first, and learn nothing. Call it once,
-    after the model has been made or converted and before the first step of the optimizer. It scales the weight of the
-    linear layer or convolution before the neurons, also if views, pooling, dropout or currents lie in between. If a
-    normalisation lies in between, also in `BatchNormLIF`, it scales the weight of the normalisation. Nothing else of
-    the model changes.
+    In networks without normalisation the deeper layers are otherwise silent at first, and learn nothing. Call
+    `calibrate` once, after the model has been made or converted and before the first step of the optimizer. It scales
+    the weight of the linear layer or convolution before the neurons, also if views, pooling, dropout or currents lie in
+    between. If a normalisation lies in between, also in `BatchNormLIF`, it scales the weight of the normalisation.
+    Nothing else of the model changes.
 
     Rates are measured on a copy with hard spikes, without dropout, from rest. In training mode normalisations use the
     statistics of the batch. The factor of each layer is found from the input of that layer, and confirmed by another
@@ -75,8 +75,8 @@ def calibrate(model: nn.Module, x_seq: Any, rate: float = 0.2) -> Calibration:
             model in DistributedDataParallel is calibrated on the batches of all processes, so every process must call
             `calibrate`.
         x_seq: a batch as the model takes it; a tuple contains the positional arguments.
-        rate: fraction of neurons and steps with a spike, in (0, 1). It is reached to within 1 % of `rate`, or less
-            exactly if few distinct inputs let the rate rise only in larger steps.
+        rate: fraction of neurons and steps with a spike, in (0, 1). It is reached to within 1 % of `rate`. If few
+            distinct inputs let the rate change only in larger steps, it is reached less exactly.
 
     Returns the layers in order of execution, with their rates before and after and their factors, and the layers that
     did not run.
@@ -210,7 +210,7 @@ class _Trial:
         return {site: self._rate_of(site, [call[-1] for call in site.calls]) for site in sites}
 
     def prepare(self, before: dict[_Site, float]) -> None:
-        """Another run, after a first one, is for the biases."""
+        """A run with all weights at 0, which finds what biases alone give to the neurons."""
         for site in before:
             self._scale(site, 0.0)
         self.run()
@@ -278,11 +278,11 @@ class _Trial:
         return sum(fired) / count  # type: ignore[no-any-return]
 
     def is_reached(self, site: _Site, measured: float) -> bool:
-        """Whether it is the rate, or the nearest that was found."""
+        """Whether a rate is the wanted one, or the nearest that was found."""
         return min(abs(measured - self._rate), abs(measured - site.found)) <= site.tolerance
 
     def error_at(self, site: _Site, seen: str) -> ValueError:
-        """That no factor leads to the rate; `seen` are the rates found."""
+        """The error that no factor leads to the rate; `seen` are the rates that were found."""
         return ValueError(
             f"{_CALLER}: {site.layer or 'the model'}: no factor on {site.weight} makes it fire at {self._rate:g}; the "
             f"rate is {seen}"

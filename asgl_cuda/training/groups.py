@@ -102,7 +102,8 @@ def parameter_groups(
     by_adam = width_lr is None
     widths = [each for name, each in neurons.values() if by_adam and name == "log_width"]
     others = [each for name, each in neurons.values() if not (by_adam and name == "log_width")]
-    # A key of a group hides the option of the optimizer, so weights have no decay unless it is asked for.
+    # A key in a group takes precedence over the option of the optimizer, so the key is set only if weight_decay was
+    # given.
     decayed = {} if weight_decay is None else {"weight_decay": weight_decay}
     if by_adam and neurons:
         _watch_optimizers()

@@ -41,7 +41,7 @@ def lightning_callback(schedule: AnalogProbSchedule | None = None, monitor: Moni
     lightning = importlib.import_module("pytorch_lightning" if is_old else "lightning.pytorch")
 
     class ASGLCallback(lightning.Callback):  # type: ignore[misc, name-defined]
-        # Not a closure, because a class is a reference cycle, which would keep the model.
+        # A class that refers to the model in a closure would be a reference cycle and keep the model alive.
         def __init__(self, schedule: AnalogProbSchedule | None, monitor: Monitor | None) -> None:
             super().__init__()
             self._schedule, self._monitor = schedule, monitor

@@ -27,20 +27,21 @@ _QUANTITIES = (
     "width", "firing_rate", "analog_share", "inside", "smoothing_error", "growth", "dead", "saturated", "nonzero_inputs"
 )  # fmt: skip
 
-# Fractions from which on `Monitor.problems` reports a layer.
+# Limits from which on `Monitor.problems` reports a layer.
 _MANY = 0.5  # fraction of neurons dead or saturated, or of channels constant
-_RARE = 0.05  # if most neurons are dead, larger weights help below this rate
+_RARE = 0.05  # firing rate below which larger weights are the advice if most neurons are dead
 _FEW_INSIDE = 0.01  # fraction of potentials inside the window
-_EXPLODES = 1000.0  # a growth of gradients; trainings with one of 30 reach the accuracy of those without
+_EXPLODES = 1000.0  # growth of gradients; training runs with a growth of 30 are as accurate as runs without
 
-# The options of layers with which it knows what fires, and what is emitted where.
+# Options of layers that Monitor supports; it refuses a layer with any other, as its spikes or outputs might mean
+# something else.
 _KNOWN = {
     "v_rest", "input_gain", "v_reset", "reset_amount", "v_min", "strict_threshold", "scale_output", "levels",
     "multi_spike", "surrogate_gain", "detach_reset", "delay", "stateful", "store_v_seq", "time_dim", "backend",
     "eps", "momentum", "input_scale", "affine", "track_running_stats",
 }  # fmt: skip
 
-_LITTLE = 0.01  # of eps: with less variance a channel is normalised to less than a tenth around its bias
+_LITTLE = 0.01  # of eps; a channel with less variance is normalised to less than a tenth around its bias
 
 
 class _Tally:
@@ -86,7 +87,7 @@ def _shares_of_lif(
     h_seq = again.h_seq
     given: Any = (layer.width, layer.v_threshold, layer.decay, layer.v_reset, layer.reset_amount)
     values: list[Any] = [layer._broadcast(each, x_seq) for each in given]
-    # In the dtype of the computation, for equal spikes.
+    # In the dtype of the computation, so that spikes are equal to those of the layer.
     width, threshold, decay, v_reset, amount = (
         value.to(h_seq) if isinstance(value, Tensor) else value for value in values
     )
@@ -155,7 +156,7 @@ def _constant_channels(norm: Any, x_seq: Tensor, channel: int) -> dict[str, Tens
 
 
 def _remedy(norm: Any, size: str, threshold: str) -> str:
-    """What helps potentials of the wrong scale: neither what the layer is already, nor what `calibrate` refuses."""
+    """The remedy for potentials of the wrong scale; names nothing that the layer has already or `calibrate` refuses."""
     if norm is None:
         return (
             f"{size} weights before the neurons, which asgl_cuda.calibrate(model, x_seq) sets if they are learned, or "
@@ -258,8 +259,8 @@ class Monitor:
             model(x_seq)
         print(monitor)
 
-    Raises ValueError for a model without ASGL layers, and at the start for one with an option that Monitor does not
-    know, TypeError if the model is not a module.
+    Raises ValueError for a model without ASGL layers, and TypeError if the model is not a module. At the start, raises
+    ValueError if a layer has an option that Monitor does not know.
 
     Source: Wang, Jiang, Lian, Yan, Tang: Adaptive Smoothing Gradient Learning for Spiking Neural Networks, ICML 2023.
     """

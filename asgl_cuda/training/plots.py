@@ -124,7 +124,7 @@ def plot_gradient_norms(gradients: Tensor | Mapping[str, Tensor], *, ax: Any = N
 
 
 def _over_time(value: Any, name: str, caller: str) -> Tensor:
-    """`[T, N]`."""
+    """The values as `[T, N]`: all dimensions after time are flattened."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{caller}: {name} must be a tensor, got {shown(value)}")
     if value.dim() < 2 or value.numel() == 0:

@@ -59,8 +59,8 @@ class FiringRates:
         for name, layer in self._layers.items():
             if getattr(layer, "scale_output", False):
                 raise ValueError(
-                    f"{_CALLER}: {name or 'the model'} ({type(layer).__name__}) has scale_output=True, and its mean "
-                    "output is no firing rate; the threshold can be a factor of the weights behind it instead"
+                    f"{_CALLER}: {name or 'the model'} ({type(layer).__name__}) has scale_output=True, so that its "
+                    "mean output is not a firing rate; multiply the weights of the next layer by the threshold instead"
                 )
         check_process_group(process_group, _CALLER)
         self._process_group = process_group
@@ -70,7 +70,7 @@ class FiringRates:
     def start(self) -> None:
         """Starts to record the outputs of the layers; no effect if already started."""
         for name, layer in () if self._handles else self._layers.items():
-            # First, to see the layer's own output.
+            # The hook must run first, to see the output of the layer itself.
             self._handles.append(layer.register_forward_hook(_Hook(self._sums, name), prepend=True))
 
     def stop(self) -> None:
@@ -99,8 +99,8 @@ class FiringRates:
             rates = self._shared(rates, sums, group)
         if not rates:
             raise RuntimeError(
-                f"{_CALLER}: no layer was called since the rates were last taken, or no call that autograd records: it "
-                "must be started before the call, and, for a compiled model, before the first one"
+                f"{_CALLER}: since the rates were last taken, no layer was called with gradients and after start(); if "
+                "the model is compiled, start() must come before its first call"
             )
         return rates
 

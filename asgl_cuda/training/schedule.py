@@ -114,7 +114,8 @@ class AnalogProbSchedule:
         if not isinstance(state_dict, Mapping) or not {"epoch", "starts"} <= state_dict.keys():
             raise ValueError(f"{_CALLER}: the state must be a dict of 'epoch' and 'starts', got {shown(state_dict)}")
         epoch, starts = _count("epoch", state_dict["epoch"], 0), state_dict["starts"]
-        # The state may have more layers, because self.starts has no layers of constant width that began at 0.
+        # The state may have more layers than self.starts, which leaves out layers of constant width whose analog_prob
+        # began at 0.
         if not isinstance(starts, Mapping) or not self.starts.keys() <= starts.keys() <= self._layers.keys():
             raise ValueError(f"{_CALLER}: the state must be of layers {list(self.starts)}, got {shown(starts)}")
         starts = {name: _share(f"the start of layer {name!r}", start, _CALLER) for name, start in starts.items()}

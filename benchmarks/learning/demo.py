@@ -113,8 +113,8 @@ def summary(reference: Run, fused: Run, test_images: int) -> str:
     rows.append(("times faster", "", f"{median(reference.seconds) / median(fused.seconds):.1f}"))
     return (
         f"{text_table(*rows)}\n"
-        f"Gradients of the first step differ by at most {difference:.1e} of each tensor's largest value.\n"
-        f"Losses agree to the last bit in the first {same} of {steps} steps; later, roundings may differ."
+        f"Rounding: gradients of the first step differ by at most {difference:.1e} of each tensor's largest value.\n"
+        f"The losses of the two runs are equal in the first {same} of {steps} steps."
     )
 
 

@@ -125,7 +125,7 @@ class Gain(NamedTuple):
 
 
 def gain_of(report: Report, cell: tuple[Any, ...], arm: str) -> Gain | None:
-    """None where it was not trained."""
+    """The gain of an arm; None if the arm was not trained."""
     rates, chosen = TRIED[cell[4]], {}
     for each in (QUIET, arm):
         found = {rate: report["runs"].get(text_of((*cell, rate, each))) for rate in rates}

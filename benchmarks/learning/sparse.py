@@ -101,7 +101,7 @@ def sparse_rows(report: Report) -> tuple[list[str], list[list[str]]]:
 
 
 def runs_of(report: Report, network: str, penalty: bool) -> list[dict[str, Any]]:
-    """By seed."""
+    """The runs by seed."""
     return [run for run in report["runs"] if (run["network"], run["penalty"]) == (network, penalty)]
 
 

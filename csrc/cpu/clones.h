@@ -1,7 +1,8 @@
-// One clone of a loop per instruction set.
+// Compiles each loop once per instruction set (a clone), and runs the clone that fits the processor.
 //
-// A loop is a type with `struct Args` and `static void run(Args)`, forced inline into the clones. Args by value stay in
-// registers, since no store of the loop can change them. Without FMA: every backend rounds each operation.
+// A loop is a type with `struct Args` and `static void run(Args)`, forced inline into the clones. Args are passed by
+// value, so that they stay in registers: no store of the loop can change them. Clones do not use FMA, because every
+// backend rounds each operation.
 #pragma once
 
 #include <algorithm>
@@ -25,7 +26,8 @@ inline InstructionSet best_instruction_set() {
   return InstructionSet::kBaseline;
 }
 
-// The environment may select a smaller one, so that one machine tests every clone.
+// The environment variable ASGL_CUDA_INSTRUCTION_SET may select a smaller instruction set, so that one machine can test
+// every clone.
 inline InstructionSet instruction_set() {
   static const InstructionSet chosen = [] {
     const char* variable = std::getenv("ASGL_CUDA_INSTRUCTION_SET");

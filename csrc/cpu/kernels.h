@@ -1,4 +1,4 @@
-// What the operators call of the CPU's kernels. Arguments are checked in ops.
+// The functions through which the operators (csrc/ops) call the CPU kernels. The operators have checked the arguments.
 #pragma once
 
 #include "params/gradient.h"
@@ -8,8 +8,9 @@
 
 namespace asgl::cpu {
 
-// plan_tiles(params) divides values into tiles, and launch(params) runs the kernel for params: ForwardParams,
-// BackwardParams, GradientSum, IntegratorParams, MomentsParams, CoefficientsParams and InputGradientParams.
+// plan_tiles(params) divides values into tiles; launch(params) runs the kernel. Both are instantiated for
+// ForwardParams, BackwardParams, GradientSum, IntegratorParams, MomentsParams and InputGradientParams; launch also for
+// CoefficientsParams.
 template <class Params>
 void plan_tiles(Params& params);
 template <class Params>

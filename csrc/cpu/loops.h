@@ -1,5 +1,5 @@
-// Vectorised loops of the CPU kernels over the neurons of a tile, types for cpu/clones.h. Rows are contiguous and do
-// not overlap, except where a loop updates one in place.
+// Vectorised loops of the CPU kernels over the neurons of a tile, as types that cpu/clones.h compiles for each
+// instruction set. Rows are contiguous and do not overlap, except where a loop updates a row in place.
 #pragma once
 
 #if defined(__x86_64__)
@@ -32,7 +32,7 @@ struct NeuronRows {
   }
 };
 
-// Without the parameters of the input, unused for Input::kPlain.
+// As NeuronRows, but without rows for the parameters of the input, which loops for Input::kPlain do not read.
 template <class Real>
 struct SettledRows {
   const Real *decay, *v_threshold, *reset, *inverse_width;
@@ -42,8 +42,8 @@ struct SettledRows {
   }
 };
 
-// The rows to prefetch, a few lines at a time while others are computed: hardware prefetchers stop at page boundaries,
-// and a row is about a page. Null: none.
+// The rows to prefetch, a few cache lines at a time while other rows are computed: hardware prefetchers stop at page
+// boundaries, and a row is about a page. A null pointer stands for no row.
 struct Ahead {
   int64 element_size;
   const char* rows[4];  // read, then written
@@ -64,8 +64,8 @@ ASGL_HOST_DEVICE void prefetch_block(const Ahead& ahead, int64 k, int64 first, i
 
 constexpr int64 kNeuronsPerFetch = 128;
 
-// Prefetches a part of the rows ahead, then calls f(begin, end), for every kNeuronsPerFetch neurons; once for all if
-// there is nothing to prefetch, as each part begins with some 40 instructions.
+// For every kNeuronsPerFetch neurons, prefetches a part of the rows ahead and calls f(begin, end). Calls f once for all
+// neurons if there is nothing to prefetch, because each call begins with some 40 instructions.
 template <class F>
 ASGL_HOST_DEVICE void for_each_fetch(const Ahead& ahead, int64 length, F&& f) {
   const int64 each = ahead.empty() ? length : kNeuronsPerFetch;
@@ -76,8 +76,8 @@ ASGL_HOST_DEVICE void for_each_fetch(const Ahead& ahead, int64 length, F&& f) {
   }
 }
 
-// Calls f(model), for adaptive neurons in float32 with constant rules instead of masks: with AVX-512, 32 neurons take
-// 71 to 88 instructions instead of 99 forward, 96 to 128 instead of 155 backward.
+// Calls f(model). For adaptive neurons in float32 the rules in `model` are then constants instead of masks: with
+// AVX-512, 32 neurons take 71 to 88 instructions instead of 99 forward, and 96 to 128 instead of 155 backward.
 template <class Model, class Real, class F>
 ASGL_HOST_DEVICE void with_rules(const LIFByOptions<Real>& options, F&& f) {
   if constexpr (Model::kAdapts && sizeof(Real) == sizeof(float)) {
@@ -97,10 +97,11 @@ ASGL_HOST_DEVICE void with_rules(const LIFByOptions<Real>& options, F&& f) {
   }
 }
 
-// As integers with a sign, which AVX2 and SSE2 compare in one instruction.
+// Compares signed integers, for which AVX2 and SSE2 have one instruction.
 ASGL_HOST_DEVICE bool is_analog(uint16 draw, uint32 analog_below) { return draw < static_cast<int>(analog_below); }
 
-// One loop per surrogate for LIFByOptions: a loop with a branch is not vectorised. Adaptive neurons lack the last.
+// One loop per surrogate for LIFByOptions: a loop with a branch is not vectorised. The last surrogate, kInteger, is not
+// available for adaptive neurons.
 static_assert(static_cast<int>(Surrogate::kInteger) == kNumSurrogates - 1);
 template <class Model>
 constexpr int kSurrogateLoops = Model::kAdapts        ? static_cast<int>(Surrogate::kInteger)
@@ -169,8 +170,9 @@ struct StepLoop {
   }
 };
 
-// The gradients that the loop itself sums: none, and their terms are rows; the width's; the adaptation's as well; all;
-// of recurrent neurons all but those of the adaptation, whose h is the potential that is compared with v_threshold.
+// The gradients that the loop itself sums. kNone: none; their terms are stored as rows. kWidth: that of the width.
+// kAdaptation: also those of the adaptation. kAll: all. kRecurrent, for recurrent neurons: all but those of the
+// adaptation; h is there the potential that is compared with v_threshold.
 enum class Sums { kNone, kWidth, kAdaptation, kAll, kRecurrent };
 
 template <class Real, class Model, class Neurons, Sums kSums>
@@ -190,7 +192,7 @@ struct AdjointLoop {
     int64 sums_stride;
   };
 
-  // As StepLoop.
+  // Runs the loop that was compiled for the surrogate of the call, as StepLoop::run does.
   template <int kId = 0>
   static ASGL_HOST_DEVICE void run(Args args) {
     if constexpr (kId + 1 < kSurrogateLoops<Model>) {
@@ -256,8 +258,8 @@ struct AdjointLoop {
   }
 };
 
-// Neurons that a settled loop takes through all steps before it goes on to the next ones: all steps of a neuron are
-// near in time, and its state and potentials stay in the L1 cache. 64 and 256 are slower.
+// Neurons that a settled loop takes through all steps before it goes on to the next neurons, so that their state and
+// potentials stay in the L1 cache. 64 and 256 are slower.
 constexpr int64 kBlock = 128;
 
 // Adjacent steps of a tile: the row of step k begins at first + k * stride.
@@ -269,7 +271,8 @@ struct Steps {
   ASGL_HOST_DEVICE Element* operator[](int64 k) const { return first + k * stride; }
 };
 
-// Calls f(first, count) for each block of `block` neurons; a whole kBlock is a constant, which the compiler unrolls.
+// Calls f(first, count) for each block of `block` neurons. For whole blocks `count` is the constant kBlock, so that the
+// compiler unrolls loops.
 template <class F>
 ASGL_HOST_DEVICE void for_each_block(int64 length, int64 block, F&& f) {
   for (int64 first = 0; first < length; first += block) {
@@ -278,8 +281,9 @@ ASGL_HOST_DEVICE void for_each_block(int64 length, int64 block, F&& f) {
   }
 }
 
-// Stores a block past the cache, which would not keep it: a line is then not read before it is written. By whole lines
-// where the processor can: in parts of a line a layer takes up to 1.3 times as long.
+// Stores a block directly in memory if the cache would not keep it: its lines are then not read before they are
+// written. Stores whole cache lines where the processor can: with stores of parts of a line a layer takes up to 1.3
+// times as long.
 using Stream = void (*)(float* to, const float* block, int64 count);
 
 #if defined(__x86_64__)
@@ -296,15 +300,15 @@ inline Stream stream() {
   const InstructionSet set = instruction_set();
   return set == InstructionSet::kAvx512 ? stream_avx512 : set == InstructionSet::kAvx2 ? stream_avx2 : stream_baseline;
 }
-// After the last store, before another thread reads.
+// Call it after the last store of a block and before another thread reads the block.
 inline void finish_stream() { _mm_sfence(); }
 #else
 inline Stream stream() { return nullptr; }
 inline void finish_stream() {}
 #endif
 
-// The settled loops, over the steps of each block of a tile, with the input current as rows. Forward computes only
-// spikes, backward gradients of the current and the parameters.
+// The settled loops (cpu/neuron.h) run over the steps of each block of a tile, with the input current as rows. Forward
+// computes only spikes; backward computes the gradients of the current and of the parameters.
 template <class Real, class Model, class Neurons>
 struct SettledStepLoop {
   struct Args {
@@ -346,7 +350,8 @@ struct SettledStepLoop {
   }
 };
 
-// The parameters whose gradients the settled loop sums: none, width, or width, decay, threshold and soft reset.
+// The parameters whose gradients the settled loop sums. kNone: none; kWidth: the width; kAll: width, decay, threshold
+// and the amount of a soft reset.
 enum class SettledSums { kNone, kWidth, kAll };
 
 // Backward of a segment, for each block: the potentials, then the gradients. With noise the potentials' loop keeps for
@@ -443,7 +448,7 @@ struct SettledAdjointLoop {
   }
 };
 
-// A row, or if that is null one value for all neurons.
+// A row with one value per neuron, or if the row is null, one value for all neurons.
 template <class Real>
 struct Operand {
   const Real* row;
@@ -469,7 +474,7 @@ struct InputParameters {
     return neuron;
   }
 
-  // Calls f(first, length) for each repetition.
+  // Calls f(first, length) for each repetition of the rows: neurons first to first + length - 1.
   template <class F>
   ASGL_HOST_DEVICE void for_each_period(int64 length, F&& f) const {
     for (int64 first = 0; first < length; first += period) f(first, length - first < period ? length - first : period);
@@ -500,7 +505,7 @@ struct InputCurrentLoop {
   }
 };
 
-// The same with a residual, for any neurons.
+// The current with a residual, for the general loops: Neurons is UniformNeuron or NeuronRows.
 template <class Real, class Neurons>
 struct ResidualCurrentLoop {
   struct Args {
@@ -520,10 +525,11 @@ struct ResidualCurrentLoop {
   }
 };
 
-// Interleaved sums of a stretch, vectorised without reordering additions.
+// Number of interleaved partial sums, which vectorise without a change in the order of additions.
 constexpr int64 kInputSums = 64;
 
-// The adjoint: dx[i] = input_gain * dh[i], and `period` sums each for the gradients of gain and bias.
+// The adjoint of InputCurrentLoop: dx[i] = input_gain * dh[i], and the gradients of gain and bias as `period` sums
+// each.
 template <class Real, bool kRows>
 struct InputCurrentAdjointLoop {
   struct Args {
@@ -593,7 +599,7 @@ struct AccumulateLoop {
   }
 };
 
-// Eight interleaved sums: vectorised, in a fixed order of additions.
+// The sum of a row by eight interleaved partial sums, which vectorise and have a fixed order of additions.
 template <class Real>
 ASGL_HOST_DEVICE double sum_of(const Real* row, int64 length) {
   double lanes[8] = {};
@@ -616,12 +622,12 @@ struct SumLoop {
   static ASGL_HOST_DEVICE void run(Args args) { *args.sum = sum_of(args.row, args.length); }
 };
 
-// Runs of neurons that share a parameter's value, in `length` neurons: the first run has `first` neurons, others
-// `inner`.
+// Runs of neurons that share a parameter's value, among `length` neurons. The first run has `first` neurons, and every
+// other run has `inner`, except that the last run may be cut off.
 struct Runs {
   int64 first, inner, length;
 
-  // Calls f(run, offset, length).
+  // Calls f(run, offset, length) for each run: its index, its first neuron and its number of neurons.
   template <class F>
   ASGL_HOST_DEVICE void for_each(F&& f) const {
     int64 run = 0, end = first;
@@ -633,7 +639,7 @@ struct Runs {
   }
 };
 
-// sums[run] = sum of the run's values
+// sums[run] = sum of the values of the neurons of that run
 template <class Real>
 struct RunSumsLoop {
   struct Args {
@@ -649,7 +655,7 @@ struct RunSumsLoop {
   }
 };
 
-// Fills each run with its value or the inverse; values repeat after `count`.
+// Fills the neurons of each run with the run's value, or with its inverse. Values repeat after `count` runs.
 template <class Real>
 struct FillRunsLoop {
   struct Args {

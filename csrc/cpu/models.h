@@ -1,4 +1,5 @@
-// The choice of a model. launch_of in cuda/plan.h chooses a CUDA kernel.
+// Chooses the neuron model for the options of a call on the CPU. The counterpart for CUDA kernels is launch_of in
+// cuda/plan.h.
 #pragma once
 
 #include <type_traits>

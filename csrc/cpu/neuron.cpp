@@ -1,4 +1,5 @@
-// The launchers of the neuron and of its gradient sums, and the general kernels but for adaptive neurons.
+// Chooses between the settled and the general kernels, sums the gradients of parameters over tiles, and instantiates
+// the general kernels for all neurons but adaptive ones.
 #include "cpu/neuron.h"
 
 #include <vector>
@@ -8,7 +9,8 @@
 namespace asgl::cpu {
 namespace {
 
-// Whether the settled loops compute all wanted outputs, apart from gradients of the input's parameters.
+// Whether the settled loops can compute all wanted outputs. Gradients of input_gain and input_bias are checked in
+// is_settled.
 template <class Scalar>
 bool settled_suffices(const ForwardParams<Scalar>& params) {
   return params.v_seq == nullptr && params.h_seq == nullptr;
@@ -25,8 +27,8 @@ bool only_width(const BackwardParams<Scalar>& params) {
 }
 bool only_width(const auto&) { return true; }
 
-// With a gain, bias or mean of the input, the other parameters must be uniform, and only width, gain and bias may want
-// gradients: the settled kernels sum gradients of gain and bias in another order than the general ones.
+// If the input has a gain, bias or mean, the other parameters must be uniform, and only width, gain and bias may want
+// gradients: the settled kernels sum the gradients of gain and bias in another order than the general kernels.
 template <class Params>
 bool is_settled(const Params& params) {
   if (params.options.has_optional_rules()) return false;
@@ -47,7 +49,8 @@ void run_model(Params params) {
   with_model(params.options, [&](auto model) { run_general<decltype(model)>(params); });
 }
 
-// Sums the slots of an interleaved parameter in memory order.
+// Sums the slots of a parameter whose values repeat within a tile (one value per channel in channels_last), in memory
+// order.
 template <class Real>
 void sum_interleaved(const GradientSum<Real>& sum, const GradientPart<Real>& part) {
   const int64 count = part.parameter.count;
@@ -63,7 +66,8 @@ void sum_interleaved(const GradientSum<Real>& sum, const GradientPart<Real>& par
   for (int64 element = 0; element < count; ++element) part.store(element, totals[static_cast<size_t>(element)]);
 }
 
-// Sums the slots of adjacent elements in memory order: for each element, by runs and their tiles.
+// Sums the slots of adjacent elements in memory order: for each element, those of its runs, and for each run, those of
+// the tiles that it overlaps.
 template <class Real>
 void sum_in_order(const GradientSum<Real>& sum, const GradientPart<Real>& part, int64 element, int64 length) {
   const ParameterView<Real>& parameter = part.parameter;

@@ -16,7 +16,7 @@ bool is_per_step(const Params& params) {
                      [](const auto& each) { return each.data != nullptr && each.step_stride != 0; });
 }
 
-// Adaptive neurons with rows of parameters: half a tile at a time, 14 rows of 2 KiB, which the L1 cache holds.
+// Adaptive neurons whose parameters are rows take half a tile at a time: 14 rows of 2 KiB, which the L1 cache can hold.
 template <class Model, class Params>
 int64 parts_of_tile(const Params& params) {
   return Model::kAdapts && !all_uniform(params.parameters) && !is_per_step(params) ? 2 : 1;
@@ -24,7 +24,7 @@ int64 parts_of_tile(const Params& params) {
 
 // ---- forward ----
 
-// `shift`: elements between the checkpoints of v and those of this row, 0 or to those of w.
+// `shift` is the number of elements from the checkpoints of v to the checkpoints of this row: 0 for v itself.
 template <class Scalar>
 void store_checkpoint(const ForwardParams<Scalar>& params, const Tile& tile, int64 steps, const Real_t<Scalar>* row,
                       int64 shift = 0) {
@@ -84,13 +84,14 @@ void run_general(const ForwardParams<Scalar>& params) {
 
 // ---- backward ----
 
-// States kept of a segment: only the gradient of the decay needs the state before each step.
+// The number of states that backward keeps of a segment. Only the gradient of the decay needs the state before each
+// step.
 template <class Scalar>
 int64 kept_states(const BackwardParams<Scalar>& params, int64 segment) {
   return params.wants(kDecay) ? segment + 1 : 1;
 }
 
-// Stores row t of the residual's gradient, from that of the current.
+// Computes row t of the residual's gradient from the gradient of the current, and stores it.
 template <class Scalar>
 void finish_residual_row(const Real_t<Scalar>* dc, const BackwardParams<Scalar>& params, const Tile& tile, int64 t,
                          Real_t<Scalar>* buffer) {
@@ -160,7 +161,7 @@ class GeneralBackward {
     return {sizeof(Scalar),
             {recent_row_ahead(params_.grad_s_seq, tile_, t), recent_row_ahead(params_.grad_x_seq, tile_, t)}};
   }
-  // Row k of the adaptation; null for other models.
+  // Row k of the adaptation w; null for models without adaptation.
   Real* w(int64 k) const { return Model::kAdapts ? row(w_, k % w_states_) : nullptr; }
   bool wants(int begin, int end) const {
     return std::any_of(params_.partials + begin, params_.partials + end, [](const auto& each) { return each.data; });
@@ -190,7 +191,7 @@ class GeneralBackward {
     }
   }
 
-  // Step t, step k of its segment.
+  // Walks back through step t, which is step k of its segment.
   void walk_back(int64 t, int64 k) {
     neurons_.move_to(tile_, t);
     const Real* g = zeros_;
@@ -259,7 +260,7 @@ class GeneralBackward {
     accumulate(kInputBias, Real(1), dh_, kOne, kZero);
   }
 
-  // The sums of step t.
+  // Stores the sums of step t for parameters that change over time.
   void store_step(int64 t) {
     for (int id = 0; id < kNumParameters; ++id) {
       if (params_.wants(id) && params_.parameters[id].step_stride != 0) {
@@ -273,7 +274,8 @@ class GeneralBackward {
 
   const BackwardParams<Scalar>& params_;
   const int64 segment_ = segment_steps(params_.shape.steps), states_ = kept_states(params_, segment_);
-  // Of an adaptation that is subtracted from the current, backward reads only what the gradient of its decay takes.
+  // If w is subtracted from the current, backward needs w only for the gradient of adapt_decay. Without that gradient
+  // one row is enough.
   const int64 w_states_ =
       params_.wants(kAdaptDecay) || !AdaptiveLIF<Real>::of(params_.options).in_current() ? segment_ + 1 : 1;
   const int64 w_rows_ = Model::kAdapts ? w_states_ + 1 : 0;
@@ -299,7 +301,7 @@ void run_general(const BackwardParams<Scalar>& params) {
 
 // ---- kernels instantiated elsewhere ----
 
-// In float32; the options select the model.
+// Runs the general kernels in float32 for the model that the options select.
 template <class Params>
 void run_settled(const Params& params);
 

@@ -1,4 +1,5 @@
-// The CPU kernels of adaptive neurons.
+// Instantiates the general kernels of cpu/neuron.h for adaptive neurons, in a file of their own so that files compile
+// in parallel.
 #include "cpu/neuron.h"
 
 namespace asgl::cpu {

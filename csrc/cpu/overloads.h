@@ -1,5 +1,5 @@
-// The functions of cpu/kernels.h, for files that instantiate them: each calls the overload for its params. Device makes
-// argument-dependent lookup find overloads that are declared later.
+// Definitions of plan_tiles and launch (cpu/kernels.h), for the files that instantiate them: each calls the overload
+// for its params. The argument Device makes argument-dependent lookup find overloads that are declared later.
 #pragma once
 
 #include "cpu/kernels.h"

@@ -1,4 +1,4 @@
-// Spikes in a bit each, as backward keeps them.
+// Packs spikes into one bit per element, the form in which they are kept for backward, and unpacks them.
 #include <ATen/Parallel.h>
 
 #include <algorithm>
@@ -36,7 +36,7 @@ struct UnpackLoop {
   }
 };
 
-// Elements of a task: whole words of the mask.
+// Elements per task, a multiple of the 64 elements of a word of the mask.
 constexpr int64 kChunk = 16384;
 
 }  // namespace

@@ -10,7 +10,7 @@
 
 namespace asgl::cpu {
 
-// The draws of adjacent groups of neurons for two steps.
+// Computes the random draws of adjacent groups of neurons for two steps.
 struct NoiseLoop {
   struct Args {
     NoiseKey key;
@@ -34,10 +34,10 @@ struct NoiseLoop {
 constexpr int64 kNoiseGroups = 32;  // a multiple of each vector loop's groups an iteration
 
 #if defined(__x86_64__)
-// The same draws by the vector product 32 x 32 -> 64 bits, which GCC does not generate from the loop above. Stores are
-// whole vectors: the rows must have room for a multiple of kNoiseGroups. Four chains at a time, to hide the latency of
-// the ten dependent rounds; unrolled, since a loop would move the words of a round to the registers of the next. Args
-// are read in each iteration, not before the loop: sixteen registers are too few.
+// NoiseLoop by vector products 32 x 32 -> 64 bits, which GCC does not generate from the loop above. Stores are whole
+// vectors, so the rows must have room for a multiple of kNoiseGroups. Four chains at a time hide the latency of the ten
+// dependent rounds. Rounds are unrolled, since a loop would move the words of a round to the registers of the next.
+// Args are read in each iteration, not before the loop: sixteen registers are too few.
 template <>
 __attribute__((target("avx2"))) inline void run_avx2<NoiseLoop>(const NoiseLoop::Args& args) {
   constexpr int kChains = 4;

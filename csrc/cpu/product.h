@@ -65,8 +65,8 @@ ASGL_HOST_DEVICE void load(const Real* from, Vector& to) {
   std::memcpy(&to, from, sizeof(Vector));
 }
 
-// Columns of a panel: a matrix [depth, columns] is stored as [columns / kPanel, depth, kPanel], padded, so
-// that a panel's rows follow each other in the cache. Two vectors of the widest kind.
+// Columns of a panel, two of the widest vectors. A matrix [depth, columns] is stored as panels, [columns / kPanel,
+// depth, kPanel], padded, so that the rows of a panel are adjacent in memory.
 template <class Real>
 constexpr int64 kPanel = 128 / static_cast<int64>(sizeof(Real));
 
@@ -75,7 +75,7 @@ int64 panels_size(int64 depth, int64 columns) {
   return (columns + kPanel<Real> - 1) / kPanel<Real> * kPanel<Real> * depth;
 }
 
-// Copies `count` elements, up to kMost.
+// Copies `count` elements, but at most kMost.
 template <int64 kMost, class Real>
 ASGL_HOST_DEVICE void copy(const void* from, void* to, int64 count) {
   if (count >= kMost) {
@@ -85,8 +85,8 @@ ASGL_HOST_DEVICE void copy(const void* from, void* to, int64 count) {
   }
 }
 
-// Stores the matrix whose element (k, j) is matrix[k * row_stride + j * column_stride] in panels. What pads them is
-// left as it is, and enters no result.
+// Stores in panels the matrix whose element (k, j) is matrix[k * row_stride + j * column_stride]. Padding is not
+// written, and no result depends on it.
 template <class Real>
 void fill_panels(const Real* matrix, int64 row_stride, int64 column_stride, int64 depth, int64 columns, Real* panels) {
   for (int64 first = 0; first < columns; first += kPanel<Real>) {
@@ -104,7 +104,7 @@ void fill_panels(const Real* matrix, int64 row_stride, int64 column_stride, int6
   }
 }
 
-// The rows of a product at most.
+// The largest number of rows of a product.
 constexpr int64 kProductRows = 16;
 
 // out[i, j] (+)= sum over k of a[i, k] * b[k, j]
@@ -117,7 +117,7 @@ struct Product {
   Real* out;  // [rows, columns]
 };
 
-// In tiles of six rows and two vectors: twelve sums in registers hide the latency of an addition.
+// Computes the product in tiles of six rows and two vectors: twelve sums in registers hide the latency of an addition.
 template <class Real, int kBytes>
 struct DenseProductLoop {
   using Args = Product<Real>;
@@ -160,10 +160,11 @@ struct DenseProductLoop {
   }
 };
 
-// sums += value * b[k] for the listed k, in their order. value(n, k) is the factor of the n-th one; for AllOnes rows of
-// b are added, with the same bits. b has `stride` elements between rows, and a pointer for each vector of the sums.
+// Stands for factors that are all 1: rows of b are then added without a product, with bitwise the same result.
 struct AllOnes {};
 
+// sums += value(n, k) * b[k] for the listed k, in order; value(n, k) is the factor of the n-th listed k. b has one
+// pointer for each vector of sums, and `stride` elements between rows.
 template <int kVectors, class Index, class Value, class Real, class Vector>
 ASGL_HOST_DEVICE void add_listed(const Index* indices, int64 count, int64 stride, const Value& value,
                                  const Real* const (&b)[kVectors], Vector (&sums)[kVectors]) {
@@ -184,7 +185,7 @@ ASGL_HOST_DEVICE void add_listed(const Index* indices, int64 count, int64 stride
   }
 }
 
-// A product of one row of which only the listed elements count.
+// The product of a row with b, from the listed elements of the row alone.
 template <class Real>
 struct GatheredProduct {
   Product<Real> product;
@@ -231,7 +232,7 @@ __attribute__((target("avx2,fma"))) void run_fma(const typename Loop::Args& args
 }
 #endif
 
-// Runs a loop over vectors of this processor.
+// Runs a loop with the widest vectors that the processor has.
 template <template <class, int> class Loop, class Real>
 void run_vectors(const typename Loop<Real, 16>::Args& args) {
 #if defined(__x86_64__)
@@ -241,7 +242,8 @@ void run_vectors(const typename Loop<Real, 16>::Args& args) {
   run_baseline<Loop<Real, 16>>(args);
 }
 
-// Lists the elements of a row that are not zero, from `first` on; NaN is listed. Returns the length of the list.
+// Appends the indices of the elements that are not zero, from `first` on, to a list of `count` indices; NaN is not
+// zero. Returns the length of the list.
 template <class Real>
 int64 list_nonzero_after(int64 first, const Real* row, int64 length, int32_t* indices, int64 count) {
   using Bits = std::conditional_t<sizeof(Real) == 4, uint32, uint64>;
@@ -253,7 +255,7 @@ int64 list_nonzero_after(int64 first, const Real* row, int64 length, int32_t* in
 }
 
 #if defined(__x86_64__)
-// The positions of the bits of each byte, a byte each.
+// For each value of a byte, the positions of its set bits, one byte per position.
 constexpr auto kPositions = [] {
   std::array<uint64, 256> positions{};
   for (int byte = 0; byte < 256; ++byte) {
@@ -264,7 +266,7 @@ constexpr auto kPositions = [] {
   return positions;
 }();
 
-// By the bits without the sign: comparisons of numbers take subnormals for zero where the processor flushes them.
+// Compares the bits without the sign instead of numbers: if the processor flushes subnormals, it compares them as zero.
 __attribute__((target("avx2"))) inline int which_nonzero(const float* row) {
   const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row));
   const __m256i zeros = _mm256_cmpeq_epi32(_mm256_add_epi32(bits, bits), _mm256_setzero_si256());
@@ -279,7 +281,7 @@ __attribute__((target("avx2"))) inline int which_nonzero(const double* row) {
   return (zeros(row) | zeros(row + 4) << 4) ^ 0xFF;
 }
 
-// Eight elements at once, without a branch: 0.1 ns an element instead of 1.
+// list_nonzero_after for eight elements at once, without a branch: 0.1 ns per element instead of 1 ns.
 template <class Real>
 __attribute__((target("avx2,popcnt"))) int64 list_nonzero_avx2(const Real* row, int64 length, int32_t* indices) {
   int64 count = 0, i = 0;
@@ -294,7 +296,7 @@ __attribute__((target("avx2,popcnt"))) int64 list_nonzero_avx2(const Real* row, 
 }
 #endif
 
-// `indices` has room for all elements.
+// Lists the elements of a row that are not zero. `indices` must have room for all elements.
 template <class Real>
 int64 list_nonzero(const Real* row, int64 length, int32_t* indices) {
 #if defined(__x86_64__)
@@ -303,7 +305,7 @@ int64 list_nonzero(const Real* row, int64 length, int32_t* indices) {
   return list_nonzero_after(0, row, length, indices, 0);
 }
 
-// The elements of each row that are not zero.
+// Counts the elements of each row that are not zero.
 template <class Real>
 struct CountNonzeroLoop {
   struct Args {
@@ -333,8 +335,8 @@ struct CountNonzeroLoop {
 // A gathered element takes the time of four in a dense product: 10 and 40 GMAC/s in float32 on one core with AVX2.
 constexpr int64 kDenseShare = 4;
 
-// By the elements of a that are not zero, if few are not and `skips_zeros`: zeros may be left out where all of b is
-// finite. `indices` has room for all of a.
+// Computes the product. With `skips_zeros`, rows of a with few elements that are not zero use those elements alone,
+// which is correct only if all of b is finite. `indices` must have room for all elements of a.
 template <class Real>
 void multiply(const Product<Real>& product, bool skips_zeros, int32_t* indices) {
   const auto row_of = [&](int64 row) {

@@ -15,7 +15,7 @@
 namespace asgl::cpu {
 namespace {
 
-// i[t] and the current j[t] = x[t] + (product + bias), which it replaces.
+// Computes j[t] = x[t] + (product + bias) in place of the product, and the current i[t] from it.
 template <class Real>
 struct RecurrentCurrentLoop {
   struct Args {
@@ -66,7 +66,7 @@ struct ResetLoop {
   }
 };
 
-// Rows of the batch: a tile of `count` times N neurons.
+// Some rows of the batch, as a tile of `count` * N neurons.
 struct Chunk : Tile {
   int64 count;
 
@@ -75,7 +75,7 @@ struct Chunk : Tile {
       : Tile(params.shape(), index, kRecurrentRows * params.neurons), count(length / params.neurons) {}
 };
 
-// The rows of a state [B, N]; where there is none, `buffer`, filled.
+// The chunk's rows of a state [B, N]. If `state` is null, `buffer`, filled with `otherwise`.
 template <class Real>
 const Real* state_or(const Real* state, const Chunk& chunk, Real otherwise, Real* buffer) {
   if (state != nullptr) return state + chunk.first;
@@ -83,7 +83,8 @@ const Real* state_or(const Real* state, const Chunk& chunk, Real otherwise, Real
   return buffer;
 }
 
-// Rows whose stride is no power of two: at 4 or 8 KiB all rows would share eight lines of the L1 cache.
+// Allocates rows whose stride is not a power of two: at a stride of 4 or 8 KiB all rows would share eight lines of the
+// L1 cache.
 template <class Real>
 Rows<Real> rows_apart(int64 count, int64 length) {
   return Rows<Real>(count, length + 16);
@@ -100,10 +101,11 @@ Ahead ahead_of(const Chunk& chunk, int64 t, int64 offset, const Elements*... seq
   return {sizeof(float), {part(sequences)...}};
 }
 
-// Elements of a loop, whose operands, some 16 rows, stay in the L1 cache.
+// About the number of elements that a loop computes at a time, so that its operands, some 16 rows, stay in the L1
+// cache.
 constexpr int64 kPart = 256;
 
-// The parameters of adjacent rows of the batch, repeated for each, so that loops are long.
+// The neurons' parameters, repeated for some adjacent rows of the batch, so that a loop computes these rows at once.
 template <class Scalar>
 class RepeatedNeurons {
   using Real = Real_t<Scalar>;
@@ -129,7 +131,7 @@ class RepeatedNeurons {
   }
   const Real* operator[](int id) { return rows_.row(id); }  // the inverse for kWidth
 
-  // Calls f(offset, length) for parts of a chunk.
+  // Calls f(offset, length) for parts of a chunk: whole rows of the batch, about kPart elements.
   template <class F>
   void for_each_part(const Chunk& chunk, F&& f) const {
     for (int64 offset = 0; offset < chunk.length; offset += length_) {
@@ -142,7 +144,7 @@ class RepeatedNeurons {
   Rows<Real> rows_;
 };
 
-// The draws of a chunk for one step.
+// The random draws for the neurons of a chunk in one step.
 template <class Scalar>
 class ChunkNoise {
  public:
@@ -153,7 +155,7 @@ class ChunkNoise {
     std::fill_n(rows_.row(0), rows_.stride(), 0);
   }
 
-  // Zeros, below any analog_below but 0, if nothing is drawn.
+  // If analog_prob is 0 or 1 nothing is drawn, and draws are 0, which is below every analog_below but 0.
   const uint16* row(const Chunk& chunk, int64 t) {
     const auto* draws = reinterpret_cast<const uint16*>(rows_.row(0));
     if (!drawn_) return draws;
@@ -171,7 +173,7 @@ class ChunkNoise {
   Rows<uint64> rows_;
 };
 
-// Zeros may be left out of products with finite values alone.
+// Elements that are 0 may be left out of a product only if all values of the other factor are finite.
 template <class Real>
 struct FiniteLoop {
   struct Args {
@@ -196,7 +198,7 @@ bool all_finite(const Real* values, int64 length) {
 
 static_assert(kRecurrentRows <= kProductRows);
 
-// out = s W^T forward, dj W backward, [rows, N]. Gradients are not sparse.
+// out = s W^T in forward, out = dj W in backward, [rows, N]. Only spikes are sparse; gradients dj are not.
 template <class Scalar>
 class WeightProduct {
   using Real = Real_t<Scalar>;
@@ -212,7 +214,7 @@ class WeightProduct {
     fill_panels(weight_, forward ? 1 : neurons_, forward ? neurons_ : 1, neurons_, neurons_, panels_.data());
   }
 
-  // `indices` has room for as many elements as `a`, forward.
+  // In forward, `indices` must have room for as many elements as `a` has.
   void multiply(const Real* a, int64 rows, int32_t* indices, Real* out) const {
     if (!elementwise_) {
       return cpu::multiply<Real>({a, neurons_, rows, neurons_, neurons_, panels_.data(), /*accumulate=*/false, out},
@@ -279,7 +281,7 @@ void forward_chunk(const RecurrentForwardParams<Scalar>& params, const WeightPro
   store_state(i, chunk.length, params.i_last, chunk.first);
 }
 
-// Backward of a chunk, with the sums of its parameters' gradients.
+// Computes backward for one chunk, and sums the gradients of the parameters over the chunk's rows.
 template <class Model, class Scalar>
 class ChunkBackward {
   using Real = Real_t<Scalar>;
@@ -312,7 +314,7 @@ class ChunkBackward {
   }
 
  private:
-  // What a step left: v is that of h and s, but for v_init.
+  // The state after a step. v is computed from h and s again, except before step 0, where it is v_init.
   struct Step {
     const Real *h, *s, *v, *i, *w;
   };
@@ -321,7 +323,7 @@ class ChunkBackward {
 
   bool wants_syn_decay() const { return params_.grad_parameters != nullptr && params_.i_seq != nullptr; }
 
-  // What the step before t left, in place or in the buffers of t's parity.
+  // Reads the state after the step before t, in place or into one of two buffers, which alternate with t.
   void read_before(int64 t) {
     if (t == 0) {
       before_ = {nullptr, state_or(params_.s_init, chunk_, Real(0), s_[0]),
@@ -351,7 +353,7 @@ class ChunkBackward {
     }
     Real* const dj = start_row(params_.grad_j_seq, chunk_, t, dj_);
     repeated_.for_each_part(chunk_, [&](int64 offset, int64 length) {
-      // Without gradients of parameters the loop's sums are not read.
+      // If no parameter wants a gradient, the loop's sums are not read, and any row may stand for v.
       const Real* v = params_.grad_parameters == nullptr ? zeros_ : potential_before(offset, length);
       if (g != nullptr) {
         const Operand<Real> scale = scales ? Operand<Real>{repeated_[kThreshold], Real(0)} : kOne;
@@ -393,7 +395,7 @@ class ChunkBackward {
     }
   }
 
-  // Those that the loop does not sum.
+  // Adds the gradients of parameters that the loop does not sum itself.
   void add_gradients(const Real* dj, const Real* v, int64 offset, int64 length) {
     accumulate(kRecurrentBias, length, Real(1), dj + offset, kOne);
     if (Model::kAdapts && before_.v == nullptr) add_gradients_of_adaptation(v, offset, length);
@@ -410,7 +412,8 @@ class ChunkBackward {
     return v_;
   }
 
-  // From the gradient of w, which the step before updated, with its potential v.
+  // Adds the gradients of the adaptation's parameters, from the gradient of the w that the step before computed, and
+  // from the potential v of that step.
   void add_gradients_of_adaptation(const Real* v, int64 offset, int64 length) {
     accumulate(kAdaptDecay, length, Real(1), dw_ + offset, {before_.w + offset, Real(0)});
     accumulate(kAdaptPotential, length, Real(1), dw_ + offset, {v, Real(0)}, {nullptr, params_.options.v_rest});
@@ -452,8 +455,8 @@ class ChunkBackward {
   bool carried_ = false;
 };
 
-// The weight's gradient of the presynaptic neurons [first, last), from blocks of rows of the sequence, [N] each, in
-// memory order: dj of a block stays in the L2 cache, 256 KiB for 256 neurons.
+// The gradient of the weights from presynaptic neurons [first, last). It reads the sequence in memory order in blocks
+// of kBlock rows [N], so that dj of a block stays in the L2 cache: 256 KiB for 256 neurons.
 template <class Scalar>
 void weight_gradient(const RecurrentBackwardParams<Scalar>& params, int64 first, int64 last) {
   using Real = Real_t<Scalar>;

@@ -1,4 +1,4 @@
-// Rows of a tile, in place in a sequence or as copies in the arithmetic type, which stay in the cache.
+// Access to the rows of a tile: in place in a sequence, or as copies in the arithmetic type, which stay in the cache.
 #pragma once
 
 #include <algorithm>
@@ -11,7 +11,8 @@
 namespace asgl::cpu {
 
 constexpr int64 kElementsPerTask = 32768;
-// One row ahead would be too late: a row takes about the latency of memory.
+// Rows are prefetched two rows ahead. One row would be too late, because computing a row takes about as long as the
+// latency of memory.
 constexpr int64 kRowsAhead = 2;
 
 inline int64 num_tiles(const SequenceShape& shape) { return (shape.neurons() + kTile - 1) / kTile; }
@@ -68,29 +69,29 @@ void finish_row(const Real_t<Element>* row, Element* sequence, const Tile& tile,
   });
 }
 
-// For loops over adjacent steps the rows from row t on, in place, or row t alone as a copy.
+// The rows from row t on for a loop over adjacent steps: all of them in place, or only row t, as a copy.
 template <class Element>
 Steps<const Real_t<Element>> read_steps(const Element* sequence, const Tile& tile, int64 t, Real_t<Element>* buffer) {
   return {read_row(sequence, tile, t, buffer), tile.shape.inner};
 }
 
-// Where they write the rows from row t on: in place, or each in `buffer`.
+// Where a loop over adjacent steps writes the rows from row t on: in place, or every row in `buffer`.
 template <class Element>
 Steps<Real_t<Element>> start_steps(Element* sequence, const Tile& tile, int64 t, Real_t<Element>* buffer) {
   Real_t<Element>* row = start_row(sequence, tile, t, buffer);
   return {row, row == buffer ? 0 : tile.shape.inner};
 }
 
-// The address of row t for a prefetch; null if there is none or it is not contiguous. For sequences that were last used
-// long ago, which are in memory: what backward reads of forward.
+// The address of row t for a prefetch, or null if there is no row t or it is not contiguous. For sequences that
+// backward reads from forward: they are no longer in the cache.
 template <class Element>
 const char* row_ahead(const Element* sequence, const Tile& tile, int64 t) {
   if (sequence == nullptr || tile.length <= 0 || !tile.in_one_piece()) return nullptr;
   return reinterpret_cast<const char*>(sequence + tile.shape.element(tile.first, t));
 }
 
-// The same for sequences that were just written, or will be. Null where they fit the L2 cache: a layer with nothing to
-// prefetch takes 4 to 8 % less.
+// The address of row t as by the function above, for sequences that were written a short time ago or will be written.
+// Null if the sequence fits in the L2 cache: without prefetches a layer then takes 4 to 8 % less time.
 template <class Element>
 const char* recent_row_ahead(const Element* sequence, const Tile& tile, int64 t) {
   constexpr int64 kCacheBytes = int64{1} << 20;
@@ -98,8 +99,9 @@ const char* recent_row_ahead(const Element* sequence, const Tile& tile, int64 t)
   return bytes < kCacheBytes ? nullptr : row_ahead(sequence, tile, t);
 }
 
-// How blocks of a result are stored past the cache where that is faster, else null: with the sum that the next layer
-// might be, T = 4 and N = 2^20 take 0.92 of the time, N = 2^18 1.5 times; at T = 1 they take longer at any size.
+// The function that stores blocks of a result directly in memory, or null if stores in the cache are faster. Timed with
+// a sum as next layer, stores in memory take 0.92 times as long for T = 4 and N = 2^20, 1.5 times for N = 2^18, and
+// longer for any N at T = 1.
 template <class Element>
 Stream stream_for(const Element* sequence, const SequenceShape& shape) {
   constexpr int64 kSteps = 4, kBytes = int64{1} << 24;
@@ -111,7 +113,7 @@ Stream stream_for(const Element* sequence, const SequenceShape& shape) {
   return std::is_same_v<Element, float> && sequence != nullptr && by_lines && faster ? stream() : nullptr;
 }
 
-// Rows aligned to cache lines.
+// Allocates rows that are aligned to cache lines.
 template <class Number>
 class Rows {
  public:

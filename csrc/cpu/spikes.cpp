@@ -1,6 +1,7 @@
-// Products that only spikes cost, on the CPU. The elements of x that are not zero are listed by rows of images; a sum
-// walks along the lists of its pixels, neighbours in a row at once, and adds up rows of the transposed weight in
-// registers. The gradient of the weight walks along the same lists, sorted by column, over rows of the gradient.
+// CPU kernels of linear layers and convolutions whose input is mostly zeros: only elements that are not zero cost time.
+// These elements are listed for each row of an image. An output pixel walks along the lists of the pixels in its
+// window, adjacent pixels of a row at once, and adds up rows of the transposed weight in registers. The gradient of the
+// weight uses the same lists, sorted by rows of the weight, and adds up rows of the output's gradient.
 #include "cpu/spikes.h"
 
 #include <ATen/Parallel.h>
@@ -18,7 +19,7 @@ namespace {
 
 constexpr int64 kElementsPerTask = 65536;
 
-// Room for elements, not initialised. Aligned: a vector across two lines of the cache takes two loads.
+// Memory for elements, not initialised. It is aligned, because a vector that crosses a cache line takes two loads.
 struct Delete {
   void operator()(void* memory) const { ::operator delete(memory, std::align_val_t(64)); }
 };
@@ -30,7 +31,7 @@ Room<Element> room_for(int64 elements) {
   return Room<Element>(static_cast<Element*>(::operator new(bytes, std::align_val_t(64))));
 }
 
-// The elements of x that are not zero: their places in a row of an image, [width * channels], in order.
+// The elements of x that are not zero, in order, each by its position in its row of an image, [width * channels].
 template <class Real>
 class SpikeLists {
  public:
@@ -58,7 +59,7 @@ class SpikeLists {
   }
 
   int64 count() const { return offsets_.back(); }
-  // Of the pixels from `pixel` on, which is counted over all images.
+  // The list from pixel number `pixel` on, counted over all images.
   const int32_t* from(int64 pixel) const { return indices_.get() + offsets_[pixel]; }
   const int32_t* indices() const { return indices_.get(); }
   const Real* values() const { return values_.get(); }  // null: all are 1
@@ -69,7 +70,7 @@ class SpikeLists {
   Room<Real> values_;
 };
 
-// Listed elements, whose rows of b are their indices plus `base`.
+// A part of the list. Each listed element is multiplied by row index + base of b.
 template <class Index>
 struct Walk {
   const Index* first;
@@ -205,8 +206,8 @@ __attribute__((target("avx2"))) inline void transpose_block(const double* from, 
 }
 #endif
 
-// to[j, i] = from[i, j]. The tensor whose rows are farther apart, and share lines of the L1 cache, is accessed row by
-// row.
+// to[j, i] = from[i, j]. Of the two tensors, the one with the larger stride between rows is accessed row by row,
+// because its rows compete for the same lines of the L1 cache.
 template <class Real>
 void transpose(const Real* from, int64 from_stride, int64 rows, int64 columns, Real* to, int64 to_stride) {
   int64 whole_rows = 0, whole_columns = 0;
@@ -238,8 +239,8 @@ void transpose(const Real* from, int64 from_stride, int64 rows, int64 columns, R
 
 constexpr int64 round_up(int64 count, int64 multiple) { return (count + multiple - 1) / multiple * multiple; }
 
-// Columns of b that are computed together, in whole panels: eight sums of the widest vectors, or as many as leave b
-// 512 KiB, in the L2 cache.
+// The number of columns of b that are computed together, in whole panels: eight sums of the widest vectors, or fewer,
+// so that these columns of b take at most 512 KiB and stay in the L2 cache.
 template <class Real>
 int64 group_of(int64 depth, int64 columns) {
   constexpr int64 kMostElements = (int64{1} << 19) / static_cast<int64>(sizeof(Real));
@@ -256,8 +257,8 @@ void fill_group(const SpikeShape& shape, const Real* weight, int64 first, int64 
 }
 
 // Pixels whose walks are listed together.
-constexpr int64 kPixels = 256;
-// Multiplications that are worth a thread.
+constexpr int64 kPixelsPerBatch = 256;
+// The number of multiplications from which a task is worth a thread.
 constexpr double kProductsPerTask = 1 << 18;
 
 }  // namespace
@@ -289,14 +290,14 @@ void spike_product(const SpikeProductParams<Real>& params) {
   const SpikeLists<Real> lists(shape, params.x);
   const int64 group = group_of<Real>(shape.depth(), shape.outputs), pixels = shape.out_pixels();
   const int64 groups = (shape.outputs + group - 1) / group, threads = at::get_num_threads();
-  const int64 most = (pixels + kPixels - 1) / kPixels,
+  const int64 most = (pixels + kPixelsPerBatch - 1) / kPixelsPerBatch,
               chunks = std::clamp<int64>((threads + groups - 1) / groups, 1, most);
-  const int64 chunk = round_up((pixels + chunks - 1) / chunks, kPixels);
+  const int64 chunk = round_up((pixels + chunks - 1) / chunks, kPixelsPerBatch);
   const double products = static_cast<double>(lists.count()) * static_cast<double>(shape.depth() / shape.channels) *
                           static_cast<double>(shape.outputs) / static_cast<double>(groups * chunks);
   const int64 grain = 1 + static_cast<int64>(kProductsPerTask / (products + 1));
   at::parallel_for(0, groups * chunks, grain, [&](int64_t begin, int64_t end) {
-    std::vector<Walk<int32_t>> walks(static_cast<size_t>(kPixels * shape.kernel_height));
+    std::vector<Walk<int32_t>> walks(static_cast<size_t>(kPixelsPerBatch * shape.kernel_height));
     const Room<Real> filled = params.panels == nullptr ? room_for<Real>(group * shape.depth()) : nullptr;
     for (int64 task = begin; task < end; ++task) {
       const int64 column = task / chunks * group, from = task % chunks * chunk;
@@ -304,8 +305,8 @@ void spike_product(const SpikeProductParams<Real>& params) {
       if (params.panels == nullptr && (task == begin || from == 0)) {
         fill_group(shape, params.weight, column, group, filled.get());
       }
-      for (int64 first = from; first < std::min(from + chunk, pixels); first += kPixels) {
-        const int64 last = std::min(first + kPixels, pixels);
+      for (int64 first = from; first < std::min(from + chunk, pixels); first += kPixelsPerBatch) {
+        const int64 last = std::min(first + kPixelsPerBatch, pixels);
         list_walks(shape, lists, first, last, walks.data());
         run_vectors<WalkedProductOf<int32_t>::Loop, Real>(
             {walks.data(), last - first, shape.kernel_height, lists.indices(), lists.values(), b, group,
@@ -318,12 +319,13 @@ void spike_product(const SpikeProductParams<Real>& params) {
 
 namespace {
 
-// Rows of the weight's gradient, transposed, that a task computes at most, and those that it stores together.
+// Of the transposed gradient of the weight: the largest number of rows that a task computes, and the number of rows
+// that it stores together.
 constexpr int64 kMostRows = 1024, kTileRows = 64;
 // Pixels of the output whose lists are sorted at a time: 512 KiB of the gradient at most.
 constexpr int64 kSortedPixels = 1024;
 
-// The rows [first, last) of the transposed gradient.
+// Computes the rows [first, last) of the transposed gradient of the weight.
 template <class Real>
 class GradientRows {
  public:
@@ -342,7 +344,7 @@ class GradientRows {
  private:
   using Pixel = uint16;
 
-  // For each row the pixels that it adds up, from the rows that each pixel adds to.
+  // Sorts the lists: from the rows to which each pixel contributes to the pixels that each row adds up.
   void sort(int64 begin, int64 end) {
     for (int64 row = 0; row < rows_; ++row) walks_[row] = {&pixels_[row * stride_], 0, 0};
     list_walks(shape_, lists_, begin, end, of_pixels_.data());
@@ -388,7 +390,8 @@ class GradientRows {
   const SpikeShape& shape_;
   const SpikeLists<Real>& lists_;
   int64 first_, rows_, group_ = group_of<Real>(kSortedPixels, shape_.outputs);
-  // Between lists; no power of two: else their ends share lines of the cache.
+  // The distance between lists. It is not a power of two, since the ends of the lists would then compete for the same
+  // cache lines.
   int64 stride_ = round_up(std::min(kSortedPixels, shape_.out_pixels()), 32) + 32;
   std::vector<Walk<Pixel>> walks_ = std::vector<Walk<Pixel>>(static_cast<size_t>(rows_));
   std::vector<Walk<int32_t>> of_pixels_ =
@@ -402,7 +405,7 @@ class GradientRows {
 }  // namespace
 
 template <class Real>
-void spike_gradient(const SpikeGradientParams<Real>& params) {
+void spike_weight_gradient(const SpikeGradientParams<Real>& params) {
   const SpikeLists<Real> lists(params.shape, params.x);
   const int64 depth = params.shape.depth(), threads = at::get_num_threads();
   const int64 tasks = std::max(std::min(threads, (depth + 31) / 32), (depth + kMostRows - 1) / kMostRows);
@@ -422,7 +425,7 @@ template void fill_spike_panels(const SpikeShape&, const float*, float*);
 template void fill_spike_panels(const SpikeShape&, const double*, double*);
 template void spike_product(const SpikeProductParams<float>&);
 template void spike_product(const SpikeProductParams<double>&);
-template void spike_gradient(const SpikeGradientParams<float>&);
-template void spike_gradient(const SpikeGradientParams<double>&);
+template void spike_weight_gradient(const SpikeGradientParams<float>&);
+template void spike_weight_gradient(const SpikeGradientParams<double>&);
 
 }  // namespace asgl::cpu

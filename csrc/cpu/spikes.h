@@ -1,4 +1,4 @@
-// What the operators of products that only spikes cost call of the CPU's kernels. Real is float or double.
+// The functions through which the operators of ops/spikes.h call the CPU kernels. Real is float or double.
 #pragma once
 
 #include "params/spikes.h"
@@ -8,15 +8,16 @@ namespace asgl::cpu {
 template <class Real>
 void spike_product(const SpikeProductParams<Real>& params);
 template <class Real>
-void spike_gradient(const SpikeGradientParams<Real>& params);
+void spike_weight_gradient(const SpikeGradientParams<Real>& params);
 
-// The weight in the order in which spike_product reads it: the elements of that copy, and the copy.
+// A copy of the weight in the order in which spike_product reads it: the number of its elements, and a function that
+// fills it.
 template <class Real>
 int64 spike_panels_size(const SpikeShape& shape);
 template <class Real>
 void fill_spike_panels(const SpikeShape& shape, const Real* weight, Real* panels);
 
-// Matrices transposed: to[i, k, j] = from[i, j, k], as images to channels_last and back.
+// Transposes each of `count` matrices: to[i, k, j] = from[i, j, k]. This converts images to channels_last and back.
 template <class Real>
 void transpose_each(const Real* from, int64 count, int64 rows, int64 columns, Real* to);
 
@@ -29,7 +30,7 @@ template <class Real>
 SpikeCount mask_spikes(const Real* x, int64 length, uint8* mask);
 template <class Real>
 void copy_spikes(const Real* x, int64 length, Real* values);
-// `values` null: all are 1.
+// Restores the elements. If `values` is null, all elements that are not zero are 1.
 template <class Real>
 void unpack_spikes(const uint8* mask, const Real* values, int64 length, Real* x);
 

@@ -1,4 +1,4 @@
-// The data of a task's tile in the cache: noise, parameters, input current and state.
+// What a task keeps in the cache for its tile of neurons: noise, parameters, input current and state.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -11,7 +11,7 @@
 
 namespace asgl::cpu {
 
-// In-place conversions of rows: log-widths to widths, logits to decays.
+// Converts rows of learned parameters in place: logarithms to widths, logits to decays.
 template <class Real>
 struct ExpLoop {
   struct Args {
@@ -45,7 +45,7 @@ void plan_on(Device, LIFParams<Scalar>& params) {
   params.tiles = {kTile, num_tiles(params.shape)};
 }
 
-// The row of a parameter, or of its inverse, for a tile.
+// Fills a row with a parameter, or with its inverse, for each neuron of a tile.
 template <class Real>
 void fill_parameter_row(const ParameterView<Real>& parameter, const Tile& tile, int64 t, Real* row,
                         bool inverse = false) {
@@ -64,7 +64,8 @@ void fill_parameter_row(const ParameterView<Real>& parameter, const Tile& tile, 
                            row});
 }
 
-// The noise of a tile for the steps of a segment. If nothing is drawn, rows are 0, below any analog_below but 0.
+// The random draws of a tile for the steps of a segment. If analog_prob is 0 or 1 nothing is drawn, and rows are 0,
+// which is below every analog_below but 0.
 class TileNoise {
  public:
   explicit TileNoise(const NoiseParams& noise)
@@ -106,8 +107,8 @@ class TileNoise {
   std::array<int64, kPairs> pairs_;
 };
 
-// The first `count` parameters of a tile: one value for all neurons, or rows. Read again only if tile or step change
-// them.
+// The first `count` parameters of a tile: one value for all neurons, or rows. They are read again only if they differ
+// for the new tile or step.
 template <class Real>
 class TileNeurons {
  public:
@@ -159,7 +160,8 @@ class TileNeurons {
 
   void fill_row(int id, const Tile& tile, int64 t) {
     const ParameterView<Real>& parameter = parameters_[id];
-    // Tiles at the same phase of a parameter's pattern have the same row, since no tile is longer than an earlier one.
+    // Tiles that start at the same phase of a parameter's pattern have the same row: no tile is longer than an earlier
+    // tile, so that a row that was filled before is long enough.
     const int64 phase = parameter.is_same_for_all() ? 0 : tile.first % (parameter.inner * parameter.count);
     const std::array<int64, 2> pattern = {phase, is_per_step(id) ? t : 0};
     if (patterns_[id] == pattern) return;
@@ -188,7 +190,8 @@ class TileNeurons {
   int64 first_ = -1, t_ = -1;
 };
 
-// Whether a tile's slots are one for each value, the first `count` of its neurons' slots.
+// Whether a tile stores one sum for each value of the parameter (where values repeat in the tile), in the first `count`
+// slots of its neurons.
 template <class Real>
 bool is_interleaved(const ParameterView<Real>& parameter) {
   return parameter.step_stride == 0 && parameter.repeats_in(kTile);
@@ -202,7 +205,7 @@ Real* slots_of(const GradientPartials<Real>& partials, const ParameterView<Real>
          partials.slot(parameter.inner, tile.first / parameter.inner, tile.index);
 }
 
-// Stores the tile's row of sums, added up by run, in the slots of GradientPartials.
+// Adds up the tile's row of terms by run, and stores the sums in the slots of GradientPartials.
 template <class Real>
 void store_partials(const GradientPartials<Real>& partials, const ParameterView<Real>& parameter, const Tile& tile,
                     int64 t, const Real* row) {
@@ -223,9 +226,9 @@ void store_partials(const GradientPartials<Real>& partials, const ParameterView<
   run<RunSumsLoop<Real>>({row, runs_of(tile, parameter.inner), slots});
 }
 
-// The input current of a tile, with parameters that do not change over time; x itself if plain and without a residual.
-// Long stretches of neurons that share the parameters use scalars; others use rows, as short as repetition allows, to
-// save cache.
+// The input current of a tile, for parameters that do not change over time. It is x itself if gain, bias and mean
+// change nothing and there is no residual. For long stretches of neurons that share the parameters, loops use scalars;
+// otherwise they use rows, which are only as long as the period of the parameters, to save cache.
 template <class Real>
 class TileInput {
  public:
@@ -272,12 +275,12 @@ class TileInput {
     std::fill_n(bias_sum_, kTile, Real(0));
   }
 
-  // Unless plain. `residual` is null without one.
+  // Computes a row of the current from a row of x, unless plain. `residual` is null if the call has none.
   void current(const Real* x, const Real* residual, Real* current) {
     residual == nullptr ? compute<false>(x, nullptr, current) : compute<true>(x, residual, current);
   }
 
-  // From the gradient of the current.
+  // Computes a row of dx, and adds to the sums, from a row of the gradient of the current.
   void backward(const Real* x, const Real* dc, Real* dx) {
     if (in_rows_) {
       run<InputCurrentAdjointLoop<Real, true>>({x, dc, rows(), gain_sum_, bias_sum_, dx, tile_.length});
@@ -347,7 +350,8 @@ class TileInput {
   bool filled_ = false;
 };
 
-// The input of general loops: x itself, or with a residual the current, for neurons that take it as it is.
+// The input of the general loops: x itself, or if there is a residual, the current, together with neurons whose gain is
+// 1 and whose bias and mean are 0.
 template <class Scalar>
 class GeneralInput {
   using Real = Real_t<Scalar>;
@@ -361,7 +365,7 @@ class GeneralInput {
     std::fill_n(zeros_, kTile, Real(0));
   }
 
-  // Calls f(neurons, row).
+  // Calls f(neurons, row) with the row of the input and the neurons that fit it.
   template <class Neurons, class F>
   void visit(const Tile& tile, int64 t, const Real* x, const Neurons& neurons, F&& f) {
     if (params_.residual == nullptr) return f(neurons, x);
@@ -387,13 +391,13 @@ class GeneralInput {
   Real *buffer_ = nullptr, *current_ = nullptr, *ones_ = nullptr, *zeros_ = nullptr;
 };
 
-// Reads a row of v or w from `from`, or if null, fills it with `otherwise`.
+// Reads a row of v or w from `from`. If `from` is null, fills the row with `otherwise`.
 template <class Real>
 void load_state(const Real* from, int64 offset, Real otherwise, int64 length, Real* row) {
   from != nullptr ? std::copy_n(from + offset, length, row) : std::fill_n(row, length, otherwise);
 }
 
-// Stores a row of v or w in `to`, unless null.
+// Stores a row of v or w in `to`, unless `to` is null.
 template <class Real>
 void store_state(const Real* row, int64 length, Real* to, int64 offset) {
   if (to != nullptr) std::copy_n(row, length, to + offset);
@@ -404,13 +408,13 @@ inline int64 checkpoint(const Tile& tile, int64 steps) {
   return (steps / kCheckpointSteps - 1) * tile.shape.neurons() + tile.first;
 }
 
-// The elements of w, `elements` behind those of v; null if v is.
+// The elements of w, which begin `elements` after those of v. Null if v is null.
 template <class Element>
 Element* behind(Element* v, int64 elements) {
   return v == nullptr ? nullptr : v + elements;
 }
 
-// Loads v before the first step of a segment, and unless null w of adaptive neurons.
+// Loads v before the first step of a segment, and for adaptive neurons w, unless `w` is null.
 template <class Scalar>
 void load_start(const BackwardParams<Scalar>& params, const Tile& tile, int64 start, Real_t<Scalar>* v,
                 Real_t<Scalar>* w = nullptr) {

@@ -9,7 +9,8 @@ namespace asgl {
 constexpr int kWarpThreads = 32;
 constexpr unsigned kWholeWarp = 0xFFFFFFFFu;
 
-// Accesses whose lines leave L2 first, for data that a kernel touches once (`once` below).
+// Accesses whose cache lines are evicted from L2 first, for data that a kernel touches once (the argument `once`
+// below).
 template <class Word>
 __device__ __forceinline__ Word load_streaming(const Word* from) {
   return __ldcs(from);
@@ -23,7 +24,8 @@ __device__ __forceinline__ BFloat16 load_streaming(const BFloat16* from) { retur
 __device__ __forceinline__ void store_streaming(Half* to, const Half& from) { __stcs(&to->bits, from.bits); }
 __device__ __forceinline__ void store_streaming(BFloat16* to, const BFloat16& from) { __stcs(&to->bits, from.bits); }
 
-// The elements of a thread's neurons as loaded. Unpacking waits for the load, so elements loaded ahead stay packed.
+// The elements of a thread's neurons as loaded. Unpacking waits for the load, so elements that are loaded ahead stay
+// packed until they are used.
 template <int kLanes, class Element>
 struct Packed;
 
@@ -134,7 +136,7 @@ __device__ __forceinline__ void copy(const Real (&from)[kLanes], Real (&to)[kLan
   for (int j = 0; j < kLanes; ++j) to[j] = from[j];
 }
 
-// Hides a value's computation from the compiler.
+// Hides from the compiler how a value was computed.
 __device__ __forceinline__ void opaque(int64& element) {
 #if defined(__CUDA_ARCH__)
   asm volatile("" : "+l"(element));

@@ -1,5 +1,5 @@
-// The CUDA kernels of adaptive neurons, for every option at run time, as the general ones of cuda/neuron_kernels.cuh. A
-// thread computes one neuron.
+// The CUDA kernels of adaptive neurons. They support every option at run time, as the general kernels of
+// cuda/neuron_kernels.cuh do. A thread computes one neuron.
 #pragma once
 
 #include "cuda/neuron_kernels.cuh"
@@ -11,7 +11,7 @@ namespace asgl {
 template <class Real>
 constexpr int kAdaptiveBlocks = sizeof(Real) == 8 ? 3 : 4;
 
-// The state of neuron n in an array of all, [2, N]; at rest if null.
+// Reads the state of neuron n, v and w, from an array [2, N]. If the array is null, the neuron is at rest.
 template <class Real>
 __device__ __forceinline__ void load_pair(const Real* from, int64 n, int64 stride, Real v_rest, Real& v, Real& w) {
   v = from == nullptr ? v_rest : from[n];
@@ -136,7 +136,7 @@ __global__ void __launch_bounds__(kBlockThreads, kAdaptiveBlocks<Real_t<Scalar>>
       const Real x = potentials[k][threadIdx.x];
       potentials[k][threadIdx.x] = model.step(x, noise.is_analog(k, 0), neuron.now(), firing, v, w, s);
     }
-    // The potential after step k, and its spike.
+    // Computes the potential after step k again, and the spike of that step.
     const auto again = [&](int k, Real& s) {
       neuron.move_to(start + k);
       const Real h = potentials[k][threadIdx.x], w = adaptations[k][threadIdx.x];

@@ -47,7 +47,7 @@ cudaError_t start_kernel(const Start& start) {
   }
 }
 
-// The functions by the kernels' keys.
+// Maps the key of each kernel to its compiled function.
 template <class Scalar, size_t... kIndices>
 std::unordered_map<uint32, cudaError_t (*)(const Start&)> all_functions(std::index_sequence<kIndices...>) {
   return {{kKernels<Scalar>.all[kIndices].key(), &start_kernel<Scalar, kIndices>}...};

@@ -9,13 +9,14 @@ namespace asgl {
 
 // ---- in a block ----
 
-// Terms of a parameter's gradient, by thread of the block.
+// The terms of a parameter's gradient that the threads of a block have computed, one per neuron.
 template <class Real>
 struct ThreadSums {
   Real values[kBlockThreads];
 };
 
-// Stores the sum of each value's neurons in the tile, where values repeat. `sums` are those of the tile's neurons.
+// For parameters whose values repeat in a tile: stores, for each value, the sum over the neurons of the tile that have
+// this value. `sums` has one term per neuron.
 template <class Real>
 __device__ __forceinline__ void store_repeated(Real* slots, int64 count, int64 first, int neurons, const Real* sums,
                                                int thread, int threads) {
@@ -74,7 +75,7 @@ __device__ __forceinline__ int64 whole_tiles(int64 n, int64 tile) {
   return static_cast<int64>(tile > kBlockThreads ? of_single_neurons / 4 : of_single_neurons);
 }
 
-// Adds every `stride`-th of the next `left` values to the total.
+// Adds to the total every `stride`-th value among the next `left` values.
 template <class Real>
 __device__ __forceinline__ void add_up(const Real* from, int64 left, int64 stride, double& total) {
   constexpr int kLoads = 8;  // in flight
@@ -85,7 +86,7 @@ __device__ __forceinline__ void add_up(const Real* from, int64 left, int64 strid
   for (; left > 0; left -= stride, from += stride) total += static_cast<double>(*from);
 }
 
-// A thread's elements by one value a neuron, kSumThreads apart, so that their loads overlap.
+// The elements of a thread for parameters with one value per neuron. They are kSumThreads apart, so that loads overlap.
 template <class Real>
 __device__ __forceinline__ void sum_several(const GradientPart<Real>& part, int64 first) {
   const int64 count = part.parameter.count;
@@ -105,8 +106,8 @@ __device__ __forceinline__ void sum_several(const GradientPart<Real>& part, int6
   }
 }
 
-// The grid has the blocks of all parts in order. Adjacent threads sum adjacent elements, or if a block has one element,
-// adjacent slots.
+// The grid has the blocks of all parts (one part per parameter) in order. Adjacent threads sum adjacent elements, or if
+// a block has only one element, adjacent slots of it.
 template <class Real>
 __global__ void __launch_bounds__(kSumThreads, 2) gradient_sum_kernel(const GradientSum<Real> sum) {
   const int thread = static_cast<int>(threadIdx.x);
@@ -120,7 +121,7 @@ __global__ void __launch_bounds__(kSumThreads, 2) gradient_sum_kernel(const Grad
   const int64 split = part.splits > 1 ? block / part.blocks : 0;
   block -= split * part.blocks;
   if (part.elements_each > kSumThreads) return sum_several(part, block * part.elements_each + thread);
-  // thread % elements_each, thread / elements_each and so on, without division: powers of two.
+  // Position of the thread among elements, runs and slots. All three are powers of two, so that no division is needed.
   const int slots_each = part.slots_each, turn = thread * (part.runs_each * slots_each) / kSumThreads;
   const int64 element = block * part.elements_each + (thread & (part.elements_each - 1));
   const int64 first_run = turn * (part.elements_each * part.runs_each) / kSumThreads;

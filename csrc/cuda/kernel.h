@@ -1,5 +1,6 @@
-// The CUDA kernels as values: a template and its arguments. nvcc compiles every kernel of kernels_of (compiled.cuh),
-// NVRTC one by its name. No CUDA header, so that every build has it.
+// The CUDA kernels as values: a template and its arguments. nvcc compiles every kernel of kernels_of (compiled.cuh);
+// NVRTC compiles one kernel by its name. This file includes no CUDA header, so that builds without CUDA have it as
+// well.
 #pragma once
 
 #include <string>
@@ -35,11 +36,13 @@ inline constexpr Type kTypeOf<BFloat16> = Type::kBFloat16;
 template <>
 inline constexpr Type kTypeOf<double> = Type::kDouble;
 
-// float64 would need two accesses of 16 bytes, without a gain.
+// Whether kernels with four neurons per thread exist for this type. Not for float64, which would need two accesses of
+// 16 bytes and gain nothing.
 template <class Scalar>
 constexpr bool kHasFours = kTypeOf<Scalar> != Type::kDouble;
 
-// Arguments that a template lacks keep their values here.
+// A kernel: its template and the arguments of the template. Arguments that a template does not have keep the defaults
+// below.
 struct Kernel {
   Template of = Template::kForward;
   Type type = Type::kFloat;
@@ -53,7 +56,7 @@ struct Kernel {
 
   constexpr bool is_general() const { return input == Input::kGeneral || input == Input::kGeneralResidual; }
 
-  // One number for all arguments but the type.
+  // One number that encodes all arguments but the type.
   uint32 key() const {
     uint32 key = 0;
     for (const int each : {static_cast<int>(of), lanes, static_cast<int>(input), steps, static_cast<int>(surrogate),
@@ -113,7 +116,7 @@ inline std::string name_of(const Kernel& kernel) {
   return {};
 }
 
-// A list in constant expressions.
+// A list that can be built in constant expressions.
 struct Kernels {
   Kernel all[320];
   size_t count = 0;
@@ -121,7 +124,7 @@ struct Kernels {
   constexpr void add(const Kernel& kernel) { all[count++] = kernel; }
 };
 
-// Every kernel for x_seq of this type, or for sums in it, that launch_of in plan.h may choose.
+// Every kernel that launch_of in plan.h may choose for an x_seq of this type, or for gradient sums in this type.
 constexpr Kernels kernels_of(Type type) {
   Kernels kernels{};
   if (type == Type::kFloat || type == Type::kDouble) {

@@ -21,12 +21,12 @@ namespace asgl {
 
 // ---- forward ----
 
-// The neurons of a thread with parameters of their own.
+// The number of a thread's neurons that have parameters of their own.
 template <Input kInput, int kLanes>
 constexpr int kOwnNeurons = kInput == Input::kApart ? kLanes : 1;
 
-// Blocks a multiprocessor: enough to keep memory busy, without spills (tools/kernels/RESOURCES.md). 65,536 registers
-// are 72 a thread for 7 blocks.
+// Blocks per multiprocessor: enough to keep memory busy without spills (tools/kernels/RESOURCES.md). With 7 blocks,
+// 65,536 registers leave 72 per thread.
 template <class Real, Input kInput>
 constexpr int kForwardBlocks = sizeof(Real) == 8                                         ? 3
                                : kInput == Input::kGeneralResidual                       ? 4
@@ -34,12 +34,12 @@ constexpr int kForwardBlocks = sizeof(Real) == 8                                
                                                                                          : 5;
 template <class Real, int kLanes>
 constexpr int kBackwardBlocks = sizeof(Real) == 4 && kLanes == 1 ? 4 : 3;
-// With NVRTC erf spills at four blocks.
+// Compiled by NVRTC, erf spills registers at four blocks per multiprocessor.
 template <class Model>
 constexpr bool kIsLong = false;
 template <bool kHardReset>
 constexpr bool kIsLong<LIF<Surrogate::kErf, kHardReset>> = true;
-// At four blocks, float32 loads spill: they take twice the registers of half types.
+// At four blocks per multiprocessor, loads of float32 spill: they take twice as many registers as loads of half types.
 template <class Scalar, class Model, int kLanes, Input kInput, int kExact>
 constexpr int kSettledBackwardBlocks = kExact > 0 || sizeof(Scalar) == 8 ||
                                                (kLanes == 4 &&
@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(kBlockThreads, kForwardBlocks<Real_t<Scalar>, 
 
 // ---- backward ----
 
-// The parts of a settled step, for a thread's neurons.
+// The parts of a step of the settled kernels, for the neurons of a thread.
 template <class Model, Input kInput, class Real, int kLanes>
 struct SettledStep {
   using Row = Real[kLanes];
@@ -142,7 +142,7 @@ struct SettledStep {
     return Model::fire(h, noise.is_analog(k, j), neuron.now(j), firing);
   }
 
-  // Step k: charges to h, fires and resets; v is the potential before, then after it.
+  // Computes step k again: h, the spike and the reset. On entry v is the potential before the step, on return after it.
   template <class Noise>
   __device__ __forceinline__ void advance(const Row& x, const Row& r, const Noise& noise, int k, Row& v, Row& h) const {
 #pragma unroll
@@ -154,7 +154,7 @@ struct SettledStep {
     }
   }
 
-  // From ds, the gradient of s, to dx, and from the gradient of v after the step to the gradient before it.
+  // Computes dx from ds, the gradient of s, and replaces the gradient of v after the step by the gradient before it.
   __device__ __forceinline__ void walk_back(bool carried, const Row& x, const Row& h, const Row& s, Row& ds, Row& dv,
                                             Row& from_u, Row& dh, Row& dx, Sums& sums) const {
     if (carried && !options.detach_reset) {
@@ -258,7 +258,7 @@ __global__ void __launch_bounds__(kBlockThreads, kSettledBackwardBlocks<Scalar, 
   constexpr bool kNormalised = kInput != Input::kPlain, kInRegisters = kExact > 0;
   constexpr bool kResidual = kHasResidual<kInput>;
   constexpr int kOwn = kOwnNeurons<kInput, kLanes>;
-  // Loaded at a time; with parameters of their own, four loads in float32 would spill.
+  // Steps loaded at a time. If the neurons of a thread have parameters of their own, four loads in float32 would spill.
   constexpr int kSteps = kInRegisters ? kExact : kLanes == 1 ? 8 : kOwn > 1 && sizeof(Scalar) == 4 ? 2 : 4;
   constexpr int kSegment = kInRegisters ? kExact : kCheckpointSteps;
   static_assert(kSegment % kSteps == 0);
@@ -266,7 +266,7 @@ __global__ void __launch_bounds__(kBlockThreads, kSettledBackwardBlocks<Scalar, 
   struct alignas(sizeof(Real) * kLanes) Potentials {
     Real values[kLanes];
   };
-  // Potentials; at the end the threads' sums overwrite them.
+  // The potentials of a segment. At the end the threads' sums overwrite them.
   __shared__ Potentials potentials[kInRegisters ? (kNumSums + kLanes - 1) / kLanes : kSegment][kBlockThreads];
   ThreadSums<Real>* const thread_sums = reinterpret_cast<ThreadSums<Real>*>(potentials);
   static_assert(sizeof(potentials) >= kNumSums * sizeof(ThreadSums<Real>));

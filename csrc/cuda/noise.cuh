@@ -25,7 +25,7 @@ class NoiseSource {
   __device__ __forceinline__ bool drawn() const { return drawn_; }
   __device__ __forceinline__ bool always() const { return !drawn_ && limit_ > 0; }
 
-  // If nothing is drawn, draws are 0, which is below a limit of 1.
+  // If analog_prob is 0 or 1 nothing is drawn, and draws are 0, which is below a limit of 1.
   __device__ __forceinline__ NoiseBlock draw(int64 n, int64 step_pair) const {
     if (!drawn_) return {};
     return noise_block(static_cast<uint64>(n) / kNoiseGroup, static_cast<uint32>(step_pair), key_);
@@ -85,7 +85,7 @@ class SegmentNoise<1, kSteps> {
 
   __device__ __forceinline__ bool is_analog(int k, int) const { return bits_ >> k & 1u; }
 
-  // The same for the steps from start + first on.
+  // The bits for the steps from start + first on.
   __device__ __forceinline__ SegmentNoise from(int first) const {
     SegmentNoise later = *this;
     later.bits_ >>= first;
@@ -109,7 +109,7 @@ class SegmentNoise<4, kSteps> {
     return (k < 8 ? steps_0_to_7_ : steps_8_to_15_) >> (4 * (k % 8) + j) & 1u;
   }
 
-  // The steps from start + first up to the next multiple of 8.
+  // The bits for the steps from start + first up to the next multiple of 8.
   struct Few {
     uint32 bits;
 

@@ -7,7 +7,7 @@
 
 namespace asgl {
 
-// The columns of a thread.
+// The columns of a thread, and the rows of them that it reads.
 template <int kLanes>
 struct ChannelIndex {
   ChannelTask task;
@@ -34,8 +34,8 @@ struct ChannelIndex {
   }
 };
 
-// The sums of x - shift and (x - shift)^2 over some of a channel's values, with the same shift for all of the channel
-// in a block.
+// The sums of x - shift and (x - shift)^2 over some values of a channel. All threads of a block use the same shift for
+// a channel.
 template <class Real>
 struct ShiftedSums {
   using Sum = LongSum_t<Real>;
@@ -92,8 +92,8 @@ struct ShiftedSums {
   }
 };
 
-// The sums of all threads of a channel, returned to the first one: way and rank are 0. All threads of the block must
-// call this.
+// Adds up the sums of all threads of a channel. Only the first of them, with way 0 and rank 0, gets the result. All
+// threads of the block must call this.
 template <class Real, int kLanes>
 __device__ __forceinline__ ShiftedSums<Real> add_in_block(const ShiftedSums<Real>& own, const ChannelTiles& tiles,
                                                           const ChannelIndex<kLanes>& index) {
@@ -151,7 +151,7 @@ __global__ void __launch_bounds__(kBlockThreads, 6) batch_moments_kernel(const M
   }
 }
 
-// A block for each channel.
+// Each block computes one channel.
 template <class Real>
 __global__ void __launch_bounds__(kBlockThreads, 8)
     batch_norm_coefficients_kernel(const CoefficientsParams<Real> params) {
@@ -176,8 +176,9 @@ __global__ void __launch_bounds__(kBlockThreads, 8)
   if (thread == 0) params.store(channel, found);
 }
 
-// Each block computes the adjoints of its channels, before its columns, which would stay in registers meanwhile (54 to
-// 61 instead of 43 to 48). Those of the first slot store the gradients of weight and bias.
+// Each block first computes the adjoints of its channels and only then the position of its columns, which would
+// otherwise occupy registers meanwhile (54 to 61 instead of 43 to 48). Blocks of the first slot store the gradients of
+// weight and bias.
 template <class Scalar, int kLanes, bool kResidual>
 __global__ void __launch_bounds__(kBlockThreads, 8)
     batch_norm_input_gradient_kernel(const InputGradientParams<Scalar> params) {

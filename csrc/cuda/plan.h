@@ -1,5 +1,6 @@
-// The plan of every launch: how values are divided among threads, which kernel, how many blocks. Host code without a
-// CUDA header. `resident` returns the number of threads that the device holds, and is called only if that decides.
+// Plans every launch: how values are divided among threads, which kernel runs, and with how many blocks. Host code that
+// includes no CUDA header. `resident` returns the number of threads that the device can hold at a time, and is called
+// only if the plan depends on this number.
 #pragma once
 
 #include <algorithm>
@@ -18,7 +19,7 @@ bool is_aligned(const Element* first) {
 
 // ---- neurons and integrators ----
 
-// The kernel's assumption about its input.
+// The assumption about the input with which the kernel is compiled.
 template <class Params>
 Input input_of(const Params& params) {
   const bool indexed = params.shape.neurons() < kDivisible;
@@ -35,8 +36,8 @@ bool share_parameters(const LIFParams<Scalar>& params) {
   return shared;
 }
 
-// Whether they do, or kernels for kApart may run: those parameters that they do not share are the neuron's own,
-// adjacent and aligned.
+// Whether four neurons share all parameters, or kernels for Input::kApart can run: the parameters that the neurons do
+// not share then have one value per neuron, adjacent and aligned in memory.
 template <class Params>
 bool fit_parameters(const Params& params) {
   const bool shared = share_parameters(params);
@@ -57,14 +58,15 @@ bool groups_of_four(const LIFParams<Scalar>& params, const Pointers&... sequence
          (is_aligned(sequences_and_states) && ...);
 }
 
-// Whether four neurons per thread are faster.
+// Whether a launch with four neurons per thread is faster than with one.
 template <class Params, class Resident>
 bool fours_pay(const Params& params, const Resident& resident) {
   const Input input = input_of(params);
   const bool general = input == Input::kGeneral || input == Input::kGeneralResidual;
   if (!general && params.shape.steps <= kCheckpointSteps) return true;
   const int64 threads = resident(), neurons = params.shape.neurons();
-  // General kernels: a quarter of the resident threads suffices, as each has four times the loads in flight.
+  // For general kernels a quarter of the resident threads is enough, because each thread has four times as many loads
+  // in flight.
   return general ? neurons / 4 >= threads / 4 : neurons > kFewSixteenths * threads / 16;
 }
 
@@ -91,7 +93,7 @@ ParameterSummary summary_of(const LIFParams<Scalar>& params) {
   return summary;
 }
 
-// A tile is the neurons of a block: one a thread, or four if `grouped` and faster.
+// Sets the tile, the neurons of a block: one per thread, or four if `grouped` and if that is faster.
 template <class Params, class Resident>
 void plan_neurons(Params& params, bool grouped, const Resident& resident) {
   params.summary = summary_of(params);
@@ -101,7 +103,7 @@ void plan_neurons(Params& params, bool grouped, const Resident& resident) {
   params.tiles.count = blocks_for(params.shape.neurons(), params.tiles.tile);
 }
 
-// plan_neurons, where parameters may want gradients.
+// As plan_neurons, for passes in which parameters may want gradients.
 template <class Params, class Resident>
 void plan_with_sums(Params& params, bool grouped, const Resident& resident) {
   plan_neurons(params, grouped, resident);
@@ -135,8 +137,8 @@ int lanes_of(const LIFParams<Scalar>& params) {
   return kHasFours<Scalar> && params.tiles.tile > kBlockThreads ? 4 : 1;
 }
 
-// The neuron's kernel. With one neuron a thread, the normalised kernel computes plain input, too, and the general one
-// any with a residual.
+// The kernel of the neuron. With one neuron per thread, the normalised kernel also computes plain input, and the
+// general kernel any input with a residual.
 template <class Scalar, template <class> class Params>
 Launch launch_neurons(const Params<Scalar>& params, Template settled, Template general, Template adaptive) {
   Kernel kernel{settled, kTypeOf<Scalar>};
@@ -182,8 +184,9 @@ Launch launch_of(const IntegratorParams<Scalar>& params) {
 
 // ---- sums of gradients ----
 
-// An element is the sum of its runs' slots, one for each tile that a run overlaps. If a run has few slots, a block sums
-// several elements. Runs are split where a second launch takes less time than a thread for all of its runs.
+// An element of a gradient is the sum of the slots of its runs; a run has one slot for each tile that it overlaps. If a
+// run has few slots, a block sums several elements. Runs are split among threads if the second launch that this needs
+// takes less time than one thread would need for all of its runs.
 template <class Real, class Resident>
 void plan_tiles(GradientSum<Real>& sum, const Resident&) {
   constexpr int64 kManySlots = 8;

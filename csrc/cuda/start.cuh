@@ -7,7 +7,7 @@
 
 namespace asgl::cuda {
 
-// The arguments of a launch. `params` are those of the kernel.
+// The arguments of a launch. `params` points to the params struct that the kernel takes.
 struct Start {
   Launch launch;
   const void* params;
@@ -20,14 +20,15 @@ struct Start {
     void* arguments[] = {const_cast<void*>(params)};
     const cudaError_t error = cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(launch.blocks)), dim3(launch.threads),
                                                arguments, 0, stream);
-    // Cleared, or a later call would report it. An error of others stays for them; one that outlasts this, as of an
-    // illegal access, is returned by the launch itself.
+    // Clears the error, which a later call would report otherwise. Errors of earlier calls of other code are not
+    // cleared. Errors that can't be cleared, such as an illegal access, are returned by the launch itself.
     if (error != cudaSuccess) static_cast<void>(cudaGetLastError());
     return error;
   }
 };
 
-// Starts a kernel for one type. Instantiated in compiled_*.cu, and nowhere else: nvcc would for the calls below.
+// Starts a kernel for one type. Only compiled_*.cu instantiate it: without the declarations as extern, nvcc would also
+// instantiate it for the calls below.
 template <class Scalar>
 cudaError_t start_compiled(const Start& start);
 extern template cudaError_t start_compiled<Half>(const Start& start);
@@ -35,7 +36,7 @@ extern template cudaError_t start_compiled<BFloat16>(const Start& start);
 extern template cudaError_t start_compiled<float>(const Start& start);
 extern template cudaError_t start_compiled<double>(const Start& start);
 
-// The error is that of this launch alone.
+// Starts the kernel of `launch`. Returns the error of this launch alone.
 inline cudaError_t launch(const Launch& launch, const void* params, cudaStream_t stream) {
   const Start start{launch, params, stream};
   switch (launch.kernel.type) {

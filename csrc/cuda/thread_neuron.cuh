@@ -1,4 +1,4 @@
-// The parameters that a thread's neurons share.
+// The parameters of a thread's neurons, in registers.
 #pragma once
 
 #include "cuda/access.cuh"
@@ -6,8 +6,8 @@
 
 namespace asgl {
 
-// The parameters of a thread's neurons, n and those that follow. Where no parameter changes over time, they share all
-// (kNeurons = 1), or each has its own.
+// The parameters of the neurons of a thread: n and the neurons that follow it. This template is for parameters that do
+// not change over time. The neurons share all parameters (kNeurons = 1), or each has its own.
 template <class Real, bool kGeneral, int kNeurons = 1>
 class ThreadNeuron {
  public:
@@ -46,7 +46,7 @@ class ThreadNeuron {
   Neuron<Real> neurons_[kNeurons];
 };
 
-// Any parameter may change over time; neurons share all.
+// For parameters that may change over time. The neurons of a thread share all of them.
 template <class Real>
 class ThreadNeuron<Real, true> {
  public:

@@ -1,10 +1,11 @@
-// One step of adaptive neurons and its adjoint, for one element, in all backends: those of LIFByOptions with a second
-// state w, which is subtracted from the input current, or added to the threshold or to the reset amount.
+// One step of adaptive neurons and its adjoint, for one element, in all backends. The neurons are those of LIFByOptions
+// with a second state w, which is subtracted from the input current, or added to the threshold or to the reset amount.
 //
 //   w[t+1] = adapt_decay * w[t] + (adapt_potential * (v[t] - v_rest) + adapt_spike * s[t])
 //
-// After step t the state is v[t] and w[t+1], so that a step updates both once. The input current is x: the parameters
-// of its normalisation are the adaptation's.
+// After step t the state is v[t] and w[t+1], so that a step updates both once. The input current is x itself, and the
+// fields of Neuron for its normalisation hold other parameters: input_gain is adapt_decay, input_bias is
+// adapt_potential, and input_mean is adapt_spike.
 #pragma once
 
 #include "math/lif_by_options.h"
@@ -30,7 +31,7 @@ struct AdaptiveLIF : LIFByOptions<Real> {
 
   // The potential that is compared with v_threshold.
   ASGL_HOST_DEVICE Real compared(Real h, Real w) const { return h - keep_if(in_threshold(), w); }
-  // h, up to a rounding, of the potential compared.
+  // The potential h, up to a rounding, from the potential that is compared.
   ASGL_HOST_DEVICE Real charged(Real compared_h, Real w) const { return compared_h + keep_if(in_threshold(), w); }
 
   ASGL_HOST_DEVICE Neuron<Real> adapted(Neuron<Real> neuron, Real w) const {
@@ -38,7 +39,8 @@ struct AdaptiveLIF : LIFByOptions<Real> {
     return neuron;
   }
 
-  // Returns h, and moves v and w to the next step.
+  // Returns h, and moves v and w to the next step. The fields input_gain, input_bias and input_mean are adapt_decay,
+  // adapt_potential and adapt_spike.
   template <class FiringRule>
   ASGL_HOST_DEVICE Real step(Real x, bool analog, const Neuron<Real>& neuron, const FiringRule& firing, Real& v,
                              Real& w, Real& s) const {
@@ -55,8 +57,9 @@ struct AdaptiveLIF : LIFByOptions<Real> {
     StepGradient<Real> step;
   };
 
-  // From the gradients of v and w after the step to those before it, given g and gh, those of s and of compared_h, the
-  // potential compared. Added in the order of autograd, with `carried` as in LIF.
+  // Replaces dv and dw, the gradients of v and w after the step, by the gradients before it. g and gh are the gradients
+  // of s and of compared_h, the potential that is compared with v_threshold. Terms are added in the order of autograd;
+  // `carried` is as in LIF.
   ASGL_HOST_DEVICE Gradient adjoint(Real g, Real gh, Real h, Real compared_h, Real s, Real w, bool carried,
                                     const Neuron<Real>& neuron, Real& dv, Real& dw) const {
     const Neuron<Real> now = adapted(neuron, w);

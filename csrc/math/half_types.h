@@ -70,7 +70,7 @@ ASGL_HOST_DEVICE Half from_real<Half>(float value) {
   const uint32 magnitude = bits & 0x7FFFFFFFu;
   const uint32 sign = (bits >> 16) & 0x8000u;
   const uint32 normal = (magnitude - (112u << 23) + 0x0FFFu + ((magnitude >> 13) & 1u)) >> 13;
-  // Floats in [1/2, 1) have the spacing of half's subnormals: the addition rounds.
+  // Adds 1/2: floats in [1/2, 1) have the spacing of float16's subnormals, so that the addition rounds.
   const uint32 subnormal = bit_cast<uint32>(bit_cast<float>(magnitude) + 0.5f) - bit_cast<uint32>(0.5f);
   const uint32 finite = magnitude < 0x38800000u ? subnormal : normal;
   const uint32 half = magnitude < 0x47800000u ? finite : magnitude > 0x7F800000u ? 0x7E00u : 0x7C00u;

@@ -9,7 +9,7 @@ namespace asgl {
 
 constexpr int kLearnedBound = 15;  // bound on the logarithm and the logit
 
-// Clamped, since an optimizer's step may go beyond the bound. NaN stays NaN.
+// Clamps a stored value, because a step of an optimizer may move it beyond the bound. NaN stays NaN.
 template <class Real>
 ASGL_HOST_DEVICE Real within_bound(Real x) {
   const Real from_below = x < Real(-kLearnedBound) ? Real(-kLearnedBound) : x;

@@ -1,5 +1,5 @@
-// The model with every option at run time: for the general CUDA kernels, and for rare rules that no other model has,
-// several spikes a step and a floor of the potential.
+// The neuron model that reads every option at run time. The general CUDA kernels use it, and so do calls with rare
+// rules that no other model has: several spikes per step, and a lower bound of the potential (v_min).
 #pragma once
 
 #include "math/neuron.h"

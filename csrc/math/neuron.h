@@ -16,7 +16,7 @@ struct Neuron {
   Real decay, v_threshold, reset, inverse_width, input_gain, input_bias, input_mean;
 };
 
-// The same for all neurons and steps.
+// Options that are the same for all neurons and steps.
 template <class Real>
 struct NeuronOptions {
   Real v_rest;
@@ -31,7 +31,8 @@ struct NeuronOptions {
   uint16 levels;     // the most spikes a step of kInteger and multi_spike; in padding, so that no other kernel changes
 };
 
-// Assumptions of input_current and charge, which change at most the sign of a zero.
+// What input_current and charge may assume about the parameters. If an assumption holds, it changes at most the sign of
+// a zero.
 enum class Input {
   kGeneral,
   kNormalised,          // v_rest = 0
@@ -50,7 +51,7 @@ template <Input kInput, class Real>
 ASGL_HOST_DEVICE Real input_current(Real x, const Neuron<Real>& neuron) {
   return kInput == Input::kPlain ? x : neuron.input_gain * (x - neuron.input_mean) + neuron.input_bias;
 }
-// The same plus residual_gain * residual[t], which is read only with a residual.
+// The input current plus residual_gain * residual[t]; the residual is read only if there is one.
 template <Input kInput, class Real>
 ASGL_HOST_DEVICE Real input_current(Real x, const Neuron<Real>& neuron, Real residual_gain, const Real& residual) {
   const Real c = input_current<kInput>(x, neuron);
@@ -70,7 +71,7 @@ struct Firing {
   }
 };
 
-// The same rule in one comparison, if subnormals are not flushed to zero.
+// The firing rule in a single comparison, for processors that do not flush subnormals to zero.
 template <class Real>
 struct FiringFromLeast {
   Real least_u;
@@ -98,7 +99,7 @@ ASGL_HOST_DEVICE double keep_if(bool condition, double value) {
   return bit_cast<double>(bit_cast<uint64>(value) & (0ull - static_cast<uint64>(condition)));
 }
 
-// A gradient known at compile time to be absent: not even a zero is added.
+// A gradient that is known at compile time to be absent, so that not even a zero is added.
 struct NoGradient {};
 
 ASGL_HOST_DEVICE float operator+(NoGradient, float value) { return value; }
@@ -125,7 +126,8 @@ struct LIF {
   static constexpr bool kResetsHard = kHardReset, kOnlyGeneral = false, kAdapts = false;
   static constexpr bool kCounts = kSurrogate == Surrogate::kInteger, kHasSlope = asgl::kHasSlope<kSurrogate>;
 
-  // The object whose functions kernels call; LIFByOptions keeps the options in it.
+  // Returns the object whose functions kernels call. LIF needs no options; the counterpart in LIFByOptions keeps them
+  // in the object.
   template <class Options>
   static ASGL_HOST_DEVICE LIF of(const Options&) {
     return {};
@@ -154,7 +156,8 @@ struct LIF {
     return kHardReset ? h * (Real(1) - s) + neuron.reset * s : h - neuron.reset * s;
   }
 
-  // From the gradient of v[t] to the gradient of the potential after reset, for models with a floor between them.
+  // Converts the gradient of v[t] into the gradient of the potential after reset. They differ only in models with a
+  // lower bound of the potential.
   template <class Real>
   static ASGL_HOST_DEVICE Real floor_adjoint(Real, Real, const Neuron<Real>&, Real dv) {
     return dv;
@@ -190,7 +193,7 @@ struct LIF {
     return SurrogateMath<kSurrogate>::slope(distance(h, neuron) * neuron.inverse_width);
   }
 
-  // On return `v_gradient`, dv on entry, is the gradient of v[t-1].
+  // `v_gradient` is dv on entry and the gradient of v[t-1] on return.
   template <class Real, class GradientOfH>
   static ASGL_HOST_DEVICE StepGradient<Real> step_adjoint(Real ds, GradientOfH gh, Real h, Real s, bool carried,
                                                           const Neuron<Real>& neuron,

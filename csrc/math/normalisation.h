@@ -88,14 +88,14 @@ struct NormalisationAdjoint {
     offset = static_cast<Real>(-gain * total.bias / moments.count - exact_slope * (moments.mean - rounded_mean));
   }
 
-  // S
+  // The sum S.
   static ASGL_HOST_DEVICE double centred(const Moments& moments, double rounded_mean, const GradientSums& sums,
                                          const Normalisation& options) {
     return (sums.gain - (moments.mean - rounded_mean) * sums.bias) * options.inverse_deviation(moments);
   }
 };
 
-// dx, from gain * dh and x.
+// Computes dx from gain * dh and x.
 template <class Real>
 ASGL_HOST_DEVICE Real normalisation_adjoint(Real gain_dh, Real x, Real mean, Real slope, Real offset) {
   return gain_dh + (slope * (x - mean) + offset);

@@ -1,4 +1,5 @@
-// Float32 sums with about 48 bits, in float32 arithmetic: float64 runs at 1/64 of its rate on many GPUs.
+// Sums with about 48 bits of precision, by float32 arithmetic on pairs of floats. On many GPUs float64 runs at 1/64 of
+// the rate of float32.
 #pragma once
 
 #include "math/host_device.h"
@@ -15,7 +16,7 @@ ASGL_HOST_DEVICE float fma(float a, float b, float c) { return __builtin_fmaf(a,
 ASGL_HOST_DEVICE double fma(double a, double b, double c) { return __builtin_fma(a, b, c); }
 #endif
 
-// The first 16 bits.
+// The value with the first 16 bits of its significand; other bits are 0. A double is returned as it is.
 ASGL_HOST_DEVICE float shortened(float x) { return bit_cast<float>(bit_cast<uint32>(x) & 0xFFFFFF00u); }
 ASGL_HOST_DEVICE double shortened(double x) { return x; }
 
@@ -30,7 +31,7 @@ struct Pair {
     const float high = a + b, rest = high - a;
     return {high, (a - (high - rest)) + (b - rest)};
   }
-  // The same, for |a| >= |b| (Dekker 1971).
+  // a + b, exactly, for |a| >= |b| (Dekker 1971).
   static ASGL_HOST_DEVICE Pair ordered_sum(float a, float b) {
     const float high = a + b;
     return {high, b - (high - a)};
@@ -61,7 +62,7 @@ ASGL_HOST_DEVICE double difference(double a, double b) { return a - b; }
 ASGL_HOST_DEVICE double as_double(const Pair& a) { return static_cast<double>(a.high) + static_cast<double>(a.low); }
 ASGL_HOST_DEVICE double as_double(double a) { return a; }
 
-// For sums of values of type Real.
+// The type in which long sums of values of type Real are added up.
 template <class Real>
 struct LongSum {
   using Type = Pair;

@@ -36,7 +36,7 @@ ASGL_HOST_DEVICE PhiloxWords philox4x32(PhiloxWords counter, uint32 key0, uint32
   return {{c0, c1, c2, c3}};
 }
 
-// Above every 16-bit draw.
+// A limit above every 16-bit draw: all elements are analog.
 constexpr uint32 kAlwaysAnalog = 65536;
 
 // The draws of 4 adjacent neurons: bits 16 j to 16 j + 15 of draws[t % 2] belong to neuron 4 group + j at step t.

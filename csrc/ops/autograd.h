@@ -9,12 +9,13 @@
 
 namespace asgl::ops {
 
-// In reverse mode, or in forward mode, which the Python kernel refuses.
+// Whether autograd differentiates a call with this tensor: in reverse mode, or in forward mode, which the Python kernel
+// refuses.
 inline bool is_differentiated(const at::Tensor& tensor) {
   return (tensor.requires_grad() && at::GradMode::is_enabled()) || tensor._fw_grad(/*level=*/0).defined();
 }
 
-inline void differentiate_if_asked(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
+inline void autograd_or_redispatch(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
   for (const c10::IValue& argument : torch::jit::last(*stack, op.schema().arguments().size())) {
     if (argument.isTensor() && is_differentiated(argument.toTensor())) {
       return op.callBoxedForDispatchKey(c10::DispatchKey::Autograd, *stack);
@@ -24,14 +25,14 @@ inline void differentiate_if_asked(const c10::OperatorHandle& op, c10::DispatchK
   op.redispatchBoxed(keys & c10::after_ADInplaceOrView_keyset, stack);
 }
 
-// Mimics torch::Library's interface, but registers differentiate_if_asked for each operator.
+// Has the interface of torch::Library, but registers autograd_or_redispatch for each operator.
 class AtAutograd {
  public:
   explicit AtAutograd(torch::Library& m) : library_(m) {}
 
   template <class Kernel>
   void impl(const char* name, Kernel&&) {
-    library_.impl(name, torch::CppFunction::makeFromBoxedFunction<&differentiate_if_asked>());
+    library_.impl(name, torch::CppFunction::makeFromBoxedFunction<&autograd_or_redispatch>());
   }
 
  private:

@@ -20,7 +20,7 @@
 namespace asgl {
 namespace {
 
-// The operators on the kernels that a launcher starts, or on those of the CPU without one.
+// Implements all operators with the kernels that `launcher` starts, or with the CPU kernels if it is null.
 template <class Library>
 void implement_all(Library& library, const ops::Launcher* launcher) {
   ops::implement_neuron(library, launcher);
@@ -73,7 +73,7 @@ const CompiledLauncher compiled_launcher;
 // a launcher in Python starts. Returns them as functions (direct_calls.h).
 pybind11::object implement(const std::string& name_space, const std::string& device, pybind11::object launch,
                            pybind11::object resident_threads) {
-  // Both are for the rest of the process: at its end there is no interpreter to release them.
+  // Both objects are never deleted: when the process ends, there is no interpreter that could release them.
   const auto* launcher = new PythonLauncher(std::move(launch), std::move(resident_threads));
   const auto library = [&](const std::string& key) {
     return new torch::Library(torch::Library::IMPL, name_space, c10::parseDispatchKey(key), __FILE__, __LINE__);

@@ -1,5 +1,5 @@
-// Shared by the operators: layout, parameter views, gradients of parameters. Python checks arguments with messages for
-// users; the checks here keep kernels within bounds.
+// What the operators of the neuron and of the integrator share: layout, views of parameters, gradients of parameters.
+// Python has checked arguments with messages for users; the checks here keep kernels within bounds.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -18,7 +18,7 @@
 
 namespace asgl::ops {
 
-// Null if there is no tensor, or an empty one.
+// The elements of a tensor. Null if there is no tensor, or an empty one.
 template <class Element>
 Element* pointer(const Tensor& tensor) {
   if (!tensor.defined() || tensor.numel() == 0) return nullptr;
@@ -29,7 +29,8 @@ Element* pointer(const Tensor& tensor) {
   }
 }
 
-// At least 2 elements, so that torch.compile does not specialise on the number of steps.
+// The number of elements of the checkpoints, at least 2, so that torch.compile does not specialise on the number of
+// steps.
 inline int64_t checkpoint_elements(const SequenceShape& shape, int64_t members) {
   return members * checkpoint_stride(shape) + 2;
 }
@@ -143,10 +144,10 @@ class Call {
   }
 
   bool has_residual() const { return residual_.defined(); }
-  // Null for a constant.
+  // The tensor of a parameter, or null if the parameter is a constant.
   const ParameterTensor* parameter(int id) const { return parameters_[id].has_value() ? &*parameters_[id] : nullptr; }
 
-  // Params<Scalar> with these arguments.
+  // Returns Params<Scalar> with the arguments of this call.
   template <template <class> class Params, class Scalar>
   Params<Scalar> params() const {
     using Real = Real_t<Scalar>;
@@ -212,7 +213,8 @@ class ParameterGradients {
     }
   }
 
-  // Launches a backward kernel, whose params lack only the partial sums, and sums these.
+  // Launches a backward kernel, and then the kernel that adds up the partial sums. `params` must be complete except for
+  // the partial sums.
   template <class Params>
   void compute(const Kernels& kernels, Params& params) const {
     using Real = typename Params::Real;

@@ -27,11 +27,11 @@ struct FromPython<at::ArrayRef<Element>> {
   static at::ArrayRef<Element> taken(const type& given) { return given; }
 };
 
-// Mimics torch::Library's interface, but exports each operator of a namespace as a pybind11 function. Kernels only give
-// the types: the dispatcher chooses the kernel.
+// Has the interface of torch::Library, but exports each operator of a namespace as a pybind11 function. Of the kernel
+// that `impl` gets, only the types are used: the dispatcher chooses the kernel at each call.
 class __attribute__((visibility("hidden"))) DirectCalls {  // as pybind11::object
  public:
-  // `scope` gets the functions as attributes.
+  // The functions become attributes of `scope`.
   DirectCalls(pybind11::object scope, std::string name_space) : scope_(std::move(scope)), namespace_(name_space) {}
 
   template <class Kernel>

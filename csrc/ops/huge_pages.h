@@ -19,7 +19,8 @@ using at::Tensor;
 
 #if defined(__linux__)
 
-// Smaller blocks hold a whole huge page, 2 MiB, by chance only.
+// The smallest size for which huge pages are requested. A smaller block contains a whole huge page of 2 MiB only by
+// chance.
 constexpr size_t kLeastHugeBytes = size_t{1} << 22;
 
 // Whether transparent huge pages are set to "madvise"; "always" and "never" need no request.

@@ -1,4 +1,4 @@
-// The kernels that operators run: those of the CPU, or those of CUDA, which a launcher starts.
+// The kernels that operators run: CPU kernels, or CUDA kernels that a launcher starts.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -15,12 +15,12 @@ class Launcher {
   virtual ~Launcher() = default;
   // The most threads that the device holds at a time.
   virtual int64_t resident_threads(at::Device device) const = 0;
-  // `params` are the kernel's, valid until it returns.
+  // Starts a kernel. `params` points to the params struct of the kernel, which is valid until this function returns.
   virtual void launch(at::Device device, const cuda::Launch& launch, const void* params, size_t bytes) const = 0;
 };
 
-// The kernels of one call, on the device of its tensors. Those of the CPU where `launcher` is null, else CUDA's. They
-// return when the work is done or queued, and throw on failure.
+// The kernels of one call, on the device of its tensors: CPU kernels if `launcher` is null, else CUDA kernels. The
+// functions return when the work is done or queued, and throw on failure.
 class Kernels {
  public:
   Kernels(const Launcher* launcher, at::Device device) : launcher_(launcher), device_(device), guard_(device) {}
@@ -44,7 +44,8 @@ class Kernels {
   const c10::DeviceGuard guard_;
 };
 
-// An operator on the kernels of a launcher, which is never deleted, as torch registers it.
+// Wraps an operator, a function of a launcher and arguments, as a function that torch can register. The launcher must
+// live as long as the process.
 template <class Result, class... Arguments>
 auto on_kernels(const Launcher* launcher, Result (*run)(const Launcher*, Arguments...)) {
   return [=](Arguments... arguments) -> Result { return run(launcher, arguments...); };

@@ -23,8 +23,8 @@ inline Dims inverse_of(const Dims& order) {
   return inverse;
 }
 
-// x_seq is contiguous or channels_last: the channels, the second non-time dimension, innermost. Other tensors are
-// checked against it, and brought to its memory order.
+// The layout of x_seq, which is contiguous or channels_last (the channels, its second dimension without time, are
+// innermost). Other tensors are checked against x_seq and brought to its memory order.
 class Layout {
  public:
   Layout(const Tensor& x_seq, int64_t time_dim)
@@ -58,7 +58,7 @@ class Layout {
   const Dims& neuron_order() const { return neuron_order_; }
   int64_t time_dim() const { return time_dim_; }
   int64_t channel_dim() const { return time_dim_ <= 1 ? 2 : 1; }
-  // Of x_seq, and of states, parameters and their gradients.
+  // The options (type and device) of tensors like x_seq, and of states, parameters and their gradients.
   const at::TensorOptions& options() const { return options_; }
   at::ScalarType type() const { return c10::typeMetaToScalarType(options_.dtype()); }
   at::ScalarType real() const { return real_type(type()); }
@@ -66,12 +66,13 @@ class Layout {
 
   // A tensor in the memory order of x_seq.
   Tensor empty_sequence(at::ScalarType type) const { return empty(sizes_, order_, options_.dtype(type)); }
-  // Of x_seq's shape without time, in the order of the neurons; a state of several members has them in front.
+  // A tensor with the shape of x_seq without time, in the memory order of the neurons. For a state of several members,
+  // these are the first dimension.
   Tensor empty_state(int64_t members = 1) const {
     return empty(state_sizes(members), state_order(members), real_options());
   }
 
-  // The same for tensors that may be absent, and are undefined then.
+  // As above for a tensor that may be absent. If it is, the result is undefined.
   Tensor sequence(const OptionalTensor& given, at::ScalarType type, const char* name) const {
     return is_there(given) ? dense(*given, type, sizes_, order_, name) : Tensor();
   }
@@ -107,8 +108,8 @@ class Layout {
     if (members > 1) order.insert(order.begin(), 0);
     return order;
   }
-  // Stored with the dimensions in `order`, outermost first. Not a permuted view: autograd refuses to change or detach a
-  // view in place.
+  // A tensor whose dimensions are stored in `order`, outermost first. It is not a permuted view, since autograd refuses
+  // to change or detach a view in place.
   static Tensor empty(const Dims& sizes, const Dims& order, const at::TensorOptions& options) {
     return in_huge_pages(at::empty_strided(sizes, strides_of(sizes, order), options));
   }
@@ -190,7 +191,7 @@ class ParameterTensor {
 
   Tensor empty_gradient() const { return at::empty_like(data_); }
 
-  // From [steps or 1, count] back to the parameter's own shape.
+  // Converts a gradient [steps or 1, count] to the shape of the parameter.
   Tensor gradient_in_own_shape(const Tensor& gradient) const {
     if (as_it_is_) return gradient;
     return gradient.permute(inverse_of(memory_order_)).sum_to_size(sizes_).contiguous();

@@ -123,8 +123,9 @@ inline std::vector<Tensor> lif_backward(const Launcher* launcher, const Optional
   return backward(launcher, call, {grad_s_seq, grad_v_last, grad_v_seq, grad_h_seq}, checkpoints, gradients);
 }
 
-// Draws (seed, offset) from the device's default generator; an operator, so that compiled graphs draw as eager mode
-// does. `fresh`, a new tensor, gives type and device: compilers merge equal calls, but not allocations.
+// Draws (seed, offset) from the default generator of the device. It is an operator, so that compiled graphs draw as
+// eager mode does. It fills `fresh`, a new tensor: a compiler would merge two calls with equal arguments, but it does
+// not merge two allocations.
 inline constexpr auto draw_rng_state = [](const Tensor& fresh) {
   return at::randint(std::numeric_limits<int64_t>::max(), {2}, fresh.options());
 };

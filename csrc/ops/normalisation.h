@@ -65,7 +65,7 @@ inline Moments* as_moments(const Tensor& tensor) {
   return reinterpret_cast<Moments*>(tensor.mutable_data_ptr<double>());
 }
 
-// The running statistics of training, if there is a mean.
+// The running statistics, which training updates; there are none if the mean is undefined.
 struct Running {
   OptionalTensor mean, variance, num_batches_tracked;
   double momentum;
@@ -195,7 +195,7 @@ inline std::tuple<Tensor, Tensor> batch_norm_backward(const Launcher* launcher, 
   return {grad_weight, grad_shift};
 }
 
-// The operator without running statistics, and the one that updates them.
+// Registers both variants of an operator: without running statistics, and with running statistics, which it updates.
 template <class Library, class... Arguments>
 void implement_coefficients(Library& m, const Launcher* launcher,
                             std::tuple<Tensor, Tensor> (*run)(const Launcher*, const Running&, Arguments...)) {

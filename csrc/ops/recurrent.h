@@ -7,7 +7,8 @@
 
 namespace asgl::ops {
 
-// The gradients of results, undefined for zero; and the results of forward that backward reads.
+// The gradients of the results of forward, where an undefined tensor means zero, and the results of forward that
+// backward reads.
 struct RecurrentGradients {
   Tensor s_seq, v_seq, h_seq, v_last, s_last, i_last;
 };
@@ -121,7 +122,7 @@ inline std::vector<Tensor> forward_on_cpu(const RecurrentCall& call, const Wante
   return results;
 }
 
-// Returns the wanted gradients, that of x_seq in the arithmetic type.
+// Returns the wanted gradients. The gradient of x_seq has the arithmetic type.
 inline std::vector<Tensor> backward_on_cpu(const RecurrentCall& call, const RecurrentGradients& grads,
                                            const RecurrentResults& kept, const WantedRecurrentGradients& wanted) {
   const auto [wants_x_seq, wants_weight, wants_parameters, wants_v_init, wants_s_init, wants_i_init] = wanted;

@@ -7,7 +7,7 @@
 
 namespace asgl::ops {
 
-// A call's neuron, one step at a time, as sequences [1, B, N].
+// The neurons of a call, computed one step at a time as sequences [1, B, N].
 class RecurrentSteps {
  public:
   explicit RecurrentSteps(const RecurrentCall& call)

@@ -1,4 +1,5 @@
-// The operators of products that only spikes cost, and tensors packed as spikes. CPU, float32 and float64.
+// The operators of spike layers: linear layers and convolutions in which only elements that are not zero cost time, and
+// packed spikes. For the CPU, in float32 and float64.
 #pragma once
 
 #include <torch/library.h>
@@ -17,8 +18,9 @@ void with_real(at::ScalarType type, F&& f) {
   f(float{});
 }
 
-// A linear layer, x [..., channels], or a convolution, x [images, channels, (height,) width], as a convolution of
-// images in memory order [images, height, width, channels]. `weight` are the sizes of the weight, in torch's order.
+// A linear layer, x [..., channels], or a convolution, x [images, channels, (height,) width]. Both are computed as a
+// convolution of images in memory order [images, height, width, channels]. `weight` has the sizes of the weight, in
+// torch's order.
 class SpikeCall {
  public:
   SpikeCall(const Tensor& x, at::IntArrayRef weight, at::IntArrayRef stride, at::IntArrayRef padding)
@@ -77,7 +79,8 @@ class SpikeCall {
     return result;
   }
 
-  // A tensor of these sizes in that order; `finished` brings it to torch's, channels_last or contiguous.
+  // An empty tensor with these sizes in the memory order of the kernels. `finished` converts such a tensor to torch's
+  // order, channels_last or contiguous.
   Tensor empty(at::IntArrayRef sizes, const at::TensorOptions& options) const {
     if (is_linear()) return in_huge_pages(at::empty(sizes, options));
     const bool is_line = dims_ == 3;
@@ -136,7 +139,7 @@ inline void check_like(const Tensor& tensor, const Tensor& x, const char* name) 
                    " on ", tensor.device());
 }
 
-// `panels`: spike_panels of the weight, or none.
+// `panels` is the result of spike_panels for the weight, or none.
 inline Tensor spike_product(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
                             const OptionalTensor& panels, at::IntArrayRef stride, at::IntArrayRef padding) {
   const SpikeCall call(x, weight.sizes(), stride, padding);
@@ -171,21 +174,21 @@ inline Tensor spike_product(const Tensor& x, const Tensor& weight, const Optiona
   return call.finished(result, is_channels_last(x) || is_channels_last(weight));
 }
 
-// The gradient of a weight of these sizes.
-inline Tensor spike_gradient(const Tensor& grad, const Tensor& x, at::IntArrayRef weight, at::IntArrayRef stride,
-                             at::IntArrayRef padding, bool channels_last) {
-  const SpikeCall call(x, weight, stride, padding);
+// The gradient of the weight of spike_product. `weight_sizes` are the sizes of the weight.
+inline Tensor spike_weight_gradient(const Tensor& grad, const Tensor& x, at::IntArrayRef weight_sizes,
+                                    at::IntArrayRef stride, at::IntArrayRef padding, bool channels_last) {
+  const SpikeCall call(x, weight_sizes, stride, padding);
   check_like(grad, x, "grad");
   TORCH_CHECK_VALUE(grad.sizes() == at::IntArrayRef(spike_result_sizes(call, x)), "asgl_cuda: grad must have shape ",
                     at::IntArrayRef(spike_result_sizes(call, x)), ", got ", grad.sizes());
-  const Tensor result = call.empty(weight, x.options());
+  const Tensor result = call.empty(weight_sizes, x.options());
   if (x.numel() == 0 || grad.numel() == 0) {
     result.zero_();
   } else {
     const Tensor x_in_order = call.in_order(x), grad_in_order = call.in_order(grad);
     with_real(call.type, [&](auto real) {
       using Real = decltype(real);
-      cpu::spike_gradient<Real>(
+      cpu::spike_weight_gradient<Real>(
           {call.shape, pointer<const Real>(x_in_order), pointer<const Real>(grad_in_order), pointer<Real>(result)});
     });
   }
@@ -198,13 +201,13 @@ void implement_spikes(Library& m) {
                              const OptionalTensor& panels, at::IntArrayRef stride, at::IntArrayRef padding) {
     return spike_product(x, weight, bias, panels, stride, padding);
   });
-  m.impl("spike_gradient", [](const Tensor& grad, const Tensor& x, at::IntArrayRef weight, at::IntArrayRef stride,
-                              at::IntArrayRef padding, bool channels_last) {
-    return spike_gradient(grad, x, weight, stride, padding, channels_last);
+  m.impl("spike_weight_gradient", [](const Tensor& grad, const Tensor& x, at::IntArrayRef weight_sizes,
+                                     at::IntArrayRef stride, at::IntArrayRef padding, bool channels_last) {
+    return spike_weight_gradient(grad, x, weight_sizes, stride, padding, channels_last);
   });
 }
 
-// The weight of a call with x of any batch, as spike_product reads it.
+// Copies the weight to the order in which spike_product reads it. The copy fits inputs of any batch size.
 inline Tensor spike_panels(const Tensor& weight) {
   SpikeShape shape{};
   shape.outputs = weight.size(0);
@@ -225,8 +228,8 @@ inline Tensor spike_panels(const Tensor& weight) {
   return panels;
 }
 
-// The elements of a dense tensor: a bit each, in memory order, then those that are not zero, unless all are 1.
-// Undefined if that takes no less memory, or for other tensors.
+// Packs a dense tensor: one bit per element in memory order, followed by the elements that are not zero, unless all of
+// these are 1. Returns an undefined tensor if packing saves no memory, or if the tensor is not dense.
 inline Tensor pack_spikes(const Tensor& x) {
   Tensor packed;
   if (!x.is_non_overlapping_and_dense() || x.is_neg()) return packed;
@@ -247,7 +250,7 @@ inline Tensor pack_spikes(const Tensor& x) {
   return packed;
 }
 
-// Fills `x`, a dense tensor with the sizes and strides of the packed one.
+// Unpacks into `x`, a dense tensor with the sizes and strides of the tensor that was packed.
 inline void unpack_spikes(const Tensor& packed, const Tensor& x) {
   with_real(x.scalar_type(), [&](auto real) {
     using Real = decltype(real);

@@ -8,7 +8,8 @@ namespace asgl {
 constexpr int kSumThreads = 512;  // threads of a CUDA block
 constexpr int kElementsEach = 4;  // elements of a thread, if there are many elements and few runs
 
-// Chain-rule factor still to be applied to the partial sums, gradients of 1 / width and of the decay.
+// The chain-rule factor from the partial sums to the gradient of the parameter as it was given. The partial sums are
+// gradients of 1 / width and of the decay.
 enum class Derivative { kNone, kOfWidth, kOfLogWidth, kOfLogitDecay };
 
 ASGL_HOST_DEVICE Derivative derivative_of(int id, bool log_width, bool logit_decay) {
@@ -16,7 +17,8 @@ ASGL_HOST_DEVICE Derivative derivative_of(int id, bool log_width, bool logit_dec
   return id == kDecay && logit_decay ? Derivative::kOfLogitDecay : Derivative::kNone;
 }
 
-// The gradient of a parameter with a derivative, given as `given`. Rounded as in autograd of exp and sigmoid.
+// Multiplies the gradient of a parameter by the chain-rule factor at the value `given`, rounded as in autograd of exp
+// and sigmoid.
 template <class Real>
 ASGL_HOST_DEVICE Real gradient_from(Derivative derivative, double total, Real given) {
   if (derivative == Derivative::kOfLogitDecay) {
@@ -28,7 +30,7 @@ ASGL_HOST_DEVICE Real gradient_from(Derivative derivative, double total, Real gi
   return derivative == Derivative::kOfLogWidth ? of_width * width : of_width;
 }
 
-// From the partial sums of one parameter to its gradient.
+// The sum of one parameter's partial sums to its gradient.
 template <class Real>
 struct GradientPart {
   GradientPartials<Real> partials;
@@ -56,7 +58,7 @@ struct GradientPart {
     return splits > 1 ? splits * elements(shape) : 0;
   }
 
-  // The part that adds up the totals.
+  // The part of the second launch, which adds up the totals of the first.
   ASGL_HOST_DEVICE GradientPart of_totals(const SequenceShape& shape) const {
     const int64 number = num_totals(shape);
     return {{totals, number}, {parameter.data, 0, 0, 1, elements(shape)}, derivative, gradient, number};

@@ -1,5 +1,5 @@
-// Arguments of the leaky integrator's kernels. Of the neuron's, the equations use decay, input_gain, v_rest,
-// logit_decay, x_seq and v_init.
+// Arguments of the kernels of the leaky integrator. From the arguments of the neuron (params/neuron.h), its equations
+// use decay, input_gain, v_rest, logit_decay, x_seq and v_init.
 #pragma once
 
 #include "math/integrator.h"

@@ -24,10 +24,10 @@ constexpr int kBlockThreads = 128;
 // Steps between checkpoints of the state for backward. Sequences up to this length have none.
 constexpr int kCheckpointSteps = 16;
 
-// The shortest length of practical use, a constant in its own CUDA kernels.
+// The shortest sequence that is common in practice. Some CUDA kernels are compiled for this length as a constant.
 constexpr int kShortSequence = 4;
 
-// Elements of the checkpoints of v, or of w.
+// The number of elements of the checkpoints of v, and of those of w.
 ASGL_HOST_DEVICE int64 checkpoint_stride(const SequenceShape& shape) {
   return (shape.steps - 1) / kCheckpointSteps * shape.neurons();
 }
@@ -51,9 +51,9 @@ struct ParameterView {
     return data == nullptr ? constant : data[t * step_stride + index(n)];
   }
 
-  // One value for all neurons of a step.
+  // Whether there is one value for all neurons of a step.
   ASGL_HOST_DEVICE bool is_same_for_all() const { return count == 1; }
-  // One value for all neurons and steps.
+  // Whether there is one value for all neurons and steps.
   ASGL_HOST_DEVICE bool is_uniform() const { return count == 1 && step_stride == 0; }
   // Whether groups of four neurons, from multiples of four on, share a value.
   ASGL_HOST_DEVICE bool is_shared_by_four() const { return data == nullptr || inner % 4 == 0; }
@@ -90,7 +90,7 @@ struct NoiseParams {
   const int64* rng_state;  // [2]: seed and offset; [3] with kAnalogBelowInState: analog_below as well
   uint32 analog_below;     // round(analog_prob * kAlwaysAnalog)
 
-  // 0 is never analog, kAlwaysAnalog always: neither needs a draw.
+  // Whether random numbers are needed: not if elements are never analog (0) or always (kAlwaysAnalog).
   ASGL_HOST_DEVICE bool drawn() const { return analog_below > 0 && analog_below < kAlwaysAnalog; }
 
   // Reads analog_below from rng_state if it is stored there, and clamps it.
@@ -107,7 +107,8 @@ struct NeuronTiles {
   int64 count;  // the number of tiles
 };
 
-// Of adaptive neurons, states are [2, N] and checkpoints [2, (T - 1) / kCheckpointSteps, N], v then w.
+// Arguments that forward and backward share. For adaptive neurons, states are [2, N] and checkpoints [2, (T - 1) /
+// kCheckpointSteps, N], with v first and w second.
 template <class Scalar>
 struct LIFParams {
   using Real = Real_t<Scalar>;
@@ -122,7 +123,8 @@ struct LIFParams {
   const Scalar* residual;    // [outer, T, inner]; null means none
   Real residual_gain;
 
-  // The assumption for charge; kGeneral also if a parameter changes over time.
+  // The assumption under which input_current and charge may be computed; kGeneral also if a parameter changes over
+  // time.
   ASGL_HOST_DEVICE Input input() const {
     for (const auto& parameter : parameters) {
       if (parameter.data != nullptr && parameter.step_stride != 0) return Input::kGeneral;

@@ -49,7 +49,7 @@ struct ChannelTiles {
 
   ASGL_HOST_DEVICE int64 groups() const { return divided(shape.channels, channels_per_tile); }
   ASGL_HOST_DEVICE int64 tasks() const { return splits * tiles_per_channel * groups(); }
-  // Moments of each channel: one for every split and tile.
+  // The number of partial moments of a channel: one for every split and every tile of the channel.
   ASGL_HOST_DEVICE int64 slots() const { return splits * tiles_per_channel; }
 
   static ASGL_HOST_DEVICE int64 divided(int64 number, int64 by) { return (number + by - 1) / by; }
@@ -127,7 +127,8 @@ struct CoefficientsParams {
   }
 };
 
-// The gradients of the input and of the normalisation's weight and bias. Without rows, of the latter alone.
+// Arguments of the kernel for the gradients of the input and of the normalisation's weight and bias. If there are no
+// rows, only for the gradients of weight and bias.
 template <class Scalar>
 struct InputGradientParams {
   using Real = Real_t<Scalar>;

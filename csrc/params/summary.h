@@ -1,5 +1,5 @@
-// Parameters summarised for the CUDA kernels, where comparisons for each would take a tenth of the instructions of a
-// short sequence.
+// A summary of the parameters for the CUDA kernels. Without it, comparisons for each parameter would take a tenth of
+// the instructions for a short sequence.
 #pragma once
 
 #include "math/divisor.h"
@@ -7,10 +7,10 @@
 namespace asgl {
 
 enum ParameterId { kWidth, kDecay, kThreshold, kReset, kInputGain, kInputBias, kInputMean, kNumParameters };
-// Adaptive neurons have these in the places of the input's.
+// Adaptive neurons have no gain, bias and mean of the input; the parameters of the adaptation take their ids.
 constexpr ParameterId kAdaptDecay = kInputGain, kAdaptPotential = kInputBias, kAdaptSpike = kInputMean;
 
-// ParameterView::index for fewer than kDivisible neurons.
+// ParameterView::index without a division, for fewer than kDivisible neurons.
 struct NeuronIndex {
   Divisor inner, count;
 

@@ -94,14 +94,14 @@ DAMAGE = {
     ),
     "not ended": (lambda package: (package / NOTES).unlink(), f"{EXTENSION} in "),
     "cut off": (lambda package: os.truncate(package / EXTENSION, 5), "it has 5 bytes, and 12 were built"),
-    "changed": (replaced(EXTENSION, b"An extension"), "its checksum is another"),
+    "changed": (replaced(EXTENSION, b"An extension"), "its checksum is not the one"),
     "unreadable": (replaced(EXTENSION), "Is a directory"),
     "empty notes": (replaced(NOTES, b""), "is damaged (Expecting value"),
     "program": (replaced(NOTES, b"import sys; sys.exit(3)"), "is damaged (Expecting value"),
     "deep": (replaced(NOTES, b"[" * 200_000), "recursion depth"),
     "nothing noted": (replaced(NOTES, b"{}"), "is damaged ("),
     "more noted": (rewritten(color=1), "is damaged ("),
-    "checksum": (rewritten(checksum=None), "its checksum is another"),
+    "checksum": (rewritten(checksum=None), "its checksum is not the one"),
 }
 
 

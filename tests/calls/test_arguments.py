@@ -165,8 +165,8 @@ BAD = [
     ({**SOFT, "levels": 4, "surrogate": "arctan"}, ValueError, "takes no other, got 'arctan'"),
     *(({**SOFT, "levels": 4, "v_threshold": value}, ValueError, "v_threshold|> 0")
       for value in (0.0, -1.0, torch.zeros(3))),
-    *(({**SOFT, "levels": 4, "width": width}, ValueError, "uses the threshold as width", "lif batch_norm_lif")
-      for width in (2.0, torch.ones(()), torch.ones(3))),
+    *(({**SOFT, "levels": 4, "width": width}, ValueError, f"must be the float 1.0, got {got}", "lif batch_norm_lif")
+      for width, got in ((2.0, "2.0"), (torch.ones(()), "a tensor; leave it out"), (torch.ones(3), "a tensor; leave"))),
     ({"v_min": NAN}, ValueError, "v_min must be finite, got nan"),
     ({"v_min": -INF}, ValueError, "v_min must be finite, got -inf"),
     ({"v_min": "0"}, TypeError, "v_min must be a float, got str"),

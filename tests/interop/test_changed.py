@@ -244,10 +244,12 @@ REFUSED = {
         lambda: nodes(Inside()), written("surrogate_function.factor", 2.0), "surrogate_function.factor is ",
     ),
     "an attribute over that of the class": (
-        lambda: nodes(Inside()), given("surrogate_function", gain=2.0), "surrogate_function.gain is not that of Inside",
+        lambda: nodes(Inside()), given("surrogate_function", gain=2.0),
+        "surrogate_function.gain is an attribute, not the method of Inside",
     ),
     "an attribute over that of a class that is no module": (
-        lambda: leaky(spike_grad=Called()), given("spike_grad", slope=2.0), "spike_grad.slope is not that of Called",
+        lambda: leaky(spike_grad=Called()), given("spike_grad", slope=2.0),
+        "spike_grad.slope is an attribute, not the method of Called",
     ),
     "inhibition": (leaky, given(inhibition=True), "inhibition is True"),
     "quantised": (leaky, given(state_quant=quantised), "state_quant is quantised, and was False"),
@@ -378,7 +380,7 @@ def test_hooks_from_before_stay_accepted():
     for each in (converted, copy.deepcopy(converted)):
         each(torch.rand(SHAPE))
         each.surrogate_function.register_forward_hook(lambda module, inputs, output: output)
-        with pytest.raises(RuntimeError, match="its surrogate_function has other hooks, which do not fire"):
+        with pytest.raises(RuntimeError, match="its surrogate_function has other hooks than before, which would not"):
             each(torch.rand(SHAPE))
 
 
@@ -429,7 +431,10 @@ def test_a_method_that_is_exchanged_after_the_conversion_is_named(name, make):
     x_seq = torch.rand(SHAPE)
     converted(x_seq)
     exchange(converted, name)
-    with pytest.raises(RuntimeError, match=f"after its conversion: its {name} is not that of {type(make()).__name__}"):
+    kind = type(make()).__name__
+    with pytest.raises(
+        RuntimeError, match=f"conversion: its {name} is an attribute of this layer, not the method of {kind}"
+    ):
         converted(x_seq)
     delattr(converted, name)
     converted(x_seq)

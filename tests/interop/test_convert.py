@@ -210,7 +210,7 @@ def test_no_noise_where_asgl_has_none():
     converted, report = asgl_cuda.convert(net, asgl={})
     assert [row.path for row in report.replaced] == ["1"]
     (left,) = report.left
-    assert "may spike several times a step, which asgl does not provide for; without asgl it can be" in left.reason
+    assert "may spike several times per step, which ASGL layers can't; without asgl it can be" in left.reason
     converted, report = asgl_cuda.convert(converted)
     assert [row.path for row in report.replaced] == ["0"]
     with pytest.raises(ValueError, match=r"multi_spike needs analog_prob=0, got 0\.1"):

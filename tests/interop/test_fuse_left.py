@@ -2,6 +2,7 @@
 
 import copy
 import math
+from functools import partial
 
 import norse.torch as norse
 import pytest
@@ -115,12 +116,21 @@ def of_two(form):
     return with_value(lambda net, y, x: net.lif(form(y, x)))
 
 
+saved = partial(checkpoint, use_reentrant=False)
+
+
+def neurons_saved(net, y):
+    return saved(lambda: net.lif(y))
+
+
 # The use, and the reason in a report. Then, the error where the value of a fused normalisation would not be equal.
 AGAIN, SUM = "its output is used again, by ", "the sum of its output and another "
 FUNCTION = "its output goes to a torch.autograd.Function, which would lose its gradient"
-REENTRANT = "it is called by a torch.autograd.Function, as a reentrant checkpoint is"
+REENTRANT = "it is called inside of a torch.autograd.Function, such as a reentrant checkpoint"
 VIEW = "its output, or a view of it, was changed in place after this view"
-ELSEWHERE = "its neurons are not called in the same torch.utils.checkpoint"
+APART = "the normalisation is called {} of a torch.utils.checkpoint and its neurons {}, and a checkpoint calls"
+INSIDE, OUTSIDE = APART.format("inside", "outside"), APART.format("outside", "inside")
+ANOTHER = "the normalisation is called inside of another torch.utils.checkpoint than its neurons"
 ASKED = "code, or a backward hook, asked whether its output is a Tensor"
 USES = {
     "used twice": (with_value(lambda net, y, x: net.lif(y) + y), AGAIN + "add"),
@@ -155,8 +165,9 @@ USES = {
         with_value(lambda net, y, x: (lambda z: (y.relu_(), net.lif(z))[1])(y.view_as(x))),
         "its output goes to relu", VIEW,
     ),
-    "without gradients": (without_gradients, SUM + "goes to LIF, which has gradients, while it was called without"),
-    "views without gradients": (views_without_gradients, SUM + "goes to LIF, which has gradients"),
+    "without gradients": (without_gradients, SUM + "goes to LIF, which is called with gradients, while the "
+        "normalisation was called without"),
+    "views without gradients": (views_without_gradients, SUM + "goes to LIF, which is called with gradients"),
     "logged": (with_value(logged), "its output goes to mean"),
     "in a Function": (of_two(lambda y, x: Doubled.apply(y)), FUNCTION, FUNCTION),
     "neurons in a reentrant checkpoint": (
@@ -169,12 +180,16 @@ USES = {
         lambda net, x: checkpoint(lambda x: plain(net, x), x, use_reentrant=True), REENTRANT,
     ),
     "in a checkpoint": (
-        lambda net, x: net.lif(checkpoint(lambda x: norm(net, x), x, use_reentrant=False)), ELSEWHERE, ELSEWHERE,
+        lambda net, x: net.lif(saved(lambda x: norm(net, x), x)), INSIDE, INSIDE,
+    ),
+    "neurons in a checkpoint": (with_value(lambda net, y, x: neurons_saved(net, y)), OUTSIDE, OUTSIDE),
+    "in two checkpoints": (
+        lambda net, x: neurons_saved(net, saved(lambda x: norm(net, x), x)), ANOTHER, ANOTHER,
     ),
     "unused": (lambda net, x: (norm(net, x), net.lif(x))[1], "nothing uses it"),
     "kept": (lambda net, x: (net.__dict__.update(kept=norm(net, x)), net.lif(x))[1], "its output stays in the model"),
     "out of order": (out_of_order, "it is called again before its output is used"),
-    "frozen in between": (with_value(frozen_in_between), "its output goes to LIF, after a change of its mode"),
+    "frozen in between": (with_value(frozen_in_between), "its output goes to LIF, after a change between training"),
     "asked": (with_value(asked), ASKED, ASKED),
     "not called": (lambda net, x: net.lif(net.conv(x.flatten(0, 1)).view_as(x)), "the example does not lead to it"),
 }  # fmt: skip
@@ -342,8 +357,8 @@ def test_normalisations():
     replaced = nn.BatchNorm2d(C)
     replaced.forward = lambda x: x
     cases = {
-        Arithmetic(C): "Arithmetic computes something else than torch.nn's",
-        Functional(C): "Functional computes something else than torch.nn's",
+        Arithmetic(C): "Arithmetic computes something else than torch.nn's normalisations",
+        Functional(C): "Functional computes something else than torch.nn's normalisations",
         of_a_user(lambda norm, x, self: norm(x).relu()): "its output goes to relu",
         of_a_user(lambda norm, x, self: norm(x) * self.weight[0]): "its output goes to mul",
         of_a_user(lambda norm, x, self: norm(x) * torch.ones(())): "its output goes to mul",
@@ -352,8 +367,8 @@ def test_normalisations():
         of_a_user(lambda norm, x, self: norm(x) / 2): "its output goes to truediv",
         of_a_user(lambda norm, x, self: 2 * (norm(x) + x)): "the sum of its output and another goes to rmul",
         of_a_user(lambda norm, x, self: norm(x) + norm(2 * x)): "its output goes to add",
-        of_a_user(lambda norm, x, self: norm(x), neurons=3): "its neurons has the name of one that fused layers have",
-        replaced: "it has a forward that is not of its class",
+        of_a_user(lambda norm, x, self: norm(x), neurons=3): "its class defines neurons, a name that fused layers use",
+        replaced: "its forward is an attribute of the module, not the method of its class",
         nn.GroupNorm(1, C): None,
     }
     for each, reason in cases.items():
@@ -362,7 +377,7 @@ def test_normalisations():
     assert reasons(teb, x_seq) == {"0": "its output goes to mul"}
     assert reasons(nn.BatchNorm2d(C), x_seq[0]) == {"": "its output goes to the caller of the model"}
     lazy = nn.Sequential(OverTime(nn.LazyBatchNorm2d()), asgl_cuda.LIF())  # torch can't copy it
-    assert "before it was called" in asgl_cuda.fuse(lazy, inplace=True)[1].left[0].reason
+    assert "until its first call" in asgl_cuda.fuse(lazy, inplace=True)[1].left[0].reason
     with pytest.raises(ValueError, match="expected 4D input"):
         asgl_cuda.fuse(network(), x_seq)[0].bn(x_seq)
 

@@ -108,7 +108,7 @@ def as_module(function):
 MAX, ESCAPE = activation.MaxSpike, slopes.spike_rate_escape()
 HEAVISIDE = {"surrogate_grad_fn": activation.Heaviside()}
 NO_SUCH, MIXES, STATEFUL = (
-    "^asgl_cuda has no such neuron$", "^it mixes neurons, or steps, by weights of its own$",
+    "^asgl_cuda has no such neuron$", "^it has weights between its neurons or time steps$",
     "^it is no neuron that convert knows, but carries a state$",
 )  # fmt: skip
 SUM = r"x \+ w y with a number w"
@@ -158,20 +158,20 @@ LEFT = {
     "no spikes": (lif(spike_fn=MAX(0)), "it emits at most 0 spikes per step"),
     "spikes of a user": (
         lif(spike_fn=type("Mine", (activation.MultiSpike,), {})),
-        "its spikes are those of Mine; SingleSpike, MultiSpike and MaxSpike can be converted",
+        "its spike function is Mine; SingleSpike, MultiSpike and MaxSpike can be converted",
     ),
     "no threshold": (iaf(spike_threshold=torch.tensor(0.0), spike_fn=MAX(1)), "^its threshold is not above 0$"),
     "some thresholds": (iaf(spike_threshold=torch.tensor([0.5, -0.5])), "^its threshold is not above 0$"),
     "least potentials": (iaf(min_v_mem=torch.tensor([-1.0, -2.0])), r"\(min_v_mem\) differs between neurons"),
     "surrogates for each": (
-        iaf(spike_threshold=torch.tensor([1.0, 2.0]), **HEAVISIDE), "another for each neuron's own threshold",
+        iaf(spike_threshold=torch.tensor([1.0, 2.0]), **HEAVISIDE), "its threshold differs between neurons, and its",
     ),
     "Heaviside": (iaf(**HEAVISIDE), "surrogate does not fall to 0"),
     "MultiGaussian": (iaf(surrogate_grad_fn=activation.MultiGaussian()), "its surrogate is not one that"),
     "several spikes to 0": (iaf(reset_fn=activation.MembraneReset()), "it resets to 0 after several spikes per step"),
     "reset to a value": (lif(reset_fn=activation.MembraneReset(0.5), **SINGLE), "resets to a value that is not 0"),
     "ALIF": (lambda: layers.ALIF(3.0, 3.0), "asgl_cuda.AdaptiveLIF"),
-    "ExpLeak with a floor": (lambda: layers.ExpLeak(2.0, min_v_mem=0.0), "which its output does not have"),
+    "ExpLeak with a floor": (lambda: layers.ExpLeak(2.0, min_v_mem=0.0), "which leaky_integrator does not have"),
     "gate": (lambda: of_authors(made=False, use_gate=True), "use_gate=True"),
     "smooth evaluation": (
         lambda: authors_code.LIFLayer(
@@ -183,7 +183,7 @@ LEFT = {
     ),
     "InvTanh": (
         lambda: of_authors(authors_code.InvTanh, made=False),
-        "its surrogate is InvTanh; known are InvRectangle and InvSigmoid",
+        "its surrogate is InvTanh; convert knows InvRectangle and InvSigmoid",
     ),
     # ---- spikes that return ----
     "convolution": (
@@ -225,7 +225,7 @@ LEFT = {
     ),
     "an exchanged method of the node": (
         lambda: Linear(exchanged(neuron.SimpleLIFNode(2.0, True), "neuronal_fire"), N, N),
-        "its SimpleLIFNode: its neuronal_fire is not that of SimpleLIFNode, but an attribute",
+        "its SimpleLIFNode: its neuronal_fire is an attribute of this layer, not the method of SimpleLIFNode",
     ),
     "an exchanged method of a Linear": (
         lambda: Linear(nn.Sequential(exchanged(nn.Linear(N, N), "forward"), neuron.IFNode()), N, N),
@@ -435,7 +435,7 @@ def test_one_that_overrides_or_exchanges_a_method(base):
         made = base(**OPTIONS.get(base, {}))
         made.__class__ = subclass_of(base, **{name: calling(base, name)})
         model, report = asgl_cuda.convert(nn.Sequential(made), inplace=True)
-        reason = f"its {name} is not that of {base.__name__}, which convert knows, but of Mine"
+        reason = f"its {name} is defined by Mine, not by {base.__name__}, which convert knows"
         assert report == ([], [("0", "Mine", reason)])
         assert model[0] is made
         for inplace in (False, True) if not name.startswith("__") else ():
@@ -443,7 +443,7 @@ def test_one_that_overrides_or_exchanges_a_method(base):
             exchange(made, name)
             model, report = asgl_cuda.convert(nn.Sequential(made), inplace=inplace)
             assert type(model[0]) is base
-            reason = f"its {name} is not that of {base.__name__}, but an attribute of this layer"
+            reason = f"its {name} is an attribute of this layer, not the method of {base.__name__}"
             assert [row.reason for row in report.left] == [reason]
 
 
@@ -458,7 +458,7 @@ def test_one_that_overrides_in_other_ways():
         (subclass_of(neuron.LIFNode, apply_soft_reset=nn.Identity()), "apply_soft_reset", "Mine"),
     ):
         (row,) = asgl_cuda.convert(kind())[1].left
-        assert row.reason == f"its {name} is not that of LIFNode, which convert knows, but of {where}"
+        assert row.reason == f"its {name} is defined by {where}, not by LIFNode, which convert knows"
     made = of_authors(made=False)
     made.__class__ = type("LIFLayer", (type(made),), {"forward": do})
     inside = of_authors(made=False)
@@ -467,8 +467,8 @@ def test_one_that_overrides_in_other_ways():
     for each, name in zip(functions, ("state_function", "state_fallback"), strict=True):
         exchange(each, name)
     for each, reason in (
-        (made, "its forward is not that of LIFLayer, which convert knows, but of LIFLayer"),
-        (inside, "its forward is not that of LIFCell, but an attribute of this layer"),
+        (made, "its forward is defined by LIFLayer, not by LIFLayer, which convert knows"),
+        (inside, "its forward is an attribute of this layer, not the method of LIFCell"),
         (functions[0], "state_function"), (functions[1], "state_fallback"),
     ):  # fmt: skip
         assert reason in asgl_cuda.convert(each)[1].left[0].reason
@@ -486,4 +486,4 @@ def test_one_with_a_name_of_converted_layers(base, name):
     registered.register_module(name, nn.Linear(2, 2))
     for each in (set_, registered, subclass_of(base, **{name: do})(**options)):
         (row,) = asgl_cuda.convert(each, inplace=True)[1].left
-        assert row.reason == f"its {name} has the name of one that converted layers have"
+        assert row.reason == f"its attribute {name} has a name that converted layers use themselves"

@@ -216,9 +216,9 @@ def test_a_model_that_goes_over_time_itself():
 
 
 REFUSED = {
-    "norse": (lambda: nn.Sequential(nn.Linear(4, N), norse.LIFCell()), r"LIFCell at '1' .*: Norse hands its state on"),
-    "norse sequence": (lambda: norse.SequentialState(norse.LIF()), "LIF at '0' .*: Norse hands its state on"),
-    "norse recurrent": (lambda: norse.LIFRecurrentCell(4, N), "LIFRecurrentCell can't .*: Norse hands its state on"),
+    "norse": (lambda: nn.Sequential(nn.Linear(4, N), norse.LIFCell()), r"LIFCell at '1' .*: Norse's caller passes"),
+    "norse sequence": (lambda: norse.SequentialState(norse.LIF()), "LIF at '0' .*: Norse's caller passes the state"),
+    "norse recurrent": (lambda: norse.LIFRecurrentCell(4, N), "LIFRecurrentCell can't .*: Norse's caller passes"),
     "not spiking": (neuron.NonSpikingLIFNode, "NonSpikingLIFNode can't be called step .* carries no potential"),
     "parallel": (lambda: nn.Sequential(neuron.PSN(T)), "PSN at '0' can't be called step .* carries no potential"),
     "sinabs recurrent": (
@@ -228,7 +228,7 @@ REFUSED = {
         lambda: sinabs.layers.ALIF(5.0, 5.0, 3.0, reset_fn=MembraneReset()), r"ALIF .* its current \(tau_syn\)",
     ),
     "fixed steps": (lambda: sinabs.layers.IAFSqueeze(num_timesteps=T), "IAFSqueeze .*num_timesteps=5; with batch_size"),
-    "authors": (lambda: of_authors(made=False), "LIFLayer can't be called step .* begins at rest with each call"),
+    "authors": (lambda: of_authors(made=False), "LIFLayer can't be called step .* starts each call at rest"),
 }  # fmt: skip
 
 

@@ -377,21 +377,33 @@ def over_time(layer, message):
 
 
 NOT_REPRESENTED = {
-    "soft reset": (lambda: nn.Sequential(LIF(v_reset=None)), r"0 \(LIF\): has a soft reset.*allow_soft_reset=True"),
-    "floor": (lambda: nn.Sequential(LIF(v_min=-1.0)), r"0 \(LIF\): has a v_min.*allow_soft_reset=True"),
-    "delay": (lambda: LeakyIntegrator(delay=True, v_rest=0.1), r"LeakyIntegrator.: .* v_rest or stateful with delay"),
-    "a start that is not 0": (lambda: LeakyIntegrator(decay=1.0, v_rest=0.5), "v_rest without leak"),
+    "soft reset": (
+        lambda: nn.Sequential(LIF(v_reset=None)),
+        r"0 \(LIF\): has a soft reset \(v_reset=None\).*allow_soft_reset=True.*, other readers reset to v_reset",
+    ),
+    "floor": (
+        lambda: nn.Sequential(LIF(v_min=-1.0)),
+        r"0 \(LIF\): has v_min=-1\.0.*allow_soft_reset=True.*, other readers ignore it",
+    ),
+    "delay": (lambda: LeakyIntegrator(delay=True, v_rest=0.1), r"LeakyIntegrator.: has v_rest and delay"),
+    "states and delay": (lambda: LeakyIntegrator(delay=True, stateful=True), r"r.: has stateful and delay, which"),
+    "a start that is not 0": (lambda: LeakyIntegrator(decay=1.0, v_rest=0.5), r"has v_rest and no leak \(decay 1\)"),
     "batch norm": (
         lambda: nn.Sequential(nn.Sequential(nn.BatchNorm1d(3))),
-        r"0\.0 \(BatchNorm1d\): must get time and batch merged, .* and 1 dimensions after them, got 1 after 2",
+        r"0\.0 \(BatchNorm1d\): its input must be \[T·B, \.\.\.\] .*OverTime\) and 1 more dimension, got .* 1 more: "
+        r"\[T, B, 4\]",
     ),
     "statistics of the batch": (
-        lambda: OverTime(nn.BatchNorm1d(4, track_running_stats=False)), r"layer \(BatchNorm1d\): .* running statistics",
+        lambda: OverTime(nn.BatchNorm1d(4, track_running_stats=False)), r"has no running statistics \(track_r",
     ),
     "shapes that are not known": (lambda: nn.Sequential(nn.LazyLinear(3)), r"0 \(LazyLinear\): can't be represented"),
-    "another layer": (lambda: nn.Sequential(nn.ReLU()), r"0 \(ReLU\): can't be represented in NIR; what can be: .*LIF"),
+    "another layer": (lambda: nn.Sequential(nn.ReLU()), r"\(ReLU\): can't be .* in NIR; layers that can be: .*LIF"),
     "adaptation": (lambda: asgl_cuda.AdaptiveLIF(), r"0 \(AdaptiveLIF\): can't be represented in NIR"),
-    "a volume": (lambda: OverTime(nn.BatchNorm3d(2)), r"BatchNorm3d\): .*", (2, 2, 2, 3, 4, 5)),
+    "a volume": (
+        lambda: OverTime(nn.BatchNorm3d(2)),
+        r"BatchNorm3d\): must have at most 2 dimensions after the channels, got 3 in \[2, 3, 4, 5\]",
+        (2, 2, 2, 3, 4, 5),
+    ),
     "mean": (stack(lambda m, x: m.lif(x).mean(0)), "mean in the model itself: can't be represented"),
     "a constant added": (stack(lambda m, x: m.linear(x) + 1), "add in the model itself"),
     "twice the same": (stack(lambda m, x: m.linear(x) + x + x), "add in the model itself"),
@@ -400,7 +412,8 @@ NOT_REPRESENTED = {
     "batch first": (stack(lambda m, x: m.linear(x.flatten(0, 1)).unflatten(0, (3, 2))), "unflatten in the model"),
     "batch as channels": (
         lambda: nn.Sequential(nn.Conv1d(3, 3, 1)),
-        r"0 \(Conv1d\): must get time and batch merged, .* and 2 dimensions after them, got 1 after 2",
+        r"0 \(Conv1d\): its input .* \(wrap it in asgl_cuda\.OverTime\) and 2 more dimensions, got time and batch "
+        r"separate and 1 more: \[T, B, 4\]",
     ),
     "no way for fx": (stack(lambda m, x: m.lif(x) if x.sum() > 0 else x), "Stack can't be traced"),
     "two outputs": (stack(lambda m, x: (m.lif(x), x)), r"must return one tensor \[T, B, ...\]"),
@@ -410,7 +423,7 @@ NOT_REPRESENTED = {
     ),
     "batch flattened": (lambda: nn.Sequential(nn.Flatten()), r"0 \(Flatten\): must not flatten time or batch.*got 1"),
     "time last": (lambda: nn.Sequential(LIF(time_dim=-1)), r"0 \(LIF\): time must be dimension 0 .*got time_dim -1"),
-    "time elsewhere": (lambda: nn.Sequential(LIF(), LIF(time_dim=1)), r"1 \(LIF\): time must be .* layers before"),
+    "time elsewhere": (lambda: nn.Sequential(LIF(), LIF(time_dim=1)), "1 .*: time must be dimension 0, as in the"),
     "input gain": (lambda: nn.Sequential(LIF(input_gain=-1)), r"0 \(LIF\): input_gain must be > 0, got -1\.0"),
     "decay": (lambda: nn.Sequential(decaying(LIF(), 1.5)), r"0 \(LIF\): decay must be in \[0, 1\], got 1.5"),
     "leak of some": (
@@ -420,9 +433,9 @@ NOT_REPRESENTED = {
     "padding mode": over_time(
         nn.Conv2d(2, 2, 3, padding=1, padding_mode="circular"), "padding_mode must be zeros, got circular"
     ),
-    "ceil_mode": over_time(nn.AvgPool2d(2, ceil_mode=True), "ceil_mode"),
-    "divisor_override": over_time(nn.AvgPool2d(2, divisor_override=3), "divisor_override"),
-    "count_include_pad": over_time(nn.AvgPool2d(3, padding=1, count_include_pad=False), "count_include_pad"),
+    "ceil_mode": over_time(nn.AvgPool2d(2, ceil_mode=True), r"has ceil_mode=True, which"),
+    "divisor_override": over_time(nn.AvgPool2d(2, divisor_override=3), r"has divisor_override=3 \(1 can be\), which"),
+    "count_include_pad": over_time(nn.AvgPool2d(3, padding=1, count_include_pad=False), "count_include_pad=False"),
     "weights over some dimensions": over_time(nn.Linear(6, 3), r"neurons in one dimension, got shape \[2, 5, 6\]"),
 }  # fmt: skip
 
@@ -599,7 +612,7 @@ def test_what_is_refused_of_spikingjelly():
     for made, words in (
         (layer.Conv2d(2, 3, 3), "0 (Conv2d): Expected 3D (unbatched) or 4D"),
         (OverTime(layer.Conv2d(2, 3, 3, step_mode="m")), "layer (Conv2d): "),
-        (layer.MaxPool2d(2), "0 (MaxPool2d): can't be represented in NIR; what can be:"),
+        (layer.MaxPool2d(2), "0 (MaxPool2d): can't be represented in NIR; layers that can be:"),
         (layer.WSConv2d(2, 3, 3), "0 (WSConv2d): can't be represented in NIR"),
         (neuron.QIFNode(step_mode="m"), "0 (QIFNode): can't be represented in NIR; "),
     ):

@@ -226,37 +226,48 @@ CHANGED = {
     "a decay of text": (lambda: changed(LIF(), {"decay": "half"}), "decay must be a float, got str"),
     "another tau": (
         lambda: changed(LIF(), tau=4e-4),
-        "numbers say decay 0.75 and it says 0.5, written with dt = 0.0001",
+        "numbers say decay 0.75 and metadata say 0.5, with the step dt = 0.0001 of the metadata",
     ),
-    "another threshold": (lambda: changed(LIF(), v_threshold=2), "numbers say v_threshold 4 and it says 1"),
-    "another reset": (lambda: changed(LIF(), v_reset=0.1), "numbers say v_reset 0.2 and it says 0"),
-    "another gain": (lambda: changed(LeakyIntegrator(), r=4), "numbers say input_gain 2 and it says 1"),
-    "another rest": (lambda: changed(LeakyIntegrator(), v_leak=4), "numbers say v_rest 4 and it says 0"),
+    "another threshold": (lambda: changed(LIF(), v_threshold=2), "numbers say v_threshold 4 and metadata say 1"),
+    "another reset": (lambda: changed(LIF(), v_reset=0.1), "numbers say v_reset 0.2 and metadata say 0"),
+    "another gain": (lambda: changed(LeakyIntegrator(), r=4), "numbers say input_gain 2 and metadata say 1"),
+    "another rest": (lambda: changed(LeakyIntegrator(), v_leak=4), "numbers say v_rest 4 and metadata say 0"),
 }
 
 
 @pytest.mark.parametrize("name", CHANGED)
 def test_metadata_and_numbers_must_agree(name):
     make, message = CHANGED[name]
-    with pytest.raises(ValueError, match=rf"node '_0' \(LIF?\): metadata\['asgl_cuda'\] can't be taken.*: .*{message}"):
+    with pytest.raises(
+        ValueError, match=rf"node '_0' \(LIF?\): metadata\['asgl_cuda'\] can't be used; delete it.*: .*{message}"
+    ):
         from_nir(make())
     graph = make()
     graph.nodes["_0"].metadata = {"other": [1]}
     from_nir(graph)
 
 
+def test_the_scale_of_levels_is_their_reciprocal():
+    graph = to_nir(LIF(levels=4, scale_output=True, v_reset=None), torch.rand(2, 3, 6), allow_soft_reset=True)
+    graph.nodes["_0_scale"].scale[:] = 2
+    with pytest.raises(ValueError, match=r"scale must be 0\.25, the output scale of the LIF '_0' .*, got 2"):
+        from_nir(graph)
+
+
 def test_the_scale_of_scaled_output_must_be_there():
     graph = to_nir(LIF(scale_output=True, v_threshold=0.5), torch.rand(2, 3, 6))
     graph.nodes["_0_scale"].scale[:] = 2
-    with pytest.raises(ValueError, match=r"'_0_scale' \(Scale\): must be a Scale by v_threshold.*, got 2"):
+    with pytest.raises(
+        ValueError, match=r"'_0_scale' \(Scale\): scale must be 0\.5, the output scale of the LIF '_0' .*, got 2"
+    ):
         from_nir(graph)
     graph.nodes["_0_scale"].scale[:] = 0.5
     graph.edges.append(("input_1", "_0_scale"))  # the sum of scaled spikes and another
-    with pytest.raises(ValueError, match=r"'_0_scale' \(Scale\): must be a Scale by v_threshold.*, got 0.5"):
+    with pytest.raises(ValueError, match=r"must have one input, the LIF '_0' .*, got 2: '_0', 'input_1'"):
         from_nir(graph)
     del graph.nodes["_0_scale"]
     graph.edges[:] = [("input_1", "_0"), ("_0", "output")]
-    with pytest.raises(ValueError, match=r"'output' \(Output\): must be a Scale by v_threshold"):
+    with pytest.raises(ValueError, match=r"'output' \(Output\): must be a Scale, because the LIF '_0' .*, got Output"):
         from_nir(graph)
 
 

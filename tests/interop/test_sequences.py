@@ -392,12 +392,12 @@ REFUSED = {
     changed: "all steps of a Leaky are computed at once, but the model's code changes its parameters",
     input_in_place: "__iadd__ can't change the model's input in place",
     fed_back: r"lif1 \(Leaky\) and lif2 \(Leaky\) emits in a step returns",
-    asked: r"lif1 \(Leaky\) takes its steps after .* in __bool__",
-    read_back: "in __getitem__, between two steps",
+    asked: r"all steps of lif1 \(Leaky\) are .* depends on .*\(__bool__, as in `if spk\.sum\(\) > 0`\); remove",
+    read_back: r"depends on the layer.s output \(__getitem__\); remove",
     twice: r"lif1 \(Leaky\) emits in a step returns",
     in_function: "a torch.autograd.Function gets values",
-    through_view: "mul_ can't change a value of a step in place, of which there are views",
-    checkpointed: "it belongs around the model",
+    through_view: "mul_ can't change a value of a step in place, because there are views of it",
+    checkpointed: "put the checkpoint around the model",
 }
 
 

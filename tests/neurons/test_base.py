@@ -462,8 +462,8 @@ def test_torch_fx_takes_the_layer_for_a_leaf(kind):
             return super().forward(2 * x_seq)
 
     model[2].__class__ = Doubled
-    for each in (make(kind), model):
-        with pytest.raises(TypeError, match=r"asgl_cuda\.\w+: torch\.fx .* must be a leaf"):
+    for each, remedy in ((make(kind), "trace a module that contains"), (model, "override .* Doubled is a leaf")):
+        with pytest.raises(TypeError, match=rf"asgl_cuda\.\w+: torch\.fx .* not its forward; {remedy}"):
             fx.symbolic_trace(each)
 
 

@@ -318,4 +318,4 @@ def test_operators():
         torch.library.opcheck(torch.ops.asgl_cuda.spike_product.default, (*tensors, None, *spatial))
         grad = torch.randn_like(case.torchs(x, weight)).detach()
         arguments = grad, x.detach(), list(weight.shape), *spatial, False
-        torch.library.opcheck(torch.ops.asgl_cuda.spike_gradient.default, arguments)
+        torch.library.opcheck(torch.ops.asgl_cuda.spike_weight_gradient.default, arguments)

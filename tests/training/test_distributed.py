@@ -263,8 +263,8 @@ def test_errors_of_each_process(results):
                 [1, 1, 1],
             )
         assert result["DTensor"] == (
-            "asgl_cuda.lif: x_seq must be a tensor of this process, got a DTensor; unless time is sharded, "
-            "pass x_seq.to_local(), because neurons are independent"
+            "asgl_cuda.lif: x_seq must be a tensor of this process, got a DTensor; if it is not sharded over "
+            "time, pass x_seq.to_local(), because neurons are independent"
         )
 
 

@@ -181,7 +181,7 @@ def cases(dtypes: Iterable[torch.dtype] = TYPES) -> Iterator[Case]:
 
 
 def residual_cases(dtype: torch.dtype) -> Iterator[Case]:
-    """With a residual, four neurons a thread."""
+    """Calls with a residual, with four neurons per thread."""
     for steps in (STEPS[0], STEPS[-1]):
         yield Case(("forward", "backward"), dtype, (steps, *SIZES), _plain, residual=True)
         yield Case(("forward", "backward", "input gradient"), dtype, (steps, *SIZES), _normalised, residual=True)

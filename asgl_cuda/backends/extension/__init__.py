@@ -26,7 +26,7 @@ def source_directory() -> Path | None:
 
 
 def remedy() -> str:
-    """What builds the extension for this torch."""
+    """The command that builds the extension for this torch."""
     options = "--no-build-isolation --no-deps"
     if (PACKAGE.parent / "setup.py").is_file():
         return f"pip install {options} -e {PACKAGE.parent}"

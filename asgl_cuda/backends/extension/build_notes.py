@@ -76,7 +76,7 @@ def write(directory: Path, torch_version: str, cuda: str | None, reason: str, so
 
 
 def read(directory: Path) -> BuildInfo:
-    """Raises OSError where there are none, ValueError where they, or the extension there, are damaged."""
+    """Reads the notes. Raises OSError if there are none, ValueError if notes or extension are damaged."""
     notes, extension = directory / NOTES, directory / EXTENSION
     try:
         info = BuildInfo(**json.loads(notes.read_text(encoding="utf-8")))
@@ -85,7 +85,7 @@ def read(directory: Path) -> BuildInfo:
     content = extension.read_bytes()
     if len(content) != info.size:
         raise ValueError(f"{extension} is damaged: it has {len(content)} bytes, and {info.size} were built")
-    # For accidents a CRC does: it takes 0.2 ms a MB, a hash 0.5 and more.
+    # A CRC is enough to find accidental damage. It takes 0.2 ms per MB, a cryptographic hash 0.5 ms or more.
     if zlib.crc32(content) != info.checksum:
-        raise ValueError(f"{extension} is damaged: its checksum is another than when it was built")
+        raise ValueError(f"{extension} is damaged: its checksum is not the one of the file that was built")
     return info

@@ -30,20 +30,23 @@ from . import build_notes
 DEFAULT_TOOLKIT = Path("/usr/local/cuda")
 FIRST_MAJOR_WITH_WHEELS = 13  # the wheel for CUDA 12 has no nvcc in it
 OLDEST_ARCHITECTURE = 75
-# cicc makes the same PTX for compute_80 to compute_90, and other for compute_100, with which ptxas spills more.
+# For compute_80 to compute_90, nvcc (cicc) makes the same PTX. For compute_100 it makes other PTX, of which ptxas
+# spills more.
 SHARED_ARCHITECTURE = 80
-# nvcc 13.0 makes the same bits for both, and the first runs the second's code; `make cuda-compile` compares.
+# For both architectures of a pair nvcc 13.0 makes the same machine code, and the first runs code of the second. `make
+# cuda-compile` compares them.
 SAME_CODE = {88: 86, 89: 86, 121: 120}
 
-# No contraction: every backend rounds each operation as the reference does. The next two let the compiler vectorise
-# comparisons and calls, and change no value. Debug symbols would make the extension ten times as large.
+# -ffp-contract=off: every backend rounds each operation as the reference does. The two options after it let the
+# compiler vectorise comparisons and calls, and change no value. Debug symbols would make the extension ten times as
+# large.
 CXX_FLAGS = ["-O3", "-std=c++20", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-g0"]
 CPU_SOURCES = (
     "cpu/integrator.cpp", "cpu/neuron.cpp", "cpu/neuron_adaptive.cpp", "cpu/neuron_settled.cpp",
     "cpu/normalisation.cpp", "cpu/packed_spikes.cpp", "cpu/recurrent.cpp", "cpu/spikes.cpp", "ops/bindings.cpp",
 )  # fmt: skip
 NVCC_FLAGS = ["-O3", "-std=c++17", "--fmad=false"]
-# Measured: 746 MB a thread of nvcc; g++ 760 to 840 for the CPU kernels, and 2,175 for ops/bindings.cpp alone.
+# Measured: 746 MB per thread of nvcc; 760 to 840 MB for g++ with the CPU kernels, but 2,175 MB with ops/bindings.cpp.
 COMPILER_BYTES, LARGEST_COMPILER_BYTES = 1000 * 2**20, 2200 * 2**20
 
 
@@ -57,7 +60,7 @@ class Toolkit(NamedTuple):
 
 
 def output_of(*command: str | Path) -> str:
-    """What a program says, nothing where there is none that starts."""
+    """The output of a program; empty if it can't be started."""
     try:
         return subprocess.run(
             command, check=False, text=True, errors="replace", stdout=subprocess.PIPE, stderr=subprocess.STDOUT
@@ -67,7 +70,7 @@ def output_of(*command: str | Path) -> str:
 
 
 def wheel_homes(major: str) -> list[Path]:
-    """Where the wheel nvidia-cuda-nvcc puts its nvcc."""
+    """The folders into which the wheel nvidia-cuda-nvcc puts nvcc."""
     package = importlib.util.find_spec("nvidia")
     return [Path(folder) / f"cu{major}" for folder in (package and package.submodule_search_locations) or ()]
 
@@ -78,7 +81,7 @@ def named_home() -> tuple[str, Path] | None:
 
 
 def toolkit_homes(major: str) -> list[Path]:
-    """Where a toolkit may be, best first. A named one may be of another version, so that others follow."""
+    """Folders that may have a toolkit, best first. A named toolkit may have the wrong version, so others follow."""
     named = named_home()
     homes = [DEFAULT_TOOLKIT, *wheel_homes(major)]
     if nvcc := shutil.which("nvcc"):
@@ -96,7 +99,7 @@ def read_toolkit(home: Path) -> Toolkit | None:
 
     version = re.search(r"release (\d+\.\d+)", output_of(home / "bin/nvcc", "--version"))
     header = first("include/cuda_runtime.h", "targets/*/include/cuda_runtime.h")
-    # In the wheels only under its full name, libcudart.so.13, which -lcudart would not find.
+    # The wheels contain it only under its full name, libcudart.so.13, which the option -lcudart does not find.
     folders = ("lib64", "lib", "targets/*/lib", "lib/*-linux-gnu")
     cudart = first(*(f"{folder}/libcudart.so*" for folder in folders))
     if header is None or cudart is None or version is None:
@@ -121,7 +124,7 @@ def find_toolkit(cuda: str) -> Toolkit | str:
 
 
 def choose_toolkit(wanted: str | None) -> tuple[Toolkit | None, str]:
-    """What to compile the CUDA kernels with, None for not at all, and why."""
+    """The toolkit to compile the CUDA kernels with, or None to compile none, and the reason."""
     if wanted == "cpu":
         return None, "ASGL_CUDA_BUILD was cpu"
     if torch.version.hip is not None:
@@ -190,7 +193,7 @@ def jobs() -> int:
 
 
 def wanted_build() -> str | None:
-    """What ASGL_CUDA_BUILD asks for."""
+    """The value of ASGL_CUDA_BUILD, checked."""
     wanted = os.environ.get("ASGL_CUDA_BUILD")
     if wanted not in (None, "cuda", "cpu", "none"):
         raise SystemExit(f"asgl_cuda: ASGL_CUDA_BUILD must be cuda, cpu or none, got {wanted!r}")
@@ -211,7 +214,7 @@ def plan(csrc: Path, wanted: str | None) -> Plan:
     for name in ("CC", "CXX"):  # torch and setuptools would start a program without a name
         if not os.environ.get(name, "-").strip():
             del os.environ[name]
-    # Where pip puts ninja, which the PATH need not name.
+    # The folder in which pip puts ninja, which may be missing from the PATH.
     os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), sysconfig.get_path("scripts")])
     toolkit, reason = choose_toolkit(wanted)
     sources = build_notes.digest_of_build(csrc, Path(__file__).parents[1])
@@ -229,7 +232,7 @@ def plan(csrc: Path, wanted: str | None) -> Plan:
     nvcc = toolkit.home / "bin" / "nvcc"
     known = [int(number) for number in re.findall(r"\bsm_(\d+)\b", output_of(nvcc, "--list-gpu-code"))]
     flags, built = architectures(known)
-    # What torch makes of the nvcc on the PATH is wrong where that is a wrapper script.
+    # If the nvcc on the PATH is a wrapper script, torch derives a wrong folder from it.
     cpp_extension.CUDA_HOME = str(toolkit.home)
     kernels = sorted(map(str, (csrc / "cuda").glob("*.cu")))
     extension.sources[:0] = kernels
@@ -264,7 +267,7 @@ def require_compiler() -> None:
 def builder(planned: Plan, package: Path) -> type[cpp_extension.BuildExtension]:
     """The command build_ext; `package` is where it builds in place."""
     kernels = f"the CPU and CUDA kernels ({planned.cuda})" if planned.cuda else "only the CPU kernels"
-    # On two cores g++ takes five; nvcc 60 to 100 seconds for one architecture, three to six minutes for six.
+    # Measured on two cores: g++ 5 minutes; nvcc 1 to 2 minutes for one architecture, 3 to 6 for six. Rounded up.
     minutes = 5 + (1 + len(re.findall(r"\bsm_", planned.cuda)) if planned.cuda else 0)
 
     class Build(cpp_extension.BuildExtension):

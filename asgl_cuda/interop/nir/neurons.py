@@ -91,7 +91,7 @@ class Scale(nn.Module):
 
 
 class Delay(nn.Module):
-    """NIR's Delay: the input of as many time steps before, for all neurons or each; 0 at first."""
+    """NIR's Delay: the input from `steps` steps earlier, a number for all neurons or one for each; 0 at first."""
 
     steps: Tensor
 
@@ -116,7 +116,7 @@ def per_neuron(layer: LIF | LeakyIntegrator, value: Tensor | float, shape: Seque
 
 
 def numbers_of(layer: Any, shape: Sequence[int]) -> dict[str, Tensor]:
-    """What a node says of a layer, for each neuron: of a LIF in units with input_gain 1 and v_rest 0."""
+    """The numbers that a node has of a layer, one per neuron; of a LIF in units with input_gain 1 and v_rest 0."""
     numbers = {"decay": layer.decay, "input_gain": layer.input_gain, "v_rest": layer.v_rest}
     if isinstance(layer, LIF):
         v_reset = layer.v_rest if layer.v_reset is None else layer.v_reset
@@ -134,7 +134,7 @@ def spike_heights(layer: LIF, shape: Sequence[int]) -> Tensor:
 
 
 def metadata_of(layer: LIF | LeakyIntegrator, dt: float) -> dict[str, Any]:
-    """What `restored` makes the layer of, in numbers, strings, arrays and dicts, which files support."""
+    """The metadata from which `restored` makes the layer: numbers, strings, arrays and dicts, which files support."""
     kind: Any = LIF if isinstance(layer, LIF) else LeakyIntegrator
     options: dict[str, Any] = {}
     for name in kind.__init__.__kwdefaults__.keys() - _ELSEWHERE:
@@ -152,8 +152,8 @@ def metadata_of(layer: LIF | LeakyIntegrator, dt: float) -> dict[str, Any]:
 
 def restored(ours: Any, kind: Any, said: dict[str, Tensor]) -> Any:
     """The layer of the metadata, which must agree with `said`, the numbers of the node."""
-    with naming(f"metadata[{KEY!r}] can't be taken, without it the numbers alone are read"):
-        # Files give numpy's numbers, and arrays of values by neuron.
+    with naming(f"metadata[{KEY!r}] can't be used; delete it to read the numbers of the node alone"):
+        # Graphs that were read from a file have numbers of numpy, and arrays for values that differ between neurons.
         options = {
             name: as_double(value) if getattr(value, "ndim", 0) else value.item() if hasattr(value, "item") else value
             for name, value in ours["options"].items()
@@ -164,8 +164,8 @@ def restored(ours: Any, kind: Any, said: dict[str, Tensor]) -> Any:
         for name, number in said.items():
             value = numbers_of(layer, number.shape)[name]
             if not torch.allclose(number, value, rtol=1e-5, atol=1e-6):
-                says = f"numbers say {name} {range_of(number)} and it says {range_of(value)}"
-                raise ValueError(f"{says}, written with dt = {ours['dt']}")
+                says = f"numbers say {name} {range_of(number)} and metadata say {range_of(value)}"
+                raise ValueError(f"{says}, with the step dt = {ours['dt']} of the metadata")
     return layer
 
 

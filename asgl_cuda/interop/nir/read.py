@@ -83,10 +83,17 @@ def from_nir(graph: nir.NIRGraph, dt: float | None = None, *, dtype: torch.dtype
             layers = [modules.get(paths[source]) for source in before]
             scaled: Any = next((each for each in layers if getattr(each, "scale_output", False)), None)
             if scaled is not None:  # the Scale that `to_nir` writes after such a layer, which does it itself
-                scale = as_double(getattr(node, "scale", 0.0))
-                if len(before) != 1 or not torch.allclose(scale, units.spike_heights(scaled, scale.shape)):
-                    got = range_of(scale)
-                    raise ValueError(f"must be a Scale by v_threshold, as the LIF before it says, got {got}")
+                lif = next(source for source, each in zip(before, layers, strict=True) if each is scaled)
+                if len(before) != 1:
+                    got = f"{len(before)}: {', '.join(map(repr, before))}"
+                    raise ValueError(f"must have one input, the LIF {lif!r} with scale_output=True, got {got}")
+                if not isinstance(node, nir.Scale):
+                    why = f"because the LIF {lif!r} before it has scale_output=True in its metadata"
+                    raise ValueError(f"must be a Scale, {why}, got {type(node).__name__}")
+                scale = as_double(node.scale)
+                if not torch.allclose(scale, wanted := units.spike_heights(scaled, scale.shape)):
+                    why = f"the output scale of the LIF {lif!r} before it (scale_output in its metadata)"
+                    raise ValueError(f"scale must be {range_of(wanted)}, {why}, got {range_of(scale)}")
             elif isinstance(node, nir.Output):
                 result.output(value)
             else:

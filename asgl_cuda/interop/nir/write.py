@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import nir
 
 _CALLER = "asgl_cuda.to_nir"
-# The options of layers that nodes have, or that change no spike in evaluation.
+# Options of layers that a node can represent, or that change no spike in evaluation.
 _KNOWN = {
     "v_rest", "input_gain", "v_reset", "reset_amount", "v_min", "strict_threshold", "scale_output", "levels",
     "multi_spike", "surrogate_gain", "detach_reset", "delay", "stateful", "store_v_seq", "time_dim", "backend",
@@ -197,7 +197,7 @@ class _Writer(fx.Interpreter):
         kind = _BatchNorm if kind.forward is _BatchNorm.forward else kind  # also of a user's subclass
         if kind not in self.layers:
             known = ", ".join(sorted({each.__name__.strip("_") for each in self.layers}))
-            reason = RECURRENCE if isinstance(module, RecurrentLIF) else f"what can be: {known}"
+            reason = RECURRENCE if isinstance(module, RecurrentLIF) else f"layers that can be: {known}"
             raise ValueError(f"can't be represented in NIR; {self.left.get(module, reason)}")
         if len(inputs) != 1 or len(n.args) + len(n.kwargs) != 1:
             raise ValueError("must have one argument: the output of a layer, or the sum of outputs of several")
@@ -224,8 +224,9 @@ class _Writer(fx.Interpreter):
             got = "one step per call" if time_dim is None else "both merged by flatten(0, 1)"
             raise ValueError(f"must take time and batch as two dimensions, [T, B, ...], got {got}")
         found, self.time_dim = self.time_dim, time_dim % (2 + len(flow.shape))
+        wanted = "0 or 1" if self.time_dim > 1 else f"{found}, as in the layers before"
         if self.time_dim > 1 or found not in (None, self.time_dim):
-            raise ValueError(f"time must be dimension 0 or 1, as in the layers before, got time_dim {time_dim}")
+            raise ValueError(f"time must be dimension {wanted}, got time_dim {time_dim}")
 
     def _add(self, name: str, node: Any, flow: _Flow, shape: Any) -> _Flow:
         """Adds a node after the flow's sources. `shape` is the shape of its output."""
@@ -236,7 +237,7 @@ class _Writer(fx.Interpreter):
         return flow._replace(sources=(name,), shape=tuple(shape))
 
     def _array(self, value: Any, flow: _Flow | None = None) -> Any:
-        """In the type of the model; for each neuron where there is a flow."""
+        """An array in the type of the model; with a flow, expanded to one value per neuron."""
         value = as_double(value) if flow is None else as_double(value).expand(flow.shape)
         return value.to(self.real).contiguous().numpy()
 
@@ -254,14 +255,22 @@ class _Writer(fx.Interpreter):
         if fires:
             hard = layer.v_reset is not None
             if not (hard and layer.v_min is None) and not self.allow_soft_reset:
-                got = f"has {'a v_min' if hard else 'a soft reset'}, and whoever reads NIR resets to v_reset"
-                raise ValueError(f"{got}; allow_soft_reset=True writes it for asgl_cuda.from_nir, as metadata")
+                got, others = "v_min={layer.v_min}, which NIR's neurons do not have", "ignore it"
+                if not hard:
+                    got, others = "a soft reset (v_reset=None), but NIR's neurons reset to v_reset", "reset to v_reset"
+                got = f"has {got.format(layer=layer)}; to_nir(..., allow_soft_reset=True) writes the layer all the same"
+                raise ValueError(f"{got}: asgl_cuda.from_nir restores it from metadata, other readers {others}")
             if not layer.input_gain > 0:
                 raise ValueError(f"input_gain must be > 0, got {layer.input_gain}")
             numbers = {name: value * unit for name, value in numbers.items()} | {"r": 1 / per_step}
         else:
-            if (layer.v_rest and (layer.delay or not leaks)) or (layer.stateful and layer.delay):
-                raise ValueError("v_rest without leak, and v_rest or stateful with delay, can't be represented in NIR")
+            pairs = {
+                "v_rest and no leak (decay 1)": layer.v_rest and not leaks,
+                "v_rest and delay": layer.v_rest and layer.delay,
+                "stateful and delay": layer.stateful and layer.delay,
+            }
+            if pair := next((pair for pair, there in pairs.items() if there), None):
+                raise ValueError(f"has {pair}, which can't be represented together in NIR")
             numbers = {"r": numbers["input_gain"] / unit / per_step, "v_leak": numbers["v_rest"]}
         numbers |= {"tau": self.dt / unit, "v_leak": numbers.get("v_leak", 0.0)} if leaks else {}
         kind = getattr(self.nir, ("LI" if leaks else "I") + ("F" if fires else ""))
@@ -332,8 +341,14 @@ class _Writer(fx.Interpreter):
         sums = layer.divisor_override == 1
         sizes = [as_shape(nn.modules.utils._pair(size)) for size in (layer.kernel_size, layer.stride, layer.padding)]
         counted = sums or layer.count_include_pad or not sizes[2].any()
-        if layer.ceil_mode or not counted or layer.divisor_override not in (1, None):
-            raise ValueError("ceil_mode, count_include_pad=False and divisor_override other than 1 are not in NIR")
+        options = {
+            "ceil_mode=True": layer.ceil_mode,
+            "count_include_pad=False with padding": not counted,
+            f"divisor_override={layer.divisor_override} (1 can be)": layer.divisor_override not in (1, None),
+        }
+        if any(options.values()):
+            got = " and ".join(name for name, there in options.items() if there)
+            raise ValueError(f"has {got}, which can't be represented in NIR")
         return {"": (self.nir.SumPool2d if sums else self.nir.AvgPool2d)(*sizes)}
 
     def _flatten(self, layer: nn.Flatten, flow: _Flow) -> dict[str, Any]:
@@ -349,8 +364,13 @@ class _Writer(fx.Interpreter):
         mean, (channels, *sizes), scale = norm.running_mean, flow.shape, getattr(norm, "input_scale", 1.0)
         if not isinstance(norm, LIF):
             _check_joined(norm, flow, len(flow.shape))
-        if mean is None or len(mean) != channels or len(sizes) > 2:
-            raise ValueError(f"NIR normalises one or two dimensions by running statistics, got {list(flow.shape)}")
+        if mean is None:
+            raise ValueError("has no running statistics (track_running_stats=False), of which its weights are made")
+        if len(mean) != channels:
+            raise ValueError(f"must get {len(mean)} channels, got {channels} in {list(flow.shape)} after the batch")
+        if len(sizes) > 2:
+            got = f"{len(sizes)} in {list(flow.shape)} after the batch"
+            raise ValueError(f"must have at most 2 dimensions after the channels, got {got}")
         real = torch.float64
         gain, shift, mean = normalisation(mean, norm.running_var, norm.weight, norm.bias, norm.eps, scale, real)
         weight, bias = gain.diag().reshape(channels, channels, *[1] * len(sizes)).numpy(), (shift - gain * mean).numpy()
@@ -384,8 +404,12 @@ class _Writer(fx.Interpreter):
 
 def _check_joined(layer: Any, flow: _Flow, dims: int) -> None:
     """Refuses inputs without a batch, which torch's layers also take, with batch or time as channels."""
-    if flow.leading != (2 if getattr(layer, "step_mode", "s") == "m" else 1) or len(flow.shape) != dims:
-        got = f"{len(flow.shape)} after {flow.leading}"
-        raise ValueError(
-            f"must get time and batch merged, as in asgl_cuda.OverTime, and {dims} dimensions after them, got {got}"
-        )
+    separate = getattr(layer, "step_mode", "s") == "m"
+    leading = {True: "[T, B, ...] with time and batch separate", False: "[T·B, ...] with time and batch merged"}
+    if flow.leading != 1 + separate or len(flow.shape) != dims:
+        mode = "in step mode 'm' its" if separate else "its"
+        hint = " (wrap it in asgl_cuda.OverTime)" if flow.leading > 1 and not separate else ""
+        found, start = ("separate", "T, B") if flow.leading > 1 else ("merged", "T·B")
+        got = f"time and batch {found} and {len(flow.shape)} more: [{', '.join([start, *map(str, flow.shape)])}]"
+        more = f"{dims} more dimension{'s' * (dims > 1)}"
+        raise ValueError(f"{mode} input must be {leading[separate]}{hint} and {more}, got {got}")

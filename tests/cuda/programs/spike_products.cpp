@@ -102,7 +102,7 @@ void check(const SpikeShape& s) {
   cpu::spike_product(params);
   expect(found == out, "product with panels", s);
   auto found_grad = unwritten<Real>(weights);
-  cpu::spike_gradient<Real>({s, x.data(), grad.data(), found_grad.data()});
+  cpu::spike_weight_gradient<Real>({s, x.data(), grad.data(), found_grad.data()});
   expect(found_grad == grad_weight, "gradient", s);
 
   std::vector<uint8> mask(static_cast<size_t>((size + 63) / 64 * 8));
