@@ -1,4 +1,5 @@
-// The settled CPU kernels of the neuron.
+// The fast CPU kernels of the common case: parameters that are constant over time, and only spikes as output
+// (is_settled() in cpu/neuron.cpp has the exact conditions). All other calls take the general kernels of cpu/neuron.h.
 #include "cpu/models.h"
 #include "cpu/neuron.h"
 
@@ -182,7 +183,7 @@ class SettledBackward {
     const Tile& tile = chunk.tile;
     const bool in_place = is_in_place<Scalar>(tile), x_in_place = currents_.in_place(tile);
     Scalar* const grad_current = dx_is_dc_ && params_.grad_x_seq ? params_.grad_x_seq : params_.grad_residual;
-    // Else the gradient of the current replaces it.
+    // Else dc goes into the buffer of the currents, and overwrites those that are there.
     const bool dc_in_place = in_place && grad_current != nullptr;
     const Steps<Real> dc = dc_in_place ? start_steps(grad_current, tile, chunk.t, zeros_) : currents_.buffer();
     // Not where it is read again for the residual's.
