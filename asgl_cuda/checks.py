@@ -65,8 +65,8 @@ def check_step(x_t: Any, time_dim: int, caller: str) -> None:
         )
 
 
-def expected_shape(x_seq: Tensor, time_dim: int, sizes: Sequence[int], by_channel: bool) -> str:
-    """Suffix of an error about channel or neuron sizes; `time_dim` is non-negative."""
+def describe_shape_mismatch(x_seq: Tensor, time_dim: int, sizes: Sequence[int], by_channel: bool) -> str:
+    """The end of an error about channel or neuron sizes: expected and given shape. `time_dim` is non-negative."""
     if by_channel:
         names, wanted = ["B", "C", "..."], f"with C = {sizes[0]}"
         names.insert(min(time_dim, len(names)), "T")
@@ -371,6 +371,7 @@ def in_range(check: Callable[..., float], expected: str, least: float, most: flo
     """The check of a number, which must also be in [least, most]; `expected` says so."""
 
     def checked(name: str, value: Any, caller: str) -> float:
+        """The number, after both checks."""
         number = check(name, value, caller)
         if not least <= number <= most:
             raise ValueError(f"{caller}: {name} must be {expected}, got {number}")
@@ -391,7 +392,7 @@ def check_features(features: Features, x_seq: Tensor, time_dim: int, caller: str
         raise ValueError(
             f"{caller}: granularity {'channel' if features.by_channel else 'neuron'!r} with num_features "
             f"{list(features.sizes)} does not fit an input of shape {list(x_seq.shape)} with time_dim {time_dim}: "
-            + expected_shape(x_seq, time_dim, features.sizes, features.by_channel)
+            + describe_shape_mismatch(x_seq, time_dim, features.sizes, features.by_channel)
         )
 
 
@@ -562,10 +563,10 @@ def warn_once(kind: str, message: str) -> None:
     """Warns once per `kind`, at the user's line."""
     if kind not in _warned:
         _warned.add(kind)
-        warnings.warn(message, stacklevel=level_of_user())
+        warnings.warn(message, stacklevel=user_stacklevel())
 
 
-def level_of_user() -> int:
+def user_stacklevel() -> int:
     """The stacklevel of the user's line, for the caller of this function."""
     frame, level = sys._getframe(1), 1
     while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in _NOT_THE_USERS:

@@ -17,7 +17,7 @@ from ..neurons.lif import LIF_DEFAULTS
 from ..neurons.over_time import KNOWS_TIME
 from .converted import HOOKS, Converted, Settings, bare_class, exchanged, overlaid, shadowed
 from .identify import FLAT, SpikeFunction, fires_strictly, identify, is_spike, type_of_spikes
-from .libraries import LIBRARIES, libraries
+from .libraries import LIBRARIES, libraries, vendored_spikingjelly_reason
 from .replaced import kept_by, made_for, replace, restore
 from .sequences import InSequences, in_sequences, kind_of, reason_against
 
@@ -71,6 +71,7 @@ class _ASGL(NamedTuple):
 
 
 def _checked(asgl: Mapping[str, Any] | None) -> _ASGL | None:
+    """The options in `asgl`, or None without it."""
     if asgl is None:
         return None
     if not isinstance(asgl, Mapping):
@@ -217,7 +218,7 @@ def convert(
         if isinstance(layer, Converted):
             continue
         answers = (find(layer) for find in finds)
-        found = _vendored(layer) or next((each for each in answers if each is not None), None)
+        found = vendored_spikingjelly_reason(layer) or next((each for each in answers if each is not None), None)
         if found is None:
             continue
         found = found if isinstance(found, str) else exchanged(layer) or shadowed(layer, found[0]) or found
@@ -257,18 +258,6 @@ def _check_unconverted(model: nn.Module) -> None:
         )
 
 
-def _vendored(layer: nn.Module) -> str | None:
-    """The reason to leave a node of SpikingJelly's code under another name, or None."""
-    for each in type(layer).__mro__:
-        package, found, _ = each.__module__.partition(".spikingjelly.")
-        if found and hasattr(layer, "neuronal_charge"):
-            return (
-                f"it is of {package}.spikingjelly, a copy of SpikingJelly that convert does not know; import "
-                "spikingjelly itself instead, or pass its class in layers"
-            )
-    return None
-
-
 def _notes(model: nn.Module, report: Report) -> list[str]:
     """Advice on speed, hooks that no longer fire, or why nothing was found."""
     advice: dict[str, list[str]] = {}  # paths by text of the advice
@@ -293,6 +282,7 @@ def _notes(model: nn.Module, report: Report) -> list[str]:
 
 
 def _notes_on(layer: Any, in_loop: bool) -> Iterator[str]:
+    """Advice on one replaced layer."""
     uncalled = {"the module in its place": kept_by(layer)}
     if isinstance(layer, Converted):
         if not in_loop and (text := layer.advice()) is not None:
@@ -352,6 +342,7 @@ def _spike_function(
     function: Callable[[Tensor], Tensor] | SpikeFunction | None,
     wanted: _ASGL | None,
 ) -> SpikeFunction | str | None:
+    """The spike function of a converted layer, or the reason to leave it; None if it does not fire."""
     if wanted is not None and kind.multi_spike:
         return "it may spike several times per step, which ASGL layers can't; without asgl it can be converted"
     if function is None or isinstance(function, SpikeFunction):

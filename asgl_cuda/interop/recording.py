@@ -55,6 +55,7 @@ def _modes() -> _Modes:
 
 @contextmanager
 def _under(modes: _Modes) -> Iterator[None]:
+    """Enters the modes in which an operation was recorded."""
     with ExitStack() as stack:
         grad, types = _modes()
         if modes[0] != grad:
@@ -121,9 +122,11 @@ class Recorded:
 
 
 def _operator(name: str) -> Any:
+    """The method `name` of tensors for `Recorded`: it is recorded, or needs the value."""
     function = getattr(Tensor, name)
 
     def method(self: Recorded, *args: Any) -> Any:
+        """Records the operator, or computes the value for one that asks for it."""
         if args == (None,) and name in ("__eq__", "__ne__"):
             return name == "__ne__"
         if name in _ASKING:
@@ -166,9 +169,11 @@ class Group:
         raise NotImplementedError
 
     def is_known(self) -> bool:
+        """Whether the values are computed."""
         return self.stack is not None or self.items is not None
 
     def stacked(self) -> Any:
+        """All members as one stack, made once."""
         if self.stack is None:
             assert self.items is not None
             if isinstance(self.items[0], Tensor):
@@ -178,6 +183,7 @@ class Group:
         return self.stack
 
     def item(self, index: int) -> Any:
+        """The value of one member."""
         if self.items is None:
             if isinstance(self.stack, Tensor):
                 self.items = self.stack.unbind(0)
@@ -204,9 +210,11 @@ class Group:
         return self._meta
 
     def make_meta(self) -> Any:
+        """A member on the device "meta", made for the first question."""
         raise NotImplementedError
 
     def device(self) -> torch.device:
+        """The device of the members, before they are computed."""
         raise NotImplementedError
 
 
@@ -231,6 +239,7 @@ class Given(Group):
 
 
 def _meta_of(value: Any) -> Any:
+    """A tensor of this shape and type on the device "meta"; any other value as it is."""
     return torch.empty_like(value, device="meta") if isinstance(value, Tensor) else value
 
 
@@ -259,12 +268,15 @@ class Operation(Group):
         return len(self.members)
 
     def needs(self) -> Sequence[Group]:
+        """The groups that must be computed before this one."""
         return self.sources
 
     def call(self, values: Sequence[Any], indices: tuple[int, ...] = ()) -> Any:
+        """Calls the function with these operands in the places of its holes, and these indices in the others."""
         left = iter(indices)
 
         def fill(each: Any) -> Any:
+            """What stands in the place of a hole; any other argument as it is."""
             if not isinstance(each, _Hole):
                 return each
             return next(left) if each.number is None else values[each.number]
@@ -273,10 +285,12 @@ class Operation(Group):
         return self.function(*args, **kwargs)
 
     def run(self) -> None:
+        """Computes all members in the modes of the call."""
         with _under(self.modes):
             self.compute()
 
     def compute(self) -> None:
+        """Computes all members: at once by vmap where possible, otherwise one by one."""
         count, columns = len(self), list(zip(*self.members, strict=True))
         varies = [len({*column}) > 1 for column in columns]
         if count == 1:
@@ -306,6 +320,7 @@ class Operation(Group):
                 self.items = [self._one(each) for each in range(count)]
 
     def _one(self, index: int) -> Any:
+        """Computes one member alone."""
         pairs = zip(self.sources, self.members[index], strict=True)
         return self.call([source.item(each) for source, each in pairs], self.indices[index])
 
@@ -337,6 +352,7 @@ class Stacked(Operation):
 
 
 def _leaves(value: Any) -> Iterator[Any]:
+    """The values in nested tuples, lists and dicts."""
     if isinstance(value, (tuple, list)):
         for each in value:
             yield from _leaves(each)
@@ -418,15 +434,18 @@ class Result(Group):
         return self.chain.inputs[0].group.device()
 
     def item(self, index: int) -> Any:
+        """The value in one step. The last one needs no stack, because the chain has it."""
         if self.stack is None and self.items is None and index == len(self) - 1:
             return self.chain.final[self.name]
         return super().item(index)
 
     def is_known(self) -> bool:
+        """Whether the chain has run; results that nothing asks for then have no values."""
         return self.chain.is_done
 
 
 def _used(group: Group) -> Group:
+    """Marks a result whose steps before the last one may be asked for; returns the group."""
     if isinstance(group, Result):
         group.is_used = True
     return group
@@ -446,6 +465,7 @@ class Chain:
         self.final: dict[str, Any] = {}
 
     def goes_on(self, states: dict[str, Any]) -> bool:
+        """Whether the states are those that the last step of the chain left."""
         last = len(self.inputs) - 1
         for name, state in states.items():
             if type(state) is not Recorded or state.group is not self.results[name] or state.index != last:
@@ -463,9 +483,11 @@ class Chain:
         return mark
 
     def needs(self) -> list[Group]:
+        """The groups that must be computed before the chain runs."""
         return [each.group for each in (*self.inputs, *self.initial.values()) if isinstance(each, _Place)]
 
     def run(self) -> None:
+        """Computes all steps of the layer at once."""
         if self.mark != self._marked():
             raise RuntimeError(
                 f"{_CALLER}: with sequences, all steps of a {type(self.layer).original.__name__} are "
@@ -512,6 +534,7 @@ class _Place(NamedTuple):
 
 
 def _place(value: Any) -> Any:
+    """A recorded value as group and index, to be used later; any other value as it is."""
     return _Place(_used(value.group), value.index) if type(value) is Recorded else value
 
 
@@ -597,6 +620,7 @@ class Recording:
         self._record(function, args, kwargs, merge=False)
 
     def _record(self, function: Any, args: Any, kwargs: Any, merge: bool = True) -> Recorded:
+        """Records a call: with `merge` as a member of the operation that has the same call in other steps."""
         operands: list[Recorded] = []
         indices: list[int] = []
         modes = _modes()
@@ -668,12 +692,14 @@ class Recording:
         return found
 
     def name(self, layer: nn.Module) -> str:
+        """The layer in errors: its path and its class."""
         path = next((path for path, module in self.model.named_modules() if module is layer), "")
         return f"{path or '(the model)'} ({getattr(type(layer), 'original', type(layer)).__name__})"
 
     # ---- computing ----
 
     def value(self, recorded: Recorded, use: str) -> Any:
+        """Computes a recorded value, which `use` needs."""
         self.asked = use
         self._run(recorded.group)
         return recorded.group.item(recorded.index)
@@ -685,6 +711,7 @@ class Recording:
         self._finish()
 
     def _finish(self) -> None:
+        """Runs all that changes something: effects and chains."""
         for effect in self.effects:
             self._run(effect)
         self.effects.clear()
@@ -720,6 +747,7 @@ class Recording:
         return tree_unflatten([self._stacked(each) for each in zip(*leaves, strict=True)], spec)
 
     def _stacked(self, values: tuple[Any, ...]) -> Any:
+        """One output of all steps, stacked, recorded if any step's is."""
         if all(each is None for each in values):
             return None
         if not all(isinstance(each, (Recorded, Tensor)) for each in values):
@@ -742,6 +770,7 @@ class Recording:
         return function(*args, **kwargs)
 
     def _run(self, *wanted: Any) -> None:
+        """Computes these groups and chains, and what they need."""
         if self.is_running:  # called by code inside of an operation
             return
         self.is_running = True
@@ -752,6 +781,7 @@ class Recording:
             self.is_running = False
 
     def _run_one(self, wanted: Any) -> None:
+        """Computes a group or chain after all that it needs, without recursion; a cycle is an error."""
         todo, opened = [_unit(wanted)], set()  # a path, with branches not taken yet
         while todo:
             unit = todo[-1]
@@ -779,6 +809,7 @@ def _unit(group: Any) -> Any:
 
 
 def _is_known(unit: Any) -> bool:
+    """Whether a group or chain is computed."""
     return unit.is_done if isinstance(unit, Chain) else unit.is_known()
 
 
@@ -840,6 +871,7 @@ def _emptied(value: Any, numbers: Iterator[int], takes_indices: bool, inside: bo
 
 
 def _storage(tensor: Tensor) -> int:
+    """What identifies the memory of a tensor."""
     try:
         return int(tensor.untyped_storage()._cdata)
     except (NotImplementedError, RuntimeError):  # a tensor of torch.func, or a sparse one, has no storage

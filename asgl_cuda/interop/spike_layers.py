@@ -30,6 +30,7 @@ class _OfLibrary(Overlay):
 
     @classmethod
     def bases(cls, original: type[nn.Module]) -> tuple[tuple[type, ...], dict[str, Any]]:
+        """The bases of the overlay's class for this layer: its own class and the spike layer."""
         return (cls, original, next(SPIKE_LAYERS[base] for base in original.__mro__ if base in SPIKE_LAYERS)), {}
 
 
@@ -70,6 +71,7 @@ def _candidates(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def _share(shares: list[tuple[int, int]]) -> float:
+    """The fraction of non-zero elements, from counts of both."""
     nonzero, elements = map(sum, zip(*shares, strict=True))
     return nonzero / max(elements, 1)
 
@@ -104,6 +106,7 @@ def to_spike_layers(model: nn.Module, example: Any) -> tuple[nn.Module, Report]:
     counted: dict[str, tuple[list[tuple[int, int]], list[bool]]] = {}
 
     def count(name: str, layer: Any, inputs: tuple[Any, ...]) -> None:
+        """Counts the non-zero inputs of a call, and notes whether kernels compute it."""
         if isinstance(inputs[0], Recorded):
             inputs[0].then(lambda x: count(name, layer, (x,)))
             return

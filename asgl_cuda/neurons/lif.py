@@ -284,6 +284,7 @@ class LIFFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(operator: Any, backend: str, plan: Plan, *inputs: Any) -> tuple[Tensor, ...]:
+        """The wanted outputs and the checkpoints. None for the operator: the one that is called directly."""
         return tuple(run_forward(backend, plan, inputs, True, operator))
 
     @staticmethod
@@ -334,6 +335,7 @@ def remember(call: Call, inputs: Inputs, outputs: Sequence[Tensor]) -> None:
     plan = make_plan(inputs.x_seq, call.plan.rules, call.plan.numbers, (False, False, False))
 
     def spikes(*inputs: Tensor | None) -> Tensor:
+        """The spikes, computed again from the inputs of the call."""
         return run_forward(backend, plan, inputs, keep_checkpoints=False)[0]
 
     # Copies of parameters, because FSDP frees them before backward of the next layer needs the spikes.
@@ -533,6 +535,7 @@ class LIF(Neurons):
         self._set_up_neurons(locals())
 
     def _inputs(self, x_seq: Tensor, residual: Tensor | None = None) -> tuple[Tensor, dict[str, Any]]:
+        """The input and options of a call. A `Pending` becomes the option `pending` if the neurons can compute it."""
         if residual is not None:
             residual = tensor_of(residual, type(self).__name__)
         if not isinstance(x_seq, Pending):

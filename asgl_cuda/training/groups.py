@@ -143,6 +143,7 @@ def _before_step(optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         return None
 
     def and_step() -> Any:
+        """The closure, followed by Adam's step."""
         loss = closure()
         _step_by_adam(optimizer, groups)
         return loss
@@ -170,6 +171,7 @@ def _step_by_adam(optimizer: Any, groups: list[dict[str, Any]]) -> None:
 
 
 def _after_step(optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Gives back the gradients that were hidden from the optimizer."""
     for value, grad in optimizer.__dict__.pop("_asgl_hidden", ()):
         value.grad = grad
 

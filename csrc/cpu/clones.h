@@ -2,7 +2,7 @@
 //
 // A loop is a type with `struct Args` and `static void run(Args)`, forced inline into the clones. Args are passed by
 // value, so that they stay in registers: no store of the loop can change them. Clones do not use FMA, because every
-// backend rounds each operation.
+// backend rounds each operation; run_with_fma in cpu/product.h is for products with a matrix, which do.
 #pragma once
 
 #include <algorithm>

@@ -176,7 +176,7 @@ class GeneralBackward {
   }
 
   void compute_potentials(int64 start, int64 stop) {
-    load_start(params_, tile_, start, v(0), w(0));
+    load_segment_start(params_, tile_, start, v(0), w(0));
     for (int64 t = start; t < stop; ++t) {
       const int64 k = t - start;
       const Real* x = read_row(params_.x_seq, tile_, t, x_buffer_);

@@ -1,6 +1,6 @@
-// Products of a few rows with a matrix, for recurrent neurons. Each sum is in the order of the inner dimension, by
-// fused multiply-add where the processor has it: the bits of an element depend neither on the number of rows nor on
-// whether zeros are skipped.
+// Products of a few rows with a matrix, for recurrent neurons, and what the products of spikes share with them. Each
+// sum is in the order of the inner dimension, by fused multiply-add where the processor has it: the bits of an element
+// depend neither on the number of rows nor on whether zeros are skipped.
 #pragma once
 
 #if defined(__x86_64__)
@@ -232,9 +232,10 @@ __attribute__((target("avx2,fma"))) void run_fma(const typename Loop::Args& args
 }
 #endif
 
-// Runs a loop with the widest vectors that the processor has.
+// As `run`, for loops whose multiply-adds are explicitly fused, on the widest vectors of the instruction set. The int
+// of `Loop` is their size in bytes. If the processor has AVX2 without FMA, the baseline is used.
 template <template <class, int> class Loop, class Real>
-void run_vectors(const typename Loop<Real, 16>::Args& args) {
+void run_with_fma(const typename Loop<Real, 16>::Args& args) {
 #if defined(__x86_64__)
   if (instruction_set() == InstructionSet::kAvx512) return run_avx512<Loop<Real, 64>>(args);
   if (instruction_set() == InstructionSet::kAvx2 && __builtin_cpu_supports("fma")) return run_fma<Loop<Real, 32>>(args);
@@ -353,10 +354,10 @@ void multiply(const Product<Real>& product, bool skips_zeros, int32_t* indices) 
     total += counts[row];
   }
   if (!skips_zeros || total * kDenseShare > product.rows * product.depth) {
-    return run_vectors<DenseProductLoop, Real>(product);
+    return run_with_fma<DenseProductLoop, Real>(product);
   }
   for (int64 row = 0; row < product.rows; ++row) {
-    run_vectors<GatheredProductLoop, Real>({row_of(row), indices + row * product.depth, counts[row]});
+    run_with_fma<GatheredProductLoop, Real>({row_of(row), indices + row * product.depth, counts[row]});
   }
 }
 

@@ -41,7 +41,7 @@ struct RecurrentCurrentLoop {
   }
 };
 
-// v[t] from h[t] and s[t], and of adaptive neurons w[t].
+// Computes v[t] from h[t], s[t] and, for adaptive neurons, w[t].
 template <class Real, class Model>
 struct ResetLoop {
   struct Args {

@@ -308,7 +308,7 @@ void spike_product(const SpikeProductParams<Real>& params) {
       for (int64 first = from; first < std::min(from + chunk, pixels); first += kPixelsPerBatch) {
         const int64 last = std::min(first + kPixelsPerBatch, pixels);
         list_walks(shape, lists, first, last, walks.data());
-        run_vectors<WalkedProductOf<int32_t>::Loop, Real>(
+        run_with_fma<WalkedProductOf<int32_t>::Loop, Real>(
             {walks.data(), last - first, shape.kernel_height, lists.indices(), lists.values(), b, group,
              std::min(group, shape.outputs - column), params.bias == nullptr ? nullptr : params.bias + column, 0,
              params.out + first * shape.outputs + column, shape.outputs});
@@ -379,9 +379,9 @@ class GradientRows {
       const int64 count = std::min(kTileRows, rows_ - row);
       Real* const to = params_.grad_weight + column * depth + first_ + row;
       if (begin > 0) transpose(to, depth, width, count, tile_.get(), group_);
-      run_vectors<WalkedProductOf<Pixel>::template Loop, Real>({&walks_[row], count, 1, pixels_.get(), values_.get(),
-                                                                grad, group_, width, begin == 0 ? nullptr : tile_.get(),
-                                                                group_, tile_.get(), group_});
+      run_with_fma<WalkedProductOf<Pixel>::template Loop, Real>(
+          {&walks_[row], count, 1, pixels_.get(), values_.get(), grad, group_, width,
+           begin == 0 ? nullptr : tile_.get(), group_, tile_.get(), group_});
       transpose(tile_.get(), group_, count, width, to, depth);
     }
   }

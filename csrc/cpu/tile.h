@@ -416,7 +416,7 @@ Element* behind(Element* v, int64 elements) {
 
 // Loads v before the first step of a segment, and for adaptive neurons w, unless `w` is null.
 template <class Scalar>
-void load_start(const BackwardParams<Scalar>& params, const Tile& tile, int64 start, Real_t<Scalar>* v,
+void load_segment_start(const BackwardParams<Scalar>& params, const Tile& tile, int64 start, Real_t<Scalar>* v,
                 Real_t<Scalar>* w = nullptr) {
   const Real_t<Scalar>* from = start > 0 ? params.checkpoints : params.v_init;
   const int64 offset = start > 0 ? checkpoint(tile, start) : tile.first;

@@ -59,7 +59,7 @@ struct LIFByOptions : NeuronOptions<Real> {
   }
 
   ASGL_HOST_DEVICE Real smooth(Real u, const Neuron<Real>& neuron) const {
-    return any_surrogate(this->surrogate, static_cast<Real>(this->levels), u * neuron.inverse_width);
+    return any_surrogate_value(this->surrogate, static_cast<Real>(this->levels), u * neuron.inverse_width);
   }
 
   ASGL_HOST_DEVICE Real from_threshold(Real h, const Neuron<Real>& neuron) const {
@@ -108,7 +108,8 @@ struct LIFByOptions : NeuronOptions<Real> {
                                                    const Neuron<Real>& neuron, const NeuronOptions<Real>&,
                                                    Real& v_gradient) const {
     const Real dv = v_gradient, y = distance(h, neuron) * neuron.inverse_width;
-    const Real dy = any_surrogate(this->surrogate, static_cast<Real>(this->levels), y, ds * this->surrogate_gain);
+    const Real dy =
+        any_surrogate_adjoint(this->surrogate, static_cast<Real>(this->levels), y, ds * this->surrogate_gain);
     const Real from_v = choose(this->hard_reset, dv * (Real(1) - s), dv);
     const Real dh = (gh + keep_if(carried, from_v)) + dy * neuron.inverse_width;
     v_gradient = neuron.decay * dh;

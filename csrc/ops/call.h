@@ -133,7 +133,7 @@ class Call {
     check_noise(rules_, rng_state, x_seq.device());
     for (int id = 0; id < kNumParameters; ++id) {
       if (!parameters[id].has_value()) continue;
-      layout.check_type(*parameters[id], layout.real(), "a parameter");
+      layout.check_type_and_device(*parameters[id], layout.real(), "a parameter");
       parameters_[id].emplace(*parameters[id], layout);
     }
     for (const auto& [id, learned] : {std::pair(kWidth, rules_.log_width), std::pair(kDecay, rules_.logit_decay)}) {

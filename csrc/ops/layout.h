@@ -82,14 +82,15 @@ class Layout {
   }
 
   // Throws unless the tensor has this type and is on the device of x_seq.
-  void check_type(const Tensor& tensor, at::ScalarType type, const char* name) const {
+  void check_type_and_device(const Tensor& tensor, at::ScalarType type, const char* name) const {
     TORCH_CHECK_TYPE(tensor.scalar_type() == type, "asgl_cuda: ", name, " must have type ", type, ", got ",
                      tensor.scalar_type());
     TORCH_CHECK_VALUE(tensor.device() == options_.device(), "asgl_cuda: ", name, " must be on ", options_.device(),
                       ", got ", tensor.device());
   }
+  // The same, and throws unless the tensor has these sizes.
   void check(const Tensor& tensor, at::ScalarType type, at::IntArrayRef sizes, const char* name) const {
-    check_type(tensor, type, name);
+    check_type_and_device(tensor, type, name);
     TORCH_CHECK_VALUE(tensor.sizes() == sizes, "asgl_cuda: ", name, " must have shape ", sizes, ", got ",
                       tensor.sizes());
   }

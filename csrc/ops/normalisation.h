@@ -162,7 +162,7 @@ inline std::tuple<Tensor, Tensor> batch_norm_backward(const Launcher* launcher, 
     return grad.sizes() == x_seq.sizes() && grad.permute(layout.order()).is_contiguous() &&
            grad.scalar_type() == x_seq.scalar_type() && grad.device() == x_seq.device();
   };
-  if (!wanted) layout.check_type(grad_x_seq, layout.type(), "grad_x_seq");
+  if (!wanted) layout.check_type_and_device(grad_x_seq, layout.type(), "grad_x_seq");
   TORCH_CHECK_VALUE(!wanted || (is_like_x_seq(grad_x_seq) && (!has_residual || is_like_x_seq(*grad_residual))),
                     "asgl_cuda: grad_x_seq and grad_residual must have the type and memory order of x_seq");
   const Tensor grad_weight = at::empty({shape.channels}, layout.real_options());

@@ -72,7 +72,7 @@ inline std::vector<Tensor> forward_by_steps(const Launcher* launcher, const Recu
       i = call.has_synapse ? step.row(kRecurrentSynDecay) * i + j : j;
     }
     const Call neuron = adds ? step.forward(fed, x[t], v, t) : step.forward(i, v, t);
-    const auto found = ops::forward(launcher, neuron, {/*v_last=*/true, false, /*h_seq=*/true, false});
+    const auto found = neuron_forward(launcher, neuron, {/*v_last=*/true, false, /*h_seq=*/true, false});
     const Tensor w = !call.adapts() ? Tensor() : v.defined() ? v[1] : at::zeros_like(s);
     s = found[0].squeeze(0);
     v = found[1];
@@ -132,7 +132,7 @@ inline std::vector<Tensor> backward_by_steps(const Launcher* launcher, const Rec
     if (g.defined()) g = g.view(h.sizes());
     const Call backward = step.backward(h, reset, t);
     const auto found =
-        ops::backward(launcher, backward, {g, dv, gv, at_step(grads.h_seq, t)}, no_checkpoints, wanted_of_step);
+        neuron_backward(launcher, backward, {g, dv, gv, at_step(grads.h_seq, t)}, no_checkpoints, wanted_of_step);
     dh_seq[t] = found[0].squeeze(0);
     dv = found[1];
     for (size_t k = 2; k < found.size(); ++k) of_parameters[k - 2].push_back(found[k]);
@@ -218,7 +218,7 @@ inline std::vector<Tensor> recurrent_backward(
   const RecurrentCall call(h_seq, weight, parameters, v_init, s_init, i_init, rng_state, constants_of(numbers, rules),
                            has_synapse, detach_recurrent);
   const Layout& layout = call.layout;
-  layout.check_type(h_seq, layout.real(), "h_seq");
+  layout.check_type_and_device(h_seq, layout.real(), "h_seq");
   TORCH_CHECK_TYPE(emitted.defined(), "asgl_cuda: emitted must be a tensor");
   const at::ScalarType real = layout.real(), type = grad_s_seq.has_value() ? grad_s_seq->scalar_type() : real;
   const RecurrentGradients grads{

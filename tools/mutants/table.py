@@ -371,7 +371,7 @@ MUTANTS = {
     "layer: noise in evaluation": Mutant("        if not self.training:\n            return 0.0\n", "",
         "neurons/test_base.py noise_is"),
     "layer: the share as data stays behind": Mutant(
-        "            self._keep_as_data(fn(self._analog_prob_data).device)\n", "            pass\n",
+        "            self._make_analog_prob_data(fn(self._analog_prob_data).device)\n", "            pass\n",
         "training/test_schedule.py where_the_layer"),
     "layer: no share is data, too": Mutant("size = int(self._analog_prob > 0)", "size = 1",
         "training/test_schedule.py anew"),
@@ -410,15 +410,15 @@ MUTANTS = {
     "layer: potentials of inference mode": Mutant("state if torch.is_inference_mode_enabled() else state.clone()",
         "state", "neurons/test_base.py forgotten"),
     "layer: potentials stay where they are": Mutant(
-        "        self._map_potentials(fn)\n        self._place", "        self._place", "neurons/test_base.py copies"),
-    "layer: a copy with a graph": Mutant("{name: value.detach() for name in self._potentials",
-        "{name: value for name in self._potentials", "neurons/test_base.py copies"),
+        "        self._map_kept(fn)\n        self._place", "        self._place", "neurons/test_base.py copies"),
+    "layer: a copy with a graph": Mutant("{name: value.detach() for name in self._kept_names",
+        "{name: value for name in self._kept_names", "neurons/test_base.py copies"),
     "layer: a wrapper is a layer": Mutant('inspect.getattr_static(module, "analog_prob", None)',
         'getattr(module, "analog_prob", None)', "training/test_kit.py each_asgl"),
     "layer: noise of several spikes": Mutant('if getattr(self, "multi_spike", False):', "if False:",
         "training/test_schedule.py which_layers"),
     "layer: v is the only potential that is detached": Mutant(
-        "for name in self._potentials:\n            value = getattr",
+        "for name in self._kept_names:\n            value = getattr",
         'for name in ("v",):\n            value = getattr', "neurons/test_base.py copies and Adaptive"),
     "layer: v is the only state that is carried": Mutant(
         "for name in states:\n            setattr", 'for name in ("v",):\n            setattr',

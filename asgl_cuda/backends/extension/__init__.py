@@ -34,6 +34,7 @@ def remedy() -> str:
 
 
 def no_sources() -> str:
+    """The message that sources are missing, with a remedy."""
     return f"the sources, which were installed with asgl_cuda, are gone. To install them again: {remedy()}"
 
 
@@ -67,10 +68,12 @@ def load() -> tuple[ModuleType | None, BuildInfo | None, str | None]:
 
 
 def _problem(why: str) -> str:
+    """The message that the extension is missing, with a remedy."""
     return f"the compiled extension is missing: {why}. To build it: {remedy()}"
 
 
 def _import(path: Path) -> ModuleType:
+    """Loads the extension module from this file."""
     spec = spec_from_file_location("asgl_cuda._C", path)
     assert spec is not None
     assert spec.loader is not None

@@ -62,12 +62,14 @@ def naming(where: str) -> Iterator[None]:
 
 
 def as_double(value: Any) -> Tensor:
+    """A value of a NIR node or a layer as a float64 tensor on the CPU."""
     if torch.as_tensor(value).is_complex():  # torch would drop a part
         raise ValueError("arrays must have real numbers, got complex ones")
     return torch.as_tensor(value, dtype=torch.float64, device="cpu").detach()
 
 
 def as_shape(sizes: Sequence[int]) -> Any:
+    """Sizes as NIR has them, an array of int64."""
     return torch.tensor(sizes, dtype=torch.int64).numpy()
 
 
@@ -87,6 +89,7 @@ class Scale(nn.Module):
         self.register_buffer("scale", scale)
 
     def forward(self, x_seq: Tensor) -> Tensor:
+        """The input times the scale."""
         return x_seq * self.scale
 
 
@@ -100,6 +103,7 @@ class Delay(nn.Module):
         self.register_buffer("steps", steps)
 
     def forward(self, x_seq: Tensor) -> Tensor:
+        """The input of `steps` earlier, by neuron; 0 before the first step."""
         time = torch.arange(len(x_seq), device=x_seq.device).reshape(-1, *[1] * (x_seq.dim() - 1)) - self.steps
         return x_seq.gather(0, time.clamp(min=0).expand(x_seq.shape)).masked_fill(time < 0, 0.0)
 

@@ -121,6 +121,7 @@ def _paths(names: Iterable[str]) -> dict[str, str]:
 
 
 def _read(node: Any, dt: float | None) -> Any:
+    """The module that computes a node."""
     kind, ours = (
         type(node).__name__,
         (getattr(node, "metadata", None) or {}).get(KEY, {}),
@@ -164,6 +165,7 @@ def _read(node: Any, dt: float | None) -> Any:
 
 
 def _weights(node: Any, ours: Any) -> nn.Module:
+    """The linear layer or convolution that computes a node with a weight."""
     weight = as_double(node.weight)
     bias = None if getattr(node, "bias", None) is None else as_double(node.bias)
     bias = None if bias is None or ("bias" in ours and not bias.any()) else bias
