@@ -147,7 +147,7 @@ class SettledBackward {
     for (int id = 0; id < (more_ ? kInputGain : kDecay); ++id) std::fill_n(sums(id), tile.length, Real(0));
     carried_ = params_.grad_v_last != nullptr;
     for (int64 start = last_start_; start >= 0; start -= segment_) {
-      load_segment_start(params_, tile, start, v_);
+      load_start(params_, tile, start, v_);
       walk_back(segment(tile, start), start > 0 ? segment(tile, start - segment_)
                                                 : segment(Tile(params_.shape, tile.index + 1), last_start_));
       carried_ = true;

@@ -118,6 +118,7 @@ struct WalkedProduct {
   int64 out_stride;
 };
 
+// The loop of a WalkedProduct, for lists of elements of type Index.
 template <class Index>
 struct WalkedProductOf {
   template <class Real, int kBytes>
@@ -134,6 +135,7 @@ struct WalkedProductOf {
     }
 
    private:
+    // Computes kVectors vectors of columns.
     template <int kVectors>
     static ASGL_HOST_DEVICE void block(const Args& args, int64 column) {
       if (args.values == nullptr) return rows<kVectors>(args, column, [](const Walk<Index>&) { return AllOnes{}; });
@@ -143,6 +145,7 @@ struct WalkedProductOf {
       });
     }
 
+    // The same with the factors of a walk's elements, values_of(walk).
     template <int kVectors, class Values>
     static ASGL_HOST_DEVICE void rows(const Args& args, int64 column, const Values& values_of) {
       const int64 width = args.columns - column;
@@ -237,6 +240,7 @@ void transpose(const Real* from, int64 from_stride, int64 rows, int64 columns, R
   }
 }
 
+// `count`, rounded up to a multiple of `multiple`.
 constexpr int64 round_up(int64 count, int64 multiple) { return (count + multiple - 1) / multiple * multiple; }
 
 // The number of columns of b that are computed together, in whole panels: eight sums of the widest vectors, or fewer,
@@ -249,7 +253,7 @@ int64 group_of(int64 depth, int64 columns) {
   return std::min(group, round_up(columns, kPanel<Real>));
 }
 
-// The columns [first, first + group) of the weight, as rows of b.
+// Writes the columns [first, first + group) of the transposed weight to b, [depth, group].
 template <class Real>
 void fill_group(const SpikeShape& shape, const Real* weight, int64 first, int64 group, Real* b) {
   const int64 depth = shape.depth();
@@ -366,6 +370,7 @@ class GradientRows {
     }
   }
 
+  // Adds the sorted pixels to the columns from `column` on, of all rows.
   void add_columns(int64 begin, int64 end, int64 column) {
     const int64 outputs = shape_.outputs, depth = shape_.depth(), width = std::min(group_, outputs - column);
     const Real* grad = params_.grad + begin * outputs;

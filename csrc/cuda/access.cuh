@@ -125,6 +125,7 @@ struct Access<4> {
   }
 };
 
+// Set or copy the values of a thread's neurons.
 template <int kLanes, class Real>
 __device__ __forceinline__ void fill(Real (&values)[kLanes], Real value) {
 #pragma unroll
@@ -200,7 +201,7 @@ __device__ __forceinline__ void load_v_init(const LIFParams<Scalar>& params, con
 
 // The potentials before step `start`, the first of a segment.
 template <int kLanes, class Scalar>
-__device__ __forceinline__ void load_segment_start(const BackwardParams<Scalar>& params, int64 start,
+__device__ __forceinline__ void load_start(const BackwardParams<Scalar>& params, int64 start,
                                            const ThreadIndex<kLanes>& index, Real_t<Scalar> (&v)[kLanes]) {
   if (start > 0) {
     const int64 at = (start / kCheckpointSteps - 1) * params.shape.neurons() + index.read_n;

@@ -336,7 +336,7 @@ __global__ void __launch_bounds__(kBlockThreads, kSettledBackwardBlocks<Scalar, 
       if (!kInRegisters) load_ends(start, length);
       const SegmentNoise<kLanes, kSegment> noise(source, index.n, start, length);
       Real v[kLanes];
-      load_segment_start(params, start, index, v);
+      load_start(params, start, index, v);
       Potentials h[kSteps];
 #pragma unroll 1
       for (int first = 0; first < length; first += kSteps) {
@@ -482,7 +482,7 @@ __global__ void __launch_bounds__(kBlockThreads, kBackwardBlocks<Real_t<Scalar>,
       }
     }
     Real next_g[kLanes], first_v[kLanes], v[kLanes];
-    load_segment_start(params, start, index, first_v);
+    load_start(params, start, index, first_v);
     copy(first_v, v);
     const SegmentNoise<kLanes, kSteps> noise(source, index.n, start, length);
     const auto fire_lane = [&](Real h, int k, int j) {

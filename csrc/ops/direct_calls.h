@@ -34,6 +34,7 @@ class __attribute__((visibility("hidden"))) DirectCalls {  // as pybind11::objec
   // The functions become attributes of `scope`.
   DirectCalls(pybind11::object scope, std::string name_space) : scope_(std::move(scope)), namespace_(name_space) {}
 
+  // Exports the operator of this name.
   template <class Kernel>
   void impl(const char* name, const Kernel&) {
     add(name, &Kernel::operator());

@@ -26,6 +26,7 @@ class RecurrentSteps {
 
   const Tensor& row(int id) const { return row_[id]; }
 
+  // The call of the neuron for step t, with this current and the potential before.
   Call forward(const Tensor& current, const Tensor& v, int64_t t) const {
     return {current.unsqueeze(0), v, states_[t], neuron_, std::nullopt, constants_};
   }
@@ -37,7 +38,8 @@ class RecurrentSteps {
     return {fed.unsqueeze(0), v, states_[t], neuron, x.unsqueeze(0), constants_};
   }
 
-  // Computed again from h, at rest, where neither its decay nor an adaptation matters, but in the reset.
+  // The call of the neuron whose backward is that of step t. The step is computed again from h as input of a neuron at
+  // rest, for which the decay does not matter. An adaptation matters only in the reset amount, `reset`.
   Call backward(const Tensor& h, const Tensor& reset, int64_t t) const {
     Constants constants = constants_;
     constants.numbers.constants[kInputGain] = 1;
@@ -54,6 +56,7 @@ class RecurrentSteps {
   Parameters neuron_;
 };
 
+// Returns s_seq and the other wanted results, as forward_on_cpu does.
 inline std::vector<Tensor> forward_by_steps(const Launcher* launcher, const RecurrentCall& call,
                                             const WantedResults& wanted) {
   const RecurrentSteps step(call);
@@ -95,6 +98,7 @@ inline std::vector<Tensor> forward_by_steps(const Launcher* launcher, const Recu
   return results;
 }
 
+// Returns the wanted gradients, as backward_on_cpu does.
 inline std::vector<Tensor> backward_by_steps(const Launcher* launcher, const RecurrentCall& call,
                                              const RecurrentGradients& grads, const RecurrentResults& kept,
                                              const WantedRecurrentGradients& wanted) {
@@ -111,6 +115,7 @@ inline std::vector<Tensor> backward_by_steps(const Launcher* launcher, const Rec
   const auto at_step = [&](const Tensor& sequence, int64_t t) {
     return sequence.defined() ? sequence.select(time_dim, t).unsqueeze(0).contiguous() : Tensor();
   };
+  // a + b, where an undefined tensor is zero.
   const auto sum = [](const Tensor& a, const Tensor& b) {
     return a.defined() && b.defined() ? a + b : a.defined() ? a : b;
   };
@@ -145,7 +150,7 @@ inline std::vector<Tensor> backward_by_steps(const Launcher* launcher, const Rec
     if (!call.detach_recurrent) feedback = call.is_elementwise() ? dj * call.weight : at::mm(dj, call.weight);
     dj_seq[t] = dj;
   }
-  // Of each step, [T, B, N], and what the step before left.
+  // The gradients of all steps, [T, B, N]. `before` shifts a sequence by one step, with the state before the first.
   const Tensor dh_all = at::stack(dh_seq), dj_all = at::stack(dj_seq);
   const auto before = [&](const Tensor& sequence, const Tensor& first, double otherwise) {
     const Tensor state = first.defined() ? first : at::full_like(dh_seq.front(), otherwise);

@@ -30,6 +30,7 @@ struct ParameterSummary {
   NeuronIndex own[kNumParameters];  // used if they are not alike
 };
 
+// Whether the bit of a parameter is set.
 ASGL_HOST_DEVICE bool has(uint32 bits, int id) { return bits >> id & 1u; }
 
 }  // namespace asgl

@@ -223,7 +223,7 @@ MUTANTS = {
         "decay's gradient without the first step": kernels("sums[kDecay][j % kOwn] += @ * v_init", "dh[j]", "Real(0)"),
         "decay's gradient of another first state": kernels(
             "@", "load_v_init(params, index, v_init);",
-            "load_segment_start(params, steps > kCheckpointSteps ? kCheckpointSteps : 0, index, v_init);",
+            "load_start(params, steps > kCheckpointSteps ? kCheckpointSteps : 0, index, v_init);",
         ),
         "decay's gradient of another potential": kernels("add_decay(dh, h[@].values", "k", "k > 0 ? k - 1 : k"),
         "decay's gradient of another spike": kernels("v_after = Model::reset(h[j], s[@]", "j", "0"),
@@ -690,10 +690,10 @@ CPU_MUTANTS = {
         "the residual's gradient left": cpu("finish_row(dc, @, tile, t)", "params.grad_residual", "params.grad_x_seq"),
         "no gain of the residual's gradient": cpu("if (@) {\n    Real* dr", "params.residual_gain != Real(1)", "false"),
         "a stretch too long": rows("return {@, inner", "inner - tile.first % inner", "inner"),
-        "a channel's stretch too long": tiles("for_each_stretch(tile_, @,", "shared_ == 0 ? kTile : shared_",
-                                              "shared_ == 0 ? kTile : 2 * shared_"),
+        "a channel's stretch too long": tiles("for_each_stretch(tile_, @,", "inner_ == 0 ? kTile : inner_",
+                                              "inner_ == 0 ? kTile : 2 * inner_"),
         "parameters taken as alike": tiles(
-            "shared_ == 0 || (@)", "parameter.inner == shared_ && parameter.count == count_", "true"
+            "inner_ == 0 || (@)", "parameter.inner == inner_ && parameter.count == count_", "true"
         ),
         "a parameter's run too long": tiles("runs_of(tile, @), inverse", "parameter.inner", "2 * parameter.inner"),
         "a parameter's last value stays": loops("== args.count ? @ :", "0", "index"),
