@@ -46,7 +46,7 @@ def differences(
     """
     leaves = {"x_seq": x_seq, **{name: value for name, value in options.items() if isinstance(value, Tensor)}}
     leaves = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
-    # The gradient of an expanded parameter has the terms of which the gradient of the parameter is the sum.
+    # The gradient of a parameter is a sum. Expanding the parameter gives the terms of that sum, which the size needs.
     terms = {
         name: leaf.expand(x_seq.shape) for name, leaf in leaves.items() if name not in ("x_seq", "v_init", "residual")
     }
@@ -175,13 +175,13 @@ def _check(
         rng_state=torch.tensor([1234567890123, 42], device=device),
         residual=random(_STEPS, _BATCH, _CHANNELS, low=-0.5, high=0.5, dtype=dtype) if residual else None,
     )
-    # Sums over thousands of elements have another order.
     spacing = _SPACING.get(dtype, 1e-6)
     what = f"{str(dtype).removeprefix('torch.')}, {surrogate}, {'soft' if v_reset is None else 'hard'} reset"
     what += ", residual" if residual else ""
     for name, difference in rows.items():
         summed = name.startswith("grad_") and name not in ("grad_x_seq", "grad_residual")
         typed = name in ("s_seq", "grad_x_seq", "grad_residual")
+        # Gradients of parameters are sums over thousands of elements, which backends add in different orders.
         allowed = 1e-5 if summed else 0.0 if exact else spacing if typed else 1e-6
         yield Row(backend, what, name, difference, allowed)
 

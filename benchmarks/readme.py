@@ -511,24 +511,26 @@ LEARNED = (
 )
 STEPS = (
     "Milliseconds per training step: eager / after `torch.compile`, which took {compiling} s per network. Measured in "
-    f"float32 {ON}, with {{peers_in_words}}. The first two columns are asgl_cuda: *learned, noise* with a learned "
-    "width and noise, *fixed width* without noise. Both have a rectangle as surrogate. *loop* is plain PyTorch. All "
-    "columns but the first compute the same LIF neuron, except that snnTorch's recurrent one resets by subtraction. "
+    f"float32 {ON}, with {{peers_in_words}}. The first two columns are asgl_cuda: *learned, noise* with the default "
+    "arguments, *fixed width* without a learned width and noise. *loop* is plain PyTorch. Each library has its default "
+    "surrogate. All columns but the first compute the same spikes, except that snnTorch's recurrent neuron resets by "
+    "subtraction. "
     "Per time step {firing} % of the neurons spike. Compiling long sequences takes long: {long_first_seconds:.0f} s "
     "for one layer of {long_layer} at T = {long_steps}. At T = 100 we therefore compiled a single time step. A dash "
-    "means that we used a layer of the library that contains the loop over time, and did not compile it."
+    "means that the layer loops over time itself, so that there was no single step to compile."
 )
 LAYERS = (
-    f"One layer, forward and backward, nanoseconds per neuron and time step, {ON}. *floor* is the time of two "
-    "element-wise multiplications. The last row has the bytes that are kept for backward, per neuron and time step. In "
+    f"One layer, forward and backward, nanoseconds per neuron and time step, {ON}. *floor* is the time of one "
+    "element-wise multiplication forward and one backward, which depends on whether the tensors fit into the cache. The "
+    "surrogate of asgl_cuda is a rectangle here ([times of a sigmoid](docs/measured.md#one-layer)). The last row has the bytes that are kept for backward, per neuron and time step. In "
     "a pair, the second figure is after `torch.compile`. The first call then takes {compiling} s to compile, and up to "
-    "{again:.0f} s more when batch size or T changes ([times of each](docs/measured.md#one-layer)). At T = 128 nothing "
-    "was compiled, because that takes long."
+    "{again:.0f} s more when batch size or T changes ([times of each](docs/measured.md#one-layer)). At T = 128 we "
+    "timed nothing compiled."
 )
 GAIN = (
     "in the networks below without recurrence, `convert` makes a training step of a SpikingJelly network {jelly} "
-    "times as fast as before. For snnTorch networks it is {snntorch} times as fast; there each layer was put into "
-    "asgl_cuda's [`MultiStep`](docs/reference/neurons.md#multistep), which takes whole sequences. `fuse` makes "
+    "times as fast as before. For snnTorch networks it is {snntorch} times as fast: each layer ran in a loop over the "
+    "time steps before, and computes all of them at once after, as with `sequences=True`. `fuse` makes "
     "networks with normalisations another {fused} times as fast. A normalisation and its neurons together then keep "
     "{kept:.0f} bytes per neuron and time step for backward, instead of {kept_apart:.0f}."
 )

@@ -81,7 +81,7 @@ class _Settings(NamedTuple):
     group: Any  # processes that share the statistics; None for only this one
 
 
-# The arguments of the normalisation by name, including `count`, num_batches_tracked, and the neuron's time_dim.
+# The arguments of the normalisation by name, with "count" (num_batches_tracked or None) and the neuron's "time_dim".
 _Normalisation = dict[str, Any]
 
 

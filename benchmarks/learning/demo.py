@@ -114,7 +114,7 @@ def summary(reference: Run, fused: Run, test_images: int) -> str:
     return (
         f"{text_table(*rows)}\n"
         f"Rounding: gradients of the first step differ by at most {difference:.1e} of each tensor's largest value.\n"
-        f"The losses of the two runs are equal in the first {same} of {steps} steps."
+        f"Losses are equal in the first {same} of {steps} steps. Then the differences grow, as rounding errors do."
     )
 
 

@@ -2,8 +2,9 @@
 
 A step is forward, loss, backward and optimizer; an evaluation is forward without gradients. Both begin at rest. The
 weights, the data, the loss and the optimizer are the same for all variants of a network. Neurons are those of `peers`:
-ordinary LIF with decay 1/2, threshold 1 and reset to 0. Those of ASGL have noise and a learned width as well, and
-snnTorch's recurrent neurons subtract at the reset.
+ordinary LIF with decay 1/2, threshold 1, reset to 0 and the library's default surrogate. Those of ASGL are asgl_cuda's
+layers with default arguments, which also have noise and a learned width. snnTorch's recurrent neurons subtract at the
+reset.
 
 Each network is measured eager and with compiled neurons, with the seconds of the first call; one also as a compiled
 network. Loops over many time steps take minutes to compile: there one step of the cell is compiled instead, and
@@ -28,7 +29,6 @@ from ..common import fused_backends
 from . import recurrent
 from .clocks import in_turns, row_of
 from .microbench import (
-    ANALOG_PROB,
     COMPILED,
     MOST_STEPS_TO_COMPILE,
     PLAIN,
@@ -38,7 +38,7 @@ from .microbench import (
     reset_compiler,
 )
 from .networks import NETWORKS, MakeNeuron, Network, Training
-from .peers import DECAY, SURROGATE, OverSteps, Recurrent, installed, installed_peers, lif_loop, recurrent_loop
+from .peers import DECAY, OverSteps, Recurrent, installed, installed_peers, lif_loop, recurrent_loop
 from .sizes import Size, samples
 
 FUSED_BLOCK = ", fused block"  # suffix of a variant whose neurons normalise
@@ -88,7 +88,6 @@ class Sequences(nn.Module):
 
 def ours(network: Network, backend: str, **options: Any) -> MakeNeuron:
     """LIF, or RecurrentLIF after a product with the weight of the input."""
-    options = {"surrogate": SURROGATE, "detach_reset": False, **options}
     if network.kind == "LIF":
         return partial(LIF, backend=backend, **options)
 
@@ -130,11 +129,11 @@ def variants(network: Network, device: torch.device) -> Iterator[Variant]:
     """The neuron of ASGL; then the ordinary neuron in every implementation."""
     normalised = any(isinstance(layer, nn.BatchNorm2d) for layer in network.make(nn.Identity).modules())
     for backend in fused_backends(device):
-        asgl = ours(network, backend, analog_prob=ANALOG_PROB)
+        asgl = ours(network, backend)
         yield Variant(f"asgl_cuda {backend}", asgl)
         if normalised:
             yield Variant(f"asgl_cuda {backend}{FUSED_BLOCK}", asgl, fused=True)
-        plain = ours(network, backend, learn_width=False, analog_prob=0.0)
+        plain = ours(network, backend, learn_width=False, analog_prob=0.0, detach_reset=False)
         yield Variant(f"{PLAIN}asgl_cuda {backend}", plain)
         if backend == "cpu":
             yield Variant(f"{PLAIN}asgl_cuda {backend}{SPIKES}", plain, spikes=True)

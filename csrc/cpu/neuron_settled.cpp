@@ -1,4 +1,5 @@
-// The settled CPU kernels of the neuron.
+// The fast CPU kernels of the common case: parameters that are constant over time, and only spikes as output
+// (is_settled() in cpu/neuron.cpp has the exact conditions). All other calls take the general kernels of cpu/neuron.h.
 #include "cpu/models.h"
 #include "cpu/neuron.h"
 
@@ -7,9 +8,6 @@ namespace {
 
 // Steps whose input currents are computed before a loop that stores past the cache, for fewer and longer streams.
 constexpr int64 kStepsOfStream = 4;
-
-// The length of rows that a loop takes together: a page apart, they would share the same few sets of the L1 cache.
-constexpr int64 kRowsApart = kTile + 16;
 
 // How far a loop prefetches in the rows that it uses.
 constexpr int64 kElementsAhead = 256, kElementsAheadOfStream = 512;
@@ -43,7 +41,7 @@ class ChunkCurrents {
 
  public:
   ChunkCurrents(const LIFParams<Scalar>& params, int64 most_steps)
-      : params_(params), input_(params), rows_(most_steps + 2, kRowsApart) {}
+      : params_(params), input_(params), rows_(most_steps + 2, kTile) {}
 
   TileInput<Real>& input() { return input_; }
   bool in_place(const Tile& tile) const { return input_.plain() && is_in_place<Scalar>(tile); }
@@ -182,7 +180,7 @@ class SettledBackward {
     const Tile& tile = chunk.tile;
     const bool in_place = is_in_place<Scalar>(tile), x_in_place = currents_.in_place(tile);
     Scalar* const grad_current = dx_is_dc_ && params_.grad_x_seq ? params_.grad_x_seq : params_.grad_residual;
-    // Else the gradient of the current replaces it.
+    // Else dc goes into the buffer of the currents, and overwrites those that are there.
     const bool dc_in_place = in_place && grad_current != nullptr;
     const Steps<Real> dc = dc_in_place ? start_steps(grad_current, tile, chunk.t, zeros_) : currents_.buffer();
     // Not where it is read again for the residual's.
@@ -252,7 +250,7 @@ class SettledBackward {
   const bool in_cache_ = recent_row_ahead(params_.x_seq, Tile(params_.shape, 0), 0) == nullptr;
   const Stream past_cache_ = stream_for(params_.grad_x_seq, params_.shape);
   ChunkCurrents<Scalar> currents_{params_, segment_};
-  Rows<Real> rows_{segment_ + states_ + 4 + kInputGain, kRowsApart}, block_rows_{3 * segment_, kBlock};
+  Rows<Real> rows_{segment_ + states_ + 4 + kInputGain, kTile}, block_rows_{3 * segment_, kBlock};
   Real *const g_ = rows_.take(segment_), *const v_ = rows_.take(states_), *const dv_ = rows_.take();
   Real *const sums_ = rows_.take(kInputGain), *const zeros_ = rows_.take();
   Real *const x_buffer_ = rows_.take(), *const dx_buffer_ = rows_.take();

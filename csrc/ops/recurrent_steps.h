@@ -1,5 +1,5 @@
-// The operators of recurrent neurons, and their kernels where one computes a layer at a time: loops over the operators
-// of the neuron with a product in between. Nothing is read back to the host.
+// The operators of recurrent neurons. On the CPU they run a kernel for the whole sequence. On CUDA they loop over the
+// steps, and call the neuron's operators with a product in between. Nothing is read back to the host.
 #pragma once
 
 #include "ops/neuron.h"

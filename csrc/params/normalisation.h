@@ -65,7 +65,7 @@ struct ChannelTask {
   int64 first_unit, units;  // in the first channel; number in the task
   int64 row, end_row;
 
-  // Number has all tasks: kernels divide 32 bits.
+  // Number is an integer type that can hold the index of every task: kernels divide integers of 32 bits.
   template <class Number>
   ASGL_HOST_DEVICE ChannelTask(const ChannelTiles& tiles, Number task) {
     const Number splits = static_cast<Number>(tiles.splits);
