@@ -42,6 +42,7 @@ inline InstructionSet instruction_set() {
   return chosen;
 }
 
+// The name of instruction_set(), for users.
 inline const char* instruction_set_name() {
   switch (instruction_set()) {
     case InstructionSet::kAvx512:

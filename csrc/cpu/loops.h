@@ -140,6 +140,7 @@ struct StepLoop {
     loop<true>(args);
   }
 
+  // The loop over neurons. Without kNoise nothing is analog.
   template <bool kNoise>
   static ASGL_HOST_DEVICE void loop(Args args) {
     const Firing<Real> firing(args.options);

@@ -128,6 +128,7 @@ class GeneralBackward {
     std::fill_n(zeros_, kTile, Real(0));
   }
 
+  // Computes the gradients of the neurons of a tile, and stores the sums of their parameters' gradients.
   void run(const Tile& tile) {
     whole_ = tile;
     for (int id = 0; id < kNumParameters; ++id) clear(id);

@@ -174,6 +174,7 @@ class TaskMoments {
     });
   }
 
+  // Computes the moments of the task's channels, and stores them in its slot.
   void compute() {
     sums_in_stretches(tiles_) ? add_stretches() : add_columns();
     for_each_channel(tiles_, task_, task_.units, [&](int64 channel, int64, int64 length) {

@@ -174,8 +174,7 @@ class ChunkNoise {
   Rows<uint64> rows_;
 };
 
-// Elements that are 0 may be left out of a product only if all values of the other factor are finite.
-// Whether all values are finite.
+// Whether all values are finite. Only then may elements of the other factor that are 0 be left out of a product.
 template <class Real>
 struct FiniteLoop {
   struct Args {
@@ -191,6 +190,7 @@ struct FiniteLoop {
   }
 };
 
+// Whether all values are finite.
 template <class Real>
 bool all_finite(const Real* values, int64 length) {
   bool result;
@@ -325,6 +325,7 @@ class ChunkBackward {
   // The sums of a parameter, [repeated_.length()].
   Real* sums(int id) { return sums_ + id * parts_.stride(); }
 
+  // Whether the gradient of syn_decay is wanted: only then i_seq is given.
   bool wants_syn_decay() const { return params_.grad_parameters != nullptr && params_.i_seq != nullptr; }
 
   // Reads the state after the step before t, in place or into one of two buffers, which alternate with t.

@@ -58,6 +58,7 @@ class SpikeLists {
     });
   }
 
+  // The number of listed elements.
   int64 count() const { return offsets_.back(); }
   // The list from pixel number `pixel` on, counted over all images.
   const int32_t* from(int64 pixel) const { return indices_.get() + offsets_[pixel]; }

@@ -121,6 +121,7 @@ struct SurrogateMath<Surrogate::kRectangle> {
 
 template <>
 struct SurrogateMath<Surrogate::kTriangle> {
+  // 1 - |y|
   template <class Real>
   static ASGL_HOST_DEVICE Real distance_to_edge(Real y) {
     return y < Real(0) ? y + Real(1) : Real(1) - y;

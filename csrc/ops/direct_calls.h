@@ -41,6 +41,7 @@ class __attribute__((visibility("hidden"))) DirectCalls {  // as pybind11::objec
   }
 
  private:
+  // `impl`, with the types of result and arguments, which follow from the kernel.
   template <class Kernel, class Result, class... Arguments>
   void add(const char* name, Result (Kernel::*)(Arguments...) const) {
     const auto handle = c10::Dispatcher::singleton().findSchemaOrThrow((namespace_ + "::" + name).c_str(), "");

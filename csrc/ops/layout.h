@@ -61,8 +61,8 @@ class Layout {
   const Dims& neuron_order() const { return neuron_order_; }
   int64_t time_dim() const { return time_dim_; }
   int64_t channel_dim() const { return time_dim_ <= 1 ? 2 : 1; }
-  // options() and type() are those of x_seq and tensors like it. real_options() and real() are those of states, parameters
-  // and their gradients.
+  // options() and type() are those of x_seq and tensors like it. real_options() and real() are those of states,
+  // parameters and their gradients.
   const at::TensorOptions& options() const { return options_; }
   at::ScalarType type() const { return c10::typeMetaToScalarType(options_.dtype()); }
   at::ScalarType real() const { return real_type(type()); }

@@ -13,6 +13,7 @@ constexpr int64 kMomentsRowsEach = 128;
 struct ChannelShape {
   int64 rows, channels, inner;
 
+  // The number of columns.
   ASGL_HOST_DEVICE int64 columns() const { return channels * inner; }
 };
 
