@@ -156,7 +156,7 @@ class _Random:
 def _check(
     backend: str, device: str, dtype: torch.dtype, surrogate: str, v_reset: float | None, residual: bool = False
 ) -> Iterator[Row]:
-    """With several spikes per step and a floor for PERIODIC."""
+    """Rows for `lif` on this backend; for PERIODIC with several spikes per step and a floor."""
     random = _Random(device, dtype)
     x_seq = random(_STEPS, _BATCH, _CHANNELS, low=-1.0, high=2.0, dtype=dtype)
     exact, several = surrogate in EXACT_SURROGATES, surrogate == PERIODIC
@@ -201,7 +201,7 @@ def _check_integrator(backend: str, device: str, dtype: torch.dtype) -> Iterator
 
 
 def _check_recurrent(backend: str, device: str, dtype: torch.dtype) -> Iterator[Row]:
-    """With a weight of multiples of 1/64, whose sums over spikes are exact in any order."""
+    """Rows for `recurrent_lif`, with a weight of multiples of 1/64: its sums over spikes are exact in any order."""
     random = _Random(device, dtype)
     inputs = {
         "x_seq": random(_STEPS, _BATCH, _CHANNELS, low=-1.0, high=2.0, dtype=dtype),
@@ -216,7 +216,7 @@ def _check_recurrent(backend: str, device: str, dtype: torch.dtype) -> Iterator[
 def _rows(
     backend: str, function: Callable[..., Any], inputs: dict[str, Tensor], allowed: dict[str, float], **options: bool
 ) -> Iterator[Row]:
-    """Outputs and gradients of a function with several outputs; bits are the same where no difference is allowed."""
+    """Rows for the outputs and gradients of a function; bits must be equal where `allowed` has no difference."""
 
     def results(backend: str) -> dict[str, Tensor]:
         """Outputs and gradients by name."""

@@ -54,7 +54,7 @@ class _Taker:
             )
 
     def before(self, x_seq: Any) -> None:
-        """Called with the input of each call."""
+        """Runs before each call of the module; refuses a second call, a replaced state, and more than one time step."""
         if self.called:
             raise RuntimeError(
                 f"{_CALLER}: {self.name} is called twice in one step but carries only one state; use another layer "
@@ -74,7 +74,7 @@ class _Taker:
             )
 
     def after(self) -> None:
-        """Called after each call."""
+        """Runs after each call of the module; keeps its state, to see whether the model replaces it."""
         if self.around is not None:
             self.around.after()
         self.left = self._state()

@@ -266,7 +266,7 @@ def _problem() -> str | None:
 
 
 def _problem_of_cupy() -> str | None:
-    """CuPy imports, and matches torch's CUDA."""
+    """Why CuPy can't be imported or does not match torch's CUDA, or None."""
     install = install_command()
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is a build without CUDA. With one for CUDA: {install}"
@@ -304,7 +304,7 @@ def _problem_of_device() -> str | None:
 
 
 def _problem_of_compilation() -> str | None:
-    """NVRTC and the headers are present, and the smallest kernel compiles and loads."""
+    """Why the smallest kernel can't be compiled and loaded, or None."""
     if source_directory() is None:
         return no_sources()
     missing = nvrtc_problem()

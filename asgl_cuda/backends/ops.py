@@ -90,7 +90,7 @@ def empty_gradients(
 
 
 def _on_one_device(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
-    """The fake implementation, which torch calls if any argument is on meta, even if other tensors have values."""
+    """`fake` with a check of devices: torch calls it if any argument is on meta, even if other tensors have values."""
 
     def checked(*arguments: Any) -> Any:
         """The results of `fake`, after a check that all tensors are on one device."""
@@ -165,7 +165,7 @@ def _fake_recurrent_backward(*arguments: Any) -> BackwardResult:
 
 
 def _in_layout(like: Sequence[Tensor], sizes: Sequence[Any]) -> Tensor:
-    """Uses channels_last if one of the tensors does, as torch's convolutions do."""
+    """An empty tensor, in channels_last if one of the tensors is, as torch's convolutions choose."""
     formats = [suggest_memory_format(each) for each in like if each.dim() == 4]
     last = torch.channels_last if torch.channels_last in formats else torch.contiguous_format
     return torch.empty(sizes, dtype=like[0].dtype, device=like[0].device, memory_format=last)

@@ -350,7 +350,7 @@ class Converted(Overlay, Noisy):
         x_seq, dtype = as_floating(x_seq), self.settings.dtype
         if dtype is not None and x_seq.dtype in HALF_TYPES:
             x_seq = x_seq.to(dtype)
-        options = self._all(x_seq, options)
+        options = self._all_options(x_seq, options)
         if isinstance(x_seq, Pending):  # from the normalisation in front, which `fuse` has left to the layer
             result = computed_after(x_seq, self, "asgl_cuda.lif", {**LIF_DEFAULTS, **options})  # type: ignore[typeddict-item]
         else:
@@ -359,8 +359,8 @@ class Converted(Overlay, Noisy):
         dtype = dtype or result.s_seq.dtype
         return result if result.s_seq.dtype is dtype else result._replace(s_seq=result.s_seq.to(dtype))
 
-    def _all(self, x_seq: Tensor, options: dict[str, Any]) -> dict[str, Any]:
-        """All options of `lif`."""
+    def _all_options(self, x_seq: Tensor, options: dict[str, Any]) -> dict[str, Any]:
+        """The options of `lif`: the given ones, and those of the layer's settings."""
         width = self.width if self.log_width is None else Logarithm(self.log_width)
         return {
             "surrogate": self.settings.spike.surrogate,

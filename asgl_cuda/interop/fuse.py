@@ -43,9 +43,11 @@ def fuse(model: nn.Module, *example: Any, inplace: bool = False) -> tuple[nn.Mod
     left, with the reason in the report, if anything else uses its output or the sum, or if the neurons are called step
     by step. In that case two layers are faster than one.
 
-    Parameters, buffers and their names, state, optimizers and checkpoints stay valid. Other neurons, and code that the
-    example did not reach, get the value that the normalisation alone would return. If a gradient would be lost, or a
-    change in place missed, a RuntimeError is raised. In inference mode and under `torch.compile`, changes in place are
+    Parameters, buffers and their names, state, optimizers and checkpoints stay valid. A merged normalisation returns a
+    stand-in, from which its neurons compute both. Anything else that meets the stand-in, such as other neurons or code
+    that the example did not reach, gets the value that the normalisation alone would return. A RuntimeError is raised
+    where such code would lose a gradient (for example a `torch.autograd.Function`), or where a view would miss a change
+    in place of the tensor that it views. In inference mode and under `torch.compile`, changes in place are
     not noticed.
 
     Args:

@@ -111,7 +111,7 @@ class ConvertedSNN(Converted):
         """Output and state of a step or a sequence, with the states of all steps if it `records` them."""
         found: dict[str, Any] = {}
         first = self.state_at_rest(input_tensor, a_step) if state is None else state
-        options, decay_of_current = self._made()
+        options, decay_of_current = self._neuron_options()
         if decay_of_current is not None:
             if a_step:
                 input_tensor = last = input_tensor + first.i
@@ -139,7 +139,7 @@ class ConvertedSNN(Converted):
         of_step = self.time_dim is None and not a_step  # a cell knows no time
         return self.initial_state(input_tensor[0] if of_step else input_tensor)
 
-    def _made(self) -> tuple[dict[str, Any], Any]:
+    def _neuron_options(self) -> tuple[dict[str, Any], Any]:
         """The options of `lif`, and the decay of the current, or None."""
         p, gain, bias, decay = self.p, 1.0, 0.0, 1.0
         if hasattr(p, "tau_mem_inv"):
@@ -169,7 +169,7 @@ class ConvertedRecurrent(Recurrent, ConvertedSNN):
         """Output and state of a step or a sequence, see `ConvertedSNN.compute`."""
         p = self.p
         first = self.state_at_rest(input_tensor, a_step) if state is None else state
-        options, decay = self._made()
+        options, decay = self._neuron_options()
         leak = number(p.v_leak)
         x_seq = nn.functional.linear(input_tensor[None] if a_step else input_tensor, self.input_weights)
         z, v, i = [each if each.shape == x_seq.shape[1:] else each.expand(x_seq.shape[1:]) for each in first]
@@ -191,7 +191,7 @@ class ConvertedRecurrent(Recurrent, ConvertedSNN):
 
 
 def _state(first: Any, found: dict[str, Any], input_tensor: Tensor) -> Any:
-    """The state after a call; float32 of half types is kept only within."""
+    """The state after a call, whose values are float32 inside of a call also for half types."""
     if input_tensor.dtype in HALF_TYPES:
         found = {name: value.to(torch.result_type(input_tensor, getattr(first, name))) for name, value in found.items()}
     return type(first)(**found)

@@ -363,7 +363,7 @@ def _leaves(value: Any) -> Iterator[Any]:
 
 
 def _filled(value: Any, fill: Callable[[Any], Any]) -> Any:
-    """tree_map that knows slices, and not named tuples of torch."""
+    """The value with fill(hole) for each hole: as tree_map, but also in slices, and not in named tuples of torch."""
     if isinstance(value, _Hole):
         return fill(value)
     if type(value) in (tuple, list):
@@ -593,7 +593,9 @@ class Recording:
                 f"in {function.__name__}, and would lose their gradients; if the function belongs to neurons of your "
                 "own, replace these by the argument layers of asgl_cuda.convert"
             )
-        if function in (torch.stack, torch.Tensor.__getitem__) or not (changed := _changed(function, args, kwargs)):
+        reads = function in (torch.stack, torch.Tensor.__getitem__)  # frequent, and never in place
+        changed = None if reads else _out_of_place(function, args, kwargs)
+        if not changed:
             return self._record(function, args, kwargs)
         target = args[0]
         if type(target) is Recorded:
@@ -666,7 +668,7 @@ class Recording:
         return found
 
     def step(self, layer: Any, x: Any, states: dict[str, Any]) -> dict[str, Recorded]:
-        """Records a step of a layer, from these states; the spikes and the states after it."""
+        """Records a step of a layer from these states. Returns the spikes and the states after it, by name."""
         modes = _modes()
         self.calls[layer] = self.calls.get(layer, 0) + 1
         if layer not in self.before:
@@ -759,13 +761,13 @@ class Recording:
         return self.call(torch.stack, list(values)) if some else torch.stack(values)
 
     def pass_through(self, function: Any, args: Any, kwargs: Any) -> Any:
-        """Calls a function of tensors that exist."""
+        """Calls a function of tensors that exist, after what is recorded of the tensors that it reads or changes."""
         name = function.__name__
         if self.written and name not in _ABOUT and name != "__get__":
             tensors = (each for each in _leaves((args, kwargs)) if isinstance(each, Tensor))
             if any(_storage(each) in self.written for each in tensors):
                 self.flush(name)
-        if self.read and _changed(function, args, kwargs) and _storage(args[0]) in self.read:
+        if self.read and _out_of_place(function, args, kwargs) and _storage(args[0]) in self.read:
             self.flush(name)
         return function(*args, **kwargs)
 
@@ -829,7 +831,7 @@ class _Mode(TorchFunctionMode):
 
 
 def _scan(value: Any, key: list[Any], operands: list[Recorded], indices: list[int] | None) -> None:
-    """What tells operations apart, and operands; with `indices`, integers may differ between members."""
+    """Adds what tells operations apart to `key`, recorded values to `operands`, and integers to `indices` if given."""
     kind = type(value)
     if kind is Recorded:
         operands.append(value)
@@ -899,8 +901,8 @@ def _kind_of_change(function: Any) -> tuple[Any, str, int | None] | None:
     return (function, name, names.index("inplace")) if "inplace" in names else None
 
 
-def _changed(function: Any, args: Any, kwargs: Any) -> Any:
-    """The call without a change in place, and the name of the function; None for a call that changes nothing."""
+def _out_of_place(function: Any, args: Any, kwargs: Any) -> Any:
+    """The call without its change in place: function, arguments and name. None for a call that changes nothing."""
     kind = _kind_of_change(function)
     if kind is None:
         return None

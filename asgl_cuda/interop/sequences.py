@@ -128,7 +128,7 @@ def reason_against(model: nn.Module, left: list[Any]) -> str:
 
 
 def in_sequences(model: nn.Module, kind: str) -> str:
-    """Overlays the model; what the report says."""
+    """Overlays the model, and returns what the report says of it."""
     if not isinstance(model, InSequences):
         model.__class__ = overlaid(InSequences, type(model))
     model.__dict__["_sequences"] = kind

@@ -101,11 +101,11 @@ class ConvertedLayer(Converted):
             v_init=self.v_mem,
             time_dim=1,
             return_v_seq=self.record_states,
-            **self._reset(),
+            **self._reset_options(),
         )
         return output.s_seq, output.v_last, output.v_seq
 
-    def _reset(self) -> dict[str, Any]:
+    def _reset_options(self) -> dict[str, Any]:
         """The options of `lif` for the reset."""
         if isinstance(self.reset_fn, MembraneReset):
             return {"v_reset": 0.0, "detach_reset": True}
@@ -204,7 +204,7 @@ class ConvertedRecurrent(Recurrent, ConvertedLayer):
         output = self.recurrent_lif(
             x_seq.movedim(1, time_dim), weight, self._gain(), syn_decay=alpha, time_dim=time_dim,
             decay=self.alpha_mem_calculated, v_threshold=self.spike_threshold.detach(), v_init=self.v_mem,
-            i_init=None if alpha is None else self.i_syn, **self._reset(),
+            i_init=None if alpha is None else self.i_syn, **self._reset_options(),
         )  # fmt: skip
         self.v_mem, self.i_syn, self.recordings = output.v_last, output.i_last, {}
         self.firing_rate = output.s_seq.mean()

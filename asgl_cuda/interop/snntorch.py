@@ -79,7 +79,7 @@ class ConvertedLeaky(Converted):
         enlist(self)
 
     def steps_as_before(self) -> bool:
-        """Also where the gradient of beta costs what the kernel saves: 0.8 to 1.0 times as fast."""
+        """Whether the library's own step runs: also where the gradient of beta costs what the kernel saves."""
         if self.init_hidden and self.beta.requires_grad and torch.is_grad_enabled():
             return self.is_plain()
         return super().steps_as_before()
@@ -130,7 +130,7 @@ class ConvertedLeaky(Converted):
 
     def step(self, x_seq: Tensor, mem: Tensor | None) -> tuple[Tensor, ...]:
         """Spikes and potentials after one step of charging by `x_seq`; a subtraction is from the input."""
-        mechanism, threshold, (decay, gain) = self.reset_mechanism, number(self.threshold), self._terms()
+        mechanism, threshold, (decay, gain) = self.reset_mechanism, number(self.threshold), self._decay_and_gain()
         v_init = self._before(x_seq, mem)
         if mechanism != "none":
             reset = self._reset_of(v_init, threshold)
@@ -144,7 +144,7 @@ class ConvertedLeaky(Converted):
             detach_reset=True,
         )  # fmt: skip
         assert output.v_last is not None
-        spk, mem = output.s_seq.squeeze(0), self._as_theirs(output.v_last, x_seq)  # cheaper gradient than indexing
+        spk, mem = output.s_seq.squeeze(0), self._in_their_dtype(output.v_last, x_seq)  # cheaper gradient than indexing
         if mechanism != "none" and not self.reset_delay:
             mem = _less(mem, spk - reset, threshold if mechanism == "subtract" else mem)
         elif self._has_noise:
@@ -154,7 +154,7 @@ class ConvertedLeaky(Converted):
 
     def sequence(self, x_seq: Tensor, mem: Tensor | None = None) -> tuple[Tensor, ...]:
         """Spikes and states of all steps."""
-        options = self._over_time()
+        options = self._sequence_options()
         if self._is_small(options["decay"]):
             return self.by_steps(x_seq, mem)
         options["return_h_seq"] = at_rest = self.reset_delay or self.reset_mechanism == "none"
@@ -162,7 +162,7 @@ class ConvertedLeaky(Converted):
         output = self.lif(x_seq, v_init=self._start(x_seq, mem, options), **options)
         mem_seq = output.h_seq if at_rest else output.v_seq
         assert mem_seq is not None
-        mem_seq = self._as_theirs(mem_seq, x_seq)
+        mem_seq = self._in_their_dtype(mem_seq, x_seq)
         self._keep("mem", mem_seq[-1].clone())
         return output.s_seq, mem_seq
 
@@ -175,7 +175,7 @@ class ConvertedLeaky(Converted):
         return tuple(map(torch.stack, zip(*steps, strict=True)))
 
     def _keep(self, name: str, value: Tensor) -> None:
-        """Sets a buffer without Module's 3 us."""
+        """Sets a state, which is a buffer, without the 3 us that Module takes."""
         if name in self._buffers and not torch.compiler.is_compiling():
             self._buffers[name] = value
         else:
@@ -190,23 +190,23 @@ class ConvertedLeaky(Converted):
             )
         return spk if self.init_hidden and not self.output else (spk, *states)
 
-    def _as_theirs(self, mem_seq: Tensor, x_seq: Tensor) -> Tensor:
+    def _in_their_dtype(self, mem_seq: Tensor, x_seq: Tensor) -> Tensor:
         """In snnTorch's dtype: the input's, unless a reset, which is float32, or a beta with dimensions promotes it."""
         if x_seq.dtype not in HALF_TYPES or self.reset_mechanism != "none":
             return mem_seq
         leak = (self.R, self.C) if isinstance(self, snntorch.Lapicque) else (self.beta,)
         return mem_seq if any(value.dim() for value in leak) else mem_seq.to(x_seq.dtype)
 
-    def _terms(self) -> tuple[Any, Any]:
+    def _decay_and_gain(self) -> tuple[Any, Any]:
         """Decay and gain of the input."""
         if not isinstance(self, snntorch.Lapicque):
             return _clamped(self.beta), 1.0
         R, C, time_step = self.R, self.C, self.time_step  # noqa: N806
         return number(1 - time_step / (R * C)), number(R * (1 / (R * C)) * time_step)
 
-    def _over_time(self) -> dict[str, Any]:
+    def _sequence_options(self) -> dict[str, Any]:
         """The options of `lif` for a sequence."""
-        threshold, (decay, gain) = number(self.threshold), self._terms()
+        threshold, (decay, gain) = number(self.threshold), self._decay_and_gain()
         options = {"v_threshold": threshold, "input_gain": gain, "detach_reset": True, "return_h_seq": True}
         if self.reset_mechanism == "zero":
             return {**options, "decay": decay, "v_reset": 0.0}
@@ -332,9 +332,9 @@ class ConvertedRLeaky(Recurrent, ConvertedLeaky):
         return fits and not self._is_small(_clamped(self.beta))
 
     def _sequence(self, x_seq: Tensor, spk: Any, mem: Any, **synapse: Any) -> Any:
-        """Spikes, potentials, and what computes the currents."""
+        """Spikes and potentials, and the arguments of `currents`: spikes before the first step, weight and bias."""
         self.check()
-        options, s_init = self._over_time(), self._before(x_seq, spk, "spk")
+        options, s_init = self._sequence_options(), self._before(x_seq, spk, "spk")
         v_init = self._start(x_seq, mem, options)
         if isinstance(self.recurrent, nn.Linear):
             weight, bias = self.recurrent.weight, self.recurrent.bias
@@ -343,7 +343,7 @@ class ConvertedRLeaky(Recurrent, ConvertedLeaky):
         options |= {"v_init": v_init, "s_init": s_init, "bias": bias, **synapse}
         output = self.recurrent_lif(x_seq, weight, options.pop("input_gain"), **options)
         assert output.h_seq is not None
-        mem_seq = self._as_theirs(output.h_seq, x_seq)
+        mem_seq = self._in_their_dtype(output.h_seq, x_seq)
         for name, state in (("spk", output.s_seq[-1]), ("mem", mem_seq[-1]), ("syn", output.i_last)):
             if state is not None:
                 self._keep(name, state.clone())

@@ -91,9 +91,9 @@ class ConvertedNode(Converted):
 
     def _steps(self, x_seq: Tensor, whole: bool) -> LIFOutput:
         """The result of `lif` for `[T, ...]`; `whole` sequences may store all potentials."""
-        return self._fired(self._current(x_seq, whole), x_seq, whole and getattr(self, "store_v_seq", False))
+        return self._fire(self._current(x_seq, whole), x_seq, whole and getattr(self, "store_v_seq", False))
 
-    def _fired(self, current: Tensor, x_seq: Tensor, return_v_seq: bool) -> LIFOutput:
+    def _fire(self, current: Tensor, x_seq: Tensor, return_v_seq: bool) -> LIFOutput:
         """The result of `lif` for the current that charges the neurons; keeps the last potential."""
         output = self.lif(
             current, input_gain=_gain(self), levels=self._levels, return_v_seq=return_v_seq, **_options(self, x_seq)
@@ -119,7 +119,7 @@ class ConvertedNode(Converted):
     def steps_from(self, x_seq: Tensor, states: dict[str, Any], wanted: set[str]) -> tuple[Any, Any]:
         """All steps from the stored states, see `Converted.steps_from`."""
         current = self._current(x_seq, True)
-        output = self._fired(current, x_seq, "v" in wanted)
+        output = self._fire(current, x_seq, "v" in wanted)
         found = {SPIKES: output.s_seq, "v": output.v_seq, "c": current if "c" in states else None}
         return {name: each for name, each in found.items() if each is not None}, {}
 
@@ -144,8 +144,8 @@ class ConvertedCUBALIFNode(ConvertedNode):
         return c_seq
 
 
-def _share(node: Any) -> Tensor | float:
-    """The leak of the potential per step."""
+def _leak_per_step(node: Any) -> Tensor | float:
+    """The fraction of the potential that leaks per step."""
     if isinstance(node, _PARAMETRIC):
         return node.w.sigmoid()  # type: ignore[no-any-return]
     return 1 / node.tau if isinstance(node, _LEAKY) else 0.0
@@ -156,7 +156,7 @@ def _options(node: Any, x_seq: Tensor) -> dict[str, Any]:
     v_reset = 0.0 if node.v_reset is None else node.v_reset
     v_rest = 0.0 if isinstance(node, _CUBA) else v_reset
     return {
-        "decay": node.v_decay if isinstance(node, _CUBA) else 1 - _share(node),
+        "decay": node.v_decay if isinstance(node, _CUBA) else 1 - _leak_per_step(node),
         "v_threshold": node.v_threshold,
         "v_reset": node.v_reset,
         "v_rest": v_rest,
@@ -170,11 +170,11 @@ def _gain(node: Any) -> Tensor | float:
     if isinstance(node, _INTEGER):
         return 1.0
     # Up to SpikingJelly 0.0.0.0.8 the input always decays.
-    return _share(node) if isinstance(node, _LEAKY) and getattr(node, "decay_input", True) else 1.0
+    return _leak_per_step(node) if isinstance(node, _LEAKY) and getattr(node, "decay_input", True) else 1.0
 
 
 def _kept(node: Any, value: Any, x_seq: Tensor, at_start: float, at_rest: float | None) -> Any:
-    """The state of the last call; None at rest."""
+    """The state that the last call left, as a tensor; None if it is `at_rest`, where a call needs no state."""
     whole, simple = not x_seq.is_floating_point(), isinstance(node, (ConvertedClockDrivenNode, *_SIMPLE))
     if isinstance(value, Tensor) and value.shape != x_seq.shape[1:] and not simple:
         value = at_start  # start at rest, as in SpikingJelly
@@ -313,9 +313,9 @@ class ConvertedILIFNode(ConvertedNode):
         """The most spikes per step."""
         return int(getattr(self.surrogate_function, "max_spike_count", 0))  # 0 is an error of `lif`
 
-    def _fired(self, current: Tensor, x_seq: Tensor, return_v_seq: bool) -> LIFOutput:
+    def _fire(self, current: Tensor, x_seq: Tensor, return_v_seq: bool) -> LIFOutput:
         """As in the base class, with spikes in the type of the input."""
-        output = super()._fired(current, x_seq, return_v_seq)
+        output = super()._fire(current, x_seq, return_v_seq)
         return output._replace(s_seq=output.s_seq.to(x_seq.dtype))  # integers for integer inputs
 
     def description(self) -> str:

@@ -61,7 +61,7 @@ def fill_parameter(parameter: Tensor | None, value: Tensor | float) -> None:
 
 
 def values_shown(value: Tensor | float, parameter: Tensor | None = None) -> str:
-    """A value of neurons, or the ends of several, and whether a parameter began there."""
+    """A value of neurons as text, the least and the largest of several, and whether it is learned."""
     least, most = (f"{each:g}" for each in least_and_most(value))
     return f"{least if least == most else f'{least} to {most}'}{'' if parameter is None else ' (learned)'}"
 
@@ -231,7 +231,7 @@ class NeuronLayer(Settable):
 
     @staticmethod
     def _placed(value: Any, device: torch.device) -> Any:
-        """A tensor on this device; where it is, as floats are, if the device has no values."""
+        """The value, moved to the device if it is a tensor and the device is not "meta"."""
         return value.to(device) if isinstance(value, Tensor) and device.type != "meta" else value
 
     @property
@@ -271,7 +271,7 @@ class NeuronLayer(Settable):
         return self._decay if self.logit_decay is None else Logit(self.logit_decay)
 
     def _shown(self, value: Value) -> Tensor | float:
-        """The value of a property: a scalar for the whole layer."""
+        """The value as a property returns it: a scalar if it is one for the whole layer."""
         if isinstance(value, (Logarithm, Logit)):
             value = value.value()
         # The sum of one element. reshape(()) would raise an error for tensors that fully_shard has sharded.

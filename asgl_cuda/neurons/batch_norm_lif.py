@@ -575,7 +575,7 @@ def _update(running: _Running, *statistics: Tensor) -> None:
 
 
 def _reference(settings: _Settings, running: _Running | None, call: Call, norm: _ByChannel) -> Sequence[Tensor]:
-    """The outputs of the neuron."""
+    """The outputs of the neuron after the normalisation, by the reference."""
     channel, x_seq = settings.channel, call.inputs.x_seq
     mean, variance, weight, bias = norm
     if mean is None or variance is None:
@@ -751,7 +751,7 @@ class BatchNormLIF(LIF):
         )  # fmt: skip
 
     def _check_channels(self, x_seq: Tensor) -> None:
-        """What `asgl_cuda.batch_norm_lif` does where it has tensors of the channels' size."""
+        """Refuses an input with other channels, as `asgl_cuda.batch_norm_lif` does if it has tensors of that size."""
         time_dim = check_input(x_seq, self.time_dim, self._caller)
         channel = channel_dim(time_dim)
         if x_seq.dim() > channel and x_seq.shape[channel] != self.num_channels:

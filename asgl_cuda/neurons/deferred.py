@@ -109,7 +109,7 @@ class Pending:
 
     @property  # type: ignore[misc]
     def __class__(self) -> Any:
-        """Read by isinstance, and by functions of torch."""
+        """`Pending`, read by isinstance and by functions of torch. Notes whether code asks if this is a Tensor."""
         names = sys._getframe(1).f_code.co_names
         if "isinstance" in names and "Tensor" in names:
             self.was_asked = True
@@ -149,7 +149,7 @@ class Pending:
         return self.value is not None or self.source.tensor is not None or self.call.tensor is not None
 
     def check(self) -> None:
-        """Refuses what would differ from the layers that were there."""
+        """Raises if a change in place would make the value differ from that of the separate layers."""
         if self.changes != self.source.changes:
             raise self.norm.refusal("its output, or a view of it, was changed in place after this view was made")
         if any(version != _version(tensor) for tensor, version in self.watched):

@@ -106,7 +106,7 @@ DERIVATIVES["integrator_forward"] = _differentiated
 
 
 def _checked(caller: str, x_seq: Tensor, given: _Arguments) -> Plan:
-    """Checks everything independent of tensor values."""
+    """The plan of a call, after checks of everything that does not depend on values of tensors."""
     time_dim = check_input(x_seq, given["time_dim"], caller)
     if (features := given.get("features")) is not None:
         check_features(features, x_seq, time_dim, caller)

@@ -109,10 +109,10 @@ def lif(
         v_reset: potential after a spike (hard reset), or None for the soft reset.
         reset_amount: amount that a spike subtracts under the soft reset; default `v_threshold`.
         width: width of the surrogate, in units of x_seq. In float32 it must be at least 1.1e-19, so that 1 / width^2 is
-            finite. fast_sigmoid and arctan square u / width, and have no gradient for abs(u) > 1e19 width, where the
-            square overflows. To avoid a device synchronisation, a tensor is checked only on the CPU, and not under
-            torch.compile and torch.func. Where it is not checked, a width < 0 gives gradients of the wrong sign, and a
-            width of 0 gives NaN.
+            finite. fast_sigmoid and arctan square u / width. Where this square overflows, at abs(u) somewhat above
+            1e19 * width, they have no gradient. To avoid a device synchronisation, a tensor is checked only on the CPU,
+            and not under torch.compile and torch.func. Where it is not checked, a width < 0 gives gradients of the
+            wrong sign, and a width of 0 gives NaN.
         surrogate: rectangle, triangle, sigmoid, arctan, erf, fast_sigmoid or laplace; with `multi_spike` also
             periodic_exponential, whose slope peaks at every multiple of the threshold. No effect with levels.
         surrogate_gain: factor on the surrogate gradient.

@@ -107,7 +107,7 @@ class GradientAndTangentOf(GradientOf):
 
 
 def with_gradient_of(s: Tensor, a: Tensor, gain: float = 1.0) -> Tensor:
-    """Applies `GradientOf`."""
+    """The value of `s` with the gradient of `a` times `gain`: `GradientOf` in all modes of torch."""
     compiling = torch.compiler.is_compiling()
     if compiling and (transforming() or in_forward_mode()):  # both ignore autograd functions silently
         scaled = a * gain

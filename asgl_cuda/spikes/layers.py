@@ -19,7 +19,7 @@ _FEW_SUMS = 64
 
 
 def _parameter(layer: nn.Module, name: str) -> Any:
-    """The attribute, for which nn.Module's own way takes 0.4 us."""
+    """The parameter of this name, without the 0.4 us that nn.Module takes."""
     own = layer._parameters
     return own[name] if name in own else getattr(layer, name)
 
@@ -196,7 +196,7 @@ SPIKE_LAYERS: dict[type[nn.Module], type[nn.Module]] = {
 
 
 def expected_gain(layer: nn.Module, share: float) -> float:
-    """How many times as fast as of torch's layer an evaluation is.
+    """How many times as fast as torch's layer an evaluation is, if the fraction `share` of the inputs is not zero.
 
     Measured in float32 on layers of 64 to 1,024 channels.
     """

@@ -211,7 +211,7 @@ class _Trial:
         return {site: self._rate_of(site, [call[-1] for call in site.calls]) for site in sites}
 
     def prepare(self, before: dict[_Site, float]) -> None:
-        """A run with all weights at 0, which finds what biases alone give to the neurons."""
+        """Runs the model with all weights at 0, to find what biases alone give to the neurons."""
         for site in before:
             self._scale(site, 0.0)
         self.run()

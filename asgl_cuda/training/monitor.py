@@ -78,7 +78,7 @@ class _Tally:
 def _shares_of_lif(
     layer: Neurons, x_seq: Tensor, more: dict[str, Any], states: dict[str, Any], rng_state: Tensor | None, s_seq: Tensor
 ) -> dict[str, Tensor]:
-    """Repeats the call for its potentials, with the same states and noise."""
+    """What `_Tally.add` gets for a call, which is repeated for its potentials, with the same states and noise."""
     generator = None if rng_state is None else torch.Generator(x_seq.device).set_state(rng_state)
     time_dim = layer.time_dim % x_seq.dim()
     if isinstance(layer, LIF):  # whose running statistics a call may update

@@ -39,7 +39,7 @@ def no_sources() -> str:
 
 
 def _misfit(info: BuildInfo) -> str | None:
-    """An extension loads in any torch of the minor version that it was built for."""
+    """Why the extension does not fit this torch or these sources, or None. Any torch of its minor version fits."""
     if build_notes.minor_version(info.torch_version) != build_notes.minor_version(torch.__version__):
         name = f"asgl_cuda {__version__}+{build_notes.local_version(info.torch_version, info.cuda)}"
         return f"{name} was built for torch {info.torch_version}, and this is torch {torch.__version__}"

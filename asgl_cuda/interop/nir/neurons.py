@@ -132,7 +132,7 @@ def numbers_of(layer: Any, shape: Sequence[int]) -> dict[str, Tensor]:
 
 
 def spike_heights(layer: LIF, shape: Sequence[int]) -> Tensor:
-    """The factor of scale_output."""
+    """The height of a spike of each neuron: the factor of scale_output."""
     height = layer.v_threshold if layer.levels is None or layer.multi_spike else 1 / layer.levels
     return per_neuron(layer, height, shape)
 
@@ -174,7 +174,7 @@ def restored(ours: Any, kind: Any, said: dict[str, Tensor]) -> Any:
 
 
 def step_of(node: Any, dt: float, tau: str = "tau", r: str = "r") -> tuple[Tensor, Tensor]:
-    """Decay and gain of a node."""
+    """Decay and gain, per step of length dt, of a node with a time constant and a resistance."""
     gain, time = as_double(getattr(node, r)), getattr(node, tau, None)
     if time is None:  # IF and I
         decay, gain = torch.ones_like(gain), gain * dt
@@ -188,8 +188,8 @@ def step_of(node: Any, dt: float, tau: str = "tau", r: str = "r") -> tuple[Tenso
     return decay, torch.where((gain - 1).abs() < 1e-6, 1.0, gain)
 
 
-def said_by(node: Any, dt: float, tau: str = "tau") -> dict[str, Tensor]:
-    """The `numbers_of` a firing node, of one shape."""
+def numbers_of_node(node: Any, dt: float, tau: str = "tau") -> dict[str, Tensor]:
+    """The numbers of a firing node, as `numbers_of` has them of a layer, of one shape."""
     decay, gain = step_of(node, dt, tau)
     if not (gain > 0).all():
         raise ValueError(f"r must be > 0, got {range_of(as_double(node.r))}")

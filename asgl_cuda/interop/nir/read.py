@@ -150,12 +150,12 @@ def _read(node: Any, dt: float | None) -> Any:
         return Delay(steps.long())
     if kind in ("CubaLIF", "CubaLI"):
         if kind == "CubaLIF":
-            neurons = units.new_layer(LIF, units.said_by(node, dt, "tau_mem"))
+            neurons = units.new_layer(LIF, units.numbers_of_node(node, dt, "tau_mem"))
         else:
             neurons = units.integrator_of(node, dt, "tau_mem")
         return nn.Sequential(units.integrator_of(node, dt, "tau_syn", "w_in"), neurons)
     if kind in ("LIF", "IF"):
-        numbers = units.said_by(node, dt)
+        numbers = units.numbers_of_node(node, dt)
         return units.restored(ours, LIF, numbers) if ours else units.new_layer(LIF, numbers)
     if kind in ("LI", "I"):
         numbers = dict(zip(("decay", "input_gain"), units.step_of(node, dt), strict=True))
