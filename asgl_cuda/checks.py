@@ -26,13 +26,13 @@ FLOATING_TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def check_tensor(name: str, value: Any, caller: str) -> None:
-    """A tensor of any kind."""
+    """Refuses all but tensors."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{caller}: {name} must be a tensor, got {type(value).__name__}")
 
 
 def check_input(x_seq: Tensor, time_dim: int, caller: str, name: str = "x_seq") -> int:
-    """Type and shape; returns time_dim, made non-negative."""
+    """Refuses inputs of the wrong type or shape; returns time_dim, made non-negative."""
     check_tensor(name, x_seq, caller)
     check_dense(name, x_seq, caller)
     if x_seq.dtype not in FLOATING_TYPES:
@@ -55,7 +55,7 @@ def check_input(x_seq: Tensor, time_dim: int, caller: str, name: str = "x_seq") 
 
 
 def check_step(x_t: Any, time_dim: int, caller: str) -> None:
-    """An input of one time step, with room for time at `time_dim`."""
+    """Refuses all but inputs of one time step with room for time at `time_dim`."""
     check_tensor("x_t", x_t, caller)
     check_dense("x_t", x_t, caller)
     if not -x_t.dim() - 1 <= time_dim <= x_t.dim():
@@ -65,8 +65,8 @@ def check_step(x_t: Any, time_dim: int, caller: str) -> None:
         )
 
 
-def expected_shape(x_seq: Tensor, time_dim: int, sizes: Sequence[int], by_channel: bool) -> str:
-    """Suffix of an error about channel or neuron sizes; `time_dim` is non-negative."""
+def describe_shape_mismatch(x_seq: Tensor, time_dim: int, sizes: Sequence[int], by_channel: bool) -> str:
+    """The end of an error about channel or neuron sizes: expected and given shape. `time_dim` is non-negative."""
     if by_channel:
         names, wanted = ["B", "C", "..."], f"with C = {sizes[0]}"
         names.insert(min(time_dim, len(names)), "T")
@@ -80,7 +80,7 @@ def expected_shape(x_seq: Tensor, time_dim: int, sizes: Sequence[int], by_channe
 
 
 def check_dense(name: str, value: Tensor, caller: str) -> None:
-    """A strided tensor in the memory of this process."""
+    """Refuses all but strided tensors in the memory of this process."""
     if value.is_nested or value.layout is not torch.strided:
         kind = "a nested tensor" if value.is_nested else f"one of layout {value.layout}"
         raise TypeError(f"{caller}: {name} must be a dense tensor, got {kind}; pad it, or convert it to a dense tensor")
@@ -112,7 +112,7 @@ def did_you_mean(given: Any, names: Iterable[str]) -> str:
 
 
 def check_name(name: str, value: Any, names: Iterable[str], caller: str, hint: str = "", otherwise: str = "") -> None:
-    """One of the names; an error ends with the hint, else the nearest name, `otherwise` without one."""
+    """Refuses other names. An error ends with the hint, else the nearest name, `otherwise` without one."""
     names = tuple(names)
     if not isinstance(value, str) or value not in names:
         hint = hint or did_you_mean(value, names) or otherwise
@@ -202,7 +202,7 @@ def check_rules(given: Mapping[str, Any], caller: str, levels: int | None, multi
 
 
 def check_surrogate(surrogate: Any, caller: str, multi_spike: bool = False) -> None:
-    """One of the names in SURROGATES, or PERIODIC."""
+    """Refuses all but the names in SURROGATES and, with multi_spike, PERIODIC."""
     ours = ELSEWHERE.get(surrogate.lower().replace("_", "")) if isinstance(surrogate, str) else None
     hint = f"; did you mean {ours}, with width=1 / alpha?" if ours else ""
     check_name("surrogate", surrogate, (*SURROGATES, PERIODIC), caller, hint)
@@ -211,7 +211,7 @@ def check_surrogate(surrogate: Any, caller: str, multi_spike: bool = False) -> N
 
 
 def check_multi_spike(v_reset: Any, analog_prob: Any, caller: str) -> None:
-    """Requirements of multi_spike."""
+    """Refuses what excludes multi_spike: a hard reset and noise."""
     if v_reset is not None:
         raise ValueError(
             f"{caller}: multi_spike is for the soft reset and needs v_reset=None, got v_reset {shown(v_reset)}"
@@ -227,14 +227,14 @@ MOST_LEVELS = 256  # bfloat16 represents all integers up to this
 
 
 def check_levels(name: str, value: Any, caller: str) -> int:
-    """Checks a number of spikes per step."""
+    """The number of spikes per step as an int, in [1, MOST_LEVELS]."""
     if isinstance(value, bool) or not isinstance(value, Integral) or not 1 <= int(value) <= MOST_LEVELS:
         raise ValueError(f"{caller}: {name} must be an int in [1, {MOST_LEVELS}], got {shown(value)}")
     return int(value)
 
 
 def check_threshold(value: Any, several: str, caller: str) -> None:
-    """Positive, as several spikes a step need; tensors as in `check_width_tensor`."""
+    """Refuses thresholds that are not positive, as several spikes per step need; tensors as in `check_width_tensor`."""
     if isinstance(value, Tensor):
         if not can_be_seen(value) or bool((value.detach() > 0).all()):
             return
@@ -247,7 +247,7 @@ _LEAST_WIDTH = {real: math.sqrt(torch.finfo(real).tiny) for real in (torch.float
 
 
 def check_width(width: float, caller: str, real: torch.dtype = torch.float32, name: str = "width") -> None:
-    """Positive and finite, as must be 1 / width^2, a factor of the gradient, in the type of the arithmetic."""
+    """Refuses all but positive widths for which 1 / width^2, a factor of the gradient, is finite in the type `real`."""
     least = _LEAST_WIDTH[real]
     if not least <= width < math.inf:
         expected = "> 0" if not width > 0 else "finite" if width > 1 else f">= {least:.3g} in {real}"
@@ -371,6 +371,7 @@ def in_range(check: Callable[..., float], expected: str, least: float, most: flo
     """The check of a number, which must also be in [least, most]; `expected` says so."""
 
     def checked(name: str, value: Any, caller: str) -> float:
+        """The number, after both checks."""
         number = check(name, value, caller)
         if not least <= number <= most:
             raise ValueError(f"{caller}: {name} must be {expected}, got {number}")
@@ -385,13 +386,13 @@ def check_options(given: Any, checks: Mapping[str, Callable[..., Any]], caller: 
 
 
 def check_features(features: Features, x_seq: Tensor, time_dim: int, caller: str) -> None:
-    """An input with the dimensions of a layer's parameters, also where the layer has none that are tensors."""
+    """Refuses inputs without the dimensions of a layer's parameters, even if none of these is a tensor."""
     sizes = [x_seq.shape[dim] for dim in features.dims(x_seq, time_dim)]
     if sizes != list(features.sizes) or x_seq.dim() < 1 + features.least_batch + len(sizes):
         raise ValueError(
             f"{caller}: granularity {'channel' if features.by_channel else 'neuron'!r} with num_features "
             f"{list(features.sizes)} does not fit an input of shape {list(x_seq.shape)} with time_dim {time_dim}: "
-            + expected_shape(x_seq, time_dim, features.sizes, features.by_channel)
+            + describe_shape_mismatch(x_seq, time_dim, features.sizes, features.by_channel)
         )
 
 
@@ -419,13 +420,13 @@ def check_values(
 
 
 def check_device(name: str, value: Tensor, x_seq: Tensor, caller: str) -> None:
-    """The device of x_seq."""
+    """Refuses tensors on another device than x_seq."""
     if value.device != x_seq.device:
         raise ValueError(f"{caller}: {name} must be on {x_seq.device} as x_seq, got {value.device}")
 
 
 def check_floating(name: str, value: Any, x_seq: Tensor, caller: str) -> None:
-    """A dense tensor of a floating type, on the device of x_seq."""
+    """Refuses all but dense tensors of a floating type on the device of x_seq."""
     check_tensor(name, value, caller)
     check_dense(name, value, caller)
     if value.dtype not in FLOATING_TYPES:
@@ -434,7 +435,7 @@ def check_floating(name: str, value: Any, x_seq: Tensor, caller: str) -> None:
 
 
 def check_parameter(name: str, value: Tensor, x_seq: Tensor, caller: str) -> None:
-    """`check_floating`, and a shape that broadcasts against x_seq."""
+    """As `check_floating`; also refuses shapes that do not broadcast against x_seq."""
     check_floating(name, value, x_seq, caller)
     extra = x_seq.dim() - value.dim()
     if extra < 0 or any(size != 1 and size != x_seq.shape[extra + dim] for dim, size in enumerate(value.shape)):
@@ -444,7 +445,7 @@ def check_parameter(name: str, value: Tensor, x_seq: Tensor, caller: str) -> Non
 
 
 def check_v_init(v_init: Tensor, x_seq: Tensor, time_dim: int, caller: str, name: str = "v_init") -> None:
-    """`check_floating`, and the shape of x_seq without time."""
+    """As `check_floating`; also refuses shapes other than that of x_seq without time."""
     check_floating(name, v_init, x_seq, caller)
     shape = state_shape(x_seq, time_dim)
     if v_init.shape != torch.Size(shape):
@@ -452,7 +453,7 @@ def check_v_init(v_init: Tensor, x_seq: Tensor, time_dim: int, caller: str, name
 
 
 def check_residual(residual: Any, x_seq: Tensor, caller: str) -> None:
-    """Shape, type and device of x_seq."""
+    """Refuses residuals of another shape, type or device than x_seq."""
     if not isinstance(residual, Tensor):
         raise TypeError(f"{caller}: residual must be a tensor or None, got {type(residual).__name__}")
     check_dense("residual", residual, caller)
@@ -489,7 +490,7 @@ def check_analog_prob_tensor(analog_prob: Tensor, x_seq: Tensor, caller: str) ->
 
 
 def check_rng_state(rng_state: Tensor, x_seq: Tensor, caller: str) -> None:
-    """int64, shape [2], device of x_seq."""
+    """Refuses all but int64 tensors of shape [2] on the device of x_seq."""
     if not isinstance(rng_state, Tensor):
         raise TypeError(f"{caller}: rng_state must be an int64 tensor, got {type(rng_state).__name__}")
     check_dense("rng_state", rng_state, caller)
@@ -501,7 +502,7 @@ def check_rng_state(rng_state: Tensor, x_seq: Tensor, caller: str) -> None:
 
 
 def check_generator(generator: Any, x_seq: Tensor, caller: str) -> None:
-    """A generator of x_seq's device."""
+    """Refuses generators of another device than x_seq's."""
     if not isinstance(generator, torch.Generator):
         raise TypeError(f"{caller}: generator must be a torch.Generator or None, got {type(generator).__name__}")
     if generator.device.type != x_seq.device.type:
@@ -517,7 +518,7 @@ def check_finite(name: str, value: Any, caller: str, expected: str = "a float") 
 
 
 def check_bool(name: str, value: Any, caller: str) -> bool:
-    """True or False, also of numpy."""
+    """The value as a bool, from bools of Python and numpy."""
     if isinstance(value, bool):
         return value
     numpy = sys.modules.get("numpy")
@@ -537,7 +538,7 @@ def check_sizes(name: str, value: Any, caller: str) -> tuple[int, ...]:
 
 
 def check_device_and_dtype(device: Any, dtype: Any, caller: str) -> None:
-    """Device and type of parameters: a device or its name, and a floating type; None for the default."""
+    """Refuses all but a device or its name, and a floating type. None means the default."""
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype in FLOATING_TYPES):
         raise TypeError(f"{caller}: dtype must be float16, bfloat16, float32, float64 or None, got {shown(dtype)}")
     if device is None or isinstance(device, torch.device):
@@ -562,10 +563,10 @@ def warn_once(kind: str, message: str) -> None:
     """Warns once per `kind`, at the user's line."""
     if kind not in _warned:
         _warned.add(kind)
-        warnings.warn(message, stacklevel=level_of_user())
+        warnings.warn(message, stacklevel=user_stacklevel())
 
 
-def level_of_user() -> int:
+def user_stacklevel() -> int:
     """The stacklevel of the user's line, for the caller of this function."""
     frame, level = sys._getframe(1), 1
     while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in _NOT_THE_USERS:

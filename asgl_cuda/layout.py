@@ -67,7 +67,7 @@ def memory_order(x_seq: Tensor, time_dim: int) -> list[int]:
 
 
 def in_memory_order(tensor: Tensor, x_seq: Tensor, time_dim: int) -> Tensor:
-    """A tensor of x_seq's shape, copied unless its memory order is that of x_seq, which is dense."""
+    """`tensor` in the memory order of x_seq, copied only if needed. Both have the same shape; x_seq is dense."""
     if tensor.stride() == x_seq.stride():
         return tensor
     order = memory_order(x_seq, time_dim)

@@ -60,17 +60,21 @@ def differences(
     keep_seq = (~near.any(dim=time_dim, keepdim=True)).expand_as(x_seq)
     keep = {name: keep_seq.select(time_dim, 0) if name == "v_last" else keep_seq for name in expected}
 
-    def close_to_zero(value: Tensor, name: str) -> Tensor:
+    def zero_near_threshold(value: Tensor, name: str) -> Tensor:
+        """Zeros elements of neurons that came within `band` of the threshold."""
         return torch.where(keep[name], value, torch.zeros_like(value))
 
     generator = torch.Generator().manual_seed(0)
     grads = [
-        close_to_zero(torch.randn(output.shape, generator=generator).to(output), name)
+        zero_near_threshold(torch.randn(output.shape, generator=generator).to(output), name)
         for name, output in expected.items()
     ]
     expected_grads = torch.autograd.grad(list(expected.values()), list({**leaves, **terms}.values()), grads)
     actual_grads = torch.autograd.grad(list(actual.values()), list(leaves.values()), grads)
-    pairs = {name: (close_to_zero(value, name), close_to_zero(actual[name], name)) for name, value in expected.items()}
+    pairs = {
+        name: (zero_near_threshold(value, name), zero_near_threshold(actual[name], name))
+        for name, value in expected.items()
+    }
     found = {name: _difference(*pair) for name, pair in pairs.items()}
     for (name, leaf), expected_grad, actual_grad in zip(leaves.items(), expected_grads, actual_grads, strict=True):
         size = None
@@ -82,6 +86,7 @@ def differences(
 
 
 def _outputs(x_seq: Tensor, backend: str, names: Sequence[str], **options: Any) -> dict[str, Tensor]:
+    """The outputs of `lif` with these names."""
     wanted: dict[str, Any] = {f"return_{name}": name in names for name in LIFOutput._fields[1:]}
     output = lif(x_seq, **options, **wanted, backend=backend)
     found = output._asdict() if isinstance(output, LIFOutput) else {"s_seq": output}
@@ -89,6 +94,7 @@ def _outputs(x_seq: Tensor, backend: str, names: Sequence[str], **options: Any) 
 
 
 def _difference(expected: Tensor, actual: Tensor, size: Tensor | None = None) -> Difference:
+    """The largest difference, and the largest in relation to the largest expected value, or to `size` by element."""
     assert expected.shape == actual.shape
     expected, actual = expected.detach().double(), actual.detach().double()
     same = (expected == actual) | (expected.isnan() & actual.isnan())
@@ -113,6 +119,7 @@ class Row(NamedTuple):
 
     @property
     def passed(self) -> bool:
+        """Whether the difference is allowed."""
         return self.difference.relative <= self.allowed
 
 
@@ -149,7 +156,7 @@ class _Random:
 def _check(
     backend: str, device: str, dtype: torch.dtype, surrogate: str, v_reset: float | None, residual: bool = False
 ) -> Iterator[Row]:
-    """With several spikes per step and a floor for PERIODIC."""
+    """Rows for `lif` on this backend; for PERIODIC with several spikes per step and a floor."""
     random = _Random(device, dtype)
     x_seq = random(_STEPS, _BATCH, _CHANNELS, low=-1.0, high=2.0, dtype=dtype)
     exact, several = surrogate in EXACT_SURROGATES, surrogate == PERIODIC
@@ -180,6 +187,7 @@ def _check(
 
 
 def _check_integrator(backend: str, device: str, dtype: torch.dtype) -> Iterator[Row]:
+    """Rows for `leaky_integrator` on this backend."""
     random = _Random(device, dtype)
     inputs = {
         "x_seq": random(_STEPS, _BATCH, _CHANNELS, low=-1.0, high=2.0, dtype=dtype),
@@ -193,7 +201,7 @@ def _check_integrator(backend: str, device: str, dtype: torch.dtype) -> Iterator
 
 
 def _check_recurrent(backend: str, device: str, dtype: torch.dtype) -> Iterator[Row]:
-    """With a weight of multiples of 1/64, whose sums over spikes are exact in any order."""
+    """Rows for `recurrent_lif`, with a weight of multiples of 1/64: its sums over spikes are exact in any order."""
     random = _Random(device, dtype)
     inputs = {
         "x_seq": random(_STEPS, _BATCH, _CHANNELS, low=-1.0, high=2.0, dtype=dtype),
@@ -208,9 +216,10 @@ def _check_recurrent(backend: str, device: str, dtype: torch.dtype) -> Iterator[
 def _rows(
     backend: str, function: Callable[..., Any], inputs: dict[str, Tensor], allowed: dict[str, float], **options: bool
 ) -> Iterator[Row]:
-    """Outputs and gradients of a function with several outputs; bits are the same where no difference is allowed."""
+    """Rows for the outputs and gradients of a function; bits must be equal where `allowed` has no difference."""
 
     def results(backend: str) -> dict[str, Tensor]:
+        """Outputs and gradients by name."""
         outputs = function(**inputs, **options, backend=backend)._asdict()
         found = {name: value for name, value in outputs.items() if value is not None}
         loss = sum(each.double().square().sum() for each in found.values())

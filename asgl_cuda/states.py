@@ -1,4 +1,4 @@
-"""The states that a model carries from call to call: single time steps, reset and detach."""
+"""step, reset and detach of a whole model. Each layer carries its own states (neurons/base.py)."""
 
 from __future__ import annotations
 
@@ -38,9 +38,11 @@ class _Taker:
         return _name_of(self.model, self.module)
 
     def _state(self) -> Any:
+        """The state that the module carries, or None without a single one."""
         return None if self.streamed.state is None else getattr(self.module, self.streamed.state)
 
     def check_state(self) -> None:
+        """Refuses a state that the model's forward has replaced since the module's last call."""
         state, left = self._state(), self.left
         same = state is left
         if not same and isinstance(state, Tensor) and isinstance(left, Tensor):  # the state may have been detached
@@ -52,7 +54,7 @@ class _Taker:
             )
 
     def before(self, x_seq: Any) -> None:
-        """Called with the input of each call."""
+        """Runs before each call of the module; refuses a second call, a replaced state, and more than one time step."""
         if self.called:
             raise RuntimeError(
                 f"{_CALLER}: {self.name} is called twice in one step but carries only one state; use another layer "
@@ -72,7 +74,7 @@ class _Taker:
             )
 
     def after(self) -> None:
-        """Called after each call."""
+        """Runs after each call of the module; keeps its state, to see whether the model replaces it."""
         if self.around is not None:
             self.around.after()
         self.left = self._state()
@@ -81,6 +83,7 @@ class _Taker:
         """Registers hooks on a layer of another library."""
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            """Checks the call; a second tensor would be a state from the model's forward."""
             inputs = [value for value in (*args, *kwargs.values()) if hasattr(value, "shape")]
             if len(inputs) > 1 and not self.called:
                 raise RuntimeError(
@@ -95,6 +98,7 @@ class _Taker:
 
 
 def _name_of(model: nn.Module, module: nn.Module) -> str:
+    """The module in errors: its class and its path."""
     path = next(path for path, each in model.named_modules() if each is module)
     return f"{type(module).__name__} at {path!r}" if path else type(module).__name__
 
@@ -164,6 +168,7 @@ def _time_dim_of(takers: Sequence[_Taker]) -> int | None:
 
 
 def _without_time(output: Tensor, x_t: Tensor, time_dim: int) -> Tensor:
+    """The output of one step without its time dimension."""
     if -output.dim() <= time_dim < output.dim() and output.shape[time_dim] == 1:
         without = output.squeeze(time_dim)
         # A size of 1 may be the batch.
@@ -216,6 +221,7 @@ def step(model: nn.Module, x_t: Tensor, *, time_dim: int | None = None) -> Any:
     kept: list[tuple[Any, str, Any]] = []  # attributes to restore
 
     def put(layer: Any, name: str, value: Any) -> None:
+        """Sets an attribute until the step ends."""
         kept.append((layer, name, getattr(layer, name)))
         set_plain(layer, name, value)
 

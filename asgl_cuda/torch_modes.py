@@ -138,6 +138,7 @@ class _OnceDifferentiable(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> None:
+        """Refuses a second derivative."""
         raise RuntimeError(
             "asgl_cuda: a second derivative was asked for, and the fused backends have only the first; use "
             "backend='reference', or torch's own layers instead of spike layers"

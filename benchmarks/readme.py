@@ -521,11 +521,11 @@ STEPS = (
 )
 LAYERS = (
     f"One layer, forward and backward, nanoseconds per neuron and time step, {ON}. *floor* is the time of one "
-    "element-wise multiplication forward and one backward, which depends on whether the tensors fit into the cache. The "
-    "surrogate of asgl_cuda is a rectangle here ([times of a sigmoid](docs/measured.md#one-layer)). The last row has the bytes that are kept for backward, per neuron and time step. In "
-    "a pair, the second figure is after `torch.compile`. The first call then takes {compiling} s to compile, and up to "
-    "{again:.0f} s more when batch size or T changes ([times of each](docs/measured.md#one-layer)). At T = 128 we "
-    "timed nothing compiled."
+    "element-wise multiplication forward and one backward, which depends on whether the tensors fit into the cache. "
+    "The surrogate of asgl_cuda is a rectangle here ([times of a sigmoid](docs/measured.md#one-layer)). The last row "
+    "has the bytes that are kept for backward, per neuron and time step. In a pair, the second figure is after "
+    "`torch.compile`. The first call then takes {compiling} s to compile, and up to {again:.0f} s more when batch size "
+    "or T changes ([times of each](docs/measured.md#one-layer)). At T = 128 we timed nothing compiled."
 )
 GAIN = (
     "in the networks below without recurrence, `convert` makes a training step of a SpikingJelly network {jelly} "

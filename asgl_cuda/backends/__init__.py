@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.overrides import has_torch_function
 
-from ..checks import check_name, level_of_user
+from ..checks import check_name, user_stacklevel
 from . import cupy, extension, ops
 
 
@@ -48,9 +48,11 @@ class Backend(NamedTuple):
     misfit: Callable[[torch.device], str | None] = lambda device: None
 
     def serves(self, device: torch.device) -> bool:
+        """Whether the backend is for tensors on this device."""
         return not self.device_types or device.type in self.device_types
 
     def problem_on(self, device: torch.device) -> str | None:
+        """Why the backend does not work on this device, or None."""
         return self.problem() or self.misfit(device)
 
     def device_problem(self) -> str | None:
@@ -64,6 +66,7 @@ class Backend(NamedTuple):
 
 
 def operators_in(namespace: str) -> Operators:
+    """The operators that are registered with torch in this namespace."""
     library = getattr(torch.ops, namespace)
     return Operators(*(getattr(library, name).default for name in Operators._fields))
 
@@ -75,6 +78,7 @@ def direct_operators(functions: Any) -> Operators | None:
 
 
 def _cuda_problem() -> str | None:
+    """Why the backend 'cuda' does not work here, or None."""
     info = extension.build_info
     if info is not None and info.cuda is None:
         if torch.version.cuda is None:
@@ -93,6 +97,7 @@ _cuda_misfit._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see
 
 @functools.cache
 def _misfit(device: torch.device) -> str | None:
+    """Why the kernels that were compiled ahead of time do not run on this GPU, or None."""
     info = extension.build_info
     if info is None or info.cuda is None or not torch.cuda.is_available():  # fake tensors need no GPU
         return None
@@ -210,7 +215,7 @@ def _warn_about_reference(device: torch.device) -> None:
     ]
     why = "; ".join(problems) if problems else f"no fused backend serves {device.type}"
     message = f"asgl_cuda: using the slow reference backend on {device.type}: {why}"
-    warnings.warn(message, stacklevel=level_of_user())
+    warnings.warn(message, stacklevel=user_stacklevel())
 
 
 _warn_about_reference._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see cupy.problem

@@ -116,6 +116,7 @@ def _rows_together(operator: Any, info: Any, in_dims: tuple[Any, ...], *argument
 
 
 def _shape_of_one(value: Tensor, dim: int | None) -> list[int]:
+    """The shape of one sample of a value that is mapped over dimension `dim`, or over none."""
     return [size for index, size in enumerate(value.shape) if index != dim]
 
 
@@ -128,6 +129,7 @@ def _one_by_one(
     dims = pytree.tree_leaves(in_dims)
 
     def pick(value: Any, dim: int | None, index: int) -> Any:
+        """One sample of a value, in a memory layout that kernels accept."""
         if dim is None:
             return value
         if info.batch_size == 0:  # called once, for the shapes
@@ -136,6 +138,7 @@ def _one_by_one(
         return value if is_dense(value, time_dim) else value.contiguous()
 
     def sample(index: int) -> Any:
+        """The results of the operator for one sample."""
         picked = [pick(value, dim, index) for value, dim in zip(values, dims, strict=True)]
         return operator(*pytree.tree_unflatten(picked, structure))
 
@@ -152,6 +155,7 @@ def _write_back(operator: Any, grad_x_seq: Tensor, grad_residual: Tensor | None,
     channel = last if x_seq.is_contiguous() else channel_dim(others[-1])  # otherwise it is channels_last
 
     def laid_out(grad: Tensor) -> Tensor:
+        """A copy of the gradient in the memory layout of x_seq."""
         return grad.movedim(channel, last).clone(memory_format=torch.contiguous_format).movedim(last, channel)
 
     changed = laid_out(grad_x_seq)

@@ -1,9 +1,9 @@
 """The CuPy backend: the CUDA kernels of csrc on a GPU without nvcc on the machine.
 
-The operators are the extension's (launcher.py). NVRTC, a CUDA library, compiles each kernel at first use from the
-headers installed with this package, and CuPy launches the kernel. Binaries are stored in CuPy's cache on disk
-(CUPY_CACHE_DIR, else ~/.cupy/kernel_cache). CuPy's own compilation, RawModule, is not used: it always flushes subnormal
-numbers to zero.
+The operators are the compiled extension's (launcher.py); one that was built without CUDA serves as well. NVRTC, a CUDA
+library, compiles each kernel at first use from the headers installed with this package, and CuPy launches the kernel.
+Binaries are stored in CuPy's cache on disk (CUPY_CACHE_DIR, else ~/.cupy/kernel_cache). CuPy's own compilation,
+RawModule, is not used: it always flushes subnormal numbers to zero.
 
 During CUDA graph capture a kernel can be launched but not loaded: it must have run once before, as torch requires
 anyway.
@@ -58,6 +58,7 @@ class Binary(NamedTuple):
 
 
 def _nvrtc() -> Any:
+    """CuPy's module of NVRTC, imported only where it is needed."""
     from cupy_backends.cuda.libs import nvrtc
 
     return nvrtc
@@ -115,6 +116,7 @@ def _whole(cubin: bytes) -> bytes:
 
 
 def nvrtc_version() -> str:
+    """The version of NVRTC, such as 12.4."""
     return ".".join(map(str, _nvrtc().getVersion()))
 
 
@@ -128,6 +130,7 @@ def nvrtc_problem() -> str | None:
 
 
 def cache_directory() -> Path:
+    """Where CuPy stores compiled kernels."""
     return Path(os.environ.get("CUPY_CACHE_DIR") or Path.home() / ".cupy" / "kernel_cache")
 
 
@@ -173,6 +176,7 @@ def _write(path: Path, binary: Binary) -> None:
 
 
 def _driver() -> Any:
+    """CuPy's module of CUDA's driver, imported only where it is needed."""
     from cupy_backends.cuda.api import driver
 
     return driver
@@ -186,6 +190,7 @@ class CupyLauncher:
         self._resident_threads: dict[int, int] = {}
 
     def resident_threads(self, device: torch.device) -> int:
+        """The number of threads that the GPU can hold at once."""
         if device.index not in self._resident_threads:
             found = torch.cuda.get_device_properties(device)
             each = found.max_threads_per_multi_processor
@@ -193,6 +198,7 @@ class CupyLauncher:
         return self._resident_threads[device.index]
 
     def launch(self, device: torch.device, kernel: str, blocks: int, threads: int, params: int, size: int) -> None:
+        """Starts a kernel by its name, on torch's current stream; `params` is the address of its struct."""
         try:
             driver = _driver()
         except ImportError as error:
@@ -255,11 +261,12 @@ problem._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 @functools.cache
 def _problem() -> str | None:
+    """Why the backend 'cupy' does not work here, or None."""
     return _problem_of_cupy() or extension.problem or _problem_of_device() or _problem_of_compilation()
 
 
 def _problem_of_cupy() -> str | None:
-    """CuPy imports, and matches torch's CUDA."""
+    """Why CuPy can't be imported or does not match torch's CUDA, or None."""
     install = install_command()
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is a build without CUDA. With one for CUDA: {install}"
@@ -284,6 +291,7 @@ def _problem_of_cupy() -> str | None:
 
 
 def _problem_of_device() -> str | None:
+    """Why there is no GPU for CuPy, or None."""
     import cupy
 
     if not torch.cuda.is_available():
@@ -296,7 +304,7 @@ def _problem_of_device() -> str | None:
 
 
 def _problem_of_compilation() -> str | None:
-    """NVRTC and the headers are present, and the smallest kernel compiles and loads."""
+    """Why the smallest kernel can't be compiled and loaded, or None."""
     if source_directory() is None:
         return no_sources()
     missing = nvrtc_problem()

@@ -28,6 +28,7 @@ def at_autograd(operator: Any, name: str) -> Callable[..., Any]:
     """The operator's autograd kernel; csrc/ops/autograd.h is a faster one for calls without gradients."""
 
     def kernel(keyset: Any, *arguments: Any) -> Any:
+        """Calls the operator, with its derivative if a gradient is asked for."""
         tensors = tensors_in(arguments)
         if in_forward_mode():
             refuse_tangents(tensors, f"asgl_cuda.{name}")
@@ -35,6 +36,7 @@ def at_autograd(operator: Any, name: str) -> Callable[..., Any]:
         enabled = torch.is_grad_enabled()
 
         def below(*arguments: Any) -> Any:
+            """The operator without its autograd kernel."""
             # Function disables gradients, but the next level of differentiation needs the grad mode of the caller.
             with torch.set_grad_enabled(enabled), torch._C._AutoDispatchBelowAutograd():
                 return operator.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
@@ -48,6 +50,7 @@ def at_autograd(operator: Any, name: str) -> Callable[..., Any]:
 
 
 def _without_derivative(operator: Any, below: Callable[..., Any], *arguments: Any) -> Any:
+    """The derivative of operators that have none: a backward through their results is an error."""
     results = below(*arguments)
     if isinstance(results, Tensor):
         return once_differentiable((results,), tensors_in(arguments), apply_here)[0]
@@ -55,4 +58,5 @@ def _without_derivative(operator: Any, below: Callable[..., Any], *arguments: An
 
 
 def tensors_in(arguments: Sequence[Any]) -> tuple[Tensor, ...]:
+    """The tensors among the arguments."""
     return tuple(each for each in arguments if isinstance(each, Tensor))

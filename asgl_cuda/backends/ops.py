@@ -90,9 +90,10 @@ def empty_gradients(
 
 
 def _on_one_device(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
-    """The fake implementation, which torch calls if any argument is on meta, even if other tensors have values."""
+    """`fake` with a check of devices: torch calls it if any argument is on meta, even if other tensors have values."""
 
     def checked(*arguments: Any) -> Any:
+        """The results of `fake`, after a check that all tensors are on one device."""
         devices = list(dict.fromkeys(str(each.device) for each in tensors_in(arguments)))
         if len(devices) > 1:
             raise ValueError(f"asgl_cuda.{name}: all tensors must be on one device, got {' and '.join(devices)}")
@@ -102,6 +103,7 @@ def _on_one_device(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _fake_draw_rng_state(fresh: Tensor) -> Tensor:
+    """An rng_state without values; refuses compilers that would draw it again in backward."""
     # With a smaller budget, backward would draw noise again, which differs from the noise of forward.
     if torch.is_grad_enabled() and functorch_config.activation_memory_budget < 1:
         raise RuntimeError(
@@ -113,12 +115,14 @@ def _fake_draw_rng_state(fresh: Tensor) -> Tensor:
 
 
 def _fake_lif_forward(x_seq: Tensor, *others: Any) -> ForwardResult:
+    """Empty results of lif_forward."""
     *_, rules, wanted = others
     rules = Rules(*rules)
     return empty_outputs(x_seq, rules.time_dim, wanted, rules.members())
 
 
 def _fake_lif_backward(*arguments: Any) -> BackwardResult:
+    """Empty gradients of lif_backward, of the wanted ones."""
     _, _, _, _, x_seq, _, _, _, *parameters, residual, _, rules, (*wanted, wants_residual) = arguments
     rules = Rules(*rules)
     results = empty_gradients(x_seq, rules.time_dim, parameters, wanted, rules.members())
@@ -126,11 +130,13 @@ def _fake_lif_backward(*arguments: Any) -> BackwardResult:
 
 
 def _fake_integrator_forward(x_seq: Tensor, *others: Any) -> ForwardResult:
+    """Empty results of integrator_forward."""
     *_, rules, _, wants_v_last = others
     return empty_outputs(x_seq, Rules(*rules).time_dim, (wants_v_last, False, False, False))
 
 
 def _fake_integrator_backward(grad_v_seq: Tensor, *others: Any) -> BackwardResult:
+    """Empty gradients of integrator_backward, of the wanted ones."""
     *_, decay, input_gain, _, rules, _, wanted = others
     return empty_gradients(grad_v_seq, Rules(*rules).time_dim, (decay, input_gain), wanted)
 
@@ -142,6 +148,7 @@ def _state_shapes(x_seq: Tensor, rules: Rules) -> list[list[int]]:
 
 
 def _fake_recurrent_forward(x_seq: Tensor, weight: Tensor, *others: Any) -> ForwardResult:
+    """Empty results of recurrent_forward."""
     *_, rules, _, _, wanted = others
     states = _state_shapes(x_seq, Rules(*rules))
     shapes = [x_seq.shape] * 5 + states
@@ -151,13 +158,14 @@ def _fake_recurrent_forward(x_seq: Tensor, weight: Tensor, *others: Any) -> Forw
 
 
 def _fake_recurrent_backward(*arguments: Any) -> BackwardResult:
+    """Empty gradients of recurrent_backward, of the wanted ones."""
     *_, h_seq, _, _, _, weight, parameters, _, _, _, _, _, rules, _, _, wanted = arguments
     shapes = [h_seq.shape, weight.shape, parameters.shape, *_state_shapes(h_seq, Rules(*rules))]
     return [h_seq.new_empty(shape) for shape, asked in zip(shapes, wanted, strict=True) if asked]
 
 
 def _in_layout(like: Sequence[Tensor], sizes: Sequence[Any]) -> Tensor:
-    """Uses channels_last if one of the tensors does, as torch's convolutions do."""
+    """An empty tensor, in channels_last if one of the tensors is, as torch's convolutions choose."""
     formats = [suggest_memory_format(each) for each in like if each.dim() == 4]
     last = torch.channels_last if torch.channels_last in formats else torch.contiguous_format
     return torch.empty(sizes, dtype=like[0].dtype, device=like[0].device, memory_format=last)
@@ -166,6 +174,7 @@ def _in_layout(like: Sequence[Tensor], sizes: Sequence[Any]) -> Tensor:
 def _fake_spike_product(
     x: Tensor, weight: Tensor, bias: Any, panels: Any, stride: Sequence[int], padding: Sequence[int]
 ) -> Tensor:
+    """An empty product, in the memory format of the operator's result."""
     if weight.dim() == 2:
         return x.new_empty((*x.shape[:-1], weight.shape[0]))
     windows = zip(x.shape[2:], weight.shape[2:], stride, padding, strict=True)
@@ -174,6 +183,7 @@ def _fake_spike_product(
 
 
 def _fake_spike_weight_gradient(grad: Tensor, x: Tensor, weight_sizes: Sequence[int], *others: Any) -> Tensor:
+    """An empty gradient of the weight."""
     *_, channels_last = others
     return torch.empty(
         weight_sizes, dtype=x.dtype, device=x.device,
@@ -182,6 +192,7 @@ def _fake_spike_weight_gradient(grad: Tensor, x: Tensor, weight_sizes: Sequence[
 
 
 def _fake_batch_norm_coefficients(x_seq: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    """Empty coefficients and statistics."""
     *_, time_dim = others
     channel = channel_dim(time_dim)
     channels, *rest = x_seq.shape[channel:]
@@ -190,6 +201,7 @@ def _fake_batch_norm_coefficients(x_seq: Tensor, *others: Any) -> tuple[Tensor, 
 
 
 def _fake_batch_norm_backward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """Empty gradients of the normalisation's weight and bias."""
     _, _, _, _, _, grad_gain, grad_bias, *_ = arguments
     return grad_gain.new_empty(grad_gain.shape[:1]), grad_bias.new_empty(grad_bias.shape[:1])
 

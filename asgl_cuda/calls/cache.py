@@ -40,10 +40,12 @@ def cached_by_signature(names: Sequence[str]) -> Callable[[Check[Checked]], Chec
         return tensors, itemgetter(*others)
 
     def decorate(check: Check[Checked]) -> Check[Checked]:
+        """The check with a cache of its own."""
         plans: dict[Any, Checked] = {}
 
         @functools.wraps(check)
         def cached(caller: str, x_seq: Any, given: Any) -> Checked:
+            """The plan of this signature; the check itself under a compiler, or for arguments that can't be a key."""
             if is_compiling():
                 return check(caller, x_seq, given)
             try:

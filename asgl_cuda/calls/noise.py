@@ -1,4 +1,7 @@
-"""The noise of a call: its rng_state, given or drawn, whose meaning is `analog_mask_below` of reference/noise.py."""
+"""Draws the rng_state of a call (seed, offset), unless it is given.
+
+Kernels derive each element's bits from it (csrc/math/philox.h, reference/noise.py).
+"""
 
 from __future__ import annotations
 
@@ -37,6 +40,7 @@ def state_of_noise(
 
 
 def _draw_rng_state(x_seq: Tensor, generator: torch.Generator | None, backend: str, together: bool) -> Tensor:
+    """A new (seed, offset), from the generator or the device's default one; see `state_of_noise`."""
     operators = BACKENDS[backend].operators
     if operators is not None:
         if torch.compiler.is_compiling():

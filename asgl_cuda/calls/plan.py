@@ -93,7 +93,7 @@ class Inputs(NamedTuple):
     residual: Any
 
     def with_input(self, gain: Any, bias: Any, mean: Any) -> Inputs:
-        """With other parameters of the input. Not by `_replace`, which torch 2.6 can't compile."""
+        """These inputs with other parameters of the input. Not by `_replace`, which torch 2.6 can't compile."""
         x_seq, v_init, rng_state, width, decay, v_threshold, reset, _, _, _, residual = self
         return Inputs(x_seq, v_init, rng_state, width, decay, v_threshold, reset, gain, bias, mean, residual)
 
@@ -152,7 +152,7 @@ def _parameters(
 
 
 def _checked(caller: str, x_seq: Any, given: Arguments) -> Plan:
-    """Checks everything independent of tensor values."""
+    """The plan of a call, after checks of everything that does not depend on values of tensors."""
     time_dim = check_input(x_seq, given["time_dim"], caller)
     if (features := given.get("features")) is not None:
         check_features(features, x_seq, time_dim, caller)

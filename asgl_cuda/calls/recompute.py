@@ -68,11 +68,13 @@ class _Kept:
         return self._tensor.shape
 
     def narrow(self, dtype: torch.dtype) -> None:
+        """Keeps the values in another type; `unpacked` restores theirs."""
         if self._tensor._version == self._version:
             self._tensor = self._tensor.to(dtype)
             self._version = self._tensor._version
 
     def unpacked(self) -> Tensor:
+        """The tensor for backward; an error if it was modified after it was saved."""
         if self._tensor._version != self._version:
             raise RuntimeError(
                 f"{_CALLER}: {self._name} ({self._tensor.dtype}, shape {list(self._tensor.shape)}), which backward "
@@ -98,6 +100,7 @@ class _Spikes:
 
     @property
     def key(self) -> int:
+        """What identifies the storage of the spikes."""
         return self._storage.cdata  # type: ignore[no-any-return]
 
     def stood_for(self, tensor: Tensor) -> _Recomputed | None:
@@ -125,6 +128,7 @@ class _Spikes:
             return spikes
 
     def _computed(self) -> Tensor:
+        """The spikes, computed again from the inputs of the call."""
         inputs = [None if each is None else each.unpacked() for each in self._inputs]
         with torch.no_grad():
             return self._compute(*inputs)
@@ -138,6 +142,7 @@ class _Recomputed:
         self.shape, self._stride, self._offset = tensor.shape, tensor.stride(), tensor.storage_offset()
 
     def unpacked(self) -> Tensor:
+        """The spikes, or the view of them that was saved."""
         return self._spikes.computed_for(self).as_strided(self.shape, self._stride, self._offset)
 
 
@@ -162,6 +167,7 @@ def _narrow_indices(tensor: Tensor) -> None:
 
 
 def _packed(tensor: Tensor, name: str = "a tensor") -> _Kept | _Recomputed:
+    """The hook that saves a tensor: a substitute for known spikes, otherwise the tensor."""
     _thread.packed = True
     if type(tensor) is Tensor and tensor.layout is torch.strided and _thread.depth:
         spikes = _thread.known.get(tensor.untyped_storage()._cdata)
@@ -173,6 +179,7 @@ def _packed(tensor: Tensor, name: str = "a tensor") -> _Kept | _Recomputed:
 
 
 def _unpacked(packed: _Kept | _Recomputed) -> Tensor:
+    """The hook that restores a saved tensor."""
     return packed.unpacked()
 
 
@@ -272,12 +279,14 @@ def recompute_spikes(model: nn.Module | None = None) -> Any:
 
 
 def _enter(model: nn.Module, *_: Any) -> None:
+    """Opens a context before the model's forward."""
     _Context().__enter__()
     if not torch.compiler.is_compiling():
         _thread.models.append(model)
 
 
 def _leave(model: nn.Module, *_: Any) -> None:
+    """Closes the context after the model's forward, also after an error."""
     # Also called if another hook raised an error before _enter.
     if torch.compiler.is_compiling():
         _Context().__exit__()

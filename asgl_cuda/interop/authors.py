@@ -26,11 +26,13 @@ class ConvertedLIFLayer(Converted):
     time_dim = 0
 
     def begin(self, settings: Settings, analog_prob: float, learn_width: bool) -> None:
+        """Applies the settings of a conversion. Width and noise stay those of the layer."""
         self.settings = settings
         self._basis = Basis(self)
         self.log_width = None
 
     def dependencies(self) -> dict[str, Any]:
+        """What a call must find as it was at the conversion, see `Converted.dependencies`."""
         spike, cell = self.cell.spike_fn, self.cell
         flags = {flag: getattr(cell, flag, False) for flag in ("use_gate", "return_noreset_v")}
         parts = {"cell": cell, "spike_fn": spike, "inv_sg": spike.inv_sg, "spike": getattr(spike, "spike", True)}
@@ -46,16 +48,19 @@ class ConvertedLIFLayer(Converted):
         self.cell.spike_fn.p = value
 
     def analog_prob_of_call(self, x_seq: Tensor) -> float:
+        """The layer's own fraction of analog elements; 0 in evaluation."""
         return self.analog_prob if self.training else 0.0
 
     @property
     def width(self) -> Tensor | float:
+        """The width that belongs to the layer's own alpha."""
         alpha = self.cell.spike_fn.inv_sg.alpha
         if self.settings.spike.surrogate == "rectangle":
             return torch.as_tensor(-alpha).exp()
         return 1 / torch.as_tensor(alpha)
 
     def forward(self, x: Tensor) -> Tensor:
+        """The spikes of a sequence `[T, ...]`, which starts at rest."""
         cell = self.cell
         for name in ("reset", "reset2"):  # the name of this method differs between versions of the code
             getattr(cell, name, lambda: None)()
@@ -75,6 +80,7 @@ class ConvertedLIFLayer(Converted):
 
 
 def find(layer: nn.Module) -> Found:
+    """The answer for a layer of the authors' code, see `Found`."""
     cell: Any = getattr(layer, "cell", None)
     kind = bare_class(layer)
     base = next((each for each in reversed(kind.__mro__) if each.__name__ == "LIFLayer"), None)
@@ -101,5 +107,6 @@ def find(layer: nn.Module) -> Found:
 
 
 def streamed(module: nn.Module) -> InStream:
+    """How a layer takes single steps, see `InStream`: none of this code does."""
     is_one = isinstance(module, ConvertedLIFLayer) or find(module) is not None
     return "it starts each call at rest" if is_one else None

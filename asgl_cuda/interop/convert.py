@@ -17,7 +17,7 @@ from ..neurons.lif import LIF_DEFAULTS
 from ..neurons.over_time import KNOWS_TIME
 from .converted import HOOKS, Converted, Settings, bare_class, exchanged, overlaid, shadowed
 from .identify import FLAT, SpikeFunction, fires_strictly, identify, is_spike, type_of_spikes
-from .libraries import LIBRARIES, libraries
+from .libraries import LIBRARIES, libraries, vendored_spikingjelly_reason
 from .replaced import kept_by, made_for, replace, restore
 from .sequences import InSequences, in_sequences, kind_of, reason_against
 
@@ -71,6 +71,7 @@ class _ASGL(NamedTuple):
 
 
 def _checked(asgl: Mapping[str, Any] | None) -> _ASGL | None:
+    """The options in `asgl`, or None without it."""
     if asgl is None:
         return None
     if not isinstance(asgl, Mapping):
@@ -122,9 +123,10 @@ def convert(
     `recurrent_lif`. Synaptic currents and layers that do not fire are computed by `leaky_integrator`.
 
     Spikes, states and gradients stay the same up to rounding. If a potential differs from the threshold by rounding
-    only, as with quantised inputs, a neuron may fire where it did not before. The parameters of a layer, their names,
-    its state and its base classes also stay the same, so optimizers, state dicts and functions such as SpikingJelly's
-    `reset_net` still work. SpikingJelly's `backend` has no effect on converted layers.
+    only, as with quantised inputs, a neuron may fire where it did not before, or the other way round. The
+    parameters of a layer, their names, its state and its base classes also stay the same, so optimizers, state dicts
+    and functions such as SpikingJelly's `reset_net` still work. SpikingJelly's `backend` has no effect on converted
+    layers.
 
     Decays, thresholds and resets are read at each call. Surrogate, reset mechanism and methods are read once; if they
     change later, a call raises a RuntimeError that names the difference. A layer is left, with the reason in the
@@ -144,8 +146,8 @@ def convert(
     Normalisations in training are computed step by step. Random numbers have the same distribution, but are drawn in
     another order. `convert` refuses a model in which a neuron is not converted. A call raises RuntimeError if spikes
     return to an earlier layer, if the code needs a value between two steps, as `if spikes.sum() > 0` does, or if a
-    torch.autograd.Function or a torch.utils.checkpoint inside of the model gets values of steps. The messages name the
-    layer or function. `torch.compile` and `torch.export` get the loop itself.
+    torch.autograd.Function or a torch.utils.checkpoint inside of the model gets one of the placeholders. The
+    messages name the layer or function. `torch.compile` and `torch.export` get the loop itself.
 
     Args:
         model: any module, or a neuron layer.
@@ -155,13 +157,13 @@ def convert(
             be passed to the optimizer. Layers of the authors' code are ASGL layers already, with their own width and
             `analog_prob`. Layers that do not fire are converted as without `asgl`. Layers with several spikes per step
             are left.
-        layers: for neurons of your own, functions by class. `make(module)` returns a layer, such as `asgl_cuda.LIF`,
-            that replaces the module under all its paths, or None to leave the module. Classes match exactly, so a
-            subclass needs a key of its own. The new layer takes over the state dict of the replaced module,
-            and can later load the checkpoints of that module. Entries are matched by name. If your layer uses other
-            names, register a hook on it with `register_load_state_dict_pre_hook` that renames the entries. Pass new
-            parameters to the optimizer. References outside of the module tree, for example in lists, still lead to the
-            old module.
+        layers: for neurons of your own, functions by class, `{Class: make}`. `make(module)` returns a layer, such as
+            `asgl_cuda.LIF`, that replaces the module under all its paths, or None to leave the module. Classes match
+            exactly, so a subclass needs a key of its own. The new layer takes over the state dict of the replaced
+            module, and can later load the checkpoints of that module. Entries are matched by name. If your layer uses
+            other names, register a hook on it with `register_load_state_dict_pre_hook` that renames the entries. Pass
+            new parameters to the optimizer. References outside of the module tree, for example in lists, still lead to
+            the old module.
         inplace: convert the model instead of a copy; existing optimizers stay valid.
         sequences: for a model whose layers take one step per call, compute all time steps at once, as described above.
             With True, a call of the result takes `x_seq` `[T, ...]`, starts at rest, and returns what the model returns
@@ -217,7 +219,7 @@ def convert(
         if isinstance(layer, Converted):
             continue
         answers = (find(layer) for find in finds)
-        found = _vendored(layer) or next((each for each in answers if each is not None), None)
+        found = vendored_spikingjelly_reason(layer) or next((each for each in answers if each is not None), None)
         if found is None:
             continue
         found = found if isinstance(found, str) else exchanged(layer) or shadowed(layer, found[0]) or found
@@ -257,18 +259,6 @@ def _check_unconverted(model: nn.Module) -> None:
         )
 
 
-def _vendored(layer: nn.Module) -> str | None:
-    """The reason to leave a node of SpikingJelly's code under another name, or None."""
-    for each in type(layer).__mro__:
-        package, found, _ = each.__module__.partition(".spikingjelly.")
-        if found and hasattr(layer, "neuronal_charge"):
-            return (
-                f"it is of {package}.spikingjelly, a copy of SpikingJelly that convert does not know; import "
-                "spikingjelly itself instead, or pass its class in layers"
-            )
-    return None
-
-
 def _notes(model: nn.Module, report: Report) -> list[str]:
     """Advice on speed, hooks that no longer fire, or why nothing was found."""
     advice: dict[str, list[str]] = {}  # paths by text of the advice
@@ -293,6 +283,7 @@ def _notes(model: nn.Module, report: Report) -> list[str]:
 
 
 def _notes_on(layer: Any, in_loop: bool) -> Iterator[str]:
+    """Advice on one replaced layer."""
     uncalled = {"the module in its place": kept_by(layer)}
     if isinstance(layer, Converted):
         if not in_loop and (text := layer.advice()) is not None:
@@ -352,6 +343,7 @@ def _spike_function(
     function: Callable[[Tensor], Tensor] | SpikeFunction | None,
     wanted: _ASGL | None,
 ) -> SpikeFunction | str | None:
+    """The spike function of a converted layer, or the reason to leave it; None if it does not fire."""
     if wanted is not None and kind.multi_spike:
         return "it may spike several times per step, which ASGL layers can't; without asgl it can be converted"
     if function is None or isinstance(function, SpikeFunction):

@@ -89,6 +89,7 @@ def _parts(made: type[nn.Module]) -> tuple[Any, ...]:
 
 
 def _new(*parts: Any) -> nn.Module:
+    """An empty module of the class that `_parts` has taken apart, for pickle."""
     *overlays, made = parts
     for overlay in reversed(overlays):
         made = overlaid(overlay, made)
@@ -154,6 +155,7 @@ class Basis:
         return values
 
     def _note(self, values: dict[str, Any]) -> None:
+        """Keeps values, copies of their tensors, and the versions of these."""
         self.values = values
         tensors = {name: each for name, each in values.items() if isinstance(each, Tensor)}
         self.copies = {name: each.detach().clone() for name, each in tensors.items()}
@@ -222,6 +224,7 @@ def _with_children(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _attributes(function: Any) -> dict[str, Any]:
+    """The attributes of a function or module; none for objects that can't have any."""
     return getattr(function, "__dict__", {})
 
 
@@ -231,6 +234,7 @@ def _hooks_of(function: Any) -> list[int]:
 
 
 def _alike(one: Any, other: Any) -> bool:
+    """Whether two values of a dependency are equal; for modules, whether they are of one class."""
     if isinstance(one, Tensor) and isinstance(other, Tensor):
         return one.shape == other.shape and bool((one == other.to(one.device)).all())
     if isinstance(one, nn.Module):  # whose attributes are compared; replicas are others
@@ -240,6 +244,7 @@ def _alike(one: Any, other: Any) -> bool:
 
 
 def _in_words(value: Any) -> str:
+    """A value for an error: the name of a function or class, else the value."""
     return getattr(value, "__name__", None) or (type(value).__name__ if isinstance(value, nn.Module) else shown(value))
 
 
@@ -276,6 +281,7 @@ class Converted(Overlay, Noisy):
         return self._width_of_call()
 
     def _width_of_call(self) -> Tensor | float:
+        """The width that `lif` gets, learned or from the settings."""
         return self.settings.spike.width if self.log_width is None else Logarithm(self.log_width).value()
 
     def description(self) -> str:
@@ -344,7 +350,7 @@ class Converted(Overlay, Noisy):
         x_seq, dtype = as_floating(x_seq), self.settings.dtype
         if dtype is not None and x_seq.dtype in HALF_TYPES:
             x_seq = x_seq.to(dtype)
-        options = self._all(x_seq, options)
+        options = self._all_options(x_seq, options)
         if isinstance(x_seq, Pending):  # from the normalisation in front, which `fuse` has left to the layer
             result = computed_after(x_seq, self, "asgl_cuda.lif", {**LIF_DEFAULTS, **options})  # type: ignore[typeddict-item]
         else:
@@ -353,8 +359,8 @@ class Converted(Overlay, Noisy):
         dtype = dtype or result.s_seq.dtype
         return result if result.s_seq.dtype is dtype else result._replace(s_seq=result.s_seq.to(dtype))
 
-    def _all(self, x_seq: Tensor, options: dict[str, Any]) -> dict[str, Any]:
-        """All options of `lif`."""
+    def _all_options(self, x_seq: Tensor, options: dict[str, Any]) -> dict[str, Any]:
+        """The options of `lif`: the given ones, and those of the layer's settings."""
         width = self.width if self.log_width is None else Logarithm(self.log_width)
         return {
             "surrogate": self.settings.spike.surrogate,
@@ -382,15 +388,19 @@ class Converted(Overlay, Noisy):
 
     # ---- a layer in a recorded loop, see recording.py ----
 
-    def record_step(self, found: Recording, *args: Any, **kwargs: Any) -> Any:
-        """Records a step: `found.step`, with the layer's arguments and results."""
-        raise RuntimeError(f"asgl_cuda.convert: with sequences, {found.name(self)} must take one step per call")
+    def record_step(self, recording: Recording, *args: Any, **kwargs: Any) -> Any:
+        """Records one step and returns the layer's recorded result.
+
+        Layers that take one step per call override it; others are refused.
+        """
+        raise RuntimeError(f"asgl_cuda.convert: with sequences, {recording.name(self)} must take one step per call")
 
     def recorded_states(self) -> dict[str, Any]:
         """The states that the layer keeps from step to step, by name."""
         return {}
 
     def keep_state(self, name: str, value: Any) -> None:
+        """Sets a state that the layer keeps from step to step."""
         setattr(self, name, value)
 
     def steps_from(self, x_seq: Tensor, states: dict[str, Any], wanted: set[str]) -> tuple[Any, Any]:
@@ -477,6 +487,7 @@ def _entered(forward: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(forward)
     def call(self: Converted, *args: Any, **kwargs: Any) -> Any:
+        """Records the call, refuses what forward can't take, or calls forward."""
         if not torch.compiler.is_compiling() and (found := recording()) is not None and not found.is_running:
             return self.record_step(found, *args, **kwargs)
         is_pending = bool(args) and isinstance(args[0], Pending)

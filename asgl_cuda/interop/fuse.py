@@ -43,9 +43,11 @@ def fuse(model: nn.Module, *example: Any, inplace: bool = False) -> tuple[nn.Mod
     left, with the reason in the report, if anything else uses its output or the sum, or if the neurons are called step
     by step. In that case two layers are faster than one.
 
-    Parameters, buffers and their names, state, optimizers and checkpoints stay valid. Other neurons, and code that the
-    example did not reach, get the value that the normalisation alone would return. If a gradient would be lost, or a
-    change in place missed, a RuntimeError is raised. In inference mode and under `torch.compile`, changes in place are
+    Parameters, buffers and their names, state, optimizers and checkpoints stay valid. A merged normalisation returns a
+    stand-in, from which its neurons compute both. Anything else that meets the stand-in, such as other neurons or code
+    that the example did not reach, gets the value that the normalisation alone would return. A RuntimeError is raised
+    where such code would lose a gradient (for example a `torch.autograd.Function`), or where a view would miss a change
+    in place of the tensor that it views. In inference mode and under `torch.compile`, changes in place are
     not noticed.
 
     Args:
@@ -252,6 +254,7 @@ class Fused(Overlay):
         )
 
     def refusal(self, text: str, remedy: str = "") -> RuntimeError:
+        """The error for a use that the merged normalisation can't serve, with remedies."""
         self.was_left(text)
         return RuntimeError(
             f"{_CALLER}: {self.original.__name__} is computed by the neurons after it, but {text}; {remedy}"
@@ -260,10 +263,12 @@ class Fused(Overlay):
         )
 
     def was_taken(self, layer: Any) -> None:
+        """Notes that the neurons `layer` computed this normalisation."""
         if self.outcome is not None and not torch.compiler.is_compiling():
             self.outcome.join(self, layer)
 
     def was_left(self, reason: str) -> None:
+        """Notes that this normalisation computed its value itself."""
         # Calls in backward do not count: a checkpoint may stop them before the neurons are called.
         if self.outcome is not None and not torch.compiler.is_compiling() and not in_backward():
             self.outcome.leave(self, reason)
@@ -304,6 +309,7 @@ class _Outcome:
         self.joined.setdefault(path, of_layer)
 
     def leave(self, norm: nn.Module, reason: str) -> None:
+        """Notes that the normalisation computed its value itself, and why."""
         path = self.paths.get(norm, "")
         if path not in self.left and self.report is not None:
             self.report.left.append(Left(path, bare_class(norm).__name__, reason))
@@ -311,6 +317,7 @@ class _Outcome:
         self.left.setdefault(path, reason)
 
     def is_left(self, norm: nn.Module) -> bool:
+        """Whether the normalisation must go on computing its value itself."""
         return self.paths.get(norm, "") in self.left
 
     def open(self, reason: str) -> dict[str, str]:
@@ -320,6 +327,7 @@ class _Outcome:
 
 
 def _row(path: str, of_layer: str, layer: nn.Module) -> Replaced:
+    """The report's line for neurons that compute the normalisation at `path`."""
     return Replaced(of_layer, bare_class(layer).__name__, f"normalises as well, instead of {path}")
 
 
@@ -362,6 +370,7 @@ def _called(model: nn.Module, example: tuple[Any, ...]) -> Any:
 
 
 def _reason_to_leave(norm: nn.Module) -> str:
+    """Why a normalisation can't be merged, whatever comes after it; empty if it can."""
     if isinstance(norm, LazyModuleMixin):
         return "its number of channels is unknown until its first call"
     if "forward" in vars(norm):
@@ -376,6 +385,7 @@ def _reason_to_leave(norm: nn.Module) -> str:
 
 
 def _something_else(kind: type[nn.Module]) -> str:
+    """The reason to leave a class that is no known normalisation."""
     return f"{kind.__name__} computes something else than torch.nn's normalisations"
 
 
@@ -387,6 +397,7 @@ def _base(kind: type[nn.Module]) -> Any:
 
 
 def _as_leaf(norm: Any, input: fx.Proxy) -> fx.Proxy:
+    """The call of the normalisation as one node in a graph of torch.fx."""
     tracer: Any = input.tracer
     return tracer.create_proxy("call_module", tracer.path_of_module(norm), (input,), {})  # type: ignore[no-any-return]
 
@@ -396,6 +407,7 @@ def _entered(forward: Any) -> Any:
 
     @functools.wraps(forward)
     def call(self: Fused, input: Any) -> Any:
+        """Calls the user's forward. If it changes the stand-in to a tensor, the normalisation counts as left."""
         if isinstance(input, fx.Proxy):
             return _as_leaf(self, input)
         output = forward(self, input)

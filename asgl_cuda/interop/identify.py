@@ -86,10 +86,12 @@ def is_spike(function: Callable[[Tensor], Tensor]) -> bool:
 
 
 def _emits_spikes(function: Callable[[Tensor], Tensor]) -> bool:
+    """Whether the function is a step at 0."""
     return function(torch.tensor(_AROUND, dtype=torch.float64)).tolist() == _FIRES
 
 
 def _identify(function: Callable[[Tensor], Tensor]) -> SpikeFunction | str:
+    """The known surrogate with the same slope as the function's gradient, or why there is none."""
     leaf = torch.ones(1, dtype=torch.float64, requires_grad=True)
     if not function(leaf).requires_grad:
         return "its spike function has no gradient"
@@ -113,10 +115,12 @@ def _identify(function: Callable[[Tensor], Tensor]) -> SpikeFunction | str:
 
 @functools.cache
 def _unit_shapes() -> dict[str, tuple[float, float]]:
+    """`_shape` of each known surrogate of width 1."""
     return {name: _shape(surrogate.cumulative) for name, surrogate in SURROGATES.items()}
 
 
 def _slopes(function: Callable[[Tensor], Tensor], u: Sequence[float]) -> Tensor:
+    """The function's gradient at the points `u`."""
     with torch.enable_grad():
         leaf = torch.tensor(u, dtype=torch.float64, requires_grad=True)
         (slopes,) = torch.autograd.grad(function(leaf).sum(), leaf)

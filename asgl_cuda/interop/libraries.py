@@ -7,6 +7,8 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+from torch import nn
+
 from . import authors
 
 # Libraries, named like the adapters' files, and the modules that define neuron layers, the current one first.
@@ -32,3 +34,15 @@ def libraries() -> Iterator[Any]:
     for name, modules in LIBRARIES.items():
         if any(sys.modules.get(module) is not None for module in modules):
             yield importlib.import_module(f".{name}", __package__)
+
+
+def vendored_spikingjelly_reason(layer: nn.Module) -> str | None:
+    """Why to leave a node from a vendored copy of SpikingJelly, or None. SpikingJelly itself may be missing."""
+    for each in type(layer).__mro__:
+        package, found, _ = each.__module__.partition(".spikingjelly.")
+        if found and hasattr(layer, "neuronal_charge"):
+            return (
+                f"it is of {package}.spikingjelly, a copy of SpikingJelly that convert does not know; import "
+                "spikingjelly itself instead, or pass its class in layers"
+            )
+    return None

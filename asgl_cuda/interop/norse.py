@@ -64,13 +64,16 @@ class ConvertedSNN(Converted):
 
     @property
     def time_dim(self) -> int | None:  # type: ignore[override]
+        """0 for layers of sequences, None for cells, which take one step."""
         return 0 if isinstance(self, (snn.SNN, snn.SNNRecurrent)) else None
 
     @property
     def takes_input(self) -> bool:  # type: ignore[override]
+        """Whether spiking neurons get the input as it is, without a synaptic current."""
         return self.settings.spike is not None and not hasattr(self.p, "tau_syn_inv")
 
     def dependencies(self) -> dict[str, Any]:
+        """What a call must find as it was at the conversion, see `Converted.dependencies`."""
         p, found = self.p, {"function": None, "activation": self.activation}
         found["state_fallback"] = getattr(self.state_fallback, "__func__", self.state_fallback)
         if self.settings.spike is not None:
@@ -81,14 +84,16 @@ class ConvertedSNN(Converted):
         """Whether the library's own step runs: also for neurons that do not fire, whose steps are fast."""
         return self.settings.spike is None or super().steps_as_before()
 
-    def record_step(self, found: Recording, input_tensor: Any, state: Any = None) -> Any:
+    def record_step(self, recording: Recording, input_tensor: Any, state: Any = None) -> Any:
+        """A step of a cell, recorded: spikes and the next state."""
         if self.time_dim is not None:
-            return super().record_step(found, input_tensor, state)
+            return super().record_step(recording, input_tensor, state)
         kind = _STATES[known_class(self, _STATES)]
-        results = found.step(self, input_tensor, {name: getattr(state, name, None) for name in kind._fields})
+        results = recording.step(self, input_tensor, {name: getattr(state, name, None) for name in kind._fields})
         return results[SPIKES], kind(**{name: results[name] for name in kind._fields})
 
     def steps_from(self, x_seq: Tensor, states: dict[str, Any], wanted: set[str]) -> tuple[Any, Any]:
+        """All steps from these states, see `Converted.steps_from`."""
         at_rest = all(each is None for each in states.values())
         state = None if at_rest else _STATES[known_class(self, _STATES)](**states)
         out, last = self.compute(x_seq, state, a_step=False, records=bool(wanted & {*states}))
@@ -106,7 +111,7 @@ class ConvertedSNN(Converted):
         """Output and state of a step or a sequence, with the states of all steps if it `records` them."""
         found: dict[str, Any] = {}
         first = self.state_at_rest(input_tensor, a_step) if state is None else state
-        options, decay_of_current = self._made()
+        options, decay_of_current = self._neuron_options()
         if decay_of_current is not None:
             if a_step:
                 input_tensor = last = input_tensor + first.i
@@ -130,10 +135,11 @@ class ConvertedSNN(Converted):
         return out, _state(first, found, input_tensor)
 
     def state_at_rest(self, input_tensor: Tensor, a_step: bool) -> Any:
+        """The state that Norse begins with for this input."""
         of_step = self.time_dim is None and not a_step  # a cell knows no time
         return self.initial_state(input_tensor[0] if of_step else input_tensor)
 
-    def _made(self) -> tuple[dict[str, Any], Any]:
+    def _neuron_options(self) -> tuple[dict[str, Any], Any]:
         """The options of `lif`, and the decay of the current, or None."""
         p, gain, bias, decay = self.p, 1.0, 0.0, 1.0
         if hasattr(p, "tau_mem_inv"):
@@ -160,9 +166,10 @@ class ConvertedRecurrent(Recurrent, ConvertedSNN):
         return super().forward(input_tensor, state)
 
     def compute(self, input_tensor: Tensor, state: Any, a_step: bool, records: bool) -> tuple[Tensor, Any]:
+        """Output and state of a step or a sequence, see `ConvertedSNN.compute`."""
         p = self.p
         first = self.state_at_rest(input_tensor, a_step) if state is None else state
-        options, decay = self._made()
+        options, decay = self._neuron_options()
         leak = number(p.v_leak)
         x_seq = nn.functional.linear(input_tensor[None] if a_step else input_tensor, self.input_weights)
         z, v, i = [each if each.shape == x_seq.shape[1:] else each.expand(x_seq.shape[1:]) for each in first]
@@ -184,7 +191,7 @@ class ConvertedRecurrent(Recurrent, ConvertedSNN):
 
 
 def _state(first: Any, found: dict[str, Any], input_tensor: Tensor) -> Any:
-    """The state after a call; float32 of half types is kept only within."""
+    """The state after a call, whose values are float32 inside of a call also for half types."""
     if input_tensor.dtype in HALF_TYPES:
         found = {name: value.to(torch.result_type(input_tensor, getattr(first, name))) for name, value in found.items()}
     return type(first)(**found)
@@ -199,6 +206,7 @@ def find_in_loop(layer: nn.Module) -> Found:
 
 
 def find(layer: nn.Module) -> Found:
+    """The answer for a layer of Norse, see `Found`."""
     kind = known_class(layer, (*_STEPS, *_LEFT), _MIXING)
     if isinstance(kind, str):
         return kind if isinstance(layer, _NEURONS) else None
@@ -208,6 +216,7 @@ def find(layer: nn.Module) -> Found:
 
 
 def _found(layer: Any, kind: Any, step: Any) -> Found:
+    """The answer for a layer of a known class, whose own step function is `step`."""
     p: Any = layer.p
     if getattr(layer.state_fallback, "__func__", None) is not kind.initial_state:
         return "it starts from a state of its own (state_fallback)"
@@ -219,6 +228,7 @@ def _found(layer: Any, kind: Any, step: Any) -> Found:
         return ConvertedSNN, None
 
     def spike(u: Tensor) -> Tensor:
+        """Norse's spike function of this layer."""
         return spikes_of(u, p.method, torch.as_tensor(p.alpha))  # type: ignore[no-any-return]
 
     spike.__qualname__ = p.method
@@ -228,12 +238,14 @@ def _found(layer: Any, kind: Any, step: Any) -> Found:
 
 
 def not_written(module: nn.Module) -> str | None:
+    """Why `to_nir` can't write the module, or None for one that is not Norse's."""
     if not isinstance(module, (*_NEURONS, norse.SequentialState, norse.RecurrentSequential)):
         return None
     return "it returns a state with its output; norse.torch.to_nir writes models of Norse's cells, if not converted"
 
 
 def streamed(module: nn.Module) -> InStream:
+    """How a module takes single steps, see `InStream`: the caller of Norse's layers passes the state."""
     if not isinstance(module, _NEURONS):
         return None
     return "Norse's caller passes the state: a step is output, state = model(x_t, state), for LIF and LI with x_t[None]"

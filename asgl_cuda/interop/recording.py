@@ -55,6 +55,7 @@ def _modes() -> _Modes:
 
 @contextmanager
 def _under(modes: _Modes) -> Iterator[None]:
+    """Enters the modes in which an operation was recorded."""
     with ExitStack() as stack:
         grad, types = _modes()
         if modes[0] != grad:
@@ -121,9 +122,11 @@ class Recorded:
 
 
 def _operator(name: str) -> Any:
+    """The method `name` of tensors for `Recorded`: it is recorded, or needs the value."""
     function = getattr(Tensor, name)
 
     def method(self: Recorded, *args: Any) -> Any:
+        """Records the operator, or computes the value for one that asks for it."""
         if args == (None,) and name in ("__eq__", "__ne__"):
             return name == "__ne__"
         if name in _ASKING:
@@ -166,9 +169,11 @@ class Group:
         raise NotImplementedError
 
     def is_known(self) -> bool:
+        """Whether the values are computed."""
         return self.stack is not None or self.items is not None
 
     def stacked(self) -> Any:
+        """All members as one stack, made once."""
         if self.stack is None:
             assert self.items is not None
             if isinstance(self.items[0], Tensor):
@@ -178,6 +183,7 @@ class Group:
         return self.stack
 
     def item(self, index: int) -> Any:
+        """The value of one member."""
         if self.items is None:
             if isinstance(self.stack, Tensor):
                 self.items = self.stack.unbind(0)
@@ -204,9 +210,11 @@ class Group:
         return self._meta
 
     def make_meta(self) -> Any:
+        """A member on the device "meta", made for the first question."""
         raise NotImplementedError
 
     def device(self) -> torch.device:
+        """The device of the members, before they are computed."""
         raise NotImplementedError
 
 
@@ -231,6 +239,7 @@ class Given(Group):
 
 
 def _meta_of(value: Any) -> Any:
+    """A tensor of this shape and type on the device "meta"; any other value as it is."""
     return torch.empty_like(value, device="meta") if isinstance(value, Tensor) else value
 
 
@@ -259,12 +268,15 @@ class Operation(Group):
         return len(self.members)
 
     def needs(self) -> Sequence[Group]:
+        """The groups that must be computed before this one."""
         return self.sources
 
     def call(self, values: Sequence[Any], indices: tuple[int, ...] = ()) -> Any:
+        """Calls the function with these operands in the places of its holes, and these indices in the others."""
         left = iter(indices)
 
         def fill(each: Any) -> Any:
+            """What stands in the place of a hole; any other argument as it is."""
             if not isinstance(each, _Hole):
                 return each
             return next(left) if each.number is None else values[each.number]
@@ -273,10 +285,12 @@ class Operation(Group):
         return self.function(*args, **kwargs)
 
     def run(self) -> None:
+        """Computes all members in the modes of the call."""
         with _under(self.modes):
             self.compute()
 
     def compute(self) -> None:
+        """Computes all members: at once by vmap where possible, otherwise one by one."""
         count, columns = len(self), list(zip(*self.members, strict=True))
         varies = [len({*column}) > 1 for column in columns]
         if count == 1:
@@ -306,6 +320,7 @@ class Operation(Group):
                 self.items = [self._one(each) for each in range(count)]
 
     def _one(self, index: int) -> Any:
+        """Computes one member alone."""
         pairs = zip(self.sources, self.members[index], strict=True)
         return self.call([source.item(each) for source, each in pairs], self.indices[index])
 
@@ -337,6 +352,7 @@ class Stacked(Operation):
 
 
 def _leaves(value: Any) -> Iterator[Any]:
+    """The values in nested tuples, lists and dicts."""
     if isinstance(value, (tuple, list)):
         for each in value:
             yield from _leaves(each)
@@ -347,7 +363,7 @@ def _leaves(value: Any) -> Iterator[Any]:
 
 
 def _filled(value: Any, fill: Callable[[Any], Any]) -> Any:
-    """tree_map that knows slices, and not named tuples of torch."""
+    """The value with fill(hole) for each hole: as tree_map, but also in slices, and not in named tuples of torch."""
     if isinstance(value, _Hole):
         return fill(value)
     if type(value) in (tuple, list):
@@ -418,15 +434,18 @@ class Result(Group):
         return self.chain.inputs[0].group.device()
 
     def item(self, index: int) -> Any:
+        """The value in one step. The last one needs no stack, because the chain has it."""
         if self.stack is None and self.items is None and index == len(self) - 1:
             return self.chain.final[self.name]
         return super().item(index)
 
     def is_known(self) -> bool:
+        """Whether the chain has run; results that nothing asks for then have no values."""
         return self.chain.is_done
 
 
 def _used(group: Group) -> Group:
+    """Marks a result whose steps before the last one may be asked for; returns the group."""
     if isinstance(group, Result):
         group.is_used = True
     return group
@@ -446,6 +465,7 @@ class Chain:
         self.final: dict[str, Any] = {}
 
     def goes_on(self, states: dict[str, Any]) -> bool:
+        """Whether the states are those that the last step of the chain left."""
         last = len(self.inputs) - 1
         for name, state in states.items():
             if type(state) is not Recorded or state.group is not self.results[name] or state.index != last:
@@ -463,9 +483,11 @@ class Chain:
         return mark
 
     def needs(self) -> list[Group]:
+        """The groups that must be computed before the chain runs."""
         return [each.group for each in (*self.inputs, *self.initial.values()) if isinstance(each, _Place)]
 
     def run(self) -> None:
+        """Computes all steps of the layer at once."""
         if self.mark != self._marked():
             raise RuntimeError(
                 f"{_CALLER}: with sequences, all steps of a {type(self.layer).original.__name__} are "
@@ -512,6 +534,7 @@ class _Place(NamedTuple):
 
 
 def _place(value: Any) -> Any:
+    """A recorded value as group and index, to be used later; any other value as it is."""
     return _Place(_used(value.group), value.index) if type(value) is Recorded else value
 
 
@@ -570,7 +593,9 @@ class Recording:
                 f"in {function.__name__}, and would lose their gradients; if the function belongs to neurons of your "
                 "own, replace these by the argument layers of asgl_cuda.convert"
             )
-        if function in (torch.stack, torch.Tensor.__getitem__) or not (changed := _changed(function, args, kwargs)):
+        reads = function in (torch.stack, torch.Tensor.__getitem__)  # frequent, and never in place
+        changed = None if reads else _out_of_place(function, args, kwargs)
+        if not changed:
             return self._record(function, args, kwargs)
         target = args[0]
         if type(target) is Recorded:
@@ -597,6 +622,7 @@ class Recording:
         self._record(function, args, kwargs, merge=False)
 
     def _record(self, function: Any, args: Any, kwargs: Any, merge: bool = True) -> Recorded:
+        """Records a call: with `merge` as a member of the operation that has the same call in other steps."""
         operands: list[Recorded] = []
         indices: list[int] = []
         modes = _modes()
@@ -642,7 +668,7 @@ class Recording:
         return found
 
     def step(self, layer: Any, x: Any, states: dict[str, Any]) -> dict[str, Recorded]:
-        """Records a step of a layer, from these states; the spikes and the states after it."""
+        """Records a step of a layer from these states. Returns the spikes and the states after it, by name."""
         modes = _modes()
         self.calls[layer] = self.calls.get(layer, 0) + 1
         if layer not in self.before:
@@ -668,12 +694,14 @@ class Recording:
         return found
 
     def name(self, layer: nn.Module) -> str:
+        """The layer in errors: its path and its class."""
         path = next((path for path, module in self.model.named_modules() if module is layer), "")
         return f"{path or '(the model)'} ({getattr(type(layer), 'original', type(layer)).__name__})"
 
     # ---- computing ----
 
     def value(self, recorded: Recorded, use: str) -> Any:
+        """Computes a recorded value, which `use` needs."""
         self.asked = use
         self._run(recorded.group)
         return recorded.group.item(recorded.index)
@@ -685,6 +713,7 @@ class Recording:
         self._finish()
 
     def _finish(self) -> None:
+        """Runs all that changes something: effects and chains."""
         for effect in self.effects:
             self._run(effect)
         self.effects.clear()
@@ -720,6 +749,7 @@ class Recording:
         return tree_unflatten([self._stacked(each) for each in zip(*leaves, strict=True)], spec)
 
     def _stacked(self, values: tuple[Any, ...]) -> Any:
+        """One output of all steps, stacked, recorded if any step's is."""
         if all(each is None for each in values):
             return None
         if not all(isinstance(each, (Recorded, Tensor)) for each in values):
@@ -731,17 +761,18 @@ class Recording:
         return self.call(torch.stack, list(values)) if some else torch.stack(values)
 
     def pass_through(self, function: Any, args: Any, kwargs: Any) -> Any:
-        """Calls a function of tensors that exist."""
+        """Calls a function of tensors that exist, after what is recorded of the tensors that it reads or changes."""
         name = function.__name__
         if self.written and name not in _ABOUT and name != "__get__":
             tensors = (each for each in _leaves((args, kwargs)) if isinstance(each, Tensor))
             if any(_storage(each) in self.written for each in tensors):
                 self.flush(name)
-        if self.read and _changed(function, args, kwargs) and _storage(args[0]) in self.read:
+        if self.read and _out_of_place(function, args, kwargs) and _storage(args[0]) in self.read:
             self.flush(name)
         return function(*args, **kwargs)
 
     def _run(self, *wanted: Any) -> None:
+        """Computes these groups and chains, and what they need."""
         if self.is_running:  # called by code inside of an operation
             return
         self.is_running = True
@@ -752,6 +783,7 @@ class Recording:
             self.is_running = False
 
     def _run_one(self, wanted: Any) -> None:
+        """Computes a group or chain after all that it needs, without recursion; a cycle is an error."""
         todo, opened = [_unit(wanted)], set()  # a path, with branches not taken yet
         while todo:
             unit = todo[-1]
@@ -779,6 +811,7 @@ def _unit(group: Any) -> Any:
 
 
 def _is_known(unit: Any) -> bool:
+    """Whether a group or chain is computed."""
     return unit.is_done if isinstance(unit, Chain) else unit.is_known()
 
 
@@ -798,7 +831,7 @@ class _Mode(TorchFunctionMode):
 
 
 def _scan(value: Any, key: list[Any], operands: list[Recorded], indices: list[int] | None) -> None:
-    """What tells operations apart, and operands; with `indices`, integers may differ between members."""
+    """Adds what tells operations apart to `key`, recorded values to `operands`, and integers to `indices` if given."""
     kind = type(value)
     if kind is Recorded:
         operands.append(value)
@@ -840,6 +873,7 @@ def _emptied(value: Any, numbers: Iterator[int], takes_indices: bool, inside: bo
 
 
 def _storage(tensor: Tensor) -> int:
+    """What identifies the memory of a tensor."""
     try:
         return int(tensor.untyped_storage()._cdata)
     except (NotImplementedError, RuntimeError):  # a tensor of torch.func, or a sparse one, has no storage
@@ -867,8 +901,8 @@ def _kind_of_change(function: Any) -> tuple[Any, str, int | None] | None:
     return (function, name, names.index("inplace")) if "inplace" in names else None
 
 
-def _changed(function: Any, args: Any, kwargs: Any) -> Any:
-    """The call without a change in place, and the name of the function; None for a call that changes nothing."""
+def _out_of_place(function: Any, args: Any, kwargs: Any) -> Any:
+    """The call without its change in place: function, arguments and name. None for a call that changes nothing."""
     kind = _kind_of_change(function)
     if kind is None:
         return None

@@ -42,7 +42,7 @@ class Recurrent(Converted):
             count = weight.shape[-1]
             x_seq = x_seq.reshape(shape[0], -1, count)
             options |= {name: options[name].reshape(-1, count) for name in states if options.get(name) is not None}
-        options = {**self._all(x_seq, options), "input_gain": gain if is_number else 1.0}
+        options = {**self._all_options(x_seq, options), "input_gain": gain if is_number else 1.0}
         output = recurrent_lif(x_seq, weight, **options)
         assert isinstance(output, RecurrentLIFOutput)
         if len(shape) != 3:

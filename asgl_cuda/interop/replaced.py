@@ -42,6 +42,7 @@ def made_for(
 
 
 def _checked(layers: Any, caller: str) -> Mapping[type[nn.Module], Callable[[Any], Any]]:
+    """The argument `layers`, checked."""
     if layers is None:
         return {}
     if not isinstance(layers, Mapping):
@@ -55,6 +56,7 @@ def _checked(layers: Any, caller: str) -> Mapping[type[nn.Module], Callable[[Any
 
 
 def _made(module: nn.Module, make: Callable[[Any], Any], where: str) -> tuple[nn.Module | None, str]:
+    """The user's replacement for a module and its description; None and the reason to leave the module."""
     name = type(module).__name__
     try:
         layer = make(module)
@@ -81,6 +83,7 @@ def replace(model: nn.Module, module: nn.Module, layer: nn.Module) -> None:
 
 
 def _place(model: nn.Module, module: nn.Module, layer: nn.Module) -> None:
+    """Puts the layer in all places of the module."""
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             if child is module:

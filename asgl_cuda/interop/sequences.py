@@ -25,6 +25,7 @@ class InSequences(Overlay):
     _sequences: str  # "steps" or "loop"
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Records what the model's code does with its steps, and then computes whole sequences."""
         if self._sequences == "steps":
             return self._of_steps(*args, **kwargs)
         if _runs_loops():
@@ -34,6 +35,7 @@ class InSequences(Overlay):
             return found.end(super().forward(*args, **kwargs))
 
     def _of_steps(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the model once for each step of x_seq, recorded, and stacks the outputs."""
         x_seq = args[0] if args else None
         if len(args) != 1 or kwargs or not isinstance(x_seq, Tensor):
             got = ", ".join(type(each).__name__ for each in (*args, *kwargs.values()))
@@ -55,12 +57,14 @@ class InSequences(Overlay):
             return found.end(found.stack(outputs))
 
     def _rest(self) -> None:
+        """Resets the states of all layers."""
         known = [library.reset for library in libraries() if hasattr(library, "reset")]
         for module in self.modules():
             for reset in known:
                 reset(module)
 
     def _check_calls(self, found: Recording, steps: int) -> None:
+        """Refuses a layer with more calls than there were steps."""
         for layer, calls in found.calls.items():
             if calls > steps:
                 raise RuntimeError(
@@ -124,7 +128,7 @@ def reason_against(model: nn.Module, left: list[Any]) -> str:
 
 
 def in_sequences(model: nn.Module, kind: str) -> str:
-    """Overlays the model; what the report says."""
+    """Overlays the model, and returns what the report says of it."""
     if not isinstance(model, InSequences):
         model.__class__ = overlaid(InSequences, type(model))
     model.__dict__["_sequences"] = kind

@@ -51,21 +51,25 @@ class ConvertedLayer(Converted):
     _least: float | None = None  # min_v_mem, read once: reading synchronises
 
     def begin(self, settings: Settings, analog_prob: float, learn_width: bool) -> None:
+        """Applies the settings of a conversion, and reads min_v_mem once."""
         super().begin(settings, analog_prob, learn_width)
         self._least = None if self.min_v_mem is None else _only(self.min_v_mem)
 
     @property
     def time_dim(self) -> int | None:  # type: ignore[override]
+        """1 for [B, T, ...]; None for layers whose input has batch and time merged."""
         return None if isinstance(self, SqueezeMixin) else 1
 
     takes_steps = False
 
     def forward(self, input_data: Tensor) -> Tensor:
+        """The output for `[B, T, ...]`, or with batch and time merged."""
         if isinstance(self, SqueezeMixin):
             return self.squeeze_forward(input_data, self._steps)  # type: ignore[no-any-return]
         return self._steps(input_data)
 
     def _steps(self, input_data: Tensor) -> Tensor:
+        """The output for `[B, T, ...]`, from the layer's states, which are updated."""
         batch, _, *trailing = input_data.shape
         if not self.is_state_initialised() or not self.has_trailing_dimension(trailing):
             self.init_state_with_shape((batch, *trailing))
@@ -97,17 +101,19 @@ class ConvertedLayer(Converted):
             v_init=self.v_mem,
             time_dim=1,
             return_v_seq=self.record_states,
-            **self._reset(),
+            **self._reset_options(),
         )
         return output.s_seq, output.v_last, output.v_seq
 
-    def _reset(self) -> dict[str, Any]:
+    def _reset_options(self) -> dict[str, Any]:
+        """The options of `lif` for the reset."""
         if isinstance(self.reset_fn, MembraneReset):
             return {"v_reset": 0.0, "detach_reset": True}
         amount = self.reset_fn.subtract_value
         return {"v_reset": None, "reset_amount": self.spike_threshold if amount is None else amount}
 
     def dependencies(self) -> dict[str, Any]:
+        """What a call must find as it was at the conversion, see `Converted.dependencies`."""
         surrogate, reset_fn = self.surrogate_grad_fn, self.reset_fn
         found = {
             "surrogate_grad_fn": surrogate,
@@ -122,6 +128,7 @@ class ConvertedLayer(Converted):
         return found
 
     def _width_of_call(self) -> Tensor | float:
+        """The width that `lif` gets; of a SingleExponential in units of the threshold."""
         surrogate = self.surrogate_grad_fn
         if self.settings.asgl or type(surrogate) is not SingleExponential:
             return super()._width_of_call()  # torch.compile can't trace a property of super()
@@ -129,9 +136,11 @@ class ConvertedLayer(Converted):
 
     @property
     def takes_input(self) -> bool:  # type: ignore[override]
+        """Whether the input goes to the potential as it is, without a synaptic current."""
         return self.alpha_syn_calculated is None
 
     def _gain(self) -> Tensor | float:
+        """The factor of the input."""
         return 1 - self.alpha_mem_calculated if self.norm_input else 1.0
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
@@ -142,6 +151,7 @@ class ConvertedLayer(Converted):
         return _copy(self, state, memo)
 
     def end(self) -> None:
+        """Undoes the conversion."""
         self.__dict__.pop("_least", None)
         super().end()
 
@@ -158,9 +168,11 @@ class ConvertedExpLeak(ConvertedLayer):
     takes_input = False
 
     def dependencies(self) -> dict[str, Any]:
+        """What a call must find as it was at the conversion, see `Converted.dependencies`."""
         return {"function": None, "min_v_mem": self.min_v_mem}
 
     def _membrane(self, x_seq: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Output, last potential and all potentials; the output is the potentials."""
         v_seq, v_last = self.integrate(
             x_seq, input_gain=self._gain(), decay=self.alpha_mem_calculated, v_init=self.v_mem, time_dim=1
         )
@@ -171,10 +183,12 @@ class ConvertedRecurrent(Recurrent, ConvertedLayer):
     """A recurrent layer whose `rec_connect` is a Linear."""
 
     def dependencies(self) -> dict[str, Any]:
+        """What a call must find as it was at the conversion, see `Converted.dependencies`."""
         feedback = lacking(self.rec_connect)
         return {**super().dependencies(), "record_states": self.record_states, "rec_connect": feedback}
 
     def _steps(self, input_data: Tensor) -> Tensor:
+        """The output for `[B, T, ...]`, whose spikes are fed back through `rec_connect`."""
         self.check()  # must come before the weight of rec_connect is read
         batch, steps, *trailing = input_data.shape
         if not self.is_state_initialised() or not self.state_has_shape((batch, *trailing)):
@@ -190,7 +204,7 @@ class ConvertedRecurrent(Recurrent, ConvertedLayer):
         output = self.recurrent_lif(
             x_seq.movedim(1, time_dim), weight, self._gain(), syn_decay=alpha, time_dim=time_dim,
             decay=self.alpha_mem_calculated, v_threshold=self.spike_threshold.detach(), v_init=self.v_mem,
-            i_init=None if alpha is None else self.i_syn, **self._reset(),
+            i_init=None if alpha is None else self.i_syn, **self._reset_options(),
         )  # fmt: skip
         self.v_mem, self.i_syn, self.recordings = output.v_last, output.i_last, {}
         self.firing_rate = output.s_seq.mean()
@@ -214,6 +228,7 @@ _MIXING = (*_RECURRENT, layers.ALIFRecurrent)
 
 
 def find(layer: nn.Module) -> Found:
+    """The answer for a layer of sinabs, see `Found`."""
     kind_of_layer = known_class(layer, (*_KNOWN, *_ADAPTIVE), _MIXING)
     if kind_of_layer in _ADAPTIVE:
         return "its threshold has no gradient where it fires; use asgl_cuda.AdaptiveLIF, whose gradient is complete"
@@ -297,21 +312,25 @@ def copy_layers(model: nn.Module, memo: dict[int, Any]) -> None:
 
 
 def reset(module: nn.Module) -> None:
+    """Resets the states of a layer of sinabs."""
     if isinstance(module, layers.StatefulLayer):
         module.reset_states()
 
 
 def detach(module: nn.Module) -> None:
+    """Detaches the states of a layer of sinabs."""
     if isinstance(module, layers.StatefulLayer):
         for name, state in module._buffers.items():
             module._buffers[name] = None if state is None else state.detach()
 
 
 def knows_time(module: nn.Module) -> bool:
+    """Whether the module takes time as a dimension of its own, so that `OverTime` refuses it."""
     return isinstance(module, layers.StatefulLayer) and not isinstance(module, SqueezeMixin)
 
 
 def streamed(module: nn.Module) -> InStream:
+    """How a layer takes single steps, see `InStream`."""
     if not isinstance(module, layers.StatefulLayer):
         return None
     if isinstance(module, _MIXING):

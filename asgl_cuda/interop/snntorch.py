@@ -62,6 +62,7 @@ class ConvertedLeaky(Converted):
     _smallness: tuple[Any, bool] = (), False  # id and version of beta, and whether it is small
 
     def dependencies(self) -> dict[str, Any]:
+        """What a call must find as it was at the conversion, see `Converted.dependencies`."""
         return {
             "spike_grad": self.spike_grad,
             "inhibition": self.inhibition,
@@ -73,27 +74,32 @@ class ConvertedLeaky(Converted):
         }
 
     def begin(self, settings: Settings, analog_prob: float, learn_width: bool) -> None:
+        """Applies the settings of a conversion, and registers the layer with snnTorch."""
         super().begin(settings, analog_prob, learn_width)
         enlist(self)
 
     def steps_as_before(self) -> bool:
-        """Also where the gradient of beta costs what the kernel saves: 0.8 to 1.0 times as fast."""
+        """Whether the library's own step runs: also where the gradient of beta costs what the kernel saves."""
         if self.init_hidden and self.beta.requires_grad and torch.is_grad_enabled():
             return self.is_plain()
         return super().steps_as_before()
 
     def forward(self, input_: Tensor, *states: Tensor | None, **named: Tensor | None) -> Any:
+        """A step, with arguments and results of `Leaky`."""
         if self.steps_as_before():
             return super().forward(input_, *states, **named)
         return self.results(input_, *self.one_step(input_, *states, **named))
 
     def recorded_states(self) -> dict[str, Any]:
+        """The states that the layer keeps from step to step, by name."""
         return {name: self._buffers[name] for name in self._states}
 
     def keep_state(self, name: str, value: Any) -> None:
+        """Sets a state that the layer keeps from step to step."""
         self._buffers[name] = value  # also one that is no tensor yet
 
-    def record_step(self, found: Recording, input_: Any, *given: Any, **named: Any) -> Any:
+    def record_step(self, recording: Recording, input_: Any, *given: Any, **named: Any) -> Any:
+        """Records a step, with the layer's arguments and results."""
         states = self.recorded_states()
         unknown = [*given[len(states) :], *(named.keys() - {*self._states[len(given) :]})]
         if unknown:
@@ -102,13 +108,14 @@ class ConvertedLeaky(Converted):
             if value is not None:
                 self._check_given(name)
                 states[name] = value
-        results = found.step(self, input_, states)
+        results = recording.step(self, input_, states)
         for name in states:
             self.keep_state(name, results[name])
         spikes, *others = [results[name] for name in (*(() if "spk" in states else (SPIKES,)), *states)]
         return spikes if self.init_hidden and not self.output else (spikes, *others)
 
     def steps_from(self, x_seq: Tensor, states: dict[str, Any], wanted: set[str]) -> tuple[Any, Any]:
+        """All steps from the stored states, see `Converted.steps_from`."""
         late = self.reset_delay or self.reset_mechanism != "subtract"
         steps = self.sequence if late else self.by_steps
         spikes, *others = steps(x_seq, *(None for _ in states))
@@ -123,7 +130,7 @@ class ConvertedLeaky(Converted):
 
     def step(self, x_seq: Tensor, mem: Tensor | None) -> tuple[Tensor, ...]:
         """Spikes and potentials after one step of charging by `x_seq`; a subtraction is from the input."""
-        mechanism, threshold, (decay, gain) = self.reset_mechanism, number(self.threshold), self._terms()
+        mechanism, threshold, (decay, gain) = self.reset_mechanism, number(self.threshold), self._decay_and_gain()
         v_init = self._before(x_seq, mem)
         if mechanism != "none":
             reset = self._reset_of(v_init, threshold)
@@ -137,7 +144,7 @@ class ConvertedLeaky(Converted):
             detach_reset=True,
         )  # fmt: skip
         assert output.v_last is not None
-        spk, mem = output.s_seq.squeeze(0), self._as_theirs(output.v_last, x_seq)  # cheaper gradient than indexing
+        spk, mem = output.s_seq.squeeze(0), self._in_their_dtype(output.v_last, x_seq)  # cheaper gradient than indexing
         if mechanism != "none" and not self.reset_delay:
             mem = _less(mem, spk - reset, threshold if mechanism == "subtract" else mem)
         elif self._has_noise:
@@ -147,7 +154,7 @@ class ConvertedLeaky(Converted):
 
     def sequence(self, x_seq: Tensor, mem: Tensor | None = None) -> tuple[Tensor, ...]:
         """Spikes and states of all steps."""
-        options = self._over_time()
+        options = self._sequence_options()
         if self._is_small(options["decay"]):
             return self.by_steps(x_seq, mem)
         options["return_h_seq"] = at_rest = self.reset_delay or self.reset_mechanism == "none"
@@ -155,11 +162,12 @@ class ConvertedLeaky(Converted):
         output = self.lif(x_seq, v_init=self._start(x_seq, mem, options), **options)
         mem_seq = output.h_seq if at_rest else output.v_seq
         assert mem_seq is not None
-        mem_seq = self._as_theirs(mem_seq, x_seq)
+        mem_seq = self._in_their_dtype(mem_seq, x_seq)
         self._keep("mem", mem_seq[-1].clone())
         return output.s_seq, mem_seq
 
     def by_steps(self, x_seq: Tensor, *states: Tensor | None) -> tuple[Tensor, ...]:
+        """Spikes and states of all steps, stacked, computed step by step."""
         steps: list[tuple[Tensor, ...]] = []
         for x in x_seq:
             steps.append(self.one_step(x, *states))
@@ -167,13 +175,14 @@ class ConvertedLeaky(Converted):
         return tuple(map(torch.stack, zip(*steps, strict=True)))
 
     def _keep(self, name: str, value: Tensor) -> None:
-        """Sets a buffer without Module's 3 us."""
+        """Sets a state, which is a buffer, without the 3 us that Module takes."""
         if name in self._buffers and not torch.compiler.is_compiling():
             self._buffers[name] = value
         else:
             setattr(self, name, value)
 
     def results(self, input_: Tensor, spk: Tensor, *states: Tensor) -> Any:
+        """What the layer returns of spikes and states, after a check of the shape."""
         if spk.shape != input_.shape:  # snnTorch would then reset its states in each step
             raise ValueError(
                 f"asgl_cuda.convert: values of {bare_class(self).__name__} must broadcast against the input, of shape "
@@ -181,23 +190,23 @@ class ConvertedLeaky(Converted):
             )
         return spk if self.init_hidden and not self.output else (spk, *states)
 
-    def _as_theirs(self, mem_seq: Tensor, x_seq: Tensor) -> Tensor:
+    def _in_their_dtype(self, mem_seq: Tensor, x_seq: Tensor) -> Tensor:
         """In snnTorch's dtype: the input's, unless a reset, which is float32, or a beta with dimensions promotes it."""
         if x_seq.dtype not in HALF_TYPES or self.reset_mechanism != "none":
             return mem_seq
         leak = (self.R, self.C) if isinstance(self, snntorch.Lapicque) else (self.beta,)
         return mem_seq if any(value.dim() for value in leak) else mem_seq.to(x_seq.dtype)
 
-    def _terms(self) -> tuple[Any, Any]:
+    def _decay_and_gain(self) -> tuple[Any, Any]:
         """Decay and gain of the input."""
         if not isinstance(self, snntorch.Lapicque):
             return _clamped(self.beta), 1.0
         R, C, time_step = self.R, self.C, self.time_step  # noqa: N806
         return number(1 - time_step / (R * C)), number(R * (1 / (R * C)) * time_step)
 
-    def _over_time(self) -> dict[str, Any]:
+    def _sequence_options(self) -> dict[str, Any]:
         """The options of `lif` for a sequence."""
-        threshold, (decay, gain) = number(self.threshold), self._terms()
+        threshold, (decay, gain) = number(self.threshold), self._decay_and_gain()
         options = {"v_threshold": threshold, "input_gain": gain, "detach_reset": True, "return_h_seq": True}
         if self.reset_mechanism == "zero":
             return {**options, "decay": decay, "v_reset": 0.0}
@@ -221,6 +230,7 @@ class ConvertedLeaky(Converted):
         return state if state.shape == x_seq.shape[1:] else x_seq.new_zeros(x_seq.shape[1:])
 
     def _check_given(self, name: str) -> None:
+        """Refuses a state as an argument if the layer keeps its states itself."""
         if self.init_hidden:
             raise TypeError(f"`{name}` should not be passed as an argument while `init_hidden=True`")
 
@@ -248,6 +258,7 @@ class ConvertedLeaky(Converted):
         return above.to(mem.dtype)
 
     def end(self) -> None:
+        """Undoes the conversion."""
         for name in ("_last", "_smallness"):
             self.__dict__.pop(name, None)
         super().end()
@@ -264,15 +275,18 @@ class ConvertedSynaptic(ConvertedLeaky):
     _states: tuple[str, ...] = ("syn", "mem")
 
     def advice(self) -> str | None:
+        """Advice on calls with single steps."""
         return f"{super().advice()}; a step stores up to 1.6 times as many bytes for backward as in snnTorch"
 
     def one_step(self, input_: Tensor, syn: Any = None, mem: Any = None) -> Any:  # type: ignore[override]
+        """Spikes, current and potential after one step."""
         syn = _clamped(self.alpha) * self._before(input_.unsqueeze(0), syn, "syn") + input_
         self._keep("syn", syn)
         spk, mem = self.step(syn.unsqueeze(0), mem)
         return spk, syn, mem
 
     def sequence(self, x_seq: Tensor, syn: Any = None, mem: Any = None) -> Any:  # type: ignore[override]
+        """Spikes, currents and potentials of all steps."""
         if self._is_small(_clamped(self.beta)):
             return self.by_steps(x_seq, syn, mem)
         syn = self._before(x_seq, syn, "syn")
@@ -289,9 +303,11 @@ class ConvertedRLeaky(Recurrent, ConvertedLeaky):
     steps_as_before = ConvertedLeaky.steps_as_before  # its own step is no slower
 
     def dependencies(self) -> dict[str, Any]:
+        """What a call must find as it was at the conversion, see `Converted.dependencies`."""
         return {**super().dependencies(), "recurrent": lacking(self.recurrent, _RETURNING)}
 
     def one_step(self, input_: Tensor, spk: Any = None, *states: Any, **named: Any) -> Any:  # type: ignore[override]
+        """Spikes and states after one step, in which the last spikes are fed back."""
         spk = self._before(input_.unsqueeze(0), spk, "spk")
         spk, *after = super().one_step(input_ + self.recurrent(spk), *states, **named)
         spk = spk.clone()  # must not be a view, because detach_() refuses views
@@ -299,22 +315,26 @@ class ConvertedRLeaky(Recurrent, ConvertedLeaky):
         return spk, *after
 
     def sequence(self, x_seq: Tensor, spk: Any = None, mem: Any = None) -> Any:  # type: ignore[override]
+        """Spikes and potentials of all steps."""
         if not self._fits_recurrent_lif(x_seq):
             return self.by_steps(x_seq, spk, mem)
         s_seq, mem_seq, *_ = self._sequence(x_seq, spk, mem)
         return s_seq, mem_seq
 
     def _fits_recurrent_lif(self, x_seq: Tensor) -> bool:
-        """Whether `recurrent_lif` takes the layer's values: one, or one a neuron."""
+        """Whether `recurrent_lif` can compute the layer.
+
+        Values must be single or one per neuron, and beta not so small that `threshold / beta` loses precision.
+        """
         values = (self.threshold, self.beta, getattr(self, "alpha", None), getattr(self.recurrent, "V", None))
         shape = x_seq.shape[-1:]
         fits = all(not isinstance(each, Tensor) or each.numel() == 1 or each.shape == shape for each in values)
         return fits and not self._is_small(_clamped(self.beta))
 
     def _sequence(self, x_seq: Tensor, spk: Any, mem: Any, **synapse: Any) -> Any:
-        """Spikes, potentials, and what computes the currents."""
+        """Spikes and potentials, and the arguments of `currents`: spikes before the first step, weight and bias."""
         self.check()
-        options, s_init = self._over_time(), self._before(x_seq, spk, "spk")
+        options, s_init = self._sequence_options(), self._before(x_seq, spk, "spk")
         v_init = self._start(x_seq, mem, options)
         if isinstance(self.recurrent, nn.Linear):
             weight, bias = self.recurrent.weight, self.recurrent.bias
@@ -323,7 +343,7 @@ class ConvertedRLeaky(Recurrent, ConvertedLeaky):
         options |= {"v_init": v_init, "s_init": s_init, "bias": bias, **synapse}
         output = self.recurrent_lif(x_seq, weight, options.pop("input_gain"), **options)
         assert output.h_seq is not None
-        mem_seq = self._as_theirs(output.h_seq, x_seq)
+        mem_seq = self._in_their_dtype(output.h_seq, x_seq)
         for name, state in (("spk", output.s_seq[-1]), ("mem", mem_seq[-1]), ("syn", output.i_last)):
             if state is not None:
                 self._keep(name, state.clone())
@@ -336,6 +356,7 @@ class ConvertedRSynaptic(ConvertedRLeaky, ConvertedSynaptic):  # type: ignore[mi
     _states = ("spk", "syn", "mem")
 
     def sequence(self, x_seq: Tensor, spk: Any = None, syn: Any = None, mem: Any = None) -> Any:  # type: ignore[override]
+        """Spikes, currents and potentials of all steps; no currents where the layer does not return them."""
         if not self._fits_recurrent_lif(x_seq):
             return self.by_steps(x_seq, spk, syn, mem)
         alpha, syn = _clamped(self.alpha), self._before(x_seq, syn, "syn")
@@ -354,6 +375,7 @@ def _less(value: Tensor, spikes: Tensor, amount: Tensor | float) -> Tensor:
 
 
 def _clamped(value: Tensor) -> Tensor | float:
+    """The value in [0, 1], a float if it is constant."""
     value = number(value)
     return min(max(value, 0.0), 1.0) if isinstance(value, float) else value.clamp(0, 1)
 
@@ -421,6 +443,7 @@ class MultiStep(nn.Module):
         return self.layer.state_dict(*args, **options)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        """Also loads a state dict of the layer alone, without the prefix `layer.`."""
         inside = f"{prefix}layer."
         for key in [key for key in state_dict if key.startswith(prefix) and not key.startswith(inside)]:
             state_dict[inside + key.removeprefix(prefix)] = state_dict.pop(key)
@@ -454,6 +477,7 @@ _NEURONS = (snntorch.SpikingNeuron, *_MIXING)
 
 
 def find(layer: nn.Module) -> Found:
+    """The answer for a layer of snnTorch, see `Found`."""
     kind = known_class(layer, _CONVERTED, _MIXING)
     if isinstance(kind, str):
         return kind if isinstance(layer, _NEURONS) or bare_class(layer).__name__ == "LeakyKernel" else None
@@ -492,11 +516,13 @@ def enlist(model: nn.Module) -> None:
 
 
 def reset(module: nn.Module) -> None:
+    """Resets the states of a neuron of snnTorch."""
     if isinstance(module, snntorch.SpikingNeuron) and hasattr(module, "reset_mem"):
         module.reset_mem()
 
 
 def detach(module: nn.Module) -> None:
+    """Detaches the states of a neuron of snnTorch."""
     if isinstance(module, _NEURONS):
         for name in module._non_persistent_buffers_set:  # states
             state = module._buffers[name]
@@ -504,6 +530,7 @@ def detach(module: nn.Module) -> None:
 
 
 def streamed(module: nn.Module) -> InStream:
+    """How a module takes single steps, see `InStream`."""
     if isinstance(module, MultiStep):
         return Streamed(0, None, has_switch=True)
     if not isinstance(module, _NEURONS):

@@ -30,6 +30,7 @@ class _OfLibrary(Overlay):
 
     @classmethod
     def bases(cls, original: type[nn.Module]) -> tuple[tuple[type, ...], dict[str, Any]]:
+        """The bases of the overlay's class for this layer: its own class and the spike layer."""
         return (cls, original, next(SPIKE_LAYERS[base] for base in original.__mro__ if base in SPIKE_LAYERS)), {}
 
 
@@ -56,7 +57,7 @@ def _reason_against(layer: Any, shares: list[tuple[int, int]], kernels: bool) ->
         return "no kernel for its type and device: float32 and float64 on the CPU"
     if outputs < _FEW or (inputs < _FEW and not isinstance(layer, nn.Linear)):
         return f"too small to gain: it has fewer than {_FEW} {'outputs' if outputs < _FEW else 'channels'}"
-    share = _share(shares)
+    share = _nonzero_fraction(shares)
     return (
         "" if expected_gain(layer, share) >= _LEAST_GAIN else f"its input is too dense: {share:.2f} of it is not zero"
     )
@@ -69,7 +70,8 @@ def _candidates(model: nn.Module) -> Iterator[tuple[str, Any]]:
             yield name, layer
 
 
-def _share(shares: list[tuple[int, int]]) -> float:
+def _nonzero_fraction(shares: list[tuple[int, int]]) -> float:
+    """The fraction of non-zero elements, from counts of both."""
     nonzero, elements = map(sum, zip(*shares, strict=True))
     return nonzero / max(elements, 1)
 
@@ -104,6 +106,7 @@ def to_spike_layers(model: nn.Module, example: Any) -> tuple[nn.Module, Report]:
     counted: dict[str, tuple[list[tuple[int, int]], list[bool]]] = {}
 
     def count(name: str, layer: Any, inputs: tuple[Any, ...]) -> None:
+        """Counts the non-zero inputs of a call, and notes whether kernels compute it."""
         if isinstance(inputs[0], Recorded):
             inputs[0].then(lambda x: count(name, layer, (x,)))
             return
@@ -123,7 +126,7 @@ def to_spike_layers(model: nn.Module, example: Any) -> tuple[nn.Module, Report]:
         if reason := _reason_against(layer, shares, all(kernels)):
             report.left.append(Left(name, type(layer).__name__, reason))
             continue
-        kind, share = _spike_class(type(layer)), _share(shares)
+        kind, share = _spike_class(type(layer)), _nonzero_fraction(shares)
         gain = f"evaluation about {expected_gain(layer, share):.1f} times as fast"
         report.replaced.append(
             Replaced(name, type(layer).__name__, f"{kind.__name__}, {share:.2f} of its input is not zero: {gain}")

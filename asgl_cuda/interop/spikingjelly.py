@@ -54,9 +54,11 @@ class ConvertedNode(Converted):
 
     @property
     def time_dim(self) -> int | None:  # type: ignore[override]
+        """0 in step mode "m"; None if a call takes one step."""
         return 0 if self.step_mode == "m" else None
 
     def dependencies(self) -> dict[str, Any]:
+        """What a call must find as it was at the conversion, see `Converted.dependencies`."""
         precision = self.__dict__.get("_neuron_precision")
         return {
             "surrogate_function": self.surrogate_function,
@@ -65,18 +67,21 @@ class ConvertedNode(Converted):
         }
 
     def advice(self) -> str | None:
+        """Advice on calls with single steps."""
         if self.step_mode != "s":
             return None
         whole = "spikingjelly.activation_based.functional.set_step_mode(model, 'm')"
         return f"step mode 's' gains little; {whole} computes whole sequences, 3 to 12 times faster"
 
     def multi_step_forward(self, x_seq: Tensor) -> Tensor:
+        """The spikes of a sequence `[T, ...]`."""
         output = self._steps(x_seq, whole=True)
         if output.v_seq is not None:
             self.v_seq = output.v_seq
         return output.s_seq
 
     def single_step_forward(self, x: Tensor) -> Tensor:
+        """The spikes of one step."""
         if self.steps_as_before():
             return super().single_step_forward(x)  # type: ignore[misc,no-any-return]
         output = self._steps(x.unsqueeze(0), whole=False)
@@ -85,9 +90,11 @@ class ConvertedNode(Converted):
         return output.s_seq.squeeze(0)
 
     def _steps(self, x_seq: Tensor, whole: bool) -> LIFOutput:
-        return self._fired(self._current(x_seq, whole), x_seq, whole and getattr(self, "store_v_seq", False))
+        """The result of `lif` for `[T, ...]`; `whole` sequences may store all potentials."""
+        return self._fire(self._current(x_seq, whole), x_seq, whole and getattr(self, "store_v_seq", False))
 
-    def _fired(self, current: Tensor, x_seq: Tensor, return_v_seq: bool) -> LIFOutput:
+    def _fire(self, current: Tensor, x_seq: Tensor, return_v_seq: bool) -> LIFOutput:
+        """The result of `lif` for the current that charges the neurons; keeps the last potential."""
         output = self.lif(
             current, input_gain=_gain(self), levels=self._levels, return_v_seq=return_v_seq, **_options(self, x_seq)
         )
@@ -95,12 +102,14 @@ class ConvertedNode(Converted):
         return output
 
     def recorded_states(self) -> dict[str, Any]:
+        """The states that the node keeps from step to step, by name."""
         return {name: getattr(self, name) for name in ("v", "c") if name in self._memories}
 
-    def record_step(self, found: Recording, x: Any) -> Any:
+    def record_step(self, recording: Recording, x: Any) -> Any:
+        """Records a step, with the node's arguments and results."""
         if self.step_mode == "m":
-            return super().record_step(found, x)
-        results = found.step(self, x, states := self.recorded_states())
+            return super().record_step(recording, x)
+        results = recording.step(self, x, states := self.recorded_states())
         for name in states:
             setattr(self, name, results[name])
         if hasattr(self, "_append_v_seq") and self.store_v_seq:
@@ -108,12 +117,14 @@ class ConvertedNode(Converted):
         return results[SPIKES]
 
     def steps_from(self, x_seq: Tensor, states: dict[str, Any], wanted: set[str]) -> tuple[Any, Any]:
+        """All steps from the stored states, see `Converted.steps_from`."""
         current = self._current(x_seq, True)
-        output = self._fired(current, x_seq, "v" in wanted)
+        output = self._fire(current, x_seq, "v" in wanted)
         found = {SPIKES: output.s_seq, "v": output.v_seq, "c": current if "c" in states else None}
         return {name: each for name, each in found.items() if each is not None}, {}
 
     def _current(self, x_seq: Tensor, whole: bool) -> Tensor:
+        """The current that charges the neurons in a sequence, or in one step unless `whole`: the input."""
         return x_seq
 
 
@@ -124,6 +135,7 @@ class ConvertedCUBALIFNode(ConvertedNode):
     c: Any
 
     def _current(self, x_seq: Tensor, whole: bool) -> Tensor:
+        """The synaptic current; it is also kept, in `c`."""
         c = _kept(self, self.c, x_seq, 0.0, None)
         if not whole:  # cheaper than the integrator's call
             self.c = self.c_decay * c + x_seq.squeeze(0)
@@ -132,8 +144,8 @@ class ConvertedCUBALIFNode(ConvertedNode):
         return c_seq
 
 
-def _share(node: Any) -> Tensor | float:
-    """The leak of the potential per step."""
+def _leak_per_step(node: Any) -> Tensor | float:
+    """The fraction of the potential that leaks per step."""
     if isinstance(node, _PARAMETRIC):
         return node.w.sigmoid()  # type: ignore[no-any-return]
     return 1 / node.tau if isinstance(node, _LEAKY) else 0.0
@@ -144,7 +156,7 @@ def _options(node: Any, x_seq: Tensor) -> dict[str, Any]:
     v_reset = 0.0 if node.v_reset is None else node.v_reset
     v_rest = 0.0 if isinstance(node, _CUBA) else v_reset
     return {
-        "decay": node.v_decay if isinstance(node, _CUBA) else 1 - _share(node),
+        "decay": node.v_decay if isinstance(node, _CUBA) else 1 - _leak_per_step(node),
         "v_threshold": node.v_threshold,
         "v_reset": node.v_reset,
         "v_rest": v_rest,
@@ -154,14 +166,15 @@ def _options(node: Any, x_seq: Tensor) -> dict[str, Any]:
 
 
 def _gain(node: Any) -> Tensor | float:
+    """The factor of the input."""
     if isinstance(node, _INTEGER):
         return 1.0
     # Up to SpikingJelly 0.0.0.0.8 the input always decays.
-    return _share(node) if isinstance(node, _LEAKY) and getattr(node, "decay_input", True) else 1.0
+    return _leak_per_step(node) if isinstance(node, _LEAKY) and getattr(node, "decay_input", True) else 1.0
 
 
 def _kept(node: Any, value: Any, x_seq: Tensor, at_start: float, at_rest: float | None) -> Any:
-    """The state of the last call; None at rest."""
+    """The state that the last call left, as a tensor; None if it is `at_rest`, where a call needs no state."""
     whole, simple = not x_seq.is_floating_point(), isinstance(node, (ConvertedClockDrivenNode, *_SIMPLE))
     if isinstance(value, Tensor) and value.shape != x_seq.shape[1:] and not simple:
         value = at_start  # start at rest, as in SpikingJelly
@@ -181,17 +194,21 @@ class ConvertedContainer(Recurrent):
     advice = ConvertedNode.advice
 
     def begin(self, *arguments: Any) -> None:
+        """Applies the settings of a conversion, and keeps the factor of the feedback."""
         self._factor = _factor(self)
         super().begin(*arguments)
 
     def end(self) -> None:
+        """Undoes the conversion."""
         del self._factor
         super().end()
 
     def _neuron_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """Parameters of neurons, those of the node in the container as well."""
         return [*super()._neuron_parameters(), *_parts(self)[1].named_parameters(recurse=False)]
 
     def dependencies(self) -> dict[str, Any]:
+        """What a call must find as it was at the conversion, see `Converted.dependencies`."""
         _, node = _parts(self)
         found = {"surrogate_function": None, "sub_module": self.sub_module, "node": type(node)}
         if not _is_neuron(node):  # other modules have no surrogate
@@ -203,21 +220,25 @@ class ConvertedContainer(Recurrent):
         return {**found, "element_wise_function": self.element_wise_function}
 
     def recorded_states(self) -> dict[str, Any]:
+        """The container's last output and the states of its node, by name."""
         node = _parts(self)[1]
         return {"y": self.y, **{name: getattr(node, name) for name in ("v", "c") if name in node._memories}}
 
     def keep_state(self, name: str, value: Any) -> None:
+        """Sets a state of the container or of its node."""
         setattr(self if name == "y" else _parts(self)[1], name, value)
 
-    def record_step(self, found: Recording, x: Any) -> Any:
+    def record_step(self, recording: Recording, x: Any) -> Any:
+        """Records a step, with the container's arguments and results."""
         if self.step_mode == "m":
-            return super().record_step(found, x)
-        results = found.step(self, x, states := self.recorded_states())
+            return super().record_step(recording, x)
+        results = recording.step(self, x, states := self.recorded_states())
         for name in states:
             self.keep_state(name, results[name])
         return results["y"]
 
     def steps_from(self, x_seq: Tensor, states: dict[str, Any], wanted: set[str]) -> tuple[Any, Any]:
+        """All steps from the stored states, of which only the spikes are known in each step."""
         if missing := wanted & {"v", "c"}:
             raise RuntimeError(
                 f"asgl_cuda.convert: with sequences, a {bare_class(self).__name__} gives its spikes alone, but the "
@@ -226,11 +247,13 @@ class ConvertedContainer(Recurrent):
         return {"y": self.multi_step_forward(x_seq)}, {}
 
     def single_step_forward(self, x: Tensor) -> Tensor:
+        """The spikes of one step."""
         if self.steps_as_before():
             return super().single_step_forward(x)  # type: ignore[misc,no-any-return]
         return self.multi_step_forward(x.unsqueeze(0)).squeeze(0)
 
     def multi_step_forward(self, x_seq: Tensor) -> Tensor:
+        """The spikes of a sequence `[T, ...]`, which are fed back."""
         self.check()  # checks the parts
         linear, node = _parts(self)
         if isinstance(self, _WITH_WEIGHTS):
@@ -287,13 +310,16 @@ class ConvertedILIFNode(ConvertedNode):
 
     @property
     def _levels(self) -> int:  # type: ignore[override]
+        """The most spikes per step."""
         return int(getattr(self.surrogate_function, "max_spike_count", 0))  # 0 is an error of `lif`
 
-    def _fired(self, current: Tensor, x_seq: Tensor, return_v_seq: bool) -> LIFOutput:
-        output = super()._fired(current, x_seq, return_v_seq)
+    def _fire(self, current: Tensor, x_seq: Tensor, return_v_seq: bool) -> LIFOutput:
+        """As in the base class, with spikes in the type of the input."""
+        output = super()._fire(current, x_seq, return_v_seq)
         return output._replace(s_seq=output.s_seq.to(x_seq.dtype))  # integers for integer inputs
 
     def description(self) -> str:
+        """The computation of the layer, in words."""
         return f"{self._levels} levels"
 
 
@@ -304,23 +330,28 @@ class ConvertedClockDrivenNode(ConvertedNode):
 
     @property
     def step_mode(self) -> str:
+        """As in newer versions: "m" for sequences, "s" for single steps."""
         return "m" if isinstance(self, _MULTI_STEP) else "s"
 
     def dependencies(self) -> dict[str, Any]:
+        """What a call must find as it was at the conversion, see `Converted.dependencies`."""
         return {**super().dependencies(), "Lava": self.__dict__.get("backend") == "lava"}
 
     def advice(self) -> str | None:
+        """Advice on calls with single steps."""
         if self.step_mode == "m":
             return None
         return "one step per call gains little; MultiStep nodes compute whole sequences, several times faster"
 
-    def record_step(self, found: Recording, x: Any) -> Any:
-        spikes = super().record_step(found, x)
+    def record_step(self, recording: Recording, x: Any) -> Any:
+        """Records a step; older versions also store its spikes."""
+        spikes = super().record_step(recording, x)
         if "spike" in self._memories:
             self.spike = spikes
         return spikes
 
     def forward(self, x: Tensor) -> Tensor:
+        """The spikes of a step or a sequence; older versions also store them."""
         whole = self.step_mode == "m"
         if not whole and self.steps_as_before():
             return super().forward(x)  # type: ignore[no-any-return]
@@ -339,9 +370,11 @@ class ConvertedNonSpikingNode(Converted):
     time_dim = 0
 
     def dependencies(self) -> dict[str, Any]:
+        """What a call must find as it was at the conversion, see `Converted.dependencies`."""
         return {"function": None}
 
     def forward(self, x_seq: Tensor) -> Any:
+        """The potentials of a sequence `[T, ...]`, decoded."""
         share, gain = (1 / self.tau, 1 / self.tau) if isinstance(self, _READ_OUTS) else (0.0, 1.0)
         v_seq, self.v = self.integrate(x_seq, decay=1 - share, input_gain=gain)
         if self.decode == "max-mem":
@@ -396,12 +429,14 @@ _STATEFUL = "it is no neuron that convert knows, but carries a state"
 
 
 def _is_neuron(layer: nn.Module) -> bool:
+    """Whether the layer is a neuron of SpikingJelly, or of a user who derived or copied one."""
     files = tuple(f"{package}.neuron" for package in _PACKAGES)
     in_file = any(base.__module__.startswith(files) for base in type(layer).__mro__)
     return in_file or hasattr(layer, "neuronal_charge")
 
 
 def find(layer: nn.Module) -> Found:
+    """The answer for a layer of SpikingJelly, see `Found`."""
     kind = known_class(layer, (*_KNOWN, *_FEEDING), _MIXING)
     if isinstance(kind, str):
         carries = isinstance(layer, _MEMORY) and layer._memories and not isinstance(layer, _DROPOUTS)
@@ -454,11 +489,13 @@ def _integer(function: Any) -> Found:
 
 
 def reset(module: Any) -> None:
+    """Resets the states of a module of SpikingJelly."""
     if isinstance(module, _MEMORY):
         module.reset()
 
 
 def detach(module: Any) -> None:
+    """Detaches the states of a module of SpikingJelly."""
     if isinstance(module, _MEMORY):  # with views and lists, unlike `functional.detach_net`
         module._memories.update(tree_map_only(Tensor, torch.detach, module._memories))
         if isinstance(v_seq := getattr(module, "v_seq", None), Tensor):
@@ -466,6 +503,7 @@ def detach(module: Any) -> None:
 
 
 def knows_time(module: nn.Module) -> bool:
+    """Whether `OverTime` refuses the module, because it takes time or carries states itself."""
     if isinstance(module, _RECURRENT):
         return True
     if isinstance(module, _OF_SEQUENCES):
@@ -474,6 +512,7 @@ def knows_time(module: nn.Module) -> bool:
 
 
 def streamed(module: nn.Module) -> InStream:
+    """How a module takes single steps, see `InStream`."""
     if type(module) in _CONTAINERS:
         return Streamed(_CONTAINERS[type(module)], None)
     if not knows_time(module):

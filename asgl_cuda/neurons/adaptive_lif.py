@@ -41,6 +41,7 @@ class AdaptiveLIFOutput(NamedTuple):
 
 
 def place_of_w(v_reset: Any, reset_amount: Any, to_threshold: bool) -> int:
+    """Where the adaptation acts, as bits: IN_CURRENT, IN_THRESHOLD and IN_RESET."""
     if not to_threshold:
         return IN_CURRENT
     return IN_THRESHOLD | IN_RESET if v_reset is None and reset_amount is None else IN_THRESHOLD
@@ -166,6 +167,7 @@ class Adapting(Neurons):
         self, adapt_decay: Any, adapt_potential: Any, adapt_spike: Any, to_threshold: Any, learn_adaptation: Any,
         device: Any, dtype: Any,
     ) -> None:  # fmt: skip
+        """Checks the arguments of the adaptation, and makes its values or parameters."""
         self.to_threshold = check_bool("to_threshold", to_threshold, self._caller)
         learned = check_bool("learn_adaptation", learn_adaptation, self._caller)
         empty = partial(torch.empty, self.num_features or 1, device=device, dtype=dtype)
@@ -178,6 +180,7 @@ class Adapting(Neurons):
             self.adapt_potential, self.adapt_spike = self._adapt_potential, self._adapt_spike
 
     def _fill_adaptation(self, adapt_decay: Any, *factors: Any) -> None:
+        """Checks decay and factors of the adaptation, and writes them into values and parameters."""
         learned, option = self.logit_adapt_decay, "learn_adaptation"
         self._adapt_decay = self._fill_logit(learned, "adapt_decay", adapt_decay, option)
         for name, given in zip(_FACTORS, factors, strict=True):
@@ -200,6 +203,7 @@ class Adapting(Neurons):
         return self._adapt_decay if self.logit_adapt_decay is None else Logit(self.logit_adapt_decay).value()
 
     def _given(self, x_seq: Tensor, *arguments: Any, **options: Any) -> Arguments:
+        """The record of a call, with the adaptation."""
         given = super()._given(x_seq, *arguments, **options)
         if self._adapt_decay is None:
             return given

@@ -1,4 +1,4 @@
-"""The base of ASGL layers (`asgl_cuda.LIF` and converted layers) and integrators."""
+"""The base of layers of neurons: their values, a call, and the states carried from call to call (`_states`)."""
 
 from __future__ import annotations
 
@@ -48,6 +48,7 @@ _LEAST_DECAY = 1 / (1 + math.exp(BOUND))
 
 
 def _check_backend(name: str, value: Any, caller: str) -> str:
+    """The name of a known backend."""
     check_name(name, value, BACKENDS, caller, otherwise=BEST)
     return value  # type: ignore[no-any-return]
 
@@ -60,7 +61,7 @@ def fill_parameter(parameter: Tensor | None, value: Tensor | float) -> None:
 
 
 def values_shown(value: Tensor | float, parameter: Tensor | None = None) -> str:
-    """A value of neurons, or the ends of several, and whether a parameter began there."""
+    """A value of neurons as text, the least and the largest of several, and whether it is learned."""
     least, most = (f"{each:g}" for each in least_and_most(value))
     return f"{least if least == most else f'{least} to {most}'}{'' if parameter is None else ' (learned)'}"
 
@@ -79,15 +80,18 @@ class Settable(nn.Module):
     _weights: ClassVar[tuple[str, ...]] = ()  # parameters of connections and normalisations, not of neurons
 
     def _neuron_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """The parameters of neurons with their names, without weights."""
         return [each for each in self.named_parameters(recurse=False) if each[0] not in self._weights]
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As in torch, but a property gets the parameter by its setter."""
         if isinstance(getattr(type(self), name, None), property):
             object.__setattr__(self, name, param)
         else:
             super().register_parameter(name, param)
 
     def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
+        """As in torch, but a property gets the buffer by its setter."""
         if isinstance(getattr(type(self), name, None), property):
             object.__setattr__(self, name, tensor)
         else:
@@ -112,13 +116,14 @@ class Noisy(Settable):
         self._set_analog_prob(value)
 
     def _set_analog_prob(self, value: Any) -> None:
+        """Checks and sets `analog_prob`, for eager calls and compiled graphs."""
         caller = getattr(self, "_caller", f"asgl_cuda.{type(self).__name__}")
         value = read_number("analog_prob", value, caller)
         check_analog_prob(value, caller)
         if getattr(self, "multi_spike", False):
             check_multi_spike(getattr(self, "v_reset", None), value, caller)
         self._analog_prob = value
-        self._keep_as_data(getattr(self, "_analog_prob_data", torch.empty(0, device="cpu")).device)
+        self._make_analog_prob_data(getattr(self, "_analog_prob_data", torch.empty(0, device="cpu")).device)
 
     def analog_prob_of_call(self, x_seq: Tensor) -> Tensor | float:
         """`analog_prob` for `asgl_cuda.lif`; 0 in evaluation."""
@@ -136,10 +141,11 @@ class Noisy(Settable):
     def _apply(self, fn: Callable[[Tensor], Tensor], *arguments: Any, **options: Any) -> Any:
         super()._apply(fn, *arguments, **options)  # type: ignore[no-untyped-call]
         if "_analog_prob_data" in self.__dict__:  # fn may change the device, but not values or type
-            self._keep_as_data(fn(self._analog_prob_data).device)
+            self._make_analog_prob_data(fn(self._analog_prob_data).device)
         return self
 
-    def _keep_as_data(self, device: torch.device) -> None:
+    def _make_analog_prob_data(self, device: torch.device) -> None:
+        """Rebuilds `_analog_prob_data` on `device`: `[1]`, or `[0]` without noise."""
         size = int(self._analog_prob > 0)
         with torch.inference_mode(False):  # inference tensors can't be used in training
             self._analog_prob_data = torch.full((size,), self._analog_prob, dtype=torch.float64, device=device)
@@ -151,7 +157,7 @@ class Noisy(Settable):
 
 
 class NeuronLayer(Settable):
-    """A layer of neurons or integrators: a decay and other values of a granularity, and a carried potential."""
+    """A layer of neurons or integrators: a decay and other values of a granularity, and carried states (`_states`)."""
 
     _caller: ClassVar[str]  # the name of the layer in errors
     _function: ClassVar[str]  # the functional form, for errors
@@ -181,8 +187,8 @@ class NeuronLayer(Settable):
     time_dim: int
     backend: str | None
 
-    def _set_up(self, given: Mapping[str, Any]) -> None:
-        """Checks the constructor's arguments, and keeps all that are not of parameters."""
+    def _set_options(self, given: Mapping[str, Any]) -> None:
+        """Checks and sets the options, granularity and sizes that the constructor got. Values of neurons come later."""
         caller, granularity = self._caller, given["granularity"]
         check_name("granularity", granularity, _GRANULARITIES, caller)
         check_device_and_dtype(given["device"], given["dtype"], caller)
@@ -194,10 +200,12 @@ class NeuronLayer(Settable):
         self.reset()
 
     def _keep(self, given: Mapping[str, Any], checks: Mapping[str, Callable[..., Any]]) -> None:
+        """Checks these options and sets them as attributes."""
         for name, value in check_options(given, checks, self._caller).items():
             setattr(self, name, value)
 
     def _checked_features(self, num_features: Any, granularity: Granularity) -> tuple[int, ...]:
+        """num_features as a tuple, empty if the granularity is "layer"."""
         sizes = () if num_features is None else check_sizes("num_features", num_features, self._caller)
         if granularity == "layer":
             if sizes:
@@ -223,7 +231,7 @@ class NeuronLayer(Settable):
 
     @staticmethod
     def _placed(value: Any, device: torch.device) -> Any:
-        """A tensor on this device; where it is, as floats are, if the device has no values."""
+        """The value, moved to the device if it is a tensor and the device is not "meta"."""
         return value.to(device) if isinstance(value, Tensor) and device.type != "meta" else value
 
     @property
@@ -236,6 +244,7 @@ class NeuronLayer(Settable):
         self._set_decay(value)
 
     def _set_decay(self, value: Any) -> None:
+        """Checks the decay, and writes it into the value or the parameter."""
         self._decay = self._fill_logit(self.logit_decay, "decay", value, "learn_decay")
 
     def _fill_logit(self, parameter: Tensor | None, name: str, given: Any, option: str) -> Tensor | float:
@@ -258,10 +267,11 @@ class NeuronLayer(Settable):
         return found
 
     def _decay_value(self) -> Value:
+        """The decay as a call takes it, as stored."""
         return self._decay if self.logit_decay is None else Logit(self.logit_decay)
 
     def _shown(self, value: Value) -> Tensor | float:
-        """The value of a property: a scalar for the whole layer."""
+        """The value as a property returns it: a scalar if it is one for the whole layer."""
         if isinstance(value, (Logarithm, Logit)):
             value = value.value()
         # The sum of one element. reshape(()) would raise an error for tensors that fully_shard has sharded.
@@ -315,6 +325,7 @@ class NeuronLayer(Settable):
         return result[0]  # type: ignore[no-any-return]
 
     def _check_state(self, name: str, state: Any, x_seq: Tensor, time_dim: int) -> None:
+        """Refuses a carried state that does not fit x_seq."""
         check_floating(name, state, x_seq, self._caller)
         shape, carried = state_shape(x_seq, time_dim), list(state.shape)
         if carried != shape:
@@ -386,6 +397,7 @@ class NeuronLayer(Settable):
             return values
 
         def on_meta(value: Any) -> Any:
+            """The value on the device "meta", if it is a tensor."""
             if isinstance(value, (Logarithm, Logit)):
                 return type(value)(on_meta(value.stored))
             return value.to("meta") if isinstance(value, Tensor) else value
@@ -399,29 +411,30 @@ class NeuronLayer(Settable):
         return value.reshape(self._features.shape(x_seq, self.time_dim % x_seq.dim()))
 
     @property
-    def _potentials(self) -> tuple[str, ...]:
-        """The states, and the sequence that a layer may store."""
+    def _kept_names(self) -> tuple[str, ...]:
+        """The attributes that a call sets: the states, and v_seq if the layer may store it."""
         return (*self._states, "v_seq") if "store_v_seq" in self._options else self._states
 
     def reset(self) -> None:
-        """Clears potentials: the next call starts at rest."""
-        for name in self._potentials:
+        """Clears the states: the next call starts at rest."""
+        for name in self._kept_names:
             setattr(self, name, None)
 
-    def _map_potentials(self, fn: Callable[[Tensor], Tensor]) -> None:
-        for name in self._potentials:
+    def _map_kept(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """Replaces each state, and v_seq, by `fn` of it."""
+        for name in self._kept_names:
             value = getattr(self, name)
             setattr(self, name, None if value is None else fn(value))
 
     def detach_(self) -> Self:
-        """Detaches potentials from their graph, for truncated backpropagation through time."""
-        self._map_potentials(Tensor.detach)
+        """Detaches the states from their graph, for truncated backpropagation through time."""
+        self._map_kept(Tensor.detach)
         return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        # .to(), .half() and others also move potentials. For constants they change only the device.
+        # .to(), .half() and others also move states. For constants they change only the device.
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._map_potentials(fn)
+        self._map_kept(fn)
         self._place = fn(self._place)
         for name in self._constants:
             if name in self.__dict__:  # otherwise it is a parameter
@@ -430,8 +443,8 @@ class NeuronLayer(Settable):
 
     def __getstate__(self) -> dict[str, Any]:
         # Non-leaf tensors can neither be copied nor pickled.
-        potentials = {name: value.detach() for name in self._potentials if (value := getattr(self, name)) is not None}
-        return self.__dict__ | potentials
+        kept = {name: value.detach() for name in self._kept_names if (value := getattr(self, name)) is not None}
+        return self.__dict__ | kept
 
 
 def _warn_of_time(caller: str, x_seq: Tensor, time_dim: int) -> None:

@@ -42,7 +42,7 @@ from ..checks import (
     check_not_nan,
     check_options,
     check_sizes,
-    expected_shape,
+    describe_shape_mismatch,
     in_range,
     optional,
     read_finite,
@@ -113,6 +113,7 @@ class BatchNormLIFFunction(torch.autograd.Function):
         settings: _Settings, running: _Running | None, backend: str, plan: Plan, mean: Any, variance: Any,
         weight: Any, bias: Any, *inputs: Any,
     ) -> tuple[Tensor, ...]:  # fmt: skip
+        """The wanted outputs, checkpoints, coefficients and statistics."""
         call = Call(backend, plan, Inputs(*inputs))
         outputs, *others = _forward(settings, running, call, (mean, variance, weight, bias), True)
         return *outputs, *others
@@ -229,6 +230,7 @@ def _forward(
     backend, plan, inputs = call
 
     def coefficients_of(statistics: Tensor | None, updated: Sequence[Any] = ()) -> tuple[Tensor, Tensor]:
+        """Coefficients and statistics, of the batch or from given statistics; also updates running ones."""
         operators = operators_of(backend, inputs)
         operator = operators.batch_norm_update if updated else operators.batch_norm_coefficients
         return operator(
@@ -271,6 +273,7 @@ def _normalised(inputs: Inputs, coefficients: Tensor) -> Inputs:
 
 
 def _remember(call: Call, results: Sequence[Tensor]) -> None:
+    """Makes backward recompute the spikes of this call, see `remember` of lif.py."""
     *outputs, coefficients, _ = results
     remember(call, _normalised(call.inputs, coefficients), outputs)
 
@@ -296,6 +299,7 @@ def check_process_group(process_group: Any, caller: str) -> None:
 
 
 def _no_group(process_group: Any, caller: str) -> TypeError:
+    """The error for a process_group that is none."""
     expected = 'process_group must be a process group that this process is in, "world" or None'
     return TypeError(f"{caller}: {expected}, got {shown(process_group)}")
 
@@ -482,7 +486,7 @@ def _settings_of(caller: str, x_seq: Tensor, norm: _Normalisation) -> _Settings:
         if list(value.shape) != [channels]:
             raise ValueError(
                 f"{caller}: {name} must have shape {[channels]} for x_seq of shape {list(x_seq.shape)}, "
-                f"got {list(value.shape)}: {expected_shape(x_seq, time_dim, value.shape or (1,), True)}"
+                f"got {list(value.shape)}: {describe_shape_mismatch(x_seq, time_dim, value.shape or (1,), True)}"
             )
     if isinstance(momentum, Tensor):
         check_floating("momentum", momentum, x_seq, caller)
@@ -571,7 +575,7 @@ def _update(running: _Running, *statistics: Tensor) -> None:
 
 
 def _reference(settings: _Settings, running: _Running | None, call: Call, norm: _ByChannel) -> Sequence[Tensor]:
-    """The outputs of the neuron."""
+    """The outputs of the neuron after the normalisation, by the reference."""
     channel, x_seq = settings.channel, call.inputs.x_seq
     mean, variance, weight, bias = norm
     if mean is None or variance is None:
@@ -738,6 +742,7 @@ class BatchNormLIF(LIF):
     def _call_function(
         self, x_seq: Tensor, update: bool = True, pending: Pending | None = None, **options: Any
     ) -> Tensor | LIFOutput:
+        """Calls `batch_norm_lif` with the layer's parameters."""
         if self.weight is None and self.running_mean is None:
             self._check_channels(x_seq)
         return module_batch_norm_lif(
@@ -746,13 +751,13 @@ class BatchNormLIF(LIF):
         )  # fmt: skip
 
     def _check_channels(self, x_seq: Tensor) -> None:
-        """What `asgl_cuda.batch_norm_lif` does where it has tensors of the channels' size."""
+        """Refuses an input with other channels, as `asgl_cuda.batch_norm_lif` does if it has tensors of that size."""
         time_dim = check_input(x_seq, self.time_dim, self._caller)
         channel = channel_dim(time_dim)
         if x_seq.dim() > channel and x_seq.shape[channel] != self.num_channels:
             raise ValueError(
                 f"{self._caller}: x_seq must have {self.num_channels} channels: "
-                + expected_shape(x_seq, time_dim, (self.num_channels,), by_channel=True)
+                + describe_shape_mismatch(x_seq, time_dim, (self.num_channels,), by_channel=True)
             )
 
     def extra_repr(self) -> str:

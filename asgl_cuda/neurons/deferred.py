@@ -44,9 +44,11 @@ class Source:
         self.of, self.other, self.has_graph = of, other, torch.is_grad_enabled()
 
     def make(self, reason: str) -> Tensor:
+        """Computes the tensor."""
         return self.of.made(reason) + self.other  # type: ignore[no-any-return]
 
     def made(self, reason: str) -> Tensor:
+        """The tensor, computed once, with a graph if gradients were enabled when the layers ran."""
         if self.tensor is None:
             with torch.set_grad_enabled(self.has_graph):
                 self.tensor = self.make(reason)
@@ -64,11 +66,13 @@ class Normal(Source):
         self.training, self.checkpoint = norm.training, checkpoint()
 
     def make(self, reason: str) -> Tensor:
+        """Computes the normalised value, and tells the normalisation that it was not merged."""
         value: Tensor = self.of.normalised(self.other, self.training, not self.taken)
         self.of.was_left(reason)
         return value
 
     def is_open(self) -> bool:
+        """Whether neither neurons nor others have used the output."""
         return self.tensor is None and not self.taken
 
     def __del__(self) -> None:
@@ -105,7 +109,7 @@ class Pending:
 
     @property  # type: ignore[misc]
     def __class__(self) -> Any:
-        """Read by isinstance, and by functions of torch."""
+        """`Pending`, read by isinstance and by functions of torch. Notes whether code asks if this is a Tensor."""
         names = sys._getframe(1).f_code.co_names
         if "isinstance" in names and "Tensor" in names:
             self.was_asked = True
@@ -113,10 +117,12 @@ class Pending:
 
     @property
     def norm(self) -> Any:
+        """The normalisation."""
         return self.call.of
 
     @property
     def requires_grad(self) -> bool:
+        """Whether the value would require a gradient."""
         values = (self.x, self.norm.weight, self.norm.bias, self.residual) if self.has_graph else (self.residual,)
         return self.views_have_graph and any(each is not None and each.requires_grad for each in values)
 
@@ -128,6 +134,7 @@ class Pending:
         return self.made(f"{what} {'is used again, by' if self.call.taken else 'goes to'} {use.strip('_')}")
 
     def made(self, reason: str) -> Tensor:
+        """The value, computed once; `reason` says in words why it is needed."""
         if self.value is None:
             self.check()
             value = self.source.made(reason)
@@ -142,7 +149,7 @@ class Pending:
         return self.value is not None or self.source.tensor is not None or self.call.tensor is not None
 
     def check(self) -> None:
-        """Refuses what would differ from the layers that were there."""
+        """Raises if a change in place would make the value differ from that of the separate layers."""
         if self.changes != self.source.changes:
             raise self.norm.refusal("its output, or a view of it, was changed in place after this view was made")
         if any(version != _version(tensor) for tensor, version in self.watched):
@@ -166,6 +173,7 @@ class Pending:
         return self._of_value(name)
 
     def _of_value(self, name: str) -> Any:
+        """The attribute or method `name` of the value."""
         value = self.tensor(name)
         self._note(name)
         return getattr(value, name)
@@ -197,6 +205,7 @@ class Pending:
     # ---- views and the sum ----
 
     def _viewed(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        """A view: another `Pending` if the place of the channels is known, otherwise a view of the value."""
         if name in ("view_as", "reshape_as"):
             name, args = "reshape", (args[0].shape,)
         if name == "to" and args == (self.x.dtype,) and not kwargs:
@@ -249,6 +258,7 @@ class Pending:
         return order.index(self.channel)
 
     def _plus(self, name: str, other: Any, alpha: float = 1, **more: Any) -> Any:
+        """The sum with another tensor: another `Pending` if neurons can add it, otherwise of the value."""
         if isinstance(other, Pending):
             other = other.tensor("add")
         x, is_taken = self.x, self.is_known() or self.call.taken or self.residual is not None
@@ -267,6 +277,7 @@ class Pending:
         return self
 
     def _times(self, name: str, other: Any, **more: Any) -> Any:
+        """The product with a constant: another `Pending` if possible, otherwise of the value."""
         is_constant = type(other) in (int, float) and math.isfinite(other) and not more
         if not is_constant or self.is_known() or self.residual is not None:
             return self._of_value(name)(tensor_of(other, name), **more)
@@ -366,6 +377,7 @@ def _version(tensor: Tensor) -> int:
 
 
 def watched(tensor: Tensor) -> tuple[Any, ...]:
+    """The tensor with its version, to see whether it changes."""
     return ((tensor, _version(tensor)),)
 
 
@@ -394,7 +406,10 @@ def checkpoint() -> Any:
 
 
 def _operator(name: str) -> Any:
+    """The method `name` of tensors for `Pending`."""
+
     def operator(self: Pending, *args: Any) -> Any:
+        """A sum or product that may stay pending, otherwise the value's operator."""
         if name in _SUMS:
             return self._plus(name, *args)
         return self._times(name, *args) if name in _PRODUCTS else self._of_value(name)(*args)

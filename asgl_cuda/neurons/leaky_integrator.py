@@ -65,6 +65,7 @@ class IntegratorFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(operator: Any, backend: str, plan: Plan, *tensors: Any) -> tuple[Tensor, ...]:
+        """The sequence of potentials, and v_last if wanted."""
         if operator is None:
             operator = operators_of(backend, tensors).integrator_forward
         return tuple(operator(*tensors, *plan.packed, *plan.wanted))
@@ -105,7 +106,7 @@ DERIVATIVES["integrator_forward"] = _differentiated
 
 
 def _checked(caller: str, x_seq: Tensor, given: _Arguments) -> Plan:
-    """Checks everything independent of tensor values."""
+    """The plan of a call, after checks of everything that does not depend on values of tensors."""
     time_dim = check_input(x_seq, given["time_dim"], caller)
     if (features := given.get("features")) is not None:
         check_features(features, x_seq, time_dim, caller)
@@ -268,7 +269,7 @@ class LeakyIntegrator(NeuronLayer):
     ) -> None:
         super().__init__()
         check_keywords(unknown, LeakyIntegrator.__init__.__kwdefaults__ or {}, self._caller)
-        self._set_up(locals())
+        self._set_options(locals())
         empty = torch.empty(self.num_features or 1, device=device, dtype=dtype)
         self.logit_decay = nn.Parameter(empty) if check_bool("learn_decay", learn_decay, self._caller) else None
         self._set_decay(decay)
@@ -279,6 +280,7 @@ class LeakyIntegrator(NeuronLayer):
         self.reset()
 
     def _call_function(self, x_seq: Tensor, **options: Any) -> Tensor | IntegratorOutput:
+        """Calls `leaky_integrator` with the layer's parameters."""
         decay = self._decay_value()
         given: _Arguments = {
             "decay": decay, "input_gain": self.input_gain, "v_rest": self.v_rest, "delay": self.delay,

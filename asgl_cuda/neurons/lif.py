@@ -109,10 +109,10 @@ def lif(
         v_reset: potential after a spike (hard reset), or None for the soft reset.
         reset_amount: amount that a spike subtracts under the soft reset; default `v_threshold`.
         width: width of the surrogate, in units of x_seq. In float32 it must be at least 1.1e-19, so that 1 / width^2 is
-            finite. fast_sigmoid and arctan square u / width, and have no gradient for abs(u) > 1e19 width, where the
-            square overflows. To avoid a device synchronisation, a tensor is checked only on the CPU, and not under
-            torch.compile and torch.func. Where it is not checked, a width < 0 gives gradients of the wrong sign, and a
-            width of 0 gives NaN.
+            finite. fast_sigmoid and arctan square u / width. Where this square overflows, at abs(u) somewhat above
+            1e19 * width, they have no gradient. To avoid a device synchronisation, a tensor is checked only on the CPU,
+            and not under torch.compile and torch.func. Where it is not checked, a width < 0 gives gradients of the
+            wrong sign, and a width of 0 gives NaN.
         surrogate: rectangle, triangle, sigmoid, arctan, erf, fast_sigmoid or laplace; with `multi_spike` also
             periodic_exponential, whose slope peaks at every multiple of the threshold. No effect with levels.
         surrogate_gain: factor on the surrogate gradient.
@@ -284,6 +284,7 @@ class LIFFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(operator: Any, backend: str, plan: Plan, *inputs: Any) -> tuple[Tensor, ...]:
+        """The wanted outputs and the checkpoints. None for the operator: the one that is called directly."""
         return tuple(run_forward(backend, plan, inputs, True, operator))
 
     @staticmethod
@@ -334,6 +335,7 @@ def remember(call: Call, inputs: Inputs, outputs: Sequence[Tensor]) -> None:
     plan = make_plan(inputs.x_seq, call.plan.rules, call.plan.numbers, (False, False, False))
 
     def spikes(*inputs: Tensor | None) -> Tensor:
+        """The spikes, computed again from the inputs of the call."""
         return run_forward(backend, plan, inputs, keep_checkpoints=False)[0]
 
     # Copies of parameters, because FSDP frees them before backward of the next layer needs the spikes.
@@ -533,6 +535,7 @@ class LIF(Neurons):
         self._set_up_neurons(locals())
 
     def _inputs(self, x_seq: Tensor, residual: Tensor | None = None) -> tuple[Tensor, dict[str, Any]]:
+        """The input and options of a call. A `Pending` becomes the option `pending` if the neurons can compute it."""
         if residual is not None:
             residual = tensor_of(residual, type(self).__name__)
         if not isinstance(x_seq, Pending):

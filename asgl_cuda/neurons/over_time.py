@@ -57,6 +57,7 @@ class OverTime(nn.Module):
 
 
 def _check_input(x_seq: Any, layer: nn.Module) -> None:
+    """Refuses an input without time, batch or a dimension of the layer's samples."""
     if isinstance(x_seq, (Pending, Tensor)):
         if x_seq.is_nested or x_seq.dim() < 2:
             got = "a nested tensor" if x_seq.is_nested else f"shape {list(x_seq.shape)}"

@@ -72,6 +72,7 @@ class RecurrentFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(operator: Any, backend: str, plan: Plan, *tensors: Any) -> tuple[Tensor, ...]:
+        """The spikes and the wanted outputs. None for the operator: the one that is called directly."""
         if operator is None:
             operator = operators_of(backend, tensors).recurrent_forward
         return tuple(operator(*tensors, *plan.packed, plan.wanted))
@@ -218,6 +219,7 @@ class _Recurrence(NamedTuple):
 
 
 def _check_no_adaptation(given: Mapping[str, Any], defaults: Any, caller: str) -> None:
+    """Refuses options of an adaptation where there is none."""
     for name, value in given.items():
         is_number = isinstance(value, (int, float))  # arrays and tensors have no single truth value
         if value is not defaults[name] and not (is_number and value == defaults[name]):
@@ -225,6 +227,7 @@ def _check_no_adaptation(given: Mapping[str, Any], defaults: Any, caller: str) -
 
 
 def _check_adaptation(input_gain: Any, caller: str) -> None:
+    """Refuses an input_gain where there is an adaptation."""
     if input_gain != 1:
         raise ValueError(f"{caller}: input_gain must be 1 with an adaptation, got {shown(input_gain)}")
 
@@ -265,6 +268,7 @@ def _check(x_seq: Tensor, given: _Recurrence, neuron: Any) -> float:
 
 
 def _check_shape(name: str, value: Tensor, x_seq: Tensor, *shapes: list[int]) -> None:
+    """Refuses a tensor that has none of the shapes."""
     check_floating(name, value, x_seq, _CALLER)
     if not any(value.shape == torch.Size(shape) for shape in shapes):
         raise ValueError(f"{_CALLER}: {name} must have shape {' or '.join(map(str, shapes))}, got {list(value.shape)}")
@@ -446,6 +450,7 @@ class RecurrentLIF(Adapting):
         self._set_up_adaptation(adapt_decay, **adaptation, device=device, dtype=dtype)
 
     def _fill_recurrence(self, syn_decay: Any) -> None:
+        """Draws the recurrent weight and bias, and sets syn_decay."""
         bound = 1 / math.sqrt(self.hidden_size)
         with torch.no_grad():
             self.recurrent_weight.uniform_(-bound, bound)
@@ -506,6 +511,7 @@ class RecurrentLIF(Adapting):
         return ", ".join([*parts, super().extra_repr()])
 
     def _has(self, name: str) -> bool:
+        """Whether the layer has a recurrent bias ("bias"), or weights of neurons to themselves ("autapses")."""
         return self.recurrent_bias is not None if name == "bias" else self.autapses
 
 

@@ -58,7 +58,7 @@ class Neurons(NeuronLayer, Noisy):
     def _set_up_neurons(self, given: Mapping[str, Any]) -> None:
         """Checks the constructor's arguments, keeps options and makes parameters."""
         self.scale_output, self.multi_spike, self.levels, self.v_min = False, False, None, None
-        self._set_up(given)
+        self._set_options(given)
         for name in _OF_RESET:
             setattr(self, name, None if given[name] is None else self._read(name, given[name]))
         self.surrogate: str = given["surrogate"]
@@ -103,6 +103,7 @@ class Neurons(NeuronLayer, Noisy):
         return self.levels is not None and not self.multi_spike
 
     def _set_width(self, value: Any) -> None:
+        """Checks the width, and writes it into the value or the parameter."""
         learned = self.log_width is not None
         found = self._read("width", value, self.log_width, "learn_width")
         for each in least_and_most(found):
@@ -126,6 +127,7 @@ class Neurons(NeuronLayer, Noisy):
         self._set_threshold(value)
 
     def _set_threshold(self, value: Any) -> None:
+        """Checks the threshold, and writes it into the value or the parameter."""
         found = self._read("v_threshold", value, self.threshold, "learn_threshold")
         for each in least_and_most(found):
             check_finite("v_threshold", each, self._caller)

@@ -73,6 +73,7 @@ _EXP = {
 
 
 def _exp_within_bound(value: Tensor) -> Tensor:
+    """e^x for x in [-BOUND, BOUND], with the bits of the kernels."""
     inverse_ln2, (high, low), coefficients = _EXP[value.dtype]
     x = value.clamp(-BOUND, BOUND)
     n = (x * inverse_ln2).round()

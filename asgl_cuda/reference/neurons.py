@@ -91,6 +91,7 @@ def lif_reference(
     analog = analog_mask_below(x_seq, rules.analog_below, rng_state, time_dim).movedim(time_dim, 0)
 
     def at(value: Tensor, t: int) -> Tensor:
+        """The value in step t of a parameter, which may be the same in all steps."""
         return value[t if value.shape[0] > 1 else 0]
 
     adapts = rules.adaptation != 0

@@ -18,9 +18,6 @@ from ..torch_modes import apply, exporting, in_forward_mode, transforming
 # A surrogate for multi_spike: laplace as a function of `periodic_distance`.
 PERIODIC = "periodic_exponential"
 
-# The surrogate of levels, F(y) = clamp(y, 0, levels), by its id: Surrogate::kInteger in csrc.
-INTEGER = 7
-
 
 class Surrogate(NamedTuple):
     """A surrogate: `id` is its value of `enum class Surrogate` in csrc."""
@@ -36,6 +33,7 @@ def clamped(y: Tensor, most: float) -> Tensor:
 
 
 def _triangle_tail(y: Tensor) -> Tensor:
+    """F(-y) of the triangle for y >= 0."""
     inside = (1 - y).clamp(min=0)
     return 0.5 * inside * inside  # as in csrc; the last digit of pow depends on the device
 
@@ -44,6 +42,7 @@ def _mirrored(tail: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     """F = tail(|y|) below 0 and 1 - tail(|y|) above, without abs(), whose slope at 0 is 0 in autograd."""
 
     def cumulative(y: Tensor) -> Tensor:
+        """F for any y."""
         below = tail(torch.where(y < 0, -y, y))
         return torch.where(y < 0, below, 1 - below)
 
@@ -64,6 +63,9 @@ SURROGATES: dict[str, Surrogate] = {
     "fast_sigmoid": Surrogate(5, _mirrored(lambda y: 0.5 / (1 + y)), lambda y: 0.5 / (1 + y.abs()) ** 2),
     "laplace": Surrogate(6, _mirrored(lambda y: 0.5 * torch.exp(-y)), lambda y: 0.5 * torch.exp(-y.abs())),
 }
+
+# The surrogate of levels, F(y) = clamp(y, 0, levels), by its id: Surrogate::kInteger in csrc, which follows all others.
+INTEGER = len(SURROGATES)
 
 # Names that other libraries use, in lower case. Their alpha is 1 / width.
 ELSEWHERE = {
@@ -105,7 +107,7 @@ class GradientAndTangentOf(GradientOf):
 
 
 def with_gradient_of(s: Tensor, a: Tensor, gain: float = 1.0) -> Tensor:
-    """Applies `GradientOf`."""
+    """The value of `s` with the gradient of `a` times `gain`: `GradientOf` in all modes of torch."""
     compiling = torch.compiler.is_compiling()
     if compiling and (transforming() or in_forward_mode()):  # both ignore autograd functions silently
         scaled = a * gain

@@ -61,6 +61,7 @@ def _packed(x: Tensor) -> Tensor | None:
 
 
 def _unpacked(packed: Tensor, shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """The tensor that `_packed` has packed."""
     x = torch.empty_strided(shape, stride, dtype=dtype)
     extension.module.unpack_spikes(packed, x)  # type: ignore[union-attr]
     return x
@@ -76,6 +77,7 @@ class SpikeFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(operator: Any, x: Tensor, weight: Tensor, *others: Any) -> Tensor:
+        """The product."""
         if operator is None:
             operator = _operators_of((x, weight, *others)).spike_product
         return operator(x, weight, *others)  # type: ignore[no-any-return]
@@ -153,7 +155,7 @@ def product(
     padding: Sequence[int] = (),
     caller: str = "",
 ) -> Tensor:
-    """The result of the kernels: of linear, or of a convolution as `weight` has dimensions."""
+    """Computes a linear map, or if `weight` has more than two dimensions a convolution, by the kernels."""
     arguments = x, weight, bias, panels, stride, padding
     if is_differentiated((x, weight, bias), caller):
         return apply(SpikeFunction, None, *arguments)  # type: ignore[no-any-return]
@@ -169,7 +171,7 @@ def convolution(
     padding: Sequence[int] | str,
     caller: str,
 ) -> Tensor:
-    """A convolution on the kernels, of a batch or of one sample."""
+    """Checks shapes and computes a convolution, of a batch or one sample, by the kernels. Requires `has_kernel`."""
     channels, dims = weight.shape[1], weight.dim()
     if x.dim() not in (dims - 1, dims) or x.shape[1 - dims] != channels:
         sizes = ", ".join(("L",) if dims == 3 else ("H", "W"))
@@ -187,7 +189,7 @@ def convolution(
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, panels: Tensor | None, caller: str) -> Tensor:
-    """A linear map on the kernels."""
+    """Checks shapes and computes a linear map by the kernels. Requires `has_kernel`."""
     if x.dim() == 0 or x.size(-1) != weight.size(-1):
         raise ValueError(f"{caller}: the input must have shape [..., {weight.shape[-1]}], got {list(x.shape)}")
     return product(x, weight, bias, panels, caller=caller)

@@ -19,7 +19,7 @@ _FEW_SUMS = 64
 
 
 def _parameter(layer: nn.Module, name: str) -> Any:
-    """The attribute, for which nn.Module's own way takes 0.4 us."""
+    """The parameter of this name, without the 0.4 us that nn.Module takes."""
     own = layer._parameters
     return own[name] if name in own else getattr(layer, name)
 
@@ -34,9 +34,11 @@ class _Copy:
 
     @staticmethod
     def _key_of(weight: Tensor) -> tuple[Any, ...]:
+        """What changes if torch knows that the weight has changed."""
         return weight.data_ptr(), weight._version, weight.shape, weight.stride(), weight.dtype
 
     def is_of(self, weight: Tensor) -> bool:
+        """Whether this is a copy of the weight as it is now."""
         return self._key_of(weight) == self._key
 
 
@@ -52,15 +54,19 @@ class _SpikeLayer(nn.Module):
     _copy: _Copy | None = None
 
     def _panels(self, x: Tensor, weight: Tensor) -> Tensor | None:
+        """The weight in the kernels' order, cached, for calls with few samples; None otherwise.
+
+        Drops the cache where an optimizer may change the weight.
+        """
         if self.training or (weight.requires_grad and torch.is_grad_enabled()):
             self._copy = None
             return None
         if (
             x.numel() * weight.shape[0] > _FEW_SUMS * weight.numel()
-            or torch.compiler.is_compiling()
-            or transforming()
-            or type(weight) not in (nn.Parameter, Tensor)
-            or weight.is_inference()
+            or torch.compiler.is_compiling()  # the copy would become a constant of the graph
+            or transforming()  # the weight may be a wrapper without memory of its own
+            or type(weight) not in (nn.Parameter, Tensor)  # as above
+            or weight.is_inference()  # has no version that would show a change
         ):
             return None
         copy = self._copy  # read once: another thread may replace it
@@ -190,7 +196,7 @@ SPIKE_LAYERS: dict[type[nn.Module], type[nn.Module]] = {
 
 
 def expected_gain(layer: nn.Module, share: float) -> float:
-    """How many times as fast as of torch's layer an evaluation is.
+    """How many times as fast as torch's layer an evaluation is, if the fraction `share` of the inputs is not zero.
 
     Measured in float32 on layers of 64 to 1,024 channels.
     """

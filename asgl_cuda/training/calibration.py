@@ -24,7 +24,7 @@ from ..interop.converted import bare_class
 from ..neurons.base import asgl_layers, some_asgl_layers
 from ..neurons.batch_norm_lif import BatchNormLIF
 from ..states import reset
-from .monitor import aligned
+from .monitor import table_lines
 
 _CALLER = "asgl_cuda.calibrate"
 _TOLERANCE = 0.01  # tolerance relative to the rate
@@ -54,7 +54,7 @@ class Calibration(NamedTuple):
         rows: list[tuple[str, ...]] = [("layer", "weight", "rate before", "after", "factor")]
         rows += [(row[0] or "(the model)", row[1], *(f"{value:.4g}" for value in row[2:])) for row in self.layers]
         left = [f"{row.path or '(the model)'}: {row.layer}, left: {row.reason}" for row in self.left]
-        return "\n".join([*aligned(rows, "<<>>>"), *left])
+        return "\n".join([*table_lines(rows, "<<>>>"), *left])
 
 
 def calibrate(model: nn.Module, x_seq: Any, rate: float = 0.2) -> Calibration:
@@ -192,6 +192,7 @@ class _Trial:
                     self._problems |= {first: f"shared with {name}", name: f"shared with {first}"}
 
     def _scale(self, site: _Site, factor: float) -> None:
+        """Sets the weight to its original value times the factor."""
         with torch.no_grad():
             self._parameters[site.weight].copy_(self._weights[site.weight] * factor)
 
@@ -210,7 +211,7 @@ class _Trial:
         return {site: self._rate_of(site, [call[-1] for call in site.calls]) for site in sites}
 
     def prepare(self, before: dict[_Site, float]) -> None:
-        """A run with all weights at 0, which finds what biases alone give to the neurons."""
+        """Runs the model with all weights at 0, to find what biases alone give to the neurons."""
         for site in before:
             self._scale(site, 0.0)
         self.run()
@@ -347,6 +348,7 @@ def _source(value: Tensor) -> Tensor:
 
 
 def _cut(values: Any) -> Any:
+    """The values with detached tensors, which begin new graphs."""
     return _pytree.tree_map_only(Tensor, _source, values)
 
 

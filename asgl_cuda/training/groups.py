@@ -143,6 +143,7 @@ def _before_step(optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         return None
 
     def and_step() -> Any:
+        """The closure, followed by Adam's step."""
         loss = closure()
         _step_by_adam(optimizer, groups)
         return loss
@@ -151,7 +152,7 @@ def _before_step(optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 
 
 def _step_by_adam(optimizer: Any, groups: list[dict[str, Any]]) -> None:
-    """The averages are the optimizer's state; the gradients are hidden from it until its step ends."""
+    """Does Adam's step for these groups, whose gradients are then hidden until the optimizer's own step ends."""
     scaled = getattr(optimizer, "found_inf", None) is not None  # a GradScaler leaves both to fused optimizers
     for group in groups:
         for value in group["params"]:
@@ -170,6 +171,7 @@ def _step_by_adam(optimizer: Any, groups: list[dict[str, Any]]) -> None:
 
 
 def _after_step(optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Gives back the gradients that were hidden from the optimizer."""
     for value, grad in optimizer.__dict__.pop("_asgl_hidden", ()):
         value.grad = grad
 

@@ -66,6 +66,7 @@ class _Tally:
         self._neurons[shape] = counts + spikes.reshape(-1, *shape).sum(0), steps + spikes.numel() // shape.numel()
 
     def result(self) -> dict[str, float]:
+        """Means over all calls, and the fractions of neurons that never or always fired."""
         found = {key: total.item() / elements for key, (total, elements) in self._shares.items()}
         if neurons := sum(shape.numel() for shape in self._neurons):
             dead = sum(int((counts == 0).sum()) for counts, _ in self._neurons.values())
@@ -77,7 +78,7 @@ class _Tally:
 def _shares_of_lif(
     layer: Neurons, x_seq: Tensor, more: dict[str, Any], states: dict[str, Any], rng_state: Tensor | None, s_seq: Tensor
 ) -> dict[str, Tensor]:
-    """Repeats the call for its potentials, with the same states and noise."""
+    """What `_Tally.add` gets for a call, which is repeated for its potentials, with the same states and noise."""
     generator = None if rng_state is None else torch.Generator(x_seq.device).set_state(rng_state)
     time_dim = layer.time_dim % x_seq.dim()
     if isinstance(layer, LIF):  # whose running statistics a call may update
@@ -141,6 +142,7 @@ def _growth(factors: Tensor, time_dim: int) -> Tensor:
 
 
 def _uses_batch(norm: Any) -> bool:
+    """Whether the normalisation uses the statistics of the batch."""
     return norm.training or norm.running_mean is None
 
 
@@ -320,6 +322,7 @@ class Monitor:
         self.stop()
 
     def _look_before(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Keeps what a layer's potentials can be computed from again after the call."""
         known = isinstance(layer, (LIF, RecurrentLIF)) and type(layer).forward is LIF.forward
         if torch.compiler.is_compiling() or transforming() or not known:
             return
@@ -340,12 +343,14 @@ class Monitor:
 
     @torch.no_grad()
     def _look_at_input(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
+        """Counts the non-zero inputs of a weight layer."""
         x = args[0] if args else None
         if isinstance(x, Tensor) and x.numel() > 0 and not torch.compiler.is_compiling() and not transforming():
             self._tallies[layer].add({"nonzero_inputs": x != 0})
 
     @torch.no_grad()
     def _look(self, layer: Any, args: tuple[Any, ...], output: Any) -> None:
+        """Adds the output of a call to the layer's sums."""
         s_seq = output[0] if isinstance(output, tuple) else output
         if isinstance(s_seq, Recorded):
             s_seq.then(lambda value: self._look(layer, args, value))
@@ -403,14 +408,15 @@ class Monitor:
             cells = (_shown(values[key]) if key in values else "-" for key in keys)
             rows.append([name or "(the model)", *cells])
         problems = self.problems()
-        return "\n".join([*aligned(rows, "<" + ">" * len(keys)), *([""] if problems else []), *problems])
+        return "\n".join([*table_lines(rows, "<" + ">" * len(keys)), *([""] if problems else []), *problems])
 
 
 def _shown(value: float) -> str:
+    """A figure of the table."""
     return f"{value:.4f}" if value < 1000 else f"{value:.1e}"
 
 
-def aligned(rows: Sequence[Sequence[str]], sides: str) -> list[str]:
-    """The rows of a table with padded columns, aligned to the left (<) or right (>)."""
+def table_lines(rows: Sequence[Sequence[str]], sides: str) -> list[str]:
+    """The lines of a table in text: its columns padded, aligned left (<) or right (>) as in `sides`."""
     sizes = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(map("{:{}{}}".format, row, sides, sizes)) for row in rows]

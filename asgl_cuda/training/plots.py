@@ -133,6 +133,7 @@ def _over_time(value: Any, name: str, caller: str) -> Tensor:
 
 
 def _axes(ax: Any, caller: str) -> Any:
+    """The given axes, or matplotlib's current ones."""
     if ax is not None:
         return ax
     try:

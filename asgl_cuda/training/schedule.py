@@ -84,6 +84,7 @@ class AnalogProbSchedule:
         return cls(model, partial(_linear, epochs=_count("epochs", epochs, 1), final=_share("final", final, _CALLER)))
 
     def _set(self, starts: Mapping[str, float], epoch: int) -> None:
+        """Sets the layers to their values in this epoch, after checking all."""
         probs: dict[str, float] = {}
         for name, start in starts.items():
             probs[name] = _share(
@@ -124,18 +125,22 @@ class AnalogProbSchedule:
 
 
 def _multi_step(start: float, epoch: int, epochs: Sequence[int], gamma: float) -> float:
+    """`start` times gamma for each of the epochs that has begun."""
     return start * gamma ** bisect_right(epochs, epoch)
 
 
 def _cosine(start: float, epoch: int, epochs: int, final: float) -> float:
+    """Half a cosine from `start` to `final`."""
     return _between(start, final, (1 + math.cos(math.pi * min(epoch / epochs, 1))) / 2)
 
 
 def _linear(start: float, epoch: int, epochs: int, final: float) -> float:
+    """A line from `start` to `final`."""
     return _between(start, final, 1 - min(epoch / epochs, 1))
 
 
 def _between(start: float, final: float, share: float) -> float:
+    """The value at a fraction `share` of `start`, otherwise `final`."""
     return start * share + final * (1 - share)  # unlike final + (start - final) * share, exact at share 1
 
 

@@ -2,7 +2,7 @@
 //
 // A loop is a type with `struct Args` and `static void run(Args)`, forced inline into the clones. Args are passed by
 // value, so that they stay in registers: no store of the loop can change them. Clones do not use FMA, because every
-// backend rounds each operation.
+// backend rounds each operation; run_with_fma in cpu/product.h is for products with a matrix, which do.
 #pragma once
 
 #include <algorithm>
@@ -14,6 +14,7 @@ namespace asgl::cpu {
 
 enum class InstructionSet { kBaseline, kAvx2, kAvx512 };
 
+// The largest instruction set that the processor supports.
 inline InstructionSet best_instruction_set() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
@@ -26,8 +27,8 @@ inline InstructionSet best_instruction_set() {
   return InstructionSet::kBaseline;
 }
 
-// The environment variable ASGL_CUDA_INSTRUCTION_SET may select a smaller instruction set, so that one machine can test
-// every clone.
+// The instruction set that clones are chosen for. The environment variable ASGL_CUDA_INSTRUCTION_SET may select a
+// smaller instruction set, so that one machine can test every clone.
 inline InstructionSet instruction_set() {
   static const InstructionSet chosen = [] {
     const char* variable = std::getenv("ASGL_CUDA_INSTRUCTION_SET");
@@ -41,6 +42,7 @@ inline InstructionSet instruction_set() {
   return chosen;
 }
 
+// The name of instruction_set(), for users.
 inline const char* instruction_set_name() {
   switch (instruction_set()) {
     case InstructionSet::kAvx512:
@@ -52,6 +54,7 @@ inline const char* instruction_set_name() {
   }
 }
 
+// The clones of a loop, one function for each instruction set.
 template <class Loop>
 void run_baseline(const typename Loop::Args& args) {
   Loop::run(args);
@@ -78,6 +81,7 @@ ASGL_TARGET_AVX512 void run_avx512(const typename Loop::Args& args) {
 template <class Loop>
 using Clone = void (*)(const typename Loop::Args&);
 
+// The clone for an instruction set.
 template <class Loop>
 Clone<Loop> clone_for(InstructionSet set) {
 #if defined(__x86_64__)

@@ -4,6 +4,7 @@
 namespace asgl::cpu {
 namespace {
 
+// One step of the integrator, or its adjoint.
 template <class Real, class Neurons, Pass kPass>
 struct IntegratorLoop {
   struct Args {
@@ -40,6 +41,7 @@ struct IntegratorLoop {
   }
 };
 
+// Runs one pass for the tiles [begin, end).
 template <Pass kPass, class Scalar>
 void run_pass(const IntegratorParams<Scalar>& params, int64 begin, int64 end) {
   using Real = Real_t<Scalar>;

@@ -16,11 +16,13 @@ void plan_tiles(Params& params);
 template <class Params>
 void launch(const Params& params);
 
+// The kernels of recurrent neurons, with the equations of params/recurrent.h.
 template <class Scalar>
 void recurrent_forward(const RecurrentForwardParams<Scalar>& params);
 template <class Scalar>
 void recurrent_backward(const RecurrentBackwardParams<Scalar>& params);
 
+// The number of threads that kernels run on.
 int num_threads();
 
 }  // namespace asgl::cpu

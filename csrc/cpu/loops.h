@@ -108,6 +108,7 @@ constexpr int kSurrogateLoops = Model::kAdapts        ? static_cast<int>(Surroga
                                 : Model::kOnlyGeneral ? kNumSurrogates
                                                       : 1;
 
+// One step: from x, v and w to h, s, and the next v and w.
 template <class Real, class Model, class Neurons>
 struct StepLoop {
   struct Args {
@@ -139,6 +140,7 @@ struct StepLoop {
     loop<true>(args);
   }
 
+  // The loop over neurons. Without kNoise nothing is analog.
   template <bool kNoise>
   static ASGL_HOST_DEVICE void loop(Args args) {
     const Firing<Real> firing(args.options);
@@ -175,6 +177,7 @@ struct StepLoop {
 // adaptation; h is there the potential that is compared with v_threshold.
 enum class Sums { kNone, kWidth, kAdaptation, kAll, kRecurrent };
 
+// The adjoint of a step: from the gradients of s, h and the next v and w to those of x, v and w.
 template <class Real, class Model, class Neurons, Sums kSums>
 struct AdjointLoop {
   struct Args {
@@ -287,6 +290,7 @@ ASGL_HOST_DEVICE void for_each_block(int64 length, int64 block, F&& f) {
 using Stream = void (*)(float* to, const float* block, int64 count);
 
 #if defined(__x86_64__)
+// The functions for each instruction set.
 inline void stream_baseline(float* to, const float* block, int64 count) {
   for (int64 i = 0; i < count; i += 4) _mm_stream_ps(to + i, _mm_load_ps(block + i));
 }
@@ -296,6 +300,7 @@ __attribute__((target("avx2"))) inline void stream_avx2(float* to, const float* 
 ASGL_TARGET_AVX512 inline void stream_avx512(float* to, const float* block, int64 count) {
   for (int64 i = 0; i < count; i += 16) _mm512_stream_ps(to + i, _mm512_load_ps(block + i));
 }
+// The function for this processor. Null if there is none.
 inline Stream stream() {
   const InstructionSet set = instruction_set();
   return set == InstructionSet::kAvx512 ? stream_avx512 : set == InstructionSet::kAvx2 ? stream_avx2 : stream_baseline;
@@ -387,6 +392,7 @@ struct SettledAdjointLoop {
     });
   }
 
+  // Computes the potentials of all steps, for `count` neurons.
   template <bool kNoise, class Count>
   static ASGL_HOST_DEVICE void compute_potentials(const Args& args, int64 first, Count count) {
     const Firing<Real> firing(args.options);
@@ -409,6 +415,7 @@ struct SettledAdjointLoop {
     }
   }
 
+  // Computes the gradients of all steps, from the last to the first.
   template <bool kNoise, class Count>
   static ASGL_HOST_DEVICE void walk_back(const Args& args, int64 first, Count count) {
     const Firing<Real> firing(args.options);
@@ -547,6 +554,7 @@ struct InputCurrentAdjointLoop {
   }
 
  private:
+  // Keeps the sums in registers, for parameters that are values.
   static ASGL_HOST_DEVICE void with_sums_in_registers(const Args& args) {
     int64 first = 0;
     if (args.length >= kInputSums) {
@@ -558,6 +566,7 @@ struct InputCurrentAdjointLoop {
     add(args, first, args.length - first, args.gain_sum, args.bias_sum);
   }
 
+  // Computes dx of `length` neurons, and adds to the sums.
   static ASGL_HOST_DEVICE void add(const Args& args, int64 first, int64 length, Real* gain_sum, Real* bias_sum) {
     const Real *x = args.x + first, *dh = args.dh + first;
     Real* dx = args.dx + first;
@@ -611,6 +620,7 @@ ASGL_HOST_DEVICE double sum_of(const Real* row, int64 length) {
   return ((lanes[0] + lanes[1]) + (lanes[2] + lanes[3])) + ((lanes[4] + lanes[5]) + (lanes[6] + lanes[7]));
 }
 
+// sum = the sum of a row, by sum_of
 template <class Real>
 struct SumLoop {
   struct Args {
@@ -706,6 +716,7 @@ struct InverseLoop {
   }
 };
 
+// to[i] = from[i], in another type
 template <class From, class To>
 struct ConvertLoop {
   struct Args {

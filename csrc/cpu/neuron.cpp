@@ -21,6 +21,7 @@ bool settled_suffices(const BackwardParams<Scalar>& params) {
          !(params.wants(kReset) && params.options.hard_reset);
 }
 
+// Whether no parameter but the width, gain and bias wants a gradient.
 template <class Scalar>
 bool only_width(const BackwardParams<Scalar>& params) {
   return !params.wants(kDecay) && !params.wants(kThreshold) && !params.wants(kReset) && !params.wants(kInputMean);
@@ -39,6 +40,7 @@ bool is_settled(const Params& params) {
   return !is_per_step(params) && settled_suffices(params) && params.options.v_rest == 0 && !params.options.scale_output;
 }
 
+// Runs the kernel that computes what is wanted, for the model that the options select.
 template <class Params>
 void run_model(Params params) {
   params.noise = params.noise.resolved();

@@ -8,8 +8,10 @@
 
 namespace asgl::cpu {
 
+// The number of steps whose potentials backward computes together: 4, 8 or kCheckpointSteps.
 inline int64 segment_steps(int64 steps) { return steps <= 4 ? 4 : steps <= 8 ? 8 : kCheckpointSteps; }
 
+// Whether a parameter changes over time.
 template <class Params>
 bool is_per_step(const Params& params) {
   return std::any_of(std::begin(params.parameters), std::end(params.parameters),
@@ -24,7 +26,8 @@ int64 parts_of_tile(const Params& params) {
 
 // ---- forward ----
 
-// `shift` is the number of elements from the checkpoints of v to the checkpoints of this row: 0 for v itself.
+// Stores a row of v or w, if there is a checkpoint after `steps` steps. `shift` is the number of elements from the
+// checkpoints of v to the checkpoints of this row: 0 for v itself.
 template <class Scalar>
 void store_checkpoint(const ForwardParams<Scalar>& params, const Tile& tile, int64 steps, const Real_t<Scalar>* row,
                       int64 shift = 0) {
@@ -33,6 +36,7 @@ void store_checkpoint(const ForwardParams<Scalar>& params, const Tile& tile, int
   }
 }
 
+// Runs the forward pass of all tiles.
 template <class Model, class Scalar>
 void run_general(const ForwardParams<Scalar>& params) {
   using Real = Real_t<Scalar>;
@@ -105,6 +109,7 @@ void finish_residual_row(const Real_t<Scalar>* dc, const BackwardParams<Scalar>&
   finish_row(dc, params.grad_residual, tile, t);
 }
 
+// Runs the backward pass of all tiles. `Backward` computes one tile at a time.
 template <class Backward, class Scalar>
 void run_backward(const BackwardParams<Scalar>& params) {
   for_each_tile_range(params.shape, [&](int64 begin, int64 end) {
@@ -113,6 +118,7 @@ void run_backward(const BackwardParams<Scalar>& params) {
   });
 }
 
+// The backward pass of a tile, in segments from the last to the first.
 template <class Model, class Scalar>
 class GeneralBackward {
   using Real = Real_t<Scalar>;
@@ -122,6 +128,7 @@ class GeneralBackward {
     std::fill_n(zeros_, kTile, Real(0));
   }
 
+  // Computes the gradients of the neurons of a tile, and stores the sums of their parameters' gradients.
   void run(const Tile& tile) {
     whole_ = tile;
     for (int id = 0; id < kNumParameters; ++id) clear(id);
@@ -134,6 +141,7 @@ class GeneralBackward {
   }
 
  private:
+  // Computes a part of the tile, see parts_of_tile.
   void run_part(const Tile& tile) {
     tile_ = tile;
     load_state(params_.grad_v_last, tile.first, Real(0), tile.length, dv_);
@@ -150,8 +158,11 @@ class GeneralBackward {
     if (Model::kAdapts) store_state(dw_, tile.length, behind(params_.grad_v_init, all), tile.first);
   }
 
+  // Row k of several.
   Real* row(Real* rows, int64 k) const { return rows + k * rows_.stride(); }
+  // The potential before step k of a segment.
   Real* v(int64 k) const { return row(v_, k % states_); }
+  // What to prefetch for step t: rows of the input, and of the gradients.
   Ahead input_ahead(int64 t) const {
     if (t >= params_.shape.steps) return {};
     return {sizeof(Scalar), {row_ahead(params_.x_seq, tile_, t)}};
@@ -163,18 +174,23 @@ class GeneralBackward {
   }
   // Row k of the adaptation w; null for models without adaptation.
   Real* w(int64 k) const { return Model::kAdapts ? row(w_, k % w_states_) : nullptr; }
+  // Whether a parameter with begin <= id < end wants a gradient.
   bool wants(int begin, int end) const {
     return std::any_of(params_.partials + begin, params_.partials + end, [](const auto& each) { return each.data; });
   }
+  // The sums of a parameter, for the neurons of the part.
   Real* sums(int id) const { return row(sums_, id) + (tile_.first - whole_.first); }
+  // Sets the sums of a parameter to 0; stores them as those of step t.
   void clear(int id) { std::fill_n(row(sums_, id), whole_.length, Real(0)); }
   void store(int id, int64 t) {
     store_partials(params_.partials[id], params_.parameters[id], whole_, t, row(sums_, id));
   }
+  // Adds factor * (a * (b - c)) to the sums of a parameter, if it wants a gradient.
   void accumulate(ParameterId id, Real factor, const Real* a, Operand<Real> b, Operand<Real> c) {
     if (params_.wants(id)) cpu::run<AccumulateLoop<Real>>({tile_.length, factor, a, b, c, sums(id)});
   }
 
+  // Computes h and s of the steps [start, stop) again, and keeps them.
   void compute_potentials(int64 start, int64 stop) {
     load_start(params_, tile_, start, v(0), w(0));
     for (int64 t = start; t < stop; ++t) {
@@ -247,6 +263,7 @@ class GeneralBackward {
     store_step(t);
   }
 
+  // Adds the gradients of all parameters in step t, from the rows that walk_back computed.
   void add_gradients(int64 t, int64 k, const Real* dx) {
     if (carried_) accumulate(kReset, Real(1), d_reset_, kOne, kZero);
     accumulate(kWidth, Real(1), dy_, {distance_, Real(0)}, kZero);
@@ -301,10 +318,11 @@ void run_general(const BackwardParams<Scalar>& params) {
 
 // ---- kernels instantiated elsewhere ----
 
-// Runs the general kernels in float32 for the model that the options select.
+// Runs the settled kernels, whose arithmetic is in float32, for the model that the options select.
 template <class Params>
 void run_settled(const Params& params);
 
+// Runs the general kernels for adaptive neurons.
 template <class Params>
 void run_adaptive(const Params& params);
 

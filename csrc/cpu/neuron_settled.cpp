@@ -43,10 +43,12 @@ class ChunkCurrents {
   ChunkCurrents(const LIFParams<Scalar>& params, int64 most_steps)
       : params_(params), input_(params), rows_(most_steps + 2, kTile) {}
 
+  // The parameters of the input, whether the chunk's current is x in place, and the rows for a current that is not.
   TileInput<Real>& input() { return input_; }
   bool in_place(const Tile& tile) const { return input_.plain() && is_in_place<Scalar>(tile); }
   Steps<Real> buffer() { return {rows_.row(2), rows_.stride()}; }
 
+  // Returns the current of each step of a chunk.
   Steps<const Real> compute(const Chunk& chunk) {
     const Tile& tile = chunk.tile;
     if (in_place(tile)) return read_steps(params_.x_seq, tile, chunk.t, rows_.row(0));
@@ -163,10 +165,12 @@ class SettledBackward {
  private:
   TileInput<Real>& input() { return currents_.input(); }
   Real* sums(int id) const { return sums_ + id * rows_.stride(); }
+  // The segment of a tile that begins with step `start`.
   Chunk segment(const Tile& tile, int64 start) const {
     return {tile, start, std::min(segment_, params_.shape.steps - start)};
   }
 
+  // Returns the gradient of s of each step of a chunk.
   Steps<const Real> gradients(const Chunk& chunk) {
     if (params_.grad_s_seq == nullptr) return {zeros_, 0};
     if (is_in_place<Scalar>(chunk.tile)) return read_steps(params_.grad_s_seq, chunk.tile, chunk.t, g_);
@@ -176,6 +180,7 @@ class SettledBackward {
     return {g_, rows_.stride()};
   }
 
+  // Computes the gradients of a chunk. `next` is the chunk after it, whose rows are prefetched.
   void walk_back(const Chunk& chunk, const Chunk& next) {
     const Tile& tile = chunk.tile;
     const bool in_place = is_in_place<Scalar>(tile), x_in_place = currents_.in_place(tile);

@@ -174,6 +174,7 @@ class TaskMoments {
     });
   }
 
+  // Computes the moments of the task's channels, and stores them in its slot.
   void compute() {
     sums_in_stretches(tiles_) ? add_stretches() : add_columns();
     for_each_channel(tiles_, task_, task_.units, [&](int64 channel, int64, int64 length) {
@@ -190,8 +191,10 @@ class TaskMoments {
     double sum, squares;
   };
 
+  // The sums of a channel.
   Sums& of(int64 channel) { return sums_[static_cast<size_t>(channel - task_.first_channel)]; }
 
+  // Adds up each stretch of a channel.
   void add_stretches() {
     Rows<Real> rows(1, kTile);
     Real* buffer = rows.take();
@@ -207,6 +210,7 @@ class TaskMoments {
     });
   }
 
+  // Adds up each column of the task, then the columns of each channel.
   void add_columns() {
     const int64 most = Chunks(tiles_).rows * tiles_.width;
     Rows<Real> rows(2, std::max(most, kTile));
@@ -238,6 +242,7 @@ class TaskMoments {
   std::vector<Sums> sums_;
 };
 
+// The tiles of the CPU kernels.
 ChannelTiles plan_channels(const ChannelShape& shape) { return ChannelTiles::plan(shape, 1, kTaskColumns, kRowsEach); }
 
 }  // namespace

@@ -1,5 +1,6 @@
 // Definitions of plan_tiles and launch (cpu/kernels.h), for the files that instantiate them: each calls the overload
-// for its params. The argument Device makes argument-dependent lookup find overloads that are declared later.
+// of plan_on or launch_on for its params. The argument Device makes argument-dependent lookup find overloads that are
+// declared later.
 #pragma once
 
 #include "cpu/kernels.h"

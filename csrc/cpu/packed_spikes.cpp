@@ -9,6 +9,7 @@
 namespace asgl::cpu {
 namespace {
 
+// A bit for each of the first eight elements, set if the element is not zero.
 template <class Real>
 uint8 mask_of(const Real* x, int64 length) {
 #if defined(__x86_64__)
@@ -21,6 +22,7 @@ uint8 mask_of(const Real* x, int64 length) {
   return static_cast<uint8>(mask);
 }
 
+// x = 1 where a bit is set, else 0
 template <class Real>
 struct UnpackLoop {
   struct Args {

@@ -1,6 +1,6 @@
-// Products of a few rows with a matrix, for recurrent neurons. Each sum is in the order of the inner dimension, by
-// fused multiply-add where the processor has it: the bits of an element depend neither on the number of rows nor on
-// whether zeros are skipped.
+// Products of a few rows with a matrix, for recurrent neurons, and what the products of spikes share with them. Each
+// sum is in the order of the inner dimension, by fused multiply-add where the processor has it: the bits of an element
+// depend neither on the number of rows nor on whether zeros are skipped.
 #pragma once
 
 #if defined(__x86_64__)
@@ -60,6 +60,7 @@ ASGL_HOST_DEVICE void multiply_add(const Vector& a, const Vector& b, Vector& c) 
 #pragma GCC diagnostic pop
 #endif
 
+// Loads a vector, from an address that need not be aligned.
 template <class Real, class Vector>
 ASGL_HOST_DEVICE void load(const Real* from, Vector& to) {
   std::memcpy(&to, from, sizeof(Vector));
@@ -70,6 +71,7 @@ ASGL_HOST_DEVICE void load(const Real* from, Vector& to) {
 template <class Real>
 constexpr int64 kPanel = 128 / static_cast<int64>(sizeof(Real));
 
+// The number of elements of a matrix that is stored as panels.
 template <class Real>
 int64 panels_size(int64 depth, int64 columns) {
   return (columns + kPanel<Real> - 1) / kPanel<Real> * kPanel<Real> * depth;
@@ -136,6 +138,7 @@ struct DenseProductLoop {
   }
 
  private:
+  // Computes kRows rows of kColumns columns.
   template <int kRows>
   static ASGL_HOST_DEVICE void tile(const Args& args, int64 row, int64 column) {
     const int64 in_panel = column % kPanel<Real>, width = args.columns - column;
@@ -206,6 +209,7 @@ struct GatheredProductLoop {
   }
 
  private:
+  // Computes kVectors vectors of columns.
   template <int kVectors>
   static ASGL_HOST_DEVICE void block(const Args& args, int64 column) {
     const Product<Real>& product = args.product;
@@ -226,15 +230,17 @@ struct GatheredProductLoop {
 };
 
 #if defined(__x86_64__)
+// The clone for AVX2 with FMA.
 template <class Loop>
 __attribute__((target("avx2,fma"))) void run_fma(const typename Loop::Args& args) {
   Loop::run(args);
 }
 #endif
 
-// Runs a loop with the widest vectors that the processor has.
+// As `run`, for loops whose multiply-adds are explicitly fused, on the widest vectors of the instruction set. The int
+// of `Loop` is their size in bytes. If the processor has AVX2 without FMA, the baseline is used.
 template <template <class, int> class Loop, class Real>
-void run_vectors(const typename Loop<Real, 16>::Args& args) {
+void run_with_fma(const typename Loop<Real, 16>::Args& args) {
 #if defined(__x86_64__)
   if (instruction_set() == InstructionSet::kAvx512) return run_avx512<Loop<Real, 64>>(args);
   if (instruction_set() == InstructionSet::kAvx2 && __builtin_cpu_supports("fma")) return run_fma<Loop<Real, 32>>(args);
@@ -266,7 +272,8 @@ constexpr auto kPositions = [] {
   return positions;
 }();
 
-// Compares the bits without the sign instead of numbers: if the processor flushes subnormals, it compares them as zero.
+// A bit for each of eight elements, set if the element is not zero. Compares the bits without the sign, not numbers: if
+// the processor flushes subnormals, it compares them as zero.
 __attribute__((target("avx2"))) inline int which_nonzero(const float* row) {
   const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row));
   const __m256i zeros = _mm256_cmpeq_epi32(_mm256_add_epi32(bits, bits), _mm256_setzero_si256());
@@ -296,7 +303,8 @@ __attribute__((target("avx2,popcnt"))) int64 list_nonzero_avx2(const Real* row, 
 }
 #endif
 
-// Lists the elements of a row that are not zero. `indices` must have room for all elements.
+// Lists the indices of the elements of a row that are not zero, and returns their number. `indices` must have room for
+// all elements.
 template <class Real>
 int64 list_nonzero(const Real* row, int64 length, int32_t* indices) {
 #if defined(__x86_64__)
@@ -353,10 +361,10 @@ void multiply(const Product<Real>& product, bool skips_zeros, int32_t* indices) 
     total += counts[row];
   }
   if (!skips_zeros || total * kDenseShare > product.rows * product.depth) {
-    return run_vectors<DenseProductLoop, Real>(product);
+    return run_with_fma<DenseProductLoop, Real>(product);
   }
   for (int64 row = 0; row < product.rows; ++row) {
-    run_vectors<GatheredProductLoop, Real>({row_of(row), indices + row * product.depth, counts[row]});
+    run_with_fma<GatheredProductLoop, Real>({row_of(row), indices + row * product.depth, counts[row]});
   }
 }
 

@@ -41,7 +41,7 @@ struct RecurrentCurrentLoop {
   }
 };
 
-// v[t] from h[t] and s[t], and of adaptive neurons w[t].
+// Computes v[t] from h[t], s[t] and, for adaptive neurons, w[t].
 template <class Real, class Model>
 struct ResetLoop {
   struct Args {
@@ -125,6 +125,7 @@ class RepeatedNeurons {
   }
 
   int64 length() const { return length_; }
+  // The parameters of the neuron, as rows.
   NeuronRows<Real> neurons() {
     return {{(*this)[kDecay], (*this)[kThreshold], (*this)[kReset], (*this)[kWidth], (*this)[kInputGain],
              (*this)[kInputBias], (*this)[kInputMean]}};
@@ -173,7 +174,7 @@ class ChunkNoise {
   Rows<uint64> rows_;
 };
 
-// Elements that are 0 may be left out of a product only if all values of the other factor are finite.
+// Whether all values are finite. Only then may elements of the other factor that are 0 be left out of a product.
 template <class Real>
 struct FiniteLoop {
   struct Args {
@@ -189,6 +190,7 @@ struct FiniteLoop {
   }
 };
 
+// Whether all values are finite.
 template <class Real>
 bool all_finite(const Real* values, int64 length) {
   bool result;
@@ -232,6 +234,7 @@ class WeightProduct {
   std::vector<Real> panels_;
 };
 
+// Computes forward for one chunk.
 template <class Model, class Scalar>
 void forward_chunk(const RecurrentForwardParams<Scalar>& params, const WeightProduct<Scalar>& product,
                    const Chunk& chunk) {
@@ -319,8 +322,10 @@ class ChunkBackward {
     const Real *h, *s, *v, *i, *w;
   };
 
+  // The sums of a parameter, [repeated_.length()].
   Real* sums(int id) { return sums_ + id * parts_.stride(); }
 
+  // Whether the gradient of syn_decay is wanted: only then i_seq is given.
   bool wants_syn_decay() const { return params_.grad_parameters != nullptr && params_.i_seq != nullptr; }
 
   // Reads the state after the step before t, in place or into one of two buffers, which alternate with t.
@@ -336,10 +341,12 @@ class ChunkBackward {
                nullptr, wants_syn_decay() ? read_row(params_.i_seq, chunk_, t - 1, i_) : nullptr, w};
   }
 
+  // Adds factor * (a * (b - c)) to the sums of a parameter.
   void accumulate(int id, int64 length, Real factor, const Real* a, Operand<Real> b, Operand<Real> c = {nullptr, 0}) {
     cpu::run<AccumulateLoop<Real>>({length, factor, a, b, c, sums(id)});
   }
 
+  // Walks back through step t.
   void walk_back(int64 t) {
     const Step now = before_;
     read_before(t);
@@ -405,6 +412,7 @@ class ChunkBackward {
     }
   }
 
+  // The potential before the step that walk_back is in, for a part of the chunk. Computed in v_ unless it is v_init.
   const Real* potential_before(int64 offset, int64 length) {
     if (before_.v != nullptr) return before_.v + offset;
     cpu::run<ResetLoop<Real, Model>>(
@@ -420,6 +428,7 @@ class ChunkBackward {
     accumulate(kAdaptSpike, length, Real(1), dw_ + offset, {before_.s + offset, Real(0)});
   }
 
+  // Adds the sums up over repeated rows, and stores them as gradients of the parameters as they are stored.
   void store_sums() {
     double* totals = params_.grad_parameters + chunk_.index * kRecurrentSums * params_.neurons;
     for (int id = 0; id < kRecurrentSums; ++id) {
@@ -494,6 +503,7 @@ void weight_gradient(const RecurrentBackwardParams<Scalar>& params, int64 first,
   }
 }
 
+// The gradient of the whole weight.
 template <class Scalar>
 void weight_gradient(const RecurrentBackwardParams<Scalar>& params) {
   at::parallel_for(0, (params.neurons + kProductRows - 1) / kProductRows, 1, [&](int64_t begin, int64_t end) {

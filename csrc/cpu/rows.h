@@ -15,6 +15,7 @@ constexpr int64 kElementsPerTask = 32768;
 // latency of memory.
 constexpr int64 kRowsAhead = 2;
 
+// The number of tiles of a sequence.
 inline int64 num_tiles(const SequenceShape& shape) { return (shape.neurons() + kTile - 1) / kTile; }
 
 // Adjacent neurons that a task computes together.
@@ -29,6 +30,7 @@ struct Tile {
   bool in_one_piece() const { return first % shape.inner + length <= shape.inner; }
 };
 
+// The runs of the tile's neurons that have the same n / inner.
 inline Runs runs_of(const Tile& tile, int64 inner) { return {inner - tile.first % inner, inner, tile.length}; }
 
 // Calls f(neuron, offset in the tile, length) for each stretch of the tile's neurons that have the same n / inner.
@@ -58,6 +60,7 @@ Real_t<Element>* start_row(Element* sequence, const Tile& tile, int64 t, Real_t<
   return buffer;
 }
 
+// Stores row t in the sequence, unless it was computed in place or there is no sequence.
 template <class Element>
 void finish_row(const Real_t<Element>* row, Element* sequence, const Tile& tile, int64 t) {
   if (sequence == nullptr) return;
@@ -125,6 +128,7 @@ class Rows {
   }
 
   Number* row(int64 index) { return first_ + index * stride_; }
+  // The next rows that were not taken yet.
   Number* take(int64 count = 1) {
     Number* rows = row(taken_);
     taken_ += count;

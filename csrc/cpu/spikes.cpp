@@ -58,6 +58,7 @@ class SpikeLists {
     });
   }
 
+  // The number of listed elements.
   int64 count() const { return offsets_.back(); }
   // The list from pixel number `pixel` on, counted over all images.
   const int32_t* from(int64 pixel) const { return indices_.get() + offsets_[pixel]; }
@@ -118,6 +119,7 @@ struct WalkedProduct {
   int64 out_stride;
 };
 
+// The loop of a WalkedProduct, for lists of elements of type Index.
 template <class Index>
 struct WalkedProductOf {
   template <class Real, int kBytes>
@@ -134,6 +136,7 @@ struct WalkedProductOf {
     }
 
    private:
+    // Computes kVectors vectors of columns.
     template <int kVectors>
     static ASGL_HOST_DEVICE void block(const Args& args, int64 column) {
       if (args.values == nullptr) return rows<kVectors>(args, column, [](const Walk<Index>&) { return AllOnes{}; });
@@ -143,6 +146,7 @@ struct WalkedProductOf {
       });
     }
 
+    // The same with the factors of a walk's elements, values_of(walk).
     template <int kVectors, class Values>
     static ASGL_HOST_DEVICE void rows(const Args& args, int64 column, const Values& values_of) {
       const int64 width = args.columns - column;
@@ -237,6 +241,7 @@ void transpose(const Real* from, int64 from_stride, int64 rows, int64 columns, R
   }
 }
 
+// `count`, rounded up to a multiple of `multiple`.
 constexpr int64 round_up(int64 count, int64 multiple) { return (count + multiple - 1) / multiple * multiple; }
 
 // The number of columns of b that are computed together, in whole panels: eight sums of the widest vectors, or fewer,
@@ -249,7 +254,7 @@ int64 group_of(int64 depth, int64 columns) {
   return std::min(group, round_up(columns, kPanel<Real>));
 }
 
-// The columns [first, first + group) of the weight, as rows of b.
+// Writes the columns [first, first + group) of the transposed weight to b, [depth, group].
 template <class Real>
 void fill_group(const SpikeShape& shape, const Real* weight, int64 first, int64 group, Real* b) {
   const int64 depth = shape.depth();
@@ -308,7 +313,7 @@ void spike_product(const SpikeProductParams<Real>& params) {
       for (int64 first = from; first < std::min(from + chunk, pixels); first += kPixelsPerBatch) {
         const int64 last = std::min(first + kPixelsPerBatch, pixels);
         list_walks(shape, lists, first, last, walks.data());
-        run_vectors<WalkedProductOf<int32_t>::Loop, Real>(
+        run_with_fma<WalkedProductOf<int32_t>::Loop, Real>(
             {walks.data(), last - first, shape.kernel_height, lists.indices(), lists.values(), b, group,
              std::min(group, shape.outputs - column), params.bias == nullptr ? nullptr : params.bias + column, 0,
              params.out + first * shape.outputs + column, shape.outputs});
@@ -366,6 +371,7 @@ class GradientRows {
     }
   }
 
+  // Adds the sorted pixels to the columns from `column` on, of all rows.
   void add_columns(int64 begin, int64 end, int64 column) {
     const int64 outputs = shape_.outputs, depth = shape_.depth(), width = std::min(group_, outputs - column);
     const Real* grad = params_.grad + begin * outputs;
@@ -379,9 +385,9 @@ class GradientRows {
       const int64 count = std::min(kTileRows, rows_ - row);
       Real* const to = params_.grad_weight + column * depth + first_ + row;
       if (begin > 0) transpose(to, depth, width, count, tile_.get(), group_);
-      run_vectors<WalkedProductOf<Pixel>::template Loop, Real>({&walks_[row], count, 1, pixels_.get(), values_.get(),
-                                                                grad, group_, width, begin == 0 ? nullptr : tile_.get(),
-                                                                group_, tile_.get(), group_});
+      run_with_fma<WalkedProductOf<Pixel>::template Loop, Real>(
+          {&walks_[row], count, 1, pixels_.get(), values_.get(), grad, group_, width,
+           begin == 0 ? nullptr : tile_.get(), group_, tile_.get(), group_});
       transpose(tile_.get(), group_, count, width, to, depth);
     }
   }

@@ -5,6 +5,7 @@
 
 namespace asgl::cpu {
 
+// The product and the gradient of its weight, with the equations of params/spikes.h.
 template <class Real>
 void spike_product(const SpikeProductParams<Real>& params);
 template <class Real>
@@ -21,7 +22,8 @@ void fill_spike_panels(const SpikeShape& shape, const Real* weight, Real* panels
 template <class Real>
 void transpose_each(const Real* from, int64 count, int64 rows, int64 columns, Real* to);
 
-// Spikes packed: a bit for each element, in whole words of 64 bits, and the elements that are not zero.
+// Spikes packed: a bit for each element, in whole words of 64 bits, and the elements that are not zero. mask_spikes
+// writes the bits and counts these elements; copy_spikes copies them.
 struct SpikeCount {
   int64 nonzero;
   bool all_ones;

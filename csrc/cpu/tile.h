@@ -40,6 +40,7 @@ void for_each_tile_range(const SequenceShape& shape, Task&& task) {
   at::parallel_for(0, num_tiles(shape), grain, [&](int64_t begin, int64_t end) { task(begin, end); });
 }
 
+// The tiles of a call.
 template <class Scalar>
 void plan_on(Device, LIFParams<Scalar>& params) {
   params.tiles = {kTile, num_tiles(params.shape)};
@@ -75,6 +76,7 @@ class TileNoise {
     if (!drawn_) std::fill_n(rows_.row(0), rows_.stride(), 0);
   }
 
+  // The draws of a tile for step t.
   const uint16* row(const Tile& tile, int64 t) {
     if (!drawn_) return reinterpret_cast<const uint16*>(rows_.row(0));
     if (tile.first != first_) {
@@ -121,6 +123,7 @@ class TileNeurons {
     patterns_.fill({-1, -1});
   }
 
+  // Reads the parameters for a tile and a step.
   void move_to(const Tile& tile, int64 t) {
     if (tile.first == first_ && (t == t_ || !per_step_)) return;
     first_ = tile.first;
@@ -150,6 +153,7 @@ class TileNeurons {
                  row_[kInputMean]}});
     }
   }
+  // Parameters of the tile for loops: a row, or one value.
   Operand<Real> v_threshold() const { return operand(kThreshold, values_.v_threshold); }
   Operand<Real> inverse_width() const { return operand(kWidth, values_.inverse_width); }
   Operand<Real> input_mean() const { return operand(kInputMean, values_.input_mean); }
@@ -158,6 +162,7 @@ class TileNeurons {
   bool is_per_step(int id) const { return parameters_[id].data != nullptr && parameters_[id].step_stride != 0; }
   Operand<Real> operand(ParameterId id, Real value) const { return {shared_ ? nullptr : row_[id], value}; }
 
+  // Makes row_[id] a row of the parameter: in place where possible, otherwise filled.
   void fill_row(int id, const Tile& tile, int64 t) {
     const ParameterView<Real>& parameter = parameters_[id];
     // Tiles that start at the same phase of a parameter's pattern have the same row: no tile is longer than an earlier
@@ -241,20 +246,22 @@ class TileInput {
         tile_(params.shape, 0) {
     if (plain_) return;
     for (Real** row : {&gain_, &bias_, &mean_, &gain_sum_, &bias_sum_}) *row = rows_.take();
-    bool alike = true;  // the non-uniform parameters
+    bool alike = true;  // whether all non-uniform parameters have the same inner and count
     for (int id = kInputGain; id < kNumParameters; ++id) {
       const ParameterView<Real>& parameter = parameters_[id];
       if (parameter.is_uniform()) continue;
-      alike = alike && (shared_ == 0 || (parameter.inner == shared_ && parameter.count == count_));
-      shared_ = parameter.inner;
+      alike = alike && (inner_ == 0 || (parameter.inner == inner_ && parameter.count == count_));
+      inner_ = parameter.inner;
       count_ = parameter.count;
     }
-    in_rows_ = !alike || (shared_ > 0 && shared_ < 2 * kInputSums);
-    if (alike && shared_ == 1 && count_ <= kTile) period_ = std::max<int64>(1, kInputSums / count_) * count_;
+    // Scalars need stretches of at least two blocks of kInputSums, otherwise rows are used.
+    in_rows_ = !alike || (inner_ > 0 && inner_ < 2 * kInputSums);
+    if (alike && inner_ == 1 && count_ <= kTile) period_ = std::max<int64>(1, kInputSums / count_) * count_;
   }
 
   bool plain() const { return plain_; }
 
+  // Reads the parameters for a tile.
   void move_to(const Tile& tile) {
     if (plain_) return;
     const bool known = filled_ && period_ < kTile && tile.first % count_ == tile_.first % count_;
@@ -269,6 +276,7 @@ class TileInput {
     }
   }
 
+  // Begins the sums of the gradients of gain and bias.
   void clear_sums() {
     if (plain_) return;
     std::fill_n(gain_sum_, kTile, Real(0));
@@ -302,7 +310,7 @@ class TileInput {
       if (is_interleaved(parameter)) repeated.length = std::min(period_, tile_.length);
       return store_partials(partials, parameter, repeated, 0, sums);
     }
-    const bool by_stretch = parameter.inner == shared_;
+    const bool by_stretch = parameter.inner == inner_;
     Real* slots = by_stretch ? slots_of(partials, parameter, tile_, 0) : gain_;
     if (!by_stretch) std::fill_n(gain_, kTile, Real(0));
     for_each_shared([&](int64 stretch, int64 first, auto&&...) {
@@ -314,6 +322,7 @@ class TileInput {
   }
 
  private:
+  // `current`, with or without a residual.
   template <bool kResidual>
   void compute(const Real* x, const Real* residual, Real* current) {
     if (in_rows_) {
@@ -326,12 +335,14 @@ class TileInput {
     }
   }
 
+  // The parameters of the input as rows.
   InputParameters<Real, true> rows() const { return {{gain_, Real(0)}, {bias_, Real(0)}, {mean_, Real(0)}, period_}; }
 
+  // Calls f(stretch, offset, length, parameters) for each stretch of neurons that share the parameters of the input.
   template <class F>
   void for_each_shared(F&& f) {
     int64 stretch = 0;
-    for_each_stretch(tile_, shared_ == 0 ? kTile : shared_, [&](int64 n, int64 offset, int64 length) {
+    for_each_stretch(tile_, inner_ == 0 ? kTile : inner_, [&](int64 n, int64 offset, int64 length) {
       const auto at = [&](ParameterId id) { return Operand<Real>{nullptr, parameters_[id].at(n, 0)}; };
       f(stretch++, offset, length,
         InputParameters<Real, false>{at(kInputGain), at(kInputBias), at(kInputMean), kInputSums});
@@ -341,8 +352,9 @@ class TileInput {
   const ParameterView<Real>* parameters_;
   Real residual_gain_;
   bool plain_, in_rows_ = false;
-  int64 shared_ = 0, count_ = 1;  // inner and count of the non-uniform parameters, if equal
-  int64 period_ = kTile;          // period of the rows
+  int64 inner_ = 0, count_ = 1;  // inner and count of the non-uniform parameters; inner is 0 if there are none
+  int64 period_ =
+      kTile;  // length of the rows; with few values, the largest multiple of count up to kInputSums, or count
   Rows<Real> rows_;
   Real *gain_ = nullptr, *bias_ = nullptr, *mean_ = nullptr;
   Real *gain_sum_ = nullptr, *bias_sum_ = nullptr;
@@ -375,6 +387,7 @@ class GeneralInput {
   }
 
  private:
+  // The neurons for an input that is the current already.
   UniformNeuron<Real> taking_current(UniformNeuron<Real> neuron) const {
     neuron.values.input_gain = Real(1);
     neuron.values.input_bias = neuron.values.input_mean = Real(0);

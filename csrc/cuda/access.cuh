@@ -125,6 +125,7 @@ struct Access<4> {
   }
 };
 
+// Set or copy the values of a thread's neurons.
 template <int kLanes, class Real>
 __device__ __forceinline__ void fill(Real (&values)[kLanes], Real value) {
 #pragma unroll

@@ -17,6 +17,7 @@ __device__ __forceinline__ void load_pair(const Real* from, int64 n, int64 strid
   v = from == nullptr ? v_rest : from[n];
   w = from == nullptr ? Real(0) : from[n + stride];
 }
+// Stores the state of neuron n in an array [2, N].
 template <class Real>
 __device__ __forceinline__ void store_pair(Real v, Real w, Real* to, int64 n, int64 stride) {
   to[n] = v;

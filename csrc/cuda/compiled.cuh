@@ -17,6 +17,7 @@ namespace asgl::cuda {
 template <class Scalar>
 inline constexpr Kernels kKernels = kernels_of(kTypeOf<Scalar>);
 
+// Starts the kernel with this index in kKernels.
 template <class Scalar, size_t kIndex>
 cudaError_t start_kernel(const Start& start) {
   constexpr Kernel kKernel = kKernels<Scalar>.all[kIndex];
@@ -53,6 +54,7 @@ std::unordered_map<uint32, cudaError_t (*)(const Start&)> all_functions(std::ind
   return {{kKernels<Scalar>.all[kIndices].key(), &start_kernel<Scalar, kIndices>}...};
 }
 
+// Starts the kernel of the launch; cudaErrorInvalidValue if it was not compiled.
 template <class Scalar>
 cudaError_t start_compiled(const Start& start) {
   static const auto functions = all_functions<Scalar>(std::make_index_sequence<kKernels<Scalar>.count>{});

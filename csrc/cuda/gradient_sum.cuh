@@ -86,7 +86,8 @@ __device__ __forceinline__ void add_up(const Real* from, int64 left, int64 strid
   for (; left > 0; left -= stride, from += stride) total += static_cast<double>(*from);
 }
 
-// The elements of a thread for parameters with one value per neuron. They are kSumThreads apart, so that loads overlap.
+// Sums the kElementsEach elements of a thread, for parameters with one value per neuron. They are kSumThreads apart, so
+// that loads overlap.
 template <class Real>
 __device__ __forceinline__ void sum_several(const GradientPart<Real>& part, int64 first) {
   const int64 count = part.parameter.count;

@@ -168,6 +168,7 @@ constexpr Kernels kernels_of(Type type) {
   return kernels;
 }
 
+// The kernels of all types.
 inline std::vector<Kernel> every_kernel() {
   std::vector<Kernel> every;
   for (const Type type : {Type::kHalf, Type::kBFloat16, Type::kFloat, Type::kDouble}) {

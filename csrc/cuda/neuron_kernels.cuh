@@ -137,6 +137,7 @@ struct SettledStep {
   const FiringFromLeast<Real>& firing;
   Real residual_gain;
 
+  // The spike of neuron j in step k, from its potential.
   template <class Noise>
   __device__ __forceinline__ Real fire(Real h, const Noise& noise, int k, int j) const {
     return Model::fire(h, noise.is_analog(k, j), neuron.now(j), firing);

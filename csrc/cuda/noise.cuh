@@ -7,6 +7,7 @@ namespace asgl {
 
 constexpr int kNoiseGroup = 4;  // neurons of a NoiseBlock, for two steps
 
+// The draws of a call, by neuron and pair of steps.
 class NoiseSource {
  public:
   __device__ __forceinline__ explicit NoiseSource(const NoiseParams& params) {
@@ -16,16 +17,18 @@ class NoiseSource {
     limit_ = drawn_ ? noise.analog_below << 16 : static_cast<uint32>(noise.analog_below > 0);
   }
 
-  // Without this the compiler keeps the keys of all ten rounds in registers.
+  // Hides the key from the compiler, which would keep the keys of all ten rounds in registers.
   __device__ __forceinline__ void opaque() {
 #if defined(__CUDA_ARCH__)
     asm volatile("" : "+r"(key_.seed_low), "+r"(key_.seed_high));
 #endif
   }
+  // Whether draws are needed; whether all elements are analog without any.
   __device__ __forceinline__ bool drawn() const { return drawn_; }
   __device__ __forceinline__ bool always() const { return !drawn_ && limit_ > 0; }
 
-  // If analog_prob is 0 or 1 nothing is drawn, and draws are 0, which is below a limit of 1.
+  // The draws of neuron n's group. If analog_prob is 0 or 1 nothing is drawn, and draws are 0, which is below a limit
+  // of 1.
   __device__ __forceinline__ NoiseBlock draw(int64 n, int64 step_pair) const {
     if (!drawn_) return {};
     return noise_block(static_cast<uint64>(n) / kNoiseGroup, static_cast<uint32>(step_pair), key_);
@@ -42,7 +45,8 @@ class NoiseSource {
     return {{noise_block(group, first, key_), noise_block(group, first + 1, key_)}};
   }
 
-  // The draw of neuron j is compared in the upper half of a word, where draws of odd neurons already are.
+  // Whether neuron j of the group is analog in the first or second step of the block. Its draw is compared in the upper
+  // half of a word, where draws of odd neurons already are.
   __device__ __forceinline__ bool is_analog(const NoiseBlock& block, int odd_step, int j) const {
     const uint32 word = static_cast<uint32>(block.draws[odd_step] >> (32 * (j / 2)));
     return (j % 2 == 1 ? word : word << 16) < limit_;
@@ -122,6 +126,7 @@ class SegmentNoise<4, kSteps> {
   }
 
  private:
+  // The bits of eight steps from `start` on, four for each.
   static __device__ __forceinline__ uint32 eight_steps(const NoiseSource& source, int64 n, int64 start, int length) {
     if (!source.drawn()) return source.always() ? 0xFFFFFFFFu : 0u;
     NoiseSource local = source;

@@ -81,6 +81,7 @@ struct ShiftedSums {
   }
 
  private:
+  // The sum of the values, by halves.
   template <int kSums>
   static __device__ __forceinline__ Real added(Real (&sums)[kSums]) {
 #pragma unroll
@@ -114,6 +115,7 @@ __device__ __forceinline__ ShiftedSums<Real> add_in_block(const ShiftedSums<Real
   return sums[thread];
 }
 
+// Each block computes the moments of the channels of one task.
 template <class Scalar, int kLanes>
 __global__ void __launch_bounds__(kBlockThreads, 6) batch_moments_kernel(const MomentsParams<Scalar> params) {
   using Real = Real_t<Scalar>;

@@ -10,8 +10,10 @@
 
 namespace asgl::cuda {
 
+// work / per_block, rounded up.
 inline int64 blocks_for(int64 work, int64 per_block) { return (work + per_block - 1) / per_block; }
 
+// Whether one access can read or write four elements; true for null.
 template <class Element>
 bool is_aligned(const Element* first) {
   return reinterpret_cast<unsigned long>(first) % (4 * sizeof(Element)) == 0;
@@ -70,6 +72,7 @@ bool fours_pay(const Params& params, const Resident& resident) {
   return general ? neurons / 4 >= threads / 4 : neurons > kFewSixteenths * threads / 16;
 }
 
+// The summary of the parameters, without `wanted`; zeros from kDivisible neurons on.
 template <class Scalar>
 ParameterSummary summary_of(const LIFParams<Scalar>& params) {
   ParameterSummary summary{};
@@ -132,6 +135,7 @@ void plan_tiles(IntegratorParams<Scalar>& params, const Resident& resident) {
   plan_with_sums(params, grouped && share_parameters(params), resident);
 }
 
+// Neurons per thread, as plan_tiles has chosen.
 template <class Scalar>
 int lanes_of(const LIFParams<Scalar>& params) {
   return kHasFours<Scalar> && params.tiles.tile > kBlockThreads ? 4 : 1;
@@ -233,6 +237,7 @@ Launch launch_of(const GradientSum<Real>& sum) {
 // ---- batch normalisation ----
 
 // Four columns per thread if they belong to one channel and are aligned.
+// Divides the channels into tiles.
 template <class Scalar, class... Gradients>
 void plan_channels(ChannelTiles& tiles, int64 rows_each, const Scalar* x_seq, const Gradients*... gradients) {
   const bool fours =

@@ -13,6 +13,7 @@ struct Start {
   const void* params;
   cudaStream_t stream;
 
+  // Starts the kernel, and returns the error of the launch.
   template <class Params>
   cudaError_t operator()(void (*kernel)(Params)) const {
     constexpr int64 kMostBlocks = 0x7FFFFFFF;

@@ -38,6 +38,7 @@ class ThreadNeuron {
     }
   }
 
+  // Parameters are the same at every step.
   __device__ __forceinline__ void move_to(int64) {}
   // The thread's neuron j.
   __device__ __forceinline__ const Neuron<Real>& now(int j = 0) const { return neurons_[j % kNeurons]; }
@@ -67,6 +68,7 @@ class ThreadNeuron<Real, true> {
     convert();
   }
 
+  // Reads the parameters of step t, if any changes over time.
   __device__ __forceinline__ void move_to(int64 t) {
     if (!per_step_) return;
 #pragma unroll
@@ -80,6 +82,7 @@ class ThreadNeuron<Real, true> {
   __device__ __forceinline__ const Neuron<Real>& now(int = 0) const { return neuron_; }
 
  private:
+  // Computes the neuron from the values, with the inverse of the width.
   __device__ __forceinline__ void convert() {
     neuron_ = neuron_of<Real>([&](ParameterId id) { return values_[id]; });
   }

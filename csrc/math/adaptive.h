@@ -20,20 +20,23 @@ struct AdaptiveLIF : LIFByOptions<Real> {
   using Base = LIFByOptions<Real>;
   static constexpr bool kAdapts = true;
 
+  // Returns the model for these options.
   static ASGL_HOST_DEVICE AdaptiveLIF of(const Base& options) {
     AdaptiveLIF model{options};
     model.multi_spike = model.periodic = model.floored = false;  // rules that adaptive neurons do not have
     return model;
   }
+  // Whether w is subtracted from the current, added to the threshold, or added to the reset amount.
   ASGL_HOST_DEVICE bool in_current() const { return (this->adaptation & kInCurrent) != 0; }
   ASGL_HOST_DEVICE bool in_threshold() const { return (this->adaptation & kInThreshold) != 0; }
   ASGL_HOST_DEVICE bool in_reset() const { return (this->adaptation & kInReset) != 0; }
 
-  // The potential that is compared with v_threshold.
+  // The potential that is compared with v_threshold: w may raise the threshold, which is as if it lowered h.
   ASGL_HOST_DEVICE Real compared(Real h, Real w) const { return h - keep_if(in_threshold(), w); }
   // The potential h, up to a rounding, from the potential that is compared.
   ASGL_HOST_DEVICE Real charged(Real compared_h, Real w) const { return compared_h + keep_if(in_threshold(), w); }
 
+  // The neuron with w added to its reset amount, if w acts there.
   ASGL_HOST_DEVICE Neuron<Real> adapted(Neuron<Real> neuron, Real w) const {
     neuron.reset = neuron.reset + keep_if(in_reset(), w);
     return neuron;

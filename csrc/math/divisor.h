@@ -23,6 +23,7 @@ struct Divisor {
     return {static_cast<uint32>(by), static_cast<uint32>(factor), shift};
   }
 
+  // number / by and number % by.
   ASGL_HOST_DEVICE uint32 quotient(uint32 number) const {
     return static_cast<uint32>(static_cast<uint64>(number) * factor >> shift);
   }

@@ -25,6 +25,7 @@ struct RealOf<double> {
 template <class Scalar>
 using Real_t = typename RealOf<Scalar>::type;
 
+// The value in the arithmetic type.
 ASGL_HOST_DEVICE float to_real(float value) { return value; }
 ASGL_HOST_DEVICE double to_real(double value) { return value; }
 

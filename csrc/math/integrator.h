@@ -11,6 +11,7 @@
 
 namespace asgl {
 
+// Returns v[t] from x[t] and v, which is v[t-1].
 template <class Real>
 ASGL_HOST_DEVICE Real integrate(Real x, Real v, const Neuron<Real>& neuron, Real v_rest) {
   return (v_rest + neuron.decay * (v - v_rest)) + neuron.input_gain * x;

@@ -16,6 +16,7 @@ ASGL_HOST_DEVICE Real within_bound(Real x) {
   return from_below > Real(kLearnedBound) ? Real(kLearnedBound) : from_below;
 }
 
+// e^x of the clamped x.
 ASGL_HOST_DEVICE float exp_within_bound(float x) { return float_math::exp(within_bound(x)); }
 
 // As float_math::exp, by the power series up to r^13 / 13!, with remainder below 5e-18; the scale can't overflow.
@@ -34,6 +35,7 @@ ASGL_HOST_DEVICE double exp_within_bound(double given) {
   return p * bit_cast<double>((bit_cast<uint64>(shifted) - bit_cast<uint64>(kShift) + 1023) << 52);
 }
 
+// The sigmoid of the clamped x.
 template <class Real>
 ASGL_HOST_DEVICE Real sigmoid_within_bound(Real x) {
   return Real(1) / (Real(1) + exp_within_bound(-x));

@@ -6,6 +6,7 @@
 
 namespace asgl {
 
+// `a` if the condition holds, else `b`, on a CPU without a branch.
 ASGL_HOST_DEVICE float choose(bool condition, float a, float b) {
   if (kBranches) return condition ? a : b;
   const uint32 mask = 0u - static_cast<uint32>(condition);
@@ -31,9 +32,12 @@ struct LIFByOptions : NeuronOptions<Real> {
   uint8 adaptation;  // bits of math/adaptive.h; in padding, as levels
 
   ASGL_HOST_DEVICE bool adapts() const { return adaptation != 0; }
+  // Whether the neuron has a rule that no other model has.
   ASGL_HOST_DEVICE bool has_optional_rules() const { return multi_spike || floored || adapts(); }
+  // Whether spikes are counted, as with levels.
   ASGL_HOST_DEVICE bool counts() const { return this->surrogate == Surrogate::kInteger; }
 
+  // The functions below are those of LIF. Where none is said, their equations are the same.
   static ASGL_HOST_DEVICE const LIFByOptions& of(const LIFByOptions& options) { return options; }
 
   template <Input kInput>
@@ -58,14 +62,17 @@ struct LIFByOptions : NeuronOptions<Real> {
     return analog ? a : counts() ? math::rounded(a) : z;
   }
 
+  // F(u / width)
   ASGL_HOST_DEVICE Real smooth(Real u, const Neuron<Real>& neuron) const {
-    return any_surrogate(this->surrogate, static_cast<Real>(this->levels), u * neuron.inverse_width);
+    return any_surrogate_value(this->surrogate, static_cast<Real>(this->levels), u * neuron.inverse_width);
   }
 
+  // h - v_threshold, or h where spikes are counted
   ASGL_HOST_DEVICE Real from_threshold(Real h, const Neuron<Real>& neuron) const {
     return counts() ? h : h - neuron.v_threshold;
   }
 
+  // The potential after reset, before v_min bounds it.
   ASGL_HOST_DEVICE Real after_reset(Real h, Real s, const Neuron<Real>& neuron) const {
     return choose(this->hard_reset, Hard::reset(h, s, neuron), Soft::reset(h, s, neuron));
   }
@@ -108,7 +115,8 @@ struct LIFByOptions : NeuronOptions<Real> {
                                                    const Neuron<Real>& neuron, const NeuronOptions<Real>&,
                                                    Real& v_gradient) const {
     const Real dv = v_gradient, y = distance(h, neuron) * neuron.inverse_width;
-    const Real dy = any_surrogate(this->surrogate, static_cast<Real>(this->levels), y, ds * this->surrogate_gain);
+    const Real dy =
+        any_surrogate_adjoint(this->surrogate, static_cast<Real>(this->levels), y, ds * this->surrogate_gain);
     const Real from_v = choose(this->hard_reset, dv * (Real(1) - s), dv);
     const Real dh = (gh + keep_if(carried, from_v)) + dy * neuron.inverse_width;
     v_gradient = neuron.decay * dh;

@@ -145,7 +145,7 @@ struct LIF {
   template <class Real, class FiringRule>
   static ASGL_HOST_DEVICE Real fire(Real h, bool analog, const Neuron<Real>& neuron, const FiringRule& firing) {
     const Real u = distance(h, neuron);
-    const Real a = surrogate<kSurrogate>(firing.levels, u * neuron.inverse_width);
+    const Real a = surrogate_value<kSurrogate>(firing.levels, u * neuron.inverse_width);
     const Real z = kCounts ? math::rounded(a) : firing.spike(u);
     return analog ? a : z;
   }
@@ -169,19 +169,17 @@ struct LIF {
     return kHardReset ? dv * s : -(dv * s);
   }
 
-  // With dv the gradient of v[t], and g and gh the gradients of s and h as outputs:
+  // With dv the gradient of v[t], and g the gradient of s as an output:
   //   ds = g + dv * v_reset - dv * h   hard,   g - dv * reset_amount   soft,   g under detach_reset
-  //   dy = F'(y) * ds * surrogate_gain
-  //   dh = gh + dv * (1 - s) + dy / width   hard,   gh + dv + dy / width   soft
   // added in the order of autograd on the reference. Until v[t] has a gradient (at the last step, unless v is an
-  // output) `carried` and `through_reset` are false: terms of dv are absent, not zero times a possibly infinite value.
+  // output) `through_reset` is false: terms of dv are absent, not zero times a possibly infinite value.
   template <class Real>
   static ASGL_HOST_DEVICE Real spike_gradient(Real g, Real h, bool through_reset, const Neuron<Real>& neuron, Real dv) {
     return kHardReset ? (g + keep_if(through_reset, dv * neuron.reset)) - keep_if(through_reset, dv * h)
                       : g - keep_if(through_reset, dv * neuron.reset);
   }
 
-  // y = distance / width
+  // y = distance / width,   distance = h - v_threshold, or h where spikes are counted
   template <class Real>
   static ASGL_HOST_DEVICE Real distance(Real h, const Neuron<Real>& neuron) {
     return kCounts ? h : h - neuron.v_threshold;
@@ -193,15 +191,19 @@ struct LIF {
     return SurrogateMath<kSurrogate>::slope(distance(h, neuron) * neuron.inverse_width);
   }
 
-  // `v_gradient` is dv on entry and the gradient of v[t-1] on return.
+  //   dy = F'(y) * ds * surrogate_gain
+  //   dh = gh + dv * (1 - s) + dy / width   hard,   gh + dv + dy / width   soft
+  // with gh the gradient of h as an output, added in the order of autograd on the reference. If `carried` is false,
+  // v[t] has no gradient, and terms of dv are absent. `v_gradient` is dv on entry and the gradient of v[t-1] on return.
   template <class Real, class GradientOfH>
   static ASGL_HOST_DEVICE StepGradient<Real> step_adjoint(Real ds, GradientOfH gh, Real h, Real s, bool carried,
                                                           const Neuron<Real>& neuron,
                                                           const NeuronOptions<Real>& options, Real& v_gradient) {
     const Real y = distance(h, neuron) * neuron.inverse_width;
-    const Real dy = surrogate<kSurrogate>(static_cast<Real>(options.levels), y, ds * options.surrogate_gain);
+    const Real dy = surrogate_adjoint<kSurrogate>(static_cast<Real>(options.levels), y, ds * options.surrogate_gain);
     return step_adjoint_from(dy, gh, s, carried, neuron, v_gradient);
   }
+  // The same from dy.
   template <class Real, class GradientOfH>
   static ASGL_HOST_DEVICE StepGradient<Real> step_adjoint_from(Real dy, GradientOfH gh, Real s, bool carried,
                                                                const Neuron<Real>& neuron, Real& v_gradient) {

@@ -42,6 +42,7 @@ ASGL_HOST_DEVICE Moments shifted_moments(double count, double shift, double sum,
 struct Normalisation {
   double eps, input_scale;
 
+  // 1 / sqrt(variance + eps)
   ASGL_HOST_DEVICE double inverse_deviation(const Moments& moments) const {
     return 1 / math::sqrt(moments.variance + eps);
   }

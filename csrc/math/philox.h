@@ -20,6 +20,7 @@ constexpr uint64 kPhiloxMultiplier0 = 0xD2511F53u, kPhiloxMultiplier1 = 0xCD9E8D
 constexpr uint32 kPhiloxWeyl0 = 0x9E3779B9u, kPhiloxWeyl1 = 0xBB67AE85u;
 constexpr int kPhiloxRounds = 10;
 
+// Four random words, from a counter and a key.
 ASGL_HOST_DEVICE PhiloxWords philox4x32(PhiloxWords counter, uint32 key0, uint32 key1) {
   constexpr uint64 kLow = 0xFFFFFFFFu;
   PhiloxWord c0 = counter.w[0], c1 = counter.w[1], c2 = counter.w[2], c3 = counter.w[3];
@@ -48,6 +49,7 @@ struct NoiseKey {
   uint32 seed_low, seed_high, offset;
 };
 
+// The key of the draws of a call, from its rng_state, (seed, offset).
 ASGL_HOST_DEVICE NoiseKey noise_key(const int64* rng_state) {
   const uint64 seed = static_cast<uint64>(rng_state[0]);
   return {static_cast<uint32>(seed), static_cast<uint32>(seed >> 32), static_cast<uint32>(rng_state[1])};

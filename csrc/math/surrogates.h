@@ -1,6 +1,5 @@
 // The surrogates as unit-width cumulative functions F and their slopes f = F' (F in PyTorch is in
-// asgl_cuda/reference/surrogates.py). A new one needs an id and a SurrogateMath here, F there, and its name in the
-// docstring of lif.
+// asgl_cuda/reference/surrogates.py). docs/design/maintainers.md says what a new one needs.
 #pragma once
 
 #include "math/float_math.h"
@@ -122,6 +121,7 @@ struct SurrogateMath<Surrogate::kRectangle> {
 
 template <>
 struct SurrogateMath<Surrogate::kTriangle> {
+  // 1 - |y|
   template <class Real>
   static ASGL_HOST_DEVICE Real distance_to_edge(Real y) {
     return y < Real(0) ? y + Real(1) : Real(1) - y;
@@ -224,30 +224,42 @@ struct SurrogateMath<Surrogate::kInteger> {
 template <Surrogate kSurrogate>
 constexpr bool kHasSlope = kSurrogate >= Surrogate::kSigmoid && kSurrogate <= Surrogate::kLaplace;
 
-// F(y), or with the gradient da of F(y), the gradient of y. Only kInteger has levels.
-template <Surrogate kSurrogate, class Real, class... Gradient>
-ASGL_HOST_DEVICE Real surrogate(Real levels, Real y, Gradient... da) {
-  using Math = SurrogateMath<kSurrogate>;
-  if constexpr (kSurrogate == Surrogate::kInteger && sizeof...(da) > 0) {
-    return Math::adjoint(y, da..., levels);
-  } else if constexpr (kSurrogate == Surrogate::kInteger) {
-    return Math::value(y, levels);
-  } else if constexpr (kHasSlope<kSurrogate> && sizeof...(da) > 0) {
-    return (da * ...) * Math::slope(y);
-  } else if constexpr (sizeof...(da) > 0) {
-    return Math::adjoint(y, da...);
+// F(y). Only kInteger has levels.
+template <Surrogate kSurrogate, class Real>
+ASGL_HOST_DEVICE Real surrogate_value(Real levels, Real y) {
+  if constexpr (kSurrogate == Surrogate::kInteger) {
+    return SurrogateMath<kSurrogate>::value(y, levels);
   } else {
-    return Math::value(y);
+    return SurrogateMath<kSurrogate>::value(y);
+  }
+}
+
+// The gradient of y, from the gradient da of F(y).
+template <Surrogate kSurrogate, class Real>
+ASGL_HOST_DEVICE Real surrogate_adjoint(Real levels, Real y, Real da) {
+  if constexpr (kSurrogate == Surrogate::kInteger) {
+    return SurrogateMath<kSurrogate>::adjoint(y, da, levels);
+  } else if constexpr (kHasSlope<kSurrogate>) {
+    return da * SurrogateMath<kSurrogate>::slope(y);
+  } else {
+    return SurrogateMath<kSurrogate>::adjoint(y, da);
   }
 }
 
 // The same for a surrogate given at run time.
-template <int kId = 0, class Real, class... Gradient>
-ASGL_HOST_DEVICE Real any_surrogate(Surrogate given, Real levels, Real y, Gradient... da) {
+template <int kId = 0, class Real>
+ASGL_HOST_DEVICE Real any_surrogate_value(Surrogate given, Real levels, Real y) {
   if constexpr (kId + 1 < kNumSurrogates) {
-    if (static_cast<int>(given) != kId) return any_surrogate<kId + 1>(given, levels, y, da...);
+    if (static_cast<int>(given) != kId) return any_surrogate_value<kId + 1>(given, levels, y);
   }
-  return surrogate<static_cast<Surrogate>(kId)>(levels, y, da...);
+  return surrogate_value<static_cast<Surrogate>(kId)>(levels, y);
+}
+template <int kId = 0, class Real>
+ASGL_HOST_DEVICE Real any_surrogate_adjoint(Surrogate given, Real levels, Real y, Real da) {
+  if constexpr (kId + 1 < kNumSurrogates) {
+    if (static_cast<int>(given) != kId) return any_surrogate_adjoint<kId + 1>(given, levels, y, da);
+  }
+  return surrogate_adjoint<static_cast<Surrogate>(kId)>(levels, y, da);
 }
 
 }  // namespace asgl

@@ -15,6 +15,7 @@ inline bool is_differentiated(const at::Tensor& tensor) {
   return (tensor.requires_grad() && at::GradMode::is_enabled()) || tensor._fw_grad(/*level=*/0).defined();
 }
 
+// The kernel of every operator at the autograd keys, see above.
 inline void autograd_or_redispatch(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
   for (const c10::IValue& argument : torch::jit::last(*stack, op.schema().arguments().size())) {
     if (argument.isTensor() && is_differentiated(argument.toTensor())) {

@@ -49,6 +49,7 @@ struct Constants {
   Rules rules;
 };
 
+// The list as a struct of its elements; throws if it has another number of elements.
 template <class Fields, class Element>
 Fields fields_of(at::ArrayRef<Element> list, const char* name) {
   static_assert(std::is_trivially_copyable_v<Fields> && sizeof(Fields) % sizeof(Element) == 0);
@@ -59,10 +60,12 @@ Fields fields_of(at::ArrayRef<Element> list, const char* name) {
   return fields;
 }
 
+// Both lists of an operator as structs.
 inline Constants constants_of(at::ArrayRef<double> numbers, at::IntArrayRef rules) {
   return {fields_of<Numbers>(numbers, "numbers"), fields_of<Rules>(rules, "rules")};
 }
 
+// Throws unless analog_below is in its range and rng_state is what it needs.
 inline void check_noise(const Rules& rules, const OptionalTensor& rng_state, at::Device device) {
   const int64_t below = rules.analog_below;
   TORCH_CHECK_VALUE(0 <= below && below <= kAnalogBelowInState, "asgl_cuda: analog_below must be in [0, ",
@@ -75,6 +78,7 @@ inline void check_noise(const Rules& rules, const OptionalTensor& rng_state, at:
   }
 }
 
+// Throws unless the bits are a place of w that neurons have.
 inline void check_adaptation(const Rules& rules) {
   const int64_t place = rules.adaptation;
   const bool in_reset = place == kInReset || place == (kInThreshold | kInReset);
@@ -82,11 +86,13 @@ inline void check_adaptation(const Rules& rules) {
                     "asgl_cuda: no adaptation has the number ", place, rules.hard_reset ? " with a hard reset" : "");
 }
 
+// The noise, as kernels take it.
 inline NoiseParams noise_of(const Rules& rules, const OptionalTensor& rng_state) {
   return {rng_state.has_value() ? reinterpret_cast<const int64*>(rng_state->const_data_ptr<int64_t>()) : nullptr,
           static_cast<uint32>(rules.analog_below)};
 }
 
+// The options, as kernels take them.
 template <class Real>
 LIFByOptions<Real> options_of(const Rules& rules, const Numbers& numbers) {
   LIFByOptions<Real> options{};
@@ -133,7 +139,7 @@ class Call {
     check_noise(rules_, rng_state, x_seq.device());
     for (int id = 0; id < kNumParameters; ++id) {
       if (!parameters[id].has_value()) continue;
-      layout.check_type(*parameters[id], layout.real(), "a parameter");
+      layout.check_type_and_device(*parameters[id], layout.real(), "a parameter");
       parameters_[id].emplace(*parameters[id], layout);
     }
     for (const auto& [id, learned] : {std::pair(kWidth, rules_.log_width), std::pair(kDecay, rules_.logit_decay)}) {
@@ -143,6 +149,7 @@ class Call {
     TORCH_CHECK_VALUE(rules_.adaptation == 0 || !has_residual(), "asgl_cuda: adaptive neurons have no residual");
   }
 
+  // Whether the call has a residual.
   bool has_residual() const { return residual_.defined(); }
   // The tensor of a parameter, or null if the parameter is a constant.
   const ParameterTensor* parameter(int id) const { return parameters_[id].has_value() ? &*parameters_[id] : nullptr; }
@@ -183,6 +190,7 @@ class Call {
   std::optional<ParameterTensor> parameters_[kNumParameters];
 };
 
+// Calls f(Scalar{}) with the element type of x_seq.
 template <class F>
 void with_scalar(at::ScalarType type, F&& f) {
   switch (type) {
@@ -252,6 +260,7 @@ class ParameterGradients {
     kernels.launch(second);
   }
 
+  // Appends the gradients, each in the shape of its parameter.
   void append_to(std::vector<Tensor>& results) const {
     for (size_t i = 0; i < ids_.size(); ++i) {
       results.push_back(call_.parameter(ids_[i])->gradient_in_own_shape(sums_[i]));

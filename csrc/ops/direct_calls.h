@@ -34,12 +34,14 @@ class __attribute__((visibility("hidden"))) DirectCalls {  // as pybind11::objec
   // The functions become attributes of `scope`.
   DirectCalls(pybind11::object scope, std::string name_space) : scope_(std::move(scope)), namespace_(name_space) {}
 
+  // Exports the operator of this name.
   template <class Kernel>
   void impl(const char* name, const Kernel&) {
     add(name, &Kernel::operator());
   }
 
  private:
+  // `impl`, with the types of result and arguments, which follow from the kernel.
   template <class Kernel, class Result, class... Arguments>
   void add(const char* name, Result (Kernel::*)(Arguments...) const) {
     const auto handle = c10::Dispatcher::singleton().findSchemaOrThrow((namespace_ + "::" + name).c_str(), "");

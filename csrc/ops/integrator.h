@@ -5,6 +5,7 @@
 
 namespace asgl::ops {
 
+// The arguments that both operators share, checked.
 inline Call integrator_call(const Tensor& x_seq, const OptionalTensor& v_init, const OptionalTensor& decay,
                             const OptionalTensor& input_gain, at::ArrayRef<double> numbers, at::IntArrayRef rules) {
   Parameters parameters;

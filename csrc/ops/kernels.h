@@ -32,6 +32,7 @@ class Kernels {
     cuda::plan_tiles(params, [&] { return launcher_->resident_threads(device_); });
   }
 
+  // Runs the kernel that takes these params.
   template <class Params>
   void launch(const Params& params) const {
     if (launcher_ == nullptr) return cpu::launch(params);

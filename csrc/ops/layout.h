@@ -15,8 +15,10 @@ using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 using Dims = at::DimVector;
 
+// The type of state, arithmetic and parameters.
 inline at::ScalarType real_type(at::ScalarType type) { return type == at::kDouble ? at::kDouble : at::kFloat; }
 
+// The inverse of a permutation of dimensions.
 inline Dims inverse_of(const Dims& order) {
   Dims inverse(order.size());
   for (size_t i = 0; i < order.size(); ++i) inverse[order[i]] = static_cast<int64_t>(i);
@@ -52,14 +54,15 @@ class Layout {
     }
   }
 
+  // x_seq as (outer, steps, inner); its sizes; its dimensions, outermost first, with and without time.
   const SequenceShape& shape() const { return shape_; }
   const Dims& sizes() const { return sizes_; }
   const Dims& order() const { return order_; }
   const Dims& neuron_order() const { return neuron_order_; }
   int64_t time_dim() const { return time_dim_; }
   int64_t channel_dim() const { return time_dim_ <= 1 ? 2 : 1; }
-  // options() and type() are those of x_seq and tensors like it. real_options() and real() are those of states, parameters
-  // and their gradients.
+  // options() and type() are those of x_seq and tensors like it. real_options() and real() are those of states,
+  // parameters and their gradients.
   const at::TensorOptions& options() const { return options_; }
   at::ScalarType type() const { return c10::typeMetaToScalarType(options_.dtype()); }
   at::ScalarType real() const { return real_type(type()); }
@@ -83,20 +86,23 @@ class Layout {
   }
 
   // Throws unless the tensor has this type and is on the device of x_seq.
-  void check_type(const Tensor& tensor, at::ScalarType type, const char* name) const {
+  void check_type_and_device(const Tensor& tensor, at::ScalarType type, const char* name) const {
     TORCH_CHECK_TYPE(tensor.scalar_type() == type, "asgl_cuda: ", name, " must have type ", type, ", got ",
                      tensor.scalar_type());
     TORCH_CHECK_VALUE(tensor.device() == options_.device(), "asgl_cuda: ", name, " must be on ", options_.device(),
                       ", got ", tensor.device());
   }
+  // The same, and throws unless the tensor has these sizes.
   void check(const Tensor& tensor, at::ScalarType type, at::IntArrayRef sizes, const char* name) const {
-    check_type(tensor, type, name);
+    check_type_and_device(tensor, type, name);
     TORCH_CHECK_VALUE(tensor.sizes() == sizes, "asgl_cuda: ", name, " must have shape ", sizes, ", got ",
                       tensor.sizes());
   }
 
  private:
+  // Whether there is a tensor.
   static bool is_there(const OptionalTensor& given) { return given.has_value() && given->defined(); }
+  // Sizes and memory order of a state.
   Dims state_sizes(int64_t members) const {
     Dims sizes = sizes_;
     sizes.erase(sizes.begin() + time_dim_);
@@ -114,11 +120,13 @@ class Layout {
   static Tensor empty(const Dims& sizes, const Dims& order, const at::TensorOptions& options) {
     return in_huge_pages(at::empty_strided(sizes, strides_of(sizes, order), options));
   }
+  // The tensor, after `check`, in this memory order; copied only if needed.
   Tensor dense(const Tensor& given, at::ScalarType type, const Dims& sizes, const Dims& order, const char* name) const {
     check(given, type, sizes, name);
     if (given.strides() == at::IntArrayRef(strides_of(sizes, order))) return given;
     return given.permute(order).contiguous().permute(inverse_of(order));
   }
+  // The strides of a dense tensor whose dimensions are stored in `order`.
   static Dims strides_of(const Dims& sizes, const Dims& order) {
     Dims strides(sizes.size());
     int64_t stride = 1;
@@ -183,13 +191,16 @@ class ParameterTensor {
                       : tensor.reshape(full_sizes).expand(expanded).permute(memory_order_).contiguous();
   }
 
+  // The parameter, as kernels take it.
   template <class Real>
   ParameterView<Real> view() const {
     return {data_.const_data_ptr<Real>(), Real(0), per_step_ ? count_ : 0, inner_, count_};
   }
 
+  // Whether the parameter changes over time.
   bool per_step() const { return per_step_; }
 
+  // A tensor [steps or 1, count] for the gradient.
   Tensor empty_gradient() const { return at::empty_like(data_); }
 
   // Converts a gradient [steps or 1, count] to the shape of the parameter.

@@ -6,7 +6,7 @@
 namespace asgl::ops {
 
 // Returns s_seq and the other wanted outputs.
-inline std::vector<Tensor> forward(const Launcher* launcher, const Call& call, std::array<bool, 4> wanted) {
+inline std::vector<Tensor> neuron_forward(const Launcher* launcher, const Call& call, std::array<bool, 4> wanted) {
   const auto [wants_v_last, wants_v_seq, wants_h_seq, wants_checkpoints] = wanted;
   const Kernels kernels(launcher, call.x_seq.device());
   const Layout& layout = call.layout;
@@ -52,11 +52,11 @@ struct WantedGradients {
   bool residual;
 };
 
-// Returns the wanted gradients.
-inline std::vector<Tensor> backward(const Launcher* launcher, const Call& call, const OutputGradients& grads,
-                                    const Tensor& checkpoints, const WantedGradients& wanted) {
+// Returns the wanted gradients in the order x_seq, v_init, parameters by ParameterId, residual.
+inline std::vector<Tensor> neuron_backward(const Launcher* launcher, const Call& call, const OutputGradients& grads,
+                                           const Tensor& checkpoints, const WantedGradients& wanted) {
   const Layout& layout = call.layout;
-  layout.check_type(checkpoints, layout.real(), "checkpoints");
+  layout.check_type_and_device(checkpoints, layout.real(), "checkpoints");
   TORCH_CHECK_VALUE(
       checkpoints.is_contiguous() && checkpoints.numel() == checkpoint_elements(layout.shape(), call.members),
       "asgl_cuda: checkpoints do not belong to this x_seq");
@@ -103,7 +103,8 @@ inline std::vector<Tensor> lif_forward(const Launcher* launcher, const Tensor& x
                                        const OptionalTensor& residual, at::ArrayRef<double> numbers,
                                        at::IntArrayRef rules, std::array<bool, 4> wanted) {
   const Parameters parameters = {width, decay, v_threshold, reset, input_gain, input_bias, input_mean};
-  return forward(launcher, Call(x_seq, v_init, rng_state, parameters, residual, constants_of(numbers, rules)), wanted);
+  return neuron_forward(launcher, Call(x_seq, v_init, rng_state, parameters, residual, constants_of(numbers, rules)),
+                        wanted);
 }
 
 inline std::vector<Tensor> lif_backward(const Launcher* launcher, const OptionalTensor& grad_s_seq,
@@ -120,7 +121,7 @@ inline std::vector<Tensor> lif_backward(const Launcher* launcher, const Optional
   const Call call(x_seq, v_init, rng_state, parameters, residual, constants_of(numbers, rules));
   WantedGradients gradients{wanted[0], wanted[1], {}, wanted.back()};
   std::copy_n(wanted.begin() + 2, kNumParameters, gradients.parameters.begin());
-  return backward(launcher, call, {grad_s_seq, grad_v_last, grad_v_seq, grad_h_seq}, checkpoints, gradients);
+  return neuron_backward(launcher, call, {grad_s_seq, grad_v_last, grad_v_seq, grad_h_seq}, checkpoints, gradients);
 }
 
 // Draws (seed, offset) from the default generator of the device. It is an operator, so that compiled graphs draw as

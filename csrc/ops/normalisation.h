@@ -52,6 +52,7 @@ class Given {
     held_.push_back(tensor->contiguous());
     return held_.back().template const_data_ptr<Element>();
   }
+  // The same for a float64 tensor [..., 3].
   const Moments* moments(const OptionalTensor& tensor, at::IntArrayRef shape, const char* name) {
     return reinterpret_cast<const Moments*>(checked<double>(tensor, shape, name));
   }
@@ -61,6 +62,7 @@ class Given {
   std::vector<Tensor> held_;
 };
 
+// The elements of a float64 tensor [..., 3].
 inline Moments* as_moments(const Tensor& tensor) {
   return reinterpret_cast<Moments*>(tensor.mutable_data_ptr<double>());
 }
@@ -70,6 +72,7 @@ struct Running {
   OptionalTensor mean, variance, num_batches_tracked;
   double momentum;
 
+  // Throws unless the tensors have the shape, type and device that kernels need.
   void check(int64_t channels, const Layout& layout) const {
     if (!mean.has_value()) return;
     const at::Device device = layout.options().device();
@@ -86,6 +89,7 @@ struct Running {
                       "asgl_cuda: num_batches_tracked must be one int64 on ", device);
   }
 
+  // Sets the fields of the running statistics.
   template <class Real>
   void fill(CoefficientsParams<Real>& params) const {
     if (!mean.has_value()) return;
@@ -98,6 +102,8 @@ struct Running {
   }
 };
 
+// Returns the coefficients, and the moments [channels, 3] of all values: of `statistics`, moments of several processes,
+// of mean and variance, or if neither is given of x_seq. Updates the running statistics.
 inline std::tuple<Tensor, Tensor> batch_norm_coefficients(const Launcher* launcher, const Running& running,
                                                           const Tensor& x_seq, const OptionalTensor& statistics,
                                                           const OptionalTensor& mean, const OptionalTensor& variance,
@@ -149,6 +155,7 @@ inline std::tuple<Tensor, Tensor> batch_norm_coefficients(const Launcher* launch
   return {coefficients, total};
 }
 
+// Returns the gradients of weight and bias. Completes grad_x_seq in place, unless it is empty.
 inline std::tuple<Tensor, Tensor> batch_norm_backward(const Launcher* launcher, const Tensor& grad_x_seq,
                                                       const OptionalTensor& grad_residual, const Tensor& x_seq,
                                                       const Tensor& coefficients, const Tensor& statistics,
@@ -162,7 +169,7 @@ inline std::tuple<Tensor, Tensor> batch_norm_backward(const Launcher* launcher, 
     return grad.sizes() == x_seq.sizes() && grad.permute(layout.order()).is_contiguous() &&
            grad.scalar_type() == x_seq.scalar_type() && grad.device() == x_seq.device();
   };
-  if (!wanted) layout.check_type(grad_x_seq, layout.type(), "grad_x_seq");
+  if (!wanted) layout.check_type_and_device(grad_x_seq, layout.type(), "grad_x_seq");
   TORCH_CHECK_VALUE(!wanted || (is_like_x_seq(grad_x_seq) && (!has_residual || is_like_x_seq(*grad_residual))),
                     "asgl_cuda: grad_x_seq and grad_residual must have the type and memory order of x_seq");
   const Tensor grad_weight = at::empty({shape.channels}, layout.real_options());

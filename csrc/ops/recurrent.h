@@ -50,6 +50,7 @@ class RecurrentCall {
     check_noise(rules, rng_state, sequence.device());
   }
 
+  // Sizes and options of the call.
   int64_t steps() const { return layout.shape().steps; }
   int64_t batch() const { return sequence.size(1 - rules.time_dim); }
   int64_t neurons() const { return sequence.size(2); }
@@ -58,8 +59,10 @@ class RecurrentCall {
   int64_t members() const { return adapts() ? 2 : 1; }  // members of the state v_init
 
   Tensor empty_sequence() const { return layout.empty_sequence(layout.real()); }
+  // The state, or zeros if it is undefined.
   Tensor or_zero(const Tensor& state) const { return state.defined() ? state : layout.empty_state().zero_(); }
 
+  // Sets the arguments that forward and backward share.
   template <class Scalar>
   void fill(RecurrentParams<Scalar>& params) const {
     using Real = Real_t<Scalar>;
@@ -87,6 +90,7 @@ class RecurrentCall {
   const OptionalTensor rng_state;
 
  private:
+  // Returns the sequence; throws if it has not the layout that kernels need.
   static const Tensor& checked(const Tensor& sequence, const Rules& rules) {
     TORCH_CHECK_VALUE(sequence.dim() == 3 && sequence.is_contiguous(),
                       "asgl_cuda: x_seq must be contiguous and have 3 dimensions, got shape ", sequence.sizes());

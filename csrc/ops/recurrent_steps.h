@@ -26,6 +26,7 @@ class RecurrentSteps {
 
   const Tensor& row(int id) const { return row_[id]; }
 
+  // The call of the neuron for step t, with this current and the potential before.
   Call forward(const Tensor& current, const Tensor& v, int64_t t) const {
     return {current.unsqueeze(0), v, states_[t], neuron_, std::nullopt, constants_};
   }
@@ -37,7 +38,8 @@ class RecurrentSteps {
     return {fed.unsqueeze(0), v, states_[t], neuron, x.unsqueeze(0), constants_};
   }
 
-  // Computed again from h, at rest, where neither its decay nor an adaptation matters, but in the reset.
+  // The call of the neuron whose backward is that of step t. The step is computed again from h as input of a neuron at
+  // rest, for which the decay does not matter. An adaptation matters only in the reset amount, `reset`.
   Call backward(const Tensor& h, const Tensor& reset, int64_t t) const {
     Constants constants = constants_;
     constants.numbers.constants[kInputGain] = 1;
@@ -54,6 +56,7 @@ class RecurrentSteps {
   Parameters neuron_;
 };
 
+// Returns s_seq and the other wanted results, as forward_on_cpu does.
 inline std::vector<Tensor> forward_by_steps(const Launcher* launcher, const RecurrentCall& call,
                                             const WantedResults& wanted) {
   const RecurrentSteps step(call);
@@ -72,7 +75,7 @@ inline std::vector<Tensor> forward_by_steps(const Launcher* launcher, const Recu
       i = call.has_synapse ? step.row(kRecurrentSynDecay) * i + j : j;
     }
     const Call neuron = adds ? step.forward(fed, x[t], v, t) : step.forward(i, v, t);
-    const auto found = ops::forward(launcher, neuron, {/*v_last=*/true, false, /*h_seq=*/true, false});
+    const auto found = neuron_forward(launcher, neuron, {/*v_last=*/true, false, /*h_seq=*/true, false});
     const Tensor w = !call.adapts() ? Tensor() : v.defined() ? v[1] : at::zeros_like(s);
     s = found[0].squeeze(0);
     v = found[1];
@@ -95,6 +98,7 @@ inline std::vector<Tensor> forward_by_steps(const Launcher* launcher, const Recu
   return results;
 }
 
+// Returns the wanted gradients, as backward_on_cpu does.
 inline std::vector<Tensor> backward_by_steps(const Launcher* launcher, const RecurrentCall& call,
                                              const RecurrentGradients& grads, const RecurrentResults& kept,
                                              const WantedRecurrentGradients& wanted) {
@@ -111,6 +115,7 @@ inline std::vector<Tensor> backward_by_steps(const Launcher* launcher, const Rec
   const auto at_step = [&](const Tensor& sequence, int64_t t) {
     return sequence.defined() ? sequence.select(time_dim, t).unsqueeze(0).contiguous() : Tensor();
   };
+  // a + b, where an undefined tensor is zero.
   const auto sum = [](const Tensor& a, const Tensor& b) {
     return a.defined() && b.defined() ? a + b : a.defined() ? a : b;
   };
@@ -132,7 +137,7 @@ inline std::vector<Tensor> backward_by_steps(const Launcher* launcher, const Rec
     if (g.defined()) g = g.view(h.sizes());
     const Call backward = step.backward(h, reset, t);
     const auto found =
-        ops::backward(launcher, backward, {g, dv, gv, at_step(grads.h_seq, t)}, no_checkpoints, wanted_of_step);
+        neuron_backward(launcher, backward, {g, dv, gv, at_step(grads.h_seq, t)}, no_checkpoints, wanted_of_step);
     dh_seq[t] = found[0].squeeze(0);
     dv = found[1];
     for (size_t k = 2; k < found.size(); ++k) of_parameters[k - 2].push_back(found[k]);
@@ -145,7 +150,7 @@ inline std::vector<Tensor> backward_by_steps(const Launcher* launcher, const Rec
     if (!call.detach_recurrent) feedback = call.is_elementwise() ? dj * call.weight : at::mm(dj, call.weight);
     dj_seq[t] = dj;
   }
-  // Of each step, [T, B, N], and what the step before left.
+  // The gradients of all steps, [T, B, N]. `before` shifts a sequence by one step, with the state before the first.
   const Tensor dh_all = at::stack(dh_seq), dj_all = at::stack(dj_seq);
   const auto before = [&](const Tensor& sequence, const Tensor& first, double otherwise) {
     const Tensor state = first.defined() ? first : at::full_like(dh_seq.front(), otherwise);
@@ -218,7 +223,7 @@ inline std::vector<Tensor> recurrent_backward(
   const RecurrentCall call(h_seq, weight, parameters, v_init, s_init, i_init, rng_state, constants_of(numbers, rules),
                            has_synapse, detach_recurrent);
   const Layout& layout = call.layout;
-  layout.check_type(h_seq, layout.real(), "h_seq");
+  layout.check_type_and_device(h_seq, layout.real(), "h_seq");
   TORCH_CHECK_TYPE(emitted.defined(), "asgl_cuda: emitted must be a tensor");
   const at::ScalarType real = layout.real(), type = grad_s_seq.has_value() ? grad_s_seq->scalar_type() : real;
   const RecurrentGradients grads{

@@ -12,6 +12,7 @@
 
 namespace asgl::ops {
 
+// Calls f(float{}), or f(double{}) for float64. Other types must have been refused.
 template <class F>
 void with_real(at::ScalarType type, F&& f) {
   if (type == at::kDouble) return f(double{});
@@ -101,12 +102,13 @@ class SpikeCall {
   SpikeShape shape{};
 
  private:
+  // The size of the output in one dimension; 0 if the kernel is larger than the padded image.
   static int64_t out_size(int64_t size, int64_t kernel, int64_t stride, int64_t padding) {
     const int64_t room = size + 2 * padding - kernel;
     return room < 0 ? 0 : room / stride + 1;
   }
 
-  // torch's own copies take five times as long as these.
+  // Transposes each matrix of a batch: to[i, k, j] = from[i, j, k]. torch's own copies take five times as long.
   void transpose_each(const Tensor& from, const Tensor& to, int64_t rows, int64_t columns) const {
     with_real(type, [&](auto real) {
       using Real = decltype(real);
@@ -117,10 +119,12 @@ class SpikeCall {
   const int64_t dims_;
 };
 
+// Whether the memory format of images is channels_last.
 inline bool is_channels_last(const Tensor& tensor) {
   return tensor.dim() == 4 && tensor.suggest_memory_format() == at::MemoryFormat::ChannelsLast;
 }
 
+// The sizes of the product, in torch's order.
 inline Dims spike_result_sizes(const SpikeCall& call, const Tensor& x) {
   Dims sizes(x.sizes().begin(), x.sizes().end());
   if (call.is_linear()) {
@@ -133,6 +137,7 @@ inline Dims spike_result_sizes(const SpikeCall& call, const Tensor& x) {
   return sizes;
 }
 
+// Throws unless the tensor has the type of x and is on the CPU.
 inline void check_like(const Tensor& tensor, const Tensor& x, const char* name) {
   TORCH_CHECK_TYPE(tensor.scalar_type() == x.scalar_type() && tensor.is_cpu(), "asgl_cuda: ", name,
                    " must have the type and device of x, ", x.scalar_type(), " on cpu, got ", tensor.scalar_type(),
@@ -207,7 +212,8 @@ void implement_spikes(Library& m) {
   });
 }
 
-// Copies the weight to the order in which spike_product reads it. The copy fits inputs of any batch size.
+// Copies the weight, in float32 or float64, to the order in which spike_product reads it. The copy fits inputs of any
+// batch size.
 inline Tensor spike_panels(const Tensor& weight) {
   SpikeShape shape{};
   shape.outputs = weight.size(0);

@@ -12,6 +12,7 @@ constexpr int kElementsEach = 4;  // elements of a thread, if there are many ele
 // gradients of 1 / width and of the decay.
 enum class Derivative { kNone, kOfWidth, kOfLogWidth, kOfLogitDecay };
 
+// The factor for a parameter.
 ASGL_HOST_DEVICE Derivative derivative_of(int id, bool log_width, bool logit_decay) {
   if (id == kWidth) return log_width ? Derivative::kOfLogWidth : Derivative::kOfWidth;
   return id == kDecay && logit_decay ? Derivative::kOfLogitDecay : Derivative::kNone;
@@ -45,15 +46,18 @@ struct GradientPart {
   int64 blocks;  // blocks of a split
   Real* totals;  // [splits, T or 1, count], set by place_totals()
 
+  // The number of elements of the gradient.
   ASGL_HOST_DEVICE int64 elements(const SequenceShape& shape) const {
     return (parameter.step_stride != 0 ? shape.steps : 1) * parameter.count;
   }
 
+  // Stores an element of the gradient, from the total of its partial sums.
   ASGL_HOST_DEVICE void store(int64 element, double total) const {
     gradient[element] = derivative == Derivative::kNone ? static_cast<Real>(total)
                                                         : gradient_from(derivative, total, parameter.data[element]);
   }
 
+  // The number of totals that the first launch leaves: none unless runs are split.
   ASGL_HOST_DEVICE int64 num_totals(const SequenceShape& shape) const {
     return splits > 1 ? splits * elements(shape) : 0;
   }

@@ -14,7 +14,9 @@ namespace asgl {
 struct SequenceShape {
   int64 outer, steps, inner;
 
+  // The number of neurons.
   ASGL_HOST_DEVICE int64 neurons() const { return outer * inner; }
+  // The position of neuron n at step t in memory.
   ASGL_HOST_DEVICE int64 element(int64 n, int64 t) const { return (n / inner * steps + t) * inner + n % inner; }
 };
 
@@ -46,6 +48,7 @@ struct ParameterView {
   Real constant;
   int64 step_stride, inner, count;
 
+  // The position in `data` of the value of neuron n, within a step.
   ASGL_HOST_DEVICE int64 index(int64 n) const { return count == 1 ? 0 : n / inner % count; }
   ASGL_HOST_DEVICE Real at(int64 n, int64 t) const {
     return data == nullptr ? constant : data[t * step_stride + index(n)];
@@ -168,8 +171,9 @@ struct GradientPartials {
   Real* data;  // [T or 1, slots]; null if not wanted
   int64 slots;
 
+  // The slot of the part of a run that a tile sums.
   ASGL_HOST_DEVICE static int64 slot(int64 inner, int64 run, int64 tile) { return inner == 1 ? run : run + tile; }
-  // A multiple of four, so that four adjacent slots are stored at once.
+  // The number of slots of a step: a multiple of four, so that four adjacent slots are stored at once.
   ASGL_HOST_DEVICE static int64 slots_for(int64 inner, int64 neurons, int64 tiles) {
     return (slot(inner, neurons / inner, tiles) + 3) / 4 * 4;
   }
@@ -189,6 +193,7 @@ struct BackwardParams : LIFParams<Scalar> {
   Scalar* grad_residual;     // [outer, T, inner], residual_gain times the gradient of the input current
   GradientPartials<Real> partials[kNumParameters];
 
+  // Whether a parameter wants a gradient.
   ASGL_HOST_DEVICE bool wants(int id) const { return partials[id].data != nullptr; }
 
   // Whether unscaled s_seq has a gradient, and x_seq or the residual wants one; v_seq and h_seq have none, input_mean

@@ -13,6 +13,7 @@ constexpr int64 kMomentsRowsEach = 128;
 struct ChannelShape {
   int64 rows, channels, inner;
 
+  // The number of columns.
   ASGL_HOST_DEVICE int64 columns() const { return channels * inner; }
 };
 
@@ -47,11 +48,14 @@ struct ChannelTiles {
     return tiles;
   }
 
+  // The number of groups of channels_per_tile channels.
   ASGL_HOST_DEVICE int64 groups() const { return divided(shape.channels, channels_per_tile); }
+  // The number of tasks.
   ASGL_HOST_DEVICE int64 tasks() const { return splits * tiles_per_channel * groups(); }
   // The number of partial moments of a channel: one for every split and every tile of the channel.
   ASGL_HOST_DEVICE int64 slots() const { return splits * tiles_per_channel; }
 
+  // number / by, rounded up.
   static ASGL_HOST_DEVICE int64 divided(int64 number, int64 by) { return (number + by - 1) / by; }
 };
 
@@ -101,10 +105,12 @@ struct CoefficientsParams {
   int64* num_batches_tracked;        // null if not counted
   Real momentum;
 
+  // The given mean and variance of a channel.
   ASGL_HOST_DEVICE Moments given(int64 channel) const {
     return {1, static_cast<double>(mean[channel]), static_cast<double>(variance[channel])};
   }
 
+  // Stores the coefficients and moments of a channel, and updates its running statistics.
   ASGL_HOST_DEVICE void store(int64 channel, const Moments& found) const {
     const Coefficients<Real> values(found, weight == nullptr ? 1.0 : static_cast<double>(weight[channel]),
                                     bias == nullptr ? 0.0 : static_cast<double>(bias[channel]), options);
@@ -143,9 +149,11 @@ struct InputGradientParams {
   Normalisation options;
   Real *grad_weight, *grad_shift;  // [channels]
 
+  // Rows of the coefficients, by channel.
   ASGL_HOST_DEVICE const Real* mean() const { return coefficients + kCoefficientMean * tiles.shape.channels; }
   ASGL_HOST_DEVICE const Real* gain() const { return coefficients + kCoefficientGain * tiles.shape.channels; }
 
+  // The adjoint of a channel, from the sums of all processes.
   ASGL_HOST_DEVICE NormalisationAdjoint<Real> adjoint(int64 channel) const {
     const GradientSums total = {static_cast<double>(total_grad_gain[channel]),
                                 static_cast<double>(total_grad_bias[channel])};
@@ -153,7 +161,7 @@ struct InputGradientParams {
             options};
   }
 
-  // Stores the gradients of weight and bias.
+  // Stores the gradients of weight and bias of a channel, from the sums of this process.
   ASGL_HOST_DEVICE void store_sums(int64 channel) const {
     const GradientSums own = {static_cast<double>(grad_gain[channel]), static_cast<double>(grad_bias[channel])};
     const double centred =

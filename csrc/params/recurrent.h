@@ -42,6 +42,7 @@ struct RecurrentParams {
   const Real* parameters;
   const Real *v_init, *s_init, *i_init;  // null means v_rest, 0 and 0
 
+  // The shape of a sequence of batch * neurons neurons.
   SequenceShape shape() const {
     return batch_first ? SequenceShape{batch, steps, neurons} : SequenceShape{1, steps, batch * neurons};
   }
@@ -74,6 +75,7 @@ struct RecurrentBackwardParams : RecurrentParams<Scalar> {
 
 // Rows of the batch that a task computes through all steps, whose state and weight then stay in the cache.
 constexpr int64 kRecurrentRows = 16;
+// The number of chunks of kRecurrentRows rows.
 inline int64 recurrent_chunks(int64 batch) { return (batch + kRecurrentRows - 1) / kRecurrentRows; }
 
 }  // namespace asgl

@@ -14,6 +14,7 @@ constexpr ParameterId kAdaptDecay = kInputGain, kAdaptPotential = kInputBias, kA
 struct NeuronIndex {
   Divisor inner, count;
 
+  // The position of neuron n's value.
   ASGL_HOST_DEVICE uint32 of(int64 n) const {
     return count.by == 1 ? 0 : count.remainder(inner.quotient(static_cast<uint32>(n)));
   }
@@ -30,6 +31,7 @@ struct ParameterSummary {
   NeuronIndex own[kNumParameters];  // used if they are not alike
 };
 
+// Whether the bit of a parameter is set.
 ASGL_HOST_DEVICE bool has(uint32 bits, int id) { return bits >> id & 1u; }
 
 }  // namespace asgl

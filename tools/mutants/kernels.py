@@ -374,8 +374,10 @@ MUTANTS = {
         "a period that begins at the threshold": rules("v_threshold - @;", "Real(0.5)", "Real(0)"),
         "width's gradient of no distance": kernels("step.dy * @;", "model.distance(h.values[j], neuron.now())",
                                                    "(h.values[j] - neuron.now().v_threshold)"),
-        "the first surrogate for all": Mutant("math/surrogates.h", "if (@) return any_surrogate",
+        "the first surrogate for all": Mutant("math/surrogates.h", "if (@) return any_surrogate_value",
                                               "static_cast<int>(given) != kId", "false"),
+        "the first surrogate's gradient for all": Mutant("math/surrogates.h", "if (@) return any_surrogate_adjoint",
+                                                         "static_cast<int>(given) != kId", "false"),
         "shares of spikes that are counted": rules("counts() ? @ : z;", "math::rounded(a)", "a"),
         "no count of spikes": rules("analog ? a : @ ? ", "counts()", "false"),
         "a distance of counted spikes from the threshold": rules("return @ ? h :", "counts()", "false"),
@@ -688,10 +690,10 @@ CPU_MUTANTS = {
         "the residual's gradient left": cpu("finish_row(dc, @, tile, t)", "params.grad_residual", "params.grad_x_seq"),
         "no gain of the residual's gradient": cpu("if (@) {\n    Real* dr", "params.residual_gain != Real(1)", "false"),
         "a stretch too long": rows("return {@, inner", "inner - tile.first % inner", "inner"),
-        "a channel's stretch too long": tiles("for_each_stretch(tile_, @,", "shared_ == 0 ? kTile : shared_",
-                                              "shared_ == 0 ? kTile : 2 * shared_"),
+        "a channel's stretch too long": tiles("for_each_stretch(tile_, @,", "inner_ == 0 ? kTile : inner_",
+                                              "inner_ == 0 ? kTile : 2 * inner_"),
         "parameters taken as alike": tiles(
-            "shared_ == 0 || (@)", "parameter.inner == shared_ && parameter.count == count_", "true"
+            "inner_ == 0 || (@)", "parameter.inner == inner_ && parameter.count == count_", "true"
         ),
         "a parameter's run too long": tiles("runs_of(tile, @), inverse", "parameter.inner", "2 * parameter.inner"),
         "a parameter's last value stays": loops("== args.count ? @ :", "0", "index"),

@@ -34,11 +34,12 @@ def remedy() -> str:
 
 
 def no_sources() -> str:
+    """The message that sources are missing, with a remedy."""
     return f"the sources, which were installed with asgl_cuda, are gone. To install them again: {remedy()}"
 
 
 def _misfit(info: BuildInfo) -> str | None:
-    """An extension loads in any torch of the minor version that it was built for."""
+    """Why the extension does not fit this torch or these sources, or None. Any torch of its minor version fits."""
     if build_notes.minor_version(info.torch_version) != build_notes.minor_version(torch.__version__):
         name = f"asgl_cuda {__version__}+{build_notes.local_version(info.torch_version, info.cuda)}"
         return f"{name} was built for torch {info.torch_version}, and this is torch {torch.__version__}"
@@ -67,10 +68,12 @@ def load() -> tuple[ModuleType | None, BuildInfo | None, str | None]:
 
 
 def _problem(why: str) -> str:
+    """The message that the extension is missing, with a remedy."""
     return f"the compiled extension is missing: {why}. To build it: {remedy()}"
 
 
 def _import(path: Path) -> ModuleType:
+    """Loads the extension module from this file."""
     spec = spec_from_file_location("asgl_cuda._C", path)
     assert spec is not None
     assert spec.loader is not None

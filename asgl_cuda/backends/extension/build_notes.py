@@ -45,6 +45,7 @@ class BuildInfo(NamedTuple):
 
 
 def minor_version(torch_version: str) -> str:
+    """Major and minor version: 2.6 of 2.6.0+cpu."""
     return ".".join(torch_version.split("+")[0].split(".")[:2])
 
 
@@ -56,6 +57,7 @@ def local_version(torch_version: str, cuda: str | None) -> str:
 
 @functools.cache
 def digest_of_sources(directory: Path) -> bytes:
+    """A hash of the paths and contents of all sources of the extension in the directory."""
     digest = hashlib.sha256()
     for path in sorted(path for pattern in SOURCES for path in directory.rglob(pattern)):
         digest.update(str(path.relative_to(directory)).encode() + b"\0" + path.read_bytes() + b"\0")

@@ -95,6 +95,7 @@ def read_toolkit(home: Path) -> Toolkit | None:
     """The toolkit in that folder, as NVIDIA's installer, Debian, conda or the wheels lay it out, if it is complete."""
 
     def first(*patterns: str) -> Path | None:
+        """The first file in the toolkit that fits a pattern, or None."""
         return next((path for pattern in patterns for path in sorted(home.glob(pattern))), None)
 
     version = re.search(r"release (\d+\.\d+)", output_of(home / "bin/nvcc", "--version"))
@@ -256,6 +257,7 @@ def say(words: str) -> None:
 
 
 def require_compiler() -> None:
+    """Ends the build with a remedy if there is no C++ compiler."""
     compiler = os.environ.get("CXX", "c++")
     if shutil.which(compiler) is None:
         raise SystemExit(
@@ -274,6 +276,7 @@ def builder(planned: Plan, package: Path) -> type[cpp_extension.BuildExtension]:
         """Shows its progress, and notes what the extension was built for."""
 
         def run(self) -> None:
+            """Compiles, reports progress, and writes the notes of the build."""
             require_compiler()
             say(f"compiling {kernels}, {os.environ['MAX_JOBS']} files at a time: on two cores {minutes} minutes")
             compiled = threading.Event()

@@ -62,12 +62,14 @@ def naming(where: str) -> Iterator[None]:
 
 
 def as_double(value: Any) -> Tensor:
+    """A value of a NIR node or a layer as a float64 tensor on the CPU."""
     if torch.as_tensor(value).is_complex():  # torch would drop a part
         raise ValueError("arrays must have real numbers, got complex ones")
     return torch.as_tensor(value, dtype=torch.float64, device="cpu").detach()
 
 
 def as_shape(sizes: Sequence[int]) -> Any:
+    """Sizes as NIR has them, an array of int64."""
     return torch.tensor(sizes, dtype=torch.int64).numpy()
 
 
@@ -87,6 +89,7 @@ class Scale(nn.Module):
         self.register_buffer("scale", scale)
 
     def forward(self, x_seq: Tensor) -> Tensor:
+        """The input times the scale."""
         return x_seq * self.scale
 
 
@@ -100,6 +103,7 @@ class Delay(nn.Module):
         self.register_buffer("steps", steps)
 
     def forward(self, x_seq: Tensor) -> Tensor:
+        """The input of `steps` earlier, by neuron; 0 before the first step."""
         time = torch.arange(len(x_seq), device=x_seq.device).reshape(-1, *[1] * (x_seq.dim() - 1)) - self.steps
         return x_seq.gather(0, time.clamp(min=0).expand(x_seq.shape)).masked_fill(time < 0, 0.0)
 
@@ -128,7 +132,7 @@ def numbers_of(layer: Any, shape: Sequence[int]) -> dict[str, Tensor]:
 
 
 def spike_heights(layer: LIF, shape: Sequence[int]) -> Tensor:
-    """The factor of scale_output."""
+    """The height of a spike of each neuron: the factor of scale_output."""
     height = layer.v_threshold if layer.levels is None or layer.multi_spike else 1 / layer.levels
     return per_neuron(layer, height, shape)
 
@@ -170,7 +174,7 @@ def restored(ours: Any, kind: Any, said: dict[str, Tensor]) -> Any:
 
 
 def step_of(node: Any, dt: float, tau: str = "tau", r: str = "r") -> tuple[Tensor, Tensor]:
-    """Decay and gain of a node."""
+    """Decay and gain, per step of length dt, of a node with a time constant and a resistance."""
     gain, time = as_double(getattr(node, r)), getattr(node, tau, None)
     if time is None:  # IF and I
         decay, gain = torch.ones_like(gain), gain * dt
@@ -184,8 +188,8 @@ def step_of(node: Any, dt: float, tau: str = "tau", r: str = "r") -> tuple[Tenso
     return decay, torch.where((gain - 1).abs() < 1e-6, 1.0, gain)
 
 
-def said_by(node: Any, dt: float, tau: str = "tau") -> dict[str, Tensor]:
-    """The `numbers_of` a firing node, of one shape."""
+def numbers_of_node(node: Any, dt: float, tau: str = "tau") -> dict[str, Tensor]:
+    """The numbers of a firing node, as `numbers_of` has them of a layer, of one shape."""
     decay, gain = step_of(node, dt, tau)
     if not (gain > 0).all():
         raise ValueError(f"r must be > 0, got {range_of(as_double(node.r))}")

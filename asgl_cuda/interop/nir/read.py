@@ -121,6 +121,7 @@ def _paths(names: Iterable[str]) -> dict[str, str]:
 
 
 def _read(node: Any, dt: float | None) -> Any:
+    """The module that computes a node."""
     kind, ours = (
         type(node).__name__,
         (getattr(node, "metadata", None) or {}).get(KEY, {}),
@@ -149,12 +150,12 @@ def _read(node: Any, dt: float | None) -> Any:
         return Delay(steps.long())
     if kind in ("CubaLIF", "CubaLI"):
         if kind == "CubaLIF":
-            neurons = units.new_layer(LIF, units.said_by(node, dt, "tau_mem"))
+            neurons = units.new_layer(LIF, units.numbers_of_node(node, dt, "tau_mem"))
         else:
             neurons = units.integrator_of(node, dt, "tau_mem")
         return nn.Sequential(units.integrator_of(node, dt, "tau_syn", "w_in"), neurons)
     if kind in ("LIF", "IF"):
-        numbers = units.said_by(node, dt)
+        numbers = units.numbers_of_node(node, dt)
         return units.restored(ours, LIF, numbers) if ours else units.new_layer(LIF, numbers)
     if kind in ("LI", "I"):
         numbers = dict(zip(("decay", "input_gain"), units.step_of(node, dt), strict=True))
@@ -164,6 +165,7 @@ def _read(node: Any, dt: float | None) -> Any:
 
 
 def _weights(node: Any, ours: Any) -> nn.Module:
+    """The linear layer or convolution that computes a node with a weight."""
     weight = as_double(node.weight)
     bias = None if getattr(node, "bias", None) is None else as_double(node.bias)
     bias = None if bias is None or ("bias" in ours and not bias.any()) else bias

@@ -157,6 +157,7 @@ class _Writer(fx.Interpreter):
             self.layers |= {own: self.layers[plain] for own, plain in getattr(library, "PLAIN", {}).items()}
 
     def run_node(self, n: fx.Node) -> Any:
+        """Runs a node of the traced model, and adds to the graph what it computes."""
         inputs = [self.flows[source] for source in n.all_input_nodes if source in self.flows]
         if n.op == "call_module":
             module = self.module.get_submodule(str(n.target))
@@ -193,6 +194,7 @@ class _Writer(fx.Interpreter):
         raise ValueError(f"can't be represented in NIR; between layers there may only be {known}")
 
     def _run_module(self, n: fx.Node, module: Any, inputs: list[_Flow]) -> Any:
+        """Runs a layer, and adds its NIR nodes to the graph."""
         kind = Converted if isinstance(module, Converted) and module not in self.left else type(module)
         kind = _BatchNorm if kind.forward is _BatchNorm.forward else kind  # also of a user's subclass
         if kind not in self.layers:
@@ -216,10 +218,12 @@ class _Writer(fx.Interpreter):
         return value
 
     def _recorded(self, layer: Converted, x_seq: Tensor, **options: Any) -> Any:
+        """A call of `lif` by a converted layer, whose options are recorded."""
         self.calls.append(options)
         return type(layer).lif(layer, x_seq, **options)
 
     def _check_time(self, flow: _Flow, time_dim: int | None) -> None:
+        """Refuses a layer whose input has not both time and batch, or time elsewhere than the layers before."""
         if flow.leading != 2 or time_dim is None:
             got = "one step per call" if time_dim is None else "both merged by flatten(0, 1)"
             raise ValueError(f"must take time and batch as two dimensions, [T, B, ...], got {got}")
@@ -242,6 +246,7 @@ class _Writer(fx.Interpreter):
         return value.to(self.real).contiguous().numpy()
 
     def _neurons(self, layer: Any, flow: _Flow) -> dict[str, Any]:
+        """The NIR nodes of a neuron layer, by suffix of the name."""
         if options := unknown_options(layer, _KNOWN):
             raise ValueError(f"has {options}, which can't be represented in NIR")
         fires, numbers = isinstance(layer, LIF), cast("dict[str, Any]", units.numbers_of(layer, flow.shape))
@@ -293,30 +298,34 @@ class _Writer(fx.Interpreter):
             got = " and ".join(name for name, there in other.items() if there)
             raise ValueError(f"has {got}, which can't be represented in NIR")
 
-        def of(name: str, default: float = 0.0) -> Tensor:
+        def per_neuron(name: str, default: float = 0.0) -> Tensor:
+            """An option of the call, as float64 of the neurons' shape."""
             value = as_double(call.get(name, default))
             return value.reshape(value.shape[-len(flow.shape) :]).expand(flow.shape)
 
-        decay, gain, soft, scaled = of("decay"), of("input_gain", 1.0), call["v_reset"] is None, "scale_output" in call
-        v_rest = of("v_rest") + (of("input_bias") / (1 - decay)).nan_to_num(0.0)
-        numbers = {"decay": decay, "v_threshold": (of("v_threshold") - v_rest) / gain}
-        amount = of("v_threshold" if call.get("reset_amount") is None else "reset_amount") / gain
+        decay, gain = per_neuron("decay"), per_neuron("input_gain", 1.0)
+        soft, scaled = call["v_reset"] is None, "scale_output" in call
+        v_rest = per_neuron("v_rest") + (per_neuron("input_bias") / (1 - decay)).nan_to_num(0.0)
+        numbers = {"decay": decay, "v_threshold": (per_neuron("v_threshold") - v_rest) / gain}
+        amount = per_neuron("v_threshold" if call.get("reset_amount") is None else "reset_amount") / gain
         if not soft:
-            numbers["v_reset"] = (of("v_reset") - v_rest) / gain
+            numbers["v_reset"] = (per_neuron("v_reset") - v_rest) / gain
         elif not torch.equal(amount, numbers["v_threshold"]):
             numbers["reset_amount"] = amount
-        if scaled and not torch.equal(of("v_threshold"), numbers["v_threshold"]):
+        if scaled and not torch.equal(per_neuron("v_threshold"), numbers["v_threshold"]):
             raise ValueError("scale_output can't be represented together with input_gain or v_rest")
         options = {"strict_threshold": layer.settings.spike.strict, "scale_output": scaled}
         same = units.new_layer(LIF, numbers, **options, **({"v_reset": None} if soft else {}))
         return self._neurons(same, flow)
 
     def _delay(self, steps: Any, flow: _Flow) -> Any:
+        """A NIR node that delays by a number of steps."""
         node = self.nir.Delay((self.dt * as_double(steps).expand(flow.shape)).numpy())
         node.metadata = {KEY: {"dt": self.dt}}
         return node
 
     def _weights(self, layer: Any, flow: _Flow) -> dict[str, Any]:
+        """The NIR node of a linear layer or convolution."""
         dims, sizes = layer.weight.dim() - 2, {}
         kind = (self.nir.Affine, self.nir.Conv1d, self.nir.Conv2d)[dims]
         if dims:
@@ -337,6 +346,7 @@ class _Writer(fx.Interpreter):
         return {"": node}
 
     def _pool(self, layer: nn.AvgPool2d, flow: _Flow) -> dict[str, Any]:
+        """The NIR node of a pooling."""
         _check_joined(layer, flow, 3)
         sums = layer.divisor_override == 1
         sizes = [as_shape(nn.modules.utils._pair(size)) for size in (layer.kernel_size, layer.stride, layer.padding)]
@@ -352,6 +362,7 @@ class _Writer(fx.Interpreter):
         return {"": (self.nir.SumPool2d if sums else self.nir.AvgPool2d)(*sizes)}
 
     def _flatten(self, layer: nn.Flatten, flow: _Flow) -> dict[str, Any]:
+        """The NIR node that flattens dimensions of a sample."""
         leading = 1 if getattr(layer, "step_mode", "s") == "m" else flow.leading
         start, end = (dim % (leading + len(flow.shape)) - leading for dim in (layer.start_dim, layer.end_dim))
         if start < 0:
