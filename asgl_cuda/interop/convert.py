@@ -93,7 +93,12 @@ def _checked(asgl: Mapping[str, Any] | None) -> _ASGL | None:
     return _ASGL(surrogate, width, analog_prob, learn_width)
 
 
-KNOWS_TIME.append(lambda module: any(getattr(each, "knows_time", each.streamed)(module) for each in libraries()))
+def _of_libraries(module: nn.Module) -> tuple[str, str] | None:
+    outside = next((text for each in libraries() if (text := each.outside(module))), None)
+    return None if outside is None else (bare_class(module).__name__, outside)
+
+
+KNOWS_TIME.append(_of_libraries)
 
 
 def convert(

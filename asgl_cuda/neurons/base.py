@@ -27,6 +27,7 @@ from ..checks import (
     check_sizes,
     check_step,
     check_tensor,
+    given_for,
     least_and_most,
     optional,
     read_finite,
@@ -480,4 +481,4 @@ def some_asgl_layers(model: nn.Module, caller: str) -> dict[str, Any]:
 def check_module(model: Any, caller: str) -> None:
     """Refuses anything but a module."""
     if not isinstance(model, nn.Module):
-        raise TypeError(f"{caller}: model must be a torch.nn.Module, got {type(model).__name__}")
+        raise TypeError(f"{caller}: model must be a torch.nn.Module, got {given_for(model)}")

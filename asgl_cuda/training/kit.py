@@ -144,8 +144,8 @@ def convert_sync_batchnorm(model: nn.Module, process_group: Any = None) -> nn.Mo
         name = bare_class(module).__name__
         if bare_class(module) in kinds and getattr(module, "step_mode", "s") == "m":
             raise ValueError(
-                f"{caller}: {path or 'the model'} ({name} of SpikingJelly) must have step mode 's', which torch's "
-                "SyncBatchNorm has, got 'm'; use torch's layer in a SeqToANNContainer, or BatchNormLIF"
+                f"{caller}: {path or 'the model'} ({name} of SpikingJelly) can't be in step mode 'm', because torch's "
+                "SyncBatchNorm takes no time dimension; use torch's layer in a SeqToANNContainer, or BatchNormLIF"
             )
     for module in model.modules():
         if isinstance(module, BatchNormLIF):

@@ -406,6 +406,15 @@ NOT_REPRESENTED = {
     ),
     "mean": (stack(lambda m, x: m.lif(x).mean(0)), "mean in the model itself: can't be represented"),
     "a constant added": (stack(lambda m, x: m.linear(x) + 1), "add in the model itself"),
+    "sums of unlike shapes": (
+        lambda: Stack(lambda m, x: m.linear(x) + m.lif(x), linear=nn.Linear(4, 1), lif=LIF()),
+        r"add in the model itself: can't be .*, which has no broadcasting; got \[2, 3, 1\] and \[2, 3, 4\]$",
+    ),
+    "a factor": (
+        stack(lambda m, x: torch.add(x, m.lif(x), alpha=2)),
+        r"add in the model itself: can't be .*, which adds without a factor; got alpha=2$",
+    ),
+    "a flatten": (stack(lambda m, x: m.lif(x).flatten(2)), r"flatten in .*must be layers .*, as nn\.Flatten\(2\) for"),
     "twice the same": (stack(lambda m, x: m.linear(x) + x + x), "add in the model itself"),
     "two arguments": (stack(lambda m, x: m.lif(x, m.linear(x))), r"lif \(LIF\): must have one argument: the output"),
     "unflatten": (stack(lambda m, x: m.lif(x.unflatten(2, (2, 2)))), "unflatten in the model"),
@@ -465,6 +474,7 @@ X = torch.ones(2, 2, 2)
     ("call", "error", "message"),
     [
         (lambda: to_nir(None, X), TypeError, r"to_nir: model must be a torch\.nn\.Module, got NoneType"),
+        (lambda: to_nir(LIF, X), TypeError, r"torch\.nn\.Module, got the class LIF; pass an instance$"),
         (lambda: to_nir(LIF(), [1.0]), TypeError, "to_nir: example_input must be a tensor, got list"),
         (lambda: to_nir(LIF(), X[0]), ValueError, r"to_nir: example_input .* batch and neurons.*got shape \[2, 2\]"),
         (lambda: to_nir(LIF(), X, "1"), TypeError, "to_nir: dt must be a float, got str"),

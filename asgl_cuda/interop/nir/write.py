@@ -180,17 +180,26 @@ class _Writer(fx.Interpreter):
         """The flow after a function between layers."""
         name = n.target if isinstance(n.target, str) else getattr(n.target, "__name__", "")
         sizes, leading = (*n.args[1:], *n.kwargs.values()), inputs[0].leading if inputs else 0
-        if n.target in (operator.add, torch.add, "add") and inputs and len(inputs) == len(n.args) and not n.kwargs:
+        if n.target in (operator.add, torch.add, "add") and len(inputs) == 2 == len(n.args):
             sources = tuple(source for flow in inputs for source in flow.sources)
-            # NIR has neither duplicate edges nor broadcasting.
-            if len(set(sources)) == len(sources) and all(flow[1:] == inputs[0][1:] for flow in inputs):
+            if n.kwargs:
+                got = ", ".join(f"{option}={value}" for option, value in n.kwargs.items())
+                raise ValueError(f"can't be represented in NIR, which adds without a factor; got {got}")
+            one, other = (list(value.shape) for value in map(self.env.get, n.args))
+            if one != other:
+                raise ValueError(f"can't be represented in NIR, which has no broadcasting; got {one} and {other}")
+            # NIR has no duplicate edges.
+            if len(set(sources)) == len(sources) and inputs[0][1:] == inputs[1][1:]:
                 return inputs[0]._replace(sources=sources)
         elif name == "flatten" and leading == 2 and sizes == (0, 1):
             return inputs[0]._replace(leading=1)
         elif name == "unflatten" and leading == 1 and value.shape[:2] == self.time_and_batch:
             return inputs[0]._replace(leading=2)
-        known = "additions of different layers' outputs, flatten(0, 1) and unflatten(0, ...) of time and batch"
-        raise ValueError(f"can't be represented in NIR; between layers there may only be {known}")
+        raise ValueError(
+            "can't be represented in NIR; between layers there may only be additions of two different layers' outputs, "
+            "and flatten(0, 1) and unflatten(0, ...) of time and batch; other functions must be layers that can be "
+            "represented, as nn.Flatten(2) for flatten(2)"
+        )
 
     def _run_module(self, n: fx.Node, module: Any, inputs: list[_Flow]) -> Any:
         kind = Converted if isinstance(module, Converted) and module not in self.left else type(module)
