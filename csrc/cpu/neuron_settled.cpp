@@ -9,9 +9,6 @@ namespace {
 // Steps whose input currents are computed before a loop that stores past the cache, for fewer and longer streams.
 constexpr int64 kStepsOfStream = 4;
 
-// The length of rows that a loop takes together: a page apart, they would share the same few sets of the L1 cache.
-constexpr int64 kRowsApart = kTile + 16;
-
 // How far a loop prefetches in the rows that it uses.
 constexpr int64 kElementsAhead = 256, kElementsAheadOfStream = 512;
 
@@ -44,7 +41,7 @@ class ChunkCurrents {
 
  public:
   ChunkCurrents(const LIFParams<Scalar>& params, int64 most_steps)
-      : params_(params), input_(params), rows_(most_steps + 2, kRowsApart) {}
+      : params_(params), input_(params), rows_(most_steps + 2, kTile) {}
 
   TileInput<Real>& input() { return input_; }
   bool in_place(const Tile& tile) const { return input_.plain() && is_in_place<Scalar>(tile); }
@@ -253,7 +250,7 @@ class SettledBackward {
   const bool in_cache_ = recent_row_ahead(params_.x_seq, Tile(params_.shape, 0), 0) == nullptr;
   const Stream past_cache_ = stream_for(params_.grad_x_seq, params_.shape);
   ChunkCurrents<Scalar> currents_{params_, segment_};
-  Rows<Real> rows_{segment_ + states_ + 4 + kInputGain, kRowsApart}, block_rows_{3 * segment_, kBlock};
+  Rows<Real> rows_{segment_ + states_ + 4 + kInputGain, kTile}, block_rows_{3 * segment_, kBlock};
   Real *const g_ = rows_.take(segment_), *const v_ = rows_.take(states_), *const dv_ = rows_.take();
   Real *const sums_ = rows_.take(kInputGain), *const zeros_ = rows_.take();
   Real *const x_buffer_ = rows_.take(), *const dx_buffer_ = rows_.take();
