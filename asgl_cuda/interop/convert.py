@@ -220,6 +220,7 @@ def convert(
             inside.append(f"{path}.")
             continue
         if isinstance(layer, Converted):
+            inside.append(f"{path}." if path else "")
             continue
         answers = (find(layer) for find in finds)
         found = _vendored(layer) or next((each for each in answers if each is not None), None)

@@ -473,7 +473,7 @@ def some_asgl_layers(model: nn.Module, caller: str) -> dict[str, Any]:
     if not layers:
         raise ValueError(
             f"{caller}: model must have an ASGL layer, got a {type(model).__name__} without one; "
-            "asgl_cuda.convert turns neurons of other libraries into such layers"
+            "add an asgl_cuda.LIF, or turn neurons of other libraries into such layers by asgl_cuda.convert"
         )
     return layers
 

@@ -76,9 +76,10 @@ def _check_input(x_seq: Any, layer: nn.Module) -> None:
             raise ValueError(f"{_CALLER}: x_seq must have time and batch, [T, B, ...], got {got}")
         name, sizes = _sample_of(layer)
         if x_seq.dim() < 2 + len(sizes):
+            hint = "; x_seq.unsqueeze(1) has a batch of size 1, x_seq.unsqueeze(0) a single time step"
             raise ValueError(
-                f"{_CALLER}: x_seq must be [T, B, {', '.join(sizes)}] for {name}, got shape {list(x_seq.shape)}; "
-                "x_seq.unsqueeze(1) has a batch of size 1"
+                f"{_CALLER}: x_seq must be [T, B, {', '.join(sizes)}] for {name}, got shape {list(x_seq.shape)}"
+                f"{hint if x_seq.dim() == 1 + len(sizes) else ''}"
             )
     elif not isinstance(x_seq, fx.Proxy):
         raise TypeError(f"{_CALLER}: x_seq must be a tensor, got {type(x_seq).__name__}")

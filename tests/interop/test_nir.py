@@ -474,7 +474,7 @@ X = torch.ones(2, 2, 2)
     ("call", "error", "message"),
     [
         (lambda: to_nir(None, X), TypeError, r"to_nir: model must be a torch\.nn\.Module, got NoneType"),
-        (lambda: to_nir(LIF, X), TypeError, r"torch\.nn\.Module, got the class LIF; pass an instance$"),
+        (lambda: to_nir(LIF, X), TypeError, r"to_nir: model must be .*, got the class LIF; pass an instance$"),
         (lambda: to_nir(LIF(), [1.0]), TypeError, "to_nir: example_input must be a tensor, got list"),
         (lambda: to_nir(LIF(), X[0]), ValueError, r"to_nir: example_input .* batch and neurons.*got shape \[2, 2\]"),
         (lambda: to_nir(LIF(), X, "1"), TypeError, "to_nir: dt must be a float, got str"),
@@ -520,6 +520,7 @@ def test_the_step_that_was_given_is_the_step_that_is_read(dt):
 def neurons_of_libraries():
     """By name: neurons of other libraries, and the error where NIR has no such node."""
     jelly = pytest.importorskip("spikingjelly.activation_based.neuron")
+    jelly_layer = pytest.importorskip("spikingjelly.activation_based.layer")
     layers, activation = pytest.importorskip("sinabs.layers"), pytest.importorskip("sinabs.activation")
     spike = authors_code.EfficientNoisySpikeII(authors_code.InvSigmoid(), p=0.0)
     tau = torch.tensor([2.0, 3.0, 4.0, 5.0, 6.0])
@@ -537,8 +538,12 @@ def neurons_of_libraries():
         "soft, not allowed": (jelly.LIFNode(v_reset=None, step_mode="m"), r"1 \(LIFNode\): has a soft reset"),
         "floor": (layers.IAF(min_v_mem=-1.0, **single), r"1 \(IAF\): has a lower limit of the potential, which can't"),
         "several": (layers.IAF(), r"1 \(IAF\): has several spikes a step, which can't"),
-        "current": (layers.IAF(tau_syn=3.0, **single), r"1 \(IAF\): has a current, or no spikes, which"),
-        "ExpLeak": (layers.ExpLeak(2.0), r"1 \(ExpLeak\): has a current, or no spikes, which"),
+        "current": (layers.IAF(tau_syn=3.0, **single), r"1 \(IAF\): has a synaptic current, which can't"),
+        "ExpLeak": (layers.ExpLeak(2.0), r"1 \(ExpLeak\): has no spikes, which can't"),
+        "recurrent": (
+            jelly_layer.LinearRecurrentContainer(jelly.LIFNode(), 5, 5, step_mode="m"),
+            r"1 \(LinearRecurrentContainer\): can't be represented in NIR; NIR does not say when a spike that returns",
+        ),
         "amount of sinabs": (layers.IAF(**amount, **single), None),
         "a step a call": (jelly.LIFNode(), r"1 \(LIFNode\): must take .* got one step per call"),
         "squeezed": (
@@ -550,7 +555,7 @@ def neurons_of_libraries():
 
 CONVERTED = (
     "LIFNode", "PLIFNode", "IFNode", "soft", "LIF of sinabs", "IAF of sinabs", "MaxSpike(1) of sinabs", "LIFLayer",
-    "soft, not allowed", "floor", "several", "current", "ExpLeak", "amount of sinabs", "a step a call",
+    "soft, not allowed", "floor", "several", "current", "ExpLeak", "recurrent", "amount of sinabs", "a step a call",
     "squeezed",
 )  # fmt: skip
 

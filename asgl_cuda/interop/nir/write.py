@@ -23,6 +23,7 @@ from ..convert import convert, copied
 from ..converted import Converted, bare_class
 from ..fuse import unfuse
 from ..libraries import LIBRARIES, libraries
+from ..recurrent import Recurrent
 from . import neurons as units
 from .neurons import KEY, RECURRENCE, Delay, Scale, as_double, as_shape, naming, range_of
 
@@ -185,7 +186,7 @@ class _Writer(fx.Interpreter):
             if n.kwargs:
                 got = ", ".join(f"{option}={value}" for option, value in n.kwargs.items())
                 raise ValueError(f"can't be represented in NIR, which adds without a factor; got {got}")
-            one, other = (list(value.shape) for value in map(self.env.get, n.args))
+            one, other = (list(self.env[each].shape) for each in n.all_input_nodes)
             if one != other:
                 raise ValueError(f"can't be represented in NIR, which has no broadcasting; got {one} and {other}")
             # NIR has no duplicate edges.
@@ -292,8 +293,12 @@ class _Writer(fx.Interpreter):
     def _converted(self, layer: Converted, flow: _Flow) -> dict[str, Any]:
         """The layer's call of `lif`, as a LIF with input_gain 1 and v_rest 0."""
         call = self.calls[0] if len(self.calls) == 1 else {}
+        if isinstance(layer, Recurrent):
+            raise ValueError(f"can't be represented in NIR; {RECURRENCE}")
+        fires = layer.settings.spike is not None
         other = {
-            "a current, or no spikes": not layer.takes_input or not call,
+            "no spikes": not fires,
+            "a synaptic current": fires and (not layer.takes_input or not call),
             "several spikes a step": layer.multi_spike or call.get("levels") is not None,
             "a lower limit of the potential": call.get("v_min") is not None,
             ", ".join(sorted(call.keys() - _KNOWN_OF_CALLS)): not call.keys() <= _KNOWN_OF_CALLS,
@@ -314,8 +319,6 @@ class _Writer(fx.Interpreter):
             numbers["v_reset"] = (of("v_reset") - v_rest) / gain
         elif not torch.equal(amount, numbers["v_threshold"]):
             numbers["reset_amount"] = amount
-        if scaled and not torch.equal(of("v_threshold"), numbers["v_threshold"]):
-            raise ValueError("scale_output can't be represented together with input_gain or v_rest")
         options = {"strict_threshold": layer.settings.spike.strict, "scale_output": scaled}
         same = units.new_layer(LIF, numbers, **options, **({"v_reset": None} if soft else {}))
         return self._neurons(same, flow)
