@@ -25,6 +25,11 @@ PLAIN_TENSORS = (Tensor, Parameter)
 FLOATING_TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
+def given_for(value: Any) -> str:
+    """What was given where an object is expected: its type, or that it is a class."""
+    return f"the class {value.__name__}; pass an instance" if isinstance(value, type) else type(value).__name__
+
+
 def check_tensor(name: str, value: Any, caller: str) -> None:
     """Refuses all but tensors."""
     if not isinstance(value, Tensor):
@@ -458,9 +463,11 @@ def check_residual(residual: Any, x_seq: Tensor, caller: str) -> None:
         raise TypeError(f"{caller}: residual must be a tensor or None, got {type(residual).__name__}")
     check_dense("residual", residual, caller)
     if residual.shape != x_seq.shape:
+        extra = x_seq.dim() - residual.dim()
+        fits = extra >= 0 and all(size in (1, x_seq.shape[extra + dim]) for dim, size in enumerate(residual.shape))
         raise ValueError(
-            f"{caller}: residual must have x_seq's shape {list(x_seq.shape)}, got {list(residual.shape)}; "
-            "residual.expand_as(x_seq) broadcasts it"
+            f"{caller}: residual must have x_seq's shape {list(x_seq.shape)}, got {list(residual.shape)}"
+            f"{'; residual.expand_as(x_seq) broadcasts it' if fits else ''}"
         )
     if residual.dtype != x_seq.dtype:
         raise TypeError(

@@ -11,7 +11,7 @@ from torch.utils import _pytree
 from torch.utils.hooks import RemovableHandle
 
 from .checks import check_int, check_step
-from .interop.converted import Converted, InStream, Streamed
+from .interop.converted import Converted, InStream, Streamed, bare_class
 from .interop.libraries import libraries
 from .interop.nir.neurons import Delay
 from .interop.sequences import InSequences
@@ -100,7 +100,8 @@ class _Taker:
 def _name_of(model: nn.Module, module: nn.Module) -> str:
     """The module in errors: its class and its path."""
     path = next(path for path, each in model.named_modules() if each is module)
-    return f"{type(module).__name__} at {path!r}" if path else type(module).__name__
+    name = bare_class(module).__name__
+    return f"{name} at {path!r}" if path else name
 
 
 _streamed = functools.cache(functools.partial(Streamed, state="v", has_switch=True))  # by time_dim

@@ -31,6 +31,7 @@ from torch.autograd.graph import disable_saved_tensors_hooks, saved_tensors_hook
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
+from ..checks import given_for
 from ..torch_modes import exporting, transforming
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -225,8 +226,8 @@ class _Context(contextlib.ContextDecorator):
             if error and "support saved tensor hooks" in str(error[1]):
                 raise RuntimeError(
                     f"{_CALLER}: torch.func.{{grad, vjp, jacrev, hessian}} can't be called inside of the context, "
-                    "because they do not support hooks on saved tensors; leave out the context (inside of the function "
-                    "that they transform it is allowed, but has no effect)"
+                    "because they do not support hooks on saved tensors; leave out the context (a context inside of "
+                    "the transformed function is allowed, but has no effect)"
                 ) from error[1]
 
 
@@ -272,7 +273,7 @@ def recompute_spikes(model: nn.Module | None = None) -> Any:
     if model is None:
         return _Context()
     if not isinstance(model, nn.Module):
-        raise TypeError(f"{_CALLER}: model must be a torch.nn.Module, got {type(model).__name__}")
+        raise TypeError(f"{_CALLER}: model must be a torch.nn.Module, got {given_for(model)}")
     model.register_forward_pre_hook(_enter)
     model.register_forward_hook(_leave, always_call=True)
     return model

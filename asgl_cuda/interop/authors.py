@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..neurons.over_time import in_a_row
 from .converted import Basis, Converted, Found, InStream, Settings, bare_class, exchanged, overridden
 from .identify import SpikeFunction
 
@@ -104,6 +105,10 @@ def find(layer: nn.Module) -> Found:
         if getattr(cell, flag, False):
             return f"it has {flag}=True"
     return ConvertedLIFLayer, SpikeFunction(_SURROGATES[type(spike.inv_sg).__name__], 1.0, 1.0, False)
+
+
+def outside(module: nn.Module) -> str | None:
+    return in_a_row(f"{bare_class(module).__name__}(...)") if streamed(module) else None
 
 
 def streamed(module: nn.Module) -> InStream:

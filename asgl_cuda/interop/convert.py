@@ -94,7 +94,12 @@ def _checked(asgl: Mapping[str, Any] | None) -> _ASGL | None:
     return _ASGL(surrogate, width, analog_prob, learn_width)
 
 
-KNOWS_TIME.append(lambda module: any(getattr(each, "knows_time", each.streamed)(module) for each in libraries()))
+def _of_libraries(module: nn.Module) -> tuple[str, str] | None:
+    outside = next((text for each in libraries() if (text := each.outside(module))), None)
+    return None if outside is None else (bare_class(module).__name__, outside)
+
+
+KNOWS_TIME.append(_of_libraries)
 
 
 def convert(
@@ -217,6 +222,7 @@ def convert(
             inside.append(f"{path}.")
             continue
         if isinstance(layer, Converted):
+            inside.append(f"{path}." if path else "")
             continue
         answers = (find(layer) for find in finds)
         found = vendored_spikingjelly_reason(layer) or next((each for each in answers if each is not None), None)

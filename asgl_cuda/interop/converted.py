@@ -333,7 +333,7 @@ class Converted(Overlay, Noisy):
         if reason is not None:
             raise RuntimeError(
                 f"asgl_cuda.convert: {bare_class(self).__name__} was changed after its conversion: {reason}; convert "
-                "again: asgl_cuda.convert(asgl_cuda.revert(model)[0])"
+                "again with the same arguments: asgl_cuda.convert(asgl_cuda.revert(model)[0], ...)"
             )
 
     def is_plain(self) -> bool:

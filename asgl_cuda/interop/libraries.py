@@ -23,9 +23,9 @@ LIBRARIES = {
 def libraries() -> Iterator[Any]:
     """The adapters of the imported libraries.
 
-    Required: `find(layer)`, see `Found`; `streamed(module)`, see `InStream`. Optional: `knows_time(module)`: whether
-    `OverTime` refuses the module, where not all that `streamed` answers for are; `reset(module)` and `detach(module)`:
-    clear or detach the module's state; `not_written(module)`: why `to_nir` can't write it, or None;
+    Required: `find(layer)`, see `Found`; `streamed(module)`, see `InStream`; `outside(module)`: how a module that
+    `OverTime` refuses is put outside of it, or None. Optional: `reset(module)` and `detach(module)`: clear or detach
+    the module's state; `not_written(module)`: why `to_nir` can't write it, or None;
     `copy_layers(model, memo)`: fills deepcopy's memo with layers that their own __deepcopy__ would spoil;
     `enlist(model)`: registers a copy with the library; NORMALISATIONS: equivalents of torch.nn's classes; PLAIN:
     torch.nn's classes, keyed by the library's equivalents.

@@ -22,7 +22,8 @@ from norse.torch.module.exp_filter import ExpFilter
 from torch import Tensor, nn
 
 from ..checks import HALF_TYPES
-from .converted import Converted, Found, InStream, known_class, number
+from ..neurons.over_time import in_a_row
+from .converted import Converted, Found, InStream, bare_class, known_class, number
 from .recording import SPIKES, Recording
 from .recurrent import Recurrent, currents
 
@@ -242,6 +243,15 @@ def not_written(module: nn.Module) -> str | None:
     if not isinstance(module, (*_NEURONS, norse.SequentialState, norse.RecurrentSequential)):
         return None
     return "it returns a state with its output; norse.torch.to_nir writes models of Norse's cells, if not converted"
+
+
+def outside(module: nn.Module) -> str | None:
+    if not isinstance(module, _NEURONS):
+        return None
+    name = bare_class(module).__name__
+    if name.endswith("Cell"):
+        return f"{in_a_row(f'norse.torch.Lift({name}(...))', in_place=True)}, which also returns the state"
+    return f"as in norse.torch.SequentialState(OverTime(...), {name}(...))"
 
 
 def streamed(module: nn.Module) -> InStream:

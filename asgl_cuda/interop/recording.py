@@ -600,13 +600,8 @@ class Recording:
         target = args[0]
         if type(target) is Recorded:
             function, args, kwargs, name = changed
-            views = len(target.shared or ()) > 1
-            if function is None or views or isinstance(target.group, Given):
-                raise RuntimeError(
-                    f"{_CALLER}: with sequences, {name} can't change "
-                    + ("the model's input" if isinstance(target.group, Given) else "a value of a step")
-                    + f" in place{', because there are views of it' if views else ''}"
-                )
+            if refusal := _refusal(target, name, function is not None):
+                raise RuntimeError(f"{_CALLER}: with sequences, {refusal}")
             made = self._record(function, args, kwargs)
             target.group, target.index = made.group, made.index
         else:
@@ -878,6 +873,27 @@ def _storage(tensor: Tensor) -> int:
         return int(tensor.untyped_storage()._cdata)
     except (NotImplementedError, RuntimeError):  # a tensor of torch.func, or a sparse one, has no storage
         return id(tensor)
+
+
+def _refusal(target: Recorded, name: str, has_plain: bool) -> str:
+    """Why this function can't change the value in place, and what to do instead; "" if it can."""
+    views = target.shared or ()
+    if not has_plain:
+        called = "`tensor[...] = value`" if name == "__setitem__" else name
+        return (
+            f"{called} on a tensor that the model's forward gets or computes can't be recorded; use a function that "
+            "returns a new tensor, as torch.where or masked_fill, or asgl_cuda.convert(model) without sequences"
+        )
+    if any(isinstance(each.group, Given) for each in (target, *views)):
+        plain = "an operator that does not assign, as x + 1" if name[:2] == "__" else name.removesuffix("_")
+        plain = plain if name[-1] == "_" else f"{name} with inplace=False"
+        return f"{name} can't change the model's input, or a part of it, in place; change x.clone(), or use {plain}"
+    if len(views) > 1:
+        return (
+            f"{name} can't change a value of a step in place, because it shares memory with a view (view, flatten, "
+            "indexing); change a clone() instead"
+        )
+    return ""
 
 
 @functools.cache

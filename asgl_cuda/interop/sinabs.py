@@ -36,8 +36,9 @@ from sinabs.layers.reshape import SqueezeMixin
 from torch import Tensor, nn
 
 from ..checks import MOST_LEVELS
+from ..neurons.over_time import in_a_row
 from ..reference.surrogates import PERIODIC
-from .converted import Converted, Found, InStream, Settings, Streamed, known_class, number
+from .converted import Converted, Found, InStream, Settings, Streamed, bare_class, known_class, number
 from .identify import SpikeFunction
 from .recurrent import Recurrent, lacking
 
@@ -324,9 +325,11 @@ def detach(module: nn.Module) -> None:
             module._buffers[name] = None if state is None else state.detach()
 
 
-def knows_time(module: nn.Module) -> bool:
-    """Whether the module takes time as a dimension of its own, so that `OverTime` refuses it."""
-    return isinstance(module, layers.StatefulLayer) and not isinstance(module, SqueezeMixin)
+def outside(module: nn.Module) -> str | None:
+    """Where a module that takes time as a dimension of its own belongs instead of `OverTime`; None for others."""
+    if not isinstance(module, layers.StatefulLayer) or isinstance(module, SqueezeMixin):
+        return None
+    return f"{in_a_row(f'{bare_class(module).__name__}(...)')}, which takes [B, T, ...]"
 
 
 def streamed(module: nn.Module) -> InStream:

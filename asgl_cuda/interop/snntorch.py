@@ -24,8 +24,9 @@ import torch
 from snntorch._neurons import rleaky, rsynaptic
 from torch import Tensor, nn
 
-from ..checks import HALF_TYPES, check_bool
+from ..checks import HALF_TYPES, check_bool, given_for
 from ..neurons.deferred import Pending
+from ..neurons.over_time import in_a_row
 from ..torch_modes import transforming
 from .converted import (
     Converted,
@@ -429,7 +430,7 @@ class MultiStep(nn.Module):
         super().__init__()
         self.stateful = check_bool("stateful", stateful, _MULTI_STEP)
         if not isinstance(layer, nn.Module):
-            raise TypeError(f"{_MULTI_STEP}: layer must be {_NAMES} of snnTorch, got {type(layer).__name__}")
+            raise TypeError(f"{_MULTI_STEP}: layer must be {_NAMES} of snnTorch, got {given_for(layer)}")
         converted, report = convert(layer, inplace=True)
         if not isinstance(converted, ConvertedLeaky):
             reason = report.left[0].reason if report.left else f"it is a {type(layer).__name__}"
@@ -527,6 +528,14 @@ def detach(module: nn.Module) -> None:
         for name in module._non_persistent_buffers_set:  # states
             state = module._buffers[name]
             module._buffers[name] = None if state is None else state.detach()
+
+
+def outside(module: nn.Module) -> str | None:
+    if isinstance(module, MultiStep):
+        return in_a_row("MultiStep(...)")
+    if isinstance(module, tuple(_CONVERTED)):
+        return in_a_row(f"{_MULTI_STEP}({bare_class(module).__name__}(..., init_hidden=True))", in_place=True)
+    return "and call it as snnTorch does" if isinstance(module, _NEURONS) else None
 
 
 def streamed(module: nn.Module) -> InStream:

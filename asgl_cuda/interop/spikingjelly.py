@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_map_only
 
 from ..checks import MOST_LEVELS
 from ..neurons.lif import LIFOutput
+from ..neurons.over_time import in_a_row
 from .converted import Converted, Found, InStream, Streamed, bare_class, exchanged, known_class
 from .identify import SpikeFunction, captured
 from .recording import SPIKES, Recording
@@ -419,7 +420,8 @@ _FEEDING = tuple(
 _MIXING = _classes("neuron", "PSN", "MaskedPSN", "SlidingPSN", "ILCBaseNode")
 
 _MEMORY, _OF_SEQUENCES = _classes("base", "MemoryModule"), _classes("base", "MultiStepModule")
-_RECURRENT = _classes("rnn", "SpikingRNNBase", "SpikingRNNCellBase")
+_CELLS = _classes("rnn", "SpikingRNNCellBase")
+_RECURRENT = (*_classes("rnn", "SpikingRNNBase"), *_CELLS)
 _DROPOUTS = _classes("layer", "Dropout", "Dropout2d", "DropConnectLinear")  # these carry a mask, not a state
 
 _JOINING, _IN_STEPS = _classes("layer", "SeqToANNContainer"), _classes("layer", "MultiStepContainer")
@@ -502,7 +504,7 @@ def detach(module: Any) -> None:
             module.v_seq = v_seq.detach()
 
 
-def knows_time(module: nn.Module) -> bool:
+def _knows_time(module: nn.Module) -> bool:
     """Whether `OverTime` refuses the module, because it takes time or carries states itself."""
     if isinstance(module, _RECURRENT):
         return True
@@ -511,15 +513,32 @@ def knows_time(module: nn.Module) -> bool:
     return hasattr(module, "neuronal_charge") or (isinstance(module, _MEMORY) and not isinstance(module, _DROPOUTS))
 
 
+def _step_mode(module: Any) -> str:
+    """The step mode; modules of `clock_driven` say it in their names."""
+    in_name = any(each.__name__.startswith("MultiStep") for each in type(module).__mro__)
+    return str(getattr(module, "step_mode", "m" if in_name else "s"))
+
+
+def outside(module: nn.Module) -> str | None:
+    if not _knows_time(module):
+        return None
+    name = bare_class(module).__name__
+    if isinstance(module, _CELLS):
+        return "and call it as SpikingJelly does"
+    if isinstance(module, (*_OF_SEQUENCES, *_RECURRENT)) or _step_mode(module) == "m":
+        return in_a_row(f"{name}(...)")
+    layer = f"{name}(..., step_mode='m')" if hasattr(module, "step_mode") else f"MultiStepContainer({name}(...))"
+    return in_a_row(layer, in_place=True)
+
+
 def streamed(module: nn.Module) -> InStream:
     """How a module takes single steps, see `InStream`."""
     if type(module) in _CONTAINERS:
         return Streamed(_CONTAINERS[type(module)], None)
-    if not knows_time(module):
+    if not _knows_time(module):
         return None
     memories = getattr(module, "_memories", {})
-    in_name = any(each.__name__.startswith("MultiStep") for each in type(module).__mro__)  # `clock_driven`
-    step_mode = getattr(module, "step_mode", "m" if in_name else "s")
+    step_mode = _step_mode(module)
     if "v" in memories or (memories and (step_mode == "s" or not _is_neuron(module))):
         return Streamed(0 if step_mode == "m" else None, "v" if "v" in memories else None)
     return "it carries no potential from call to call"

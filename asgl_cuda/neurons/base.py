@@ -27,6 +27,7 @@ from ..checks import (
     check_sizes,
     check_step,
     check_tensor,
+    given_for,
     least_and_most,
     optional,
     read_finite,
@@ -485,7 +486,7 @@ def some_asgl_layers(model: nn.Module, caller: str) -> dict[str, Any]:
     if not layers:
         raise ValueError(
             f"{caller}: model must have an ASGL layer, got a {type(model).__name__} without one; "
-            "asgl_cuda.convert turns neurons of other libraries into such layers"
+            "add an asgl_cuda.LIF, or turn neurons of other libraries into such layers by asgl_cuda.convert"
         )
     return layers
 
@@ -493,4 +494,4 @@ def some_asgl_layers(model: nn.Module, caller: str) -> dict[str, Any]:
 def check_module(model: Any, caller: str) -> None:
     """Refuses anything but a module."""
     if not isinstance(model, nn.Module):
-        raise TypeError(f"{caller}: model must be a torch.nn.Module, got {type(model).__name__}")
+        raise TypeError(f"{caller}: model must be a torch.nn.Module, got {given_for(model)}")

@@ -8,13 +8,26 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from ..checks import given_for
 from .base import NeuronLayer
 from .deferred import Pending
 
 _CALLER = "asgl_cuda.OverTime"
 
-# Whether a module carries state from step to step. `interop` adds tests for other libraries.
-KNOWS_TIME: list[Callable[[nn.Module], bool]] = [lambda module: isinstance(module, NeuronLayer)]
+
+def in_a_row(layer: str, in_place: bool = False) -> str:
+    """Advice of an error: the layer after an OverTime, or what is there `in_place` of one that takes single steps."""
+    return f"{'in a form that takes [T, B, ...]:' if in_place else 'as in'} nn.Sequential(OverTime(...), {layer})"
+
+
+def _of_neurons(module: nn.Module) -> tuple[str, str] | None:
+    name = type(module).__name__
+    return (name, in_a_row(f"{name}(...)")) if isinstance(module, NeuronLayer) else None
+
+
+# For a module with state from step to step, the name of its class and how to put it outside; None for others. `interop`
+# adds functions for other libraries.
+KNOWS_TIME: list[Callable[[nn.Module], tuple[str, str] | None]] = [_of_neurons]
 
 
 class OverTime(nn.Module):
@@ -43,7 +56,7 @@ class OverTime(nn.Module):
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
         if not isinstance(layer, nn.Module):
-            raise TypeError(f"{_CALLER}: layer must be a torch.nn.Module, got {type(layer).__name__}")
+            raise TypeError(f"{_CALLER}: layer must be a torch.nn.Module, got {given_for(layer)}")
         _check_inside(layer)
         self.layer = layer
 
@@ -64,9 +77,10 @@ def _check_input(x_seq: Any, layer: nn.Module) -> None:
             raise ValueError(f"{_CALLER}: x_seq must have time and batch, [T, B, ...], got {got}")
         name, sizes = _sample_of(layer)
         if x_seq.dim() < 2 + len(sizes):
+            hint = "; x_seq.unsqueeze(1) has a batch of size 1, x_seq.unsqueeze(0) a single time step"
             raise ValueError(
-                f"{_CALLER}: x_seq must be [T, B, {', '.join(sizes)}] for {name}, got shape {list(x_seq.shape)}; "
-                "x_seq.unsqueeze(1) has a batch of size 1"
+                f"{_CALLER}: x_seq must be [T, B, {', '.join(sizes)}] for {name}, got shape {list(x_seq.shape)}"
+                f"{hint if x_seq.dim() == 1 + len(sizes) else ''}"
             )
     elif not isinstance(x_seq, fx.Proxy):
         raise TypeError(f"{_CALLER}: x_seq must be a tensor, got {type(x_seq).__name__}")
@@ -101,12 +115,12 @@ def _check_inside(layer: nn.Module) -> None:
     found, modules = {layer}, [layer]
     for module in modules:  # the loop appends to it
         if type(module) not in _timeless:
-            if any(knows(module) for knows in KNOWS_TIME):
+            if found_by := next((each for knows in KNOWS_TIME if (each := knows(module))), None):
                 path = next(path for path, each in layer.named_modules() if each is module)
-                name, at = type(module).__name__, f" at {path!r}" if path else ""
+                (name, outside), at = found_by, f" at {path!r}" if path else ""
                 raise TypeError(
                     f"{_CALLER}: layer must not use time, got {name}{at}, which would get time and batch merged; put "
-                    f"it outside, as in nn.Sequential(OverTime(...), {name}(...))"
+                    f"it outside, {outside}"
                 )
             _timeless.add(type(module))
         for child in module._modules.values():

@@ -186,8 +186,10 @@ class _Trial:
                     raise ValueError(f"{_CALLER}: {name} has no shape yet: call the model once before")
                 if name.endswith("weight") and (value.dim() > 1 or isinstance(module, NORMALISATIONS)):
                     self._weights[name] = value
-                if not value.requires_grad or value.is_inference() or hasattr(value, "to_local"):
-                    self._problems[name] = "frozen, sharded or made in inference mode"
+                if value.is_inference():
+                    self._problems[name] = "made in inference mode"
+                elif not value.requires_grad or hasattr(value, "to_local"):
+                    self._problems[name] = "sharded" if hasattr(value, "to_local") else "frozen"
                 elif value.numel() and (first := owners.setdefault(value.data_ptr(), name)) != name:
                     self._problems |= {first: f"shared with {name}", name: f"shared with {first}"}
 

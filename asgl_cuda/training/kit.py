@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..checks import shown
+from ..checks import given_for, shown
 from ..interop.converted import bare_class
 from ..interop.fuse import Fused, overlay
 from ..interop.libraries import libraries
@@ -35,7 +35,7 @@ def lightning_callback(schedule: AnalogProbSchedule | None = None, monitor: Moni
     for name, value, kind in (("schedule", schedule, AnalogProbSchedule), ("monitor", monitor, Monitor)):
         if value is not None and not isinstance(value, kind):
             raise TypeError(
-                f"asgl_cuda.lightning_callback: {name} must be an asgl_cuda.{kind.__name__}, got {type(value).__name__}"
+                f"asgl_cuda.lightning_callback: {name} must be an asgl_cuda.{kind.__name__}, got {given_for(value)}"
             )
     is_old = "pytorch_lightning" in sys.modules and "lightning.pytorch" not in sys.modules
     lightning = importlib.import_module("pytorch_lightning" if is_old else "lightning.pytorch")
@@ -144,8 +144,8 @@ def convert_sync_batchnorm(model: nn.Module, process_group: Any = None) -> nn.Mo
         name = bare_class(module).__name__
         if bare_class(module) in kinds and getattr(module, "step_mode", "s") == "m":
             raise ValueError(
-                f"{caller}: {path or 'the model'} ({name} of SpikingJelly) must have step mode 's', which torch's "
-                "SyncBatchNorm has, got 'm'; use torch's layer in a SeqToANNContainer, or BatchNormLIF"
+                f"{caller}: {path or 'the model'} ({name} of SpikingJelly) can't be in step mode 'm', because torch's "
+                "SyncBatchNorm takes no time dimension; use torch's layer in a SeqToANNContainer, or BatchNormLIF"
             )
     for module in model.modules():
         if isinstance(module, BatchNormLIF):

@@ -14,7 +14,7 @@ import sinabs.layers
 import snntorch
 import torch
 from conversions import LAYERS, SINGLE, flat
-from spikingjelly.activation_based import functional, neuron, surrogate
+from spikingjelly.activation_based import functional, layer, neuron, surrogate
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -320,6 +320,14 @@ def test_notes():
     function.register_forward_hook(lambda *given: None)
     _, report = asgl_cuda.convert(nn.Sequential(neuron.LIFNode(step_mode="m", surrogate_function=function)))
     assert report.notes == ["0: hooks of surrogate_function are no longer called"]
+
+
+def test_a_second_conversion_leaves_the_node_of_a_recurrent_layer():
+    model, _ = asgl_cuda.convert(nn.Sequential(layer.LinearRecurrentContainer(neuron.LIFNode(), 3, 3, step_mode="m")))
+    again, report = asgl_cuda.convert(model)
+    assert not report.replaced
+    x_seq = torch.rand(4, 2, 3)
+    assert torch.equal(again(x_seq), model(x_seq))
 
 
 def test_layers_that_are_converted_already():

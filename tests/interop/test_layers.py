@@ -555,6 +555,7 @@ def test_errors_of_multi_step():
         (nn.Linear(2, 2), ValueError, "a Leaky, .* or RSynaptic of snnTorch: it is a Linear"),
         (snntorch.Leaky(beta=0.5, state_quant=lambda mem: mem), ValueError, "of snnTorch: it quantises its state"),
         (5, TypeError, "a Leaky, .* or RSynaptic of snnTorch, got int"),
+        (snntorch.Leaky, TypeError, "of snnTorch, got the class Leaky; pass an instance"),
     ):
         with pytest.raises(error, match=rf"snntorch\.MultiStep: layer must be .*{words}"):
             MultiStep(layer)

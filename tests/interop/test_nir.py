@@ -406,6 +406,15 @@ NOT_REPRESENTED = {
     ),
     "mean": (stack(lambda m, x: m.lif(x).mean(0)), "mean in the model itself: can't be represented"),
     "a constant added": (stack(lambda m, x: m.linear(x) + 1), "add in the model itself"),
+    "sums of unlike shapes": (
+        lambda: Stack(lambda m, x: m.linear(x) + m.lif(x), linear=nn.Linear(4, 1), lif=LIF()),
+        r"add in the model itself: can't be .*, which has no broadcasting; got \[2, 3, 1\] and \[2, 3, 4\]$",
+    ),
+    "a factor": (
+        stack(lambda m, x: torch.add(x, m.lif(x), alpha=2)),
+        r"add in the model itself: can't be .*, which adds without a factor; got alpha=2$",
+    ),
+    "a flatten": (stack(lambda m, x: m.lif(x).flatten(2)), r"flatten in .*must be layers .*, as nn\.Flatten\(2\) for"),
     "twice the same": (stack(lambda m, x: m.linear(x) + x + x), "add in the model itself"),
     "two arguments": (stack(lambda m, x: m.lif(x, m.linear(x))), r"lif \(LIF\): must have one argument: the output"),
     "unflatten": (stack(lambda m, x: m.lif(x.unflatten(2, (2, 2)))), "unflatten in the model"),
@@ -465,6 +474,7 @@ X = torch.ones(2, 2, 2)
     ("call", "error", "message"),
     [
         (lambda: to_nir(None, X), TypeError, r"to_nir: model must be a torch\.nn\.Module, got NoneType"),
+        (lambda: to_nir(LIF, X), TypeError, r"to_nir: model must be .*, got the class LIF; pass an instance$"),
         (lambda: to_nir(LIF(), [1.0]), TypeError, "to_nir: example_input must be a tensor, got list"),
         (lambda: to_nir(LIF(), X[0]), ValueError, r"to_nir: example_input .* batch and neurons.*got shape \[2, 2\]"),
         (lambda: to_nir(LIF(), X, "1"), TypeError, "to_nir: dt must be a float, got str"),
@@ -510,6 +520,7 @@ def test_the_step_that_was_given_is_the_step_that_is_read(dt):
 def neurons_of_libraries():
     """By name: neurons of other libraries, and the error where NIR has no such node."""
     jelly = pytest.importorskip("spikingjelly.activation_based.neuron")
+    jelly_layer = pytest.importorskip("spikingjelly.activation_based.layer")
     layers, activation = pytest.importorskip("sinabs.layers"), pytest.importorskip("sinabs.activation")
     spike = authors_code.EfficientNoisySpikeII(authors_code.InvSigmoid(), p=0.0)
     tau = torch.tensor([2.0, 3.0, 4.0, 5.0, 6.0])
@@ -527,8 +538,12 @@ def neurons_of_libraries():
         "soft, not allowed": (jelly.LIFNode(v_reset=None, step_mode="m"), r"1 \(LIFNode\): has a soft reset"),
         "floor": (layers.IAF(min_v_mem=-1.0, **single), r"1 \(IAF\): has a lower limit of the potential, which can't"),
         "several": (layers.IAF(), r"1 \(IAF\): has several spikes a step, which can't"),
-        "current": (layers.IAF(tau_syn=3.0, **single), r"1 \(IAF\): has a current, or no spikes, which"),
-        "ExpLeak": (layers.ExpLeak(2.0), r"1 \(ExpLeak\): has a current, or no spikes, which"),
+        "current": (layers.IAF(tau_syn=3.0, **single), r"1 \(IAF\): has a synaptic current, which can't"),
+        "ExpLeak": (layers.ExpLeak(2.0), r"1 \(ExpLeak\): has no spikes, which can't"),
+        "recurrent": (
+            jelly_layer.LinearRecurrentContainer(jelly.LIFNode(), 5, 5, step_mode="m"),
+            r"1 \(LinearRecurrentContainer\): can't be represented in NIR; NIR does not say when a spike that returns",
+        ),
         "amount of sinabs": (layers.IAF(**amount, **single), None),
         "a step a call": (jelly.LIFNode(), r"1 \(LIFNode\): must take .* got one step per call"),
         "squeezed": (
@@ -540,7 +555,7 @@ def neurons_of_libraries():
 
 CONVERTED = (
     "LIFNode", "PLIFNode", "IFNode", "soft", "LIF of sinabs", "IAF of sinabs", "MaxSpike(1) of sinabs", "LIFLayer",
-    "soft, not allowed", "floor", "several", "current", "ExpLeak", "amount of sinabs", "a step a call",
+    "soft, not allowed", "floor", "several", "current", "ExpLeak", "recurrent", "amount of sinabs", "a step a call",
     "squeezed",
 )  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import operator
 import weakref
 
 import norse.torch as norse
@@ -390,13 +391,13 @@ def input_in_place(net, x_seq):
 
 REFUSED = {
     changed: "all steps of a Leaky are computed at once, but the model's code changes its parameters",
-    input_in_place: "__iadd__ can't change the model's input in place",
+    input_in_place: r"__iadd__ can't change the model's input, or .* as x \+ 1",
     fed_back: r"lif1 \(Leaky\) and lif2 \(Leaky\) emits in a step returns",
     asked: r"all steps of lif1 \(Leaky\) are .* depends on .*\(__bool__, as in `if spk\.sum\(\) > 0`\); remove",
     read_back: r"depends on the layer.s output \(__getitem__\); remove",
     twice: r"lif1 \(Leaky\) emits in a step returns",
     in_function: "a torch.autograd.Function gets values",
-    through_view: "mul_ can't change a value of a step in place, because there are views of it",
+    through_view: r"mul_ can't change a value of a step in place, because it shares memory with a view .* clone\(\)",
     checkpointed: "put the checkpoint around the model",
 }
 
@@ -412,6 +413,35 @@ def test_refused(loop):
     after = [each for name, each in fast.named_buffers() if not name.endswith("threshold")]
     assert all(map(torch.equal, before, after))
     model(input_of())
+
+
+UNRECORDED = r" on a tensor that .* can't be recorded; use .* torch\.where or masked_fill, or .* without sequences$"
+OF_INPUT = r" can't change the model's input, or a part of it, in place; change x\.clone\(\), or use "
+IN_PLACE = {
+    "an item": (lambda x, current: operator.setitem(current, 0, 1.0), rf"`tensor\[\.\.\.\] = value`{UNRECORDED}"),
+    "zero_": (lambda x, current: current.zero_(), f"zero_{UNRECORDED}"),
+    "an item of the input": (
+        lambda x, current: operator.setitem(x, 0, 1.0),
+        rf"`tensor\[\.\.\.\] = value`{UNRECORDED}",
+    ),
+    "mul_": (lambda x, current: x.mul_(2), f"mul_{OF_INPUT}mul$"),
+    "a view": (lambda x, current: x[:, :1].mul_(2), f"mul_{OF_INPUT}mul$"),
+    "relu": (lambda x, current: relu(x, inplace=True), f"relu{OF_INPUT}relu with inplace=False$"),
+    "+=": (lambda x, current: operator.iadd(x, 1), rf"__iadd__{OF_INPUT}an operator .*, as x \+ 1$"),
+}
+
+
+@pytest.mark.parametrize(("change", "words"), IN_PLACE.values(), ids=IN_PLACE)
+def test_what_changes_a_tensor_in_place_names_its_own_remedy(change, words):
+    class Changing(Net):
+        def forward(self, x):
+            current = self.fc1(x)
+            change(x, current)
+            return self.lif1(current)[0]
+
+    fast, _ = asgl_cuda.convert(Changing(), sequences=True)
+    with pytest.raises(RuntimeError, match=f"asgl_cuda.convert: with sequences, {words}"):
+        fast(input_of())
 
 
 def test_a_loop_is_no_step():

@@ -536,6 +536,7 @@ CHANNEL, NEURON = {"granularity": "channel"}, {"granularity": "neuron"}
         (RecurrentLIF(3), (2, 4, 3, 3), "x_seq must have shape [T, B, N], "),
         (RecurrentLIF(4), X, "the last dimension of x_seq must be hidden_size, 4, got shape [2, 4, 3]"),
         (OverTime(nn.Conv2d(1, 8, 3)), (8, 1, 8, 8), "[T, B, 1, H, W] for Conv2d, got shape [8, 1, 8, 8]; x_seq.unsqu"),
+        (OverTime(nn.Conv2d(1, 8, 3)), (8, 1, 8, 8), "a batch of size 1, x_seq.unsqueeze(0) a single time step"),
         (OverTime(nn.Conv2d(8, 8, 3, padding=1)), (1, 8, 6, 6), "[T, B, 8, H, W] for Conv2d, got"),
         (OverTime(nn.Sequential(nn.Sequential(nn.ConvTranspose1d(6, 4, 1), nn.ReLU()))), (2, 3, 6),
          "[T, B, 6, L] for ConvTranspose1d, got"),
@@ -550,6 +551,12 @@ def test_inputs_that_do_not_fit(layer, given, words):
     with pytest.raises((TypeError, ValueError), match=r"^asgl_cuda\.\w+: .*" + re.escape(words)) as caught:
         layer(torch.rand(given) if isinstance(given, tuple) else given)
     assert ("is time missing?" in str(caught.value)) == ("is time missing?" in words)
+
+
+def test_unsqueeze_is_advised_only_where_one_dimension_is_missing():
+    for shape in ((8, 1), (8, 1, 8)):
+        with pytest.raises(ValueError, match=rf"for Conv2d, got shape {re.escape(str([*shape]))}$"):
+            OverTime(nn.Conv2d(1, 8, 3))(torch.rand(shape))
 
 
 @pytest.mark.parametrize("kind", LAYERS)

@@ -1,6 +1,7 @@
 """The residual of `lif`, `batch_norm_lif` and their layers: a sum of tensors, and gradients of half types."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -109,3 +110,15 @@ def test_layer(layer):
     if layer.stateful:
         assert layer.v is not None
     assert torch.equal(copy.deepcopy(layer)(x_seq, residual=residual), copy.deepcopy(layer)(x_seq, residual))
+
+
+def test_expand_as_is_advised_only_where_it_works():
+    x_seq = torch.zeros(4, 6, 3)
+    for shape in ((4, 6, 2), (4, 2, 3), (1, 4, 6, 3), (0,)):
+        with pytest.raises(ValueError, match=rf"got {re.escape(str([*shape]))}$"):
+            lif(x_seq, residual=torch.zeros(shape))
+    for shape in ((), (3,), (6, 1), (1, 6, 3)):
+        residual = torch.zeros(shape)
+        with pytest.raises(ValueError, match=r"; residual\.expand_as\(x_seq\) broadcasts it$"):
+            lif(x_seq, residual=residual)
+        lif(x_seq, residual=residual.expand_as(x_seq))

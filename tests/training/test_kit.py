@@ -43,6 +43,8 @@ def test_models_that_are_refused(call, name, needs_neurons):
     if needs_neurons:
         with pytest.raises(ValueError, match=rf"asgl_cuda\.{name}: model must have an ASGL layer, got a Sequential"):
             call(nn.Sequential(nn.Linear(2, 2)))
+        with pytest.raises(ValueError, match=r"add an asgl_cuda\.LIF, or turn neurons of other libraries"):
+            call(nn.Linear(2, 2))
 
 
 class Callback:
@@ -118,6 +120,8 @@ def test_lightning_callback_errors(monkeypatch):
     for name, kind in (("schedule", "AnalogProbSchedule"), ("monitor", "Monitor")):
         with pytest.raises(TypeError, match=rf"asgl_cuda\.lightning_callback: {name} .* asgl_cuda\.{kind}, got int"):
             lightning_callback(**{name: 5})
+        with pytest.raises(TypeError, match=rf"asgl_cuda\.{kind}, got the class {kind}; pass an instance$"):
+            lightning_callback(**{name: getattr(asgl_cuda, kind)})
     monkeypatch.setitem(sys.modules, "lightning", None)
     with pytest.raises(ImportError, match="lightning"):
         lightning_callback(monitor=Monitor(network()))

@@ -159,7 +159,7 @@ def architectures(known: list[int]) -> tuple[list[str], str]:
         wanted = {int(entry[1] + entry[2]): entry[3] is not None for entry in entries if entry}
         if None in entries or not wanted.keys() <= set(known):
             raise SystemExit(
-                f"asgl_cuda: TORCH_CUDA_ARCH_LIST must be of the form 8.0;9.0+PTX, for this nvcc with some of "
+                f"asgl_cuda: TORCH_CUDA_ARCH_LIST must be of the form 8.0;9.0+PTX, and this nvcc knows "
                 f"{' '.join(f'{number / 10:.1f}' for number in sorted(known))}, got {asked!r}"
             )
     else:

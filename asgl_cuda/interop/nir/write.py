@@ -23,6 +23,7 @@ from ..convert import convert, copied
 from ..converted import Converted, bare_class
 from ..fuse import unfuse
 from ..libraries import LIBRARIES, libraries
+from ..recurrent import Recurrent
 from . import neurons as units
 from .neurons import KEY, RECURRENCE, Delay, Scale, as_double, as_shape, naming, range_of
 
@@ -181,17 +182,26 @@ class _Writer(fx.Interpreter):
         """The flow after a function between layers."""
         name = n.target if isinstance(n.target, str) else getattr(n.target, "__name__", "")
         sizes, leading = (*n.args[1:], *n.kwargs.values()), inputs[0].leading if inputs else 0
-        if n.target in (operator.add, torch.add, "add") and inputs and len(inputs) == len(n.args) and not n.kwargs:
+        if n.target in (operator.add, torch.add, "add") and len(inputs) == 2 == len(n.args):
             sources = tuple(source for flow in inputs for source in flow.sources)
-            # NIR has neither duplicate edges nor broadcasting.
-            if len(set(sources)) == len(sources) and all(flow[1:] == inputs[0][1:] for flow in inputs):
+            if n.kwargs:
+                got = ", ".join(f"{option}={value}" for option, value in n.kwargs.items())
+                raise ValueError(f"can't be represented in NIR, which adds without a factor; got {got}")
+            one, other = (list(self.env[each].shape) for each in n.all_input_nodes)
+            if one != other:
+                raise ValueError(f"can't be represented in NIR, which has no broadcasting; got {one} and {other}")
+            # NIR has no duplicate edges.
+            if len(set(sources)) == len(sources) and inputs[0][1:] == inputs[1][1:]:
                 return inputs[0]._replace(sources=sources)
         elif name == "flatten" and leading == 2 and sizes == (0, 1):
             return inputs[0]._replace(leading=1)
         elif name == "unflatten" and leading == 1 and value.shape[:2] == self.time_and_batch:
             return inputs[0]._replace(leading=2)
-        known = "additions of different layers' outputs, flatten(0, 1) and unflatten(0, ...) of time and batch"
-        raise ValueError(f"can't be represented in NIR; between layers there may only be {known}")
+        raise ValueError(
+            "can't be represented in NIR; between layers there may only be additions of two different layers' outputs, "
+            "and flatten(0, 1) and unflatten(0, ...) of time and batch; other functions must be layers that can be "
+            "represented, as nn.Flatten(2) for flatten(2)"
+        )
 
     def _run_module(self, n: fx.Node, module: Any, inputs: list[_Flow]) -> Any:
         """Runs a layer, and adds its NIR nodes to the graph."""
@@ -288,8 +298,12 @@ class _Writer(fx.Interpreter):
     def _converted(self, layer: Converted, flow: _Flow) -> dict[str, Any]:
         """The layer's call of `lif`, as a LIF with input_gain 1 and v_rest 0."""
         call = self.calls[0] if len(self.calls) == 1 else {}
+        if isinstance(layer, Recurrent):
+            raise ValueError(f"can't be represented in NIR; {RECURRENCE}")
+        fires = layer.settings.spike is not None
         other = {
-            "a current, or no spikes": not layer.takes_input or not call,
+            "no spikes": not fires,
+            "a synaptic current": fires and (not layer.takes_input or not call),
             "several spikes a step": layer.multi_spike or call.get("levels") is not None,
             "a lower limit of the potential": call.get("v_min") is not None,
             ", ".join(sorted(call.keys() - _KNOWN_OF_CALLS)): not call.keys() <= _KNOWN_OF_CALLS,
@@ -312,8 +326,6 @@ class _Writer(fx.Interpreter):
             numbers["v_reset"] = (per_neuron("v_reset") - v_rest) / gain
         elif not torch.equal(amount, numbers["v_threshold"]):
             numbers["reset_amount"] = amount
-        if scaled and not torch.equal(per_neuron("v_threshold"), numbers["v_threshold"]):
-            raise ValueError("scale_output can't be represented together with input_gain or v_rest")
         options = {"strict_threshold": layer.settings.spike.strict, "scale_output": scaled}
         same = units.new_layer(LIF, numbers, **options, **({"v_reset": None} if soft else {}))
         return self._neurons(same, flow)
