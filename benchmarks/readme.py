@@ -21,7 +21,7 @@ from .speed.end_to_end import COMPILED_NETWORK, COMPILED_STEP, CONVERTED, FUSED_
 from .speed.memory import HEAD as MEMORY_HEAD
 from .speed.memory import KEPT, RECOMPUTED
 from .speed.memory import rows as memory_rows
-from .speed.microbench import COMPILED, FLOOR, LOOP, PAIR, PLAIN, PLAIN_LOOP, REFERENCE
+from .speed.microbench import ANALOG_PROB, COMPILED, FLOOR, LOOP, PAIR, PLAIN, PLAIN_LOOP, REFERENCE
 from .speed.recurrent import ALL_SPIKE, PRODUCTS, WITH_INPUT
 from .speed.sizes import LAYOUTS
 
@@ -148,7 +148,14 @@ def layers_values(report: Report) -> Report:
         if name.startswith(PLAIN) and name.endswith(COMPILED)
     ]
     again = [each[key] for each in report["sizes"][0]["recompiled"].values() for key in ("batch", "steps")]
-    return {"compiling": between(first, ".0f", ".0f"), "again": max(again)}
+    (count,) = {elements(size) for size in compared(report)[0]}
+    found = {
+        "compiling": between(first, ".0f", ".0f"),
+        "again": max(again),
+        "elements": power_of_two(count),
+        "noise": ANALOG_PROB,
+    }
+    return {**found, **long_values(read_report("end_to_end"))}
 
 
 def microbench(report: Report) -> list[str]:
@@ -341,12 +348,13 @@ def steps_values(report: Report) -> Report:
 
 
 def gain_values(report: Report) -> Report:
-    (block,) = (
-        each for each in read_report("microbench")["blocks"]
-        if (each["dtype"], each["layout"], each["residual"]) == ("float32", LAYOUTS[0], False)
-    )  # fmt: skip
-    kept = {"kept": kept_bytes(block, OURS), "kept_apart": kept_bytes(block, f"{PAIR}{OURS}")}
-    return {**steps_values(report), **kept}
+    blocks = {
+        each["residual"]: each for each in read_report("microbench")["blocks"]
+        if (each["dtype"], each["layout"]) == ("float32", LAYOUTS[0])
+    }  # fmt: skip
+    kept = {"kept": kept_bytes(blocks[False], OURS), "kept_apart": kept_bytes(blocks[False], f"{PAIR}{OURS}")}
+    (both,) = {round(kept_bytes(blocks[True], name) or 0) for name in (OURS, f"{PAIR}{OURS}")}
+    return {**steps_values(report), **kept, "kept_residual": both}
 
 
 def end_to_end(report: Report) -> list[str]:
@@ -372,9 +380,10 @@ def end_to_end(report: Report) -> list[str]:
 
 
 def long_values(report: Report) -> Report:
+    """One compiled layer at many steps."""
     found = report["long_loop"]
-    times = {f"long_{name}_ms": 1e3 * found[name] for name in ("eager", "compiled")}
-    return {**steps_values(report), **{f"long_{name}": value for name, value in found.items()}, **times}
+    compiled = 1e9 * found["compiled"] / elements(found)
+    return {**{f"long_{name}": found[name] for name in ("layer", "steps", "first_seconds")}, "long_ns": compiled}
 
 
 def demo(report: Report) -> list[str]:
@@ -387,11 +396,12 @@ def learned_values(report: Report) -> Report:
     head, rows = widths.robustness_summary(report)
     found = {
         method: [float(cell) for name, *cells in rows for cell in cells if name.endswith(f"sigmoid, {arm}")]
-        for method, arm in (("fixed", widths.SG), ("learned", widths.LEARNED))
+        for method, arm in (("fixed", widths.SG), ("learned", widths.LEARNED), ("noisy", widths.ASGL))
     }
     worst = {f"worst_{method}": min(values) for method, values in found.items()}
     best = {f"best_{method}": max(values) for method, values in found.items()}
-    return {**worst, **best, "narrowest": head[1], "widest": head[-1]}
+    noise = report["settings"]["analog_prob"]
+    return {**worst, **best, "narrowest": head[1], "widest": head[-1], "noise": noise}
 
 
 def memory(report: Report) -> list[str]:
@@ -498,41 +508,49 @@ STUDIED = f"Mean of {{seeds}} seeds. {{trainings:,}} {COST}"
 FAST = (
     "In the five networks [below](#speed-and-memory), a training step with asgl_cuda's neurons of fixed width is "
     "{eager} times as fast as with the neurons of SpikingJelly, snnTorch, Norse or sinabs, and {compiled} times as "
-    "fast as with these after `torch.compile`. With a learned width and noise, the factors are {noisy} and "
-    "{noisy_compiled}."
+    "fast as with these after `torch.compile` (at T = 100 only single time steps were compiled). With the defaults, a "
+    "learned width and [noise](#the-neuron) (a random half of the outputs is analog during training), it is {noisy} "
+    "times as fast, and {noisy_compiled} times as fast as after `torch.compile`."
 )
 LEARNED = (
     "The width of the surrogate gradient is learned with the weights. We trained networks with SGD and Adam from "
     "initial widths of {narrowest} to {widest}, with a sigmoid as surrogate and without noise. Each pair of optimizer "
     "and initial width gives one accuracy, the mean over five small data sets. With a learned width these accuracies "
     "lie between {worst_learned:.0f} and {best_learned:.0f} %, with a fixed width between {worst_fixed:.0f} and "
-    "{best_fixed:.0f} % ([table](docs/measured.md#the-first-width)). By default, layers of asgl_cuda have a sigmoid "
-    "whose width is learned, and [noise](#the-neuron) during training."
+    "{best_fixed:.0f} % ([table](docs/measured.md#the-first-width)). With a learned width and noise of {noise} they "
+    "lie between {worst_noisy:.0f} and {best_noisy:.0f} %. Each optimizer had one learning rate, and widths below "
+    "{narrowest} were not measured. By default, layers of asgl_cuda have a sigmoid whose width is learned, and "
+    "[noise](#the-neuron) during training."
 )
 STEPS = (
     "Milliseconds per training step: eager / after `torch.compile`, which took {compiling} s per network. Measured in "
     f"float32 {ON}, with {{peers_in_words}}. The first two columns are asgl_cuda: *learned, noise* with the default "
-    "arguments, *fixed width* without a learned width and noise. *loop* is plain PyTorch. Each library has its default "
-    "surrogate. All columns but the first compute the same spikes, except that snnTorch's recurrent neuron resets by "
-    "subtraction. "
-    "Per time step {firing} % of the neurons spike. Compiling long sequences takes long: {long_first_seconds:.0f} s "
-    "for one layer of {long_layer} at T = {long_steps}. At T = 100 we therefore compiled a single time step. A dash "
-    "means that the layer loops over time itself, so that there was no single step to compile."
+    "arguments, *fixed width* without a learned width and noise; normalisations are not merged. *loop* is plain "
+    "PyTorch. Each library has its default surrogate. All columns but the first compute the same spikes, except that "
+    "snnTorch's recurrent neuron, `RLeaky` with default arguments, resets by subtraction. Per time step {firing} % of "
+    "the neurons spike. At T = 100 we compiled one time step and called it in a loop, because compiling a whole "
+    "sequence takes long ({long_first_seconds:.0f} s for one layer of {long_layer} at T = {long_steps}). A dash: we "
+    "measured the library's layer for whole sequences, which loops inside, and did not compile it. "
+    "[Measured](docs/measured.md#a-training-step) has the batch sizes."
 )
 LAYERS = (
-    f"One layer, forward and backward, nanoseconds per neuron and time step, {ON}. *floor* is the time of one "
-    "element-wise multiplication forward and one backward, which depends on whether the tensors fit into the cache. "
-    "The surrogate of asgl_cuda is a rectangle here ([times of a sigmoid](docs/measured.md#one-layer)). The last row "
+    "One layer, forward and backward, nanoseconds per neuron and time step, for tensors of {elements} elements, "
+    f"{ON}. "
+    "*floor* is the time of one element-wise multiplication forward and one backward. asgl_cuda has a rectangle here "
+    "([times of a sigmoid](docs/measured.md#one-layer)), and *learned, noise* has `analog_prob={noise}`. The last row "
     "has the bytes that are kept for backward, per neuron and time step. In a pair, the second figure is after "
     "`torch.compile`. The first call then takes {compiling} s to compile, and up to {again:.0f} s more when batch size "
-    "or T changes ([times of each](docs/measured.md#one-layer)). At T = 128 we timed nothing compiled."
+    "or T changes ([times of each](docs/measured.md#one-layer)). At T = {long_steps} we compiled only the layer of "
+    "{long_layer}, in another measurement: compiling takes {long_first_seconds:.0f} s, and the compiled layer "
+    "{long_ns:.1f} ns."
 )
 GAIN = (
-    "in the networks below without recurrence, `convert` makes a training step of a SpikingJelly network {jelly} "
-    "times as fast as before. For snnTorch networks it is {snntorch} times as fast: each layer ran in a loop over the "
-    "time steps before, and computes all of them at once after, as with `sequences=True`. `fuse` makes "
-    "networks with normalisations another {fused} times as fast. A normalisation and its neurons together then keep "
-    "{kept:.0f} bytes per neuron and time step for backward, instead of {kept_apart:.0f}."
+    "in the networks below without recurrence, `convert` makes a training step of a SpikingJelly network {jelly} times "
+    "as fast as before. For snnTorch it is {snntorch} times as fast. Before, each layer ran in its own loop over the "
+    "time steps. After, one call per layer computes all of them, as `sequences=True` does for your network. `fuse` "
+    "makes networks with normalisations another {fused} times as fast. A normalisation and its neurons together then "
+    "keep {kept:.0f} bytes per neuron and time step for backward, instead of {kept_apart:.0f}. With a residual "
+    "addition it is {kept_residual} bytes in both cases."
 )
 ARMS = [(optimizer, surrogate) for optimizer in ("SGD", "Adam") for surrogate in ("rectangle", "sigmoid")]
 SECTIONS = {
@@ -540,7 +558,7 @@ SECTIONS = {
     "learned": Section("width_robustness", nothing, LEARNED, learned_values),
     "demo": Section("demo", demo, ""),
     "gain": Section("end_to_end", nothing, GAIN, gain_values),
-    "steps": Section("end_to_end", steps, STEPS, long_values),
+    "steps": Section("end_to_end", steps, STEPS, lambda report: {**steps_values(report), **long_values(report)}),
     "layers": Section("microbench", layers, LAYERS, layers_values),
     "microbench": Section("microbench", microbench, LAYER),
     "adaptive": Section("microbench_adaptive", adaptive, LAYER),
@@ -582,7 +600,9 @@ SECTIONS = {
         study(defaults.rows),
         "Mean of {seeds} seeds. The first learned arm has the defaults of the layers. It loses to the best fixed arm "
         "by more than the interval in {lost} of {cells} cells. The numbers of such cells for the other learned arms "
-        "are: {others}. All training runs took {minutes:.0f} minutes on one core:",
+        "are: {others}. In {highest} of the cells the best fixed arm chose the highest of its three learning rates, "
+        "so a higher one might suit it better. The defaults were chosen on cells of this table, which favours them. "
+        "All training runs took {minutes:.0f} minutes on one core:",
         defaults.lost,
     ),
     "noise": Section("noise", noisy, STUDIED),

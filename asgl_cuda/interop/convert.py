@@ -163,13 +163,15 @@ def convert(
             `analog_prob`. Layers that do not fire are converted as without `asgl`. Layers with several spikes per step
             are left.
         layers: for neurons of your own, functions by class, `{Class: make}`. `make(module)` returns a layer, such as
-            `asgl_cuda.LIF`, that replaces the module under all its paths, or None to leave the module. Classes match
-            exactly, so a subclass needs a key of its own. The new layer takes over the state dict of the replaced
-            module, and can later load the checkpoints of that module. Entries are matched by name. If your layer uses
-            other names, register a hook on it with `register_load_state_dict_pre_hook` that renames the entries. Pass
-            new parameters to the optimizer. References outside of the module tree, for example in lists, still lead to
-            the old module.
-        inplace: convert the model instead of a copy; existing optimizers stay valid.
+            `asgl_cuda.LIF`, that replaces the module under all its paths, or None to leave the module. Classes match exactly, so a
+            subclass needs a key of its own. The new layer takes over the state dict of the replaced module,
+            and can later load the checkpoints of that module. Entries are matched by name. If your layer uses other
+            names, register a hook on it with `register_load_state_dict_pre_hook` that renames the entries. The
+            parameters of the new layer are new objects, also those whose values it takes over. Pass all of them to the
+            optimizer, also with `inplace=True`. References outside of the module tree, for example in lists, still lead
+            to the old module.
+        inplace: convert the model instead of a copy. Existing optimizers stay valid, except for layers replaced through
+            `layers`, and for learned widths added by `asgl`, which they do not have.
         sequences: for a model whose layers take one step per call, compute all time steps at once, as described above.
             With True, a call of the result takes `x_seq` `[T, ...]`, starts at rest, and returns what the model returns
             for each step, stacked to `[T, ...]`. If `fast.stateful = True` is set, a call continues from the states of
@@ -180,9 +182,11 @@ def convert(
     Returns:
         The model, and a `Report` with the lists `replaced` and `left`. `print` shows both, with advice on speed.
 
-    Raises TypeError or ValueError for invalid arguments; ValueError if `asgl` or `backend` is given and the model
-    already contains a converted layer, or if `sequences` refuses the model; and RuntimeError if the model can't be
-    copied. Errors raised by a function in `layers` are passed on. After an error the model is unchanged.
+    Raises TypeError or ValueError for invalid arguments; TypeError if a function in `layers` returns neither another
+    module nor None; ValueError if `asgl` or `backend` is given and the model already contains a converted layer, or if
+    `sequences` refuses the model; and RuntimeError if the model can't be copied, if a function in `layers` raises an
+    error, which is then the `__cause__` of the RuntimeError, or if the state dict of a module does not load into its
+    replacement. Messages about `layers` name the module. After an error the model is unchanged.
 
     Example::
 

@@ -140,8 +140,9 @@ def lif(
         levels: emit an integer number of spikes per step (I-LIF), `round(clamp(h / v_threshold, 0, levels))` with ties
             to even; at most 256. The quotient is computed as h times the rounded `1 / v_threshold`. Analog elements are
             not rounded. The gradient is the gradient of the clamp, 1 at its edges, and the threshold acts as the width.
-            Each spike subtracts `reset_amount`, so `v_reset` must be None. A NaN potential emits NaN. `unroll_levels`
-            turns the output into binary spikes. With multi_spike, levels only limits the number of spikes.
+            Each spike subtracts `reset_amount`, so `v_reset` must be None. `v_threshold` must be > 0. A NaN potential
+            emits NaN. `unroll_levels` turns the output into binary spikes. With multi_spike, levels only limits the
+            number of spikes.
         multi_spike: emit `trunc(h / v_threshold)` spikes per step where h > 0. Each spike subtracts `reset_amount`, so
             `v_reset` must be None. `v_threshold` must be > 0, and is checked like the width. `analog_prob` must be 0,
             because no smooth number of spikes exists whose slope is one of these surrogates.
@@ -192,10 +193,10 @@ def lif(
             v = h * (1 - s[t]) + v_reset * s[t]
 
     With the surrogate rectangle, `a = ((h - v_threshold) * slope + 0.5).clamp(0, 1)`, and spikes and input gradients
-    are bit-identical to this loop. With levels, `a = (h * (1 / v_threshold)).clamp(0, levels)` and `z = a.round()`.
-    With multi_spike, `z = (h > 0) * (h / v_threshold).trunc()`. periodic_exponential is laplace, except that where
-    h >= v_threshold, u is `v_threshold * (2 * (h / v_threshold - 0.5).remainder(1) - 1)`, and the derivative of u by h
-    is taken as 1.
+    are bit-identical to this loop. With levels, `a = (h * (1 / v_threshold)).clamp(0, levels)`, `z = a.round()`
+    and `v = h - reset_amount * s[t]`. With multi_spike, `z = (h > 0) * (h / v_threshold).trunc()`. periodic_exponential
+    is laplace, except that where h >= v_threshold, u is `v_threshold * (2 * (h / v_threshold - 0.5).remainder(1) - 1)`,
+    and the derivative of u by h is taken as 1.
     """
     if unknown:
         check_keywords(unknown, LIF_DEFAULTS, _CALLER)

@@ -211,11 +211,14 @@ def _problem(values: Mapping[str, float], layer: Any, norm: Any, diverged: bool)
         seen.append(f"{values['saturated']:.0%} of the neurons fired at every step (saturated)")
         helps = _remedy(norm, "smaller", "higher")
     if inside < _FEW_INSIDE:
-        passes = "no" if inside == 0 and getattr(layer, "surrogate", None) == "rectangle" else "hardly any"
+        counts = getattr(layer, "_counts", False)
         window, width = "inside the window of the surrogate, abs(u) < width / 2", "; or a larger width"
-        if getattr(layer, "_counts", False):
+        if counts:
             window, width = "between 0 and levels thresholds", ""
-        seen.append(f"{inside:.1%} of the potentials are {window}: {passes} gradient passes to the layers before")
+        passes = "outside of it the slope is smaller, so gradients shrink on their way"
+        if counts or getattr(layer, "surrogate", None) == "rectangle":  # whose slope is 0 outside
+            passes = f"{'no' if inside == 0 else 'hardly any'} gradient passes"
+        seen.append(f"{inside:.1%} of the potentials are {window}: {passes} to the layers before")
         helps += width
     return f"{', and '.join(seen)}. What helps: {helps}" if seen else None
 

@@ -213,14 +213,15 @@ LONG = torch.linspace(0.5, 1.5, 20).expand(100, 1, -1)  # constant currents
 WORDS = [
     (LIF(analog_prob=0.0), X, []),
     (exact(), X * 0.01, ["no neuron ever fired", "0.0% of", ": no gradient", "larger weights", "width"]),
-    (LIF(analog_prob=0.0), X * 0.01, ["no neuron ever fired", "hardly any gradient", "calibrate"]),
+    (exact(), torch.linspace(0, 0.502, 1000)[None], ["no neuron ever fired", "hardly any gradient", "width"]),
+    (LIF(analog_prob=0.0), X * 0.01, ["no neuron ever fired", "gradients shrink on their way to the", "calibrate"]),
     (LIF(analog_prob=0.0, width=9.0), X * 0.01, ["no neuron ever fired. What helps: larger weights before the"]),
     (LIF(analog_prob=0.0), X.abs() * 100, ["% of the neurons fired at every step (saturated)", "smaller weights"]),
     (exact(width=1e-6), X, ["no gradient passes", "differently scaled weights"]),
     (LIF(analog_prob=0.0, surrogate="sigmoid"), X * math.nan, ["its potentials are NaN, and no weight of the model "]),
     (exact(), half_dead(5), []),
     (exact(), half_dead(6), ["60% of the neurons never fired (dead). What helps: a normalisation before"]),
-    (LIF(levels=4, v_reset=None, analog_prob=0.0), -X.abs(), ["0.0% of the potentials are between 0 and levels"]),
+    (LIF(levels=4, v_reset=None, analog_prob=0.0), -X.abs(), ["between 0 and levels thresholds: no gradient"]),
     (asgl_cuda.BatchNormLIF(5, eps=0.0), torch.ones(4, 6, 5), ["100% of the channels do not vary"]),
     (LIF(analog_prob=0.0), torch.linspace(0, 1.5, 20).expand(8, 1, -1), []),  # a constant current
     (exact(decay=0.95, detach_reset=False), LONG, ["gradients grow by a factor of", "detach_reset=True"]),
