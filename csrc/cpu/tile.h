@@ -353,8 +353,8 @@ class TileInput {
   Real residual_gain_;
   bool plain_, in_rows_ = false;
   int64 inner_ = 0, count_ = 1;  // inner and count of the non-uniform parameters; inner is 0 if there are none
-  int64 period_ =
-      kTile;  // length of the rows; with few values, the largest multiple of count up to kInputSums, or count
+  // The length of the rows. With few values, it is the largest multiple of count up to kInputSums, but at least count.
+  int64 period_ = kTile;
   Rows<Real> rows_;
   Real *gain_ = nullptr, *bias_ = nullptr, *mean_ = nullptr;
   Real *gain_sum_ = nullptr, *bias_sum_ = nullptr;

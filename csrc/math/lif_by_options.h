@@ -32,7 +32,7 @@ struct LIFByOptions : NeuronOptions<Real> {
   uint8 adaptation;  // bits of math/adaptive.h; in padding, as levels
 
   ASGL_HOST_DEVICE bool adapts() const { return adaptation != 0; }
-  // Whether the neuron has a rule that no other model has.
+  // Whether the neuron has a rule that LIF does not have.
   ASGL_HOST_DEVICE bool has_optional_rules() const { return multi_spike || floored || adapts(); }
   // Whether spikes are counted, as with levels.
   ASGL_HOST_DEVICE bool counts() const { return this->surrogate == Surrogate::kInteger; }

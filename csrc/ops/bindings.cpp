@@ -73,8 +73,8 @@ const CompiledLauncher compiled_launcher;
 // a launcher in Python starts. Returns them as functions (direct_calls.h).
 pybind11::object implement(const std::string& name_space, const std::string& device, pybind11::object launch,
                            pybind11::object resident_threads) {
-  // The launcher and the libraries are never deleted. The launcher holds Python objects, and when the process ends there
-  // is no interpreter to release them.
+  // The launcher and the libraries are never deleted. The launcher holds Python objects, and when the process ends
+  // there is no interpreter to release them.
   const auto* launcher = new PythonLauncher(std::move(launch), std::move(resident_threads));
   const auto library = [&](const std::string& key) {
     return new torch::Library(torch::Library::IMPL, name_space, c10::parseDispatchKey(key), __FILE__, __LINE__);
