@@ -155,11 +155,11 @@ def convert(
             be passed to the optimizer. Layers of the authors' code are ASGL layers already, with their own width and
             `analog_prob`. Layers that do not fire are converted as without `asgl`. Layers with several spikes per step
             are left.
-        layers: for neurons of your own, functions by class. `make(module)` returns a layer, such as `asgl_cuda.LIF`,
-            that replaces the module under all its paths, or None to leave the module. Classes match exactly, so a
-            subclass needs a key of its own. The new layer takes over the state dict of the replaced module,
-            and can later load the checkpoints of that module. Entries are matched by name. If your layer uses other
-            names, register a hook on it with `register_load_state_dict_pre_hook` that renames the entries. The
+        layers: for neurons of your own, functions by class, `{Class: make}`. `make(module)` returns a layer, such as
+            `asgl_cuda.LIF`, that replaces the module under all its paths, or None to leave the module. Classes match
+            exactly, so a subclass needs a key of its own. The new layer takes over the state dict of the replaced
+            module, and can later load the checkpoints of that module. Entries are matched by name. If your layer uses
+            other names, register a hook on it with `register_load_state_dict_pre_hook` that renames the entries. The
             parameters of the new layer are new objects, also those whose values it takes over. Pass all of them to the
             optimizer, also with `inplace=True`. References outside of the module tree, for example in lists, still lead
             to the old module.
