@@ -567,8 +567,8 @@ SECTIONS = {
         recurrent,
         "Milliseconds, float32, on {processor}, torch {torch}, {date}. If {rates} of the neurons spike per step, "
         "`RecurrentLIF` takes {products} times as long as its matrix products alone. If all neurons spike, it takes "
-        "{all_spike} times as long. The recurrent layers of the other libraries take {faster} times as long as "
-        "`RecurrentLIF`:",
+        "{all_spike} times as long. The recurrent layers of the other libraries, with their default surrogates, take "
+        "{faster} times as long as `RecurrentLIF` with a rectangle of fixed width and without noise:",
         recurrent_values,
     ),
     "block": Section("microbench", block, f"Input `{{blocks[0][shape]}}`, nanoseconds per neuron and time step, {ON}:"),

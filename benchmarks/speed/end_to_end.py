@@ -7,7 +7,7 @@ layers with default arguments, which also have noise and a learned width. snnTor
 reset.
 
 Each network is measured eager and with compiled neurons, with the seconds of the first call; one also as a compiled
-network. Loops over many time steps take minutes to compile: there one step of the cell is compiled instead, and
+network. Loops over many time steps take long to compile: there one step of the cell is compiled instead, and
 `long_loop` measures one such layer.
 SpikingJelly's nodes are measured converted as well, and snnTorch's in `MultiStep`, which takes whole sequences.
 `asgl_cuda.fuse` joins batch normalisation and neurons. `asgl_cuda.to_spike_layers` replaces layers with sparse inputs.
