@@ -44,7 +44,7 @@ def state_shape(x_seq: Tensor, time_dim: int) -> list[int]:
 
 
 def channel_dim(time_dim: int) -> int:
-    """The second dimension except time."""
+    """The dimension of the channels: the second one, not counting time. `time_dim` is not negative."""
     return 2 if time_dim <= 1 else 1
 
 

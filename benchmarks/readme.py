@@ -529,8 +529,8 @@ STEPS = (
     "PyTorch. Each library has its default surrogate. All columns but the first compute the same spikes, except that "
     "snnTorch's recurrent neuron, `RLeaky` with default arguments, resets by subtraction. Per time step {firing} % of "
     "the neurons spike. At T = 100 we compiled one time step and called it in a loop, because compiling a whole "
-    "sequence takes long ({long_first_seconds:.0f} s for one layer of {long_layer} at T = {long_steps}). A dash: we "
-    "measured the library's layer for whole sequences, which loops inside, and did not compile it. "
+    "sequence takes long ({long_first_seconds:.0f} s for one layer of {long_layer} at T = {long_steps}). A dash: not "
+    "compiled, because we used the library's layer for whole sequences, which has no single step to compile. "
     "[Measured](docs/measured.md#a-training-step) has the batch sizes."
 )
 LAYERS = (
@@ -546,8 +546,8 @@ LAYERS = (
 )
 GAIN = (
     "in the networks below without recurrence, `convert` makes a training step of a SpikingJelly network {jelly} times "
-    "as fast as before. For snnTorch it is {snntorch} times as fast. Before, each layer ran in its own loop over the "
-    "time steps. After, one call per layer computes all of them, as `sequences=True` does for your network. `fuse` "
+    "as fast as before. For snnTorch it is {snntorch} times as fast. In this measurement the original network looped "
+    "over time layer by layer, and the converted one made one call per layer, as with `sequences=True`. `fuse` "
     "makes networks with normalisations another {fused} times as fast. A normalisation and its neurons together then "
     "keep {kept:.0f} bytes per neuron and time step for backward, instead of {kept_apart:.0f}. With a residual "
     "addition it is {kept_residual} bytes in both cases."

@@ -718,7 +718,7 @@ class Recording:
         self.written.clear()
 
     def end(self, output: Any) -> Any:
-        """The output with its values, after all that is recorded; layers get their states."""
+        """Computes what was recorded, stores the layers' states, and returns the output with tensors for `Recorded`."""
         for each in _leaves(output):
             if type(each) is Recorded and isinstance(each.group, Result):
                 each.group.is_used = True

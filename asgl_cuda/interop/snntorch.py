@@ -104,7 +104,8 @@ class ConvertedLeaky(Converted):
         states = self.recorded_states()
         unknown = [*given[len(states) :], *(named.keys() - {*self._states[len(given) :]})]
         if unknown:
-            raise TypeError(f"{bare_class(self).__name__} takes an input and {', '.join(states)}, got {unknown[0]!r}")
+            got = f"{1 + len(given)} positional arguments" if len(given) > len(states) else repr(unknown[0])
+            raise TypeError(f"{bare_class(self).__name__} takes an input and {', '.join(states)}, got {got}")
         for name, value in (*zip(states, given, strict=False), *named.items()):
             if value is not None:
                 self._check_given(name)

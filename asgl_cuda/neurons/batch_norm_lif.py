@@ -137,7 +137,8 @@ class BatchNormLIFFunction(torch.autograd.Function):
         needed = Inputs(*others)
         through_batch = needed.x_seq and ctx.training
         wants_sums = wants_weight or wants_bias or through_batch
-        # The gradients of input and residual share one array, except in float16, whose range dh may exceed.
+        # With residual_gain 1 the residual's gradient is dh: backward writes only dh, and dx is then computed from it.
+        # Not in float16, whose range dh may exceed: there backward writes gain * dh for the input as well.
         shared = through_batch and needed.residual and x_seq.dtype != torch.float16
         shared = shared and plan.numbers.residual_gain == 1
         wanted = needed.with_input(wants_sums, wants_sums, False)
@@ -205,8 +206,8 @@ def _differentiated(operator: Any, below: Any, *arguments: Any) -> tuple[Tensor,
     _, statistics, *_ = arguments
     if statistics is not None:
         raise RuntimeError(
-            "asgl_cuda.batch_norm_coefficients: statistics of several processes can't be differentiated in an exported "
-            "graph; train the model that was exported"
+            "asgl_cuda.batch_norm_coefficients: an exported graph can't be trained with statistics shared by several "
+            "processes; train the original model, and export it afterwards"
         )
     coefficients, total = apply_here(_CoefficientsFunction, below, backend_of(operator), *arguments)
     return coefficients, total
@@ -649,8 +650,9 @@ class BatchNormLIF(LIF):
     Shapes: input and output are `[T, B, C, ...]`, or have time at `time_dim`. Batch, channels and the rest keep their
     order.
 
-    `layer(x_seq, residual)` adds the shortcut of a residual block between the normalisation and the neurons,
-    `input_scale * y + residual`, without the sum in memory. `residual` must have the shape and type of x_seq.
+    `layer(x_seq, residual)` adds the shortcut of a residual block between the normalisation and the neurons: the
+    neurons get `input_scale * y + residual`, where y is the normalised input. This sum is not stored in memory.
+    `residual` must have the shape and type of x_seq.
 
     Inputs may be up to 1e15 in magnitude, or 1e150 in float64. Larger inputs can give NaN or inaccurate gradients. With
     `eps=0` the standard deviation of a channel must be at least 1e-15, or 1e-150 in float64.

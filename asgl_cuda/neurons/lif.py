@@ -109,10 +109,10 @@ def lif(
         v_reset: potential after a spike (hard reset), or None for the soft reset.
         reset_amount: amount that a spike subtracts under the soft reset; default `v_threshold`.
         width: width of the surrogate, in units of x_seq. In float32 it must be at least 1.1e-19, so that 1 / width^2 is
-            finite. fast_sigmoid and arctan square u / width. Where this square overflows, at abs(u) somewhat above
-            1e19 * width, they have no gradient. To avoid a device synchronisation, a tensor is checked only on the CPU,
-            and not under torch.compile and torch.func. Where it is not checked, a width < 0 gives gradients of the
-            wrong sign, and a width of 0 gives NaN.
+            finite. A width that is a tensor is checked only if it is on the CPU, because checking it on a GPU would
+            synchronise the device. It is not checked under torch.compile and torch.func either. Where it is not
+            checked, a width < 0 gives gradients of the wrong sign, and a width of 0 gives NaN. fast_sigmoid and arctan
+            square u / width. Where this square overflows, at abs(u) somewhat above 1e19 * width, they have no gradient.
         surrogate: rectangle, triangle, sigmoid, arctan, erf, fast_sigmoid or laplace; with `multi_spike` also
             periodic_exponential, whose slope peaks at every multiple of the threshold. No effect with levels.
         surrogate_gain: factor on the surrogate gradient.
@@ -133,10 +133,11 @@ def lif(
         scale_output: multiply the output by `v_threshold`. With levels and without multi_spike, divide it by `levels`
             instead.
         detach_reset: stop the gradient that flows through the spike in the reset. Default False; the default of the
-            layers is True. Under the hard reset, this path multiplies the gradient at a step with a spike at the
-            threshold by `decay * (v_threshold - v_reset)` times the slope of the surrogate, which is 1 / (4 * width)
-            for a sigmoid and 1 / width for a rectangle. If this is above 1, gradients can explode over many steps. A
-            sigmoid also multiplies the gradient by up to 1.22 * decay at potentials below v_reset.
+            layers is True. Under the hard reset, at a step that spikes with its potential exactly at the threshold,
+            this path multiplies the gradient by a factor of magnitude `decay * (v_threshold - v_reset)` times the slope
+            of the surrogate there, which is 1 / (4 * width) for a sigmoid and 1 / width for a rectangle. If this
+            magnitude is above 1, gradients can explode over many steps. A sigmoid also multiplies the gradient by up to
+            1.22 * decay at potentials below v_reset.
         levels: emit an integer number of spikes per step (I-LIF), `round(clamp(h / v_threshold, 0, levels))` with ties
             to even; at most 256. The quotient is computed as h times the rounded `1 / v_threshold`. Analog elements are
             not rounded. The gradient is the gradient of the clamp, 1 at its edges, and the threshold acts as the width.

@@ -274,7 +274,7 @@ class Monitor:
         self._layers = some_asgl_layers(model, _CALLER)
         self._model = model
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
-        # The input, the states and the random state before a call.
+        # By layer, before a call: x_seq, other arguments, the carried states, and the generator's state if it draws.
         self._before: dict[nn.Module, tuple[Tensor, dict[str, Any], dict[str, Any], Tensor | None]] = {}
         self._norms: dict[nn.Module, Any] = {}  # normalisations that the layers compute
         spiking = tuple(SPIKE_LAYERS.values())

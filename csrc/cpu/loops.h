@@ -312,8 +312,8 @@ inline Stream stream() { return nullptr; }
 inline void finish_stream() {}
 #endif
 
-// The settled loops (cpu/neuron.h) run over the steps of each block of a tile, with the input current as rows. Forward
-// computes only spikes; backward computes the gradients of the current and of the parameters.
+// The loops of the settled kernels (cpu/neuron_settled.cpp): for each block of a tile all given steps, with rows of the
+// input current as input. Forward computes only spikes; backward the gradients of the current and of the parameters.
 template <class Real, class Model, class Neurons>
 struct SettledStepLoop {
   struct Args {

@@ -3,9 +3,9 @@
 //
 // Forward reads x and writes s: two elements a neuron and step. Backward takes segments of at most kCheckpointSteps
 // steps from the last to the first: it recomputes their potentials from x and keeps them on chip, then walks back,
-// reading the gradient and writing dx: three elements. For the sums of gradients of gain and mean it reads x again,
-// from L2 if all else streams through: what it writes is next read when the whole sequence is written, and thus comes
-// from L2 only if all of it fits (docs/design/gpu.md).
+// reading the gradient and writing dx: three elements. For the sums of gradients of gain and mean it reads x a second
+// time, from L2 if other data do not displace it. dx need not stay in L2: it is next read after the whole sequence is
+// written, when L2 still holds it only if all of it fits (docs/design/gpu.md).
 //
 // Settled kernels are nearly always enough, and skip unused outputs at almost no cost. The general kernels support
 // every option at run time: one kernel for all surrogates and resets, since few calls run it.

@@ -236,8 +236,7 @@ Launch launch_of(const GradientSum<Real>& sum) {
 
 // ---- batch normalisation ----
 
-// Four columns per thread if they belong to one channel and are aligned.
-// Divides the channels into tiles.
+// Divides the channels into tiles, with four columns per thread if they belong to one channel and are aligned.
 template <class Scalar, class... Gradients>
 void plan_channels(ChannelTiles& tiles, int64 rows_each, const Scalar* x_seq, const Gradients*... gradients) {
   const bool fours =

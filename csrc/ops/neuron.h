@@ -125,8 +125,8 @@ inline std::vector<Tensor> lif_backward(const Launcher* launcher, const Optional
 }
 
 // Draws (seed, offset) from the default generator of the device. It is an operator, so that compiled graphs draw as
-// eager mode does. It fills `fresh`, a new tensor: a compiler would merge two calls with equal arguments, but it does
-// not merge two allocations.
+// eager mode does. Only the options of `fresh` are used. Each call gets a newly allocated one, because a compiler would
+// merge two calls with equal arguments, but does not merge two allocations.
 inline constexpr auto draw_rng_state = [](const Tensor& fresh) {
   return at::randint(std::numeric_limits<int64_t>::max(), {2}, fresh.options());
 };

@@ -203,7 +203,11 @@ LINE = [("in", "0"), ("0", "1"), ("1", "out")]
     [
         (LINE, {"more": nir.Output(ONES)}, r"must have one Output node, got \['more', 'out'\]"),
         (LINE, {"more": nir.Input(ONES)}, r"must have one Input node, got \['in', 'more'\]"),
-        ([*LINE, ("1", "0")], {}, "can't read the cycle .* -> .*; NIR does not say when"),
+        (
+            [*LINE, ("1", "2"), ("2", "0")],
+            {"2": nir_lif()},
+            "can't read the cycle (0 -> 1 -> 2 -> 0|1 -> 2 -> 0 -> 1|2 -> 0 -> 1 -> 2); NIR does not say when",
+        ),
     ],
 )
 def test_graphs_that_are_no_chains(edges, more, message):

@@ -65,7 +65,7 @@ def from_nir(graph: nir.NIRGraph, dt: float | None = None, *, dtype: torch.dtype
     try:
         order = list(TopologicalSorter(sources).static_order())
     except CycleError as error:
-        cycle = " -> ".join(reversed(error.args[1]))
+        cycle = " -> ".join(error.args[1])
         raise ValueError(f"{_CALLER}: can't read the cycle {cycle}; {RECURRENCE}") from None
 
     paths, result = _paths(nodes), fx.Graph()
