@@ -245,7 +245,7 @@ def operator_inputs(device, x_seq):
 def test_totals_of_several_processes_have_no_derivative(backend, device):
     """An exported graph is of one process."""
     x_seq, statistics = random_input(4, 2, 3, device=device), torch.rand(2, 3, 3, dtype=torch.float64, device=device)
-    with pytest.raises(RuntimeError, match="train the model that was exported"):
+    with pytest.raises(RuntimeError, match="train the original model, and export it afterwards"):
         BACKENDS[backend].operators.batch_norm_coefficients(x_seq, statistics, *[None] * 4, 1e-5, 1.0, 0)
 
 
