@@ -508,10 +508,10 @@ STUDIED = f"Mean of {{seeds}} seeds. {{trainings:,}} {COST}"
 FAST = (
     "We timed training steps of [five networks](#speed-and-memory). With neurons of asgl_cuda that have a fixed width, "
     "a step is {eager} times as fast as with neurons of SpikingJelly, snnTorch, Norse or sinabs. It is {compiled} "
-    "times as fast as with these libraries after `torch.compile` (for networks with 100 time steps, we compiled only a "
-    "single step). By default, neurons of asgl_cuda learn their width and have [noise](#the-neuron): during training, "
-    "a random half of the outputs takes smooth values instead of 0 or 1. With these defaults, a step is {noisy} times "
-    "as fast as with the other libraries, and {noisy_compiled} times as fast as with them after `torch.compile`."
+    "times as fast as with those of these neurons that we compiled with `torch.compile`. By default, neurons of "
+    "asgl_cuda learn their width and have [noise](#the-neuron): during training, a random half of the outputs takes "
+    "smooth values instead of 0 or 1. With these defaults, a step is {noisy} times as fast as with the other "
+    "libraries, and {noisy_compiled} times as fast as with their compiled neurons."
 )
 LEARNED = (
     "The width of the surrogate gradient is learned with the weights. We trained networks with SGD and Adam, from five "
@@ -532,8 +532,8 @@ STEPS = (
     "spikes, with one exception: snnTorch's recurrent neuron, `RLeaky` with default arguments, resets by subtraction. "
     "In each time step {firing} % of the neurons spike. At T = 100 we compiled a single time step and called it in a "
     "loop, because compiling a whole sequence takes long ({long_first_seconds:.0f} s for one layer of {long_layer} at "
-    "T = {long_steps}). A dash means that we used a layer for whole sequences, which has no single step to compile. "
-    "See [Measured](docs/measured.md#a-training-step) for the batch sizes."
+    "T = {long_steps}). A dash means that we did not compile: the library's multi-step layer contains the loop over "
+    "time. See [Measured](docs/measured.md#a-training-step) for the batch sizes."
 )
 LAYERS = (
     "This table shows nanoseconds per neuron and time step, for the forward and backward pass of one layer. The "
@@ -548,11 +548,12 @@ LAYERS = (
 )
 GAIN = (
     "We timed training steps of the networks [below](#speed-and-memory) that have no recurrence. `convert` makes a "
-    "SpikingJelly network {jelly} times as fast as before, and a snnTorch network {snntorch} times as fast. In the "
-    "snnTorch network, one call per layer took the place of a loop over time per layer, as with `sequences=True`. "
+    "SpikingJelly network {jelly} times as fast as before, and a snnTorch network {snntorch} times as fast. Before "
+    "conversion, the snnTorch network calls each layer in a loop over time. Afterwards it calls each layer once, as "
+    "with `sequences=True`. "
     "`fuse` makes converted networks with normalisations another {fused} times as fast. A merged normalisation and its "
-    "neurons keep {kept:.0f} bytes per neuron and time step for backward; not merged, they keep {kept_apart:.0f}. With "
-    "a residual addition they keep {kept_residual} bytes, merged or not."
+    "neurons keep {kept:.0f} bytes per neuron and time step for backward; not merged, they keep {kept_apart:.0f}. If a "
+    "residual addition stands between the two, they keep {kept_residual} bytes, whether or not `fuse` merges them."
 )
 ARMS = [(optimizer, surrogate) for optimizer in ("SGD", "Adam") for surrogate in ("rectangle", "sigmoid")]
 SECTIONS = {
