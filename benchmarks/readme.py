@@ -614,9 +614,9 @@ SECTIONS = {
         study(defaults.rows),
         "Each value is the mean of {seeds} seeds. The first learned arm has the defaults of the layers. It is worse "
         "than the best fixed arm by more than the interval in {lost} of {cells} rows. The other learned arms are "
-        "worse in {others} rows, the {most} most often. In {highest} rows the best fixed arm had the highest of its three "
-        "learning rates, so a higher one might suit it better. The defaults were chosen on rows of this table, which "
-        "favours them. All training runs took {minutes:.0f} minutes on one core:",
+        "worse in {others} rows, the {most} most often. In {highest} rows the best fixed arm had the highest of its "
+        "three learning rates, so a higher one might suit it better. The defaults were chosen on rows of this table, "
+        "which favours them. All training runs took {minutes:.0f} minutes on one core:",
         defaults.lost,
     ),
     "noise": Section("noise", noisy, STUDIED),
