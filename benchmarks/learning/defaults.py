@@ -134,7 +134,8 @@ def gains(cell: dict[str, list[float]]) -> tuple[str, dict[str, tuple[float, flo
 def lost(report: Report) -> dict[str, Any]:
     """In how many cells each learned arm loses to the best fixed one by more than its interval.
 
-    Also in how many the best fixed arm has the highest of its rates.
+    Of arms without the defaults, the range of these numbers and the surrogate with the most. Also in how many cells the
+    best fixed arm has the highest of its rates.
     """
     found = [gains(cell)[1] for _, _, cell in accuracies(report)]
     by_arm = {arm: sum(gain[arm][0] < -gain[arm][1] for gain in found) for arm in LEARNED}
