@@ -65,7 +65,12 @@ def number(value: float | None) -> str:
 
 
 def between(values: Collection[float], first: str = ".2f", last: str = ".2f") -> str:
-    return f"{min(values):{first}} to {max(values):{last}}"
+    least, most = f"{min(values):{first}}", f"{max(values):{last}}"
+    return least if least == most else f"{least} to {most}"
+
+
+def listed(words: Sequence[str]) -> str:
+    return " and ".join((", ".join(words[:-1]), words[-1]))
 
 
 def power_of_two(value: int) -> str:
@@ -106,9 +111,9 @@ def compiled(name: str) -> str:
 
 
 def shown_as(name: str) -> str:
-    words = {PLAIN_LOOP: "loop in PyTorch", REFERENCE: "loop with all options", OURS: "asgl_cuda, LIF"}
+    words = {PLAIN_LOOP: "loop in PyTorch", REFERENCE: "loop with all options"}
     name = name.removeprefix(PLAIN)
-    return words.get(name, name)
+    return words.get(name, re.sub(f"^{OURS}", "asgl_cuda, LIF", name))
 
 
 def pair_of(eager: float | None, compiled: float | None, digits: Callable[[float | None], str]) -> str:
@@ -179,18 +184,20 @@ def microbench(report: Report) -> list[str]:
         *markdown_table(head, rows),
         "",
         "The next table has the ordinary LIF neuron, without noise and with a fixed width, which the other libraries "
-        "also compute. The other libraries use their default surrogates, and asgl_cuda a rectangle or, in one row, a "
-        "sigmoid. Backends of other libraries for GPUs are not shown. The last five columns are the seconds that "
-        "compiling takes: in the first call at T = 4 and at T = 16, and then, at T = 4, in the first call with another "
-        "batch size, with a third batch size, and with one more time step.",
+        "also have. The first three columns are again nanoseconds per element. The other libraries have their default "
+        "surrogates, and asgl_cuda a rectangle or, in one row, a sigmoid. *loop with all options* is the reference, "
+        "and *loop in PyTorch* the [short loop](design/equations.md#the-loop-in-pytorch) that computes this neuron "
+        "alone. The last five columns are the seconds that compiling takes: in the first call at T = 4, in the first "
+        "call at T = 16, and in later calls of the layer that was compiled at T = 4. These have another batch size "
+        "(*batch*), a third batch size (*third*) and one more time step (*T = 5*).",
         "",
         *markdown_table(
             ["", *(f"T = {size['steps']}" for size in sizes), "first, T = 4", "T = 16", "batch", "third", "T = 5"],
             plain,
         ),
         "",
-        f"One call with an input `[4, 64]` and without gradients takes {calls[OURS]:.1f} µs, and with noise "
-        f"{calls[f'{OURS} with noise']:.1f} µs. `x * 2` takes {calls[FLOOR]:.1f} µs.",
+        f"One call of `lif` with an input `[4, 64]` and without gradients takes {calls[OURS]:.1f} µs, and "
+        f"{calls[f'{OURS} with noise']:.1f} µs with noise. `x * 2` of this input takes {calls[FLOOR]:.1f} µs.",
     ]
 
 
@@ -339,7 +346,7 @@ def steps_values(report: Report) -> Report:
         "noisy": between(times_faster(report, milliseconds, noisy, peers), ".1f", ".1f"),
         "noisy_compiled": between(times_faster(report, compiled_milliseconds, noisy, peers), ".1f", ".1f"),
         "compiling": between(first, ".0f", ".0f"),
-        "peers_in_words": " and ".join((", ".join(report["machine"]["peers"][:-1]), report["machine"]["peers"][-1])),
+        "peers_in_words": listed(report["machine"]["peers"]),
         "firing": between(rates, ".0f", ".0f"),
         "jelly": gain("SpikingJelly"),
         "snntorch": gain("snnTorch"),
@@ -436,8 +443,8 @@ def calibrated(report: Report) -> list[str]:
     return [
         *digest(head, rows, ("digits, 6 layers, SGD", "digits, 6 layers, Adam")),
         "",
-        f"The accuracies at rates of 0.05, 0.1 and 0.2 are {shallow} points apart with up to six layers, and {deep} "
-        "points with twelve.",
+        f"The accuracies at firing rates of 0.05, 0.1 and 0.2 are {shallow} points apart in networks of up to six "
+        f"layers, and {deep} points in those of twelve.",
     ]
 
 
@@ -452,8 +459,8 @@ def robustness_values(report: Report) -> Report:
     sets = dict.fromkeys(key.split()[0] for key in report["runs"])
     return {
         "sets": len(sets),
-        "kinds": ", ".join(f"{name} ({SOURCES[name].kind})" for name in sets),
-        "optimizers": ", ".join(f"{name} {rate:g}" for name, rate in report["settings"]["rates"].items()),
+        "kinds": listed([f"{name} ({SOURCES[name].kind})" for name in sets]),
+        "optimizers": listed([f"{rate:g} with {name}" for name, rate in report["settings"]["rates"].items()]),
     }
 
 
@@ -502,9 +509,9 @@ class Section(NamedTuple):
 
 
 ON = "on {on}, {date}"
-LAYER = f"Forward and backward, nanoseconds per neuron and time step, {ON}:"
+LAYER = f"Times of forward and backward together, in nanoseconds per element, {ON}:"
 COST = "training runs took {minutes:.0f} minutes on one core:"
-STUDIED = f"Mean of {{seeds}} seeds. {{trainings:,}} {COST}"
+STUDIED = f"Each value is the mean of {{seeds}} seeds. {{trainings:,}} {COST}"
 FAST = (
     "We timed training steps of [five networks](#speed-and-memory). With neurons of asgl_cuda that have a fixed width, "
     "a step is {eager} times as fast as with neurons of SpikingJelly, snnTorch, Norse or sinabs. It is {compiled} "
@@ -568,66 +575,74 @@ SECTIONS = {
     "recurrent": Section(
         "recurrent",
         recurrent,
-        "Milliseconds, float32, on {processor}, torch {torch}, {date}. If {rates} of the neurons spike per step, "
-        "`RecurrentLIF` takes {products} times as long as its matrix products alone. If all neurons spike, it takes "
-        "{all_spike} times as long. The recurrent layers of the other libraries, with their default surrogates, take "
-        "{faster} times as long as `RecurrentLIF` with a rectangle of fixed width and without noise:",
+        "Times in milliseconds, float32, on {processor}, torch {torch}, {date}. If {rates} of the neurons spike per "
+        "time step, `RecurrentLIF` takes {products} times as long as its matrix products alone. If all neurons spike "
+        "(*all spike*), it takes {all_spike} times as long as these. The recurrent layers of the other libraries take "
+        "{faster} times as long as `RecurrentLIF`:",
         recurrent_values,
     ),
-    "block": Section("microbench", block, f"Input `{{blocks[0][shape]}}`, nanoseconds per neuron and time step, {ON}:"),
-    "end_to_end": Section("end_to_end", end_to_end, f"Medians, float32, {ON}:"),
-    "memory": Section("memory", memory, f"Batches of {{batch}} unless a row says otherwise, float32, {ON}:"),
+    "block": Section(
+        "microbench", block, f"Times in nanoseconds per element, for an input of shape `{{blocks[0][shape]}}`, {ON}:"
+    ),
+    "end_to_end": Section("end_to_end", end_to_end, f"The times are medians, in float32, {ON}:"),
+    "memory": Section(
+        "memory", memory, f"The batch size is {{batch}} unless a row says otherwise. Measured in float32 {ON}:"
+    ),
     "convert": Section(
         "convert",
         study(convert.rows, "spikingjelly LIFNode", "snntorch Leaky in MultiStep", "norse LIF", "sinabs LIF"),
-        f"How many times as fast, for {{elements:,}} elements, {ON}:",
+        f"Time before divided by time after conversion, for {{elements:,}} elements, {ON}:",
     ),
     "calibration": Section(
-        "calibration", calibrated, f"Accuracy after {{steps}} steps, averaged over {{seeds}} seeds. {{count}} {COST}"
+        "calibration",
+        calibrated,
+        f"Accuracy after {{steps}} training steps, averaged over {{seeds}} seeds. {{count}} {COST}",
     ),
     "width_robustness": Section(
         "width_robustness",
         robustness,
-        f"Accuracy after {{steps}} steps, averaged over {{sets}} data sets and {{seeds}} seeds. Data sets: {{kinds}}. "
-        f"Learning rates: {{optimizers}}. {{trainings:,}} {COST}",
+        f"Accuracy after {{steps}} training steps, averaged over {{sets}} data sets and {{seeds}} seeds. The data sets "
+        f"are {{kinds}}. The learning rates are {{optimizers}}. {{trainings:,}} {COST}",
         robustness_values,
     ),
     "width_step": Section("width_step", width_step, STUDIED),
     "residual_network": Section(
         "residual_network",
         study(residual_rows, *(f"{each}, width 10, {arm}" for each in ("SGD", "Adam") for arm in ("SG", "learned"))),
-        f"{{parameters:,}} parameters, T = {{time_steps}}, {{surrogate}}, {{seeds}} seeds. {{count}} {COST}",
+        "The network has {parameters:,} parameters, T = {time_steps}, and a {surrogate} as surrogate. Each value is "
+        f"the mean of {{seeds}} seeds. {{count}} {COST}",
     ),
     "defaults": Section(
         "defaults",
         study(defaults.rows),
-        "Mean of {seeds} seeds. The first learned arm has the defaults of the layers. It loses to the best fixed arm "
-        "by more than the interval in {lost} of {cells} cells. The numbers of such cells for the other learned arms "
-        "are: {others}. In {highest} of the cells the best fixed arm chose the highest of its three learning rates, "
-        "so a higher one might suit it better. The defaults were chosen on cells of this table, which favours them. "
-        "All training runs took {minutes:.0f} minutes on one core:",
+        "Each value is the mean of {seeds} seeds. The first learned arm has the defaults of the layers. It is worse "
+        "than the best fixed arm by more than the interval in {lost} of {cells} rows. The other learned arms are "
+        "worse in {others} rows, the {most} most often. In {highest} rows the best fixed arm had the highest of its "
+        "three learning rates, so a higher one might suit it better. The defaults were chosen on rows of this table, "
+        "which favours them. All training runs took {minutes:.0f} minutes on one core:",
         defaults.lost,
     ),
     "noise": Section("noise", noisy, STUDIED),
     "gradients": Section(
         "gradients",
         study(noise.gradient_rows, *(f"{', '.join(each)}, width 5, step 20" for each in ARMS)),
-        "On {data}, means of {seeds} seeds:",
+        "The data set is {data}. Each value is the mean of {seeds} seeds:",
     ),
     "adaptation": Section("adaptation", study(adaptation_rows), STUDIED),
     "spikes": Section(
         "spikes",
         spike_layers,
-        f"Milliseconds with torch's layers / with spike layers = how many times as fast, float32, one thread, {ON}:",
+        "A cell has the milliseconds with torch's layers, those with spike layers, and how many times as fast spike "
+        f"layers are. Measured in float32 {ON}:",
     ),
-    "sparse": Section("sparse", study(sparse_rows), f"Means over the seeds, after {{steps}} steps; {{count}} {COST}"),
+    "sparse": Section("sparse", study(sparse_rows), f"Results after {{steps}} training steps. {{count}} {COST}"),
     "smoothing": Section(
         "smoothing",
         study(
             noise.smoothing_rows,
             *(f"SGD, {each}, width 5, {arm}" for each in ("rectangle", "sigmoid") for arm in ("noise", "no noise")),
         ),
-        "Over {epochs} epochs, means of {seeds} seeds:",
+        "Each value is the mean of {seeds} seeds, which were trained for {epochs} epochs:",
     ),
 }
 
