@@ -15,7 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from ..neurons.over_time import in_a_row
-from .converted import Basis, Converted, Found, InStream, Settings, bare_class, exchanged, overridden
+from .converted import (
+    Basis,
+    Conversion,
+    Converted,
+    InStream,
+    Settings,
+    bare_class,
+    override_reason,
+    replaced_method_reason,
+)
 from .identify import SpikeFunction
 
 _SURROGATES = {"InvRectangle": "rectangle", "InvSigmoid": "sigmoid"}
@@ -26,7 +35,7 @@ class ConvertedLIFLayer(Converted):
 
     time_dim = 0
 
-    def begin(self, settings: Settings, analog_prob: float, learn_width: bool) -> None:
+    def begin_conversion(self, settings: Settings, analog_prob: float, learn_width: bool) -> None:
         """Applies the settings of a conversion. Width and noise stay those of the layer."""
         self.settings = settings
         self._basis = Basis(self)
@@ -80,14 +89,14 @@ class ConvertedLIFLayer(Converted):
         return output.s_seq
 
 
-def find(layer: nn.Module) -> Found:
-    """The answer for a layer of the authors' code, see `Found`."""
+def conversion_of(layer: nn.Module) -> Conversion:
+    """The answer for a layer of the authors' code, see `Conversion`."""
     cell: Any = getattr(layer, "cell", None)
     kind = bare_class(layer)
     base = next((each for each in reversed(kind.__mro__) if each.__name__ == "LIFLayer"), None)
     if base is None or type(cell).__name__ != "LIFCell" or not hasattr(cell, "spike_fn"):
         return None
-    if reason := overridden(kind, base):
+    if reason := override_reason(kind, base):
         return reason
     spike = cell.spike_fn
     if type(spike).__name__ not in ("EfficientNoisySpike", "EfficientNoisySpikeII"):
@@ -99,7 +108,7 @@ def find(layer: nn.Module) -> Found:
     if not getattr(spike, "spike", True):
         return "it emits smooth values in evaluation (spike=False)"
     for part in (cell, spike, spike.inv_sg):
-        if isinstance(part, nn.Module) and (reason := exchanged(part)):
+        if isinstance(part, nn.Module) and (reason := replaced_method_reason(part)):
             return reason
     for flag in ("use_gate", "return_noreset_v"):
         if getattr(cell, flag, False):
@@ -107,11 +116,11 @@ def find(layer: nn.Module) -> Found:
     return ConvertedLIFLayer, SpikeFunction(_SURROGATES[type(spike.inv_sg).__name__], 1.0, 1.0, False)
 
 
-def outside(module: nn.Module) -> str | None:
-    return in_a_row(f"{bare_class(module).__name__}(...)") if streamed(module) else None
+def placement_outside_over_time(module: nn.Module) -> str | None:
+    return in_a_row(f"{bare_class(module).__name__}(...)") if streaming_of(module) else None
 
 
-def streamed(module: nn.Module) -> InStream:
+def streaming_of(module: nn.Module) -> InStream:
     """How a layer takes single steps, see `InStream`: none of this code does."""
-    is_one = isinstance(module, ConvertedLIFLayer) or find(module) is not None
+    is_one = isinstance(module, ConvertedLIFLayer) or conversion_of(module) is not None
     return "it starts each call at rest" if is_one else None

@@ -18,11 +18,11 @@ from ..checks import shown
 _KEPT = "_asgl_cuda_replaced"  # attribute of a layer that holds the module that it has replaced
 
 
-def made_for(
+def make_replacements(
     model: nn.Module, layers: Mapping[type[nn.Module], Callable[[Any], Any]] | None, caller: str
 ) -> dict[nn.Module, tuple[nn.Module | None, str]]:
     """The layers for a model's modules, with descriptions; None for a module to leave. Does not change the model."""
-    layers = _checked(layers, caller)
+    layers = _checked_layers(layers, caller)
     if type(model) in layers:
         name = type(model).__name__
         raise ValueError(f"{caller}: layers can only replace modules inside of model, got a {name} as model")
@@ -34,14 +34,14 @@ def made_for(
         inside.append(f"{path}.")
         if module in found:
             continue
-        layer, text = _made(module, layers[type(module)], f"{caller}: layers, for {path}")
+        layer, text = _make_replacement(module, layers[type(module)], f"{caller}: layers, for {path}")
         if layer is not None and any(layer is each for each, _ in found.values()):
             raise ValueError(f"{caller}: layers, for {path}: must return a new layer for each module, got one twice")
         found[module] = layer, text
     return found
 
 
-def _checked(layers: Any, caller: str) -> Mapping[type[nn.Module], Callable[[Any], Any]]:
+def _checked_layers(layers: Any, caller: str) -> Mapping[type[nn.Module], Callable[[Any], Any]]:
     """The argument `layers`, checked."""
     if layers is None:
         return {}
@@ -55,7 +55,7 @@ def _checked(layers: Any, caller: str) -> Mapping[type[nn.Module], Callable[[Any
     return layers
 
 
-def _made(module: nn.Module, make: Callable[[Any], Any], where: str) -> tuple[nn.Module | None, str]:
+def _make_replacement(module: nn.Module, make: Callable[[Any], Any], where: str) -> tuple[nn.Module | None, str]:
     """The user's replacement for a module and its description; None and the reason to leave the module."""
     name = type(module).__name__
     try:
@@ -76,13 +76,13 @@ def _made(module: nn.Module, make: Callable[[Any], Any], where: str) -> tuple[nn
     return layer, f"{type(layer).__name__}{', which has no ' if lacking else ''}{', '.join(lacking)}"
 
 
-def replace(model: nn.Module, module: nn.Module, layer: nn.Module) -> None:
+def replace_module(model: nn.Module, module: nn.Module, layer: nn.Module) -> None:
     """Puts the layer in the module's places, and keeps the module."""
-    _place(model, module, layer)
+    _put_in_place_of(model, module, layer)
     layer.__dict__[_KEPT] = module
 
 
-def _place(model: nn.Module, module: nn.Module, layer: nn.Module) -> None:
+def _put_in_place_of(model: nn.Module, module: nn.Module, layer: nn.Module) -> None:
     """Puts the layer in all places of the module."""
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
@@ -91,15 +91,15 @@ def _place(model: nn.Module, module: nn.Module, layer: nn.Module) -> None:
     layer.train(module.training)
 
 
-def kept_by(layer: nn.Module) -> nn.Module | None:
+def replaced_module(layer: nn.Module) -> nn.Module | None:
     """The module that the layer replaces, or None."""
     return layer.__dict__.get(_KEPT)
 
 
-def restore(model: nn.Module, layer: nn.Module) -> tuple[nn.Module, list[str]]:
+def restore_module(model: nn.Module, layer: nn.Module) -> tuple[nn.Module, list[str]]:
     """The kept module, back in its places with values of the same names and shapes, and parameters without a place."""
     module: nn.Module = layer.__dict__.pop(_KEPT)
-    _place(model, layer, module)
+    _put_in_place_of(model, layer, module)
     tensor = next(chain(layer.parameters(), layer.buffers()), None)
     if tensor is not None:
         module.to(tensor.device)

@@ -38,9 +38,18 @@ from torch import Tensor, nn
 from ..checks import MOST_LEVELS
 from ..neurons.over_time import in_a_row
 from ..reference.surrogates import PERIODIC
-from .converted import Converted, Found, InStream, Settings, Streamed, bare_class, known_class, number
+from .converted import (
+    Conversion,
+    Converted,
+    InStream,
+    Settings,
+    Streamed,
+    bare_class,
+    float_if_scalar,
+    known_class_or_reason,
+)
 from .identify import SpikeFunction
-from .recurrent import Recurrent, lacking
+from .recurrent import Recurrent, feedback_reason
 
 
 class ConvertedLayer(Converted):
@@ -51,25 +60,25 @@ class ConvertedLayer(Converted):
     surrogate_grad_fn: Any
     _least: float | None = None  # min_v_mem, read once: reading synchronises
 
-    def begin(self, settings: Settings, analog_prob: float, learn_width: bool) -> None:
+    def begin_conversion(self, settings: Settings, analog_prob: float, learn_width: bool) -> None:
         """Applies the settings of a conversion, and reads min_v_mem once."""
-        super().begin(settings, analog_prob, learn_width)
-        self._least = None if self.min_v_mem is None else _only(self.min_v_mem)
+        super().begin_conversion(settings, analog_prob, learn_width)
+        self._least = None if self.min_v_mem is None else _common_value(self.min_v_mem)
 
     @property
     def time_dim(self) -> int | None:  # type: ignore[override]
         """1 for [B, T, ...]; None for layers whose input has batch and time merged."""
         return None if isinstance(self, SqueezeMixin) else 1
 
-    takes_steps = False
+    takes_one_step = False
 
     def forward(self, input_data: Tensor) -> Tensor:
         """The output for `[B, T, ...]`, or with batch and time merged."""
         if isinstance(self, SqueezeMixin):
-            return self.squeeze_forward(input_data, self._steps)  # type: ignore[no-any-return]
-        return self._steps(input_data)
+            return self.squeeze_forward(input_data, self._run_sequence)  # type: ignore[no-any-return]
+        return self._run_sequence(input_data)
 
-    def _steps(self, input_data: Tensor) -> Tensor:
+    def _run_sequence(self, input_data: Tensor) -> Tensor:
         """The output for `[B, T, ...]`, from the layer's states, which are updated."""
         batch, _, *trailing = input_data.shape
         if not self.is_state_initialised() or not self.has_trailing_dimension(trailing):
@@ -82,19 +91,19 @@ class ConvertedLayer(Converted):
         if alpha is not None:
             x_seq, i_last = self.integrate(x_seq, decay=alpha, input_gain=alpha, v_init=self.i_syn, time_dim=1)
         self.i_syn = i_last
-        output, self.v_mem, v_seq = self._membrane(x_seq)
+        output, self.v_mem, v_seq = self._run_membrane(x_seq)
         recordings = {"v_mem": v_seq} if alpha is None else {"v_mem": v_seq, "i_syn": x_seq}
         self.recordings = recordings if self.record_states else {}
         self.firing_rate = output.mean()
         return output
 
-    def _membrane(self, x_seq: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def _run_membrane(self, x_seq: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """The output, the last potential and, if recorded, all potentials."""
-        several, limit = self.multi_spike, _limit(self.spike_fn)
+        several, limit = self.multi_spike, _spike_limit(self.spike_fn)
         output = self.lif(
             x_seq,
             decay=self.alpha_mem_calculated,
-            input_gain=self._gain(),
+            input_gain=self._input_gain(),
             v_threshold=self.spike_threshold.detach(),  # in sinabs only the reset has its gradient
             multi_spike=several,
             levels=int(limit) if several and limit is not None else None,
@@ -119,7 +128,7 @@ class ConvertedLayer(Converted):
         found = {
             "surrogate_grad_fn": surrogate,
             "spike_fn": self.spike_fn,
-            "max_num_spikes_per_bin": _limit(self.spike_fn),
+            "max_num_spikes_per_bin": _spike_limit(self.spike_fn),
             "reset_fn": type(reset_fn),
             "reset_value": getattr(reset_fn, "reset_value", None),
             "min_v_mem": self.min_v_mem,
@@ -133,14 +142,14 @@ class ConvertedLayer(Converted):
         surrogate = self.surrogate_grad_fn
         if self.settings.asgl or type(surrogate) is not SingleExponential:
             return super()._width_of_call()  # torch.compile can't trace a property of super()
-        return surrogate.grad_width * number(self.spike_threshold.detach())  # type: ignore[no-any-return]
+        return surrogate.grad_width * float_if_scalar(self.spike_threshold.detach())  # type: ignore[no-any-return]
 
     @property
-    def takes_input(self) -> bool:  # type: ignore[override]
+    def takes_input_directly(self) -> bool:  # type: ignore[override]
         """Whether the input goes to the potential as it is, without a synaptic current."""
         return self.alpha_syn_calculated is None
 
-    def _gain(self) -> Tensor | float:
+    def _input_gain(self) -> Tensor | float:
         """The factor of the input."""
         return 1 - self.alpha_mem_calculated if self.norm_input else 1.0
 
@@ -149,12 +158,12 @@ class ConvertedLayer(Converted):
         state = {**self.__dict__, "_buffers": {name: value.detach() for name, value in self.named_buffers()}}
         for name in ("recordings", "firing_rate"):  # may be non-leaf tensors
             state.pop(name, None)
-        return _copy(self, state, memo)
+        return _copy_layer(self, state, memo)
 
-    def end(self) -> None:
+    def restore_original(self) -> None:
         """Undoes the conversion."""
         self.__dict__.pop("_least", None)
-        super().end()
+        super().restore_original()
 
 
 class ConvertedMultiSpike(ConvertedLayer):
@@ -166,16 +175,16 @@ class ConvertedMultiSpike(ConvertedLayer):
 class ConvertedExpLeak(ConvertedLayer):
     """A layer without spikes."""
 
-    takes_input = False
+    takes_input_directly = False
 
     def dependencies(self) -> dict[str, Any]:
         """What a call must find as it was at the conversion, see `Converted.dependencies`."""
         return {"function": None, "min_v_mem": self.min_v_mem}
 
-    def _membrane(self, x_seq: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _run_membrane(self, x_seq: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Output, last potential and all potentials; the output is the potentials."""
         v_seq, v_last = self.integrate(
-            x_seq, input_gain=self._gain(), decay=self.alpha_mem_calculated, v_init=self.v_mem, time_dim=1
+            x_seq, input_gain=self._input_gain(), decay=self.alpha_mem_calculated, v_init=self.v_mem, time_dim=1
         )
         return v_seq, v_last, v_seq
 
@@ -185,12 +194,12 @@ class ConvertedRecurrent(Recurrent, ConvertedLayer):
 
     def dependencies(self) -> dict[str, Any]:
         """What a call must find as it was at the conversion, see `Converted.dependencies`."""
-        feedback = lacking(self.rec_connect)
+        feedback = feedback_reason(self.rec_connect)
         return {**super().dependencies(), "record_states": self.record_states, "rec_connect": feedback}
 
-    def _steps(self, input_data: Tensor) -> Tensor:
+    def _run_sequence(self, input_data: Tensor) -> Tensor:
         """The output for `[B, T, ...]`, whose spikes are fed back through `rec_connect`."""
-        self.check()  # must come before the weight of rec_connect is read
+        self.check_unchanged()  # must come before the weight of rec_connect is read
         batch, steps, *trailing = input_data.shape
         if not self.is_state_initialised() or not self.state_has_shape((batch, *trailing)):
             self.init_state_with_shape((batch, *trailing))
@@ -203,7 +212,7 @@ class ConvertedRecurrent(Recurrent, ConvertedLayer):
             x_seq, weight = x_seq * alpha, weight * (alpha.unsqueeze(-1) if alpha.dim() else alpha)
         time_dim = 1 if len(trailing) == 1 else 0
         output = self.recurrent_lif(
-            x_seq.movedim(1, time_dim), weight, self._gain(), syn_decay=alpha, time_dim=time_dim,
+            x_seq.movedim(1, time_dim), weight, self._input_gain(), syn_decay=alpha, time_dim=time_dim,
             decay=self.alpha_mem_calculated, v_threshold=self.spike_threshold.detach(), v_init=self.v_mem,
             i_init=None if alpha is None else self.i_syn, **self._reset_options(),
         )  # fmt: skip
@@ -212,7 +221,7 @@ class ConvertedRecurrent(Recurrent, ConvertedLayer):
         return output.s_seq.movedim(time_dim, 1)
 
 
-def _only(value: Tensor) -> float:
+def _common_value(value: Tensor) -> float:
     """The common value of all elements; NaN where they differ."""
     low, high = value.detach().double().aminmax()
     return float(low) if low == high else math.nan
@@ -228,9 +237,9 @@ _KNOWN = (layers.LIF, layers.LIFSqueeze, layers.IAF, layers.IAFSqueeze, *_LEAKS,
 _MIXING = (*_RECURRENT, layers.ALIFRecurrent)
 
 
-def find(layer: nn.Module) -> Found:
-    """The answer for a layer of sinabs, see `Found`."""
-    kind_of_layer = known_class(layer, (*_KNOWN, *_ADAPTIVE), _MIXING)
+def conversion_of(layer: nn.Module) -> Conversion:
+    """The answer for a layer of sinabs, see `Conversion`."""
+    kind_of_layer = known_class_or_reason(layer, (*_KNOWN, *_ADAPTIVE), _MIXING)
     if kind_of_layer in _ADAPTIVE:
         return "its threshold has no gradient where it fires; use asgl_cuda.AdaptiveLIF, whose gradient is complete"
     if isinstance(kind_of_layer, str):
@@ -240,14 +249,14 @@ def find(layer: nn.Module) -> Found:
         if node.min_v_mem is not None:
             return "it has a lower limit of the potential (min_v_mem), which leaky_integrator does not have"
         return ConvertedExpLeak, None
-    most, spike_fn = _most(node.spike_fn), node.spike_fn
+    most, spike_fn = _most_spikes(node.spike_fn), node.spike_fn
     if most is None:
         name = getattr(spike_fn, "__name__", type(spike_fn).__name__)
         return f"its spike function is {name}; SingleSpike, MultiSpike and MaxSpike can be converted"
     returns = kind_of_layer in _RECURRENT
-    if returns and (reason := _lacking(node, most)) is not None:
+    if returns and (reason := _recurrence_reason(node, most)) is not None:
         return reason
-    if node.min_v_mem is not None and math.isnan(_only(node.min_v_mem)):
+    if node.min_v_mem is not None and math.isnan(_common_value(node.min_v_mem)):
         return "its lower limit of the potential (min_v_mem) differs between neurons"
     if type(node.reset_fn) not in (MembraneSubtract, MembraneReset):
         return f"it resets by {type(node.reset_fn).__name__}"
@@ -266,14 +275,14 @@ def find(layer: nn.Module) -> Found:
     if several and type(surrogate) is PeriodicExponential:
         width = surrogate.grad_width
         return kind, SpikeFunction(PERIODIC, width, 2 * width * surrogate.grad_scale, False)
-    if math.isnan(_only(thresholds)) and not (type(surrogate) in _OWN_WIDTHS and (thresholds > 0).all()):
+    if math.isnan(_common_value(thresholds)) and not (type(surrogate) in _OWN_WIDTHS and (thresholds > 0).all()):
         return "its threshold differs between neurons, and its surrogate may depend on the threshold"
     at = thresholds.mean()  # `width` has one value per neuron
     single: Any = SingleSpike  # MultiSpike has the same gradient
     return kind, lambda u: single.apply(u + at, at, surrogate)
 
 
-def _lacking(node: Any, most: float) -> str | None:
+def _recurrence_reason(node: Any, most: float) -> str | None:
     """Why `recurrent_lif` can't compute a layer, or None."""
     if node.record_states:
         return "it records its states (record_states)"
@@ -281,23 +290,23 @@ def _lacking(node: Any, most: float) -> str | None:
         return "it may spike several times per step, which recurrent neurons do not support"
     if node.min_v_mem is not None:
         return "it has a lower limit of the potential (min_v_mem), which recurrent neurons do not support"
-    return lacking(node.rec_connect)
+    return feedback_reason(node.rec_connect)
 
 
-def _limit(spike_fn: Any) -> float | None:
+def _spike_limit(spike_fn: Any) -> float | None:
     """The limit of MaxSpike, if any; a comparison of the other classes can't be compiled."""
     return spike_fn.max_num_spikes_per_bin if type(spike_fn) is MaxSpike else None
 
 
-def _most(spike_fn: Any) -> float | None:
+def _most_spikes(spike_fn: Any) -> float | None:
     """The largest number of spikes a step; None for another function."""
-    limit = _limit(spike_fn)
+    limit = _spike_limit(spike_fn)
     if limit is not None:
         return limit
     return 1 if spike_fn is SingleSpike else math.inf if spike_fn is MultiSpike or type(spike_fn) is MaxSpike else None
 
 
-def _copy(layer: Any, state: dict[str, Any], memo: dict[int, Any]) -> Any:
+def _copy_layer(layer: Any, state: dict[str, Any], memo: dict[int, Any]) -> Any:
     """A layer of the same class, which no constructor runs for, with a deep copy of `state`."""
     kind: Any = type(layer)
     memo[id(layer)] = made = kind.__new__(kind)
@@ -309,7 +318,7 @@ def copy_layers(model: nn.Module, memo: dict[int, Any]) -> None:
     """Copies layers whole: their own __deepcopy__ makes new ones, and detaches parameters of the original."""
     for layer in model.modules():
         if isinstance(layer, layers.StatefulLayer) and not isinstance(layer, Converted) and id(layer) not in memo:
-            _copy(layer, layer.__dict__, memo)
+            _copy_layer(layer, layer.__dict__, memo)
 
 
 def reset(module: nn.Module) -> None:
@@ -325,14 +334,14 @@ def detach(module: nn.Module) -> None:
             module._buffers[name] = None if state is None else state.detach()
 
 
-def outside(module: nn.Module) -> str | None:
+def placement_outside_over_time(module: nn.Module) -> str | None:
     """Where a module that takes time as a dimension of its own belongs instead of `OverTime`; None for others."""
     if not isinstance(module, layers.StatefulLayer) or isinstance(module, SqueezeMixin):
         return None
     return f"{in_a_row(f'{bare_class(module).__name__}(...)')}, which takes [B, T, ...]"
 
 
-def streamed(module: nn.Module) -> InStream:
+def streaming_of(module: nn.Module) -> InStream:
     """How a layer takes single steps, see `InStream`."""
     if not isinstance(module, layers.StatefulLayer):
         return None

@@ -13,8 +13,8 @@ from ..neurons.base import check_module
 from ..neurons.deferred import tensor_of
 from ..spikes.functional import has_kernel
 from ..spikes.layers import SPIKE_LAYERS, expected_gain
-from .convert import Left, Replaced, Report, copied
-from .converted import Overlay, overlaid
+from .convert import Left, Replaced, Report, copy_model
+from .converted import Overlay, overlaid_class
 from .libraries import libraries
 from .recording import Recorded
 
@@ -29,7 +29,7 @@ class _OfLibrary(Overlay):
     prefix = "Spike"
 
     @classmethod
-    def bases(cls, original: type[nn.Module]) -> tuple[tuple[type, ...], dict[str, Any]]:
+    def bases_and_namespace(cls, original: type[nn.Module]) -> tuple[tuple[type, ...], dict[str, Any]]:
         """The bases of the overlay's class for this layer: its own class and the spike layer."""
         return (cls, original, next(SPIKE_LAYERS[base] for base in original.__mro__ if base in SPIKE_LAYERS)), {}
 
@@ -39,10 +39,10 @@ def _spike_class(kind: type[nn.Module]) -> Any:
     if kind in SPIKE_LAYERS:
         return SPIKE_LAYERS[kind]
     known = (library.PLAIN[kind] for library in libraries() if kind in getattr(library, "PLAIN", ()))
-    return overlaid(_OfLibrary, kind) if next(known, None) in SPIKE_LAYERS else None
+    return overlaid_class(_OfLibrary, kind) if next(known, None) in SPIKE_LAYERS else None
 
 
-def _reason_against(layer: Any, shares: list[tuple[int, int]], kernels: bool) -> str:
+def _reason_to_leave(layer: Any, shares: list[tuple[int, int]], kernels: bool) -> str:
     """Why a layer is left; nothing where a spike layer is faster."""
     if _spike_class(type(layer)) is None:
         return "its class is a subclass of torch's layer, which may compute something else"
@@ -63,7 +63,7 @@ def _reason_against(layer: Any, shares: list[tuple[int, int]], kernels: bool) ->
     )
 
 
-def _candidates(model: nn.Module) -> Iterator[tuple[str, Any]]:
+def _weight_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """Linear layers and convolutions by path, but spike layers."""
     for name, layer in model.named_modules():
         if isinstance(layer, tuple(SPIKE_LAYERS)) and not isinstance(layer, tuple(_DENSE)):
@@ -105,25 +105,25 @@ def to_spike_layers(model: nn.Module, example: Any) -> tuple[nn.Module, Report]:
     check_module(model, caller)
     counted: dict[str, tuple[list[tuple[int, int]], list[bool]]] = {}
 
-    def count(name: str, layer: Any, inputs: tuple[Any, ...]) -> None:
+    def count_nonzero_inputs(name: str, layer: Any, inputs: tuple[Any, ...]) -> None:
         """Counts the non-zero inputs of a call, and notes whether kernels compute it."""
         if isinstance(inputs[0], Recorded):
-            inputs[0].then(lambda x: count(name, layer, (x,)))
+            inputs[0].call_when_computed(lambda x: count_nonzero_inputs(name, layer, (x,)))
             return
         x = tensor_of(inputs[0], caller)
         shares, kernels = counted.setdefault(name, ([], []))
         kernels.append(has_kernel(x, layer.weight, caller))  # raises for an input that is not a tensor
         shares.append((int(x.count_nonzero()), x.numel()))
 
-    trial = copied(model).eval()
-    for name, layer in _candidates(trial):
-        layer.register_forward_pre_hook(partial(count, name))
+    trial = copy_model(model).eval()
+    for name, layer in _weight_layers(trial):
+        layer.register_forward_pre_hook(partial(count_nonzero_inputs, name))
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         trial(*(example if isinstance(example, tuple) else (example,)))
     report = Report([], [])
-    for name, layer in _candidates(model):
+    for name, layer in _weight_layers(model):
         shares, kernels = counted.get(name, ([], [True]))
-        if reason := _reason_against(layer, shares, all(kernels)):
+        if reason := _reason_to_leave(layer, shares, all(kernels)):
             report.left.append(Left(name, type(layer).__name__, reason))
             continue
         kind, share = _spike_class(type(layer)), _nonzero_fraction(shares)

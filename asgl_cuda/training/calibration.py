@@ -19,7 +19,7 @@ from torch.utils import _pytree
 
 from ..checks import read_number, shown
 from ..interop import convert, unfuse
-from ..interop.convert import Left, copied
+from ..interop.convert import Left, copy_model
 from ..interop.converted import bare_class
 from ..neurons.base import asgl_layers, some_asgl_layers
 from ..neurons.batch_norm_lif import BatchNormLIF
@@ -100,9 +100,9 @@ def calibrate(model: nn.Module, x_seq: Any, rate: float = 0.2) -> Calibration:
         model = model.get_submodule("module" if is_shared else "_orig_mod")
     with torch.inference_mode(False), torch.enable_grad(), torch.compiler.set_stance("force_eager"):
         trial = _Trial(model, x_seq if isinstance(x_seq, tuple) else (x_seq,), rate, group)
-        with _naming_x_seq(x_seq):
+        with _explaining_model_errors(x_seq):
             before = trial.run()
-        trial.prepare(before)
+        trial.measure_biases(before)
         for _ in range(len(before) + _MORE_RUNS):
             scaled = trial.scaled
             after = trial.run()
@@ -111,7 +111,7 @@ def calibrate(model: nn.Module, x_seq: Any, rate: float = 0.2) -> Calibration:
     for site in before:
         if not trial.is_reached(site, after.get(site, math.nan)):
             seen = f"{after.get(site)} at the factor {site.factor:.3g}, and another one in other runs"
-            raise trial.error_at(site, seen)
+            raise trial.unreachable_rate_error(site, seen)
     for site in before:
         with torch.no_grad():
             model.get_parameter(site.weight).mul_(site.factor)
@@ -123,7 +123,7 @@ def calibrate(model: nn.Module, x_seq: Any, rate: float = 0.2) -> Calibration:
 
 
 @contextmanager
-def _naming_x_seq(x_seq: Any) -> Iterator[None]:
+def _explaining_model_errors(x_seq: Any) -> Iterator[None]:
     """Errors of the model's first call say what it was called with."""
     try:
         yield
@@ -157,7 +157,7 @@ class _Trial:
 
     def __init__(self, model: nn.Module, inputs: tuple[Any, ...], rate: float, group: Any) -> None:
         self._read_parameters(model)
-        self._model, _ = unfuse(copied(model), inplace=True)
+        self._model, _ = unfuse(copy_model(model), inplace=True)
         for name in dict(asgl_layers(model)).keys() - dict(asgl_layers(self._model)).keys():
             convert(self._model.get_submodule(name), inplace=True)  # fuse had converted it
         for mine, other in zip(self._model.eval().modules(), model.modules(), strict=True):
@@ -193,7 +193,7 @@ class _Trial:
                 elif value.numel() and (first := owners.setdefault(value.data_ptr(), name)) != name:
                     self._problems |= {first: f"shared with {name}", name: f"shared with {first}"}
 
-    def _scale(self, site: _Site, factor: float) -> None:
+    def _set_factor(self, site: _Site, factor: float) -> None:
         """Sets the weight to its original value times the factor."""
         with torch.no_grad():
             self._parameters[site.weight].copy_(self._weights[site.weight] * factor)
@@ -207,38 +207,40 @@ class _Trial:
         devices = {value.device.index for value in self._parameters.values() if value.is_cuda}
         with ExitStack() as hooks, torch.random.fork_rng(devices):  # every run draws the same random numbers
             for layer in self.neurons:  # hooks that stay would be reference cycles
-                hooks.callback(layer.register_forward_hook(self._look, with_kwargs=True, prepend=True).remove)
-            self._model(*_cut(self._inputs))
+                hooks.callback(layer.register_forward_hook(self._record_call, with_kwargs=True, prepend=True).remove)
+            self._model(*_start_new_graphs(self._inputs))
         sites = [site for site in self._sites.values() if site.calls]
         return {site: self._rate_of(site, [call[-1] for call in site.calls]) for site in sites}
 
-    def prepare(self, before: dict[_Site, float]) -> None:
+    def measure_biases(self, before: dict[_Site, float]) -> None:
         """Runs the model with all weights at 0, to find what biases alone give to the neurons."""
         for site in before:
-            self._scale(site, 0.0)
+            self._set_factor(site, 0.0)
         self.run()
         for site in before:
-            self._scale(site, 1.0)
+            self._set_factor(site, 1.0)
             site.biases = [x for _, x, *_ in site.calls]
 
-    def _look(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    def _record_call(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Records a call of neurons. The last one sets the weight, unless earlier ones preceded others' new weights."""
         given = inspect.signature(layer.forward).bind(*args, **kwargs)
         x, residual = given.args[0], given.arguments.pop("residual", None)
-        key = self.neurons[layer], self._weight_behind(layer, x, residual)
+        key = self.neurons[layer], self._scaling_weight(layer, x, residual)
         site = self._sites.setdefault(key, _Site(*key, self._rate))
         site.since = site.since if site.calls else self.scaled
-        site.calls.append((layer, x.detach().clone(), given.args[1:], given.kwargs, _cut(output)))
+        site.calls.append((layer, x.detach().clone(), given.args[1:], given.kwargs, _start_new_graphs(output)))
         is_fresh = site.since == self.scaled
         is_last = [each.shape for _, each, *_ in site.calls] == [each.shape for each in site.biases]
-        return self._set(site) if is_fresh and is_last else site.calls[-1][-1]
+        return self._fit_weight(site) if is_fresh and is_last else site.calls[-1][-1]
 
-    def _set(self, site: _Site) -> Any:
+    def _fit_weight(self, site: _Site) -> Any:
         """Scales the weight for the rate, and returns the output of the last call with it."""
         outputs = [output for *_, output in site.calls]
         if self.is_reached(site, self._rate_of(site, outputs)):
             return outputs[-1]
-        rates = _search(lambda power: self._rate_of(site, self._again(site, 2**power)), self._rate, site.tolerance / 2)
+        rates = _search_factor(
+            lambda power: self._rate_of(site, self._repeat_calls(site, 2**power)), self._rate, site.tolerance / 2
+        )
         best = min(rates, key=lambda power: abs(rates[power] - self._rate))
         least, most = min(rates.values()), max(rates.values())
         is_jump = least < self._rate < most and 0.5 <= rates[best] / self._rate <= 2
@@ -246,16 +248,16 @@ class _Trial:
             seen = (f"{rates[power]:.3g} at the factor {2**power:.3g}" for power in (min(rates), max(rates)))
             is_elsewhere = least < most and not least < self._rate < most
             advice = f"; rates from {least:.3g} to {most:.3g} were found" if is_elsewhere else ""
-            raise self.error_at(site, " and ".join(seen) + advice)
-        output = _cut(self._again(site, 2**best)[-1])
+            raise self.unreachable_rate_error(site, " and ".join(seen) + advice)
+        output = _start_new_graphs(self._repeat_calls(site, 2**best)[-1])
         site.factor *= 2**best
         site.found = rates[best]
         self.scaled += 1
         return output
 
-    def _again(self, site: _Site, factor: float) -> list[Any]:
+    def _repeat_calls(self, site: _Site, factor: float) -> list[Any]:
         """The outputs of the neurons with another factor on their weight, from rest."""
-        self._scale(site, site.factor * factor)
+        self._set_factor(site, site.factor * factor)
         outputs, parts = list[Any](), dict[int, Any]()  # by the part of an earlier output that a call was given
         for layer, *_ in site.calls:
             reset(layer)
@@ -284,18 +286,20 @@ class _Trial:
         """Whether a rate is the wanted one, or the nearest that was found."""
         return min(abs(measured - self._rate), abs(measured - site.found)) <= site.tolerance
 
-    def error_at(self, site: _Site, seen: str) -> ValueError:
+    def unreachable_rate_error(self, site: _Site, seen: str) -> ValueError:
         """The error that no factor leads to the rate; `seen` are the rates that were found."""
         return ValueError(
             f"{_CALLER}: {site.layer or 'the model'}: no factor on {site.weight} makes it fire at {self._rate:g}; the "
             f"rate is {seen}"
         )
 
-    def _weight_behind(self, layer: Any, x: Tensor, residual: Tensor | None) -> str:
+    def _scaling_weight(self, layer: Any, x: Tensor, residual: Tensor | None) -> str:
         """The name of the only weight that scales the input of these neurons, up to biases."""
         normalises = isinstance(layer, BatchNormLIF)
-        paths = self._paths(x) if not normalises else {self._names[id(layer.weight)]} if layer.affine else set()
-        paths |= set() if residual is None else self._paths(residual) | {None}
+        paths = (
+            self._nearest_weights(x) if not normalises else {self._names[id(layer.weight)]} if layer.affine else set()
+        )
+        paths |= set() if residual is None else self._nearest_weights(residual) | {None}
         weight, name = next(iter(paths), None), self.neurons[layer]
         if weight is not None and len(paths) == 1 and weight not in self._problems:
             if (other := self._layers.setdefault(weight, name)) == name:
@@ -310,7 +314,7 @@ class _Trial:
             "normalisation before these neurons, or use asgl_cuda.BatchNormLIF"
         )
 
-    def _paths(self, x: Tensor) -> set[str | None]:
+    def _nearest_weights(self, x: Tensor) -> set[str | None]:
         """The nearest weights in the graph of x; None for a path without weight to earlier neurons."""
         found: set[str | None] = set()
         seen, waiting = set[Any](), [x.grad_fn]
@@ -319,7 +323,7 @@ class _Trial:
             if node is None or node in seen:
                 continue
             seen.add(node)
-            leaves = {each: _leaf_behind(each) for each, _ in node.next_functions if each is not None}
+            leaves = {each: _leaf_of_node(each) for each, _ in node.next_functions if each is not None}
             names = {self._names.get(id(leaf)) for leaf in leaves.values() if leaf is not None}
             weights = names & self._weights.keys()
             found |= weights or names & {None}
@@ -327,7 +331,7 @@ class _Trial:
         return found
 
 
-def _search(rate_at: Callable[[float], float], rate: float, tolerance: float) -> dict[float, float]:
+def _search_factor(rate_at: Callable[[float], float], rate: float, tolerance: float) -> dict[float, float]:
     """Rates by log2 of the factor, up to the wanted one, which is bracketed outwards from 0."""
     rates = {0.0: rate_at(0.0)}
     is_above = rates[0.0] > rate
@@ -343,18 +347,18 @@ def _search(rate_at: Callable[[float], float], rate: float, tolerance: float) ->
     return rates
 
 
-def _source(value: Tensor) -> Tensor:
+def _start_new_graph(value: Tensor) -> Tensor:
     """The value detached, as the start of a new graph."""
     is_number = value.is_floating_point() or value.is_complex()
     return value.clone().detach().requires_grad_().clone() if is_number else value  # leaves can't be changed in place
 
 
-def _cut(values: Any) -> Any:
+def _start_new_graphs(values: Any) -> Any:
     """The values with detached tensors, which begin new graphs."""
-    return _pytree.tree_map_only(Tensor, _source, values)
+    return _pytree.tree_map_only(Tensor, _start_new_graph, values)
 
 
-def _leaf_behind(node: Any) -> Tensor | None:
+def _leaf_of_node(node: Any) -> Tensor | None:
     """The leaf from which nodes with one input each lead here, as of a transposed weight."""
     while not hasattr(node, "variable"):
         inputs = [each for each, _ in node.next_functions if each is not None]

@@ -106,7 +106,7 @@ def parameter_groups(
     # given.
     decayed = {} if weight_decay is None else {"weight_decay": weight_decay}
     if by_adam and neurons:
-        _watch_optimizers()
+        _register_step_hooks()
     more = {"weight_decay": 0.0, **({_BY_ADAM: True} if by_adam else {})}
     groups: list[dict[str, Any]] = [
         {"name": "weights", "params": weights, "lr": lr, **decayed},
@@ -131,7 +131,7 @@ def _is_likely_silent(model: nn.Module) -> bool:
         return all(0.95 < float(each.abs().max()) * each.shape[1:].numel() ** 0.5 < 1.01 for each in weights)
 
 
-def _before_step(optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+def _hook_before_step(optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
     """Adam's step for the groups that ask for it, before the optimizer's own, or at the end of its closure."""
     groups = [] if isinstance(optimizer, _ADAM) else [each for each in optimizer.param_groups if each.get(_BY_ADAM)]
     if not groups:
@@ -142,13 +142,17 @@ def _before_step(optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         _step_by_adam(optimizer, groups)
         return None
 
-    def and_step() -> Any:
+    def closure_and_adam_step() -> Any:
         """The closure, followed by Adam's step."""
         loss = closure()
         _step_by_adam(optimizer, groups)
         return loss
 
-    return (args, {**kwargs, "closure": and_step}) if named else ((args[0], and_step, *args[2:]), kwargs)
+    return (
+        (args, {**kwargs, "closure": closure_and_adam_step})
+        if named
+        else ((args[0], closure_and_adam_step, *args[2:]), kwargs)
+    )
 
 
 def _step_by_adam(optimizer: Any, groups: list[dict[str, Any]]) -> None:
@@ -170,14 +174,14 @@ def _step_by_adam(optimizer: Any, groups: list[dict[str, Any]]) -> None:
     optimizer._asgl_hidden = hidden
 
 
-def _after_step(optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _hook_after_step(optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Gives back the gradients that were hidden from the optimizer."""
     for value, grad in optimizer.__dict__.pop("_asgl_hidden", ()):
         value.grad = grad
 
 
 @cache
-def _watch_optimizers() -> None:
+def _register_step_hooks() -> None:
     """Sets the hooks, once in a process; they act on groups of this key alone."""
-    register_optimizer_step_pre_hook(_before_step)
-    register_optimizer_step_post_hook(_after_step)
+    register_optimizer_step_pre_hook(_hook_before_step)
+    register_optimizer_step_post_hook(_hook_after_step)

@@ -96,7 +96,7 @@ class FiringRates:
         self._sums.clear()
         rates = {name: total / count for name, (total, count) in sums.items()}
         if (group := sharing(self._process_group, _CALLER)) is not None:
-            rates = self._shared(rates, sums, group)
+            rates = self._averaged_over_processes(rates, sums, group)
         if not rates:
             raise RuntimeError(
                 f"{_CALLER}: since the rates were last taken, no layer was called with gradients and after start(); if "
@@ -104,7 +104,9 @@ class FiringRates:
             )
         return rates
 
-    def _shared(self, rates: dict[str, Tensor], sums: dict[str, tuple[Any, int]], group: Any) -> dict[str, Tensor]:
+    def _averaged_over_processes(
+        self, rates: dict[str, Tensor], sums: dict[str, tuple[Any, int]], group: Any
+    ) -> dict[str, Tensor]:
         """The rates of all processes, with gradients of this one that are to be averaged."""
         device = next((rate.device for rate in rates.values()), None)
         given = [sums.get(name, (torch.zeros(()), 0)) for name in self._layers]  # the same layers in all processes

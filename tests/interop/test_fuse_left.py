@@ -367,7 +367,7 @@ def test_normalisations():
         of_a_user(lambda norm, x, self: norm(x) / 2): "its output goes to truediv",
         of_a_user(lambda norm, x, self: 2 * (norm(x) + x)): "the sum of its output and another goes to rmul",
         of_a_user(lambda norm, x, self: norm(x) + norm(2 * x)): "its output goes to add",
-        of_a_user(lambda norm, x, self: norm(x), neurons=3): "its class defines neurons, a name that fused layers use",
+        of_a_user(lambda norm, x, self: norm(x), outcome=3): "its class defines outcome, a name that fused layers use",
         replaced: "its forward is an attribute of the module, not the method of its class",
         nn.GroupNorm(1, C): None,
     }

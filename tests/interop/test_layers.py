@@ -599,7 +599,7 @@ def test_negative_decays_are_kept(name, monkeypatch):
     made, whole = case(name, whole=True)
     (x_seq,) = inputs(name, 1, torch.float32)
     expected = run(made, x_seq)[0]
-    monkeypatch.setattr(type(whole.layer), "by_steps", lambda *given: pytest.fail("step by step"))
+    monkeypatch.setattr(type(whole.layer), "loop_over_steps", lambda *given: pytest.fail("step by step"))
     for call in (whole, torch.compile(whole, backend="eager")):
         asgl_cuda.reset(whole)
         torch.testing.assert_close(flat(call(x_seq)), expected, check_dtype=False)

@@ -476,8 +476,9 @@ def test_one_that_overrides_in_other_ways():
 
 @pytest.mark.parametrize(
     ("base", "name"),
-    [(snntorch.Leaky, "step"), (neuron.LIFNode, "width"), (layers.LIF, "settings"), (neuron.LIFNode, "multi_spike"),
-     (snntorch.Leaky, "_last"), (neuron.LIFNode, "_analog_prob"), (neuron.LIFNode, "_analog_prob_data"),
+    [(snntorch.Leaky, "compute_step"), (neuron.LIFNode, "width"), (layers.LIF, "settings"),
+     (neuron.LIFNode, "multi_spike"), (snntorch.Leaky, "_last"), (neuron.LIFNode, "_analog_prob"),
+     (neuron.LIFNode, "_analog_prob_data"),
      (neuron.LIFNode, "original"), (layers.LIF, "_least")],
 )  # fmt: skip
 def test_one_with_a_name_of_converted_layers(base, name):

@@ -39,7 +39,7 @@ _ELSEWHERE = {"time_dim", "backend", "device", "dtype", "delay"}  # arguments of
 _LEARNED = {"learn_width": "log_width", "learn_decay": "logit_decay", "learn_threshold": "threshold"}
 
 
-def require(name: str, dt: Any, caller: str) -> Any:
+def import_and_check_dt(name: str, dt: Any, caller: str) -> Any:
     """Imports a module of nir or nirtorch; checks the length of a step."""
     try:
         module = importlib.import_module(name)
@@ -50,7 +50,7 @@ def require(name: str, dt: Any, caller: str) -> Any:
 
 
 @contextmanager
-def naming(where: str) -> Iterator[None]:
+def named_in_errors(where: str) -> Iterator[None]:
     """Errors inside, of a layer or of torch, become one line that names the layer or node."""
     try:
         yield
@@ -68,7 +68,7 @@ def as_double(value: Any) -> Tensor:
     return torch.as_tensor(value, dtype=torch.float64, device="cpu").detach()
 
 
-def as_shape(sizes: Sequence[int]) -> Any:
+def as_nir_shape(sizes: Sequence[int]) -> Any:
     """Sizes as NIR has them, an array of int64."""
     return torch.tensor(sizes, dtype=torch.int64).numpy()
 
@@ -119,7 +119,7 @@ def per_neuron(layer: LIF | LeakyIntegrator, value: Tensor | float, shape: Seque
     return value.expand(tuple(shape))
 
 
-def numbers_of(layer: Any, shape: Sequence[int]) -> dict[str, Tensor]:
+def constants_of_layer(layer: Any, shape: Sequence[int]) -> dict[str, Tensor]:
     """The numbers that a node has of a layer, one per neuron; of a LIF in units with input_gain 1 and v_rest 0."""
     numbers = {"decay": layer.decay, "input_gain": layer.input_gain, "v_rest": layer.v_rest}
     if isinstance(layer, LIF):
@@ -138,7 +138,7 @@ def spike_heights(layer: LIF, shape: Sequence[int]) -> Tensor:
 
 
 def metadata_of(layer: LIF | LeakyIntegrator, dt: float) -> dict[str, Any]:
-    """The metadata from which `restored` makes the layer: numbers, strings, arrays and dicts, which files support."""
+    """The metadata from which `layer_from_metadata` restores the layer, in types that NIR's files can store."""
     kind: Any = LIF if isinstance(layer, LIF) else LeakyIntegrator
     options: dict[str, Any] = {}
     for name in kind.__init__.__kwdefaults__.keys() - _ELSEWHERE:
@@ -147,16 +147,16 @@ def metadata_of(layer: LIF | LeakyIntegrator, dt: float) -> dict[str, Any]:
         elif (value := getattr(layer, f"_{name}", getattr(layer, name, None))) is not None:  # _name: as last set
             options[name] = as_double(value).numpy() if isinstance(value, Tensor) else value
     learned = {name: as_double(value).numpy() for name, value in layer.named_parameters() if name in _LEARNED.values()}
-    ours = {"dt": dt, "options": options, "num_features": as_shape(layer.num_features), "parameters": learned}
+    ours = {"dt": dt, "options": options, "num_features": as_nir_shape(layer.num_features), "parameters": learned}
     if isinstance(layer, LIF):
         ours |= {"reset": "soft" if layer.v_reset is None else "hard", "strict_threshold": layer.strict_threshold}
         ours["width"] = as_double(layer.width).reshape(-1).numpy()
     return ours
 
 
-def restored(ours: Any, kind: Any, said: dict[str, Tensor]) -> Any:
+def layer_from_metadata(ours: Any, kind: Any, said: dict[str, Tensor]) -> Any:
     """The layer of the metadata, which must agree with `said`, the numbers of the node."""
-    with naming(f"metadata[{KEY!r}] can't be used; delete it to read the numbers of the node alone"):
+    with named_in_errors(f"metadata[{KEY!r}] can't be used; delete it to read the numbers of the node alone"):
         # Graphs that were read from a file have numbers of numpy, and arrays for values that differ between neurons.
         options = {
             name: as_double(value) if getattr(value, "ndim", 0) else value.item() if hasattr(value, "item") else value
@@ -166,14 +166,14 @@ def restored(ours: Any, kind: Any, said: dict[str, Tensor]) -> Any:
         layer = kind([int(size) for size in ours["num_features"]] or None, **options, dtype=torch.float64)
         layer.load_state_dict({name: as_double(value) for name, value in ours["parameters"].items()})
         for name, number in said.items():
-            value = numbers_of(layer, number.shape)[name]
+            value = constants_of_layer(layer, number.shape)[name]
             if not torch.allclose(number, value, rtol=1e-5, atol=1e-6):
                 says = f"numbers say {name} {range_of(number)} and metadata say {range_of(value)}"
                 raise ValueError(f"{says}, with the step dt = {ours['dt']} of the metadata")
     return layer
 
 
-def step_of(node: Any, dt: float, tau: str = "tau", r: str = "r") -> tuple[Tensor, Tensor]:
+def decay_and_gain_of_node(node: Any, dt: float, tau: str = "tau", r: str = "r") -> tuple[Tensor, Tensor]:
     """Decay and gain, per step of length dt, of a node with a time constant and a resistance."""
     gain, time = as_double(getattr(node, r)), getattr(node, tau, None)
     if time is None:  # IF and I
@@ -188,9 +188,9 @@ def step_of(node: Any, dt: float, tau: str = "tau", r: str = "r") -> tuple[Tenso
     return decay, torch.where((gain - 1).abs() < 1e-6, 1.0, gain)
 
 
-def numbers_of_node(node: Any, dt: float, tau: str = "tau") -> dict[str, Tensor]:
-    """The numbers of a firing node, as `numbers_of` has them of a layer, of one shape."""
-    decay, gain = step_of(node, dt, tau)
+def constants_of_node(node: Any, dt: float, tau: str = "tau") -> dict[str, Tensor]:
+    """The numbers of a firing node, as `constants_of_layer` has them of a layer, of one shape."""
+    decay, gain = decay_and_gain_of_node(node, dt, tau)
     if not (gain > 0).all():
         raise ValueError(f"r must be > 0, got {range_of(as_double(node.r))}")
     v_reset = 0.0 if getattr(node, "v_reset", None) is None else node.v_reset
@@ -199,18 +199,18 @@ def numbers_of_node(node: Any, dt: float, tau: str = "tau") -> dict[str, Tensor]
     return dict(zip(("decay", "v_threshold", "v_reset"), found, strict=True))
 
 
-def integrator_of(node: Any, dt: float, tau: str = "tau", r: str = "r") -> nn.Module:
+def integrator_of_node(node: Any, dt: float, tau: str = "tau", r: str = "r") -> nn.Module:
     """An integrator, after a Scale if the gain differs between neurons."""
-    decay, gain = step_of(node, dt, tau, r)
+    decay, gain = decay_and_gain_of_node(node, dt, tau, r)
     scales = bool((gain != gain.max()).any())
     numbers = {"decay": decay, "input_gain": torch.ones(()) if scales else gain}
-    layer = new_layer(
+    layer = layer_with_constants(
         LeakyIntegrator, numbers | {"v_rest": as_double(getattr(node, "v_leak", 0.0) if r == "r" else 0.0)}
     )
     return nn.Sequential(Scale(gain), layer) if scales else layer
 
 
-def new_layer(kind: Any, numbers: dict[str, Tensor], **options: Any) -> Any:
+def layer_with_constants(kind: Any, numbers: dict[str, Tensor], **options: Any) -> Any:
     """A layer with these constants, some of them by neuron."""
     values: dict[str, Any] = {name: float(value.flatten()[0]) for name, value in numbers.items()}
     for name, value in numbers.items():
