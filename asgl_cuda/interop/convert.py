@@ -41,6 +41,8 @@ class Left(NamedTuple):
 
 
 class _Rows(NamedTuple):
+    """The fields of `Report`, which is a subclass because a NamedTuple can't have other attributes."""
+
     replaced: list[Replaced]
     left: list[Left]
 
@@ -71,7 +73,7 @@ class _ASGL(NamedTuple):
 
 
 def _checked_asgl(asgl: Mapping[str, Any] | None) -> _ASGL | None:
-    """The options in `asgl`, or None without it."""
+    """Checks the argument `asgl` and fills in its defaults. Returns None if it is None."""
     if asgl is None:
         return None
     if not isinstance(asgl, Mapping):
@@ -81,7 +83,7 @@ def _checked_asgl(asgl: Mapping[str, Any] | None) -> _ASGL | None:
         )
     if unknown := set(asgl) - set(_ASGL._fields):
         known, got = ", ".join(_ASGL._fields), ", ".join(sorted(map(str, unknown)))
-        raise TypeError(f"{_CALLER}: asgl may have {known}, got {got}")
+        raise TypeError(f"{_CALLER}: the keys of asgl must be among {known}, got {got}")
     surrogate, width, analog_prob, learn_width = _ASGL(**asgl)
     learn_width = check_bool("learn_width", learn_width, _CALLER)
     if width is not None:
@@ -95,6 +97,7 @@ def _checked_asgl(asgl: Mapping[str, Any] | None) -> _ASGL | None:
 
 
 def _name_and_placement(module: nn.Module) -> tuple[str, str] | None:
+    """For a module of a library that `OverTime` refuses: its class and where it belongs. None for other modules."""
     outside = next((text for each in libraries() if (text := each.placement_outside_over_time(module))), None)
     return None if outside is None else (bare_class(module).__name__, outside)
 
@@ -261,19 +264,19 @@ def convert(
 
 
 def _check_unconverted(model: nn.Module) -> None:
-    """Refuses a model whose converted layers would keep the settings that they have."""
+    """Raises ValueError if a layer is converted already, because it would keep the settings that it has."""
     paths = [path or "(the model)" for path, layer in model.named_modules() if isinstance(layer, Converted)]
     if paths:
         names = ", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
         raise ValueError(
-            f"{_CALLER}: {names}: converted already, and asgl and backend apply only to layers that are not; convert "
+            f"{_CALLER}: asgl and backend can't be applied to layers that are converted already, got {names}; convert "
             "the original layers, with asgl_cuda.convert(asgl_cuda.revert(model)[0], ...)"
         )
 
 
 def _report_notes(model: nn.Module, report: Report) -> list[str]:
-    """Advice on speed, hooks that no longer fire, or why nothing was found."""
-    advice: dict[str, list[str]] = {}  # paths by text of the advice
+    """The notes of a report: advice on speed, hooks that are no longer called, or why nothing was replaced."""
+    advice: dict[str, list[str]] = {}  # the paths of the layers for each advice
     for path, *_ in report.replaced:
         layer: Any = model.get_submodule(path)
         for text in _notes_on_layer(layer, isinstance(model, InSequences)):
@@ -291,7 +294,10 @@ def _report_notes(model: nn.Module, report: Report) -> list[str]:
     kinds = {type(module).__name__ for module in model.modules() if next(module.children(), None) is None}
     imported = ", ".join(name for name in LIBRARIES if name in sys.modules) or "none"
     known = ", ".join(LIBRARIES)
-    return [f"no known neurons among {', '.join(sorted(kinds))}; of {known}, imported: {imported}"]
+    return [
+        f"no neurons that convert knows among {', '.join(sorted(kinds))}; it knows those of {known} once these are "
+        f"imported; imported: {imported}"
+    ]
 
 
 def _notes_on_layer(layer: Any, in_loop: bool) -> Iterator[str]:
@@ -308,7 +314,7 @@ def _notes_on_layer(layer: Any, in_loop: bool) -> Iterator[str]:
 
 
 def model_or_copy(model: nn.Module, inplace: bool, caller: str) -> nn.Module:
-    """The model, or a copy registered with the libraries; checks both arguments."""
+    """The model if `inplace`, otherwise a copy that is registered with its library. Checks both arguments."""
     check_module(model, caller)
     if check_bool("inplace", inplace, caller):
         return model
@@ -325,7 +331,7 @@ def model_or_copy(model: nn.Module, inplace: bool, caller: str) -> nn.Module:
 
 
 def copy_model(model: nn.Module, share: Iterable[Tensor] = ()) -> nn.Module:
-    """A deep copy of all except `share`. Non-leaf tensors, as potentials after a call, are copied detached."""
+    """A deep copy that shares the tensors in `share`. Non-leaf tensors, such as potentials, are detached."""
     memo: dict[int, Any] = {id(value): value for value in share}
     for module in model.modules():
         attributes = vars(module)
@@ -340,8 +346,8 @@ def copy_model(model: nn.Module, share: Iterable[Tensor] = ()) -> nn.Module:
 
 
 def _copy_hooks(memo: dict[int, Any]) -> None:
-    """Registers the hooks of copied tensors again, which deepcopy drops."""
-    for value in memo.get(id(memo), ()):  # deepcopy keeps the originals there
+    """Registers the hooks of the original tensors on their copies, because deepcopy drops hooks."""
+    for value in memo.get(id(memo), ()):  # where deepcopy keeps the originals
         if not isinstance(value, Tensor) or not value.is_leaf or memo[id(value)] is value:
             continue
         for hook in (value._backward_hooks or {}).values():

@@ -33,7 +33,7 @@ class Settings(NamedTuple):
 
 
 class Overlay(nn.Module):
-    """The base of classes inserted before a layer's class.
+    """Base of the classes that are inserted before a layer's class, to give the layer another forward.
 
     The layer remains an instance of its class, with its parameters, buffers, state, hooks and names; the library's
     functions to reset, detach or copy layers still work. Removing the class restores the layer.
@@ -41,7 +41,7 @@ class Overlay(nn.Module):
 
     prefix: str  # prefix of the names of classes that `overlaid_class` makes
 
-    # The overlay from which `overlaid_class` made this class.
+    # The two classes of which `overlaid_class` made this one.
     overlay: type[Overlay]
     original: type[nn.Module]
 
@@ -52,7 +52,7 @@ class Overlay(nn.Module):
 
     @classmethod
     def bases_and_namespace(cls, original: type[nn.Module]) -> tuple[tuple[type, ...], dict[str, Any]]:
-        """The bases of the class for layers of `original`, and names of its own."""
+        """Bases and namespace of the class that `overlaid_class` makes for layers of class `original`."""
         return (cls, original), {}
 
     def remove_overlay(self) -> None:
@@ -60,7 +60,7 @@ class Overlay(nn.Module):
         self.__class__ = self.original  # type: ignore[assignment]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        # `_new_module` remakes the class, which pickle can't find by name.
+        # pickle can't find a class by name that was made at run time, so `_new_module` makes it again.
         _, _, *rest = tuple(super().__reduce_ex__(protocol))
         return _new_module, _overlays_and_class(type(self)), *rest
 
@@ -69,7 +69,7 @@ _made: dict[tuple[type[Overlay], type[nn.Module]], Any] = {}
 
 
 def overlaid_class(overlay: type[Overlay], original: type[nn.Module]) -> Any:
-    """`original` with `overlay` before it; cached."""
+    """The class with `overlay` before `original`, made once."""
     if (overlay, original) not in _made:
         bases, more = overlay.bases_and_namespace(original)
         names = {"overlay": overlay, "original": original, "__module__": overlay.__module__, **more}
@@ -84,12 +84,12 @@ def bare_class(layer: nn.Module) -> type[nn.Module]:
 
 
 def _overlays_and_class(made: type[nn.Module]) -> tuple[Any, ...]:
-    """The overlays in order, then the bare class."""
+    """The overlays of a class from first to last, then the class of the library."""
     return (made.overlay, *_overlays_and_class(made.original)) if issubclass(made, Overlay) else (made,)
 
 
 def _new_module(*parts: Any) -> nn.Module:
-    """An empty module of the class that `_overlays_and_class` has taken apart, for pickle."""
+    """An empty module, for pickle, of the class that `_overlays_and_class` has split into `parts`."""
     *overlays, made = parts
     for overlay in reversed(overlays):
         made = overlaid_class(overlay, made)
@@ -100,22 +100,24 @@ def _new_module(*parts: Any) -> nn.Module:
 _MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
-
-FEEDBACK = ("feedback", "rec_connect", "recurrent")  # through which spikes return, in `dependencies`: why not, or None
+# Entries of `dependencies` for the module through which spikes return. The value is the reason why spikes can't return
+# through this module, or None if they can.
+FEEDBACK = ("feedback", "rec_connect", "recurrent")
 
 
 class Basis:
-    """What a layer was converted from, compared at each call.
+    """What a layer was at its conversion. Each call compares the layer with it.
 
-    These are the values of `dependencies`, with the attributes, tensors and closure of the spike function, and, of all
-    modules among them, whose forward is not called any more, methods and hooks.
+    It contains the values of `dependencies`, and the attributes, tensors and closure variables of the spike function.
+    For all modules among these, whose forward the converted layer does not call, it also contains methods and hooks.
 
-    Tensors are compared by identity and number of writes, and after a change of either by value: equal values, loaded
-    or of a copy, are no change. Compiled graphs compare neither tensors nor classes, closures, methods and hooks.
+    Tensors are compared by identity and version, and only if one of these has changed, by value. So loading equal
+    values, or copying the model, is not a change. Compiled code compares no tensors, classes, closures, methods and
+    hooks.
     """
 
     def __init__(self, layer: Converted) -> None:
-        self.mark: list[Any] = []  # methods and hooks at the last check
+        self.mark: list[Any] = []  # numbers of attributes, and ids of hooks, at the last check
         self.function = next(iter(layer.dependencies().values()))
         self.closure = _closure_variables(self.function)
         values, functions, replaced = self._objects_to_compare(layer)
@@ -125,7 +127,7 @@ class Basis:
         self._remember(self._values_to_compare(values, functions))
 
     def _objects_to_compare(self, layer: Converted) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-        """The values of `dependencies`; the spike function, if computed with, and the modules inside; all modules."""
+        """Three dicts: values of `dependencies`; the spike function, if it is used, and its modules; all modules."""
         values = layer.dependencies()
         name, function = next(iter(values.items()))
         functions: dict[str, Any] = {}
@@ -144,7 +146,7 @@ class Basis:
         return values, functions, _modules_among(values) | functions
 
     def _values_to_compare(self, values: dict[str, Any], functions: dict[str, Any]) -> dict[str, Any]:
-        """The values, and those of the functions."""
+        """`values`, and the attributes and tensors of `functions`."""
         is_compiling = torch.compiler.is_compiling()
         for name, each in functions.items():
             for attribute in self.own.get(name, ()):
@@ -155,14 +157,14 @@ class Basis:
         return values
 
     def _remember(self, values: dict[str, Any]) -> None:
-        """Keeps values, copies of their tensors, and the versions of these."""
+        """Stores the values, and copies and versions of the tensors among them."""
         self.values = values
         tensors = {name: each for name, each in values.items() if isinstance(each, Tensor)}
         self.copies = {name: each.detach().clone() for name, each in tensors.items()}
         self.versions = {name: each._version for name, each in tensors.items() if not each.is_inference()}
 
     def first_difference(self, layer: Converted) -> str | None:
-        """The first difference in words, or None."""
+        """The first difference between the layer now and at its conversion, in words, or None."""
         values, functions, replaced = self._objects_to_compare(layer)
         values, before = self._values_to_compare(values, functions), self.values
         is_compiling = torch.compiler.is_compiling()
@@ -177,7 +179,7 @@ class Basis:
         for name, value in values.items():
             old = self.copies.get(name, before.get(name))
             if not (value is old or _is_equal(value, old)):
-                if old is None and name in FEEDBACK:  # a sentence of `feedback_reason`
+                if old is None and name in FEEDBACK:  # `value` is then the sentence of `feedback_reason`
                     return str(value)
                 now, was = _describe(value), _describe(old)
                 return f"its {name} is {now}, and was {was}" if now != was else f"its {name} is another {now}"
@@ -187,7 +189,7 @@ class Basis:
         return self._replaced_method_or_hook(layer, replaced)
 
     def _replaced_method_or_hook(self, layer: Converted, replaced: dict[str, Any]) -> str | None:
-        """The first method that an attribute hides, or the first other hooks, in words."""
+        """The first method that an attribute replaces, or the first module with other hooks, in words, or None."""
         mark: list[Any] = [len(layer.__dict__)]
         for each in replaced.values():
             mark += (len(_attributes_of(each)), _hook_ids(each))
@@ -206,7 +208,7 @@ class Basis:
 
 
 def _closure_variables(function: Any) -> list[tuple[str, int]]:
-    """The names and places of a closure's variables whose types leave copies equal."""
+    """Names and indices of closure variables of types whose copies compare as equal."""
     if not isinstance(function, FunctionType):
         return []
     kinds = (Tensor, nn.Module, bool, int, float, str, type, FunctionType)
@@ -215,7 +217,7 @@ def _closure_variables(function: Any) -> list[tuple[str, int]]:
 
 
 def _modules_among(values: dict[str, Any]) -> dict[str, Any]:
-    """The modules among the values, and all that are inside, by name."""
+    """The modules among the values, and their submodules, by name."""
     found: dict[str, Any] = {}
     for name, each in values.items():
         if isinstance(each, nn.Module):
@@ -224,12 +226,12 @@ def _modules_among(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _attributes_of(function: Any) -> dict[str, Any]:
-    """The attributes of a function or module; none for objects that can't have any."""
+    """The attributes of a function or module; empty for objects that can't have attributes."""
     return getattr(function, "__dict__", {})
 
 
 def _hook_ids(function: Any) -> list[int]:
-    """The numbers of the hooks, which torch does not give twice."""
+    """The ids of a module's hooks. torch uses each id once."""
     return [each for hooks in HOOKS for each in getattr(function, hooks, ())]
 
 
@@ -237,26 +239,26 @@ def _is_equal(one: Any, other: Any) -> bool:
     """Whether two values of a dependency are equal; for modules, whether they are of one class."""
     if isinstance(one, Tensor) and isinstance(other, Tensor):
         return one.shape == other.shape and bool((one == other.to(one.device)).all())
-    if isinstance(one, nn.Module):  # whose attributes are compared; replicas are others
-        # Compiled code is an exception, because torch.export wraps shared modules in subclasses.
+    if isinstance(one, nn.Module):  # a replica is another object, and attributes are compared one by one
+        # In compiled code a subclass is equal as well, because torch.export wraps shared modules in subclasses.
         return type(one) is type(other) or (torch.compiler.is_compiling() and isinstance(one, type(other)))
     return not isinstance(one, Tensor) and not isinstance(other, Tensor) and bool(one == other)
 
 
 def _describe(value: Any) -> str:
-    """A value for an error: the name of a function or class, else the value."""
+    """A value in words, for an error: the name of a function or class, otherwise the value."""
     return getattr(value, "__name__", None) or (type(value).__name__ if isinstance(value, nn.Module) else shown(value))
 
 
 def version_of(tensor: Tensor) -> int:
-    """The number of writes to the tensor; not counted in inference mode."""
+    """The number of changes in place; 0 for an inference tensor, which does not count them."""
     return 0 if tensor.is_inference() else tensor._version
 
 
 class Converted(Overlay, Noisy):
     """The overlay of converted layers. Each library has a subclass, whose forward calls `lif`.
 
-    For a layer that does not fire, forward only calls `integrate`, without noise, width and `log_width`.
+    If the layer does not fire, its forward calls only `integrate`, and it has no noise, `width` and `log_width`.
     """
 
     prefix = "Converted"
@@ -268,11 +270,11 @@ class Converted(Overlay, Noisy):
     multi_spike = False  # several spikes per step, for which noise is not defined
     takes_one_step = property(lambda self: self.time_dim is None)  # whether a call takes one step
     takes_input_directly = True  # whether `lif` gets the layer's own input, as fusion with a normalisation requires
-    register_buffer = nn.Module.register_buffer  # an override costs 20 us per assignment of a buffer
+    register_buffer = nn.Module.register_buffer  # a library's override costs 20 us per assignment of a buffer
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        if "original" in vars(cls):  # made by `overlaid_class`, with a forward
+        if "original" in vars(cls):  # a class made by `overlaid_class`
             cls.forward = _wrapped_forward(cls.forward)
 
     @property
@@ -285,7 +287,7 @@ class Converted(Overlay, Noisy):
         return self.settings.spike.width if self.log_width is None else Logarithm(self.log_width).value()
 
     def description(self) -> str:
-        """The computation of the layer, in words."""
+        """The computation of the layer in words, for reports and `repr`."""
         if self.settings.spike is None:
             return "leaky_integrator"
         surrogate, width, gain, _ = self.settings.spike
@@ -303,7 +305,7 @@ class Converted(Overlay, Noisy):
         return f"{own}{', ' if own else ''}computed by asgl_cuda: {self.description()}"
 
     def begin_conversion(self, settings: Settings, analog_prob: float, learn_width: bool) -> None:
-        """Applies the settings of a conversion."""
+        """Stores the settings of a conversion, and what is to be compared at each call; adds a learned width."""
         self.settings = settings
         self._basis = Basis(self)
         if settings.spike is None:
@@ -324,11 +326,14 @@ class Converted(Overlay, Noisy):
         self.remove_overlay()
 
     def dependencies(self) -> dict[str, Any]:
-        """What the conversion depends on and what may change, by name: first the spike function, or None."""
+        """The values that must not change after the conversion, by name.
+
+        The first is the spike function, or None. A call with other values raises, see `Basis`.
+        """
         raise NotImplementedError
 
     def check_unchanged(self) -> None:
-        """Raises if the layer is not what it was converted from."""
+        """Raises RuntimeError if the layer has changed since its conversion."""
         reason = self._basis.first_difference(self)
         if reason is not None:
             raise RuntimeError(
@@ -337,11 +342,11 @@ class Converted(Overlay, Noisy):
             )
 
     def can_run_original(self) -> bool:
-        """Whether results equal the original layer's, and no backend is asked for."""
+        """Whether the library's own forward computes the same: there is no noise, `asgl` or requested backend."""
         return self.settings.backend is None and not self.settings.asgl and not getattr(self, "_has_noise", False)
 
     def prefers_original_step(self) -> bool:
-        """Whether to run the library's own forward: compilers fuse a step with the operations around."""
+        """Whether to run the library's own forward, which compilers fuse with the operations around it."""
         return torch.compiler.is_compiling() and self.can_run_original()
 
     def lif(self, x_seq: Tensor, **options: Any) -> LIFOutput:
@@ -351,7 +356,7 @@ class Converted(Overlay, Noisy):
         if dtype is not None and x_seq.dtype in HALF_TYPES:
             x_seq = x_seq.to(dtype)
         options = self._lif_options(x_seq, options)
-        if isinstance(x_seq, Pending):  # from the normalisation in front, which `fuse` has left to the layer
+        if isinstance(x_seq, Pending):  # a normalisation before this layer, which the layer computes as well
             result = computed_after(x_seq, self, "asgl_cuda.lif", {**LIF_DEFAULTS, **options})  # type: ignore[typeddict-item]
         else:
             result = lif(x_seq, **options)
@@ -360,7 +365,7 @@ class Converted(Overlay, Noisy):
         return result if result.s_seq.dtype is dtype else result._replace(s_seq=result.s_seq.to(dtype))
 
     def _lif_options(self, x_seq: Tensor, options: dict[str, Any]) -> dict[str, Any]:
-        """The options of `lif`: the given ones, and those of the layer's settings."""
+        """The options of `lif` from the layer's settings, completed by `options`."""
         width = self.width if self.log_width is None else Logarithm(self.log_width)
         return {
             "surrogate": self.settings.spike.surrogate,
@@ -373,9 +378,9 @@ class Converted(Overlay, Noisy):
         }
 
     def integrate(self, x_seq: Tensor, **options: Any) -> IntegratorOutput:
-        """`asgl_cuda.leaky_integrator`."""
+        """`asgl_cuda.leaky_integrator` on the layer's backend."""
         x_seq = tensor_of(x_seq, bare_class(self).__name__)
-        if self.settings.spike is None:  # else in `lif`
+        if self.settings.spike is None:  # layers that fire are checked in `lif`
             self.check_unchanged()
         options = _prepared_options(options, x_seq)
         result = leaky_integrator(as_floating(x_seq), return_v_last=True, backend=self.settings.backend, **options)
@@ -383,7 +388,7 @@ class Converted(Overlay, Noisy):
         return result
 
     def speed_advice(self) -> str | None:
-        """Advice on calls with whole sequences, for a layer called step by step."""
+        """Advice to call with whole sequences, for a layer that is called step by step, or None."""
         return _ADVICE if self.takes_one_step else None
 
     # ---- a layer in a recorded loop, see recording.py ----
@@ -394,7 +399,8 @@ class Converted(Overlay, Noisy):
         Layers that take one step per call override it; others are refused.
         """
         raise RuntimeError(
-            f"asgl_cuda.convert: with sequences, {recording.layer_name(self)} must take one step per call"
+            f"asgl_cuda.convert: with sequences, a neuron layer must take one step per call, but "
+            f"{recording.layer_name(self)} takes a whole sequence; use asgl_cuda.convert(model) without sequences"
         )
 
     def carried_states(self) -> dict[str, Any]:
@@ -406,14 +412,15 @@ class Converted(Overlay, Noisy):
         setattr(self, name, value)
 
     def compute_steps(self, x_seq: Tensor, states: dict[str, Any], wanted: set[str]) -> tuple[Any, Any]:
-        """All steps from these states: stacks of the results by name, of states only the `wanted`, and final states.
+        """Computes all steps of `x_seq`, starting from `states`.
 
-        States that the layer keeps are set before, and read after.
+        Returns two dicts by name: the stacked results, among them the states in `wanted`, and the final states. The
+        caller sets the states that the layer keeps itself before the call, and reads them after it.
         """
         raise NotImplementedError
 
     def __prepare_scriptable__(self) -> NoReturn:
-        """Refuses torch.jit.script, which calls this first, and torch.jit.trace."""
+        """Refuses torch.jit.script, which calls this method first. Also called for torch.jit.trace."""
         raise RuntimeError(
             f"asgl_cuda.convert: torch.jit can't take a converted {bare_class(self).__name__}; call asgl_cuda.revert "
             "before, or use torch.compile or torch.export"
@@ -425,19 +432,21 @@ _ADVICE = (
     '(sequences="loop" if the model\'s forward contains the loop over the steps)'
 )
 
-# An adapter's answer for a layer: the converting class and the spike function (None if the layer does not fire), or the
-# reason to leave the layer; None unless the layer is a neuron of the library.
+# What an adapter's `conversion_of` returns for a layer: the subclass of `Converted` and the spike function (None if the
+# layer does not fire); or, as text, the reason why the layer is left; or None if it is no neuron of the library.
 Conversion: TypeAlias = tuple[type[Converted], Callable[[Tensor], Tensor] | SpikeFunction | None] | str | None
 
-# An adapter's answer on streaming: how, or why not; None for a module without state.
+# What an adapter's `streaming_of` returns for a module: how it takes the steps of a stream; or, as text, why it can't;
+# or None if it has no state.
 InStream: TypeAlias = "Streamed | str | None"
 
 
 class Streamed(NamedTuple):
-    """How a module takes the steps of a stream: the time dimension of its input, and the attribute with its state.
+    """How a module takes the steps of a stream.
 
-    None for an input of one step, and without a single state, as in containers. With a switch the module carries its
-    state only while its attribute `stateful` is set.
+    `time_dim` is the time dimension of its input, or None if the input is one step. `state` is the name of the
+    attribute with its state, or None if no single attribute has it, as in containers. If `has_switch`, the module
+    carries its state from call to call only while its attribute `stateful` is set.
     """
 
     time_dim: int | None
@@ -448,7 +457,7 @@ class Streamed(NamedTuple):
 def float_if_scalar(value: Any) -> Any:
     """A zero-dimensional CPU tensor as a float, for cheaper calls; any other value unchanged.
 
-    Learned values are constants while gradients are disabled.
+    A value with a gradient is converted only while gradients are disabled.
     """
     if type(value) not in PLAIN_TENSORS or value.dim() or not value.is_cpu or torch.compiler.is_compiling():
         return value
@@ -456,11 +465,11 @@ def float_if_scalar(value: Any) -> Any:
 
 
 def _prepared_options(options: dict[str, Any], x_seq: Tensor) -> dict[str, Any]:
-    """The options, with integer tensors and scalars of other devices accepted as in PyTorch.
+    """The options, with integer tensors made floating point and scalars moved to the device of `x_seq`, as in PyTorch.
 
-    Values belong to a step: with more dimensions they would be taken for one of each time.
+    Raises ValueError for a tensor with more dimensions than a step of `x_seq`, as if it included time.
     """
-    time_dim, dims = options.get("time_dim", 0), x_seq.dim() - 1  # without time
+    time_dim, dims = options.get("time_dim", 0), x_seq.dim() - 1  # number of dimensions of a step
     for name, given in options.items():
         if not isinstance(given, Tensor):
             continue
@@ -489,7 +498,7 @@ def _wrapped_forward(forward: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(forward)
     def call(self: Converted, *args: Any, **kwargs: Any) -> Any:
-        """Records the call, refuses what forward can't take, or calls forward."""
+        """Records the call for torch.fx or a `Recording`, refuses torch.jit, or calls forward."""
         if not torch.compiler.is_compiling() and (found := current_recording()) is not None and not found.is_running:
             return self.record_step(found, *args, **kwargs)
         is_pending = bool(args) and isinstance(args[0], Pending)
@@ -507,7 +516,7 @@ def _wrapped_forward(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def replaced_method_reason(layer: nn.Module) -> str | None:
-    """The reason to leave a layer with a method replaced on the instance, or None."""
+    """Why a layer is left: an attribute of the instance replaces one of its methods. None if none does."""
     kind = bare_class(layer)
     for name in vars(layer):
         if name not in _FREE and inspect.isroutine(inspect.getattr_static(kind, name, None)):
@@ -516,7 +525,7 @@ def replaced_method_reason(layer: nn.Module) -> str | None:
 
 
 def name_clash_reason(layer: nn.Module, overlay: type[Converted]) -> str | None:
-    """The reason to leave a layer that has a name of `overlay`, by itself or by a user's class, or None."""
+    """Why a layer is left: it, or a user's class, uses a name that `overlay` uses. None if it does not."""
     library = overlay.__module__.rpartition(".")[2]
     ours = [each for each in overlay.__mro__ if not issubclass(nn.Module, each)]
     taken = {*vars(Converted), *(name for each in (Converted, Overlay, Noisy) for name in each.__annotations__)}
@@ -540,9 +549,10 @@ _FREE = {
 
 
 def known_class_or_reason(layer: nn.Module, known: Collection[Any], mixing: tuple[type[nn.Module], ...] = ()) -> Any:
-    """The class in `known` that computes the layer, or why there is none; classes of `mixing` have weights.
+    """The class in `known` that computes the same as the layer, or the reason why there is none.
 
-    It is the layer's own, or the base of a user's subclass that overrides nothing that results may depend on.
+    It is the layer's own class, or the base of a user's subclass that overrides nothing on which results may depend.
+    Layers of a class in `mixing` are refused, because they have weights between neurons or time steps.
     """
     kind = bare_class(layer)
     if kind in known:
@@ -557,7 +567,7 @@ def known_class_or_reason(layer: nn.Module, known: Collection[Any], mixing: tupl
 
 
 def override_reason(kind: type[nn.Module], base: type[nn.Module]) -> str | None:
-    """The reason to leave a layer of `kind`, a user's subclass of `base`, or None."""
+    """Why a layer of `kind`, a user's subclass of `base`, is left: an override that may change results. Or None."""
     for each in kind.__mro__:
         for name, value in vars(each).items():
             if name in _FREE or each in base.__mro__ or inspect.getattr_static(kind, name) is not value:

@@ -1,6 +1,7 @@
 """`fuse` and `unfuse`: normalisations computed by the neurons after them, and the inverse.
 
-Only the normalisation changes: it returns a `Pending`, which neurons take, and whatever else has computed.
+Only the normalisation changes. It returns a `Pending`, from which the neurons after it compute both. Any other code
+that uses the `Pending` gets the value that the normalisation would have returned.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from .converted import Converted, Overlay, bare_class, overlaid_class
 from .libraries import libraries
 
 _CALLER = "asgl_cuda.fuse"
-_CONVERTED = "_converted_by_fuse"  # an attribute of neurons, for `unfuse`
+_CONVERTED = "_converted_by_fuse"  # attribute of layers that `fuse` has converted, so that `unfuse` restores them
 
 # The last call of each normalisation, by id(normalisation). A call keeps its normalisation alive, so no other object
 # can have that id while the entry exists.
@@ -79,7 +80,7 @@ def fuse(model: nn.Module, *example: Any, inplace: bool = False) -> tuple[nn.Mod
     report = Report([], [])
     for path, each in model.named_modules():
         if isinstance(each, Fused):
-            report.left.append(Left(path, bare_class(each).__name__, "neurons compute it since an earlier fuse"))
+            report.left.append(Left(path, bare_class(each).__name__, "an earlier fuse has merged it already"))
     norms = [
         (path, each)
         for path, each in model.named_modules()
@@ -107,7 +108,7 @@ def fuse(model: nn.Module, *example: Any, inplace: bool = False) -> tuple[nn.Mod
         if example:
             report.replaced.append(_fused_row(path, joined[path], model.get_submodule(joined[path])))
         else:
-            report.notes = ["the first calls decide on the others; fuse(model, example) does so at once"]
+            report.notes = ["the first calls of the model decide on the others; fuse(model, example) decides at once"]
     return model, report
 
 
@@ -141,7 +142,7 @@ def unfuse(model: nn.Module, *, inplace: bool = False) -> tuple[nn.Module, Repor
 
 
 class Fused(Overlay):
-    """A normalisation whose output is a `Pending`."""
+    """The overlay of a normalisation whose output is a `Pending`, computed by the neurons after it."""
 
     prefix = "Fused"
 
@@ -150,14 +151,14 @@ class Fused(Overlay):
 
     @classmethod
     def bases_and_namespace(cls, original: type[nn.Module]) -> tuple[tuple[type, ...], dict[str, Any]]:
-        """The overlay comes after a user's class with a forward of its own, which then calls the overlay's."""
+        """As in the base class, but after a user's class with a forward of its own, which then calls the overlay's."""
         base = _normalisation_base(original)
         if base is None or base is original:
             return super().bases_and_namespace(original)
         return (original, overlaid_class(cls, base)), {"forward": _wrapped_forward(original.forward)}
 
     def forward(self, input: Any) -> Any:
-        if isinstance(input, fx.Proxy):  # a leaf, whose result is no tensor
+        if isinstance(input, fx.Proxy):  # torch.fx traces the layer as one call, without its computation
             return _leaf_call(self, input)
         input = tensor_of(input, self.original.__name__)
         is_compiling = torch.compiler.is_compiling()
@@ -170,7 +171,7 @@ class Fused(Overlay):
                 if last is None:  # otherwise its last call still needs the overlay
                     self.restore_original()
                 return forward(input)
-            reason = ""  # the callers take only tensors
+            reason = ""  # why this call must return a tensor
             if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
                 reason = "it is called by torch.jit.trace"
             # In backward a checkpoint calls the layer again; a reentrant checkpoint does so without hooks on saved
@@ -195,7 +196,7 @@ class Fused(Overlay):
         return Pending(call, call, 1 + has_time, input, watched=watched(input))
 
     def compute_alone(self, x: Tensor, training: bool, update: bool) -> Tensor:
-        """The output of the layer if no neurons take over the normalisation."""
+        """Computes the output for code other than neurons. Running statistics change only with `update`."""
         now = self.training, self.track_running_stats
         self.training, self.track_running_stats = training, now[1] and update
         try:
@@ -256,7 +257,7 @@ class Fused(Overlay):
         )
 
     def refusal(self, text: str, remedy: str = "") -> RuntimeError:
-        """The error for a use that the merged normalisation can't serve, with remedies."""
+        """The error for a use of the output that a merged normalisation does not support, with remedies."""
         self.note_left(text)
         return RuntimeError(
             f"{_CALLER}: {self.original.__name__} is computed by the neurons after it, but {text}; {remedy}"
@@ -265,12 +266,12 @@ class Fused(Overlay):
         )
 
     def note_taken(self, layer: Any) -> None:
-        """Notes that the neurons `layer` computed this normalisation."""
+        """Called by the neurons `layer` after they have computed this normalisation: notes it for the report."""
         if self.outcome is not None and not torch.compiler.is_compiling():
             self.outcome.add_joined(self, layer)
 
     def note_left(self, reason: str) -> None:
-        """Notes that this normalisation computed its value itself."""
+        """Notes, for the report, why this normalisation computed its value itself."""
         # Calls in backward do not count: a checkpoint may stop them before the neurons are called.
         if self.outcome is not None and not torch.compiler.is_compiling() and not in_backward():
             self.outcome.add_left(self, reason)
@@ -285,14 +286,14 @@ class Fused(Overlay):
 
 
 def make_fused(norm: Any, outcome: _Outcome | None = None) -> None:
-    """Makes a normalisation a `Fused`, undecided with an outcome to be found."""
+    """Gives a normalisation the overlay `Fused`. With an `outcome`, its calls decide whether it stays fused."""
     norm.__class__ = overlaid_class(Fused, type(norm))
     if outcome is not None:
         norm.outcome = outcome
 
 
 class _Outcome:
-    """What becomes of undecided normalisations, by path; a report of the user's own calls is kept up to date."""
+    """Which normalisations neurons compute, and which are left, as calls of the model show. Updates the `report`."""
 
     def __init__(self, model: nn.Module, report: Report | None = None) -> None:
         self.paths = weakref.WeakKeyDictionary({module: path for path, module in model.named_modules()})
@@ -301,7 +302,7 @@ class _Outcome:
         self.left: dict[str, str] = {}  # path of the normalisation: the reason
 
     def __reduce__(self) -> Any:
-        return type(None), ()  # copies of the model are decided
+        return type(None), ()  # in a copy of the model, calls change nothing more
 
     def add_joined(self, norm: nn.Module, layer: nn.Module) -> None:
         """Notes that the neurons `layer` took the normalisation."""
@@ -319,7 +320,7 @@ class _Outcome:
         self.left.setdefault(path, reason)
 
     def is_left(self, norm: nn.Module) -> bool:
-        """Whether the normalisation must go on computing its value itself."""
+        """Whether the normalisation is left: it computes its value itself from now on."""
         return self.paths.get(norm, "") in self.left
 
     def unused_outputs(self, reason: str) -> dict[str, str]:
@@ -334,7 +335,10 @@ def _fused_row(path: str, of_layer: str, layer: nn.Module) -> Replaced:
 
 
 def _try_example(model: nn.Module, paths: list[str], example: tuple[Any, ...]) -> tuple[dict[str, str], dict[str, str]]:
-    """The neurons that take each normalisation when copies are called, and the reasons to leave the others."""
+    """Calls copies of the model with the example, in training and in evaluation mode.
+
+    Returns the path of the neurons for each normalisation that neurons compute, and the reason for each that is left.
+    """
     refused: dict[str, str] = {}
     while True:
         joined: dict[str, str] = {}
@@ -350,9 +354,8 @@ def _try_example(model: nn.Module, paths: list[str], example: tuple[Any, ...]) -
             except Exception as error:
                 line = (str(error).splitlines() or [""])[0]
                 new = {path: reason for path, reason in outcome.left.items() if path not in refused}
-                new = new or outcome.unused_outputs(
-                    f"without its value the forward fails: {type(error).__name__}: {line}"
-                )
+                why = f"without its value the forward fails: {type(error).__name__}: {line}"
+                new = new or outcome.unused_outputs(why)
                 if not new:
                     raise
                 refused |= new
@@ -366,7 +369,7 @@ def _try_example(model: nn.Module, paths: list[str], example: tuple[Any, ...]) -
 
 
 def _call_with_example(model: nn.Module, example: tuple[Any, ...]) -> Any:
-    """The output for the example; random numbers stay as they are."""
+    """The output for copies of the example's tensors. Restores the states of the random number generators."""
     values = tree_map_only(Tensor, lambda each: each.detach().clone().requires_grad_(each.requires_grad), example)
     devices = {tensor.device.index for tensor in model.parameters() if tensor.is_cuda}
     with torch.random.fork_rng(sorted(devices)), torch.enable_grad():
@@ -407,7 +410,7 @@ def _leaf_call(norm: Any, input: fx.Proxy) -> fx.Proxy:
 
 
 def _wrapped_forward(forward: Any) -> Any:
-    """Wraps the forward of a user's normalisation."""
+    """Wraps the forward of a user's normalisation, to see whether it changes the output of its base class."""
 
     @functools.wraps(forward)
     def call(self: Fused, input: Any) -> Any:

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from ..reference.surrogates import SURROGATES
 
-_PROBES = (0.05, 0.11, 0.23, 0.37, 0.61, 0.79, 0.93, 1.3, 1.9, 2.7, 4.1)  # u / width
-_BY_DECADE = tuple(sign * 10.0**power for power in range(-9, 18) for sign in (-1, 1))  # u, within a window of FLAT
+# Values of u / width at which slopes are compared.
+_PROBES = (0.05, 0.11, 0.23, 0.37, 0.61, 0.79, 0.93, 1.3, 1.9, 2.7, 4.1)
+_BY_DECADE = tuple(sign * 10.0**power for power in range(-9, 18) for sign in (-1, 1))  # values of u; FLAT is wider
 # Values far from the threshold, and many near it, so that no random function passes. Their mean is not 0, because a
 # function may compare with the mean.
 _AROUND = (-1e3, *(-1e-9, 1e-9) * 32, 1e3, 1e3)
@@ -57,7 +58,7 @@ def _has_learned_values(function: Any) -> bool:
 
 
 def closure_values(function: Any) -> list[Any]:
-    """The variables of a closure."""
+    """The values of a function's closure variables."""
     return [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
 
 
@@ -86,7 +87,7 @@ def is_spike_function(function: Callable[[Tensor], Tensor]) -> bool:
 
 
 def _is_unit_step(function: Callable[[Tensor], Tensor]) -> bool:
-    """Whether the function is a step at 0."""
+    """Whether the function is 0 below and 1 above 0."""
     return function(torch.tensor(_AROUND, dtype=torch.float64)).tolist() == _FIRES
 
 
@@ -128,7 +129,7 @@ def _slopes(function: Callable[[Tensor], Tensor], u: Sequence[float]) -> Tensor:
 
 
 def _slope_shape(function: Callable[[Tensor], Tensor]) -> tuple[float, float]:
-    """The slope at the threshold, and u at half of this slope: infinity if beyond 10000."""
+    """The slope at the threshold, and the u at which it has fallen to half; infinity if that is beyond 10000."""
     peak = float(_slopes(function, [1e-15]))  # at 0 itself some surrogates have another slope, or none
     grid: list[float] = [10 ** (power / 4) for power in range(-24, 17)]
     slopes = _slopes(function, grid).tolist()

@@ -3,9 +3,9 @@
 j = i + x                                   without i, as in Box and IAF: j = x
 h = v + dt tau_mem_inv (j + v_leak - v)     IAF: v + x
 i = j - dt tau_syn_inv j
-spike = h > v_th;  v = v_reset or, with reset_subtract, h - v_th where it spiked; nothing is detached
+spike = h > v_th;  v = v_reset or, with reset_subtract, h - v_th where it spiked; no gradient is detached
 
-LIFRecurrent: x is input_weights x + recurrent_weights spike[t-1], and the spike in the reset is detached
+LIFRecurrent: input_weights x + recurrent_weights spike[t-1] replaces x, and the spike in the reset is detached
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .converted import Conversion, Converted, InStream, bare_class, float_if_sca
 from .recording import SPIKES, Recording
 from .recurrent import Recurrent, synaptic_inputs
 
-# Default step function, `activation`, of each convertible layer.
+# By class that can be converted: its own step function, the value of its attribute `activation`.
 _STEPS = {
     norse.LIF: norse.lif_feed_forward_step,
     norse.LIFCell: norse.lif_feed_forward_step,
@@ -38,9 +38,9 @@ _STEPS = {
     norse.LIFRecurrent: lif_step,
     norse.LIFRecurrentCell: lif_step,
 }
-# Layers that do not fire, converted for whole sequences alone, and the states of cells.
+# The same for layers that do not fire and are converted only for `convert(model, sequences=...)`.
 _READ_OUTS = {norse.LICell: norse.li_feed_forward_step, norse.LIBoxCell: norse.li_box_feed_forward_step}
-_STATES: dict[Any, Any] = {
+_STATES: dict[Any, Any] = {  # the state's class, by class of cell
     norse.LIFCell: norse.LIFFeedForwardState,
     norse.LIFBoxCell: norse.LIFBoxFeedForwardState,
     norse.IAFCell: norse.IAFFeedForwardState,
@@ -48,7 +48,7 @@ _STATES: dict[Any, Any] = {
     norse.LICell: norse.LIState,
     norse.LIBoxCell: norse.LIBoxState,
 }
-_FASTER = "its few operations a step are faster than a kernel's call"
+_FASTER = "its few operations per step are faster than the call of a kernel"
 _ADAPTIVE = "its threshold adapts; asgl_cuda.AdaptiveLIF is its counterpart"
 _LEFT = {
     norse.LSNN: _ADAPTIVE,
@@ -61,7 +61,7 @@ _NEURONS = (snn.SNN, snn.SNNCell, norse.ConstantCurrentLIFEncoder, ExpFilter, *_
 
 
 class ConvertedSNN(Converted):
-    """A sequence per call, or a step for a cell, with Norse's states."""
+    """A sequence per call or, for a cell, one step per call, with Norse's states."""
 
     @property
     def time_dim(self) -> int | None:  # type: ignore[override]
@@ -70,11 +70,11 @@ class ConvertedSNN(Converted):
 
     @property
     def takes_input_directly(self) -> bool:  # type: ignore[override]
-        """Whether spiking neurons get the input as it is, without a synaptic current."""
+        """Whether `lif` gets the layer's own input: the layer fires, and has no synaptic current."""
         return self.settings.spike is not None and not hasattr(self.p, "tau_syn_inv")
 
     def dependencies(self) -> dict[str, Any]:
-        """What a call must find as it was at the conversion, see `Converted.dependencies`."""
+        """Values that must not change after the conversion, see `Converted.dependencies`."""
         p, found = self.p, {"function": None, "activation": self.activation}
         found["state_fallback"] = getattr(self.state_fallback, "__func__", self.state_fallback)
         if self.settings.spike is not None:
@@ -82,11 +82,11 @@ class ConvertedSNN(Converted):
         return found
 
     def prefers_original_step(self) -> bool:
-        """Whether the library's own step runs: also for neurons that do not fire, whose steps are fast."""
+        """Whether to run Norse's own step: also if the layer does not fire, because its steps are fast."""
         return self.settings.spike is None or super().prefers_original_step()
 
     def record_step(self, recording: Recording, input_tensor: Any, state: Any = None) -> Any:
-        """A step of a cell, recorded: spikes and the next state."""
+        """Records a step of a cell. Returns its spikes and its next state."""
         if self.time_dim is not None:
             return super().record_step(recording, input_tensor, state)
         kind = _STATES[known_class_or_reason(self, _STATES)]
@@ -113,7 +113,7 @@ class ConvertedSNN(Converted):
     def compute_output_and_state(
         self, input_tensor: Tensor, state: Any, a_step: bool, records: bool
     ) -> tuple[Tensor, Any]:
-        """Output and state of a step or a sequence, with the states of all steps if it `records` them."""
+        """Output and state of a step or a sequence. With `records`, the state has those of all steps."""
         found: dict[str, Any] = {}
         first = self.state_at_rest(input_tensor, a_step) if state is None else state
         options, decay_of_current = self._neuron_options()
@@ -141,11 +141,11 @@ class ConvertedSNN(Converted):
 
     def state_at_rest(self, input_tensor: Tensor, a_step: bool) -> Any:
         """The state that Norse begins with for this input."""
-        of_step = self.time_dim is None and not a_step  # a cell knows no time
+        of_step = self.time_dim is None and not a_step  # a cell's own state has no time dimension
         return self.initial_state(input_tensor[0] if of_step else input_tensor)
 
     def _neuron_options(self) -> tuple[dict[str, Any], Any]:
-        """The options of `lif`, and the decay of the current, or None."""
+        """The options of `lif` that follow from p, and the decay of the synaptic current, or None without one."""
         p, gain, bias, decay = self.p, 1.0, 0.0, 1.0
         if hasattr(p, "tau_mem_inv"):
             gain = float_if_scalar(self.dt * p.tau_mem_inv)
@@ -161,7 +161,7 @@ class ConvertedSNN(Converted):
 
 
 class ConvertedRecurrent(Recurrent, ConvertedSNN):
-    """Potentials are measured from v_leak, which may be a tensor."""
+    """A recurrent layer. Potentials are passed as differences from v_leak, which may be a tensor."""
 
     _weights = ("input_weights", "recurrent_weights")
 
@@ -173,7 +173,7 @@ class ConvertedRecurrent(Recurrent, ConvertedSNN):
     def compute_output_and_state(
         self, input_tensor: Tensor, state: Any, a_step: bool, records: bool
     ) -> tuple[Tensor, Any]:
-        """Output and state of a step or a sequence, see `ConvertedSNN.compute`."""
+        """Output and state of a step or a sequence, see `ConvertedSNN`."""
         p = self.p
         first = self.state_at_rest(input_tensor, a_step) if state is None else state
         options, decay = self._neuron_options()
@@ -198,14 +198,14 @@ class ConvertedRecurrent(Recurrent, ConvertedSNN):
 
 
 def _next_state(first: Any, found: dict[str, Any], input_tensor: Tensor) -> Any:
-    """The state after a call, whose values are float32 inside of a call also for half types."""
+    """The state after a call, with values in Norse's dtypes: for half types, they are float32 inside of the call."""
     if input_tensor.dtype in HALF_TYPES:
         found = {name: value.to(torch.result_type(input_tensor, getattr(first, name))) for name, value in found.items()}
     return type(first)(**found)
 
 
 def conversion_in_loop(layer: nn.Module) -> Conversion:
-    """The answer of `conversion_of` for a layer whose steps are computed together."""
+    """How to convert a layer for `convert(model, sequences=...)`, which also supports cells that do not fire."""
     kind = known_class_or_reason(layer, _READ_OUTS)
     if kind not in _READ_OUTS:
         return conversion_of(layer)
@@ -213,7 +213,7 @@ def conversion_in_loop(layer: nn.Module) -> Conversion:
 
 
 def conversion_of(layer: nn.Module) -> Conversion:
-    """The answer for a layer of Norse, see `Conversion`."""
+    """How to convert a layer of Norse, see `Conversion`."""
     kind = known_class_or_reason(layer, (*_STEPS, *_LEFT), _MIXING)
     if isinstance(kind, str):
         return kind if isinstance(layer, _NEURONS) else None
@@ -223,14 +223,14 @@ def conversion_of(layer: nn.Module) -> Conversion:
 
 
 def _conversion_of_class(layer: Any, kind: Any, step: Any) -> Conversion:
-    """The answer for a layer of a known class, whose own step function is `step`."""
+    """How to convert a layer that computes the same as `kind`, whose own step function is `step`."""
     p: Any = layer.p
     if getattr(layer.state_fallback, "__func__", None) is not kind.initial_state:
-        return "it starts from a state of its own (state_fallback)"
+        return "its initial state is not Norse's own (state_fallback)"
     if layer.activation is not step:
-        return f"it steps by {getattr(layer.activation, '__name__', layer.activation)}"
+        return f"its step function is {getattr(layer.activation, '__name__', layer.activation)}, not {step.__name__}"
     if getattr(p, "reset_method", reset_value) not in (reset_value, reset_subtract):
-        return "it resets by a function of its own"
+        return "its reset_method is neither reset_value nor reset_subtract of Norse"
     if not hasattr(p, "v_th"):
         return ConvertedSNN, None
 
@@ -252,6 +252,7 @@ def reason_not_written(module: nn.Module) -> str | None:
 
 
 def placement_outside_over_time(module: nn.Module) -> str | None:
+    """Where a module that `OverTime` refuses belongs, see `libraries`; None for other modules."""
     if not isinstance(module, _NEURONS):
         return None
     name = bare_class(module).__name__
@@ -261,7 +262,10 @@ def placement_outside_over_time(module: nn.Module) -> str | None:
 
 
 def streaming_of(module: nn.Module) -> InStream:
-    """How a module takes single steps, see `InStream`: the caller of Norse's layers passes the state."""
+    """Why a module can't take the steps of a stream, see `InStream`: the caller of Norse's layers passes the state."""
     if not isinstance(module, _NEURONS):
         return None
-    return "Norse's caller passes the state: a step is output, state = model(x_t, state), for LIF and LI with x_t[None]"
+    return (
+        "in Norse the caller passes the state; compute a step by output, state = model(x_t, state), and pass x_t[None] "
+        "to LIF and LI"
+    )

@@ -2,8 +2,8 @@
 
 A model's own code runs once per step on `Recorded` values. Operations that differ only in the step of their operands,
 such as `linear(x[0], w)` and `linear(x[1], w)`, form one `Operation`, which `torch.vmap` computes, or a loop where vmap
-can't. The steps of a neuron form one `Chain`, which its layer computes as a sequence. What needs what gives the order.
-A chain that needs its own results, as where spikes return to an earlier layer, is refused.
+can't. The steps of a neuron form one `Chain`, which its layer computes as a sequence. Each is computed after the others
+that it needs. A chain that needs its own results, as where spikes return to an earlier layer, is refused.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from ..neurons.deferred import checkpoint, in_function
 
 _CALLER = "asgl_cuda.convert"
 _local = threading.local()
-_serials = itertools.count(1)  # ids of groups, which no other group gets later
+_serials = itertools.count(1)  # ids of groups, each used once, unlike id(group)
 
 
 def current_recording() -> Recording | None:
-    """The recording that this thread's code runs in."""
+    """The recording in which this thread's code runs, or None."""
     return getattr(_local, "recording", None)
 
 
-# ---- how an operation is computed: as where it was called ----
+# ---- modes of gradients and autocast: an operation is computed in those of its call ----
 
 _DEVICES = ("cpu", "cuda")
 _NO_AUTOCAST = (None, None)
@@ -76,10 +76,10 @@ class Recorded:
 
     def __init__(self, of: Recording, group: Group, index: int) -> None:
         self.of, self.group, self.index = of, group, index
-        self.shared: weakref.WeakSet[Recorded] | None = None  # views of the same values
+        self.shared: weakref.WeakSet[Recorded] | None = None  # all views of one memory, this value included
 
     def value(self, use: str) -> Any:
-        """The value, which `use` needs."""
+        """Computes the value. `use` names the function that needs it, for errors."""
         return self.of.value_of(self, use)
 
     def call_when_computed(self, function: Callable[[Any], object]) -> None:
@@ -117,14 +117,14 @@ class Recorded:
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """After the loop: the function of the values."""
+        """Calls a function, after the loop, with the values."""
         name = function.__name__
         args, kwargs = tree_map_only(cls, lambda each: each.value(name), (args, kwargs or {}))
         return function(*args, **kwargs)
 
 
 def _recorded_operator(name: str) -> Any:
-    """The method `name` of tensors for `Recorded`: it is recorded, or needs the value."""
+    """A method `name` for `Recorded`, which does what the method of tensors does."""
     function = getattr(Tensor, name)
 
     def method(self: Recorded, *args: Any) -> Any:
@@ -138,6 +138,8 @@ def _recorded_operator(name: str) -> Any:
     return method
 
 
+# By name. _ABOUT: answered by a tensor on the device "meta"; _NEW: make a tensor of the same dtype and device; _ASKING:
+# need the value itself, so that it is computed at once.
 _ABOUT = {"shape", "ndim", "dtype", "layout", "size", "dim", "numel", "is_sparse", "is_nested", "is_quantized",
           "is_floating_point", "is_complex", "stride", "nelement", "itemsize", "ndimension"}  # fmt: skip
 _NEW = {"new_zeros", "new_ones", "new_full", "new_empty", "new_tensor"}
@@ -151,6 +153,7 @@ for _name in _OPERATORS - {"__torch_function__", "__torch_dispatch__", "__setsta
         setattr(Recorded, _name, _recorded_operator(_name))
 Recorded.__hash__ = object.__hash__  # type: ignore[method-assign]
 
+# Functions whose result may share memory with their first argument.
 _VIEWS = {"view", "view_as", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "transpose", "permute", "t",
           "movedim", "select", "narrow", "__getitem__", "chunk", "split", "expand", "contiguous", "to",
           "detach"}  # fmt: skip
@@ -159,7 +162,7 @@ _VIEWS = {"view", "view_as", "reshape", "flatten", "unflatten", "squeeze", "unsq
 class Group:
     """Results of different steps that are computed together: `stack`, `[steps, ...]`, or `items`, one per step."""
 
-    stack: Any = None  # or tuples of stacks
+    stack: Any = None  # a tensor, or nested tuples of tensors
     items: Sequence[Any] | None = None
     requires_grad = False
     _meta: Any = None
@@ -246,7 +249,10 @@ def _on_meta_device(value: Any) -> Any:
 
 
 class _Hole:
-    """Where an operation has its operand of this number, or, of the number None, an index that differs by step."""
+    """A placeholder in the arguments of an operation.
+
+    It stands for the operand of this number or, if the number is None, for an index that differs by step.
+    """
 
     def __init__(self, number: int | None) -> None:
         self.number = number
@@ -257,11 +263,11 @@ class Operation(Group):
 
     def __init__(self, function: Any, args: Any, kwargs: Any, operands: Sequence[Recorded], modes: _Modes) -> None:
         super().__init__()
-        function = operator.getitem if function is Tensor.__getitem__ else function  # also of tuples
+        function = operator.getitem if function is Tensor.__getitem__ else function  # takes tuples as well
         self.function, self.args, self.kwargs, self.modes = function, args, kwargs, modes
         self.sources = [_mark_used(each.group) for each in operands]
         self.members: list[tuple[int, ...]] = []
-        self.indices: list[tuple[int, ...]] = []  # of getitem, by member
+        self.indices: list[tuple[int, ...]] = []  # for each member, the indices that getitem gets
         self.given = [each for each in _leaves((args, kwargs)) if isinstance(each, Tensor)]
         operands_and_given: list[Any] = [*self.sources, *self.given]
         self.requires_grad = modes[0] and any(each.requires_grad for each in operands_and_given)
@@ -274,7 +280,7 @@ class Operation(Group):
         return self.sources
 
     def call_function(self, values: Sequence[Any], indices: tuple[int, ...] = ()) -> Any:
-        """Calls the function with these operands in the places of its holes, and these indices in the others."""
+        """Calls the function, with these values in the holes for operands and these indices in the other holes."""
         left = iter(indices)
 
         def fill(each: Any) -> Any:
@@ -307,7 +313,7 @@ class Operation(Group):
                 first = self._compute_one(0)
             if seen.pure and all(isinstance(each, Tensor) for each in tree_flatten(first)[0]):
                 self.stack = tree_map(lambda each: each.expand(count, *each.shape), first)
-            else:  # as of random numbers, which differ by step
+            else:  # for example random numbers, which must differ by step
                 self.items = [first, *(self._compute_one(each) for each in range(1, count))]
         elif self._updates_statistics():
             self.items = [self._compute_one(each) for each in range(count)]
@@ -318,7 +324,7 @@ class Operation(Group):
                 dims = tuple(0 if each else None for each in varies)
                 function = lambda *values: self.call_function(values, self.indices[0])  # noqa: E731
                 self.stack = torch.vmap(function, dims, randomness="different")(*values)
-            except Exception:  # no batching rule, or no tensors: an error of the function itself comes again
+            except Exception:  # no batching rule, or no tensors; the function's own errors are raised again below
                 self.items = [self._compute_one(each) for each in range(count)]
 
     def _compute_one(self, index: int) -> Any:
@@ -402,7 +408,7 @@ def _select_steps(base: Tensor, index: Any, indices: Sequence[tuple[int, ...]]) 
 
 
 class _Purity(TorchDispatchMode):
-    """Finds whether a call draws random numbers or changes anything."""
+    """Notes whether the functions called in it are pure: draw no random numbers and change nothing."""
 
     pure = True
 
@@ -418,7 +424,7 @@ class Result(Group):
     def __init__(self, chain: Chain, name: str) -> None:
         super().__init__()
         self.chain, self.name = chain, name
-        self.given: list[weakref.ref[Recorded]] = []
+        self.given: list[weakref.ref[Recorded]] = []  # the values that the model's code got, by step
         self.is_used = False
         self.requires_grad = True
 
@@ -447,14 +453,14 @@ class Result(Group):
 
 
 def _mark_used(group: Group) -> Group:
-    """Marks a result whose steps before the last one may be asked for; returns the group."""
+    """Notes that a value of this group is used later, so that a `Result` keeps all its steps. Returns the group."""
     if isinstance(group, Result):
         group.is_used = True
     return group
 
 
 class Chain:
-    """Consecutive steps of one layer, each from the states that the one before left."""
+    """Consecutive steps of one layer, each of which starts from the states that the step before has left."""
 
     is_done = False
 
@@ -475,7 +481,7 @@ class Chain:
         return True
 
     def _values_beside_states(self) -> list[Any]:
-        """What the layer computes with beside its states: tensors, their versions, and numbers."""
+        """What the layer computes with besides its states: ids and versions of its tensors, and numbers."""
         mark: list[Any] = []
         for module in self.layer.modules():
             mark += [value for name, value in vars(module).items() if name[0] != "_" and type(value) in _NUMBERS]
@@ -493,7 +499,8 @@ class Chain:
         if self.mark != self._values_beside_states():
             raise RuntimeError(
                 f"{_CALLER}: with sequences, all steps of a {type(self.layer).original.__name__} are "
-                "computed at once, but the model's code changes its parameters or attributes between steps"
+                "computed at once, but the model's code changes its parameters or attributes between steps; use "
+                "asgl_cuda.convert(model) without sequences, which computes step by step"
             )
         groups = {each.group for each in self.inputs}
         if len(groups) > 1:
@@ -512,7 +519,7 @@ class Chain:
                 found, self.final = layer.compute_steps(x_seq, initial, wanted)
             self.final |= layer.carried_states()
         finally:
-            for name, state in kept.items():  # of a later step, or of a reset behind the loop
+            for name, state in kept.items():  # those of a later step, or of a reset after the loop
                 layer.set_state(name, state)
         for name, stack in found.items():
             self.results[name].stack = stack
@@ -527,10 +534,12 @@ class Chain:
 
 
 _NUMBERS = (bool, int, float, str)
-SPIKES = "spikes"  # a chain's result beside its states
+SPIKES = "spikes"  # name of the result of a chain that is no state
 
 
 class _Place(NamedTuple):
+    """A member of a group."""
+
     group: Group
     at: int
 
@@ -544,23 +553,23 @@ def _as_place(value: Any) -> Any:
 
 
 class Recording:
-    """What the code of a loop called, until its end: ``with recording: ...``."""
+    """Records what the code in ``with recording: ...`` calls, and computes it."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.operations: dict[Any, Operation] = {}
-        self.chains: dict[nn.Module, Chain] = {}  # the last of each layer
-        self.earlier: list[Chain] = []
+        self.chains: dict[nn.Module, Chain] = {}  # the current one of each layer
+        self.earlier: list[Chain] = []  # those that are complete
         self.effects: list[Operation] = []  # changes of tensors that exist already, in order
         self.existing: dict[int, Existing] = {}
-        self.read: set[int] = set()  # storages that operations read, and that effects write
-        self.written: set[int] = set()
+        self.read: set[int] = set()  # storages of existing tensors that recorded operations read
+        self.written: set[int] = set()  # those that effects will change
         self.is_running = False
         self.checkpoint = checkpoint()
-        self.asked = ""
+        self.asked = ""  # the function that needs a value, for errors
         self.waiting: list[tuple[Group, int, Callable[[Any], object]]] = []
-        self.calls: dict[nn.Module, int] = {}  # steps of each layer
-        self.before: dict[Any, dict[str, Any]] = {}  # states of layers
+        self.calls: dict[nn.Module, int] = {}  # number of recorded steps of each layer
+        self.before: dict[Any, dict[str, Any]] = {}  # states of layers before their first step
 
     def __enter__(self) -> Recording:
         self._outer, self._mode = current_recording(), cast("Any", _Mode(self))
@@ -572,11 +581,11 @@ class Recording:
         self._mode.__exit__(*error)
         _local.recording = self._outer
         self._mode = None
-        if error[0] is not None:  # layers keep no values that nothing will compute
+        if error[0] is not None:  # nothing will compute the recorded states: restore those before
             for layer, states in self.before.items():
                 for name, state in states.items():
                     layer.set_state(name, state)
-        for chain in (*self.earlier, *self.chains.values()):  # no reference cycle, which would keep tensors
+        for chain in (*self.earlier, *self.chains.values()):  # breaks reference cycles, which would keep tensors alive
             chain.results.clear()
 
     def as_operand(self, value: Tensor) -> Recorded:
@@ -593,7 +602,7 @@ class Recording:
             raise RuntimeError(
                 f"{_CALLER}: with sequences, a torch.autograd.Function gets values of steps that are computed later, "
                 f"in {function.__name__}, and would lose their gradients; if the function belongs to neurons of your "
-                "own, replace these by the argument layers of asgl_cuda.convert"
+                "own, replace these neurons with the argument layers of asgl_cuda.convert"
             )
         reads = function in (torch.stack, torch.Tensor.__getitem__)  # frequent, and never in place
         changed = None if reads else _out_of_place_call(function, args, kwargs)
@@ -611,7 +620,7 @@ class Recording:
         return target
 
     def _record_write(self, function: Any, args: Any, kwargs: Any) -> None:
-        """Records a change of a tensor that exists."""
+        """Records a change of an existing tensor. What was recorded before and reads the tensor is computed first."""
         storage = _storage_id(args[0])
         if storage in self.read:
             self.compute_all(function.__name__)
@@ -619,7 +628,7 @@ class Recording:
         self._record_operation(function, args, kwargs, merge=False)
 
     def _record_operation(self, function: Any, args: Any, kwargs: Any, merge: bool = True) -> Recorded:
-        """Records a call: with `merge` as a member of the operation that has the same call in other steps."""
+        """Records a call. With `merge`, it joins the operation of the same call in other steps, if there is one."""
         operands: list[Recorded] = []
         indices: list[int] = []
         modes = _current_modes()
@@ -648,7 +657,7 @@ class Recording:
             groups = {each.group for each in operands}
             kind = Stacked if function is torch.stack and len(groups) == 1 and len(operands) > 1 else Operation
             made = kind(function, args, kwargs, operands, modes)
-            self.read |= {_storage_id(each) for each in made.given[not merge :]}  # without the tensor that it changes
+            self.read |= {_storage_id(each) for each in made.given[not merge :]}  # not what an effect changes
             if merge:
                 self.operations[place] = made
             else:
@@ -675,11 +684,12 @@ class Recording:
             if chain is not None:
                 if chain.is_done and chain.is_continued_by(states):
                     example = ", as in `if spk.sum() > 0`" if self.asked == "__bool__" else ""
+                    name = self.layer_name(layer)
                     raise RuntimeError(
-                        f"{_CALLER}: with sequences, all steps of {self.layer_name(layer)} are computed at once, after "
-                        "the model's code has run, but between two steps this code needs a value that depends on the "
-                        f"layer's output ({self.asked}{example}); remove that, or use asgl_cuda.convert(model) without "
-                        "sequences, which computes step by step"
+                        f"{_CALLER}: with sequences, all steps of {name} are computed at once, after the model's code "
+                        "has run, but between two steps this code needs a value that depends on the layer's output "
+                        f"({self.asked}{example}); remove that, or use asgl_cuda.convert(model) without sequences, "
+                        "which computes step by step"
                     )
                 self.earlier.append(chain)
             chain = self.chains[layer] = Chain(layer, states, modes)
@@ -698,19 +708,19 @@ class Recording:
     # ---- computing ----
 
     def value_of(self, recorded: Recorded, use: str) -> Any:
-        """Computes a recorded value, which `use` needs."""
+        """Computes and returns a recorded value. `use` names the function that needs it, for errors."""
         self.asked = use
         self._compute(recorded.group)
         return recorded.group.item(recorded.index)
 
     def compute_all(self, use: str) -> None:
-        """Computes all that is recorded."""
+        """Computes all that is recorded. `use` names the function that needs it, for errors."""
         self.asked = use
         self._compute(*self.operations.values())
         self._run_effects_and_chains()
 
     def _run_effects_and_chains(self) -> None:
-        """Runs all that changes something: effects and chains."""
+        """Runs what changes tensors or layers: effects and chains."""
         for effect in self.effects:
             self._compute(effect)
         self.effects.clear()
@@ -720,7 +730,7 @@ class Recording:
         self.written.clear()
 
     def compute_output(self, output: Any) -> Any:
-        """Computes what was recorded, stores the layers' states, and returns the output with tensors for `Recorded`."""
+        """Computes what was recorded, stores the states of layers, and returns the output with its values computed."""
         for each in _leaves(output):
             if type(each) is Recorded and isinstance(each.group, Result):
                 each.group.is_used = True
@@ -739,20 +749,24 @@ class Recording:
         return tree_map_only(Recorded, lambda each: each.value("the model's output"), output)
 
     def stack_outputs(self, outputs: Sequence[Any]) -> Any:
-        """The outputs of all steps, one call each, stacked."""
+        """Stacks the outputs of calls that were one step each."""
         leaves, (spec, *others) = zip(*map(tree_flatten, outputs), strict=True)
         if any(each != spec for each in others):
-            raise RuntimeError(f"{_CALLER}: with sequences, a model must return the same structure in each step")
+            raise RuntimeError(
+                f"{_CALLER}: with sequences, a model must return the same structure in each step, for example "
+                "tuples of the same length or dicts with the same keys"
+            )
         return tree_unflatten([self._stack_output(each) for each in zip(*leaves, strict=True)], spec)
 
     def _stack_output(self, values: tuple[Any, ...]) -> Any:
-        """One output of all steps, stacked, recorded if any step's is."""
+        """Stacks one output of all steps; the stack is recorded if any of the outputs is."""
         if all(each is None for each in values):
             return None
         if not all(isinstance(each, (Recorded, Tensor)) for each in values):
             names = sorted({type(each).__name__ for each in values})
             raise TypeError(
-                f"{_CALLER}: with sequences, a model must return tensors in each step, got {', '.join(names)}"
+                f"{_CALLER}: with sequences, a model must return tensors in each step, or None in every step, got "
+                f"{', '.join(names)}"
             )
         some = any(type(each) is Recorded for each in values)
         return self.record_call(torch.stack, list(values)) if some else torch.stack(values)
@@ -770,7 +784,7 @@ class Recording:
 
     def _compute(self, *wanted: Any) -> None:
         """Computes these groups and chains, and what they need."""
-        if self.is_running:  # called by code inside of an operation
+        if self.is_running:  # called inside of an operation that is being computed
             return
         self.is_running = True
         try:
@@ -781,7 +795,7 @@ class Recording:
 
     def _compute_in_order(self, wanted: Any) -> None:
         """Computes a group or chain after all that it needs, without recursion; a cycle is an error."""
-        todo, opened = [_computing_unit(wanted)], set()  # a path, with branches not taken yet
+        todo, opened = [_computing_unit(wanted)], set()  # the path to the current unit, and units that wait
         while todo:
             unit = todo[-1]
             missing = (
@@ -817,7 +831,7 @@ def _is_computed(unit: Any) -> bool:
 
 
 class _Mode(TorchFunctionMode):
-    """Sees the calls of torch's functions in a recording."""
+    """Passes all calls of torch's functions in a recording to it."""
 
     def __init__(self, of: Recording) -> None:
         super().__init__()
@@ -832,11 +846,14 @@ class _Mode(TorchFunctionMode):
 
 
 def _scan_argument(value: Any, key: list[Any], operands: list[Recorded], indices: list[int] | None) -> None:
-    """Adds what tells operations apart to `key`, recorded values to `operands`, and integers to `indices` if given."""
+    """Adds an argument to the `key` by which equal calls are found.
+
+    Recorded values in it are also added to `operands`, and integers to `indices` if that is a list.
+    """
     kind = type(value)
     if kind is Recorded:
         operands.append(value)
-        key.append(-value.group.serial)  # an id of a tensor is positive
+        key.append(-value.group.serial)  # negative, because ids of tensors are positive
     elif isinstance(value, Tensor):
         key.append(id(value))
     elif kind in (tuple, list) or isinstance(value, (tuple, list)):
@@ -859,7 +876,7 @@ def _scan_argument(value: Any, key: list[Any], operands: list[Recorded], indices
 
 
 def _with_holes(value: Any, numbers: Iterator[int], takes_indices: bool, inside: bool = False) -> Any:
-    """The value with holes for operands, and for indices in the last argument of getitem."""
+    """An argument with holes in the places of operands, and of the indices of getitem if it `takes_indices`."""
     kind = type(value)
     if kind is Recorded:
         return _Hole(next(numbers))
@@ -874,7 +891,7 @@ def _with_holes(value: Any, numbers: Iterator[int], takes_indices: bool, inside:
 
 
 def _storage_id(tensor: Tensor) -> int:
-    """What identifies the memory of a tensor."""
+    """An id of the memory of a tensor, equal for views of the same memory."""
     try:
         return int(tensor.untyped_storage()._cdata)
     except (NotImplementedError, RuntimeError):  # a tensor of torch.func, or a sparse one, has no storage
@@ -882,7 +899,7 @@ def _storage_id(tensor: Tensor) -> int:
 
 
 def _in_place_refusal(target: Recorded, name: str, has_plain: bool) -> str:
-    """Why this function can't change the value in place, and what to do instead; "" if it can."""
+    """Why the function `name` can't change `target` in place, and what to do instead; "" if it can."""
     views = target.shared or ()
     if not has_plain:
         called = "`tensor[...] = value`" if name == "__setitem__" else name
@@ -904,7 +921,11 @@ def _in_place_refusal(target: Recorded, name: str, has_plain: bool) -> str:
 
 @functools.cache
 def _in_place_form(function: Any) -> tuple[Any, str, int | None] | None:
-    """For a function that changes its first argument, one that does not; or where it is told to."""
+    """How a function changes its first argument: a function that computes the same without, the name, and None.
+
+    For a function with an argument `inplace`: the function, its name, and the position of that argument. None for a
+    function that changes nothing.
+    """
     name = function.__name__
     if name == "__setitem__":
         return None, name, None
@@ -924,7 +945,7 @@ def _in_place_form(function: Any) -> tuple[Any, str, int | None] | None:
 
 
 def _out_of_place_call(function: Any, args: Any, kwargs: Any) -> Any:
-    """The call without its change in place: function, arguments and name. None for a call that changes nothing."""
+    """The same call without a change in place: function, arguments and name. None if it changes nothing anyway."""
     kind = _in_place_form(function)
     if kind is None:
         return None

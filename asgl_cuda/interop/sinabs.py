@@ -1,6 +1,6 @@
 """sinabs: `LIF`, `IAF` and `ExpLeak`, which emits h, and their Squeeze forms; `LIFRecurrent`, `IAFRecurrent`.
 
-Batch first.
+The input is [B, T, ...].
 
 i = a (i + x)                               a = exp(-1 / tau_syn); x itself without tau_syn
 h = alpha v + (1 - alpha) i                 alpha = exp(-1 / tau_mem); i itself without norm_input; IAF has alpha = 1
@@ -10,7 +10,7 @@ v = h - subtract_value s                    MembraneSubtract; by default the thr
   = h (1 - s), where s is detached          MembraneReset to 0
 v = relu(v - min_v_mem) + min_v_mem         unless min_v_mem is None
 
-Recurrent layers have x[t] + rec_connect(s[t-1]) for x[t], but x alone in the first step of each call.
+In recurrent layers x[t] + rec_connect(s[t-1]) replaces x[t], except in the first step of each call.
 """
 
 from __future__ import annotations
@@ -53,15 +53,15 @@ from .recurrent import Recurrent, feedback_reason
 
 
 class ConvertedLayer(Converted):
-    """All steps in one call; stores `v_mem`, `recordings` and `firing_rate` as sinabs does."""
+    """All steps per call. Stores `v_mem`, `recordings` and `firing_rate` as sinabs does."""
 
     v_mem: Any
     i_syn: Any
     surrogate_grad_fn: Any
-    _least: float | None = None  # min_v_mem, read once: reading synchronises
+    _least: float | None = None  # min_v_mem as a number, read once because reading synchronises
 
     def begin_conversion(self, settings: Settings, analog_prob: float, learn_width: bool) -> None:
-        """Applies the settings of a conversion, and reads min_v_mem once."""
+        """Stores the settings of a conversion and the number min_v_mem."""
         super().begin_conversion(settings, analog_prob, learn_width)
         self._least = None if self.min_v_mem is None else _common_value(self.min_v_mem)
 
@@ -73,13 +73,13 @@ class ConvertedLayer(Converted):
     takes_one_step = False
 
     def forward(self, input_data: Tensor) -> Tensor:
-        """The output for `[B, T, ...]`, or with batch and time merged."""
+        """The output for an input `[B, T, ...]`, or `[B * T, ...]` for a Squeeze layer."""
         if isinstance(self, SqueezeMixin):
             return self.squeeze_forward(input_data, self._run_sequence)  # type: ignore[no-any-return]
         return self._run_sequence(input_data)
 
     def _run_sequence(self, input_data: Tensor) -> Tensor:
-        """The output for `[B, T, ...]`, from the layer's states, which are updated."""
+        """The output for `[B, T, ...]`; updates the layer's states."""
         batch, _, *trailing = input_data.shape
         if not self.is_state_initialised() or not self.has_trailing_dimension(trailing):
             self.init_state_with_shape((batch, *trailing))
@@ -98,7 +98,7 @@ class ConvertedLayer(Converted):
         return output
 
     def _run_membrane(self, x_seq: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """The output, the last potential and, if recorded, all potentials."""
+        """Computes the output, the last potential and, if the layer records them, all potentials."""
         several, limit = self.multi_spike, _spike_limit(self.spike_fn)
         output = self.lif(
             x_seq,
@@ -123,7 +123,7 @@ class ConvertedLayer(Converted):
         return {"v_reset": None, "reset_amount": self.spike_threshold if amount is None else amount}
 
     def dependencies(self) -> dict[str, Any]:
-        """What a call must find as it was at the conversion, see `Converted.dependencies`."""
+        """Values that must not change after the conversion, see `Converted.dependencies`."""
         surrogate, reset_fn = self.surrogate_grad_fn, self.reset_fn
         found = {
             "surrogate_grad_fn": surrogate,
@@ -138,7 +138,7 @@ class ConvertedLayer(Converted):
         return found
 
     def _width_of_call(self) -> Tensor | float:
-        """The width that `lif` gets; of a SingleExponential in units of the threshold."""
+        """The width that `lif` gets. A SingleExponential has it in units of the threshold."""
         surrogate = self.surrogate_grad_fn
         if self.settings.asgl or type(surrogate) is not SingleExponential:
             return super()._width_of_call()  # torch.compile can't trace a property of super()
@@ -146,11 +146,11 @@ class ConvertedLayer(Converted):
 
     @property
     def takes_input_directly(self) -> bool:  # type: ignore[override]
-        """Whether the input goes to the potential as it is, without a synaptic current."""
+        """Whether `lif` gets the layer's own input: it has no synaptic current."""
         return self.alpha_syn_calculated is None
 
     def _input_gain(self) -> Tensor | float:
-        """The factor of the input."""
+        """The factor on the input, `input_gain` of `lif`."""
         return 1 - self.alpha_mem_calculated if self.norm_input else 1.0
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
@@ -161,28 +161,28 @@ class ConvertedLayer(Converted):
         return _copy_layer(self, state, memo)
 
     def restore_original(self) -> None:
-        """Undoes the conversion."""
+        """Restores the original layer."""
         self.__dict__.pop("_least", None)
         super().restore_original()
 
 
 class ConvertedMultiSpike(ConvertedLayer):
-    """A layer with MultiSpike, or MaxSpike of more than one."""
+    """A layer that may emit several spikes per step, by MultiSpike or MaxSpike."""
 
     multi_spike = True
 
 
 class ConvertedExpLeak(ConvertedLayer):
-    """A layer without spikes."""
+    """A layer that does not fire: ExpLeak."""
 
     takes_input_directly = False
 
     def dependencies(self) -> dict[str, Any]:
-        """What a call must find as it was at the conversion, see `Converted.dependencies`."""
+        """Values that must not change after the conversion, see `Converted.dependencies`."""
         return {"function": None, "min_v_mem": self.min_v_mem}
 
     def _run_membrane(self, x_seq: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Output, last potential and all potentials; the output is the potentials."""
+        """Computes all potentials, which are the output, and the last one."""
         v_seq, v_last = self.integrate(
             x_seq, input_gain=self._input_gain(), decay=self.alpha_mem_calculated, v_init=self.v_mem, time_dim=1
         )
@@ -193,7 +193,7 @@ class ConvertedRecurrent(Recurrent, ConvertedLayer):
     """A recurrent layer whose `rec_connect` is a Linear."""
 
     def dependencies(self) -> dict[str, Any]:
-        """What a call must find as it was at the conversion, see `Converted.dependencies`."""
+        """Values that must not change after the conversion, see `Converted.dependencies`."""
         feedback = feedback_reason(self.rec_connect)
         return {**super().dependencies(), "record_states": self.record_states, "rec_connect": feedback}
 
@@ -222,7 +222,7 @@ class ConvertedRecurrent(Recurrent, ConvertedLayer):
 
 
 def _common_value(value: Tensor) -> float:
-    """The common value of all elements; NaN where they differ."""
+    """The common value of all elements; NaN if they differ."""
     low, high = value.detach().double().aminmax()
     return float(low) if low == high else math.nan
 
@@ -238,7 +238,7 @@ _MIXING = (*_RECURRENT, layers.ALIFRecurrent)
 
 
 def conversion_of(layer: nn.Module) -> Conversion:
-    """The answer for a layer of sinabs, see `Conversion`."""
+    """How to convert a layer of sinabs, see `Conversion`."""
     kind_of_layer = known_class_or_reason(layer, (*_KNOWN, *_ADAPTIVE), _MIXING)
     if kind_of_layer in _ADAPTIVE:
         return "its threshold has no gradient where it fires; use asgl_cuda.AdaptiveLIF, whose gradient is complete"
@@ -277,13 +277,13 @@ def conversion_of(layer: nn.Module) -> Conversion:
         return kind, SpikeFunction(PERIODIC, width, 2 * width * surrogate.grad_scale, False)
     if math.isnan(_common_value(thresholds)) and not (type(surrogate) in _OWN_WIDTHS and (thresholds > 0).all()):
         return "its threshold differs between neurons, and its surrogate may depend on the threshold"
-    at = thresholds.mean()  # `width` has one value per neuron
+    at = thresholds.mean()  # where they differ, the width is read at each call or does not depend on them
     single: Any = SingleSpike  # MultiSpike has the same gradient
     return kind, lambda u: single.apply(u + at, at, surrogate)
 
 
 def _recurrence_reason(node: Any, most: float) -> str | None:
-    """Why `recurrent_lif` can't compute a layer, or None."""
+    """Why `recurrent_lif` can't compute a recurrent layer that emits at most `most` spikes per step, or None."""
     if node.record_states:
         return "it records its states (record_states)"
     if most > 1:
@@ -294,12 +294,12 @@ def _recurrence_reason(node: Any, most: float) -> str | None:
 
 
 def _spike_limit(spike_fn: Any) -> float | None:
-    """The limit of MaxSpike, if any; a comparison of the other classes can't be compiled."""
+    """The limit of spikes per step of a MaxSpike; None for others, which compiled code can't compare."""
     return spike_fn.max_num_spikes_per_bin if type(spike_fn) is MaxSpike else None
 
 
 def _most_spikes(spike_fn: Any) -> float | None:
-    """The largest number of spikes a step; None for another function."""
+    """The largest number of spikes per step; None for a function that convert does not know."""
     limit = _spike_limit(spike_fn)
     if limit is not None:
         return limit
@@ -307,7 +307,7 @@ def _most_spikes(spike_fn: Any) -> float | None:
 
 
 def _copy_layer(layer: Any, state: dict[str, Any], memo: dict[int, Any]) -> Any:
-    """A layer of the same class, which no constructor runs for, with a deep copy of `state`."""
+    """A layer of the same class with a deep copy of `state`, made without its constructor and entered in `memo`."""
     kind: Any = type(layer)
     memo[id(layer)] = made = kind.__new__(kind)
     made.__dict__.update(copy.deepcopy(state, memo))
@@ -315,7 +315,7 @@ def _copy_layer(layer: Any, state: dict[str, Any], memo: dict[int, Any]) -> Any:
 
 
 def copy_layers(model: nn.Module, memo: dict[int, Any]) -> None:
-    """Copies layers whole: their own __deepcopy__ makes new ones, and detaches parameters of the original."""
+    """Copies layers completely, see `libraries`: their own __deepcopy__ detaches parameters of the original."""
     for layer in model.modules():
         if isinstance(layer, layers.StatefulLayer) and not isinstance(layer, Converted) and id(layer) not in memo:
             _copy_layer(layer, layer.__dict__, memo)
@@ -335,14 +335,14 @@ def detach(module: nn.Module) -> None:
 
 
 def placement_outside_over_time(module: nn.Module) -> str | None:
-    """Where a module that takes time as a dimension of its own belongs instead of `OverTime`; None for others."""
+    """Where a module that `OverTime` refuses belongs, see `libraries`; None for other modules."""
     if not isinstance(module, layers.StatefulLayer) or isinstance(module, SqueezeMixin):
         return None
     return f"{in_a_row(f'{bare_class(module).__name__}(...)')}, which takes [B, T, ...]"
 
 
 def streaming_of(module: nn.Module) -> InStream:
-    """How a layer takes single steps, see `InStream`."""
+    """How a module takes the steps of a stream, see `InStream`."""
     if not isinstance(module, layers.StatefulLayer):
         return None
     if isinstance(module, _MIXING):

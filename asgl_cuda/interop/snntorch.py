@@ -4,13 +4,14 @@
     m[t] = clamp(beta, 0, 1) m[t-1] (1 - [m[t-1] > threshold]) + x[t]              "zero";     and "none" has none
     spike = m[t] > threshold
 
-Lapicque has 1 - time_step / (R C) for clamp(beta, 0, 1), and time_step / C x[t] for x[t]. Synaptic has a current for
-x[t], syn[t] = clamp(alpha, 0, 1) syn[t-1] + x[t]. RLeaky and RSynaptic have x[t] + recurrent(spike[t-1]) for x[t]. In
-all of these, "zero" clears the input of the step as well.
+In Lapicque, 1 - time_step / (R C) replaces clamp(beta, 0, 1), and time_step / C x[t] replaces x[t]. In Synaptic a
+current, syn[t] = clamp(alpha, 0, 1) syn[t-1] + x[t], replaces x[t]. In RLeaky and RSynaptic it is replaced by
+x[t] + recurrent(spike[t-1]). In all of these, "zero" clears the input of the step as well.
 
-The reset is a step late: m is h, the potential before reset, and v[t] = h[t] - threshold / beta s[t] the one after it.
-With reset_delay=False m is returned after a reset that is not detached, and is not reset again. An ASGL layer resets by
-the emitted value, or, for a potential from elsewhere, by comparison with the threshold.
+The reset comes one step late. So m is h of asgl_cuda, the potential before reset, and the potential after it is
+v[t] = h[t] - threshold / beta s[t]. With reset_delay=False, m is returned after a reset that is not detached, and is
+not reset again. An ASGL layer resets by the value that it has emitted. A potential from its caller is reset by
+comparison with the threshold.
 """
 
 from __future__ import annotations
@@ -42,10 +43,11 @@ from .converted import (
 from .recording import SPIKES, Recording
 from .recurrent import Recurrent, feedback_reason, synaptic_inputs
 
-# Replaces a learned beta of 0, for which threshold / beta does not exist. The change is below the resolution of float32
-# at the threshold.
+# The least beta with which a sequence is computed, because threshold / beta must be finite. For a beta of 0, it changes
+# the potential at the threshold by less than the resolution of float32.
 _LEAST_BETA = 1e-6
-# Below this bound, threshold / beta makes rounding errors in the gradient of beta too large: relative 6e-5 at 1e-3.
+# Below this beta, a sequence is computed step by step: threshold / beta would make rounding errors in the gradient of
+# beta too large, 6e-5 relative at 1e-3.
 _SMALL_BETA = 1e-3
 
 _RETURNING = (nn.Linear, rleaky.RecurrentOneToOne, rsynaptic.RecurrentOneToOne)
@@ -54,16 +56,16 @@ _NAMES = "a Leaky, Lapicque, Synaptic, RLeaky or RSynaptic"
 
 
 class ConvertedLeaky(Converted):
-    """One step a call, with arguments and results of `Leaky`; `Lapicque` has the same."""
+    """One step per call, with arguments and results of `Leaky`, which are also those of `Lapicque`."""
 
     time_dim = None
     reset_delay = True  # always True for Lapicque
     _states: tuple[str, ...] = ("mem",)
-    _last: tuple[Tensor, int, Tensor] | None = None  # the potential of a noisy step, its version, and the spikes
+    _last: tuple[Tensor, int, Tensor] | None = None  # the last noisy step: potential, its version, spikes
     _smallness: tuple[Any, bool] = (), False  # id and version of beta, and whether it is small
 
     def dependencies(self) -> dict[str, Any]:
-        """What a call must find as it was at the conversion, see `Converted.dependencies`."""
+        """Values that must not change after the conversion, see `Converted.dependencies`."""
         return {
             "spike_grad": self.spike_grad,
             "inhibition": self.inhibition,
@@ -75,12 +77,12 @@ class ConvertedLeaky(Converted):
         }
 
     def begin_conversion(self, settings: Settings, analog_prob: float, learn_width: bool) -> None:
-        """Applies the settings of a conversion, and registers the layer with snnTorch."""
+        """Stores the settings of a conversion, and registers the layer with snnTorch."""
         super().begin_conversion(settings, analog_prob, learn_width)
         register_with_library(self)
 
     def prefers_original_step(self) -> bool:
-        """Whether the library's own step runs: also where the gradient of beta costs what the kernel saves."""
+        """Whether to run snnTorch's own step: also if beta learns, whose gradient costs what the kernel saves."""
         if self.init_hidden and self.beta.requires_grad and torch.is_grad_enabled():
             return self.can_run_original()
         return super().prefers_original_step()
@@ -97,7 +99,7 @@ class ConvertedLeaky(Converted):
 
     def set_state(self, name: str, value: Any) -> None:
         """Sets a state that the layer keeps from step to step."""
-        self._buffers[name] = value  # also one that is no tensor yet
+        self._buffers[name] = value  # not setattr, which refuses a value that is still `Recorded`
 
     def record_step(self, recording: Recording, input_: Any, *given: Any, **named: Any) -> Any:
         """Records a step, with the layer's arguments and results."""
@@ -105,7 +107,8 @@ class ConvertedLeaky(Converted):
         unknown = [*given[len(states) :], *(named.keys() - {*self._states[len(given) :]})]
         if unknown:
             got = f"{1 + len(given)} positional arguments" if len(given) > len(states) else repr(unknown[0])
-            raise TypeError(f"{bare_class(self).__name__} takes an input and {', '.join(states)}, got {got}")
+            name = bare_class(self).__name__
+            raise TypeError(f"asgl_cuda.convert: {name} takes an input and {', '.join(states)}, got {got}")
         for name, value in (*zip(states, given, strict=False), *named.items()):
             if value is not None:
                 self._check_state_argument(name)
@@ -131,7 +134,7 @@ class ConvertedLeaky(Converted):
         return self._charge_and_fire(input_.unsqueeze(0), mem)
 
     def _charge_and_fire(self, x_seq: Tensor, mem: Tensor | None) -> tuple[Tensor, ...]:
-        """Spikes and potentials after one step of charging by `x_seq`; a subtraction is from the input."""
+        """Spikes and potentials after one step `x_seq`, `[1, ...]`, from which a pending reset is subtracted."""
         mechanism, threshold, (decay, gain) = (
             self.reset_mechanism,
             float_if_scalar(self.threshold),
@@ -150,10 +153,8 @@ class ConvertedLeaky(Converted):
             detach_reset=True,
         )  # fmt: skip
         assert output.v_last is not None
-        spk, mem = (
-            output.s_seq.squeeze(0),
-            self._in_snntorch_dtype(output.v_last, x_seq),
-        )  # cheaper gradient than indexing
+        spk = output.s_seq.squeeze(0)  # its gradient is cheaper than that of indexing
+        mem = self._in_snntorch_dtype(output.v_last, x_seq)
         if mechanism != "none" and not self.reset_delay:
             mem = _subtract_scaled(mem, spk - reset, threshold if mechanism == "subtract" else mem)
         elif self._has_noise:
@@ -184,30 +185,30 @@ class ConvertedLeaky(Converted):
         return tuple(map(torch.stack, zip(*steps, strict=True)))
 
     def _store_state(self, name: str, value: Tensor) -> None:
-        """Sets a state, which is a buffer, without the 3 us that Module takes."""
+        """Sets a state. A buffer is set directly, without the 3 us that setattr of a module takes."""
         if name in self._buffers and not torch.compiler.is_compiling():
             self._buffers[name] = value
         else:
             setattr(self, name, value)
 
     def pack_results(self, input_: Tensor, spk: Tensor, *states: Tensor) -> Any:
-        """What the layer returns of spikes and states, after a check of the shape."""
-        if spk.shape != input_.shape:  # snnTorch would then reset its states in each step
+        """What the layer returns of its spikes and states. Checks their shape."""
+        if spk.shape != input_.shape:  # because snnTorch would reset its states in each step
             raise ValueError(
-                f"asgl_cuda.convert: values of {bare_class(self).__name__} must broadcast against the input, of shape "
-                f"{list(input_.shape)}, got spikes of shape {list(spk.shape)}"
+                f"asgl_cuda.convert: beta, threshold and other values of {bare_class(self).__name__} must broadcast "
+                f"against the input, of shape {list(input_.shape)}, but they make spikes of shape {list(spk.shape)}"
             )
         return spk if self.init_hidden and not self.output else (spk, *states)
 
     def _in_snntorch_dtype(self, mem_seq: Tensor, x_seq: Tensor) -> Tensor:
-        """In snnTorch's dtype: the input's, unless a reset, which is float32, or a beta with dimensions promotes it."""
+        """The potentials in the dtype of the input, or in float32 if in snnTorch a reset or a beta promotes them."""
         if x_seq.dtype not in HALF_TYPES or self.reset_mechanism != "none":
             return mem_seq
         leak = (self.R, self.C) if isinstance(self, snntorch.Lapicque) else (self.beta,)
         return mem_seq if any(value.dim() for value in leak) else mem_seq.to(x_seq.dtype)
 
     def _decay_and_gain(self) -> tuple[Any, Any]:
-        """Decay and gain of the input."""
+        """The options `decay` and `input_gain` of `lif`."""
         if not isinstance(self, snntorch.Lapicque):
             return _clamp_to_unit(self.beta), 1.0
         R, C, time_step = self.R, self.C, self.time_step  # noqa: N806
@@ -225,7 +226,7 @@ class ConvertedLeaky(Converted):
         return {**options, "decay": decay, "v_reset": None, "reset_amount": threshold / decay}
 
     def _initial_potential(self, x_seq: Tensor, mem: Tensor | None, options: dict[str, Any]) -> Tensor:
-        """The potential before a sequence, after the pending reset."""
+        """The `v_init` of a sequence: the potential before it, after the pending reset."""
         mem = self._state_before(x_seq, mem)
         reset = self._pending_reset(mem, options["v_threshold"])
         return (
@@ -235,7 +236,7 @@ class ConvertedLeaky(Converted):
         )
 
     def _state_before(self, x_seq: Tensor, state: Tensor | None, name: str = "mem") -> Tensor:
-        """The given or stored state."""
+        """The state before a step or sequence: `state` if given, else the stored one, or 0 if shapes differ."""
         if state is None:
             state = getattr(self, name)
         else:
@@ -248,7 +249,7 @@ class ConvertedLeaky(Converted):
             raise TypeError(f"`{name}` should not be passed as an argument while `init_hidden=True`")
 
     def _has_small_beta(self, decay: Tensor | float) -> bool:
-        """Whether a sequence is computed step by step; updated after changes of a readable beta."""
+        """Whether beta is so small that a sequence is computed step by step. Reads beta once after each change."""
         if self.reset_mechanism != "subtract":
             return False
         if isinstance(decay, float):
@@ -262,7 +263,7 @@ class ConvertedLeaky(Converted):
         return self._smallness[1]
 
     def _pending_reset(self, mem: Tensor, threshold: Tensor | float) -> Tensor:
-        """The pending reset: what a noisy step emitted, or by comparison with the threshold."""
+        """The pending reset: the spikes of the last step if it had noise, else those of `mem` and the threshold."""
         last = self.__dict__.pop("_last", None)
         if last is not None and mem is last[0] and version_of(mem) == last[1]:
             return last[2]  # type: ignore[no-any-return]
@@ -271,24 +272,24 @@ class ConvertedLeaky(Converted):
         return above.to(mem.dtype)
 
     def restore_original(self) -> None:
-        """Undoes the conversion."""
+        """Restores the original layer."""
         for name in ("_last", "_smallness"):
             self.__dict__.pop(name, None)
         super().restore_original()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_last"}  # non-leaf tensors
+        return {name: value for name, value in self.__dict__.items() if name != "_last"}  # not leaves: not copied
 
 
 class ConvertedSynaptic(ConvertedLeaky):
-    """One step a call, with arguments and results of `Synaptic`."""
+    """One step per call, with arguments and results of `Synaptic`."""
 
     takes_input_directly = False
     syn: Tensor
     _states: tuple[str, ...] = ("syn", "mem")
 
     def speed_advice(self) -> str | None:
-        """Advice on calls with single steps."""
+        """Advice to call with whole sequences."""
         return f"{super().speed_advice()}; a step stores up to 1.6 times as many bytes for backward as in snnTorch"
 
     def compute_step(self, input_: Tensor, syn: Any = None, mem: Any = None) -> Any:  # type: ignore[override]
@@ -309,21 +310,21 @@ class ConvertedSynaptic(ConvertedLeaky):
 
 
 class ConvertedRLeaky(Recurrent, ConvertedLeaky):
-    """One step a call, with arguments and results of `RLeaky`; `recurrent` is a Linear or one weight a neuron."""
+    """One step per call, with arguments and results of `RLeaky`. `recurrent` is a Linear or one weight per neuron."""
 
     _weights = ("V",)
     _states: tuple[str, ...] = ("spk", "mem")
-    prefers_original_step = ConvertedLeaky.prefers_original_step  # its own step is no slower
+    prefers_original_step = ConvertedLeaky.prefers_original_step  # snnTorch's step is not faster here
 
     def dependencies(self) -> dict[str, Any]:
-        """What a call must find as it was at the conversion, see `Converted.dependencies`."""
+        """Values that must not change after the conversion, see `Converted.dependencies`."""
         return {**super().dependencies(), "recurrent": feedback_reason(self.recurrent, _RETURNING)}
 
     def compute_step(self, input_: Tensor, spk: Any = None, *states: Any, **named: Any) -> Any:  # type: ignore[override]
         """Spikes and states after one step, in which the last spikes are fed back."""
         spk = self._state_before(input_.unsqueeze(0), spk, "spk")
         spk, *after = super().compute_step(input_ + self.recurrent(spk), *states, **named)
-        spk = spk.clone()  # must not be a view, because detach_() refuses views
+        spk = spk.clone()  # clone: detach_() refuses views
         self._store_state("spk", spk)
         return spk, *after
 
@@ -364,7 +365,7 @@ class ConvertedRLeaky(Recurrent, ConvertedLeaky):
 
 
 class ConvertedRSynaptic(ConvertedRLeaky, ConvertedSynaptic):  # type: ignore[misc]
-    """One step a call, with arguments and results of `RSynaptic`."""
+    """One step per call, with arguments and results of `RSynaptic`."""
 
     _states = ("spk", "syn", "mem")
 
@@ -388,13 +389,13 @@ def _subtract_scaled(value: Tensor, spikes: Tensor, amount: Tensor | float) -> T
 
 
 def _clamp_to_unit(value: Tensor) -> Tensor | float:
-    """The value in [0, 1], a float if it is constant."""
+    """The value, clamped to [0, 1]; a float if it is constant."""
     value = float_if_scalar(value)
     return min(max(value, 0.0), 1.0) if isinstance(value, float) else value.clamp(0, 1)
 
 
 def _raise_to_least(value: Tensor | float, least: float) -> Tensor | float:
-    """The value, raised to `least` with its gradient; Lapicque's negative decay stays."""
+    """The value, values from 0 to `least` raised to it, with the gradient of the value. A negative decay stays."""
     if isinstance(value, float):
         return least if 0 <= value < least else value
     return value + torch.where((value >= 0) & (value < least), least - value, 0.0).detach()
@@ -446,7 +447,7 @@ class MultiStep(nn.Module):
         converted, report = convert(layer, inplace=True)
         if not isinstance(converted, ConvertedLeaky):
             reason = report.left[0].reason if report.left else f"it is a {type(layer).__name__}"
-            raise ValueError(f"{_MULTI_STEP}: layer must be {_NAMES} of snnTorch: {reason}")
+            raise ValueError(f"{_MULTI_STEP}: layer must be {_NAMES} of snnTorch that can be converted, but {reason}")
         if not converted.reset_delay and converted.reset_mechanism == "subtract":
             raise ValueError(f"{_MULTI_STEP}: a reset by subtraction needs reset_delay=True, got False")
         self.layer = converted
@@ -490,7 +491,7 @@ _NEURONS = (snntorch.SpikingNeuron, *_MIXING)
 
 
 def conversion_of(layer: nn.Module) -> Conversion:
-    """The answer for a layer of snnTorch, see `Conversion`."""
+    """How to convert a layer of snnTorch, see `Conversion`."""
     kind = known_class_or_reason(layer, _CONVERTED, _MIXING)
     if isinstance(kind, str):
         return kind if isinstance(layer, _NEURONS) or bare_class(layer).__name__ == "LeakyKernel" else None
@@ -537,12 +538,13 @@ def reset(module: nn.Module) -> None:
 def detach(module: nn.Module) -> None:
     """Detaches the states of a neuron of snnTorch."""
     if isinstance(module, _NEURONS):
-        for name in module._non_persistent_buffers_set:  # states
+        for name in module._non_persistent_buffers_set:  # the names of its states
             state = module._buffers[name]
             module._buffers[name] = None if state is None else state.detach()
 
 
 def placement_outside_over_time(module: nn.Module) -> str | None:
+    """Where a module that `OverTime` refuses belongs, see `libraries`; None for other modules."""
     if isinstance(module, MultiStep):
         return in_a_row("MultiStep(...)")
     if isinstance(module, tuple(_CONVERTED)):
@@ -550,8 +552,15 @@ def placement_outside_over_time(module: nn.Module) -> str | None:
     return "and call it as snnTorch does" if isinstance(module, _NEURONS) else None
 
 
+def reason_not_written(module: nn.Module) -> str | None:
+    """Why `to_nir` can't write a module, or None."""
+    if isinstance(module, MultiStep):
+        return "NIR's neurons have another reset than its layer; use asgl_cuda.LIF in its place"
+    return None
+
+
 def streaming_of(module: nn.Module) -> InStream:
-    """How a module takes single steps, see `InStream`."""
+    """How a module takes the steps of a stream, see `InStream`."""
     if isinstance(module, MultiStep):
         return Streamed(0, None, has_switch=True)
     if not isinstance(module, _NEURONS):

@@ -124,7 +124,7 @@ def calibrate(model: nn.Module, x_seq: Any, rate: float = 0.2) -> Calibration:
 
 @contextmanager
 def _explaining_model_errors(x_seq: Any) -> Iterator[None]:
-    """Errors of the model's first call say what it was called with."""
+    """Turns an error of the model's first call into a ValueError that says what x_seq must be."""
     try:
         yield
     except torch.OutOfMemoryError:
@@ -142,7 +142,7 @@ def _explaining_model_errors(x_seq: Any) -> Iterator[None]:
 
 
 class _Site:
-    """Neurons and the weight in front, by name; a layer with several calls may have several."""
+    """A layer of neurons and the weight before it, by name. A layer that is called several times may have several."""
 
     def __init__(self, layer: str, weight: str, rate: float) -> None:
         self.layer, self.weight, self.factor = layer, weight, 1.0
@@ -153,13 +153,13 @@ class _Site:
 
 
 class _Trial:
-    """A copy of the model, in whose runs weights are scaled and neurons called again."""
+    """A copy of the model that is run repeatedly, to find the factors of the weights."""
 
     def __init__(self, model: nn.Module, inputs: tuple[Any, ...], rate: float, group: Any) -> None:
         self._read_parameters(model)
         self._model, _ = unfuse(copy_model(model), inplace=True)
         for name in dict(asgl_layers(model)).keys() - dict(asgl_layers(self._model)).keys():
-            convert(self._model.get_submodule(name), inplace=True)  # fuse had converted it
+            convert(self._model.get_submodule(name), inplace=True)  # unfuse has reverted it
         for mine, other in zip(self._model.eval().modules(), model.modules(), strict=True):
             if isinstance(mine, NORMALISATIONS):
                 mine.training = other.training
@@ -176,7 +176,7 @@ class _Trial:
         self._layers: dict[str, str] = {}  # names of layers by weight
 
     def _read_parameters(self, model: nn.Module) -> None:
-        """Collects the weights, and why some parameters can't be scaled."""
+        """Collects the weights, and the reasons why some parameters can't be scaled, by name."""
         self._weights: dict[str, Tensor] = {}
         self._problems: dict[str, str] = {}
         owners: dict[int, str] = {}
@@ -206,7 +206,7 @@ class _Trial:
         torch.clear_autocast_cache()  # the cache holds casts of earlier weights
         devices = {value.device.index for value in self._parameters.values() if value.is_cuda}
         with ExitStack() as hooks, torch.random.fork_rng(devices):  # every run draws the same random numbers
-            for layer in self.neurons:  # hooks that stay would be reference cycles
+            for layer in self.neurons:  # removed after the run, because they would be reference cycles
                 hooks.callback(layer.register_forward_hook(self._record_call, with_kwargs=True, prepend=True).remove)
             self._model(*_start_new_graphs(self._inputs))
         sites = [site for site in self._sites.values() if site.calls]
@@ -222,7 +222,10 @@ class _Trial:
             site.biases = [x for _, x, *_ in site.calls]
 
     def _record_call(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """Records a call of neurons. The last one sets the weight, unless earlier ones preceded others' new weights."""
+        """Records a call of neurons, as a forward hook.
+
+        The last call of the layer in a run also sets its weight, if no other weight was set since its first call.
+        """
         given = inspect.signature(layer.forward).bind(*args, **kwargs)
         x, residual = given.args[0], given.arguments.pop("residual", None)
         key = self.neurons[layer], self._scaling_weight(layer, x, residual)
@@ -258,13 +261,13 @@ class _Trial:
     def _repeat_calls(self, site: _Site, factor: float) -> list[Any]:
         """The outputs of the neurons with another factor on their weight, from rest."""
         self._set_factor(site, site.factor * factor)
-        outputs, parts = list[Any](), dict[int, Any]()  # by the part of an earlier output that a call was given
+        outputs, parts = list[Any](), dict[int, Any]()  # new values by the id of the old ones, for calls that get them
         for layer, *_ in site.calls:
             reset(layer)
         with torch.no_grad():
             for (layer, x, *more, output), bias in zip(site.calls, site.biases, strict=True):
                 args, kwargs = _pytree.tree_map(lambda value: parts.get(id(value), value), more)  # noqa: B023
-                scaled = x if isinstance(layer, BatchNormLIF) else bias.lerp(x, factor)  # has the weight inside
+                scaled = x if isinstance(layer, BatchNormLIF) else bias.lerp(x, factor)  # it applies the weight itself
                 outputs.append(layer.forward(scaled, *args, **kwargs))
                 parts |= zip(map(id, _pytree.tree_leaves(output)), _pytree.tree_leaves(outputs[-1]), strict=True)
         return outputs
@@ -287,10 +290,10 @@ class _Trial:
         return min(abs(measured - self._rate), abs(measured - site.found)) <= site.tolerance
 
     def unreachable_rate_error(self, site: _Site, seen: str) -> ValueError:
-        """The error that no factor leads to the rate; `seen` are the rates that were found."""
+        """The error that no factor leads to the rate. `seen` says which rates were measured."""
         return ValueError(
             f"{_CALLER}: {site.layer or 'the model'}: no factor on {site.weight} makes it fire at {self._rate:g}; the "
-            f"rate is {seen}"
+            f"rate is {seen}. Another rate, more varied samples, or a normalisation before these neurons may help"
         )
 
     def _scaling_weight(self, layer: Any, x: Tensor, residual: Tensor | None) -> str:
@@ -315,7 +318,7 @@ class _Trial:
         )
 
     def _nearest_weights(self, x: Tensor) -> set[str | None]:
-        """The nearest weights in the graph of x; None for a path without weight to earlier neurons."""
+        """The names of the nearest weights in the graph of x; None for a path that has no weight."""
         found: set[str | None] = set()
         seen, waiting = set[Any](), [x.grad_fn]
         while waiting:
@@ -332,7 +335,7 @@ class _Trial:
 
 
 def _search_factor(rate_at: Callable[[float], float], rate: float, tolerance: float) -> dict[float, float]:
-    """Rates by log2 of the factor, up to the wanted one, which is bracketed outwards from 0."""
+    """Searches the factor by bracketing and bisection. Returns the rates measured, by log2 of the factor."""
     rates = {0.0: rate_at(0.0)}
     is_above = rates[0.0] > rate
     near, far = 0.0, -1.0 if is_above else 1.0
@@ -359,7 +362,7 @@ def _start_new_graphs(values: Any) -> Any:
 
 
 def _leaf_of_node(node: Any) -> Tensor | None:
-    """The leaf from which nodes with one input each lead here, as of a transposed weight."""
+    """The leaf to which a chain of nodes with one input leads, as from a transposed weight; None without one."""
     while not hasattr(node, "variable"):
         inputs = [each for each, _ in node.next_functions if each is not None]
         if len(inputs) != 1:

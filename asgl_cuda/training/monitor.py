@@ -41,15 +41,15 @@ _KNOWN = {
     "eps", "momentum", "input_scale", "affine", "track_running_stats",
 }  # fmt: skip
 
-_LITTLE = 0.01  # of eps; a channel with less variance is normalised to less than a tenth around its bias
+_LITTLE = 0.01  # fraction of eps; a channel with less variance has a deviation below 0.1 after normalisation
 
 
 class _Tally:
     """Sums over the calls of a layer, on its device without synchronisation."""
 
     def __init__(self) -> None:
-        self._shares: dict[str, tuple[Any, int]] = {}  # sums and numbers of elements
-        self._neurons: dict[torch.Size, tuple[Any, int]] = {}  # spikes of each and steps, by shape, which may vary
+        self._shares: dict[str, tuple[Any, int]] = {}  # by quantity: sum and number of elements
+        self._neurons: dict[torch.Size, tuple[Any, int]] = {}  # by shape of a sample: spikes and steps
 
     def add_shares(self, shares: Mapping[str, Tensor]) -> None:
         """Adds shares with one value per element of the output, or per channel."""
@@ -58,7 +58,7 @@ class _Tally:
             self._shares[key] = total + values.sum(dtype=torch.float64), elements + values.numel()
 
     def add_neurons(self, spikes: Tensor, time_dim: int | None) -> None:
-        """Adds spikes `[T, N, ...]`, or `[N, ...]` without time. A single dimension besides time has the neurons."""
+        """Adds spikes `[T, N, ...]`, or `[N, ...]` without time. If only one dimension remains, it has the neurons."""
         before = 0 if time_dim is None else 1
         spikes = spikes if time_dim is None else spikes.movedim(time_dim, 0)
         shape = spikes.shape[before + (spikes.dim() > before + 1) :]
@@ -78,10 +78,10 @@ class _Tally:
 def _shares_of_lif(
     layer: Neurons, x_seq: Tensor, more: dict[str, Any], states: dict[str, Any], rng_state: Tensor | None, s_seq: Tensor
 ) -> dict[str, Tensor]:
-    """What `_Tally.add` gets for a call, which is repeated for its potentials, with the same states and noise."""
+    """The shares of a call, for `_Tally`. Repeats the call, with the same states and noise, for its potentials."""
     generator = None if rng_state is None else torch.Generator(x_seq.device).set_state(rng_state)
     time_dim = layer.time_dim % x_seq.dim()
-    if isinstance(layer, LIF):  # whose running statistics a call may update
+    if isinstance(layer, LIF):  # the repeated call must not update running statistics
         more = {**more, "update": False}
     potentials = {"return_h_seq": True, "return_v_seq": layer.v_min is not None}
     again: Any = layer._call_function(x_seq, generator=generator, **potentials, **states, **more)
@@ -134,7 +134,7 @@ def _gradient_growth(factors: Tensor, time_dim: int) -> Tensor:
     grows by such a product on its way to an earlier step.
     """
     steps = factors.movedim(time_dim, 0)
-    growth = largest = torch.zeros_like(steps[0], dtype=torch.float64)  # logarithms, for hundreds of steps
+    growth = largest = torch.zeros_like(steps[0], dtype=torch.float64)  # logarithms, because the product may overflow
     for factor in reversed(steps[:-1].unbind()):
         growth = factor.double().abs().log() + growth.clamp(min=0)
         largest = torch.maximum(largest, growth)
@@ -301,7 +301,7 @@ class Monitor:
             if isinstance(layer, NeuronLayer) and (options := unknown_options(layer, _KNOWN)):
                 raise ValueError(
                     f"{_CALLER}: {name or 'the model'} ({type(layer).__name__}) has {options}, which Monitor does not "
-                    "support"
+                    "support; watch the parts of the model without this layer"
                 )
         if self._handles:
             return
@@ -329,7 +329,7 @@ class Monitor:
         self.stop()
 
     def _save_inputs(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Keeps what a layer's potentials can be computed from again after the call."""
+        """Saves, before a call, what its repetition needs: inputs, states and the state of the generator."""
         known = isinstance(layer, (LIF, RecurrentLIF)) and type(layer).forward is LIF.forward
         if torch.compiler.is_compiling() or transforming() or not known:
             return
@@ -350,7 +350,7 @@ class Monitor:
 
     @torch.no_grad()
     def _count_nonzero_inputs(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
-        """Counts the non-zero inputs of a weight layer."""
+        """Counts the non-zero inputs of a spike layer."""
         x = args[0] if args else None
         if isinstance(x, Tensor) and x.numel() > 0 and not torch.compiler.is_compiling() and not transforming():
             self._tallies[layer].add_shares({"nonzero_inputs": x != 0})
@@ -386,7 +386,10 @@ class Monitor:
         """Problems of layers that may not learn, one line each: layer, observation, remedy. Empty if there are none."""
         found = self.result()
         if all("firing_rate" not in values for values in found.values()):
-            return ["nothing was seen: no call of the model inside `with monitor:` that is not compiled or transformed"]
+            return [
+                "nothing was seen: no call of the model inside `with monitor:`, apart from those in compiled code and "
+                "under transforms of torch.func, which Monitor can't see"
+            ]
         weights = [each for each in self._model.parameters() if each.is_floating_point() and not each.is_meta]
         diverged = any(bool(each.isnan().any()) for each in weights)
         problems = {
@@ -419,7 +422,7 @@ class Monitor:
 
 
 def _format_quantity(value: float) -> str:
-    """A figure of the table."""
+    """A quantity as text, for the table."""
     return f"{value:.4f}" if value < 1000 else f"{value:.1e}"
 
 

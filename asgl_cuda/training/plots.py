@@ -71,7 +71,9 @@ def plot_layers(results: _Result | Sequence[_Result], quantity: str = "firing_ra
     caller = "asgl_cuda.plot_layers"
     history = [results] if isinstance(results, Mapping) else results
     if not isinstance(history, Sequence) or not all(isinstance(each, Mapping) for each in history) or not history:
-        raise TypeError(f"{caller}: results must be a result of Monitor or a list of them, got {shown(results)}")
+        raise TypeError(
+            f"{caller}: results must be what monitor.result() returns, or a list of these, got {shown(results)}"
+        )
     layers = [name for name, values in history[0].items() if quantity in values]
     if not layers:
         known = sorted({key for values in history[0].values() for key in values})

@@ -61,7 +61,7 @@ class AnalogProbSchedule:
         if not self.starts:
             raise ValueError(
                 f"{_CALLER}: model must have a layer with noise or a learned width, got none in "
-                f"{', '.join(map(repr, layers))}"
+                f"{', '.join(map(repr, layers))}; give a layer analog_prob > 0 or learn_width=True"
             )
         self._set_probs(self.starts, 0)
 
@@ -131,7 +131,10 @@ class AnalogProbSchedule:
         # The state may have more layers than self.starts, which leaves out layers of constant width whose analog_prob
         # began at 0.
         if not isinstance(starts, Mapping) or not self.starts.keys() <= starts.keys() <= self._layers.keys():
-            raise ValueError(f"{_CALLER}: the state must be of layers {list(self.starts)}, got {shown(starts)}")
+            raise ValueError(
+                f"{_CALLER}: the state must be of layers {list(self.starts)}, got {shown(starts)}; save it from a "
+                "schedule of the same model"
+            )
         starts = {
             name: _checked_fraction(f"the start of layer {name!r}", start, _CALLER) for name, start in starts.items()
         }
@@ -155,7 +158,7 @@ def _linear(start: float, epoch: int, epochs: int, final: float) -> float:
 
 
 def _interpolate(start: float, final: float, share: float) -> float:
-    """The value at a fraction `share` of `start`, otherwise `final`."""
+    """The mean of `start`, with weight `share`, and `final`."""
     return start * share + final * (1 - share)  # unlike final + (start - final) * share, exact at share 1
 
 

@@ -558,7 +558,7 @@ MUTANTS = {
     "calibration: a second weight of the neurons": Mutant(
         "(other := self._layers.setdefault(weight, name)) == name:", "True:", "training/test_calibration.py refused"),
     "calibration: neurons that fuse converted": Mutant(
-        "            convert(self._model.get_submodule(name), inplace=True)  # fuse had converted it\n",
+        "            convert(self._model.get_submodule(name), inplace=True)  # unfuse has reverted it\n",
         "            pass\n", "interop/test_models.py fire_at"),
     # ---- monitor ----
     "monitor: sees what other hooks made": Mutant("(self._count_output, prepend=True)",

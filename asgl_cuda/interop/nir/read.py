@@ -66,7 +66,7 @@ def from_nir(graph: nir.NIRGraph, dt: float | None = None, *, dtype: torch.dtype
         order = list(TopologicalSorter(sources).static_order())
     except CycleError as error:
         cycle = " -> ".join(error.args[1])
-        raise ValueError(f"{_CALLER}: can't read the cycle {cycle}; {RECURRENCE}") from None
+        raise ValueError(f"{_CALLER}: can't read the cycle {cycle}; {RECURRENCE}; use RecurrentLIF") from None
 
     paths, result = _module_paths(nodes), fx.Graph()
     modules: dict[str, Any] = {}
@@ -82,7 +82,7 @@ def from_nir(graph: nir.NIRGraph, dt: float | None = None, *, dtype: torch.dtype
                 value = result.call_function(operator.add, (value, values[source]))
             layers = [modules.get(paths[source]) for source in before]
             scaled: Any = next((each for each in layers if getattr(each, "scale_output", False)), None)
-            if scaled is not None:  # the Scale that `to_nir` writes after such a layer, which does it itself
+            if scaled is not None:  # the Scale after a layer that scales its output itself: left out
                 lif = next(source for source, each in zip(before, layers, strict=True) if each is scaled)
                 if len(before) != 1:
                     got = f"{len(before)}: {', '.join(map(repr, before))}"
@@ -104,7 +104,7 @@ def from_nir(graph: nir.NIRGraph, dt: float | None = None, *, dtype: torch.dtype
 
 
 def _module_paths(names: Iterable[str]) -> dict[str, str]:
-    """The path of a module for each name."""
+    """A free path for the module of each node, by the name of the node."""
     empty = fx.GraphModule(nn.Module(), fx.Graph())
     paths: dict[str, str] = {}
     for name in sorted(names):
@@ -121,11 +121,11 @@ def _module_paths(names: Iterable[str]) -> dict[str, str]:
 
 
 def _module_of_node(node: Any, dt: float | None) -> Any:
-    """The module that computes a node."""
+    """The module that computes a node, which `to_nir` may have written."""
     kind, ours = (
         type(node).__name__,
         (getattr(node, "metadata", None) or {}).get(KEY, {}),
-    )  # as `to_nir` writes it
+    )
     written = float(ours.get("dt", dt or units.DT))
     if dt is not None and abs(dt - written) > 1e-6 * written:
         raise ValueError(f"to_nir wrote it with dt = {written}, got dt = {dt}; leave out dt to use that of the node")

@@ -24,6 +24,7 @@ from ..converted import Converted, bare_class
 from ..fuse import unfuse
 from ..libraries import LIBRARIES, libraries
 from ..recurrent import Recurrent
+from ..sequences import InSequences
 from . import neurons as units
 from .neurons import KEY, RECURRENCE, Delay, Scale, as_double, as_nir_shape, named_in_errors, range_of
 
@@ -37,12 +38,12 @@ _KNOWN = {
     "multi_spike", "surrogate_gain", "detach_reset", "delay", "stateful", "store_v_seq", "time_dim", "backend",
     "eps", "momentum", "input_scale", "affine", "track_running_stats",
 }  # fmt: skip
-_KNOWN_OF_CALLS = {  # of `lif`, by converted layers
+_KNOWN_OF_CALLS = {  # the same for the options with which converted layers call `lif`
     "decay", "input_gain", "input_bias", "v_rest", "v_threshold", "v_reset", "reset_amount", "scale_output", "levels",
     "v_min", "strict_threshold", "surrogate", "surrogate_gain", "width", "detach_reset", "analog_prob", "rng_state",
     "generator", "v_init", "time_dim", "return_v_last", "return_v_seq", "return_h_seq", "backend", "multi_spike",
 }  # fmt: skip
-_SILENT = (  # options without effect in evaluation
+_SILENT = (  # layers without effect in evaluation
     nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout,
 )  # fmt: skip
 
@@ -98,7 +99,7 @@ def to_nir(
         if isinstance(module, NeuronLayer):
             module.reset()
     tracer = tracer({type(module) for module in root.modules() if _is_leaf(module) or module in left})
-    with named_in_errors(f"{_CALLER}: {type(model).__name__} can't be traced"):
+    with named_in_errors(f"{_CALLER}: {type(model).__name__} can't be traced by torch.fx, which to_nir needs"):
         traced = fx.GraphModule(root, tracer.trace(root))
     traced.graph.eliminate_dead_code()  # nir would add an Output to each node without a follower
     writer = _Writer(traced, float(dt), allow_soft_reset, real_type(example_input.dtype), left)
@@ -115,13 +116,15 @@ def _is_leaf(module: nn.Module) -> bool:
 
 
 def _reason_not_written(module: nn.Module) -> str | None:
-    """The reason of the module's library not to write it, or None."""
+    """Why `to_nir` can't write a module that is no neuron, or that `convert` made for sequences; None for others."""
+    if isinstance(module, InSequences):
+        return "it runs a loop over steps (convert with sequences); use asgl_cuda.LIF in place of its neurons"
     reasons = (getattr(library, "reason_not_written", lambda module: None)(module) for library in libraries())
     return next((reason for reason in reasons if reason is not None), None)
 
 
 class _Flow(NamedTuple):
-    """A tensor of the traced model, in the graph of NIR."""
+    """Where a tensor of the traced model is in the graph of NIR."""
 
     sources: tuple[str, ...]  # names of the nodes to be summed
     shape: tuple[int, ...]  # the shape of the neurons
@@ -141,8 +144,8 @@ class _Writer(fx.Interpreter):
         self.flows: dict[fx.Node, _Flow] = {}
         self.time_and_batch = torch.Size()
         self.time_dim: int | None = None  # time dimension of the preceding neurons
-        self.calls: list[dict[str, Any]] = []  # options of `lif` in the current call of a converted layer, if any
-        # Each function returns the nodes of a layer in order, by the suffix that is added to the name of the layer.
+        self.calls: list[dict[str, Any]] = []  # options of the calls of `lif` by the converted layer that runs
+        # By class of layer: a function that returns its nodes in order, by the suffix to add to the name of the layer.
         self.layers: dict[Any, Any] = {
             **dict.fromkeys(_SILENT, lambda layer, flow: {}),
             **dict.fromkeys((LIF, LeakyIntegrator), self._neuron_nodes),
@@ -163,7 +166,7 @@ class _Writer(fx.Interpreter):
             self.layers |= {own: self.layers[plain] for own, plain in getattr(library, "PLAIN", {}).items()}
 
     def run_node(self, n: fx.Node) -> Any:
-        """Runs a node of the traced model, and adds to the graph what it computes."""
+        """Runs a node of the traced model, and adds the NIR nodes for its computation to the graph."""
         inputs = [self.flows[source] for source in n.all_input_nodes if source in self.flows]
         if n.op == "call_module":
             module = self.module.get_submodule(str(n.target))
@@ -179,14 +182,15 @@ class _Writer(fx.Interpreter):
                 )
             elif n.op == "output":
                 if n.args[0] not in self.flows or inputs[0].leading != 2:
-                    raise ValueError(f"the model must return one tensor [T, B, ...], got {n.args[0]}")
+                    got = "one with time and batch merged" if n.args[0] in self.flows else n.args[0]
+                    raise ValueError(f"the model must return one tensor [T, B, ...], got {got}")
                 self._add_node(n.name, self.nir.Output(None), inputs[0], inputs[0].shape)
-            elif isinstance(value, Tensor):  # sizes are left out of the graph
+            elif isinstance(value, Tensor):  # other values, such as sizes, are not part of the graph
                 self.flows[n] = self._flow_after_function(n, value, inputs)
         return value
 
     def _flow_after_function(self, n: fx.Node, value: Tensor, inputs: list[_Flow]) -> _Flow:
-        """The flow after a function between layers."""
+        """The flow of the output of a function between layers: an addition, flatten or unflatten."""
         name = n.target if isinstance(n.target, str) else getattr(n.target, "__name__", "")
         sizes, leading = (*n.args[1:], *n.kwargs.values()), inputs[0].leading if inputs else 0
         if n.target in (operator.add, torch.add, "add") and len(inputs) == 2 == len(n.args):
@@ -219,7 +223,9 @@ class _Writer(fx.Interpreter):
             reason = RECURRENCE if isinstance(module, RecurrentLIF) else f"layers that can be: {known}"
             raise ValueError(f"can't be represented in NIR; {self.left.get(module, reason)}")
         if len(inputs) != 1 or len(n.args) + len(n.kwargs) != 1:
-            raise ValueError("must have one argument: the output of a layer, or the sum of outputs of several")
+            count = len(n.args) + len(n.kwargs)
+            got = f"{count} arguments" if count != 1 else "a value that no layer computes"
+            raise ValueError(f"must have one argument, the output of a layer or the sum of such outputs, got {got}")
         if kind is Converted:
             self.calls = []
             vars(module)["lif"] = partial(self._record_lif_call, module)
@@ -235,14 +241,19 @@ class _Writer(fx.Interpreter):
         return value
 
     def _record_lif_call(self, layer: Converted, x_seq: Tensor, **options: Any) -> Any:
-        """A call of `lif` by a converted layer, whose options are recorded."""
+        """Calls `lif` for a converted layer, and records the options."""
         self.calls.append(options)
         return type(layer).lif(layer, x_seq, **options)
 
     def _check_time(self, flow: _Flow, time_dim: int | None) -> None:
-        """Refuses a layer whose input has not both time and batch, or time elsewhere than the layers before."""
+        """Raises ValueError for an input without both time and batch, or with time elsewhere than the layers before."""
         if flow.leading != 2 or time_dim is None:
-            got = "one step per call" if time_dim is None else "both merged by flatten(0, 1)"
+            got = "both merged by flatten(0, 1); put unflatten(0, x_seq.shape[:2]) before it"
+            if time_dim is None:
+                got = (
+                    "a layer that takes one step per call, or both merged; use asgl_cuda.LIF in its place, or the form "
+                    "of the layer that takes whole sequences, such as step mode 'm' of SpikingJelly"
+                )
             raise ValueError(f"must take time and batch as two dimensions, [T, B, ...], got {got}")
         found, self.time_dim = self.time_dim, time_dim % (2 + len(flow.shape))
         wanted = "0 or 1" if self.time_dim > 1 else f"{found}, as in the layers before"
@@ -263,7 +274,7 @@ class _Writer(fx.Interpreter):
         return value.to(self.real).contiguous().numpy()
 
     def _neuron_nodes(self, layer: Any, flow: _Flow) -> dict[str, Any]:
-        """The NIR nodes of a neuron layer, by suffix of the name."""
+        """The NIR nodes of a LIF or LeakyIntegrator."""
         if options := unknown_options(layer, _KNOWN):
             raise ValueError(f"has {options}, which can't be represented in NIR")
         fires, numbers = isinstance(layer, LIF), cast("dict[str, Any]", units.constants_of_layer(layer, flow.shape))
@@ -271,7 +282,7 @@ class _Writer(fx.Interpreter):
         if not ((decay >= 0) & (decay <= 1)).all():
             raise ValueError(f"decay must be in [0, 1], got {range_of(decay)}")
         leaks = not (decay == 1).all()
-        if leaks and (decay == 1).any():  # whose tau would be infinite
+        if leaks and (decay == 1).any():  # their tau would be infinite
             raise ValueError(f"decay must be 1 for all neurons or for none, got {range_of(decay)}")
         unit, per_step = (1 - decay, 1.0) if leaks else (decay, self.dt)
         if fires:
@@ -305,7 +316,7 @@ class _Writer(fx.Interpreter):
         return {"": node} if fires or not layer.delay else {"": node, "_delay": self._delay_node(1, flow)}
 
     def _converted_nodes(self, layer: Converted, flow: _Flow) -> dict[str, Any]:
-        """The layer's call of `lif`, as a LIF with input_gain 1 and v_rest 0."""
+        """The NIR nodes of a converted layer, from the options of its call of `lif`."""
         call = self.calls[0] if len(self.calls) == 1 else {}
         if isinstance(layer, Recurrent):
             raise ValueError(f"can't be represented in NIR; {RECURRENCE}")
@@ -313,7 +324,7 @@ class _Writer(fx.Interpreter):
         other = {
             "no spikes": not fires,
             "a synaptic current": fires and (not layer.takes_input_directly or not call),
-            "several spikes a step": layer.multi_spike or call.get("levels") is not None,
+            "several spikes per step": layer.multi_spike or call.get("levels") is not None,
             "a lower limit of the potential": call.get("v_min") is not None,
             ", ".join(sorted(call.keys() - _KNOWN_OF_CALLS)): not call.keys() <= _KNOWN_OF_CALLS,
         }
@@ -394,7 +405,7 @@ class _Writer(fx.Interpreter):
         return {"": self.nir.Flatten(input_type={"input": as_nir_shape(flow.shape)}, start_dim=start, end_dim=end)}
 
     def _normalisation_nodes(self, norm: Any, flow: _Flow) -> dict[str, Any]:
-        """A normalisation in evaluation mode, as weights in float64 until `finished_graph`."""
+        """The NIR node of a normalisation in evaluation mode. Its weights are float64 until `finished_graph`."""
         mean, (channels, *sizes), scale = norm.running_mean, flow.shape, getattr(norm, "input_scale", 1.0)
         if not isinstance(norm, LIF):
             _check_batch_dims(norm, flow, len(flow.shape))
@@ -417,7 +428,7 @@ class _Writer(fx.Interpreter):
         return {"": node}
 
     def finished_graph(self) -> Any:
-        """The graph, with normalisations in the weights in front where there are some."""
+        """The graph, with each normalisation folded into the weights before it, if there are any."""
         for name, node in list(self.nodes.items()):
             if "normalises" not in node.metadata.get(KEY, {}):
                 continue
@@ -437,7 +448,7 @@ class _Writer(fx.Interpreter):
 
 
 def _check_batch_dims(layer: Any, flow: _Flow, dims: int) -> None:
-    """Refuses inputs without a batch, which torch's layers also take, with batch or time as channels."""
+    """Raises ValueError for an input without a batch, whose time or channels torch's layers would take for it."""
     separate = getattr(layer, "step_mode", "s") == "m"
     leading = {True: "[T, B, ...] with time and batch separate", False: "[T·B, ...] with time and batch merged"}
     if flow.leading != 1 + separate or len(flow.shape) != dims:
