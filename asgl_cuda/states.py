@@ -116,12 +116,12 @@ def _answer(module: nn.Module) -> InStream:
     if isinstance(module, NeuronLayer):
         return _streamed(module.time_dim)
     if isinstance(module, InSequences):
-        return module.streamed()
+        return module.streaming()
     kind = type(module)
     if kind not in _known_by:
         if isinstance(module, (nn.RNNBase, nn.RNNCellBase, Delay)):
             return "it starts each call at rest, unless its caller passes a state"
-        asked = (library.streamed for library in libraries())
+        asked = (library.streaming_of for library in libraries())
         _known_by[kind] = next((streamed for streamed in asked if streamed(module) is not None), None)
     streamed = _known_by[kind]
     return None if streamed is None else streamed(module)

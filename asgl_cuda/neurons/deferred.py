@@ -67,8 +67,8 @@ class Normal(Source):
 
     def make(self, reason: str) -> Tensor:
         """Computes the normalised value, and tells the normalisation that it was not merged."""
-        value: Tensor = self.of.normalised(self.other, self.training, not self.taken)
-        self.of.was_left(reason)
+        value: Tensor = self.of.compute_alone(self.other, self.training, not self.taken)
+        self.of.note_left(reason)
         return value
 
     def is_open(self) -> bool:
@@ -320,13 +320,13 @@ class Pending:
         running_mean = self.norm.running_mean
         version = None if running_mean is None else _version(running_mean)
         try:
-            output = self.norm.neurons(x, given, update, self.factor)
+            output = self.norm.compute_with_neurons(x, given, update, self.factor)
         except BaseException:  # for example from a checkpoint, which may stop the call after the update
             self.call.taken = update and running_mean is not None and _version(running_mean) != version
             raise
         if update:
             self.call.taken = True
-            self.norm.was_taken(layer)
+            self.norm.note_taken(layer)
         if here == there:
             return output
         if isinstance(output, Tensor):

@@ -13,7 +13,7 @@ from torch import nn
 
 from ..checks import given_for, shown
 from ..interop.converted import bare_class
-from ..interop.fuse import Fused, overlay
+from ..interop.fuse import Fused, make_fused
 from ..interop.libraries import libraries
 from ..neurons.base import check_module, some_asgl_layers
 from ..neurons.batch_norm_lif import BatchNormLIF
@@ -152,5 +152,5 @@ def convert_sync_batchnorm(model: nn.Module, process_group: Any = None) -> nn.Mo
             module.process_group = "world" if process_group is None else process_group
     model = nn.SyncBatchNorm.convert_sync_batchnorm(model, process_group)
     for path in fused:
-        overlay(model.get_submodule(path))
+        make_fused(model.get_submodule(path))
     return model

@@ -367,7 +367,7 @@ def test_normalisations():
         of_a_user(lambda norm, x, self: norm(x) / 2): "its output goes to truediv",
         of_a_user(lambda norm, x, self: 2 * (norm(x) + x)): "the sum of its output and another goes to rmul",
         of_a_user(lambda norm, x, self: norm(x) + norm(2 * x)): "its output goes to add",
-        of_a_user(lambda norm, x, self: norm(x), neurons=3): "its class defines neurons, a name that fused layers use",
+        of_a_user(lambda norm, x, self: norm(x), outcome=3): "its class defines outcome, a name that fused layers use",
         replaced: "its forward is an attribute of the module, not the method of its class",
         nn.GroupNorm(1, C): None,
     }
@@ -388,9 +388,7 @@ def test_what_is_fused_already():
     joined, _ = asgl_cuda.fuse(nn.Sequential(OverTime(nn.BatchNorm1d(4)), asgl_cuda.LIF()), x_seq)
     for example in ((), (x_seq,)):
         again, report = asgl_cuda.fuse(joined, *example)
-        assert [(row.path, row.reason) for row in report.left] == [
-            ("0.layer", "neurons compute it since an earlier fuse")
-        ]
+        assert [(row.path, row.reason) for row in report.left] == [("0.layer", "an earlier fuse has merged it already")]
         assert isinstance(again[0].layer, Fused)
 
 

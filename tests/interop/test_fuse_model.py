@@ -92,7 +92,7 @@ def test_a_copy_unless_inplace_is_said_and_back():
     assert asgl_cuda.fuse(nn.Sequential(nn.Linear(6, 2), asgl_cuda.LIF()), X)[1] == ([], [])
     replaced, left = asgl_cuda.fuse(fused, X)[1]
     assert not replaced
-    assert {row.reason for row in left} == {"neurons compute it since an earlier fuse"}
+    assert {row.reason for row in left} == {"an earlier fuse has merged it already"}
 
 
 class Counting(nn.Module):
@@ -129,7 +129,7 @@ def test_without_an_example():
     model = nn.Sequential(*net(), layer.BatchNorm1d(C, step_mode="m"), nn.Flatten(2))
     fused, report = asgl_cuda.fuse(model)
     assert report == ([], [])
-    assert str(report).endswith("fuse(model, example) does so at once")
+    assert str(report).endswith("fuse(model, example) decides at once")
     assert torch.equal(fused(X) + 0, model(X))
     assert [row.path for row in report.replaced] == ["1", "3"]
     assert report.left == [("4", "BatchNorm1d", "its output goes to add")]
