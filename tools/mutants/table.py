@@ -846,9 +846,11 @@ MUTANTS = {
     "pending: a Function without a gradient": Mutant(
         "if in_function() and self.requires_grad:",
         "if False:", "interop/test_fuse_left.py uses"),
-    "pending: code that asks for tensors": Mutant(
-        "if self.was_asked and not torch.compiler.is_compiling():",
-        "if False:", "interop/test_fuse_left.py uses or hooks"),
+    "pending: backward hooks of neurons": Mutant(
+        "if (hooked := self.norm.hooked_before(layer)) is not None:",
+        "if False:", "interop/test_fuse_left.py hooks"),
+    "fuse: backward hooks of containers": Mutant("& {*module.modules()}) == 1)", "& {*module.modules()}) == 3)",
+        "interop/test_fuse_left.py hooks"),
     "pending: a sum with a factor": Mutant("or more or alpha != 1:", "or more:", "interop/test_fuse_left.py uses"),
     "pending: a sum of other types": Mutant(
         "(other.shape, other.dtype, other.device) if",
