@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ..layout import channel_dim, is_dense
+from ..layout import channel_dim, dense
 from ..reference.records import Parameters, Rules
 
 Rule = Callable[..., tuple[Any, Any]]  # takes info, in_dims and the operator's arguments; returns outputs and out_dims
@@ -134,8 +134,7 @@ def _one_by_one(
             return value
         if info.batch_size == 0:  # called once, for the shapes
             return value.new_zeros(_shape_of_one(value, dim))
-        value = value.select(dim, index)
-        return value if is_dense(value, time_dim) else value.contiguous()
+        return dense(value.select(dim, index), time_dim)
 
     def sample(index: int) -> Any:
         """The results of the operator for one sample."""

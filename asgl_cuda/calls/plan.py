@@ -23,7 +23,7 @@ from ..checks import (
     check_width,
     check_width_tensor,
 )
-from ..layout import Features, in_memory_order, is_dense, real_type
+from ..layout import Features, dense, in_memory_order, real_type
 from ..reference.learned import Logarithm, Logit
 from ..reference.records import BELOW_IN_STATE, Numbers, Parameters, Rules
 from ..reference.surrogates import INTEGER, PERIODIC, SURROGATES
@@ -217,9 +217,9 @@ def checked_call(caller: str, x_seq: Tensor, given: Arguments, together: bool = 
         if not rules.adaptation:
             check_v_init(v_init, x_seq, rules.time_dim, caller)
         v_init = v_init.to(plan.real)
-    if not is_dense(x_seq, rules.time_dim):
-        x_seq = x_seq.contiguous()
-    if residual is not None:
+    if not x_seq.is_contiguous():
+        x_seq = dense(x_seq, rules.time_dim)
+    if residual is not None and residual.stride() != x_seq.stride():
         residual = in_memory_order(residual, x_seq, rules.time_dim)
     parameters = tensors_of(plan, given, len(PARAMETERS), BACKENDS[backend].operators is not None)
     if plan.sources:

@@ -24,7 +24,7 @@ from ..checks import (
     check_v_init,
     check_values,
 )
-from ..layout import is_dense
+from ..layout import dense
 from ..reference.learned import Logit
 from ..reference.neurons import integrator_reference
 from ..reference.records import Numbers, Rules
@@ -87,8 +87,7 @@ class IntegratorFunction(torch.autograd.Function):
         grad_v_seq, grad_v_last = with_gaps(grads, (True, *plan.wanted))
         if grad_v_seq is None:
             grad_v_seq = torch.zeros(ctx.shape, **ctx.like)
-        if not is_dense(grad_v_seq, plan.rules.time_dim):
-            grad_v_seq = grad_v_seq.contiguous()
+        grad_v_seq = dense(grad_v_seq, plan.rules.time_dim)
         found = operators_of(ctx.backend, (*saved, *grads)).integrator_backward(
             grad_v_seq, grad_v_last, v_seq, x_seq, v_init, decay, input_gain, *plan.packed, wanted
         )
@@ -196,7 +195,7 @@ def _computed(caller: str, x_seq: Tensor, given: _Arguments) -> Tensor | Integra
     fused = BACKENDS[backend].operators is not None
     decay, input_gain = tensors_of(plan, given, len(_VALUES), fused)
     if fused:
-        x_seq = x_seq if is_dense(x_seq, time_dim) else x_seq.contiguous()
+        x_seq = dense(x_seq, time_dim)
         tensors = x_seq, v_init, decay, input_gain
         run = partial(apply, IntegratorFunction) if is_differentiated(tensors, caller) else IntegratorFunction.forward
         outputs = run(None, backend, plan, *tensors)

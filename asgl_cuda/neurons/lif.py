@@ -538,11 +538,11 @@ class LIF(Neurons):
 
     def _inputs(self, x_seq: Tensor, residual: Tensor | None = None) -> tuple[Tensor, dict[str, Any]]:
         """The input and options of a call. A `Pending` becomes the option `pending` if the neurons can compute it."""
-        if residual is not None:
-            residual = tensor_of(residual, type(self).__name__)
+        name = type(self).__name__
+        if isinstance(residual, Pending):
+            residual = residual.tensor(name)
         if not isinstance(x_seq, Pending):
             return x_seq, {} if residual is None else {"residual": residual}
-        name = type(self).__name__
         if residual is not None:
             if not isinstance(residual, Tensor) or (residual.shape, residual.dtype) != (x_seq.shape, x_seq.dtype):
                 return x_seq.tensor(name), {"residual": residual}

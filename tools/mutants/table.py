@@ -215,7 +215,7 @@ MUTANTS = {
         "neurons/test_levels.py unit_height"),
     "call: half parameters": Mutant("= value if value.dtype is real else value.to(real)",
         "= value", "calls/test_arguments.py half"),
-    "call: a half state": Mutant("        v_init = v_init.to(plan.real)\n    if not is_dense", "    if not is_dense",
+    "call: a half state": Mutant("        v_init = v_init.to(plan.real)\n    if not x_seq", "    if not x_seq",
         "calls/test_arguments.py half"),
     "call: widths of 0 in a tensor": Mutant("if width is not None and not rules.log_width:", "if False:",
         "calls/test_arguments.py bad_arguments"),
@@ -349,7 +349,7 @@ MUTANTS = {
     "integrator: x is always kept": Mutant("x_seq if learns_gain else None, decay", "x_seq, decay",
         "neurons/test_leaky_integrator.py only"),
     "integrator: gradients of any layout": Mutant(
-        "if not is_dense(grad_v_seq, plan.rules.time_dim):", "if False:",
+        "grad_v_seq = dense(grad_v_seq, plan.rules.time_dim)", "pass",
         "neurons/test_features.py any_layout and integrator"),
     "integrator: a gradient of v_last alone": Mutant("        if grad_v_seq is None:\n", "        if False:\n",
         "neurons/test_features.py alone and integrator"),
@@ -365,8 +365,8 @@ MUTANTS = {
     "integrator: a second derivative": Mutant(
         "once_differentiable(with_gaps(found, wanted), (*saved, *grads))", "with_gaps(found, wanted)",
         "neurons/test_features.py rules and integrator"),
-    "integrator: inputs of any layout": Mutant("x_seq if is_dense(x_seq, time_dim) else x_seq.contiguous()",
-        "x_seq", "neurons/test_features.py layouts and integrator"),
+    "integrator: inputs of any layout": Mutant("x_seq = dense(x_seq, time_dim)",
+        "pass", "neurons/test_features.py layouts and integrator"),
     # ---- layers ----
     "layer: noise in evaluation": Mutant("        if not self.training:\n            return 0.0\n", "",
         "neurons/test_base.py noise_is"),
