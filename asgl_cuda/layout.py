@@ -28,7 +28,11 @@ class Features(NamedTuple):
         shape, dims = [1] * x_seq.dim(), self.dims(x_seq, time_dim)
         for dim, size in zip(dims, self.sizes, strict=True):
             shape[dim] = size
-        return tuple(shape[dims[0] :] if len(dims) == 1 else shape)
+        return tuple(shape[dims[0] :])
+
+    def trailing(self, x_seq: Tensor, time_dim: int) -> int:
+        """The number of dimensions of x_seq after the one in which parameters differ; 0 if they differ in several."""
+        return x_seq.dim() - 1 - self.dims(x_seq, time_dim)[0] if len(self.sizes) == 1 else 0
 
 
 def real_type(dtype: torch.dtype) -> torch.dtype:

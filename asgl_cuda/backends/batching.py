@@ -67,7 +67,9 @@ def _together(operator: Any, info: Any, in_dims: tuple[Any, ...], *arguments: An
         if value is None or (dim is None and not apart):
             return value
         sizes = _shape_of_one(value, dim)
-        return front(value, dim).reshape(count, *(1,) * (sequence.dim() - 1 - len(sizes)), *sizes)
+        after = rules.trailing if len(sizes) == 1 else 0
+        before = sequence.dim() - 1 - len(sizes) - after
+        return front(value, dim).reshape(count, *(1,) * before, *sizes, *(1,) * after)
 
     is_backward = "grad_v_seq" in given
     first = "grad_v_seq" if is_backward and "checkpoints" not in given else "x_seq"

@@ -111,7 +111,11 @@ def _checked(caller: str, x_seq: Tensor, given: _Arguments) -> Plan:
         check_features(features, x_seq, time_dim, caller)
     options = check_options(given, _OPTIONS, caller)
     constants = check_values(given, _VALUES, x_seq, caller, features)
-    rules = _RULES.changed(logit_decay=int(isinstance(given["decay"], Logit)), time_dim=time_dim)
+    rules = _RULES.changed(
+        logit_decay=int(isinstance(given["decay"], Logit)),
+        time_dim=time_dim,
+        trailing=0 if features is None else features.trailing(x_seq, time_dim),
+    )
     values = {name: 0.0 if constant is None else constant for name, constant in constants.items()}
     numbers = Numbers(**{**_NUMBERS, "v_rest": options["v_rest"], **values})
     sources = sources_of(_VALUES, constants, given, x_seq, time_dim)
