@@ -197,9 +197,9 @@ MUTANTS = {
         "torch_modes/test_torch_features.py the_operator"),
     "call: x and the residual share any gradient": Mutant(
         "shared = wanted.residual and wanted.x_seq and inputs.input_gain is None",
-        "shared = wanted.residual and wanted.x_seq", "neurons/test_features.py equals and residual"),
+        "shared = wanted.residual and wanted.x_seq", "neurons/test_lif.py residual"),
     "call: no residual gain in backward": Mutant("shared and plan.numbers.input_gain == plan.numbers.residual_gain",
-        "shared", "neurons/test_features.py equals and residual"),
+        "shared", "neurons/test_lif.py residual"),
     "checks: both resets": Mutant('if given["reset_amount"] is not None and v_reset is not None:', "if False:",
         "calls/test_arguments.py bad_arguments"),
     "call: a limit of spikes counts": Mutant(
