@@ -25,7 +25,7 @@ _CALLER = "asgl_cuda.convert"
 
 
 class Replaced(NamedTuple):
-    """A replaced layer: its path, class and new computation."""
+    """A replaced layer: its path, its class and what computes it now."""
 
     path: str
     layer: str
@@ -33,7 +33,7 @@ class Replaced(NamedTuple):
 
 
 class Left(NamedTuple):
-    """A layer that was not converted, or a lost value: path, class and reason."""
+    """A layer that was left as it is, or a value that got lost in it: path, class and reason."""
 
     path: str
     layer: str

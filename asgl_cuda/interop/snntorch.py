@@ -390,7 +390,7 @@ def _at_least(value: Tensor | float, least: float) -> Tensor | float:
 
 
 class MultiStep(nn.Module):
-    """`Leaky`, `Lapicque`, `Synaptic`, `RLeaky` or `RSynaptic` over a whole sequence in one call.
+    """Applies `Leaky`, `Lapicque`, `Synaptic`, `RLeaky` or `RSynaptic` of snnTorch to a whole sequence in one call.
 
     Args:
         layer: a layer of snnTorch, converted in place if necessary.

@@ -343,7 +343,7 @@ def remember(call: Call, inputs: Inputs, outputs: Sequence[Tensor]) -> None:
 
 
 def analog_mask(x_seq: Tensor, analog_prob: float, rng_state: Tensor, time_dim: int = 0) -> Tensor:
-    """The elements of `x_seq` that are analog with the noise of `rng_state`, as a bool tensor in the shape of x_seq.
+    """Which elements of `x_seq` are analog with the noise of `rng_state`, as a bool tensor in the shape of x_seq.
 
     Only the shape, memory layout and device of x_seq matter. `analog_prob` is rounded to multiples of 1 / 65536. Raises
     the errors of `lif`.
@@ -361,7 +361,7 @@ def analog_mask(x_seq: Tensor, analog_prob: float, rng_state: Tensor, time_dim: 
 
 
 def unroll_levels(s_seq: Tensor, levels: int, time_dim: int = 0) -> Tensor:
-    """Turns integer spikes into binary spikes: each step becomes `levels` sub-steps, of which the first `s` are ones.
+    """Turns integer spikes into binary spikes: a step with spike s becomes `levels` sub-steps, the first s of them 1.
 
     If the outputs of a layer without a bias are summed over the sub-steps of each step, they are the same as for the
     integer spikes. Inference of a network trained with `levels` then needs only additions, and no products.

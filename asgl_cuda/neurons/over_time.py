@@ -31,7 +31,7 @@ KNOWS_TIME: list[Callable[[nn.Module], tuple[str, str] | None]] = [_of_neurons]
 
 
 class OverTime(nn.Module):
-    """A layer without time, such as a convolution or a batch normalisation, applied to all steps at once.
+    """Applies a layer that takes no time dimension, such as a convolution, to all steps of a sequence at once.
 
     Args:
         layer: any module; pass several as an `nn.Sequential`. It must not contain layers with state over time, such as

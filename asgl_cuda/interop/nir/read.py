@@ -26,7 +26,7 @@ _CALLER = "asgl_cuda.from_nir"
 
 
 def from_nir(graph: nir.NIRGraph, dt: float | None = None, *, dtype: torch.dtype | None = None) -> fx.GraphModule:
-    """The graph as a module in evaluation mode, `[T, B, ...]` to `[T, B, ...]`, whose submodules have the nodes' names.
+    """Makes a module `[T, B, ...]` to `[T, B, ...]`, in evaluation mode, from a graph; the nodes name its submodules.
 
     A dot in a name separates levels of modules, as in `get_submodule`. Characters other than letters, digits and `_`
     become `_`, and `_` is appended to names that are not free, as in `forward_` for `forward` and `class_` for `class`.

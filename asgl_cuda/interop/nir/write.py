@@ -50,7 +50,7 @@ _SILENT = (  # options without effect in evaluation
 def to_nir(
     model: nn.Module, example_input: Tensor, dt: float = units.DT, *, allow_soft_reset: bool = False
 ) -> nir.NIRGraph:
-    """The model in evaluation mode as a graph of NIR.
+    """Makes a graph of NIR from the model, as it computes in evaluation mode.
 
     Args:
         model: layers of asgl_cuda.LIF and LeakyIntegrator, Linear, Conv1d, Conv2d, AvgPool2d (with
