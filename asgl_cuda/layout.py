@@ -28,7 +28,11 @@ class Features(NamedTuple):
         shape, dims = [1] * x_seq.dim(), self.dims(x_seq, time_dim)
         for dim, size in zip(dims, self.sizes, strict=True):
             shape[dim] = size
-        return tuple(shape[dims[0] :] if len(dims) == 1 else shape)
+        return tuple(shape[dims[0] :])
+
+    def trailing(self, x_seq: Tensor, time_dim: int) -> int:
+        """The number of dimensions of x_seq after the one in which parameters differ; 0 if they differ in several."""
+        return x_seq.dim() - 1 - self.dims(x_seq, time_dim)[0] if len(self.sizes) == 1 else 0
 
 
 def real_type(dtype: torch.dtype) -> torch.dtype:
@@ -53,9 +57,9 @@ def is_channels_last(x_seq: Tensor, time_dim: int) -> bool:
     return x_seq.dim() > 3 and x_seq.movedim(channel_dim(time_dim), -1).is_contiguous()
 
 
-def is_dense(x_seq: Tensor, time_dim: int) -> bool:
-    """Whether kernels accept the layout of x_seq."""
-    return x_seq.is_contiguous() or is_channels_last(x_seq, time_dim)
+def dense(x_seq: Tensor, time_dim: int) -> Tensor:
+    """x_seq in a layout that kernels accept, copied only if needed."""
+    return x_seq if x_seq.is_contiguous() or is_channels_last(x_seq, time_dim) else x_seq.contiguous()
 
 
 def memory_order(x_seq: Tensor, time_dim: int) -> list[int]:
@@ -68,8 +72,6 @@ def memory_order(x_seq: Tensor, time_dim: int) -> list[int]:
 
 def in_memory_order(tensor: Tensor, x_seq: Tensor, time_dim: int) -> Tensor:
     """`tensor` in the memory order of x_seq, copied only if needed. Both have the same shape; x_seq is dense."""
-    if tensor.stride() == x_seq.stride():
-        return tensor
     order = memory_order(x_seq, time_dim)
     inverse = sorted(range(len(order)), key=order.__getitem__)
     return tensor.permute(order).contiguous().permute(inverse)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ..layout import channel_dim, is_dense
+from ..layout import channel_dim, dense
 from ..reference.records import Parameters, Rules
 
 Rule = Callable[..., tuple[Any, Any]]  # takes info, in_dims and the operator's arguments; returns outputs and out_dims
@@ -67,7 +67,9 @@ def _together(operator: Any, info: Any, in_dims: tuple[Any, ...], *arguments: An
         if value is None or (dim is None and not apart):
             return value
         sizes = _shape_of_one(value, dim)
-        return front(value, dim).reshape(count, *(1,) * (sequence.dim() - 1 - len(sizes)), *sizes)
+        after = rules.trailing if len(sizes) == 1 else 0
+        before = sequence.dim() - 1 - len(sizes) - after
+        return front(value, dim).reshape(count, *(1,) * before, *sizes, *(1,) * after)
 
     is_backward = "grad_v_seq" in given
     first = "grad_v_seq" if is_backward and "checkpoints" not in given else "x_seq"
@@ -134,8 +136,7 @@ def _one_by_one(
             return value
         if info.batch_size == 0:  # called once, for the shapes
             return value.new_zeros(_shape_of_one(value, dim))
-        value = value.select(dim, index)
-        return value if is_dense(value, time_dim) else value.contiguous()
+        return dense(value.select(dim, index), time_dim)
 
     def sample(index: int) -> Any:
         """The results of the operator for one sample."""

@@ -23,7 +23,7 @@ from ..checks import (
     check_width,
     check_width_tensor,
 )
-from ..layout import Features, in_memory_order, is_dense, real_type
+from ..layout import Features, dense, in_memory_order, real_type
 from ..reference.learned import Logarithm, Logit
 from ..reference.records import BELOW_IN_STATE, Numbers, Parameters, Rules
 from ..reference.surrogates import INTEGER, PERIODIC, SURROGATES
@@ -94,21 +94,23 @@ class Inputs(NamedTuple):
 
     def with_input(self, gain: Any, bias: Any, mean: Any) -> Inputs:
         """These inputs with other parameters of the input. Not by `_replace`, which torch 2.6 can't compile."""
-        x_seq, v_init, rng_state, width, decay, v_threshold, reset, _, _, _, residual = self
-        return Inputs(x_seq, v_init, rng_state, width, decay, v_threshold, reset, gain, bias, mean, residual)
+        return Inputs(*self[:-4], gain, bias, mean, self.residual)
 
 
 PARAMETERS = Parameters._fields[:-1]  # without the residual, which is never a constant
 
 
 def tensors_of(plan: Plan, given: Any, count: int, fused: bool) -> list[Any]:
-    """A call's parameters in the type of the arithmetic, None for constants; learned ones as stored where `fused`."""
+    """A call's parameters in the type of the arithmetic, None for constants.
+
+    Where `fused`, learned ones are as stored, and those of one dimension have the place that the rules say.
+    """
     real, found = plan.real, [None] * count
     for place, name, shape in plan.sources:
         value = given[name]
         if isinstance(value, (Logarithm, Logit)):
             value = value.stored if fused else value.value()
-        if shape is not None:
+        if shape is not None and not (fused and value.dim() == 1):
             value = value.view(shape)
         found[place] = value if value.dtype is real else value.to(real)
     return found
@@ -178,6 +180,7 @@ def _checked(caller: str, x_seq: Any, given: Arguments) -> Plan:
         levels=options["levels"] or 0,
         adaptation=given.get("adaptation", 0),
         time_dim=time_dim,
+        trailing=0 if features is None else features.trailing(x_seq, time_dim),
         **{name: int(options[name]) for name in FLAGS},
     )
     found = {name: constants[argument] for name, argument in arguments.items()}
@@ -217,9 +220,9 @@ def checked_call(caller: str, x_seq: Tensor, given: Arguments, together: bool = 
         if not rules.adaptation:
             check_v_init(v_init, x_seq, rules.time_dim, caller)
         v_init = v_init.to(plan.real)
-    if not is_dense(x_seq, rules.time_dim):
-        x_seq = x_seq.contiguous()
-    if residual is not None:
+    if not x_seq.is_contiguous():
+        x_seq = dense(x_seq, rules.time_dim)
+    if residual is not None and residual.stride() != x_seq.stride():
         residual = in_memory_order(residual, x_seq, rules.time_dim)
     parameters = tensors_of(plan, given, len(PARAMETERS), BACKENDS[backend].operators is not None)
     if plan.sources:

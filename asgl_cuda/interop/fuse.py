@@ -19,7 +19,17 @@ from torch.utils._pytree import tree_map_only
 from ..calls.arguments import Arguments
 from ..layout import channel_dim, real_type
 from ..neurons.batch_norm_lif import module_batch_norm_lif
-from ..neurons.deferred import Normal, Pending, checkpoint, hooks_of_graph, in_backward, in_function, tensor_of, watched
+from ..neurons.deferred import (
+    Normal,
+    Pending,
+    checkpoint,
+    has_backward_hooks,
+    hooks_of_graph,
+    in_backward,
+    in_function,
+    tensor_of,
+    watched,
+)
 from ..neurons.lif import LIFOutput
 from .convert import Left, Replaced, Report, convert, copy_model, model_or_copy
 from .converted import Converted, Overlay, bare_class, overlaid_class
@@ -49,14 +59,15 @@ def fuse(model: nn.Module, *example: Any, inplace: bool = False) -> tuple[nn.Mod
     that the example did not reach, gets the value that the normalisation alone would return. A RuntimeError is raised
     where such code would lose a gradient (for example a `torch.autograd.Function`), or where a view would miss a change
     in place of the tensor that it views. In inference mode and under `torch.compile`, changes in place are
-    not noticed.
+    not noticed. Code between the two layers that tests `isinstance(value, Tensor)` gets False, which is not noticed
+    either. Backward hooks would see no gradient of the stand-in, so a normalisation is left if it, its neurons, or a
+    module that contains only one of the two has such a hook. A hook that such a module gets later is not noticed.
 
     Args:
         model: any module.
         example: arguments of a call. Copies of the model are called with them, in training and in evaluation mode.
             Without an example, the first calls of the model decide what is merged, and complete the report. In that
-            case all known neurons are converted. During the first calls the model's own code may meet values that are
-            not tensors, so a test such as `isinstance(value, Tensor)` may fail there.
+            case all known neurons are converted.
         inplace: fuse the model instead of a copy; existing optimizers stay valid.
 
     Returns:
@@ -178,6 +189,8 @@ class Fused(Overlay):
             # tensors.
             elif in_function() or (in_backward() and hooks_of_graph() is None):
                 reason = "it is called inside of a torch.autograd.Function, such as a reentrant checkpoint"
+            elif has_backward_hooks(self):
+                reason = "it has a backward hook"
             # Running statistics must be updated in the order of the calls.
             if self.training and last is not None and last.is_open():
                 reason = "it is called again before its output is used"
@@ -226,6 +239,14 @@ class Fused(Overlay):
             if [len(sizes) - dim for dim, size in enumerate(sizes) if size != 1] not in ([], [back]):
                 return f"whose input gain or bias has shape {list(sizes)}"
         return ""
+
+    def hooked_before(self, layer: nn.Module) -> nn.Module | None:
+        """The neurons `layer`, or a module that the stand-in enters or leaves before them, if it has backward hooks."""
+        if torch.compiler.is_compiling():
+            return None
+        if has_backward_hooks(layer):
+            return layer
+        return None if self.outcome is None else self.outcome.hooked_between(self, layer)
 
     def compute_with_neurons(
         self, x_seq: Tensor, given: Arguments, update: bool, factor: float = 1.0
@@ -322,6 +343,13 @@ class _Outcome:
     def is_left(self, norm: nn.Module) -> bool:
         """Whether the normalisation is left: it computes its value itself from now on."""
         return self.paths.get(norm, "") in self.left
+
+    def hooked_between(self, norm: nn.Module, layer: nn.Module) -> nn.Module | None:
+        """Before the two are joined: a module with backward hooks that contains only one of them."""
+        if self.paths.get(norm, "") in self.joined:
+            return None
+        hooked = (module for module in self.paths if has_backward_hooks(module))
+        return next((module for module in hooked if len({norm, layer} & {*module.modules()}) == 1), None)
 
     def unused_outputs(self, reason: str) -> dict[str, str]:
         """The normalisations whose outputs nothing has used yet, with the reason."""

@@ -26,7 +26,6 @@ from ..checks import (
     check_options,
     check_sizes,
     check_step,
-    check_tensor,
     given_for,
     least_and_most,
     optional,
@@ -294,8 +293,7 @@ class NeuronLayer(Settable):
         if torch._C._get_tracing_state() is not None:
             self.__prepare_scriptable__()
         x_seq, options = self._inputs(x_seq, residual)
-        check_tensor("x_seq", x_seq, self._caller)  # a separate call, because `Pending` records who asks for a tensor
-        if x_seq.dtype not in FLOATING_TYPES:
+        if not isinstance(x_seq, Tensor) or x_seq.dtype not in FLOATING_TYPES:
             check_input(x_seq, self.time_dim, self._caller)  # names the layer, not its function
         if not (self.stateful or self.store_v_seq):
             return self._call_function(x_seq, **options)  # type: ignore[no-any-return]

@@ -11,13 +11,12 @@ A plain object: a subclass of Tensor would enter a `torch.autograd.Function` wit
 from __future__ import annotations
 
 import math
-import sys
 from contextlib import suppress
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from ..calls.arguments import VALUES, Arguments
@@ -90,7 +89,6 @@ class Pending:
 
     value: Tensor | None = None
     factor = 1.0  # scales only the normalised value, not the other operand
-    was_asked = False
 
     def __init__(
         self,
@@ -106,14 +104,6 @@ class Pending:
         self.views, self.watched, self.changes = views, watched, source.changes
         self.views_have_graph = torch.is_grad_enabled()
         self.has_graph = call.has_graph  # and so have all views, and the sum
-
-    @property  # type: ignore[misc]
-    def __class__(self) -> Any:
-        """`Pending`, read by isinstance and by functions of torch. Notes whether code asks if this is a Tensor."""
-        names = sys._getframe(1).f_code.co_names
-        if "isinstance" in names and "Tensor" in names:
-            self.was_asked = True
-        return Pending
 
     @property
     def norm(self) -> Any:
@@ -230,7 +220,7 @@ class Pending:
 
     def _behind(self, made: Pending) -> Pending:
         """Passes on what is known of a value to a view of it, or to a sum."""
-        made.was_asked, made.has_graph = self.was_asked, self.has_graph and torch.is_grad_enabled()
+        made.has_graph = self.has_graph and torch.is_grad_enabled()
         made.factor = self.factor
         if made.source is self.source:
             made.changes, made.views_have_graph = self.changes, made.views_have_graph and self.views_have_graph
@@ -294,12 +284,12 @@ class Pending:
 
         Arguments as in `joined`.
         """
-        name = getattr(type(layer), "original", type(layer)).__name__
+        name = _class_name(layer)
         if self.is_known() or (update and self.call.taken):
             return self.tensor(name)
         self.check()
-        if self.was_asked and not torch.compiler.is_compiling():
-            raise self.norm.refusal("code, or a backward hook, asked whether its output is a Tensor, which it is not")
+        if (hooked := self.norm.hooked_before(layer)) is not None:
+            raise self.norm.refusal(f"a backward hook of {_class_name(hooked)} would see no gradient of its output")
         why = self._reason_against(given) or self.norm.reason_against(self, given)
         return self.tensor(f"{name}, {why}") if why else None
 
@@ -371,6 +361,11 @@ def tensor_of(x: Any, use: str) -> Any:
     return x.tensor(use) if isinstance(x, Pending) else x
 
 
+def _class_name(layer: nn.Module) -> str:
+    """The name of the layer's class before it was converted."""
+    return getattr(type(layer), "original", type(layer)).__name__
+
+
 def _version(tensor: Tensor) -> int:
     """The number of writes; not counted in inference mode and in compiled code."""
     return 0 if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version
@@ -386,6 +381,13 @@ def in_function() -> bool:
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.is_inference_mode_enabled():
         return False
     return not torch._C._is_fwd_grad_enabled()
+
+
+def has_backward_hooks(module: nn.Module) -> bool:
+    """Whether this module, or every module, has hooks that run in backward. torch attaches these to tensors alone."""
+    every = nn.modules.module
+    of_every = every._global_backward_hooks or every._global_backward_pre_hooks
+    return bool(module._backward_hooks or module._backward_pre_hooks or of_every)
 
 
 def in_backward() -> bool:

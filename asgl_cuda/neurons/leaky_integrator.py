@@ -24,7 +24,7 @@ from ..checks import (
     check_v_init,
     check_values,
 )
-from ..layout import is_dense
+from ..layout import dense
 from ..reference.learned import Logit
 from ..reference.neurons import integrator_reference
 from ..reference.records import Numbers, Rules
@@ -87,8 +87,7 @@ class IntegratorFunction(torch.autograd.Function):
         grad_v_seq, grad_v_last = with_gaps(grads, (True, *plan.wanted))
         if grad_v_seq is None:
             grad_v_seq = torch.zeros(ctx.shape, **ctx.like)
-        if not is_dense(grad_v_seq, plan.rules.time_dim):
-            grad_v_seq = grad_v_seq.contiguous()
+        grad_v_seq = dense(grad_v_seq, plan.rules.time_dim)
         found = operators_of(ctx.backend, (*saved, *grads)).integrator_backward(
             grad_v_seq, grad_v_last, v_seq, x_seq, v_init, decay, input_gain, *plan.packed, wanted
         )
@@ -112,7 +111,11 @@ def _checked(caller: str, x_seq: Tensor, given: _Arguments) -> Plan:
         check_features(features, x_seq, time_dim, caller)
     options = check_options(given, _OPTIONS, caller)
     constants = check_values(given, _VALUES, x_seq, caller, features)
-    rules = _RULES.changed(logit_decay=int(isinstance(given["decay"], Logit)), time_dim=time_dim)
+    rules = _RULES.changed(
+        logit_decay=int(isinstance(given["decay"], Logit)),
+        time_dim=time_dim,
+        trailing=0 if features is None else features.trailing(x_seq, time_dim),
+    )
     values = {name: 0.0 if constant is None else constant for name, constant in constants.items()}
     numbers = Numbers(**{**_NUMBERS, "v_rest": options["v_rest"], **values})
     sources = sources_of(_VALUES, constants, given, x_seq, time_dim)
@@ -196,7 +199,7 @@ def _computed(caller: str, x_seq: Tensor, given: _Arguments) -> Tensor | Integra
     fused = BACKENDS[backend].operators is not None
     decay, input_gain = tensors_of(plan, given, len(_VALUES), fused)
     if fused:
-        x_seq = x_seq if is_dense(x_seq, time_dim) else x_seq.contiguous()
+        x_seq = dense(x_seq, time_dim)
         tensors = x_seq, v_init, decay, input_gain
         run = partial(apply, IntegratorFunction) if is_differentiated(tensors, caller) else IntegratorFunction.forward
         outputs = run(None, backend, plan, *tensors)

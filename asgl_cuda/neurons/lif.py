@@ -301,8 +301,9 @@ class LIFFunction(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         checkpoints, *tensors = saved_tensors(ctx)
         inputs, plan, wanted = Inputs(*tensors), ctx.plan, Inputs(*ctx.needs_input_grad[3:])
-        # The gradients of x_seq and of the residual may be one tensor, as they are for a sum.
-        shared = wanted.residual and wanted.x_seq and _adds(plan.numbers, inputs)
+        # The gradients are input_gain * dh and residual_gain * dh: one tensor if the two are the same number.
+        shared = wanted.residual and wanted.x_seq and inputs.input_gain is None
+        shared = shared and plan.numbers.input_gain == plan.numbers.residual_gain
         if shared:
             asked = [*wanted[:-1], False]
             wanted = Inputs(*asked)
@@ -310,14 +311,6 @@ class LIFFunction(torch.autograd.Function):
         found = run_backward(ctx.backend, plan, inputs, grads_of_outputs, checkpoints, wanted)
         gradients = once_differentiable(found, (*tensors, *grads))
         return None, None, None, *gradients[:-1], gradients[0] if shared else gradients[-1]
-
-
-def _adds(constants: Numbers, inputs: Inputs) -> bool:
-    """Whether the input current is x, or the sum of x and the residual."""
-    if inputs.input_gain is not None or inputs.input_bias is not None or inputs.input_mean is not None:
-        return False
-    values = constants.input_gain, constants.residual_gain, constants.input_bias, constants.input_mean
-    return values == (1, 1, 0, 0)
 
 
 def _differentiated(operator: Any, below: Any, *arguments: Any) -> ForwardResult:
@@ -538,11 +531,11 @@ class LIF(Neurons):
 
     def _inputs(self, x_seq: Tensor, residual: Tensor | None = None) -> tuple[Tensor, dict[str, Any]]:
         """The input and options of a call. A `Pending` becomes the option `pending` if the neurons can compute it."""
-        if residual is not None:
-            residual = tensor_of(residual, type(self).__name__)
+        name = type(self).__name__
+        if isinstance(residual, Pending):
+            residual = residual.tensor(name)
         if not isinstance(x_seq, Pending):
             return x_seq, {} if residual is None else {"residual": residual}
-        name = type(self).__name__
         if residual is not None:
             if not isinstance(residual, Tensor) or (residual.shape, residual.dtype) != (x_seq.shape, x_seq.dtype):
                 return x_seq.tensor(name), {"residual": residual}

@@ -24,6 +24,7 @@ from ..checks import (
     warn_once,
 )
 from ..reference.learned import BOUND, Logarithm
+from ..reference.neurons import fires
 from .base import NeuronLayer, Noisy, Value, fill_parameter, values_shown
 
 _LEAST_WIDTH, _LARGEST_WIDTH = math.exp(-BOUND), math.exp(BOUND)
@@ -151,7 +152,7 @@ class Neurons(NeuronLayer, Noisy):
         least, _ = least_and_most(value)
         if several:
             check_threshold(least, several, caller)
-        if self._fires(v_rest - least):
+        if fires(v_rest - least, self.strict_threshold):
             message = f"v_threshold {least:g} is not above v_rest {v_rest:g}: neurons at rest fire without any input"
             warn_once("v_threshold", f"{caller}: {message}")
         elif self.v_reset is None:
@@ -159,10 +160,6 @@ class Neurons(NeuronLayer, Noisy):
             if amount <= 0:
                 message = f"a spike subtracts {amount:g} from the potential, which then stays above v_threshold"
                 warn_once("reset_amount", f"{caller}: {message}")
-
-    def _fires(self, u: Any) -> Any:
-        """Whether neurons whose potential is `u` above the threshold fire."""
-        return u > 0 if self.strict_threshold else u >= 0
 
     def _values(self) -> tuple[Value, Value, Value]:
         """Width, decay and threshold: constants, or learned, in the shape of the parameters."""

@@ -63,6 +63,11 @@ def _time_first(value: Any, x_seq: Tensor, time_dim: int) -> Tensor:
     return tensor[(None,) * (x_seq.dim() - tensor.dim())].movedim(time_dim, 0)
 
 
+def fires(u: Any, strict_threshold: Any) -> Any:
+    """Whether neurons fire whose potential is `u` above the threshold."""
+    return u > 0 if strict_threshold else u >= 0
+
+
 def lif_reference(
     x_seq: Tensor,
     v_init: Tensor | None,
@@ -115,7 +120,7 @@ def lif_reference(
         u = h if counts else h - at(v_threshold, t)
         d = periodic_distance(h, at(v_threshold, t)) if rules.periodic else u
         a = cumulative(d * at(inverse_width, t))
-        z = (u > 0 if rules.strict_threshold else u >= 0).to(real)
+        z = fires(u, rules.strict_threshold).to(real)
         if rules.multi_spike:
             z = (h > 0) * torch.div(h, at(v_threshold, t), rounding_mode="trunc")
             z = z.clamp(max=rules.levels) if rules.levels else z

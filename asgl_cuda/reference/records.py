@@ -59,6 +59,8 @@ class Rules(NamedTuple):
     # input_bias and input_mean are the parameters of the adaptation.
     adaptation: int
     time_dim: int  # not negative
+    # The dimensions of x_seq after the one to which a parameter of one dimension belongs; 0 by torch's broadcasting.
+    trailing: int
 
     def members(self) -> int:
         """The number of members of the state."""

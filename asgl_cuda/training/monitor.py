@@ -16,6 +16,7 @@ from ..neurons.batch_norm_lif import BatchNormLIF, sharing
 from ..neurons.lif import LIF, unknown_options
 from ..neurons.recurrent_lif import RecurrentLIF
 from ..neurons.spiking import Neurons
+from ..reference.neurons import fires
 from ..reference.normalisation import batch_statistics
 from ..reference.surrogates import PERIODIC, SURROGATES, periodic_distance
 from ..spikes.layers import SPIKE_LAYERS, expected_gain
@@ -104,7 +105,7 @@ def _shares_of_lif(
         surrogate = SURROGATES["laplace" if periodic else layer.surrogate]
         u = h_seq - threshold
         y = u * (1 / width)
-        hard = layer._fires(u)
+        hard = fires(u, layer.strict_threshold)
         shares = {"firing_rate": hard, "inside": y.abs() < 0.5}
         distance = periodic_distance(h_seq, torch.as_tensor(threshold).to(h_seq)) if periodic else u
         slope = surrogate.slope(distance * (1 / width)) / width

@@ -88,6 +88,14 @@ def test_is_the_function_of_its_parameters(backend, device, kind, granularity, t
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["LIF", "LeakyIntegrator"])
+def test_parameters_are_passed_as_stored(backend, device, kind):
+    """No view of one enters the graph, where the channels are not the last dimension."""
+    layer = make(kind, backend, device, features=N, granularity="channel")
+    given = {getattr(node, "variable", None) for node, _ in layer(inputs(T, B, N, 5, 2)).grad_fn.next_functions}
+    assert {*layer.parameters()} <= given
+
+
 @neurons
 def test_noise_is_of_training_alone(backend, device, kind):
     """Evaluation has hard spikes and gradients, and draws nothing."""

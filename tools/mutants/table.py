@@ -56,7 +56,7 @@ MUTANTS = {
         "charged * (1 - s) + amount", "neurons/test_features.py equals and plain"),
     "reference: no limit of spikes": Mutant("z.clamp(max=rules.levels) if rules.levels else z", "z",
         "neurons/test_features.py equals and several"),
-    "reference: fires at a strict threshold": Mutant("u > 0 if rules.strict_threshold else u >= 0", "u >= 0",
+    "reference: fires at a strict threshold": Mutant("u > 0 if strict_threshold else u >= 0", "u >= 0",
         "neurons/test_lif.py subnormal"),
     "reference: a gradient at the floor": Mutant("torch.relu(v - numbers.v_min)",
         "(v - numbers.v_min).clamp(min=0)", "neurons/test_multi_spike.py floor"),
@@ -184,15 +184,22 @@ MUTANTS = {
     "learned: widths in half types": Mutant("log = in_real_type(self.stored)", "log = self.stored",
         "neurons/test_base.py half"),
     # ---- the call ----
+    "call: parameters by channel have no place": Mutant(
+        "trailing=0 if features is None else features.trailing(x_seq, time_dim),\n        **",
+        "trailing=0,\n        **", "neurons/test_base.py function_of"),
+    "vmap: parameters by channel have no place": Mutant("after = rules.trailing if len(sizes) == 1 else 0",
+        "after = 0", "torch_modes/test_transforms.py ensembles"),
+    "call: parameters by channel are reshaped": Mutant("if shape is not None and not (fused and value.dim() == 1):",
+        "if shape is not None:", "neurons/test_base.py as_stored"),
     "call: parameters are not copied": Mutant('name in sequences else value.detach().clone()',
         'name in sequences else value.detach()', "calls/test_recompute.py freed"),
     "call: checkpoints have a gradient": Mutant("        ctx.mark_non_differentiable(checkpoints)\n", "",
         "torch_modes/test_torch_features.py the_operator"),
     "call: x and the residual share any gradient": Mutant(
-        "wanted.residual and wanted.x_seq and _adds(plan.numbers, inputs)", "wanted.residual and wanted.x_seq",
-        "neurons/test_features.py equals and residual"),
-    "call: no residual gain in backward": Mutant("values = constants.input_gain, constants.residual_gain,",
-        "values = constants.input_gain, 1,", "neurons/test_features.py equals and residual"),
+        "shared = wanted.residual and wanted.x_seq and inputs.input_gain is None",
+        "shared = wanted.residual and wanted.x_seq", "neurons/test_lif.py residual"),
+    "call: no residual gain in backward": Mutant("shared and plan.numbers.input_gain == plan.numbers.residual_gain",
+        "shared", "neurons/test_lif.py residual"),
     "checks: both resets": Mutant('if given["reset_amount"] is not None and v_reset is not None:', "if False:",
         "calls/test_arguments.py bad_arguments"),
     "call: a limit of spikes counts": Mutant(
@@ -215,7 +222,7 @@ MUTANTS = {
         "neurons/test_levels.py unit_height"),
     "call: half parameters": Mutant("= value if value.dtype is real else value.to(real)",
         "= value", "calls/test_arguments.py half"),
-    "call: a half state": Mutant("        v_init = v_init.to(plan.real)\n    if not is_dense", "    if not is_dense",
+    "call: a half state": Mutant("        v_init = v_init.to(plan.real)\n    if not x_seq", "    if not x_seq",
         "calls/test_arguments.py half"),
     "call: widths of 0 in a tensor": Mutant("if width is not None and not rules.log_width:", "if False:",
         "calls/test_arguments.py bad_arguments"),
@@ -349,7 +356,7 @@ MUTANTS = {
     "integrator: x is always kept": Mutant("x_seq if learns_gain else None, decay", "x_seq, decay",
         "neurons/test_leaky_integrator.py only"),
     "integrator: gradients of any layout": Mutant(
-        "if not is_dense(grad_v_seq, plan.rules.time_dim):", "if False:",
+        "grad_v_seq = dense(grad_v_seq, plan.rules.time_dim)", "pass",
         "neurons/test_features.py any_layout and integrator"),
     "integrator: a gradient of v_last alone": Mutant("        if grad_v_seq is None:\n", "        if False:\n",
         "neurons/test_features.py alone and integrator"),
@@ -365,8 +372,8 @@ MUTANTS = {
     "integrator: a second derivative": Mutant(
         "once_differentiable(with_gaps(found, wanted), (*saved, *grads))", "with_gaps(found, wanted)",
         "neurons/test_features.py rules and integrator"),
-    "integrator: inputs of any layout": Mutant("x_seq if is_dense(x_seq, time_dim) else x_seq.contiguous()",
-        "x_seq", "neurons/test_features.py layouts and integrator"),
+    "integrator: inputs of any layout": Mutant("x_seq = dense(x_seq, time_dim)",
+        "pass", "neurons/test_features.py layouts and integrator"),
     # ---- layers ----
     "layer: noise in evaluation": Mutant("        if not self.training:\n            return 0.0\n", "",
         "neurons/test_base.py noise_is"),
@@ -450,7 +457,7 @@ MUTANTS = {
         "neurons/test_levels.py layer"),
     "neuron: a learned width beyond its bound": Mutant("if learned and not _LEAST_WIDTH <= each <= _LARGEST_WIDTH:",
         "if False:", "neurons/test_layer_arguments.py bad_arguments"),
-    "neuron: scale_output at a strict threshold": Mutant("u > 0 if self.strict_threshold else u >= 0", "u >= 0",
+    "monitor: fires at a strict threshold": Mutant("hard = fires(u, layer.strict_threshold)", "hard = fires(u, False)",
         "training/test_monitor.py strict"),
     "neuron: input_scale of the layer": Mutant("self.bias, update, self.input_scale,", "self.bias, update, 1.0,",
         "neurons/test_batch_norm_lif.py tdbn"),
@@ -849,9 +856,11 @@ MUTANTS = {
     "pending: a Function without a gradient": Mutant(
         "if in_function() and self.requires_grad:",
         "if False:", "interop/test_fuse_left.py uses"),
-    "pending: code that asks for tensors": Mutant(
-        "if self.was_asked and not torch.compiler.is_compiling():",
-        "if False:", "interop/test_fuse_left.py uses or hooks"),
+    "pending: backward hooks of neurons": Mutant(
+        "if (hooked := self.norm.hooked_before(layer)) is not None:",
+        "if False:", "interop/test_fuse_left.py hooks"),
+    "fuse: backward hooks of containers": Mutant("& {*module.modules()}) == 1)", "& {*module.modules()}) == 3)",
+        "interop/test_fuse_left.py hooks"),
     "pending: a sum with a factor": Mutant("or more or alpha != 1:", "or more:", "interop/test_fuse_left.py uses"),
     "pending: a sum of other types": Mutant(
         "(other.shape, other.dtype, other.device) if",
