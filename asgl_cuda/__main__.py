@@ -26,7 +26,7 @@ def info() -> int:
     print(f"CuPy kernels: compiled when first used; {cupy.description()}")
     available = available_backends()
     for name, device in (("CPU", "cpu"), ("GPU", "cuda")):
-        best = next(each for each in available if BACKENDS[each].serves(torch.device(device)))
+        best = next(each for each in available if BACKENDS[each].supports(torch.device(device)))
         print(f"default on a {name}: {best}")
     for name in available:
         print(f"  {name:<10} works")

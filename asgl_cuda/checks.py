@@ -161,7 +161,7 @@ _ELSEWHERE = {
 _DECAYS = {"alpha", "beta"}  # their values are shown only if they can be decays
 
 
-def _said_elsewhere(name: str, given: Any, known: Collection[str]) -> str:
+def _hint_for_other_library(name: str, given: Any, known: Collection[str]) -> str:
     """Suffix of an error for an argument of another library, which has another name or meaning here."""
     ours, text = _ELSEWHERE.get(name, ("", ""))
     if ours not in known:
@@ -182,7 +182,7 @@ def check_keywords(
     """Only known keyword arguments; options of `lif` that other neurons are `lacking` are said to be that."""
     for name, value in given.items():
         if name not in known:
-            hint = _said_elsewhere(name, value, known) or did_you_mean(name, known)
+            hint = _hint_for_other_library(name, value, known) or did_you_mean(name, known)
             hint = ", which these neurons lack" if name in lacking else hint
             raise TypeError(f"{caller}: got an unexpected keyword argument {name!r}{hint}")
 
@@ -241,7 +241,7 @@ def check_levels(name: str, value: Any, caller: str) -> int:
 def check_threshold(value: Any, several: str, caller: str) -> None:
     """Refuses thresholds that are not positive, as several spikes per step need; tensors as in `check_width_tensor`."""
     if isinstance(value, Tensor):
-        if not can_be_seen(value) or bool((value.detach() > 0).all()):
+        if not has_readable_values(value) or bool((value.detach() > 0).all()):
             return
         value = torch.aminmax(value.detach()).min.item()
     if not value > 0:
@@ -260,8 +260,8 @@ def check_width(width: float, caller: str, real: torch.dtype = torch.float32, na
 
 
 def check_width_tensor(width: Tensor, caller: str, name: str = "width") -> None:
-    """`check_width` for a tensor, if it `can_be_seen`."""
-    if can_be_seen(width):
+    """`check_width` for a tensor, if it `has_readable_values`."""
+    if has_readable_values(width):
         ends = (width,) if width.numel() == 1 else torch.aminmax(width.detach())
         for value in ends:
             number = value.item()
@@ -269,7 +269,7 @@ def check_width_tensor(width: Tensor, caller: str, name: str = "width") -> None:
                 check_width(number, caller, width.dtype, name)
 
 
-def can_be_seen(value: Tensor) -> bool:
+def has_readable_values(value: Tensor) -> bool:
     """Whether values can be read without a device synchronisation and outside of traces."""
     return (
         type(value) in PLAIN_TENSORS
@@ -299,7 +299,7 @@ def read_number(name: str, value: Any, caller: str, learned: bool = False, optio
     `option` is the argument to learn the value.
     """
     if isinstance(value, Tensor):
-        value = _value_of(name, value, caller, learned, option)
+        value = _checked_first_value(name, value, caller, learned, option)
     elif getattr(value, "size", None) == 1 and hasattr(value, "item"):  # a NumPy array or scalar
         value = value.item()
     return check_number(name, value, caller)
@@ -311,11 +311,11 @@ def read_values(
     """`read_number`, or a tensor of this shape, a value for each channel or neuron: a copy in the arithmetic's type."""
     if not isinstance(value, Tensor) or value.numel() == 1:
         return read_number(name, value, caller, learned, option)
-    _value_of(name, value, caller, learned, option, shape)
+    _checked_first_value(name, value, caller, learned, option, shape)
     return value.detach().to(real_type(value.dtype), copy=True)
 
 
-def least_and_most(value: Tensor | float) -> tuple[float, float]:
+def min_and_max(value: Tensor | float) -> tuple[float, float]:
     """The least and the largest of the values; NaN if a value is NaN."""
     if not isinstance(value, Tensor):
         return value, value
@@ -323,7 +323,7 @@ def least_and_most(value: Tensor | float) -> tuple[float, float]:
     return least.item(), most.item()
 
 
-def _value_of(
+def _checked_first_value(
     name: str, value: Tensor, caller: str, learned: bool, option: str, shape: Sequence[int] | None = None
 ) -> Any:
     """The one value of a tensor, or the first one of this shape."""
@@ -367,12 +367,14 @@ def check_not_nan(name: str, value: Any, caller: str, expected: str = "a float")
     return number
 
 
-def optional(check: Callable[..., Any]) -> Callable[..., Any]:
+def accept_none(check: Callable[..., Any]) -> Callable[..., Any]:
     """The check, which lets None pass."""
     return lambda name, value, caller: None if value is None else check(name, value, caller)
 
 
-def in_range(check: Callable[..., float], expected: str, least: float, most: float = math.inf) -> Callable[..., float]:
+def require_range(
+    check: Callable[..., float], expected: str, least: float, most: float = math.inf
+) -> Callable[..., float]:
     """The check of a number, which must also be in [least, most]; `expected` says so."""
 
     def checked(name: str, value: Any, caller: str) -> float:
@@ -401,7 +403,7 @@ def check_features(features: Features, x_seq: Tensor, time_dim: int, caller: str
         )
 
 
-def check_values(
+def check_parameters(
     given: Any, names: Iterable[str], x_seq: Tensor, caller: str, features: Features | None = None
 ) -> dict[str, float | None]:
     """Parameters of neurons, a float or a tensor each: the floats by name, None for a tensor.
@@ -449,7 +451,7 @@ def check_parameter(name: str, value: Tensor, x_seq: Tensor, caller: str) -> Non
         )
 
 
-def check_v_init(v_init: Tensor, x_seq: Tensor, time_dim: int, caller: str, name: str = "v_init") -> None:
+def check_initial_state(v_init: Tensor, x_seq: Tensor, time_dim: int, caller: str, name: str = "v_init") -> None:
     """As `check_floating`; also refuses shapes other than that of x_seq without time."""
     check_floating(name, v_init, x_seq, caller)
     shape = state_shape(x_seq, time_dim)
@@ -479,7 +481,7 @@ def check_residual(residual: Any, x_seq: Tensor, caller: str) -> None:
 
 def check_analog_prob(analog_prob: float, caller: str) -> int:
     """Checks that analog_prob is in [0, 1]; returns the limit for draws, round(analog_prob * DRAWS)."""
-    return round(in_range(check_number, "in [0, 1]", 0, 1)("analog_prob", analog_prob, caller) * DRAWS)
+    return round(require_range(check_number, "in [0, 1]", 0, 1)("analog_prob", analog_prob, caller) * DRAWS)
 
 
 def check_analog_prob_tensor(analog_prob: Tensor, x_seq: Tensor, caller: str) -> Tensor:
@@ -491,7 +493,7 @@ def check_analog_prob_tensor(analog_prob: Tensor, x_seq: Tensor, caller: str) ->
             f"{list(analog_prob.shape)} and type {analog_prob.dtype}"
         )
     check_device("analog_prob", analog_prob, x_seq, caller)
-    if can_be_seen(analog_prob):
+    if has_readable_values(analog_prob):
         check_analog_prob(analog_prob.item(), caller)
     return (analog_prob.detach().double() * DRAWS).round().clamp(0, DRAWS).to(torch.int64).reshape(1)
 

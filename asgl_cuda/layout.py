@@ -66,7 +66,7 @@ def memory_order(x_seq: Tensor, time_dim: int) -> list[int]:
     return order
 
 
-def in_memory_order(tensor: Tensor, x_seq: Tensor, time_dim: int) -> Tensor:
+def to_memory_order(tensor: Tensor, x_seq: Tensor, time_dim: int) -> Tensor:
     """`tensor` in the memory order of x_seq, copied only if needed. Both have the same shape; x_seq is dense."""
     if tensor.stride() == x_seq.stride():
         return tensor

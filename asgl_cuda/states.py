@@ -15,13 +15,13 @@ from .interop.converted import Converted, InStream, Streamed, bare_class
 from .interop.libraries import libraries
 from .interop.nir.neurons import Delay
 from .interop.sequences import InSequences
-from .neurons.base import NeuronLayer, check_module, set_plain
+from .neurons.base import NeuronLayer, check_module, set_plain_attribute
 from .neurons.over_time import OverTime
 
 _CALLER = "asgl_cuda.step"
 
 
-class _Taker:
+class _SteppedModule:
     """A module that takes steps. Refuses those whose results would differ from a call with the whole sequence."""
 
     def __init__(self, model: nn.Module, module: nn.Module, streamed: Streamed, inside: bool, compiled: bool) -> None:
@@ -35,7 +35,7 @@ class _Taker:
     @property
     def name(self) -> str:
         """The module in errors."""
-        return _name_of(self.model, self.module)
+        return _describe_module(self.model, self.module)
 
     def _state(self) -> Any:
         """The state that the module carries, or None without a single one."""
@@ -53,7 +53,7 @@ class _Taker:
                 "asgl_cuda.reset(model) outside of it instead, between sequences"
             )
 
-    def before(self, x_seq: Any) -> None:
+    def before_call(self, x_seq: Any) -> None:
         """Runs before each call of the module; refuses a second call, a replaced state, and more than one time step."""
         if self.called:
             raise RuntimeError(
@@ -62,7 +62,7 @@ class _Taker:
             )
         self.called = True
         if self.around is not None:
-            self.around.before(x_seq)
+            self.around.before_call(x_seq)
         self.check_state()
         shape, time_dim = x_seq.shape, self.streamed.time_dim
         if time_dim is None or not -len(shape) <= time_dim < len(shape):
@@ -73,16 +73,16 @@ class _Taker:
                 "sequence of its input; call asgl_cuda.step with the layers after that"
             )
 
-    def after(self) -> None:
+    def after_call(self) -> None:
         """Runs after each call of the module; keeps its state, to see whether the model replaces it."""
         if self.around is not None:
-            self.around.after()
+            self.around.after_call()
         self.left = self._state()
 
     def register_hooks(self) -> Iterator[RemovableHandle]:
         """Registers hooks on a layer of another library."""
 
-        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def check_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             """Checks the call; a second tensor would be a state from the model's forward."""
             inputs = [value for value in (*args, *kwargs.values()) if hasattr(value, "shape")]
             if len(inputs) > 1 and not self.called:
@@ -91,43 +91,43 @@ class _Taker:
                     "call; it must keep the state itself, as snnTorch's layers do with init_hidden=True"
                 )
             if inputs:
-                self.before(inputs[0])
+                self.before_call(inputs[0])
 
-        yield self.module.register_forward_pre_hook(before, with_kwargs=True)
-        yield self.module.register_forward_hook(lambda *_: self.after())
+        yield self.module.register_forward_pre_hook(check_call, with_kwargs=True)
+        yield self.module.register_forward_hook(lambda *_: self.after_call())
 
 
-def _name_of(model: nn.Module, module: nn.Module) -> str:
+def _describe_module(model: nn.Module, module: nn.Module) -> str:
     """The module in errors: its class and its path."""
     path = next(path for path, each in model.named_modules() if each is module)
     name = bare_class(module).__name__
     return f"{name} at {path!r}" if path else name
 
 
-_streamed = functools.cache(functools.partial(Streamed, state="v", has_switch=True))  # by time_dim
+_streamed_by_time_dim = functools.cache(functools.partial(Streamed, state="v", has_switch=True))  # by time_dim
 
 # For each class the function that knows how its modules take steps, or None. Asking costs 4 us, so each class is asked
 # about once.
-_known_by: dict[type[nn.Module], Callable[[nn.Module], InStream] | None] = {}
+_streamed_by_class: dict[type[nn.Module], Callable[[nn.Module], InStream] | None] = {}
 
 
-def _answer(module: nn.Module) -> InStream:
+def _how_stepped(module: nn.Module) -> InStream:
     """How the module takes steps, or why it can't; None where it takes none."""
     if isinstance(module, NeuronLayer):
-        return _streamed(module.time_dim)
+        return _streamed_by_time_dim(module.time_dim)
     if isinstance(module, InSequences):
         return module.streamed()
     kind = type(module)
-    if kind not in _known_by:
+    if kind not in _streamed_by_class:
         if isinstance(module, (nn.RNNBase, nn.RNNCellBase, Delay)):
             return "it starts each call at rest, unless its caller passes a state"
         asked = (library.streamed for library in libraries())
-        _known_by[kind] = next((streamed for streamed in asked if streamed(module) is not None), None)
-    streamed = _known_by[kind]
+        _streamed_by_class[kind] = next((streamed for streamed in asked if streamed(module) is not None), None)
+    streamed = _streamed_by_class[kind]
     return None if streamed is None else streamed(module)
 
 
-def _takers(model: nn.Module) -> Iterator[_Taker]:
+def _stepped_modules(model: nn.Module) -> Iterator[_SteppedModule]:
     """Each taker once; refuses unstreamable modules."""
     found: set[nn.Module] = set()
     left: list[tuple[nn.Module, bool, bool]] = [(model, False, False)]  # inside, compiled
@@ -138,11 +138,11 @@ def _takers(model: nn.Module) -> Iterator[_Taker]:
         found.add(module)
         children = module._modules
         compiled = compiled or "_orig_mod" in children or module._compiled_call_impl is not None
-        answer = _answer(module)
+        answer = _how_stepped(module)
         if isinstance(answer, str):
-            raise RuntimeError(f"{_CALLER}: {_name_of(model, module)} can't be called step by step: {answer}")
+            raise RuntimeError(f"{_CALLER}: {_describe_module(model, module)} can't be called step by step: {answer}")
         if answer is not None:
-            yield _Taker(model, module, answer, inside, compiled)
+            yield _SteppedModule(model, module, answer, inside, compiled)
         if isinstance(module, InSequences):  # its layers are given whole sequences by it
             continue
         compiled = compiled or isinstance(module, Converted)  # converted layers do not call the modules inside
@@ -150,9 +150,9 @@ def _takers(model: nn.Module) -> Iterator[_Taker]:
         left += [(child, inside, compiled) for child in reversed(children.values()) if child is not None]
 
 
-def _time_dim_of(takers: Sequence[_Taker]) -> int | None:
+def _time_dim_of(takers: Sequence[_SteppedModule]) -> int | None:
     """The dimension of time in the model's input; None where a call is a step."""
-    first: dict[int | None, _Taker] = {}
+    first: dict[int | None, _SteppedModule] = {}
     for taker in takers:
         if not taker.inside:
             first.setdefault(taker.streamed.time_dim, taker)
@@ -168,7 +168,7 @@ def _time_dim_of(takers: Sequence[_Taker]) -> int | None:
     return next(iter(first), 0)
 
 
-def _without_time(output: Tensor, x_t: Tensor, time_dim: int) -> Tensor:
+def _remove_time_dim(output: Tensor, x_t: Tensor, time_dim: int) -> Tensor:
     """The output of one step without its time dimension."""
     if -output.dim() <= time_dim < output.dim() and output.shape[time_dim] == 1:
         without = output.squeeze(time_dim)
@@ -215,25 +215,25 @@ def step(model: nn.Module, x_t: Tensor, *, time_dim: int | None = None) -> Any:
     check_module(model, _CALLER)
     if time_dim is not None:
         check_int("time_dim", time_dim, _CALLER)
-    takers = list(_takers(model))
+    takers = list(_stepped_modules(model))
     time_dim = _time_dim_of(takers) if time_dim is None else time_dim
     check_step(x_t, time_dim or 0, _CALLER)
     handles: list[RemovableHandle] = []
     kept: list[tuple[Any, str, Any]] = []  # attributes to restore
 
-    def put(layer: Any, name: str, value: Any) -> None:
+    def set_until_end(layer: Any, name: str, value: Any) -> None:
         """Sets an attribute until the step ends."""
         kept.append((layer, name, getattr(layer, name)))
-        set_plain(layer, name, value)
+        set_plain_attribute(layer, name, value)
 
     try:
         for taker in takers:
             if taker.streamed.has_switch:
-                put(taker.module, "stateful", True)
+                set_until_end(taker.module, "stateful", True)
             if taker.compiled:
                 continue
             if isinstance(taker.module, NeuronLayer):
-                put(taker.module, "_watch", taker)
+                set_until_end(taker.module, "_watch", taker)
             else:
                 handles += taker.register_hooks()
         output = model(x_t if time_dim is None else x_t.unsqueeze(time_dim))
@@ -244,12 +244,12 @@ def step(model: nn.Module, x_t: Tensor, *, time_dim: int | None = None) -> Any:
         for handle in handles:
             handle.remove()
         for layer, name, value in kept:
-            set_plain(layer, name, value)
+            set_plain_attribute(layer, name, value)
     if time_dim is None:
         return output
     if isinstance(output, Tensor):
-        return _without_time(output, x_t, time_dim)
-    return _pytree.tree_map_only(Tensor, lambda each: _without_time(each, x_t, time_dim), output)
+        return _remove_time_dim(output, x_t, time_dim)
+    return _pytree.tree_map_only(Tensor, lambda each: _remove_time_dim(each, x_t, time_dim), output)
 
 
 def reset(model: nn.Module) -> None:
@@ -267,7 +267,7 @@ def reset(model: nn.Module) -> None:
             spikes = model(x.unsqueeze(0))  # [1, 32, 128]
         asgl_cuda.reset(model)  # before the next sequence
     """
-    _of_all_layers(model, "reset", "reset")
+    _call_on_all_layers(model, "reset", "reset")
 
 
 def detach(model: nn.Module) -> None:
@@ -284,10 +284,10 @@ def detach(model: nn.Module) -> None:
             model(chunk).sum().backward()
             asgl_cuda.detach(model)
     """
-    _of_all_layers(model, "detach", "detach_")
+    _call_on_all_layers(model, "detach", "detach_")
 
 
-def _of_all_layers(model: nn.Module, name: str, method: str) -> None:
+def _call_on_all_layers(model: nn.Module, name: str, method: str) -> None:
     """Calls the method of each of our layers, and the function of this name of each library."""
     check_module(model, f"asgl_cuda.{name}")
     functions = [getattr(library, name) for library in libraries() if hasattr(library, name)]

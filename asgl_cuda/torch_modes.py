@@ -20,21 +20,21 @@ _FORWARD_MODE = (
 
 
 # Whether torch.export traces; torch 2.6 does not distinguish it from torch.compile.
-exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
+is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
 
 
-def in_forward_mode() -> bool:
+def is_forward_mode_active() -> bool:
     """Whether tensors may have tangents."""
     return forward_ad._current_level >= 0
 
 
 # Whether a transform of torch.func is active.
-transforming: Callable[[], bool] = torch._C._are_functorch_transforms_active
+is_transform_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
 
 
-def grads_are_zeros() -> bool:
+def needs_zero_gradients() -> bool:
     """Whether backward gets zeros, not None, for unused outputs: vmap of torch 2.6 takes no None."""
-    return transforming() and not torch.compiler.is_compiling()
+    return is_transform_active() and not torch.compiler.is_compiling()
 
 
 def is_differentiated(tensors: Sequence[Tensor | None], caller: str) -> bool:
@@ -42,10 +42,10 @@ def is_differentiated(tensors: Sequence[Tensor | None], caller: str) -> bool:
 
     Raises RuntimeError in forward mode, which operators without a forward derivative would ignore silently.
     """
-    if transforming():
+    if is_transform_active():
         # Under vmap, requires_grad of an input does not show whether an outer transform differentiates.
         return torch.is_grad_enabled() or not torch.compiler.is_compiling()
-    if in_forward_mode():
+    if is_forward_mode_active():
         refuse_tangents(tensors, caller)
     if torch.is_grad_enabled():
         for tensor in tensors:
@@ -70,7 +70,7 @@ _unbound: Callable[[type[torch.autograd.Function]], Any] = partial(super, torch.
 def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
     """`function.apply(*arguments)`."""
     if torch.compiler.is_compiling():
-        if exporting() and not transforming():  # operators in exported graphs have derivatives
+        if is_exporting() and not is_transform_active():  # operators in exported graphs have derivatives
             return function.forward(*arguments)
         # The compiler refuses a tensor passed twice, as v_threshold and reset_amount.
         once = [
@@ -80,7 +80,7 @@ def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
             for index, each in enumerate(arguments)
         ]
         return function.apply(*once)
-    if not transforming():
+    if not is_transform_active():
         return _unbound(function).apply(*arguments)
     try:
         return function.apply(*arguments)
@@ -97,7 +97,7 @@ def _single_level(function: type[torch.autograd.Function]) -> Any:
     return type(function.__name__, (_SingleLevelFunction,), members)
 
 
-def apply_here(function: type[torch.autograd.Function], *arguments: Any) -> Any:
+def apply_at_one_level(function: type[torch.autograd.Function], *arguments: Any) -> Any:
     """`apply` in an operator's autograd kernel, which runs once per level of differentiation."""
     with enable_single_level_autograd_function():
         return _single_level(function).apply(*arguments)

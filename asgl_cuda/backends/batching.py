@@ -30,17 +30,19 @@ def batching_rules(library: Any) -> dict[str, Rule]:
     """Rules by operator name; `library` is a namespace such as torch.ops.asgl_cuda."""
     names = "lif_forward", "lif_backward", "integrator_forward", "integrator_backward"
     return {
-        **{name: partial(_together, getattr(library, name).default) for name in names},
-        "recurrent_forward": partial(_one_by_one, library.recurrent_forward.default, time_dim=0),
-        "recurrent_backward": partial(_one_by_one, library.recurrent_backward.default, time_dim=0),
-        "spike_product": partial(_rows_together, library.spike_product.default),
-        "spike_weight_gradient": partial(_one_by_one, library.spike_weight_gradient.default, time_dim=0),
-        "batch_norm_coefficients": partial(_one_by_one, library.batch_norm_coefficients.default),
-        "batch_norm_backward": partial(_one_by_one, partial(_write_back, library.batch_norm_backward.default)),
+        **{name: partial(_batch_in_one_call, getattr(library, name).default) for name in names},
+        "recurrent_forward": partial(_batch_one_by_one, library.recurrent_forward.default, time_dim=0),
+        "recurrent_backward": partial(_batch_one_by_one, library.recurrent_backward.default, time_dim=0),
+        "spike_product": partial(_batch_rows, library.spike_product.default),
+        "spike_weight_gradient": partial(_batch_one_by_one, library.spike_weight_gradient.default, time_dim=0),
+        "batch_norm_coefficients": partial(_batch_one_by_one, library.batch_norm_coefficients.default),
+        "batch_norm_backward": partial(
+            _batch_one_by_one, partial(_batch_norm_backward_in_layout, library.batch_norm_backward.default)
+        ),
     }
 
 
-def _together(operator: Any, info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
+def _batch_in_one_call(operator: Any, info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
     """One call for all samples, which are the first dimension."""
     names, count = [each.name for each in operator._schema.arguments], info.batch_size
     given, dims = dict(zip(names, arguments, strict=True)), dict(zip(names, in_dims, strict=True))
@@ -49,7 +51,7 @@ def _together(operator: Any, info: Any, in_dims: tuple[Any, ...], *arguments: An
     # _draw_under_transforms (calls/noise.py) maps an rng_state of shape [1, 2], so it is 3-D here: neurons are then
     # numbered across all samples. A given rng_state has shape [2] and counts from 0 in each sample.
     if rng_state is not None and (rng_dim is None or rng_state.dim() != 3):
-        return _one_by_one(operator, info, in_dims, *arguments, time_dim=rules.time_dim)
+        return _batch_one_by_one(operator, info, in_dims, *arguments, time_dim=rules.time_dim)
 
     def front(value: Any, dim: int | None) -> Any:
         """The value with the samples first, expanded where shared."""
@@ -66,7 +68,7 @@ def _together(operator: Any, info: Any, in_dims: tuple[Any, ...], *arguments: An
         """Reshaped to broadcast against the sequence; `apart` expands to every sample, for a gradient of each."""
         if value is None or (dim is None and not apart):
             return value
-        sizes = _shape_of_one(value, dim)
+        sizes = _sample_shape(value, dim)
         return front(value, dim).reshape(count, *(1,) * (sequence.dim() - 1 - len(sizes)), *sizes)
 
     is_backward = "grad_v_seq" in given
@@ -89,7 +91,7 @@ def _together(operator: Any, info: Any, in_dims: tuple[Any, ...], *arguments: An
     if is_backward:
         wants_x_seq, wants_state, *_ = given["wanted"]
         shapes = [
-            _shape_of_one(given[name], dims[name]) for name in parameters if asked[name] and given[name] is not None
+            _sample_shape(given[name], dims[name]) for name in parameters if asked[name] and given[name] is not None
         ]
         before = len(results) - len(shapes)
         results[before:] = [grad.reshape(count, *shape) for grad, shape in zip(results[before:], shapes, strict=True)]
@@ -103,24 +105,24 @@ def _together(operator: Any, info: Any, in_dims: tuple[Any, ...], *arguments: An
     return results, [int(index == of_state) for index in range(len(results))]
 
 
-def _rows_together(operator: Any, info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
+def _batch_rows(operator: Any, info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
     """One call if x alone is mapped: each row of a product, or image of a convolution, is computed alone anyway."""
     dim, *others = pytree.tree_leaves(in_dims, is_leaf=lambda each: each is None)
     x, weight, *given = arguments
     if dim is None or any(each is not None for each in others):
-        return _one_by_one(operator, info, in_dims, *arguments, time_dim=0)
+        return _batch_one_by_one(operator, info, in_dims, *arguments, time_dim=0)
     x = x.movedim(dim, 0)
     if weight.dim() == 2:
         return operator(x, weight, *given), 0
     return operator(x.flatten(0, 1), weight, *given).unflatten(0, x.shape[:2]), 0
 
 
-def _shape_of_one(value: Tensor, dim: int | None) -> list[int]:
+def _sample_shape(value: Tensor, dim: int | None) -> list[int]:
     """The shape of one sample of a value that is mapped over dimension `dim`, or over none."""
     return [size for index, size in enumerate(value.shape) if index != dim]
 
 
-def _one_by_one(
+def _batch_one_by_one(
     operator: Any, info: Any, in_dims: tuple[Any, ...], *arguments: Any, time_dim: int | None = None
 ) -> tuple[Any, Any]:
     """A call for each sample. The operators of batch normalisation have time_dim as their last argument."""
@@ -133,7 +135,7 @@ def _one_by_one(
         if dim is None:
             return value
         if info.batch_size == 0:  # called once, for the shapes
-            return value.new_zeros(_shape_of_one(value, dim))
+            return value.new_zeros(_sample_shape(value, dim))
         value = value.select(dim, index)
         return value if is_dense(value, time_dim) else value.contiguous()
 
@@ -147,7 +149,9 @@ def _one_by_one(
     return outputs, pytree.tree_map(lambda _: 0, outputs)
 
 
-def _write_back(operator: Any, grad_x_seq: Tensor, grad_residual: Tensor | None, x_seq: Tensor, *others: Any) -> Any:
+def _batch_norm_backward_in_layout(
+    operator: Any, grad_x_seq: Tensor, grad_residual: Tensor | None, x_seq: Tensor, *others: Any
+) -> Any:
     """batch_norm_backward for gradients in another memory layout than x_seq, whose time_dim is the last argument."""
     if grad_x_seq.numel() == 0:
         return operator(grad_x_seq, grad_residual, x_seq, *others)

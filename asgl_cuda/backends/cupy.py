@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import torch
 
 from . import extension, launcher
-from .extension import no_sources, source_directory
+from .extension import missing_sources_message, source_directory
 from .extension.build_notes import digest_of_sources
 
 NAMESPACE = "asgl_cuda_cupy"
@@ -102,12 +102,16 @@ def compile_kernels(kernels: list[str], architecture: str, *options: str) -> tup
     """The kernels in one image, each with its own symbol, and NVRTC's log."""
     nvrtc = _nvrtc()
     with compiled_program(kernels, architecture, *options) as program:
-        image = nvrtc.getPTX(program) if architecture.startswith("compute_") else _whole(nvrtc.getCUBIN(program))
+        image = (
+            nvrtc.getPTX(program)
+            if architecture.startswith("compute_")
+            else _restore_last_byte(nvrtc.getCUBIN(program))
+        )
         binaries = [Binary(nvrtc.getLoweredName(program, kernel), image) for kernel in kernels]
         return binaries, nvrtc.getProgramLog(program)
 
 
-def _whole(cubin: bytes) -> bytes:
+def _restore_last_byte(cubin: bytes) -> bytes:
     """The cubin with its last byte, which CuPy drops at least up to 14.2, as if it were a string's NUL.
 
     It is a 0: the upper byte of a size or an alignment in the last header. One more at the end changes nothing.
@@ -141,16 +145,16 @@ def load_or_compile(kernel: str, architecture: str) -> Binary:
     parts = (kernel, architecture, nvrtc_version(), *OPTIONS)
     key = hashlib.sha256(digest_of_sources(directory) + "\0".join(parts).encode()).hexdigest()
     path = cache_directory() / f"asgl_cuda_{key}.cubin"
-    binary = _read(path)
+    binary = _read_binary(path)
     if binary is None:
         started = time.perf_counter()
         (binary,), _ = compile_kernels([kernel], architecture)
         logger.info("compiled %s for %s in %.2f s", kernel, architecture, time.perf_counter() - started)
-        _write(path, binary)
+        _write_binary(path, binary)
     return binary
 
 
-def _read(path: Path) -> Binary | None:
+def _read_binary(path: Path) -> Binary | None:
     """The binary in this file; None if the file is missing or damaged."""
     try:
         content = path.read_bytes()
@@ -163,7 +167,7 @@ def _read(path: Path) -> Binary | None:
     return Binary(symbol.decode(), image)
 
 
-def _write(path: Path, binary: Binary) -> None:
+def _write_binary(path: Path, binary: Binary) -> None:
     """Writes atomically, because other processes use the same directory."""
     content = binary.symbol.encode() + b"\0" + binary.image
     try:
@@ -206,21 +210,21 @@ class CupyLauncher:
         arguments = (c_void_p * 1)(params)
         function = self._functions.get((device.index, kernel)) or self.load(device, kernel)
         stream = torch.cuda.current_stream(device).cuda_stream
-        _make_context(driver, device.index)
+        _make_context_current(driver, device.index)
         driver.launchKernel(function, blocks, 1, 1, threads, 1, 1, 0, stream, addressof(arguments), 0)
 
     def load(self, device: torch.device, kernel: str) -> int:
         """A handle of the kernel on the device, which must be the current one."""
         driver = _driver()
         binary = load_or_compile(kernel, target(torch.cuda.get_device_capability(device)))
-        _make_context(driver, device.index)
+        _make_context_current(driver, device.index)
         module = driver.moduleLoadData(binary.image)  # the module stays loaded
         function: int = driver.moduleGetFunction(module, binary.symbol)
         self._functions[device.index, kernel] = function
         return function
 
 
-def _make_context(driver: Any, device_index: int) -> None:
+def _make_context_current(driver: Any, device_index: int) -> None:
     """Makes torch's context current in this thread: unlike CUDA's runtime, the driver does not create one."""
     if not driver.ctxGetCurrent():
         import cupy
@@ -229,10 +233,10 @@ def _make_context(driver: Any, device_index: int) -> None:
 
 
 LAUNCHER = CupyLauncher()
-FUNCTIONS = launcher.implement(NAMESPACE, "CUDA", LAUNCHER)
+FUNCTIONS = launcher.define_with_kernels(NAMESPACE, "CUDA", LAUNCHER)
 if extension.build_info is not None and extension.build_info.cuda is None:
     # If nvcc compiled no kernels, the kernels of CuPy also serve the operators that exported programs and C++ call.
-    launcher.give_kernels("asgl_cuda", "CUDA", LAUNCHER)
+    launcher.register_kernels("asgl_cuda", "CUDA", LAUNCHER)
 
 
 def description() -> str:
@@ -306,7 +310,7 @@ def _problem_of_device() -> str | None:
 def _problem_of_compilation() -> str | None:
     """Why the smallest kernel can't be compiled and loaded, or None."""
     if source_directory() is None:
-        return no_sources()
+        return missing_sources_message()
     missing = nvrtc_problem()
     if missing is not None:
         return f"NVRTC, which compiles the kernels, is missing ({missing}). To install it: {install_command()}"

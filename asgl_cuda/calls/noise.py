@@ -13,10 +13,10 @@ from torch import Tensor
 from ..backends import BACKENDS
 from ..checks import check_analog_prob_tensor, check_generator, check_rng_state
 from ..reference.records import DRAWS
-from ..torch_modes import transforming
+from ..torch_modes import is_transform_active
 
 
-def state_of_noise(
+def rng_state_of_call(
     caller: str, x_seq: Tensor, analog_below: int, given: Any, backend: str, together: bool
 ) -> Tensor | None:
     """The rng_state of the operators, drawn unless given; None where no element draws.
@@ -40,13 +40,13 @@ def state_of_noise(
 
 
 def _draw_rng_state(x_seq: Tensor, generator: torch.Generator | None, backend: str, together: bool) -> Tensor:
-    """A new (seed, offset), from the generator or the device's default one; see `state_of_noise`."""
+    """A new (seed, offset), from the generator or the device's default one; see `rng_state_of_call`."""
     operators = BACKENDS[backend].operators
     if operators is not None:
         if torch.compiler.is_compiling():
             if generator is None:
                 return operators.draw_rng_state(torch.empty(2, dtype=torch.int64, device=x_seq.device))
-        elif together and transforming():
+        elif together and is_transform_active():
             return _draw_under_transforms(x_seq.device, generator)
     return torch.randint(2**63 - 1, (2,), generator=generator, device=x_seq.device)
 

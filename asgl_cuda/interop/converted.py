@@ -17,7 +17,7 @@ from ..checks import HALF_TYPES, PLAIN_TENSORS, shown
 from ..neurons.base import Noisy
 from ..neurons.deferred import Pending, tensor_of
 from ..neurons.leaky_integrator import IntegratorOutput, leaky_integrator
-from ..neurons.lif import LIF_DEFAULTS, LIFOutput, computed_after, lif
+from ..neurons.lif import LIF_DEFAULTS, LIFOutput, lif, run_lif_after
 from ..reference.learned import Logarithm
 from .identify import FLAT, SpikeFunction, captured
 from .recording import Recording, recording
@@ -352,7 +352,7 @@ class Converted(Overlay, Noisy):
             x_seq = x_seq.to(dtype)
         options = self._all_options(x_seq, options)
         if isinstance(x_seq, Pending):  # from the normalisation in front, which `fuse` has left to the layer
-            result = computed_after(x_seq, self, "asgl_cuda.lif", {**LIF_DEFAULTS, **options})  # type: ignore[typeddict-item]
+            result = run_lif_after(x_seq, self, "asgl_cuda.lif", {**LIF_DEFAULTS, **options})  # type: ignore[typeddict-item]
         else:
             result = lif(x_seq, **options)
         assert isinstance(result, LIFOutput)

@@ -18,7 +18,16 @@ from torch.utils._pytree import tree_map_only
 from ..calls.arguments import Arguments
 from ..layout import channel_dim, real_type
 from ..neurons.batch_norm_lif import module_batch_norm_lif
-from ..neurons.deferred import Normal, Pending, checkpoint, hooks_of_graph, in_backward, in_function, tensor_of, watched
+from ..neurons.deferred import (
+    Normal,
+    Pending,
+    active_saved_tensor_hooks,
+    current_checkpoint,
+    is_in_backward,
+    is_in_function_forward,
+    tensor_of,
+    watched,
+)
 from ..neurons.lif import LIFOutput
 from .convert import Left, Replaced, Report, convert, copied, taken
 from .converted import Converted, Overlay, bare_class, overlaid
@@ -165,7 +174,7 @@ class Fused(Overlay):
             last = _calls.get(id(self)) if self.training or self.outcome is not None else None
             # In backward a checkpoint must compute the same as in forward, so a decision that was made meanwhile is not
             # applied.
-            if self.outcome is not None and self.outcome.is_left(self) and not in_backward():
+            if self.outcome is not None and self.outcome.is_left(self) and not is_in_backward():
                 forward = super().forward
                 if last is None:  # otherwise its last call still needs the overlay
                     self.end()
@@ -175,12 +184,12 @@ class Fused(Overlay):
                 reason = "it is called by torch.jit.trace"
             # In backward a checkpoint calls the layer again; a reentrant checkpoint does so without hooks on saved
             # tensors.
-            elif in_function() or (in_backward() and hooks_of_graph() is None):
+            elif is_in_function_forward() or (is_in_backward() and active_saved_tensor_hooks() is None):
                 reason = "it is called inside of a torch.autograd.Function, such as a reentrant checkpoint"
             # Running statistics must be updated in the order of the calls.
             if self.training and last is not None and last.is_open():
                 reason = "it is called again before its output is used"
-                last.made(reason)
+                last.value_because(reason)
             if reason:
                 self.was_left(reason)
                 return super().forward(input)
@@ -205,7 +214,7 @@ class Fused(Overlay):
 
     def reason_against(self, pending: Pending, given: Arguments) -> str:
         """Why the neurons can't compute this normalisation; "" if they can."""
-        here, there = checkpoint(), pending.call.checkpoint
+        here, there = current_checkpoint(), pending.call.checkpoint
         if here is not there and (here is not None or self.training):
             where = "inside of another torch.utils.checkpoint than its neurons"
             if here is None or there is None:
@@ -270,7 +279,7 @@ class Fused(Overlay):
     def was_left(self, reason: str) -> None:
         """Notes that this normalisation computed its value itself."""
         # Calls in backward do not count: a checkpoint may stop them before the neurons are called.
-        if self.outcome is not None and not torch.compiler.is_compiling() and not in_backward():
+        if self.outcome is not None and not torch.compiler.is_compiling() and not is_in_backward():
             self.outcome.leave(self, reason)
 
     def end(self) -> None:

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from ..checks import HALF_TYPES, check_bool, given_for
 from ..neurons.deferred import Pending
 from ..neurons.over_time import in_a_row
-from ..torch_modes import transforming
+from ..torch_modes import is_transform_active
 from .converted import (
     Converted,
     Found,
@@ -243,7 +243,7 @@ class ConvertedLeaky(Converted):
         if isinstance(decay, float):
             return abs(decay) < _SMALL_BETA
         captured = decay.is_cuda and torch.cuda.is_current_stream_capturing()
-        if torch.compiler.is_compiling() or transforming() or captured:
+        if torch.compiler.is_compiling() or is_transform_active() or captured:
             return False
         mark = id(self.beta), version_of(self.beta)
         if self._smallness[0] != mark:

@@ -14,6 +14,7 @@ from typing_extensions import Self
 from ..backends import BACKENDS, BEST
 from ..checks import (
     FLOATING_TYPES,
+    accept_none,
     check_analog_prob,
     check_bool,
     check_device_and_dtype,
@@ -28,8 +29,7 @@ from ..checks import (
     check_step,
     check_tensor,
     given_for,
-    least_and_most,
-    optional,
+    min_and_max,
     read_finite,
     read_number,
     read_values,
@@ -37,7 +37,7 @@ from ..checks import (
 )
 from ..layout import Features, state_shape
 from ..reference.learned import BOUND, Logarithm, Logit
-from ..torch_modes import transforming
+from ..torch_modes import is_transform_active
 from .deferred import tensor_of
 
 Granularity = Literal["layer", "channel", "neuron"]
@@ -63,11 +63,11 @@ def fill_parameter(parameter: Tensor | None, value: Tensor | float) -> None:
 
 def values_shown(value: Tensor | float, parameter: Tensor | None = None) -> str:
     """A value of neurons as text, the least and the largest of several, and whether it is learned."""
-    least, most = (f"{each:g}" for each in least_and_most(value))
+    least, most = (f"{each:g}" for each in min_and_max(value))
     return f"{least if least == most else f'{least} to {most}'}{'' if parameter is None else ' (learned)'}"
 
 
-def set_plain(layer: nn.Module, name: str, value: Any) -> None:
+def set_plain_attribute(layer: nn.Module, name: str, value: Any) -> None:
     """Sets an attribute that is no parameter, buffer or module, for which nn.Module's own way takes 0.9 us."""
     if torch.compiler.is_compiling():
         setattr(layer, name, value)
@@ -179,7 +179,7 @@ class NeuronLayer(Settable):
         **dict.fromkeys(("v_rest", "input_gain"), read_finite),
         "stateful": check_bool,
         "time_dim": check_int,
-        "backend": optional(_check_backend),
+        "backend": accept_none(_check_backend),
     }
     _norm_options: ClassVar[dict[str, Callable[..., Any]]] = {}  # as _options, for the normalisation in the layer
     v_rest: float
@@ -197,10 +197,10 @@ class NeuronLayer(Settable):
         self.granularity: Granularity = granularity
         self._features = Features(granularity == "channel", self.num_features, self._least_batch)
         self._place = torch.empty(0, device=given["device"])  # on the layer's device
-        self._keep(given, self._options)
+        self._set_checked_options(given, self._options)
         self.reset()
 
-    def _keep(self, given: Mapping[str, Any], checks: Mapping[str, Callable[..., Any]]) -> None:
+    def _set_checked_options(self, given: Mapping[str, Any], checks: Mapping[str, Callable[..., Any]]) -> None:
         """Checks these options and sets them as attributes."""
         for name, value in check_options(given, checks, self._caller).items():
             setattr(self, name, value)
@@ -226,19 +226,19 @@ class NeuronLayer(Settable):
         """A value of neurons, constant or of a `parameter` that is learned by `option`: a float, or one for each."""
         learned = parameter is not None
         found = read_values(name, value, self._caller, self.num_features, learned, option)
-        for each in () if learned else least_and_most(found):
+        for each in () if learned else min_and_max(found):
             check_finite(name, each, self._caller)
-        return self._placed(found, self._place.device)  # type: ignore[no-any-return]
+        return self._moved_to_device(found, self._place.device)  # type: ignore[no-any-return]
 
     @staticmethod
-    def _placed(value: Any, device: torch.device) -> Any:
+    def _moved_to_device(value: Any, device: torch.device) -> Any:
         """The value, moved to the device if it is a tensor and the device is not "meta"."""
         return value.to(device) if isinstance(value, Tensor) and device.type != "meta" else value
 
     @property
     def decay(self) -> Tensor | float:
         """The decay per step: a tensor of the granularity's shape, `[]` for "layer", if learned."""
-        return self._shown(self._decay_value())
+        return self._property_value(self._decay_value())
 
     @decay.setter
     def decay(self, value: Tensor | float) -> None:
@@ -246,12 +246,12 @@ class NeuronLayer(Settable):
 
     def _set_decay(self, value: Any) -> None:
         """Checks the decay, and writes it into the value or the parameter."""
-        self._decay = self._fill_logit(self.logit_decay, "decay", value, "learn_decay")
+        self._decay = self._store_decay(self.logit_decay, "decay", value, "learn_decay")
 
-    def _fill_logit(self, parameter: Tensor | None, name: str, given: Any, option: str) -> Tensor | float:
+    def _store_decay(self, parameter: Tensor | None, name: str, given: Any, option: str) -> Tensor | float:
         """A decay, or one for each neuron, whose logits `parameter` gets where it is learned by `option`."""
         found = self._read(name, given, parameter, option)
-        for value in least_and_most(found):
+        for value in min_and_max(found):
             if value < 0 or value > 1:
                 tau = f"; SpikingJelly's tau={value:g} is decay={1 - 1 / value:g}" if value > 1 else ""
                 raise ValueError(
@@ -271,7 +271,7 @@ class NeuronLayer(Settable):
         """The decay as a call takes it, as stored."""
         return self._decay if self.logit_decay is None else Logit(self.logit_decay)
 
-    def _shown(self, value: Value) -> Tensor | float:
+    def _property_value(self, value: Value) -> Tensor | float:
         """The value as a property returns it: a scalar if it is one for the whole layer."""
         if isinstance(value, (Logarithm, Logit)):
             value = value.value()
@@ -290,7 +290,7 @@ class NeuronLayer(Settable):
         `LIF` and `BatchNormLIF` add a `residual` of that shape to the input current; others take none.
         """
         if isinstance(x_seq, fx.Proxy):
-            return self._recorded(x_seq, residual)
+            return self._record_fx_call(x_seq, residual)
         if torch._C._get_tracing_state() is not None:
             self.__prepare_scriptable__()
         x_seq, options = self._inputs(x_seq, residual)
@@ -301,8 +301,8 @@ class NeuronLayer(Settable):
             return self._call_function(x_seq, **options)  # type: ignore[no-any-return]
         time_dim = check_input(x_seq, self.time_dim, self._caller)
         if (watch := self._watch) is not None:
-            watch.before(x_seq)
-        if transforming():
+            watch.before_call(x_seq)
+        if is_transform_active():
             raise RuntimeError(
                 f"{self._caller}: a layer with stateful or store_v_seq can't keep potentials after a transform of "
                 f"torch.func; use {self._function}, which takes v_init and returns potentials"
@@ -318,11 +318,11 @@ class NeuronLayer(Settable):
             options["return_v_seq"] = True
         result = self._call_function(x_seq, **options)
         for name in states:
-            set_plain(self, name, getattr(result, f"{name}_last"))
+            set_plain_attribute(self, name, getattr(result, f"{name}_last"))
         if self.store_v_seq:
             self.v_seq = result.v_seq
         if watch is not None:
-            watch.after()
+            watch.after_call()
         return result[0]  # type: ignore[no-any-return]
 
     def _check_state(self, name: str, state: Any, x_seq: Tensor, time_dim: int) -> None:
@@ -350,11 +350,11 @@ class NeuronLayer(Settable):
         x_t = tensor_of(x_t, f"a step of {type(self).__name__}")
         check_step(x_t, self.time_dim, self._caller)
         stateful = self.stateful
-        set_plain(self, "stateful", True)
+        set_plain_attribute(self, "stateful", True)
         try:
             return self(x_t.unsqueeze(self.time_dim)).squeeze(self.time_dim)  # type: ignore[no-any-return]
         finally:
-            set_plain(self, "stateful", stateful)
+            set_plain_attribute(self, "stateful", stateful)
 
     def _call_function(self, x_seq: Tensor, **options: Any) -> Any:
         """Calls `_function` with the layer's parameters.
@@ -363,7 +363,7 @@ class NeuronLayer(Settable):
         """
         raise NotImplementedError
 
-    def _recorded(self, x_seq: Any, residual: Any) -> Any:
+    def _record_fx_call(self, x_seq: Any, residual: Any) -> Any:
         """A call of this layer in a graph of torch.fx, whose default leaves are torch's own layers."""
         tracer: Any = x_seq.tracer
         is_own = type(self).forward.__module__.partition(".")[0] == __name__.partition(".")[0]
@@ -392,7 +392,7 @@ class NeuronLayer(Settable):
             return state if torch.is_inference_mode_enabled() else state.clone()
         return state
 
-    def _for_call(self, values: Sequence[Any], x_seq: Tensor) -> Sequence[Any]:
+    def _on_input_device(self, values: Sequence[Any], x_seq: Tensor) -> Sequence[Any]:
         """Parameters as a call takes them: as stored, on the device "meta" for an input there."""
         if not x_seq.is_meta:
             return values
@@ -412,39 +412,39 @@ class NeuronLayer(Settable):
         return value.reshape(self._features.shape(x_seq, self.time_dim % x_seq.dim()))
 
     @property
-    def _kept_names(self) -> tuple[str, ...]:
+    def _stored_names(self) -> tuple[str, ...]:
         """The attributes that a call sets: the states, and v_seq if the layer may store it."""
         return (*self._states, "v_seq") if "store_v_seq" in self._options else self._states
 
     def reset(self) -> None:
         """Clears the states: the next call starts at rest."""
-        for name in self._kept_names:
+        for name in self._stored_names:
             setattr(self, name, None)
 
-    def _map_kept(self, fn: Callable[[Tensor], Tensor]) -> None:
+    def _map_stored(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Replaces each state, and v_seq, by `fn` of it."""
-        for name in self._kept_names:
+        for name in self._stored_names:
             value = getattr(self, name)
             setattr(self, name, None if value is None else fn(value))
 
     def detach_(self) -> Self:
         """Detaches the states from their graph, for truncated backpropagation through time."""
-        self._map_kept(Tensor.detach)
+        self._map_stored(Tensor.detach)
         return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # .to(), .half() and others also move states. For constants they change only the device.
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._map_kept(fn)
+        self._map_stored(fn)
         self._place = fn(self._place)
         for name in self._constants:
             if name in self.__dict__:  # otherwise it is a parameter
-                setattr(self, name, self._placed(getattr(self, name), self._place.device))
+                setattr(self, name, self._moved_to_device(getattr(self, name), self._place.device))
         return self
 
     def __getstate__(self) -> dict[str, Any]:
         # Non-leaf tensors can neither be copied nor pickled.
-        kept = {name: value.detach() for name in self._kept_names if (value := getattr(self, name)) is not None}
+        kept = {name: value.detach() for name in self._stored_names if (value := getattr(self, name)) is not None}
         return self.__dict__ | kept
 
 

@@ -33,7 +33,7 @@ from ..calls.plan import Call, Inputs, Plan, checked_call
 from ..checks import (
     HALF_TYPES,
     PLAIN_TENSORS,
-    can_be_seen,
+    accept_none,
     check_bool,
     check_finite,
     check_floating,
@@ -43,10 +43,10 @@ from ..checks import (
     check_options,
     check_sizes,
     describe_shape_mismatch,
-    in_range,
-    optional,
+    has_readable_values,
     read_finite,
     read_number,
+    require_range,
     shown,
 )
 from ..layout import by_channel, channel_dim, real_type
@@ -54,16 +54,16 @@ from ..reference.normalisation import batch_statistics, normalisation
 from ..reference.surrogates import detached
 from ..torch_modes import (
     apply,
-    apply_here,
-    grads_are_zeros,
+    apply_at_one_level,
     is_differentiated,
+    is_transform_active,
+    needs_zero_gradients,
     once_differentiable,
     saved_tensors,
-    transforming,
 )
 from .base import fill_parameter
 from .deferred import Pending, tensor_of
-from .lif import LIF, LIF_DEFAULTS, LIFOutput, output_of, remember, run_backward, run_forward, run_reference
+from .lif import LIF, LIF_DEFAULTS, LIFOutput, remember_call, requested_output, run_backward, run_forward, run_reference
 
 _CALLER = "asgl_cuda.batch_norm_lif"
 
@@ -115,7 +115,7 @@ class BatchNormLIFFunction(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:  # fmt: skip
         """The wanted outputs, checkpoints, coefficients and statistics."""
         call = Call(backend, plan, Inputs(*inputs))
-        outputs, *others = _forward(settings, running, call, (mean, variance, weight, bias), True)
+        outputs, *others = _run_fused(settings, running, call, (mean, variance, weight, bias), True)
         return *outputs, *others
 
     @staticmethod
@@ -125,7 +125,7 @@ class BatchNormLIFFunction(torch.autograd.Function):
         ctx.training = mean is None
         not_differentiable = output[-3:]  # checkpoints, coefficients, statistics
         ctx.save_for_backward(*not_differentiable, *kept)
-        ctx.set_materialize_grads(grads_are_zeros())
+        ctx.set_materialize_grads(needs_zero_gradients())
         ctx.mark_non_differentiable(*not_differentiable)
 
     @staticmethod
@@ -144,18 +144,19 @@ class BatchNormLIFFunction(torch.autograd.Function):
         wanted = needed.with_input(wants_sums, wants_sums, False)
         if shared:
             wanted = Inputs(False, *wanted[1:])
-        found = run_backward(backend, plan, _normalised(inputs, coefficients), grads[:-3], checkpoints, wanted)
+        found = run_backward(backend, plan, _normalised_inputs(inputs, coefficients), grads[:-3], checkpoints, wanted)
         grad_x_seq, grad_weight, grad_bias = found.x_seq, None, None
         if shared:
             grad_x_seq = torch.empty_like(found.residual)
-        elif through_batch and transforming():  # once_differentiable made it a view, which autograd lets nobody write
+        elif through_batch and is_transform_active():
+            # once_differentiable made grad_x_seq a view, which autograd lets nobody write.
             grad_x_seq = grad_x_seq.clone()
         if wants_sums:
             sums = found.input_gain, found.input_bias
             grad_input = grad_x_seq if through_batch else x_seq.new_empty(0)
             grad_weight, grad_bias = operators_of(backend, inputs).batch_norm_backward(
                 grad_input, found.residual if shared else None, x_seq, coefficients, statistics, *sums,
-                *_summed(sums, settings.group), settings.eps, settings.input_scale, plan.rules.time_dim,
+                *_sum_over_processes(sums, settings.group), settings.eps, settings.input_scale, plan.rules.time_dim,
             )  # fmt: skip
         _, *others = found.with_input(None, None, None)
         gradients = grad_weight if wants_weight else None, grad_bias if wants_bias else None, grad_x_seq, *others
@@ -201,7 +202,7 @@ class _CoefficientsFunction(torch.autograd.Function):
         return None, None, grad_x_seq, None, None, None, grad_weight, grad_bias, None, None, None
 
 
-def _differentiated(operator: Any, below: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
+def _with_derivative(operator: Any, below: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
     """A bare batch_norm_coefficients with its derivative."""
     _, statistics, *_ = arguments
     if statistics is not None:
@@ -209,19 +210,19 @@ def _differentiated(operator: Any, below: Any, *arguments: Any) -> tuple[Tensor,
             "asgl_cuda.batch_norm_coefficients: an exported graph can't be trained with statistics shared by several "
             "processes; train the original model, and export it afterwards"
         )
-    coefficients, total = apply_here(_CoefficientsFunction, below, backend_of(operator), *arguments)
+    coefficients, total = apply_at_one_level(_CoefficientsFunction, below, backend_of(operator), *arguments)
     return coefficients, total
 
 
-def _differentiated_update(operator: Any, below: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
+def _update_with_derivative(operator: Any, below: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
     """The derivative of batch_norm_update, as above."""
-    return _differentiated(operator, partial(below, *arguments[:4]), *arguments[4:])
+    return _with_derivative(operator, partial(below, *arguments[:4]), *arguments[4:])
 
 
-DERIVATIVES.update(batch_norm_coefficients=_differentiated, batch_norm_update=_differentiated_update)
+DERIVATIVES.update(batch_norm_coefficients=_with_derivative, batch_norm_update=_update_with_derivative)
 
 
-def _forward(
+def _run_fused(
     settings: _Settings, running: _Running | None, call: Call, norm: _ByChannel, keep_checkpoints: bool
 ) -> tuple[ForwardResult, Tensor, Tensor]:
     """The result of the neuron, the coefficients, and count, mean and variance of each channel.
@@ -245,7 +246,7 @@ def _forward(
         torch.distributed.all_gather(parts, own, group=settings.group)
         of_all = torch.stack(parts)
         _check_shared_count(of_all[:, :1, 0], settings, inputs.x_seq)
-    if running is not None and _in_one_launch(running, plan.real):
+    if running is not None and _operator_can_update(running, plan.real):
         mean, variance, batches, momentum = running
         if batches is not None and (batches.dtype is not torch.int64 or batches.device != mean.device):
             batches.add_(1)  # cast by the user, or from a checkpoint that was cast
@@ -262,21 +263,21 @@ def _forward(
     else:
         coefficients, statistics = coefficients_of(of_all)
         if running is not None:
-            _update(running, coefficients[0], coefficients[3])
-    outputs = run_forward(backend, plan, _normalised(inputs, coefficients), keep_checkpoints)
+            _update_running_statistics(running, coefficients[0], coefficients[3])
+    outputs = run_forward(backend, plan, _normalised_inputs(inputs, coefficients), keep_checkpoints)
     return outputs, coefficients, statistics
 
 
-def _normalised(inputs: Inputs, coefficients: Tensor) -> Inputs:
+def _normalised_inputs(inputs: Inputs, coefficients: Tensor) -> Inputs:
     """The inputs of neurons whose current is normalised."""
     mean, gain, shift, _ = coefficients.unbind()
     return inputs.with_input(gain, shift, mean)
 
 
 def _remember(call: Call, results: Sequence[Tensor]) -> None:
-    """Makes backward recompute the spikes of this call, see `remember` of lif.py."""
+    """Makes backward recompute the spikes of this call, see `remember_call` of lif.py."""
     *outputs, coefficients, _ = results
-    remember(call, _normalised(call.inputs, coefficients), outputs)
+    remember_call(call, _normalised_inputs(call.inputs, coefficients), outputs)
 
 
 def _check_shared_count(counts: Tensor, settings: _Settings, x_seq: Tensor) -> None:
@@ -296,10 +297,10 @@ def check_process_group(process_group: Any, caller: str) -> None:
         outside = torch.distributed.GroupMember.NON_GROUP_MEMBER
         if isinstance(process_group, torch.distributed.ProcessGroup) or process_group is outside:
             return
-    raise _no_group(process_group, caller)
+    raise _process_group_error(process_group, caller)
 
 
-def _no_group(process_group: Any, caller: str) -> TypeError:
+def _process_group_error(process_group: Any, caller: str) -> TypeError:
     """The error for a process_group that is none."""
     expected = 'process_group must be a process group that this process is in, "world" or None'
     return TypeError(f"{caller}: {expected}, got {shown(process_group)}")
@@ -314,11 +315,11 @@ def sharing(process_group: Any, caller: str) -> Any:
             return None
         process_group = torch.distributed.group.WORLD
     elif not torch.distributed.is_available() or not isinstance(process_group, torch.distributed.ProcessGroup):
-        raise _no_group(process_group, caller)
+        raise _process_group_error(process_group, caller)
     return process_group if torch.distributed.get_world_size(process_group) > 1 else None
 
 
-def _summed(sums: Sequence[Tensor], group: Any) -> Sequence[Tensor]:
+def _sum_over_processes(sums: Sequence[Tensor], group: Any) -> Sequence[Tensor]:
     """The sums over all processes."""
     if group is None:
         return sums
@@ -390,21 +391,21 @@ def batch_norm_lif(
         "training": training, "momentum": momentum, "eps": eps, "input_scale": input_scale,
         "process_group": process_group, "time_dim": given["time_dim"],
     }  # fmt: skip
-    return _batch_norm_lif(tensor_of(x_seq, _CALLER), norm, given)
+    return _run_batch_norm_lif(tensor_of(x_seq, _CALLER), norm, given)
 
 
-def _check_value(momentum: Any) -> None:
+def _check_momentum_value(momentum: Any) -> None:
     """Checks that momentum is finite; a tensor is read only if this does not synchronise with a GPU."""
-    seen = isinstance(momentum, Tensor) and can_be_seen(momentum)
+    seen = isinstance(momentum, Tensor) and has_readable_values(momentum)
     if seen and momentum.numel() == 1 and momentum.is_floating_point():
         check_finite("momentum", momentum.item(), _CALLER, "a float or a tensor")
 
 
-def _batch_norm_lif(x_seq: Tensor, norm: _Normalisation, given: Arguments) -> Tensor | LIFOutput:
+def _run_batch_norm_lif(x_seq: Tensor, norm: _Normalisation, given: Arguments) -> Tensor | LIFOutput:
     """The result of `batch_norm_lif` from a record of arguments; counts the batch if `count` is given."""
-    settings = _settings_of(_CALLER, x_seq, norm)
+    settings = _checked_settings(_CALLER, x_seq, norm)
     training, momentum, count = norm["training"], norm["momentum"], norm["count"]
-    _check_value(momentum)
+    _check_momentum_value(momentum)
     running_mean, running_var = norm["running_mean"], norm["running_var"]
     group = sharing(norm["process_group"], _CALLER) if training else None
     if group is not None:
@@ -414,7 +415,7 @@ def _batch_norm_lif(x_seq: Tensor, norm: _Normalisation, given: Arguments) -> Te
     if running_mean is not None and running_var is not None:
         if training:
             running = _Running(running_mean, running_var, count, momentum)
-        _check_running(running_mean, running_var, training)
+        _check_running_statistics(running_mean, running_var, training)
     if training and group is None and x_seq.numel() == 0:  # counts as a batch, and leaves the statistics, as in torch
         training, running, running_mean = False, None, x_seq.new_zeros(x_seq.shape[settings.channel], dtype=real)
         running_var = torch.ones_like(running_mean)
@@ -439,22 +440,22 @@ def _batch_norm_lif(x_seq: Tensor, norm: _Normalisation, given: Arguments) -> Te
     ]
     outputs: Sequence[Tensor]
     if BACKENDS[call.backend].operators is None:
-        outputs = _reference(settings, running, call, values)
+        outputs = _run_reference(settings, running, call, values)
     else:
-        traced = torch.compiler.is_compiling() or transforming()
+        traced = torch.compiler.is_compiling() or is_transform_active()
         inside = None if traced else running
         if is_differentiated((*values, *call.inputs), _CALLER):
             arguments = settings, inside, call.backend, call.plan, *values, *call.inputs
             if recompute.open_contexts or recompute.traced_contexts:
-                found = recompute.applied(apply, BatchNormLIFFunction, arguments, partial(_remember, call))
+                found = recompute.apply_and_remember(apply, BatchNormLIFFunction, arguments, partial(_remember, call))
             else:
                 found = apply(BatchNormLIFFunction, *arguments)
             *outputs, coefficients, _ = found
         else:
-            outputs, coefficients, _ = _forward(settings, inside, call, values, False)
+            outputs, coefficients, _ = _run_fused(settings, inside, call, values, False)
         if running is not None and traced:
-            _update(running, coefficients[0], coefficients[3])
-    output = output_of(call.plan, outputs)
+            _update_running_statistics(running, coefficients[0], coefficients[3])
+    output = requested_output(call.plan, outputs)
     if scalar == x_seq.dtype:
         return output
     return LIFOutput(output[0].to(scalar), *output[1:]) if isinstance(output, LIFOutput) else output.to(scalar)
@@ -463,7 +464,7 @@ def _batch_norm_lif(x_seq: Tensor, norm: _Normalisation, given: Arguments) -> Te
 @cached_by_signature(
     ("running_mean", "running_var", "weight", "bias", "momentum", "training", "eps", "input_scale", "time_dim")
 )
-def _settings_of(caller: str, x_seq: Tensor, norm: _Normalisation) -> _Settings:
+def _checked_settings(caller: str, x_seq: Tensor, norm: _Normalisation) -> _Settings:
     """Checks arguments of the normalisation; the settings of a single process."""
     time_dim, training, momentum = norm["time_dim"], norm["training"], norm["momentum"]
     time_dim = check_input(x_seq, time_dim, caller)
@@ -501,15 +502,15 @@ def _settings_of(caller: str, x_seq: Tensor, norm: _Normalisation) -> _Settings:
     return _Settings(channel, **check_options(norm, _OPTIONS, caller), group=None)
 
 
-_OPTIONS = {"eps": in_range(check_finite, ">= 0", 0), "input_scale": check_not_nan}
+_OPTIONS = {"eps": require_range(check_finite, ">= 0", 0), "input_scale": check_not_nan}
 
 
-def _check_running(mean: Tensor, variance: Tensor, training: bool) -> None:
+def _check_running_statistics(mean: Tensor, variance: Tensor, training: bool) -> None:
     """Refuses running statistics that require a gradient or share memory."""
     if (mean.requires_grad or variance.requires_grad) and torch.is_grad_enabled():
         name = "running_mean" if mean.requires_grad else "running_var"
         raise ValueError(f"{_CALLER}: {name} gets no gradient, so it must not require one; pass {name}.detach()")
-    if not training or torch.compiler.is_compiling() or transforming() or type(mean) not in PLAIN_TENSORS:
+    if not training or torch.compiler.is_compiling() or is_transform_active() or type(mean) not in PLAIN_TENSORS:
         return
     apart = abs(mean.data_ptr() - variance.data_ptr())
     if mean.is_contiguous() and variance.is_contiguous() and apart >= max(mean.nbytes, variance.nbytes):
@@ -531,13 +532,13 @@ def _check_running(mean: Tensor, variance: Tensor, training: bool) -> None:
         )
 
 
-def _in_one_launch(running: _Running, real: torch.dtype) -> bool:
+def _operator_can_update(running: _Running, real: torch.dtype) -> bool:
     """Whether the operator updates the running statistics. Compilers fuse torch's own operations better."""
     mean, variance, _, momentum = running
     return (
         not isinstance(momentum, Tensor)
         and not torch.compiler.is_compiling()
-        and not transforming()
+        and not is_transform_active()
         and mean.dtype == variance.dtype == real
         and mean.is_contiguous()
         and variance.is_contiguous()
@@ -545,7 +546,7 @@ def _in_one_launch(running: _Running, real: torch.dtype) -> bool:
 
 
 @torch.no_grad()
-def _update(running: _Running, *statistics: Tensor) -> None:
+def _update_running_statistics(running: _Running, *statistics: Tensor) -> None:
     """Replaces a fraction of the running mean and variance by those of a batch, and counts the batch."""
     mean, variance, batches, momentum = running
     in_inference = torch.compiler.is_compiling() or torch.is_inference_mode_enabled()
@@ -559,7 +560,7 @@ def _update(running: _Running, *statistics: Tensor) -> None:
     for each, value in zip((mean, variance), statistics, strict=True):
         share = momentum.to(each.dtype) if isinstance(momentum, Tensor) else momentum
         value = detached(value).to(each.dtype).reshape(each.shape)
-        if not transforming():
+        if not is_transform_active():
             each.lerp_(value, share)
             continue
         new = each.lerp(value, share)  # vmap does not support lerp_
@@ -575,7 +576,7 @@ def _update(running: _Running, *statistics: Tensor) -> None:
         batches.add_(1)
 
 
-def _reference(settings: _Settings, running: _Running | None, call: Call, norm: _ByChannel) -> Sequence[Tensor]:
+def _run_reference(settings: _Settings, running: _Running | None, call: Call, norm: _ByChannel) -> Sequence[Tensor]:
     """The outputs of the neuron after the normalisation, by the reference."""
     channel, x_seq = settings.channel, call.inputs.x_seq
     mean, variance, weight, bias = norm
@@ -583,7 +584,7 @@ def _reference(settings: _Settings, running: _Running | None, call: Call, norm: 
         count, mean, variance = batch_statistics(x_seq, channel, settings.group)
         _check_shared_count(count, settings, x_seq)
         if running is not None:
-            _update(running, mean, variance * (count / (count - 1)))
+            _update_running_statistics(running, mean, variance * (count / (count - 1)))
     real, eps, input_scale = real_type(x_seq.dtype), settings.eps, settings.input_scale
     coefficients = normalisation(mean, variance, weight, bias, eps, input_scale, real)
     gain, shift, rounded = (by_channel(value, channel, x_seq) for value in coefficients)
@@ -619,7 +620,7 @@ def module_batch_norm_lif(
         "training": uses_batch, "momentum": momentum, "eps": norm.eps, "input_scale": input_scale,
         "process_group": process_group, "time_dim": given["time_dim"],
     }  # fmt: skip
-    return _batch_norm_lif(x_seq, arguments, given)
+    return _run_batch_norm_lif(x_seq, arguments, given)
 
 
 class BatchNormLIF(LIF):
@@ -672,8 +673,8 @@ class BatchNormLIF(LIF):
     _caller = "asgl_cuda.BatchNormLIF"
     _least_batch = 1
     _norm_options: ClassVar[dict[str, Callable[..., Any]]] = {
-        "eps": in_range(read_finite, ">= 0", 0),
-        "momentum": optional(in_range(read_number, "in [0, 1] or None", 0, 1)),
+        "eps": require_range(read_finite, ">= 0", 0),
+        "momentum": accept_none(require_range(read_number, "in [0, 1] or None", 0, 1)),
         "input_scale": read_finite,
         **dict.fromkeys(("affine", "track_running_stats"), check_bool),
     }
@@ -717,7 +718,7 @@ class BatchNormLIF(LIF):
         own = dict(locals())
         super().__init__(None if in_layer else num_features, device=device, dtype=dtype, **lif_options)
         self.num_channels = channels
-        self._keep(own, self._norm_options)
+        self._set_checked_options(own, self._norm_options)
         check_process_group(process_group, caller)
         self.process_group = process_group
         empty = partial(torch.empty, channels, device=device, dtype=dtype)
@@ -748,7 +749,7 @@ class BatchNormLIF(LIF):
         if self.weight is None and self.running_mean is None:
             self._check_channels(x_seq)
         return module_batch_norm_lif(
-            self, x_seq, self._given(x_seq, **options), self.weight, self.bias, update, self.input_scale,
+            self, x_seq, self._arguments_of_call(x_seq, **options), self.weight, self.bias, update, self.input_scale,
             self.process_group,
         )  # fmt: skip
 

@@ -1,8 +1,8 @@
 """Leaky integrate-and-fire neurons: `lif`, its derivative, and the layer `LIF`.
 
-lif -> computed -> checked_call (a plan by checks, choose_backend, state_of_noise) -> run_reference under autograd, or
-run_forward, the backend's operator, inside LIFFunction if a gradient is needed. Backward draws the same noise again
-from rng_state; no mask is stored.
+`lif` calls `run_lif`. `checked_call` checks the arguments, makes a plan, chooses the backend and draws rng_state. Then
+`run_reference` computes under autograd, or `run_forward` calls the backend's operator, inside LIFFunction if a gradient
+is needed. Backward draws the same noise again from rng_state, so no mask is stored.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from torch import Tensor
 
 from ..backends import BACKENDS, backend_of, operators_of
 from ..backends.derivatives import DERIVATIVES
-from ..backends.ops import ForwardResult, with_gaps
+from ..backends.ops import ForwardResult, none_for_unwanted
 from ..calls import recompute
 from ..calls.arguments import Arguments
 from ..calls.plan import Call, Inputs, Plan, checked_call, make_plan
 from ..checks import (
     PLAIN_TENSORS,
+    accept_none,
     check_analog_prob,
     check_bool,
     check_input,
     check_keywords,
     check_levels,
     check_rng_state,
-    optional,
     read_finite,
     shown,
 )
@@ -38,12 +38,12 @@ from ..reference.noise import analog_mask_below
 from ..reference.records import Numbers, Parameters, Rules
 from ..torch_modes import (
     apply,
-    apply_here,
-    grads_are_zeros,
+    apply_at_one_level,
     is_differentiated,
+    is_transform_active,
+    needs_zero_gradients,
     once_differentiable,
     saved_tensors,
-    transforming,
 )
 from .base import Granularity, NeuronLayer
 from .deferred import Pending, tensor_of
@@ -211,13 +211,13 @@ def lif(
         "time_dim": time_dim, "return_v_last": return_v_last, "return_v_seq": return_v_seq,
         "return_h_seq": return_h_seq, "backend": backend,
     }  # fmt: skip
-    return computed(_CALLER, tensor_of(x_seq, _CALLER), given)
+    return run_lif(_CALLER, tensor_of(x_seq, _CALLER), given)
 
 
 LIF_DEFAULTS: Arguments = lif.__kwdefaults__ or {}  # type: ignore[assignment]
 
 
-def computed(caller: str, x_seq: Tensor, given: Arguments) -> Tensor | LIFOutput:
+def run_lif(caller: str, x_seq: Tensor, given: Arguments) -> Tensor | LIFOutput:
     """The result of `lif`."""
     backend, plan, inputs = call = checked_call(caller, x_seq, given)
     if BACKENDS[backend].operators is None:
@@ -225,26 +225,26 @@ def computed(caller: str, x_seq: Tensor, given: Arguments) -> Tensor | LIFOutput
     elif not is_differentiated(inputs, caller):
         outputs = run_forward(backend, plan, inputs, keep_checkpoints=False)
     elif recompute.open_contexts or recompute.traced_contexts:
-        take = partial(remember, call, inputs)
-        outputs = recompute.applied(apply, LIFFunction, (None, backend, plan, *inputs), take)
+        take = partial(remember_call, call, inputs)
+        outputs = recompute.apply_and_remember(apply, LIFFunction, (None, backend, plan, *inputs), take)
     else:
         outputs = apply(LIFFunction, None, backend, plan, *inputs)
-    return output_of(plan, outputs)
+    return requested_output(plan, outputs)
 
 
-def computed_after(
+def run_lif_after(
     pending: Pending, layer: Any, caller: str, given: Arguments, update: bool = True
 ) -> Tensor | LIFOutput:
     """The result of `lif` in `layer`, after a normalisation: of both in one call, or of the normalised value."""
-    value = pending.value_for(layer, given, update)
+    value = pending.value_unless_merged(layer, given, update)
     if value is None:
-        return pending.joined(layer, given, update)  # type: ignore[no-any-return]
-    return computed(caller, value, given)
+        return pending.run_merged(layer, given, update)  # type: ignore[no-any-return]
+    return run_lif(caller, value, given)
 
 
-def output_of(plan: Plan, outputs: Sequence[Tensor]) -> Tensor | LIFOutput:
+def requested_output(plan: Plan, outputs: Sequence[Tensor]) -> Tensor | LIFOutput:
     """The requested outputs, which come first."""
-    return LIFOutput(*with_gaps(outputs, (True, *plan.wanted))) if True in plan.wanted else outputs[0]
+    return LIFOutput(*none_for_unwanted(outputs, (True, *plan.wanted))) if True in plan.wanted else outputs[0]
 
 
 def run_reference(plan: Plan, inputs: Inputs) -> list[Tensor]:
@@ -269,10 +269,10 @@ def run_backward(
     """The `wanted` gradients, for those of the results of forward."""
     x_seq, v_init, rng_state, *parameters = inputs
     found = operators_of(backend, (*inputs, *grads)).lif_backward(
-        *with_gaps(grads, (True, *plan.wanted)), x_seq, v_init, rng_state, checkpoints, *parameters, *plan.packed,
-        (wanted.x_seq, wanted.v_init, *wanted[3:]),
+        *none_for_unwanted(grads, (True, *plan.wanted)), x_seq, v_init, rng_state, checkpoints, *parameters,
+        *plan.packed, (wanted.x_seq, wanted.v_init, *wanted[3:]),
     )  # fmt: skip
-    return Inputs(*with_gaps(found, wanted))
+    return Inputs(*none_for_unwanted(found, wanted))
 
 
 class LIFFunction(torch.autograd.Function):
@@ -294,7 +294,7 @@ class LIFFunction(torch.autograd.Function):
         _, ctx.backend, ctx.plan, *tensors = inputs
         checkpoints = output[-1]
         ctx.save_for_backward(checkpoints, *tensors)
-        ctx.set_materialize_grads(grads_are_zeros())
+        ctx.set_materialize_grads(needs_zero_gradients())
         ctx.mark_non_differentiable(checkpoints)
 
     @staticmethod
@@ -302,7 +302,7 @@ class LIFFunction(torch.autograd.Function):
         checkpoints, *tensors = saved_tensors(ctx)
         inputs, plan, wanted = Inputs(*tensors), ctx.plan, Inputs(*ctx.needs_input_grad[3:])
         # The gradients of x_seq and of the residual may be one tensor, as they are for a sum.
-        shared = wanted.residual and wanted.x_seq and _adds(plan.numbers, inputs)
+        shared = wanted.residual and wanted.x_seq and _is_plain_sum(plan.numbers, inputs)
         if shared:
             asked = [*wanted[:-1], False]
             wanted = Inputs(*asked)
@@ -312,7 +312,7 @@ class LIFFunction(torch.autograd.Function):
         return None, None, None, *gradients[:-1], gradients[0] if shared else gradients[-1]
 
 
-def _adds(constants: Numbers, inputs: Inputs) -> bool:
+def _is_plain_sum(constants: Numbers, inputs: Inputs) -> bool:
     """Whether the input current is x, or the sum of x and the residual."""
     if inputs.input_gain is not None or inputs.input_bias is not None or inputs.input_mean is not None:
         return False
@@ -320,23 +320,23 @@ def _adds(constants: Numbers, inputs: Inputs) -> bool:
     return values == (1, 1, 0, 0)
 
 
-def _differentiated(operator: Any, below: Any, *arguments: Any) -> ForwardResult:
+def _with_derivative(operator: Any, below: Any, *arguments: Any) -> ForwardResult:
     """A bare lif_forward with its derivative."""
     *inputs, numbers, rules, (*of_outputs, keeps_checkpoints) = arguments
     plan = make_plan(inputs[0], Rules(*rules), Numbers(*numbers), of_outputs)
-    *outputs, checkpoints = apply_here(LIFFunction, below, backend_of(operator), plan, *inputs)
+    *outputs, checkpoints = apply_at_one_level(LIFFunction, below, backend_of(operator), plan, *inputs)
     return [*outputs, checkpoints] if keeps_checkpoints else outputs
 
 
-DERIVATIVES["lif_forward"] = _differentiated
+DERIVATIVES["lif_forward"] = _with_derivative
 
 
-def remember(call: Call, inputs: Inputs, outputs: Sequence[Tensor]) -> None:
+def remember_call(call: Call, inputs: Inputs, outputs: Sequence[Tensor]) -> None:
     """Has backward recompute the spikes of a call with these inputs, inside `recompute_spikes`."""
     backend = call.backend  # captures the backend, not the call, which would keep the tensors
     plan = make_plan(inputs.x_seq, call.plan.rules, call.plan.numbers, (False, False, False))
 
-    def spikes(*inputs: Tensor | None) -> Tensor:
+    def compute_spikes(*inputs: Tensor | None) -> Tensor:
         """The spikes, computed again from the inputs of the call."""
         return run_forward(backend, plan, inputs, keep_checkpoints=False)[0]
 
@@ -346,7 +346,7 @@ def remember(call: Call, inputs: Inputs, outputs: Sequence[Tensor]) -> None:
         name: value if value is None or name in sequences else value.detach().clone()
         for name, value in inputs._asdict().items()
     }
-    recompute.remember(outputs[0], spikes, values)
+    recompute.remember_spikes(outputs[0], compute_spikes, values)
 
 
 def analog_mask(x_seq: Tensor, analog_prob: float, rng_state: Tensor, time_dim: int = 0) -> Tensor:
@@ -401,7 +401,7 @@ def unroll_levels(s_seq: Tensor, levels: int, time_dim: int = 0) -> Tensor:
     levels = check_levels("levels", levels, caller)
     with torch.no_grad():
         has_values = type(s_seq) in PLAIN_TENSORS and not s_seq.is_meta
-        if has_values and not torch.compiler.is_compiling() and not transforming():
+        if has_values and not torch.compiler.is_compiling() and not is_transform_active():
             others = s_seq[~((s_seq == s_seq.round()) & (s_seq >= 0) & (s_seq <= levels))]
             if others.numel():
                 raise ValueError(
@@ -495,8 +495,8 @@ class LIF(Neurons):
     _function = _CALLER
     _options: ClassVar[dict[str, Callable[..., Any]]] = {
         **dict.fromkeys(("multi_spike", "scale_output"), check_bool),
-        "levels": optional(check_levels),
-        "v_min": optional(read_finite),
+        "levels": accept_none(check_levels),
+        "v_min": accept_none(read_finite),
         **Neurons._options,
     }
 
@@ -550,7 +550,7 @@ class LIF(Neurons):
         if (
             isinstance(x_seq, Pending)
             and type(self)._call_function is LIF._call_function
-            and type(self)._given is LIF._given
+            and type(self)._arguments_of_call is LIF._arguments_of_call
         ):
             return x_seq.x, {"pending": x_seq}
         return tensor_of(x_seq, name), {}
@@ -559,10 +559,10 @@ class LIF(Neurons):
         self, x_seq: Tensor, update: bool = True, pending: Pending | None = None, **options: Any
     ) -> Tensor | LIFOutput:
         """Calls `asgl_cuda.lif`; without `update` the layer's state stays unchanged."""
-        given = self._given(x_seq, self.input_gain, **options)
+        given = self._arguments_of_call(x_seq, self.input_gain, **options)
         if pending is None:
-            return computed(self._caller, x_seq, given)
-        return computed_after(pending, self, self._caller, given, update)
+            return run_lif(self._caller, x_seq, given)
+        return run_lif_after(pending, self, self._caller, given, update)
 
 
 def without(layer: type[Neurons], *arguments: str) -> set[str]:

@@ -20,14 +20,14 @@ def in_a_row(layer: str, in_place: bool = False) -> str:
     return f"{'in a form that takes [T, B, ...]:' if in_place else 'as in'} nn.Sequential(OverTime(...), {layer})"
 
 
-def _of_neurons(module: nn.Module) -> tuple[str, str] | None:
+def _describe_neurons(module: nn.Module) -> tuple[str, str] | None:
     name = type(module).__name__
     return (name, in_a_row(f"{name}(...)")) if isinstance(module, NeuronLayer) else None
 
 
 # For a module with state from step to step, the name of its class and how to put it outside; None for others. `interop`
 # adds functions for other libraries.
-KNOWS_TIME: list[Callable[[nn.Module], tuple[str, str] | None]] = [_of_neurons]
+KNOWS_TIME: list[Callable[[nn.Module], tuple[str, str] | None]] = [_describe_neurons]
 
 
 class OverTime(nn.Module):
@@ -57,25 +57,25 @@ class OverTime(nn.Module):
         super().__init__()
         if not isinstance(layer, nn.Module):
             raise TypeError(f"{_CALLER}: layer must be a torch.nn.Module, got {given_for(layer)}")
-        _check_inside(layer)
+        _refuse_time_inside(layer)
         self.layer = layer
 
     def forward(self, x_seq: Tensor) -> Tensor:
         """The layer's output for all steps of `x_seq` `[T, B, ...]`, as `[T, B, ...]`."""
         if not torch.jit.is_scripting():  # type: ignore[attr-defined]
-            _check_input(x_seq, self.layer)
+            _check_sequence(x_seq, self.layer)
             if not torch.compiler.is_compiling():
-                _check_inside(self.layer)
+                _refuse_time_inside(self.layer)
         return self.layer(x_seq.flatten(0, 1)).unflatten(0, x_seq.shape[:2])  # type: ignore[no-any-return]
 
 
-def _check_input(x_seq: Any, layer: nn.Module) -> None:
+def _check_sequence(x_seq: Any, layer: nn.Module) -> None:
     """Refuses an input without time, batch or a dimension of the layer's samples."""
     if isinstance(x_seq, (Pending, Tensor)):
         if x_seq.is_nested or x_seq.dim() < 2:
             got = "a nested tensor" if x_seq.is_nested else f"shape {list(x_seq.shape)}"
             raise ValueError(f"{_CALLER}: x_seq must have time and batch, [T, B, ...], got {got}")
-        name, sizes = _sample_of(layer)
+        name, sizes = _first_layer_sample(layer)
         if x_seq.dim() < 2 + len(sizes):
             hint = "; x_seq.unsqueeze(1) has a batch of size 1, x_seq.unsqueeze(0) a single time step"
             raise ValueError(
@@ -86,7 +86,7 @@ def _check_input(x_seq: Any, layer: nn.Module) -> None:
         raise TypeError(f"{_CALLER}: x_seq must be a tensor, got {type(x_seq).__name__}")
 
 
-def _sample_of(layer: nn.Module) -> tuple[str, Sequence[str]]:
+def _first_layer_sample(layer: nn.Module) -> tuple[str, Sequence[str]]:
     """The first layer's name, and the sizes of a sample where, with fewer, it would mix steps and samples."""
     while type(layer).forward is nn.Sequential.forward and layer._modules:
         layer = next(layer.children())
@@ -106,7 +106,7 @@ def _sample_of(layer: nn.Module) -> tuple[str, Sequence[str]]:
 _timeless: set[type[nn.Module]] = set()  # classes without time
 
 
-def _check_inside(layer: nn.Module) -> None:
+def _refuse_time_inside(layer: nn.Module) -> None:
     """Refuses modules that know time, each class tested once. 0.2 us a module; modules() takes 0.7."""
     if isinstance(layer, (nn.RNNBase, nn.RNNCellBase)):  # inside another module, possibly not over time
         raise TypeError(

@@ -18,7 +18,7 @@ from ..checks import (
     check_rules,
     check_threshold,
     check_width,
-    least_and_most,
+    min_and_max,
     read_finite,
     shown,
     warn_once,
@@ -91,7 +91,7 @@ class Neurons(NeuronLayer, Noisy):
 
         With levels, the threshold.
         """
-        return self._shown(self._values()[2 if self._counts else 0])
+        return self._property_value(self._current_values()[2 if self._counts else 0])
 
     @width.setter
     def width(self, value: Tensor | float) -> None:
@@ -106,7 +106,7 @@ class Neurons(NeuronLayer, Noisy):
         """Checks the width, and writes it into the value or the parameter."""
         learned = self.log_width is not None
         found = self._read("width", value, self.log_width, "learn_width")
-        for each in least_and_most(found):
+        for each in min_and_max(found):
             check_width(each, self._caller)
             if self._counts and each != 1:
                 raise ValueError(f"{self._caller}: levels uses the threshold as width, so width must be 1, got {each}")
@@ -120,7 +120,7 @@ class Neurons(NeuronLayer, Noisy):
     @property
     def v_threshold(self) -> Tensor | float:
         """The threshold, in units of the input: a tensor of the granularity's shape, `[]` for "layer", if learned."""
-        return self._shown(self._values()[2])
+        return self._property_value(self._current_values()[2])
 
     @v_threshold.setter
     def v_threshold(self, value: Tensor | float) -> None:
@@ -129,7 +129,7 @@ class Neurons(NeuronLayer, Noisy):
     def _set_threshold(self, value: Any) -> None:
         """Checks the threshold, and writes it into the value or the parameter."""
         found = self._read("v_threshold", value, self.threshold, "learn_threshold")
-        for each in least_and_most(found):
+        for each in min_and_max(found):
             check_finite("v_threshold", each, self._caller)
         self._check_threshold(found)
         self._v_threshold = found
@@ -148,14 +148,14 @@ class Neurons(NeuronLayer, Noisy):
                     f"input, got {name} {shown(after)} and v_threshold {shown(value)}"
                 )
         several = "multi_spike" if self.multi_spike else "levels" if self._counts else ""
-        least, _ = least_and_most(value)
+        least, _ = min_and_max(value)
         if several:
             check_threshold(least, several, caller)
         if self._fires(v_rest - least):
             message = f"v_threshold {least:g} is not above v_rest {v_rest:g}: neurons at rest fire without any input"
             warn_once("v_threshold", f"{caller}: {message}")
         elif self.v_reset is None:
-            amount, _ = least_and_most(value if self.reset_amount is None else self.reset_amount)
+            amount, _ = min_and_max(value if self.reset_amount is None else self.reset_amount)
             if amount <= 0:
                 message = f"a spike subtracts {amount:g} from the potential, which then stays above v_threshold"
                 warn_once("reset_amount", f"{caller}: {message}")
@@ -164,7 +164,7 @@ class Neurons(NeuronLayer, Noisy):
         """Whether neurons whose potential is `u` above the threshold fire."""
         return u > 0 if self.strict_threshold else u >= 0
 
-    def _values(self) -> tuple[Value, Value, Value]:
+    def _current_values(self) -> tuple[Value, Value, Value]:
         """Width, decay and threshold: constants, or learned, in the shape of the parameters."""
         log_width, threshold = self.log_width, self.threshold  # 0.7 us each
         return (
@@ -173,7 +173,7 @@ class Neurons(NeuronLayer, Noisy):
             self._v_threshold if threshold is None else threshold,
         )
 
-    def _given(
+    def _arguments_of_call(
         self,
         x_seq: Tensor,
         input_gain: float = 1.0,
@@ -185,9 +185,9 @@ class Neurons(NeuronLayer, Noisy):
         residual: Tensor | None = None,
     ) -> Arguments:
         """The arguments of `asgl_cuda.lif`: the layer's and the given ones."""
-        values: Sequence[Any] = *self._values(), self.v_reset, self.reset_amount
+        values: Sequence[Any] = *self._current_values(), self.v_reset, self.reset_amount
         if self.num_features:
-            values = self._for_call(values, x_seq)
+            values = self._on_input_device(values, x_seq)
         width, decay, v_threshold, v_reset, reset_amount = values
         given: Arguments = {
             "decay": decay, "v_threshold": v_threshold, "v_reset": v_reset, "reset_amount": reset_amount,

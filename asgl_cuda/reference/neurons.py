@@ -52,7 +52,7 @@ import torch
 from torch import Tensor
 
 from ..layout import real_type
-from .noise import analog_mask_below, states_of_steps
+from .noise import analog_mask_below, rng_states_of_steps
 from .records import IN_CURRENT, IN_RESET, IN_THRESHOLD, Numbers, Parameters, Rules
 from .surrogates import INTEGER, SURROGATES, clamped, detached, periodic_distance, with_gradient_of
 
@@ -165,7 +165,7 @@ def recurrent_reference(
     neuron = Parameters(width, decay, v_threshold, reset, *of_input)
     rules_of_step = rules.changed(time_dim=0, scale_output=0)
     x = x_seq.to(real).movedim(time_dim, 0)
-    states = states_of_steps(rng_state, x.shape[0])
+    states = rng_states_of_steps(rng_state, x.shape[0])
     v = torch.full_like(x[0], numbers.v_rest) if v_init is None else v_init
     if adapts and v_init is None:
         v = torch.stack([v, torch.zeros_like(v)])

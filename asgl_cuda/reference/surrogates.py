@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..torch_modes import apply, exporting, in_forward_mode, transforming
+from ..torch_modes import apply, is_exporting, is_forward_mode_active, is_transform_active
 
 # A surrogate for multi_spike: laplace as a function of `periodic_distance`.
 PERIODIC = "periodic_exponential"
@@ -109,10 +109,10 @@ class GradientAndTangentOf(GradientOf):
 def with_gradient_of(s: Tensor, a: Tensor, gain: float = 1.0) -> Tensor:
     """The value of `s` with the gradient of `a` times `gain`: `GradientOf` in all modes of torch."""
     compiling = torch.compiler.is_compiling()
-    if compiling and (transforming() or in_forward_mode()):  # both ignore autograd functions silently
+    if compiling and (is_transform_active() or is_forward_mode_active()):  # both ignore autograd functions silently
         scaled = a * gain
         return s.detach() + (scaled - scaled.detach())
-    if compiling and exporting():  # in exported graphs autograd functions are clones
+    if compiling and is_exporting():  # in exported graphs autograd functions are clones
         scaled = a * gain
         nothing = scaled - detached(scaled)
         return detached(s) + torch.where(nothing == 0, nothing, 0.0)  # without a NaN
@@ -122,7 +122,7 @@ def with_gradient_of(s: Tensor, a: Tensor, gain: float = 1.0) -> Tensor:
 
 def detached(value: Tensor) -> Tensor:
     """The value as a constant, also in decomposed exported graphs, which drop detach()."""
-    if not exporting():
+    if not is_exporting():
         return value.detach()
     return value.view(_INTEGERS[value.element_size()]).view(value.dtype)
 

@@ -10,15 +10,15 @@ from torch.nn import functional
 
 from ..backends import extension
 from ..neurons.deferred import tensor_of
-from ..torch_modes import transforming
-from .functional import convolution, has_kernel, linear
+from ..torch_modes import is_transform_active
+from .functional import convolution_by_kernel, has_kernel, linear_by_kernel
 
 # Up to this number of sums, a call uses the layer's copy of the weight: transposing the weight would take longer than
 # the product.
 _FEW_SUMS = 64
 
 
-def _parameter(layer: nn.Module, name: str) -> Any:
+def _parameter_of(layer: nn.Module, name: str) -> Any:
     """The parameter of this name, without the 0.4 us that nn.Module takes."""
     own = layer._parameters
     return own[name] if name in own else getattr(layer, name)
@@ -37,7 +37,7 @@ class _Copy:
         """What changes if torch knows that the weight has changed."""
         return weight.data_ptr(), weight._version, weight.shape, weight.stride(), weight.dtype
 
-    def is_of(self, weight: Tensor) -> bool:
+    def is_current_for(self, weight: Tensor) -> bool:
         """Whether this is a copy of the weight as it is now."""
         return self._key_of(weight) == self._key
 
@@ -53,7 +53,7 @@ class _SpikeLayer(nn.Module):
     weight: Tensor
     _copy: _Copy | None = None
 
-    def _panels(self, x: Tensor, weight: Tensor) -> Tensor | None:
+    def _cached_panels(self, x: Tensor, weight: Tensor) -> Tensor | None:
         """The weight in the kernels' order, cached, for calls with few samples; None otherwise.
 
         Drops the cache where an optimizer may change the weight.
@@ -64,13 +64,13 @@ class _SpikeLayer(nn.Module):
         if (
             x.numel() * weight.shape[0] > _FEW_SUMS * weight.numel()
             or torch.compiler.is_compiling()  # the copy would become a constant of the graph
-            or transforming()  # the weight may be a wrapper without memory of its own
+            or is_transform_active()  # the weight may be a wrapper without memory of its own
             or type(weight) not in (nn.Parameter, Tensor)  # as above
             or weight.is_inference()  # has no version that would show a change
         ):
             return None
         copy = self._copy  # read once: another thread may replace it
-        if copy is None or not copy.is_of(weight):
+        if copy is None or not copy.is_current_for(weight):
             copy = self._copy = _Copy(weight)
         return copy.panels
 
@@ -119,9 +119,9 @@ class SpikeLinear(_SpikeLayer, nn.Linear):
         """The product of `input` `[..., in_features]` with the weight, `[..., out_features]`."""
         caller = "asgl_cuda.SpikeLinear"
         x = tensor_of(input, caller)
-        weight, bias = _parameter(self, "weight"), _parameter(self, "bias")
+        weight, bias = _parameter_of(self, "weight"), _parameter_of(self, "bias")
         if has_kernel(x, weight, caller):
-            return linear(x, weight, bias, self._panels(x, weight), caller)
+            return linear_by_kernel(x, weight, bias, self._cached_panels(x, weight), caller)
         return functional.linear(x, weight, bias)
 
 
@@ -140,7 +140,7 @@ class _SpikeConv(_SpikeLayer):
         if layer.padding_mode != "zeros":
             x = functional.pad(x, layer._reversed_padding_repeated_twice, mode=layer.padding_mode)
             padding = (0,) * len(layer.kernel_size)
-        return convolution(x, weight, bias, self._panels(x, weight), layer.stride, padding, caller)
+        return convolution_by_kernel(x, weight, bias, self._cached_panels(x, weight), layer.stride, padding, caller)
 
 
 class SpikeConv1d(_SpikeConv, nn.Conv1d):

@@ -19,7 +19,7 @@ from ..neurons.spiking import Neurons
 from ..reference.normalisation import batch_statistics
 from ..reference.surrogates import PERIODIC, SURROGATES, periodic_distance
 from ..spikes.layers import SPIKE_LAYERS, expected_gain
-from ..torch_modes import transforming
+from ..torch_modes import is_transform_active
 
 _CALLER = "asgl_cuda.Monitor"
 # The quantities, in the order of the table.
@@ -327,7 +327,7 @@ class Monitor:
     def _look_before(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Keeps what a layer's potentials can be computed from again after the call."""
         known = isinstance(layer, (LIF, RecurrentLIF)) and type(layer).forward is LIF.forward
-        if torch.compiler.is_compiling() or transforming() or not known:
+        if torch.compiler.is_compiling() or is_transform_active() or not known:
             return
         try:
             x_seq, more = layer._inputs(*args, **kwargs)
@@ -348,7 +348,7 @@ class Monitor:
     def _look_at_input(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
         """Counts the non-zero inputs of a weight layer."""
         x = args[0] if args else None
-        if isinstance(x, Tensor) and x.numel() > 0 and not torch.compiler.is_compiling() and not transforming():
+        if isinstance(x, Tensor) and x.numel() > 0 and not torch.compiler.is_compiling() and not is_transform_active():
             self._tallies[layer].add({"nonzero_inputs": x != 0})
 
     @torch.no_grad()
@@ -358,7 +358,8 @@ class Monitor:
         if isinstance(s_seq, Recorded):
             s_seq.then(lambda value: self._look(layer, args, value))
             return
-        if torch.compiler.is_compiling() or transforming() or not isinstance(s_seq, Tensor) or s_seq.numel() == 0:
+        traced = torch.compiler.is_compiling() or is_transform_active()
+        if traced or not isinstance(s_seq, Tensor) or s_seq.numel() == 0:
             return
         if before := self._before.pop(layer, None):
             shares = _shares_of_lif(layer, *before, s_seq)

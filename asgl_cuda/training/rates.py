@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from ..checks import HALF_TYPES, read_finite
 from ..neurons.base import some_asgl_layers
 from ..neurons.batch_norm_lif import check_process_group, sharing
-from ..neurons.deferred import in_backward
-from ..torch_modes import transforming
+from ..neurons.deferred import is_in_backward
+from ..torch_modes import is_transform_active
 
 _CALLER = "asgl_cuda.FiringRates"
 
@@ -159,13 +159,13 @@ class _Hook:
         s_seq = output[0] if isinstance(output, tuple) else output
         if (
             self._sums is None
-            or transforming()
+            or is_transform_active()
             or not isinstance(s_seq, Tensor)
             or not s_seq.requires_grad
             or s_seq.numel() == 0
         ):
             return
-        if not torch.compiler.is_compiling() and in_backward():  # a checkpoint computes its forward again
+        if not torch.compiler.is_compiling() and is_in_backward():  # a checkpoint computes its forward again
             return
         total, count = self._sums.get(self._name, (0.0, 0))
         own = s_seq.sum(dtype=torch.float32 if s_seq.dtype in HALF_TYPES else None)

@@ -11,12 +11,12 @@ from typing import Any
 
 from torch import nn
 
-from ..checks import check_int, in_range, read_number, shown
+from ..checks import check_int, read_number, require_range, shown
 from ..neurons.base import some_asgl_layers
 
 _CALLER = "asgl_cuda.AnalogProbSchedule"
 
-_share = in_range(read_number, "in [0, 1]", 0, 1)
+_share = require_range(read_number, "in [0, 1]", 0, 1)
 
 
 class AnalogProbSchedule:

@@ -59,7 +59,7 @@ def test_kernel_is_compiled_once(cache, caplog):
     size, count, section_size, section_count = struct.unpack_from("<4H", compiled.image, 54)
     end = max(tables[0] + size * count, tables[1] + section_size * section_count)
     assert len(compiled.image) - end in (0, 1)  # as CuPy drops the last byte or not
-    assert jit._whole(b"anything") == b"anything\0"  # whatever its headers say
+    assert jit._restore_last_byte(b"anything") == b"anything\0"  # whatever its headers say
 
 
 @pytest.mark.usefixtures("nvrtc")
@@ -162,9 +162,9 @@ def test_damaged_file_is_compiled_again(compiled, cache):
     (file,) = cache.iterdir()
     for damage in (lambda content: b"", lambda content: content[:-1], lambda content: b"x" + content[1:]):
         file.write_bytes(damage(file.read_bytes()))
-        assert jit._read(file) is None
+        assert jit._read_binary(file) is None
         again = jit.load_or_compile(jit.PROBE, "sm_90")
-        assert jit._read(file) == again == jit.Binary("_", bytes([len(compiled)]))
+        assert jit._read_binary(file) == again == jit.Binary("_", bytes([len(compiled)]))
 
 
 def test_cache_that_cannot_be_written(compiled, cache, caplog):
@@ -291,7 +291,7 @@ PROBLEMS = {
                                   raise_error(RuntimeError("cudaErrorInsufficientDriver"))),
         "CuPy finds no CUDA device, though torch does: cudaErrorInsufficientDriver", ""),
     "without headers": (lambda cupy, m: m.setattr(jit, "source_directory", lambda: None),
-                        "the sources, which were installed with asgl_cuda, are gone", extension.remedy()),
+                        "the sources, which were installed with asgl_cuda, are gone", extension.build_command()),
     "without nvrtc": (
         lambda cupy, m: m.setattr(jit, "nvrtc_version", raise_error(RuntimeError('Failure finding "libnvrtc.so.13"'))),
         "NVRTC, which compiles the kernels, is missing", FOR_13),

@@ -249,7 +249,7 @@ def test_copies_detached_and_cast_states(backend, device, kind):
     assert layer.logit_decay.grad is not None
     before = states_of(layer, kind)
     assert layer.detach_() is layer
-    potentials = [getattr(layer, name) for name in layer._kept_names if getattr(layer, name) is not None]
+    potentials = [getattr(layer, name) for name in layer._stored_names if getattr(layer, name) is not None]
     assert not any(value.requires_grad for value in potentials)
     assert all(map(torch.equal, states_of(layer, kind), before))
     layer.double()

@@ -75,14 +75,14 @@ def wheel_homes(major: str) -> list[Path]:
     return [Path(folder) / f"cu{major}" for folder in (package and package.submodule_search_locations) or ()]
 
 
-def named_home() -> tuple[str, Path] | None:
+def home_from_environment() -> tuple[str, Path] | None:
     """The variable that names a toolkit, and its folder."""
     return next(((name, Path(home)) for name in ("CUDA_HOME", "CUDA_PATH") if (home := os.environ.get(name))), None)
 
 
 def toolkit_homes(major: str) -> list[Path]:
     """Folders that may have a toolkit, best first. A named toolkit may have the wrong version, so others follow."""
-    named = named_home()
+    named = home_from_environment()
     homes = [DEFAULT_TOOLKIT, *wheel_homes(major)]
     if nvcc := shutil.which("nvcc"):
         # nvcc may be a wrapper script; the compiler that it calls knows its own folder.
@@ -136,7 +136,7 @@ def choose_toolkit(wanted: str | None) -> tuple[Toolkit | None, str]:
         found = find_toolkit(torch.version.cuda)
     if isinstance(found, Toolkit):
         reason = f"torch {torch.__version__} is a build for CUDA {torch.version.cuda}, toolkit in {found.home}"
-        if (named := named_home()) and named[1].resolve() != found.home:
+        if (named := home_from_environment()) and named[1].resolve() != found.home:
             variable, home = named
             reason += f", since {variable}={home} has no toolkit of CUDA {found.version.split('.')[0]}"
         return found, reason
@@ -151,7 +151,7 @@ def architectures_of_torch() -> set[int]:
     return {int(number) for number in re.findall(r"\bsm_(\d+)", flags)}
 
 
-def architectures(known: list[int]) -> tuple[list[str], str]:
+def architecture_flags(known: list[int]) -> tuple[list[str], str]:
     """Arguments for an nvcc that knows these architectures, and in words what they ask for."""
     asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip()
     if asked:
@@ -180,7 +180,7 @@ def architectures(known: list[int]) -> tuple[list[str], str]:
     return flags, " ".join(built)
 
 
-def jobs() -> int:
+def parallel_jobs() -> int:
     """Compilers at a time: MAX_JOBS, or one a core, as far as memory suffices."""
     asked = os.environ.get("MAX_JOBS", "")
     if asked.isdigit():
@@ -193,7 +193,7 @@ def jobs() -> int:
     return max(1, min(os.cpu_count() or 1, 1 + beside_largest))
 
 
-def wanted_build() -> str | None:
+def requested_build() -> str | None:
     """The value of ASGL_CUDA_BUILD, checked."""
     wanted = os.environ.get("ASGL_CUDA_BUILD")
     if wanted not in (None, "cuda", "cpu", "none"):
@@ -210,7 +210,7 @@ class Plan(NamedTuple):
     sources: str  # digest of the sources
 
 
-def plan(csrc: Path, wanted: str | None) -> Plan:
+def plan_build(csrc: Path, wanted: str | None) -> Plan:
     """How to compile the sources there. Paths are relative where that one is, as setuptools needs them in setup.py."""
     for name in ("CC", "CXX"):  # torch and setuptools would start a program without a name
         if not os.environ.get(name, "-").strip():
@@ -219,7 +219,7 @@ def plan(csrc: Path, wanted: str | None) -> Plan:
     os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), sysconfig.get_path("scripts")])
     toolkit, reason = choose_toolkit(wanted)
     sources = build_notes.digest_of_build(csrc, Path(__file__).parents[1])
-    parallel = jobs()
+    parallel = parallel_jobs()
     os.environ["MAX_JOBS"] = str(parallel)
     extension = cpp_extension.CppExtension(
         "asgl_cuda._C",
@@ -232,7 +232,7 @@ def plan(csrc: Path, wanted: str | None) -> Plan:
         return Plan(extension, None, reason, sources)
     nvcc = toolkit.home / "bin" / "nvcc"
     known = [int(number) for number in re.findall(r"\bsm_(\d+)\b", output_of(nvcc, "--list-gpu-code"))]
-    flags, built = architectures(known)
+    flags, built = architecture_flags(known)
     # If the nvcc on the PATH is a wrapper script, torch derives a wrong folder from it.
     cpp_extension.CUDA_HOME = str(toolkit.home)
     kernels = sorted(map(str, (csrc / "cuda").glob("*.cu")))
@@ -247,7 +247,7 @@ def plan(csrc: Path, wanted: str | None) -> Plan:
     return Plan(extension, f"CUDA {toolkit.version}, {built}", reason, sources)
 
 
-def say(words: str) -> None:
+def print_to_terminal(words: str) -> None:
     """To the terminal, since pip keeps what a build prints."""
     try:
         with Path("/dev/tty").open("w") as terminal:
@@ -266,7 +266,7 @@ def require_compiler() -> None:
         )
 
 
-def builder(planned: Plan, package: Path) -> type[cpp_extension.BuildExtension]:
+def build_command_class(planned: Plan, package: Path) -> type[cpp_extension.BuildExtension]:
     """The command build_ext; `package` is where it builds in place."""
     kernels = f"the CPU and CUDA kernels ({planned.cuda})" if planned.cuda else "only the CPU kernels"
     # Measured on two cores: g++ 5 minutes; nvcc 1 to 2 minutes for one architecture, 3 to 6 for six. Rounded up.
@@ -278,34 +278,36 @@ def builder(planned: Plan, package: Path) -> type[cpp_extension.BuildExtension]:
         def run(self) -> None:
             """Compiles, reports progress, and writes the notes of the build."""
             require_compiler()
-            say(f"compiling {kernels}, {os.environ['MAX_JOBS']} files at a time: on two cores {minutes} minutes")
+            print_to_terminal(
+                f"compiling {kernels}, {os.environ['MAX_JOBS']} files at a time: on two cores {minutes} minutes"
+            )
             compiled = threading.Event()
             earlier = {path: path.stat().st_mtime_ns for path in Path(self.build_temp).rglob("*.o")}
-            threading.Thread(target=self.watch, args=(compiled, earlier), daemon=True).start()
+            threading.Thread(target=self.report_progress, args=(compiled, earlier), daemon=True).start()
             try:
                 super().run()
             finally:
                 compiled.set()
             target = package if self.inplace else Path(self.build_lib) / "asgl_cuda"
-            build_notes.write(target, torch.__version__, planned.cuda, planned.reason, planned.sources)
+            build_notes.write_notes(target, torch.__version__, planned.cuda, planned.reason, planned.sources)
             print(f"asgl_cuda: built {kernels} for torch {torch.__version__} on {platform.machine()}: {planned.reason}")
 
-        def watch(self, compiled: threading.Event, earlier: dict[Path, int]) -> None:
+        def report_progress(self, compiled: threading.Event, earlier: dict[Path, int]) -> None:
             """Names the files that are compiled, as their objects appear."""
             done: list[Path] = []
             while not compiled.wait(1):
                 for path in Path(self.build_temp).rglob("*.o"):
                     if path not in done and path.stat().st_mtime_ns != earlier.get(path):
                         done.append(path)
-                        say(f"{len(done)} of {len(planned.extension.sources)} files: {path.stem}")
+                        print_to_terminal(f"{len(done)} of {len(planned.extension.sources)} files: {path.stem}")
 
     return Build
 
 
 def build(csrc: Path, directory: Path) -> None:
     """Compiles the sources in `csrc` to `asgl_cuda` in the directory, and keeps the objects there for the next time."""
-    planned = plan(csrc, wanted_build())
-    command = builder(planned, directory)(Distribution({"ext_modules": [planned.extension]}))
+    planned = plan_build(csrc, requested_build())
+    command = build_command_class(planned, directory)(Distribution({"ext_modules": [planned.extension]}))
     command.build_lib, command.build_temp = str(directory), str(directory / "objects")
     command.ensure_finalized()
     command.run()
