@@ -25,7 +25,7 @@ PLAIN_TENSORS = (Tensor, Parameter)
 FLOATING_TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
-def given_for(value: Any) -> str:
+def format_type(value: Any) -> str:
     """What was given where an object is expected: its type, or that it is a class."""
     return f"the class {value.__name__}; pass an instance" if isinstance(value, type) else type(value).__name__
 
@@ -49,7 +49,7 @@ def check_input(x_seq: Tensor, time_dim: int, caller: str, name: str = "x_seq") 
     if not -dims <= time_dim < dims:
         raise ValueError(
             f"{caller}: time_dim must be in [{-dims}, {dims - 1}] for {name} of shape {list(x_seq.shape)}, "
-            f"got {shown(time_dim)}{'; is time missing?' if time_dim in (dims, -dims - 1) else ''}"
+            f"got {format_value(time_dim)}{'; is time missing?' if time_dim in (dims, -dims - 1) else ''}"
         )
     time_dim %= dims
     if x_seq.shape[time_dim] == 0:
@@ -65,8 +65,9 @@ def check_step(x_t: Any, time_dim: int, caller: str) -> None:
     check_dense("x_t", x_t, caller)
     if not -x_t.dim() - 1 <= time_dim <= x_t.dim():
         raise ValueError(
-            f"{caller}: x_t, one step without time, must have {shown(max(time_dim, -time_dim - 1))} or more dimensions "
-            f"for time_dim {shown(time_dim)}, got shape {list(x_t.shape)}"
+            f"{caller}: x_t is one step without time and must have at least "
+            f"{format_value(max(time_dim, -time_dim - 1))} dimensions for time_dim {format_value(time_dim)}, got shape "
+            f"{list(x_t.shape)}"
         )
 
 
@@ -96,7 +97,7 @@ def check_dense(name: str, value: Tensor, caller: str) -> None:
         )
 
 
-def shown(value: Any) -> str:
+def format_value(value: Any) -> str:
     """Any value for errors: short, on one line."""
     try:
         if isinstance(value, Tensor) and value.dim() > 0:
@@ -121,7 +122,7 @@ def check_name(name: str, value: Any, names: Iterable[str], caller: str, hint: s
     names = tuple(names)
     if not isinstance(value, str) or value not in names:
         hint = hint or did_you_mean(value, names) or otherwise
-        raise ValueError(f"{caller}: {name} must be one of {', '.join(names)}, got {shown(value)}{hint}")
+        raise ValueError(f"{caller}: {name} must be one of {', '.join(names)}, got {format_value(value)}{hint}")
 
 
 # Arguments of the neurons of other libraries: the first argument here that stands for it, and all of them.
@@ -170,7 +171,7 @@ def _hint_for_other_library(name: str, given: Any, known: Collection[str]) -> st
     value, decay = "", "decay=1 - 1 / tau"
     is_number = isinstance(given, (int, float)) and not isinstance(given, bool)
     if is_number and (name not in _DECAYS or 0 <= given <= 1):
-        value = f"={shown(given)}"
+        value = f"={format_value(given)}"
         if 1 <= given < math.inf:
             decay, gain = f"decay={1 - 1 / given:g}", gain.replace("1 / tau", f"{1 / given:g}")
     return f"; {text.format(value=value, decay=decay, gain=gain)}"
@@ -192,17 +193,19 @@ def check_rules(given: Mapping[str, Any], caller: str, levels: int | None, multi
     v_reset, surrogate = given["v_reset"], given["surrogate"]
     if given["reset_amount"] is not None and v_reset is not None:
         raise ValueError(
-            f"{caller}: reset_amount is for the soft reset and needs v_reset=None, got v_reset {shown(v_reset)}"
+            f"{caller}: reset_amount is for the soft reset and needs v_reset=None, got v_reset {format_value(v_reset)}"
         )
     check_surrogate(surrogate, caller, multi_spike)
     if levels is None or multi_spike:
         return
     if v_reset is not None:
-        raise ValueError(f"{caller}: levels is for the soft reset and needs v_reset=None, got v_reset {shown(v_reset)}")
+        raise ValueError(
+            f"{caller}: levels is for the soft reset and needs v_reset=None, got v_reset {format_value(v_reset)}"
+        )
     if surrogate not in ("sigmoid", "rectangle"):  # the default, and the clamp's own name
         raise ValueError(
             f"{caller}: levels has the surrogate clamp(h / v_threshold, 0, levels) and takes no other, got "
-            f"{shown(surrogate)}"
+            f"{format_value(surrogate)}"
         )
 
 
@@ -219,12 +222,12 @@ def check_multi_spike(v_reset: Any, analog_prob: Any, caller: str) -> None:
     """Refuses what excludes multi_spike: a hard reset and noise."""
     if v_reset is not None:
         raise ValueError(
-            f"{caller}: multi_spike is for the soft reset and needs v_reset=None, got v_reset {shown(v_reset)}"
+            f"{caller}: multi_spike is for the soft reset and needs v_reset=None, got v_reset {format_value(v_reset)}"
         )
     if isinstance(analog_prob, Tensor) or check_number("analog_prob", analog_prob, caller) != 0:
         raise ValueError(
-            f"{caller}: multi_spike needs analog_prob=0, got {shown(analog_prob)}, because there is no smooth number "
-            "of spikes that a neuron could emit instead"
+            f"{caller}: multi_spike needs analog_prob=0, got {format_value(analog_prob)}, because a number of spikes "
+            "has no smooth value that analog elements could emit"
         )
 
 
@@ -234,7 +237,7 @@ MOST_LEVELS = 256  # bfloat16 represents all integers up to this
 def check_levels(name: str, value: Any, caller: str) -> int:
     """The number of spikes per step as an int, in [1, MOST_LEVELS]."""
     if isinstance(value, bool) or not isinstance(value, Integral) or not 1 <= int(value) <= MOST_LEVELS:
-        raise ValueError(f"{caller}: {name} must be an int in [1, {MOST_LEVELS}], got {shown(value)}")
+        raise ValueError(f"{caller}: {name} must be an int in [1, {MOST_LEVELS}], got {format_value(value)}")
     return int(value)
 
 
@@ -542,14 +545,16 @@ def check_sizes(name: str, value: Any, caller: str) -> tuple[int, ...]:
     if any(isinstance(size, bool) or not isinstance(size, (int, Integral)) for size in sizes):
         raise TypeError(f"{caller}: {name} must be an int or a sequence of ints, got {type(value).__name__}")
     if not all(1 <= size < 2**63 for size in sizes):
-        raise ValueError(f"{caller}: {name} must be positive and less than 2^63, got {shown(value)}")
+        raise ValueError(f"{caller}: {name} must be positive and less than 2^63, got {format_value(value)}")
     return tuple(map(int, sizes))
 
 
 def check_device_and_dtype(device: Any, dtype: Any, caller: str) -> None:
     """Refuses all but a device or its name, and a floating type. None means the default."""
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype in FLOATING_TYPES):
-        raise TypeError(f"{caller}: dtype must be float16, bfloat16, float32, float64 or None, got {shown(dtype)}")
+        raise TypeError(
+            f"{caller}: dtype must be float16, bfloat16, float32, float64 or None, got {format_value(dtype)}"
+        )
     if device is None or isinstance(device, torch.device):
         return
     if isinstance(device, bool) or not isinstance(device, (str, int)):
@@ -559,7 +564,7 @@ def check_device_and_dtype(device: Any, dtype: Any, caller: str) -> None:
     except (RuntimeError, TypeError, ValueError) as error:
         said = str(error).splitlines()[0]
         raise ValueError(
-            f"{caller}: device must be a torch.device or the name of one, got {shown(device)} ({said})"
+            f"{caller}: device must be a torch.device or the name of one, got {format_value(device)} ({said})"
         ) from None
 
 

@@ -148,7 +148,7 @@ def test_errors_of_models_that_can_not_be_streamed(model, error, words):
     [
         ([1.0], 0, TypeError, "x_t must be a tensor"),
         (None, 0, TypeError, "x_t must be a tensor"),
-        (torch.rand(3), 2, ValueError, "x_t.* must have 2 or more dimensions for time_dim 2"),
+        (torch.rand(3), 2, ValueError, "x_t.* must have at least 2 dimensions for time_dim 2"),
     ],
 )
 def test_inputs_that_are_refused(x_t, time_dim, error, words):

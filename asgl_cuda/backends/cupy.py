@@ -64,7 +64,7 @@ def _nvrtc() -> Any:
     return nvrtc
 
 
-def target(capability: tuple[int, int]) -> str:
+def target_architecture(capability: tuple[int, int]) -> str:
     """The architecture to compile for: the device's own or, if NVRTC is too old, the latest before, as PTX.
 
     The driver compiles the PTX.
@@ -216,7 +216,7 @@ class CupyLauncher:
     def load(self, device: torch.device, kernel: str) -> int:
         """A handle of the kernel on the device, which must be the current one."""
         driver = _driver()
-        binary = load_or_compile(kernel, target(torch.cuda.get_device_capability(device)))
+        binary = load_or_compile(kernel, target_architecture(torch.cuda.get_device_capability(device)))
         _make_context_current(driver, device.index)
         module = driver.moduleLoadData(binary.image)  # the module stays loaded
         function: int = driver.moduleGetFunction(module, binary.symbol)
@@ -239,7 +239,7 @@ if extension.build_info is not None and extension.build_info.cuda is None:
     launcher.register_kernels("asgl_cuda", "CUDA", LAUNCHER)
 
 
-def description() -> str:
+def describe_paths() -> str:
     """Paths of the headers, NVRTC and the cache, if present, for display."""
     if importlib.util.find_spec("cupy_backends") is None:
         nvrtc = "CuPy missing"

@@ -31,7 +31,7 @@ from torch.autograd.graph import disable_saved_tensors_hooks, saved_tensors_hook
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
-from ..checks import given_for
+from ..checks import format_type
 from ..torch_modes import is_exporting, is_transform_active
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -276,7 +276,7 @@ def recompute_spikes(model: nn.Module | None = None) -> Any:
     if model is None:
         return _Context()
     if not isinstance(model, nn.Module):
-        raise TypeError(f"{_CALLER}: model must be a torch.nn.Module, got {given_for(model)}")
+        raise TypeError(f"{_CALLER}: model must be a torch.nn.Module, got {format_type(model)}")
     model.register_forward_pre_hook(_open_before_forward)
     model.register_forward_hook(_close_after_forward, always_call=True)
     return model

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..neurons.over_time import in_a_row
+from ..neurons.over_time import placement_advice
 from .converted import Basis, Converted, Found, InStream, Settings, bare_class, exchanged, overridden
 from .identify import SpikeFunction
 
@@ -108,7 +108,7 @@ def find(layer: nn.Module) -> Found:
 
 
 def outside(module: nn.Module) -> str | None:
-    return in_a_row(f"{bare_class(module).__name__}(...)") if streamed(module) else None
+    return placement_advice(f"{bare_class(module).__name__}(...)") if streamed(module) else None
 
 
 def streamed(module: nn.Module) -> InStream:

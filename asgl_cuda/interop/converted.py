@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeAlias
 import torch
 from torch import Tensor, fx, nn
 
-from ..checks import HALF_TYPES, PLAIN_TENSORS, shown
+from ..checks import HALF_TYPES, PLAIN_TENSORS, format_value
 from ..neurons.base import Noisy
 from ..neurons.deferred import Pending, tensor_of
 from ..neurons.leaky_integrator import IntegratorOutput, leaky_integrator
@@ -245,7 +245,9 @@ def _alike(one: Any, other: Any) -> bool:
 
 def _in_words(value: Any) -> str:
     """A value for an error: the name of a function or class, else the value."""
-    return getattr(value, "__name__", None) or (type(value).__name__ if isinstance(value, nn.Module) else shown(value))
+    return getattr(value, "__name__", None) or (
+        type(value).__name__ if isinstance(value, nn.Module) else format_value(value)
+    )
 
 
 def version_of(tensor: Tensor) -> int:
@@ -317,7 +319,7 @@ class Converted(Overlay, Noisy):
 
     def end(self) -> None:
         """Restores the original layer, with the current values of its parameters."""
-        self.end_noise()
+        self.remove_noise()
         if self.settings.spike is not None:
             del self.log_width
         del self.settings, self._basis

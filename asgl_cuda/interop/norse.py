@@ -22,7 +22,7 @@ from norse.torch.module.exp_filter import ExpFilter
 from torch import Tensor, nn
 
 from ..checks import HALF_TYPES
-from ..neurons.over_time import in_a_row
+from ..neurons.over_time import placement_advice
 from .converted import Converted, Found, InStream, bare_class, known_class, number
 from .recording import SPIKES, Recording
 from .recurrent import Recurrent, currents
@@ -250,7 +250,7 @@ def outside(module: nn.Module) -> str | None:
         return None
     name = bare_class(module).__name__
     if name.endswith("Cell"):
-        return f"{in_a_row(f'norse.torch.Lift({name}(...))', in_place=True)}, which also returns the state"
+        return f"{placement_advice(f'norse.torch.Lift({name}(...))', in_place=True)}, which also returns the state"
     return f"as in norse.torch.SequentialState(OverTime(...), {name}(...))"
 
 

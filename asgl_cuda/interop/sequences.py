@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map, tree_map_only
 
-from ..checks import shown
+from ..checks import format_value
 from ..neurons.base import NeuronLayer
 from .converted import Converted, Overlay, Streamed, bare_class, overlaid
 from .libraries import libraries
@@ -102,7 +102,7 @@ def kind_of(sequences: Any) -> str | None:
     if isinstance(sequences, bool):
         return "steps" if sequences else None
     if not isinstance(sequences, str) or sequences != "loop":
-        raise ValueError(f'{_CALLER}: sequences must be False, True or "loop", got {shown(sequences)}')
+        raise ValueError(f'{_CALLER}: sequences must be False, True or "loop", got {format_value(sequences)}')
     return sequences
 
 

@@ -36,7 +36,7 @@ from sinabs.layers.reshape import SqueezeMixin
 from torch import Tensor, nn
 
 from ..checks import MOST_LEVELS
-from ..neurons.over_time import in_a_row
+from ..neurons.over_time import placement_advice
 from ..reference.surrogates import PERIODIC
 from .converted import Converted, Found, InStream, Settings, Streamed, bare_class, known_class, number
 from .identify import SpikeFunction
@@ -329,7 +329,7 @@ def outside(module: nn.Module) -> str | None:
     """Where a module that takes time as a dimension of its own belongs instead of `OverTime`; None for others."""
     if not isinstance(module, layers.StatefulLayer) or isinstance(module, SqueezeMixin):
         return None
-    return f"{in_a_row(f'{bare_class(module).__name__}(...)')}, which takes [B, T, ...]"
+    return f"{placement_advice(f'{bare_class(module).__name__}(...)')}, which takes [B, T, ...]"
 
 
 def streamed(module: nn.Module) -> InStream:

@@ -24,9 +24,9 @@ import torch
 from snntorch._neurons import rleaky, rsynaptic
 from torch import Tensor, nn
 
-from ..checks import HALF_TYPES, check_bool, given_for
+from ..checks import HALF_TYPES, check_bool, format_type
 from ..neurons.deferred import Pending
-from ..neurons.over_time import in_a_row
+from ..neurons.over_time import placement_advice
 from ..torch_modes import is_transform_active
 from .converted import (
     Converted,
@@ -431,7 +431,7 @@ class MultiStep(nn.Module):
         super().__init__()
         self.stateful = check_bool("stateful", stateful, _MULTI_STEP)
         if not isinstance(layer, nn.Module):
-            raise TypeError(f"{_MULTI_STEP}: layer must be {_NAMES} of snnTorch, got {given_for(layer)}")
+            raise TypeError(f"{_MULTI_STEP}: layer must be {_NAMES} of snnTorch, got {format_type(layer)}")
         converted, report = convert(layer, inplace=True)
         if not isinstance(converted, ConvertedLeaky):
             reason = report.left[0].reason if report.left else f"it is a {type(layer).__name__}"
@@ -533,9 +533,9 @@ def detach(module: nn.Module) -> None:
 
 def outside(module: nn.Module) -> str | None:
     if isinstance(module, MultiStep):
-        return in_a_row("MultiStep(...)")
+        return placement_advice("MultiStep(...)")
     if isinstance(module, tuple(_CONVERTED)):
-        return in_a_row(f"{_MULTI_STEP}({bare_class(module).__name__}(..., init_hidden=True))", in_place=True)
+        return placement_advice(f"{_MULTI_STEP}({bare_class(module).__name__}(..., init_hidden=True))", in_place=True)
     return "and call it as snnTorch does" if isinstance(module, _NEURONS) else None
 
 

@@ -15,14 +15,14 @@ from ..checks import check_bool, check_finite, check_initial_state, check_input,
 from ..layout import real_type
 from ..reference.learned import Logit
 from ..reference.records import IN_CURRENT, IN_RESET, IN_THRESHOLD
-from .base import fill_parameter, values_shown
+from .base import fill_parameter, format_values
 from .deferred import tensor_of
-from .lif import LIF, LIF_DEFAULTS, LIFOutput, run_lif, without
+from .lif import LIF, LIF_DEFAULTS, LIFOutput, lacking_options, run_lif
 from .spiking import Neurons
 
 _CALLER = "asgl_cuda.adaptive_lif"
 # Options of `lif` and `LIF` that adaptive neurons do not have.
-_WITHOUT = without(Neurons, *INPUT)
+_WITHOUT = lacking_options(Neurons, *INPUT)
 _NEURON = [name for name in LIF_DEFAULTS if name not in _WITHOUT]
 
 
@@ -151,15 +151,15 @@ class Adapting(Neurons):
     to_threshold: bool
 
     def _set_up_lif(
-        self, given: Mapping[str, Any], own: Callable[..., Any], without: Collection[str], **others: Any
+        self, given: Mapping[str, Any], own: Callable[..., Any], lacking: Collection[str], **others: Any
     ) -> None:
         """Sets up neurons without an adaptation, by the given options of `LIF` and `others`.
 
-        Known are those of the constructor `own`, and those of `LIF` but `without`.
+        Known are those of the constructor `own`, and those of `LIF` that are not `lacking`.
         """
         defaults = LIF.__init__.__kwdefaults__ or {}
-        known = [name for name in defaults if name not in without]
-        check_keywords(given, [*known, *(own.__kwdefaults__ or {})], self._caller, without)
+        known = [name for name in defaults if name not in lacking]
+        check_keywords(given, [*known, *(own.__kwdefaults__ or {})], self._caller, lacking)
         self._set_up_neurons({**defaults, **given, **others})
         self.logit_adapt_decay, self.to_threshold = None, False
         self._adapt_decay: Tensor | float | None = None
@@ -185,7 +185,7 @@ class Adapting(Neurons):
         learned, option = self.logit_adapt_decay, "learn_adaptation"
         self._adapt_decay = self._store_decay(learned, "adapt_decay", adapt_decay, option)
         for name, given in zip(_FACTORS, factors, strict=True):
-            value = self._read(name, given, learned, option)
+            value = self._checked_value(name, given, learned, option)
             for each in min_and_max(value):
                 check_finite(name, each, self._caller)
             setattr(self, f"_{name}", value)
@@ -219,7 +219,7 @@ class Adapting(Neurons):
         if self._adapt_decay is None:
             return super().extra_repr()
         names = "adapt_decay", *_FACTORS
-        parts = [f"{name}={values_shown(getattr(self, '_' + name), self.logit_adapt_decay)}" for name in names]
+        parts = [f"{name}={format_values(getattr(self, '_' + name), self.logit_adapt_decay)}" for name in names]
         return ", ".join([super().extra_repr(), *parts, *(["to_threshold=True"] if self.to_threshold else [])])
 
 

@@ -28,7 +28,7 @@ from ..checks import (
     check_sizes,
     check_step,
     check_tensor,
-    given_for,
+    format_type,
     min_and_max,
     read_finite,
     read_number,
@@ -61,7 +61,7 @@ def fill_parameter(parameter: Tensor | None, value: Tensor | float) -> None:
             parameter.copy_(value) if isinstance(value, Tensor) else parameter.fill_(value)
 
 
-def values_shown(value: Tensor | float, parameter: Tensor | None = None) -> str:
+def format_values(value: Tensor | float, parameter: Tensor | None = None) -> str:
     """A value of neurons as text, the least and the largest of several, and whether it is learned."""
     least, most = (f"{each:g}" for each in min_and_max(value))
     return f"{least if least == most else f'{least} to {most}'}{'' if parameter is None else ' (learned)'}"
@@ -151,7 +151,7 @@ class Noisy(Settable):
         with torch.inference_mode(False):  # inference tensors can't be used in training
             self._analog_prob_data = torch.full((size,), self._analog_prob, dtype=torch.float64, device=device)
 
-    def end_noise(self) -> None:
+    def remove_noise(self) -> None:
         """Removes the attributes of the noise."""
         for name in ("_analog_prob", "_analog_prob_data"):
             self.__dict__.pop(name, None)
@@ -222,7 +222,9 @@ class NeuronLayer(Settable):
             )
         return sizes
 
-    def _read(self, name: str, value: Any, parameter: Tensor | None = None, option: str = "") -> Tensor | float:
+    def _checked_value(
+        self, name: str, value: Any, parameter: Tensor | None = None, option: str = ""
+    ) -> Tensor | float:
         """A value of neurons, constant or of a `parameter` that is learned by `option`: a float, or one for each."""
         learned = parameter is not None
         found = read_values(name, value, self._caller, self.num_features, learned, option)
@@ -250,7 +252,7 @@ class NeuronLayer(Settable):
 
     def _store_decay(self, parameter: Tensor | None, name: str, given: Any, option: str) -> Tensor | float:
         """A decay, or one for each neuron, whose logits `parameter` gets where it is learned by `option`."""
-        found = self._read(name, given, parameter, option)
+        found = self._checked_value(name, given, parameter, option)
         for value in min_and_max(found):
             if value < 0 or value > 1:
                 tau = f"; SpikingJelly's tau={value:g} is decay={1 - 1 / value:g}" if value > 1 else ""
@@ -278,7 +280,7 @@ class NeuronLayer(Settable):
         # The sum of one element. reshape(()) would raise an error for tensors that fully_shard has sharded.
         return value.sum() if isinstance(value, Tensor) and not self.num_features else value
 
-    def _inputs(self, x_seq: Tensor, residual: Tensor | None = None) -> tuple[Tensor, dict[str, Any]]:
+    def _inputs_of_call(self, x_seq: Tensor, residual: Tensor | None = None) -> tuple[Tensor, dict[str, Any]]:
         """The sequences for `_call_function` that a call of the layer gives."""
         if residual is not None:
             raise TypeError(f"{self._caller}: takes no residual; call layer(x_seq + residual)")
@@ -293,7 +295,7 @@ class NeuronLayer(Settable):
             return self._record_fx_call(x_seq, residual)
         if torch._C._get_tracing_state() is not None:
             self.__prepare_scriptable__()
-        x_seq, options = self._inputs(x_seq, residual)
+        x_seq, options = self._inputs_of_call(x_seq, residual)
         check_tensor("x_seq", x_seq, self._caller)  # a separate call, because `Pending` records who asks for a tensor
         if x_seq.dtype not in FLOATING_TYPES:
             check_input(x_seq, self.time_dim, self._caller)  # names the layer, not its function
@@ -374,7 +376,7 @@ class NeuronLayer(Settable):
             raise TypeError(
                 f"{self._caller}: torch.fx can record calls of {type(self).__name__} but not its forward; {remedy}"
             )
-        x_seq, more = self._inputs(x_seq, residual)
+        x_seq, more = self._inputs_of_call(x_seq, residual)
         return tracer.create_proxy("call_module", tracer.path_of_module(self), (x_seq,), more)
 
     def __prepare_scriptable__(self) -> NoReturn:
@@ -479,7 +481,7 @@ def asgl_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
     )
 
 
-def some_asgl_layers(model: nn.Module, caller: str) -> dict[str, Any]:
+def require_asgl_layers(model: nn.Module, caller: str) -> dict[str, Any]:
     """ASGL layers as a dict; having none is an error."""
     check_module(model, caller)
     layers = dict(asgl_layers(model))
@@ -494,4 +496,4 @@ def some_asgl_layers(model: nn.Module, caller: str) -> dict[str, Any]:
 def check_module(model: Any, caller: str) -> None:
     """Refuses anything but a module."""
     if not isinstance(model, nn.Module):
-        raise TypeError(f"{caller}: model must be a torch.nn.Module, got {given_for(model)}")
+        raise TypeError(f"{caller}: model must be a torch.nn.Module, got {format_type(model)}")

@@ -43,11 +43,11 @@ from ..checks import (
     check_options,
     check_sizes,
     describe_shape_mismatch,
+    format_value,
     has_readable_values,
     read_finite,
     read_number,
     require_range,
-    shown,
 )
 from ..layout import by_channel, channel_dim, real_type
 from ..reference.normalisation import batch_statistics, normalisation
@@ -303,10 +303,10 @@ def check_process_group(process_group: Any, caller: str) -> None:
 def _process_group_error(process_group: Any, caller: str) -> TypeError:
     """The error for a process_group that is none."""
     expected = 'process_group must be a process group that this process is in, "world" or None'
-    return TypeError(f"{caller}: {expected}, got {shown(process_group)}")
+    return TypeError(f"{caller}: {expected}, got {format_value(process_group)}")
 
 
-def sharing(process_group: Any, caller: str) -> Any:
+def sharing_group(process_group: Any, caller: str) -> Any:
     """The group, or None if it has one process."""
     if process_group is None:
         return None
@@ -407,7 +407,7 @@ def _run_batch_norm_lif(x_seq: Tensor, norm: _Normalisation, given: Arguments) -
     training, momentum, count = norm["training"], norm["momentum"], norm["count"]
     _check_momentum_value(momentum)
     running_mean, running_var = norm["running_mean"], norm["running_var"]
-    group = sharing(norm["process_group"], _CALLER) if training else None
+    group = sharing_group(norm["process_group"], _CALLER) if training else None
     if group is not None:
         settings = _Settings(settings.channel, settings.eps, settings.input_scale, group)
     scalar, real = x_seq.dtype, real_type(x_seq.dtype)
@@ -709,7 +709,8 @@ class BatchNormLIF(LIF):
             channels, *others = check_sizes("num_features", num_features, caller)
         except (TypeError, ValueError):
             raise ValueError(
-                f"{caller}: num_features must be a number of channels or begin with it, got {shown(num_features)}"
+                f"{caller}: num_features must be a number of channels, or a sequence that begins with it, got "
+                f"{format_value(num_features)}"
             ) from None
         granularity = lif_options.get("granularity", "layer")
         in_layer = isinstance(granularity, str) and granularity == "layer"

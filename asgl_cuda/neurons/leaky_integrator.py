@@ -36,7 +36,7 @@ from ..torch_modes import (
     once_differentiable,
     saved_tensors,
 )
-from .base import Granularity, NeuronLayer, values_shown
+from .base import Granularity, NeuronLayer, format_values
 from .deferred import tensor_of
 
 _RULES = Rules(*[0] * len(Rules._fields))
@@ -301,7 +301,7 @@ class LeakyIntegrator(NeuronLayer):
 
     def extra_repr(self) -> str:
         features = f"{list(self.num_features)}, " if self.num_features else ""
-        decay = f"decay={values_shown(self._decay, self.logit_decay)}"
+        decay = f"decay={format_values(self._decay, self.logit_decay)}"
         others = f"input_gain={self.input_gain:g}, v_rest={self.v_rest:g}, granularity={self.granularity}"
         flags = "".join(f", {flag}=True" for flag in ("delay", "stateful") if getattr(self, flag))
         return f"{features}{decay}, {others}{flags}" + (f", time_dim={self.time_dim}" if self.time_dim else "")

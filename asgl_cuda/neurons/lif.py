@@ -30,8 +30,8 @@ from ..checks import (
     check_keywords,
     check_levels,
     check_rng_state,
+    format_value,
     read_finite,
-    shown,
 )
 from ..reference.neurons import lif_reference
 from ..reference.noise import analog_mask_below
@@ -536,7 +536,7 @@ class LIF(Neurons):
         check_keywords(unknown, LIF.__init__.__kwdefaults__ or {}, self._caller)
         self._set_up_neurons(locals())
 
-    def _inputs(self, x_seq: Tensor, residual: Tensor | None = None) -> tuple[Tensor, dict[str, Any]]:
+    def _inputs_of_call(self, x_seq: Tensor, residual: Tensor | None = None) -> tuple[Tensor, dict[str, Any]]:
         """The input and options of a call. A `Pending` becomes the option `pending` if the neurons can compute it."""
         if residual is not None:
             residual = tensor_of(residual, type(self).__name__)
@@ -565,7 +565,7 @@ class LIF(Neurons):
         return run_lif_after(pending, self, self._caller, given, update)
 
 
-def without(layer: type[Neurons], *arguments: str) -> set[str]:
+def lacking_options(layer: type[Neurons], *arguments: str) -> set[str]:
     """Options of `lif` and `LIF` that another neuron lacks: these arguments, a residual, what is not in its table."""
     return {"residual", "residual_gain", *arguments, *(LIF._options.keys() - layer._options.keys())}
 
@@ -584,5 +584,5 @@ def unknown_options(layer: NeuronLayer, known: Collection[str]) -> str:
         default = parameters[name].default if name in parameters else None
         value = getattr(layer, name, default)
         if value is not default and (isinstance(value, Tensor) or value != default):
-            found.append(f"{name}={shown(value)}")
+            found.append(f"{name}={format_value(value)}")
     return ", ".join(found)

@@ -8,21 +8,21 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ..checks import given_for
+from ..checks import format_type
 from .base import NeuronLayer
 from .deferred import Pending
 
 _CALLER = "asgl_cuda.OverTime"
 
 
-def in_a_row(layer: str, in_place: bool = False) -> str:
+def placement_advice(layer: str, in_place: bool = False) -> str:
     """Advice of an error: the layer after an OverTime, or what is there `in_place` of one that takes single steps."""
     return f"{'in a form that takes [T, B, ...]:' if in_place else 'as in'} nn.Sequential(OverTime(...), {layer})"
 
 
 def _describe_neurons(module: nn.Module) -> tuple[str, str] | None:
     name = type(module).__name__
-    return (name, in_a_row(f"{name}(...)")) if isinstance(module, NeuronLayer) else None
+    return (name, placement_advice(f"{name}(...)")) if isinstance(module, NeuronLayer) else None
 
 
 # For a module with state from step to step, the name of its class and how to put it outside; None for others. `interop`
@@ -56,7 +56,7 @@ class OverTime(nn.Module):
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
         if not isinstance(layer, nn.Module):
-            raise TypeError(f"{_CALLER}: layer must be a torch.nn.Module, got {given_for(layer)}")
+            raise TypeError(f"{_CALLER}: layer must be a torch.nn.Module, got {format_type(layer)}")
         _refuse_time_inside(layer)
         self.layer = layer
 

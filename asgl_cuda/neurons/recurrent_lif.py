@@ -28,7 +28,7 @@ from ..checks import (
     check_name,
     check_parameters,
     check_sizes,
-    shown,
+    format_value,
 )
 from ..reference.learned import Logit
 from ..reference.neurons import recurrent_reference
@@ -42,9 +42,9 @@ from ..torch_modes import (
     saved_tensors,
 )
 from .adaptive_lif import Adapting, AdaptiveLIF, adaptation_place, checked_pair_of_states
-from .base import values_shown
+from .base import format_values
 from .deferred import tensor_of
-from .lif import LIF_DEFAULTS, without
+from .lif import LIF_DEFAULTS, lacking_options
 from .spiking import Neurons
 
 _CALLER = "asgl_cuda.recurrent_lif"
@@ -232,13 +232,13 @@ def _check_no_adaptation(given: Mapping[str, Any], defaults: Any, caller: str) -
     for name, value in given.items():
         is_number = isinstance(value, (int, float))  # arrays and tensors have no single truth value
         if value is not defaults[name] and not (is_number and value == defaults[name]):
-            raise ValueError(f"{caller}: {name} needs adapt_decay, got {shown(value)} without an adaptation")
+            raise ValueError(f"{caller}: {name} needs adapt_decay, got {format_value(value)} without an adaptation")
 
 
 def _check_adaptation(input_gain: Any, caller: str) -> None:
     """Refuses an input_gain where there is an adaptation."""
     if input_gain != 1:
-        raise ValueError(f"{caller}: input_gain must be 1 with an adaptation, got {shown(input_gain)}")
+        raise ValueError(f"{caller}: input_gain must be 1 with an adaptation, got {format_value(input_gain)}")
 
 
 def _check_recurrence(x_seq: Tensor, given: _Recurrence, neuron: Any) -> float:
@@ -424,8 +424,9 @@ class RecurrentLIF(Adapting):
         caller = self._caller
         if others:
             raise TypeError(
-                f"{caller}: takes only hidden_size without a name, got {shown((hidden_size, *others))}; for inputs of "
-                "another size put torch.nn.Linear(input_size, hidden_size) before the layer"
+                f"{caller}: takes only hidden_size as a positional argument, got "
+                f"{format_value((hidden_size, *others))}; for inputs of another size put "
+                "torch.nn.Linear(input_size, hidden_size) before the layer"
             )
         (count,) = check_sizes("hidden_size", check_int("hidden_size", hidden_size, caller), caller)
         granularity = lif_options.get("granularity", "layer")
@@ -515,7 +516,7 @@ class RecurrentLIF(Adapting):
         parts = [f"{self.hidden_size}", f"recurrent={self.recurrent}"]
         parts += [f"{name}=False" for name in ("bias", "autapses") if not self._has_part(name)]
         if self._syn_decay is not None:
-            parts.append(f"syn_decay={values_shown(self._syn_decay, self.logit_syn_decay)}")
+            parts.append(f"syn_decay={format_values(self._syn_decay, self.logit_syn_decay)}")
         parts += ["detach_recurrent=True"] if self.detach_recurrent else []
         return ", ".join([*parts, super().extra_repr()])
 
@@ -526,6 +527,6 @@ class RecurrentLIF(Adapting):
 
 # Options of `lif` and `LIF` that recurrent neurons do not have, and the keyword arguments that they have, for errors
 # and hints.
-_WITHOUT = without(RecurrentLIF, "input_bias", "input_mean")
+_WITHOUT = lacking_options(RecurrentLIF, "input_bias", "input_mean")
 _NEURON = [name for name in LIF_DEFAULTS if name not in _WITHOUT]
 _KNOWN = *_NEURON, *(recurrent_lif.__kwdefaults__ or {})

@@ -18,13 +18,13 @@ from ..checks import (
     check_rules,
     check_threshold,
     check_width,
+    format_value,
     min_and_max,
     read_finite,
-    shown,
     warn_once,
 )
 from ..reference.learned import BOUND, Logarithm
-from .base import NeuronLayer, Noisy, Value, fill_parameter, values_shown
+from .base import NeuronLayer, Noisy, Value, fill_parameter, format_values
 
 _LEAST_WIDTH, _LARGEST_WIDTH = math.exp(-BOUND), math.exp(BOUND)
 
@@ -60,14 +60,14 @@ class Neurons(NeuronLayer, Noisy):
         self.scale_output, self.multi_spike, self.levels, self.v_min = False, False, None, None
         self._set_options(given)
         for name in _OF_RESET:
-            setattr(self, name, None if given[name] is None else self._read(name, given[name]))
+            setattr(self, name, None if given[name] is None else self._checked_value(name, given[name]))
         self.surrogate: str = given["surrogate"]
         check_rules(given, self._caller, self.levels, self.multi_spike)
         self._set_analog_prob(given["analog_prob"])
         learns = check_options(given, _LEARNS, self._caller)
         # A value for the whole layer has shape [1], because torch's fully_shard refuses parameters without a dimension.
         empty = partial(torch.empty, self.num_features or 1, device=given["device"], dtype=given["dtype"])
-        self.log_width = nn.Parameter(empty()) if learns["learn_width"] and not self._counts else None
+        self.log_width = nn.Parameter(empty()) if learns["learn_width"] and not self._emits_levels else None
         self.logit_decay = nn.Parameter(empty()) if learns["learn_decay"] else None
         self.threshold = nn.Parameter(empty()) if learns["learn_threshold"] else None
         self._set_width(given["width"])
@@ -91,24 +91,24 @@ class Neurons(NeuronLayer, Noisy):
 
         With levels, the threshold.
         """
-        return self._property_value(self._current_values()[2 if self._counts else 0])
+        return self._property_value(self._current_values()[2 if self._emits_levels else 0])
 
     @width.setter
     def width(self, value: Tensor | float) -> None:
         self._set_width(value)
 
     @property
-    def _counts(self) -> bool:
+    def _emits_levels(self) -> bool:
         """Whether spikes are rounded potentials."""
         return self.levels is not None and not self.multi_spike
 
     def _set_width(self, value: Any) -> None:
         """Checks the width, and writes it into the value or the parameter."""
         learned = self.log_width is not None
-        found = self._read("width", value, self.log_width, "learn_width")
+        found = self._checked_value("width", value, self.log_width, "learn_width")
         for each in min_and_max(found):
             check_width(each, self._caller)
-            if self._counts and each != 1:
+            if self._emits_levels and each != 1:
                 raise ValueError(f"{self._caller}: levels uses the threshold as width, so width must be 1, got {each}")
             if learned and not _LEAST_WIDTH <= each <= _LARGEST_WIDTH:
                 raise ValueError(
@@ -128,7 +128,7 @@ class Neurons(NeuronLayer, Noisy):
 
     def _set_threshold(self, value: Any) -> None:
         """Checks the threshold, and writes it into the value or the parameter."""
-        found = self._read("v_threshold", value, self.threshold, "learn_threshold")
+        found = self._checked_value("v_threshold", value, self.threshold, "learn_threshold")
         for each in min_and_max(found):
             check_finite("v_threshold", each, self._caller)
         self._check_threshold(found)
@@ -145,9 +145,9 @@ class Neurons(NeuronLayer, Noisy):
             if fires_on.any() if isinstance(fires_on, Tensor) else fires_on:
                 raise ValueError(
                     f"{caller}: {name} must be below v_threshold, or a neuron that has fired fires again without "
-                    f"input, got {name} {shown(after)} and v_threshold {shown(value)}"
+                    f"input, got {name} {format_value(after)} and v_threshold {format_value(value)}"
                 )
-        several = "multi_spike" if self.multi_spike else "levels" if self._counts else ""
+        several = "multi_spike" if self.multi_spike else "levels" if self._emits_levels else ""
         least, _ = min_and_max(value)
         if several:
             check_threshold(least, several, caller)
@@ -207,16 +207,16 @@ class Neurons(NeuronLayer, Noisy):
     def extra_repr(self) -> str:
         learned = {"width": self.log_width, "decay": self.logit_decay, "v_threshold": self.threshold}
         surrogate = f"surrogate={self.surrogate}, "
-        if self._counts:
+        if self._emits_levels:
             del learned["width"]
             surrogate = ""
         features = f"{list(self.num_features)}, " if self.num_features else ""
-        parts = [f"{name}={values_shown(getattr(self, '_' + name), parameter)}" for name, parameter in learned.items()]
+        parts = [f"{name}={format_values(getattr(self, '_' + name), parameter)}" for name, parameter in learned.items()]
         v_reset = self.v_reset
-        parts.append(f"v_reset={values_shown(v_reset) if isinstance(v_reset, Tensor) else v_reset}")
+        parts.append(f"v_reset={format_values(v_reset) if isinstance(v_reset, Tensor) else v_reset}")
         parts.append(f"{surrogate}analog_prob={self.analog_prob:g}, granularity={self.granularity}")
         if self.reset_amount is not None:
-            parts.append(f"reset_amount={values_shown(self.reset_amount)}")
+            parts.append(f"reset_amount={format_values(self.reset_amount)}")
         defaults = {"v_min": None, "v_rest": 0.0, "input_gain": 1.0, "surrogate_gain": 1.0}
         parts.extend(f"{name}={value:g}" for name in defaults if (value := getattr(self, name)) != defaults[name])
         if self.levels is not None:

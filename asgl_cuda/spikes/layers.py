@@ -195,7 +195,7 @@ SPIKE_LAYERS: dict[type[nn.Module], type[nn.Module]] = {
 }  # fmt: skip
 
 
-def expected_gain(layer: nn.Module, share: float) -> float:
+def expected_speedup(layer: nn.Module, share: float) -> float:
     """How many times as fast as torch's layer an evaluation is, if the fraction `share` of the inputs is not zero.
 
     Measured in float32 on layers of 64 to 1,024 channels.

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import shown
+from ..checks import format_value
 
 _Result = Mapping[str, Mapping[str, float]]
 
@@ -71,11 +71,11 @@ def plot_layers(results: _Result | Sequence[_Result], quantity: str = "firing_ra
     caller = "asgl_cuda.plot_layers"
     history = [results] if isinstance(results, Mapping) else results
     if not isinstance(history, Sequence) or not all(isinstance(each, Mapping) for each in history) or not history:
-        raise TypeError(f"{caller}: results must be a result of Monitor or a list of them, got {shown(results)}")
+        raise TypeError(f"{caller}: results must be a result of Monitor or a list of them, got {format_value(results)}")
     layers = [name for name, values in history[0].items() if quantity in values]
     if not layers:
         known = sorted({key for values in history[0].values() for key in values})
-        raise ValueError(f"{caller}: quantity must be one of {', '.join(known)}, got {shown(quantity)}")
+        raise ValueError(f"{caller}: quantity must be one of {', '.join(known)}, got {format_value(quantity)}")
     ax = _axes(ax, caller)
     names = [name or "(the model)" for name in layers]
     if isinstance(results, Mapping):
@@ -126,7 +126,7 @@ def plot_gradient_norms(gradients: Tensor | Mapping[str, Tensor], *, ax: Any = N
 def _over_time(value: Any, name: str, caller: str) -> Tensor:
     """The values as `[T, N]`: all dimensions after time are flattened."""
     if not isinstance(value, Tensor):
-        raise TypeError(f"{caller}: {name} must be a tensor, got {shown(value)}")
+        raise TypeError(f"{caller}: {name} must be a tensor, got {format_value(value)}")
     if value.dim() < 2 or value.numel() == 0:
         raise ValueError(f"{caller}: {name} must have time and neurons, [T, ...], got shape {list(value.shape)}")
     return value.detach().flatten(1)

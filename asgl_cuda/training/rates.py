@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import HALF_TYPES, read_finite
-from ..neurons.base import some_asgl_layers
-from ..neurons.batch_norm_lif import check_process_group, sharing
+from ..neurons.base import require_asgl_layers
+from ..neurons.batch_norm_lif import check_process_group, sharing_group
 from ..neurons.deferred import is_in_backward
 from ..torch_modes import is_transform_active
 
@@ -55,7 +55,7 @@ class FiringRates:
     """
 
     def __init__(self, model: nn.Module, *, process_group: Any = "world") -> None:
-        self._layers = some_asgl_layers(model, _CALLER)
+        self._layers = require_asgl_layers(model, _CALLER)
         for name, layer in self._layers.items():
             if getattr(layer, "scale_output", False):
                 raise ValueError(
@@ -95,7 +95,7 @@ class FiringRates:
         sums = {name: self._sums[name] for name in self._layers if name in self._sums}
         self._sums.clear()
         rates = {name: total / count for name, (total, count) in sums.items()}
-        if (group := sharing(self._process_group, _CALLER)) is not None:
+        if (group := sharing_group(self._process_group, _CALLER)) is not None:
             rates = self._shared(rates, sums, group)
         if not rates:
             raise RuntimeError(

@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import nn
 
-from ..checks import check_int, read_number, require_range, shown
-from ..neurons.base import some_asgl_layers
+from ..checks import check_int, format_value, read_number, require_range
+from ..neurons.base import require_asgl_layers
 
 _CALLER = "asgl_cuda.AnalogProbSchedule"
 
@@ -47,7 +47,7 @@ class AnalogProbSchedule:
     """
 
     def __init__(self, model: nn.Module, prob_at: Callable[[float, int], float]) -> None:
-        layers = some_asgl_layers(model, _CALLER)
+        layers = require_asgl_layers(model, _CALLER)
         if not callable(prob_at):
             raise TypeError(f"{_CALLER}: prob_at must be a function of start and epoch, got {type(prob_at).__name__}")
         self._layers = {name: layer for name, layer in layers.items() if not getattr(layer, "multi_spike", False)}
@@ -113,12 +113,14 @@ class AnalogProbSchedule:
         Raises ValueError or TypeError for a state of other layers or objects; nothing has been changed then.
         """
         if not isinstance(state_dict, Mapping) or not {"epoch", "starts"} <= state_dict.keys():
-            raise ValueError(f"{_CALLER}: the state must be a dict of 'epoch' and 'starts', got {shown(state_dict)}")
+            raise ValueError(
+                f"{_CALLER}: the state must be a dict of 'epoch' and 'starts', got {format_value(state_dict)}"
+            )
         epoch, starts = _count("epoch", state_dict["epoch"], 0), state_dict["starts"]
         # The state may have more layers than self.starts, which leaves out layers of constant width whose analog_prob
         # began at 0.
         if not isinstance(starts, Mapping) or not self.starts.keys() <= starts.keys() <= self._layers.keys():
-            raise ValueError(f"{_CALLER}: the state must be of layers {list(self.starts)}, got {shown(starts)}")
+            raise ValueError(f"{_CALLER}: the state must be of layers {list(self.starts)}, got {format_value(starts)}")
         starts = {name: _share(f"the start of layer {name!r}", start, _CALLER) for name, start in starts.items()}
         self._set(starts, epoch)
         self.epoch, self.starts = epoch, starts
@@ -148,5 +150,5 @@ def _count(name: str, value: Any, least: int) -> int:
     """A number of epochs in the range of a float."""
     count = check_int(name, value, _CALLER)
     if not least <= count <= sys.maxsize:
-        raise ValueError(f"{_CALLER}: {name} must be in [{least}, {sys.maxsize}], got {shown(count)}")
+        raise ValueError(f"{_CALLER}: {name} must be in [{least}, {sys.maxsize}], got {format_value(count)}")
     return count

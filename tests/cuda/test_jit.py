@@ -118,9 +118,9 @@ def test_programs_are_destroyed(monkeypatch, fails):
 def test_target(monkeypatch, capability, expected):
     fake = types.SimpleNamespace(getSupportedArchs=lambda: (75, 80, 90, 100, 121))
     monkeypatch.setattr(jit, "_nvrtc", lambda: fake)
-    assert jit.target(capability) == expected
+    assert jit.target_architecture(capability) == expected
     with pytest.raises(RuntimeError, match=r"this NVRTC does not compile for compute capability 6\.1"):
-        jit.target((6, 1))
+        jit.target_architecture((6, 1))
 
 
 # ---- the cache ----

@@ -446,7 +446,7 @@ MUTANTS = {
         "neurons/test_batch_norm_lif.py updates_count"),
     "neuron: running variances of 0": Mutant("fill_parameter(self.running_var, 1.0)",
         "fill_parameter(self.running_var, 0.0)", "neurons/test_batch_norm_lif.py updates_count"),
-    "neuron: a width of levels is learned": Mutant('if learns["learn_width"] and not self._counts',
+    "neuron: a width of levels is learned": Mutant('if learns["learn_width"] and not self._emits_levels',
         'if learns["learn_width"]',
         "neurons/test_levels.py layer"),
     "neuron: a learned width beyond its bound": Mutant("if learned and not _LEAST_WIDTH <= each <= _LARGEST_WIDTH:",
