@@ -26,7 +26,7 @@ FLOATING_TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def format_type(value: Any) -> str:
-    """What was given where an object is expected: its type, or that it is a class."""
+    """The type of a value for errors; a class given instead of an instance is named, with advice."""
     return f"the class {value.__name__}; pass an instance" if isinstance(value, type) else type(value).__name__
 
 
@@ -72,7 +72,7 @@ def check_step(x_t: Any, time_dim: int, caller: str) -> None:
 
 
 def describe_shape_mismatch(x_seq: Tensor, time_dim: int, sizes: Sequence[int], by_channel: bool) -> str:
-    """The end of an error about channel or neuron sizes: expected and given shape. `time_dim` is non-negative."""
+    """The end of an error about the sizes of x_seq, after "must have": expected and given shape. time_dim is >= 0."""
     if by_channel:
         names, wanted = ["B", "C", "..."], f"with C = {sizes[0]}"
         names.insert(min(time_dim, len(names)), "T")
@@ -82,7 +82,7 @@ def describe_shape_mismatch(x_seq: Tensor, time_dim: int, sizes: Sequence[int], 
         names.insert(min(time_dim, len(names)), "T")
         without_time = list(x_seq.shape[-len(sizes) :]) == list(sizes)
     question = "; is time missing?" if without_time else ""
-    return f"expected [{', '.join(names)}] {wanted}; got {list(x_seq.shape)}{question}"
+    return f"shape [{', '.join(names)}] {wanted}, got {list(x_seq.shape)}{question}"
 
 
 def check_dense(name: str, value: Tensor, caller: str) -> None:
@@ -92,13 +92,14 @@ def check_dense(name: str, value: Tensor, caller: str) -> None:
         raise TypeError(f"{caller}: {name} must be a dense tensor, got {kind}; pad it, or convert it to a dense tensor")
     if hasattr(value, "to_local"):
         raise TypeError(
-            f"{caller}: {name} must be a tensor of this process, got a {type(value).__name__}; if it is not "
-            f"sharded over time, pass {name}.to_local(), because neurons are independent"
+            f"{caller}: {name} must be a tensor of this process, got a {type(value).__name__}; pass "
+            f"{name}.full_tensor(), or {name}.to_local() if only the batch is sharded (a batch normalisation in "
+            "training then also needs process_group)"
         )
 
 
 def format_value(value: Any) -> str:
-    """Any value for errors: short, on one line."""
+    """Any value as text for errors, short and on one line; a tensor as its shape."""
     try:
         if isinstance(value, Tensor) and value.dim() > 0:
             return f"a tensor of shape {list(value.shape)}"
@@ -118,14 +119,15 @@ def did_you_mean(given: Any, names: Iterable[str]) -> str:
 
 
 def check_name(name: str, value: Any, names: Iterable[str], caller: str, hint: str = "", otherwise: str = "") -> None:
-    """Refuses other names. An error ends with the hint, else the nearest name, `otherwise` without one."""
+    """Refuses other names. The error ends with `hint`, else with the nearest name, else with `otherwise`."""
     names = tuple(names)
     if not isinstance(value, str) or value not in names:
         hint = hint or did_you_mean(value, names) or otherwise
         raise ValueError(f"{caller}: {name} must be one of {', '.join(names)}, got {format_value(value)}{hint}")
 
 
-# Arguments of the neurons of other libraries: the first argument here that stands for it, and all of them.
+# By argument of other libraries' neurons: the first argument here that replaces it, without which there is no hint, and
+# the hint, with all that replace it.
 _ELSEWHERE = {
     "tau": ("decay", "SpikingJelly's tau{value} is {decay} and divides the input by tau{gain}"),
     "init_tau": ("decay", "SpikingJelly's init_tau{value} is {decay} and divides the input by tau{gain}"),
@@ -155,7 +157,7 @@ _ELSEWHERE = {
     "spike_threshold": ("v_threshold", "sinabs' spike_threshold{value} is v_threshold{value}"),
     "min_v_mem": ("v_min", "sinabs' min_v_mem{value} is v_min{value}"),
     "batch_first": ("time_dim", "batch_first=True of torch.nn.RNN is time_dim=1"),
-    "step_mode": ("time_dim", "SpikingJelly's step mode 'm' is a call, 's' is layer.step(x_t)"),
+    "step_mode": ("time_dim", "layer(x_seq) computes as in SpikingJelly's step mode 'm', layer.step(x_t) as in 's'"),
 }  # fmt: skip
 
 
@@ -163,7 +165,7 @@ _DECAYS = {"alpha", "beta"}  # their values are shown only if they can be decays
 
 
 def _hint_for_other_library(name: str, given: Any, known: Collection[str]) -> str:
-    """Suffix of an error for an argument of another library, which has another name or meaning here."""
+    """Suffix of an error for an argument of another library: the name and value that asgl_cuda has for it, if any."""
     ours, text = _ELSEWHERE.get(name, ("", ""))
     if ours not in known:
         return ""
@@ -180,11 +182,11 @@ def _hint_for_other_library(name: str, given: Any, known: Collection[str]) -> st
 def check_keywords(
     given: Mapping[str, Any], known: Collection[str], caller: str, lacking: Collection[str] = ()
 ) -> None:
-    """Only known keyword arguments; options of `lif` that other neurons are `lacking` are said to be that."""
+    """Refuses unknown keyword arguments; the error says if other neurons have the option, which is in `lacking`."""
     for name, value in given.items():
         if name not in known:
             hint = _hint_for_other_library(name, value, known) or did_you_mean(name, known)
-            hint = ", which these neurons lack" if name in lacking else hint
+            hint = ", which these neurons do not have" if name in lacking else hint
             raise TypeError(f"{caller}: got an unexpected keyword argument {name!r}{hint}")
 
 
@@ -205,7 +207,7 @@ def check_rules(given: Mapping[str, Any], caller: str, levels: int | None, multi
     if surrogate not in ("sigmoid", "rectangle"):  # the default, and the clamp's own name
         raise ValueError(
             f"{caller}: levels has the surrogate clamp(h / v_threshold, 0, levels) and takes no other, got "
-            f"{format_value(surrogate)}"
+            f"{format_value(surrogate)}; leave out surrogate"
         )
 
 
@@ -215,7 +217,7 @@ def check_surrogate(surrogate: Any, caller: str, multi_spike: bool = False) -> N
     hint = f"; did you mean {ours}, with width=1 / alpha?" if ours else ""
     check_name("surrogate", surrogate, (*SURROGATES, PERIODIC), caller, hint)
     if surrogate == PERIODIC and not multi_spike:
-        raise ValueError(f"{caller}: surrogate {PERIODIC!r} needs multi_spike=True")
+        raise ValueError(f"{caller}: surrogate {PERIODIC!r} needs multi_spike=True, got False")
 
 
 def check_multi_spike(v_reset: Any, analog_prob: Any, caller: str) -> None:
@@ -298,8 +300,8 @@ def check_number(name: str, value: Any, caller: str, expected: str = "a float") 
 def read_number(name: str, value: Any, caller: str, learned: bool = False, option: str = "") -> float:
     """A layer's constant as a float, also from a tensor or array of one value.
 
-    A tensor that requires a gradient is refused unless it initialises a `learned` parameter: constants are not trained.
-    `option` is the argument to learn the value.
+    A tensor that requires a gradient is refused, because constants are not trained, unless it initialises a `learned`
+    parameter. `option` names the argument that makes the value learned.
     """
     if isinstance(value, Tensor):
         value = _checked_first_value(name, value, caller, learned, option)
@@ -311,7 +313,7 @@ def read_number(name: str, value: Any, caller: str, learned: bool = False, optio
 def read_values(
     name: str, value: Any, caller: str, shape: Sequence[int], learned: bool = False, option: str = ""
 ) -> Tensor | float:
-    """`read_number`, or a tensor of this shape, a value for each channel or neuron: a copy in the arithmetic's type."""
+    """As `read_number`, or from a tensor of this shape, a value for each channel or neuron, a copy in `real_type`."""
     if not isinstance(value, Tensor) or value.numel() == 1:
         return read_number(name, value, caller, learned, option)
     _checked_first_value(name, value, caller, learned, option, shape)
@@ -329,12 +331,16 @@ def min_and_max(value: Tensor | float) -> tuple[float, float]:
 def _checked_first_value(
     name: str, value: Tensor, caller: str, learned: bool, option: str, shape: Sequence[int] | None = None
 ) -> Any:
-    """The one value of a tensor, or the first one of this shape."""
+    """Checks that a tensor has one value, or `shape`, and may be a layer's constant; returns its first value."""
     check_dense(name, value, caller)
     several = f", or of shape {list(shape)}" if shape else ""
     expected = f"{caller}: {name} must be a float or a tensor of one value{several}"
     if value.numel() != 1 and (not shape or value.shape != tuple(shape)):
-        hint = "" if shape is None or shape else "; granularity 'channel' or 'neuron' takes a value for each"
+        hint = (
+            ""
+            if shape is None or shape
+            else "; granularity 'channel' or 'neuron' takes a value for each channel or neuron"
+        )
         raise ValueError(f"{expected}, got a tensor of shape {list(value.shape)}{hint}")
     if value.dtype is torch.bool or value.is_complex():
         raise TypeError(f"{expected}, got {value.dtype}")
@@ -347,7 +353,7 @@ def _checked_first_value(
     try:
         return value.flatten()[0].item()
     except Exception:  # tensors without values, as in traces, raise various types
-        raise ValueError(f"{expected}, got one on {value.device} whose value can't be read") from None
+        raise ValueError(f"{expected}, got a tensor on {value.device} whose values can't be read") from None
 
 
 def read_finite(name: str, value: Any, caller: str) -> float:
@@ -371,14 +377,14 @@ def check_not_nan(name: str, value: Any, caller: str, expected: str = "a float")
 
 
 def accept_none(check: Callable[..., Any]) -> Callable[..., Any]:
-    """The check, which lets None pass."""
+    """Turns the check of a value into one that also accepts None."""
     return lambda name, value, caller: None if value is None else check(name, value, caller)
 
 
 def require_range(
     check: Callable[..., float], expected: str, least: float, most: float = math.inf
 ) -> Callable[..., float]:
-    """The check of a number, which must also be in [least, most]; `expected` says so."""
+    """Turns the check of a number into one that also requires [least, most], which `expected` states in words."""
 
     def checked(name: str, value: Any, caller: str) -> float:
         """The number, after both checks."""
@@ -391,17 +397,17 @@ def require_range(
 
 
 def check_options(given: Any, checks: Mapping[str, Callable[..., Any]], caller: str) -> dict[str, Any]:
-    """The given options that `checks` has, as `check(name, value, caller)` returns them."""
+    """Checks the options that are in `checks`; returns them by name, as `check(name, value, caller)` does."""
     return {name: check(name, given[name], caller) for name, check in checks.items()}
 
 
 def check_features(features: Features, x_seq: Tensor, time_dim: int, caller: str) -> None:
-    """Refuses inputs without the dimensions of a layer's parameters, even if none of these is a tensor."""
+    """Refuses inputs without the dimensions of a layer's `features`, even if all its parameters are floats."""
     sizes = [x_seq.shape[dim] for dim in features.dims(x_seq, time_dim)]
     if sizes != list(features.sizes) or x_seq.dim() < 1 + features.least_batch + len(sizes):
         raise ValueError(
-            f"{caller}: granularity {'channel' if features.by_channel else 'neuron'!r} with num_features "
-            f"{list(features.sizes)} does not fit an input of shape {list(x_seq.shape)} with time_dim {time_dim}: "
+            f"{caller}: for granularity {'channel' if features.by_channel else 'neuron'!r}, num_features "
+            f"{list(features.sizes)} and time_dim {time_dim}, x_seq must have "
             + describe_shape_mismatch(x_seq, time_dim, features.sizes, features.by_channel)
         )
 
@@ -409,9 +415,9 @@ def check_features(features: Features, x_seq: Tensor, time_dim: int, caller: str
 def check_parameters(
     given: Any, names: Iterable[str], x_seq: Tensor, caller: str, features: Features | None = None
 ) -> dict[str, float | None]:
-    """Parameters of neurons, a float or a tensor each: the floats by name, None for a tensor.
+    """Checks parameters of neurons, a float or a tensor each; returns the floats by name, None for a tensor.
 
-    Tensors broadcast against x_seq, or have the shape of checked `features`.
+    Tensors must broadcast against x_seq, or have the shape of `features`, which are checked before.
     """
     constants: dict[str, float | None] = {}
     for name in names:
@@ -504,7 +510,7 @@ def check_analog_prob_tensor(analog_prob: Tensor, x_seq: Tensor, caller: str) ->
 def check_rng_state(rng_state: Tensor, x_seq: Tensor, caller: str) -> None:
     """Refuses all but int64 tensors of shape [2] on the device of x_seq."""
     if not isinstance(rng_state, Tensor):
-        raise TypeError(f"{caller}: rng_state must be an int64 tensor, got {type(rng_state).__name__}")
+        raise TypeError(f"{caller}: rng_state must be an int64 tensor of shape [2], got {type(rng_state).__name__}")
     check_dense("rng_state", rng_state, caller)
     if rng_state.dtype != torch.int64:
         raise TypeError(f"{caller}: rng_state must be of type torch.int64, got {rng_state.dtype}")
@@ -581,7 +587,7 @@ def warn_once(kind: str, message: str) -> None:
 
 
 def user_stacklevel() -> int:
-    """The stacklevel of the user's line, for the caller of this function."""
+    """The `stacklevel` with which a warning of the calling function shows the user's line."""
     frame, level = sys._getframe(1), 1
     while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in _NOT_THE_USERS:
         frame, level = frame.f_back, level + 1

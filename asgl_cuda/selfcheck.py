@@ -46,7 +46,7 @@ def differences(
     """
     leaves = {"x_seq": x_seq, **{name: value for name, value in options.items() if isinstance(value, Tensor)}}
     leaves = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
-    # The gradient of a parameter is a sum. Expanding the parameter gives the terms of that sum, which the size needs.
+    # The gradient of a parameter is a sum. Expanded parameters have its terms as gradients, which `size` needs, below.
     terms = {
         name: leaf.expand(x_seq.shape) for name, leaf in leaves.items() if name not in ("x_seq", "v_init", "residual")
     }

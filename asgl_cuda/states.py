@@ -22,13 +22,13 @@ _CALLER = "asgl_cuda.step"
 
 
 class _SteppedModule:
-    """A module that takes steps. Refuses those whose results would differ from a call with the whole sequence."""
+    """A module of the model during `step`. It refuses calls whose results would differ from those for a sequence."""
 
     def __init__(self, model: nn.Module, module: nn.Module, streamed: Streamed, inside: bool, compiled: bool) -> None:
         self.model, self.module, self.streamed = model, module, streamed
         self.inside = inside  # another module around it determines time_dim
         self.compiled = compiled  # compiled code would ignore or compile hooks
-        self.around = getattr(module, "_watch", None)  # of a step of a model around this one
+        self.around = getattr(module, "_watch", None)  # set while `step` runs for a model around this one
         self.called = False
         self.left = self._state()  # the state after the last call
 
@@ -45,7 +45,8 @@ class _SteppedModule:
         """Refuses a state that the model's forward has replaced since the module's last call."""
         state, left = self._state(), self.left
         same = state is left
-        if not same and isinstance(state, Tensor) and isinstance(left, Tensor):  # the state may have been detached
+        if not same and isinstance(state, Tensor) and isinstance(left, Tensor):
+            # The state may have been detached, which makes another tensor of the same memory.
             same = state.shape == left.shape and state.data_ptr() == left.data_ptr()
         if not same:
             raise RuntimeError(
@@ -69,8 +70,8 @@ class _SteppedModule:
             return  # the layer refuses what it can't take
         if (steps := shape[time_dim]) != 1:
             raise RuntimeError(
-                f"{_CALLER}: {self.name} gets {steps} time steps in one step, because the model's forward makes a "
-                "sequence of its input; call asgl_cuda.step with the layers after that"
+                f"{_CALLER}: {self.name} must get one time step, got {steps}, because the model's forward makes a "
+                "sequence of its input; do this outside of the model, and call asgl_cuda.step for each step"
             )
 
     def after_call(self) -> None:
@@ -106,13 +107,13 @@ def _describe_module(model: nn.Module, module: nn.Module) -> str:
 
 _streamed_by_time_dim = functools.cache(functools.partial(Streamed, state="v", has_switch=True))  # by time_dim
 
-# For each class the function that knows how its modules take steps, or None. Asking costs 4 us, so each class is asked
-# about once.
+# For each class of modules, the function of a library that says how they take steps, or None without one. Asking all
+# libraries takes 4 us, so it is done once per class.
 _streamed_by_class: dict[type[nn.Module], Callable[[nn.Module], InStream] | None] = {}
 
 
 def _how_stepped(module: nn.Module) -> InStream:
-    """How the module takes steps, or why it can't; None where it takes none."""
+    """How the module takes single steps, or why it can't; None if it has no time."""
     if isinstance(module, NeuronLayer):
         return _streamed_by_time_dim(module.time_dim)
     if isinstance(module, InSequences):
@@ -128,10 +129,10 @@ def _how_stepped(module: nn.Module) -> InStream:
 
 
 def _stepped_modules(model: nn.Module) -> Iterator[_SteppedModule]:
-    """Each taker once; refuses unstreamable modules."""
+    """The modules of the model that take steps, each once; an error for a module that can't."""
     found: set[nn.Module] = set()
-    left: list[tuple[nn.Module, bool, bool]] = [(model, False, False)]  # inside, compiled
-    while left:  # a recursive closure would be a reference cycle, which keeps the model
+    left: list[tuple[nn.Module, bool, bool]] = [(model, False, False)]  # modules to visit, with `inside` and `compiled`
+    while left:  # no recursive closure: it would be a reference cycle, which keeps the model alive
         module, inside, compiled = left.pop()
         if module in found:
             continue
@@ -143,7 +144,7 @@ def _stepped_modules(model: nn.Module) -> Iterator[_SteppedModule]:
             raise RuntimeError(f"{_CALLER}: {_describe_module(model, module)} can't be called step by step: {answer}")
         if answer is not None:
             yield _SteppedModule(model, module, answer, inside, compiled)
-        if isinstance(module, InSequences):  # its layers are given whole sequences by it
+        if isinstance(module, InSequences):  # it calls its layers with whole sequences itself
             continue
         compiled = compiled or isinstance(module, Converted)  # converted layers do not call the modules inside
         inside = inside or answer is not None or isinstance(module, OverTime)  # modules inside see no time dimension
@@ -151,14 +152,14 @@ def _stepped_modules(model: nn.Module) -> Iterator[_SteppedModule]:
 
 
 def _time_dim_of(takers: Sequence[_SteppedModule]) -> int | None:
-    """The dimension of time in the model's input; None where a call is a step."""
+    """The dimension of time in the model's input; None if each call of the layers is one step."""
     first: dict[int | None, _SteppedModule] = {}
     for taker in takers:
         if not taker.inside:
             first.setdefault(taker.streamed.time_dim, taker)
     if len(first) > 1:
         said = (
-            f"{taker.name} {'takes a step a call' if at is None else f'has time at {at}'}"
+            f"{taker.name} {'takes one step per call' if at is None else f'has time at {at}'}"
             for at, taker in first.items()
         )
         raise ValueError(
@@ -172,7 +173,7 @@ def _remove_time_dim(output: Tensor, x_t: Tensor, time_dim: int) -> Tensor:
     """The output of one step without its time dimension."""
     if -output.dim() <= time_dim < output.dim() and output.shape[time_dim] == 1:
         without = output.squeeze(time_dim)
-        # A size of 1 may be the batch.
+        # The dimension of size 1 may be the batch instead of time, which the remaining batch size shows.
         if x_t.dim() < 2 or x_t.shape[0] != 1 or tuple(without.shape[:1]) == (1,):
             return without
     raise ValueError(
@@ -185,25 +186,27 @@ def _remove_time_dim(output: Tensor, x_t: Tensor, time_dim: int) -> Tensor:
 def step(model: nn.Module, x_t: Tensor, *, time_dim: int | None = None) -> Any:
     """Calls a model for one time step. Input and output have no time dimension, and layers keep their states.
 
-    T calls compute the same as one call with the whole sequence. In evaluation the bits of neurons are the same. The
-    layers of asgl_cuda need not be stateful. After `asgl_cuda.reset(model)` they start at rest again, and
-    `asgl_cuda.detach(model)` cuts the graph for truncated backpropagation. Layers of SpikingJelly, snnTorch and sinabs
-    carry their states as usual, converted or not. If all layers take one step per call, no time dimension is added.
+    T calls compute the same as one call with a sequence of T steps, and in evaluation neurons give the same bits. In
+    training, each step draws new noise, and `BatchNormLIF` normalises by the statistics of that step. Layers of
+    asgl_cuda keep their states from step to step even if they are not `stateful`. After `asgl_cuda.reset(model)` they
+    start at rest again, and `asgl_cuda.detach(model)` cuts the graph for truncated backpropagation. Layers of
+    SpikingJelly, snnTorch and sinabs carry their states as usual, converted or not. If all layers take one step per
+    call, such as SpikingJelly's in step mode "s", the model gets x_t without a time dimension.
 
     Args:
         model: any module whose output has the time dimension of its input. Compute sums over time after the steps,
-            outside of the model. If the forward of the model itself has a state or mixes steps, as `asgl_cuda.lif`, a
-            shift or attention do, this is not detected. To compile, call `asgl_cuda.step(torch.compile(model), x_t)`.
-            The calls of layers are then not checked.
+            outside of the model. If the model's own forward keeps a state or mixes time steps, for example by
+            `asgl_cuda.lif`, a shift or attention, results differ from those for a sequence, which is not detected. To
+            compile, call `asgl_cuda.step(torch.compile(model), x_t)`. The calls of layers are then not checked.
         x_t: the input of the step, `[B, ...]`.
-        time_dim: dimension of time in the model's input and output; default as in the layers, else 0.
+        time_dim: dimension of time in the model's input and output; default the `time_dim` of the layers.
 
-    Returns the model's output. All tensors, also in tuples, lists and dicts, are without the time dimension.
+    Returns the model's output, with the time dimension removed from all tensors, also in tuples, lists and dicts.
 
     Raises TypeError if an argument is not a module or not a tensor, ValueError if layers differ in time_dim or the
     output has no time dimension, and RuntimeError if a layer can't carry its state from call to call, is called twice
-    in a step, gets its state from the caller, or is reset by the model's own forward. After an error some layers may
-    have taken the step, so reset the model.
+    in a step, gets its state from the model's forward, or is reset by it. After an error some layers may have taken the
+    step, so reset the model.
 
     Example::
 
@@ -273,8 +276,8 @@ def reset(model: nn.Module) -> None:
 def detach(model: nn.Module) -> None:
     """Detaches the potentials carried by the model's layers, for truncated backpropagation through time.
 
-    The next call continues from the potentials, and its backward ends there. It works for the same layers as
-    `asgl_cuda.reset`.
+    The next call continues from the same potentials, and its backward stops at them. `detach` works for the same layers
+    as `asgl_cuda.reset`.
 
     Raises TypeError if `model` is not a module.
 
@@ -288,7 +291,7 @@ def detach(model: nn.Module) -> None:
 
 
 def _call_on_all_layers(model: nn.Module, name: str, method: str) -> None:
-    """Calls the method of each of our layers, and the function of this name of each library."""
+    """Calls `method` of each layer of asgl_cuda, and the function `name` of each library for each module."""
     check_module(model, f"asgl_cuda.{name}")
     functions = [getattr(library, name) for library in libraries() if hasattr(library, name)]
     for module in model.modules():

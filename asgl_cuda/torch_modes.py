@@ -1,4 +1,4 @@
-"""Calls of autograd functions under transforms, torch.compile and second derivatives; noise under vmap."""
+"""The modes of torch in which a call may run: compiled, exported, under torch.func, differentiated forward or twice."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ is_transform_active: Callable[[], bool] = torch._C._are_functorch_transforms_act
 
 
 def needs_zero_gradients() -> bool:
-    """Whether backward gets zeros, not None, for unused outputs: vmap of torch 2.6 takes no None."""
+    """Whether autograd must pass zeros, not None, to backward for unused outputs: vmap of torch 2.6 rejects None."""
     return is_transform_active() and not torch.compiler.is_compiling()
 
 
@@ -68,11 +68,11 @@ _unbound: Callable[[type[torch.autograd.Function]], Any] = partial(super, torch.
 
 
 def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
-    """`function.apply(*arguments)`."""
+    """`function.apply(*arguments)` in eager mode, under compilers and exporters, and under transforms of torch.func."""
     if torch.compiler.is_compiling():
-        if is_exporting() and not is_transform_active():  # operators in exported graphs have derivatives
+        if is_exporting() and not is_transform_active():  # exported graphs have operators, with derivatives
             return function.forward(*arguments)
-        # The compiler refuses a tensor passed twice, as v_threshold and reset_amount.
+        # The compiler refuses a tensor that is passed twice, for example as v_threshold and as reset_amount.
         once = [
             each.view_as(each)
             if isinstance(each, Tensor) and any(each is other for other in arguments[:index])
@@ -92,7 +92,7 @@ def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
 
 @cache
 def _single_level(function: type[torch.autograd.Function]) -> Any:
-    """The same function, which torch.func does not dispatch to its transforms: torch 2.15 dispatches every Function."""
+    """The function in a form that torch.func does not intercept, as torch 2.15 does with every autograd.Function."""
     members = {name: staticmethod(getattr(function, name)) for name in ("forward", "setup_context", "backward")}
     return type(function.__name__, (_SingleLevelFunction,), members)
 

@@ -117,7 +117,7 @@ REFUSED = {
         Stack(lambda m, x: m.lif(m.lif(x)), lif=LIF()), RuntimeError, r"LIF at 'lif' is called twice in one step",
     ),
     "time of its own": (
-        Stack(lambda m, x: m.lif(x.expand(4, -1, -1)), lif=LIF()), RuntimeError, "LIF at 'lif' gets 4 time steps",
+        Stack(lambda m, x: m.lif(x.expand(4, -1, -1)), lif=LIF()), RuntimeError, "must get one time step, got 4",
     ),
     "recurrent": (nn.Sequential(LIF(), nn.LSTM(C, C)), RuntimeError, "LSTM at '1' can't be .* each call at rest"),
     "recurrent cell": (Stack(lambda m, x: x, cell=nn.LSTMCell(C, C)), RuntimeError, "LSTMCell at 'cell' can't be"),

@@ -36,9 +36,9 @@ class Operators(NamedTuple):
 class Backend(NamedTuple):
     """An implementation of the neuron. `operators` is None for the reference, which autograd differentiates.
 
-    `problem` returns why the backend does not work and a remedy, or None; `misfit` why it does not work on one of the
-    devices. They are called at the choice for a tensor, never at import. `direct` are the same operators as functions
-    that bypass torch.ops.
+    `problem` returns why the backend does not work, with a remedy, or None if it works; `misfit` returns the same for
+    one device. Both are called when a backend is chosen for a tensor, never at import. `direct` has the same operators
+    as functions that bypass torch.ops.
     """
 
     device_types: tuple[str, ...]  # empty if any device is supported
@@ -56,7 +56,7 @@ class Backend(NamedTuple):
         return self.problem() or self.misfit(device)
 
     def device_problem(self) -> str | None:
-        """`problem_on` the current device, or a missing device, which the choice for a tensor need not check."""
+        """`problem_on` the current device; also reports a missing GPU, of which a tensor on the GPU leaves no doubt."""
         problem = self.problem()
         if problem is not None or self.device_types != ("cuda",):
             return problem
@@ -82,7 +82,8 @@ def _cuda_problem() -> str | None:
     info = extension.build_info
     if info is not None and info.cuda is None:
         if torch.version.cuda is None:
-            return f"torch {torch.__version__} is a build without CUDA. With one for CUDA: {extension.build_command()}"
+            command = extension.build_command()
+            return f"torch {torch.__version__} is a build without CUDA. Install one for CUDA, then run: {command}"
         return f"the extension was built without CUDA: {info.reason}. To build it anew: {extension.build_command()}"
     return extension.problem
 
@@ -150,7 +151,7 @@ _best: dict[torch.device, tuple[str, tuple[Backend, ...]]] = {}
 
 
 def available_backends() -> tuple[str, ...]:
-    """The names of the backends that work here, preferred ones first.
+    """The names of the backends that work on this machine, preferred ones first.
 
     See also `unavailable_backends`.
 
@@ -162,7 +163,7 @@ def available_backends() -> tuple[str, ...]:
 
 
 def unavailable_backends() -> dict[str, str]:
-    """The names of the backends that do not work here, each with the reason and a remedy.
+    """The names of the backends that do not work on this machine, each with the reason and a remedy.
 
     Example::
 
@@ -174,7 +175,7 @@ def unavailable_backends() -> dict[str, str]:
 
 
 def choose_backend(name: str | None, device: torch.device, caller: str) -> str:
-    """The requested backend, or the best for the device; warns if only the reference is left.
+    """The backend `name` after checks, or the best one for the device; warns if only the reference works there.
 
     Raises ValueError if the backend is unknown or does not serve the device, RuntimeError if it does not work.
     """
@@ -207,7 +208,7 @@ def choose_backend(name: str | None, device: torch.device, caller: str) -> str:
 
 
 def _warn_about_reference(device: torch.device) -> None:
-    """Warns once per type of device, at the user's line."""
+    """Warns once per type of device, at the user's line, why no fused backend works there."""
     if device.type in _warned:
         return
     _warned.add(device.type)

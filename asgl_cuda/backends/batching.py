@@ -43,7 +43,7 @@ def batching_rules(library: Any) -> dict[str, Rule]:
 
 
 def _batch_in_one_call(operator: Any, info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
-    """One call for all samples, which are the first dimension."""
+    """Batching rule: one call of the operator for all samples, whose dimension becomes the first of the neurons'."""
     names, count = [each.name for each in operator._schema.arguments], info.batch_size
     given, dims = dict(zip(names, arguments, strict=True)), dict(zip(names, in_dims, strict=True))
     rules = Rules(*given["rules"])
@@ -106,7 +106,7 @@ def _batch_in_one_call(operator: Any, info: Any, in_dims: tuple[Any, ...], *argu
 
 
 def _batch_rows(operator: Any, info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
-    """One call if x alone is mapped: each row of a product, or image of a convolution, is computed alone anyway."""
+    """Batching rule of spike_product: one call if x alone is mapped, as each row or image is computed alone anyway."""
     dim, *others = pytree.tree_leaves(in_dims, is_leaf=lambda each: each is None)
     x, weight, *given = arguments
     if dim is None or any(each is not None for each in others):
@@ -125,7 +125,7 @@ def _sample_shape(value: Tensor, dim: int | None) -> list[int]:
 def _batch_one_by_one(
     operator: Any, info: Any, in_dims: tuple[Any, ...], *arguments: Any, time_dim: int | None = None
 ) -> tuple[Any, Any]:
-    """A call for each sample. The operators of batch normalisation have time_dim as their last argument."""
+    """Batching rule: a call for each sample. time_dim None: it is the last argument, as of batch normalisation."""
     time_dim = arguments[-1] if time_dim is None else time_dim
     values, structure = pytree.tree_flatten(arguments)
     dims = pytree.tree_leaves(in_dims)

@@ -31,7 +31,7 @@ from .extension import missing_sources_message, source_directory
 from .extension.build_notes import digest_of_sources
 
 NAMESPACE = "asgl_cuda_cupy"
-# All include the neuron's kernels.
+# Each of these headers includes the neuron's kernels.
 SOURCE = "".join(f'#include "cuda/{name}_kernels.cuh"\n' for name in ("adaptive", "integrator", "normalisation"))
 # The options of nvcc in compilation.py. Without contraction to FMA all backends round alike.
 OPTIONS = ("--std=c++17", "--fmad=false")
@@ -72,7 +72,10 @@ def target_architecture(capability: tuple[int, int]) -> str:
     wanted = 10 * capability[0] + capability[1]
     known = [architecture for architecture in _nvrtc().getSupportedArchs() if architecture <= wanted]
     if not known:
-        raise RuntimeError(f"asgl_cuda: this NVRTC does not compile for compute capability {wanted / 10:.1f}")
+        raise RuntimeError(
+            f"asgl_cuda: NVRTC {nvrtc_version()} does not compile for compute capability {wanted / 10:.1f}, which is "
+            "older than those that it supports"
+        )
     return f"sm_{wanted}" if wanted in known else f"compute_{max(known)}"
 
 
@@ -176,7 +179,7 @@ def _write_binary(path: Path, binary: Binary) -> None:
             file.write(hashlib.sha256(content).digest() + content)
         Path(file.name).replace(path)
     except OSError as error:
-        logger.warning("a compiled kernel could not be kept, and will be compiled again by the next process: %s", error)
+        logger.warning("a compiled kernel could not be stored, so the next process will compile it again: %s", error)
 
 
 def _driver() -> Any:
@@ -240,7 +243,7 @@ if extension.build_info is not None and extension.build_info.cuda is None:
 
 
 def describe_paths() -> str:
-    """Paths of the headers, NVRTC and the cache, if present, for display."""
+    """The paths of the headers, NVRTC and the cache, as far as they are present, for `python -m asgl_cuda info`."""
     if importlib.util.find_spec("cupy_backends") is None:
         nvrtc = "CuPy missing"
     elif nvrtc_problem() is not None:
@@ -273,7 +276,7 @@ def _problem_of_cupy() -> str | None:
     """Why CuPy can't be imported or does not match torch's CUDA, or None."""
     install = install_command()
     if torch.version.cuda is None:
-        return f"torch {torch.__version__} is a build without CUDA. With one for CUDA: {install}"
+        return f"torch {torch.__version__} is a build without CUDA. Install one for CUDA, then run: {install}"
     try:
         import cupy
 
@@ -284,12 +287,12 @@ def _problem_of_cupy() -> str | None:
         reason = next((line for line in str(error).splitlines() if line.strip("= ")), repr(error))
         return f"CuPy is installed but does not import ({reason.strip()}). To mend it: {install}"
     if cupy.cuda.runtime.is_hip:
-        return f"CuPy {cupy.__version__} is a build for ROCm. Uninstall it, then: {install}"
+        return f"CuPy {cupy.__version__} is a build for ROCm. Uninstall it, then run: {install}"
     theirs, ours = driver.get_build_version() // 1000, int(torch.version.cuda.split(".")[0])
     if theirs != ours:
         return (
             f"CuPy {cupy.__version__} is for CUDA {theirs}, and torch {torch.__version__} for CUDA {ours}. "
-            f"Without it (pip uninstall cupy-cuda{theirs}x): {install}"
+            f"Uninstall it (pip uninstall cupy-cuda{theirs}x), then run: {install}"
         )
     return None
 

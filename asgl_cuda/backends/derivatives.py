@@ -28,7 +28,7 @@ def autograd_kernel(operator: Any, name: str) -> Callable[..., Any]:
     """The operator's autograd kernel; csrc/ops/autograd.h is a faster one for calls without gradients."""
 
     def kernel(keyset: Any, *arguments: Any) -> Any:
-        """Calls the operator, with its derivative if a gradient is asked for."""
+        """Calls the operator, with its derivative if a tensor requires a gradient."""
         tensors = tensors_in(arguments)
         if is_forward_mode_active():
             refuse_tangents(tensors, f"asgl_cuda.{name}")
@@ -50,7 +50,7 @@ def autograd_kernel(operator: Any, name: str) -> Callable[..., Any]:
 
 
 def _refuse_derivative(operator: Any, below: Callable[..., Any], *arguments: Any) -> Any:
-    """The derivative of operators that have none: a backward through their results is an error."""
+    """The results of an operator without a derivative: a backward through them raises an error."""
     results = below(*arguments)
     if isinstance(results, Tensor):
         return once_differentiable((results,), tensors_in(arguments), apply_at_one_level)[0]

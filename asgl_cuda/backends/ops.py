@@ -56,7 +56,7 @@ BackwardResult = list[Tensor]  # gradients of x_seq, v_init and the parameters, 
 
 
 def none_for_unwanted(results: Sequence[Any], wanted: Sequence[bool]) -> list[Any]:
-    """The results with None for each that is not wanted."""
+    """The results by position, with None for each one that is not wanted."""
     given = iter(results)
     return [next(given) if asked else None for asked in wanted]
 

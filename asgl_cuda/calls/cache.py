@@ -50,7 +50,7 @@ def cached_by_signature(names: Sequence[str]) -> Callable[[Check[Checked]], Chec
                 return check(caller, x_seq, given)
             try:
                 values = values_of(given)
-                types = tuple(map(type, values))  # because True == 1 == 1.0
+                types = tuple(map(type, values))  # part of the key, because True == 1 == 1.0
                 tensors, others_of = split(types)
                 kinds = [_tensor_signature(values[index]) for index in tensors]
                 key = (caller, _tensor_signature(x_seq), types, others_of(values), *kinds)

@@ -21,8 +21,9 @@ def rng_state_of_call(
 ) -> Tensor | None:
     """The rng_state of the operators, drawn unless given; None where no element draws.
 
-    analog_prob as data is rng_state's third element, marked by BELOW_IN_STATE in the rules: an extra tensor in the
-    schemas would slow all calls. `together`: one call of an operator may compute all samples of a vmap.
+    If analog_prob is a tensor, its limit for draws is the third element of the result, as BELOW_IN_STATE in the rules
+    says: an additional tensor in the schemas would slow all calls. `together`: one call of an operator may compute all
+    samples of a vmap.
     """
     rng_state, generator, analog_prob = given["rng_state"], given["generator"], given["analog_prob"]
     below = check_analog_prob_tensor(analog_prob, x_seq, caller) if isinstance(analog_prob, Tensor) else None

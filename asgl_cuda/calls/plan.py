@@ -37,7 +37,7 @@ class Source(NamedTuple):
 
     place: int  # among the parameters of the operator
     argument: str
-    shape: tuple[int, ...] | None  # in which it broadcasts against x_seq; None: as it is
+    shape: tuple[int, ...] | None  # reshaped to this it broadcasts against x_seq; None: as it is
 
 
 class Plan(NamedTuple):
@@ -125,7 +125,7 @@ class Call(NamedTuple):
 def _arguments_and_constants(
     caller: str, x_seq: Tensor, given: Arguments, options: Mapping[str, Any], counts: bool
 ) -> tuple[dict[str, str], dict[str, float | None]]:
-    """The argument from which each parameter of the operators comes; the values of arguments, None for tensors.
+    """For each parameter of the operators the name of its argument; for each argument its value, None for a tensor.
 
     With levels width is the threshold, and v_threshold the factor of scale_output.
     """
@@ -142,8 +142,11 @@ def _arguments_and_constants(
         check_threshold(threshold, "multi_spike", caller)
     if counts:
         if constants["width"] != 1:
-            got = "a tensor; leave it out" if constants["width"] is None else constants["width"]
-            raise ValueError(f"{caller}: levels uses the threshold as width, so width must be the float 1.0, got {got}")
+            got = "a tensor" if constants["width"] is None else constants["width"]
+            raise ValueError(
+                f"{caller}: with levels the threshold acts as the width, so width must be 1.0, the default, got {got}; "
+                "leave out width"
+            )
         if threshold is not None:
             check_width(threshold, caller, real, _THRESHOLD_OF_LEVELS)
         arguments["width"], arguments["v_threshold"] = "v_threshold", _HEIGHT
@@ -205,7 +208,7 @@ _PLANS = {
 
 
 def checked_call(caller: str, x_seq: Tensor, given: Arguments, together: bool = True) -> Call:
-    """Everything in `lif` before the computation, draws included; errors name `caller`.
+    """Checks a call of `lif`, plans it, chooses its backend and draws its noise; errors name `caller`.
 
     `together`: one call of an operator may compute all samples of a vmap.
     """

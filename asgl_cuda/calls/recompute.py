@@ -3,7 +3,7 @@
 A convolution or a linear layer saves its input for backward, which in a spiking network is spikes. Noise is
 counter-based: one forward kernel computes the same spikes, analog values included, from the neuron's saved tensors.
 
-Unrelated: the potentials that a neuron's backward recomputes from checkpoints.
+Backward of neurons also recomputes potentials from checkpoints; that is unrelated, and needs no context.
 
 Max pooling saves positions as int64, twice the bytes of its float32 result; `_SavedTensor` narrows these.
 
@@ -86,7 +86,7 @@ class _SavedTensor:
 
 
 class _SpikesOfCall:
-    """The spikes of one call: their recomputation and its requesters."""
+    """The spikes of one call of neurons: how to compute them again, and the placeholders that need them."""
 
     def __init__(self, spikes: Tensor, compute: Callable[..., Tensor], inputs: dict[str, Tensor | None]) -> None:
         self._storage = StorageWeakRef(spikes.untyped_storage())
@@ -103,7 +103,7 @@ class _SpikesOfCall:
 
     @property
     def key(self) -> int:
-        """What identifies the storage of the spikes."""
+        """The number by which the storage of the spikes is recognised."""
         return self._storage.cdata  # type: ignore[no-any-return]
 
     def placeholder_for(self, tensor: Tensor) -> _Placeholder | None:
@@ -138,7 +138,7 @@ class _SpikesOfCall:
 
 
 class _Placeholder:
-    """Placeholder for spikes or a view."""
+    """What autograd saves in place of spikes or of a view of them."""
 
     def __init__(self, spikes: _SpikesOfCall, tensor: Tensor) -> None:
         self._spikes = spikes
@@ -188,7 +188,7 @@ def _unpack_saved_tensor(packed: _SavedTensor | _Placeholder) -> Tensor:
 
 
 def _saved_tensor_hooks() -> contextlib.AbstractContextManager[None]:
-    """The hooks; none where others are active or torch.func refuses them."""
+    """A context with the two hooks; an empty one where other hooks are active or torch.func refuses hooks."""
     if is_transform_active():
         return contextlib.nullcontext()
     try:
@@ -200,7 +200,7 @@ def _saved_tensor_hooks() -> contextlib.AbstractContextManager[None]:
 
 
 class _Context(contextlib.ContextDecorator):
-    """Outermost contexts install the hooks."""
+    """The context of `recompute_spikes`; the outermost one of a thread installs the hooks."""
 
     def __enter__(self) -> None:
         global open_contexts, traced_contexts
@@ -242,7 +242,7 @@ def recompute_spikes(model: nn.Module | None = None) -> Any:
     """Makes backward recompute spikes, bit for bit, instead of storing them.
 
     Layers after asgl_cuda's neurons, such as convolutions and linear layers, usually store their input for backward.
-    Recomputing it costs one more forward kernel of the neurons, once for all layers that need the spikes.
+    Recomputing the spikes takes one more forward kernel of the neurons, which serves all layers that need them.
 
     Args:
         model: recompute spikes in every forward pass of this model from now on, for training loops of other libraries.
@@ -250,13 +250,14 @@ def recompute_spikes(model: nn.Module | None = None) -> Any:
             outside.
 
     The following are stored as usual: outputs of dropout and pooling, concatenated or cast spikes, views of another
-    type, and spikes modified in place before use. (Under autocast, neurons in the lower precision need no cast.)
-    Modifications that autograd does not see, through ``.data`` or NumPy, are lost in backward. Indices of max pooling
-    are stored in 2 or 4 bytes instead of 8.
+    type, and spikes modified in place before use. (Under autocast, spikes of neurons in the lower precision are not
+    cast.) If spikes are modified without the knowledge of autograd, through ``.data`` or NumPy, backward computes with
+    the unmodified ones. Indices of max pooling are stored in 2 or 4 bytes instead of 8.
 
-    If other hooks on saved tensors are active (torch.utils.checkpoint, save_on_cpu), inside or around the context, and
-    in functions that torch.func transforms, spikes are stored as usual. With torch.compile, the context may be around
-    or in the compiled code, which is compiled once with and once without it. torch 2.6 stores spikes as usual there.
+    Spikes are also stored as usual in functions that torch.func transforms, and if other hooks on saved tensors
+    (torch.utils.checkpoint, save_on_cpu) are active inside or around the context. With torch.compile, the context may
+    be around or in the compiled code, which is compiled once with and once without it. With torch 2.6, compiled code
+    stores spikes as usual.
 
     Returns:
         A context manager and decorator, or the model.
@@ -326,5 +327,5 @@ def remember_spikes(spikes: Tensor, compute: Callable[..., Tensor], inputs: dict
         return
     found = _SpikesOfCall(spikes, compute, inputs)
     _thread.known[found.key] = found
-    # The graph was dropped, and has freed it.
+    # The node of the call owns the object, so that it is freed if the graph is dropped.
     spikes.grad_fn.asgl_cuda_spikes = found  # type: ignore[attr-defined]

@@ -41,7 +41,7 @@ class AdaptiveLIFOutput(NamedTuple):
 
 
 def adaptation_place(v_reset: Any, reset_amount: Any, to_threshold: bool) -> int:
-    """Where the adaptation acts, as bits: IN_CURRENT, IN_THRESHOLD and IN_RESET."""
+    """Where the adaptation w acts, as bits: IN_CURRENT, IN_THRESHOLD and IN_RESET."""
     if not to_threshold:
         return IN_CURRENT
     return IN_THRESHOLD | IN_RESET if v_reset is None and reset_amount is None else IN_THRESHOLD
@@ -125,7 +125,7 @@ def run_adaptive(x_seq: Tensor, given: Arguments, w_init: Tensor | None) -> Tens
 
 
 def checked_pair_of_states(caller: str, x_seq: Tensor, given: Arguments, w_init: Tensor | None) -> Tensor:
-    """Both states in one tensor, checked."""
+    """The initial states v and w in one tensor, `[2, ...]`, after checks."""
     v_init, time_dim = given["v_init"], check_input(x_seq, given["time_dim"], caller)
     for name, value in (("v_init", v_init), ("w_init", w_init)):
         if value is not None:
@@ -153,9 +153,9 @@ class Adapting(Neurons):
     def _set_up_lif(
         self, given: Mapping[str, Any], own: Callable[..., Any], lacking: Collection[str], **others: Any
     ) -> None:
-        """Sets up neurons without an adaptation, by the given options of `LIF` and `others`.
+        """Sets up neurons without an adaptation, from the `given` options of `LIF` and from `others`.
 
-        Known are those of the constructor `own`, and those of `LIF` that are not `lacking`.
+        Accepts the keyword arguments of the constructor `own`, and those of `LIF` that are not `lacking`.
         """
         defaults = LIF.__init__.__kwdefaults__ or {}
         known = [name for name in defaults if name not in lacking]
@@ -230,11 +230,11 @@ class AdaptiveLIF(Adapting):
         num_features: as for `LIF`.
         adapt_decay: fraction of the adaptation that is left after a step, in [0, 1]. If learned it must be in (0, 1),
             and is stored as a logit.
-        adapt_potential, adapt_spike: factors on the potential after reset and on the spike. All three are floats or
-            tensors, as `LIF` has them.
+        adapt_potential, adapt_spike: factors on the potential after reset and on the spike. Like adapt_decay, they are
+            floats or tensors, as the decay of `LIF` is.
         to_threshold: add the adaptation to the threshold, instead of subtracting it from the input current.
-        learn_adaptation: whether these three are parameters, with one value per layer, channel or neuron as
-            `granularity` says; else they stay constant.
+        learn_adaptation: whether adapt_decay, adapt_potential and adapt_spike are parameters, with one value per layer,
+            channel or neuron as `granularity` says; else they stay constant.
         lif_options: arguments of `LIF` except `input_gain`, `scale_output`, `levels`, `multi_spike` and `v_min`.
 
     A stateful layer carries the adaptation as `w`, in addition to `v`. If the adaptation is learned, the state dict has

@@ -29,6 +29,7 @@ from ..checks import (
     check_step,
     check_tensor,
     format_type,
+    format_value,
     min_and_max,
     read_finite,
     read_number,
@@ -100,7 +101,7 @@ class Settable(nn.Module):
 
 
 class Noisy(Settable):
-    """A layer with a fraction of analog elements, which is data of a compiled graph: a schedule does not recompile."""
+    """A layer with noise. Compiled graphs read analog_prob from a tensor, so a schedule does not recompile them."""
 
     _analog_prob: float  # for eager calls: reading a tensor would synchronise with the GPU
     # The analog_prob of compiled graphs, of shape [1], or [0] if the layer has no noise. It is not a buffer, because
@@ -166,7 +167,7 @@ class NeuronLayer(Settable):
     # function. They are not buffers, because DistributedDataParallel would broadcast them.
     _states: ClassVar[tuple[str, ...]] = ("v",)
     _least_batch: ClassVar[int] = 0  # dimensions of the batch that an input must have
-    _constants: ClassVar[tuple[str, ...]] = ("_decay",)  # values of neurons, floats or tensors, but not buffers
+    _constants: ClassVar[tuple[str, ...]] = ("_decay",)  # attributes that are floats or tensors, but not buffers
     logit_decay: nn.Parameter | None
     store_v_seq = False
     v: Tensor | None
@@ -196,7 +197,7 @@ class NeuronLayer(Settable):
         self.num_features = self._checked_features(given["num_features"], granularity)
         self.granularity: Granularity = granularity
         self._features = Features(granularity == "channel", self.num_features, self._least_batch)
-        self._place = torch.empty(0, device=given["device"])  # on the layer's device
+        self._place = torch.empty(0, device=given["device"])  # an empty tensor that records the layer's device
         self._set_checked_options(given, self._options)
         self.reset()
 
@@ -211,21 +212,25 @@ class NeuronLayer(Settable):
         if granularity == "layer":
             if sizes:
                 raise ValueError(
-                    f"{self._caller}: num_features needs granularity 'channel' or 'neuron', got {num_features} with "
-                    "granularity 'layer'"
+                    f"{self._caller}: num_features needs granularity 'channel' or 'neuron', got "
+                    f"{format_value(num_features)} with granularity 'layer'"
                 )
             return ()
         if num_features is None or (granularity == "channel" and len(sizes) != 1):
             wanted = "the number of channels" if granularity == "channel" else "the shape of the neurons"
             raise ValueError(
-                f"{self._caller}: granularity {granularity!r} needs num_features, {wanted}, got {num_features}"
+                f"{self._caller}: granularity {granularity!r} needs num_features, {wanted}, got "
+                f"{format_value(num_features)}"
             )
         return sizes
 
     def _checked_value(
         self, name: str, value: Any, parameter: Tensor | None = None, option: str = ""
     ) -> Tensor | float:
-        """A value of neurons, constant or of a `parameter` that is learned by `option`: a float, or one for each."""
+        """Checks a value of neurons and returns a float, or a tensor with a value for each channel or neuron.
+
+        If the value initialises a `parameter`, the argument `option` made it learned.
+        """
         learned = parameter is not None
         found = read_values(name, value, self._caller, self.num_features, learned, option)
         for each in () if learned else min_and_max(found):
@@ -251,7 +256,7 @@ class NeuronLayer(Settable):
         self._decay = self._store_decay(self.logit_decay, "decay", value, "learn_decay")
 
     def _store_decay(self, parameter: Tensor | None, name: str, given: Any, option: str) -> Tensor | float:
-        """A decay, or one for each neuron, whose logits `parameter` gets where it is learned by `option`."""
+        """Checks a decay and returns it as `_checked_value` does; writes its logit into `parameter`, if given."""
         found = self._checked_value(name, given, parameter, option)
         for value in min_and_max(found):
             if value < 0 or value > 1:
@@ -281,7 +286,7 @@ class NeuronLayer(Settable):
         return value.sum() if isinstance(value, Tensor) and not self.num_features else value
 
     def _inputs_of_call(self, x_seq: Tensor, residual: Tensor | None = None) -> tuple[Tensor, dict[str, Any]]:
-        """The sequences for `_call_function` that a call of the layer gives."""
+        """x_seq and the options for `_call_function` from the arguments of a call of the layer."""
         if residual is not None:
             raise TypeError(f"{self._caller}: takes no residual; call layer(x_seq + residual)")
         return tensor_of(x_seq, type(self).__name__), {}
@@ -298,7 +303,7 @@ class NeuronLayer(Settable):
         x_seq, options = self._inputs_of_call(x_seq, residual)
         check_tensor("x_seq", x_seq, self._caller)  # a separate call, because `Pending` records who asks for a tensor
         if x_seq.dtype not in FLOATING_TYPES:
-            check_input(x_seq, self.time_dim, self._caller)  # names the layer, not its function
+            check_input(x_seq, self.time_dim, self._caller)  # so that the error names the layer, not its function
         if not (self.stateful or self.store_v_seq):
             return self._call_function(x_seq, **options)  # type: ignore[no-any-return]
         time_dim = check_input(x_seq, self.time_dim, self._caller)
@@ -309,7 +314,7 @@ class NeuronLayer(Settable):
                 f"{self._caller}: a layer with stateful or store_v_seq can't keep potentials after a transform of "
                 f"torch.func; use {self._function}, which takes v_init and returns potentials"
             )
-        states = self._states if self.stateful else ()  # otherwise states belong to steps
+        states = self._states if self.stateful else ()  # without stateful, only `step` uses states
         for name in states:
             if (state := getattr(self, name)) is not None:
                 self._check_state(name, state, x_seq, time_dim)
@@ -333,12 +338,12 @@ class NeuronLayer(Settable):
         shape, carried = state_shape(x_seq, time_dim), list(state.shape)
         if carried != shape:
             one_step = list(x_seq.shape) == carried
-            remedy = (
-                "step() takes one step without time" if one_step else "call reset() before an input of another shape"
-            )
+            remedy = "call reset() before an input of another shape"
+            if one_step:
+                remedy = "if the input is one time step without a time dimension, call step() instead of the layer"
             raise ValueError(
-                f"{self._caller}: the carried {'potential' if name == 'v' else name} has shape {carried} and the "
-                f"input, without time, {shape}; {remedy}"
+                f"{self._caller}: the carried {'potential' if name == 'v' else name} must have the shape of the input "
+                f"without time, {shape}, got {carried}; {remedy}"
             )
         if len(carried) == 1 and x_seq.shape[time_dim] > 1 and not torch.compiler.is_compiling():
             _warn_of_time(self._caller, x_seq, time_dim)
@@ -346,8 +351,9 @@ class NeuronLayer(Settable):
     def step(self, x_t: Tensor) -> Tensor:
         """One time step: input and output are without time, and `v` is carried to the next step until `reset()`.
 
-        The layer need not be stateful; if not, calls with a whole sequence start at rest, regardless of steps. In
-        training, `BatchNormLIF` normalises by the statistics of the step. Raises as a call does.
+        The layer need not be stateful. If it is not, calls with a whole sequence start at rest, and neither use nor
+        change the state of the steps. In training, `BatchNormLIF` normalises by the statistics of the step. Raises the
+        errors of a call.
         """
         x_t = tensor_of(x_t, f"a step of {type(self).__name__}")
         check_step(x_t, self.time_dim, self._caller)
@@ -395,7 +401,7 @@ class NeuronLayer(Settable):
         return state
 
     def _on_input_device(self, values: Sequence[Any], x_seq: Tensor) -> Sequence[Any]:
-        """Parameters as a call takes them: as stored, on the device "meta" for an input there."""
+        """Parameters for a call: as stored, but on the device "meta" if the input is there."""
         if not x_seq.is_meta:
             return values
 
@@ -415,7 +421,7 @@ class NeuronLayer(Settable):
 
     @property
     def _stored_names(self) -> tuple[str, ...]:
-        """The attributes that a call sets: the states, and v_seq if the layer may store it."""
+        """The names of the attributes that a call sets: the states, and v_seq if the layer may store it."""
         return (*self._states, "v_seq") if "store_v_seq" in self._options else self._states
 
     def reset(self) -> None:
@@ -451,12 +457,12 @@ class NeuronLayer(Settable):
 
 
 def _warn_of_time(caller: str, x_seq: Tensor, time_dim: int) -> None:
-    """Warns once that `[B, N]` is taken for a sequence."""
+    """Warns once that an input `[B, N]` of a stateful layer is taken for a sequence `[T, N]`."""
     warn_once(
         f"{caller}, time",
-        f"{caller}: a stateful layer continues with an input of shape {list(x_seq.shape)}, of which dimension "
-        f"{time_dim} is taken for time. For one step of a batch call layer.step(x_t) or asgl_cuda.step(model, x_t); to "
-        "a sequence without batch add a batch dimension of size 1",
+        f"{caller}: a stateful layer got an input of shape {list(x_seq.shape)}, of which dimension {time_dim} is taken "
+        "for time. If the input is one time step of a batch, call layer.step(x_t) or asgl_cuda.step(model, x_t). If it "
+        "is a sequence without a batch, add a batch dimension of size 1",
     )
 
 
@@ -482,7 +488,7 @@ def asgl_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def require_asgl_layers(model: nn.Module, caller: str) -> dict[str, Any]:
-    """ASGL layers as a dict; having none is an error."""
+    """The ASGL layers of a model by name; an error if it has none."""
     check_module(model, caller)
     layers = dict(asgl_layers(model))
     if not layers:

@@ -49,7 +49,7 @@ from ..checks import (
     read_number,
     require_range,
 )
-from ..layout import by_channel, channel_dim, real_type
+from ..layout import channel_dim, real_type, reshape_by_channel
 from ..reference.normalisation import batch_statistics, normalisation
 from ..reference.surrogates import detached
 from ..torch_modes import (
@@ -215,7 +215,7 @@ def _with_derivative(operator: Any, below: Any, *arguments: Any) -> tuple[Tensor
 
 
 def _update_with_derivative(operator: Any, below: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
-    """The derivative of batch_norm_update, as above."""
+    """A bare batch_norm_update with its derivative, which is that of batch_norm_coefficients."""
     return _with_derivative(operator, partial(below, *arguments[:4]), *arguments[4:])
 
 
@@ -225,9 +225,10 @@ DERIVATIVES.update(batch_norm_coefficients=_with_derivative, batch_norm_update=_
 def _run_fused(
     settings: _Settings, running: _Running | None, call: Call, norm: _ByChannel, keep_checkpoints: bool
 ) -> tuple[ForwardResult, Tensor, Tensor]:
-    """The result of the neuron, the coefficients, and count, mean and variance of each channel.
+    """Runs the fused operators: the neuron's results, the coefficients, and count, mean and variance of each channel.
 
-    Updates running statistics before autograd saves a tensor, which ends a call that a checkpoint repeats.
+    Updates running statistics before autograd saves a tensor, because a checkpoint may end its second run at that
+    point.
     """
     backend, plan, inputs = call
 
@@ -284,8 +285,8 @@ def _check_shared_count(counts: Tensor, settings: _Settings, x_seq: Tensor) -> N
     """Raises for one value per channel over all processes; synchronises only if this process has at most one."""
     if x_seq.numel() <= x_seq.shape[settings.channel] and bool((counts.sum(0) <= 1).any()):
         raise ValueError(
-            f"{_CALLER}: training needs more than one value per channel, got one in all processes together, and here "
-            f"x_seq of shape {list(x_seq.shape)}"
+            f"{_CALLER}: training needs more than one value per channel, got one over all processes together and, in "
+            f"this process, x_seq of shape {list(x_seq.shape)}"
         )
 
 
@@ -301,13 +302,13 @@ def check_process_group(process_group: Any, caller: str) -> None:
 
 
 def _process_group_error(process_group: Any, caller: str) -> TypeError:
-    """The error for a process_group that is none."""
+    """The error for an argument process_group that is no process group."""
     expected = 'process_group must be a process group that this process is in, "world" or None'
     return TypeError(f"{caller}: {expected}, got {format_value(process_group)}")
 
 
 def sharing_group(process_group: Any, caller: str) -> Any:
-    """The group, or None if it has one process."""
+    """The process group that shares statistics, or None if it has only one process."""
     if process_group is None:
         return None
     if isinstance(process_group, str) and process_group == "world":
@@ -320,7 +321,7 @@ def sharing_group(process_group: Any, caller: str) -> Any:
 
 
 def _sum_over_processes(sums: Sequence[Tensor], group: Any) -> Sequence[Tensor]:
-    """The sums over all processes."""
+    """The gradients of gain and bias, summed over all processes of the group."""
     if group is None:
         return sums
     total = torch.stack(list(sums))
@@ -364,10 +365,10 @@ def batch_norm_lif(
             initialised.
 
     Other arguments, results and errors are as in `asgl_cuda.lif`. The result is differentiable once, also with respect
-    to weight and bias. Statistics are computed in float64, from sums that do not cancel, without rounding between the
-    two layers: a float16 input of mean 100 and standard deviation 0.1 is normalised accurately. Inputs may be up to
-    1e15 in magnitude, or 1e150 in float64. Larger inputs can give NaN or inaccurate gradients. With `eps=0` the
-    standard deviation of a channel must be at least 1e-15, or 1e-150 in float64.
+    to weight and bias. Statistics are computed in float64 by sums that do not cancel, and the normalised value is not
+    rounded to the type of x_seq. A float16 input of mean 100 and standard deviation 0.1 is therefore normalised
+    accurately. Inputs may be up to 1e15 in magnitude, or 1e150 in float64. Larger inputs can give NaN or inaccurate
+    gradients. With `eps=0` the standard deviation of a channel must be at least 1e-15, or 1e-150 in float64.
 
     Example::
 
@@ -487,8 +488,9 @@ def _checked_settings(caller: str, x_seq: Tensor, norm: _Normalisation) -> _Sett
         check_floating(name, value, x_seq, caller)
         if list(value.shape) != [channels]:
             raise ValueError(
-                f"{caller}: {name} must have shape {[channels]} for x_seq of shape {list(x_seq.shape)}, "
-                f"got {list(value.shape)}: {describe_shape_mismatch(x_seq, time_dim, value.shape or (1,), True)}"
+                f"{caller}: {name} must have shape {[channels]}, with a value for each channel (dimension {channel}) "
+                f"of x_seq of shape {list(x_seq.shape)}, got {list(value.shape)}"
+                f"{'; is time missing?' if x_seq.shape[1:2] == value.shape else ''}"
             )
     if isinstance(momentum, Tensor):
         check_floating("momentum", momentum, x_seq, caller)
@@ -587,7 +589,7 @@ def _run_reference(settings: _Settings, running: _Running | None, call: Call, no
             _update_running_statistics(running, mean, variance * (count / (count - 1)))
     real, eps, input_scale = real_type(x_seq.dtype), settings.eps, settings.input_scale
     coefficients = normalisation(mean, variance, weight, bias, eps, input_scale, real)
-    gain, shift, rounded = (by_channel(value, channel, x_seq) for value in coefficients)
+    gain, shift, rounded = (reshape_by_channel(value, channel, x_seq) for value in coefficients)
     return run_reference(call.plan, call.inputs.with_input(gain, shift, rounded))
 
 
@@ -658,8 +660,8 @@ class BatchNormLIF(LIF):
     Inputs may be up to 1e15 in magnitude, or 1e150 in float64. Larger inputs can give NaN or inaccurate gradients. With
     `eps=0` the standard deviation of a channel must be at least 1e-15, or 1e-150 in float64.
 
-    Raises the errors of `LIF` and of `asgl_cuda.batch_norm_lif`. The docstring of the latter shows how PyTorch computes
-    the same.
+    Raises the errors of `LIF` and of `asgl_cuda.batch_norm_lif`. The docstring of `batch_norm_lif` shows how PyTorch
+    computes the same.
 
     Example::
 
@@ -703,7 +705,7 @@ class BatchNormLIF(LIF):
     ) -> None:
         caller = self._caller
         if "input_gain" in lif_options:
-            raise TypeError(f"{caller}: input_gain is an argument of LIF; input_scale is the factor here")
+            raise TypeError(f"{caller}: takes no input_gain; use input_scale, the factor on the normalised input")
         check_keywords(lif_options, {**(LIF.__init__.__kwdefaults__ or {}), "input_scale": 1.0}, caller)
         try:
             channels, *others = check_sizes("num_features", num_features, caller)
@@ -715,7 +717,9 @@ class BatchNormLIF(LIF):
         granularity = lif_options.get("granularity", "layer")
         in_layer = isinstance(granularity, str) and granularity == "layer"
         if in_layer and others:
-            raise ValueError(f"{caller}: num_features must be one number for granularity 'layer', got {num_features}")
+            raise ValueError(
+                f"{caller}: num_features must be one number for granularity 'layer', got {format_value(num_features)}"
+            )
         own = dict(locals())
         super().__init__(None if in_layer else num_features, device=device, dtype=dtype, **lif_options)
         self.num_channels = channels
@@ -760,7 +764,7 @@ class BatchNormLIF(LIF):
         channel = channel_dim(time_dim)
         if x_seq.dim() > channel and x_seq.shape[channel] != self.num_channels:
             raise ValueError(
-                f"{self._caller}: x_seq must have {self.num_channels} channels: "
+                f"{self._caller}: x_seq must have "
                 + describe_shape_mismatch(x_seq, time_dim, (self.num_channels,), by_channel=True)
             )
 

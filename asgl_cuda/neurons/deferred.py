@@ -35,7 +35,7 @@ _QUERIES = frozenset(
 
 
 class Source:
-    """A tensor that the layers would have made, here a sum; `value_because` computes it, for a reason in words."""
+    """A tensor that the layers would have computed, here a sum. `value_because` computes it, for a reason in words."""
 
     tensor: Tensor | None = None
     changes = 0  # number of changes in place
@@ -179,7 +179,7 @@ class Pending:
         return getattr(value, name)
 
     def _count_change(self, name: str) -> None:
-        """Counts a change in place, which other views of this value, not computed yet, would miss."""
+        """Counts a change in place, so that `check` refuses other views of this value that are not computed yet."""
         if name in _CHANGING:
             self.source.changes += 1
             self.changes = self.source.changes
@@ -229,7 +229,7 @@ class Pending:
         return self._pass_state_to(Pending(self.call, self.source, channel, x, residual, views, self.watched))
 
     def _pass_state_to(self, made: Pending) -> Pending:
-        """Passes on what is known of a value to a view of it, or to a sum."""
+        """Copies factor, flags and counts of this value to `made`, a view of it or a sum with it; returns `made`."""
         made.was_asked, made.has_graph = self.was_asked, self.has_graph and torch.is_grad_enabled()
         made.factor = self.factor
         if made.source is self.source:
@@ -237,7 +237,7 @@ class Pending:
         return made
 
     def _channel_after_view(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-        """Where a permutation puts the channels; where they are, for another view; -1 for what is neither."""
+        """The dimension of the channels after a permutation; the present one for a reshape; -1 for other views."""
         x = self.x
         if name in _BY_SHAPE:
             if name == "to":  # half types must not be rounded between normalisation and neurons
@@ -356,7 +356,7 @@ class Pending:
 
 
 def _channel_after_reshape(before: Any, after: Any, channel: int) -> int:
-    """The dimension that a reshape keeps, with as many elements before it as before; -1 if there is none."""
+    """The dimension of the channels after a reshape: of their size, with as many elements before it; -1 without one."""
     front, found = math.prod(before[:channel]), -1
     for dim, size in enumerate(after):
         if size == before[channel] and math.prod(after[:dim]) == front:
@@ -377,7 +377,7 @@ def _version(tensor: Tensor) -> int:
 
 
 def watched(tensor: Tensor) -> tuple[Any, ...]:
-    """The tensor with its version, to see whether it changes."""
+    """The tensor with its version, which shows later whether the tensor has changed."""
     return ((tensor, _version(tensor)),)
 
 

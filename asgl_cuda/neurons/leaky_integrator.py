@@ -233,8 +233,8 @@ class LeakyIntegrator(NeuronLayer):
     `decay` can be read and set at any time. A state dict contains only a learned decay, as `logit_decay`.
 
     Neurons with a synaptic current are `nn.Sequential(LeakyIntegrator(decay=a), LIF(decay=b))`. Per neuron and step
-    these two layers move 4 values in forward and 5 in backward, because the current and its gradient go through memory.
-    A single kernel would move 2 and 3.
+    these two layers read and write 4 values in forward and 5 in backward, because the current and its gradient go
+    through memory. A single kernel would read and write 2 and 3.
 
     Raises ValueError or TypeError for arguments out of range, and otherwise the errors of `asgl_cuda.leaky_integrator`.
 

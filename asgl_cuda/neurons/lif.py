@@ -112,14 +112,16 @@ def lif(
             finite. A width that is a tensor is checked only if it is on the CPU, because checking it on a GPU would
             synchronise the device. It is not checked under torch.compile and torch.func either. Where it is not
             checked, a width < 0 gives gradients of the wrong sign, and a width of 0 gives NaN. fast_sigmoid and arctan
-            square u / width. Where this square overflows, at abs(u) somewhat above 1e19 * width, they have no gradient.
-        surrogate: rectangle, triangle, sigmoid, arctan, erf, fast_sigmoid or laplace; with `multi_spike` also
+            square u / width, where u is the potential minus the threshold. Where this square overflows, at abs(u)
+            somewhat above 1e19 * width, they have no gradient.
+        surrogate: the name of F, a smooth step from 0 to 1. The derivative of F(u / width) replaces that of the spike.
+            rectangle, triangle, sigmoid, arctan, erf, fast_sigmoid or laplace; with `multi_spike` also
             periodic_exponential, whose slope peaks at every multiple of the threshold. No effect with levels.
         surrogate_gain: factor on the surrogate gradient.
-        analog_prob: fraction of elements that emit F(u / width) instead of a spike, in steps of 1 / 65536. Default 0;
-            the default of the layer `LIF` is 0.5. A tensor of one value on x_seq's device can change without
-            recompiling a compiled graph; it gets no gradient. Its range is checked only on the CPU; on a GPU values are
-            clamped to [0, 1], and NaN counts as 0.
+        analog_prob: fraction of elements that emit the smooth value F(u / width) instead of a spike, in steps of
+            1 / 65536. Default 0; the default of the layer `LIF` is 0.5. A tensor of one value on x_seq's device can
+            change without recompiling a compiled graph; it gets no gradient. Its range is checked only on the CPU; on a
+            GPU values are clamped to [0, 1], and NaN counts as 0.
         rng_state: int64 tensor `[seed, offset]` on x_seq's device, which determines the noise. Neurons are numbered in
             memory order, so a channels_last x_seq gets other noise than its contiguous copy.
         generator: generator that draws rng_state if rng_state is not given; default the device's default generator.
@@ -128,7 +130,7 @@ def lif(
         input_gain, input_bias, input_mean: the input current is `input_gain * (x_seq - input_mean) + input_bias`.
         residual: shortcut of a residual block, in shape and type of x_seq. `residual_gain * residual` is added to the
             input current, without a sum in memory. If its memory order is not that of x_seq, it is copied once.
-        residual_gain: a number, only with a residual. Apply a learned factor to the residual itself.
+        residual_gain: factor on the residual, a number. To learn a factor, multiply the residual by it before the call.
         strict_threshold: fire at u > 0 instead of u >= 0. No effect with levels and multi_spike.
         scale_output: multiply the output by `v_threshold`. With levels and without multi_spike, divide it by `levels`
             instead.
@@ -218,7 +220,7 @@ LIF_DEFAULTS: Arguments = lif.__kwdefaults__ or {}  # type: ignore[assignment]
 
 
 def run_lif(caller: str, x_seq: Tensor, given: Arguments) -> Tensor | LIFOutput:
-    """The result of `lif`."""
+    """Computes `lif` from the record of its arguments."""
     backend, plan, inputs = call = checked_call(caller, x_seq, given)
     if BACKENDS[backend].operators is None:
         outputs = run_reference(plan, inputs)
@@ -235,7 +237,7 @@ def run_lif(caller: str, x_seq: Tensor, given: Arguments) -> Tensor | LIFOutput:
 def run_lif_after(
     pending: Pending, layer: Any, caller: str, given: Arguments, update: bool = True
 ) -> Tensor | LIFOutput:
-    """The result of `lif` in `layer`, after a normalisation: of both in one call, or of the normalised value."""
+    """Computes `lif` of `layer` after a normalisation: both in one call if possible, else from the normalised value."""
     value = pending.value_unless_merged(layer, given, update)
     if value is None:
         return pending.run_merged(layer, given, update)  # type: ignore[no-any-return]
@@ -243,7 +245,7 @@ def run_lif_after(
 
 
 def requested_output(plan: Plan, outputs: Sequence[Tensor]) -> Tensor | LIFOutput:
-    """The requested outputs, which come first."""
+    """The spikes, or a `LIFOutput` if potentials are wanted. Further `outputs`, such as checkpoints, come last."""
     return LIFOutput(*none_for_unwanted(outputs, (True, *plan.wanted))) if True in plan.wanted else outputs[0]
 
 
@@ -257,7 +259,7 @@ def run_reference(plan: Plan, inputs: Inputs) -> list[Tensor]:
 def run_forward(
     backend: str, plan: Plan, inputs: Sequence[Any], keep_checkpoints: bool, operator: Any = None
 ) -> ForwardResult:
-    """Runs lif_forward of a fused backend, or the operator given."""
+    """Runs lif_forward of a fused backend, or `operator` if given."""
     if operator is None:
         operator = operators_of(backend, inputs).lif_forward
     return operator(*inputs, *plan.packed, (*plan.wanted, keep_checkpoints))  # type: ignore[no-any-return]
@@ -266,7 +268,7 @@ def run_forward(
 def run_backward(
     backend: str, plan: Plan, inputs: Inputs, grads: Sequence[Tensor | None], checkpoints: Tensor, wanted: Inputs
 ) -> Inputs:
-    """The `wanted` gradients, for those of the results of forward."""
+    """Runs lif_backward: the `wanted` gradients of the inputs, from `grads`, the gradients of forward's results."""
     x_seq, v_init, rng_state, *parameters = inputs
     found = operators_of(backend, (*inputs, *grads)).lif_backward(
         *none_for_unwanted(grads, (True, *plan.wanted)), x_seq, v_init, rng_state, checkpoints, *parameters,
@@ -286,7 +288,7 @@ class LIFFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(operator: Any, backend: str, plan: Plan, *inputs: Any) -> tuple[Tensor, ...]:
-        """The wanted outputs and the checkpoints. None for the operator: the one that is called directly."""
+        """The wanted outputs and the checkpoints. If the operator is None, the one of the backend is called."""
         return tuple(run_forward(backend, plan, inputs, True, operator))
 
     @staticmethod
@@ -301,7 +303,7 @@ class LIFFunction(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         checkpoints, *tensors = saved_tensors(ctx)
         inputs, plan, wanted = Inputs(*tensors), ctx.plan, Inputs(*ctx.needs_input_grad[3:])
-        # The gradients of x_seq and of the residual may be one tensor, as they are for a sum.
+        # If the current is x_seq + residual, both have the same gradient, and one tensor serves for both.
         shared = wanted.residual and wanted.x_seq and _is_plain_sum(plan.numbers, inputs)
         if shared:
             asked = [*wanted[:-1], False]
@@ -332,15 +334,15 @@ DERIVATIVES["lif_forward"] = _with_derivative
 
 
 def remember_call(call: Call, inputs: Inputs, outputs: Sequence[Tensor]) -> None:
-    """Has backward recompute the spikes of a call with these inputs, inside `recompute_spikes`."""
-    backend = call.backend  # captures the backend, not the call, which would keep the tensors
+    """Makes backward recompute the spikes of a call with these inputs, inside `recompute_spikes`."""
+    backend = call.backend  # so that compute_spikes holds the backend, not the call, which holds tensors
     plan = make_plan(inputs.x_seq, call.plan.rules, call.plan.numbers, (False, False, False))
 
     def compute_spikes(*inputs: Tensor | None) -> Tensor:
         """The spikes, computed again from the inputs of the call."""
         return run_forward(backend, plan, inputs, keep_checkpoints=False)[0]
 
-    # Copies of parameters, because FSDP frees them before backward of the next layer needs the spikes.
+    # Parameters are copied, because FSDP frees them before backward of the next layer needs the spikes.
     sequences = "x_seq", "v_init", "rng_state", "residual"
     values = {
         name: value if value is None or name in sequences else value.detach().clone()
@@ -566,7 +568,7 @@ class LIF(Neurons):
 
 
 def lacking_options(layer: type[Neurons], *arguments: str) -> set[str]:
-    """Options of `lif` and `LIF` that another neuron lacks: these arguments, a residual, what is not in its table."""
+    """Options of `lif` and `LIF` that another neuron lacks: `arguments`, a residual, and those not in its table."""
     return {"residual", "residual_gain", *arguments, *(LIF._options.keys() - layer._options.keys())}
 
 

@@ -16,17 +16,18 @@ _CALLER = "asgl_cuda.OverTime"
 
 
 def placement_advice(layer: str, in_place: bool = False) -> str:
-    """Advice of an error: the layer after an OverTime, or what is there `in_place` of one that takes single steps."""
+    """The end of an error: put the layer after OverTime; `in_place`: there put what computes it over sequences."""
     return f"{'in a form that takes [T, B, ...]:' if in_place else 'as in'} nn.Sequential(OverTime(...), {layer})"
 
 
 def _describe_neurons(module: nn.Module) -> tuple[str, str] | None:
+    """The class of a layer of asgl_cuda with state over time, and how to put it outside; None for other modules."""
     name = type(module).__name__
     return (name, placement_advice(f"{name}(...)")) if isinstance(module, NeuronLayer) else None
 
 
-# For a module with state from step to step, the name of its class and how to put it outside; None for others. `interop`
-# adds functions for other libraries.
+# Functions that return, for a module with state over time, the name of its class and how to put it outside of OverTime;
+# None for other modules. `interop` adds functions for other libraries.
 KNOWS_TIME: list[Callable[[nn.Module], tuple[str, str] | None]] = [_describe_neurons]
 
 
@@ -87,7 +88,7 @@ def _check_sequence(x_seq: Any, layer: nn.Module) -> None:
 
 
 def _first_layer_sample(layer: nn.Module) -> tuple[str, Sequence[str]]:
-    """The first layer's name, and the sizes of a sample where, with fewer, it would mix steps and samples."""
+    """The first layer's name, and the dimensions of its samples if it would take time or batch for a missing one."""
     while type(layer).forward is nn.Sequential.forward and layer._modules:
         layer = next(layer.children())
     sizes: Sequence[str] = ()
@@ -107,7 +108,7 @@ _timeless: set[type[nn.Module]] = set()  # classes without time
 
 
 def _refuse_time_inside(layer: nn.Module) -> None:
-    """Refuses modules that know time, each class tested once. 0.2 us a module; modules() takes 0.7."""
+    """Refuses modules that use time. Each class is tested once. Takes 0.2 us per module; modules() would take 0.7."""
     if isinstance(layer, (nn.RNNBase, nn.RNNCellBase)):  # inside another module, possibly not over time
         raise TypeError(
             f"{_CALLER}: layer must not use time, got {type(layer).__name__}, which would get time and batch merged"

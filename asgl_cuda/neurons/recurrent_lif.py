@@ -242,7 +242,7 @@ def _check_adaptation(input_gain: Any, caller: str) -> None:
 
 
 def _check_recurrence(x_seq: Tensor, given: _Recurrence, neuron: Any) -> float:
-    """Refuses what does not fit x_seq, also where `lif` would take it. Returns syn_decay, 0 if no constant."""
+    """Refuses arguments that do not fit x_seq, also if `lif` takes them. Returns a constant syn_decay, else 0."""
     time_dim = check_input(x_seq, neuron["time_dim"], _CALLER)
     if x_seq.dim() != 3 or time_dim > 1:
         raise ValueError(
@@ -317,8 +317,8 @@ def _run_recurrent(x_seq: Tensor, given: _Recurrence, neuron: Arguments) -> Tens
         outputs: Any = s_seq, None, h_seq, v_seq, None, None, *last
     else:
         differentiated = is_differentiated(tensors, _CALLER)
-        # Results kept for backward: the emitted spikes if s_seq differs from them; i_seq for the gradient of syn_decay;
-        # w_seq.
+        # The sequences that backward needs: emitted if s_seq differs from it, h_seq, v_seq, i_seq for the gradient of
+        # syn_decay, and w_seq for gradients of an adaptation.
         keeps = (
             bool(rules.scale_output) or real != x_seq.dtype,
             True,

@@ -35,7 +35,8 @@ _LEARNS = dict.fromkeys(("learn_width", "learn_decay", "learn_threshold"), check
 class Neurons(NeuronLayer, Noisy):
     """A layer of spiking neurons: width, decay and threshold, constant or learned, the reset, and the noise.
 
-    Layers add options to `_options`: without, neurons emit one spike a step, of height 1, and have no floor.
+    Subclasses add options to `_options`. Without them, neurons emit at most one spike of height 1 per step, and their
+    potential has no lower bound.
     """
 
     _constants: ClassVar[tuple[str, ...]] = (*NeuronLayer._constants, "_width", "_v_threshold", *_OF_RESET)
@@ -89,7 +90,7 @@ class Neurons(NeuronLayer, Noisy):
     def width(self) -> Tensor | float:
         """The width, in units of the input: a tensor of the granularity's shape, `[]` for "layer", if learned.
 
-        With levels, the threshold.
+        With levels, it is the threshold.
         """
         return self._property_value(self._current_values()[2 if self._emits_levels else 0])
 
@@ -99,7 +100,7 @@ class Neurons(NeuronLayer, Noisy):
 
     @property
     def _emits_levels(self) -> bool:
-        """Whether spikes are rounded potentials."""
+        """Whether neurons emit rounded potentials: with `levels` and without `multi_spike`."""
         return self.levels is not None and not self.multi_spike
 
     def _set_width(self, value: Any) -> None:
@@ -109,7 +110,10 @@ class Neurons(NeuronLayer, Noisy):
         for each in min_and_max(found):
             check_width(each, self._caller)
             if self._emits_levels and each != 1:
-                raise ValueError(f"{self._caller}: levels uses the threshold as width, so width must be 1, got {each}")
+                raise ValueError(
+                    f"{self._caller}: with levels the threshold acts as the width, so width must be 1.0, the default, "
+                    f"got {each}; leave out width"
+                )
             if learned and not _LEAST_WIDTH <= each <= _LARGEST_WIDTH:
                 raise ValueError(
                     f"{self._caller}: a learned width must be in [{_LEAST_WIDTH:.3g}, {_LARGEST_WIDTH:.3g}], got {each}"
@@ -166,7 +170,7 @@ class Neurons(NeuronLayer, Noisy):
 
     def _current_values(self) -> tuple[Value, Value, Value]:
         """Width, decay and threshold: constants, or learned, in the shape of the parameters."""
-        log_width, threshold = self.log_width, self.threshold  # 0.7 us each
+        log_width, threshold = self.log_width, self.threshold  # read once, because each access takes 0.7 us
         return (
             self._width if log_width is None else Logarithm(log_width),
             self._decay_value(),

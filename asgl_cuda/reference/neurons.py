@@ -109,7 +109,7 @@ def lif_reference(
         if r is not None:
             c = c + numbers.residual_gain * r[t]
         charged = v_rest + at(decay, t) * (v - v_rest) + c
-        # The addition for h_seq comes last, so that autograd adds gradients in the order of the kernels.
+        # h_seq gets a sum of its own, at the end of the step, so that autograd adds gradients in the kernels' order.
         minus_w = -w if in_threshold else None
         h = charged if minus_w is None else charged + minus_w
         u = h if counts else h - at(v_threshold, t)

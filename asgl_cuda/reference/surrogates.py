@@ -1,7 +1,7 @@
 """The surrogates: names, ids shared with the kernels, F and its slope f = F' in plain PyTorch, and their gradient.
 
 Each F is a unit-width cumulative function, F(-inf) = 0 and F(inf) = 1; a neuron of width w uses H(u) = F(u / w).
-Autograd differentiates F; `slope` is for readings without autograd.
+Autograd differentiates F; `slope` serves code without autograd, such as Monitor.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def with_gradient_of(s: Tensor, a: Tensor, gain: float = 1.0) -> Tensor:
     if compiling and is_exporting():  # in exported graphs autograd functions are clones
         scaled = a * gain
         nothing = scaled - detached(scaled)
-        return detached(s) + torch.where(nothing == 0, nothing, 0.0)  # without a NaN
+        return detached(s) + torch.where(nothing == 0, nothing, 0.0)  # not NaN, if a is not finite
     result: Tensor = apply(GradientOf if compiling else GradientAndTangentOf, s, a, gain)
     return result
 

@@ -51,9 +51,9 @@ def _operators_of(inputs: Sequence[Any]) -> _Operators:
 
 
 def _pack_spikes(x: Tensor) -> Tensor | None:
-    """A bit for each element, and the values of those that are not zero, unless all are 1.
+    """Packs x for backward: a bit per element, then the values that are not zero, unless all of those are 1.
 
-    None where x itself is to be saved: if that takes no more memory, and where sizes must not depend on values.
+    None if x itself is to be saved: because it takes no more memory, or because sizes must not depend on values.
     """
     if torch.compiler.is_compiling() or is_transform_active() or type(x) is not Tensor or not x.is_cpu:
         return None
@@ -61,7 +61,7 @@ def _pack_spikes(x: Tensor) -> Tensor | None:
 
 
 def _unpack_spikes(packed: Tensor, shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """The tensor that `_pack_spikes` has packed."""
+    """Restores the tensor that `_pack_spikes` has packed."""
     x = torch.empty_strided(shape, stride, dtype=dtype)
     extension.module.unpack_spikes(packed, x)  # type: ignore[union-attr]
     return x
@@ -180,7 +180,7 @@ def convolution_by_kernel(
             f"{list(x.shape)}"
         )
     if isinstance(padding, str):
-        both = [size - 1 if padding == "same" else 0 for size in weight.shape[2:]]  # padding of both sides together
+        both = [size - 1 if padding == "same" else 0 for size in weight.shape[2:]]  # the sum of both sides
         padding = [each // 2 for each in both]
         x = functional.pad(x, [pad for each in reversed(both) for pad in (0, each % 2)])
     if x.dim() == dims:
@@ -251,8 +251,8 @@ def spike_conv2d(
         bias: `[out_channels]`.
         stride, padding, dilation, groups: as in torch.
 
-    It computes as `spike_linear` does, with sums over the non-zero inputs by row and column of the kernel, then by
-    channel. torch's operator is also used for dilations and groups other than 1.
+    The computation is that of `spike_linear`. A sum adds the non-zero inputs in the order of the kernel's rows, then of
+    its columns, then of the channels. torch's operator is also used for dilations and groups other than 1.
 
     Returns:
         `[N, out_channels, H', W']` or `[out_channels, H', W']`, differentiable once with respect to all tensors.

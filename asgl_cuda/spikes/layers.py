@@ -34,7 +34,7 @@ class _Copy:
 
     @staticmethod
     def _key_of(weight: Tensor) -> tuple[Any, ...]:
-        """What changes if torch knows that the weight has changed."""
+        """Properties of the weight, of which at least one changes if torch knows of a change of the weight."""
         return weight.data_ptr(), weight._version, weight.shape, weight.stride(), weight.dtype
 
     def is_current_for(self, weight: Tensor) -> bool:
@@ -45,9 +45,9 @@ class _Copy:
 class _SpikeLayer(nn.Module):
     """Base of the layers: in evaluation it keeps a copy of the weight for calls with few samples, such as single steps.
 
-    Not saved, copied or pickled. A change of the weight shows in its version, of its storage in its address. Optimizers
-    may change it unseen, torch's fused ones among them: a call in training or with a gradient of the weight drops the
-    copy.
+    The copy is not saved, copied or pickled. The weight's version shows changes in place, its address another storage.
+    Some optimizers, such as torch's fused ones, change the weight without a new version, so a call in training or with
+    a gradient of the weight drops the copy.
     """
 
     weight: Tensor
@@ -65,7 +65,7 @@ class _SpikeLayer(nn.Module):
             x.numel() * weight.shape[0] > _FEW_SUMS * weight.numel()
             or torch.compiler.is_compiling()  # the copy would become a constant of the graph
             or is_transform_active()  # the weight may be a wrapper without memory of its own
-            or type(weight) not in (nn.Parameter, Tensor)  # as above
+            or type(weight) not in (nn.Parameter, Tensor)  # nor may subclasses have memory
             or weight.is_inference()  # has no version that would show a change
         ):
             return None
@@ -174,7 +174,7 @@ class SpikeConv2d(_SpikeConv, nn.Conv2d):
     See `spike_conv2d` for the computation, and for the cases in which torch's operator is used, and `SpikeLinear` for
     the copy of the weight. The layer always uses the list of non-zero inputs. It is faster than `torch.nn.Conv2d` if at
     most about a quarter of the inputs is non-zero. Layers with fewer than about 32 input or output channels gain
-    nothing, and neither do first layers, whose input is dense.
+    nothing. The first layer of a network gains nothing either, because its input is dense.
 
     Raises the errors of `spike_conv2d`.
 

@@ -139,7 +139,7 @@ def test_remedy_in_a_checkout(package):
 @pytest.mark.parametrize(
     ("cuda", "problem"),
     [
-        (None, f"torch {HERE} is a build without CUDA. With one for CUDA: "),
+        (None, f"torch {HERE} is a build without CUDA. Install one for CUDA, then run: "),
         ("13.0", "the extension was built without CUDA: there is no toolkit. To build it anew: "),
     ],
 )

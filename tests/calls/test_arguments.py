@@ -165,13 +165,13 @@ BAD = [
     ({**SOFT, "levels": 4, "surrogate": "arctan"}, ValueError, "takes no other, got 'arctan'"),
     *(({**SOFT, "levels": 4, "v_threshold": value}, ValueError, "v_threshold|> 0")
       for value in (0.0, -1.0, torch.zeros(3))),
-    *(({**SOFT, "levels": 4, "width": width}, ValueError, f"must be the float 1.0, got {got}", "lif batch_norm_lif")
-      for width, got in ((2.0, "2.0"), (torch.ones(()), "a tensor; leave it out"), (torch.ones(3), "a tensor; leave"))),
+    *(({**SOFT, "levels": 4, "width": width}, ValueError, f"must be 1.0, the default, got {got}", "lif batch_norm_lif")
+      for width, got in ((2.0, "2.0"), (torch.ones(()), "a tensor; leave out width"), (torch.ones(3), "a tensor"))),
     ({"v_min": NAN}, ValueError, "v_min must be finite, got nan"),
     ({"v_min": -INF}, ValueError, "v_min must be finite, got -inf"),
     ({"v_min": "0"}, TypeError, "v_min must be a float, got str"),
     # What some neurons lack.
-    *(({name: value}, TypeError, f"keyword argument '{name}', which these neurons lack", "adaptive_lif recurrent_lif")
+    *(({name: value}, TypeError, f"argument '{name}', which these neurons do not have", "adaptive_lif recurrent_lif")
       for name, value in (("levels", 4), ("residual", X), ("v_min", 0.0))),
     ({"input_gain": 2.0}, TypeError, "'input_gain'", "batch_norm_lif"),
     # Normalised.
@@ -266,7 +266,7 @@ def test_bad_arguments_of_layers():
         layer.analog_prob = 0.1
     assert layer.analog_prob == 0
     layer = asgl_cuda.BatchNormLIF(5)
-    with pytest.raises(ValueError, match=r"running_mean must have shape \[3\] .* got \[5\]"):
+    with pytest.raises(ValueError, match=r"running_mean must have shape \[3\], .* got \[5\]"):
         layer(torch.randn(4, 2, 3, 6))
     assert int(layer.num_batches_tracked) == 0
     for wrong in (0, [], "3", True):

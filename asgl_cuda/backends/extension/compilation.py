@@ -4,7 +4,7 @@ ASGL_CUDA_BUILD: cuda, the kernels for CPU and GPU; cpu, only those for the CPU.
 torch and a toolkit allow that, a GPU or not; else cpu.
 TORCH_CUDA_ARCH_LIST, such as "8.0;9.0+PTX": the GPUs; without it, those that the installed torch was built for, from
 sm_75 on, as far as nvcc knows them. Newer GPUs have PTX. Architectures with the same code are compiled once.
-MAX_JOBS: files at a time; without it, one a core, as far as memory suffices.
+MAX_JOBS: files at a time; without it, one per core, as far as memory suffices.
 """
 
 from __future__ import annotations
@@ -159,8 +159,8 @@ def architecture_flags(known: list[int]) -> tuple[list[str], str]:
         wanted = {int(entry[1] + entry[2]): entry[3] is not None for entry in entries if entry}
         if None in entries or not wanted.keys() <= set(known):
             raise SystemExit(
-                f"asgl_cuda: TORCH_CUDA_ARCH_LIST must be of the form 8.0;9.0+PTX, and this nvcc knows "
-                f"{' '.join(f'{number / 10:.1f}' for number in sorted(known))}, got {asked!r}"
+                f"asgl_cuda: TORCH_CUDA_ARCH_LIST must be of the form 8.0;9.0+PTX, of architectures that this nvcc "
+                f"knows ({' '.join(f'{number / 10:.1f}' for number in sorted(known))}), got {asked!r}"
             )
     else:
         supported = {number for number in known if number >= OLDEST_ARCHITECTURE}
@@ -181,7 +181,7 @@ def architecture_flags(known: list[int]) -> tuple[list[str], str]:
 
 
 def parallel_jobs() -> int:
-    """Compilers at a time: MAX_JOBS, or one a core, as far as memory suffices."""
+    """The number of compilers at a time: MAX_JOBS, or one per core, as far as memory suffices."""
     asked = os.environ.get("MAX_JOBS", "")
     if asked.isdigit():
         return max(1, int(asked))
@@ -211,8 +211,8 @@ class Plan(NamedTuple):
 
 
 def plan_build(csrc: Path, wanted: str | None) -> Plan:
-    """How to compile the sources there. Paths are relative where that one is, as setuptools needs them in setup.py."""
-    for name in ("CC", "CXX"):  # torch and setuptools would start a program without a name
+    """How to compile the sources in `csrc`. Paths are relative if `csrc` is, as setuptools needs them in setup.py."""
+    for name in ("CC", "CXX"):  # an empty name, which torch and setuptools would try to start
         if not os.environ.get(name, "-").strip():
             del os.environ[name]
     # The folder in which pip puts ninja, which may be missing from the PATH.
@@ -240,7 +240,7 @@ def plan_build(csrc: Path, wanted: str | None) -> Plan:
     extension.define_macros.append(("ASGL_WITH_CUDA", None))
     threads = max(1, parallel // len(kernels))  # threads of each compiler that ninja starts
     extension.extra_compile_args["nvcc"] = [*NVCC_FLAGS, *flags, f"--threads={threads}"]
-    if toolkit.include != Path("/usr/include"):  # always searched, and after the others
+    if toolkit.include != Path("/usr/include"):  # compilers search it anyway, after all others
         extension.include_dirs.append(str(toolkit.include))
     extension.libraries.append("c10_cuda")
     extension.extra_link_args.append(str(toolkit.cudart))
@@ -248,11 +248,11 @@ def plan_build(csrc: Path, wanted: str | None) -> Plan:
 
 
 def print_to_terminal(words: str) -> None:
-    """To the terminal, since pip keeps what a build prints."""
+    """Prints a line to the terminal itself, because pip captures the output of a build."""
     try:
         with Path("/dev/tty").open("w") as terminal:
             terminal.write(f"asgl_cuda: {words}\n")
-    except OSError:  # no such program
+    except OSError:  # there is no terminal
         pass
 
 
@@ -262,7 +262,7 @@ def require_compiler() -> None:
     if shutil.which(compiler) is None:
         raise SystemExit(
             f"asgl_cuda: no C++ compiler {compiler!r} on the PATH. Install one (Debian, Ubuntu: apt install g++) or "
-            "name another program in CXX; with ASGL_CUDA_BUILD=none it is installed without the fast kernels"
+            "name another program in CXX; with ASGL_CUDA_BUILD=none, asgl_cuda is installed without the fast kernels"
         )
 
 
@@ -273,7 +273,7 @@ def build_command_class(planned: Plan, package: Path) -> type[cpp_extension.Buil
     minutes = 5 + (1 + len(re.findall(r"\bsm_", planned.cuda)) if planned.cuda else 0)
 
     class Build(cpp_extension.BuildExtension):
-        """Shows its progress, and notes what the extension was built for."""
+        """Compiles the extension, shows its progress, and writes the notes beside it (build_notes.py)."""
 
         def run(self) -> None:
             """Compiles, reports progress, and writes the notes of the build."""
@@ -293,7 +293,7 @@ def build_command_class(planned: Plan, package: Path) -> type[cpp_extension.Buil
             print(f"asgl_cuda: built {kernels} for torch {torch.__version__} on {platform.machine()}: {planned.reason}")
 
         def report_progress(self, compiled: threading.Event, earlier: dict[Path, int]) -> None:
-            """Names the files that are compiled, as their objects appear."""
+            """Prints the name of each file that has been compiled, when its object appears."""
             done: list[Path] = []
             while not compiled.wait(1):
                 for path in Path(self.build_temp).rglob("*.o"):
