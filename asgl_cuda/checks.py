@@ -104,7 +104,7 @@ def format_value(value: Any) -> str:
         if isinstance(value, Tensor) and value.dim() > 0:
             return f"a tensor of shape {list(value.shape)}"
         text = " ".join((f"{value}" if isinstance(value, Tensor) else repr(value)).split())
-    except Exception:  # ints beyond 4300 digits; user classes
+    except Exception:  # the repr of ints beyond 4300 digits, and of user classes
         text = type(value).__name__
     return text if len(text) <= 100 else f"{text[:97]}..."
 
@@ -204,7 +204,7 @@ def check_rules(given: Mapping[str, Any], caller: str, levels: int | None, multi
         raise ValueError(
             f"{caller}: levels is for the soft reset and needs v_reset=None, got v_reset {format_value(v_reset)}"
         )
-    if surrogate not in ("sigmoid", "rectangle"):  # the default, and the clamp's own name
+    if surrogate not in ("sigmoid", "rectangle"):  # the default, and the surrogate that clamps
         raise ValueError(
             f"{caller}: levels has the surrogate clamp(h / v_threshold, 0, levels) and takes no other, got "
             f"{format_value(surrogate)}; leave out surrogate"

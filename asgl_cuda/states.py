@@ -67,7 +67,7 @@ class _SteppedModule:
         self.check_state()
         shape, time_dim = x_seq.shape, self.streamed.time_dim
         if time_dim is None or not -len(shape) <= time_dim < len(shape):
-            return  # the layer refuses what it can't take
+            return  # a wrong time_dim or input, which the layer itself refuses
         if (steps := shape[time_dim]) != 1:
             raise RuntimeError(
                 f"{_CALLER}: {self.name} must get one time step, got {steps}, because the model's forward makes a "
@@ -105,7 +105,7 @@ def _describe_module(model: nn.Module, module: nn.Module) -> str:
     return f"{name} at {path!r}" if path else name
 
 
-_streamed_by_time_dim = functools.cache(functools.partial(Streamed, state="v", has_switch=True))  # by time_dim
+_streamed_by_time_dim = functools.cache(functools.partial(Streamed, state="v", has_switch=True))  # one per time_dim
 
 # For each class of modules, the function of a library that says how they take steps, or None without one. Asking all
 # libraries takes 4 us, so it is done once per class.

@@ -70,7 +70,8 @@ _unbound: Callable[[type[torch.autograd.Function]], Any] = partial(super, torch.
 def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
     """`function.apply(*arguments)` in eager mode, under compilers and exporters, and under transforms of torch.func."""
     if torch.compiler.is_compiling():
-        if is_exporting() and not is_transform_active():  # exported graphs have operators, with derivatives
+        if is_exporting() and not is_transform_active():
+            # The exported graph contains the operator, which has a derivative of its own (backends/derivatives.py).
             return function.forward(*arguments)
         # The compiler refuses a tensor that is passed twice, for example as v_threshold and as reset_amount.
         once = [

@@ -53,38 +53,42 @@ def _batch_in_one_call(operator: Any, info: Any, in_dims: tuple[Any, ...], *argu
     if rng_state is not None and (rng_dim is None or rng_state.dim() != 3):
         return _batch_one_by_one(operator, info, in_dims, *arguments, time_dim=rules.time_dim)
 
-    def front(value: Any, dim: int | None) -> Any:
+    def samples_first(value: Any, dim: int | None) -> Any:
         """The value with the samples first, expanded where shared."""
         if value is None:
             return None
         return value.expand(count, *value.shape) if dim is None else value.movedim(dim, 0)
 
-    def state(value: Any, dim: int | None) -> Any:
+    def state_with_samples(value: Any, dim: int | None) -> Any:
         """A state with the samples first; if it has several members, these come before the samples."""
-        value = front(value, dim)
+        value = samples_first(value, dim)
         return value if value is None or rules.members() == 1 else value.movedim(0, 1)
 
-    def parameter(value: Any, dim: int | None, apart: bool) -> Any:
+    def parameter_with_samples(value: Any, dim: int | None, apart: bool) -> Any:
         """Reshaped to broadcast against the sequence; `apart` expands to every sample, for a gradient of each."""
         if value is None or (dim is None and not apart):
             return value
         sizes = _sample_shape(value, dim)
-        return front(value, dim).reshape(count, *(1,) * (sequence.dim() - 1 - len(sizes)), *sizes)
+        return samples_first(value, dim).reshape(count, *(1,) * (sequence.dim() - 1 - len(sizes)), *sizes)
 
     is_backward = "grad_v_seq" in given
     first = "grad_v_seq" if is_backward and "checkpoints" not in given else "x_seq"
-    sequence = front(given[first], dims[first]).contiguous()
+    sequence = samples_first(given[first], dims[first]).contiguous()
     neurons = sequence.numel() // max(count * sequence.shape[rules.time_dim + 1], 1)
     parameters = [name for name in Parameters._fields if name in given]
     asked = dict(zip(parameters, given["wanted"][2:], strict=True)) if is_backward else dict.fromkeys(parameters, False)
-    taken = {name: front(given[name], dims[name]) for name in _SEQUENCES if name in given} | {first: sequence}
-    taken |= {name: state(given[name], dims[name]) for name in _STATES if name in given}
-    taken |= {name: parameter(given[name], dims[name], asked[name]) for name in parameters if name not in _SEQUENCES}
+    taken = {name: samples_first(given[name], dims[name]) for name in _SEQUENCES if name in given} | {first: sequence}
+    taken |= {name: state_with_samples(given[name], dims[name]) for name in _STATES if name in given}
+    taken |= {
+        name: parameter_with_samples(given[name], dims[name], asked[name])
+        for name in parameters
+        if name not in _SEQUENCES
+    }
     taken["rules"] = rules.changed(time_dim=rules.time_dim + 1)
     if rng_state is not None:
         taken["rng_state"] = rng_state.narrow(rng_dim, 0, 1).squeeze(rng_dim) if count else rng_state.new_zeros((1, 2))
     if "checkpoints" in given:
-        kept = front(given["checkpoints"], dims["checkpoints"])
+        kept = samples_first(given["checkpoints"], dims["checkpoints"])
         segments = kept[:, :-2].reshape(count, (kept.shape[1] - 2) // max(neurons, 1), neurons).movedim(1, 0)
         taken["checkpoints"] = torch.cat([segments.flatten(), kept.new_zeros(2)])
     results, wants_state = operator(*{**given, **taken}.values()), False
@@ -130,21 +134,21 @@ def _batch_one_by_one(
     values, structure = pytree.tree_flatten(arguments)
     dims = pytree.tree_leaves(in_dims)
 
-    def pick(value: Any, dim: int | None, index: int) -> Any:
+    def one_sample(value: Any, dim: int | None, index: int) -> Any:
         """One sample of a value, in a memory layout that kernels accept."""
         if dim is None:
             return value
-        if info.batch_size == 0:  # called once, for the shapes
+        if info.batch_size == 0:  # one call with zeros gives the shapes of the results
             return value.new_zeros(_sample_shape(value, dim))
         value = value.select(dim, index)
         return value if is_dense(value, time_dim) else value.contiguous()
 
-    def sample(index: int) -> Any:
+    def results_of_sample(index: int) -> Any:
         """The results of the operator for one sample."""
-        picked = [pick(value, dim, index) for value, dim in zip(values, dims, strict=True)]
+        picked = [one_sample(value, dim, index) for value, dim in zip(values, dims, strict=True)]
         return operator(*pytree.tree_unflatten(picked, structure))
 
-    results = [sample(index) for index in range(max(info.batch_size, 1))]
+    results = [results_of_sample(index) for index in range(max(info.batch_size, 1))]
     outputs = pytree.tree_map(lambda *each: torch.stack(each)[: info.batch_size], *results)
     return outputs, pytree.tree_map(lambda _: 0, outputs)
 
@@ -158,11 +162,11 @@ def _batch_norm_backward_in_layout(
     last = x_seq.dim() - 1
     channel = last if x_seq.is_contiguous() else channel_dim(others[-1])  # otherwise it is channels_last
 
-    def laid_out(grad: Tensor) -> Tensor:
+    def in_layout_of_x(grad: Tensor) -> Tensor:
         """A copy of the gradient in the memory layout of x_seq."""
         return grad.movedim(channel, last).clone(memory_format=torch.contiguous_format).movedim(last, channel)
 
-    changed = laid_out(grad_x_seq)
-    result = operator(changed, None if grad_residual is None else laid_out(grad_residual), x_seq, *others)
+    changed = in_layout_of_x(grad_x_seq)
+    result = operator(changed, None if grad_residual is None else in_layout_of_x(grad_residual), x_seq, *others)
     grad_x_seq.copy_(changed)
     return result

@@ -31,7 +31,7 @@ def cached_by_signature(names: Sequence[str]) -> Callable[[Check[Checked]], Chec
     values_of = itemgetter(*names)
 
     @functools.lru_cache
-    def split(types: tuple[type, ...]) -> tuple[list[int], Callable[[Any], Any]]:
+    def split_by_type(types: tuple[type, ...]) -> tuple[list[int], Callable[[Any], Any]]:
         """The positions of tensors, and a getter of all other arguments. TypeError for types that can't be keys."""
         others = [index for index, kind in enumerate(types) if kind in _CONSTANTS]
         tensors = [index for index, kind in enumerate(types) if kind in (*PLAIN_TENSORS, *_LEARNED)]
@@ -51,7 +51,7 @@ def cached_by_signature(names: Sequence[str]) -> Callable[[Check[Checked]], Chec
             try:
                 values = values_of(given)
                 types = tuple(map(type, values))  # part of the key, because True == 1 == 1.0
-                tensors, others_of = split(types)
+                tensors, others_of = split_by_type(types)
                 kinds = [_tensor_signature(values[index]) for index in tensors]
                 key = (caller, _tensor_signature(x_seq), types, others_of(values), *kinds)
                 plan = plans.get(key)

@@ -63,7 +63,7 @@ def _draw_under_transforms(device: torch.device, generator: torch.Generator | No
     levels = pyfunctorch.retrieve_all_functorch_interpreters()
     maps = [each for each in levels if isinstance(each, pyfunctorch.VmapInterpreter)]
     if any(each.randomness() == "error" for each in maps):
-        return torch.randint(2**63 - 1, (1, 2), generator=generator, device=device)  # torch raises the error
+        return torch.randint(2**63 - 1, (1, 2), generator=generator, device=device)  # vmap refuses this call
     apart = [each for each in maps if each.randomness() == "different"]
     with pyfunctorch.temporarily_clear_interpreter_stack():
         state = torch.randint(2**63 - 1, (1, 2), generator=generator, device=device)

@@ -35,7 +35,7 @@ from .noise import rng_state_of_call
 class Source(NamedTuple):
     """Where a parameter that is a tensor comes from."""
 
-    place: int  # among the parameters of the operator
+    place: int  # index of the parameter among those of the operator
     argument: str
     shape: tuple[int, ...] | None  # reshaped to this it broadcasts against x_seq; None: as it is
 

@@ -66,6 +66,7 @@ class _SavedTensor:
 
     @property
     def shape(self) -> torch.Size:
+        """The shape of the tensor, which `_narrow_indices` reads."""
         return self._tensor.shape
 
     def narrow(self, dtype: torch.dtype) -> None:
@@ -160,7 +161,7 @@ def _narrow_indices(tensor: Tensor) -> None:
         return
     raw = node._raw_saved_self, node._raw_saved_result1  # type: ignore[attr-defined]
     hooks = [getattr(each, "unpack_hook", None) for each in raw]
-    if any(hook is not _unpack_saved_tensor for hook in hooks):  # saved under other hooks, or by a torch without names
+    if any(hook is not _unpack_saved_tensor for hook in hooks):  # other hooks, or an older torch without names
         return
     source, indices = (each.data for each in raw)
     *_, height, width = source.shape

@@ -141,8 +141,9 @@ class Noisy(Settable):
         return self._analog_prob_data.numel() > 0
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *arguments: Any, **options: Any) -> Any:
+        """As in torch, for `to()` and others; also moves the data of analog_prob."""
         super()._apply(fn, *arguments, **options)  # type: ignore[no-untyped-call]
-        if "_analog_prob_data" in self.__dict__:  # fn may change the device, but not values or type
+        if "_analog_prob_data" in self.__dict__:  # fn decides the device; values and type stay
             self._make_analog_prob_data(fn(self._analog_prob_data).device)
         return self
 
@@ -441,7 +442,7 @@ class NeuronLayer(Settable):
         return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        # .to(), .half() and others also move states. For constants they change only the device.
+        """As in torch, for `to()`, `half()` and others; also changes states, and the device of constants."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._map_stored(fn)
         self._place = fn(self._place)

@@ -120,6 +120,7 @@ class BatchNormLIFFunction(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        """Saves checkpoints, coefficients and statistics, and the inputs except mean and variance."""
         ctx.settings, _, ctx.backend, ctx.plan, *tensors = inputs
         mean, _, *kept = tensors  # weight and bias are only for once_differentiable; backward uses their coefficients
         ctx.training = mean is None
@@ -130,6 +131,7 @@ class BatchNormLIFFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        """The gradients of the neuron's inputs by lif_backward, then those of the normalisation from two sums."""
         saved, settings, backend, plan = saved_tensors(ctx), ctx.settings, ctx.backend, ctx.plan
         checkpoints, coefficients, statistics, weight, bias, *tensors = saved
         inputs, x_seq = Inputs(*tensors), tensors[0]
@@ -172,11 +174,13 @@ class _CoefficientsFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(operator: Any, backend: str, *arguments: Any) -> tuple[Tensor, Tensor]:
+        """The coefficients and the statistics."""
         coefficients, total = operator(*arguments)
         return coefficients, total
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        """Saves x_seq, the coefficients and the statistics."""
         _, ctx.backend, x_seq, _, mean, _, _, _, *ctx.options = inputs
         ctx.training = mean is None
         ctx.save_for_backward(x_seq, *output)
@@ -184,6 +188,7 @@ class _CoefficientsFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        """The gradients of x_seq, weight and bias, by batch_norm_backward."""
         x_seq, coefficients, total = saved_tensors(ctx)
         _, _, wants_x_seq, _, _, _, wants_weight, wants_bias, *_ = ctx.needs_input_grad
         through_batch = wants_x_seq and ctx.training
@@ -203,7 +208,7 @@ class _CoefficientsFunction(torch.autograd.Function):
 
 
 def _with_derivative(operator: Any, below: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
-    """A bare batch_norm_coefficients with its derivative."""
+    """Calls the operator batch_norm_coefficients, of an exported graph or torch.ops, with its derivative."""
     _, statistics, *_ = arguments
     if statistics is not None:
         raise RuntimeError(
@@ -215,7 +220,7 @@ def _with_derivative(operator: Any, below: Any, *arguments: Any) -> tuple[Tensor
 
 
 def _update_with_derivative(operator: Any, below: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
-    """A bare batch_norm_update with its derivative, which is that of batch_norm_coefficients."""
+    """The same for batch_norm_update, whose derivative is that of batch_norm_coefficients."""
     return _with_derivative(operator, partial(below, *arguments[:4]), *arguments[4:])
 
 
@@ -250,7 +255,7 @@ def _run_fused(
     if running is not None and _operator_can_update(running, plan.real):
         mean, variance, batches, momentum = running
         if batches is not None and (batches.dtype is not torch.int64 or batches.device != mean.device):
-            batches.add_(1)  # cast by the user, or from a checkpoint that was cast
+            batches.add_(1)  # the count was cast by the user, or is from a checkpoint that was cast
             batches = None
         kept: list[Tensor | None] = [mean, variance, batches]
         # torch's fallback for the negative bit does not support operators that change several arguments.

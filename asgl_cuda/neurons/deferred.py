@@ -105,7 +105,7 @@ class Pending:
         self.call, self.source, self.channel, self.x, self.residual = call, source, channel, x, residual
         self.views, self.watched, self.changes = views, watched, source.changes
         self.views_have_graph = torch.is_grad_enabled()
-        self.has_graph = call.has_graph  # and so have all views, and the sum
+        self.has_graph = call.has_graph  # that of the call; views and sums inherit it
 
     @property  # type: ignore[misc]
     def __class__(self) -> Any:
@@ -136,7 +136,7 @@ class Pending:
     def value_because(self, reason: str) -> Tensor:
         """The value, computed once; `reason` says in words why it is needed."""
         if self.value is None:
-            self.check()
+            self.check_unchanged()
             value = self.source.value_because(reason)
             with torch.set_grad_enabled(self.views_have_graph):
                 for name, args, kwargs in self.views:
@@ -148,7 +148,7 @@ class Pending:
         """Whether the value, or the tensor that it is a view of, is computed."""
         return self.value is not None or self.source.tensor is not None or self.call.tensor is not None
 
-    def check(self) -> None:
+    def check_unchanged(self) -> None:
         """Raises if a change in place would make the value differ from that of the separate layers."""
         if self.changes != self.source.changes:
             raise self.norm.refusal("its output, or a view of it, was changed in place after this view was made")
@@ -179,7 +179,7 @@ class Pending:
         return getattr(value, name)
 
     def _count_change(self, name: str) -> None:
-        """Counts a change in place, so that `check` refuses other views of this value that are not computed yet."""
+        """Counts a change in place, so that `check_unchanged` refuses other views that are not computed yet."""
         if name in _CHANGING:
             self.source.changes += 1
             self.changes = self.source.changes
@@ -217,7 +217,7 @@ class Pending:
         elif name != "contiguous":
             channel = self._channel_after_view(name, args, kwargs)
             if channel >= 0:
-                on_input = "reshape" if name == "view" else name  # the layout of x may be another
+                on_input = "reshape" if name == "view" else name  # the layout of x may not allow a view
                 x, residual = (
                     each if each is None else getattr(each, on_input)(*args, **kwargs) for each in (x, residual)
                 )
@@ -265,7 +265,7 @@ class Pending:
         kind = (other.shape, other.dtype, other.device) if isinstance(other, Tensor) else None
         if is_taken or kind != (x.shape, x.dtype, x.device) or more or alpha != 1:
             return self._of_value(name)(other, **more, **({} if alpha == 1 else {"alpha": alpha}))
-        self.check()
+        self.check_unchanged()
         of = self._pass_state_to(Pending(self.call, self.source, self.channel, x, None, self.views, self.watched))
         source, seen = Source(of, other), (*self.watched, *watched(other))
         if name not in _CHANGING:
@@ -281,7 +281,7 @@ class Pending:
         is_constant = type(other) in (int, float) and math.isfinite(other) and not more
         if not is_constant or self.is_computed() or self.residual is not None:
             return self._of_value(name)(tensor_of(other, name), **more)
-        self.check()
+        self.check_unchanged()
         views = (*self.views, (name, (other,), {}))
         made = self._pass_state_to(Pending(self.call, self.source, self.channel, self.x, None, views, self.watched))
         made.factor *= other
@@ -297,7 +297,7 @@ class Pending:
         name = getattr(type(layer), "original", type(layer)).__name__
         if self.is_computed() or (update and self.call.taken):
             return self.tensor(name)
-        self.check()
+        self.check_unchanged()
         if self.was_asked and not torch.compiler.is_compiling():
             raise self.norm.refusal("code, or a backward hook, asked whether its output is a Tensor, which it is not")
         why = self._reason_against(given) or self.norm.reason_against(self, given)
@@ -310,7 +310,10 @@ class Pending:
         """
         x: Any = self.x
         residual, v_init, time_dim = self.residual, given["v_init"], given["time_dim"] % x.dim()
-        here, there = dims = self.channel, channel_dim(time_dim)  # of the channels, and as the operator has them
+        here, there = dims = (
+            self.channel,
+            channel_dim(time_dim),
+        )  # the channels' dimension, and where the operator expects it
         here_of_state, there_of_state = (dim - (dim > time_dim) for dim in dims)
         if here != there:
             x, residual = (each if each is None else each.contiguous().movedim(here, there) for each in (x, residual))
@@ -361,7 +364,7 @@ def _channel_after_reshape(before: Any, after: Any, channel: int) -> int:
     for dim, size in enumerate(after):
         if size == before[channel] and math.prod(after[:dim]) == front:
             found = dim
-            if dim - len(after) == channel - len(before):  # of several dimensions of size 1
+            if dim - len(after) == channel - len(before):  # of several dimensions of size 1, the one in the same place
                 break
     return found if front else -1
 

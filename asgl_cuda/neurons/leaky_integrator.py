@@ -79,6 +79,7 @@ class IntegratorFunction(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        """Saves the output and v_init if decay is learned, and x_seq if input_gain is."""
         _, ctx.backend, ctx.plan, *tensors = inputs
         x_seq, v_init, decay, input_gain = tensors
         *_, learns_decay, learns_gain = ctx.needs_input_grad
@@ -89,6 +90,7 @@ class IntegratorFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        """The gradients of all tensors, by integrator_backward."""
         plan, saved, wanted = ctx.plan, saved_tensors(ctx), ctx.needs_input_grad[3:]
         v_seq, v_init, x_seq, decay, input_gain = saved
         grad_v_seq, grad_v_last = none_for_unwanted(grads, (True, *plan.wanted))
@@ -103,7 +105,7 @@ class IntegratorFunction(torch.autograd.Function):
 
 
 def _with_derivative(operator: Any, below: Any, *arguments: Any) -> ForwardResult:
-    """A bare integrator_forward with its derivative."""
+    """Calls the operator integrator_forward, of an exported graph or torch.ops, with its derivative."""
     *tensors, numbers, rules, delay, wants_v_last = arguments
     plan = make_plan(tensors[0], Rules(*rules), Numbers(*numbers), (wants_v_last,), options=(delay,))
     return list(apply_at_one_level(IntegratorFunction, below, backend_of(operator), plan, *tensors))

@@ -293,6 +293,7 @@ class LIFFunction(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        """Saves the checkpoints and all inputs."""
         _, ctx.backend, ctx.plan, *tensors = inputs
         checkpoints = output[-1]
         ctx.save_for_backward(checkpoints, *tensors)
@@ -301,6 +302,7 @@ class LIFFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        """The gradients of all inputs, by lif_backward; None for the operator, the backend and the plan."""
         checkpoints, *tensors = saved_tensors(ctx)
         inputs, plan, wanted = Inputs(*tensors), ctx.plan, Inputs(*ctx.needs_input_grad[3:])
         # If the current is x_seq + residual, both have the same gradient, and one tensor serves for both.
@@ -323,7 +325,7 @@ def _is_plain_sum(constants: Numbers, inputs: Inputs) -> bool:
 
 
 def _with_derivative(operator: Any, below: Any, *arguments: Any) -> ForwardResult:
-    """A bare lif_forward with its derivative."""
+    """Calls the operator lif_forward, of an exported graph or torch.ops, with its derivative."""
     *inputs, numbers, rules, (*of_outputs, keeps_checkpoints) = arguments
     plan = make_plan(inputs[0], Rules(*rules), Numbers(*numbers), of_outputs)
     *outputs, checkpoints = apply_at_one_level(LIFFunction, below, backend_of(operator), plan, *inputs)

@@ -109,7 +109,7 @@ _timeless: set[type[nn.Module]] = set()  # classes without time
 
 def _refuse_time_inside(layer: nn.Module) -> None:
     """Refuses modules that use time. Each class is tested once. Takes 0.2 us per module; modules() would take 0.7."""
-    if isinstance(layer, (nn.RNNBase, nn.RNNCellBase)):  # inside another module, possibly not over time
+    if isinstance(layer, (nn.RNNBase, nn.RNNCellBase)):  # inside another module it may not run over time
         raise TypeError(
             f"{_CALLER}: layer must not use time, got {type(layer).__name__}, which would get time and batch merged"
         )

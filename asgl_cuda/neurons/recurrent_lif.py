@@ -86,6 +86,7 @@ class RecurrentFunction(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        """Saves h_seq, the emitted spikes, i_seq and w_seq where they are needed, and all inputs but x_seq."""
         _, ctx.backend, ctx.plan, x_seq, *tensors = inputs
         ctx.dtype = x_seq.dtype
         s_seq, *others = output
@@ -96,6 +97,7 @@ class RecurrentFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        """The gradients of all tensors but rng_state, by recurrent_backward."""
         plan, saved, wanted = ctx.plan, saved_tensors(ctx), ctx.needs_input_grad[3:-1]
         grad_s_seq, _, grad_h_seq, grad_v_seq, _, _, *grads_last = none_for_unwanted(grads, (True, *plan.wanted))
         inputs = (*saved, *grads)
@@ -107,7 +109,10 @@ class RecurrentFunction(torch.autograd.Function):
 
 
 def _with_derivative(operator: Any, below: Any, *arguments: Any) -> ForwardResult:
-    """A bare recurrent_forward with its derivative, which all results have but emitted, i_seq and w_seq."""
+    """Calls the operator recurrent_forward, of an exported graph or torch.ops, with its derivative.
+
+    emitted, i_seq and w_seq have none.
+    """
     *tensors, numbers, rules, has_synapse, detach_recurrent, wanted = arguments
     _, _, wants_v_seq, _, _, *wants_last = wanted
     kept = True, True, wants_v_seq, has_synapse, Rules(*rules).adaptation != 0, *wants_last
@@ -317,8 +322,8 @@ def _run_recurrent(x_seq: Tensor, given: _Recurrence, neuron: Arguments) -> Tens
         outputs: Any = s_seq, None, h_seq, v_seq, None, None, *last
     else:
         differentiated = is_differentiated(tensors, _CALLER)
-        # The sequences that backward needs: emitted if s_seq differs from it, h_seq, v_seq, i_seq for the gradient of
-        # syn_decay, and w_seq for gradients of an adaptation.
+        # The sequences for backward and for the caller: emitted if s_seq differs from it, h_seq, v_seq if asked for,
+        # i_seq for the gradient of syn_decay, and w_seq for gradients of an adaptation.
         keeps = (
             bool(rules.scale_output) or real != x_seq.dtype,
             True,

@@ -87,14 +87,17 @@ class GradientOf(torch.autograd.Function):
 
     @staticmethod
     def forward(s: Tensor, a: Tensor, gain: float) -> Tensor:
+        """A copy of s."""
         return s.clone()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Keeps the gain."""
         ctx.gain = inputs[2]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:
+        """The gradient of a; s has none."""
         return None, grad * ctx.gain, None
 
 
@@ -103,16 +106,17 @@ class GradientAndTangentOf(GradientOf):
 
     @staticmethod
     def jvp(ctx: Any, s: Tensor | None, a: Tensor, gain: None) -> Any:
+        """The tangent, from the tangent `a`; that of s has no effect."""
         return a * ctx.gain
 
 
 def with_gradient_of(s: Tensor, a: Tensor, gain: float = 1.0) -> Tensor:
     """The value of `s` with the gradient of `a` times `gain`: `GradientOf` in all modes of torch."""
     compiling = torch.compiler.is_compiling()
-    if compiling and (is_transform_active() or is_forward_mode_active()):  # both ignore autograd functions silently
+    if compiling and (is_transform_active() or is_forward_mode_active()):  # both ignore the gradient of Functions
         scaled = a * gain
         return s.detach() + (scaled - scaled.detach())
-    if compiling and is_exporting():  # in exported graphs autograd functions are clones
+    if compiling and is_exporting():  # of a Function, exported graphs have only forward
         scaled = a * gain
         nothing = scaled - detached(scaled)
         return detached(s) + torch.where(nothing == 0, nothing, 0.0)  # not NaN, if a is not finite

@@ -84,6 +84,7 @@ class SpikeFunction(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Saves x, packed if that takes less memory, for the gradient of weight, and weight for that of x."""
         _, x, weight, _, _, ctx.stride, ctx.padding = inputs
         _, wants_x, wants_weight, *_ = ctx.needs_input_grad
         packed = _pack_spikes(x) if wants_weight else None
@@ -96,6 +97,7 @@ class SpikeFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        """The gradients of x by torch's operators, of weight by spike_weight_gradient, and of bias by a sum."""
         x, weight = saved_tensors(ctx)
         saved = x, weight, grad
         if ctx.layout is not None:
@@ -123,7 +125,7 @@ class SpikeFunction(torch.autograd.Function):
 
 
 def _with_derivative(operator: Any, below: Any, *arguments: Any) -> Tensor:
-    """A bare spike_product with its derivative."""
+    """Calls the operator spike_product, of an exported graph or torch.ops, with its derivative."""
     return apply_at_one_level(SpikeFunction, below, *arguments)  # type: ignore[no-any-return]
 
 

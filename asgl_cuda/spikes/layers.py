@@ -65,7 +65,7 @@ class _SpikeLayer(nn.Module):
             x.numel() * weight.shape[0] > _FEW_SUMS * weight.numel()
             or torch.compiler.is_compiling()  # the copy would become a constant of the graph
             or is_transform_active()  # the weight may be a wrapper without memory of its own
-            or type(weight) not in (nn.Parameter, Tensor)  # nor may subclasses have memory
+            or type(weight) not in (nn.Parameter, Tensor)  # a subclass may have no memory either
             or weight.is_inference()  # has no version that would show a change
         ):
             return None
@@ -80,6 +80,7 @@ class _SpikeLayer(nn.Module):
         return super().train(mode)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        """As in torch, for `to()` and others; drops the copy of the weight."""
         self._copy = None
         return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
 

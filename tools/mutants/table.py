@@ -92,10 +92,11 @@ MUTANTS = {
     "reference: tangents without the surrogate's gain": Mutant("return a * ctx.gain", "return a",
         "neurons/test_features.py forward_mode"),
     "reference: compiled transforms without the surrogate's gain": Mutant(
-        "ignore autograd functions silently\n        scaled = a * gain",
-        "ignore autograd functions silently\n        scaled = a", "torch_modes/test_transforms.py compiled"),
+        "ignore the gradient of Functions\n        scaled = a * gain",
+        "ignore the gradient of Functions\n        scaled = a", "torch_modes/test_transforms.py compiled"),
     "reference: an exported model without the surrogate's gain": Mutant(
-        "autograd functions are clones\n        scaled = a * gain", "autograd functions are clones\n        scaled = a",
+        "exported graphs have only forward\n        scaled = a * gain",
+        "exported graphs have only forward\n        scaled = a",
         "torch_modes/test_torch_features.py every_output"),
     "reference: NaN gradients of an exported model": Mutant("torch.where(nothing == 0, nothing, 0.0)", "nothing",
         "torch_modes/test_torch_features.py nan_in"),

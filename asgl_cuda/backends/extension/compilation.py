@@ -94,15 +94,15 @@ def toolkit_homes(major: str) -> list[Path]:
 def read_toolkit(home: Path) -> Toolkit | None:
     """The toolkit in that folder, as NVIDIA's installer, Debian, conda or the wheels lay it out, if it is complete."""
 
-    def first(*patterns: str) -> Path | None:
+    def first_match(*patterns: str) -> Path | None:
         """The first file in the toolkit that fits a pattern, or None."""
         return next((path for pattern in patterns for path in sorted(home.glob(pattern))), None)
 
     version = re.search(r"release (\d+\.\d+)", output_of(home / "bin/nvcc", "--version"))
-    header = first("include/cuda_runtime.h", "targets/*/include/cuda_runtime.h")
+    header = first_match("include/cuda_runtime.h", "targets/*/include/cuda_runtime.h")
     # The wheels contain it only under its full name, libcudart.so.13, which the option -lcudart does not find.
     folders = ("lib64", "lib", "targets/*/lib", "lib/*-linux-gnu")
-    cudart = first(*(f"{folder}/libcudart.so*" for folder in folders))
+    cudart = first_match(*(f"{folder}/libcudart.so*" for folder in folders))
     if header is None or cudart is None or version is None:
         return None
     return Toolkit(home.resolve(), version[1], header.parent.resolve(), cudart.resolve())
