@@ -356,7 +356,7 @@ def batch_norm_lif(
     Args:
         x_seq: `[T, B, C, ...]` (or time at `time_dim`), float16, bfloat16, float32 or float64; the channels are the
             second dimension except time.
-        running_mean, running_var: `[C]`, in units of x_seq and their square. They are used in evaluation. In training
+        running_mean, running_var: `[C]`, in units of x_seq and of its square. They are used in evaluation. In training
             they are updated if given, and must not share memory. They are not differentiable.
         weight, bias: `[C]`; default 1 and 0.
         training: normalise by mean and variance of x_seq, each over all dimensions except the channels, instead of
@@ -655,8 +655,7 @@ class BatchNormLIF(LIF):
                 layer.reset_running_stats()
                 layer.momentum = None  # the average of all batches; restore it afterwards
 
-    Shapes: input and output are `[T, B, C, ...]`, or have time at `time_dim`. Batch, channels and the rest keep their
-    order.
+    Shapes: input and output are `[T, B, C, ...]`, or have time at `time_dim`. The other dimensions keep this order.
 
     `layer(x_seq, residual)` adds the shortcut of a residual block between the normalisation and the neurons: the
     neurons get `input_scale * y + residual`, where y is the normalised input. This sum is not stored in memory.

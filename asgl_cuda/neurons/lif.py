@@ -129,7 +129,7 @@ def lif(
             generator, and with another one the second forward pass would draw new noise.
         input_gain, input_bias, input_mean: the input current is `input_gain * (x_seq - input_mean) + input_bias`.
         residual: shortcut of a residual block, in shape and type of x_seq. `residual_gain * residual` is added to the
-            input current, without a sum in memory. If its memory order is not that of x_seq, it is copied once.
+            input current, without a sum in memory. A residual whose memory order is not that of x_seq is copied once.
         residual_gain: factor on the residual, a number. To learn a factor, multiply the residual by it before the call.
         strict_threshold: fire at u > 0 instead of u >= 0. No effect with levels and multi_spike.
         scale_output: multiply the output by `v_threshold`. With levels and without multi_spike, divide it by `levels`
@@ -141,11 +141,11 @@ def lif(
             magnitude is above 1, gradients can explode over many steps. A sigmoid also multiplies the gradient by up to
             1.22 * decay at potentials below v_reset.
         levels: emit an integer number of spikes per step (I-LIF), `round(clamp(h / v_threshold, 0, levels))` with ties
-            to even; at most 256. The quotient is computed as h times the rounded `1 / v_threshold`. Analog elements are
-            not rounded. The gradient is the gradient of the clamp, 1 at its edges, and the threshold acts as the width.
-            Each spike subtracts `reset_amount`, so `v_reset` must be None. `v_threshold` must be > 0. A NaN potential
-            emits NaN. `unroll_levels` turns the output into binary spikes. With multi_spike, levels only limits the
-            number of spikes.
+            to even, where h is the potential before the reset; `levels` is at most 256. The quotient is computed as h
+            times the rounded `1 / v_threshold`. Analog elements are not rounded. The gradient is the gradient of the
+            clamp, 1 at its edges, and the threshold acts as the width. Each spike subtracts `reset_amount`, so
+            `v_reset` must be None. `v_threshold` must be > 0. A NaN potential emits NaN. `unroll_levels` turns the
+            output into binary spikes. With multi_spike, levels only limits the number of spikes.
         multi_spike: emit `trunc(h / v_threshold)` spikes per step where h > 0. Each spike subtracts `reset_amount`, so
             `v_reset` must be None. `v_threshold` must be > 0, and is checked like the width. `analog_prob` must be 0,
             because no smooth number of spikes exists whose slope is one of these surrogates.

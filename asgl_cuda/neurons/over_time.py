@@ -35,8 +35,8 @@ class OverTime(nn.Module):
     """A layer without time, such as a convolution or a batch normalisation, applied to all steps at once.
 
     Args:
-        layer: any module; pass several as an `nn.Sequential`. It must not contain layers with state over time, such as
-            neurons, because it gets time and batch merged into one dimension.
+        layer: any module; pass several as an `nn.Sequential`. It gets time and batch merged into one dimension, so it
+            must not contain layers with a state over time, such as neurons.
 
     Shapes: `[T, B, ...]` to `[T, B, ...]`, or `[B, T, ...]` to `[B, T, ...]`. `layer` gets `[T * B, ...]`.
 
