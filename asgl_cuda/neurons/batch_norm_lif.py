@@ -483,7 +483,8 @@ def _checked_settings(caller: str, x_seq: Tensor, norm: _Normalisation) -> _Sett
         )
     channels = x_seq.shape[channel]
     if (norm["running_mean"] is None) != (norm["running_var"] is None):
-        raise ValueError(f"{caller}: running_mean and running_var must both be given or both be None, got one of them")
+        given = "running_var" if norm["running_mean"] is None else "running_mean"
+        raise ValueError(f"{caller}: running_mean and running_var must both be given or both be None, got only {given}")
     if not training and norm["running_mean"] is None:
         raise ValueError(f"{caller}: evaluation (training=False) needs running_mean and running_var, got None")
     for name in ("running_mean", "running_var", "weight", "bias"):

@@ -487,7 +487,9 @@ class RecurrentLIF(Adapting):
 
     @recurrent.setter
     def recurrent(self, value: str) -> None:
-        raise AttributeError(f"{self._caller}: recurrent decides the shape of the weight and can't be changed")
+        raise AttributeError(
+            f"{self._caller}: recurrent decides the shape of the weight and can't be changed; make another layer"
+        )
 
     @property
     def syn_decay(self) -> Tensor | float | None:
