@@ -105,8 +105,8 @@ def _batch_in_one_call(operator: Any, info: Any, in_dims: tuple[Any, ...], *argu
             segments, zeros = results[-1][:-2], results[-1][-2:].expand(count, 2)
             each = segments.reshape(segments.numel() // max(count * neurons, 1), count, neurons).movedim(1, 0)
             results[-1] = torch.cat([each.flatten(1), zeros], 1)
-    of_state = int(wants_x_seq) if wants_state and rules.members() > 1 else -1
-    return results, [int(index == of_state) for index in range(len(results))]
+    state_index = int(wants_x_seq) if wants_state and rules.members() > 1 else -1
+    return results, [int(index == state_index) for index in range(len(results))]
 
 
 def _batch_rows(operator: Any, info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:

@@ -26,7 +26,7 @@ from ..neurons.deferred import (
     is_in_backward,
     is_in_function_forward,
     tensor_of,
-    watched,
+    with_version,
 )
 from ..neurons.lif import LIFOutput
 from .convert import Left, Replaced, Report, convert, copied, taken
@@ -201,7 +201,7 @@ class Fused(Overlay):
         call = Normal(self, input)
         if not is_compiling and (self.training or self.outcome is not None):
             _calls[id(self)] = call
-        return Pending(call, call, 1 + has_time, input, watched=watched(input))
+        return Pending(call, call, 1 + has_time, input, watched=with_version(input))
 
     def normalised(self, x: Tensor, training: bool, update: bool) -> Tensor:
         """The output of the layer if no neurons take over the normalisation."""

@@ -128,7 +128,7 @@ class Noisy(Settable):
         self._make_analog_prob_data(getattr(self, "_analog_prob_data", torch.empty(0, device="cpu")).device)
 
     def analog_prob_of_call(self, x_seq: Tensor) -> Tensor | float:
-        """`analog_prob` for `asgl_cuda.lif`; 0 in evaluation."""
+        """`analog_prob` for a call of `lif`: 0 in evaluation, a tensor in compiled code with noise, else a float."""
         if not self.training:
             return 0.0
         if not torch.compiler.is_compiling():

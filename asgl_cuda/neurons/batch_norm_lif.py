@@ -245,13 +245,13 @@ def _run_fused(
             *updated, inputs.x_seq, statistics, *norm, settings.eps, settings.input_scale, plan.rules.time_dim
         )
 
-    of_all = None
+    all_statistics = None
     if settings.group is not None:
         _, own = coefficients_of(None)
         parts = [torch.empty_like(own) for _ in range(torch.distributed.get_world_size(settings.group))]
         torch.distributed.all_gather(parts, own, group=settings.group)
-        of_all = torch.stack(parts)
-        _check_shared_count(of_all[:, :1, 0], settings, inputs.x_seq)
+        all_statistics = torch.stack(parts)
+        _check_shared_count(all_statistics[:, :1, 0], settings, inputs.x_seq)
     if running is not None and _operator_can_update(running, plan.real):
         mean, variance, batches, momentum = running
         if batches is not None and (batches.dtype is not torch.int64 or batches.device != mean.device):
@@ -262,12 +262,12 @@ def _run_fused(
         dense = [each.resolve_neg() if each is not None and each.is_neg() else each for each in kept]
         # Only torch's own operations increment version counters.
         torch.autograd.graph.increment_version([each for each in kept if each is not None])
-        coefficients, statistics = coefficients_of(of_all, (*dense, momentum))
+        coefficients, statistics = coefficients_of(all_statistics, (*dense, momentum))
         for each, changed in zip(kept, dense, strict=True):
             if each is not None and changed is not None and changed is not each:
                 each.copy_(changed)
     else:
-        coefficients, statistics = coefficients_of(of_all)
+        coefficients, statistics = coefficients_of(all_statistics)
         if running is not None:
             _update_running_statistics(running, coefficients[0], coefficients[3])
     outputs = run_forward(backend, plan, _normalised_inputs(inputs, coefficients), keep_checkpoints)

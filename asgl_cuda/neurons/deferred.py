@@ -170,9 +170,9 @@ class Pending:
             return partial(self._multiply, name)
         if not hasattr(Tensor, name):
             raise AttributeError(f"'Tensor' object has no attribute {name!r}")
-        return self._of_value(name)
+        return self._value_attribute(name)
 
-    def _of_value(self, name: str) -> Any:
+    def _value_attribute(self, name: str) -> Any:
         """The attribute or method `name` of the value."""
         value = self.tensor(name)
         self._count_change(name)
@@ -264,10 +264,10 @@ class Pending:
         x, is_taken = self.x, self.is_computed() or self.call.taken or self.residual is not None
         kind = (other.shape, other.dtype, other.device) if isinstance(other, Tensor) else None
         if is_taken or kind != (x.shape, x.dtype, x.device) or more or alpha != 1:
-            return self._of_value(name)(other, **more, **({} if alpha == 1 else {"alpha": alpha}))
+            return self._value_attribute(name)(other, **more, **({} if alpha == 1 else {"alpha": alpha}))
         self.check_unchanged()
         of = self._pass_state_to(Pending(self.call, self.source, self.channel, x, None, self.views, self.watched))
-        source, seen = Source(of, other), (*self.watched, *watched(other))
+        source, seen = Source(of, other), (*self.watched, *with_version(other))
         if name not in _CHANGING:
             return self._pass_state_to(Pending(self.call, source, self.channel, x, other, (), seen))
         self._count_change(name)
@@ -280,7 +280,7 @@ class Pending:
         """The product with a constant: another `Pending` if possible, otherwise of the value."""
         is_constant = type(other) in (int, float) and math.isfinite(other) and not more
         if not is_constant or self.is_computed() or self.residual is not None:
-            return self._of_value(name)(tensor_of(other, name), **more)
+            return self._value_attribute(name)(tensor_of(other, name), **more)
         self.check_unchanged()
         views = (*self.views, (name, (other,), {}))
         made = self._pass_state_to(Pending(self.call, self.source, self.channel, self.x, None, views, self.watched))
@@ -379,20 +379,20 @@ def _version(tensor: Tensor) -> int:
     return 0 if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version
 
 
-def watched(tensor: Tensor) -> tuple[Any, ...]:
+def with_version(tensor: Tensor) -> tuple[Any, ...]:
     """The tensor with its version, which shows later whether the tensor has changed."""
     return ((tensor, _version(tensor)),)
 
 
 def is_in_function_forward() -> bool:
-    """Whether a torch.autograd.Function runs its forward, which switches more off than torch.no_grad."""
+    """Whether the forward of a torch.autograd.Function runs, which, unlike torch.no_grad, disables forward mode too."""
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.is_inference_mode_enabled():
         return False
     return not torch._C._is_fwd_grad_enabled()
 
 
 def is_in_backward() -> bool:
-    """Whether autograd computes gradients here, as where a checkpoint computes its forward again."""
+    """Whether this code runs in a backward pass, for example in the second forward of a checkpoint."""
     return torch._C._current_graph_task_id() != -1
 
 
@@ -415,7 +415,7 @@ def _operator(name: str) -> Any:
         """A sum or product that may stay pending, otherwise the value's operator."""
         if name in _SUMS:
             return self._add(name, *args)
-        return self._multiply(name, *args) if name in _PRODUCTS else self._of_value(name)(*args)
+        return self._multiply(name, *args) if name in _PRODUCTS else self._value_attribute(name)(*args)
 
     return operator
 

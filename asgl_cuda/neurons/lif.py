@@ -326,8 +326,8 @@ def _is_plain_sum(constants: Numbers, inputs: Inputs) -> bool:
 
 def _with_derivative(operator: Any, below: Any, *arguments: Any) -> ForwardResult:
     """Calls the operator lif_forward, of an exported graph or torch.ops, with its derivative."""
-    *inputs, numbers, rules, (*of_outputs, keeps_checkpoints) = arguments
-    plan = make_plan(inputs[0], Rules(*rules), Numbers(*numbers), of_outputs)
+    *inputs, numbers, rules, (*wants_outputs, keeps_checkpoints) = arguments
+    plan = make_plan(inputs[0], Rules(*rules), Numbers(*numbers), wants_outputs)
     *outputs, checkpoints = apply_at_one_level(LIFFunction, below, backend_of(operator), plan, *inputs)
     return [*outputs, checkpoints] if keeps_checkpoints else outputs
 

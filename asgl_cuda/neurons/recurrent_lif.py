@@ -291,15 +291,15 @@ def _check_shape(name: str, value: Tensor, x_seq: Tensor, *shapes: list[int]) ->
 def _stacked_parameters(x_seq: Tensor, given: _Recurrence, call: Call, syn_decay: float) -> Tensor:
     """The operators' parameters, `[9, N]`: a value for each neuron, of tensors or constants."""
     count, real = x_seq.shape[2], call.plan.real
-    _, _, _, *of_neuron, _ = call.inputs
-    of_synapse = given.syn_decay.value() if isinstance(given.syn_decay, Logit) else given.syn_decay
-    constants = *call.plan.numbers[: len(of_neuron)], 0.0, syn_decay
+    _, _, _, *neuron_values, _ = call.inputs
+    synapse_value = given.syn_decay.value() if isinstance(given.syn_decay, Logit) else given.syn_decay
+    constants = *call.plan.numbers[: len(neuron_values)], 0.0, syn_decay
     return torch.stack(
         [
             value.to(real).reshape(-1).expand(count)
             if isinstance(value, Tensor)
             else torch.full((count,), constant, dtype=real, device=x_seq.device)
-            for value, constant in zip((*of_neuron, given.bias, of_synapse), constants, strict=True)
+            for value, constant in zip((*neuron_values, given.bias, synapse_value), constants, strict=True)
         ]
     )
 

@@ -28,7 +28,7 @@ from .base import NeuronLayer, Noisy, Value, fill_parameter, format_values
 
 _LEAST_WIDTH, _LARGEST_WIDTH = math.exp(-BOUND), math.exp(BOUND)
 
-_OF_RESET = "v_reset", "reset_amount"
+_RESET_VALUES = "v_reset", "reset_amount"
 _LEARNS = dict.fromkeys(("learn_width", "learn_decay", "learn_threshold"), check_bool)
 
 
@@ -39,7 +39,7 @@ class Neurons(NeuronLayer, Noisy):
     potential has no lower bound.
     """
 
-    _constants: ClassVar[tuple[str, ...]] = (*NeuronLayer._constants, "_width", "_v_threshold", *_OF_RESET)
+    _constants: ClassVar[tuple[str, ...]] = (*NeuronLayer._constants, "_width", "_v_threshold", *_RESET_VALUES)
     _options: ClassVar[dict[str, Callable[..., Any]]] = {
         **NeuronLayer._options,
         "surrogate_gain": read_finite,
@@ -60,7 +60,7 @@ class Neurons(NeuronLayer, Noisy):
         """Checks the constructor's arguments, keeps options and makes parameters."""
         self.scale_output, self.multi_spike, self.levels, self.v_min = False, False, None, None
         self._set_options(given)
-        for name in _OF_RESET:
+        for name in _RESET_VALUES:
             setattr(self, name, None if given[name] is None else self._checked_value(name, given[name]))
         self.surrogate: str = given["surrogate"]
         check_rules(given, self._caller, self.levels, self.multi_spike)

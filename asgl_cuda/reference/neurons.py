@@ -159,10 +159,10 @@ def recurrent_reference(
     `parameters`, [9, N]: those of Parameters but the residual, bias, syn_decay.
     """
     real, time_dim = real_type(x_seq.dtype), rules.time_dim
-    width, decay, v_threshold, reset, *of_input, bias, syn_decay = parameters
+    width, decay, v_threshold, reset, *input_values, bias, syn_decay = parameters
     adapts = rules.adaptation != 0
-    of_input = [*of_input, None] if adapts else [None] * 4
-    neuron = Parameters(width, decay, v_threshold, reset, *of_input)
+    input_values = [*input_values, None] if adapts else [None] * 4
+    neuron = Parameters(width, decay, v_threshold, reset, *input_values)
     rules_of_step = rules.changed(time_dim=0, scale_output=0)
     x = x_seq.to(real).movedim(time_dim, 0)
     states = rng_states_of_steps(rng_state, x.shape[0])

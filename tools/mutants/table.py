@@ -801,8 +801,8 @@ MUTANTS = {
     "pending: views without the factor": Mutant(
         "        made.factor = self.factor\n", "", "interop/test_fuse.py users"),
     "pending: a factor of the sum": Mutant(
-        "self.is_computed() or self.residual is not None:\n            return self._of_value(name)(tensor_of",
-        "self.is_computed():\n            return self._of_value(name)(tensor_of",
+        "self.is_computed() or self.residual is not None:\n            return self._value_attribute(name)(tensor_of",
+        "self.is_computed():\n            return self._value_attribute(name)(tensor_of",
         "interop/test_fuse_left.py normalisations"),
     "fuse: step mode m is s": Mutant('and self.step_mode == "m"', "and False", "interop/test_fuse.py neurons"),
     "fuse: training alone is tried": Mutant(
