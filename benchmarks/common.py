@@ -43,7 +43,7 @@ def parser_of(module: str, description: str, *shared: str) -> argparse.ArgumentP
 
 
 def fused_backends(device: torch.device) -> list[str]:
-    return [name for name in asgl_cuda.available_backends() if name != "reference" and BACKENDS[name].serves(device)]
+    return [name for name in asgl_cuda.available_backends() if name != "reference" and BACKENDS[name].supports(device)]
 
 
 def device_of(parser: argparse.ArgumentParser, asked: str | None) -> torch.device:

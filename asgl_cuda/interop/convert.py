@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backends import BACKENDS
-from ..checks import check_analog_prob, check_bool, check_name, check_surrogate, check_width, read_number, shown
+from ..checks import check_analog_prob, check_bool, check_name, check_surrogate, check_width, format_value, read_number
 from ..neurons.base import NeuronLayer, check_module
 from ..neurons.lif import LIF_DEFAULTS
 from ..neurons.over_time import KNOWS_TIME
@@ -79,7 +79,7 @@ def _checked_asgl(asgl: Mapping[str, Any] | None) -> _ASGL | None:
     if not isinstance(asgl, Mapping):
         raise TypeError(
             f'{_CALLER}: asgl must be None or a mapping such as {{"width": 1.0, "analog_prob": 0.2}}, {{}} for the '
-            f"defaults, got {shown(asgl)}"
+            f"defaults, got {format_value(asgl)}"
         )
     if unknown := set(asgl) - set(_ASGL._fields):
         known, got = ", ".join(_ASGL._fields), ", ".join(sorted(map(str, unknown)))

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeAlias
 import torch
 from torch import Tensor, fx, nn
 
-from ..checks import HALF_TYPES, PLAIN_TENSORS, shown
+from ..checks import HALF_TYPES, PLAIN_TENSORS, format_value
 from ..neurons.base import Noisy
 from ..neurons.deferred import Pending, tensor_of
 from ..neurons.leaky_integrator import IntegratorOutput, leaky_integrator
-from ..neurons.lif import LIF_DEFAULTS, LIFOutput, computed_after, lif
+from ..neurons.lif import LIF_DEFAULTS, LIFOutput, lif, run_lif_after
 from ..reference.learned import Logarithm
 from .identify import FLAT, SpikeFunction, closure_values
 from .recording import Recording, current_recording
@@ -319,7 +319,7 @@ class Converted(Overlay, Noisy):
 
     def restore_original(self) -> None:
         """Restores the original layer, with the current values of its parameters."""
-        self.end_noise()
+        self.remove_noise()
         if self.settings.spike is not None:
             del self.log_width
         del self.settings, self._basis

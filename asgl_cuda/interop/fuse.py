@@ -177,7 +177,7 @@ class Fused(Overlay):
             last = _calls.get(id(self)) if self.training or self.outcome is not None else None
             # In backward a checkpoint must compute the same as in forward, so a decision that was made meanwhile is not
             # applied.
-            if self.outcome is not None and self.outcome.is_left(self) and not in_backward():
+            if self.outcome is not None and self.outcome.is_left(self) and not is_in_backward():
                 forward = super().forward
                 if last is None:  # otherwise its last call still needs the overlay
                     self.restore_original()
@@ -187,14 +187,14 @@ class Fused(Overlay):
                 reason = "it is called by torch.jit.trace"
             # In backward a checkpoint calls the layer again; a reentrant checkpoint does so without hooks on saved
             # tensors.
-            elif in_function() or (in_backward() and hooks_of_graph() is None):
+            elif is_in_function_forward() or (is_in_backward() and active_saved_tensor_hooks() is None):
                 reason = "it is called inside of a torch.autograd.Function, such as a reentrant checkpoint"
             elif has_backward_hooks(self):
                 reason = "it has a backward hook"
             # Running statistics must be updated in the order of the calls.
             if self.training and last is not None and last.is_open():
                 reason = "it is called again before its output is used"
-                last.made(reason)
+                last.value_because(reason)
             if reason:
                 self.note_left(reason)
                 return super().forward(input)
@@ -206,7 +206,7 @@ class Fused(Overlay):
         call = Normal(self, input)
         if not is_compiling and (self.training or self.outcome is not None):
             _calls[id(self)] = call
-        return Pending(call, call, 1 + has_time, input, watched=watched(input))
+        return Pending(call, call, 1 + has_time, input, watched=with_version(input))
 
     def compute_alone(self, x: Tensor, training: bool, update: bool) -> Tensor:
         """Computes the output for code other than neurons. Running statistics change only with `update`."""
@@ -219,7 +219,7 @@ class Fused(Overlay):
 
     def reason_against(self, pending: Pending, given: Arguments) -> str:
         """Why the neurons can't compute this normalisation; "" if they can."""
-        here, there = checkpoint(), pending.call.checkpoint
+        here, there = current_checkpoint(), pending.call.checkpoint
         if here is not there and (here is not None or self.training):
             where = "inside of another torch.utils.checkpoint than its neurons"
             if here is None or there is None:

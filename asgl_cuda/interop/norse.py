@@ -257,7 +257,7 @@ def placement_outside_over_time(module: nn.Module) -> str | None:
         return None
     name = bare_class(module).__name__
     if name.endswith("Cell"):
-        return f"{in_a_row(f'norse.torch.Lift({name}(...))', in_place=True)}, which also returns the state"
+        return f"{placement_advice(f'norse.torch.Lift({name}(...))', in_place=True)}, which also returns the state"
     return f"as in norse.torch.SequentialState(OverTime(...), {name}(...))"
 
 

@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_map_only, tree_unflatten
 
-from ..neurons.deferred import checkpoint, in_function
+from ..neurons.deferred import current_checkpoint, is_in_function_forward
 
 _CALLER = "asgl_cuda.convert"
 _local = threading.local()
@@ -598,7 +598,7 @@ class Recording:
             return Recorded.__torch_function__(function, (), args, kwargs)
         if function in _LIKE:
             return function(args[0].group.meta(), *args[1:], **{"device": args[0].device, **kwargs})
-        if not torch.is_grad_enabled() and in_function():
+        if not torch.is_grad_enabled() and is_in_function_forward():
             raise RuntimeError(
                 f"{_CALLER}: with sequences, a torch.autograd.Function gets values of steps that are computed later, "
                 f"in {function.__name__}, and would lose their gradients; if the function belongs to neurons of your "

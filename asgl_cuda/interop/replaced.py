@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..checks import shown
+from ..checks import format_value
 
 _KEPT = "_asgl_cuda_replaced"  # attribute of a layer that holds the module that it has replaced
 
@@ -53,12 +53,14 @@ def _checked_layers(layers: Any, caller: str) -> Mapping[type[nn.Module], Callab
     if layers is None:
         return {}
     if not isinstance(layers, Mapping):
-        raise TypeError(f"{caller}: layers must be a mapping such as {{TheirLIF: make}}, got {shown(layers)}")
+        raise TypeError(f"{caller}: layers must be a mapping such as {{TheirLIF: make}}, got {format_value(layers)}")
     for kind, make in layers.items():
         if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
-            raise TypeError(f"{caller}: keys of layers must be subclasses of torch.nn.Module, got {shown(kind)}")
+            raise TypeError(f"{caller}: keys of layers must be subclasses of torch.nn.Module, got {format_value(kind)}")
         if not callable(make):
-            raise TypeError(f"{caller}: layers[{kind.__name__}] must be a function of a module, got {shown(make)}")
+            raise TypeError(
+                f"{caller}: layers[{kind.__name__}] must be a function of a module, got {format_value(make)}"
+            )
     return layers
 
 
@@ -72,7 +74,7 @@ def _make_replacement(module: nn.Module, make: Callable[[Any], Any], where: str)
     if layer is None:
         return None, f"layers[{name}] returned None"
     if not isinstance(layer, nn.Module) or layer is module:
-        given = "the module itself" if layer is module else shown(layer)
+        given = "the module itself" if layer is module else format_value(layer)
         raise TypeError(f"{where} ({name}): must return another torch.nn.Module or None, got {given}")
     try:
         lacking = layer.load_state_dict(module.state_dict(), strict=False).unexpected_keys

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map, tree_map_only
 
-from ..checks import shown
+from ..checks import format_value
 from ..neurons.base import NeuronLayer
 from .converted import Converted, Overlay, Streamed, bare_class, overlaid_class
 from .libraries import libraries
@@ -105,7 +105,7 @@ def checked_sequences(sequences: Any) -> str | None:
     if isinstance(sequences, bool):
         return "steps" if sequences else None
     if not isinstance(sequences, str) or sequences != "loop":
-        raise ValueError(f'{_CALLER}: sequences must be False, True or "loop", got {shown(sequences)}')
+        raise ValueError(f'{_CALLER}: sequences must be False, True or "loop", got {format_value(sequences)}')
     return sequences
 
 

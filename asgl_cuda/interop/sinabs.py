@@ -36,7 +36,7 @@ from sinabs.layers.reshape import SqueezeMixin
 from torch import Tensor, nn
 
 from ..checks import MOST_LEVELS
-from ..neurons.over_time import in_a_row
+from ..neurons.over_time import placement_advice
 from ..reference.surrogates import PERIODIC
 from .converted import (
     Conversion,
@@ -338,7 +338,7 @@ def placement_outside_over_time(module: nn.Module) -> str | None:
     """Where a module that `OverTime` refuses belongs, see `libraries`; None for other modules."""
     if not isinstance(module, layers.StatefulLayer) or isinstance(module, SqueezeMixin):
         return None
-    return f"{in_a_row(f'{bare_class(module).__name__}(...)')}, which takes [B, T, ...]"
+    return f"{placement_advice(f'{bare_class(module).__name__}(...)')}, which takes [B, T, ...]"
 
 
 def streaming_of(module: nn.Module) -> InStream:

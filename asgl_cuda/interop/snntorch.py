@@ -25,10 +25,10 @@ import torch
 from snntorch._neurons import rleaky, rsynaptic
 from torch import Tensor, nn
 
-from ..checks import HALF_TYPES, check_bool, given_for
+from ..checks import HALF_TYPES, check_bool, format_type
 from ..neurons.deferred import Pending
-from ..neurons.over_time import in_a_row
-from ..torch_modes import transforming
+from ..neurons.over_time import placement_advice
+from ..torch_modes import is_transform_active
 from .converted import (
     Conversion,
     Converted,
@@ -255,7 +255,7 @@ class ConvertedLeaky(Converted):
         if isinstance(decay, float):
             return abs(decay) < _SMALL_BETA
         captured = decay.is_cuda and torch.cuda.is_current_stream_capturing()
-        if torch.compiler.is_compiling() or transforming() or captured:
+        if torch.compiler.is_compiling() or is_transform_active() or captured:
             return False
         mark = id(self.beta), version_of(self.beta)
         if self._smallness[0] != mark:
@@ -443,7 +443,7 @@ class MultiStep(nn.Module):
         super().__init__()
         self.stateful = check_bool("stateful", stateful, _MULTI_STEP)
         if not isinstance(layer, nn.Module):
-            raise TypeError(f"{_MULTI_STEP}: layer must be {_NAMES} of snnTorch, got {given_for(layer)}")
+            raise TypeError(f"{_MULTI_STEP}: layer must be {_NAMES} of snnTorch, got {format_type(layer)}")
         converted, report = convert(layer, inplace=True)
         if not isinstance(converted, ConvertedLeaky):
             reason = report.left[0].reason if report.left else f"it is a {type(layer).__name__}"
@@ -546,9 +546,9 @@ def detach(module: nn.Module) -> None:
 def placement_outside_over_time(module: nn.Module) -> str | None:
     """Where a module that `OverTime` refuses belongs, see `libraries`; None for other modules."""
     if isinstance(module, MultiStep):
-        return in_a_row("MultiStep(...)")
+        return placement_advice("MultiStep(...)")
     if isinstance(module, tuple(_CONVERTED)):
-        return in_a_row(f"{_MULTI_STEP}({bare_class(module).__name__}(..., init_hidden=True))", in_place=True)
+        return placement_advice(f"{_MULTI_STEP}({bare_class(module).__name__}(..., init_hidden=True))", in_place=True)
     return "and call it as snnTorch does" if isinstance(module, _NEURONS) else None
 
 

@@ -61,9 +61,8 @@ def _reason_to_leave(layer: Any, shares: list[tuple[int, int]], kernels: bool) -
     if outputs < _FEW or (inputs < _FEW and not isinstance(layer, nn.Linear)):
         return f"too small to gain: it has fewer than {_FEW} {'outputs' if outputs < _FEW else 'channels'}"
     share = _nonzero_fraction(shares)
-    return (
-        "" if expected_gain(layer, share) >= _LEAST_GAIN else f"its input is too dense: {share:.2f} of it is not zero"
-    )
+    gains = expected_speedup(layer, share) >= _LEAST_GAIN
+    return "" if gains else f"its input is too dense: {share:.2f} of it is not zero"
 
 
 def _weight_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -130,7 +129,7 @@ def to_spike_layers(model: nn.Module, example: Any) -> tuple[nn.Module, Report]:
             report.left.append(Left(name, type(layer).__name__, reason))
             continue
         kind, share = _spike_class(type(layer)), _nonzero_fraction(shares)
-        gain = f"evaluation about {expected_gain(layer, share):.1f} times as fast"
+        gain = f"evaluation about {expected_speedup(layer, share):.1f} times as fast"
         report.replaced.append(
             Replaced(name, type(layer).__name__, f"{kind.__name__}, {share:.2f} of its input is not zero: {gain}")
         )

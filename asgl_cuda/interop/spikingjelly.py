@@ -552,7 +552,7 @@ def placement_outside_over_time(module: nn.Module) -> str | None:
     if isinstance(module, (*_OF_SEQUENCES, *_RECURRENT)) or _step_mode_of(module) == "m":
         return in_a_row(f"{name}(...)")
     layer = f"{name}(..., step_mode='m')" if hasattr(module, "step_mode") else f"MultiStepContainer({name}(...))"
-    return in_a_row(layer, in_place=True)
+    return placement_advice(layer, in_place=True)
 
 
 def streaming_of(module: nn.Module) -> InStream:

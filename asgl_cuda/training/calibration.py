@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils import _pytree
 
-from ..checks import read_number, shown
+from ..checks import format_value, read_number
 from ..interop import convert, unfuse
 from ..interop.convert import Left, copy_model
 from ..interop.converted import bare_class
-from ..neurons.base import asgl_layers, some_asgl_layers
+from ..neurons.base import asgl_layers, require_asgl_layers
 from ..neurons.batch_norm_lif import BatchNormLIF
 from ..states import reset
 from .monitor import table_lines
@@ -90,7 +90,7 @@ def calibrate(model: nn.Module, x_seq: Any, rate: float = 0.2) -> Calibration:
         net = nn.Sequential(nn.Linear(64, 128), LIF(), nn.Linear(128, 128), LIF(), nn.Linear(128, 10))
         print(asgl_cuda.calibrate(net, x_seq))
     """
-    some_asgl_layers(model, _CALLER)
+    require_asgl_layers(model, _CALLER)
     rate = read_number("rate", rate, _CALLER)
     if not 0 < rate < 1:
         raise ValueError(f"{_CALLER}: rate must be in (0, 1), got {rate}")
@@ -134,7 +134,7 @@ def _explaining_model_errors(x_seq: Any) -> Iterator[None]:
         if first.startswith("asgl_cuda."):
             raise
         hint = "; of a batch (x, y) take x alone" if isinstance(x_seq, (list, tuple)) else ""
-        got = shown(x_seq) if isinstance(x_seq, Tensor) else f"a {type(x_seq).__name__}"
+        got = format_value(x_seq) if isinstance(x_seq, Tensor) else f"a {type(x_seq).__name__}"
         raise ValueError(
             f"{_CALLER}: x_seq must be what the model takes, a tuple for several arguments, got {got}, with "
             f"which the model raises {type(error).__name__}: {first}{hint}"
@@ -167,7 +167,7 @@ class _Trial:
         self._names = {id(value): name for name, value in self._parameters.items()}
         for value in self._parameters.values():
             value.requires_grad_(value.is_floating_point())
-        self.neurons = {layer: name for name, layer in some_asgl_layers(self._model, _CALLER).items()}
+        self.neurons = {layer: name for name, layer in require_asgl_layers(self._model, _CALLER).items()}
         for layer in self.neurons:
             layer.analog_prob = 0.0
         self._inputs, self._rate, self._group = inputs, rate, group

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from ..checks import in_range, optional, read_number, warn_once
+from ..checks import accept_none, read_number, require_range, warn_once
 from ..neurons.base import Settable, asgl_layers, check_module
 from ..neurons.leaky_integrator import LeakyIntegrator
 from ..neurons.lif import LIF
@@ -75,9 +75,9 @@ def parameter_groups(
     caller = "asgl_cuda.parameter_groups"
     check_module(model, caller)
     rates = {"lr": lr, "width_lr": width_lr, "weight_decay": weight_decay, "norm_weight_decay": norm_weight_decay}
-    check = in_range(read_number, ">= 0", 0)
+    check = require_range(read_number, ">= 0", 0)
     for name, value in rates.items():
-        (check if name == "lr" else optional(check))(name, value, caller)
+        (check if name == "lr" else accept_none(check))(name, value, caller)
     layers = [layer for _, layer in asgl_layers(model)]
     if sum(isinstance(layer, LIF) for layer in layers) > 1 and _is_likely_silent(model):
         warn_once(

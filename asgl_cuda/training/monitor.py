@@ -11,16 +11,16 @@ from torch import Tensor, nn
 
 from ..interop.recording import Recorded
 from ..layout import channel_dim
-from ..neurons.base import NeuronLayer, some_asgl_layers
-from ..neurons.batch_norm_lif import BatchNormLIF, sharing
+from ..neurons.base import NeuronLayer, require_asgl_layers
+from ..neurons.batch_norm_lif import BatchNormLIF, sharing_group
 from ..neurons.lif import LIF, unknown_options
 from ..neurons.recurrent_lif import RecurrentLIF
 from ..neurons.spiking import Neurons
 from ..reference.neurons import fires
 from ..reference.normalisation import batch_statistics
 from ..reference.surrogates import PERIODIC, SURROGATES, periodic_distance
-from ..spikes.layers import SPIKE_LAYERS, expected_gain
-from ..torch_modes import transforming
+from ..spikes.layers import SPIKE_LAYERS, expected_speedup
+from ..torch_modes import is_transform_active
 
 _CALLER = "asgl_cuda.Monitor"
 # The quantities, in the order of the table.
@@ -93,7 +93,7 @@ def _shares_of_lif(
     width, threshold, decay, v_reset, amount = (
         value.to(h_seq) if isinstance(value, Tensor) else value for value in values
     )
-    if layer._counts:
+    if layer._emits_levels:
         y = h_seq * (1 / threshold)
         smooth = y.clamp(0, layer.levels)
         hard = smooth.round()
@@ -154,7 +154,7 @@ def _constant_channels(norm: Any, x_seq: Tensor, channel: int) -> dict[str, Tens
     group = getattr(norm, "process_group", None)
     if isinstance(norm, nn.SyncBatchNorm):
         group = group or "world"
-    *_, variance = batch_statistics(x_seq, channel, sharing(group, _CALLER))
+    *_, variance = batch_statistics(x_seq, channel, sharing_group(group, _CALLER))
     return {"constant": variance <= _LITTLE * norm.eps}
 
 
@@ -178,7 +178,7 @@ def _scale_remedy(norm: Any, size: str, threshold: str) -> str:
 def _problem_of_layer(values: Mapping[str, float], layer: Any, norm: Any, diverged: bool) -> str | None:
     """The problem of a layer with these quantities, and a remedy; `diverged`: the model has a NaN weight."""
     rate, inside, dead = values.get("firing_rate"), values.get("inside", 1.0), values.get("dead", 0.0)
-    if (share := values.get("nonzero_inputs")) is not None and (gain := expected_gain(layer, share)) < 1:
+    if (share := values.get("nonzero_inputs")) is not None and (gain := expected_speedup(layer, share)) < 1:
         return (
             f"{share:.0%} of its inputs are not zero, with which its evaluation takes about {1 / gain:.1f} times as "
             "long as that of torch's layer. What helps: asgl_cuda.from_spike_layers; or sparser spikes before it, by a "
@@ -216,7 +216,7 @@ def _problem_of_layer(values: Mapping[str, float], layer: Any, norm: Any, diverg
         seen.append(f"{values['saturated']:.0%} of the neurons fired at every step (saturated)")
         helps = _scale_remedy(norm, "smaller", "higher")
     if inside < _FEW_INSIDE:
-        counts = getattr(layer, "_counts", False)
+        counts = getattr(layer, "_emits_levels", False)
         window, width = "inside the window of the surrogate, abs(u) < width / 2", "; or a larger width"
         if counts:
             window, width = "between 0 and levels thresholds", ""
@@ -276,7 +276,7 @@ class Monitor:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._layers = some_asgl_layers(model, _CALLER)
+        self._layers = require_asgl_layers(model, _CALLER)
         self._model = model
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         # By layer, before a call: x_seq, other arguments, the carried states, and the generator's state if it draws.
@@ -332,10 +332,10 @@ class Monitor:
     def _save_inputs(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Saves, before a call, what its repetition needs: inputs, states and the state of the generator."""
         known = isinstance(layer, (LIF, RecurrentLIF)) and type(layer).forward is LIF.forward
-        if torch.compiler.is_compiling() or transforming() or not known:
+        if torch.compiler.is_compiling() or is_transform_active() or not known:
             return
         try:
-            x_seq, more = layer._inputs(*args, **kwargs)
+            x_seq, more = layer._inputs_of_call(*args, **kwargs)
         except TypeError:  # the layer itself raises the error
             return
         if not isinstance(x_seq, Tensor):
@@ -363,7 +363,8 @@ class Monitor:
         if isinstance(s_seq, Recorded):
             s_seq.call_when_computed(lambda value: self._count_output(layer, args, value))
             return
-        if torch.compiler.is_compiling() or transforming() or not isinstance(s_seq, Tensor) or s_seq.numel() == 0:
+        traced = torch.compiler.is_compiling() or is_transform_active()
+        if traced or not isinstance(s_seq, Tensor) or s_seq.numel() == 0:
             return
         if before := self._before.pop(layer, None):
             shares = _shares_of_lif(layer, *before, s_seq)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import shown
+from ..checks import format_value
 
 _Result = Mapping[str, Mapping[str, float]]
 
@@ -77,7 +77,7 @@ def plot_layers(results: _Result | Sequence[_Result], quantity: str = "firing_ra
     layers = [name for name, values in history[0].items() if quantity in values]
     if not layers:
         known = sorted({key for values in history[0].values() for key in values})
-        raise ValueError(f"{caller}: quantity must be one of {', '.join(known)}, got {shown(quantity)}")
+        raise ValueError(f"{caller}: quantity must be one of {', '.join(known)}, got {format_value(quantity)}")
     ax = _axes(ax, caller)
     names = [name or "(the model)" for name in layers]
     if isinstance(results, Mapping):
@@ -130,7 +130,7 @@ def plot_gradient_norms(gradients: Tensor | Mapping[str, Tensor], *, ax: Any = N
 def _time_by_neuron(value: Any, name: str, caller: str) -> Tensor:
     """The values as `[T, N]`: all dimensions after time are flattened."""
     if not isinstance(value, Tensor):
-        raise TypeError(f"{caller}: {name} must be a tensor, got {shown(value)}")
+        raise TypeError(f"{caller}: {name} must be a tensor, got {format_value(value)}")
     if value.dim() < 2 or value.numel() == 0:
         raise ValueError(f"{caller}: {name} must have time and neurons, [T, ...], got shape {list(value.shape)}")
     return value.detach().flatten(1)

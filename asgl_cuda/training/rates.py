@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import HALF_TYPES, read_finite
-from ..neurons.base import some_asgl_layers
-from ..neurons.batch_norm_lif import check_process_group, sharing
-from ..neurons.deferred import in_backward
-from ..torch_modes import transforming
+from ..neurons.base import require_asgl_layers
+from ..neurons.batch_norm_lif import check_process_group, sharing_group
+from ..neurons.deferred import is_in_backward
+from ..torch_modes import is_transform_active
 
 _CALLER = "asgl_cuda.FiringRates"
 
@@ -55,7 +55,7 @@ class FiringRates:
     """
 
     def __init__(self, model: nn.Module, *, process_group: Any = "world") -> None:
-        self._layers = some_asgl_layers(model, _CALLER)
+        self._layers = require_asgl_layers(model, _CALLER)
         for name, layer in self._layers.items():
             if getattr(layer, "scale_output", False):
                 raise ValueError(
@@ -167,7 +167,7 @@ class _Hook:
         s_seq = output[0] if isinstance(output, tuple) else output
         if (
             self._sums is None
-            or transforming()
+            or is_transform_active()
             or not isinstance(s_seq, Tensor)
             or not s_seq.requires_grad
             or s_seq.numel() == 0

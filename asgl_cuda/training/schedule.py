@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import nn
 
-from ..checks import check_int, in_range, read_number, shown
-from ..neurons.base import some_asgl_layers
+from ..checks import check_int, format_value, read_number, require_range
+from ..neurons.base import require_asgl_layers
 
 _CALLER = "asgl_cuda.AnalogProbSchedule"
 
@@ -47,7 +47,7 @@ class AnalogProbSchedule:
     """
 
     def __init__(self, model: nn.Module, prob_at: Callable[[float, int], float]) -> None:
-        layers = some_asgl_layers(model, _CALLER)
+        layers = require_asgl_layers(model, _CALLER)
         if not callable(prob_at):
             raise TypeError(f"{_CALLER}: prob_at must be a function of start and epoch, got {type(prob_at).__name__}")
         self._layers = {name: layer for name, layer in layers.items() if not getattr(layer, "multi_spike", False)}
@@ -166,5 +166,5 @@ def _checked_count(name: str, value: Any, least: int) -> int:
     """A number of epochs in the range of a float."""
     count = check_int(name, value, _CALLER)
     if not least <= count <= sys.maxsize:
-        raise ValueError(f"{_CALLER}: {name} must be in [{least}, {sys.maxsize}], got {shown(count)}")
+        raise ValueError(f"{_CALLER}: {name} must be in [{least}, {sys.maxsize}], got {format_value(count)}")
     return count

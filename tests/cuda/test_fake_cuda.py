@@ -18,7 +18,7 @@ CUDA = torch.device("cuda", 0)
 @pytest.fixture
 def operators(monkeypatch):
     """Those of a build with CUDA; fake tensors never reach its kernels."""
-    found = backends.operators_in("asgl_cuda")
+    found = backends.registered_operators("asgl_cuda")
     monkeypatch.setitem(backends.BACKENDS, "cuda", backends.Backend(("cuda",), found, lambda: None))
     return found
 

@@ -314,8 +314,8 @@ def test_monitored(backend):
 
 def test_spikes_recomputed(monkeypatch):
     """A shortcut of spikes is recomputed, too."""
-    computed, original = [], recompute._Spikes._computed
-    monkeypatch.setattr(recompute._Spikes, "_computed", lambda self: computed.append(self) or original(self))
+    computed, original = [], recompute._SpikesOfCall._compute_again
+    monkeypatch.setattr(recompute._SpikesOfCall, "_compute_again", lambda self: computed.append(self) or original(self))
     first, x_seq = nn.Sequential(OverTime(nn.Conv2d(C, C, 1)), asgl_cuda.LIF()), torch.randn(SHAPE)
     model = on(scattered(nn.Sequential(first, Block(), Block(), OverTime(nn.Conv2d(C, C, 1)))), "cpu")
     fused = joined(model, x_seq)

@@ -223,8 +223,8 @@ def test_recomputed_spikes(name, asgl, monkeypatch):
     model, report = asgl_cuda.convert(Network(make(), shape[-1]), asgl=asgl)
     if not report.replaced:
         pytest.skip("ASGL has no noise for this layer")
-    computed, original = [], recompute._Spikes._computed
-    monkeypatch.setattr(recompute._Spikes, "_computed", lambda self: computed.append(self) or original(self))
+    computed, original = [], recompute._SpikesOfCall._compute_again
+    monkeypatch.setattr(recompute._SpikesOfCall, "_compute_again", lambda self: computed.append(self) or original(self))
     x, found = torch.randn(shape) * 3 + 1, []
     for each, context in ((copy.deepcopy(model), nullcontext()), (model, asgl_cuda.recompute_spikes())):
         torch.manual_seed(0)

@@ -211,7 +211,7 @@ def test_a_model_that_goes_over_time_itself():
         asgl_cuda.step(model, x_seq[0])
     with pytest.raises(RuntimeError, match=r"Leaky at 'lif' gets its state from the model's forward.*init_hidden=True"):
         asgl_cuda.step(Loop(False), x_seq[0], time_dim=0)
-    with pytest.raises(ValueError, match=r"LIFNode at '0' takes a step a call, LIF at '1' has time at 0"):
+    with pytest.raises(ValueError, match=r"LIFNode at '0' takes one step per call, LIF at '1' has time at 0"):
         asgl_cuda.step(nn.Sequential(neuron.LIFNode(), LIF()), x_seq[0])
 
 

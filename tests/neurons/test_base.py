@@ -201,13 +201,13 @@ STATES = [(kind, name) for kind, case in CASES.items() if kind != "soft reset" f
         (
             torch.zeros(B, 5),
             ValueError,
-            r"the carried {} has shape \[3, 5\] and the input, without time, \[3, 8\]; call reset\(\)",
+            r"the carried {} must have the shape of the input without time, \[3, 8\], got \[3, 5\]; call reset\(\)",
         ),
-        (torch.zeros(()), ValueError, r"the carried {} has shape \[\] and"),
+        (torch.zeros(()), ValueError, r"the carried {} must have .*, got \[\]; call"),
         (
             torch.zeros(T, B, N),
             ValueError,
-            r"the carried {} has .* \[6, 3, 8\] and .*; step\(\) takes one step without",
+            r"the carried {} must have .*, got \[6, 3, 8\]; if the input is one time step .*, call step\(\)",
         ),
         (torch.zeros(B, N, dtype=torch.int64), TypeError, "{} must be of a floating type, got torch.int64"),
         (torch.zeros(B, N, device="meta"), ValueError, "{} must be on cpu as x_seq, got meta"),
@@ -257,7 +257,7 @@ def test_copies_detached_and_cast_states(backend, device, kind):
     assert layer.logit_decay.grad is not None
     before = states_of(layer, kind)
     assert layer.detach_() is layer
-    potentials = [getattr(layer, name) for name in layer._kept_names if getattr(layer, name) is not None]
+    potentials = [getattr(layer, name) for name in layer._stored_names if getattr(layer, name) is not None]
     assert not any(value.requires_grad for value in potentials)
     assert all(map(torch.equal, states_of(layer, kind), before))
     layer.double()

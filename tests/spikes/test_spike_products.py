@@ -183,11 +183,11 @@ def test_subnormals_are_no_zeros():
     assert (expected > 0).all()
     if torch.set_flush_denormal(True):
         try:
-            packed = products._packed(x)
+            packed = products._pack_spikes(x)
             assert asgl_cuda.spike_linear(x, weight).shape == (3, 2)
         finally:
             torch.set_flush_denormal(False)
-        assert packed is None or torch.equal(products._unpacked(packed, x.shape, x.stride(), x.dtype), x)
+        assert packed is None or torch.equal(products._unpack_spikes(packed, x.shape, x.stride(), x.dtype), x)
 
 
 @pytest.mark.parametrize(
@@ -224,11 +224,11 @@ def test_packed_spikes(length, values):
     """Backward gets the input again, whatever happens to it, in a bit an element where all spikes are 1."""
     torch.manual_seed(0)
     x = Case((1, length), 1).spikes(0.1, values=values)
-    packed = products._packed(x)
+    packed = products._pack_spikes(x)
     if packed is None:
         assert length < 64
         return
-    assert torch.equal(products._unpacked(packed, x.shape, x.stride(), x.dtype), x)
+    assert torch.equal(products._unpack_spikes(packed, x.shape, x.stride(), x.dtype), x)
     assert packed.nbytes == -(-length // 64) * 8 + (4 * int(x.count_nonzero()) if values else 0)
 
 

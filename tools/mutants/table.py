@@ -44,13 +44,13 @@ MUTANTS = {
         'together=True', "neurons/test_recurrent_lif.py noise_under"),
     "recurrent: a width by step passes": Mutant('or value.numel() != count',
         'or False', "calls/test_arguments.py bad_arguments and recurrent"),
-    "recurrent: any synapse passes": Mutant('return check_values(rows, ["syn_decay"], x_seq, _CALLER)["syn_decay"]',
+    "recurrent: any synapse passes": Mutant('return check_parameters(rows, ["syn_decay"], x_seq, _CALLER)["syn_decay"]',
         'return rows["syn_decay"]', "calls/test_arguments.py bad_arguments and recurrent"),
     "recurrent: an exported program's gradient through detached spikes": Mutant(
         "= has_synapse, detach_recurrent\n", "= has_synapse, False\n",
         "neurons/test_recurrent_lif.py exported"),
-    "recurrent: second derivatives pass": Mutant('once_differentiable(with_gaps(found, wanted), inputs)',
-        'with_gaps(found, wanted)', "neurons/test_features.py rules and recurrent"),
+    "recurrent: second derivatives pass": Mutant('once_differentiable(none_for_unwanted(found, wanted), inputs)',
+        'none_for_unwanted(found, wanted)', "neurons/test_features.py rules and recurrent"),
     # ---- reference ----
     "reference: the hard reset keeps a gradient": Mutant("charged * (1 - s_reset) + amount",
         "charged * (1 - s) + amount", "neurons/test_features.py equals and plain"),
@@ -92,14 +92,16 @@ MUTANTS = {
     "reference: tangents without the surrogate's gain": Mutant("return a * ctx.gain", "return a",
         "neurons/test_features.py forward_mode"),
     "reference: compiled transforms without the surrogate's gain": Mutant(
-        "ignore autograd functions silently\n        scaled = a * gain",
-        "ignore autograd functions silently\n        scaled = a", "torch_modes/test_transforms.py compiled"),
+        "ignore the gradient of Functions\n        scaled = a * gain",
+        "ignore the gradient of Functions\n        scaled = a", "torch_modes/test_transforms.py compiled"),
     "reference: an exported model without the surrogate's gain": Mutant(
-        "autograd functions are clones\n        scaled = a * gain", "autograd functions are clones\n        scaled = a",
+        "exported graphs have only forward\n        scaled = a * gain",
+        "exported graphs have only forward\n        scaled = a",
         "torch_modes/test_torch_features.py every_output"),
     "reference: NaN gradients of an exported model": Mutant("torch.where(nothing == 0, nothing, 0.0)", "nothing",
         "torch_modes/test_torch_features.py nan_in"),
-    "reference: tangents of compiled code": Mutant("(transforming() or in_forward_mode())", "transforming()",
+    "reference: tangents of compiled code": Mutant(
+        "(is_transform_active() or is_forward_mode_active())", "is_transform_active()",
         "torch_modes/test_transforms.py forward_mode_is"),
     # ---- checks ----
     "checks: time_dim at the number of dimensions": Mutant("<= time_dim < dims", "<= time_dim <= dims",
@@ -137,7 +139,7 @@ MUTANTS = {
     "checks: a parameter becomes a constant": Mutant("if value.requires_grad and not learned:", "if False:",
         "neurons/test_layer_arguments.py a_parameter"),
     "checks: NaN is a number": Mutant("if number != number:", "if number is None:", "calls/test_arguments.py bad"),
-    "checks: shares are rounded down": Mutant("return round(in_range(", "return int(in_range(",
+    "checks: shares are rounded down": Mutant("return round(require_range(", "return int(require_range(",
         "reference/test_noise.py rounded"),
     "checks: shares as data are rounded down": Mutant("* DRAWS).round().clamp", "* DRAWS).floor().clamp",
         "reference/test_noise.py rounded"),
@@ -181,7 +183,7 @@ MUTANTS = {
         "_exp_within_bound(logit.detach())", "reference/test_learned.py"),
     "learned: a power too low": Mutant("n.abs().to(torch.int64)", "(n.abs() - 1).to(torch.int64)",
         "reference/test_learned.py"),
-    "learned: widths in half types": Mutant("log = in_real_type(self.stored)", "log = self.stored",
+    "learned: widths in half types": Mutant("log = to_real_type(self.stored)", "log = self.stored",
         "neurons/test_base.py half"),
     # ---- the call ----
     "call: parameters by channel have no place": Mutant(
@@ -269,11 +271,11 @@ MUTANTS = {
         "own = coefficients_of(None, running)", "training/test_distributed.py"),
     "batch_norm: values of each process": Mutant("counts.sum(0) <= 1", "counts <= 1",
         "training/test_distributed.py without_samples"),
-    "batch_norm: an update without a derivative": Mutant(", batch_norm_update=_differentiated_update", "",
+    "batch_norm: an update without a derivative": Mutant(", batch_norm_update=_update_with_derivative", "",
         "neurons/test_batch_norm_lif.py updates_running"),
     "batch_norm: the gain as the variance": Mutant(
-        "if running is not None:\n            _update(running, coefficients[0], coefficients[3])",
-        "if running is not None:\n            _update(running, coefficients[0], coefficients[1])",
+        "if running is not None:\n            _update_running_statistics(running, coefficients[0], coefficients[3])",
+        "if running is not None:\n            _update_running_statistics(running, coefficients[0], coefficients[1])",
         "neurons/test_batch_norm_lif.py momentum or running or training"),
     "batch_norm: running statistics in evaluation of fine-tuning": Mutant(
         ") and torch.is_grad_enabled():\n        name", "):\n        name",
@@ -298,8 +300,8 @@ MUTANTS = {
     "batch_norm: one of two running statistics": Mutant(
         'if (norm["running_mean"] is None) != (norm["running_var"] is None):', "if False:",
         "calls/test_arguments.py bad_arguments and batch_norm"),
-    "batch_norm: eps 0 is refused": Mutant('in_range(check_finite, ">= 0", 0)',
-        'in_range(check_finite, ">= 0", 1e-30)',
+    "batch_norm: eps 0 is refused": Mutant('require_range(check_finite, ">= 0", 0)',
+        'require_range(check_finite, ">= 0", 1e-30)',
         "neurons/test_batch_norm_lif.py means_that"),
     "batch_norm: an infinite momentum in a tensor": Mutant(
         'check_finite("momentum", momentum.item(), _CALLER, "a float or a tensor")', "pass",
@@ -362,7 +364,7 @@ MUTANTS = {
         "neurons/test_features.py alone and integrator"),
     "integrator: a half state": Mutant("        v_init = v_init.to(plan.real)\n    fused", "    fused",
         "neurons/test_base.py states_that_are_set and Leaky"),
-    "integrator: a state of another shape": Mutant("        check_v_init(v_init, x_seq, time_dim, caller)\n", "",
+    "integrator: a state of another shape": Mutant("        check_initial_state(v_init, x_seq, time_dim, caller)\n", "",
         "calls/test_arguments.py bad_arguments and integrator"),
     "integrator: a logit as a decay": Mutant('logit_decay=int(isinstance(given["decay"], Logit)), time',
         "logit_decay=0, time",
@@ -370,7 +372,7 @@ MUTANTS = {
     "integrator: layers rest at 0": Mutant('"v_rest": self.v_rest, "delay"', '"v_rest": 0.0, "delay"',
         "neurons/test_base.py function_of and Leaky"),
     "integrator: a second derivative": Mutant(
-        "once_differentiable(with_gaps(found, wanted), (*saved, *grads))", "with_gaps(found, wanted)",
+        "once_differentiable(none_for_unwanted(found, wanted), (*saved, *grads))", "none_for_unwanted(found, wanted)",
         "neurons/test_features.py rules and integrator"),
     "integrator: inputs of any layout": Mutant("x_seq = dense(x_seq, time_dim)",
         "pass", "neurons/test_features.py layouts and integrator"),
@@ -400,15 +402,15 @@ MUTANTS = {
         "not _LEAST_DECAY <= value <= 1:", "neurons/test_layer_arguments.py bad_arguments"),
     "layer: constants stay where they are": Mutant("if name in self.__dict__:", "if False:",
         "neurons/test_layer_arguments.py constants_by_neuron"),
-    "layer: potentials under transforms": Mutant("        if transforming():\n", "        if False:\n",
+    "layer: potentials under transforms": Mutant("        if is_transform_active():\n", "        if False:\n",
         "torch_modes/test_transforms.py not_kept"),
     "layer: a carried potential of another shape": Mutant("        if carried != shape:\n",
         "        if False:\n", "neurons/test_base.py does_not_fit"),
     "layer: a warning of one step": Mutant("if len(carried) == 1 and x_seq.shape[time_dim] > 1 and",
         "if len(carried) == 1 and", "test_states.py warns"),
     "layer: no layer is stateful after a step": Mutant(
-        '        finally:\n            set_plain(self, "stateful", stateful)',
-        '        finally:\n            set_plain(self, "stateful", False)',
+        '        finally:\n            set_plain_attribute(self, "stateful", stateful)',
+        '        finally:\n            set_plain_attribute(self, "stateful", False)',
         "neurons/test_base.py one_sequence"),
     "layer: a sequence begins where steps ended": Mutant("self._states if self.stateful else ()", "self._states",
         "neurons/test_base.py one_sequence"),
@@ -417,15 +419,15 @@ MUTANTS = {
     "layer: potentials of inference mode": Mutant("state if torch.is_inference_mode_enabled() else state.clone()",
         "state", "neurons/test_base.py forgotten"),
     "layer: potentials stay where they are": Mutant(
-        "        self._map_kept(fn)\n        self._place", "        self._place", "neurons/test_base.py copies"),
-    "layer: a copy with a graph": Mutant("{name: value.detach() for name in self._kept_names",
-        "{name: value for name in self._kept_names", "neurons/test_base.py copies"),
+        "        self._map_stored(fn)\n        self._place", "        self._place", "neurons/test_base.py copies"),
+    "layer: a copy with a graph": Mutant("{name: value.detach() for name in self._stored_names",
+        "{name: value for name in self._stored_names", "neurons/test_base.py copies"),
     "layer: a wrapper is a layer": Mutant('inspect.getattr_static(module, "analog_prob", None)',
         'getattr(module, "analog_prob", None)', "training/test_kit.py each_asgl"),
     "layer: noise of several spikes": Mutant('if getattr(self, "multi_spike", False):', "if False:",
         "training/test_schedule.py which_layers"),
     "layer: v is the only potential that is detached": Mutant(
-        "for name in self._kept_names:\n            value = getattr",
+        "for name in self._stored_names:\n            value = getattr",
         'for name in ("v",):\n            value = getattr', "neurons/test_base.py copies and Adaptive"),
     "layer: v is the only state that is carried": Mutant(
         "for name in states:\n            setattr", 'for name in ("v",):\n            setattr',
@@ -452,7 +454,7 @@ MUTANTS = {
         "neurons/test_batch_norm_lif.py updates_count"),
     "neuron: running variances of 0": Mutant("fill_parameter(self.running_var, 1.0)",
         "fill_parameter(self.running_var, 0.0)", "neurons/test_batch_norm_lif.py updates_count"),
-    "neuron: a width of levels is learned": Mutant('if learns["learn_width"] and not self._counts',
+    "neuron: a width of levels is learned": Mutant('if learns["learn_width"] and not self._emits_levels',
         'if learns["learn_width"]',
         "neurons/test_levels.py layer"),
     "neuron: a learned width beyond its bound": Mutant("if learned and not _LEAST_WIDTH <= each <= _LARGEST_WIDTH:",
@@ -463,7 +465,7 @@ MUTANTS = {
         "neurons/test_batch_norm_lif.py tdbn"),
     "over_time: cells of recurrent networks": Mutant("(nn.RNNBase, nn.RNNCellBase)", "nn.RNNBase",
         "test_states.py over_time"),
-    "over_time: neurons that come later": Mutant("                _check_inside(self.layer)\n",
+    "over_time: neurons that come later": Mutant("                _refuse_time_inside(self.layer)\n",
         "                pass\n", "test_states.py over_time"),
     "over_time: an input without batch": Mutant("x_seq.dim() < 2:", "x_seq.dim() < 1:",
         "neurons/test_layer_arguments.py inputs_that"),
@@ -477,8 +479,9 @@ MUTANTS = {
         "if len(self._answered) > len(self._asking):", "calls/test_recompute.py once"),
     "recompute: positions beyond 16 bits": Mutant("if height * width <= torch.iinfo(dtype).max:",
         "if height * width // 2 <= torch.iinfo(dtype).max:", "calls/test_recompute.py indices"),
-    "recompute: an exception leaves a context open": Mutant("register_forward_hook(_leave, always_call=True)",
-        "register_forward_hook(_leave)", "calls/test_recompute.py around_the_forward"),
+    "recompute: an exception leaves a context open": Mutant(
+        "register_forward_hook(_close_after_forward, always_call=True)",
+        "register_forward_hook(_close_after_forward)", "calls/test_recompute.py around_the_forward"),
     "recompute: spikes are kept by their layer": Mutant("            node.asgl_cuda_spikes = None",
         "            pass", "calls/test_recompute.py keep_nothing"),
     # ---- streaming ----
@@ -498,7 +501,7 @@ MUTANTS = {
         "if True:", "test_states.py batch_of_one"),
     "streaming: hooks stay": Mutant("            handle.remove()\n        for", "            pass\n        for",
         "test_states.py errors"),
-    "streaming: layers stay stateful": Mutant("            set_plain(layer, name, value)\n    if",
+    "streaming: layers stay stateful": Mutant("            set_plain_attribute(layer, name, value)\n    if",
         "            pass\n    if", "test_states.py flags"),
     "streaming: compiled layers are watched": Mutant("            if taker.compiled:\n                continue\n", "",
         "test_states.py compiles"),
@@ -578,7 +581,8 @@ MUTANTS = {
         "training/test_monitor.py which_dimensions"),
     "monitor: scaled spikes": Mutant("emitted = hard.to(h_seq) * threshold if layer.scale_output else hard",
         "emitted = hard", "training/test_monitor.py measures"),
-    "monitor: looks under transforms": Mutant("transforming() or not isinstance(s_seq", "not isinstance(s_seq",
+    "monitor: looks under transforms": Mutant("is_transform_active()\n        if traced or not isinstance(s_seq",
+        "False\n        if traced or not isinstance(s_seq",
         "torch_modes/test_transforms.py not_kept"),
     "monitor: a carried potential": Mutant("x_seq, more, states, rng_state\n", "x_seq, more, {}, rng_state\n",
         "training/test_monitor.py measures or carried"),
@@ -807,8 +811,8 @@ MUTANTS = {
     "pending: views without the factor": Mutant(
         "        made.factor = self.factor\n", "", "interop/test_fuse.py users"),
     "pending: a factor of the sum": Mutant(
-        "self.is_known() or self.residual is not None:\n            return self._of_value(name)(tensor_of",
-        "self.is_known():\n            return self._of_value(name)(tensor_of",
+        "self.is_computed() or self.residual is not None:\n            return self._value_attribute(name)(tensor_of",
+        "self.is_computed():\n            return self._value_attribute(name)(tensor_of",
         "interop/test_fuse_left.py normalisations"),
     "fuse: step mode m is s": Mutant('and self.step_mode == "m"', "and False", "interop/test_fuse.py neurons"),
     "fuse: training alone is tried": Mutant(
@@ -827,7 +831,7 @@ MUTANTS = {
         "False:", "interop/test_fuse_left.py uses"),
     "fuse: statistics of a batch twice": Mutant("now[1] and update", "now[1]", "interop/test_fuse_left.py uses"),
     "fuse: a reentrant checkpoint": Mutant(
-        "            elif in_function() or (",
+        "            elif is_in_function_forward() or (",
         "            elif False and (", "interop/test_fuse_left.py uses"),
     "fuse: neurons in another checkpoint": Mutant(
         "if here is not there and (here is not None or self.training):",
@@ -854,7 +858,7 @@ MUTANTS = {
         "if any(version != _version(tensor) for tensor, version in self.watched):",
         "if False:", "interop/test_fuse_left.py operands"),
     "pending: a Function without a gradient": Mutant(
-        "if in_function() and self.requires_grad:",
+        "if is_in_function_forward() and self.requires_grad:",
         "if False:", "interop/test_fuse_left.py uses"),
     "pending: backward hooks of neurons": Mutant(
         "if (hooked := self.norm.hooked_before(layer)) is not None:",

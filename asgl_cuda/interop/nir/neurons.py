@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from ...checks import check_number, check_width
 from ...neurons.leaky_integrator import LeakyIntegrator
 from ...neurons.lif import LIF
-from ...neurons.over_time import KNOWS_TIME, in_a_row
+from ...neurons.over_time import KNOWS_TIME, placement_advice
 
 INSTALL = 'pip install "nir>=1.0.7" "nirtorch>=2.6"'  # as in pyproject.toml
 KEY = "asgl_cuda"  # key in the metadata of nodes, for options that NIR does not have
@@ -110,7 +110,7 @@ class Delay(nn.Module):
         return x_seq.gather(0, time.clamp(min=0).expand(x_seq.shape)).masked_fill(time < 0, 0.0)
 
 
-KNOWS_TIME.append(lambda module: ("Delay", in_a_row("Delay(...)")) if isinstance(module, Delay) else None)
+KNOWS_TIME.append(lambda module: ("Delay", placement_advice("Delay(...)")) if isinstance(module, Delay) else None)
 
 
 def per_neuron(layer: LIF | LeakyIntegrator, value: Tensor | float, shape: Sequence[int]) -> Tensor:
