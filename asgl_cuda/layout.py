@@ -28,7 +28,7 @@ class Features(NamedTuple):
         shape, dims = [1] * x_seq.dim(), self.dims(x_seq, time_dim)
         for dim, size in zip(dims, self.sizes, strict=True):
             shape[dim] = size
-        return tuple(shape[dims[0] :])
+        return tuple(shape[dims[0] :] if len(dims) == 1 else shape)
 
     def trailing(self, x_seq: Tensor, time_dim: int) -> int:
         """The number of dimensions of x_seq after the one in which parameters differ; 0 if they differ in several."""
