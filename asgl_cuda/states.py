@@ -123,8 +123,8 @@ def _how_stepped(module: nn.Module) -> InStream:
         if isinstance(module, (nn.RNNBase, nn.RNNCellBase, Delay)):
             return "it starts each call at rest, unless its caller passes a state"
         asked = (library.streaming_of for library in libraries())
-        _known_by[kind] = next((streamed for streamed in asked if streamed(module) is not None), None)
-    streamed = _known_by[kind]
+        _streamed_by_class[kind] = next((streamed for streamed in asked if streamed(module) is not None), None)
+    streamed = _streamed_by_class[kind]
     return None if streamed is None else streamed(module)
 
 

@@ -68,10 +68,10 @@ def _batch_in_one_call(operator: Any, info: Any, in_dims: tuple[Any, ...], *argu
         """Reshaped to broadcast against the sequence; `apart` expands to every sample, for a gradient of each."""
         if value is None or (dim is None and not apart):
             return value
-        sizes = _shape_of_one(value, dim)
+        sizes = _sample_shape(value, dim)
         after = rules.trailing if len(sizes) == 1 else 0
         before = sequence.dim() - 1 - len(sizes) - after
-        return front(value, dim).reshape(count, *(1,) * before, *sizes, *(1,) * after)
+        return samples_first(value, dim).reshape(count, *(1,) * before, *sizes, *(1,) * after)
 
     is_backward = "grad_v_seq" in given
     first = "grad_v_seq" if is_backward and "checkpoints" not in given else "x_seq"
@@ -141,7 +141,7 @@ def _batch_one_by_one(
         if dim is None:
             return value
         if info.batch_size == 0:  # called once, for the shapes
-            return value.new_zeros(_shape_of_one(value, dim))
+            return value.new_zeros(_sample_shape(value, dim))
         return dense(value.select(dim, index), time_dim)
 
     def results_of_sample(index: int) -> Any:

@@ -23,7 +23,7 @@ from ..checks import (
     check_width,
     check_width_tensor,
 )
-from ..layout import Features, dense, in_memory_order, real_type
+from ..layout import Features, dense, real_type, to_memory_order
 from ..reference.learned import Logarithm, Logit
 from ..reference.records import BELOW_IN_STATE, Numbers, Parameters, Rules
 from ..reference.surrogates import INTEGER, PERIODIC, SURROGATES
@@ -100,7 +100,7 @@ class Inputs(NamedTuple):
 PARAMETERS = Parameters._fields[:-1]  # without the residual, which is never a constant
 
 
-def tensors_of(plan: Plan, given: Any, count: int, fused: bool) -> list[Any]:
+def parameter_tensors(plan: Plan, given: Any, count: int, fused: bool) -> list[Any]:
     """A call's parameters in the type of the arithmetic, None for constants.
 
     Where `fused`, learned ones are as stored, and those of one dimension have the place that the rules say.
@@ -226,8 +226,8 @@ def checked_call(caller: str, x_seq: Tensor, given: Arguments, together: bool = 
     if not x_seq.is_contiguous():
         x_seq = dense(x_seq, rules.time_dim)
     if residual is not None and residual.stride() != x_seq.stride():
-        residual = in_memory_order(residual, x_seq, rules.time_dim)
-    parameters = tensors_of(plan, given, len(PARAMETERS), BACKENDS[backend].operators is not None)
+        residual = to_memory_order(residual, x_seq, rules.time_dim)
+    parameters = parameter_tensors(plan, given, len(PARAMETERS), BACKENDS[backend].operators is not None)
     if plan.sources:
         width, _, v_threshold, *_ = parameters
         if width is not None and not rules.log_width:

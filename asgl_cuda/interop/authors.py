@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..neurons.over_time import in_a_row
+from ..neurons.over_time import placement_advice
 from .converted import (
     Basis,
     Conversion,
@@ -118,7 +118,7 @@ def conversion_of(layer: nn.Module) -> Conversion:
 
 def placement_outside_over_time(module: nn.Module) -> str | None:
     """Where a layer that `OverTime` refuses belongs, see `libraries`; None for other modules."""
-    return in_a_row(f"{bare_class(module).__name__}(...)") if streaming_of(module) else None
+    return placement_advice(f"{bare_class(module).__name__}(...)") if streaming_of(module) else None
 
 
 def streaming_of(module: nn.Module) -> InStream:

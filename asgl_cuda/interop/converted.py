@@ -247,7 +247,9 @@ def _is_equal(one: Any, other: Any) -> bool:
 
 def _describe(value: Any) -> str:
     """A value in words, for an error: the name of a function or class, otherwise the value."""
-    return getattr(value, "__name__", None) or (type(value).__name__ if isinstance(value, nn.Module) else shown(value))
+    return getattr(value, "__name__", None) or (
+        type(value).__name__ if isinstance(value, nn.Module) else format_value(value)
+    )
 
 
 def version_of(tensor: Tensor) -> int:
@@ -357,7 +359,7 @@ class Converted(Overlay, Noisy):
             x_seq = x_seq.to(dtype)
         options = self._lif_options(x_seq, options)
         if isinstance(x_seq, Pending):  # a normalisation before this layer, which the layer computes as well
-            result = computed_after(x_seq, self, "asgl_cuda.lif", {**LIF_DEFAULTS, **options})  # type: ignore[typeddict-item]
+            result = run_lif_after(x_seq, self, "asgl_cuda.lif", {**LIF_DEFAULTS, **options})  # type: ignore[typeddict-item]
         else:
             result = lif(x_seq, **options)
         assert isinstance(result, LIFOutput)

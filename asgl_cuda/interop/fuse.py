@@ -22,13 +22,13 @@ from ..neurons.batch_norm_lif import module_batch_norm_lif
 from ..neurons.deferred import (
     Normal,
     Pending,
-    checkpoint,
+    active_saved_tensor_hooks,
+    current_checkpoint,
     has_backward_hooks,
-    hooks_of_graph,
-    in_backward,
-    in_function,
+    is_in_backward,
+    is_in_function_forward,
     tensor_of,
-    watched,
+    with_version,
 )
 from ..neurons.lif import LIFOutput
 from .convert import Left, Replaced, Report, convert, copy_model, model_or_copy
@@ -294,7 +294,7 @@ class Fused(Overlay):
     def note_left(self, reason: str) -> None:
         """Notes, for the report, why this normalisation computed its value itself."""
         # Calls in backward do not count: a checkpoint may stop them before the neurons are called.
-        if self.outcome is not None and not torch.compiler.is_compiling() and not in_backward():
+        if self.outcome is not None and not torch.compiler.is_compiling() and not is_in_backward():
             self.outcome.add_left(self, reason)
 
     def restore_original(self) -> None:

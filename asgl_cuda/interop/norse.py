@@ -22,7 +22,7 @@ from norse.torch.module.exp_filter import ExpFilter
 from torch import Tensor, nn
 
 from ..checks import HALF_TYPES
-from ..neurons.over_time import in_a_row
+from ..neurons.over_time import placement_advice
 from .converted import Conversion, Converted, InStream, bare_class, float_if_scalar, known_class_or_reason
 from .recording import SPIKES, Recording
 from .recurrent import Recurrent, synaptic_inputs

@@ -565,7 +565,7 @@ class Recording:
         self.read: set[int] = set()  # storages of existing tensors that recorded operations read
         self.written: set[int] = set()  # those that effects will change
         self.is_running = False
-        self.checkpoint = checkpoint()
+        self.checkpoint = current_checkpoint()
         self.asked = ""  # the function that needs a value, for errors
         self.waiting: list[tuple[Group, int, Callable[[Any], object]]] = []
         self.calls: dict[nn.Module, int] = {}  # number of recorded steps of each layer
@@ -646,7 +646,7 @@ class Recording:
                 _scan_argument(kwargs, key, operands, None)
         made = self.operations.get(place := tuple(key)) if merge else None
         if made is None or made.is_computed():
-            if checkpoint() is not self.checkpoint:
+            if current_checkpoint() is not self.checkpoint:
                 raise RuntimeError(
                     f"{_CALLER}: with sequences, steps are computed after the model's code has run, so that a "
                     "torch.utils.checkpoint inside of the model saves no memory; put the checkpoint around the model"

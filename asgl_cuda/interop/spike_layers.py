@@ -12,7 +12,7 @@ from torch import nn
 from ..neurons.base import check_module
 from ..neurons.deferred import tensor_of
 from ..spikes.functional import has_kernel
-from ..spikes.layers import SPIKE_LAYERS, expected_gain
+from ..spikes.layers import SPIKE_LAYERS, expected_speedup
 from .convert import Left, Replaced, Report, copy_model
 from .converted import Overlay, overlaid_class
 from .libraries import libraries

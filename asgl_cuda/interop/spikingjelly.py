@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_map_only
 
 from ..checks import MOST_LEVELS
 from ..neurons.lif import LIFOutput
-from ..neurons.over_time import in_a_row
+from ..neurons.over_time import placement_advice
 from .converted import (
     Conversion,
     Converted,
@@ -550,7 +550,7 @@ def placement_outside_over_time(module: nn.Module) -> str | None:
     if isinstance(module, _CELLS):
         return "and call it as SpikingJelly does"
     if isinstance(module, (*_OF_SEQUENCES, *_RECURRENT)) or _step_mode_of(module) == "m":
-        return in_a_row(f"{name}(...)")
+        return placement_advice(f"{name}(...)")
     layer = f"{name}(..., step_mode='m')" if hasattr(module, "step_mode") else f"MultiStepContainer({name}(...))"
     return placement_advice(layer, in_place=True)
 

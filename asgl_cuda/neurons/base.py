@@ -27,9 +27,9 @@ from ..checks import (
     check_options,
     check_sizes,
     check_step,
-    given_for,
-    least_and_most,
-    optional,
+    format_type,
+    format_value,
+    min_and_max,
     read_finite,
     read_number,
     read_values,
@@ -300,7 +300,7 @@ class NeuronLayer(Settable):
             return self._record_fx_call(x_seq, residual)
         if torch._C._get_tracing_state() is not None:
             self.__prepare_scriptable__()
-        x_seq, options = self._inputs(x_seq, residual)
+        x_seq, options = self._inputs_of_call(x_seq, residual)
         if not isinstance(x_seq, Tensor) or x_seq.dtype not in FLOATING_TYPES:
             check_input(x_seq, self.time_dim, self._caller)  # names the layer, not its function
         if not (self.stateful or self.store_v_seq):

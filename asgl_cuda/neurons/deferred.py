@@ -218,7 +218,7 @@ class Pending:
         views = (*self.views, (name, args, kwargs))
         return self._pass_state_to(Pending(self.call, self.source, channel, x, residual, views, self.watched))
 
-    def _behind(self, made: Pending) -> Pending:
+    def _pass_state_to(self, made: Pending) -> Pending:
         """Passes on what is known of a value to a view of it, or to a sum."""
         made.has_graph = self.has_graph and torch.is_grad_enabled()
         made.factor = self.factor
@@ -393,7 +393,7 @@ def has_backward_hooks(module: nn.Module) -> bool:
     return bool(module._backward_hooks or module._backward_pre_hooks or of_every)
 
 
-def in_backward() -> bool:
+def is_in_backward() -> bool:
     """Whether autograd computes gradients here, as where a checkpoint computes its forward again."""
     return torch._C._current_graph_task_id() != -1
 

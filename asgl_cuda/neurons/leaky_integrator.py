@@ -119,7 +119,7 @@ def _checked_plan(caller: str, x_seq: Tensor, given: _Arguments) -> Plan:
     if (features := given.get("features")) is not None:
         check_features(features, x_seq, time_dim, caller)
     options = check_options(given, _OPTIONS, caller)
-    constants = check_values(given, _VALUES, x_seq, caller, features)
+    constants = check_parameters(given, _VALUES, x_seq, caller, features)
     rules = _RULES.changed(
         logit_decay=int(isinstance(given["decay"], Logit)),
         time_dim=time_dim,

@@ -317,11 +317,11 @@ class LIFFunction(torch.autograd.Function):
         return None, None, None, *gradients[:-1], gradients[0] if shared else gradients[-1]
 
 
-def _differentiated(operator: Any, below: Any, *arguments: Any) -> ForwardResult:
+def _with_derivative(operator: Any, below: Any, *arguments: Any) -> ForwardResult:
     """A bare lif_forward with its derivative."""
     *inputs, numbers, rules, (*of_outputs, keeps_checkpoints) = arguments
     plan = make_plan(inputs[0], Rules(*rules), Numbers(*numbers), of_outputs)
-    *outputs, checkpoints = apply_here(LIFFunction, below, backend_of(operator), plan, *inputs)
+    *outputs, checkpoints = apply_at_one_level(LIFFunction, below, backend_of(operator), plan, *inputs)
     return [*outputs, checkpoints] if keeps_checkpoints else outputs
 
 

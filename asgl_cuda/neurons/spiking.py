@@ -25,7 +25,7 @@ from ..checks import (
 )
 from ..reference.learned import BOUND, Logarithm
 from ..reference.neurons import fires
-from .base import NeuronLayer, Noisy, Value, fill_parameter, values_shown
+from .base import NeuronLayer, Noisy, Value, fill_parameter, format_values
 
 _LEAST_WIDTH, _LARGEST_WIDTH = math.exp(-BOUND), math.exp(BOUND)
 
@@ -165,7 +165,7 @@ class Neurons(NeuronLayer, Noisy):
                 message = f"a spike subtracts {amount:g} from the potential, which then stays above v_threshold"
                 warn_once("reset_amount", f"{caller}: {message}")
 
-    def _values(self) -> tuple[Value, Value, Value]:
+    def _current_values(self) -> tuple[Value, Value, Value]:
         """Width, decay and threshold: constants, or learned, in the shape of the parameters."""
         log_width, threshold = self.log_width, self.threshold  # read once, because each access takes 0.7 us
         return (

@@ -353,7 +353,7 @@ class Monitor:
     def _count_nonzero_inputs(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
         """Counts the non-zero inputs of a spike layer."""
         x = args[0] if args else None
-        if isinstance(x, Tensor) and x.numel() > 0 and not torch.compiler.is_compiling() and not transforming():
+        if isinstance(x, Tensor) and x.numel() > 0 and not torch.compiler.is_compiling() and not is_transform_active():
             self._tallies[layer].add_shares({"nonzero_inputs": x != 0})
 
     @torch.no_grad()

@@ -72,7 +72,7 @@ def plot_layers(results: _Result | Sequence[_Result], quantity: str = "firing_ra
     history = [results] if isinstance(results, Mapping) else results
     if not isinstance(history, Sequence) or not all(isinstance(each, Mapping) for each in history) or not history:
         raise TypeError(
-            f"{caller}: results must be what monitor.result() returns, or a list of these, got {shown(results)}"
+            f"{caller}: results must be what monitor.result() returns, or a list of these, got {format_value(results)}"
         )
     layers = [name for name, values in history[0].items() if quantity in values]
     if not layers:

@@ -95,7 +95,7 @@ class FiringRates:
         sums = {name: self._sums[name] for name in self._layers if name in self._sums}
         self._sums.clear()
         rates = {name: total / count for name, (total, count) in sums.items()}
-        if (group := sharing(self._process_group, _CALLER)) is not None:
+        if (group := sharing_group(self._process_group, _CALLER)) is not None:
             rates = self._averaged_over_processes(rates, sums, group)
         if not rates:
             raise RuntimeError(
@@ -173,7 +173,7 @@ class _Hook:
             or s_seq.numel() == 0
         ):
             return
-        if not torch.compiler.is_compiling() and in_backward():  # a checkpoint repeats a forward that was counted
+        if not torch.compiler.is_compiling() and is_in_backward():  # a checkpoint repeats a forward that was counted
             return
         total, count = self._sums.get(self._name, (0.0, 0))
         own = s_seq.sum(dtype=torch.float32 if s_seq.dtype in HALF_TYPES else None)

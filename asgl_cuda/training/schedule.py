@@ -16,7 +16,7 @@ from ..neurons.base import require_asgl_layers
 
 _CALLER = "asgl_cuda.AnalogProbSchedule"
 
-_checked_fraction = in_range(read_number, "in [0, 1]", 0, 1)
+_checked_fraction = require_range(read_number, "in [0, 1]", 0, 1)
 
 
 class AnalogProbSchedule:
@@ -126,14 +126,16 @@ class AnalogProbSchedule:
         Raises ValueError or TypeError for a state of other layers or objects; nothing has been changed then.
         """
         if not isinstance(state_dict, Mapping) or not {"epoch", "starts"} <= state_dict.keys():
-            raise ValueError(f"{_CALLER}: the state must be a dict of 'epoch' and 'starts', got {shown(state_dict)}")
+            raise ValueError(
+                f"{_CALLER}: the state must be a dict of 'epoch' and 'starts', got {format_value(state_dict)}"
+            )
         epoch, starts = _checked_count("epoch", state_dict["epoch"], 0), state_dict["starts"]
         # The state may have more layers than self.starts, which leaves out layers of constant width whose analog_prob
         # began at 0.
         if not isinstance(starts, Mapping) or not self.starts.keys() <= starts.keys() <= self._layers.keys():
             raise ValueError(
-                f"{_CALLER}: the state must be of layers {list(self.starts)}, got {shown(starts)}; save it from a "
-                "schedule of the same model"
+                f"{_CALLER}: the state must be of layers {list(self.starts)}, got {format_value(starts)}; save it from "
+                "a schedule of the same model"
             )
         starts = {
             name: _checked_fraction(f"the start of layer {name!r}", start, _CALLER) for name, start in starts.items()
