@@ -285,7 +285,7 @@ class Pending:
         Arguments as in `run_merged`.
         """
         name = _class_name(layer)
-        if self.is_known() or (update and self.call.taken):
+        if self.is_computed() or (update and self.call.taken):
             return self.tensor(name)
         self.check()
         if (hooked := self.norm.hooked_before(layer)) is not None:
