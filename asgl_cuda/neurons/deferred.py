@@ -287,7 +287,7 @@ class Pending:
         name = _class_name(layer)
         if self.is_computed() or (update and self.call.taken):
             return self.tensor(name)
-        self.check()
+        self.check_unchanged()
         if (hooked := self.norm.hooked_before(layer)) is not None:
             raise self.norm.refusal(f"a backward hook of {_class_name(hooked)} would see no gradient of its output")
         why = self._reason_against(given) or self.norm.reason_against(self, given)
