@@ -1,7 +1,7 @@
 // CPU kernels of linear layers and convolutions whose input is mostly zeros: only elements that are not zero cost time.
-// These elements are listed for each row of an image. An output pixel walks along the lists of the pixels in its
-// window, adjacent pixels of a row at once, and adds up rows of the transposed weight in registers. The gradient of the
-// weight uses the same lists, sorted by rows of the weight, and adds up rows of the output's gradient.
+// These elements are listed for each row of an image. For a pixel of the output, the product goes through the lists of
+// the pixels in its window, and adds up rows of the transposed weight in registers. The gradient of the weight uses the
+// same lists, sorted by channel, and adds up rows of the output's gradient.
 #include "cpu/spikes.h"
 
 #include <ATen/Parallel.h>
@@ -20,16 +20,16 @@ namespace {
 
 constexpr int64 kElementsPerTask = 65536;
 
-// Memory for elements, not initialised. It is aligned, because a vector that crosses a cache line takes two loads.
-struct Delete {
+// An array that is not initialised. It is aligned, because a vector that crosses a cache line takes two loads.
+struct AlignedDelete {
   void operator()(void* memory) const { ::operator delete(memory, std::align_val_t(64)); }
 };
 template <class Element>
-using Room = std::unique_ptr<Element[], Delete>;
+using AlignedArray = std::unique_ptr<Element[], AlignedDelete>;
 template <class Element>
-Room<Element> room_for(int64 elements) {
+AlignedArray<Element> aligned_array(int64 elements) {
   const size_t bytes = static_cast<size_t>(elements) * sizeof(Element);
-  return Room<Element>(static_cast<Element*>(::operator new(bytes, std::align_val_t(64))));
+  return AlignedArray<Element>(static_cast<Element*>(::operator new(bytes, std::align_val_t(64))));
 }
 
 // The elements of x that are not zero, in order, each by its position in its row of an image, [width * channels].
@@ -46,12 +46,12 @@ class SpikeLists {
       }
     });
     for (size_t pixel = 1; pixel < offsets_.size(); ++pixel) offsets_[pixel] += offsets_[pixel - 1];
-    indices_ = room_for<int32_t>(count());
+    indices_ = aligned_array<int32_t>(count());
     at::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
-      std::vector<int32_t> places(static_cast<size_t>(length + kListSlack));
+      std::vector<int32_t> listed_in_row(static_cast<size_t>(length + kListSlack));
       for (int64 row = begin; row < end; ++row) {
-        const int64 listed = list_bits(x.mask, row * length, length, places.data());
-        std::copy_n(places.data(), listed, &indices_[offsets_[row * shape.width]]);
+        const int64 listed = list_bits(x.mask, row * length, length, listed_in_row.data());
+        std::copy_n(listed_in_row.data(), listed, &indices_[offsets_[row * shape.width]]);
       }
     });
   }
@@ -65,19 +65,20 @@ class SpikeLists {
 
  private:
   std::vector<int64> offsets_;  // [images * height * width + 1]
-  Room<int32_t> indices_;
+  AlignedArray<int32_t> indices_;
   const Real* values_;
 };
 
-// A part of the list. Each listed element is multiplied by row index + base of b.
-struct Walk {
+// Adjacent entries of a list of indices. The element of an entry is multiplied by row index + base of a matrix.
+struct Segment {
   const int32_t* first;
   int32_t count, base;
 };
 
-// The walks of pixels of the output, [pixels, kernel_height]: one for each row of an image in the kernel's window.
+// Finds the elements of x in the windows of the output's pixels [first, last): segments [pixels, kernel_height], one
+// for each row of a window. Rows of the matrix are then those of the transposed weight.
 template <class Real>
-void list_walks(const SpikeShape& shape, const SpikeLists<Real>& lists, int64 first, int64 last, Walk* walks) {
+void find_windows(const SpikeShape& shape, const SpikeLists<Real>& lists, int64 first, int64 last, Segment* segments) {
   int64 x = first % shape.out_width, y = first / shape.out_width % shape.out_height;
   int64 image = first / shape.out_width / shape.out_height;
   for (int64 pixel = first; pixel < last; ++pixel) {
@@ -86,12 +87,12 @@ void list_walks(const SpikeShape& shape, const SpikeLists<Real>& lists, int64 fi
     const int64 end = std::clamp<int64>(left + shape.kernel_width, begin, shape.width);
     for (int64 ky = 0; ky < shape.kernel_height; ++ky) {
       const int64 row = y * shape.stride_height + ky - shape.padding_height;
-      Walk& walk = *walks++ = {lists.indices(), 0, 0};
+      Segment& segment = *segments++ = {lists.indices(), 0, 0};
       if (row < 0 || row >= shape.height) continue;
       const int64 pixels = (image * shape.height + row) * shape.width;
-      walk.first = lists.from(pixels + begin);
-      walk.count = static_cast<int32_t>(lists.from(pixels + end) - walk.first);
-      walk.base = static_cast<int32_t>((ky * shape.kernel_width - left) * shape.channels);
+      segment.first = lists.from(pixels + begin);
+      segment.count = static_cast<int32_t>(lists.from(pixels + end) - segment.first);
+      segment.base = static_cast<int32_t>((ky * shape.kernel_width - left) * shape.channels);
     }
     if (++x < shape.out_width) continue;
     x = 0;
@@ -101,13 +102,13 @@ void list_walks(const SpikeShape& shape, const SpikeLists<Real>& lists, int64 fi
   }
 }
 
-// out[i, j] = start[i, j] + sum over the walks of row i of value * b[index + base, j]
+// out[i, j] = start[i, j] + sum over the segments of row i of value * b[index + base, j]
 template <class Real>
-struct WalkedProduct {
-  const Walk* walks;  // [rows, walks_each]
-  int64 rows, walks_each;
-  const int32_t* indices;  // the lists
-  const Real* values;      // theirs; null: all are 1
+struct ListedProduct {
+  const Segment* segments;  // [rows, segments_each]
+  int64 rows, segments_each;
+  const int32_t* indices;  // the lists, which segments are parts of
+  const Real* values;      // of the listed elements; null: all are 1
   const Real* b;           // [depth, columns], padded to whole panels
   int64 b_stride, columns;
   const Real* start;  // null: 0
@@ -117,8 +118,8 @@ struct WalkedProduct {
 };
 
 template <class Real, int kBytes>
-struct WalkedProductLoop {
-  using Args = WalkedProduct<Real>;
+struct ListedProductLoop {
+  using Args = ListedProduct<Real>;
   using Vector = typename VectorOf<Real, kBytes>::type;
   static constexpr int64 kLanes = kBytes / static_cast<int64>(sizeof(Real));
 
@@ -133,28 +134,28 @@ struct WalkedProductLoop {
   // Computes kVectors vectors of columns.
   template <int kVectors>
   static ASGL_HOST_DEVICE void block(const Args& args, int64 column) {
-    if (args.values == nullptr) return rows<kVectors>(args, column, [](const Walk&) { return AllOnes{}; });
-    rows<kVectors>(args, column, [&](const Walk& walk) __attribute__((always_inline)) {
-      const Real* values = args.values + (walk.first - args.indices);
+    if (args.values == nullptr) return rows<kVectors>(args, column, [](const Segment&) { return AllOnes{}; });
+    rows<kVectors>(args, column, [&](const Segment& segment) __attribute__((always_inline)) {
+      const Real* values = args.values + (segment.first - args.indices);
       return [values](int64 n, int64) __attribute__((always_inline)) { return values[n]; };
     });
   }
 
-  // The same with the factors of a walk's elements, values_of(walk).
+  // The same for factors values_of(segment).
   template <int kVectors, class Values>
   static ASGL_HOST_DEVICE void rows(const Args& args, int64 column, const Values& values_of) {
     const int64 width = args.columns - column;
-    const Walk* walk = args.walks;
+    const Segment* segment = args.segments;
     for (int64 row = 0; row < args.rows; ++row) {
       Vector sums[kVectors] = {};
       if (args.start != nullptr) {
         copy<kVectors * kLanes, Real>(args.start + row * args.start_stride + column, &sums, width);
       }
-      for (const Walk* end = walk + args.walks_each; walk < end; ++walk) {
+      for (const Segment* end = segment + args.segments_each; segment < end; ++segment) {
         const Real* b[kVectors];
 #pragma GCC unroll 8
-        for (int i = 0; i < kVectors; ++i) b[i] = args.b + walk->base * args.b_stride + column + i * kLanes;
-        add_listed(walk->first, walk->count, args.b_stride, values_of(*walk), b, sums);
+        for (int i = 0; i < kVectors; ++i) b[i] = args.b + segment->base * args.b_stride + column + i * kLanes;
+        add_listed(segment->first, segment->count, args.b_stride, values_of(*segment), b, sums);
       }
       copy<kVectors * kLanes, Real>(&sums, args.out + row * args.out_stride + column, width);
     }
@@ -237,14 +238,14 @@ void transpose(const Real* from, int64 from_stride, int64 rows, int64 columns, R
 // `count`, rounded up to a multiple of `multiple`.
 constexpr int64 round_up(int64 count, int64 multiple) { return (count + multiple - 1) / multiple * multiple; }
 
-// The number of columns of b that are computed together, in whole panels: eight sums of the widest vectors, or fewer,
-// so that these columns of b take at most 512 KiB and stay in the L2 cache.
+// The number of columns of the transposed weight, [depth, columns], that are computed together, in whole panels. Few
+// columns stay in a cache: two panels of at most 64 KiB near L1, or else at most four panels, of 512 KiB, in L2.
 template <class Real>
 int64 group_of(int64 depth, int64 columns) {
-  constexpr int64 kMostElements = (int64{1} << 19) / static_cast<int64>(sizeof(Real));
-  int64 group = 4 * kPanel<Real>;
-  while (group > kPanel<Real> && group * depth > kMostElements) group /= 2;
-  return std::min(group, round_up(columns, kPanel<Real>));
+  constexpr int64 kNearL1 = (int64{1} << 16) / static_cast<int64>(sizeof(Real)), kInL2 = 8 * kNearL1;
+  int64 panels = 2 * kPanel<Real> * depth <= kNearL1 ? 2 : 4;
+  while (panels > 1 && panels * kPanel<Real> * depth > kInL2) panels /= 2;
+  return std::min(panels * kPanel<Real>, round_up(columns, kPanel<Real>));
 }
 
 // Writes the columns [first, first + group) of the transposed weight to b, [depth, group].
@@ -254,7 +255,7 @@ void fill_group(const SpikeShape& shape, const Real* weight, int64 first, int64 
   transpose(weight + first * depth, depth, std::min(group, shape.outputs - first), depth, b, group);
 }
 
-// Pixels whose walks are listed together.
+// Pixels of the output whose windows are found together.
 constexpr int64 kPixelsPerBatch = 256;
 // The number of multiplications from which a task is worth a thread.
 constexpr double kProductsPerTask = 1 << 18;
@@ -295,8 +296,8 @@ void spike_product(const SpikeProductParams<Real>& params) {
                           static_cast<double>(shape.outputs) / static_cast<double>(groups * chunks);
   const int64 grain = 1 + static_cast<int64>(kProductsPerTask / (products + 1));
   at::parallel_for(0, groups * chunks, grain, [&](int64_t begin, int64_t end) {
-    std::vector<Walk> walks(static_cast<size_t>(kPixelsPerBatch * shape.kernel_height));
-    const Room<Real> filled = params.panels == nullptr ? room_for<Real>(group * shape.depth()) : nullptr;
+    std::vector<Segment> segments(static_cast<size_t>(kPixelsPerBatch * shape.kernel_height));
+    const AlignedArray<Real> filled = params.panels == nullptr ? aligned_array<Real>(group * shape.depth()) : nullptr;
     for (int64 task = begin; task < end; ++task) {
       const int64 column = task / chunks * group, from = task % chunks * chunk;
       const Real* b = params.panels == nullptr ? filled.get() : params.panels + column * shape.depth();
@@ -305,8 +306,8 @@ void spike_product(const SpikeProductParams<Real>& params) {
       }
       for (int64 first = from; first < std::min(from + chunk, pixels); first += kPixelsPerBatch) {
         const int64 last = std::min(first + kPixelsPerBatch, pixels);
-        list_walks(shape, lists, first, last, walks.data());
-        run_with_fma<WalkedProductLoop, Real>({walks.data(), last - first, shape.kernel_height, lists.indices(),
+        find_windows(shape, lists, first, last, segments.data());
+        run_with_fma<ListedProductLoop, Real>({segments.data(), last - first, shape.kernel_height, lists.indices(),
                                                lists.values(), b, group, std::min(group, shape.outputs - column),
                                                params.bias == nullptr ? nullptr : params.bias + column, 0,
                                                params.out + first * shape.outputs + column, shape.outputs});
@@ -387,11 +388,12 @@ class ChannelGradient {
     // Not a power of two, since the ends of the lists would then compete for the same cache lines.
     capacity_ = round_up(tile_images_ * tile_rows_ * tile_columns_, 32) + 32;
     const int64 listed = static_cast<int64>(phases_.size()) * channels_;
-    walks_.resize(static_cast<size_t>(listed));
-    indices_ = room_for<int32_t>(listed * capacity_);
-    if (lists_.values() != nullptr) values_ = room_for<Real>(listed * capacity_);
-    grad_ = room_for<Real>(tile_images_ * out_rows_ * pitch_ * kGroup);
-    sums_ = room_for<Real>(shape_.kernel_height * shape_.kernel_width * channels_ * round_up(shape_.outputs, kGroup));
+    sorted_.resize(static_cast<size_t>(listed));
+    indices_ = aligned_array<int32_t>(listed * capacity_);
+    if (lists_.values() != nullptr) values_ = aligned_array<Real>(listed * capacity_);
+    grad_ = aligned_array<Real>(tile_images_ * out_rows_ * pitch_ * kGroup);
+    sums_ =
+        aligned_array<Real>(shape_.kernel_height * shape_.kernel_width * channels_ * round_up(shape_.outputs, kGroup));
   }
 
   void run() {
@@ -424,7 +426,7 @@ class ChannelGradient {
 
   // Lists the spikes of a tile by phase and channel, each by the first pixel of grad_ that it adds.
   void sort(const Tile& tile) {
-    for (size_t i = 0; i < walks_.size(); ++i) walks_[i] = {&indices_[static_cast<int64>(i) * capacity_], 0, 0};
+    for (size_t i = 0; i < sorted_.size(); ++i) sorted_[i] = {&indices_[static_cast<int64>(i) * capacity_], 0, 0};
     const bool part = channels_ < shape_.channels;
     int64 list_of_first = 0;  // of the first channel
     for (const Phase& phase : phases_) {
@@ -442,7 +444,7 @@ class ChannelGradient {
               to = std::lower_bound(from, to, origin + channels_);
             }
             for (const int32_t* element = from; element < to; ++element) {
-              const int64 list = list_of_first + *element - origin, place = list * capacity_ + walks_[list].count++;
+              const int64 list = list_of_first + *element - origin, place = list * capacity_ + sorted_[list].count++;
               indices_[place] = static_cast<int32_t>(shift + out_column);
               if (values_ != nullptr) values_[place] = lists_.values()[element - lists_.indices()];
             }
@@ -457,18 +459,18 @@ class ChannelGradient {
   void add(const Tile& tile, int64 output) {
     copy_grad(tile, output);
     Real* sums = &sums_[output * channels_ * shape_.kernel_height * shape_.kernel_width];
-    const Walk* walks = walks_.data();
+    const Segment* lists = sorted_.data();
     const bool first = tile.image == 0 && tile.row == 0 && tile.column == 0;
     for (const Phase& phase : phases_) {
       const int64 columns = phase.x.count * kGroup, stride = phase.y.count * columns;
       for (int64 y = 0; y < phase.y.count; ++y) {
         Real* const to = sums + y * columns;
-        run_with_fma<WalkedProductLoop, Real>({walks, channels_, 1, indices_.get(), values_.get(),
+        run_with_fma<ListedProductLoop, Real>({lists, channels_, 1, indices_.get(), values_.get(),
                                                &grad_[y * pitch_ * kGroup], kGroup, columns, first ? nullptr : to,
                                                stride, to, stride});
       }
       sums += channels_ * stride;
-      walks += channels_;
+      lists += channels_;
     }
   }
 
@@ -527,11 +529,11 @@ class ChannelGradient {
                          shape_.out_width};
   int64 tile_images_, tile_rows_, tile_columns_, out_rows_, pitch_, capacity_;
   std::vector<Phase> phases_;
-  std::vector<Walk> walks_;  // [phases, channels]
-  Room<int32_t> indices_;    // [phases, channels, capacity]
-  Room<Real> values_;        // theirs
-  Room<Real> grad_;          // [tile_images, out_rows, pitch, kGroup]
-  Room<Real> sums_;          // [groups, phases, channels, taps, kGroup]
+  std::vector<Segment> sorted_;    // [phases, channels]
+  AlignedArray<int32_t> indices_;  // [phases, channels, capacity]
+  AlignedArray<Real> values_;      // theirs
+  AlignedArray<Real> grad_;        // [tile_images, out_rows, pitch, kGroup]
+  AlignedArray<Real> sums_;        // [groups, phases, channels, taps, kGroup]
 };
 
 }  // namespace

@@ -59,10 +59,10 @@ class SpikeCall {
     shape.out_width = out_size(shape.width, shape.kernel_width, shape.stride_width, shape.padding_width);
     TORCH_CHECK_VALUE(shape.out_height > 0 && shape.out_width > 0, "asgl_cuda: the kernel is larger than the image, ",
                       x.sizes());
-    const double places = (static_cast<double>(shape.width) + static_cast<double>(shape.padding_width) +
-                           static_cast<double>(shape.kernel_height) * static_cast<double>(shape.kernel_width)) *
-                          static_cast<double>(channels);
-    TORCH_CHECK_VALUE(places < std::numeric_limits<int32_t>::max(), "asgl_cuda: a row of an image is too long, ",
+    const double row_length = (static_cast<double>(shape.width) + static_cast<double>(shape.padding_width) +
+                               static_cast<double>(shape.kernel_height) * static_cast<double>(shape.kernel_width)) *
+                              static_cast<double>(channels);
+    TORCH_CHECK_VALUE(row_length < std::numeric_limits<int32_t>::max(), "asgl_cuda: a row of an image is too long, ",
                       x.sizes());
   }
 
@@ -149,7 +149,7 @@ inline int64_t mask_bytes(const Tensor& x) { return (x.numel() + 63) / 64 * 8; }
 
 // Packs x, which is not empty, in the memory order of the kernels: a mask of one bit per element in whole words of 64
 // bits, followed by the elements that are not zero, unless all of these are 1.
-inline Tensor packed(const SpikeCall& call, const Tensor& x) {
+inline Tensor pack(const SpikeCall& call, const Tensor& x) {
   const Tensor x_in_order = call.in_order(x);
   Tensor result = at::empty({mask_bytes(x)}, x.options().dtype(at::kByte));
   with_real(call.type, [&](auto real) {
@@ -171,13 +171,13 @@ inline Tensor pack_spikes(const Tensor& x, at::IntArrayRef weight_sizes, at::Int
                           at::IntArrayRef padding) {
   const SpikeCall call(x, weight_sizes, stride, padding);
   if (x.numel() == 0 || x.is_neg()) return {};
-  const Tensor result = packed(call, x);
+  const Tensor result = pack(call, x);
   return result.nbytes() < x.nbytes() ? result : Tensor();
 }
 
-// The elements of x as kernels read them, from a tensor that `packed` has returned.
+// The elements of x as kernels read them, from the result of `pack` for x.
 template <class Real>
-PackedSpikes<Real> spikes_of(const Tensor& packed, const Tensor& x) {
+PackedSpikes<Real> view_packed(const Tensor& packed, const Tensor& x) {
   const int64_t bytes = mask_bytes(x);
   TORCH_CHECK_VALUE(
       packed.scalar_type() == at::kByte && packed.is_cpu() && packed.is_contiguous() && packed.numel() >= bytes,
@@ -193,7 +193,7 @@ PackedSpikes<Real> spikes_of(const Tensor& packed, const Tensor& x) {
 // if it is given, the elements of x are not read.
 inline Tensor spike_product(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
                             const OptionalTensor& panels, at::IntArrayRef stride, at::IntArrayRef padding,
-                            const OptionalTensor& packed_x) {
+                            const OptionalTensor& packed) {
   const SpikeCall call(x, weight.sizes(), stride, padding);
   check_like(weight, x, "weight");
   const int64_t outputs = call.shape.outputs;
@@ -207,7 +207,7 @@ inline Tensor spike_product(const Tensor& x, const Tensor& weight, const Optiona
     result.zero_();
     if (bias.has_value()) result.add_(call.is_linear() ? *bias : bias->view({-1, 1, 1}));
   } else if (result.numel() > 0) {
-    const Tensor spikes = packed_x.has_value() ? *packed_x : packed(call, x);
+    const Tensor spikes = packed.has_value() ? *packed : pack(call, x);
     const Tensor kept_bias = bias.has_value() ? bias->contiguous() : Tensor();
     const Tensor weight_in_order = panels.has_value() ? Tensor() : call.in_order(weight);
     with_real(call.type, [&](auto real) {
@@ -220,17 +220,17 @@ inline Tensor spike_product(const Tensor& x, const Tensor& weight, const Optiona
       const auto data = [](const OptionalTensor& tensor) {
         return tensor.has_value() ? pointer<const Real>(*tensor) : nullptr;
       };
-      cpu::spike_product<Real>({call.shape, spikes_of<Real>(spikes, x), pointer<const Real>(weight_in_order),
+      cpu::spike_product<Real>({call.shape, view_packed<Real>(spikes, x), pointer<const Real>(weight_in_order),
                                 data(panels), pointer<const Real>(kept_bias), pointer<Real>(result)});
     });
   }
   return call.finished(result, is_channels_last(x) || is_channels_last(weight));
 }
 
-// The gradient of the weight of spike_product. `weight_sizes` are the sizes of the weight; `packed_x` as there.
+// The gradient of the weight of spike_product. `weight_sizes` are the sizes of the weight; `packed` as there.
 inline Tensor spike_weight_gradient(const Tensor& grad, const Tensor& x, at::IntArrayRef weight_sizes,
                                     at::IntArrayRef stride, at::IntArrayRef padding, bool channels_last,
-                                    const OptionalTensor& packed_x) {
+                                    const OptionalTensor& packed) {
   const SpikeCall call(x, weight_sizes, stride, padding);
   check_like(grad, x, "grad");
   TORCH_CHECK_VALUE(grad.sizes() == at::IntArrayRef(spike_result_sizes(call, x)), "asgl_cuda: grad must have shape ",
@@ -239,11 +239,11 @@ inline Tensor spike_weight_gradient(const Tensor& grad, const Tensor& x, at::Int
   if (x.numel() == 0 || grad.numel() == 0) {
     result.zero_();
   } else {
-    const Tensor spikes = packed_x.has_value() ? *packed_x : packed(call, x), grad_in_order = call.in_order(grad);
+    const Tensor spikes = packed.has_value() ? *packed : pack(call, x), grad_in_order = call.in_order(grad);
     with_real(call.type, [&](auto real) {
       using Real = decltype(real);
       cpu::spike_weight_gradient<Real>(
-          {call.shape, spikes_of<Real>(spikes, x), pointer<const Real>(grad_in_order), pointer<Real>(result)});
+          {call.shape, view_packed<Real>(spikes, x), pointer<const Real>(grad_in_order), pointer<Real>(result)});
     });
   }
   return call.finished(result, channels_last);
