@@ -385,8 +385,10 @@ class ChannelGradient {
         tile_rows_ < shape_.height ? 1 : std::clamp<int64>(pixels / (shape_.width * shape_.height), 1, shape_.images);
     pitch_ = (tile_columns_ - 1) / shape_.stride_width + 2 + columns_.margin();
     out_rows_ = (tile_rows_ - 1) / shape_.stride_height + 2 + rows_.margin();
+    const int64 met = tile_images_ * ((tile_rows_ - 1) / shape_.stride_height + 1) *
+                      ((tile_columns_ - 1) / shape_.stride_width + 1);  // pixels of a tile and a phase, at most
     // Not a power of two, since the ends of the lists would then compete for the same cache lines.
-    capacity_ = round_up(tile_images_ * tile_rows_ * tile_columns_, 32) + 32;
+    capacity_ = round_up(met, 32) + 32;
     const int64 listed = static_cast<int64>(phases_.size()) * channels_;
     sorted_.resize(static_cast<size_t>(listed));
     indices_ = aligned_array<int32_t>(listed * capacity_);
