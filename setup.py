@@ -71,12 +71,12 @@ def main() -> None:
     require_setuptools()
     compilation = load_compilation()
     version = import_module("asgl_cuda._version").__version__
-    wanted = compilation.wanted_build()
+    wanted = compilation.requested_build()
     if wanted == "none":
         setup(version=version, cmdclass={"build_py": BuildWithoutExtension})
         return
-    planned = compilation.plan(Path("csrc"), wanted)
-    commands = {"build_py": BuildPackage, "build_ext": compilation.builder(planned, PACKAGE)}
+    planned = compilation.plan_build(Path("csrc"), wanted)
+    commands = {"build_py": BuildPackage, "build_ext": compilation.build_command_class(planned, PACKAGE)}
     if "sdist" not in sys.argv:  # the archive fits every torch
         version += f"+{compilation.build_notes.local_version(compilation.torch.__version__, planned.cuda)}"
     setup(version=version, ext_modules=[planned.extension], cmdclass=commands)

@@ -23,10 +23,10 @@ def info() -> int:
         print(f"CPU kernels: {extension.module.cpu_instruction_set()}, {extension.module.cpu_threads()} threads")
     if extension.build_info is not None and extension.build_info.cuda is not None:
         print(f"CUDA kernels: compiled ahead of time, {extension.build_info.cuda}")
-    print(f"CuPy kernels: compiled when first used; {cupy.description()}")
+    print(f"CuPy kernels: compiled when first used; {cupy.describe_paths()}")
     available = available_backends()
     for name, device in (("CPU", "cpu"), ("GPU", "cuda")):
-        best = next(each for each in available if BACKENDS[each].serves(torch.device(device)))
+        best = next(each for each in available if BACKENDS[each].supports(torch.device(device)))
         print(f"default on a {name}: {best}")
     for name in available:
         print(f"  {name:<10} works")

@@ -25,8 +25,8 @@ PLAIN_TENSORS = (Tensor, Parameter)
 FLOATING_TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
-def given_for(value: Any) -> str:
-    """What was given where an object is expected: its type, or that it is a class."""
+def format_type(value: Any) -> str:
+    """The type of a value for errors; a class given instead of an instance is named, with advice."""
     return f"the class {value.__name__}; pass an instance" if isinstance(value, type) else type(value).__name__
 
 
@@ -49,7 +49,7 @@ def check_input(x_seq: Tensor, time_dim: int, caller: str, name: str = "x_seq") 
     if not -dims <= time_dim < dims:
         raise ValueError(
             f"{caller}: time_dim must be in [{-dims}, {dims - 1}] for {name} of shape {list(x_seq.shape)}, "
-            f"got {shown(time_dim)}{'; is time missing?' if time_dim in (dims, -dims - 1) else ''}"
+            f"got {format_value(time_dim)}{'; is time missing?' if time_dim in (dims, -dims - 1) else ''}"
         )
     time_dim %= dims
     if x_seq.shape[time_dim] == 0:
@@ -65,13 +65,14 @@ def check_step(x_t: Any, time_dim: int, caller: str) -> None:
     check_dense("x_t", x_t, caller)
     if not -x_t.dim() - 1 <= time_dim <= x_t.dim():
         raise ValueError(
-            f"{caller}: x_t, one step without time, must have {shown(max(time_dim, -time_dim - 1))} or more dimensions "
-            f"for time_dim {shown(time_dim)}, got shape {list(x_t.shape)}"
+            f"{caller}: x_t is one step without time and must have at least "
+            f"{format_value(max(time_dim, -time_dim - 1))} dimensions for time_dim {format_value(time_dim)}, got shape "
+            f"{list(x_t.shape)}"
         )
 
 
 def describe_shape_mismatch(x_seq: Tensor, time_dim: int, sizes: Sequence[int], by_channel: bool) -> str:
-    """The end of an error about channel or neuron sizes: expected and given shape. `time_dim` is non-negative."""
+    """The end of an error about the sizes of x_seq, after "must have": expected and given shape. time_dim is >= 0."""
     if by_channel:
         names, wanted = ["B", "C", "..."], f"with C = {sizes[0]}"
         names.insert(min(time_dim, len(names)), "T")
@@ -81,7 +82,7 @@ def describe_shape_mismatch(x_seq: Tensor, time_dim: int, sizes: Sequence[int], 
         names.insert(min(time_dim, len(names)), "T")
         without_time = list(x_seq.shape[-len(sizes) :]) == list(sizes)
     question = "; is time missing?" if without_time else ""
-    return f"expected [{', '.join(names)}] {wanted}; got {list(x_seq.shape)}{question}"
+    return f"shape [{', '.join(names)}] {wanted}, got {list(x_seq.shape)}{question}"
 
 
 def check_dense(name: str, value: Tensor, caller: str) -> None:
@@ -91,18 +92,19 @@ def check_dense(name: str, value: Tensor, caller: str) -> None:
         raise TypeError(f"{caller}: {name} must be a dense tensor, got {kind}; pad it, or convert it to a dense tensor")
     if hasattr(value, "to_local"):
         raise TypeError(
-            f"{caller}: {name} must be a tensor of this process, got a {type(value).__name__}; if it is not "
-            f"sharded over time, pass {name}.to_local(), because neurons are independent"
+            f"{caller}: {name} must be a tensor of this process, got a {type(value).__name__}; pass "
+            f"{name}.full_tensor(), or {name}.to_local() if only the batch is sharded (a batch normalisation in "
+            "training then also needs process_group)"
         )
 
 
-def shown(value: Any) -> str:
-    """Any value for errors: short, on one line."""
+def format_value(value: Any) -> str:
+    """Any value as text for errors, short and on one line; a tensor as its shape."""
     try:
         if isinstance(value, Tensor) and value.dim() > 0:
             return f"a tensor of shape {list(value.shape)}"
         text = " ".join((f"{value}" if isinstance(value, Tensor) else repr(value)).split())
-    except Exception:  # ints beyond 4300 digits; user classes
+    except Exception:  # the repr of ints beyond 4300 digits, and of user classes
         text = type(value).__name__
     return text if len(text) <= 100 else f"{text[:97]}..."
 
@@ -117,14 +119,15 @@ def did_you_mean(given: Any, names: Iterable[str]) -> str:
 
 
 def check_name(name: str, value: Any, names: Iterable[str], caller: str, hint: str = "", otherwise: str = "") -> None:
-    """Refuses other names. An error ends with the hint, else the nearest name, `otherwise` without one."""
+    """Refuses other names. The error ends with `hint`, else with the nearest name, else with `otherwise`."""
     names = tuple(names)
     if not isinstance(value, str) or value not in names:
         hint = hint or did_you_mean(value, names) or otherwise
-        raise ValueError(f"{caller}: {name} must be one of {', '.join(names)}, got {shown(value)}{hint}")
+        raise ValueError(f"{caller}: {name} must be one of {', '.join(names)}, got {format_value(value)}{hint}")
 
 
-# Arguments of the neurons of other libraries: the first argument here that stands for it, and all of them.
+# By argument of other libraries' neurons: the first argument here that replaces it, without which there is no hint, and
+# the hint, with all that replace it.
 _ELSEWHERE = {
     "tau": ("decay", "SpikingJelly's tau{value} is {decay} and divides the input by tau{gain}"),
     "init_tau": ("decay", "SpikingJelly's init_tau{value} is {decay} and divides the input by tau{gain}"),
@@ -154,15 +157,15 @@ _ELSEWHERE = {
     "spike_threshold": ("v_threshold", "sinabs' spike_threshold{value} is v_threshold{value}"),
     "min_v_mem": ("v_min", "sinabs' min_v_mem{value} is v_min{value}"),
     "batch_first": ("time_dim", "batch_first=True of torch.nn.RNN is time_dim=1"),
-    "step_mode": ("time_dim", "SpikingJelly's step mode 'm' is a call, 's' is layer.step(x_t)"),
+    "step_mode": ("time_dim", "layer(x_seq) computes as in SpikingJelly's step mode 'm', layer.step(x_t) as in 's'"),
 }  # fmt: skip
 
 
 _DECAYS = {"alpha", "beta"}  # their values are shown only if they can be decays
 
 
-def _said_elsewhere(name: str, given: Any, known: Collection[str]) -> str:
-    """Suffix of an error for an argument of another library, which has another name or meaning here."""
+def _hint_for_other_library(name: str, given: Any, known: Collection[str]) -> str:
+    """Suffix of an error for an argument of another library: the name and value that asgl_cuda has for it, if any."""
     ours, text = _ELSEWHERE.get(name, ("", ""))
     if ours not in known:
         return ""
@@ -170,7 +173,7 @@ def _said_elsewhere(name: str, given: Any, known: Collection[str]) -> str:
     value, decay = "", "decay=1 - 1 / tau"
     is_number = isinstance(given, (int, float)) and not isinstance(given, bool)
     if is_number and (name not in _DECAYS or 0 <= given <= 1):
-        value = f"={shown(given)}"
+        value = f"={format_value(given)}"
         if 1 <= given < math.inf:
             decay, gain = f"decay={1 - 1 / given:g}", gain.replace("1 / tau", f"{1 / given:g}")
     return f"; {text.format(value=value, decay=decay, gain=gain)}"
@@ -179,11 +182,11 @@ def _said_elsewhere(name: str, given: Any, known: Collection[str]) -> str:
 def check_keywords(
     given: Mapping[str, Any], known: Collection[str], caller: str, lacking: Collection[str] = ()
 ) -> None:
-    """Only known keyword arguments; options of `lif` that other neurons are `lacking` are said to be that."""
+    """Refuses unknown keyword arguments; the error says if other neurons have the option, which is in `lacking`."""
     for name, value in given.items():
         if name not in known:
-            hint = _said_elsewhere(name, value, known) or did_you_mean(name, known)
-            hint = ", which these neurons lack" if name in lacking else hint
+            hint = _hint_for_other_library(name, value, known) or did_you_mean(name, known)
+            hint = ", which these neurons do not have" if name in lacking else hint
             raise TypeError(f"{caller}: got an unexpected keyword argument {name!r}{hint}")
 
 
@@ -192,17 +195,19 @@ def check_rules(given: Mapping[str, Any], caller: str, levels: int | None, multi
     v_reset, surrogate = given["v_reset"], given["surrogate"]
     if given["reset_amount"] is not None and v_reset is not None:
         raise ValueError(
-            f"{caller}: reset_amount is for the soft reset and needs v_reset=None, got v_reset {shown(v_reset)}"
+            f"{caller}: reset_amount is for the soft reset and needs v_reset=None, got v_reset {format_value(v_reset)}"
         )
     check_surrogate(surrogate, caller, multi_spike)
     if levels is None or multi_spike:
         return
     if v_reset is not None:
-        raise ValueError(f"{caller}: levels is for the soft reset and needs v_reset=None, got v_reset {shown(v_reset)}")
-    if surrogate not in ("sigmoid", "rectangle"):  # the default, and the clamp's own name
+        raise ValueError(
+            f"{caller}: levels is for the soft reset and needs v_reset=None, got v_reset {format_value(v_reset)}"
+        )
+    if surrogate not in ("sigmoid", "rectangle"):  # the default, and the surrogate that clamps
         raise ValueError(
             f"{caller}: levels has the surrogate clamp(h / v_threshold, 0, levels) and takes no other, got "
-            f"{shown(surrogate)}"
+            f"{format_value(surrogate)}; leave out surrogate"
         )
 
 
@@ -212,19 +217,19 @@ def check_surrogate(surrogate: Any, caller: str, multi_spike: bool = False) -> N
     hint = f"; did you mean {ours}, with width=1 / alpha?" if ours else ""
     check_name("surrogate", surrogate, (*SURROGATES, PERIODIC), caller, hint)
     if surrogate == PERIODIC and not multi_spike:
-        raise ValueError(f"{caller}: surrogate {PERIODIC!r} needs multi_spike=True")
+        raise ValueError(f"{caller}: surrogate {PERIODIC!r} needs multi_spike=True, got False")
 
 
 def check_multi_spike(v_reset: Any, analog_prob: Any, caller: str) -> None:
     """Refuses what excludes multi_spike: a hard reset and noise."""
     if v_reset is not None:
         raise ValueError(
-            f"{caller}: multi_spike is for the soft reset and needs v_reset=None, got v_reset {shown(v_reset)}"
+            f"{caller}: multi_spike is for the soft reset and needs v_reset=None, got v_reset {format_value(v_reset)}"
         )
     if isinstance(analog_prob, Tensor) or check_number("analog_prob", analog_prob, caller) != 0:
         raise ValueError(
-            f"{caller}: multi_spike needs analog_prob=0, got {shown(analog_prob)}, because there is no smooth number "
-            "of spikes that a neuron could emit instead"
+            f"{caller}: multi_spike needs analog_prob=0, got {format_value(analog_prob)}, because a number of spikes "
+            "has no smooth value that analog elements could emit"
         )
 
 
@@ -234,14 +239,14 @@ MOST_LEVELS = 256  # bfloat16 represents all integers up to this
 def check_levels(name: str, value: Any, caller: str) -> int:
     """The number of spikes per step as an int, in [1, MOST_LEVELS]."""
     if isinstance(value, bool) or not isinstance(value, Integral) or not 1 <= int(value) <= MOST_LEVELS:
-        raise ValueError(f"{caller}: {name} must be an int in [1, {MOST_LEVELS}], got {shown(value)}")
+        raise ValueError(f"{caller}: {name} must be an int in [1, {MOST_LEVELS}], got {format_value(value)}")
     return int(value)
 
 
 def check_threshold(value: Any, several: str, caller: str) -> None:
     """Refuses thresholds that are not positive, as several spikes per step need; tensors as in `check_width_tensor`."""
     if isinstance(value, Tensor):
-        if not can_be_seen(value) or bool((value.detach() > 0).all()):
+        if not has_readable_values(value) or bool((value.detach() > 0).all()):
             return
         value = torch.aminmax(value.detach()).min.item()
     if not value > 0:
@@ -260,8 +265,8 @@ def check_width(width: float, caller: str, real: torch.dtype = torch.float32, na
 
 
 def check_width_tensor(width: Tensor, caller: str, name: str = "width") -> None:
-    """`check_width` for a tensor, if it `can_be_seen`."""
-    if can_be_seen(width):
+    """`check_width` for a tensor, if it `has_readable_values`."""
+    if has_readable_values(width):
         ends = (width,) if width.numel() == 1 else torch.aminmax(width.detach())
         for value in ends:
             number = value.item()
@@ -269,7 +274,7 @@ def check_width_tensor(width: Tensor, caller: str, name: str = "width") -> None:
                 check_width(number, caller, width.dtype, name)
 
 
-def can_be_seen(value: Tensor) -> bool:
+def has_readable_values(value: Tensor) -> bool:
     """Whether values can be read without a device synchronisation and outside of traces."""
     return (
         type(value) in PLAIN_TENSORS
@@ -295,11 +300,11 @@ def check_number(name: str, value: Any, caller: str, expected: str = "a float") 
 def read_number(name: str, value: Any, caller: str, learned: bool = False, option: str = "") -> float:
     """A layer's constant as a float, also from a tensor or array of one value.
 
-    A tensor that requires a gradient is refused unless it initialises a `learned` parameter: constants are not trained.
-    `option` is the argument to learn the value.
+    A tensor that requires a gradient is refused, because constants are not trained, unless it initialises a `learned`
+    parameter. `option` names the argument that makes the value learned.
     """
     if isinstance(value, Tensor):
-        value = _value_of(name, value, caller, learned, option)
+        value = _checked_first_value(name, value, caller, learned, option)
     elif getattr(value, "size", None) == 1 and hasattr(value, "item"):  # a NumPy array or scalar
         value = value.item()
     return check_number(name, value, caller)
@@ -308,14 +313,14 @@ def read_number(name: str, value: Any, caller: str, learned: bool = False, optio
 def read_values(
     name: str, value: Any, caller: str, shape: Sequence[int], learned: bool = False, option: str = ""
 ) -> Tensor | float:
-    """`read_number`, or a tensor of this shape, a value for each channel or neuron: a copy in the arithmetic's type."""
+    """As `read_number`, or from a tensor of this shape, a value for each channel or neuron, a copy in `real_type`."""
     if not isinstance(value, Tensor) or value.numel() == 1:
         return read_number(name, value, caller, learned, option)
-    _value_of(name, value, caller, learned, option, shape)
+    _checked_first_value(name, value, caller, learned, option, shape)
     return value.detach().to(real_type(value.dtype), copy=True)
 
 
-def least_and_most(value: Tensor | float) -> tuple[float, float]:
+def min_and_max(value: Tensor | float) -> tuple[float, float]:
     """The least and the largest of the values; NaN if a value is NaN."""
     if not isinstance(value, Tensor):
         return value, value
@@ -323,15 +328,19 @@ def least_and_most(value: Tensor | float) -> tuple[float, float]:
     return least.item(), most.item()
 
 
-def _value_of(
+def _checked_first_value(
     name: str, value: Tensor, caller: str, learned: bool, option: str, shape: Sequence[int] | None = None
 ) -> Any:
-    """The one value of a tensor, or the first one of this shape."""
+    """Checks that a tensor has one value, or `shape`, and may be a layer's constant; returns its first value."""
     check_dense(name, value, caller)
     several = f", or of shape {list(shape)}" if shape else ""
     expected = f"{caller}: {name} must be a float or a tensor of one value{several}"
     if value.numel() != 1 and (not shape or value.shape != tuple(shape)):
-        hint = "" if shape is None or shape else "; granularity 'channel' or 'neuron' takes a value for each"
+        hint = (
+            ""
+            if shape is None or shape
+            else "; granularity 'channel' or 'neuron' takes a value for each channel or neuron"
+        )
         raise ValueError(f"{expected}, got a tensor of shape {list(value.shape)}{hint}")
     if value.dtype is torch.bool or value.is_complex():
         raise TypeError(f"{expected}, got {value.dtype}")
@@ -344,7 +353,7 @@ def _value_of(
     try:
         return value.flatten()[0].item()
     except Exception:  # tensors without values, as in traces, raise various types
-        raise ValueError(f"{expected}, got one on {value.device} whose value can't be read") from None
+        raise ValueError(f"{expected}, got a tensor on {value.device} whose values can't be read") from None
 
 
 def read_finite(name: str, value: Any, caller: str) -> float:
@@ -367,13 +376,15 @@ def check_not_nan(name: str, value: Any, caller: str, expected: str = "a float")
     return number
 
 
-def optional(check: Callable[..., Any]) -> Callable[..., Any]:
-    """The check, which lets None pass."""
+def accept_none(check: Callable[..., Any]) -> Callable[..., Any]:
+    """Turns the check of a value into one that also accepts None."""
     return lambda name, value, caller: None if value is None else check(name, value, caller)
 
 
-def in_range(check: Callable[..., float], expected: str, least: float, most: float = math.inf) -> Callable[..., float]:
-    """The check of a number, which must also be in [least, most]; `expected` says so."""
+def require_range(
+    check: Callable[..., float], expected: str, least: float, most: float = math.inf
+) -> Callable[..., float]:
+    """Turns the check of a number into one that also requires [least, most], which `expected` states in words."""
 
     def checked(name: str, value: Any, caller: str) -> float:
         """The number, after both checks."""
@@ -386,27 +397,27 @@ def in_range(check: Callable[..., float], expected: str, least: float, most: flo
 
 
 def check_options(given: Any, checks: Mapping[str, Callable[..., Any]], caller: str) -> dict[str, Any]:
-    """The given options that `checks` has, as `check(name, value, caller)` returns them."""
+    """Checks the options that are in `checks`; returns them by name, as `check(name, value, caller)` does."""
     return {name: check(name, given[name], caller) for name, check in checks.items()}
 
 
 def check_features(features: Features, x_seq: Tensor, time_dim: int, caller: str) -> None:
-    """Refuses inputs without the dimensions of a layer's parameters, even if none of these is a tensor."""
+    """Refuses inputs without the dimensions of a layer's `features`, even if all its parameters are floats."""
     sizes = [x_seq.shape[dim] for dim in features.dims(x_seq, time_dim)]
     if sizes != list(features.sizes) or x_seq.dim() < 1 + features.least_batch + len(sizes):
         raise ValueError(
-            f"{caller}: granularity {'channel' if features.by_channel else 'neuron'!r} with num_features "
-            f"{list(features.sizes)} does not fit an input of shape {list(x_seq.shape)} with time_dim {time_dim}: "
+            f"{caller}: for granularity {'channel' if features.by_channel else 'neuron'!r}, num_features "
+            f"{list(features.sizes)} and time_dim {time_dim}, x_seq must have "
             + describe_shape_mismatch(x_seq, time_dim, features.sizes, features.by_channel)
         )
 
 
-def check_values(
+def check_parameters(
     given: Any, names: Iterable[str], x_seq: Tensor, caller: str, features: Features | None = None
 ) -> dict[str, float | None]:
-    """Parameters of neurons, a float or a tensor each: the floats by name, None for a tensor.
+    """Checks parameters of neurons, a float or a tensor each; returns the floats by name, None for a tensor.
 
-    Tensors broadcast against x_seq, or have the shape of checked `features`.
+    Tensors must broadcast against x_seq, or have the shape of `features`, which are checked before.
     """
     constants: dict[str, float | None] = {}
     for name in names:
@@ -449,7 +460,7 @@ def check_parameter(name: str, value: Tensor, x_seq: Tensor, caller: str) -> Non
         )
 
 
-def check_v_init(v_init: Tensor, x_seq: Tensor, time_dim: int, caller: str, name: str = "v_init") -> None:
+def check_initial_state(v_init: Tensor, x_seq: Tensor, time_dim: int, caller: str, name: str = "v_init") -> None:
     """As `check_floating`; also refuses shapes other than that of x_seq without time."""
     check_floating(name, v_init, x_seq, caller)
     shape = state_shape(x_seq, time_dim)
@@ -479,7 +490,7 @@ def check_residual(residual: Any, x_seq: Tensor, caller: str) -> None:
 
 def check_analog_prob(analog_prob: float, caller: str) -> int:
     """Checks that analog_prob is in [0, 1]; returns the limit for draws, round(analog_prob * DRAWS)."""
-    return round(in_range(check_number, "in [0, 1]", 0, 1)("analog_prob", analog_prob, caller) * DRAWS)
+    return round(require_range(check_number, "in [0, 1]", 0, 1)("analog_prob", analog_prob, caller) * DRAWS)
 
 
 def check_analog_prob_tensor(analog_prob: Tensor, x_seq: Tensor, caller: str) -> Tensor:
@@ -491,7 +502,7 @@ def check_analog_prob_tensor(analog_prob: Tensor, x_seq: Tensor, caller: str) ->
             f"{list(analog_prob.shape)} and type {analog_prob.dtype}"
         )
     check_device("analog_prob", analog_prob, x_seq, caller)
-    if can_be_seen(analog_prob):
+    if has_readable_values(analog_prob):
         check_analog_prob(analog_prob.item(), caller)
     return (analog_prob.detach().double() * DRAWS).round().clamp(0, DRAWS).to(torch.int64).reshape(1)
 
@@ -499,7 +510,7 @@ def check_analog_prob_tensor(analog_prob: Tensor, x_seq: Tensor, caller: str) ->
 def check_rng_state(rng_state: Tensor, x_seq: Tensor, caller: str) -> None:
     """Refuses all but int64 tensors of shape [2] on the device of x_seq."""
     if not isinstance(rng_state, Tensor):
-        raise TypeError(f"{caller}: rng_state must be an int64 tensor, got {type(rng_state).__name__}")
+        raise TypeError(f"{caller}: rng_state must be an int64 tensor of shape [2], got {type(rng_state).__name__}")
     check_dense("rng_state", rng_state, caller)
     if rng_state.dtype != torch.int64:
         raise TypeError(f"{caller}: rng_state must be of type torch.int64, got {rng_state.dtype}")
@@ -540,14 +551,16 @@ def check_sizes(name: str, value: Any, caller: str) -> tuple[int, ...]:
     if any(isinstance(size, bool) or not isinstance(size, (int, Integral)) for size in sizes):
         raise TypeError(f"{caller}: {name} must be an int or a sequence of ints, got {type(value).__name__}")
     if not all(1 <= size < 2**63 for size in sizes):
-        raise ValueError(f"{caller}: {name} must be positive and less than 2^63, got {shown(value)}")
+        raise ValueError(f"{caller}: {name} must be positive and less than 2^63, got {format_value(value)}")
     return tuple(map(int, sizes))
 
 
 def check_device_and_dtype(device: Any, dtype: Any, caller: str) -> None:
     """Refuses all but a device or its name, and a floating type. None means the default."""
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype in FLOATING_TYPES):
-        raise TypeError(f"{caller}: dtype must be float16, bfloat16, float32, float64 or None, got {shown(dtype)}")
+        raise TypeError(
+            f"{caller}: dtype must be float16, bfloat16, float32, float64 or None, got {format_value(dtype)}"
+        )
     if device is None or isinstance(device, torch.device):
         return
     if isinstance(device, bool) or not isinstance(device, (str, int)):
@@ -557,7 +570,7 @@ def check_device_and_dtype(device: Any, dtype: Any, caller: str) -> None:
     except (RuntimeError, TypeError, ValueError) as error:
         said = str(error).splitlines()[0]
         raise ValueError(
-            f"{caller}: device must be a torch.device or the name of one, got {shown(device)} ({said})"
+            f"{caller}: device must be a torch.device or the name of one, got {format_value(device)} ({said})"
         ) from None
 
 
@@ -574,7 +587,7 @@ def warn_once(kind: str, message: str) -> None:
 
 
 def user_stacklevel() -> int:
-    """The stacklevel of the user's line, for the caller of this function."""
+    """The `stacklevel` with which a warning of the calling function shows the user's line."""
     frame, level = sys._getframe(1), 1
     while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in _NOT_THE_USERS:
         frame, level = frame.f_back, level + 1

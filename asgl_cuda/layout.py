@@ -14,7 +14,7 @@ CHECKPOINT_STEPS = 16  # kCheckpointSteps of csrc
 class Features(NamedTuple):
     """The dimensions of x_seq in which a layer's parameters differ, of these sizes."""
 
-    by_channel: bool  # values belong to the second dimension without time; otherwise to the last ones
+    by_channel: bool  # parameters differ along the second dimension without time; else along the last dimensions
     sizes: tuple[int, ...]
     least_batch: int = 0  # number of dimensions besides time that x_seq must have before them
 
@@ -24,11 +24,15 @@ class Features(NamedTuple):
         return others[1:2] if self.by_channel else others[-len(self.sizes) :]
 
     def shape(self, x_seq: Tensor, time_dim: int) -> tuple[int, ...]:
-        """The shape in which parameters of these sizes broadcast against x_seq, which has the dimensions."""
+        """The shape in which parameters of these sizes broadcast against x_seq, which `check_features` has accepted."""
         shape, dims = [1] * x_seq.dim(), self.dims(x_seq, time_dim)
         for dim, size in zip(dims, self.sizes, strict=True):
             shape[dim] = size
         return tuple(shape[dims[0] :] if len(dims) == 1 else shape)
+
+    def trailing(self, x_seq: Tensor, time_dim: int) -> int:
+        """The number of dimensions of x_seq after the one in which parameters differ; 0 if they differ in several."""
+        return x_seq.dim() - 1 - self.dims(x_seq, time_dim)[0] if len(self.sizes) == 1 else 0
 
 
 def real_type(dtype: torch.dtype) -> torch.dtype:
@@ -53,9 +57,9 @@ def is_channels_last(x_seq: Tensor, time_dim: int) -> bool:
     return x_seq.dim() > 3 and x_seq.movedim(channel_dim(time_dim), -1).is_contiguous()
 
 
-def is_dense(x_seq: Tensor, time_dim: int) -> bool:
-    """Whether kernels accept the layout of x_seq."""
-    return x_seq.is_contiguous() or is_channels_last(x_seq, time_dim)
+def dense(x_seq: Tensor, time_dim: int) -> Tensor:
+    """x_seq in a layout that kernels accept, copied only if needed."""
+    return x_seq if x_seq.is_contiguous() or is_channels_last(x_seq, time_dim) else x_seq.contiguous()
 
 
 def memory_order(x_seq: Tensor, time_dim: int) -> list[int]:
@@ -66,10 +70,8 @@ def memory_order(x_seq: Tensor, time_dim: int) -> list[int]:
     return order
 
 
-def in_memory_order(tensor: Tensor, x_seq: Tensor, time_dim: int) -> Tensor:
+def to_memory_order(tensor: Tensor, x_seq: Tensor, time_dim: int) -> Tensor:
     """`tensor` in the memory order of x_seq, copied only if needed. Both have the same shape; x_seq is dense."""
-    if tensor.stride() == x_seq.stride():
-        return tensor
     order = memory_order(x_seq, time_dim)
     inverse = sorted(range(len(order)), key=order.__getitem__)
     return tensor.permute(order).contiguous().permute(inverse)
@@ -78,7 +80,7 @@ def in_memory_order(tensor: Tensor, x_seq: Tensor, time_dim: int) -> Tensor:
 def empty_state(x_seq: Tensor, time_dim: int, members: int = 1) -> Tensor:
     """A tensor of x_seq's shape and memory order without time; not a view, see csrc's Layout::empty.
 
-    Several `members` of the state are in front.
+    A state of several `members`, such as v and w, has them as its first dimension.
     """
     order = [dim - (dim > time_dim) for dim in memory_order(x_seq, time_dim) if dim != time_dim]
     sizes = state_shape(x_seq, time_dim)
@@ -91,10 +93,10 @@ def empty_state(x_seq: Tensor, time_dim: int, members: int = 1) -> Tensor:
 
 
 def checkpoint_elements(x_seq: Tensor, time_dim: int, members: int = 1) -> int:
-    """The size of the checkpoints; see csrc/ops/call.h for the 2 additional elements."""
+    """The number of elements of the checkpoints, with the 2 more that csrc/ops/call.h explains."""
     return (x_seq.shape[time_dim] - 1) // CHECKPOINT_STEPS * math.prod(state_shape(x_seq, time_dim)) * members + 2
 
 
-def by_channel(value: Tensor, channel: int, x_seq: Tensor) -> Tensor:
+def reshape_by_channel(value: Tensor, channel: int, x_seq: Tensor) -> Tensor:
     """One value per channel, reshaped to broadcast against x_seq with channels in dimension `channel`."""
     return value.reshape([-1] + [1] * (x_seq.dim() - 1 - channel))

@@ -46,7 +46,7 @@ def differences(
     """
     leaves = {"x_seq": x_seq, **{name: value for name, value in options.items() if isinstance(value, Tensor)}}
     leaves = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
-    # The gradient of a parameter is a sum. Expanding the parameter gives the terms of that sum, which the size needs.
+    # The gradient of a parameter is a sum. Expanded parameters have its terms as gradients, which `size` needs, below.
     terms = {
         name: leaf.expand(x_seq.shape) for name, leaf in leaves.items() if name not in ("x_seq", "v_init", "residual")
     }
@@ -129,11 +129,11 @@ def check_backends() -> Iterator[Row]:
     for backend in available_backends():  # the reference has no device_types
         for kind in product(BACKENDS[backend].device_types, dtypes):
             for each in product(SURROGATES, (0.0, None)):
-                yield from _check(backend, *kind, *each)
-            yield from _check(backend, *kind, PERIODIC, None)
-            yield from _check(backend, *kind, EXACT_SURROGATES[0], 0.0, residual=True)
-            yield from _check_integrator(backend, *kind)
-            yield from _check_recurrent(backend, *kind)
+                yield from _lif_rows(backend, *kind, *each)
+            yield from _lif_rows(backend, *kind, PERIODIC, None)
+            yield from _lif_rows(backend, *kind, EXACT_SURROGATES[0], 0.0, residual=True)
+            yield from _integrator_rows(backend, *kind)
+            yield from _recurrent_rows(backend, *kind)
 
 
 _STEPS, _BATCH, _CHANNELS = 21, 5, 67
@@ -153,7 +153,7 @@ class _Random:
         return values.to(**self._like).to(dtype).requires_grad_()
 
 
-def _check(
+def _lif_rows(
     backend: str, device: str, dtype: torch.dtype, surrogate: str, v_reset: float | None, residual: bool = False
 ) -> Iterator[Row]:
     """Rows for `lif` on this backend; for PERIODIC with several spikes per step and a floor."""
@@ -186,7 +186,7 @@ def _check(
         yield Row(backend, what, name, difference, allowed)
 
 
-def _check_integrator(backend: str, device: str, dtype: torch.dtype) -> Iterator[Row]:
+def _integrator_rows(backend: str, device: str, dtype: torch.dtype) -> Iterator[Row]:
     """Rows for `leaky_integrator` on this backend."""
     random = _Random(device, dtype)
     inputs = {
@@ -197,10 +197,10 @@ def _check_integrator(backend: str, device: str, dtype: torch.dtype) -> Iterator
     }
     # The fused gradient of decay is computed from the rounded output.
     allowed = {"grad_input_gain": 1e-5, "grad_decay": _SPACING.get(dtype, 1e-5)}
-    yield from _rows(backend, leaky_integrator, inputs, allowed, return_v_last=True)
+    yield from _function_rows(backend, leaky_integrator, inputs, allowed, return_v_last=True)
 
 
-def _check_recurrent(backend: str, device: str, dtype: torch.dtype) -> Iterator[Row]:
+def _recurrent_rows(backend: str, device: str, dtype: torch.dtype) -> Iterator[Row]:
     """Rows for `recurrent_lif`, with a weight of multiples of 1/64: its sums over spikes are exact in any order."""
     random = _Random(device, dtype)
     inputs = {
@@ -210,10 +210,10 @@ def _check_recurrent(backend: str, device: str, dtype: torch.dtype) -> Iterator[
         "decay": random(_CHANNELS, low=0.4, high=0.8),
     }
     allowed = {f"grad_{name}": 1e-5 for name in inputs} | {"grad_x_seq": _SPACING.get(dtype, 1e-5)}
-    yield from _rows(backend, recurrent_lif, inputs, allowed, return_v_last=True, return_h_seq=True)
+    yield from _function_rows(backend, recurrent_lif, inputs, allowed, return_v_last=True, return_h_seq=True)
 
 
-def _rows(
+def _function_rows(
     backend: str, function: Callable[..., Any], inputs: dict[str, Tensor], allowed: dict[str, float], **options: bool
 ) -> Iterator[Row]:
     """Rows for the outputs and gradients of a function; bits must be equal where `allowed` has no difference."""

@@ -15,27 +15,27 @@ from .interop.converted import Converted, InStream, Streamed, bare_class
 from .interop.libraries import libraries
 from .interop.nir.neurons import Delay
 from .interop.sequences import InSequences
-from .neurons.base import NeuronLayer, check_module, set_plain
+from .neurons.base import NeuronLayer, check_module, set_plain_attribute
 from .neurons.over_time import OverTime
 
 _CALLER = "asgl_cuda.step"
 
 
-class _Taker:
-    """A module that takes steps. Refuses those whose results would differ from a call with the whole sequence."""
+class _SteppedModule:
+    """A module of the model during `step`. It refuses calls whose results would differ from those for a sequence."""
 
     def __init__(self, model: nn.Module, module: nn.Module, streamed: Streamed, inside: bool, compiled: bool) -> None:
         self.model, self.module, self.streamed = model, module, streamed
         self.inside = inside  # another module around it determines time_dim
         self.compiled = compiled  # compiled code would ignore or compile hooks
-        self.around = getattr(module, "_watch", None)  # of a step of a model around this one
+        self.around = getattr(module, "_watch", None)  # set while `step` runs for a model around this one
         self.called = False
         self.left = self._state()  # the state after the last call
 
     @property
     def name(self) -> str:
         """The module in errors."""
-        return _name_of(self.model, self.module)
+        return _describe_module(self.model, self.module)
 
     def _state(self) -> Any:
         """The state that the module carries, or None without a single one."""
@@ -45,7 +45,8 @@ class _Taker:
         """Refuses a state that the model's forward has replaced since the module's last call."""
         state, left = self._state(), self.left
         same = state is left
-        if not same and isinstance(state, Tensor) and isinstance(left, Tensor):  # the state may have been detached
+        if not same and isinstance(state, Tensor) and isinstance(left, Tensor):
+            # The state may have been detached, which makes another tensor of the same memory.
             same = state.shape == left.shape and state.data_ptr() == left.data_ptr()
         if not same:
             raise RuntimeError(
@@ -53,7 +54,7 @@ class _Taker:
                 "asgl_cuda.reset(model) outside of it instead, between sequences"
             )
 
-    def before(self, x_seq: Any) -> None:
+    def before_call(self, x_seq: Any) -> None:
         """Runs before each call of the module; refuses a second call, a replaced state, and more than one time step."""
         if self.called:
             raise RuntimeError(
@@ -62,27 +63,27 @@ class _Taker:
             )
         self.called = True
         if self.around is not None:
-            self.around.before(x_seq)
+            self.around.before_call(x_seq)
         self.check_state()
         shape, time_dim = x_seq.shape, self.streamed.time_dim
         if time_dim is None or not -len(shape) <= time_dim < len(shape):
-            return  # the layer refuses what it can't take
+            return  # a wrong time_dim or input, which the layer itself refuses
         if (steps := shape[time_dim]) != 1:
             raise RuntimeError(
-                f"{_CALLER}: {self.name} gets {steps} time steps in one step, because the model's forward makes a "
-                "sequence of its input; call asgl_cuda.step with the layers after that"
+                f"{_CALLER}: {self.name} must get one time step, got {steps}, because the model's forward makes a "
+                "sequence of its input; do this outside of the model, and call asgl_cuda.step for each step"
             )
 
-    def after(self) -> None:
+    def after_call(self) -> None:
         """Runs after each call of the module; keeps its state, to see whether the model replaces it."""
         if self.around is not None:
-            self.around.after()
+            self.around.after_call()
         self.left = self._state()
 
     def register_hooks(self) -> Iterator[RemovableHandle]:
         """Registers hooks on a layer of another library."""
 
-        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def check_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             """Checks the call; a second tensor would be a state from the model's forward."""
             inputs = [value for value in (*args, *kwargs.values()) if hasattr(value, "shape")]
             if len(inputs) > 1 and not self.called:
@@ -91,74 +92,74 @@ class _Taker:
                     "call; it must keep the state itself, as snnTorch's layers do with init_hidden=True"
                 )
             if inputs:
-                self.before(inputs[0])
+                self.before_call(inputs[0])
 
-        yield self.module.register_forward_pre_hook(before, with_kwargs=True)
-        yield self.module.register_forward_hook(lambda *_: self.after())
+        yield self.module.register_forward_pre_hook(check_call, with_kwargs=True)
+        yield self.module.register_forward_hook(lambda *_: self.after_call())
 
 
-def _name_of(model: nn.Module, module: nn.Module) -> str:
+def _describe_module(model: nn.Module, module: nn.Module) -> str:
     """The module in errors: its class and its path."""
     path = next(path for path, each in model.named_modules() if each is module)
     name = bare_class(module).__name__
     return f"{name} at {path!r}" if path else name
 
 
-_streamed = functools.cache(functools.partial(Streamed, state="v", has_switch=True))  # by time_dim
+_streamed_by_time_dim = functools.cache(functools.partial(Streamed, state="v", has_switch=True))  # one per time_dim
 
-# For each class the function that knows how its modules take steps, or None. Asking costs 4 us, so each class is asked
-# about once.
-_known_by: dict[type[nn.Module], Callable[[nn.Module], InStream] | None] = {}
+# For each class of modules, the function of a library that says how they take steps, or None without one. Asking all
+# libraries takes 4 us, so it is done once per class.
+_streamed_by_class: dict[type[nn.Module], Callable[[nn.Module], InStream] | None] = {}
 
 
-def _answer(module: nn.Module) -> InStream:
-    """How the module takes steps, or why it can't; None where it takes none."""
+def _how_stepped(module: nn.Module) -> InStream:
+    """How the module takes single steps, or why it can't; None if it has no time."""
     if isinstance(module, NeuronLayer):
-        return _streamed(module.time_dim)
+        return _streamed_by_time_dim(module.time_dim)
     if isinstance(module, InSequences):
-        return module.streamed()
+        return module.streaming()
     kind = type(module)
-    if kind not in _known_by:
+    if kind not in _streamed_by_class:
         if isinstance(module, (nn.RNNBase, nn.RNNCellBase, Delay)):
             return "it starts each call at rest, unless its caller passes a state"
-        asked = (library.streamed for library in libraries())
-        _known_by[kind] = next((streamed for streamed in asked if streamed(module) is not None), None)
-    streamed = _known_by[kind]
+        asked = (library.streaming_of for library in libraries())
+        _streamed_by_class[kind] = next((streamed for streamed in asked if streamed(module) is not None), None)
+    streamed = _streamed_by_class[kind]
     return None if streamed is None else streamed(module)
 
 
-def _takers(model: nn.Module) -> Iterator[_Taker]:
-    """Each taker once; refuses unstreamable modules."""
+def _stepped_modules(model: nn.Module) -> Iterator[_SteppedModule]:
+    """The modules of the model that take steps, each once; an error for a module that can't."""
     found: set[nn.Module] = set()
-    left: list[tuple[nn.Module, bool, bool]] = [(model, False, False)]  # inside, compiled
-    while left:  # a recursive closure would be a reference cycle, which keeps the model
+    left: list[tuple[nn.Module, bool, bool]] = [(model, False, False)]  # modules to visit, with `inside` and `compiled`
+    while left:  # no recursive closure: it would be a reference cycle, which keeps the model alive
         module, inside, compiled = left.pop()
         if module in found:
             continue
         found.add(module)
         children = module._modules
         compiled = compiled or "_orig_mod" in children or module._compiled_call_impl is not None
-        answer = _answer(module)
+        answer = _how_stepped(module)
         if isinstance(answer, str):
-            raise RuntimeError(f"{_CALLER}: {_name_of(model, module)} can't be called step by step: {answer}")
+            raise RuntimeError(f"{_CALLER}: {_describe_module(model, module)} can't be called step by step: {answer}")
         if answer is not None:
-            yield _Taker(model, module, answer, inside, compiled)
-        if isinstance(module, InSequences):  # its layers are given whole sequences by it
+            yield _SteppedModule(model, module, answer, inside, compiled)
+        if isinstance(module, InSequences):  # it calls its layers with whole sequences itself
             continue
         compiled = compiled or isinstance(module, Converted)  # converted layers do not call the modules inside
         inside = inside or answer is not None or isinstance(module, OverTime)  # modules inside see no time dimension
         left += [(child, inside, compiled) for child in reversed(children.values()) if child is not None]
 
 
-def _time_dim_of(takers: Sequence[_Taker]) -> int | None:
-    """The dimension of time in the model's input; None where a call is a step."""
-    first: dict[int | None, _Taker] = {}
+def _time_dim_of(takers: Sequence[_SteppedModule]) -> int | None:
+    """The dimension of time in the model's input; None if each call of the layers is one step."""
+    first: dict[int | None, _SteppedModule] = {}
     for taker in takers:
         if not taker.inside:
             first.setdefault(taker.streamed.time_dim, taker)
     if len(first) > 1:
         said = (
-            f"{taker.name} {'takes a step a call' if at is None else f'has time at {at}'}"
+            f"{taker.name} {'takes one step per call' if at is None else f'has time at {at}'}"
             for at, taker in first.items()
         )
         raise ValueError(
@@ -168,11 +169,11 @@ def _time_dim_of(takers: Sequence[_Taker]) -> int | None:
     return next(iter(first), 0)
 
 
-def _without_time(output: Tensor, x_t: Tensor, time_dim: int) -> Tensor:
+def _remove_time_dim(output: Tensor, x_t: Tensor, time_dim: int) -> Tensor:
     """The output of one step without its time dimension."""
     if -output.dim() <= time_dim < output.dim() and output.shape[time_dim] == 1:
         without = output.squeeze(time_dim)
-        # A size of 1 may be the batch.
+        # The dimension of size 1 may be the batch instead of time, which the remaining batch size shows.
         if x_t.dim() < 2 or x_t.shape[0] != 1 or tuple(without.shape[:1]) == (1,):
             return without
     raise ValueError(
@@ -185,25 +186,27 @@ def _without_time(output: Tensor, x_t: Tensor, time_dim: int) -> Tensor:
 def step(model: nn.Module, x_t: Tensor, *, time_dim: int | None = None) -> Any:
     """Calls a model for one time step. Input and output have no time dimension, and layers keep their states.
 
-    T calls compute the same as one call with the whole sequence. In evaluation the bits of neurons are the same. The
-    layers of asgl_cuda need not be stateful. After `asgl_cuda.reset(model)` they start at rest again, and
-    `asgl_cuda.detach(model)` cuts the graph for truncated backpropagation. Layers of SpikingJelly, snnTorch and sinabs
-    carry their states as usual, converted or not. If all layers take one step per call, no time dimension is added.
+    T calls compute the same as one call with a sequence of T steps, and in evaluation neurons give the same bits. In
+    training, each step draws new noise, and `BatchNormLIF` normalises by the statistics of that step. Layers of
+    asgl_cuda keep their states from step to step even if they are not `stateful`. After `asgl_cuda.reset(model)` they
+    start at rest again, and `asgl_cuda.detach(model)` cuts the graph for truncated backpropagation. Layers of
+    SpikingJelly, snnTorch and sinabs carry their states as usual, converted or not. If all layers take one step per
+    call, such as SpikingJelly's in step mode "s", the model gets x_t without a time dimension.
 
     Args:
         model: any module whose output has the time dimension of its input. Compute sums over time after the steps,
-            outside of the model. If the forward of the model itself has a state or mixes steps, as `asgl_cuda.lif`, a
-            shift or attention do, this is not detected. To compile, call `asgl_cuda.step(torch.compile(model), x_t)`.
-            The calls of layers are then not checked.
+            outside of the model. If the model's own forward keeps a state or mixes time steps, for example by
+            `asgl_cuda.lif`, a shift or attention, results differ from those for a sequence, which is not detected. To
+            compile, call `asgl_cuda.step(torch.compile(model), x_t)`. The calls of layers are then not checked.
         x_t: the input of the step, `[B, ...]`.
-        time_dim: dimension of time in the model's input and output; default as in the layers, else 0.
+        time_dim: dimension of time in the model's input and output; default the `time_dim` of the layers.
 
-    Returns the model's output. All tensors, also in tuples, lists and dicts, are without the time dimension.
+    Returns the model's output, with the time dimension removed from all tensors, also in tuples, lists and dicts.
 
     Raises TypeError if an argument is not a module or not a tensor, ValueError if layers differ in time_dim or the
     output has no time dimension, and RuntimeError if a layer can't carry its state from call to call, is called twice
-    in a step, gets its state from the caller, or is reset by the model's own forward. After an error some layers may
-    have taken the step, so reset the model.
+    in a step, gets its state from the model's forward, or is reset by it. After an error some layers may have taken the
+    step, so reset the model.
 
     Example::
 
@@ -215,25 +218,25 @@ def step(model: nn.Module, x_t: Tensor, *, time_dim: int | None = None) -> Any:
     check_module(model, _CALLER)
     if time_dim is not None:
         check_int("time_dim", time_dim, _CALLER)
-    takers = list(_takers(model))
+    takers = list(_stepped_modules(model))
     time_dim = _time_dim_of(takers) if time_dim is None else time_dim
     check_step(x_t, time_dim or 0, _CALLER)
     handles: list[RemovableHandle] = []
     kept: list[tuple[Any, str, Any]] = []  # attributes to restore
 
-    def put(layer: Any, name: str, value: Any) -> None:
+    def set_until_end(layer: Any, name: str, value: Any) -> None:
         """Sets an attribute until the step ends."""
         kept.append((layer, name, getattr(layer, name)))
-        set_plain(layer, name, value)
+        set_plain_attribute(layer, name, value)
 
     try:
         for taker in takers:
             if taker.streamed.has_switch:
-                put(taker.module, "stateful", True)
+                set_until_end(taker.module, "stateful", True)
             if taker.compiled:
                 continue
             if isinstance(taker.module, NeuronLayer):
-                put(taker.module, "_watch", taker)
+                set_until_end(taker.module, "_watch", taker)
             else:
                 handles += taker.register_hooks()
         output = model(x_t if time_dim is None else x_t.unsqueeze(time_dim))
@@ -244,12 +247,12 @@ def step(model: nn.Module, x_t: Tensor, *, time_dim: int | None = None) -> Any:
         for handle in handles:
             handle.remove()
         for layer, name, value in kept:
-            set_plain(layer, name, value)
+            set_plain_attribute(layer, name, value)
     if time_dim is None:
         return output
     if isinstance(output, Tensor):
-        return _without_time(output, x_t, time_dim)
-    return _pytree.tree_map_only(Tensor, lambda each: _without_time(each, x_t, time_dim), output)
+        return _remove_time_dim(output, x_t, time_dim)
+    return _pytree.tree_map_only(Tensor, lambda each: _remove_time_dim(each, x_t, time_dim), output)
 
 
 def reset(model: nn.Module) -> None:
@@ -267,14 +270,14 @@ def reset(model: nn.Module) -> None:
             spikes = model(x.unsqueeze(0))  # [1, 32, 128]
         asgl_cuda.reset(model)  # before the next sequence
     """
-    _of_all_layers(model, "reset", "reset")
+    _call_on_all_layers(model, "reset", "reset")
 
 
 def detach(model: nn.Module) -> None:
     """Detaches the potentials carried by the model's layers, for truncated backpropagation through time.
 
-    The next call continues from the potentials, and its backward ends there. It works for the same layers as
-    `asgl_cuda.reset`.
+    The next call continues from the same potentials, and its backward stops at them. `detach` works for the same layers
+    as `asgl_cuda.reset`.
 
     Raises TypeError if `model` is not a module.
 
@@ -284,11 +287,11 @@ def detach(model: nn.Module) -> None:
             model(chunk).sum().backward()
             asgl_cuda.detach(model)
     """
-    _of_all_layers(model, "detach", "detach_")
+    _call_on_all_layers(model, "detach", "detach_")
 
 
-def _of_all_layers(model: nn.Module, name: str, method: str) -> None:
-    """Calls the method of each of our layers, and the function of this name of each library."""
+def _call_on_all_layers(model: nn.Module, name: str, method: str) -> None:
+    """Calls `method` of each layer of asgl_cuda, and the function `name` of each library for each module."""
     check_module(model, f"asgl_cuda.{name}")
     functions = [getattr(library, name) for library in libraries() if hasattr(library, name)]
     for module in model.modules():

@@ -1,4 +1,4 @@
-"""Calls of autograd functions under transforms, torch.compile and second derivatives; noise under vmap."""
+"""The modes of torch in which a call may run: compiled, exported, under torch.func, differentiated forward or twice."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ _FORWARD_MODE = (
 
 
 # Whether torch.export traces; torch 2.6 does not distinguish it from torch.compile.
-exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
+is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
 
 
-def in_forward_mode() -> bool:
+def is_forward_mode_active() -> bool:
     """Whether tensors may have tangents."""
     return forward_ad._current_level >= 0
 
 
 # Whether a transform of torch.func is active.
-transforming: Callable[[], bool] = torch._C._are_functorch_transforms_active
+is_transform_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
 
 
-def grads_are_zeros() -> bool:
-    """Whether backward gets zeros, not None, for unused outputs: vmap of torch 2.6 takes no None."""
-    return transforming() and not torch.compiler.is_compiling()
+def needs_zero_gradients() -> bool:
+    """Whether autograd must pass zeros, not None, to backward for unused outputs: vmap of torch 2.6 rejects None."""
+    return is_transform_active() and not torch.compiler.is_compiling()
 
 
 def is_differentiated(tensors: Sequence[Tensor | None], caller: str) -> bool:
@@ -42,10 +42,10 @@ def is_differentiated(tensors: Sequence[Tensor | None], caller: str) -> bool:
 
     Raises RuntimeError in forward mode, which operators without a forward derivative would ignore silently.
     """
-    if transforming():
+    if is_transform_active():
         # Under vmap, requires_grad of an input does not show whether an outer transform differentiates.
         return torch.is_grad_enabled() or not torch.compiler.is_compiling()
-    if in_forward_mode():
+    if is_forward_mode_active():
         refuse_tangents(tensors, caller)
     if torch.is_grad_enabled():
         for tensor in tensors:
@@ -68,11 +68,12 @@ _unbound: Callable[[type[torch.autograd.Function]], Any] = partial(super, torch.
 
 
 def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
-    """`function.apply(*arguments)`."""
+    """`function.apply(*arguments)` in eager mode, under compilers and exporters, and under transforms of torch.func."""
     if torch.compiler.is_compiling():
-        if exporting() and not transforming():  # operators in exported graphs have derivatives
+        if is_exporting() and not is_transform_active():
+            # The exported graph contains the operator, which has a derivative of its own (backends/derivatives.py).
             return function.forward(*arguments)
-        # The compiler refuses a tensor passed twice, as v_threshold and reset_amount.
+        # The compiler refuses a tensor that is passed twice, for example as v_threshold and as reset_amount.
         once = [
             each.view_as(each)
             if isinstance(each, Tensor) and any(each is other for other in arguments[:index])
@@ -80,7 +81,7 @@ def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
             for index, each in enumerate(arguments)
         ]
         return function.apply(*once)
-    if not transforming():
+    if not is_transform_active():
         return _unbound(function).apply(*arguments)
     try:
         return function.apply(*arguments)
@@ -92,12 +93,12 @@ def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
 
 @cache
 def _single_level(function: type[torch.autograd.Function]) -> Any:
-    """The same function, which torch.func does not dispatch to its transforms: torch 2.15 dispatches every Function."""
+    """The function in a form that torch.func does not intercept, as torch 2.15 does with every autograd.Function."""
     members = {name: staticmethod(getattr(function, name)) for name in ("forward", "setup_context", "backward")}
     return type(function.__name__, (_SingleLevelFunction,), members)
 
 
-def apply_here(function: type[torch.autograd.Function], *arguments: Any) -> Any:
+def apply_at_one_level(function: type[torch.autograd.Function], *arguments: Any) -> Any:
     """`apply` in an operator's autograd kernel, which runs once per level of differentiation."""
     with enable_single_level_autograd_function():
         return _single_level(function).apply(*arguments)

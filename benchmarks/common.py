@@ -43,7 +43,7 @@ def parser_of(module: str, description: str, *shared: str) -> argparse.ArgumentP
 
 
 def fused_backends(device: torch.device) -> list[str]:
-    return [name for name in asgl_cuda.available_backends() if name != "reference" and BACKENDS[name].serves(device)]
+    return [name for name in asgl_cuda.available_backends() if name != "reference" and BACKENDS[name].supports(device)]
 
 
 def device_of(parser: argparse.ArgumentParser, asked: str | None) -> torch.device:
@@ -85,7 +85,8 @@ LOADED = 2.0
 def in_words(about: dict[str, Any]) -> str:
     """The result of `machine` in short, for the head of a table."""
     shared = " shared with other work" if about.get("load", 0) > LOADED * about["threads"] else ""
-    on = about.get("gpu") or f"{processor_in_words(about)}, {about['threads']} threads{shared}"
+    threads = "1 thread" if about["threads"] == 1 else f"{about['threads']} threads"
+    on = about.get("gpu") or f"{processor_in_words(about)}, {threads}{shared}"
     return f"{on}, torch {about['torch']}"
 
 

@@ -65,7 +65,12 @@ def number(value: float | None) -> str:
 
 
 def between(values: Collection[float], first: str = ".2f", last: str = ".2f") -> str:
-    return f"{min(values):{first}} to {max(values):{last}}"
+    least, most = f"{min(values):{first}}", f"{max(values):{last}}"
+    return least if least == most else f"{least} to {most}"
+
+
+def listed(words: Sequence[str]) -> str:
+    return " and ".join((", ".join(words[:-1]), words[-1]))
 
 
 def power_of_two(value: int) -> str:
@@ -106,9 +111,9 @@ def compiled(name: str) -> str:
 
 
 def shown_as(name: str) -> str:
-    words = {PLAIN_LOOP: "loop in PyTorch", REFERENCE: "loop with all options", OURS: "asgl_cuda, LIF"}
+    words = {PLAIN_LOOP: "loop in PyTorch", REFERENCE: "loop with all options"}
     name = name.removeprefix(PLAIN)
-    return words.get(name, name)
+    return words.get(name, re.sub(f"^{OURS}", "asgl_cuda, LIF", name))
 
 
 def pair_of(eager: float | None, compiled: float | None, digits: Callable[[float | None], str]) -> str:
@@ -179,18 +184,20 @@ def microbench(report: Report) -> list[str]:
         *markdown_table(head, rows),
         "",
         "The next table has the ordinary LIF neuron, without noise and with a fixed width, which the other libraries "
-        "also compute. The other libraries use their default surrogates, and asgl_cuda a rectangle or, in one row, a "
-        "sigmoid. Backends of other libraries for GPUs are not shown. The last five columns are the seconds that "
-        "compiling takes: in the first call at T = 4 and at T = 16, and then, at T = 4, in the first call with another "
-        "batch size, with a third batch size, and with one more time step.",
+        "also have. The first three columns are again nanoseconds per element. The other libraries have their default "
+        "surrogates, and asgl_cuda a rectangle or, in one row, a sigmoid. *loop with all options* is the reference, "
+        "and *loop in PyTorch* the [short loop](design/equations.md#the-loop-in-pytorch) that computes this neuron "
+        "alone. The last five columns are the seconds that compiling takes: in the first call at T = 4, in the first "
+        "call at T = 16, and in later calls of the layer that was compiled at T = 4. These have another batch size "
+        "(*batch*), a third batch size (*third*) and one more time step (*T = 5*).",
         "",
         *markdown_table(
             ["", *(f"T = {size['steps']}" for size in sizes), "first, T = 4", "T = 16", "batch", "third", "T = 5"],
             plain,
         ),
         "",
-        f"One call with an input `[4, 64]` and without gradients takes {calls[OURS]:.1f} µs, and with noise "
-        f"{calls[f'{OURS} with noise']:.1f} µs. `x * 2` takes {calls[FLOOR]:.1f} µs.",
+        f"One call of `lif` with an input `[4, 64]` and without gradients takes {calls[OURS]:.1f} µs, and "
+        f"{calls[f'{OURS} with noise']:.1f} µs with noise. `x * 2` of this input takes {calls[FLOOR]:.1f} µs.",
     ]
 
 
@@ -339,7 +346,7 @@ def steps_values(report: Report) -> Report:
         "noisy": between(times_faster(report, milliseconds, noisy, peers), ".1f", ".1f"),
         "noisy_compiled": between(times_faster(report, compiled_milliseconds, noisy, peers), ".1f", ".1f"),
         "compiling": between(first, ".0f", ".0f"),
-        "peers_in_words": " and ".join((", ".join(report["machine"]["peers"][:-1]), report["machine"]["peers"][-1])),
+        "peers_in_words": listed(report["machine"]["peers"]),
         "firing": between(rates, ".0f", ".0f"),
         "jelly": gain("SpikingJelly"),
         "snntorch": gain("snnTorch"),
@@ -436,8 +443,8 @@ def calibrated(report: Report) -> list[str]:
     return [
         *digest(head, rows, ("digits, 6 layers, SGD", "digits, 6 layers, Adam")),
         "",
-        f"The accuracies at rates of 0.05, 0.1 and 0.2 are {shallow} points apart with up to six layers, and {deep} "
-        "points with twelve.",
+        f"The accuracies at firing rates of 0.05, 0.1 and 0.2 are {shallow} points apart in networks of up to six "
+        f"layers, and {deep} points in those of twelve.",
     ]
 
 
@@ -452,8 +459,8 @@ def robustness_values(report: Report) -> Report:
     sets = dict.fromkeys(key.split()[0] for key in report["runs"])
     return {
         "sets": len(sets),
-        "kinds": ", ".join(f"{name} ({SOURCES[name].kind})" for name in sets),
-        "optimizers": ", ".join(f"{name} {rate:g}" for name, rate in report["settings"]["rates"].items()),
+        "kinds": listed([f"{name} ({SOURCES[name].kind})" for name in sets]),
+        "optimizers": listed([f"{rate:g} with {name}" for name, rate in report["settings"]["rates"].items()]),
     }
 
 
@@ -502,55 +509,58 @@ class Section(NamedTuple):
 
 
 ON = "on {on}, {date}"
-LAYER = f"Forward and backward, nanoseconds per neuron and time step, {ON}:"
+LAYER = f"Times of forward and backward together, in nanoseconds per element, {ON}:"
 COST = "training runs took {minutes:.0f} minutes on one core:"
-STUDIED = f"Mean of {{seeds}} seeds. {{trainings:,}} {COST}"
+STUDIED = f"Each value is the mean of {{seeds}} seeds. {{trainings:,}} {COST}"
 FAST = (
-    "In the five networks [below](#speed-and-memory), a training step with asgl_cuda's neurons of fixed width is "
-    "{eager} times as fast as with the neurons of SpikingJelly, snnTorch, Norse or sinabs, and {compiled} times as "
-    "fast as with these after `torch.compile` (at T = 100 only single time steps were compiled). With the defaults, a "
-    "learned width and [noise](#the-neuron) (a random half of the outputs is analog during training), it is {noisy} "
-    "times as fast, and {noisy_compiled} times as fast as after `torch.compile`."
+    "We timed training steps of [five networks](#speed-and-memory). With neurons of asgl_cuda that have a fixed width, "
+    "a step is {eager} times as fast as with neurons of SpikingJelly, snnTorch, Norse or sinabs. It is {compiled} "
+    "times as fast as with those of these neurons that we compiled with `torch.compile`. By default, neurons of "
+    "asgl_cuda learn their width and have [noise](#the-neuron): during training, a random half of the outputs takes "
+    "smooth values instead of 0 or 1. With these defaults, a step is {noisy} times as fast as with the other "
+    "libraries, and {noisy_compiled} times as fast as with their compiled neurons."
 )
 LEARNED = (
-    "The width of the surrogate gradient is learned with the weights. We trained networks with SGD and Adam from "
-    "initial widths of {narrowest} to {widest}, with a sigmoid as surrogate and without noise. Each pair of optimizer "
-    "and initial width gives one accuracy, the mean over five small data sets. With a learned width these accuracies "
-    "lie between {worst_learned:.0f} and {best_learned:.0f} %, with a fixed width between {worst_fixed:.0f} and "
-    "{best_fixed:.0f} % ([table](docs/measured.md#the-first-width)). With a learned width and noise of {noise} they "
-    "lie between {worst_noisy:.0f} and {best_noisy:.0f} %. Each optimizer had one learning rate, and widths below "
-    "{narrowest} were not measured. By default, layers of asgl_cuda have a sigmoid whose width is learned, and "
-    "[noise](#the-neuron) during training."
+    "The width of the surrogate gradient is learned with the weights. We trained networks with SGD and Adam, from five "
+    "initial widths between {narrowest} and {widest}, with a sigmoid as surrogate and without noise. Each pair of "
+    "optimizer and initial width gives one accuracy, the mean over five small data sets. If the width is learned, "
+    "these accuracies lie between {worst_learned:.0f} and {best_learned:.0f} %. If the width stays at its initial "
+    "value, they lie between {worst_fixed:.0f} and {best_fixed:.0f} % ([table](docs/measured.md#the-first-width)). If "
+    "the width is learned and there is noise in a fraction of {noise} of the outputs, they lie between "
+    "{worst_noisy:.0f} and {best_noisy:.0f} %. Each optimizer had one learning rate. Widths below {narrowest} were not "
+    "measured."
 )
 STEPS = (
-    "Milliseconds per training step: eager / after `torch.compile`, which took {compiling} s per network. Measured in "
-    f"float32 {ON}, with {{peers_in_words}}. The first two columns are asgl_cuda: *learned, noise* with the default "
-    "arguments, *fixed width* without a learned width and noise; normalisations are not merged. *loop* is plain "
-    "PyTorch. Each library has its default surrogate. All columns but the first compute the same spikes, except that "
-    "snnTorch's recurrent neuron, `RLeaky` with default arguments, resets by subtraction. Per time step {firing} % of "
-    "the neurons spike. At T = 100 we compiled one time step and called it in a loop, because compiling a whole "
-    "sequence takes long ({long_first_seconds:.0f} s for one layer of {long_layer} at T = {long_steps}). A dash: not "
-    "compiled, because we used the library's layer for whole sequences, which has no single step to compile. "
-    "[Measured](docs/measured.md#a-training-step) has the batch sizes."
+    "This table shows milliseconds per training step of five networks. In a pair, the first figure is without "
+    f"`torch.compile` and the second with it; compiling took {{compiling}} s per network. We measured in float32 {ON}, "
+    "with {peers_in_words}. The first two columns are asgl_cuda, with normalisations that are not merged: *learned, "
+    "noise* has the default arguments, and *fixed width* has neither a learned width nor noise. *loop* is plain "
+    "PyTorch. Each of the other libraries has its default surrogate. All columns but the first compute the same "
+    "spikes, with one exception: snnTorch's recurrent neuron, `RLeaky` with default arguments, resets by subtraction. "
+    "In each time step {firing} % of the neurons spike. At T = 100 we compiled a single time step and called it in a "
+    "loop, because compiling a whole sequence takes long ({long_first_seconds:.0f} s for one layer of {long_layer} at "
+    "T = {long_steps}). A dash means that we did not compile: the library's multi-step layer contains the loop over "
+    "time. See [Measured](docs/measured.md#a-training-step) for the batch sizes."
 )
 LAYERS = (
-    "One layer, forward and backward, nanoseconds per neuron and time step, for tensors of {elements} elements, "
-    f"{ON}. "
-    "*floor* is the time of one element-wise multiplication forward and one backward. asgl_cuda has a rectangle here "
-    "([times of a sigmoid](docs/measured.md#one-layer)), and *learned, noise* has `analog_prob={noise}`. The last row "
-    "has the bytes that are kept for backward, per neuron and time step. In a pair, the second figure is after "
-    "`torch.compile`. The first call then takes {compiling} s to compile, and up to {again:.0f} s more when batch size "
-    "or T changes ([times of each](docs/measured.md#one-layer)). At T = {long_steps} we compiled only the layer of "
-    "{long_layer}, in another measurement: compiling takes {long_first_seconds:.0f} s, and the compiled layer "
+    "This table shows nanoseconds per neuron and time step, for the forward and backward pass of one layer. The "
+    f"tensors have {{elements}} elements. We measured {ON}. *floor* is the time of two element-wise multiplications, "
+    "one for forward and one for backward. In this table the neurons of asgl_cuda have a rectangular surrogate ([times "
+    "of a sigmoid](docs/measured.md#one-layer)), and *learned, noise* has `analog_prob={noise}`. The last row shows "
+    "the bytes per neuron and time step that are kept for backward. In a pair, the second figure is after "
+    "`torch.compile`. Compiling takes {compiling} s in the first call, and up to {again:.0f} s more when the batch "
+    "size or T changes ([times of each](docs/measured.md#one-layer)). At T = {long_steps} we compiled only the layer "
+    "of {long_layer}, in another measurement: compiling took {long_first_seconds:.0f} s, and the compiled layer needs "
     "{long_ns:.1f} ns."
 )
 GAIN = (
-    "in the networks below without recurrence, `convert` makes a training step of a SpikingJelly network {jelly} times "
-    "as fast as before. For snnTorch it is {snntorch} times as fast. In this measurement the original network looped "
-    "over time layer by layer, and the converted one made one call per layer, as with `sequences=True`. `fuse` "
-    "makes networks with normalisations another {fused} times as fast. A normalisation and its neurons together then "
-    "keep {kept:.0f} bytes per neuron and time step for backward, instead of {kept_apart:.0f}. With a residual "
-    "addition it is {kept_residual} bytes in both cases."
+    "We timed training steps of the networks [below](#speed-and-memory) that have no recurrence. `convert` makes a "
+    "SpikingJelly network {jelly} times as fast as before, and a snnTorch network {snntorch} times as fast. Before "
+    "conversion, the snnTorch network calls each layer in a loop over time. Afterwards it calls each layer once, as "
+    "with `sequences=True`. "
+    "`fuse` makes converted networks with normalisations another {fused} times as fast. A merged normalisation and its "
+    "neurons keep {kept:.0f} bytes per neuron and time step for backward; not merged, they keep {kept_apart:.0f}. If a "
+    "residual addition stands between the two, they keep {kept_residual} bytes, whether or not `fuse` merges them."
 )
 ARMS = [(optimizer, surrogate) for optimizer in ("SGD", "Adam") for surrogate in ("rectangle", "sigmoid")]
 SECTIONS = {
@@ -565,66 +575,74 @@ SECTIONS = {
     "recurrent": Section(
         "recurrent",
         recurrent,
-        "Milliseconds, float32, on {processor}, torch {torch}, {date}. If {rates} of the neurons spike per step, "
-        "`RecurrentLIF` takes {products} times as long as its matrix products alone. If all neurons spike, it takes "
-        "{all_spike} times as long. The recurrent layers of the other libraries, with their default surrogates, take "
-        "{faster} times as long as `RecurrentLIF` with a rectangle of fixed width and without noise:",
+        "Times in milliseconds, float32, on {processor}, torch {torch}, {date}. If {rates} of the neurons spike per "
+        "time step, `RecurrentLIF` takes {products} times as long as its matrix products alone. If all neurons spike "
+        "(*all spike*), it takes {all_spike} times as long as these. The recurrent layers of the other libraries take "
+        "{faster} times as long as `RecurrentLIF`:",
         recurrent_values,
     ),
-    "block": Section("microbench", block, f"Input `{{blocks[0][shape]}}`, nanoseconds per neuron and time step, {ON}:"),
-    "end_to_end": Section("end_to_end", end_to_end, f"Medians, float32, {ON}:"),
-    "memory": Section("memory", memory, f"Batches of {{batch}} unless a row says otherwise, float32, {ON}:"),
+    "block": Section(
+        "microbench", block, f"Times in nanoseconds per element, for an input of shape `{{blocks[0][shape]}}`, {ON}:"
+    ),
+    "end_to_end": Section("end_to_end", end_to_end, f"The times are medians, in float32, {ON}:"),
+    "memory": Section(
+        "memory", memory, f"The batch size is {{batch}} unless a row says otherwise. Measured in float32 {ON}:"
+    ),
     "convert": Section(
         "convert",
         study(convert.rows, "spikingjelly LIFNode", "snntorch Leaky in MultiStep", "norse LIF", "sinabs LIF"),
-        f"How many times as fast, for {{elements:,}} elements, {ON}:",
+        f"Time before divided by time after conversion, for {{elements:,}} elements, {ON}:",
     ),
     "calibration": Section(
-        "calibration", calibrated, f"Accuracy after {{steps}} steps, averaged over {{seeds}} seeds. {{count}} {COST}"
+        "calibration",
+        calibrated,
+        f"Accuracy after {{steps}} training steps, averaged over {{seeds}} seeds. {{count}} {COST}",
     ),
     "width_robustness": Section(
         "width_robustness",
         robustness,
-        f"Accuracy after {{steps}} steps, averaged over {{sets}} data sets and {{seeds}} seeds. Data sets: {{kinds}}. "
-        f"Learning rates: {{optimizers}}. {{trainings:,}} {COST}",
+        f"Accuracy after {{steps}} training steps, averaged over {{sets}} data sets and {{seeds}} seeds. The data sets "
+        f"are {{kinds}}. The learning rates are {{optimizers}}. {{trainings:,}} {COST}",
         robustness_values,
     ),
     "width_step": Section("width_step", width_step, STUDIED),
     "residual_network": Section(
         "residual_network",
         study(residual_rows, *(f"{each}, width 10, {arm}" for each in ("SGD", "Adam") for arm in ("SG", "learned"))),
-        f"{{parameters:,}} parameters, T = {{time_steps}}, {{surrogate}}, {{seeds}} seeds. {{count}} {COST}",
+        "The network has {parameters:,} parameters, T = {time_steps}, and a {surrogate} as surrogate. Each value is "
+        f"the mean of {{seeds}} seeds. {{count}} {COST}",
     ),
     "defaults": Section(
         "defaults",
         study(defaults.rows),
-        "Mean of {seeds} seeds. The first learned arm has the defaults of the layers. It loses to the best fixed arm "
-        "by more than the interval in {lost} of {cells} cells. The numbers of such cells for the other learned arms "
-        "are: {others}. In {highest} of the cells the best fixed arm chose the highest of its three learning rates, "
-        "so a higher one might suit it better. The defaults were chosen on cells of this table, which favours them. "
-        "All training runs took {minutes:.0f} minutes on one core:",
+        "Each value is the mean of {seeds} seeds. The first learned arm has the defaults of the layers. It is worse "
+        "than the best fixed arm by more than the interval in {lost} of {cells} rows. The other learned arms are "
+        "worse in {others} rows, the {most} most often. In {highest} rows the best fixed arm had the highest of its "
+        "three learning rates, so a higher one might suit it better. The defaults were chosen on rows of this table, "
+        "which favours them. All training runs took {minutes:.0f} minutes on one core:",
         defaults.lost,
     ),
     "noise": Section("noise", noisy, STUDIED),
     "gradients": Section(
         "gradients",
         study(noise.gradient_rows, *(f"{', '.join(each)}, width 5, step 20" for each in ARMS)),
-        "On {data}, means of {seeds} seeds:",
+        "The data set is {data}. Each value is the mean of {seeds} seeds:",
     ),
     "adaptation": Section("adaptation", study(adaptation_rows), STUDIED),
     "spikes": Section(
         "spikes",
         spike_layers,
-        f"Milliseconds with torch's layers / with spike layers = how many times as fast, float32, one thread, {ON}:",
+        "A cell has the milliseconds with torch's layers, those with spike layers, and how many times as fast spike "
+        f"layers are. Measured in float32 {ON}:",
     ),
-    "sparse": Section("sparse", study(sparse_rows), f"Means over the seeds, after {{steps}} steps; {{count}} {COST}"),
+    "sparse": Section("sparse", study(sparse_rows), f"Results after {{steps}} training steps. {{count}} {COST}"),
     "smoothing": Section(
         "smoothing",
         study(
             noise.smoothing_rows,
             *(f"SGD, {each}, width 5, {arm}" for each in ("rectangle", "sigmoid") for arm in ("noise", "no noise")),
         ),
-        "Over {epochs} epochs, means of {seeds} seeds:",
+        "Each value is the mean of {seeds} seeds, which were trained for {epochs} epochs:",
     ),
 }
 

@@ -117,7 +117,7 @@ REFUSED = {
         Stack(lambda m, x: m.lif(m.lif(x)), lif=LIF()), RuntimeError, r"LIF at 'lif' is called twice in one step",
     ),
     "time of its own": (
-        Stack(lambda m, x: m.lif(x.expand(4, -1, -1)), lif=LIF()), RuntimeError, "LIF at 'lif' gets 4 time steps",
+        Stack(lambda m, x: m.lif(x.expand(4, -1, -1)), lif=LIF()), RuntimeError, "must get one time step, got 4",
     ),
     "recurrent": (nn.Sequential(LIF(), nn.LSTM(C, C)), RuntimeError, "LSTM at '1' can't be .* each call at rest"),
     "recurrent cell": (Stack(lambda m, x: x, cell=nn.LSTMCell(C, C)), RuntimeError, "LSTMCell at 'cell' can't be"),
@@ -148,7 +148,7 @@ def test_errors_of_models_that_can_not_be_streamed(model, error, words):
     [
         ([1.0], 0, TypeError, "x_t must be a tensor"),
         (None, 0, TypeError, "x_t must be a tensor"),
-        (torch.rand(3), 2, ValueError, "x_t.* must have 2 or more dimensions for time_dim 2"),
+        (torch.rand(3), 2, ValueError, "x_t.* must have at least 2 dimensions for time_dim 2"),
     ],
 )
 def test_inputs_that_are_refused(x_t, time_dim, error, words):

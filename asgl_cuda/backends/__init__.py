@@ -36,9 +36,9 @@ class Operators(NamedTuple):
 class Backend(NamedTuple):
     """An implementation of the neuron. `operators` is None for the reference, which autograd differentiates.
 
-    `problem` returns why the backend does not work and a remedy, or None; `misfit` why it does not work on one of the
-    devices. They are called at the choice for a tensor, never at import. `direct` are the same operators as functions
-    that bypass torch.ops.
+    `problem` returns why the backend does not work, with a remedy, or None if it works; `misfit` returns the same for
+    one device. Both are called when a backend is chosen for a tensor, never at import. `direct` has the same operators
+    as functions that bypass torch.ops.
     """
 
     device_types: tuple[str, ...]  # empty if any device is supported
@@ -47,7 +47,7 @@ class Backend(NamedTuple):
     direct: Operators | None = None
     misfit: Callable[[torch.device], str | None] = lambda device: None
 
-    def serves(self, device: torch.device) -> bool:
+    def supports(self, device: torch.device) -> bool:
         """Whether the backend is for tensors on this device."""
         return not self.device_types or device.type in self.device_types
 
@@ -56,7 +56,7 @@ class Backend(NamedTuple):
         return self.problem() or self.misfit(device)
 
     def device_problem(self) -> str | None:
-        """`problem_on` the current device, or a missing device, which the choice for a tensor need not check."""
+        """`problem_on` the current device; also reports a missing GPU, of which a tensor on the GPU leaves no doubt."""
         problem = self.problem()
         if problem is not None or self.device_types != ("cuda",):
             return problem
@@ -65,7 +65,7 @@ class Backend(NamedTuple):
         return self.misfit(torch.device("cuda", torch.cuda.current_device()))
 
 
-def operators_in(namespace: str) -> Operators:
+def registered_operators(namespace: str) -> Operators:
     """The operators that are registered with torch in this namespace."""
     library = getattr(torch.ops, namespace)
     return Operators(*(getattr(library, name).default for name in Operators._fields))
@@ -82,8 +82,9 @@ def _cuda_problem() -> str | None:
     info = extension.build_info
     if info is not None and info.cuda is None:
         if torch.version.cuda is None:
-            return f"torch {torch.__version__} is a build without CUDA. With one for CUDA: {extension.remedy()}"
-        return f"the extension was built without CUDA: {info.reason}. To build it anew: {extension.remedy()}"
+            command = extension.build_command()
+            return f"torch {torch.__version__} is a build without CUDA. Install one for CUDA, then run: {command}"
+        return f"the extension was built without CUDA: {info.reason}. To build it anew: {extension.build_command()}"
     return extension.problem
 
 
@@ -107,7 +108,8 @@ def _misfit(device: torch.device) -> str | None:
     asked = "{}.{}".format(*capability)
     return (
         f"the extension has no kernels for {torch.cuda.get_device_name(device)}, of compute capability {asked}: it was "
-        f"built by {info.cuda}. To build it with TORCH_CUDA_ARCH_LIST={asked} in the environment: {extension.remedy()}"
+        f"built by {info.cuda}. To build it with TORCH_CUDA_ARCH_LIST={asked} in the environment: "
+        f"{extension.build_command()}"
     )
 
 
@@ -116,10 +118,12 @@ BEST = "; None, the default, is the best for the device of x_seq"  # suffix of a
 # The backends in order of preference: backend=None takes the first one that works.
 BACKENDS: dict[str, Backend] = {
     "cuda": Backend(
-        ("cuda",), operators_in("asgl_cuda"), _cuda_problem, direct_operators(extension.module), _cuda_misfit
+        ("cuda",), registered_operators("asgl_cuda"), _cuda_problem, direct_operators(extension.module), _cuda_misfit
     ),
-    "cupy": Backend(("cuda",), operators_in(cupy.NAMESPACE), cupy.problem, direct_operators(cupy.FUNCTIONS)),
-    "cpu": Backend(("cpu",), operators_in("asgl_cuda"), lambda: extension.problem, direct_operators(extension.module)),
+    "cupy": Backend(("cuda",), registered_operators(cupy.NAMESPACE), cupy.problem, direct_operators(cupy.FUNCTIONS)),
+    "cpu": Backend(
+        ("cpu",), registered_operators("asgl_cuda"), lambda: extension.problem, direct_operators(extension.module)
+    ),
     "reference": Backend((), None, lambda: None),
 }
 
@@ -147,7 +151,7 @@ _best: dict[torch.device, tuple[str, tuple[Backend, ...]]] = {}
 
 
 def available_backends() -> tuple[str, ...]:
-    """The names of the backends that work here, preferred ones first.
+    """The names of the backends that work on this machine, preferred ones first.
 
     See also `unavailable_backends`.
 
@@ -159,7 +163,7 @@ def available_backends() -> tuple[str, ...]:
 
 
 def unavailable_backends() -> dict[str, str]:
-    """The names of the backends that do not work here, each with the reason and a remedy.
+    """The names of the backends that do not work on this machine, each with the reason and a remedy.
 
     Example::
 
@@ -171,7 +175,7 @@ def unavailable_backends() -> dict[str, str]:
 
 
 def choose_backend(name: str | None, device: torch.device, caller: str) -> str:
-    """The requested backend, or the best for the device; warns if only the reference is left.
+    """The backend `name` after checks, or the best one for the device; warns if only the reference works there.
 
     Raises ValueError if the backend is unknown or does not serve the device, RuntimeError if it does not work.
     """
@@ -180,7 +184,7 @@ def choose_backend(name: str | None, device: torch.device, caller: str) -> str:
             check_name("backend", name, BACKENDS, caller, otherwise=BEST)
         backend = BACKENDS[name]
         problem = backend.problem()
-        if problem is None and not backend.serves(device):
+        if problem is None and not backend.supports(device):
             raise ValueError(
                 f"{caller}: backend {name!r} needs x_seq on {' or '.join(backend.device_types)}, got {device}"
             )
@@ -194,7 +198,7 @@ def choose_backend(name: str | None, device: torch.device, caller: str) -> str:
         if table == tuple(BACKENDS.values()):
             return found
     for candidate, backend in BACKENDS.items():
-        if backend.serves(device) and backend.problem_on(device) is None:
+        if backend.supports(device) and backend.problem_on(device) is None:
             if backend.operators is not None and not compiling:
                 _best[device] = candidate, tuple(BACKENDS.values())
             if candidate == "reference" and device.type != "meta":  # the meta device computes nothing
@@ -204,14 +208,14 @@ def choose_backend(name: str | None, device: torch.device, caller: str) -> str:
 
 
 def _warn_about_reference(device: torch.device) -> None:
-    """Warns once per type of device, at the user's line."""
+    """Warns once per type of device, at the user's line, why no fused backend works there."""
     if device.type in _warned:
         return
     _warned.add(device.type)
     problems = [
         f"{name}: {problem}"
         for name, backend in BACKENDS.items()
-        if backend.serves(device) and (problem := backend.problem_on(device)) is not None
+        if backend.supports(device) and (problem := backend.problem_on(device)) is not None
     ]
     why = "; ".join(problems) if problems else f"no fused backend serves {device.type}"
     message = f"asgl_cuda: using the slow reference backend on {device.type}: {why}"

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ..layout import channel_dim, is_dense
+from ..layout import channel_dim, dense
 from ..reference.records import Parameters, Rules
 
 Rule = Callable[..., tuple[Any, Any]]  # takes info, in_dims and the operator's arguments; returns outputs and out_dims
@@ -30,18 +30,20 @@ def batching_rules(library: Any) -> dict[str, Rule]:
     """Rules by operator name; `library` is a namespace such as torch.ops.asgl_cuda."""
     names = "lif_forward", "lif_backward", "integrator_forward", "integrator_backward"
     return {
-        **{name: partial(_together, getattr(library, name).default) for name in names},
-        "recurrent_forward": partial(_one_by_one, library.recurrent_forward.default, time_dim=0),
-        "recurrent_backward": partial(_one_by_one, library.recurrent_backward.default, time_dim=0),
-        "spike_product": partial(_rows_together, library.spike_product.default),
-        "spike_weight_gradient": partial(_one_by_one, library.spike_weight_gradient.default, time_dim=0),
-        "batch_norm_coefficients": partial(_one_by_one, library.batch_norm_coefficients.default),
-        "batch_norm_backward": partial(_one_by_one, partial(_write_back, library.batch_norm_backward.default)),
+        **{name: partial(_batch_in_one_call, getattr(library, name).default) for name in names},
+        "recurrent_forward": partial(_batch_one_by_one, library.recurrent_forward.default, time_dim=0),
+        "recurrent_backward": partial(_batch_one_by_one, library.recurrent_backward.default, time_dim=0),
+        "spike_product": partial(_batch_rows, library.spike_product.default),
+        "spike_weight_gradient": partial(_batch_one_by_one, library.spike_weight_gradient.default, time_dim=0),
+        "batch_norm_coefficients": partial(_batch_one_by_one, library.batch_norm_coefficients.default),
+        "batch_norm_backward": partial(
+            _batch_one_by_one, partial(_batch_norm_backward_in_layout, library.batch_norm_backward.default)
+        ),
     }
 
 
-def _together(operator: Any, info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
-    """One call for all samples, which are the first dimension."""
+def _batch_in_one_call(operator: Any, info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
+    """Batching rule: one call of the operator for all samples, whose dimension becomes the first of the neurons'."""
     names, count = [each.name for each in operator._schema.arguments], info.batch_size
     given, dims = dict(zip(names, arguments, strict=True)), dict(zip(names, in_dims, strict=True))
     rules = Rules(*given["rules"])
@@ -49,47 +51,53 @@ def _together(operator: Any, info: Any, in_dims: tuple[Any, ...], *arguments: An
     # _draw_under_transforms (calls/noise.py) maps an rng_state of shape [1, 2], so it is 3-D here: neurons are then
     # numbered across all samples. A given rng_state has shape [2] and counts from 0 in each sample.
     if rng_state is not None and (rng_dim is None or rng_state.dim() != 3):
-        return _one_by_one(operator, info, in_dims, *arguments, time_dim=rules.time_dim)
+        return _batch_one_by_one(operator, info, in_dims, *arguments, time_dim=rules.time_dim)
 
-    def front(value: Any, dim: int | None) -> Any:
+    def samples_first(value: Any, dim: int | None) -> Any:
         """The value with the samples first, expanded where shared."""
         if value is None:
             return None
         return value.expand(count, *value.shape) if dim is None else value.movedim(dim, 0)
 
-    def state(value: Any, dim: int | None) -> Any:
+    def state_with_samples(value: Any, dim: int | None) -> Any:
         """A state with the samples first; if it has several members, these come before the samples."""
-        value = front(value, dim)
+        value = samples_first(value, dim)
         return value if value is None or rules.members() == 1 else value.movedim(0, 1)
 
-    def parameter(value: Any, dim: int | None, apart: bool) -> Any:
+    def parameter_with_samples(value: Any, dim: int | None, apart: bool) -> Any:
         """Reshaped to broadcast against the sequence; `apart` expands to every sample, for a gradient of each."""
         if value is None or (dim is None and not apart):
             return value
-        sizes = _shape_of_one(value, dim)
-        return front(value, dim).reshape(count, *(1,) * (sequence.dim() - 1 - len(sizes)), *sizes)
+        sizes = _sample_shape(value, dim)
+        after = rules.trailing if len(sizes) == 1 else 0
+        before = sequence.dim() - 1 - len(sizes) - after
+        return samples_first(value, dim).reshape(count, *(1,) * before, *sizes, *(1,) * after)
 
     is_backward = "grad_v_seq" in given
     first = "grad_v_seq" if is_backward and "checkpoints" not in given else "x_seq"
-    sequence = front(given[first], dims[first]).contiguous()
+    sequence = samples_first(given[first], dims[first]).contiguous()
     neurons = sequence.numel() // max(count * sequence.shape[rules.time_dim + 1], 1)
     parameters = [name for name in Parameters._fields if name in given]
     asked = dict(zip(parameters, given["wanted"][2:], strict=True)) if is_backward else dict.fromkeys(parameters, False)
-    taken = {name: front(given[name], dims[name]) for name in _SEQUENCES if name in given} | {first: sequence}
-    taken |= {name: state(given[name], dims[name]) for name in _STATES if name in given}
-    taken |= {name: parameter(given[name], dims[name], asked[name]) for name in parameters if name not in _SEQUENCES}
+    taken = {name: samples_first(given[name], dims[name]) for name in _SEQUENCES if name in given} | {first: sequence}
+    taken |= {name: state_with_samples(given[name], dims[name]) for name in _STATES if name in given}
+    taken |= {
+        name: parameter_with_samples(given[name], dims[name], asked[name])
+        for name in parameters
+        if name not in _SEQUENCES
+    }
     taken["rules"] = rules.changed(time_dim=rules.time_dim + 1)
     if rng_state is not None:
         taken["rng_state"] = rng_state.narrow(rng_dim, 0, 1).squeeze(rng_dim) if count else rng_state.new_zeros((1, 2))
     if "checkpoints" in given:
-        kept = front(given["checkpoints"], dims["checkpoints"])
+        kept = samples_first(given["checkpoints"], dims["checkpoints"])
         segments = kept[:, :-2].reshape(count, (kept.shape[1] - 2) // max(neurons, 1), neurons).movedim(1, 0)
         taken["checkpoints"] = torch.cat([segments.flatten(), kept.new_zeros(2)])
     results, wants_state = operator(*{**given, **taken}.values()), False
     if is_backward:
         wants_x_seq, wants_state, *_ = given["wanted"]
         shapes = [
-            _shape_of_one(given[name], dims[name]) for name in parameters if asked[name] and given[name] is not None
+            _sample_shape(given[name], dims[name]) for name in parameters if asked[name] and given[name] is not None
         ]
         before = len(results) - len(shapes)
         results[before:] = [grad.reshape(count, *shape) for grad, shape in zip(results[before:], shapes, strict=True)]
@@ -99,66 +107,67 @@ def _together(operator: Any, info: Any, in_dims: tuple[Any, ...], *arguments: An
             segments, zeros = results[-1][:-2], results[-1][-2:].expand(count, 2)
             each = segments.reshape(segments.numel() // max(count * neurons, 1), count, neurons).movedim(1, 0)
             results[-1] = torch.cat([each.flatten(1), zeros], 1)
-    of_state = int(wants_x_seq) if wants_state and rules.members() > 1 else -1
-    return results, [int(index == of_state) for index in range(len(results))]
+    state_index = int(wants_x_seq) if wants_state and rules.members() > 1 else -1
+    return results, [int(index == state_index) for index in range(len(results))]
 
 
-def _rows_together(operator: Any, info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
-    """One call if x alone is mapped: each row of a product, or image of a convolution, is computed alone anyway."""
+def _batch_rows(operator: Any, info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
+    """Batching rule of spike_product: one call if x alone is mapped, as each row or image is computed alone anyway."""
     dim, *others = pytree.tree_leaves(in_dims, is_leaf=lambda each: each is None)
     x, weight, *given = arguments
     if dim is None or any(each is not None for each in others):
-        return _one_by_one(operator, info, in_dims, *arguments, time_dim=0)
+        return _batch_one_by_one(operator, info, in_dims, *arguments, time_dim=0)
     x = x.movedim(dim, 0)
     if weight.dim() == 2:
         return operator(x, weight, *given), 0
     return operator(x.flatten(0, 1), weight, *given).unflatten(0, x.shape[:2]), 0
 
 
-def _shape_of_one(value: Tensor, dim: int | None) -> list[int]:
+def _sample_shape(value: Tensor, dim: int | None) -> list[int]:
     """The shape of one sample of a value that is mapped over dimension `dim`, or over none."""
     return [size for index, size in enumerate(value.shape) if index != dim]
 
 
-def _one_by_one(
+def _batch_one_by_one(
     operator: Any, info: Any, in_dims: tuple[Any, ...], *arguments: Any, time_dim: int | None = None
 ) -> tuple[Any, Any]:
-    """A call for each sample. The operators of batch normalisation have time_dim as their last argument."""
+    """Batching rule: a call for each sample. time_dim None: it is the last argument, as of batch normalisation."""
     time_dim = arguments[-1] if time_dim is None else time_dim
     values, structure = pytree.tree_flatten(arguments)
     dims = pytree.tree_leaves(in_dims)
 
-    def pick(value: Any, dim: int | None, index: int) -> Any:
+    def one_sample(value: Any, dim: int | None, index: int) -> Any:
         """One sample of a value, in a memory layout that kernels accept."""
         if dim is None:
             return value
         if info.batch_size == 0:  # called once, for the shapes
-            return value.new_zeros(_shape_of_one(value, dim))
-        value = value.select(dim, index)
-        return value if is_dense(value, time_dim) else value.contiguous()
+            return value.new_zeros(_sample_shape(value, dim))
+        return dense(value.select(dim, index), time_dim)
 
-    def sample(index: int) -> Any:
+    def results_of_sample(index: int) -> Any:
         """The results of the operator for one sample."""
-        picked = [pick(value, dim, index) for value, dim in zip(values, dims, strict=True)]
+        picked = [one_sample(value, dim, index) for value, dim in zip(values, dims, strict=True)]
         return operator(*pytree.tree_unflatten(picked, structure))
 
-    results = [sample(index) for index in range(max(info.batch_size, 1))]
+    results = [results_of_sample(index) for index in range(max(info.batch_size, 1))]
     outputs = pytree.tree_map(lambda *each: torch.stack(each)[: info.batch_size], *results)
     return outputs, pytree.tree_map(lambda _: 0, outputs)
 
 
-def _write_back(operator: Any, grad_x_seq: Tensor, grad_residual: Tensor | None, x_seq: Tensor, *others: Any) -> Any:
+def _batch_norm_backward_in_layout(
+    operator: Any, grad_x_seq: Tensor, grad_residual: Tensor | None, x_seq: Tensor, *others: Any
+) -> Any:
     """batch_norm_backward for gradients in another memory layout than x_seq, whose time_dim is the last argument."""
     if grad_x_seq.numel() == 0:
         return operator(grad_x_seq, grad_residual, x_seq, *others)
     last = x_seq.dim() - 1
     channel = last if x_seq.is_contiguous() else channel_dim(others[-1])  # otherwise it is channels_last
 
-    def laid_out(grad: Tensor) -> Tensor:
+    def in_layout_of_x(grad: Tensor) -> Tensor:
         """A copy of the gradient in the memory layout of x_seq."""
         return grad.movedim(channel, last).clone(memory_format=torch.contiguous_format).movedim(last, channel)
 
-    changed = laid_out(grad_x_seq)
-    result = operator(changed, None if grad_residual is None else laid_out(grad_residual), x_seq, *others)
+    changed = in_layout_of_x(grad_x_seq)
+    result = operator(changed, None if grad_residual is None else in_layout_of_x(grad_residual), x_seq, *others)
     grad_x_seq.copy_(changed)
     return result

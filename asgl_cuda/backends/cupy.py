@@ -27,11 +27,11 @@ from typing import Any, NamedTuple
 import torch
 
 from . import extension, launcher
-from .extension import no_sources, source_directory
+from .extension import missing_sources_message, source_directory
 from .extension.build_notes import digest_of_sources
 
 NAMESPACE = "asgl_cuda_cupy"
-# All include the neuron's kernels.
+# Each of these headers includes the neuron's kernels.
 SOURCE = "".join(f'#include "cuda/{name}_kernels.cuh"\n' for name in ("adaptive", "integrator", "normalisation"))
 # The options of nvcc in compilation.py. Without contraction to FMA all backends round alike.
 OPTIONS = ("--std=c++17", "--fmad=false")
@@ -64,7 +64,7 @@ def _nvrtc() -> Any:
     return nvrtc
 
 
-def target(capability: tuple[int, int]) -> str:
+def target_architecture(capability: tuple[int, int]) -> str:
     """The architecture to compile for: the device's own or, if NVRTC is too old, the latest before, as PTX.
 
     The driver compiles the PTX.
@@ -72,7 +72,10 @@ def target(capability: tuple[int, int]) -> str:
     wanted = 10 * capability[0] + capability[1]
     known = [architecture for architecture in _nvrtc().getSupportedArchs() if architecture <= wanted]
     if not known:
-        raise RuntimeError(f"asgl_cuda: this NVRTC does not compile for compute capability {wanted / 10:.1f}")
+        raise RuntimeError(
+            f"asgl_cuda: NVRTC {nvrtc_version()} does not compile for compute capability {wanted / 10:.1f}, which is "
+            "older than those that it supports"
+        )
     return f"sm_{wanted}" if wanted in known else f"compute_{max(known)}"
 
 
@@ -102,12 +105,16 @@ def compile_kernels(kernels: list[str], architecture: str, *options: str) -> tup
     """The kernels in one image, each with its own symbol, and NVRTC's log."""
     nvrtc = _nvrtc()
     with compiled_program(kernels, architecture, *options) as program:
-        image = nvrtc.getPTX(program) if architecture.startswith("compute_") else _whole(nvrtc.getCUBIN(program))
+        image = (
+            nvrtc.getPTX(program)
+            if architecture.startswith("compute_")
+            else _restore_last_byte(nvrtc.getCUBIN(program))
+        )
         binaries = [Binary(nvrtc.getLoweredName(program, kernel), image) for kernel in kernels]
         return binaries, nvrtc.getProgramLog(program)
 
 
-def _whole(cubin: bytes) -> bytes:
+def _restore_last_byte(cubin: bytes) -> bytes:
     """The cubin with its last byte, which CuPy drops at least up to 14.2, as if it were a string's NUL.
 
     It is a 0: the upper byte of a size or an alignment in the last header. One more at the end changes nothing.
@@ -141,16 +148,16 @@ def load_or_compile(kernel: str, architecture: str) -> Binary:
     parts = (kernel, architecture, nvrtc_version(), *OPTIONS)
     key = hashlib.sha256(digest_of_sources(directory) + "\0".join(parts).encode()).hexdigest()
     path = cache_directory() / f"asgl_cuda_{key}.cubin"
-    binary = _read(path)
+    binary = _read_binary(path)
     if binary is None:
         started = time.perf_counter()
         (binary,), _ = compile_kernels([kernel], architecture)
         logger.info("compiled %s for %s in %.2f s", kernel, architecture, time.perf_counter() - started)
-        _write(path, binary)
+        _write_binary(path, binary)
     return binary
 
 
-def _read(path: Path) -> Binary | None:
+def _read_binary(path: Path) -> Binary | None:
     """The binary in this file; None if the file is missing or damaged."""
     try:
         content = path.read_bytes()
@@ -163,7 +170,7 @@ def _read(path: Path) -> Binary | None:
     return Binary(symbol.decode(), image)
 
 
-def _write(path: Path, binary: Binary) -> None:
+def _write_binary(path: Path, binary: Binary) -> None:
     """Writes atomically, because other processes use the same directory."""
     content = binary.symbol.encode() + b"\0" + binary.image
     try:
@@ -172,7 +179,7 @@ def _write(path: Path, binary: Binary) -> None:
             file.write(hashlib.sha256(content).digest() + content)
         Path(file.name).replace(path)
     except OSError as error:
-        logger.warning("a compiled kernel could not be kept, and will be compiled again by the next process: %s", error)
+        logger.warning("a compiled kernel could not be stored, so the next process will compile it again: %s", error)
 
 
 def _driver() -> Any:
@@ -206,21 +213,21 @@ class CupyLauncher:
         arguments = (c_void_p * 1)(params)
         function = self._functions.get((device.index, kernel)) or self.load(device, kernel)
         stream = torch.cuda.current_stream(device).cuda_stream
-        _make_context(driver, device.index)
+        _make_context_current(driver, device.index)
         driver.launchKernel(function, blocks, 1, 1, threads, 1, 1, 0, stream, addressof(arguments), 0)
 
     def load(self, device: torch.device, kernel: str) -> int:
         """A handle of the kernel on the device, which must be the current one."""
         driver = _driver()
-        binary = load_or_compile(kernel, target(torch.cuda.get_device_capability(device)))
-        _make_context(driver, device.index)
+        binary = load_or_compile(kernel, target_architecture(torch.cuda.get_device_capability(device)))
+        _make_context_current(driver, device.index)
         module = driver.moduleLoadData(binary.image)  # the module stays loaded
         function: int = driver.moduleGetFunction(module, binary.symbol)
         self._functions[device.index, kernel] = function
         return function
 
 
-def _make_context(driver: Any, device_index: int) -> None:
+def _make_context_current(driver: Any, device_index: int) -> None:
     """Makes torch's context current in this thread: unlike CUDA's runtime, the driver does not create one."""
     if not driver.ctxGetCurrent():
         import cupy
@@ -229,14 +236,14 @@ def _make_context(driver: Any, device_index: int) -> None:
 
 
 LAUNCHER = CupyLauncher()
-FUNCTIONS = launcher.implement(NAMESPACE, "CUDA", LAUNCHER)
+FUNCTIONS = launcher.define_with_kernels(NAMESPACE, "CUDA", LAUNCHER)
 if extension.build_info is not None and extension.build_info.cuda is None:
     # If nvcc compiled no kernels, the kernels of CuPy also serve the operators that exported programs and C++ call.
-    launcher.give_kernels("asgl_cuda", "CUDA", LAUNCHER)
+    launcher.register_kernels("asgl_cuda", "CUDA", LAUNCHER)
 
 
-def description() -> str:
-    """Paths of the headers, NVRTC and the cache, if present, for display."""
+def describe_paths() -> str:
+    """The paths of the headers, NVRTC and the cache, as far as they are present, for `python -m asgl_cuda info`."""
     if importlib.util.find_spec("cupy_backends") is None:
         nvrtc = "CuPy missing"
     elif nvrtc_problem() is not None:
@@ -269,7 +276,7 @@ def _problem_of_cupy() -> str | None:
     """Why CuPy can't be imported or does not match torch's CUDA, or None."""
     install = install_command()
     if torch.version.cuda is None:
-        return f"torch {torch.__version__} is a build without CUDA. With one for CUDA: {install}"
+        return f"torch {torch.__version__} is a build without CUDA. Install one for CUDA, then run: {install}"
     try:
         import cupy
 
@@ -280,12 +287,12 @@ def _problem_of_cupy() -> str | None:
         reason = next((line for line in str(error).splitlines() if line.strip("= ")), repr(error))
         return f"CuPy is installed but does not import ({reason.strip()}). To mend it: {install}"
     if cupy.cuda.runtime.is_hip:
-        return f"CuPy {cupy.__version__} is a build for ROCm. Uninstall it, then: {install}"
+        return f"CuPy {cupy.__version__} is a build for ROCm. Uninstall it, then run: {install}"
     theirs, ours = driver.get_build_version() // 1000, int(torch.version.cuda.split(".")[0])
     if theirs != ours:
         return (
             f"CuPy {cupy.__version__} is for CUDA {theirs}, and torch {torch.__version__} for CUDA {ours}. "
-            f"Without it (pip uninstall cupy-cuda{theirs}x): {install}"
+            f"Uninstall it (pip uninstall cupy-cuda{theirs}x), then run: {install}"
         )
     return None
 
@@ -306,7 +313,7 @@ def _problem_of_device() -> str | None:
 def _problem_of_compilation() -> str | None:
     """Why the smallest kernel can't be compiled and loaded, or None."""
     if source_directory() is None:
-        return no_sources()
+        return missing_sources_message()
     missing = nvrtc_problem()
     if missing is not None:
         return f"NVRTC, which compiles the kernels, is missing ({missing}). To install it: {install_command()}"

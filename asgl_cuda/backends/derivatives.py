@@ -4,7 +4,7 @@
 |---|---|
 | eager mode, torch.func | the function, around pybind11 functions that call the operator below autograd |
 | torch.compile | the same, traced around torch.ops |
-| a graph of torch.export, torch.ops | the operator's autograd kernel, `at_autograd`, which looks it up in DERIVATIVES |
+| a graph of torch.export, torch.ops | the operator's `autograd_kernel`, which looks the function up in DERIVATIVES |
 | a backward operator | nobody: a second derivative raises an error |
 """
 
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..torch_modes import apply_here, in_forward_mode, once_differentiable, refuse_tangents
+from ..torch_modes import apply_at_one_level, is_forward_mode_active, once_differentiable, refuse_tangents
 
 Derivative = Callable[..., Any]
 # The derivatives by operator; other operators are not differentiable. A derivative takes the operator, the same
@@ -24,13 +24,13 @@ Derivative = Callable[..., Any]
 DERIVATIVES: dict[str, Derivative] = {}
 
 
-def at_autograd(operator: Any, name: str) -> Callable[..., Any]:
+def autograd_kernel(operator: Any, name: str) -> Callable[..., Any]:
     """The operator's autograd kernel; csrc/ops/autograd.h is a faster one for calls without gradients."""
 
     def kernel(keyset: Any, *arguments: Any) -> Any:
-        """Calls the operator, with its derivative if a gradient is asked for."""
+        """Calls the operator, with its derivative if a tensor requires a gradient."""
         tensors = tensors_in(arguments)
-        if in_forward_mode():
+        if is_forward_mode_active():
             refuse_tangents(tensors, f"asgl_cuda.{name}")
 
         enabled = torch.is_grad_enabled()
@@ -43,18 +43,18 @@ def at_autograd(operator: Any, name: str) -> Callable[..., Any]:
 
         if not enabled or not any(each.requires_grad for each in tensors):
             return below(*arguments)
-        derivative: Derivative = DERIVATIVES.get(name, _without_derivative)
+        derivative: Derivative = DERIVATIVES.get(name, _refuse_derivative)
         return derivative(operator, below, *arguments)
 
     return kernel
 
 
-def _without_derivative(operator: Any, below: Callable[..., Any], *arguments: Any) -> Any:
-    """The derivative of operators that have none: a backward through their results is an error."""
+def _refuse_derivative(operator: Any, below: Callable[..., Any], *arguments: Any) -> Any:
+    """The results of an operator without a derivative: a backward through them raises an error."""
     results = below(*arguments)
     if isinstance(results, Tensor):
-        return once_differentiable((results,), tensors_in(arguments), apply_here)[0]
-    return type(results)(once_differentiable(results, tensors_in(arguments), apply_here))
+        return once_differentiable((results,), tensors_in(arguments), apply_at_one_level)[0]
+    return type(results)(once_differentiable(results, tensors_in(arguments), apply_at_one_level))
 
 
 def tensors_in(arguments: Sequence[Any]) -> tuple[Tensor, ...]:

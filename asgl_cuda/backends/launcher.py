@@ -27,18 +27,18 @@ class Launcher(Protocol):
         """
 
 
-def implement(namespace: str, device: str, launcher: Launcher) -> Any:
+def define_with_kernels(namespace: str, device: str, launcher: Launcher) -> Any:
     """Defines the operators in this namespace for tensors on `device`, "CPU" or "CUDA".
 
-    Returns an object with the operators as functions (csrc/ops/direct_calls.h); None, and operators without kernels,
-    where the extension is missing or older.
+    Returns an object with the operators as functions (csrc/ops/direct_calls.h). If the extension is missing or older,
+    the operators have no kernels, and None is returned.
     """
     define_operators(namespace)
-    return give_kernels(namespace, device, launcher)
+    return register_kernels(namespace, device, launcher)
 
 
-def give_kernels(namespace: str, device: str, launcher: Launcher) -> Any:
-    """Gives the kernels of a launcher to operators that are already defined."""
+def register_kernels(namespace: str, device: str, launcher: Launcher) -> Any:
+    """Registers a launcher's kernels for operators that are already defined."""
     with_kernels = getattr(extension.module, "implement", None)
     return None if with_kernels is None else with_kernels(namespace, device, launcher.launch, launcher.resident_threads)
 

@@ -51,14 +51,14 @@ from torch._prims_common import suggest_memory_format
 from ..layout import channel_dim, checkpoint_elements, empty_state, real_type, state_shape
 from ..reference.records import Parameters, Rules
 from .batching import batching_rules
-from .derivatives import at_autograd, tensors_in
+from .derivatives import autograd_kernel, tensors_in
 
 ForwardResult = list[Tensor]  # s_seq, then v_last, v_seq, h_seq and checkpoints, if wanted
 BackwardResult = list[Tensor]  # gradients of x_seq, v_init and the parameters, if wanted
 
 
-def with_gaps(results: Sequence[Any], wanted: Sequence[bool]) -> list[Any]:
-    """The results with None for each that is not wanted."""
+def none_for_unwanted(results: Sequence[Any], wanted: Sequence[bool]) -> list[Any]:
+    """The results by position, with None for each one that is not wanted."""
     given = iter(results)
     return [next(given) if asked else None for asked in wanted]
 
@@ -91,7 +91,7 @@ def empty_gradients(
     return results
 
 
-def _on_one_device(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
+def _with_device_check(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
     """`fake` with a check of devices: torch calls it if any argument is on meta, even if other tensors have values."""
 
     def checked(*arguments: Any) -> Any:
@@ -166,7 +166,7 @@ def _fake_recurrent_backward(*arguments: Any) -> BackwardResult:
     return [h_seq.new_empty(shape) for shape, asked in zip(shapes, wanted, strict=True) if asked]
 
 
-def _in_layout(like: Sequence[Tensor], sizes: Sequence[Any]) -> Tensor:
+def _empty_in_layout(like: Sequence[Tensor], sizes: Sequence[Any]) -> Tensor:
     """An empty tensor, in channels_last if one of the tensors is, as torch's convolutions choose."""
     formats = [suggest_memory_format(each) for each in like if each.dim() == 4]
     last = torch.channels_last if torch.channels_last in formats else torch.contiguous_format
@@ -181,7 +181,7 @@ def _fake_spike_product(
         return x.new_empty((*x.shape[:-1], weight.shape[0]))
     windows = zip(x.shape[2:], weight.shape[2:], stride, padding, strict=True)
     sizes = [(size + 2 * pad - kernel) // step + 1 for size, kernel, step, pad in windows]
-    return _in_layout((x, weight), (x.shape[0], weight.shape[0], *sizes))
+    return _empty_in_layout((x, weight), (x.shape[0], weight.shape[0], *sizes))
 
 
 def _fake_spike_weight_gradient(grad: Tensor, x: Tensor, weight_sizes: Sequence[int], *others: Any) -> Tensor:
@@ -264,9 +264,9 @@ def define_operators(namespace: str) -> torch.library.Library:
         name = schema.partition("(")[0]
         tag = torch.Tag.nondeterministic_seeded if name == "draw_rng_state" else torch.Tag.pt2_compliant_tag
         library.define(schema, tags=(tag,))
-        torch.library.register_fake(f"{namespace}::{name}", _on_one_device(name, fake), lib=library)
+        torch.library.register_fake(f"{namespace}::{name}", _with_device_check(name, fake), lib=library)
         operator = getattr(getattr(torch.ops, namespace), name).default
-        library.impl(name, at_autograd(operator, name), "Autograd", with_keyset=True)
+        library.impl(name, autograd_kernel(operator, name), "Autograd", with_keyset=True)
     for name, rule in batching_rules(getattr(torch.ops, namespace)).items():
         torch.library.register_vmap(f"{namespace}::{name}", rule, lib=library)
     return library

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import TypedDict
 
-from ..checks import check_bool, check_finite, check_levels, check_not_nan, optional
+from ..checks import accept_none, check_bool, check_finite, check_levels, check_not_nan
 from ..layout import Features
 
 
@@ -68,8 +68,8 @@ RETURNS = "return_v_last", "return_v_seq", "return_h_seq"
 OPTIONS: dict[str, Callable[..., Any]] = {
     **dict.fromkeys((*FLAGS, *RETURNS), check_bool),
     **dict.fromkeys(("surrogate_gain", "v_rest", "residual_gain"), check_not_nan),
-    "v_min": optional(check_finite),
-    "levels": optional(check_levels),
+    "v_min": accept_none(check_finite),
+    "levels": accept_none(check_levels),
 }
 OPTION_NAMES = "surrogate", "time_dim", *OPTIONS
 # The arguments that are parameters of operators, except `reset`. Instead of gain, bias and mean of the input, adaptive

@@ -31,7 +31,7 @@ def cached_by_signature(names: Sequence[str]) -> Callable[[Check[Checked]], Chec
     values_of = itemgetter(*names)
 
     @functools.lru_cache
-    def split(types: tuple[type, ...]) -> tuple[list[int], Callable[[Any], Any]]:
+    def split_by_type(types: tuple[type, ...]) -> tuple[list[int], Callable[[Any], Any]]:
         """The positions of tensors, and a getter of all other arguments. TypeError for types that can't be keys."""
         others = [index for index, kind in enumerate(types) if kind in _CONSTANTS]
         tensors = [index for index, kind in enumerate(types) if kind in (*PLAIN_TENSORS, *_LEARNED)]
@@ -50,10 +50,10 @@ def cached_by_signature(names: Sequence[str]) -> Callable[[Check[Checked]], Chec
                 return check(caller, x_seq, given)
             try:
                 values = values_of(given)
-                types = tuple(map(type, values))  # because True == 1 == 1.0
-                tensors, others_of = split(types)
-                kinds = [_kind(values[index]) for index in tensors]
-                key = (caller, _kind(x_seq), types, others_of(values), *kinds)
+                types = tuple(map(type, values))  # part of the key, because True == 1 == 1.0
+                tensors, others_of = split_by_type(types)
+                kinds = [_tensor_signature(values[index]) for index in tensors]
+                key = (caller, _tensor_signature(x_seq), types, others_of(values), *kinds)
                 plan = plans.get(key)
             except TypeError:
                 return check(caller, x_seq, given)
@@ -69,7 +69,7 @@ def cached_by_signature(names: Sequence[str]) -> Callable[[Check[Checked]], Chec
     return decorate
 
 
-def _kind(value: Any) -> Any:
+def _tensor_signature(value: Any) -> Any:
     """The signature of a tensor besides its type. Raises TypeError if a check may depend on more."""
     tensor = value.stored if isinstance(value, _LEARNED) else value
     if type(tensor) not in PLAIN_TENSORS or tensor.layout is not torch.strided or tensor.is_nested:

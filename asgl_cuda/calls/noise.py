@@ -13,16 +13,17 @@ from torch import Tensor
 from ..backends import BACKENDS
 from ..checks import check_analog_prob_tensor, check_generator, check_rng_state
 from ..reference.records import DRAWS
-from ..torch_modes import transforming
+from ..torch_modes import is_transform_active
 
 
-def state_of_noise(
+def rng_state_of_call(
     caller: str, x_seq: Tensor, analog_below: int, given: Any, backend: str, together: bool
 ) -> Tensor | None:
     """The rng_state of the operators, drawn unless given; None where no element draws.
 
-    analog_prob as data is rng_state's third element, marked by BELOW_IN_STATE in the rules: an extra tensor in the
-    schemas would slow all calls. `together`: one call of an operator may compute all samples of a vmap.
+    If analog_prob is a tensor, its limit for draws is the third element of the result, as BELOW_IN_STATE in the rules
+    says: an additional tensor in the schemas would slow all calls. `together`: one call of an operator may compute all
+    samples of a vmap.
     """
     rng_state, generator, analog_prob = given["rng_state"], given["generator"], given["analog_prob"]
     below = check_analog_prob_tensor(analog_prob, x_seq, caller) if isinstance(analog_prob, Tensor) else None
@@ -40,13 +41,13 @@ def state_of_noise(
 
 
 def _draw_rng_state(x_seq: Tensor, generator: torch.Generator | None, backend: str, together: bool) -> Tensor:
-    """A new (seed, offset), from the generator or the device's default one; see `state_of_noise`."""
+    """A new (seed, offset), from the generator or the device's default one; see `rng_state_of_call`."""
     operators = BACKENDS[backend].operators
     if operators is not None:
         if torch.compiler.is_compiling():
             if generator is None:
                 return operators.draw_rng_state(torch.empty(2, dtype=torch.int64, device=x_seq.device))
-        elif together and transforming():
+        elif together and is_transform_active():
             return _draw_under_transforms(x_seq.device, generator)
     return torch.randint(2**63 - 1, (2,), generator=generator, device=x_seq.device)
 
@@ -62,7 +63,7 @@ def _draw_under_transforms(device: torch.device, generator: torch.Generator | No
     levels = pyfunctorch.retrieve_all_functorch_interpreters()
     maps = [each for each in levels if isinstance(each, pyfunctorch.VmapInterpreter)]
     if any(each.randomness() == "error" for each in maps):
-        return torch.randint(2**63 - 1, (1, 2), generator=generator, device=device)  # torch raises the error
+        return torch.randint(2**63 - 1, (1, 2), generator=generator, device=device)  # vmap refuses this call
     apart = [each for each in maps if each.randomness() == "different"]
     with pyfunctorch.temporarily_clear_interpreter_stack():
         state = torch.randint(2**63 - 1, (1, 2), generator=generator, device=device)

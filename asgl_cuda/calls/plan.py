@@ -12,32 +12,32 @@ from ..backends import BACKENDS, choose_backend
 from ..checks import (
     check_analog_prob,
     check_features,
+    check_initial_state,
     check_input,
     check_multi_spike,
     check_options,
+    check_parameters,
     check_residual,
     check_rules,
     check_threshold,
-    check_v_init,
-    check_values,
     check_width,
     check_width_tensor,
 )
-from ..layout import Features, in_memory_order, is_dense, real_type
+from ..layout import Features, dense, real_type, to_memory_order
 from ..reference.learned import Logarithm, Logit
 from ..reference.records import BELOW_IN_STATE, Numbers, Parameters, Rules
 from ..reference.surrogates import INTEGER, PERIODIC, SURROGATES
 from .arguments import ADAPTATION, ADAPTIVE_VALUES, FLAGS, INPUT, OPTION_NAMES, OPTIONS, RETURNS, VALUES, Arguments
 from .cache import cached_by_signature
-from .noise import state_of_noise
+from .noise import rng_state_of_call
 
 
 class Source(NamedTuple):
     """Where a parameter that is a tensor comes from."""
 
-    place: int  # among the parameters of the operator
+    place: int  # index of the parameter among those of the operator
     argument: str
-    shape: tuple[int, ...] | None  # in which it broadcasts against x_seq; None: as it is
+    shape: tuple[int, ...] | None  # reshaped to this it broadcasts against x_seq; None: as it is
 
 
 class Plan(NamedTuple):
@@ -60,7 +60,7 @@ def make_plan(
     return Plan(real_type(x_seq.dtype), rules, numbers, tuple(wanted), packed, sources)
 
 
-def sources_of(
+def parameter_sources(
     arguments: Iterable[str], constants: Mapping[str, float | None], given: Any, x_seq: Tensor, time_dim: int
 ) -> list[Source]:
     """The sources of the parameters, in the order of their `arguments`, that are no `constants`."""
@@ -94,21 +94,23 @@ class Inputs(NamedTuple):
 
     def with_input(self, gain: Any, bias: Any, mean: Any) -> Inputs:
         """These inputs with other parameters of the input. Not by `_replace`, which torch 2.6 can't compile."""
-        x_seq, v_init, rng_state, width, decay, v_threshold, reset, _, _, _, residual = self
-        return Inputs(x_seq, v_init, rng_state, width, decay, v_threshold, reset, gain, bias, mean, residual)
+        return Inputs(*self[:-4], gain, bias, mean, self.residual)
 
 
 PARAMETERS = Parameters._fields[:-1]  # without the residual, which is never a constant
 
 
-def tensors_of(plan: Plan, given: Any, count: int, fused: bool) -> list[Any]:
-    """A call's parameters in the type of the arithmetic, None for constants; learned ones as stored where `fused`."""
+def parameter_tensors(plan: Plan, given: Any, count: int, fused: bool) -> list[Any]:
+    """A call's parameters in the type of the arithmetic, None for constants.
+
+    Where `fused`, learned ones are as stored, and those of one dimension have the place that the rules say.
+    """
     real, found = plan.real, [None] * count
     for place, name, shape in plan.sources:
         value = given[name]
         if isinstance(value, (Logarithm, Logit)):
             value = value.stored if fused else value.value()
-        if shape is not None:
+        if shape is not None and not (fused and value.dim() == 1):
             value = value.view(shape)
         found[place] = value if value.dtype is real else value.to(real)
     return found
@@ -122,10 +124,10 @@ class Call(NamedTuple):
     inputs: Inputs
 
 
-def _parameters(
+def _arguments_and_constants(
     caller: str, x_seq: Tensor, given: Arguments, options: Mapping[str, Any], counts: bool
 ) -> tuple[dict[str, str], dict[str, float | None]]:
-    """The argument from which each parameter of the operators comes; the values of arguments, None for tensors.
+    """For each parameter of the operators the name of its argument; for each argument its value, None for a tensor.
 
     With levels width is the threshold, and v_threshold the factor of scale_output.
     """
@@ -134,7 +136,7 @@ def _parameters(
     arguments = {"width": "width", "decay": "decay", "v_threshold": "v_threshold", "reset": reset}
     arguments.update(ADAPTATION if given.get("adaptation", 0) else INPUT)
     features = given.get("features")
-    constants, real = check_values(given, arguments.values(), x_seq, caller, features), real_type(x_seq.dtype)
+    constants, real = check_parameters(given, arguments.values(), x_seq, caller, features), real_type(x_seq.dtype)
     if constants["width"] is not None:
         check_width(constants["width"], caller, real)
     threshold = constants["v_threshold"]
@@ -142,8 +144,11 @@ def _parameters(
         check_threshold(threshold, "multi_spike", caller)
     if counts:
         if constants["width"] != 1:
-            got = "a tensor; leave it out" if constants["width"] is None else constants["width"]
-            raise ValueError(f"{caller}: levels uses the threshold as width, so width must be the float 1.0, got {got}")
+            got = "a tensor" if constants["width"] is None else constants["width"]
+            raise ValueError(
+                f"{caller}: with levels the threshold acts as the width, so width must be 1.0, the default, got {got}; "
+                "leave out width"
+            )
         if threshold is not None:
             check_width(threshold, caller, real, _THRESHOLD_OF_LEVELS)
         arguments["width"], arguments["v_threshold"] = "v_threshold", _HEIGHT
@@ -151,7 +156,7 @@ def _parameters(
     return arguments, constants
 
 
-def _checked(caller: str, x_seq: Any, given: Arguments) -> Plan:
+def _checked_plan(caller: str, x_seq: Any, given: Arguments) -> Plan:
     """The plan of a call, after checks of everything that does not depend on values of tensors."""
     time_dim = check_input(x_seq, given["time_dim"], caller)
     if (features := given.get("features")) is not None:
@@ -166,7 +171,7 @@ def _checked(caller: str, x_seq: Any, given: Arguments) -> Plan:
         check_residual(residual, x_seq, caller)
     elif options["residual_gain"] != 1:
         raise ValueError(f"{caller}: residual_gain needs a residual, got {given['residual_gain']} without one")
-    arguments, constants = _parameters(caller, x_seq, given, options, counts)
+    arguments, constants = _arguments_and_constants(caller, x_seq, given, options, counts)
     rules = Rules(
         surrogate=INTEGER if counts else SURROGATES["laplace" if surrogate == PERIODIC else surrogate].id,
         hard_reset=int(given["v_reset"] is not None),
@@ -178,6 +183,7 @@ def _checked(caller: str, x_seq: Any, given: Arguments) -> Plan:
         levels=options["levels"] or 0,
         adaptation=given.get("adaptation", 0),
         time_dim=time_dim,
+        trailing=0 if features is None else features.trailing(x_seq, time_dim),
         **{name: int(options[name]) for name in FLAGS},
     )
     found = {name: constants[argument] for name, argument in arguments.items()}
@@ -189,7 +195,7 @@ def _checked(caller: str, x_seq: Any, given: Arguments) -> Plan:
         v_min=options["v_min"] or 0.0,
         **values,
     )
-    sources = sources_of(arguments.values(), constants, given, x_seq, time_dim)
+    sources = parameter_sources(arguments.values(), constants, given, x_seq, time_dim)
     return make_plan(x_seq, rules, numbers, [options[name] for name in RETURNS], sources)
 
 
@@ -198,14 +204,14 @@ _HEIGHT = "height of a spike"  # the constant that replaces v_threshold with lev
 _NAMES = {False: (*VALUES, *OPTION_NAMES), True: (*ADAPTIVE_VALUES, *OPTION_NAMES, "adaptation")}
 # Functions that make plans, by whether an adaptation is given and by whether features are given.
 _PLANS = {
-    (adapts, differ): cached_by_signature((*names, "features") if differ else names)(_checked)
+    (adapts, differ): cached_by_signature((*names, "features") if differ else names)(_checked_plan)
     for adapts, names in _NAMES.items()
     for differ in (False, True)
 }
 
 
 def checked_call(caller: str, x_seq: Tensor, given: Arguments, together: bool = True) -> Call:
-    """Everything in `lif` before the computation, draws included; errors name `caller`.
+    """Checks a call of `lif`, plans it, chooses its backend and draws its noise; errors name `caller`.
 
     `together`: one call of an operator may compute all samples of a vmap.
     """
@@ -215,13 +221,13 @@ def checked_call(caller: str, x_seq: Tensor, given: Arguments, together: bool = 
     v_init, rng_state, residual = given["v_init"], given["rng_state"], given["residual"]
     if v_init is not None:
         if not rules.adaptation:
-            check_v_init(v_init, x_seq, rules.time_dim, caller)
+            check_initial_state(v_init, x_seq, rules.time_dim, caller)
         v_init = v_init.to(plan.real)
-    if not is_dense(x_seq, rules.time_dim):
-        x_seq = x_seq.contiguous()
-    if residual is not None:
-        residual = in_memory_order(residual, x_seq, rules.time_dim)
-    parameters = tensors_of(plan, given, len(PARAMETERS), BACKENDS[backend].operators is not None)
+    if not x_seq.is_contiguous():
+        x_seq = dense(x_seq, rules.time_dim)
+    if residual is not None and residual.stride() != x_seq.stride():
+        residual = to_memory_order(residual, x_seq, rules.time_dim)
+    parameters = parameter_tensors(plan, given, len(PARAMETERS), BACKENDS[backend].operators is not None)
     if plan.sources:
         width, _, v_threshold, *_ = parameters
         if width is not None and not rules.log_width:
@@ -230,5 +236,5 @@ def checked_call(caller: str, x_seq: Tensor, given: Arguments, together: bool = 
             check_threshold(v_threshold, "multi_spike", caller)
     # Noise is drawn last, so that a call that raises an error does not advance the generator.
     if rules.analog_below or rng_state is not None or given["generator"] is not None:
-        rng_state = state_of_noise(caller, x_seq, rules.analog_below, given, backend, together)
+        rng_state = rng_state_of_call(caller, x_seq, rules.analog_below, given, backend, together)
     return Call(backend, plan, Inputs(*[x_seq, v_init, rng_state, *parameters, residual]))

@@ -3,13 +3,13 @@
 A convolution or a linear layer saves its input for backward, which in a spiking network is spikes. Noise is
 counter-based: one forward kernel computes the same spikes, analog values included, from the neuron's saved tensors.
 
-Unrelated: the potentials that a neuron's backward recomputes from checkpoints.
+Backward of neurons also recomputes potentials from checkpoints; that is unrelated, and needs no context.
 
-Max pooling saves positions as int64, twice the bytes of its float32 result; `_Kept` narrows these.
+Max pooling saves positions as int64, twice the bytes of its float32 result; `_SavedTensor` narrows these.
 
-Hooks on saved tensors put a `_Recomputed` in place of spikes and views of spikes, recognised by their storage; a weak
+Hooks on saved tensors put a `_Placeholder` in place of spikes and views of spikes, recognised by their storage; a weak
 reference keeps the address of a storage from being reused. Under such hooks autograd does not compare versions of
-tensors, so `_Kept` does.
+tensors, so `_SavedTensor` does.
 
 Where other hooks on saved tensors are active, such as those of activation checkpointing, nothing is recomputed.
 Checkpointing counts what it saves, and its memory is freed only if nothing else keeps the inputs of neurons.
@@ -31,8 +31,8 @@ from torch.autograd.graph import disable_saved_tensors_hooks, saved_tensors_hook
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
-from ..checks import given_for
-from ..torch_modes import exporting, transforming
+from ..checks import format_type
+from ..torch_modes import is_exporting, is_transform_active
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -43,7 +43,7 @@ class _Thread(threading.local):
     """Open contexts of a thread, and calls inside them by the storage of the spikes."""
 
     hooks: contextlib.AbstractContextManager[None]
-    known: WeakValueDictionary[int, _Spikes]
+    known: WeakValueDictionary[int, _SpikesOfCall]
 
     def __init__(self) -> None:
         self.depth = 0
@@ -54,10 +54,10 @@ class _Thread(threading.local):
 _thread = _Thread()
 open_contexts = 0  # in all threads; a call outside any context checks only two integers
 traced_contexts = 0  # entered in code that torch.compile traces, where neither locks nor hooks are known
-_counting = threading.Lock()
+_count_lock = threading.Lock()
 
 
-class _Kept:
+class _SavedTensor:
     """A tensor saved as is, which must not change; indices of max pooling in fewer bytes."""
 
     def __init__(self, tensor: Tensor, name: str) -> None:
@@ -66,15 +66,16 @@ class _Kept:
 
     @property
     def shape(self) -> torch.Size:
+        """The shape of the tensor, which `_narrow_indices` reads."""
         return self._tensor.shape
 
     def narrow(self, dtype: torch.dtype) -> None:
-        """Keeps the values in another type; `unpacked` restores theirs."""
+        """Keeps the values in another type; `unpack` restores theirs."""
         if self._tensor._version == self._version:
             self._tensor = self._tensor.to(dtype)
             self._version = self._tensor._version
 
-    def unpacked(self) -> Tensor:
+    def unpack(self) -> Tensor:
         """The tensor for backward; an error if it was modified after it was saved."""
         if self._tensor._version != self._version:
             raise RuntimeError(
@@ -85,66 +86,68 @@ class _Kept:
         return self._tensor.to(self._dtype)
 
 
-class _Spikes:
-    """The spikes of one call: their recomputation and its requesters."""
+class _SpikesOfCall:
+    """The spikes of one call of neurons: how to compute them again, and the placeholders that need them."""
 
     def __init__(self, spikes: Tensor, compute: Callable[..., Tensor], inputs: dict[str, Tensor | None]) -> None:
         self._storage = StorageWeakRef(spikes.untyped_storage())
         self._dtype, self._version = spikes.dtype, spikes._version
         self._compute = compute
-        self._inputs = [None if each is None else _packed(each.detach(), name) for name, each in inputs.items()]
-        self._asking: WeakSet[_Recomputed] = WeakSet()
-        self._answered: WeakSet[_Recomputed] = WeakSet()
+        self._inputs = [
+            None if each is None else _pack_saved_tensor(each.detach(), name) for name, each in inputs.items()
+        ]
+        self._asking: WeakSet[_Placeholder] = WeakSet()
+        self._answered: WeakSet[_Placeholder] = WeakSet()
         self._again: Tensor | None = None
         self._node = ref(spikes.grad_fn)  # the node of the call, which owns this object until a layer saves the spikes
         self._lock = threading.Lock()
 
     @property
     def key(self) -> int:
-        """What identifies the storage of the spikes."""
+        """The number by which the storage of the spikes is recognised."""
         return self._storage.cdata  # type: ignore[no-any-return]
 
-    def stood_for(self, tensor: Tensor) -> _Recomputed | None:
+    def placeholder_for(self, tensor: Tensor) -> _Placeholder | None:
         """The substitute for a tensor in this storage; None unless shape, strides and offset describe it in full."""
         if self._storage.expired() or (tensor._version, tensor.dtype) != (self._version, self._dtype):
             return None
         if tensor.is_neg():
             return None
-        recomputed = _Recomputed(self, tensor)
+        recomputed = _Placeholder(self, tensor)
         self._asking.add(recomputed)
         if (node := self._node()) is not None:
             node.asgl_cuda_spikes = None  # type: ignore[attr-defined]
         return recomputed
 
-    def computed_for(self, asking: _Recomputed) -> Tensor:
+    def spikes_for(self, asking: _Placeholder) -> Tensor:
         """The spikes, computed at the first request and freed after the last."""
         with self._lock:
             spikes = self._again
             if spikes is None:
-                spikes = self._again = self._computed()
+                spikes = self._again = self._compute_again()
             self._answered.add(asking)
             if len(self._answered) >= len(self._asking):
                 self._again = None
                 self._answered.clear()
             return spikes
 
-    def _computed(self) -> Tensor:
+    def _compute_again(self) -> Tensor:
         """The spikes, computed again from the inputs of the call."""
-        inputs = [None if each is None else each.unpacked() for each in self._inputs]
+        inputs = [None if each is None else each.unpack() for each in self._inputs]
         with torch.no_grad():
             return self._compute(*inputs)
 
 
-class _Recomputed:
-    """Placeholder for spikes or a view."""
+class _Placeholder:
+    """What autograd saves in place of spikes or of a view of them."""
 
-    def __init__(self, spikes: _Spikes, tensor: Tensor) -> None:
+    def __init__(self, spikes: _SpikesOfCall, tensor: Tensor) -> None:
         self._spikes = spikes
         self.shape, self._stride, self._offset = tensor.shape, tensor.stride(), tensor.storage_offset()
 
-    def unpacked(self) -> Tensor:
+    def unpack(self) -> Tensor:
         """The spikes, or the view of them that was saved."""
-        return self._spikes.computed_for(self).as_strided(self.shape, self._stride, self._offset)
+        return self._spikes.spikes_for(self).as_strided(self.shape, self._stride, self._offset)
 
 
 # Names of autograd nodes whose result1 has positions in the last two dimensions of the input.
@@ -157,7 +160,8 @@ def _narrow_indices(tensor: Tensor) -> None:
     if node is None or node.name() not in _MAX_POOLING:
         return
     raw = node._raw_saved_self, node._raw_saved_result1  # type: ignore[attr-defined]
-    if any(getattr(each, "unpack_hook", None) is not _unpacked for each in raw):  # saved elsewhere, or an older torch
+    hooks = [getattr(each, "unpack_hook", None) for each in raw]
+    if any(hook is not _unpack_saved_tensor for hook in hooks):  # other hooks, or an older torch without names
         return
     source, indices = (each.data for each in raw)
     *_, height, width = source.shape
@@ -167,37 +171,37 @@ def _narrow_indices(tensor: Tensor) -> None:
             return
 
 
-def _packed(tensor: Tensor, name: str = "a tensor") -> _Kept | _Recomputed:
+def _pack_saved_tensor(tensor: Tensor, name: str = "a tensor") -> _SavedTensor | _Placeholder:
     """The hook that saves a tensor: a substitute for known spikes, otherwise the tensor."""
     _thread.packed = True
     if type(tensor) is Tensor and tensor.layout is torch.strided and _thread.depth:
         spikes = _thread.known.get(tensor.untyped_storage()._cdata)
-        recomputed = None if spikes is None else spikes.stood_for(tensor)
+        recomputed = None if spikes is None else spikes.placeholder_for(tensor)
         if recomputed is not None:
             return recomputed
         _narrow_indices(tensor)
-    return _Kept(tensor, name)
+    return _SavedTensor(tensor, name)
 
 
-def _unpacked(packed: _Kept | _Recomputed) -> Tensor:
+def _unpack_saved_tensor(packed: _SavedTensor | _Placeholder) -> Tensor:
     """The hook that restores a saved tensor."""
-    return packed.unpacked()
+    return packed.unpack()
 
 
-def _hooks() -> contextlib.AbstractContextManager[None]:
-    """The hooks; none where others are active or torch.func refuses them."""
-    if transforming():
+def _saved_tensor_hooks() -> contextlib.AbstractContextManager[None]:
+    """A context with the two hooks; an empty one where other hooks are active or torch.func refuses hooks."""
+    if is_transform_active():
         return contextlib.nullcontext()
     try:
         with disable_saved_tensors_hooks("none may be active"):
             pass
     except RuntimeError:
         return contextlib.nullcontext()
-    return saved_tensors_hooks(_packed, _unpacked)
+    return saved_tensors_hooks(_pack_saved_tensor, _unpack_saved_tensor)
 
 
 class _Context(contextlib.ContextDecorator):
-    """Outermost contexts install the hooks."""
+    """The context of `recompute_spikes`; the outermost one of a thread installs the hooks."""
 
     def __enter__(self) -> None:
         global open_contexts, traced_contexts
@@ -206,10 +210,10 @@ class _Context(contextlib.ContextDecorator):
             return
         if _thread.depth == 0:
             _thread.known = WeakValueDictionary()
-            _thread.hooks = _hooks()
+            _thread.hooks = _saved_tensor_hooks()
             _thread.hooks.__enter__()
         _thread.depth += 1
-        with _counting:
+        with _count_lock:
             open_contexts += 1
 
     def __exit__(self, *error: Any) -> None:
@@ -217,7 +221,7 @@ class _Context(contextlib.ContextDecorator):
         if torch.compiler.is_compiling():
             traced_contexts -= 1
             return
-        with _counting:
+        with _count_lock:
             open_contexts -= 1
         _thread.depth -= 1
         if _thread.depth == 0:
@@ -239,7 +243,7 @@ def recompute_spikes(model: nn.Module | None = None) -> Any:
     """Makes backward recompute spikes, bit for bit, instead of storing them.
 
     Layers after asgl_cuda's neurons, such as convolutions and linear layers, usually store their input for backward.
-    Recomputing it costs one more forward kernel of the neurons, once for all layers that need the spikes.
+    Recomputing the spikes takes one more forward kernel of the neurons, which serves all layers that need them.
 
     Args:
         model: recompute spikes in every forward pass of this model from now on, for training loops of other libraries.
@@ -247,13 +251,14 @@ def recompute_spikes(model: nn.Module | None = None) -> Any:
             outside.
 
     The following are stored as usual: outputs of dropout and pooling, concatenated or cast spikes, views of another
-    type, and spikes modified in place before use. (Under autocast, neurons in the lower precision need no cast.)
-    Modifications that autograd does not see, through ``.data`` or NumPy, are lost in backward. Indices of max pooling
-    are stored in 2 or 4 bytes instead of 8.
+    type, and spikes modified in place before use. (Under autocast, spikes of neurons in the lower precision are not
+    cast.) If spikes are modified without the knowledge of autograd, through ``.data`` or NumPy, backward computes with
+    the unmodified ones. Indices of max pooling are stored in 2 or 4 bytes instead of 8.
 
-    If other hooks on saved tensors are active (torch.utils.checkpoint, save_on_cpu), inside or around the context, and
-    in functions that torch.func transforms, spikes are stored as usual. With torch.compile, the context may be around
-    or in the compiled code, which is compiled once with and once without it. torch 2.6 stores spikes as usual there.
+    Spikes are also stored as usual in functions that torch.func transforms, and if other hooks on saved tensors
+    (torch.utils.checkpoint, save_on_cpu) are active inside or around the context. With torch.compile, the context may
+    be around or in the compiled code, which is compiled once with and once without it. With torch 2.6, compiled code
+    stores spikes as usual.
 
     Returns:
         A context manager and decorator, or the model.
@@ -273,22 +278,22 @@ def recompute_spikes(model: nn.Module | None = None) -> Any:
     if model is None:
         return _Context()
     if not isinstance(model, nn.Module):
-        raise TypeError(f"{_CALLER}: model must be a torch.nn.Module, got {given_for(model)}")
-    model.register_forward_pre_hook(_enter)
-    model.register_forward_hook(_leave, always_call=True)
+        raise TypeError(f"{_CALLER}: model must be a torch.nn.Module, got {format_type(model)}")
+    model.register_forward_pre_hook(_open_before_forward)
+    model.register_forward_hook(_close_after_forward, always_call=True)
     return model
 
 
-def _enter(model: nn.Module, *_: Any) -> None:
+def _open_before_forward(model: nn.Module, *_: Any) -> None:
     """Opens a context before the model's forward."""
     _Context().__enter__()
     if not torch.compiler.is_compiling():
         _thread.models.append(model)
 
 
-def _leave(model: nn.Module, *_: Any) -> None:
+def _close_after_forward(model: nn.Module, *_: Any) -> None:
     """Closes the context after the model's forward, also after an error."""
-    # Also called if another hook raised an error before _enter.
+    # Also called if another hook raised an error before _open_before_forward.
     if torch.compiler.is_compiling():
         _Context().__exit__()
     elif _thread.models and _thread.models[-1] is model:
@@ -296,7 +301,7 @@ def _leave(model: nn.Module, *_: Any) -> None:
         _Context().__exit__()
 
 
-def applied(
+def apply_and_remember(
     apply: Callable[..., Any],
     function: type[torch.autograd.Function],
     inputs: Sequence[Any],
@@ -304,7 +309,7 @@ def applied(
 ) -> Any:
     """apply(function, *inputs), a call of neurons while a context is open; `remember` takes the results."""
     if torch.compiler.is_compiling():
-        if exporting() or transforming():
+        if is_exporting() or is_transform_active():
             return apply(function, *inputs)
         return checkpoint(lambda: apply(function, *inputs), use_reentrant=False)
     _thread.packed = False
@@ -314,14 +319,14 @@ def applied(
     return results
 
 
-def remember(spikes: Tensor, compute: Callable[..., Tensor], inputs: dict[str, Tensor | None]) -> None:
+def remember_spikes(spikes: Tensor, compute: Callable[..., Tensor], inputs: dict[str, Tensor | None]) -> None:
     """If this thread is inside a context, makes backward recompute the spikes of this call.
 
     `compute` takes the inputs in their order.
     """
     if not _thread.depth or type(spikes) is not Tensor or spikes.grad_fn is None:
         return
-    found = _Spikes(spikes, compute, inputs)
+    found = _SpikesOfCall(spikes, compute, inputs)
     _thread.known[found.key] = found
-    # The graph was dropped, and has freed it.
+    # The node of the call owns the object, so that it is freed if the graph is dropped.
     spikes.grad_fn.asgl_cuda_spikes = found  # type: ignore[attr-defined]

@@ -1,10 +1,10 @@
-"""The published code of ASGL's authors: `LIFLayer` with a `LIFCell` and an `EfficientNoisySpikeII`; `tdLayer`.
+"""The published code of ASGL's authors: `LIFLayer` with a `LIFCell` and an `EfficientNoisySpikeII`.
 
     h = sigmoid(decay) v + x;  u = h - thresh;  v = h - thresh s, or h (1 - s) + vreset s;  the output is thresh s
     InvRectangle: 1 / width = exp(alpha);  InvSigmoid: 1 / width = alpha;  p is the fraction of analog elements
 
-The code is no package: layers are recognised by class names. asgl_cuda draws the noise: other elements are analog than
-in the original, with the same probability.
+The code is not a package, so layers are recognised by the names of their classes. asgl_cuda draws its own noise: the
+elements that are analog differ from the original's, with the same probability.
 """
 
 from __future__ import annotations
@@ -14,26 +14,35 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..neurons.over_time import in_a_row
-from .converted import Basis, Converted, Found, InStream, Settings, bare_class, exchanged, overridden
+from ..neurons.over_time import placement_advice
+from .converted import (
+    Basis,
+    Conversion,
+    Converted,
+    InStream,
+    Settings,
+    bare_class,
+    override_reason,
+    replaced_method_reason,
+)
 from .identify import SpikeFunction
 
 _SURROGATES = {"InvRectangle": "rectangle", "InvSigmoid": "sigmoid"}
 
 
 class ConvertedLIFLayer(Converted):
-    """All steps in one call. Width and `analog_prob` stay attributes of the authors' layers."""
+    """A call takes all steps. Width and `analog_prob` are read from the attributes of the authors' layer."""
 
     time_dim = 0
 
-    def begin(self, settings: Settings, analog_prob: float, learn_width: bool) -> None:
-        """Applies the settings of a conversion. Width and noise stay those of the layer."""
+    def begin_conversion(self, settings: Settings, analog_prob: float, learn_width: bool) -> None:
+        """Stores the settings of a conversion. Width and noise stay those of the layer."""
         self.settings = settings
         self._basis = Basis(self)
         self.log_width = None
 
     def dependencies(self) -> dict[str, Any]:
-        """What a call must find as it was at the conversion, see `Converted.dependencies`."""
+        """Values that must not change after the conversion, see `Converted.dependencies`."""
         spike, cell = self.cell.spike_fn, self.cell
         flags = {flag: getattr(cell, flag, False) for flag in ("use_gate", "return_noreset_v")}
         parts = {"cell": cell, "spike_fn": spike, "inv_sg": spike.inv_sg, "spike": getattr(spike, "spike", True)}
@@ -54,7 +63,7 @@ class ConvertedLIFLayer(Converted):
 
     @property
     def width(self) -> Tensor | float:
-        """The width that belongs to the layer's own alpha."""
+        """The width that follows from the layer's own alpha, by the equations above."""
         alpha = self.cell.spike_fn.inv_sg.alpha
         if self.settings.spike.surrogate == "rectangle":
             return torch.as_tensor(-alpha).exp()
@@ -80,14 +89,14 @@ class ConvertedLIFLayer(Converted):
         return output.s_seq
 
 
-def find(layer: nn.Module) -> Found:
-    """The answer for a layer of the authors' code, see `Found`."""
+def conversion_of(layer: nn.Module) -> Conversion:
+    """How to convert a layer of the authors' code, see `Conversion`."""
     cell: Any = getattr(layer, "cell", None)
     kind = bare_class(layer)
     base = next((each for each in reversed(kind.__mro__) if each.__name__ == "LIFLayer"), None)
     if base is None or type(cell).__name__ != "LIFCell" or not hasattr(cell, "spike_fn"):
         return None
-    if reason := overridden(kind, base):
+    if reason := override_reason(kind, base):
         return reason
     spike = cell.spike_fn
     if type(spike).__name__ not in ("EfficientNoisySpike", "EfficientNoisySpikeII"):
@@ -99,7 +108,7 @@ def find(layer: nn.Module) -> Found:
     if not getattr(spike, "spike", True):
         return "it emits smooth values in evaluation (spike=False)"
     for part in (cell, spike, spike.inv_sg):
-        if isinstance(part, nn.Module) and (reason := exchanged(part)):
+        if isinstance(part, nn.Module) and (reason := replaced_method_reason(part)):
             return reason
     for flag in ("use_gate", "return_noreset_v"):
         if getattr(cell, flag, False):
@@ -107,11 +116,12 @@ def find(layer: nn.Module) -> Found:
     return ConvertedLIFLayer, SpikeFunction(_SURROGATES[type(spike.inv_sg).__name__], 1.0, 1.0, False)
 
 
-def outside(module: nn.Module) -> str | None:
-    return in_a_row(f"{bare_class(module).__name__}(...)") if streamed(module) else None
+def placement_outside_over_time(module: nn.Module) -> str | None:
+    """Where a layer that `OverTime` refuses belongs, see `libraries`; None for other modules."""
+    return placement_advice(f"{bare_class(module).__name__}(...)") if streaming_of(module) else None
 
 
-def streamed(module: nn.Module) -> InStream:
-    """How a layer takes single steps, see `InStream`: none of this code does."""
-    is_one = isinstance(module, ConvertedLIFLayer) or find(module) is not None
+def streaming_of(module: nn.Module) -> InStream:
+    """Why a layer of this code takes no single steps, see `InStream`; None for other modules."""
+    is_one = isinstance(module, ConvertedLIFLayer) or conversion_of(module) is not None
     return "it starts each call at rest" if is_one else None

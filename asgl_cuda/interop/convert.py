@@ -11,21 +11,21 @@ import torch
 from torch import Tensor, nn
 
 from ..backends import BACKENDS
-from ..checks import check_analog_prob, check_bool, check_name, check_surrogate, check_width, read_number, shown
+from ..checks import check_analog_prob, check_bool, check_name, check_surrogate, check_width, format_value, read_number
 from ..neurons.base import NeuronLayer, check_module
 from ..neurons.lif import LIF_DEFAULTS
 from ..neurons.over_time import KNOWS_TIME
-from .converted import HOOKS, Converted, Settings, bare_class, exchanged, overlaid, shadowed
-from .identify import FLAT, SpikeFunction, fires_strictly, identify, is_spike, type_of_spikes
+from .converted import HOOKS, Converted, Settings, bare_class, name_clash_reason, overlaid_class, replaced_method_reason
+from .identify import FLAT, SpikeFunction, dtype_of_spikes, fires_strictly, identify, is_spike_function
 from .libraries import LIBRARIES, libraries, vendored_spikingjelly_reason
-from .replaced import kept_by, made_for, replace, restore
-from .sequences import InSequences, in_sequences, kind_of, reason_against
+from .replaced import make_replacements, replace_module, replaced_module, restore_module
+from .sequences import InSequences, checked_sequences, overlay_model, refusal_reason
 
 _CALLER = "asgl_cuda.convert"
 
 
 class Replaced(NamedTuple):
-    """A replaced layer: its path, class and new computation."""
+    """A replaced layer: its path, its class and what computes it now."""
 
     path: str
     layer: str
@@ -33,7 +33,7 @@ class Replaced(NamedTuple):
 
 
 class Left(NamedTuple):
-    """A layer that was not converted, or a lost value: path, class and reason."""
+    """A layer that was left as it is, or a value that got lost in it: path, class and reason."""
 
     path: str
     layer: str
@@ -41,6 +41,8 @@ class Left(NamedTuple):
 
 
 class _Rows(NamedTuple):
+    """The fields of `Report`, which is a subclass because a NamedTuple can't have other attributes."""
+
     replaced: list[Replaced]
     left: list[Left]
 
@@ -70,18 +72,18 @@ class _ASGL(NamedTuple):
     learn_width: bool = True
 
 
-def _checked(asgl: Mapping[str, Any] | None) -> _ASGL | None:
-    """The options in `asgl`, or None without it."""
+def _checked_asgl(asgl: Mapping[str, Any] | None) -> _ASGL | None:
+    """Checks the argument `asgl` and fills in its defaults. Returns None if it is None."""
     if asgl is None:
         return None
     if not isinstance(asgl, Mapping):
         raise TypeError(
             f'{_CALLER}: asgl must be None or a mapping such as {{"width": 1.0, "analog_prob": 0.2}}, {{}} for the '
-            f"defaults, got {shown(asgl)}"
+            f"defaults, got {format_value(asgl)}"
         )
     if unknown := set(asgl) - set(_ASGL._fields):
         known, got = ", ".join(_ASGL._fields), ", ".join(sorted(map(str, unknown)))
-        raise TypeError(f"{_CALLER}: asgl may have {known}, got {got}")
+        raise TypeError(f"{_CALLER}: the keys of asgl must be among {known}, got {got}")
     surrogate, width, analog_prob, learn_width = _ASGL(**asgl)
     learn_width = check_bool("learn_width", learn_width, _CALLER)
     if width is not None:
@@ -94,12 +96,13 @@ def _checked(asgl: Mapping[str, Any] | None) -> _ASGL | None:
     return _ASGL(surrogate, width, analog_prob, learn_width)
 
 
-def _of_libraries(module: nn.Module) -> tuple[str, str] | None:
-    outside = next((text for each in libraries() if (text := each.outside(module))), None)
+def _name_and_placement(module: nn.Module) -> tuple[str, str] | None:
+    """For a module of a library that `OverTime` refuses: its class and where it belongs. None for other modules."""
+    outside = next((text for each in libraries() if (text := each.placement_outside_over_time(module))), None)
     return None if outside is None else (bare_class(module).__name__, outside)
 
 
-KNOWS_TIME.append(_of_libraries)
+KNOWS_TIME.append(_name_and_placement)
 
 
 def convert(
@@ -200,15 +203,16 @@ def convert(
         fast, report = asgl_cuda.convert(model, sequences=True)
         spikes = fast(torch.rand(10, 2, 4))  # [T, B, 3]
     """
-    wanted = _checked(asgl)
-    kind = kind_of(sequences)
+    wanted = _checked_asgl(asgl)
+    kind = checked_sequences(sequences)
     if backend is not None:
         check_name("backend", backend, BACKENDS, _CALLER)
-    model = taken(model, inplace, _CALLER)
+    model = model_or_copy(model, inplace, _CALLER)
     if wanted is not None or backend is not None:
         _check_unconverted(model)
-    made = made_for(model, layers, _CALLER)
-    finds = [getattr(library, "find_in_loop" if kind else "find", library.find) for library in libraries()]
+    made = make_replacements(model, layers, _CALLER)
+    name_of_function = "conversion_in_loop" if kind else "conversion_of"
+    adapters = [getattr(library, name_of_function, library.conversion_of) for library in libraries()]
     report = Report([], [])
     new: list[Converted] = []
     inside: list[str] = []  # path prefixes of replaced layers, whose submodules are not reported
@@ -221,60 +225,61 @@ def convert(
             if replacement is None:
                 report.left.append(Left(path, name, text))
             else:
-                replace(model, layer, replacement)
+                replace_module(model, layer, replacement)
                 report.replaced.append(Replaced(path, name, text))
             inside.append(f"{path}.")
             continue
         if isinstance(layer, Converted):
             inside.append(f"{path}." if path else "")
             continue
-        answers = (find(layer) for find in finds)
+        answers = (conversion_of(layer) for conversion_of in adapters)
         found = vendored_spikingjelly_reason(layer) or next((each for each in answers if each is not None), None)
         if found is None:
             continue
-        found = found if isinstance(found, str) else exchanged(layer) or shadowed(layer, found[0]) or found
+        if not isinstance(found, str):
+            found = replaced_method_reason(layer) or name_clash_reason(layer, found[0]) or found
         spike = found if isinstance(found, str) else _spike_function(found[0], found[1], wanted)
         if isinstance(found, str) or isinstance(spike, str):
             report.left.append(Left(path, name, found if isinstance(found, str) else str(spike)))
             continue
-        layer.__class__ = overlaid(found[0], type(layer))
+        layer.__class__ = overlaid_class(found[0], type(layer))
         assert isinstance(layer, Converted)
         analog_prob, learn_width = (0.0, False) if wanted is None else (wanted.analog_prob, wanted.learn_width)
-        settings = Settings(spike, backend, type_of_spikes(found[1]), wanted is not None)
-        layer.begin(settings, analog_prob, learn_width)
+        settings = Settings(spike, backend, dtype_of_spikes(found[1]), wanted is not None)
+        layer.begin_conversion(settings, analog_prob, learn_width)
         new.append(layer)
         report.replaced.append(Replaced(path, name, layer.description()))
         inside.append(f"{path}." if path else "")
     if kind is not None:
-        if reason := reason_against(model, report.left):
+        if reason := refusal_reason(model, report.left):
             for layer in new:
-                layer.end()
+                layer.restore_original()
             for layer, _ in made.values():
                 if layer is not None:
-                    restore(model, layer)
+                    restore_module(model, layer)
             raise ValueError(f"{_CALLER}: with sequences, {reason}")
-        report.replaced.insert(0, Replaced("", bare_class(model).__name__, in_sequences(model, kind)))
-    report.notes = _notes(model, report)
+        report.replaced.insert(0, Replaced("", bare_class(model).__name__, overlay_model(model, kind)))
+    report.notes = _report_notes(model, report)
     return model, report
 
 
 def _check_unconverted(model: nn.Module) -> None:
-    """Refuses a model whose converted layers would keep the settings that they have."""
+    """Raises ValueError if a layer is converted already, because it would keep the settings that it has."""
     paths = [path or "(the model)" for path, layer in model.named_modules() if isinstance(layer, Converted)]
     if paths:
         names = ", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
         raise ValueError(
-            f"{_CALLER}: {names}: converted already, and asgl and backend apply only to layers that are not; convert "
+            f"{_CALLER}: asgl and backend can't be applied to layers that are converted already, got {names}; convert "
             "the original layers, with asgl_cuda.convert(asgl_cuda.revert(model)[0], ...)"
         )
 
 
-def _notes(model: nn.Module, report: Report) -> list[str]:
-    """Advice on speed, hooks that no longer fire, or why nothing was found."""
-    advice: dict[str, list[str]] = {}  # paths by text of the advice
+def _report_notes(model: nn.Module, report: Report) -> list[str]:
+    """The notes of a report: advice on speed, hooks that are no longer called, or why nothing was replaced."""
+    advice: dict[str, list[str]] = {}  # the paths of the layers for each advice
     for path, *_ in report.replaced:
         layer: Any = model.get_submodule(path)
-        for text in _notes_on(layer, isinstance(model, InSequences)):
+        for text in _notes_on_layer(layer, isinstance(model, InSequences)):
             advice.setdefault(text, []).append(path or "(the model)")
     notes = [f"{', '.join(paths)}: {text}" for text, paths in advice.items()]
     if report.replaced or report.left:
@@ -289,14 +294,17 @@ def _notes(model: nn.Module, report: Report) -> list[str]:
     kinds = {type(module).__name__ for module in model.modules() if next(module.children(), None) is None}
     imported = ", ".join(name for name in LIBRARIES if name in sys.modules) or "none"
     known = ", ".join(LIBRARIES)
-    return [f"no known neurons among {', '.join(sorted(kinds))}; of {known}, imported: {imported}"]
+    return [
+        f"no neurons that convert knows among {', '.join(sorted(kinds))}; it knows those of {known} once these are "
+        f"imported; imported: {imported}"
+    ]
 
 
-def _notes_on(layer: Any, in_loop: bool) -> Iterator[str]:
+def _notes_on_layer(layer: Any, in_loop: bool) -> Iterator[str]:
     """Advice on one replaced layer."""
-    uncalled = {"the module in its place": kept_by(layer)}
+    uncalled = {"the module in its place": replaced_module(layer)}
     if isinstance(layer, Converted):
-        if not in_loop and (text := layer.advice()) is not None:
+        if not in_loop and (text := layer.speed_advice()) is not None:
             yield text
         uncalled = layer.dependencies()
     for name, part in uncalled.items():
@@ -305,25 +313,25 @@ def _notes_on(layer: Any, in_loop: bool) -> Iterator[str]:
             yield f"hooks of {name} are no longer called"
 
 
-def taken(model: nn.Module, inplace: bool, caller: str) -> nn.Module:
-    """The model, or a copy registered with the libraries; checks both arguments."""
+def model_or_copy(model: nn.Module, inplace: bool, caller: str) -> nn.Module:
+    """The model if `inplace`, otherwise a copy that is registered with its library. Checks both arguments."""
     check_module(model, caller)
     if check_bool("inplace", inplace, caller):
         return model
     try:
-        made = copied(model)
+        made = copy_model(model)
     except Exception as error:  # raised by a user's __deepcopy__
         raise RuntimeError(
             f"{caller}: the model can't be copied ({type(error).__name__}: {error}); inplace=True changes the model "
             "itself"
         ) from error
     for library in libraries():
-        getattr(library, "enlist", lambda model: None)(made)
+        getattr(library, "register_with_library", lambda model: None)(made)
     return made
 
 
-def copied(model: nn.Module, share: Iterable[Tensor] = ()) -> nn.Module:
-    """A deep copy of all except `share`. Non-leaf tensors, as potentials after a call, are copied detached."""
+def copy_model(model: nn.Module, share: Iterable[Tensor] = ()) -> nn.Module:
+    """A deep copy that shares the tensors in `share`. Non-leaf tensors, such as potentials, are detached."""
     memo: dict[int, Any] = {id(value): value for value in share}
     for module in model.modules():
         attributes = vars(module)
@@ -333,13 +341,13 @@ def copied(model: nn.Module, share: Iterable[Tensor] = ()) -> nn.Module:
     for library in libraries():
         getattr(library, "copy_layers", lambda model, memo: None)(model, memo)
     made = copy.deepcopy(model, memo)
-    _carry_over(memo)
+    _copy_hooks(memo)
     return made
 
 
-def _carry_over(memo: dict[int, Any]) -> None:
-    """Registers the hooks of copied tensors again, which deepcopy drops."""
-    for value in memo.get(id(memo), ()):  # deepcopy keeps the originals there
+def _copy_hooks(memo: dict[int, Any]) -> None:
+    """Registers the hooks of the original tensors on their copies, because deepcopy drops hooks."""
+    for value in memo.get(id(memo), ()):  # where deepcopy keeps the originals
         if not isinstance(value, Tensor) or not value.is_leaf or memo[id(value)] is value:
             continue
         for hook in (value._backward_hooks or {}).values():
@@ -363,7 +371,7 @@ def _spike_function(
     surrogate, width = wanted.surrogate, wanted.width
     if surrogate is None or width is None:
         own = identify(function)
-        if isinstance(own, str) and not is_spike(function):
+        if isinstance(own, str) and not is_spike_function(function):
             return f"{own}; asgl needs a surrogate and a width"
         if isinstance(own, str) or own.width == FLAT:
             own = SpikeFunction(LIF_DEFAULTS["surrogate"], float(LIF_DEFAULTS["width"]), 1.0, False)
@@ -397,13 +405,13 @@ def revert(model: nn.Module, *, inplace: bool = False) -> tuple[nn.Module, Repor
         original, report = asgl_cuda.revert(fast)
         print(report)
     """
-    model = taken(model, inplace, "asgl_cuda.revert")
+    model = model_or_copy(model, inplace, "asgl_cuda.revert")
     report = Report([], [])
     if isinstance(model, InSequences):
         model.end_sequences()
     for path, layer in list(model.named_modules()):
-        if kept_by(layer) is not None:
-            module, lost = restore(model, layer)
+        if replaced_module(layer) is not None:
+            module, lost = restore_module(model, layer)
             name = type(module).__name__
             report.replaced.append(Replaced(path, type(layer).__name__, name))
             report.left.extend(Left(path, name, f"its {each}: {name} has no such parameter") for each in lost)
@@ -413,6 +421,6 @@ def revert(model: nn.Module, *, inplace: bool = False) -> tuple[nn.Module, Repor
         if layer.settings.spike is not None and layer.log_width is not None:
             width = float(torch.as_tensor(layer.width).detach())
             report.left.append(Left(path, name, f"its learned width, {width:.4g}, which is not its own surrogate's"))
-        layer.end()
+        layer.restore_original()
         report.replaced.append(Replaced(path, made, name))
     return model, report

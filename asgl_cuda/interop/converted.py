@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeAlias
 import torch
 from torch import Tensor, fx, nn
 
-from ..checks import HALF_TYPES, PLAIN_TENSORS, shown
+from ..checks import HALF_TYPES, PLAIN_TENSORS, format_value
 from ..neurons.base import Noisy
 from ..neurons.deferred import Pending, tensor_of
 from ..neurons.leaky_integrator import IntegratorOutput, leaky_integrator
-from ..neurons.lif import LIF_DEFAULTS, LIFOutput, computed_after, lif
+from ..neurons.lif import LIF_DEFAULTS, LIFOutput, lif, run_lif_after
 from ..reference.learned import Logarithm
-from .identify import FLAT, SpikeFunction, captured
-from .recording import Recording, recording
+from .identify import FLAT, SpikeFunction, closure_values
+from .recording import Recording, current_recording
 
 
 class Settings(NamedTuple):
@@ -33,15 +33,15 @@ class Settings(NamedTuple):
 
 
 class Overlay(nn.Module):
-    """The base of classes inserted before a layer's class.
+    """Base of the classes that are inserted before a layer's class, to give the layer another forward.
 
     The layer remains an instance of its class, with its parameters, buffers, state, hooks and names; the library's
     functions to reset, detach or copy layers still work. Removing the class restores the layer.
     """
 
-    prefix: str  # prefix of the names of classes that `overlaid` makes
+    prefix: str  # prefix of the names of classes that `overlaid_class` makes
 
-    # The overlay from which `overlaid` made this class.
+    # The two classes of which `overlaid_class` made this one.
     overlay: type[Overlay]
     original: type[nn.Module]
 
@@ -51,27 +51,27 @@ class Overlay(nn.Module):
             """Attributes of the layer's class."""
 
     @classmethod
-    def bases(cls, original: type[nn.Module]) -> tuple[tuple[type, ...], dict[str, Any]]:
-        """The bases of the class for layers of `original`, and names of its own."""
+    def bases_and_namespace(cls, original: type[nn.Module]) -> tuple[tuple[type, ...], dict[str, Any]]:
+        """Bases and namespace of the class that `overlaid_class` makes for layers of class `original`."""
         return (cls, original), {}
 
-    def take_off(self) -> None:
+    def remove_overlay(self) -> None:
         """Restores the layer's previous class."""
         self.__class__ = self.original  # type: ignore[assignment]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        # `_new` remakes the class, which pickle can't find by name.
+        # pickle can't find a class by name that was made at run time, so `_new_module` makes it again.
         _, _, *rest = tuple(super().__reduce_ex__(protocol))
-        return _new, _parts(type(self)), *rest
+        return _new_module, _overlays_and_class(type(self)), *rest
 
 
 _made: dict[tuple[type[Overlay], type[nn.Module]], Any] = {}
 
 
-def overlaid(overlay: type[Overlay], original: type[nn.Module]) -> Any:
-    """`original` with `overlay` before it; cached."""
+def overlaid_class(overlay: type[Overlay], original: type[nn.Module]) -> Any:
+    """The class with `overlay` before `original`, made once."""
     if (overlay, original) not in _made:
-        bases, more = overlay.bases(original)
+        bases, more = overlay.bases_and_namespace(original)
         names = {"overlay": overlay, "original": original, "__module__": overlay.__module__, **more}
         _made[overlay, original] = type(f"{overlay.prefix}{original.__name__}", bases, names)
     return _made[overlay, original]
@@ -79,20 +79,20 @@ def overlaid(overlay: type[Overlay], original: type[nn.Module]) -> Any:
 
 def bare_class(layer: nn.Module) -> type[nn.Module]:
     """The layer's class without overlays."""
-    bare: type[nn.Module] = _parts(type(layer))[-1]
+    bare: type[nn.Module] = _overlays_and_class(type(layer))[-1]
     return bare
 
 
-def _parts(made: type[nn.Module]) -> tuple[Any, ...]:
-    """The overlays in order, then the bare class."""
-    return (made.overlay, *_parts(made.original)) if issubclass(made, Overlay) else (made,)
+def _overlays_and_class(made: type[nn.Module]) -> tuple[Any, ...]:
+    """The overlays of a class from first to last, then the class of the library."""
+    return (made.overlay, *_overlays_and_class(made.original)) if issubclass(made, Overlay) else (made,)
 
 
-def _new(*parts: Any) -> nn.Module:
-    """An empty module of the class that `_parts` has taken apart, for pickle."""
+def _new_module(*parts: Any) -> nn.Module:
+    """An empty module, for pickle, of the class that `_overlays_and_class` has split into `parts`."""
     *overlays, made = parts
     for overlay in reversed(overlays):
-        made = overlaid(overlay, made)
+        made = overlaid_class(overlay, made)
     new: nn.Module = made.__new__(made)
     return new
 
@@ -100,32 +100,34 @@ def _new(*parts: Any) -> nn.Module:
 _MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
-
-FEEDBACK = ("feedback", "rec_connect", "recurrent")  # through which spikes return, in `dependencies`: why not, or None
+# Entries of `dependencies` for the module through which spikes return. The value is the reason why spikes can't return
+# through this module, or None if they can.
+FEEDBACK = ("feedback", "rec_connect", "recurrent")
 
 
 class Basis:
-    """What a layer was converted from, compared at each call.
+    """What a layer was at its conversion. Each call compares the layer with it.
 
-    These are the values of `dependencies`, with the attributes, tensors and closure of the spike function, and, of all
-    modules among them, whose forward is not called any more, methods and hooks.
+    It contains the values of `dependencies`, and the attributes, tensors and closure variables of the spike function.
+    For all modules among these, whose forward the converted layer does not call, it also contains methods and hooks.
 
-    Tensors are compared by identity and number of writes, and after a change of either by value: equal values, loaded
-    or of a copy, are no change. Compiled graphs compare neither tensors nor classes, closures, methods and hooks.
+    Tensors are compared by identity and version, and only if one of these has changed, by value. So loading equal
+    values, or copying the model, is not a change. Compiled code compares no tensors, classes, closures, methods and
+    hooks.
     """
 
     def __init__(self, layer: Converted) -> None:
-        self.mark: list[Any] = []  # methods and hooks at the last check
+        self.mark: list[Any] = []  # numbers of attributes, and ids of hooks, at the last check
         self.function = next(iter(layer.dependencies().values()))
-        self.closure = _closure(self.function)
-        values, functions, replaced = self._replaced(layer)
-        self.names = {name: frozenset(_attributes(each)) for name, each in replaced.items()}
-        self.hooks = {name: _hooks_of(each) for name, each in replaced.items()}
+        self.closure = _closure_variables(self.function)
+        values, functions, replaced = self._objects_to_compare(layer)
+        self.names = {name: frozenset(_attributes_of(each)) for name, each in replaced.items()}
+        self.hooks = {name: _hook_ids(each) for name, each in replaced.items()}
         self.own = {name: sorted(self.names[name] - _MODULE_ATTRIBUTES) for name in functions}
-        self._note(self._read(values, functions))
+        self._remember(self._values_to_compare(values, functions))
 
-    def _replaced(self, layer: Converted) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-        """The values of `dependencies`; the spike function, if computed with, and the modules inside; all modules."""
+    def _objects_to_compare(self, layer: Converted) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        """Three dicts: values of `dependencies`; the spike function, if it is used, and its modules; all modules."""
         values = layer.dependencies()
         name, function = next(iter(values.items()))
         functions: dict[str, Any] = {}
@@ -138,13 +140,13 @@ class Basis:
             if self.closure and function is self.function:
                 held = {f"{key} of {name}": function.__closure__[cell].cell_contents for key, cell in self.closure}
                 values |= held
-                functions |= _with_children(held)
+                functions |= _modules_among(held)
             elif isinstance(function, nn.Module) and function._modules:
-                functions |= _with_children({name: function})
-        return values, functions, _with_children(values) | functions
+                functions |= _modules_among({name: function})
+        return values, functions, _modules_among(values) | functions
 
-    def _read(self, values: dict[str, Any], functions: dict[str, Any]) -> dict[str, Any]:
-        """The values, and those of the functions."""
+    def _values_to_compare(self, values: dict[str, Any], functions: dict[str, Any]) -> dict[str, Any]:
+        """`values`, and the attributes and tensors of `functions`."""
         is_compiling = torch.compiler.is_compiling()
         for name, each in functions.items():
             for attribute in self.own.get(name, ()):
@@ -154,17 +156,17 @@ class Basis:
                 values |= {f"{name}.{key}": tensor for key, tensor in tensors.items()}
         return values
 
-    def _note(self, values: dict[str, Any]) -> None:
-        """Keeps values, copies of their tensors, and the versions of these."""
+    def _remember(self, values: dict[str, Any]) -> None:
+        """Stores the values, and copies and versions of the tensors among them."""
         self.values = values
         tensors = {name: each for name, each in values.items() if isinstance(each, Tensor)}
         self.copies = {name: each.detach().clone() for name, each in tensors.items()}
         self.versions = {name: each._version for name, each in tensors.items() if not each.is_inference()}
 
-    def changed(self, layer: Converted) -> str | None:
-        """The first difference in words, or None."""
-        values, functions, replaced = self._replaced(layer)
-        values, before = self._read(values, functions), self.values
+    def first_difference(self, layer: Converted) -> str | None:
+        """The first difference between the layer now and at its conversion, in words, or None."""
+        values, functions, replaced = self._objects_to_compare(layer)
+        values, before = self._values_to_compare(values, functions), self.values
         is_compiling = torch.compiler.is_compiling()
         if is_compiling:
             values = {name: each for name, each in values.items() if not isinstance(each, (Tensor, type))}
@@ -173,49 +175,49 @@ class Basis:
             and all(map(operator.is_, values.values(), before.values()))
             and all(before[name]._version == version for name, version in self.versions.items())
         ):
-            return self._hidden(layer, replaced)
+            return self._replaced_method_or_hook(layer, replaced)
         for name, value in values.items():
             old = self.copies.get(name, before.get(name))
-            if not (value is old or _alike(value, old)):
-                if old is None and name in FEEDBACK:  # a sentence of `lacking`
+            if not (value is old or _is_equal(value, old)):
+                if old is None and name in FEEDBACK:  # `value` is then the sentence of `feedback_reason`
                     return str(value)
-                now, was = _in_words(value), _in_words(old)
+                now, was = _describe(value), _describe(old)
                 return f"its {name} is {now}, and was {was}" if now != was else f"its {name} is another {now}"
         if is_compiling:
             return None
-        self._note(values)
-        return self._hidden(layer, replaced)
+        self._remember(values)
+        return self._replaced_method_or_hook(layer, replaced)
 
-    def _hidden(self, layer: Converted, replaced: dict[str, Any]) -> str | None:
-        """The first method that an attribute hides, or the first other hooks, in words."""
+    def _replaced_method_or_hook(self, layer: Converted, replaced: dict[str, Any]) -> str | None:
+        """The first method that an attribute replaces, or the first module with other hooks, in words, or None."""
         mark: list[Any] = [len(layer.__dict__)]
         for each in replaced.values():
-            mark += (len(_attributes(each)), _hooks_of(each))
+            mark += (len(_attributes_of(each)), _hook_ids(each))
         if mark == self.mark:
             return None
-        if reason := exchanged(layer):
+        if reason := replaced_method_reason(layer):
             return reason
         for name, each in replaced.items():
-            for attribute in _attributes(each):
+            for attribute in _attributes_of(each):
                 if attribute not in self.names.get(name, ()) and hasattr(type(each), attribute):
                     return f"its {name}.{attribute} is an attribute, not the method of {type(each).__name__}"
-            if _hooks_of(each) != self.hooks.get(name):
+            if _hook_ids(each) != self.hooks.get(name):
                 return f"its {name} has other hooks than before, which would not be called"
         self.mark = mark
         return None
 
 
-def _closure(function: Any) -> list[tuple[str, int]]:
-    """The names and places of a closure's variables whose types leave copies equal."""
+def _closure_variables(function: Any) -> list[tuple[str, int]]:
+    """Names and indices of closure variables of types whose copies compare as equal."""
     if not isinstance(function, FunctionType):
         return []
     kinds = (Tensor, nn.Module, bool, int, float, str, type, FunctionType)
-    found = enumerate(zip(function.__code__.co_freevars, captured(function), strict=True))
+    found = enumerate(zip(function.__code__.co_freevars, closure_values(function), strict=True))
     return [(name, place) for place, (name, value) in found if isinstance(value, kinds)]
 
 
-def _with_children(values: dict[str, Any]) -> dict[str, Any]:
-    """The modules among the values, and all that are inside, by name."""
+def _modules_among(values: dict[str, Any]) -> dict[str, Any]:
+    """The modules among the values, and their submodules, by name."""
     found: dict[str, Any] = {}
     for name, each in values.items():
         if isinstance(each, nn.Module):
@@ -223,40 +225,42 @@ def _with_children(values: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _attributes(function: Any) -> dict[str, Any]:
-    """The attributes of a function or module; none for objects that can't have any."""
+def _attributes_of(function: Any) -> dict[str, Any]:
+    """The attributes of a function or module; empty for objects that can't have attributes."""
     return getattr(function, "__dict__", {})
 
 
-def _hooks_of(function: Any) -> list[int]:
-    """The numbers of the hooks, which torch does not give twice."""
+def _hook_ids(function: Any) -> list[int]:
+    """The ids of a module's hooks. torch uses each id once."""
     return [each for hooks in HOOKS for each in getattr(function, hooks, ())]
 
 
-def _alike(one: Any, other: Any) -> bool:
+def _is_equal(one: Any, other: Any) -> bool:
     """Whether two values of a dependency are equal; for modules, whether they are of one class."""
     if isinstance(one, Tensor) and isinstance(other, Tensor):
         return one.shape == other.shape and bool((one == other.to(one.device)).all())
-    if isinstance(one, nn.Module):  # whose attributes are compared; replicas are others
-        # Compiled code is an exception, because torch.export wraps shared modules in subclasses.
+    if isinstance(one, nn.Module):  # a replica is another object, and attributes are compared one by one
+        # In compiled code a subclass is equal as well, because torch.export wraps shared modules in subclasses.
         return type(one) is type(other) or (torch.compiler.is_compiling() and isinstance(one, type(other)))
     return not isinstance(one, Tensor) and not isinstance(other, Tensor) and bool(one == other)
 
 
-def _in_words(value: Any) -> str:
-    """A value for an error: the name of a function or class, else the value."""
-    return getattr(value, "__name__", None) or (type(value).__name__ if isinstance(value, nn.Module) else shown(value))
+def _describe(value: Any) -> str:
+    """A value in words, for an error: the name of a function or class, otherwise the value."""
+    return getattr(value, "__name__", None) or (
+        type(value).__name__ if isinstance(value, nn.Module) else format_value(value)
+    )
 
 
 def version_of(tensor: Tensor) -> int:
-    """The number of writes to the tensor; not counted in inference mode."""
+    """The number of changes in place; 0 for an inference tensor, which does not count them."""
     return 0 if tensor.is_inference() else tensor._version
 
 
 class Converted(Overlay, Noisy):
     """The overlay of converted layers. Each library has a subclass, whose forward calls `lif`.
 
-    For a layer that does not fire, forward only calls `integrate`, without noise, width and `log_width`.
+    If the layer does not fire, its forward calls only `integrate`, and it has no noise, `width` and `log_width`.
     """
 
     prefix = "Converted"
@@ -266,14 +270,14 @@ class Converted(Overlay, Noisy):
     _basis: Basis
     time_dim: int | None  # time dimension of the input, None if the input is one step
     multi_spike = False  # several spikes per step, for which noise is not defined
-    takes_steps = property(lambda self: self.time_dim is None)  # whether a call takes one step
-    takes_input = True  # whether `lif` gets the layer's own input, as fusion with a normalisation requires
-    register_buffer = nn.Module.register_buffer  # an override costs 20 us per assignment of a buffer
+    takes_one_step = property(lambda self: self.time_dim is None)  # whether a call takes one step
+    takes_input_directly = True  # whether `lif` gets the layer's own input, as fusion with a normalisation requires
+    register_buffer = nn.Module.register_buffer  # a library's override costs 20 us per assignment of a buffer
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        if "original" in vars(cls):  # made by `overlaid`, with a forward
-            cls.forward = _entered(cls.forward)
+        if "original" in vars(cls):  # a class made by `overlaid_class`
+            cls.forward = _wrapped_forward(cls.forward)
 
     @property
     def width(self) -> Tensor | float:
@@ -285,7 +289,7 @@ class Converted(Overlay, Noisy):
         return self.settings.spike.width if self.log_width is None else Logarithm(self.log_width).value()
 
     def description(self) -> str:
-        """The computation of the layer, in words."""
+        """The computation of the layer in words, for reports and `repr`."""
         if self.settings.spike is None:
             return "leaky_integrator"
         surrogate, width, gain, _ = self.settings.spike
@@ -302,8 +306,8 @@ class Converted(Overlay, Noisy):
         own = super().extra_repr()
         return f"{own}{', ' if own else ''}computed by asgl_cuda: {self.description()}"
 
-    def begin(self, settings: Settings, analog_prob: float, learn_width: bool) -> None:
-        """Applies the settings of a conversion."""
+    def begin_conversion(self, settings: Settings, analog_prob: float, learn_width: bool) -> None:
+        """Stores the settings of a conversion, and what is to be compared at each call; adds a learned width."""
         self.settings = settings
         self._basis = Basis(self)
         if settings.spike is None:
@@ -315,52 +319,55 @@ class Converted(Overlay, Noisy):
             # Of shape [1], because torch's fully_shard refuses zero-dimensional parameters.
             self.log_width = nn.Parameter(torch.full((1,), math.log(settings.spike.width), device=device))
 
-    def end(self) -> None:
+    def restore_original(self) -> None:
         """Restores the original layer, with the current values of its parameters."""
-        self.end_noise()
+        self.remove_noise()
         if self.settings.spike is not None:
             del self.log_width
         del self.settings, self._basis
-        self.take_off()
+        self.remove_overlay()
 
     def dependencies(self) -> dict[str, Any]:
-        """What the conversion depends on and what may change, by name: first the spike function, or None."""
+        """The values that must not change after the conversion, by name.
+
+        The first is the spike function, or None. A call with other values raises, see `Basis`.
+        """
         raise NotImplementedError
 
-    def check(self) -> None:
-        """Raises if the layer is not what it was converted from."""
-        reason = self._basis.changed(self)
+    def check_unchanged(self) -> None:
+        """Raises RuntimeError if the layer has changed since its conversion."""
+        reason = self._basis.first_difference(self)
         if reason is not None:
             raise RuntimeError(
                 f"asgl_cuda.convert: {bare_class(self).__name__} was changed after its conversion: {reason}; convert "
                 "again with the same arguments: asgl_cuda.convert(asgl_cuda.revert(model)[0], ...)"
             )
 
-    def is_plain(self) -> bool:
-        """Whether results equal the original layer's, and no backend is asked for."""
+    def can_run_original(self) -> bool:
+        """Whether the library's own forward computes the same: there is no noise, `asgl` or requested backend."""
         return self.settings.backend is None and not self.settings.asgl and not getattr(self, "_has_noise", False)
 
-    def steps_as_before(self) -> bool:
-        """Whether to run the library's own forward: compilers fuse a step with the operations around."""
-        return torch.compiler.is_compiling() and self.is_plain()
+    def prefers_original_step(self) -> bool:
+        """Whether to run the library's own forward, which compilers fuse with the operations around it."""
+        return torch.compiler.is_compiling() and self.can_run_original()
 
     def lif(self, x_seq: Tensor, **options: Any) -> LIFOutput:
         """`asgl_cuda.lif` with the layer's surrogate and noise, and spikes of the library's type."""
-        self.check()
+        self.check_unchanged()
         x_seq, dtype = as_floating(x_seq), self.settings.dtype
         if dtype is not None and x_seq.dtype in HALF_TYPES:
             x_seq = x_seq.to(dtype)
-        options = self._all_options(x_seq, options)
-        if isinstance(x_seq, Pending):  # from the normalisation in front, which `fuse` has left to the layer
-            result = computed_after(x_seq, self, "asgl_cuda.lif", {**LIF_DEFAULTS, **options})  # type: ignore[typeddict-item]
+        options = self._lif_options(x_seq, options)
+        if isinstance(x_seq, Pending):  # a normalisation before this layer, which the layer computes as well
+            result = run_lif_after(x_seq, self, "asgl_cuda.lif", {**LIF_DEFAULTS, **options})  # type: ignore[typeddict-item]
         else:
             result = lif(x_seq, **options)
         assert isinstance(result, LIFOutput)
         dtype = dtype or result.s_seq.dtype
         return result if result.s_seq.dtype is dtype else result._replace(s_seq=result.s_seq.to(dtype))
 
-    def _all_options(self, x_seq: Tensor, options: dict[str, Any]) -> dict[str, Any]:
-        """The options of `lif`: the given ones, and those of the layer's settings."""
+    def _lif_options(self, x_seq: Tensor, options: dict[str, Any]) -> dict[str, Any]:
+        """The options of `lif` from the layer's settings, completed by `options`."""
         width = self.width if self.log_width is None else Logarithm(self.log_width)
         return {
             "surrogate": self.settings.spike.surrogate,
@@ -369,22 +376,22 @@ class Converted(Overlay, Noisy):
             "analog_prob": self.analog_prob_of_call(x_seq),
             "return_v_last": True,
             "backend": self.settings.backend,
-            **_taken({"width": width, **options}, x_seq),
+            **_prepared_options({"width": width, **options}, x_seq),
         }
 
     def integrate(self, x_seq: Tensor, **options: Any) -> IntegratorOutput:
-        """`asgl_cuda.leaky_integrator`."""
+        """`asgl_cuda.leaky_integrator` on the layer's backend."""
         x_seq = tensor_of(x_seq, bare_class(self).__name__)
-        if self.settings.spike is None:  # else in `lif`
-            self.check()
-        options = _taken(options, x_seq)
+        if self.settings.spike is None:  # layers that fire are checked in `lif`
+            self.check_unchanged()
+        options = _prepared_options(options, x_seq)
         result = leaky_integrator(as_floating(x_seq), return_v_last=True, backend=self.settings.backend, **options)
         assert isinstance(result, IntegratorOutput)
         return result
 
-    def advice(self) -> str | None:
-        """Advice on calls with whole sequences, for a layer called step by step."""
-        return _ADVICE if self.takes_steps else None
+    def speed_advice(self) -> str | None:
+        """Advice to call with whole sequences, for a layer that is called step by step, or None."""
+        return _ADVICE if self.takes_one_step else None
 
     # ---- a layer in a recorded loop, see recording.py ----
 
@@ -393,25 +400,29 @@ class Converted(Overlay, Noisy):
 
         Layers that take one step per call override it; others are refused.
         """
-        raise RuntimeError(f"asgl_cuda.convert: with sequences, {recording.name(self)} must take one step per call")
+        raise RuntimeError(
+            f"asgl_cuda.convert: with sequences, a neuron layer must take one step per call, but "
+            f"{recording.layer_name(self)} takes a whole sequence; use asgl_cuda.convert(model) without sequences"
+        )
 
-    def recorded_states(self) -> dict[str, Any]:
+    def carried_states(self) -> dict[str, Any]:
         """The states that the layer keeps from step to step, by name."""
         return {}
 
-    def keep_state(self, name: str, value: Any) -> None:
+    def set_state(self, name: str, value: Any) -> None:
         """Sets a state that the layer keeps from step to step."""
         setattr(self, name, value)
 
-    def steps_from(self, x_seq: Tensor, states: dict[str, Any], wanted: set[str]) -> tuple[Any, Any]:
-        """All steps from these states: stacks of the results by name, of states only the `wanted`, and final states.
+    def compute_steps(self, x_seq: Tensor, states: dict[str, Any], wanted: set[str]) -> tuple[Any, Any]:
+        """Computes all steps of `x_seq`, starting from `states`.
 
-        States that the layer keeps are set before, and read after.
+        Returns two dicts by name: the stacked results, among them the states in `wanted`, and the final states. The
+        caller sets the states that the layer keeps itself before the call, and reads them after it.
         """
         raise NotImplementedError
 
     def __prepare_scriptable__(self) -> NoReturn:
-        """Refuses torch.jit.script, which calls this first, and torch.jit.trace."""
+        """Refuses torch.jit.script, which calls this method first. Also called for torch.jit.trace."""
         raise RuntimeError(
             f"asgl_cuda.convert: torch.jit can't take a converted {bare_class(self).__name__}; call asgl_cuda.revert "
             "before, or use torch.compile or torch.export"
@@ -423,19 +434,21 @@ _ADVICE = (
     '(sequences="loop" if the model\'s forward contains the loop over the steps)'
 )
 
-# An adapter's answer for a layer: the converting class and the spike function (None if the layer does not fire), or the
-# reason to leave the layer; None unless the layer is a neuron of the library.
-Found: TypeAlias = tuple[type[Converted], Callable[[Tensor], Tensor] | SpikeFunction | None] | str | None
+# What an adapter's `conversion_of` returns for a layer: the subclass of `Converted` and the spike function (None if the
+# layer does not fire); or, as text, the reason why the layer is left; or None if it is no neuron of the library.
+Conversion: TypeAlias = tuple[type[Converted], Callable[[Tensor], Tensor] | SpikeFunction | None] | str | None
 
-# An adapter's answer on streaming: how, or why not; None for a module without state.
+# What an adapter's `streaming_of` returns for a module: how it takes the steps of a stream; or, as text, why it can't;
+# or None if it has no state.
 InStream: TypeAlias = "Streamed | str | None"
 
 
 class Streamed(NamedTuple):
-    """How a module takes the steps of a stream: the time dimension of its input, and the attribute with its state.
+    """How a module takes the steps of a stream.
 
-    None for an input of one step, and without a single state, as in containers. With a switch the module carries its
-    state only while its attribute `stateful` is set.
+    `time_dim` is the time dimension of its input, or None if the input is one step. `state` is the name of the
+    attribute with its state, or None if no single attribute has it, as in containers. If `has_switch`, the module
+    carries its state from call to call only while its attribute `stateful` is set.
     """
 
     time_dim: int | None
@@ -443,22 +456,22 @@ class Streamed(NamedTuple):
     has_switch: bool = False
 
 
-def number(value: Any) -> Any:
+def float_if_scalar(value: Any) -> Any:
     """A zero-dimensional CPU tensor as a float, for cheaper calls; any other value unchanged.
 
-    Learned values are constants while gradients are disabled.
+    A value with a gradient is converted only while gradients are disabled.
     """
     if type(value) not in PLAIN_TENSORS or value.dim() or not value.is_cpu or torch.compiler.is_compiling():
         return value
     return value if value.requires_grad and torch.is_grad_enabled() else float(value)
 
 
-def _taken(options: dict[str, Any], x_seq: Tensor) -> dict[str, Any]:
-    """The options, with integer tensors and scalars of other devices accepted as in PyTorch.
+def _prepared_options(options: dict[str, Any], x_seq: Tensor) -> dict[str, Any]:
+    """The options, with integer tensors made floating point and scalars moved to the device of `x_seq`, as in PyTorch.
 
-    Values belong to a step: with more dimensions they would be taken for one of each time.
+    Raises ValueError for a tensor with more dimensions than a step of `x_seq`, as if it included time.
     """
-    time_dim, dims = options.get("time_dim", 0), x_seq.dim() - 1  # without time
+    time_dim, dims = options.get("time_dim", 0), x_seq.dim() - 1  # number of dimensions of a step
     for name, given in options.items():
         if not isinstance(given, Tensor):
             continue
@@ -471,7 +484,7 @@ def _taken(options: dict[str, Any], x_seq: Tensor) -> dict[str, Any]:
                 )
             options[name] = given = given.unsqueeze(time_dim)
         if not (given.dim() and given.is_floating_point()):
-            value = as_floating(given) if name == "v_init" else number(as_floating(given))
+            value = as_floating(given) if name == "v_init" else float_if_scalar(as_floating(given))
             is_number = isinstance(value, Tensor) and value.dim() == 0
             options[name] = value.to(x_seq.device) if is_number else value
     return options
@@ -482,13 +495,13 @@ def as_floating(value: Tensor) -> Tensor:
     return value if value.is_floating_point() or value.is_complex() else value.to(torch.get_default_dtype())
 
 
-def _entered(forward: Callable[..., Any]) -> Callable[..., Any]:
+def _wrapped_forward(forward: Callable[..., Any]) -> Callable[..., Any]:
     """Wraps forward: torch.fx sees one call of the module, as of torch.nn's; torch.jit is refused."""
 
     @functools.wraps(forward)
     def call(self: Converted, *args: Any, **kwargs: Any) -> Any:
-        """Records the call, refuses what forward can't take, or calls forward."""
-        if not torch.compiler.is_compiling() and (found := recording()) is not None and not found.is_running:
+        """Records the call for torch.fx or a `Recording`, refuses torch.jit, or calls forward."""
+        if not torch.compiler.is_compiling() and (found := current_recording()) is not None and not found.is_running:
             return self.record_step(found, *args, **kwargs)
         is_pending = bool(args) and isinstance(args[0], Pending)
         if args and not is_pending and isinstance(args[0], fx.Proxy):
@@ -496,16 +509,16 @@ def _entered(forward: Callable[..., Any]) -> Callable[..., Any]:
             return tracer.create_proxy("call_module", tracer.path_of_module(self), args, kwargs)
         if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
             self.__prepare_scriptable__()
-        if is_pending and (self.takes_steps or not self.takes_input):
-            why = "which is called step by step" if self.takes_steps else "whose input no neuron takes as it is"
+        if is_pending and (self.takes_one_step or not self.takes_input_directly):
+            why = "which is called step by step" if self.takes_one_step else "whose input no neuron takes as it is"
             args = args[0].tensor(f"{bare_class(self).__name__}, {why}"), *args[1:]
         return forward(self, *args, **kwargs)
 
     return call
 
 
-def exchanged(layer: nn.Module) -> str | None:
-    """The reason to leave a layer with a method replaced on the instance, or None."""
+def replaced_method_reason(layer: nn.Module) -> str | None:
+    """Why a layer is left: an attribute of the instance replaces one of its methods. None if none does."""
     kind = bare_class(layer)
     for name in vars(layer):
         if name not in _FREE and inspect.isroutine(inspect.getattr_static(kind, name, None)):
@@ -513,8 +526,8 @@ def exchanged(layer: nn.Module) -> str | None:
     return None
 
 
-def shadowed(layer: nn.Module, overlay: type[Converted]) -> str | None:
-    """The reason to leave a layer that has a name of `overlay`, by itself or by a user's class, or None."""
+def name_clash_reason(layer: nn.Module, overlay: type[Converted]) -> str | None:
+    """Why a layer is left: it, or a user's class, uses a name that `overlay` uses. None if it does not."""
     library = overlay.__module__.rpartition(".")[2]
     ours = [each for each in overlay.__mro__ if not issubclass(nn.Module, each)]
     taken = {*vars(Converted), *(name for each in (Converted, Overlay, Noisy) for name in each.__annotations__)}
@@ -537,10 +550,11 @@ _FREE = {
 }  # fmt: skip
 
 
-def known_class(layer: nn.Module, known: Collection[Any], mixing: tuple[type[nn.Module], ...] = ()) -> Any:
-    """The class in `known` that computes the layer, or why there is none; classes of `mixing` have weights.
+def known_class_or_reason(layer: nn.Module, known: Collection[Any], mixing: tuple[type[nn.Module], ...] = ()) -> Any:
+    """The class in `known` that computes the same as the layer, or the reason why there is none.
 
-    It is the layer's own, or the base of a user's subclass that overrides nothing that results may depend on.
+    It is the layer's own class, or the base of a user's subclass that overrides nothing on which results may depend.
+    Layers of a class in `mixing` are refused, because they have weights between neurons or time steps.
     """
     kind = bare_class(layer)
     if kind in known:
@@ -551,11 +565,11 @@ def known_class(layer: nn.Module, known: Collection[Any], mixing: tuple[type[nn.
     between = kind.__mro__[: kind.__mro__.index(base)]
     if base is object or base.__module__.split(".")[0] in [each.__module__.split(".")[0] for each in between]:
         return "asgl_cuda has no such neuron"
-    return overridden(kind, base) or base
+    return override_reason(kind, base) or base
 
 
-def overridden(kind: type[nn.Module], base: type[nn.Module]) -> str | None:
-    """The reason to leave a layer of `kind`, a user's subclass of `base`, or None."""
+def override_reason(kind: type[nn.Module], base: type[nn.Module]) -> str | None:
+    """Why a layer of `kind`, a user's subclass of `base`, is left: an override that may change results. Or None."""
     for each in kind.__mro__:
         for name, value in vars(each).items():
             if name in _FREE or each in base.__mro__ or inspect.getattr_static(kind, name) is not value:

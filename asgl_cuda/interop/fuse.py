@@ -1,6 +1,7 @@
 """`fuse` and `unfuse`: normalisations computed by the neurons after them, and the inverse.
 
-Only the normalisation changes: it returns a `Pending`, which neurons take, and whatever else has computed.
+Only the normalisation changes. It returns a `Pending`, from which the neurons after it compute both. Any other code
+that uses the `Pending` gets the value that the normalisation would have returned.
 """
 
 from __future__ import annotations
@@ -18,14 +19,24 @@ from torch.utils._pytree import tree_map_only
 from ..calls.arguments import Arguments
 from ..layout import channel_dim, real_type
 from ..neurons.batch_norm_lif import module_batch_norm_lif
-from ..neurons.deferred import Normal, Pending, checkpoint, hooks_of_graph, in_backward, in_function, tensor_of, watched
+from ..neurons.deferred import (
+    Normal,
+    Pending,
+    active_saved_tensor_hooks,
+    current_checkpoint,
+    has_backward_hooks,
+    is_in_backward,
+    is_in_function_forward,
+    tensor_of,
+    with_version,
+)
 from ..neurons.lif import LIFOutput
-from .convert import Left, Replaced, Report, convert, copied, taken
-from .converted import Converted, Overlay, bare_class, overlaid
+from .convert import Left, Replaced, Report, convert, copy_model, model_or_copy
+from .converted import Converted, Overlay, bare_class, overlaid_class
 from .libraries import libraries
 
 _CALLER = "asgl_cuda.fuse"
-_CONVERTED = "_converted_by_fuse"  # an attribute of neurons, for `unfuse`
+_CONVERTED = "_converted_by_fuse"  # attribute of layers that `fuse` has converted, so that `unfuse` restores them
 
 # The last call of each normalisation, by id(normalisation). A call keeps its normalisation alive, so no other object
 # can have that id while the entry exists.
@@ -48,14 +59,15 @@ def fuse(model: nn.Module, *example: Any, inplace: bool = False) -> tuple[nn.Mod
     that the example did not reach, gets the value that the normalisation alone would return. A RuntimeError is raised
     where such code would lose a gradient (for example a `torch.autograd.Function`), or where a view would miss a change
     in place of the tensor that it views. In inference mode and under `torch.compile`, changes in place are
-    not noticed.
+    not noticed. Code between the two layers that tests `isinstance(value, Tensor)` gets False, which is not noticed
+    either. Backward hooks would see no gradient of the stand-in, so a normalisation is left if it, its neurons, or a
+    module that contains only one of the two has such a hook. A hook that such a module gets later is not noticed.
 
     Args:
         model: any module.
         example: arguments of a call. Copies of the model are called with them, in training and in evaluation mode.
             Without an example, the first calls of the model decide what is merged, and complete the report. In that
-            case all known neurons are converted. During the first calls the model's own code may meet values that are
-            not tensors, so a test such as `isinstance(value, Tensor)` may fail there.
+            case all known neurons are converted.
         inplace: fuse the model instead of a copy; existing optimizers stay valid.
 
     Returns:
@@ -72,14 +84,14 @@ def fuse(model: nn.Module, *example: Any, inplace: bool = False) -> tuple[nn.Mod
 
     The same in PyTorch: the model before `fuse`.
     """
-    model = taken(model, inplace, _CALLER)
+    model = model_or_copy(model, inplace, _CALLER)
     before = {module for module in model.modules() if isinstance(module, Converted)}
     convert(model, inplace=True)
     converted = [each for each in model.modules() if isinstance(each, Converted) and each not in before]
     report = Report([], [])
     for path, each in model.named_modules():
         if isinstance(each, Fused):
-            report.left.append(Left(path, bare_class(each).__name__, "neurons compute it since an earlier fuse"))
+            report.left.append(Left(path, bare_class(each).__name__, "an earlier fuse has merged it already"))
     norms = [
         (path, each)
         for path, each in model.named_modules()
@@ -89,7 +101,7 @@ def fuse(model: nn.Module, *example: Any, inplace: bool = False) -> tuple[nn.Mod
     joined: dict[str, str] = {}
     try:
         if example:
-            joined, others = _found(model, [path for path, _ in norms if path not in left], example)
+            joined, others = _try_example(model, [path for path, _ in norms if path not in left], example)
             left |= others
     finally:
         kept = {model.get_submodule(path) for path in joined.values()} if example else {*converted}
@@ -97,17 +109,17 @@ def fuse(model: nn.Module, *example: Any, inplace: bool = False) -> tuple[nn.Mod
             if layer in kept:
                 vars(layer)[_CONVERTED] = True
             else:
-                layer.end()
+                layer.restore_original()
     outcome = None if example else _Outcome(model, report)
     for path, norm in norms:
         if path in left:
             report.left.append(Left(path, type(norm).__name__, left[path]))
             continue
-        overlay(norm, outcome)
+        make_fused(norm, outcome)
         if example:
-            report.replaced.append(_row(path, joined[path], model.get_submodule(joined[path])))
+            report.replaced.append(_fused_row(path, joined[path], model.get_submodule(joined[path])))
         else:
-            report.notes = ["the first calls decide on the others; fuse(model, example) does so at once"]
+            report.notes = ["the first calls of the model decide on the others; fuse(model, example) decides at once"]
     return model, report
 
 
@@ -130,18 +142,18 @@ def unfuse(model: nn.Module, *, inplace: bool = False) -> tuple[nn.Module, Repor
         model, report = asgl_cuda.unfuse(joined)
         print(report)
     """
-    model = taken(model, inplace, "asgl_cuda.unfuse")
+    model = model_or_copy(model, inplace, "asgl_cuda.unfuse")
     report = Report([], [])
     for path, module in list(model.named_modules()):
         made = type(module).__name__
         if isinstance(module, Fused) or (vars(module).pop(_CONVERTED, False) and isinstance(module, Converted)):
-            module.end()
+            module.restore_original()
             report.replaced.append(Replaced(path, made, type(module).__name__))
     return model, report
 
 
 class Fused(Overlay):
-    """A normalisation whose output is a `Pending`."""
+    """The overlay of a normalisation whose output is a `Pending`, computed by the neurons after it."""
 
     prefix = "Fused"
 
@@ -149,53 +161,55 @@ class Fused(Overlay):
     track_running_stats: bool
 
     @classmethod
-    def bases(cls, original: type[nn.Module]) -> tuple[tuple[type, ...], dict[str, Any]]:
-        """The overlay comes after a user's class with a forward of its own, which then calls the overlay's."""
-        base = _base(original)
+    def bases_and_namespace(cls, original: type[nn.Module]) -> tuple[tuple[type, ...], dict[str, Any]]:
+        """As in the base class, but after a user's class with a forward of its own, which then calls the overlay's."""
+        base = _normalisation_base(original)
         if base is None or base is original:
-            return super().bases(original)
-        return (original, overlaid(cls, base)), {"forward": _entered(original.forward)}
+            return super().bases_and_namespace(original)
+        return (original, overlaid_class(cls, base)), {"forward": _wrapped_forward(original.forward)}
 
     def forward(self, input: Any) -> Any:
-        if isinstance(input, fx.Proxy):  # a leaf, whose result is no tensor
-            return _as_leaf(self, input)
+        if isinstance(input, fx.Proxy):  # torch.fx traces the layer as one call, without its computation
+            return _leaf_call(self, input)
         input = tensor_of(input, self.original.__name__)
         is_compiling = torch.compiler.is_compiling()
         if not is_compiling:
             last = _calls.get(id(self)) if self.training or self.outcome is not None else None
             # In backward a checkpoint must compute the same as in forward, so a decision that was made meanwhile is not
             # applied.
-            if self.outcome is not None and self.outcome.is_left(self) and not in_backward():
+            if self.outcome is not None and self.outcome.is_left(self) and not is_in_backward():
                 forward = super().forward
                 if last is None:  # otherwise its last call still needs the overlay
-                    self.end()
+                    self.restore_original()
                 return forward(input)
-            reason = ""  # the callers take only tensors
+            reason = ""  # why this call must return a tensor
             if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
                 reason = "it is called by torch.jit.trace"
             # In backward a checkpoint calls the layer again; a reentrant checkpoint does so without hooks on saved
             # tensors.
-            elif in_function() or (in_backward() and hooks_of_graph() is None):
+            elif is_in_function_forward() or (is_in_backward() and active_saved_tensor_hooks() is None):
                 reason = "it is called inside of a torch.autograd.Function, such as a reentrant checkpoint"
+            elif has_backward_hooks(self):
+                reason = "it has a backward hook"
             # Running statistics must be updated in the order of the calls.
             if self.training and last is not None and last.is_open():
                 reason = "it is called again before its output is used"
-                last.made(reason)
+                last.value_because(reason)
             if reason:
-                self.was_left(reason)
+                self.note_left(reason)
                 return super().forward(input)
         # In step mode "m", layers of SpikingJelly have separate dimensions for time and batch. A step_mode of a
         # user's own class does not count.
         has_time = getattr(type(self), "step_mode", None) is not None and self.step_mode == "m"
-        has_time = has_time and hasattr(_base(self.original), "step_mode")
+        has_time = has_time and hasattr(_normalisation_base(self.original), "step_mode")
         self._check_input_dim(input[0] if has_time else input)
         call = Normal(self, input)
         if not is_compiling and (self.training or self.outcome is not None):
             _calls[id(self)] = call
-        return Pending(call, call, 1 + has_time, input, watched=watched(input))
+        return Pending(call, call, 1 + has_time, input, watched=with_version(input))
 
-    def normalised(self, x: Tensor, training: bool, update: bool) -> Tensor:
-        """The output of the layer if no neurons take over the normalisation."""
+    def compute_alone(self, x: Tensor, training: bool, update: bool) -> Tensor:
+        """Computes the output for code other than neurons. Running statistics change only with `update`."""
         now = self.training, self.track_running_stats
         self.training, self.track_running_stats = training, now[1] and update
         try:
@@ -205,7 +219,7 @@ class Fused(Overlay):
 
     def reason_against(self, pending: Pending, given: Arguments) -> str:
         """Why the neurons can't compute this normalisation; "" if they can."""
-        here, there = checkpoint(), pending.call.checkpoint
+        here, there = current_checkpoint(), pending.call.checkpoint
         if here is not there and (here is not None or self.training):
             where = "inside of another torch.utils.checkpoint than its neurons"
             if here is None or there is None:
@@ -226,7 +240,17 @@ class Fused(Overlay):
                 return f"whose input gain or bias has shape {list(sizes)}"
         return ""
 
-    def neurons(self, x_seq: Tensor, given: Arguments, update: bool, factor: float = 1.0) -> Tensor | LIFOutput:
+    def hooked_before(self, layer: nn.Module) -> nn.Module | None:
+        """The neurons `layer`, or a module that the stand-in enters or leaves before them, if it has backward hooks."""
+        if torch.compiler.is_compiling():
+            return None
+        if has_backward_hooks(layer):
+            return layer
+        return None if self.outcome is None else self.outcome.hooked_between(self, layer)
+
+    def compute_with_neurons(
+        self, x_seq: Tensor, given: Arguments, update: bool, factor: float = 1.0
+    ) -> Tensor | LIFOutput:
         """`asgl_cuda.batch_norm_lif` of input_gain (factor y + residual) + input_bias, with y the normalised input."""
         weight, bias, scale = self.weight, self.bias, 1.0
         input_gain: Any
@@ -254,43 +278,43 @@ class Fused(Overlay):
         )
 
     def refusal(self, text: str, remedy: str = "") -> RuntimeError:
-        """The error for a use that the merged normalisation can't serve, with remedies."""
-        self.was_left(text)
+        """The error for a use of the output that a merged normalisation does not support, with remedies."""
+        self.note_left(text)
         return RuntimeError(
             f"{_CALLER}: {self.original.__name__} is computed by the neurons after it, but {text}; {remedy}"
             "call asgl_cuda.unfuse(model), or fuse the original model again with an example that does this, so that "
             "this layer is left as it is"
         )
 
-    def was_taken(self, layer: Any) -> None:
-        """Notes that the neurons `layer` computed this normalisation."""
+    def note_taken(self, layer: Any) -> None:
+        """Called by the neurons `layer` after they have computed this normalisation: notes it for the report."""
         if self.outcome is not None and not torch.compiler.is_compiling():
-            self.outcome.join(self, layer)
+            self.outcome.add_joined(self, layer)
 
-    def was_left(self, reason: str) -> None:
-        """Notes that this normalisation computed its value itself."""
+    def note_left(self, reason: str) -> None:
+        """Notes, for the report, why this normalisation computed its value itself."""
         # Calls in backward do not count: a checkpoint may stop them before the neurons are called.
-        if self.outcome is not None and not torch.compiler.is_compiling() and not in_backward():
-            self.outcome.leave(self, reason)
+        if self.outcome is not None and not torch.compiler.is_compiling() and not is_in_backward():
+            self.outcome.add_left(self, reason)
 
-    def end(self) -> None:
+    def restore_original(self) -> None:
         """Restores the layer, with its current values."""
         self.__dict__.pop("outcome", None)
-        self.take_off()
+        self.remove_overlay()
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, computed by the neurons after it"
 
 
-def overlay(norm: Any, outcome: _Outcome | None = None) -> None:
-    """Makes a normalisation a `Fused`, undecided with an outcome to be found."""
-    norm.__class__ = overlaid(Fused, type(norm))
+def make_fused(norm: Any, outcome: _Outcome | None = None) -> None:
+    """Gives a normalisation the overlay `Fused`. With an `outcome`, its calls decide whether it stays fused."""
+    norm.__class__ = overlaid_class(Fused, type(norm))
     if outcome is not None:
         norm.outcome = outcome
 
 
 class _Outcome:
-    """What becomes of undecided normalisations, by path; a report of the user's own calls is kept up to date."""
+    """Which normalisations neurons compute, and which are left, as calls of the model show. Updates the `report`."""
 
     def __init__(self, model: nn.Module, report: Report | None = None) -> None:
         self.paths = weakref.WeakKeyDictionary({module: path for path, module in model.named_modules()})
@@ -299,70 +323,81 @@ class _Outcome:
         self.left: dict[str, str] = {}  # path of the normalisation: the reason
 
     def __reduce__(self) -> Any:
-        return type(None), ()  # copies of the model are decided
+        return type(None), ()  # in a copy of the model, calls change nothing more
 
-    def join(self, norm: nn.Module, layer: nn.Module) -> None:
+    def add_joined(self, norm: nn.Module, layer: nn.Module) -> None:
         """Notes that the neurons `layer` took the normalisation."""
         path, of_layer = self.paths.get(norm, ""), self.paths.get(layer, "")
         if path not in self.joined and self.report is not None:
-            self.report.replaced.append(_row(path, of_layer, layer))
+            self.report.replaced.append(_fused_row(path, of_layer, layer))
         self.joined.setdefault(path, of_layer)
 
-    def leave(self, norm: nn.Module, reason: str) -> None:
+    def add_left(self, norm: nn.Module, reason: str) -> None:
         """Notes that the normalisation computed its value itself, and why."""
         path = self.paths.get(norm, "")
         if path not in self.left and self.report is not None:
             self.report.left.append(Left(path, bare_class(norm).__name__, reason))
-            self.report.replaced[:] = [row for row in self.report.replaced if row.by != _row(path, "", norm).by]
+            self.report.replaced[:] = [row for row in self.report.replaced if row.by != _fused_row(path, "", norm).by]
         self.left.setdefault(path, reason)
 
     def is_left(self, norm: nn.Module) -> bool:
-        """Whether the normalisation must go on computing its value itself."""
+        """Whether the normalisation is left: it computes its value itself from now on."""
         return self.paths.get(norm, "") in self.left
 
-    def open(self, reason: str) -> dict[str, str]:
+    def hooked_between(self, norm: nn.Module, layer: nn.Module) -> nn.Module | None:
+        """Before the two are joined: a module with backward hooks that contains only one of them."""
+        if self.paths.get(norm, "") in self.joined:
+            return None
+        hooked = (module for module in self.paths if has_backward_hooks(module))
+        return next((module for module in hooked if len({norm, layer} & {*module.modules()}) == 1), None)
+
+    def unused_outputs(self, reason: str) -> dict[str, str]:
         """The normalisations whose outputs nothing has used yet, with the reason."""
         calls = (call for call in list(_calls.values()) if call.is_open() and call.of in self.paths)
         return {self.paths[call.of]: reason for call in calls}
 
 
-def _row(path: str, of_layer: str, layer: nn.Module) -> Replaced:
+def _fused_row(path: str, of_layer: str, layer: nn.Module) -> Replaced:
     """The report's line for neurons that compute the normalisation at `path`."""
     return Replaced(of_layer, bare_class(layer).__name__, f"normalises as well, instead of {path}")
 
 
-def _found(model: nn.Module, paths: list[str], example: tuple[Any, ...]) -> tuple[dict[str, str], dict[str, str]]:
-    """The neurons that take each normalisation when copies are called, and the reasons to leave the others."""
+def _try_example(model: nn.Module, paths: list[str], example: tuple[Any, ...]) -> tuple[dict[str, str], dict[str, str]]:
+    """Calls copies of the model with the example, in training and in evaluation mode.
+
+    Returns the path of the neurons for each normalisation that neurons compute, and the reason for each that is left.
+    """
     refused: dict[str, str] = {}
     while True:
         joined: dict[str, str] = {}
         left = dict(refused)
         for training in (True, False):
-            made = copied(model, model.parameters()).train(training)
+            made = copy_model(model, model.parameters()).train(training)
             outcome = _Outcome(made)
             for path in paths:
                 if path not in refused:
-                    overlay(made.get_submodule(path), outcome)
+                    make_fused(made.get_submodule(path), outcome)
             try:
-                output = _called(made, example)
+                output = _call_with_example(made, example)
             except Exception as error:
                 line = (str(error).splitlines() or [""])[0]
                 new = {path: reason for path, reason in outcome.left.items() if path not in refused}
-                new = new or outcome.open(f"without its value the forward fails: {type(error).__name__}: {line}")
+                why = f"without its value the forward fails: {type(error).__name__}: {line}"
+                new = new or outcome.unused_outputs(why)
                 if not new:
                     raise
                 refused |= new
                 break
             tree_map_only(Pending, lambda each: each.tensor("the caller of the model"), output)
-            left |= outcome.open("its output stays in the model") | outcome.left
+            left |= outcome.unused_outputs("its output stays in the model") | outcome.left
             joined |= outcome.joined
         else:
             left |= {path: "the example does not lead to it" for path in paths if path not in joined | left}
             return {path: layer for path, layer in joined.items() if path not in left}, left
 
 
-def _called(model: nn.Module, example: tuple[Any, ...]) -> Any:
-    """The output for the example; random numbers stay as they are."""
+def _call_with_example(model: nn.Module, example: tuple[Any, ...]) -> Any:
+    """The output for copies of the example's tensors. Restores the states of the random number generators."""
     values = tree_map_only(Tensor, lambda each: each.detach().clone().requires_grad_(each.requires_grad), example)
     devices = {tensor.device.index for tensor in model.parameters() if tensor.is_cuda}
     with torch.random.fork_rng(sorted(devices)), torch.enable_grad():
@@ -376,43 +411,43 @@ def _reason_to_leave(norm: nn.Module) -> str:
     if "forward" in vars(norm):
         return "its forward is an attribute of the module, not the method of its class"
     kind = type(norm)
-    base = _base(kind)
+    base = _normalisation_base(kind)
     if base is None:
-        return _something_else(kind)
+        return _unknown_class_reason(kind)
     users = kind.__mro__[: kind.__mro__.index(base)]
     taken = {name for each in users for name in vars(each)} & {*vars(Fused), *vars(Overlay)} - {*dir(nn.Module)}
     return f"its class defines {', '.join(sorted(taken))}, a name that fused layers use" if taken else ""
 
 
-def _something_else(kind: type[nn.Module]) -> str:
+def _unknown_class_reason(kind: type[nn.Module]) -> str:
     """The reason to leave a class that is no known normalisation."""
     return f"{kind.__name__} computes something else than torch.nn's normalisations"
 
 
-def _base(kind: type[nn.Module]) -> Any:
+def _normalisation_base(kind: type[nn.Module]) -> Any:
     """The first class with a forward that the neurons can compute: the class itself, or the base of a user's."""
     known = [known for library in libraries() for known in getattr(library, "NORMALISATIONS", ())]
     forwards = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
     return next((each for each in kind.__mro__ if getattr(each, "forward", None) in forwards or each in known), None)
 
 
-def _as_leaf(norm: Any, input: fx.Proxy) -> fx.Proxy:
+def _leaf_call(norm: Any, input: fx.Proxy) -> fx.Proxy:
     """The call of the normalisation as one node in a graph of torch.fx."""
     tracer: Any = input.tracer
     return tracer.create_proxy("call_module", tracer.path_of_module(norm), (input,), {})  # type: ignore[no-any-return]
 
 
-def _entered(forward: Any) -> Any:
-    """Wraps the forward of a user's normalisation."""
+def _wrapped_forward(forward: Any) -> Any:
+    """Wraps the forward of a user's normalisation, to see whether it changes the output of its base class."""
 
     @functools.wraps(forward)
     def call(self: Fused, input: Any) -> Any:
         """Calls the user's forward. If it changes the stand-in to a tensor, the normalisation counts as left."""
         if isinstance(input, fx.Proxy):
-            return _as_leaf(self, input)
+            return _leaf_call(self, input)
         output = forward(self, input)
         if type(output) is not Pending and isinstance(self, Fused):
-            self.was_left(_something_else(self.original))
+            self.note_left(_unknown_class_reason(self.original))
         return output
 
     return call

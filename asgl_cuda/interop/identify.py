@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from ..reference.surrogates import SURROGATES
 
-_PROBES = (0.05, 0.11, 0.23, 0.37, 0.61, 0.79, 0.93, 1.3, 1.9, 2.7, 4.1)  # u / width
-_BY_DECADE = tuple(sign * 10.0**power for power in range(-9, 18) for sign in (-1, 1))  # u, within a window of FLAT
+# Values of u / width at which slopes are compared.
+_PROBES = (0.05, 0.11, 0.23, 0.37, 0.61, 0.79, 0.93, 1.3, 1.9, 2.7, 4.1)
+_BY_DECADE = tuple(sign * 10.0**power for power in range(-9, 18) for sign in (-1, 1))  # values of u; FLAT is wider
 # Values far from the threshold, and many near it, so that no random function passes. Their mean is not 0, because a
 # function may compare with the mean.
 _AROUND = (-1e3, *(-1e-9, 1e-9) * 32, 1e3, 1e3)
@@ -39,25 +40,25 @@ def identify(function: Callable[[Tensor], Tensor]) -> SpikeFunction | str:
     Width and gain follow from the peak and the half width of the slope; then slopes are compared with the surrogate's
     on both sides of the threshold, to 1e-6 of the peak.
     """
-    if _learns(function):
+    if _has_learned_values(function):
         return "its spike function has parameters that learn"
     try:
         with torch.inference_mode(False), torch.enable_grad():
-            return _identify(function) if _emits_spikes(function) else _NO_SPIKES
+            return _match_surrogate(function) if _is_unit_step(function) else _NO_SPIKES
     except Exception as error:  # the function is the library's or the user's
         return f"its spike function fails with {type(error).__name__}: {error}"
 
 
-def _learns(function: Any) -> bool:
+def _has_learned_values(function: Any) -> bool:
     """Whether the function, or what its closure holds, has values that require a gradient."""
     values: list[Any] = []
-    for held in (function, *captured(function)):
+    for held in (function, *closure_values(function)):
         values += held.parameters() if isinstance(held, nn.Module) else [held]
     return any(isinstance(value, Tensor) and value.requires_grad for value in values)
 
 
-def captured(function: Any) -> list[Any]:
-    """The variables of a closure."""
+def closure_values(function: Any) -> list[Any]:
+    """The values of a function's closure variables."""
     return [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
 
 
@@ -66,7 +67,7 @@ def fires_strictly(function: Callable[[Tensor], Tensor]) -> bool:
     return not bool(function(torch.zeros(1, dtype=torch.float64)) > 0)
 
 
-def type_of_spikes(function: Any) -> torch.dtype | None:
+def dtype_of_spikes(function: Any) -> torch.dtype | None:
     """The dtype of the spikes, None if equal to the potential's."""
     if not callable(function):
         return None
@@ -77,32 +78,32 @@ def type_of_spikes(function: Any) -> torch.dtype | None:
     return None if dtype is torch.float64 else dtype
 
 
-def is_spike(function: Callable[[Tensor], Tensor]) -> bool:
+def is_spike_function(function: Callable[[Tensor], Tensor]) -> bool:
     """Whether a function without parameters emits 0 below the threshold and 1 above, whatever its gradient."""
     try:
-        return not _learns(function) and _emits_spikes(function)
+        return not _has_learned_values(function) and _is_unit_step(function)
     except Exception:  # the function is the library's or the user's
         return False
 
 
-def _emits_spikes(function: Callable[[Tensor], Tensor]) -> bool:
-    """Whether the function is a step at 0."""
+def _is_unit_step(function: Callable[[Tensor], Tensor]) -> bool:
+    """Whether the function is 0 below and 1 above 0."""
     return function(torch.tensor(_AROUND, dtype=torch.float64)).tolist() == _FIRES
 
 
-def _identify(function: Callable[[Tensor], Tensor]) -> SpikeFunction | str:
+def _match_surrogate(function: Callable[[Tensor], Tensor]) -> SpikeFunction | str:
     """The known surrogate with the same slope as the function's gradient, or why there is none."""
     leaf = torch.ones(1, dtype=torch.float64, requires_grad=True)
     if not function(leaf).requires_grad:
         return "its spike function has no gradient"
-    peak, half = _shape(function)
+    peak, half = _slope_shape(function)
     if not (math.isfinite(peak) and peak > 0):
         return f"its surrogate has the slope {peak:g} at the threshold"
     if math.isinf(half):
         if (_slopes(function, _BY_DECADE) == peak).all():
             return SpikeFunction("rectangle", FLAT, peak * FLAT, fires_strictly(function))
         return "the slope of its surrogate does not fall to 0"
-    for name, (unit_peak, unit_half) in _unit_shapes().items():
+    for name, (unit_peak, unit_half) in _unit_slope_shapes().items():
         width = half / unit_half
         u = [sign * probe * width for probe in _PROBES for sign in (-1, 1)]
         expected = _slopes(SURROGATES[name].cumulative, [value / width for value in u])
@@ -114,9 +115,9 @@ def _identify(function: Callable[[Tensor], Tensor]) -> SpikeFunction | str:
 
 
 @functools.cache
-def _unit_shapes() -> dict[str, tuple[float, float]]:
-    """`_shape` of each known surrogate of width 1."""
-    return {name: _shape(surrogate.cumulative) for name, surrogate in SURROGATES.items()}
+def _unit_slope_shapes() -> dict[str, tuple[float, float]]:
+    """`_slope_shape` of each known surrogate of width 1."""
+    return {name: _slope_shape(surrogate.cumulative) for name, surrogate in SURROGATES.items()}
 
 
 def _slopes(function: Callable[[Tensor], Tensor], u: Sequence[float]) -> Tensor:
@@ -127,8 +128,8 @@ def _slopes(function: Callable[[Tensor], Tensor], u: Sequence[float]) -> Tensor:
     return slopes
 
 
-def _shape(function: Callable[[Tensor], Tensor]) -> tuple[float, float]:
-    """The slope at the threshold, and u at half of this slope: infinity if beyond 10000."""
+def _slope_shape(function: Callable[[Tensor], Tensor]) -> tuple[float, float]:
+    """The slope at the threshold, and the u at which it has fallen to half; infinity if that is beyond 10000."""
     peak = float(_slopes(function, [1e-15]))  # at 0 itself some surrogates have another slope, or none
     grid: list[float] = [10 ** (power / 4) for power in range(-24, 17)]
     slopes = _slopes(function, grid).tolist()

@@ -1,4 +1,4 @@
-"""The libraries whose layers are known, and their adapters."""
+"""The libraries whose layers `convert` knows, and their adapters: the modules with a library's name."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from torch import nn
 
 from . import authors
 
-# Libraries, named like the adapters' files, and the modules that define neuron layers, the current one first.
+# By name of the adapter: the library's modules that define neuron layers, the current one first. A library counts as
+# imported if one of these modules is.
 LIBRARIES = {
     "spikingjelly": ("spikingjelly.activation_based", "spikingjelly.clock_driven"),
     "snntorch": ("snntorch",),
@@ -23,12 +24,23 @@ LIBRARIES = {
 def libraries() -> Iterator[Any]:
     """The adapters of the imported libraries.
 
-    Required: `find(layer)`, see `Found`; `streamed(module)`, see `InStream`; `outside(module)`: how a module that
-    `OverTime` refuses is put outside of it, or None. Optional: `reset(module)` and `detach(module)`: clear or detach
-    the module's state; `not_written(module)`: why `to_nir` can't write it, or None;
-    `copy_layers(model, memo)`: fills deepcopy's memo with layers that their own __deepcopy__ would spoil;
-    `enlist(model)`: registers a copy with the library; NORMALISATIONS: equivalents of torch.nn's classes; PLAIN:
-    torch.nn's classes, keyed by the library's equivalents.
+    Each adapter has these functions:
+
+    - `conversion_of(layer)`: how to convert a layer, see `Conversion`.
+    - `streaming_of(module)`: how a module takes the steps of a stream, see `InStream`.
+    - `placement_outside_over_time(module)`: where to put a module that `OverTime` refuses, as the end of the error's
+      sentence "put it outside, ..."; None for other modules.
+
+    An adapter may have these as well:
+
+    - `conversion_in_loop(layer)`: replaces `conversion_of` for `convert(model, sequences=...)`.
+    - `reset(module)`, `detach(module)`: reset or detach the states of one module.
+    - `reason_not_written(module)`: why `to_nir` can't write a module, or None.
+    - `copy_layers(model, memo)`: copies layers whose own __deepcopy__ would not copy them completely, and enters the
+      copies in deepcopy's memo.
+    - `register_with_library(model)`: registers a copied model where the library looks for its layers.
+    - NORMALISATIONS: the library's equivalents of torch.nn's normalisations.
+    - PLAIN: classes of torch.nn by the library's classes that compute the same.
     """
     yield authors
     for name, modules in LIBRARIES.items():
@@ -37,7 +49,7 @@ def libraries() -> Iterator[Any]:
 
 
 def vendored_spikingjelly_reason(layer: nn.Module) -> str | None:
-    """Why to leave a node from a vendored copy of SpikingJelly, or None. SpikingJelly itself may be missing."""
+    """Why a node of a vendored copy of SpikingJelly is left, or None. SpikingJelly itself need not be installed."""
     for each in type(layer).__mro__:
         package, found, _ = each.__module__.partition(".spikingjelly.")
         if found and hasattr(layer, "neuronal_charge"):

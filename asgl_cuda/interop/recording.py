@@ -2,8 +2,8 @@
 
 A model's own code runs once per step on `Recorded` values. Operations that differ only in the step of their operands,
 such as `linear(x[0], w)` and `linear(x[1], w)`, form one `Operation`, which `torch.vmap` computes, or a loop where vmap
-can't. The steps of a neuron form one `Chain`, which its layer computes as a sequence. What needs what gives the order.
-A chain that needs its own results, as where spikes return to an earlier layer, is refused.
+can't. The steps of a neuron form one `Chain`, which its layer computes as a sequence. Each is computed after the others
+that it needs. A chain that needs its own results, as where spikes return to an earlier layer, is refused.
 """
 
 from __future__ import annotations
@@ -25,26 +25,26 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_map_only, tree_unflatten
 
-from ..neurons.deferred import checkpoint, in_function
+from ..neurons.deferred import current_checkpoint, is_in_function_forward
 
 _CALLER = "asgl_cuda.convert"
 _local = threading.local()
-_serials = itertools.count(1)  # ids of groups, which no other group gets later
+_serials = itertools.count(1)  # ids of groups, each used once, unlike id(group)
 
 
-def recording() -> Recording | None:
-    """The recording that this thread's code runs in."""
+def current_recording() -> Recording | None:
+    """The recording in which this thread's code runs, or None."""
     return getattr(_local, "recording", None)
 
 
-# ---- how an operation is computed: as where it was called ----
+# ---- modes of gradients and autocast: an operation is computed in those of its call ----
 
 _DEVICES = ("cpu", "cuda")
 _NO_AUTOCAST = (None, None)
 _Modes: TypeAlias = "tuple[bool, tuple[torch.dtype | None, ...]]"
 
 
-def _modes() -> _Modes:
+def _current_modes() -> _Modes:
     """Whether gradients are enabled; by device, the dtype of autocast, or None where it is off."""
     if not any(map(torch.is_autocast_enabled, _DEVICES)):
         return torch.is_grad_enabled(), _NO_AUTOCAST
@@ -54,10 +54,10 @@ def _modes() -> _Modes:
 
 
 @contextmanager
-def _under(modes: _Modes) -> Iterator[None]:
+def _in_modes(modes: _Modes) -> Iterator[None]:
     """Enters the modes in which an operation was recorded."""
     with ExitStack() as stack:
-        grad, types = _modes()
+        grad, types = _current_modes()
         if modes[0] != grad:
             stack.enter_context(torch.set_grad_enabled(modes[0]))
         for device, dtype, current in zip(_DEVICES, modes[1], types, strict=True):
@@ -76,15 +76,15 @@ class Recorded:
 
     def __init__(self, of: Recording, group: Group, index: int) -> None:
         self.of, self.group, self.index = of, group, index
-        self.shared: weakref.WeakSet[Recorded] | None = None  # views of the same values
+        self.shared: weakref.WeakSet[Recorded] | None = None  # all views of one memory, this value included
 
     def value(self, use: str) -> Any:
-        """The value, which `use` needs."""
-        return self.of.value(self, use)
+        """Computes the value. `use` names the function that needs it, for errors."""
+        return self.of.value_of(self, use)
 
-    def then(self, function: Callable[[Any], object]) -> None:
+    def call_when_computed(self, function: Callable[[Any], object]) -> None:
         """Calls the function with the value, once it is computed."""
-        _used(self.group)
+        _mark_used(self.group)
         self.of.waiting.append((self.group, self.index, function))
 
     def __getattr__(self, name: str) -> Any:
@@ -101,11 +101,13 @@ class Recorded:
         found = getattr(Tensor, name)  # an AttributeError names Tensor
         if name in _ASKING:
             return getattr(self.value(name), name)
-        return partial(self.of.call, found, self) if callable(found) else self.of.call(found.__get__, self)
+        return (
+            partial(self.of.record_call, found, self) if callable(found) else self.of.record_call(found.__get__, self)
+        )
 
     def __iter__(self) -> Iterator[Any]:
         meta = self.group.meta()
-        return (self.of.call(Tensor.__getitem__, self, each) for each in range(len(meta)))
+        return (self.of.record_call(Tensor.__getitem__, self, each) for each in range(len(meta)))
 
     def __len__(self) -> int:
         return len(self.group.meta())
@@ -115,14 +117,14 @@ class Recorded:
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """After the loop: the function of the values."""
+        """Calls a function, after the loop, with the values."""
         name = function.__name__
         args, kwargs = tree_map_only(cls, lambda each: each.value(name), (args, kwargs or {}))
         return function(*args, **kwargs)
 
 
-def _operator(name: str) -> Any:
-    """The method `name` of tensors for `Recorded`: it is recorded, or needs the value."""
+def _recorded_operator(name: str) -> Any:
+    """A method `name` for `Recorded`, which does what the method of tensors does."""
     function = getattr(Tensor, name)
 
     def method(self: Recorded, *args: Any) -> Any:
@@ -131,11 +133,13 @@ def _operator(name: str) -> Any:
             return name == "__ne__"
         if name in _ASKING:
             return getattr(self.value(name), name)(*args)
-        return self.of.call(function, self, *args)
+        return self.of.record_call(function, self, *args)
 
     return method
 
 
+# By name. _ABOUT: answered by a tensor on the device "meta"; _NEW: make a tensor of the same dtype and device; _ASKING:
+# need the value itself, so that it is computed at once.
 _ABOUT = {"shape", "ndim", "dtype", "layout", "size", "dim", "numel", "is_sparse", "is_nested", "is_quantized",
           "is_floating_point", "is_complex", "stride", "nelement", "itemsize", "ndimension"}  # fmt: skip
 _NEW = {"new_zeros", "new_ones", "new_full", "new_empty", "new_tensor"}
@@ -146,9 +150,10 @@ _OPERATORS = {name for name in dir(Tensor) if name[:2] == "__" and callable(geta
 _OPERATORS |= {"__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__", "__format__", "__reduce_ex__"}
 for _name in _OPERATORS - {"__torch_function__", "__torch_dispatch__", "__setstate__", "__deepcopy__", "__hash__"}:
     if _name not in vars(Recorded):
-        setattr(Recorded, _name, _operator(_name))
+        setattr(Recorded, _name, _recorded_operator(_name))
 Recorded.__hash__ = object.__hash__  # type: ignore[method-assign]
 
+# Functions whose result may share memory with their first argument.
 _VIEWS = {"view", "view_as", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "transpose", "permute", "t",
           "movedim", "select", "narrow", "__getitem__", "chunk", "split", "expand", "contiguous", "to",
           "detach"}  # fmt: skip
@@ -157,7 +162,7 @@ _VIEWS = {"view", "view_as", "reshape", "flatten", "unflatten", "squeeze", "unsq
 class Group:
     """Results of different steps that are computed together: `stack`, `[steps, ...]`, or `items`, one per step."""
 
-    stack: Any = None  # or tuples of stacks
+    stack: Any = None  # a tensor, or nested tuples of tensors
     items: Sequence[Any] | None = None
     requires_grad = False
     _meta: Any = None
@@ -168,11 +173,11 @@ class Group:
     def __len__(self) -> int:
         raise NotImplementedError
 
-    def is_known(self) -> bool:
+    def is_computed(self) -> bool:
         """Whether the values are computed."""
         return self.stack is not None or self.items is not None
 
-    def stacked(self) -> Any:
+    def as_stack(self) -> Any:
         """All members as one stack, made once."""
         if self.stack is None:
             assert self.items is not None
@@ -195,7 +200,7 @@ class Group:
 
     def gather(self, indices: Sequence[int]) -> Any:
         """The stack of these members."""
-        stack, first, count = self.stacked(), indices[0], len(indices)
+        stack, first, count = self.as_stack(), indices[0], len(indices)
         if first == 0 and count == len(self) and list(indices) == list(range(count)):
             return stack
         if list(indices) != list(range(first, first + count)):
@@ -218,7 +223,7 @@ class Group:
         raise NotImplementedError
 
 
-class Given(Group):
+class Existing(Group):
     """One value that exists already, such as the input of the model."""
 
     def __init__(self, value: Any) -> None:
@@ -231,20 +236,23 @@ class Given(Group):
 
     def make_meta(self) -> Any:
         assert self.items is not None
-        return _meta_of(self.items[0])
+        return _on_meta_device(self.items[0])
 
     def device(self) -> torch.device:
         assert self.items is not None
         return self.items[0].device  # type: ignore[no-any-return]
 
 
-def _meta_of(value: Any) -> Any:
+def _on_meta_device(value: Any) -> Any:
     """A tensor of this shape and type on the device "meta"; any other value as it is."""
     return torch.empty_like(value, device="meta") if isinstance(value, Tensor) else value
 
 
 class _Hole:
-    """Where an operation has its operand of this number, or, of the number None, an index that differs by step."""
+    """A placeholder in the arguments of an operation.
+
+    It stands for the operand of this number or, if the number is None, for an index that differs by step.
+    """
 
     def __init__(self, number: int | None) -> None:
         self.number = number
@@ -255,11 +263,11 @@ class Operation(Group):
 
     def __init__(self, function: Any, args: Any, kwargs: Any, operands: Sequence[Recorded], modes: _Modes) -> None:
         super().__init__()
-        function = operator.getitem if function is Tensor.__getitem__ else function  # also of tuples
+        function = operator.getitem if function is Tensor.__getitem__ else function  # takes tuples as well
         self.function, self.args, self.kwargs, self.modes = function, args, kwargs, modes
-        self.sources = [_used(each.group) for each in operands]
+        self.sources = [_mark_used(each.group) for each in operands]
         self.members: list[tuple[int, ...]] = []
-        self.indices: list[tuple[int, ...]] = []  # of getitem, by member
+        self.indices: list[tuple[int, ...]] = []  # for each member, the indices that getitem gets
         self.given = [each for each in _leaves((args, kwargs)) if isinstance(each, Tensor)]
         operands_and_given: list[Any] = [*self.sources, *self.given]
         self.requires_grad = modes[0] and any(each.requires_grad for each in operands_and_given)
@@ -267,12 +275,12 @@ class Operation(Group):
     def __len__(self) -> int:
         return len(self.members)
 
-    def needs(self) -> Sequence[Group]:
+    def required_groups(self) -> Sequence[Group]:
         """The groups that must be computed before this one."""
         return self.sources
 
-    def call(self, values: Sequence[Any], indices: tuple[int, ...] = ()) -> Any:
-        """Calls the function with these operands in the places of its holes, and these indices in the others."""
+    def call_function(self, values: Sequence[Any], indices: tuple[int, ...] = ()) -> Any:
+        """Calls the function, with these values in the holes for operands and these indices in the other holes."""
         left = iter(indices)
 
         def fill(each: Any) -> Any:
@@ -281,12 +289,12 @@ class Operation(Group):
                 return each
             return next(left) if each.number is None else values[each.number]
 
-        args, kwargs = _filled((self.args, self.kwargs), fill)
+        args, kwargs = _fill_holes((self.args, self.kwargs), fill)
         return self.function(*args, **kwargs)
 
     def run(self) -> None:
         """Computes all members in the modes of the call."""
-        with _under(self.modes):
+        with _in_modes(self.modes):
             self.compute()
 
     def compute(self) -> None:
@@ -294,45 +302,45 @@ class Operation(Group):
         count, columns = len(self), list(zip(*self.members, strict=True))
         varies = [len({*column}) > 1 for column in columns]
         if count == 1:
-            self.items = [self._one(0)]
+            self.items = [self._compute_one(0)]
         elif self.indices[0] and len({*self.indices}) > 1:
             if not any(varies):
-                self.stack = _selected(self.sources[0].item(columns[0][0]), self.args[1], self.indices)
+                self.stack = _select_steps(self.sources[0].item(columns[0][0]), self.args[1], self.indices)
             if self.stack is None:
-                self.items = [self._one(each) for each in range(count)]
+                self.items = [self._compute_one(each) for each in range(count)]
         elif not any(varies):
             with _Purity() as seen:  # type: ignore[no-untyped-call]
-                first = self._one(0)
+                first = self._compute_one(0)
             if seen.pure and all(isinstance(each, Tensor) for each in tree_flatten(first)[0]):
                 self.stack = tree_map(lambda each: each.expand(count, *each.shape), first)
-            else:  # as of random numbers, which differ by step
-                self.items = [first, *(self._one(each) for each in range(1, count))]
-        elif self._updates():
-            self.items = [self._one(each) for each in range(count)]
+            else:  # for example random numbers, which must differ by step
+                self.items = [first, *(self._compute_one(each) for each in range(1, count))]
+        elif self._updates_statistics():
+            self.items = [self._compute_one(each) for each in range(count)]
         else:
             try:
                 pairs = zip(self.sources, columns, varies, strict=True)
                 values = [source.gather(column) if each else source.item(column[0]) for source, column, each in pairs]
                 dims = tuple(0 if each else None for each in varies)
-                function = lambda *values: self.call(values, self.indices[0])  # noqa: E731
+                function = lambda *values: self.call_function(values, self.indices[0])  # noqa: E731
                 self.stack = torch.vmap(function, dims, randomness="different")(*values)
-            except Exception:  # no batching rule, or no tensors: an error of the function itself comes again
-                self.items = [self._one(each) for each in range(count)]
+            except Exception:  # no batching rule, or no tensors; the function's own errors are raised again below
+                self.items = [self._compute_one(each) for each in range(count)]
 
-    def _one(self, index: int) -> Any:
+    def _compute_one(self, index: int) -> Any:
         """Computes one member alone."""
         pairs = zip(self.sources, self.members[index], strict=True)
-        return self.call([source.item(each) for source, each in pairs], self.indices[index])
+        return self.call_function([source.item(each) for source, each in pairs], self.indices[index])
 
-    def _updates(self) -> bool:
+    def _updates_statistics(self) -> bool:
         """Whether each step updates running statistics."""
         return self.function is nn.functional.batch_norm and (self.args[5:6] or (self.kwargs.get("training"),))[0]
 
     def make_meta(self) -> Any:
         metas = [source.meta() for source in self.sources]
-        args, kwargs = tree_map(_meta_of, (self.args, self.kwargs))
+        args, kwargs = tree_map(_on_meta_device, (self.args, self.kwargs))
         whole = Operation(self.function, args, kwargs, (), self.modes)
-        return whole.call(metas, self.indices[0])
+        return whole.call_function(metas, self.indices[0])
 
     def device(self) -> torch.device:
         for each in _leaves((self.args, self.kwargs)):
@@ -362,20 +370,20 @@ def _leaves(value: Any) -> Iterator[Any]:
         yield value
 
 
-def _filled(value: Any, fill: Callable[[Any], Any]) -> Any:
+def _fill_holes(value: Any, fill: Callable[[Any], Any]) -> Any:
     """The value with fill(hole) for each hole: as tree_map, but also in slices, and not in named tuples of torch."""
     if isinstance(value, _Hole):
         return fill(value)
     if type(value) in (tuple, list):
-        return type(value)(_filled(each, fill) for each in value)
+        return type(value)(_fill_holes(each, fill) for each in value)
     if type(value) is dict:
-        return {name: _filled(each, fill) for name, each in value.items()}
+        return {name: _fill_holes(each, fill) for name, each in value.items()}
     if type(value) is slice:
-        return slice(*(_filled(each, fill) for each in (value.start, value.stop, value.step)))
+        return slice(*(_fill_holes(each, fill) for each in (value.start, value.stop, value.step)))
     return value
 
 
-def _selected(base: Tensor, index: Any, indices: Sequence[tuple[int, ...]]) -> Tensor | None:
+def _select_steps(base: Tensor, index: Any, indices: Sequence[tuple[int, ...]]) -> Tensor | None:
     """`base[index]` for one integer per step, stacked; None where that is no selection along a dimension."""
     index = index if isinstance(index, tuple) else (index,)
     rest: tuple[Any, ...] = ()
@@ -400,7 +408,7 @@ def _selected(base: Tensor, index: Any, indices: Sequence[tuple[int, ...]]) -> T
 
 
 class _Purity(TorchDispatchMode):
-    """Finds whether a call draws random numbers or changes anything."""
+    """Notes whether the functions called in it are pure: draw no random numbers and change nothing."""
 
     pure = True
 
@@ -416,7 +424,7 @@ class Result(Group):
     def __init__(self, chain: Chain, name: str) -> None:
         super().__init__()
         self.chain, self.name = chain, name
-        self.given: list[weakref.ref[Recorded]] = []
+        self.given: list[weakref.ref[Recorded]] = []  # the values that the model's code got, by step
         self.is_used = False
         self.requires_grad = True
 
@@ -439,32 +447,32 @@ class Result(Group):
             return self.chain.final[self.name]
         return super().item(index)
 
-    def is_known(self) -> bool:
+    def is_computed(self) -> bool:
         """Whether the chain has run; results that nothing asks for then have no values."""
         return self.chain.is_done
 
 
-def _used(group: Group) -> Group:
-    """Marks a result whose steps before the last one may be asked for; returns the group."""
+def _mark_used(group: Group) -> Group:
+    """Notes that a value of this group is used later, so that a `Result` keeps all its steps. Returns the group."""
     if isinstance(group, Result):
         group.is_used = True
     return group
 
 
 class Chain:
-    """Consecutive steps of one layer, each from the states that the one before left."""
+    """Consecutive steps of one layer, each of which starts from the states that the step before has left."""
 
     is_done = False
 
     def __init__(self, layer: Any, initial: dict[str, Any], modes: _Modes) -> None:
         self.layer, self.modes = layer, modes
-        self.initial = {name: _place(each) for name, each in initial.items()}
+        self.initial = {name: _as_place(each) for name, each in initial.items()}
         self.inputs: list[_Place] = []
-        self.mark = self._marked()
+        self.mark = self._values_beside_states()
         self.results = {name: Result(self, name) for name in (SPIKES, *initial)}
         self.final: dict[str, Any] = {}
 
-    def goes_on(self, states: dict[str, Any]) -> bool:
+    def is_continued_by(self, states: dict[str, Any]) -> bool:
         """Whether the states are those that the last step of the chain left."""
         last = len(self.inputs) - 1
         for name, state in states.items():
@@ -472,8 +480,8 @@ class Chain:
                 return False
         return True
 
-    def _marked(self) -> list[Any]:
-        """What the layer computes with beside its states: tensors, their versions, and numbers."""
+    def _values_beside_states(self) -> list[Any]:
+        """What the layer computes with besides its states: ids and versions of its tensors, and numbers."""
         mark: list[Any] = []
         for module in self.layer.modules():
             mark += [value for name, value in vars(module).items() if name[0] != "_" and type(value) in _NUMBERS]
@@ -482,16 +490,17 @@ class Chain:
                     mark += (id(tensor), 0 if tensor.is_inference() else tensor._version)
         return mark
 
-    def needs(self) -> list[Group]:
+    def required_groups(self) -> list[Group]:
         """The groups that must be computed before the chain runs."""
         return [each.group for each in (*self.inputs, *self.initial.values()) if isinstance(each, _Place)]
 
     def run(self) -> None:
         """Computes all steps of the layer at once."""
-        if self.mark != self._marked():
+        if self.mark != self._values_beside_states():
             raise RuntimeError(
                 f"{_CALLER}: with sequences, all steps of a {type(self.layer).original.__name__} are "
-                "computed at once, but the model's code changes its parameters or attributes between steps"
+                "computed at once, but the model's code changes its parameters or attributes between steps; use "
+                "asgl_cuda.convert(model) without sequences, which computes step by step"
             )
         groups = {each.group for each in self.inputs}
         if len(groups) > 1:
@@ -502,66 +511,68 @@ class Chain:
             name: each.group.item(each.at) if isinstance(each, _Place) else each for name, each in self.initial.items()
         }
         wanted = {name for name, each in self.results.items() if each.is_wanted()}
-        layer, kept = self.layer, self.layer.recorded_states()
+        layer, kept = self.layer, self.layer.carried_states()
         for name in kept:
-            layer.keep_state(name, initial[name])
+            layer.set_state(name, initial[name])
         try:
-            with _under(self.modes):
-                found, self.final = layer.steps_from(x_seq, initial, wanted)
-            self.final |= layer.recorded_states()
+            with _in_modes(self.modes):
+                found, self.final = layer.compute_steps(x_seq, initial, wanted)
+            self.final |= layer.carried_states()
         finally:
-            for name, state in kept.items():  # of a later step, or of a reset behind the loop
-                layer.keep_state(name, state)
+            for name, state in kept.items():  # those of a later step, or of a reset after the loop
+                layer.set_state(name, state)
         for name, stack in found.items():
             self.results[name].stack = stack
         self.is_done = True
 
-    def keep_states(self) -> None:
+    def store_final_states(self) -> None:
         """Gives the layer its states, as the loop left them."""
-        for name, state in self.layer.recorded_states().items():
+        for name, state in self.layer.carried_states().items():
             if type(state) is Recorded:
-                is_last = self.goes_on({name: state}) and name in self.final
-                self.layer.keep_state(name, self.final[name] if is_last else state.value("").clone())
+                is_last = self.is_continued_by({name: state}) and name in self.final
+                self.layer.set_state(name, self.final[name] if is_last else state.value("").clone())
 
 
 _NUMBERS = (bool, int, float, str)
-SPIKES = "spikes"  # a chain's result beside its states
+SPIKES = "spikes"  # name of the result of a chain that is no state
 
 
 class _Place(NamedTuple):
+    """A member of a group."""
+
     group: Group
     at: int
 
 
-def _place(value: Any) -> Any:
+def _as_place(value: Any) -> Any:
     """A recorded value as group and index, to be used later; any other value as it is."""
-    return _Place(_used(value.group), value.index) if type(value) is Recorded else value
+    return _Place(_mark_used(value.group), value.index) if type(value) is Recorded else value
 
 
 # ---- recording ----
 
 
 class Recording:
-    """What the code of a loop called, until its end: ``with recording: ...``."""
+    """Records what the code in ``with recording: ...`` calls, and computes it."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.operations: dict[Any, Operation] = {}
-        self.chains: dict[nn.Module, Chain] = {}  # the last of each layer
-        self.earlier: list[Chain] = []
+        self.chains: dict[nn.Module, Chain] = {}  # the current one of each layer
+        self.earlier: list[Chain] = []  # those that are complete
         self.effects: list[Operation] = []  # changes of tensors that exist already, in order
-        self.givens: dict[int, Given] = {}
-        self.read: set[int] = set()  # storages that operations read, and that effects write
-        self.written: set[int] = set()
+        self.existing: dict[int, Existing] = {}
+        self.read: set[int] = set()  # storages of existing tensors that recorded operations read
+        self.written: set[int] = set()  # those that effects will change
         self.is_running = False
-        self.checkpoint = checkpoint()
-        self.asked = ""
+        self.checkpoint = current_checkpoint()
+        self.asked = ""  # the function that needs a value, for errors
         self.waiting: list[tuple[Group, int, Callable[[Any], object]]] = []
-        self.calls: dict[nn.Module, int] = {}  # steps of each layer
-        self.before: dict[Any, dict[str, Any]] = {}  # states of layers
+        self.calls: dict[nn.Module, int] = {}  # number of recorded steps of each layer
+        self.before: dict[Any, dict[str, Any]] = {}  # states of layers before their first step
 
     def __enter__(self) -> Recording:
-        self._outer, self._mode = recording(), cast("Any", _Mode(self))
+        self._outer, self._mode = current_recording(), cast("Any", _Mode(self))
         _local.recording = self
         self._mode.__enter__()
         return self
@@ -570,83 +581,83 @@ class Recording:
         self._mode.__exit__(*error)
         _local.recording = self._outer
         self._mode = None
-        if error[0] is not None:  # layers keep no values that nothing will compute
+        if error[0] is not None:  # nothing will compute the recorded states: restore those before
             for layer, states in self.before.items():
                 for name, state in states.items():
-                    layer.keep_state(name, state)
-        for chain in (*self.earlier, *self.chains.values()):  # no reference cycle, which would keep tensors
+                    layer.set_state(name, state)
+        for chain in (*self.earlier, *self.chains.values()):  # breaks reference cycles, which would keep tensors alive
             chain.results.clear()
 
-    def given(self, value: Tensor) -> Recorded:
+    def as_operand(self, value: Tensor) -> Recorded:
         """A tensor that exists, as an operand."""
-        return Recorded(self, self.givens.setdefault(id(value), Given(value)), 0)
+        return Recorded(self, self.existing.setdefault(id(value), Existing(value)), 0)
 
-    def call(self, function: Any, *args: Any, **kwargs: Any) -> Any:
+    def record_call(self, function: Any, *args: Any, **kwargs: Any) -> Any:
         """Records the call of a function of torch."""
-        if self.is_running or recording() is not self:
+        if self.is_running or current_recording() is not self:
             return Recorded.__torch_function__(function, (), args, kwargs)
         if function in _LIKE:
             return function(args[0].group.meta(), *args[1:], **{"device": args[0].device, **kwargs})
-        if not torch.is_grad_enabled() and in_function():
+        if not torch.is_grad_enabled() and is_in_function_forward():
             raise RuntimeError(
                 f"{_CALLER}: with sequences, a torch.autograd.Function gets values of steps that are computed later, "
                 f"in {function.__name__}, and would lose their gradients; if the function belongs to neurons of your "
-                "own, replace these by the argument layers of asgl_cuda.convert"
+                "own, replace these neurons with the argument layers of asgl_cuda.convert"
             )
         reads = function in (torch.stack, torch.Tensor.__getitem__)  # frequent, and never in place
-        changed = None if reads else _out_of_place(function, args, kwargs)
+        changed = None if reads else _out_of_place_call(function, args, kwargs)
         if not changed:
-            return self._record(function, args, kwargs)
+            return self._record_operation(function, args, kwargs)
         target = args[0]
         if type(target) is Recorded:
             function, args, kwargs, name = changed
-            if refusal := _refusal(target, name, function is not None):
+            if refusal := _in_place_refusal(target, name, function is not None):
                 raise RuntimeError(f"{_CALLER}: with sequences, {refusal}")
-            made = self._record(function, args, kwargs)
+            made = self._record_operation(function, args, kwargs)
             target.group, target.index = made.group, made.index
         else:
-            self._write(function, args, kwargs)
+            self._record_write(function, args, kwargs)
         return target
 
-    def _write(self, function: Any, args: Any, kwargs: Any) -> None:
-        """Records a change of a tensor that exists."""
-        storage = _storage(args[0])
+    def _record_write(self, function: Any, args: Any, kwargs: Any) -> None:
+        """Records a change of an existing tensor. What was recorded before and reads the tensor is computed first."""
+        storage = _storage_id(args[0])
         if storage in self.read:
-            self.flush(function.__name__)
+            self.compute_all(function.__name__)
         self.written.add(storage)
-        self._record(function, args, kwargs, merge=False)
+        self._record_operation(function, args, kwargs, merge=False)
 
-    def _record(self, function: Any, args: Any, kwargs: Any, merge: bool = True) -> Recorded:
-        """Records a call: with `merge` as a member of the operation that has the same call in other steps."""
+    def _record_operation(self, function: Any, args: Any, kwargs: Any, merge: bool = True) -> Recorded:
+        """Records a call. With `merge`, it joins the operation of the same call in other steps, if there is one."""
         operands: list[Recorded] = []
         indices: list[int] = []
-        modes = _modes()
+        modes = _current_modes()
         key: list[Any] = [function, modes]
         if function is Tensor.__getitem__ and type(args[0]) is Recorded:
-            _scan(args[0], key, operands, None)
-            _scan(args[1], key, operands, indices)
+            _scan_argument(args[0], key, operands, None)
+            _scan_argument(args[1], key, operands, indices)
             steps = args[0].group
-            if isinstance(steps, Given) and type(args[1]) is int and not -len(args[0]) <= args[1] < len(args[0]):
+            if isinstance(steps, Existing) and type(args[1]) is int and not -len(args[0]) <= args[1] < len(args[0]):
                 raise IndexError(f"index {args[1]} is out of bounds for dimension 0 with size {len(args[0])}")
         else:
             for each in args:
-                _scan(each, key, operands, None)
+                _scan_argument(each, key, operands, None)
             if kwargs:
-                _scan(kwargs, key, operands, None)
+                _scan_argument(kwargs, key, operands, None)
         made = self.operations.get(place := tuple(key)) if merge else None
-        if made is None or made.is_known():
-            if checkpoint() is not self.checkpoint:
+        if made is None or made.is_computed():
+            if current_checkpoint() is not self.checkpoint:
                 raise RuntimeError(
                     f"{_CALLER}: with sequences, steps are computed after the model's code has run, so that a "
                     "torch.utils.checkpoint inside of the model saves no memory; put the checkpoint around the model"
                 )
             numbers = itertools.count()
             takes_indices = bool(indices)
-            args, kwargs = (_emptied(each, numbers, takes_indices) for each in (args, kwargs))
+            args, kwargs = (_with_holes(each, numbers, takes_indices) for each in (args, kwargs))
             groups = {each.group for each in operands}
             kind = Stacked if function is torch.stack and len(groups) == 1 and len(operands) > 1 else Operation
             made = kind(function, args, kwargs, operands, modes)
-            self.read |= {_storage(each) for each in made.given[not merge :]}  # without the tensor that it changes
+            self.read |= {_storage_id(each) for each in made.given[not merge :]}  # not what an effect changes
             if merge:
                 self.operations[place] = made
             else:
@@ -662,72 +673,73 @@ class Recording:
             found.shared = base.shared
         return found
 
-    def step(self, layer: Any, x: Any, states: dict[str, Any]) -> dict[str, Recorded]:
+    def add_layer_step(self, layer: Any, x: Any, states: dict[str, Any]) -> dict[str, Recorded]:
         """Records a step of a layer from these states. Returns the spikes and the states after it, by name."""
-        modes = _modes()
+        modes = _current_modes()
         self.calls[layer] = self.calls.get(layer, 0) + 1
         if layer not in self.before:
-            self.before[layer] = layer.recorded_states()
+            self.before[layer] = layer.carried_states()
         chain = self.chains.get(layer)
-        if chain is None or not chain.goes_on(states) or chain.modes != modes or chain.is_done:
+        if chain is None or not chain.is_continued_by(states) or chain.modes != modes or chain.is_done:
             if chain is not None:
-                if chain.is_done and chain.goes_on(states):
+                if chain.is_done and chain.is_continued_by(states):
                     example = ", as in `if spk.sum() > 0`" if self.asked == "__bool__" else ""
+                    name = self.layer_name(layer)
                     raise RuntimeError(
-                        f"{_CALLER}: with sequences, all steps of {self.name(layer)} are computed at once, after the "
-                        "model's code has run, but between two steps this code needs a value that depends on the "
-                        f"layer's output ({self.asked}{example}); remove that, or use asgl_cuda.convert(model) without "
-                        "sequences, which computes step by step"
+                        f"{_CALLER}: with sequences, all steps of {name} are computed at once, after the model's code "
+                        "has run, but between two steps this code needs a value that depends on the layer's output "
+                        f"({self.asked}{example}); remove that, or use asgl_cuda.convert(model) without sequences, "
+                        "which computes step by step"
                     )
                 self.earlier.append(chain)
             chain = self.chains[layer] = Chain(layer, states, modes)
-        chain.inputs.append(_place(x if type(x) is Recorded else self.given(x)))
+        chain.inputs.append(_as_place(x if type(x) is Recorded else self.as_operand(x)))
         found = {}
         for name, result in chain.results.items():
             found[name] = Recorded(self, result, len(chain.inputs) - 1)
             result.given.append(weakref.ref(found[name]))
         return found
 
-    def name(self, layer: nn.Module) -> str:
+    def layer_name(self, layer: nn.Module) -> str:
         """The layer in errors: its path and its class."""
         path = next((path for path, module in self.model.named_modules() if module is layer), "")
         return f"{path or '(the model)'} ({getattr(type(layer), 'original', type(layer)).__name__})"
 
     # ---- computing ----
 
-    def value(self, recorded: Recorded, use: str) -> Any:
-        """Computes a recorded value, which `use` needs."""
+    def value_of(self, recorded: Recorded, use: str) -> Any:
+        """Computes and returns a recorded value. `use` names the function that needs it, for errors."""
         self.asked = use
-        self._run(recorded.group)
+        self._compute(recorded.group)
         return recorded.group.item(recorded.index)
 
-    def flush(self, use: str) -> None:
-        """Computes all that is recorded."""
+    def compute_all(self, use: str) -> None:
+        """Computes all that is recorded. `use` names the function that needs it, for errors."""
         self.asked = use
-        self._run(*self.operations.values())
-        self._finish()
+        self._compute(*self.operations.values())
+        self._run_effects_and_chains()
 
-    def _finish(self) -> None:
-        """Runs all that changes something: effects and chains."""
+    def _run_effects_and_chains(self) -> None:
+        """Runs what changes tensors or layers: effects and chains."""
         for effect in self.effects:
-            self._run(effect)
+            self._compute(effect)
         self.effects.clear()
         for chain in (*self.earlier, *self.chains.values()):
-            self._run(chain)
+            self._compute(chain)
         self.read.clear()
         self.written.clear()
 
-    def end(self, output: Any) -> Any:
-        """Computes what was recorded, stores the layers' states, and returns the output with tensors for `Recorded`."""
+    def compute_output(self, output: Any) -> Any:
+        """Computes what was recorded, stores the states of layers, and returns the output with its values computed."""
         for each in _leaves(output):
             if type(each) is Recorded and isinstance(each.group, Result):
                 each.group.is_used = True
-        self._finish()
+        self._run_effects_and_chains()
         for group, index, function in self.waiting:
-            self._run(group)
+            self._compute(group)
             function(group.item(index))
         for chain in self.chains.values():
-            chain.keep_states()
+            chain.store_final_states()
         for module in self.model.modules():
             for values in (vars(module), *vars(module).values()):
                 if isinstance(values, (dict, list)):
@@ -736,58 +748,66 @@ class Recording:
                         values[name] = each.value("")
         return tree_map_only(Recorded, lambda each: each.value("the model's output"), output)
 
-    def stack(self, outputs: Sequence[Any]) -> Any:
-        """The outputs of all steps, one call each, stacked."""
+    def stack_outputs(self, outputs: Sequence[Any]) -> Any:
+        """Stacks the outputs of calls that were one step each."""
         leaves, (spec, *others) = zip(*map(tree_flatten, outputs), strict=True)
         if any(each != spec for each in others):
-            raise RuntimeError(f"{_CALLER}: with sequences, a model must return the same structure in each step")
-        return tree_unflatten([self._stacked(each) for each in zip(*leaves, strict=True)], spec)
+            raise RuntimeError(
+                f"{_CALLER}: with sequences, a model must return the same structure in each step, for example "
+                "tuples of the same length or dicts with the same keys"
+            )
+        return tree_unflatten([self._stack_output(each) for each in zip(*leaves, strict=True)], spec)
 
-    def _stacked(self, values: tuple[Any, ...]) -> Any:
-        """One output of all steps, stacked, recorded if any step's is."""
+    def _stack_output(self, values: tuple[Any, ...]) -> Any:
+        """Stacks one output of all steps; the stack is recorded if any of the outputs is."""
         if all(each is None for each in values):
             return None
         if not all(isinstance(each, (Recorded, Tensor)) for each in values):
             names = sorted({type(each).__name__ for each in values})
             raise TypeError(
-                f"{_CALLER}: with sequences, a model must return tensors in each step, got {', '.join(names)}"
+                f"{_CALLER}: with sequences, a model must return tensors in each step, or None in every step, got "
+                f"{', '.join(names)}"
             )
         some = any(type(each) is Recorded for each in values)
-        return self.call(torch.stack, list(values)) if some else torch.stack(values)
+        return self.record_call(torch.stack, list(values)) if some else torch.stack(values)
 
     def pass_through(self, function: Any, args: Any, kwargs: Any) -> Any:
         """Calls a function of tensors that exist, after what is recorded of the tensors that it reads or changes."""
         name = function.__name__
         if self.written and name not in _ABOUT and name != "__get__":
             tensors = (each for each in _leaves((args, kwargs)) if isinstance(each, Tensor))
-            if any(_storage(each) in self.written for each in tensors):
-                self.flush(name)
-        if self.read and _out_of_place(function, args, kwargs) and _storage(args[0]) in self.read:
-            self.flush(name)
+            if any(_storage_id(each) in self.written for each in tensors):
+                self.compute_all(name)
+        if self.read and _out_of_place_call(function, args, kwargs) and _storage_id(args[0]) in self.read:
+            self.compute_all(name)
         return function(*args, **kwargs)
 
-    def _run(self, *wanted: Any) -> None:
+    def _compute(self, *wanted: Any) -> None:
         """Computes these groups and chains, and what they need."""
-        if self.is_running:  # called by code inside of an operation
+        if self.is_running:  # called inside of an operation that is being computed
             return
         self.is_running = True
         try:
             for each in wanted:
-                self._run_one(each)
+                self._compute_in_order(each)
         finally:
             self.is_running = False
 
-    def _run_one(self, wanted: Any) -> None:
+    def _compute_in_order(self, wanted: Any) -> None:
         """Computes a group or chain after all that it needs, without recursion; a cycle is an error."""
-        todo, opened = [_unit(wanted)], set()  # a path, with branches not taken yet
+        todo, opened = [_computing_unit(wanted)], set()  # the path to the current unit, and units that wait
         while todo:
             unit = todo[-1]
-            missing = [] if _is_known(unit) else [_unit(each) for each in unit.needs() if not each.is_known()]
+            missing = (
+                []
+                if _is_computed(unit)
+                else [_computing_unit(each) for each in unit.required_groups() if not each.is_computed()]
+            )
             if missing:
                 opened.add(unit)
                 if again := next((each for each in missing if each in opened), None):
                     path = [each for each in todo[todo.index(again) :] if each in opened]
-                    names = " and ".join(self.name(each.layer) for each in path if isinstance(each, Chain))
+                    names = " and ".join(self.layer_name(each.layer) for each in path if isinstance(each, Chain))
                     raise RuntimeError(
                         f"{_CALLER}: with sequences, all steps of a layer are computed at once, but what {names} emits "
                         "in a step returns to its input in a later step; use asgl_cuda.convert(model) without "
@@ -796,22 +816,22 @@ class Recording:
                 todo += dict.fromkeys(missing)
                 continue
             todo.pop()
-            if not _is_known(unit):
+            if not _is_computed(unit):
                 unit.run()
 
 
-def _unit(group: Any) -> Any:
+def _computing_unit(group: Any) -> Any:
     """The object that computes a group: the chain of a result, or the group itself."""
     return group.chain if isinstance(group, Result) else group
 
 
-def _is_known(unit: Any) -> bool:
+def _is_computed(unit: Any) -> bool:
     """Whether a group or chain is computed."""
-    return unit.is_done if isinstance(unit, Chain) else unit.is_known()
+    return unit.is_done if isinstance(unit, Chain) else unit.is_computed()
 
 
 class _Mode(TorchFunctionMode):
-    """Sees the calls of torch's functions in a recording."""
+    """Passes all calls of torch's functions in a recording to it."""
 
     def __init__(self, of: Recording) -> None:
         super().__init__()
@@ -821,30 +841,33 @@ class _Mode(TorchFunctionMode):
         if self.of.is_running:
             return function(*args, **(kwargs or {}))
         if Recorded in types:
-            return self.of.call(function, *args, **(kwargs or {}))
+            return self.of.record_call(function, *args, **(kwargs or {}))
         return self.of.pass_through(function, args, kwargs or {})
 
 
-def _scan(value: Any, key: list[Any], operands: list[Recorded], indices: list[int] | None) -> None:
-    """Adds what tells operations apart to `key`, recorded values to `operands`, and integers to `indices` if given."""
+def _scan_argument(value: Any, key: list[Any], operands: list[Recorded], indices: list[int] | None) -> None:
+    """Adds an argument to the `key` by which equal calls are found.
+
+    Recorded values in it are also added to `operands`, and integers to `indices` if that is a list.
+    """
     kind = type(value)
     if kind is Recorded:
         operands.append(value)
-        key.append(-value.group.serial)  # an id of a tensor is positive
+        key.append(-value.group.serial)  # negative, because ids of tensors are positive
     elif isinstance(value, Tensor):
         key.append(id(value))
     elif kind in (tuple, list) or isinstance(value, (tuple, list)):
         key.append((kind, len(value)))
         for each in value:
-            _scan(each, key, operands, indices)
+            _scan_argument(each, key, operands, indices)
     elif kind is dict:
         key.append((dict, *value))
         for each in value.values():
-            _scan(each, key, operands, None)
+            _scan_argument(each, key, operands, None)
     elif kind is slice:
         key.append(slice)
         for each in (value.start, value.stop, value.step):
-            _scan(each, key, operands, None)
+            _scan_argument(each, key, operands, None)
     elif kind is int and indices is not None:
         indices.append(value)
         key.append(_Hole)
@@ -852,31 +875,31 @@ def _scan(value: Any, key: list[Any], operands: list[Recorded], indices: list[in
         key.append((kind, id(value) if kind.__hash__ is None else value))
 
 
-def _emptied(value: Any, numbers: Iterator[int], takes_indices: bool, inside: bool = False) -> Any:
-    """The value with holes for operands, and for indices in the last argument of getitem."""
+def _with_holes(value: Any, numbers: Iterator[int], takes_indices: bool, inside: bool = False) -> Any:
+    """An argument with holes in the places of operands, and of the indices of getitem if it `takes_indices`."""
     kind = type(value)
     if kind is Recorded:
         return _Hole(next(numbers))
     if kind in (tuple, list) or isinstance(value, (tuple, list)):
-        made = [_emptied(each, numbers, takes_indices, True) for each in value]
+        made = [_with_holes(each, numbers, takes_indices, True) for each in value]
         return made if isinstance(value, list) else tuple(made)
     if kind is dict:
-        return {name: _emptied(each, numbers, False) for name, each in value.items()}
+        return {name: _with_holes(each, numbers, False) for name, each in value.items()}
     if kind is slice:
-        return slice(*(_emptied(each, numbers, False) for each in (value.start, value.stop, value.step)))
+        return slice(*(_with_holes(each, numbers, False) for each in (value.start, value.stop, value.step)))
     return _Hole(None) if kind is int and takes_indices and inside else value
 
 
-def _storage(tensor: Tensor) -> int:
-    """What identifies the memory of a tensor."""
+def _storage_id(tensor: Tensor) -> int:
+    """An id of the memory of a tensor, equal for views of the same memory."""
     try:
         return int(tensor.untyped_storage()._cdata)
     except (NotImplementedError, RuntimeError):  # a tensor of torch.func, or a sparse one, has no storage
         return id(tensor)
 
 
-def _refusal(target: Recorded, name: str, has_plain: bool) -> str:
-    """Why this function can't change the value in place, and what to do instead; "" if it can."""
+def _in_place_refusal(target: Recorded, name: str, has_plain: bool) -> str:
+    """Why the function `name` can't change `target` in place, and what to do instead; "" if it can."""
     views = target.shared or ()
     if not has_plain:
         called = "`tensor[...] = value`" if name == "__setitem__" else name
@@ -884,7 +907,7 @@ def _refusal(target: Recorded, name: str, has_plain: bool) -> str:
             f"{called} on a tensor that the model's forward gets or computes can't be recorded; use a function that "
             "returns a new tensor, as torch.where or masked_fill, or asgl_cuda.convert(model) without sequences"
         )
-    if any(isinstance(each.group, Given) for each in (target, *views)):
+    if any(isinstance(each.group, Existing) for each in (target, *views)):
         plain = "an operator that does not assign, as x + 1" if name[:2] == "__" else name.removesuffix("_")
         plain = plain if name[-1] == "_" else f"{name} with inplace=False"
         return f"{name} can't change the model's input, or a part of it, in place; change x.clone(), or use {plain}"
@@ -897,8 +920,12 @@ def _refusal(target: Recorded, name: str, has_plain: bool) -> str:
 
 
 @functools.cache
-def _kind_of_change(function: Any) -> tuple[Any, str, int | None] | None:
-    """For a function that changes its first argument, one that does not; or where it is told to."""
+def _in_place_form(function: Any) -> tuple[Any, str, int | None] | None:
+    """How a function changes its first argument: a function that computes the same without, the name, and None.
+
+    For a function with an argument `inplace`: the function, its name, and the position of that argument. None for a
+    function that changes nothing.
+    """
     name = function.__name__
     if name == "__setitem__":
         return None, name, None
@@ -917,9 +944,9 @@ def _kind_of_change(function: Any) -> tuple[Any, str, int | None] | None:
     return (function, name, names.index("inplace")) if "inplace" in names else None
 
 
-def _out_of_place(function: Any, args: Any, kwargs: Any) -> Any:
-    """The call without its change in place: function, arguments and name. None for a call that changes nothing."""
-    kind = _kind_of_change(function)
+def _out_of_place_call(function: Any, args: Any, kwargs: Any) -> Any:
+    """The same call without a change in place: function, arguments and name. None if it changes nothing anyway."""
+    kind = _in_place_form(function)
     if kind is None:
         return None
     plain, name, place = kind

@@ -10,28 +10,29 @@ from torch import Tensor, nn
 from ..checks import HALF_TYPES
 from ..neurons.deferred import tensor_of
 from ..neurons.recurrent_lif import RecurrentLIFOutput, recurrent_lif
-from .converted import HOOKS, Converted, as_floating, bare_class, number
+from .converted import HOOKS, Converted, as_floating, bare_class, float_if_scalar
 
 
 class Recurrent(Converted):
-    """A layer whose sequences `asgl_cuda.recurrent_lif` computes; the library's own weights stay where they are."""
+    """A converted layer whose sequences `asgl_cuda.recurrent_lif` computes, with the library's own weights."""
 
-    takes_input = False
+    takes_input_directly = False
 
-    def steps_as_before(self) -> bool:
-        """Whether to run the library's own step, which takes 0.6 times a kernel's call."""
-        return self.is_plain()
+    def prefers_original_step(self) -> bool:
+        """Whether to run the library's own step, which takes 0.6 of the time of a kernel's call."""
+        return self.can_run_original()
 
     def recurrent_lif(self, x_seq: Tensor, weight: Tensor, gain: Any = 1.0, **options: Any) -> RecurrentLIFOutput:
-        """The function with the layer's surrogate and noise, for `[T, ..., N]`, or `[B, T, N]` with time_dim=1.
+        """`asgl_cuda.recurrent_lif` with the layer's surrogate and noise. The input may be `[T, ..., N]`.
 
-        If the `gain` of the current after the synapse is a tensor, the input of the synapse is scaled instead.
+        `gain` is a factor on the current after the synapse. A tensor is applied to the input of the synapse instead,
+        because `recurrent_lif` takes only a number.
         """
-        self.check()
+        self.check_unchanged()
         x_seq, dtype = as_floating(tensor_of(x_seq, bare_class(self).__name__)), self.settings.dtype
         if dtype is not None and x_seq.dtype in HALF_TYPES:
             x_seq = x_seq.to(dtype)
-        gain = number(gain)
+        gain = float_if_scalar(gain)
         is_number = isinstance(gain, float)
         if not is_number:
             x_seq, weight = x_seq * gain, weight * (gain.unsqueeze(-1) if gain.dim() and weight.dim() > 1 else gain)
@@ -42,13 +43,13 @@ class Recurrent(Converted):
             count = weight.shape[-1]
             x_seq = x_seq.reshape(shape[0], -1, count)
             options |= {name: options[name].reshape(-1, count) for name in states if options.get(name) is not None}
-        options = {**self._all_options(x_seq, options), "input_gain": gain if is_number else 1.0}
+        options = {**self._lif_options(x_seq, options), "input_gain": gain if is_number else 1.0}
         output = recurrent_lif(x_seq, weight, **options)
         assert isinstance(output, RecurrentLIFOutput)
         if len(shape) != 3:
             whole = {}
             for name, each in output._asdict().items():
-                if each is not None:  # states must not be views, because detach_() refuses views
+                if each is not None:  # clone: detach_() refuses views
                     each = each.reshape(shape) if name.endswith("_seq") else each.reshape(shape[1:]).clone()
                 whole[name] = each
             output = RecurrentLIFOutput(**whole)
@@ -57,18 +58,18 @@ class Recurrent(Converted):
         return output if dtype is None else output._replace(s_seq=output.s_seq.to(dtype))
 
 
-def currents(
+def synaptic_inputs(
     x_seq: Tensor, s_seq: Tensor, s_init: Tensor | None, weight: Tensor, bias: Tensor | None = None, time_dim: int = 0
 ) -> Tensor:
-    """What enters the synapses in each step of `recurrent_lif`, for layers that return their current."""
+    """The inputs of the synapses in all steps of `recurrent_lif`, to compute the currents that some layers return."""
     first = torch.zeros_like(s_seq.select(time_dim, 0)) if s_init is None else s_init
     before = torch.cat([first.unsqueeze(time_dim), s_seq.narrow(time_dim, 0, s_seq.shape[time_dim] - 1)], time_dim)
     x_seq = x_seq if bias is None else x_seq + bias
     return x_seq + (before * weight if weight.dim() == 1 else nn.functional.linear(before, weight))
 
 
-def lacking(feedback: nn.Module, known: tuple[type[nn.Module], ...] = (nn.Linear,)) -> str | None:
-    """Why spikes that return through this module are not those times a weight, as they are in `known`, or None."""
+def feedback_reason(feedback: nn.Module, known: tuple[type[nn.Module], ...] = (nn.Linear,)) -> str | None:
+    """Why spikes can't return through `feedback`: it does more than the classes in `known`, or has hooks. Or None."""
     name = bare_class(feedback).__name__
     if "forward" in vars(feedback) or type(feedback).forward not in [each.forward for each in known]:
         return f"its spikes return through a {name}; a Linear can be converted"

@@ -13,19 +13,26 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..checks import shown
+from ..checks import format_value
 
 _KEPT = "_asgl_cuda_replaced"  # attribute of a layer that holds the module that it has replaced
 
 
-def made_for(
+def make_replacements(
     model: nn.Module, layers: Mapping[type[nn.Module], Callable[[Any], Any]] | None, caller: str
 ) -> dict[nn.Module, tuple[nn.Module | None, str]]:
-    """The layers for a model's modules, with descriptions; None for a module to leave. Does not change the model."""
-    layers = _checked(layers, caller)
+    """Makes the new layers, without changing the model.
+
+    Returns a pair for each module whose class is in `layers`: the new layer and its description or, for a module that
+    is left, None and the reason.
+    """
+    layers = _checked_layers(layers, caller)
     if type(model) in layers:
         name = type(model).__name__
-        raise ValueError(f"{caller}: layers can only replace modules inside of model, got a {name} as model")
+        raise ValueError(
+            f"{caller}: layers can only replace modules inside of model, got a {name} as model; pass "
+            "torch.nn.Sequential(model)"
+        )
     found: dict[nn.Module, tuple[nn.Module | None, str]] = {}
     inside: list[str] = []  # path prefixes of modules that are replaced as a whole
     for path, module in model.named_modules(remove_duplicate=False):
@@ -34,38 +41,40 @@ def made_for(
         inside.append(f"{path}.")
         if module in found:
             continue
-        layer, text = _made(module, layers[type(module)], f"{caller}: layers, for {path}")
+        layer, text = _make_replacement(module, layers[type(module)], f"{caller}: layers, for {path}")
         if layer is not None and any(layer is each for each, _ in found.values()):
             raise ValueError(f"{caller}: layers, for {path}: must return a new layer for each module, got one twice")
         found[module] = layer, text
     return found
 
 
-def _checked(layers: Any, caller: str) -> Mapping[type[nn.Module], Callable[[Any], Any]]:
-    """The argument `layers`, checked."""
+def _checked_layers(layers: Any, caller: str) -> Mapping[type[nn.Module], Callable[[Any], Any]]:
+    """Checks the argument `layers` of `convert`; {} for None."""
     if layers is None:
         return {}
     if not isinstance(layers, Mapping):
-        raise TypeError(f"{caller}: layers must be a mapping such as {{TheirLIF: make}}, got {shown(layers)}")
+        raise TypeError(f"{caller}: layers must be a mapping such as {{TheirLIF: make}}, got {format_value(layers)}")
     for kind, make in layers.items():
         if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
-            raise TypeError(f"{caller}: keys of layers must be subclasses of torch.nn.Module, got {shown(kind)}")
+            raise TypeError(f"{caller}: keys of layers must be subclasses of torch.nn.Module, got {format_value(kind)}")
         if not callable(make):
-            raise TypeError(f"{caller}: layers[{kind.__name__}] must be a function of a module, got {shown(make)}")
+            raise TypeError(
+                f"{caller}: layers[{kind.__name__}] must be a function of a module, got {format_value(make)}"
+            )
     return layers
 
 
-def _made(module: nn.Module, make: Callable[[Any], Any], where: str) -> tuple[nn.Module | None, str]:
+def _make_replacement(module: nn.Module, make: Callable[[Any], Any], where: str) -> tuple[nn.Module | None, str]:
     """The user's replacement for a module and its description; None and the reason to leave the module."""
     name = type(module).__name__
     try:
         layer = make(module)
     except Exception as error:  # functions of users may raise anything
-        raise RuntimeError(f"{where} ({name}): {type(error).__name__}: {error}") from error
+        raise RuntimeError(f"{where} ({name}): its function raised {type(error).__name__}: {error}") from error
     if layer is None:
         return None, f"layers[{name}] returned None"
     if not isinstance(layer, nn.Module) or layer is module:
-        given = "the module itself" if layer is module else shown(layer)
+        given = "the module itself" if layer is module else format_value(layer)
         raise TypeError(f"{where} ({name}): must return another torch.nn.Module or None, got {given}")
     try:
         lacking = layer.load_state_dict(module.state_dict(), strict=False).unexpected_keys
@@ -76,14 +85,14 @@ def _made(module: nn.Module, make: Callable[[Any], Any], where: str) -> tuple[nn
     return layer, f"{type(layer).__name__}{', which has no ' if lacking else ''}{', '.join(lacking)}"
 
 
-def replace(model: nn.Module, module: nn.Module, layer: nn.Module) -> None:
-    """Puts the layer in the module's places, and keeps the module."""
-    _place(model, module, layer)
+def replace_module(model: nn.Module, module: nn.Module, layer: nn.Module) -> None:
+    """Puts the layer in the module's place under all paths, and keeps the module for `revert`."""
+    _put_in_place_of(model, module, layer)
     layer.__dict__[_KEPT] = module
 
 
-def _place(model: nn.Module, module: nn.Module, layer: nn.Module) -> None:
-    """Puts the layer in all places of the module."""
+def _put_in_place_of(model: nn.Module, module: nn.Module, layer: nn.Module) -> None:
+    """Makes the layer a child of each parent of the module, instead of the module."""
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             if child is module:
@@ -91,15 +100,18 @@ def _place(model: nn.Module, module: nn.Module, layer: nn.Module) -> None:
     layer.train(module.training)
 
 
-def kept_by(layer: nn.Module) -> nn.Module | None:
-    """The module that the layer replaces, or None."""
+def replaced_module(layer: nn.Module) -> nn.Module | None:
+    """The module that the layer has replaced, or None."""
     return layer.__dict__.get(_KEPT)
 
 
-def restore(model: nn.Module, layer: nn.Module) -> tuple[nn.Module, list[str]]:
-    """The kept module, back in its places with values of the same names and shapes, and parameters without a place."""
+def restore_module(model: nn.Module, layer: nn.Module) -> tuple[nn.Module, list[str]]:
+    """Puts the replaced module back, with the layer's values of the same names and shapes.
+
+    Returns the module, and the names of the layer's parameters that it does not have.
+    """
     module: nn.Module = layer.__dict__.pop(_KEPT)
-    _place(model, layer, module)
+    _put_in_place_of(model, layer, module)
     tensor = next(chain(layer.parameters(), layer.buffers()), None)
     if tensor is not None:
         module.to(tensor.device)

@@ -1,6 +1,6 @@
 """sinabs: `LIF`, `IAF` and `ExpLeak`, which emits h, and their Squeeze forms; `LIFRecurrent`, `IAFRecurrent`.
 
-Batch first.
+The input is [B, T, ...].
 
 i = a (i + x)                               a = exp(-1 / tau_syn); x itself without tau_syn
 h = alpha v + (1 - alpha) i                 alpha = exp(-1 / tau_mem); i itself without norm_input; IAF has alpha = 1
@@ -10,7 +10,7 @@ v = h - subtract_value s                    MembraneSubtract; by default the thr
   = h (1 - s), where s is detached          MembraneReset to 0
 v = relu(v - min_v_mem) + min_v_mem         unless min_v_mem is None
 
-Recurrent layers have x[t] + rec_connect(s[t-1]) for x[t], but x alone in the first step of each call.
+In recurrent layers x[t] + rec_connect(s[t-1]) replaces x[t], except in the first step of each call.
 """
 
 from __future__ import annotations
@@ -36,41 +36,50 @@ from sinabs.layers.reshape import SqueezeMixin
 from torch import Tensor, nn
 
 from ..checks import MOST_LEVELS
-from ..neurons.over_time import in_a_row
+from ..neurons.over_time import placement_advice
 from ..reference.surrogates import PERIODIC
-from .converted import Converted, Found, InStream, Settings, Streamed, bare_class, known_class, number
+from .converted import (
+    Conversion,
+    Converted,
+    InStream,
+    Settings,
+    Streamed,
+    bare_class,
+    float_if_scalar,
+    known_class_or_reason,
+)
 from .identify import SpikeFunction
-from .recurrent import Recurrent, lacking
+from .recurrent import Recurrent, feedback_reason
 
 
 class ConvertedLayer(Converted):
-    """All steps in one call; stores `v_mem`, `recordings` and `firing_rate` as sinabs does."""
+    """All steps per call. Stores `v_mem`, `recordings` and `firing_rate` as sinabs does."""
 
     v_mem: Any
     i_syn: Any
     surrogate_grad_fn: Any
-    _least: float | None = None  # min_v_mem, read once: reading synchronises
+    _least: float | None = None  # min_v_mem as a number, read once because reading synchronises
 
-    def begin(self, settings: Settings, analog_prob: float, learn_width: bool) -> None:
-        """Applies the settings of a conversion, and reads min_v_mem once."""
-        super().begin(settings, analog_prob, learn_width)
-        self._least = None if self.min_v_mem is None else _only(self.min_v_mem)
+    def begin_conversion(self, settings: Settings, analog_prob: float, learn_width: bool) -> None:
+        """Stores the settings of a conversion and the number min_v_mem."""
+        super().begin_conversion(settings, analog_prob, learn_width)
+        self._least = None if self.min_v_mem is None else _common_value(self.min_v_mem)
 
     @property
     def time_dim(self) -> int | None:  # type: ignore[override]
         """1 for [B, T, ...]; None for layers whose input has batch and time merged."""
         return None if isinstance(self, SqueezeMixin) else 1
 
-    takes_steps = False
+    takes_one_step = False
 
     def forward(self, input_data: Tensor) -> Tensor:
-        """The output for `[B, T, ...]`, or with batch and time merged."""
+        """The output for an input `[B, T, ...]`, or `[B * T, ...]` for a Squeeze layer."""
         if isinstance(self, SqueezeMixin):
-            return self.squeeze_forward(input_data, self._steps)  # type: ignore[no-any-return]
-        return self._steps(input_data)
+            return self.squeeze_forward(input_data, self._run_sequence)  # type: ignore[no-any-return]
+        return self._run_sequence(input_data)
 
-    def _steps(self, input_data: Tensor) -> Tensor:
-        """The output for `[B, T, ...]`, from the layer's states, which are updated."""
+    def _run_sequence(self, input_data: Tensor) -> Tensor:
+        """The output for `[B, T, ...]`; updates the layer's states."""
         batch, _, *trailing = input_data.shape
         if not self.is_state_initialised() or not self.has_trailing_dimension(trailing):
             self.init_state_with_shape((batch, *trailing))
@@ -82,19 +91,19 @@ class ConvertedLayer(Converted):
         if alpha is not None:
             x_seq, i_last = self.integrate(x_seq, decay=alpha, input_gain=alpha, v_init=self.i_syn, time_dim=1)
         self.i_syn = i_last
-        output, self.v_mem, v_seq = self._membrane(x_seq)
+        output, self.v_mem, v_seq = self._run_membrane(x_seq)
         recordings = {"v_mem": v_seq} if alpha is None else {"v_mem": v_seq, "i_syn": x_seq}
         self.recordings = recordings if self.record_states else {}
         self.firing_rate = output.mean()
         return output
 
-    def _membrane(self, x_seq: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """The output, the last potential and, if recorded, all potentials."""
-        several, limit = self.multi_spike, _limit(self.spike_fn)
+    def _run_membrane(self, x_seq: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Computes the output, the last potential and, if the layer records them, all potentials."""
+        several, limit = self.multi_spike, _spike_limit(self.spike_fn)
         output = self.lif(
             x_seq,
             decay=self.alpha_mem_calculated,
-            input_gain=self._gain(),
+            input_gain=self._input_gain(),
             v_threshold=self.spike_threshold.detach(),  # in sinabs only the reset has its gradient
             multi_spike=several,
             levels=int(limit) if several and limit is not None else None,
@@ -114,12 +123,12 @@ class ConvertedLayer(Converted):
         return {"v_reset": None, "reset_amount": self.spike_threshold if amount is None else amount}
 
     def dependencies(self) -> dict[str, Any]:
-        """What a call must find as it was at the conversion, see `Converted.dependencies`."""
+        """Values that must not change after the conversion, see `Converted.dependencies`."""
         surrogate, reset_fn = self.surrogate_grad_fn, self.reset_fn
         found = {
             "surrogate_grad_fn": surrogate,
             "spike_fn": self.spike_fn,
-            "max_num_spikes_per_bin": _limit(self.spike_fn),
+            "max_num_spikes_per_bin": _spike_limit(self.spike_fn),
             "reset_fn": type(reset_fn),
             "reset_value": getattr(reset_fn, "reset_value", None),
             "min_v_mem": self.min_v_mem,
@@ -129,19 +138,19 @@ class ConvertedLayer(Converted):
         return found
 
     def _width_of_call(self) -> Tensor | float:
-        """The width that `lif` gets; of a SingleExponential in units of the threshold."""
+        """The width that `lif` gets. A SingleExponential has it in units of the threshold."""
         surrogate = self.surrogate_grad_fn
         if self.settings.asgl or type(surrogate) is not SingleExponential:
             return super()._width_of_call()  # torch.compile can't trace a property of super()
-        return surrogate.grad_width * number(self.spike_threshold.detach())  # type: ignore[no-any-return]
+        return surrogate.grad_width * float_if_scalar(self.spike_threshold.detach())  # type: ignore[no-any-return]
 
     @property
-    def takes_input(self) -> bool:  # type: ignore[override]
-        """Whether the input goes to the potential as it is, without a synaptic current."""
+    def takes_input_directly(self) -> bool:  # type: ignore[override]
+        """Whether `lif` gets the layer's own input: it has no synaptic current."""
         return self.alpha_syn_calculated is None
 
-    def _gain(self) -> Tensor | float:
-        """The factor of the input."""
+    def _input_gain(self) -> Tensor | float:
+        """The factor on the input, `input_gain` of `lif`."""
         return 1 - self.alpha_mem_calculated if self.norm_input else 1.0
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
@@ -149,33 +158,33 @@ class ConvertedLayer(Converted):
         state = {**self.__dict__, "_buffers": {name: value.detach() for name, value in self.named_buffers()}}
         for name in ("recordings", "firing_rate"):  # may be non-leaf tensors
             state.pop(name, None)
-        return _copy(self, state, memo)
+        return _copy_layer(self, state, memo)
 
-    def end(self) -> None:
-        """Undoes the conversion."""
+    def restore_original(self) -> None:
+        """Restores the original layer."""
         self.__dict__.pop("_least", None)
-        super().end()
+        super().restore_original()
 
 
 class ConvertedMultiSpike(ConvertedLayer):
-    """A layer with MultiSpike, or MaxSpike of more than one."""
+    """A layer that may emit several spikes per step, by MultiSpike or MaxSpike."""
 
     multi_spike = True
 
 
 class ConvertedExpLeak(ConvertedLayer):
-    """A layer without spikes."""
+    """A layer that does not fire: ExpLeak."""
 
-    takes_input = False
+    takes_input_directly = False
 
     def dependencies(self) -> dict[str, Any]:
-        """What a call must find as it was at the conversion, see `Converted.dependencies`."""
+        """Values that must not change after the conversion, see `Converted.dependencies`."""
         return {"function": None, "min_v_mem": self.min_v_mem}
 
-    def _membrane(self, x_seq: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Output, last potential and all potentials; the output is the potentials."""
+    def _run_membrane(self, x_seq: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Computes all potentials, which are the output, and the last one."""
         v_seq, v_last = self.integrate(
-            x_seq, input_gain=self._gain(), decay=self.alpha_mem_calculated, v_init=self.v_mem, time_dim=1
+            x_seq, input_gain=self._input_gain(), decay=self.alpha_mem_calculated, v_init=self.v_mem, time_dim=1
         )
         return v_seq, v_last, v_seq
 
@@ -184,13 +193,13 @@ class ConvertedRecurrent(Recurrent, ConvertedLayer):
     """A recurrent layer whose `rec_connect` is a Linear."""
 
     def dependencies(self) -> dict[str, Any]:
-        """What a call must find as it was at the conversion, see `Converted.dependencies`."""
-        feedback = lacking(self.rec_connect)
+        """Values that must not change after the conversion, see `Converted.dependencies`."""
+        feedback = feedback_reason(self.rec_connect)
         return {**super().dependencies(), "record_states": self.record_states, "rec_connect": feedback}
 
-    def _steps(self, input_data: Tensor) -> Tensor:
+    def _run_sequence(self, input_data: Tensor) -> Tensor:
         """The output for `[B, T, ...]`, whose spikes are fed back through `rec_connect`."""
-        self.check()  # must come before the weight of rec_connect is read
+        self.check_unchanged()  # must come before the weight of rec_connect is read
         batch, steps, *trailing = input_data.shape
         if not self.is_state_initialised() or not self.state_has_shape((batch, *trailing)):
             self.init_state_with_shape((batch, *trailing))
@@ -203,7 +212,7 @@ class ConvertedRecurrent(Recurrent, ConvertedLayer):
             x_seq, weight = x_seq * alpha, weight * (alpha.unsqueeze(-1) if alpha.dim() else alpha)
         time_dim = 1 if len(trailing) == 1 else 0
         output = self.recurrent_lif(
-            x_seq.movedim(1, time_dim), weight, self._gain(), syn_decay=alpha, time_dim=time_dim,
+            x_seq.movedim(1, time_dim), weight, self._input_gain(), syn_decay=alpha, time_dim=time_dim,
             decay=self.alpha_mem_calculated, v_threshold=self.spike_threshold.detach(), v_init=self.v_mem,
             i_init=None if alpha is None else self.i_syn, **self._reset_options(),
         )  # fmt: skip
@@ -212,8 +221,8 @@ class ConvertedRecurrent(Recurrent, ConvertedLayer):
         return output.s_seq.movedim(time_dim, 1)
 
 
-def _only(value: Tensor) -> float:
-    """The common value of all elements; NaN where they differ."""
+def _common_value(value: Tensor) -> float:
+    """The common value of all elements; NaN if they differ."""
     low, high = value.detach().double().aminmax()
     return float(low) if low == high else math.nan
 
@@ -228,9 +237,9 @@ _KNOWN = (layers.LIF, layers.LIFSqueeze, layers.IAF, layers.IAFSqueeze, *_LEAKS,
 _MIXING = (*_RECURRENT, layers.ALIFRecurrent)
 
 
-def find(layer: nn.Module) -> Found:
-    """The answer for a layer of sinabs, see `Found`."""
-    kind_of_layer = known_class(layer, (*_KNOWN, *_ADAPTIVE), _MIXING)
+def conversion_of(layer: nn.Module) -> Conversion:
+    """How to convert a layer of sinabs, see `Conversion`."""
+    kind_of_layer = known_class_or_reason(layer, (*_KNOWN, *_ADAPTIVE), _MIXING)
     if kind_of_layer in _ADAPTIVE:
         return "its threshold has no gradient where it fires; use asgl_cuda.AdaptiveLIF, whose gradient is complete"
     if isinstance(kind_of_layer, str):
@@ -240,14 +249,14 @@ def find(layer: nn.Module) -> Found:
         if node.min_v_mem is not None:
             return "it has a lower limit of the potential (min_v_mem), which leaky_integrator does not have"
         return ConvertedExpLeak, None
-    most, spike_fn = _most(node.spike_fn), node.spike_fn
+    most, spike_fn = _most_spikes(node.spike_fn), node.spike_fn
     if most is None:
         name = getattr(spike_fn, "__name__", type(spike_fn).__name__)
         return f"its spike function is {name}; SingleSpike, MultiSpike and MaxSpike can be converted"
     returns = kind_of_layer in _RECURRENT
-    if returns and (reason := _lacking(node, most)) is not None:
+    if returns and (reason := _recurrence_reason(node, most)) is not None:
         return reason
-    if node.min_v_mem is not None and math.isnan(_only(node.min_v_mem)):
+    if node.min_v_mem is not None and math.isnan(_common_value(node.min_v_mem)):
         return "its lower limit of the potential (min_v_mem) differs between neurons"
     if type(node.reset_fn) not in (MembraneSubtract, MembraneReset):
         return f"it resets by {type(node.reset_fn).__name__}"
@@ -266,39 +275,39 @@ def find(layer: nn.Module) -> Found:
     if several and type(surrogate) is PeriodicExponential:
         width = surrogate.grad_width
         return kind, SpikeFunction(PERIODIC, width, 2 * width * surrogate.grad_scale, False)
-    if math.isnan(_only(thresholds)) and not (type(surrogate) in _OWN_WIDTHS and (thresholds > 0).all()):
+    if math.isnan(_common_value(thresholds)) and not (type(surrogate) in _OWN_WIDTHS and (thresholds > 0).all()):
         return "its threshold differs between neurons, and its surrogate may depend on the threshold"
-    at = thresholds.mean()  # `width` has one value per neuron
+    at = thresholds.mean()  # where they differ, the width is read at each call or does not depend on them
     single: Any = SingleSpike  # MultiSpike has the same gradient
     return kind, lambda u: single.apply(u + at, at, surrogate)
 
 
-def _lacking(node: Any, most: float) -> str | None:
-    """Why `recurrent_lif` can't compute a layer, or None."""
+def _recurrence_reason(node: Any, most: float) -> str | None:
+    """Why `recurrent_lif` can't compute a recurrent layer that emits at most `most` spikes per step, or None."""
     if node.record_states:
         return "it records its states (record_states)"
     if most > 1:
         return "it may spike several times per step, which recurrent neurons do not support"
     if node.min_v_mem is not None:
         return "it has a lower limit of the potential (min_v_mem), which recurrent neurons do not support"
-    return lacking(node.rec_connect)
+    return feedback_reason(node.rec_connect)
 
 
-def _limit(spike_fn: Any) -> float | None:
-    """The limit of MaxSpike, if any; a comparison of the other classes can't be compiled."""
+def _spike_limit(spike_fn: Any) -> float | None:
+    """The limit of spikes per step of a MaxSpike; None for others, which compiled code can't compare."""
     return spike_fn.max_num_spikes_per_bin if type(spike_fn) is MaxSpike else None
 
 
-def _most(spike_fn: Any) -> float | None:
-    """The largest number of spikes a step; None for another function."""
-    limit = _limit(spike_fn)
+def _most_spikes(spike_fn: Any) -> float | None:
+    """The largest number of spikes per step; None for a function that convert does not know."""
+    limit = _spike_limit(spike_fn)
     if limit is not None:
         return limit
     return 1 if spike_fn is SingleSpike else math.inf if spike_fn is MultiSpike or type(spike_fn) is MaxSpike else None
 
 
-def _copy(layer: Any, state: dict[str, Any], memo: dict[int, Any]) -> Any:
-    """A layer of the same class, which no constructor runs for, with a deep copy of `state`."""
+def _copy_layer(layer: Any, state: dict[str, Any], memo: dict[int, Any]) -> Any:
+    """A layer of the same class with a deep copy of `state`, made without its constructor and entered in `memo`."""
     kind: Any = type(layer)
     memo[id(layer)] = made = kind.__new__(kind)
     made.__dict__.update(copy.deepcopy(state, memo))
@@ -306,10 +315,10 @@ def _copy(layer: Any, state: dict[str, Any], memo: dict[int, Any]) -> Any:
 
 
 def copy_layers(model: nn.Module, memo: dict[int, Any]) -> None:
-    """Copies layers whole: their own __deepcopy__ makes new ones, and detaches parameters of the original."""
+    """Copies layers completely, see `libraries`: their own __deepcopy__ detaches parameters of the original."""
     for layer in model.modules():
         if isinstance(layer, layers.StatefulLayer) and not isinstance(layer, Converted) and id(layer) not in memo:
-            _copy(layer, layer.__dict__, memo)
+            _copy_layer(layer, layer.__dict__, memo)
 
 
 def reset(module: nn.Module) -> None:
@@ -325,15 +334,15 @@ def detach(module: nn.Module) -> None:
             module._buffers[name] = None if state is None else state.detach()
 
 
-def outside(module: nn.Module) -> str | None:
-    """Where a module that takes time as a dimension of its own belongs instead of `OverTime`; None for others."""
+def placement_outside_over_time(module: nn.Module) -> str | None:
+    """Where a module that `OverTime` refuses belongs, see `libraries`; None for other modules."""
     if not isinstance(module, layers.StatefulLayer) or isinstance(module, SqueezeMixin):
         return None
-    return f"{in_a_row(f'{bare_class(module).__name__}(...)')}, which takes [B, T, ...]"
+    return f"{placement_advice(f'{bare_class(module).__name__}(...)')}, which takes [B, T, ...]"
 
 
-def streamed(module: nn.Module) -> InStream:
-    """How a layer takes single steps, see `InStream`."""
+def streaming_of(module: nn.Module) -> InStream:
+    """How a module takes the steps of a stream, see `InStream`."""
     if not isinstance(module, layers.StatefulLayer):
         return None
     if isinstance(module, _MIXING):

@@ -4,13 +4,14 @@
     m[t] = clamp(beta, 0, 1) m[t-1] (1 - [m[t-1] > threshold]) + x[t]              "zero";     and "none" has none
     spike = m[t] > threshold
 
-Lapicque has 1 - time_step / (R C) for clamp(beta, 0, 1), and time_step / C x[t] for x[t]. Synaptic has a current for
-x[t], syn[t] = clamp(alpha, 0, 1) syn[t-1] + x[t]. RLeaky and RSynaptic have x[t] + recurrent(spike[t-1]) for x[t]. In
-all of these, "zero" clears the input of the step as well.
+In Lapicque, 1 - time_step / (R C) replaces clamp(beta, 0, 1), and time_step / C x[t] replaces x[t]. In Synaptic a
+current, syn[t] = clamp(alpha, 0, 1) syn[t-1] + x[t], replaces x[t]. In RLeaky and RSynaptic it is replaced by
+x[t] + recurrent(spike[t-1]). In all of these, "zero" clears the input of the step as well.
 
-The reset is a step late: m is h, the potential before reset, and v[t] = h[t] - threshold / beta s[t] the one after it.
-With reset_delay=False m is returned after a reset that is not detached, and is not reset again. An ASGL layer resets by
-the emitted value, or, for a potential from elsewhere, by comparison with the threshold.
+The reset comes one step late. So m is h of asgl_cuda, the potential before reset, and the potential after it is
+v[t] = h[t] - threshold / beta s[t]. With reset_delay=False, m is returned after a reset that is not detached, and is
+not reset again. An ASGL layer resets by the value that it has emitted. A potential from its caller is reset by
+comparison with the threshold.
 """
 
 from __future__ import annotations
@@ -24,28 +25,29 @@ import torch
 from snntorch._neurons import rleaky, rsynaptic
 from torch import Tensor, nn
 
-from ..checks import HALF_TYPES, check_bool, given_for
+from ..checks import HALF_TYPES, check_bool, format_type
 from ..neurons.deferred import Pending
-from ..neurons.over_time import in_a_row
-from ..torch_modes import transforming
+from ..neurons.over_time import placement_advice
+from ..torch_modes import is_transform_active
 from .converted import (
+    Conversion,
     Converted,
-    Found,
     InStream,
     Settings,
     Streamed,
     bare_class,
-    known_class,
-    number,
+    float_if_scalar,
+    known_class_or_reason,
     version_of,
 )
 from .recording import SPIKES, Recording
-from .recurrent import Recurrent, currents, lacking
+from .recurrent import Recurrent, feedback_reason, synaptic_inputs
 
-# Replaces a learned beta of 0, for which threshold / beta does not exist. The change is below the resolution of float32
-# at the threshold.
+# The least beta with which a sequence is computed, because threshold / beta must be finite. For a beta of 0, it changes
+# the potential at the threshold by less than the resolution of float32.
 _LEAST_BETA = 1e-6
-# Below this bound, threshold / beta makes rounding errors in the gradient of beta too large: relative 6e-5 at 1e-3.
+# Below this beta, a sequence is computed step by step: threshold / beta would make rounding errors in the gradient of
+# beta too large, 6e-5 relative at 1e-3.
 _SMALL_BETA = 1e-3
 
 _RETURNING = (nn.Linear, rleaky.RecurrentOneToOne, rsynaptic.RecurrentOneToOne)
@@ -54,16 +56,16 @@ _NAMES = "a Leaky, Lapicque, Synaptic, RLeaky or RSynaptic"
 
 
 class ConvertedLeaky(Converted):
-    """One step a call, with arguments and results of `Leaky`; `Lapicque` has the same."""
+    """One step per call, with arguments and results of `Leaky`, which are also those of `Lapicque`."""
 
     time_dim = None
     reset_delay = True  # always True for Lapicque
     _states: tuple[str, ...] = ("mem",)
-    _last: tuple[Tensor, int, Tensor] | None = None  # the potential of a noisy step, its version, and the spikes
+    _last: tuple[Tensor, int, Tensor] | None = None  # the last noisy step: potential, its version, spikes
     _smallness: tuple[Any, bool] = (), False  # id and version of beta, and whether it is small
 
     def dependencies(self) -> dict[str, Any]:
-        """What a call must find as it was at the conversion, see `Converted.dependencies`."""
+        """Values that must not change after the conversion, see `Converted.dependencies`."""
         return {
             "spike_grad": self.spike_grad,
             "inhibition": self.inhibition,
@@ -74,184 +76,194 @@ class ConvertedLeaky(Converted):
             "graded_spikes_factor": self._buffers.get("graded_spikes_factor"),
         }
 
-    def begin(self, settings: Settings, analog_prob: float, learn_width: bool) -> None:
-        """Applies the settings of a conversion, and registers the layer with snnTorch."""
-        super().begin(settings, analog_prob, learn_width)
-        enlist(self)
+    def begin_conversion(self, settings: Settings, analog_prob: float, learn_width: bool) -> None:
+        """Stores the settings of a conversion, and registers the layer with snnTorch."""
+        super().begin_conversion(settings, analog_prob, learn_width)
+        register_with_library(self)
 
-    def steps_as_before(self) -> bool:
-        """Whether the library's own step runs: also where the gradient of beta costs what the kernel saves."""
+    def prefers_original_step(self) -> bool:
+        """Whether to run snnTorch's own step: also if beta learns, whose gradient costs what the kernel saves."""
         if self.init_hidden and self.beta.requires_grad and torch.is_grad_enabled():
-            return self.is_plain()
-        return super().steps_as_before()
+            return self.can_run_original()
+        return super().prefers_original_step()
 
     def forward(self, input_: Tensor, *states: Tensor | None, **named: Tensor | None) -> Any:
         """A step, with arguments and results of `Leaky`."""
-        if self.steps_as_before():
+        if self.prefers_original_step():
             return super().forward(input_, *states, **named)
-        return self.results(input_, *self.one_step(input_, *states, **named))
+        return self.pack_results(input_, *self.compute_step(input_, *states, **named))
 
-    def recorded_states(self) -> dict[str, Any]:
+    def carried_states(self) -> dict[str, Any]:
         """The states that the layer keeps from step to step, by name."""
         return {name: self._buffers[name] for name in self._states}
 
-    def keep_state(self, name: str, value: Any) -> None:
+    def set_state(self, name: str, value: Any) -> None:
         """Sets a state that the layer keeps from step to step."""
-        self._buffers[name] = value  # also one that is no tensor yet
+        self._buffers[name] = value  # not setattr, which refuses a value that is still `Recorded`
 
     def record_step(self, recording: Recording, input_: Any, *given: Any, **named: Any) -> Any:
         """Records a step, with the layer's arguments and results."""
-        states = self.recorded_states()
+        states = self.carried_states()
         unknown = [*given[len(states) :], *(named.keys() - {*self._states[len(given) :]})]
         if unknown:
             got = f"{1 + len(given)} positional arguments" if len(given) > len(states) else repr(unknown[0])
-            raise TypeError(f"{bare_class(self).__name__} takes an input and {', '.join(states)}, got {got}")
+            name = bare_class(self).__name__
+            raise TypeError(f"asgl_cuda.convert: {name} takes an input and {', '.join(states)}, got {got}")
         for name, value in (*zip(states, given, strict=False), *named.items()):
             if value is not None:
-                self._check_given(name)
+                self._check_state_argument(name)
                 states[name] = value
-        results = recording.step(self, input_, states)
+        results = recording.add_layer_step(self, input_, states)
         for name in states:
-            self.keep_state(name, results[name])
+            self.set_state(name, results[name])
         spikes, *others = [results[name] for name in (*(() if "spk" in states else (SPIKES,)), *states)]
         return spikes if self.init_hidden and not self.output else (spikes, *others)
 
-    def steps_from(self, x_seq: Tensor, states: dict[str, Any], wanted: set[str]) -> tuple[Any, Any]:
-        """All steps from the stored states, see `Converted.steps_from`."""
+    def compute_steps(self, x_seq: Tensor, states: dict[str, Any], wanted: set[str]) -> tuple[Any, Any]:
+        """Computes all steps from the stored states, see `Converted.compute_steps`."""
         late = self.reset_delay or self.reset_mechanism != "subtract"
-        steps = self.sequence if late else self.by_steps
+        steps = self.compute_sequence if late else self.loop_over_steps
         spikes, *others = steps(x_seq, *(None for _ in states))
-        self.results(x_seq, spikes)
+        self.pack_results(x_seq, spikes)
         names = [name for name in states if name != "spk"]
         found = {SPIKES: spikes, "spk": spikes, **dict(zip(names, others, strict=True))}
         return {name: each for name, each in found.items() if name in (SPIKES, *states) and each is not None}, {}
 
-    def one_step(self, input_: Tensor, mem: Tensor | None = None) -> tuple[Tensor, ...]:
+    def compute_step(self, input_: Tensor, mem: Tensor | None = None) -> tuple[Tensor, ...]:
         """Spikes and states after one step, from the given states or the stored ones."""
-        return self.step(input_.unsqueeze(0), mem)
+        return self._charge_and_fire(input_.unsqueeze(0), mem)
 
-    def step(self, x_seq: Tensor, mem: Tensor | None) -> tuple[Tensor, ...]:
-        """Spikes and potentials after one step of charging by `x_seq`; a subtraction is from the input."""
-        mechanism, threshold, (decay, gain) = self.reset_mechanism, number(self.threshold), self._decay_and_gain()
-        v_init = self._before(x_seq, mem)
+    def _charge_and_fire(self, x_seq: Tensor, mem: Tensor | None) -> tuple[Tensor, ...]:
+        """Spikes and potentials after one step `x_seq`, `[1, ...]`, from which a pending reset is subtracted."""
+        mechanism, threshold, (decay, gain) = (
+            self.reset_mechanism,
+            float_if_scalar(self.threshold),
+            self._decay_and_gain(),
+        )
+        v_init = self._state_before(x_seq, mem)
         if mechanism != "none":
-            reset = self._reset_of(v_init, threshold)
+            reset = self._pending_reset(v_init, threshold)
         if mechanism == "zero":
             v_init = (1 - reset) * v_init
         elif mechanism == "subtract":
             is_one = isinstance(gain, float) and gain == 1
-            x_seq = _less(x_seq, reset, threshold if is_one else threshold / gain)
+            x_seq = _subtract_scaled(x_seq, reset, threshold if is_one else threshold / gain)
         output = self.lif(
             x_seq, v_init=v_init, decay=decay, input_gain=gain, v_threshold=threshold, v_reset=None, reset_amount=0.0,
             detach_reset=True,
         )  # fmt: skip
         assert output.v_last is not None
-        spk, mem = output.s_seq.squeeze(0), self._in_their_dtype(output.v_last, x_seq)  # cheaper gradient than indexing
+        spk = output.s_seq.squeeze(0)  # its gradient is cheaper than that of indexing
+        mem = self._in_snntorch_dtype(output.v_last, x_seq)
         if mechanism != "none" and not self.reset_delay:
-            mem = _less(mem, spk - reset, threshold if mechanism == "subtract" else mem)
+            mem = _subtract_scaled(mem, spk - reset, threshold if mechanism == "subtract" else mem)
         elif self._has_noise:
             self.__dict__["_last"] = mem, version_of(mem), spk.detach()  # faster than Module.__setattr__
-        self._keep("mem", mem)
+        self._store_state("mem", mem)
         return spk, mem
 
-    def sequence(self, x_seq: Tensor, mem: Tensor | None = None) -> tuple[Tensor, ...]:
+    def compute_sequence(self, x_seq: Tensor, mem: Tensor | None = None) -> tuple[Tensor, ...]:
         """Spikes and states of all steps."""
         options = self._sequence_options()
-        if self._is_small(options["decay"]):
-            return self.by_steps(x_seq, mem)
+        if self._has_small_beta(options["decay"]):
+            return self.loop_over_steps(x_seq, mem)
         options["return_h_seq"] = at_rest = self.reset_delay or self.reset_mechanism == "none"
         options |= {} if at_rest else {"detach_reset": False, "return_v_seq": True}
-        output = self.lif(x_seq, v_init=self._start(x_seq, mem, options), **options)
+        output = self.lif(x_seq, v_init=self._initial_potential(x_seq, mem, options), **options)
         mem_seq = output.h_seq if at_rest else output.v_seq
         assert mem_seq is not None
-        mem_seq = self._in_their_dtype(mem_seq, x_seq)
-        self._keep("mem", mem_seq[-1].clone())
+        mem_seq = self._in_snntorch_dtype(mem_seq, x_seq)
+        self._store_state("mem", mem_seq[-1].clone())
         return output.s_seq, mem_seq
 
-    def by_steps(self, x_seq: Tensor, *states: Tensor | None) -> tuple[Tensor, ...]:
+    def loop_over_steps(self, x_seq: Tensor, *states: Tensor | None) -> tuple[Tensor, ...]:
         """Spikes and states of all steps, stacked, computed step by step."""
         steps: list[tuple[Tensor, ...]] = []
         for x in x_seq:
-            steps.append(self.one_step(x, *states))
+            steps.append(self.compute_step(x, *states))
             states = () if self.init_hidden else steps[-1][-len(states) :]
         return tuple(map(torch.stack, zip(*steps, strict=True)))
 
-    def _keep(self, name: str, value: Tensor) -> None:
-        """Sets a state, which is a buffer, without the 3 us that Module takes."""
+    def _store_state(self, name: str, value: Tensor) -> None:
+        """Sets a state. A buffer is set directly, without the 3 us that setattr of a module takes."""
         if name in self._buffers and not torch.compiler.is_compiling():
             self._buffers[name] = value
         else:
             setattr(self, name, value)
 
-    def results(self, input_: Tensor, spk: Tensor, *states: Tensor) -> Any:
-        """What the layer returns of spikes and states, after a check of the shape."""
-        if spk.shape != input_.shape:  # snnTorch would then reset its states in each step
+    def pack_results(self, input_: Tensor, spk: Tensor, *states: Tensor) -> Any:
+        """What the layer returns of its spikes and states. Checks their shape."""
+        if spk.shape != input_.shape:  # because snnTorch would reset its states in each step
             raise ValueError(
-                f"asgl_cuda.convert: values of {bare_class(self).__name__} must broadcast against the input, of shape "
-                f"{list(input_.shape)}, got spikes of shape {list(spk.shape)}"
+                f"asgl_cuda.convert: beta, threshold and other values of {bare_class(self).__name__} must broadcast "
+                f"against the input, of shape {list(input_.shape)}, but they make spikes of shape {list(spk.shape)}"
             )
         return spk if self.init_hidden and not self.output else (spk, *states)
 
-    def _in_their_dtype(self, mem_seq: Tensor, x_seq: Tensor) -> Tensor:
-        """In snnTorch's dtype: the input's, unless a reset, which is float32, or a beta with dimensions promotes it."""
+    def _in_snntorch_dtype(self, mem_seq: Tensor, x_seq: Tensor) -> Tensor:
+        """The potentials in the dtype of the input, or in float32 if in snnTorch a reset or a beta promotes them."""
         if x_seq.dtype not in HALF_TYPES or self.reset_mechanism != "none":
             return mem_seq
         leak = (self.R, self.C) if isinstance(self, snntorch.Lapicque) else (self.beta,)
         return mem_seq if any(value.dim() for value in leak) else mem_seq.to(x_seq.dtype)
 
     def _decay_and_gain(self) -> tuple[Any, Any]:
-        """Decay and gain of the input."""
+        """The options `decay` and `input_gain` of `lif`."""
         if not isinstance(self, snntorch.Lapicque):
-            return _clamped(self.beta), 1.0
+            return _clamp_to_unit(self.beta), 1.0
         R, C, time_step = self.R, self.C, self.time_step  # noqa: N806
-        return number(1 - time_step / (R * C)), number(R * (1 / (R * C)) * time_step)
+        return float_if_scalar(1 - time_step / (R * C)), float_if_scalar(R * (1 / (R * C)) * time_step)
 
     def _sequence_options(self) -> dict[str, Any]:
         """The options of `lif` for a sequence."""
-        threshold, (decay, gain) = number(self.threshold), self._decay_and_gain()
+        threshold, (decay, gain) = float_if_scalar(self.threshold), self._decay_and_gain()
         options = {"v_threshold": threshold, "input_gain": gain, "detach_reset": True, "return_h_seq": True}
         if self.reset_mechanism == "zero":
             return {**options, "decay": decay, "v_reset": 0.0}
         if self.reset_mechanism == "none":
             return {**options, "decay": decay, "v_reset": None, "reset_amount": 0.0}
-        decay = _at_least(decay, _LEAST_BETA)
+        decay = _raise_to_least(decay, _LEAST_BETA)
         return {**options, "decay": decay, "v_reset": None, "reset_amount": threshold / decay}
 
-    def _start(self, x_seq: Tensor, mem: Tensor | None, options: dict[str, Any]) -> Tensor:
-        """The potential before a sequence, after the pending reset."""
-        mem = self._before(x_seq, mem)
-        reset = self._reset_of(mem, options["v_threshold"])
-        return (1 - reset) * mem if options["v_reset"] is not None else _less(mem, reset, options["reset_amount"])
+    def _initial_potential(self, x_seq: Tensor, mem: Tensor | None, options: dict[str, Any]) -> Tensor:
+        """The `v_init` of a sequence: the potential before it, after the pending reset."""
+        mem = self._state_before(x_seq, mem)
+        reset = self._pending_reset(mem, options["v_threshold"])
+        return (
+            (1 - reset) * mem
+            if options["v_reset"] is not None
+            else _subtract_scaled(mem, reset, options["reset_amount"])
+        )
 
-    def _before(self, x_seq: Tensor, state: Tensor | None, name: str = "mem") -> Tensor:
-        """The given or stored state."""
+    def _state_before(self, x_seq: Tensor, state: Tensor | None, name: str = "mem") -> Tensor:
+        """The state before a step or sequence: `state` if given, else the stored one, or 0 if shapes differ."""
         if state is None:
             state = getattr(self, name)
         else:
-            self._check_given(name)
+            self._check_state_argument(name)
         return state if state.shape == x_seq.shape[1:] else x_seq.new_zeros(x_seq.shape[1:])
 
-    def _check_given(self, name: str) -> None:
+    def _check_state_argument(self, name: str) -> None:
         """Refuses a state as an argument if the layer keeps its states itself."""
         if self.init_hidden:
             raise TypeError(f"`{name}` should not be passed as an argument while `init_hidden=True`")
 
-    def _is_small(self, decay: Tensor | float) -> bool:
-        """Whether a sequence is computed step by step; updated after changes of a readable beta."""
+    def _has_small_beta(self, decay: Tensor | float) -> bool:
+        """Whether beta is so small that a sequence is computed step by step. Reads beta once after each change."""
         if self.reset_mechanism != "subtract":
             return False
         if isinstance(decay, float):
             return abs(decay) < _SMALL_BETA
         captured = decay.is_cuda and torch.cuda.is_current_stream_capturing()
-        if torch.compiler.is_compiling() or transforming() or captured:
+        if torch.compiler.is_compiling() or is_transform_active() or captured:
             return False
         mark = id(self.beta), version_of(self.beta)
         if self._smallness[0] != mark:
             self._smallness = mark, bool((decay.detach().abs() < _SMALL_BETA).any())
         return self._smallness[1]
 
-    def _reset_of(self, mem: Tensor, threshold: Tensor | float) -> Tensor:
-        """The pending reset: what a noisy step emitted, or by comparison with the threshold."""
+    def _pending_reset(self, mem: Tensor, threshold: Tensor | float) -> Tensor:
+        """The pending reset: the spikes of the last step if it had noise, else those of `mem` and the threshold."""
         last = self.__dict__.pop("_last", None)
         if last is not None and mem is last[0] and version_of(mem) == last[1]:
             return last[2]  # type: ignore[no-any-return]
@@ -259,68 +271,68 @@ class ConvertedLeaky(Converted):
         above = mem > threshold if mem.is_floating_point() else mem - self.threshold > 0
         return above.to(mem.dtype)
 
-    def end(self) -> None:
-        """Undoes the conversion."""
+    def restore_original(self) -> None:
+        """Restores the original layer."""
         for name in ("_last", "_smallness"):
             self.__dict__.pop(name, None)
-        super().end()
+        super().restore_original()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_last"}  # non-leaf tensors
+        return {name: value for name, value in self.__dict__.items() if name != "_last"}  # not leaves: not copied
 
 
 class ConvertedSynaptic(ConvertedLeaky):
-    """One step a call, with arguments and results of `Synaptic`."""
+    """One step per call, with arguments and results of `Synaptic`."""
 
-    takes_input = False
+    takes_input_directly = False
     syn: Tensor
     _states: tuple[str, ...] = ("syn", "mem")
 
-    def advice(self) -> str | None:
-        """Advice on calls with single steps."""
-        return f"{super().advice()}; a step stores up to 1.6 times as many bytes for backward as in snnTorch"
+    def speed_advice(self) -> str | None:
+        """Advice to call with whole sequences."""
+        return f"{super().speed_advice()}; a step stores up to 1.6 times as many bytes for backward as in snnTorch"
 
-    def one_step(self, input_: Tensor, syn: Any = None, mem: Any = None) -> Any:  # type: ignore[override]
+    def compute_step(self, input_: Tensor, syn: Any = None, mem: Any = None) -> Any:  # type: ignore[override]
         """Spikes, current and potential after one step."""
-        syn = _clamped(self.alpha) * self._before(input_.unsqueeze(0), syn, "syn") + input_
-        self._keep("syn", syn)
-        spk, mem = self.step(syn.unsqueeze(0), mem)
+        syn = _clamp_to_unit(self.alpha) * self._state_before(input_.unsqueeze(0), syn, "syn") + input_
+        self._store_state("syn", syn)
+        spk, mem = self._charge_and_fire(syn.unsqueeze(0), mem)
         return spk, syn, mem
 
-    def sequence(self, x_seq: Tensor, syn: Any = None, mem: Any = None) -> Any:  # type: ignore[override]
+    def compute_sequence(self, x_seq: Tensor, syn: Any = None, mem: Any = None) -> Any:  # type: ignore[override]
         """Spikes, currents and potentials of all steps."""
-        if self._is_small(_clamped(self.beta)):
-            return self.by_steps(x_seq, syn, mem)
-        syn = self._before(x_seq, syn, "syn")
-        syn_seq, self.syn = self.integrate(x_seq, decay=_clamped(self.alpha), v_init=syn)
-        s_seq, mem_seq = super().sequence(syn_seq, mem)
+        if self._has_small_beta(_clamp_to_unit(self.beta)):
+            return self.loop_over_steps(x_seq, syn, mem)
+        syn = self._state_before(x_seq, syn, "syn")
+        syn_seq, self.syn = self.integrate(x_seq, decay=_clamp_to_unit(self.alpha), v_init=syn)
+        s_seq, mem_seq = super().compute_sequence(syn_seq, mem)
         return s_seq, syn_seq, mem_seq
 
 
 class ConvertedRLeaky(Recurrent, ConvertedLeaky):
-    """One step a call, with arguments and results of `RLeaky`; `recurrent` is a Linear or one weight a neuron."""
+    """One step per call, with arguments and results of `RLeaky`. `recurrent` is a Linear or one weight per neuron."""
 
     _weights = ("V",)
     _states: tuple[str, ...] = ("spk", "mem")
-    steps_as_before = ConvertedLeaky.steps_as_before  # its own step is no slower
+    prefers_original_step = ConvertedLeaky.prefers_original_step  # snnTorch's step is not faster here
 
     def dependencies(self) -> dict[str, Any]:
-        """What a call must find as it was at the conversion, see `Converted.dependencies`."""
-        return {**super().dependencies(), "recurrent": lacking(self.recurrent, _RETURNING)}
+        """Values that must not change after the conversion, see `Converted.dependencies`."""
+        return {**super().dependencies(), "recurrent": feedback_reason(self.recurrent, _RETURNING)}
 
-    def one_step(self, input_: Tensor, spk: Any = None, *states: Any, **named: Any) -> Any:  # type: ignore[override]
+    def compute_step(self, input_: Tensor, spk: Any = None, *states: Any, **named: Any) -> Any:  # type: ignore[override]
         """Spikes and states after one step, in which the last spikes are fed back."""
-        spk = self._before(input_.unsqueeze(0), spk, "spk")
-        spk, *after = super().one_step(input_ + self.recurrent(spk), *states, **named)
-        spk = spk.clone()  # must not be a view, because detach_() refuses views
-        self._keep("spk", spk)
+        spk = self._state_before(input_.unsqueeze(0), spk, "spk")
+        spk, *after = super().compute_step(input_ + self.recurrent(spk), *states, **named)
+        spk = spk.clone()  # clone: detach_() refuses views
+        self._store_state("spk", spk)
         return spk, *after
 
-    def sequence(self, x_seq: Tensor, spk: Any = None, mem: Any = None) -> Any:  # type: ignore[override]
+    def compute_sequence(self, x_seq: Tensor, spk: Any = None, mem: Any = None) -> Any:  # type: ignore[override]
         """Spikes and potentials of all steps."""
         if not self._fits_recurrent_lif(x_seq):
-            return self.by_steps(x_seq, spk, mem)
-        s_seq, mem_seq, *_ = self._sequence(x_seq, spk, mem)
+            return self.loop_over_steps(x_seq, spk, mem)
+        s_seq, mem_seq, *_ = self._recurrent_sequence(x_seq, spk, mem)
         return s_seq, mem_seq
 
     def _fits_recurrent_lif(self, x_seq: Tensor) -> bool:
@@ -331,13 +343,13 @@ class ConvertedRLeaky(Recurrent, ConvertedLeaky):
         values = (self.threshold, self.beta, getattr(self, "alpha", None), getattr(self.recurrent, "V", None))
         shape = x_seq.shape[-1:]
         fits = all(not isinstance(each, Tensor) or each.numel() == 1 or each.shape == shape for each in values)
-        return fits and not self._is_small(_clamped(self.beta))
+        return fits and not self._has_small_beta(_clamp_to_unit(self.beta))
 
-    def _sequence(self, x_seq: Tensor, spk: Any, mem: Any, **synapse: Any) -> Any:
-        """Spikes and potentials, and the arguments of `currents`: spikes before the first step, weight and bias."""
-        self.check()
-        options, s_init = self._sequence_options(), self._before(x_seq, spk, "spk")
-        v_init = self._start(x_seq, mem, options)
+    def _recurrent_sequence(self, x_seq: Tensor, spk: Any, mem: Any, **synapse: Any) -> Any:
+        """Spikes, potentials, and what `synaptic_inputs` needs: spikes before the first step, weight and bias."""
+        self.check_unchanged()
+        options, s_init = self._sequence_options(), self._state_before(x_seq, spk, "spk")
+        v_init = self._initial_potential(x_seq, mem, options)
         if isinstance(self.recurrent, nn.Linear):
             weight, bias = self.recurrent.weight, self.recurrent.bias
         else:
@@ -345,52 +357,52 @@ class ConvertedRLeaky(Recurrent, ConvertedLeaky):
         options |= {"v_init": v_init, "s_init": s_init, "bias": bias, **synapse}
         output = self.recurrent_lif(x_seq, weight, options.pop("input_gain"), **options)
         assert output.h_seq is not None
-        mem_seq = self._in_their_dtype(output.h_seq, x_seq)
+        mem_seq = self._in_snntorch_dtype(output.h_seq, x_seq)
         for name, state in (("spk", output.s_seq[-1]), ("mem", mem_seq[-1]), ("syn", output.i_last)):
             if state is not None:
-                self._keep(name, state.clone())
+                self._store_state(name, state.clone())
         return output.s_seq, mem_seq, s_init, weight, bias
 
 
 class ConvertedRSynaptic(ConvertedRLeaky, ConvertedSynaptic):  # type: ignore[misc]
-    """One step a call, with arguments and results of `RSynaptic`."""
+    """One step per call, with arguments and results of `RSynaptic`."""
 
     _states = ("spk", "syn", "mem")
 
-    def sequence(self, x_seq: Tensor, spk: Any = None, syn: Any = None, mem: Any = None) -> Any:  # type: ignore[override]
+    def compute_sequence(self, x_seq: Tensor, spk: Any = None, syn: Any = None, mem: Any = None) -> Any:  # type: ignore[override]
         """Spikes, currents and potentials of all steps; no currents where the layer does not return them."""
         if not self._fits_recurrent_lif(x_seq):
-            return self.by_steps(x_seq, spk, syn, mem)
-        alpha, syn = _clamped(self.alpha), self._before(x_seq, syn, "syn")
-        s_seq, mem_seq, *weights = self._sequence(x_seq, spk, mem, syn_decay=alpha, i_init=syn)
+            return self.loop_over_steps(x_seq, spk, syn, mem)
+        alpha, syn = _clamp_to_unit(self.alpha), self._state_before(x_seq, syn, "syn")
+        s_seq, mem_seq, *weights = self._recurrent_sequence(x_seq, spk, mem, syn_decay=alpha, i_init=syn)
         if self.init_hidden and not self.output:  # the layer then returns only spikes
             return s_seq, None, mem_seq
-        syn_seq, _ = self.integrate(currents(x_seq, s_seq, *weights), decay=alpha, v_init=syn)
+        syn_seq, _ = self.integrate(synaptic_inputs(x_seq, s_seq, *weights), decay=alpha, v_init=syn)
         return s_seq, syn_seq, mem_seq
 
 
-def _less(value: Tensor, spikes: Tensor, amount: Tensor | float) -> Tensor:
+def _subtract_scaled(value: Tensor, spikes: Tensor, amount: Tensor | float) -> Tensor:
     """`value - spikes * amount`."""
     if isinstance(amount, float) and value.is_floating_point():
         return value.sub(spikes, alpha=amount)
     return value - spikes * amount
 
 
-def _clamped(value: Tensor) -> Tensor | float:
-    """The value in [0, 1], a float if it is constant."""
-    value = number(value)
+def _clamp_to_unit(value: Tensor) -> Tensor | float:
+    """The value, clamped to [0, 1]; a float if it is constant."""
+    value = float_if_scalar(value)
     return min(max(value, 0.0), 1.0) if isinstance(value, float) else value.clamp(0, 1)
 
 
-def _at_least(value: Tensor | float, least: float) -> Tensor | float:
-    """The value, raised to `least` with its gradient; Lapicque's negative decay stays."""
+def _raise_to_least(value: Tensor | float, least: float) -> Tensor | float:
+    """The value, values from 0 to `least` raised to it, with the gradient of the value. A negative decay stays."""
     if isinstance(value, float):
         return least if 0 <= value < least else value
     return value + torch.where((value >= 0) & (value < least), least - value, 0.0).detach()
 
 
 class MultiStep(nn.Module):
-    """`Leaky`, `Lapicque`, `Synaptic`, `RLeaky` or `RSynaptic` over a whole sequence in one call.
+    """Applies `Leaky`, `Lapicque`, `Synaptic`, `RLeaky` or `RSynaptic` of snnTorch to a whole sequence in one call.
 
     Args:
         layer: a layer of snnTorch, converted in place if necessary.
@@ -431,11 +443,11 @@ class MultiStep(nn.Module):
         super().__init__()
         self.stateful = check_bool("stateful", stateful, _MULTI_STEP)
         if not isinstance(layer, nn.Module):
-            raise TypeError(f"{_MULTI_STEP}: layer must be {_NAMES} of snnTorch, got {given_for(layer)}")
+            raise TypeError(f"{_MULTI_STEP}: layer must be {_NAMES} of snnTorch, got {format_type(layer)}")
         converted, report = convert(layer, inplace=True)
         if not isinstance(converted, ConvertedLeaky):
             reason = report.left[0].reason if report.left else f"it is a {type(layer).__name__}"
-            raise ValueError(f"{_MULTI_STEP}: layer must be {_NAMES} of snnTorch: {reason}")
+            raise ValueError(f"{_MULTI_STEP}: layer must be {_NAMES} of snnTorch that can be converted, but {reason}")
         if not converted.reset_delay and converted.reset_mechanism == "subtract":
             raise ValueError(f"{_MULTI_STEP}: a reset by subtraction needs reset_delay=True, got False")
         self.layer = converted
@@ -464,7 +476,7 @@ class MultiStep(nn.Module):
             )
         if not self.stateful:
             self.layer.reset_mem()
-        return self.layer.results(x_seq, *self.layer.sequence(x_seq, *states, **named))
+        return self.layer.pack_results(x_seq, *self.layer.compute_sequence(x_seq, *states, **named))
 
 
 _CONVERTED = {
@@ -478,9 +490,9 @@ _MIXING = (snntorch.RLeaky, snntorch.RSynaptic, snntorch.SLSTM, snntorch.SConv2d
 _NEURONS = (snntorch.SpikingNeuron, *_MIXING)
 
 
-def find(layer: nn.Module) -> Found:
-    """The answer for a layer of snnTorch, see `Found`."""
-    kind = known_class(layer, _CONVERTED, _MIXING)
+def conversion_of(layer: nn.Module) -> Conversion:
+    """How to convert a layer of snnTorch, see `Conversion`."""
+    kind = known_class_or_reason(layer, _CONVERTED, _MIXING)
     if isinstance(kind, str):
         return kind if isinstance(layer, _NEURONS) or bare_class(layer).__name__ == "LeakyKernel" else None
     leaky: Any = layer
@@ -501,14 +513,14 @@ def find(layer: nn.Module) -> Found:
         return 'it resets the input of the next step to 0 as well (reset_mechanism="zero")'
     if kind is snntorch.Lapicque and (leaky.R * leaky.C).requires_grad:
         return "it learns by a graph that ends with the first backward (learn_beta)"
-    if issubclass(_CONVERTED[kind], Recurrent) and (reason := lacking(leaky.recurrent, _RETURNING)) is not None:
+    if issubclass(_CONVERTED[kind], Recurrent) and (reason := feedback_reason(leaky.recurrent, _RETURNING)) is not None:
         return reason
     if kind is snntorch.RSynaptic and not leaky.reset_delay:
         return "its reset without delay fails in snnTorch (reset_delay=False)"
     return _CONVERTED[kind], leaky.spike_grad
 
 
-def enlist(model: nn.Module) -> None:
+def register_with_library(model: nn.Module) -> None:
     """Adds the layers of a copied model to the list of layers that snnTorch resets and detaches."""
     instances: list[Any] = snntorch.SpikingNeuron.instances
     known = {id(layer) for layer in instances}
@@ -526,21 +538,29 @@ def reset(module: nn.Module) -> None:
 def detach(module: nn.Module) -> None:
     """Detaches the states of a neuron of snnTorch."""
     if isinstance(module, _NEURONS):
-        for name in module._non_persistent_buffers_set:  # states
+        for name in module._non_persistent_buffers_set:  # the names of its states
             state = module._buffers[name]
             module._buffers[name] = None if state is None else state.detach()
 
 
-def outside(module: nn.Module) -> str | None:
+def placement_outside_over_time(module: nn.Module) -> str | None:
+    """Where a module that `OverTime` refuses belongs, see `libraries`; None for other modules."""
     if isinstance(module, MultiStep):
-        return in_a_row("MultiStep(...)")
+        return placement_advice("MultiStep(...)")
     if isinstance(module, tuple(_CONVERTED)):
-        return in_a_row(f"{_MULTI_STEP}({bare_class(module).__name__}(..., init_hidden=True))", in_place=True)
+        return placement_advice(f"{_MULTI_STEP}({bare_class(module).__name__}(..., init_hidden=True))", in_place=True)
     return "and call it as snnTorch does" if isinstance(module, _NEURONS) else None
 
 
-def streamed(module: nn.Module) -> InStream:
-    """How a module takes single steps, see `InStream`."""
+def reason_not_written(module: nn.Module) -> str | None:
+    """Why `to_nir` can't write a module, or None."""
+    if isinstance(module, MultiStep):
+        return "NIR's neurons have another reset than its layer; use asgl_cuda.LIF in its place"
+    return None
+
+
+def streaming_of(module: nn.Module) -> InStream:
+    """How a module takes the steps of a stream, see `InStream`."""
     if isinstance(module, MultiStep):
         return Streamed(0, None, has_switch=True)
     if not isinstance(module, _NEURONS):

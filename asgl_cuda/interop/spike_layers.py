@@ -12,38 +12,41 @@ from torch import nn
 from ..neurons.base import check_module
 from ..neurons.deferred import tensor_of
 from ..spikes.functional import has_kernel
-from ..spikes.layers import SPIKE_LAYERS, expected_gain
-from .convert import Left, Replaced, Report, copied
-from .converted import Overlay, overlaid
+from ..spikes.layers import SPIKE_LAYERS, expected_speedup
+from .convert import Left, Replaced, Report, copy_model
+from .converted import Overlay, overlaid_class
 from .libraries import libraries
 from .recording import Recorded
 
 _DENSE = {ours: theirs for theirs, ours in SPIKE_LAYERS.items()}
-_FEW = 32  # with fewer channels or outputs, lists cost more than they save
-_LEAST_GAIN = 1.3
+_FEW = 32  # with fewer channels or outputs, lists of non-zero inputs cost more than they save
+_LEAST_GAIN = 1.3  # a layer is replaced if its evaluation is estimated to be this many times as fast
 
 
 class _OfLibrary(Overlay):
-    """A library's layer over steps, whose forward calls that of torch's layer, here of a spike layer."""
+    """The overlay of SpikingJelly's Linear and convolutions, whose own forward handles time.
+
+    It calls the forward of its base class, which the overlay makes that of the spike layer.
+    """
 
     prefix = "Spike"
 
     @classmethod
-    def bases(cls, original: type[nn.Module]) -> tuple[tuple[type, ...], dict[str, Any]]:
-        """The bases of the overlay's class for this layer: its own class and the spike layer."""
+    def bases_and_namespace(cls, original: type[nn.Module]) -> tuple[tuple[type, ...], dict[str, Any]]:
+        """The overlay, the library's class, and then the spike layer of the torch class from which that derives."""
         return (cls, original, next(SPIKE_LAYERS[base] for base in original.__mro__ if base in SPIKE_LAYERS)), {}
 
 
 def _spike_class(kind: type[nn.Module]) -> Any:
-    """The class of a spike layer in place of a layer of class `kind`; None if that may compute something else."""
+    """The spike layer's class that replaces `kind`; None if layers of `kind` may compute something else."""
     if kind in SPIKE_LAYERS:
         return SPIKE_LAYERS[kind]
     known = (library.PLAIN[kind] for library in libraries() if kind in getattr(library, "PLAIN", ()))
-    return overlaid(_OfLibrary, kind) if next(known, None) in SPIKE_LAYERS else None
+    return overlaid_class(_OfLibrary, kind) if next(known, None) in SPIKE_LAYERS else None
 
 
-def _reason_against(layer: Any, shares: list[tuple[int, int]], kernels: bool) -> str:
-    """Why a layer is left; nothing where a spike layer is faster."""
+def _reason_to_leave(layer: Any, shares: list[tuple[int, int]], kernels: bool) -> str:
+    """Why a layer is left; "" if it becomes a spike layer."""
     if _spike_class(type(layer)) is None:
         return "its class is a subclass of torch's layer, which may compute something else"
     if "forward" in vars(layer):
@@ -52,26 +55,25 @@ def _reason_against(layer: Any, shares: list[tuple[int, int]], kernels: bool) ->
     if getattr(layer, "groups", 1) != 1 or any(each != 1 for each in getattr(layer, "dilation", ())):
         return "groups and dilations have no kernel"
     if not shares:
-        return "not run by this input"
+        return "the example does not reach it"
     if not kernels:
-        return "no kernel for its type and device: float32 and float64 on the CPU"
+        return "there are kernels only for float32 and float64 on the CPU"
     if outputs < _FEW or (inputs < _FEW and not isinstance(layer, nn.Linear)):
         return f"too small to gain: it has fewer than {_FEW} {'outputs' if outputs < _FEW else 'channels'}"
     share = _nonzero_fraction(shares)
-    return (
-        "" if expected_gain(layer, share) >= _LEAST_GAIN else f"its input is too dense: {share:.2f} of it is not zero"
-    )
+    gains = expected_speedup(layer, share) >= _LEAST_GAIN
+    return "" if gains else f"its input is too dense: {share:.2f} of it is not zero"
 
 
-def _candidates(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Linear layers and convolutions by path, but spike layers."""
+def _weight_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """The linear layers and convolutions of a model that are not spike layers, with their paths."""
     for name, layer in model.named_modules():
         if isinstance(layer, tuple(SPIKE_LAYERS)) and not isinstance(layer, tuple(_DENSE)):
             yield name, layer
 
 
 def _nonzero_fraction(shares: list[tuple[int, int]]) -> float:
-    """The fraction of non-zero elements, from counts of both."""
+    """The fraction of non-zero elements, from pairs of their number and the number of all elements."""
     nonzero, elements = map(sum, zip(*shares, strict=True))
     return nonzero / max(elements, 1)
 
@@ -105,29 +107,29 @@ def to_spike_layers(model: nn.Module, example: Any) -> tuple[nn.Module, Report]:
     check_module(model, caller)
     counted: dict[str, tuple[list[tuple[int, int]], list[bool]]] = {}
 
-    def count(name: str, layer: Any, inputs: tuple[Any, ...]) -> None:
+    def count_nonzero_inputs(name: str, layer: Any, inputs: tuple[Any, ...]) -> None:
         """Counts the non-zero inputs of a call, and notes whether kernels compute it."""
         if isinstance(inputs[0], Recorded):
-            inputs[0].then(lambda x: count(name, layer, (x,)))
+            inputs[0].call_when_computed(lambda x: count_nonzero_inputs(name, layer, (x,)))
             return
         x = tensor_of(inputs[0], caller)
         shares, kernels = counted.setdefault(name, ([], []))
         kernels.append(has_kernel(x, layer.weight, caller))  # raises for an input that is not a tensor
         shares.append((int(x.count_nonzero()), x.numel()))
 
-    trial = copied(model).eval()
-    for name, layer in _candidates(trial):
-        layer.register_forward_pre_hook(partial(count, name))
+    trial = copy_model(model).eval()
+    for name, layer in _weight_layers(trial):
+        layer.register_forward_pre_hook(partial(count_nonzero_inputs, name))
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         trial(*(example if isinstance(example, tuple) else (example,)))
     report = Report([], [])
-    for name, layer in _candidates(model):
+    for name, layer in _weight_layers(model):
         shares, kernels = counted.get(name, ([], [True]))
-        if reason := _reason_against(layer, shares, all(kernels)):
+        if reason := _reason_to_leave(layer, shares, all(kernels)):
             report.left.append(Left(name, type(layer).__name__, reason))
             continue
         kind, share = _spike_class(type(layer)), _nonzero_fraction(shares)
-        gain = f"evaluation about {expected_gain(layer, share):.1f} times as fast"
+        gain = f"evaluation about {expected_speedup(layer, share):.1f} times as fast"
         report.replaced.append(
             Replaced(name, type(layer).__name__, f"{kind.__name__}, {share:.2f} of its input is not zero: {gain}")
         )

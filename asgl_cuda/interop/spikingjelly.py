@@ -9,7 +9,8 @@
 A spike at h >= v_threshold resets to v_reset or, if v_reset is None (0 in the equations), subtracts v_threshold.
 ILIFNode is a LIFNode that emits round(clamp(h / v_threshold, 0, D)) spikes.
 
-Recurrent containers give a node rc(x, y[t-1]), a Linear of both, or f(y[t-1], x), with y what the node emits.
+Recurrent containers feed the output y of their node back. The node's input is rc([x, y[t-1]]), where rc is a Linear, or
+f(y[t-1], x), where f is a function of elements.
 """
 
 from __future__ import annotations
@@ -26,11 +27,19 @@ from torch.utils._pytree import tree_map_only
 
 from ..checks import MOST_LEVELS
 from ..neurons.lif import LIFOutput
-from ..neurons.over_time import in_a_row
-from .converted import Converted, Found, InStream, Streamed, bare_class, exchanged, known_class
-from .identify import SpikeFunction, captured
+from ..neurons.over_time import placement_advice
+from .converted import (
+    Conversion,
+    Converted,
+    InStream,
+    Streamed,
+    bare_class,
+    known_class_or_reason,
+    replaced_method_reason,
+)
+from .identify import SpikeFunction, closure_values
 from .recording import SPIKES, Recording
-from .recurrent import Recurrent, lacking
+from .recurrent import Recurrent, feedback_reason
 
 # SpikingJelly up to 0.0.0.0.14 has `clock_driven`; 0.0.0.0.14 has both packages.
 _PACKAGES = [
@@ -40,14 +49,14 @@ _PACKAGES = [
 ]
 
 
-def _classes(file: str, *names: str) -> tuple[Any, ...]:
-    """The classes of the installed version."""
+def _installed_classes(file: str, *names: str) -> tuple[Any, ...]:
+    """The classes of these names that the installed version defines in `file`."""
     files = [importlib.import_module(f"{package}.{file}") for package in _PACKAGES]
     return tuple(getattr(each, name) for name in names for each in files if hasattr(each, name))
 
 
 class ConvertedNode(Converted):
-    """All steps in one call for step mode "m", one step for "s"; stores `v` and `v_seq` as SpikingJelly does."""
+    """All steps per call in step mode "m", one step in "s". Stores `v` and `v_seq` as SpikingJelly does."""
 
     v: Any
     surrogate_function: Any
@@ -59,7 +68,7 @@ class ConvertedNode(Converted):
         return 0 if self.step_mode == "m" else None
 
     def dependencies(self) -> dict[str, Any]:
-        """What a call must find as it was at the conversion, see `Converted.dependencies`."""
+        """Values that must not change after the conversion, see `Converted.dependencies`."""
         precision = self.__dict__.get("_neuron_precision")
         return {
             "surrogate_function": self.surrogate_function,
@@ -67,8 +76,8 @@ class ConvertedNode(Converted):
             "detach_reset": self.detach_reset,
         }
 
-    def advice(self) -> str | None:
-        """Advice on calls with single steps."""
+    def speed_advice(self) -> str | None:
+        """Advice to use step mode "m", for a node in step mode "s"."""
         if self.step_mode != "s":
             return None
         whole = "spikingjelly.activation_based.functional.set_step_mode(model, 'm')"
@@ -76,33 +85,39 @@ class ConvertedNode(Converted):
 
     def multi_step_forward(self, x_seq: Tensor) -> Tensor:
         """The spikes of a sequence `[T, ...]`."""
-        output = self._steps(x_seq, whole=True)
+        output = self._run_lif(x_seq, whole=True)
         if output.v_seq is not None:
             self.v_seq = output.v_seq
         return output.s_seq
 
     def single_step_forward(self, x: Tensor) -> Tensor:
         """The spikes of one step."""
-        if self.steps_as_before():
+        if self.prefers_original_step():
             return super().single_step_forward(x)  # type: ignore[misc,no-any-return]
-        output = self._steps(x.unsqueeze(0), whole=False)
+        output = self._run_lif(x.unsqueeze(0), whole=False)
         if hasattr(self, "_append_v_seq") and self.store_v_seq:  # only since version 2
             self._append_v_seq(output.v_last)
         return output.s_seq.squeeze(0)
 
-    def _steps(self, x_seq: Tensor, whole: bool) -> LIFOutput:
-        """The result of `lif` for `[T, ...]`; `whole` sequences may store all potentials."""
-        return self._fire(self._current(x_seq, whole), x_seq, whole and getattr(self, "store_v_seq", False))
+    def _run_lif(self, x_seq: Tensor, whole: bool) -> LIFOutput:
+        """The result of `lif` for `[T, ...]`, with all potentials if it is a `whole` sequence that stores them."""
+        return self._charge_and_fire(
+            self._charging_current(x_seq, whole), x_seq, whole and getattr(self, "store_v_seq", False)
+        )
 
-    def _fire(self, current: Tensor, x_seq: Tensor, return_v_seq: bool) -> LIFOutput:
-        """The result of `lif` for the current that charges the neurons; keeps the last potential."""
+    def _charge_and_fire(self, current: Tensor, x_seq: Tensor, return_v_seq: bool) -> LIFOutput:
+        """The result of `lif` for the current that charges the neurons. Stores the last potential in `v`."""
         output = self.lif(
-            current, input_gain=_gain(self), levels=self._levels, return_v_seq=return_v_seq, **_options(self, x_seq)
+            current,
+            input_gain=_input_gain(self),
+            levels=self._levels,
+            return_v_seq=return_v_seq,
+            **_node_options(self, x_seq),
         )
         self.v = output.v_last
         return output
 
-    def recorded_states(self) -> dict[str, Any]:
+    def carried_states(self) -> dict[str, Any]:
         """The states that the node keeps from step to step, by name."""
         return {name: getattr(self, name) for name in ("v", "c") if name in self._memories}
 
@@ -110,35 +125,35 @@ class ConvertedNode(Converted):
         """Records a step, with the node's arguments and results."""
         if self.step_mode == "m":
             return super().record_step(recording, x)
-        results = recording.step(self, x, states := self.recorded_states())
+        results = recording.add_layer_step(self, x, states := self.carried_states())
         for name in states:
             setattr(self, name, results[name])
         if hasattr(self, "_append_v_seq") and self.store_v_seq:
             self._append_v_seq(results["v"])
         return results[SPIKES]
 
-    def steps_from(self, x_seq: Tensor, states: dict[str, Any], wanted: set[str]) -> tuple[Any, Any]:
-        """All steps from the stored states, see `Converted.steps_from`."""
-        current = self._current(x_seq, True)
-        output = self._fire(current, x_seq, "v" in wanted)
+    def compute_steps(self, x_seq: Tensor, states: dict[str, Any], wanted: set[str]) -> tuple[Any, Any]:
+        """Computes all steps from the stored states, see `Converted.compute_steps`."""
+        current = self._charging_current(x_seq, True)
+        output = self._charge_and_fire(current, x_seq, "v" in wanted)
         found = {SPIKES: output.s_seq, "v": output.v_seq, "c": current if "c" in states else None}
         return {name: each for name, each in found.items() if each is not None}, {}
 
-    def _current(self, x_seq: Tensor, whole: bool) -> Tensor:
-        """The current that charges the neurons in a sequence, or in one step unless `whole`: the input."""
+    def _charging_current(self, x_seq: Tensor, whole: bool) -> Tensor:
+        """The current that charges the neurons: the input. In subclasses it depends on whether `x_seq` is `whole`."""
         return x_seq
 
 
 class ConvertedCUBALIFNode(ConvertedNode):
-    """Charged by a leaky current, `c`; the potential leaks to 0, with any reset."""
+    """A node that a leaky current, `c`, charges. Its potential leaks to 0, whatever v_reset is."""
 
-    takes_input = False
+    takes_input_directly = False
     c: Any
 
-    def _current(self, x_seq: Tensor, whole: bool) -> Tensor:
-        """The synaptic current; it is also kept, in `c`."""
-        c = _kept(self, self.c, x_seq, 0.0, None)
-        if not whole:  # cheaper than the integrator's call
+    def _charging_current(self, x_seq: Tensor, whole: bool) -> Tensor:
+        """The synaptic current in each step; stores the last one in `c`."""
+        c = _stored_state(self, self.c, x_seq, 0.0, None)
+        if not whole:  # one step is cheaper without a call of the integrator
             self.c = self.c_decay * c + x_seq.squeeze(0)
             return self.c.unsqueeze(0)  # type: ignore[no-any-return]
         c_seq, self.c = self.integrate(x_seq, decay=self.c_decay, v_init=c)
@@ -152,8 +167,8 @@ def _leak_per_step(node: Any) -> Tensor | float:
     return 1 / node.tau if isinstance(node, _LEAKY) else 0.0
 
 
-def _options(node: Any, x_seq: Tensor) -> dict[str, Any]:
-    """Options of `lif`, except those of its input."""
+def _node_options(node: Any, x_seq: Tensor) -> dict[str, Any]:
+    """The options of `lif` that follow from the node's attributes and state, except `input_gain`."""
     v_reset = 0.0 if node.v_reset is None else node.v_reset
     v_rest = 0.0 if isinstance(node, _CUBA) else v_reset
     return {
@@ -161,21 +176,21 @@ def _options(node: Any, x_seq: Tensor) -> dict[str, Any]:
         "v_threshold": node.v_threshold,
         "v_reset": node.v_reset,
         "v_rest": v_rest,
-        "v_init": _kept(node, node.v, x_seq, v_reset, v_rest),
+        "v_init": _stored_state(node, node.v, x_seq, v_reset, v_rest),
         "detach_reset": node.detach_reset,
     }
 
 
-def _gain(node: Any) -> Tensor | float:
-    """The factor of the input."""
+def _input_gain(node: Any) -> Tensor | float:
+    """The factor on the input, `input_gain` of `lif`."""
     if isinstance(node, _INTEGER):
         return 1.0
     # Up to SpikingJelly 0.0.0.0.8 the input always decays.
     return _leak_per_step(node) if isinstance(node, _LEAKY) and getattr(node, "decay_input", True) else 1.0
 
 
-def _kept(node: Any, value: Any, x_seq: Tensor, at_start: float, at_rest: float | None) -> Any:
-    """The state that the last call left, as a tensor; None if it is `at_rest`, where a call needs no state."""
+def _stored_state(node: Any, value: Any, x_seq: Tensor, at_start: float, at_rest: float | None) -> Any:
+    """The stored state as a tensor, or None if it has the value `at_rest`, with which `lif` starts by default."""
     whole, simple = not x_seq.is_floating_point(), isinstance(node, (ConvertedClockDrivenNode, *_SIMPLE))
     if isinstance(value, Tensor) and value.shape != x_seq.shape[1:] and not simple:
         value = at_start  # start at rest, as in SpikingJelly
@@ -186,108 +201,109 @@ def _kept(node: Any, value: Any, x_seq: Tensor, at_start: float, at_rest: float 
 
 
 class ConvertedContainer(Recurrent):
-    """A recurrent container around a node, or a Linear and a node, which keep their parameters and states."""
+    """A recurrent container of a node, or of a Linear and a node. These keep their parameters and states."""
 
     y: Any
-    _factor: float | str  # factor on y in element_wise_function
+    _feedback_factor: float | str  # see the function of this name
 
     time_dim = ConvertedNode.time_dim
-    advice = ConvertedNode.advice
+    speed_advice = ConvertedNode.speed_advice
 
-    def begin(self, *arguments: Any) -> None:
-        """Applies the settings of a conversion, and keeps the factor of the feedback."""
-        self._factor = _factor(self)
-        super().begin(*arguments)
+    def begin_conversion(self, *arguments: Any) -> None:
+        """Stores the settings of a conversion and the factor of the feedback."""
+        self._feedback_factor = _feedback_factor(self)
+        super().begin_conversion(*arguments)
 
-    def end(self) -> None:
-        """Undoes the conversion."""
-        del self._factor
-        super().end()
+    def restore_original(self) -> None:
+        """Restores the original layer."""
+        del self._feedback_factor
+        super().restore_original()
 
     def _neuron_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        """Parameters of neurons, those of the node in the container as well."""
-        return [*super()._neuron_parameters(), *_parts(self)[1].named_parameters(recurse=False)]
+        """Parameters of neurons, including those of the node in the container."""
+        return [*super()._neuron_parameters(), *_linear_and_node(self)[1].named_parameters(recurse=False)]
 
     def dependencies(self) -> dict[str, Any]:
-        """What a call must find as it was at the conversion, see `Converted.dependencies`."""
-        _, node = _parts(self)
+        """Values that must not change after the conversion, see `Converted.dependencies`."""
+        _, node = _linear_and_node(self)
         found = {"surrogate_function": None, "sub_module": self.sub_module, "node": type(node)}
-        if not _is_neuron(node):  # other modules have no surrogate
+        if not _is_neuron(node):  # a module without a surrogate has replaced the node
             return found
         found |= ConvertedNode.dependencies(node)
         found["store_v_seq"] = getattr(node, "store_v_seq", False)
         if isinstance(self, _WITH_WEIGHTS):
-            return {**found, "feedback": lacking(self.rc)}
+            return {**found, "feedback": feedback_reason(self.rc)}
         return {**found, "element_wise_function": self.element_wise_function}
 
-    def recorded_states(self) -> dict[str, Any]:
+    def carried_states(self) -> dict[str, Any]:
         """The container's last output and the states of its node, by name."""
-        node = _parts(self)[1]
+        node = _linear_and_node(self)[1]
         return {"y": self.y, **{name: getattr(node, name) for name in ("v", "c") if name in node._memories}}
 
-    def keep_state(self, name: str, value: Any) -> None:
+    def set_state(self, name: str, value: Any) -> None:
         """Sets a state of the container or of its node."""
-        setattr(self if name == "y" else _parts(self)[1], name, value)
+        setattr(self if name == "y" else _linear_and_node(self)[1], name, value)
 
     def record_step(self, recording: Recording, x: Any) -> Any:
         """Records a step, with the container's arguments and results."""
         if self.step_mode == "m":
             return super().record_step(recording, x)
-        results = recording.step(self, x, states := self.recorded_states())
+        results = recording.add_layer_step(self, x, states := self.carried_states())
         for name in states:
-            self.keep_state(name, results[name])
+            self.set_state(name, results[name])
         return results["y"]
 
-    def steps_from(self, x_seq: Tensor, states: dict[str, Any], wanted: set[str]) -> tuple[Any, Any]:
-        """All steps from the stored states, of which only the spikes are known in each step."""
+    def compute_steps(self, x_seq: Tensor, states: dict[str, Any], wanted: set[str]) -> tuple[Any, Any]:
+        """Computes all steps from the stored states, of which it returns the spikes of each step alone."""
         if missing := wanted & {"v", "c"}:
             raise RuntimeError(
-                f"asgl_cuda.convert: with sequences, a {bare_class(self).__name__} gives its spikes alone, but the "
-                f"model's code reads its {missing.pop()} in each step"
+                f"asgl_cuda.convert: with sequences, only the spikes of a {bare_class(self).__name__} are known in "
+                f"each step, but the model's code reads its {missing.pop()}; use asgl_cuda.convert(model) without "
+                "sequences"
             )
         return {"y": self.multi_step_forward(x_seq)}, {}
 
     def single_step_forward(self, x: Tensor) -> Tensor:
         """The spikes of one step."""
-        if self.steps_as_before():
+        if self.prefers_original_step():
             return super().single_step_forward(x)  # type: ignore[misc,no-any-return]
         return self.multi_step_forward(x.unsqueeze(0)).squeeze(0)
 
     def multi_step_forward(self, x_seq: Tensor) -> Tensor:
         """The spikes of a sequence `[T, ...]`, which are fed back."""
-        self.check()  # checks the parts
-        linear, node = _parts(self)
+        self.check_unchanged()  # before the parts of the container are used
+        linear, node = _linear_and_node(self)
         if isinstance(self, _WITH_WEIGHTS):
             of_x, weight = self.rc.weight.tensor_split([self.rc.out_features], 1)
             x_seq = nn.functional.linear(x_seq, of_x, self.rc.bias)
             x_seq, weight = (x_seq, weight) if linear is None else (linear(x_seq), linear.weight @ weight)
         else:
-            weight = x_seq.new_full(x_seq.shape[-1:] if x_seq.dim() > 1 else (1,), float(self._factor))
-        options = _options(node, x_seq)
+            weight = x_seq.new_full(x_seq.shape[-1:] if x_seq.dim() > 1 else (1,), float(self._feedback_factor))
+        options = _node_options(node, x_seq)
         if isinstance(node, _CUBA):
-            options |= {"syn_decay": node.c_decay, "i_init": _kept(node, node.c, x_seq, 0.0, 0.0)}
-        output = self.recurrent_lif(x_seq, weight, _gain(node), s_init=self.y, **options)
-        node.v, self.y = output.v_last, output.s_seq[-1].clone()  # must not be a view, because detach_() refuses views
+            options |= {"syn_decay": node.c_decay, "i_init": _stored_state(node, node.c, x_seq, 0.0, 0.0)}
+        output = self.recurrent_lif(x_seq, weight, _input_gain(node), s_init=self.y, **options)
+        node.v, self.y = output.v_last, output.s_seq[-1].clone()  # clone: detach_() refuses views
         if output.i_last is not None:
             node.c = output.i_last
         return output.s_seq
 
 
-def _parts(container: Any) -> tuple[Any, Any]:
+def _linear_and_node(container: Any) -> tuple[Any, Any]:
     """The Linear inside of a container, or None, and the node."""
     inside = container.sub_module
     pair = isinstance(container, _WITH_WEIGHTS) and type(inside) is nn.Sequential and len(inside) == 2
     return (inside[0], inside[1]) if pair and isinstance(inside[0], nn.Linear) else (None, inside)
 
 
-def _factor(container: Any) -> float | str:
-    """The number w where x + w y enters the node, 1 for a Linear, or why there is none."""
+def _feedback_factor(container: Any) -> float | str:
+    """The number w if the node's input is x + w y, 1 for a container with a Linear; or why there is no such number."""
     if isinstance(container, _WITH_WEIGHTS):
-        return lacking(container.rc) or 1.0
+        return feedback_reason(container.rc) or 1.0
     function = container.element_wise_function
     name = getattr(function, "__name__", type(function).__name__)
-    reason = f"its spikes y return by {name}(y, x); x + w y with a number w can be converted"
-    held = any(isinstance(each, (Tensor, nn.Module)) for each in captured(function))
+    reason = f"its spikes y return by {name}(y, x); only functions x + w y with a number w can be converted"
+    held = any(isinstance(each, (Tensor, nn.Module)) for each in closure_values(function))
     if held or not isinstance(function, (FunctionType, BuiltinFunctionType)):
         return reason
     y, x = (torch.tensor(each, dtype=torch.float64, requires_grad=True) for each in _PROBES)
@@ -305,19 +321,19 @@ _PROBES = ((0.0, 1.0, 0.0, 1.0, 0.5, -3.0), (0.0, 0.0, 1.5, -2.5, 40.0, 0.125)) 
 
 
 class ConvertedILIFNode(ConvertedNode):
-    """Integer spikes."""
+    """A node that emits several spikes per step, as one integer."""
 
     multi_spike = True
 
     @property
     def _levels(self) -> int:  # type: ignore[override]
         """The most spikes per step."""
-        return int(getattr(self.surrogate_function, "max_spike_count", 0))  # 0 is an error of `lif`
+        return int(getattr(self.surrogate_function, "max_spike_count", 0))  # for 0, `lif` raises
 
-    def _fire(self, current: Tensor, x_seq: Tensor, return_v_seq: bool) -> LIFOutput:
-        """As in the base class, with spikes in the type of the input."""
-        output = super()._fire(current, x_seq, return_v_seq)
-        return output._replace(s_seq=output.s_seq.to(x_seq.dtype))  # integers for integer inputs
+    def _charge_and_fire(self, current: Tensor, x_seq: Tensor, return_v_seq: bool) -> LIFOutput:
+        """The result of the base class, with spikes in the dtype of the input."""
+        output = super()._charge_and_fire(current, x_seq, return_v_seq)
+        return output._replace(s_seq=output.s_seq.to(x_seq.dtype))  # integer inputs give integer spikes
 
     def description(self) -> str:
         """The computation of the layer, in words."""
@@ -325,36 +341,36 @@ class ConvertedILIFNode(ConvertedNode):
 
 
 class ConvertedClockDrivenNode(ConvertedNode):
-    """A node of `clock_driven`: its class decides between a step and a sequence, whose potentials are stored."""
+    """A node of `clock_driven`. By its class, a call takes a step, or a sequence whose potentials it stores."""
 
     store_v_seq = True
 
     @property
     def step_mode(self) -> str:
-        """As in newer versions: "m" for sequences, "s" for single steps."""
+        """The step mode as newer versions have it: "m" for sequences, "s" for single steps."""
         return "m" if isinstance(self, _MULTI_STEP) else "s"
 
     def dependencies(self) -> dict[str, Any]:
-        """What a call must find as it was at the conversion, see `Converted.dependencies`."""
+        """Values that must not change after the conversion, see `Converted.dependencies`."""
         return {**super().dependencies(), "Lava": self.__dict__.get("backend") == "lava"}
 
-    def advice(self) -> str | None:
-        """Advice on calls with single steps."""
+    def speed_advice(self) -> str | None:
+        """Advice to use the MultiStep class, for a node that takes single steps."""
         if self.step_mode == "m":
             return None
         return "one step per call gains little; MultiStep nodes compute whole sequences, several times faster"
 
     def record_step(self, recording: Recording, x: Any) -> Any:
-        """Records a step; older versions also store its spikes."""
+        """Records a step, and stores its spikes if this version does."""
         spikes = super().record_step(recording, x)
         if "spike" in self._memories:
             self.spike = spikes
         return spikes
 
     def forward(self, x: Tensor) -> Tensor:
-        """The spikes of a step or a sequence; older versions also store them."""
+        """The spikes of a step or a sequence, stored if this version does."""
         whole = self.step_mode == "m"
-        if not whole and self.steps_as_before():
+        if not whole and self.prefers_original_step():
             return super().forward(x)  # type: ignore[no-any-return]
         spikes = self.multi_step_forward(x) if whole else self.single_step_forward(x)
         if "spike" in self._memories:  # only up to 0.0.0.0.8
@@ -365,13 +381,13 @@ class ConvertedClockDrivenNode(ConvertedNode):
 
 
 class ConvertedNonSpikingNode(Converted):
-    """All steps in one call, each time from 0, decoded as SpikingJelly does."""
+    """A node that does not fire. All steps per call, from 0, and decoded as SpikingJelly does."""
 
-    takes_input = False
+    takes_input_directly = False
     time_dim = 0
 
     def dependencies(self) -> dict[str, Any]:
-        """What a call must find as it was at the conversion, see `Converted.dependencies`."""
+        """Values that must not change after the conversion, see `Converted.dependencies`."""
         return {"function": None}
 
     def forward(self, x_seq: Tensor) -> Any:
@@ -388,46 +404,52 @@ class ConvertedNonSpikingNode(Converted):
         return v_seq[-1] if self.decode == "last_mem" else list(v_seq)
 
 
-# Equivalents of torch.nn's normalisations; in step mode "m" time and batch are separate dimensions. The
-# ThresholdDependent ones differ only in the initial weight, and before version 2 they join time and batch twice.
+# Equivalents of torch.nn's normalisations; in step mode "m" their input has separate dimensions for time and batch. The
+# ThresholdDependent ones differ only in the initial weight. Those of versions before 2 are left out: their own forward
+# merges time and batch a second time.
 _OF_THRESHOLD = tuple(f"ThresholdDependentBatchNorm{dims}d" for dims in (1, 2, 3))
 NORMALISATIONS = (
-    *_classes("layer", "BatchNorm1d", "BatchNorm2d", "BatchNorm3d"),
-    *(found for found in _classes("layer", *_OF_THRESHOLD) if "forward" not in vars(found)),
+    *_installed_classes("layer", "BatchNorm1d", "BatchNorm2d", "BatchNorm3d"),
+    *(found for found in _installed_classes("layer", *_OF_THRESHOLD) if "forward" not in vars(found)),
 )
 
-# Equivalents of torch.nn's layers; in step mode "m" time and batch are separate dimensions.
+# Equivalents of torch.nn's layers; in step mode "m" their input has separate dimensions for time and batch.
 PLAIN = {
     found: getattr(nn, found.__name__)
-    for found in _classes("layer", "Linear", "Conv1d", "Conv2d", "AvgPool2d", "Flatten", "Dropout", "Dropout2d")
+    for found in _installed_classes(
+        "layer", "Linear", "Conv1d", "Conv2d", "AvgPool2d", "Flatten", "Dropout", "Dropout2d"
+    )
 }
 
-_SIMPLE = _classes("neuron", "SimpleIFNode", "SimpleLIFNode")
-_CUBA, _PARAMETRIC = _classes("neuron", "CUBALIFNode"), _classes("neuron", "ParametricLIFNode")
-_READ_OUTS = _classes("neuron", "NonSpikingLIFNode")
-_NON_SPIKING = (*_classes("neuron", "NonSpikingIFNode"), *_READ_OUTS)
-_INTEGER = _classes("neuron", "ILIFNode")
-_LEAKY = _classes("neuron", "LIFNode", "SimpleLIFNode", "ParametricLIFNode")
-_MULTI_STEP = _classes("neuron", "MultiStepIFNode", "MultiStepLIFNode", "MultiStepParametricLIFNode")
-_KNOWN = (*_classes("neuron", "IFNode"), *_INTEGER, *_LEAKY, *_MULTI_STEP, *_SIMPLE, *_CUBA, *_NON_SPIKING)
-_WITH_STEP_MODE = _classes("base", "StepModule")
-_WITH_WEIGHTS = _classes("layer", "LinearRecurrentContainer")
+_SIMPLE = _installed_classes("neuron", "SimpleIFNode", "SimpleLIFNode")
+_CUBA, _PARAMETRIC = _installed_classes("neuron", "CUBALIFNode"), _installed_classes("neuron", "ParametricLIFNode")
+_READ_OUTS = _installed_classes("neuron", "NonSpikingLIFNode")
+_NON_SPIKING = (*_installed_classes("neuron", "NonSpikingIFNode"), *_READ_OUTS)
+_INTEGER = _installed_classes("neuron", "ILIFNode")
+_LEAKY = _installed_classes("neuron", "LIFNode", "SimpleLIFNode", "ParametricLIFNode")
+_MULTI_STEP = _installed_classes("neuron", "MultiStepIFNode", "MultiStepLIFNode", "MultiStepParametricLIFNode")
+_KNOWN = (*_installed_classes("neuron", "IFNode"), *_INTEGER, *_LEAKY, *_MULTI_STEP, *_SIMPLE, *_CUBA, *_NON_SPIKING)
+_WITH_STEP_MODE = _installed_classes("base", "StepModule")
+_WITH_WEIGHTS = _installed_classes("layer", "LinearRecurrentContainer")
 _FEEDING = tuple(
     found
-    for found in (*_WITH_WEIGHTS, *_classes("layer", "ElementWiseRecurrentContainer"))
+    for found in (*_WITH_WEIGHTS, *_installed_classes("layer", "ElementWiseRecurrentContainer"))
     if issubclass(found, _WITH_STEP_MODE)
 )
-_MIXING = _classes("neuron", "PSN", "MaskedPSN", "SlidingPSN", "ILCBaseNode")
+_MIXING = _installed_classes("neuron", "PSN", "MaskedPSN", "SlidingPSN", "ILCBaseNode")
 
-_MEMORY, _OF_SEQUENCES = _classes("base", "MemoryModule"), _classes("base", "MultiStepModule")
-_CELLS = _classes("rnn", "SpikingRNNCellBase")
-_RECURRENT = (*_classes("rnn", "SpikingRNNBase"), *_CELLS)
-_DROPOUTS = _classes("layer", "Dropout", "Dropout2d", "DropConnectLinear")  # these carry a mask, not a state
+_MEMORY, _OF_SEQUENCES = _installed_classes("base", "MemoryModule"), _installed_classes("base", "MultiStepModule")
+_CELLS = _installed_classes("rnn", "SpikingRNNCellBase")
+_RECURRENT = (*_installed_classes("rnn", "SpikingRNNBase"), *_CELLS)
+_DROPOUTS = _installed_classes("layer", "Dropout", "Dropout2d", "DropConnectLinear")  # these carry a mask, not a state
 
-_JOINING, _IN_STEPS = _classes("layer", "SeqToANNContainer"), _classes("layer", "MultiStepContainer")
-_CONTAINERS = dict.fromkeys((*_JOINING, *_IN_STEPS), 0)  # class: time_dim
-_CONTAINERS |= dict.fromkeys(_classes("layer", "TLastSeqToANNContainer", "TLastMultiStepContainer"), -1)
-_STATEFUL = "it is no neuron that convert knows, but carries a state"
+_JOINING, _IN_STEPS = (
+    _installed_classes("layer", "SeqToANNContainer"),
+    _installed_classes("layer", "MultiStepContainer"),
+)
+_CONTAINERS = dict.fromkeys((*_JOINING, *_IN_STEPS), 0)  # time_dim by class
+_CONTAINERS |= dict.fromkeys(_installed_classes("layer", "TLastSeqToANNContainer", "TLastMultiStepContainer"), -1)
+_STATEFUL = "it is not a neuron that convert knows, but carries a state"
 
 
 def _is_neuron(layer: nn.Module) -> bool:
@@ -437,16 +459,16 @@ def _is_neuron(layer: nn.Module) -> bool:
     return in_file or hasattr(layer, "neuronal_charge")
 
 
-def find(layer: nn.Module) -> Found:
-    """The answer for a layer of SpikingJelly, see `Found`."""
-    kind = known_class(layer, (*_KNOWN, *_FEEDING), _MIXING)
+def conversion_of(layer: nn.Module) -> Conversion:
+    """How to convert a layer of SpikingJelly, see `Conversion`."""
+    kind = known_class_or_reason(layer, (*_KNOWN, *_FEEDING), _MIXING)
     if isinstance(kind, str):
         carries = isinstance(layer, _MEMORY) and layer._memories and not isinstance(layer, _DROPOUTS)
         return kind if _is_neuron(layer) else _STATEFUL if carries or isinstance(layer, _RECURRENT) else None
     if kind in _NON_SPIKING:
         return ConvertedNonSpikingNode, None
     if kind in _FEEDING:
-        return _feeding(layer)
+        return _container_conversion(layer)
     node: Any = layer
     if not getattr(node.surrogate_function, "spiking", True):
         return "its surrogate function does not spike (spiking=False)"
@@ -457,31 +479,32 @@ def find(layer: nn.Module) -> Found:
     if isinstance(node.v_reset, Tensor):
         return "its v_reset is a tensor"
     if kind in _INTEGER:
-        return _integer(node.surrogate_function)
+        return _integer_node_conversion(node.surrogate_function)
     if not isinstance(layer, _WITH_STEP_MODE):
         return ConvertedClockDrivenNode, node.surrogate_function
     return ConvertedCUBALIFNode if kind in _CUBA else ConvertedNode, node.surrogate_function
 
 
-def _feeding(container: Any) -> Found:
-    """Finds the conversion of a recurrent container."""
-    if isinstance(factor := _factor(container), str):
+def _container_conversion(container: Any) -> Conversion:
+    """How to convert a recurrent container, see `Conversion`."""
+    if isinstance(factor := _feedback_factor(container), str):
         return factor
-    linear, node = _parts(container)
-    if linear is not None and (reason := lacking(linear)):
+    linear, node = _linear_and_node(container)
+    if linear is not None and (reason := feedback_reason(linear)):
         return reason
-    found, name = find(node), type(node).__name__
+    found, name = conversion_of(node), type(node).__name__
     if isinstance(found, tuple):
-        found = exchanged(node) or found
+        found = replaced_method_reason(node) or found
     if not isinstance(found, tuple) or found[0] not in (ConvertedNode, ConvertedCUBALIFNode):
-        return f"its {name}{f': {found}' if isinstance(found, str) else ' is no neuron that recurrent layers have'}"
+        why = f": {found}" if isinstance(found, str) else " is not a neuron that convert supports in a container"
+        return f"its {name}{why}"
     if getattr(node, "store_v_seq", False):
         return f"its {name} stores its potentials (store_v_seq)"
     return ConvertedContainer, found[1]
 
 
-def _integer(function: Any) -> Found:
-    """Finds the conversion of an ILIFNode, from its surrogate MultiLevelSpikeCount."""
+def _integer_node_conversion(function: Any) -> Conversion:
+    """How to convert an ILIFNode with this surrogate, a MultiLevelSpikeCount; see `Conversion`."""
     levels, *window = function.max_spike_count, function.grad_min, function.grad_max
     if levels > MOST_LEVELS:
         return f"it counts up to {levels} spikes, more than {MOST_LEVELS}"
@@ -498,13 +521,13 @@ def reset(module: Any) -> None:
 
 def detach(module: Any) -> None:
     """Detaches the states of a module of SpikingJelly."""
-    if isinstance(module, _MEMORY):  # with views and lists, unlike `functional.detach_net`
+    if isinstance(module, _MEMORY):  # unlike functional.detach_net, also views and lists
         module._memories.update(tree_map_only(Tensor, torch.detach, module._memories))
         if isinstance(v_seq := getattr(module, "v_seq", None), Tensor):
             module.v_seq = v_seq.detach()
 
 
-def _knows_time(module: nn.Module) -> bool:
+def _is_refused_by_over_time(module: nn.Module) -> bool:
     """Whether `OverTime` refuses the module, because it takes time or carries states itself."""
     if isinstance(module, _RECURRENT):
         return True
@@ -513,32 +536,33 @@ def _knows_time(module: nn.Module) -> bool:
     return hasattr(module, "neuronal_charge") or (isinstance(module, _MEMORY) and not isinstance(module, _DROPOUTS))
 
 
-def _step_mode(module: Any) -> str:
-    """The step mode; modules of `clock_driven` say it in their names."""
+def _step_mode_of(module: Any) -> str:
+    """The step mode of a module: its attribute or, for modules of `clock_driven`, by its class name."""
     in_name = any(each.__name__.startswith("MultiStep") for each in type(module).__mro__)
     return str(getattr(module, "step_mode", "m" if in_name else "s"))
 
 
-def outside(module: nn.Module) -> str | None:
-    if not _knows_time(module):
+def placement_outside_over_time(module: nn.Module) -> str | None:
+    """Where a module that `OverTime` refuses belongs, see `libraries`; None for other modules."""
+    if not _is_refused_by_over_time(module):
         return None
     name = bare_class(module).__name__
     if isinstance(module, _CELLS):
         return "and call it as SpikingJelly does"
-    if isinstance(module, (*_OF_SEQUENCES, *_RECURRENT)) or _step_mode(module) == "m":
-        return in_a_row(f"{name}(...)")
+    if isinstance(module, (*_OF_SEQUENCES, *_RECURRENT)) or _step_mode_of(module) == "m":
+        return placement_advice(f"{name}(...)")
     layer = f"{name}(..., step_mode='m')" if hasattr(module, "step_mode") else f"MultiStepContainer({name}(...))"
-    return in_a_row(layer, in_place=True)
+    return placement_advice(layer, in_place=True)
 
 
-def streamed(module: nn.Module) -> InStream:
-    """How a module takes single steps, see `InStream`."""
+def streaming_of(module: nn.Module) -> InStream:
+    """How a module takes the steps of a stream, see `InStream`."""
     if type(module) in _CONTAINERS:
         return Streamed(_CONTAINERS[type(module)], None)
-    if not _knows_time(module):
+    if not _is_refused_by_over_time(module):
         return None
     memories = getattr(module, "_memories", {})
-    step_mode = _step_mode(module)
+    step_mode = _step_mode_of(module)
     if "v" in memories or (memories and (step_mode == "s" or not _is_neuron(module))):
         return Streamed(0 if step_mode == "m" else None, "v" if "v" in memories else None)
     return "it carries no potential from call to call"

@@ -11,18 +11,18 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from ..calls.arguments import INPUT, Arguments, NeuronArguments
-from ..checks import check_bool, check_finite, check_input, check_keywords, check_v_init, least_and_most
+from ..checks import check_bool, check_finite, check_initial_state, check_input, check_keywords, min_and_max
 from ..layout import real_type
 from ..reference.learned import Logit
 from ..reference.records import IN_CURRENT, IN_RESET, IN_THRESHOLD
-from .base import fill_parameter, values_shown
+from .base import fill_parameter, format_values
 from .deferred import tensor_of
-from .lif import LIF, LIF_DEFAULTS, LIFOutput, computed, without
+from .lif import LIF, LIF_DEFAULTS, LIFOutput, lacking_options, run_lif
 from .spiking import Neurons
 
 _CALLER = "asgl_cuda.adaptive_lif"
 # Options of `lif` and `LIF` that adaptive neurons do not have.
-_WITHOUT = without(Neurons, *INPUT)
+_WITHOUT = lacking_options(Neurons, *INPUT)
 _NEURON = [name for name in LIF_DEFAULTS if name not in _WITHOUT]
 
 
@@ -40,8 +40,8 @@ class AdaptiveLIFOutput(NamedTuple):
     h_seq: Tensor | None
 
 
-def place_of_w(v_reset: Any, reset_amount: Any, to_threshold: bool) -> int:
-    """Where the adaptation acts, as bits: IN_CURRENT, IN_THRESHOLD and IN_RESET."""
+def adaptation_place(v_reset: Any, reset_amount: Any, to_threshold: bool) -> int:
+    """Where the adaptation w acts, as bits: IN_CURRENT, IN_THRESHOLD and IN_RESET."""
     if not to_threshold:
         return IN_CURRENT
     return IN_THRESHOLD | IN_RESET if v_reset is None and reset_amount is None else IN_THRESHOLD
@@ -104,7 +104,7 @@ def adaptive_lif(
         "adapt_potential": adapt_potential,
         "adapt_spike": adapt_spike,
     }
-    given["adaptation"] = place_of_w(given["v_reset"], given["reset_amount"], to_threshold)
+    given["adaptation"] = adaptation_place(given["v_reset"], given["reset_amount"], to_threshold)
     return run_adaptive(x_seq, given, w_init)
 
 
@@ -115,20 +115,21 @@ _KNOWN = *_NEURON, *(adaptive_lif.__kwdefaults__ or {})
 def run_adaptive(x_seq: Tensor, given: Arguments, w_init: Tensor | None) -> Tensor | AdaptiveLIFOutput:
     """`adaptive_lif` with w in any place: bits IN_CURRENT, IN_THRESHOLD and IN_RESET of `adaptation`."""
     x_seq = tensor_of(x_seq, _CALLER)
-    state = None if given["v_init"] is None and w_init is None else pair_of_states(_CALLER, x_seq, given, w_init)
-    output = computed(_CALLER, x_seq, {**given, "v_init": state})
+    at_rest = given["v_init"] is None and w_init is None
+    state = None if at_rest else checked_pair_of_states(_CALLER, x_seq, given, w_init)
+    output = run_lif(_CALLER, x_seq, {**given, "v_init": state})
     if not isinstance(output, LIFOutput):
         return output
     v_last, w_last = (None, None) if output.v_last is None else (output.v_last[0], output.v_last[1])
     return AdaptiveLIFOutput(output.s_seq, v_last, w_last, output.v_seq, output.h_seq)
 
 
-def pair_of_states(caller: str, x_seq: Tensor, given: Arguments, w_init: Tensor | None) -> Tensor:
-    """Both states in one tensor, checked."""
+def checked_pair_of_states(caller: str, x_seq: Tensor, given: Arguments, w_init: Tensor | None) -> Tensor:
+    """The initial states v and w in one tensor, `[2, ...]`, after checks."""
     v_init, time_dim = given["v_init"], check_input(x_seq, given["time_dim"], caller)
     for name, value in (("v_init", v_init), ("w_init", w_init)):
         if value is not None:
-            check_v_init(value, x_seq, time_dim, caller, name)
+            check_initial_state(value, x_seq, time_dim, caller, name)
     real, like = real_type(x_seq.dtype), x_seq.select(time_dim, 0)
     v = torch.full_like(like, given["v_rest"], dtype=real) if v_init is None else v_init.to(real)
     return torch.stack([v, torch.zeros_like(v) if w_init is None else w_init.to(real)])
@@ -150,15 +151,15 @@ class Adapting(Neurons):
     to_threshold: bool
 
     def _set_up_lif(
-        self, given: Mapping[str, Any], own: Callable[..., Any], without: Collection[str], **others: Any
+        self, given: Mapping[str, Any], own: Callable[..., Any], lacking: Collection[str], **others: Any
     ) -> None:
-        """Sets up neurons without an adaptation, by the given options of `LIF` and `others`.
+        """Sets up neurons without an adaptation, from the `given` options of `LIF` and from `others`.
 
-        Known are those of the constructor `own`, and those of `LIF` but `without`.
+        Accepts the keyword arguments of the constructor `own`, and those of `LIF` that are not `lacking`.
         """
         defaults = LIF.__init__.__kwdefaults__ or {}
-        known = [name for name in defaults if name not in without]
-        check_keywords(given, [*known, *(own.__kwdefaults__ or {})], self._caller, without)
+        known = [name for name in defaults if name not in lacking]
+        check_keywords(given, [*known, *(own.__kwdefaults__ or {})], self._caller, lacking)
         self._set_up_neurons({**defaults, **given, **others})
         self.logit_adapt_decay, self.to_threshold = None, False
         self._adapt_decay: Tensor | float | None = None
@@ -182,10 +183,10 @@ class Adapting(Neurons):
     def _fill_adaptation(self, adapt_decay: Any, *factors: Any) -> None:
         """Checks decay and factors of the adaptation, and writes them into values and parameters."""
         learned, option = self.logit_adapt_decay, "learn_adaptation"
-        self._adapt_decay = self._fill_logit(learned, "adapt_decay", adapt_decay, option)
+        self._adapt_decay = self._store_decay(learned, "adapt_decay", adapt_decay, option)
         for name, given in zip(_FACTORS, factors, strict=True):
-            value = self._read(name, given, learned, option)
-            for each in least_and_most(value):
+            value = self._checked_value(name, given, learned, option)
+            for each in min_and_max(value):
                 check_finite(name, each, self._caller)
             setattr(self, f"_{name}", value)
             if learned is not None:
@@ -202,23 +203,23 @@ class Adapting(Neurons):
         """The adaptation's decay per step: a tensor in the shape of the parameter if learned."""
         return self._adapt_decay if self.logit_adapt_decay is None else Logit(self.logit_adapt_decay).value()
 
-    def _given(self, x_seq: Tensor, *arguments: Any, **options: Any) -> Arguments:
+    def _arguments_of_call(self, x_seq: Tensor, *arguments: Any, **options: Any) -> Arguments:
         """The record of a call, with the adaptation."""
-        given = super()._given(x_seq, *arguments, **options)
+        given = super()._arguments_of_call(x_seq, *arguments, **options)
         if self._adapt_decay is None:
             return given
         adaptation: Sequence[Any] = (self.adapt_decay, self.adapt_potential, self.adapt_spike)
         if self.num_features:
-            adaptation = self._for_call(adaptation, x_seq)
+            adaptation = self._on_input_device(adaptation, x_seq)
         given["adapt_decay"], given["adapt_potential"], given["adapt_spike"] = adaptation
-        given["adaptation"] = place_of_w(self.v_reset, self.reset_amount, self.to_threshold)
+        given["adaptation"] = adaptation_place(self.v_reset, self.reset_amount, self.to_threshold)
         return given
 
     def extra_repr(self) -> str:
         if self._adapt_decay is None:
             return super().extra_repr()
         names = "adapt_decay", *_FACTORS
-        parts = [f"{name}={values_shown(getattr(self, '_' + name), self.logit_adapt_decay)}" for name in names]
+        parts = [f"{name}={format_values(getattr(self, '_' + name), self.logit_adapt_decay)}" for name in names]
         return ", ".join([super().extra_repr(), *parts, *(["to_threshold=True"] if self.to_threshold else [])])
 
 
@@ -229,11 +230,11 @@ class AdaptiveLIF(Adapting):
         num_features: as for `LIF`.
         adapt_decay: fraction of the adaptation that is left after a step, in [0, 1]. If learned it must be in (0, 1),
             and is stored as a logit.
-        adapt_potential, adapt_spike: factors on the potential after reset and on the spike. All three are floats or
-            tensors, as `LIF` has them.
+        adapt_potential, adapt_spike: factors on the potential after reset and on the spike. Like adapt_decay, they are
+            floats or tensors, as the decay of `LIF` is.
         to_threshold: add the adaptation to the threshold, instead of subtracting it from the input current.
-        learn_adaptation: whether these three are parameters, with one value per layer, channel or neuron as
-            `granularity` says; else they stay constant.
+        learn_adaptation: whether adapt_decay, adapt_potential and adapt_spike are parameters, with one value per layer,
+            channel or neuron as `granularity` says; else they stay constant.
         lif_options: arguments of `LIF` except `input_gain`, `scale_output`, `levels`, `multi_spike` and `v_min`.
 
     A stateful layer carries the adaptation as `w`, in addition to `v`. If the adaptation is learned, the state dict has
@@ -270,4 +271,4 @@ class AdaptiveLIF(Adapting):
 
     def _call_function(self, x_seq: Tensor, w_init: Tensor | None = None, **options: Any) -> Tensor | AdaptiveLIFOutput:
         """Calls `asgl_cuda.adaptive_lif`."""
-        return run_adaptive(x_seq, self._given(x_seq, self.input_gain, **options), w_init)
+        return run_adaptive(x_seq, self._arguments_of_call(x_seq, self.input_gain, **options), w_init)

@@ -14,6 +14,7 @@ from typing_extensions import Self
 from ..backends import BACKENDS, BEST
 from ..checks import (
     FLOATING_TYPES,
+    accept_none,
     check_analog_prob,
     check_bool,
     check_device_and_dtype,
@@ -26,10 +27,9 @@ from ..checks import (
     check_options,
     check_sizes,
     check_step,
-    check_tensor,
-    given_for,
-    least_and_most,
-    optional,
+    format_type,
+    format_value,
+    min_and_max,
     read_finite,
     read_number,
     read_values,
@@ -37,7 +37,7 @@ from ..checks import (
 )
 from ..layout import Features, state_shape
 from ..reference.learned import BOUND, Logarithm, Logit
-from ..torch_modes import transforming
+from ..torch_modes import is_transform_active
 from .deferred import tensor_of
 
 Granularity = Literal["layer", "channel", "neuron"]
@@ -61,13 +61,13 @@ def fill_parameter(parameter: Tensor | None, value: Tensor | float) -> None:
             parameter.copy_(value) if isinstance(value, Tensor) else parameter.fill_(value)
 
 
-def values_shown(value: Tensor | float, parameter: Tensor | None = None) -> str:
+def format_values(value: Tensor | float, parameter: Tensor | None = None) -> str:
     """A value of neurons as text, the least and the largest of several, and whether it is learned."""
-    least, most = (f"{each:g}" for each in least_and_most(value))
+    least, most = (f"{each:g}" for each in min_and_max(value))
     return f"{least if least == most else f'{least} to {most}'}{'' if parameter is None else ' (learned)'}"
 
 
-def set_plain(layer: nn.Module, name: str, value: Any) -> None:
+def set_plain_attribute(layer: nn.Module, name: str, value: Any) -> None:
     """Sets an attribute that is no parameter, buffer or module, for which nn.Module's own way takes 0.9 us."""
     if torch.compiler.is_compiling():
         setattr(layer, name, value)
@@ -100,7 +100,7 @@ class Settable(nn.Module):
 
 
 class Noisy(Settable):
-    """A layer with a fraction of analog elements, which is data of a compiled graph: a schedule does not recompile."""
+    """A layer with noise. Compiled graphs read analog_prob from a tensor, so a schedule does not recompile them."""
 
     _analog_prob: float  # for eager calls: reading a tensor would synchronise with the GPU
     # The analog_prob of compiled graphs, of shape [1], or [0] if the layer has no noise. It is not a buffer, because
@@ -127,7 +127,7 @@ class Noisy(Settable):
         self._make_analog_prob_data(getattr(self, "_analog_prob_data", torch.empty(0, device="cpu")).device)
 
     def analog_prob_of_call(self, x_seq: Tensor) -> Tensor | float:
-        """`analog_prob` for `asgl_cuda.lif`; 0 in evaluation."""
+        """`analog_prob` for a call of `lif`: 0 in evaluation, a tensor in compiled code with noise, else a float."""
         if not self.training:
             return 0.0
         if not torch.compiler.is_compiling():
@@ -140,8 +140,9 @@ class Noisy(Settable):
         return self._analog_prob_data.numel() > 0
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *arguments: Any, **options: Any) -> Any:
+        """As in torch, for `to()` and others; also moves the data of analog_prob."""
         super()._apply(fn, *arguments, **options)  # type: ignore[no-untyped-call]
-        if "_analog_prob_data" in self.__dict__:  # fn may change the device, but not values or type
+        if "_analog_prob_data" in self.__dict__:  # fn decides the device; values and type stay
             self._make_analog_prob_data(fn(self._analog_prob_data).device)
         return self
 
@@ -151,7 +152,7 @@ class Noisy(Settable):
         with torch.inference_mode(False):  # inference tensors can't be used in training
             self._analog_prob_data = torch.full((size,), self._analog_prob, dtype=torch.float64, device=device)
 
-    def end_noise(self) -> None:
+    def remove_noise(self) -> None:
         """Removes the attributes of the noise."""
         for name in ("_analog_prob", "_analog_prob_data"):
             self.__dict__.pop(name, None)
@@ -166,7 +167,7 @@ class NeuronLayer(Settable):
     # function. They are not buffers, because DistributedDataParallel would broadcast them.
     _states: ClassVar[tuple[str, ...]] = ("v",)
     _least_batch: ClassVar[int] = 0  # dimensions of the batch that an input must have
-    _constants: ClassVar[tuple[str, ...]] = ("_decay",)  # values of neurons, floats or tensors, but not buffers
+    _constants: ClassVar[tuple[str, ...]] = ("_decay",)  # attributes that are floats or tensors, but not buffers
     logit_decay: nn.Parameter | None
     store_v_seq = False
     v: Tensor | None
@@ -179,7 +180,7 @@ class NeuronLayer(Settable):
         **dict.fromkeys(("v_rest", "input_gain"), read_finite),
         "stateful": check_bool,
         "time_dim": check_int,
-        "backend": optional(_check_backend),
+        "backend": accept_none(_check_backend),
     }
     _norm_options: ClassVar[dict[str, Callable[..., Any]]] = {}  # as _options, for the normalisation in the layer
     v_rest: float
@@ -196,11 +197,11 @@ class NeuronLayer(Settable):
         self.num_features = self._checked_features(given["num_features"], granularity)
         self.granularity: Granularity = granularity
         self._features = Features(granularity == "channel", self.num_features, self._least_batch)
-        self._place = torch.empty(0, device=given["device"])  # on the layer's device
-        self._keep(given, self._options)
+        self._place = torch.empty(0, device=given["device"])  # an empty tensor that records the layer's device
+        self._set_checked_options(given, self._options)
         self.reset()
 
-    def _keep(self, given: Mapping[str, Any], checks: Mapping[str, Callable[..., Any]]) -> None:
+    def _set_checked_options(self, given: Mapping[str, Any], checks: Mapping[str, Callable[..., Any]]) -> None:
         """Checks these options and sets them as attributes."""
         for name, value in check_options(given, checks, self._caller).items():
             setattr(self, name, value)
@@ -211,34 +212,40 @@ class NeuronLayer(Settable):
         if granularity == "layer":
             if sizes:
                 raise ValueError(
-                    f"{self._caller}: num_features needs granularity 'channel' or 'neuron', got {num_features} with "
-                    "granularity 'layer'"
+                    f"{self._caller}: num_features needs granularity 'channel' or 'neuron', got "
+                    f"{format_value(num_features)} with granularity 'layer'"
                 )
             return ()
         if num_features is None or (granularity == "channel" and len(sizes) != 1):
             wanted = "the number of channels" if granularity == "channel" else "the shape of the neurons"
             raise ValueError(
-                f"{self._caller}: granularity {granularity!r} needs num_features, {wanted}, got {num_features}"
+                f"{self._caller}: granularity {granularity!r} needs num_features, {wanted}, got "
+                f"{format_value(num_features)}"
             )
         return sizes
 
-    def _read(self, name: str, value: Any, parameter: Tensor | None = None, option: str = "") -> Tensor | float:
-        """A value of neurons, constant or of a `parameter` that is learned by `option`: a float, or one for each."""
+    def _checked_value(
+        self, name: str, value: Any, parameter: Tensor | None = None, option: str = ""
+    ) -> Tensor | float:
+        """Checks a value of neurons and returns a float, or a tensor with a value for each channel or neuron.
+
+        If the value initialises a `parameter`, the argument `option` made it learned.
+        """
         learned = parameter is not None
         found = read_values(name, value, self._caller, self.num_features, learned, option)
-        for each in () if learned else least_and_most(found):
+        for each in () if learned else min_and_max(found):
             check_finite(name, each, self._caller)
-        return self._placed(found, self._place.device)  # type: ignore[no-any-return]
+        return self._moved_to_device(found, self._place.device)  # type: ignore[no-any-return]
 
     @staticmethod
-    def _placed(value: Any, device: torch.device) -> Any:
+    def _moved_to_device(value: Any, device: torch.device) -> Any:
         """The value, moved to the device if it is a tensor and the device is not "meta"."""
         return value.to(device) if isinstance(value, Tensor) and device.type != "meta" else value
 
     @property
     def decay(self) -> Tensor | float:
         """The decay per step: a tensor of the granularity's shape, `[]` for "layer", if learned."""
-        return self._shown(self._decay_value())
+        return self._property_value(self._decay_value())
 
     @decay.setter
     def decay(self, value: Tensor | float) -> None:
@@ -246,12 +253,12 @@ class NeuronLayer(Settable):
 
     def _set_decay(self, value: Any) -> None:
         """Checks the decay, and writes it into the value or the parameter."""
-        self._decay = self._fill_logit(self.logit_decay, "decay", value, "learn_decay")
+        self._decay = self._store_decay(self.logit_decay, "decay", value, "learn_decay")
 
-    def _fill_logit(self, parameter: Tensor | None, name: str, given: Any, option: str) -> Tensor | float:
-        """A decay, or one for each neuron, whose logits `parameter` gets where it is learned by `option`."""
-        found = self._read(name, given, parameter, option)
-        for value in least_and_most(found):
+    def _store_decay(self, parameter: Tensor | None, name: str, given: Any, option: str) -> Tensor | float:
+        """Checks a decay and returns it as `_checked_value` does; writes its logit into `parameter`, if given."""
+        found = self._checked_value(name, given, parameter, option)
+        for value in min_and_max(found):
             if value < 0 or value > 1:
                 tau = f"; SpikingJelly's tau={value:g} is decay={1 - 1 / value:g}" if value > 1 else ""
                 raise ValueError(
@@ -271,15 +278,15 @@ class NeuronLayer(Settable):
         """The decay as a call takes it, as stored."""
         return self._decay if self.logit_decay is None else Logit(self.logit_decay)
 
-    def _shown(self, value: Value) -> Tensor | float:
+    def _property_value(self, value: Value) -> Tensor | float:
         """The value as a property returns it: a scalar if it is one for the whole layer."""
         if isinstance(value, (Logarithm, Logit)):
             value = value.value()
         # The sum of one element. reshape(()) would raise an error for tensors that fully_shard has sharded.
         return value.sum() if isinstance(value, Tensor) and not self.num_features else value
 
-    def _inputs(self, x_seq: Tensor, residual: Tensor | None = None) -> tuple[Tensor, dict[str, Any]]:
-        """The sequences for `_call_function` that a call of the layer gives."""
+    def _inputs_of_call(self, x_seq: Tensor, residual: Tensor | None = None) -> tuple[Tensor, dict[str, Any]]:
+        """x_seq and the options for `_call_function` from the arguments of a call of the layer."""
         if residual is not None:
             raise TypeError(f"{self._caller}: takes no residual; call layer(x_seq + residual)")
         return tensor_of(x_seq, type(self).__name__), {}
@@ -290,24 +297,23 @@ class NeuronLayer(Settable):
         `LIF` and `BatchNormLIF` add a `residual` of that shape to the input current; others take none.
         """
         if isinstance(x_seq, fx.Proxy):
-            return self._recorded(x_seq, residual)
+            return self._record_fx_call(x_seq, residual)
         if torch._C._get_tracing_state() is not None:
             self.__prepare_scriptable__()
-        x_seq, options = self._inputs(x_seq, residual)
-        check_tensor("x_seq", x_seq, self._caller)  # a separate call, because `Pending` records who asks for a tensor
-        if x_seq.dtype not in FLOATING_TYPES:
+        x_seq, options = self._inputs_of_call(x_seq, residual)
+        if not isinstance(x_seq, Tensor) or x_seq.dtype not in FLOATING_TYPES:
             check_input(x_seq, self.time_dim, self._caller)  # names the layer, not its function
         if not (self.stateful or self.store_v_seq):
             return self._call_function(x_seq, **options)  # type: ignore[no-any-return]
         time_dim = check_input(x_seq, self.time_dim, self._caller)
         if (watch := self._watch) is not None:
-            watch.before(x_seq)
-        if transforming():
+            watch.before_call(x_seq)
+        if is_transform_active():
             raise RuntimeError(
                 f"{self._caller}: a layer with stateful or store_v_seq can't keep potentials after a transform of "
                 f"torch.func; use {self._function}, which takes v_init and returns potentials"
             )
-        states = self._states if self.stateful else ()  # otherwise states belong to steps
+        states = self._states if self.stateful else ()  # without stateful, only `step` uses states
         for name in states:
             if (state := getattr(self, name)) is not None:
                 self._check_state(name, state, x_seq, time_dim)
@@ -318,11 +324,11 @@ class NeuronLayer(Settable):
             options["return_v_seq"] = True
         result = self._call_function(x_seq, **options)
         for name in states:
-            set_plain(self, name, getattr(result, f"{name}_last"))
+            set_plain_attribute(self, name, getattr(result, f"{name}_last"))
         if self.store_v_seq:
             self.v_seq = result.v_seq
         if watch is not None:
-            watch.after()
+            watch.after_call()
         return result[0]  # type: ignore[no-any-return]
 
     def _check_state(self, name: str, state: Any, x_seq: Tensor, time_dim: int) -> None:
@@ -331,12 +337,12 @@ class NeuronLayer(Settable):
         shape, carried = state_shape(x_seq, time_dim), list(state.shape)
         if carried != shape:
             one_step = list(x_seq.shape) == carried
-            remedy = (
-                "step() takes one step without time" if one_step else "call reset() before an input of another shape"
-            )
+            remedy = "call reset() before an input of another shape"
+            if one_step:
+                remedy = "if the input is one time step without a time dimension, call step() instead of the layer"
             raise ValueError(
-                f"{self._caller}: the carried {'potential' if name == 'v' else name} has shape {carried} and the "
-                f"input, without time, {shape}; {remedy}"
+                f"{self._caller}: the carried {'potential' if name == 'v' else name} must have the shape of the input "
+                f"without time, {shape}, got {carried}; {remedy}"
             )
         if len(carried) == 1 and x_seq.shape[time_dim] > 1 and not torch.compiler.is_compiling():
             _warn_of_time(self._caller, x_seq, time_dim)
@@ -344,17 +350,18 @@ class NeuronLayer(Settable):
     def step(self, x_t: Tensor) -> Tensor:
         """One time step: input and output are without time, and `v` is carried to the next step until `reset()`.
 
-        The layer need not be stateful; if not, calls with a whole sequence start at rest, regardless of steps. In
-        training, `BatchNormLIF` normalises by the statistics of the step. Raises as a call does.
+        The layer need not be stateful. If it is not, calls with a whole sequence start at rest, and neither use nor
+        change the state of the steps. In training, `BatchNormLIF` normalises by the statistics of the step. Raises the
+        errors of a call.
         """
         x_t = tensor_of(x_t, f"a step of {type(self).__name__}")
         check_step(x_t, self.time_dim, self._caller)
         stateful = self.stateful
-        set_plain(self, "stateful", True)
+        set_plain_attribute(self, "stateful", True)
         try:
             return self(x_t.unsqueeze(self.time_dim)).squeeze(self.time_dim)  # type: ignore[no-any-return]
         finally:
-            set_plain(self, "stateful", stateful)
+            set_plain_attribute(self, "stateful", stateful)
 
     def _call_function(self, x_seq: Tensor, **options: Any) -> Any:
         """Calls `_function` with the layer's parameters.
@@ -363,7 +370,7 @@ class NeuronLayer(Settable):
         """
         raise NotImplementedError
 
-    def _recorded(self, x_seq: Any, residual: Any) -> Any:
+    def _record_fx_call(self, x_seq: Any, residual: Any) -> Any:
         """A call of this layer in a graph of torch.fx, whose default leaves are torch's own layers."""
         tracer: Any = x_seq.tracer
         is_own = type(self).forward.__module__.partition(".")[0] == __name__.partition(".")[0]
@@ -374,7 +381,7 @@ class NeuronLayer(Settable):
             raise TypeError(
                 f"{self._caller}: torch.fx can record calls of {type(self).__name__} but not its forward; {remedy}"
             )
-        x_seq, more = self._inputs(x_seq, residual)
+        x_seq, more = self._inputs_of_call(x_seq, residual)
         return tracer.create_proxy("call_module", tracer.path_of_module(self), (x_seq,), more)
 
     def __prepare_scriptable__(self) -> NoReturn:
@@ -392,8 +399,8 @@ class NeuronLayer(Settable):
             return state if torch.is_inference_mode_enabled() else state.clone()
         return state
 
-    def _for_call(self, values: Sequence[Any], x_seq: Tensor) -> Sequence[Any]:
-        """Parameters as a call takes them: as stored, on the device "meta" for an input there."""
+    def _on_input_device(self, values: Sequence[Any], x_seq: Tensor) -> Sequence[Any]:
+        """Parameters for a call: as stored, but on the device "meta" if the input is there."""
         if not x_seq.is_meta:
             return values
 
@@ -412,49 +419,49 @@ class NeuronLayer(Settable):
         return value.reshape(self._features.shape(x_seq, self.time_dim % x_seq.dim()))
 
     @property
-    def _kept_names(self) -> tuple[str, ...]:
-        """The attributes that a call sets: the states, and v_seq if the layer may store it."""
+    def _stored_names(self) -> tuple[str, ...]:
+        """The names of the attributes that a call sets: the states, and v_seq if the layer may store it."""
         return (*self._states, "v_seq") if "store_v_seq" in self._options else self._states
 
     def reset(self) -> None:
         """Clears the states: the next call starts at rest."""
-        for name in self._kept_names:
+        for name in self._stored_names:
             setattr(self, name, None)
 
-    def _map_kept(self, fn: Callable[[Tensor], Tensor]) -> None:
+    def _map_stored(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Replaces each state, and v_seq, by `fn` of it."""
-        for name in self._kept_names:
+        for name in self._stored_names:
             value = getattr(self, name)
             setattr(self, name, None if value is None else fn(value))
 
     def detach_(self) -> Self:
         """Detaches the states from their graph, for truncated backpropagation through time."""
-        self._map_kept(Tensor.detach)
+        self._map_stored(Tensor.detach)
         return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        # .to(), .half() and others also move states. For constants they change only the device.
+        """As in torch, for `to()`, `half()` and others; also changes states, and the device of constants."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._map_kept(fn)
+        self._map_stored(fn)
         self._place = fn(self._place)
         for name in self._constants:
             if name in self.__dict__:  # otherwise it is a parameter
-                setattr(self, name, self._placed(getattr(self, name), self._place.device))
+                setattr(self, name, self._moved_to_device(getattr(self, name), self._place.device))
         return self
 
     def __getstate__(self) -> dict[str, Any]:
         # Non-leaf tensors can neither be copied nor pickled.
-        kept = {name: value.detach() for name in self._kept_names if (value := getattr(self, name)) is not None}
+        kept = {name: value.detach() for name in self._stored_names if (value := getattr(self, name)) is not None}
         return self.__dict__ | kept
 
 
 def _warn_of_time(caller: str, x_seq: Tensor, time_dim: int) -> None:
-    """Warns once that `[B, N]` is taken for a sequence."""
+    """Warns once that an input `[B, N]` of a stateful layer is taken for a sequence `[T, N]`."""
     warn_once(
         f"{caller}, time",
-        f"{caller}: a stateful layer continues with an input of shape {list(x_seq.shape)}, of which dimension "
-        f"{time_dim} is taken for time. For one step of a batch call layer.step(x_t) or asgl_cuda.step(model, x_t); to "
-        "a sequence without batch add a batch dimension of size 1",
+        f"{caller}: a stateful layer got an input of shape {list(x_seq.shape)}, of which dimension {time_dim} is taken "
+        "for time. If the input is one time step of a batch, call layer.step(x_t) or asgl_cuda.step(model, x_t). If it "
+        "is a sequence without a batch, add a batch dimension of size 1",
     )
 
 
@@ -479,8 +486,8 @@ def asgl_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
     )
 
 
-def some_asgl_layers(model: nn.Module, caller: str) -> dict[str, Any]:
-    """ASGL layers as a dict; having none is an error."""
+def require_asgl_layers(model: nn.Module, caller: str) -> dict[str, Any]:
+    """The ASGL layers of a model by name; an error if it has none."""
     check_module(model, caller)
     layers = dict(asgl_layers(model))
     if not layers:
@@ -494,4 +501,4 @@ def some_asgl_layers(model: nn.Module, caller: str) -> dict[str, Any]:
 def check_module(model: Any, caller: str) -> None:
     """Refuses anything but a module."""
     if not isinstance(model, nn.Module):
-        raise TypeError(f"{caller}: model must be a torch.nn.Module, got {given_for(model)}")
+        raise TypeError(f"{caller}: model must be a torch.nn.Module, got {format_type(model)}")

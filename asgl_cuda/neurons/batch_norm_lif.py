@@ -33,7 +33,7 @@ from ..calls.plan import Call, Inputs, Plan, checked_call
 from ..checks import (
     HALF_TYPES,
     PLAIN_TENSORS,
-    can_be_seen,
+    accept_none,
     check_bool,
     check_finite,
     check_floating,
@@ -43,27 +43,27 @@ from ..checks import (
     check_options,
     check_sizes,
     describe_shape_mismatch,
-    in_range,
-    optional,
+    format_value,
+    has_readable_values,
     read_finite,
     read_number,
-    shown,
+    require_range,
 )
-from ..layout import by_channel, channel_dim, real_type
+from ..layout import channel_dim, real_type, reshape_by_channel
 from ..reference.normalisation import batch_statistics, normalisation
 from ..reference.surrogates import detached
 from ..torch_modes import (
     apply,
-    apply_here,
-    grads_are_zeros,
+    apply_at_one_level,
     is_differentiated,
+    is_transform_active,
+    needs_zero_gradients,
     once_differentiable,
     saved_tensors,
-    transforming,
 )
 from .base import fill_parameter
 from .deferred import Pending, tensor_of
-from .lif import LIF, LIF_DEFAULTS, LIFOutput, output_of, remember, run_backward, run_forward, run_reference
+from .lif import LIF, LIF_DEFAULTS, LIFOutput, remember_call, requested_output, run_backward, run_forward, run_reference
 
 _CALLER = "asgl_cuda.batch_norm_lif"
 
@@ -115,21 +115,23 @@ class BatchNormLIFFunction(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:  # fmt: skip
         """The wanted outputs, checkpoints, coefficients and statistics."""
         call = Call(backend, plan, Inputs(*inputs))
-        outputs, *others = _forward(settings, running, call, (mean, variance, weight, bias), True)
+        outputs, *others = _run_fused(settings, running, call, (mean, variance, weight, bias), True)
         return *outputs, *others
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        """Saves checkpoints, coefficients and statistics, and the inputs except mean and variance."""
         ctx.settings, _, ctx.backend, ctx.plan, *tensors = inputs
         mean, _, *kept = tensors  # weight and bias are only for once_differentiable; backward uses their coefficients
         ctx.training = mean is None
         not_differentiable = output[-3:]  # checkpoints, coefficients, statistics
         ctx.save_for_backward(*not_differentiable, *kept)
-        ctx.set_materialize_grads(grads_are_zeros())
+        ctx.set_materialize_grads(needs_zero_gradients())
         ctx.mark_non_differentiable(*not_differentiable)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        """The gradients of the neuron's inputs by lif_backward, then those of the normalisation from two sums."""
         saved, settings, backend, plan = saved_tensors(ctx), ctx.settings, ctx.backend, ctx.plan
         checkpoints, coefficients, statistics, weight, bias, *tensors = saved
         inputs, x_seq = Inputs(*tensors), tensors[0]
@@ -144,18 +146,19 @@ class BatchNormLIFFunction(torch.autograd.Function):
         wanted = needed.with_input(wants_sums, wants_sums, False)
         if shared:
             wanted = Inputs(False, *wanted[1:])
-        found = run_backward(backend, plan, _normalised(inputs, coefficients), grads[:-3], checkpoints, wanted)
+        found = run_backward(backend, plan, _normalised_inputs(inputs, coefficients), grads[:-3], checkpoints, wanted)
         grad_x_seq, grad_weight, grad_bias = found.x_seq, None, None
         if shared:
             grad_x_seq = torch.empty_like(found.residual)
-        elif through_batch and transforming():  # once_differentiable made it a view, which autograd lets nobody write
+        elif through_batch and is_transform_active():
+            # once_differentiable made grad_x_seq a view, which autograd lets nobody write.
             grad_x_seq = grad_x_seq.clone()
         if wants_sums:
             sums = found.input_gain, found.input_bias
             grad_input = grad_x_seq if through_batch else x_seq.new_empty(0)
             grad_weight, grad_bias = operators_of(backend, inputs).batch_norm_backward(
                 grad_input, found.residual if shared else None, x_seq, coefficients, statistics, *sums,
-                *_summed(sums, settings.group), settings.eps, settings.input_scale, plan.rules.time_dim,
+                *_sum_over_processes(sums, settings.group), settings.eps, settings.input_scale, plan.rules.time_dim,
             )  # fmt: skip
         _, *others = found.with_input(None, None, None)
         gradients = grad_weight if wants_weight else None, grad_bias if wants_bias else None, grad_x_seq, *others
@@ -171,11 +174,13 @@ class _CoefficientsFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(operator: Any, backend: str, *arguments: Any) -> tuple[Tensor, Tensor]:
+        """The coefficients and the statistics."""
         coefficients, total = operator(*arguments)
         return coefficients, total
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        """Saves x_seq, the coefficients and the statistics."""
         _, ctx.backend, x_seq, _, mean, _, _, _, *ctx.options = inputs
         ctx.training = mean is None
         ctx.save_for_backward(x_seq, *output)
@@ -183,6 +188,7 @@ class _CoefficientsFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        """The gradients of x_seq, weight and bias, by batch_norm_backward."""
         x_seq, coefficients, total = saved_tensors(ctx)
         _, _, wants_x_seq, _, _, _, wants_weight, wants_bias, *_ = ctx.needs_input_grad
         through_batch = wants_x_seq and ctx.training
@@ -201,32 +207,33 @@ class _CoefficientsFunction(torch.autograd.Function):
         return None, None, grad_x_seq, None, None, None, grad_weight, grad_bias, None, None, None
 
 
-def _differentiated(operator: Any, below: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
-    """A bare batch_norm_coefficients with its derivative."""
+def _with_derivative(operator: Any, below: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
+    """Calls the operator batch_norm_coefficients, of an exported graph or torch.ops, with its derivative."""
     _, statistics, *_ = arguments
     if statistics is not None:
         raise RuntimeError(
             "asgl_cuda.batch_norm_coefficients: an exported graph can't be trained with statistics shared by several "
             "processes; train the original model, and export it afterwards"
         )
-    coefficients, total = apply_here(_CoefficientsFunction, below, backend_of(operator), *arguments)
+    coefficients, total = apply_at_one_level(_CoefficientsFunction, below, backend_of(operator), *arguments)
     return coefficients, total
 
 
-def _differentiated_update(operator: Any, below: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
-    """The derivative of batch_norm_update, as above."""
-    return _differentiated(operator, partial(below, *arguments[:4]), *arguments[4:])
+def _update_with_derivative(operator: Any, below: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
+    """The same for batch_norm_update, whose derivative is that of batch_norm_coefficients."""
+    return _with_derivative(operator, partial(below, *arguments[:4]), *arguments[4:])
 
 
-DERIVATIVES.update(batch_norm_coefficients=_differentiated, batch_norm_update=_differentiated_update)
+DERIVATIVES.update(batch_norm_coefficients=_with_derivative, batch_norm_update=_update_with_derivative)
 
 
-def _forward(
+def _run_fused(
     settings: _Settings, running: _Running | None, call: Call, norm: _ByChannel, keep_checkpoints: bool
 ) -> tuple[ForwardResult, Tensor, Tensor]:
-    """The result of the neuron, the coefficients, and count, mean and variance of each channel.
+    """Runs the fused operators: the neuron's results, the coefficients, and count, mean and variance of each channel.
 
-    Updates running statistics before autograd saves a tensor, which ends a call that a checkpoint repeats.
+    Updates running statistics before autograd saves a tensor, because a checkpoint may end its second run at that
+    point.
     """
     backend, plan, inputs = call
 
@@ -238,53 +245,53 @@ def _forward(
             *updated, inputs.x_seq, statistics, *norm, settings.eps, settings.input_scale, plan.rules.time_dim
         )
 
-    of_all = None
+    all_statistics = None
     if settings.group is not None:
         _, own = coefficients_of(None)
         parts = [torch.empty_like(own) for _ in range(torch.distributed.get_world_size(settings.group))]
         torch.distributed.all_gather(parts, own, group=settings.group)
-        of_all = torch.stack(parts)
-        _check_shared_count(of_all[:, :1, 0], settings, inputs.x_seq)
-    if running is not None and _in_one_launch(running, plan.real):
+        all_statistics = torch.stack(parts)
+        _check_shared_count(all_statistics[:, :1, 0], settings, inputs.x_seq)
+    if running is not None and _operator_can_update(running, plan.real):
         mean, variance, batches, momentum = running
         if batches is not None and (batches.dtype is not torch.int64 or batches.device != mean.device):
-            batches.add_(1)  # cast by the user, or from a checkpoint that was cast
+            batches.add_(1)  # the count was cast by the user, or is from a checkpoint that was cast
             batches = None
         kept: list[Tensor | None] = [mean, variance, batches]
         # torch's fallback for the negative bit does not support operators that change several arguments.
         dense = [each.resolve_neg() if each is not None and each.is_neg() else each for each in kept]
         # Only torch's own operations increment version counters.
         torch.autograd.graph.increment_version([each for each in kept if each is not None])
-        coefficients, statistics = coefficients_of(of_all, (*dense, momentum))
+        coefficients, statistics = coefficients_of(all_statistics, (*dense, momentum))
         for each, changed in zip(kept, dense, strict=True):
             if each is not None and changed is not None and changed is not each:
                 each.copy_(changed)
     else:
-        coefficients, statistics = coefficients_of(of_all)
+        coefficients, statistics = coefficients_of(all_statistics)
         if running is not None:
-            _update(running, coefficients[0], coefficients[3])
-    outputs = run_forward(backend, plan, _normalised(inputs, coefficients), keep_checkpoints)
+            _update_running_statistics(running, coefficients[0], coefficients[3])
+    outputs = run_forward(backend, plan, _normalised_inputs(inputs, coefficients), keep_checkpoints)
     return outputs, coefficients, statistics
 
 
-def _normalised(inputs: Inputs, coefficients: Tensor) -> Inputs:
+def _normalised_inputs(inputs: Inputs, coefficients: Tensor) -> Inputs:
     """The inputs of neurons whose current is normalised."""
     mean, gain, shift, _ = coefficients.unbind()
     return inputs.with_input(gain, shift, mean)
 
 
 def _remember(call: Call, results: Sequence[Tensor]) -> None:
-    """Makes backward recompute the spikes of this call, see `remember` of lif.py."""
+    """Makes backward recompute the spikes of this call, see `remember_call` of lif.py."""
     *outputs, coefficients, _ = results
-    remember(call, _normalised(call.inputs, coefficients), outputs)
+    remember_call(call, _normalised_inputs(call.inputs, coefficients), outputs)
 
 
 def _check_shared_count(counts: Tensor, settings: _Settings, x_seq: Tensor) -> None:
     """Raises for one value per channel over all processes; synchronises only if this process has at most one."""
     if x_seq.numel() <= x_seq.shape[settings.channel] and bool((counts.sum(0) <= 1).any()):
         raise ValueError(
-            f"{_CALLER}: training needs more than one value per channel, got one in all processes together, and here "
-            f"x_seq of shape {list(x_seq.shape)}"
+            f"{_CALLER}: training needs more than one value per channel, got one over all processes together and, in "
+            f"this process, x_seq of shape {list(x_seq.shape)}"
         )
 
 
@@ -296,17 +303,17 @@ def check_process_group(process_group: Any, caller: str) -> None:
         outside = torch.distributed.GroupMember.NON_GROUP_MEMBER
         if isinstance(process_group, torch.distributed.ProcessGroup) or process_group is outside:
             return
-    raise _no_group(process_group, caller)
+    raise _process_group_error(process_group, caller)
 
 
-def _no_group(process_group: Any, caller: str) -> TypeError:
-    """The error for a process_group that is none."""
+def _process_group_error(process_group: Any, caller: str) -> TypeError:
+    """The error for an argument process_group that is no process group."""
     expected = 'process_group must be a process group that this process is in, "world" or None'
-    return TypeError(f"{caller}: {expected}, got {shown(process_group)}")
+    return TypeError(f"{caller}: {expected}, got {format_value(process_group)}")
 
 
-def sharing(process_group: Any, caller: str) -> Any:
-    """The group, or None if it has one process."""
+def sharing_group(process_group: Any, caller: str) -> Any:
+    """The process group that shares statistics, or None if it has only one process."""
     if process_group is None:
         return None
     if isinstance(process_group, str) and process_group == "world":
@@ -314,12 +321,12 @@ def sharing(process_group: Any, caller: str) -> Any:
             return None
         process_group = torch.distributed.group.WORLD
     elif not torch.distributed.is_available() or not isinstance(process_group, torch.distributed.ProcessGroup):
-        raise _no_group(process_group, caller)
+        raise _process_group_error(process_group, caller)
     return process_group if torch.distributed.get_world_size(process_group) > 1 else None
 
 
-def _summed(sums: Sequence[Tensor], group: Any) -> Sequence[Tensor]:
-    """The sums over all processes."""
+def _sum_over_processes(sums: Sequence[Tensor], group: Any) -> Sequence[Tensor]:
+    """The gradients of gain and bias, summed over all processes of the group."""
     if group is None:
         return sums
     total = torch.stack(list(sums))
@@ -349,7 +356,7 @@ def batch_norm_lif(
     Args:
         x_seq: `[T, B, C, ...]` (or time at `time_dim`), float16, bfloat16, float32 or float64; the channels are the
             second dimension except time.
-        running_mean, running_var: `[C]`, in units of x_seq and their square. They are used in evaluation. In training
+        running_mean, running_var: `[C]`, in units of x_seq and of its square. They are used in evaluation. In training
             they are updated if given, and must not share memory. They are not differentiable.
         weight, bias: `[C]`; default 1 and 0.
         training: normalise by mean and variance of x_seq, each over all dimensions except the channels, instead of
@@ -363,10 +370,10 @@ def batch_norm_lif(
             initialised.
 
     Other arguments, results and errors are as in `asgl_cuda.lif`. The result is differentiable once, also with respect
-    to weight and bias. Statistics are computed in float64, from sums that do not cancel, without rounding between the
-    two layers: a float16 input of mean 100 and standard deviation 0.1 is normalised accurately. Inputs may be up to
-    1e15 in magnitude, or 1e150 in float64. Larger inputs can give NaN or inaccurate gradients. With `eps=0` the
-    standard deviation of a channel must be at least 1e-15, or 1e-150 in float64.
+    to weight and bias. Statistics are computed in float64 by sums that do not cancel, and the normalised value is not
+    rounded to the type of x_seq. A float16 input of mean 100 and standard deviation 0.1 is therefore normalised
+    accurately. Inputs may be up to 1e15 in magnitude, or 1e150 in float64. Larger inputs can give NaN or inaccurate
+    gradients. With `eps=0` the standard deviation of a channel must be at least 1e-15, or 1e-150 in float64.
 
     Example::
 
@@ -390,23 +397,23 @@ def batch_norm_lif(
         "training": training, "momentum": momentum, "eps": eps, "input_scale": input_scale,
         "process_group": process_group, "time_dim": given["time_dim"],
     }  # fmt: skip
-    return _batch_norm_lif(tensor_of(x_seq, _CALLER), norm, given)
+    return _run_batch_norm_lif(tensor_of(x_seq, _CALLER), norm, given)
 
 
-def _check_value(momentum: Any) -> None:
+def _check_momentum_value(momentum: Any) -> None:
     """Checks that momentum is finite; a tensor is read only if this does not synchronise with a GPU."""
-    seen = isinstance(momentum, Tensor) and can_be_seen(momentum)
+    seen = isinstance(momentum, Tensor) and has_readable_values(momentum)
     if seen and momentum.numel() == 1 and momentum.is_floating_point():
         check_finite("momentum", momentum.item(), _CALLER, "a float or a tensor")
 
 
-def _batch_norm_lif(x_seq: Tensor, norm: _Normalisation, given: Arguments) -> Tensor | LIFOutput:
+def _run_batch_norm_lif(x_seq: Tensor, norm: _Normalisation, given: Arguments) -> Tensor | LIFOutput:
     """The result of `batch_norm_lif` from a record of arguments; counts the batch if `count` is given."""
-    settings = _settings_of(_CALLER, x_seq, norm)
+    settings = _checked_settings(_CALLER, x_seq, norm)
     training, momentum, count = norm["training"], norm["momentum"], norm["count"]
-    _check_value(momentum)
+    _check_momentum_value(momentum)
     running_mean, running_var = norm["running_mean"], norm["running_var"]
-    group = sharing(norm["process_group"], _CALLER) if training else None
+    group = sharing_group(norm["process_group"], _CALLER) if training else None
     if group is not None:
         settings = _Settings(settings.channel, settings.eps, settings.input_scale, group)
     scalar, real = x_seq.dtype, real_type(x_seq.dtype)
@@ -414,7 +421,7 @@ def _batch_norm_lif(x_seq: Tensor, norm: _Normalisation, given: Arguments) -> Te
     if running_mean is not None and running_var is not None:
         if training:
             running = _Running(running_mean, running_var, count, momentum)
-        _check_running(running_mean, running_var, training)
+        _check_running_statistics(running_mean, running_var, training)
     if training and group is None and x_seq.numel() == 0:  # counts as a batch, and leaves the statistics, as in torch
         training, running, running_mean = False, None, x_seq.new_zeros(x_seq.shape[settings.channel], dtype=real)
         running_var = torch.ones_like(running_mean)
@@ -439,22 +446,22 @@ def _batch_norm_lif(x_seq: Tensor, norm: _Normalisation, given: Arguments) -> Te
     ]
     outputs: Sequence[Tensor]
     if BACKENDS[call.backend].operators is None:
-        outputs = _reference(settings, running, call, values)
+        outputs = _run_reference(settings, running, call, values)
     else:
-        traced = torch.compiler.is_compiling() or transforming()
+        traced = torch.compiler.is_compiling() or is_transform_active()
         inside = None if traced else running
         if is_differentiated((*values, *call.inputs), _CALLER):
             arguments = settings, inside, call.backend, call.plan, *values, *call.inputs
             if recompute.open_contexts or recompute.traced_contexts:
-                found = recompute.applied(apply, BatchNormLIFFunction, arguments, partial(_remember, call))
+                found = recompute.apply_and_remember(apply, BatchNormLIFFunction, arguments, partial(_remember, call))
             else:
                 found = apply(BatchNormLIFFunction, *arguments)
             *outputs, coefficients, _ = found
         else:
-            outputs, coefficients, _ = _forward(settings, inside, call, values, False)
+            outputs, coefficients, _ = _run_fused(settings, inside, call, values, False)
         if running is not None and traced:
-            _update(running, coefficients[0], coefficients[3])
-    output = output_of(call.plan, outputs)
+            _update_running_statistics(running, coefficients[0], coefficients[3])
+    output = requested_output(call.plan, outputs)
     if scalar == x_seq.dtype:
         return output
     return LIFOutput(output[0].to(scalar), *output[1:]) if isinstance(output, LIFOutput) else output.to(scalar)
@@ -463,7 +470,7 @@ def _batch_norm_lif(x_seq: Tensor, norm: _Normalisation, given: Arguments) -> Te
 @cached_by_signature(
     ("running_mean", "running_var", "weight", "bias", "momentum", "training", "eps", "input_scale", "time_dim")
 )
-def _settings_of(caller: str, x_seq: Tensor, norm: _Normalisation) -> _Settings:
+def _checked_settings(caller: str, x_seq: Tensor, norm: _Normalisation) -> _Settings:
     """Checks arguments of the normalisation; the settings of a single process."""
     time_dim, training, momentum = norm["time_dim"], norm["training"], norm["momentum"]
     time_dim = check_input(x_seq, time_dim, caller)
@@ -476,7 +483,8 @@ def _settings_of(caller: str, x_seq: Tensor, norm: _Normalisation) -> _Settings:
         )
     channels = x_seq.shape[channel]
     if (norm["running_mean"] is None) != (norm["running_var"] is None):
-        raise ValueError(f"{caller}: running_mean and running_var must both be given or both be None, got one of them")
+        given = "running_var" if norm["running_mean"] is None else "running_mean"
+        raise ValueError(f"{caller}: running_mean and running_var must both be given or both be None, got only {given}")
     if not training and norm["running_mean"] is None:
         raise ValueError(f"{caller}: evaluation (training=False) needs running_mean and running_var, got None")
     for name in ("running_mean", "running_var", "weight", "bias"):
@@ -486,8 +494,9 @@ def _settings_of(caller: str, x_seq: Tensor, norm: _Normalisation) -> _Settings:
         check_floating(name, value, x_seq, caller)
         if list(value.shape) != [channels]:
             raise ValueError(
-                f"{caller}: {name} must have shape {[channels]} for x_seq of shape {list(x_seq.shape)}, "
-                f"got {list(value.shape)}: {describe_shape_mismatch(x_seq, time_dim, value.shape or (1,), True)}"
+                f"{caller}: {name} must have shape {[channels]}, with a value for each channel (dimension {channel}) "
+                f"of x_seq of shape {list(x_seq.shape)}, got {list(value.shape)}"
+                f"{'; is time missing?' if x_seq.shape[1:2] == value.shape else ''}"
             )
     if isinstance(momentum, Tensor):
         check_floating("momentum", momentum, x_seq, caller)
@@ -501,15 +510,15 @@ def _settings_of(caller: str, x_seq: Tensor, norm: _Normalisation) -> _Settings:
     return _Settings(channel, **check_options(norm, _OPTIONS, caller), group=None)
 
 
-_OPTIONS = {"eps": in_range(check_finite, ">= 0", 0), "input_scale": check_not_nan}
+_OPTIONS = {"eps": require_range(check_finite, ">= 0", 0), "input_scale": check_not_nan}
 
 
-def _check_running(mean: Tensor, variance: Tensor, training: bool) -> None:
+def _check_running_statistics(mean: Tensor, variance: Tensor, training: bool) -> None:
     """Refuses running statistics that require a gradient or share memory."""
     if (mean.requires_grad or variance.requires_grad) and torch.is_grad_enabled():
         name = "running_mean" if mean.requires_grad else "running_var"
         raise ValueError(f"{_CALLER}: {name} gets no gradient, so it must not require one; pass {name}.detach()")
-    if not training or torch.compiler.is_compiling() or transforming() or type(mean) not in PLAIN_TENSORS:
+    if not training or torch.compiler.is_compiling() or is_transform_active() or type(mean) not in PLAIN_TENSORS:
         return
     apart = abs(mean.data_ptr() - variance.data_ptr())
     if mean.is_contiguous() and variance.is_contiguous() and apart >= max(mean.nbytes, variance.nbytes):
@@ -531,13 +540,13 @@ def _check_running(mean: Tensor, variance: Tensor, training: bool) -> None:
         )
 
 
-def _in_one_launch(running: _Running, real: torch.dtype) -> bool:
+def _operator_can_update(running: _Running, real: torch.dtype) -> bool:
     """Whether the operator updates the running statistics. Compilers fuse torch's own operations better."""
     mean, variance, _, momentum = running
     return (
         not isinstance(momentum, Tensor)
         and not torch.compiler.is_compiling()
-        and not transforming()
+        and not is_transform_active()
         and mean.dtype == variance.dtype == real
         and mean.is_contiguous()
         and variance.is_contiguous()
@@ -545,7 +554,7 @@ def _in_one_launch(running: _Running, real: torch.dtype) -> bool:
 
 
 @torch.no_grad()
-def _update(running: _Running, *statistics: Tensor) -> None:
+def _update_running_statistics(running: _Running, *statistics: Tensor) -> None:
     """Replaces a fraction of the running mean and variance by those of a batch, and counts the batch."""
     mean, variance, batches, momentum = running
     in_inference = torch.compiler.is_compiling() or torch.is_inference_mode_enabled()
@@ -559,7 +568,7 @@ def _update(running: _Running, *statistics: Tensor) -> None:
     for each, value in zip((mean, variance), statistics, strict=True):
         share = momentum.to(each.dtype) if isinstance(momentum, Tensor) else momentum
         value = detached(value).to(each.dtype).reshape(each.shape)
-        if not transforming():
+        if not is_transform_active():
             each.lerp_(value, share)
             continue
         new = each.lerp(value, share)  # vmap does not support lerp_
@@ -575,7 +584,7 @@ def _update(running: _Running, *statistics: Tensor) -> None:
         batches.add_(1)
 
 
-def _reference(settings: _Settings, running: _Running | None, call: Call, norm: _ByChannel) -> Sequence[Tensor]:
+def _run_reference(settings: _Settings, running: _Running | None, call: Call, norm: _ByChannel) -> Sequence[Tensor]:
     """The outputs of the neuron after the normalisation, by the reference."""
     channel, x_seq = settings.channel, call.inputs.x_seq
     mean, variance, weight, bias = norm
@@ -583,10 +592,10 @@ def _reference(settings: _Settings, running: _Running | None, call: Call, norm: 
         count, mean, variance = batch_statistics(x_seq, channel, settings.group)
         _check_shared_count(count, settings, x_seq)
         if running is not None:
-            _update(running, mean, variance * (count / (count - 1)))
+            _update_running_statistics(running, mean, variance * (count / (count - 1)))
     real, eps, input_scale = real_type(x_seq.dtype), settings.eps, settings.input_scale
     coefficients = normalisation(mean, variance, weight, bias, eps, input_scale, real)
-    gain, shift, rounded = (by_channel(value, channel, x_seq) for value in coefficients)
+    gain, shift, rounded = (reshape_by_channel(value, channel, x_seq) for value in coefficients)
     return run_reference(call.plan, call.inputs.with_input(gain, shift, rounded))
 
 
@@ -619,7 +628,7 @@ def module_batch_norm_lif(
         "training": uses_batch, "momentum": momentum, "eps": norm.eps, "input_scale": input_scale,
         "process_group": process_group, "time_dim": given["time_dim"],
     }  # fmt: skip
-    return _batch_norm_lif(x_seq, arguments, given)
+    return _run_batch_norm_lif(x_seq, arguments, given)
 
 
 class BatchNormLIF(LIF):
@@ -647,8 +656,7 @@ class BatchNormLIF(LIF):
                 layer.reset_running_stats()
                 layer.momentum = None  # the average of all batches; restore it afterwards
 
-    Shapes: input and output are `[T, B, C, ...]`, or have time at `time_dim`. Batch, channels and the rest keep their
-    order.
+    Shapes: input and output are `[T, B, C, ...]`, or have time at `time_dim`. The other dimensions keep this order.
 
     `layer(x_seq, residual)` adds the shortcut of a residual block between the normalisation and the neurons: the
     neurons get `input_scale * y + residual`, where y is the normalised input. This sum is not stored in memory.
@@ -657,8 +665,8 @@ class BatchNormLIF(LIF):
     Inputs may be up to 1e15 in magnitude, or 1e150 in float64. Larger inputs can give NaN or inaccurate gradients. With
     `eps=0` the standard deviation of a channel must be at least 1e-15, or 1e-150 in float64.
 
-    Raises the errors of `LIF` and of `asgl_cuda.batch_norm_lif`. The docstring of the latter shows how PyTorch computes
-    the same.
+    Raises the errors of `LIF` and of `asgl_cuda.batch_norm_lif`. The docstring of `batch_norm_lif` shows how PyTorch
+    computes the same.
 
     Example::
 
@@ -672,8 +680,8 @@ class BatchNormLIF(LIF):
     _caller = "asgl_cuda.BatchNormLIF"
     _least_batch = 1
     _norm_options: ClassVar[dict[str, Callable[..., Any]]] = {
-        "eps": in_range(read_finite, ">= 0", 0),
-        "momentum": optional(in_range(read_number, "in [0, 1] or None", 0, 1)),
+        "eps": require_range(read_finite, ">= 0", 0),
+        "momentum": accept_none(require_range(read_number, "in [0, 1] or None", 0, 1)),
         "input_scale": read_finite,
         **dict.fromkeys(("affine", "track_running_stats"), check_bool),
     }
@@ -702,22 +710,25 @@ class BatchNormLIF(LIF):
     ) -> None:
         caller = self._caller
         if "input_gain" in lif_options:
-            raise TypeError(f"{caller}: input_gain is an argument of LIF; input_scale is the factor here")
+            raise TypeError(f"{caller}: takes no input_gain; use input_scale, the factor on the normalised input")
         check_keywords(lif_options, {**(LIF.__init__.__kwdefaults__ or {}), "input_scale": 1.0}, caller)
         try:
             channels, *others = check_sizes("num_features", num_features, caller)
         except (TypeError, ValueError):
             raise ValueError(
-                f"{caller}: num_features must be a number of channels or begin with it, got {shown(num_features)}"
+                f"{caller}: num_features must be a number of channels, or a sequence that begins with it, got "
+                f"{format_value(num_features)}"
             ) from None
         granularity = lif_options.get("granularity", "layer")
         in_layer = isinstance(granularity, str) and granularity == "layer"
         if in_layer and others:
-            raise ValueError(f"{caller}: num_features must be one number for granularity 'layer', got {num_features}")
+            raise ValueError(
+                f"{caller}: num_features must be one number for granularity 'layer', got {format_value(num_features)}"
+            )
         own = dict(locals())
         super().__init__(None if in_layer else num_features, device=device, dtype=dtype, **lif_options)
         self.num_channels = channels
-        self._keep(own, self._norm_options)
+        self._set_checked_options(own, self._norm_options)
         check_process_group(process_group, caller)
         self.process_group = process_group
         empty = partial(torch.empty, channels, device=device, dtype=dtype)
@@ -748,7 +759,7 @@ class BatchNormLIF(LIF):
         if self.weight is None and self.running_mean is None:
             self._check_channels(x_seq)
         return module_batch_norm_lif(
-            self, x_seq, self._given(x_seq, **options), self.weight, self.bias, update, self.input_scale,
+            self, x_seq, self._arguments_of_call(x_seq, **options), self.weight, self.bias, update, self.input_scale,
             self.process_group,
         )  # fmt: skip
 
@@ -758,7 +769,7 @@ class BatchNormLIF(LIF):
         channel = channel_dim(time_dim)
         if x_seq.dim() > channel and x_seq.shape[channel] != self.num_channels:
             raise ValueError(
-                f"{self._caller}: x_seq must have {self.num_channels} channels: "
+                f"{self._caller}: x_seq must have "
                 + describe_shape_mismatch(x_seq, time_dim, (self.num_channels,), by_channel=True)
             )
 

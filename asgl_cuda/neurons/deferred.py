@@ -11,13 +11,12 @@ A plain object: a subclass of Tensor would enter a `torch.autograd.Function` wit
 from __future__ import annotations
 
 import math
-import sys
 from contextlib import suppress
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from ..calls.arguments import VALUES, Arguments
@@ -35,7 +34,7 @@ _QUERIES = frozenset(
 
 
 class Source:
-    """A tensor that the layers would have made, here a sum; `made` computes it, for a reason in words."""
+    """A tensor that the layers would have computed, here a sum. `value_because` computes it, for a reason in words."""
 
     tensor: Tensor | None = None
     changes = 0  # number of changes in place
@@ -43,15 +42,15 @@ class Source:
     def __init__(self, of: Any, other: Tensor) -> None:
         self.of, self.other, self.has_graph = of, other, torch.is_grad_enabled()
 
-    def make(self, reason: str) -> Tensor:
+    def compute(self, reason: str) -> Tensor:
         """Computes the tensor."""
-        return self.of.made(reason) + self.other  # type: ignore[no-any-return]
+        return self.of.value_because(reason) + self.other  # type: ignore[no-any-return]
 
-    def made(self, reason: str) -> Tensor:
+    def value_because(self, reason: str) -> Tensor:
         """The tensor, computed once, with a graph if gradients were enabled when the layers ran."""
         if self.tensor is None:
             with torch.set_grad_enabled(self.has_graph):
-                self.tensor = self.make(reason)
+                self.tensor = self.compute(reason)
         return self.tensor
 
 
@@ -63,12 +62,12 @@ class Normal(Source):
 
     def __init__(self, norm: Any, x: Tensor) -> None:
         super().__init__(norm, x)
-        self.training, self.checkpoint = norm.training, checkpoint()
+        self.training, self.checkpoint = norm.training, current_checkpoint()
 
-    def make(self, reason: str) -> Tensor:
+    def compute(self, reason: str) -> Tensor:
         """Computes the normalised value, and tells the normalisation that it was not merged."""
-        value: Tensor = self.of.normalised(self.other, self.training, not self.taken)
-        self.of.was_left(reason)
+        value: Tensor = self.of.compute_alone(self.other, self.training, not self.taken)
+        self.of.note_left(reason)
         return value
 
     def is_open(self) -> bool:
@@ -78,7 +77,7 @@ class Normal(Source):
     def __del__(self) -> None:
         if self.is_open() and self.training:  # the layer itself would have counted the batch
             with suppress(Exception):  # for example for a batch of one value
-                self.made("nothing uses it")
+                self.value_because("nothing uses it")
 
 
 class Pending:
@@ -90,7 +89,6 @@ class Pending:
 
     value: Tensor | None = None
     factor = 1.0  # scales only the normalised value, not the other operand
-    was_asked = False
 
     def __init__(
         self,
@@ -105,15 +103,7 @@ class Pending:
         self.call, self.source, self.channel, self.x, self.residual = call, source, channel, x, residual
         self.views, self.watched, self.changes = views, watched, source.changes
         self.views_have_graph = torch.is_grad_enabled()
-        self.has_graph = call.has_graph  # and so have all views, and the sum
-
-    @property  # type: ignore[misc]
-    def __class__(self) -> Any:
-        """`Pending`, read by isinstance and by functions of torch. Notes whether code asks if this is a Tensor."""
-        names = sys._getframe(1).f_code.co_names
-        if "isinstance" in names and "Tensor" in names:
-            self.was_asked = True
-        return Pending
+        self.has_graph = call.has_graph  # that of the call; views and sums inherit it
 
     @property
     def norm(self) -> Any:
@@ -129,26 +119,26 @@ class Pending:
     def tensor(self, use: str) -> Tensor:
         """The value, which `use` needs."""
         if torch.compiler.is_compiling():
-            return self.made("")
+            return self.value_because("")
         what = "its output" if self.residual is None else "the sum of its output and another"
-        return self.made(f"{what} {'is used again, by' if self.call.taken else 'goes to'} {use.strip('_')}")
+        return self.value_because(f"{what} {'is used again, by' if self.call.taken else 'goes to'} {use.strip('_')}")
 
-    def made(self, reason: str) -> Tensor:
+    def value_because(self, reason: str) -> Tensor:
         """The value, computed once; `reason` says in words why it is needed."""
         if self.value is None:
-            self.check()
-            value = self.source.made(reason)
+            self.check_unchanged()
+            value = self.source.value_because(reason)
             with torch.set_grad_enabled(self.views_have_graph):
                 for name, args, kwargs in self.views:
                     value = getattr(value, name)(*args, **kwargs)
             self.value = value
         return self.value
 
-    def is_known(self) -> bool:
+    def is_computed(self) -> bool:
         """Whether the value, or the tensor that it is a view of, is computed."""
         return self.value is not None or self.source.tensor is not None or self.call.tensor is not None
 
-    def check(self) -> None:
+    def check_unchanged(self) -> None:
         """Raises if a change in place would make the value differ from that of the separate layers."""
         if self.changes != self.source.changes:
             raise self.norm.refusal("its output, or a view of it, was changed in place after this view was made")
@@ -156,30 +146,30 @@ class Pending:
             raise self.norm.refusal(
                 "its input, or what is added to its output, has been modified by an inplace operation"
             )
-        if in_function() and self.requires_grad:
+        if is_in_function_forward() and self.requires_grad:
             raise self.norm.refusal("its output goes to a torch.autograd.Function, which would lose its gradient")
 
     def __getattr__(self, name: str) -> Any:
         if name in _QUERIES:
             return getattr(self.x, name)
         if name in _VIEWS:
-            return partial(self._viewed, name)
+            return partial(self._view, name)
         if name in _SUMS:
-            return partial(self._plus, name)
+            return partial(self._add, name)
         if name in _PRODUCTS:
-            return partial(self._times, name)
+            return partial(self._multiply, name)
         if not hasattr(Tensor, name):
             raise AttributeError(f"'Tensor' object has no attribute {name!r}")
-        return self._of_value(name)
+        return self._value_attribute(name)
 
-    def _of_value(self, name: str) -> Any:
+    def _value_attribute(self, name: str) -> Any:
         """The attribute or method `name` of the value."""
         value = self.tensor(name)
-        self._note(name)
+        self._count_change(name)
         return getattr(value, name)
 
-    def _note(self, name: str) -> None:
-        """Counts a change in place, which other views of this value, not computed yet, would miss."""
+    def _count_change(self, name: str) -> None:
+        """Counts a change in place, so that `check_unchanged` refuses other views that are not computed yet."""
         if name in _CHANGING:
             self.source.changes += 1
             self.changes = self.source.changes
@@ -188,23 +178,23 @@ class Pending:
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, kwargs, first = function.__name__, kwargs or {}, args[0] if args else None
         if isinstance(first, Pending) and name in _VIEWS:
-            return first._viewed(name, *args[1:], **kwargs)
+            return first._view(name, *args[1:], **kwargs)
         if name in _SUMS and len(args) == 2:
             if isinstance(first, Pending):
-                return first._plus("add_" if name in _CHANGING else "add", args[1], **kwargs)
+                return first._add("add_" if name in _CHANGING else "add", args[1], **kwargs)
             if name not in _CHANGING:
-                return args[1]._plus("add", first, **kwargs)
+                return args[1]._add("add", first, **kwargs)
         if name in _PRODUCTS and len(args) == 2:
             one, other = (first, args[1]) if isinstance(first, Pending) else (args[1], first)
-            return one._times("mul", other, **kwargs)
+            return one._multiply("mul", other, **kwargs)
         args, kwargs = (tree_map_only(Pending, lambda each: each.tensor(name), each) for each in (args, kwargs))
         if isinstance(first, Pending):
-            first._note(name)
+            first._count_change(name)
         return function(*args, **kwargs)
 
     # ---- views and the sum ----
 
-    def _viewed(self, name: str, *args: Any, **kwargs: Any) -> Any:
+    def _view(self, name: str, *args: Any, **kwargs: Any) -> Any:
         """A view: another `Pending` if the place of the channels is known, otherwise a view of the value."""
         if name in ("view_as", "reshape_as"):
             name, args = "reshape", (args[0].shape,)
@@ -212,32 +202,32 @@ class Pending:
             return self
         x: Any = self.x
         residual, channel = self.residual, self.channel
-        if self.is_known():
+        if self.is_computed():
             channel = -1
         elif name != "contiguous":
-            channel = self._channel_behind(name, args, kwargs)
+            channel = self._channel_after_view(name, args, kwargs)
             if channel >= 0:
-                on_input = "reshape" if name == "view" else name  # the layout of x may be another
+                on_input = "reshape" if name == "view" else name  # the layout of x may not allow a view
                 x, residual = (
                     each if each is None else getattr(each, on_input)(*args, **kwargs) for each in (x, residual)
                 )
                 if name in _BY_SHAPE:
-                    channel = _same_place(self.x.shape, x.shape, channel)
+                    channel = _channel_after_reshape(self.x.shape, x.shape, channel)
         if channel < 0:
             return getattr(self.tensor(name), name)(*args, **kwargs)
         views = (*self.views, (name, args, kwargs))
-        return self._behind(Pending(self.call, self.source, channel, x, residual, views, self.watched))
+        return self._pass_state_to(Pending(self.call, self.source, channel, x, residual, views, self.watched))
 
-    def _behind(self, made: Pending) -> Pending:
+    def _pass_state_to(self, made: Pending) -> Pending:
         """Passes on what is known of a value to a view of it, or to a sum."""
-        made.was_asked, made.has_graph = self.was_asked, self.has_graph and torch.is_grad_enabled()
+        made.has_graph = self.has_graph and torch.is_grad_enabled()
         made.factor = self.factor
         if made.source is self.source:
             made.changes, made.views_have_graph = self.changes, made.views_have_graph and self.views_have_graph
         return made
 
-    def _channel_behind(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-        """Where a permutation puts the channels; where they are, for another view; -1 for what is neither."""
+    def _channel_after_view(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+        """The dimension of the channels after a permutation; the present one for a reshape; -1 for other views."""
         x = self.x
         if name in _BY_SHAPE:
             if name == "to":  # half types must not be rounded between normalisation and neurons
@@ -257,60 +247,63 @@ class Pending:
             order.insert(destination % x.dim(), order.pop(source))
         return order.index(self.channel)
 
-    def _plus(self, name: str, other: Any, alpha: float = 1, **more: Any) -> Any:
+    def _add(self, name: str, other: Any, alpha: float = 1, **more: Any) -> Any:
         """The sum with another tensor: another `Pending` if neurons can add it, otherwise of the value."""
         if isinstance(other, Pending):
             other = other.tensor("add")
-        x, is_taken = self.x, self.is_known() or self.call.taken or self.residual is not None
+        x, is_taken = self.x, self.is_computed() or self.call.taken or self.residual is not None
         kind = (other.shape, other.dtype, other.device) if isinstance(other, Tensor) else None
         if is_taken or kind != (x.shape, x.dtype, x.device) or more or alpha != 1:
-            return self._of_value(name)(other, **more, **({} if alpha == 1 else {"alpha": alpha}))
-        self.check()
-        of = self._behind(Pending(self.call, self.source, self.channel, x, None, self.views, self.watched))
-        source, seen = Source(of, other), (*self.watched, *watched(other))
+            return self._value_attribute(name)(other, **more, **({} if alpha == 1 else {"alpha": alpha}))
+        self.check_unchanged()
+        of = self._pass_state_to(Pending(self.call, self.source, self.channel, x, None, self.views, self.watched))
+        source, seen = Source(of, other), (*self.watched, *with_version(other))
         if name not in _CHANGING:
-            return self._behind(Pending(self.call, source, self.channel, x, other, (), seen))
-        self._note(name)
+            return self._pass_state_to(Pending(self.call, source, self.channel, x, other, (), seen))
+        self._count_change(name)
         of.changes, self.views_have_graph = self.changes, torch.is_grad_enabled()
         self.has_graph &= self.views_have_graph
         self.source, self.residual, self.views, self.watched, self.changes = source, other, (), seen, 0
         return self
 
-    def _times(self, name: str, other: Any, **more: Any) -> Any:
+    def _multiply(self, name: str, other: Any, **more: Any) -> Any:
         """The product with a constant: another `Pending` if possible, otherwise of the value."""
         is_constant = type(other) in (int, float) and math.isfinite(other) and not more
-        if not is_constant or self.is_known() or self.residual is not None:
-            return self._of_value(name)(tensor_of(other, name), **more)
-        self.check()
+        if not is_constant or self.is_computed() or self.residual is not None:
+            return self._value_attribute(name)(tensor_of(other, name), **more)
+        self.check_unchanged()
         views = (*self.views, (name, (other,), {}))
-        made = self._behind(Pending(self.call, self.source, self.channel, self.x, None, views, self.watched))
+        made = self._pass_state_to(Pending(self.call, self.source, self.channel, self.x, None, views, self.watched))
         made.factor *= other
         return made
 
     # ---- neurons ----
 
-    def value_for(self, layer: Any, given: Arguments, update: bool) -> Tensor | None:
+    def value_unless_merged(self, layer: Any, given: Arguments, update: bool) -> Tensor | None:
         """The value, if `layer`, the neurons after it, can't take normalisation and sum into one call; None if it can.
 
-        Arguments as in `joined`.
+        Arguments as in `run_merged`.
         """
-        name = getattr(type(layer), "original", type(layer)).__name__
+        name = _class_name(layer)
         if self.is_known() or (update and self.call.taken):
             return self.tensor(name)
         self.check()
-        if self.was_asked and not torch.compiler.is_compiling():
-            raise self.norm.refusal("code, or a backward hook, asked whether its output is a Tensor, which it is not")
+        if (hooked := self.norm.hooked_before(layer)) is not None:
+            raise self.norm.refusal(f"a backward hook of {_class_name(hooked)} would see no gradient of its output")
         why = self._reason_against(given) or self.norm.reason_against(self, given)
         return self.tensor(f"{name}, {why}") if why else None
 
-    def joined(self, layer: Any, given: Arguments, update: bool) -> Any:
+    def run_merged(self, layer: Any, given: Arguments, update: bool) -> Any:
         """The output of `layer` with the arguments `given`, in one call with normalisation and sum.
 
         Without `update` nothing changes, for a call that is repeated.
         """
         x: Any = self.x
         residual, v_init, time_dim = self.residual, given["v_init"], given["time_dim"] % x.dim()
-        here, there = dims = self.channel, channel_dim(time_dim)  # of the channels, and as the operator has them
+        here, there = dims = (
+            self.channel,
+            channel_dim(time_dim),
+        )  # the channels' dimension, and where the operator expects it
         here_of_state, there_of_state = (dim - (dim > time_dim) for dim in dims)
         if here != there:
             x, residual = (each if each is None else each.contiguous().movedim(here, there) for each in (x, residual))
@@ -320,13 +313,13 @@ class Pending:
         running_mean = self.norm.running_mean
         version = None if running_mean is None else _version(running_mean)
         try:
-            output = self.norm.neurons(x, given, update, self.factor)
+            output = self.norm.compute_with_neurons(x, given, update, self.factor)
         except BaseException:  # for example from a checkpoint, which may stop the call after the update
             self.call.taken = update and running_mean is not None and _version(running_mean) != version
             raise
         if update:
             self.call.taken = True
-            self.norm.was_taken(layer)
+            self.norm.note_taken(layer)
         if here == there:
             return output
         if isinstance(output, Tensor):
@@ -355,13 +348,13 @@ class Pending:
         return ""
 
 
-def _same_place(before: Any, after: Any, channel: int) -> int:
-    """The dimension that a reshape keeps, with as many elements before it as before; -1 if there is none."""
+def _channel_after_reshape(before: Any, after: Any, channel: int) -> int:
+    """The dimension of the channels after a reshape: of their size, with as many elements before it; -1 without one."""
     front, found = math.prod(before[:channel]), -1
     for dim, size in enumerate(after):
         if size == before[channel] and math.prod(after[:dim]) == front:
             found = dim
-            if dim - len(after) == channel - len(before):  # of several dimensions of size 1
+            if dim - len(after) == channel - len(before):  # of several dimensions of size 1, the one in the same place
                 break
     return found if front else -1
 
@@ -371,37 +364,49 @@ def tensor_of(x: Any, use: str) -> Any:
     return x.tensor(use) if isinstance(x, Pending) else x
 
 
+def _class_name(layer: nn.Module) -> str:
+    """The name of the layer's class before it was converted."""
+    return getattr(type(layer), "original", type(layer)).__name__
+
+
 def _version(tensor: Tensor) -> int:
     """The number of writes; not counted in inference mode and in compiled code."""
     return 0 if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version
 
 
-def watched(tensor: Tensor) -> tuple[Any, ...]:
-    """The tensor with its version, to see whether it changes."""
+def with_version(tensor: Tensor) -> tuple[Any, ...]:
+    """The tensor with its version, which shows later whether the tensor has changed."""
     return ((tensor, _version(tensor)),)
 
 
-def in_function() -> bool:
-    """Whether a torch.autograd.Function runs its forward, which switches more off than torch.no_grad."""
+def is_in_function_forward() -> bool:
+    """Whether the forward of a torch.autograd.Function runs, which, unlike torch.no_grad, disables forward mode too."""
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.is_inference_mode_enabled():
         return False
     return not torch._C._is_fwd_grad_enabled()
 
 
-def in_backward() -> bool:
+def has_backward_hooks(module: nn.Module) -> bool:
+    """Whether this module, or every module, has hooks that run in backward. torch attaches these to tensors alone."""
+    every = nn.modules.module
+    of_every = every._global_backward_hooks or every._global_backward_pre_hooks
+    return bool(module._backward_hooks or module._backward_pre_hooks or of_every)
+
+
+def is_in_backward() -> bool:
     """Whether autograd computes gradients here, as where a checkpoint computes its forward again."""
     return torch._C._current_graph_task_id() != -1
 
 
-def hooks_of_graph() -> Any:
+def active_saved_tensor_hooks() -> Any:
     """The saved-tensor hooks of torch.autograd.graph on top, from torch 2.7 on; None: there are none."""
     top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
     return None if top is None or torch.compiler.is_compiling() else top(False)
 
 
-def checkpoint() -> Any:
+def current_checkpoint() -> Any:
     """An object that identifies the checkpoint that is being computed, or None; reentrant checkpoints have none."""
-    hooks = hooks_of_graph()
+    hooks = active_saved_tensor_hooks()
     return hooks[0] if hooks and hooks[0].__module__ == "torch.utils.checkpoint" else None
 
 
@@ -411,8 +416,8 @@ def _operator(name: str) -> Any:
     def operator(self: Pending, *args: Any) -> Any:
         """A sum or product that may stay pending, otherwise the value's operator."""
         if name in _SUMS:
-            return self._plus(name, *args)
-        return self._times(name, *args) if name in _PRODUCTS else self._of_value(name)(*args)
+            return self._add(name, *args)
+        return self._multiply(name, *args) if name in _PRODUCTS else self._value_attribute(name)(*args)
 
     return operator
 

@@ -11,25 +11,32 @@ from torch import Tensor, nn
 
 from ..backends import BACKENDS, backend_of, choose_backend, operators_of
 from ..backends.derivatives import DERIVATIVES
-from ..backends.ops import ForwardResult, with_gaps
+from ..backends.ops import ForwardResult, none_for_unwanted
 from ..calls.cache import cached_by_signature
-from ..calls.plan import Plan, make_plan, sources_of, tensors_of
+from ..calls.plan import Plan, make_plan, parameter_sources, parameter_tensors
 from ..checks import (
     check_bool,
     check_features,
+    check_initial_state,
     check_input,
     check_keywords,
     check_not_nan,
     check_options,
-    check_v_init,
-    check_values,
+    check_parameters,
 )
-from ..layout import is_dense
+from ..layout import dense
 from ..reference.learned import Logit
 from ..reference.neurons import integrator_reference
 from ..reference.records import Numbers, Rules
-from ..torch_modes import apply, apply_here, grads_are_zeros, is_differentiated, once_differentiable, saved_tensors
-from .base import Granularity, NeuronLayer, values_shown
+from ..torch_modes import (
+    apply,
+    apply_at_one_level,
+    is_differentiated,
+    needs_zero_gradients,
+    once_differentiable,
+    saved_tensors,
+)
+from .base import Granularity, NeuronLayer, format_values
 from .deferred import tensor_of
 
 _RULES = Rules(*[0] * len(Rules._fields))
@@ -72,58 +79,63 @@ class IntegratorFunction(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        """Saves the output and v_init if decay is learned, and x_seq if input_gain is."""
         _, ctx.backend, ctx.plan, *tensors = inputs
         x_seq, v_init, decay, input_gain = tensors
         *_, learns_decay, learns_gain = ctx.needs_input_grad
         ctx.shape, ctx.like = x_seq.shape, {"dtype": x_seq.dtype, "device": x_seq.device}
         kept = (output[0], v_init) if learns_decay else (None, None)
         ctx.save_for_backward(*kept, x_seq if learns_gain else None, decay, input_gain)
-        ctx.set_materialize_grads(grads_are_zeros())
+        ctx.set_materialize_grads(needs_zero_gradients())
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        """The gradients of all tensors, by integrator_backward."""
         plan, saved, wanted = ctx.plan, saved_tensors(ctx), ctx.needs_input_grad[3:]
         v_seq, v_init, x_seq, decay, input_gain = saved
-        grad_v_seq, grad_v_last = with_gaps(grads, (True, *plan.wanted))
+        grad_v_seq, grad_v_last = none_for_unwanted(grads, (True, *plan.wanted))
         if grad_v_seq is None:
             grad_v_seq = torch.zeros(ctx.shape, **ctx.like)
-        if not is_dense(grad_v_seq, plan.rules.time_dim):
-            grad_v_seq = grad_v_seq.contiguous()
+        grad_v_seq = dense(grad_v_seq, plan.rules.time_dim)
         found = operators_of(ctx.backend, (*saved, *grads)).integrator_backward(
             grad_v_seq, grad_v_last, v_seq, x_seq, v_init, decay, input_gain, *plan.packed, wanted
         )
-        return None, None, None, *once_differentiable(with_gaps(found, wanted), (*saved, *grads))
+        return None, None, None, *once_differentiable(none_for_unwanted(found, wanted), (*saved, *grads))
 
 
-def _differentiated(operator: Any, below: Any, *arguments: Any) -> ForwardResult:
-    """A bare integrator_forward with its derivative."""
+def _with_derivative(operator: Any, below: Any, *arguments: Any) -> ForwardResult:
+    """Calls the operator integrator_forward, of an exported graph or torch.ops, with its derivative."""
     *tensors, numbers, rules, delay, wants_v_last = arguments
     plan = make_plan(tensors[0], Rules(*rules), Numbers(*numbers), (wants_v_last,), options=(delay,))
-    return list(apply_here(IntegratorFunction, below, backend_of(operator), plan, *tensors))
+    return list(apply_at_one_level(IntegratorFunction, below, backend_of(operator), plan, *tensors))
 
 
-DERIVATIVES["integrator_forward"] = _differentiated
+DERIVATIVES["integrator_forward"] = _with_derivative
 
 
-def _checked(caller: str, x_seq: Tensor, given: _Arguments) -> Plan:
+def _checked_plan(caller: str, x_seq: Tensor, given: _Arguments) -> Plan:
     """The plan of a call, after checks of everything that does not depend on values of tensors."""
     time_dim = check_input(x_seq, given["time_dim"], caller)
     if (features := given.get("features")) is not None:
         check_features(features, x_seq, time_dim, caller)
     options = check_options(given, _OPTIONS, caller)
-    constants = check_values(given, _VALUES, x_seq, caller, features)
-    rules = _RULES.changed(logit_decay=int(isinstance(given["decay"], Logit)), time_dim=time_dim)
+    constants = check_parameters(given, _VALUES, x_seq, caller, features)
+    rules = _RULES.changed(
+        logit_decay=int(isinstance(given["decay"], Logit)),
+        time_dim=time_dim,
+        trailing=0 if features is None else features.trailing(x_seq, time_dim),
+    )
     values = {name: 0.0 if constant is None else constant for name, constant in constants.items()}
     numbers = Numbers(**{**_NUMBERS, "v_rest": options["v_rest"], **values})
-    sources = sources_of(_VALUES, constants, given, x_seq, time_dim)
+    sources = parameter_sources(_VALUES, constants, given, x_seq, time_dim)
     return make_plan(x_seq, rules, numbers, (options["return_v_last"],), sources, (options["delay"],))
 
 
 _NAMES = *_VALUES, "time_dim", *_OPTIONS
 # Functions that make plans, by whether features are given; layers whose decays differ between neurons give them.
 _PLANS = {
-    False: cached_by_signature(_NAMES)(_checked),
-    True: cached_by_signature((*_NAMES, "features"))(_checked),
+    False: cached_by_signature(_NAMES)(_checked_plan),
+    True: cached_by_signature((*_NAMES, "features"))(_checked_plan),
 }
 
 
@@ -181,22 +193,22 @@ def leaky_integrator(
         "decay": decay, "input_gain": input_gain, "v_rest": v_rest, "v_init": v_init, "delay": delay,
         "time_dim": time_dim, "return_v_last": return_v_last, "backend": backend,
     }  # fmt: skip
-    return _computed(caller, tensor_of(x_seq, caller), given)
+    return _run_integrator(caller, tensor_of(x_seq, caller), given)
 
 
-def _computed(caller: str, x_seq: Tensor, given: _Arguments) -> Tensor | IntegratorOutput:
+def _run_integrator(caller: str, x_seq: Tensor, given: _Arguments) -> Tensor | IntegratorOutput:
     """The result of `leaky_integrator`."""
     plan = _PLANS["features" in given](caller, x_seq, given)
     numbers, time_dim = plan.numbers, plan.rules.time_dim
     backend = choose_backend(given["backend"], x_seq.device, caller)
     v_init = given["v_init"]
     if v_init is not None:
-        check_v_init(v_init, x_seq, time_dim, caller)
+        check_initial_state(v_init, x_seq, time_dim, caller)
         v_init = v_init.to(plan.real)
     fused = BACKENDS[backend].operators is not None
-    decay, input_gain = tensors_of(plan, given, len(_VALUES), fused)
+    decay, input_gain = parameter_tensors(plan, given, len(_VALUES), fused)
     if fused:
-        x_seq = x_seq if is_dense(x_seq, time_dim) else x_seq.contiguous()
+        x_seq = dense(x_seq, time_dim)
         tensors = x_seq, v_init, decay, input_gain
         run = partial(apply, IntegratorFunction) if is_differentiated(tensors, caller) else IntegratorFunction.forward
         outputs = run(None, backend, plan, *tensors)
@@ -226,8 +238,8 @@ class LeakyIntegrator(NeuronLayer):
     `decay` can be read and set at any time. A state dict contains only a learned decay, as `logit_decay`.
 
     Neurons with a synaptic current are `nn.Sequential(LeakyIntegrator(decay=a), LIF(decay=b))`. Per neuron and step
-    these two layers move 4 values in forward and 5 in backward, because the current and its gradient go through memory.
-    A single kernel would move 2 and 3.
+    these two layers read and write 4 values in forward and 5 in backward, because the current and its gradient go
+    through memory. A single kernel would read and write 2 and 3.
 
     Raises ValueError or TypeError for arguments out of range, and otherwise the errors of `asgl_cuda.leaky_integrator`.
 
@@ -288,13 +300,13 @@ class LeakyIntegrator(NeuronLayer):
             **options,
         }  # fmt: skip
         if self.num_features:
-            (given["decay"],) = self._for_call([decay], x_seq)
+            (given["decay"],) = self._on_input_device([decay], x_seq)
             given["features"] = self._features
-        return _computed(self._caller, x_seq, given)
+        return _run_integrator(self._caller, x_seq, given)
 
     def extra_repr(self) -> str:
         features = f"{list(self.num_features)}, " if self.num_features else ""
-        decay = f"decay={values_shown(self._decay, self.logit_decay)}"
+        decay = f"decay={format_values(self._decay, self.logit_decay)}"
         others = f"input_gain={self.input_gain:g}, v_rest={self.v_rest:g}, granularity={self.granularity}"
         flags = "".join(f", {flag}=True" for flag in ("delay", "stateful") if getattr(self, flag))
         return f"{features}{decay}, {others}{flags}" + (f", time_dim={self.time_dim}" if self.time_dim else "")

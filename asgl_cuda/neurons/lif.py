@@ -1,8 +1,8 @@
 """Leaky integrate-and-fire neurons: `lif`, its derivative, and the layer `LIF`.
 
-lif -> computed -> checked_call (a plan by checks, choose_backend, state_of_noise) -> run_reference under autograd, or
-run_forward, the backend's operator, inside LIFFunction if a gradient is needed. Backward draws the same noise again
-from rng_state; no mask is stored.
+`lif` calls `run_lif`. `checked_call` checks the arguments, makes a plan, chooses the backend and draws rng_state. Then
+`run_reference` computes under autograd, or `run_forward` calls the backend's operator, inside LIFFunction if a gradient
+is needed. Backward draws the same noise again from rng_state, so no mask is stored.
 """
 
 from __future__ import annotations
@@ -17,33 +17,33 @@ from torch import Tensor
 
 from ..backends import BACKENDS, backend_of, operators_of
 from ..backends.derivatives import DERIVATIVES
-from ..backends.ops import ForwardResult, with_gaps
+from ..backends.ops import ForwardResult, none_for_unwanted
 from ..calls import recompute
 from ..calls.arguments import Arguments
 from ..calls.plan import Call, Inputs, Plan, checked_call, make_plan
 from ..checks import (
     PLAIN_TENSORS,
+    accept_none,
     check_analog_prob,
     check_bool,
     check_input,
     check_keywords,
     check_levels,
     check_rng_state,
-    optional,
+    format_value,
     read_finite,
-    shown,
 )
 from ..reference.neurons import lif_reference
 from ..reference.noise import analog_mask_below
 from ..reference.records import Numbers, Parameters, Rules
 from ..torch_modes import (
     apply,
-    apply_here,
-    grads_are_zeros,
+    apply_at_one_level,
     is_differentiated,
+    is_transform_active,
+    needs_zero_gradients,
     once_differentiable,
     saved_tensors,
-    transforming,
 )
 from .base import Granularity, NeuronLayer
 from .deferred import Pending, tensor_of
@@ -112,14 +112,16 @@ def lif(
             finite. A width that is a tensor is checked only if it is on the CPU, because checking it on a GPU would
             synchronise the device. It is not checked under torch.compile and torch.func either. Where it is not
             checked, a width < 0 gives gradients of the wrong sign, and a width of 0 gives NaN. fast_sigmoid and arctan
-            square u / width. Where this square overflows, at abs(u) somewhat above 1e19 * width, they have no gradient.
-        surrogate: rectangle, triangle, sigmoid, arctan, erf, fast_sigmoid or laplace; with `multi_spike` also
+            square u / width, where u is the potential minus the threshold. Where this square overflows, at abs(u)
+            somewhat above 1e19 * width, they have no gradient.
+        surrogate: the name of F, a smooth step from 0 to 1. The derivative of F(u / width) replaces that of the spike.
+            rectangle, triangle, sigmoid, arctan, erf, fast_sigmoid or laplace; with `multi_spike` also
             periodic_exponential, whose slope peaks at every multiple of the threshold. No effect with levels.
         surrogate_gain: factor on the surrogate gradient.
-        analog_prob: fraction of elements that emit F(u / width) instead of a spike, in steps of 1 / 65536. Default 0;
-            the default of the layer `LIF` is 0.5. A tensor of one value on x_seq's device can change without
-            recompiling a compiled graph; it gets no gradient. Its range is checked only on the CPU; on a GPU values are
-            clamped to [0, 1], and NaN counts as 0.
+        analog_prob: fraction of elements that emit the smooth value F(u / width) instead of a spike, in steps of
+            1 / 65536. Default 0; the default of the layer `LIF` is 0.5. A tensor of one value on x_seq's device can
+            change without recompiling a compiled graph; it gets no gradient. Its range is checked only on the CPU; on a
+            GPU values are clamped to [0, 1], and NaN counts as 0.
         rng_state: int64 tensor `[seed, offset]` on x_seq's device, which determines the noise. Neurons are numbered in
             memory order, so a channels_last x_seq gets other noise than its contiguous copy.
         generator: generator that draws rng_state if rng_state is not given; default the device's default generator.
@@ -127,8 +129,8 @@ def lif(
             generator, and with another one the second forward pass would draw new noise.
         input_gain, input_bias, input_mean: the input current is `input_gain * (x_seq - input_mean) + input_bias`.
         residual: shortcut of a residual block, in shape and type of x_seq. `residual_gain * residual` is added to the
-            input current, without a sum in memory. If its memory order is not that of x_seq, it is copied once.
-        residual_gain: a number, only with a residual. Apply a learned factor to the residual itself.
+            input current, without a sum in memory. A residual whose memory order is not that of x_seq is copied once.
+        residual_gain: factor on the residual, a number. To learn a factor, multiply the residual by it before the call.
         strict_threshold: fire at u > 0 instead of u >= 0. No effect with levels and multi_spike.
         scale_output: multiply the output by `v_threshold`. With levels and without multi_spike, divide it by `levels`
             instead.
@@ -139,11 +141,11 @@ def lif(
             magnitude is above 1, gradients can explode over many steps. A sigmoid also multiplies the gradient by up to
             1.22 * decay at potentials below v_reset.
         levels: emit an integer number of spikes per step (I-LIF), `round(clamp(h / v_threshold, 0, levels))` with ties
-            to even; at most 256. The quotient is computed as h times the rounded `1 / v_threshold`. Analog elements are
-            not rounded. The gradient is the gradient of the clamp, 1 at its edges, and the threshold acts as the width.
-            Each spike subtracts `reset_amount`, so `v_reset` must be None. `v_threshold` must be > 0. A NaN potential
-            emits NaN. `unroll_levels` turns the output into binary spikes. With multi_spike, levels only limits the
-            number of spikes.
+            to even, where h is the potential before the reset; `levels` is at most 256. The quotient is computed as h
+            times the rounded `1 / v_threshold`. Analog elements are not rounded. The gradient is the gradient of the
+            clamp, 1 at its edges, and the threshold acts as the width. Each spike subtracts `reset_amount`, so
+            `v_reset` must be None. `v_threshold` must be > 0. A NaN potential emits NaN. `unroll_levels` turns the
+            output into binary spikes. With multi_spike, levels only limits the number of spikes.
         multi_spike: emit `trunc(h / v_threshold)` spikes per step where h > 0. Each spike subtracts `reset_amount`, so
             `v_reset` must be None. `v_threshold` must be > 0, and is checked like the width. `analog_prob` must be 0,
             because no smooth number of spikes exists whose slope is one of these surrogates.
@@ -211,40 +213,40 @@ def lif(
         "time_dim": time_dim, "return_v_last": return_v_last, "return_v_seq": return_v_seq,
         "return_h_seq": return_h_seq, "backend": backend,
     }  # fmt: skip
-    return computed(_CALLER, tensor_of(x_seq, _CALLER), given)
+    return run_lif(_CALLER, tensor_of(x_seq, _CALLER), given)
 
 
 LIF_DEFAULTS: Arguments = lif.__kwdefaults__ or {}  # type: ignore[assignment]
 
 
-def computed(caller: str, x_seq: Tensor, given: Arguments) -> Tensor | LIFOutput:
-    """The result of `lif`."""
+def run_lif(caller: str, x_seq: Tensor, given: Arguments) -> Tensor | LIFOutput:
+    """Computes `lif` from the record of its arguments."""
     backend, plan, inputs = call = checked_call(caller, x_seq, given)
     if BACKENDS[backend].operators is None:
         outputs = run_reference(plan, inputs)
     elif not is_differentiated(inputs, caller):
         outputs = run_forward(backend, plan, inputs, keep_checkpoints=False)
     elif recompute.open_contexts or recompute.traced_contexts:
-        take = partial(remember, call, inputs)
-        outputs = recompute.applied(apply, LIFFunction, (None, backend, plan, *inputs), take)
+        take = partial(remember_call, call, inputs)
+        outputs = recompute.apply_and_remember(apply, LIFFunction, (None, backend, plan, *inputs), take)
     else:
         outputs = apply(LIFFunction, None, backend, plan, *inputs)
-    return output_of(plan, outputs)
+    return requested_output(plan, outputs)
 
 
-def computed_after(
+def run_lif_after(
     pending: Pending, layer: Any, caller: str, given: Arguments, update: bool = True
 ) -> Tensor | LIFOutput:
-    """The result of `lif` in `layer`, after a normalisation: of both in one call, or of the normalised value."""
-    value = pending.value_for(layer, given, update)
+    """Computes `lif` of `layer` after a normalisation: both in one call if possible, else from the normalised value."""
+    value = pending.value_unless_merged(layer, given, update)
     if value is None:
-        return pending.joined(layer, given, update)  # type: ignore[no-any-return]
-    return computed(caller, value, given)
+        return pending.run_merged(layer, given, update)  # type: ignore[no-any-return]
+    return run_lif(caller, value, given)
 
 
-def output_of(plan: Plan, outputs: Sequence[Tensor]) -> Tensor | LIFOutput:
-    """The requested outputs, which come first."""
-    return LIFOutput(*with_gaps(outputs, (True, *plan.wanted))) if True in plan.wanted else outputs[0]
+def requested_output(plan: Plan, outputs: Sequence[Tensor]) -> Tensor | LIFOutput:
+    """The spikes, or a `LIFOutput` if potentials are wanted. Further `outputs`, such as checkpoints, come last."""
+    return LIFOutput(*none_for_unwanted(outputs, (True, *plan.wanted))) if True in plan.wanted else outputs[0]
 
 
 def run_reference(plan: Plan, inputs: Inputs) -> list[Tensor]:
@@ -257,7 +259,7 @@ def run_reference(plan: Plan, inputs: Inputs) -> list[Tensor]:
 def run_forward(
     backend: str, plan: Plan, inputs: Sequence[Any], keep_checkpoints: bool, operator: Any = None
 ) -> ForwardResult:
-    """Runs lif_forward of a fused backend, or the operator given."""
+    """Runs lif_forward of a fused backend, or `operator` if given."""
     if operator is None:
         operator = operators_of(backend, inputs).lif_forward
     return operator(*inputs, *plan.packed, (*plan.wanted, keep_checkpoints))  # type: ignore[no-any-return]
@@ -266,13 +268,13 @@ def run_forward(
 def run_backward(
     backend: str, plan: Plan, inputs: Inputs, grads: Sequence[Tensor | None], checkpoints: Tensor, wanted: Inputs
 ) -> Inputs:
-    """The `wanted` gradients, for those of the results of forward."""
+    """Runs lif_backward: the `wanted` gradients of the inputs, from `grads`, the gradients of forward's results."""
     x_seq, v_init, rng_state, *parameters = inputs
     found = operators_of(backend, (*inputs, *grads)).lif_backward(
-        *with_gaps(grads, (True, *plan.wanted)), x_seq, v_init, rng_state, checkpoints, *parameters, *plan.packed,
-        (wanted.x_seq, wanted.v_init, *wanted[3:]),
+        *none_for_unwanted(grads, (True, *plan.wanted)), x_seq, v_init, rng_state, checkpoints, *parameters,
+        *plan.packed, (wanted.x_seq, wanted.v_init, *wanted[3:]),
     )  # fmt: skip
-    return Inputs(*with_gaps(found, wanted))
+    return Inputs(*none_for_unwanted(found, wanted))
 
 
 class LIFFunction(torch.autograd.Function):
@@ -286,23 +288,26 @@ class LIFFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(operator: Any, backend: str, plan: Plan, *inputs: Any) -> tuple[Tensor, ...]:
-        """The wanted outputs and the checkpoints. None for the operator: the one that is called directly."""
+        """The wanted outputs and the checkpoints. If the operator is None, the one of the backend is called."""
         return tuple(run_forward(backend, plan, inputs, True, operator))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        """Saves the checkpoints and all inputs."""
         _, ctx.backend, ctx.plan, *tensors = inputs
         checkpoints = output[-1]
         ctx.save_for_backward(checkpoints, *tensors)
-        ctx.set_materialize_grads(grads_are_zeros())
+        ctx.set_materialize_grads(needs_zero_gradients())
         ctx.mark_non_differentiable(checkpoints)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        """The gradients of all inputs, by lif_backward; None for the operator, the backend and the plan."""
         checkpoints, *tensors = saved_tensors(ctx)
         inputs, plan, wanted = Inputs(*tensors), ctx.plan, Inputs(*ctx.needs_input_grad[3:])
-        # The gradients of x_seq and of the residual may be one tensor, as they are for a sum.
-        shared = wanted.residual and wanted.x_seq and _adds(plan.numbers, inputs)
+        # The gradients are input_gain * dh and residual_gain * dh: one tensor if the two are the same number.
+        shared = wanted.residual and wanted.x_seq and inputs.input_gain is None
+        shared = shared and plan.numbers.input_gain == plan.numbers.residual_gain
         if shared:
             asked = [*wanted[:-1], False]
             wanted = Inputs(*asked)
@@ -312,45 +317,37 @@ class LIFFunction(torch.autograd.Function):
         return None, None, None, *gradients[:-1], gradients[0] if shared else gradients[-1]
 
 
-def _adds(constants: Numbers, inputs: Inputs) -> bool:
-    """Whether the input current is x, or the sum of x and the residual."""
-    if inputs.input_gain is not None or inputs.input_bias is not None or inputs.input_mean is not None:
-        return False
-    values = constants.input_gain, constants.residual_gain, constants.input_bias, constants.input_mean
-    return values == (1, 1, 0, 0)
-
-
-def _differentiated(operator: Any, below: Any, *arguments: Any) -> ForwardResult:
+def _with_derivative(operator: Any, below: Any, *arguments: Any) -> ForwardResult:
     """A bare lif_forward with its derivative."""
     *inputs, numbers, rules, (*of_outputs, keeps_checkpoints) = arguments
     plan = make_plan(inputs[0], Rules(*rules), Numbers(*numbers), of_outputs)
-    *outputs, checkpoints = apply_here(LIFFunction, below, backend_of(operator), plan, *inputs)
+    *outputs, checkpoints = apply_at_one_level(LIFFunction, below, backend_of(operator), plan, *inputs)
     return [*outputs, checkpoints] if keeps_checkpoints else outputs
 
 
-DERIVATIVES["lif_forward"] = _differentiated
+DERIVATIVES["lif_forward"] = _with_derivative
 
 
-def remember(call: Call, inputs: Inputs, outputs: Sequence[Tensor]) -> None:
-    """Has backward recompute the spikes of a call with these inputs, inside `recompute_spikes`."""
-    backend = call.backend  # captures the backend, not the call, which would keep the tensors
+def remember_call(call: Call, inputs: Inputs, outputs: Sequence[Tensor]) -> None:
+    """Makes backward recompute the spikes of a call with these inputs, inside `recompute_spikes`."""
+    backend = call.backend  # so that compute_spikes holds the backend, not the call, which holds tensors
     plan = make_plan(inputs.x_seq, call.plan.rules, call.plan.numbers, (False, False, False))
 
-    def spikes(*inputs: Tensor | None) -> Tensor:
+    def compute_spikes(*inputs: Tensor | None) -> Tensor:
         """The spikes, computed again from the inputs of the call."""
         return run_forward(backend, plan, inputs, keep_checkpoints=False)[0]
 
-    # Copies of parameters, because FSDP frees them before backward of the next layer needs the spikes.
+    # Parameters are copied, because FSDP frees them before backward of the next layer needs the spikes.
     sequences = "x_seq", "v_init", "rng_state", "residual"
     values = {
         name: value if value is None or name in sequences else value.detach().clone()
         for name, value in inputs._asdict().items()
     }
-    recompute.remember(outputs[0], spikes, values)
+    recompute.remember_spikes(outputs[0], compute_spikes, values)
 
 
 def analog_mask(x_seq: Tensor, analog_prob: float, rng_state: Tensor, time_dim: int = 0) -> Tensor:
-    """The elements of `x_seq` that are analog with the noise of `rng_state`, as a bool tensor in the shape of x_seq.
+    """Which elements of `x_seq` are analog with the noise of `rng_state`, as a bool tensor in the shape of x_seq.
 
     Only the shape, memory layout and device of x_seq matter. `analog_prob` is rounded to multiples of 1 / 65536. Raises
     the errors of `lif`.
@@ -368,7 +365,7 @@ def analog_mask(x_seq: Tensor, analog_prob: float, rng_state: Tensor, time_dim: 
 
 
 def unroll_levels(s_seq: Tensor, levels: int, time_dim: int = 0) -> Tensor:
-    """Turns integer spikes into binary spikes: each step becomes `levels` sub-steps, of which the first `s` are ones.
+    """Turns integer spikes into binary spikes: a step with spike s becomes `levels` sub-steps, the first s of them 1.
 
     If the outputs of a layer without a bias are summed over the sub-steps of each step, they are the same as for the
     integer spikes. Inference of a network trained with `levels` then needs only additions, and no products.
@@ -401,7 +398,7 @@ def unroll_levels(s_seq: Tensor, levels: int, time_dim: int = 0) -> Tensor:
     levels = check_levels("levels", levels, caller)
     with torch.no_grad():
         has_values = type(s_seq) in PLAIN_TENSORS and not s_seq.is_meta
-        if has_values and not torch.compiler.is_compiling() and not transforming():
+        if has_values and not torch.compiler.is_compiling() and not is_transform_active():
             others = s_seq[~((s_seq == s_seq.round()) & (s_seq >= 0) & (s_seq <= levels))]
             if others.numel():
                 raise ValueError(
@@ -495,8 +492,8 @@ class LIF(Neurons):
     _function = _CALLER
     _options: ClassVar[dict[str, Callable[..., Any]]] = {
         **dict.fromkeys(("multi_spike", "scale_output"), check_bool),
-        "levels": optional(check_levels),
-        "v_min": optional(read_finite),
+        "levels": accept_none(check_levels),
+        "v_min": accept_none(read_finite),
         **Neurons._options,
     }
 
@@ -536,13 +533,13 @@ class LIF(Neurons):
         check_keywords(unknown, LIF.__init__.__kwdefaults__ or {}, self._caller)
         self._set_up_neurons(locals())
 
-    def _inputs(self, x_seq: Tensor, residual: Tensor | None = None) -> tuple[Tensor, dict[str, Any]]:
+    def _inputs_of_call(self, x_seq: Tensor, residual: Tensor | None = None) -> tuple[Tensor, dict[str, Any]]:
         """The input and options of a call. A `Pending` becomes the option `pending` if the neurons can compute it."""
-        if residual is not None:
-            residual = tensor_of(residual, type(self).__name__)
+        name = type(self).__name__
+        if isinstance(residual, Pending):
+            residual = residual.tensor(name)
         if not isinstance(x_seq, Pending):
             return x_seq, {} if residual is None else {"residual": residual}
-        name = type(self).__name__
         if residual is not None:
             if not isinstance(residual, Tensor) or (residual.shape, residual.dtype) != (x_seq.shape, x_seq.dtype):
                 return x_seq.tensor(name), {"residual": residual}
@@ -550,7 +547,7 @@ class LIF(Neurons):
         if (
             isinstance(x_seq, Pending)
             and type(self)._call_function is LIF._call_function
-            and type(self)._given is LIF._given
+            and type(self)._arguments_of_call is LIF._arguments_of_call
         ):
             return x_seq.x, {"pending": x_seq}
         return tensor_of(x_seq, name), {}
@@ -559,14 +556,14 @@ class LIF(Neurons):
         self, x_seq: Tensor, update: bool = True, pending: Pending | None = None, **options: Any
     ) -> Tensor | LIFOutput:
         """Calls `asgl_cuda.lif`; without `update` the layer's state stays unchanged."""
-        given = self._given(x_seq, self.input_gain, **options)
+        given = self._arguments_of_call(x_seq, self.input_gain, **options)
         if pending is None:
-            return computed(self._caller, x_seq, given)
-        return computed_after(pending, self, self._caller, given, update)
+            return run_lif(self._caller, x_seq, given)
+        return run_lif_after(pending, self, self._caller, given, update)
 
 
-def without(layer: type[Neurons], *arguments: str) -> set[str]:
-    """Options of `lif` and `LIF` that another neuron lacks: these arguments, a residual, what is not in its table."""
+def lacking_options(layer: type[Neurons], *arguments: str) -> set[str]:
+    """Options of `lif` and `LIF` that another neuron lacks: `arguments`, a residual, and those not in its table."""
     return {"residual", "residual_gain", *arguments, *(LIF._options.keys() - layer._options.keys())}
 
 
@@ -584,5 +581,5 @@ def unknown_options(layer: NeuronLayer, known: Collection[str]) -> str:
         default = parameters[name].default if name in parameters else None
         value = getattr(layer, name, default)
         if value is not default and (isinstance(value, Tensor) or value != default):
-            found.append(f"{name}={shown(value)}")
+            found.append(f"{name}={format_value(value)}")
     return ", ".join(found)

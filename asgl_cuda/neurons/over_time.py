@@ -8,34 +8,35 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ..checks import given_for
+from ..checks import format_type
 from .base import NeuronLayer
 from .deferred import Pending
 
 _CALLER = "asgl_cuda.OverTime"
 
 
-def in_a_row(layer: str, in_place: bool = False) -> str:
-    """Advice of an error: the layer after an OverTime, or what is there `in_place` of one that takes single steps."""
+def placement_advice(layer: str, in_place: bool = False) -> str:
+    """The end of an error: put the layer after OverTime; `in_place`: there put what computes it over sequences."""
     return f"{'in a form that takes [T, B, ...]:' if in_place else 'as in'} nn.Sequential(OverTime(...), {layer})"
 
 
-def _of_neurons(module: nn.Module) -> tuple[str, str] | None:
+def _describe_neurons(module: nn.Module) -> tuple[str, str] | None:
+    """The class of a layer of asgl_cuda with state over time, and how to put it outside; None for other modules."""
     name = type(module).__name__
-    return (name, in_a_row(f"{name}(...)")) if isinstance(module, NeuronLayer) else None
+    return (name, placement_advice(f"{name}(...)")) if isinstance(module, NeuronLayer) else None
 
 
-# For a module with state from step to step, the name of its class and how to put it outside; None for others. `interop`
-# adds functions for other libraries.
-KNOWS_TIME: list[Callable[[nn.Module], tuple[str, str] | None]] = [_of_neurons]
+# Functions that return, for a module with state over time, the name of its class and how to put it outside of OverTime;
+# None for other modules. `interop` adds functions for other libraries.
+KNOWS_TIME: list[Callable[[nn.Module], tuple[str, str] | None]] = [_describe_neurons]
 
 
 class OverTime(nn.Module):
-    """A layer without time, such as a convolution or a batch normalisation, applied to all steps at once.
+    """Applies a layer that takes no time dimension, such as a convolution, to all steps of a sequence at once.
 
     Args:
-        layer: any module; pass several as an `nn.Sequential`. It must not contain layers with state over time, such as
-            neurons, because it gets time and batch merged into one dimension.
+        layer: any module; pass several as an `nn.Sequential`. It gets time and batch merged into one dimension, so it
+            must not contain layers with a state over time, such as neurons.
 
     Shapes: `[T, B, ...]` to `[T, B, ...]`, or `[B, T, ...]` to `[B, T, ...]`. `layer` gets `[T * B, ...]`.
 
@@ -56,26 +57,26 @@ class OverTime(nn.Module):
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
         if not isinstance(layer, nn.Module):
-            raise TypeError(f"{_CALLER}: layer must be a torch.nn.Module, got {given_for(layer)}")
-        _check_inside(layer)
+            raise TypeError(f"{_CALLER}: layer must be a torch.nn.Module, got {format_type(layer)}")
+        _refuse_time_inside(layer)
         self.layer = layer
 
     def forward(self, x_seq: Tensor) -> Tensor:
         """The layer's output for all steps of `x_seq` `[T, B, ...]`, as `[T, B, ...]`."""
         if not torch.jit.is_scripting():  # type: ignore[attr-defined]
-            _check_input(x_seq, self.layer)
+            _check_sequence(x_seq, self.layer)
             if not torch.compiler.is_compiling():
-                _check_inside(self.layer)
+                _refuse_time_inside(self.layer)
         return self.layer(x_seq.flatten(0, 1)).unflatten(0, x_seq.shape[:2])  # type: ignore[no-any-return]
 
 
-def _check_input(x_seq: Any, layer: nn.Module) -> None:
+def _check_sequence(x_seq: Any, layer: nn.Module) -> None:
     """Refuses an input without time, batch or a dimension of the layer's samples."""
     if isinstance(x_seq, (Pending, Tensor)):
         if x_seq.is_nested or x_seq.dim() < 2:
             got = "a nested tensor" if x_seq.is_nested else f"shape {list(x_seq.shape)}"
             raise ValueError(f"{_CALLER}: x_seq must have time and batch, [T, B, ...], got {got}")
-        name, sizes = _sample_of(layer)
+        name, sizes = _first_layer_sample(layer)
         if x_seq.dim() < 2 + len(sizes):
             hint = "; x_seq.unsqueeze(1) has a batch of size 1, x_seq.unsqueeze(0) a single time step"
             raise ValueError(
@@ -86,8 +87,8 @@ def _check_input(x_seq: Any, layer: nn.Module) -> None:
         raise TypeError(f"{_CALLER}: x_seq must be a tensor, got {type(x_seq).__name__}")
 
 
-def _sample_of(layer: nn.Module) -> tuple[str, Sequence[str]]:
-    """The first layer's name, and the sizes of a sample where, with fewer, it would mix steps and samples."""
+def _first_layer_sample(layer: nn.Module) -> tuple[str, Sequence[str]]:
+    """The first layer's name, and the dimensions of its samples if it would take time or batch for a missing one."""
     while type(layer).forward is nn.Sequential.forward and layer._modules:
         layer = next(layer.children())
     sizes: Sequence[str] = ()
@@ -106,11 +107,12 @@ def _sample_of(layer: nn.Module) -> tuple[str, Sequence[str]]:
 _timeless: set[type[nn.Module]] = set()  # classes without time
 
 
-def _check_inside(layer: nn.Module) -> None:
-    """Refuses modules that know time, each class tested once. 0.2 us a module; modules() takes 0.7."""
-    if isinstance(layer, (nn.RNNBase, nn.RNNCellBase)):  # inside another module, possibly not over time
+def _refuse_time_inside(layer: nn.Module) -> None:
+    """Refuses modules that use time. Each class is tested once. Takes 0.2 us per module; modules() would take 0.7."""
+    if isinstance(layer, (nn.RNNBase, nn.RNNCellBase)):  # inside another module it may not run over time
         raise TypeError(
-            f"{_CALLER}: layer must not use time, got {type(layer).__name__}, which would get time and batch merged"
+            f"{_CALLER}: layer must not use time, got {type(layer).__name__}, which would get time and batch merged; "
+            "put it outside of OverTime"
         )
     found, modules = {layer}, [layer]
     for module in modules:  # the loop appends to it

@@ -13,7 +13,7 @@ from typing_extensions import Unpack
 
 from ..backends import BACKENDS, backend_of, operators_of
 from ..backends.derivatives import DERIVATIVES
-from ..backends.ops import ForwardResult, with_gaps
+from ..backends.ops import ForwardResult, none_for_unwanted
 from ..calls.arguments import Arguments, NeuronArguments
 from ..calls.plan import Call, Plan, checked_call, make_plan
 from ..checks import (
@@ -21,23 +21,30 @@ from ..checks import (
     check_dense,
     check_finite,
     check_floating,
+    check_initial_state,
     check_input,
     check_int,
     check_keywords,
     check_name,
+    check_parameters,
     check_sizes,
-    check_v_init,
-    check_values,
-    shown,
+    format_value,
 )
 from ..reference.learned import Logit
 from ..reference.neurons import recurrent_reference
 from ..reference.records import IN_CURRENT, Numbers, Rules
-from ..torch_modes import apply, apply_here, grads_are_zeros, is_differentiated, once_differentiable, saved_tensors
-from .adaptive_lif import Adapting, AdaptiveLIF, pair_of_states, place_of_w
-from .base import values_shown
+from ..torch_modes import (
+    apply,
+    apply_at_one_level,
+    is_differentiated,
+    needs_zero_gradients,
+    once_differentiable,
+    saved_tensors,
+)
+from .adaptive_lif import Adapting, AdaptiveLIF, adaptation_place, checked_pair_of_states
+from .base import format_values
 from .deferred import tensor_of
-from .lif import LIF_DEFAULTS, without
+from .lif import LIF_DEFAULTS, lacking_options
 from .spiking import Neurons
 
 _CALLER = "asgl_cuda.recurrent_lif"
@@ -79,39 +86,44 @@ class RecurrentFunction(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        """Saves h_seq, the emitted spikes, i_seq and w_seq where they are needed, and all inputs but x_seq."""
         _, ctx.backend, ctx.plan, x_seq, *tensors = inputs
         ctx.dtype = x_seq.dtype
         s_seq, *others = output
-        emitted, h_seq, _, i_seq, w_seq, *_ = with_gaps(others, ctx.plan.wanted)
+        emitted, h_seq, _, i_seq, w_seq, *_ = none_for_unwanted(others, ctx.plan.wanted)
         ctx.save_for_backward(h_seq, s_seq if emitted is None else emitted, i_seq, w_seq, *tensors)
-        ctx.set_materialize_grads(grads_are_zeros())
+        ctx.set_materialize_grads(needs_zero_gradients())
         ctx.mark_non_differentiable(*(each for each in (emitted, i_seq, w_seq) if each is not None))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        """The gradients of all tensors but rng_state, by recurrent_backward."""
         plan, saved, wanted = ctx.plan, saved_tensors(ctx), ctx.needs_input_grad[3:-1]
-        grad_s_seq, _, grad_h_seq, grad_v_seq, _, _, *grads_last = with_gaps(grads, (True, *plan.wanted))
+        grad_s_seq, _, grad_h_seq, grad_v_seq, _, _, *grads_last = none_for_unwanted(grads, (True, *plan.wanted))
         inputs = (*saved, *grads)
         found = operators_of(ctx.backend, inputs).recurrent_backward(
             grad_s_seq, grad_v_seq, grad_h_seq, *grads_last, *saved, *plan.packed, wanted
         )
-        grad_x_seq, *gradients = once_differentiable(with_gaps(found, wanted), inputs)
+        grad_x_seq, *gradients = once_differentiable(none_for_unwanted(found, wanted), inputs)
         return None, None, None, None if grad_x_seq is None else grad_x_seq.to(ctx.dtype), *gradients, None
 
 
-def _differentiated(operator: Any, below: Any, *arguments: Any) -> ForwardResult:
-    """A bare recurrent_forward with its derivative, which all results have but emitted, i_seq and w_seq."""
+def _with_derivative(operator: Any, below: Any, *arguments: Any) -> ForwardResult:
+    """Calls the operator recurrent_forward, of an exported graph or torch.ops, with its derivative.
+
+    emitted, i_seq and w_seq have none.
+    """
     *tensors, numbers, rules, has_synapse, detach_recurrent, wanted = arguments
     _, _, wants_v_seq, _, _, *wants_last = wanted
     kept = True, True, wants_v_seq, has_synapse, Rules(*rules).adaptation != 0, *wants_last
     options = has_synapse, detach_recurrent
     plan = make_plan(tensors[0], Rules(*rules), Numbers(*numbers), kept, options=options)
-    s_seq, *outputs = apply_here(RecurrentFunction, below, backend_of(operator), plan, *tensors)
-    named = with_gaps(outputs, kept)
+    s_seq, *outputs = apply_at_one_level(RecurrentFunction, below, backend_of(operator), plan, *tensors)
+    named = none_for_unwanted(outputs, kept)
     return [s_seq, *(each for each, asked in zip(named, wanted, strict=True) if asked)]
 
 
-DERIVATIVES["recurrent_forward"] = _differentiated
+DERIVATIVES["recurrent_forward"] = _with_derivative
 
 
 def recurrent_lif(
@@ -198,12 +210,14 @@ def recurrent_lif(
     if adapt_decay is None:
         _check_no_adaptation(adaptation, recurrent_lif.__kwdefaults__, _CALLER)
     else:
-        place = place_of_w(given["v_reset"], given["reset_amount"], check_bool("to_threshold", to_threshold, _CALLER))
+        place = adaptation_place(
+            given["v_reset"], given["reset_amount"], check_bool("to_threshold", to_threshold, _CALLER)
+        )
         given |= {
             "adapt_decay": adapt_decay, "adapt_potential": adapt_potential, "adapt_spike": adapt_spike,
             "adaptation": place,
         }  # fmt: skip
-    return _computed(tensor_of(x_seq, _CALLER), recurrence, given)
+    return _run_recurrent(tensor_of(x_seq, _CALLER), recurrence, given)
 
 
 class _Recurrence(NamedTuple):
@@ -223,17 +237,17 @@ def _check_no_adaptation(given: Mapping[str, Any], defaults: Any, caller: str) -
     for name, value in given.items():
         is_number = isinstance(value, (int, float))  # arrays and tensors have no single truth value
         if value is not defaults[name] and not (is_number and value == defaults[name]):
-            raise ValueError(f"{caller}: {name} needs adapt_decay, got {shown(value)} without an adaptation")
+            raise ValueError(f"{caller}: {name} needs adapt_decay, got {format_value(value)} without an adaptation")
 
 
 def _check_adaptation(input_gain: Any, caller: str) -> None:
     """Refuses an input_gain where there is an adaptation."""
     if input_gain != 1:
-        raise ValueError(f"{caller}: input_gain must be 1 with an adaptation, got {shown(input_gain)}")
+        raise ValueError(f"{caller}: input_gain must be 1 with an adaptation, got {format_value(input_gain)}")
 
 
-def _check(x_seq: Tensor, given: _Recurrence, neuron: Any) -> float:
-    """Refuses what does not fit x_seq, also where `lif` would take it. Returns syn_decay, 0 if no constant."""
+def _check_recurrence(x_seq: Tensor, given: _Recurrence, neuron: Any) -> float:
+    """Refuses arguments that do not fit x_seq, also if `lif` takes them. Returns a constant syn_decay, else 0."""
     time_dim = check_input(x_seq, neuron["time_dim"], _CALLER)
     if x_seq.dim() != 3 or time_dim > 1:
         raise ValueError(
@@ -261,10 +275,10 @@ def _check(x_seq: Tensor, given: _Recurrence, neuron: Any) -> float:
         raise ValueError(f"{_CALLER}: i_init needs syn_decay, got i_init without a synapse")
     for name, state in (("s_init", given.s_init), ("i_init", given.i_init)):
         if state is not None:
-            check_v_init(state, x_seq, time_dim, _CALLER, name)
+            check_initial_state(state, x_seq, time_dim, _CALLER, name)
     if given.syn_decay is None:
         return 0.0
-    return check_values(rows, ["syn_decay"], x_seq, _CALLER)["syn_decay"] or 0.0
+    return check_parameters(rows, ["syn_decay"], x_seq, _CALLER)["syn_decay"] or 0.0
 
 
 def _check_shape(name: str, value: Tensor, x_seq: Tensor, *shapes: list[int]) -> None:
@@ -274,30 +288,30 @@ def _check_shape(name: str, value: Tensor, x_seq: Tensor, *shapes: list[int]) ->
         raise ValueError(f"{_CALLER}: {name} must have shape {' or '.join(map(str, shapes))}, got {list(value.shape)}")
 
 
-def _parameters(x_seq: Tensor, given: _Recurrence, call: Call, syn_decay: float) -> Tensor:
+def _stacked_parameters(x_seq: Tensor, given: _Recurrence, call: Call, syn_decay: float) -> Tensor:
     """The operators' parameters, `[9, N]`: a value for each neuron, of tensors or constants."""
     count, real = x_seq.shape[2], call.plan.real
-    _, _, _, *of_neuron, _ = call.inputs
-    of_synapse = given.syn_decay.value() if isinstance(given.syn_decay, Logit) else given.syn_decay
-    constants = *call.plan.numbers[: len(of_neuron)], 0.0, syn_decay
+    _, _, _, *neuron_values, _ = call.inputs
+    synapse_value = given.syn_decay.value() if isinstance(given.syn_decay, Logit) else given.syn_decay
+    constants = *call.plan.numbers[: len(neuron_values)], 0.0, syn_decay
     return torch.stack(
         [
             value.to(real).reshape(-1).expand(count)
             if isinstance(value, Tensor)
             else torch.full((count,), constant, dtype=real, device=x_seq.device)
-            for value, constant in zip((*of_neuron, given.bias, of_synapse), constants, strict=True)
+            for value, constant in zip((*neuron_values, given.bias, synapse_value), constants, strict=True)
         ]
     )
 
 
-def _computed(x_seq: Tensor, given: _Recurrence, neuron: Arguments) -> Tensor | RecurrentLIFOutput:
+def _run_recurrent(x_seq: Tensor, given: _Recurrence, neuron: Arguments) -> Tensor | RecurrentLIFOutput:
     """The result of `recurrent_lif`; width, decay and syn_decay may be a Logarithm and Logits."""
-    syn_decay = _check(x_seq, given, neuron)
+    syn_decay = _check_recurrence(x_seq, given, neuron)
     if given.w_init is not None or ("adaptation" in neuron and neuron["v_init"] is not None):
-        neuron = {**neuron, "v_init": pair_of_states(_CALLER, x_seq, neuron, given.w_init)}
+        neuron = {**neuron, "v_init": checked_pair_of_states(_CALLER, x_seq, neuron, given.w_init)}
     call = checked_call(_CALLER, x_seq, neuron, together=False)
     real, has_synapse = call.plan.real, given.syn_decay is not None
-    parameters, rules = _parameters(x_seq, given, call, syn_decay), call.plan.rules
+    parameters, rules = _stacked_parameters(x_seq, given, call, syn_decay), call.plan.rules
     wants_v_last, wants_v_seq, wants_h_seq = call.plan.wanted
     v_init, rng_state = call.inputs.v_init, call.inputs.rng_state
     states = [None if state is None else state.to(real) for state in (v_init, given.s_init, given.i_init)]
@@ -308,8 +322,8 @@ def _computed(x_seq: Tensor, given: _Recurrence, neuron: Arguments) -> Tensor | 
         outputs: Any = s_seq, None, h_seq, v_seq, None, None, *last
     else:
         differentiated = is_differentiated(tensors, _CALLER)
-        # Results kept for backward: the emitted spikes if s_seq differs from them; i_seq for the gradient of syn_decay;
-        # w_seq.
+        # The sequences for backward and for the caller: emitted if s_seq differs from it, h_seq, v_seq if asked for,
+        # i_seq for the gradient of syn_decay, and w_seq for gradients of an adaptation.
         keeps = (
             bool(rules.scale_output) or real != x_seq.dtype,
             True,
@@ -322,7 +336,7 @@ def _computed(x_seq: Tensor, given: _Recurrence, neuron: Arguments) -> Tensor | 
         options = has_synapse, given.detach_recurrent
         plan = make_plan(x_seq, rules, call.plan.numbers, wanted, options=options)
         run = partial(apply, RecurrentFunction) if differentiated else RecurrentFunction.forward
-        outputs = with_gaps(run(None, call.backend, plan, *tensors), (True, *wanted))
+        outputs = none_for_unwanted(run(None, call.backend, plan, *tensors), (True, *wanted))
     if not (wants_v_last or wants_v_seq or wants_h_seq):
         return outputs[0]  # type: ignore[no-any-return]
     s_seq, _, h_seq, v_seq, _, _, v_last, s_last, i_last = outputs
@@ -415,8 +429,9 @@ class RecurrentLIF(Adapting):
         caller = self._caller
         if others:
             raise TypeError(
-                f"{caller}: takes only hidden_size without a name, got {shown((hidden_size, *others))}; for inputs of "
-                "another size put torch.nn.Linear(input_size, hidden_size) before the layer"
+                f"{caller}: takes only hidden_size as a positional argument, got "
+                f"{format_value((hidden_size, *others))}; for inputs of another size put "
+                "torch.nn.Linear(input_size, hidden_size) before the layer"
             )
         (count,) = check_sizes("hidden_size", check_int("hidden_size", hidden_size, caller), caller)
         granularity = lif_options.get("granularity", "layer")
@@ -457,7 +472,7 @@ class RecurrentLIF(Adapting):
             if self.recurrent_bias is not None:
                 self.recurrent_bias.uniform_(-bound, bound)
         if syn_decay is not None:  # as a float: a Parameter would be registered
-            syn_decay = self._fill_logit(self.logit_syn_decay, "syn_decay", syn_decay, "learn_syn_decay")
+            syn_decay = self._store_decay(self.logit_syn_decay, "syn_decay", syn_decay, "learn_syn_decay")
         self._syn_decay: Tensor | float | None = syn_decay
 
     def reset_parameters(self) -> None:
@@ -472,7 +487,9 @@ class RecurrentLIF(Adapting):
 
     @recurrent.setter
     def recurrent(self, value: str) -> None:
-        raise AttributeError(f"{self._caller}: recurrent decides the shape of the weight and can't be changed")
+        raise AttributeError(
+            f"{self._caller}: recurrent decides the shape of the weight and can't be changed; make another layer"
+        )
 
     @property
     def syn_decay(self) -> Tensor | float | None:
@@ -498,25 +515,25 @@ class RecurrentLIF(Adapting):
             weight = weight.masked_fill(torch.eye(self.hidden_size, dtype=torch.bool, device=weight.device), 0.0)
         syn_decay: Any = self.syn_decay
         if self.num_features:
-            (syn_decay,) = self._for_call([syn_decay], x_seq)
+            (syn_decay,) = self._on_input_device([syn_decay], x_seq)
         recurrence = _Recurrence(weight, self.recurrent_bias, syn_decay, s_init, i_init, w_init, self.detach_recurrent)
-        return _computed(x_seq, recurrence, self._given(x_seq, self.input_gain, **options))
+        return _run_recurrent(x_seq, recurrence, self._arguments_of_call(x_seq, self.input_gain, **options))
 
     def extra_repr(self) -> str:
         parts = [f"{self.hidden_size}", f"recurrent={self.recurrent}"]
-        parts += [f"{name}=False" for name in ("bias", "autapses") if not self._has(name)]
+        parts += [f"{name}=False" for name in ("bias", "autapses") if not self._has_part(name)]
         if self._syn_decay is not None:
-            parts.append(f"syn_decay={values_shown(self._syn_decay, self.logit_syn_decay)}")
+            parts.append(f"syn_decay={format_values(self._syn_decay, self.logit_syn_decay)}")
         parts += ["detach_recurrent=True"] if self.detach_recurrent else []
         return ", ".join([*parts, super().extra_repr()])
 
-    def _has(self, name: str) -> bool:
+    def _has_part(self, name: str) -> bool:
         """Whether the layer has a recurrent bias ("bias"), or weights of neurons to themselves ("autapses")."""
         return self.recurrent_bias is not None if name == "bias" else self.autapses
 
 
 # Options of `lif` and `LIF` that recurrent neurons do not have, and the keyword arguments that they have, for errors
 # and hints.
-_WITHOUT = without(RecurrentLIF, "input_bias", "input_mean")
+_WITHOUT = lacking_options(RecurrentLIF, "input_bias", "input_mean")
 _NEURON = [name for name in LIF_DEFAULTS if name not in _WITHOUT]
 _KNOWN = *_NEURON, *(recurrent_lif.__kwdefaults__ or {})

@@ -18,27 +18,29 @@ from ..checks import (
     check_rules,
     check_threshold,
     check_width,
-    least_and_most,
+    format_value,
+    min_and_max,
     read_finite,
-    shown,
     warn_once,
 )
 from ..reference.learned import BOUND, Logarithm
-from .base import NeuronLayer, Noisy, Value, fill_parameter, values_shown
+from ..reference.neurons import fires
+from .base import NeuronLayer, Noisy, Value, fill_parameter, format_values
 
 _LEAST_WIDTH, _LARGEST_WIDTH = math.exp(-BOUND), math.exp(BOUND)
 
-_OF_RESET = "v_reset", "reset_amount"
+_RESET_VALUES = "v_reset", "reset_amount"
 _LEARNS = dict.fromkeys(("learn_width", "learn_decay", "learn_threshold"), check_bool)
 
 
 class Neurons(NeuronLayer, Noisy):
     """A layer of spiking neurons: width, decay and threshold, constant or learned, the reset, and the noise.
 
-    Layers add options to `_options`: without, neurons emit one spike a step, of height 1, and have no floor.
+    Subclasses add options to `_options`. Without them, neurons emit at most one spike of height 1 per step, and their
+    potential has no lower bound.
     """
 
-    _constants: ClassVar[tuple[str, ...]] = (*NeuronLayer._constants, "_width", "_v_threshold", *_OF_RESET)
+    _constants: ClassVar[tuple[str, ...]] = (*NeuronLayer._constants, "_width", "_v_threshold", *_RESET_VALUES)
     _options: ClassVar[dict[str, Callable[..., Any]]] = {
         **NeuronLayer._options,
         "surrogate_gain": read_finite,
@@ -59,15 +61,15 @@ class Neurons(NeuronLayer, Noisy):
         """Checks the constructor's arguments, keeps options and makes parameters."""
         self.scale_output, self.multi_spike, self.levels, self.v_min = False, False, None, None
         self._set_options(given)
-        for name in _OF_RESET:
-            setattr(self, name, None if given[name] is None else self._read(name, given[name]))
+        for name in _RESET_VALUES:
+            setattr(self, name, None if given[name] is None else self._checked_value(name, given[name]))
         self.surrogate: str = given["surrogate"]
         check_rules(given, self._caller, self.levels, self.multi_spike)
         self._set_analog_prob(given["analog_prob"])
         learns = check_options(given, _LEARNS, self._caller)
         # A value for the whole layer has shape [1], because torch's fully_shard refuses parameters without a dimension.
         empty = partial(torch.empty, self.num_features or 1, device=given["device"], dtype=given["dtype"])
-        self.log_width = nn.Parameter(empty()) if learns["learn_width"] and not self._counts else None
+        self.log_width = nn.Parameter(empty()) if learns["learn_width"] and not self._emits_levels else None
         self.logit_decay = nn.Parameter(empty()) if learns["learn_decay"] else None
         self.threshold = nn.Parameter(empty()) if learns["learn_threshold"] else None
         self._set_width(given["width"])
@@ -89,27 +91,30 @@ class Neurons(NeuronLayer, Noisy):
     def width(self) -> Tensor | float:
         """The width, in units of the input: a tensor of the granularity's shape, `[]` for "layer", if learned.
 
-        With levels, the threshold.
+        With levels, it is the threshold.
         """
-        return self._shown(self._values()[2 if self._counts else 0])
+        return self._property_value(self._current_values()[2 if self._emits_levels else 0])
 
     @width.setter
     def width(self, value: Tensor | float) -> None:
         self._set_width(value)
 
     @property
-    def _counts(self) -> bool:
-        """Whether spikes are rounded potentials."""
+    def _emits_levels(self) -> bool:
+        """Whether neurons emit rounded potentials: with `levels` and without `multi_spike`."""
         return self.levels is not None and not self.multi_spike
 
     def _set_width(self, value: Any) -> None:
         """Checks the width, and writes it into the value or the parameter."""
         learned = self.log_width is not None
-        found = self._read("width", value, self.log_width, "learn_width")
-        for each in least_and_most(found):
+        found = self._checked_value("width", value, self.log_width, "learn_width")
+        for each in min_and_max(found):
             check_width(each, self._caller)
-            if self._counts and each != 1:
-                raise ValueError(f"{self._caller}: levels uses the threshold as width, so width must be 1, got {each}")
+            if self._emits_levels and each != 1:
+                raise ValueError(
+                    f"{self._caller}: with levels the threshold acts as the width, so width must be 1.0, the default, "
+                    f"got {each}; leave out width"
+                )
             if learned and not _LEAST_WIDTH <= each <= _LARGEST_WIDTH:
                 raise ValueError(
                     f"{self._caller}: a learned width must be in [{_LEAST_WIDTH:.3g}, {_LARGEST_WIDTH:.3g}], got {each}"
@@ -120,7 +125,7 @@ class Neurons(NeuronLayer, Noisy):
     @property
     def v_threshold(self) -> Tensor | float:
         """The threshold, in units of the input: a tensor of the granularity's shape, `[]` for "layer", if learned."""
-        return self._shown(self._values()[2])
+        return self._property_value(self._current_values()[2])
 
     @v_threshold.setter
     def v_threshold(self, value: Tensor | float) -> None:
@@ -128,8 +133,8 @@ class Neurons(NeuronLayer, Noisy):
 
     def _set_threshold(self, value: Any) -> None:
         """Checks the threshold, and writes it into the value or the parameter."""
-        found = self._read("v_threshold", value, self.threshold, "learn_threshold")
-        for each in least_and_most(found):
+        found = self._checked_value("v_threshold", value, self.threshold, "learn_threshold")
+        for each in min_and_max(found):
             check_finite("v_threshold", each, self._caller)
         self._check_threshold(found)
         self._v_threshold = found
@@ -145,35 +150,31 @@ class Neurons(NeuronLayer, Noisy):
             if fires_on.any() if isinstance(fires_on, Tensor) else fires_on:
                 raise ValueError(
                     f"{caller}: {name} must be below v_threshold, or a neuron that has fired fires again without "
-                    f"input, got {name} {shown(after)} and v_threshold {shown(value)}"
+                    f"input, got {name} {format_value(after)} and v_threshold {format_value(value)}"
                 )
-        several = "multi_spike" if self.multi_spike else "levels" if self._counts else ""
-        least, _ = least_and_most(value)
+        several = "multi_spike" if self.multi_spike else "levels" if self._emits_levels else ""
+        least, _ = min_and_max(value)
         if several:
             check_threshold(least, several, caller)
-        if self._fires(v_rest - least):
+        if fires(v_rest - least, self.strict_threshold):
             message = f"v_threshold {least:g} is not above v_rest {v_rest:g}: neurons at rest fire without any input"
             warn_once("v_threshold", f"{caller}: {message}")
         elif self.v_reset is None:
-            amount, _ = least_and_most(value if self.reset_amount is None else self.reset_amount)
+            amount, _ = min_and_max(value if self.reset_amount is None else self.reset_amount)
             if amount <= 0:
                 message = f"a spike subtracts {amount:g} from the potential, which then stays above v_threshold"
                 warn_once("reset_amount", f"{caller}: {message}")
 
-    def _fires(self, u: Any) -> Any:
-        """Whether neurons whose potential is `u` above the threshold fire."""
-        return u > 0 if self.strict_threshold else u >= 0
-
-    def _values(self) -> tuple[Value, Value, Value]:
+    def _current_values(self) -> tuple[Value, Value, Value]:
         """Width, decay and threshold: constants, or learned, in the shape of the parameters."""
-        log_width, threshold = self.log_width, self.threshold  # 0.7 us each
+        log_width, threshold = self.log_width, self.threshold  # read once, because each access takes 0.7 us
         return (
             self._width if log_width is None else Logarithm(log_width),
             self._decay_value(),
             self._v_threshold if threshold is None else threshold,
         )
 
-    def _given(
+    def _arguments_of_call(
         self,
         x_seq: Tensor,
         input_gain: float = 1.0,
@@ -185,9 +186,9 @@ class Neurons(NeuronLayer, Noisy):
         residual: Tensor | None = None,
     ) -> Arguments:
         """The arguments of `asgl_cuda.lif`: the layer's and the given ones."""
-        values: Sequence[Any] = *self._values(), self.v_reset, self.reset_amount
+        values: Sequence[Any] = *self._current_values(), self.v_reset, self.reset_amount
         if self.num_features:
-            values = self._for_call(values, x_seq)
+            values = self._on_input_device(values, x_seq)
         width, decay, v_threshold, v_reset, reset_amount = values
         given: Arguments = {
             "decay": decay, "v_threshold": v_threshold, "v_reset": v_reset, "reset_amount": reset_amount,
@@ -207,16 +208,16 @@ class Neurons(NeuronLayer, Noisy):
     def extra_repr(self) -> str:
         learned = {"width": self.log_width, "decay": self.logit_decay, "v_threshold": self.threshold}
         surrogate = f"surrogate={self.surrogate}, "
-        if self._counts:
+        if self._emits_levels:
             del learned["width"]
             surrogate = ""
         features = f"{list(self.num_features)}, " if self.num_features else ""
-        parts = [f"{name}={values_shown(getattr(self, '_' + name), parameter)}" for name, parameter in learned.items()]
+        parts = [f"{name}={format_values(getattr(self, '_' + name), parameter)}" for name, parameter in learned.items()]
         v_reset = self.v_reset
-        parts.append(f"v_reset={values_shown(v_reset) if isinstance(v_reset, Tensor) else v_reset}")
+        parts.append(f"v_reset={format_values(v_reset) if isinstance(v_reset, Tensor) else v_reset}")
         parts.append(f"{surrogate}analog_prob={self.analog_prob:g}, granularity={self.granularity}")
         if self.reset_amount is not None:
-            parts.append(f"reset_amount={values_shown(self.reset_amount)}")
+            parts.append(f"reset_amount={format_values(self.reset_amount)}")
         defaults = {"v_min": None, "v_rest": 0.0, "input_gain": 1.0, "surrogate_gain": 1.0}
         parts.extend(f"{name}={value:g}" for name in defaults if (value := getattr(self, name)) != defaults[name])
         if self.levels is not None:

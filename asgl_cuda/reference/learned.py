@@ -25,7 +25,7 @@ class Logarithm(NamedTuple):
 
     def value(self) -> Tensor:
         """The width."""
-        log = in_real_type(self.stored)
+        log = to_real_type(self.stored)
         return with_gradient_of(_exp_within_bound(log.detach()), _bounded(log).exp())
 
 
@@ -36,11 +36,11 @@ class Logit(NamedTuple):
 
     def value(self) -> Tensor:
         """The decay."""
-        logit = in_real_type(self.stored)
+        logit = to_real_type(self.stored)
         return with_gradient_of(1 / (1 + _exp_within_bound(-logit.detach())), _bounded(logit).sigmoid())
 
 
-def in_real_type(value: Tensor) -> Tensor:
+def to_real_type(value: Tensor) -> Tensor:
     """The value in the type of the arithmetic."""
     return value.to(real_type(value.dtype))
 

@@ -52,7 +52,7 @@ import torch
 from torch import Tensor
 
 from ..layout import real_type
-from .noise import analog_mask_below, states_of_steps
+from .noise import analog_mask_below, rng_states_of_steps
 from .records import IN_CURRENT, IN_RESET, IN_THRESHOLD, Numbers, Parameters, Rules
 from .surrogates import INTEGER, SURROGATES, clamped, detached, periodic_distance, with_gradient_of
 
@@ -61,6 +61,11 @@ def _time_first(value: Any, x_seq: Tensor, time_dim: int) -> Tensor:
     """A parameter that broadcasts against x_seq, with time in front."""
     tensor = torch.as_tensor(value, dtype=real_type(x_seq.dtype), device=x_seq.device)
     return tensor[(None,) * (x_seq.dim() - tensor.dim())].movedim(time_dim, 0)
+
+
+def fires(u: Any, strict_threshold: Any) -> Any:
+    """Whether neurons fire whose potential is `u` above the threshold."""
+    return u > 0 if strict_threshold else u >= 0
 
 
 def lif_reference(
@@ -109,13 +114,13 @@ def lif_reference(
         if r is not None:
             c = c + numbers.residual_gain * r[t]
         charged = v_rest + at(decay, t) * (v - v_rest) + c
-        # The addition for h_seq comes last, so that autograd adds gradients in the order of the kernels.
+        # h_seq gets a sum of its own, at the end of the step, so that autograd adds gradients in the kernels' order.
         minus_w = -w if in_threshold else None
         h = charged if minus_w is None else charged + minus_w
         u = h if counts else h - at(v_threshold, t)
         d = periodic_distance(h, at(v_threshold, t)) if rules.periodic else u
         a = cumulative(d * at(inverse_width, t))
-        z = (u > 0 if rules.strict_threshold else u >= 0).to(real)
+        z = fires(u, rules.strict_threshold).to(real)
         if rules.multi_spike:
             z = (h > 0) * torch.div(h, at(v_threshold, t), rounding_mode="trunc")
             z = z.clamp(max=rules.levels) if rules.levels else z
@@ -159,13 +164,13 @@ def recurrent_reference(
     `parameters`, [9, N]: those of Parameters but the residual, bias, syn_decay.
     """
     real, time_dim = real_type(x_seq.dtype), rules.time_dim
-    width, decay, v_threshold, reset, *of_input, bias, syn_decay = parameters
+    width, decay, v_threshold, reset, *input_values, bias, syn_decay = parameters
     adapts = rules.adaptation != 0
-    of_input = [*of_input, None] if adapts else [None] * 4
-    neuron = Parameters(width, decay, v_threshold, reset, *of_input)
+    input_values = [*input_values, None] if adapts else [None] * 4
+    neuron = Parameters(width, decay, v_threshold, reset, *input_values)
     rules_of_step = rules.changed(time_dim=0, scale_output=0)
     x = x_seq.to(real).movedim(time_dim, 0)
-    states = states_of_steps(rng_state, x.shape[0])
+    states = rng_states_of_steps(rng_state, x.shape[0])
     v = torch.full_like(x[0], numbers.v_rest) if v_init is None else v_init
     if adapts and v_init is None:
         v = torch.stack([v, torch.zeros_like(v)])

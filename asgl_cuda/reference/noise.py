@@ -13,7 +13,7 @@ from .records import BELOW_IN_STATE, DRAWS
 SEED_OF_STEP = 0x61C8864680B583EB  # kSeedOfStep of csrc/params/recurrent.h
 
 
-def states_of_steps(rng_state: Tensor | None, steps: int) -> Tensor | list[None]:
+def rng_states_of_steps(rng_state: Tensor | None, steps: int) -> Tensor | list[None]:
     """The rng_state of each step of recurrent neurons: [seed + SEED_OF_STEP * t, offset]."""
     if rng_state is None:
         return [None] * steps

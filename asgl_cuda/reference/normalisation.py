@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..layout import by_channel
+from ..layout import reshape_by_channel
 
 
 def batch_statistics(x_seq: Tensor, channel: int, group: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -26,7 +26,7 @@ def batch_statistics(x_seq: Tensor, channel: int, group: Any) -> tuple[Tensor, T
 
     count = all_reduce(count, group=group)
     mean = all_reduce(x.sum(dims), group=group) / count
-    squares = (x - by_channel(mean, channel, x)).square().sum(dims)
+    squares = (x - reshape_by_channel(mean, channel, x)).square().sum(dims)
     return count, mean, all_reduce(squares, group=group) / count
 
 

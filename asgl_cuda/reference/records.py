@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 IN_CURRENT, IN_THRESHOLD, IN_RESET = 1, 2, 4  # bits of Rules.adaptation, as in csrc
 DRAWS = 65536  # an element draws an integer in [0, DRAWS)
-BELOW_IN_STATE = DRAWS + 1  # analog_prob is data: rng_state[2] is round(analog_prob * DRAWS)
+BELOW_IN_STATE = DRAWS + 1  # analog_prob is a tensor: rng_state[2] is round(analog_prob * DRAWS)
 
 
 class Parameters(NamedTuple):
@@ -59,11 +59,13 @@ class Rules(NamedTuple):
     # input_bias and input_mean are the parameters of the adaptation.
     adaptation: int
     time_dim: int  # not negative
+    # The dimensions of x_seq after the one to which a parameter of one dimension belongs; 0 by torch's broadcasting.
+    trailing: int
 
     def members(self) -> int:
-        """The number of members of the state."""
+        """The number of members of the state: v, and w with an adaptation."""
         return 2 if self.adaptation else 1
 
     def changed(self, **values: int) -> Rules:
-        """As `_replace`, which torch.compile could not trace in torch 2.6."""
+        """These rules with other values. Not by `_replace`, which torch.compile can't trace in torch 2.6."""
         return Rules(*[values.get(name, value) for name, value in zip(Rules._fields, self, strict=True)])

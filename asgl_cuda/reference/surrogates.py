@@ -1,7 +1,7 @@
 """The surrogates: names, ids shared with the kernels, F and its slope f = F' in plain PyTorch, and their gradient.
 
 Each F is a unit-width cumulative function, F(-inf) = 0 and F(inf) = 1; a neuron of width w uses H(u) = F(u / w).
-Autograd differentiates F; `slope` is for readings without autograd.
+Autograd differentiates F; `slope` serves code without autograd, such as Monitor.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..torch_modes import apply, exporting, in_forward_mode, transforming
+from ..torch_modes import apply, is_exporting, is_forward_mode_active, is_transform_active
 
 # A surrogate for multi_spike: laplace as a function of `periodic_distance`.
 PERIODIC = "periodic_exponential"
@@ -87,14 +87,17 @@ class GradientOf(torch.autograd.Function):
 
     @staticmethod
     def forward(s: Tensor, a: Tensor, gain: float) -> Tensor:
+        """A copy of s."""
         return s.clone()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Keeps the gain."""
         ctx.gain = inputs[2]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:
+        """The gradient of a; s has none."""
         return None, grad * ctx.gain, None
 
 
@@ -103,26 +106,27 @@ class GradientAndTangentOf(GradientOf):
 
     @staticmethod
     def jvp(ctx: Any, s: Tensor | None, a: Tensor, gain: None) -> Any:
+        """The tangent, from the tangent `a`; that of s has no effect."""
         return a * ctx.gain
 
 
 def with_gradient_of(s: Tensor, a: Tensor, gain: float = 1.0) -> Tensor:
     """The value of `s` with the gradient of `a` times `gain`: `GradientOf` in all modes of torch."""
     compiling = torch.compiler.is_compiling()
-    if compiling and (transforming() or in_forward_mode()):  # both ignore autograd functions silently
+    if compiling and (is_transform_active() or is_forward_mode_active()):  # both ignore the gradient of Functions
         scaled = a * gain
         return s.detach() + (scaled - scaled.detach())
-    if compiling and exporting():  # in exported graphs autograd functions are clones
+    if compiling and is_exporting():  # of a Function, exported graphs have only forward
         scaled = a * gain
         nothing = scaled - detached(scaled)
-        return detached(s) + torch.where(nothing == 0, nothing, 0.0)  # without a NaN
+        return detached(s) + torch.where(nothing == 0, nothing, 0.0)  # not NaN, if a is not finite
     result: Tensor = apply(GradientOf if compiling else GradientAndTangentOf, s, a, gain)
     return result
 
 
 def detached(value: Tensor) -> Tensor:
     """The value as a constant, also in decomposed exported graphs, which drop detach()."""
-    if not exporting():
+    if not is_exporting():
         return value.detach()
     return value.view(_INTEGERS[value.element_size()]).view(value.dtype)
 

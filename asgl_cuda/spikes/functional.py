@@ -20,12 +20,12 @@ from ..checks import check_tensor
 from ..neurons.deferred import tensor_of
 from ..torch_modes import (
     apply,
-    apply_here,
-    in_forward_mode,
+    apply_at_one_level,
     is_differentiated,
+    is_forward_mode_active,
+    is_transform_active,
     once_differentiable,
     saved_tensors,
-    transforming,
 )
 
 _TYPES = torch.float32, torch.float64
@@ -50,12 +50,14 @@ def _operators_of(inputs: Sequence[Any]) -> _Operators:
     return _direct
 
 
-def _packed(x: Tensor, weight_sizes: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> Tensor | None:
-    """A bit for each element of x, and the values of those that are not zero, unless all are 1.
+def _pack_spikes(
+    x: Tensor, weight_sizes: Sequence[int], stride: Sequence[int], padding: Sequence[int]
+) -> Tensor | None:
+    """Packs x for kernels: a bit per element, then the values that are not zero, unless all of those are 1.
 
-    None where x itself is to be saved: if that takes no more memory, and where sizes must not depend on values.
+    None if x itself is to be saved: because it takes no more memory, or because sizes must not depend on values.
     """
-    if torch.compiler.is_compiling() or transforming() or type(x) is not Tensor or not x.is_cpu:
+    if torch.compiler.is_compiling() or is_transform_active() or type(x) is not Tensor or not x.is_cpu:
         return None
     return extension.module.pack_spikes(x, weight_sizes, stride, padding)  # type: ignore[union-attr,no-any-return]
 
@@ -77,6 +79,7 @@ class SpikeFunction(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Saves x, packed if that takes less memory, for the gradient of weight, and weight for that of x."""
         _, x, weight, _, _, ctx.stride, ctx.padding, packed = inputs
         _, wants_x, wants_weight, *_ = ctx.needs_input_grad
         ctx.x_shape, ctx.x_format, ctx.is_packed = x.shape, suggest_memory_format(x), packed is not None
@@ -87,6 +90,7 @@ class SpikeFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        """The gradients of x by torch's operators, of weight by spike_weight_gradient, and of bias by a sum."""
         x, weight = saved_tensors(ctx)
         saved = x, weight, grad
         packed = x if ctx.is_packed else None
@@ -112,12 +116,12 @@ class SpikeFunction(torch.autograd.Function):
         return None, *once_differentiable((grad_x, grad_weight, grad_bias), saved), None, None, None, None
 
 
-def _differentiated(operator: Any, below: Any, *arguments: Any) -> Tensor:
-    """A bare spike_product with its derivative."""
-    return apply_here(SpikeFunction, below, *arguments)  # type: ignore[no-any-return]
+def _with_derivative(operator: Any, below: Any, *arguments: Any) -> Tensor:
+    """Calls the operator spike_product, of an exported graph or torch.ops, with its derivative."""
+    return apply_at_one_level(SpikeFunction, below, *arguments)  # type: ignore[no-any-return]
 
 
-DERIVATIVES["spike_product"] = _differentiated
+DERIVATIVES["spike_product"] = _with_derivative
 
 
 def has_kernel(x: Tensor, weight: Tensor, caller: str) -> bool:
@@ -131,12 +135,12 @@ def has_kernel(x: Tensor, weight: Tensor, caller: str) -> bool:
         and x.is_cpu
         and weight.is_cpu
         and x.layout is weight.layout is torch.strided
-        and not (x.is_nested or in_forward_mode() or torch.is_autocast_enabled("cpu"))
+        and not (x.is_nested or is_forward_mode_active() or torch.is_autocast_enabled("cpu"))
         and choose_backend(None, x.device, caller) == "cpu"
     )
 
 
-def product(
+def product_by_kernel(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -148,12 +152,12 @@ def product(
     """Computes a linear map, or if `weight` has more than two dimensions a convolution, by the kernels."""
     arguments = x, weight, bias, panels, stride, padding
     if is_differentiated((x, weight, bias), caller):
-        packed = _packed(x, weight.shape, stride, padding) if weight.requires_grad else None
+        packed = _pack_spikes(x, weight.shape, stride, padding) if weight.requires_grad else None
         return apply(SpikeFunction, None, *arguments, packed)  # type: ignore[no-any-return]
     return _operators_of((x, weight, bias)).spike_product(*arguments, None)
 
 
-def convolution(
+def convolution_by_kernel(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -171,19 +175,19 @@ def convolution(
             f"{list(x.shape)}"
         )
     if isinstance(padding, str):
-        both = [size - 1 if padding == "same" else 0 for size in weight.shape[2:]]  # padding of both sides together
+        both = [size - 1 if padding == "same" else 0 for size in weight.shape[2:]]  # the sum of both sides
         padding = [each // 2 for each in both]
         x = functional.pad(x, [pad for each in reversed(both) for pad in (0, each % 2)])
     if x.dim() == dims:
-        return product(x, weight, bias, panels, stride, padding, caller)
-    return product(x.unsqueeze(0), weight, bias, panels, stride, padding, caller).squeeze(0)
+        return product_by_kernel(x, weight, bias, panels, stride, padding, caller)
+    return product_by_kernel(x.unsqueeze(0), weight, bias, panels, stride, padding, caller).squeeze(0)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, panels: Tensor | None, caller: str) -> Tensor:
+def linear_by_kernel(x: Tensor, weight: Tensor, bias: Tensor | None, panels: Tensor | None, caller: str) -> Tensor:
     """Checks shapes and computes a linear map by the kernels. Requires `has_kernel`."""
     if x.dim() == 0 or x.size(-1) != weight.size(-1):
         raise ValueError(f"{caller}: the input must have shape [..., {weight.shape[-1]}], got {list(x.shape)}")
-    return product(x, weight, bias, panels, caller=caller)
+    return product_by_kernel(x, weight, bias, panels, caller=caller)
 
 
 def spike_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -221,7 +225,7 @@ def spike_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
     caller = "asgl_cuda.spike_linear"
     x = tensor_of(input, caller)
     if has_kernel(x, weight, caller) and weight.dim() == 2:
-        return linear(x, weight, bias, None, caller)
+        return linear_by_kernel(x, weight, bias, None, caller)
     return functional.linear(x, weight, bias)
 
 
@@ -242,8 +246,8 @@ def spike_conv2d(
         bias: `[out_channels]`.
         stride, padding, dilation, groups: as in torch.
 
-    It computes as `spike_linear` does, with sums over the non-zero inputs by row and column of the kernel, then by
-    channel. torch's operator is also used for dilations and groups other than 1.
+    The computation is that of `spike_linear`. A sum adds the non-zero inputs in the order of the kernel's rows, then of
+    its columns, then of the channels. torch's operator is also used for dilations and groups other than 1.
 
     Returns:
         `[N, out_channels, H', W']` or `[out_channels, H', W']`, differentiable once with respect to all tensors.
@@ -261,5 +265,5 @@ def spike_conv2d(
     x, pair = tensor_of(input, caller), nn.modules.utils._pair
     padded = padding if isinstance(padding, str) else pair(padding)
     if has_kernel(x, weight, caller) and weight.dim() == 4 and pair(dilation) == (1, 1) and groups == 1:
-        return convolution(x, weight, bias, None, pair(stride), padded, caller)
+        return convolution_by_kernel(x, weight, bias, None, pair(stride), padded, caller)
     return functional.conv2d(x, weight, bias, stride, padding, dilation, groups)

@@ -10,15 +10,15 @@ from torch.nn import functional
 
 from ..backends import extension
 from ..neurons.deferred import tensor_of
-from ..torch_modes import transforming
-from .functional import convolution, has_kernel, linear
+from ..torch_modes import is_transform_active
+from .functional import convolution_by_kernel, has_kernel, linear_by_kernel
 
 # Up to this number of sums, a call uses the layer's copy of the weight: transposing the weight would take longer than
 # the product.
 _FEW_SUMS = 64
 
 
-def _parameter(layer: nn.Module, name: str) -> Any:
+def _parameter_of(layer: nn.Module, name: str) -> Any:
     """The parameter of this name, without the 0.4 us that nn.Module takes."""
     own = layer._parameters
     return own[name] if name in own else getattr(layer, name)
@@ -34,10 +34,10 @@ class _Copy:
 
     @staticmethod
     def _key_of(weight: Tensor) -> tuple[Any, ...]:
-        """What changes if torch knows that the weight has changed."""
+        """Properties of the weight, of which at least one changes if torch knows of a change of the weight."""
         return weight.data_ptr(), weight._version, weight.shape, weight.stride(), weight.dtype
 
-    def is_of(self, weight: Tensor) -> bool:
+    def is_current_for(self, weight: Tensor) -> bool:
         """Whether this is a copy of the weight as it is now."""
         return self._key_of(weight) == self._key
 
@@ -45,15 +45,15 @@ class _Copy:
 class _SpikeLayer(nn.Module):
     """Base of the layers: in evaluation it keeps a copy of the weight for calls with few samples, such as single steps.
 
-    Not saved, copied or pickled. A change of the weight shows in its version, of its storage in its address. Optimizers
-    may change it unseen, torch's fused ones among them: a call in training or with a gradient of the weight drops the
-    copy.
+    The copy is not saved, copied or pickled. The weight's version shows changes in place, its address another storage.
+    Some optimizers, such as torch's fused ones, change the weight without a new version, so a call in training or with
+    a gradient of the weight drops the copy.
     """
 
     weight: Tensor
     _copy: _Copy | None = None
 
-    def _panels(self, x: Tensor, weight: Tensor) -> Tensor | None:
+    def _cached_panels(self, x: Tensor, weight: Tensor) -> Tensor | None:
         """The weight in the kernels' order, cached, for calls with few samples; None otherwise.
 
         Drops the cache where an optimizer may change the weight.
@@ -64,13 +64,13 @@ class _SpikeLayer(nn.Module):
         if (
             x.numel() * weight.shape[0] > _FEW_SUMS * weight.numel()
             or torch.compiler.is_compiling()  # the copy would become a constant of the graph
-            or transforming()  # the weight may be a wrapper without memory of its own
-            or type(weight) not in (nn.Parameter, Tensor)  # as above
+            or is_transform_active()  # the weight may be a wrapper without memory of its own
+            or type(weight) not in (nn.Parameter, Tensor)  # a subclass may have no memory either
             or weight.is_inference()  # has no version that would show a change
         ):
             return None
         copy = self._copy  # read once: another thread may replace it
-        if copy is None or not copy.is_of(weight):
+        if copy is None or not copy.is_current_for(weight):
             copy = self._copy = _Copy(weight)
         return copy.panels
 
@@ -80,6 +80,7 @@ class _SpikeLayer(nn.Module):
         return super().train(mode)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        """As in torch, for `to()` and others; drops the copy of the weight."""
         self._copy = None
         return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
 
@@ -119,9 +120,9 @@ class SpikeLinear(_SpikeLayer, nn.Linear):
         """The product of `input` `[..., in_features]` with the weight, `[..., out_features]`."""
         caller = "asgl_cuda.SpikeLinear"
         x = tensor_of(input, caller)
-        weight, bias = _parameter(self, "weight"), _parameter(self, "bias")
+        weight, bias = _parameter_of(self, "weight"), _parameter_of(self, "bias")
         if has_kernel(x, weight, caller):
-            return linear(x, weight, bias, self._panels(x, weight), caller)
+            return linear_by_kernel(x, weight, bias, self._cached_panels(x, weight), caller)
         return functional.linear(x, weight, bias)
 
 
@@ -140,7 +141,7 @@ class _SpikeConv(_SpikeLayer):
         if layer.padding_mode != "zeros":
             x = functional.pad(x, layer._reversed_padding_repeated_twice, mode=layer.padding_mode)
             padding = (0,) * len(layer.kernel_size)
-        return convolution(x, weight, bias, self._panels(x, weight), layer.stride, padding, caller)
+        return convolution_by_kernel(x, weight, bias, self._cached_panels(x, weight), layer.stride, padding, caller)
 
 
 class SpikeConv1d(_SpikeConv, nn.Conv1d):
@@ -174,7 +175,7 @@ class SpikeConv2d(_SpikeConv, nn.Conv2d):
     See `spike_conv2d` for the computation, and for the cases in which torch's operator is used, and `SpikeLinear` for
     the copy of the weight. The layer always uses the list of non-zero inputs. It is faster than `torch.nn.Conv2d` if at
     most about a quarter of the inputs is non-zero. Layers with fewer than about 32 input or output channels gain
-    nothing, and neither do first layers, whose input is dense.
+    nothing. The first layer of a network gains nothing either, because its input is dense.
 
     Raises the errors of `spike_conv2d`.
 
@@ -195,7 +196,7 @@ SPIKE_LAYERS: dict[type[nn.Module], type[nn.Module]] = {
 }  # fmt: skip
 
 
-def expected_gain(layer: nn.Module, share: float) -> float:
+def expected_speedup(layer: nn.Module, share: float) -> float:
     """How many times as fast as torch's layer an evaluation is, if the fraction `share` of the inputs is not zero.
 
     Measured in float32 on layers of 64 to 1,024 channels.

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils import _pytree
 
-from ..checks import read_number, shown
+from ..checks import format_value, read_number
 from ..interop import convert, unfuse
-from ..interop.convert import Left, copied
+from ..interop.convert import Left, copy_model
 from ..interop.converted import bare_class
-from ..neurons.base import asgl_layers, some_asgl_layers
+from ..neurons.base import asgl_layers, require_asgl_layers
 from ..neurons.batch_norm_lif import BatchNormLIF
 from ..states import reset
 from .monitor import table_lines
@@ -90,7 +90,7 @@ def calibrate(model: nn.Module, x_seq: Any, rate: float = 0.2) -> Calibration:
         net = nn.Sequential(nn.Linear(64, 128), LIF(), nn.Linear(128, 128), LIF(), nn.Linear(128, 10))
         print(asgl_cuda.calibrate(net, x_seq))
     """
-    some_asgl_layers(model, _CALLER)
+    require_asgl_layers(model, _CALLER)
     rate = read_number("rate", rate, _CALLER)
     if not 0 < rate < 1:
         raise ValueError(f"{_CALLER}: rate must be in (0, 1), got {rate}")
@@ -100,9 +100,9 @@ def calibrate(model: nn.Module, x_seq: Any, rate: float = 0.2) -> Calibration:
         model = model.get_submodule("module" if is_shared else "_orig_mod")
     with torch.inference_mode(False), torch.enable_grad(), torch.compiler.set_stance("force_eager"):
         trial = _Trial(model, x_seq if isinstance(x_seq, tuple) else (x_seq,), rate, group)
-        with _naming_x_seq(x_seq):
+        with _explaining_model_errors(x_seq):
             before = trial.run()
-        trial.prepare(before)
+        trial.measure_biases(before)
         for _ in range(len(before) + _MORE_RUNS):
             scaled = trial.scaled
             after = trial.run()
@@ -111,7 +111,7 @@ def calibrate(model: nn.Module, x_seq: Any, rate: float = 0.2) -> Calibration:
     for site in before:
         if not trial.is_reached(site, after.get(site, math.nan)):
             seen = f"{after.get(site)} at the factor {site.factor:.3g}, and another one in other runs"
-            raise trial.error_at(site, seen)
+            raise trial.unreachable_rate_error(site, seen)
     for site in before:
         with torch.no_grad():
             model.get_parameter(site.weight).mul_(site.factor)
@@ -123,8 +123,8 @@ def calibrate(model: nn.Module, x_seq: Any, rate: float = 0.2) -> Calibration:
 
 
 @contextmanager
-def _naming_x_seq(x_seq: Any) -> Iterator[None]:
-    """Errors of the model's first call say what it was called with."""
+def _explaining_model_errors(x_seq: Any) -> Iterator[None]:
+    """Turns an error of the model's first call into a ValueError that says what x_seq must be."""
     try:
         yield
     except torch.OutOfMemoryError:
@@ -134,7 +134,7 @@ def _naming_x_seq(x_seq: Any) -> Iterator[None]:
         if first.startswith("asgl_cuda."):
             raise
         hint = "; of a batch (x, y) take x alone" if isinstance(x_seq, (list, tuple)) else ""
-        got = shown(x_seq) if isinstance(x_seq, Tensor) else f"a {type(x_seq).__name__}"
+        got = format_value(x_seq) if isinstance(x_seq, Tensor) else f"a {type(x_seq).__name__}"
         raise ValueError(
             f"{_CALLER}: x_seq must be what the model takes, a tuple for several arguments, got {got}, with "
             f"which the model raises {type(error).__name__}: {first}{hint}"
@@ -142,7 +142,7 @@ def _naming_x_seq(x_seq: Any) -> Iterator[None]:
 
 
 class _Site:
-    """Neurons and the weight in front, by name; a layer with several calls may have several."""
+    """A layer of neurons and the weight before it, by name. A layer that is called several times may have several."""
 
     def __init__(self, layer: str, weight: str, rate: float) -> None:
         self.layer, self.weight, self.factor = layer, weight, 1.0
@@ -153,13 +153,13 @@ class _Site:
 
 
 class _Trial:
-    """A copy of the model, in whose runs weights are scaled and neurons called again."""
+    """A copy of the model that is run repeatedly, to find the factors of the weights."""
 
     def __init__(self, model: nn.Module, inputs: tuple[Any, ...], rate: float, group: Any) -> None:
         self._read_parameters(model)
-        self._model, _ = unfuse(copied(model), inplace=True)
+        self._model, _ = unfuse(copy_model(model), inplace=True)
         for name in dict(asgl_layers(model)).keys() - dict(asgl_layers(self._model)).keys():
-            convert(self._model.get_submodule(name), inplace=True)  # fuse had converted it
+            convert(self._model.get_submodule(name), inplace=True)  # unfuse has reverted it
         for mine, other in zip(self._model.eval().modules(), model.modules(), strict=True):
             if isinstance(mine, NORMALISATIONS):
                 mine.training = other.training
@@ -167,7 +167,7 @@ class _Trial:
         self._names = {id(value): name for name, value in self._parameters.items()}
         for value in self._parameters.values():
             value.requires_grad_(value.is_floating_point())
-        self.neurons = {layer: name for name, layer in some_asgl_layers(self._model, _CALLER).items()}
+        self.neurons = {layer: name for name, layer in require_asgl_layers(self._model, _CALLER).items()}
         for layer in self.neurons:
             layer.analog_prob = 0.0
         self._inputs, self._rate, self._group = inputs, rate, group
@@ -176,7 +176,7 @@ class _Trial:
         self._layers: dict[str, str] = {}  # names of layers by weight
 
     def _read_parameters(self, model: nn.Module) -> None:
-        """Collects the weights, and why some parameters can't be scaled."""
+        """Collects the weights, and the reasons why some parameters can't be scaled, by name."""
         self._weights: dict[str, Tensor] = {}
         self._problems: dict[str, str] = {}
         owners: dict[int, str] = {}
@@ -193,7 +193,7 @@ class _Trial:
                 elif value.numel() and (first := owners.setdefault(value.data_ptr(), name)) != name:
                     self._problems |= {first: f"shared with {name}", name: f"shared with {first}"}
 
-    def _scale(self, site: _Site, factor: float) -> None:
+    def _set_factor(self, site: _Site, factor: float) -> None:
         """Sets the weight to its original value times the factor."""
         with torch.no_grad():
             self._parameters[site.weight].copy_(self._weights[site.weight] * factor)
@@ -206,39 +206,44 @@ class _Trial:
         torch.clear_autocast_cache()  # the cache holds casts of earlier weights
         devices = {value.device.index for value in self._parameters.values() if value.is_cuda}
         with ExitStack() as hooks, torch.random.fork_rng(devices):  # every run draws the same random numbers
-            for layer in self.neurons:  # hooks that stay would be reference cycles
-                hooks.callback(layer.register_forward_hook(self._look, with_kwargs=True, prepend=True).remove)
-            self._model(*_cut(self._inputs))
+            for layer in self.neurons:  # removed after the run, because they would be reference cycles
+                hooks.callback(layer.register_forward_hook(self._record_call, with_kwargs=True, prepend=True).remove)
+            self._model(*_start_new_graphs(self._inputs))
         sites = [site for site in self._sites.values() if site.calls]
         return {site: self._rate_of(site, [call[-1] for call in site.calls]) for site in sites}
 
-    def prepare(self, before: dict[_Site, float]) -> None:
+    def measure_biases(self, before: dict[_Site, float]) -> None:
         """Runs the model with all weights at 0, to find what biases alone give to the neurons."""
         for site in before:
-            self._scale(site, 0.0)
+            self._set_factor(site, 0.0)
         self.run()
         for site in before:
-            self._scale(site, 1.0)
+            self._set_factor(site, 1.0)
             site.biases = [x for _, x, *_ in site.calls]
 
-    def _look(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """Records a call of neurons. The last one sets the weight, unless earlier ones preceded others' new weights."""
+    def _record_call(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """Records a call of neurons, as a forward hook.
+
+        The last call of the layer in a run also sets its weight, if no other weight was set since its first call.
+        """
         given = inspect.signature(layer.forward).bind(*args, **kwargs)
         x, residual = given.args[0], given.arguments.pop("residual", None)
-        key = self.neurons[layer], self._weight_behind(layer, x, residual)
+        key = self.neurons[layer], self._scaling_weight(layer, x, residual)
         site = self._sites.setdefault(key, _Site(*key, self._rate))
         site.since = site.since if site.calls else self.scaled
-        site.calls.append((layer, x.detach().clone(), given.args[1:], given.kwargs, _cut(output)))
+        site.calls.append((layer, x.detach().clone(), given.args[1:], given.kwargs, _start_new_graphs(output)))
         is_fresh = site.since == self.scaled
         is_last = [each.shape for _, each, *_ in site.calls] == [each.shape for each in site.biases]
-        return self._set(site) if is_fresh and is_last else site.calls[-1][-1]
+        return self._fit_weight(site) if is_fresh and is_last else site.calls[-1][-1]
 
-    def _set(self, site: _Site) -> Any:
+    def _fit_weight(self, site: _Site) -> Any:
         """Scales the weight for the rate, and returns the output of the last call with it."""
         outputs = [output for *_, output in site.calls]
         if self.is_reached(site, self._rate_of(site, outputs)):
             return outputs[-1]
-        rates = _search(lambda power: self._rate_of(site, self._again(site, 2**power)), self._rate, site.tolerance / 2)
+        rates = _search_factor(
+            lambda power: self._rate_of(site, self._repeat_calls(site, 2**power)), self._rate, site.tolerance / 2
+        )
         best = min(rates, key=lambda power: abs(rates[power] - self._rate))
         least, most = min(rates.values()), max(rates.values())
         is_jump = least < self._rate < most and 0.5 <= rates[best] / self._rate <= 2
@@ -246,23 +251,23 @@ class _Trial:
             seen = (f"{rates[power]:.3g} at the factor {2**power:.3g}" for power in (min(rates), max(rates)))
             is_elsewhere = least < most and not least < self._rate < most
             advice = f"; rates from {least:.3g} to {most:.3g} were found" if is_elsewhere else ""
-            raise self.error_at(site, " and ".join(seen) + advice)
-        output = _cut(self._again(site, 2**best)[-1])
+            raise self.unreachable_rate_error(site, " and ".join(seen) + advice)
+        output = _start_new_graphs(self._repeat_calls(site, 2**best)[-1])
         site.factor *= 2**best
         site.found = rates[best]
         self.scaled += 1
         return output
 
-    def _again(self, site: _Site, factor: float) -> list[Any]:
+    def _repeat_calls(self, site: _Site, factor: float) -> list[Any]:
         """The outputs of the neurons with another factor on their weight, from rest."""
-        self._scale(site, site.factor * factor)
-        outputs, parts = list[Any](), dict[int, Any]()  # by the part of an earlier output that a call was given
+        self._set_factor(site, site.factor * factor)
+        outputs, parts = list[Any](), dict[int, Any]()  # new values by the id of the old ones, for calls that get them
         for layer, *_ in site.calls:
             reset(layer)
         with torch.no_grad():
             for (layer, x, *more, output), bias in zip(site.calls, site.biases, strict=True):
                 args, kwargs = _pytree.tree_map(lambda value: parts.get(id(value), value), more)  # noqa: B023
-                scaled = x if isinstance(layer, BatchNormLIF) else bias.lerp(x, factor)  # has the weight inside
+                scaled = x if isinstance(layer, BatchNormLIF) else bias.lerp(x, factor)  # it applies the weight itself
                 outputs.append(layer.forward(scaled, *args, **kwargs))
                 parts |= zip(map(id, _pytree.tree_leaves(output)), _pytree.tree_leaves(outputs[-1]), strict=True)
         return outputs
@@ -284,18 +289,20 @@ class _Trial:
         """Whether a rate is the wanted one, or the nearest that was found."""
         return min(abs(measured - self._rate), abs(measured - site.found)) <= site.tolerance
 
-    def error_at(self, site: _Site, seen: str) -> ValueError:
-        """The error that no factor leads to the rate; `seen` are the rates that were found."""
+    def unreachable_rate_error(self, site: _Site, seen: str) -> ValueError:
+        """The error that no factor leads to the rate. `seen` says which rates were measured."""
         return ValueError(
             f"{_CALLER}: {site.layer or 'the model'}: no factor on {site.weight} makes it fire at {self._rate:g}; the "
-            f"rate is {seen}"
+            f"rate is {seen}. Another rate, more varied samples, or a normalisation before these neurons may help"
         )
 
-    def _weight_behind(self, layer: Any, x: Tensor, residual: Tensor | None) -> str:
+    def _scaling_weight(self, layer: Any, x: Tensor, residual: Tensor | None) -> str:
         """The name of the only weight that scales the input of these neurons, up to biases."""
         normalises = isinstance(layer, BatchNormLIF)
-        paths = self._paths(x) if not normalises else {self._names[id(layer.weight)]} if layer.affine else set()
-        paths |= set() if residual is None else self._paths(residual) | {None}
+        paths = (
+            self._nearest_weights(x) if not normalises else {self._names[id(layer.weight)]} if layer.affine else set()
+        )
+        paths |= set() if residual is None else self._nearest_weights(residual) | {None}
         weight, name = next(iter(paths), None), self.neurons[layer]
         if weight is not None and len(paths) == 1 and weight not in self._problems:
             if (other := self._layers.setdefault(weight, name)) == name:
@@ -310,8 +317,8 @@ class _Trial:
             "normalisation before these neurons, or use asgl_cuda.BatchNormLIF"
         )
 
-    def _paths(self, x: Tensor) -> set[str | None]:
-        """The nearest weights in the graph of x; None for a path without weight to earlier neurons."""
+    def _nearest_weights(self, x: Tensor) -> set[str | None]:
+        """The names of the nearest weights in the graph of x; None for a path that has no weight."""
         found: set[str | None] = set()
         seen, waiting = set[Any](), [x.grad_fn]
         while waiting:
@@ -319,7 +326,7 @@ class _Trial:
             if node is None or node in seen:
                 continue
             seen.add(node)
-            leaves = {each: _leaf_behind(each) for each, _ in node.next_functions if each is not None}
+            leaves = {each: _leaf_of_node(each) for each, _ in node.next_functions if each is not None}
             names = {self._names.get(id(leaf)) for leaf in leaves.values() if leaf is not None}
             weights = names & self._weights.keys()
             found |= weights or names & {None}
@@ -327,8 +334,8 @@ class _Trial:
         return found
 
 
-def _search(rate_at: Callable[[float], float], rate: float, tolerance: float) -> dict[float, float]:
-    """Rates by log2 of the factor, up to the wanted one, which is bracketed outwards from 0."""
+def _search_factor(rate_at: Callable[[float], float], rate: float, tolerance: float) -> dict[float, float]:
+    """Searches the factor by bracketing and bisection. Returns the rates measured, by log2 of the factor."""
     rates = {0.0: rate_at(0.0)}
     is_above = rates[0.0] > rate
     near, far = 0.0, -1.0 if is_above else 1.0
@@ -343,19 +350,19 @@ def _search(rate_at: Callable[[float], float], rate: float, tolerance: float) ->
     return rates
 
 
-def _source(value: Tensor) -> Tensor:
+def _start_new_graph(value: Tensor) -> Tensor:
     """The value detached, as the start of a new graph."""
     is_number = value.is_floating_point() or value.is_complex()
     return value.clone().detach().requires_grad_().clone() if is_number else value  # leaves can't be changed in place
 
 
-def _cut(values: Any) -> Any:
+def _start_new_graphs(values: Any) -> Any:
     """The values with detached tensors, which begin new graphs."""
-    return _pytree.tree_map_only(Tensor, _source, values)
+    return _pytree.tree_map_only(Tensor, _start_new_graph, values)
 
 
-def _leaf_behind(node: Any) -> Tensor | None:
-    """The leaf from which nodes with one input each lead here, as of a transposed weight."""
+def _leaf_of_node(node: Any) -> Tensor | None:
+    """The leaf to which a chain of nodes with one input leads, as from a transposed weight; None without one."""
     while not hasattr(node, "variable"):
         inputs = [each for each, _ in node.next_functions if each is not None]
         if len(inputs) != 1:

@@ -1,9 +1,10 @@
 """Parameter groups of an optimizer, and the step of learned widths, Adam's whatever the optimizer of the weights is.
 
-A width's gradient shrinks by orders of magnitude where the width is large and the network deep: a step in proportion to
-it, as SGD's, either can't leave a wide start or destroys a good one. Adam's step has the size of its rate in log_width.
-Optimizers of another kind leave it to hooks around their step, which see gradients as the optimizer would: accumulated,
-unscaled, clipped. The hooks are set when a model first has such parameters.
+The gradient of a width is smaller by orders of magnitude if the width is large and the network deep. SGD's step is in
+proportion to it, so one learning rate is either too small for large widths or too large for others. Adam's step in
+log_width has the size of its learning rate. For optimizers that are not of Adam's family, hooks around their step take
+Adam's step for these parameters. They see gradients as the optimizer would: accumulated, unscaled, clipped. The hooks
+are registered when a model first has such parameters.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from ..checks import in_range, optional, read_number, warn_once
+from ..checks import accept_none, read_number, require_range, warn_once
 from ..neurons.base import Settable, asgl_layers, check_module
 from ..neurons.leaky_integrator import LeakyIntegrator
 from ..neurons.lif import LIF
@@ -34,7 +35,7 @@ def parameter_groups(
     weight_decay: float | None = None,
     norm_weight_decay: float | None = None,
 ) -> list[dict[str, Any]]:
-    """Groups of a torch optimizer: "weights" with `lr` and `weight_decay`, "widths" and "neurons" with their own step.
+    """Groups for a torch optimizer: "weights" take `lr` and `weight_decay`, "widths" and "neurons" steps of their own.
 
     Weights get the weight decay of the optimizer, as in `AdamW(parameter_groups(model, lr), weight_decay=0.05)`, unless
     `weight_decay` gives them another.
@@ -74,9 +75,9 @@ def parameter_groups(
     caller = "asgl_cuda.parameter_groups"
     check_module(model, caller)
     rates = {"lr": lr, "width_lr": width_lr, "weight_decay": weight_decay, "norm_weight_decay": norm_weight_decay}
-    check = in_range(read_number, ">= 0", 0)
+    check = require_range(read_number, ">= 0", 0)
     for name, value in rates.items():
-        (check if name == "lr" else optional(check))(name, value, caller)
+        (check if name == "lr" else accept_none(check))(name, value, caller)
     layers = [layer for _, layer in asgl_layers(model)]
     if sum(isinstance(layer, LIF) for layer in layers) > 1 and _is_likely_silent(model):
         warn_once(
@@ -87,7 +88,7 @@ def parameter_groups(
         )
     layers += (module for module in model.modules() if isinstance(module, LeakyIntegrator))
     neurons: dict[int, tuple[str, nn.Parameter]] = {}
-    for layer in layers:  # for ASGL layers from elsewhere, all parameters
+    for layer in layers:  # all parameters of an ASGL layer that is not asgl_cuda's own
         own = layer._neuron_parameters() if isinstance(layer, Settable) else layer.named_parameters(recurse=False)
         neurons |= {id(each): (name, each) for name, each in own}
     norms: dict[int, nn.Parameter] = {}
@@ -106,7 +107,7 @@ def parameter_groups(
     # given.
     decayed = {} if weight_decay is None else {"weight_decay": weight_decay}
     if by_adam and neurons:
-        _watch_optimizers()
+        _register_step_hooks()
     more = {"weight_decay": 0.0, **({_BY_ADAM: True} if by_adam else {})}
     groups: list[dict[str, Any]] = [
         {"name": "weights", "params": weights, "lr": lr, **decayed},
@@ -120,8 +121,7 @@ def parameter_groups(
 def _is_likely_silent(model: nn.Module) -> bool:
     """Whether nothing normalises, and all weights are as torch draws them: uniform, up to 1 / sqrt(inputs).
 
-    The largest of 256 uniform values and more is close to that bound, of calibrated or trained weights it is elsewhere.
-    Read once, before a training.
+    The largest of at least 256 uniform values is close to that bound. That of calibrated or trained weights is not.
     """
     weights = [each.weight for each in model.modules() if isinstance(each, nn.Linear | nn.modules.conv._ConvNd)]
     weights = [each for each in weights if type(each) is nn.Parameter and not each.is_meta and each.numel() >= 256]
@@ -131,8 +131,8 @@ def _is_likely_silent(model: nn.Module) -> bool:
         return all(0.95 < float(each.abs().max()) * each.shape[1:].numel() ** 0.5 < 1.01 for each in weights)
 
 
-def _before_step(optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
-    """Adam's step for the groups that ask for it, before the optimizer's own, or at the end of its closure."""
+def _hook_before_step(optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+    """Takes Adam's step for the groups that ask for it, before the optimizer's own or at the end of its closure."""
     groups = [] if isinstance(optimizer, _ADAM) else [each for each in optimizer.param_groups if each.get(_BY_ADAM)]
     if not groups:
         return None
@@ -142,22 +142,26 @@ def _before_step(optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         _step_by_adam(optimizer, groups)
         return None
 
-    def and_step() -> Any:
+    def closure_and_adam_step() -> Any:
         """The closure, followed by Adam's step."""
         loss = closure()
         _step_by_adam(optimizer, groups)
         return loss
 
-    return (args, {**kwargs, "closure": and_step}) if named else ((args[0], and_step, *args[2:]), kwargs)
+    return (
+        (args, {**kwargs, "closure": closure_and_adam_step})
+        if named
+        else ((args[0], closure_and_adam_step, *args[2:]), kwargs)
+    )
 
 
 def _step_by_adam(optimizer: Any, groups: list[dict[str, Any]]) -> None:
     """Does Adam's step for these groups, whose gradients are then hidden until the optimizer's own step ends."""
-    scaled = getattr(optimizer, "found_inf", None) is not None  # a GradScaler leaves both to fused optimizers
+    scaled = getattr(optimizer, "found_inf", None) is not None  # by a GradScaler, for optimizers that unscale and skip
     for group in groups:
         for value in group["params"]:
             if "exp_avg" not in optimizer.state.get(value, {}):
-                optimizer.state.pop(value, None)  # the state of Adagrad already exists
+                optimizer.state.pop(value, None)  # Adagrad's, which it makes at its construction
         maximize = bool(group.get("maximize"))
         adam: Any = torch.optim.Adam(group["params"], lr=group["lr"], maximize=maximize, fused=scaled or None)
         adam.state = optimizer.state
@@ -170,14 +174,14 @@ def _step_by_adam(optimizer: Any, groups: list[dict[str, Any]]) -> None:
     optimizer._asgl_hidden = hidden
 
 
-def _after_step(optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _hook_after_step(optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Gives back the gradients that were hidden from the optimizer."""
     for value, grad in optimizer.__dict__.pop("_asgl_hidden", ()):
         value.grad = grad
 
 
 @cache
-def _watch_optimizers() -> None:
-    """Sets the hooks, once in a process; they act on groups of this key alone."""
-    register_optimizer_step_pre_hook(_before_step)
-    register_optimizer_step_post_hook(_after_step)
+def _register_step_hooks() -> None:
+    """Registers the hooks, once per process. They act only on groups with the key `_BY_ADAM`."""
+    register_optimizer_step_pre_hook(_hook_before_step)
+    register_optimizer_step_post_hook(_hook_after_step)

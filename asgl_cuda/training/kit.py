@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..checks import given_for, shown
+from ..checks import format_type, format_value
 from ..interop.converted import bare_class
-from ..interop.fuse import Fused, overlay
+from ..interop.fuse import Fused, make_fused
 from ..interop.libraries import libraries
-from ..neurons.base import check_module, some_asgl_layers
+from ..neurons.base import check_module, require_asgl_layers
 from ..neurons.batch_norm_lif import BatchNormLIF
 from .monitor import Monitor
 from .schedule import AnalogProbSchedule
@@ -35,7 +35,7 @@ def lightning_callback(schedule: AnalogProbSchedule | None = None, monitor: Moni
     for name, value, kind in (("schedule", schedule, AnalogProbSchedule), ("monitor", monitor, Monitor)):
         if value is not None and not isinstance(value, kind):
             raise TypeError(
-                f"asgl_cuda.lightning_callback: {name} must be an asgl_cuda.{kind.__name__}, got {given_for(value)}"
+                f"asgl_cuda.lightning_callback: {name} must be an asgl_cuda.{kind.__name__}, got {format_type(value)}"
             )
     is_old = "pytorch_lightning" in sys.modules and "lightning.pytorch" not in sys.modules
     lightning = importlib.import_module("pytorch_lightning" if is_old else "lightning.pytorch")
@@ -96,7 +96,7 @@ def spiking_eval(model: nn.Module) -> Iterator[None]:
         with asgl_cuda.spiking_eval(model):
             (gradient,) = torch.autograd.grad(model(x_seq).sum(), x_seq)
     """
-    before = [(layer, layer.analog_prob) for layer in some_asgl_layers(model, "asgl_cuda.spiking_eval").values()]
+    before = [(layer, layer.analog_prob) for layer in require_asgl_layers(model, "asgl_cuda.spiking_eval").values()]
     try:
         for layer, _ in before:
             layer.analog_prob = 0.0
@@ -136,7 +136,7 @@ def convert_sync_batchnorm(model: nn.Module, process_group: Any = None) -> nn.Mo
     ):
         raise TypeError(
             f"{caller}: process_group must be a process group that this process is in, or None for all processes, "
-            f"got {shown(process_group)}"
+            f"got {format_value(process_group)}"
         )
     kinds = [kind for library in libraries() for kind in getattr(library, "NORMALISATIONS", ())]
     fused = [path for path, module in model.named_modules() if isinstance(module, Fused)]
@@ -152,5 +152,5 @@ def convert_sync_batchnorm(model: nn.Module, process_group: Any = None) -> nn.Mo
             module.process_group = "world" if process_group is None else process_group
     model = nn.SyncBatchNorm.convert_sync_batchnorm(model, process_group)
     for path in fused:
-        overlay(model.get_submodule(path))
+        make_fused(model.get_submodule(path))
     return model

@@ -11,15 +11,16 @@ from torch import Tensor, nn
 
 from ..interop.recording import Recorded
 from ..layout import channel_dim
-from ..neurons.base import NeuronLayer, some_asgl_layers
-from ..neurons.batch_norm_lif import BatchNormLIF, sharing
+from ..neurons.base import NeuronLayer, require_asgl_layers
+from ..neurons.batch_norm_lif import BatchNormLIF, sharing_group
 from ..neurons.lif import LIF, unknown_options
 from ..neurons.recurrent_lif import RecurrentLIF
 from ..neurons.spiking import Neurons
+from ..reference.neurons import fires
 from ..reference.normalisation import batch_statistics
 from ..reference.surrogates import PERIODIC, SURROGATES, periodic_distance
-from ..spikes.layers import SPIKE_LAYERS, expected_gain
-from ..torch_modes import transforming
+from ..spikes.layers import SPIKE_LAYERS, expected_speedup
+from ..torch_modes import is_transform_active
 
 _CALLER = "asgl_cuda.Monitor"
 # The quantities, in the order of the table.
@@ -41,24 +42,24 @@ _KNOWN = {
     "eps", "momentum", "input_scale", "affine", "track_running_stats",
 }  # fmt: skip
 
-_LITTLE = 0.01  # of eps; a channel with less variance is normalised to less than a tenth around its bias
+_LITTLE = 0.01  # fraction of eps; a channel with less variance has a deviation below 0.1 after normalisation
 
 
 class _Tally:
     """Sums over the calls of a layer, on its device without synchronisation."""
 
     def __init__(self) -> None:
-        self._shares: dict[str, tuple[Any, int]] = {}  # sums and numbers of elements
-        self._neurons: dict[torch.Size, tuple[Any, int]] = {}  # spikes of each and steps, by shape, which may vary
+        self._shares: dict[str, tuple[Any, int]] = {}  # by quantity: sum and number of elements
+        self._neurons: dict[torch.Size, tuple[Any, int]] = {}  # by shape of a sample: spikes and steps
 
-    def add(self, shares: Mapping[str, Tensor]) -> None:
+    def add_shares(self, shares: Mapping[str, Tensor]) -> None:
         """Adds shares with one value per element of the output, or per channel."""
         for key, values in shares.items():
             total, elements = self._shares.get(key, (0, 0))
             self._shares[key] = total + values.sum(dtype=torch.float64), elements + values.numel()
 
     def add_neurons(self, spikes: Tensor, time_dim: int | None) -> None:
-        """Adds spikes `[T, N, ...]`, or `[N, ...]` without time. A single dimension besides time has the neurons."""
+        """Adds spikes `[T, N, ...]`, or `[N, ...]` without time. If only one dimension remains, it has the neurons."""
         before = 0 if time_dim is None else 1
         spikes = spikes if time_dim is None else spikes.movedim(time_dim, 0)
         shape = spikes.shape[before + (spikes.dim() > before + 1) :]
@@ -78,10 +79,10 @@ class _Tally:
 def _shares_of_lif(
     layer: Neurons, x_seq: Tensor, more: dict[str, Any], states: dict[str, Any], rng_state: Tensor | None, s_seq: Tensor
 ) -> dict[str, Tensor]:
-    """What `_Tally.add` gets for a call, which is repeated for its potentials, with the same states and noise."""
+    """The shares of a call, for `_Tally`. Repeats the call, with the same states and noise, for its potentials."""
     generator = None if rng_state is None else torch.Generator(x_seq.device).set_state(rng_state)
     time_dim = layer.time_dim % x_seq.dim()
-    if isinstance(layer, LIF):  # whose running statistics a call may update
+    if isinstance(layer, LIF):  # the repeated call must not update running statistics
         more = {**more, "update": False}
     potentials = {"return_h_seq": True, "return_v_seq": layer.v_min is not None}
     again: Any = layer._call_function(x_seq, generator=generator, **potentials, **states, **more)
@@ -92,7 +93,7 @@ def _shares_of_lif(
     width, threshold, decay, v_reset, amount = (
         value.to(h_seq) if isinstance(value, Tensor) else value for value in values
     )
-    if layer._counts:
+    if layer._emits_levels:
         y = h_seq * (1 / threshold)
         smooth = y.clamp(0, layer.levels)
         hard = smooth.round()
@@ -104,7 +105,7 @@ def _shares_of_lif(
         surrogate = SURROGATES["laplace" if periodic else layer.surrogate]
         u = h_seq - threshold
         y = u * (1 / width)
-        hard = layer._fires(u)
+        hard = fires(u, layer.strict_threshold)
         shares = {"firing_rate": hard, "inside": y.abs() < 0.5}
         distance = periodic_distance(h_seq, torch.as_tensor(threshold).to(h_seq)) if periodic else u
         slope = surrogate.slope(distance * (1 / width)) / width
@@ -118,13 +119,13 @@ def _shares_of_lif(
         else:
             passed = 1 - smooth.where(analog, hard.to(smooth)) + (v_reset - h_seq) * slope
         passed = passed if layer.v_min is None else passed * (again.v_seq > layer.v_min)
-        shares["growth"] = _growth(decay * passed, time_dim)
+        shares["growth"] = _gradient_growth(decay * passed, time_dim)
     if not layer.multi_spike:
         shares |= {"analog_share": analog, "smoothing_error": (smooth - hard.to(smooth)).abs()}
     return shares
 
 
-def _growth(factors: Tensor, time_dim: int) -> Tensor:
+def _gradient_growth(factors: Tensor, time_dim: int) -> Tensor:
     """The largest product of adjacent factors of each neuron, without those of the last step, or 1.
 
     With the factors decay * dv[t]/dh[t], the gradient of the potentials
@@ -134,30 +135,30 @@ def _growth(factors: Tensor, time_dim: int) -> Tensor:
     grows by such a product on its way to an earlier step.
     """
     steps = factors.movedim(time_dim, 0)
-    growth = largest = torch.zeros_like(steps[0], dtype=torch.float64)  # logarithms, for hundreds of steps
+    growth = largest = torch.zeros_like(steps[0], dtype=torch.float64)  # logarithms, because the product may overflow
     for factor in reversed(steps[:-1].unbind()):
         growth = factor.double().abs().log() + growth.clamp(min=0)
         largest = torch.maximum(largest, growth)
     return largest.exp()
 
 
-def _uses_batch(norm: Any) -> bool:
+def _uses_batch_statistics(norm: Any) -> bool:
     """Whether the normalisation uses the statistics of the batch."""
     return norm.training or norm.running_mean is None
 
 
 def _constant_channels(norm: Any, x_seq: Tensor, channel: int) -> dict[str, Tensor]:
     """Which channels vary too little to be normalised by their own statistics."""
-    if norm is None or not _uses_batch(norm):
+    if norm is None or not _uses_batch_statistics(norm):
         return {}
     group = getattr(norm, "process_group", None)
     if isinstance(norm, nn.SyncBatchNorm):
         group = group or "world"
-    *_, variance = batch_statistics(x_seq, channel, sharing(group, _CALLER))
+    *_, variance = batch_statistics(x_seq, channel, sharing_group(group, _CALLER))
     return {"constant": variance <= _LITTLE * norm.eps}
 
 
-def _remedy(norm: Any, size: str, threshold: str) -> str:
+def _scale_remedy(norm: Any, size: str, threshold: str) -> str:
     """The remedy for potentials of the wrong scale; names nothing that the layer has already or `calibrate` refuses."""
     if norm is None:
         return (
@@ -167,13 +168,17 @@ def _remedy(norm: Any, size: str, threshold: str) -> str:
     own = f"a {threshold} threshold"
     if norm.weight is not None and norm.weight.requires_grad:
         own = f"a {size} weight of its normalisation: asgl_cuda.calibrate(model, x_seq)"
-    return own if _uses_batch(norm) else f"running statistics of such inputs, from batches in training mode; or {own}"
+    return (
+        own
+        if _uses_batch_statistics(norm)
+        else f"running statistics of such inputs, from batches in training mode; or {own}"
+    )
 
 
-def _problem(values: Mapping[str, float], layer: Any, norm: Any, diverged: bool) -> str | None:
+def _problem_of_layer(values: Mapping[str, float], layer: Any, norm: Any, diverged: bool) -> str | None:
     """The problem of a layer with these quantities, and a remedy; `diverged`: the model has a NaN weight."""
     rate, inside, dead = values.get("firing_rate"), values.get("inside", 1.0), values.get("dead", 0.0)
-    if (share := values.get("nonzero_inputs")) is not None and (gain := expected_gain(layer, share)) < 1:
+    if (share := values.get("nonzero_inputs")) is not None and (gain := expected_speedup(layer, share)) < 1:
         return (
             f"{share:.0%} of its inputs are not zero, with which its evaluation takes about {1 / gain:.1f} times as "
             "long as that of torch's layer. What helps: asgl_cuda.from_spike_layers; or sparser spikes before it, by a "
@@ -202,16 +207,16 @@ def _problem(values: Mapping[str, float], layer: Any, norm: Any, diverged: bool)
             f"gradients grow by a factor of {values['growth']:.1e} on their way back through its resets. What helps: "
             "detach_reset=True"
         )
-    seen, helps = [], _remedy(norm, "differently scaled", "different")
+    seen, helps = [], _scale_remedy(norm, "differently scaled", "different")
     if rate == 0 or dead > _MANY:
         seen.append("no neuron ever fired" if rate == 0 else f"{dead:.0%} of the neurons never fired (dead)")
         helps = "other inputs" if norm is not None else "a normalisation before the neurons, or other inputs"
-        helps = _remedy(norm, "larger", "lower") if rate < _RARE else helps
+        helps = _scale_remedy(norm, "larger", "lower") if rate < _RARE else helps
     elif values.get("saturated", 0.0) > _MANY:
         seen.append(f"{values['saturated']:.0%} of the neurons fired at every step (saturated)")
-        helps = _remedy(norm, "smaller", "higher")
+        helps = _scale_remedy(norm, "smaller", "higher")
     if inside < _FEW_INSIDE:
-        counts = getattr(layer, "_counts", False)
+        counts = getattr(layer, "_emits_levels", False)
         window, width = "inside the window of the surrogate, abs(u) < width / 2", "; or a larger width"
         if counts:
             window, width = "between 0 and levels thresholds", ""
@@ -271,7 +276,7 @@ class Monitor:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._layers = some_asgl_layers(model, _CALLER)
+        self._layers = require_asgl_layers(model, _CALLER)
         self._model = model
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         # By layer, before a call: x_seq, other arguments, the carried states, and the generator's state if it draws.
@@ -297,17 +302,17 @@ class Monitor:
             if isinstance(layer, NeuronLayer) and (options := unknown_options(layer, _KNOWN)):
                 raise ValueError(
                     f"{_CALLER}: {name or 'the model'} ({type(layer).__name__}) has {options}, which Monitor does not "
-                    "support"
+                    "support; watch the parts of the model without this layer"
                 )
         if self._handles:
             return
         for layer in self._products.values():
-            self._handles.append(layer.register_forward_pre_hook(self._look_at_input))
+            self._handles.append(layer.register_forward_pre_hook(self._count_nonzero_inputs))
         for layer in self._layers.values():
             self._handles += [
-                layer.register_forward_pre_hook(self._look_before, with_kwargs=True),
+                layer.register_forward_pre_hook(self._save_inputs, with_kwargs=True),
                 # This hook must run first, to see the output of the layer itself.
-                layer.register_forward_hook(self._look, prepend=True),
+                layer.register_forward_hook(self._count_output, prepend=True),
             ]
 
     def stop(self) -> None:
@@ -324,13 +329,13 @@ class Monitor:
     def __exit__(self, *error: object) -> None:
         self.stop()
 
-    def _look_before(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Keeps what a layer's potentials can be computed from again after the call."""
+    def _save_inputs(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Saves, before a call, what its repetition needs: inputs, states and the state of the generator."""
         known = isinstance(layer, (LIF, RecurrentLIF)) and type(layer).forward is LIF.forward
-        if torch.compiler.is_compiling() or transforming() or not known:
+        if torch.compiler.is_compiling() or is_transform_active() or not known:
             return
         try:
-            x_seq, more = layer._inputs(*args, **kwargs)
+            x_seq, more = layer._inputs_of_call(*args, **kwargs)
         except TypeError:  # the layer itself raises the error
             return
         if not isinstance(x_seq, Tensor):
@@ -345,20 +350,21 @@ class Monitor:
         self._before[layer] = x_seq, more, states, rng_state
 
     @torch.no_grad()
-    def _look_at_input(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
-        """Counts the non-zero inputs of a weight layer."""
+    def _count_nonzero_inputs(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
+        """Counts the non-zero inputs of a spike layer."""
         x = args[0] if args else None
-        if isinstance(x, Tensor) and x.numel() > 0 and not torch.compiler.is_compiling() and not transforming():
-            self._tallies[layer].add({"nonzero_inputs": x != 0})
+        if isinstance(x, Tensor) and x.numel() > 0 and not torch.compiler.is_compiling() and not is_transform_active():
+            self._tallies[layer].add_shares({"nonzero_inputs": x != 0})
 
     @torch.no_grad()
-    def _look(self, layer: Any, args: tuple[Any, ...], output: Any) -> None:
+    def _count_output(self, layer: Any, args: tuple[Any, ...], output: Any) -> None:
         """Adds the output of a call to the layer's sums."""
         s_seq = output[0] if isinstance(output, tuple) else output
         if isinstance(s_seq, Recorded):
-            s_seq.then(lambda value: self._look(layer, args, value))
+            s_seq.call_when_computed(lambda value: self._count_output(layer, args, value))
             return
-        if torch.compiler.is_compiling() or transforming() or not isinstance(s_seq, Tensor) or s_seq.numel() == 0:
+        traced = torch.compiler.is_compiling() or is_transform_active()
+        if traced or not isinstance(s_seq, Tensor) or s_seq.numel() == 0:
             return
         if before := self._before.pop(layer, None):
             shares = _shares_of_lif(layer, *before, s_seq)
@@ -368,7 +374,7 @@ class Monitor:
         else:
             # H(0) = 1/2, so a smooth value also shows the hard spike.
             shares = {"firing_rate": s_seq >= 0.5, "analog_share": s_seq != s_seq.round()}
-        self._tallies[layer].add(shares)
+        self._tallies[layer].add_shares(shares)
         if hasattr(layer, "time_dim"):
             self._tallies[layer].add_neurons(shares["firing_rate"], layer.time_dim)
 
@@ -382,11 +388,14 @@ class Monitor:
         """Problems of layers that may not learn, one line each: layer, observation, remedy. Empty if there are none."""
         found = self.result()
         if all("firing_rate" not in values for values in found.values()):
-            return ["nothing was seen: no call of the model inside `with monitor:` that is not compiled or transformed"]
+            return [
+                "nothing was seen: no call of the model inside `with monitor:`, apart from those in compiled code and "
+                "under transforms of torch.func, which Monitor can't see"
+            ]
         weights = [each for each in self._model.parameters() if each.is_floating_point() and not each.is_meta]
         diverged = any(bool(each.isnan().any()) for each in weights)
         problems = {
-            name: _problem(values, self._watched[name], self._norms.get(self._watched[name]), diverged)
+            name: _problem_of_layer(values, self._watched[name], self._norms.get(self._watched[name]), diverged)
             for name, values in found.items()
         }
         return [f"{name or '(the model)'}: {problem}" for name, problem in problems.items() if problem is not None]
@@ -408,14 +417,14 @@ class Monitor:
         keys = _QUANTITIES if self._products else _QUANTITIES[:-1]
         rows = [["layer", *(key.replace("_", " ") for key in keys)]]
         for name, values in self.result().items():
-            cells = (_shown(values[key]) if key in values else "-" for key in keys)
+            cells = (_format_quantity(values[key]) if key in values else "-" for key in keys)
             rows.append([name or "(the model)", *cells])
         problems = self.problems()
         return "\n".join([*table_lines(rows, "<" + ">" * len(keys)), *([""] if problems else []), *problems])
 
 
-def _shown(value: float) -> str:
-    """A figure of the table."""
+def _format_quantity(value: float) -> str:
+    """A quantity as text, for the table."""
     return f"{value:.4f}" if value < 1000 else f"{value:.1e}"
 
 

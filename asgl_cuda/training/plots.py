@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import shown
+from ..checks import format_value
 
 _Result = Mapping[str, Mapping[str, float]]
 
@@ -34,7 +34,7 @@ def plot_spikes(s_seq: Tensor, *, ax: Any = None) -> Any:
         asgl_cuda.plot_spikes(s_seq)
     """
     caller = "asgl_cuda.plot_spikes"
-    marks = _over_time(s_seq, "s_seq", caller).nonzero()
+    marks = _time_by_neuron(s_seq, "s_seq", caller).nonzero()
     ax = _axes(ax, caller)
     steps, neurons = s_seq.shape[0], s_seq[0].numel()
     ax.scatter(*marks.T.cpu().numpy(), s=max(2.0, 90.0 / neurons), marker="|" if neurons < 100 else ".", color="black")
@@ -71,11 +71,13 @@ def plot_layers(results: _Result | Sequence[_Result], quantity: str = "firing_ra
     caller = "asgl_cuda.plot_layers"
     history = [results] if isinstance(results, Mapping) else results
     if not isinstance(history, Sequence) or not all(isinstance(each, Mapping) for each in history) or not history:
-        raise TypeError(f"{caller}: results must be a result of Monitor or a list of them, got {shown(results)}")
+        raise TypeError(
+            f"{caller}: results must be what monitor.result() returns, or a list of these, got {format_value(results)}"
+        )
     layers = [name for name, values in history[0].items() if quantity in values]
     if not layers:
         known = sorted({key for values in history[0].values() for key in values})
-        raise ValueError(f"{caller}: quantity must be one of {', '.join(known)}, got {shown(quantity)}")
+        raise ValueError(f"{caller}: quantity must be one of {', '.join(known)}, got {format_value(quantity)}")
     ax = _axes(ax, caller)
     names = [name or "(the model)" for name in layers]
     if isinstance(results, Mapping):
@@ -112,7 +114,9 @@ def plot_gradient_norms(gradients: Tensor | Mapping[str, Tensor], *, ax: Any = N
     """
     caller = "asgl_cuda.plot_gradient_norms"
     named = gradients if isinstance(gradients, Mapping) else {"": gradients}
-    norms = {name: _over_time(each, name or "gradients", caller).double().norm(dim=1) for name, each in named.items()}
+    norms = {
+        name: _time_by_neuron(each, name or "gradients", caller).double().norm(dim=1) for name, each in named.items()
+    }
     ax = _axes(ax, caller)
     for name, each in norms.items():
         values = torch.where(each > 0, each, float("nan"))
@@ -123,10 +127,10 @@ def plot_gradient_norms(gradients: Tensor | Mapping[str, Tensor], *, ax: Any = N
     return ax
 
 
-def _over_time(value: Any, name: str, caller: str) -> Tensor:
+def _time_by_neuron(value: Any, name: str, caller: str) -> Tensor:
     """The values as `[T, N]`: all dimensions after time are flattened."""
     if not isinstance(value, Tensor):
-        raise TypeError(f"{caller}: {name} must be a tensor, got {shown(value)}")
+        raise TypeError(f"{caller}: {name} must be a tensor, got {format_value(value)}")
     if value.dim() < 2 or value.numel() == 0:
         raise ValueError(f"{caller}: {name} must have time and neurons, [T, ...], got shape {list(value.shape)}")
     return value.detach().flatten(1)

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import HALF_TYPES, read_finite
-from ..neurons.base import some_asgl_layers
-from ..neurons.batch_norm_lif import check_process_group, sharing
-from ..neurons.deferred import in_backward
-from ..torch_modes import transforming
+from ..neurons.base import require_asgl_layers
+from ..neurons.batch_norm_lif import check_process_group, sharing_group
+from ..neurons.deferred import is_in_backward
+from ..torch_modes import is_transform_active
 
 _CALLER = "asgl_cuda.FiringRates"
 
@@ -55,7 +55,7 @@ class FiringRates:
     """
 
     def __init__(self, model: nn.Module, *, process_group: Any = "world") -> None:
-        self._layers = some_asgl_layers(model, _CALLER)
+        self._layers = require_asgl_layers(model, _CALLER)
         for name, layer in self._layers.items():
             if getattr(layer, "scale_output", False):
                 raise ValueError(
@@ -65,16 +65,16 @@ class FiringRates:
         check_process_group(process_group, _CALLER)
         self._process_group = process_group
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
-        self._sums: dict[str, tuple[Any, int]] = {}  # of the outputs since the last time, and numbers of elements
+        self._sums: dict[str, tuple[Any, int]] = {}  # by layer: the sum of its outputs, and their number
 
     def start(self) -> None:
-        """Starts to record the outputs of the layers; no effect if already started."""
+        """Starts recording the outputs of the layers. It has no effect if recording has started already."""
         for name, layer in () if self._handles else self._layers.items():
             # The hook must run first, to see the output of the layer itself.
             self._handles.append(layer.register_forward_hook(_Hook(self._sums, name), prepend=True))
 
     def stop(self) -> None:
-        """Stops to record, and drops calls whose rates have not been taken."""
+        """Stops recording, and drops calls whose rates have not been taken."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -95,8 +95,8 @@ class FiringRates:
         sums = {name: self._sums[name] for name in self._layers if name in self._sums}
         self._sums.clear()
         rates = {name: total / count for name, (total, count) in sums.items()}
-        if (group := sharing(self._process_group, _CALLER)) is not None:
-            rates = self._shared(rates, sums, group)
+        if (group := sharing_group(self._process_group, _CALLER)) is not None:
+            rates = self._averaged_over_processes(rates, sums, group)
         if not rates:
             raise RuntimeError(
                 f"{_CALLER}: since the rates were last taken, no layer was called with gradients and after start(); if "
@@ -104,8 +104,13 @@ class FiringRates:
             )
         return rates
 
-    def _shared(self, rates: dict[str, Tensor], sums: dict[str, tuple[Any, int]], group: Any) -> dict[str, Tensor]:
-        """The rates of all processes, with gradients of this one that are to be averaged."""
+    def _averaged_over_processes(
+        self, rates: dict[str, Tensor], sums: dict[str, tuple[Any, int]], group: Any
+    ) -> dict[str, Tensor]:
+        """The rates over all processes.
+
+        Their gradients are those of this process, so that the mean over the processes is the gradient of the rates.
+        """
         device = next((rate.device for rate in rates.values()), None)
         given = [sums.get(name, (torch.zeros(()), 0)) for name in self._layers]  # the same layers in all processes
         numbers = [torch.stack([total.detach().to(device, torch.float64) for total, _ in given])]
@@ -141,13 +146,16 @@ class FiringRates:
                 raise ValueError(f"{_CALLER}: target must be at least 0, got {value}")
         rates = {name: rate for name, rate in self.take().items() if name in targets}
         if not rates:
-            raise RuntimeError(f"{_CALLER}: none of the layers with a target was called")
+            raise RuntimeError(
+                f"{_CALLER}: none of the layers with a target was called since the rates were last taken, got targets "
+                f"for {', '.join(targets)}"
+            )
         values = [rate if target is None else (rate - targets[name]) ** 2 for name, rate in rates.items()]
         return torch.stack([each.to(values[0].device) for each in values]).mean()
 
 
 class _Hook:
-    """Adds up the outputs of a layer; of a copy of the layer, nothing."""
+    """A forward hook that adds up the outputs of a layer. On a copy of the layer it does nothing."""
 
     def __init__(self, sums: dict[str, tuple[Any, int]] | None = None, name: str = "") -> None:
         self._sums, self._name = sums, name
@@ -159,13 +167,13 @@ class _Hook:
         s_seq = output[0] if isinstance(output, tuple) else output
         if (
             self._sums is None
-            or transforming()
+            or is_transform_active()
             or not isinstance(s_seq, Tensor)
             or not s_seq.requires_grad
             or s_seq.numel() == 0
         ):
             return
-        if not torch.compiler.is_compiling() and in_backward():  # a checkpoint computes its forward again
+        if not torch.compiler.is_compiling() and is_in_backward():  # a checkpoint repeats a forward that was counted
             return
         total, count = self._sums.get(self._name, (0.0, 0))
         own = s_seq.sum(dtype=torch.float32 if s_seq.dtype in HALF_TYPES else None)

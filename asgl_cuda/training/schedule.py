@@ -11,12 +11,12 @@ from typing import Any
 
 from torch import nn
 
-from ..checks import check_int, in_range, read_number, shown
-from ..neurons.base import some_asgl_layers
+from ..checks import check_int, format_value, read_number, require_range
+from ..neurons.base import require_asgl_layers
 
 _CALLER = "asgl_cuda.AnalogProbSchedule"
 
-_share = in_range(read_number, "in [0, 1]", 0, 1)
+_checked_fraction = require_range(read_number, "in [0, 1]", 0, 1)
 
 
 class AnalogProbSchedule:
@@ -47,7 +47,7 @@ class AnalogProbSchedule:
     """
 
     def __init__(self, model: nn.Module, prob_at: Callable[[float, int], float]) -> None:
-        layers = some_asgl_layers(model, _CALLER)
+        layers = require_asgl_layers(model, _CALLER)
         if not callable(prob_at):
             raise TypeError(f"{_CALLER}: prob_at must be a function of start and epoch, got {type(prob_at).__name__}")
         self._layers = {name: layer for name, layer in layers.items() if not getattr(layer, "multi_spike", False)}
@@ -61,33 +61,46 @@ class AnalogProbSchedule:
         if not self.starts:
             raise ValueError(
                 f"{_CALLER}: model must have a layer with noise or a learned width, got none in "
-                f"{', '.join(map(repr, layers))}"
+                f"{', '.join(map(repr, layers))}; give a layer analog_prob > 0 or learn_width=True"
             )
-        self._set(self.starts, 0)
+        self._set_probs(self.starts, 0)
 
     @classmethod
     def multi_step(cls, model: nn.Module, milestones: Sequence[int], gamma: float = 0.1) -> AnalogProbSchedule:
         """Multiplies by `gamma` (in [0, 1]) at each of the epochs `milestones`, as torch's MultiStepLR."""
         if not isinstance(milestones, Sequence) or isinstance(milestones, (str, bytes)):
             raise TypeError(f"{_CALLER}: milestones must be a sequence of ints, got {type(milestones).__name__}")
-        epochs, gamma = sorted(_count("milestones", epoch, 1) for epoch in milestones), _share("gamma", gamma, _CALLER)
+        epochs, gamma = (
+            sorted(_checked_count("milestones", epoch, 1) for epoch in milestones),
+            _checked_fraction("gamma", gamma, _CALLER),
+        )
         return cls(model, partial(_multi_step, epochs=epochs, gamma=gamma))
 
     @classmethod
     def cosine(cls, model: nn.Module, epochs: int, final: float = 0.0) -> AnalogProbSchedule:
         """Follows half a cosine to `final` at epoch `epochs`, and stays there, unlike CosineAnnealingLR."""
-        return cls(model, partial(_cosine, epochs=_count("epochs", epochs, 1), final=_share("final", final, _CALLER)))
+        return cls(
+            model,
+            partial(
+                _cosine, epochs=_checked_count("epochs", epochs, 1), final=_checked_fraction("final", final, _CALLER)
+            ),
+        )
 
     @classmethod
     def linear(cls, model: nn.Module, epochs: int, final: float = 0.0) -> AnalogProbSchedule:
         """Goes in equal steps to `final` at epoch `epochs`, and stays there."""
-        return cls(model, partial(_linear, epochs=_count("epochs", epochs, 1), final=_share("final", final, _CALLER)))
+        return cls(
+            model,
+            partial(
+                _linear, epochs=_checked_count("epochs", epochs, 1), final=_checked_fraction("final", final, _CALLER)
+            ),
+        )
 
-    def _set(self, starts: Mapping[str, float], epoch: int) -> None:
+    def _set_probs(self, starts: Mapping[str, float], epoch: int) -> None:
         """Sets the layers to their values in this epoch, after checking all."""
         probs: dict[str, float] = {}
         for name, start in starts.items():
-            probs[name] = _share(
+            probs[name] = _checked_fraction(
                 "analog_prob", self._prob_at(start, epoch), f"{_CALLER}: layer {name!r} at epoch {epoch}"
             )
         for name, prob in probs.items():
@@ -100,7 +113,7 @@ class AnalogProbSchedule:
 
     def step(self) -> None:
         """Advances to the next epoch."""
-        self._set(self.starts, self.epoch + 1)
+        self._set_probs(self.starts, self.epoch + 1)
         self.epoch += 1
 
     def state_dict(self) -> dict[str, Any]:
@@ -113,14 +126,21 @@ class AnalogProbSchedule:
         Raises ValueError or TypeError for a state of other layers or objects; nothing has been changed then.
         """
         if not isinstance(state_dict, Mapping) or not {"epoch", "starts"} <= state_dict.keys():
-            raise ValueError(f"{_CALLER}: the state must be a dict of 'epoch' and 'starts', got {shown(state_dict)}")
-        epoch, starts = _count("epoch", state_dict["epoch"], 0), state_dict["starts"]
+            raise ValueError(
+                f"{_CALLER}: the state must be a dict of 'epoch' and 'starts', got {format_value(state_dict)}"
+            )
+        epoch, starts = _checked_count("epoch", state_dict["epoch"], 0), state_dict["starts"]
         # The state may have more layers than self.starts, which leaves out layers of constant width whose analog_prob
         # began at 0.
         if not isinstance(starts, Mapping) or not self.starts.keys() <= starts.keys() <= self._layers.keys():
-            raise ValueError(f"{_CALLER}: the state must be of layers {list(self.starts)}, got {shown(starts)}")
-        starts = {name: _share(f"the start of layer {name!r}", start, _CALLER) for name, start in starts.items()}
-        self._set(starts, epoch)
+            raise ValueError(
+                f"{_CALLER}: the state must be of layers {list(self.starts)}, got {format_value(starts)}; save it from "
+                "a schedule of the same model"
+            )
+        starts = {
+            name: _checked_fraction(f"the start of layer {name!r}", start, _CALLER) for name, start in starts.items()
+        }
+        self._set_probs(starts, epoch)
         self.epoch, self.starts = epoch, starts
 
 
@@ -131,22 +151,22 @@ def _multi_step(start: float, epoch: int, epochs: Sequence[int], gamma: float) -
 
 def _cosine(start: float, epoch: int, epochs: int, final: float) -> float:
     """Half a cosine from `start` to `final`."""
-    return _between(start, final, (1 + math.cos(math.pi * min(epoch / epochs, 1))) / 2)
+    return _interpolate(start, final, (1 + math.cos(math.pi * min(epoch / epochs, 1))) / 2)
 
 
 def _linear(start: float, epoch: int, epochs: int, final: float) -> float:
     """A line from `start` to `final`."""
-    return _between(start, final, 1 - min(epoch / epochs, 1))
+    return _interpolate(start, final, 1 - min(epoch / epochs, 1))
 
 
-def _between(start: float, final: float, share: float) -> float:
-    """The value at a fraction `share` of `start`, otherwise `final`."""
+def _interpolate(start: float, final: float, share: float) -> float:
+    """The mean of `start`, with weight `share`, and `final`."""
     return start * share + final * (1 - share)  # unlike final + (start - final) * share, exact at share 1
 
 
-def _count(name: str, value: Any, least: int) -> int:
+def _checked_count(name: str, value: Any, least: int) -> int:
     """A number of epochs in the range of a float."""
     count = check_int(name, value, _CALLER)
     if not least <= count <= sys.maxsize:
-        raise ValueError(f"{_CALLER}: {name} must be in [{least}, {sys.maxsize}], got {shown(count)}")
+        raise ValueError(f"{_CALLER}: {name} must be in [{least}, {sys.maxsize}], got {format_value(count)}")
     return count

@@ -134,17 +134,20 @@ def gains(cell: dict[str, list[float]]) -> tuple[str, dict[str, tuple[float, flo
 def lost(report: Report) -> dict[str, Any]:
     """In how many cells each learned arm loses to the best fixed one by more than its interval.
 
-    Also in how many the best fixed arm has the highest of its rates.
+    Of arms without the defaults, the range of these numbers and the surrogate with the most. Also in how many cells the
+    best fixed arm has the highest of its rates.
     """
     found = [gains(cell)[1] for _, _, cell in accuracies(report)]
     by_arm = {arm: sum(gain[arm][0] < -gain[arm][1] for gain in found) for arm in LEARNED}
-    others = "; ".join(f"{arm}: {count}" for arm, count in by_arm.items() if arm != DEFAULT)
+    others = {arm: count for arm, count in by_arm.items() if arm != DEFAULT}
     rates = {Run(*(each[field] for field in Run._fields)): each["rate"] for each in report["runs"]}
     highest = sum(
         rates[Run(*task, optimizer, gains(cell)[0])] == max(RATES[optimizer])
         for task, optimizer, cell in accuracies(report)
     )
-    return {"cells": len(found), "lost": by_arm[DEFAULT], "others": others, "highest": highest}
+    most = max(others, key=lambda arm: others[arm]).partition(" ")[0]
+    between = f"{min(others.values())} to {max(others.values())}"
+    return {"cells": len(found), "lost": by_arm[DEFAULT], "others": between, "most": most, "highest": highest}
 
 
 def rows(report: Report) -> tuple[list[str], list[list[str]]]:

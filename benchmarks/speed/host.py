@@ -15,7 +15,7 @@ from unittest.mock import patch
 import torch
 
 import asgl_cuda
-from asgl_cuda.backends import BACKENDS, Backend, direct_operators, launcher, operators_in
+from asgl_cuda.backends import BACKENDS, Backend, direct_operators, launcher, registered_operators
 
 from ..common import fused_backends
 from .clocks import in_turns
@@ -40,8 +40,8 @@ class _Recorder:
 def _recorded() -> Backend:
     """A backend for tensors on the CPU that computes nothing."""
     namespace = f"asgl_cuda_{RECORDED}"
-    functions = launcher.implement(namespace, "CPU", _Recorder())
-    return Backend(("cpu",), operators_in(namespace), lambda: None, direct_operators(functions))
+    functions = launcher.define_with_kernels(namespace, "CPU", _Recorder())
+    return Backend(("cpu",), registered_operators(namespace), lambda: None, direct_operators(functions))
 
 
 @torch.no_grad()

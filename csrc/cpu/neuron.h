@@ -152,7 +152,9 @@ class GeneralBackward {
     for (int64 start = (steps - 1) / segment_ * segment_; start >= 0; start -= segment_) {
       const int64 stop = std::min(steps, start + segment_);
       compute_potentials(start, stop);
-      for (int64 t = stop - 1; t >= start; --t) walk_back(t, t - start);
+      for (int64 t = stop - 1; t >= start; --t) {
+        walk_back(t, t - start, rows_ahead(start, stop, 2 * stop - 1 - start - t));
+      }
     }
     store_state(dv_, tile.length, params_.grad_v_init, tile.first);
     if (Model::kAdapts) store_state(dw_, tile.length, behind(params_.grad_v_init, all), tile.first);
@@ -162,15 +164,21 @@ class GeneralBackward {
   Real* row(Real* rows, int64 k) const { return rows + k * rows_.stride(); }
   // The potential before step k of a segment.
   Real* v(int64 k) const { return row(v_, k % states_); }
-  // What to prefetch for step t: rows of the input, and of the gradients.
-  Ahead input_ahead(int64 t) const {
-    if (t >= params_.shape.steps) return {};
-    return {sizeof(Scalar), {row_ahead(params_.x_seq, tile_, t)}};
-  }
-  Ahead gradients_ahead(int64 t) const {
-    if (t < 0) return {};
+  // What to prefetch at a position of a segment, in the order in which its rows are used: x of its steps forward, then
+  // the gradients of its steps backward, then x of the segment that is computed next.
+  Ahead rows_ahead(int64 start, int64 stop, int64 position) const {
+    Tile tile = tile_;
+    int64 used = position + kRowsAhead;
+    if (used >= 2 * (stop - start)) {
+      used -= 2 * (stop - start);
+      if (start == 0) tile = Tile(tile.shape, tile.index + 1, kTile / parts_);
+      stop = start > 0 ? start : params_.shape.steps;
+      start = (stop - 1) / segment_ * segment_;
+    }
+    if (start + used < stop) return {sizeof(Scalar), {row_ahead(params_.x_seq, tile, start + used)}};
+    const int64 t = 2 * stop - 1 - start - used;
     return {sizeof(Scalar),
-            {recent_row_ahead(params_.grad_s_seq, tile_, t), recent_row_ahead(params_.grad_x_seq, tile_, t)}};
+            {recent_row_ahead(params_.grad_s_seq, tile, t), recent_row_ahead(params_.grad_x_seq, tile, t)}};
   }
   // Row k of the adaptation w; null for models without adaptation.
   Real* w(int64 k) const { return Model::kAdapts ? row(w_, k % w_states_) : nullptr; }
@@ -201,14 +209,14 @@ class GeneralBackward {
         input_.visit(tile_, t, x, given, [&](auto neurons, const Real* in) {
           cpu::run<StepLoop<Real, Model, decltype(neurons)>>(
               {neurons, params_.options, params_.noise.analog_below, tile_.length, in, noise_.row(tile_, t), v(k),
-               v(k + 1), row(h_, k), row(s_, k), input_ahead(t + kRowsAhead), w(k), w(k + 1)});
+               v(k + 1), row(h_, k), row(s_, k), rows_ahead(start, stop, k), w(k), w(k + 1)});
         });
       });
     }
   }
 
   // Walks back through step t, which is step k of its segment.
-  void walk_back(int64 t, int64 k) {
+  void walk_back(int64 t, int64 k, const Ahead& ahead) {
     neurons_.move_to(tile_, t);
     const Real* g = zeros_;
     if (params_.grad_s_seq != nullptr) {
@@ -242,7 +250,7 @@ class GeneralBackward {
                                                                         .dy = dy_,
                                                                         .dh = dh_,
                                                                         .dx = dx,
-                                                                        .ahead = gradients_ahead(t - kRowsAhead),
+                                                                        .ahead = ahead,
                                                                         .v = v(k),
                                                                         .w = w(k),
                                                                         .dw = dw_,

@@ -42,7 +42,7 @@ struct Numbers {
 };
 struct Rules {
   int64_t surrogate, hard_reset, strict_threshold, scale_output, detach_reset, multi_spike, periodic, floored,
-      log_width, logit_decay, analog_below, levels, adaptation, time_dim;
+      log_width, logit_decay, analog_below, levels, adaptation, time_dim, trailing;
 };
 struct Constants {
   Numbers numbers;
@@ -140,7 +140,7 @@ class Call {
     for (int id = 0; id < kNumParameters; ++id) {
       if (!parameters[id].has_value()) continue;
       layout.check_type_and_device(*parameters[id], layout.real(), "a parameter");
-      parameters_[id].emplace(*parameters[id], layout);
+      parameters_[id].emplace(*parameters[id], layout, rules_.trailing);
     }
     for (const auto& [id, learned] : {std::pair(kWidth, rules_.log_width), std::pair(kDecay, rules_.logit_decay)}) {
       TORCH_CHECK_VALUE(learned == 0 || (parameters_[id].has_value() && !parameters_[id]->per_step()),

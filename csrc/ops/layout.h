@@ -146,14 +146,18 @@ class Layout {
 };
 
 // A parameter tensor laid out for ParameterView: [steps or 1, count], count running over a contiguous range of the
-// neurons' dimensions. Dimensions inside that range in which the parameter is broadcast are expanded.
+// neurons' dimensions. Dimensions inside that range in which the parameter is broadcast are expanded. A parameter of
+// one dimension belongs to the dimension of x_seq that has `trailing` dimensions after it.
 class ParameterTensor {
  public:
-  ParameterTensor(const Tensor& tensor, const Layout& layout) : sizes_(tensor.sizes().begin(), tensor.sizes().end()) {
-    const int64_t dims = static_cast<int64_t>(layout.sizes().size()), missing = dims - tensor.dim();
-    TORCH_CHECK_VALUE(missing >= 0, "asgl_cuda: a parameter has more dimensions than x_seq");
-    Dims full_sizes(missing, 1);
-    full_sizes.append(sizes_);
+  ParameterTensor(const Tensor& tensor, const Layout& layout, int64_t trailing)
+      : sizes_(tensor.sizes().begin(), tensor.sizes().end()) {
+    const int64_t dims = static_cast<int64_t>(layout.sizes().size());
+    TORCH_CHECK_VALUE(tensor.dim() <= dims, "asgl_cuda: a parameter has more dimensions than x_seq");
+    TORCH_CHECK_VALUE(0 <= trailing && trailing < dims, "asgl_cuda: trailing must be in [0, ", dims, "), got ",
+                      trailing);
+    Dims full_sizes(dims, 1);
+    std::copy(sizes_.rbegin(), sizes_.rend(), full_sizes.rbegin() + (tensor.dim() == 1 ? trailing : 0));
     for (int64_t dim = 0; dim < dims; ++dim) {
       TORCH_CHECK_VALUE(full_sizes[dim] == 1 || full_sizes[dim] == layout.sizes()[dim],
                         "asgl_cuda: a parameter of shape ", tensor.sizes(),

@@ -135,7 +135,7 @@ def test_choices(build, monkeypatch):
     assert "was cpu" in build.choose_toolkit("cpu")[1]
     monkeypatch.setenv("ASGL_CUDA_BUILD", "gpu")
     with pytest.raises(SystemExit, match="ASGL_CUDA_BUILD must be cuda, cpu or none, got 'gpu'"):
-        build.wanted_build()
+        build.requested_build()
 
 
 KNOWN = [75, 80, 86, 90, 120, 103]
@@ -160,7 +160,7 @@ KNOWN = [75, 80, 86, 90, 120, 103]
 def test_architectures(build, monkeypatch, asked, flags, built):
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", asked)
     monkeypatch.setattr(build, "architectures_of_torch", set)
-    assert build.architectures([70, *KNOWN]) == ([f"-gencode={flag}" for flag in flags], built)
+    assert build.architecture_flags([70, *KNOWN]) == ([f"-gencode={flag}" for flag in flags], built)
 
 
 @pytest.mark.parametrize(
@@ -177,14 +177,14 @@ def test_architectures(build, monkeypatch, asked, flags, built):
 def test_architectures_are_those_of_torch(build, monkeypatch, flags, built):
     monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
     monkeypatch.setattr(torch._C, "_cuda_getArchFlags", lambda: flags, raising=False)
-    assert build.architectures([70, *KNOWN, 89])[1] == built
+    assert build.architecture_flags([70, *KNOWN, 89])[1] == built
 
 
 @pytest.mark.parametrize("asked", ["Hopper", "9.0;sm_80", "8.7"])
 def test_unknown_architectures(build, monkeypatch, asked):
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", asked)
-    with pytest.raises(SystemExit, match=rf"and this nvcc knows 7.5 8.0 8.6 9.0 10.3 12.0, got '{asked}'"):
-        build.architectures(KNOWN)
+    with pytest.raises(SystemExit, match=rf"that this nvcc knows .7.5 8.0 8.6 9.0 10.3 12.0., got '{asked}'"):
+        build.architecture_flags(KNOWN)
 
 
 @pytest.mark.parametrize(
@@ -200,7 +200,7 @@ def test_notes_and_last_line(build, capsys, tmp_path, monkeypatch, cuda, minutes
         if len(said) == 2:
             named.set()
 
-    monkeypatch.setattr(build, "say", say)
+    monkeypatch.setattr(build, "print_to_terminal", say)
     monkeypatch.setattr(cpp_extension.BuildExtension, "run", lambda _: compiled())
     objects = tmp_path / "objects" / "csrc"
     objects.mkdir(parents=True)
@@ -212,14 +212,14 @@ def test_notes_and_last_line(build, capsys, tmp_path, monkeypatch, cuda, minutes
 
     extension = cpp_extension.CppExtension("asgl_cuda._C", ["a.cpp", "b.cpp"])
     script(tmp_path / "bin" / "c++", "exit 1")
-    command = build.builder(build.Plan(extension, cuda, "a reason", "0123"), tmp_path)(Distribution())
+    command = build.build_command_class(build.Plan(extension, cuda, "a reason", "0123"), tmp_path)(Distribution())
     command.inplace, command.build_lib, command.build_temp = False, str(tmp_path), str(tmp_path / "objects")
     package = tmp_path / "asgl_cuda"
     package.mkdir()
     (package / build_notes.EXTENSION).write_bytes(b"built")
     monkeypatch.setenv("MAX_JOBS", "3")
     command.run()
-    assert build_notes.read(package)[:4] == (torch.__version__, cuda, "a reason", "0123")
+    assert build_notes.read_notes(package)[:4] == (torch.__version__, cuda, "a reason", "0123")
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.startswith("asgl_cuda: built ")
     assert (cuda or "only the CPU kernels") in last
@@ -233,12 +233,12 @@ def test_compiler(build, monkeypatch, tmp_path):
     for asked in ("", " "):
         for name in ("CC", "CXX"):
             monkeypatch.setenv(name, asked)
-        build.plan(ROOT / "csrc", "cpu")  # as of a source archive, which needs no compiler
+        build.plan_build(ROOT / "csrc", "cpu")  # as of a source archive, which needs no compiler
         with pytest.raises(SystemExit, match="no C\\+\\+ compiler 'c\\+\\+' on the PATH"):
             build.require_compiler()
     compiler = script(tmp_path / "bin" / "c++", "exit 1")
     build.require_compiler()
-    build.plan(ROOT / "csrc", "cpu")
+    build.plan_build(ROOT / "csrc", "cpu")
     assert not {"CC", "CXX"} & os.environ.keys()
     monkeypatch.setenv("CXX", f"{compiler} -m64")
     with pytest.raises(
@@ -254,7 +254,7 @@ def test_number_of_jobs(build, monkeypatch, asked, jobs):
     for free, most in ((8.3, 7), (8.1, 6), (4, 2), (3.1, 1), (0.1, 1)):  # in GB: one file takes 2.2, others 1
         kilobytes = int(free * 1000 * 1024)
         monkeypatch.setattr(Path, "read_text", lambda _, size=kilobytes: f"MemAvailable: {size} kB\n")
-        assert build.jobs() == (jobs or most)
+        assert build.parallel_jobs() == (jobs or most)
 
 
 @pytest.mark.parametrize(("jobs", "threads"), [(2, 1), (7, 1), (19, 4)])
@@ -262,7 +262,7 @@ def test_threads_of_nvcc(build, monkeypatch, tmp_path, jobs, threads):
     """Of four files at a time."""
     monkeypatch.setenv("MAX_JOBS", str(jobs))
     monkeypatch.setattr(build, "DEFAULT_TOOLKIT", make_toolkit(tmp_path / "toolkit"))
-    found = build.plan(ROOT / "csrc", "cuda").extension.extra_compile_args["nvcc"]
+    found = build.plan_build(ROOT / "csrc", "cuda").extension.extra_compile_args["nvcc"]
     assert found[-1] == f"--threads={threads}"
 
 

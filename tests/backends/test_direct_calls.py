@@ -77,9 +77,9 @@ RULES = Rules(*[0] * len(Rules._fields))
 X, STATE = torch.rand(4, 2, 3), torch.arange(4)
 
 
-def lif(x_seq=X, numbers=NUMBERS, rng_state=None, **rules):
+def lif(x_seq=X, numbers=NUMBERS, rng_state=None, width=None, **rules):
     rules = rules.get("rules", RULES._replace(**{name: each for name, each in rules.items() if name != "rules"}))
-    return "lif_forward", (x_seq, None, rng_state, *[None] * 8, numbers, rules, [False] * 4)
+    return "lif_forward", (x_seq, None, rng_state, width, *[None] * 7, numbers, rules, [False] * 4)
 
 
 def recurrent(x_seq=X, numbers=NUMBERS, rng_state=None, **rules):
@@ -100,13 +100,14 @@ REFUSED = {
     "too few numbers": (lif(numbers=[0.0] * 2), "expected 11 numbers, got 2"),
     "too many numbers": (lif(numbers=[*NUMBERS, 0.0]), "expected 11 numbers, got 12"),
     "too many numbers, recurrent": (recurrent(numbers=[*NUMBERS, 0.0]), "expected 11 numbers, got 12"),
-    "too many rules": (lif(rules=[*RULES, 0]), "expected 14 rules, got 15"),
+    "too many rules": (lif(rules=[*RULES, 0]), "expected 15 rules, got 16"),
     "no steps": (lif(torch.rand(0, 2, 3)), "at least one time step"),
     "no steps, recurrent": (recurrent(torch.rand(0, 2, 3)), "at least one time step"),
     "no steps, integrated": (integrator(torch.rand(0, 2, 3)), "at least one time step"),
     "no steps, normalised": (normalised(x_seq=torch.rand(0, 2, 3)), "at least one time step"),
     "no such dimension": (lif(time_dim=3), r"time_dim must be in \[0, 3\), got 3"),
     "time counted from the end": (lif(time_dim=-1), r"time_dim must be in \[0, 3\), got -1"),
+    "a parameter of no dimension": (lif(width=torch.ones(3), trailing=3), r"trailing must be in \[0, 3\), got 3"),
     "neurons as time": (recurrent(time_dim=2), "time_dim must be 0 or 1, got 2"),
     "strided x_seq": (lif(torch.rand(4, 2, 6)[..., ::2]), "contiguous or channels_last"),
     "strided x_seq, recurrent": (recurrent(torch.rand(4, 2, 6)[..., ::2]), "x_seq must be contiguous"),

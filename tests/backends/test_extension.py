@@ -24,7 +24,7 @@ def package(monkeypatch, tmp_path) -> Path:
         (package / file).parent.mkdir(parents=True, exist_ok=True)
         (package / file).write_text("of this version")
     monkeypatch.setattr(extension, "PACKAGE", package)
-    monkeypatch.setattr(extension, "_import", lambda path: path)
+    monkeypatch.setattr(extension, "_import_file", lambda path: path)
     build_notes.digest_of_sources.cache_clear()
     yield package
     build_notes.digest_of_sources.cache_clear()
@@ -33,18 +33,18 @@ def package(monkeypatch, tmp_path) -> Path:
 def note(package: Path, torch_version: str = HERE) -> None:
     (package / build_notes.EXTENSION).write_bytes(b"an extension")
     sources = build_notes.digest_of_build(package / "csrc", package / "backends")
-    build_notes.write(package, torch_version, None, "a reason", sources)
+    build_notes.write_notes(package, torch_version, None, "a reason", sources)
 
 
 def test_one_that_fits_is_loaded(package):
     note(package)
-    module, info, problem = extension.load()
+    module, info, problem = extension.load_extension()
     assert module == package / build_notes.EXTENSION
     assert info[:3] == (HERE, None, "a reason")
     assert problem is None
     major, minor, *_ = HERE.split(".")
     note(package, f"{major}.{minor}.99+cu130")
-    assert extension.load()[0] is not None, "another patch of the same minor version"
+    assert extension.load_extension()[0] is not None, "another patch of the same minor version"
 
 
 def rewritten(**noted):
@@ -107,10 +107,10 @@ DAMAGE = {
 
 @pytest.mark.parametrize(("damage", "words"), DAMAGE.values(), ids=DAMAGE)
 def test_one_that_does_not_fit_is_not_mapped(package, monkeypatch, damage, words):
-    monkeypatch.setattr(extension, "_import", None)
+    monkeypatch.setattr(extension, "_import_file", None)
     note(package)
     damage(package)
-    module, info, problem = extension.load()
+    module, info, problem = extension.load_extension()
     assert (module, info) == (None, None)
     assert problem.startswith("the compiled extension is missing: ")
     assert words in problem
@@ -124,20 +124,22 @@ def test_one_that_does_not_load(package, monkeypatch):
     def fail(path):
         raise ImportError(f"{path.name} has an undefined symbol")
 
-    monkeypatch.setattr(extension, "_import", fail)
+    monkeypatch.setattr(extension, "_import_file", fail)
     note(package)
-    assert extension.load()[2].startswith(f"the compiled extension is missing: {EXTENSION} has an undefined symbol. ")
+    assert extension.load_extension()[2].startswith(
+        f"the compiled extension is missing: {EXTENSION} has an undefined symbol. "
+    )
 
 
 def test_remedy_in_a_checkout(package):
     (package.parent / "setup.py").touch()
-    assert extension.remedy() == f"pip install --no-build-isolation --no-deps -e {package.parent}"
+    assert extension.build_command() == f"pip install --no-build-isolation --no-deps -e {package.parent}"
 
 
 @pytest.mark.parametrize(
     ("cuda", "problem"),
     [
-        (None, f"torch {HERE} is a build without CUDA. With one for CUDA: "),
+        (None, f"torch {HERE} is a build without CUDA. Install one for CUDA, then run: "),
         ("13.0", "the extension was built without CUDA: there is no toolkit. To build it anew: "),
     ],
 )
@@ -145,7 +147,7 @@ def test_extension_without_cuda(monkeypatch, cuda, problem):
     monkeypatch.setattr(torch.version, "cuda", cuda)
     info = build_notes.BuildInfo(HERE, None, "there is no toolkit", "0123", 1, 1)
     monkeypatch.setattr(extension, "build_info", info)
-    assert backends.BACKENDS["cuda"].problem() == problem + extension.remedy()
+    assert backends.BACKENDS["cuda"].problem() == problem + extension.build_command()
 
 
 # ---- the GPU ----
@@ -200,7 +202,7 @@ def test_a_gpu_without_code_in_the_extension(gpus, monkeypatch, capsys, cupy, be
     monkeypatch.setitem(backends.BACKENDS, "cupy", backends.BACKENDS["cupy"]._replace(problem=lambda: cupy))
     problem = (
         "the extension has no kernels for Tesla V100, of compute capability 7.0: it was built by CUDA 12.4, sm_80. "
-        f"To build it with TORCH_CUDA_ARCH_LIST=7.0 in the environment: {extension.remedy()}"
+        f"To build it with TORCH_CUDA_ARCH_LIST=7.0 in the environment: {extension.build_command()}"
     )
     for _ in range(2):  # the second is remembered
         assert [backends.choose_backend(None, each, "here") for each in gpus] == [best, "cuda"]

@@ -14,7 +14,7 @@ import asgl_cuda
 from asgl_cuda import LIF, backends
 from asgl_cuda.backends import extension
 from asgl_cuda.calls import cache, plan
-from asgl_cuda.checks import shown
+from asgl_cuda.checks import format_value
 from asgl_cuda.neurons.adaptive_lif import _NEURON as OF_ADAPTIVE
 from asgl_cuda.neurons.lif import LIF_DEFAULTS
 from asgl_cuda.neurons.recurrent_lif import _NEURON as OF_RECURRENT
@@ -154,7 +154,7 @@ BAD = [
     # Several spikes a step, levels, and a floor.
     ({"multi_spike": True}, ValueError, "needs v_reset=None, got v_reset 0.0"),
     ({"multi_spike": 1, **SOFT}, TypeError, "multi_spike must be a bool, got int"),
-    ({**SEVERAL, "analog_prob": 0.2}, ValueError, "needs analog_prob=0, got 0.2, |no smooth number of spikes"),
+    ({**SEVERAL, "analog_prob": 0.2}, ValueError, "needs analog_prob=0, got 0.2, |no smooth value"),
     ({**SEVERAL, "analog_prob": torch.zeros(())}, ValueError, "needs analog_prob=0, got 0", "lif batch_norm_lif"),
     ({**SEVERAL, "analog_prob": [0.1]}, TypeError, "analog_prob|float|list"),
     *(({**SEVERAL, "v_threshold": value}, ValueError, "v_threshold > 0|multi_spike")
@@ -165,13 +165,13 @@ BAD = [
     ({**SOFT, "levels": 4, "surrogate": "arctan"}, ValueError, "takes no other, got 'arctan'"),
     *(({**SOFT, "levels": 4, "v_threshold": value}, ValueError, "v_threshold|> 0")
       for value in (0.0, -1.0, torch.zeros(3))),
-    *(({**SOFT, "levels": 4, "width": width}, ValueError, f"must be the float 1.0, got {got}", "lif batch_norm_lif")
-      for width, got in ((2.0, "2.0"), (torch.ones(()), "a tensor; leave it out"), (torch.ones(3), "a tensor; leave"))),
+    *(({**SOFT, "levels": 4, "width": width}, ValueError, f"must be 1.0, the default, got {got}", "lif batch_norm_lif")
+      for width, got in ((2.0, "2.0"), (torch.ones(()), "a tensor; leave out width"), (torch.ones(3), "a tensor"))),
     ({"v_min": NAN}, ValueError, "v_min must be finite, got nan"),
     ({"v_min": -INF}, ValueError, "v_min must be finite, got -inf"),
     ({"v_min": "0"}, TypeError, "v_min must be a float, got str"),
     # What some neurons lack.
-    *(({name: value}, TypeError, f"keyword argument '{name}', which these neurons lack", "adaptive_lif recurrent_lif")
+    *(({name: value}, TypeError, f"argument '{name}', which these neurons do not have", "adaptive_lif recurrent_lif")
       for name, value in (("levels", 4), ("residual", X), ("v_min", 0.0))),
     ({"input_gain": 2.0}, TypeError, "'input_gain'", "batch_norm_lif"),
     # Normalised.
@@ -227,7 +227,7 @@ BAD = [
                                    ("w_init", torch.zeros(6, 3), "a tensor of shape [6, 3]"))))),
 ]  # fmt: skip
 ROWS = [
-    pytest.param(name, *row[:3], id=f"{name} {shown(row[0])[:40]}")
+    pytest.param(name, *row[:3], id=f"{name} {format_value(row[0])[:40]}")
     for row in BAD
     for name, (_, takes) in FUNCTIONS.items()
     if (len(row) < 4 or name in row[3].split()) and (row[0].keys() <= takes or (row[1] is TypeError and len(row) > 3))
@@ -266,11 +266,11 @@ def test_bad_arguments_of_layers():
         layer.analog_prob = 0.1
     assert layer.analog_prob == 0
     layer = asgl_cuda.BatchNormLIF(5)
-    with pytest.raises(ValueError, match=r"running_mean must have shape \[3\] .* got \[5\]"):
+    with pytest.raises(ValueError, match=r"running_mean must have shape \[3\], .* got \[5\]"):
         layer(torch.randn(4, 2, 3, 6))
     assert int(layer.num_batches_tracked) == 0
     for wrong in (0, [], "3", True):
-        with pytest.raises(ValueError, match="num_features must be a number of channels or begin with it"):
+        with pytest.raises(ValueError, match="num_features must be a number of channels, or a sequence"):
             asgl_cuda.BatchNormLIF(wrong)
 
 

@@ -276,8 +276,8 @@ def test_graphs_that_are_dropped_or_done_keep_nothing():
 
 def test_computed_once_for_all_who_ask(monkeypatch):
     calls = []
-    compute = recompute._Spikes._computed
-    monkeypatch.setattr(recompute._Spikes, "_computed", lambda self: calls.append(self) or compute(self))
+    compute = recompute._SpikesOfCall._compute_again
+    monkeypatch.setattr(recompute._SpikesOfCall, "_compute_again", lambda self: calls.append(self) or compute(self))
     model, x = pattern("two consumers")
     trained(model, x, recompute_spikes())
     assert len(calls) == 1

@@ -18,7 +18,7 @@ CUDA = torch.device("cuda", 0)
 @pytest.fixture
 def operators(monkeypatch):
     """Those of a build with CUDA; fake tensors never reach its kernels."""
-    found = backends.operators_in("asgl_cuda")
+    found = backends.registered_operators("asgl_cuda")
     monkeypatch.setitem(backends.BACKENDS, "cuda", backends.Backend(("cuda",), found, lambda: None))
     return found
 
@@ -35,7 +35,7 @@ def results(operators, device, steps, layout, dtype):
     v_init = torch.zeros(2, 3, 4, 5, dtype=real, device=device)
     state = operators.draw_rng_state(torch.empty(2, dtype=torch.int64, device=device))
     numbers = Numbers(0.0, 0.5, 0.0, 0.0, 1.0, 0.0, 0.0, residual_gain=1.0, v_rest=0.0, surrogate_gain=1.0, v_min=0.0)
-    rules = Rules(0, 1, *[0] * 8, analog_below=20000, levels=0, adaptation=0, time_dim=time_dim)
+    rules = Rules(0, 1, *[0] * 8, analog_below=20000, levels=0, adaptation=0, time_dim=time_dim, trailing=0)
     *outputs, kept = operators.lif_forward(x_seq, v_init, state, *parameters, numbers, rules, [True] * 4)
     wanted = [True, True, True, False, True, False, False, False, False, True]
     grads = operators.lif_backward(*outputs, x_seq, v_init, state, kept, *parameters, numbers, rules, wanted)

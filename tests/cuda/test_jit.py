@@ -59,7 +59,7 @@ def test_kernel_is_compiled_once(cache, caplog):
     size, count, section_size, section_count = struct.unpack_from("<4H", compiled.image, 54)
     end = max(tables[0] + size * count, tables[1] + section_size * section_count)
     assert len(compiled.image) - end in (0, 1)  # as CuPy drops the last byte or not
-    assert jit._whole(b"anything") == b"anything\0"  # whatever its headers say
+    assert jit._restore_last_byte(b"anything") == b"anything\0"  # whatever its headers say
 
 
 @pytest.mark.usefixtures("nvrtc")
@@ -116,11 +116,11 @@ def test_programs_are_destroyed(monkeypatch, fails):
     ("capability", "expected"), [((8, 0), "sm_80"), ((9, 0), "sm_90"), ((9, 5), "compute_90"), ((13, 0), "compute_121")]
 )
 def test_target(monkeypatch, capability, expected):
-    fake = types.SimpleNamespace(getSupportedArchs=lambda: (75, 80, 90, 100, 121))
+    fake = types.SimpleNamespace(getSupportedArchs=lambda: (75, 80, 90, 100, 121), getVersion=lambda: (13, 0))
     monkeypatch.setattr(jit, "_nvrtc", lambda: fake)
-    assert jit.target(capability) == expected
-    with pytest.raises(RuntimeError, match=r"this NVRTC does not compile for compute capability 6\.1"):
-        jit.target((6, 1))
+    assert jit.target_architecture(capability) == expected
+    with pytest.raises(RuntimeError, match=r"NVRTC 13\.0 does not compile for compute capability 6\.1"):
+        jit.target_architecture((6, 1))
 
 
 # ---- the cache ----
@@ -162,15 +162,15 @@ def test_damaged_file_is_compiled_again(compiled, cache):
     (file,) = cache.iterdir()
     for damage in (lambda content: b"", lambda content: content[:-1], lambda content: b"x" + content[1:]):
         file.write_bytes(damage(file.read_bytes()))
-        assert jit._read(file) is None
+        assert jit._read_binary(file) is None
         again = jit.load_or_compile(jit.PROBE, "sm_90")
-        assert jit._read(file) == again == jit.Binary("_", bytes([len(compiled)]))
+        assert jit._read_binary(file) == again == jit.Binary("_", bytes([len(compiled)]))
 
 
 def test_cache_that_cannot_be_written(compiled, cache, caplog):
     cache.write_text("a file where the directory should be")
     assert jit.load_or_compile(jit.PROBE, "sm_90").image
-    assert "a compiled kernel could not be kept" in caplog.text
+    assert "a compiled kernel could not be stored" in caplog.text
 
 
 # ---- launches ----
@@ -291,7 +291,7 @@ PROBLEMS = {
                                   raise_error(RuntimeError("cudaErrorInsufficientDriver"))),
         "CuPy finds no CUDA device, though torch does: cudaErrorInsufficientDriver", ""),
     "without headers": (lambda cupy, m: m.setattr(jit, "source_directory", lambda: None),
-                        "the sources, which were installed with asgl_cuda, are gone", extension.remedy()),
+                        "the sources, which were installed with asgl_cuda, are gone", extension.build_command()),
     "without nvrtc": (
         lambda cupy, m: m.setattr(jit, "nvrtc_version", raise_error(RuntimeError('Failure finding "libnvrtc.so.13"'))),
         "NVRTC, which compiles the kernels, is missing", FOR_13),

@@ -38,14 +38,14 @@ class Recorder:
 
 
 RECORDER = Recorder()
-FUNCTIONS = launcher.implement(NAMESPACE, "CPU", RECORDER)
+FUNCTIONS = launcher.define_with_kernels(NAMESPACE, "CPU", RECORDER)
 
 
 @pytest.fixture(params=["direct", "torch.ops"])
 def recorder(request, monkeypatch) -> Recorder:
     """The recorder behind the backend "recording", called as functions or through torch.ops."""
     direct = backends.direct_operators(FUNCTIONS) if request.param == "direct" else None
-    backend = backends.Backend(("cpu",), backends.operators_in(NAMESPACE), lambda: None, direct)
+    backend = backends.Backend(("cpu",), backends.registered_operators(NAMESPACE), lambda: None, direct)
     monkeypatch.setitem(backends.BACKENDS, "recording", backend)
     RECORDER.__init__()
     return RECORDER

@@ -17,7 +17,7 @@ from torch import nn
 
 import asgl_cuda
 from asgl_cuda.interop import converted as module
-from asgl_cuda.interop.identify import captured
+from asgl_cuda.interop.identify import closure_values
 from asgl_cuda.interop.snntorch import MultiStep
 
 SHAPE = (6, 4, N)
@@ -230,7 +230,8 @@ REFUSED = {
         "slope of spike_grad is 2.0, and was 3.0",
     ),
     "a module of a closure": (
-        lambda: leaky(spike_grad=closing_over_a_module()), lambda layer: captured(layer.spike_grad)[0].slope.fill_(2.0),
+        lambda: leaky(spike_grad=closing_over_a_module()),
+        lambda layer: closure_values(layer.spike_grad)[0].slope.fill_(2.0),
         "module of spike_grad.slope is ",
     ),
     "an attribute inside": (
@@ -416,7 +417,7 @@ def test_what_is_no_change(monkeypatch):
     for converted in made:
         converted.load_state_dict(copy.deepcopy(converted.state_dict()))
         output_of(converted.eval(), torch.rand(SHAPE))
-        monkeypatch.setattr(module, "_alike", lambda one, other: pytest.fail("it was compared again"))
+        monkeypatch.setattr(module, "_is_equal", lambda one, other: pytest.fail("it was compared again"))
         output_of(converted.train(), torch.rand(SHAPE))
         monkeypatch.undo()
 

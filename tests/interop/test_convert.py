@@ -315,7 +315,8 @@ def test_notes():
     assert note.startswith("0, 1, 3: one step per call gains little; convert(model, sequences=True) computes all steps")
     first, said = notes(nn.Linear(2, 2), nn.Sequential(nn.ReLU(), nn.Linear(2, 2)))
     assert first == "0 replaced, 0 left"
-    assert said == f"no known neurons among Linear, ReLU; of {ALL_FOUR}, imported: {ALL_FOUR}"
+    known = f"it knows those of {ALL_FOUR} once these are imported; imported: {ALL_FOUR}"
+    assert said == f"no neurons that convert knows among Linear, ReLU; {known}"
     function = surrogate.Sigmoid()
     function.register_forward_hook(lambda *given: None)
     _, report = asgl_cuda.convert(nn.Sequential(neuron.LIFNode(step_mode="m", surrogate_function=function)))
@@ -352,7 +353,7 @@ def test_settings_of_layers_that_are_converted_already_are_refused(by, options):
         made = asgl_cuda.convert(model)[0] if by == "convert" else asgl_cuda.fuse(model, torch.rand(3, 2, 4))[0]
     types = [type(module) for module in made.modules()]
     remedy = re.escape("asgl_cuda.convert(asgl_cuda.revert(model)[0], ...)")
-    with pytest.raises(ValueError, match=f"^asgl_cuda.convert: 1.*: converted already, .*{remedy}$"):
+    with pytest.raises(ValueError, match=f"^asgl_cuda.convert: asgl and backend .* already, got 1.*; .*{remedy}$"):
         asgl_cuda.convert(made, **options)
     assert [type(module) for module in made.modules()] == types
     again, report = asgl_cuda.convert(asgl_cuda.revert(made)[0], **options)
@@ -376,9 +377,9 @@ def test_no_library_is_imported():
     """A library's file is imported only after the library itself."""
     result = subprocess.run([sys.executable, "-c", IMPORTS], check=True, capture_output=True, text=True)
     _, none, imported, _, empty = result.stdout.splitlines()
-    assert none.endswith(f"of {ALL_FOUR}, imported: none")
+    assert none.endswith(f"of {ALL_FOUR} once these are imported; imported: none")
     assert imported == "[]"
-    assert empty.endswith(f"of {ALL_FOUR}, imported: spikingjelly")
+    assert empty.endswith(f"of {ALL_FOUR} once these are imported; imported: spikingjelly")
 
 
 # ---- backends and errors ----
@@ -398,14 +399,14 @@ def test_backend(monkeypatch):
     ("arguments", "error", "message"),
     [
         ({"backend": "gpu"}, ValueError, r"asgl_cuda\.convert: backend must be one of cuda, .*, got 'gpu'"),
-        ({"asgl": {"widht": 1.0}}, TypeError, "asgl may have surrogate, width, analog_prob, learn_width, got widht"),
+        ({"asgl": {"widht": 1.0}}, TypeError, "asgl must be among surrogate, width, .* learn_width, got widht"),
         ({"asgl": {"width": 0.0}}, ValueError, r"asgl_cuda\.convert: width must be > 0, got 0\.0"),
         ({"asgl": {"width": "1"}}, TypeError, r"asgl_cuda\.convert: width must be a float, got str"),
         ({"asgl": {"analog_prob": 2}}, ValueError, r"asgl_cuda\.convert: analog_prob must be in \[0, 1\], got 2"),
         ({"asgl": {"surrogate": "step"}}, ValueError, "surrogate must be one of rectangle, .*, got 'step'"),
         ({"asgl": {"learn_width": 1}}, TypeError, r"asgl_cuda\.convert: learn_width must be a bool, got int"),
         ({"asgl": True}, TypeError, r'asgl must be None or a mapping such as \{"width": 1\.0, .*, got True'),
-        ({"asgl": {1: 2}}, TypeError, "asgl may have surrogate, width, analog_prob, learn_width, got 1"),
+        ({"asgl": {1: 2}}, TypeError, "asgl must be among surrogate, width, analog_prob, learn_width, got 1"),
         ({"backend": []}, ValueError, r"asgl_cuda\.convert: backend must be one of cuda, .*, got \[\]"),
     ],
 )

@@ -108,10 +108,6 @@ def frozen_in_between(net, y, x):
     return s_seq
 
 
-def asked(net, y, x):
-    return net.lif(y * 2 if isinstance(y, torch.Tensor) else y)
-
-
 def of_two(form):
     return with_value(lambda net, y, x: net.lif(form(y, x)))
 
@@ -131,7 +127,6 @@ VIEW = "its output, or a view of it, was changed in place after this view"
 APART = "the normalisation is called {} of a torch.utils.checkpoint and its neurons {}, and a checkpoint calls"
 INSIDE, OUTSIDE = APART.format("inside", "outside"), APART.format("outside", "inside")
 ANOTHER = "the normalisation is called inside of another torch.utils.checkpoint than its neurons"
-ASKED = "code, or a backward hook, asked whether its output is a Tensor"
 USES = {
     "used twice": (with_value(lambda net, y, x: net.lif(y) + y), AGAIN + "add"),
     "in evaluation": (with_value(lambda net, y, x: net.lif(y) if net.training else net.lif(y) + y), AGAIN + "add"),
@@ -190,7 +185,6 @@ USES = {
     "kept": (lambda net, x: (net.__dict__.update(kept=norm(net, x)), net.lif(x))[1], "its output stays in the model"),
     "out of order": (out_of_order, "it is called again before its output is used"),
     "frozen in between": (with_value(frozen_in_between), "its output goes to LIF, after a change between training"),
-    "asked": (with_value(asked), ASKED, ASKED),
     "not called": (lambda net, x: net.lif(net.conv(x.flatten(0, 1)).view_as(x)), "the example does not lead to it"),
 }  # fmt: skip
 
@@ -367,7 +361,7 @@ def test_normalisations():
         of_a_user(lambda norm, x, self: norm(x) / 2): "its output goes to truediv",
         of_a_user(lambda norm, x, self: 2 * (norm(x) + x)): "the sum of its output and another goes to rmul",
         of_a_user(lambda norm, x, self: norm(x) + norm(2 * x)): "its output goes to add",
-        of_a_user(lambda norm, x, self: norm(x), neurons=3): "its class defines neurons, a name that fused layers use",
+        of_a_user(lambda norm, x, self: norm(x), outcome=3): "its class defines outcome, a name that fused layers use",
         replaced: "its forward is an attribute of the module, not the method of its class",
         nn.GroupNorm(1, C): None,
     }
@@ -388,37 +382,67 @@ def test_what_is_fused_already():
     joined, _ = asgl_cuda.fuse(nn.Sequential(OverTime(nn.BatchNorm1d(4)), asgl_cuda.LIF()), x_seq)
     for example in ((), (x_seq,)):
         again, report = asgl_cuda.fuse(joined, *example)
-        assert [(row.path, row.reason) for row in report.left] == [
-            ("0.layer", "neurons compute it since an earlier fuse")
-        ]
+        assert [(row.path, row.reason) for row in report.left] == [("0.layer", "an earlier fuse has merged it already")]
         assert isinstance(again[0].layer, Fused)
 
 
+def nothing(*_):
+    """A hook that changes nothing."""
+
+
+BACKWARD_HOOKS = "full_backward_hook", "full_backward_pre_hook"
+BLIND = "a backward hook of {} would see no gradient of its output"
+
+
+@pytest.mark.parametrize("kind", BACKWARD_HOOKS)
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [
+        ("bn", "it has a backward hook"), ("before", BLIND.format("Sequential")), ("lif", BLIND.format("LIF")),
+        ("after", BLIND.format("Sequential")),
+    ],
+)  # fmt: skip
+def test_backward_hooks(path, reason, kind):
+    """Would see no gradient of a stand-in: the normalisation is left, and a first call that decides raises an error."""
+    model = network(lambda net, x: net.after(net.before(net.conv(x.flatten(0, 1))).view_as(x)))
+    model.before, model.after = nn.Sequential(model.bn), nn.Sequential(model.lif)
+    x_seq = torch.randn(SHAPE)
+    getattr(model.get_submodule(path), f"register_{kind}")(nothing)
+    assert reasons(model, x_seq) == {"bn": reason}
+    undecided, report = asgl_cuda.fuse(model)
+    if path == "bn":
+        undecided(x_seq)
+    else:
+        with pytest.raises(RuntimeError, match=reason):
+            undecided(x_seq)
+    assert [row.reason for row in report.left] == [reason]
+
+
 def test_hooks():
-    """Forward hooks see the value; backward hooks would see no gradient."""
-
-    def nothing(*_):
-        return None
-
+    """Other hooks change nothing; one of backward that neurons get later is an error."""
     x_seq, seen = torch.randn(SHAPE), []
-    asked = "code, or a backward hook, asked whether its output is a Tensor, which it is not"
-    for path in ("bn", "lif", "part"):
-        for kind in ("full_backward_hook", "full_backward_pre_hook"):
-            model = network(lambda net, x: net.part(norm(net, x)), part=nn.Sequential(asgl_cuda.LIF()))
-            model.lif = model.part[0]
-            getattr(model.get_submodule(path), f"register_{kind}")(nothing)
-            assert reasons(model, x_seq) == {"bn": asked}, (path, kind)
     model = network()
     model.conv.register_full_backward_hook(nothing)
+    model.register_full_backward_hook(nothing)
     model.lif.register_forward_hook(nothing)
     fused, report = asgl_cuda.fuse(model, x_seq)
     assert len(report.replaced) == 1
     fused.lif.register_full_backward_hook(nothing)
-    with pytest.raises(RuntimeError, match=asked):
+    with pytest.raises(RuntimeError, match=BLIND.format("LIF")):
         fused(x_seq)
     hooked = network()
     hooked.bn.register_forward_hook(lambda module, args, output: seen.append(output.mean()))
     assert reasons(hooked, x_seq) == {"bn": "its output goes to mean"}
+
+
+@pytest.mark.parametrize("kind", BACKWARD_HOOKS)
+def test_hooks_of_all_modules(kind):
+    x_seq = torch.randn(SHAPE)
+    handle = getattr(torch.nn.modules.module, f"register_module_{kind}")(nothing)
+    try:
+        assert reasons(network(), x_seq) == {"bn": "it has a backward hook"}
+    finally:
+        handle.remove()
 
 
 def test_shared_modules_and_calls_in_turn(backend):

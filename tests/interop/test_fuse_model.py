@@ -92,7 +92,7 @@ def test_a_copy_unless_inplace_is_said_and_back():
     assert asgl_cuda.fuse(nn.Sequential(nn.Linear(6, 2), asgl_cuda.LIF()), X)[1] == ([], [])
     replaced, left = asgl_cuda.fuse(fused, X)[1]
     assert not replaced
-    assert {row.reason for row in left} == {"neurons compute it since an earlier fuse"}
+    assert {row.reason for row in left} == {"an earlier fuse has merged it already"}
 
 
 class Counting(nn.Module):
@@ -129,7 +129,7 @@ def test_without_an_example():
     model = nn.Sequential(*net(), layer.BatchNorm1d(C, step_mode="m"), nn.Flatten(2))
     fused, report = asgl_cuda.fuse(model)
     assert report == ([], [])
-    assert str(report).endswith("fuse(model, example) does so at once")
+    assert str(report).endswith("fuse(model, example) decides at once")
     assert torch.equal(fused(X) + 0, model(X))
     assert [row.path for row in report.replaced] == ["1", "3"]
     assert report.left == [("4", "BatchNorm1d", "its output goes to add")]
@@ -314,8 +314,8 @@ def test_monitored(backend):
 
 def test_spikes_recomputed(monkeypatch):
     """A shortcut of spikes is recomputed, too."""
-    computed, original = [], recompute._Spikes._computed
-    monkeypatch.setattr(recompute._Spikes, "_computed", lambda self: computed.append(self) or original(self))
+    computed, original = [], recompute._SpikesOfCall._compute_again
+    monkeypatch.setattr(recompute._SpikesOfCall, "_compute_again", lambda self: computed.append(self) or original(self))
     first, x_seq = nn.Sequential(OverTime(nn.Conv2d(C, C, 1)), asgl_cuda.LIF()), torch.randn(SHAPE)
     model = on(scattered(nn.Sequential(first, Block(), Block(), OverTime(nn.Conv2d(C, C, 1)))), "cpu")
     fused = joined(model, x_seq)

@@ -109,7 +109,7 @@ MAX, ESCAPE = activation.MaxSpike, slopes.spike_rate_escape()
 HEAVISIDE = {"surrogate_grad_fn": activation.Heaviside()}
 NO_SUCH, MIXES, STATEFUL = (
     "^asgl_cuda has no such neuron$", "^it has weights between its neurons or time steps$",
-    "^it is no neuron that convert knows, but carries a state$",
+    "^it is not a neuron that convert knows, but carries a state$",
 )  # fmt: skip
 SUM = r"x \+ w y with a number w"
 LEFT = {
@@ -145,11 +145,13 @@ LEFT = {
         lambda: snntorch.Synaptic(alpha=0.5, beta=0.5, reset_mechanism="zero"), "the input of the next step",
     ),
     "a graph": (lambda: snntorch.Lapicque(beta=torch.tensor(0.5), learn_beta=True), r"graph that ends .*learn_beta"),
-    "adjoint": (lambda: norse.LIF(norse.LIFParameters(method="adjoint")), "it steps by lif_feed_forward_adjoint_step"),
+    "adjoint": (
+        lambda: norse.LIF(norse.LIFParameters(method="adjoint")), "step function is lif_feed_forward_adjoint_step",
+    ),
     "circ": (lambda: norse.LIFBoxCell(norse.LIFBoxParameters(method="circ")), "its surrogate, circ, is not one"),
     "a reset of a user": (
         lambda: norse.LIFBoxCell(norse.LIFBoxParameters(reset_method=lambda z, v, p: v - z)),
-        "it resets by a function of its own",
+        "its reset_method is neither",
     ),
     "LSNN": (norse.LSNN, "asgl_cuda.AdaptiveLIF is its counterpart"),
     "MaxSpike": (
@@ -205,23 +207,23 @@ LEFT = {
     "recorded": (recurrent(nn.Linear(N, N), record_states=True, **SINGLE), r"\(record_states\)"),
     "adaptive": (lambda: sinabs.layers.ALIFRecurrent(2.0, 2.0, rec_connect=nn.Linear(N, N)), MIXES),
     "adjoint, recurrent": (
-        lambda: norse.LIFRecurrent(4, N, norse.LIFParameters(method="adjoint")), "it steps by lif_adjoint_step",
+        lambda: norse.LIFRecurrent(4, N, norse.LIFParameters(method="adjoint")), "step function is lif_adjoint_step",
     ),
     "a product": (
-        lambda: ElementWise(neuron.IFNode(), lambda y, x: y * x), rf"return by <lambda>\(y, x\); {SUM}",
+        lambda: ElementWise(neuron.IFNode(), lambda y, x: y * x), rf"return by <lambda>\(y, x\); only functions {SUM}",
     ),
     "a root": (lambda: ElementWise(neuron.IFNode(), lambda y, x: x + y.abs().sqrt()), SUM),
     "of a tensor": (lambda: ElementWise(neuron.IFNode(), (lambda w: lambda y, x: x + w * y)(torch.ones(1))), SUM),
     "a module": (lambda: ElementWise(neuron.IFNode(), nn.Bilinear(N, N, N)), r"return by Bilinear\(y, x\)"),
     "an error": (lambda: ElementWise(neuron.IFNode(), lambda y, x: y.nothing), SUM),
-    "integer spikes": (lambda: Linear(neuron.ILIFNode(), N, N), "its ILIFNode is no neuron that recurrent layers have"),
+    "integer spikes": (lambda: Linear(neuron.ILIFNode(), N, N), "its ILIFNode is not a neuron that"),
     "an unknown node": (lambda: Linear(neuron.QIFNode(), N, N), "its QIFNode: asgl_cuda has no such neuron"),
-    "no node": (lambda: Linear(nn.ReLU(), N, N), "its ReLU is no neuron that recurrent layers have"),
+    "no node": (lambda: Linear(nn.ReLU(), N, N), "its ReLU is not a neuron that"),
     "kept potentials": (
         lambda: Linear(neuron.LIFNode(store_v_seq=True), N, N), r"its LIFNode stores its potentials \(store_v_seq\)",
     ),
     "weights in between": (
-        lambda: Linear(nn.Sequential(nn.Linear(N, N), nn.ReLU(), neuron.IFNode()), N, N), "its Sequential is no neuron",
+        lambda: Linear(nn.Sequential(nn.Linear(N, N), nn.ReLU(), neuron.IFNode()), N, N), "its Sequential is not",
     ),
     "an exchanged method of the node": (
         lambda: Linear(exchanged(neuron.SimpleLIFNode(2.0, True), "neuronal_fire"), N, N),
@@ -253,7 +255,7 @@ LEFT = {
                 lambda: layer.SynapseFilter(2.0), lambda: layer.Delay(1), lambda: encoding.LatencyEncoder(3),
                 lambda: rnn.SpikingLSTMCell(2, 2), lambda: layer.NeuNorm(2, 2, 2),
             ),
-            "^its few operations a step are faster than a kernel's call; LI, which takes a whole seq": (
+            "^its few operations per step are faster than the call of a kernel; LI, which takes a whole seq": (
                 norse.LICell, lambda: subclass(norse.LICell)(),
             ),
             "^its few operations .* there is asgl_cuda.LeakyIntegrator$": (norse.LIBoxCell,),
@@ -476,8 +478,9 @@ def test_one_that_overrides_in_other_ways():
 
 @pytest.mark.parametrize(
     ("base", "name"),
-    [(snntorch.Leaky, "step"), (neuron.LIFNode, "width"), (layers.LIF, "settings"), (neuron.LIFNode, "multi_spike"),
-     (snntorch.Leaky, "_last"), (neuron.LIFNode, "_analog_prob"), (neuron.LIFNode, "_analog_prob_data"),
+    [(snntorch.Leaky, "compute_step"), (neuron.LIFNode, "width"), (layers.LIF, "settings"),
+     (neuron.LIFNode, "multi_spike"), (snntorch.Leaky, "_last"), (neuron.LIFNode, "_analog_prob"),
+     (neuron.LIFNode, "_analog_prob_data"),
      (neuron.LIFNode, "original"), (layers.LIF, "_least")],
 )  # fmt: skip
 def test_one_with_a_name_of_converted_layers(base, name):

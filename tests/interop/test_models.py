@@ -211,14 +211,14 @@ def test_a_model_that_goes_over_time_itself():
         asgl_cuda.step(model, x_seq[0])
     with pytest.raises(RuntimeError, match=r"Leaky at 'lif' gets its state from the model's forward.*init_hidden=True"):
         asgl_cuda.step(Loop(False), x_seq[0], time_dim=0)
-    with pytest.raises(ValueError, match=r"LIFNode at '0' takes a step a call, LIF at '1' has time at 0"):
+    with pytest.raises(ValueError, match=r"LIFNode at '0' takes one step per call, LIF at '1' has time at 0"):
         asgl_cuda.step(nn.Sequential(neuron.LIFNode(), LIF()), x_seq[0])
 
 
 REFUSED = {
-    "norse": (lambda: nn.Sequential(nn.Linear(4, N), norse.LIFCell()), r"LIFCell at '1' .*: Norse's caller passes"),
-    "norse sequence": (lambda: norse.SequentialState(norse.LIF()), "LIF at '0' .*: Norse's caller passes the state"),
-    "norse recurrent": (lambda: norse.LIFRecurrentCell(4, N), "LIFRecurrentCell can't .*: Norse's caller passes"),
+    "norse": (lambda: nn.Sequential(nn.Linear(4, N), norse.LIFCell()), r"LIFCell at '1' .*: in Norse the caller"),
+    "norse sequence": (lambda: norse.SequentialState(norse.LIF()), "LIF at '0' .*: in Norse the caller passes"),
+    "norse recurrent": (lambda: norse.LIFRecurrentCell(4, N), "LIFRecurrentCell can't .*: in Norse the caller passes"),
     "not spiking": (neuron.NonSpikingLIFNode, "NonSpikingLIFNode can't be called step .* carries no potential"),
     "parallel": (lambda: nn.Sequential(neuron.PSN(T)), "PSN at '0' can't be called step .* carries no potential"),
     "sinabs recurrent": (

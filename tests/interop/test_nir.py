@@ -416,7 +416,7 @@ NOT_REPRESENTED = {
     ),
     "a flatten": (stack(lambda m, x: m.lif(x).flatten(2)), r"flatten in .*must be layers .*, as nn\.Flatten\(2\) for"),
     "twice the same": (stack(lambda m, x: m.linear(x) + x + x), "add in the model itself"),
-    "two arguments": (stack(lambda m, x: m.lif(x, m.linear(x))), r"lif \(LIF\): must have one argument: the output"),
+    "two arguments": (stack(lambda m, x: m.lif(x, m.linear(x))), r"lif \(LIF\): must have one argument, the output"),
     "unflatten": (stack(lambda m, x: m.lif(x.unflatten(2, (2, 2)))), "unflatten in the model"),
     "batch first": (stack(lambda m, x: m.linear(x.flatten(0, 1)).unflatten(0, (3, 2))), "unflatten in the model"),
     "batch as channels": (
@@ -537,7 +537,7 @@ def neurons_of_libraries():
         "LIFLayer": (authors_code.LIFLayer(6, spike_fn=spike, thresh=0.8), None),
         "soft, not allowed": (jelly.LIFNode(v_reset=None, step_mode="m"), r"1 \(LIFNode\): has a soft reset"),
         "floor": (layers.IAF(min_v_mem=-1.0, **single), r"1 \(IAF\): has a lower limit of the potential, which can't"),
-        "several": (layers.IAF(), r"1 \(IAF\): has several spikes a step, which can't"),
+        "several": (layers.IAF(), r"1 \(IAF\): has several spikes per step, which can't"),
         "current": (layers.IAF(tau_syn=3.0, **single), r"1 \(IAF\): has a synaptic current, which can't"),
         "ExpLeak": (layers.ExpLeak(2.0), r"1 \(ExpLeak\): has no spikes, which can't"),
         "recurrent": (
@@ -545,7 +545,7 @@ def neurons_of_libraries():
             r"1 \(LinearRecurrentContainer\): can't be represented in NIR; NIR does not say when a spike that returns",
         ),
         "amount of sinabs": (layers.IAF(**amount, **single), None),
-        "a step a call": (jelly.LIFNode(), r"1 \(LIFNode\): must take .* got one step per call"),
+        "a step a call": (jelly.LIFNode(), r"1 \(LIFNode\): must take .* got a layer that takes one step per call"),
         "squeezed": (
             layers.IAFSqueeze(batch_size=3, **single),
             r"1 \(IAFSqueeze\): must take time and batch as two dimensions",
@@ -576,6 +576,19 @@ def test_converted_layers(name):
     expected = model(x_seq)
     assert 0.02 < (expected > 0).float().mean() < 0.98
     torch.testing.assert_close(s_seq.transpose(0, 1) if "sinabs" in name else s_seq, expected)
+
+
+def test_models_of_snntorch_that_take_sequences_are_refused_with_a_remedy():
+    snntorch = pytest.importorskip("snntorch")
+    from asgl_cuda.interop.snntorch import MultiStep
+
+    steps = nn.Sequential(nn.Linear(4, 4), snntorch.Leaky(0.9, init_hidden=True))
+    for model, where in (
+        (nn.Sequential(nn.Linear(4, 4), MultiStep(snntorch.Leaky(0.9))), r"1 \(MultiStep\)"),
+        (asgl_cuda.convert(steps, sequences=True)[0], r"0 \(Sequential\)"),
+    ):
+        with pytest.raises(ValueError, match=rf"^asgl_cuda\.to_nir: {where}: can't be .* asgl_cuda\.LIF in "):
+            to_nir(model, torch.rand(5, 2, 4))
 
 
 def test_norses_layers_are_refused_by_name():

@@ -200,7 +200,7 @@ ERRORS = {
     "another result": ({MemUpdate: lambda module: 3}, TypeError, r"for 0 \(MemUpdate\): must return another .* got 3"),
     "the same": ({MemUpdate: lambda module: module}, TypeError, "got the module itself"),
     "one again": ({MemUpdate: lambda module: ONE}, ValueError, "for 1: must return a new layer for each module"),
-    "raises": ({MemUpdate: failing}, RuntimeError, r"layers, for 0 \(MemUpdate\): KeyError: 'tau'"),
+    "raises": ({MemUpdate: failing}, RuntimeError, r"for 0 \(MemUpdate\): its function raised KeyError: 'tau'"),
     "other sizes": (
         {nn.Linear: lambda module: nn.Linear(3, 3)}, RuntimeError, r"for 2 \(Linear\): its state does not load",
     ),

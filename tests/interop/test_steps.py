@@ -107,7 +107,7 @@ def test_a_backend_that_was_asked_for_is_compiled(monkeypatch):
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     for options, own in (({}, True), ({"backend": "reference"}, False)):
         layer, _ = asgl_cuda.convert(snntorch.Leaky(0.8, init_hidden=True), **options)
-        assert layer.steps_as_before() == own
+        assert layer.prefers_original_step() == own
 
 
 @pytest.mark.parametrize("name", ["LIFRecurrentCell", "container, a step"])

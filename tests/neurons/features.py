@@ -517,10 +517,14 @@ def assert_equals_reference(feature: Feature, case: Case, backend: str, device: 
         again = feature.run(x_leaf, {**options, **copies}, feature.outputs, "reference")
         (of_currents,) = torch.autograd.grad([again[name] for name in depend], x_leaf, grads, **unused)
     size_of_currents = float(of_currents.double().norm())
-    # The reference's slope of a sigmoid, F (1 - F), has the rounding of F, up to 2^-24, however small 1 - F is.
+    # The reference's slope of a sigmoid, F (1 - F) / width, has the roundings of F, which are those of exp and of a
+    # division, together up to one eps, however small 1 - F is.
     least_of_slopes = 1e-30
-    if case.surrogate == "sigmoid" and case.dtype == torch.float32 and grads:
-        least_of_slopes = 2**-24 / PLACE[case.dtype] * max(float(each.abs().max()) for each in grads if each.numel())
+    if case.surrogate == "sigmoid" and case.dtype in (torch.float32, torch.float64) and grads:
+        largest = max(float(each.abs().max()) for each in grads if each.numel())
+        widths = torch.as_tensor(options.get("width", 1.0)).detach()
+        narrowest = float(widths.min()) if widths.numel() else 1.0
+        least_of_slopes = torch.finfo(case.dtype).eps / PLACE[case.dtype] * largest / narrowest
     for name, theirs, ours in zip(leaves, *found, strict=True):
         size, least = None, least_of_slopes
         if name in SUMMED:

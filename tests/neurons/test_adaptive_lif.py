@@ -38,7 +38,7 @@ def test_w_is_in_the_reset_of_the_threshold_alone(backend, device, amount, v_las
 def test_operators_refuse_what_no_kernel_computes(name):
     x_seq = torch.randn(3, 4, device="cuda" if name == "cuda" else "cpu")
     numbers = Numbers(1.0, 0.5, 1.0, 0.0, 0.9, 0.0, 0.1, residual_gain=1.0, v_rest=0.0, surrogate_gain=1.0, v_min=0.0)
-    plain = Rules(*[0] * 12, adaptation=IN_CURRENT, time_dim=0)
+    plain = Rules(*[0] * 12, adaptation=IN_CURRENT, time_dim=0, trailing=0)
     for rules, residual, message in (
         (plain._replace(surrogate=INTEGER, levels=4), None, "adaptive neurons have no integer spikes"),
         (plain, x_seq, "adaptive neurons have no residual"),

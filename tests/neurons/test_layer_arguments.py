@@ -117,7 +117,7 @@ def test_a_parameter_is_an_initial_value_and_no_constant(kind, name, as_paramete
     ("value", "words"),
     [
         (torch.ones(2), "a float or a tensor of one value, got a tensor of shape \\[2\\]"),
-        (torch.ones((), device="meta"), "a float or a tensor of one value, got one on meta"),
+        (torch.ones((), device="meta"), "a float or a tensor of one value, got a tensor on meta"),
         (torch.tensor(True), "a float.*, got .*bool"),
         (torch.tensor(1j), "a float.*, got .*complex"),
         (numpy.ones(2), "a float, got ndarray"),
@@ -190,11 +190,11 @@ BAD = [
     ),
     *(("LIF", {flag: "no"}, f"{flag} must be a bool, got str") for flag in FLAGS),
     *(
-        ("BatchNormLIF", {"num_features": given}, f"num_features must be a number of channels or begin .*, got {given}")
+        ("BatchNormLIF", {"num_features": given}, f"num_features must be a number of channels, or .*, got {given}")
         for given in (3.0, None)
     ),
     ("BatchNormLIF", {"num_features": [3, 4]}, r"num_features must be one number for .* 'layer', got \[3, 4\]"),
-    ("BatchNormLIF", {"input_gain": 2.0}, "input_gain is an argument of LIF; input_scale is the factor here"),
+    ("BatchNormLIF", {"input_gain": 2.0}, "takes no input_gain; use input_scale, the factor on the normalised input"),
     ("BatchNormLIF", {"eps": math.nan}, "eps must be finite, got nan"),
     ("BatchNormLIF", {"eps": -1.0}, "eps must be >= 0, got -1.0"),
     ("BatchNormLIF", {"momentum": 1.5}, r"momentum must be in \[0, 1\] or None, got 1.5"),
@@ -230,7 +230,7 @@ BAD = [
     ),
     ("RecurrentLIF", {"num_features": 4}, ".*unexpected keyword argument 'num_features'"),
     *(
-        ("RecurrentLIF", {name: 1}, f".*keyword argument '{name}', which these neurons lack")
+        ("RecurrentLIF", {name: 1}, f".*keyword argument '{name}', which these neurons do not have")
         for name in ("levels", "multi_spike", "v_min", "residual")
     ),
 ]  # fmt: skip
@@ -241,7 +241,7 @@ FIRST = {"BatchNormLIF": {"num_features": 3}, "RecurrentLIF": {"hidden_size": 3,
 def test_bad_arguments(kind, arguments, words):
     with pytest.raises((TypeError, ValueError), match=rf"^asgl_cuda\.{kind}: {words}") as caught:
         getattr(asgl_cuda, kind)(**{**FIRST.get(kind, {}), **arguments})
-    of_type = re.search("must be an? (int|bool|dtype).*, got|dtype|keyword|argument of|have no", str(caught.value))
+    of_type = re.search("must be an? (int|bool|dtype).*, got|dtype|keyword|takes no input|have no", str(caught.value))
     assert caught.type is (TypeError if of_type else ValueError)
 
 
@@ -447,7 +447,7 @@ def test_other_shapes_and_values_are_refused(kind, name, learned):
         "or of shape [6], got a tensor of shape [5]": value[:5],
         "or of shape [6], got a tensor of shape [6, 1]": value[:, None],
         "or of shape [6], got torch.complex64": value.to(torch.complex64),
-        "whose value can't be read": value.to("meta"),
+        "whose values can't be read": value.to("meta"),
         "nan": torch.where(value == high, torch.nan, value),
     }
     if not learned:
@@ -502,29 +502,30 @@ CHANNEL, NEURON = {"granularity": "channel"}, {"granularity": "neuron"}
     ("layer", "given", "words"),
     [
         # An input, or its shape, and words of the message.
-        (LIF(8, **CHANNEL), (4, 8, 5), "[T, B, C, ...] with C = 8; got [4, 8, 5]; is time missing?"),
-        (LIF(8, **CHANNEL), (4, 8), "[T, B, C, ...] with C = 8; got [4, 8]; is time missing?"),
-        (LIF(8, **CHANNEL), (4, 6, 5), "[T, B, C, ...] with C = 8; got [4, 6, 5]"),
-        (LIF(8, **CHANNEL, time_dim=1), (4, 8, 5), "[B, T, C, ...] with C = 8; got [4, 8, 5]; is time missing?"),
-        (LIF(8, **CHANNEL, time_dim=-1), (4, 6, 5, 7), "[B, C, ..., T] with C = 8; got [4, 6, 5, 7]"),
-        (LIF((4, 8), **NEURON), (4, 8), "[T, B, 4, 8] with the neurons last; got [4, 8]; is time missing?"),
-        (LIF((2, 3, 5, 1), **NEURON), (2, 3, 5), "[T, B, 2, 3, 5, 1] with the neurons last; got [2, 3, 5]"),
-        (LeakyIntegrator((4, 8), **NEURON, learn_decay=True), (2, 3, 8), "4, 8] with the neurons last; got [2, 3, 8]"),
-        (BatchNormLIF(8), (4, 8, 5, 6), "[T, B, C, ...] with C = 8; got [4, 8, 5, 6]; is time missing?"),
-        (BatchNormLIF(8), (4, 3, 5, 6), "[T, B, C, ...] with C = 8; got [4, 3, 5, 6]"),
+        (LIF(8, **CHANNEL), (4, 8, 5), "[T, B, C, ...] with C = 8, got [4, 8, 5]; is time missing?"),
+        (LIF(8, **CHANNEL), (4, 8), "[T, B, C, ...] with C = 8, got [4, 8]; is time missing?"),
+        (LIF(8, **CHANNEL), (4, 6, 5), "[T, B, C, ...] with C = 8, got [4, 6, 5]"),
+        (LIF(8, **CHANNEL, time_dim=1), (4, 8, 5), "[B, T, C, ...] with C = 8, got [4, 8, 5]; is time missing?"),
+        (LIF(8, **CHANNEL, time_dim=-1), (4, 6, 5, 7), "[B, C, ..., T] with C = 8, got [4, 6, 5, 7]"),
+        (LIF((4, 8), **NEURON), (4, 8), "[T, B, 4, 8] with the neurons last, got [4, 8]; is time missing?"),
+        (LIF((2, 3, 5, 1), **NEURON), (2, 3, 5), "[T, B, 2, 3, 5, 1] with the neurons last, got [2, 3, 5]"),
+        (LeakyIntegrator((4, 8), **NEURON, learn_decay=True), (2, 3, 8), "4, 8] with the neurons last, got [2, 3, 8]"),
+        (BatchNormLIF(8), (4, 8, 5, 6), "running_mean must have shape [5], with a value for each channel (dimension 2) "
+         "of x_seq of shape [4, 8, 5, 6], got [8]; is time missing?"),
+        (BatchNormLIF(8), (4, 3, 5, 6), "of x_seq of shape [4, 3, 5, 6], got [8]"),
         (BatchNormLIF(8), (4, 8), "after time and batch, got shape [4, 8] with time_dim 0; is time missing?"),
         (LIF(time_dim=1), (4,), "got 1; is time missing?"),
         (LIF(time_dim=-3), (4, 5), "got -3; is time missing?"),
-        (LIF((4, 8), **NEURON, learn_width=False), (4, 8), "[T, B, 4, 8] with the neurons last; got [4, 8]; is time m"
+        (LIF((4, 8), **NEURON, learn_width=False), (4, 8), "[T, B, 4, 8] with the neurons last, got [4, 8]; is time m"
          "issing?"),
-        (LeakyIntegrator(8, **NEURON), (8,), "[T, B, 8] with the neurons last; got [8]; is time missing?"),
-        (LeakyIntegrator(8, **CHANNEL), (4, 8), "[T, B, C, ...] with C = 8; got [4, 8]; is time missing?"),
-        (AdaptiveLIF(8, **CHANNEL, learn_width=False), (4, 8), "with C = 8; got [4, 8]; is time missing?"),
-        (LIF(8, **CHANNEL, levels=2, v_reset=None), (4, 8, 5), "C = 8; got [4, 8, 5]; is time missing?"),
-        (BatchNormLIF((8, 8, 8), **NEURON), (4, 8, 8, 8), "[T, B, 8, 8, 8] with the neurons last; got [4, 8, 8, 8]; is"
+        (LeakyIntegrator(8, **NEURON), (8,), "[T, B, 8] with the neurons last, got [8]; is time missing?"),
+        (LeakyIntegrator(8, **CHANNEL), (4, 8), "[T, B, C, ...] with C = 8, got [4, 8]; is time missing?"),
+        (AdaptiveLIF(8, **CHANNEL, learn_width=False), (4, 8), "with C = 8, got [4, 8]; is time missing?"),
+        (LIF(8, **CHANNEL, levels=2, v_reset=None), (4, 8, 5), "C = 8, got [4, 8, 5]; is time missing?"),
+        (BatchNormLIF((8, 8, 8), **NEURON), (4, 8, 8, 8), "[T, B, 8, 8, 8] with the neurons last, got [4, 8, 8, 8]; is"
          " time missing?"),
-        (BatchNormLIF(8, affine=False, track_running_stats=False), (4, 8, 6, 6), "must have 8 channels: expected [T, "
-         "B, C, ...] with C = 8; got [4, 8, 6, 6]; is time missing?"),
+        (BatchNormLIF(8, affine=False, track_running_stats=False), (4, 8, 6, 6), "must have shape [T, "
+         "B, C, ...] with C = 8, got [4, 8, 6, 6]; is time missing?"),
         (RecurrentLIF(3), (2, 3), "must have shape [T, B, N], or [B, T, N] with time_dim=1, got [2, 3] with time_dim=0;"
          " is time missing?"),
         (LIF(), [[1.0]], "x_seq must be a tensor, got list"),
@@ -625,7 +626,7 @@ BY_GAIN = "divides the input by tau, as input_gain=0.5 does"
         (lambda: LIF(v_th=1), "Norse's v_th=1 is v_threshold=1, strict_threshold=True"),
         (lambda: LIF(spike_threshold=0.5), "sinabs' spike_threshold=0.5 is v_threshold=0.5"),
         (lambda: LIF(batch_first=True), "'batch_first'; batch_first=True of torch.nn.RNN is time_dim=1"),
-        (lambda: BatchNormLIF(3, step_mode="m"), "SpikingJelly's step mode 'm' is a call, 's' is layer.step\\(x_t\\)"),
+        (lambda: BatchNormLIF(3, step_mode="m"), "in SpikingJelly's step mode 'm', layer.step\\(x_t\\) as in 's'"),
         (lambda: LeakyIntegrator(threshold=1), "'threshold'"),
         (lambda: asgl_cuda.lif(X, learn_beta=True), "'learn_beta'"),
     ],

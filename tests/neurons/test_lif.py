@@ -166,6 +166,18 @@ def test_a_threshold_is_exceeded_by_a_subnormal_number(backend, device, steps, d
 LONG = [((4, 2**20 + 48), 0), ((17, 2**18), 0), ((3, 4, 2**19), 1)]
 
 
+@pytest.mark.parametrize(("input_gain", "residual_gain"), [(0.6, 0.6), (0.6, 0.3), ("tensor", 0.0)])
+def test_gradients_of_a_residual(backend, device, input_gain, residual_gain):
+    """Stand to those of x_seq as the gains do: one tensor for both if the gains are equal, and not otherwise."""
+    x_seq, residual = (random_input(5, 2, 7, device=device) for _ in range(2))
+    gain = torch.tensor(0.6, device=device, requires_grad=True) if input_gain == "tensor" else input_gain
+    options = {"residual": residual, "input_gain": gain, "residual_gain": residual_gain, "backend": backend}
+    spikes = asgl_cuda.lif(x_seq, **options)
+    grad_x_seq, grad_residual = torch.autograd.grad(spikes.sum(), (x_seq, residual))
+    assert grad_x_seq.all()
+    torch.testing.assert_close(grad_residual, grad_x_seq * (residual_gain / 0.6))
+
+
 @pytest.mark.skipif("cpu" not in asgl_cuda.available_backends(), reason="no CPU kernels")
 @pytest.mark.parametrize("analog_prob", [0.0, 0.25])
 @pytest.mark.parametrize(("shape", "time_dim"), LONG, ids=str)

@@ -67,11 +67,11 @@ def test_info_names_every_backend(monkeypatch, capsys, tmp_path):
 def test_info_tells_a_missing_cupy_from_a_missing_nvrtc(monkeypatch):
     """A CUDA build of torch installs NVRTC itself."""
     monkeypatch.setitem(sys.modules, "cupy_backends", None)
-    assert ", CuPy missing, " in cupy.description()
+    assert ", CuPy missing, " in cupy.describe_paths()
     monkeypatch.setitem(sys.modules, "cupy_backends", ModuleType("cupy_backends"))
     sys.modules["cupy_backends"].__spec__ = ModuleSpec("cupy_backends", None)
     monkeypatch.setattr(cupy, "nvrtc_problem", lambda: "no libnvrtc.so")
-    assert ", NVRTC missing, " in cupy.description()
+    assert ", NVRTC missing, " in cupy.describe_paths()
 
 
 def test_output_that_is_not_read_to_its_end():

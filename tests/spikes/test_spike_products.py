@@ -184,7 +184,7 @@ def test_subnormals_are_no_zeros():
     if torch.set_flush_denormal(True):
         try:
             assert asgl_cuda.spike_linear(x, weight).shape == (3, 2)
-            packed = products._packed(functional.pad(x, [0, 24]), (2, 64), (), ())
+            packed = products._pack_spikes(functional.pad(x, [0, 24]), (2, 64), (), ())
         finally:
             torch.set_flush_denormal(False)
         assert packed.nbytes == 3 * 8 + x.nbytes
@@ -233,7 +233,7 @@ def test_packed_spikes(length, values):
     """A bit an element, where all spikes are 1, from which the products are those of the spikes."""
     torch.manual_seed(0)
     x, weight, grad = Case((1, length), 1).spikes(0.1, values=values), torch.randn(3, length), torch.randn(1, 3)
-    packed = products._packed(x, weight.shape, (), ())
+    packed = products._pack_spikes(x, weight.shape, (), ())
     if packed is None:
         assert length < 64
         return

@@ -238,7 +238,7 @@ def test_analog_prob_as_data_is_as_a_number(name, device, prob):
 def operator_inputs(device, x_seq):
     parameters = [uniform(3, low=0.5, high=1.5, device=device), None, None, uniform(low=0.5, high=1, device=device)]
     numbers = Numbers(0.0, 0.5, 1.0, 0.0, 1.0, 0.0, 0.0, residual_gain=0.5, v_rest=0.0, surrogate_gain=1.0, v_min=0.0)
-    rules = Rules(1, 1, *[0] * 8, analog_below=0, levels=0, adaptation=0, time_dim=0)
+    rules = Rules(1, 1, *[0] * 8, analog_below=0, levels=0, adaptation=0, time_dim=0, trailing=0)
     return x_seq, None, None, *parameters, *[None] * 4, numbers, rules
 
 

@@ -122,6 +122,9 @@ def test_noise_that_is_given_is_that_of_each_sample_alone(backend, device, layou
 MODELS = {
     "LIF": lambda **options: asgl_cuda.LIF(learn_decay=True, learn_threshold=True, **options),
     "by channel": lambda **options: asgl_cuda.LIF(8, granularity="channel", learn_decay=True, **options),
+    "by channel of images": lambda **options: nn.Sequential(
+        nn.Unflatten(-1, (4, 2)), asgl_cuda.LIF(4, granularity="channel", learn_decay=True, **options)
+    ),
     "normalised": lambda **options: asgl_cuda.BatchNormLIF(8, granularity="channel", **options),
     "recurrent": lambda **options: asgl_cuda.RecurrentLIF(8, **options),
 }

@@ -258,13 +258,14 @@ def test_errors_of_each_process(results):
     for rank, result in enumerate(results):
         for name in BACKENDS:
             assert result[name, "one value"] == (
-                "asgl_cuda.batch_norm_lif: training needs more than one value per channel, got one in all processes "
-                f"together, and here x_seq of shape [1, {1 - rank}, 3]",
+                "asgl_cuda.batch_norm_lif: training needs more than one value per channel, got one over all "
+                f"processes together and, in this process, x_seq of shape [1, {1 - rank}, 3]",
                 [1, 1, 1],
             )
         assert result["DTensor"] == (
-            "asgl_cuda.lif: x_seq must be a tensor of this process, got a DTensor; if it is not sharded over "
-            "time, pass x_seq.to_local(), because neurons are independent"
+            "asgl_cuda.lif: x_seq must be a tensor of this process, got a DTensor; pass x_seq.full_tensor(), "
+            "or x_seq.to_local() if only the batch is sharded (a batch normalisation in training then also needs "
+            "process_group)"
         )
 
 

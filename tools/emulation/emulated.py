@@ -82,8 +82,11 @@ def register() -> Emulation:
             is_python_module=False,
         )
     emulation = Emulation(path or str(directory / f"{NAMESPACE}.so"))
-    functions = launcher.implement(NAMESPACE, "CPU", emulation)
+    functions = launcher.define_with_kernels(NAMESPACE, "CPU", emulation)
     backends.BACKENDS["emulated"] = backends.Backend(
-        ("cpu",), backends.operators_in(NAMESPACE), lambda: extension.problem, backends.direct_operators(functions)
+        ("cpu",),
+        backends.registered_operators(NAMESPACE),
+        lambda: extension.problem,
+        backends.direct_operators(functions),
     )
     return emulation

@@ -568,9 +568,12 @@ def record(directory: Path) -> None:
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)  # fills what is uninitialised with NaN
     recording = Recording(emulated.register())
-    functions = launcher.implement(NAMESPACE, "CPU", recording)
+    functions = launcher.define_with_kernels(NAMESPACE, "CPU", recording)
     backends.BACKENDS["recorded"] = backends.Backend(
-        ("cpu",), backends.operators_in(NAMESPACE), lambda: extension.problem, backends.direct_operators(functions)
+        ("cpu",),
+        backends.registered_operators(NAMESPACE),
+        lambda: extension.problem,
+        backends.direct_operators(functions),
     )
     count = left_out = 0
     for family, calls in FAMILIES.items():

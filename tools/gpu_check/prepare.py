@@ -80,7 +80,7 @@ def ready(device: str, architecture: str) -> str | None:
 def fill_cache(architecture: str) -> int:
     """Compiles all kernels that the backend cupy can request; returns the count."""
     major, minor = map(int, architecture.split("."))
-    compiled = partial(cupy.load_or_compile, architecture=cupy.target((major, minor)))
+    compiled = partial(cupy.load_or_compile, architecture=cupy.target_architecture((major, minor)))
     # Spawned: a fork would inherit torch's threads, CUDA context, and an extension from before `build`.
     with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
         return len(list(pool.map(compiled, pool.submit(launcher.kernel_names).result(), chunksize=4)))

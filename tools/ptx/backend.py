@@ -254,7 +254,7 @@ class Launcher:
     def operators(self) -> dict[str, Callable[..., Any]]:
         """The operators; their kernels may access only the storages of a call's tensors."""
         namespace = f"asgl_cuda_ptx_launcher_{next(_namespaces)}"
-        launcher.implement(namespace, "CPU", self)
+        launcher.define_with_kernels(namespace, "CPU", self)
         kernels = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 
         def watched(operator: Any) -> Callable[..., Any]:
@@ -270,7 +270,7 @@ class Launcher:
 
             return call
 
-        operators = backends.operators_in(namespace)
+        operators = backends.registered_operators(namespace)
         return {name: watched(each) for name, each in operators._asdict().items()}
 
 
@@ -280,4 +280,4 @@ def register(name: str, launcher: Launcher) -> None:
     library = ops.define_operators(namespace)
     for operator, call in launcher.operators().items():
         library.impl(operator, call, "CPU")
-    backends.BACKENDS[name] = backends.Backend(("cpu",), backends.operators_in(namespace), lambda: None)
+    backends.BACKENDS[name] = backends.Backend(("cpu",), backends.registered_operators(namespace), lambda: None)

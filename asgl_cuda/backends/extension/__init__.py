@@ -25,7 +25,7 @@ def source_directory() -> Path | None:
     return next((path for path in folders if (path / "ops/bindings.cpp").is_file()), None)
 
 
-def remedy() -> str:
+def build_command() -> str:
     """The command that builds the extension for this torch."""
     options = "--no-build-isolation --no-deps"
     if (PACKAGE.parent / "setup.py").is_file():
@@ -33,9 +33,9 @@ def remedy() -> str:
     return f"in a checkout of asgl_cuda, pip install {options} --force-reinstall ."
 
 
-def no_sources() -> str:
+def missing_sources_message() -> str:
     """The message that sources are missing, with a remedy."""
-    return f"the sources, which were installed with asgl_cuda, are gone. To install them again: {remedy()}"
+    return f"the sources, which were installed with asgl_cuda, are gone. To install them again: {build_command()}"
 
 
 def _misfit(info: BuildInfo) -> str | None:
@@ -49,30 +49,30 @@ def _misfit(info: BuildInfo) -> str | None:
     return None
 
 
-def load() -> tuple[ModuleType | None, BuildInfo | None, str | None]:
+def load_extension() -> tuple[ModuleType | None, BuildInfo | None, str | None]:
     """The extension and its notes, or the reason for none with a remedy."""
     if not (PACKAGE / NOTES).exists():
         others = [path.name for path in PACKAGE.glob("_C.*")]
         why = f"{', '.join(others)} in {PACKAGE} has no {NOTES} beside it: its build did not end" if others else None
-        return None, None, _problem(why or f"it was not built with this installation, in {PACKAGE}")
+        return None, None, _missing_extension_message(why or f"it was not built with this installation, in {PACKAGE}")
     try:
-        info = build_notes.read(PACKAGE)
+        info = build_notes.read_notes(PACKAGE)
         why = _misfit(info)
         if why is None:
-            return _import(PACKAGE / EXTENSION), info, None
+            return _import_file(PACKAGE / EXTENSION), info, None
     except FileNotFoundError:
         why = f"this Python loads {EXTENSION}, which is not in {PACKAGE}: it was built for another Python"
     except (ImportError, OSError, TypeError, ValueError) as error:
         why = str(error)
-    return None, None, _problem(why)
+    return None, None, _missing_extension_message(why)
 
 
-def _problem(why: str) -> str:
+def _missing_extension_message(why: str) -> str:
     """The message that the extension is missing, with a remedy."""
-    return f"the compiled extension is missing: {why}. To build it: {remedy()}"
+    return f"the compiled extension is missing: {why}. To build it: {build_command()}"
 
 
-def _import(path: Path) -> ModuleType:
+def _import_file(path: Path) -> ModuleType:
     """Loads the extension module from this file."""
     spec = spec_from_file_location("asgl_cuda._C", path)
     assert spec is not None
@@ -82,4 +82,4 @@ def _import(path: Path) -> ModuleType:
     return module
 
 
-module, build_info, problem = load()
+module, build_info, problem = load_extension()

@@ -70,14 +70,14 @@ def digest_of_build(csrc: Path, backends: Path) -> str:
     return hashlib.sha256(digest_of_sources(csrc) + how).hexdigest()[:16]
 
 
-def write(directory: Path, torch_version: str, cuda: str | None, reason: str, sources: str) -> None:
+def write_notes(directory: Path, torch_version: str, cuda: str | None, reason: str, sources: str) -> None:
     """Notes about the extension there."""
     content = (directory / EXTENSION).read_bytes()
     info = BuildInfo(torch_version, cuda, reason, sources, len(content), zlib.crc32(content))
     (directory / NOTES).write_text(json.dumps(info._asdict(), indent=2) + "\n", encoding="utf-8")
 
 
-def read(directory: Path) -> BuildInfo:
+def read_notes(directory: Path) -> BuildInfo:
     """Reads the notes. Raises OSError if there are none, ValueError if notes or extension are damaged."""
     notes, extension = directory / NOTES, directory / EXTENSION
     try:

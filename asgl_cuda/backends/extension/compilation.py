@@ -4,7 +4,7 @@ ASGL_CUDA_BUILD: cuda, the kernels for CPU and GPU; cpu, only those for the CPU.
 torch and a toolkit allow that, a GPU or not; else cpu.
 TORCH_CUDA_ARCH_LIST, such as "8.0;9.0+PTX": the GPUs; without it, those that the installed torch was built for, from
 sm_75 on, as far as nvcc knows them. Newer GPUs have PTX. Architectures with the same code are compiled once.
-MAX_JOBS: files at a time; without it, one a core, as far as memory suffices.
+MAX_JOBS: files at a time; without it, one per core, as far as memory suffices.
 """
 
 from __future__ import annotations
@@ -75,14 +75,14 @@ def wheel_homes(major: str) -> list[Path]:
     return [Path(folder) / f"cu{major}" for folder in (package and package.submodule_search_locations) or ()]
 
 
-def named_home() -> tuple[str, Path] | None:
+def home_from_environment() -> tuple[str, Path] | None:
     """The variable that names a toolkit, and its folder."""
     return next(((name, Path(home)) for name in ("CUDA_HOME", "CUDA_PATH") if (home := os.environ.get(name))), None)
 
 
 def toolkit_homes(major: str) -> list[Path]:
     """Folders that may have a toolkit, best first. A named toolkit may have the wrong version, so others follow."""
-    named = named_home()
+    named = home_from_environment()
     homes = [DEFAULT_TOOLKIT, *wheel_homes(major)]
     if nvcc := shutil.which("nvcc"):
         # nvcc may be a wrapper script; the compiler that it calls knows its own folder.
@@ -94,15 +94,15 @@ def toolkit_homes(major: str) -> list[Path]:
 def read_toolkit(home: Path) -> Toolkit | None:
     """The toolkit in that folder, as NVIDIA's installer, Debian, conda or the wheels lay it out, if it is complete."""
 
-    def first(*patterns: str) -> Path | None:
+    def first_match(*patterns: str) -> Path | None:
         """The first file in the toolkit that fits a pattern, or None."""
         return next((path for pattern in patterns for path in sorted(home.glob(pattern))), None)
 
     version = re.search(r"release (\d+\.\d+)", output_of(home / "bin/nvcc", "--version"))
-    header = first("include/cuda_runtime.h", "targets/*/include/cuda_runtime.h")
+    header = first_match("include/cuda_runtime.h", "targets/*/include/cuda_runtime.h")
     # The wheels contain it only under its full name, libcudart.so.13, which the option -lcudart does not find.
     folders = ("lib64", "lib", "targets/*/lib", "lib/*-linux-gnu")
-    cudart = first(*(f"{folder}/libcudart.so*" for folder in folders))
+    cudart = first_match(*(f"{folder}/libcudart.so*" for folder in folders))
     if header is None or cudart is None or version is None:
         return None
     return Toolkit(home.resolve(), version[1], header.parent.resolve(), cudart.resolve())
@@ -136,7 +136,7 @@ def choose_toolkit(wanted: str | None) -> tuple[Toolkit | None, str]:
         found = find_toolkit(torch.version.cuda)
     if isinstance(found, Toolkit):
         reason = f"torch {torch.__version__} is a build for CUDA {torch.version.cuda}, toolkit in {found.home}"
-        if (named := named_home()) and named[1].resolve() != found.home:
+        if (named := home_from_environment()) and named[1].resolve() != found.home:
             variable, home = named
             reason += f", since {variable}={home} has no toolkit of CUDA {found.version.split('.')[0]}"
         return found, reason
@@ -151,7 +151,7 @@ def architectures_of_torch() -> set[int]:
     return {int(number) for number in re.findall(r"\bsm_(\d+)", flags)}
 
 
-def architectures(known: list[int]) -> tuple[list[str], str]:
+def architecture_flags(known: list[int]) -> tuple[list[str], str]:
     """Arguments for an nvcc that knows these architectures, and in words what they ask for."""
     asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip()
     if asked:
@@ -159,8 +159,8 @@ def architectures(known: list[int]) -> tuple[list[str], str]:
         wanted = {int(entry[1] + entry[2]): entry[3] is not None for entry in entries if entry}
         if None in entries or not wanted.keys() <= set(known):
             raise SystemExit(
-                f"asgl_cuda: TORCH_CUDA_ARCH_LIST must be of the form 8.0;9.0+PTX, and this nvcc knows "
-                f"{' '.join(f'{number / 10:.1f}' for number in sorted(known))}, got {asked!r}"
+                f"asgl_cuda: TORCH_CUDA_ARCH_LIST must be of the form 8.0;9.0+PTX, of architectures that this nvcc "
+                f"knows ({' '.join(f'{number / 10:.1f}' for number in sorted(known))}), got {asked!r}"
             )
     else:
         supported = {number for number in known if number >= OLDEST_ARCHITECTURE}
@@ -180,8 +180,8 @@ def architectures(known: list[int]) -> tuple[list[str], str]:
     return flags, " ".join(built)
 
 
-def jobs() -> int:
-    """Compilers at a time: MAX_JOBS, or one a core, as far as memory suffices."""
+def parallel_jobs() -> int:
+    """The number of compilers at a time: MAX_JOBS, or one per core, as far as memory suffices."""
     asked = os.environ.get("MAX_JOBS", "")
     if asked.isdigit():
         return max(1, int(asked))
@@ -193,7 +193,7 @@ def jobs() -> int:
     return max(1, min(os.cpu_count() or 1, 1 + beside_largest))
 
 
-def wanted_build() -> str | None:
+def requested_build() -> str | None:
     """The value of ASGL_CUDA_BUILD, checked."""
     wanted = os.environ.get("ASGL_CUDA_BUILD")
     if wanted not in (None, "cuda", "cpu", "none"):
@@ -210,16 +210,16 @@ class Plan(NamedTuple):
     sources: str  # digest of the sources
 
 
-def plan(csrc: Path, wanted: str | None) -> Plan:
-    """How to compile the sources there. Paths are relative where that one is, as setuptools needs them in setup.py."""
-    for name in ("CC", "CXX"):  # torch and setuptools would start a program without a name
+def plan_build(csrc: Path, wanted: str | None) -> Plan:
+    """How to compile the sources in `csrc`. Paths are relative if `csrc` is, as setuptools needs them in setup.py."""
+    for name in ("CC", "CXX"):  # an empty name, which torch and setuptools would try to start
         if not os.environ.get(name, "-").strip():
             del os.environ[name]
     # The folder in which pip puts ninja, which may be missing from the PATH.
     os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), sysconfig.get_path("scripts")])
     toolkit, reason = choose_toolkit(wanted)
     sources = build_notes.digest_of_build(csrc, Path(__file__).parents[1])
-    parallel = jobs()
+    parallel = parallel_jobs()
     os.environ["MAX_JOBS"] = str(parallel)
     extension = cpp_extension.CppExtension(
         "asgl_cuda._C",
@@ -232,7 +232,7 @@ def plan(csrc: Path, wanted: str | None) -> Plan:
         return Plan(extension, None, reason, sources)
     nvcc = toolkit.home / "bin" / "nvcc"
     known = [int(number) for number in re.findall(r"\bsm_(\d+)\b", output_of(nvcc, "--list-gpu-code"))]
-    flags, built = architectures(known)
+    flags, built = architecture_flags(known)
     # If the nvcc on the PATH is a wrapper script, torch derives a wrong folder from it.
     cpp_extension.CUDA_HOME = str(toolkit.home)
     kernels = sorted(map(str, (csrc / "cuda").glob("*.cu")))
@@ -240,19 +240,19 @@ def plan(csrc: Path, wanted: str | None) -> Plan:
     extension.define_macros.append(("ASGL_WITH_CUDA", None))
     threads = max(1, parallel // len(kernels))  # threads of each compiler that ninja starts
     extension.extra_compile_args["nvcc"] = [*NVCC_FLAGS, *flags, f"--threads={threads}"]
-    if toolkit.include != Path("/usr/include"):  # always searched, and after the others
+    if toolkit.include != Path("/usr/include"):  # compilers search it anyway, after all others
         extension.include_dirs.append(str(toolkit.include))
     extension.libraries.append("c10_cuda")
     extension.extra_link_args.append(str(toolkit.cudart))
     return Plan(extension, f"CUDA {toolkit.version}, {built}", reason, sources)
 
 
-def say(words: str) -> None:
-    """To the terminal, since pip keeps what a build prints."""
+def print_to_terminal(words: str) -> None:
+    """Prints a line to the terminal itself, because pip captures the output of a build."""
     try:
         with Path("/dev/tty").open("w") as terminal:
             terminal.write(f"asgl_cuda: {words}\n")
-    except OSError:  # no such program
+    except OSError:  # there is no terminal
         pass
 
 
@@ -262,50 +262,52 @@ def require_compiler() -> None:
     if shutil.which(compiler) is None:
         raise SystemExit(
             f"asgl_cuda: no C++ compiler {compiler!r} on the PATH. Install one (Debian, Ubuntu: apt install g++) or "
-            "name another program in CXX; with ASGL_CUDA_BUILD=none it is installed without the fast kernels"
+            "name another program in CXX; with ASGL_CUDA_BUILD=none, asgl_cuda is installed without the fast kernels"
         )
 
 
-def builder(planned: Plan, package: Path) -> type[cpp_extension.BuildExtension]:
+def build_command_class(planned: Plan, package: Path) -> type[cpp_extension.BuildExtension]:
     """The command build_ext; `package` is where it builds in place."""
     kernels = f"the CPU and CUDA kernels ({planned.cuda})" if planned.cuda else "only the CPU kernels"
     # Measured on two cores: g++ 5 minutes; nvcc 1 to 2 minutes for one architecture, 3 to 6 for six. Rounded up.
     minutes = 5 + (1 + len(re.findall(r"\bsm_", planned.cuda)) if planned.cuda else 0)
 
     class Build(cpp_extension.BuildExtension):
-        """Shows its progress, and notes what the extension was built for."""
+        """Compiles the extension, shows its progress, and writes the notes beside it (build_notes.py)."""
 
         def run(self) -> None:
             """Compiles, reports progress, and writes the notes of the build."""
             require_compiler()
-            say(f"compiling {kernels}, {os.environ['MAX_JOBS']} files at a time: on two cores {minutes} minutes")
+            print_to_terminal(
+                f"compiling {kernels}, {os.environ['MAX_JOBS']} files at a time: on two cores {minutes} minutes"
+            )
             compiled = threading.Event()
             earlier = {path: path.stat().st_mtime_ns for path in Path(self.build_temp).rglob("*.o")}
-            threading.Thread(target=self.watch, args=(compiled, earlier), daemon=True).start()
+            threading.Thread(target=self.report_progress, args=(compiled, earlier), daemon=True).start()
             try:
                 super().run()
             finally:
                 compiled.set()
             target = package if self.inplace else Path(self.build_lib) / "asgl_cuda"
-            build_notes.write(target, torch.__version__, planned.cuda, planned.reason, planned.sources)
+            build_notes.write_notes(target, torch.__version__, planned.cuda, planned.reason, planned.sources)
             print(f"asgl_cuda: built {kernels} for torch {torch.__version__} on {platform.machine()}: {planned.reason}")
 
-        def watch(self, compiled: threading.Event, earlier: dict[Path, int]) -> None:
-            """Names the files that are compiled, as their objects appear."""
+        def report_progress(self, compiled: threading.Event, earlier: dict[Path, int]) -> None:
+            """Prints the name of each file that has been compiled, when its object appears."""
             done: list[Path] = []
             while not compiled.wait(1):
                 for path in Path(self.build_temp).rglob("*.o"):
                     if path not in done and path.stat().st_mtime_ns != earlier.get(path):
                         done.append(path)
-                        say(f"{len(done)} of {len(planned.extension.sources)} files: {path.stem}")
+                        print_to_terminal(f"{len(done)} of {len(planned.extension.sources)} files: {path.stem}")
 
     return Build
 
 
 def build(csrc: Path, directory: Path) -> None:
     """Compiles the sources in `csrc` to `asgl_cuda` in the directory, and keeps the objects there for the next time."""
-    planned = plan(csrc, wanted_build())
-    command = builder(planned, directory)(Distribution({"ext_modules": [planned.extension]}))
+    planned = plan_build(csrc, requested_build())
+    command = build_command_class(planned, directory)(Distribution({"ext_modules": [planned.extension]}))
     command.build_lib, command.build_temp = str(directory), str(directory / "objects")
     command.ensure_finalized()
     command.run()

@@ -1,6 +1,6 @@
 """Models to and from NIR, the Neuromorphic Intermediate Representation that other libraries and chips read.
 
-`neurons` has the equations, `write` and `read` have one function for each kind of layer.
+`neurons` has the equations of both. `write` and `read` have one function for each kind of layer.
 
 Source: Pedersen et al.: Neuromorphic intermediate representation: A unified instruction set for interoperable
 brain-inspired computing, Nature Communications 15, 8122 (2024).

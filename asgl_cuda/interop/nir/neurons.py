@@ -28,19 +28,21 @@ from torch import Tensor, nn
 from ...checks import check_number, check_width
 from ...neurons.leaky_integrator import LeakyIntegrator
 from ...neurons.lif import LIF
-from ...neurons.over_time import KNOWS_TIME, in_a_row
+from ...neurons.over_time import KNOWS_TIME, placement_advice
 
 INSTALL = 'pip install "nir>=1.0.7" "nirtorch>=2.6"'  # as in pyproject.toml
-KEY = "asgl_cuda"  # in a node's metadata, of what NIR does not know
+KEY = "asgl_cuda"  # key in the metadata of nodes, for options that NIR does not have
 DT = 1e-4  # seconds; other libraries assume the same step
 RECURRENCE = "NIR does not say when a spike that returns to its neuron arrives"
 
-_ELSEWHERE = {"time_dim", "backend", "device", "dtype", "delay"}  # arguments of layers that metadata leave out
+# Arguments of layers that metadata leave out: those that the reader chooses, and `delay`, which is a node of its own.
+_ELSEWHERE = {"time_dim", "backend", "device", "dtype", "delay"}
+# By argument that makes a value learned: the parameter that it adds.
 _LEARNED = {"learn_width": "log_width", "learn_decay": "logit_decay", "learn_threshold": "threshold"}
 
 
-def require(name: str, dt: Any, caller: str) -> Any:
-    """Imports a module of nir or nirtorch; checks the length of a step."""
+def import_and_check_dt(name: str, dt: Any, caller: str) -> Any:
+    """Imports a module of nir or nirtorch, and checks the length of a step."""
     try:
         module = importlib.import_module(name)
     except ImportError as error:
@@ -50,8 +52,8 @@ def require(name: str, dt: Any, caller: str) -> Any:
 
 
 @contextmanager
-def naming(where: str) -> Iterator[None]:
-    """Errors inside, of a layer or of torch, become one line that names the layer or node."""
+def named_in_errors(where: str) -> Iterator[None]:
+    """Turns errors inside, of a layer or of torch, into a ValueError of one line that begins with `where`."""
     try:
         yield
     except Exception as error:
@@ -63,13 +65,13 @@ def naming(where: str) -> Iterator[None]:
 
 def as_double(value: Any) -> Tensor:
     """A value of a NIR node or a layer as a float64 tensor on the CPU."""
-    if torch.as_tensor(value).is_complex():  # torch would drop a part
+    if torch.as_tensor(value).is_complex():  # torch would drop the imaginary part
         raise ValueError("arrays must have real numbers, got complex ones")
     return torch.as_tensor(value, dtype=torch.float64, device="cpu").detach()
 
 
-def as_shape(sizes: Sequence[int]) -> Any:
-    """Sizes as NIR has them, an array of int64."""
+def as_nir_shape(sizes: Sequence[int]) -> Any:
+    """Sizes in the type of NIR's graphs, an array of int64."""
     return torch.tensor(sizes, dtype=torch.int64).numpy()
 
 
@@ -94,7 +96,7 @@ class Scale(nn.Module):
 
 
 class Delay(nn.Module):
-    """NIR's Delay: the input from `steps` steps earlier, a number for all neurons or one for each; 0 at first."""
+    """NIR's Delay: the input of `steps` steps earlier, one number for all neurons or one per neuron; 0 at first."""
 
     steps: Tensor
 
@@ -108,19 +110,19 @@ class Delay(nn.Module):
         return x_seq.gather(0, time.clamp(min=0).expand(x_seq.shape)).masked_fill(time < 0, 0.0)
 
 
-KNOWS_TIME.append(lambda module: ("Delay", in_a_row("Delay(...)")) if isinstance(module, Delay) else None)
+KNOWS_TIME.append(lambda module: ("Delay", placement_advice("Delay(...)")) if isinstance(module, Delay) else None)
 
 
 def per_neuron(layer: LIF | LeakyIntegrator, value: Tensor | float, shape: Sequence[int]) -> Tensor:
-    """A parameter, broadcast from the granularity to the neurons' shape, float64."""
+    """A parameter of the layer, expanded to one value per neuron, float64."""
     value = as_double(value)
     if layer.granularity == "channel" and value.dim():
         value = value.reshape(-1, *[1] * (len(shape) - 1))
     return value.expand(tuple(shape))
 
 
-def numbers_of(layer: Any, shape: Sequence[int]) -> dict[str, Tensor]:
-    """The numbers that a node has of a layer, one per neuron; of a LIF in units with input_gain 1 and v_rest 0."""
+def constants_of_layer(layer: Any, shape: Sequence[int]) -> dict[str, Tensor]:
+    """The constants of a layer, by name, one per neuron. Those of a LIF are scaled to input_gain 1 and v_rest 0."""
     numbers = {"decay": layer.decay, "input_gain": layer.input_gain, "v_rest": layer.v_rest}
     if isinstance(layer, LIF):
         v_reset = layer.v_rest if layer.v_reset is None else layer.v_reset
@@ -138,7 +140,7 @@ def spike_heights(layer: LIF, shape: Sequence[int]) -> Tensor:
 
 
 def metadata_of(layer: LIF | LeakyIntegrator, dt: float) -> dict[str, Any]:
-    """The metadata from which `restored` makes the layer: numbers, strings, arrays and dicts, which files support."""
+    """The metadata from which `layer_from_metadata` restores the layer, in types that NIR's files can store."""
     kind: Any = LIF if isinstance(layer, LIF) else LeakyIntegrator
     options: dict[str, Any] = {}
     for name in kind.__init__.__kwdefaults__.keys() - _ELSEWHERE:
@@ -147,16 +149,16 @@ def metadata_of(layer: LIF | LeakyIntegrator, dt: float) -> dict[str, Any]:
         elif (value := getattr(layer, f"_{name}", getattr(layer, name, None))) is not None:  # _name: as last set
             options[name] = as_double(value).numpy() if isinstance(value, Tensor) else value
     learned = {name: as_double(value).numpy() for name, value in layer.named_parameters() if name in _LEARNED.values()}
-    ours = {"dt": dt, "options": options, "num_features": as_shape(layer.num_features), "parameters": learned}
+    ours = {"dt": dt, "options": options, "num_features": as_nir_shape(layer.num_features), "parameters": learned}
     if isinstance(layer, LIF):
         ours |= {"reset": "soft" if layer.v_reset is None else "hard", "strict_threshold": layer.strict_threshold}
         ours["width"] = as_double(layer.width).reshape(-1).numpy()
     return ours
 
 
-def restored(ours: Any, kind: Any, said: dict[str, Tensor]) -> Any:
-    """The layer of the metadata, which must agree with `said`, the numbers of the node."""
-    with naming(f"metadata[{KEY!r}] can't be used; delete it to read the numbers of the node alone"):
+def layer_from_metadata(ours: Any, kind: Any, said: dict[str, Tensor]) -> Any:
+    """Restores a layer from the metadata of its node, which must agree with `said`, the node's own numbers."""
+    with named_in_errors(f"metadata[{KEY!r}] can't be used; delete it to read the numbers of the node alone"):
         # Graphs that were read from a file have numbers of numpy, and arrays for values that differ between neurons.
         options = {
             name: as_double(value) if getattr(value, "ndim", 0) else value.item() if hasattr(value, "item") else value
@@ -166,21 +168,21 @@ def restored(ours: Any, kind: Any, said: dict[str, Tensor]) -> Any:
         layer = kind([int(size) for size in ours["num_features"]] or None, **options, dtype=torch.float64)
         layer.load_state_dict({name: as_double(value) for name, value in ours["parameters"].items()})
         for name, number in said.items():
-            value = numbers_of(layer, number.shape)[name]
+            value = constants_of_layer(layer, number.shape)[name]
             if not torch.allclose(number, value, rtol=1e-5, atol=1e-6):
                 says = f"numbers say {name} {range_of(number)} and metadata say {range_of(value)}"
                 raise ValueError(f"{says}, with the step dt = {ours['dt']} of the metadata")
     return layer
 
 
-def step_of(node: Any, dt: float, tau: str = "tau", r: str = "r") -> tuple[Tensor, Tensor]:
-    """Decay and gain, per step of length dt, of a node with a time constant and a resistance."""
+def decay_and_gain_of_node(node: Any, dt: float, tau: str = "tau", r: str = "r") -> tuple[Tensor, Tensor]:
+    """Decay and gain, per step of length dt, of a node with time constant `tau`, if it has one, and resistance `r`."""
     gain, time = as_double(getattr(node, r)), getattr(node, tau, None)
     if time is None:  # IF and I
         decay, gain = torch.ones_like(gain), gain * dt
     else:
         rate = dt / as_double(time)
-        decay, gain = torch.where((rate - 1).abs() < 1e-6, 0.0, 1 - rate), gain * rate  # tau = dt, rounded
+        decay, gain = torch.where((rate - 1).abs() < 1e-6, 0.0, 1 - rate), gain * rate  # tau is dt, rounded
         if not ((decay >= 0) & (decay <= 1)).all():
             hint = "dt is the step that the graph was written for"
             raise ValueError(f"{tau} must be at least dt = {dt}, got {range_of(as_double(time))}; {hint}")
@@ -188,9 +190,9 @@ def step_of(node: Any, dt: float, tau: str = "tau", r: str = "r") -> tuple[Tenso
     return decay, torch.where((gain - 1).abs() < 1e-6, 1.0, gain)
 
 
-def numbers_of_node(node: Any, dt: float, tau: str = "tau") -> dict[str, Tensor]:
-    """The numbers of a firing node, as `numbers_of` has them of a layer, of one shape."""
-    decay, gain = step_of(node, dt, tau)
+def constants_of_node(node: Any, dt: float, tau: str = "tau") -> dict[str, Tensor]:
+    """The constants of a node that fires, by name and of one shape, in the units of `constants_of_layer`."""
+    decay, gain = decay_and_gain_of_node(node, dt, tau)
     if not (gain > 0).all():
         raise ValueError(f"r must be > 0, got {range_of(as_double(node.r))}")
     v_reset = 0.0 if getattr(node, "v_reset", None) is None else node.v_reset
@@ -199,19 +201,19 @@ def numbers_of_node(node: Any, dt: float, tau: str = "tau") -> dict[str, Tensor]
     return dict(zip(("decay", "v_threshold", "v_reset"), found, strict=True))
 
 
-def integrator_of(node: Any, dt: float, tau: str = "tau", r: str = "r") -> nn.Module:
-    """An integrator, after a Scale if the gain differs between neurons."""
-    decay, gain = step_of(node, dt, tau, r)
+def integrator_of_node(node: Any, dt: float, tau: str = "tau", r: str = "r") -> nn.Module:
+    """The integrator of a node, after a Scale if the gain differs between neurons."""
+    decay, gain = decay_and_gain_of_node(node, dt, tau, r)
     scales = bool((gain != gain.max()).any())
     numbers = {"decay": decay, "input_gain": torch.ones(()) if scales else gain}
-    layer = new_layer(
+    layer = layer_with_constants(
         LeakyIntegrator, numbers | {"v_rest": as_double(getattr(node, "v_leak", 0.0) if r == "r" else 0.0)}
     )
     return nn.Sequential(Scale(gain), layer) if scales else layer
 
 
-def new_layer(kind: Any, numbers: dict[str, Tensor], **options: Any) -> Any:
-    """A layer with these constants, some of them by neuron."""
+def layer_with_constants(kind: Any, numbers: dict[str, Tensor], **options: Any) -> Any:
+    """A layer with these constants, of which those that differ become values per neuron or channel."""
     values: dict[str, Any] = {name: float(value.flatten()[0]) for name, value in numbers.items()}
     for name, value in numbers.items():
         if value.min() == value.max():
@@ -219,6 +221,6 @@ def new_layer(kind: Any, numbers: dict[str, Tensor], **options: Any) -> Any:
         if name in ("input_gain", "v_rest"):
             raise ValueError(f"{name} must be the same for all neurons, got {range_of(value)}")
         values[name] = value
-        granularity = "channel" if value.dim() == 1 else "neuron"  # in a graph with images, one value a channel
+        granularity = "channel" if value.dim() == 1 else "neuron"  # in a graph with images, one value per channel
         options |= {"granularity": granularity, "num_features": value.shape}
     return kind(**values, **options)

@@ -17,7 +17,7 @@ from ...neurons.leaky_integrator import LeakyIntegrator
 from ...neurons.lif import LIF
 from ...neurons.over_time import OverTime
 from . import neurons as units
-from .neurons import KEY, RECURRENCE, Delay, Scale, as_double, naming, range_of
+from .neurons import KEY, RECURRENCE, Delay, Scale, as_double, named_in_errors, range_of
 
 if TYPE_CHECKING:
     import nir
@@ -26,7 +26,7 @@ _CALLER = "asgl_cuda.from_nir"
 
 
 def from_nir(graph: nir.NIRGraph, dt: float | None = None, *, dtype: torch.dtype | None = None) -> fx.GraphModule:
-    """The graph as a module in evaluation mode, `[T, B, ...]` to `[T, B, ...]`, whose submodules have the nodes' names.
+    """Makes a module `[T, B, ...]` to `[T, B, ...]`, in evaluation mode, from a graph; the nodes name its submodules.
 
     A dot in a name separates levels of modules, as in `get_submodule`. Characters other than letters, digits and `_`
     become `_`, and `_` is appended to names that are not free, as in `forward_` for `forward` and `class_` for `class`.
@@ -51,7 +51,7 @@ def from_nir(graph: nir.NIRGraph, dt: float | None = None, *, dtype: torch.dtype
         TypeError: an argument is of another type.
         ValueError: a node can't be represented, or contradicts its metadata; the message names the node.
     """
-    nir = units.require("nir", units.DT if dt is None else dt, _CALLER)
+    nir = units.import_and_check_dt("nir", units.DT if dt is None else dt, _CALLER)
     check_device_and_dtype(None, dtype, _CALLER)
     if not isinstance(graph, nir.NIRGraph):
         got = type(graph).__name__
@@ -66,14 +66,14 @@ def from_nir(graph: nir.NIRGraph, dt: float | None = None, *, dtype: torch.dtype
         order = list(TopologicalSorter(sources).static_order())
     except CycleError as error:
         cycle = " -> ".join(error.args[1])
-        raise ValueError(f"{_CALLER}: can't read the cycle {cycle}; {RECURRENCE}") from None
+        raise ValueError(f"{_CALLER}: can't read the cycle {cycle}; {RECURRENCE}; use RecurrentLIF") from None
 
-    paths, result = _paths(nodes), fx.Graph()
+    paths, result = _module_paths(nodes), fx.Graph()
     modules: dict[str, Any] = {}
     values: dict[str, Any] = {}
     for name in order:
         node, before = nodes[name], sources[name]
-        with naming(f"{_CALLER}: node {name!r} ({type(node).__name__})"):
+        with named_in_errors(f"{_CALLER}: node {name!r} ({type(node).__name__})"):
             if isinstance(node, nir.Input):
                 values[name] = result.placeholder("x_seq")
                 continue
@@ -82,7 +82,7 @@ def from_nir(graph: nir.NIRGraph, dt: float | None = None, *, dtype: torch.dtype
                 value = result.call_function(operator.add, (value, values[source]))
             layers = [modules.get(paths[source]) for source in before]
             scaled: Any = next((each for each in layers if getattr(each, "scale_output", False)), None)
-            if scaled is not None:  # the Scale that `to_nir` writes after such a layer, which does it itself
+            if scaled is not None:  # the Scale after a layer that scales its output itself: left out
                 lif = next(source for source, each in zip(before, layers, strict=True) if each is scaled)
                 if len(before) != 1:
                     got = f"{len(before)}: {', '.join(map(repr, before))}"
@@ -97,14 +97,14 @@ def from_nir(graph: nir.NIRGraph, dt: float | None = None, *, dtype: torch.dtype
             elif isinstance(node, nir.Output):
                 result.output(value)
             else:
-                modules[paths[name]] = _read(node, dt)
+                modules[paths[name]] = _module_of_node(node, dt)
                 value = result.call_module(paths[name], (value,))
             values[name] = value
     return fx.GraphModule(modules, result).to(dtype or torch.get_default_dtype()).eval()
 
 
-def _paths(names: Iterable[str]) -> dict[str, str]:
-    """The path of a module for each name."""
+def _module_paths(names: Iterable[str]) -> dict[str, str]:
+    """A free path for the module of each node, by the name of the node."""
     empty = fx.GraphModule(nn.Module(), fx.Graph())
     paths: dict[str, str] = {}
     for name in sorted(names):
@@ -120,20 +120,20 @@ def _paths(names: Iterable[str]) -> dict[str, str]:
     return paths
 
 
-def _read(node: Any, dt: float | None) -> Any:
-    """The module that computes a node."""
+def _module_of_node(node: Any, dt: float | None) -> Any:
+    """The module that computes a node, which `to_nir` may have written."""
     kind, ours = (
         type(node).__name__,
         (getattr(node, "metadata", None) or {}).get(KEY, {}),
-    )  # as `to_nir` writes it
+    )
     written = float(ours.get("dt", dt or units.DT))
     if dt is not None and abs(dt - written) > 1e-6 * written:
         raise ValueError(f"to_nir wrote it with dt = {written}, got dt = {dt}; leave out dt to use that of the node")
     dt = written
     if kind in ("Affine", "Linear", "Conv1d", "Conv2d"):
-        return _weights(node, ours)
+        return _weight_layer_of_node(node, ours)
     if kind in ("AvgPool2d", "SumPool2d"):
-        size, stride, padding = (_sizes(each, 2) for each in (node.kernel_size, node.stride, node.padding))
+        size, stride, padding = (_repeated_sizes(each, 2) for each in (node.kernel_size, node.stride, node.padding))
         return OverTime(nn.AvgPool2d(size, stride, padding, divisor_override=1 if kind == "SumPool2d" else None))
     if kind == "Flatten":
         return nn.Flatten(*(dim + 2 if dim >= 0 else dim for dim in (int(node.start_dim), int(node.end_dim))))
@@ -141,7 +141,8 @@ def _read(node: Any, dt: float | None) -> Any:
         return Scale(as_double(node.scale))
     if kind == "Threshold":
         v_threshold = as_double(node.threshold)
-        return units.new_layer(LIF, {"decay": 0 * v_threshold, "v_threshold": v_threshold}, strict_threshold=True)
+        constants = {"decay": 0 * v_threshold, "v_threshold": v_threshold}
+        return units.layer_with_constants(LIF, constants, strict_threshold=True)
     if kind == "Delay":
         delay = as_double(node.delay)
         steps = (delay / dt).round()
@@ -150,21 +151,21 @@ def _read(node: Any, dt: float | None) -> Any:
         return Delay(steps.long())
     if kind in ("CubaLIF", "CubaLI"):
         if kind == "CubaLIF":
-            neurons = units.new_layer(LIF, units.numbers_of_node(node, dt, "tau_mem"))
+            neurons = units.layer_with_constants(LIF, units.constants_of_node(node, dt, "tau_mem"))
         else:
-            neurons = units.integrator_of(node, dt, "tau_mem")
-        return nn.Sequential(units.integrator_of(node, dt, "tau_syn", "w_in"), neurons)
+            neurons = units.integrator_of_node(node, dt, "tau_mem")
+        return nn.Sequential(units.integrator_of_node(node, dt, "tau_syn", "w_in"), neurons)
     if kind in ("LIF", "IF"):
-        numbers = units.numbers_of_node(node, dt)
-        return units.restored(ours, LIF, numbers) if ours else units.new_layer(LIF, numbers)
+        numbers = units.constants_of_node(node, dt)
+        return units.layer_from_metadata(ours, LIF, numbers) if ours else units.layer_with_constants(LIF, numbers)
     if kind in ("LI", "I"):
-        numbers = dict(zip(("decay", "input_gain"), units.step_of(node, dt), strict=True))
+        numbers = dict(zip(("decay", "input_gain"), units.decay_and_gain_of_node(node, dt), strict=True))
         numbers["v_rest"] = as_double(getattr(node, "v_leak", 0.0))
-        return units.restored(ours, LeakyIntegrator, numbers) if ours else units.integrator_of(node, dt)
+        return units.layer_from_metadata(ours, LeakyIntegrator, numbers) if ours else units.integrator_of_node(node, dt)
     raise ValueError("can't be read; the documentation of asgl_cuda.from_nir lists the nodes that can")
 
 
-def _weights(node: Any, ours: Any) -> nn.Module:
+def _weight_layer_of_node(node: Any, ours: Any) -> nn.Module:
     """The linear layer or convolution that computes a node with a weight."""
     weight = as_double(node.weight)
     bias = None if getattr(node, "bias", None) is None else as_double(node.bias)
@@ -173,14 +174,18 @@ def _weights(node: Any, ours: Any) -> nn.Module:
     layer: Any = nn.Linear(inputs, outputs)
     if kernel_size:
         dims = len(kernel_size)
-        padding: Any = node.padding if isinstance(node.padding, str) else _sizes(node.padding, dims)
-        stride, dilation, groups = _sizes(node.stride, dims), _sizes(node.dilation, dims), int(node.groups)
+        padding: Any = node.padding if isinstance(node.padding, str) else _repeated_sizes(node.padding, dims)
+        stride, dilation, groups = (
+            _repeated_sizes(node.stride, dims),
+            _repeated_sizes(node.dilation, dims),
+            int(node.groups),
+        )
         kind: Any = nn.Conv1d if dims == 1 else nn.Conv2d
         layer = kind(inputs * groups, outputs, tuple(kernel_size), stride, padding, dilation, groups)
     layer.weight, layer.bias = nn.Parameter(weight.clone()), None if bias is None else nn.Parameter(bias.clone())
     return OverTime(layer) if kernel_size else layer
 
 
-def _sizes(value: Any, dims: int) -> Any:
+def _repeated_sizes(value: Any, dims: int) -> Any:
     """A size for each dimension; a single one is repeated."""
     return torch.as_tensor(value).expand(dims).tolist()

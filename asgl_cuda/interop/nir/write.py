@@ -19,13 +19,14 @@ from ...neurons.lif import LIF, unknown_options
 from ...neurons.recurrent_lif import RecurrentLIF
 from ...reference.normalisation import normalisation
 from ...spikes.layers import SPIKE_LAYERS
-from ..convert import convert, copied
+from ..convert import convert, copy_model
 from ..converted import Converted, bare_class
 from ..fuse import unfuse
 from ..libraries import LIBRARIES, libraries
 from ..recurrent import Recurrent
+from ..sequences import InSequences
 from . import neurons as units
-from .neurons import KEY, RECURRENCE, Delay, Scale, as_double, as_shape, naming, range_of
+from .neurons import KEY, RECURRENCE, Delay, Scale, as_double, as_nir_shape, named_in_errors, range_of
 
 if TYPE_CHECKING:
     import nir
@@ -37,12 +38,12 @@ _KNOWN = {
     "multi_spike", "surrogate_gain", "detach_reset", "delay", "stateful", "store_v_seq", "time_dim", "backend",
     "eps", "momentum", "input_scale", "affine", "track_running_stats",
 }  # fmt: skip
-_KNOWN_OF_CALLS = {  # of `lif`, by converted layers
+_KNOWN_OF_CALLS = {  # the same for the options with which converted layers call `lif`
     "decay", "input_gain", "input_bias", "v_rest", "v_threshold", "v_reset", "reset_amount", "scale_output", "levels",
     "v_min", "strict_threshold", "surrogate", "surrogate_gain", "width", "detach_reset", "analog_prob", "rng_state",
     "generator", "v_init", "time_dim", "return_v_last", "return_v_seq", "return_h_seq", "backend", "multi_spike",
 }  # fmt: skip
-_SILENT = (  # options without effect in evaluation
+_SILENT = (  # layers without effect in evaluation
     nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout,
 )  # fmt: skip
 
@@ -50,7 +51,7 @@ _SILENT = (  # options without effect in evaluation
 def to_nir(
     model: nn.Module, example_input: Tensor, dt: float = units.DT, *, allow_soft_reset: bool = False
 ) -> nir.NIRGraph:
-    """The model in evaluation mode as a graph of NIR.
+    """Makes a graph of NIR from the model, as it computes in evaluation mode.
 
     Args:
         model: layers of asgl_cuda.LIF and LeakyIntegrator, Linear, Conv1d, Conv2d, AvgPool2d (with
@@ -78,31 +79,33 @@ def to_nir(
         TypeError: an argument is of another type.
         ValueError: the model can't be traced or has a layer that NIR can't represent; the message names it.
     """
-    tracer = units.require("nirtorch.torch_tracer", dt, _CALLER).NIRTorchTracer
+    tracer = units.import_and_check_dt("nirtorch.torch_tracer", dt, _CALLER).NIRTorchTracer
     check_module(model, _CALLER)
     check_bool("allow_soft_reset", allow_soft_reset, _CALLER)
     check_input(example_input, 0, _CALLER, "example_input")
     if example_input.dim() < 3 or not example_input.numel():
         got = list(example_input.shape)
         raise ValueError(f"{_CALLER}: example_input must have time, batch and neurons, [T, B, ...], got shape {got}")
-    with naming(f"{_CALLER}: {type(model).__name__} can't be copied"):
-        is_leaf = _is_leaf(model) or _not_written(model) is not None
-        root = nn.Sequential(copied(model)) if is_leaf else copied(model)  # fx always traces a root
+    with named_in_errors(f"{_CALLER}: {type(model).__name__} can't be copied"):
+        is_leaf = _is_leaf(model) or _reason_not_written(model) is not None
+        root = nn.Sequential(copy_model(model)) if is_leaf else copy_model(model)  # fx always traces a root
     unfuse(root, inplace=True)
     _, report = convert(root, inplace=True)
     left = {root.get_submodule(row.path): row.reason for row in report.left}
-    left |= {module: reason for module in root.modules() if (reason := _not_written(module)) and module not in left}
+    left |= {
+        module: reason for module in root.modules() if (reason := _reason_not_written(module)) and module not in left
+    }
     for module in root.eval().modules():
         if isinstance(module, NeuronLayer):
             module.reset()
     tracer = tracer({type(module) for module in root.modules() if _is_leaf(module) or module in left})
-    with naming(f"{_CALLER}: {type(model).__name__} can't be traced"):
+    with named_in_errors(f"{_CALLER}: {type(model).__name__} can't be traced by torch.fx, which to_nir needs"):
         traced = fx.GraphModule(root, tracer.trace(root))
     traced.graph.eliminate_dead_code()  # nir would add an Output to each node without a follower
     writer = _Writer(traced, float(dt), allow_soft_reset, real_type(example_input.dtype), left)
     with torch.no_grad():
         writer.run(example_input)
-    return writer.finished()
+    return writer.finished_graph()
 
 
 def _is_leaf(module: nn.Module) -> bool:
@@ -112,14 +115,16 @@ def _is_leaf(module: nn.Module) -> bool:
     return type(module).__module__.split(".")[0] in ("torch", *LIBRARIES) and not module._modules
 
 
-def _not_written(module: nn.Module) -> str | None:
-    """The reason of the module's library not to write it, or None."""
-    reasons = (getattr(library, "not_written", lambda module: None)(module) for library in libraries())
+def _reason_not_written(module: nn.Module) -> str | None:
+    """Why `to_nir` can't write a module that is no neuron, or that `convert` made for sequences; None for others."""
+    if isinstance(module, InSequences):
+        return "it runs a loop over steps (convert with sequences); use asgl_cuda.LIF in place of its neurons"
+    reasons = (getattr(library, "reason_not_written", lambda module: None)(module) for library in libraries())
     return next((reason for reason in reasons if reason is not None), None)
 
 
 class _Flow(NamedTuple):
-    """A tensor of the traced model, in the graph of NIR."""
+    """Where a tensor of the traced model is in the graph of NIR."""
 
     sources: tuple[str, ...]  # names of the nodes to be summed
     shape: tuple[int, ...]  # the shape of the neurons
@@ -132,54 +137,60 @@ class _Writer(fx.Interpreter):
     def __init__(self, traced: fx.GraphModule, dt: float, allow_soft_reset: bool, real: Any, left: Any) -> None:
         super().__init__(traced)
         self.extra_traceback = False  # fx would add the whole graph to every message
-        self.nir = units.require("nir", dt, _CALLER)
+        self.nir = units.import_and_check_dt("nir", dt, _CALLER)
         self.dt, self.allow_soft_reset, self.real, self.left = dt, allow_soft_reset, real, left
         self.nodes: dict[str, Any] = {}
         self.edges: list[tuple[str, str]] = []
         self.flows: dict[fx.Node, _Flow] = {}
         self.time_and_batch = torch.Size()
         self.time_dim: int | None = None  # time dimension of the preceding neurons
-        self.calls: list[dict[str, Any]] = []  # options of `lif` in the current call of a converted layer, if any
-        # Each function returns the nodes of a layer in order, by the suffix that is added to the name of the layer.
+        self.calls: list[dict[str, Any]] = []  # options of the calls of `lif` by the converted layer that runs
+        # By class of layer: a function that returns its nodes in order, by the suffix to add to the name of the layer.
         self.layers: dict[Any, Any] = {
             **dict.fromkeys(_SILENT, lambda layer, flow: {}),
-            **dict.fromkeys((LIF, LeakyIntegrator), self._neurons),
-            BatchNormLIF: lambda layer, flow: {"_norm": self._norm(layer, flow)[""], **self._neurons(layer, flow)},
-            Converted: self._converted,
-            Scale: lambda layer, flow: {"": self.nir.Scale(self._array(layer.scale, flow))},
-            Delay: lambda layer, flow: {"": self._delay(layer.steps, flow)},
-            **dict.fromkeys((*SPIKE_LAYERS, *SPIKE_LAYERS.values()), self._weights),
-            nn.AvgPool2d: self._pool,
-            nn.Flatten: self._flatten,
-            **dict.fromkeys((_BatchNorm, nn.SyncBatchNorm), self._norm),
+            **dict.fromkeys((LIF, LeakyIntegrator), self._neuron_nodes),
+            BatchNormLIF: lambda layer, flow: {
+                "_norm": self._normalisation_nodes(layer, flow)[""],
+                **self._neuron_nodes(layer, flow),
+            },
+            Converted: self._converted_nodes,
+            Scale: lambda layer, flow: {"": self.nir.Scale(self._as_array(layer.scale, flow))},
+            Delay: lambda layer, flow: {"": self._delay_node(layer.steps, flow)},
+            **dict.fromkeys((*SPIKE_LAYERS, *SPIKE_LAYERS.values()), self._weight_nodes),
+            nn.AvgPool2d: self._pool_nodes,
+            nn.Flatten: self._flatten_nodes,
+            **dict.fromkeys((_BatchNorm, nn.SyncBatchNorm), self._normalisation_nodes),
         }
         for library in libraries():
-            self.layers |= dict.fromkeys(getattr(library, "NORMALISATIONS", ()), self._norm)
+            self.layers |= dict.fromkeys(getattr(library, "NORMALISATIONS", ()), self._normalisation_nodes)
             self.layers |= {own: self.layers[plain] for own, plain in getattr(library, "PLAIN", {}).items()}
 
     def run_node(self, n: fx.Node) -> Any:
-        """Runs a node of the traced model, and adds to the graph what it computes."""
+        """Runs a node of the traced model, and adds the NIR nodes for its computation to the graph."""
         inputs = [self.flows[source] for source in n.all_input_nodes if source in self.flows]
         if n.op == "call_module":
             module = self.module.get_submodule(str(n.target))
-            with naming(f"{_CALLER}: {n.target} ({bare_class(module).__name__})"):
+            with named_in_errors(f"{_CALLER}: {n.target} ({bare_class(module).__name__})"):
                 return self._run_module(n, module, inputs)
         place = next(reversed(n.meta.get("nn_module_stack") or {"": None})) or "the model itself"
-        with naming(f"{_CALLER}: {getattr(n.target, '__name__', n.target)} in {place}"):
+        with named_in_errors(f"{_CALLER}: {getattr(n.target, '__name__', n.target)} in {place}"):
             value = super().run_node(n)
             if n.op == "placeholder":
                 self.time_and_batch = value.shape[:2]
-                self.flows[n] = self._add(n.name, self.nir.Input(None), _Flow((), value.shape[2:], 2), value.shape[2:])
+                self.flows[n] = self._add_node(
+                    n.name, self.nir.Input(None), _Flow((), value.shape[2:], 2), value.shape[2:]
+                )
             elif n.op == "output":
                 if n.args[0] not in self.flows or inputs[0].leading != 2:
-                    raise ValueError(f"the model must return one tensor [T, B, ...], got {n.args[0]}")
-                self._add(n.name, self.nir.Output(None), inputs[0], inputs[0].shape)
-            elif isinstance(value, Tensor):  # sizes are left out of the graph
-                self.flows[n] = self._between(n, value, inputs)
+                    got = "one with time and batch merged" if n.args[0] in self.flows else n.args[0]
+                    raise ValueError(f"the model must return one tensor [T, B, ...], got {got}")
+                self._add_node(n.name, self.nir.Output(None), inputs[0], inputs[0].shape)
+            elif isinstance(value, Tensor):  # other values, such as sizes, are not part of the graph
+                self.flows[n] = self._flow_after_function(n, value, inputs)
         return value
 
-    def _between(self, n: fx.Node, value: Tensor, inputs: list[_Flow]) -> _Flow:
-        """The flow after a function between layers."""
+    def _flow_after_function(self, n: fx.Node, value: Tensor, inputs: list[_Flow]) -> _Flow:
+        """The flow of the output of a function between layers: an addition, flatten or unflatten."""
         name = n.target if isinstance(n.target, str) else getattr(n.target, "__name__", "")
         sizes, leading = (*n.args[1:], *n.kwargs.values()), inputs[0].leading if inputs else 0
         if n.target in (operator.add, torch.add, "add") and len(inputs) == 2 == len(n.args):
@@ -212,10 +223,12 @@ class _Writer(fx.Interpreter):
             reason = RECURRENCE if isinstance(module, RecurrentLIF) else f"layers that can be: {known}"
             raise ValueError(f"can't be represented in NIR; {self.left.get(module, reason)}")
         if len(inputs) != 1 or len(n.args) + len(n.kwargs) != 1:
-            raise ValueError("must have one argument: the output of a layer, or the sum of outputs of several")
+            count = len(n.args) + len(n.kwargs)
+            got = f"{count} arguments" if count != 1 else "a value that no layer computes"
+            raise ValueError(f"must have one argument, the output of a layer or the sum of such outputs, got {got}")
         if kind is Converted:
             self.calls = []
-            vars(module)["lif"] = partial(self._recorded, module)
+            vars(module)["lif"] = partial(self._record_lif_call, module)
         flow, value = inputs[0], super().run_node(n)
         if not isinstance(value, Tensor):
             raise ValueError(f"must return one tensor, got {type(value).__name__}")
@@ -223,48 +236,53 @@ class _Writer(fx.Interpreter):
             self._check_time(flow, getattr(module, "time_dim", 0))
         for suffix, node in self.layers[kind](module, flow).items():
             name = n.graph._graph_namespace.create_name(n.name + suffix, None) if suffix else n.name
-            flow = self._add(name, node, flow, value.shape[flow.leading :])
+            flow = self._add_node(name, node, flow, value.shape[flow.leading :])
         self.flows[n] = flow
         return value
 
-    def _recorded(self, layer: Converted, x_seq: Tensor, **options: Any) -> Any:
-        """A call of `lif` by a converted layer, whose options are recorded."""
+    def _record_lif_call(self, layer: Converted, x_seq: Tensor, **options: Any) -> Any:
+        """Calls `lif` for a converted layer, and records the options."""
         self.calls.append(options)
         return type(layer).lif(layer, x_seq, **options)
 
     def _check_time(self, flow: _Flow, time_dim: int | None) -> None:
-        """Refuses a layer whose input has not both time and batch, or time elsewhere than the layers before."""
+        """Raises ValueError for an input without both time and batch, or with time elsewhere than the layers before."""
         if flow.leading != 2 or time_dim is None:
-            got = "one step per call" if time_dim is None else "both merged by flatten(0, 1)"
+            got = "both merged by flatten(0, 1); put unflatten(0, x_seq.shape[:2]) before it"
+            if time_dim is None:
+                got = (
+                    "a layer that takes one step per call, or both merged; use asgl_cuda.LIF in its place, or the form "
+                    "of the layer that takes whole sequences, such as step mode 'm' of SpikingJelly"
+                )
             raise ValueError(f"must take time and batch as two dimensions, [T, B, ...], got {got}")
         found, self.time_dim = self.time_dim, time_dim % (2 + len(flow.shape))
         wanted = "0 or 1" if self.time_dim > 1 else f"{found}, as in the layers before"
         if self.time_dim > 1 or found not in (None, self.time_dim):
             raise ValueError(f"time must be dimension {wanted}, got time_dim {time_dim}")
 
-    def _add(self, name: str, node: Any, flow: _Flow, shape: Any) -> _Flow:
+    def _add_node(self, name: str, node: Any, flow: _Flow, shape: Any) -> _Flow:
         """Adds a node after the flow's sources. `shape` is the shape of its output."""
         # nir infers wrong types for grouped convolutions and non-square kernels, none for pooling.
-        node.input_type, node.output_type = {"input": as_shape(flow.shape)}, {"output": as_shape(shape)}
+        node.input_type, node.output_type = {"input": as_nir_shape(flow.shape)}, {"output": as_nir_shape(shape)}
         self.nodes[name] = node
         self.edges.extend((source, name) for source in flow.sources)
         return flow._replace(sources=(name,), shape=tuple(shape))
 
-    def _array(self, value: Any, flow: _Flow | None = None) -> Any:
+    def _as_array(self, value: Any, flow: _Flow | None = None) -> Any:
         """An array in the type of the model; with a flow, expanded to one value per neuron."""
         value = as_double(value) if flow is None else as_double(value).expand(flow.shape)
         return value.to(self.real).contiguous().numpy()
 
-    def _neurons(self, layer: Any, flow: _Flow) -> dict[str, Any]:
-        """The NIR nodes of a neuron layer, by suffix of the name."""
+    def _neuron_nodes(self, layer: Any, flow: _Flow) -> dict[str, Any]:
+        """The NIR nodes of a LIF or LeakyIntegrator."""
         if options := unknown_options(layer, _KNOWN):
             raise ValueError(f"has {options}, which can't be represented in NIR")
-        fires, numbers = isinstance(layer, LIF), cast("dict[str, Any]", units.numbers_of(layer, flow.shape))
+        fires, numbers = isinstance(layer, LIF), cast("dict[str, Any]", units.constants_of_layer(layer, flow.shape))
         decay = numbers.pop("decay")
         if not ((decay >= 0) & (decay <= 1)).all():
             raise ValueError(f"decay must be in [0, 1], got {range_of(decay)}")
         leaks = not (decay == 1).all()
-        if leaks and (decay == 1).any():  # whose tau would be infinite
+        if leaks and (decay == 1).any():  # their tau would be infinite
             raise ValueError(f"decay must be 1 for all neurons or for none, got {range_of(decay)}")
         unit, per_step = (1 - decay, 1.0) if leaks else (decay, self.dt)
         if fires:
@@ -289,22 +307,24 @@ class _Writer(fx.Interpreter):
             numbers = {"r": numbers["input_gain"] / unit / per_step, "v_leak": numbers["v_rest"]}
         numbers |= {"tau": self.dt / unit, "v_leak": numbers.get("v_leak", 0.0)} if leaks else {}
         kind = getattr(self.nir, ("LI" if leaks else "I") + ("F" if fires else ""))
-        node = kind(**{name: self._array(value, flow) for name, value in numbers.items() if leaks or name != "v_leak"})
+        node = kind(
+            **{name: self._as_array(value, flow) for name, value in numbers.items() if leaks or name != "v_leak"}
+        )
         node.metadata = {KEY: units.metadata_of(layer, self.dt)}
         if fires and layer.scale_output:
-            return {"": node, "_scale": self.nir.Scale(self._array(units.spike_heights(layer, flow.shape)))}
-        return {"": node} if fires or not layer.delay else {"": node, "_delay": self._delay(1, flow)}
+            return {"": node, "_scale": self.nir.Scale(self._as_array(units.spike_heights(layer, flow.shape)))}
+        return {"": node} if fires or not layer.delay else {"": node, "_delay": self._delay_node(1, flow)}
 
-    def _converted(self, layer: Converted, flow: _Flow) -> dict[str, Any]:
-        """The layer's call of `lif`, as a LIF with input_gain 1 and v_rest 0."""
+    def _converted_nodes(self, layer: Converted, flow: _Flow) -> dict[str, Any]:
+        """The NIR nodes of a converted layer, from the options of its call of `lif`."""
         call = self.calls[0] if len(self.calls) == 1 else {}
         if isinstance(layer, Recurrent):
             raise ValueError(f"can't be represented in NIR; {RECURRENCE}")
         fires = layer.settings.spike is not None
         other = {
             "no spikes": not fires,
-            "a synaptic current": fires and (not layer.takes_input or not call),
-            "several spikes a step": layer.multi_spike or call.get("levels") is not None,
+            "a synaptic current": fires and (not layer.takes_input_directly or not call),
+            "several spikes per step": layer.multi_spike or call.get("levels") is not None,
             "a lower limit of the potential": call.get("v_min") is not None,
             ", ".join(sorted(call.keys() - _KNOWN_OF_CALLS)): not call.keys() <= _KNOWN_OF_CALLS,
         }
@@ -327,21 +347,21 @@ class _Writer(fx.Interpreter):
         elif not torch.equal(amount, numbers["v_threshold"]):
             numbers["reset_amount"] = amount
         options = {"strict_threshold": layer.settings.spike.strict, "scale_output": scaled}
-        same = units.new_layer(LIF, numbers, **options, **({"v_reset": None} if soft else {}))
-        return self._neurons(same, flow)
+        same = units.layer_with_constants(LIF, numbers, **options, **({"v_reset": None} if soft else {}))
+        return self._neuron_nodes(same, flow)
 
-    def _delay(self, steps: Any, flow: _Flow) -> Any:
+    def _delay_node(self, steps: Any, flow: _Flow) -> Any:
         """A NIR node that delays by a number of steps."""
         node = self.nir.Delay((self.dt * as_double(steps).expand(flow.shape)).numpy())
         node.metadata = {KEY: {"dt": self.dt}}
         return node
 
-    def _weights(self, layer: Any, flow: _Flow) -> dict[str, Any]:
+    def _weight_nodes(self, layer: Any, flow: _Flow) -> dict[str, Any]:
         """The NIR node of a linear layer or convolution."""
         dims, sizes = layer.weight.dim() - 2, {}
         kind = (self.nir.Affine, self.nir.Conv1d, self.nir.Conv2d)[dims]
         if dims:
-            _check_joined(layer, flow, 1 + dims)
+            _check_batch_dims(layer, flow, 1 + dims)
             if layer.padding_mode != "zeros":
                 raise ValueError(f"padding_mode must be zeros, got {layer.padding_mode}")
             sizes = {name: getattr(layer, name) for name in ("stride", "padding", "dilation")}
@@ -353,15 +373,17 @@ class _Writer(fx.Interpreter):
         elif len(flow.shape) != 1:
             raise ValueError(f"NIR's Affine takes neurons in one dimension, got shape {list(flow.shape)}")
         bias = torch.zeros(len(layer.weight)) if layer.bias is None else layer.bias  # readers expect a bias
-        node = kind(weight=self._array(layer.weight), bias=self._array(bias), **sizes)
+        node = kind(weight=self._as_array(layer.weight), bias=self._as_array(bias), **sizes)
         node.metadata = {KEY: {"bias": False}} if layer.bias is None else {}
         return {"": node}
 
-    def _pool(self, layer: nn.AvgPool2d, flow: _Flow) -> dict[str, Any]:
+    def _pool_nodes(self, layer: nn.AvgPool2d, flow: _Flow) -> dict[str, Any]:
         """The NIR node of a pooling."""
-        _check_joined(layer, flow, 3)
+        _check_batch_dims(layer, flow, 3)
         sums = layer.divisor_override == 1
-        sizes = [as_shape(nn.modules.utils._pair(size)) for size in (layer.kernel_size, layer.stride, layer.padding)]
+        sizes = [
+            as_nir_shape(nn.modules.utils._pair(size)) for size in (layer.kernel_size, layer.stride, layer.padding)
+        ]
         counted = sums or layer.count_include_pad or not sizes[2].any()
         options = {
             "ceil_mode=True": layer.ceil_mode,
@@ -373,20 +395,20 @@ class _Writer(fx.Interpreter):
             raise ValueError(f"has {got}, which can't be represented in NIR")
         return {"": (self.nir.SumPool2d if sums else self.nir.AvgPool2d)(*sizes)}
 
-    def _flatten(self, layer: nn.Flatten, flow: _Flow) -> dict[str, Any]:
+    def _flatten_nodes(self, layer: nn.Flatten, flow: _Flow) -> dict[str, Any]:
         """The NIR node that flattens dimensions of a sample."""
         leading = 1 if getattr(layer, "step_mode", "s") == "m" else flow.leading
         start, end = (dim % (leading + len(flow.shape)) - leading for dim in (layer.start_dim, layer.end_dim))
         if start < 0:
             raise ValueError(f"must not flatten time or batch: start_dim must be >= {leading}, got {layer.start_dim}")
         end = -1 if end == len(flow.shape) - 1 else end
-        return {"": self.nir.Flatten(input_type={"input": as_shape(flow.shape)}, start_dim=start, end_dim=end)}
+        return {"": self.nir.Flatten(input_type={"input": as_nir_shape(flow.shape)}, start_dim=start, end_dim=end)}
 
-    def _norm(self, norm: Any, flow: _Flow) -> dict[str, Any]:
-        """A normalisation in evaluation mode, as weights in float64 until `finished`."""
+    def _normalisation_nodes(self, norm: Any, flow: _Flow) -> dict[str, Any]:
+        """The NIR node of a normalisation in evaluation mode. Its weights are float64 until `finished_graph`."""
         mean, (channels, *sizes), scale = norm.running_mean, flow.shape, getattr(norm, "input_scale", 1.0)
         if not isinstance(norm, LIF):
-            _check_joined(norm, flow, len(flow.shape))
+            _check_batch_dims(norm, flow, len(flow.shape))
         if mean is None:
             raise ValueError("has no running statistics (track_running_stats=False), of which its weights are made")
         if len(mean) != channels:
@@ -405,8 +427,8 @@ class _Writer(fx.Interpreter):
         node.metadata = {KEY: {"normalises": True}}
         return {"": node}
 
-    def finished(self) -> Any:
-        """The graph, with normalisations in the weights in front where there are some."""
+    def finished_graph(self) -> Any:
+        """The graph, with each normalisation folded into the weights before it, if there are any."""
         for name, node in list(self.nodes.items()):
             if "normalises" not in node.metadata.get(KEY, {}):
                 continue
@@ -421,12 +443,12 @@ class _Writer(fx.Interpreter):
                 self.edges = [(before[0] if source == name else source, target) for source, target in edges]
                 del self.nodes[name]
                 node = weights
-            node.weight, node.bias, node.metadata = self._array(weight), self._array(bias), {}
+            node.weight, node.bias, node.metadata = self._as_array(weight), self._as_array(bias), {}
         return self.nir.NIRGraph(self.nodes, self.edges)
 
 
-def _check_joined(layer: Any, flow: _Flow, dims: int) -> None:
-    """Refuses inputs without a batch, which torch's layers also take, with batch or time as channels."""
+def _check_batch_dims(layer: Any, flow: _Flow, dims: int) -> None:
+    """Raises ValueError for an input without a batch, whose time or channels torch's layers would take for it."""
     separate = getattr(layer, "step_mode", "s") == "m"
     leading = {True: "[T, B, ...] with time and batch separate", False: "[T·B, ...] with time and batch merged"}
     if flow.leading != 1 + separate or len(flow.shape) != dims:

@@ -58,8 +58,8 @@ class NeuronsByStep(Neurons):
         self.num_features = (steps,)
         self.alpha = nn.Parameter(self.alpha.detach().repeat(steps))
 
-    def _given(self, x_seq: Tensor, *arguments: Any, **options: Any) -> dict[str, Any]:
-        given = super()._given(x_seq, *arguments, **options)
+    def _arguments_of_call(self, x_seq: Tensor, *arguments: Any, **options: Any) -> dict[str, Any]:
+        given = super()._arguments_of_call(x_seq, *arguments, **options)
         given["width"] = self._broadcast(given["width"].value(), x_seq)
         del given["features"]  # steps are no features
         return given
