@@ -21,7 +21,9 @@ current.
 
 spike_product, on the CPU alone, is torch's linear, conv1d or conv2d, for a weight of 2, 3 or 4 dimensions, as a sum
 over the elements of x that are not zero. `panels` is a copy of the weight in the kernel's order, or None.
-spike_weight_gradient is the gradient of a weight with the sizes `weight_sizes`.
+spike_weight_gradient is the gradient of a weight with the sizes `weight_sizes`. `packed` is a copy of x with
+one bit per element and the non-zero values, unless all are 1, in the kernel's order, or None. If it is given, the
+elements of x are not read.
 
 batch_norm_coefficients returns `coefficients`, [4, C, 1, ...], which broadcast against x_seq: input_mean, input_gain
 and input_bias of the neuron, and the unbiased variance; and `total`, [C, 3] in float64: count, mean and biased
@@ -172,7 +174,7 @@ def _empty_in_layout(like: Sequence[Tensor], sizes: Sequence[Any]) -> Tensor:
 
 
 def _fake_spike_product(
-    x: Tensor, weight: Tensor, bias: Any, panels: Any, stride: Sequence[int], padding: Sequence[int]
+    x: Tensor, weight: Tensor, bias: Any, panels: Any, stride: Sequence[int], padding: Sequence[int], packed: Any
 ) -> Tensor:
     """An empty product, in the memory format of the operator's result."""
     if weight.dim() == 2:
@@ -184,7 +186,7 @@ def _fake_spike_product(
 
 def _fake_spike_weight_gradient(grad: Tensor, x: Tensor, weight_sizes: Sequence[int], *others: Any) -> Tensor:
     """An empty gradient of the weight."""
-    *_, channels_last = others
+    _, _, channels_last, _ = others
     return torch.empty(
         weight_sizes, dtype=x.dtype, device=x.device,
         memory_format=torch.channels_last if channels_last and len(weight_sizes) == 4 else torch.contiguous_format,
@@ -234,10 +236,11 @@ _OPERATORS: dict[str, Callable[..., Any]] = {  # schemas and fake implementation
     "Tensor? w_seq, Tensor weight, Tensor parameters, Tensor? v_init, Tensor? s_init, Tensor? i_init, "
     f"Tensor? rng_state, {_CONSTANTS}, bool has_synapse, bool detach_recurrent, bool[] wanted) -> Tensor[]":
         _fake_recurrent_backward,
-    "spike_product(Tensor x, Tensor weight, Tensor? bias, Tensor? panels, int[] stride, int[] padding) -> Tensor":
+    "spike_product(Tensor x, Tensor weight, Tensor? bias, Tensor? panels, int[] stride, int[] padding, "
+    "Tensor? packed) -> Tensor":
         _fake_spike_product,
     "spike_weight_gradient(Tensor grad, Tensor x, int[] weight_sizes, int[] stride, int[] padding, "
-    "bool channels_last) -> Tensor":
+    "bool channels_last, Tensor? packed) -> Tensor":
         _fake_spike_weight_gradient,
     f"batch_norm_coefficients({_COEFFICIENTS}": _fake_batch_norm_coefficients,
     "batch_norm_update(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor(c!)? num_batches_tracked, "

@@ -50,21 +50,16 @@ def _operators_of(inputs: Sequence[Any]) -> _Operators:
     return _direct
 
 
-def _pack_spikes(x: Tensor) -> Tensor | None:
-    """Packs x for backward: a bit per element, then the values that are not zero, unless all of those are 1.
+def _pack_spikes(
+    x: Tensor, weight_sizes: Sequence[int], stride: Sequence[int], padding: Sequence[int]
+) -> Tensor | None:
+    """Packs x for kernels: a bit per element, then the values that are not zero, unless all of those are 1.
 
     None if x itself is to be saved: because it takes no more memory, or because sizes must not depend on values.
     """
     if torch.compiler.is_compiling() or is_transform_active() or type(x) is not Tensor or not x.is_cpu:
         return None
-    return extension.module.pack_spikes(x)  # type: ignore[union-attr,no-any-return]
-
-
-def _unpack_spikes(packed: Tensor, shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Restores the tensor that `_pack_spikes` has packed."""
-    x = torch.empty_strided(shape, stride, dtype=dtype)
-    extension.module.unpack_spikes(packed, x)  # type: ignore[union-attr]
-    return x
+    return extension.module.pack_spikes(x, weight_sizes, stride, padding)  # type: ignore[union-attr,no-any-return]
 
 
 class SpikeFunction(torch.autograd.Function):
@@ -85,11 +80,9 @@ class SpikeFunction(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         """Saves x, packed if that takes less memory, for the gradient of weight, and weight for that of x."""
-        _, x, weight, _, _, ctx.stride, ctx.padding = inputs
+        _, x, weight, _, _, ctx.stride, ctx.padding, packed = inputs
         _, wants_x, wants_weight, *_ = ctx.needs_input_grad
-        packed = _pack_spikes(x) if wants_weight else None
-        ctx.layout = None if packed is None else (x.shape, x.stride(), x.dtype)
-        ctx.like_x = x.shape, suggest_memory_format(x)
+        ctx.x_shape, ctx.x_format, ctx.is_packed = x.shape, suggest_memory_format(x), packed is not None
         ctx.weight_shape = weight.shape
         ctx.channels_last = suggest_memory_format(weight) is torch.channels_last
         kept = x if packed is None else packed
@@ -100,28 +93,27 @@ class SpikeFunction(torch.autograd.Function):
         """The gradients of x by torch's operators, of weight by spike_weight_gradient, and of bias by a sum."""
         x, weight = saved_tensors(ctx)
         saved = x, weight, grad
-        if ctx.layout is not None:
-            x = _unpack_spikes(x, *ctx.layout)
+        packed = x if ctx.is_packed else None
+        if x is None or ctx.is_packed:
+            # An empty tensor serves: only the sizes and the layout of x matter here.
+            x = torch.empty(ctx.x_shape, dtype=grad.dtype, device=grad.device, memory_format=ctx.x_format)
         _, wants_x, wants_weight, wants_bias, *_ = ctx.needs_input_grad
         stride, padding, is_linear = ctx.stride, ctx.padding, len(ctx.weight_shape) == 2
         grad_x = grad_weight = grad_bias = None
         if wants_x and is_linear:
             grad_x = grad @ weight
         elif wants_x:
-            shape, memory_format = ctx.like_x
-            # If x was not kept, an empty tensor serves: only sizes and layout of the input matter here.
-            if (like := x) is None:
-                like = torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=memory_format)
             ones, zeros = [1] * len(stride), [0] * len(stride)
             grad_x, _, _ = torch.ops.aten.convolution_backward(
-                grad, like, weight, None, stride, padding, ones, False, zeros, 1, [True, False, False]
+                grad, x, weight, None, stride, padding, ones, False, zeros, 1, [True, False, False]
             )
         if wants_weight:
             gradient = _operators_of((grad, x)).spike_weight_gradient
-            grad_weight = gradient(grad, x, ctx.weight_shape, stride, padding, ctx.channels_last)
+            grad_weight = gradient(grad, x, ctx.weight_shape, stride, padding, ctx.channels_last, packed)
         if wants_bias:
-            grad_bias = grad.flatten(0, -2).sum(0) if is_linear else grad.transpose(0, 1).flatten(1).sum(1)
-        return None, *once_differentiable((grad_x, grad_weight, grad_bias), saved), None, None, None
+            others = range(grad.dim() - 1) if is_linear else (0, *range(2, grad.dim()))
+            grad_bias = grad.sum(list(others)) if grad.dim() > 1 else grad
+        return None, *once_differentiable((grad_x, grad_weight, grad_bias), saved), None, None, None, None
 
 
 def _with_derivative(operator: Any, below: Any, *arguments: Any) -> Tensor:
@@ -160,8 +152,9 @@ def product_by_kernel(
     """Computes a linear map, or if `weight` has more than two dimensions a convolution, by the kernels."""
     arguments = x, weight, bias, panels, stride, padding
     if is_differentiated((x, weight, bias), caller):
-        return apply(SpikeFunction, None, *arguments)  # type: ignore[no-any-return]
-    return _operators_of((x, weight, bias)).spike_product(*arguments)
+        packed = _pack_spikes(x, weight.shape, stride, padding) if weight.requires_grad else None
+        return apply(SpikeFunction, None, *arguments, packed)  # type: ignore[no-any-return]
+    return _operators_of((x, weight, bias)).spike_product(*arguments, None)
 
 
 def convolution_by_kernel(

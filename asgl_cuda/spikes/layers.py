@@ -201,5 +201,5 @@ def expected_speedup(layer: nn.Module, share: float) -> float:
 
     Measured in float32 on layers of 64 to 1,024 channels.
     """
-    fixed, each = (0.03, 1.8) if isinstance(layer, nn.Linear) else (0.05, 3.2)
+    fixed, each = (0.03, 1.8) if isinstance(layer, nn.Linear) else (0.07, 2.7)
     return 1 / (fixed + each * share)

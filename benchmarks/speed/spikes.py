@@ -2,8 +2,8 @@
 
 Forward without gradients; a step is forward with gradients and backward, for a layer with the gradient of the input.
 Inputs are ones at random places. The network has 700-512-512-512-20 features over 64 steps of 32 samples, a tenth of
-its input is not zero, and its hidden rates are about --shares. A stream is `asgl_cuda.step` of 700-1024-1024-20
-features with one sample, in evaluation. Minima of --repeats.
+its input is not zero, and its hidden rates are about --shares. Its neurons have no noise, because smooth values are not
+zero. A stream is `asgl_cuda.step` of 700-1024-1024-20 features with one sample, in evaluation. Minima of --repeats.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def network(linear: type[nn.Linear], share: float) -> nn.Sequential:
     torch.manual_seed(0)
     layers: list[nn.Module] = []
     for inputs in (700, 512, 512):
-        layers += [linear(inputs, 512), asgl_cuda.LIF(width=1.0)]
+        layers += [linear(inputs, 512), asgl_cuda.LIF(analog_prob=0.0)]
     model = nn.Sequential(*layers, nn.Linear(512, 20))
     asgl_cuda.calibrate(model, (torch.rand(64, 32, 700) < 0.1).float(), share)
     return model
@@ -82,7 +82,11 @@ def stream(linear: type[nn.Linear], share: float, x_seq: Tensor) -> Callable[[],
     """Steps of one sample through 700-1024-1024-20 features, whose hidden rates are about `share`."""
     torch.manual_seed(0)
     model = nn.Sequential(
-        linear(700, 1024), asgl_cuda.LIF(width=1.0), linear(1024, 1024), asgl_cuda.LIF(width=1.0), nn.Linear(1024, 20)
+        linear(700, 1024),
+        asgl_cuda.LIF(analog_prob=0.0),
+        linear(1024, 1024),
+        asgl_cuda.LIF(analog_prob=0.0),
+        nn.Linear(1024, 20),
     ).eval()
     asgl_cuda.calibrate(model, x_seq, share)
     asgl_cuda.reset(model)

@@ -1,90 +1,105 @@
-// Packs spikes into one bit per element, the form in which they are kept for backward, and unpacks them.
+// Packs spikes into one bit per element, the form in which spike layers read them and keep them for backward.
 #include <ATen/Parallel.h>
 
 #include <algorithm>
+#include <atomic>
 
 #include "cpu/product.h"
+#include "cpu/spike_mask.h"
 #include "cpu/spikes.h"
 
 namespace asgl::cpu {
 namespace {
 
-// A bit for each of the first eight elements, set if the element is not zero.
+// Elements that are packed together, whole words of the mask.
+constexpr int64 kChunk = 16384;
+
+// Packs up to 64 elements. Returns their bits, and clears `all_ones` if an element is neither 0 nor 1.
 template <class Real>
-uint8 mask_of(const Real* x, int64 length) {
-#if defined(__x86_64__)
-  if (length >= 8 && instruction_set() != InstructionSet::kBaseline) return static_cast<uint8>(which_nonzero(x));
-#endif
-  int32_t indices[8];
-  const int64 count = list_nonzero_after<Real>(0, x, std::min<int64>(length, 8), indices, 0);
-  int mask = 0;
-  for (int64 n = 0; n < count; ++n) mask |= 1 << indices[n];
-  return static_cast<uint8>(mask);
+uint64 mask_word(const Real* x, int64 length, bool& all_ones) {
+  using Bits = std::conditional_t<sizeof(Real) == 4, uint32, uint64>;
+  uint64 word = 0;
+  for (int64 i = 0; i < length; ++i) {
+    const Bits bits = bit_cast<Bits>(x[i]);
+    const bool nonzero = (bits << 1) != 0;  // without the sign
+    word |= static_cast<uint64>(nonzero) << i;
+    all_ones &= !nonzero || bits == bit_cast<Bits>(Real(1));
+  }
+  return word;
 }
 
-// x = 1 where a bit is set, else 0
-template <class Real>
-struct UnpackLoop {
-  struct Args {
-    const uint8* mask;
-    int64 bytes;
-    Real* x;  // [bytes, 8]
+#if defined(__x86_64__)
+// A bit for each of eight elements, set if the element is 1.
+__attribute__((target("avx2"))) inline int which_one(const float* x) {
+  return _mm256_movemask_ps(_mm256_cmp_ps(_mm256_loadu_ps(x), _mm256_set1_ps(1), _CMP_EQ_OQ));
+}
+__attribute__((target("avx2"))) inline int which_one(const double* x) {
+  const auto half = [](const double* from) __attribute__((target("avx2"), always_inline)) {
+    return _mm256_movemask_pd(_mm256_cmp_pd(_mm256_loadu_pd(from), _mm256_set1_pd(1), _CMP_EQ_OQ));
   };
+  return half(x) | half(x + 4) << 4;
+}
 
-  static ASGL_HOST_DEVICE void run(Args args) {
-    for (int64 i = 0; i < args.bytes; ++i) {
-      for (int bit = 0; bit < 8; ++bit) args.x[8 * i + bit] = static_cast<Real>(args.mask[i] >> bit & 1);
-    }
+// mask_word for 64 elements.
+template <class Real>
+__attribute__((target("avx2"))) uint64 mask_word_avx2(const Real* x, bool& all_ones) {
+  uint64 word = 0, ones = 0;
+  for (int i = 0; i < 64; i += 8) {
+    word |= static_cast<uint64>(which_nonzero(x + i)) << i;
+    ones |= static_cast<uint64>(which_one(x + i)) << i;
   }
-};
-
-// Elements per task, a multiple of the 64 elements of a word of the mask.
-constexpr int64 kChunk = 16384;
+  all_ones &= word == ones;
+  return word;
+}
+#endif
 
 }  // namespace
 
 template <class Real>
-SpikeCount mask_spikes(const Real* x, int64 length, uint8* mask) {
-  SpikeCount found = {0, true};
-  for (int64 first = 0; first < length; first += kChunk) {
-    const int64 elements = std::min(kChunk, length - first);
-    int64 count;
-    run<CountNonzeroLoop<Real>>({x + first, 1, elements, &count, &found.all_ones});
-    found.nonzero += count;
-    for (int64 i = 0; i < elements; i += 8) *mask++ = mask_of(x + first + i, elements - i);
-  }
-  for (int64 i = (length + 7) / 8; i % 8 != 0; ++i) *mask++ = 0;
+SpikeCount mask_spikes(const Real* x, int64 length, uint64* mask) {
+  const int64 chunks = (length + kChunk - 1) / kChunk;
+  SpikeCount found = {true, std::vector<int64>(static_cast<size_t>(chunks + 1))};
+  std::atomic<bool> all_ones = true;
+  at::parallel_for(0, chunks, 4, [&](int64_t begin, int64_t end) {
+    bool ones = true;
+    for (int64 chunk = begin; chunk < end; ++chunk) {
+      const int64 first = chunk * kChunk, elements = std::min(kChunk, length - first);
+      int64 whole = 0;
+#if defined(__x86_64__)
+      if (instruction_set() != InstructionSet::kBaseline) {
+        for (; whole + 64 <= elements; whole += 64)
+          mask[(first + whole) / 64] = mask_word_avx2(x + first + whole, ones);
+      }
+#endif
+      for (; whole < elements; whole += 64) {
+        mask[(first + whole) / 64] = mask_word(x + first + whole, std::min<int64>(64, elements - whole), ones);
+      }
+      found.before[chunk + 1] = count_bits(mask, first, elements);
+    }
+    if (!ones) all_ones = false;
+  });
+  found.all_ones = all_ones;
+  for (int64 chunk = 0; chunk < chunks; ++chunk) found.before[chunk + 1] += found.before[chunk];
   return found;
 }
 
 template <class Real>
-void copy_spikes(const Real* x, int64 length, Real* values) {
-  int32_t indices[kChunk];
-  for (int64 first = 0; first < length; first += kChunk) {
-    const int64 count = list_nonzero(x + first, std::min(kChunk, length - first), indices);
-    for (int64 n = 0; n < count; ++n) *values++ = x[first + indices[n]];
-  }
-}
-
-template <class Real>
-void unpack_spikes(const uint8* mask, const Real* values, int64 length, Real* x) {
-  const auto bit = [&](int64 i) { return mask[i / 8] >> i % 8 & 1; };
-  if (values != nullptr) {
-    for (int64 i = 0; i < length; ++i) x[i] = bit(i) != 0 ? *values++ : Real(0);
-    return;
-  }
+void copy_spikes(const Real* x, int64 length, const SpikeCount& count, Real* values) {
   at::parallel_for(0, (length + kChunk - 1) / kChunk, 4, [&](int64_t begin, int64_t end) {
-    const int64 first = begin * kChunk, bytes = (std::min(end * kChunk, length) - first) / 8;
-    run<UnpackLoop<Real>>({mask + first / 8, bytes, x + first});
+    int32_t indices[kChunk];
+    for (int64 chunk = begin; chunk < end; ++chunk) {
+      const Real* from = x + chunk * kChunk;
+      const int64 listed = list_nonzero(from, std::min(kChunk, length - chunk * kChunk), indices);
+      for (int64 n = 0; n < listed; ++n) values[count.before[chunk] + n] = from[indices[n]];
+    }
   });
-  for (int64 i = length / 8 * 8; i < length; ++i) x[i] = static_cast<Real>(bit(i));
 }
 
-template SpikeCount mask_spikes(const float*, int64, uint8*);
-template SpikeCount mask_spikes(const double*, int64, uint8*);
-template void copy_spikes(const float*, int64, float*);
-template void copy_spikes(const double*, int64, double*);
-template void unpack_spikes(const uint8*, const float*, int64, float*);
-template void unpack_spikes(const uint8*, const double*, int64, double*);
+int64 count_spikes(const uint64* mask, int64 length) { return count_bits(mask, 0, length); }
+
+template SpikeCount mask_spikes(const float*, int64, uint64*);
+template SpikeCount mask_spikes(const double*, int64, uint64*);
+template void copy_spikes(const float*, int64, const SpikeCount&, float*);
+template void copy_spikes(const double*, int64, const SpikeCount&, double*);
 
 }  // namespace asgl::cpu

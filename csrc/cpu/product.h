@@ -313,33 +313,6 @@ int64 list_nonzero(const Real* row, int64 length, int32_t* indices) {
   return list_nonzero_after(0, row, length, indices, 0);
 }
 
-// Counts the elements of each row that are not zero.
-template <class Real>
-struct CountNonzeroLoop {
-  struct Args {
-    const Real* a;  // [rows, length]
-    int64 rows, length;
-    int64* counts;   // [rows]
-    bool* all_ones;  // set to false if one is not 1
-  };
-
-  static ASGL_HOST_DEVICE void run(Args args) {
-    using Bits = std::conditional_t<sizeof(Real) == 4, uint32, uint64>;
-    const Bits one = bit_cast<Bits>(Real(1));
-    Bits others = 0;
-    for (int64 row = 0; row < args.rows; ++row, args.a += args.length) {
-      Bits count = 0;
-      for (int64 i = 0; i < args.length; ++i) {
-        const Bits bits = bit_cast<Bits>(args.a[i]), nonzero = (bits << 1) != 0;
-        count += nonzero;
-        others |= nonzero & (bits != one);
-      }
-      args.counts[row] = static_cast<int64>(count);
-    }
-    if (others != 0) *args.all_ones = false;
-  }
-};
-
 // A gathered element takes the time of four in a dense product: 10 and 40 GMAC/s in float32 on one core with AVX2.
 constexpr int64 kDenseShare = 4;
 

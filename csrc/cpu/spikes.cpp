@@ -1,59 +1,57 @@
 // CPU kernels of linear layers and convolutions whose input is mostly zeros: only elements that are not zero cost time.
-// These elements are listed for each row of an image. An output pixel walks along the lists of the pixels in its
-// window, adjacent pixels of a row at once, and adds up rows of the transposed weight in registers. The gradient of the
-// weight uses the same lists, sorted by rows of the weight, and adds up rows of the output's gradient.
+// These elements are listed for each row of an image. For a pixel of the output, the product goes through the lists of
+// the pixels in its window, and adds up rows of the transposed weight in registers. The gradient of the weight uses the
+// same lists, sorted by channel, and adds up rows of the output's gradient.
 #include "cpu/spikes.h"
 
 #include <ATen/Parallel.h>
 
 #include <algorithm>
-#include <atomic>
+#include <cmath>
 #include <memory>
 #include <new>
 #include <vector>
 
 #include "cpu/product.h"
+#include "cpu/spike_mask.h"
 
 namespace asgl::cpu {
 namespace {
 
 constexpr int64 kElementsPerTask = 65536;
 
-// Memory for elements, not initialised. It is aligned, because a vector that crosses a cache line takes two loads.
-struct Delete {
+// An array that is not initialised. It is aligned, because a vector that crosses a cache line takes two loads.
+struct AlignedDelete {
   void operator()(void* memory) const { ::operator delete(memory, std::align_val_t(64)); }
 };
 template <class Element>
-using Room = std::unique_ptr<Element[], Delete>;
+using AlignedArray = std::unique_ptr<Element[], AlignedDelete>;
 template <class Element>
-Room<Element> room_for(int64 elements) {
+AlignedArray<Element> aligned_array(int64 elements) {
   const size_t bytes = static_cast<size_t>(elements) * sizeof(Element);
-  return Room<Element>(static_cast<Element*>(::operator new(bytes, std::align_val_t(64))));
+  return AlignedArray<Element>(static_cast<Element*>(::operator new(bytes, std::align_val_t(64))));
 }
 
 // The elements of x that are not zero, in order, each by its position in its row of an image, [width * channels].
 template <class Real>
 class SpikeLists {
  public:
-  SpikeLists(const SpikeShape& shape, const Real* x) : offsets_(shape.images * shape.height * shape.width + 1) {
+  SpikeLists(const SpikeShape& shape, const PackedSpikes<Real>& x)
+      : offsets_(shape.images * shape.height * shape.width + 1), values_(x.values) {
     const int64 length = shape.width * shape.channels, rows = shape.images * shape.height;
     const int64 grain = std::max<int64>(1, kElementsPerTask / length);
-    std::atomic<bool> all_ones = true;
-    at::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
-      bool ones = true;
-      run<CountNonzeroLoop<Real>>(
-          {x + begin * length, (end - begin) * shape.width, shape.channels, &offsets_[begin * shape.width + 1], &ones});
-      if (!ones) all_ones = false;
+    at::parallel_for(0, rows * shape.width, grain * shape.width, [&](int64_t begin, int64_t end) {
+      for (int64 pixel = begin; pixel < end; ++pixel) {
+        offsets_[pixel + 1] = count_bits(x.mask, pixel * shape.channels, shape.channels);
+      }
     });
     for (size_t pixel = 1; pixel < offsets_.size(); ++pixel) offsets_[pixel] += offsets_[pixel - 1];
-    indices_ = room_for<int32_t>(count());
-    if (!all_ones) values_ = room_for<Real>(count());
+    indices_ = aligned_array<int32_t>(count());
     at::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
-      std::vector<int32_t> places(static_cast<size_t>(length));
+      std::vector<int32_t> listed_in_row(static_cast<size_t>(length + kListSlack));
       for (int64 row = begin; row < end; ++row) {
-        const int64 first = offsets_[row * shape.width], listed = list_nonzero(x + row * length, length, places.data());
-        std::copy_n(places.data(), listed, &indices_[first]);
-        for (int64 n = 0; n < listed && values_ != nullptr; ++n) values_[first + n] = x[row * length + places[n]];
+        const int64 listed = list_bits(x.mask, row * length, length, listed_in_row.data());
+        std::copy_n(listed_in_row.data(), listed, &indices_[offsets_[row * shape.width]]);
       }
     });
   }
@@ -63,24 +61,24 @@ class SpikeLists {
   // The list from pixel number `pixel` on, counted over all images.
   const int32_t* from(int64 pixel) const { return indices_.get() + offsets_[pixel]; }
   const int32_t* indices() const { return indices_.get(); }
-  const Real* values() const { return values_.get(); }  // null: all are 1
+  const Real* values() const { return values_; }  // of the listed elements; null: all are 1
 
  private:
   std::vector<int64> offsets_;  // [images * height * width + 1]
-  Room<int32_t> indices_;
-  Room<Real> values_;
+  AlignedArray<int32_t> indices_;
+  const Real* values_;
 };
 
-// A part of the list. Each listed element is multiplied by row index + base of b.
-template <class Index>
-struct Walk {
-  const Index* first;
+// Adjacent entries of a list of indices. The element of an entry is multiplied by row index + base of a matrix.
+struct Segment {
+  const int32_t* first;
   int32_t count, base;
 };
 
-// The walks of pixels of the output, [pixels, kernel_height]: one for each row of an image in the kernel's window.
+// Finds the elements of x in the windows of the output's pixels [first, last): segments [pixels, kernel_height], one
+// for each row of a window. Rows of the matrix are then those of the transposed weight.
 template <class Real>
-void list_walks(const SpikeShape& shape, const SpikeLists<Real>& lists, int64 first, int64 last, Walk<int32_t>* walks) {
+void find_windows(const SpikeShape& shape, const SpikeLists<Real>& lists, int64 first, int64 last, Segment* segments) {
   int64 x = first % shape.out_width, y = first / shape.out_width % shape.out_height;
   int64 image = first / shape.out_width / shape.out_height;
   for (int64 pixel = first; pixel < last; ++pixel) {
@@ -89,12 +87,12 @@ void list_walks(const SpikeShape& shape, const SpikeLists<Real>& lists, int64 fi
     const int64 end = std::clamp<int64>(left + shape.kernel_width, begin, shape.width);
     for (int64 ky = 0; ky < shape.kernel_height; ++ky) {
       const int64 row = y * shape.stride_height + ky - shape.padding_height;
-      Walk<int32_t>& walk = *walks++ = {lists.indices(), 0, 0};
+      Segment& segment = *segments++ = {lists.indices(), 0, 0};
       if (row < 0 || row >= shape.height) continue;
       const int64 pixels = (image * shape.height + row) * shape.width;
-      walk.first = lists.from(pixels + begin);
-      walk.count = static_cast<int32_t>(lists.from(pixels + end) - walk.first);
-      walk.base = static_cast<int32_t>((ky * shape.kernel_width - left) * shape.channels);
+      segment.first = lists.from(pixels + begin);
+      segment.count = static_cast<int32_t>(lists.from(pixels + end) - segment.first);
+      segment.base = static_cast<int32_t>((ky * shape.kernel_width - left) * shape.channels);
     }
     if (++x < shape.out_width) continue;
     x = 0;
@@ -104,14 +102,14 @@ void list_walks(const SpikeShape& shape, const SpikeLists<Real>& lists, int64 fi
   }
 }
 
-// out[i, j] = start[i, j] + sum over the walks of row i of value * b[index + base, j]
-template <class Real, class Index>
-struct WalkedProduct {
-  const Walk<Index>* walks;  // [rows, walks_each]
-  int64 rows, walks_each;
-  const Index* indices;  // the lists
-  const Real* values;    // theirs; null: all are 1
-  const Real* b;         // [depth, columns], padded to whole panels
+// out[i, j] = start[i, j] + sum over the segments of row i of value * b[index + base, j]
+template <class Real>
+struct ListedProduct {
+  const Segment* segments;  // [rows, segments_each]
+  int64 rows, segments_each;
+  const int32_t* indices;  // the lists, which segments are parts of
+  const Real* values;      // of the listed elements; null: all are 1
+  const Real* b;           // [depth, columns], padded to whole panels
   int64 b_stride, columns;
   const Real* start;  // null: 0
   int64 start_stride;
@@ -119,53 +117,49 @@ struct WalkedProduct {
   int64 out_stride;
 };
 
-// The loop of a WalkedProduct, for lists of elements of type Index.
-template <class Index>
-struct WalkedProductOf {
-  template <class Real, int kBytes>
-  struct Loop {
-    using Args = WalkedProduct<Real, Index>;
-    using Vector = typename VectorOf<Real, kBytes>::type;
-    static constexpr int64 kLanes = kBytes / static_cast<int64>(sizeof(Real));
+template <class Real, int kBytes>
+struct ListedProductLoop {
+  using Args = ListedProduct<Real>;
+  using Vector = typename VectorOf<Real, kBytes>::type;
+  static constexpr int64 kLanes = kBytes / static_cast<int64>(sizeof(Real));
 
-    static ASGL_HOST_DEVICE void run(Args args) {
-      int64 column = 0;
-      for (; column + 8 * kLanes <= args.columns; column += 8 * kLanes) block<8>(args, column);
-      for (; column + 4 * kLanes <= args.columns; column += 4 * kLanes) block<4>(args, column);
-      for (; column < args.columns; column += 2 * kLanes) block<2>(args, column);
-    }
+  static ASGL_HOST_DEVICE void run(Args args) {
+    int64 column = 0;
+    for (; column + 8 * kLanes <= args.columns; column += 8 * kLanes) block<8>(args, column);
+    for (; column + 4 * kLanes <= args.columns; column += 4 * kLanes) block<4>(args, column);
+    for (; column < args.columns; column += 2 * kLanes) block<2>(args, column);
+  }
 
-   private:
-    // Computes kVectors vectors of columns.
-    template <int kVectors>
-    static ASGL_HOST_DEVICE void block(const Args& args, int64 column) {
-      if (args.values == nullptr) return rows<kVectors>(args, column, [](const Walk<Index>&) { return AllOnes{}; });
-      rows<kVectors>(args, column, [&](const Walk<Index>& walk) __attribute__((always_inline)) {
-        const Real* values = args.values + (walk.first - args.indices);
-        return [values](int64 n, int64) __attribute__((always_inline)) { return values[n]; };
-      });
-    }
+ private:
+  // Computes kVectors vectors of columns.
+  template <int kVectors>
+  static ASGL_HOST_DEVICE void block(const Args& args, int64 column) {
+    if (args.values == nullptr) return rows<kVectors>(args, column, [](const Segment&) { return AllOnes{}; });
+    rows<kVectors>(args, column, [&](const Segment& segment) __attribute__((always_inline)) {
+      const Real* values = args.values + (segment.first - args.indices);
+      return [values](int64 n, int64) __attribute__((always_inline)) { return values[n]; };
+    });
+  }
 
-    // The same with the factors of a walk's elements, values_of(walk).
-    template <int kVectors, class Values>
-    static ASGL_HOST_DEVICE void rows(const Args& args, int64 column, const Values& values_of) {
-      const int64 width = args.columns - column;
-      const Walk<Index>* walk = args.walks;
-      for (int64 row = 0; row < args.rows; ++row) {
-        Vector sums[kVectors] = {};
-        if (args.start != nullptr) {
-          copy<kVectors * kLanes, Real>(args.start + row * args.start_stride + column, &sums, width);
-        }
-        for (const Walk<Index>* end = walk + args.walks_each; walk < end; ++walk) {
-          const Real* b[kVectors];
-#pragma GCC unroll 8
-          for (int i = 0; i < kVectors; ++i) b[i] = args.b + walk->base * args.b_stride + column + i * kLanes;
-          add_listed(walk->first, walk->count, args.b_stride, values_of(*walk), b, sums);
-        }
-        copy<kVectors * kLanes, Real>(&sums, args.out + row * args.out_stride + column, width);
+  // The same for factors values_of(segment).
+  template <int kVectors, class Values>
+  static ASGL_HOST_DEVICE void rows(const Args& args, int64 column, const Values& values_of) {
+    const int64 width = args.columns - column;
+    const Segment* segment = args.segments;
+    for (int64 row = 0; row < args.rows; ++row) {
+      Vector sums[kVectors] = {};
+      if (args.start != nullptr) {
+        copy<kVectors * kLanes, Real>(args.start + row * args.start_stride + column, &sums, width);
       }
+      for (const Segment* end = segment + args.segments_each; segment < end; ++segment) {
+        const Real* b[kVectors];
+#pragma GCC unroll 8
+        for (int i = 0; i < kVectors; ++i) b[i] = args.b + segment->base * args.b_stride + column + i * kLanes;
+        add_listed(segment->first, segment->count, args.b_stride, values_of(*segment), b, sums);
+      }
+      copy<kVectors * kLanes, Real>(&sums, args.out + row * args.out_stride + column, width);
     }
-  };
+  }
 };
 
 #if defined(__x86_64__)
@@ -244,14 +238,14 @@ void transpose(const Real* from, int64 from_stride, int64 rows, int64 columns, R
 // `count`, rounded up to a multiple of `multiple`.
 constexpr int64 round_up(int64 count, int64 multiple) { return (count + multiple - 1) / multiple * multiple; }
 
-// The number of columns of b that are computed together, in whole panels: eight sums of the widest vectors, or fewer,
-// so that these columns of b take at most 512 KiB and stay in the L2 cache.
+// The number of columns of the transposed weight, [depth, columns], that are computed together, in whole panels. Few
+// columns stay in a cache: two panels of at most 64 KiB near L1, or else at most four panels, of 512 KiB, in L2.
 template <class Real>
 int64 group_of(int64 depth, int64 columns) {
-  constexpr int64 kMostElements = (int64{1} << 19) / static_cast<int64>(sizeof(Real));
-  int64 group = 4 * kPanel<Real>;
-  while (group > kPanel<Real> && group * depth > kMostElements) group /= 2;
-  return std::min(group, round_up(columns, kPanel<Real>));
+  constexpr int64 kNearL1 = (int64{1} << 16) / static_cast<int64>(sizeof(Real)), kInL2 = 8 * kNearL1;
+  int64 panels = 2 * kPanel<Real> * depth <= kNearL1 ? 2 : 4;
+  while (panels > 1 && panels * kPanel<Real> * depth > kInL2) panels /= 2;
+  return std::min(panels * kPanel<Real>, round_up(columns, kPanel<Real>));
 }
 
 // Writes the columns [first, first + group) of the transposed weight to b, [depth, group].
@@ -261,7 +255,7 @@ void fill_group(const SpikeShape& shape, const Real* weight, int64 first, int64 
   transpose(weight + first * depth, depth, std::min(group, shape.outputs - first), depth, b, group);
 }
 
-// Pixels whose walks are listed together.
+// Pixels of the output whose windows are found together.
 constexpr int64 kPixelsPerBatch = 256;
 // The number of multiplications from which a task is worth a thread.
 constexpr double kProductsPerTask = 1 << 18;
@@ -302,8 +296,8 @@ void spike_product(const SpikeProductParams<Real>& params) {
                           static_cast<double>(shape.outputs) / static_cast<double>(groups * chunks);
   const int64 grain = 1 + static_cast<int64>(kProductsPerTask / (products + 1));
   at::parallel_for(0, groups * chunks, grain, [&](int64_t begin, int64_t end) {
-    std::vector<Walk<int32_t>> walks(static_cast<size_t>(kPixelsPerBatch * shape.kernel_height));
-    const Room<Real> filled = params.panels == nullptr ? room_for<Real>(group * shape.depth()) : nullptr;
+    std::vector<Segment> segments(static_cast<size_t>(kPixelsPerBatch * shape.kernel_height));
+    const AlignedArray<Real> filled = params.panels == nullptr ? aligned_array<Real>(group * shape.depth()) : nullptr;
     for (int64 task = begin; task < end; ++task) {
       const int64 column = task / chunks * group, from = task % chunks * chunk;
       const Real* b = params.panels == nullptr ? filled.get() : params.panels + column * shape.depth();
@@ -312,11 +306,11 @@ void spike_product(const SpikeProductParams<Real>& params) {
       }
       for (int64 first = from; first < std::min(from + chunk, pixels); first += kPixelsPerBatch) {
         const int64 last = std::min(first + kPixelsPerBatch, pixels);
-        list_walks(shape, lists, first, last, walks.data());
-        run_with_fma<WalkedProductOf<int32_t>::Loop, Real>(
-            {walks.data(), last - first, shape.kernel_height, lists.indices(), lists.values(), b, group,
-             std::min(group, shape.outputs - column), params.bias == nullptr ? nullptr : params.bias + column, 0,
-             params.out + first * shape.outputs + column, shape.outputs});
+        find_windows(shape, lists, first, last, segments.data());
+        run_with_fma<ListedProductLoop, Real>({segments.data(), last - first, shape.kernel_height, lists.indices(),
+                                               lists.values(), b, group, std::min(group, shape.outputs - column),
+                                               params.bias == nullptr ? nullptr : params.bias + column, 0,
+                                               params.out + first * shape.outputs + column, shape.outputs});
       }
     }
   });
@@ -324,88 +318,224 @@ void spike_product(const SpikeProductParams<Real>& params) {
 
 namespace {
 
-// Of the transposed gradient of the weight: the largest number of rows that a task computes, and the number of rows
-// that it stores together.
-constexpr int64 kMostRows = 1024, kTileRows = 64;
-// Pixels of the output whose lists are sorted at a time: 512 KiB of the gradient at most.
-constexpr int64 kSortedPixels = 1024;
+// The gradient of the weight
+//
+// With stride 1, the spike at (iy, ix) of channel c adds, for each row ky of the kernel, the gradients of kernel_width
+// adjacent pixels of the output to the sums of (ky, kx, c), in reverse order of kx. These gradients are adjacent in
+// memory, so one list of the spikes of a channel serves all elements of the kernel: its spikes add long rows, which
+// overlap. Zeros around the gradient stand for pixels outside of the image. With a stride, the same holds for each
+// phase: the pixels of x with one remainder of coordinate + padding, and the elements of the kernel that meet these.
 
-// Computes the rows [first, last) of the transposed gradient of the weight.
+// One dimension of images: sizes of x, of the kernel and of the output.
+struct Axis {
+  int64 size, kernel, stride, padding, out;
+
+  // The last coordinate of the output whose window begins at coordinate i of x or before it.
+  int64 last_out(int64 i) const { return (i + padding) / stride; }
+  // The largest number of outputs before last_out(i) whose windows contain i.
+  int64 margin() const { return (kernel - 1) / stride; }
+};
+
+// The elements first, first + stride, ... of the kernel in one dimension. All of them meet the same coordinates of x.
+struct Taps {
+  int64 first, count;
+};
+
+// The elements of the kernel in one dimension by phase, or each by itself.
+inline std::vector<Taps> taps_of(const Axis& axis, bool by_phase) {
+  std::vector<Taps> result;
+  for (int64 first = 0; first < (by_phase ? std::min(axis.kernel, axis.stride) : axis.kernel); ++first) {
+    result.push_back({first, by_phase ? 1 + (axis.kernel - 1 - first) / axis.stride : 1});
+  }
+  return result;
+}
+
+// Calls f(i, o) for each coordinate i in [begin, end) of x that the taps meet. The first of the taps meets i in the
+// window of output o, the next one in that of output o - 1, and so on.
+template <class F>
+void for_each_met(const Axis& axis, const Taps& taps, int64 begin, int64 end, const F& f) {
+  const int64 shift = axis.padding - taps.first, from = std::max<int64>(begin + shift, 0);
+  for (int64 o = (from + axis.stride - 1) / axis.stride; o < axis.out + taps.count - 1; ++o) {
+    const int64 i = o * axis.stride - shift;
+    if (i >= end) return;
+    f(i, o);
+  }
+}
+
+// Channels of a task: at most, so that their lists fit in the L2 cache, and at least, so that it is worth a thread.
+constexpr int64 kMostChannels = 1024, kLeastChannels = 8;
+// About the number of pixels of the output to which a tile of x contributes.
+constexpr int64 kTilePixels = 512;
+
+// Computes the gradient of the weight for the channels [first, last): tile by tile of x, in order, sorts the spikes by
+// channel and adds them to sums. With `by_phase`, x must be finite, because elements at the border multiply zeros.
 template <class Real>
-class GradientRows {
+class ChannelGradient {
  public:
-  GradientRows(const SpikeGradientParams<Real>& params, const SpikeLists<Real>& lists, int64 first, int64 last)
-      : params_(params), shape_(params.shape), lists_(lists), first_(first), rows_(last - first) {}
+  ChannelGradient(const SpikeGradientParams<Real>& params, const SpikeLists<Real>& lists, bool by_phase, int64 first,
+                  int64 last)
+      : params_(params), shape_(params.shape), lists_(lists), first_(first), channels_(last - first) {
+    for (const Taps& y : taps_of(rows_, by_phase)) {
+      for (const Taps& x : taps_of(columns_, by_phase)) phases_.push_back({y, x});
+    }
+    const int64 pixels = kTilePixels * shape_.stride_height * shape_.stride_width;
+    tile_columns_ = std::min(shape_.width, pixels);
+    tile_rows_ = tile_columns_ < shape_.width ? 1 : std::clamp<int64>(pixels / shape_.width, 1, shape_.height);
+    tile_images_ =
+        tile_rows_ < shape_.height ? 1 : std::clamp<int64>(pixels / (shape_.width * shape_.height), 1, shape_.images);
+    pitch_ = (tile_columns_ - 1) / shape_.stride_width + 2 + columns_.margin();
+    out_rows_ = (tile_rows_ - 1) / shape_.stride_height + 2 + rows_.margin();
+    const int64 met = tile_images_ * ((tile_rows_ - 1) / shape_.stride_height + 1) *
+                      ((tile_columns_ - 1) / shape_.stride_width + 1);  // pixels of a tile and a phase, at most
+    // Not a power of two, since the ends of the lists would then compete for the same cache lines.
+    capacity_ = round_up(met, 32) + 32;
+    const int64 listed = static_cast<int64>(phases_.size()) * channels_;
+    sorted_.resize(static_cast<size_t>(listed));
+    indices_ = aligned_array<int32_t>(listed * capacity_);
+    if (lists_.values() != nullptr) values_ = aligned_array<Real>(listed * capacity_);
+    grad_ = aligned_array<Real>(tile_images_ * out_rows_ * pitch_ * kGroup);
+    sums_ =
+        aligned_array<Real>(shape_.kernel_height * shape_.kernel_width * channels_ * round_up(shape_.outputs, kGroup));
+  }
 
   void run() {
-    const int64 pixels = shape_.out_pixels();
-    for (int64 begin = 0; begin < pixels; begin += kSortedPixels) {
-      const int64 end = std::min(begin + kSortedPixels, pixels);
-      sort(begin, end);
-      for (int64 column = 0; column < shape_.outputs; column += group_) add_columns(begin, end, column);
+    for (int64 image = 0; image < shape_.images; image += tile_images_) {
+      for (int64 row = 0; row < shape_.height; row += tile_rows_) {
+        for (int64 column = 0; column < shape_.width; column += tile_columns_) {
+          const Tile tile = {image,  std::min(image + tile_images_, shape_.images),
+                             row,    std::min(row + tile_rows_, shape_.height),
+                             column, std::min(column + tile_columns_, shape_.width)};
+          sort(tile);
+          for (int64 output = 0; output < shape_.outputs; output += kGroup) add(tile, output);
+        }
+      }
     }
+    store();
   }
 
  private:
-  using Pixel = uint16;
+  // Outputs that are computed together: so few that the gradients of a tile, 64 KiB, stay near the L1 cache.
+  static constexpr int64 kGroup = kPanel<Real>;
 
-  // Sorts the lists: from the rows to which each pixel contributes to the pixels that each row adds up.
-  void sort(int64 begin, int64 end) {
-    for (int64 row = 0; row < rows_; ++row) walks_[row] = {&pixels_[row * stride_], 0, 0};
-    list_walks(shape_, lists_, begin, end, of_pixels_.data());
-    const Walk<int32_t>* walk = of_pixels_.data();
-    for (int64 pixel = 0; pixel < end - begin; ++pixel) {
-      for (int64 ky = 0; ky < shape_.kernel_height; ++ky, ++walk) {
-        const int32_t *from = walk->first, *to = from + walk->count;
-        if (rows_ < shape_.depth()) {
-          from = std::lower_bound(from, to, first_ - walk->base);
-          to = std::lower_bound(from, to, first_ + rows_ - walk->base);
-        }
-        const int64 base = walk->base - first_;
-        for (const int32_t* element = from; element < to; ++element) {
-          const int64 row = *element + base, place = row * stride_ + walks_[row].count++;
-          pixels_[place] = static_cast<Pixel>(pixel);
-          if (values_ != nullptr) values_[place] = lists_.values()[element - lists_.indices()];
-        }
+  struct Phase {
+    Taps y, x;
+    int64 taps() const { return y.count * x.count; }
+  };
+  // A part of x: images, rows and columns, each [begin, end).
+  struct Tile {
+    int64 image, images, row, rows, column, columns;
+  };
+
+  // Lists the spikes of a tile by phase and channel, each by the first pixel of grad_ that it adds.
+  void sort(const Tile& tile) {
+    for (size_t i = 0; i < sorted_.size(); ++i) sorted_[i] = {&indices_[static_cast<int64>(i) * capacity_], 0, 0};
+    const bool part = channels_ < shape_.channels;
+    int64 list_of_first = 0;  // of the first channel
+    for (const Phase& phase : phases_) {
+      for (int64 image = tile.image; image < tile.images; ++image) {
+        for_each_met(rows_, phase.y, tile.row, tile.rows, [&](int64 row, int64 out_row) {
+          const int64 shift =
+              ((image - tile.image) * out_rows_ + out_row - (phase.y.count - 1) - first_row(tile)) * pitch_ -
+              (phase.x.count - 1) - first_column(tile);
+          const int64 pixels = (image * shape_.height + row) * shape_.width;
+          for_each_met(columns_, phase.x, tile.column, tile.columns, [&](int64 column, int64 out_column) {
+            const int32_t *from = lists_.from(pixels + column), *to = lists_.from(pixels + column + 1);
+            const int64 origin = column * shape_.channels + first_;
+            if (part) {
+              from = std::lower_bound(from, to, origin);
+              to = std::lower_bound(from, to, origin + channels_);
+            }
+            for (const int32_t* element = from; element < to; ++element) {
+              const int64 list = list_of_first + *element - origin, place = list * capacity_ + sorted_[list].count++;
+              indices_[place] = static_cast<int32_t>(shift + out_column);
+              if (values_ != nullptr) values_[place] = lists_.values()[element - lists_.indices()];
+            }
+          });
+        });
+      }
+      list_of_first += channels_;
+    }
+  }
+
+  // Adds the gradients that the lists of a tile select to the sums of kGroup outputs, from `output` on.
+  void add(const Tile& tile, int64 output) {
+    copy_grad(tile, output);
+    Real* sums = &sums_[output * channels_ * shape_.kernel_height * shape_.kernel_width];
+    const Segment* lists = sorted_.data();
+    const bool first = tile.image == 0 && tile.row == 0 && tile.column == 0;
+    for (const Phase& phase : phases_) {
+      const int64 columns = phase.x.count * kGroup, stride = phase.y.count * columns;
+      for (int64 y = 0; y < phase.y.count; ++y) {
+        Real* const to = sums + y * columns;
+        run_with_fma<ListedProductLoop, Real>({lists, channels_, 1, indices_.get(), values_.get(),
+                                               &grad_[y * pitch_ * kGroup], kGroup, columns, first ? nullptr : to,
+                                               stride, to, stride});
+      }
+      sums += channels_ * stride;
+      lists += channels_;
+    }
+  }
+
+  // Copies to grad_ the gradients of kGroup outputs, from `output` on, at the pixels to which the tile may contribute,
+  // with zeros for pixels outside of the image.
+  void copy_grad(const Tile& tile, int64 output) {
+    const int64 width = std::min(kGroup, shape_.outputs - output);
+    const int64 rows = rows_.last_out(tile.rows - 1) + 1 - first_row(tile);
+    const int64 columns = columns_.last_out(tile.columns - 1) + 1 - first_column(tile);
+    for (int64 image = tile.image; image < tile.images; ++image) {
+      for (int64 y = 0; y < rows; ++y) {
+        Real* to = &grad_[((image - tile.image) * out_rows_ + y) * pitch_ * kGroup];
+        const int64 row = first_row(tile) + y, left = first_column(tile);
+        const bool inside = 0 <= row && row < shape_.out_height;
+        const int64 begin = inside ? std::clamp<int64>(-left, 0, columns) : columns;
+        const int64 end = inside ? std::clamp<int64>(shape_.out_width - left, begin, columns) : columns;
+        std::fill(to, to + begin * kGroup, Real(0));
+        const Real* from =
+            params_.grad + ((image * shape_.out_height + row) * shape_.out_width + left) * shape_.outputs + output;
+        for (int64 x = begin; x < end; ++x) copy<kGroup, Real>(from + x * shape_.outputs, to + x * kGroup, width);
+        std::fill(to + end * kGroup, to + columns * kGroup, Real(0));
       }
     }
   }
 
-  // Adds the sorted pixels to the columns from `column` on, of all rows.
-  void add_columns(int64 begin, int64 end, int64 column) {
-    const int64 outputs = shape_.outputs, depth = shape_.depth(), width = std::min(group_, outputs - column);
-    const Real* grad = params_.grad + begin * outputs;
-    if (group_ != outputs) {
-      for (int64 pixel = 0; pixel < end - begin; ++pixel) {
-        copy<4 * kPanel<Real>, Real>(grad + pixel * outputs + column, &grad_[pixel * group_], width);
+  // Writes the sums to grad_weight, transposed and with the elements of the kernel in its order.
+  void store() {
+    const int64 depth = shape_.depth();
+    const Real* sums = sums_.get();
+    for (int64 output = 0; output < shape_.outputs; output += kGroup) {
+      const int64 width = std::min(kGroup, shape_.outputs - output);
+      for (const Phase& phase : phases_) {
+        for (int64 tap = 0; tap < phase.taps(); ++tap) {
+          const int64 ky = phase.y.first + (phase.y.count - 1 - tap / phase.x.count) * shape_.stride_height;
+          const int64 kx = phase.x.first + (phase.x.count - 1 - tap % phase.x.count) * shape_.stride_width;
+          transpose(sums + tap * kGroup, phase.taps() * kGroup, channels_, width,
+                    params_.grad_weight + output * depth + (ky * shape_.kernel_width + kx) * shape_.channels + first_,
+                    depth);
+        }
+        sums += channels_ * phase.taps() * kGroup;
       }
-      grad = grad_.get();
-    }
-    for (int64 row = 0; row < rows_; row += kTileRows) {
-      const int64 count = std::min(kTileRows, rows_ - row);
-      Real* const to = params_.grad_weight + column * depth + first_ + row;
-      if (begin > 0) transpose(to, depth, width, count, tile_.get(), group_);
-      run_with_fma<WalkedProductOf<Pixel>::template Loop, Real>(
-          {&walks_[row], count, 1, pixels_.get(), values_.get(), grad, group_, width,
-           begin == 0 ? nullptr : tile_.get(), group_, tile_.get(), group_});
-      transpose(tile_.get(), group_, count, width, to, depth);
     }
   }
+
+  // The row and the column of the output with which grad_ begins for a tile; negative if they are outside of the image.
+  int64 first_row(const Tile& tile) const { return rows_.last_out(tile.row) - rows_.margin(); }
+  int64 first_column(const Tile& tile) const { return columns_.last_out(tile.column) - columns_.margin(); }
 
   const SpikeGradientParams<Real>& params_;
   const SpikeShape& shape_;
   const SpikeLists<Real>& lists_;
-  int64 first_, rows_, group_ = group_of<Real>(kSortedPixels, shape_.outputs);
-  // The distance between lists. It is not a power of two, since the ends of the lists would then compete for the same
-  // cache lines.
-  int64 stride_ = round_up(std::min(kSortedPixels, shape_.out_pixels()), 32) + 32;
-  std::vector<Walk<Pixel>> walks_ = std::vector<Walk<Pixel>>(static_cast<size_t>(rows_));
-  std::vector<Walk<int32_t>> of_pixels_ =
-      std::vector<Walk<int32_t>>(static_cast<size_t>(kSortedPixels * shape_.kernel_height));
-  Room<Pixel> pixels_ = room_for<Pixel>(rows_ * stride_);
-  Room<Real> values_ = lists_.values() == nullptr ? nullptr : room_for<Real>(rows_ * stride_);
-  Room<Real> grad_ = room_for<Real>(kSortedPixels * group_);  // [pixels, group]
-  Room<Real> tile_ = room_for<Real>(kTileRows * group_);      // [rows, group]
+  const int64 first_, channels_;
+  const Axis rows_ = {shape_.height, shape_.kernel_height, shape_.stride_height, shape_.padding_height,
+                      shape_.out_height};
+  const Axis columns_ = {shape_.width, shape_.kernel_width, shape_.stride_width, shape_.padding_width,
+                         shape_.out_width};
+  int64 tile_images_, tile_rows_, tile_columns_, out_rows_, pitch_, capacity_;
+  std::vector<Phase> phases_;
+  std::vector<Segment> sorted_;    // [phases, channels]
+  AlignedArray<int32_t> indices_;  // [phases, channels, capacity]
+  AlignedArray<Real> values_;      // theirs
+  AlignedArray<Real> grad_;        // [tile_images, out_rows, pitch, kGroup]
+  AlignedArray<Real> sums_;        // [groups, phases, channels, taps, kGroup]
 };
 
 }  // namespace
@@ -413,12 +543,16 @@ class GradientRows {
 template <class Real>
 void spike_weight_gradient(const SpikeGradientParams<Real>& params) {
   const SpikeLists<Real> lists(params.shape, params.x);
-  const int64 depth = params.shape.depth(), threads = at::get_num_threads();
-  const int64 tasks = std::max(std::min(threads, (depth + 31) / 32), (depth + kMostRows - 1) / kMostRows);
-  const int64 rows = (depth + tasks - 1) / tasks;
-  at::parallel_for(0, (depth + rows - 1) / rows, 1, [&](int64_t begin, int64_t end) {
+  // At the border by_phase multiplies zeros by x, which must not make a NaN of an infinite x.
+  const bool by_phase = lists.values() == nullptr || std::all_of(lists.values(), lists.values() + lists.count(),
+                                                                 [](Real value) { return std::isfinite(value); });
+  const int64 channels = params.shape.channels, threads = at::get_num_threads();
+  const int64 tasks = std::max(std::min(threads, (channels + kLeastChannels - 1) / kLeastChannels),
+                               (channels + kMostChannels - 1) / kMostChannels);
+  const int64 each = (channels + tasks - 1) / tasks;
+  at::parallel_for(0, (channels + each - 1) / each, 1, [&](int64_t begin, int64_t end) {
     for (int64 task = begin; task < end; ++task) {
-      GradientRows<Real>(params, lists, task * rows, std::min((task + 1) * rows, depth)).run();
+      ChannelGradient<Real>(params, lists, by_phase, task * each, std::min((task + 1) * each, channels)).run();
     }
   });
 }

@@ -1,6 +1,8 @@
 // The functions through which the operators of ops/spikes.h call the CPU kernels. Real is float or double.
 #pragma once
 
+#include <vector>
+
 #include "params/spikes.h"
 
 namespace asgl::cpu {
@@ -22,18 +24,17 @@ void fill_spike_panels(const SpikeShape& shape, const Real* weight, Real* panels
 template <class Real>
 void transpose_each(const Real* from, int64 count, int64 rows, int64 columns, Real* to);
 
-// Spikes packed: a bit for each element, in whole words of 64 bits, and the elements that are not zero. mask_spikes
-// writes the bits and counts these elements; copy_spikes copies them.
+// What mask_spikes counts.
 struct SpikeCount {
-  int64 nonzero;
-  bool all_ones;
+  bool all_ones;              // whether all elements that are not zero are 1
+  std::vector<int64> before;  // the number of elements that are not zero before each chunk of x, and of all
 };
+// Packs x as PackedSpikes: mask_spikes writes the bits, in whole words, and copy_spikes the values.
 template <class Real>
-SpikeCount mask_spikes(const Real* x, int64 length, uint8* mask);
+SpikeCount mask_spikes(const Real* x, int64 length, uint64* mask);
 template <class Real>
-void copy_spikes(const Real* x, int64 length, Real* values);
-// Restores the elements. If `values` is null, all elements that are not zero are 1.
-template <class Real>
-void unpack_spikes(const uint8* mask, const Real* values, int64 length, Real* x);
+void copy_spikes(const Real* x, int64 length, const SpikeCount& count, Real* values);
+// The number of elements that are not zero, from the mask of `length` elements.
+int64 count_spikes(const uint64* mask, int64 length);
 
 }  // namespace asgl::cpu

@@ -126,7 +126,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   ops::implement_spikes(calls);
   m.def("spike_panels", &ops::spike_panels);
   m.def("pack_spikes", &ops::pack_spikes);
-  m.def("unpack_spikes", &ops::unpack_spikes);
 }
 
 }  // namespace asgl

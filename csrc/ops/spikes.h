@@ -59,16 +59,16 @@ class SpikeCall {
     shape.out_width = out_size(shape.width, shape.kernel_width, shape.stride_width, shape.padding_width);
     TORCH_CHECK_VALUE(shape.out_height > 0 && shape.out_width > 0, "asgl_cuda: the kernel is larger than the image, ",
                       x.sizes());
-    const double places = (static_cast<double>(shape.width) + static_cast<double>(shape.padding_width) +
-                           static_cast<double>(shape.kernel_height) * static_cast<double>(shape.kernel_width)) *
-                          static_cast<double>(channels);
-    TORCH_CHECK_VALUE(places < std::numeric_limits<int32_t>::max(), "asgl_cuda: a row of an image is too long, ",
+    const double row_length = (static_cast<double>(shape.width) + static_cast<double>(shape.padding_width) +
+                               static_cast<double>(shape.kernel_height) * static_cast<double>(shape.kernel_width)) *
+                              static_cast<double>(channels);
+    TORCH_CHECK_VALUE(row_length < std::numeric_limits<int32_t>::max(), "asgl_cuda: a row of an image is too long, ",
                       x.sizes());
   }
 
   bool is_linear() const { return dims_ == 2; }
 
-  // A tensor [*, *, (height,) width] in the memory order of kernels.
+  // A tensor [*, *, (height,) width] in the memory order of the kernels.
   Tensor in_order(const Tensor& tensor) const {
     if (is_linear()) return tensor.contiguous();
     const Tensor images = dims_ == 3 ? tensor.unsqueeze(2) : tensor;
@@ -144,9 +144,56 @@ inline void check_like(const Tensor& tensor, const Tensor& x, const char* name) 
                    " on ", tensor.device());
 }
 
-// `panels` is the result of spike_panels for the weight, or none.
+// The bytes of the mask of packed spikes.
+inline int64_t mask_bytes(const Tensor& x) { return (x.numel() + 63) / 64 * 8; }
+
+// Packs x, which is not empty, in the memory order of the kernels: a mask of one bit per element in whole words of 64
+// bits, followed by the elements that are not zero, unless all of these are 1.
+inline Tensor pack(const SpikeCall& call, const Tensor& x) {
+  const Tensor x_in_order = call.in_order(x);
+  Tensor result = at::empty({mask_bytes(x)}, x.options().dtype(at::kByte));
+  with_real(call.type, [&](auto real) {
+    using Real = decltype(real);
+    const Tensor mask = result;
+    const Real* data = pointer<const Real>(x_in_order);
+    const cpu::SpikeCount count = cpu::mask_spikes(data, x.numel(), static_cast<uint64*>(mask.mutable_data_ptr()));
+    if (count.all_ones) return;
+    const int64_t bytes = count.before.back() * static_cast<int64_t>(sizeof(Real));
+    result = at::empty({mask.numel() + bytes}, mask.options());
+    std::memcpy(result.mutable_data_ptr(), mask.const_data_ptr(), mask.numel());
+    cpu::copy_spikes(data, x.numel(), count, reinterpret_cast<Real*>(result.mutable_data_ptr<uint8>() + mask.numel()));
+  });
+  return result;
+}
+
+// Packs x for spike_product and for spike_weight_gradient. Returns an undefined tensor if this saves no memory.
+inline Tensor pack_spikes(const Tensor& x, at::IntArrayRef weight_sizes, at::IntArrayRef stride,
+                          at::IntArrayRef padding) {
+  const SpikeCall call(x, weight_sizes, stride, padding);
+  if (x.numel() == 0 || x.is_neg()) return {};
+  const Tensor result = pack(call, x);
+  return result.nbytes() < x.nbytes() ? result : Tensor();
+}
+
+// The elements of x as kernels read them, from the result of `pack` for x.
+template <class Real>
+PackedSpikes<Real> view_packed(const Tensor& packed, const Tensor& x) {
+  const int64_t bytes = mask_bytes(x);
+  TORCH_CHECK_VALUE(
+      packed.scalar_type() == at::kByte && packed.is_cpu() && packed.is_contiguous() && packed.numel() >= bytes,
+      "asgl_cuda: packed must be those of x");
+  const auto* mask = static_cast<const uint64*>(packed.const_data_ptr());
+  if (packed.numel() == bytes) return {mask, nullptr};
+  TORCH_CHECK_VALUE(packed.numel() == bytes + cpu::count_spikes(mask, x.numel()) * static_cast<int64_t>(sizeof(Real)),
+                    "asgl_cuda: packed must be those of x");
+  return {mask, reinterpret_cast<const Real*>(packed.const_data_ptr<uint8>() + bytes)};
+}
+
+// `panels` is the result of spike_panels for the weight, or none. `packed` is the result of pack_spikes for x, or none;
+// if it is given, the elements of x are not read.
 inline Tensor spike_product(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
-                            const OptionalTensor& panels, at::IntArrayRef stride, at::IntArrayRef padding) {
+                            const OptionalTensor& panels, at::IntArrayRef stride, at::IntArrayRef padding,
+                            const OptionalTensor& packed) {
   const SpikeCall call(x, weight.sizes(), stride, padding);
   check_like(weight, x, "weight");
   const int64_t outputs = call.shape.outputs;
@@ -160,7 +207,8 @@ inline Tensor spike_product(const Tensor& x, const Tensor& weight, const Optiona
     result.zero_();
     if (bias.has_value()) result.add_(call.is_linear() ? *bias : bias->view({-1, 1, 1}));
   } else if (result.numel() > 0) {
-    const Tensor x_in_order = call.in_order(x), kept_bias = bias.has_value() ? bias->contiguous() : Tensor();
+    const Tensor spikes = packed.has_value() ? *packed : pack(call, x);
+    const Tensor kept_bias = bias.has_value() ? bias->contiguous() : Tensor();
     const Tensor weight_in_order = panels.has_value() ? Tensor() : call.in_order(weight);
     with_real(call.type, [&](auto real) {
       using Real = decltype(real);
@@ -172,16 +220,17 @@ inline Tensor spike_product(const Tensor& x, const Tensor& weight, const Optiona
       const auto data = [](const OptionalTensor& tensor) {
         return tensor.has_value() ? pointer<const Real>(*tensor) : nullptr;
       };
-      cpu::spike_product<Real>({call.shape, pointer<const Real>(x_in_order), pointer<const Real>(weight_in_order),
+      cpu::spike_product<Real>({call.shape, view_packed<Real>(spikes, x), pointer<const Real>(weight_in_order),
                                 data(panels), pointer<const Real>(kept_bias), pointer<Real>(result)});
     });
   }
   return call.finished(result, is_channels_last(x) || is_channels_last(weight));
 }
 
-// The gradient of the weight of spike_product. `weight_sizes` are the sizes of the weight.
+// The gradient of the weight of spike_product. `weight_sizes` are the sizes of the weight; `packed` as there.
 inline Tensor spike_weight_gradient(const Tensor& grad, const Tensor& x, at::IntArrayRef weight_sizes,
-                                    at::IntArrayRef stride, at::IntArrayRef padding, bool channels_last) {
+                                    at::IntArrayRef stride, at::IntArrayRef padding, bool channels_last,
+                                    const OptionalTensor& packed) {
   const SpikeCall call(x, weight_sizes, stride, padding);
   check_like(grad, x, "grad");
   TORCH_CHECK_VALUE(grad.sizes() == at::IntArrayRef(spike_result_sizes(call, x)), "asgl_cuda: grad must have shape ",
@@ -190,11 +239,11 @@ inline Tensor spike_weight_gradient(const Tensor& grad, const Tensor& x, at::Int
   if (x.numel() == 0 || grad.numel() == 0) {
     result.zero_();
   } else {
-    const Tensor x_in_order = call.in_order(x), grad_in_order = call.in_order(grad);
+    const Tensor spikes = packed.has_value() ? *packed : pack(call, x), grad_in_order = call.in_order(grad);
     with_real(call.type, [&](auto real) {
       using Real = decltype(real);
       cpu::spike_weight_gradient<Real>(
-          {call.shape, pointer<const Real>(x_in_order), pointer<const Real>(grad_in_order), pointer<Real>(result)});
+          {call.shape, view_packed<Real>(spikes, x), pointer<const Real>(grad_in_order), pointer<Real>(result)});
     });
   }
   return call.finished(result, channels_last);
@@ -202,14 +251,15 @@ inline Tensor spike_weight_gradient(const Tensor& grad, const Tensor& x, at::Int
 
 template <class Library>
 void implement_spikes(Library& m) {
-  m.impl("spike_product", [](const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
-                             const OptionalTensor& panels, at::IntArrayRef stride, at::IntArrayRef padding) {
-    return spike_product(x, weight, bias, panels, stride, padding);
-  });
-  m.impl("spike_weight_gradient", [](const Tensor& grad, const Tensor& x, at::IntArrayRef weight_sizes,
-                                     at::IntArrayRef stride, at::IntArrayRef padding, bool channels_last) {
-    return spike_weight_gradient(grad, x, weight_sizes, stride, padding, channels_last);
-  });
+  m.impl("spike_product",
+         [](const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& panels,
+            at::IntArrayRef stride, at::IntArrayRef padding,
+            const OptionalTensor& packed) { return spike_product(x, weight, bias, panels, stride, padding, packed); });
+  m.impl("spike_weight_gradient",
+         [](const Tensor& grad, const Tensor& x, at::IntArrayRef weight_sizes, at::IntArrayRef stride,
+            at::IntArrayRef padding, bool channels_last, const OptionalTensor& packed) {
+           return spike_weight_gradient(grad, x, weight_sizes, stride, padding, channels_last, packed);
+         });
 }
 
 // Copies the weight, in float32 or float64, to the order in which spike_product reads it. The copy fits inputs of any
@@ -232,39 +282,6 @@ inline Tensor spike_panels(const Tensor& weight) {
     }
   });
   return panels;
-}
-
-// Packs a dense tensor: one bit per element in memory order, followed by the elements that are not zero, unless all of
-// these are 1. Returns an undefined tensor if packing saves no memory, or if the tensor is not dense.
-inline Tensor pack_spikes(const Tensor& x) {
-  Tensor packed;
-  if (!x.is_non_overlapping_and_dense() || x.is_neg()) return packed;
-  with_real(x.scalar_type(), [&](auto real) {
-    using Real = decltype(real);
-    const int64_t length = x.numel(), words = (length + 63) / 64;
-    const Tensor mask = at::empty({words * 8}, x.options().dtype(at::kByte));
-    const Real* data = pointer<const Real>(x);
-    const cpu::SpikeCount found = cpu::mask_spikes(data, length, mask.mutable_data_ptr<uint8>());
-    if (found.all_ones) {
-      packed = mask;
-    } else if (found.nonzero * static_cast<int64_t>(sizeof(Real)) + mask.numel() < static_cast<int64_t>(x.nbytes())) {
-      packed = at::empty({mask.numel() + found.nonzero * static_cast<int64_t>(sizeof(Real))}, mask.options());
-      std::memcpy(packed.mutable_data_ptr<uint8>(), mask.const_data_ptr<uint8>(), mask.numel());
-      cpu::copy_spikes(data, length, reinterpret_cast<Real*>(packed.mutable_data_ptr<uint8>() + mask.numel()));
-    }
-  });
-  return packed;
-}
-
-// Unpacks into `x`, a dense tensor with the sizes and strides of the tensor that was packed.
-inline void unpack_spikes(const Tensor& packed, const Tensor& x) {
-  with_real(x.scalar_type(), [&](auto real) {
-    using Real = decltype(real);
-    const uint8* mask = packed.const_data_ptr<uint8>();
-    const int64_t bytes = (x.numel() + 63) / 64 * 8;
-    const Real* values = packed.numel() == bytes ? nullptr : reinterpret_cast<const Real*>(mask + bytes);
-    cpu::unpack_spikes(mask, values, x.numel(), pointer<Real>(x));
-  });
 }
 
 }  // namespace asgl::ops

@@ -22,22 +22,29 @@ struct SpikeShape {
   int64 depth() const { return kernel_height * kernel_width * channels; }  // the largest number of elements of a sum
 };
 
+// A tensor of which only elements that are not zero are stored. Elements are in memory order.
+template <class Real>
+struct PackedSpikes {
+  const uint64* mask;  // a bit for each element, from the lowest bit of a word on, set if the element is not zero
+  const Real* values;  // the elements that are not zero, or null if all of these are 1
+};
+
 template <class Real>
 struct SpikeProductParams {
   SpikeShape shape;
-  const Real* x;       // [images, height, width, channels]
-  const Real* weight;  // [outputs, kernel_height, kernel_width, channels]
-  const Real* panels;  // the weight in the order of spike_panels, or null
-  const Real* bias;    // [outputs], or null
-  Real* out;           // [images, out_height, out_width, outputs]
+  PackedSpikes<Real> x;  // [images, height, width, channels]
+  const Real* weight;    // [outputs, kernel_height, kernel_width, channels]
+  const Real* panels;    // the weight in the order of spike_panels, or null
+  const Real* bias;      // [outputs], or null
+  Real* out;             // [images, out_height, out_width, outputs]
 };
 
 template <class Real>
 struct SpikeGradientParams {
   SpikeShape shape;
-  const Real* x;      // [images, height, width, channels]
-  const Real* grad;   // [images, out_height, out_width, outputs]
-  Real* grad_weight;  // [outputs, kernel_height, kernel_width, channels]
+  PackedSpikes<Real> x;  // [images, height, width, channels]
+  const Real* grad;      // [images, out_height, out_width, outputs]
+  Real* grad_weight;     // [outputs, kernel_height, kernel_width, channels]
 };
 
 }  // namespace asgl

@@ -42,8 +42,8 @@ class Case(NamedTuple):
         return functional.conv2d(x, weight, bias, self.stride, self.padding)
 
 
-# Sums and outputs across the edges of vectors, groups of 64 and 128 columns, blocks of 256 and 1024 rows, ranges of
-# 1024 elements.
+# Sums and outputs across the edges of vectors, groups of 32, 64 and 128 columns, batches of 256 pixels, tiles of 512
+# pixels in rows and columns, ranges of 1024 channels, words of 64 bits.
 CASES = {
     "one": Case((1, 1), 1),
     "odd": Case((3, 37), 5),
@@ -59,5 +59,7 @@ CASES = {
     "7 x 7": Case((2, 4, 11, 13), 9, (7, 7), stride=2, padding=3),
     "wide padding": Case((2, 4, 4, 4), 6, (2, 2), padding=3),
     "same": Case((2, 4, 7, 6), 6, (4, 3), padding="same"),
+    "patches": Case((2, 3, 32, 33), 40, (16, 16), stride=16),
+    "wide": Case((2, 3, 2, 1100), 35, (3, 3), padding=1, layout=LAST),
     "no height": Case((3, 4, 1, 9), 6, (1, 3), padding=1, layout=LAST),
 }

@@ -67,7 +67,7 @@ def test_layers_that_are_left():
 
     replaced, left = asgl_cuda.to_spike_layers(OnZeros(), torch.zeros(64, 64))[1]
     assert replaced == []
-    reasons = ["subclass", "subclass", "float32 and float64", "groups", "not run"]
+    reasons = ["subclass", "subclass", "float32 and float64", "groups", "does not reach"]
     assert all(reason in row.reason for reason, row in zip(reasons, left, strict=True)), left
     with pytest.raises(TypeError, match=r"to_spike_layers: model must be a torch.nn.Module, got int"):
         asgl_cuda.to_spike_layers(3, None)

@@ -183,11 +183,11 @@ def test_subnormals_are_no_zeros():
     assert (expected > 0).all()
     if torch.set_flush_denormal(True):
         try:
-            packed = products._pack_spikes(x)
             assert asgl_cuda.spike_linear(x, weight).shape == (3, 2)
+            packed = products._pack_spikes(functional.pad(x, [0, 24]), (2, 64), (), ())
         finally:
             torch.set_flush_denormal(False)
-        assert packed is None or torch.equal(products._unpack_spikes(packed, x.shape, x.stride(), x.dtype), x)
+        assert packed.nbytes == 3 * 8 + x.nbytes
 
 
 @pytest.mark.parametrize(
@@ -199,6 +199,15 @@ def test_empty(x, weight):
     case = Case(x, weight[0], None if len(x) == 2 else (3, 3))
     for ours, theirs in zip(with_gradients(case.ours, *inputs), with_gradients(case.torchs, *inputs), strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_a_single_row():
+    torch.manual_seed(0)
+    inputs = (torch.rand(60) < 0.3).float(), torch.randn(20, 60), torch.randn(20)
+    for ours, theirs in zip(
+        with_gradients(asgl_cuda.spike_linear, *inputs), with_gradients(functional.linear, *inputs), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
 def test_strided_inputs():
@@ -221,15 +230,23 @@ def test_strided_inputs():
 @pytest.mark.parametrize("values", [False, True])
 @pytest.mark.parametrize("length", [1, 7, 8, 63, 64, 65, 20000])
 def test_packed_spikes(length, values):
-    """Backward gets the input again, whatever happens to it, in a bit an element where all spikes are 1."""
+    """A bit an element, where all spikes are 1, from which the products are those of the spikes."""
     torch.manual_seed(0)
-    x = Case((1, length), 1).spikes(0.1, values=values)
-    packed = products._pack_spikes(x)
+    x, weight, grad = Case((1, length), 1).spikes(0.1, values=values), torch.randn(3, length), torch.randn(1, 3)
+    packed = products._pack_spikes(x, weight.shape, (), ())
     if packed is None:
         assert length < 64
         return
-    assert torch.equal(products._unpack_spikes(packed, x.shape, x.stride(), x.dtype), x)
     assert packed.nbytes == -(-length // 64) * 8 + (4 * int(x.count_nonzero()) if values else 0)
+    product, gradient = torch.ops.asgl_cuda.spike_product, torch.ops.asgl_cuda.spike_weight_gradient
+    unread = torch.full_like(x, torch.nan)
+    rest = weight, None, None, [], []
+    assert torch.equal(product(unread, *rest, packed), product(x, *rest, None))
+    rest = weight.shape, [], [], False
+    assert torch.equal(gradient(grad, unread, *rest, packed), gradient(grad, x, *rest, None))
+    for wrong in (packed[:-8], torch.cat([packed, packed[:8]]), packed.float()):
+        with pytest.raises(ValueError, match="packed must be those of x"):
+            product(unread, weight, None, None, [], [], wrong)
 
 
 def test_a_changed_input_does_not_change_gradients():
@@ -315,7 +332,7 @@ def test_operators():
         x, (weight, bias) = case.spikes(), case.parameters()
         spatial = ([case.stride] * 2, [case.padding] * 2) if case.kernel else ([], [])
         tensors = [each.requires_grad_() for each in (x, weight, bias)]
-        torch.library.opcheck(torch.ops.asgl_cuda.spike_product.default, (*tensors, None, *spatial))
+        torch.library.opcheck(torch.ops.asgl_cuda.spike_product.default, (*tensors, None, *spatial, None))
         grad = torch.randn_like(case.torchs(x, weight)).detach()
-        arguments = grad, x.detach(), list(weight.shape), *spatial, False
+        arguments = grad, x.detach(), list(weight.shape), *spatial, False, None
         torch.library.opcheck(torch.ops.asgl_cuda.spike_weight_gradient.default, arguments)

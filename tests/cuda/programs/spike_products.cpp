@@ -90,9 +90,15 @@ void check(const SpikeShape& s) {
     }
   });
 
+  std::vector<uint64> mask(static_cast<size_t>((size + 63) / 64));
+  const cpu::SpikeCount count = cpu::mask_spikes(x.data(), size, mask.data());
+  std::vector<Real> values(static_cast<size_t>(count.before.back()));
+  cpu::copy_spikes(x.data(), size, count, values.data());
+  const PackedSpikes<Real> spikes = {mask.data(), count.all_ones ? nullptr : values.data()};
+  expect(cpu::count_spikes(mask.data(), size) == count.before.back() && (count.all_ones || !ones), "packed", s);
+
   auto found = unwritten<Real>(static_cast<int64>(out.size()));
-  SpikeProductParams<Real> params = {s,           x.data(), weight.data(), nullptr, has_bias ? bias.data() : nullptr,
-                                     found.data()};
+  SpikeProductParams<Real> params = {s, spikes, weight.data(), nullptr, has_bias ? bias.data() : nullptr, found.data()};
   cpu::spike_product(params);
   expect(found == out, "product", s);
   auto panels = unwritten<Real>(cpu::spike_panels_size<Real>(s));
@@ -102,15 +108,9 @@ void check(const SpikeShape& s) {
   cpu::spike_product(params);
   expect(found == out, "product with panels", s);
   auto found_grad = unwritten<Real>(weights);
-  cpu::spike_weight_gradient<Real>({s, x.data(), grad.data(), found_grad.data()});
+  cpu::spike_weight_gradient<Real>({s, spikes, grad.data(), found_grad.data()});
   expect(found_grad == grad_weight, "gradient", s);
 
-  std::vector<uint8> mask(static_cast<size_t>((size + 63) / 64 * 8));
-  const cpu::SpikeCount count = cpu::mask_spikes(x.data(), size, mask.data());
-  std::vector<Real> values(static_cast<size_t>(count.nonzero)), unpacked = unwritten<Real>(size);
-  cpu::copy_spikes(x.data(), size, values.data());
-  cpu::unpack_spikes(mask.data(), count.all_ones ? nullptr : values.data(), size, unpacked.data());
-  expect(unpacked == x && (count.all_ones || !ones), "packed", s);
   auto once = unwritten<Real>(weights), twice = once;
   cpu::transpose_each(weight.data(), 1, s.outputs, s.depth(), once.data());
   cpu::transpose_each(once.data(), 1, s.depth(), s.outputs, twice.data());
