@@ -62,6 +62,9 @@ CELLS = [
     *((task, optimizer) for task in TASKS for optimizer in (SGD, ADAM)),
     (Task(layers=10), ADAMW), (Task("mnist"), ADAM),
     (Task("digit_saccades", time_steps=0), ADAM), (Task(layers=2), ADAM),
+    (Task("tones", time_steps=0, decay=0.9), ADAM), (Task(), ADAMW),
+    (Task(layers=2, time_steps=20, decay=0.95), SGD), (Task(layers=2, time_steps=100, decay=0.9, steps=60), ADAM),
+    (Task("tones", time_steps=0), ADAMW), (Task("mnist"), SGD), (Task(layers=2, time_steps=20, decay=0.95), ADAM),
 ]  # fmt: skip
 
 
