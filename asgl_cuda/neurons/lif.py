@@ -20,7 +20,7 @@ from ..backends.derivatives import DERIVATIVES
 from ..backends.ops import ForwardResult, with_gaps
 from ..calls import recompute
 from ..calls.arguments import Arguments
-from ..calls.plan import Call, Inputs, Plan, checked_call, make_plan
+from ..calls.plan import Call, Inputs, Plan, checked_call, last_states, make_plan
 from ..checks import (
     PLAIN_TENSORS,
     check_analog_prob,
@@ -217,8 +217,8 @@ def lif(
 LIF_DEFAULTS: Arguments = lif.__kwdefaults__ or {}  # type: ignore[assignment]
 
 
-def computed(caller: str, x_seq: Tensor, given: Arguments) -> Tensor | LIFOutput:
-    """The result of `lif`."""
+def computed(caller: str, x_seq: Tensor, given: Arguments, kind: Any = LIFOutput) -> Tensor | Any:
+    """The result of `lif`, or of neurons with other states: spikes, or a named tuple of this kind."""
     backend, plan, inputs = call = checked_call(caller, x_seq, given)
     if BACKENDS[backend].operators is None:
         outputs = run_reference(plan, inputs)
@@ -229,7 +229,7 @@ def computed(caller: str, x_seq: Tensor, given: Arguments) -> Tensor | LIFOutput
         outputs = recompute.applied(apply, LIFFunction, (None, backend, plan, *inputs), take)
     else:
         outputs = apply(LIFFunction, None, backend, plan, *inputs)
-    return output_of(plan, outputs)
+    return output_of(plan, outputs, kind)
 
 
 def computed_after(
@@ -242,9 +242,12 @@ def computed_after(
     return computed(caller, value, given)
 
 
-def output_of(plan: Plan, outputs: Sequence[Tensor]) -> Tensor | LIFOutput:
-    """The requested outputs, which come first."""
-    return LIFOutput(*with_gaps(outputs, (True, *plan.wanted))) if True in plan.wanted else outputs[0]
+def output_of(plan: Plan, outputs: Sequence[Tensor], kind: Any = LIFOutput) -> Tensor | Any:
+    """The spikes, or if other results are wanted, all by name in a tuple of this kind. They come first in `outputs`."""
+    if True not in plan.wanted:
+        return outputs[0]
+    s_seq, last, v_seq, h_seq = with_gaps(outputs, (True, *plan.wanted))
+    return kind(s_seq=s_seq, v_seq=v_seq, h_seq=h_seq, **last_states(plan, last))
 
 
 def run_reference(plan: Plan, inputs: Inputs) -> list[Tensor]:

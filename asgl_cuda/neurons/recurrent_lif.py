@@ -15,7 +15,7 @@ from ..backends import BACKENDS, backend_of, operators_of
 from ..backends.derivatives import DERIVATIVES
 from ..backends.ops import ForwardResult, with_gaps
 from ..calls.arguments import Arguments, NeuronArguments
-from ..calls.plan import Call, Plan, checked_call, make_plan
+from ..calls.plan import Call, Plan, checked_call, last_states, make_plan
 from ..checks import (
     check_bool,
     check_dense,
@@ -34,7 +34,7 @@ from ..reference.learned import Logit
 from ..reference.neurons import recurrent_reference
 from ..reference.records import IN_CURRENT, Numbers, Rules
 from ..torch_modes import apply, apply_here, grads_are_zeros, is_differentiated, once_differentiable, saved_tensors
-from .adaptive_lif import Adapting, AdaptiveLIF, pair_of_states, place_of_w
+from .adaptive_lif import Adapting, AdaptiveLIF, place_of_w
 from .base import values_shown
 from .deferred import tensor_of
 from .lif import LIF_DEFAULTS, without
@@ -192,8 +192,8 @@ def recurrent_lif(
     Heidelberg spiking data sets for the systematic evaluation of spiking neural networks, IEEE TNNLS 2022.
     """
     check_keywords(neuron, _KNOWN, _CALLER, _WITHOUT)
-    recurrence = _Recurrence(weight, bias, syn_decay, s_init, i_init, w_init, detach_recurrent)
-    given: Arguments = {**LIF_DEFAULTS, **neuron, "input_gain": input_gain}
+    recurrence = _Recurrence(weight, bias, syn_decay, s_init, i_init, detach_recurrent)
+    given: Arguments = {**LIF_DEFAULTS, **neuron, "input_gain": input_gain, "w_init": w_init}
     adaptation = {"adapt_potential": adapt_potential, "adapt_spike": adapt_spike, "to_threshold": to_threshold}
     if adapt_decay is None:
         _check_no_adaptation(adaptation, recurrent_lif.__kwdefaults__, _CALLER)
@@ -214,7 +214,6 @@ class _Recurrence(NamedTuple):
     syn_decay: Tensor | float | None
     s_init: Tensor | None
     i_init: Tensor | None
-    w_init: Tensor | None
     detach_recurrent: bool
 
 
@@ -256,7 +255,7 @@ def _check(x_seq: Tensor, given: _Recurrence, neuron: Any) -> float:
     if "adaptation" in neuron:
         _check_adaptation(neuron["input_gain"], _CALLER)
     else:
-        _check_no_adaptation({"w_init": given.w_init}, {"w_init": None}, _CALLER)
+        _check_no_adaptation({"w_init": neuron["w_init"]}, {"w_init": None}, _CALLER)
     if given.i_init is not None and given.syn_decay is None:
         raise ValueError(f"{_CALLER}: i_init needs syn_decay, got i_init without a synapse")
     for name, state in (("s_init", given.s_init), ("i_init", given.i_init)):
@@ -293,8 +292,6 @@ def _parameters(x_seq: Tensor, given: _Recurrence, call: Call, syn_decay: float)
 def _computed(x_seq: Tensor, given: _Recurrence, neuron: Arguments) -> Tensor | RecurrentLIFOutput:
     """The result of `recurrent_lif`; width, decay and syn_decay may be a Logarithm and Logits."""
     syn_decay = _check(x_seq, given, neuron)
-    if given.w_init is not None or ("adaptation" in neuron and neuron["v_init"] is not None):
-        neuron = {**neuron, "v_init": pair_of_states(_CALLER, x_seq, neuron, given.w_init)}
     call = checked_call(_CALLER, x_seq, neuron, together=False)
     real, has_synapse = call.plan.real, given.syn_decay is not None
     parameters, rules = _parameters(x_seq, given, call, syn_decay), call.plan.rules
@@ -326,17 +323,11 @@ def _computed(x_seq: Tensor, given: _Recurrence, neuron: Arguments) -> Tensor | 
     if not (wants_v_last or wants_v_seq or wants_h_seq):
         return outputs[0]  # type: ignore[no-any-return]
     s_seq, _, h_seq, v_seq, _, _, v_last, s_last, i_last = outputs
-    w_last = None
-    if wants_v_last and rules.adaptation:
-        v_last, w_last = v_last[0], v_last[1]
+    states_after: dict[str, Any] = dict.fromkeys(("v_last", "s_last", "i_last", "w_last"))
+    if wants_v_last:
+        states_after.update(last_states(call.plan, v_last), s_last=s_last, i_last=i_last if has_synapse else None)
     return RecurrentLIFOutput(
-        s_seq,
-        v_last if wants_v_last else None,
-        s_last if wants_v_last else None,
-        i_last if wants_v_last and has_synapse else None,
-        w_last,
-        v_seq if wants_v_seq else None,
-        h_seq if wants_h_seq else None,
+        s_seq=s_seq, v_seq=v_seq if wants_v_seq else None, h_seq=h_seq if wants_h_seq else None, **states_after
     )
 
 
@@ -499,8 +490,10 @@ class RecurrentLIF(Adapting):
         syn_decay: Any = self.syn_decay
         if self.num_features:
             (syn_decay,) = self._for_call([syn_decay], x_seq)
-        recurrence = _Recurrence(weight, self.recurrent_bias, syn_decay, s_init, i_init, w_init, self.detach_recurrent)
-        return _computed(x_seq, recurrence, self._given(x_seq, self.input_gain, **options))
+        recurrence = _Recurrence(weight, self.recurrent_bias, syn_decay, s_init, i_init, self.detach_recurrent)
+        given = self._given(x_seq, self.input_gain, **options)
+        given["w_init"] = w_init
+        return _computed(x_seq, recurrence, given)
 
     def extra_repr(self) -> str:
         parts = [f"{self.hidden_size}", f"recurrent={self.recurrent}"]

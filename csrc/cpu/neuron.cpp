@@ -44,7 +44,7 @@ bool is_settled(const Params& params) {
 template <class Params>
 void run_model(Params params) {
   params.noise = params.noise.resolved();
-  if (params.options.adapts()) return run_adaptive(params);
+  if (params.options.has_adaptation()) return run_adaptive(params);
   if constexpr (std::is_same_v<typename Params::Real, float>) {
     if (is_settled(params)) return run_settled(params);
   }

@@ -56,7 +56,7 @@ struct ResetLoop {
     const auto model = Model::of(args.options);
 #pragma GCC ivdep
     for (int64 n = 0; n < args.length; ++n) {
-      if constexpr (Model::kAdapts) {
+      if constexpr (Model::kHasAdaptation) {
         const Real h = model.charged(args.h[n], args.w[n]);
         args.v[n] = model.reset(h, args.s[n], model.adapted(args.neurons[n], args.w[n]));
       } else {
@@ -247,8 +247,8 @@ void forward_chunk(const RecurrentForwardParams<Scalar>& params, const WeightPro
   std::vector<int32_t> indices(static_cast<size_t>(chunk.length));
   RepeatedNeurons<Scalar> repeated(params);
   ChunkNoise<Scalar> noise(params);
-  load_state(params.v_init, chunk.first, params.options.v_rest, chunk.length, v);
-  if (Model::kAdapts) load_state(behind(params.v_init, all), chunk.first, Real(0), chunk.length, w);
+  const auto states = rows_of_states<Model>(v, w);
+  load_states(params.v_init, all, chunk.first, params.options.v_rest, chunk.length, states);
   load_state(params.i_init, chunk.first, Real(0), chunk.length, i);
   const Real* s_before = state_or(params.s_init, chunk, Real(0), s_buffer);
   const bool scales = params.options.scale_output;
@@ -278,8 +278,7 @@ void forward_chunk(const RecurrentForwardParams<Scalar>& params, const WeightPro
     finish_row(current, params.i_seq, chunk, t);
     s_before = s;
   }
-  store_state(v, chunk.length, params.v_last, chunk.first);
-  if (Model::kAdapts) store_state(w, chunk.length, behind(params.v_last, all), chunk.first);
+  store_states(states, chunk.length, params.v_last, all, chunk.first);
   store_state(s_before, chunk.length, params.s_last, chunk.first);
   store_state(i, chunk.length, params.i_last, chunk.first);
 }
@@ -295,22 +294,21 @@ class ChunkBackward {
 
   void run() {
     const int64 all = chunk_.shape.neurons();
-    load_state(params_.grad_v_last, chunk_.first, Real(0), chunk_.length, dv_);
-    if (Model::kAdapts) load_state(behind(params_.grad_v_last, all), chunk_.first, Real(0), chunk_.length, dw_);
+    const auto gradients = rows_of_states<Model>(dv_, dw_);
+    load_states(params_.grad_v_last, all, chunk_.first, Real(0), chunk_.length, gradients);
     load_state(params_.grad_i_last, chunk_.first, Real(0), chunk_.length, di_);
     load_state(params_.grad_s_last, chunk_.first, Real(0), chunk_.length, feedback_);
     std::fill_n(zeros_, chunk_.length, Real(0));
     std::fill_n(sums_, kRecurrentSums * parts_.stride(), Real(0));
     carried_ = params_.grad_v_last != nullptr;
     read_before(params_.steps);
-    if (Model::kAdapts && carried_ && params_.grad_parameters != nullptr) {
+    if (Model::kHasAdaptation && carried_ && params_.grad_parameters != nullptr) {
       repeated_.for_each_part(chunk_, [&](int64 offset, int64 length) {
         add_gradients_of_adaptation(potential_before(offset, length), offset, length);
       });
     }
     for (int64 t = params_.steps - 1; t >= 0; --t) walk_back(t);
-    store_state(dv_, chunk_.length, params_.grad_v_init, chunk_.first);
-    if (Model::kAdapts) store_state(dw_, chunk_.length, behind(params_.grad_v_init, all), chunk_.first);
+    store_states(gradients, chunk_.length, params_.grad_v_init, all, chunk_.first);
     store_state(di_, chunk_.length, params_.grad_i_init, chunk_.first);
     store_state(feedback_, chunk_.length, params_.grad_s_init, chunk_.first);
     if (params_.grad_parameters != nullptr) store_sums();
@@ -383,8 +381,8 @@ class ChunkBackward {
            .ahead =
                ahead_of(chunk_, t - 1, offset, params_.grad_s_seq, params_.h_seq, params_.emitted, params_.grad_j_seq),
            .v = v,
-           .w = now.w + offset,
-           .dw = dw_ + offset,
+           .second = now.w + offset,
+           .d_second = dw_ + offset,
            .sums = sums_,
            .sums_stride = parts_.stride()});
       if (params_.has_synapse) {
@@ -405,7 +403,7 @@ class ChunkBackward {
   // Adds the gradients of parameters that the loop does not sum itself.
   void add_gradients(const Real* dj, const Real* v, int64 offset, int64 length) {
     accumulate(kRecurrentBias, length, Real(1), dj + offset, kOne);
-    if (Model::kAdapts && before_.v == nullptr) add_gradients_of_adaptation(v, offset, length);
+    if (Model::kHasAdaptation && before_.v == nullptr) add_gradients_of_adaptation(v, offset, length);
     if (wants_syn_decay()) accumulate(kRecurrentSynDecay, length, Real(1), dj + offset, {before_.i + offset, Real(0)});
     if (params_.elementwise) {
       accumulate(kRecurrentWeight, length, Real(1), dj + offset, {before_.s + offset, Real(0)});
@@ -522,7 +520,7 @@ void for_each_chunk(const Params& params, Task&& task) {
     });
   };
   static_assert(static_cast<int>(Surrogate::kInteger) == kNumSurrogates - 1);
-  if (params.options.adapts()) return run_all(AdaptiveLIF<Real>::of(params.options));
+  if (params.options.has_adaptation()) return run_all(AdaptiveLIF<Real>::of(params.options));
   with_model(options, run_all, std::make_integer_sequence<int, kNumSurrogates - 1>{});
 }
 

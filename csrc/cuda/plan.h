@@ -117,7 +117,7 @@ template <class Scalar, class Resident>
 void plan_tiles(ForwardParams<Scalar>& params, const Resident& resident) {
   const bool grouped = groups_of_four(params, params.residual, params.s_seq, params.v_last, params.v_seq, params.h_seq,
                                       params.checkpoints);
-  plan_neurons(params, grouped && fit_parameters(params) && !params.options.adapts(), resident);
+  plan_neurons(params, grouped && fit_parameters(params) && params.options.num_states() == 1, resident);
 }
 
 template <class Scalar, class Resident>
@@ -125,7 +125,7 @@ void plan_tiles(BackwardParams<Scalar>& params, const Resident& resident) {
   const bool grouped = groups_of_four(params, params.residual, params.grad_s_seq, params.grad_v_last, params.grad_v_seq,
                                       params.grad_h_seq, params.checkpoints, params.grad_x_seq, params.grad_v_init,
                                       params.grad_residual);
-  plan_with_sums(params, grouped && fit_parameters(params) && !params.options.adapts(), resident);
+  plan_with_sums(params, grouped && fit_parameters(params) && params.options.num_states() == 1, resident);
 }
 
 template <class Scalar, class Resident>
@@ -146,7 +146,7 @@ int lanes_of(const LIFParams<Scalar>& params) {
 template <class Scalar, template <class> class Params>
 Launch launch_neurons(const Params<Scalar>& params, Template settled, Template general, Template adaptive) {
   Kernel kernel{settled, kTypeOf<Scalar>};
-  if (params.options.adapts()) {
+  if (params.options.has_adaptation()) {
     kernel.of = adaptive;
     return {kernel, params.tiles.count};
   }

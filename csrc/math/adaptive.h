@@ -18,7 +18,8 @@ constexpr uint8 kInCurrent = 1, kInThreshold = 2, kInReset = 4;
 template <class Real>
 struct AdaptiveLIF : LIFByOptions<Real> {
   using Base = LIFByOptions<Real>;
-  static constexpr bool kAdapts = true;
+  static constexpr int kNumStates = 2;
+  static constexpr bool kHasAdaptation = true;
 
   // Returns the model for these options.
   static ASGL_HOST_DEVICE AdaptiveLIF of(const Base& options) {

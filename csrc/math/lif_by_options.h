@@ -23,7 +23,8 @@ template <class Real>
 struct LIFByOptions : NeuronOptions<Real> {
   using Hard = LIF<Surrogate::kRectangle, true>;
   using Soft = LIF<Surrogate::kRectangle, false>;
-  static constexpr bool kOnlyGeneral = true, kAdapts = false;
+  static constexpr bool kOnlyGeneral = true, kHasAdaptation = false;
+  static constexpr int kNumStates = 1;
 
   Real v_min;
   bool multi_spike;
@@ -31,9 +32,12 @@ struct LIFByOptions : NeuronOptions<Real> {
   bool floored;      // whether v_min bounds the potential
   uint8 adaptation;  // bits of math/adaptive.h; in padding, as levels
 
-  ASGL_HOST_DEVICE bool adapts() const { return adaptation != 0; }
+  // Whether the parameters of the input are those of an adaptation (params/summary.h), whose state is w.
+  ASGL_HOST_DEVICE bool has_adaptation() const { return adaptation != 0; }
+  // The number of states of the model that the options select, its kNumStates: v, and w of adaptive neurons.
+  ASGL_HOST_DEVICE int num_states() const { return has_adaptation() ? 2 : 1; }
   // Whether the neuron has a rule that LIF does not have.
-  ASGL_HOST_DEVICE bool has_optional_rules() const { return multi_spike || floored || adapts(); }
+  ASGL_HOST_DEVICE bool has_optional_rules() const { return multi_spike || floored || has_adaptation(); }
   // Whether spikes are counted, as with levels.
   ASGL_HOST_DEVICE bool counts() const { return this->surrogate == Surrogate::kInteger; }
 
