@@ -569,8 +569,9 @@ class LIF(Neurons):
 
 
 def without(layer: type[Neurons], *arguments: str) -> set[str]:
-    """Options of `lif` and `LIF` that another neuron lacks: these arguments, a residual, what is not in its table."""
-    return {"residual", "residual_gain", *arguments, *(LIF._options.keys() - layer._options.keys())}
+    """Options of `lif` and `LIF` that another neuron lacks: these arguments, a residual, what is not in its tables."""
+    states = {f"{name}_init" for name in LIF._states if name not in layer._states}
+    return {"residual", "residual_gain", *arguments, *(LIF._options.keys() - layer._options.keys()), *states}
 
 
 def unknown_options(layer: NeuronLayer, known: Collection[str]) -> str:
