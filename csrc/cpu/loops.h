@@ -141,7 +141,7 @@ struct StepLoop {
     loop<true>(args);
   }
 
-  // The loop over neurons. Without kNoise nothing is analog.
+  // The loop over neurons. Without kNoise no element is analog.
   template <bool kNoise>
   static ASGL_HOST_DEVICE void loop(Args args) {
     const Firing<Real> firing(args.options);
@@ -561,7 +561,7 @@ struct InputCurrentAdjointLoop {
   static ASGL_HOST_DEVICE void run(Args args) {
     if constexpr (!kRows) return with_sums_in_registers(args);
     args.parameters.for_each_period(args.length, [=](int64 first, int64 length) __attribute__((always_inline)) {
-      add(args, first, length, args.gain_sum, args.bias_sum);
+      accumulate(args, first, length, args.gain_sum, args.bias_sum);
     });
   }
 
@@ -572,14 +572,15 @@ struct InputCurrentAdjointLoop {
     if (args.length >= kInputSums) {
       Real gain_sum[kInputSums], bias_sum[kInputSums];
       for (int64 i = 0; i < kInputSums; ++i) gain_sum[i] = args.gain_sum[i], bias_sum[i] = args.bias_sum[i];
-      for (; first + kInputSums <= args.length; first += kInputSums) add(args, first, kInputSums, gain_sum, bias_sum);
+      for (; first + kInputSums <= args.length; first += kInputSums)
+        accumulate(args, first, kInputSums, gain_sum, bias_sum);
       for (int64 i = 0; i < kInputSums; ++i) args.gain_sum[i] = gain_sum[i], args.bias_sum[i] = bias_sum[i];
     }
-    add(args, first, args.length - first, args.gain_sum, args.bias_sum);
+    accumulate(args, first, args.length - first, args.gain_sum, args.bias_sum);
   }
 
-  // Computes dx of `length` neurons, and adds to the sums.
-  static ASGL_HOST_DEVICE void add(const Args& args, int64 first, int64 length, Real* gain_sum, Real* bias_sum) {
+  // Computes dx of `length` neurons from `first` on, and accumulates their terms in the sums.
+  static ASGL_HOST_DEVICE void accumulate(const Args& args, int64 first, int64 length, Real* gain_sum, Real* bias_sum) {
     const Real *x = args.x + first, *dh = args.dh + first;
     Real* dx = args.dx + first;
 #pragma GCC ivdep
@@ -644,8 +645,8 @@ struct SumLoop {
   static ASGL_HOST_DEVICE void run(Args args) { *args.sum = sum_of(args.row, args.length); }
 };
 
-// Runs of neurons that share a parameter's value, among `length` neurons. The first run has `first` neurons, and every
-// other run has `inner`, except that the last run may be cut off.
+// Runs of adjacent neurons that share a parameter's value, among the `length` neurons of a tile. The first run has
+// `first` neurons, and every other run has `inner`, except that the last run may be cut off.
 struct Runs {
   int64 first, inner, length;
 

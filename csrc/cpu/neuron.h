@@ -158,7 +158,7 @@ class GeneralBackward {
   Real* row(Real* rows, int64 k) const { return rows + k * rows_.stride(); }
   // The potential before step k of a segment.
   Real* v(int64 k) const { return row(v_, k % v_rows_); }
-  // What to prefetch for step t: rows of the input, and of the gradients.
+  // The rows of x to prefetch for step t, and those of the gradients.
   Ahead input_ahead(int64 t) const {
     if (t >= params_.shape.steps) return {};
     return {sizeof(Scalar), {row_ahead(params_.x_seq, tile_, t)}};
@@ -176,8 +176,9 @@ class GeneralBackward {
   }
   // The sums of a parameter, for the neurons of the part.
   Real* sums(int id) const { return row(sums_, id) + (tile_.first - whole_.first); }
-  // Sets the sums of a parameter to 0; stores them as those of step t.
+  // Sets the sums of a parameter to 0.
   void clear(int id) { std::fill_n(row(sums_, id), whole_.length, Real(0)); }
+  // Stores the sums of a parameter as the partial sums of step t.
   void store(int id, int64 t) {
     store_partials(params_.partials[id], params_.parameters[id], whole_, t, row(sums_, id));
   }

@@ -83,10 +83,10 @@ const Real* state_or(const Real* state, const Chunk& chunk, Real otherwise, Real
   return buffer;
 }
 
-// Allocates rows whose stride is not a power of two: at a stride of 4 or 8 KiB all rows would share eight lines of the
-// L1 cache.
+// Allocates rows with padding, so that their stride is not a power of two: at a stride of 4 or 8 KiB all rows would
+// share eight lines of the L1 cache.
 template <class Real>
-Rows<Real> rows_apart(int64 count, int64 length) {
+Rows<Real> padded_rows(int64 count, int64 length) {
   return Rows<Real>(count, length + 16);
 }
 
@@ -114,7 +114,7 @@ class RepeatedNeurons {
   explicit RepeatedNeurons(const RecurrentParams<Scalar>& params)
       : period_(params.neurons),
         length_(std::clamp<int64>(kPart / params.neurons, 1, kRecurrentRows) * params.neurons),
-        rows_(rows_apart<Real>(kRecurrentParameters, length_)) {
+        rows_(padded_rows<Real>(kRecurrentParameters, length_)) {
     for (int id = 0; id < kRecurrentParameters; ++id) {
       const Real* values = params.parameters + id * period_;
       for (int64 n = 0; n < length_; n += period_) std::copy_n(values, period_, rows_.row(id) + n);
@@ -239,7 +239,7 @@ template <class Model, class Scalar>
 void forward_chunk(const RecurrentForwardParams<Scalar>& params, const WeightProduct<Scalar>& product,
                    const Chunk& chunk) {
   using Real = Real_t<Scalar>;
-  Rows<Real> buffers = rows_apart<Real>(8, chunk.length);
+  Rows<Real> buffers = padded_rows<Real>(8, chunk.length);
   Real *const x_buffer = buffers.take(), *const current_buffer = buffers.take(), *const h_buffer = buffers.take();
   Real *const s_buffer = buffers.take(), *const out_buffer = buffers.take();
   Real *const v = buffers.take(), *const w = buffers.take(), *const i = buffers.take();
@@ -292,6 +292,7 @@ class ChunkBackward {
   ChunkBackward(const RecurrentBackwardParams<Scalar>& params, const WeightProduct<Scalar>& product, const Chunk& chunk)
       : params_(params), product_(product), chunk_(chunk) {}
 
+  // Computes the gradients of all steps, from the last to the first.
   void run() {
     const int64 all = chunk_.shape.neurons();
     const auto gradients = rows_of_states<Model>(dv_, dw_);
@@ -301,7 +302,7 @@ class ChunkBackward {
     std::fill_n(zeros_, chunk_.length, Real(0));
     std::fill_n(sums_, kRecurrentSums * parts_.stride(), Real(0));
     carried_ = params_.grad_v_last != nullptr;
-    read_before(params_.steps);
+    read_step_before(params_.steps);
     if (Model::kHasAdaptation && carried_ && params_.grad_parameters != nullptr) {
       repeated_.for_each_part(chunk_, [&](int64 offset, int64 length) {
         add_gradients_of_adaptation(potential_before(offset, length), offset, length);
@@ -327,7 +328,7 @@ class ChunkBackward {
   bool wants_syn_decay() const { return params_.grad_parameters != nullptr && params_.i_seq != nullptr; }
 
   // Reads the state after the step before t, in place or into one of two buffers, which alternate with t.
-  void read_before(int64 t) {
+  void read_step_before(int64 t) {
     if (t == 0) {
       before_ = {nullptr, state_or(params_.s_init, chunk_, Real(0), s_[0]),
                  state_or(params_.v_init, chunk_, params_.options.v_rest, h_[0]),
@@ -347,7 +348,7 @@ class ChunkBackward {
   // Walks back through step t.
   void walk_back(int64 t) {
     const Step now = before_;
-    read_before(t);
+    read_step_before(t);
     const bool scales = params_.options.scale_output;
     const Real* g = params_.grad_s_seq == nullptr ? nullptr : read_row(params_.grad_s_seq, chunk_, t, g_);
     const Real* gh = params_.grad_h_seq == nullptr ? zeros_ : read_row(params_.grad_h_seq, chunk_, t, gh_);
@@ -426,7 +427,8 @@ class ChunkBackward {
     accumulate(kAdaptSpike, length, Real(1), dw_ + offset, {before_.s + offset, Real(0)});
   }
 
-  // Adds the sums up over repeated rows, and stores them as gradients of the parameters as they are stored.
+  // Adds the sums up over the repeated rows, and stores the gradients of the parameters in their stored form: width and
+  // decay may be a logarithm and a logit.
   void store_sums() {
     double* totals = params_.grad_parameters + chunk_.index * kRecurrentSums * params_.neurons;
     for (int id = 0; id < kRecurrentSums; ++id) {
@@ -438,7 +440,7 @@ class ChunkBackward {
       const Derivative derivative = derivative_of(id, params_.options.log_width, params_.options.logit_decay);
       if (derivative == Derivative::kNone) continue;
       for (int64 k = id * params_.neurons; k < (id + 1) * params_.neurons; ++k) {
-        totals[k] = static_cast<double>(gradient_from(derivative, totals[k], params_.parameters[k]));
+        totals[k] = static_cast<double>(apply_chain_rule(derivative, totals[k], params_.parameters[k]));
       }
     }
   }
@@ -449,14 +451,14 @@ class ChunkBackward {
   const WeightProduct<Scalar>& product_;
   Chunk chunk_;
   RepeatedNeurons<Scalar> repeated_{params_};
-  Rows<Real> rows_ = rows_apart<Real>(16, chunk_.length);
+  Rows<Real> rows_ = padded_rows<Real>(16, chunk_.length);
   Real *const h_[2] = {rows_.take(), rows_.take()}, *const s_[2] = {rows_.take(), rows_.take()};
   Real* const w_[2] = {rows_.take(), rows_.take()};
   Real *const g_ = rows_.take(), *const gh_ = rows_.take(), *const gv_ = rows_.take(), *const i_ = rows_.take();
   Real *const dj_ = rows_.take(), *const zeros_ = rows_.take();
   Real *const dv_ = rows_.take(), *const dw_ = rows_.take(), *const di_ = rows_.take();
   Real* const feedback_ = rows_.take();  // the gradient of the emitted spikes
-  Rows<Real> parts_ = rows_apart<Real>(1 + kRecurrentSums, repeated_.length());
+  Rows<Real> parts_ = padded_rows<Real>(1 + kRecurrentSums, repeated_.length());
   Real *const v_ = parts_.take(), *const sums_ = parts_.take(kRecurrentSums);
   Step before_{};
   bool carried_ = false;

@@ -195,8 +195,8 @@ class TileNeurons {
   int64 first_ = -1, t_ = -1;
 };
 
-// Whether a tile stores one sum for each value of the parameter (where values repeat in the tile), in the first `count`
-// slots of its neurons.
+// Whether the values of the parameter repeat in a tile, so that a tile stores one sum for each value, in the first
+// `count` slots of its neurons.
 template <class Real>
 bool is_interleaved(const ParameterView<Real>& parameter) {
   return parameter.step_stride == 0 && parameter.repeats_in(kTile);
@@ -276,7 +276,7 @@ class TileInput {
     }
   }
 
-  // Begins the sums of the gradients of gain and bias.
+  // Sets the sums of the gradients of gain and bias to 0, before the steps of a tile.
   void clear_sums() {
     if (plain_) return;
     std::fill_n(gain_sum_, kTile, Real(0));
@@ -284,7 +284,7 @@ class TileInput {
   }
 
   // Computes a row of the current from a row of x, unless plain. `residual` is null if the call has none.
-  void current(const Real* x, const Real* residual, Real* current) {
+  void compute_current(const Real* x, const Real* residual, Real* current) {
     residual == nullptr ? compute<false>(x, nullptr, current) : compute<true>(x, residual, current);
   }
 
@@ -322,7 +322,7 @@ class TileInput {
   }
 
  private:
-  // `current`, with or without a residual.
+  // compute_current, compiled with and without a residual.
   template <bool kResidual>
   void compute(const Real* x, const Real* residual, Real* current) {
     if (in_rows_) {
@@ -387,7 +387,7 @@ class GeneralInput {
   }
 
  private:
-  // The neurons for an input that is the current already.
+  // The neurons with gain 1, bias 0 and mean 0, for an input that already is the current.
   UniformNeuron<Real> taking_current(UniformNeuron<Real> neuron) const {
     neuron.values.input_gain = Real(1);
     neuron.values.input_bias = neuron.values.input_mean = Real(0);

@@ -34,16 +34,17 @@ constexpr int kForwardBlocks = sizeof(Real) == 8                                
                                                                                          : 5;
 template <class Real, int kLanes>
 constexpr int kBackwardBlocks = sizeof(Real) == 4 && kLanes == 1 ? 4 : 3;
-// Compiled by NVRTC, erf spills registers at four blocks per multiprocessor.
+// Whether settled backward kernels of a model spill registers at four blocks per multiprocessor: erf, compiled by
+// NVRTC.
 template <class Model>
-constexpr bool kIsLong = false;
+constexpr bool kSpillsAtFourBlocks = false;
 template <bool kHardReset>
-constexpr bool kIsLong<LIF<Surrogate::kErf, kHardReset>> = true;
+constexpr bool kSpillsAtFourBlocks<LIF<Surrogate::kErf, kHardReset>> = true;
 // At four blocks per multiprocessor, loads of float32 spill: they take twice as many registers as loads of half types.
 template <class Scalar, class Model, int kLanes, Input kInput, int kExact>
 constexpr int kSettledBackwardBlocks = kExact > 0 || sizeof(Scalar) == 8 ||
-                                               (kLanes == 4 &&
-                                                (kInput != Input::kPlain || kIsLong<Model> || sizeof(Scalar) == 4))
+                                               (kLanes == 4 && (kInput != Input::kPlain || kSpillsAtFourBlocks<Model> ||
+                                                                sizeof(Scalar) == 4))
                                            ? 3
                                            : 4;
 
@@ -200,7 +201,7 @@ __device__ __forceinline__ uint32 store_own_sums(const BackwardParams<Scalar>& p
   struct alignas(sizeof(Real) * kOwn) Row {
     Real values[kOwn];
   };
-  uint32 of_all = wanted;
+  uint32 left_over = wanted;
 #pragma unroll
   for (int id = 0; id < kInputMean; ++id) {
     if (!has(wanted, id)) continue;
@@ -209,7 +210,7 @@ __device__ __forceinline__ uint32 store_own_sums(const BackwardParams<Scalar>& p
       for (int j = 1; j < kOwn; ++j) sums[id][0] += sums[id][j];
       continue;
     }
-    of_all ^= 1u << id;
+    left_over ^= 1u << id;
     Real* const slots = params.partials[id].data;
     if (!params.parameters[id].repeats_in(kTile)) {
       if (index.live) Access<kOwn>::store(sums[id], slots + index.n);
@@ -225,7 +226,7 @@ __device__ __forceinline__ uint32 store_own_sums(const BackwardParams<Scalar>& p
     store_repeated(slots, params.parameters[id].count, first, left < kTile ? static_cast<int>(left) : kTile,
                    thread_sums->values, static_cast<int>(threadIdx.x), kBlockThreads);
   }
-  return of_all;
+  return left_over;
 }
 
 // Adds the threads' sums up and stores those of the block: a warp has every kWarps-th parameter. All threads of the
@@ -300,9 +301,9 @@ __global__ void __launch_bounds__(kBlockThreads, kSettledBackwardBlocks<Scalar, 
         advance(x_seq_again, -stride);
       }
     };
-    const auto last_few = [&](int length) { return (length - 1) / kSteps * kSteps; };
+    const auto last_load = [&](int length) { return (length - 1) / kSteps * kSteps; };
     const auto load_ends = [&](int64 start, int length) {
-      const int last = last_few(length);
+      const int last = last_load(length);
       const int64 element = index.element + start * stride, last_element = element + (last + kSteps - 1) * stride;
       x_seq = params.x_seq + element;
       grad_s_seq = params.grad_s_seq + last_element;
@@ -356,7 +357,7 @@ __global__ void __launch_bounds__(kBlockThreads, kSettledBackwardBlocks<Scalar, 
         }
       }
 #pragma unroll 1
-      for (int first = last_few(length); first >= 0; first -= kSteps) {
+      for (int first = last_load(length); first >= 0; first -= kSteps) {
         const auto few = noise.from(first);
         const int left = length - first, followed = left - last_steps;
         const int carried_steps = has_grad_last ? left : followed, decay_steps = has(wanted, kDecay) ? followed : 0;
@@ -415,11 +416,11 @@ __global__ void __launch_bounds__(kBlockThreads, kSettledBackwardBlocks<Scalar, 
     }
     if (params.grad_v_init != nullptr && index.live) Access<kLanes>::store(dv, params.grad_v_init + index.n);
   }
-  uint32 of_all = wanted;
-  if constexpr (kOwn > 1) of_all = store_own_sums(params, wanted, index, sums, thread_sums);
-  if (of_all == 0) return;
+  uint32 left_over = wanted;
+  if constexpr (kOwn > 1) left_over = store_own_sums(params, wanted, index, sums, thread_sums);
+  if (left_over == 0) return;
   if (!kInRegisters || kOwn > 1) __syncthreads();  // the sums overwrite potentials and repeated sums
-  store_block_sums<kLanes, kNumSums>(params, of_all, sums, thread_sums);
+  store_block_sums<kLanes, kNumSums>(params, left_over, sums, thread_sums);
 }
 
 // Stores the block's sum of a parameter at step t, 0 for all steps, by way of shared memory. All threads of the block

@@ -41,7 +41,7 @@ struct LIFByOptions : NeuronOptions<Real> {
   // Whether spikes are counted, as with levels.
   ASGL_HOST_DEVICE bool counts() const { return this->surrogate == Surrogate::kInteger; }
 
-  // The functions below are those of LIF. Where none is said, their equations are the same.
+  // The functions below are those of LIF in math/neuron.h. Those without an equation here have the equation there.
   static ASGL_HOST_DEVICE const LIFByOptions& of(const LIFByOptions& options) { return options; }
 
   template <Input kInput>
@@ -76,7 +76,7 @@ struct LIFByOptions : NeuronOptions<Real> {
     return counts() ? h : h - neuron.v_threshold;
   }
 
-  // The potential after reset, before v_min bounds it.
+  // The potential after reset, before v_min bounds it from below.
   ASGL_HOST_DEVICE Real after_reset(Real h, Real s, const Neuron<Real>& neuron) const {
     return choose(this->hard_reset, Hard::reset(h, s, neuron), Soft::reset(h, s, neuron));
   }
@@ -88,7 +88,7 @@ struct LIFByOptions : NeuronOptions<Real> {
     return choose(floored, (above <= Real(0) ? Real(0) : above) + v_min, v);
   }
 
-  // dv = 0 where v <= v_min
+  // The adjoint of the bound: dv = 0 where v <= v_min
   ASGL_HOST_DEVICE Real floor_adjoint(Real h, Real s, const Neuron<Real>& neuron, Real dv) const {
     if (kBranches && !floored) return dv;
     const Real above = after_reset(h, s, neuron) - v_min;

@@ -185,7 +185,8 @@ struct LIF {
                       : g - keep_if(through_reset, dv * neuron.reset);
   }
 
-  // y = distance / width,   distance = h - v_threshold, or h where spikes are counted
+  // The distance of h from the threshold, which the width divides: y = distance / width,
+  //   distance = h - v_threshold, or h where spikes are counted
   template <class Real>
   static ASGL_HOST_DEVICE Real distance(Real h, const Neuron<Real>& neuron) {
     return kCounts ? h : h - neuron.v_threshold;

@@ -78,7 +78,7 @@ inline void check_noise(const Rules& rules, const OptionalTensor& rng_state, at:
   }
 }
 
-// Throws unless the bits are a place of w that neurons have.
+// Throws unless w acts where neurons can have it. It is added to the reset amount only under a soft reset.
 inline void check_adaptation(const Rules& rules) {
   const int64_t place = rules.adaptation;
   const bool in_reset = place == kInReset || place == (kInThreshold | kInReset);
@@ -232,8 +232,8 @@ class ParameterGradients {
   void compute(const Kernels& kernels, Params& params) const {
     using Real = typename Params::Real;
     const SequenceShape& shape = params.shape;
-    Real later{};  // any non-null pointer, which tells plan_tiles() that the sums are wanted
-    for (const int id : ids_) params.partials[id].data = &later;
+    Real placeholder{};  // a pointer that is not null tells plan_tiles() that the sums are wanted
+    for (const int id : ids_) params.partials[id].data = &placeholder;
     kernels.plan_tiles(params);
     const auto elements_of = [&](int id) {
       return (params.parameters[id].step_stride != 0 ? shape.steps : 1) * params.partials[id].slots;

@@ -54,7 +54,8 @@ class Layout {
     }
   }
 
-  // x_seq as (outer, steps, inner); its sizes; its dimensions, outermost first, with and without time.
+  // The shape of x_seq as (outer, steps, inner), its sizes, and its dimensions in memory order, outermost first, with
+  // and without time.
   const SequenceShape& shape() const { return shape_; }
   const Dims& sizes() const { return sizes_; }
   const Dims& order() const { return order_; }
@@ -78,10 +79,10 @@ class Layout {
 
   // As above for a tensor that may be absent. If it is, the result is undefined.
   Tensor sequence(const OptionalTensor& given, at::ScalarType type, const char* name) const {
-    return is_there(given) ? dense(*given, type, sizes_, order_, name) : Tensor();
+    return is_given(given) ? dense(*given, type, sizes_, order_, name) : Tensor();
   }
   Tensor state(const OptionalTensor& given, const char* name, int64_t num_states = 1) const {
-    if (!is_there(given)) return {};
+    if (!is_given(given)) return {};
     return dense(*given, real(), state_sizes(num_states), state_order(num_states), name);
   }
 
@@ -101,7 +102,7 @@ class Layout {
 
  private:
   // Whether there is a tensor.
-  static bool is_there(const OptionalTensor& given) { return given.has_value() && given->defined(); }
+  static bool is_given(const OptionalTensor& given) { return given.has_value() && given->defined(); }
   // Sizes and memory order of a state.
   Dims state_sizes(int64_t num_states) const {
     Dims sizes = sizes_;

@@ -116,11 +116,11 @@ inline std::vector<Tensor> backward_by_steps(const Launcher* launcher, const Rec
   const auto at_step = [&](const Tensor& sequence, int64_t t) {
     return sequence.defined() ? sequence.select(time_dim, t).unsqueeze(0).contiguous() : Tensor();
   };
-  // a + b, where an undefined tensor is zero.
+  // a + b, where an undefined tensor means zero.
   const auto sum = [](const Tensor& a, const Tensor& b) {
     return a.defined() && b.defined() ? a + b : a.defined() ? a : b;
   };
-  std::array<std::vector<Tensor>, 3> of_parameters;  // of width, threshold and reset
+  std::array<std::vector<Tensor>, 3> parameter_grads;  // of width, threshold and reset
   std::vector<Tensor> dh_seq(steps), dj_seq(steps), dw_seq;
   Tensor dv = grads.v_last, di = grads.i_last, feedback = grads.s_last;  // dv: of v, then w
   for (int64_t t = steps - 1; t >= 0; --t) {
@@ -131,7 +131,7 @@ inline std::vector<Tensor> backward_by_steps(const Launcher* launcher, const Rec
     if (call.has_adaptation() && dv.defined()) dw_seq.push_back(dv[1]);
     if (in_reset) reset = step.row(kReset) + w;
     if (in_threshold && rules.hard_reset && !rules.detach_reset && (dv.defined() || gv.defined())) {
-      // h is w below the potential that is reset.
+      // h is the potential that is compared, smaller by w than the potential that is reset.
       const Tensor whole = dv.defined() ? sum(dv[0] + step.row(kAdaptPotential) * dv[1], gv) : gv;
       g = sum(g, -(whole * w));
     }
@@ -141,7 +141,7 @@ inline std::vector<Tensor> backward_by_steps(const Launcher* launcher, const Rec
         neuron_backward(launcher, backward, {g, dv, gv, at_step(grads.h_seq, t)}, no_checkpoints, wanted_of_step);
     dh_seq[t] = found[0].squeeze(0);
     dv = found[1];
-    for (size_t k = 2; k < found.size(); ++k) of_parameters[k - 2].push_back(found[k]);
+    for (size_t k = 2; k < found.size(); ++k) parameter_grads[k - 2].push_back(found[k]);
     Tensor dj = gain == 1 ? dh_seq[t] : dh_seq[t] * gain;
     if (call.has_synapse) {
       if (di.defined()) dj = dj + di;
@@ -172,9 +172,9 @@ inline std::vector<Tensor> backward_by_steps(const Launcher* launcher, const Rec
     const double v_rest = call.numbers.v_rest;
     const Tensor v_init = call.has_adaptation() && call.v_init.defined() ? call.v_init[0] : call.v_init;
     std::vector<Tensor> totals(kRecurrentParameters, at::zeros_like(step.row(kReset)));
-    totals[kWidth] = at::stack(of_parameters[0]).sum(0);
-    totals[kThreshold] = at::stack(of_parameters[1]).sum(0);
-    totals[kReset] = at::stack(of_parameters[2]).flatten(0, -2).sum(0);
+    totals[kWidth] = at::stack(parameter_grads[0]).sum(0);
+    totals[kThreshold] = at::stack(parameter_grads[1]).sum(0);
+    totals[kReset] = at::stack(parameter_grads[2]).flatten(0, -2).sum(0);
     if (g_seq.defined() && rules.scale_output) totals[kThreshold] += (g_seq * kept.emitted).sum({0, 1});
     totals[kDecay] = (dh_all * (before(v, v_init, v_rest) - v_rest)).sum({0, 1});
     if (rules.logit_decay) {

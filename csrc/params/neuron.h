@@ -54,9 +54,9 @@ struct ParameterView {
     return data == nullptr ? constant : data[t * step_stride + index(n)];
   }
 
-  // Whether there is one value for all neurons of a step.
+  // Whether all neurons share one value in each step.
   ASGL_HOST_DEVICE bool is_same_for_all() const { return count == 1; }
-  // Whether there is one value for all neurons and steps.
+  // Whether all neurons and steps share one value.
   ASGL_HOST_DEVICE bool is_uniform() const { return count == 1 && step_stride == 0; }
   // Whether groups of four neurons, from multiples of four on, share a value.
   ASGL_HOST_DEVICE bool is_shared_by_four() const { return data == nullptr || inner % 4 == 0; }

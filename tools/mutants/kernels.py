@@ -51,7 +51,7 @@ RNG_STATE = params(
     "(rng_state != nullptr && rng_state[2] == -2) || analog_below <= kAlwaysAnalog",
 )
 DEAD_LANES = kernels("if (has_grad_last) Access<kLanes>::load(params.grad_v_last + @, dv)", "index.read_n", "index.n")
-DEAD_LANES_OF_ADAPTIVE = adaptive_kernels("load_pair(params.grad_v_last, @, neurons", "index.read_n", "index.n")
+DEAD_LANES_OF_ADAPTIVE = adaptive_kernels("load_states(params.grad_v_last, @, neurons", "index.read_n", "index.n")
 DEAD_LANES_OF_INTEGRATORS = integrator("load(params.grad_v_last + @, later)", "index.read_n", "index.n")
 BEYOND_LAST_ROW = channels("if (@) {\n        const Scalar* gradients", "row + k * index.step < index.end_row", "true")
 
@@ -81,9 +81,9 @@ BEYOND_AN_ARRAY = {
             "grad_v_last beyond the last neuron": DEAD_LANES_OF_ADAPTIVE,
             "x beyond the last step": adaptive_kernels("if (@) to[k].load", "k < left", "true"),
             "x beyond the last step in backward": adaptive_kernels("if (@) x[k].load", "first + k < length", "true"),
-            "the first state beyond the last neuron": adaptive_kernels("load_pair(params.v_init, @, neurons, model",
+            "the first state beyond the last neuron": adaptive_kernels("load_states(params.v_init, @, neurons, model",
                                                                        "index.read_n", "index.n"),
-            "a checkpoint beyond the last neuron": adaptive_kernels("* neurons + @;\n      load_pair",
+            "a checkpoint beyond the last neuron": adaptive_kernels("* neurons + @;\n      load_states",
                                                                     "index.read_n", "index.n"),
         },
         "integrator": {
@@ -154,7 +154,7 @@ MUTANTS = {
         "no gain of the settled residual's gradient": kernels("++j) dr[j] = @ *", "params.residual_gain", "Real(1)"),
         "settled kernel for a general residual": plans("return @ ? Input::kGeneralResidual", "input == Input::kGeneral",
                                                        "false"),
-        "four neurons for any residual": plans("groups_of_four(params, @, params.s_seq", "params.residual",
+        "four neurons for any residual": plans("is_in_fours(params, @, params.s_seq", "params.residual",
                                                    "params.x_seq"),
         # ---- noise ----
         "lanes that have left exchange noise": kernels("if (@ && !index.live) return;", "kLanes > 1", "true"),
@@ -305,7 +305,7 @@ MUTANTS = {
                                          "2 * part.runs_each * count"),
         "runs of other splits": sums("stride = @ *", "part.splits", "1"),
         "the runs of one split": sums("(@ * part.runs_each + first_run)", "split", "0"),
-        "single neurons beyond the last": sums("add_up(row + run, @ - run", "neurons", "neurons + 1"),
+        "single neurons beyond the last": sums("add_strided(row + run, @ - run", "neurons", "neurons + 1"),
         "totals of another split": sums("part.totals[@ * part.elements", "split", "0"),
         "not all slots loaded together": sums("left -= @)", "kLoads * stride", "(kLoads + 1) * stride"),
         "slots beyond the last loaded together": sums("left > @;", "(kLoads - 1) * stride", "(kLoads - 2) * stride"),
@@ -315,12 +315,13 @@ MUTANTS = {
                                            "thread % kWarpThreads & (part.elements_each - 1)"),
         "all steps in one": sums("t = @ ?", "part.parameter.step_stride != 0", "false"),
         "runs of another element": sums("+ first_run) * @;", "count", "(count > 1 ? count - 1 : 1)"),
-        "the wrong tile of a run": sums("= whole_tiles(@, sum.tile);", "run * inner", "run * inner + inner - 1"),
-        "a run without its last slot": sums("= whole_tiles(@, sum.tile) - tile", "(run + 1) * inner - 1",
+        "the wrong tile of a run": sums("= tiles_before(@, sum.tile);", "run * inner", "run * inner + inner - 1"),
+        "a run without its last slot": sums("= tiles_before(@, sum.tile) - tile", "(run + 1) * inner - 1",
                                             "run * inner"),
         "a run with a slot beyond it": sums("tile + @;", "1", "1 + (run > 0)"),
         "slots of another step": sums("data + t * @;", "part.partials.slots", "(part.partials.slots - 1)"),
-        "tiles of single neurons": sums("> kBlockThreads ? @ :", "of_single_neurons / 4", "of_single_neurons"),
+        "tiles of single neurons": sums("> kBlockThreads ? @ :", "tiles_of_single_neurons / 4",
+                                        "tiles_of_single_neurons"),
         "no barrier in a tree": sums("{\n    @\n    if (thread < half)", BARRIER, ""),
         "a tree without its last half": sums("half >= @;", "part.elements_each", "2 * part.elements_each"),
         "totals of too many threads": sums("if (@ || element", "thread >= part.elements_each",
@@ -589,7 +590,7 @@ MUTANTS = {
                                                         ""),
         "the adjoint of the tile's first channel": channels("slope = slopes[@],", "place", "0"),
         "the adjoint of a unit": channels("offset = offsets[@];", "place", "index.unit"),
-        "sums of the second slot": channels("if (@) params.store_sums", "task.slot == 0", "task.slot == 1"),
+        "sums of the second slot": channels("if (@) params.store_own_gradients", "task.slot == 0", "task.slot == 1"),
         "adjoints of no channel": channels("channels_per_tile && @) {", "own < tiles.shape.channels", "true"),
         "sums without rows": plans("splits = @;", "1", "0"),
         "units of the wrong tile": channel_params("first_unit = @;", "tile * tiles.width", "tile"),
@@ -622,7 +623,7 @@ MUTANTS = {
         "the gain's sum for decay": integrator("thread_sums[@]);", "warp", "1 - warp"),
         "no barrier between two sums": integrator("if (stored == 0) return;\n    @", BARRIER, ""),
         "no barrier within a sum": integrator("}\n    @\n    const int warp", BARRIER, ""),
-        "v may be misaligned": plans("groups_of_four(params, @, params.v_last", "params.v_seq",
+        "v may be misaligned": plans("is_in_fours(params, @, params.v_last", "params.v_seq",
                                                     "params.x_seq"),
         "no kernel for sums": Mutant("params/integrator.h", ": @ ?", "wants(kDecay) || wants(kInputGain)", "false"),
         "no kernel for four": plans("kHasFours<Scalar> && @ ? 4", "params.tiles.tile > kBlockThreads", "false"),
@@ -811,7 +812,7 @@ CPU_MUTANTS = {
         "columns of the first tile": norm("f(row * tiles.shape.columns() + @,", "column", "int64(0)"),
         "a channel beyond its tile": norm("length = @;\n      f(channel", "std::min(tiles.units_per_channel, "
                                           "task.units - in_row)", "tiles.units_per_channel"),
-        "sums of the first channel": norm("params.store_sums(@);", "channel", "int64(0)"),
+        "sums of the first channel": norm("params.store_own_gradients(@);", "channel", "int64(0)"),
         "the mean of another channel": norm("values[i][@]};", "channel", "i == 0 ? int64(0) : channel"),
     },
     "integrator": {
