@@ -323,11 +323,15 @@ def _computed(x_seq: Tensor, given: _Recurrence, neuron: Arguments) -> Tensor | 
     if not (wants_v_last or wants_v_seq or wants_h_seq):
         return outputs[0]  # type: ignore[no-any-return]
     s_seq, _, h_seq, v_seq, _, _, v_last, s_last, i_last = outputs
-    states_after: dict[str, Any] = dict.fromkeys(("v_last", "s_last", "i_last", "w_last"))
-    if wants_v_last:
-        states_after.update(last_states(call.plan, v_last), s_last=s_last, i_last=i_last if has_synapse else None)
+    last_of_neuron = last_states(call.plan, v_last) if wants_v_last else {}
     return RecurrentLIFOutput(
-        s_seq=s_seq, v_seq=v_seq if wants_v_seq else None, h_seq=h_seq if wants_h_seq else None, **states_after
+        s_seq,
+        last_of_neuron.get("v_last"),
+        s_last if wants_v_last else None,
+        i_last if wants_v_last and has_synapse else None,
+        last_of_neuron.get("w_last"),
+        v_seq if wants_v_seq else None,
+        h_seq if wants_h_seq else None,
     )
 
 

@@ -216,11 +216,11 @@ struct AdjointLoop {
           const Real h = args.h[i], s = args.s[i];
           Real dv = args.dv[i];
           StepGradient<Real> step;
-          Real distance, d_reset;
+          Real distance, d_reset, d_second;
           if constexpr (Model::kNumStates == 2) {
             constexpr bool kCompared = kSums == Sums::kRecurrent;
             const Real second = args.second[i];
-            Real d_second = args.d_second[i];
+            d_second = args.d_second[i];
             const Real compared = kCompared ? h : model.compared(h, second);
             const Real charged = kCompared ? model.charged(h, second) : h;
             if constexpr (Model::kHasAdaptation && (kSums == Sums::kAdaptation || kSums == Sums::kAll)) {
@@ -234,7 +234,6 @@ struct AdjointLoop {
             step = gradient.step;
             distance = gradient.distance;
             d_reset = gradient.reset;
-            args.d_second[i] = d_second;
           } else {
             dv = model.floor_adjoint(h, s, neuron, dv);
             d_reset = model.gradient_of_reset(dv, s);
@@ -243,6 +242,7 @@ struct AdjointLoop {
             step = model.step_adjoint(ds, args.gh[i], h, s, args.carried, neuron, args.options, dv);
           }
           args.dx[i] = Model::kHasAdaptation ? step.dc : neuron.input_gain * step.dc;
+          if constexpr (Model::kNumStates == 2) args.d_second[i] = d_second;
           args.dv[i] = dv;
           if constexpr (kSums == Sums::kNone) {
             args.d_reset[i] = d_reset;
