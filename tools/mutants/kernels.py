@@ -227,7 +227,7 @@ MUTANTS = {
         ),
         "decay's gradient of another potential": kernels("add_decay(dh, h[@].values", "k", "k > 0 ? k - 1 : k"),
         "decay's gradient of another spike": kernels("v_after = Model::reset(h[j], s[@]", "j", "0"),
-        "threshold's gradient without a width": kernels("from_u[j] = step.dy * @;", "own.inverse_width", "Real(1)"),
+        "threshold's gradient without a width": kernels("du[j] = step.dy * @;", "own.inverse_width", "Real(1)"),
         "reset's gradient only of what is given": kernels(
             "if (@) sums[kReset][j % kOwn] += Model::gradient_of_reset(dv_after", "k < carried_steps", "has_grad_last"
         ),
