@@ -90,7 +90,7 @@ Rows<Real> padded_rows(int64 count, int64 length) {
   return Rows<Real>(count, length + 16);
 }
 
-// Row t of each sequence, from `offset` on.
+// The rows to prefetch: row t of each sequence, from element `offset` on.
 template <class... Elements>
 Ahead ahead_of(const Chunk& chunk, int64 t, int64 offset, const Elements*... sequences) {
   if (t < 0 || t >= chunk.shape.steps) return {};
@@ -216,7 +216,7 @@ class WeightProduct {
     fill_panels(weight_, forward ? 1 : neurons_, forward ? neurons_ : 1, neurons_, neurons_, panels_.data());
   }
 
-  // In forward, `indices` must have room for as many elements as `a` has.
+  // Computes `out` for these rows of the batch. In forward, `indices` must have room for as many elements as `a` has.
   void multiply(const Real* a, int64 rows, int32_t* indices, Real* out) const {
     if (!elementwise_) {
       return cpu::multiply<Real>({a, neurons_, rows, neurons_, neurons_, panels_.data(), /*accumulate=*/false, out},

@@ -126,6 +126,7 @@ ASGL_HOST_DEVICE double gradient_of_width(double gradient_of_inverse, double wid
 
 template <Surrogate kSurrogate, bool kHardReset>
 struct LIF {
+  // kOnlyGeneral: only the general kernels run the model.
   static constexpr bool kResetsHard = kHardReset, kOnlyGeneral = false;
   // The number of states, v first, and whether the second one is an adaptation, with parameters of its own.
   static constexpr int kNumStates = 1;
