@@ -77,24 +77,24 @@ def to_memory_order(tensor: Tensor, x_seq: Tensor, time_dim: int) -> Tensor:
     return tensor.permute(order).contiguous().permute(inverse)
 
 
-def empty_state(x_seq: Tensor, time_dim: int, members: int = 1) -> Tensor:
+def empty_state(x_seq: Tensor, time_dim: int, states: int = 1) -> Tensor:
     """A tensor of x_seq's shape and memory order without time; not a view, see csrc's Layout::empty.
 
-    A state of several `members`, such as v and w, has them as its first dimension.
+    A state of several `states`, such as v and w, has them as its first dimension.
     """
     order = [dim - (dim > time_dim) for dim in memory_order(x_seq, time_dim) if dim != time_dim]
     sizes = state_shape(x_seq, time_dim)
-    if members > 1:
-        sizes, order = [members, *sizes], [0, *(dim + 1 for dim in order)]
+    if states > 1:
+        sizes, order = [states, *sizes], [0, *(dim + 1 for dim in order)]
     strides = [1] * len(sizes)
     for inner, outer in zip(reversed(order), reversed(order[:-1]), strict=False):
         strides[outer] = strides[inner] * max(sizes[inner], 1)
     return x_seq.new_empty_strided(sizes, strides, dtype=real_type(x_seq.dtype))
 
 
-def checkpoint_elements(x_seq: Tensor, time_dim: int, members: int = 1) -> int:
+def checkpoint_elements(x_seq: Tensor, time_dim: int, states: int = 1) -> int:
     """The number of elements of the checkpoints, with the 2 more that csrc/ops/call.h explains."""
-    return (x_seq.shape[time_dim] - 1) // CHECKPOINT_STEPS * math.prod(state_shape(x_seq, time_dim)) * members + 2
+    return (x_seq.shape[time_dim] - 1) // CHECKPOINT_STEPS * math.prod(state_shape(x_seq, time_dim)) * states + 2
 
 
 def reshape_by_channel(value: Tensor, channel: int, x_seq: Tensor) -> Tensor:

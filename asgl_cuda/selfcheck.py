@@ -10,11 +10,14 @@ import torch
 from torch import Tensor
 
 from .backends import BACKENDS, available_backends
+from .calls.arguments import RETURNS
 from .layout import real_type
 from .neurons.leaky_integrator import leaky_integrator
 from .neurons.lif import LIFOutput, lif
 from .neurons.recurrent_lif import recurrent_lif
 from .reference.surrogates import PERIODIC, SURROGATES
+
+OUTPUTS = "s_seq", *(name.removeprefix("return_") for name in RETURNS)  # of `lif`, which are compared
 
 # Surrogates that are bit-identical in every backend. Most others call exp, erf or atan, whose rounding depends on the
 # math library.
@@ -37,7 +40,7 @@ class Difference(NamedTuple):
 
 
 def differences(
-    x_seq: Tensor, backend: str, band: float = 0.0, outputs: Sequence[str] = LIFOutput._fields, **options: Any
+    x_seq: Tensor, backend: str, band: float = 0.0, outputs: Sequence[str] = OUTPUTS, **options: Any
 ) -> dict[str, Difference]:
     """Runs `lif` on both backends and compares `outputs` and the gradients of all tensors that require them.
 
@@ -50,7 +53,7 @@ def differences(
     terms = {
         name: leaf.expand(x_seq.shape) for name, leaf in leaves.items() if name not in ("x_seq", "v_init", "residual")
     }
-    everything = _outputs(x_seq, "reference", LIFOutput._fields, **{**options, **terms})
+    everything = _outputs(x_seq, "reference", OUTPUTS, **{**options, **terms})
     expected = {name: everything[name] for name in outputs}
     actual = _outputs(x_seq, backend, outputs, **options)
 
@@ -87,7 +90,7 @@ def differences(
 
 def _outputs(x_seq: Tensor, backend: str, names: Sequence[str], **options: Any) -> dict[str, Tensor]:
     """The outputs of `lif` with these names."""
-    wanted: dict[str, Any] = {f"return_{name}": name in names for name in LIFOutput._fields[1:]}
+    wanted: dict[str, Any] = {f"return_{name}": name in names for name in OUTPUTS[1:]}
     output = lif(x_seq, **options, **wanted, backend=backend)
     found = output._asdict() if isinstance(output, LIFOutput) else {"s_seq": output}
     return {name: found[name] for name in names}

@@ -60,9 +60,9 @@ def _batch_in_one_call(operator: Any, info: Any, in_dims: tuple[Any, ...], *argu
         return value.expand(count, *value.shape) if dim is None else value.movedim(dim, 0)
 
     def state_with_samples(value: Any, dim: int | None) -> Any:
-        """A state with the samples first; if it has several members, these come before the samples."""
+        """Initial or last states with the samples first; several states come before the samples."""
         value = samples_first(value, dim)
-        return value if value is None or rules.members() == 1 else value.movedim(0, 1)
+        return value if value is None or len(rules.states()) == 1 else value.movedim(0, 1)
 
     def parameter_with_samples(value: Any, dim: int | None, apart: bool) -> Any:
         """Reshaped to broadcast against the sequence; `apart` expands to every sample, for a gradient of each."""
@@ -107,7 +107,7 @@ def _batch_in_one_call(operator: Any, info: Any, in_dims: tuple[Any, ...], *argu
             segments, zeros = results[-1][:-2], results[-1][-2:].expand(count, 2)
             each = segments.reshape(segments.numel() // max(count * neurons, 1), count, neurons).movedim(1, 0)
             results[-1] = torch.cat([each.flatten(1), zeros], 1)
-    state_index = int(wants_x_seq) if wants_state and rules.members() > 1 else -1
+    state_index = int(wants_x_seq) if wants_state and len(rules.states()) > 1 else -1
     return results, [int(index == state_index) for index in range(len(results))]
 
 

@@ -5,8 +5,8 @@ Each backend has its own namespace; C++ and CUDA kernels share `torch.ops.asgl_c
 Parameters, from width to residual, are tensors, or None for a constant. `numbers` and `rules` are Numbers and Rules of
 reference/records.py, as lists: numbers one by one would cost each call 7 us. `wanted` selects the results: in forward
 v_last, v_seq, h_seq and checkpoints, which follow s_seq, and in backward the gradients of x_seq, v_init and each
-parameter that is a tensor. Gradients of results are None for zero. States of adaptive neurons are pairs, `[2, ...]`:
-v, and w for the next step.
+parameter that is a tensor. Gradients of results are None for zero. Several
+states are one tensor, `[states, ...]`, in the order of `Rules.states`: v, and of adaptive neurons w for the next step.
 
 integrator_forward returns v_seq, and v_last if wanted, integrator_backward the wanted gradients of x_seq, v_init, decay
 and input_gain. Used of numbers and rules: decay, input_gain, v_rest, logit_decay and time_dim. v_seq and v_init are
@@ -63,28 +63,28 @@ def none_for_unwanted(results: Sequence[Any], wanted: Sequence[bool]) -> list[An
     return [next(given) if asked else None for asked in wanted]
 
 
-def empty_outputs(x_seq: Tensor, time_dim: int, wanted: Sequence[bool], members: int = 1) -> ForwardResult:
+def empty_outputs(x_seq: Tensor, time_dim: int, wanted: Sequence[bool], states: int = 1) -> ForwardResult:
     """Uninitialised results of lif_forward."""
     real = real_type(x_seq.dtype)
     wants_v_last, wants_v_seq, wants_h_seq, wants_checkpoints = wanted
     results = [torch.empty_like(x_seq)]
     if wants_v_last:
-        results.append(empty_state(x_seq, time_dim, members))
+        results.append(empty_state(x_seq, time_dim, states))
     results += (torch.empty_like(x_seq, dtype=real) for asked in (wants_v_seq, wants_h_seq) if asked)
     if wants_checkpoints:
-        results.append(x_seq.new_empty(checkpoint_elements(x_seq, time_dim, members), dtype=real))
+        results.append(x_seq.new_empty(checkpoint_elements(x_seq, time_dim, states), dtype=real))
     return results
 
 
 def empty_gradients(
-    x_seq: Tensor, time_dim: int, parameters: Sequence[Tensor | None], wanted: Sequence[bool], members: int = 1
+    x_seq: Tensor, time_dim: int, parameters: Sequence[Tensor | None], wanted: Sequence[bool], states: int = 1
 ) -> BackwardResult:
     """Uninitialised gradients of x_seq, the initial state and parameters."""
     real = real_type(x_seq.dtype)
     wants_x_seq, wants_v_init, *wants_parameters = wanted
     results = [torch.empty_like(x_seq)] if wants_x_seq else []
     if wants_v_init:
-        results.append(empty_state(x_seq, time_dim, members))
+        results.append(empty_state(x_seq, time_dim, states))
     for parameter, asked in zip(parameters, wants_parameters, strict=True):
         if asked and parameter is not None:
             results.append(x_seq.new_empty(parameter.shape, dtype=real))
@@ -120,14 +120,14 @@ def _fake_lif_forward(x_seq: Tensor, *others: Any) -> ForwardResult:
     """Empty results of lif_forward."""
     *_, rules, wanted = others
     rules = Rules(*rules)
-    return empty_outputs(x_seq, rules.time_dim, wanted, rules.members())
+    return empty_outputs(x_seq, rules.time_dim, wanted, len(rules.states()))
 
 
 def _fake_lif_backward(*arguments: Any) -> BackwardResult:
     """Empty gradients of lif_backward, of the wanted ones."""
     _, _, _, _, x_seq, _, _, _, *parameters, residual, _, rules, (*wanted, wants_residual) = arguments
     rules = Rules(*rules)
-    results = empty_gradients(x_seq, rules.time_dim, parameters, wanted, rules.members())
+    results = empty_gradients(x_seq, rules.time_dim, parameters, wanted, len(rules.states()))
     return [*results, torch.empty_like(x_seq)] if wants_residual and residual is not None else results
 
 
@@ -146,7 +146,8 @@ def _fake_integrator_backward(grad_v_seq: Tensor, *others: Any) -> BackwardResul
 def _state_shapes(x_seq: Tensor, rules: Rules) -> list[list[int]]:
     """The shapes of the states v, s and i of recurrent neurons."""
     state = state_shape(x_seq, rules.time_dim)
-    return [[2, *state] if rules.adaptation else state, state, state]
+    count = len(rules.states())
+    return [[count, *state] if count > 1 else state, state, state]
 
 
 def _fake_recurrent_forward(x_seq: Tensor, weight: Tensor, *others: Any) -> ForwardResult:

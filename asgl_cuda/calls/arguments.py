@@ -52,8 +52,10 @@ class Arguments(NeuronArguments, total=False):
     input_gain: Tensor | float
     input_bias: Tensor | float
     input_mean: Tensor | float
-    # Only for adaptive neurons: to what w is added (bits IN_CURRENT and others), and the parameters of the adaptation.
+    # Only for adaptive neurons: to what w is added (bits IN_CURRENT and others), the parameters of the adaptation, and
+    # its first w.
     adaptation: int
+    w_init: Tensor | None
     adapt_decay: Any
     adapt_potential: Any
     adapt_spike: Any

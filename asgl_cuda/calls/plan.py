@@ -49,6 +49,7 @@ class Plan(NamedTuple):
     wanted: tuple[bool, ...]  # results after the first: for `lif` v_last, v_seq and h_seq
     packed: tuple[Any, ...]  # the arguments of operators after the tensors: numbers, rules, and their own options
     sources: Sequence[Source]
+    states: tuple[str, ...]  # names of the states
 
 
 def make_plan(
@@ -57,7 +58,7 @@ def make_plan(
 ) -> Plan:  # fmt: skip
     """A plan for the type of x_seq."""
     packed = tuple(numbers), tuple(rules), *options
-    return Plan(real_type(x_seq.dtype), rules, numbers, tuple(wanted), packed, sources)
+    return Plan(real_type(x_seq.dtype), rules, numbers, tuple(wanted), packed, sources, rules.states())
 
 
 def parameter_sources(
@@ -114,6 +115,31 @@ def parameter_tensors(plan: Plan, given: Any, count: int, fused: bool) -> list[A
             value = value.view(shape)
         found[place] = value if value.dtype is real else value.to(real)
     return found
+
+
+def stack_of_states(caller: str, x_seq: Tensor, given: Arguments, plan: Plan) -> Tensor | None:
+    """The initial states, `{name}_init`, checked and stacked as operators take several; None if all are at rest."""
+    found: dict[str, Tensor | None] = {name: given.get(f"{name}_init") for name in plan.states}  # type: ignore[misc]
+    time_dim, real = plan.rules.time_dim, plan.real
+    for name, state in found.items():
+        if state is not None:
+            check_initial_state(state, x_seq, time_dim, caller, f"{name}_init")
+    if all(state is None for state in found.values()):
+        return None
+    like, rest = x_seq.select(time_dim, 0), {"v": plan.numbers.v_rest}
+    return torch.stack(
+        [
+            torch.full_like(like, rest.get(name, 0.0), dtype=real) if state is None else state.to(real)
+            for name, state in found.items()
+        ]
+    )
+
+
+def last_states(plan: Plan, stack: Tensor | None) -> dict[str, Tensor | None]:
+    """The states after the last step by name, `{name}_last`, from the operators' stack of them, None if not wanted."""
+    if len(plan.states) == 1:
+        return {"v_last": stack}
+    return {f"{name}_last": None if stack is None else stack[k] for k, name in enumerate(plan.states)}
 
 
 class Call(NamedTuple):
@@ -219,9 +245,10 @@ def checked_call(caller: str, x_seq: Tensor, given: Arguments, together: bool = 
     backend = choose_backend(given["backend"], x_seq.device, caller)
     rules = plan.rules
     v_init, rng_state, residual = given["v_init"], given["rng_state"], given["residual"]
-    if v_init is not None:
-        if not rules.adaptation:
-            check_initial_state(v_init, x_seq, rules.time_dim, caller)
+    if len(plan.states) > 1:
+        v_init = stack_of_states(caller, x_seq, given, plan)
+    elif v_init is not None:
+        check_initial_state(v_init, x_seq, rules.time_dim, caller)
         v_init = v_init.to(plan.real)
     if not x_seq.is_contiguous():
         x_seq = dense(x_seq, rules.time_dim)

@@ -11,13 +11,12 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from ..calls.arguments import INPUT, Arguments, NeuronArguments
-from ..checks import check_bool, check_finite, check_initial_state, check_input, check_keywords, min_and_max
-from ..layout import real_type
+from ..checks import check_bool, check_finite, check_keywords, min_and_max
 from ..reference.learned import Logit
 from ..reference.records import IN_CURRENT, IN_RESET, IN_THRESHOLD
 from .base import fill_parameter, format_values
 from .deferred import tensor_of
-from .lif import LIF, LIF_DEFAULTS, LIFOutput, lacking_options, run_lif
+from .lif import LIF, LIF_DEFAULTS, lacking_options, run_lif
 from .spiking import Neurons
 
 _CALLER = "asgl_cuda.adaptive_lif"
@@ -103,36 +102,19 @@ def adaptive_lif(
         "adapt_decay": adapt_decay,
         "adapt_potential": adapt_potential,
         "adapt_spike": adapt_spike,
+        "w_init": w_init,
     }
     given["adaptation"] = adaptation_place(given["v_reset"], given["reset_amount"], to_threshold)
-    return run_adaptive(x_seq, given, w_init)
+    return run_adaptive(x_seq, given)
 
 
 # The keyword arguments of `adaptive_lif`, for errors and hints.
 _KNOWN = *_NEURON, *(adaptive_lif.__kwdefaults__ or {})
 
 
-def run_adaptive(x_seq: Tensor, given: Arguments, w_init: Tensor | None) -> Tensor | AdaptiveLIFOutput:
+def run_adaptive(x_seq: Tensor, given: Arguments) -> Tensor | AdaptiveLIFOutput:
     """`adaptive_lif` with w in any place: bits IN_CURRENT, IN_THRESHOLD and IN_RESET of `adaptation`."""
-    x_seq = tensor_of(x_seq, _CALLER)
-    at_rest = given["v_init"] is None and w_init is None
-    state = None if at_rest else checked_pair_of_states(_CALLER, x_seq, given, w_init)
-    output = run_lif(_CALLER, x_seq, {**given, "v_init": state})
-    if not isinstance(output, LIFOutput):
-        return output
-    v_last, w_last = (None, None) if output.v_last is None else (output.v_last[0], output.v_last[1])
-    return AdaptiveLIFOutput(output.s_seq, v_last, w_last, output.v_seq, output.h_seq)
-
-
-def checked_pair_of_states(caller: str, x_seq: Tensor, given: Arguments, w_init: Tensor | None) -> Tensor:
-    """The initial states v and w in one tensor, `[2, ...]`, after checks."""
-    v_init, time_dim = given["v_init"], check_input(x_seq, given["time_dim"], caller)
-    for name, value in (("v_init", v_init), ("w_init", w_init)):
-        if value is not None:
-            check_initial_state(value, x_seq, time_dim, caller, name)
-    real, like = real_type(x_seq.dtype), x_seq.select(time_dim, 0)
-    v = torch.full_like(like, given["v_rest"], dtype=real) if v_init is None else v_init.to(real)
-    return torch.stack([v, torch.zeros_like(v) if w_init is None else w_init.to(real)])
+    return run_lif(_CALLER, tensor_of(x_seq, _CALLER), given, AdaptiveLIFOutput)
 
 
 _FACTORS = "adapt_potential", "adapt_spike"
@@ -271,4 +253,6 @@ class AdaptiveLIF(Adapting):
 
     def _call_function(self, x_seq: Tensor, w_init: Tensor | None = None, **options: Any) -> Tensor | AdaptiveLIFOutput:
         """Calls `asgl_cuda.adaptive_lif`."""
-        return run_adaptive(x_seq, self._arguments_of_call(x_seq, self.input_gain, **options), w_init)
+        given = self._arguments_of_call(x_seq, self.input_gain, **options)
+        given["w_init"] = w_init
+        return run_adaptive(x_seq, given)

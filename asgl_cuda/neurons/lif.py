@@ -20,7 +20,7 @@ from ..backends.derivatives import DERIVATIVES
 from ..backends.ops import ForwardResult, none_for_unwanted
 from ..calls import recompute
 from ..calls.arguments import Arguments
-from ..calls.plan import Call, Inputs, Plan, checked_call, make_plan
+from ..calls.plan import Call, Inputs, Plan, checked_call, last_states, make_plan
 from ..checks import (
     PLAIN_TENSORS,
     accept_none,
@@ -219,8 +219,8 @@ def lif(
 LIF_DEFAULTS: Arguments = lif.__kwdefaults__ or {}  # type: ignore[assignment]
 
 
-def run_lif(caller: str, x_seq: Tensor, given: Arguments) -> Tensor | LIFOutput:
-    """Computes `lif` from the record of its arguments."""
+def run_lif(caller: str, x_seq: Tensor, given: Arguments, kind: Any = LIFOutput) -> Tensor | Any:
+    """The result of `lif`, or of neurons with other states: spikes, or a named tuple of this kind."""
     backend, plan, inputs = call = checked_call(caller, x_seq, given)
     if BACKENDS[backend].operators is None:
         outputs = run_reference(plan, inputs)
@@ -231,7 +231,7 @@ def run_lif(caller: str, x_seq: Tensor, given: Arguments) -> Tensor | LIFOutput:
         outputs = recompute.apply_and_remember(apply, LIFFunction, (None, backend, plan, *inputs), take)
     else:
         outputs = apply(LIFFunction, None, backend, plan, *inputs)
-    return requested_output(plan, outputs)
+    return requested_output(plan, outputs, kind)
 
 
 def run_lif_after(
@@ -244,9 +244,15 @@ def run_lif_after(
     return run_lif(caller, value, given)
 
 
-def requested_output(plan: Plan, outputs: Sequence[Tensor]) -> Tensor | LIFOutput:
-    """The spikes, or a `LIFOutput` if potentials are wanted. Further `outputs`, such as checkpoints, come last."""
-    return LIFOutput(*none_for_unwanted(outputs, (True, *plan.wanted))) if True in plan.wanted else outputs[0]
+def requested_output(plan: Plan, outputs: Sequence[Tensor], kind: Any = LIFOutput) -> Tensor | Any:
+    """The spikes, or if other results are wanted, all by name in a tuple of this kind. They come first in `outputs`."""
+    if True not in plan.wanted:
+        return outputs[0]
+    found = none_for_unwanted(outputs, (True, *plan.wanted))
+    if len(plan.states) == 1:  # by position, as names take 0.6 us
+        return LIFOutput(*found)
+    s_seq, last, v_seq, h_seq = found
+    return kind(s_seq=s_seq, v_seq=v_seq, h_seq=h_seq, **last_states(plan, last))
 
 
 def run_reference(plan: Plan, inputs: Inputs) -> list[Tensor]:
@@ -563,8 +569,9 @@ class LIF(Neurons):
 
 
 def lacking_options(layer: type[Neurons], *arguments: str) -> set[str]:
-    """Options of `lif` and `LIF` that another neuron lacks: `arguments`, a residual, and those not in its table."""
-    return {"residual", "residual_gain", *arguments, *(LIF._options.keys() - layer._options.keys())}
+    """Options of `lif` and `LIF` that another neuron lacks: these arguments, a residual, what is not in its tables."""
+    states = {f"{name}_init" for name in LIF._states if name not in layer._states}
+    return {"residual", "residual_gain", *arguments, *(LIF._options.keys() - layer._options.keys()), *states}
 
 
 def unknown_options(layer: NeuronLayer, known: Collection[str]) -> str:

@@ -15,7 +15,7 @@ from ..backends import BACKENDS, backend_of, operators_of
 from ..backends.derivatives import DERIVATIVES
 from ..backends.ops import ForwardResult, none_for_unwanted
 from ..calls.arguments import Arguments, NeuronArguments
-from ..calls.plan import Call, Plan, checked_call, make_plan
+from ..calls.plan import Call, Plan, checked_call, last_states, make_plan
 from ..checks import (
     check_bool,
     check_dense,
@@ -41,7 +41,7 @@ from ..torch_modes import (
     once_differentiable,
     saved_tensors,
 )
-from .adaptive_lif import Adapting, AdaptiveLIF, adaptation_place, checked_pair_of_states
+from .adaptive_lif import Adapting, AdaptiveLIF, adaptation_place
 from .base import format_values
 from .deferred import tensor_of
 from .lif import LIF_DEFAULTS, lacking_options
@@ -204,8 +204,8 @@ def recurrent_lif(
     Heidelberg spiking data sets for the systematic evaluation of spiking neural networks, IEEE TNNLS 2022.
     """
     check_keywords(neuron, _KNOWN, _CALLER, _WITHOUT)
-    recurrence = _Recurrence(weight, bias, syn_decay, s_init, i_init, w_init, detach_recurrent)
-    given: Arguments = {**LIF_DEFAULTS, **neuron, "input_gain": input_gain}
+    recurrence = _Recurrence(weight, bias, syn_decay, s_init, i_init, detach_recurrent)
+    given: Arguments = {**LIF_DEFAULTS, **neuron, "input_gain": input_gain, "w_init": w_init}
     adaptation = {"adapt_potential": adapt_potential, "adapt_spike": adapt_spike, "to_threshold": to_threshold}
     if adapt_decay is None:
         _check_no_adaptation(adaptation, recurrent_lif.__kwdefaults__, _CALLER)
@@ -228,7 +228,6 @@ class _Recurrence(NamedTuple):
     syn_decay: Tensor | float | None
     s_init: Tensor | None
     i_init: Tensor | None
-    w_init: Tensor | None
     detach_recurrent: bool
 
 
@@ -270,7 +269,7 @@ def _check_recurrence(x_seq: Tensor, given: _Recurrence, neuron: Any) -> float:
     if "adaptation" in neuron:
         _check_adaptation(neuron["input_gain"], _CALLER)
     else:
-        _check_no_adaptation({"w_init": given.w_init}, {"w_init": None}, _CALLER)
+        _check_no_adaptation({"w_init": neuron["w_init"]}, {"w_init": None}, _CALLER)
     if given.i_init is not None and given.syn_decay is None:
         raise ValueError(f"{_CALLER}: i_init needs syn_decay, got i_init without a synapse")
     for name, state in (("s_init", given.s_init), ("i_init", given.i_init)):
@@ -307,8 +306,6 @@ def _stacked_parameters(x_seq: Tensor, given: _Recurrence, call: Call, syn_decay
 def _run_recurrent(x_seq: Tensor, given: _Recurrence, neuron: Arguments) -> Tensor | RecurrentLIFOutput:
     """The result of `recurrent_lif`; width, decay and syn_decay may be a Logarithm and Logits."""
     syn_decay = _check_recurrence(x_seq, given, neuron)
-    if given.w_init is not None or ("adaptation" in neuron and neuron["v_init"] is not None):
-        neuron = {**neuron, "v_init": checked_pair_of_states(_CALLER, x_seq, neuron, given.w_init)}
     call = checked_call(_CALLER, x_seq, neuron, together=False)
     real, has_synapse = call.plan.real, given.syn_decay is not None
     parameters, rules = _stacked_parameters(x_seq, given, call, syn_decay), call.plan.rules
@@ -340,15 +337,13 @@ def _run_recurrent(x_seq: Tensor, given: _Recurrence, neuron: Arguments) -> Tens
     if not (wants_v_last or wants_v_seq or wants_h_seq):
         return outputs[0]  # type: ignore[no-any-return]
     s_seq, _, h_seq, v_seq, _, _, v_last, s_last, i_last = outputs
-    w_last = None
-    if wants_v_last and rules.adaptation:
-        v_last, w_last = v_last[0], v_last[1]
+    last_of_neuron = last_states(call.plan, v_last) if wants_v_last else {}
     return RecurrentLIFOutput(
         s_seq,
-        v_last if wants_v_last else None,
+        last_of_neuron.get("v_last"),
         s_last if wants_v_last else None,
         i_last if wants_v_last and has_synapse else None,
-        w_last,
+        last_of_neuron.get("w_last"),
         v_seq if wants_v_seq else None,
         h_seq if wants_h_seq else None,
     )
@@ -516,8 +511,10 @@ class RecurrentLIF(Adapting):
         syn_decay: Any = self.syn_decay
         if self.num_features:
             (syn_decay,) = self._on_input_device([syn_decay], x_seq)
-        recurrence = _Recurrence(weight, self.recurrent_bias, syn_decay, s_init, i_init, w_init, self.detach_recurrent)
-        return _run_recurrent(x_seq, recurrence, self._arguments_of_call(x_seq, self.input_gain, **options))
+        recurrence = _Recurrence(weight, self.recurrent_bias, syn_decay, s_init, i_init, self.detach_recurrent)
+        given = self._arguments_of_call(x_seq, self.input_gain, **options)
+        given["w_init"] = w_init
+        return _run_recurrent(x_seq, recurrence, given)
 
     def extra_repr(self) -> str:
         parts = [f"{self.hidden_size}", f"recurrent={self.recurrent}"]

@@ -101,10 +101,11 @@ def lif_reference(
 
     adapts = rules.adaptation != 0
     in_current, in_threshold, in_reset = (rules.adaptation & bit for bit in (IN_CURRENT, IN_THRESHOLD, IN_RESET))
-    v = torch.full_like(x[0], v_rest) if v_init is None else v_init
-    w = torch.zeros_like(v)
-    if adapts and v_init is not None:
-        v, w = v_init.unbind()
+    states = rules.states()
+    state = {"v": torch.full_like(x[0], v_rest), "w": torch.zeros_like(x[0])}  # at rest
+    if v_init is not None:
+        state.update(zip(states, v_init.unbind() if len(states) > 1 else [v_init], strict=True))
+    v, w = state["v"], state["w"]
     s_seq, v_seq, h_seq = [], [], []
     for t in range(x.shape[0]):
         if adapts:
@@ -143,7 +144,9 @@ def lif_reference(
     if rules.scale_output:
         s_out = v_threshold * s_out
     out, v_out, h_out = (seq.movedim(0, time_dim) for seq in (s_out, torch.stack(v_seq), torch.stack(h_seq)))
-    return out.to(x_seq.dtype), torch.stack([v, w]) if adapts else v, v_out, h_out
+    state = {"v": v, "w": w}
+    last = torch.stack([state[name] for name in states]) if len(states) > 1 else v
+    return out.to(x_seq.dtype), last, v_out, h_out
 
 
 def recurrent_reference(
@@ -171,9 +174,7 @@ def recurrent_reference(
     rules_of_step = rules.changed(time_dim=0, scale_output=0)
     x = x_seq.to(real).movedim(time_dim, 0)
     states = rng_states_of_steps(rng_state, x.shape[0])
-    v = torch.full_like(x[0], numbers.v_rest) if v_init is None else v_init
-    if adapts and v_init is None:
-        v = torch.stack([v, torch.zeros_like(v)])
+    v = v_init
     s = torch.zeros_like(x[0]) if s_init is None else s_init
     i = torch.zeros_like(x[0]) if i_init is None else i_init
     emitted, h_seq, v_seq = [], [], []
@@ -186,9 +187,10 @@ def recurrent_reference(
             (s,), v, _, (h,) = lif_reference(i[None], v, states[t], neuron, numbers, rules_of_step)
             emitted.append(s)
             h_seq.append(h)
-            v_seq.append(v[0] if adapts else v)
+            v_seq.append(v[0] if len(rules.states()) > 1 else v)
     s_seq, *potentials = (torch.stack(each).movedim(0, time_dim) for each in (emitted, h_seq, v_seq))
     s_seq = v_threshold * s_seq if rules.scale_output else s_seq
+    assert v is not None  # there is a step
     return s_seq.to(x_seq.dtype), *potentials, v, s, i
 
 

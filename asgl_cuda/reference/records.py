@@ -55,16 +55,16 @@ class Rules(NamedTuple):
     # The largest number of spikes per step; 0 means no limit. If `surrogate` is INTEGER, width is the threshold, and
     # v_threshold is the factor of scale_output.
     levels: int
-    # To what w is added; 0 without adaptation. Otherwise states have shape [2, ...], v and w, and input_gain,
-    # input_bias and input_mean are the parameters of the adaptation.
+    # To what w is added; 0 without adaptation. Otherwise w is a state, and input_gain, input_bias and input_mean are
+    # the parameters of the adaptation.
     adaptation: int
     time_dim: int  # not negative
     # The dimensions of x_seq after the one to which a parameter of one dimension belongs; 0 by torch's broadcasting.
     trailing: int
 
-    def members(self) -> int:
-        """The number of members of the state: v, and w with an adaptation."""
-        return 2 if self.adaptation else 1
+    def states(self) -> tuple[str, ...]:
+        """Names of the neurons' states, v first. Operators take and return several as one tensor, `[states, ...]`."""
+        return ("v", "w") if self.adaptation else ("v",)
 
     def changed(self, **values: int) -> Rules:
         """These rules with other values. Not by `_replace`, which torch.compile can't trace in torch 2.6."""

@@ -41,7 +41,7 @@ struct IntegratorLoop {
   }
 };
 
-// Runs one pass for the tiles [begin, end).
+// Runs one pass over all steps for the tiles [begin, end).
 template <Pass kPass, class Scalar>
 void run_pass(const IntegratorParams<Scalar>& params, int64 begin, int64 end) {
   using Real = Real_t<Scalar>;
@@ -54,7 +54,8 @@ void run_pass(const IntegratorParams<Scalar>& params, int64 begin, int64 end) {
   Real *v = rows.take(), *later = rows.take(), *state = kBack ? later : v;
   Real *decay = rows.take(), *gain = rows.take();
   TileNeurons<Real> neurons(params.parameters, params.options, kNumParameters);
-  const auto step = [&](int64 row) { return kBack ? steps - 1 - row : row; };
+  // The step that the pass computes after `row` others.
+  const auto step_after = [&](int64 row) { return kBack ? steps - 1 - row : row; };
   for (int64 index = begin; index < end; ++index) {
     const Tile tile(params.shape, index);
     const auto begin_sums = [&](Real* sum) { std::fill_n(sum, tile.length, Real(0)); };
@@ -70,9 +71,9 @@ void run_pass(const IntegratorParams<Scalar>& params, int64 begin, int64 end) {
     load_state(params.v_init, tile.first, params.options.v_rest, tile.length, v);
     load_state(params.grad_v_last, tile.first, Real(0), tile.length, later);
     for (int64 row = 0; row < steps; ++row) {
-      const int64 t = step(row), used = row + kRowsAhead;
+      const int64 t = step_after(row), used = row + kRowsAhead;
       const Tile next(params.shape, index + used / steps);
-      const int64 next_t = step(used % steps);
+      const int64 next_t = step_after(used % steps);
       const Ahead ahead = {sizeof(Scalar),
                            {recent_row_ahead(in_seq, next, next_t), recent_row_ahead(out_seq, next, next_t)}};
       const Real* in = read_row(in_seq, tile, t, in_buffer);

@@ -80,7 +80,7 @@ ASGL_HOST_DEVICE void for_each_fetch(const Ahead& ahead, int64 length, F&& f) {
 // AVX-512, 32 neurons take 71 to 88 instructions instead of 99 forward, and 96 to 128 instead of 155 backward.
 template <class Model, class Real, class F>
 ASGL_HOST_DEVICE void with_rules(const LIFByOptions<Real>& options, F&& f) {
-  if constexpr (Model::kAdapts && sizeof(Real) == sizeof(float)) {
+  if constexpr (Model::kHasAdaptation && sizeof(Real) == sizeof(float)) {
     Model model = Model::of(options);
     const auto with_adaptation = [&](uint8 adaptation) __attribute__((always_inline)) {
       model.adaptation = adaptation;
@@ -104,11 +104,12 @@ ASGL_HOST_DEVICE bool is_analog(uint16 draw, uint32 analog_below) { return draw 
 // available for adaptive neurons.
 static_assert(static_cast<int>(Surrogate::kInteger) == kNumSurrogates - 1);
 template <class Model>
-constexpr int kSurrogateLoops = Model::kAdapts        ? static_cast<int>(Surrogate::kInteger)
+constexpr int kSurrogateLoops = Model::kHasAdaptation ? static_cast<int>(Surrogate::kInteger)
                                 : Model::kOnlyGeneral ? kNumSurrogates
                                                       : 1;
 
-// One step: from x, v and w to h, s, and the next v and w.
+// One step: from x and the states to h, s and the next states. A model with a second state has `step` and `adjoint`, as
+// AdaptiveLIF does.
 template <class Real, class Model, class Neurons>
 struct StepLoop {
   struct Args {
@@ -120,8 +121,8 @@ struct StepLoop {
     const uint16* draws;
     Real *v, *next_v, *h, *s;
     Ahead ahead;
-    const Real* w;  // of adaptive neurons
-    Real* next_w;
+    const Real* second;  // the second state, of models that have one
+    Real* next_second;
     bool compared;  // h is the potential that is compared with v_threshold
   };
 
@@ -134,13 +135,13 @@ struct StepLoop {
       if (used && static_cast<int>(args.options.surrogate) != kId) return run<kId + 1>(args);
     }
     args.options.surrogate = static_cast<Surrogate>(kId);  // unused by LIF
-    if constexpr (!Model::kAdapts && (kId == 0 || static_cast<Surrogate>(kId) == Surrogate::kInteger)) {
+    if constexpr (!Model::kHasAdaptation && (kId == 0 || static_cast<Surrogate>(kId) == Surrogate::kInteger)) {
       if (args.analog_below == 0) return loop<false>(args);
     }
     loop<true>(args);
   }
 
-  // The loop over neurons. Without kNoise nothing is analog.
+  // The loop over neurons. Without kNoise no element is analog.
   template <bool kNoise>
   static ASGL_HOST_DEVICE void loop(Args args) {
     const Firing<Real> firing(args.options);
@@ -151,12 +152,13 @@ struct StepLoop {
           const Neuron<Real>& neuron = args.neurons[i];
           const bool analog = kNoise && is_analog(args.draws[i], args.analog_below);
           Real v = args.v[i], h, s;
-          if constexpr (Model::kAdapts) {
-            const Real w = args.w[i];
-            Real next_w = w;
-            const Real charged = model.step(args.x[i], analog, neuron, firing, v, next_w, s);
-            h = choose(args.compared, model.compared(charged, w), charged);
-            args.next_w[i] = next_w;
+          static_assert(Model::kNumStates <= 2);
+          if constexpr (Model::kNumStates == 2) {
+            const Real second = args.second[i];
+            Real next_second = second;
+            const Real charged = model.step(args.x[i], analog, neuron, firing, v, next_second, s);
+            h = choose(args.compared, model.compared(charged, second), charged);
+            args.next_second[i] = next_second;
           } else {
             const Real c = input_current<Input::kGeneral>(args.x[i], neuron);
             h = Model::template charge<Input::kGeneral>(c, v, neuron, args.options);
@@ -177,7 +179,7 @@ struct StepLoop {
 // adaptation; h is there the potential that is compared with v_threshold.
 enum class Sums { kNone, kWidth, kAdaptation, kAll, kRecurrent };
 
-// The adjoint of a step: from the gradients of s, h and the next v and w to those of x, v and w.
+// The adjoint of a step: from the gradients of s, h and the next states to the gradients of x and the states.
 template <class Real, class Model, class Neurons, Sums kSums>
 struct AdjointLoop {
   struct Args {
@@ -189,9 +191,9 @@ struct AdjointLoop {
     Real* dv;  // the gradient of v after the step on entry, before it on return
     Real *d_reset, *distance, *dy, *dh, *dx;
     Ahead ahead;
-    const Real *v, *w;  // before the step, w of adaptive neurons; the gradient of w as that of v
-    Real* dw;
-    Real* sums;  // [kNumParameters, sums_stride]
+    const Real *v, *second;  // the states before the step, the second of models that have one
+    Real* d_second;          // the gradient of the second state, as dv
+    Real* sums;              // [kNumParameters, sums_stride]
     int64 sums_stride;
   };
 
@@ -214,33 +216,33 @@ struct AdjointLoop {
           const Real h = args.h[i], s = args.s[i];
           Real dv = args.dv[i];
           StepGradient<Real> step;
-          Real distance, d_reset;
-          if constexpr (Model::kAdapts) {
+          Real distance, d_reset, d_second;
+          if constexpr (Model::kNumStates == 2) {
             constexpr bool kCompared = kSums == Sums::kRecurrent;
-            const Real w = args.w[i];
-            Real dw = args.dw[i];
-            const Real compared = kCompared ? h : model.compared(h, w), charged = kCompared ? model.charged(h, w) : h;
-            if constexpr (kSums == Sums::kAdaptation || kSums == Sums::kAll) {
-              const Real v = model.after_reset(h, s, model.adapted(neuron, w));
-              sum(kAdaptDecay) += keep_if(args.carried, dw * w);
-              sum(kAdaptPotential) += keep_if(args.carried, dw * (v - args.options.v_rest));
-              sum(kAdaptSpike) += keep_if(args.carried, dw * s);
+            const Real second = args.second[i];
+            d_second = args.d_second[i];
+            const Real compared = kCompared ? h : model.compared(h, second);
+            const Real charged = kCompared ? model.charged(h, second) : h;
+            if constexpr (Model::kHasAdaptation && (kSums == Sums::kAdaptation || kSums == Sums::kAll)) {
+              const Real v = model.after_reset(h, s, model.adapted(neuron, second));
+              sum(kAdaptDecay) += keep_if(args.carried, d_second * second);
+              sum(kAdaptPotential) += keep_if(args.carried, d_second * (v - args.options.v_rest));
+              sum(kAdaptSpike) += keep_if(args.carried, d_second * s);
             }
             const auto gradient =
-                model.adjoint(args.g[i], args.gh[i], charged, compared, s, w, args.carried, neuron, dv, dw);
+                model.adjoint(args.g[i], args.gh[i], charged, compared, s, second, args.carried, neuron, dv, d_second);
             step = gradient.step;
             distance = gradient.distance;
             d_reset = gradient.reset;
-            args.dx[i] = step.dc;
-            args.dw[i] = dw;
           } else {
             dv = model.floor_adjoint(h, s, neuron, dv);
             d_reset = model.gradient_of_reset(dv, s);
             distance = model.distance(h, neuron);
             const Real ds = model.spike_gradient(args.g[i], h, args.carried && !args.options.detach_reset, neuron, dv);
             step = model.step_adjoint(ds, args.gh[i], h, s, args.carried, neuron, args.options, dv);
-            args.dx[i] = neuron.input_gain * step.dc;
           }
+          args.dx[i] = Model::kHasAdaptation ? step.dc : neuron.input_gain * step.dc;
+          if constexpr (Model::kNumStates == 2) args.d_second[i] = d_second;
           args.dv[i] = dv;
           if constexpr (kSums == Sums::kNone) {
             args.d_reset[i] = d_reset;
@@ -359,6 +361,20 @@ struct SettledStepLoop {
 // and the amount of a soft reset.
 enum class SettledSums { kNone, kWidth, kAll };
 
+// The slope of each neuron of a block: those that the loop of the potentials kept, or none.
+template <class Real, bool kKept>
+struct KeptSlopes {
+  const Real* row;
+
+  ASGL_HOST_DEVICE auto operator[](int64 i) const {
+    if constexpr (kKept) {
+      return row[i];
+    } else {
+      return NoSlope{};
+    }
+  }
+};
+
 // Backward of a segment, for each block: the potentials, then the gradients. With noise the potentials' loop keeps for
 // the other the spikes and, of surrogates that have one, the slopes, which share their exp. The gradient of the current
 // may be stored in its place.
@@ -425,7 +441,8 @@ struct SettledAdjointLoop {
     for (int64 k = args.steps - 1; k >= 0; --k) {
       const bool carried = args.carried || k + 1 < args.steps;
       const Real *g = args.g[k] + first, *v = args.v[k] + first;
-      const Real *h = args.h + k * kBlock, *kept_s = args.s + k * kBlock, *slope = args.slope + k * kBlock;
+      const Real *h = args.h + k * kBlock, *kept_s = args.s + k * kBlock;
+      const KeptSlopes<Real, kNoise && Model::kHasSlope> slope = {args.slope + k * kBlock};
       Real* d_current = args.stream == nullptr ? args.d_current[k] + first : streamed;
       prefetch_block(args.gradients_ahead, k, first, count);
 #pragma GCC ivdep
@@ -435,13 +452,8 @@ struct SettledAdjointLoop {
         Real dv = gradient[i];
         if constexpr (kSums == SettledSums::kAll && !Model::kResetsHard) reset[i] -= keep_if(carried, dv * s);
         const Real ds = Model::spike_gradient(g[i], h[i], carried && !args.options.detach_reset, neuron, dv);
-        StepGradient<Real> step;
-        if constexpr (kNoise && Model::kHasSlope) {
-          step = Model::step_adjoint_from(ds * args.options.surrogate_gain * slope[i], NoGradient{}, s, carried, neuron,
-                                          dv);
-        } else {
-          step = Model::step_adjoint(ds, NoGradient{}, h[i], s, carried, neuron, args.options, dv);
-        }
+        const StepGradient<Real> step =
+            Model::step_adjoint(ds, NoGradient{}, h[i], s, carried, neuron, args.options, dv, slope[i]);
         if constexpr (kSums != SettledSums::kNone) width[i] += step.dy * Model::distance(h[i], neuron);
         if constexpr (kSums == SettledSums::kAll) {
           threshold[i] -= step.dy * neuron.inverse_width;
@@ -549,7 +561,7 @@ struct InputCurrentAdjointLoop {
   static ASGL_HOST_DEVICE void run(Args args) {
     if constexpr (!kRows) return with_sums_in_registers(args);
     args.parameters.for_each_period(args.length, [=](int64 first, int64 length) __attribute__((always_inline)) {
-      add(args, first, length, args.gain_sum, args.bias_sum);
+      accumulate(args, first, length, args.gain_sum, args.bias_sum);
     });
   }
 
@@ -560,14 +572,15 @@ struct InputCurrentAdjointLoop {
     if (args.length >= kInputSums) {
       Real gain_sum[kInputSums], bias_sum[kInputSums];
       for (int64 i = 0; i < kInputSums; ++i) gain_sum[i] = args.gain_sum[i], bias_sum[i] = args.bias_sum[i];
-      for (; first + kInputSums <= args.length; first += kInputSums) add(args, first, kInputSums, gain_sum, bias_sum);
+      for (; first + kInputSums <= args.length; first += kInputSums)
+        accumulate(args, first, kInputSums, gain_sum, bias_sum);
       for (int64 i = 0; i < kInputSums; ++i) args.gain_sum[i] = gain_sum[i], args.bias_sum[i] = bias_sum[i];
     }
-    add(args, first, args.length - first, args.gain_sum, args.bias_sum);
+    accumulate(args, first, args.length - first, args.gain_sum, args.bias_sum);
   }
 
-  // Computes dx of `length` neurons, and adds to the sums.
-  static ASGL_HOST_DEVICE void add(const Args& args, int64 first, int64 length, Real* gain_sum, Real* bias_sum) {
+  // Computes dx of `length` neurons from `first` on, and accumulates their terms in the sums.
+  static ASGL_HOST_DEVICE void accumulate(const Args& args, int64 first, int64 length, Real* gain_sum, Real* bias_sum) {
     const Real *x = args.x + first, *dh = args.dh + first;
     Real* dx = args.dx + first;
 #pragma GCC ivdep
@@ -632,8 +645,8 @@ struct SumLoop {
   static ASGL_HOST_DEVICE void run(Args args) { *args.sum = sum_of(args.row, args.length); }
 };
 
-// Runs of neurons that share a parameter's value, among `length` neurons. The first run has `first` neurons, and every
-// other run has `inner`, except that the last run may be cut off.
+// Runs of adjacent neurons that share a parameter's value, among the `length` neurons of a tile. The first run has
+// `first` neurons, and every other run has `inner`, except that the last run may be cut off.
 struct Runs {
   int64 first, inner, length;
 

@@ -21,7 +21,7 @@ bool settled_suffices(const BackwardParams<Scalar>& params) {
          !(params.wants(kReset) && params.options.hard_reset);
 }
 
-// Whether no parameter but the width, gain and bias wants a gradient.
+// Whether the width, gain and bias are the only parameters that may want gradients.
 template <class Scalar>
 bool only_width(const BackwardParams<Scalar>& params) {
   return !params.wants(kDecay) && !params.wants(kThreshold) && !params.wants(kReset) && !params.wants(kInputMean);
@@ -44,7 +44,7 @@ bool is_settled(const Params& params) {
 template <class Params>
 void run_model(Params params) {
   params.noise = params.noise.resolved();
-  if (params.options.adapts()) return run_adaptive(params);
+  if (params.options.has_adaptation()) return run_adaptive(params);
   if constexpr (std::is_same_v<typename Params::Real, float>) {
     if (is_settled(params)) return run_settled(params);
   }
@@ -68,10 +68,10 @@ void sum_interleaved(const GradientSum<Real>& sum, const GradientPart<Real>& par
   for (int64 element = 0; element < count; ++element) part.store(element, totals[static_cast<size_t>(element)]);
 }
 
-// Sums the slots of adjacent elements in memory order: for each element, those of its runs, and for each run, those of
+// Sums the slots of `length` adjacent elements in memory order: for each element over its runs, and for each run over
 // the tiles that it overlaps.
 template <class Real>
-void sum_in_order(const GradientSum<Real>& sum, const GradientPart<Real>& part, int64 element, int64 length) {
+void sum_runs(const GradientSum<Real>& sum, const GradientPart<Real>& part, int64 element, int64 length) {
   const ParameterView<Real>& parameter = part.parameter;
   const int64 inner = parameter.inner, step = element / parameter.count, first = element % parameter.count;
   const Real* slots = part.partials.data + step * part.partials.slots;
@@ -129,7 +129,7 @@ void launch_on(Device, const GradientSum<Real>& sum) {
       const int64 count = part.parameter.count;
       for (int64 element = begin; element < end;) {
         const int64 length = std::min({kTile, end - element, count - element % count});
-        sum_in_order(sum, part, element, length);
+        sum_runs(sum, part, element, length);
         element += length;
       }
     });

@@ -18,21 +18,21 @@ bool is_per_step(const Params& params) {
                      [](const auto& each) { return each.data != nullptr && each.step_stride != 0; });
 }
 
-// Adaptive neurons whose parameters are rows take half a tile at a time: 14 rows of 2 KiB, which the L1 cache can hold.
+// Models with two states whose parameters are rows take half a tile at a time: 14 rows of 2 KiB, which the L1 cache can
+// hold.
 template <class Model, class Params>
 int64 parts_of_tile(const Params& params) {
-  return Model::kAdapts && !all_uniform(params.parameters) && !is_per_step(params) ? 2 : 1;
+  return Model::kNumStates > 1 && !all_uniform(params.parameters) && !is_per_step(params) ? 2 : 1;
 }
 
 // ---- forward ----
 
-// Stores a row of v or w, if there is a checkpoint after `steps` steps. `shift` is the number of elements from the
-// checkpoints of v to the checkpoints of this row: 0 for v itself.
-template <class Scalar>
-void store_checkpoint(const ForwardParams<Scalar>& params, const Tile& tile, int64 steps, const Real_t<Scalar>* row,
-                      int64 shift = 0) {
+// Stores the states as a checkpoint, if there is one after `steps` steps.
+template <size_t kNumStates, class Scalar>
+void store_checkpoint(const ForwardParams<Scalar>& params, const Tile& tile, int64 steps,
+                      const StateRows<kNumStates, Real_t<Scalar>>& rows) {
   if (steps % kCheckpointSteps == 0 && steps < params.shape.steps) {
-    store_state(row, tile.length, behind(params.checkpoints, shift), checkpoint(tile, steps));
+    store_states(rows, tile.length, params.checkpoints, checkpoint_stride(params.shape), checkpoint(tile, steps));
   }
 }
 
@@ -43,7 +43,8 @@ void run_general(const ForwardParams<Scalar>& params) {
   for_each_tile_range(params.shape, [&](int64 begin, int64 end) {
     Rows<Real> rows(5, kTile);
     Real *x_buffer = rows.take(), *s_buffer = rows.take(), *h_buffer = rows.take();
-    Real *v = rows.take(), *w = rows.take();
+    Real *v = rows.take(), *second = rows.take();
+    const auto states = rows_of_states<Model>(v, second);
     const int64 all = params.shape.neurons();
     TileNoise noise(params.noise);
     TileNeurons<Real> neurons(params.parameters, params.options, kNumParameters);
@@ -51,8 +52,7 @@ void run_general(const ForwardParams<Scalar>& params) {
     const int64 parts = parts_of_tile<Model>(params), size = kTile / parts;
     for (int64 index = begin * parts; index < end * parts && index * size < all; ++index) {
       const Tile tile(params.shape, index, size);
-      load_state(params.v_init, tile.first, params.options.v_rest, tile.length, v);
-      if (Model::kAdapts) load_state(behind(params.v_init, all), tile.first, Real(0), tile.length, w);
+      load_states(params.v_init, all, tile.first, params.options.v_rest, tile.length, states);
       for (int64 t = 0; t < params.shape.steps; ++t) {
         const Real* x = read_row(params.x_seq, tile, t, x_buffer);
         Real* s = start_row(params.s_seq, tile, t, s_buffer);
@@ -66,11 +66,10 @@ void run_general(const ForwardParams<Scalar>& params) {
         neurons.template visit<NeuronRows<Real>>([&](auto given) {
           input.visit(tile, t, x, given, [&](auto values, const Real* in) {
             run<StepLoop<Real, Model, decltype(values)>>({values, params.options, params.noise.analog_below,
-                                                          tile.length, in, noise.row(tile, t), v, v, h, s, ahead, w, w,
-                                                          /*compared=*/true});
+                                                          tile.length, in, noise.row(tile, t), v, v, h, s, ahead,
+                                                          second, second, /*compared=*/true});
           });
         });
-        if (Model::kAdapts) store_checkpoint(params, tile, t + 1, w, checkpoint_stride(params.shape));
         if (params.options.scale_output) {
           run<MultiplyLoop<Real>>({s, neurons.v_threshold(), s_buffer, tile.length});
           s = s_buffer;
@@ -78,20 +77,18 @@ void run_general(const ForwardParams<Scalar>& params) {
         finish_row(s, params.s_seq, tile, t);
         finish_row(h, params.h_seq, tile, t);
         finish_row(v, params.v_seq, tile, t);
-        store_checkpoint(params, tile, t + 1, v);
+        store_checkpoint(params, tile, t + 1, states);
       }
-      store_state(v, tile.length, params.v_last, tile.first);
-      if (Model::kAdapts) store_state(w, tile.length, behind(params.v_last, all), tile.first);
+      store_states(states, tile.length, params.v_last, all, tile.first);
     }
   });
 }
 
 // ---- backward ----
 
-// The number of states that backward keeps of a segment. Only the gradient of the decay needs the state before each
-// step.
+// The number of rows of v that backward keeps of a segment. Only the gradient of the decay needs v before each step.
 template <class Scalar>
-int64 kept_states(const BackwardParams<Scalar>& params, int64 segment) {
+int64 rows_of_v(const BackwardParams<Scalar>& params, int64 segment) {
   return params.wants(kDecay) ? segment + 1 : 1;
 }
 
@@ -144,9 +141,9 @@ class GeneralBackward {
   // Computes a part of the tile, see parts_of_tile.
   void run_part(const Tile& tile) {
     tile_ = tile;
-    load_state(params_.grad_v_last, tile.first, Real(0), tile.length, dv_);
     const int64 all = params_.shape.neurons();
-    if (Model::kAdapts) load_state(behind(params_.grad_v_last, all), tile.first, Real(0), tile.length, dw_);
+    const auto gradients = rows_of_states<Model>(dv_, d_second_);
+    load_states(params_.grad_v_last, all, tile.first, Real(0), tile.length, gradients);
     carried_ = params_.grad_v_last != nullptr;
     const int64 steps = params_.shape.steps;
     for (int64 start = (steps - 1) / segment_ * segment_; start >= 0; start -= segment_) {
@@ -156,14 +153,13 @@ class GeneralBackward {
         walk_back(t, t - start, rows_ahead(start, stop, 2 * stop - 1 - start - t));
       }
     }
-    store_state(dv_, tile.length, params_.grad_v_init, tile.first);
-    if (Model::kAdapts) store_state(dw_, tile.length, behind(params_.grad_v_init, all), tile.first);
+    store_states(gradients, tile.length, params_.grad_v_init, all, tile.first);
   }
 
   // Row k of several.
   Real* row(Real* rows, int64 k) const { return rows + k * rows_.stride(); }
   // The potential before step k of a segment.
-  Real* v(int64 k) const { return row(v_, k % states_); }
+  Real* v(int64 k) const { return row(v_, k % v_rows_); }
   // What to prefetch at a position of a segment, in the order in which its rows are used: x of its steps forward, then
   // the gradients of its steps backward, then x of the segment that is computed next.
   Ahead rows_ahead(int64 start, int64 stop, int64 position) const {
@@ -180,16 +176,17 @@ class GeneralBackward {
     return {sizeof(Scalar),
             {recent_row_ahead(params_.grad_s_seq, tile, t), recent_row_ahead(params_.grad_x_seq, tile, t)}};
   }
-  // Row k of the adaptation w; null for models without adaptation.
-  Real* w(int64 k) const { return Model::kAdapts ? row(w_, k % w_states_) : nullptr; }
+  // The second state before step k of a segment; null for models with one state.
+  Real* second(int64 k) const { return Model::kNumStates > 1 ? row(second_, k % second_rows_) : nullptr; }
   // Whether a parameter with begin <= id < end wants a gradient.
   bool wants(int begin, int end) const {
     return std::any_of(params_.partials + begin, params_.partials + end, [](const auto& each) { return each.data; });
   }
   // The sums of a parameter, for the neurons of the part.
   Real* sums(int id) const { return row(sums_, id) + (tile_.first - whole_.first); }
-  // Sets the sums of a parameter to 0; stores them as those of step t.
+  // Sets the sums of a parameter to 0.
   void clear(int id) { std::fill_n(row(sums_, id), whole_.length, Real(0)); }
+  // Stores the sums of a parameter as the partial sums of step t.
   void store(int id, int64 t) {
     store_partials(params_.partials[id], params_.parameters[id], whole_, t, row(sums_, id));
   }
@@ -200,7 +197,7 @@ class GeneralBackward {
 
   // Computes h and s of the steps [start, stop) again, and keeps them.
   void compute_potentials(int64 start, int64 stop) {
-    load_start(params_, tile_, start, v(0), w(0));
+    load_start(params_, tile_, start, rows_of_states<Model>(v(0), second(0)));
     for (int64 t = start; t < stop; ++t) {
       const int64 k = t - start;
       const Real* x = read_row(params_.x_seq, tile_, t, x_buffer_);
@@ -209,7 +206,7 @@ class GeneralBackward {
         input_.visit(tile_, t, x, given, [&](auto neurons, const Real* in) {
           cpu::run<StepLoop<Real, Model, decltype(neurons)>>(
               {neurons, params_.options, params_.noise.analog_below, tile_.length, in, noise_.row(tile_, t), v(k),
-               v(k + 1), row(h_, k), row(s_, k), rows_ahead(start, stop, k), w(k), w(k + 1)});
+               v(k + 1), row(h_, k), row(s_, k), rows_ahead(start, stop, k), second(k), second(k + 1)});
         });
       });
     }
@@ -252,11 +249,11 @@ class GeneralBackward {
                                                                         .dx = dx,
                                                                         .ahead = ahead,
                                                                         .v = v(k),
-                                                                        .w = w(k),
-                                                                        .dw = dw_,
+                                                                        .second = second(k),
+                                                                        .d_second = d_second_,
                                                                         .sums = sums(0)});
       };
-      if constexpr (Model::kAdapts) {
+      if constexpr (Model::kHasAdaptation) {
         if (wants(kDecay, kInputGain)) return adjoint(std::integral_constant<Sums, Sums::kAll>{});
         if (wants(kAdaptDecay, kNumParameters)) return adjoint(std::integral_constant<Sums, Sums::kAdaptation>{});
         adjoint(std::integral_constant<Sums, Sums::kWidth>{});
@@ -266,7 +263,7 @@ class GeneralBackward {
     });
     finish_row(dx, params_.grad_x_seq, tile_, t);
     finish_residual_row(dh_, params_, tile_, t, x_buffer_);
-    if (!Model::kAdapts) add_gradients(t, k, dx);
+    if (!Model::kHasAdaptation) add_gradients(t, k, dx);
     carried_ = true;
     store_step(t);
   }
@@ -298,15 +295,16 @@ class GeneralBackward {
   static constexpr Operand<Real> kZero = {nullptr, Real(0)}, kOne = {nullptr, Real(1)};
 
   const BackwardParams<Scalar>& params_;
-  const int64 segment_ = segment_steps(params_.shape.steps), states_ = kept_states(params_, segment_);
+  const int64 segment_ = segment_steps(params_.shape.steps), v_rows_ = rows_of_v(params_, segment_);
   // If w is subtracted from the current, backward needs w only for the gradient of adapt_decay. Without that gradient
   // one row is enough.
-  const int64 w_states_ =
-      params_.wants(kAdaptDecay) || !AdaptiveLIF<Real>::of(params_.options).in_current() ? segment_ + 1 : 1;
-  const int64 w_rows_ = Model::kAdapts ? w_states_ + 1 : 0;
-  Rows<Real> rows_{2 * segment_ + states_ + 11 + kNumParameters + w_rows_, kTile};
-  Real *const h_ = rows_.take(segment_), *const s_ = rows_.take(segment_), *const w_ = rows_.take(w_rows_);
-  Real *const dw_ = w_ + w_states_ * rows_.stride(), *const v_ = rows_.take(states_), *const dv_ = rows_.take();
+  const bool needs_all_seconds_ =
+      !Model::kHasAdaptation || params_.wants(kAdaptDecay) || !AdaptiveLIF<Real>::of(params_.options).in_current();
+  const int64 second_rows_ = Model::kNumStates == 1 ? 0 : needs_all_seconds_ ? segment_ + 1 : 1;
+  Rows<Real> rows_{2 * segment_ + v_rows_ + second_rows_ + 12 + kNumParameters, kTile};
+  Real *const h_ = rows_.take(segment_), *const s_ = rows_.take(segment_);
+  Real *const second_ = rows_.take(second_rows_), *const d_second_ = rows_.take();
+  Real *const v_ = rows_.take(v_rows_), *const dv_ = rows_.take();
   Real *const x_buffer_ = rows_.take(), *const g_buffer_ = rows_.take(), *const gh_buffer_ = rows_.take();
   Real *const scaled_g_ = rows_.take(), *const dx_buffer_ = rows_.take(), *const dy_ = rows_.take();
   Real *const dh_ = rows_.take(), *const zeros_ = rows_.take(), *const d_reset_ = rows_.take();

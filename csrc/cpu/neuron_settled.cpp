@@ -12,12 +12,6 @@ constexpr int64 kStepsOfStream = 4;
 // How far a loop prefetches in the rows that it uses.
 constexpr int64 kElementsAhead = 256, kElementsAheadOfStream = 512;
 
-// Whether the steps of a sequence are in place for a loop: contiguous, and in the arithmetic type.
-template <class Scalar>
-bool is_in_place(const Tile& tile) {
-  return std::is_same_v<Scalar, Real_t<Scalar>> && tile.in_one_piece();
-}
-
 // Adjacent steps of a tile that one call of a loop takes.
 struct Chunk {
   Tile tile;
@@ -56,8 +50,8 @@ class ChunkCurrents {
     for (int64 k = 0, t = chunk.t; k < chunk.count; ++k, ++t) {
       const Real* x = read_row(params_.x_seq, tile, t, input_.plain() ? currents[k] : rows_.row(0));
       if (input_.plain()) continue;
-      input_.current(x, params_.residual == nullptr ? nullptr : read_row(params_.residual, tile, t, rows_.row(1)),
-                     currents[k]);
+      input_.compute_current(
+          x, params_.residual == nullptr ? nullptr : read_row(params_.residual, tile, t, rows_.row(1)), currents[k]);
     }
     return {currents.first, currents.stride};
   }
@@ -70,8 +64,9 @@ class ChunkCurrents {
 
 // ---- forward ----
 
+// Runs the settled forward pass of all tiles.
 template <class Model, class Scalar>
-void run_with(const ForwardParams<Scalar>& params) {
+void run_settled_model(const ForwardParams<Scalar>& params) {
   using Real = Real_t<Scalar>;
   const int64 steps = params.shape.steps;
   for_each_tile_range(params.shape, [&](int64 begin, int64 end) {
@@ -120,7 +115,7 @@ void run_with(const ForwardParams<Scalar>& params) {
                .ahead = ahead});
         });
         if (!s_in_place) finish_row(s.first, params.s_seq, tile, t);
-        store_checkpoint(params, tile, t + count, v);
+        store_checkpoint(params, tile, t + count, StateRows<1, Real>{v});
       }
       store_state(v, tile.length, params.v_last, tile.first);
     }
@@ -130,6 +125,7 @@ void run_with(const ForwardParams<Scalar>& params) {
 
 // ---- backward ----
 
+// The settled backward pass of a tile, in segments from the last to the first.
 template <class Model, class Scalar>
 class SettledBackward {
   using Real = Real_t<Scalar>;
@@ -139,15 +135,16 @@ class SettledBackward {
     std::fill_n(zeros_, kTile, Real(0));
   }
 
+  // Computes the gradients of the neurons of a tile, and stores the sums of their parameters' gradients.
   void run(const Tile& tile) {
     neurons_.move_to(tile, 0);
     input().move_to(tile);
     input().clear_sums();
     load_state(params_.grad_v_last, tile.first, Real(0), tile.length, dv_);
-    for (int id = 0; id < (more_ ? kInputGain : kDecay); ++id) std::fill_n(sums(id), tile.length, Real(0));
+    for (int id = 0; id < (sums_all_ ? kInputGain : kDecay); ++id) std::fill_n(sums(id), tile.length, Real(0));
     carried_ = params_.grad_v_last != nullptr;
     for (int64 start = last_start_; start >= 0; start -= segment_) {
-      load_start(params_, tile, start, v_);
+      load_start(params_, tile, start, StateRows<1, Real>{v_});
       walk_back(segment(tile, start), start > 0 ? segment(tile, start - segment_)
                                                 : segment(Tile(params_.shape, tile.index + 1), last_start_));
       carried_ = true;
@@ -185,10 +182,10 @@ class SettledBackward {
     const Tile& tile = chunk.tile;
     const bool in_place = is_in_place<Scalar>(tile), x_in_place = currents_.in_place(tile);
     Scalar* const grad_current = dx_is_dc_ && params_.grad_x_seq ? params_.grad_x_seq : params_.grad_residual;
-    // Else dc goes into the buffer of the currents, and overwrites those that are there.
+    // If dc can't be stored in place, it overwrites the currents in their buffer.
     const bool dc_in_place = in_place && grad_current != nullptr;
     const Steps<Real> dc = dc_in_place ? start_steps(grad_current, tile, chunk.t, zeros_) : currents_.buffer();
-    // Not where it is read again for the residual's.
+    // Not past the cache if dc is read again for the residual's gradient.
     const bool streams = in_place && past_cache_ != nullptr && !(dx_is_dc_ && params_.grad_residual != nullptr);
     Ahead input_ahead = {.element_size = sizeof(Scalar), .stride = params_.shape.inner}, gradients_ahead = input_ahead;
     input_ahead.rows[0] = ahead_of(params_.x_seq, chunk, next, x_in_place, streams);
@@ -210,7 +207,7 @@ class SettledBackward {
              .carried = carried_,
              .current = current,
              .draws = noise_.rows(tile, chunk.t, chunk.count),
-             .v = {v_, states_ > 1 ? rows_.stride() : 0},
+             .v = {v_, v_rows_ > 1 ? rows_.stride() : 0},
              .h = h_,
              .s = s_,
              .slope = slope_,
@@ -225,19 +222,19 @@ class SettledBackward {
              .input_ahead = input_ahead,
              .gradients_ahead = gradients_ahead});
       };
-      if (more_) return call(std::integral_constant<SettledSums, SettledSums::kAll>{});
+      if (sums_all_) return call(std::integral_constant<SettledSums, SettledSums::kAll>{});
       if (params_.wants(kWidth)) return call(std::integral_constant<SettledSums, SettledSums::kWidth>{});
       call(std::integral_constant<SettledSums, SettledSums::kNone>{});
     });
-    for (int64 k = chunk.count - 1; k >= 0; --k) finish(tile, chunk.t + k, dc[k]);
+    for (int64 k = chunk.count - 1; k >= 0; --k) store_gradients(tile, chunk.t + k, dc[k], streams);
   }
 
-  // Stores the gradients of x and the residual, of which the loop has stored one where it is in place.
-  void finish(const Tile& tile, int64 t, Real* dc) {
+  // Stores the gradients of x and the residual in step t, except for what the loop has stored in place already. If
+  // `streams`, dx is stored past the cache.
+  void store_gradients(const Tile& tile, int64 t, Real* dc, bool streams) {
     if (dx_is_dc_) {
       finish_row(dc, params_.grad_x_seq, tile, t);
     } else {
-      const bool streams = is_in_place<Scalar>(tile) && past_cache_ != nullptr;
       Real* const stored = start_row(params_.grad_x_seq, tile, t, dx_buffer_);
       Real* const dx = streams ? dx_buffer_ : stored;
       input().backward(read_row(params_.x_seq, tile, t, x_buffer_), dc, dx);
@@ -248,15 +245,15 @@ class SettledBackward {
   }
 
   const BackwardParams<Scalar>& params_;
-  const int64 segment_ = segment_steps(params_.shape.steps), states_ = kept_states(params_, segment_);
+  const int64 segment_ = segment_steps(params_.shape.steps), v_rows_ = rows_of_v(params_, segment_);
   const int64 last_start_ = (params_.shape.steps - 1) / segment_ * segment_;
-  const bool more_ = params_.wants(kDecay) || params_.wants(kThreshold) || params_.wants(kReset);
+  const bool sums_all_ = params_.wants(kDecay) || params_.wants(kThreshold) || params_.wants(kReset);
   const bool dx_is_dc_ = params_.is_input_plain();
   const bool in_cache_ = recent_row_ahead(params_.x_seq, Tile(params_.shape, 0), 0) == nullptr;
   const Stream past_cache_ = stream_for(params_.grad_x_seq, params_.shape);
   ChunkCurrents<Scalar> currents_{params_, segment_};
-  Rows<Real> rows_{segment_ + states_ + 4 + kInputGain, kTile}, block_rows_{3 * segment_, kBlock};
-  Real *const g_ = rows_.take(segment_), *const v_ = rows_.take(states_), *const dv_ = rows_.take();
+  Rows<Real> rows_{segment_ + v_rows_ + 4 + kInputGain, kTile}, block_rows_{3 * segment_, kBlock};
+  Real *const g_ = rows_.take(segment_), *const v_ = rows_.take(v_rows_), *const dv_ = rows_.take();
   Real *const sums_ = rows_.take(kInputGain), *const zeros_ = rows_.take();
   Real *const x_buffer_ = rows_.take(), *const dx_buffer_ = rows_.take();
   Real *const h_ = block_rows_.take(segment_), *const s_ = block_rows_.take(segment_);
@@ -267,7 +264,7 @@ class SettledBackward {
 };
 
 template <class Model, class Scalar>
-void run_with(const BackwardParams<Scalar>& params) {
+void run_settled_model(const BackwardParams<Scalar>& params) {
   run_backward<SettledBackward<Model, Scalar>>(params);
 }
 
@@ -276,7 +273,7 @@ void run_with(const BackwardParams<Scalar>& params) {
 template <class Params>
 void run_settled(const Params& params) {
   with_model(params.options, [&](auto model) {
-    if constexpr (!decltype(model)::kOnlyGeneral) run_with<decltype(model)>(params);
+    if constexpr (!decltype(model)::kOnlyGeneral) run_settled_model<decltype(model)>(params);
   });
 }
 

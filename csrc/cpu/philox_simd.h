@@ -14,7 +14,7 @@ namespace asgl::cpu {
 struct NoiseLoop {
   struct Args {
     NoiseKey key;
-    uint64 first_group;  // a multiple of kNoiseGroups: so many groups share the upper word
+    uint64 first_group;  // a multiple of kNoiseGroups, so that groups of an iteration share the upper word
     int64 groups;
     uint32 step_pair;
     uint64* even;

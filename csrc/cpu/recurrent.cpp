@@ -56,7 +56,7 @@ struct ResetLoop {
     const auto model = Model::of(args.options);
 #pragma GCC ivdep
     for (int64 n = 0; n < args.length; ++n) {
-      if constexpr (Model::kAdapts) {
+      if constexpr (Model::kHasAdaptation) {
         const Real h = model.charged(args.h[n], args.w[n]);
         args.v[n] = model.reset(h, args.s[n], model.adapted(args.neurons[n], args.w[n]));
       } else {
@@ -83,14 +83,14 @@ const Real* state_or(const Real* state, const Chunk& chunk, Real otherwise, Real
   return buffer;
 }
 
-// Allocates rows whose stride is not a power of two: at a stride of 4 or 8 KiB all rows would share eight lines of the
-// L1 cache.
+// Allocates rows with padding, so that their stride is not a power of two: at a stride of 4 or 8 KiB all rows would
+// share eight lines of the L1 cache.
 template <class Real>
-Rows<Real> rows_apart(int64 count, int64 length) {
+Rows<Real> padded_rows(int64 count, int64 length) {
   return Rows<Real>(count, length + 16);
 }
 
-// Row t of each sequence, from `offset` on.
+// The rows to prefetch: row t of each sequence, from element `offset` on.
 template <class... Elements>
 Ahead ahead_of(const Chunk& chunk, int64 t, int64 offset, const Elements*... sequences) {
   if (t < 0 || t >= chunk.shape.steps) return {};
@@ -114,7 +114,7 @@ class RepeatedNeurons {
   explicit RepeatedNeurons(const RecurrentParams<Scalar>& params)
       : period_(params.neurons),
         length_(std::clamp<int64>(kPart / params.neurons, 1, kRecurrentRows) * params.neurons),
-        rows_(rows_apart<Real>(kRecurrentParameters, length_)) {
+        rows_(padded_rows<Real>(kRecurrentParameters, length_)) {
     for (int id = 0; id < kRecurrentParameters; ++id) {
       const Real* values = params.parameters + id * period_;
       for (int64 n = 0; n < length_; n += period_) std::copy_n(values, period_, rows_.row(id) + n);
@@ -216,7 +216,7 @@ class WeightProduct {
     fill_panels(weight_, forward ? 1 : neurons_, forward ? neurons_ : 1, neurons_, neurons_, panels_.data());
   }
 
-  // In forward, `indices` must have room for as many elements as `a` has.
+  // Computes `out` for these rows of the batch. In forward, `indices` must have room for as many elements as `a` has.
   void multiply(const Real* a, int64 rows, int32_t* indices, Real* out) const {
     if (!elementwise_) {
       return cpu::multiply<Real>({a, neurons_, rows, neurons_, neurons_, panels_.data(), /*accumulate=*/false, out},
@@ -239,7 +239,7 @@ template <class Model, class Scalar>
 void forward_chunk(const RecurrentForwardParams<Scalar>& params, const WeightProduct<Scalar>& product,
                    const Chunk& chunk) {
   using Real = Real_t<Scalar>;
-  Rows<Real> buffers = rows_apart<Real>(8, chunk.length);
+  Rows<Real> buffers = padded_rows<Real>(8, chunk.length);
   Real *const x_buffer = buffers.take(), *const current_buffer = buffers.take(), *const h_buffer = buffers.take();
   Real *const s_buffer = buffers.take(), *const out_buffer = buffers.take();
   Real *const v = buffers.take(), *const w = buffers.take(), *const i = buffers.take();
@@ -247,8 +247,8 @@ void forward_chunk(const RecurrentForwardParams<Scalar>& params, const WeightPro
   std::vector<int32_t> indices(static_cast<size_t>(chunk.length));
   RepeatedNeurons<Scalar> repeated(params);
   ChunkNoise<Scalar> noise(params);
-  load_state(params.v_init, chunk.first, params.options.v_rest, chunk.length, v);
-  if (Model::kAdapts) load_state(behind(params.v_init, all), chunk.first, Real(0), chunk.length, w);
+  const auto states = rows_of_states<Model>(v, w);
+  load_states(params.v_init, all, chunk.first, params.options.v_rest, chunk.length, states);
   load_state(params.i_init, chunk.first, Real(0), chunk.length, i);
   const Real* s_before = state_or(params.s_init, chunk, Real(0), s_buffer);
   const bool scales = params.options.scale_output;
@@ -278,8 +278,7 @@ void forward_chunk(const RecurrentForwardParams<Scalar>& params, const WeightPro
     finish_row(current, params.i_seq, chunk, t);
     s_before = s;
   }
-  store_state(v, chunk.length, params.v_last, chunk.first);
-  if (Model::kAdapts) store_state(w, chunk.length, behind(params.v_last, all), chunk.first);
+  store_states(states, chunk.length, params.v_last, all, chunk.first);
   store_state(s_before, chunk.length, params.s_last, chunk.first);
   store_state(i, chunk.length, params.i_last, chunk.first);
 }
@@ -293,24 +292,24 @@ class ChunkBackward {
   ChunkBackward(const RecurrentBackwardParams<Scalar>& params, const WeightProduct<Scalar>& product, const Chunk& chunk)
       : params_(params), product_(product), chunk_(chunk) {}
 
+  // Computes the gradients of all steps, from the last to the first.
   void run() {
     const int64 all = chunk_.shape.neurons();
-    load_state(params_.grad_v_last, chunk_.first, Real(0), chunk_.length, dv_);
-    if (Model::kAdapts) load_state(behind(params_.grad_v_last, all), chunk_.first, Real(0), chunk_.length, dw_);
+    const auto gradients = rows_of_states<Model>(dv_, dw_);
+    load_states(params_.grad_v_last, all, chunk_.first, Real(0), chunk_.length, gradients);
     load_state(params_.grad_i_last, chunk_.first, Real(0), chunk_.length, di_);
     load_state(params_.grad_s_last, chunk_.first, Real(0), chunk_.length, feedback_);
     std::fill_n(zeros_, chunk_.length, Real(0));
     std::fill_n(sums_, kRecurrentSums * parts_.stride(), Real(0));
     carried_ = params_.grad_v_last != nullptr;
-    read_before(params_.steps);
-    if (Model::kAdapts && carried_ && params_.grad_parameters != nullptr) {
+    read_step_before(params_.steps);
+    if (Model::kHasAdaptation && carried_ && params_.grad_parameters != nullptr) {
       repeated_.for_each_part(chunk_, [&](int64 offset, int64 length) {
         add_gradients_of_adaptation(potential_before(offset, length), offset, length);
       });
     }
     for (int64 t = params_.steps - 1; t >= 0; --t) walk_back(t);
-    store_state(dv_, chunk_.length, params_.grad_v_init, chunk_.first);
-    if (Model::kAdapts) store_state(dw_, chunk_.length, behind(params_.grad_v_init, all), chunk_.first);
+    store_states(gradients, chunk_.length, params_.grad_v_init, all, chunk_.first);
     store_state(di_, chunk_.length, params_.grad_i_init, chunk_.first);
     store_state(feedback_, chunk_.length, params_.grad_s_init, chunk_.first);
     if (params_.grad_parameters != nullptr) store_sums();
@@ -329,7 +328,7 @@ class ChunkBackward {
   bool wants_syn_decay() const { return params_.grad_parameters != nullptr && params_.i_seq != nullptr; }
 
   // Reads the state after the step before t, in place or into one of two buffers, which alternate with t.
-  void read_before(int64 t) {
+  void read_step_before(int64 t) {
     if (t == 0) {
       before_ = {nullptr, state_or(params_.s_init, chunk_, Real(0), s_[0]),
                  state_or(params_.v_init, chunk_, params_.options.v_rest, h_[0]),
@@ -349,7 +348,7 @@ class ChunkBackward {
   // Walks back through step t.
   void walk_back(int64 t) {
     const Step now = before_;
-    read_before(t);
+    read_step_before(t);
     const bool scales = params_.options.scale_output;
     const Real* g = params_.grad_s_seq == nullptr ? nullptr : read_row(params_.grad_s_seq, chunk_, t, g_);
     const Real* gh = params_.grad_h_seq == nullptr ? zeros_ : read_row(params_.grad_h_seq, chunk_, t, gh_);
@@ -383,8 +382,8 @@ class ChunkBackward {
            .ahead =
                ahead_of(chunk_, t - 1, offset, params_.grad_s_seq, params_.h_seq, params_.emitted, params_.grad_j_seq),
            .v = v,
-           .w = now.w + offset,
-           .dw = dw_ + offset,
+           .second = now.w + offset,
+           .d_second = dw_ + offset,
            .sums = sums_,
            .sums_stride = parts_.stride()});
       if (params_.has_synapse) {
@@ -405,7 +404,7 @@ class ChunkBackward {
   // Adds the gradients of parameters that the loop does not sum itself.
   void add_gradients(const Real* dj, const Real* v, int64 offset, int64 length) {
     accumulate(kRecurrentBias, length, Real(1), dj + offset, kOne);
-    if (Model::kAdapts && before_.v == nullptr) add_gradients_of_adaptation(v, offset, length);
+    if (Model::kHasAdaptation && before_.v == nullptr) add_gradients_of_adaptation(v, offset, length);
     if (wants_syn_decay()) accumulate(kRecurrentSynDecay, length, Real(1), dj + offset, {before_.i + offset, Real(0)});
     if (params_.elementwise) {
       accumulate(kRecurrentWeight, length, Real(1), dj + offset, {before_.s + offset, Real(0)});
@@ -428,7 +427,8 @@ class ChunkBackward {
     accumulate(kAdaptSpike, length, Real(1), dw_ + offset, {before_.s + offset, Real(0)});
   }
 
-  // Adds the sums up over repeated rows, and stores them as gradients of the parameters as they are stored.
+  // Adds the sums up over the repeated rows, and stores the gradients of the parameters in their stored form: width and
+  // decay may be a logarithm and a logit.
   void store_sums() {
     double* totals = params_.grad_parameters + chunk_.index * kRecurrentSums * params_.neurons;
     for (int id = 0; id < kRecurrentSums; ++id) {
@@ -440,7 +440,7 @@ class ChunkBackward {
       const Derivative derivative = derivative_of(id, params_.options.log_width, params_.options.logit_decay);
       if (derivative == Derivative::kNone) continue;
       for (int64 k = id * params_.neurons; k < (id + 1) * params_.neurons; ++k) {
-        totals[k] = static_cast<double>(gradient_from(derivative, totals[k], params_.parameters[k]));
+        totals[k] = static_cast<double>(apply_chain_rule(derivative, totals[k], params_.parameters[k]));
       }
     }
   }
@@ -451,14 +451,14 @@ class ChunkBackward {
   const WeightProduct<Scalar>& product_;
   Chunk chunk_;
   RepeatedNeurons<Scalar> repeated_{params_};
-  Rows<Real> rows_ = rows_apart<Real>(16, chunk_.length);
+  Rows<Real> rows_ = padded_rows<Real>(16, chunk_.length);
   Real *const h_[2] = {rows_.take(), rows_.take()}, *const s_[2] = {rows_.take(), rows_.take()};
   Real* const w_[2] = {rows_.take(), rows_.take()};
   Real *const g_ = rows_.take(), *const gh_ = rows_.take(), *const gv_ = rows_.take(), *const i_ = rows_.take();
   Real *const dj_ = rows_.take(), *const zeros_ = rows_.take();
   Real *const dv_ = rows_.take(), *const dw_ = rows_.take(), *const di_ = rows_.take();
   Real* const feedback_ = rows_.take();  // the gradient of the emitted spikes
-  Rows<Real> parts_ = rows_apart<Real>(1 + kRecurrentSums, repeated_.length());
+  Rows<Real> parts_ = padded_rows<Real>(1 + kRecurrentSums, repeated_.length());
   Real *const v_ = parts_.take(), *const sums_ = parts_.take(kRecurrentSums);
   Step before_{};
   bool carried_ = false;
@@ -522,7 +522,7 @@ void for_each_chunk(const Params& params, Task&& task) {
     });
   };
   static_assert(static_cast<int>(Surrogate::kInteger) == kNumSurrogates - 1);
-  if (params.options.adapts()) return run_all(AdaptiveLIF<Real>::of(params.options));
+  if (params.options.has_adaptation()) return run_all(AdaptiveLIF<Real>::of(params.options));
   with_model(options, run_all, std::make_integer_sequence<int, kNumSurrogates - 1>{});
 }
 

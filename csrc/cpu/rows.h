@@ -39,11 +39,17 @@ void for_each_stretch(const Tile& tile, int64 inner, F&& f) {
   runs_of(tile, inner).for_each([&](int64, int64 offset, int64 length) { f(tile.first + offset, offset, length); });
 }
 
+// Whether loops use the rows of a sequence in place: they are contiguous, and in the arithmetic type.
+template <class Element>
+bool is_in_place(const Tile& tile) {
+  return std::is_same_v<Element, Real_t<Element>> && tile.in_one_piece();
+}
+
 // Row t of a sequence, contiguous and in the arithmetic type: in place, or a copy in `buffer`.
 template <class Element>
 const Real_t<Element>* read_row(const Element* sequence, const Tile& tile, int64 t, Real_t<Element>* buffer) {
-  if constexpr (std::is_same_v<Element, Real_t<Element>>) {
-    if (tile.in_one_piece()) return sequence + tile.shape.element(tile.first, t);
+  if (is_in_place<Element>(tile)) {
+    return reinterpret_cast<const Real_t<Element>*>(sequence + tile.shape.element(tile.first, t));
   }
   for_each_stretch(tile, tile.shape.inner, [&](int64 n, int64 offset, int64 length) {
     run<ConvertLoop<Element, Real_t<Element>>>({sequence + tile.shape.element(n, t), buffer + offset, length});
@@ -54,8 +60,8 @@ const Real_t<Element>* read_row(const Element* sequence, const Tile& tile, int64
 // Where to write row t: in place, or in `buffer`, which finish_row stores.
 template <class Element>
 Real_t<Element>* start_row(Element* sequence, const Tile& tile, int64 t, Real_t<Element>* buffer) {
-  if constexpr (std::is_same_v<Element, Real_t<Element>>) {
-    if (sequence != nullptr && tile.in_one_piece()) return sequence + tile.shape.element(tile.first, t);
+  if (sequence != nullptr && is_in_place<Element>(tile)) {
+    return reinterpret_cast<Real_t<Element>*>(sequence + tile.shape.element(tile.first, t));
   }
   return buffer;
 }
@@ -64,9 +70,8 @@ Real_t<Element>* start_row(Element* sequence, const Tile& tile, int64 t, Real_t<
 template <class Element>
 void finish_row(const Real_t<Element>* row, Element* sequence, const Tile& tile, int64 t) {
   if (sequence == nullptr) return;
-  if constexpr (std::is_same_v<Element, Real_t<Element>>) {
-    if (tile.in_one_piece() && row == sequence + tile.shape.element(tile.first, t)) return;
-  }
+  const void* in_place = sequence + tile.shape.element(tile.first, t);
+  if (is_in_place<Element>(tile) && row == in_place) return;
   for_each_stretch(tile, tile.shape.inner, [&](int64 n, int64 offset, int64 length) {
     run<ConvertLoop<Real_t<Element>, Element>>({row + offset, sequence + tile.shape.element(n, t), length});
   });

@@ -195,8 +195,8 @@ class TileNeurons {
   int64 first_ = -1, t_ = -1;
 };
 
-// Whether a tile stores one sum for each value of the parameter (where values repeat in the tile), in the first `count`
-// slots of its neurons.
+// Whether the values of the parameter repeat in a tile, so that a tile stores one sum for each value, in the first
+// `count` slots of its neurons.
 template <class Real>
 bool is_interleaved(const ParameterView<Real>& parameter) {
   return parameter.step_stride == 0 && parameter.repeats_in(kTile);
@@ -276,7 +276,7 @@ class TileInput {
     }
   }
 
-  // Begins the sums of the gradients of gain and bias.
+  // Sets the sums of the gradients of gain and bias to 0, before the steps of a tile.
   void clear_sums() {
     if (plain_) return;
     std::fill_n(gain_sum_, kTile, Real(0));
@@ -284,7 +284,7 @@ class TileInput {
   }
 
   // Computes a row of the current from a row of x, unless plain. `residual` is null if the call has none.
-  void current(const Real* x, const Real* residual, Real* current) {
+  void compute_current(const Real* x, const Real* residual, Real* current) {
     residual == nullptr ? compute<false>(x, nullptr, current) : compute<true>(x, residual, current);
   }
 
@@ -322,7 +322,7 @@ class TileInput {
   }
 
  private:
-  // `current`, with or without a residual.
+  // compute_current, compiled with and without a residual.
   template <bool kResidual>
   void compute(const Real* x, const Real* residual, Real* current) {
     if (in_rows_) {
@@ -387,7 +387,7 @@ class GeneralInput {
   }
 
  private:
-  // The neurons for an input that is the current already.
+  // The neurons with gain 1, bias 0 and mean 0, for an input that already is the current.
   UniformNeuron<Real> taking_current(UniformNeuron<Real> neuron) const {
     neuron.values.input_gain = Real(1);
     neuron.values.input_bias = neuron.values.input_mean = Real(0);
@@ -404,39 +404,63 @@ class GeneralInput {
   Real *buffer_ = nullptr, *current_ = nullptr, *ones_ = nullptr, *zeros_ = nullptr;
 };
 
-// Reads a row of v or w from `from`. If `from` is null, fills the row with `otherwise`.
+// Reads a row of a state from `from`. If `from` is null, fills the row with `otherwise`.
 template <class Real>
 void load_state(const Real* from, int64 offset, Real otherwise, int64 length, Real* row) {
   from != nullptr ? std::copy_n(from + offset, length, row) : std::fill_n(row, length, otherwise);
 }
 
-// Stores a row of v or w in `to`, unless `to` is null.
+// Stores a row of a state in `to`, unless `to` is null.
 template <class Real>
 void store_state(const Real* row, int64 length, Real* to, int64 offset) {
   if (to != nullptr) std::copy_n(row, length, to + offset);
 }
 
-// The index of the tile's state after `steps` steps in the checkpoints.
+// The index of the tile's v after `steps` steps in the checkpoints.
 inline int64 checkpoint(const Tile& tile, int64 steps) {
   return (steps / kCheckpointSteps - 1) * tile.shape.neurons() + tile.first;
 }
 
-// The elements of w, which begin `elements` after those of v. Null if v is null.
-template <class Element>
-Element* behind(Element* v, int64 elements) {
-  return v == nullptr ? nullptr : v + elements;
+// A row for each state of a model, v first. At rest all but v are 0.
+template <size_t kNumStates, class Real>
+using StateRows = std::array<Real*, kNumStates>;
+
+// The rows of the states of a model that has `v`, or `v` and `second`.
+template <class Model, class Real>
+StateRows<Model::kNumStates, Real> rows_of_states(Real* v, Real* second) {
+  if constexpr (Model::kNumStates == 1) {
+    return {v};
+  } else {
+    return {v, second};
+  }
 }
 
-// Loads v before the first step of a segment, and for adaptive neurons w, unless `w` is null.
-template <class Scalar>
-void load_start(const BackwardParams<Scalar>& params, const Tile& tile, int64 start, Real_t<Scalar>* v,
-                Real_t<Scalar>* w = nullptr) {
-  const Real_t<Scalar>* from = start > 0 ? params.checkpoints : params.v_init;
-  const int64 offset = start > 0 ? checkpoint(tile, start) : tile.first;
-  load_state(from, offset, params.options.v_rest, tile.length, v);
-  if (w == nullptr) return;
-  const int64 elements = start > 0 ? checkpoint_stride(tile.shape) : tile.shape.neurons();
-  load_state(behind(from, elements), offset, Real_t<Scalar>(0), tile.length, w);
+// Reads the states of a tile from an array [kNumStates, elements]. If the array is null, the neurons are at rest.
+template <size_t kNumStates, class Real>
+void load_states(const Real* from, int64 elements, int64 offset, Real v_rest, int64 length,
+                 const StateRows<kNumStates, Real>& rows) {
+  for (size_t k = 0; k < kNumStates; ++k) {
+    load_state(from, static_cast<int64>(k) * elements + offset, k == 0 ? v_rest : Real(0), length, rows[k]);
+  }
+}
+
+// Stores the states of a tile in an array [kNumStates, elements], unless the array is null.
+template <size_t kNumStates, class Real>
+void store_states(const StateRows<kNumStates, Real>& rows, int64 length, Real* to, int64 elements, int64 offset) {
+  for (size_t k = 0; k < kNumStates; ++k) {
+    store_state(rows[k], length, to, static_cast<int64>(k) * elements + offset);
+  }
+}
+
+// Reads the states before step `start`, the first of a segment: from a checkpoint, or the initial states.
+template <size_t kNumStates, class Scalar>
+void load_start(const BackwardParams<Scalar>& params, const Tile& tile, int64 start,
+                const StateRows<kNumStates, Real_t<Scalar>>& rows) {
+  const auto load = [&](const Real_t<Scalar>* from, int64 elements, int64 offset) {
+    load_states(from, elements, offset, params.options.v_rest, tile.length, rows);
+  };
+  start > 0 ? load(params.checkpoints, checkpoint_stride(tile.shape), checkpoint(tile, start))
+            : load(params.v_init, tile.shape.neurons(), tile.first);
 }
 
 }  // namespace asgl::cpu

@@ -11,15 +11,15 @@ namespace asgl {
 template <class Real>
 constexpr int kAdaptiveBlocks = sizeof(Real) == 8 ? 3 : 4;
 
-// Reads the state of neuron n, v and w, from an array [2, N]. If the array is null, the neuron is at rest.
+// Reads the states of neuron n, v and w, from an array [2, N]. If the array is null, the neuron is at rest.
 template <class Real>
-__device__ __forceinline__ void load_pair(const Real* from, int64 n, int64 stride, Real v_rest, Real& v, Real& w) {
+__device__ __forceinline__ void load_states(const Real* from, int64 n, int64 stride, Real v_rest, Real& v, Real& w) {
   v = from == nullptr ? v_rest : from[n];
   w = from == nullptr ? Real(0) : from[n + stride];
 }
-// Stores the state of neuron n in an array [2, N].
+// Stores the states of neuron n in an array [2, N].
 template <class Real>
-__device__ __forceinline__ void store_pair(Real v, Real w, Real* to, int64 n, int64 stride) {
+__device__ __forceinline__ void store_states(Real v, Real w, Real* to, int64 n, int64 stride) {
   to[n] = v;
   to[n + stride] = w;
 }
@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(kBlockThreads, kAdaptiveBlocks<Real_t<Scalar>>
   const FiringFromLeast<Real> firing(model);
   ThreadNeuron<Real, true> neuron(params, index.read_n, model);
   Real v, w;
-  load_pair(params.v_init, index.read_n, neurons, model.v_rest, v, w);
+  load_states(params.v_init, index.read_n, neurons, model.v_rest, v, w);
   for (int64 start = 0; start < steps; start += kSteps) {
     load_steps(steps - start - kSteps, next);
     const int length = steps - start < kSteps ? static_cast<int>(steps - start) : kSteps;
@@ -68,12 +68,12 @@ __global__ void __launch_bounds__(kBlockThreads, kAdaptiveBlocks<Real_t<Scalar>>
     const int64 done = start + kSteps;
     if (params.checkpoints != nullptr && done % kCheckpointSteps == 0 && done < steps && index.live) {
       const int64 at = (done / kCheckpointSteps - 1) * neurons + index.n;
-      store_pair(v, w, params.checkpoints, at, checkpoint_stride(params.shape));
+      store_states(v, w, params.checkpoints, at, checkpoint_stride(params.shape));
     }
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) now[k] = next[k];
   }
-  if (params.v_last != nullptr && index.live) store_pair(v, w, params.v_last, index.n, neurons);
+  if (params.v_last != nullptr && index.live) store_states(v, w, params.v_last, index.n, neurons);
   if (params.zeros != nullptr && index.n == 0) params.zeros[0] = params.zeros[1] = Real(0);
 }
 
@@ -93,7 +93,7 @@ __global__ void __launch_bounds__(kBlockThreads, kAdaptiveBlocks<Real_t<Scalar>>
   ThreadNeuron<Real, true> neuron(params, index.read_n, model);
   const uint32 wanted = params.summary.wanted;
   Real sums[kNumParameters] = {};
-  // `row`: of potentials, no longer needed
+  // Stores the sums of the parameters that change over time, or of the others. `row` of potentials is overwritten.
   const auto store_sums = [&](bool per_step, int64 t, int row) {
 #pragma unroll
     for (int id = 0; id < kNumParameters; ++id) {
@@ -104,7 +104,7 @@ __global__ void __launch_bounds__(kBlockThreads, kAdaptiveBlocks<Real_t<Scalar>>
   };
   bool carried = params.grad_v_last != nullptr;
   Real dv, dw;
-  load_pair(params.grad_v_last, index.read_n, neurons, Real(0), dv, dw);
+  load_states(params.grad_v_last, index.read_n, neurons, Real(0), dv, dw);
 
   for (int64 start = (steps - 1) / kSteps * kSteps; start >= 0; start -= kSteps) {
     const int length = steps - start < kSteps ? static_cast<int>(steps - start) : kSteps;
@@ -123,9 +123,9 @@ __global__ void __launch_bounds__(kBlockThreads, kAdaptiveBlocks<Real_t<Scalar>>
     Real v, w;
     if (start > 0) {
       const int64 at = (start / kSteps - 1) * neurons + index.read_n;
-      load_pair(params.checkpoints, at, checkpoint_stride(params.shape), v_rest, v, w);
+      load_states(params.checkpoints, at, checkpoint_stride(params.shape), v_rest, v, w);
     } else {
-      load_pair(params.v_init, index.read_n, neurons, v_rest, v, w);
+      load_states(params.v_init, index.read_n, neurons, v_rest, v, w);
     }
     const Real first_v = v;
     const SegmentNoise<1, kSteps> noise(source, index.n, start, length);
@@ -174,7 +174,7 @@ __global__ void __launch_bounds__(kBlockThreads, kAdaptiveBlocks<Real_t<Scalar>>
     __syncthreads();  // all threads have read the sums
   }
   store_sums(false, 0, 0);
-  if (params.grad_v_init != nullptr && index.live) store_pair(dv, dw, params.grad_v_init, index.n, neurons);
+  if (params.grad_v_init != nullptr && index.live) store_states(dv, dw, params.grad_v_init, index.n, neurons);
 }
 
 }  // namespace asgl

@@ -70,14 +70,14 @@ __device__ __forceinline__ void store_partials(Real* slots, const ParameterView<
 // ---- of all blocks ----
 
 // The number of tiles before neuron n's; `tile` is 1 or 4 times kBlockThreads.
-__device__ __forceinline__ int64 whole_tiles(int64 n, int64 tile) {
-  const uint64 of_single_neurons = static_cast<uint64>(n) / kBlockThreads;
-  return static_cast<int64>(tile > kBlockThreads ? of_single_neurons / 4 : of_single_neurons);
+__device__ __forceinline__ int64 tiles_before(int64 n, int64 tile) {
+  const uint64 tiles_of_single_neurons = static_cast<uint64>(n) / kBlockThreads;
+  return static_cast<int64>(tile > kBlockThreads ? tiles_of_single_neurons / 4 : tiles_of_single_neurons);
 }
 
-// Adds to the total every `stride`-th value among the next `left` values.
+// Adds every `stride`-th of the next `left` values to the total.
 template <class Real>
-__device__ __forceinline__ void add_up(const Real* from, int64 left, int64 stride, double& total) {
+__device__ __forceinline__ void add_strided(const Real* from, int64 left, int64 stride, double& total) {
   constexpr int kLoads = 8;  // in flight
   for (; left > (kLoads - 1) * stride; left -= kLoads * stride) {
 #pragma unroll
@@ -86,10 +86,10 @@ __device__ __forceinline__ void add_up(const Real* from, int64 left, int64 strid
   for (; left > 0; left -= stride, from += stride) total += static_cast<double>(*from);
 }
 
-// Sums the kElementsEach elements of a thread, for parameters with one value per neuron. They are kSumThreads apart, so
-// that loads overlap.
+// Computes kElementsEach elements of the gradient in one thread, for parameters with one value per neuron. They are
+// kSumThreads apart, so that loads overlap.
 template <class Real>
-__device__ __forceinline__ void sum_several(const GradientPart<Real>& part, int64 first) {
+__device__ __forceinline__ void sum_elements_of_thread(const GradientPart<Real>& part, int64 first) {
   const int64 count = part.parameter.count;
   double totals[kElementsEach] = {};
 #pragma unroll 1
@@ -121,7 +121,7 @@ __global__ void __launch_bounds__(kSumThreads, 2) gradient_sum_kernel(const Grad
   const int64 inner = part.parameter.inner, count = part.parameter.count, neurons = part.neurons;
   const int64 split = part.splits > 1 ? block / part.blocks : 0;
   block -= split * part.blocks;
-  if (part.elements_each > kSumThreads) return sum_several(part, block * part.elements_each + thread);
+  if (part.elements_each > kSumThreads) return sum_elements_of_thread(part, block * part.elements_each + thread);
   // Position of the thread among elements, runs and slots. All three are powers of two, so that no division is needed.
   const int slots_each = part.slots_each, turn = thread * (part.runs_each * slots_each) / kSumThreads;
   const int64 element = block * part.elements_each + (thread & (part.elements_each - 1));
@@ -134,13 +134,13 @@ __global__ void __launch_bounds__(kSumThreads, 2) gradient_sum_kernel(const Grad
     const int64 stride = part.splits * part.runs_each * count;
     int64 run = element - t * count + (split * part.runs_each + first_run) * count;
     if (inner == 1) {  // a slot is a run
-      add_up(row + run, neurons - run, stride, total);
+      add_strided(row + run, neurons - run, stride, total);
       run = neurons;
     }
     for (; run * inner < neurons; run += stride) {
-      const int64 tile = whole_tiles(run * inner, sum.tile);
-      const int64 slots = whole_tiles((run + 1) * inner - 1, sum.tile) - tile + 1;
-      add_up(row + run + tile + first_slot, slots - first_slot, slots_each, total);
+      const int64 tile = tiles_before(run * inner, sum.tile);
+      const int64 slots = tiles_before((run + 1) * inner - 1, sum.tile) - tile + 1;
+      add_strided(row + run + tile + first_slot, slots - first_slot, slots_each, total);
     }
   }
   __shared__ double totals[kSumThreads];

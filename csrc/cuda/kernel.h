@@ -116,12 +116,17 @@ inline std::string name_of(const Kernel& kernel) {
   return {};
 }
 
+constexpr size_t kMostKernels = 320;  // of one type
+
 // A list that can be built in constant expressions.
 struct Kernels {
-  Kernel all[320];
-  size_t count = 0;
+  Kernel all[kMostKernels];
+  size_t count = 0;  // above kMostKernels if not all fit, which fails to compile below
 
-  constexpr void add(const Kernel& kernel) { all[count++] = kernel; }
+  constexpr void add(const Kernel& kernel) {
+    if (count < kMostKernels) all[count] = kernel;
+    ++count;
+  }
 };
 
 // Every kernel that launch_of in plan.h may choose for an x_seq of this type, or for gradient sums in this type.
@@ -167,6 +172,9 @@ constexpr Kernels kernels_of(Type type) {
   }
   return kernels;
 }
+static_assert(kernels_of(Type::kHalf).count <= kMostKernels && kernels_of(Type::kBFloat16).count <= kMostKernels &&
+                  kernels_of(Type::kFloat).count <= kMostKernels && kernels_of(Type::kDouble).count <= kMostKernels,
+              "kMostKernels is smaller than the number of kernels of a type");
 
 // The kernels of all types.
 inline std::vector<Kernel> every_kernel() {

@@ -34,16 +34,17 @@ constexpr int kForwardBlocks = sizeof(Real) == 8                                
                                                                                          : 5;
 template <class Real, int kLanes>
 constexpr int kBackwardBlocks = sizeof(Real) == 4 && kLanes == 1 ? 4 : 3;
-// Compiled by NVRTC, erf spills registers at four blocks per multiprocessor.
+// Whether settled backward kernels of a model spill registers at four blocks per multiprocessor: erf, compiled by
+// NVRTC.
 template <class Model>
-constexpr bool kIsLong = false;
+constexpr bool kSpillsAtFourBlocks = false;
 template <bool kHardReset>
-constexpr bool kIsLong<LIF<Surrogate::kErf, kHardReset>> = true;
+constexpr bool kSpillsAtFourBlocks<LIF<Surrogate::kErf, kHardReset>> = true;
 // At four blocks per multiprocessor, loads of float32 spill: they take twice as many registers as loads of half types.
 template <class Scalar, class Model, int kLanes, Input kInput, int kExact>
 constexpr int kSettledBackwardBlocks = kExact > 0 || sizeof(Scalar) == 8 ||
-                                               (kLanes == 4 &&
-                                                (kInput != Input::kPlain || kIsLong<Model> || sizeof(Scalar) == 4))
+                                               (kLanes == 4 && (kInput != Input::kPlain || kSpillsAtFourBlocks<Model> ||
+                                                                sizeof(Scalar) == 4))
                                            ? 3
                                            : 4;
 
@@ -155,9 +156,10 @@ struct SettledStep {
     }
   }
 
-  // Computes dx from ds, the gradient of s, and replaces the gradient of v after the step by the gradient before it.
+  // Computes dx, and du and dh, the gradients of u and h, from ds, the gradient of s. Replaces dv, the gradient of v
+  // after the step, by the gradient of v before it.
   __device__ __forceinline__ void walk_back(bool carried, const Row& x, const Row& h, const Row& s, Row& ds, Row& dv,
-                                            Row& from_u, Row& dh, Row& dx, Sums& sums) const {
+                                            Row& du, Row& dh, Row& dx, Sums& sums) const {
     if (carried && !options.detach_reset) {
 #pragma unroll
       for (int j = 0; j < kLanes; ++j) {
@@ -175,7 +177,7 @@ struct SettledStep {
         sums[kInputBias][j % kOwn] += step.dc;
       }
       dx[j] = kNormalised ? own.input_gain * step.dc : step.dc;
-      from_u[j] = step.dy * own.inverse_width;
+      du[j] = step.dy * own.inverse_width;
       dh[j] = step.dh;
     }
   }
@@ -190,8 +192,8 @@ struct SettledStep {
   }
 };
 
-// Stores the sums of parameters by neuron, and adds those of others up over the thread's neurons. Returns the latter's
-// part of `wanted`. All threads of the block must call this.
+// Stores the sums of the parameters that differ between the thread's neurons. Adds the sums of all others up over these
+// neurons, and returns the bits of the others in `wanted`. All threads of the block must call this.
 template <class Scalar, class Real, int kOwn>
 __device__ __forceinline__ uint32 store_own_sums(const BackwardParams<Scalar>& params, uint32 wanted,
                                                  const ThreadIndex<kOwn>& index, Real (&sums)[kNumParameters][kOwn],
@@ -200,7 +202,7 @@ __device__ __forceinline__ uint32 store_own_sums(const BackwardParams<Scalar>& p
   struct alignas(sizeof(Real) * kOwn) Row {
     Real values[kOwn];
   };
-  uint32 of_all = wanted;
+  uint32 others = wanted;
 #pragma unroll
   for (int id = 0; id < kInputMean; ++id) {
     if (!has(wanted, id)) continue;
@@ -209,7 +211,7 @@ __device__ __forceinline__ uint32 store_own_sums(const BackwardParams<Scalar>& p
       for (int j = 1; j < kOwn; ++j) sums[id][0] += sums[id][j];
       continue;
     }
-    of_all ^= 1u << id;
+    others ^= 1u << id;
     Real* const slots = params.partials[id].data;
     if (!params.parameters[id].repeats_in(kTile)) {
       if (index.live) Access<kOwn>::store(sums[id], slots + index.n);
@@ -225,7 +227,7 @@ __device__ __forceinline__ uint32 store_own_sums(const BackwardParams<Scalar>& p
     store_repeated(slots, params.parameters[id].count, first, left < kTile ? static_cast<int>(left) : kTile,
                    thread_sums->values, static_cast<int>(threadIdx.x), kBlockThreads);
   }
-  return of_all;
+  return others;
 }
 
 // Adds the threads' sums up and stores those of the block: a warp has every kWarps-th parameter. All threads of the
@@ -300,9 +302,11 @@ __global__ void __launch_bounds__(kBlockThreads, kSettledBackwardBlocks<Scalar, 
         advance(x_seq_again, -stride);
       }
     };
-    const auto last_few = [&](int length) { return (length - 1) / kSteps * kSteps; };
+    // The first of the last kSteps steps of a segment, which are loaded together.
+    const auto last_load = [&](int length) { return (length - 1) / kSteps * kSteps; };
+    // Begins a segment: loads its first x, and the gradients of its last steps.
     const auto load_ends = [&](int64 start, int length) {
-      const int last = last_few(length);
+      const int last = last_load(length);
       const int64 element = index.element + start * stride, last_element = element + (last + kSteps - 1) * stride;
       x_seq = params.x_seq + element;
       grad_s_seq = params.grad_s_seq + last_element;
@@ -356,7 +360,7 @@ __global__ void __launch_bounds__(kBlockThreads, kSettledBackwardBlocks<Scalar, 
         }
       }
 #pragma unroll 1
-      for (int first = last_few(length); first >= 0; first -= kSteps) {
+      for (int first = last_load(length); first >= 0; first -= kSteps) {
         const auto few = noise.from(first);
         const int left = length - first, followed = left - last_steps;
         const int carried_steps = has_grad_last ? left : followed, decay_steps = has(wanted, kDecay) ? followed : 0;
@@ -367,7 +371,7 @@ __global__ void __launch_bounds__(kBlockThreads, kSettledBackwardBlocks<Scalar, 
 #pragma unroll
         for (int k = kSteps - 1; k >= 0; --k) {
           if (k < left) {
-            Real x_k[kLanes], s[kLanes], ds[kLanes], from_u[kLanes], dx[kLanes], dv_after[kLanes];
+            Real x_k[kLanes], s[kLanes], ds[kLanes], du[kLanes], dx[kLanes], dv_after[kLanes];
             if (kNormalised) (kInRegisters ? x : x_again)[k].unpack(x_k);
             g[k].unpack(ds);
             copy(dv, dv_after);
@@ -375,13 +379,13 @@ __global__ void __launch_bounds__(kBlockThreads, kSettledBackwardBlocks<Scalar, 
             for (int j = 0; j < kLanes; ++j) s[j] = step.fire(h[k].values[j], few, k, j);
             if (k < decay_steps) step.add_decay(dh, h[k].values, s, sums);
             const auto walk_back = [&](bool carried) {
-              step.walk_back(carried, x_k, h[k].values, s, ds, dv, from_u, dh, dx, sums);
+              step.walk_back(carried, x_k, h[k].values, s, ds, dv, du, dh, dx, sums);
             };
             k < carried_steps ? walk_back(true) : walk_back(false);  // usually true, and then without selections
             if ((wanted & (1u << kThreshold | 1u << kReset)) != 0) {
 #pragma unroll
               for (int j = 0; j < kLanes; ++j) {
-                sums[kThreshold][j % kOwn] -= from_u[j];
+                sums[kThreshold][j % kOwn] -= du[j];
                 if (k < carried_steps) sums[kReset][j % kOwn] += Model::gradient_of_reset(dv_after[j], s[j]);
               }
             }
@@ -415,11 +419,11 @@ __global__ void __launch_bounds__(kBlockThreads, kSettledBackwardBlocks<Scalar, 
     }
     if (params.grad_v_init != nullptr && index.live) Access<kLanes>::store(dv, params.grad_v_init + index.n);
   }
-  uint32 of_all = wanted;
-  if constexpr (kOwn > 1) of_all = store_own_sums(params, wanted, index, sums, thread_sums);
-  if (of_all == 0) return;
+  uint32 others = wanted;
+  if constexpr (kOwn > 1) others = store_own_sums(params, wanted, index, sums, thread_sums);
+  if (others == 0) return;
   if (!kInRegisters || kOwn > 1) __syncthreads();  // the sums overwrite potentials and repeated sums
-  store_block_sums<kLanes, kNumSums>(params, of_all, sums, thread_sums);
+  store_block_sums<kLanes, kNumSums>(params, others, sums, thread_sums);
 }
 
 // Stores the block's sum of a parameter at step t, 0 for all steps, by way of shared memory. All threads of the block

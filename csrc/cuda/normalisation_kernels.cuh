@@ -58,7 +58,7 @@ struct ShiftedSums {
 #pragma unroll
       for (int j = 0; j < kLanes; ++j) total[(k * kLanes + j) % kSums] += k < rows ? x[k][j] : x[0][j];
     }
-    const Real m = math::shortened(added(total) * Real(1.0 / (kRows * kLanes)));
+    const Real m = math::shortened(pairwise_sum(total) * Real(1.0 / (kRows * kLanes)));
 #pragma unroll
     for (int k = 0; k < kRows; ++k) {
 #pragma unroll
@@ -69,10 +69,10 @@ struct ShiftedSums {
         square = math::fma(distance, distance, square);
       }
     }
-    const Real n = Real(rows * kLanes), distance = added(distances);
+    const Real n = Real(rows * kLanes), distance = pairwise_sum(distances);
     const Sum offset = difference(m, shift), shifted = n * offset + distance;
     sum = sum + shifted;
-    squares = squares + (offset * (shifted + distance) + added(squared));
+    squares = squares + (offset * (shifted + distance) + pairwise_sum(squared));
   }
 
   __device__ __forceinline__ void add(const ShiftedSums& other) {
@@ -83,7 +83,7 @@ struct ShiftedSums {
  private:
   // The sum of the values, by halves.
   template <int kSums>
-  static __device__ __forceinline__ Real added(Real (&sums)[kSums]) {
+  static __device__ __forceinline__ Real pairwise_sum(Real (&sums)[kSums]) {
 #pragma unroll
     for (int half = kSums / 2; half > 0; half /= 2) {
 #pragma unroll
@@ -162,7 +162,7 @@ __global__ void __launch_bounds__(kBlockThreads, 8)
   const int thread = static_cast<int>(threadIdx.x);
   Moments found = {0, 0, 0};
   if (params.moments == nullptr) {
-    found = params.given(channel);
+    found = params.given_moments(channel);
   } else {
     for (int64 slot = thread; slot < params.slots; slot += kBlockThreads) {
       found = join(found, params.moments[slot * params.channels + channel]);
@@ -195,7 +195,7 @@ __global__ void __launch_bounds__(kBlockThreads, 8)
     const NormalisationAdjoint<Real> adjoint = params.adjoint(own);
     slopes[threadIdx.x] = adjoint.slope;
     offsets[threadIdx.x] = adjoint.offset;
-    if (task.slot == 0) params.store_sums(own);
+    if (task.slot == 0) params.store_own_gradients(own);
   }
   __syncthreads();
   const ChannelIndex<kLanes> index(tiles);

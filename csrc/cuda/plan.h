@@ -53,16 +53,16 @@ bool fit_parameters(const Params& params) {
   return fit;
 }
 
-// Whether four neurons, from any multiple of four on, are adjacent and aligned in memory.
+// Whether the neurons form groups of four that are adjacent and aligned in memory, for accesses of four elements.
 template <class Scalar, class... Pointers>
-bool groups_of_four(const LIFParams<Scalar>& params, const Pointers&... sequences_and_states) {
+bool is_in_fours(const LIFParams<Scalar>& params, const Pointers&... sequences_and_states) {
   return params.shape.inner % 4 == 0 && is_aligned(params.x_seq) && is_aligned(params.v_init) &&
          (is_aligned(sequences_and_states) && ...);
 }
 
 // Whether a launch with four neurons per thread is faster than with one.
 template <class Params, class Resident>
-bool fours_pay(const Params& params, const Resident& resident) {
+bool fours_are_faster(const Params& params, const Resident& resident) {
   const Input input = input_of(params);
   const bool general = input == Input::kGeneral || input == Input::kGeneralResidual;
   if (!general && params.shape.steps <= kCheckpointSteps) return true;
@@ -101,7 +101,7 @@ template <class Params, class Resident>
 void plan_neurons(Params& params, bool grouped, const Resident& resident) {
   params.summary = summary_of(params);
   using Scalar = std::remove_const_t<std::remove_pointer_t<decltype(params.x_seq)>>;
-  const bool fours = kHasFours<Scalar> && grouped && fours_pay(params, resident);
+  const bool fours = kHasFours<Scalar> && grouped && fours_are_faster(params, resident);
   params.tiles.tile = fours ? 4 * kBlockThreads : kBlockThreads;
   params.tiles.count = blocks_for(params.shape.neurons(), params.tiles.tile);
 }
@@ -115,27 +115,27 @@ void plan_with_sums(Params& params, bool grouped, const Resident& resident) {
 
 template <class Scalar, class Resident>
 void plan_tiles(ForwardParams<Scalar>& params, const Resident& resident) {
-  const bool grouped = groups_of_four(params, params.residual, params.s_seq, params.v_last, params.v_seq, params.h_seq,
-                                      params.checkpoints);
-  plan_neurons(params, grouped && fit_parameters(params) && !params.options.adapts(), resident);
+  const bool grouped =
+      is_in_fours(params, params.residual, params.s_seq, params.v_last, params.v_seq, params.h_seq, params.checkpoints);
+  plan_neurons(params, grouped && fit_parameters(params) && params.options.num_states() == 1, resident);
 }
 
 template <class Scalar, class Resident>
 void plan_tiles(BackwardParams<Scalar>& params, const Resident& resident) {
-  const bool grouped = groups_of_four(params, params.residual, params.grad_s_seq, params.grad_v_last, params.grad_v_seq,
-                                      params.grad_h_seq, params.checkpoints, params.grad_x_seq, params.grad_v_init,
-                                      params.grad_residual);
-  plan_with_sums(params, grouped && fit_parameters(params) && !params.options.adapts(), resident);
+  const bool grouped =
+      is_in_fours(params, params.residual, params.grad_s_seq, params.grad_v_last, params.grad_v_seq, params.grad_h_seq,
+                  params.checkpoints, params.grad_x_seq, params.grad_v_init, params.grad_residual);
+  plan_with_sums(params, grouped && fit_parameters(params) && params.options.num_states() == 1, resident);
 }
 
 template <class Scalar, class Resident>
 void plan_tiles(IntegratorParams<Scalar>& params, const Resident& resident) {
-  const bool grouped = groups_of_four(params, params.v_seq, params.v_last, params.grad_v_seq, params.grad_v_last,
-                                      params.grad_x_seq, params.grad_v_init);
+  const bool grouped = is_in_fours(params, params.v_seq, params.v_last, params.grad_v_seq, params.grad_v_last,
+                                   params.grad_x_seq, params.grad_v_init);
   plan_with_sums(params, grouped && share_parameters(params), resident);
 }
 
-// Neurons per thread, as plan_tiles has chosen.
+// The number of neurons per thread, which plan_tiles has chosen.
 template <class Scalar>
 int lanes_of(const LIFParams<Scalar>& params) {
   return kHasFours<Scalar> && params.tiles.tile > kBlockThreads ? 4 : 1;
@@ -146,7 +146,7 @@ int lanes_of(const LIFParams<Scalar>& params) {
 template <class Scalar, template <class> class Params>
 Launch launch_neurons(const Params<Scalar>& params, Template settled, Template general, Template adaptive) {
   Kernel kernel{settled, kTypeOf<Scalar>};
-  if (params.options.adapts()) {
+  if (params.options.has_adaptation()) {
     kernel.of = adaptive;
     return {kernel, params.tiles.count};
   }

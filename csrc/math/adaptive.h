@@ -18,7 +18,8 @@ constexpr uint8 kInCurrent = 1, kInThreshold = 2, kInReset = 4;
 template <class Real>
 struct AdaptiveLIF : LIFByOptions<Real> {
   using Base = LIFByOptions<Real>;
-  static constexpr bool kAdapts = true;
+  static constexpr int kNumStates = 2;
+  static constexpr bool kHasAdaptation = true;
 
   // Returns the model for these options.
   static ASGL_HOST_DEVICE AdaptiveLIF of(const Base& options) {
@@ -33,7 +34,7 @@ struct AdaptiveLIF : LIFByOptions<Real> {
 
   // The potential that is compared with v_threshold: w may raise the threshold, which is as if it lowered h.
   ASGL_HOST_DEVICE Real compared(Real h, Real w) const { return h - keep_if(in_threshold(), w); }
-  // The potential h, up to a rounding, from the potential that is compared.
+  // The inverse of `compared`, up to a rounding: the potential h that is reset.
   ASGL_HOST_DEVICE Real charged(Real compared_h, Real w) const { return compared_h + keep_if(in_threshold(), w); }
 
   // The neuron with w added to its reset amount, if w acts there.

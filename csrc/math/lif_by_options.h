@@ -23,7 +23,8 @@ template <class Real>
 struct LIFByOptions : NeuronOptions<Real> {
   using Hard = LIF<Surrogate::kRectangle, true>;
   using Soft = LIF<Surrogate::kRectangle, false>;
-  static constexpr bool kOnlyGeneral = true, kAdapts = false;
+  static constexpr bool kOnlyGeneral = true, kHasAdaptation = false;
+  static constexpr int kNumStates = 1;
 
   Real v_min;
   bool multi_spike;
@@ -31,13 +32,16 @@ struct LIFByOptions : NeuronOptions<Real> {
   bool floored;      // whether v_min bounds the potential
   uint8 adaptation;  // bits of math/adaptive.h; in padding, as levels
 
-  ASGL_HOST_DEVICE bool adapts() const { return adaptation != 0; }
+  // Whether the parameters of the input are those of an adaptation (params/summary.h), whose state is w.
+  ASGL_HOST_DEVICE bool has_adaptation() const { return adaptation != 0; }
+  // The number of states of the model that the options select, its kNumStates: v, and w of adaptive neurons.
+  ASGL_HOST_DEVICE int num_states() const { return has_adaptation() ? 2 : 1; }
   // Whether the neuron has a rule that LIF does not have.
-  ASGL_HOST_DEVICE bool has_optional_rules() const { return multi_spike || floored || adapts(); }
+  ASGL_HOST_DEVICE bool has_optional_rules() const { return multi_spike || floored || has_adaptation(); }
   // Whether spikes are counted, as with levels.
   ASGL_HOST_DEVICE bool counts() const { return this->surrogate == Surrogate::kInteger; }
 
-  // The functions below are those of LIF. Where none is said, their equations are the same.
+  // The functions below are those of LIF in math/neuron.h. Those without an equation here have the equation there.
   static ASGL_HOST_DEVICE const LIFByOptions& of(const LIFByOptions& options) { return options; }
 
   template <Input kInput>
@@ -72,7 +76,7 @@ struct LIFByOptions : NeuronOptions<Real> {
     return counts() ? h : h - neuron.v_threshold;
   }
 
-  // The potential after reset, before v_min bounds it.
+  // The potential after reset, before v_min bounds it from below.
   ASGL_HOST_DEVICE Real after_reset(Real h, Real s, const Neuron<Real>& neuron) const {
     return choose(this->hard_reset, Hard::reset(h, s, neuron), Soft::reset(h, s, neuron));
   }
@@ -84,7 +88,7 @@ struct LIFByOptions : NeuronOptions<Real> {
     return choose(floored, (above <= Real(0) ? Real(0) : above) + v_min, v);
   }
 
-  // dv = 0 where v <= v_min
+  // The adjoint of the bound: dv = 0 where v <= v_min
   ASGL_HOST_DEVICE Real floor_adjoint(Real h, Real s, const Neuron<Real>& neuron, Real dv) const {
     if (kBranches && !floored) return dv;
     const Real above = after_reset(h, s, neuron) - v_min;

@@ -105,6 +105,9 @@ struct NoGradient {};
 ASGL_HOST_DEVICE float operator+(NoGradient, float value) { return value; }
 ASGL_HOST_DEVICE double operator+(NoGradient, double value) { return value; }
 
+// A slope that no kernel kept, so that the adjoint computes it.
+struct NoSlope {};
+
 template <class Real>
 struct StepGradient {
   Real dy;  // the gradient of y = u / width
@@ -123,7 +126,11 @@ ASGL_HOST_DEVICE double gradient_of_width(double gradient_of_inverse, double wid
 
 template <Surrogate kSurrogate, bool kHardReset>
 struct LIF {
-  static constexpr bool kResetsHard = kHardReset, kOnlyGeneral = false, kAdapts = false;
+  // kOnlyGeneral: only the general kernels run the model.
+  static constexpr bool kResetsHard = kHardReset, kOnlyGeneral = false;
+  // The number of states, v first, and whether the second one is an adaptation, with parameters of its own.
+  static constexpr int kNumStates = 1;
+  static constexpr bool kHasAdaptation = false;
   static constexpr bool kCounts = kSurrogate == Surrogate::kInteger, kHasSlope = asgl::kHasSlope<kSurrogate>;
 
   // Returns the object whose functions kernels call. LIF needs no options; the counterpart in LIFByOptions keeps them
@@ -179,7 +186,8 @@ struct LIF {
                       : g - keep_if(through_reset, dv * neuron.reset);
   }
 
-  // y = distance / width,   distance = h - v_threshold, or h where spikes are counted
+  // The distance of h from the threshold, which the width divides: y = distance / width,
+  //   distance = h - v_threshold, or h where spikes are counted
   template <class Real>
   static ASGL_HOST_DEVICE Real distance(Real h, const Neuron<Real>& neuron) {
     return kCounts ? h : h - neuron.v_threshold;
@@ -195,22 +203,31 @@ struct LIF {
   //   dh = gh + dv * (1 - s) + dy / width   hard,   gh + dv + dy / width   soft
   // with gh the gradient of h as an output, added in the order of autograd on the reference. If `carried` is false,
   // v[t] has no gradient, and terms of dv are absent. `v_gradient` is dv on entry and the gradient of v[t-1] on return.
-  template <class Real, class GradientOfH>
+  // `kept_slope` is F'(y), if a kernel kept it.
+  template <class Real, class GradientOfH, class Slope = NoSlope>
   static ASGL_HOST_DEVICE StepGradient<Real> step_adjoint(Real ds, GradientOfH gh, Real h, Real s, bool carried,
                                                           const Neuron<Real>& neuron,
-                                                          const NeuronOptions<Real>& options, Real& v_gradient) {
-    const Real y = distance(h, neuron) * neuron.inverse_width;
-    const Real dy = surrogate_adjoint<kSurrogate>(static_cast<Real>(options.levels), y, ds * options.surrogate_gain);
-    return step_adjoint_from(dy, gh, s, carried, neuron, v_gradient);
-  }
-  // The same from dy.
-  template <class Real, class GradientOfH>
-  static ASGL_HOST_DEVICE StepGradient<Real> step_adjoint_from(Real dy, GradientOfH gh, Real s, bool carried,
-                                                               const Neuron<Real>& neuron, Real& v_gradient) {
+                                                          const NeuronOptions<Real>& options, Real& v_gradient,
+                                                          Slope kept_slope = {}) {
+    const Real dy = adjoint_of_surrogate(ds * options.surrogate_gain, h, neuron, options, kept_slope);
     const Real dv = v_gradient, from_v = kHardReset ? dv * (Real(1) - s) : dv;
     const Real dh = (gh + keep_if(carried, from_v)) + dy * neuron.inverse_width;
     v_gradient = neuron.decay * dh;
     return {dy, dh, dh};
+  }
+
+ private:
+  // The gradient of y, from the gradient da of F(y).
+  template <class Real>
+  static ASGL_HOST_DEVICE Real adjoint_of_surrogate(Real da, Real h, const Neuron<Real>& neuron,
+                                                    const NeuronOptions<Real>& options, NoSlope) {
+    const Real y = distance(h, neuron) * neuron.inverse_width;
+    return surrogate_adjoint<kSurrogate>(static_cast<Real>(options.levels), y, da);
+  }
+  template <class Real>
+  static ASGL_HOST_DEVICE Real adjoint_of_surrogate(Real da, Real, const Neuron<Real>&, const NeuronOptions<Real>&,
+                                                    Real kept_slope) {
+    return da * kept_slope;
   }
 };
 

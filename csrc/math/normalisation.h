@@ -22,7 +22,7 @@ struct Moments {
   double count, mean, variance;
 };
 
-// The moments of the union (Chan, Golub, LeVeque 1979).
+// The moments of the union of two subsets (Chan, Golub, LeVeque 1979).
 ASGL_HOST_DEVICE Moments join(const Moments& a, const Moments& b) {
   const double count = a.count + b.count;
   if (count == 0) return a;
@@ -89,7 +89,7 @@ struct NormalisationAdjoint {
     offset = static_cast<Real>(-gain * total.bias / moments.count - exact_slope * (moments.mean - rounded_mean));
   }
 
-  // The sum S.
+  // S = sum dh xhat, from the sums over dh * (x - rounded_mean) and dh.
   static ASGL_HOST_DEVICE double centred(const Moments& moments, double rounded_mean, const GradientSums& sums,
                                          const Normalisation& options) {
     return (sums.gain - (moments.mean - rounded_mean) * sums.bias) * options.inverse_deviation(moments);

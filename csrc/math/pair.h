@@ -22,7 +22,7 @@ ASGL_HOST_DEVICE double shortened(double x) { return x; }
 
 }  // namespace math
 
-// high + low, where |low| is at most half an ulp of high.
+// The unevaluated sum high + low, where |low| is at most half an ulp of high.
 struct Pair {
   float high, low;
 

@@ -31,8 +31,8 @@ Element* pointer(const Tensor& tensor) {
 
 // The number of elements of the checkpoints, at least 2, so that torch.compile does not specialise on the number of
 // steps.
-inline int64_t checkpoint_elements(const SequenceShape& shape, int64_t members) {
-  return members * checkpoint_stride(shape) + 2;
+inline int64_t checkpoint_elements(const SequenceShape& shape, int64_t num_states) {
+  return num_states * checkpoint_stride(shape) + 2;
 }
 
 // Arguments of operators, in the order of the fields of Numbers and Rules in asgl_cuda/reference/records.py.
@@ -78,7 +78,7 @@ inline void check_noise(const Rules& rules, const OptionalTensor& rng_state, at:
   }
 }
 
-// Throws unless the bits are a place of w that neurons have.
+// Throws unless w acts where neurons can have it. It is added to the reset amount only under a soft reset.
 inline void check_adaptation(const Rules& rules) {
   const int64_t place = rules.adaptation;
   const bool in_reset = place == kInReset || place == (kInThreshold | kInReset);
@@ -114,6 +114,11 @@ LIFByOptions<Real> options_of(const Rules& rules, const Numbers& numbers) {
   return options;
 }
 
+// The number of states of the neurons, which are in one tensor: v_init and the like.
+inline int64_t num_states(const Constants& constants) {
+  return options_of<float>(constants.rules, constants.numbers).num_states();
+}
+
 using Parameters = std::array<OptionalTensor, kNumParameters>;  // by ParameterId; no tensor for a constant
 
 // The arguments that forward and backward share, checked.
@@ -123,7 +128,7 @@ class Call {
        const OptionalTensor& residual, const Constants& constants)
       : x_seq(x_seq),
         layout(x_seq, constants.rules.time_dim),
-        members(constants.rules.adaptation == 0 ? 1 : 2),
+        num_states(asgl::ops::num_states(constants)),
         rules_(constants.rules),
         numbers_(constants.numbers),
         rng_state_(rng_state) {
@@ -132,7 +137,7 @@ class Call {
     check_adaptation(rules_);
     TORCH_CHECK_VALUE(rules_.adaptation == 0 || rules_.surrogate != static_cast<int64_t>(Surrogate::kInteger),
                       "asgl_cuda: adaptive neurons have no integer spikes");
-    v_init_ = layout.state(v_init, "v_init", members);
+    v_init_ = layout.state(v_init, "v_init", num_states);
     residual_ = layout.sequence(residual, layout.type(), "residual");
     TORCH_CHECK_VALUE(0 <= rules_.levels && rules_.levels <= std::numeric_limits<uint16>::max(),
                       "asgl_cuda: levels must have 16 bits, got ", rules_.levels);
@@ -180,7 +185,7 @@ class Call {
 
   const Tensor x_seq;
   const Layout layout;
-  const int64_t members;  // members of the state
+  const int64_t num_states;  // in v_init, and tensors like it
 
  private:
   const Rules rules_;
@@ -227,8 +232,8 @@ class ParameterGradients {
   void compute(const Kernels& kernels, Params& params) const {
     using Real = typename Params::Real;
     const SequenceShape& shape = params.shape;
-    Real later{};  // any non-null pointer, which tells plan_tiles() that the sums are wanted
-    for (const int id : ids_) params.partials[id].data = &later;
+    Real placeholder{};  // a pointer that is not null tells plan_tiles() that the sums are wanted
+    for (const int id : ids_) params.partials[id].data = &placeholder;
     kernels.plan_tiles(params);
     const auto elements_of = [&](int id) {
       return (params.parameters[id].step_stride != 0 ? shape.steps : 1) * params.partials[id].slots;

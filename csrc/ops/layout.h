@@ -54,7 +54,8 @@ class Layout {
     }
   }
 
-  // x_seq as (outer, steps, inner); its sizes; its dimensions, outermost first, with and without time.
+  // The shape of x_seq as (outer, steps, inner), its sizes, and its dimensions in memory order, outermost first, with
+  // and without time.
   const SequenceShape& shape() const { return shape_; }
   const Dims& sizes() const { return sizes_; }
   const Dims& order() const { return order_; }
@@ -70,19 +71,19 @@ class Layout {
 
   // A tensor in the memory order of x_seq.
   Tensor empty_sequence(at::ScalarType type) const { return empty(sizes_, order_, options_.dtype(type)); }
-  // A tensor with the shape of x_seq without time, in the memory order of the neurons. For a state of several members,
-  // these are the first dimension.
-  Tensor empty_state(int64_t members = 1) const {
-    return empty(state_sizes(members), state_order(members), real_options());
+  // A tensor with the shape of x_seq without time, in the memory order of the neurons. Several
+  // states are in one tensor, [num_states, ...].
+  Tensor empty_state(int64_t num_states = 1) const {
+    return empty(state_sizes(num_states), state_order(num_states), real_options());
   }
 
   // As above for a tensor that may be absent. If it is, the result is undefined.
   Tensor sequence(const OptionalTensor& given, at::ScalarType type, const char* name) const {
-    return is_there(given) ? dense(*given, type, sizes_, order_, name) : Tensor();
+    return is_given(given) ? dense(*given, type, sizes_, order_, name) : Tensor();
   }
-  Tensor state(const OptionalTensor& given, const char* name, int64_t members = 1) const {
-    if (!is_there(given)) return {};
-    return dense(*given, real(), state_sizes(members), state_order(members), name);
+  Tensor state(const OptionalTensor& given, const char* name, int64_t num_states = 1) const {
+    if (!is_given(given)) return {};
+    return dense(*given, real(), state_sizes(num_states), state_order(num_states), name);
   }
 
   // Throws unless the tensor has this type and is on the device of x_seq.
@@ -101,18 +102,18 @@ class Layout {
 
  private:
   // Whether there is a tensor.
-  static bool is_there(const OptionalTensor& given) { return given.has_value() && given->defined(); }
+  static bool is_given(const OptionalTensor& given) { return given.has_value() && given->defined(); }
   // Sizes and memory order of a state.
-  Dims state_sizes(int64_t members) const {
+  Dims state_sizes(int64_t num_states) const {
     Dims sizes = sizes_;
     sizes.erase(sizes.begin() + time_dim_);
-    if (members > 1) sizes.insert(sizes.begin(), members);
+    if (num_states > 1) sizes.insert(sizes.begin(), num_states);
     return sizes;
   }
-  Dims state_order(int64_t members) const {
+  Dims state_order(int64_t num_states) const {
     Dims order = neuron_order_;
-    for (int64_t& dim : order) dim += (members > 1) - (dim > time_dim_);
-    if (members > 1) order.insert(order.begin(), 0);
+    for (int64_t& dim : order) dim += (num_states > 1) - (dim > time_dim_);
+    if (num_states > 1) order.insert(order.begin(), 0);
     return order;
   }
   // A tensor whose dimensions are stored in `order`, outermost first. It is not a permuted view, since autograd refuses

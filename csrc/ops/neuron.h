@@ -16,10 +16,10 @@ inline std::vector<Tensor> neuron_forward(const Launcher* launcher, const Call& 
     return result;
   };
   const Tensor s_seq = keep(layout.empty_sequence(layout.type()));
-  const Tensor v_last = wants_v_last ? keep(layout.empty_state(call.members)) : Tensor();
+  const Tensor v_last = wants_v_last ? keep(layout.empty_state(call.num_states)) : Tensor();
   const Tensor v_seq = wants_v_seq ? keep(layout.empty_sequence(layout.real())) : Tensor();
   const Tensor h_seq = wants_h_seq ? keep(layout.empty_sequence(layout.real())) : Tensor();
-  const int64_t elements = checkpoint_elements(layout.shape(), call.members);
+  const int64_t elements = checkpoint_elements(layout.shape(), call.num_states);
   const Tensor checkpoints =
       wants_checkpoints ? keep(in_huge_pages(at::empty({elements}, layout.real_options()))) : Tensor();
   if (layout.shape().neurons() == 0) {
@@ -58,16 +58,16 @@ inline std::vector<Tensor> neuron_backward(const Launcher* launcher, const Call&
   const Layout& layout = call.layout;
   layout.check_type_and_device(checkpoints, layout.real(), "checkpoints");
   TORCH_CHECK_VALUE(
-      checkpoints.is_contiguous() && checkpoints.numel() == checkpoint_elements(layout.shape(), call.members),
+      checkpoints.is_contiguous() && checkpoints.numel() == checkpoint_elements(layout.shape(), call.num_states),
       "asgl_cuda: checkpoints do not belong to this x_seq");
   const Tensor grad_s_seq = layout.sequence(grads.s_seq, layout.type(), "grad_s_seq");
-  const Tensor grad_v_last = layout.state(grads.v_last, "grad_v_last", call.members);
+  const Tensor grad_v_last = layout.state(grads.v_last, "grad_v_last", call.num_states);
   const Tensor grad_v_seq = layout.sequence(grads.v_seq, layout.real(), "grad_v_seq");
   const Tensor grad_h_seq = layout.sequence(grads.h_seq, layout.real(), "grad_h_seq");
 
   const Kernels kernels(launcher, call.x_seq.device());
   const Tensor grad_x_seq = wanted.x_seq ? layout.empty_sequence(layout.type()) : Tensor();
-  const Tensor grad_v_init = wanted.v_init ? layout.empty_state(call.members) : Tensor();
+  const Tensor grad_v_init = wanted.v_init ? layout.empty_state(call.num_states) : Tensor();
   const bool wants_residual = wanted.residual && call.has_residual();
   const Tensor grad_residual = wants_residual ? layout.empty_sequence(layout.type()) : Tensor();
   std::vector<Tensor> results;

@@ -24,7 +24,7 @@ inline ChannelShape channel_shape(const Layout& layout) {
   return shape;
 }
 
-// Shapes that broadcast against x_seq: of one value a channel, and of the coefficients.
+// The shapes of a tensor with one value a channel, and of the coefficients, which both broadcast against x_seq.
 inline Dims channel_sizes(const Layout& layout) {
   Dims sizes(layout.sizes().size() - layout.channel_dim(), 1);
   sizes[0] = layout.sizes()[layout.channel_dim()];
@@ -36,12 +36,12 @@ inline Dims coefficient_sizes(const Layout& layout) {
   return sizes;
 }
 
-// Checks given tensors for shape, type and device, and holds them while a kernel is launched.
+// Checks tensors for shape, type and device, and keeps contiguous copies alive until the kernel is launched.
 class Given {
  public:
   explicit Given(at::Device device) : device_(device) {}
 
-  // The elements; null if there is no tensor.
+  // The elements of a tensor, after the checks. Null if there is no tensor.
   template <class Element>
   const Element* checked(const OptionalTensor& tensor, at::IntArrayRef shape, const char* name) {
     if (!tensor.has_value()) return nullptr;
@@ -52,7 +52,7 @@ class Given {
     held_.push_back(tensor->contiguous());
     return held_.back().template const_data_ptr<Element>();
   }
-  // The same for a float64 tensor [..., 3].
+  // The same for a float64 tensor [..., 3], whose last dimension is count, mean and variance.
   const Moments* moments(const OptionalTensor& tensor, at::IntArrayRef shape, const char* name) {
     return reinterpret_cast<const Moments*>(checked<double>(tensor, shape, name));
   }
@@ -62,7 +62,7 @@ class Given {
   std::vector<Tensor> held_;
 };
 
-// The elements of a float64 tensor [..., 3].
+// The elements of a float64 tensor [..., 3] of counts, means and variances.
 inline Moments* as_moments(const Tensor& tensor) {
   return reinterpret_cast<Moments*>(tensor.mutable_data_ptr<double>());
 }

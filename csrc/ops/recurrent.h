@@ -33,7 +33,7 @@ class RecurrentCall {
         sequence(sequence),
         weight(weight.contiguous()),
         parameters(parameters.contiguous()),
-        v_init(layout.state(v_init, "v_init", members())),
+        v_init(layout.state(v_init, "v_init", num_states())),
         s_init(layout.state(s_init, "s_init")),
         i_init(layout.state(i_init, "i_init")),
         rng_state(rng_state) {
@@ -42,7 +42,7 @@ class RecurrentCall {
     TORCH_CHECK_VALUE(!(rules.multi_spike || rules.periodic || rules.floored || rules.levels),
                       "asgl_cuda: recurrent neurons have no multi_spike, levels, v_min or periodic surrogate");
     check_adaptation(rules);
-    TORCH_CHECK_VALUE(adapts() || (numbers.constants[kInputBias] == 0 && numbers.constants[kInputMean] == 0),
+    TORCH_CHECK_VALUE(has_adaptation() || (numbers.constants[kInputBias] == 0 && numbers.constants[kInputMean] == 0),
                       "asgl_cuda: recurrent neurons have no input_bias and input_mean");
     const Dims square = {neurons(), neurons()}, row = {neurons()};
     layout.check(weight, layout.real(), is_elementwise() ? row : square, "weight");
@@ -55,8 +55,8 @@ class RecurrentCall {
   int64_t batch() const { return sequence.size(1 - rules.time_dim); }
   int64_t neurons() const { return sequence.size(2); }
   bool is_elementwise() const { return weight.dim() == 1; }
-  bool adapts() const { return rules.adaptation != 0; }
-  int64_t members() const { return adapts() ? 2 : 1; }  // members of the state v_init
+  bool has_adaptation() const { return rules.adaptation != 0; }
+  int64_t num_states() const { return asgl::ops::num_states({numbers, rules}); }  // in v_init, and tensors like it
 
   Tensor empty_sequence() const { return layout.empty_sequence(layout.real()); }
   // The state, or zeros if it is undefined.
@@ -107,7 +107,7 @@ inline std::vector<Tensor> forward_on_cpu(const RecurrentCall& call, const Wante
   std::array<Tensor, std::tuple_size_v<WantedResults>> others;
   for (size_t i = 0; i < others.size(); ++i) {
     if (!wanted[i]) continue;
-    others[i] = i < kStates ? call.empty_sequence() : layout.empty_state(i == kStates ? call.members() : 1);
+    others[i] = i < kStates ? call.empty_sequence() : layout.empty_state(i == kStates ? call.num_states() : 1);
     results.push_back(others[i]);
   }
   if (call.sequence.numel() == 0) return results;
@@ -133,7 +133,7 @@ inline std::vector<Tensor> backward_on_cpu(const RecurrentCall& call, const Recu
   const bool elementwise = call.is_elementwise(), wants_sums = wants_parameters || (wants_weight && elementwise);
   const Tensor grad_j_seq = call.empty_sequence();
   const Tensor grad_weight = wants_weight && !elementwise ? at::zeros_like(call.weight) : Tensor();
-  const Tensor grad_v_init = wants_v_init ? call.layout.empty_state(call.members()) : Tensor();
+  const Tensor grad_v_init = wants_v_init ? call.layout.empty_state(call.num_states()) : Tensor();
   const Tensor grad_s_init = wants_s_init ? call.layout.empty_state() : Tensor();
   const Tensor grad_i_init = wants_i_init ? call.layout.empty_state() : Tensor();
   const int64_t chunks = recurrent_chunks(call.batch());

@@ -14,7 +14,7 @@ class RecurrentSteps {
       : row_(call.parameters.unbind()), constants_{call.numbers, call.rules}, states_(call.steps()) {
     constants_.rules.time_dim = constants_.rules.scale_output = 0;
     constants_.numbers.residual_gain = 1;
-    const int count = call.adapts() ? kNumParameters : kInputGain;  // otherwise the input's are constants
+    const int count = call.has_adaptation() ? kNumParameters : kInputGain;  // otherwise the input's are constants
     for (int id = 0; id < count; ++id) neuron_[id] = row_[id];
     if (!call.rng_state.has_value()) return;
     const Tensor is_seed = at::arange(call.rng_state->numel(), call.rng_state->options()).eq(0);
@@ -63,7 +63,8 @@ inline std::vector<Tensor> forward_by_steps(const Launcher* launcher, const Recu
   const Tensor& x_seq = call.sequence;
   // Where the current is j[t] itself, and not asked for, the neuron's kernel adds it up: two launches a step.
   const bool wants_current = wanted[3] || wanted[7];
-  const bool adds = !call.has_synapse && !call.adapts() && call.numbers.constants[kInputGain] == 1 && !wants_current;
+  const bool adds =
+      !call.has_synapse && !call.has_adaptation() && call.numbers.constants[kInputGain] == 1 && !wants_current;
   const Tensor x_by_step = x_seq.movedim(call.rules.time_dim, 0);
   const auto x = (adds ? x_by_step.to(call.layout.real()).contiguous() : x_by_step).unbind();
   Tensor v = call.v_init, s = call.or_zero(call.s_init), i = call.has_synapse ? call.or_zero(call.i_init) : Tensor();
@@ -76,10 +77,10 @@ inline std::vector<Tensor> forward_by_steps(const Launcher* launcher, const Recu
     }
     const Call neuron = adds ? step.forward(fed, x[t], v, t) : step.forward(i, v, t);
     const auto found = neuron_forward(launcher, neuron, {/*v_last=*/true, false, /*h_seq=*/true, false});
-    const Tensor w = !call.adapts() ? Tensor() : v.defined() ? v[1] : at::zeros_like(s);
+    const Tensor w = !call.has_adaptation() ? Tensor() : v.defined() ? v[1] : at::zeros_like(s);
     s = found[0].squeeze(0);
     v = found[1];
-    const Tensor each[] = {s, found[2].squeeze(0), call.adapts() ? v[0] : v, i, w};
+    const Tensor each[] = {s, found[2].squeeze(0), call.has_adaptation() ? v[0] : v, i, w};
     for (size_t k = 0; k < sequences.size(); ++k) {
       if (k == 0 || wanted[k]) sequences[k].push_back(each[k]);
     }
@@ -107,7 +108,7 @@ inline std::vector<Tensor> backward_by_steps(const Launcher* launcher, const Rec
   const Rules& rules = call.rules;
   const int64_t time_dim = rules.time_dim, steps = call.steps();
   const bool in_threshold = (rules.adaptation & kInThreshold) != 0, in_reset = (rules.adaptation & kInReset) != 0;
-  const double gain = call.adapts() ? 1 : call.numbers.constants[kInputGain];
+  const double gain = call.has_adaptation() ? 1 : call.numbers.constants[kInputGain];
   WantedGradients wanted_of_step{/*x_seq=*/true, /*v_init=*/true};
   for (const int id : {kWidth, kThreshold, kReset}) wanted_of_step.parameters[id] = wants_parameters;
   const Tensor no_checkpoints = at::zeros({2}, call.weight.options());
@@ -115,11 +116,11 @@ inline std::vector<Tensor> backward_by_steps(const Launcher* launcher, const Rec
   const auto at_step = [&](const Tensor& sequence, int64_t t) {
     return sequence.defined() ? sequence.select(time_dim, t).unsqueeze(0).contiguous() : Tensor();
   };
-  // a + b, where an undefined tensor is zero.
+  // a + b, where an undefined tensor means zero.
   const auto sum = [](const Tensor& a, const Tensor& b) {
     return a.defined() && b.defined() ? a + b : a.defined() ? a : b;
   };
-  std::array<std::vector<Tensor>, 3> of_parameters;  // of width, threshold and reset
+  std::array<std::vector<Tensor>, 3> parameter_grads;  // of width, threshold and reset
   std::vector<Tensor> dh_seq(steps), dj_seq(steps), dw_seq;
   Tensor dv = grads.v_last, di = grads.i_last, feedback = grads.s_last;  // dv: of v, then w
   for (int64_t t = steps - 1; t >= 0; --t) {
@@ -127,10 +128,10 @@ inline std::vector<Tensor> backward_by_steps(const Launcher* launcher, const Rec
     Tensor g = at_step(g_seq, t), reset;
     if (g.defined() && rules.scale_output) g = g * step.row(kThreshold);
     g = sum(g, feedback);
-    if (call.adapts() && dv.defined()) dw_seq.push_back(dv[1]);
+    if (call.has_adaptation() && dv.defined()) dw_seq.push_back(dv[1]);
     if (in_reset) reset = step.row(kReset) + w;
     if (in_threshold && rules.hard_reset && !rules.detach_reset && (dv.defined() || gv.defined())) {
-      // h is w below the potential that is reset.
+      // h is the potential that is compared, smaller by w than the potential that is reset.
       const Tensor whole = dv.defined() ? sum(dv[0] + step.row(kAdaptPotential) * dv[1], gv) : gv;
       g = sum(g, -(whole * w));
     }
@@ -140,7 +141,7 @@ inline std::vector<Tensor> backward_by_steps(const Launcher* launcher, const Rec
         neuron_backward(launcher, backward, {g, dv, gv, at_step(grads.h_seq, t)}, no_checkpoints, wanted_of_step);
     dh_seq[t] = found[0].squeeze(0);
     dv = found[1];
-    for (size_t k = 2; k < found.size(); ++k) of_parameters[k - 2].push_back(found[k]);
+    for (size_t k = 2; k < found.size(); ++k) parameter_grads[k - 2].push_back(found[k]);
     Tensor dj = gain == 1 ? dh_seq[t] : dh_seq[t] * gain;
     if (call.has_synapse) {
       if (di.defined()) dj = dj + di;
@@ -169,11 +170,11 @@ inline std::vector<Tensor> backward_by_steps(const Launcher* launcher, const Rec
     const Tensor reset = in_reset ? step.row(kReset) + w : step.row(kReset);
     const Tensor v = rules.hard_reset ? h * (1 - s) + reset * s : h - reset * s;
     const double v_rest = call.numbers.v_rest;
-    const Tensor v_init = call.adapts() && call.v_init.defined() ? call.v_init[0] : call.v_init;
+    const Tensor v_init = call.has_adaptation() && call.v_init.defined() ? call.v_init[0] : call.v_init;
     std::vector<Tensor> totals(kRecurrentParameters, at::zeros_like(step.row(kReset)));
-    totals[kWidth] = at::stack(of_parameters[0]).sum(0);
-    totals[kThreshold] = at::stack(of_parameters[1]).sum(0);
-    totals[kReset] = at::stack(of_parameters[2]).flatten(0, -2).sum(0);
+    totals[kWidth] = at::stack(parameter_grads[0]).sum(0);
+    totals[kThreshold] = at::stack(parameter_grads[1]).sum(0);
+    totals[kReset] = at::stack(parameter_grads[2]).flatten(0, -2).sum(0);
     if (g_seq.defined() && rules.scale_output) totals[kThreshold] += (g_seq * kept.emitted).sum({0, 1});
     totals[kDecay] = (dh_all * (before(v, v_init, v_rest) - v_rest)).sum({0, 1});
     if (rules.logit_decay) {
@@ -228,7 +229,7 @@ inline std::vector<Tensor> recurrent_backward(
   const at::ScalarType real = layout.real(), type = grad_s_seq.has_value() ? grad_s_seq->scalar_type() : real;
   const RecurrentGradients grads{
       layout.sequence(grad_s_seq, type, "grad_s_seq"), layout.sequence(grad_v_seq, real, "grad_v_seq"),
-      layout.sequence(grad_h_seq, real, "grad_h_seq"), layout.state(grad_v_last, "grad_v_last", call.members()),
+      layout.sequence(grad_h_seq, real, "grad_h_seq"), layout.state(grad_v_last, "grad_v_last", call.num_states()),
       layout.state(grad_s_last, "grad_s_last"),        layout.state(grad_i_last, "grad_i_last")};
   const RecurrentResults kept{h_seq, layout.sequence(emitted, real, "emitted"), layout.sequence(i_seq, real, "i_seq"),
                               layout.sequence(w_seq, real, "w_seq")};

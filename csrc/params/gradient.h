@@ -21,17 +21,17 @@ ASGL_HOST_DEVICE Derivative derivative_of(int id, bool log_width, bool logit_dec
 // Multiplies the gradient of a parameter by the chain-rule factor at the value `given`, rounded as in autograd of exp
 // and sigmoid.
 template <class Real>
-ASGL_HOST_DEVICE Real gradient_from(Derivative derivative, double total, Real given) {
+ASGL_HOST_DEVICE Real apply_chain_rule(Derivative derivative, double total, Real given) {
   if (derivative == Derivative::kOfLogitDecay) {
     const Real decay = sigmoid_within_bound(given);
     return (static_cast<Real>(total) * (Real(1) - decay)) * decay;
   }
   const Real width = derivative == Derivative::kOfLogWidth ? exp_within_bound(given) : given;
-  const Real of_width = static_cast<Real>(gradient_of_width(total, static_cast<double>(width)));
-  return derivative == Derivative::kOfLogWidth ? of_width * width : of_width;
+  const Real width_gradient = static_cast<Real>(gradient_of_width(total, static_cast<double>(width)));
+  return derivative == Derivative::kOfLogWidth ? width_gradient * width : width_gradient;
 }
 
-// The sum of one parameter's partial sums to its gradient.
+// The gradient of one parameter, to be summed from its partial sums.
 template <class Real>
 struct GradientPart {
   GradientPartials<Real> partials;
@@ -42,7 +42,7 @@ struct GradientPart {
   // Set by plan_tiles() of CUDA. Powers of two: the elements, runs of each and slots of each run that a block sums in
   // parallel.
   int elements_each, runs_each, slots_each;
-  int splits;    // of the runs. More than one leave totals, which a second launch adds up
+  int splits;    // of the runs; if there are several, each stores a total, and a second launch adds the totals up
   int64 blocks;  // blocks of a split
   Real* totals;  // [splits, T or 1, count], set by place_totals()
 
@@ -54,16 +54,16 @@ struct GradientPart {
   // Stores an element of the gradient, from the total of its partial sums.
   ASGL_HOST_DEVICE void store(int64 element, double total) const {
     gradient[element] = derivative == Derivative::kNone ? static_cast<Real>(total)
-                                                        : gradient_from(derivative, total, parameter.data[element]);
+                                                        : apply_chain_rule(derivative, total, parameter.data[element]);
   }
 
-  // The number of totals that the first launch leaves: none unless runs are split.
+  // The number of totals that the first launch stores: none unless runs are split.
   ASGL_HOST_DEVICE int64 num_totals(const SequenceShape& shape) const {
     return splits > 1 ? splits * elements(shape) : 0;
   }
 
-  // The part of the second launch, which adds up the totals of the first.
-  ASGL_HOST_DEVICE GradientPart of_totals(const SequenceShape& shape) const {
+  // The same gradient as a part of the second launch, whose slots are the totals of the first launch.
+  ASGL_HOST_DEVICE GradientPart second_launch_part(const SequenceShape& shape) const {
     const int64 number = num_totals(shape);
     return {{totals, number}, {parameter.data, 0, 0, 1, elements(shape)}, derivative, gradient, number};
   }
@@ -85,12 +85,12 @@ struct GradientSum {
 
   // Places the totals of the first launch in `free`. Returns the second launch's sum, without parts if none is split.
   ASGL_HOST_DEVICE GradientSum place_totals(Real* free) {
-    GradientSum second{shape, 1, 0, {}};  // in tiles of one total nothing repeats
+    GradientSum second{shape, /*tile=*/1, /*count=*/0, {}};  // one total a tile, so that no value repeats in a tile
     for (int id = 0; id < count; ++id) {
       if (parts[id].splits <= 1) continue;
       parts[id].totals = free;
       free += parts[id].num_totals(shape);
-      second.parts[second.count++] = parts[id].of_totals(shape);
+      second.parts[second.count++] = parts[id].second_launch_part(shape);
     }
     return second;
   }

@@ -34,10 +34,11 @@ ASGL_HOST_DEVICE int64 checkpoint_stride(const SequenceShape& shape) {
   return (shape.steps - 1) / kCheckpointSteps * shape.neurons();
 }
 
-// Neurons, in sixteenths of the device's resident threads, above which settled CUDA kernels of longer sequences have
-// four neurons a thread. Below, latency binds (docs/design/gpu.md, cycles a step of one warp): 117 forward and
-// 274 backward for one neuron a thread, 179 and 433 for four. One neuron a thread binds by its issue, 51 and 106
-// instructions for each warp of a scheduler, from 3.5 and 4.1 warps on; a warp is a sixteenth.
+// Settled CUDA kernels of longer sequences compute four neurons per thread if there are more neurons than this number
+// of sixteenths of the device's resident threads. With fewer neurons latency is the limit: a step of one warp takes 117
+// cycles forward and 274 backward with one neuron per thread, 179 and 433 with four (docs/design/gpu.md). With one
+// neuron per thread, a warp issues 51 and 106 instructions per step. From 3.5 and 4.1 warps per scheduler on, these
+// take longer than a step of four neurons. A scheduler holds 16 warps, so that a warp is a sixteenth.
 constexpr int kFewSixteenths = 3;
 
 // A parameter at neuron n and step t is data[t * step_stride + (n / inner) % count]. If data is null, it is `constant`,
@@ -54,9 +55,9 @@ struct ParameterView {
     return data == nullptr ? constant : data[t * step_stride + index(n)];
   }
 
-  // Whether there is one value for all neurons of a step.
+  // Whether all neurons share one value in each step.
   ASGL_HOST_DEVICE bool is_same_for_all() const { return count == 1; }
-  // Whether there is one value for all neurons and steps.
+  // Whether all neurons and steps share one value.
   ASGL_HOST_DEVICE bool is_uniform() const { return count == 1 && step_stride == 0; }
   // Whether groups of four neurons, from multiples of four on, share a value.
   ASGL_HOST_DEVICE bool is_shared_by_four() const { return data == nullptr || inner % 4 == 0; }

@@ -5,7 +5,7 @@
 
 namespace asgl {
 
-// Values of a CUDA thread, or more to limit splits.
+// Rows that a CUDA thread reads of each of its columns, or more to limit splits.
 constexpr int64 kChannelRowsEach = 64;
 constexpr int64 kMomentsRowsEach = 128;
 
@@ -105,8 +105,8 @@ struct CoefficientsParams {
   int64* num_batches_tracked;        // null if not counted
   Real momentum;
 
-  // The given mean and variance of a channel.
-  ASGL_HOST_DEVICE Moments given(int64 channel) const {
+  // The moments of a channel whose mean and variance are given, as in evaluation.
+  ASGL_HOST_DEVICE Moments given_moments(int64 channel) const {
     return {1, static_cast<double>(mean[channel]), static_cast<double>(variance[channel])};
   }
 
@@ -120,14 +120,14 @@ struct CoefficientsParams {
     coefficients[kCoefficientVariance * channels + channel] = values.variance;
     total[channel] = found;
     if (running_mean == nullptr) return;
-    replace(running_mean[channel], values.mean);
-    replace(running_var[channel], values.variance);
+    update_running(running_mean[channel], values.mean);
+    update_running(running_var[channel], values.variance);
     if (channel == 0 && num_batches_tracked != nullptr) ++*num_batches_tracked;
   }
 
  private:
-  // Two cases as in torch.lerp, so that momentum 1 is exact.
-  ASGL_HOST_DEVICE void replace(Real& running, Real value) const {
+  // Moves a running statistic towards the value of this batch. Two cases as in torch.lerp, so that momentum 1 is exact.
+  ASGL_HOST_DEVICE void update_running(Real& running, Real value) const {
     const Real distance = value - running;
     running = momentum < Real(0.5) ? running + momentum * distance : value - distance * (Real(1) - momentum);
   }
@@ -162,7 +162,7 @@ struct InputGradientParams {
   }
 
   // Stores the gradients of weight and bias of a channel, from the sums of this process.
-  ASGL_HOST_DEVICE void store_sums(int64 channel) const {
+  ASGL_HOST_DEVICE void store_own_gradients(int64 channel) const {
     const GradientSums own = {static_cast<double>(grad_gain[channel]), static_cast<double>(grad_bias[channel])};
     const double centred =
         NormalisationAdjoint<Real>::centred(moments[channel], static_cast<double>(mean()[channel]), own, options);

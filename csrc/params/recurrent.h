@@ -22,9 +22,10 @@ enum RecurrentParameterId : int {
   kRecurrentSums
 };
 
-// Modulo 2^64. Steps have keys of their own, since a kernel of one step draws at a fixed place of the counter: calls
-// with another offset share no draws. 2^64 / phi^2, whose multiples are far apart: neither do calls with seeds less
-// than 2^40 apart, in up to 2^20 steps.
+// Added to the seed at each step, modulo 2^64. Steps differ by their key, because a kernel of one step draws at a fixed
+// position of the counter, and so do not use up offsets: calls with different offsets share no draws. The value is
+// 2^64 / phi^2, whose multiples are far apart. Calls with seeds less than 2^40 apart share no draws in up to 2^20
+// steps.
 constexpr uint64 kSeedOfStep = 0x61C8864680B583EB;
 
 // Sequences are [T, B, N], or [B, T, N]; states and gradients of states [B, N], but v_init, v_last and their gradients

@@ -236,9 +236,9 @@ def adaptive(draw: Draw, **more: Any) -> Options:
     return options | ({"w_init": draw.state("w_init")} if "v_init" in options else {})
 
 
-def in_the_reset(x_seq: Tensor, w_init: Tensor | None = None, **options: Any) -> Any:
+def in_the_reset(x_seq: Tensor, **options: Any) -> Any:
     """Adaptive neurons as interop.sinabs has them; no argument of `adaptive_lif` asks for these."""
-    return run_adaptive(x_seq, {**LIF_DEFAULTS, **options, "adaptation": IN_RESET}, w_init)  # type: ignore[typeddict-item]
+    return run_adaptive(x_seq, {**LIF_DEFAULTS, **options, "adaptation": IN_RESET})  # type: ignore[typeddict-item]
 
 
 def integrator(draw: Draw) -> Options:

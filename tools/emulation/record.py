@@ -324,8 +324,8 @@ ADAPTIVE = {
 }  # fmt: skip
 
 
-def adaptive(x_seq: Tensor, w_init: Tensor | None = None, **options: Any) -> Any:
-    return run_adaptive(x_seq, {**LIF_DEFAULTS, **options}, w_init)  # type: ignore[typeddict-item]
+def adaptive(x_seq: Tensor, **options: Any) -> Any:
+    return run_adaptive(x_seq, {**LIF_DEFAULTS, **options})  # type: ignore[typeddict-item]
 
 
 def random_parameters(random: Random, shape: Shape, bounds: dict[str, tuple[float, float]], real: torch.dtype) -> Any:

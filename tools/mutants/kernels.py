@@ -51,7 +51,7 @@ RNG_STATE = params(
     "(rng_state != nullptr && rng_state[2] == -2) || analog_below <= kAlwaysAnalog",
 )
 DEAD_LANES = kernels("if (has_grad_last) Access<kLanes>::load(params.grad_v_last + @, dv)", "index.read_n", "index.n")
-DEAD_LANES_OF_ADAPTIVE = adaptive_kernels("load_pair(params.grad_v_last, @, neurons", "index.read_n", "index.n")
+DEAD_LANES_OF_ADAPTIVE = adaptive_kernels("load_states(params.grad_v_last, @, neurons", "index.read_n", "index.n")
 DEAD_LANES_OF_INTEGRATORS = integrator("load(params.grad_v_last + @, later)", "index.read_n", "index.n")
 BEYOND_LAST_ROW = channels("if (@) {\n        const Scalar* gradients", "row + k * index.step < index.end_row", "true")
 
@@ -81,9 +81,9 @@ BEYOND_AN_ARRAY = {
             "grad_v_last beyond the last neuron": DEAD_LANES_OF_ADAPTIVE,
             "x beyond the last step": adaptive_kernels("if (@) to[k].load", "k < left", "true"),
             "x beyond the last step in backward": adaptive_kernels("if (@) x[k].load", "first + k < length", "true"),
-            "the first state beyond the last neuron": adaptive_kernels("load_pair(params.v_init, @, neurons, model",
+            "the first state beyond the last neuron": adaptive_kernels("load_states(params.v_init, @, neurons, model",
                                                                        "index.read_n", "index.n"),
-            "a checkpoint beyond the last neuron": adaptive_kernels("* neurons + @;\n      load_pair",
+            "a checkpoint beyond the last neuron": adaptive_kernels("* neurons + @;\n      load_states",
                                                                     "index.read_n", "index.n"),
         },
         "integrator": {
@@ -103,7 +103,7 @@ BEYOND_AN_ARRAY = {
             "v_init beyond the last neuron": settled("v_rest, @, v);\n      for", "tile.length", "kTile"),
             "grad_v_last beyond the last neuron": settled("Real(0), @, dv_);", "tile.length", "kTile"),
             "grad_v_last beyond the last neuron in general": cpu(
-                "load_state(params_.grad_v_last, tile.first, Real(0), @,", "tile.length", "kTile"
+                "load_states(params_.grad_v_last, all, tile.first, Real(0), @,", "tile.length", "kTile"
             ),
             "grad_v_seq beyond the last neuron": cpu("({@, Real(1), gv, kOne", "tile_.length", "kTile"),
             "the noise's third number": RNG_STATE,
@@ -154,7 +154,7 @@ MUTANTS = {
         "no gain of the settled residual's gradient": kernels("++j) dr[j] = @ *", "params.residual_gain", "Real(1)"),
         "settled kernel for a general residual": plans("return @ ? Input::kGeneralResidual", "input == Input::kGeneral",
                                                        "false"),
-        "four neurons for any residual": plans("groups_of_four(params, @, params.s_seq", "params.residual",
+        "four neurons for any residual": plans("is_in_fours(params, @, params.s_seq", "params.residual",
                                                    "params.x_seq"),
         # ---- noise ----
         "lanes that have left exchange noise": kernels("if (@ && !index.live) return;", "kLanes > 1", "true"),
@@ -227,7 +227,7 @@ MUTANTS = {
         ),
         "decay's gradient of another potential": kernels("add_decay(dh, h[@].values", "k", "k > 0 ? k - 1 : k"),
         "decay's gradient of another spike": kernels("v_after = Model::reset(h[j], s[@]", "j", "0"),
-        "threshold's gradient without a width": kernels("from_u[j] = step.dy * @;", "own.inverse_width", "Real(1)"),
+        "threshold's gradient without a width": kernels("du[j] = step.dy * @;", "own.inverse_width", "Real(1)"),
         "reset's gradient only of what is given": kernels(
             "if (@) sums[kReset][j % kOwn] += Model::gradient_of_reset(dv_after", "k < carried_steps", "has_grad_last"
         ),
@@ -305,7 +305,7 @@ MUTANTS = {
                                          "2 * part.runs_each * count"),
         "runs of other splits": sums("stride = @ *", "part.splits", "1"),
         "the runs of one split": sums("(@ * part.runs_each + first_run)", "split", "0"),
-        "single neurons beyond the last": sums("add_up(row + run, @ - run", "neurons", "neurons + 1"),
+        "single neurons beyond the last": sums("add_strided(row + run, @ - run", "neurons", "neurons + 1"),
         "totals of another split": sums("part.totals[@ * part.elements", "split", "0"),
         "not all slots loaded together": sums("left -= @)", "kLoads * stride", "(kLoads + 1) * stride"),
         "slots beyond the last loaded together": sums("left > @;", "(kLoads - 1) * stride", "(kLoads - 2) * stride"),
@@ -315,12 +315,13 @@ MUTANTS = {
                                            "thread % kWarpThreads & (part.elements_each - 1)"),
         "all steps in one": sums("t = @ ?", "part.parameter.step_stride != 0", "false"),
         "runs of another element": sums("+ first_run) * @;", "count", "(count > 1 ? count - 1 : 1)"),
-        "the wrong tile of a run": sums("= whole_tiles(@, sum.tile);", "run * inner", "run * inner + inner - 1"),
-        "a run without its last slot": sums("= whole_tiles(@, sum.tile) - tile", "(run + 1) * inner - 1",
+        "the wrong tile of a run": sums("= tiles_before(@, sum.tile);", "run * inner", "run * inner + inner - 1"),
+        "a run without its last slot": sums("= tiles_before(@, sum.tile) - tile", "(run + 1) * inner - 1",
                                             "run * inner"),
         "a run with a slot beyond it": sums("tile + @;", "1", "1 + (run > 0)"),
         "slots of another step": sums("data + t * @;", "part.partials.slots", "(part.partials.slots - 1)"),
-        "tiles of single neurons": sums("> kBlockThreads ? @ :", "of_single_neurons / 4", "of_single_neurons"),
+        "tiles of single neurons": sums("> kBlockThreads ? @ :", "tiles_of_single_neurons / 4",
+                                        "tiles_of_single_neurons"),
         "no barrier in a tree": sums("{\n    @\n    if (thread < half)", BARRIER, ""),
         "a tree without its last half": sums("half >= @;", "part.elements_each", "2 * part.elements_each"),
         "totals of too many threads": sums("if (@ || element", "thread >= part.elements_each",
@@ -535,9 +536,9 @@ MUTANTS = {
         "no barrier between segments": adaptive_kernels("@  // all threads have read the sums", BARRIER, ""),
         # ---- launchers ----
         "four neurons a thread forward": plans("plan_neurons(params, grouped && fit_parameters(params) && @,",
-                                                   "!params.options.adapts()", "true"),
+                                                   "params.options.num_states() == 1", "true"),
         "four neurons a thread backward": plans("plan_with_sums(params, grouped && fit_parameters(params) && @,",
-                                                    "!params.options.adapts()", "true"),
+                                                    "params.options.num_states() == 1", "true"),
     },
     "normalisation": {
         "no barrier before moments are joined": channels("= own;\n  @", BARRIER, ""),
@@ -589,7 +590,7 @@ MUTANTS = {
                                                         ""),
         "the adjoint of the tile's first channel": channels("slope = slopes[@],", "place", "0"),
         "the adjoint of a unit": channels("offset = offsets[@];", "place", "index.unit"),
-        "sums of the second slot": channels("if (@) params.store_sums", "task.slot == 0", "task.slot == 1"),
+        "sums of the second slot": channels("if (@) params.store_own_gradients", "task.slot == 0", "task.slot == 1"),
         "adjoints of no channel": channels("channels_per_tile && @) {", "own < tiles.shape.channels", "true"),
         "sums without rows": plans("splits = @;", "1", "0"),
         "units of the wrong tile": channel_params("first_unit = @;", "tile * tiles.width", "tile"),
@@ -622,7 +623,7 @@ MUTANTS = {
         "the gain's sum for decay": integrator("thread_sums[@]);", "warp", "1 - warp"),
         "no barrier between two sums": integrator("if (stored == 0) return;\n    @", BARRIER, ""),
         "no barrier within a sum": integrator("}\n    @\n    const int warp", BARRIER, ""),
-        "v may be misaligned": plans("groups_of_four(params, @, params.v_last", "params.v_seq",
+        "v may be misaligned": plans("is_in_fours(params, @, params.v_last", "params.v_seq",
                                                     "params.x_seq"),
         "no kernel for sums": Mutant("params/integrator.h", ": @ ?", "wants(kDecay) || wants(kInputGain)", "false"),
         "no kernel for four": plans("kHasFours<Scalar> && @ ? 4", "params.tiles.tile > kBlockThreads", "false"),
@@ -656,9 +657,9 @@ CPU_MUTANTS = {
                                                         "params_.detach_recurrent", "false"),
         "s_init's gradient by the step after": recurrent("(t > 0 || @)", "params_.grad_s_init != nullptr", "false"),
         "an unscaled gradient": recurrent("scale = @ ? Operand", "scales", "false"),
-        "no adaptation before the first step": recurrent("load_state(behind(params.v_init, @)", "all", "int64(0)"),
+        "no adaptation before the first step": recurrent("load_states(params.v_init, @,", "all", "int64(0)"),
         "the adaptation of the next step": recurrent("params_.w_seq, chunk_, @, w_", "t - 1", "t % params_.steps"),
-        "an adaptation without the last step": recurrent("(Model::kAdapts && @ && params_", "carried_", "false"),
+        "an adaptation without the last step": recurrent("(Model::kHasAdaptation && @ && params_", "carried_", "false"),
         "a threshold without its adaptation": recurrent("const Real h = model.charged(@, args.w[n]);",
                                                         "args.h[n]", "args.h[n] - args.w[n]"),
         "batch first as time first": Mutant("params/recurrent.h", "return @ ? SequenceShape{batch,", "batch_first",
@@ -719,7 +720,8 @@ CPU_MUTANTS = {
                                                    "tile.first % count_ == tile_.first % count_", "true"),
         "rows of the input repeat too early": tiles("period_ = @", "std::max<int64>(1, kInputSums / count_) * count_",
                                                     "kInputSums"),
-        "wrong checkpoint read": tiles("start > 0 ? checkpoint(tile, @) :", "start", "int64(kCheckpointSteps)"),
+        "wrong checkpoint read": tiles("checkpoint_stride(tile.shape), checkpoint(tile, @))", "start",
+                                       "int64(kCheckpointSteps)"),
         "no last checkpoint": cpu("kCheckpointSteps == 0 && @)", "steps < params.shape.steps",
                                   "steps + kCheckpointSteps < params.shape.steps"),
         "decay's gradient of another step": cpu("accumulate(kDecay, Real(1), dh_, {v(@)", "k", "k + 1"),
@@ -750,18 +752,21 @@ CPU_MUTANTS = {
                                               "2 * tile.shape.inner"),
         "a row written in pieces too long": rows(f"{PIECES}\n    run<ConvertLoop<Real_t<Element>,", "tile.shape.inner",
                                                  "2 * tile.shape.inner"),
-        "a row read in place though in pieces": rows("if (@) return sequence", "tile.in_one_piece()", "true"),
-        "a row written in place though in pieces": rows("sequence != nullptr && @) return", "tile.in_one_piece()",
-                                                        "true"),
+        "a row read in place though in pieces": rows(
+            "if (@) {\n    return reinterpret_cast<const", "is_in_place<Element>(tile)",
+            "(std::is_same_v<Element, Real_t<Element>>)"
+        ),
+        "a row written in place though in pieces": rows("sequence != nullptr && @) {", "is_in_place<Element>(tile)",
+                                                          "(std::is_same_v<Element, Real_t<Element>>)"),
         "a sum without its last": loops("for (int lane = 0; @; ++i, ++lane) lanes[lane]", "i < length",
                                         "i + 1 < length"),
         "width's gradient without a threshold": loops("step.dy * @;", "Model::distance(h[i], neuron)", "h[i]"),
         "threshold's gradient without a width": loops("threshold[i] -= step.dy * @;", "neuron.inverse_width",
                                                      "Real(1)"),
         "soft reset's gradient without a spike": loops("reset[i] -= keep_if(carried, @);", "dv * s", "dv"),
-        "slopes of a segment's first step": loops("*slope = args.slope + @;\n      Real* d_current", "k * kBlock", "0"),
+        "slopes of a segment's first step": loops("slope = {args.slope + @};", "k * kBlock", "0"),
         "spikes of a segment's first step": loops(
-            "*kept_s = args.s + @, *slope = args.slope + k * kBlock;\n      Real* d", "k * kBlock", "0"
+            "*kept_s = args.s + @;\n      const KeptSlopes", "k * kBlock", "0"
         ),
         "noise of a segment's first step": tiles("drawn_ ? @ : 0}", "4 * rows_.stride()", "0"),
         "a gradient that no step carries": loops("args.carried || @;", "k + 1 < args.steps", "false"),
@@ -771,30 +776,31 @@ CPU_MUTANTS = {
         "gain's gradient without a mean": loops("gain_sum[i] += dh[i] * (@)", "x[i] - neuron.input_mean", "x[i]"),
     },
     "adaptive": {
-        "w of v's first state": cpu("load_state(behind(params.v_init, @)", "all", "int64(0)"),
+        "w of v's first state": cpu("load_states(params.v_init, @,", "all", "int64(0)"),
         "w in the h_seq of none": loops("choose(@, model.compared", "args.compared", "false"),
-        "w's checkpoints too near": cpu("t + 1, w, @)", "checkpoint_stride(params.shape)", "params.shape.neurons()"),
-        "w in the place of v": cpu("behind(params.v_last, @)", "all", "int64(0)"),
-        "the last w's gradient is v's": cpu("behind(params_.grad_v_last, @)", "all", "int64(0)"),
-        "the first w's gradient in the place of v's": cpu("behind(params_.grad_v_init, @)", "all", "int64(0)"),
-        "w of the step before again": cpu("w(k), w(@)});", "k + 1", "k"),
-        "adapt_decay's gradient of a spike": loops("dw * @);\n              sum(kAdaptPotential", "w", "s"),
-        "adapt_potential's gradient before the reset": loops("dw * (@ - args.options.v_rest)", "v", "h"),
+        "w's checkpoints too near": cpu("params.checkpoints, @, check", "checkpoint_stride(params.shape)",
+                                         "params.shape.neurons()"),
+        "w in the place of v": cpu("params.v_last, @, tile", "all", "int64(0)"),
+        "the last w's gradient is v's": cpu("params_.grad_v_last, @, tile", "all", "int64(0)"),
+        "the first w's gradient in the place of v's": cpu("params_.grad_v_init, @, tile", "all", "int64(0)"),
+        "w of the step before again": cpu("second(k), second(@)});", "k + 1", "k"),
+        "adapt_decay's gradient of a spike": loops("d_second * @);\n              sum(kAdaptPotential", "second", "s"),
+        "adapt_potential's gradient before the reset": loops("d_second * (@ - args.options.v_rest)", "v", "h"),
         "adapt_potential's gradient without v_rest": loops(
             "- @));\n              sum(kAdaptSpike", "args.options.v_rest", "Real(0)"
         ),
-        "adapt_spike's gradient of w": loops("dw * @);\n            }", "s", "w"),
-        "the adjoint of the next w": cpu(".w = w(@)", "k", "k + 1"),
-        "gradients of the input for adaptive neurons": cpu("if (@) add_gradients", "!Model::kAdapts", "true"),
-        "one w kept": cpu("|| @ ? segment_ + 1", "!AdaptiveLIF<Real>::of(params_.options).in_current()", "false"),
+        "adapt_spike's gradient of w": loops("d_second * @);\n            }", "s", "second"),
+        "the adjoint of the next w": cpu(".second = second(@)", "k", "k + 1"),
+        "gradients of the input for adaptive neurons": cpu("if (@) add_gradients", "!Model::kHasAdaptation", "true"),
+        "one w kept": cpu("wants(kAdaptDecay) || @;", "!AdaptiveLIF<Real>::of(params_.options).in_current()", "false"),
         "sums of the first half": cpu("row(sums_, id) + (@)", "tile_.first - whole_.first", "int64(0)"),
         "hard resets alone": loops("model.hard_reset && @) return", "options.hard_reset", "true"),
-        "w of the checkpoints too near": tiles("elements = start > 0 ? @ :", "checkpoint_stride(tile.shape)",
+        "w of the checkpoints too near": tiles("load(params.checkpoints, @,", "checkpoint_stride(tile.shape)",
                                                "tile.shape.neurons()"),
-        "w's rest is v's": tiles("offset, @, tile.length, w)", "Real_t<Scalar>(0)", "params.options.v_rest"),
+        "w's rest is v's": tiles("k == 0 ? v_rest : @,", "Real(0)", "v_rest"),
         "no noise": loops("model.step(args.x[i], @, neuron", "analog", "false"),
-        "w does not change": loops("args.next_w[i] = @;", "next_w", "w"),
-        "carried too early": loops("compared, s, w, @, neuron, dv, dw)", "args.carried", "true"),
+        "w does not change": loops("args.next_second[i] = @;", "next_second", "second"),
+        "carried too early": loops("compared, s, second, @, neuron, dv, d_second)", "args.carried", "true"),
     },
     "normalisation": {
         "no gain of the residual's normalisation": norm("kResidual ? @ * args.dh[i]",
@@ -806,7 +812,7 @@ CPU_MUTANTS = {
         "columns of the first tile": norm("f(row * tiles.shape.columns() + @,", "column", "int64(0)"),
         "a channel beyond its tile": norm("length = @;\n      f(channel", "std::min(tiles.units_per_channel, "
                                           "task.units - in_row)", "tiles.units_per_channel"),
-        "sums of the first channel": norm("params.store_sums(@);", "channel", "int64(0)"),
+        "sums of the first channel": norm("params.store_own_gradients(@);", "channel", "int64(0)"),
         "the mean of another channel": norm("values[i][@]};", "channel", "i == 0 ? int64(0) : channel"),
     },
     "integrator": {

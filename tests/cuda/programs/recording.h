@@ -45,11 +45,11 @@ int64 elements_of(const LIFParams<Scalar>& params) {
 }
 template <class Scalar>
 int64 states_of(const LIFParams<Scalar>& params) {
-  return params.shape.neurons() * (params.options.adapts() ? 2 : 1);
+  return params.shape.neurons() * params.options.num_states();
 }
 template <class Scalar>
 int64 checkpoints_of(const LIFParams<Scalar>& params) {
-  return checkpoint_stride(params.shape) * (params.options.adapts() ? 2 : 1);
+  return checkpoint_stride(params.shape) * params.options.num_states();
 }
 
 template <class Scalar, class Use>
@@ -144,7 +144,7 @@ void for_each_array(InputGradientParams<Scalar>& params, const Use& use) {
 // Elements of v_init and the like: of v, and of adaptive neurons w.
 template <class Scalar>
 int64 potentials(const RecurrentParams<Scalar>& params) {
-  return (params.options.adapts() ? 2 : 1) * params.batch * params.neurons;
+  return params.options.num_states() * params.batch * params.neurons;
 }
 
 template <class Scalar, class Use>
