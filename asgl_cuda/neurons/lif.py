@@ -142,13 +142,15 @@ def lif(
             1.22 * decay at potentials below v_reset.
         levels: emit an integer number of spikes per step (I-LIF), `round(clamp(h / v_threshold, 0, levels))` with ties
             to even, where h is the potential before the reset; `levels` is at most 256. The quotient is computed as h
-            times the rounded `1 / v_threshold`. Analog elements are not rounded. The gradient is the gradient of the
-            clamp, 1 at its edges, and the threshold acts as the width. Each spike subtracts `reset_amount`, so
-            `v_reset` must be None. `v_threshold` must be > 0. A NaN potential emits NaN. `unroll_levels` turns the
-            output into binary spikes. With multi_spike, levels only limits the number of spikes.
+            times the rounded `1 / v_threshold`. Analog elements are not rounded. In backward the slope is
+            `1 / v_threshold` where `0 <= h <= levels * v_threshold`, both ends included, and 0 elsewhere; `width` must
+            be 1. Each spike subtracts `reset_amount`, so `v_reset` must be None. `v_threshold` must be > 0. A NaN
+            potential emits NaN. `unroll_levels` turns the output into binary spikes. With multi_spike, levels only
+            limits the number of spikes.
         multi_spike: emit `trunc(h / v_threshold)` spikes per step where h > 0. Each spike subtracts `reset_amount`, so
             `v_reset` must be None. `v_threshold` must be > 0, and is checked like the width. `analog_prob` must be 0,
-            because no smooth number of spikes exists whose slope is one of these surrogates.
+            because none of these surrogates is the slope of a smooth function that counts spikes, which a neuron could
+            emit instead.
         v_min: lower bound of the potential after the reset, in units of x_seq, `v = relu(v - v_min) + v_min`. Where the
             potential is at `v_min`, no gradient flows back through it. The bound does not apply to v_init.
         v_init: potential before the first step, in the shape of x_seq without time; default `v_rest`.
@@ -490,7 +492,8 @@ class LIF(Neurons):
 
     The same in PyTorch: `asgl_cuda.lif(x_seq, width=log_width.exp(), ...)`, whose docstring has the loop.
 
-    With torch's initial weights and without a normalisation, deeper layers are silent and learn nothing.
+    With torch's initial weights and without a normalisation, deeper layers are silent at first. With a rectangle they
+    then learn nothing. With a sigmoid they learn late, or with SGD perhaps not at all.
     :doc:`/tutorials/stalled-network` shows how `asgl_cuda.Monitor` finds them and `asgl_cuda.calibrate` helps.
     """
 

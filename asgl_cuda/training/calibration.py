@@ -60,11 +60,11 @@ class Calibration(NamedTuple):
 def calibrate(model: nn.Module, x_seq: Any, rate: float = 0.2) -> Calibration:
     """Scales the weights before the neurons, with one batch, until each layer fires at `rate`.
 
-    In networks without normalisation the deeper layers are otherwise silent at first, and learn nothing. Call
-    `calibrate` once, after the model has been made or converted and before the first step of the optimizer. It scales
-    the weight of the linear layer or convolution before the neurons, also if views, pooling, dropout or currents lie in
-    between. If a normalisation lies in between, also in `BatchNormLIF`, it scales the weight of the normalisation.
-    Nothing else of the model changes.
+    In networks without normalisation the deeper layers are otherwise silent at first, and then learn late or not at
+    all. Call `calibrate` once, after the model has been made or converted and before the first step of the optimizer.
+    It scales the weight of the linear layer or convolution before the neurons, also if views, pooling, dropout or
+    currents lie in between. If a normalisation lies in between, also in `BatchNormLIF`, it scales the weight of the
+    normalisation. Nothing else of the model changes.
 
     Rates are measured on a copy with hard spikes, without dropout, from rest. In training mode normalisations use the
     statistics of the batch. The factor of each layer is found from the input of that layer, and confirmed by another
@@ -75,8 +75,9 @@ def calibrate(model: nn.Module, x_seq: Any, rate: float = 0.2) -> Calibration:
             model in DistributedDataParallel is calibrated on the batches of all processes, so every process must call
             `calibrate`.
         x_seq: a batch as the model takes it; a tuple contains the positional arguments.
-        rate: fraction of neurons and steps with a spike, in (0, 1). It is reached to within 1 % of `rate`. If few
-            distinct inputs let the rate change only in larger steps, it is reached less exactly.
+        rate: fraction of neurons and steps with a spike, in (0, 1). It is reached to within 1 % of `rate`, or to within
+            one spike of the batch if that is more. If the input has few distinct values, the rate changes only in
+            larger steps, and the nearest rate is taken if it lies between half of `rate` and twice `rate`.
 
     Returns the layers in order of execution, with their rates before and after and their factors, and the layers that
     did not run.

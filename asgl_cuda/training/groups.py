@@ -64,7 +64,7 @@ def parameter_groups(
 
     Raises ValueError for a negative rate or decay, and TypeError if `model` is not a module. Warns once per process if
     a model has several layers of `LIF`, no normalisation and torch's initial weights: its deeper layers are likely
-    silent, and then learn nothing.
+    silent at first, and then learn late or not at all.
 
     Example::
 
@@ -83,8 +83,8 @@ def parameter_groups(
         warn_once(
             "silent",
             f"{caller}: the model has several layers of LIF, no normalisation, and torch's initial weights, so deeper "
-            "layers are likely silent and learn nothing. Use BatchNormLIF, or call asgl_cuda.calibrate(model, x_seq) "
-            "before training; asgl_cuda.Monitor shows the firing rates",
+            "layers are likely silent at first, and then learn late or not at all. Use BatchNormLIF, or call "
+            "asgl_cuda.calibrate(model, x_seq) before training; asgl_cuda.Monitor shows the firing rates",
         )
     layers += (module for module in model.modules() if isinstance(module, LeakyIntegrator))
     neurons: dict[int, tuple[str, nn.Parameter]] = {}
