@@ -290,7 +290,7 @@ class ConvertedSynaptic(ConvertedLeaky):
 
     def speed_advice(self) -> str | None:
         """Advice to call with whole sequences."""
-        return f"{super().speed_advice()}; a step stores up to 1.6 times as many bytes for backward as in snnTorch"
+        return f"{super().speed_advice()}; a step may store more bytes for backward than in snnTorch"
 
     def compute_step(self, input_: Tensor, syn: Any = None, mem: Any = None) -> Any:  # type: ignore[override]
         """Spikes, current and potential after one step."""

@@ -41,10 +41,10 @@ def from_nir(graph: nir.NIRGraph, dt: float | None = None, *, dtype: torch.dtype
 
     LIF and IF become asgl_cuda.LIF, and LI and I become asgl_cuda.LeakyIntegrator. CubaLIF and CubaLI become a
     Sequential of two of these, with the current first. Threshold becomes a LIF with decay 0, and Delay a module that
-    takes whole sequences. If the gain of an integrator differs between neurons, a Scale before it has the gains. A node
-    written by `to_nir` becomes the same layer again, with its parameters, but with time first. For other nodes, options
-    that NIR does not have take the defaults of the layer. Decay, threshold and reset are then constants, one per neuron
-    if they differ.
+    takes whole sequences. If the gain of an integrator differs between neurons, a module before it multiplies by the
+    gains. A node written by `to_nir` becomes the same layer again, with its parameters, but with time first. For other
+    nodes, options that NIR does not have take the defaults of the layer. Decay, threshold and reset are then constants,
+    one per neuron if they differ.
 
     Raises:
         ImportError: nir is not installed.
