@@ -513,22 +513,21 @@ LAYER = f"Times of forward and backward together, in nanoseconds per element, {O
 COST = "training runs took {minutes:.0f} minutes on one core:"
 STUDIED = f"Each value is the mean of {{seeds}} seeds. {{trainings:,}} {COST}"
 FAST = (
-    "We timed training steps of [five networks](#speed-and-memory). With neurons of asgl_cuda that have a fixed width, "
-    "a step is {eager} times as fast as with neurons of SpikingJelly, snnTorch, Norse or sinabs. It is {compiled} "
-    "times as fast as with those of these neurons that we compiled with `torch.compile`. By default, neurons of "
-    "asgl_cuda learn their width and have [noise](#the-neuron): during training, a random half of the outputs takes "
-    "smooth values instead of 0 or 1. With these defaults, a step is {noisy} times as fast as with the other "
-    "libraries, and {noisy_compiled} times as fast as with their compiled neurons."
+    "We timed training steps of [five networks](#speed-and-memory). With neurons of asgl_cuda that have a fixed width"
+    " and no noise, a step is {eager} times as fast as with neurons of SpikingJelly, snnTorch, Norse or sinabs. Where"
+    " we compiled the neurons of these libraries with `torch.compile`, it is {compiled} times as fast. By default, "
+    "neurons of asgl_cuda learn their width and have [noise](#the-neuron): during training, a random half of the "
+    "outputs takes smooth values instead of 0 or 1. With these defaults, a step is {noisy} times as fast as with the "
+    "other libraries, and {noisy_compiled} times as fast as where these are compiled."
 )
 LEARNED = (
-    "The width of the surrogate gradient is learned with the weights. We trained networks with SGD and Adam, from five "
-    "initial widths between {narrowest} and {widest}, with a sigmoid as surrogate and without noise. Each pair of "
-    "optimizer and initial width gives one accuracy, the mean over five small data sets. If the width is learned, "
-    "these accuracies lie between {worst_learned:.0f} and {best_learned:.0f} %. If the width stays at its initial "
-    "value, they lie between {worst_fixed:.0f} and {best_fixed:.0f} % ([table](docs/measured.md#the-first-width)). If "
-    "the width is learned and there is noise in a fraction of {noise} of the outputs, they lie between "
-    "{worst_noisy:.0f} and {best_noisy:.0f} %. Each optimizer had one learning rate. Widths below {narrowest} were not "
-    "measured."
+    "The width of the surrogate gradient is learned with the weights. We trained networks with SGD and Adam, from "
+    "five initial widths between {narrowest} and {widest}, with a sigmoid as surrogate and without noise. These are "
+    "ten settings, and the accuracy of a setting is the mean over five small data sets. If the width is learned, the "
+    "ten accuracies lie between {worst_learned:.0f} and {best_learned:.0f} %. If it stays at its initial value, they "
+    "lie between {worst_fixed:.0f} and {best_fixed:.0f} % ([table](docs/measured.md#the-first-width)). If the width "
+    "is learned and a fraction {noise} of the outputs is noisy, they lie between {worst_noisy:.0f} and "
+    "{best_noisy:.0f} %. Each optimizer had one learning rate. Widths below {narrowest} were not measured."
 )
 STEPS = (
     "This table shows milliseconds per training step of five networks. In a pair, the first figure is without "
@@ -555,12 +554,12 @@ LAYERS = (
 )
 GAIN = (
     "We timed training steps of the networks [below](#speed-and-memory) that have no recurrence. `convert` makes a "
-    "SpikingJelly network {jelly} times as fast as before, and a snnTorch network {snntorch} times as fast. Before "
-    "conversion, the snnTorch network calls each layer in a loop over time. Afterwards it calls each layer once, as "
-    "with `sequences=True`. "
-    "`fuse` makes converted networks with normalisations another {fused} times as fast. A merged normalisation and its "
-    "neurons keep {kept:.0f} bytes per neuron and time step for backward; not merged, they keep {kept_apart:.0f}. If a "
-    "residual addition stands between the two, they keep {kept_residual} bytes, whether or not `fuse` merges them."
+    "SpikingJelly network {jelly} times as fast as before, and a snnTorch network {snntorch} times as fast. In the "
+    "snnTorch network, a wrapper around each layer contains the loop over time; converted, each layer is called once."
+    " For a network that is called step by step, `sequences=True` does the same. `fuse` makes converted networks with"
+    " normalisations another {fused} times as fast. A merged normalisation and its neurons keep {kept:.0f} bytes per "
+    "neuron and time step for backward; not merged, they keep {kept_apart:.0f}. With a residual addition between "
+    "normalisation and neurons, {kept_residual} bytes are kept, merged or not."
 )
 ARMS = [(optimizer, surrogate) for optimizer in ("SGD", "Adam") for surrogate in ("rectangle", "sigmoid")]
 SECTIONS = {
