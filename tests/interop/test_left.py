@@ -335,7 +335,7 @@ def test_one_that_changes_no_result(name):
     assert (converted[0].describe(), converted[0].purpose) == (f"a {type(twin).__name__}", "to fire")
     if not name.startswith("sinabs"):  # has no extra_repr
         assert "mine, computed by asgl_cuda" in repr(converted)
-    x = (3 * torch.rand(shape)).requires_grad_()
+    x = (1 + 3 * torch.rand(shape)).requires_grad_()  # some neuron fires in a single step
     outputs = [flat(each(x)) for each in (made, converted[0])]
     assert any(out.any() for out in outputs[0])
     grads = [gradients(*pair, x) for pair in zip(outputs, (made, converted[0]), strict=True)]
