@@ -538,9 +538,9 @@ STEPS = (
     "same spikes, with a reset to 0. Only snnTorch's recurrent neuron, `RLeaky`, has its default, a reset by "
     "subtraction. In each time step {firing} % of the neurons spike. At T = 100 we compiled a single time step and "
     "called it in a loop, because compiling a whole sequence takes long ({long_first_seconds:.0f} s for one layer of"
-    " {long_layer} at T = {long_steps}). A dash, at T = 100 only, means that we did not compile, because the layer "
-    "of this library contains the loop over time and has no call for a single step. See "
-    "[Measured](docs/measured.md#a-training-step) for the batch sizes."
+    " {long_layer} at T = {long_steps}). A dash, at T = 100 only, means that we did not compile, because we "
+    "used a layer of this library that contains the loop over time. See [Measured](docs/measured.md#a-training-step) "
+    "for the batch sizes."
 )
 LAYERS = (
     "This table shows nanoseconds per neuron and time step, for the forward and backward pass of one layer. The "
