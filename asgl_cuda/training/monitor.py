@@ -28,7 +28,7 @@ _QUANTITIES = (
     "width", "firing_rate", "analog_share", "inside", "smoothing_error", "growth", "dead", "saturated", "nonzero_inputs"
 )  # fmt: skip
 
-# Limits from which on `Monitor.problems` reports a layer.
+# Limits by which `Monitor.problems` reports a layer or chooses the remedy.
 _MANY = 0.5  # fraction of neurons dead or saturated, or of channels constant
 _RARE = 0.05  # firing rate below which larger weights are the advice if most neurons are dead
 _FEW_INSIDE = 0.01  # fraction of potentials inside the window
@@ -361,7 +361,7 @@ class Monitor:
         """Adds the output of a call to the layer's sums."""
         s_seq = output[0] if isinstance(output, tuple) else output
         if isinstance(s_seq, Recorded):
-            s_seq.call_when_computed(lambda value: self._count_output(layer, args, value))
+            s_seq.call_after_recording(lambda value: self._count_output(layer, args, value))
             return
         traced = torch.compiler.is_compiling() or is_transform_active()
         if traced or not isinstance(s_seq, Tensor) or s_seq.numel() == 0:
