@@ -40,7 +40,7 @@ def missing_sources_message() -> str:
 
 def _misfit(info: BuildInfo) -> str | None:
     """Why the extension does not fit this torch or these sources, or None. Any torch of its minor version fits."""
-    if build_notes.minor_version(info.torch_version) != build_notes.minor_version(torch.__version__):
+    if build_notes.release_series(info.torch_version) != build_notes.release_series(torch.__version__):
         name = f"asgl_cuda {__version__}+{build_notes.local_version(info.torch_version, info.cuda)}"
         return f"{name} was built for torch {info.torch_version}, and this is torch {torch.__version__}"
     sources = source_directory()
