@@ -217,7 +217,7 @@ class CupyLauncher:
         driver.launchKernel(function, blocks, 1, 1, threads, 1, 1, 0, stream, addressof(arguments), 0)
 
     def load(self, device: torch.device, kernel: str) -> int:
-        """A handle of the kernel on the device, which must be the current one."""
+        """Loads the kernel on the device, which must be the current one, compiled if needed. Returns its handle."""
         driver = _driver()
         binary = load_or_compile(kernel, target_architecture(torch.cuda.get_device_capability(device)))
         _make_context_current(driver, device.index)

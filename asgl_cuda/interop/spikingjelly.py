@@ -190,14 +190,17 @@ def _input_gain(node: Any) -> Tensor | float:
 
 
 def _stored_state(node: Any, value: Any, x_seq: Tensor, at_start: float, at_rest: float | None) -> Any:
-    """The stored state as a tensor, or None if it has the value `at_rest`, with which `lif` starts by default."""
-    whole, simple = not x_seq.is_floating_point(), isinstance(node, (ConvertedClockDrivenNode, *_SIMPLE))
+    """The state `value` as a tensor for `v_init`: expanded if a number, `at_start` if it is of another shape.
+
+    None if it is the number `at_rest`, with which `lif` starts by default.
+    """
+    is_integer, simple = not x_seq.is_floating_point(), isinstance(node, (ConvertedClockDrivenNode, *_SIMPLE))
     if isinstance(value, Tensor) and value.shape != x_seq.shape[1:] and not simple:
         value = at_start  # start at rest, as in SpikingJelly
     if not isinstance(value, Tensor):
-        return None if value == at_rest and not whole else x_seq.new_full(x_seq.shape[1:], value)
+        return None if value == at_rest and not is_integer else x_seq.new_full(x_seq.shape[1:], value)
     # Since version 2, SpikingJelly stores states in the input's dtype.
-    return value.to(x_seq.dtype) if whole and not simple and hasattr(node, "materialize_states") else value
+    return value.to(x_seq.dtype) if is_integer and not simple and hasattr(node, "materialize_states") else value
 
 
 class ConvertedContainer(Recurrent):
