@@ -128,7 +128,7 @@ def nvrtc_version() -> str:
 
 
 def nvrtc_problem() -> str | None:
-    """Why there is no NVRTC, or no CuPy to call it."""
+    """Why there is no NVRTC, or no CuPy to call it. None if both are there."""
     try:
         nvrtc_version()
     except (ImportError, RuntimeError) as error:

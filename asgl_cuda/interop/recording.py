@@ -759,7 +759,7 @@ class Recording:
         return tree_unflatten([self._stack_output(each) for each in zip(*leaves, strict=True)], spec)
 
     def _stack_output(self, values: tuple[Any, ...]) -> Any:
-        """Stacks one output of all steps; the stack is recorded if any of the outputs is."""
+        """Stacks one output of all steps; the stack is recorded if any of the outputs is. None if all are None."""
         if all(each is None for each in values):
             return None
         if not all(isinstance(each, (Recorded, Tensor)) for each in values):

@@ -77,7 +77,7 @@ class ConvertedNode(Converted):
         }
 
     def speed_advice(self) -> str | None:
-        """Advice to use step mode "m", for a node in step mode "s"."""
+        """Advice to use step mode "m", for a node in step mode "s"; otherwise None."""
         if self.step_mode != "s":
             return None
         whole = "spikingjelly.activation_based.functional.set_step_mode(model, 'm')"
@@ -161,7 +161,7 @@ class ConvertedCUBALIFNode(ConvertedNode):
 
 
 def _leak_per_step(node: Any) -> Tensor | float:
-    """The fraction of the potential that leaks per step."""
+    """The fraction of the potential that leaks per step; 0 for nodes without a leak."""
     if isinstance(node, _PARAMETRIC):
         return node.w.sigmoid()  # type: ignore[no-any-return]
     return 1 / node.tau if isinstance(node, _LEAKY) else 0.0
@@ -358,7 +358,7 @@ class ConvertedClockDrivenNode(ConvertedNode):
         return {**super().dependencies(), "Lava": self.__dict__.get("backend") == "lava"}
 
     def speed_advice(self) -> str | None:
-        """Advice to use the MultiStep class, for a node that takes single steps."""
+        """Advice to use the MultiStep class, for a node that takes single steps; otherwise None."""
         if self.step_mode == "m":
             return None
         return "one step per call gains little; MultiStep nodes compute whole sequences, several times faster"

@@ -49,7 +49,7 @@ _LEAST_DECAY = 1 / (1 + math.exp(BOUND))
 
 
 def _check_backend(name: str, value: Any, caller: str) -> str:
-    """The name of a known backend."""
+    """Checks that the value is the name of a backend, and returns it."""
     check_name(name, value, BACKENDS, caller, otherwise=BEST)
     return value  # type: ignore[no-any-return]
 

@@ -176,7 +176,10 @@ def _scale_remedy(norm: Any, size: str, threshold: str) -> str:
 
 
 def _problem_of_layer(values: Mapping[str, float], layer: Any, norm: Any, diverged: bool) -> str | None:
-    """The problem of a layer with these quantities, and a remedy; `diverged`: the model has a NaN weight."""
+    """The problem of a layer with these quantities, and a remedy. None if it has no problem.
+
+    `diverged`: the model has a NaN weight.
+    """
     rate, inside, dead = values.get("firing_rate"), values.get("inside", 1.0), values.get("dead", 0.0)
     if (share := values.get("nonzero_inputs")) is not None and (gain := expected_speedup(layer, share)) < 1:
         return (
