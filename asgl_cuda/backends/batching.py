@@ -33,7 +33,7 @@ def batching_rules(library: Any) -> dict[str, Rule]:
         **{name: partial(_batch_in_one_call, getattr(library, name).default) for name in names},
         "recurrent_forward": partial(_batch_one_by_one, library.recurrent_forward.default, time_dim=0),
         "recurrent_backward": partial(_batch_one_by_one, library.recurrent_backward.default, time_dim=0),
-        "spike_product": partial(_batch_rows, library.spike_product.default),
+        "spike_product": partial(_batch_spike_product, library.spike_product.default),
         "spike_weight_gradient": partial(_batch_one_by_one, library.spike_weight_gradient.default, time_dim=0),
         "batch_norm_coefficients": partial(_batch_one_by_one, library.batch_norm_coefficients.default),
         "batch_norm_backward": partial(
@@ -111,7 +111,7 @@ def _batch_in_one_call(operator: Any, info: Any, in_dims: tuple[Any, ...], *argu
     return results, [int(index == state_index) for index in range(len(results))]
 
 
-def _batch_rows(operator: Any, info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
+def _batch_spike_product(operator: Any, info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
     """Batching rule of spike_product: one call if x alone is mapped, as each row or image is computed alone anyway."""
     dim, *others = pytree.tree_leaves(in_dims, is_leaf=lambda each: each is None)
     x, weight, *given = arguments

@@ -128,7 +128,7 @@ def nvrtc_version() -> str:
 
 
 def nvrtc_problem() -> str | None:
-    """Why there is no NVRTC, or no CuPy to call it."""
+    """Why there is no NVRTC, or no CuPy to call it. None if both are there."""
     try:
         nvrtc_version()
     except (ImportError, RuntimeError) as error:
@@ -217,7 +217,7 @@ class CupyLauncher:
         driver.launchKernel(function, blocks, 1, 1, threads, 1, 1, 0, stream, addressof(arguments), 0)
 
     def load(self, device: torch.device, kernel: str) -> int:
-        """A handle of the kernel on the device, which must be the current one."""
+        """Loads the kernel on the device, which must be the current one, compiled if needed. Returns its handle."""
         driver = _driver()
         binary = load_or_compile(kernel, target_architecture(torch.cuda.get_device_capability(device)))
         _make_context_current(driver, device.index)

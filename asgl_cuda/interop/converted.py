@@ -496,11 +496,15 @@ def as_floating(value: Tensor) -> Tensor:
 
 
 def _wrapped_forward(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Wraps forward: torch.fx sees one call of the module, as of torch.nn's; torch.jit is refused."""
+    """Wraps forward for callers other than eager code.
+
+    Records the call for torch.fx, as one of the module, or for a `Recording`; refuses torch.jit; and computes a
+    `Pending` input that the layer can't take.
+    """
 
     @functools.wraps(forward)
     def call(self: Converted, *args: Any, **kwargs: Any) -> Any:
-        """Records the call for torch.fx or a `Recording`, refuses torch.jit, or calls forward."""
+        """Returns what was recorded of the call, or the result of forward."""
         if not torch.compiler.is_compiling() and (found := current_recording()) is not None and not found.is_running:
             return self.record_step(found, *args, **kwargs)
         is_pending = bool(args) and isinstance(args[0], Pending)
@@ -508,7 +512,7 @@ def _wrapped_forward(forward: Callable[..., Any]) -> Callable[..., Any]:
             tracer: Any = args[0].tracer
             return tracer.create_proxy("call_module", tracer.path_of_module(self), args, kwargs)
         if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
-            self.__prepare_scriptable__()
+            self.__prepare_scriptable__()  # raises
         if is_pending and (self.takes_one_step or not self.takes_input_directly):
             why = "which is called step by step" if self.takes_one_step else "whose input no neuron takes as it is"
             args = args[0].tensor(f"{bare_class(self).__name__}, {why}"), *args[1:]

@@ -79,7 +79,10 @@ def dtype_of_spikes(function: Any) -> torch.dtype | None:
 
 
 def is_spike_function(function: Callable[[Tensor], Tensor]) -> bool:
-    """Whether a function without parameters emits 0 below the threshold and 1 above, whatever its gradient."""
+    """Whether the function emits 0 below the threshold and 1 above, and has nothing that learns.
+
+    Its gradient does not matter, unlike in `identify`. False if the function raises an error.
+    """
     try:
         return not _has_learned_values(function) and _is_unit_step(function)
     except Exception:  # the function is the library's or the user's

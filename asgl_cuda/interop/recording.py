@@ -82,8 +82,8 @@ class Recorded:
         """Computes the value. `use` names the function that needs it, for errors."""
         return self.of.value_of(self, use)
 
-    def call_when_computed(self, function: Callable[[Any], object]) -> None:
-        """Calls the function with the value, once it is computed."""
+    def call_after_recording(self, function: Callable[[Any], object]) -> None:
+        """Calls the function with the value at the end of the recording, which computes it if nothing else does."""
         _mark_used(self.group)
         self.of.waiting.append((self.group, self.index, function))
 
@@ -759,7 +759,7 @@ class Recording:
         return tree_unflatten([self._stack_output(each) for each in zip(*leaves, strict=True)], spec)
 
     def _stack_output(self, values: tuple[Any, ...]) -> Any:
-        """Stacks one output of all steps; the stack is recorded if any of the outputs is."""
+        """Stacks one output of all steps; the stack is recorded if any of the outputs is. None if all are None."""
         if all(each is None for each in values):
             return None
         if not all(isinstance(each, (Recorded, Tensor)) for each in values):
@@ -921,10 +921,10 @@ def _in_place_refusal(target: Recorded, name: str, has_plain: bool) -> str:
 
 @functools.cache
 def _in_place_form(function: Any) -> tuple[Any, str, int | None] | None:
-    """How a function changes its first argument: a function that computes the same without, the name, and None.
+    """How a function changes its first argument: by its name or by an argument `inplace`. None if it changes nothing.
 
-    For a function with an argument `inplace`: the function, its name, and the position of that argument. None for a
-    function that changes nothing.
+    By its name, as `add_`: the function that computes the same out of place, the name, and None. The function is None
+    if there is none, as for `x[i] = value`. By an argument: the function itself, its name, and the argument's position.
     """
     name = function.__name__
     if name == "__setitem__":
@@ -945,7 +945,11 @@ def _in_place_form(function: Any) -> tuple[Any, str, int | None] | None:
 
 
 def _out_of_place_call(function: Any, args: Any, kwargs: Any) -> Any:
-    """The same call without a change in place: function, arguments and name. None if it changes nothing anyway."""
+    """The same call without a change in place: function, arguments, and name of the given function.
+
+    The function is None if there is no such call, as for `x[i] = value`. Returns None, not a tuple, if the given call
+    changes nothing.
+    """
     kind = _in_place_form(function)
     if kind is None:
         return None

@@ -110,7 +110,7 @@ def to_spike_layers(model: nn.Module, example: Any) -> tuple[nn.Module, Report]:
     def count_nonzero_inputs(name: str, layer: Any, inputs: tuple[Any, ...]) -> None:
         """Counts the non-zero inputs of a call, and notes whether kernels compute it."""
         if isinstance(inputs[0], Recorded):
-            inputs[0].call_when_computed(lambda x: count_nonzero_inputs(name, layer, (x,)))
+            inputs[0].call_after_recording(lambda x: count_nonzero_inputs(name, layer, (x,)))
             return
         x = tensor_of(inputs[0], caller)
         shares, kernels = counted.setdefault(name, ([], []))

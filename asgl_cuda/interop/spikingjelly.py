@@ -77,7 +77,7 @@ class ConvertedNode(Converted):
         }
 
     def speed_advice(self) -> str | None:
-        """Advice to use step mode "m", for a node in step mode "s"."""
+        """Advice to use step mode "m", for a node in step mode "s"; otherwise None."""
         if self.step_mode != "s":
             return None
         whole = "spikingjelly.activation_based.functional.set_step_mode(model, 'm')"
@@ -161,7 +161,7 @@ class ConvertedCUBALIFNode(ConvertedNode):
 
 
 def _leak_per_step(node: Any) -> Tensor | float:
-    """The fraction of the potential that leaks per step."""
+    """The fraction of the potential that leaks per step; 0 for nodes without a leak."""
     if isinstance(node, _PARAMETRIC):
         return node.w.sigmoid()  # type: ignore[no-any-return]
     return 1 / node.tau if isinstance(node, _LEAKY) else 0.0
@@ -190,14 +190,17 @@ def _input_gain(node: Any) -> Tensor | float:
 
 
 def _stored_state(node: Any, value: Any, x_seq: Tensor, at_start: float, at_rest: float | None) -> Any:
-    """The stored state as a tensor, or None if it has the value `at_rest`, with which `lif` starts by default."""
-    whole, simple = not x_seq.is_floating_point(), isinstance(node, (ConvertedClockDrivenNode, *_SIMPLE))
+    """The state `value` as a tensor for `v_init`: expanded if a number, `at_start` if it is of another shape.
+
+    None if it is the number `at_rest`, with which `lif` starts by default.
+    """
+    is_integer, simple = not x_seq.is_floating_point(), isinstance(node, (ConvertedClockDrivenNode, *_SIMPLE))
     if isinstance(value, Tensor) and value.shape != x_seq.shape[1:] and not simple:
         value = at_start  # start at rest, as in SpikingJelly
     if not isinstance(value, Tensor):
-        return None if value == at_rest and not whole else x_seq.new_full(x_seq.shape[1:], value)
+        return None if value == at_rest and not is_integer else x_seq.new_full(x_seq.shape[1:], value)
     # Since version 2, SpikingJelly stores states in the input's dtype.
-    return value.to(x_seq.dtype) if whole and not simple and hasattr(node, "materialize_states") else value
+    return value.to(x_seq.dtype) if is_integer and not simple and hasattr(node, "materialize_states") else value
 
 
 class ConvertedContainer(Recurrent):
@@ -355,7 +358,7 @@ class ConvertedClockDrivenNode(ConvertedNode):
         return {**super().dependencies(), "Lava": self.__dict__.get("backend") == "lava"}
 
     def speed_advice(self) -> str | None:
-        """Advice to use the MultiStep class, for a node that takes single steps."""
+        """Advice to use the MultiStep class, for a node that takes single steps; otherwise None."""
         if self.step_mode == "m":
             return None
         return "one step per call gains little; MultiStep nodes compute whole sequences, several times faster"

@@ -49,7 +49,7 @@ _LEAST_DECAY = 1 / (1 + math.exp(BOUND))
 
 
 def _check_backend(name: str, value: Any, caller: str) -> str:
-    """The name of a known backend."""
+    """Checks that the value is the name of a backend, and returns it."""
     check_name(name, value, BACKENDS, caller, otherwise=BEST)
     return value  # type: ignore[no-any-return]
 
@@ -299,7 +299,7 @@ class NeuronLayer(Settable):
         if isinstance(x_seq, fx.Proxy):
             return self._record_fx_call(x_seq, residual)
         if torch._C._get_tracing_state() is not None:
-            self.__prepare_scriptable__()
+            self.__prepare_scriptable__()  # raises
         x_seq, options = self._inputs_of_call(x_seq, residual)
         if not isinstance(x_seq, Tensor) or x_seq.dtype not in FLOATING_TYPES:
             check_input(x_seq, self.time_dim, self._caller)  # names the layer, not its function
@@ -385,7 +385,7 @@ class NeuronLayer(Settable):
         return tracer.create_proxy("call_module", tracer.path_of_module(self), (x_seq,), more)
 
     def __prepare_scriptable__(self) -> NoReturn:
-        """Refuses torch.jit.script, which calls this first."""
+        """Refuses torch.jit.script, which calls this method first. Also called for torch.jit.trace."""
         raise RuntimeError(
             f"{self._caller}: torch.jit can neither trace nor script {type(self).__name__}; "
             "torch.compile and torch.export can"

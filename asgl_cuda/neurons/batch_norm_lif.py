@@ -151,7 +151,8 @@ class BatchNormLIFFunction(torch.autograd.Function):
         if shared:
             grad_x_seq = torch.empty_like(found.residual)
         elif through_batch and is_transform_active():
-            # once_differentiable made grad_x_seq a view, which autograd lets nobody write.
+            # Under transforms lif_backward's autograd kernel returns grad_x_seq through once_differentiable, as a view
+            # made in a Function. Autograd forbids to modify such a view in place, as batch_norm_backward does.
             grad_x_seq = grad_x_seq.clone()
         if wants_sums:
             sums = found.input_gain, found.input_bias
@@ -208,7 +209,11 @@ class _CoefficientsFunction(torch.autograd.Function):
 
 
 def _with_derivative(operator: Any, below: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
-    """Calls the operator batch_norm_coefficients, of an exported graph or torch.ops, with its derivative."""
+    """Calls batch_norm_coefficients by `below`, the operator below autograd.
+
+    The results have the graph of _CoefficientsFunction; see DERIVATIVES. `operator` only tells the backend. Raises
+    RuntimeError for statistics of several processes.
+    """
     _, statistics, *_ = arguments
     if statistics is not None:
         raise RuntimeError(
@@ -220,7 +225,7 @@ def _with_derivative(operator: Any, below: Any, *arguments: Any) -> tuple[Tensor
 
 
 def _update_with_derivative(operator: Any, below: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
-    """The same for batch_norm_update, whose derivative is that of batch_norm_coefficients."""
+    """The same for batch_norm_update, which takes the running statistics and momentum before the same arguments."""
     return _with_derivative(operator, partial(below, *arguments[:4]), *arguments[4:])
 
 

@@ -104,7 +104,10 @@ class IntegratorFunction(torch.autograd.Function):
 
 
 def _with_derivative(operator: Any, below: Any, *arguments: Any) -> ForwardResult:
-    """Calls the operator integrator_forward, of an exported graph or torch.ops, with its derivative."""
+    """Calls integrator_forward by `below`, the operator below autograd, for results with IntegratorFunction's graph.
+
+    See DERIVATIVES. `operator` only tells the backend.
+    """
     *tensors, numbers, rules, delay, wants_v_last = arguments
     plan = make_plan(tensors[0], Rules(*rules), Numbers(*numbers), (wants_v_last,), options=(delay,))
     return list(apply_at_one_level(IntegratorFunction, below, backend_of(operator), plan, *tensors))

@@ -326,7 +326,10 @@ class LIFFunction(torch.autograd.Function):
 
 
 def _with_derivative(operator: Any, below: Any, *arguments: Any) -> ForwardResult:
-    """A bare lif_forward with its derivative."""
+    """Calls lif_forward by `below`, the operator below autograd, so that the results have LIFFunction's graph.
+
+    See DERIVATIVES. `operator` only tells the backend. Checkpoints are always computed, and returned if wanted.
+    """
     *inputs, numbers, rules, (*of_outputs, keeps_checkpoints) = arguments
     plan = make_plan(inputs[0], Rules(*rules), Numbers(*numbers), of_outputs)
     *outputs, checkpoints = apply_at_one_level(LIFFunction, below, backend_of(operator), plan, *inputs)

@@ -109,9 +109,10 @@ class RecurrentFunction(torch.autograd.Function):
 
 
 def _with_derivative(operator: Any, below: Any, *arguments: Any) -> ForwardResult:
-    """Calls the operator recurrent_forward, of an exported graph or torch.ops, with its derivative.
+    """Calls recurrent_forward by `below`, the operator below autograd, for results with RecurrentFunction's graph.
 
-    emitted, i_seq and w_seq have none.
+    See DERIVATIVES. `operator` only tells the backend. What backward needs is always computed, and returned if wanted;
+    emitted, i_seq and w_seq have no gradients.
     """
     *tensors, numbers, rules, has_synapse, detach_recurrent, wanted = arguments
     _, _, wants_v_seq, _, _, *wants_last = wanted
@@ -466,8 +467,9 @@ class RecurrentLIF(Adapting):
             self.recurrent_weight.uniform_(-bound, bound)
             if self.recurrent_bias is not None:
                 self.recurrent_bias.uniform_(-bound, bound)
-        if syn_decay is not None:  # as a float: a Parameter would be registered
+        if syn_decay is not None:
             syn_decay = self._store_decay(self.logit_syn_decay, "syn_decay", syn_decay, "learn_syn_decay")
+        # The checked value, not a given Parameter, which nn.Module would register as a second one.
         self._syn_decay: Tensor | float | None = syn_decay
 
     def reset_parameters(self) -> None:

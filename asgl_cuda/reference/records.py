@@ -52,8 +52,8 @@ class Rules(NamedTuple):
     log_width: int  # 1: the width is given as its logarithm, within the bound of learned.py; 0 for the reference
     logit_decay: int  # 1 if the decay is given as its logit
     analog_below: int  # round(analog_prob * DRAWS), or BELOW_IN_STATE
-    # The largest number of spikes per step; 0 means no limit. If `surrogate` is INTEGER, width is the threshold, and
-    # v_threshold is the factor of scale_output.
+    # The largest number of spikes per step of INTEGER and multi_spike; 0 if not given, which with multi_spike means no
+    # limit. If `surrogate` is INTEGER, width is the threshold, and v_threshold is the factor of scale_output.
     levels: int
     # To what w is added; 0 without adaptation. Otherwise w is a state, and input_gain, input_bias and input_mean are
     # the parameters of the adaptation.

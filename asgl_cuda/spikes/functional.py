@@ -117,7 +117,10 @@ class SpikeFunction(torch.autograd.Function):
 
 
 def _with_derivative(operator: Any, below: Any, *arguments: Any) -> Tensor:
-    """Calls the operator spike_product, of an exported graph or torch.ops, with its derivative."""
+    """Calls spike_product by `below`, the operator below autograd, so that the result has SpikeFunction's graph.
+
+    See DERIVATIVES. `operator` is not needed.
+    """
     return apply_at_one_level(SpikeFunction, below, *arguments)  # type: ignore[no-any-return]
 
 

@@ -28,7 +28,7 @@ _QUANTITIES = (
     "width", "firing_rate", "analog_share", "inside", "smoothing_error", "growth", "dead", "saturated", "nonzero_inputs"
 )  # fmt: skip
 
-# Limits from which on `Monitor.problems` reports a layer.
+# Limits by which `Monitor.problems` reports a layer or chooses the remedy.
 _MANY = 0.5  # fraction of neurons dead or saturated, or of channels constant
 _RARE = 0.05  # firing rate below which larger weights are the advice if most neurons are dead
 _FEW_INSIDE = 0.01  # fraction of potentials inside the window
@@ -176,7 +176,10 @@ def _scale_remedy(norm: Any, size: str, threshold: str) -> str:
 
 
 def _problem_of_layer(values: Mapping[str, float], layer: Any, norm: Any, diverged: bool) -> str | None:
-    """The problem of a layer with these quantities, and a remedy; `diverged`: the model has a NaN weight."""
+    """The problem of a layer with these quantities, and a remedy. None if it has no problem.
+
+    `diverged`: the model has a NaN weight.
+    """
     rate, inside, dead = values.get("firing_rate"), values.get("inside", 1.0), values.get("dead", 0.0)
     if (share := values.get("nonzero_inputs")) is not None and (gain := expected_speedup(layer, share)) < 1:
         return (
@@ -361,7 +364,7 @@ class Monitor:
         """Adds the output of a call to the layer's sums."""
         s_seq = output[0] if isinstance(output, tuple) else output
         if isinstance(s_seq, Recorded):
-            s_seq.call_when_computed(lambda value: self._count_output(layer, args, value))
+            s_seq.call_after_recording(lambda value: self._count_output(layer, args, value))
             return
         traced = torch.compiler.is_compiling() or is_transform_active()
         if traced or not isinstance(s_seq, Tensor) or s_seq.numel() == 0:

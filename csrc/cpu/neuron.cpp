@@ -1,5 +1,5 @@
 // Chooses between the settled and the general kernels, sums the gradients of parameters over tiles, and instantiates
-// the general kernels for all neurons but adaptive ones.
+// the general kernels for all neurons but adaptive ones. Also tells the number of threads.
 #include "cpu/neuron.h"
 
 #include <vector>
@@ -94,7 +94,8 @@ void sum_runs(const GradientSum<Real>& sum, const GradientPart<Real>& part, int6
 
 }  // namespace
 
-// If this file is compiled without OpenMP, at::parallel_for is silently serial.
+// For `python -m asgl_cuda info`: 1 where this was compiled without OpenMP, since at::parallel_for is then silently
+// serial.
 int num_threads() {
 #if defined(_OPENMP)
   return at::get_num_threads();

@@ -81,7 +81,8 @@ void run_settled_model(const ForwardParams<Scalar>& params) {
       const bool s_in_place = is_in_place<Scalar>(tile), all_in_place = s_in_place && currents.in_place(tile);
       const bool in_cache = recent_row_ahead(params.x_seq, tile, 0) == nullptr;
       const Stream stream = s_in_place ? past_cache : nullptr;
-      // In the L2 cache single steps are faster, whose stores don't wait for loads at the same place of another page.
+      // If x fits in the L2 cache, single steps are faster: with several, the load of x at the next step waits for the
+      // store of s just before it, if both have the same offset in their pages (4K aliasing).
       const int64 most = all_in_place && !in_cache ? kCheckpointSteps : stream != nullptr ? kStepsOfStream : 1;
       neurons.move_to(tile, 0);
       currents.input().move_to(tile);

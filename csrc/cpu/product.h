@@ -1,6 +1,6 @@
 // Products of a few rows with a matrix, for recurrent neurons, and what the products of spikes share with them. Each
-// sum is in the order of the inner dimension, by fused multiply-add where the processor has it: the bits of an element
-// depend neither on the number of rows nor on whether zeros are skipped.
+// sum is in the order of the inner dimension, by fused multiply-add in the AVX2 (with FMA) and AVX-512 clones: the bits
+// of an element depend neither on the number of rows nor on whether zeros are skipped.
 #pragma once
 
 #if defined(__x86_64__)

@@ -90,8 +90,9 @@ Steps<Real_t<Element>> start_steps(Element* sequence, const Tile& tile, int64 t,
   return {row, row == buffer ? 0 : tile.shape.inner};
 }
 
-// The address of row t for a prefetch, or null if there is no row t or it is not contiguous. For sequences that
-// backward reads from forward: they are no longer in the cache.
+// The address of row t (0 <= t < steps) of a tile for a prefetch. Null without a sequence, for a tile beyond the last,
+// or if the row is not contiguous. For sequences that are taken not to be in the cache; for others see
+// recent_row_ahead.
 template <class Element>
 const char* row_ahead(const Element* sequence, const Tile& tile, int64 t) {
   if (sequence == nullptr || tile.length <= 0 || !tile.in_one_piece()) return nullptr;
@@ -99,7 +100,8 @@ const char* row_ahead(const Element* sequence, const Tile& tile, int64 t) {
 }
 
 // The address of row t as by the function above, for sequences that were written a short time ago or will be written.
-// Null if the sequence fits in the L2 cache: without prefetches a layer then takes 4 to 8 % less time.
+// Null if the sequence fits in the L2 cache: without prefetches a layer then takes 4 to 8 % less time. Also used as a
+// test for "fits in L2".
 template <class Element>
 const char* recent_row_ahead(const Element* sequence, const Tile& tile, int64 t) {
   constexpr int64 kCacheBytes = int64{1} << 20;

@@ -9,7 +9,7 @@ namespace asgl {
 constexpr int kWarpThreads = 32;
 constexpr unsigned kWholeWarp = 0xFFFFFFFFu;
 
-// Accesses whose cache lines are evicted from L2 first, for data that a kernel touches once (the argument `once`
+// Accesses whose cache lines are evicted from L2 first, for data that a kernel touches once (load_once and store_once
 // below).
 template <class Word>
 __device__ __forceinline__ Word load_streaming(const Word* from) {

@@ -1,5 +1,5 @@
 // Sums of the parameters' gradients: of a block's threads into slots of GradientPartials, and of all slots, in one
-// launch for all parameters.
+// launch for all parameters, or two if runs are split.
 #pragma once
 
 #include "cuda/access.cuh"

@@ -119,6 +119,7 @@ class SegmentNoise<4, kSteps> {
 
     __device__ __forceinline__ bool is_analog(int k, int j) const { return bits >> (4 * k + j) & 1u; }
   };
+  // Opaque: the compiler would otherwise choose the word and shift it again in each of the unrolled steps.
   __device__ __forceinline__ Few from(int first) const {
     Few few = {(first < 8 ? steps_0_to_7_ : steps_8_to_15_) >> (4 * (first % 8))};
     asgl::opaque(few.bits);

@@ -44,8 +44,8 @@ struct ShiftedSums {
   // Adds the values of the first `rows` rows, at least one. With m close to their mean and d = x - m, n values have
   //   sum (x - shift) = n (m - shift) + sum d
   //   sum (x - shift)^2 = (m - shift) (n (m - shift) + 2 sum d) + sum d^2
-  // where only the sums of d, small if the values are alike, are rounded to Real. m has 16 bits: then d is exact for
-  // values up to 2^8 times as large; and where the values differ in later bits alone, the sums are.
+  // where only the sums of d, small if the values are alike, are rounded to Real. In float32 m has 16 bits. Then d is
+  // exact for values from m / 2 to 2^8 m, and if the values differ only in later bits, so are the sums of d.
   template <int kRows, int kLanes>
   __device__ __forceinline__ void add(const Real (&x)[kRows][kLanes], int rows, Real shift) {
     constexpr int kSums = kRows * kLanes / 4;  // of four values each

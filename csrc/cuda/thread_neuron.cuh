@@ -68,7 +68,8 @@ class ThreadNeuron<Real, true> {
     convert();
   }
 
-  // Reads the parameters of step t, if any changes over time.
+  // Reads the parameters of step t that change over time. They are never logarithms or logits (checked in ops/call.h),
+  // so value_of is not needed.
   __device__ __forceinline__ void move_to(int64 t) {
     if (!per_step_) return;
 #pragma unroll

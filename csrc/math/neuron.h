@@ -28,7 +28,9 @@ struct NeuronOptions {
   bool detach_reset;
   bool log_width;    // the parameter kWidth is the logarithm of the width
   bool logit_decay;  // kDecay is the logit of the decay
-  uint16 levels;     // the most spikes a step of kInteger and multi_spike; in padding, so that no other kernel changes
+  // The largest number of spikes per step of kInteger and multi_spike; 0 if not given, which with multi_spike means no
+  // limit. It lies in padding, so that no other kernel changes.
+  uint16 levels;
 };
 
 // What input_current and charge may assume about the parameters. If an assumption holds, it changes at most the sign of

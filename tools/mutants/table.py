@@ -1107,7 +1107,7 @@ MUTANTS = {
     "nir: a model in training": Mutant("torch.get_default_dtype()).eval()",
         "torch.get_default_dtype())", "interop/test_nir.py comes_back"),
     # ---- extension, build, command line ----
-    "extension: one of any torch is mapped": Mutant("if build_notes.minor_version(info.torch_version) !=",
+    "extension: one of any torch is mapped": Mutant("if build_notes.release_series(info.torch_version) !=",
         "if None is", "backends/test_extension.py does_not_fit"),
     "extension: one of other sources is mapped": Mutant("if sources is not None and info.sources !=",
         "if sources is not None and None is",

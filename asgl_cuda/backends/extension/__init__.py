@@ -20,7 +20,7 @@ PACKAGE = Path(__file__).parents[2]
 
 
 def source_directory() -> Path | None:
-    """The folder of the sources: in the package, or beside it in a checkout."""
+    """The folder of the sources, in the package or in a checkout beside it. None if they are gone."""
     folders = (PACKAGE / "csrc", PACKAGE.parent / "csrc")
     return next((path for path in folders if (path / "ops/bindings.cpp").is_file()), None)
 
@@ -39,8 +39,8 @@ def missing_sources_message() -> str:
 
 
 def _misfit(info: BuildInfo) -> str | None:
-    """Why the extension does not fit this torch or these sources, or None. Any torch of its minor version fits."""
-    if build_notes.minor_version(info.torch_version) != build_notes.minor_version(torch.__version__):
+    """Why the extension does not fit this torch or these sources, or None. Any torch of its release series fits."""
+    if build_notes.release_series(info.torch_version) != build_notes.release_series(torch.__version__):
         name = f"asgl_cuda {__version__}+{build_notes.local_version(info.torch_version, info.cuda)}"
         return f"{name} was built for torch {info.torch_version}, and this is torch {torch.__version__}"
     sources = source_directory()
@@ -50,7 +50,7 @@ def _misfit(info: BuildInfo) -> str | None:
 
 
 def load_extension() -> tuple[ModuleType | None, BuildInfo | None, str | None]:
-    """The extension and its notes, or the reason for none with a remedy."""
+    """The extension, its notes, and None; or None, None, and the reason with a remedy."""
     if not (PACKAGE / NOTES).exists():
         others = [path.name for path in PACKAGE.glob("_C.*")]
         why = f"{', '.join(others)} in {PACKAGE} has no {NOTES} beside it: its build did not end" if others else None

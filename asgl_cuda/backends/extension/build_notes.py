@@ -44,15 +44,15 @@ class BuildInfo(NamedTuple):
         return f"sm_{max(cubins)}" if cubins else f"compute_{max(ptx)}" if ptx else None
 
 
-def minor_version(torch_version: str) -> str:
-    """Major and minor version: 2.6 of 2.6.0+cpu."""
+def release_series(torch_version: str) -> str:
+    """The major and minor number of a version of torch: 2.6 of 2.6.0+cpu."""
     return ".".join(torch_version.split("+")[0].split(".")[:2])
 
 
 def local_version(torch_version: str, cuda: str | None) -> str:
     """The torch that an extension fits, in the version of its wheel: torch2.13.cpu, torch2.13.cu130."""
     build = (torch_version.partition("+")[2] or "cuda") if cuda else "cpu"
-    return f"torch{minor_version(torch_version)}.{build}"
+    return f"torch{release_series(torch_version)}.{build}"
 
 
 @functools.cache
