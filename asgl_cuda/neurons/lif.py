@@ -430,13 +430,13 @@ class LIF(Neurons):
         width: initial width of the surrogate, > 0. Its logarithm is stored.
         surrogate: the name of a surrogate, see `asgl_cuda.lif`.
         surrogate_gain: factor on the surrogate gradient.
-        analog_prob: fraction of elements (a neuron at a time step) that emit the smooth value `F(u / width)` instead of
-            a spike in training, see `asgl_cuda.lif`. In evaluation no element does. The default is 0.5 here, 0 in
-            `asgl_cuda.lif`, and 0.2 in the paper.
+        analog_prob: fraction of elements that emit the smooth value `F(u / width)` instead of a spike in training, see
+            `asgl_cuda.lif`. An element is one neuron at one time step. In evaluation all elements emit spikes. The
+            default is 0.5 here, 0 in `asgl_cuda.lif`, and 0.2 in the paper.
         granularity: whether a learned parameter has one value per layer, per channel or per neuron.
         learn_width, learn_decay, learn_threshold: which of these are parameters; the others are constants.
         strict_threshold: fire only if the potential is above the threshold, and not if the two are equal.
-        detach_reset: stop the gradient that flows through the spike in the reset. With this gradient, gradients can
+        detach_reset: stop the gradient that flows through the spike in the reset. If it is not stopped, gradients can
             explode over many steps, see `asgl_cuda.lif`, where the default is False. `Monitor` measures their growth.
         scale_output: multiply the output by `v_threshold`. With levels and without multi_spike, divide it by `levels`
             instead.
@@ -464,12 +464,12 @@ class LIF(Neurons):
     Shapes: input and output are `[T, B, ...]`, or have time at `time_dim`. For granularity "channel", the dimension
     after the batch has the channels. For "neuron", the last dimensions have the neurons, in the shape `num_features`.
 
-    `layer(x_seq, residual)` computes `layer(x_seq + residual)` without the sum in memory. `residual` must have the
-    shape and type of x_seq.
+    `layer(x_seq, residual)` computes `layer(x_seq + residual)` without storing the sum. `residual` must have the shape
+    and type of x_seq.
 
     A state dict has only the learned parameters, `log_width`, `logit_decay` and `threshold`. As in torch's layers, it
-    has no constants, flags, `analog_prob` or potentials, so it loads without a warning into a layer with another
-    constant decay. `AnalogProbSchedule.state_dict()` contains `analog_prob`.
+    has no constants, flags, `analog_prob` or potentials. Therefore it also loads into a layer whose constant decay is
+    different, without a warning. `AnalogProbSchedule.state_dict()` contains `analog_prob`.
 
     `decay=1 - 1 / tau, input_gain=1 / tau` gives the neuron of SpikingJelly's `LIFNode(tau=tau)`.
 

@@ -389,7 +389,7 @@ class Monitor:
         return {name: widths.get(name, {}) | values for name, values in found.items()}
 
     def problems(self) -> list[str]:
-        """Problems of layers that may not learn, one line each: layer, observation, remedy. Empty if there are none."""
+        """Problems of layers that may not learn, one line each with the layer, the observation and a remedy."""
         found = self.result()
         if all("firing_rate" not in values for values in found.values()):
             return [
@@ -407,7 +407,8 @@ class Monitor:
     def scalars(self) -> dict[str, float]:
         """The quantities as one dict for loggers, as TensorBoard's `writer.add_scalar(name, value, step)`.
 
-        Names are `firing_rate/layer` and so on; a lone layer has no name.
+        A name has the quantity and the layer, as in `firing_rate/1`. If the model itself is the layer, it has only the
+        quantity.
         """
         found = self.result()
         return {

@@ -132,15 +132,15 @@ class FiringRates:
         """Takes the rates, and returns a penalty on them. Multiply it by a weight and add it to the loss.
 
         Args:
-            target: the rate that every layer should have, or a dict with the target of each of some layers by name, or
-                None.
+            target: the rate that every layer should have, a dict from the names of some layers to the rates that these
+                should have, or None.
 
         Returns a scalar tensor. With None it is the mean of the rates of all layers, which pushes towards silence. With
-        targets it is the mean of `(rate - target) ** 2` over the layers. This also raises the rates of layers that fire
-        too rarely, if their potentials reach the window of the surrogate.
+        a rate or a dict it is the mean of `(rate - target) ** 2` over the layers that have a target. Such a penalty
+        also raises the rates of layers that fire too rarely, if their potentials reach the window of the surrogate.
 
-        Raises the errors of `take`, TypeError or ValueError for invalid targets, and KeyError if a name is not the name
-        of a layer.
+        Raises the errors of `take`, TypeError or ValueError for invalid targets, and KeyError if the dict has a name
+        that no layer has.
         """
         targets: Mapping[str, Any] = target if isinstance(target, Mapping) else dict.fromkeys(self._layers, target)
         for name, value in targets.items():
