@@ -164,16 +164,17 @@ def leaky_integrator(
         input_gain: factor on the input; like decay a float or a tensor that broadcasts against x_seq.
         v_rest: resting potential, in units of x_seq.
         v_init: potential before the first step, in the shape of x_seq without time; default `v_rest`.
-        delay: emit the potential before the input of a step is added, instead of after.
+        delay: emit at each step the potential from before this step, without the step's leak and input.
         return_v_last: return the potential after the last step as well, see `IntegratorOutput`.
         backend: one of `available_backends()`; default the best for x_seq's device.
 
-    Backward needs x_seq if input_gain requires a gradient, and the output if decay does; these are stored. In half
-    types the gradient of decay is therefore computed from rounded potentials.
+    If input_gain requires a gradient, x_seq is stored for backward. If decay requires a gradient, the output is stored.
+    In half types the stored output is rounded, and the gradient of decay is computed from these rounded potentials.
 
     Returns:
-        The potentials, in shape and type of x_seq; or an `IntegratorOutput`. Both are differentiable once with respect
-        to x_seq, v_init, and decay and input_gain if given as tensors.
+        The potentials, in shape and type of x_seq; with return_v_last an `IntegratorOutput` of potentials and `v_last`.
+        The potentials and `v_last` are differentiable once with respect to x_seq and v_init, and with respect to decay
+        and input_gain if these are tensors. With the backend "reference" they have all derivatives.
 
     Raises TypeError, ValueError and RuntimeError as `lif` does.
 
@@ -232,17 +233,18 @@ class LeakyIntegrator(NeuronLayer):
             stored as a logit.
         input_gain: factor on the input.
         v_rest: resting potential, in units of the input.
-        delay: emit the potential before the input of a step is added, instead of after.
+        delay: emit at each step the potential from before this step, without the step's leak and input.
         learn_decay: whether the decay is a parameter; else it stays constant.
         stateful: carry the potential from call to call, as `v`, until `reset()` or `asgl_cuda.reset(model)`.
             `step(x_t)`, one step without time, always carries `v`.
 
-    A float may also be given as a tensor of one value, and decay as a tensor of shape `num_features`, as for `LIF`.
+    A float may also be given as a tensor of one value. With granularity "channel" or "neuron", decay may also be a
+    tensor of shape `num_features`.
     `decay` can be read and set at any time. A state dict contains only a learned decay, as `logit_decay`.
 
     Neurons with a synaptic current are `nn.Sequential(LeakyIntegrator(decay=a), LIF(decay=b))`. Per neuron and step
-    these two layers read and write 4 values in forward and 5 in backward, because the current and its gradient go
-    through memory. A single kernel would read and write 2 and 3.
+    these two layers read and write 4 values in forward and 5 in backward, because the current and its gradient are
+    stored in memory in between. A single kernel would read and write 2 values in forward and 3 in backward.
 
     Raises ValueError or TypeError for arguments out of range, and otherwise the errors of `asgl_cuda.leaky_integrator`.
 
@@ -257,7 +259,8 @@ class LeakyIntegrator(NeuronLayer):
         )
         scores = model(torch.randn(100, 32, 64))[-1]  # [T, B, 64] to [B, 10]: its value after the last step
 
-    The same in PyTorch: `asgl_cuda.leaky_integrator(x_seq, logit_decay.sigmoid(), ...)`, whose docstring has the loop.
+    The layer computes `asgl_cuda.leaky_integrator(x_seq, logit_decay.sigmoid(), ...)`. The docstring of this function
+    has the same computation as a loop in PyTorch.
     """
 
     _caller = "asgl_cuda.LeakyIntegrator"

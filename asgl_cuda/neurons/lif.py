@@ -435,13 +435,14 @@ class LIF(Neurons):
         width: initial width of the surrogate, > 0. Its logarithm is stored.
         surrogate: the name of a surrogate, see `asgl_cuda.lif`.
         surrogate_gain: factor on the surrogate gradient.
-        analog_prob: fraction of elements that emit the smooth value in training; in evaluation all spikes are hard. The
-            default is 0.5 (0.2 in the paper), while it is 0 in the function `asgl_cuda.lif`.
+        analog_prob: fraction of elements that emit the smooth value `F(u / width)` instead of a spike in training, see
+            `asgl_cuda.lif`. An element is one neuron at one time step. In evaluation all elements emit spikes. The
+            default is 0.5 here, 0 in `asgl_cuda.lif`, and 0.2 in the paper.
         granularity: whether a learned parameter has one value per layer, per channel or per neuron.
         learn_width, learn_decay, learn_threshold: which of these are parameters; the others are constants.
         strict_threshold: fire only if the potential is above the threshold, and not if the two are equal.
-        detach_reset: stop the gradient that flows through the spike in the reset, which can explode over many steps
-            (see `asgl_cuda.lif`, where the default is False). `Monitor` measures how much gradients grow.
+        detach_reset: stop the gradient that flows through the spike in the reset. If it is not stopped, gradients can
+            explode over many steps, see `asgl_cuda.lif`, where the default is False. `Monitor` measures their growth.
         scale_output: multiply the output by `v_threshold`. With levels and without multi_spike, divide it by `levels`
             instead.
         levels: emit a whole number of spikes per step, from 0 to `levels`: the potential divided by the threshold,
@@ -453,7 +454,8 @@ class LIF(Neurons):
         stateful: carry the potential from call to call, as `v`, until `reset()` or `asgl_cuda.reset(model)`. Do not
             use it with activation checkpointing, which calls the layer twice. `step(x_t)`, which computes one step
             without the time dimension, always carries `v`.
-        store_v_seq: store the potentials after the reset of the last call as `v_seq`, in the shape of the input.
+        store_v_seq: store the potentials of the last call, after the reset of each step, as the attribute `v_seq`, in
+            the shape of the input.
         time_dim: time dimension of inputs.
         backend: see `asgl_cuda.lif`.
         device, dtype: of the parameters.
@@ -461,18 +463,18 @@ class LIF(Neurons):
     A float may also be given as a tensor of one value. With granularity "channel" or "neuron", `width`, `decay`,
     `v_threshold`, `v_reset` and `reset_amount` may be tensors of shape `num_features`, learned or not. A tensor that
     requires a gradient, such as a Parameter, is accepted only for a learned parameter, as its initial value. `width`,
-    `decay` and `v_threshold` can be read and set at any time. A learned width or decay has the same bits in every
-    backend. It may differ in the last bits from `torch.exp(log_width)` or `torch.sigmoid(logit_decay)`.
+    `decay` and `v_threshold` can be read and set at any time. All backends compute the same bits for a learned width or
+    decay. These may differ in the last bits from `torch.exp(log_width)` or `torch.sigmoid(logit_decay)`.
 
-    Shapes: input and output are `[T, N, ...]`, or have time at `time_dim`. After removing time, the second dimension is
-    the channels, and the last dimensions are the neurons.
+    Shapes: input and output are `[T, B, ...]`, or have time at `time_dim`. For granularity "channel", the dimension
+    after the batch has the channels. For "neuron", the last dimensions have the neurons, in the shape `num_features`.
 
-    `layer(x_seq, residual)` computes `layer(x_seq + residual)` without the sum in memory. `residual` must have the
-    shape and type of x_seq.
+    `layer(x_seq, residual)` computes `layer(x_seq + residual)` without storing the sum. `residual` must have the shape
+    and type of x_seq.
 
     A state dict has only the learned parameters, `log_width`, `logit_decay` and `threshold`. As in torch's layers, it
-    has no constants, flags, `analog_prob` or potentials, so it loads without a warning into a layer with another
-    constant decay. `AnalogProbSchedule.state_dict()` contains `analog_prob`.
+    has no constants, flags, `analog_prob` or potentials. Therefore it also loads into a layer whose constant decay is
+    different, without a warning. `AnalogProbSchedule.state_dict()` contains `analog_prob`.
 
     `decay=1 - 1 / tau, input_gain=1 / tau` gives the neuron of SpikingJelly's `LIFNode(tau=tau)`.
 
@@ -493,7 +495,8 @@ class LIF(Neurons):
         )
         s_seq = model(torch.randn(4, 32, 64))  # [T, B, 64] to [T, B, 128]
 
-    The same in PyTorch: `asgl_cuda.lif(x_seq, width=log_width.exp(), ...)`, whose docstring has the loop.
+    The layer computes `asgl_cuda.lif(x_seq, width=log_width.exp(), ...)`. The docstring of this function has the same
+    computation as a loop in PyTorch.
 
     With torch's initial weights and without a normalisation, deeper layers are silent at first. With a rectangle they
     then learn nothing. With a sigmoid they learn late, or with SGD perhaps not at all.

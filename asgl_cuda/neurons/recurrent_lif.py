@@ -359,24 +359,27 @@ class RecurrentLIF(Adapting):
             from each neuron to itself.
         bias: whether the recurrent current has a bias.
         autapses: whether neurons are connected to themselves; if not, the diagonal of the weight has no effect.
-        syn_decay: fraction of the synaptic current that is left after a step, in [0, 1], as a float or a tensor as for
-            `LIF`; None for no synapse. If learned it must be in (0, 1), and is stored as a logit.
+        syn_decay: fraction of the synaptic current that is left after a step, in [0, 1], a float or a tensor like
+            `decay` of `LIF`; None for no synapse. A learned syn_decay must be in (0, 1), and is stored as a logit.
         learn_syn_decay: whether syn_decay is a parameter, with one value per layer or neuron as `granularity` says.
         detach_recurrent: stop the gradient that flows through the weight to the spikes of the step before.
-        adapt_decay, adapt_potential, adapt_spike, to_threshold, learn_adaptation: the adaptation of `AdaptiveLIF`, with
-            its defaults (RadLIF, LSNN); adapt_decay None for no adaptation. With an adaptation, input_gain must be 1.
+        adapt_decay, adapt_potential, adapt_spike, to_threshold, learn_adaptation: arguments of `AdaptiveLIF`, for
+            recurrent neurons with an adaptation (RadLIF, LSNN). Without adapt_decay there is no adaptation. With
+            adapt_decay, the others have the defaults of `AdaptiveLIF`, and input_gain must be 1.
         device, dtype: of the parameters.
-        lif_options: arguments of `LIF` except `num_features`, `levels`, `multi_spike` and `v_min`. Granularities
-            "channel" and "neuron" are the same here.
+        lif_options: arguments of `LIF` except `num_features`, `levels`, `multi_spike` and `v_min`. The granularities
+            "channel" and "neuron" have the same effect here.
 
     Shapes: input and output are `[T, B, N]`, or `[B, T, N]` with time_dim=1.
 
     Weight and bias are initialised as in `torch.nn.RNN`, uniformly from `[-1 / sqrt(N), 1 / sqrt(N)]`. In addition to
-    the parameters of `LIF`, a state dict has `recurrent_weight` and `recurrent_bias`, and if they are learned
-    `logit_syn_decay` and the parameters of the adaptation. A stateful layer carries `v`, `s` (the last spikes), with a
-    synapse `i` and with an adaptation `w`.
+    the parameters of `LIF`, a state dict has `recurrent_weight` and `recurrent_bias`. It also has `logit_syn_decay` if
+    syn_decay is learned, and the parameters of the adaptation if these are learned. A stateful layer carries the
+    potential `v` and the last spikes `s` from call to call. With a synapse it also carries the synaptic current `i`,
+    and with an adaptation the adaptation `w`.
 
-    `asgl_cuda.recompute_spikes` does not apply to this layer, because its own backward needs the spikes.
+    `asgl_cuda.recompute_spikes` has no effect on this layer, because the backward pass of the layer itself needs the
+    spikes.
 
     Raises the errors of `LIF`.
 
@@ -390,7 +393,8 @@ class RecurrentLIF(Adapting):
         )
         scores = model(torch.randn(100, 32, 40)).mean(0)  # [T, B, 40] to [B, 12]
 
-    The same in PyTorch: `asgl_cuda.recurrent_lif(x_seq, layer.recurrent_weight, ...)`, whose docstring has the loop.
+    The layer computes `asgl_cuda.recurrent_lif(x_seq, layer.recurrent_weight, ...)`. The docstring of this function has
+    the same computation as a loop in PyTorch.
     """
 
     _caller = "asgl_cuda.RecurrentLIF"

@@ -59,7 +59,7 @@ class _Tally:
             self._shares[key] = total + values.sum(dtype=torch.float64), elements + values.numel()
 
     def add_neurons(self, spikes: Tensor, time_dim: int | None) -> None:
-        """Adds spikes `[T, N, ...]`, or `[N, ...]` without time. If only one dimension remains, it has the neurons."""
+        """Adds spikes `[T, B, ...]`, or `[B, ...]` without time. If only one dimension remains, it has the neurons."""
         before = 0 if time_dim is None else 1
         spikes = spikes if time_dim is None else spikes.movedim(time_dim, 0)
         shape = spikes.shape[before + (spikes.dim() > before + 1) :]
@@ -235,36 +235,40 @@ class Monitor:
     """Watches the ASGL layers of a model, over all calls inside `with monitor:` or between `start()` and `stop()`.
 
     `result()` returns these quantities for each layer. All but the width and the growth are in [0, 1]. An element is
-    one neuron at one time step.
+    one neuron at one time step, and u is its potential minus the threshold. In training, a fraction `analog_prob` of
+    the elements emits a smooth value H(u) instead of a spike.
 
     - `width`: mean of the current widths, in units of the input.
-    - `firing_rate`: fraction of elements whose potential reached the threshold, whatever the output was. With levels,
-      fraction of elements that emit at least one spike.
-    - `analog_share`: fraction of elements whose output is not the hard spike; at most `analog_prob`.
-    - `inside`: fraction of elements inside the window of the surrogate, abs(u / width) < 1/2. With levels, fraction of
-      elements that are not clamped.
-    - `smoothing_error`: E|H(u) - spike|, which the paper expects to vanish. Missing with `multi_spike`, as is
-      `analog_share`.
-    - `growth`: largest factor by which the gradient of a potential grows on its way from one step to an earlier one,
-      mean over neurons and samples; 1 if it never grows. It is computed from the recorded potentials, without a
-      backward pass, as the product of `decay * dv[t]/dh[t]` over the steps between. It does not include gradients
-      through recurrent weights and from layer to layer. Missing with an adaptation.
+    - `firing_rate`: fraction of elements whose potential reached the threshold, even if they emitted a smooth value.
+      With `levels`, fraction of elements that emitted at least one spike.
+    - `analog_share`: fraction of elements whose output was a smooth value that differs from the spike of the element.
+      On average it is at most `analog_prob`.
+    - `inside`: fraction of elements inside the window of the surrogate, abs(u / width) < 1/2. With `levels`, fraction
+      of elements whose number of spikes was not limited by 0 or `levels`.
+    - `smoothing_error`: mean of abs(H(u) - spike) over all elements. The paper expects that it vanishes. With
+      `multi_spike`, `smoothing_error` and `analog_share` are missing.
+    - `growth`: the largest factor by which the gradient of a neuron's potential grows on its way back from any time
+      step to any earlier one, 1 if the gradient never grows, as the mean over neurons and samples. The factor between
+      two steps is the product of `decay * dv[t]/dh[t]` over the steps between them, where h is the potential before the
+      reset and v the potential after it. It is computed from the potentials of the call, without a backward pass.
+      Gradients through recurrent weights and from layer to layer are not included. Missing with an adaptation.
     - `constant`: fraction of channels whose variance is less than `eps / 100`, so that after normalisation little more
       than the bias is left. Only for layers that normalise by the statistics of each call, such as BatchNormLIF in
-      training. Not in the table.
-    - `dead`, `saturated`: fraction of neurons that never spiked in any sample, and of neurons that spiked at every step
-      of all samples. Neurons are the positions of an input `[T, N, ...]` without time and batch, or without time if one
-      dimension remains.
-    - `nonzero_inputs`: fraction of non-zero inputs. Only for spike layers, which have none of the other quantities.
-      `problems` names the spike layers that would be faster as torch's layers.
+      training. The printed table does not show this quantity.
+    - `dead`: fraction of neurons that never spiked in any sample. `saturated`: fraction of neurons that spiked at every
+      step of all samples. In an input `[T, B, ...]`, the dimensions after the batch have the neurons. If an input has
+      only one dimension besides time, this dimension has the neurons.
+    - `nonzero_inputs`: fraction of inputs that are not 0. Only for spike layers (`SpikeLinear` and others), which have
+      none of the other quantities. `problems()` names the spike layers for which torch's layers would be faster.
 
-    Watching changes no output, gradient, state or random number. `LIF` and `RecurrentLIF` compute each watched call
-    twice. For layers with another forward, the output (the first of a tuple) is taken for spikes of height 1, and
-    `inside` and `smoothing_error` are missing. `dead` and `saturated` are then there only if the layer has `time_dim`,
-    which is None for calls of one step. Calls in compiled code and under transforms of torch.func are not seen.
-    Quantities that were not seen yet are missing.
+    Watching changes no output, gradient, state or random number. `LIF`, `RecurrentLIF` and their subclasses
+    compute each watched call twice, unless a subclass has a `forward` of its own. For such subclasses and all other
+    layers, the output, or its first element if it is a tuple, is taken for spikes of height 1, and `inside`,
+    `smoothing_error` and `growth` are missing. `dead` and `saturated` are then known only if the layer has an attribute
+    `time_dim`: the time dimension, or None if each call is a single step. Calls in compiled code and under transforms
+    of torch.func are not seen. A quantity that was never seen is missing.
 
-    `print(monitor)` shows a table, then `problems()`.
+    `print(monitor)` prints a table of the quantities, and then the lines of `problems()`.
 
     Example::
 
@@ -272,8 +276,8 @@ class Monitor:
             model(x_seq)
         print(monitor)
 
-    Raises ValueError for a model without ASGL layers, and TypeError if the model is not a module. At the start, raises
-    ValueError if a layer has an option that Monitor does not know.
+    Raises ValueError for a model without ASGL layers, and TypeError if the model is not a module. `start()` and `with`
+    raise ValueError if a layer has an option that Monitor does not know.
 
     Source: Wang, Jiang, Lian, Yan, Tang: Adaptive Smoothing Gradient Learning for Spiking Neural Networks, ICML 2023.
     """
@@ -388,7 +392,7 @@ class Monitor:
         return {name: widths.get(name, {}) | values for name, values in found.items()}
 
     def problems(self) -> list[str]:
-        """Problems of layers that may not learn, one line each: layer, observation, remedy. Empty if there are none."""
+        """Problems of layers that may not learn, one line each with the layer, the observation and a remedy."""
         found = self.result()
         if all("firing_rate" not in values for values in found.values()):
             return [
@@ -406,7 +410,8 @@ class Monitor:
     def scalars(self) -> dict[str, float]:
         """The quantities as one dict for loggers, as TensorBoard's `writer.add_scalar(name, value, step)`.
 
-        Names are `firing_rate/layer` and so on; a lone layer has no name.
+        A name has the quantity and the layer, as in `firing_rate/1`. If the model itself is the layer, it has only the
+        quantity.
         """
         found = self.result()
         return {

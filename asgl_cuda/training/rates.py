@@ -20,19 +20,23 @@ _CALLER = "asgl_cuda.FiringRates"
 class FiringRates:
     """Differentiable firing rates of the ASGL layers of a model, for calls inside `with rates:` or after `start()`.
 
-    The rate of a layer is the mean of its output, in spikes per neuron and step. In training this mean includes the
-    smooth values of analog elements. With `levels` it counts all spikes of a step.
+    The rate of a layer is the mean of its output over these calls, in spikes per neuron and time step. In training,
+    neurons with `analog_prob` emit smooth values instead of some spikes, and the mean includes these values. If a layer
+    has `levels`, all spikes that a neuron emits in a step count.
 
     Args:
-        model: any module with ASGL layers; `asgl_cuda.convert` makes neurons of other libraries such layers.
-        process_group: the processes whose rates are averaged: a process group, "world" for all processes that exist at
-            the time of a call, or None for this process alone. Under DistributedDataParallel the gradients of averaged
-            rates are those of one process with all samples. All processes of the group must take the rates.
+        model: any module that contains ASGL layers (see `asgl_cuda.asgl_layers`). `asgl_cuda.convert` turns neurons of
+            other libraries into such layers.
+        process_group: the processes over which rates are averaged. This is a process group of torch.distributed,
+            "world" for all processes that exist when the rates are taken, or None for this process alone. Under
+            DistributedDataParallel, averaged rates give the gradients that one process with all samples would have.
+            All processes of the group must take the rates.
 
-    Only calls that autograd records are counted, so an evaluation between training steps changes nothing. The graph of
-    a call is kept until the rates are taken, so take them once per training step. If the model is compiled, start
-    before its first call. Calls under transforms of torch.func and under reentrant activation checkpointing are not
-    counted.
+    `take()` returns the rates over the calls since rates were last taken. `penalty()` takes the rates as well, and
+    returns a penalty on them. Only calls that autograd records are counted, so an evaluation under `torch.no_grad()`
+    between training steps changes nothing. The autograd graph of each call is kept until the rates are taken, so take
+    them once per training step. If the model is compiled by torch.compile, call `start()` before the first call of the
+    model. Calls under transforms of torch.func and under reentrant activation checkpointing are not counted.
 
     Example::
 
@@ -47,11 +51,11 @@ class FiringRates:
                 loss.backward()
                 optimizer.step()
 
-    Raises ValueError if the model has no ASGL layers, or a layer with `scale_output`, whose spikes do not have the
-    height 1; and TypeError if `model` is not a module, or `process_group` is something else.
+    Raises ValueError if the model has no ASGL layers, or if a layer has `scale_output`, so that the height of its
+    spikes is not 1. Raises TypeError if `model` is not a module, or if `process_group` is none of the values above.
 
-    Source: Zenke, Vogels: The remarkable robustness of surrogate gradient learning for instilling complex function in
-    spiking neural networks, Neural Computation 33 (2021), for penalties on rates.
+    Source of penalties on rates: Zenke, Vogels: The remarkable robustness of surrogate gradient learning for instilling
+    complex function in spiking neural networks, Neural Computation 33 (2021).
     """
 
     def __init__(self, model: nn.Module, *, process_group: Any = "world") -> None:
@@ -88,7 +92,7 @@ class FiringRates:
         self.stop()
 
     def take(self) -> dict[str, Tensor]:
-        """The rates of the calls since they were last taken: a scalar tensor for each layer that was called, by name.
+        """Returns the rates of the calls since rates were last taken: a scalar tensor for each called layer, by name.
 
         Raises RuntimeError if no layer was called.
         """
@@ -128,15 +132,15 @@ class FiringRates:
         """Takes the rates, and returns a penalty on them. Multiply it by a weight and add it to the loss.
 
         Args:
-            target: the rate that every layer should have, or a dict with the target of each of some layers by name, or
-                None.
+            target: the rate that every layer should have, a dict from the names of some layers to the rates that these
+                should have, or None.
 
         Returns a scalar tensor. With None it is the mean of the rates of all layers, which pushes towards silence. With
-        targets it is the mean of `(rate - target) ** 2` over the layers. This also raises the rates of layers that fire
-        too rarely, if their potentials reach the window of the surrogate.
+        a rate or a dict it is the mean of `(rate - target) ** 2` over the layers that have a target. Such a penalty
+        also raises the rates of layers that fire too rarely, if their potentials reach the window of the surrogate.
 
-        Raises the errors of `take`, TypeError or ValueError for invalid targets, and KeyError if a name is not the name
-        of a layer.
+        Raises the errors of `take`, TypeError or ValueError for invalid targets, and KeyError if the dict has a name
+        that no layer has.
         """
         targets: Mapping[str, Any] = target if isinstance(target, Mapping) else dict.fromkeys(self._layers, target)
         for name, value in targets.items():
