@@ -444,7 +444,8 @@ FEATURES = {
 }  # fmt: skip
 PARAMETERS = ("width", "decay", "v_threshold", "v_reset", "reset_amount", "input_gain", "input_bias", "input_mean",
               "adapt_decay", "adapt_potential", "adapt_spike")  # fmt: skip
-SUMMED = *PARAMETERS, "weight", "bias", "syn_decay"
+# Their gradients are sums whose terms may cancel; w_init's over the steps, whose thresholds or currents it changes.
+SUMMED = *PARAMETERS, "weight", "bias", "syn_decay", "w_init"
 
 
 def leaves_of(x_seq: Tensor, options: Options) -> dict[str, Tensor]:

@@ -1,6 +1,8 @@
 """The mistakes of tools/mutants fit the package; `python -m tools.mutants.check` runs the tests that find them."""
 
 import shutil
+import subprocess
+import sys
 
 import pytest
 
@@ -14,6 +16,14 @@ def test_each_mistake_can_be_seeded():
     for mutant in MUTANTS.values():
         path, text = check.mutated(mutant, check.ROOT)
         assert text != path.read_text()
+
+
+def test_a_seeded_mistake_is_found():
+    """Tests run the copy that has the mistake, not this package."""
+    command = [sys.executable, "-m", "tools.mutants.check", "noise: rng_state and generator"]
+    run = subprocess.run(command, cwd=check.ROOT, capture_output=True, text=True)
+    assert "noise: rng_state and generator: found by tests/calls/test_arguments.py::" in run.stdout, run.stderr
+    assert run.returncode == 0
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,6 @@ from py_compile import PycInvalidationMode
 import pytest
 
 from tools.mutants.table import MUTANTS, Mutant
-from tools.pages import table
 
 ROOT = Path(__file__).parents[2]
 # Imported once, not for each mutant: what takes seconds.
@@ -171,6 +170,8 @@ def main(mutants: Mapping[str, Mutant] = MUTANTS) -> int:
                 print((directory / "output").read_text())
         if not arguments.names:
             said |= check_kernels(directory)
+    from tools.pages import table  # imports asgl_cuda, which each fork must import from its copy
+
     TABLE.parent.mkdir(exist_ok=True)
     rows = ((name, each.removeprefix("found by ").replace("|", "\\|")) for name, each in said.items())
     TABLE.write_text(table(["mistake", "found by"], rows, left=2))

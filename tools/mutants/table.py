@@ -364,8 +364,9 @@ MUTANTS = {
         "neurons/test_base.py states_that_are_set and Leaky"),
     "integrator: a state of another shape": Mutant("        check_initial_state(v_init, x_seq, time_dim, caller)\n", "",
         "calls/test_arguments.py bad_arguments and integrator"),
-    "integrator: a logit as a decay": Mutant('logit_decay=int(isinstance(given["decay"], Logit)),\n        time_dim=time_dim,\n        tr',
-        "logit_decay=0,\n        time_dim=time_dim,\n        tr",
+    "integrator: a logit as a decay": Mutant(
+        '_RULES.changed(\n        logit_decay=int(isinstance(given["decay"], Logit)),',
+        "_RULES.changed(\n        logit_decay=0,",
         "neurons/test_base.py function_of and Leaky"),
     "integrator: layers rest at 0": Mutant('"v_rest": self.v_rest, "delay"', '"v_rest": 0.0, "delay"',
         "neurons/test_base.py function_of and Leaky"),
