@@ -173,14 +173,14 @@ def test_gradients_where_the_mean_is_large(backend, device):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_types_are_as_good_as_torch_computes_them(backend, device, dtype):
-    """Against float64, the error is at most twice the error of torch's layers."""
+    """Against float64: the norm of the error, since its largest value varies by a factor of two from draw to draw."""
     x_seq, *others = make("large", device, dtype)
     leaves = [x_seq.requires_grad_(), *others]
     exact = smooth_gradients(pair, doubled(leaves))
     ours, theirs = (smooth_gradients(each, leaves) for each in (fused(backend), pair))
     assert [each.dtype for each in ours] == [dtype, torch.float32, torch.float32]
     for actual, pair_of_layers, expected in zip(ours, theirs, exact, strict=True):
-        assert relative(actual, expected) <= 2 * relative(pair_of_layers, expected)
+        assert (actual - expected).norm() <= 1.2 * (pair_of_layers - expected).norm()
 
 
 @pytest.mark.parametrize("values", [2, 4])
