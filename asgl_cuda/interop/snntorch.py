@@ -140,8 +140,7 @@ class ConvertedLeaky(Converted):
             float_if_scalar(self.threshold),
             self._decay_and_gain(),
         )
-        if isinstance(threshold, Tensor) or isinstance(decay, Tensor):
-            self._check_values(x_seq.shape[1:])
+        self._check_values(x_seq.shape[1:], threshold, decay)
         v_init = self._state_before(x_seq, mem)
         if mechanism != "none":
             reset = self._pending_reset(v_init, threshold)
@@ -169,8 +168,7 @@ class ConvertedLeaky(Converted):
         options = self._sequence_options()
         if self._has_small_beta(options["decay"]):
             return self.loop_over_steps(x_seq, mem)
-        if isinstance(options["v_threshold"], Tensor) or isinstance(options["decay"], Tensor):
-            self._check_values(x_seq.shape[1:])
+        self._check_values(x_seq.shape[1:], options["v_threshold"], options["decay"])
         options["return_h_seq"] = at_rest = self.reset_delay or self.reset_mechanism == "none"
         options |= {} if at_rest else {"detach_reset": False, "return_v_seq": True}
         output = self.lif(x_seq, v_init=self._initial_potential(x_seq, mem, options), **options)
@@ -198,15 +196,21 @@ class ConvertedLeaky(Converted):
     def pack_results(self, input_: Tensor, spk: Tensor, *states: Tensor, time_dims: int = 0) -> Any:
         """What the layer returns of its spikes and states. Checks their shape."""
         if spk.shape != input_.shape:  # because snnTorch would reset its states in each step
-            self._check_values(input_.shape[time_dims:])
+            self._refuse_values(input_.shape[time_dims:])
             raise ValueError(
                 f"asgl_cuda.convert: the recurrent weights of {bare_class(self).__name__} must keep the shape of the "
                 f"input, {list(input_.shape)}, but spikes get shape {list(spk.shape)}"
             )
         return spk if self.init_hidden and not self.output else (spk, *states)
 
-    def _check_values(self, shape: torch.Size) -> None:
-        """Refuses a value that does not broadcast against a step of this shape."""
+    def _check_values(self, shape: torch.Size, *used: Tensor | float) -> None:
+        """Refuses values that do not broadcast against a step of this shape, if a value in `used` has dimensions."""
+        for each in used:
+            if isinstance(each, Tensor) and each.dim():
+                self._refuse_values(shape)
+
+    def _refuse_values(self, shape: torch.Size) -> None:
+        """Raises for the first value of the layer that does not broadcast against a step of this shape."""
         values = {name: getattr(self, name, None) for name in ("alpha", "beta", "R", "C", "threshold")}
         values["recurrent.V"] = getattr(getattr(self, "recurrent", None), "V", None)
         for name, value in values.items():
