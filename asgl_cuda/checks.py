@@ -215,9 +215,12 @@ def check_surrogate(surrogate: Any, caller: str, multi_spike: bool = False) -> N
     """Refuses all but the names in SURROGATES and, with multi_spike, PERIODIC."""
     ours = ELSEWHERE.get(surrogate.lower().replace("_", "")) if isinstance(surrogate, str) else None
     hint = f"; did you mean {ours}, with width=1 / alpha?" if ours else ""
-    check_name("surrogate", surrogate, (*SURROGATES, PERIODIC), caller, hint)
-    if surrogate == PERIODIC and not multi_spike:
-        raise ValueError(f"{caller}: surrogate {PERIODIC!r} needs multi_spike=True, got False")
+    if isinstance(surrogate, str) and surrogate == PERIODIC and not multi_spike:
+        raise ValueError(
+            f"{caller}: surrogate {PERIODIC!r} needs multi_spike=True, which only LIF, BatchNormLIF and their "
+            f"functions take; the surrogates without it are {', '.join(SURROGATES)}"
+        )
+    check_name("surrogate", surrogate, (*SURROGATES, PERIODIC) if multi_spike else SURROGATES, caller, hint)
 
 
 def check_multi_spike(v_reset: Any, analog_prob: Any, caller: str) -> None:
@@ -310,11 +313,20 @@ def read_number(name: str, value: Any, caller: str, learned: bool = False, optio
     return check_number(name, value, caller)
 
 
+_GRANULARITIES = "granularity 'channel' or 'neuron' takes a value for each channel or neuron"
+
+
 def read_values(
     name: str, value: Any, caller: str, shape: Sequence[int], learned: bool = False, option: str = ""
 ) -> Tensor | float:
     """As `read_number`, or from a tensor of this shape, a value for each channel or neuron, a copy in `real_type`."""
-    if not isinstance(value, Tensor) or value.numel() == 1:
+    if not isinstance(value, Tensor):
+        if isinstance(value, (list, tuple)) or (hasattr(value, "__array__") and value.size != 1):
+            several = not shape and len(value) != 1
+            hint = _GRANULARITIES if several else f"torch.as_tensor({name}) makes a tensor of it"
+            raise TypeError(f"{caller}: {name} must be {_one_value_or(shape)}, got {type(value).__name__}; {hint}")
+        return read_number(name, value, caller, learned, option)
+    if value.numel() == 1:
         return read_number(name, value, caller, learned, option)
     _checked_first_value(name, value, caller, learned, option, shape)
     return value.detach().to(real_type(value.dtype), copy=True)
@@ -333,14 +345,9 @@ def _checked_first_value(
 ) -> Any:
     """Checks that a tensor has one value, or `shape`, and may be a layer's constant; returns its first value."""
     check_dense(name, value, caller)
-    several = f", or of shape {list(shape)}" if shape else ""
-    expected = f"{caller}: {name} must be a float or a tensor of one value{several}"
+    expected = f"{caller}: {name} must be {_one_value_or(shape)}"
     if value.numel() != 1 and (not shape or value.shape != tuple(shape)):
-        hint = (
-            ""
-            if shape is None or shape
-            else "; granularity 'channel' or 'neuron' takes a value for each channel or neuron"
-        )
+        hint = "" if shape is None or shape else f"; {_GRANULARITIES}"
         raise ValueError(f"{expected}, got a tensor of shape {list(value.shape)}{hint}")
     if value.dtype is torch.bool or value.is_complex():
         raise TypeError(f"{expected}, got {value.dtype}")
@@ -354,6 +361,11 @@ def _checked_first_value(
         return value.flatten()[0].item()
     except Exception:  # tensors without values, as in traces, raise various types
         raise ValueError(f"{expected}, got a tensor on {value.device} whose values can't be read") from None
+
+
+def _one_value_or(shape: Sequence[int] | None) -> str:
+    """What a layer's constant may be, for errors."""
+    return f"a float or a tensor of one value{f', or of shape {list(shape)}' if shape else ''}"
 
 
 def read_finite(name: str, value: Any, caller: str) -> float:

@@ -23,8 +23,8 @@ from ..neurons.deferred import (
     Normal,
     Pending,
     active_saved_tensor_hooks,
+    backward_hook_of,
     current_checkpoint,
-    has_backward_hooks,
     is_in_backward,
     is_in_function_forward,
     tensor_of,
@@ -61,7 +61,9 @@ def fuse(model: nn.Module, *example: Any, inplace: bool = False) -> tuple[nn.Mod
     in place of the tensor that it views. In inference mode and under `torch.compile`, changes in place are
     not noticed. Code between the two layers that tests `isinstance(value, Tensor)` gets False, which is not noticed
     either. Backward hooks would see no gradient of the stand-in, so a normalisation is left if it, its neurons, or a
-    module that contains only one of the two has such a hook. A hook that such a module gets later is not noticed.
+    module that contains only one of the two has such a hook. Without an example, all normalisations are left if any
+    part of the model has one. If neurons get such a hook later, their next call raises a RuntimeError. A hook that
+    another module between the two gets later is not noticed.
 
     Args:
         model: any module.
@@ -97,7 +99,8 @@ def fuse(model: nn.Module, *example: Any, inplace: bool = False) -> tuple[nn.Mod
         for path, each in model.named_modules()
         if isinstance(each, _BatchNorm) and not isinstance(each, Fused)
     ]
-    left = {path: reason for path, norm in norms if (reason := _reason_to_leave(norm))}
+    of_a_hook = "" if example else _hooked_part(model)
+    left = {path: reason for path, norm in norms if (reason := _reason_to_leave(norm) or of_a_hook)}
     joined: dict[str, str] = {}
     try:
         if example:
@@ -152,6 +155,9 @@ def unfuse(model: nn.Module, *, inplace: bool = False) -> tuple[nn.Module, Repor
     return model, report
 
 
+_FUSE_AGAIN = "fuse the original model again with an example that does this"
+
+
 class Fused(Overlay):
     """The overlay of a normalisation whose output is a `Pending`, computed by the neurons after it."""
 
@@ -189,7 +195,7 @@ class Fused(Overlay):
             # tensors.
             elif is_in_function_forward() or (is_in_backward() and active_saved_tensor_hooks() is None):
                 reason = "it is called inside of a torch.autograd.Function, such as a reentrant checkpoint"
-            elif has_backward_hooks(self):
+            elif backward_hook_of(self):
                 reason = "it has a backward hook"
             # Running statistics must be updated in the order of the calls.
             if self.training and last is not None and last.is_open():
@@ -240,13 +246,11 @@ class Fused(Overlay):
                 return f"whose input gain or bias has shape {list(sizes)}"
         return ""
 
-    def hooked_before(self, layer: nn.Module) -> nn.Module | None:
-        """The neurons `layer`, or a module that the stand-in enters or leaves before them, if it has backward hooks."""
+    def hook_before(self, layer: nn.Module) -> str:
+        """The backward hook of the neurons `layer`, or of a module that the stand-in enters or leaves before them."""
         if torch.compiler.is_compiling():
-            return None
-        if has_backward_hooks(layer):
-            return layer
-        return None if self.outcome is None else self.outcome.hooked_between(self, layer)
+            return ""
+        return backward_hook_of(layer) or ("" if self.outcome is None else self.outcome.hook_between(self, layer))
 
     def compute_with_neurons(
         self, x_seq: Tensor, given: Arguments, update: bool, factor: float = 1.0
@@ -277,13 +281,12 @@ class Fused(Overlay):
             self, x_seq, given=given, weight=weight, bias=bias, update=update, input_scale=scale, process_group=group
         )
 
-    def refusal(self, text: str, remedy: str = "") -> RuntimeError:
+    def refusal(self, text: str, remedy: str = "", last: str = _FUSE_AGAIN) -> RuntimeError:
         """The error for a use of the output that a merged normalisation does not support, with remedies."""
         self.note_left(text)
         return RuntimeError(
             f"{_CALLER}: {self.original.__name__} is computed by the neurons after it, but {text}; {remedy}"
-            "call asgl_cuda.unfuse(model), or fuse the original model again with an example that does this, so that "
-            "this layer is left as it is"
+            f"call asgl_cuda.unfuse(model), or {last}, so that this layer is left as it is"
         )
 
     def note_taken(self, layer: Any) -> None:
@@ -344,12 +347,12 @@ class _Outcome:
         """Whether the normalisation is left: it computes its value itself from now on."""
         return self.paths.get(norm, "") in self.left
 
-    def hooked_between(self, norm: nn.Module, layer: nn.Module) -> nn.Module | None:
-        """Before the two are joined: a module with backward hooks that contains only one of them."""
+    def hook_between(self, norm: nn.Module, layer: nn.Module) -> str:
+        """Before the two are joined: the backward hook of a module that contains only one of them."""
         if self.paths.get(norm, "") in self.joined:
-            return None
-        hooked = (module for module in self.paths if has_backward_hooks(module))
-        return next((module for module in hooked if len({norm, layer} & {*module.modules()}) == 1), None)
+            return ""
+        hooks = ((module, hook) for module in self.paths if (hook := backward_hook_of(module)))
+        return next((hook for module, hook in hooks if len({norm, layer} & {*module.modules()}) == 1), "")
 
     def unused_outputs(self, reason: str) -> dict[str, str]:
         """The normalisations whose outputs nothing has used yet, with the reason."""
@@ -402,6 +405,17 @@ def _call_with_example(model: nn.Module, example: tuple[Any, ...]) -> Any:
     devices = {tensor.device.index for tensor in model.parameters() if tensor.is_cuda}
     with torch.random.fork_rng(sorted(devices)), torch.enable_grad():
         return model(*values)
+
+
+def _hooked_part(model: nn.Module) -> str:
+    """The reason to leave all normalisations where, without an example, one may reach a part with a backward hook."""
+    for path, module in model.named_modules():
+        if path and (module._backward_hooks or module._backward_pre_hooks):
+            return (
+                f"{path} ({bare_class(module).__name__}) has a backward hook, which may need the gradient of this "
+                "layer's output; fuse(model, example) finds out"
+            )
+    return ""
 
 
 def _reason_to_leave(norm: nn.Module) -> str:

@@ -370,6 +370,15 @@ def _leaves(value: Any) -> Iterator[Any]:
         yield value
 
 
+def _structure(value: Any) -> str:
+    """The structure of a model's output, for errors."""
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{key}: {_structure(each)}' for key, each in value.items())}}}"
+    if isinstance(value, (list, tuple)):
+        return f"{type(value).__name__}({', '.join(map(_structure, value))})"
+    return "tensor" if isinstance(value, (Recorded, Tensor)) else type(value).__name__
+
+
 def _fill_holes(value: Any, fill: Callable[[Any], Any]) -> Any:
     """The value with fill(hole) for each hole: as tree_map, but also in slices, and not in named tuples of torch."""
     if isinstance(value, _Hole):
@@ -750,12 +759,16 @@ class Recording:
 
     def stack_outputs(self, outputs: Sequence[Any]) -> Any:
         """Stacks the outputs of calls that were one step each."""
-        leaves, (spec, *others) = zip(*map(tree_flatten, outputs), strict=True)
-        if any(each != spec for each in others):
+        first, spec = tree_flatten(outputs[0])
+        leaves = [first]
+        try:
+            for output in outputs[1:]:
+                leaves.append(spec.flatten_up_to(output))  # dicts with their keys in any order
+        except ValueError:
             raise RuntimeError(
-                f"{_CALLER}: with sequences, a model must return the same structure in each step, for example "
-                "tuples of the same length or dicts with the same keys"
-            )
+                f"{_CALLER}: with sequences, a model must return the same structure in each step, got "
+                f"{_structure(outputs[0])} in step 0 and {_structure(output)} in step {len(leaves)}"
+            ) from None
         return tree_unflatten([self._stack_output(each) for each in zip(*leaves, strict=True)], spec)
 
     def _stack_output(self, values: tuple[Any, ...]) -> Any:

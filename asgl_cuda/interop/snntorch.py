@@ -124,7 +124,7 @@ class ConvertedLeaky(Converted):
         late = self.reset_delay or self.reset_mechanism != "subtract"
         steps = self.compute_sequence if late else self.loop_over_steps
         spikes, *others = steps(x_seq, *(None for _ in states))
-        self.pack_results(x_seq, spikes)
+        self.pack_results(x_seq, spikes, time_dims=1)
         names = [name for name in states if name != "spk"]
         found = {SPIKES: spikes, "spk": spikes, **dict(zip(names, others, strict=True))}
         return {name: each for name, each in found.items() if name in (SPIKES, *states) and each is not None}, {}
@@ -140,6 +140,7 @@ class ConvertedLeaky(Converted):
             float_if_scalar(self.threshold),
             self._decay_and_gain(),
         )
+        self._check_values(x_seq.shape[1:], threshold, decay)
         v_init = self._state_before(x_seq, mem)
         if mechanism != "none":
             reset = self._pending_reset(v_init, threshold)
@@ -167,6 +168,7 @@ class ConvertedLeaky(Converted):
         options = self._sequence_options()
         if self._has_small_beta(options["decay"]):
             return self.loop_over_steps(x_seq, mem)
+        self._check_values(x_seq.shape[1:], options["v_threshold"], options["decay"])
         options["return_h_seq"] = at_rest = self.reset_delay or self.reset_mechanism == "none"
         options |= {} if at_rest else {"detach_reset": False, "return_v_seq": True}
         output = self.lif(x_seq, v_init=self._initial_potential(x_seq, mem, options), **options)
@@ -191,14 +193,35 @@ class ConvertedLeaky(Converted):
         else:
             setattr(self, name, value)
 
-    def pack_results(self, input_: Tensor, spk: Tensor, *states: Tensor) -> Any:
+    def pack_results(self, input_: Tensor, spk: Tensor, *states: Tensor, time_dims: int = 0) -> Any:
         """What the layer returns of its spikes and states. Checks their shape."""
         if spk.shape != input_.shape:  # because snnTorch would reset its states in each step
+            self._refuse_values(input_.shape[time_dims:])
             raise ValueError(
-                f"asgl_cuda.convert: beta, threshold and other values of {bare_class(self).__name__} must broadcast "
-                f"against the input, of shape {list(input_.shape)}, but they make spikes of shape {list(spk.shape)}"
+                f"asgl_cuda.convert: the recurrent weights of {bare_class(self).__name__} must keep the shape of the "
+                f"input, {list(input_.shape)}, but spikes get shape {list(spk.shape)}"
             )
         return spk if self.init_hidden and not self.output else (spk, *states)
+
+    def _check_values(self, shape: torch.Size, *used: Tensor | float) -> None:
+        """Refuses values that do not broadcast against a step of this shape, if a value in `used` has dimensions."""
+        for each in used:
+            if isinstance(each, Tensor) and each.dim():
+                self._refuse_values(shape)
+
+    def _refuse_values(self, shape: torch.Size) -> None:
+        """Raises for the first value of the layer that does not broadcast against a step of this shape."""
+        values = {name: getattr(self, name, None) for name in ("alpha", "beta", "R", "C", "threshold")}
+        values["recurrent.V"] = getattr(getattr(self, "recurrent", None), "V", None)
+        for name, value in values.items():
+            sizes = value.shape if isinstance(value, Tensor) else ()
+            fits = all(size in (1, wanted) for size, wanted in zip(reversed(sizes), reversed(shape), strict=False))
+            if len(sizes) > len(shape) or not fits:
+                raise ValueError(
+                    f"asgl_cuda.convert: {name} of {bare_class(self).__name__} must broadcast against a step of the "
+                    f"input, of shape {list(shape)}, got shape {list(sizes)}; give it one value, or give the layer an "
+                    "input with a value for each neuron"
+                )
 
     def _in_snntorch_dtype(self, mem_seq: Tensor, x_seq: Tensor) -> Tensor:
         """The potentials in the dtype of the input, or in float32 if in snnTorch a reset or a beta promotes them."""
@@ -476,7 +499,7 @@ class MultiStep(nn.Module):
             )
         if not self.stateful:
             self.layer.reset_mem()
-        return self.layer.pack_results(x_seq, *self.layer.compute_sequence(x_seq, *states, **named))
+        return self.layer.pack_results(x_seq, *self.layer.compute_sequence(x_seq, *states, **named), time_dims=1)
 
 
 _CONVERTED = {

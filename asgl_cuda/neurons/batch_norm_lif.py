@@ -534,14 +534,14 @@ def _check_running_statistics(mean: Tensor, variance: Tensor, training: bool) ->
         if step == 0 and value.numel() > 1:
             raise ValueError(
                 f"{_CALLER}: {name} is updated in training, so it must have memory for each channel, got an expanded "
-                f"tensor; pass {name}.clone()"
+                f"tensor; make it a tensor of its own once, before training: {name} = {name}.clone()"
             )
         start = value.data_ptr()
         addresses.append({start + step * index for index in range(value.numel() if start else 0)})
     if not addresses[0].isdisjoint(addresses[1]):
         raise ValueError(
             f"{_CALLER}: running_mean and running_var are updated in training, so they must not share memory; "
-            "pass running_var.clone()"
+            "make running_var a tensor of its own once, before training: running_var = running_var.clone()"
         )
 
 

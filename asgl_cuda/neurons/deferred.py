@@ -141,7 +141,11 @@ class Pending:
     def check_unchanged(self) -> None:
         """Raises if a change in place would make the value differ from that of the separate layers."""
         if self.changes != self.source.changes:
-            raise self.norm.refusal("its output, or a view of it, was changed in place after this view was made")
+            raise self.norm.refusal(
+                "its output, or a view of it, was changed in place after the tensor that is used here had been made "
+                "from it",
+                "make that tensor after the change, ",
+            )
         if any(version != _version(tensor) for tensor, version in self.watched):
             raise self.norm.refusal(
                 "its input, or what is added to its output, has been modified by an inplace operation"
@@ -288,8 +292,12 @@ class Pending:
         if self.is_computed() or (update and self.call.taken):
             return self.tensor(name)
         self.check_unchanged()
-        if (hooked := self.norm.hooked_before(layer)) is not None:
-            raise self.norm.refusal(f"a backward hook of {_class_name(hooked)} would see no gradient of its output")
+        if hook := self.norm.hook_before(layer):
+            raise self.norm.refusal(
+                f"{hook} would get no gradient of {self.norm.original.__name__}'s output",
+                "remove the hook, ",
+                "register the hook before asgl_cuda.fuse(model, example)",
+            )
         why = self._reason_against(given) or self.norm.reason_against(self, given)
         return self.tensor(f"{name}, {why}") if why else None
 
@@ -386,11 +394,13 @@ def is_in_function_forward() -> bool:
     return not torch._C._is_fwd_grad_enabled()
 
 
-def has_backward_hooks(module: nn.Module) -> bool:
-    """Whether this module, or every module, has hooks that run in backward. torch attaches these to tensors alone."""
+def backward_hook_of(module: nn.Module) -> str:
+    """A hook in backward of this module, or of every module, in words; "" if there is none. Hooks need tensors."""
     every = nn.modules.module
-    of_every = every._global_backward_hooks or every._global_backward_pre_hooks
-    return bool(module._backward_hooks or module._backward_pre_hooks or of_every)
+    if every._global_backward_hooks or every._global_backward_pre_hooks:
+        return "the backward hook of all modules"
+    has_hook = module._backward_hooks or module._backward_pre_hooks
+    return f"the backward hook of {_class_name(module)}" if has_hook else ""
 
 
 def is_in_backward() -> bool:

@@ -94,7 +94,7 @@ class FiringRates:
     def take(self) -> dict[str, Tensor]:
         """Returns the rates of the calls since rates were last taken: a scalar tensor for each called layer, by name.
 
-        Raises RuntimeError if no layer was called.
+        Raises RuntimeError if no call of a layer is recorded.
         """
         sums = {name: self._sums[name] for name in self._layers if name in self._sums}
         self._sums.clear()
@@ -103,8 +103,10 @@ class FiringRates:
             rates = self._averaged_over_processes(rates, sums, group)
         if not rates:
             raise RuntimeError(
-                f"{_CALLER}: since the rates were last taken, no layer was called with gradients and after start(); if "
-                "the model is compiled, start() must come before its first call"
+                f"{_CALLER}: no call of a layer is recorded: call the model with gradients, inside `with rates:` or "
+                "after start(), and take the rates once per forward pass, before the `with` block ends or stop(); "
+                "start the rates of a compiled model before its first call; calls under transforms of torch.func or "
+                "reentrant checkpoints are never recorded"
             )
         return rates
 
@@ -148,11 +150,12 @@ class FiringRates:
                 raise KeyError(f"{_CALLER}: no ASGL layer is named {name!r}; there are {', '.join(self._layers)}")
             if target is not None and read_finite("target", value, _CALLER) < 0:
                 raise ValueError(f"{_CALLER}: target must be at least 0, got {value}")
-        rates = {name: rate for name, rate in self.take().items() if name in targets}
+        called = self.take()
+        rates = {name: rate for name, rate in called.items() if name in targets}
         if not rates:
             raise RuntimeError(
-                f"{_CALLER}: none of the layers with a target was called since the rates were last taken, got targets "
-                f"for {', '.join(targets)}"
+                f"{_CALLER}: no call of a layer with a target is recorded: got targets for "
+                f"{', '.join(targets) or 'no layer'}, and calls of {', '.join(called)}"
             )
         values = [rate if target is None else (rate - targets[name]) ** 2 for name, rate in rates.items()]
         return torch.stack([each.to(values[0].device) for each in values]).mean()

@@ -123,7 +123,7 @@ def neurons_saved(net, y):
 AGAIN, SUM = "its output is used again, by ", "the sum of its output and another "
 FUNCTION = "its output goes to a torch.autograd.Function, which would lose its gradient"
 REENTRANT = "it is called inside of a torch.autograd.Function, such as a reentrant checkpoint"
-VIEW = "its output, or a view of it, was changed in place after this view"
+VIEW = "its output, or a view of it, was changed in place after the tensor that is used here had been made from it"
 APART = "the normalisation is called {} of a torch.utils.checkpoint and its neurons {}, and a checkpoint calls"
 INSIDE, OUTSIDE = APART.format("inside", "outside"), APART.format("outside", "inside")
 ANOTHER = "the normalisation is called inside of another torch.utils.checkpoint than its neurons"
@@ -221,6 +221,27 @@ def test_uses(name, backend):
             assert report.left[0].reason.startswith(reason)
             undecided(x_seq)
             assert type(undecided.bn) is nn.BatchNorm2d
+
+
+def test_a_view_after_the_change():
+    """The remedy of the error for a view before the change: both are the same in the separate layers."""
+
+    def changing(net, x, late):
+        y = norm(net, x)
+        z = y.transpose(3, 4)
+        y += x
+        return net.lif(y.transpose(3, 4) if late else z)
+
+    x_seq = torch.randn(SHAPE)
+    fused = asgl_cuda.fuse(network(), x_seq)[0]
+    separate = network()
+    separate.load_state_dict(fused.state_dict())
+    fused.function = separate.function = partial(changing, late=False)
+    with pytest.raises(RuntimeError, match=f"{VIEW}; make that tensor after the change, call asgl_cuda.unfuse"):
+        fused(x_seq)
+    expected = separate(x_seq)
+    fused.function = partial(changing, late=True)
+    torch.testing.assert_close(fused(x_seq), expected)
 
 
 def test_operands_that_change_in_between():
@@ -391,7 +412,7 @@ def nothing(*_):
 
 
 BACKWARD_HOOKS = "full_backward_hook", "full_backward_pre_hook"
-BLIND = "a backward hook of {} would see no gradient of its output"
+BLIND = "the backward hook of {} would get no gradient of BatchNorm2d's output"
 
 
 @pytest.mark.parametrize("kind", BACKWARD_HOOKS)
@@ -403,19 +424,43 @@ BLIND = "a backward hook of {} would see no gradient of its output"
     ],
 )  # fmt: skip
 def test_backward_hooks(path, reason, kind):
-    """Would see no gradient of a stand-in: the normalisation is left, and a first call that decides raises an error."""
+    """Would see no gradient of a stand-in: the normalisation is left, and an error for hooks that come after `fuse`."""
     model = network(lambda net, x: net.after(net.before(net.conv(x.flatten(0, 1))).view_as(x)))
     model.before, model.after = nn.Sequential(model.bn), nn.Sequential(model.lif)
     x_seq = torch.randn(SHAPE)
-    getattr(model.get_submodule(path), f"register_{kind}")(nothing)
-    assert reasons(model, x_seq) == {"bn": reason}
     undecided, report = asgl_cuda.fuse(model)
+    getattr(undecided.get_submodule(path), f"register_{kind}")(nothing)
     if path == "bn":
         undecided(x_seq)
     else:
-        with pytest.raises(RuntimeError, match=reason):
+        remedies = r"remove the hook, call .*, or register the hook before asgl_cuda\.fuse\(model, example\), so"
+        with pytest.raises(RuntimeError, match=f"{reason}; {remedies}"):
             undecided(x_seq)
     assert [row.reason for row in report.left] == [reason]
+    getattr(model.get_submodule(path), f"register_{kind}")(nothing)
+    assert reasons(model, x_seq) == {"bn": reason}
+
+
+@pytest.mark.parametrize("kind", BACKWARD_HOOKS)
+@pytest.mark.parametrize("path", ["conv", "bn", "last", "lif"])
+def test_backward_hooks_of_parts_without_an_example(path, kind):
+    """All normalisations are left, and a part that follows them gets all gradients from the first call on."""
+    model = network(lambda net, x: net.lif(net.last(norm(net, x))), last=nn.Linear(4, 4).double())
+    undecided, report = asgl_cuda.fuse(model)
+    assert not report.left
+    seen, shapes = [], []
+    getattr(model.get_submodule(path), f"register_{kind}")(lambda module, *grads: seen.append(grads[-2:]))
+    undecided, report = asgl_cuda.fuse(model)
+    assert [row.path for row in report.left] == ["bn"]
+    assert report.left[0].reason.startswith(f"{path} (")
+    assert "has a backward hook, which may need the gradient of this layer's output" in report.left[0].reason
+    for _ in range(2):
+        undecided(torch.randn(SHAPE).requires_grad_()).sum().backward()
+        shapes.append([None if grad is None else grad.shape for grads in seen[-1] for grad in grads])
+        asgl_cuda.reset(undecided)
+    assert shapes[0] == shapes[1]
+    assert shapes[0]
+    assert None not in shapes[0]
 
 
 def test_hooks():
@@ -441,8 +486,26 @@ def test_hooks_of_all_modules(kind):
     handle = getattr(torch.nn.modules.module, f"register_module_{kind}")(nothing)
     try:
         assert reasons(network(), x_seq) == {"bn": "it has a backward hook"}
+        undecided, report = asgl_cuda.fuse(network())
+        undecided(x_seq)
+        assert [row.reason for row in report.left] == ["it has a backward hook"]
     finally:
         handle.remove()
+
+
+def test_a_hook_of_all_modules_between_a_normalisation_and_its_neurons():
+    def hooked(net, x):
+        y = norm(net, x)
+        handle = torch.nn.modules.module.register_module_full_backward_hook(nothing)
+        try:
+            return net.lif(y)
+        finally:
+            handle.remove()
+
+    fused = asgl_cuda.fuse(network(), torch.randn(SHAPE))[0]
+    fused.function = hooked
+    with pytest.raises(RuntimeError, match=BLIND.format("all modules")):
+        fused(torch.randn(SHAPE))
 
 
 def test_shared_modules_and_calls_in_turn(backend):

@@ -449,11 +449,30 @@ def a_threshold(shape):
 
 BEYOND = {  # values, and the input
     "SpikingJelly": (lambda: a_threshold((T, 1, 1)), WHOLE, "v_threshold"),
-    "snnTorch, a step": (lambda: asgl_cuda.convert(snntorch.Leaky(0.5, torch.rand(2, 1)))[0], (N,), "v_threshold"),
-    "snnTorch": (lambda: MultiStep(snntorch.Leaky(torch.rand(T, 1))), (T, N), "decay"),
+    "snnTorch, a step": (
+        lambda: asgl_cuda.convert(snntorch.Leaky(0.5, torch.rand(2, 1)))[0],
+        (N,),
+        "threshold of Leaky",
+    ),
+    "snnTorch": (lambda: MultiStep(snntorch.Leaky(torch.rand(T, 1))), (T, N), "beta of Leaky"),
     "Norse": (lambda: asgl_cuda.convert(norses("LIF", tau_syn_inv=torch.rand(T, 1)))[0], (T, N), "decay"),
-    "a current": (lambda: asgl_cuda.convert(snntorch.Synaptic(torch.rand(2, 1), 0.5))[0], (N,), "values of Synaptic"),
-    "weights": (lambda: MultiStep(snntorch.RLeaky(0.5, torch.rand(2, 1), False)), (T, N), "values of RLeaky"),
+    "a current": (lambda: asgl_cuda.convert(snntorch.Synaptic(torch.rand(2, 1), 0.5))[0], (N,), "alpha of Synaptic"),
+    "weights": (lambda: MultiStep(snntorch.RLeaky(0.5, torch.rand(2, 1), False)), (T, N), "recurrent.V of RLeaky"),
+    "a neuron's, beside fewer": (
+        lambda: asgl_cuda.convert(snntorch.Leaky(0.5, torch.ones(4)))[0],
+        (3, 1),
+        "threshold of Leaky",
+    ),
+    "a neuron's, beside others": (
+        lambda: asgl_cuda.convert(snntorch.Leaky(0.5, torch.ones(4)))[0],
+        (3, 5),
+        "threshold of Leaky",
+    ),
+    "a current of more neurons": (
+        lambda: MultiStep(snntorch.Synaptic(0.5, 0.5, torch.ones(4))),
+        (T, 3, 1),
+        "threshold of Synaptic",
+    ),
 }
 
 

@@ -254,15 +254,31 @@ def test_metadata_and_numbers_must_agree(name):
 def test_the_scale_of_levels_is_their_reciprocal():
     graph = to_nir(LIF(levels=4, scale_output=True, v_reset=None), torch.rand(2, 3, 6), allow_soft_reset=True)
     graph.nodes["_0_scale"].scale[:] = 2
-    with pytest.raises(ValueError, match=r"scale must be 0\.25, the output scale of the LIF '_0' .*, got 2"):
+    with pytest.raises(
+        ValueError, match=r"heights of the LIF '_0' before it.*: expected 0\.25 for neuron \[0\], got 2;"
+    ):
         from_nir(graph)
+
+
+def test_a_scale_of_other_neurons_than_the_first():
+    """The error names the first neuron that differs, and its remedy reads the scale as it is."""
+    layer = LIF(6, granularity="neuron", scale_output=True, v_threshold=torch.linspace(0.5, 1, 6))
+    graph = to_nir(layer, torch.rand(2, 3, 6))
+    graph.nodes["_0_scale"].scale[3:] = 1.25
+    with pytest.raises(ValueError, match=r"expected 0\.8 for neuron \[3\], got 1\.25; correct the scale, or delete"):
+        from_nir(graph)
+    del graph.nodes["_0"].metadata["asgl_cuda"]
+    assert from_nir(graph)(torch.full((2, 3, 6), 1e3)).amax((0, 1)).tolist() == pytest.approx(
+        [0.5, 0.6, 0.7, *[1.25] * 3]
+    )
 
 
 def test_the_scale_of_scaled_output_must_be_there():
     graph = to_nir(LIF(scale_output=True, v_threshold=0.5), torch.rand(2, 3, 6))
     graph.nodes["_0_scale"].scale[:] = 2
     with pytest.raises(
-        ValueError, match=r"'_0_scale' \(Scale\): scale must be 0\.5, the output scale of the LIF '_0' .*, got 2"
+        ValueError,
+        match=r"'_0_scale' \(Scale\): scale must equal the spike heights of the LIF '_0' .* 0\.5 for .*, got 2",
     ):
         from_nir(graph)
     graph.nodes["_0_scale"].scale[:] = 0.5

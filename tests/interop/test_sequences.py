@@ -444,6 +444,47 @@ def test_what_changes_a_tensor_in_place_names_its_own_remedy(change, words):
         fast(input_of())
 
 
+class Switching(Net):
+    """Returns what `kinds[0]` makes of the spikes and currents of the first step, and `kinds[1]` of later ones."""
+
+    def forward(self, x):
+        current = self.fc1(x)
+        spikes = self.lif1(current)[0]
+        self.calls = getattr(self, "calls", 0) + 1
+        return self.kinds[min(self.calls, 2) - 1](spikes, current)
+
+
+def test_a_dict_with_its_keys_in_another_order():
+    model = type("Net", (Switching,), {"kinds": (lambda s, i: {"s": s, "i": i}, lambda s, i: {"i": i, "s": s})})()
+    found = asgl_cuda.convert(model, sequences=True)[0](input_of())
+    steps = [model(x) for x in input_of()]
+    assert list(found) == ["s", "i"]
+    for name, value in found.items():
+        torch.testing.assert_close(value, torch.stack([each[name] for each in steps]))
+
+
+SWITCHES = {
+    "other keys": (
+        lambda s, i: {"s": s},
+        lambda s, i: {"s": s, "i": i},
+        r"\{s: tensor\} in .* \{s: tensor, i: tensor\}",
+    ),
+    "a longer list": (lambda s, i: [s, None], lambda s, i: [s, None, 1], r"list\(tensor, NoneType\) in .*, int\)"),
+    "another type": (
+        lambda s, i: {"s": (s,)},
+        lambda s, i: {"s": [s]},
+        r"\{s: tuple\(tensor\)\} in .* \{s: list\(tensor\)\}",
+    ),
+}
+
+
+@pytest.mark.parametrize(("first", "second", "words"), SWITCHES.values(), ids=SWITCHES)
+def test_outputs_of_another_structure(first, second, words):
+    model = type("Net", (Switching,), {"kinds": (first, second)})()
+    with pytest.raises(RuntimeError, match=f"must return the same structure in each step, got {words} in step 1$"):
+        asgl_cuda.convert(model, sequences=True)[0](input_of())
+
+
 def test_a_loop_is_no_step():
     fast, _ = asgl_cuda.convert(type("Looped", (Net,), {"forward": stacked})(), sequences=True)
     with pytest.raises(RuntimeError, match=r'lif1 \(Leaky\) has had 3 calls after step 1; use sequences="loop"'):

@@ -120,7 +120,7 @@ def test_a_parameter_is_an_initial_value_and_no_constant(kind, name, as_paramete
         (torch.ones((), device="meta"), "a float or a tensor of one value, got a tensor on meta"),
         (torch.tensor(True), "a float.*, got .*bool"),
         (torch.tensor(1j), "a float.*, got .*complex"),
-        (numpy.ones(2), "a float, got ndarray"),
+        (numpy.ones(2), "a float.*, got ndarray"),
         (10**400, "a float, got a number beyond"),
         (nn.Identity(), "a float.*, got Identity"),
         ("1", "a float.*, got str"),
@@ -130,6 +130,23 @@ def test_a_parameter_is_an_initial_value_and_no_constant(kind, name, as_paramete
 def test_other_values_are_refused(kind, name, value, words):
     with pytest.raises((TypeError, ValueError), match=rf"asgl_cuda\.{kind}: {name} must be {words}"):
         LAYERS[kind](**{name: value})
+
+
+@pytest.mark.parametrize("kind", [list, tuple, numpy.array])
+def test_several_values_that_are_no_tensor(kind):
+    """The error names the shape that a tensor must have, and its remedy works; otherwise the granularity is missing."""
+    decay = kind([0.75, 0.5])
+    options = {"num_features": 2, "granularity": "channel"}
+    words = (
+        rf"a float or a tensor of one value, or of shape \[2\], got {type(decay).__name__}; torch.as_tensor\(decay\)"
+    )
+    with pytest.raises(TypeError, match=rf"asgl_cuda\.LIF: decay must be {words} makes a tensor of it$"):
+        LIF(decay=decay, **options)
+    assert LIF(decay=torch.as_tensor(decay), **options).decay.tolist() == [0.75, 0.5]
+    with pytest.raises(
+        TypeError, match=r"decay must be a float or a tensor of one value, got .*; granularity 'channel' or"
+    ):
+        LIF(decay=decay)
 
 
 @pytest.mark.parametrize("kind", ["LIF", "BatchNormLIF", "LeakyIntegrator", "AdaptiveLIF"])
@@ -202,6 +219,12 @@ BAD = [
     ("BatchNormLIF", {"input_scale": math.nan}, "input_scale must be finite, got nan"),
     ("BatchNormLIF", {"affine": "no"}, "affine must be a bool, got str"),
     ("BatchNormLIF", {"track_running_stats": 1}, "track_running_stats must be a bool, got int"),
+    *(
+        (kind, {"surrogate": "periodic_exponential"}, "surrogate 'periodic_exponential' needs multi_spike=True, which "
+         "only LIF, BatchNormLIF and their functions take; the surrogates without it are rectangle, .*, laplace$")
+        for kind in ("LIF", "AdaptiveLIF", "RecurrentLIF")
+    ),
+    ("AdaptiveLIF", {"surrogate": "none"}, "surrogate must be one of .*, fast_sigmoid, laplace, got 'none'"),
     ("LeakyIntegrator", {"granularity": "all"}, "granularity must be"),
     ("LeakyIntegrator", {"decay": 1.0, "learn_decay": True}, "a learned decay must be in"),
     ("LeakyIntegrator", {"decay": math.inf}, "decay must be finite"),

@@ -136,7 +136,7 @@ def test_ways_to_run_a_model(run):
             scores = run(model, inputs())
             penalty = rates.penalty(0.1)
             (scores.square().sum() + 10 * penalty).backward()
-            with pytest.raises(RuntimeError, match="no layer was called"):
+            with pytest.raises(RuntimeError, match="no call of a layer is recorded"):
                 rates.take()
         return penalty, *(each.grad for each in model.parameters())
 
@@ -153,17 +153,22 @@ def test_what_is_not_trained_does_not_count():
         torch.func.vmap(LIF(), randomness="different")(x_seq)
         model.train()
         first = rates.take()
-        with pytest.raises(RuntimeError, match=r"asgl_cuda\.FiringRates: since .*, no layer was called"):
+        with pytest.raises(RuntimeError, match=r"asgl_cuda\.FiringRates: no call of a layer is recorded"):
             rates.penalty()
         model(x_seq)
     assert 0 < first["1"] < 1
-    with pytest.raises(RuntimeError, match="since the rates were last taken, no layer was called"):
+    with pytest.raises(
+        RuntimeError, match=r"take the rates once per forward pass, before the `with` block ends or stop"
+    ):
         rates.take()
     assert not any(layer._forward_hooks for layer in model.modules())
     with rates:
         model[:2](x_seq)
-        with pytest.raises(RuntimeError, match="none of the layers with a target was called"):
+        with pytest.raises(RuntimeError, match=r"with a target is recorded: got targets for 3, and calls of 1$"):
             rates.penalty({"3": 0.1})
+        model[:2](x_seq)
+        with pytest.raises(RuntimeError, match=r"got targets for no layer, and calls of 1$"):
+            rates.penalty({})
 
 
 def test_half_types_and_types_beside_each_other():

@@ -10,7 +10,7 @@ from graphlib import CycleError, TopologicalSorter
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from ...checks import check_device_and_dtype
 from ...neurons.leaky_integrator import LeakyIntegrator
@@ -92,8 +92,12 @@ def from_nir(graph: nir.NIRGraph, dt: float | None = None, *, dtype: torch.dtype
                     raise ValueError(f"must be a Scale, {why}, got {type(node).__name__}")
                 scale = as_double(node.scale)
                 if not torch.allclose(scale, wanted := units.spike_heights(scaled, scale.shape)):
-                    why = f"the output scale of the LIF {lif!r} before it (scale_output in its metadata)"
-                    raise ValueError(f"scale must be {range_of(wanted)}, {why}, got {range_of(scale)}")
+                    raise ValueError(
+                        f"scale must equal the spike heights of the LIF {lif!r} before it, neuron by neuron, because "
+                        f"this LIF has scale_output=True in its metadata: expected {_first_difference(wanted, scale)}; "
+                        f"correct the scale, or delete graph.nodes[{lif!r}].metadata[{KEY!r}] to read that LIF without "
+                        "its metadata"
+                    )
             elif isinstance(node, nir.Output):
                 result.output(value)
             else:
@@ -101,6 +105,15 @@ def from_nir(graph: nir.NIRGraph, dt: float | None = None, *, dtype: torch.dtype
                 value = result.call_module(paths[name], (value,))
             values[name] = value
     return fx.GraphModule(modules, result).to(dtype or torch.get_default_dtype()).eval()
+
+
+def _first_difference(wanted: Tensor, given: Tensor) -> str:
+    """The first neuron for which the values differ, and both values, for errors."""
+    shape = torch.broadcast_shapes(wanted.shape, given.shape)
+    wanted, given = wanted.expand(shape), given.expand(shape)
+    index = (~torch.isclose(given, wanted)).nonzero()[0].tolist()
+    where = f" for neuron {index}" if index else ""
+    return f"{wanted[tuple(index)].item():g}{where}, got {given[tuple(index)].item():g}"
 
 
 def _module_paths(names: Iterable[str]) -> dict[str, str]:
