@@ -99,8 +99,8 @@ def fuse(model: nn.Module, *example: Any, inplace: bool = False) -> tuple[nn.Mod
         for path, each in model.named_modules()
         if isinstance(each, _BatchNorm) and not isinstance(each, Fused)
     ]
-    of_a_hook = "" if example else _hooked_part(model)
-    left = {path: reason for path, norm in norms if (reason := _reason_to_leave(norm) or of_a_hook)}
+    hooked_part = "" if example else _hooked_part(model)
+    left = {path: reason for path, norm in norms if (reason := _reason_to_leave(norm) or hooked_part)}
     joined: dict[str, str] = {}
     try:
         if example:

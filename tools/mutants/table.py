@@ -860,7 +860,7 @@ MUTANTS = {
         "if is_in_function_forward() and self.requires_grad:",
         "if False:", "interop/test_fuse_left.py uses"),
     "pending: backward hooks of neurons": Mutant(
-        "if (hooked := self.norm.hooked_before(layer)) is not None:",
+        "if hook := self.norm.hook_before(layer):",
         "if False:", "interop/test_fuse_left.py hooks"),
     "fuse: backward hooks of containers": Mutant("& {*module.modules()}) == 1)", "& {*module.modules()}) == 3)",
         "interop/test_fuse_left.py hooks"),
