@@ -136,10 +136,11 @@ def convert(
     and functions such as SpikingJelly's `reset_net` still work. SpikingJelly's `backend` has no effect on converted
     layers.
 
-    Decays, thresholds and resets are read at each call. Surrogate, reset mechanism and methods are read once; if they
-    change later, a call raises a RuntimeError that names the difference. A layer is left, with the reason in the
-    report, if it has no exact representation, a surrogate unknown to asgl_cuda (which `asgl` replaces) or a replaced
-    method (`layer.fire = ...`).
+    Decays and thresholds are read at each call. The surrogate, the methods, and in snnTorch, Norse and sinabs the kind
+    of reset are read once. If they change later, a call raises a RuntimeError that names the difference. With `asgl`,
+    the original surrogate is no longer used, and may change. A layer is left, with the reason in the report, if it has
+    no exact representation, a surrogate unknown to asgl_cuda (which `asgl` replaces) or a replaced method
+    (`layer.fire = ...`).
 
     Outputs have the dtypes of the library, under autocast as well. `torch.jit` rejects converted layers. In a copy,
     hooks of tensors are registered again.
@@ -149,13 +150,13 @@ def convert(
     Layers that can't be copied require `inplace=True`.
 
     With `sequences` the model's own code runs once per step, on placeholders for values that are computed later. After
-    the last step each layer computes all steps in one call, and an operation that is the same in each step is computed
-    once for all steps. Outputs, gradients and the states that layers keep are those of the loop, up to rounding.
-    Normalisations in training are computed step by step. Random numbers have the same distribution, but are drawn in
-    another order. `convert` refuses a model in which a neuron is not converted. A call raises RuntimeError if spikes
-    return to an earlier layer, if the code needs a value between two steps, as `if spikes.sum() > 0` does, or if a
-    torch.autograd.Function or a torch.utils.checkpoint inside of the model gets one of the placeholders. The
-    messages name the layer or function. `torch.compile` and `torch.export` get the loop itself.
+    the last step each layer computes all steps in one call. So do other operations that every step repeats, such as a
+    linear layer or a convolution. Outputs, gradients and the states that layers keep are those of the loop, up to
+    rounding. Normalisations in training are computed step by step. Random numbers have the same distribution, but are
+    drawn in another order. `convert` refuses a model in which a neuron is not converted. A call raises RuntimeError if
+    spikes return to an earlier layer, if the code needs a value between two steps, as `if spikes.sum() > 0` does, or if
+    a torch.autograd.Function or a torch.utils.checkpoint inside of the model gets one of the placeholders. The messages
+    name the layer or function. `torch.compile` and `torch.export` get the loop itself.
 
     Args:
         model: any module, or a neuron layer.

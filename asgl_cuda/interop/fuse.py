@@ -57,13 +57,16 @@ def fuse(model: nn.Module, *example: Any, inplace: bool = False) -> tuple[nn.Mod
     Parameters, buffers and their names, state, optimizers and checkpoints stay valid. A merged normalisation returns a
     stand-in, from which its neurons compute both. Anything else that meets the stand-in, such as other neurons or code
     that the example did not reach, gets the value that the normalisation alone would return. A RuntimeError is raised
-    where such code would lose a gradient (for example a `torch.autograd.Function`), or where a view would miss a change
-    in place of the tensor that it views. In inference mode and under `torch.compile`, changes in place are
-    not noticed. Code between the two layers that tests `isinstance(value, Tensor)` gets False, which is not noticed
-    either. Backward hooks would see no gradient of the stand-in, so a normalisation is left if it, its neurons, or a
-    module that contains only one of the two has such a hook. Without an example, all normalisations are left if any
-    part of the model has one. If neurons get such a hook later, their next call raises a RuntimeError. A hook that
-    another module between the two gets later is not noticed.
+    in these cases: a gradient would be lost, because the stand-in reaches a `torch.autograd.Function`, or the neurons
+    have a backward hook; the normalisation and the neurons are not in the same `torch.utils.checkpoint`; or a tensor
+    was changed in place before the neurons computed the stand-in, such as the input of the normalisation, the other
+    operand of the sum, or the output after the neurons' view of it was taken. In inference mode and under
+    `torch.compile`, changes in place are not noticed. Code between the two layers that tests
+    `isinstance(value, Tensor)` gets False, which is not noticed either. Backward hooks would see no gradient of the
+    stand-in, so a normalisation is not merged if it, its neurons, or a module that contains only one of the two has
+    such a hook. Without an example, all normalisations are left if any part of the model has one. If neurons get such a
+    hook later, their next call raises a RuntimeError. A hook that a module around one of the two gets after they were
+    merged is not noticed.
 
     Args:
         model: any module.

@@ -111,9 +111,9 @@ def lif(
         width: width of the surrogate, in units of x_seq. In float32 it must be at least 1.1e-19, so that 1 / width^2 is
             finite. A width that is a tensor is checked only if it is on the CPU, because checking it on a GPU would
             synchronise the device. It is not checked under torch.compile and torch.func either. Where it is not
-            checked, a width < 0 gives gradients of the wrong sign, and a width of 0 gives NaN. fast_sigmoid and arctan
-            square u / width, where u is the potential minus the threshold. Where this square overflows, at abs(u)
-            somewhat above 1e19 * width, they have no gradient.
+            checked, a width < 0 gives gradients of the wrong sign, and a width of 0 gives NaN. The surrogates
+            fast_sigmoid and arctan compute the square of u / width, where u is the potential minus the threshold. Where
+            this square overflows, at abs(u) somewhat above 1e19 * width, they have no gradient.
         surrogate: the name of F, a smooth step from 0 to 1. The derivative of F(u / width) replaces that of the spike.
             rectangle, triangle, sigmoid, arctan, erf, fast_sigmoid or laplace; with `multi_spike` also
             periodic_exponential, whose slope peaks at every multiple of the threshold. No effect with levels.
@@ -161,7 +161,8 @@ def lif(
     against x_seq: one value, `[C, 1, 1]`, `[C, H, W]`, `[T, 1, 1, 1, 1]`, and so on. Parameters and `v_init` are
     converted to the type of the arithmetic, which is float64 for a float64 x_seq and float32 otherwise.
 
-    A neuron whose potential is NaN emits no spike, and the gradients of its parameters are NaN.
+    A neuron whose potential is NaN emits no spike, or NaN with `levels` or `multi_spike`. The gradients of its
+    parameters are NaN.
 
     Returns:
         The spikes, in shape and type of x_seq, or a `LIFOutput` if a potential was asked for. All outputs are
@@ -432,7 +433,7 @@ class LIF(Neurons):
         v_reset: potential after a spike, below the threshold; or None to subtract `reset_amount` instead (soft reset).
         reset_amount: amount that a spike subtracts under the soft reset; default the threshold.
         input_gain: factor on the input.
-        width: initial width of the surrogate, > 0. Its logarithm is stored.
+        width: initial width of the surrogate, > 0. If learned, its logarithm is stored.
         surrogate: the name of a surrogate, see `asgl_cuda.lif`.
         surrogate_gain: factor on the surrogate gradient.
         analog_prob: fraction of elements that emit the smooth value `F(u / width)` instead of a spike in training, see

@@ -45,9 +45,9 @@ def parameter_groups(
 
     By default both groups take the step of Adam, with rates of 0.03 and 3e-3, whatever the optimizer of the weights and
     its rate are. A width then changes by about 3 % per step at most. If the optimizer is not of Adam's family, hooks
-    around its `step` make these steps, and its momentum and other options do not apply to these groups. Gradients may
-    be accumulated, unscaled by a GradScaler and clipped as usual, Adam's averages are in the state dict of the
-    optimizer, and schedulers scale the rates together with the others. `OneCycleLR` sets the rates itself, so give it a
+    around its `step` make these steps, and its momentum and other options do not apply to these groups. You may
+    accumulate gradients, call `unscale_` of a GradScaler, and clip, as usual. Adam's averages are in the state dict of
+    the optimizer. Schedulers scale the rates together with the others. `OneCycleLR` sets the rates itself, so give it a
     `max_lr` for each group.
 
     Give `width_lr` if the optimizer is not a `torch.optim.Optimizer`, if it calls its closure several times, or if a
