@@ -544,14 +544,15 @@ STEPS = (
 )
 LAYERS = (
     "This table shows nanoseconds per neuron and time step, for the forward and backward pass of one layer. The "
-    f"tensors have {{elements}} elements. We measured {ON}. *floor* is the time of two element-wise multiplications, "
-    "one for forward and one for backward. In this table the neurons of asgl_cuda have a rectangular surrogate ([times "
-    "of a sigmoid](docs/measured.md#one-layer)), and *learned, noise* has `analog_prob={noise}`. The last row shows "
+    f"tensors have {{elements}} elements. We measured {ON}. *floor* is the time of two element-wise multiplications,"
+    " one for forward and one for backward. It does not depend on T, so its differences between rows show how far"
+    " such timings vary. In this table the neurons of asgl_cuda have a rectangular surrogate ([times of a "
+    "sigmoid](docs/measured.md#one-layer)), and *learned, noise* has `analog_prob={noise}`. The last row shows "
     "the bytes per neuron and time step that are kept for backward. In a pair, the second figure is after "
-    "`torch.compile`. Compiling takes {compiling} s in the first call, and up to {again:.0f} s more when the batch "
-    "size or T changes ([times of each](docs/measured.md#one-layer)). At T = {long_steps} we compiled only the layer "
-    "of {long_layer}, in another measurement: compiling took {long_first_seconds:.0f} s, and the compiled layer needs "
-    "{long_ns:.1f} ns."
+    "`torch.compile`. Compiling takes {compiling} s in the first call, and up to {again:.0f} s more when the "
+    "batch size or T changes ([times of each](docs/measured.md#one-layer)). At T = {long_steps} we compiled only "
+    "the layer of {long_layer}, in another measurement: compiling took {long_first_seconds:.0f} s, and the "
+    "compiled layer needs {long_ns:.1f} ns."
 )
 GAIN = (
     "We timed training steps of the networks [below](#speed-and-memory) that have no recurrence. `convert` makes a "
