@@ -514,11 +514,12 @@ COST = "training runs took {minutes:.0f} minutes on one core:"
 STUDIED = f"Each value is the mean of {{seeds}} seeds. {{trainings:,}} {COST}"
 FAST = (
     "We timed training steps of [five networks](#speed-and-memory). With neurons of asgl_cuda that have a fixed "
-    "width and no noise, a step is {eager} times as fast as with neurons of SpikingJelly, snnTorch, Norse or sinabs."
-    " Compared with neurons of these libraries after `torch.compile`, it is {compiled} times as fast. By default, "
-    "neurons of asgl_cuda learn their width and have [noise](#the-neuron): during training, a random half of the "
-    "outputs takes smooth values instead of 0 or 1. With these defaults, a step is {noisy} times as fast as with the"
-    " other libraries, and {noisy_compiled} times as fast as with their compiled neurons."
+    "width and no noise, a step is {eager} times as fast as with neurons of SpikingJelly, snnTorch, Norse or "
+    "sinabs. Compared with neurons of these libraries after `torch.compile`, it is {compiled} times as fast. By "
+    "default, neurons of asgl_cuda learn their width and have [noise](#the-neuron): during training, a random "
+    "half of the outputs takes values between 0 and 1 instead of 0 or 1. With these defaults, a step is {noisy} "
+    "times as fast as with the other libraries, and {noisy_compiled} times as fast as with their compiled "
+    "neurons."
 )
 LEARNED = (
     "The width of the surrogate gradient is learned with the weights. We trained networks with SGD and Adam, from "
@@ -531,16 +532,16 @@ LEARNED = (
 )
 STEPS = (
     "This table shows milliseconds per training step of five networks. In a pair, the first figure is without "
-    f"`torch.compile` and the second with it; compiling took {{compiling}} s per network. We measured in float32 "
+    "`torch.compile` and the second with it; compiling took {compiling} s per network. We measured in float32 "
     f"{ON}, with {{peers_in_words}}. The first two columns are asgl_cuda, with normalisations that are not merged: "
-    "*learned, noise* has the default arguments, and *fixed width* has neither a learned width nor noise. *loop* is "
-    "plain PyTorch. Each of the other libraries has its default surrogate. All columns but the first compute the "
-    "same spikes, with a reset to 0. Only snnTorch's recurrent neuron, `RLeaky`, has its default, a reset by "
-    "subtraction. In each time step {firing} % of the neurons spike. At T = 100 we compiled a single time step and "
-    "called it in a loop, because compiling a whole sequence takes long ({long_first_seconds:.0f} s for one layer of"
-    " {long_layer} at T = {long_steps}). A dash, at T = 100 only, means that we did not compile, because we "
-    "used a layer of this library that contains the loop over time. See [Measured](docs/measured.md#a-training-step) "
-    "for the batch sizes."
+    "*learned, noise* has the default arguments, and *fixed width* has neither a learned width nor noise. *loop* "
+    "is plain PyTorch. Each of the other libraries has its default surrogate. All columns but the first compute "
+    "the same spikes, with a reset to 0. Only snnTorch's recurrent neuron, `RLeaky`, has its default, a reset by "
+    "subtraction. In each time step {firing} % of the neurons spike. At T = 100 we compiled a single time step "
+    "and called it in a loop, because compiling a whole sequence takes long ({long_first_seconds:.0f} s for one "
+    "layer of {long_layer} at T = {long_steps}). A dash means not compiled: at T = 100 we compiled single time "
+    "steps only, and here the layer of the library computes the whole sequence in one call. See "
+    "[Measured](docs/measured.md#a-training-step) for the batch sizes."
 )
 LAYERS = (
     "This table shows nanoseconds per neuron and time step, for the forward and backward pass of one layer. The "
@@ -555,14 +556,14 @@ LAYERS = (
     "compiled layer needs {long_ns:.1f} ns."
 )
 GAIN = (
-    "We timed training steps of the networks [below](#speed-and-memory) that have no recurrence. `convert` makes a "
-    "SpikingJelly network {jelly} times as fast as before, and a snnTorch network {snntorch} times as fast. In the "
-    "snnTorch network, a wrapper around each layer contains the loop over time; converted, each layer is called "
-    "once. For a network that you call step by step, `sequences=True` also replaces the loop by one call of each "
-    "layer. `fuse` makes converted networks with normalisations another {fused} times as fast. A merged "
-    "normalisation and its neurons keep {kept:.0f} bytes per neuron and time step for backward; not merged, they "
-    "keep {kept_apart:.0f}. With a residual addition between normalisation and neurons, {kept_residual} bytes are "
-    "kept, merged or not."
+    "We timed training steps of the networks [below](#speed-and-memory) that have no recurrence. `convert` makes "
+    "a SpikingJelly network {jelly} times as fast as before, and a snnTorch network {snntorch} times as fast. "
+    "Layers of snnTorch take one time step, so our network has each of them in a module that loops over time, "
+    "`MultiStep`. `convert` replaces the loop by one call of the fused layer. For a network that you call step by"
+    " step, `sequences=True` does so. `fuse` makes converted networks with normalisations another {fused} times "
+    "as fast. A merged normalisation and its neurons keep {kept:.0f} bytes per neuron and time step for backward;"
+    " not merged, they keep {kept_apart:.0f}. With a residual addition between normalisation and neurons, "
+    "{kept_residual} bytes are kept, merged or not."
 )
 ARMS = [(optimizer, surrogate) for optimizer in ("SGD", "Adam") for surrogate in ("rectangle", "sigmoid")]
 SECTIONS = {
