@@ -73,8 +73,9 @@ def target_architecture(capability: tuple[int, int]) -> str:
     known = [architecture for architecture in _nvrtc().getSupportedArchs() if architecture <= wanted]
     if not known:
         raise RuntimeError(
-            f"asgl_cuda: NVRTC {nvrtc_version()} does not compile for compute capability {wanted / 10:.1f}, which is "
-            "older than those that it supports"
+            f"asgl_cuda: the backend 'cupy' can't compile for this GPU, of compute capability {wanted / 10:.1f}, which "
+            f"is older than those that NVRTC {nvrtc_version()} supports; install CuPy and NVRTC for an older CUDA, "
+            "or name another backend"
         )
     return f"sm_{wanted}" if wanted in known else f"compute_{max(known)}"
 

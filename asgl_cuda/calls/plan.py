@@ -153,9 +153,10 @@ class Call(NamedTuple):
 def _arguments_and_constants(
     caller: str, x_seq: Tensor, given: Arguments, options: Mapping[str, Any], counts: bool
 ) -> tuple[dict[str, str], dict[str, float | None]]:
-    """For each parameter of the operators the name of its argument; for each argument its value, None for a tensor.
+    """Checks the parameters; returns the argument of each of the operators' parameters, and the value of each argument.
 
-    With levels width is the threshold, and v_threshold the factor of scale_output.
+    The value of a tensor is None. If the operators count spikes (`counts`: levels without multi_spike), their width is
+    the threshold, and their v_threshold 1 / levels, the height of a spike.
     """
     soft = "v_threshold" if given["reset_amount"] is None else "reset_amount"
     reset = soft if given["v_reset"] is None else "v_reset"

@@ -148,9 +148,9 @@ def lif(
             potential emits NaN. `unroll_levels` turns the output into binary spikes. With multi_spike, levels only
             limits the number of spikes.
         multi_spike: emit `trunc(h / v_threshold)` spikes per step where h > 0. Each spike subtracts `reset_amount`, so
-            `v_reset` must be None. `v_threshold` must be > 0, and is checked like the width. `analog_prob` must be 0,
-            because none of these surrogates is the slope of a smooth function that counts spikes, which a neuron could
-            emit instead.
+            `v_reset` must be None. `v_threshold` must be > 0; a tensor is checked where the width is. `analog_prob`
+            must be 0, because none of these surrogates is the slope of a smooth function that counts spikes, which a
+            neuron could emit instead.
         v_min: lower bound of the potential after the reset, in units of x_seq, `v = relu(v - v_min) + v_min`. Where the
             potential is at `v_min`, no gradient flows back through it. The bound does not apply to v_init.
         v_init: potential before the first step, in the shape of x_seq without time; default `v_rest`.
@@ -579,7 +579,10 @@ class LIF(Neurons):
 
 
 def lacking_options(layer: type[Neurons], *arguments: str) -> set[str]:
-    """Options of `lif` and `LIF` that another neuron lacks: these arguments, a residual, what is not in its tables."""
+    """Names of the options of `lif` and `LIF` that another neuron does not have.
+
+    These are a residual, those missing from its `_options`, initial states missing from its `_states`, and `arguments`.
+    """
     states = {f"{name}_init" for name in LIF._states if name not in layer._states}
     return {"residual", "residual_gain", *arguments, *(LIF._options.keys() - layer._options.keys()), *states}
 

@@ -77,7 +77,13 @@ def plot_layers(results: _Result | Sequence[_Result], quantity: str = "firing_ra
     layers = [name for name, values in history[0].items() if quantity in values]
     if not layers:
         known = sorted({key for values in history[0].values() for key in values})
-        raise ValueError(f"{caller}: quantity must be one of {', '.join(known)}, got {format_value(quantity)}")
+        why = (
+            "; it is missing if the Monitor saw no call of the model in eager mode" if quantity == "firing_rate" else ""
+        )
+        raise ValueError(
+            f"{caller}: quantity must be one of those in results, {', '.join(known) or 'none'}, got "
+            f"{format_value(quantity)}{why}"
+        )
     ax = _axes(ax, caller)
     names = [name or "(the model)" for name in layers]
     if isinstance(results, Mapping):

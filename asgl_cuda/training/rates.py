@@ -147,7 +147,8 @@ class FiringRates:
         targets: Mapping[str, Any] = target if isinstance(target, Mapping) else dict.fromkeys(self._layers, target)
         for name, value in targets.items():
             if name not in self._layers:
-                raise KeyError(f"{_CALLER}: no ASGL layer is named {name!r}; there are {', '.join(self._layers)}")
+                names = ", ".join(map(repr, self._layers))
+                raise KeyError(f"{_CALLER}: no ASGL layer is named {name!r}; the layers are named {names}")
             if target is not None and read_finite("target", value, _CALLER) < 0:
                 raise ValueError(f"{_CALLER}: target must be at least 0, got {value}")
         called = self.take()

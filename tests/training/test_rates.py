@@ -205,7 +205,7 @@ ERRORS = {
     "name": (
         lambda: FiringRates(network()).penalty({"2": 0.1}),
         KeyError,
-        "no ASGL layer is named '2'; there are 1, 3",
+        "no ASGL layer is named '2'; the layers are named '1', '3'",
     ),
 }
 

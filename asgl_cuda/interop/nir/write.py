@@ -72,7 +72,8 @@ def to_nir(
     r = input_gain / dt. If it has `delay`, a Delay follows. A normalisation, also in BatchNormLIF and in pairs merged
     by `fuse`, is folded into the weights before it. If there are no such weights, or if their output is used elsewhere,
     it becomes an Affine or a convolution. `scale_output` becomes a Scale. NIR's neuron fires above the threshold, and
-    asgl_cuda.LIF also if the potential equals the threshold. Half types are written as float32.
+    asgl_cuda.LIF without `strict_threshold` also if the potential equals the threshold. Half types are written as
+    float32.
 
     Raises:
         ImportError: nir or nirtorch is not installed.
@@ -388,7 +389,8 @@ class _Writer(fx.Interpreter):
         options = {
             "ceil_mode=True": layer.ceil_mode,
             "count_include_pad=False with padding": not counted,
-            f"divisor_override={layer.divisor_override} (1 can be)": layer.divisor_override not in (1, None),
+            f"divisor_override={layer.divisor_override} (None and 1 can be written)": layer.divisor_override
+            not in (1, None),
         }
         if any(options.values()):
             got = " and ".join(name for name, there in options.items() if there)
