@@ -321,7 +321,8 @@ def read_values(
 ) -> Tensor | float:
     """As `read_number`, or from a tensor of this shape, a value for each channel or neuron, a copy in `real_type`."""
     if not isinstance(value, Tensor):
-        if isinstance(value, (list, tuple)) or (hasattr(value, "__array__") and value.size != 1):
+        is_array = hasattr(value, "__array__") and isinstance(getattr(value, "size", None), int)
+        if isinstance(value, (list, tuple)) or (is_array and value.size != 1):
             several = not shape and len(value) != 1
             hint = _GRANULARITIES if several else f"torch.as_tensor({name}) makes a tensor of it"
             raise TypeError(f"{caller}: {name} must be {_one_value_or(shape)}, got {type(value).__name__}; {hint}")
