@@ -378,7 +378,9 @@ class ChannelGradient {
     for (const Taps& y : taps_of(rows_, by_phase)) {
       for (const Taps& x : taps_of(columns_, by_phase)) phases_.push_back({y, x});
     }
-    const int64 pixels = kTilePixels * shape_.stride_height * shape_.stride_width;
+    // Longer strides than the image meet one row and column, and their product might overflow.
+    const int64 pixels =
+        kTilePixels * std::min(shape_.stride_height, shape_.height) * std::min(shape_.stride_width, shape_.width);
     tile_columns_ = std::min(shape_.width, pixels);
     tile_rows_ = tile_columns_ < shape_.width ? 1 : std::clamp<int64>(pixels / shape_.width, 1, shape_.height);
     tile_images_ =

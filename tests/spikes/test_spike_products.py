@@ -61,6 +61,16 @@ def test_random_layers():
             assert (ours - theirs).abs().max() <= 2e-5 * theirs.abs().max().clamp_min(1e-30), drawn
 
 
+@pytest.mark.parametrize("stride", [9, 2**20, 2**28, 2**31])
+def test_strides_beyond_the_image(stride):
+    """Each image gives one pixel; a product of such strides has no place in 64 bits."""
+    x = (torch.rand(2, 8, 5, 5, dtype=torch.float64) < 0.3).double()
+    weight = torch.randn(4, 8, 3, 3, dtype=torch.float64, requires_grad=True)
+    results = [each(x, weight, None, stride) for each in (asgl_cuda.spike_conv2d, functional.conv2d)]
+    grads = [torch.autograd.grad(each.square().sum(), weight)[0] for each in results]
+    torch.testing.assert_close((results[0], grads[0]), (results[1], grads[1]))
+
+
 @pytest.mark.parametrize("values", [False, True])
 def test_a_sample_has_the_same_bits_alone_and_in_a_batch(case, values):
     torch.manual_seed(0)
