@@ -55,7 +55,7 @@ def _pack_spikes(
 ) -> Tensor | None:
     """Packs x for kernels: a bit per element, then the values that are not zero, unless all of those are 1.
 
-    None if x itself is to be saved: because it takes no more memory, or because sizes must not depend on values.
+    None if the operators are to pack x, because sizes must not depend on values.
     """
     if torch.compiler.is_compiling() or is_transform_active() or type(x) is not Tensor or not x.is_cpu:
         return None
@@ -82,10 +82,11 @@ class SpikeFunction(torch.autograd.Function):
         """Saves x, packed if that takes less memory, for the gradient of weight, and weight for that of x."""
         _, x, weight, _, _, ctx.stride, ctx.padding, packed = inputs
         _, wants_x, wants_weight, *_ = ctx.needs_input_grad
-        ctx.x_shape, ctx.x_format, ctx.is_packed = x.shape, suggest_memory_format(x), packed is not None
+        ctx.x_shape, ctx.x_format = x.shape, suggest_memory_format(x)
+        ctx.is_packed = packed is not None and packed.nbytes < x.nbytes
         ctx.weight_shape = weight.shape
         ctx.channels_last = suggest_memory_format(weight) is torch.channels_last
-        kept = x if packed is None else packed
+        kept = packed if ctx.is_packed else x
         ctx.save_for_backward(kept if wants_weight else None, weight if wants_x else None)
 
     @staticmethod

@@ -166,13 +166,11 @@ inline Tensor pack(const SpikeCall& call, const Tensor& x) {
   return result;
 }
 
-// Packs x for spike_product and for spike_weight_gradient. Returns an undefined tensor if this saves no memory.
+// Packs x for spike_product and for spike_weight_gradient. Returns an undefined tensor if x has no elements in memory.
 inline Tensor pack_spikes(const Tensor& x, at::IntArrayRef weight_sizes, at::IntArrayRef stride,
                           at::IntArrayRef padding) {
   const SpikeCall call(x, weight_sizes, stride, padding);
-  if (x.numel() == 0 || x.is_neg()) return {};
-  const Tensor result = pack(call, x);
-  return result.nbytes() < x.nbytes() ? result : Tensor();
+  return x.numel() == 0 || x.is_neg() ? Tensor() : pack(call, x);
 }
 
 // The elements of x as kernels read them, from the result of `pack` for x.

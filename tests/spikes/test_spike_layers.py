@@ -206,7 +206,7 @@ def test_checkpointed(layers):
 
 
 def test_saves_a_bit_for_each_spike():
-    """Where the spikes are a neuron's, they are freed."""
+    """Where the spikes are a neuron's, they are freed. An input without zeros is saved as it is."""
     saved = []
     layer = asgl_cuda.SpikeLinear(256, 64)
     x = (torch.rand(32, 256) < 0.1).float()
@@ -216,6 +216,10 @@ def test_saves_a_bit_for_each_spike():
         saved.clear()
         layer(x * torch.rand_like(x))
         assert sum(each.nbytes for each in saved if each is not layer.weight) < 0.2 * x.nbytes
+        saved.clear()
+        dense = torch.rand_like(x) + 1
+        layer(dense)
+        assert [each.data_ptr() for each in saved if each is not layer.weight] == [dense.data_ptr()]
 
 
 def test_in_a_network():
