@@ -15,6 +15,7 @@ from .common import in_words, processor_in_words
 from .learning import defaults, noise, widths
 from .learning.data import SOURCES
 from .learning.neurons import adaptation_rows, calibration_rows, residual_rows
+from .learning.sparse import NETWORKS as SPARSE_NETWORKS
 from .learning.sparse import sparse_rows
 from .speed import convert
 from .speed.end_to_end import COMPILED_NETWORK, COMPILED_STEP, CONVERTED, FUSED_BLOCK
@@ -417,7 +418,7 @@ def memory(report: Report) -> list[str]:
 
 
 def spike_layers(report: Report) -> list[str]:
-    """Milliseconds of torch's layers and of spike layers, and their ratios; first the network and the stream."""
+    """Milliseconds of torch's layers and of spike layers, and their ratios; first networks and the stream."""
     rows: Rows = []
     for name, found in report["rows"].items():
         cells = []
@@ -425,7 +426,8 @@ def spike_layers(report: Report) -> list[str]:
             theirs, ours = (1e3 * each for each in found.get(part, (0.0, 0.0)))
             cells.append(f"{theirs:.3g} / {ours:.3g} = {theirs / ours:.1f}" if ours else "")
         rows.append([name, *cells])
-    first = [row for row in rows if row[0].startswith(("network", "stream", "Linear(1024, 1024) [512"))]
+    shown = "network", "stream", "Linear(1024, 1024) [512", *SPARSE_NETWORKS
+    first = [row for row in rows if row[0].startswith(shown)]
     head = ["", "forward", "step"]
     others = [row for row in rows if row not in first]
     return [*markdown_table(head, first), "", *folded("Other layers", markdown_table(head, others))]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from torch.nn import functional
 import asgl_cuda
 from asgl_cuda import BatchNormLIF, OverTime
 
-from .data import SOURCES
+from .data import SOURCES, Data
 from .neurons import OverSamples
 from .optimizers import ADAM, accuracy_of, fit, optimizer_of
 from .studies import Report, Study, paired
@@ -27,24 +27,31 @@ from .studies import Report, Study, paired
 SETTINGS = {"steps": 250, "ramp": 100, "batch": 64}
 
 
+def neurons(channels: int) -> nn.Module:
+    """Without noise, whose smooth values are not zero."""
+    return BatchNormLIF(channels, analog_prob=0.0)
+
+
 def fully_connected(inputs: int, classes: int) -> nn.Module:
-    hidden = [(nn.Linear(*pair), BatchNormLIF(512)) for pair in itertools.pairwise((inputs, 512, 512, 512))]
+    hidden = [(nn.Linear(*pair), neurons(512)) for pair in itertools.pairwise((inputs, 512, 512, 512))]
     return OverSamples(nn.Flatten(2), *itertools.chain(*hidden), nn.Linear(512, classes))
 
 
 def convolutional(pixels: int, classes: int) -> nn.Module:
-    """Five convolutions; the third sees a quarter of the pixels."""
+    """Five convolutions; from the third on, a quarter of the pixels is left."""
     layers: list[nn.Module] = []
-    for number, (inputs, outputs) in enumerate(itertools.pairwise((1, 32, 32, 32, 32, 32))):
+    for number, (inputs, outputs) in enumerate(itertools.pairwise((1, 64, 64, 128, 128, 128))):
         convolution = nn.Conv2d(inputs, outputs, 3, padding=1, stride=2 if number == 2 else 1, bias=False)
-        layers += [OverTime(convolution), BatchNormLIF(outputs)]
-    return OverSamples(*layers, nn.Flatten(2), nn.Linear(32 * pixels // 4, classes))
+        layers += [OverTime(convolution), neurons(outputs)]
+    return OverSamples(*layers, nn.Flatten(2), nn.Linear(128 * pixels // 4, classes))
 
 
-# The data, the network, the weight of the penalty, and the number of seeds.
-NETWORKS: dict[str, tuple[str, Callable[[], nn.Module], float, int]] = {
-    "digits, fully connected": ("digits", partial(fully_connected, 64, 10), 3.0, 10),
-    "digits, convolutional": ("digits", partial(convolutional, 64, 10), 1.0, 8),
+SEEDS = 10
+# The data, the network, and the weight of the penalty.
+NETWORKS: dict[str, tuple[str, Callable[[], nn.Module], float]] = {
+    "digits, fully connected": ("digits", partial(fully_connected, 64, 10), 3.0),
+    "digits, convolutional": ("digits", partial(convolutional, 64, 10), 2.0),
+    "mnist, convolutional": ("mnist", partial(convolutional, 196, 10), 2.0),
 }
 
 
@@ -56,10 +63,10 @@ class Sparse(NamedTuple):
     seed: int
 
 
-def train_sparse(run: Sparse, settings: dict[str, int] = SETTINGS) -> dict[str, Any]:
-    """Test accuracy in percent, rates by layer, and how many layers `to_spike_layers` replaces."""
+def trained(run: Sparse, settings: dict[str, int] = SETTINGS) -> tuple[nn.Module, Data]:
+    """The network after training, and its data."""
     torch.manual_seed(run.seed)
-    name, make, weight, _ = NETWORKS[run.network]
+    name, make, weight = NETWORKS[run.network]
     data = SOURCES[name].read(None)
     model = make().to(memory_format=torch.channels_last)
     weights = [weight * run.penalty * min(1, step / settings["ramp"]) for step in range(settings["steps"])]
@@ -72,6 +79,12 @@ def train_sparse(run: Sparse, settings: dict[str, int] = SETTINGS) -> dict[str, 
             return loss + factor * rates.penalty()
 
         fit(loss_of, batches, optimizer_of(model, ADAM))
+    return model, data
+
+
+def train_sparse(run: Sparse, settings: dict[str, int] = SETTINGS) -> dict[str, Any]:
+    """Test accuracy in percent, rates by layer, and how many layers `to_spike_layers` replaces."""
+    model, data = trained(run, settings)
     with asgl_cuda.Monitor(model.eval()) as monitor, torch.no_grad():
         model(data.test)
     _, report = asgl_cuda.to_spike_layers(model, data.test)
@@ -105,9 +118,5 @@ def runs_of(report: Report, network: str, penalty: bool) -> list[dict[str, Any]]
     return [run for run in report["runs"] if (run["network"], run["penalty"]) == (network, penalty)]
 
 
-def all_runs() -> Iterable[Sparse]:
-    for network, (*_, seeds) in NETWORKS.items():
-        yield from itertools.starmap(Sparse, itertools.product([network], (False, True), range(seeds)))
-
-
-SPARSE = Study("sparse", {"settings": SETTINGS}, list(all_runs()), train_sparse, listed=True)
+RUNS = list(itertools.starmap(Sparse, itertools.product(NETWORKS, (False, True), range(SEEDS))))
+SPARSE = Study("sparse", {"settings": SETTINGS}, RUNS, train_sparse, listed=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from importlib.util import find_spec
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ from .clocks import allocated_bytes, in_turns
 CLASSES = 10
 # Of weights that multiply spikes: about one element in ten is a spike, and each layer fires as often as the one before.
 GAIN = 2.5
+ATTENTION_SCALE = 0.13  # 1 / 8, but for sums of spikes that would be the threshold, where neurons of libraries differ
 MakeNeuron = Callable[..., nn.Module]  # without arguments; of recurrent layers, with the weights of input and spikes
 
 
@@ -85,7 +87,62 @@ def resnet18(neuron: MakeNeuron) -> nn.Module:
 
     model: nn.Module = spiking_resnet.spiking_resnet18(spiking_neuron=neuron, num_classes=CLASSES)
     jelly.set_step_mode(model, "m")
+    torch.manual_seed(0)  # neurons of some libraries draw numbers of their own
+    for layer in model.modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            layer.reset_parameters()
     return model
+
+
+class Attention(nn.Module):
+    """Spiking self-attention over `[T, B, tokens, features]`: products of spikes, without a softmax."""
+
+    def __init__(self, features: int, heads: int, make_neuron: MakeNeuron) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q, self.k, self.v, self.out = (spiking_linear(features, features, make_neuron) for _ in range(4))
+        self.mixed = make_neuron()
+
+    def forward(self, x_seq: Tensor) -> Tensor:
+        q, k, v = (each(x_seq).unflatten(-1, (self.heads, -1)).transpose(2, 3) for each in (self.q, self.k, self.v))
+        mixed = q @ (k.transpose(-2, -1) @ v) * ATTENTION_SCALE  # [T, B, heads, tokens, features / heads]
+        return self.out(self.mixed(mixed.transpose(2, 3).flatten(-2)))  # type: ignore[no-any-return]
+
+
+class Residual(nn.Module):
+    """A branch that is added to its input."""
+
+    def __init__(self, branch: nn.Module) -> None:
+        super().__init__()
+        self.branch = branch
+
+    def forward(self, x_seq: Tensor) -> Tensor:
+        return x_seq + self.branch(x_seq)  # type: ignore[no-any-return]
+
+
+def spiking_linear(inputs: int, outputs: int, make_neuron: MakeNeuron) -> nn.Module:
+    linear = nn.Linear(inputs, outputs, bias=False)
+    linear.weight.data = orthogonal(inputs, outputs, first=False)
+    return nn.Sequential(linear, make_neuron())
+
+
+def transformer(inputs: int, features: int, heads: int, make_neuron: MakeNeuron) -> nn.Module:
+    """One block of a spiking transformer, as in Spikformer (Zhou et al., ICLR 2023), without normalisations."""
+    perceptron = (spiking_linear(*sizes, make_neuron) for sizes in ((features, 4 * features), (4 * features, features)))
+    return nn.Sequential(
+        spiking_linear(inputs, features, make_neuron),
+        Residual(Attention(features, heads, make_neuron)),
+        Residual(nn.Sequential(*perceptron)),
+        Tokens(),
+        nn.Linear(features, CLASSES),
+    )
+
+
+class Tokens(nn.Module):
+    """The mean over tokens."""
+
+    def forward(self, x_seq: Tensor) -> Tensor:
+        return x_seq.mean(2)
 
 
 MLP = Network(partial(fully_connected, 784, (512,) * 4), (8, 128, 784))
@@ -96,6 +153,8 @@ NETWORKS = {
     "residual": Network(residual, (4, 32, 3, 32, 32), left=2),
     "speech": SPEECH,
     "recurrent speech": Network(partial(recurrent, 700, (256,) * 3), SPEECH.input_shape, kind="recurrent"),
+    "transformer": Network(partial(transformer, 48, 256, 8), (4, 16, 64, 48)),  # 8 x 8 patches of 4 x 4 pixels
+    **({"ResNet-18": Network(resnet18, (4, 32, 3, 32, 32), left=3)} if find_spec("spikingjelly") else {}),
 }
 
 

@@ -3,11 +3,14 @@
 Forward without gradients; a step is forward with gradients and backward, for a layer with the gradient of the input.
 Inputs are ones at random places. The network has 700-512-512-512-20 features over 64 steps of 32 samples, a tenth of
 its input is not zero, and its hidden rates are about --shares. Its neurons have no noise, because smooth values are not
-zero. A stream is `asgl_cuda.step` of 700-1024-1024-20 features with one sample, in evaluation. Minima of --repeats.
+zero. A stream is `asgl_cuda.step` of 700-1024-1024-20 features with one sample, in evaluation. Trained networks are
+those of `benchmarks.learning.sparse`, with and without a penalty on firing rates. Minima of --repeats.
 """
 
 from __future__ import annotations
 
+import copy
+import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -18,6 +21,7 @@ from torch import Tensor, nn
 import asgl_cuda
 
 from ..common import machine, minima, parser_of, write_json
+from ..learning.sparse import NETWORKS, SETTINGS, Sparse, trained
 from .clocks import keep_memory
 
 STEPS = 100  # of a stream
@@ -118,6 +122,15 @@ def rows(shares: Sequence[float], repeats: int) -> Iterator[tuple[str, dict[str,
         yield f"stream, a step, at {share}", {"forward": [each / STEPS for each in found]}
 
 
+def trained_rows(repeats: int) -> Iterator[tuple[str, dict[str, list[float]]]]:
+    """Name and seconds of each network of the study of penalties, after training."""
+    for name, penalty in itertools.product(NETWORKS, (False, True)):
+        dense, data = trained(Sparse(name, penalty, seed=0))
+        x = data.test[: SETTINGS["batch"]]
+        ours, _ = asgl_cuda.to_spike_layers(copy.deepcopy(dense), x)
+        yield f"{name}, {'penalty' if penalty else 'none'}", compare(dense, ours, x, repeats)
+
+
 def main() -> int:
     """Prints a row for each layer and share."""
     parser = parser_of("benchmarks.speed.spikes", str(__doc__), "repeats", "json")
@@ -128,7 +141,8 @@ def main() -> int:
     keep_memory()
     torch.manual_seed(0)
     report: dict[str, Any] = {"machine": machine(torch.device("cpu")), "threads": arguments.threads, "rows": {}}
-    for name, found in rows(arguments.shares, arguments.repeats):
+    every = itertools.chain(rows(arguments.shares, arguments.repeats), trained_rows(arguments.repeats))
+    for name, found in every:
         parts = (
             f"{part} {1e3 * theirs:8.3f} / {1e3 * mine:8.3f} = {theirs / mine:5.2f}"
             for part, (theirs, mine) in found.items()
