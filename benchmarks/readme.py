@@ -450,7 +450,7 @@ def calibrated(report: Report) -> list[str]:
         *digest(head, rows, ("digits, 6 layers, SGD", "digits, 6 layers, Adam")),
         "",
         f"The accuracies at firing rates of 0.05, 0.1 and 0.2 are {shallow} points apart in networks of up to six "
-        f"layers, and {deep} points in those of twelve.",
+        f"layers, and {deep} points in networks of twelve.",
     ]
 
 
