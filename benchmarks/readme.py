@@ -239,7 +239,7 @@ def others_by_ours(report: Report) -> list[float]:
 
 
 def recurrent_values(report: Report) -> Report:
-    """The layer's time as a multiple of its products', for the fewest neurons and for more."""
+    """Times by those of the products, with the fewest neurons and with more, and other libraries' by the layer's."""
     sizes = report["sizes"]
     fewest = min(size["neurons"] for size in sizes)
     found: Report = {"fewest": fewest, "rates": between([size["rate"] for size in sizes], ".1%", ".1%")}
