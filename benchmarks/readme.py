@@ -229,26 +229,26 @@ def block(report: Report) -> list[str]:
     return markdown_table(head, rows)
 
 
-def recurrent_ratios(report: Report) -> tuple[list[float], list[float]]:
-    """The layer's time as a multiple of its products', and the other libraries' as multiples of the layer's."""
-    products, faster = [], []
+def others_by_ours(report: Report) -> list[float]:
+    """The times of the other libraries' recurrent layers as multiples of our layer's."""
+    found = []
     for seconds in (size["seconds"] for size in report["sizes"]):
-        products.append(seconds[OURS] / seconds[PRODUCTS])
         for end in ("", WITH_INPUT):
             names = (f"{peer}{end}" for peer in report["machine"]["peers"])
-            faster += [seconds[name] / seconds[f"{OURS}{end}"] for name in names if name in seconds]
-    return products, faster
+            found += [seconds[name] / seconds[f"{OURS}{end}"] for name in names if name in seconds]
+    return found
 
 
 def recurrent_values(report: Report) -> Report:
-    products, faster = recurrent_ratios(report)
-    every = [size["seconds"][f"{OURS}{ALL_SPIKE}"] / size["seconds"][PRODUCTS] for size in report["sizes"]]
-    return {
-        "rates": between([size["rate"] for size in report["sizes"]], ".1%", ".1%"),
-        "products": between(products),
-        "all_spike": between(every),
-        "faster": between(faster, ".1f", ".0f"),
-    }
+    """Times by those of the products, with the fewest neurons and with more, and other libraries' by the layer's."""
+    sizes = report["sizes"]
+    fewest = min(size["neurons"] for size in sizes)
+    found: Report = {"fewest": fewest, "rates": between([size["rate"] for size in sizes], ".1%", ".1%")}
+    for name, row in {"few": OURS, "all": f"{OURS}{ALL_SPIKE}"}.items():
+        for end, small in {"small": True, "large": False}.items():
+            seconds = (size["seconds"] for size in sizes if (size["neurons"] == fewest) == small)
+            found[f"{name}_{end}"] = between([each[row] / each[PRODUCTS] for each in seconds])
+    return {**found, "faster": between(others_by_ours(report), ".1f", ".0f")}
 
 
 def recurrent(report: Report) -> list[str]:
@@ -394,6 +394,12 @@ def long_values(report: Report) -> Report:
     return {**{f"long_{name}": found[name] for name in ("layer", "steps", "first_seconds")}, "long_ns": compiled}
 
 
+def convert_values(report: Report) -> Report:
+    """How many times as fast conversion makes layers that take one step per call."""
+    every = (each for size in report["sizes"] for each in size["layers"] if each["layer"].endswith("a step a call"))
+    return {"stepped": between([each["seconds"]["before"] / each["seconds"]["after"] for each in every], ".1f", ".1f")}
+
+
 def demo(report: Report) -> list[str]:
     """What the demo printed at its end."""
     return ["```text", *report["printed"], f"({in_words(report['machine'])}, {report['machine']['date']})", "```"]
@@ -446,7 +452,7 @@ def calibrated(report: Report) -> list[str]:
         *digest(head, rows, ("digits, 6 layers, SGD", "digits, 6 layers, Adam")),
         "",
         f"The accuracies at firing rates of 0.05, 0.1 and 0.2 are {shallow} points apart in networks of up to six "
-        f"layers, and {deep} points in those of twelve.",
+        f"layers, and {deep} points in networks of twelve.",
     ]
 
 
@@ -586,22 +592,32 @@ SECTIONS = {
         "recurrent",
         recurrent,
         "Times in milliseconds, float32, on {processor}, torch {torch}, {date}. If {rates} of the neurons spike per "
-        "time step, `RecurrentLIF` takes {products} times as long as its matrix products alone. If all neurons spike "
-        "(*all spike*), it takes {all_spike} times as long as these. The recurrent layers of the other libraries take "
-        "{faster} times as long as `RecurrentLIF`:",
+        "time step, the recurrent layers of the other libraries take {faster} times as long as `RecurrentLIF`. "
+        "`RecurrentLIF` then takes {few_small} times as long as its matrix products alone with N = {fewest}, and "
+        "{few_large} times with more neurons. If all neurons spike (*all spike*), these figures are {all_small} and "
+        "{all_large}:",
         recurrent_values,
     ),
     "block": Section(
         "microbench", block, f"Times in nanoseconds per element, for an input of shape `{{blocks[0][shape]}}`, {ON}:"
     ),
-    "end_to_end": Section("end_to_end", end_to_end, f"The times are medians, in float32, {ON}:"),
+    "end_to_end": Section(
+        "end_to_end",
+        end_to_end,
+        "Compiling one layer of {long_layer} at T = {long_steps} took {long_first_seconds:.0f} s. The times are "
+        f"medians, in float32, {ON}:",
+        long_values,
+    ),
     "memory": Section(
         "memory", memory, f"The batch size is {{batch}} unless a row says otherwise. Measured in float32 {ON}:"
     ),
     "convert": Section(
         "convert",
         study(convert.rows, "spikingjelly LIFNode", "snntorch Leaky in MultiStep", "norse LIF", "sinabs LIF"),
-        f"Time before divided by time after conversion, for {{elements:,}} elements, {ON}:",
+        "A layer that is called once for each time step (*a step a call*) becomes only {stepped} times as fast, "
+        "because no kernel can then compute all steps at once. Time before divided by time after conversion, for "
+        f"{{elements:,}} elements, {ON}:",
+        convert_values,
     ),
     "calibration": Section(
         "calibration",
