@@ -575,12 +575,12 @@ LAYERS = (
 GAIN = (
     "We timed training steps of the networks [below](#speed-and-memory) that have no recurrence. `convert` makes "
     "a SpikingJelly network {jelly} times as fast as before. Layers of snnTorch take one time step, so a network of "
-    "snnTorch calls each of them in a loop. It becomes {snntorch} times as fast if each loop is replaced by one call "
-    "of the layer in asgl_cuda's [`MultiStep`](docs/reference/neurons.md#multistep). In SpikingJelly networks with "
-    "normalisations, `fuse` after `convert` saves more time: they become another {fused} times as fast. In float32, a "
-    "merged normalisation and its neurons keep {kept:.0f} bytes per neuron and time step for backward; not merged, "
-    "they keep {kept_apart:.0f}. With a residual addition between normalisation and neurons, {kept_residual} bytes "
-    "are kept, merged or not."
+    "snnTorch calls each of them in a loop. The network becomes {snntorch} times as fast if each loop is replaced by "
+    "one call of the layer in asgl_cuda's [`MultiStep`](docs/reference/neurons.md#multistep). `fuse` makes converted "
+    "SpikingJelly networks with normalisations another {fused} times as fast. In float32, a merged normalisation and "
+    "its neurons keep {kept:.0f} bytes per neuron and time step for backward; not merged, they keep "
+    "{kept_apart:.0f}. With a residual addition between normalisation and neurons, {kept_residual} bytes are kept, "
+    "merged or not."
 )
 ARMS = [(optimizer, surrogate) for optimizer in ("SGD", "Adam") for surrogate in ("rectangle", "sigmoid")]
 SECTIONS = {
