@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import statistics
 import sys
 from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
@@ -160,6 +161,7 @@ def layers_values(report: Report) -> Report:
         "again": max(again),
         "elements": power_of_two(count),
         "noise": ANALOG_PROB,
+        "first_steps": compared(report)[0][0]["steps"],
     }
     return {**found, **long_values(read_report("end_to_end"))}
 
@@ -335,7 +337,7 @@ def steps_values(report: Report) -> Report:
         return between(times_faster(report, milliseconds, converted, names), ".1f", ".1f")
 
     first = [
-        each["first_seconds"]["training"]
+        each["first_seconds"]
         for network in networks
         for name, each in network["variants"].items()
         if name.endswith((COMPILED, COMPILED_STEP, COMPILED_NETWORK))
@@ -346,7 +348,8 @@ def steps_values(report: Report) -> Report:
         "compiled": between(times_faster(report, compiled_milliseconds, ours, peers), ".1f", ".1f"),
         "noisy": between(times_faster(report, milliseconds, noisy, peers), ".1f", ".1f"),
         "noisy_compiled": between(times_faster(report, compiled_milliseconds, noisy, peers), ".1f", ".1f"),
-        "compiling": between(first, ".0f", ".0f"),
+        "compiling": between([each["training"] for each in first], ".0f", ".0f"),
+        "evaluations": max(each["evaluation"] for each in first),
         "peers_in_words": listed(report["machine"]["peers"]),
         "firing": between(rates, ".0f", ".0f"),
         "jelly": gain("SpikingJelly"),
@@ -412,6 +415,13 @@ def learned_values(report: Report) -> Report:
         method: [float(cell) for name, *cells in rows for cell in cells if name.endswith(f"sigmoid, {arm}")]
         for method, arm in (("fixed", widths.SG), ("learned", widths.LEARNED), ("noisy", widths.ASGL))
     }
+    tones = [
+        statistics.fmean(accuracies)
+        for (data, surrogate, _, arm), by in widths.by_width(report).items()
+        if (data, surrogate, arm) == ("tones", "sigmoid", widths.LEARNED)
+        for accuracies in by.values()
+    ]
+    found["tones"] = tones
     worst = {f"worst_{method}": min(values) for method, values in found.items()}
     best = {f"best_{method}": max(values) for method, values in found.items()}
     noise = report["settings"]["analog_prob"]
@@ -521,62 +531,64 @@ LAYER = f"Times of forward and backward together, in nanoseconds per element, {O
 COST = "training runs took {minutes:.0f} minutes on one core:"
 STUDIED = f"Each value is the mean of {{seeds}} seeds. {{trainings:,}} {COST}"
 FAST = (
-    "We timed training steps of [five networks](#speed-and-memory). With neurons of asgl_cuda that have a fixed "
-    "width and no noise, a step is {eager} times as fast as with neurons of SpikingJelly, snnTorch, Norse or "
-    "sinabs. Compared with neurons of these libraries after `torch.compile`, it is {compiled} times as fast. By "
-    "default, neurons of asgl_cuda learn their width and have [noise](#the-neuron): during training, a random "
-    "half of the outputs takes values between 0 and 1 instead of 0 or 1. With these defaults, a step is {noisy} "
-    "times as fast as with the other libraries, and {noisy_compiled} times as fast as with their compiled "
-    "neurons. In some of the networks, compiled neurons of SpikingJelly and snnTorch are about as fast as these "
-    "defaults."
+    "We timed training steps of [five networks](#speed-and-memory) on {threads} threads of a CPU. With neurons of "
+    "asgl_cuda that have a fixed width and no noise, a step is {eager} times as fast as with neurons of SpikingJelly, "
+    "snnTorch, Norse or sinabs. Compared with neurons of these libraries after `torch.compile`, where we compiled "
+    "them, a step is {compiled} times as fast. By default, layers of asgl_cuda learn their width and have "
+    "[noise](#the-neuron): during training, a random half of the outputs takes values between 0 and 1 instead of 0 "
+    "or 1. With these defaults, a step is {noisy} times as fast as with the other libraries, and {noisy_compiled} "
+    "times as fast as with their compiled neurons. In some of the networks, compiled neurons of SpikingJelly and "
+    "snnTorch are about as fast as these defaults."
 )
 LEARNED = (
-    "The width of the surrogate gradient is learned with the weights. We trained small networks with "
-    "normalisations for 250 steps, with SGD and Adam, from five initial widths between {narrowest} and {widest}, "
-    "with a sigmoid as surrogate and without noise. These are ten settings, and the accuracy of a setting is the "
-    "mean over five small data sets. If the width is learned, the ten accuracies lie between {worst_learned:.0f} "
-    "and {best_learned:.0f} %. If it stays at its initial value, they lie between {worst_fixed:.0f} and "
-    "{best_fixed:.0f} % ([table](docs/measured.md#the-first-width)). If the width is learned and a fraction "
-    "{noise} of the outputs is noisy, they lie between {worst_noisy:.0f} and {best_noisy:.0f} %. On one of the "
-    "sets, tones, accuracies with a learned width differ much more between initial widths. The best fixed width "
-    "is about as good as the best learned one. The default noise of 0.5 and a detached reset were not in this "
-    "comparison. Each optimizer had one learning rate. Widths below {narrowest} were not measured."
+    "By default, the width of the surrogate gradient is learned with the weights. We trained networks of six "
+    "spiking layers with normalisations for {steps} steps, with SGD and Adam, from five initial widths between "
+    "{narrowest} and {widest}, with a sigmoid as surrogate and without noise. These are ten settings, and the "
+    "accuracy of a setting is the mean over five small data sets. If the width is learned, the ten accuracies lie "
+    "between {worst_learned:.0f} and {best_learned:.0f} %. If the width keeps its initial value, they lie between "
+    "{worst_fixed:.0f} and {best_fixed:.0f} % ([table](docs/measured.md#the-first-width)). If the width is learned "
+    "and a fraction {noise} of the outputs is noisy, they lie between {worst_noisy:.0f} and {best_noisy:.0f} %. On "
+    "one of the data sets, tones, the accuracies with a learned width and without noise lie between "
+    "{worst_tones:.0f} and {best_tones:.0f} %. The best fixed width is about as good as the best learned one. The "
+    "default noise of 0.5 and a detached reset were not in this comparison. Each optimizer had one learning rate. "
+    "Initial widths below {narrowest} were not measured."
 )
 STEPS = (
     "This table shows milliseconds per training step of five networks. In a pair, the first figure is without "
-    "`torch.compile` and the second with it; compiling took {compiling} s per network for training, and longer "
-    f"for some evaluations. We measured in float32 {ON}, with {{peers_in_words}}. The first two columns are "
-    "asgl_cuda, with normalisations that are not merged: *learned, noise* has the default arguments, and *fixed "
-    "width* has neither a learned width nor noise. *loop* is plain PyTorch. Each of the other libraries has its "
-    "default surrogate. All columns but the first compute the same spikes, with a reset to 0. Only snnTorch's "
-    "recurrent neuron, `RLeaky`, has its default, a reset by subtraction. In each time step {firing} % of the "
-    "neurons spike. At T = 100 we compiled a single time step and called it in a loop, because compiling a whole "
-    "sequence takes long ({long_first_seconds:.0f} s for one layer of {long_layer} at T = {long_steps}). A dash "
-    "means not compiled: at T = 100 we compiled single time steps only, and here the layer of the library "
-    "computes the whole sequence in one call. See [Measured](docs/measured.md#a-training-step) for the batch "
+    "`torch.compile` and the second with compiled neurons. We also compiled the whole MLP with SpikingJelly, and "
+    "show the shorter time. Compiling took {compiling} s per network for training, and up to {evaluations:.0f} s for "
+    f"evaluation. We measured in float32 {ON}, with {{peers_in_words}}. The first two columns are layers of "
+    "asgl_cuda, with normalisations that are not merged. *learned, noise* has the default arguments. *fixed width* "
+    "has neither a learned width nor noise. *loop* is a loop over time in plain PyTorch. Each of the other libraries "
+    "has its default surrogate. All columns but the first compute the same spikes up to rounding, with a reset to 0. "
+    "The exception is snnTorch's recurrent neuron, `RLeaky`, which has its default, a reset by subtraction. Before "
+    "training, {firing} % of the neurons of a layer spike per time step. At T = 100 we compiled a single time step "
+    "and called it in a loop, because compiling a whole sequence takes long ({long_first_seconds:.0f} s for one "
+    "layer of {long_layer} at T = {long_steps}). A dash means that we compiled nothing, because the layer of the "
+    "library computes the whole sequence in one call. See [Measured](docs/measured.md#a-training-step) for the batch "
     "sizes."
 )
 LAYERS = (
     "This table shows nanoseconds per neuron and time step, for the forward and backward pass of one layer. The "
-    f"tensors have {{elements}} elements. We measured {ON}. *floor* is the time of two element-wise multiplications,"
-    " one for forward and one for backward. It does not depend on T, so its differences between rows show how far"
-    " such timings vary. In this table the neurons of asgl_cuda have a rectangular surrogate ([times of a "
-    "sigmoid](docs/measured.md#one-layer)), and *learned, noise* has `analog_prob={noise}`. The last row shows "
-    "the bytes per neuron and time step that are kept for backward. In a pair, the second figure is after "
-    "`torch.compile`. Compiling takes {compiling} s in the first call, and up to {again:.0f} s more when the "
-    "batch size or T changes ([times of each](docs/measured.md#one-layer)). At T = {long_steps} we compiled only "
-    "the layer of {long_layer}, in another measurement: compiling took {long_first_seconds:.0f} s, and the "
+    f"tensors have {{elements}} elements in float32. We measured {ON}. *floor* is the time of two element-wise "
+    "multiplications, one for forward and one for backward. Their work does not depend on T, so the differences "
+    "between rows show how far such timings vary. In this table the neurons of asgl_cuda have a rectangular surrogate "
+    "([times of a sigmoid](docs/measured.md#one-layer)), and *learned, noise* has `analog_prob={noise}`. The last row "
+    "shows the bytes per neuron and time step that are kept for backward at T = {first_steps}. In a pair, the second "
+    "figure is after `torch.compile`. Compiling takes {compiling} s in the first call, and up to {again:.0f} s more "
+    "when the batch size or T changes ([times of each](docs/measured.md#one-layer)). At T = {long_steps} we compiled "
+    "only the layer of {long_layer}, in another measurement. Compiling took {long_first_seconds:.0f} s, and the "
     "compiled layer needs {long_ns:.1f} ns."
 )
 GAIN = (
     "We timed training steps of the networks [below](#speed-and-memory) that have no recurrence. `convert` makes "
-    "a SpikingJelly network {jelly} times as fast as before, and a snnTorch network {snntorch} times as fast. "
-    "Layers of snnTorch take one time step, so our network has each of them in a module that loops over time, "
-    "`MultiStep`. `convert` replaces the loop by one call of the fused layer. For a network that you call step by"
-    " step, `sequences=True` does so. `fuse` makes converted networks with normalisations another {fused} times "
-    "as fast. A merged normalisation and its neurons keep {kept:.0f} bytes per neuron and time step for backward;"
-    " not merged, they keep {kept_apart:.0f}. With a residual addition between normalisation and neurons, "
-    "{kept_residual} bytes are kept, merged or not."
+    "a SpikingJelly network {jelly} times as fast as before. Layers of snnTorch take one time step, so a network of "
+    "snnTorch calls each of them in a loop. The network becomes {snntorch} times as fast if each loop is replaced by "
+    "one call of the layer in asgl_cuda's [`MultiStep`](docs/reference/neurons.md#multistep). `fuse` makes converted "
+    "SpikingJelly networks with normalisations another {fused} times as fast. In float32, a merged normalisation and "
+    "its neurons keep {kept:.0f} bytes per neuron and time step for backward; not merged, they keep "
+    "{kept_apart:.0f}. With a residual addition between normalisation and neurons, {kept_residual} bytes are kept, "
+    "merged or not."
 )
 ARMS = [(optimizer, surrogate) for optimizer in ("SGD", "Adam") for surrogate in ("rectangle", "sigmoid")]
 SECTIONS = {

@@ -54,7 +54,7 @@ def test_python_block_runs_alone(block, tmp_path):
         (promised,) = re.findall(r"print\(report\)  # (\d+ replaced, \d+ left)", block)
         assert result.stdout.startswith(promised)
     if "accuracy" in block:
-        (promised,) = re.findall(r"it prints `(.*)% of the test images`", README.read_text())
+        (promised,) = re.findall(r"the program prints `(.*)% of the test images`", README.read_text())
         assert abs(float(result.stdout.split("%")[0]) - float(promised)) < 1.5
 
 

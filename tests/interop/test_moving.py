@@ -63,11 +63,16 @@ LEAK, SYNAPSE = math.exp(-1 / 5), math.exp(-1 / 3)
 EXPONENTIAL = {"decay": LEAK, "input_gain": 1 - LEAK, "v_reset": None, "surrogate": "laplace", "width": 0.5,
                "surrogate_gain": 2.0}  # fmt: skip
 ZERO, BY_06 = activation.MembraneReset(), activation.MembraneSubtract(0.6)
+EACH = torch.linspace(0.4, 1.0, WHOLE[-1], dtype=torch.float64)
 OF_08, PERIODIC = activation.SingleExponential(grad_width=0.8), activation.PeriodicExponential()
 SINABS = {
     "tau_mem": (SINGLE, {}),
     "norm_input=False": ({"norm_input": False, **SINGLE}, {"input_gain": 1.0}),
     "spike_threshold": ({"spike_threshold": torch.tensor(0.7), **SINGLE}, {"v_threshold": 0.7, "width": 0.5 * 0.7}),
+    "spike_threshold, one per neuron": (
+        {"spike_threshold": EACH, **SINGLE},
+        {"num_features": len(EACH), "granularity": "neuron", "v_threshold": EACH, "width": 0.5 * EACH},
+    ),
     "MultiSpike": ({}, {"multi_spike": True}),
     "MembraneReset": ({"reset_fn": ZERO, **SINGLE}, {"v_reset": 0.0, "detach_reset": True}),
     "subtract_value": ({"reset_fn": BY_06, **SINGLE}, {"reset_amount": 0.6}),
