@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import statistics
 import sys
 from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
@@ -30,6 +29,7 @@ from .speed.sizes import LAYOUTS
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = (ROOT / "README.md", ROOT / "docs" / "measured.md")
 OURS = "asgl_cuda cpu"
+SHOWN = "MLP", "convolutional", "residual", "speech", "recurrent speech"  # networks of README
 NOISY, FIXED = "learned, noise", "fixed width"  # columns of asgl_cuda
 SPACE = "\N{NO-BREAK SPACE}"
 Report = dict[str, Any]
@@ -147,23 +147,12 @@ def layers(report: Report) -> list[str]:
 
 
 def layers_values(report: Report) -> Report:
-    """The seconds of compiling, and of compiling again."""
-    first = [
-        each["first_seconds"]
-        for size in compared(report)[0]
-        for name, each in size["rows"].items()
-        if name.startswith(PLAIN) and name.endswith(COMPILED)
-    ]
-    again = [each[key] for each in report["sizes"][0]["recompiled"].values() for key in ("batch", "steps")]
     (count,) = {elements(size) for size in compared(report)[0]}
-    found = {
-        "compiling": between(first, ".0f", ".0f"),
-        "again": max(again),
+    return {
         "elements": power_of_two(count),
         "noise": ANALOG_PROB,
         "first_steps": compared(report)[0][0]["steps"],
     }
-    return {**found, **long_values(read_report("end_to_end"))}
 
 
 def microbench(report: Report) -> list[str]:
@@ -295,8 +284,14 @@ def rounded(value: float | None) -> str:
     return "" if value is None else f"{value:.0f}"
 
 
+def of_readme(report: Report) -> Report:
+    """The report with the networks of README alone."""
+    return {**report, "networks": {name: report["networks"][name] for name in SHOWN}}
+
+
 def steps(report: Report) -> list[str]:
     """Milliseconds of a training step, by network and library, eager and compiled."""
+    report = of_readme(report)
     ours = {NOISY: OURS, FIXED: f"{PLAIN}{OURS}"}
     names = libraries(report)
     rows = []
@@ -317,11 +312,8 @@ def times_faster(report: Report, slower: Time, faster: Time, rows: Collection[st
 
 
 def steps_values(report: Report) -> Report:
-    networks = report["networks"].values()
+    report = of_readme(report)
     peers = libraries(report)[1:]  # without the loop
-
-    def ours(network: Report, name: str) -> float | None:
-        return milliseconds(network, f"{PLAIN}{OURS}")
 
     def noisy(network: Report, name: str) -> float | None:
         return milliseconds(network, OURS)
@@ -336,20 +328,10 @@ def steps_values(report: Report) -> Report:
         names = [name for name in peers if library in name]
         return between(times_faster(report, milliseconds, converted, names), ".1f", ".1f")
 
-    first = [
-        each["first_seconds"]
-        for network in networks
-        for name, each in network["variants"].items()
-        if name.endswith((COMPILED, COMPILED_STEP, COMPILED_NETWORK))
-    ]
-    rates = [100 * rate for network in networks for rate in network["rates"]]
+    rates = [100 * rate for network in report["networks"].values() for rate in network["rates"]]
     return {
-        "eager": between(times_faster(report, milliseconds, ours, peers), ".1f", ".1f"),
-        "compiled": between(times_faster(report, compiled_milliseconds, ours, peers), ".1f", ".1f"),
         "noisy": between(times_faster(report, milliseconds, noisy, peers), ".1f", ".1f"),
         "noisy_compiled": between(times_faster(report, compiled_milliseconds, noisy, peers), ".1f", ".1f"),
-        "compiling": between([each["training"] for each in first], ".0f", ".0f"),
-        "evaluations": max(each["evaluation"] for each in first),
         "peers_in_words": listed(report["machine"]["peers"]),
         "firing": between(rates, ".0f", ".0f"),
         "jelly": gain("SpikingJelly"),
@@ -359,13 +341,12 @@ def steps_values(report: Report) -> Report:
 
 
 def gain_values(report: Report) -> Report:
-    blocks = {
-        each["residual"]: each for each in read_report("microbench")["blocks"]
-        if (each["dtype"], each["layout"]) == ("float32", LAYOUTS[0])
-    }  # fmt: skip
-    kept = {"kept": kept_bytes(blocks[False], OURS), "kept_apart": kept_bytes(blocks[False], f"{PAIR}{OURS}")}
-    (both,) = {round(kept_bytes(blocks[True], name) or 0) for name in (OURS, f"{PAIR}{OURS}")}
-    return {**steps_values(report), **kept, "kept_residual": both}
+    (block,) = (
+        each for each in read_report("microbench")["blocks"]
+        if (each["dtype"], each["layout"], each["residual"]) == ("float32", LAYOUTS[0], False)
+    )  # fmt: skip
+    kept = {"kept": kept_bytes(block, OURS), "kept_apart": kept_bytes(block, f"{PAIR}{OURS}")}
+    return {**steps_values(report), **kept}
 
 
 def end_to_end(report: Report) -> list[str]:
@@ -392,9 +373,7 @@ def end_to_end(report: Report) -> list[str]:
 
 def long_values(report: Report) -> Report:
     """One compiled layer at many steps."""
-    found = report["long_loop"]
-    compiled = 1e9 * found["compiled"] / elements(found)
-    return {**{f"long_{name}": found[name] for name in ("layer", "steps", "first_seconds")}, "long_ns": compiled}
+    return {f"long_{name}": report["long_loop"][name] for name in ("layer", "steps", "first_seconds")}
 
 
 def convert_values(report: Report) -> Report:
@@ -413,19 +392,11 @@ def learned_values(report: Report) -> Report:
     head, rows = widths.robustness_summary(report)
     found = {
         method: [float(cell) for name, *cells in rows for cell in cells if name.endswith(f"sigmoid, {arm}")]
-        for method, arm in (("fixed", widths.SG), ("learned", widths.LEARNED), ("noisy", widths.ASGL))
+        for method, arm in (("fixed", widths.SG), ("learned", widths.LEARNED))
     }
-    tones = [
-        statistics.fmean(accuracies)
-        for (data, surrogate, _, arm), by in widths.by_width(report).items()
-        if (data, surrogate, arm) == ("tones", "sigmoid", widths.LEARNED)
-        for accuracies in by.values()
-    ]
-    found["tones"] = tones
     worst = {f"worst_{method}": min(values) for method, values in found.items()}
     best = {f"best_{method}": max(values) for method, values in found.items()}
-    noise = report["settings"]["analog_prob"]
-    return {**worst, **best, "narrowest": head[1], "widest": head[-1], "noise": noise}
+    return {**worst, **best, "narrowest": head[1], "widest": head[-1]}
 
 
 def memory(report: Report) -> list[str]:
@@ -531,64 +502,42 @@ LAYER = f"Times of forward and backward together, in nanoseconds per element, {O
 COST = "training runs took {minutes:.0f} minutes on one core:"
 STUDIED = f"Each value is the mean of {{seeds}} seeds. {{trainings:,}} {COST}"
 FAST = (
-    "We timed training steps of [five networks](#speed-and-memory) on {threads} threads of a CPU. With neurons of "
-    "asgl_cuda that have a fixed width and no noise, a step is {eager} times as fast as with neurons of SpikingJelly, "
-    "snnTorch, Norse or sinabs. Compared with neurons of these libraries after `torch.compile`, where we compiled "
-    "them, a step is {compiled} times as fast. By default, layers of asgl_cuda learn their width and have "
-    "[noise](#the-neuron): during training, a random half of the outputs takes values between 0 and 1 instead of 0 "
-    "or 1. With these defaults, a step is {noisy} times as fast as with the other libraries, and {noisy_compiled} "
-    "times as fast as with their compiled neurons. In some of the networks, compiled neurons of SpikingJelly and "
-    "snnTorch are about as fast as these defaults."
+    "We timed training steps of [five networks](#speed-and-memory) on {threads} threads of a CPU. With default neurons "
+    "of asgl_cuda, a step is {noisy} times as fast as with neurons of SpikingJelly, snnTorch, Norse or sinabs. It is "
+    "{noisy_compiled} times as fast as with neurons of these libraries after `torch.compile`, where we compiled them."
 )
 LEARNED = (
-    "By default, the width of the surrogate gradient is learned with the weights. We trained networks of six "
-    "spiking layers with normalisations for {steps} steps, with SGD and Adam, from five initial widths between "
-    "{narrowest} and {widest}, with a sigmoid as surrogate and without noise. These are ten settings, and the "
-    "accuracy of a setting is the mean over five small data sets. If the width is learned, the ten accuracies lie "
-    "between {worst_learned:.0f} and {best_learned:.0f} %. If the width keeps its initial value, they lie between "
-    "{worst_fixed:.0f} and {best_fixed:.0f} % ([table](docs/measured.md#the-first-width)). If the width is learned "
-    "and a fraction {noise} of the outputs is noisy, they lie between {worst_noisy:.0f} and {best_noisy:.0f} %. On "
-    "one of the data sets, tones, the accuracies with a learned width and without noise lie between "
-    "{worst_tones:.0f} and {best_tones:.0f} %. The best fixed width is about as good as the best learned one. The "
-    "default noise of 0.5 and a detached reset were not in this comparison. Each optimizer had one learning rate. "
-    "Initial widths below {narrowest} were not measured."
+    "By default, the width of the surrogate gradient is learned with the weights. We trained networks of six spiking "
+    "layers from five initial widths between {narrowest} and {widest}, with SGD and with Adam, without noise. "
+    "Depending on initial width and optimizer, the mean accuracy over five small data sets was "
+    "{worst_learned:.0f} to {best_learned:.0f} % with a learned width, and {worst_fixed:.0f} to {best_fixed:.0f} % "
+    "with a fixed width. The best fixed width was about as good as the best learned one. See "
+    "[Measured](docs/measured.md#the-first-width) for the conditions."
 )
 STEPS = (
-    "This table shows milliseconds per training step of five networks. In a pair, the first figure is without "
-    "`torch.compile` and the second with compiled neurons. We also compiled the whole MLP with SpikingJelly, and "
-    "show the shorter time. Compiling took {compiling} s per network for training, and up to {evaluations:.0f} s for "
-    f"evaluation. We measured in float32 {ON}, with {{peers_in_words}}. The first two columns are layers of "
-    "asgl_cuda, with normalisations that are not merged. *learned, noise* has the default arguments. *fixed width* "
-    "has neither a learned width nor noise. *loop* is a loop over time in plain PyTorch. Each of the other libraries "
-    "has its default surrogate. All columns but the first compute the same spikes up to rounding, with a reset to 0. "
-    "The exception is snnTorch's recurrent neuron, `RLeaky`, which has its default, a reset by subtraction. Before "
-    "training, {firing} % of the neurons of a layer spike per time step. At T = 100 we compiled a single time step "
-    "and called it in a loop, because compiling a whole sequence takes long ({long_first_seconds:.0f} s for one "
-    "layer of {long_layer} at T = {long_steps}). A dash means that we compiled nothing, because the layer of the "
-    "library computes the whole sequence in one call. See [Measured](docs/measured.md#a-training-step) for the batch "
-    "sizes."
+    f"This table shows milliseconds per training step of five networks, in float32 {ON}, with {{peers_in_words}}. In "
+    "a pair, the second figure is with neurons compiled by `torch.compile`. A dash means that they were not compiled. "
+    "*learned, noise* are layers of asgl_cuda with default arguments, *fixed width* are layers with a fixed width and "
+    "without noise, and *loop* is plain PyTorch. The neurons of all columns but the first compute the same spikes up "
+    "to rounding, except snnTorch's recurrent neuron, which resets by subtraction. Before training, {firing} % of the "
+    "neurons of a layer spike per time step. See [Measured](docs/measured.md#a-training-step) for batch sizes, "
+    "evaluations, and the seconds that compiling takes."
 )
 LAYERS = (
     "This table shows nanoseconds per neuron and time step, for the forward and backward pass of one layer. The "
     f"tensors have {{elements}} elements in float32. We measured {ON}. *floor* is the time of two element-wise "
-    "multiplications, one for forward and one for backward. Their work does not depend on T, so the differences "
-    "between rows show how far such timings vary. In this table the neurons of asgl_cuda have a rectangular surrogate "
-    "([times of a sigmoid](docs/measured.md#one-layer)), and *learned, noise* has `analog_prob={noise}`. The last row "
-    "shows the bytes per neuron and time step that are kept for backward at T = {first_steps}. In a pair, the second "
-    "figure is after `torch.compile`. Compiling takes {compiling} s in the first call, and up to {again:.0f} s more "
-    "when the batch size or T changes ([times of each](docs/measured.md#one-layer)). At T = {long_steps} we compiled "
-    "only the layer of {long_layer}, in another measurement. Compiling took {long_first_seconds:.0f} s, and the "
-    "compiled layer needs {long_ns:.1f} ns."
+    "multiplications, one for forward and one for backward. The neurons of asgl_cuda have a rectangle as surrogate "
+    "here, and *learned, noise* has `analog_prob={noise}`. The last row shows the bytes per neuron and time step that "
+    "are kept for backward at T = {first_steps}. See [Measured](docs/measured.md#one-layer) for a sigmoid, and for "
+    "the seconds that compiling takes."
 )
 GAIN = (
-    "We timed training steps of the networks [below](#speed-and-memory) that have no recurrence. `convert` makes "
-    "a SpikingJelly network {jelly} times as fast as before. Layers of snnTorch take one time step, so a network of "
-    "snnTorch calls each of them in a loop. The network becomes {snntorch} times as fast if each loop is replaced by "
-    "one call of the layer in asgl_cuda's [`MultiStep`](docs/reference/neurons.md#multistep). `fuse` makes converted "
-    "SpikingJelly networks with normalisations another {fused} times as fast. In float32, a merged normalisation and "
-    "its neurons keep {kept:.0f} bytes per neuron and time step for backward; not merged, they keep "
-    "{kept_apart:.0f}. With a residual addition between normalisation and neurons, {kept_residual} bytes are kept, "
-    "merged or not."
+    "We timed training steps of the networks [below](#speed-and-memory) that have no recurrence. `convert` makes a "
+    "SpikingJelly network {jelly} times as fast. A snnTorch network becomes {snntorch} times as fast if asgl_cuda's "
+    "[`MultiStep`](docs/reference/neurons.md#multistep) calls each layer once per sequence, in place of a loop over "
+    "time. `fuse` makes converted SpikingJelly networks with normalisations another {fused} times as fast. A merged "
+    "normalisation and its neurons keep {kept:.0f} instead of {kept_apart:.0f} bytes per neuron and time step for "
+    "backward, in float32 and without a residual addition."
 )
 ARMS = [(optimizer, surrogate) for optimizer in ("SGD", "Adam") for surrogate in ("rectangle", "sigmoid")]
 SECTIONS = {
@@ -596,7 +545,7 @@ SECTIONS = {
     "learned": Section("width_robustness", nothing, LEARNED, learned_values),
     "demo": Section("demo", demo, ""),
     "gain": Section("end_to_end", nothing, GAIN, gain_values),
-    "steps": Section("end_to_end", steps, STEPS, lambda report: {**steps_values(report), **long_values(report)}),
+    "steps": Section("end_to_end", steps, STEPS, steps_values),
     "layers": Section("microbench", layers, LAYERS, layers_values),
     "microbench": Section("microbench", microbench, LAYER),
     "adaptive": Section("microbench_adaptive", adaptive, LAYER),
