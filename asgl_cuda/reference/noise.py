@@ -10,7 +10,7 @@ from torch import Tensor
 from ..layout import memory_order
 from .records import BELOW_IN_STATE, DRAWS
 
-SEED_OF_STEP = 0x61C8864680B583EB  # kSeedOfStep of csrc/params/recurrent.h
+SEED_OF_STEP = 0x61C8864680B583EB  # kSeedPerStep of csrc/params/recurrent.h
 
 
 def rng_states_of_steps(rng_state: Tensor | None, steps: int) -> Tensor | list[None]:

@@ -61,7 +61,7 @@ void run_pass(const IntegratorParams<Scalar>& params, int64 begin, int64 end) {
     const auto begin_sums = [&](Real* sum) { std::fill_n(sum, tile.length, Real(0)); };
     const auto store_sums = [&](bool per_step, int64 t) {
       for (const auto& [id, sum] : {std::pair(kDecay, decay), std::pair(kInputGain, gain)}) {
-        if (!params.wants(id) || (params.parameters[id].step_stride != 0) != per_step) continue;
+        if (!params.wants_gradient(id) || (params.parameters[id].step_stride != 0) != per_step) continue;
         store_partials(params.partials[id], params.parameters[id], tile, t, sum);
         begin_sums(sum);
       }
@@ -78,10 +78,10 @@ void run_pass(const IntegratorParams<Scalar>& params, int64 begin, int64 end) {
                            {recent_row_ahead(in_seq, next, next_t), recent_row_ahead(out_seq, next, next_t)}};
       const Real* in = read_row(in_seq, tile, t, in_buffer);
       const Real *before = v, *x = v;  // before step 0; any row if the sum is unwanted
-      if (kBack && t > 0 && params.wants(kDecay)) {
+      if (kBack && t > 0 && params.wants_gradient(kDecay)) {
         before = read_row<Scalar>(params.v_seq, tile, params.delay ? t : t - 1, v_buffer);
       }
-      if (kBack && params.wants(kInputGain)) x = read_row(params.x_seq, tile, t, x_buffer);
+      if (kBack && params.wants_gradient(kInputGain)) x = read_row(params.x_seq, tile, t, x_buffer);
       Real* out = start_row(out_seq, tile, t, out_buffer);
       neurons.move_to(tile, t);
       neurons.template visit<NeuronRows<Real>>([&](auto values) {

@@ -81,19 +81,19 @@ ASGL_HOST_DEVICE void for_each_fetch(const Ahead& ahead, int64 length, F&& f) {
 template <class Model, class Real, class F>
 ASGL_HOST_DEVICE void with_rules(const LIFByOptions<Real>& options, F&& f) {
   if constexpr (Model::kHasAdaptation && sizeof(Real) == sizeof(float)) {
-    Model model = Model::of(options);
+    Model model = Model::from_options(options);
     const auto with_adaptation = [&](uint8 adaptation) __attribute__((always_inline)) {
       model.adaptation = adaptation;
-      model.hard_reset = !model.in_reset();
+      model.hard_reset = !model.adapts_reset();
       if (model.hard_reset && options.hard_reset) return f(model);
       model.hard_reset = false;
       f(model);
     };
-    if (model.in_current()) return with_adaptation(kInCurrent);
-    if (!model.in_reset()) return with_adaptation(kInThreshold);
-    model.in_threshold() ? with_adaptation(kInThreshold | kInReset) : with_adaptation(kInReset);
+    if (model.adapts_current()) return with_adaptation(kAdaptsCurrent);
+    if (!model.adapts_reset()) return with_adaptation(kAdaptsThreshold);
+    model.adapts_threshold() ? with_adaptation(kAdaptsThreshold | kAdaptsReset) : with_adaptation(kAdaptsReset);
   } else {
-    f(Model::of(options));
+    f(Model::from_options(options));
   }
 }
 
@@ -131,7 +131,7 @@ struct StepLoop {
   template <int kId = 0>
   static ASGL_HOST_DEVICE void run(Args args) {
     if constexpr (kId + 1 < kSurrogateLoops<Model>) {
-      const bool used = args.analog_below > 0 || args.options.counts();
+      const bool used = args.analog_below > 0 || args.options.counts_spikes();
       if (used && static_cast<int>(args.options.surrogate) != kId) return run<kId + 1>(args);
     }
     args.options.surrogate = static_cast<Surrogate>(kId);  // unused by LIF
@@ -157,7 +157,7 @@ struct StepLoop {
             const Real second = args.second[i];
             Real next_second = second;
             const Real charged = model.step(args.x[i], analog, neuron, firing, v, next_second, s);
-            h = choose(args.compared, model.compared(charged, second), charged);
+            h = choose(args.compared, model.compared_potential(charged, second), charged);
             args.next_second[i] = next_second;
           } else {
             const Real c = input_current<Input::kGeneral>(args.x[i], neuron);
@@ -221,10 +221,10 @@ struct AdjointLoop {
             constexpr bool kCompared = kSums == Sums::kRecurrent;
             const Real second = args.second[i];
             d_second = args.d_second[i];
-            const Real compared = kCompared ? h : model.compared(h, second);
-            const Real charged = kCompared ? model.charged(h, second) : h;
+            const Real compared = kCompared ? h : model.compared_potential(h, second);
+            const Real charged = kCompared ? model.charged_potential(h, second) : h;
             if constexpr (Model::kHasAdaptation && (kSums == Sums::kAdaptation || kSums == Sums::kAll)) {
-              const Real v = model.after_reset(h, s, model.adapted(neuron, second));
+              const Real v = model.potential_after_reset(h, s, model.with_adapted_reset(neuron, second));
               sum(kAdaptDecay) += keep_if(args.carried, d_second * second);
               sum(kAdaptPotential) += keep_if(args.carried, d_second * (v - args.options.v_rest));
               sum(kAdaptSpike) += keep_if(args.carried, d_second * s);

@@ -18,13 +18,14 @@ bool settled_suffices(const ForwardParams<Scalar>& params) {
 template <class Scalar>
 bool settled_suffices(const BackwardParams<Scalar>& params) {
   return params.grad_v_seq == nullptr && params.grad_h_seq == nullptr &&
-         !(params.wants(kReset) && params.options.hard_reset);
+         !(params.wants_gradient(kReset) && params.options.hard_reset);
 }
 
 // Whether the width, gain and bias are the only parameters that may want gradients.
 template <class Scalar>
 bool only_width(const BackwardParams<Scalar>& params) {
-  return !params.wants(kDecay) && !params.wants(kThreshold) && !params.wants(kReset) && !params.wants(kInputMean);
+  return !params.wants_gradient(kDecay) && !params.wants_gradient(kThreshold) && !params.wants_gradient(kReset) &&
+         !params.wants_gradient(kInputMean);
 }
 bool only_width(const auto&) { return true; }
 
@@ -35,7 +36,7 @@ bool is_settled(const Params& params) {
   if (params.options.has_optional_rules()) return false;
   if (!params.is_input_plain()) {
     return only_width(params) && settled_suffices(params) && !params.options.scale_output &&
-           params.input() == Input::kNormalised && all_uniform(params.parameters, kInputGain);
+           params.input_assumption() == Input::kNormalised && all_uniform(params.parameters, kInputGain);
   }
   return !is_per_step(params) && settled_suffices(params) && params.options.v_rest == 0 && !params.options.scale_output;
 }

@@ -89,7 +89,7 @@ void run_general(const ForwardParams<Scalar>& params) {
 // The number of rows of v that backward keeps of a segment. Only the gradient of the decay needs v before each step.
 template <class Scalar>
 int64 rows_of_v(const BackwardParams<Scalar>& params, int64 segment) {
-  return params.wants(kDecay) ? segment + 1 : 1;
+  return params.wants_gradient(kDecay) ? segment + 1 : 1;
 }
 
 // Computes row t of the residual's gradient from the gradient of the current, and stores it.
@@ -133,7 +133,7 @@ class GeneralBackward {
       run_part(Tile(tile.shape, tile.index * parts_ + part, kTile / parts_));
     }
     for (int id = 0; id < kNumParameters; ++id) {
-      if (params_.wants(id) && params_.parameters[id].step_stride == 0) store(id, 0);
+      if (params_.wants_gradient(id) && params_.parameters[id].step_stride == 0) store(id, 0);
     }
   }
 
@@ -179,7 +179,7 @@ class GeneralBackward {
   // The second state before step k of a segment; null for models with one state.
   Real* second(int64 k) const { return Model::kNumStates > 1 ? row(second_, k % second_rows_) : nullptr; }
   // Whether a parameter with begin <= id < end wants a gradient.
-  bool wants(int begin, int end) const {
+  bool wants_any_gradient(int begin, int end) const {
     return std::any_of(params_.partials + begin, params_.partials + end, [](const auto& each) { return each.data; });
   }
   // The sums of a parameter, for the neurons of the part.
@@ -192,7 +192,7 @@ class GeneralBackward {
   }
   // Adds factor * (a * (b - c)) to the sums of a parameter, if it wants a gradient.
   void accumulate(ParameterId id, Real factor, const Real* a, Operand<Real> b, Operand<Real> c) {
-    if (params_.wants(id)) cpu::run<AccumulateLoop<Real>>({tile_.length, factor, a, b, c, sums(id)});
+    if (params_.wants_gradient(id)) cpu::run<AccumulateLoop<Real>>({tile_.length, factor, a, b, c, sums(id)});
   }
 
   // Computes h and s of the steps [start, stop) again, and keeps them.
@@ -254,8 +254,9 @@ class GeneralBackward {
                                                                         .sums = sums(0)});
       };
       if constexpr (Model::kHasAdaptation) {
-        if (wants(kDecay, kInputGain)) return adjoint(std::integral_constant<Sums, Sums::kAll>{});
-        if (wants(kAdaptDecay, kNumParameters)) return adjoint(std::integral_constant<Sums, Sums::kAdaptation>{});
+        if (wants_any_gradient(kDecay, kInputGain)) return adjoint(std::integral_constant<Sums, Sums::kAll>{});
+        if (wants_any_gradient(kAdaptDecay, kNumParameters))
+          return adjoint(std::integral_constant<Sums, Sums::kAdaptation>{});
         adjoint(std::integral_constant<Sums, Sums::kWidth>{});
       } else {
         adjoint(std::integral_constant<Sums, Sums::kNone>{});
@@ -275,7 +276,7 @@ class GeneralBackward {
     accumulate(kThreshold, Real(-1), dy_, neurons_.inverse_width(), kZero);
     accumulate(kDecay, Real(1), dh_, {v(k), Real(0)}, {nullptr, params_.options.v_rest});
     accumulate(kInputMean, Real(-1), dx, kOne, kZero);
-    if (params_.wants(kInputGain)) {
+    if (params_.wants_gradient(kInputGain)) {
       const Real* x = read_row(params_.x_seq, tile_, t, x_buffer_);
       accumulate(kInputGain, Real(1), dh_, {x, Real(0)}, neurons_.input_mean());
     }
@@ -285,7 +286,7 @@ class GeneralBackward {
   // Stores the sums of step t for parameters that change over time.
   void store_step(int64 t) {
     for (int id = 0; id < kNumParameters; ++id) {
-      if (params_.wants(id) && params_.parameters[id].step_stride != 0) {
+      if (params_.wants_gradient(id) && params_.parameters[id].step_stride != 0) {
         store(id, t);
         clear(id);
       }
@@ -298,8 +299,8 @@ class GeneralBackward {
   const int64 segment_ = segment_steps(params_.shape.steps), v_rows_ = rows_of_v(params_, segment_);
   // If w is subtracted from the current, backward needs w only for the gradient of adapt_decay. Without that gradient
   // one row is enough.
-  const bool needs_all_seconds_ =
-      !Model::kHasAdaptation || params_.wants(kAdaptDecay) || !AdaptiveLIF<Real>::of(params_.options).in_current();
+  const bool needs_all_seconds_ = !Model::kHasAdaptation || params_.wants_gradient(kAdaptDecay) ||
+                                  !AdaptiveLIF<Real>::from_options(params_.options).adapts_current();
   const int64 second_rows_ = Model::kNumStates == 1 ? 0 : needs_all_seconds_ ? segment_ + 1 : 1;
   Rows<Real> rows_{2 * segment_ + v_rows_ + second_rows_ + 12 + kNumParameters, kTile};
   Real *const h_ = rows_.take(segment_), *const s_ = rows_.take(segment_);

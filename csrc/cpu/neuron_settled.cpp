@@ -151,10 +151,10 @@ class SettledBackward {
       carried_ = true;
     }
     for (int id = 0; id < kInputGain; ++id) {
-      if (params_.wants(id)) store_partials(params_.partials[id], params_.parameters[id], tile, 0, sums(id));
+      if (params_.wants_gradient(id)) store_partials(params_.partials[id], params_.parameters[id], tile, 0, sums(id));
     }
     for (const ParameterId id : {kInputGain, kInputBias}) {
-      if (params_.wants(id)) input().store_gradient(id, params_.partials[id]);
+      if (params_.wants_gradient(id)) input().store_gradient(id, params_.partials[id]);
     }
     store_state(dv_, tile.length, params_.grad_v_init, tile.first);
     if (past_cache_ != nullptr) finish_stream();
@@ -224,7 +224,7 @@ class SettledBackward {
              .gradients_ahead = gradients_ahead});
       };
       if (sums_all_) return call(std::integral_constant<SettledSums, SettledSums::kAll>{});
-      if (params_.wants(kWidth)) return call(std::integral_constant<SettledSums, SettledSums::kWidth>{});
+      if (params_.wants_gradient(kWidth)) return call(std::integral_constant<SettledSums, SettledSums::kWidth>{});
       call(std::integral_constant<SettledSums, SettledSums::kNone>{});
     });
     for (int64 k = chunk.count - 1; k >= 0; --k) store_gradients(tile, chunk.t + k, dc[k], streams);
@@ -248,7 +248,8 @@ class SettledBackward {
   const BackwardParams<Scalar>& params_;
   const int64 segment_ = segment_steps(params_.shape.steps), v_rows_ = rows_of_v(params_, segment_);
   const int64 last_start_ = (params_.shape.steps - 1) / segment_ * segment_;
-  const bool sums_all_ = params_.wants(kDecay) || params_.wants(kThreshold) || params_.wants(kReset);
+  const bool sums_all_ =
+      params_.wants_gradient(kDecay) || params_.wants_gradient(kThreshold) || params_.wants_gradient(kReset);
   const bool dx_is_dc_ = params_.is_input_plain();
   const bool in_cache_ = recent_row_ahead(params_.x_seq, Tile(params_.shape, 0), 0) == nullptr;
   const Stream past_cache_ = stream_for(params_.grad_x_seq, params_.shape);

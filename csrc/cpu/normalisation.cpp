@@ -181,7 +181,7 @@ class TaskMoments {
       const Sums& sums = sums_of(channel);
       const double count = static_cast<double>((task_.end_row - task_.row) * length);
       params_.moments[task_.slot * tiles_.shape.channels + channel] =
-          shifted_moments(count, static_cast<double>(sums.shift), sums.sum, sums.squares);
+          moments_from_shifted_sums(count, static_cast<double>(sums.shift), sums.sum, sums.squares);
     });
   }
 
@@ -270,7 +270,7 @@ void launch_on(Device, const CoefficientsParams<Real>& params) {
       found = params.given_moments(channel);
     } else {
       for (int64 slot = 0; slot < params.slots; ++slot) {
-        found = join(found, params.moments[slot * params.channels + channel]);
+        found = merge_moments(found, params.moments[slot * params.channels + channel]);
       }
     }
     params.store(channel, found);

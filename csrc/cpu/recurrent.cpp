@@ -53,12 +53,12 @@ struct ResetLoop {
   };
 
   static ASGL_HOST_DEVICE void run(Args args) {
-    const auto model = Model::of(args.options);
+    const auto model = Model::from_options(args.options);
 #pragma GCC ivdep
     for (int64 n = 0; n < args.length; ++n) {
       if constexpr (Model::kHasAdaptation) {
-        const Real h = model.charged(args.h[n], args.w[n]);
-        args.v[n] = model.reset(h, args.s[n], model.adapted(args.neurons[n], args.w[n]));
+        const Real h = model.charged_potential(args.h[n], args.w[n]);
+        args.v[n] = model.reset(h, args.s[n], model.with_adapted_reset(args.neurons[n], args.w[n]));
       } else {
         args.v[n] = model.reset(args.h[n], args.s[n], args.neurons[n]);
       }
@@ -114,8 +114,8 @@ class RepeatedNeurons {
   explicit RepeatedNeurons(const RecurrentParams<Scalar>& params)
       : period_(params.neurons),
         length_(std::clamp<int64>(kPart / params.neurons, 1, kRecurrentRows) * params.neurons),
-        rows_(padded_rows<Real>(kRecurrentParameters, length_)) {
-    for (int id = 0; id < kRecurrentParameters; ++id) {
+        rows_(padded_rows<Real>(kNumRecurrentParameters, length_)) {
+    for (int id = 0; id < kNumRecurrentParameters; ++id) {
       const Real* values = params.parameters + id * period_;
       for (int64 n = 0; n < length_; n += period_) std::copy_n(values, period_, rows_.row(id) + n);
     }
@@ -150,7 +150,7 @@ template <class Scalar>
 class ChunkNoise {
  public:
   explicit ChunkNoise(const RecurrentParams<Scalar>& params)
-      : drawn_(params.noise.drawn()),
+      : drawn_(params.noise.needs_draws()),
         rng_state_(params.noise.rng_state),
         rows_(2, kRecurrentRows * params.neurons / 4 + 2 * kNoiseGroups) {
     std::fill_n(rows_.row(0), rows_.stride(), 0);
@@ -161,7 +161,7 @@ class ChunkNoise {
     const auto* draws = reinterpret_cast<const uint16*>(rows_.row(0));
     if (!drawn_) return draws;
     const int64 group = chunk.first / 4 / kNoiseGroups * kNoiseGroups;
-    const uint64 seed = static_cast<uint64>(rng_state_[0]) + static_cast<uint64>(t) * kSeedOfStep;
+    const uint64 seed = static_cast<uint64>(rng_state_[0]) + static_cast<uint64>(t) * kSeedPerStep;
     const int64 state[2] = {static_cast<int64>(seed), rng_state_[1]};
     const int64 groups = (chunk.first + chunk.length + 3) / 4 - group;
     run<NoiseLoop>({noise_key(state), static_cast<uint64>(group), groups, 0, rows_.row(0), rows_.row(1)});
@@ -300,7 +300,7 @@ class ChunkBackward {
     load_state(params_.grad_i_last, chunk_.first, Real(0), chunk_.length, di_);
     load_state(params_.grad_s_last, chunk_.first, Real(0), chunk_.length, feedback_);
     std::fill_n(zeros_, chunk_.length, Real(0));
-    std::fill_n(sums_, kRecurrentSums * parts_.stride(), Real(0));
+    std::fill_n(sums_, kNumRecurrentSums * parts_.stride(), Real(0));
     carried_ = params_.grad_v_last != nullptr;
     read_step_before(params_.steps);
     if (Model::kHasAdaptation && carried_ && params_.grad_parameters != nullptr) {
@@ -430,8 +430,8 @@ class ChunkBackward {
   // Adds the sums up over the repeated rows, and stores the gradients of the parameters in their stored form: width and
   // decay may be a logarithm and a logit.
   void store_sums() {
-    double* totals = params_.grad_parameters + chunk_.index * kRecurrentSums * params_.neurons;
-    for (int id = 0; id < kRecurrentSums; ++id) {
+    double* totals = params_.grad_parameters + chunk_.index * kNumRecurrentSums * params_.neurons;
+    for (int id = 0; id < kNumRecurrentSums; ++id) {
       for (int64 n = 0; n < repeated_.length(); ++n) {
         totals[id * params_.neurons + n % params_.neurons] += static_cast<double>(sums(id)[n]);
       }
@@ -458,8 +458,8 @@ class ChunkBackward {
   Real *const dj_ = rows_.take(), *const zeros_ = rows_.take();
   Real *const dv_ = rows_.take(), *const dw_ = rows_.take(), *const di_ = rows_.take();
   Real* const feedback_ = rows_.take();  // the gradient of the emitted spikes
-  Rows<Real> parts_ = padded_rows<Real>(1 + kRecurrentSums, repeated_.length());
-  Real *const v_ = parts_.take(), *const sums_ = parts_.take(kRecurrentSums);
+  Rows<Real> parts_ = padded_rows<Real>(1 + kNumRecurrentSums, repeated_.length());
+  Real *const v_ = parts_.take(), *const sums_ = parts_.take(kNumRecurrentSums);
   Step before_{};
   bool carried_ = false;
 };
@@ -517,12 +517,12 @@ void for_each_chunk(const Params& params, Task&& task) {
   using Real = typename Params::Real;
   const NeuronOptions<Real>& options = params.options;
   const auto run_all = [&](auto model) {
-    at::parallel_for(0, recurrent_chunks(params.batch), 1, [&](int64_t begin, int64_t end) {
+    at::parallel_for(0, num_recurrent_chunks(params.batch), 1, [&](int64_t begin, int64_t end) {
       for (int64 index = begin; index < end; ++index) task(model, Chunk(params, index));
     });
   };
   static_assert(static_cast<int>(Surrogate::kInteger) == kNumSurrogates - 1);
-  if (params.options.has_adaptation()) return run_all(AdaptiveLIF<Real>::of(params.options));
+  if (params.options.has_adaptation()) return run_all(AdaptiveLIF<Real>::from_options(params.options));
   with_model(options, run_all, std::make_integer_sequence<int, kNumSurrogates - 1>{});
 }
 

@@ -49,10 +49,10 @@ bool is_in_place(const Tile& tile) {
 template <class Element>
 const Real_t<Element>* read_row(const Element* sequence, const Tile& tile, int64 t, Real_t<Element>* buffer) {
   if (is_in_place<Element>(tile)) {
-    return reinterpret_cast<const Real_t<Element>*>(sequence + tile.shape.element(tile.first, t));
+    return reinterpret_cast<const Real_t<Element>*>(sequence + tile.shape.offset(tile.first, t));
   }
   for_each_stretch(tile, tile.shape.inner, [&](int64 n, int64 offset, int64 length) {
-    run<ConvertLoop<Element, Real_t<Element>>>({sequence + tile.shape.element(n, t), buffer + offset, length});
+    run<ConvertLoop<Element, Real_t<Element>>>({sequence + tile.shape.offset(n, t), buffer + offset, length});
   });
   return buffer;
 }
@@ -61,7 +61,7 @@ const Real_t<Element>* read_row(const Element* sequence, const Tile& tile, int64
 template <class Element>
 Real_t<Element>* start_row(Element* sequence, const Tile& tile, int64 t, Real_t<Element>* buffer) {
   if (sequence != nullptr && is_in_place<Element>(tile)) {
-    return reinterpret_cast<Real_t<Element>*>(sequence + tile.shape.element(tile.first, t));
+    return reinterpret_cast<Real_t<Element>*>(sequence + tile.shape.offset(tile.first, t));
   }
   return buffer;
 }
@@ -70,10 +70,10 @@ Real_t<Element>* start_row(Element* sequence, const Tile& tile, int64 t, Real_t<
 template <class Element>
 void finish_row(const Real_t<Element>* row, Element* sequence, const Tile& tile, int64 t) {
   if (sequence == nullptr) return;
-  const void* in_place = sequence + tile.shape.element(tile.first, t);
+  const void* in_place = sequence + tile.shape.offset(tile.first, t);
   if (is_in_place<Element>(tile) && row == in_place) return;
   for_each_stretch(tile, tile.shape.inner, [&](int64 n, int64 offset, int64 length) {
-    run<ConvertLoop<Real_t<Element>, Element>>({row + offset, sequence + tile.shape.element(n, t), length});
+    run<ConvertLoop<Real_t<Element>, Element>>({row + offset, sequence + tile.shape.offset(n, t), length});
   });
 }
 
@@ -96,7 +96,7 @@ Steps<Real_t<Element>> start_steps(Element* sequence, const Tile& tile, int64 t,
 template <class Element>
 const char* row_ahead(const Element* sequence, const Tile& tile, int64 t) {
   if (sequence == nullptr || tile.length <= 0 || !tile.in_one_piece()) return nullptr;
-  return reinterpret_cast<const char*>(sequence + tile.shape.element(tile.first, t));
+  return reinterpret_cast<const char*>(sequence + tile.shape.offset(tile.first, t));
 }
 
 // The address of row t as by the function above, for sequences that were written a short time ago or will be written.

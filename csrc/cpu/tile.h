@@ -70,7 +70,7 @@ void fill_parameter_row(const ParameterView<Real>& parameter, const Tile& tile, 
 class TileNoise {
  public:
   explicit TileNoise(const NoiseParams& noise)
-      : drawn_(noise.drawn()),
+      : drawn_(noise.needs_draws()),
         key_(drawn_ ? noise_key(noise.rng_state) : NoiseKey{}),
         rows_(kCheckpointSteps, kTile / 4) {
     if (!drawn_) std::fill_n(rows_.row(0), rows_.stride(), 0);
@@ -135,8 +135,8 @@ class TileNeurons {
           shared_ && (parameter.is_same_for_all() || tile.first % parameter.inner + tile.length <= parameter.inner);
     }
     if (shared_) {
-      values_ =
-          neuron_of<Real>([&](ParameterId id) { return value_of(id, parameters_[id].at(tile.first, t), options_); });
+      values_ = make_neuron<Real>(
+          [&](ParameterId id) { return parameter_value(id, parameters_[id].at(tile.first, t), options_); });
     } else {
       for (int id = 0; id < count_; ++id) fill_row(id, tile, t);
     }
@@ -199,7 +199,7 @@ class TileNeurons {
 // `count` slots of its neurons.
 template <class Real>
 bool is_interleaved(const ParameterView<Real>& parameter) {
-  return parameter.step_stride == 0 && parameter.repeats_in(kTile);
+  return parameter.step_stride == 0 && parameter.is_interleaved_in(kTile);
 }
 
 // The tile's first slot.

@@ -185,7 +185,7 @@ struct ThreadIndex {
       : n((static_cast<int64>(blockIdx.x) * kBlockThreads + threadIdx.x) * kLanes),
         live(n < shape.neurons()),
         read_n(live ? n : 0),
-        element(shape.outer == 1 ? read_n : shape.element(read_n, 0)) {}
+        element(shape.outer == 1 ? read_n : shape.offset(read_n, 0)) {}
 };
 
 // The potentials before the first step.

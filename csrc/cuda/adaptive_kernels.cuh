@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(kBlockThreads, kAdaptiveBlocks<Real_t<Scalar>>
   };
   load_steps(steps, now);
   const NoiseSource source(params.noise);
-  const auto model = AdaptiveLIF<Real>::of(params.options);
+  const auto model = AdaptiveLIF<Real>::from_options(params.options);
   const FiringFromLeast<Real> firing(model);
   ThreadNeuron<Real, true> neuron(params, index.read_n, model);
   Real v, w;
@@ -60,7 +60,7 @@ __global__ void __launch_bounds__(kBlockThreads, kAdaptiveBlocks<Real_t<Scalar>>
       const Real used_w = w, h = model.step(x[0], noise.is_analog(k, 0), neuron.now(), firing, v, w, s);
       if (index.live) {
         params.s_seq[element] = from_real<Scalar>(s);
-        if (params.h_seq != nullptr) params.h_seq[element] = model.compared(h, used_w);
+        if (params.h_seq != nullptr) params.h_seq[element] = model.compared_potential(h, used_w);
         if (params.v_seq != nullptr) params.v_seq[element] = v;
       }
       advance(element, stride);
@@ -87,7 +87,7 @@ __global__ void __launch_bounds__(kBlockThreads, kAdaptiveBlocks<Real_t<Scalar>>
   const int64 steps = params.shape.steps, stride = params.shape.inner, neurons = params.shape.neurons();
   const ThreadIndex<1> index(params.shape);
   const NoiseSource source(params.noise);
-  const auto model = AdaptiveLIF<Real>::of(params.options);
+  const auto model = AdaptiveLIF<Real>::from_options(params.options);
   const Real v_rest = model.v_rest;
   const FiringFromLeast<Real> firing(model);
   ThreadNeuron<Real, true> neuron(params, index.read_n, model);
@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(kBlockThreads, kAdaptiveBlocks<Real_t<Scalar>>
   const auto store_sums = [&](bool per_step, int64 t, int row) {
 #pragma unroll
     for (int id = 0; id < kNumParameters; ++id) {
-      if (!has(wanted, id) || (params.parameters[id].step_stride != 0) != per_step) continue;
+      if (!has_bit(wanted, id) || (params.parameters[id].step_stride != 0) != per_step) continue;
       store_block_sum<1>(params, id, t, sums[id], reinterpret_cast<ThreadSums<Real>&>(potentials[row]));
       sums[id] = Real(0);
     }
@@ -141,8 +141,8 @@ __global__ void __launch_bounds__(kBlockThreads, kAdaptiveBlocks<Real_t<Scalar>>
     const auto again = [&](int k, Real& s) {
       neuron.move_to(start + k);
       const Real h = potentials[k][threadIdx.x], w = adaptations[k][threadIdx.x];
-      s = model.fire(model.compared(h, w), noise.is_analog(k, 0), neuron.now(), firing);
-      return model.after_reset(h, s, model.adapted(neuron.now(), w));
+      s = model.fire(model.compared_potential(h, w), noise.is_analog(k, 0), neuron.now(), firing);
+      return model.potential_after_reset(h, s, model.with_adapted_reset(neuron.now(), w));
     };
 #pragma unroll 1
     for (int k = length - 1; k >= 0; --k) {
@@ -154,7 +154,7 @@ __global__ void __launch_bounds__(kBlockThreads, kAdaptiveBlocks<Real_t<Scalar>>
         carried = true;
       }
       Real s, before = first_v;
-      if (has(wanted, kDecay) && k > 0) before = again(k - 1, s);
+      if (has_bit(wanted, kDecay) && k > 0) before = again(k - 1, s);
       const Real after = again(k, s), h = potentials[k][threadIdx.x], used_w = adaptations[k][threadIdx.x];
       if (carried) {
         sums[kAdaptDecay] += dw * used_w;
@@ -162,7 +162,7 @@ __global__ void __launch_bounds__(kBlockThreads, kAdaptiveBlocks<Real_t<Scalar>>
         sums[kAdaptSpike] += dw * s;
       }
       const auto gradient =
-          model.adjoint(g, gh, h, model.compared(h, used_w), s, used_w, carried, neuron.now(), dv, dw);
+          model.adjoint(g, gh, h, model.compared_potential(h, used_w), s, used_w, carried, neuron.now(), dv, dw);
       sums[kWidth] += gradient.step.dy * gradient.distance;
       sums[kThreshold] -= gradient.step.dy * neuron.now().inverse_width;
       sums[kReset] += gradient.reset;

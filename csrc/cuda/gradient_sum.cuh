@@ -39,7 +39,7 @@ __device__ __forceinline__ void store_partials(Real* slots, const ParameterView<
   const int64 left = shape.neurons() - first;
   const int neurons = left < kBlockThreads * kLanes ? static_cast<int>(left) : kBlockThreads * kLanes;
   const uint32 lane = threadIdx.x % kWarpThreads;
-  if (kLanes == 1 && parameter.repeats_in(kBlockThreads)) {
+  if (kLanes == 1 && parameter.is_interleaved_in(kBlockThreads)) {
     store_repeated(slots, parameter.count, first, neurons, sums.values, static_cast<int>(lane), kWarpThreads);
     return;
   }
@@ -86,22 +86,22 @@ __device__ __forceinline__ void add_strided(const Real* from, int64 left, int64 
   for (; left > 0; left -= stride, from += stride) total += static_cast<double>(*from);
 }
 
-// Computes kElementsEach elements of the gradient in one thread, for parameters with one value per neuron. They are
-// kSumThreads apart, so that loads overlap.
+// Computes kElementsPerThread elements of the gradient in one thread, for parameters with one value per neuron. They
+// are kSumThreads apart, so that loads overlap.
 template <class Real>
 __device__ __forceinline__ void sum_elements_of_thread(const GradientPart<Real>& part, int64 first) {
   const int64 count = part.parameter.count;
-  double totals[kElementsEach] = {};
+  double totals[kElementsPerThread] = {};
 #pragma unroll 1
   for (int64 run = 0; run < part.neurons; run += count) {
 #pragma unroll
-    for (int k = 0; k < kElementsEach; ++k) {
+    for (int k = 0; k < kElementsPerThread; ++k) {
       const int64 element = first + k * kSumThreads;
       if (element < count) totals[k] += static_cast<double>(part.partials.data[run + element]);
     }
   }
 #pragma unroll
-  for (int k = 0; k < kElementsEach; ++k) {
+  for (int k = 0; k < kElementsPerThread; ++k) {
     const int64 element = first + k * kSumThreads;
     if (element < count) part.store(element, totals[k]);
   }

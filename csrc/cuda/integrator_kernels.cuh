@@ -34,10 +34,10 @@ __global__ void __launch_bounds__(kBlockThreads, kIntegratorBlocks<Real_t<Scalar
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) {
       if (k < left) to.in[k].load((kBack ? params.grad_v_seq : params.x_seq) + load_element);
-      if (kSums && k < left - 1 && has(wanted, kDecay)) {
+      if (kSums && k < left - 1 && has_bit(wanted, kDecay)) {
         to.before[k].load(params.v_seq + (params.delay ? load_element : load_element + stride));
       }
-      if (kSums && k < left && has(wanted, kInputGain)) to.x[k].load(params.x_seq + load_element);
+      if (kSums && k < left && has_bit(wanted, kInputGain)) to.x[k].load(params.x_seq + load_element);
       advance(load_element, stride);
     }
   };
@@ -58,19 +58,19 @@ __global__ void __launch_bounds__(kBlockThreads, kIntegratorBlocks<Real_t<Scalar
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const bool has_steps = params.parameters[kIds[i]].step_stride != 0;
-      if (has(wanted, kIds[i]) && has_steps == per_step) stored |= 1u << i;
+      if (has_bit(wanted, kIds[i]) && has_steps == per_step) stored |= 1u << i;
     }
     if (stored == 0) return;
     __syncthreads();  // all threads have read the earlier sums
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      if (!has(stored, i)) continue;
+      if (!has_bit(stored, i)) continue;
       thread_sums[i].values[threadIdx.x] = sums[i];
       sums[i] = Real(0);
     }
     __syncthreads();
     const int warp = static_cast<int>(threadIdx.x / kWarpThreads), id = warp == 0 ? kDecay : kInputGain;
-    if (!has(stored, warp)) return;
+    if (!has_bit(stored, warp)) return;
     Real* slots = params.partials[id].data + t * params.partials[id].slots;
     store_partials<kLanes>(slots, params.parameters[id], params.shape, thread_sums[warp]);
   };

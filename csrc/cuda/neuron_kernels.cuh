@@ -48,8 +48,8 @@ constexpr int kSettledBackwardBlocks = kExact > 0 || sizeof(Scalar) == 8 ||
                                            ? 3
                                            : 4;
 
-// For kInput = kGeneral Model is LIFByOptions<Real>; otherwise LIFParams::input() allows kInput, and
-// params.only_spikes() holds. The sequence has kExact steps, or any number if kExact is 0.
+// For kInput = kGeneral Model is LIFByOptions<Real>; otherwise LIFParams::input_assumption() allows kInput, and
+// params.outputs_only_spikes() holds. The sequence has kExact steps, or any number if kExact is 0.
 template <class Scalar, class Model, int kLanes, Input kInput, int kExact>
 __global__ void __launch_bounds__(kBlockThreads, kForwardBlocks<Real_t<Scalar>, kInput>)
     lif_forward_kernel(const ForwardParams<Scalar> params) {
@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(kBlockThreads, kForwardBlocks<Real_t<Scalar>, 
   const NoiseSource source(params.noise);
   const NeuronOptions<Real> options = params.options;
   const FiringFromLeast<Real> firing(options);
-  const auto& model = Model::of(params.options);
+  const auto& model = Model::from_options(params.options);
   ThreadNeuron<Real, kIsGeneral<kInput>, kOwnNeurons<kInput, kLanes>> neuron(params, index.read_n, options);
   Real v[kLanes];
   load_v_init(params, index, v);
@@ -205,15 +205,15 @@ __device__ __forceinline__ uint32 store_own_sums(const BackwardParams<Scalar>& p
   uint32 others = wanted;
 #pragma unroll
   for (int id = 0; id < kInputMean; ++id) {
-    if (!has(wanted, id)) continue;
-    if (!has(params.summary.by_neuron, id)) {
+    if (!has_bit(wanted, id)) continue;
+    if (!has_bit(params.summary.by_neuron, id)) {
 #pragma unroll
       for (int j = 1; j < kOwn; ++j) sums[id][0] += sums[id][j];
       continue;
     }
     others ^= 1u << id;
     Real* const slots = params.partials[id].data;
-    if (!params.parameters[id].repeats_in(kTile)) {
+    if (!params.parameters[id].is_interleaved_in(kTile)) {
       if (index.live) Access<kOwn>::store(sums[id], slots + index.n);
       continue;
     }
@@ -238,22 +238,22 @@ __device__ __forceinline__ void store_block_sums(const BackwardParams<Scalar>& p
                                                  ThreadSums<Real>* thread_sums) {
 #pragma unroll
   for (int id = 0; id < kNumSums; ++id) {
-    if (has(wanted, id)) thread_sums[id].values[threadIdx.x] = sums[id][0];
+    if (has_bit(wanted, id)) thread_sums[id].values[threadIdx.x] = sums[id][0];
   }
   __syncthreads();
   constexpr int kWarps = kBlockThreads / kWarpThreads;
   const int warp = static_cast<int>(threadIdx.x / kWarpThreads);
 #pragma unroll 1
   for (uint32 left = wanted >> warp, id = warp; left != 0; left >>= kWarps, id += kWarps) {
-    if (!has(left, 0)) continue;
+    if (!has_bit(left, 0)) continue;
     store_partials<kLanes>(params.partials[id].data, params.parameters[id], params.shape, thread_sums[id]);
   }
 }
 
-// The settled backward pass, for params.only_spikes(), with kInput allowed by LIFParams::input(). A sequence of kExact
-// steps is one segment, kept in registers. If kExact is 0, the potentials of a segment are kept in shared memory, and a
-// loop computes a few steps at a time: unrolled, segments took most of the compilation time and had registers for loads
-// of only two steps ahead.
+// The settled backward pass, for params.outputs_only_spikes(), with kInput allowed by LIFParams::input_assumption(). A
+// sequence of kExact steps is one segment, kept in registers. If kExact is 0, the potentials of a segment are kept in
+// shared memory, and a loop computes a few steps at a time: unrolled, segments took most of the compilation time and
+// had registers for loads of only two steps ahead.
 template <class Scalar, class Model, int kLanes, Input kInput, int kExact>
 __global__ void __launch_bounds__(kBlockThreads, kSettledBackwardBlocks<Scalar, Model, kLanes, kInput, kExact>)
     lif_backward_settled_kernel(const BackwardParams<Scalar> params) {
@@ -284,7 +284,7 @@ __global__ void __launch_bounds__(kBlockThreads, kSettledBackwardBlocks<Scalar, 
     const Scalar *x_seq, *grad_s_seq, *x_seq_again, *residual;
     Scalar* grad_x_seq;
     int64 stored;  // element, with a residual, where either gradient may be unwanted
-    const bool loads_again = kOwn == 1 || has(wanted, kInputGain);
+    const bool loads_again = kOwn == 1 || has_bit(wanted, kInputGain);
     const auto load_x = [&](bool there, int k) {
       if (there) x[k].load(in_global_memory(x_seq));
       advance<!kInRegisters>(x_seq, stride);
@@ -363,7 +363,7 @@ __global__ void __launch_bounds__(kBlockThreads, kSettledBackwardBlocks<Scalar, 
       for (int first = last_load(length); first >= 0; first -= kSteps) {
         const auto few = noise.from(first);
         const int left = length - first, followed = left - last_steps;
-        const int carried_steps = has_grad_last ? left : followed, decay_steps = has(wanted, kDecay) ? followed : 0;
+        const int carried_steps = has_grad_last ? left : followed, decay_steps = has_bit(wanted, kDecay) ? followed : 0;
 #pragma unroll
         for (int k = 0; k < kSteps; ++k) {
           if (!kInRegisters && k < left) h[k] = potentials[first + k][threadIdx.x];
@@ -411,7 +411,7 @@ __global__ void __launch_bounds__(kBlockThreads, kSettledBackwardBlocks<Scalar, 
         }
       }
     }
-    if (has(wanted, kDecay)) {
+    if (has_bit(wanted, kDecay)) {
       Real v_init[kLanes];
       load_v_init(params, index, v_init);
 #pragma unroll
@@ -460,7 +460,7 @@ __global__ void __launch_bounds__(kBlockThreads, kBackwardBlocks<Real_t<Scalar>,
   const NoiseSource source(params.noise);
   const NeuronOptions<Real> options = params.options;
   const FiringFromLeast<Real> firing(options);
-  const auto& model = Model::of(params.options);
+  const auto& model = Model::from_options(params.options);
   ThreadNeuron<Real, true> neuron(params, index.read_n, options);
   const uint32 wanted = params.summary.wanted;
   Real sums[kNumParameters] = {};
@@ -525,7 +525,7 @@ __global__ void __launch_bounds__(kBlockThreads, kBackwardBlocks<Real_t<Scalar>,
       fill(gh, Real(0));
       fill(x, Real(0));
       if (params.grad_h_seq != nullptr) Lanes::load_once(params.grad_h_seq + element, gh);
-      if (has(wanted, kInputGain)) Lanes::load(params.x_seq + element, x);
+      if (has_bit(wanted, kInputGain)) Lanes::load(params.x_seq + element, x);
       if (params.grad_v_seq != nullptr) {
         Real gv[kLanes];
         Lanes::load_once(params.grad_v_seq + element, gv);
@@ -533,7 +533,7 @@ __global__ void __launch_bounds__(kBlockThreads, kBackwardBlocks<Real_t<Scalar>,
         for (int j = 0; j < kLanes; ++j) dv[j] += gv[j];
         carried = true;
       }
-      if (has(wanted, kDecay) && k > 0) {
+      if (has_bit(wanted, kDecay) && k > 0) {
         const Potentials h_before = potentials[k - 1][threadIdx.x];
         neuron.move_to(t - 1);
 #pragma unroll
@@ -578,7 +578,7 @@ __global__ void __launch_bounds__(kBlockThreads, kBackwardBlocks<Real_t<Scalar>,
       }
 #pragma unroll
       for (int id = 0; id < kNumParameters; ++id) {
-        if (has(wanted, id) && params.parameters[id].step_stride != 0) {
+        if (has_bit(wanted, id) && params.parameters[id].step_stride != 0) {
           store_sum(id, t, k);
           sums[id] = Real(0);
         }
@@ -588,7 +588,7 @@ __global__ void __launch_bounds__(kBlockThreads, kBackwardBlocks<Real_t<Scalar>,
   }
 #pragma unroll
   for (int id = 0; id < kNumParameters; ++id) {
-    if (has(wanted, id) && params.parameters[id].step_stride == 0) store_sum(id, 0, 0);
+    if (has_bit(wanted, id) && params.parameters[id].step_stride == 0) store_sum(id, 0, 0);
   }
   if (params.grad_v_init != nullptr && index.live) Lanes::store(dv, params.grad_v_init + index.n);
 }

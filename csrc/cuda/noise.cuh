@@ -12,7 +12,7 @@ class NoiseSource {
  public:
   __device__ __forceinline__ explicit NoiseSource(const NoiseParams& params) {
     const NoiseParams noise = params.resolved();
-    drawn_ = noise.drawn();
+    drawn_ = noise.needs_draws();
     key_ = drawn_ ? noise_key(noise.rng_state) : NoiseKey{};
     limit_ = drawn_ ? noise.analog_below << 16 : static_cast<uint32>(noise.analog_below > 0);
   }

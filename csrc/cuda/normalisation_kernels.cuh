@@ -58,7 +58,7 @@ struct ShiftedSums {
 #pragma unroll
       for (int j = 0; j < kLanes; ++j) total[(k * kLanes + j) % kSums] += k < rows ? x[k][j] : x[0][j];
     }
-    const Real m = math::shortened(pairwise_sum(total) * Real(1.0 / (kRows * kLanes)));
+    const Real m = math::shortened_significand(pairwise_sum(total) * Real(1.0 / (kRows * kLanes)));
 #pragma unroll
     for (int k = 0; k < kRows; ++k) {
 #pragma unroll
@@ -149,7 +149,7 @@ __global__ void __launch_bounds__(kBlockThreads, 6) batch_moments_kernel(const M
     const int64 units = tiles.tiles_per_channel > 1 ? task.units : tiles.units_per_channel;
     const double count = static_cast<double>((task.end_row - task.row) * units * kLanes);
     params.moments[task.slot * tiles.shape.channels + index.channel] =
-        shifted_moments(count, static_cast<double>(shift), as_double(sums.sum), as_double(sums.squares));
+        moments_from_shifted_sums(count, static_cast<double>(shift), as_double(sums.sum), as_double(sums.squares));
   }
 }
 
@@ -165,12 +165,12 @@ __global__ void __launch_bounds__(kBlockThreads, 8)
     found = params.given_moments(channel);
   } else {
     for (int64 slot = thread; slot < params.slots; slot += kBlockThreads) {
-      found = join(found, params.moments[slot * params.channels + channel]);
+      found = merge_moments(found, params.moments[slot * params.channels + channel]);
     }
     moments[thread] = found;
     __syncthreads();
     for (int half = kBlockThreads / 2; half > 0; half /= 2) {
-      if (thread < half) moments[thread] = join(moments[thread], moments[thread + half]);
+      if (thread < half) moments[thread] = merge_moments(moments[thread], moments[thread + half]);
       __syncthreads();
     }
     found = moments[0];

@@ -24,8 +24,8 @@ bool is_aligned(const Element* first) {
 // The assumption about the input with which the kernel is compiled.
 template <class Params>
 Input input_of(const Params& params) {
-  const bool indexed = params.shape.neurons() < kDivisible;
-  const Input input = params.only_spikes() && indexed ? params.input() : Input::kGeneral;
+  const bool indexed = params.shape.neurons() < kDividendLimit;
+  const Input input = params.outputs_only_spikes() && indexed ? params.input_assumption() : Input::kGeneral;
   if (params.residual == nullptr) return input;
   return input == Input::kGeneral ? Input::kGeneralResidual : Input::kNormalisedResidual;
 }
@@ -69,14 +69,14 @@ bool fours_are_faster(const Params& params, const Resident& resident) {
   const int64 threads = resident(), neurons = params.shape.neurons();
   // For general kernels a quarter of the resident threads is enough, because each thread has four times as many loads
   // in flight.
-  return general ? neurons / 4 >= threads / 4 : neurons > kFewSixteenths * threads / 16;
+  return general ? neurons / 4 >= threads / 4 : neurons > kOccupancySixteenths * threads / 16;
 }
 
-// The summary of the parameters, without `wanted`; zeros from kDivisible neurons on.
+// The summary of the parameters, without `wanted`; zeros from kDividendLimit neurons on.
 template <class Scalar>
 ParameterSummary summary_of(const LIFParams<Scalar>& params) {
   ParameterSummary summary{};
-  if (params.shape.neurons() >= kDivisible) return summary;
+  if (params.shape.neurons() >= kDividendLimit) return summary;
   summary.alike = true;
   int64 inner = 1, count = 1;  // those of the first parameter that differs between neurons
   for (int id = 0; id < kNumParameters; ++id) {
@@ -88,7 +88,7 @@ ParameterSummary summary_of(const LIFParams<Scalar>& params) {
     summary.strides[id] = 1;
     if (parameter.inner == 1) summary.by_neuron |= static_cast<uint8>(1u << id);
   }
-  const auto index = [](int64 inner, int64 count) { return NeuronIndex{Divisor::of(inner), Divisor::of(count)}; };
+  const auto index = [](int64 inner, int64 count) { return NeuronIndex{Divisor::make(inner), Divisor::make(count)}; };
   summary.common = index(inner, count);
   for (int id = 0; id < kNumParameters && !summary.alike; ++id) {
     summary.own[id] = index(params.parameters[id].inner, params.parameters[id].count);
@@ -110,7 +110,9 @@ void plan_neurons(Params& params, bool grouped, const Resident& resident) {
 template <class Params, class Resident>
 void plan_with_sums(Params& params, bool grouped, const Resident& resident) {
   plan_neurons(params, grouped, resident);
-  for (int id = 0; id < kNumParameters; ++id) params.summary.wanted |= static_cast<uint32>(params.wants(id)) << id;
+  for (int id = 0; id < kNumParameters; ++id) {
+    params.summary.wanted |= static_cast<uint32>(params.wants_gradient(id)) << id;
+  }
 }
 
 template <class Scalar, class Resident>
@@ -199,7 +201,9 @@ void plan_tiles(GradientSum<Real>& sum, const Resident&) {
   constexpr int64 kMostSplits = 2048;
   for (int id = 0; id < sum.count; ++id) {
     GradientPart<Real>& part = sum.parts[id];
-    if (part.parameter.repeats_in(sum.tile)) part.neurons = blocks_for(part.neurons, sum.tile) * part.parameter.count;
+    if (part.parameter.is_interleaved_in(sum.tile)) {
+      part.neurons = blocks_for(part.neurons, sum.tile) * part.parameter.count;
+    }
     const int64 inner = part.parameter.inner, runs = part.neurons / (inner * part.parameter.count);
     const int64 slots = (inner + sum.tile - 2) / sum.tile + 1;  // the largest number of slots of a run
     const auto largest_power = [](int64 most) {
@@ -217,8 +221,8 @@ void plan_tiles(GradientSum<Real>& sum, const Resident&) {
       part.runs_each = largest_power(std::min({runs, kMostRunsEach, enough}));
       part.elements_each = kSumThreads / part.runs_each;
       const bool single = inner == 1 && part.parameter.step_stride == 0;
-      if (single && runs <= kFewRuns && part.parameter.count >= kElementsEach * kManyThreads) {
-        part.elements_each = kElementsEach * kSumThreads;
+      if (single && runs <= kFewRuns && part.parameter.count >= kElementsPerThread * kManyThreads) {
+        part.elements_each = kElementsPerThread * kSumThreads;
       }
     }
     part.blocks = blocks_for(part.elements(sum.shape), part.elements_each);
@@ -247,12 +251,12 @@ void plan_channels(ChannelTiles& tiles, int64 rows_each, const Scalar* x_seq, co
 
 template <class Scalar, class Resident>
 void plan_tiles(MomentsParams<Scalar>& params, const Resident&) {
-  plan_channels(params.tiles, kMomentsRowsEach, params.x_seq);
+  plan_channels(params.tiles, kMomentsRowsPerThread, params.x_seq);
 }
 
 template <class Scalar, class Resident>
 void plan_tiles(InputGradientParams<Scalar>& params, const Resident&) {
-  plan_channels(params.tiles, kChannelRowsEach, params.x_seq, params.grad_x_seq, params.grad_residual);
+  plan_channels(params.tiles, kGradientRowsPerThread, params.x_seq, params.grad_x_seq, params.grad_residual);
   if (params.tiles.shape.rows == 0) params.tiles.splits = 1;  // for the gradients of weight and bias
 }
 

@@ -18,23 +18,23 @@ class ThreadNeuron {
     Real given[kNumParameters][kNeurons];
     const auto read = [&](int id, uint32 index) {
       const ParameterView<Real>& parameter = params.parameters[id];
-      if (kNeurons > 1 && has(summary.by_neuron, id)) {
+      if (kNeurons > 1 && has_bit(summary.by_neuron, id)) {
         Access<kNeurons>::load(parameter.data + index, given[id]);
       } else {
-        fill(given[id], has(summary.tensors, id) ? parameter.data[index] : parameter.constant);
+        fill(given[id], has_bit(summary.tensors, id) ? parameter.data[index] : parameter.constant);
       }
     };
     if (summary.alike) {
-      const uint32 index = summary.common.of(n);
+      const uint32 index = summary.common.index(n);
 #pragma unroll
       for (int id = 0; id < kNumParameters; ++id) read(id, index * summary.strides[id]);
     } else {
 #pragma unroll
-      for (int id = 0; id < kNumParameters; ++id) read(id, summary.own[id].of(n));
+      for (int id = 0; id < kNumParameters; ++id) read(id, summary.own[id].index(n));
     }
 #pragma unroll
     for (int j = 0; j < kNeurons; ++j) {
-      neurons_[j] = neuron_of<Real>([&](ParameterId id) { return value_of(id, given[id][j], options); });
+      neurons_[j] = make_neuron<Real>([&](ParameterId id) { return parameter_value(id, given[id][j], options); });
     }
   }
 
@@ -61,7 +61,7 @@ class ThreadNeuron<Real, true> {
       first_[id] = nullptr;
       if (parameter.data != nullptr) {
         first_[id] = parameter.data + parameter.index(n);
-        values_[id] = value_of(static_cast<ParameterId>(id), *first_[id], options);
+        values_[id] = parameter_value(static_cast<ParameterId>(id), *first_[id], options);
         per_step_ = per_step_ || parameter.step_stride != 0;
       }
     }
@@ -85,7 +85,7 @@ class ThreadNeuron<Real, true> {
  private:
   // Computes the neuron from the values, with the inverse of the width.
   __device__ __forceinline__ void convert() {
-    neuron_ = neuron_of<Real>([&](ParameterId id) { return values_[id]; });
+    neuron_ = make_neuron<Real>([&](ParameterId id) { return values_[id]; });
   }
 
   const ParameterView<Real> (&parameters_)[kNumParameters];

@@ -39,10 +39,10 @@ struct LIFByOptions : NeuronOptions<Real> {
   // Whether the neuron has a rule that LIF does not have.
   ASGL_HOST_DEVICE bool has_optional_rules() const { return multi_spike || floored || has_adaptation(); }
   // Whether spikes are counted, as with levels.
-  ASGL_HOST_DEVICE bool counts() const { return this->surrogate == Surrogate::kInteger; }
+  ASGL_HOST_DEVICE bool counts_spikes() const { return this->surrogate == Surrogate::kInteger; }
 
   // The functions below are those of LIF in math/neuron.h. Those without an equation here have the equation there.
-  static ASGL_HOST_DEVICE const LIFByOptions& of(const LIFByOptions& options) { return options; }
+  static ASGL_HOST_DEVICE const LIFByOptions& from_options(const LIFByOptions& options) { return options; }
 
   template <Input kInput>
   static ASGL_HOST_DEVICE Real charge(Real c, const Real& v, const Neuron<Real>& neuron,
@@ -54,36 +54,36 @@ struct LIFByOptions : NeuronOptions<Real> {
   // unless that is 0
   template <class FiringRule>
   ASGL_HOST_DEVICE Real fire(Real h, bool analog, const Neuron<Real>& neuron, const FiringRule& firing) const {
-    const Real u = from_threshold(h, neuron);
-    if (kBranches && analog) return smooth(u, neuron);
-    if (kBranches && !multi_spike) return counts() ? math::rounded(smooth(u, neuron)) : firing.spike(u);
+    const Real u = distance_from_threshold(h, neuron);
+    if (kBranches && analog) return analog_value(u, neuron);
+    if (kBranches && !multi_spike) return counts_spikes() ? math::rounded(analog_value(u, neuron)) : firing.spike(u);
     const Real several = (h > Real(0) ? Real(1) : Real(0)) * math::trunc(h / neuron.v_threshold);
     const Real most = static_cast<Real>(this->levels);
     const Real limited = most > Real(0) && several > most ? most : several;
     const Real z = choose(multi_spike, limited, firing.spike(u));
     if (kBranches) return z;
-    const Real a = smooth(u, neuron);
-    return analog ? a : counts() ? math::rounded(a) : z;
+    const Real a = analog_value(u, neuron);
+    return analog ? a : counts_spikes() ? math::rounded(a) : z;
   }
 
   // F(u / width)
-  ASGL_HOST_DEVICE Real smooth(Real u, const Neuron<Real>& neuron) const {
+  ASGL_HOST_DEVICE Real analog_value(Real u, const Neuron<Real>& neuron) const {
     return any_surrogate_value(this->surrogate, static_cast<Real>(this->levels), u * neuron.inverse_width);
   }
 
   // h - v_threshold, or h where spikes are counted
-  ASGL_HOST_DEVICE Real from_threshold(Real h, const Neuron<Real>& neuron) const {
-    return counts() ? h : h - neuron.v_threshold;
+  ASGL_HOST_DEVICE Real distance_from_threshold(Real h, const Neuron<Real>& neuron) const {
+    return counts_spikes() ? h : h - neuron.v_threshold;
   }
 
   // The potential after reset, before v_min bounds it from below.
-  ASGL_HOST_DEVICE Real after_reset(Real h, Real s, const Neuron<Real>& neuron) const {
+  ASGL_HOST_DEVICE Real potential_after_reset(Real h, Real s, const Neuron<Real>& neuron) const {
     return choose(this->hard_reset, Hard::reset(h, s, neuron), Soft::reset(h, s, neuron));
   }
 
   // floored: v[t] = relu(v - v_min) + v_min,   v after reset
   ASGL_HOST_DEVICE Real reset(Real h, Real s, const Neuron<Real>& neuron) const {
-    const Real v = after_reset(h, s, neuron), above = v - v_min;
+    const Real v = potential_after_reset(h, s, neuron), above = v - v_min;
     if (kBranches && !floored) return v;
     return choose(floored, (above <= Real(0) ? Real(0) : above) + v_min, v);
   }
@@ -91,7 +91,7 @@ struct LIFByOptions : NeuronOptions<Real> {
   // The adjoint of the bound: dv = 0 where v <= v_min
   ASGL_HOST_DEVICE Real floor_adjoint(Real h, Real s, const Neuron<Real>& neuron, Real dv) const {
     if (kBranches && !floored) return dv;
-    const Real above = after_reset(h, s, neuron) - v_min;
+    const Real above = potential_after_reset(h, s, neuron) - v_min;
     return choose(floored, above <= Real(0) ? Real(0) : dv, dv);
   }
 
@@ -107,7 +107,7 @@ struct LIFByOptions : NeuronOptions<Real> {
   // periodic: d = u                                                          where h < v_threshold
   //             = v_threshold * (2 frac(h / v_threshold - 1/2) - 1)          else;   its derivative by h is taken as 1
   ASGL_HOST_DEVICE Real distance(Real h, const Neuron<Real>& neuron) const {
-    const Real u = from_threshold(h, neuron);
+    const Real u = distance_from_threshold(h, neuron);
     if (kBranches && !periodic) return u;
     const Real turns = h / neuron.v_threshold - Real(0.5);
     const Real whole = math::trunc(turns), floor = whole > turns ? whole - Real(1) : whole;

@@ -133,12 +133,12 @@ struct LIF {
   // The number of states, v first, and whether the second one is an adaptation, with parameters of its own.
   static constexpr int kNumStates = 1;
   static constexpr bool kHasAdaptation = false;
-  static constexpr bool kCounts = kSurrogate == Surrogate::kInteger, kHasSlope = asgl::kHasSlope<kSurrogate>;
+  static constexpr bool kCountsSpikes = kSurrogate == Surrogate::kInteger, kHasSlope = asgl::kHasSlope<kSurrogate>;
 
   // Returns the object whose functions kernels call. LIF needs no options; the counterpart in LIFByOptions keeps them
   // in the object.
   template <class Options>
-  static ASGL_HOST_DEVICE LIF of(const Options&) {
+  static ASGL_HOST_DEVICE LIF from_options(const Options&) {
     return {};
   }
 
@@ -155,7 +155,7 @@ struct LIF {
   static ASGL_HOST_DEVICE Real fire(Real h, bool analog, const Neuron<Real>& neuron, const FiringRule& firing) {
     const Real u = distance(h, neuron);
     const Real a = surrogate_value<kSurrogate>(firing.levels, u * neuron.inverse_width);
-    const Real z = kCounts ? math::rounded(a) : firing.spike(u);
+    const Real z = kCountsSpikes ? math::rounded(a) : firing.spike(u);
     return analog ? a : z;
   }
 
@@ -192,7 +192,7 @@ struct LIF {
   //   distance = h - v_threshold, or h where spikes are counted
   template <class Real>
   static ASGL_HOST_DEVICE Real distance(Real h, const Neuron<Real>& neuron) {
-    return kCounts ? h : h - neuron.v_threshold;
+    return kCountsSpikes ? h : h - neuron.v_threshold;
   }
 
   // F'(y), for surrogates with kHasSlope.

@@ -23,7 +23,7 @@ struct Moments {
 };
 
 // The moments of the union of two subsets (Chan, Golub, LeVeque 1979).
-ASGL_HOST_DEVICE Moments join(const Moments& a, const Moments& b) {
+ASGL_HOST_DEVICE Moments merge_moments(const Moments& a, const Moments& b) {
   const double count = a.count + b.count;
   if (count == 0) return a;
   const double share = b.count / count, distance = b.mean - a.mean;
@@ -33,13 +33,13 @@ ASGL_HOST_DEVICE Moments join(const Moments& a, const Moments& b) {
 
 // Moments from the sums of x - shift and (x - shift)^2. With one of the values as shift, (mean - shift)^2 is at most
 // `count` times the variance: float64 tolerates this cancellation, float32 does not.
-ASGL_HOST_DEVICE Moments shifted_moments(double count, double shift, double sum, double squares) {
+ASGL_HOST_DEVICE Moments moments_from_shifted_sums(double count, double shift, double sum, double squares) {
   if (count == 0) return {0, 0, 0};
   const double offset = sum / count, variance = squares / count - offset * offset;
   return {count, shift + offset, variance < 0 ? 0 : variance};  // NaN stays NaN
 }
 
-struct Normalisation {
+struct NormalisationOptions {
   double eps, input_scale;
 
   // 1 / sqrt(variance + eps)
@@ -60,7 +60,8 @@ struct Coefficients {
   Real mean, gain, bias;
   Real variance;  // unbiased
 
-  ASGL_HOST_DEVICE Coefficients(const Moments& moments, double weight, double shift, const Normalisation& options) {
+  ASGL_HOST_DEVICE Coefficients(const Moments& moments, double weight, double shift,
+                                const NormalisationOptions& options) {
     const double exact_gain = options.input_scale / math::sqrt(moments.variance + options.eps) * weight;
     mean = static_cast<Real>(moments.mean);
     gain = static_cast<Real>(exact_gain);
@@ -82,16 +83,16 @@ struct NormalisationAdjoint {
   Real slope, offset;
 
   ASGL_HOST_DEVICE NormalisationAdjoint(const Moments& moments, double rounded_mean, double gain,
-                                        const GradientSums& total, const Normalisation& options) {
+                                        const GradientSums& total, const NormalisationOptions& options) {
     const double exact_slope =
-        -gain * options.inverse_deviation(moments) * centred(moments, rounded_mean, total, options) / moments.count;
+        -gain * options.inverse_deviation(moments) * sum_dh_xhat(moments, rounded_mean, total, options) / moments.count;
     slope = static_cast<Real>(exact_slope);
     offset = static_cast<Real>(-gain * total.bias / moments.count - exact_slope * (moments.mean - rounded_mean));
   }
 
   // S = sum dh xhat, from the sums over dh * (x - rounded_mean) and dh.
-  static ASGL_HOST_DEVICE double centred(const Moments& moments, double rounded_mean, const GradientSums& sums,
-                                         const Normalisation& options) {
+  static ASGL_HOST_DEVICE double sum_dh_xhat(const Moments& moments, double rounded_mean, const GradientSums& sums,
+                                             const NormalisationOptions& options) {
     return (sums.gain - (moments.mean - rounded_mean) * sums.bias) * options.inverse_deviation(moments);
   }
 };

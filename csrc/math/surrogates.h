@@ -48,13 +48,13 @@ ASGL_HOST_DEVICE float atan(float x) { return float_math::atan(x); }
 
 // Comparisons, not fmin and fmax, which lose NaN.
 template <class Real>
-ASGL_HOST_DEVICE Real clamp_to_unit(Real x) {
+ASGL_HOST_DEVICE Real clamp_to_unit_interval(Real x) {
   const Real from_below = x < Real(0) ? Real(0) : x;
   return x > Real(1) ? Real(1) : from_below;
 }
 
 template <class Real>
-ASGL_HOST_DEVICE Real clamp_to(Real x, Real most) {
+ASGL_HOST_DEVICE Real clamp_from_zero(Real x, Real most) {
   const Real from_below = x < Real(0) ? Real(0) : x;
   return x > most ? most : from_below;
 }
@@ -78,7 +78,7 @@ ASGL_HOST_DEVICE float reciprocal(float x) {
 #endif
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-ASGL_HOST_DEVICE float clamp_to_unit(float x) {
+ASGL_HOST_DEVICE float clamp_to_unit_interval(float x) {
   float from_below, clamped;
   asm("max.NaN.f32 %0, %1, 0f00000000;" : "=f"(from_below) : "f"(x));
   asm("min.NaN.f32 %0, %1, 0f3F800000;" : "=f"(clamped) : "f"(from_below));
@@ -88,9 +88,9 @@ ASGL_HOST_DEVICE float clamp_to_unit(float x) {
 
 // 0 <= x <= 1, false for NaN: one comparison on a GPU, two on a CPU, where to clamp takes four instructions.
 template <class Real>
-ASGL_HOST_DEVICE bool is_in_unit(Real x) {
+ASGL_HOST_DEVICE bool is_in_unit_interval(Real x) {
 #if defined(__CUDA_ARCH__)
-  return clamp_to_unit(x) == x;
+  return clamp_to_unit_interval(x) == x;
 #else
   return (x >= Real(0)) & (x <= Real(1));
 #endif
@@ -111,11 +111,11 @@ template <>
 struct SurrogateMath<Surrogate::kRectangle> {
   template <class Real>
   static ASGL_HOST_DEVICE Real value(Real y) {
-    return math::clamp_to_unit(y + Real(0.5));
+    return math::clamp_to_unit_interval(y + Real(0.5));
   }
   template <class Real>
   static ASGL_HOST_DEVICE Real adjoint(Real y, Real da) {
-    return math::is_in_unit(y + Real(0.5)) ? da : Real(0);
+    return math::is_in_unit_interval(y + Real(0.5)) ? da : Real(0);
   }
 };
 
@@ -212,11 +212,11 @@ template <>
 struct SurrogateMath<Surrogate::kInteger> {
   template <class Real>
   static ASGL_HOST_DEVICE Real value(Real y, Real levels) {
-    return math::clamp_to(y, levels);
+    return math::clamp_from_zero(y, levels);
   }
   template <class Real>
   static ASGL_HOST_DEVICE Real adjoint(Real y, Real da, Real levels) {
-    return math::clamp_to(y, levels) == y ? da : Real(0);  // edges included, NaN excluded
+    return math::clamp_from_zero(y, levels) == y ? da : Real(0);  // edges included, NaN excluded
   }
 };
 

@@ -81,9 +81,10 @@ inline void check_noise(const Rules& rules, const OptionalTensor& rng_state, at:
 // Throws unless w acts where neurons can have it. It is added to the reset amount only under a soft reset.
 inline void check_adaptation(const Rules& rules) {
   const int64_t place = rules.adaptation;
-  const bool in_reset = place == kInReset || place == (kInThreshold | kInReset);
-  TORCH_CHECK_VALUE(place == 0 || place == kInCurrent || place == kInThreshold || (in_reset && !rules.hard_reset),
-                    "asgl_cuda: no adaptation has the number ", place, rules.hard_reset ? " with a hard reset" : "");
+  const bool in_reset = place == kAdaptsReset || place == (kAdaptsThreshold | kAdaptsReset);
+  TORCH_CHECK_VALUE(
+      place == 0 || place == kAdaptsCurrent || place == kAdaptsThreshold || (in_reset && !rules.hard_reset),
+      "asgl_cuda: no adaptation has the number ", place, rules.hard_reset ? " with a hard reset" : "");
 }
 
 // The noise, as kernels take it.
@@ -241,7 +242,7 @@ class ParameterGradients {
     int64_t elements = 0;
     for (const int id : ids_) {
       auto& partials = params.partials[id];
-      partials.slots = partials.slots_for(params.parameters[id].inner, shape.neurons(), params.tiles.count);
+      partials.slots = partials.num_slots(params.parameters[id].inner, shape.neurons(), params.tiles.count);
       elements += elements_of(id);
     }
     const Tensor partials = empty(elements);

@@ -46,7 +46,7 @@ class RecurrentCall {
                       "asgl_cuda: recurrent neurons have no input_bias and input_mean");
     const Dims square = {neurons(), neurons()}, row = {neurons()};
     layout.check(weight, layout.real(), is_elementwise() ? row : square, "weight");
-    layout.check(parameters, layout.real(), {kRecurrentParameters, neurons()}, "parameters");
+    layout.check(parameters, layout.real(), {kNumRecurrentParameters, neurons()}, "parameters");
     check_noise(rules, rng_state, sequence.device());
   }
 
@@ -136,8 +136,8 @@ inline std::vector<Tensor> backward_on_cpu(const RecurrentCall& call, const Recu
   const Tensor grad_v_init = wants_v_init ? call.layout.empty_state(call.num_states()) : Tensor();
   const Tensor grad_s_init = wants_s_init ? call.layout.empty_state() : Tensor();
   const Tensor grad_i_init = wants_i_init ? call.layout.empty_state() : Tensor();
-  const int64_t chunks = recurrent_chunks(call.batch());
-  const Tensor sums = wants_sums ? at::zeros({chunks, kRecurrentSums, call.neurons()}, at::kDouble) : Tensor();
+  const int64_t chunks = num_recurrent_chunks(call.batch());
+  const Tensor sums = wants_sums ? at::zeros({chunks, kNumRecurrentSums, call.neurons()}, at::kDouble) : Tensor();
   const at::ScalarType real = kept.h_seq.scalar_type();
   if (call.sequence.numel() > 0) {
     with_scalar(grads.s_seq.defined() ? grads.s_seq.scalar_type() : real, [&](auto scalar) {
@@ -169,7 +169,7 @@ inline std::vector<Tensor> backward_on_cpu(const RecurrentCall& call, const Recu
   if (wants_x_seq) results.push_back(grad_j_seq);
   const Tensor totals = wants_sums ? sums.sum(0).to(real) : Tensor();
   if (wants_weight) results.push_back(elementwise ? totals[kRecurrentWeight].clone() : grad_weight);
-  if (wants_parameters) results.push_back(totals.slice(0, 0, kRecurrentParameters).clone());
+  if (wants_parameters) results.push_back(totals.slice(0, 0, kNumRecurrentParameters).clone());
   for (const Tensor& state : {grad_v_init, grad_s_init, grad_i_init}) {
     if (state.defined()) results.push_back(state);
   }

@@ -19,7 +19,7 @@ class RecurrentSteps {
     if (!call.rng_state.has_value()) return;
     const Tensor is_seed = at::arange(call.rng_state->numel(), call.rng_state->options()).eq(0);
     const Tensor t = at::arange(call.steps(), call.rng_state->options()).unsqueeze(1);
-    const int64_t seed_of_step = static_cast<int64_t>(kSeedOfStep);
+    const int64_t seed_of_step = static_cast<int64_t>(kSeedPerStep);
     const std::vector<Tensor> states = (*call.rng_state + t * seed_of_step * is_seed).unbind();
     states_.assign(states.begin(), states.end());
   }
@@ -107,7 +107,8 @@ inline std::vector<Tensor> backward_by_steps(const Launcher* launcher, const Rec
   const RecurrentSteps step(call);
   const Rules& rules = call.rules;
   const int64_t time_dim = rules.time_dim, steps = call.steps();
-  const bool in_threshold = (rules.adaptation & kInThreshold) != 0, in_reset = (rules.adaptation & kInReset) != 0;
+  const bool in_threshold = (rules.adaptation & kAdaptsThreshold) != 0,
+             in_reset = (rules.adaptation & kAdaptsReset) != 0;
   const double gain = call.has_adaptation() ? 1 : call.numbers.constants[kInputGain];
   WantedGradients wanted_of_step{/*x_seq=*/true, /*v_init=*/true};
   for (const int id : {kWidth, kThreshold, kReset}) wanted_of_step.parameters[id] = wants_parameters;
@@ -171,7 +172,7 @@ inline std::vector<Tensor> backward_by_steps(const Launcher* launcher, const Rec
     const Tensor v = rules.hard_reset ? h * (1 - s) + reset * s : h - reset * s;
     const double v_rest = call.numbers.v_rest;
     const Tensor v_init = call.has_adaptation() && call.v_init.defined() ? call.v_init[0] : call.v_init;
-    std::vector<Tensor> totals(kRecurrentParameters, at::zeros_like(step.row(kReset)));
+    std::vector<Tensor> totals(kNumRecurrentParameters, at::zeros_like(step.row(kReset)));
     totals[kWidth] = at::stack(parameter_grads[0]).sum(0);
     totals[kThreshold] = at::stack(parameter_grads[1]).sum(0);
     totals[kReset] = at::stack(parameter_grads[2]).flatten(0, -2).sum(0);

@@ -5,8 +5,8 @@
 
 namespace asgl {
 
-constexpr int kSumThreads = 512;  // threads of a CUDA block
-constexpr int kElementsEach = 4;  // elements of a thread, if there are many elements and few runs
+constexpr int kSumThreads = 512;       // threads of a CUDA block
+constexpr int kElementsPerThread = 4;  // elements of a thread, if there are many elements and few runs
 
 // The chain-rule factor from the partial sums to the gradient of the parameter as it was given. The partial sums are
 // gradients of 1 / width and of the decay.

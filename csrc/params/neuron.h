@@ -17,7 +17,7 @@ struct SequenceShape {
   // The number of neurons.
   ASGL_HOST_DEVICE int64 neurons() const { return outer * inner; }
   // The position of neuron n at step t in memory.
-  ASGL_HOST_DEVICE int64 element(int64 n, int64 t) const { return (n / inner * steps + t) * inner + n % inner; }
+  ASGL_HOST_DEVICE int64 offset(int64 n, int64 t) const { return (n / inner * steps + t) * inner + n % inner; }
 };
 
 // Threads of a block of all CUDA kernels but the sum of gradients.
@@ -39,7 +39,7 @@ ASGL_HOST_DEVICE int64 checkpoint_stride(const SequenceShape& shape) {
 // cycles forward and 274 backward with one neuron per thread, 179 and 433 with four (docs/design/gpu.md). With one
 // neuron per thread, a warp issues 51 and 106 instructions per step. From 3.5 and 4.1 warps per scheduler on, these
 // take longer than a step of four neurons. A scheduler holds 16 warps, so that a warp is a sixteenth.
-constexpr int kFewSixteenths = 3;
+constexpr int kOccupancySixteenths = 3;
 
 // A parameter at neuron n and step t is data[t * step_stride + (n / inner) % count]. If data is null, it is `constant`,
 // with count = 1 and step_stride = 0.
@@ -62,7 +62,7 @@ struct ParameterView {
   // Whether groups of four neurons, from multiples of four on, share a value.
   ASGL_HOST_DEVICE bool is_shared_by_four() const { return data == nullptr || inner % 4 == 0; }
   // Whether a tile has several neurons of each value, none adjacent, as for one value a channel in channels_last.
-  ASGL_HOST_DEVICE bool repeats_in(int64 tile) const { return inner == 1 && 2 * count <= tile; }
+  ASGL_HOST_DEVICE bool is_interleaved_in(int64 tile) const { return inner == 1 && 2 * count <= tile; }
 };
 
 // Whether the first `count` parameters are uniform.
@@ -75,7 +75,7 @@ ASGL_HOST_DEVICE bool all_uniform(const ParameterView<Real> (&parameters)[kNumPa
 
 // The value of a parameter that may be stored as a logarithm or logit.
 template <class Real>
-ASGL_HOST_DEVICE Real value_of(ParameterId id, Real given, const NeuronOptions<Real>& options) {
+ASGL_HOST_DEVICE Real parameter_value(ParameterId id, Real given, const NeuronOptions<Real>& options) {
   if (id == kWidth && options.log_width) return exp_within_bound(given);
   if (id == kDecay && options.logit_decay) return sigmoid_within_bound(given);
   return given;
@@ -83,7 +83,7 @@ ASGL_HOST_DEVICE Real value_of(ParameterId id, Real given, const NeuronOptions<R
 
 // The neuron with parameters value(id).
 template <class Real, class F>
-ASGL_HOST_DEVICE Neuron<Real> neuron_of(F&& value) {
+ASGL_HOST_DEVICE Neuron<Real> make_neuron(F&& value) {
   return {value(kDecay),     value(kThreshold), value(kReset),    inverse_of_width<Real>(value(kWidth)),
           value(kInputGain), value(kInputBias), value(kInputMean)};
 }
@@ -95,7 +95,7 @@ struct NoiseParams {
   uint32 analog_below;     // round(analog_prob * kAlwaysAnalog)
 
   // Whether random numbers are needed: not if elements are never analog (0) or always (kAlwaysAnalog).
-  ASGL_HOST_DEVICE bool drawn() const { return analog_below > 0 && analog_below < kAlwaysAnalog; }
+  ASGL_HOST_DEVICE bool needs_draws() const { return analog_below > 0 && analog_below < kAlwaysAnalog; }
 
   // Reads analog_below from rng_state if it is stored there, and clamps it.
   ASGL_HOST_DEVICE NoiseParams resolved() const {
@@ -121,7 +121,7 @@ struct LIFParams {
   LIFByOptions<Real> options;
   NoiseParams noise;
   NeuronTiles tiles;
-  ParameterSummary summary;  // set by plan_tiles() of CUDA; from kDivisible neurons on only `wanted`
+  ParameterSummary summary;  // set by plan_tiles() of CUDA; from kDividendLimit neurons on only `wanted`
   const Scalar* x_seq;       // [outer, T, inner]
   const Real* v_init;        // [N]; null means at rest
   const Scalar* residual;    // [outer, T, inner]; null means none
@@ -129,7 +129,7 @@ struct LIFParams {
 
   // The assumption under which input_current and charge may be computed; kGeneral also if a parameter changes over
   // time.
-  ASGL_HOST_DEVICE Input input() const {
+  ASGL_HOST_DEVICE Input input_assumption() const {
     for (const auto& parameter : parameters) {
       if (parameter.data != nullptr && parameter.step_stride != 0) return Input::kGeneral;
     }
@@ -158,7 +158,7 @@ struct ForwardParams : LIFParams<Scalar> {
   Real* zeros;        // [2], padding, zeroed so that no output is uninitialised
 
   // Whether only unscaled spikes, the last state and checkpoints are wanted.
-  ASGL_HOST_DEVICE bool only_spikes() const {
+  ASGL_HOST_DEVICE bool outputs_only_spikes() const {
     return v_seq == nullptr && h_seq == nullptr && !this->options.scale_output;
   }
 };
@@ -175,7 +175,7 @@ struct GradientPartials {
   // The slot of the part of a run that a tile sums.
   ASGL_HOST_DEVICE static int64 slot(int64 inner, int64 run, int64 tile) { return inner == 1 ? run : run + tile; }
   // The number of slots of a step: a multiple of four, so that four adjacent slots are stored at once.
-  ASGL_HOST_DEVICE static int64 slots_for(int64 inner, int64 neurons, int64 tiles) {
+  ASGL_HOST_DEVICE static int64 num_slots(int64 inner, int64 neurons, int64 tiles) {
     return (slot(inner, neurons / inner, tiles) + 3) / 4 * 4;
   }
 };
@@ -195,13 +195,13 @@ struct BackwardParams : LIFParams<Scalar> {
   GradientPartials<Real> partials[kNumParameters];
 
   // Whether a parameter wants a gradient.
-  ASGL_HOST_DEVICE bool wants(int id) const { return partials[id].data != nullptr; }
+  ASGL_HOST_DEVICE bool wants_gradient(int id) const { return partials[id].data != nullptr; }
 
   // Whether unscaled s_seq has a gradient, and x_seq or the residual wants one; v_seq and h_seq have none, input_mean
   // wants none.
-  ASGL_HOST_DEVICE bool only_spikes() const {
+  ASGL_HOST_DEVICE bool outputs_only_spikes() const {
     return grad_s_seq != nullptr && (grad_x_seq != nullptr || grad_residual != nullptr) && grad_v_seq == nullptr &&
-           grad_h_seq == nullptr && !this->options.scale_output && !wants(kInputMean);
+           grad_h_seq == nullptr && !this->options.scale_output && !wants_gradient(kInputMean);
   }
 };
 

@@ -6,8 +6,8 @@
 namespace asgl {
 
 // Rows that a CUDA thread reads of each of its columns, or more to limit splits.
-constexpr int64 kChannelRowsEach = 64;
-constexpr int64 kMomentsRowsEach = 128;
+constexpr int64 kGradientRowsPerThread = 64;
+constexpr int64 kMomentsRowsPerThread = 128;
 
 // A sequence as rows of channels * inner columns; column j belongs to channel j / inner.
 struct ChannelShape {
@@ -32,7 +32,7 @@ struct ChannelTiles {
     tiles.shape = shape;
     tiles.lanes = lanes;
     tiles.units_per_channel = shape.inner / lanes;
-    tiles.tiles_per_channel = divided(tiles.units_per_channel, most_units);
+    tiles.tiles_per_channel = ceil_div(tiles.units_per_channel, most_units);
     if (tiles.tiles_per_channel > 1) {
       tiles.channels_per_tile = 1;
       tiles.width = most_units;
@@ -42,21 +42,21 @@ struct ChannelTiles {
       tiles.width = tiles.channels_per_tile * tiles.units_per_channel;
     }
     tiles.ways = most_units / tiles.width;
-    const int64 enough = tiles.ways * rows_each, needed = divided(shape.rows, kMostSplits);
+    const int64 enough = tiles.ways * rows_each, needed = ceil_div(shape.rows, kMostSplits);
     tiles.rows_per_split = enough > needed ? enough : needed;
-    tiles.splits = divided(shape.rows, tiles.rows_per_split);
+    tiles.splits = ceil_div(shape.rows, tiles.rows_per_split);
     return tiles;
   }
 
   // The number of groups of channels_per_tile channels.
-  ASGL_HOST_DEVICE int64 groups() const { return divided(shape.channels, channels_per_tile); }
+  ASGL_HOST_DEVICE int64 groups() const { return ceil_div(shape.channels, channels_per_tile); }
   // The number of tasks.
   ASGL_HOST_DEVICE int64 tasks() const { return splits * tiles_per_channel * groups(); }
   // The number of partial moments of a channel: one for every split and every tile of the channel.
   ASGL_HOST_DEVICE int64 slots() const { return splits * tiles_per_channel; }
 
   // number / by, rounded up.
-  static ASGL_HOST_DEVICE int64 divided(int64 number, int64 by) { return (number + by - 1) / by; }
+  static ASGL_HOST_DEVICE int64 ceil_div(int64 number, int64 by) { return (number + by - 1) / by; }
 };
 
 // The part of a sequence that one task reads.
@@ -97,7 +97,7 @@ struct CoefficientsParams {
   const Moments* moments;  // [slots, channels]
   int64 slots, channels;
   const Real *mean, *variance, *weight, *bias;  // [channels]
-  Normalisation options;
+  NormalisationOptions options;
   Real* coefficients;  // [kNumCoefficients, channels]
   Moments* total;      // [channels]
   // The running statistics of training, updated in place; null: none.
@@ -146,7 +146,7 @@ struct InputGradientParams {
   const Real* coefficients;           // [kNumCoefficients, channels]
   const Real *grad_gain, *grad_bias;  // [channels], the sums of this process
   const Real *total_grad_gain, *total_grad_bias;  // [channels], the sums of all processes
-  Normalisation options;
+  NormalisationOptions options;
   Real *grad_weight, *grad_shift;  // [channels]
 
   // Rows of the coefficients, by channel.
@@ -165,7 +165,7 @@ struct InputGradientParams {
   ASGL_HOST_DEVICE void store_own_gradients(int64 channel) const {
     const GradientSums own = {static_cast<double>(grad_gain[channel]), static_cast<double>(grad_bias[channel])};
     const double centred =
-        NormalisationAdjoint<Real>::centred(moments[channel], static_cast<double>(mean()[channel]), own, options);
+        NormalisationAdjoint<Real>::sum_dh_xhat(moments[channel], static_cast<double>(mean()[channel]), own, options);
     grad_weight[channel] = static_cast<Real>(options.input_scale * centred);
     grad_shift[channel] = static_cast<Real>(options.input_scale * own.bias);
   }
