@@ -16,11 +16,11 @@ struct IntegratorLoop {
     Real *state, *out;       // the potential, or its gradient from later steps; v_seq, or dx
     const Real *before, *x;  // for gradient sums
     Real *decay, *gain;
-    Ahead ahead;
+    PrefetchRows ahead;
   };
 
   static ASGL_HOST_DEVICE void run(Args args) {
-    for_each_fetch(args.ahead, args.length, [=](int64 begin, int64 end) __attribute__((always_inline)) {
+    for_each_prefetch(args.ahead, args.length, [=](int64 begin, int64 end) __attribute__((always_inline)) {
 #pragma GCC ivdep
       for (int64 i = begin; i < end; ++i) {
         const Neuron<Real>& neuron = args.neurons[i];
@@ -50,9 +50,10 @@ void run_pass(const IntegratorParams<Scalar>& params, int64 begin, int64 end) {
   const Scalar* in_seq = kBack ? params.grad_v_seq : params.x_seq;
   Scalar* out_seq = kBack ? params.grad_x_seq : params.v_seq;
   Rows<Real> rows(8, kTile);
-  Real *in_buffer = rows.take(), *out_buffer = rows.take(), *v_buffer = rows.take(), *x_buffer = rows.take();
-  Real *v = rows.take(), *later = rows.take(), *state = kBack ? later : v;
-  Real *decay = rows.take(), *gain = rows.take();
+  Real *in_buffer = rows.allocate(), *out_buffer = rows.allocate(), *v_buffer = rows.allocate(),
+       *x_buffer = rows.allocate();
+  Real *v = rows.allocate(), *later = rows.allocate(), *state = kBack ? later : v;
+  Real *decay = rows.allocate(), *gain = rows.allocate();
   TileNeurons<Real> neurons(params.parameters, params.options, kNumParameters);
   // The step that the pass computes after `row` others.
   const auto step_after = [&](int64 row) { return kBack ? steps - 1 - row : row; };
@@ -62,7 +63,7 @@ void run_pass(const IntegratorParams<Scalar>& params, int64 begin, int64 end) {
     const auto store_sums = [&](bool per_step, int64 t) {
       for (const auto& [id, sum] : {std::pair(kDecay, decay), std::pair(kInputGain, gain)}) {
         if (!params.wants_gradient(id) || (params.parameters[id].step_stride != 0) != per_step) continue;
-        store_partials(params.partials[id], params.parameters[id], tile, t, sum);
+        store_partial_sums(params.partials[id], params.parameters[id], tile, t, sum);
         begin_sums(sum);
       }
     };
@@ -74,8 +75,9 @@ void run_pass(const IntegratorParams<Scalar>& params, int64 begin, int64 end) {
       const int64 t = step_after(row), used = row + kRowsAhead;
       const Tile next(params.shape, index + used / steps);
       const int64 next_t = step_after(used % steps);
-      const Ahead ahead = {sizeof(Scalar),
-                           {recent_row_ahead(in_seq, next, next_t), recent_row_ahead(out_seq, next, next_t)}};
+      const PrefetchRows ahead = {
+          sizeof(Scalar),
+          {recent_row_to_prefetch(in_seq, next, next_t), recent_row_to_prefetch(out_seq, next, next_t)}};
       const Real* in = read_row(in_seq, tile, t, in_buffer);
       const Real *before = v, *x = v;  // before step 0; any row if the sum is unwanted
       if (kBack && t > 0 && params.wants_gradient(kDecay)) {

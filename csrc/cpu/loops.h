@@ -44,7 +44,7 @@ struct SettledRows {
 
 // The rows to prefetch, a few cache lines at a time while other rows are computed: hardware prefetchers stop at page
 // boundaries, and a row is about a page. A null pointer stands for no row.
-struct Ahead {
+struct PrefetchRows {
   int64 element_size;
   const char* rows[4];  // read, then written
   int64 stride = 0;     // elements between steps, for loops over steps
@@ -53,7 +53,7 @@ struct Ahead {
 };
 
 // Prefetches `count` elements of the rows of step k.
-ASGL_HOST_DEVICE void prefetch_block(const Ahead& ahead, int64 k, int64 first, int64 count) {
+ASGL_HOST_DEVICE void prefetch_block(const PrefetchRows& ahead, int64 k, int64 first, int64 count) {
   constexpr int64 kCacheLine = 64;
   const int64 begin = (k * ahead.stride + first) * ahead.element_size, bytes = count * ahead.element_size;
   for (const char* row : ahead.rows) {
@@ -62,13 +62,13 @@ ASGL_HOST_DEVICE void prefetch_block(const Ahead& ahead, int64 k, int64 first, i
   }
 }
 
-constexpr int64 kNeuronsPerFetch = 128;
+constexpr int64 kNeuronsPerPrefetch = 128;
 
-// For every kNeuronsPerFetch neurons, prefetches a part of the rows ahead and calls f(begin, end). Calls f once for all
-// neurons if there is nothing to prefetch, because each call begins with some 40 instructions.
+// For every kNeuronsPerPrefetch neurons, prefetches a part of the rows ahead and calls f(begin, end). Calls f once for
+// all neurons if there is nothing to prefetch, because each call begins with some 40 instructions.
 template <class F>
-ASGL_HOST_DEVICE void for_each_fetch(const Ahead& ahead, int64 length, F&& f) {
-  const int64 each = ahead.empty() ? length : kNeuronsPerFetch;
+ASGL_HOST_DEVICE void for_each_prefetch(const PrefetchRows& ahead, int64 length, F&& f) {
+  const int64 each = ahead.empty() ? length : kNeuronsPerPrefetch;
   for (int64 begin = 0; begin < length; begin += each) {
     const int64 end = begin + each < length ? begin + each : length;
     prefetch_block(ahead, 0, begin, end - begin);
@@ -79,7 +79,7 @@ ASGL_HOST_DEVICE void for_each_fetch(const Ahead& ahead, int64 length, F&& f) {
 // Calls f(model). For adaptive neurons in float32 the rules in `model` are then constants instead of masks: with
 // AVX-512, 32 neurons take 71 to 88 instructions instead of 99 forward, and 96 to 128 instead of 155 backward.
 template <class Model, class Real, class F>
-ASGL_HOST_DEVICE void with_rules(const LIFByOptions<Real>& options, F&& f) {
+ASGL_HOST_DEVICE void with_constant_rules(const LIFByOptions<Real>& options, F&& f) {
   if constexpr (Model::kHasAdaptation && sizeof(Real) == sizeof(float)) {
     Model model = Model::from_options(options);
     const auto with_adaptation = [&](uint8 adaptation) __attribute__((always_inline)) {
@@ -120,7 +120,7 @@ struct StepLoop {
     const Real* x;
     const uint16* draws;
     Real *v, *next_v, *h, *s;
-    Ahead ahead;
+    PrefetchRows ahead;
     const Real* second;  // the second state, of models that have one
     Real* next_second;
     bool compared;  // h is the potential that is compared with v_threshold
@@ -145,8 +145,8 @@ struct StepLoop {
   template <bool kNoise>
   static ASGL_HOST_DEVICE void loop(Args args) {
     const Firing<Real> firing(args.options);
-    with_rules<Model>(args.options, [&](const auto& model) __attribute__((always_inline)) {
-      for_each_fetch(args.ahead, args.length, [=](int64 begin, int64 end) __attribute__((always_inline)) {
+    with_constant_rules<Model>(args.options, [&](const auto& model) __attribute__((always_inline)) {
+      for_each_prefetch(args.ahead, args.length, [=](int64 begin, int64 end) __attribute__((always_inline)) {
 #pragma GCC ivdep
         for (int64 i = begin; i < end; ++i) {
           const Neuron<Real>& neuron = args.neurons[i];
@@ -190,7 +190,7 @@ struct AdjointLoop {
     const Real *g, *gh, *h, *s;
     Real* dv;  // the gradient of v after the step on entry, before it on return
     Real *d_reset, *distance, *dy, *dh, *dx;
-    Ahead ahead;
+    PrefetchRows ahead;
     const Real *v, *second;  // the states before the step, the second of models that have one
     Real* d_second;          // the gradient of the second state, as dv
     Real* sums;              // [kNumParameters, sums_stride]
@@ -206,8 +206,8 @@ struct AdjointLoop {
     args.options.surrogate = static_cast<Surrogate>(kId);  // unused by LIF
     // A constant saves registers.
     const int64 stride = kSums == Sums::kRecurrent ? args.sums_stride : kTile;
-    with_rules<Model>(args.options, [&](const auto& model) __attribute__((always_inline)) {
-      for_each_fetch(args.ahead, args.length, [=](int64 begin, int64 end) __attribute__((always_inline)) {
+    with_constant_rules<Model>(args.options, [&](const auto& model) __attribute__((always_inline)) {
+      for_each_prefetch(args.ahead, args.length, [=](int64 begin, int64 end) __attribute__((always_inline)) {
 #pragma GCC ivdep
         for (int64 i = begin; i < end; ++i) {
           const auto sum = [&](ParameterId id)
@@ -269,7 +269,7 @@ constexpr int64 kBlock = 128;
 
 // Adjacent steps of a tile: the row of step k begins at first + k * stride.
 template <class Element>
-struct Steps {
+struct StepRows {
   Element* first;
   int64 stride;
 
@@ -289,7 +289,7 @@ ASGL_HOST_DEVICE void for_each_block(int64 length, int64 block, F&& f) {
 // Stores a block directly in memory if the cache would not keep it: its lines are then not read before they are
 // written. Stores whole cache lines where the processor can: with stores of parts of a line a layer takes up to 1.3
 // times as long.
-using Stream = void (*)(float* to, const float* block, int64 count);
+using StreamingStore = void (*)(float* to, const float* block, int64 count);
 
 #if defined(__x86_64__)
 // The functions for each instruction set.
@@ -303,15 +303,15 @@ ASGL_TARGET_AVX512 inline void stream_avx512(float* to, const float* block, int6
   for (int64 i = 0; i < count; i += 16) _mm512_stream_ps(to + i, _mm512_load_ps(block + i));
 }
 // The function for this processor. Null if there is none.
-inline Stream stream() {
+inline StreamingStore streaming_store() {
   const InstructionSet set = instruction_set();
   return set == InstructionSet::kAvx512 ? stream_avx512 : set == InstructionSet::kAvx2 ? stream_avx2 : stream_baseline;
 }
 // Call it after the last store of a block and before another thread reads the block.
-inline void finish_stream() { _mm_sfence(); }
+inline void fence_streaming_stores() { _mm_sfence(); }
 #else
-inline Stream stream() { return nullptr; }
-inline void finish_stream() {}
+inline StreamingStore streaming_store() { return nullptr; }
+inline void fence_streaming_stores() {}
 #endif
 
 // The loops of the settled kernels (cpu/neuron_settled.cpp): for each block of a tile all given steps, with rows of the
@@ -323,12 +323,12 @@ struct SettledStepLoop {
     NeuronOptions<Real> options;
     uint32 analog_below;
     int64 length, block, steps;
-    Steps<const Real> current;
-    Steps<const uint16> draws;
+    StepRows<const Real> current;
+    StepRows<const uint16> draws;
     Real* v;
-    Steps<Real> s;
-    Stream stream;  // null: s is stored in the cache; else blocks have kBlock neurons
-    Ahead ahead;
+    StepRows<Real> s;
+    StreamingStore stream;  // null: s is stored in the cache; else blocks have kBlock neurons
+    PrefetchRows ahead;
   };
 
   static ASGL_HOST_DEVICE void run(Args args) { args.analog_below > 0 ? loop<true>(args) : loop<false>(args); }
@@ -386,16 +386,16 @@ struct SettledAdjointLoop {
     uint32 analog_below;
     int64 length, steps;
     bool carried;
-    Steps<const Real> current;
-    Steps<const uint16> draws;
-    Steps<Real> v;        // before each step, and after the last
+    StepRows<const Real> current;
+    StepRows<const uint16> draws;
+    StepRows<Real> v;     // before each step, and after the last
     Real *h, *s, *slope;  // [steps, kBlock], of a block
-    Steps<const Real> g;
+    StepRows<const Real> g;
     Real* dv;  // the gradient of v after the last step on entry, before the first on return
     Real *width, *decay, *threshold, *reset;
-    Steps<Real> d_current;
-    Stream stream;  // null: d_current is stored in the cache; else blocks have kBlock neurons
-    Ahead input_ahead, gradients_ahead;
+    StepRows<Real> d_current;
+    StreamingStore stream;  // null: d_current is stored in the cache; else blocks have kBlock neurons
+    PrefetchRows input_ahead, gradients_ahead;
   };
 
   static ASGL_HOST_DEVICE void run(Args args) { args.analog_below > 0 ? loop<true>(args) : loop<false>(args); }
@@ -559,7 +559,7 @@ struct InputCurrentAdjointLoop {
   };
 
   static ASGL_HOST_DEVICE void run(Args args) {
-    if constexpr (!kRows) return with_sums_in_registers(args);
+    if constexpr (!kRows) return accumulate_in_registers(args);
     args.parameters.for_each_period(args.length, [=](int64 first, int64 length) __attribute__((always_inline)) {
       accumulate(args, first, length, args.gain_sum, args.bias_sum);
     });
@@ -567,7 +567,7 @@ struct InputCurrentAdjointLoop {
 
  private:
   // Keeps the sums in registers, for parameters that are values.
-  static ASGL_HOST_DEVICE void with_sums_in_registers(const Args& args) {
+  static ASGL_HOST_DEVICE void accumulate_in_registers(const Args& args) {
     int64 first = 0;
     if (args.length >= kInputSums) {
       Real gain_sum[kInputSums], bias_sum[kInputSums];
@@ -623,7 +623,7 @@ struct AccumulateLoop {
 
 // The sum of a row by eight interleaved partial sums, which vectorise and have a fixed order of additions.
 template <class Real>
-ASGL_HOST_DEVICE double sum_of(const Real* row, int64 length) {
+ASGL_HOST_DEVICE double row_sum(const Real* row, int64 length) {
   double lanes[8] = {};
   int64 i = 0;
   for (; i + 8 <= length; i += 8) {
@@ -633,7 +633,7 @@ ASGL_HOST_DEVICE double sum_of(const Real* row, int64 length) {
   return ((lanes[0] + lanes[1]) + (lanes[2] + lanes[3])) + ((lanes[4] + lanes[5]) + (lanes[6] + lanes[7]));
 }
 
-// sum = the sum of a row, by sum_of
+// sum = the sum of a row, by row_sum
 template <class Real>
 struct SumLoop {
   struct Args {
@@ -642,7 +642,7 @@ struct SumLoop {
     double* sum;
   };
 
-  static ASGL_HOST_DEVICE void run(Args args) { *args.sum = sum_of(args.row, args.length); }
+  static ASGL_HOST_DEVICE void run(Args args) { *args.sum = row_sum(args.row, args.length); }
 };
 
 // Runs of adjacent neurons that share a parameter's value, among the `length` neurons of a tile. The first run has
@@ -673,7 +673,7 @@ struct RunSumsLoop {
 
   static ASGL_HOST_DEVICE void run(Args args) {
     args.runs.for_each([=](int64 run, int64 offset, int64 length) __attribute__((always_inline)) {
-      args.sums[run] = static_cast<Real>(sum_of(args.row + offset, length));
+      args.sums[run] = static_cast<Real>(row_sum(args.row + offset, length));
     });
   }
 };

@@ -21,7 +21,7 @@ bool is_per_step(const Params& params) {
 // Models with two states whose parameters are rows take half a tile at a time: 14 rows of 2 KiB, which the L1 cache can
 // hold.
 template <class Model, class Params>
-int64 parts_of_tile(const Params& params) {
+int64 num_tile_parts(const Params& params) {
   return Model::kNumStates > 1 && !all_uniform(params.parameters) && !is_per_step(params) ? 2 : 1;
 }
 
@@ -32,7 +32,8 @@ template <size_t kNumStates, class Scalar>
 void store_checkpoint(const ForwardParams<Scalar>& params, const Tile& tile, int64 steps,
                       const StateRows<kNumStates, Real_t<Scalar>>& rows) {
   if (steps % kCheckpointSteps == 0 && steps < params.shape.steps) {
-    store_states(rows, tile.length, params.checkpoints, checkpoint_stride(params.shape), checkpoint(tile, steps));
+    store_states(rows, tile.length, params.checkpoints, checkpoint_stride(params.shape),
+                 checkpoint_offset(tile, steps));
   }
 }
 
@@ -42,14 +43,14 @@ void run_general(const ForwardParams<Scalar>& params) {
   using Real = Real_t<Scalar>;
   for_each_tile_range(params.shape, [&](int64 begin, int64 end) {
     Rows<Real> rows(5, kTile);
-    Real *x_buffer = rows.take(), *s_buffer = rows.take(), *h_buffer = rows.take();
-    Real *v = rows.take(), *second = rows.take();
-    const auto states = rows_of_states<Model>(v, second);
+    Real *x_buffer = rows.allocate(), *s_buffer = rows.allocate(), *h_buffer = rows.allocate();
+    Real *v = rows.allocate(), *second = rows.allocate();
+    const auto states = state_rows<Model>(v, second);
     const int64 all = params.shape.neurons();
     TileNoise noise(params.noise);
     TileNeurons<Real> neurons(params.parameters, params.options, kNumParameters);
     GeneralInput<Scalar> input(params);
-    const int64 parts = parts_of_tile<Model>(params), size = kTile / parts;
+    const int64 parts = num_tile_parts<Model>(params), size = kTile / parts;
     for (int64 index = begin * parts; index < end * parts && index * size < all; ++index) {
       const Tile tile(params.shape, index, size);
       load_states(params.v_init, all, tile.first, params.options.v_rest, tile.length, states);
@@ -59,9 +60,9 @@ void run_general(const ForwardParams<Scalar>& params) {
         Real* h = start_row(params.h_seq, tile, t, h_buffer);
         const int64 later_t = (t + kRowsAhead) % params.shape.steps;
         const Tile later(params.shape, index + (t + kRowsAhead) / params.shape.steps, size);
-        const Ahead ahead = {
-            sizeof(Scalar),
-            {recent_row_ahead(params.x_seq, later, later_t), recent_row_ahead(params.s_seq, later, later_t)}};
+        const PrefetchRows ahead = {sizeof(Scalar),
+                                    {recent_row_to_prefetch(params.x_seq, later, later_t),
+                                     recent_row_to_prefetch(params.s_seq, later, later_t)}};
         neurons.move_to(tile, t);
         neurons.template visit<NeuronRows<Real>>([&](auto given) {
           input.visit(tile, t, x, given, [&](auto values, const Real* in) {
@@ -88,7 +89,7 @@ void run_general(const ForwardParams<Scalar>& params) {
 
 // The number of rows of v that backward keeps of a segment. Only the gradient of the decay needs v before each step.
 template <class Scalar>
-int64 rows_of_v(const BackwardParams<Scalar>& params, int64 segment) {
+int64 num_v_rows(const BackwardParams<Scalar>& params, int64 segment) {
   return params.wants_gradient(kDecay) ? segment + 1 : 1;
 }
 
@@ -138,11 +139,11 @@ class GeneralBackward {
   }
 
  private:
-  // Computes a part of the tile, see parts_of_tile.
+  // Computes a part of the tile, see num_tile_parts.
   void run_part(const Tile& tile) {
     tile_ = tile;
     const int64 all = params_.shape.neurons();
-    const auto gradients = rows_of_states<Model>(dv_, d_second_);
+    const auto gradients = state_rows<Model>(dv_, d_second_);
     load_states(params_.grad_v_last, all, tile.first, Real(0), tile.length, gradients);
     carried_ = params_.grad_v_last != nullptr;
     const int64 steps = params_.shape.steps;
@@ -150,7 +151,7 @@ class GeneralBackward {
       const int64 stop = std::min(steps, start + segment_);
       compute_potentials(start, stop);
       for (int64 t = stop - 1; t >= start; --t) {
-        walk_back(t, t - start, rows_ahead(start, stop, 2 * stop - 1 - start - t));
+        walk_back(t, t - start, rows_to_prefetch(start, stop, 2 * stop - 1 - start - t));
       }
     }
     store_states(gradients, tile.length, params_.grad_v_init, all, tile.first);
@@ -162,7 +163,7 @@ class GeneralBackward {
   Real* v(int64 k) const { return row(v_, k % v_rows_); }
   // What to prefetch at a position of a segment, in the order in which its rows are used: x of its steps forward, then
   // the gradients of its steps backward, then x of the segment that is computed next.
-  Ahead rows_ahead(int64 start, int64 stop, int64 position) const {
+  PrefetchRows rows_to_prefetch(int64 start, int64 stop, int64 position) const {
     Tile tile = tile_;
     int64 used = position + kRowsAhead;
     if (used >= 2 * (stop - start)) {
@@ -171,10 +172,10 @@ class GeneralBackward {
       stop = start > 0 ? start : params_.shape.steps;
       start = (stop - 1) / segment_ * segment_;
     }
-    if (start + used < stop) return {sizeof(Scalar), {row_ahead(params_.x_seq, tile, start + used)}};
+    if (start + used < stop) return {sizeof(Scalar), {row_to_prefetch(params_.x_seq, tile, start + used)}};
     const int64 t = 2 * stop - 1 - start - used;
     return {sizeof(Scalar),
-            {recent_row_ahead(params_.grad_s_seq, tile, t), recent_row_ahead(params_.grad_x_seq, tile, t)}};
+            {recent_row_to_prefetch(params_.grad_s_seq, tile, t), recent_row_to_prefetch(params_.grad_x_seq, tile, t)}};
   }
   // The second state before step k of a segment; null for models with one state.
   Real* second(int64 k) const { return Model::kNumStates > 1 ? row(second_, k % second_rows_) : nullptr; }
@@ -188,7 +189,7 @@ class GeneralBackward {
   void clear(int id) { std::fill_n(row(sums_, id), whole_.length, Real(0)); }
   // Stores the sums of a parameter as the partial sums of step t.
   void store(int id, int64 t) {
-    store_partials(params_.partials[id], params_.parameters[id], whole_, t, row(sums_, id));
+    store_partial_sums(params_.partials[id], params_.parameters[id], whole_, t, row(sums_, id));
   }
   // Adds factor * (a * (b - c)) to the sums of a parameter, if it wants a gradient.
   void accumulate(ParameterId id, Real factor, const Real* a, Operand<Real> b, Operand<Real> c) {
@@ -197,7 +198,7 @@ class GeneralBackward {
 
   // Computes h and s of the steps [start, stop) again, and keeps them.
   void compute_potentials(int64 start, int64 stop) {
-    load_start(params_, tile_, start, rows_of_states<Model>(v(0), second(0)));
+    load_start_states(params_, tile_, start, state_rows<Model>(v(0), second(0)));
     for (int64 t = start; t < stop; ++t) {
       const int64 k = t - start;
       const Real* x = read_row(params_.x_seq, tile_, t, x_buffer_);
@@ -206,14 +207,14 @@ class GeneralBackward {
         input_.visit(tile_, t, x, given, [&](auto neurons, const Real* in) {
           cpu::run<StepLoop<Real, Model, decltype(neurons)>>(
               {neurons, params_.options, params_.noise.analog_below, tile_.length, in, noise_.row(tile_, t), v(k),
-               v(k + 1), row(h_, k), row(s_, k), rows_ahead(start, stop, k), second(k), second(k + 1)});
+               v(k + 1), row(h_, k), row(s_, k), rows_to_prefetch(start, stop, k), second(k), second(k + 1)});
         });
       });
     }
   }
 
   // Walks back through step t, which is step k of its segment.
-  void walk_back(int64 t, int64 k, const Ahead& ahead) {
+  void walk_back(int64 t, int64 k, const PrefetchRows& ahead) {
     neurons_.move_to(tile_, t);
     const Real* g = zeros_;
     if (params_.grad_s_seq != nullptr) {
@@ -296,24 +297,24 @@ class GeneralBackward {
   static constexpr Operand<Real> kZero = {nullptr, Real(0)}, kOne = {nullptr, Real(1)};
 
   const BackwardParams<Scalar>& params_;
-  const int64 segment_ = segment_steps(params_.shape.steps), v_rows_ = rows_of_v(params_, segment_);
+  const int64 segment_ = segment_steps(params_.shape.steps), v_rows_ = num_v_rows(params_, segment_);
   // If w is subtracted from the current, backward needs w only for the gradient of adapt_decay. Without that gradient
   // one row is enough.
   const bool needs_all_seconds_ = !Model::kHasAdaptation || params_.wants_gradient(kAdaptDecay) ||
                                   !AdaptiveLIF<Real>::from_options(params_.options).adapts_current();
   const int64 second_rows_ = Model::kNumStates == 1 ? 0 : needs_all_seconds_ ? segment_ + 1 : 1;
   Rows<Real> rows_{2 * segment_ + v_rows_ + second_rows_ + 12 + kNumParameters, kTile};
-  Real *const h_ = rows_.take(segment_), *const s_ = rows_.take(segment_);
-  Real *const second_ = rows_.take(second_rows_), *const d_second_ = rows_.take();
-  Real *const v_ = rows_.take(v_rows_), *const dv_ = rows_.take();
-  Real *const x_buffer_ = rows_.take(), *const g_buffer_ = rows_.take(), *const gh_buffer_ = rows_.take();
-  Real *const scaled_g_ = rows_.take(), *const dx_buffer_ = rows_.take(), *const dy_ = rows_.take();
-  Real *const dh_ = rows_.take(), *const zeros_ = rows_.take(), *const d_reset_ = rows_.take();
-  Real *const distance_ = rows_.take(), *const sums_ = rows_.take(kNumParameters);
+  Real *const h_ = rows_.allocate(segment_), *const s_ = rows_.allocate(segment_);
+  Real *const second_ = rows_.allocate(second_rows_), *const d_second_ = rows_.allocate();
+  Real *const v_ = rows_.allocate(v_rows_), *const dv_ = rows_.allocate();
+  Real *const x_buffer_ = rows_.allocate(), *const g_buffer_ = rows_.allocate(), *const gh_buffer_ = rows_.allocate();
+  Real *const scaled_g_ = rows_.allocate(), *const dx_buffer_ = rows_.allocate(), *const dy_ = rows_.allocate();
+  Real *const dh_ = rows_.allocate(), *const zeros_ = rows_.allocate(), *const d_reset_ = rows_.allocate();
+  Real *const distance_ = rows_.allocate(), *const sums_ = rows_.allocate(kNumParameters);
   TileNoise noise_{params_.noise};
   TileNeurons<Real> neurons_{params_.parameters, params_.options, kNumParameters};
   GeneralInput<Scalar> input_{params_};
-  const int64 parts_ = parts_of_tile<Model>(params_);
+  const int64 parts_ = num_tile_parts<Model>(params_);
   Tile whole_{params_.shape, 0}, tile_{params_.shape, 0};
   bool carried_ = false;
 };

@@ -7,10 +7,10 @@ namespace asgl::cpu {
 namespace {
 
 // Steps whose input currents are computed before a loop that stores past the cache, for fewer and longer streams.
-constexpr int64 kStepsOfStream = 4;
+constexpr int64 kStreamedSteps = 4;
 
 // How far a loop prefetches in the rows that it uses.
-constexpr int64 kElementsAhead = 256, kElementsAheadOfStream = 512;
+constexpr int64 kElementsAhead = 256, kElementsAheadOfStores = 512;
 
 // Adjacent steps of a tile that one call of a loop takes.
 struct Chunk {
@@ -21,11 +21,11 @@ struct Chunk {
 // What a loop over a chunk prefetches of a sequence: what it uses itself some blocks later, or what is used of the next
 // chunk, where rows are copies or computed apart.
 template <class Element>
-const char* ahead_of(const Element* sequence, const Chunk& chunk, const Chunk& next, bool used_by_loop,
-                     bool streams = false) {
-  if (!used_by_loop) return row_ahead(sequence, next.tile, next.t);
-  const char* row = row_ahead(sequence, chunk.tile, chunk.t);
-  return row == nullptr ? nullptr : row + (streams ? kElementsAheadOfStream : kElementsAhead) * sizeof(Element);
+const char* element_to_prefetch(const Element* sequence, const Chunk& chunk, const Chunk& next, bool used_by_loop,
+                                bool streams = false) {
+  if (!used_by_loop) return row_to_prefetch(sequence, next.tile, next.t);
+  const char* row = row_to_prefetch(sequence, chunk.tile, chunk.t);
+  return row == nullptr ? nullptr : row + (streams ? kElementsAheadOfStores : kElementsAhead) * sizeof(Element);
 }
 
 // The input current of a chunk: x in place, or rows in a buffer.
@@ -39,17 +39,17 @@ class ChunkCurrents {
 
   // The parameters of the input, whether the chunk's current is x in place, and the rows for a current that is not.
   TileInput<Real>& input() { return input_; }
-  bool in_place(const Tile& tile) const { return input_.plain() && is_in_place<Scalar>(tile); }
-  Steps<Real> buffer() { return {rows_.row(2), rows_.stride()}; }
+  bool in_place(const Tile& tile) const { return input_.is_plain() && is_in_place<Scalar>(tile); }
+  StepRows<Real> buffer() { return {rows_.row(2), rows_.stride()}; }
 
   // Returns the current of each step of a chunk.
-  Steps<const Real> compute(const Chunk& chunk) {
+  StepRows<const Real> compute(const Chunk& chunk) {
     const Tile& tile = chunk.tile;
     if (in_place(tile)) return read_steps(params_.x_seq, tile, chunk.t, rows_.row(0));
-    const Steps<Real> currents = buffer();
+    const StepRows<Real> currents = buffer();
     for (int64 k = 0, t = chunk.t; k < chunk.count; ++k, ++t) {
-      const Real* x = read_row(params_.x_seq, tile, t, input_.plain() ? currents[k] : rows_.row(0));
-      if (input_.plain()) continue;
+      const Real* x = read_row(params_.x_seq, tile, t, input_.is_plain() ? currents[k] : rows_.row(0));
+      if (input_.is_plain()) continue;
       input_.compute_current(
           x, params_.residual == nullptr ? nullptr : read_row(params_.residual, tile, t, rows_.row(1)), currents[k]);
     }
@@ -70,20 +70,20 @@ void run_settled_model(const ForwardParams<Scalar>& params) {
   using Real = Real_t<Scalar>;
   const int64 steps = params.shape.steps;
   for_each_tile_range(params.shape, [&](int64 begin, int64 end) {
-    ChunkCurrents<Scalar> currents(params, kStepsOfStream);
+    ChunkCurrents<Scalar> currents(params, kStreamedSteps);
     Rows<Real> rows(2, kTile);
-    Real *v = rows.take(), *s_buffer = rows.take();
+    Real *v = rows.allocate(), *s_buffer = rows.allocate();
     TileNoise noise(params.noise);
     TileNeurons<Real> neurons(params.parameters, params.options, kInputGain);
-    const Stream past_cache = stream_for(params.s_seq, params.shape);
+    const StreamingStore past_cache = streaming_store_for(params.s_seq, params.shape);
     for (int64 index = begin; index < end; ++index) {
       const Tile tile(params.shape, index);
       const bool s_in_place = is_in_place<Scalar>(tile), all_in_place = s_in_place && currents.in_place(tile);
-      const bool in_cache = recent_row_ahead(params.x_seq, tile, 0) == nullptr;
-      const Stream stream = s_in_place ? past_cache : nullptr;
+      const bool in_cache = recent_row_to_prefetch(params.x_seq, tile, 0) == nullptr;
+      const StreamingStore stream = s_in_place ? past_cache : nullptr;
       // If x fits in the L2 cache, single steps are faster: with several, the load of x at the next step waits for the
       // store of s just before it, if both have the same offset in their pages (4K aliasing).
-      const int64 most = all_in_place && !in_cache ? kCheckpointSteps : stream != nullptr ? kStepsOfStream : 1;
+      const int64 most = all_in_place && !in_cache ? kCheckpointSteps : stream != nullptr ? kStreamedSteps : 1;
       neurons.move_to(tile, 0);
       currents.input().move_to(tile);
       load_state(params.v_init, tile.first, params.options.v_rest, tile.length, v);
@@ -92,14 +92,14 @@ void run_settled_model(const ForwardParams<Scalar>& params) {
         const Chunk chunk = {tile, t, count};
         const int64 later = t + std::max(most, kRowsAhead);
         const Chunk next = {{params.shape, index + later / steps}, later % steps, count};
-        Ahead ahead = {.element_size = sizeof(Scalar), .stride = params.shape.inner};
+        PrefetchRows ahead = {.element_size = sizeof(Scalar), .stride = params.shape.inner};
         if (!in_cache) {
-          ahead.rows[0] = ahead_of(params.x_seq, chunk, next, all_in_place, stream != nullptr);
-          ahead.rows[1] = ahead_of(params.residual, chunk, next, false);
-          if (stream == nullptr) ahead.rows[2] = ahead_of(params.s_seq, chunk, next, s_in_place);
+          ahead.rows[0] = element_to_prefetch(params.x_seq, chunk, next, all_in_place, stream != nullptr);
+          ahead.rows[1] = element_to_prefetch(params.residual, chunk, next, false);
+          if (stream == nullptr) ahead.rows[2] = element_to_prefetch(params.s_seq, chunk, next, s_in_place);
         }
-        const Steps<const Real> current = currents.compute(chunk);
-        const Steps<Real> s = start_steps(params.s_seq, tile, t, s_buffer);
+        const StepRows<const Real> current = currents.compute(chunk);
+        const StepRows<Real> s = start_steps(params.s_seq, tile, t, s_buffer);
         neurons.template visit<SettledRows<Real>>([&](auto values) {
           run<SettledStepLoop<Real, Model, decltype(values)>>(
               {.neurons = values,
@@ -120,7 +120,7 @@ void run_settled_model(const ForwardParams<Scalar>& params) {
       }
       store_state(v, tile.length, params.v_last, tile.first);
     }
-    if (past_cache != nullptr) finish_stream();
+    if (past_cache != nullptr) fence_streaming_stores();
   });
 }
 
@@ -145,19 +145,20 @@ class SettledBackward {
     for (int id = 0; id < (sums_all_ ? kInputGain : kDecay); ++id) std::fill_n(sums(id), tile.length, Real(0));
     carried_ = params_.grad_v_last != nullptr;
     for (int64 start = last_start_; start >= 0; start -= segment_) {
-      load_start(params_, tile, start, StateRows<1, Real>{v_});
+      load_start_states(params_, tile, start, StateRows<1, Real>{v_});
       walk_back(segment(tile, start), start > 0 ? segment(tile, start - segment_)
                                                 : segment(Tile(params_.shape, tile.index + 1), last_start_));
       carried_ = true;
     }
     for (int id = 0; id < kInputGain; ++id) {
-      if (params_.wants_gradient(id)) store_partials(params_.partials[id], params_.parameters[id], tile, 0, sums(id));
+      if (!params_.wants_gradient(id)) continue;
+      store_partial_sums(params_.partials[id], params_.parameters[id], tile, 0, sums(id));
     }
     for (const ParameterId id : {kInputGain, kInputBias}) {
-      if (params_.wants_gradient(id)) input().store_gradient(id, params_.partials[id]);
+      if (params_.wants_gradient(id)) input().store_partial_sums(id, params_.partials[id]);
     }
     store_state(dv_, tile.length, params_.grad_v_init, tile.first);
-    if (past_cache_ != nullptr) finish_stream();
+    if (past_cache_ != nullptr) fence_streaming_stores();
   }
 
  private:
@@ -169,7 +170,7 @@ class SettledBackward {
   }
 
   // Returns the gradient of s of each step of a chunk.
-  Steps<const Real> gradients(const Chunk& chunk) {
+  StepRows<const Real> gradients(const Chunk& chunk) {
     if (params_.grad_s_seq == nullptr) return {zeros_, 0};
     if (is_in_place<Scalar>(chunk.tile)) return read_steps(params_.grad_s_seq, chunk.tile, chunk.t, g_);
     for (int64 k = 0; k < chunk.count; ++k) {
@@ -185,18 +186,21 @@ class SettledBackward {
     Scalar* const grad_current = dx_is_dc_ && params_.grad_x_seq ? params_.grad_x_seq : params_.grad_residual;
     // If dc can't be stored in place, it overwrites the currents in their buffer.
     const bool dc_in_place = in_place && grad_current != nullptr;
-    const Steps<Real> dc = dc_in_place ? start_steps(grad_current, tile, chunk.t, zeros_) : currents_.buffer();
+    const StepRows<Real> dc = dc_in_place ? start_steps(grad_current, tile, chunk.t, zeros_) : currents_.buffer();
     // Not past the cache if dc is read again for the residual's gradient.
     const bool streams = in_place && past_cache_ != nullptr && !(dx_is_dc_ && params_.grad_residual != nullptr);
-    Ahead input_ahead = {.element_size = sizeof(Scalar), .stride = params_.shape.inner}, gradients_ahead = input_ahead;
-    input_ahead.rows[0] = ahead_of(params_.x_seq, chunk, next, x_in_place, streams);
-    input_ahead.rows[1] = ahead_of(params_.residual, chunk, next, false);
+    PrefetchRows input_ahead = {.element_size = sizeof(Scalar), .stride = params_.shape.inner},
+                 gradients_ahead = input_ahead;
+    input_ahead.rows[0] = element_to_prefetch(params_.x_seq, chunk, next, x_in_place, streams);
+    input_ahead.rows[1] = element_to_prefetch(params_.residual, chunk, next, false);
     if (!in_cache_) {
-      gradients_ahead.rows[0] = ahead_of(params_.grad_s_seq, chunk, next, in_place, streams);
-      if (!streams) gradients_ahead.rows[1] = ahead_of(params_.grad_x_seq, chunk, next, dc_in_place && dx_is_dc_);
-      gradients_ahead.rows[2] = ahead_of(params_.grad_residual, chunk, next, dc_in_place && !dx_is_dc_);
+      gradients_ahead.rows[0] = element_to_prefetch(params_.grad_s_seq, chunk, next, in_place, streams);
+      if (!streams) {
+        gradients_ahead.rows[1] = element_to_prefetch(params_.grad_x_seq, chunk, next, dc_in_place && dx_is_dc_);
+      }
+      gradients_ahead.rows[2] = element_to_prefetch(params_.grad_residual, chunk, next, dc_in_place && !dx_is_dc_);
     }
-    const Steps<const Real> current = currents_.compute(chunk), g = gradients(chunk);
+    const StepRows<const Real> current = currents_.compute(chunk), g = gradients(chunk);
     neurons_.template visit<SettledRows<Real>>([&](auto neurons) {
       const auto call = [&](auto kSums) {
         cpu::run<SettledAdjointLoop<Real, Model, decltype(neurons), kSums()>>(
@@ -246,20 +250,20 @@ class SettledBackward {
   }
 
   const BackwardParams<Scalar>& params_;
-  const int64 segment_ = segment_steps(params_.shape.steps), v_rows_ = rows_of_v(params_, segment_);
+  const int64 segment_ = segment_steps(params_.shape.steps), v_rows_ = num_v_rows(params_, segment_);
   const int64 last_start_ = (params_.shape.steps - 1) / segment_ * segment_;
   const bool sums_all_ =
       params_.wants_gradient(kDecay) || params_.wants_gradient(kThreshold) || params_.wants_gradient(kReset);
   const bool dx_is_dc_ = params_.is_input_plain();
-  const bool in_cache_ = recent_row_ahead(params_.x_seq, Tile(params_.shape, 0), 0) == nullptr;
-  const Stream past_cache_ = stream_for(params_.grad_x_seq, params_.shape);
+  const bool in_cache_ = recent_row_to_prefetch(params_.x_seq, Tile(params_.shape, 0), 0) == nullptr;
+  const StreamingStore past_cache_ = streaming_store_for(params_.grad_x_seq, params_.shape);
   ChunkCurrents<Scalar> currents_{params_, segment_};
   Rows<Real> rows_{segment_ + v_rows_ + 4 + kInputGain, kTile}, block_rows_{3 * segment_, kBlock};
-  Real *const g_ = rows_.take(segment_), *const v_ = rows_.take(v_rows_), *const dv_ = rows_.take();
-  Real *const sums_ = rows_.take(kInputGain), *const zeros_ = rows_.take();
-  Real *const x_buffer_ = rows_.take(), *const dx_buffer_ = rows_.take();
-  Real *const h_ = block_rows_.take(segment_), *const s_ = block_rows_.take(segment_);
-  Real* const slope_ = block_rows_.take(segment_);
+  Real *const g_ = rows_.allocate(segment_), *const v_ = rows_.allocate(v_rows_), *const dv_ = rows_.allocate();
+  Real *const sums_ = rows_.allocate(kInputGain), *const zeros_ = rows_.allocate();
+  Real *const x_buffer_ = rows_.allocate(), *const dx_buffer_ = rows_.allocate();
+  Real *const h_ = block_rows_.allocate(segment_), *const s_ = block_rows_.allocate(segment_);
+  Real* const slope_ = block_rows_.allocate(segment_);
   TileNoise noise_{params_.noise};
   TileNeurons<Real> neurons_{params_.parameters, params_.options, kInputGain};
   bool carried_ = false;

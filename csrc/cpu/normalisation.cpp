@@ -11,7 +11,7 @@ namespace asgl::cpu {
 namespace {
 
 constexpr int64 kTaskColumns = 65536;  // long rows, so that memory is read in order
-constexpr int64 kRowsEach = 4;
+constexpr int64 kRowsPerWay = 4;
 constexpr int64 kElementsAhead = 4 * kTile;  // to be prefetched
 
 // Sums of x - shift and (x - shift)^2, in float64: a shift far from the other values, such as the first event of a
@@ -23,7 +23,7 @@ struct ShiftedSumLoop {
     double shift;
     int64 length;
     double *sum, *squares;  // accumulated
-    const Element* ahead;   // prefetched here: between calls of for_each_fetch the sums would leave their registers
+    const Element* ahead;   // prefetched here: between calls of for_each_prefetch the sums would leave their registers
   };
 
   static ASGL_HOST_DEVICE void run(Args args) {
@@ -138,7 +138,7 @@ void for_each_piece(int64 length, F&& f) {
 // Returns `length` elements in the arithmetic type: the elements themselves if they have this type, or a copy in
 // `buffer`.
 template <class Element>
-const Real_t<Element>* read(const Element* from, int64 length, Real_t<Element>* buffer) {
+const Real_t<Element>* read_elements(const Element* from, int64 length, Real_t<Element>* buffer) {
   if constexpr (std::is_same_v<Element, Real_t<Element>>) return from;
   run<ConvertLoop<Element, Real_t<Element>>>({from, buffer, length});
   return buffer;
@@ -178,7 +178,7 @@ class TaskMoments {
   void compute() {
     sums_over_stretches(tiles_) ? accumulate_stretches() : accumulate_columns();
     for_each_channel(tiles_, task_, task_.units, [&](int64 channel, int64, int64 length) {
-      const Sums& sums = sums_of(channel);
+      const Sums& sums = channel_sums(channel);
       const double count = static_cast<double>((task_.end_row - task_.row) * length);
       params_.moments[task_.slot * tiles_.shape.channels + channel] =
           moments_from_shifted_sums(count, static_cast<double>(sums.shift), sums.sum, sums.squares);
@@ -192,19 +192,19 @@ class TaskMoments {
   };
 
   // The sums of a channel.
-  Sums& sums_of(int64 channel) { return sums_[static_cast<size_t>(channel - task_.first_channel)]; }
+  Sums& channel_sums(int64 channel) { return sums_[static_cast<size_t>(channel - task_.first_channel)]; }
 
   // Accumulates the sums of each channel, one stretch of it at a time.
   void accumulate_stretches() {
     Rows<Real> rows(1, kTile);
-    Real* buffer = rows.take();
+    Real* buffer = rows.allocate();
     for_each_chunk(tiles_, task_, [&](int64 element, int64 chunk) {
       for_each_channel(tiles_, task_, chunk, [&](int64 channel, int64 offset, int64 stretch) {
-        Sums& sums = sums_of(channel);
+        Sums& sums = channel_sums(channel);
         for_each_piece(stretch, [&](int64 begin, int64 length) {
           const Scalar* x_seq = params_.x_seq + element + offset + begin;
-          run<ShiftedSumLoop<Scalar>>({read(x_seq, length, buffer), static_cast<double>(sums.shift), length, &sums.sum,
-                                       &sums.squares, x_seq + kElementsAhead});
+          run<ShiftedSumLoop<Scalar>>({read_elements(x_seq, length, buffer), static_cast<double>(sums.shift), length,
+                                       &sums.sum, &sums.squares, x_seq + kElementsAhead});
         });
       });
     });
@@ -215,20 +215,20 @@ class TaskMoments {
     const int64 most = Chunks(tiles_).rows * tiles_.width;
     Rows<Real> rows(2, std::max(most, kTile));
     Rows<double> sums(2, most);
-    Real *buffer = rows.take(), *shift = rows.take();
-    double *sum = sums.take(), *squares = sums.take();
+    Real *buffer = rows.allocate(), *shift = rows.allocate();
+    double *sum = sums.allocate(), *squares = sums.allocate();
     for_each_channel(tiles_, task_, Chunks(tiles_).rows * task_.units, [&](int64 channel, int64 offset, int64 length) {
-      std::fill_n(shift + offset, length, sums_of(channel).shift);
+      std::fill_n(shift + offset, length, channel_sums(channel).shift);
     });
     std::fill_n(sum, most, 0.0);
     std::fill_n(squares, most, 0.0);
     int64 longest = 0;
     for_each_chunk(tiles_, task_, [&](int64 element, int64 chunk) {
       longest = std::max(longest, chunk);
-      run<ColumnSumLoop<Real>>({read(params_.x_seq + element, chunk, buffer), shift, sum, squares, chunk});
+      run<ColumnSumLoop<Real>>({read_elements(params_.x_seq + element, chunk, buffer), shift, sum, squares, chunk});
     });
     for_each_channel(tiles_, task_, longest, [&](int64 channel, int64 offset, int64 length) {
-      Sums& sums = sums_of(channel);
+      Sums& sums = channel_sums(channel);
       for (int64 i = offset; i < offset + length; ++i) {
         sums.sum += sum[i];
         sums.squares += squares[i];
@@ -243,7 +243,9 @@ class TaskMoments {
 };
 
 // The tiles of the CPU kernels.
-ChannelTiles plan_channels(const ChannelShape& shape) { return ChannelTiles::plan(shape, 1, kTaskColumns, kRowsEach); }
+ChannelTiles plan_channels(const ChannelShape& shape) {
+  return ChannelTiles::plan(shape, 1, kTaskColumns, kRowsPerWay);
+}
 
 }  // namespace
 
@@ -307,13 +309,13 @@ void launch_on(Device, const InputGradientParams<Scalar>& params) {
   const auto compute_dx = [&](Rows<Real>& rows, int64 element, int64 length, const Operands& operands) {
     const auto& [mean, slope, offset, gain] = operands;
     Scalar* gradient = params.grad_x_seq + element;
-    const Real* x = read(params.x_seq + element, length, rows.row(0));
+    const Real* x = read_elements(params.x_seq + element, length, rows.row(0));
     Real* dx = in_place(gradient, rows.row(1));
     if (params.grad_residual == nullptr) {
       convert(gradient, dx, length);
       run<InputGradientLoop<Real, false>>({x, nullptr, mean, slope, offset, gain, dx, length});
     } else {
-      const Real* dh = read(params.grad_residual + element, length, rows.row(2));
+      const Real* dh = read_elements(params.grad_residual + element, length, rows.row(2));
       run<InputGradientLoop<Real, true>>({x, dh, mean, slope, offset, gain, dx, length});
     }
     convert(dx, gradient, length);

@@ -92,10 +92,10 @@ Rows<Real> padded_rows(int64 count, int64 length) {
 
 // The rows to prefetch: row t of each sequence, from element `offset` on.
 template <class... Elements>
-Ahead ahead_of(const Chunk& chunk, int64 t, int64 offset, const Elements*... sequences) {
+PrefetchRows rows_to_prefetch(const Chunk& chunk, int64 t, int64 offset, const Elements*... sequences) {
   if (t < 0 || t >= chunk.shape.steps) return {};
   const auto part = [&](const auto* sequence) {
-    const char* row = row_ahead(sequence, chunk, t);
+    const char* row = row_to_prefetch(sequence, chunk, t);
     return row == nullptr ? row : row + offset * static_cast<int64>(sizeof(*sequence));
   };
   return {sizeof(float), {part(sequences)...}};
@@ -240,14 +240,15 @@ void forward_chunk(const RecurrentForwardParams<Scalar>& params, const WeightPro
                    const Chunk& chunk) {
   using Real = Real_t<Scalar>;
   Rows<Real> buffers = padded_rows<Real>(8, chunk.length);
-  Real *const x_buffer = buffers.take(), *const current_buffer = buffers.take(), *const h_buffer = buffers.take();
-  Real *const s_buffer = buffers.take(), *const out_buffer = buffers.take();
-  Real *const v = buffers.take(), *const w = buffers.take(), *const i = buffers.take();
+  Real *const x_buffer = buffers.allocate(), *const current_buffer = buffers.allocate(),
+              *const h_buffer = buffers.allocate();
+  Real *const s_buffer = buffers.allocate(), *const out_buffer = buffers.allocate();
+  Real *const v = buffers.allocate(), *const w = buffers.allocate(), *const i = buffers.allocate();
   const int64 all = chunk.shape.neurons();
   std::vector<int32_t> indices(static_cast<size_t>(chunk.length));
   RepeatedNeurons<Scalar> repeated(params);
   ChunkNoise<Scalar> noise(params);
-  const auto states = rows_of_states<Model>(v, w);
+  const auto states = state_rows<Model>(v, w);
   load_states(params.v_init, all, chunk.first, params.options.v_rest, chunk.length, states);
   load_state(params.i_init, chunk.first, Real(0), chunk.length, i);
   const Real* s_before = state_or(params.s_init, chunk, Real(0), s_buffer);
@@ -267,7 +268,7 @@ void forward_chunk(const RecurrentForwardParams<Scalar>& params, const WeightPro
       run<StepLoop<Real, Model, NeuronRows<Real>>>(
           {repeated.neurons(), params.options, params.noise.analog_below, length, current + offset, draws + offset,
            v + offset, v + offset, h + offset, s + offset,
-           ahead_of(chunk, t + 1, offset, params.x_seq, params.h_seq, params.s_seq), w + offset, w + offset,
+           rows_to_prefetch(chunk, t + 1, offset, params.x_seq, params.h_seq, params.s_seq), w + offset, w + offset,
            /*compared=*/true});
       if (scales) run<MultiplyLoop<Real>>({s + offset, {repeated[kThreshold], Real(0)}, out + offset, length});
     });
@@ -295,7 +296,7 @@ class ChunkBackward {
   // Computes the gradients of all steps, from the last to the first.
   void run() {
     const int64 all = chunk_.shape.neurons();
-    const auto gradients = rows_of_states<Model>(dv_, dw_);
+    const auto gradients = state_rows<Model>(dv_, dw_);
     load_states(params_.grad_v_last, all, chunk_.first, Real(0), chunk_.length, gradients);
     load_state(params_.grad_i_last, chunk_.first, Real(0), chunk_.length, di_);
     load_state(params_.grad_s_last, chunk_.first, Real(0), chunk_.length, feedback_);
@@ -379,8 +380,8 @@ class ChunkBackward {
            .s = now.s + offset,
            .dv = dv_ + offset,
            .dx = dj + offset,
-           .ahead =
-               ahead_of(chunk_, t - 1, offset, params_.grad_s_seq, params_.h_seq, params_.emitted, params_.grad_j_seq),
+           .ahead = rows_to_prefetch(chunk_, t - 1, offset, params_.grad_s_seq, params_.h_seq, params_.emitted,
+                                     params_.grad_j_seq),
            .v = v,
            .second = now.w + offset,
            .d_second = dw_ + offset,
@@ -452,14 +453,15 @@ class ChunkBackward {
   Chunk chunk_;
   RepeatedNeurons<Scalar> repeated_{params_};
   Rows<Real> rows_ = padded_rows<Real>(16, chunk_.length);
-  Real *const h_[2] = {rows_.take(), rows_.take()}, *const s_[2] = {rows_.take(), rows_.take()};
-  Real* const w_[2] = {rows_.take(), rows_.take()};
-  Real *const g_ = rows_.take(), *const gh_ = rows_.take(), *const gv_ = rows_.take(), *const i_ = rows_.take();
-  Real *const dj_ = rows_.take(), *const zeros_ = rows_.take();
-  Real *const dv_ = rows_.take(), *const dw_ = rows_.take(), *const di_ = rows_.take();
-  Real* const feedback_ = rows_.take();  // the gradient of the emitted spikes
+  Real *const h_[2] = {rows_.allocate(), rows_.allocate()}, *const s_[2] = {rows_.allocate(), rows_.allocate()};
+  Real* const w_[2] = {rows_.allocate(), rows_.allocate()};
+  Real *const g_ = rows_.allocate(), *const gh_ = rows_.allocate(), *const gv_ = rows_.allocate(),
+              *const i_ = rows_.allocate();
+  Real *const dj_ = rows_.allocate(), *const zeros_ = rows_.allocate();
+  Real *const dv_ = rows_.allocate(), *const dw_ = rows_.allocate(), *const di_ = rows_.allocate();
+  Real* const feedback_ = rows_.allocate();  // the gradient of the emitted spikes
   Rows<Real> parts_ = padded_rows<Real>(1 + kNumRecurrentSums, repeated_.length());
-  Real *const v_ = parts_.take(), *const sums_ = parts_.take(kNumRecurrentSums);
+  Real *const v_ = parts_.allocate(), *const sums_ = parts_.allocate(kNumRecurrentSums);
   Step before_{};
   bool carried_ = false;
 };

@@ -27,22 +27,22 @@ struct Tile {
       : shape(shape), index(index), first(index * size), length(std::min(size, shape.neurons() - first)) {}
 
   // Whether the elements of a step are contiguous.
-  bool in_one_piece() const { return first % shape.inner + length <= shape.inner; }
+  bool is_contiguous() const { return first % shape.inner + length <= shape.inner; }
 };
 
 // The runs of the tile's neurons that have the same n / inner.
-inline Runs runs_of(const Tile& tile, int64 inner) { return {inner - tile.first % inner, inner, tile.length}; }
+inline Runs tile_runs(const Tile& tile, int64 inner) { return {inner - tile.first % inner, inner, tile.length}; }
 
 // Calls f(neuron, offset in the tile, length) for each stretch of the tile's neurons that have the same n / inner.
 template <class F>
 void for_each_stretch(const Tile& tile, int64 inner, F&& f) {
-  runs_of(tile, inner).for_each([&](int64, int64 offset, int64 length) { f(tile.first + offset, offset, length); });
+  tile_runs(tile, inner).for_each([&](int64, int64 offset, int64 length) { f(tile.first + offset, offset, length); });
 }
 
 // Whether loops use the rows of a sequence in place: they are contiguous, and in the arithmetic type.
 template <class Element>
 bool is_in_place(const Tile& tile) {
-  return std::is_same_v<Element, Real_t<Element>> && tile.in_one_piece();
+  return std::is_same_v<Element, Real_t<Element>> && tile.is_contiguous();
 }
 
 // Row t of a sequence, contiguous and in the arithmetic type: in place, or a copy in `buffer`.
@@ -79,23 +79,24 @@ void finish_row(const Real_t<Element>* row, Element* sequence, const Tile& tile,
 
 // The rows from row t on for a loop over adjacent steps: all of them in place, or only row t, as a copy.
 template <class Element>
-Steps<const Real_t<Element>> read_steps(const Element* sequence, const Tile& tile, int64 t, Real_t<Element>* buffer) {
+StepRows<const Real_t<Element>> read_steps(const Element* sequence, const Tile& tile, int64 t,
+                                           Real_t<Element>* buffer) {
   return {read_row(sequence, tile, t, buffer), tile.shape.inner};
 }
 
 // Where a loop over adjacent steps writes the rows from row t on: in place, or every row in `buffer`.
 template <class Element>
-Steps<Real_t<Element>> start_steps(Element* sequence, const Tile& tile, int64 t, Real_t<Element>* buffer) {
+StepRows<Real_t<Element>> start_steps(Element* sequence, const Tile& tile, int64 t, Real_t<Element>* buffer) {
   Real_t<Element>* row = start_row(sequence, tile, t, buffer);
   return {row, row == buffer ? 0 : tile.shape.inner};
 }
 
 // The address of row t (0 <= t < steps) of a tile for a prefetch. Null without a sequence, for a tile beyond the last,
 // or if the row is not contiguous. For sequences that are taken not to be in the cache; for others see
-// recent_row_ahead.
+// recent_row_to_prefetch.
 template <class Element>
-const char* row_ahead(const Element* sequence, const Tile& tile, int64 t) {
-  if (sequence == nullptr || tile.length <= 0 || !tile.in_one_piece()) return nullptr;
+const char* row_to_prefetch(const Element* sequence, const Tile& tile, int64 t) {
+  if (sequence == nullptr || tile.length <= 0 || !tile.is_contiguous()) return nullptr;
   return reinterpret_cast<const char*>(sequence + tile.shape.offset(tile.first, t));
 }
 
@@ -103,24 +104,24 @@ const char* row_ahead(const Element* sequence, const Tile& tile, int64 t) {
 // Null if the sequence fits in the L2 cache: without prefetches a layer then takes 4 to 8 % less time. Also used as a
 // test for "fits in L2".
 template <class Element>
-const char* recent_row_ahead(const Element* sequence, const Tile& tile, int64 t) {
+const char* recent_row_to_prefetch(const Element* sequence, const Tile& tile, int64 t) {
   constexpr int64 kCacheBytes = int64{1} << 20;
   const int64 bytes = tile.shape.neurons() * tile.shape.steps * static_cast<int64>(sizeof(Element));
-  return bytes < kCacheBytes ? nullptr : row_ahead(sequence, tile, t);
+  return bytes < kCacheBytes ? nullptr : row_to_prefetch(sequence, tile, t);
 }
 
 // The function that stores blocks of a result directly in memory, or null if stores in the cache are faster. Timed with
 // a sum as next layer, stores in memory take 0.92 times as long for T = 4 and N = 2^20, 1.5 times for N = 2^18, and
 // longer for any N at T = 1.
 template <class Element>
-Stream stream_for(const Element* sequence, const SequenceShape& shape) {
+StreamingStore streaming_store_for(const Element* sequence, const SequenceShape& shape) {
   constexpr int64 kSteps = 4, kBytes = int64{1} << 24;
   constexpr uintptr_t kCacheLine = 64;
   const auto is_whole = [](uintptr_t bytes) { return bytes % kCacheLine == 0; };
   const bool by_lines = is_whole(reinterpret_cast<uintptr_t>(sequence)) && is_whole(shape.inner * sizeof(Element));
   const int64 bytes = shape.neurons() * shape.steps * static_cast<int64>(sizeof(Element));
   const bool faster = shape.steps >= kSteps && bytes >= kBytes;
-  return std::is_same_v<Element, float> && sequence != nullptr && by_lines && faster ? stream() : nullptr;
+  return std::is_same_v<Element, float> && sequence != nullptr && by_lines && faster ? streaming_store() : nullptr;
 }
 
 // Allocates rows that are aligned to cache lines.
@@ -136,9 +137,9 @@ class Rows {
 
   Number* row(int64 index) { return first_ + index * stride_; }
   // The next rows that were not taken yet.
-  Number* take(int64 count = 1) {
-    Number* rows = row(taken_);
-    taken_ += count;
+  Number* allocate(int64 count = 1) {
+    Number* rows = row(allocated_);
+    allocated_ += count;
     return rows;
   }
   int64 stride() const { return stride_; }
@@ -150,7 +151,7 @@ class Rows {
   int64 stride_;
   std::unique_ptr<Number[]> storage_;
   Number* first_;
-  int64 taken_ = 0;
+  int64 allocated_ = 0;
 };
 
 }  // namespace asgl::cpu

@@ -61,8 +61,8 @@ void fill_parameter_row(const ParameterView<Real>& parameter, const Tile& tile, 
   const Real* values = parameter.data == nullptr ? &parameter.constant : parameter.data + t * parameter.step_stride;
   const bool one = parameter.is_same_for_all();
   run<FillRunsLoop<Real>>({values, one ? 0 : parameter.index(tile.first), parameter.count,
-                           one ? Runs{tile.length, tile.length, tile.length} : runs_of(tile, parameter.inner), inverse,
-                           row});
+                           one ? Runs{tile.length, tile.length, tile.length} : tile_runs(tile, parameter.inner),
+                           inverse, row});
 }
 
 // The random draws of a tile for the steps of a segment. If analog_prob is 0 or 1 nothing is drawn, and rows are 0,
@@ -93,7 +93,7 @@ class TileNoise {
   }
 
   // The rows of `count` steps of a segment, from row t on.
-  Steps<const uint16> rows(const Tile& tile, int64 t, int64 count) {
+  StepRows<const uint16> rows(const Tile& tile, int64 t, int64 count) {
     for (int64 step = t; step < t + count; ++step) row(tile, step);
     return {row(tile, t), drawn_ ? 4 * rows_.stride() : 0};
   }
@@ -204,17 +204,17 @@ bool is_interleaved(const ParameterView<Real>& parameter) {
 
 // The tile's first slot.
 template <class Real>
-Real* slots_of(const GradientPartials<Real>& partials, const ParameterView<Real>& parameter, const Tile& tile,
-               int64 t) {
+Real* first_slot(const GradientPartials<Real>& partials, const ParameterView<Real>& parameter, const Tile& tile,
+                 int64 t) {
   return partials.data + (parameter.step_stride != 0 ? t * partials.slots : 0) +
          partials.slot(parameter.inner, tile.first / parameter.inner, tile.index);
 }
 
 // Adds up the tile's row of terms by run, and stores the sums in the slots of GradientPartials.
 template <class Real>
-void store_partials(const GradientPartials<Real>& partials, const ParameterView<Real>& parameter, const Tile& tile,
-                    int64 t, const Real* row) {
-  Real* slots = slots_of(partials, parameter, tile, t);
+void store_partial_sums(const GradientPartials<Real>& partials, const ParameterView<Real>& parameter, const Tile& tile,
+                        int64 t, const Real* row) {
+  Real* slots = first_slot(partials, parameter, tile, t);
   if (is_interleaved(parameter)) {
     std::array<double, kTile / 2> sums{};
     for (int64 i = 0; i < tile.length; i += parameter.count) {
@@ -228,7 +228,7 @@ void store_partials(const GradientPartials<Real>& partials, const ParameterView<
     std::copy_n(row, tile.length, slots);
     return;
   }
-  run<RunSumsLoop<Real>>({row, runs_of(tile, parameter.inner), slots});
+  run<RunSumsLoop<Real>>({row, tile_runs(tile, parameter.inner), slots});
 }
 
 // The input current of a tile, for parameters that do not change over time. It is x itself if gain, bias and mean
@@ -245,7 +245,7 @@ class TileInput {
         rows_(plain_ ? 0 : 5, kTile),
         tile_(params.shape, 0) {
     if (plain_) return;
-    for (Real** row : {&gain_, &bias_, &mean_, &gain_sum_, &bias_sum_}) *row = rows_.take();
+    for (Real** row : {&gain_, &bias_, &mean_, &gain_sum_, &bias_sum_}) *row = rows_.allocate();
     bool alike = true;  // whether all non-uniform parameters have the same inner and count
     for (int id = kInputGain; id < kNumParameters; ++id) {
       const ParameterView<Real>& parameter = parameters_[id];
@@ -259,7 +259,7 @@ class TileInput {
     if (alike && inner_ == 1 && count_ <= kTile) period_ = std::max<int64>(1, kInputSums / count_) * count_;
   }
 
-  bool plain() const { return plain_; }
+  bool is_plain() const { return plain_; }
 
   // Reads the parameters for a tile.
   void move_to(const Tile& tile) {
@@ -293,32 +293,33 @@ class TileInput {
     if (in_rows_) {
       run<InputCurrentAdjointLoop<Real, true>>({x, dc, rows(), gain_sum_, bias_sum_, dx, tile_.length});
     } else {
-      for_each_shared([&](int64 stretch, int64 i, int64 length, const InputParameters<Real, false>& parameters) {
-        const int64 sum = stretch * kInputSums;
-        run<InputCurrentAdjointLoop<Real, false>>(
-            {x + i, dc + i, parameters, gain_sum_ + sum, bias_sum_ + sum, dx + i, length});
-      });
+      for_each_shared_stretch(
+          [&](int64 stretch, int64 i, int64 length, const InputParameters<Real, false>& parameters) {
+            const int64 sum = stretch * kInputSums;
+            run<InputCurrentAdjointLoop<Real, false>>(
+                {x + i, dc + i, parameters, gain_sum_ + sum, bias_sum_ + sum, dx + i, length});
+          });
     }
   }
 
   // Stores the gradient of kInputGain or kInputBias, a sum over the neurons that share a value.
-  void store_gradient(ParameterId id, const GradientPartials<Real>& partials) {
+  void store_partial_sums(ParameterId id, const GradientPartials<Real>& partials) {
     const ParameterView<Real>& parameter = parameters_[id];
     const Real* sums = id == kInputGain ? gain_sum_ : bias_sum_;
     if (in_rows_) {
       Tile repeated = tile_;
       if (is_interleaved(parameter)) repeated.length = std::min(period_, tile_.length);
-      return store_partials(partials, parameter, repeated, 0, sums);
+      return cpu::store_partial_sums(partials, parameter, repeated, 0, sums);
     }
     const bool by_stretch = parameter.inner == inner_;
-    Real* slots = by_stretch ? slots_of(partials, parameter, tile_, 0) : gain_;
+    Real* slots = by_stretch ? first_slot(partials, parameter, tile_, 0) : gain_;
     if (!by_stretch) std::fill_n(gain_, kTile, Real(0));
-    for_each_shared([&](int64 stretch, int64 first, auto&&...) {
+    for_each_shared_stretch([&](int64 stretch, int64 first, auto&&...) {
       double sum;
       run<SumLoop<Real>>({sums + stretch * kInputSums, kInputSums, &sum});
       slots[by_stretch ? stretch : first] = static_cast<Real>(sum);
     });
-    if (!by_stretch) store_partials(partials, parameter, tile_, 0, gain_);
+    if (!by_stretch) cpu::store_partial_sums(partials, parameter, tile_, 0, gain_);
   }
 
  private:
@@ -328,7 +329,7 @@ class TileInput {
     if (in_rows_) {
       run<InputCurrentLoop<Real, true, kResidual>>({x, residual, residual_gain_, rows(), current, tile_.length});
     } else {
-      for_each_shared([&](int64, int64 i, int64 length, const InputParameters<Real, false>& parameters) {
+      for_each_shared_stretch([&](int64, int64 i, int64 length, const InputParameters<Real, false>& parameters) {
         run<InputCurrentLoop<Real, false, kResidual>>(
             {x + i, kResidual ? residual + i : nullptr, residual_gain_, parameters, current + i, length});
       });
@@ -340,7 +341,7 @@ class TileInput {
 
   // Calls f(stretch, offset, length, parameters) for each stretch of neurons that share the parameters of the input.
   template <class F>
-  void for_each_shared(F&& f) {
+  void for_each_shared_stretch(F&& f) {
     int64 stretch = 0;
     for_each_stretch(tile_, inner_ == 0 ? kTile : inner_, [&](int64 n, int64 offset, int64 length) {
       const auto at = [&](ParameterId id) { return Operand<Real>{nullptr, parameters_[id].at(n, 0)}; };
@@ -372,7 +373,7 @@ class GeneralInput {
   explicit GeneralInput(const LIFParams<Scalar>& params)
       : params_(params), rows_(params.residual == nullptr ? 0 : 4, kTile) {
     if (params.residual == nullptr) return;
-    for (Real** row : {&buffer_, &current_, &ones_, &zeros_}) *row = rows_.take();
+    for (Real** row : {&buffer_, &current_, &ones_, &zeros_}) *row = rows_.allocate();
     std::fill_n(ones_, kTile, Real(1));
     std::fill_n(zeros_, kTile, Real(0));
   }
@@ -383,17 +384,17 @@ class GeneralInput {
     if (params_.residual == nullptr) return f(neurons, x);
     const Real* residual = read_row(params_.residual, tile, t, buffer_);
     run<ResidualCurrentLoop<Real, Neurons>>({neurons, x, residual, params_.residual_gain, current_, tile.length});
-    f(taking_current(neurons), current_);
+    f(with_unit_gain(neurons), current_);
   }
 
  private:
   // The neurons with gain 1, bias 0 and mean 0, for an input that already is the current.
-  UniformNeuron<Real> taking_current(UniformNeuron<Real> neuron) const {
+  UniformNeuron<Real> with_unit_gain(UniformNeuron<Real> neuron) const {
     neuron.values.input_gain = Real(1);
     neuron.values.input_bias = neuron.values.input_mean = Real(0);
     return neuron;
   }
-  NeuronRows<Real> taking_current(NeuronRows<Real> neurons) const {
+  NeuronRows<Real> with_unit_gain(NeuronRows<Real> neurons) const {
     neurons.row.input_gain = ones_;
     neurons.row.input_bias = neurons.row.input_mean = zeros_;
     return neurons;
@@ -417,7 +418,7 @@ void store_state(const Real* row, int64 length, Real* to, int64 offset) {
 }
 
 // The index of the tile's v after `steps` steps in the checkpoints.
-inline int64 checkpoint(const Tile& tile, int64 steps) {
+inline int64 checkpoint_offset(const Tile& tile, int64 steps) {
   return (steps / kCheckpointSteps - 1) * tile.shape.neurons() + tile.first;
 }
 
@@ -427,7 +428,7 @@ using StateRows = std::array<Real*, kNumStates>;
 
 // The rows of the states of a model that has `v`, or `v` and `second`.
 template <class Model, class Real>
-StateRows<Model::kNumStates, Real> rows_of_states(Real* v, Real* second) {
+StateRows<Model::kNumStates, Real> state_rows(Real* v, Real* second) {
   if constexpr (Model::kNumStates == 1) {
     return {v};
   } else {
@@ -454,12 +455,12 @@ void store_states(const StateRows<kNumStates, Real>& rows, int64 length, Real* t
 
 // Reads the states before step `start`, the first of a segment: from a checkpoint, or the initial states.
 template <size_t kNumStates, class Scalar>
-void load_start(const BackwardParams<Scalar>& params, const Tile& tile, int64 start,
-                const StateRows<kNumStates, Real_t<Scalar>>& rows) {
+void load_start_states(const BackwardParams<Scalar>& params, const Tile& tile, int64 start,
+                       const StateRows<kNumStates, Real_t<Scalar>>& rows) {
   const auto load = [&](const Real_t<Scalar>* from, int64 elements, int64 offset) {
     load_states(from, elements, offset, params.options.v_rest, tile.length, rows);
   };
-  start > 0 ? load(params.checkpoints, checkpoint_stride(tile.shape), checkpoint(tile, start))
+  start > 0 ? load(params.checkpoints, checkpoint_stride(tile.shape), checkpoint_offset(tile, start))
             : load(params.v_init, tile.shape.neurons(), tile.first);
 }
 

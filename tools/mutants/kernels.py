@@ -223,7 +223,7 @@ MUTANTS = {
         "decay's gradient without the first step": kernels("sums[kDecay][j % kOwn] += @ * v_init", "dh[j]", "Real(0)"),
         "decay's gradient of another first state": kernels(
             "@", "load_v_init(params, index, v_init);",
-            "load_start(params, steps > kCheckpointSteps ? kCheckpointSteps : 0, index, v_init);",
+            "load_start_states(params, steps > kCheckpointSteps ? kCheckpointSteps : 0, index, v_init);",
         ),
         "decay's gradient of another potential": kernels("add_decay(dh, h[@].values", "k", "k > 0 ? k - 1 : k"),
         "decay's gradient of another spike": kernels("v_after = Model::reset(h[j], s[@]", "j", "0"),
@@ -703,9 +703,10 @@ CPU_MUTANTS = {
         "parameters taken as alike": tiles(
             "inner_ == 0 || (@)", "parameter.inner == inner_ && parameter.count == count_", "true"
         ),
-        "a parameter's run too long": tiles("runs_of(tile, @), inverse", "parameter.inner", "2 * parameter.inner"),
+        "a parameter's run too long": tiles("tile_runs(tile, @),\n                           inverse",
+                                            "parameter.inner", "2 * parameter.inner"),
         "a parameter's last value stays": loops("== args.count ? @ :", "0", "index"),
-        "a sum's run too long": tiles("runs_of(tile, @), slots", "parameter.inner", "2 * parameter.inner"),
+        "a sum's run too long": tiles("tile_runs(tile, @), slots", "parameter.inner", "2 * parameter.inner"),
         "a sum without the run's later tiles": entry("; @; ++tile) totals", "(tile + 1) * sum.tile < end", "false"),
         "a sum of too few neurons": entry("slots + run, totals.data(), @}", "length", "length - 1"),
         "parameters turn too late": tiles("for_each_stretch(tile, @,", "parameter.count", "2 * parameter.count"),
@@ -727,7 +728,7 @@ CPU_MUTANTS = {
                                                    "tile.first % count_ == tile_.first % count_", "true"),
         "rows of the input repeat too early": tiles("period_ = @", "std::max<int64>(1, kInputSums / count_) * count_",
                                                     "kInputSums"),
-        "wrong checkpoint read": tiles("checkpoint_stride(tile.shape), checkpoint(tile, @))", "start",
+        "wrong checkpoint read": tiles("checkpoint_stride(tile.shape), checkpoint_offset(tile, @))", "start",
                                        "int64(kCheckpointSteps)"),
         "no last checkpoint": cpu("kCheckpointSteps == 0 && @)", "steps < params.shape.steps",
                                   "steps + kCheckpointSteps < params.shape.steps"),
@@ -786,8 +787,8 @@ CPU_MUTANTS = {
     "adaptive": {
         "w of v's first state": cpu("load_states(params.v_init, @,", "all", "int64(0)"),
         "w in the h_seq of none": loops("choose(@, model.compared", "args.compared", "false"),
-        "w's checkpoints too near": cpu("params.checkpoints, @, check", "checkpoint_stride(params.shape)",
-                                         "params.shape.neurons()"),
+        "w's checkpoints too near": cpu("params.checkpoints, @,\n                 check",
+                                        "checkpoint_stride(params.shape)", "params.shape.neurons()"),
         "w in the place of v": cpu("params.v_last, @, tile", "all", "int64(0)"),
         "the last w's gradient is v's": cpu("params_.grad_v_last, @, tile", "all", "int64(0)"),
         "the first w's gradient in the place of v's": cpu("params_.grad_v_init, @, tile", "all", "int64(0)"),
