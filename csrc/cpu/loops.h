@@ -404,7 +404,7 @@ struct SettledAdjointLoop {
   static ASGL_HOST_DEVICE void loop(Args args) {
     for_each_block(args.length, kBlock, [&](int64 first, auto count) __attribute__((always_inline)) {
       compute_potentials<kNoise>(args, first, count);
-      walk_back<kNoise>(args, first, count);
+      compute_gradients<kNoise>(args, first, count);
     });
   }
 
@@ -433,7 +433,7 @@ struct SettledAdjointLoop {
 
   // Computes the gradients of all steps, from the last to the first.
   template <bool kNoise, class Count>
-  static ASGL_HOST_DEVICE void walk_back(const Args& args, int64 first, Count count) {
+  static ASGL_HOST_DEVICE void compute_gradients(const Args& args, int64 first, Count count) {
     const Firing<Real> firing(args.options);
     alignas(64) Real streamed[kBlock];
     Real *gradient = args.dv + first, *width = args.width + first;

@@ -23,11 +23,11 @@ bool settled_suffices(const BackwardParams<Scalar>& params) {
 
 // Whether the width, gain and bias are the only parameters that may want gradients.
 template <class Scalar>
-bool only_width(const BackwardParams<Scalar>& params) {
+bool wants_only_input_and_width(const BackwardParams<Scalar>& params) {
   return !params.wants_gradient(kDecay) && !params.wants_gradient(kThreshold) && !params.wants_gradient(kReset) &&
          !params.wants_gradient(kInputMean);
 }
-bool only_width(const auto&) { return true; }
+bool wants_only_input_and_width(const auto&) { return true; }
 
 // If the input has a gain, bias or mean, the other parameters must be uniform, and only width, gain and bias may want
 // gradients: the settled kernels sum the gradients of gain and bias in another order than the general kernels.
@@ -35,7 +35,7 @@ template <class Params>
 bool is_settled(const Params& params) {
   if (params.options.has_optional_rules()) return false;
   if (!params.is_input_plain()) {
-    return only_width(params) && settled_suffices(params) && !params.options.scale_output &&
+    return wants_only_input_and_width(params) && settled_suffices(params) && !params.options.scale_output &&
            params.input_assumption() == Input::kNormalised && all_uniform(params.parameters, kInputGain);
   }
   return !is_per_step(params) && settled_suffices(params) && params.options.v_rest == 0 && !params.options.scale_output;
@@ -43,13 +43,13 @@ bool is_settled(const Params& params) {
 
 // Runs the kernel that computes what is wanted, for the model that the options select.
 template <class Params>
-void run_model(Params params) {
+void run_kernel(Params params) {
   params.noise = params.noise.resolved();
-  if (params.options.has_adaptation()) return run_adaptive(params);
+  if (params.options.has_adaptation()) return run_adaptive_kernel(params);
   if constexpr (std::is_same_v<typename Params::Real, float>) {
-    if (is_settled(params)) return run_settled(params);
+    if (is_settled(params)) return run_settled_kernel(params);
   }
-  with_model(params.options, [&](auto model) { run_general<decltype(model)>(params); });
+  with_model(params.options, [&](auto model) { run_general_pass<decltype(model)>(params); });
 }
 
 // Sums the slots of a parameter whose values repeat within a tile (one value per channel in channels_last), in memory
@@ -111,12 +111,12 @@ void plan_on(Device, GradientSum<Real>&) {}
 template <class Scalar>
 void launch_on(Device, const ForwardParams<Scalar>& params) {
   if (params.zeros != nullptr) std::fill_n(params.zeros, 2, Real_t<Scalar>(0));
-  run_model(params);
+  run_kernel(params);
 }
 
 template <class Scalar>
 void launch_on(Device, const BackwardParams<Scalar>& params) {
-  run_model(params);
+  run_kernel(params);
 }
 
 template <class Real>

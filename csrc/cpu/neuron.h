@@ -39,7 +39,7 @@ void store_checkpoint(const ForwardParams<Scalar>& params, const Tile& tile, int
 
 // Runs the forward pass of all tiles.
 template <class Model, class Scalar>
-void run_general(const ForwardParams<Scalar>& params) {
+void run_general_pass(const ForwardParams<Scalar>& params) {
   using Real = Real_t<Scalar>;
   for_each_tile_range(params.shape, [&](int64 begin, int64 end) {
     Rows<Real> rows(5, kTile);
@@ -109,10 +109,10 @@ void finish_residual_row(const Real_t<Scalar>* dc, const BackwardParams<Scalar>&
 
 // Runs the backward pass of all tiles. `Backward` computes one tile at a time.
 template <class Backward, class Scalar>
-void run_backward(const BackwardParams<Scalar>& params) {
+void run_backward_pass(const BackwardParams<Scalar>& params) {
   for_each_tile_range(params.shape, [&](int64 begin, int64 end) {
     Backward backward(params);
-    for (int64 index = begin; index < end; ++index) backward.run(Tile(params.shape, index));
+    for (int64 index = begin; index < end; ++index) backward.compute_tile(Tile(params.shape, index));
   });
 }
 
@@ -127,20 +127,20 @@ class GeneralBackward {
   }
 
   // Computes the gradients of the neurons of a tile, and stores the sums of their parameters' gradients.
-  void run(const Tile& tile) {
+  void compute_tile(const Tile& tile) {
     whole_ = tile;
-    for (int id = 0; id < kNumParameters; ++id) clear(id);
+    for (int id = 0; id < kNumParameters; ++id) clear_sums(id);
     for (int64 part = 0; part < parts_ && part * kTile / parts_ < tile.length; ++part) {
-      run_part(Tile(tile.shape, tile.index * parts_ + part, kTile / parts_));
+      compute_part(Tile(tile.shape, tile.index * parts_ + part, kTile / parts_));
     }
     for (int id = 0; id < kNumParameters; ++id) {
-      if (params_.wants_gradient(id) && params_.parameters[id].step_stride == 0) store(id, 0);
+      if (params_.wants_gradient(id) && params_.parameters[id].step_stride == 0) store_sums(id, 0);
     }
   }
 
  private:
   // Computes a part of the tile, see num_tile_parts.
-  void run_part(const Tile& tile) {
+  void compute_part(const Tile& tile) {
     tile_ = tile;
     const int64 all = params_.shape.neurons();
     const auto gradients = state_rows<Model>(dv_, d_second_);
@@ -151,7 +151,7 @@ class GeneralBackward {
       const int64 stop = std::min(steps, start + segment_);
       compute_potentials(start, stop);
       for (int64 t = stop - 1; t >= start; --t) {
-        walk_back(t, t - start, rows_to_prefetch(start, stop, 2 * stop - 1 - start - t));
+        backward_step(t, t - start, rows_to_prefetch(start, stop, 2 * stop - 1 - start - t));
       }
     }
     store_states(gradients, tile.length, params_.grad_v_init, all, tile.first);
@@ -186,14 +186,14 @@ class GeneralBackward {
   // The sums of a parameter, for the neurons of the part.
   Real* sums(int id) const { return row(sums_, id) + (tile_.first - whole_.first); }
   // Sets the sums of a parameter to 0.
-  void clear(int id) { std::fill_n(row(sums_, id), whole_.length, Real(0)); }
+  void clear_sums(int id) { std::fill_n(row(sums_, id), whole_.length, Real(0)); }
   // Stores the sums of a parameter as the partial sums of step t.
-  void store(int id, int64 t) {
+  void store_sums(int id, int64 t) {
     store_partial_sums(params_.partials[id], params_.parameters[id], whole_, t, row(sums_, id));
   }
   // Adds factor * (a * (b - c)) to the sums of a parameter, if it wants a gradient.
   void accumulate(ParameterId id, Real factor, const Real* a, Operand<Real> b, Operand<Real> c) {
-    if (params_.wants_gradient(id)) cpu::run<AccumulateLoop<Real>>({tile_.length, factor, a, b, c, sums(id)});
+    if (params_.wants_gradient(id)) run<AccumulateLoop<Real>>({tile_.length, factor, a, b, c, sums(id)});
   }
 
   // Computes h and s of the steps [start, stop) again, and keeps them.
@@ -205,7 +205,7 @@ class GeneralBackward {
       neurons_.move_to(tile_, t);
       neurons_.template visit<NeuronRows<Real>>([&](auto given) {
         input_.visit(tile_, t, x, given, [&](auto neurons, const Real* in) {
-          cpu::run<StepLoop<Real, Model, decltype(neurons)>>(
+          run<StepLoop<Real, Model, decltype(neurons)>>(
               {neurons, params_.options, params_.noise.analog_below, tile_.length, in, noise_.row(tile_, t), v(k),
                v(k + 1), row(h_, k), row(s_, k), rows_to_prefetch(start, stop, k), second(k), second(k + 1)});
         });
@@ -214,45 +214,45 @@ class GeneralBackward {
   }
 
   // Walks back through step t, which is step k of its segment.
-  void walk_back(int64 t, int64 k, const PrefetchRows& ahead) {
+  void backward_step(int64 t, int64 k, const PrefetchRows& ahead) {
     neurons_.move_to(tile_, t);
     const Real* g = zeros_;
     if (params_.grad_s_seq != nullptr) {
       g = read_row(params_.grad_s_seq, tile_, t, g_buffer_);
       if (params_.options.scale_output) {
         accumulate(kThreshold, Real(1), g, {row(s_, k), Real(0)}, kZero);
-        cpu::run<MultiplyLoop<Real>>({g, neurons_.v_threshold(), scaled_g_, tile_.length});
+        run<MultiplyLoop<Real>>({g, neurons_.v_threshold(), scaled_g_, tile_.length});
         g = scaled_g_;
       }
     }
     const Real* gh = params_.grad_h_seq == nullptr ? zeros_ : read_row(params_.grad_h_seq, tile_, t, gh_buffer_);
     if (params_.grad_v_seq != nullptr) {
       const Real* gv = read_row(params_.grad_v_seq, tile_, t, x_buffer_);
-      cpu::run<AccumulateLoop<Real>>({tile_.length, Real(1), gv, kOne, kZero, dv_});
+      run<AccumulateLoop<Real>>({tile_.length, Real(1), gv, kOne, kZero, dv_});
       carried_ = true;
     }
     Real* dx = start_row(params_.grad_x_seq, tile_, t, dx_buffer_);
     neurons_.template visit<NeuronRows<Real>>([&](auto neurons) {
       const auto adjoint = [&](auto kSums) {
-        cpu::run<AdjointLoop<Real, Model, decltype(neurons), kSums()>>({.neurons = neurons,
-                                                                        .options = params_.options,
-                                                                        .length = tile_.length,
-                                                                        .carried = carried_,
-                                                                        .g = g,
-                                                                        .gh = gh,
-                                                                        .h = row(h_, k),
-                                                                        .s = row(s_, k),
-                                                                        .dv = dv_,
-                                                                        .d_reset = d_reset_,
-                                                                        .distance = distance_,
-                                                                        .dy = dy_,
-                                                                        .dh = dh_,
-                                                                        .dx = dx,
-                                                                        .ahead = ahead,
-                                                                        .v = v(k),
-                                                                        .second = second(k),
-                                                                        .d_second = d_second_,
-                                                                        .sums = sums(0)});
+        run<AdjointLoop<Real, Model, decltype(neurons), kSums()>>({.neurons = neurons,
+                                                                   .options = params_.options,
+                                                                   .length = tile_.length,
+                                                                   .carried = carried_,
+                                                                   .g = g,
+                                                                   .gh = gh,
+                                                                   .h = row(h_, k),
+                                                                   .s = row(s_, k),
+                                                                   .dv = dv_,
+                                                                   .d_reset = d_reset_,
+                                                                   .distance = distance_,
+                                                                   .dy = dy_,
+                                                                   .dh = dh_,
+                                                                   .dx = dx,
+                                                                   .ahead = ahead,
+                                                                   .v = v(k),
+                                                                   .second = second(k),
+                                                                   .d_second = d_second_,
+                                                                   .sums = sums(0)});
       };
       if constexpr (Model::kHasAdaptation) {
         if (wants_any_gradient(kDecay, kInputGain)) return adjoint(std::integral_constant<Sums, Sums::kAll>{});
@@ -267,10 +267,10 @@ class GeneralBackward {
     finish_residual_row(dh_, params_, tile_, t, x_buffer_);
     if (!Model::kHasAdaptation) add_gradients(t, k, dx);
     carried_ = true;
-    store_step(t);
+    store_step_sums(t);
   }
 
-  // Adds the gradients of all parameters in step t, from the rows that walk_back computed.
+  // Adds the gradients of all parameters in step t, from the rows that backward_step computed.
   void add_gradients(int64 t, int64 k, const Real* dx) {
     if (carried_) accumulate(kReset, Real(1), d_reset_, kOne, kZero);
     accumulate(kWidth, Real(1), dy_, {distance_, Real(0)}, kZero);
@@ -285,11 +285,11 @@ class GeneralBackward {
   }
 
   // Stores the sums of step t for parameters that change over time.
-  void store_step(int64 t) {
+  void store_step_sums(int64 t) {
     for (int id = 0; id < kNumParameters; ++id) {
       if (params_.wants_gradient(id) && params_.parameters[id].step_stride != 0) {
-        store(id, t);
-        clear(id);
+        store_sums(id, t);
+        clear_sums(id);
       }
     }
   }
@@ -320,18 +320,18 @@ class GeneralBackward {
 };
 
 template <class Model, class Scalar>
-void run_general(const BackwardParams<Scalar>& params) {
-  run_backward<GeneralBackward<Model, Scalar>>(params);
+void run_general_pass(const BackwardParams<Scalar>& params) {
+  run_backward_pass<GeneralBackward<Model, Scalar>>(params);
 }
 
 // ---- kernels instantiated elsewhere ----
 
 // Runs the settled kernels, whose arithmetic is in float32, for the model that the options select.
 template <class Params>
-void run_settled(const Params& params);
+void run_settled_kernel(const Params& params);
 
 // Runs the general kernels for adaptive neurons.
 template <class Params>
-void run_adaptive(const Params& params);
+void run_adaptive_kernel(const Params& params);
 
 }  // namespace asgl::cpu

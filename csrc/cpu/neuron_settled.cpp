@@ -39,14 +39,14 @@ class ChunkCurrents {
 
   // The parameters of the input, whether the chunk's current is x in place, and the rows for a current that is not.
   TileInput<Real>& input() { return input_; }
-  bool in_place(const Tile& tile) const { return input_.is_plain() && is_in_place<Scalar>(tile); }
-  StepRows<Real> buffer() { return {rows_.row(2), rows_.stride()}; }
+  bool is_x_in_place(const Tile& tile) const { return input_.is_plain() && is_in_place<Scalar>(tile); }
+  StepRows<Real> buffer_rows() { return {rows_.row(2), rows_.stride()}; }
 
   // Returns the current of each step of a chunk.
   StepRows<const Real> compute(const Chunk& chunk) {
     const Tile& tile = chunk.tile;
-    if (in_place(tile)) return read_steps(params_.x_seq, tile, chunk.t, rows_.row(0));
-    const StepRows<Real> currents = buffer();
+    if (is_x_in_place(tile)) return read_steps(params_.x_seq, tile, chunk.t, rows_.row(0));
+    const StepRows<Real> currents = buffer_rows();
     for (int64 k = 0, t = chunk.t; k < chunk.count; ++k, ++t) {
       const Real* x = read_row(params_.x_seq, tile, t, input_.is_plain() ? currents[k] : rows_.row(0));
       if (input_.is_plain()) continue;
@@ -66,7 +66,7 @@ class ChunkCurrents {
 
 // Runs the settled forward pass of all tiles.
 template <class Model, class Scalar>
-void run_settled_model(const ForwardParams<Scalar>& params) {
+void run_settled_pass(const ForwardParams<Scalar>& params) {
   using Real = Real_t<Scalar>;
   const int64 steps = params.shape.steps;
   for_each_tile_range(params.shape, [&](int64 begin, int64 end) {
@@ -78,7 +78,7 @@ void run_settled_model(const ForwardParams<Scalar>& params) {
     const StreamingStore past_cache = streaming_store_for(params.s_seq, params.shape);
     for (int64 index = begin; index < end; ++index) {
       const Tile tile(params.shape, index);
-      const bool s_in_place = is_in_place<Scalar>(tile), all_in_place = s_in_place && currents.in_place(tile);
+      const bool s_in_place = is_in_place<Scalar>(tile), all_in_place = s_in_place && currents.is_x_in_place(tile);
       const bool in_cache = recent_row_to_prefetch(params.x_seq, tile, 0) == nullptr;
       const StreamingStore stream = s_in_place ? past_cache : nullptr;
       // If x fits in the L2 cache, single steps are faster: with several, the load of x at the next step waits for the
@@ -137,7 +137,7 @@ class SettledBackward {
   }
 
   // Computes the gradients of the neurons of a tile, and stores the sums of their parameters' gradients.
-  void run(const Tile& tile) {
+  void compute_tile(const Tile& tile) {
     neurons_.move_to(tile, 0);
     input().move_to(tile);
     input().clear_sums();
@@ -146,8 +146,8 @@ class SettledBackward {
     carried_ = params_.grad_v_last != nullptr;
     for (int64 start = last_start_; start >= 0; start -= segment_) {
       load_start_states(params_, tile, start, StateRows<1, Real>{v_});
-      walk_back(segment(tile, start), start > 0 ? segment(tile, start - segment_)
-                                                : segment(Tile(params_.shape, tile.index + 1), last_start_));
+      backward_segment(segment(tile, start), start > 0 ? segment(tile, start - segment_)
+                                                       : segment(Tile(params_.shape, tile.index + 1), last_start_));
       carried_ = true;
     }
     for (int id = 0; id < kInputGain; ++id) {
@@ -170,7 +170,7 @@ class SettledBackward {
   }
 
   // Returns the gradient of s of each step of a chunk.
-  StepRows<const Real> gradients(const Chunk& chunk) {
+  StepRows<const Real> spike_gradients(const Chunk& chunk) {
     if (params_.grad_s_seq == nullptr) return {zeros_, 0};
     if (is_in_place<Scalar>(chunk.tile)) return read_steps(params_.grad_s_seq, chunk.tile, chunk.t, g_);
     for (int64 k = 0; k < chunk.count; ++k) {
@@ -180,13 +180,13 @@ class SettledBackward {
   }
 
   // Computes the gradients of a chunk. `next` is the chunk after it, whose rows are prefetched.
-  void walk_back(const Chunk& chunk, const Chunk& next) {
+  void backward_segment(const Chunk& chunk, const Chunk& next) {
     const Tile& tile = chunk.tile;
-    const bool in_place = is_in_place<Scalar>(tile), x_in_place = currents_.in_place(tile);
+    const bool in_place = is_in_place<Scalar>(tile), x_in_place = currents_.is_x_in_place(tile);
     Scalar* const grad_current = dx_is_dc_ && params_.grad_x_seq ? params_.grad_x_seq : params_.grad_residual;
     // If dc can't be stored in place, it overwrites the currents in their buffer.
     const bool dc_in_place = in_place && grad_current != nullptr;
-    const StepRows<Real> dc = dc_in_place ? start_steps(grad_current, tile, chunk.t, zeros_) : currents_.buffer();
+    const StepRows<Real> dc = dc_in_place ? start_steps(grad_current, tile, chunk.t, zeros_) : currents_.buffer_rows();
     // Not past the cache if dc is read again for the residual's gradient.
     const bool streams = in_place && past_cache_ != nullptr && !(dx_is_dc_ && params_.grad_residual != nullptr);
     PrefetchRows input_ahead = {.element_size = sizeof(Scalar), .stride = params_.shape.inner},
@@ -200,10 +200,10 @@ class SettledBackward {
       }
       gradients_ahead.rows[2] = element_to_prefetch(params_.grad_residual, chunk, next, dc_in_place && !dx_is_dc_);
     }
-    const StepRows<const Real> current = currents_.compute(chunk), g = gradients(chunk);
+    const StepRows<const Real> current = currents_.compute(chunk), g = spike_gradients(chunk);
     neurons_.template visit<SettledRows<Real>>([&](auto neurons) {
       const auto call = [&](auto kSums) {
-        cpu::run<SettledAdjointLoop<Real, Model, decltype(neurons), kSums()>>(
+        run<SettledAdjointLoop<Real, Model, decltype(neurons), kSums()>>(
             {.neurons = neurons,
              .options = params_.options,
              .analog_below = params_.noise.analog_below,
@@ -231,18 +231,18 @@ class SettledBackward {
       if (params_.wants_gradient(kWidth)) return call(std::integral_constant<SettledSums, SettledSums::kWidth>{});
       call(std::integral_constant<SettledSums, SettledSums::kNone>{});
     });
-    for (int64 k = chunk.count - 1; k >= 0; --k) store_gradients(tile, chunk.t + k, dc[k], streams);
+    for (int64 k = chunk.count - 1; k >= 0; --k) store_input_gradients(tile, chunk.t + k, dc[k], streams);
   }
 
   // Stores the gradients of x and the residual in step t, except for what the loop has stored in place already. If
   // `streams`, dx is stored past the cache.
-  void store_gradients(const Tile& tile, int64 t, Real* dc, bool streams) {
+  void store_input_gradients(const Tile& tile, int64 t, Real* dc, bool streams) {
     if (dx_is_dc_) {
       finish_row(dc, params_.grad_x_seq, tile, t);
     } else {
       Real* const stored = start_row(params_.grad_x_seq, tile, t, dx_buffer_);
       Real* const dx = streams ? dx_buffer_ : stored;
-      input().backward(read_row(params_.x_seq, tile, t, x_buffer_), dc, dx);
+      input().compute_input_gradient(read_row(params_.x_seq, tile, t, x_buffer_), dc, dx);
       streams ? past_cache_(reinterpret_cast<float*>(stored), reinterpret_cast<float*>(dx), tile.length)
               : finish_row(dx, params_.grad_x_seq, tile, t);
     }
@@ -270,24 +270,24 @@ class SettledBackward {
 };
 
 template <class Model, class Scalar>
-void run_settled_model(const BackwardParams<Scalar>& params) {
-  run_backward<SettledBackward<Model, Scalar>>(params);
+void run_settled_pass(const BackwardParams<Scalar>& params) {
+  run_backward_pass<SettledBackward<Model, Scalar>>(params);
 }
 
 }  // namespace
 
 template <class Params>
-void run_settled(const Params& params) {
+void run_settled_kernel(const Params& params) {
   with_model(params.options, [&](auto model) {
-    if constexpr (!decltype(model)::kOnlyGeneral) run_settled_model<decltype(model)>(params);
+    if constexpr (!decltype(model)::kOnlyGeneral) run_settled_pass<decltype(model)>(params);
   });
 }
 
-template void run_settled(const ForwardParams<Half>&);
-template void run_settled(const ForwardParams<BFloat16>&);
-template void run_settled(const ForwardParams<float>&);
-template void run_settled(const BackwardParams<Half>&);
-template void run_settled(const BackwardParams<BFloat16>&);
-template void run_settled(const BackwardParams<float>&);
+template void run_settled_kernel(const ForwardParams<Half>&);
+template void run_settled_kernel(const ForwardParams<BFloat16>&);
+template void run_settled_kernel(const ForwardParams<float>&);
+template void run_settled_kernel(const BackwardParams<Half>&);
+template void run_settled_kernel(const BackwardParams<BFloat16>&);
+template void run_settled_kernel(const BackwardParams<float>&);
 
 }  // namespace asgl::cpu

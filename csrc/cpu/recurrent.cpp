@@ -77,7 +77,7 @@ struct Chunk : Tile {
 
 // The chunk's rows of a state [B, N]. If `state` is null, `buffer`, filled with `otherwise`.
 template <class Real>
-const Real* state_or(const Real* state, const Chunk& chunk, Real otherwise, Real* buffer) {
+const Real* state_or_filled(const Real* state, const Chunk& chunk, Real otherwise, Real* buffer) {
   if (state != nullptr) return state + chunk.first;
   std::fill_n(buffer, chunk.length, otherwise);
   return buffer;
@@ -103,7 +103,7 @@ PrefetchRows rows_to_prefetch(const Chunk& chunk, int64 t, int64 offset, const E
 
 // About the number of elements that a loop computes at a time, so that its operands, some 16 rows, stay in the L1
 // cache.
-constexpr int64 kPart = 256;
+constexpr int64 kPartElements = 256;
 
 // The neurons' parameters, repeated for some adjacent rows of the batch, so that a loop computes these rows at once.
 template <class Scalar>
@@ -113,7 +113,7 @@ class RepeatedNeurons {
  public:
   explicit RepeatedNeurons(const RecurrentParams<Scalar>& params)
       : period_(params.neurons),
-        length_(std::clamp<int64>(kPart / params.neurons, 1, kRecurrentRows) * params.neurons),
+        length_(std::clamp<int64>(kPartElements / params.neurons, 1, kRecurrentRows) * params.neurons),
         rows_(padded_rows<Real>(kNumRecurrentParameters, length_)) {
     for (int id = 0; id < kNumRecurrentParameters; ++id) {
       const Real* values = params.parameters + id * period_;
@@ -132,7 +132,7 @@ class RepeatedNeurons {
   }
   const Real* operator[](int id) { return rows_.row(id); }  // the inverse for kWidth
 
-  // Calls f(offset, length) for parts of a chunk: whole rows of the batch, about kPart elements.
+  // Calls f(offset, length) for parts of a chunk: whole rows of the batch, about kPartElements elements.
   template <class F>
   void for_each_part(const Chunk& chunk, F&& f) const {
     for (int64 offset = 0; offset < chunk.length; offset += length_) {
@@ -236,8 +236,8 @@ class WeightProduct {
 
 // Computes forward for one chunk.
 template <class Model, class Scalar>
-void forward_chunk(const RecurrentForwardParams<Scalar>& params, const WeightProduct<Scalar>& product,
-                   const Chunk& chunk) {
+void compute_forward_chunk(const RecurrentForwardParams<Scalar>& params, const WeightProduct<Scalar>& product,
+                           const Chunk& chunk) {
   using Real = Real_t<Scalar>;
   Rows<Real> buffers = padded_rows<Real>(8, chunk.length);
   Real *const x_buffer = buffers.allocate(), *const current_buffer = buffers.allocate(),
@@ -251,7 +251,7 @@ void forward_chunk(const RecurrentForwardParams<Scalar>& params, const WeightPro
   const auto states = state_rows<Model>(v, w);
   load_states(params.v_init, all, chunk.first, params.options.v_rest, chunk.length, states);
   load_state(params.i_init, chunk.first, Real(0), chunk.length, i);
-  const Real* s_before = state_or(params.s_init, chunk, Real(0), s_buffer);
+  const Real* s_before = state_or_filled(params.s_init, chunk, Real(0), s_buffer);
   const bool scales = params.options.scale_output;
   for (int64 t = 0; t < params.steps; ++t) {
     Real* const current = start_row(params.i_seq, chunk, t, current_buffer);
@@ -294,7 +294,7 @@ class ChunkBackward {
       : params_(params), product_(product), chunk_(chunk) {}
 
   // Computes the gradients of all steps, from the last to the first.
-  void run() {
+  void compute() {
     const int64 all = chunk_.shape.neurons();
     const auto gradients = state_rows<Model>(dv_, dw_);
     load_states(params_.grad_v_last, all, chunk_.first, Real(0), chunk_.length, gradients);
@@ -309,7 +309,7 @@ class ChunkBackward {
         add_gradients_of_adaptation(potential_before(offset, length), offset, length);
       });
     }
-    for (int64 t = params_.steps - 1; t >= 0; --t) walk_back(t);
+    for (int64 t = params_.steps - 1; t >= 0; --t) backward_step(t);
     store_states(gradients, chunk_.length, params_.grad_v_init, all, chunk_.first);
     store_state(di_, chunk_.length, params_.grad_i_init, chunk_.first);
     store_state(feedback_, chunk_.length, params_.grad_s_init, chunk_.first);
@@ -331,9 +331,9 @@ class ChunkBackward {
   // Reads the state after the step before t, in place or into one of two buffers, which alternate with t.
   void read_step_before(int64 t) {
     if (t == 0) {
-      before_ = {nullptr, state_or(params_.s_init, chunk_, Real(0), s_[0]),
-                 state_or(params_.v_init, chunk_, params_.options.v_rest, h_[0]),
-                 state_or(params_.i_init, chunk_, Real(0), i_), nullptr};
+      before_ = {nullptr, state_or_filled(params_.s_init, chunk_, Real(0), s_[0]),
+                 state_or_filled(params_.v_init, chunk_, params_.options.v_rest, h_[0]),
+                 state_or_filled(params_.i_init, chunk_, Real(0), i_), nullptr};
       return;
     }
     const Real* w = params_.w_seq == nullptr ? zeros_ : read_row(params_.w_seq, chunk_, t - 1, w_[t % 2]);
@@ -343,11 +343,11 @@ class ChunkBackward {
 
   // Adds factor * (a * (b - c)) to the sums of a parameter.
   void accumulate(int id, int64 length, Real factor, const Real* a, Operand<Real> b, Operand<Real> c = {nullptr, 0}) {
-    cpu::run<AccumulateLoop<Real>>({length, factor, a, b, c, sums(id)});
+    run<AccumulateLoop<Real>>({length, factor, a, b, c, sums(id)});
   }
 
   // Walks back through step t.
-  void walk_back(int64 t) {
+  void backward_step(int64 t) {
     const Step now = before_;
     read_step_before(t);
     const bool scales = params_.options.scale_output;
@@ -355,7 +355,7 @@ class ChunkBackward {
     const Real* gh = params_.grad_h_seq == nullptr ? zeros_ : read_row(params_.grad_h_seq, chunk_, t, gh_);
     if (params_.grad_v_seq != nullptr) {
       const Real* gv = read_row(params_.grad_v_seq, chunk_, t, gv_);
-      cpu::run<AccumulateLoop<Real>>({chunk_.length, Real(1), gv, kOne, kZero, dv_});
+      run<AccumulateLoop<Real>>({chunk_.length, Real(1), gv, kOne, kZero, dv_});
       carried_ = true;
     }
     Real* const dj = start_row(params_.grad_j_seq, chunk_, t, dj_);
@@ -364,12 +364,12 @@ class ChunkBackward {
       const Real* v = params_.grad_parameters == nullptr ? zeros_ : potential_before(offset, length);
       if (g != nullptr) {
         const Operand<Real> scale = scales ? Operand<Real>{repeated_[kThreshold], Real(0)} : kOne;
-        cpu::run<AccumulateLoop<Real>>({length, Real(1), g + offset, scale, kZero, feedback_ + offset});
+        run<AccumulateLoop<Real>>({length, Real(1), g + offset, scale, kZero, feedback_ + offset});
         if (scales && params_.grad_parameters != nullptr) {
           accumulate(kThreshold, length, Real(1), g + offset, {now.s + offset, Real(0)});
         }
       }
-      cpu::run<AdjointLoop<Real, Model, NeuronRows<Real>, Sums::kRecurrent>>(
+      run<AdjointLoop<Real, Model, NeuronRows<Real>, Sums::kRecurrent>>(
           {.neurons = repeated_.neurons(),
            .options = params_.options,
            .length = length,
@@ -388,8 +388,8 @@ class ChunkBackward {
            .sums = sums_,
            .sums_stride = parts_.stride()});
       if (params_.has_synapse) {
-        cpu::run<AccumulateLoop<Real>>({length, Real(1), di_ + offset, kOne, kZero, dj + offset});
-        cpu::run<MultiplyLoop<Real>>({dj + offset, {repeated_[kRecurrentSynDecay], Real(0)}, di_ + offset, length});
+        run<AccumulateLoop<Real>>({length, Real(1), di_ + offset, kOne, kZero, dj + offset});
+        run<MultiplyLoop<Real>>({dj + offset, {repeated_[kRecurrentSynDecay], Real(0)}, di_ + offset, length});
       }
       if (params_.grad_parameters != nullptr) add_gradients(dj, v, offset, length);
     });
@@ -412,10 +412,11 @@ class ChunkBackward {
     }
   }
 
-  // The potential before the step that walk_back is in, for a part of the chunk. Computed in v_ unless it is v_init.
+  // The potential before the step that backward_step is in, for a part of the chunk. Computed in v_ unless it is
+  // v_init.
   const Real* potential_before(int64 offset, int64 length) {
     if (before_.v != nullptr) return before_.v + offset;
-    cpu::run<ResetLoop<Real, Model>>(
+    run<ResetLoop<Real, Model>>(
         {repeated_.neurons(), params_.options, before_.h + offset, before_.s + offset, before_.w + offset, v_, length});
     return v_;
   }
@@ -469,7 +470,7 @@ class ChunkBackward {
 // The gradient of the weights from presynaptic neurons [first, last). It reads the sequence in memory order in blocks
 // of kBlock rows [N], so that dj of a block stays in the L2 cache: 256 KiB for 256 neurons.
 template <class Scalar>
-void weight_gradient(const RecurrentBackwardParams<Scalar>& params, int64 first, int64 last) {
+void compute_weight_gradient(const RecurrentBackwardParams<Scalar>& params, int64 first, int64 last) {
   using Real = Real_t<Scalar>;
   constexpr int64 kBlock = 256, kStride = kBlock + 16;  // no power of two: else rows share cache lines
   const int64 neurons = params.neurons, count = params.steps * params.batch;
@@ -507,9 +508,9 @@ void weight_gradient(const RecurrentBackwardParams<Scalar>& params, int64 first,
 
 // The gradient of the whole weight.
 template <class Scalar>
-void weight_gradient(const RecurrentBackwardParams<Scalar>& params) {
+void compute_weight_gradient(const RecurrentBackwardParams<Scalar>& params) {
   at::parallel_for(0, (params.neurons + kProductRows - 1) / kProductRows, 1, [&](int64_t begin, int64_t end) {
-    weight_gradient(params, begin * kProductRows, std::min(params.neurons, end * kProductRows));
+    compute_weight_gradient(params, begin * kProductRows, std::min(params.neurons, end * kProductRows));
   });
 }
 
@@ -535,17 +536,17 @@ void recurrent_forward(const RecurrentForwardParams<Scalar>& given) {
   RecurrentForwardParams<Scalar> params = given;
   params.noise = params.noise.resolved();
   const WeightProduct<Scalar> product(params, /*forward=*/true);
-  for_each_chunk(params,
-                 [&](auto model, const Chunk& chunk) { forward_chunk<decltype(model)>(params, product, chunk); });
+  for_each_chunk(
+      params, [&](auto model, const Chunk& chunk) { compute_forward_chunk<decltype(model)>(params, product, chunk); });
 }
 
 template <class Scalar>
 void recurrent_backward(const RecurrentBackwardParams<Scalar>& params) {
   const WeightProduct<Scalar> product(params, /*forward=*/false);
   for_each_chunk(params, [&](auto model, const Chunk& chunk) {
-    ChunkBackward<decltype(model), Scalar>(params, product, chunk).run();
+    ChunkBackward<decltype(model), Scalar>(params, product, chunk).compute();
   });
-  if (params.grad_weight != nullptr) weight_gradient(params);
+  if (params.grad_weight != nullptr) compute_weight_gradient(params);
 }
 
 template void recurrent_forward(const RecurrentForwardParams<Half>&);

@@ -400,7 +400,7 @@ class ChannelGradient {
         aligned_array<Real>(shape_.kernel_height * shape_.kernel_width * channels_ * round_up(shape_.outputs, kGroup));
   }
 
-  void run() {
+  void compute() {
     for (int64 image = 0; image < shape_.images; image += tile_images_) {
       for (int64 row = 0; row < shape_.height; row += tile_rows_) {
         for (int64 column = 0; column < shape_.width; column += tile_columns_) {
@@ -554,7 +554,7 @@ void spike_weight_gradient(const SpikeGradientParams<Real>& params) {
   const int64 each = (channels + tasks - 1) / tasks;
   at::parallel_for(0, (channels + each - 1) / each, 1, [&](int64_t begin, int64_t end) {
     for (int64 task = begin; task < end; ++task) {
-      ChannelGradient<Real>(params, lists, by_phase, task * each, std::min((task + 1) * each, channels)).run();
+      ChannelGradient<Real>(params, lists, by_phase, task * each, std::min((task + 1) * each, channels)).compute();
     }
   });
 }

@@ -289,7 +289,7 @@ class TileInput {
   }
 
   // Computes a row of dx, and adds to the sums, from a row of the gradient of the current.
-  void backward(const Real* x, const Real* dc, Real* dx) {
+  void compute_input_gradient(const Real* x, const Real* dc, Real* dx) {
     if (in_rows_) {
       run<InputCurrentAdjointLoop<Real, true>>({x, dc, rows(), gain_sum_, bias_sum_, dx, tile_.length});
     } else {
