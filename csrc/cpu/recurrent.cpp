@@ -198,7 +198,7 @@ bool all_finite(const Real* values, int64 length) {
   return result;
 }
 
-static_assert(kRecurrentRows <= kProductRows);
+static_assert(kRecurrentRows <= kMaxProductRows);
 
 // out = s W^T in forward, out = dj W in backward, [rows, N]. Only spikes are sparse; gradients dj are not.
 template <class Scalar>
@@ -483,16 +483,16 @@ void compute_weight_gradient(const RecurrentBackwardParams<Scalar>& params, int6
   };
   std::array<const Real*, kBlock> s;
   std::vector<Real> panels(static_cast<size_t>(panels_size<Real>(kBlock, neurons)));
-  std::vector<Real> spikes(kProductRows * kStride), transposed(static_cast<size_t>((last - first) * neurons));
-  std::vector<int32_t> indices(kProductRows * kBlock);
+  std::vector<Real> spikes(kMaxProductRows * kStride), transposed(static_cast<size_t>((last - first) * neurons));
+  std::vector<int32_t> indices(kMaxProductRows * kBlock);
   for (int64 begin = 0; begin < count; begin += kBlock) {
     const int64 rows = std::min(kBlock, count - begin);
     const Real* dj = params.grad_j_seq + begin * neurons;
     const bool skips_zeros = all_finite(dj, rows * neurons);
     fill_panels(dj, neurons, 1, rows, neurons, panels.data());
     for (int64 row = 0; row < rows; ++row) s[row] = spikes_before(begin + row);
-    for (int64 k = first; k < last; k += kProductRows) {
-      const int64 width = std::min(kProductRows, last - k);
+    for (int64 k = first; k < last; k += kMaxProductRows) {
+      const int64 width = std::min(kMaxProductRows, last - k);
       for (int64 row = 0; row < rows; ++row) {
         for (int64 i = 0; i < width; ++i) spikes[i * kStride + row] = s[row][k + i];
       }
@@ -509,8 +509,8 @@ void compute_weight_gradient(const RecurrentBackwardParams<Scalar>& params, int6
 // The gradient of the whole weight.
 template <class Scalar>
 void compute_weight_gradient(const RecurrentBackwardParams<Scalar>& params) {
-  at::parallel_for(0, (params.neurons + kProductRows - 1) / kProductRows, 1, [&](int64_t begin, int64_t end) {
-    compute_weight_gradient(params, begin * kProductRows, std::min(params.neurons, end * kProductRows));
+  at::parallel_for(0, (params.neurons + kMaxProductRows - 1) / kMaxProductRows, 1, [&](int64_t begin, int64_t end) {
+    compute_weight_gradient(params, begin * kMaxProductRows, std::min(params.neurons, end * kMaxProductRows));
   });
 }
 

@@ -24,16 +24,16 @@ void fill_spike_panels(const SpikeShape& shape, const Real* weight, Real* panels
 template <class Real>
 void transpose_each(const Real* from, int64 count, int64 rows, int64 columns, Real* to);
 
-// What mask_spikes counts.
+// What pack_spike_mask counts.
 struct SpikeCount {
   bool all_ones;              // whether all elements that are not zero are 1
   std::vector<int64> before;  // the number of elements that are not zero before each chunk of x, and of all
 };
-// Packs x as PackedSpikes: mask_spikes writes the bits, in whole words, and copy_spikes the values.
+// Packs x as PackedSpikes: pack_spike_mask writes the bits, in whole words, and pack_spike_values the values.
 template <class Real>
-SpikeCount mask_spikes(const Real* x, int64 length, uint64* mask);
+SpikeCount pack_spike_mask(const Real* x, int64 length, uint64* mask);
 template <class Real>
-void copy_spikes(const Real* x, int64 length, const SpikeCount& count, Real* values);
+void pack_spike_values(const Real* x, int64 length, const SpikeCount& count, Real* values);
 // The number of elements that are not zero, from the mask of `length` elements.
 int64 count_spikes(const uint64* mask, int64 length);
 

@@ -156,12 +156,13 @@ inline Tensor pack(const SpikeCall& call, const Tensor& x) {
     using Real = decltype(real);
     const Tensor mask = result;
     const Real* data = pointer<const Real>(x_in_order);
-    const cpu::SpikeCount count = cpu::mask_spikes(data, x.numel(), static_cast<uint64*>(mask.mutable_data_ptr()));
+    const cpu::SpikeCount count = cpu::pack_spike_mask(data, x.numel(), static_cast<uint64*>(mask.mutable_data_ptr()));
     if (count.all_ones) return;
     const int64_t bytes = count.before.back() * static_cast<int64_t>(sizeof(Real));
     result = at::empty({mask.numel() + bytes}, mask.options());
     std::memcpy(result.mutable_data_ptr(), mask.const_data_ptr(), mask.numel());
-    cpu::copy_spikes(data, x.numel(), count, reinterpret_cast<Real*>(result.mutable_data_ptr<uint8>() + mask.numel()));
+    cpu::pack_spike_values(data, x.numel(), count,
+                           reinterpret_cast<Real*>(result.mutable_data_ptr<uint8>() + mask.numel()));
   });
   return result;
 }
