@@ -12,7 +12,8 @@
 
 namespace asgl {
 
-// Where w is, as bits: subtracted from the current; added to the threshold, to the amount of a soft reset, or to both.
+// Where w acts, as bits of LIFByOptions::adaptation: w is subtracted from the current, or added to the threshold, to
+// the amount of a soft reset, or to both.
 constexpr uint8 kAdaptsCurrent = 1, kAdaptsThreshold = 2, kAdaptsReset = 4;
 
 template <class Real>
@@ -34,7 +35,7 @@ struct AdaptiveLIF : LIFByOptions<Real> {
 
   // The potential that is compared with v_threshold: w may raise the threshold, which is as if it lowered h.
   ASGL_HOST_DEVICE Real compared_potential(Real h, Real w) const { return h - keep_if(adapts_threshold(), w); }
-  // The inverse of `compared`, up to a rounding: the potential h that is reset.
+  // The inverse of compared_potential, up to rounding: h, the potential before reset.
   ASGL_HOST_DEVICE Real charged_potential(Real compared_h, Real w) const {
     return compared_h + keep_if(adapts_threshold(), w);
   }
@@ -45,8 +46,8 @@ struct AdaptiveLIF : LIFByOptions<Real> {
     return neuron;
   }
 
-  // Returns h, and moves v and w to the next step. The fields input_gain, input_bias and input_mean are adapt_decay,
-  // adapt_potential and adapt_spike.
+  // Computes one step: returns h, sets s, and replaces v and w by their next values. The fields input_gain, input_bias
+  // and input_mean are adapt_decay, adapt_potential and adapt_spike.
   template <class FiringRule>
   ASGL_HOST_DEVICE Real step(Real x, bool analog, const Neuron<Real>& neuron, const FiringRule& firing, Real& v,
                              Real& w, Real& s) const {
@@ -59,13 +60,14 @@ struct AdaptiveLIF : LIFByOptions<Real> {
   }
 
   struct Gradient {
-    Real reset, distance;  // the amount of the reset, and the distance from the threshold
+    Real reset;     // the gradient of the reset amount
+    Real distance;  // the distance from the threshold, not a gradient
     StepGradient<Real> step;
   };
 
   // Replaces dv and dw, the gradients of v and w after the step, by the gradients before it. g and gh are the gradients
   // of s and of compared_h, the potential that is compared with v_threshold. Terms are added in the order of autograd;
-  // `carried` is as in LIF.
+  // `carried` is as in LIF::step_adjoint.
   ASGL_HOST_DEVICE Gradient adjoint(Real g, Real gh, Real h, Real compared_h, Real s, Real w, bool carried,
                                     const Neuron<Real>& neuron, Real& dv, Real& dw) const {
     const Neuron<Real> now = with_adapted_reset(neuron, w);

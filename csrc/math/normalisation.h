@@ -40,7 +40,8 @@ ASGL_HOST_DEVICE Moments moments_from_shifted_sums(double count, double shift, d
 }
 
 struct NormalisationOptions {
-  double eps, input_scale;
+  double eps;
+  double input_scale;  // factor of the normalised input, see Coefficients
 
   // 1 / sqrt(variance + eps)
   ASGL_HOST_DEVICE double inverse_deviation(const Moments& moments) const {
@@ -90,14 +91,14 @@ struct NormalisationAdjoint {
     offset = static_cast<Real>(-gain * total.bias / moments.count - exact_slope * (moments.mean - rounded_mean));
   }
 
-  // S = sum dh xhat, from the sums over dh * (x - rounded_mean) and dh.
+  // S = sum dh xhat, from the sums of dh * (x - rounded_mean) and of dh.
   static ASGL_HOST_DEVICE double sum_dh_xhat(const Moments& moments, double rounded_mean, const GradientSums& sums,
                                              const NormalisationOptions& options) {
     return (sums.gain - (moments.mean - rounded_mean) * sums.bias) * options.inverse_deviation(moments);
   }
 };
 
-// Computes dx from gain * dh and x.
+// dx, from gain * dh and x, with the channel's slope and offset of NormalisationAdjoint.
 template <class Real>
 ASGL_HOST_DEVICE Real normalisation_adjoint(Real gain_dh, Real x, Real mean, Real slope, Real offset) {
   return gain_dh + (slope * (x - mean) + offset);

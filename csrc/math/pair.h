@@ -16,7 +16,7 @@ ASGL_HOST_DEVICE float fma(float a, float b, float c) { return __builtin_fmaf(a,
 ASGL_HOST_DEVICE double fma(double a, double b, double c) { return __builtin_fma(a, b, c); }
 #endif
 
-// The value with the first 16 bits of its significand; other bits are 0. A double is returned as it is.
+// The value with only the first 16 bits of its significand, the others being 0. A double is returned as it is.
 ASGL_HOST_DEVICE float shortened_significand(float x) { return bit_cast<float>(bit_cast<uint32>(x) & 0xFFFFFF00u); }
 ASGL_HOST_DEVICE double shortened_significand(double x) { return x; }
 
@@ -55,7 +55,7 @@ ASGL_HOST_DEVICE Pair operator*(const Pair& a, const Pair& b) {
   return Pair::fast_two_sum(high, math::fma(a.high, b.high, -high) + (a.high * b.low + a.low * b.high));
 }
 
-// a - b, exactly for float.
+// a - b, exact for float.
 ASGL_HOST_DEVICE Pair difference(float a, float b) { return Pair::two_sum(a, -b); }
 ASGL_HOST_DEVICE double difference(double a, double b) { return a - b; }
 

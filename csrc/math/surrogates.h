@@ -31,7 +31,7 @@ ASGL_HOST_DEVICE double magnitude(double x) { return __builtin_fabs(x); }
 ASGL_HOST_DEVICE float magnitude(float x) { return __builtin_fabsf(x); }
 #endif
 
-// ASGL_HOST_FUNCTIONS: the host's float32 functions on the device, to test that nothing else differs.
+// With ASGL_HOST_FUNCTIONS the device computes the host's float32 functions, to test that nothing else differs.
 #if defined(__CUDA_ARCH__) && !defined(ASGL_HOST_FUNCTIONS)
 #define ASGL_DEVICE_FUNCTIONS
 #endif
@@ -46,24 +46,25 @@ ASGL_HOST_DEVICE float erf(float x) { return float_math::erf(x); }
 ASGL_HOST_DEVICE float atan(float x) { return float_math::atan(x); }
 #endif
 
-// Comparisons, not fmin and fmax, which lose NaN.
+// Clamps to [0, 1] by comparisons, since fmin and fmax lose NaN.
 template <class Real>
 ASGL_HOST_DEVICE Real clamp_to_unit_interval(Real x) {
   const Real from_below = x < Real(0) ? Real(0) : x;
   return x > Real(1) ? Real(1) : from_below;
 }
 
+// Clamps to [0, most].
 template <class Real>
 ASGL_HOST_DEVICE Real clamp_from_zero(Real x, Real most) {
   const Real from_below = x < Real(0) ? Real(0) : x;
   return x > most ? most : from_below;
 }
 
-// To the nearest integer, ties to even, for 0 <= x < 2^22: the sum has no bits for a fraction.
+// Rounds to the nearest integer, ties to even, for 0 <= x < 2^22: the sum has no bits for a fraction.
 ASGL_HOST_DEVICE float rounded(float x) { return (x + 0x1.8p23f) - 0x1.8p23f; }
 ASGL_HOST_DEVICE double rounded(double x) { return (x + 0x1.8p52) - 0x1.8p52; }
 
-// For x >= 1. In float32 on a GPU the error is up to 1 ulp.
+// 1 / x, for x >= 1. In float32 on a GPU the error is up to 1 ulp.
 template <class Real>
 ASGL_HOST_DEVICE Real reciprocal(Real x) {
   return Real(1) / x;
@@ -86,7 +87,7 @@ ASGL_HOST_DEVICE float clamp_to_unit_interval(float x) {
 }
 #endif
 
-// 0 <= x <= 1, false for NaN: one comparison on a GPU, two on a CPU, where to clamp takes four instructions.
+// Whether 0 <= x <= 1, false for NaN. A CPU compares twice, because clamping takes it four instructions.
 template <class Real>
 ASGL_HOST_DEVICE bool is_in_unit_interval(Real x) {
 #if defined(__CUDA_ARCH__)
@@ -103,6 +104,7 @@ struct SurrogateMath;
 
 // value is F(y). With the gradient da of F(y), the gradient of y is da * slope(y), or adjoint(y, da) for surrogates
 // whose slope is hardly more than a comparison.
+//
 // Rectangle and triangle do the operations of PyTorch's autograd on the reference in the same order, for equal bits,
 // except that triangle computes one product where autograd adds two halves, which saves three operations: for gradients
 // under 1e-37 the halves are subnormal and round differently.
@@ -220,7 +222,7 @@ struct SurrogateMath<Surrogate::kInteger> {
   }
 };
 
-// Whether the gradient of y is a product with the slope, which takes long enough that a kernel may keep it.
+// Whether SurrogateMath has a slope. Slopes take long to compute, so that a kernel may store them.
 template <Surrogate kSurrogate>
 constexpr bool kHasSlope = kSurrogate >= Surrogate::kSigmoid && kSurrogate <= Surrogate::kLaplace;
 
@@ -246,7 +248,7 @@ ASGL_HOST_DEVICE Real surrogate_adjoint(Real levels, Real y, Real da) {
   }
 }
 
-// The same for a surrogate given at run time.
+// surrogate_value and surrogate_adjoint, for a surrogate that is known only at run time.
 template <int kId = 0, class Real>
 ASGL_HOST_DEVICE Real any_surrogate_value(Surrogate given, Real levels, Real y) {
   if constexpr (kId + 1 < kNumSurrogates) {

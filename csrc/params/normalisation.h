@@ -5,7 +5,7 @@
 
 namespace asgl {
 
-// Rows that a CUDA thread reads of each of its columns, or more to limit splits.
+// Rows that a CUDA thread reads of each of its columns, or more if there would be too many splits.
 constexpr int64 kGradientRowsPerThread = 64;
 constexpr int64 kMomentsRowsPerThread = 128;
 
@@ -17,15 +17,17 @@ struct ChannelShape {
   ASGL_HOST_DEVICE int64 columns() const { return channels * inner; }
 };
 
-// Tiles of whole channels, or of a part of one. A task reads some rows of a tile of `width` units, `ways` rows at a
-// time; a unit is `lanes` adjacent columns of a channel. Nothing depends on the number of threads.
+// Tiles of whole channels, or of a part of one channel, whose rows are split between tasks. A task reads
+// rows_per_split rows of a tile of `width` units, `ways` rows at a time; a unit is `lanes` adjacent columns of a
+// channel. Nothing depends on the number of threads.
 struct ChannelTiles {
   ChannelShape shape;
   int64 lanes, width, ways;
   int64 units_per_channel, channels_per_tile, tiles_per_channel;
   int64 rows_per_split, splits;
 
-  // A task reads up to `most_units` units at a time, `rows_each` rows of each, or more for at most kMostSplits splits.
+  // Plans tasks that read up to `most_units` units at a time, and `rows_each` times as many in all, or more for at most
+  // kMostSplits splits.
   ASGL_HOST_DEVICE static ChannelTiles plan(const ChannelShape& shape, int64 lanes, int64 most_units, int64 rows_each) {
     constexpr int64 kMostSplits = 2048;
     ChannelTiles tiles{};
@@ -66,7 +68,8 @@ struct ChannelTask {
   int64 first_unit, units;  // in the first channel; number in the task
   int64 row, end_row;
 
-  // Number is an integer type that can hold the index of every task: kernels divide integers of 32 bits.
+  // The part of the task with index `task`. Number is an integer type that can hold every index, since 32-bit integers
+  // divide faster.
   template <class Number>
   ASGL_HOST_DEVICE ChannelTask(const ChannelTiles& tiles, Number task) {
     const Number splits = static_cast<Number>(tiles.splits);
@@ -105,7 +108,7 @@ struct CoefficientsParams {
   int64* num_batches_tracked;        // null if not counted
   Real momentum;
 
-  // The moments of a channel whose mean and variance are given, as in evaluation.
+  // The moments of a channel whose mean and variance are arguments, as in evaluation.
   ASGL_HOST_DEVICE Moments given_moments(int64 channel) const {
     return {1, static_cast<double>(mean[channel]), static_cast<double>(variance[channel])};
   }
@@ -126,15 +129,15 @@ struct CoefficientsParams {
   }
 
  private:
-  // Moves a running statistic towards the value of this batch. Two cases as in torch.lerp, so that momentum 1 is exact.
+  // Moves a running statistic towards the value of this batch, in two cases as torch.lerp, so that momentum 1 is exact.
   ASGL_HOST_DEVICE void update_running(Real& running, Real value) const {
     const Real distance = value - running;
     running = momentum < Real(0.5) ? running + momentum * distance : value - distance * (Real(1) - momentum);
   }
 };
 
-// Arguments of the kernel for the gradients of the input and of the normalisation's weight and bias. If there are no
-// rows, only for the gradients of weight and bias.
+// Arguments of the kernel for the gradients of the input and of the normalisation's weight and bias. Without rows, it
+// computes only the gradients of weight and bias.
 template <class Scalar>
 struct InputGradientParams {
   using Real = Real_t<Scalar>;
@@ -149,7 +152,7 @@ struct InputGradientParams {
   NormalisationOptions options;
   Real *grad_weight, *grad_shift;  // [channels]
 
-  // Rows of the coefficients, by channel.
+  // The rows [channels] of `coefficients` that the adjoint reads.
   ASGL_HOST_DEVICE const Real* mean() const { return coefficients + kCoefficientMean * tiles.shape.channels; }
   ASGL_HOST_DEVICE const Real* gain() const { return coefficients + kCoefficientGain * tiles.shape.channels; }
 

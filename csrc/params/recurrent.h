@@ -13,7 +13,7 @@
 
 namespace asgl {
 
-// Rows of the parameters, [kNumRecurrentParameters, N], behind those of ParameterId.
+// Rows of the parameters, [kNumRecurrentParameters, N], after those of ParameterId.
 enum RecurrentParameterId : int {
   kRecurrentBias = kNumParameters,
   kRecurrentSynDecay,  // 0 without a synapse
@@ -22,10 +22,10 @@ enum RecurrentParameterId : int {
   kNumRecurrentSums
 };
 
-// Added to the seed at each step, modulo 2^64. Steps differ by their key, because a kernel of one step draws at a fixed
-// position of the counter, and so do not use up offsets: calls with different offsets share no draws. The value is
-// 2^64 / phi^2, whose multiples are far apart. Calls with seeds less than 2^40 apart share no draws in up to 2^20
-// steps.
+// Added to the seed at each step, modulo 2^64. Steps differ in the key and not in the counter, because a kernel of one
+// step draws at a fixed counter. Steps therefore use up no offsets, and calls with different offsets share no draws.
+// The value is 2^64 / phi^2, whose multiples are far apart: calls with seeds less than 2^40 apart share no draws in up
+// to 2^20 steps.
 constexpr uint64 kSeedPerStep = 0x61C8864680B583EB;
 
 // Sequences are [T, B, N], or [B, T, N]; states and gradients of states [B, N], but v_init, v_last and their gradients
@@ -76,7 +76,7 @@ struct RecurrentBackwardParams : RecurrentParams<Scalar> {
 
 // Rows of the batch that a task computes through all steps, whose state and weight then stay in the cache.
 constexpr int64 kRecurrentRows = 16;
-// The number of chunks of kRecurrentRows rows.
+// The number of chunks of kRecurrentRows rows, of which the last may be smaller.
 inline int64 num_recurrent_chunks(int64 batch) { return (batch + kRecurrentRows - 1) / kRecurrentRows; }
 
 }  // namespace asgl
