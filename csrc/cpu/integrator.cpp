@@ -4,7 +4,7 @@
 namespace asgl::cpu {
 namespace {
 
-// One step of the integrator, or its adjoint.
+// Computes one step of the integrator, or its adjoint.
 template <class Real, class Neurons, Pass kPass>
 struct IntegratorLoop {
   struct Args {
@@ -14,8 +14,8 @@ struct IntegratorLoop {
     int64 length;
     const Real* in;          // x, or the gradient of v_seq
     Real *state, *out;       // the potential, or its gradient from later steps; v_seq, or dx
-    const Real *before, *x;  // for gradient sums
-    Real *decay, *gain;
+    const Real *before, *x;  // the potential before the step, and x, for kSums
+    Real *decay, *gain;      // sums of the gradients of decay and input_gain
     PrefetchRows ahead;
   };
 
@@ -41,7 +41,7 @@ struct IntegratorLoop {
   }
 };
 
-// Runs one pass over all steps for the tiles [begin, end).
+// Runs a pass over all steps, for the tiles [begin, end).
 template <Pass kPass, class Scalar>
 void run_pass(const IntegratorParams<Scalar>& params, int64 begin, int64 end) {
   using Real = Real_t<Scalar>;
@@ -55,7 +55,7 @@ void run_pass(const IntegratorParams<Scalar>& params, int64 begin, int64 end) {
   Real *v = rows.allocate(), *later = rows.allocate(), *state = kBack ? later : v;
   Real *decay = rows.allocate(), *gain = rows.allocate();
   TileNeurons<Real> neurons(params.parameters, params.options, kNumParameters);
-  // The step that the pass computes after `row` others.
+  // The step that the pass computes after `row` other steps.
   const auto step_after = [&](int64 row) { return kBack ? steps - 1 - row : row; };
   for (int64 index = begin; index < end; ++index) {
     const Tile tile(params.shape, index);

@@ -14,15 +14,16 @@
 
 namespace asgl::cpu {
 
-constexpr int64 kTile = 1024;  // neurons, and the elements between rows
+constexpr int64 kTile = 1024;  // neurons of a tile, and elements between rows
 
-// The neuron's parameters in a tile: one value each, or a row each.
+// The neurons of a tile, which share one value of each parameter.
 template <class Real>
 struct UniformNeuron {
   Neuron<Real> values;
   ASGL_HOST_DEVICE const Neuron<Real>& operator[](int64) const { return values; }
 };
 
+// The neurons of a tile, with a row of values of each parameter.
 template <class Real>
 struct NeuronRows {
   Neuron<const Real*> row;
@@ -42,8 +43,8 @@ struct SettledRows {
   }
 };
 
-// The rows to prefetch, a few cache lines at a time while other rows are computed: hardware prefetchers stop at page
-// boundaries, and a row is about a page. A null pointer stands for no row.
+// The rows that a loop prefetches, a few cache lines at a time while it computes other rows: hardware prefetchers stop
+// at page boundaries, and a row is about a page. A null pointer stands for no row.
 struct PrefetchRows {
   int64 element_size;
   const char* rows[4];  // read, then written
@@ -52,7 +53,7 @@ struct PrefetchRows {
   ASGL_HOST_DEVICE bool empty() const { return !rows[0] && !rows[1] && !rows[2] && !rows[3]; }
 };
 
-// Prefetches `count` elements of the rows of step k.
+// Prefetches `count` elements, from element `first` on, of the rows of step k.
 ASGL_HOST_DEVICE void prefetch_block(const PrefetchRows& ahead, int64 k, int64 first, int64 count) {
   constexpr int64 kCacheLine = 64;
   const int64 begin = (k * ahead.stride + first) * ahead.element_size, bytes = count * ahead.element_size;
@@ -76,8 +77,9 @@ ASGL_HOST_DEVICE void for_each_prefetch(const PrefetchRows& ahead, int64 length,
   }
 }
 
-// Calls f(model). For adaptive neurons in float32 the rules in `model` are then constants instead of masks: with
-// AVX-512, 32 neurons take 71 to 88 instructions instead of 99 forward, and 96 to 128 instead of 155 backward.
+// Calls f(model). For adaptive neurons in float32, f is compiled for each combination of rules, so that they are
+// constants and not masks: with AVX-512, 32 neurons take 71 to 88 instructions instead of 99 forward, and 96 to 128
+// instead of 155 backward.
 template <class Model, class Real, class F>
 ASGL_HOST_DEVICE void with_constant_rules(const LIFByOptions<Real>& options, F&& f) {
   if constexpr (Model::kHasAdaptation && sizeof(Real) == sizeof(float)) {
@@ -97,19 +99,19 @@ ASGL_HOST_DEVICE void with_constant_rules(const LIFByOptions<Real>& options, F&&
   }
 }
 
-// Compares signed integers, for which AVX2 and SSE2 have one instruction.
+// Whether an element with this draw is analog. Compares signed integers, for which AVX2 and SSE2 have one instruction.
 ASGL_HOST_DEVICE bool is_analog(uint16 draw, uint32 analog_below) { return draw < static_cast<int>(analog_below); }
 
-// One loop per surrogate for LIFByOptions: a loop with a branch is not vectorised. The last surrogate, kInteger, is not
-// available for adaptive neurons.
+// The number of loops that are compiled: one per surrogate if the model reads the surrogate at run time, since a loop
+// with a branch is not vectorised. The last surrogate, kInteger, is not available for adaptive neurons.
 static_assert(static_cast<int>(Surrogate::kInteger) == kNumSurrogates - 1);
 template <class Model>
 constexpr int kSurrogateLoops = Model::kHasAdaptation ? static_cast<int>(Surrogate::kInteger)
                                 : Model::kOnlyGeneral ? kNumSurrogates
                                                       : 1;
 
-// One step: from x and the states to h, s and the next states. A model with a second state has `step` and `adjoint`, as
-// AdaptiveLIF does.
+// Computes one step: h, s and the next states from x and the states. A model with a second state has `step` and
+// `adjoint`, as AdaptiveLIF does.
 template <class Real, class Model, class Neurons>
 struct StepLoop {
   struct Args {
@@ -123,11 +125,11 @@ struct StepLoop {
     PrefetchRows ahead;
     const Real* second;  // the second state, of models that have one
     Real* next_second;
-    bool compared;  // h is the potential that is compared with v_threshold
+    bool compared;  // whether to store compared_potential as h, for models with a second state
   };
 
-  // Without noise the surrogate matters only to kInteger. Adaptive neurons have no loop without noise: nothing is
-  // analog where analog_below is 0.
+  // Runs the loop that was compiled for the surrogate of the call. Without noise, only kInteger needs a loop of its
+  // own. Adaptive neurons have no loop without noise: with analog_below = 0 no element is analog.
   template <int kId = 0>
   static ASGL_HOST_DEVICE void run(Args args) {
     if constexpr (kId + 1 < kSurrogateLoops<Model>) {
@@ -174,21 +176,21 @@ struct StepLoop {
   }
 };
 
-// The gradients that the loop itself sums. kNone: none; their terms are stored as rows. kWidth: that of the width.
-// kAdaptation: also those of the adaptation. kAll: all. kRecurrent, for recurrent neurons: all but those of the
-// adaptation; h is there the potential that is compared with v_threshold.
+// The gradients of parameters that AdjointLoop itself sums. kNone: none, their terms are stored as rows. kWidth: the
+// width's. kAdaptation: also those of the adaptation's parameters. kAll: all. kRecurrent, for recurrent neurons: all
+// but the adaptation's; h is then the potential that is compared with v_threshold.
 enum class Sums { kNone, kWidth, kAdaptation, kAll, kRecurrent };
 
-// The adjoint of a step: from the gradients of s, h and the next states to the gradients of x and the states.
+// Computes the adjoint of a step: the gradients of x and the states from those of s, h and the next states.
 template <class Real, class Model, class Neurons, Sums kSums>
 struct AdjointLoop {
   struct Args {
     Neurons neurons;
     LIFByOptions<Real> options;
     int64 length;
-    bool carried;
-    const Real *g, *gh, *h, *s;
-    Real* dv;  // the gradient of v after the step on entry, before it on return
+    bool carried;                // whether v after the step has a gradient, see LIF::step_adjoint
+    const Real *g, *gh, *h, *s;  // g and gh: the gradients of s and h
+    Real* dv;                    // the gradient of v after the step on entry, before it on return
     Real *d_reset, *distance, *dy, *dh, *dx;
     PrefetchRows ahead;
     const Real *v, *second;  // the states before the step, the second of models that have one
@@ -204,7 +206,7 @@ struct AdjointLoop {
       if (static_cast<int>(args.options.surrogate) != kId) return run<kId + 1>(args);
     }
     args.options.surrogate = static_cast<Surrogate>(kId);  // unused by LIF
-    // A constant saves registers.
+    // As a constant, the stride needs no register.
     const int64 stride = kSums == Sums::kRecurrent ? args.sums_stride : kTile;
     with_constant_rules<Model>(args.options, [&](const auto& model) __attribute__((always_inline)) {
       for_each_prefetch(args.ahead, args.length, [=](int64 begin, int64 end) __attribute__((always_inline)) {
@@ -263,11 +265,11 @@ struct AdjointLoop {
   }
 };
 
-// Neurons that a settled loop takes through all steps before it goes on to the next neurons, so that their state and
+// Neurons that a settled loop computes for all steps before it goes on to the next neurons, so that their state and
 // potentials stay in the L1 cache. 64 and 256 are slower.
 constexpr int64 kBlock = 128;
 
-// Adjacent steps of a tile: the row of step k begins at first + k * stride.
+// The rows of adjacent steps of a tile: the row of step k begins at first + k * stride.
 template <class Element>
 struct StepRows {
   Element* first;
@@ -286,13 +288,13 @@ ASGL_HOST_DEVICE void for_each_block(int64 length, int64 block, F&& f) {
   }
 }
 
-// Stores a block directly in memory if the cache would not keep it: its lines are then not read before they are
-// written. Stores whole cache lines where the processor can: with stores of parts of a line a layer takes up to 1.3
+// A function that stores a block in memory past the cache, so that the block's cache lines are not read before they are
+// written. It stores whole cache lines where the processor can: with stores of parts of a line a layer takes up to 1.3
 // times as long.
 using StreamingStore = void (*)(float* to, const float* block, int64 count);
 
 #if defined(__x86_64__)
-// The functions for each instruction set.
+// The streaming stores for each instruction set.
 inline void stream_baseline(float* to, const float* block, int64 count) {
   for (int64 i = 0; i < count; i += 4) _mm_stream_ps(to + i, _mm_load_ps(block + i));
 }
@@ -302,20 +304,20 @@ __attribute__((target("avx2"))) inline void stream_avx2(float* to, const float* 
 ASGL_TARGET_AVX512 inline void stream_avx512(float* to, const float* block, int64 count) {
   for (int64 i = 0; i < count; i += 16) _mm512_stream_ps(to + i, _mm512_load_ps(block + i));
 }
-// The function for this processor. Null if there is none.
+// The streaming store for this processor, or null if there is none.
 inline StreamingStore streaming_store() {
   const InstructionSet set = instruction_set();
   return set == InstructionSet::kAvx512 ? stream_avx512 : set == InstructionSet::kAvx2 ? stream_avx2 : stream_baseline;
 }
-// Call it after the last store of a block and before another thread reads the block.
+// Makes streaming stores visible to other threads. Call it before another thread reads what was stored.
 inline void fence_streaming_stores() { _mm_sfence(); }
 #else
 inline StreamingStore streaming_store() { return nullptr; }
 inline void fence_streaming_stores() {}
 #endif
 
-// The loops of the settled kernels (cpu/neuron_settled.cpp): for each block of a tile all given steps, with rows of the
-// input current as input. Forward computes only spikes; backward the gradients of the current and of the parameters.
+// The loop of the settled forward kernels (cpu/neuron_settled.cpp): computes the spikes of all given steps, block by
+// block of a tile, from rows of the input current.
 template <class Real, class Model, class Neurons>
 struct SettledStepLoop {
   struct Args {
@@ -357,11 +359,11 @@ struct SettledStepLoop {
   }
 };
 
-// The parameters whose gradients the settled loop sums. kNone: none; kWidth: the width; kAll: width, decay, threshold
+// The parameters whose gradients SettledAdjointLoop sums. kNone: none; kWidth: the width; kAll: width, decay, threshold
 // and the amount of a soft reset.
 enum class SettledSums { kNone, kWidth, kAll };
 
-// The slope of each neuron of a block: those that the loop of the potentials kept, or none.
+// The stored slope of each neuron of a block, or NoSlope for all of them.
 template <class Real, bool kKept>
 struct KeptSlopes {
   const Real* row;
@@ -375,9 +377,9 @@ struct KeptSlopes {
   }
 };
 
-// Backward of a segment, for each block: the potentials, then the gradients. With noise the potentials' loop keeps for
-// the other the spikes and, of surrogates that have one, the slopes, which share their exp. The gradient of the current
-// may be stored in its place.
+// The loop of the settled backward kernels. For each block of a tile it computes the potentials of all steps of a
+// segment, then their gradients. With noise, compute_potentials also stores the spikes and, if the surrogate has one,
+// the slopes, because a sigmoid and its slope share an exp. The gradient of the current may overwrite the current.
 template <class Real, class Model, class Neurons, SettledSums kSums>
 struct SettledAdjointLoop {
   struct Args {
@@ -388,11 +390,11 @@ struct SettledAdjointLoop {
     bool carried;
     StepRows<const Real> current;
     StepRows<const uint16> draws;
-    StepRows<Real> v;     // before each step, and after the last
-    Real *h, *s, *slope;  // [steps, kBlock], of a block
-    StepRows<const Real> g;
-    Real* dv;  // the gradient of v after the last step on entry, before the first on return
-    Real *width, *decay, *threshold, *reset;
+    StepRows<Real> v;        // before each step, and after the last
+    Real *h, *s, *slope;     // [steps, kBlock], of a block
+    StepRows<const Real> g;  // the gradient of s
+    Real* dv;                // the gradient of v after the last step on entry, before the first on return
+    Real *width, *decay, *threshold, *reset;  // rows of the sums of the parameters' gradients
     StepRows<Real> d_current;
     StreamingStore stream;  // null: d_current is stored in the cache; else blocks have kBlock neurons
     PrefetchRows input_ahead, gradients_ahead;
@@ -408,7 +410,7 @@ struct SettledAdjointLoop {
     });
   }
 
-  // Computes the potentials of all steps, for `count` neurons.
+  // Computes the potentials of all steps, for `count` neurons from `first` on.
   template <bool kNoise, class Count>
   static ASGL_HOST_DEVICE void compute_potentials(const Args& args, int64 first, Count count) {
     const Firing<Real> firing(args.options);
@@ -431,7 +433,7 @@ struct SettledAdjointLoop {
     }
   }
 
-  // Computes the gradients of all steps, from the last to the first.
+  // Computes the gradients of all steps, from the last to the first, for `count` neurons from `first` on.
   template <bool kNoise, class Count>
   static ASGL_HOST_DEVICE void compute_gradients(const Args& args, int64 first, Count count) {
     const Firing<Real> firing(args.options);
@@ -479,7 +481,7 @@ struct Operand {
   }
 };
 
-// The parameters of the input: values, or with kRows rows that repeat after `period` neurons.
+// The parameters of the input: one value each, or with kRows a row each, which repeats after `period` neurons.
 template <class Real, bool kRows>
 struct InputParameters {
   Operand<Real> gain, bias, mean;
@@ -524,7 +526,7 @@ struct InputCurrentLoop {
   }
 };
 
-// The current with a residual, for the general loops: Neurons is UniformNeuron or NeuronRows.
+// Computes the current with a residual, for the general loops. Neurons is UniformNeuron or NeuronRows.
 template <class Real, class Neurons>
 struct ResidualCurrentLoop {
   struct Args {
@@ -544,11 +546,11 @@ struct ResidualCurrentLoop {
   }
 };
 
-// Number of interleaved partial sums, which vectorise without a change in the order of additions.
+// The number of interleaved partial sums, which vectorise without a change in the order of additions.
 constexpr int64 kInputSums = 64;
 
-// The adjoint of InputCurrentLoop: dx[i] = input_gain * dh[i], and the gradients of gain and bias as `period` sums
-// each.
+// Computes the adjoint of InputCurrentLoop: dx[i] = input_gain * dh[i], and the gradients of gain and bias as `period`
+// sums each.
 template <class Real, bool kRows>
 struct InputCurrentAdjointLoop {
   struct Args {
@@ -566,7 +568,7 @@ struct InputCurrentAdjointLoop {
   }
 
  private:
-  // Keeps the sums in registers, for parameters that are values.
+  // Accumulates in registers, for parameters that have one value.
   static ASGL_HOST_DEVICE void accumulate_in_registers(const Args& args) {
     int64 first = 0;
     if (args.length >= kInputSums) {
@@ -621,7 +623,7 @@ struct AccumulateLoop {
   }
 };
 
-// The sum of a row by eight interleaved partial sums, which vectorise and have a fixed order of additions.
+// The sum of a row, by eight interleaved partial sums, which vectorise and have a fixed order of additions.
 template <class Real>
 ASGL_HOST_DEVICE double row_sum(const Real* row, int64 length) {
   double lanes[8] = {};
@@ -633,7 +635,7 @@ ASGL_HOST_DEVICE double row_sum(const Real* row, int64 length) {
   return ((lanes[0] + lanes[1]) + (lanes[2] + lanes[3])) + ((lanes[4] + lanes[5]) + (lanes[6] + lanes[7]));
 }
 
-// sum = the sum of a row, by row_sum
+// sum = row_sum of the row
 template <class Real>
 struct SumLoop {
   struct Args {

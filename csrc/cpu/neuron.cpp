@@ -1,5 +1,5 @@
-// Chooses between the settled and the general kernels, sums the gradients of parameters over tiles, and instantiates
-// the general kernels for all neurons but adaptive ones. Also tells the number of threads.
+// Chooses between the settled and the general kernels (cpu/neuron.h), sums the gradients of parameters over tiles, and
+// instantiates the general kernels for all neurons but adaptive ones. Also tells the number of threads.
 #include "cpu/neuron.h"
 
 #include <vector>
@@ -9,8 +9,8 @@
 namespace asgl::cpu {
 namespace {
 
-// Whether the settled loops can compute all wanted outputs. Gradients of input_gain and input_bias are checked in
-// is_settled.
+// Whether the settled kernels can compute all wanted outputs, apart from gradients of input_gain and input_bias, which
+// is_settled checks.
 template <class Scalar>
 bool settled_suffices(const ForwardParams<Scalar>& params) {
   return params.v_seq == nullptr && params.h_seq == nullptr;
@@ -21,7 +21,7 @@ bool settled_suffices(const BackwardParams<Scalar>& params) {
          !(params.wants_gradient(kReset) && params.options.hard_reset);
 }
 
-// Whether the width, gain and bias are the only parameters that may want gradients.
+// Whether no parameter wants a gradient but the width, input_gain and input_bias. Always true of a forward pass.
 template <class Scalar>
 bool wants_only_input_and_width(const BackwardParams<Scalar>& params) {
   return !params.wants_gradient(kDecay) && !params.wants_gradient(kThreshold) && !params.wants_gradient(kReset) &&
@@ -29,8 +29,9 @@ bool wants_only_input_and_width(const BackwardParams<Scalar>& params) {
 }
 bool wants_only_input_and_width(const auto&) { return true; }
 
-// If the input has a gain, bias or mean, the other parameters must be uniform, and only width, gain and bias may want
-// gradients: the settled kernels sum the gradients of gain and bias in another order than the general kernels.
+// Whether the settled kernels compute the call. If the input has a gain, bias or mean, the other parameters must be
+// uniform, and only width, gain and bias may want gradients: the settled kernels sum the gradients of gain and bias in
+// another order than the general kernels.
 template <class Params>
 bool is_settled(const Params& params) {
   if (params.options.has_optional_rules()) return false;
@@ -41,7 +42,7 @@ bool is_settled(const Params& params) {
   return !is_per_step(params) && settled_suffices(params) && params.options.v_rest == 0 && !params.options.scale_output;
 }
 
-// Runs the kernel that computes what is wanted, for the model that the options select.
+// Runs the fastest kernel that can compute the call, for the model that the options select.
 template <class Params>
 void run_kernel(Params params) {
   params.noise = params.noise.resolved();
@@ -95,8 +96,7 @@ void sum_runs(const GradientSum<Real>& sum, const GradientPart<Real>& part, int6
 
 }  // namespace
 
-// For `python -m asgl_cuda info`: 1 where this was compiled without OpenMP, since at::parallel_for is then silently
-// serial.
+// For `python -m asgl_cuda info`. Without OpenMP at::parallel_for is serial, without a warning.
 int num_threads() {
 #if defined(_OPENMP)
   return at::get_num_threads();
@@ -105,6 +105,7 @@ int num_threads() {
 #endif
 }
 
+// Does nothing: the sum uses the tiles of the kernel that stored the partial sums.
 template <class Real>
 void plan_on(Device, GradientSum<Real>&) {}
 

@@ -1,7 +1,8 @@
 // The CPU kernels of the neuron. The state of a tile of neurons stays in the cache, with steps as the outer loop and
-// neurons as the inner one (cpu/loops.h). Here are the general kernels; settled ones are in cpu/neuron_settled.cpp.
+// neurons as the inner one (cpu/loops.h). Here are the general kernels, which support every option. The settled
+// kernels, for parameters that do not change over time, are in cpu/neuron_settled.cpp.
 //
-// neuron*.cpp instantiate them, one file a kind of kernel or model, so that they compile in parallel.
+// neuron*.cpp instantiate the kernels, each for some kernels or models, so that they compile in parallel.
 #pragma once
 
 #include "cpu/tile.h"
@@ -18,8 +19,8 @@ bool is_per_step(const Params& params) {
                      [](const auto& each) { return each.data != nullptr && each.step_stride != 0; });
 }
 
-// Models with two states whose parameters are rows take half a tile at a time: 14 rows of 2 KiB, which the L1 cache can
-// hold.
+// The number of parts in which a tile is computed. Two for models with two states whose parameters are rows: the L1
+// cache can hold the 14 rows of 2 KiB of half a tile.
 template <class Model, class Params>
 int64 num_tile_parts(const Params& params) {
   return Model::kNumStates > 1 && !all_uniform(params.parameters) && !is_per_step(params) ? 2 : 1;
@@ -37,7 +38,7 @@ void store_checkpoint(const ForwardParams<Scalar>& params, const Tile& tile, int
   }
 }
 
-// Runs the forward pass of all tiles.
+// Runs the general forward pass of all tiles.
 template <class Model, class Scalar>
 void run_general_pass(const ForwardParams<Scalar>& params) {
   using Real = Real_t<Scalar>;
@@ -93,7 +94,7 @@ int64 num_v_rows(const BackwardParams<Scalar>& params, int64 segment) {
   return params.wants_gradient(kDecay) ? segment + 1 : 1;
 }
 
-// Computes row t of the residual's gradient from the gradient of the current, and stores it.
+// Computes row t of the residual's gradient from dc, the gradient of the current, and stores it.
 template <class Scalar>
 void finish_residual_row(const Real_t<Scalar>* dc, const BackwardParams<Scalar>& params, const Tile& tile, int64 t,
                          Real_t<Scalar>* buffer) {
@@ -107,7 +108,7 @@ void finish_residual_row(const Real_t<Scalar>* dc, const BackwardParams<Scalar>&
   finish_row(dc, params.grad_residual, tile, t);
 }
 
-// Runs the backward pass of all tiles. `Backward` computes one tile at a time.
+// Runs the backward pass of all tiles. `Backward` is a class that computes one tile at a time.
 template <class Backward, class Scalar>
 void run_backward_pass(const BackwardParams<Scalar>& params) {
   for_each_tile_range(params.shape, [&](int64 begin, int64 end) {
@@ -116,7 +117,7 @@ void run_backward_pass(const BackwardParams<Scalar>& params) {
   });
 }
 
-// The backward pass of a tile, in segments from the last to the first.
+// Computes the general backward pass, one tile at a time, in segments from the last to the first.
 template <class Model, class Scalar>
 class GeneralBackward {
   using Real = Real_t<Scalar>;
@@ -126,7 +127,7 @@ class GeneralBackward {
     std::fill_n(zeros_, kTile, Real(0));
   }
 
-  // Computes the gradients of the neurons of a tile, and stores the sums of their parameters' gradients.
+  // Computes the gradients of a tile, and stores the tile's partial sums of the parameters' gradients.
   void compute_tile(const Tile& tile) {
     whole_ = tile;
     for (int id = 0; id < kNumParameters; ++id) clear_sums(id);
@@ -139,7 +140,7 @@ class GeneralBackward {
   }
 
  private:
-  // Computes a part of the tile, see num_tile_parts.
+  // Computes the gradients of a part of the tile (num_tile_parts), and adds to the sums of the parameters' gradients.
   void compute_part(const Tile& tile) {
     tile_ = tile;
     const int64 all = params_.shape.neurons();
@@ -157,12 +158,12 @@ class GeneralBackward {
     store_states(gradients, tile.length, params_.grad_v_init, all, tile.first);
   }
 
-  // Row k of several.
+  // Row k of adjacent rows.
   Real* row(Real* rows, int64 k) const { return rows + k * rows_.stride(); }
-  // The potential before step k of a segment.
+  // The row of the potential before step k of a segment.
   Real* v(int64 k) const { return row(v_, k % v_rows_); }
-  // What to prefetch at a position of a segment, in the order in which its rows are used: x of its steps forward, then
-  // the gradients of its steps backward, then x of the segment that is computed next.
+  // The rows to prefetch at a position of a segment. Positions count the rows in the order of their use: first x of
+  // each step, then the gradients of each step in reverse order, then x of the segment that is computed next.
   PrefetchRows rows_to_prefetch(int64 start, int64 stop, int64 position) const {
     Tile tile = tile_;
     int64 used = position + kRowsAhead;
@@ -177,26 +178,26 @@ class GeneralBackward {
     return {sizeof(Scalar),
             {recent_row_to_prefetch(params_.grad_s_seq, tile, t), recent_row_to_prefetch(params_.grad_x_seq, tile, t)}};
   }
-  // The second state before step k of a segment; null for models with one state.
+  // The row of the second state before step k of a segment, or null for models with one state.
   Real* second(int64 k) const { return Model::kNumStates > 1 ? row(second_, k % second_rows_) : nullptr; }
   // Whether a parameter with begin <= id < end wants a gradient.
   bool wants_any_gradient(int begin, int end) const {
     return std::any_of(params_.partials + begin, params_.partials + end, [](const auto& each) { return each.data; });
   }
-  // The sums of a parameter, for the neurons of the part.
+  // The row of sums of a parameter's gradient, from the first neuron of the part on.
   Real* sums(int id) const { return row(sums_, id) + (tile_.first - whole_.first); }
-  // Sets the sums of a parameter to 0.
+  // Sets the sums of a parameter's gradient to 0, for all neurons of the tile.
   void clear_sums(int id) { std::fill_n(row(sums_, id), whole_.length, Real(0)); }
-  // Stores the sums of a parameter as the partial sums of step t.
+  // Stores the sums of a parameter's gradient as the partial sums of step t.
   void store_sums(int id, int64 t) {
     store_partial_sums(params_.partials[id], params_.parameters[id], whole_, t, row(sums_, id));
   }
-  // Adds factor * (a * (b - c)) to the sums of a parameter, if it wants a gradient.
+  // Adds factor * (a * (b - c)) to the sums of a parameter's gradient, if it is wanted.
   void accumulate(ParameterId id, Real factor, const Real* a, Operand<Real> b, Operand<Real> c) {
     if (params_.wants_gradient(id)) run<AccumulateLoop<Real>>({tile_.length, factor, a, b, c, sums(id)});
   }
 
-  // Computes h and s of the steps [start, stop) again, and keeps them.
+  // Computes h and s of the steps [start, stop) again, and stores them in rows.
   void compute_potentials(int64 start, int64 stop) {
     load_start_states(params_, tile_, start, state_rows<Model>(v(0), second(0)));
     for (int64 t = start; t < stop; ++t) {
@@ -213,7 +214,7 @@ class GeneralBackward {
     }
   }
 
-  // Walks back through step t, which is step k of its segment.
+  // Computes the gradients of step t, which is step k of its segment, and stores those of x and the residual.
   void backward_step(int64 t, int64 k, const PrefetchRows& ahead) {
     neurons_.move_to(tile_, t);
     const Real* g = zeros_;
@@ -270,7 +271,7 @@ class GeneralBackward {
     store_step_sums(t);
   }
 
-  // Adds the gradients of all parameters in step t, from the rows that backward_step computed.
+  // Adds the terms of step t to the sums of all parameters' gradients, from the rows that backward_step computed.
   void add_gradients(int64 t, int64 k, const Real* dx) {
     if (carried_) accumulate(kReset, Real(1), d_reset_, kOne, kZero);
     accumulate(kWidth, Real(1), dy_, {distance_, Real(0)}, kZero);
@@ -284,7 +285,7 @@ class GeneralBackward {
     accumulate(kInputBias, Real(1), dh_, kOne, kZero);
   }
 
-  // Stores the sums of step t for parameters that change over time.
+  // Stores the sums of step t for parameters that change over time, and sets them to 0.
   void store_step_sums(int64 t) {
     for (int id = 0; id < kNumParameters; ++id) {
       if (params_.wants_gradient(id) && params_.parameters[id].step_stride != 0) {
@@ -298,8 +299,8 @@ class GeneralBackward {
 
   const BackwardParams<Scalar>& params_;
   const int64 segment_ = segment_steps(params_.shape.steps), v_rows_ = num_v_rows(params_, segment_);
-  // If w is subtracted from the current, backward needs w only for the gradient of adapt_decay. Without that gradient
-  // one row is enough.
+  // If w is subtracted only from the current, backward needs w only for the gradient of adapt_decay. Without that
+  // gradient one row is enough.
   const bool needs_all_seconds_ = !Model::kHasAdaptation || params_.wants_gradient(kAdaptDecay) ||
                                   !AdaptiveLIF<Real>::from_options(params_.options).adapts_current();
   const int64 second_rows_ = Model::kNumStates == 1 ? 0 : needs_all_seconds_ ? segment_ + 1 : 1;
@@ -319,6 +320,7 @@ class GeneralBackward {
   bool carried_ = false;
 };
 
+// Runs the general backward pass of all tiles.
 template <class Model, class Scalar>
 void run_general_pass(const BackwardParams<Scalar>& params) {
   run_backward_pass<GeneralBackward<Model, Scalar>>(params);
@@ -326,11 +328,11 @@ void run_general_pass(const BackwardParams<Scalar>& params) {
 
 // ---- kernels instantiated elsewhere ----
 
-// Runs the settled kernels, whose arithmetic is in float32, for the model that the options select.
+// Runs the settled kernel, which only computes in float32, for the model that the options select.
 template <class Params>
 void run_settled_kernel(const Params& params);
 
-// Runs the general kernels for adaptive neurons.
+// Runs the general kernel for adaptive neurons.
 template <class Params>
 void run_adaptive_kernel(const Params& params);
 

@@ -1,25 +1,26 @@
-// The fast CPU kernels of the common case: parameters that are constant over time, and only spikes as output
-// (is_settled() in cpu/neuron.cpp has the exact conditions). All other calls take the general kernels of cpu/neuron.h.
+// The settled CPU kernels, fast ones for the common case: parameters that are constant over time, and only spikes as
+// output (is_settled() in cpu/neuron.cpp has the exact conditions). Other calls use the general kernels of
+// cpu/neuron.h.
 #include "cpu/models.h"
 #include "cpu/neuron.h"
 
 namespace asgl::cpu {
 namespace {
 
-// Steps whose input currents are computed before a loop that stores past the cache, for fewer and longer streams.
+// Steps whose input currents are computed before a loop with streaming stores, so that it stores more at once.
 constexpr int64 kStreamedSteps = 4;
 
-// How far a loop prefetches in the rows that it uses.
+// How far a loop prefetches in the rows that it uses, with ordinary stores and with streaming stores.
 constexpr int64 kElementsAhead = 256, kElementsAheadOfStores = 512;
 
-// Adjacent steps of a tile that one call of a loop takes.
+// Adjacent steps of a tile that one call of a loop computes.
 struct Chunk {
   Tile tile;
   int64 t, count;
 };
 
-// What a loop over a chunk prefetches of a sequence: what it uses itself some blocks later, or what is used of the next
-// chunk, where rows are copies or computed apart.
+// The address from which a loop over a chunk prefetches a sequence. If the loop itself uses the sequence, the elements
+// that it needs some blocks later; otherwise the first row of the next chunk.
 template <class Element>
 const char* element_to_prefetch(const Element* sequence, const Chunk& chunk, const Chunk& next, bool used_by_loop,
                                 bool streams = false) {
@@ -28,7 +29,7 @@ const char* element_to_prefetch(const Element* sequence, const Chunk& chunk, con
   return row == nullptr ? nullptr : row + (streams ? kElementsAheadOfStores : kElementsAhead) * sizeof(Element);
 }
 
-// The input current of a chunk: x in place, or rows in a buffer.
+// Computes the input current of a chunk: x in place, or rows in a buffer.
 template <class Scalar>
 class ChunkCurrents {
   using Real = Real_t<Scalar>;
@@ -37,9 +38,11 @@ class ChunkCurrents {
   ChunkCurrents(const LIFParams<Scalar>& params, int64 most_steps)
       : params_(params), input_(params), rows_(most_steps + 2, kTile) {}
 
-  // The parameters of the input, whether the chunk's current is x in place, and the rows for a current that is not.
+  // The input of the tile, with its parameters.
   TileInput<Real>& input() { return input_; }
+  // Whether the currents are the rows of x in place.
   bool is_x_in_place(const Tile& tile) const { return input_.is_plain() && is_in_place<Scalar>(tile); }
+  // The rows for currents that are not x in place.
   StepRows<Real> buffer_rows() { return {rows_.row(2), rows_.stride()}; }
 
   // Returns the current of each step of a chunk.
@@ -126,7 +129,7 @@ void run_settled_pass(const ForwardParams<Scalar>& params) {
 
 // ---- backward ----
 
-// The settled backward pass of a tile, in segments from the last to the first.
+// Computes the settled backward pass, one tile at a time, in segments from the last to the first.
 template <class Model, class Scalar>
 class SettledBackward {
   using Real = Real_t<Scalar>;
@@ -136,7 +139,7 @@ class SettledBackward {
     std::fill_n(zeros_, kTile, Real(0));
   }
 
-  // Computes the gradients of the neurons of a tile, and stores the sums of their parameters' gradients.
+  // Computes the gradients of a tile, and stores the tile's partial sums of the parameters' gradients.
   void compute_tile(const Tile& tile) {
     neurons_.move_to(tile, 0);
     input().move_to(tile);
@@ -163,13 +166,14 @@ class SettledBackward {
 
  private:
   TileInput<Real>& input() { return currents_.input(); }
+  // The row of sums of a parameter's gradient.
   Real* sums(int id) const { return sums_ + id * rows_.stride(); }
   // The segment of a tile that begins with step `start`.
   Chunk segment(const Tile& tile, int64 start) const {
     return {tile, start, std::min(segment_, params_.shape.steps - start)};
   }
 
-  // Returns the gradient of s of each step of a chunk.
+  // Returns the rows of the gradient of s for the steps of a chunk.
   StepRows<const Real> spike_gradients(const Chunk& chunk) {
     if (params_.grad_s_seq == nullptr) return {zeros_, 0};
     if (is_in_place<Scalar>(chunk.tile)) return read_steps(params_.grad_s_seq, chunk.tile, chunk.t, g_);
@@ -179,7 +183,8 @@ class SettledBackward {
     return {g_, rows_.stride()};
   }
 
-  // Computes the gradients of a chunk. `next` is the chunk after it, whose rows are prefetched.
+  // Computes the gradients of a chunk, which is a segment. `next` is the chunk computed next, whose rows are
+  // prefetched.
   void backward_segment(const Chunk& chunk, const Chunk& next) {
     const Tile& tile = chunk.tile;
     const bool in_place = is_in_place<Scalar>(tile), x_in_place = currents_.is_x_in_place(tile);
@@ -187,7 +192,7 @@ class SettledBackward {
     // If dc can't be stored in place, it overwrites the currents in their buffer.
     const bool dc_in_place = in_place && grad_current != nullptr;
     const StepRows<Real> dc = dc_in_place ? start_steps(grad_current, tile, chunk.t, zeros_) : currents_.buffer_rows();
-    // Not past the cache if dc is read again for the residual's gradient.
+    // No streaming stores if dc is read again for the residual's gradient.
     const bool streams = in_place && past_cache_ != nullptr && !(dx_is_dc_ && params_.grad_residual != nullptr);
     PrefetchRows input_ahead = {.element_size = sizeof(Scalar), .stride = params_.shape.inner},
                  gradients_ahead = input_ahead;
@@ -234,8 +239,8 @@ class SettledBackward {
     for (int64 k = chunk.count - 1; k >= 0; --k) store_input_gradients(tile, chunk.t + k, dc[k], streams);
   }
 
-  // Stores the gradients of x and the residual in step t, except for what the loop has stored in place already. If
-  // `streams`, dx is stored past the cache.
+  // Computes the gradients of x and the residual at step t from dc, and stores what the loop did not store in place. If
+  // `streams`, dx is stored by streaming stores.
   void store_input_gradients(const Tile& tile, int64 t, Real* dc, bool streams) {
     if (dx_is_dc_) {
       finish_row(dc, params_.grad_x_seq, tile, t);
@@ -269,6 +274,7 @@ class SettledBackward {
   bool carried_ = false;
 };
 
+// Runs the settled backward pass of all tiles.
 template <class Model, class Scalar>
 void run_settled_pass(const BackwardParams<Scalar>& params) {
   run_backward_pass<SettledBackward<Model, Scalar>>(params);

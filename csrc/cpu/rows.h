@@ -10,7 +10,7 @@
 
 namespace asgl::cpu {
 
-constexpr int64 kElementsPerTask = 32768;
+constexpr int64 kElementsPerTask = 32768;  // about the fewest that are worth a thread
 // Rows are prefetched two rows ahead. One row would be too late, because computing a row takes about as long as the
 // latency of memory.
 constexpr int64 kRowsAhead = 2;
@@ -26,7 +26,7 @@ struct Tile {
   Tile(const SequenceShape& shape, int64 index, int64 size = kTile)
       : shape(shape), index(index), first(index * size), length(std::min(size, shape.neurons() - first)) {}
 
-  // Whether the elements of a step are contiguous.
+  // Whether the tile's elements of a step are contiguous in memory.
   bool is_contiguous() const { return first % shape.inner + length <= shape.inner; }
 };
 
@@ -45,7 +45,7 @@ bool is_in_place(const Tile& tile) {
   return std::is_same_v<Element, Real_t<Element>> && tile.is_contiguous();
 }
 
-// Row t of a sequence, contiguous and in the arithmetic type: in place, or a copy in `buffer`.
+// Returns row t of a sequence, contiguous and in the arithmetic type: in place, or a copy in `buffer`.
 template <class Element>
 const Real_t<Element>* read_row(const Element* sequence, const Tile& tile, int64 t, Real_t<Element>* buffer) {
   if (is_in_place<Element>(tile)) {
@@ -57,7 +57,7 @@ const Real_t<Element>* read_row(const Element* sequence, const Tile& tile, int64
   return buffer;
 }
 
-// Where to write row t: in place, or in `buffer`, which finish_row stores.
+// Returns the address to which a loop writes row t: in place, or `buffer`, which finish_row then stores.
 template <class Element>
 Real_t<Element>* start_row(Element* sequence, const Tile& tile, int64 t, Real_t<Element>* buffer) {
   if (sequence != nullptr && is_in_place<Element>(tile)) {
@@ -77,14 +77,14 @@ void finish_row(const Real_t<Element>* row, Element* sequence, const Tile& tile,
   });
 }
 
-// The rows from row t on for a loop over adjacent steps: all of them in place, or only row t, as a copy.
+// Returns the rows from row t on for a loop over adjacent steps: all of them in place, or only row t, as a copy.
 template <class Element>
 StepRows<const Real_t<Element>> read_steps(const Element* sequence, const Tile& tile, int64 t,
                                            Real_t<Element>* buffer) {
   return {read_row(sequence, tile, t, buffer), tile.shape.inner};
 }
 
-// Where a loop over adjacent steps writes the rows from row t on: in place, or every row in `buffer`.
+// Returns the rows to which a loop over adjacent steps writes from row t on: in place, or every row in `buffer`.
 template <class Element>
 StepRows<Real_t<Element>> start_steps(Element* sequence, const Tile& tile, int64 t, Real_t<Element>* buffer) {
   Real_t<Element>* row = start_row(sequence, tile, t, buffer);
@@ -92,7 +92,7 @@ StepRows<Real_t<Element>> start_steps(Element* sequence, const Tile& tile, int64
 }
 
 // The address of row t (0 <= t < steps) of a tile for a prefetch. Null without a sequence, for a tile beyond the last,
-// or if the row is not contiguous. For sequences that are taken not to be in the cache; for others see
+// or if the row is not contiguous. For sequences that are assumed not to be in the cache; for others see
 // recent_row_to_prefetch.
 template <class Element>
 const char* row_to_prefetch(const Element* sequence, const Tile& tile, int64 t) {
@@ -100,9 +100,8 @@ const char* row_to_prefetch(const Element* sequence, const Tile& tile, int64 t) 
   return reinterpret_cast<const char*>(sequence + tile.shape.offset(tile.first, t));
 }
 
-// The address of row t as by the function above, for sequences that were written a short time ago or will be written.
-// Null if the sequence fits in the L2 cache: without prefetches a layer then takes 4 to 8 % less time. Also used as a
-// test for "fits in L2".
+// row_to_prefetch for sequences that were written recently or will be written. Null if the sequence fits in the L2
+// cache: without prefetches a layer then takes 4 to 8 % less time. Callers also use it as a test of "fits in L2".
 template <class Element>
 const char* recent_row_to_prefetch(const Element* sequence, const Tile& tile, int64 t) {
   constexpr int64 kCacheBytes = int64{1} << 20;
@@ -110,9 +109,9 @@ const char* recent_row_to_prefetch(const Element* sequence, const Tile& tile, in
   return bytes < kCacheBytes ? nullptr : row_to_prefetch(sequence, tile, t);
 }
 
-// The function that stores blocks of a result directly in memory, or null if stores in the cache are faster. Timed with
-// a sum as next layer, stores in memory take 0.92 times as long for T = 4 and N = 2^20, 1.5 times for N = 2^18, and
-// longer for any N at T = 1.
+// The streaming store for a result, or null if ordinary stores are faster. Timed together with a sum as the next layer,
+// streaming stores take 0.92 times as long for T = 4 and N = 2^20, 1.5 times for N = 2^18, and longer for any N at T
+// = 1.
 template <class Element>
 StreamingStore streaming_store_for(const Element* sequence, const SequenceShape& shape) {
   constexpr int64 kSteps = 4, kBytes = int64{1} << 24;
@@ -136,7 +135,7 @@ class Rows {
   }
 
   Number* row(int64 index) { return first_ + index * stride_; }
-  // The next rows that were not taken yet.
+  // Returns the address of the next `count` rows that are not allocated yet.
   Number* allocate(int64 count = 1) {
     Number* rows = row(allocated_);
     allocated_ += count;

@@ -11,7 +11,7 @@
 
 namespace asgl::cpu {
 
-// Converts rows of learned parameters in place: logarithms to widths, logits to decays.
+// Replaces a row of logarithms of widths by the widths.
 template <class Real>
 struct ExpLoop {
   struct Args {
@@ -24,6 +24,7 @@ struct ExpLoop {
   }
 };
 
+// Replaces a row of logits of decays by the decays.
 template <class Real>
 struct SigmoidLoop {
   using Args = typename ExpLoop<Real>::Args;
@@ -40,7 +41,7 @@ void for_each_tile_range(const SequenceShape& shape, Task&& task) {
   at::parallel_for(0, num_tiles(shape), grain, [&](int64_t begin, int64_t end) { task(begin, end); });
 }
 
-// The tiles of a call.
+// Sets the size of tiles and their number.
 template <class Scalar>
 void plan_on(Device, LIFParams<Scalar>& params) {
   params.tiles = {kTile, num_tiles(params.shape)};
@@ -76,7 +77,7 @@ class TileNoise {
     if (!drawn_) std::fill_n(rows_.row(0), rows_.stride(), 0);
   }
 
-  // The draws of a tile for step t.
+  // Returns the draws of a tile for step t, one per neuron.
   const uint16* row(const Tile& tile, int64 t) {
     if (!drawn_) return reinterpret_cast<const uint16*>(rows_.row(0));
     if (tile.first != first_) {
@@ -92,7 +93,7 @@ class TileNoise {
     return reinterpret_cast<const uint16*>(rows_.row(2 * slot + t % 2));
   }
 
-  // The rows of `count` steps of a segment, from row t on.
+  // Returns the draws for the `count` steps of a segment from step t on.
   StepRows<const uint16> rows(const Tile& tile, int64 t, int64 count) {
     for (int64 step = t; step < t + count; ++step) row(tile, step);
     return {row(tile, t), drawn_ ? 4 * rows_.stride() : 0};
@@ -109,8 +110,8 @@ class TileNoise {
   std::array<int64, kPairs> pairs_;
 };
 
-// The first `count` parameters of a tile: one value for all neurons, or rows. They are read again only if they differ
-// for the new tile or step.
+// The first `count` parameters for the neurons of a tile: one value of each for all neurons, or a row of each. They are
+// read again only if they may differ for the new tile or step.
 template <class Real>
 class TileNeurons {
  public:
@@ -123,7 +124,7 @@ class TileNeurons {
     patterns_.fill({-1, -1});
   }
 
-  // Reads the parameters for a tile and a step.
+  // Reads the parameters for tile `tile` at step t.
   void move_to(const Tile& tile, int64 t) {
     if (tile.first == first_ && (t == t_ || !per_step_)) return;
     first_ = tile.first;
@@ -142,7 +143,7 @@ class TileNeurons {
     }
   }
 
-  // Calls f(neurons) with a UniformNeuron, or with `Neurons`, a type of rows.
+  // Calls f(neurons) with a UniformNeuron, or with `Neurons`, which is NeuronRows or SettledRows.
   template <class Neurons, class F>
   void visit(F&& f) const {
     if (shared_) return f(UniformNeuron<Real>{values_});
@@ -153,7 +154,7 @@ class TileNeurons {
                  row_[kInputMean]}});
     }
   }
-  // Parameters of the tile for loops: a row, or one value.
+  // A parameter of the tile as an operand of loops: a row, or one value.
   Operand<Real> v_threshold() const { return operand(kThreshold, values_.v_threshold); }
   Operand<Real> inverse_width() const { return operand(kWidth, values_.inverse_width); }
   Operand<Real> input_mean() const { return operand(kInputMean, values_.input_mean); }
@@ -162,7 +163,7 @@ class TileNeurons {
   bool is_per_step(int id) const { return parameters_[id].data != nullptr && parameters_[id].step_stride != 0; }
   Operand<Real> operand(ParameterId id, Real value) const { return {shared_ ? nullptr : row_[id], value}; }
 
-  // Makes row_[id] a row of the parameter: in place where possible, otherwise filled.
+  // Lets row_[id] point to the parameter's values for the tile: in place where possible, otherwise in a filled row.
   void fill_row(int id, const Tile& tile, int64 t) {
     const ParameterView<Real>& parameter = parameters_[id];
     // Tiles that start at the same phase of a parameter's pattern have the same row: no tile is longer than an earlier
@@ -195,14 +196,14 @@ class TileNeurons {
   int64 first_ = -1, t_ = -1;
 };
 
-// Whether the values of the parameter repeat in a tile, so that a tile stores one sum for each value, in the first
-// `count` slots of its neurons.
+// Whether the values of the parameter repeat in a tile. A tile then stores one sum for each value, in the first `count`
+// slots of its neurons.
 template <class Real>
 bool is_interleaved(const ParameterView<Real>& parameter) {
   return parameter.step_stride == 0 && parameter.is_interleaved_in(kTile);
 }
 
-// The tile's first slot.
+// The address of the tile's first slot, for step t if the parameter changes over time.
 template <class Real>
 Real* first_slot(const GradientPartials<Real>& partials, const ParameterView<Real>& parameter, const Tile& tile,
                  int64 t) {
@@ -210,7 +211,8 @@ Real* first_slot(const GradientPartials<Real>& partials, const ParameterView<Rea
          partials.slot(parameter.inner, tile.first / parameter.inner, tile.index);
 }
 
-// Adds up the tile's row of terms by run, and stores the sums in the slots of GradientPartials.
+// Sums the tile's row of gradient terms over each run of neurons that share a value, and stores the sums in the tile's
+// slots.
 template <class Real>
 void store_partial_sums(const GradientPartials<Real>& partials, const ParameterView<Real>& parameter, const Tile& tile,
                         int64 t, const Real* row) {
@@ -231,9 +233,10 @@ void store_partial_sums(const GradientPartials<Real>& partials, const ParameterV
   run<RunSumsLoop<Real>>({row, tile_runs(tile, parameter.inner), slots});
 }
 
-// The input current of a tile, for parameters that do not change over time. It is x itself if gain, bias and mean
-// change nothing and there is no residual. For long stretches of neurons that share the parameters, loops use scalars;
-// otherwise they use rows, which are only as long as the period of the parameters, to save cache.
+// The input current of a tile, for parameters that do not change over time. It is x itself (a plain input)
+// if gain, bias and mean change nothing and there is no residual. For long stretches of neurons that share the
+// parameters, loops use scalars. Otherwise they use rows, which are only as long as the parameters' period, to save
+// cache.
 template <class Real>
 class TileInput {
  public:
@@ -259,14 +262,15 @@ class TileInput {
     if (alike && inner_ == 1 && count_ <= kTile) period_ = std::max<int64>(1, kInputSums / count_) * count_;
   }
 
+  // Whether the current is x itself.
   bool is_plain() const { return plain_; }
 
-  // Reads the parameters for a tile.
+  // Reads the parameters for a tile. Rows stay as they are if both tiles start at the same value of the period.
   void move_to(const Tile& tile) {
     if (plain_) return;
-    const bool known = filled_ && period_ < kTile && tile.first % count_ == tile_.first % count_;
+    const bool same_rows = filled_ && period_ < kTile && tile.first % count_ == tile_.first % count_;
     tile_ = tile;
-    if (in_rows_ && !known) {
+    if (in_rows_ && !same_rows) {
       filled_ = true;
       Tile period = tile;
       period.length = period_;
@@ -283,12 +287,12 @@ class TileInput {
     std::fill_n(bias_sum_, kTile, Real(0));
   }
 
-  // Computes a row of the current from a row of x, unless plain. `residual` is null if the call has none.
+  // Computes a row of the current from a row of x, if the input is not plain. `residual` is null if the call has none.
   void compute_current(const Real* x, const Real* residual, Real* current) {
     residual == nullptr ? compute<false>(x, nullptr, current) : compute<true>(x, residual, current);
   }
 
-  // Computes a row of dx, and adds to the sums, from a row of the gradient of the current.
+  // Computes a row of dx from dc, a row of the gradient of the current, and adds dc's terms to the sums.
   void compute_input_gradient(const Real* x, const Real* dc, Real* dx) {
     if (in_rows_) {
       run<InputCurrentAdjointLoop<Real, true>>({x, dc, rows(), gain_sum_, bias_sum_, dx, tile_.length});
@@ -302,7 +306,7 @@ class TileInput {
     }
   }
 
-  // Stores the gradient of kInputGain or kInputBias, a sum over the neurons that share a value.
+  // Stores the tile's partial sums of the gradient of kInputGain or kInputBias, over the neurons that share a value.
   void store_partial_sums(ParameterId id, const GradientPartials<Real>& partials) {
     const ParameterView<Real>& parameter = parameters_[id];
     const Real* sums = id == kInputGain ? gain_sum_ : bias_sum_;
@@ -323,7 +327,7 @@ class TileInput {
   }
 
  private:
-  // compute_current, compiled with and without a residual.
+  // compute_current with kResidual as a constant.
   template <bool kResidual>
   void compute(const Real* x, const Real* residual, Real* current) {
     if (in_rows_) {
@@ -363,8 +367,8 @@ class TileInput {
   bool filled_ = false;
 };
 
-// The input of the general loops: x itself, or if there is a residual, the current, together with neurons whose gain is
-// 1 and whose bias and mean are 0.
+// The input of the general loops: x itself, or if there is a residual, the current. The loops then get neurons whose
+// gain is 1 and whose bias and mean are 0.
 template <class Scalar>
 class GeneralInput {
   using Real = Real_t<Scalar>;
@@ -378,7 +382,7 @@ class GeneralInput {
     std::fill_n(zeros_, kTile, Real(0));
   }
 
-  // Calls f(neurons, row) with the row of the input and the neurons that fit it.
+  // Calls f(neurons, row): x and the neurons as they are, or the current and neurons with unit gain.
   template <class Neurons, class F>
   void visit(const Tile& tile, int64 t, const Real* x, const Neurons& neurons, F&& f) {
     if (params_.residual == nullptr) return f(neurons, x);
@@ -388,7 +392,7 @@ class GeneralInput {
   }
 
  private:
-  // The neurons with gain 1, bias 0 and mean 0, for an input that already is the current.
+  // The neurons with gain 1, bias 0 and mean 0, for an input that is already the current.
   UniformNeuron<Real> with_unit_gain(UniformNeuron<Real> neuron) const {
     neuron.values.input_gain = Real(1);
     neuron.values.input_bias = neuron.values.input_mean = Real(0);
@@ -405,28 +409,28 @@ class GeneralInput {
   Real *buffer_ = nullptr, *current_ = nullptr, *ones_ = nullptr, *zeros_ = nullptr;
 };
 
-// Reads a row of a state from `from`. If `from` is null, fills the row with `otherwise`.
+// Reads a row of a state from from[offset] on. If `from` is null, fills the row with `otherwise`.
 template <class Real>
 void load_state(const Real* from, int64 offset, Real otherwise, int64 length, Real* row) {
   from != nullptr ? std::copy_n(from + offset, length, row) : std::fill_n(row, length, otherwise);
 }
 
-// Stores a row of a state in `to`, unless `to` is null.
+// Stores a row of a state from to[offset] on, unless `to` is null.
 template <class Real>
 void store_state(const Real* row, int64 length, Real* to, int64 offset) {
   if (to != nullptr) std::copy_n(row, length, to + offset);
 }
 
-// The index of the tile's v after `steps` steps in the checkpoints.
+// The offset in the checkpoints of the tile's v after `steps` steps.
 inline int64 checkpoint_offset(const Tile& tile, int64 steps) {
   return (steps / kCheckpointSteps - 1) * tile.shape.neurons() + tile.first;
 }
 
-// A row for each state of a model, v first. At rest all but v are 0.
+// A row for each state of a model, v first. At rest v is v_rest, and other states are 0.
 template <size_t kNumStates, class Real>
 using StateRows = std::array<Real*, kNumStates>;
 
-// The rows of the states of a model that has `v`, or `v` and `second`.
+// Returns {v}, or for models with two states {v, second}.
 template <class Model, class Real>
 StateRows<Model::kNumStates, Real> state_rows(Real* v, Real* second) {
   if constexpr (Model::kNumStates == 1) {
