@@ -1,5 +1,5 @@
-// Batch normalisation on the CPU. In long contiguous stretches of a channel, loops use the channel's mean, gain and so
-// on as scalars. Otherwise, for example in channels_last, loops read these values from rows with one value per column.
+// The CPU kernels of batch normalisation. In long contiguous stretches of a channel, loops use the channel's mean, gain
+// and so on as scalars. Otherwise, for example in channels_last, loops read them from rows with one value per column.
 #include <ATen/Parallel.h>
 
 #include <vector>
@@ -10,12 +10,12 @@
 namespace asgl::cpu {
 namespace {
 
-constexpr int64 kTaskColumns = 65536;  // long rows, so that memory is read in order
-constexpr int64 kRowsPerWay = 4;
-constexpr int64 kElementsAhead = 4 * kTile;  // to be prefetched
+constexpr int64 kTaskColumns = 65536;        // of a task at most, in long rows, so that memory is read in order
+constexpr int64 kRowsPerWay = 4;             // rows_each of ChannelTiles::plan
+constexpr int64 kElementsAhead = 4 * kTile;  // from the elements that a loop uses to those that it prefetches
 
-// Sums of x - shift and (x - shift)^2, in float64: a shift far from the other values, such as the first event of a
-// sparse sequence, causes no visible loss of precision. The order of additions is fixed.
+// Adds up x - shift and (x - shift)^2 in float64. A shift far from the other values, such as the first event of a
+// sparse sequence, then causes no visible loss of precision. The order of additions is fixed.
 template <class Element>
 struct ShiftedSumLoop {
   struct Args {
@@ -23,7 +23,7 @@ struct ShiftedSumLoop {
     double shift;
     int64 length;
     double *sum, *squares;  // accumulated
-    const Element* ahead;   // prefetched here: between calls of for_each_prefetch the sums would leave their registers
+    const Element* ahead;   // prefetched by the loop itself: for_each_prefetch would move the sums out of registers
   };
 
   static ASGL_HOST_DEVICE void run(Args args) {
@@ -96,8 +96,8 @@ struct InputGradientLoop {
   static ASGL_HOST_DEVICE void run(Args args) { args.mean.row != nullptr ? loop<true>(args) : loop<false>(args); }
 };
 
-// The chunks in which a task traverses the sequence, seen as rows x columns. A chunk is a part of one row, or `rows`
-// whole rows if rows are short and the tile has all columns, so that these rows are contiguous.
+// The chunks in which a task reads the sequence, [rows, columns]. A chunk is a part of one row, or `rows` whole rows if
+// rows are short and the tile has all columns, so that these rows are contiguous.
 struct Chunks {
   int64 width, rows;
 
@@ -105,7 +105,7 @@ struct Chunks {
       : width(tiles.width), rows(tiles.width == tiles.shape.columns() ? std::max<int64>(1, kTile / tiles.width) : 1) {}
 };
 
-// Calls f(element, length) for each chunk; length is a multiple of the task's units.
+// Calls f(offset, length) for each chunk of a task. The length is a multiple of the task's units.
 template <class F>
 void for_each_chunk(const ChannelTiles& tiles, const ChannelTask& task, F&& f) {
   const Chunks chunks(tiles);
@@ -115,7 +115,7 @@ void for_each_chunk(const ChannelTiles& tiles, const ChannelTask& task, F&& f) {
   }
 }
 
-// Calls f(channel, offset, length) for each stretch of a channel in a chunk.
+// Calls f(channel, offset, length) for each contiguous stretch of a channel in a chunk of `chunk` elements.
 template <class F>
 void for_each_channel(const ChannelTiles& tiles, const ChannelTask& task, int64 chunk, F&& f) {
   for (int64 offset = 0; offset < chunk;) {
@@ -129,7 +129,7 @@ void for_each_channel(const ChannelTiles& tiles, const ChannelTask& task, int64 
   }
 }
 
-// Calls f(offset, length) for pieces of `length` elements that are short enough to stay in the cache.
+// Calls f(offset, length) for each piece of `length` elements. Pieces are short enough to stay in the cache.
 template <class F>
 void for_each_piece(int64 length, F&& f) {
   for (int64 offset = 0; offset < length; offset += kTile) f(offset, std::min(kTile, length - offset));
@@ -147,7 +147,7 @@ const Real_t<Element>* read_elements(const Element* from, int64 length, Real_t<E
 // Whether a channel's contiguous stretches are long enough to run a loop for each.
 bool loops_over_stretches(const ChannelTiles& tiles) { return tiles.shape.inner >= 32; }
 
-// Whether stretches are long enough for a loop of sums, which ends with a horizontal sum for each stretch: with
+// Whether stretches are long enough for ShiftedSumLoop, which ends with a horizontal sum for each stretch. With
 // stretches of 49 elements an element takes 0.57 ns, and 0.23 ns if columns are summed instead.
 bool sums_over_stretches(const ChannelTiles& tiles) { return tiles.shape.inner >= 128; }
 
@@ -160,12 +160,13 @@ void for_each_task(const ChannelTiles& tiles, F&& run_task) {
   });
 }
 
-// Adds up the moments of each channel in a task.
+// Computes the moments of each channel over the rows of a task.
 template <class Scalar>
 class TaskMoments {
  public:
   using Real = Real_t<Scalar>;
 
+  // Reads the shift of each channel, which is the channel's first value in the task.
   TaskMoments(const MomentsParams<Scalar>& params, const ChannelTask& task)
       : params_(params), tiles_(params.tiles), task_(task) {
     const int64 first = task.row * tiles_.shape.columns() + task.first_channel * tiles_.shape.inner + task.first_unit;
@@ -174,7 +175,7 @@ class TaskMoments {
     });
   }
 
-  // Computes the moments of the task's channels, and stores them in its slot.
+  // Computes the moments of the task's channels, and stores them in the task's slot.
   void compute() {
     sums_over_stretches(tiles_) ? accumulate_stretches() : accumulate_columns();
     for_each_channel(tiles_, task_, task_.units, [&](int64 channel, int64, int64 length) {
@@ -242,7 +243,7 @@ class TaskMoments {
   std::vector<Sums> sums_;
 };
 
-// The tiles of the CPU kernels.
+// Plans the tiles of the CPU kernels.
 ChannelTiles plan_channels(const ChannelShape& shape) {
   return ChannelTiles::plan(shape, 1, kTaskColumns, kRowsPerWay);
 }
@@ -292,12 +293,12 @@ void launch_on(Device, const InputGradientParams<Scalar>& params) {
     params.store_own_gradients(channel);
   }
   const Real* const values[] = {params.mean(), slopes.data(), offsets.data(), params.gain()};
-  // The row that a loop reads or writes, in the arithmetic type: in place, or a copy in `buffer`.
+  // The row that a loop reads and writes, in the arithmetic type: in place, or `buffer`.
   const auto in_place = [](Scalar* sequence, Real* buffer) {
     if constexpr (std::is_same_v<Scalar, Real>) return sequence;
     return buffer;
   };
-  // Copies elements to the other type; does nothing if the arithmetic type is that of x, as rows are then in place.
+  // Converts elements between the types. Does nothing if x has the arithmetic type, because rows are then in place.
   const auto convert = [](auto* from, auto* to, int64 length) {
     if constexpr (!std::is_same_v<Scalar, Real>) {
       using Loop =

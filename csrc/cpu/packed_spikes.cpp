@@ -11,7 +11,7 @@
 namespace asgl::cpu {
 namespace {
 
-// Elements that are packed together, whole words of the mask.
+// Elements that a task packs together, a multiple of the 64 bits of a word.
 constexpr int64 kChunkElements = 16384;
 
 // Packs up to 64 elements. Returns their bits, and clears `all_ones` if an element is neither 0 nor 1.
@@ -29,7 +29,7 @@ uint64 pack_word(const Real* x, int64 length, bool& all_ones) {
 }
 
 #if defined(__x86_64__)
-// A bit for each of eight elements, set if the element is 1.
+// Returns a bit for each of eight elements, set if the element is 1.
 __attribute__((target("avx2"))) inline int one_bits(const float* x) {
   return _mm256_movemask_ps(_mm256_cmp_ps(_mm256_loadu_ps(x), _mm256_set1_ps(1), _CMP_EQ_OQ));
 }

@@ -18,6 +18,7 @@
 
 namespace asgl::cpu {
 
+// A vector of kBytes bytes, as an extension of the compiler.
 template <class Real, int kBytes>
 struct VectorOf {
   typedef Real type __attribute__((vector_size(kBytes)));
@@ -60,24 +61,24 @@ ASGL_HOST_DEVICE void multiply_add(const Vector& a, const Vector& b, Vector& c) 
 #pragma GCC diagnostic pop
 #endif
 
-// Loads a vector, from an address that need not be aligned.
+// Loads a vector from an address that need not be aligned.
 template <class Real, class Vector>
 ASGL_HOST_DEVICE void load(const Real* from, Vector& to) {
   std::memcpy(&to, from, sizeof(Vector));
 }
 
-// Columns of a panel, two of the widest vectors. A matrix [depth, columns] is stored as panels, [columns /
-// kPanelColumns, depth, kPanelColumns], padded, so that the rows of a panel are adjacent in memory.
+// The number of columns of a panel, two of the widest vectors. A matrix [depth, columns] is stored as panels, [columns
+// / kPanelColumns, depth, kPanelColumns], padded, so that the rows of a panel are adjacent in memory.
 template <class Real>
 constexpr int64 kPanelColumns = 128 / static_cast<int64>(sizeof(Real));
 
-// The number of elements of a matrix that is stored as panels.
+// The number of elements of a matrix that is stored as panels, with padding.
 template <class Real>
 int64 panels_size(int64 depth, int64 columns) {
   return (columns + kPanelColumns<Real> - 1) / kPanelColumns<Real> * kPanelColumns<Real> * depth;
 }
 
-// Copies `count` elements, but at most kMost.
+// Copies `count` elements, but at most kMost. A copy of kMost elements has a constant size and needs no call.
 template <int64 kMost, class Real>
 ASGL_HOST_DEVICE void copy_at_most(const void* from, void* to, int64 count) {
   if (count >= kMost) {
@@ -106,10 +107,10 @@ void fill_panels(const Real* matrix, int64 row_stride, int64 column_stride, int6
   }
 }
 
-// The largest number of rows of a product.
+// The largest number of rows of `out` in a product.
 constexpr int64 kMaxProductRows = 16;
 
-// out[i, j] (+)= sum over k of a[i, k] * b[k, j]
+// Arguments of a product: out[i, j] (+)= sum over k of a[i, k] * b[k, j].
 template <class Real>
 struct Product {
   const Real* a;                         // [rows, depth]
@@ -119,7 +120,7 @@ struct Product {
   Real* out;  // [rows, columns]
 };
 
-// Computes the product in tiles of six rows and two vectors: twelve sums in registers hide the latency of an addition.
+// Computes the product in tiles of six rows and two vectors. Twelve sums in registers hide the latency of an addition.
 template <class Real, int kBytes>
 struct DenseProductLoop {
   using Args = Product<Real>;
@@ -138,7 +139,7 @@ struct DenseProductLoop {
   }
 
  private:
-  // Computes kRows rows of kColumns columns.
+  // Computes kRows rows of kColumns columns, from `row` and `column` on.
   template <int kRows>
   static ASGL_HOST_DEVICE void compute_tile(const Args& args, int64 row, int64 column) {
     const int64 in_panel = column % kPanelColumns<Real>, width = args.columns - column;
@@ -165,11 +166,11 @@ struct DenseProductLoop {
   }
 };
 
-// Stands for factors that are all 1: rows of b are then added without a product, with bitwise the same result.
+// Stands for factors that are all 1. Rows of b are then added without a product, with bitwise the same result.
 struct AllOnes {};
 
-// sums += value(n, k) * b[k] for the listed k, in order; value(n, k) is the factor of the n-th listed k. b has one
-// pointer for each vector of sums, and `stride` elements between rows.
+// Adds the listed rows of b to the sums, in order: sums += value(n, k) * b[k] for k = indices[n]. b has one pointer for
+// each vector of sums, and `stride` elements between rows.
 template <int kVectors, class Index, class Value, class Real, class Vector>
 ASGL_HOST_DEVICE void add_listed_rows(const Index* indices, int64 count, int64 stride, const Value& value,
                                       const Real* const (&b)[kVectors], Vector (&sums)[kVectors]) {
@@ -190,7 +191,7 @@ ASGL_HOST_DEVICE void add_listed_rows(const Index* indices, int64 count, int64 s
   }
 }
 
-// The product of a row with b, from the listed elements of the row alone.
+// Arguments of the product of one row of a with b, from the row's `count` elements with these indices alone.
 template <class Real>
 struct GatheredProduct {
   Product<Real> product;
@@ -198,6 +199,7 @@ struct GatheredProduct {
   int64 count;
 };
 
+// Computes a GatheredProduct.
 template <class Real, int kBytes>
 struct GatheredProductLoop {
   using Args = GatheredProduct<Real>;
@@ -211,7 +213,7 @@ struct GatheredProductLoop {
   }
 
  private:
-  // Computes kVectors vectors of columns.
+  // Computes kVectors vectors of columns, from `column` on.
   template <int kVectors>
   static ASGL_HOST_DEVICE void compute_block(const Args& args, int64 column) {
     const Product<Real>& product = args.product;
@@ -232,15 +234,15 @@ struct GatheredProductLoop {
 };
 
 #if defined(__x86_64__)
-// The clone for AVX2 with FMA.
+// The clone of a loop for AVX2 with FMA.
 template <class Loop>
 __attribute__((target("avx2,fma"))) void run_fma(const typename Loop::Args& args) {
   Loop::run(args);
 }
 #endif
 
-// As `run`, for loops whose multiply-adds are explicitly fused, on the widest vectors of the instruction set. The int
-// of `Loop` is their size in bytes. If the processor has AVX2 without FMA, the baseline is used.
+// Runs a loop whose multiply-adds are fused, on the widest vectors of the instruction set. The int argument of `Loop`
+// is their size in bytes. A processor with AVX2 but without FMA runs the baseline.
 template <template <class, int> class Loop, class Real>
 void run_with_fma(const typename Loop<Real, 16>::Args& args) {
 #if defined(__x86_64__)
@@ -250,8 +252,8 @@ void run_with_fma(const typename Loop<Real, 16>::Args& args) {
   run_baseline<Loop<Real, 16>>(args);
 }
 
-// Appends the indices of the elements that are not zero, from `first` on, to a list of `count` indices; NaN is not
-// zero. Returns the length of the list.
+// Appends the indices of elements that are not zero, from `first` on, to a list of `count` indices. NaN is not zero.
+// Returns the new length of the list.
 template <class Real>
 int64 append_nonzero(int64 first, const Real* row, int64 length, int32_t* indices, int64 count) {
   using Bits = std::conditional_t<sizeof(Real) == 4, uint32, uint64>;
@@ -274,8 +276,8 @@ constexpr auto kSetBitPositions = [] {
   return positions;
 }();
 
-// A bit for each of eight elements, set if the element is not zero. Compares the bits without the sign, not numbers: if
-// the processor flushes subnormals, it compares them as zero.
+// Returns a bit for each of eight elements, set if the element is not zero. Compares the bits without the sign, because
+// a processor that flushes subnormals would compare them as zero.
 __attribute__((target("avx2"))) inline int nonzero_bits(const float* row) {
   const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row));
   const __m256i zeros = _mm256_cmpeq_epi32(_mm256_add_epi32(bits, bits), _mm256_setzero_si256());
@@ -290,7 +292,7 @@ __attribute__((target("avx2"))) inline int nonzero_bits(const double* row) {
   return (zeros(row) | zeros(row + 4) << 4) ^ 0xFF;
 }
 
-// append_nonzero for eight elements at once, without a branch: 0.1 ns per element instead of 1 ns.
+// list_nonzero for eight elements at once, without a branch: 0.1 ns per element instead of 1 ns.
 template <class Real>
 __attribute__((target("avx2,popcnt"))) int64 list_nonzero_avx2(const Real* row, int64 length, int32_t* indices) {
   int64 count = 0, i = 0;
@@ -315,11 +317,12 @@ int64 list_nonzero(const Real* row, int64 length, int32_t* indices) {
   return append_nonzero(0, row, length, indices, 0);
 }
 
-// A gathered element takes the time of four in a dense product: 10 and 40 GMAC/s in float32 on one core with AVX2.
+// A listed element takes as long as four elements in a dense product: 10 and 40 GMAC/s in float32 on one core with
+// AVX2.
 constexpr int64 kGatherCost = 4;
 
-// Computes the product. With `skips_zeros`, rows of a with few elements that are not zero use those elements alone,
-// which is correct only if all of b is finite. `indices` must have room for all elements of a.
+// Computes the product. With `skips_zeros`, a product with few elements of a that are not zero uses those elements
+// alone, which is correct only if all of b is finite. `indices` must have room for all elements of a.
 template <class Real>
 void multiply(const Product<Real>& product, bool skips_zeros, int32_t* indices) {
   const auto row_of = [&](int64 row) {

@@ -1,6 +1,6 @@
 // The CPU kernels of recurrent neurons. A task computes a chunk of the batch through all steps: a product with the
-// weight, then the neuron's loops of cpu/loops.h. Products forward, and the weight's gradient, add up only the rows of
-// the spikes that there are, unless most elements spiked.
+// weight, then the neuron's loops of cpu/loops.h. Products forward, and the weight's gradient, add up only the rows
+// that spikes select, unless more than a quarter of the elements spiked.
 #include <ATen/Parallel.h>
 
 #include <algorithm>
@@ -41,7 +41,7 @@ struct RecurrentCurrentLoop {
   }
 };
 
-// Computes v[t] from h[t], s[t] and, for adaptive neurons, w[t].
+// Computes v[t] again from h[t], s[t] and, for adaptive neurons, w[t].
 template <class Real, class Model>
 struct ResetLoop {
   struct Args {
@@ -66,7 +66,7 @@ struct ResetLoop {
   }
 };
 
-// Some rows of the batch, as a tile of `count` * N neurons.
+// The rows of the batch that a task computes, as a tile of `count` * N neurons.
 struct Chunk : Tile {
   int64 count;
 
@@ -75,7 +75,7 @@ struct Chunk : Tile {
       : Tile(params.shape(), index, kRecurrentRows * params.neurons), count(length / params.neurons) {}
 };
 
-// The chunk's rows of a state [B, N]. If `state` is null, `buffer`, filled with `otherwise`.
+// Returns the chunk's rows of a state [B, N]. If `state` is null, fills `buffer` with `otherwise` and returns it.
 template <class Real>
 const Real* state_or_filled(const Real* state, const Chunk& chunk, Real otherwise, Real* buffer) {
   if (state != nullptr) return state + chunk.first;
@@ -90,7 +90,7 @@ Rows<Real> padded_rows(int64 count, int64 length) {
   return Rows<Real>(count, length + 16);
 }
 
-// The rows to prefetch: row t of each sequence, from element `offset` on.
+// The rows to prefetch: those of step t of each sequence, from element `offset` of the chunk on.
 template <class... Elements>
 PrefetchRows rows_to_prefetch(const Chunk& chunk, int64 t, int64 offset, const Elements*... sequences) {
   if (t < 0 || t >= chunk.shape.steps) return {};
@@ -101,7 +101,7 @@ PrefetchRows rows_to_prefetch(const Chunk& chunk, int64 t, int64 offset, const E
   return {sizeof(float), {part(sequences)...}};
 }
 
-// About the number of elements that a loop computes at a time, so that its operands, some 16 rows, stay in the L1
+// The approximate number of elements that a loop computes at a time. Its operands, some 16 rows, then stay in the L1
 // cache.
 constexpr int64 kPartElements = 256;
 
@@ -125,14 +125,15 @@ class RepeatedNeurons {
   }
 
   int64 length() const { return length_; }
-  // The parameters of the neuron, as rows.
+  // The parameters that the neuron's loops read.
   NeuronRows<Real> neurons() {
     return {{(*this)[kDecay], (*this)[kThreshold], (*this)[kReset], (*this)[kWidth], (*this)[kInputGain],
              (*this)[kInputBias], (*this)[kInputMean]}};
   }
-  const Real* operator[](int id) { return rows_.row(id); }  // the inverse for kWidth
+  // The row of a parameter, which for kWidth is the inverse of the width.
+  const Real* operator[](int id) { return rows_.row(id); }
 
-  // Calls f(offset, length) for parts of a chunk: whole rows of the batch, about kPartElements elements.
+  // Calls f(offset, length) for each part of a chunk, of whole rows of the batch and about kPartElements elements.
   template <class F>
   void for_each_part(const Chunk& chunk, F&& f) const {
     for (int64 offset = 0; offset < chunk.length; offset += length_) {
@@ -156,7 +157,8 @@ class ChunkNoise {
     std::fill_n(rows_.row(0), rows_.stride(), 0);
   }
 
-  // If analog_prob is 0 or 1 nothing is drawn, and draws are 0, which is below every analog_below but 0.
+  // Returns the draws of a chunk for step t, one per neuron. If analog_prob is 0 or 1 nothing is drawn, and draws are
+  // 0, which is below every analog_below but 0.
   const uint16* row(const Chunk& chunk, int64 t) {
     const auto* draws = reinterpret_cast<const uint16*>(rows_.row(0));
     if (!drawn_) return draws;
@@ -174,7 +176,7 @@ class ChunkNoise {
   Rows<uint64> rows_;
 };
 
-// Whether all values are finite. Only then may elements of the other factor that are 0 be left out of a product.
+// Finds whether all values are finite. Only then may a product skip zeros of the other factor.
 template <class Real>
 struct FiniteLoop {
   struct Args {
@@ -200,7 +202,8 @@ bool all_finite(const Real* values, int64 length) {
 
 static_assert(kRecurrentRows <= kMaxProductRows);
 
-// out = s W^T in forward, out = dj W in backward, [rows, N]. Only spikes are sparse; gradients dj are not.
+// Computes products with the weight: out = s W^T in forward, out = dj W in backward, [rows, N]. Only forward skips
+// zeros, because spikes are sparse and gradients are not.
 template <class Scalar>
 class WeightProduct {
   using Real = Real_t<Scalar>;
@@ -234,7 +237,7 @@ class WeightProduct {
   std::vector<Real> panels_;
 };
 
-// Computes forward for one chunk.
+// Computes the forward pass of one chunk.
 template <class Model, class Scalar>
 void compute_forward_chunk(const RecurrentForwardParams<Scalar>& params, const WeightProduct<Scalar>& product,
                            const Chunk& chunk) {
@@ -284,7 +287,7 @@ void compute_forward_chunk(const RecurrentForwardParams<Scalar>& params, const W
   store_state(i, chunk.length, params.i_last, chunk.first);
 }
 
-// Computes backward for one chunk, and sums the gradients of the parameters over the chunk's rows.
+// Computes the backward pass of one chunk, and sums the gradients of the parameters over the chunk's rows.
 template <class Model, class Scalar>
 class ChunkBackward {
   using Real = Real_t<Scalar>;
@@ -293,7 +296,7 @@ class ChunkBackward {
   ChunkBackward(const RecurrentBackwardParams<Scalar>& params, const WeightProduct<Scalar>& product, const Chunk& chunk)
       : params_(params), product_(product), chunk_(chunk) {}
 
-  // Computes the gradients of all steps, from the last to the first.
+  // Computes the gradients of all steps, from the last to the first, and stores them.
   void compute() {
     const int64 all = chunk_.shape.neurons();
     const auto gradients = state_rows<Model>(dv_, dw_);
@@ -322,13 +325,13 @@ class ChunkBackward {
     const Real *h, *s, *v, *i, *w;
   };
 
-  // The sums of a parameter, [repeated_.length()].
+  // The row of sums of a parameter's gradient, [repeated_.length()].
   Real* sums(int id) { return sums_ + id * parts_.stride(); }
 
-  // Whether the gradient of syn_decay is wanted: only then i_seq is given.
+  // Whether the gradient of syn_decay is wanted. Only then is i_seq not null.
   bool wants_syn_decay() const { return params_.grad_parameters != nullptr && params_.i_seq != nullptr; }
 
-  // Reads the state after the step before t, in place or into one of two buffers, which alternate with t.
+  // Reads the state after step t - 1 into before_: in place, or as a copy in one of two buffers, which alternate.
   void read_step_before(int64 t) {
     if (t == 0) {
       before_ = {nullptr, state_or_filled(params_.s_init, chunk_, Real(0), s_[0]),
@@ -341,12 +344,12 @@ class ChunkBackward {
                nullptr, wants_syn_decay() ? read_row(params_.i_seq, chunk_, t - 1, i_) : nullptr, w};
   }
 
-  // Adds factor * (a * (b - c)) to the sums of a parameter.
+  // Adds factor * (a * (b - c)) to the sums of a parameter's gradient.
   void accumulate(int id, int64 length, Real factor, const Real* a, Operand<Real> b, Operand<Real> c = {nullptr, 0}) {
     run<AccumulateLoop<Real>>({length, factor, a, b, c, sums(id)});
   }
 
-  // Walks back through step t.
+  // Computes the gradients of step t from those of step t + 1, and adds to the sums of the parameters' gradients.
   void backward_step(int64 t) {
     const Step now = before_;
     read_step_before(t);
@@ -402,7 +405,7 @@ class ChunkBackward {
     }
   }
 
-  // Adds the gradients of parameters that the loop does not sum itself.
+  // Adds the terms of a step to the sums of those gradients that AdjointLoop does not sum.
   void add_gradients(const Real* dj, const Real* v, int64 offset, int64 length) {
     accumulate(kRecurrentBias, length, Real(1), dj + offset, kOne);
     if (Model::kHasAdaptation && before_.v == nullptr) add_gradients_of_adaptation(v, offset, length);
@@ -412,8 +415,7 @@ class ChunkBackward {
     }
   }
 
-  // The potential before the step that backward_step is in, for a part of the chunk. Computed in v_ unless it is
-  // v_init.
+  // Returns the potential before the current step, for a part of the chunk: v_init before step 0, else computed in v_.
   const Real* potential_before(int64 offset, int64 length) {
     if (before_.v != nullptr) return before_.v + offset;
     run<ResetLoop<Real, Model>>(
@@ -421,16 +423,16 @@ class ChunkBackward {
     return v_;
   }
 
-  // Adds the gradients of the adaptation's parameters, from the gradient of the w that the step before computed, and
-  // from the potential v of that step.
+  // Adds a step's terms to the sums for the adaptation's parameters, from the gradient of the w that the step computed
+  // and from the potential v after the step. The step is the one whose state is in before_.
   void add_gradients_of_adaptation(const Real* v, int64 offset, int64 length) {
     accumulate(kAdaptDecay, length, Real(1), dw_ + offset, {before_.w + offset, Real(0)});
     accumulate(kAdaptPotential, length, Real(1), dw_ + offset, {v, Real(0)}, {nullptr, params_.options.v_rest});
     accumulate(kAdaptSpike, length, Real(1), dw_ + offset, {before_.s + offset, Real(0)});
   }
 
-  // Adds the sums up over the repeated rows, and stores the gradients of the parameters in their stored form: width and
-  // decay may be a logarithm and a logit.
+  // Adds up the sums of the repeated rows, and stores the gradients of the parameters as these are stored: the width
+  // may be a logarithm and the decay a logit.
   void store_sums() {
     double* totals = params_.grad_parameters + chunk_.index * kNumRecurrentSums * params_.neurons;
     for (int id = 0; id < kNumRecurrentSums; ++id) {
@@ -467,14 +469,14 @@ class ChunkBackward {
   bool carried_ = false;
 };
 
-// The gradient of the weights from presynaptic neurons [first, last). It reads the sequence in memory order in blocks
-// of kBlock rows [N], so that dj of a block stays in the L2 cache: 256 KiB for 256 neurons.
+// Computes the gradient of the weights from presynaptic neurons [first, last). Reads the sequence in memory order, in
+// blocks of kBlock rows [N], so that dj of a block stays in the L2 cache: 256 KiB for 256 neurons.
 template <class Scalar>
 void compute_weight_gradient(const RecurrentBackwardParams<Scalar>& params, int64 first, int64 last) {
   using Real = Real_t<Scalar>;
   constexpr int64 kBlock = 256, kStride = kBlock + 16;  // no power of two: else rows share cache lines
   const int64 neurons = params.neurons, count = params.steps * params.batch;
-  const int64 lag = params.batch_first ? 1 : params.batch;  // s[t-1] is as many rows before dj[t]
+  const int64 lag = params.batch_first ? 1 : params.batch;  // rows between s[t-1] and dj[t]
   const std::vector<Real> zeros(static_cast<size_t>(neurons));
   const auto spikes_before = [&](int64 row) -> const Real* {
     if (row / lag % params.steps > 0) return params.emitted + (row - lag) * neurons;
@@ -506,7 +508,7 @@ void compute_weight_gradient(const RecurrentBackwardParams<Scalar>& params, int6
   }
 }
 
-// The gradient of the whole weight.
+// Computes the gradient of the whole weight.
 template <class Scalar>
 void compute_weight_gradient(const RecurrentBackwardParams<Scalar>& params) {
   at::parallel_for(0, (params.neurons + kMaxProductRows - 1) / kMaxProductRows, 1, [&](int64_t begin, int64_t end) {

@@ -7,7 +7,7 @@
 
 namespace asgl::cpu {
 
-// The bits [first, first + length) of a mask, at most 64, in the lowest bits of a word.
+// Returns the bits [first, first + length) of a mask, at most 64, in the lowest bits of a word.
 inline uint64 load_bits(const uint64* mask, int64 first, int64 length) {
   const int64 word = first / 64, shift = first % 64;
   uint64 bits = mask[word] >> shift;
@@ -19,6 +19,7 @@ inline uint64 load_bits(const uint64* mask, int64 first, int64 length) {
 constexpr int64 kListSlack = 8;
 
 #if defined(__x86_64__)
+// count_bits with the instruction that counts the bits of a word.
 __attribute__((target("popcnt"))) inline int64 count_bits_popcnt(const uint64* mask, int64 first, int64 length) {
   int64 count = 0;
   for (int64 i = 0; i < length; i += 64) {
@@ -27,7 +28,8 @@ __attribute__((target("popcnt"))) inline int64 count_bits_popcnt(const uint64* m
   return count;
 }
 
-// Writes eight positions for each byte of the mask and keeps those of set bits, without a branch that depends on bits.
+// list_bits without branches that depend on bits: stores eight positions for each byte of the mask, those of set bits
+// first, and advances by the number of set bits.
 __attribute__((target("avx2,popcnt"))) inline int64 list_bits_avx2(const uint64* mask, int64 first, int64 length,
                                                                    int32_t* indices) {
   int64 count = 0;
@@ -58,7 +60,7 @@ inline int64 count_bits(const uint64* mask, int64 first, int64 length) {
 }
 
 // Lists the positions, from `first` on, of the bits [first, first + length) that are set, and returns their number.
-// `indices` must have room for kListSlack more.
+// `indices` must have room for kListSlack more entries.
 inline int64 list_bits(const uint64* mask, int64 first, int64 length, int32_t* indices) {
 #if defined(__x86_64__)
   if (instruction_set() != InstructionSet::kBaseline) return list_bits_avx2(mask, first, length, indices);

@@ -18,9 +18,9 @@
 namespace asgl::cpu {
 namespace {
 
-constexpr int64 kElementsPerTask = 65536;
+constexpr int64 kElementsPerTask = 65536;  // about the fewest that are worth a thread
 
-// An array that is not initialised. It is aligned, because a vector that crosses a cache line takes two loads.
+// An array that is not initialised, and aligned to cache lines: a vector that crosses a line takes two loads.
 struct AlignedDelete {
   void operator()(void* memory) const { ::operator delete(memory, std::align_val_t(64)); }
 };
@@ -32,7 +32,7 @@ AlignedArray<Element> aligned_array(int64 elements) {
   return AlignedArray<Element>(static_cast<Element*>(::operator new(bytes, std::align_val_t(64))));
 }
 
-// The elements of x that are not zero, in order, each by its position in its row of an image, [width * channels].
+// Lists the elements of x that are not zero, in order, each by its index in its row of an image, [width * channels].
 template <class Real>
 class SpikeLists {
  public:
@@ -58,7 +58,7 @@ class SpikeLists {
 
   // The number of listed elements.
   int64 count() const { return offsets_.back(); }
-  // The list from pixel number `pixel` on, counted over all images.
+  // The address of the entries from a pixel on. Pixels are counted over all images.
   const int32_t* pixel_indices(int64 pixel) const { return indices_.get() + offsets_[pixel]; }
   const int32_t* indices() const { return indices_.get(); }
   const Real* values() const { return values_; }  // of the listed elements; null: all are 1
@@ -69,14 +69,14 @@ class SpikeLists {
   const Real* values_;
 };
 
-// Adjacent entries of a list of indices. The element of an entry is multiplied by row index + base of a matrix.
+// Adjacent entries of a list of indices. The element of each entry is multiplied by row `index + base` of a matrix.
 struct Segment {
   const int32_t* first;
   int32_t count, base;
 };
 
-// Finds the elements of x in the windows of the output's pixels [first, last): segments [pixels, kernel_height], one
-// for each row of a window. Rows of the matrix are then those of the transposed weight.
+// Finds the listed elements in the windows of the output's pixels [first, last), as segments [pixels, kernel_height],
+// one for each row of a window. The matrix of Segment is the transposed weight.
 template <class Real>
 void find_window_segments(const SpikeShape& shape, const SpikeLists<Real>& lists, int64 first, int64 last,
                           Segment* segments) {
@@ -103,12 +103,12 @@ void find_window_segments(const SpikeShape& shape, const SpikeLists<Real>& lists
   }
 }
 
-// out[i, j] = start[i, j] + sum over the segments of row i of value * b[index + base, j]
+// Arguments of out[i, j] = start[i, j] + sum over the segments of row i of value * b[index + base, j].
 template <class Real>
 struct ListedProduct {
   const Segment* segments;  // [rows, segments_each]
   int64 rows, segments_each;
-  const int32_t* indices;  // the lists, which segments are parts of
+  const int32_t* indices;  // the lists whose parts the segments are
   const Real* values;      // of the listed elements; null: all are 1
   const Real* b;           // [depth, columns], padded to whole panels
   int64 b_stride, columns;
@@ -118,6 +118,7 @@ struct ListedProduct {
   int64 out_stride;
 };
 
+// Computes a ListedProduct.
 template <class Real, int kBytes>
 struct ListedProductLoop {
   using Args = ListedProduct<Real>;
@@ -132,7 +133,7 @@ struct ListedProductLoop {
   }
 
  private:
-  // Computes kVectors vectors of columns.
+  // Computes kVectors vectors of columns, from `column` on.
   template <int kVectors>
   static ASGL_HOST_DEVICE void compute_block(const Args& args, int64 column) {
     if (args.values == nullptr) return compute_rows<kVectors>(args, column, [](const Segment&) { return AllOnes{}; });
@@ -142,7 +143,7 @@ struct ListedProductLoop {
     });
   }
 
-  // The same for factors values_of(segment).
+  // compute_block with the factors values_of(segment), which are functions as for add_listed_rows.
   template <int kVectors, class Values>
   static ASGL_HOST_DEVICE void compute_rows(const Args& args, int64 column, const Values& values_of) {
     const int64 width = args.columns - column;
@@ -164,7 +165,7 @@ struct ListedProductLoop {
 };
 
 #if defined(__x86_64__)
-// to[j, i] = from[i, j] for 8 x 8 elements, by halves of 4.
+// Transposes 8 x 8 elements, to[j, i] = from[i, j], by halves of four.
 __attribute__((target("avx2"))) inline void transpose_block(const float* from, int64 from_stride, float* to,
                                                             int64 to_stride) {
   __m256 a[8], b[8];
@@ -205,7 +206,7 @@ __attribute__((target("avx2"))) inline void transpose_block(const double* from, 
 }
 #endif
 
-// to[j, i] = from[i, j]. Of the two tensors, the one with the larger stride between rows is accessed row by row,
+// Transposes a matrix, to[j, i] = from[i, j]. The matrix with the larger stride between rows is accessed row by row,
 // because its rows compete for the same lines of the L1 cache.
 template <class Real>
 void transpose(const Real* from, int64 from_stride, int64 rows, int64 columns, Real* to, int64 to_stride) {
@@ -239,8 +240,8 @@ void transpose(const Real* from, int64 from_stride, int64 rows, int64 columns, R
 // `count`, rounded up to a multiple of `multiple`.
 constexpr int64 round_up(int64 count, int64 multiple) { return (count + multiple - 1) / multiple * multiple; }
 
-// The number of columns of the transposed weight, [depth, columns], that are computed together, in whole panels. Few
-// columns stay in a cache: two panels of at most 64 KiB near L1, or else at most four panels, of 512 KiB, in L2.
+// The number of columns of the transposed weight, [depth, columns], that are computed together, in whole panels. They
+// stay in a cache: near L1 if two panels have at most 64 KiB, or else in L2, as up to four panels of 512 KiB in all.
 template <class Real>
 int64 columns_per_group(int64 depth, int64 columns) {
   constexpr int64 kNearL1 = (int64{1} << 16) / static_cast<int64>(sizeof(Real)), kInL2 = 8 * kNearL1;
@@ -249,7 +250,7 @@ int64 columns_per_group(int64 depth, int64 columns) {
   return std::min(panels * kPanelColumns<Real>, round_up(columns, kPanelColumns<Real>));
 }
 
-// Writes the columns [first, first + group) of the transposed weight to b, [depth, group].
+// Stores the columns [first, first + group) of the transposed weight in b, [depth, group].
 template <class Real>
 void fill_column_group(const SpikeShape& shape, const Real* weight, int64 first, int64 group, Real* b) {
   const int64 depth = shape.depth();
@@ -323,9 +324,10 @@ namespace {
 //
 // With stride 1, the spike at (iy, ix) of channel c adds, for each row ky of the kernel, the gradients of kernel_width
 // adjacent pixels of the output to the sums of (ky, kx, c), in reverse order of kx. These gradients are adjacent in
-// memory, so one list of the spikes of a channel serves all elements of the kernel: its spikes add long rows, which
-// overlap. Zeros around the gradient stand for pixels outside of the image. With a stride, the same holds for each
-// phase: the pixels of x with one remainder of coordinate + padding, and the elements of the kernel that meet these.
+// memory, so that one list of the spikes of a channel serves all elements of the kernel: its spikes add long rows,
+// which overlap. Zeros around the gradient stand for pixels outside of the image. With a larger stride, the same holds
+// for each phase, that is the pixels of x with one remainder of coordinate + padding by the stride, and the elements of
+// the kernel that multiply these pixels.
 
 // One dimension of images: sizes of x, of the kernel and of the output.
 struct Axis {
@@ -337,12 +339,13 @@ struct Axis {
   int64 margin() const { return (kernel - 1) / stride; }
 };
 
-// The elements first, first + stride, ... of the kernel in one dimension. All of them meet the same coordinates of x.
+// The elements first, first + stride, ... of the kernel in one dimension. All of them multiply the same coordinates of
+// x.
 struct Taps {
   int64 first, count;
 };
 
-// The elements of the kernel in one dimension by phase, or each by itself.
+// Lists the elements of the kernel in one dimension: together by phase, or each by itself.
 inline std::vector<Taps> list_taps(const Axis& axis, bool by_phase) {
   std::vector<Taps> result;
   for (int64 first = 0; first < (by_phase ? std::min(axis.kernel, axis.stride) : axis.kernel); ++first) {
@@ -351,10 +354,10 @@ inline std::vector<Taps> list_taps(const Axis& axis, bool by_phase) {
   return result;
 }
 
-// Calls f(i, o) for each coordinate i in [begin, end) of x that the taps meet. The first of the taps meets i in the
-// window of output o, the next one in that of output o - 1, and so on.
+// Calls f(i, o) for each coordinate i in [begin, end) of x that the taps multiply. The first of the taps multiplies i
+// in the window of output o, the next one in the window of output o - 1, and so on.
 template <class F>
-void for_each_met_coordinate(const Axis& axis, const Taps& taps, int64 begin, int64 end, const F& f) {
+void for_each_tap_coordinate(const Axis& axis, const Taps& taps, int64 begin, int64 end, const F& f) {
   const int64 shift = axis.padding - taps.first, from = std::max<int64>(begin + shift, 0);
   for (int64 o = (from + axis.stride - 1) / axis.stride; o < axis.out + taps.count - 1; ++o) {
     const int64 i = o * axis.stride - shift;
@@ -363,23 +366,25 @@ void for_each_met_coordinate(const Axis& axis, const Taps& taps, int64 begin, in
   }
 }
 
-// Channels of a task: at most, so that their lists fit in the L2 cache, and at least, so that it is worth a thread.
+// The largest number of channels of a task, whose lists fit in the L2 cache, and the smallest, worth a thread.
 constexpr int64 kMaxTaskChannels = 1024, kMinTaskChannels = 8;
-// About the number of pixels of the output to which a tile of x contributes.
+// The approximate number of pixels of the output to which a tile of x contributes.
 constexpr int64 kTilePixels = 512;
 
-// Computes the gradient of the weight for the channels [first, last): tile by tile of x, in order, sorts the spikes by
-// channel and adds them to sums. With `by_phase`, x must be finite, because elements at the border multiply zeros.
+// Computes the gradient of the weight for the channels [first, last). For each tile of x, in order, it sorts the spikes
+// by channel, and then adds the gradients that they select to sums. With `by_phase`, x must be finite, because elements
+// at the border multiply zeros.
 template <class Real>
 class ChannelGradient {
  public:
+  // Chooses the size of the tiles, and allocates the lists and sums of a tile.
   ChannelGradient(const SpikeGradientParams<Real>& params, const SpikeLists<Real>& lists, bool by_phase, int64 first,
                   int64 last)
       : params_(params), shape_(params.shape), lists_(lists), first_(first), channels_(last - first) {
     for (const Taps& y : list_taps(rows_, by_phase)) {
       for (const Taps& x : list_taps(columns_, by_phase)) phases_.push_back({y, x});
     }
-    // Longer strides than the image meet one row and column, and their product might overflow.
+    // A stride beyond the image counts as the image's size: the product of two large strides might overflow.
     const int64 pixels =
         kTilePixels * std::min(shape_.stride_height, shape_.height) * std::min(shape_.stride_width, shape_.width);
     tile_columns_ = std::min(shape_.width, pixels);
@@ -401,6 +406,7 @@ class ChannelGradient {
         aligned_array<Real>(shape_.kernel_height * shape_.kernel_width * channels_ * round_up(shape_.outputs, kGroup));
   }
 
+  // Computes the gradient and stores it in grad_weight.
   void compute() {
     for (int64 image = 0; image < shape_.images; image += tile_images_) {
       for (int64 row = 0; row < shape_.height; row += tile_rows_) {
@@ -417,31 +423,32 @@ class ChannelGradient {
   }
 
  private:
-  // Outputs that are computed together: so few that the gradients of a tile, 64 KiB, stay near the L1 cache.
+  // The number of outputs that are computed together, small enough that a tile's gradients, 64 KiB, stay near the L1
+  // cache.
   static constexpr int64 kGroup = kPanelColumns<Real>;
 
   struct Phase {
     Taps y, x;
-    int64 taps() const { return y.count * x.count; }
+    int64 num_taps() const { return y.count * x.count; }
   };
-  // A part of x: images, rows and columns, each [begin, end).
+  // A part of x: the images [image, end_image), and rows and columns likewise.
   struct Tile {
     int64 image, end_image, row, end_row, column, end_column;
   };
 
-  // Lists the spikes of a tile by phase and channel, each by the first pixel of grad_ that it adds.
+  // Lists the spikes of a tile by phase and channel. The index of a spike is the first pixel of grad_ that it adds.
   void sort_spikes(const Tile& tile) {
     for (size_t i = 0; i < sorted_.size(); ++i) sorted_[i] = {&indices_[static_cast<int64>(i) * capacity_], 0, 0};
     const bool part = channels_ < shape_.channels;
-    int64 list_of_first = 0;  // of the first channel
+    int64 first_list = 0;  // of the phase, for the first channel
     for (const Phase& phase : phases_) {
       for (int64 image = tile.image; image < tile.end_image; ++image) {
-        for_each_met_coordinate(rows_, phase.y, tile.row, tile.end_row, [&](int64 row, int64 out_row) {
+        for_each_tap_coordinate(rows_, phase.y, tile.row, tile.end_row, [&](int64 row, int64 out_row) {
           const int64 shift =
               ((image - tile.image) * out_rows_ + out_row - (phase.y.count - 1) - first_out_row(tile)) * pitch_ -
               (phase.x.count - 1) - first_out_column(tile);
           const int64 pixels = (image * shape_.height + row) * shape_.width;
-          for_each_met_coordinate(columns_, phase.x, tile.column, tile.end_column, [&](int64 column, int64 out_column) {
+          for_each_tap_coordinate(columns_, phase.x, tile.column, tile.end_column, [&](int64 column, int64 out_column) {
             const int32_t *from = lists_.pixel_indices(pixels + column),
                           *to = lists_.pixel_indices(pixels + column + 1);
             const int64 origin = column * shape_.channels + first_;
@@ -450,18 +457,18 @@ class ChannelGradient {
               to = std::lower_bound(from, to, origin + channels_);
             }
             for (const int32_t* element = from; element < to; ++element) {
-              const int64 list = list_of_first + *element - origin, place = list * capacity_ + sorted_[list].count++;
+              const int64 list = first_list + *element - origin, place = list * capacity_ + sorted_[list].count++;
               indices_[place] = static_cast<int32_t>(shift + out_column);
               if (values_ != nullptr) values_[place] = lists_.values()[element - lists_.indices()];
             }
           });
         });
       }
-      list_of_first += channels_;
+      first_list += channels_;
     }
   }
 
-  // Adds the gradients that the lists of a tile select to the sums of kGroup outputs, from `output` on.
+  // Adds the gradients that the tile's lists select to the sums of kGroup outputs, from `output` on.
   void add_output_gradients(const Tile& tile, int64 output) {
     copy_output_gradients(tile, output);
     Real* sums = &sums_[output * channels_ * shape_.kernel_height * shape_.kernel_width];
@@ -480,8 +487,8 @@ class ChannelGradient {
     }
   }
 
-  // Copies to grad_ the gradients of kGroup outputs, from `output` on, at the pixels to which the tile may contribute,
-  // with zeros for pixels outside of the image.
+  // Copies the gradients of kGroup outputs, from `output` on, to grad_, at the pixels to which the tile may contribute.
+  // Pixels outside of the image get zeros.
   void copy_output_gradients(const Tile& tile, int64 output) {
     const int64 width = std::min(kGroup, shape_.outputs - output);
     const int64 rows = rows_.last_output(tile.end_row - 1) + 1 - first_out_row(tile);
@@ -504,26 +511,26 @@ class ChannelGradient {
     }
   }
 
-  // Writes the sums to grad_weight, transposed and with the elements of the kernel in its order.
+  // Stores the sums in grad_weight: transposes them, and puts the elements of the kernel in their order.
   void store_gradient() {
     const int64 depth = shape_.depth();
     const Real* sums = sums_.get();
     for (int64 output = 0; output < shape_.outputs; output += kGroup) {
       const int64 width = std::min(kGroup, shape_.outputs - output);
       for (const Phase& phase : phases_) {
-        for (int64 tap = 0; tap < phase.taps(); ++tap) {
+        for (int64 tap = 0; tap < phase.num_taps(); ++tap) {
           const int64 ky = phase.y.first + (phase.y.count - 1 - tap / phase.x.count) * shape_.stride_height;
           const int64 kx = phase.x.first + (phase.x.count - 1 - tap % phase.x.count) * shape_.stride_width;
-          transpose(sums + tap * kGroup, phase.taps() * kGroup, channels_, width,
+          transpose(sums + tap * kGroup, phase.num_taps() * kGroup, channels_, width,
                     params_.grad_weight + output * depth + (ky * shape_.kernel_width + kx) * shape_.channels + first_,
                     depth);
         }
-        sums += channels_ * phase.taps() * kGroup;
+        sums += channels_ * phase.num_taps() * kGroup;
       }
     }
   }
 
-  // The row and the column of the output with which grad_ begins for a tile; negative if they are outside of the image.
+  // The row and the column of the output at which grad_ begins for a tile. They may be negative.
   int64 first_out_row(const Tile& tile) const { return rows_.last_output(tile.row) - rows_.margin(); }
   int64 first_out_column(const Tile& tile) const { return columns_.last_output(tile.column) - columns_.margin(); }
 
@@ -539,7 +546,7 @@ class ChannelGradient {
   std::vector<Phase> phases_;
   std::vector<Segment> sorted_;    // [phases, channels]
   AlignedArray<int32_t> indices_;  // [phases, channels, capacity]
-  AlignedArray<Real> values_;      // theirs
+  AlignedArray<Real> values_;      // [phases, channels, capacity], or null if all are 1
   AlignedArray<Real> grad_;        // [tile_images, out_rows, pitch, kGroup]
   AlignedArray<Real> sums_;        // [groups, phases, channels, taps, kGroup]
 };
@@ -549,7 +556,7 @@ class ChannelGradient {
 template <class Real>
 void spike_weight_gradient(const SpikeGradientParams<Real>& params) {
   const SpikeLists<Real> lists(params.shape, params.x);
-  // At the border by_phase multiplies zeros by x, which must not make a NaN of an infinite x.
+  // With by_phase, elements at the border multiply zeros, which would make a NaN of an infinite element.
   const bool by_phase = lists.values() == nullptr || std::all_of(lists.values(), lists.values() + lists.count(),
                                                                  [](Real value) { return std::isfinite(value); });
   const int64 channels = params.shape.channels, threads = at::get_num_threads();
