@@ -86,7 +86,7 @@ void run_pass(const IntegratorParams<Scalar>& params, int64 begin, int64 end) {
       if (kBack && params.wants_gradient(kInputGain)) x = read_row(params.x_seq, tile, t, x_buffer);
       Real* out = start_row(out_seq, tile, t, out_buffer);
       neurons.move_to(tile, t);
-      neurons.template visit<NeuronRows<Real>>([&](auto values) {
+      neurons.template with_neurons<NeuronRows<Real>>([&](auto values) {
         run<IntegratorLoop<Real, decltype(values), kPass>>(
             {values, params.options.v_rest, params.delay, tile.length, in, state, out, before, x, decay, gain, ahead});
       });

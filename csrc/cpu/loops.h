@@ -138,14 +138,14 @@ struct StepLoop {
     }
     args.options.surrogate = static_cast<Surrogate>(kId);  // unused by LIF
     if constexpr (!Model::kHasAdaptation && (kId == 0 || static_cast<Surrogate>(kId) == Surrogate::kInteger)) {
-      if (args.analog_below == 0) return loop<false>(args);
+      if (args.analog_below == 0) return run_loop<false>(args);
     }
-    loop<true>(args);
+    run_loop<true>(args);
   }
 
   // The loop over neurons. Without kNoise no element is analog.
   template <bool kNoise>
-  static ASGL_HOST_DEVICE void loop(Args args) {
+  static ASGL_HOST_DEVICE void run_loop(Args args) {
     const Firing<Real> firing(args.options);
     with_constant_rules<Model>(args.options, [&](const auto& model) __attribute__((always_inline)) {
       for_each_prefetch(args.ahead, args.length, [=](int64 begin, int64 end) __attribute__((always_inline)) {
@@ -238,7 +238,7 @@ struct AdjointLoop {
             d_reset = gradient.reset;
           } else {
             dv = model.floor_adjoint(h, s, neuron, dv);
-            d_reset = model.gradient_of_reset(dv, s);
+            d_reset = model.reset_parameter_gradient(dv, s);
             distance = model.distance(h, neuron);
             const Real ds = model.spike_gradient(args.g[i], h, args.carried && !args.options.detach_reset, neuron, dv);
             step = model.step_adjoint(ds, args.gh[i], h, s, args.carried, neuron, args.options, dv);
@@ -333,10 +333,10 @@ struct SettledStepLoop {
     PrefetchRows ahead;
   };
 
-  static ASGL_HOST_DEVICE void run(Args args) { args.analog_below > 0 ? loop<true>(args) : loop<false>(args); }
+  static ASGL_HOST_DEVICE void run(Args args) { args.analog_below > 0 ? run_loop<true>(args) : run_loop<false>(args); }
 
   template <bool kNoise>
-  static ASGL_HOST_DEVICE void loop(Args args) {
+  static ASGL_HOST_DEVICE void run_loop(Args args) {
     const Firing<Real> firing(args.options);
     alignas(64) Real streamed[kBlock];
     for_each_block(args.length, args.block, [&](int64 first, auto count) __attribute__((always_inline)) {
@@ -400,10 +400,10 @@ struct SettledAdjointLoop {
     PrefetchRows input_ahead, gradients_ahead;
   };
 
-  static ASGL_HOST_DEVICE void run(Args args) { args.analog_below > 0 ? loop<true>(args) : loop<false>(args); }
+  static ASGL_HOST_DEVICE void run(Args args) { args.analog_below > 0 ? run_loop<true>(args) : run_loop<false>(args); }
 
   template <bool kNoise>
-  static ASGL_HOST_DEVICE void loop(Args args) {
+  static ASGL_HOST_DEVICE void run_loop(Args args) {
     for_each_block(args.length, kBlock, [&](int64 first, auto count) __attribute__((always_inline)) {
       compute_potentials<kNoise>(args, first, count);
       compute_gradients<kNoise>(args, first, count);
@@ -607,7 +607,7 @@ struct AccumulateLoop {
   };
 
   template <bool kRowB, bool kRowC>
-  static ASGL_HOST_DEVICE void loop(Args args) {
+  static ASGL_HOST_DEVICE void run_loop(Args args) {
 #pragma GCC ivdep
     for (int64 i = 0; i < args.length; ++i) {
       args.sum[i] += args.factor * (args.a[i] * (args.b.template at<kRowB>(i) - args.c.template at<kRowC>(i)));
@@ -616,9 +616,9 @@ struct AccumulateLoop {
 
   static ASGL_HOST_DEVICE void run(Args args) {
     if (args.b.row != nullptr) {
-      args.c.row != nullptr ? loop<true, true>(args) : loop<true, false>(args);
+      args.c.row != nullptr ? run_loop<true, true>(args) : run_loop<true, false>(args);
     } else {
-      args.c.row != nullptr ? loop<false, true>(args) : loop<false, false>(args);
+      args.c.row != nullptr ? run_loop<false, true>(args) : run_loop<false, false>(args);
     }
   }
 };
@@ -757,12 +757,12 @@ struct MultiplyLoop {
   };
 
   template <bool kRow>
-  static ASGL_HOST_DEVICE void loop(Args args) {
+  static ASGL_HOST_DEVICE void run_loop(Args args) {
 #pragma GCC ivdep
     for (int64 i = 0; i < args.length; ++i) args.to[i] = args.a[i] * args.b.template at<kRow>(i);
   }
 
-  static ASGL_HOST_DEVICE void run(Args args) { args.b.row != nullptr ? loop<true>(args) : loop<false>(args); }
+  static ASGL_HOST_DEVICE void run(Args args) { args.b.row != nullptr ? run_loop<true>(args) : run_loop<false>(args); }
 };
 
 }  // namespace asgl::cpu

@@ -107,7 +107,7 @@ int num_threads() {
 
 // Does nothing: the sum uses the tiles of the kernel that stored the partial sums.
 template <class Real>
-void plan_on(Device, GradientSum<Real>&) {}
+void plan_tiles_on(Device, GradientSum<Real>&) {}
 
 template <class Scalar>
 void launch_on(Device, const ForwardParams<Scalar>& params) {

@@ -65,10 +65,10 @@ void run_general_pass(const ForwardParams<Scalar>& params) {
                                     {recent_row_to_prefetch(params.x_seq, later, later_t),
                                      recent_row_to_prefetch(params.s_seq, later, later_t)}};
         neurons.move_to(tile, t);
-        neurons.template visit<NeuronRows<Real>>([&](auto given) {
-          input.visit(tile, t, x, given, [&](auto values, const Real* in) {
+        neurons.template with_neurons<NeuronRows<Real>>([&](auto given) {
+          input.with_input(tile, t, x, given, [&](auto values, const Real* in) {
             run<StepLoop<Real, Model, decltype(values)>>({values, params.options, params.noise.analog_below,
-                                                          tile.length, in, noise.row(tile, t), v, v, h, s, ahead,
+                                                          tile.length, in, noise.draws(tile, t), v, v, h, s, ahead,
                                                           second, second, /*compared=*/true});
           });
         });
@@ -158,10 +158,10 @@ class GeneralBackward {
     store_states(gradients, tile.length, params_.grad_v_init, all, tile.first);
   }
 
-  // Row k of adjacent rows.
+  // The k-th of adjacent rows.
   Real* row(Real* rows, int64 k) const { return rows + k * rows_.stride(); }
   // The row of the potential before step k of a segment.
-  Real* v(int64 k) const { return row(v_, k % v_rows_); }
+  Real* v_row(int64 k) const { return row(v_, k % v_rows_); }
   // The rows to prefetch at a position of a segment. Positions count the rows in the order of their use: first x of
   // each step, then the gradients of each step in reverse order, then x of the segment that is computed next.
   PrefetchRows rows_to_prefetch(int64 start, int64 stop, int64 position) const {
@@ -179,7 +179,7 @@ class GeneralBackward {
             {recent_row_to_prefetch(params_.grad_s_seq, tile, t), recent_row_to_prefetch(params_.grad_x_seq, tile, t)}};
   }
   // The row of the second state before step k of a segment, or null for models with one state.
-  Real* second(int64 k) const { return Model::kNumStates > 1 ? row(second_, k % second_rows_) : nullptr; }
+  Real* second_row(int64 k) const { return Model::kNumStates > 1 ? row(second_, k % second_rows_) : nullptr; }
   // Whether a parameter with begin <= id < end wants a gradient.
   bool wants_any_gradient(int begin, int end) const {
     return std::any_of(params_.partials + begin, params_.partials + end, [](const auto& each) { return each.data; });
@@ -199,16 +199,17 @@ class GeneralBackward {
 
   // Computes h and s of the steps [start, stop) again, and stores them in rows.
   void compute_potentials(int64 start, int64 stop) {
-    load_start_states(params_, tile_, start, state_rows<Model>(v(0), second(0)));
+    load_start_states(params_, tile_, start, state_rows<Model>(v_row(0), second_row(0)));
     for (int64 t = start; t < stop; ++t) {
       const int64 k = t - start;
       const Real* x = read_row(params_.x_seq, tile_, t, x_buffer_);
       neurons_.move_to(tile_, t);
-      neurons_.template visit<NeuronRows<Real>>([&](auto given) {
-        input_.visit(tile_, t, x, given, [&](auto neurons, const Real* in) {
+      neurons_.template with_neurons<NeuronRows<Real>>([&](auto given) {
+        input_.with_input(tile_, t, x, given, [&](auto neurons, const Real* in) {
           run<StepLoop<Real, Model, decltype(neurons)>>(
-              {neurons, params_.options, params_.noise.analog_below, tile_.length, in, noise_.row(tile_, t), v(k),
-               v(k + 1), row(h_, k), row(s_, k), rows_to_prefetch(start, stop, k), second(k), second(k + 1)});
+              {neurons, params_.options, params_.noise.analog_below, tile_.length, in, noise_.draws(tile_, t), v_row(k),
+               v_row(k + 1), row(h_, k), row(s_, k), rows_to_prefetch(start, stop, k), second_row(k),
+               second_row(k + 1)});
         });
       });
     }
@@ -233,7 +234,7 @@ class GeneralBackward {
       carried_ = true;
     }
     Real* dx = start_row(params_.grad_x_seq, tile_, t, dx_buffer_);
-    neurons_.template visit<NeuronRows<Real>>([&](auto neurons) {
+    neurons_.template with_neurons<NeuronRows<Real>>([&](auto neurons) {
       const auto adjoint = [&](auto kSums) {
         run<AdjointLoop<Real, Model, decltype(neurons), kSums()>>({.neurons = neurons,
                                                                    .options = params_.options,
@@ -250,8 +251,8 @@ class GeneralBackward {
                                                                    .dh = dh_,
                                                                    .dx = dx,
                                                                    .ahead = ahead,
-                                                                   .v = v(k),
-                                                                   .second = second(k),
+                                                                   .v = v_row(k),
+                                                                   .second = second_row(k),
                                                                    .d_second = d_second_,
                                                                    .sums = sums(0)});
       };
@@ -276,7 +277,7 @@ class GeneralBackward {
     if (carried_) accumulate(kReset, Real(1), d_reset_, kOne, kZero);
     accumulate(kWidth, Real(1), dy_, {distance_, Real(0)}, kZero);
     accumulate(kThreshold, Real(-1), dy_, neurons_.inverse_width(), kZero);
-    accumulate(kDecay, Real(1), dh_, {v(k), Real(0)}, {nullptr, params_.options.v_rest});
+    accumulate(kDecay, Real(1), dh_, {v_row(k), Real(0)}, {nullptr, params_.options.v_rest});
     accumulate(kInputMean, Real(-1), dx, kOne, kZero);
     if (params_.wants_gradient(kInputGain)) {
       const Real* x = read_row(params_.x_seq, tile_, t, x_buffer_);

@@ -103,7 +103,7 @@ void run_settled_pass(const ForwardParams<Scalar>& params) {
         }
         const StepRows<const Real> current = currents.compute(chunk);
         const StepRows<Real> s = start_steps(params.s_seq, tile, t, s_buffer);
-        neurons.template visit<SettledRows<Real>>([&](auto values) {
+        neurons.template with_neurons<SettledRows<Real>>([&](auto values) {
           run<SettledStepLoop<Real, Model, decltype(values)>>(
               {.neurons = values,
                .options = params.options,
@@ -112,7 +112,7 @@ void run_settled_pass(const ForwardParams<Scalar>& params) {
                .block = ahead.empty() && most == 1 ? std::max<int64>(1, tile.length) : kBlock,
                .steps = count,
                .current = current,
-               .draws = noise.rows(tile, t, count),
+               .draws = noise.draws_of_steps(tile, t, count),
                .v = v,
                .s = s,
                .stream = stream,
@@ -206,7 +206,7 @@ class SettledBackward {
       gradients_ahead.rows[2] = element_to_prefetch(params_.grad_residual, chunk, next, dc_in_place && !dx_is_dc_);
     }
     const StepRows<const Real> current = currents_.compute(chunk), g = spike_gradients(chunk);
-    neurons_.template visit<SettledRows<Real>>([&](auto neurons) {
+    neurons_.template with_neurons<SettledRows<Real>>([&](auto neurons) {
       const auto call = [&](auto kSums) {
         run<SettledAdjointLoop<Real, Model, decltype(neurons), kSums()>>(
             {.neurons = neurons,
@@ -216,7 +216,7 @@ class SettledBackward {
              .steps = chunk.count,
              .carried = carried_,
              .current = current,
-             .draws = noise_.rows(tile, chunk.t, chunk.count),
+             .draws = noise_.draws_of_steps(tile, chunk.t, chunk.count),
              .v = {v_, v_rows_ > 1 ? rows_.stride() : 0},
              .h = h_,
              .s = s_,

@@ -84,7 +84,7 @@ struct InputGradientLoop {
   };
 
   template <bool kRows>
-  static ASGL_HOST_DEVICE void loop(Args args) {
+  static ASGL_HOST_DEVICE void run_loop(Args args) {
 #pragma GCC ivdep
     for (int64 i = 0; i < args.length; ++i) {
       const Real gain_dh = kResidual ? args.gain.template at<kRows>(i) * args.dh[i] : args.dx[i];
@@ -93,7 +93,9 @@ struct InputGradientLoop {
     }
   }
 
-  static ASGL_HOST_DEVICE void run(Args args) { args.mean.row != nullptr ? loop<true>(args) : loop<false>(args); }
+  static ASGL_HOST_DEVICE void run(Args args) {
+    args.mean.row != nullptr ? run_loop<true>(args) : run_loop<false>(args);
+  }
 };
 
 // The chunks in which a task reads the sequence, [rows, columns]. A chunk is a part of one row, or `rows` whole rows if
@@ -251,12 +253,12 @@ ChannelTiles plan_channels(const ChannelShape& shape) {
 }  // namespace
 
 template <class Scalar>
-void plan_on(Device, MomentsParams<Scalar>& params) {
+void plan_tiles_on(Device, MomentsParams<Scalar>& params) {
   params.tiles = plan_channels(params.tiles.shape);
 }
 
 template <class Scalar>
-void plan_on(Device, InputGradientParams<Scalar>& params) {
+void plan_tiles_on(Device, InputGradientParams<Scalar>& params) {
   params.tiles = plan_channels(params.tiles.shape);
 }
 

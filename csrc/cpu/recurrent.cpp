@@ -26,12 +26,12 @@ struct RecurrentCurrentLoop {
   };
 
   static ASGL_HOST_DEVICE void run(Args args) {
-    if (args.has_synapse) return loop<true>(args);
-    loop<false>(args);
+    if (args.has_synapse) return run_loop<true>(args);
+    run_loop<false>(args);
   }
 
   template <bool kSynapse>
-  static ASGL_HOST_DEVICE void loop(Args args) {
+  static ASGL_HOST_DEVICE void run_loop(Args args) {
 #pragma GCC ivdep
     for (int64 n = 0; n < args.length; ++n) {
       const Real j = args.x[n] + (args.product[n] + args.bias[n]);
@@ -159,7 +159,7 @@ class ChunkNoise {
 
   // Returns the draws of a chunk for step t, one per neuron. If analog_prob is 0 or 1 nothing is drawn, and draws are
   // 0, which is below every analog_below but 0.
-  const uint16* row(const Chunk& chunk, int64 t) {
+  const uint16* draws(const Chunk& chunk, int64 t) {
     const auto* draws = reinterpret_cast<const uint16*>(rows_.row(0));
     if (!drawn_) return draws;
     const int64 group = chunk.first / 4 / kNoiseGroups * kNoiseGroups;
@@ -263,7 +263,7 @@ void compute_forward_chunk(const RecurrentForwardParams<Scalar>& params, const W
     Real* const h = start_row(params.h_seq, chunk, t, h_buffer);
     Real* const out = start_row(params.s_seq, chunk, t, scales ? out_buffer : s_buffer);
     Real* const s = params.emitted != nullptr ? start_row(params.emitted, chunk, t, s_buffer) : scales ? s_buffer : out;
-    const uint16* draws = noise.row(chunk, t);
+    const uint16* draws = noise.draws(chunk, t);
     finish_row(w, params.w_seq, chunk, t);
     repeated.for_each_part(chunk, [&](int64 offset, int64 length) {
       run<RecurrentCurrentLoop<Real>>({x + offset, repeated[kRecurrentBias], repeated[kRecurrentSynDecay],

@@ -336,7 +336,7 @@ struct Axis {
   // The last coordinate of the output whose window begins at coordinate i of x or before it.
   int64 last_output(int64 i) const { return (i + padding) / stride; }
   // The largest number of outputs before last_output(i) whose windows contain i.
-  int64 margin() const { return (kernel - 1) / stride; }
+  int64 num_earlier_outputs() const { return (kernel - 1) / stride; }
 };
 
 // The elements first, first + stride, ... of the kernel in one dimension. All of them multiply the same coordinates of
@@ -391,8 +391,8 @@ class ChannelGradient {
     tile_rows_ = tile_columns_ < shape_.width ? 1 : std::clamp<int64>(pixels / shape_.width, 1, shape_.height);
     tile_images_ =
         tile_rows_ < shape_.height ? 1 : std::clamp<int64>(pixels / (shape_.width * shape_.height), 1, shape_.images);
-    pitch_ = (tile_columns_ - 1) / shape_.stride_width + 2 + columns_.margin();
-    out_rows_ = (tile_rows_ - 1) / shape_.stride_height + 2 + rows_.margin();
+    pitch_ = (tile_columns_ - 1) / shape_.stride_width + 2 + columns_.num_earlier_outputs();
+    out_rows_ = (tile_rows_ - 1) / shape_.stride_height + 2 + rows_.num_earlier_outputs();
     const int64 met = tile_images_ * ((tile_rows_ - 1) / shape_.stride_height + 1) *
                       ((tile_columns_ - 1) / shape_.stride_width + 1);  // pixels of a tile and a phase, at most
     // Not a power of two, since the ends of the lists would then compete for the same cache lines.
@@ -531,8 +531,10 @@ class ChannelGradient {
   }
 
   // The row and the column of the output at which grad_ begins for a tile. They may be negative.
-  int64 first_out_row(const Tile& tile) const { return rows_.last_output(tile.row) - rows_.margin(); }
-  int64 first_out_column(const Tile& tile) const { return columns_.last_output(tile.column) - columns_.margin(); }
+  int64 first_out_row(const Tile& tile) const { return rows_.last_output(tile.row) - rows_.num_earlier_outputs(); }
+  int64 first_out_column(const Tile& tile) const {
+    return columns_.last_output(tile.column) - columns_.num_earlier_outputs();
+  }
 
   const SpikeGradientParams<Real>& params_;
   const SpikeShape& shape_;

@@ -43,7 +43,7 @@ void for_each_tile_range(const SequenceShape& shape, Task&& task) {
 
 // Sets the size of tiles and their number.
 template <class Scalar>
-void plan_on(Device, LIFParams<Scalar>& params) {
+void plan_tiles_on(Device, LIFParams<Scalar>& params) {
   params.tiles = {kTile, num_tiles(params.shape)};
 }
 
@@ -78,7 +78,7 @@ class TileNoise {
   }
 
   // Returns the draws of a tile for step t, one per neuron.
-  const uint16* row(const Tile& tile, int64 t) {
+  const uint16* draws(const Tile& tile, int64 t) {
     if (!drawn_) return reinterpret_cast<const uint16*>(rows_.row(0));
     if (tile.first != first_) {
       first_ = tile.first;
@@ -94,9 +94,9 @@ class TileNoise {
   }
 
   // Returns the draws for the `count` steps of a segment from step t on.
-  StepRows<const uint16> rows(const Tile& tile, int64 t, int64 count) {
-    for (int64 step = t; step < t + count; ++step) row(tile, step);
-    return {row(tile, t), drawn_ ? 4 * rows_.stride() : 0};
+  StepRows<const uint16> draws_of_steps(const Tile& tile, int64 t, int64 count) {
+    for (int64 step = t; step < t + count; ++step) draws(tile, step);
+    return {draws(tile, t), drawn_ ? 4 * rows_.stride() : 0};
   }
 
  private:
@@ -145,7 +145,7 @@ class TileNeurons {
 
   // Calls f(neurons) with a UniformNeuron, or with `Neurons`, which is NeuronRows or SettledRows.
   template <class Neurons, class F>
-  void visit(F&& f) const {
+  void with_neurons(F&& f) const {
     if (shared_) return f(UniformNeuron<Real>{values_});
     if constexpr (std::is_same_v<Neurons, SettledRows<Real>>) {
       f(Neurons{row_[kDecay], row_[kThreshold], row_[kReset], row_[kWidth]});
@@ -289,7 +289,8 @@ class TileInput {
 
   // Computes a row of the current from a row of x, if the input is not plain. `residual` is null if the call has none.
   void compute_current(const Real* x, const Real* residual, Real* current) {
-    residual == nullptr ? compute<false>(x, nullptr, current) : compute<true>(x, residual, current);
+    residual == nullptr ? compute_current_row<false>(x, nullptr, current)
+                        : compute_current_row<true>(x, residual, current);
   }
 
   // Computes a row of dx from dc, a row of the gradient of the current, and adds dc's terms to the sums.
@@ -329,7 +330,7 @@ class TileInput {
  private:
   // compute_current with kResidual as a constant.
   template <bool kResidual>
-  void compute(const Real* x, const Real* residual, Real* current) {
+  void compute_current_row(const Real* x, const Real* residual, Real* current) {
     if (in_rows_) {
       run<InputCurrentLoop<Real, true, kResidual>>({x, residual, residual_gain_, rows(), current, tile_.length});
     } else {
@@ -384,7 +385,7 @@ class GeneralInput {
 
   // Calls f(neurons, row): x and the neurons as they are, or the current and neurons with unit gain.
   template <class Neurons, class F>
-  void visit(const Tile& tile, int64 t, const Real* x, const Neurons& neurons, F&& f) {
+  void with_input(const Tile& tile, int64 t, const Real* x, const Neurons& neurons, F&& f) {
     if (params_.residual == nullptr) return f(neurons, x);
     const Real* residual = read_row(params_.residual, tile, t, buffer_);
     run<ResidualCurrentLoop<Real, Neurons>>({neurons, x, residual, params_.residual_gain, current_, tile.length});

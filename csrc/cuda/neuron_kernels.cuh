@@ -386,7 +386,7 @@ __global__ void __launch_bounds__(kBlockThreads, kSettledBackwardBlocks<Scalar, 
 #pragma unroll
               for (int j = 0; j < kLanes; ++j) {
                 sums[kThreshold][j % kOwn] -= du[j];
-                if (k < carried_steps) sums[kReset][j % kOwn] += Model::gradient_of_reset(dv_after[j], s[j]);
+                if (k < carried_steps) sums[kReset][j % kOwn] += Model::reset_parameter_gradient(dv_after[j], s[j]);
               }
             }
             if constexpr (kResidual) {
@@ -552,7 +552,7 @@ __global__ void __launch_bounds__(kBlockThreads, kBackwardBlocks<Real_t<Scalar>,
           g[j] = g[j] * neuron.now().v_threshold;
         }
         dv[j] = model.floor_adjoint(h.values[j], s, neuron.now(), dv[j]);
-        if (carried) sums[kReset] += model.gradient_of_reset(dv[j], s);
+        if (carried) sums[kReset] += model.reset_parameter_gradient(dv[j], s);
         const Real ds = model.spike_gradient(g[j], h.values[j], carried && !options.detach_reset, neuron.now(), dv[j]);
         const StepGradient<Real> step =
             model.step_adjoint(ds, gh[j], h.values[j], s, carried, neuron.now(), options, dv[j]);

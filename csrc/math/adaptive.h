@@ -72,7 +72,7 @@ struct AdaptiveLIF : LIFByOptions<Real> {
                                     const Neuron<Real>& neuron, Real& dv, Real& dw) const {
     const Neuron<Real> now = with_adapted_reset(neuron, w);
     dv = dv + keep_if(carried, neuron.input_bias * dw);
-    const Real d_reset = keep_if(carried, this->gradient_of_reset(dv, s));
+    const Real d_reset = keep_if(carried, this->reset_parameter_gradient(dv, s));
     const Real ds =
         this->spike_gradient(g + keep_if(carried, neuron.input_mean * dw), h, carried && !this->detach_reset, now, dv);
     const StepGradient<Real> step = this->step_adjoint(ds, gh, compared_h, s, carried, now, *this, dv);

@@ -57,14 +57,16 @@ struct LIFByOptions : NeuronOptions<Real> {
   ASGL_HOST_DEVICE Real fire(Real h, bool analog, const Neuron<Real>& neuron, const FiringRule& firing) const {
     const Real u = distance_from_threshold(h, neuron);
     if (kBranches && analog) return analog_value(u, neuron);
-    if (kBranches && !multi_spike) return counts_spikes() ? math::rounded(analog_value(u, neuron)) : firing.spike(u);
+    if (kBranches && !multi_spike) {
+      return counts_spikes() ? math::round_half_even(analog_value(u, neuron)) : firing.spike(u);
+    }
     const Real several = (h > Real(0) ? Real(1) : Real(0)) * math::trunc(h / neuron.v_threshold);
     const Real most = static_cast<Real>(this->levels);
     const Real limited = most > Real(0) && several > most ? most : several;
     const Real z = choose(multi_spike, limited, firing.spike(u));
     if (kBranches) return z;
     const Real a = analog_value(u, neuron);
-    return analog ? a : counts_spikes() ? math::rounded(a) : z;
+    return analog ? a : counts_spikes() ? math::round_half_even(a) : z;
   }
 
   // F(u / width), the value of an element that is analog.
@@ -96,8 +98,8 @@ struct LIFByOptions : NeuronOptions<Real> {
     return choose(floored, above <= Real(0) ? Real(0) : dv, dv);
   }
 
-  ASGL_HOST_DEVICE Real gradient_of_reset(Real dv, Real s) const {
-    return choose(this->hard_reset, Hard::gradient_of_reset(dv, s), Soft::gradient_of_reset(dv, s));
+  ASGL_HOST_DEVICE Real reset_parameter_gradient(Real dv, Real s) const {
+    return choose(this->hard_reset, Hard::reset_parameter_gradient(dv, s), Soft::reset_parameter_gradient(dv, s));
   }
 
   ASGL_HOST_DEVICE Real spike_gradient(Real g, Real h, bool through_reset, const Neuron<Real>& neuron, Real dv) const {

@@ -156,7 +156,7 @@ struct LIF {
   static ASGL_HOST_DEVICE Real fire(Real h, bool analog, const Neuron<Real>& neuron, const FiringRule& firing) {
     const Real u = distance(h, neuron);
     const Real a = surrogate_value<kSurrogate>(firing.levels, u * neuron.inverse_width);
-    const Real z = kCountsSpikes ? math::rounded(a) : firing.spike(u);
+    const Real z = kCountsSpikes ? math::round_half_even(a) : firing.spike(u);
     return analog ? a : z;
   }
 
@@ -175,7 +175,7 @@ struct LIF {
 
   // The term that is added to the gradient of neuron.reset: dv * s for v_reset, -dv * s for reset_amount.
   template <class Real>
-  static ASGL_HOST_DEVICE Real gradient_of_reset(Real dv, Real s) {
+  static ASGL_HOST_DEVICE Real reset_parameter_gradient(Real dv, Real s) {
     return kHardReset ? dv * s : -(dv * s);
   }
 

@@ -19,16 +19,16 @@ ASGL_HOST_DEVICE double erf(double x) { return ::erf(x); }
 ASGL_HOST_DEVICE double atan(double x) { return ::atan(x); }
 ASGL_HOST_DEVICE double trunc(double x) { return ::trunc(x); }
 ASGL_HOST_DEVICE float trunc(float x) { return ::truncf(x); }
-ASGL_HOST_DEVICE double magnitude(double x) { return ::fabs(x); }
-ASGL_HOST_DEVICE float magnitude(float x) { return ::fabsf(x); }
+ASGL_HOST_DEVICE double abs(double x) { return ::fabs(x); }
+ASGL_HOST_DEVICE float abs(float x) { return ::fabsf(x); }
 #else
 ASGL_HOST_DEVICE double exp_of_nonpositive(double x) { return __builtin_exp(x); }
 ASGL_HOST_DEVICE double erf(double x) { return __builtin_erf(x); }
 ASGL_HOST_DEVICE double atan(double x) { return __builtin_atan(x); }
 ASGL_HOST_DEVICE double trunc(double x) { return __builtin_trunc(x); }
 ASGL_HOST_DEVICE float trunc(float x) { return __builtin_truncf(x); }
-ASGL_HOST_DEVICE double magnitude(double x) { return __builtin_fabs(x); }
-ASGL_HOST_DEVICE float magnitude(float x) { return __builtin_fabsf(x); }
+ASGL_HOST_DEVICE double abs(double x) { return __builtin_fabs(x); }
+ASGL_HOST_DEVICE float abs(float x) { return __builtin_fabsf(x); }
 #endif
 
 // With ASGL_HOST_FUNCTIONS the device computes the host's float32 functions, to test that nothing else differs.
@@ -61,8 +61,8 @@ ASGL_HOST_DEVICE Real clamp_from_zero(Real x, Real most) {
 }
 
 // Rounds to the nearest integer, ties to even, for 0 <= x < 2^22: the sum has no bits for a fraction.
-ASGL_HOST_DEVICE float rounded(float x) { return (x + 0x1.8p23f) - 0x1.8p23f; }
-ASGL_HOST_DEVICE double rounded(double x) { return (x + 0x1.8p52) - 0x1.8p52; }
+ASGL_HOST_DEVICE float round_half_even(float x) { return (x + 0x1.8p23f) - 0x1.8p23f; }
+ASGL_HOST_DEVICE double round_half_even(double x) { return (x + 0x1.8p52) - 0x1.8p52; }
 
 // 1 / x, for x >= 1. In float32 on a GPU the error is up to 1 ulp.
 template <class Real>
@@ -102,8 +102,8 @@ ASGL_HOST_DEVICE bool is_in_unit_interval(Real x) {
 template <Surrogate kind>
 struct SurrogateMath;
 
-// value is F(y). With the gradient da of F(y), the gradient of y is da * slope(y), or adjoint(y, da) for surrogates
-// whose slope is hardly more than a comparison.
+// cumulative is F(y). With the gradient da of F(y), the gradient of y is da * slope(y), or adjoint(y, da) for
+// surrogates whose slope is hardly more than a comparison.
 //
 // Rectangle and triangle do the operations of PyTorch's autograd on the reference in the same order, for equal bits,
 // except that triangle computes one product where autograd adds two halves, which saves three operations: for gradients
@@ -112,7 +112,7 @@ struct SurrogateMath;
 template <>
 struct SurrogateMath<Surrogate::kRectangle> {
   template <class Real>
-  static ASGL_HOST_DEVICE Real value(Real y) {
+  static ASGL_HOST_DEVICE Real cumulative(Real y) {
     return math::clamp_to_unit_interval(y + Real(0.5));
   }
   template <class Real>
@@ -129,7 +129,7 @@ struct SurrogateMath<Surrogate::kTriangle> {
     return y < Real(0) ? y + Real(1) : Real(1) - y;
   }
   template <class Real>
-  static ASGL_HOST_DEVICE Real value(Real y) {
+  static ASGL_HOST_DEVICE Real cumulative(Real y) {
     const Real edge = distance_to_edge(y);
     const Real inside = edge < Real(0) ? Real(0) : edge;
     const Real tail = Real(0.5) * inside * inside;
@@ -147,13 +147,13 @@ struct SurrogateMath<Surrogate::kTriangle> {
 template <>
 struct SurrogateMath<Surrogate::kSigmoid> {
   template <class Real>
-  static ASGL_HOST_DEVICE Real value(Real y) {
-    const Real e = math::exp_of_nonpositive(-math::magnitude(y)), inverse = math::reciprocal(Real(1) + e);
+  static ASGL_HOST_DEVICE Real cumulative(Real y) {
+    const Real e = math::exp_of_nonpositive(-math::abs(y)), inverse = math::reciprocal(Real(1) + e);
     return y < Real(0) ? e * inverse : inverse;
   }
   template <class Real>
   static ASGL_HOST_DEVICE Real slope(Real y) {
-    const Real e = math::exp_of_nonpositive(-math::magnitude(y)), inverse = math::reciprocal(Real(1) + e);
+    const Real e = math::exp_of_nonpositive(-math::abs(y)), inverse = math::reciprocal(Real(1) + e);
     return e * inverse * inverse;
   }
 };
@@ -161,7 +161,7 @@ struct SurrogateMath<Surrogate::kSigmoid> {
 template <>
 struct SurrogateMath<Surrogate::kArctan> {
   template <class Real>
-  static ASGL_HOST_DEVICE Real value(Real y) {
+  static ASGL_HOST_DEVICE Real cumulative(Real y) {
     return math::atan(y * Real(1.57079632679489661923)) * Real(0.318309886183790671538) + Real(0.5);
   }
   template <class Real>
@@ -174,7 +174,7 @@ struct SurrogateMath<Surrogate::kArctan> {
 template <>
 struct SurrogateMath<Surrogate::kErf> {
   template <class Real>
-  static ASGL_HOST_DEVICE Real value(Real y) {
+  static ASGL_HOST_DEVICE Real cumulative(Real y) {
     return (Real(1) + math::erf(y)) * Real(0.5);
   }
   template <class Real>
@@ -186,13 +186,13 @@ struct SurrogateMath<Surrogate::kErf> {
 template <>
 struct SurrogateMath<Surrogate::kFastSigmoid> {
   template <class Real>
-  static ASGL_HOST_DEVICE Real value(Real y) {
-    const Real tail = Real(0.5) * math::reciprocal(Real(1) + math::magnitude(y));
+  static ASGL_HOST_DEVICE Real cumulative(Real y) {
+    const Real tail = Real(0.5) * math::reciprocal(Real(1) + math::abs(y));
     return y < Real(0) ? tail : Real(1) - tail;
   }
   template <class Real>
   static ASGL_HOST_DEVICE Real slope(Real y) {
-    const Real denominator = Real(1) + math::magnitude(y);
+    const Real denominator = Real(1) + math::abs(y);
     return Real(0.5) * math::reciprocal(denominator * denominator);
   }
 };
@@ -200,20 +200,20 @@ struct SurrogateMath<Surrogate::kFastSigmoid> {
 template <>
 struct SurrogateMath<Surrogate::kLaplace> {
   template <class Real>
-  static ASGL_HOST_DEVICE Real value(Real y) {
-    const Real tail = Real(0.5) * math::exp_of_nonpositive(-math::magnitude(y));
+  static ASGL_HOST_DEVICE Real cumulative(Real y) {
+    const Real tail = Real(0.5) * math::exp_of_nonpositive(-math::abs(y));
     return y < Real(0) ? tail : Real(1) - tail;
   }
   template <class Real>
   static ASGL_HOST_DEVICE Real slope(Real y) {
-    return Real(0.5) * math::exp_of_nonpositive(-math::magnitude(y));
+    return Real(0.5) * math::exp_of_nonpositive(-math::abs(y));
   }
 };
 
 template <>
 struct SurrogateMath<Surrogate::kInteger> {
   template <class Real>
-  static ASGL_HOST_DEVICE Real value(Real y, Real levels) {
+  static ASGL_HOST_DEVICE Real cumulative(Real y, Real levels) {
     return math::clamp_from_zero(y, levels);
   }
   template <class Real>
@@ -230,9 +230,9 @@ constexpr bool kHasSlope = kSurrogate >= Surrogate::kSigmoid && kSurrogate <= Su
 template <Surrogate kSurrogate, class Real>
 ASGL_HOST_DEVICE Real surrogate_value(Real levels, Real y) {
   if constexpr (kSurrogate == Surrogate::kInteger) {
-    return SurrogateMath<kSurrogate>::value(y, levels);
+    return SurrogateMath<kSurrogate>::cumulative(y, levels);
   } else {
-    return SurrogateMath<kSurrogate>::value(y);
+    return SurrogateMath<kSurrogate>::cumulative(y);
   }
 }
 

@@ -12,7 +12,7 @@ constexpr int kElementsPerThread = 4;  // elements of a thread, if there are man
 // gradients of 1 / width and of the decay.
 enum class Derivative { kNone, kOfWidth, kOfLogWidth, kOfLogitDecay };
 
-// The factor for parameter `id`.
+// The chain-rule factor for parameter `id`, given how width and decay are stored.
 ASGL_HOST_DEVICE Derivative derivative_of(int id, bool log_width, bool logit_decay) {
   if (id == kWidth) return log_width ? Derivative::kOfLogWidth : Derivative::kOfWidth;
   return id == kDecay && logit_decay ? Derivative::kOfLogitDecay : Derivative::kNone;

@@ -229,9 +229,10 @@ MUTANTS = {
         "decay's gradient of another spike": kernels("v_after = Model::reset(h[j], s[@]", "j", "0"),
         "threshold's gradient without a width": kernels("du[j] = step.dy * @;", "own.inverse_width", "Real(1)"),
         "reset's gradient only of what is given": kernels(
-            "if (@) sums[kReset][j % kOwn] += Model::gradient_of_reset(dv_after", "k < carried_steps", "has_grad_last"
+            "if (@) sums[kReset][j % kOwn] += Model::reset_parameter_gradient(dv_after",
+            "k < carried_steps", "has_grad_last"
         ),
-        "reset's gradient of the step before": kernels("gradient_of_reset(@, s[j])", "dv_after[j]", "dv[j]"),
+        "reset's gradient of the step before": kernels("reset_parameter_gradient(@, s[j])", "dv_after[j]", "dv[j]"),
         "reset's gradient of another spike": kernels("dv_after[j])), s[@])", "j", "0"),
         "gain's and bias' sums swapped": kernels("params.shape, thread_sums[@]);\n  }", "id",
                                                  "id < kInputGain ? id : kInputGain + kInputBias - id"),
@@ -371,7 +372,8 @@ MUTANTS = {
         "no gradients though there is no floor": rules("choose(@, above <=", "floored", "true"),
         "gradients at the floor": rules("@ ? Real(0) : dv", "above <= Real(0)", "above < Real(0)"),
         "a hard reset for all": rules("choose(@, Hard::reset(", "this->hard_reset", "true"),
-        "a hard reset's gradient for all": rules("choose(@, Hard::gradient_of_reset", "this->hard_reset", "true"),
+        "a hard reset's gradient for all": rules("choose(@, Hard::reset_parameter_gradient", "this->hard_reset",
+                                                 "true"),
         "a soft reset's gradient of spikes for all": rules("choose(@, Hard::spike_gradient", "this->hard_reset",
                                                            "false"),
         "a soft reset's gradient for all": rules("from_v = choose(@,", "this->hard_reset", "false"),
@@ -383,7 +385,7 @@ MUTANTS = {
                                               "static_cast<int>(given) != kId", "false"),
         "the first surrogate's gradient for all": Mutant("math/surrogates.h", "if (@) return any_surrogate_adjoint",
                                                          "static_cast<int>(given) != kId", "false"),
-        "shares of spikes that are counted": rules("counts_spikes() ? @ : z;", "math::rounded(a)", "a"),
+        "shares of spikes that are counted": rules("counts_spikes() ? @ : z;", "math::round_half_even(a)", "a"),
         "no count of spikes": rules("analog ? a : @ ? ", "counts_spikes()", "false"),
         "a distance of counted spikes from the threshold": rules("return @ ? h :", "counts_spikes()", "false"),
         "more spikes than levels": rules("several > most ? @ : several;", "most", "several"),
@@ -452,7 +454,7 @@ MUTANTS = {
         "w grows without a spike": adaptive("neuron.input_mean * @);\n    return h", "s", "Real(1)"),
         # ---- its adjoint ----
         "v's gradient without w's": adaptive("dv + keep_if(@, neuron", "carried", "false"),
-        "reset's gradient without w's": adaptive("gradient_of_reset(@, s)", "dv", "dv - neuron.input_bias * dw"),
+        "reset's gradient without w's": adaptive("reset_parameter_gradient(@, s)", "dv", "dv - neuron.input_bias * dw"),
         "the spike's gradient without w's": adaptive("g + keep_if(@, neuron", "carried", "false"),
         "the spike's gradient from the potential compared": adaptive("* dw), @,", "h", "compared_potential(h, w)"),
         "through the reset though nothing is carried": adaptive("@ && !this", "carried", "true"),
@@ -732,12 +734,12 @@ CPU_MUTANTS = {
                                        "int64(kCheckpointSteps)"),
         "no last checkpoint": cpu("kCheckpointSteps == 0 && @)", "steps < params.shape.steps",
                                   "steps + kCheckpointSteps < params.shape.steps"),
-        "decay's gradient of another step": cpu("accumulate(kDecay, Real(1), dh_, {v(@)", "k", "k + 1"),
+        "decay's gradient of another step": cpu("accumulate(kDecay, Real(1), dh_, {v_row(@)", "k", "k + 1"),
         "decay's gradient of another settled step": loops(
             "*g = args.g[k] + first, *v = @ + first", "args.v[k]", "args.v[k + 1]"
         ),
         "wrong sign of the soft reset's gradient": loops(
-            "d_reset = @;", "model.gradient_of_reset(dv, s)", "dv * s"
+            "d_reset = @;", "model.reset_parameter_gradient(dv, s)", "dv * s"
         ),
         "gradients at the floor": rules("@ ? Real(0) : dv", "above <= Real(0)", "above < Real(0)"),
         "single spikes without a floor": rules("return @ ||", "multi_spike", "false"),
@@ -792,14 +794,14 @@ CPU_MUTANTS = {
         "w in the place of v": cpu("params.v_last, @, tile", "all", "int64(0)"),
         "the last w's gradient is v's": cpu("params_.grad_v_last, @, tile", "all", "int64(0)"),
         "the first w's gradient in the place of v's": cpu("params_.grad_v_init, @, tile", "all", "int64(0)"),
-        "w of the step before again": cpu("second(k), second(@)});", "k + 1", "k"),
+        "w of the step before again": cpu("second_row(k),\n               second_row(@)});", "k + 1", "k"),
         "adapt_decay's gradient of a spike": loops("d_second * @);\n              sum(kAdaptPotential", "second", "s"),
         "adapt_potential's gradient before the reset": loops("d_second * (@ - args.options.v_rest)", "v", "h"),
         "adapt_potential's gradient without v_rest": loops(
             "- @));\n              sum(kAdaptSpike", "args.options.v_rest", "Real(0)"
         ),
         "adapt_spike's gradient of w": loops("d_second * @);\n            }", "s", "second"),
-        "the adjoint of the next w": cpu(".second = second(@)", "k", "k + 1"),
+        "the adjoint of the next w": cpu(".second = second_row(@)", "k", "k + 1"),
         "gradients of the input for adaptive neurons": cpu("if (@) add_gradients", "!Model::kHasAdaptation", "true"),
         "one w kept": cpu("wants_gradient(kAdaptDecay) ||\n                                  @;",
                           "!AdaptiveLIF<Real>::from_options(params_.options).adapts_current()", "false"),
