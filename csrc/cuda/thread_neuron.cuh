@@ -69,7 +69,7 @@ class ThreadNeuron<Real, true> {
   }
 
   // Reads the parameters of step t that change over time. They are never logarithms or logits (checked in ops/call.h),
-  // so value_of is not needed.
+  // so parameter_value is not needed.
   __device__ __forceinline__ void move_to(int64 t) {
     if (!per_step_) return;
 #pragma unroll

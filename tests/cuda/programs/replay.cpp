@@ -344,7 +344,7 @@ bool is_product_right(int64 rows, int64 depth, int64 columns, bool transposed) {
     for (int64 i = 0; i < rows; ++i) {
       const std::vector<Real> row(a.begin() + i * depth, a.begin() + (i + 1) * depth);
       std::vector<int32_t> indices(depth);
-      int64 count = cpu::list_nonzero_after(0, row.data(), depth, indices.data(), 0);
+      int64 count = cpu::append_nonzero(0, row.data(), depth, indices.data(), 0);
 #if defined(__x86_64__)
       if (bytes() > 16) count = cpu::list_nonzero_avx2(row.data(), depth, indices.data());
 #endif

@@ -91,9 +91,9 @@ void check(const SpikeShape& s) {
   });
 
   std::vector<uint64> mask(static_cast<size_t>((size + 63) / 64));
-  const cpu::SpikeCount count = cpu::mask_spikes(x.data(), size, mask.data());
+  const cpu::SpikeCount count = cpu::pack_spike_mask(x.data(), size, mask.data());
   std::vector<Real> values(static_cast<size_t>(count.before.back()));
-  cpu::copy_spikes(x.data(), size, count, values.data());
+  cpu::pack_spike_values(x.data(), size, count, values.data());
   const PackedSpikes<Real> spikes = {mask.data(), count.all_ones ? nullptr : values.data()};
   expect(cpu::count_spikes(mask.data(), size) == count.before.back() && (count.all_ones || !ones), "packed", s);
 
