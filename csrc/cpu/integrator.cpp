@@ -100,10 +100,11 @@ void run_pass(const IntegratorParams<Scalar>& params, int64 begin, int64 end) {
 
 }  // namespace
 
+// Runs the pass that the params request on all tiles.
 template <class Scalar>
 void launch_on(Device, const IntegratorParams<Scalar>& params) {
   for_each_tile_range(params.shape, [&](int64 begin, int64 end) {
-    switch (params.pass()) {
+    switch (params.requested_pass()) {
       case Pass::kForward:
         return run_pass<Pass::kForward>(params, begin, end);
       case Pass::kBackward:

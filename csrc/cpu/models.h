@@ -23,7 +23,7 @@ void with_model(const NeuronOptions<Real>& options, F&& f, std::integer_sequence
   };
   (call(std::integral_constant<int, kIds>{}), ...);
 }
-// The same, but with LIFByOptions if the options have rules that LIF does not have.
+// Calls f(model) with LIFByOptions if the options have rules that LIF does not have, else with the LIF for the options.
 template <class Real, class F>
 void with_model(const LIFByOptions<Real>& options, F&& f) {
   if (options.has_optional_rules()) return f(options);

@@ -120,6 +120,7 @@ void launch_on(Device, const BackwardParams<Scalar>& params) {
   run_kernel(params);
 }
 
+// Sums the partial sums of each parameter's gradient.
 template <class Real>
 void launch_on(Device, const GradientSum<Real>& sum) {
   for (int id = 0; id < sum.count; ++id) {
@@ -128,7 +129,7 @@ void launch_on(Device, const GradientSum<Real>& sum) {
       sum_interleaved(sum, part);
       continue;
     }
-    at::parallel_for(0, part.elements(sum.shape), 2048, [&](int64_t begin, int64_t end) {
+    at::parallel_for(0, part.num_elements(sum.shape), 2048, [&](int64_t begin, int64_t end) {
       const int64 count = part.parameter.count;
       for (int64 element = begin; element < end;) {
         const int64 length = std::min({kTile, end - element, count - element % count});

@@ -96,8 +96,8 @@ int64 num_v_rows(const BackwardParams<Scalar>& params, int64 segment) {
 
 // Computes row t of the residual's gradient from dc, the gradient of the current, and stores it.
 template <class Scalar>
-void finish_residual_row(const Real_t<Scalar>* dc, const BackwardParams<Scalar>& params, const Tile& tile, int64 t,
-                         Real_t<Scalar>* buffer) {
+void store_residual_gradient(const Real_t<Scalar>* dc, const BackwardParams<Scalar>& params, const Tile& tile, int64 t,
+                             Real_t<Scalar>* buffer) {
   using Real = Real_t<Scalar>;
   if (params.grad_residual == nullptr) return;
   if (params.residual_gain != Real(1)) {
@@ -266,7 +266,7 @@ class GeneralBackward {
       }
     });
     finish_row(dx, params_.grad_x_seq, tile_, t);
-    finish_residual_row(dh_, params_, tile_, t, x_buffer_);
+    store_residual_gradient(dh_, params_, tile_, t, x_buffer_);
     if (!Model::kHasAdaptation) add_gradients(t, k, dx);
     carried_ = true;
     store_step_sums(t);

@@ -251,7 +251,7 @@ class SettledBackward {
       streams ? past_cache_(reinterpret_cast<float*>(stored), reinterpret_cast<float*>(dx), tile.length)
               : finish_row(dx, params_.grad_x_seq, tile, t);
     }
-    finish_residual_row(dc, params_, tile, t, x_buffer_);
+    store_residual_gradient(dc, params_, tile, t, x_buffer_);
   }
 
   const BackwardParams<Scalar>& params_;

@@ -157,7 +157,7 @@ bool sums_over_stretches(const ChannelTiles& tiles) { return tiles.shape.inner >
 template <class F>
 void for_each_task(const ChannelTiles& tiles, F&& run_task) {
   const int64 each = std::max<int64>(1, tiles.width * std::min(tiles.rows_per_split, tiles.shape.rows));
-  at::parallel_for(0, tiles.tasks(), std::max<int64>(1, kElementsPerTask / each), [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, tiles.num_tasks(), std::max<int64>(1, kElementsPerTask / each), [&](int64_t begin, int64_t end) {
     for (int64 task = begin; task < end; ++task) run_task(ChannelTask(tiles, task));
   });
 }
@@ -262,11 +262,13 @@ void plan_tiles_on(Device, InputGradientParams<Scalar>& params) {
   params.tiles = plan_channels(params.tiles.shape);
 }
 
+// Computes partial moments, which launch_on(CoefficientsParams) merges.
 template <class Scalar>
 void launch_on(Device, const MomentsParams<Scalar>& params) {
   for_each_task(params.tiles, [&](const ChannelTask& task) { TaskMoments<Scalar>(params, task).compute(); });
 }
 
+// Merges the partial moments of each channel, and stores the coefficients.
 template <class Real>
 void launch_on(Device, const CoefficientsParams<Real>& params) {
   for (int64 channel = 0; channel < params.channels; ++channel) {
@@ -282,6 +284,7 @@ void launch_on(Device, const CoefficientsParams<Real>& params) {
   }
 }
 
+// Computes dx, and the gradients of the normalisation's weight and bias.
 template <class Scalar>
 void launch_on(Device, const InputGradientParams<Scalar>& params) {
   using Real = Real_t<Scalar>;

@@ -77,7 +77,7 @@ __attribute__((target("avx2"))) inline void run_avx2<NoiseLoop>(const NoiseLoop:
   }
 }
 
-// The same with AVX-512.
+// NoiseLoop with AVX-512, otherwise as with AVX2.
 template <>
 ASGL_TARGET_AVX512 inline void run_avx512<NoiseLoop>(const NoiseLoop::Args& args) {
   constexpr int kChains = 4, kXor3 = 0x96;

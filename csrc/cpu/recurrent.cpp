@@ -111,6 +111,7 @@ class RepeatedNeurons {
   using Real = Real_t<Scalar>;
 
  public:
+  // Copies the parameters, and converts a learned width and decay.
   explicit RepeatedNeurons(const RecurrentParams<Scalar>& params)
       : period_(params.neurons),
         length_(std::clamp<int64>(kPartElements / params.neurons, 1, kRecurrentRows) * params.neurons),

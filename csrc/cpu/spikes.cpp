@@ -289,7 +289,7 @@ template <class Real>
 void spike_product(const SpikeProductParams<Real>& params) {
   const SpikeShape& shape = params.shape;
   const SpikeLists<Real> lists(shape, params.x);
-  const int64 group = columns_per_group<Real>(shape.depth(), shape.outputs), pixels = shape.out_pixels();
+  const int64 group = columns_per_group<Real>(shape.depth(), shape.outputs), pixels = shape.num_out_pixels();
   const int64 groups = (shape.outputs + group - 1) / group, threads = at::get_num_threads();
   const int64 most = (pixels + kPixelsPerBatch - 1) / kPixelsPerBatch,
               chunks = std::clamp<int64>((threads + groups - 1) / groups, 1, most);

@@ -208,7 +208,7 @@ template <class Real>
 Real* first_slot(const GradientPartials<Real>& partials, const ParameterView<Real>& parameter, const Tile& tile,
                  int64 t) {
   return partials.data + (parameter.step_stride != 0 ? t * partials.slots : 0) +
-         partials.slot(parameter.inner, tile.first / parameter.inner, tile.index);
+         partials.slot_index(parameter.inner, tile.first / parameter.inner, tile.index);
 }
 
 // Sums the tile's row of gradient terms over each run of neurons that share a value, and stores the sums in the tile's

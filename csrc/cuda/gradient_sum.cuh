@@ -62,7 +62,7 @@ __device__ __forceinline__ void store_partials(Real* slots, const ParameterView<
         sum += __shfl_down_sync(kWholeWarp, sum, distance);
       }
     }
-    if (lane_of_run == 0) slots[GradientPartials<Real>::slot(kLanes == 1 ? inner : 0, run, blockIdx.x)] = sum;
+    if (lane_of_run == 0) slots[GradientPartials<Real>::slot_index(kLanes == 1 ? inner : 0, run, blockIdx.x)] = sum;
     run += runs_at_a_time;
   }
 }
@@ -128,7 +128,7 @@ __global__ void __launch_bounds__(kSumThreads, 2) gradient_sum_kernel(const Grad
   const int64 first_run = turn * (part.elements_each * part.runs_each) / kSumThreads;
   const int64 first_slot = turn & (slots_each - 1);
   double total = 0;
-  if (element < part.elements(sum.shape)) {
+  if (element < part.num_elements(sum.shape)) {
     const int64 t = part.parameter.step_stride != 0 ? element / count : 0;
     const Real* const row = part.partials.data + t * part.partials.slots;
     const int64 stride = part.splits * part.runs_each * count;
@@ -149,9 +149,9 @@ __global__ void __launch_bounds__(kSumThreads, 2) gradient_sum_kernel(const Grad
     __syncthreads();
     if (thread < half) totals[thread] += totals[thread + half];
   }
-  if (thread >= part.elements_each || element >= part.elements(sum.shape)) return;
+  if (thread >= part.elements_each || element >= part.num_elements(sum.shape)) return;
   if (part.splits > 1) {
-    part.totals[split * part.elements(sum.shape) + element] = static_cast<Real>(totals[thread]);
+    part.totals[split * part.num_elements(sum.shape) + element] = static_cast<Real>(totals[thread]);
   } else {
     part.store(element, totals[thread]);
   }

@@ -184,7 +184,7 @@ Launch launch_of(const BackwardParams<Scalar>& params) {
 template <class Scalar>
 Launch launch_of(const IntegratorParams<Scalar>& params) {
   Kernel kernel{Template::kIntegrator, kTypeOf<Scalar>, lanes_of(params)};
-  kernel.pass = params.pass();
+  kernel.pass = params.requested_pass();
   return {kernel, params.tiles.count};
 }
 
@@ -217,7 +217,7 @@ void plan_tiles(GradientSum<Real>& sum, const Resident&) {
       part.runs_each = kSumThreads / part.slots_each;
     } else {
       part.slots_each = 1;
-      const int64 enough = blocks_for(kManyThreads, part.elements(sum.shape));
+      const int64 enough = blocks_for(kManyThreads, part.num_elements(sum.shape));
       part.runs_each = largest_power(std::min({runs, kMostRunsEach, enough}));
       part.elements_each = kSumThreads / part.runs_each;
       const bool single = inner == 1 && part.parameter.step_stride == 0;
@@ -225,7 +225,7 @@ void plan_tiles(GradientSum<Real>& sum, const Resident&) {
         part.elements_each = kElementsPerThread * kSumThreads;
       }
     }
-    part.blocks = blocks_for(part.elements(sum.shape), part.elements_each);
+    part.blocks = blocks_for(part.num_elements(sum.shape), part.elements_each);
     const int64 splits = blocks_for(runs, part.runs_each * (inner == 1 ? kSingleRuns : kRuns));
     part.splits = splits > 2 ? static_cast<int>(std::min(splits, kMostSplits)) : 1;
   }
@@ -262,7 +262,7 @@ void plan_tiles(InputGradientParams<Scalar>& params, const Resident&) {
 
 template <class Scalar>
 Launch launch_of(const MomentsParams<Scalar>& params) {
-  return {{Template::kMoments, kTypeOf<Scalar>, static_cast<int>(params.tiles.lanes)}, params.tiles.tasks()};
+  return {{Template::kMoments, kTypeOf<Scalar>, static_cast<int>(params.tiles.lanes)}, params.tiles.num_tasks()};
 }
 
 template <class Real>
@@ -274,7 +274,7 @@ template <class Scalar>
 Launch launch_of(const InputGradientParams<Scalar>& params) {
   Kernel kernel{Template::kInputGradient, kTypeOf<Scalar>, static_cast<int>(params.tiles.lanes)};
   kernel.residual = params.grad_residual != nullptr;
-  return {kernel, params.tiles.tasks()};
+  return {kernel, params.tiles.num_tasks()};
 }
 
 }  // namespace asgl::cuda

@@ -41,8 +41,8 @@ ASGL_HOST_DEVICE float exp_of_nonpositive(float x) {
   return power * bit_cast<float>((bit_cast<uint32>(shifted) << 23) + 0x3F800000u);
 }
 
-// erf(x) of the sign of x and a = |x|: a + a q(a^2) below 293/256, else 1 - p(a - 293/256)^8, where p approximates
-// erfc^(1/8). The error is at most 1.61 ulp.
+// erf(|x|) = a + a q(a^2) for a = |x| below 293/256, else 1 - p(a - 293/256)^8, where p approximates erfc^(1/8). The
+// error is at most 1.61 ulp.
 ASGL_HOST_DEVICE float erf(float x) {
   const uint32 sign = bit_cast<uint32>(x) & 0x80000000u;
   float a = bit_cast<float>(bit_cast<uint32>(x) & 0x7FFFFFFFu);

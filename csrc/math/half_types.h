@@ -86,7 +86,7 @@ ASGL_HOST_DEVICE void unpack(uint32 word, float& first, float& second) {
   second = to_real(Scalar{static_cast<uint16>(word >> 16)});
 }
 
-// The inverse of unpack.
+// Packs two elements into one word, the first into the low half.
 template <class Scalar>
 ASGL_HOST_DEVICE uint32 pack(float first, float second) {
   return from_real<Scalar>(first).bits | static_cast<uint32>(from_real<Scalar>(second).bits) << 16;

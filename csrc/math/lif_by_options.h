@@ -33,7 +33,7 @@ struct LIFByOptions : NeuronOptions<Real> {
   bool floored;      // whether v_min bounds the potential
   uint8 adaptation;  // bits of math/adaptive.h, or 0; stored in padding, as levels
 
-  // Whether the parameters of the input are those of an adaptation (params/summary.h), whose state is w.
+  // Whether the neuron is adaptive, with a state w. The parameters of the input are then those of the adaptation.
   ASGL_HOST_DEVICE bool has_adaptation() const { return adaptation != 0; }
   // The number of states: v, and for adaptive neurons w.
   ASGL_HOST_DEVICE int num_states() const { return has_adaptation() ? 2 : 1; }

@@ -53,7 +53,7 @@ template <Input kInput, class Real>
 ASGL_HOST_DEVICE Real input_current(Real x, const Neuron<Real>& neuron) {
   return kInput == Input::kPlain ? x : neuron.input_gain * (x - neuron.input_mean) + neuron.input_bias;
 }
-// The input current plus residual_gain * residual[t]; the residual is read only if there is one.
+// The input current plus residual_gain * residual[t], which is read only if kInput has a residual.
 template <Input kInput, class Real>
 ASGL_HOST_DEVICE Real input_current(Real x, const Neuron<Real>& neuron, Real residual_gain, const Real& residual) {
   const Real c = input_current<kInput>(x, neuron);

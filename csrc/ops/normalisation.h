@@ -141,7 +141,7 @@ inline std::tuple<Tensor, Tensor> batch_norm_coefficients(const Launcher* launch
       own.x_seq = pointer<const Scalar>(x_seq);
       own.tiles.shape = shape;
       if (!empty) kernels.plan_tiles(own);
-      params.slots = empty ? 1 : own.tiles.slots();
+      params.slots = empty ? 1 : own.tiles.num_slots();
       found = at::empty({params.slots, shape.channels, 3}, wide);
       params.moments = own.moments = as_moments(found);
       if (empty) {

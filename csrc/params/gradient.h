@@ -47,7 +47,7 @@ struct GradientPart {
   Real* totals;  // [splits, T or 1, count], set by place_totals()
 
   // The number of elements of the gradient.
-  ASGL_HOST_DEVICE int64 elements(const SequenceShape& shape) const {
+  ASGL_HOST_DEVICE int64 num_elements(const SequenceShape& shape) const {
     return (parameter.step_stride != 0 ? shape.steps : 1) * parameter.count;
   }
 
@@ -59,13 +59,13 @@ struct GradientPart {
 
   // The number of totals that the first launch stores: none unless runs are split.
   ASGL_HOST_DEVICE int64 num_totals(const SequenceShape& shape) const {
-    return splits > 1 ? splits * elements(shape) : 0;
+    return splits > 1 ? splits * num_elements(shape) : 0;
   }
 
   // The part of the second launch that computes this gradient. Its slots are the totals of the first launch.
   ASGL_HOST_DEVICE GradientPart second_launch_part(const SequenceShape& shape) const {
     const int64 number = num_totals(shape);
-    return {{totals, number}, {parameter.data, 0, 0, 1, elements(shape)}, derivative, gradient, number};
+    return {{totals, number}, {parameter.data, 0, 0, 1, num_elements(shape)}, derivative, gradient, number};
   }
 };
 

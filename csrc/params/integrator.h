@@ -28,7 +28,7 @@ struct IntegratorParams : LIFParams<Scalar> {
   // Whether a parameter wants a gradient.
   ASGL_HOST_DEVICE bool wants_gradient(int id) const { return partials[id].data != nullptr; }
   // The pass that these arguments request.
-  ASGL_HOST_DEVICE Pass pass() const {
+  ASGL_HOST_DEVICE Pass requested_pass() const {
     return grad_v_seq == nullptr                                  ? Pass::kForward
            : wants_gradient(kDecay) || wants_gradient(kInputGain) ? Pass::kSums
                                                                   : Pass::kBackward;

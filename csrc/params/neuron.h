@@ -174,10 +174,10 @@ struct GradientPartials {
   int64 slots;
 
   // The index of the slot for the part of a run that a tile sums.
-  ASGL_HOST_DEVICE static int64 slot(int64 inner, int64 run, int64 tile) { return inner == 1 ? run : run + tile; }
+  ASGL_HOST_DEVICE static int64 slot_index(int64 inner, int64 run, int64 tile) { return inner == 1 ? run : run + tile; }
   // The number of slots of a step: a multiple of four, so that four adjacent slots are stored at once.
   ASGL_HOST_DEVICE static int64 num_slots(int64 inner, int64 neurons, int64 tiles) {
-    return (slot(inner, neurons / inner, tiles) + 3) / 4 * 4;
+    return (slot_index(inner, neurons / inner, tiles) + 3) / 4 * 4;
   }
 };
 

@@ -51,11 +51,11 @@ struct ChannelTiles {
   }
 
   // The number of groups of channels_per_tile channels.
-  ASGL_HOST_DEVICE int64 groups() const { return ceil_div(shape.channels, channels_per_tile); }
+  ASGL_HOST_DEVICE int64 num_groups() const { return ceil_div(shape.channels, channels_per_tile); }
   // The number of tasks.
-  ASGL_HOST_DEVICE int64 tasks() const { return splits * tiles_per_channel * groups(); }
+  ASGL_HOST_DEVICE int64 num_tasks() const { return splits * tiles_per_channel * num_groups(); }
   // The number of partial moments of a channel: one for every split and every tile of the channel.
-  ASGL_HOST_DEVICE int64 slots() const { return splits * tiles_per_channel; }
+  ASGL_HOST_DEVICE int64 num_slots() const { return splits * tiles_per_channel; }
 
   // number / by, rounded up.
   static ASGL_HOST_DEVICE int64 ceil_div(int64 number, int64 by) { return (number + by - 1) / by; }

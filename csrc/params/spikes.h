@@ -19,7 +19,7 @@ struct SpikeShape {
   int64 stride_height, stride_width, padding_height, padding_width;
   int64 out_height, out_width;
 
-  int64 out_pixels() const { return images * out_height * out_width; }
+  int64 num_out_pixels() const { return images * out_height * out_width; }
   int64 depth() const { return kernel_height * kernel_width * channels; }  // the largest number of terms of a sum
 };
 

@@ -310,7 +310,7 @@ MUTANTS = {
         "runs of other splits": sums("stride = @ *", "part.splits", "1"),
         "the runs of one split": sums("(@ * part.runs_each + first_run)", "split", "0"),
         "single neurons beyond the last": sums("add_strided(row + run, @ - run", "neurons", "neurons + 1"),
-        "totals of another split": sums("part.totals[@ * part.elements", "split", "0"),
+        "totals of another split": sums("part.totals[@ * part.num_elements", "split", "0"),
         "not all slots loaded together": sums("left -= @)", "kLoads * stride", "(kLoads + 1) * stride"),
         "slots beyond the last loaded together": sums("left > @;", "(kLoads - 1) * stride", "(kLoads - 2) * stride"),
         "not all first runs": sums("first_run = @;", "turn * (part.elements_each * part.runs_each) / kSumThreads", "0"),
@@ -330,7 +330,7 @@ MUTANTS = {
         "a tree without its last half": sums("half >= @;", "part.elements_each", "2 * part.elements_each"),
         "totals of too many threads": sums("if (@ || element", "thread >= part.elements_each",
                                            "thread >= 2 * part.elements_each"),
-        "elements beyond the last": sums("|| @) return", "element >= part.elements(sum.shape)", "false"),
+        "elements beyond the last": sums("|| @) return", "element >= part.num_elements(sum.shape)", "false"),
         # ---- kernel choice, indices ----
         "settled in spite of a step stride": params("&& @) return Input::kGeneral", "parameter.step_stride != 0",
                                                     "false"),

@@ -102,8 +102,8 @@ void for_each_array(GradientSum<Real>& sum, const Use& use) {
   for (int id = 0; id < sum.count; ++id) {
     GradientPart<Real>& part = sum.parts[id];
     arrays.partials(part.partials, part.parameter);
-    arrays(part.parameter.data, part.elements(sum.shape), false);
-    arrays(part.gradient, part.elements(sum.shape), false);
+    arrays(part.parameter.data, part.num_elements(sum.shape), false);
+    arrays(part.gradient, part.num_elements(sum.shape), false);
     arrays(part.totals, part.num_totals(sum.shape), false);
   }
 }
@@ -112,7 +112,7 @@ template <class Scalar, class Use>
 void for_each_array(MomentsParams<Scalar>& params, const Use& use) {
   const Arrays<Use> arrays{use, 1};
   arrays(params.x_seq, params.tiles.shape.rows * params.tiles.shape.columns());
-  arrays(params.moments, params.tiles.slots() * params.tiles.shape.channels, false);
+  arrays(params.moments, params.tiles.num_slots() * params.tiles.shape.channels, false);
 }
 
 template <class Real, class Use>
