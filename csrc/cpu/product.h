@@ -115,7 +115,7 @@ template <class Real>
 struct Product {
   const Real* a;                         // [rows, depth]
   int64 a_stride, rows, depth, columns;  // a_stride: elements between rows of a
-  const Real* panels;                    // of b
+  const Real* panels;                    // b, stored as panels
   bool accumulate;
   Real* out;  // [rows, columns]
 };

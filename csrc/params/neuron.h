@@ -1,4 +1,4 @@
-// Arguments of the neuron's kernels, plain structs passed by value.
+// Arguments of the neuron's kernels, structs that are passed by value.
 #pragma once
 
 #include "math/half_types.h"
@@ -89,7 +89,7 @@ ASGL_HOST_DEVICE Neuron<Real> make_neuron(F&& value) {
           value(kInputGain), value(kInputBias), value(kInputMean)};
 }
 
-// As analog_below: the limit is read from rng_state[2] instead.
+// The value of analog_below which says that rng_state[2] contains it.
 constexpr uint32 kAnalogBelowInState = kAlwaysAnalog + 1;
 
 struct NoiseParams {
