@@ -4,7 +4,6 @@
 namespace asgl::cpu {
 namespace {
 
-// Computes one step of the integrator, or its adjoint.
 template <class Real, class Neurons, Pass kPass>
 struct IntegratorLoop {
   struct Args {
@@ -19,6 +18,7 @@ struct IntegratorLoop {
     PrefetchRows ahead;
   };
 
+  // Computes one step of the integrator, or its adjoint.
   static ASGL_HOST_DEVICE void run(Args args) {
     for_each_prefetch(args.ahead, args.length, [=](int64 begin, int64 end) __attribute__((always_inline)) {
 #pragma GCC ivdep

@@ -143,7 +143,7 @@ struct StepLoop {
     run_loop<true>(args);
   }
 
-  // The loop over neurons. Without kNoise no element is analog.
+  // Computes all neurons. Without kNoise no element is analog.
   template <bool kNoise>
   static ASGL_HOST_DEVICE void run_loop(Args args) {
     const Firing<Real> firing(args.options);
@@ -335,6 +335,7 @@ struct SettledStepLoop {
 
   static ASGL_HOST_DEVICE void run(Args args) { args.analog_below > 0 ? run_loop<true>(args) : run_loop<false>(args); }
 
+  // Computes all blocks. Without kNoise no element is analog.
   template <bool kNoise>
   static ASGL_HOST_DEVICE void run_loop(Args args) {
     const Firing<Real> firing(args.options);
@@ -402,6 +403,7 @@ struct SettledAdjointLoop {
 
   static ASGL_HOST_DEVICE void run(Args args) { args.analog_below > 0 ? run_loop<true>(args) : run_loop<false>(args); }
 
+  // Computes all blocks. Without kNoise no element is analog.
   template <bool kNoise>
   static ASGL_HOST_DEVICE void run_loop(Args args) {
     for_each_block(args.length, kBlock, [&](int64 first, auto count) __attribute__((always_inline)) {
@@ -502,7 +504,6 @@ struct InputParameters {
   }
 };
 
-// current[i] = input_gain * (x[i] - input_mean) + input_bias;   with kResidual + residual_gain * residual[i]
 template <class Real, bool kRows, bool kResidual>
 struct InputCurrentLoop {
   struct Args {
@@ -513,6 +514,7 @@ struct InputCurrentLoop {
     int64 length;
   };
 
+  // current[i] = input_gain * (x[i] - input_mean) + input_bias;   with kResidual + residual_gain * residual[i]
   static ASGL_HOST_DEVICE void run(Args args) {
     args.parameters.for_each_period(args.length, [=](int64 first, int64 length) __attribute__((always_inline)) {
       const Real *x = args.x + first, *residual = kResidual ? args.residual + first : nullptr;
@@ -526,7 +528,6 @@ struct InputCurrentLoop {
   }
 };
 
-// Computes the current with a residual, for the general loops. Neurons is UniformNeuron or NeuronRows.
 template <class Real, class Neurons>
 struct ResidualCurrentLoop {
   struct Args {
@@ -537,6 +538,7 @@ struct ResidualCurrentLoop {
     int64 length;
   };
 
+  // Computes the current with a residual, for the general loops. Neurons is UniformNeuron or NeuronRows.
   static ASGL_HOST_DEVICE void run(Args args) {
 #pragma GCC ivdep
     for (int64 i = 0; i < args.length; ++i) {
@@ -549,8 +551,6 @@ struct ResidualCurrentLoop {
 // The number of interleaved partial sums, which vectorise without a change in the order of additions.
 constexpr int64 kInputSums = 64;
 
-// Computes the adjoint of InputCurrentLoop: dx[i] = input_gain * dh[i], and the gradients of gain and bias as `period`
-// sums each.
 template <class Real, bool kRows>
 struct InputCurrentAdjointLoop {
   struct Args {
@@ -560,6 +560,8 @@ struct InputCurrentAdjointLoop {
     int64 length;
   };
 
+  // Computes the adjoint of InputCurrentLoop: dx[i] = input_gain * dh[i], and the gradients of gain and bias as
+  // `period` sums each.
   static ASGL_HOST_DEVICE void run(Args args) {
     if constexpr (!kRows) return accumulate_in_registers(args);
     args.parameters.for_each_period(args.length, [=](int64 first, int64 length) __attribute__((always_inline)) {
@@ -595,7 +597,6 @@ struct InputCurrentAdjointLoop {
   }
 };
 
-// sum[i] += factor * (a[i] * (b[i] - c[i]))
 template <class Real>
 struct AccumulateLoop {
   struct Args {
@@ -606,6 +607,7 @@ struct AccumulateLoop {
     Real* sum;
   };
 
+  // sum[i] += factor * (a[i] * (b[i] - c[i]))
   template <bool kRowB, bool kRowC>
   static ASGL_HOST_DEVICE void run_loop(Args args) {
 #pragma GCC ivdep
@@ -635,7 +637,6 @@ ASGL_HOST_DEVICE double row_sum(const Real* row, int64 length) {
   return ((lanes[0] + lanes[1]) + (lanes[2] + lanes[3])) + ((lanes[4] + lanes[5]) + (lanes[6] + lanes[7]));
 }
 
-// sum = row_sum of the row
 template <class Real>
 struct SumLoop {
   struct Args {
@@ -644,6 +645,7 @@ struct SumLoop {
     double* sum;
   };
 
+  // sum = row_sum of the row
   static ASGL_HOST_DEVICE void run(Args args) { *args.sum = row_sum(args.row, args.length); }
 };
 
@@ -664,7 +666,6 @@ struct Runs {
   }
 };
 
-// sums[run] = sum of the values of the neurons of that run
 template <class Real>
 struct RunSumsLoop {
   struct Args {
@@ -673,6 +674,7 @@ struct RunSumsLoop {
     Real* sums;
   };
 
+  // sums[run] = sum of the values of the neurons of that run
   static ASGL_HOST_DEVICE void run(Args args) {
     args.runs.for_each([=](int64 run, int64 offset, int64 length) __attribute__((always_inline)) {
       args.sums[run] = static_cast<Real>(row_sum(args.row + offset, length));
@@ -680,7 +682,6 @@ struct RunSumsLoop {
   }
 };
 
-// Fills the neurons of each run with the run's value, or with its inverse. Values repeat after `count` runs.
 template <class Real>
 struct FillRunsLoop {
   struct Args {
@@ -691,6 +692,7 @@ struct FillRunsLoop {
     Real* row;
   };
 
+  // Fills the neurons of each run with the run's value, or with its inverse. Values repeat after `count` runs.
   static ASGL_HOST_DEVICE void run(Args args) {
     int64 index = args.index;
     args.runs.for_each([=, &index](int64, int64 offset, int64 length) __attribute__((always_inline)) {
@@ -702,7 +704,6 @@ struct FillRunsLoop {
   }
 };
 
-// total[i] += row[i]
 template <class Real>
 struct AddLoop {
   struct Args {
@@ -711,13 +712,13 @@ struct AddLoop {
     int64 length;
   };
 
+  // total[i] += row[i]
   static ASGL_HOST_DEVICE void run(Args args) {
 #pragma GCC ivdep
     for (int64 i = 0; i < args.length; ++i) args.total[i] += static_cast<double>(args.row[i]);
   }
 };
 
-// row[i] = 1 / row[i]
 template <class Real>
 struct InverseLoop {
   struct Args {
@@ -725,13 +726,13 @@ struct InverseLoop {
     int64 length;
   };
 
+  // row[i] = 1 / row[i]
   static ASGL_HOST_DEVICE void run(Args args) {
 #pragma GCC ivdep
     for (int64 i = 0; i < args.length; ++i) args.row[i] = inverse_of_width(args.row[i]);
   }
 };
 
-// to[i] = from[i], in another type
 template <class From, class To>
 struct ConvertLoop {
   struct Args {
@@ -740,13 +741,13 @@ struct ConvertLoop {
     int64 length;
   };
 
+  // to[i] = from[i], in another type
   static ASGL_HOST_DEVICE void run(Args args) {
 #pragma GCC ivdep
     for (int64 i = 0; i < args.length; ++i) args.to[i] = from_real<To>(to_real(args.from[i]));
   }
 };
 
-// to[i] = a[i] * b[i]
 template <class Real>
 struct MultiplyLoop {
   struct Args {
@@ -756,6 +757,7 @@ struct MultiplyLoop {
     int64 length;
   };
 
+  // to[i] = a[i] * b[i]
   template <bool kRow>
   static ASGL_HOST_DEVICE void run_loop(Args args) {
 #pragma GCC ivdep

@@ -185,7 +185,7 @@ class GeneralBackward {
     return std::any_of(params_.partials + begin, params_.partials + end, [](const auto& each) { return each.data; });
   }
   // The row of sums of a parameter's gradient, from the first neuron of the part on.
-  Real* sums(int id) const { return row(sums_, id) + (tile_.first - whole_.first); }
+  Real* sums_row(int id) const { return row(sums_, id) + (tile_.first - whole_.first); }
   // Sets the sums of a parameter's gradient to 0, for all neurons of the tile.
   void clear_sums(int id) { std::fill_n(row(sums_, id), whole_.length, Real(0)); }
   // Stores the sums of a parameter's gradient as the partial sums of step t.
@@ -194,7 +194,7 @@ class GeneralBackward {
   }
   // Adds factor * (a * (b - c)) to the sums of a parameter's gradient, if it is wanted.
   void accumulate(ParameterId id, Real factor, const Real* a, Operand<Real> b, Operand<Real> c) {
-    if (params_.wants_gradient(id)) run<AccumulateLoop<Real>>({tile_.length, factor, a, b, c, sums(id)});
+    if (params_.wants_gradient(id)) run<AccumulateLoop<Real>>({tile_.length, factor, a, b, c, sums_row(id)});
   }
 
   // Computes h and s of the steps [start, stop) again, and stores them in rows.
@@ -254,7 +254,7 @@ class GeneralBackward {
                                                                    .v = v_row(k),
                                                                    .second = second_row(k),
                                                                    .d_second = d_second_,
-                                                                   .sums = sums(0)});
+                                                                   .sums = sums_row(0)});
       };
       if constexpr (Model::kHasAdaptation) {
         if (wants_any_gradient(kDecay, kInputGain)) return adjoint(std::integral_constant<Sums, Sums::kAll>{});

@@ -145,7 +145,7 @@ class SettledBackward {
     input().move_to(tile);
     input().clear_sums();
     load_state(params_.grad_v_last, tile.first, Real(0), tile.length, dv_);
-    for (int id = 0; id < (sums_all_ ? kInputGain : kDecay); ++id) std::fill_n(sums(id), tile.length, Real(0));
+    for (int id = 0; id < (sums_all_ ? kInputGain : kDecay); ++id) std::fill_n(sums_row(id), tile.length, Real(0));
     carried_ = params_.grad_v_last != nullptr;
     for (int64 start = last_start_; start >= 0; start -= segment_) {
       load_start_states(params_, tile, start, StateRows<1, Real>{v_});
@@ -155,7 +155,7 @@ class SettledBackward {
     }
     for (int id = 0; id < kInputGain; ++id) {
       if (!params_.wants_gradient(id)) continue;
-      store_partial_sums(params_.partials[id], params_.parameters[id], tile, 0, sums(id));
+      store_partial_sums(params_.partials[id], params_.parameters[id], tile, 0, sums_row(id));
     }
     for (const ParameterId id : {kInputGain, kInputBias}) {
       if (params_.wants_gradient(id)) input().store_partial_sums(id, params_.partials[id]);
@@ -167,7 +167,7 @@ class SettledBackward {
  private:
   TileInput<Real>& input() { return currents_.input(); }
   // The row of sums of a parameter's gradient.
-  Real* sums(int id) const { return sums_ + id * rows_.stride(); }
+  Real* sums_row(int id) const { return sums_ + id * rows_.stride(); }
   // The segment of a tile that begins with step `start`.
   Chunk segment(const Tile& tile, int64 start) const {
     return {tile, start, std::min(segment_, params_.shape.steps - start)};
@@ -223,10 +223,10 @@ class SettledBackward {
              .slope = slope_,
              .g = g,
              .dv = dv_,
-             .width = sums(kWidth),
-             .decay = sums(kDecay),
-             .threshold = sums(kThreshold),
-             .reset = sums(kReset),
+             .width = sums_row(kWidth),
+             .decay = sums_row(kDecay),
+             .threshold = sums_row(kThreshold),
+             .reset = sums_row(kReset),
              .d_current = dc,
              .stream = streams && dx_is_dc_ ? past_cache_ : nullptr,
              .input_ahead = input_ahead,

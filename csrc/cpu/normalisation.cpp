@@ -14,8 +14,6 @@ constexpr int64 kTaskColumns = 65536;        // of a task at most, in long rows,
 constexpr int64 kRowsPerWay = 4;             // rows_each of ChannelTiles::plan
 constexpr int64 kElementsAhead = 4 * kTile;  // from the elements that a loop uses to those that it prefetches
 
-// Adds up x - shift and (x - shift)^2 in float64. A shift far from the other values, such as the first event of a
-// sparse sequence, then causes no visible loss of precision. The order of additions is fixed.
 template <class Element>
 struct ShiftedSumLoop {
   struct Args {
@@ -26,6 +24,8 @@ struct ShiftedSumLoop {
     const Element* ahead;   // prefetched by the loop itself: for_each_prefetch would move the sums out of registers
   };
 
+  // Adds up x - shift and (x - shift)^2 in float64. A shift far from the other values, such as the first event of a
+  // sparse sequence, then causes no visible loss of precision. The order of additions is fixed.
   static ASGL_HOST_DEVICE void run(Args args) {
     constexpr int kSums = 32, kLine = 64 / sizeof(Element);
     double sums[kSums] = {}, squares[kSums] = {};
@@ -54,7 +54,6 @@ struct ShiftedSumLoop {
   }
 };
 
-// For each column i: sum[i] += x[i] - shift[i], squares[i] += (x[i] - shift[i])^2.
 template <class Real>
 struct ColumnSumLoop {
   struct Args {
@@ -63,6 +62,7 @@ struct ColumnSumLoop {
     int64 length;
   };
 
+  // For each column i: sum[i] += x[i] - shift[i], squares[i] += (x[i] - shift[i])^2.
   static ASGL_HOST_DEVICE void run(Args args) {
 #pragma GCC ivdep
     for (int64 i = 0; i < args.length; ++i) {
@@ -73,7 +73,6 @@ struct ColumnSumLoop {
   }
 };
 
-// Computes dx in place from gain * dh, or with kResidual from a separate dh.
 template <class Real, bool kResidual>
 struct InputGradientLoop {
   struct Args {
@@ -83,6 +82,7 @@ struct InputGradientLoop {
     int64 length;
   };
 
+  // Computes dx in place from gain * dh, or with kResidual from a separate dh.
   template <bool kRows>
   static ASGL_HOST_DEVICE void run_loop(Args args) {
 #pragma GCC ivdep

@@ -10,7 +10,6 @@
 
 namespace asgl::cpu {
 
-// Computes the random draws of adjacent groups of neurons for two steps.
 struct NoiseLoop {
   struct Args {
     NoiseKey key;
@@ -21,6 +20,7 @@ struct NoiseLoop {
     uint64* odd;
   };
 
+  // Computes the random draws of adjacent groups of neurons for two steps.
   static ASGL_HOST_DEVICE void run(Args args) {
 #pragma GCC ivdep
     for (int64 i = 0; i < args.groups; ++i) {

@@ -120,7 +120,6 @@ struct Product {
   Real* out;  // [rows, columns]
 };
 
-// Computes the product in tiles of six rows and two vectors. Twelve sums in registers hide the latency of an addition.
 template <class Real, int kBytes>
 struct DenseProductLoop {
   using Args = Product<Real>;
@@ -128,6 +127,8 @@ struct DenseProductLoop {
   static constexpr int64 kLanes = kBytes / static_cast<int64>(sizeof(Real)), kColumns = 2 * kLanes;
   static_assert(kPanelColumns<Real> % kColumns == 0);
 
+  // Computes the product in tiles of six rows and two vectors. Twelve sums in registers hide the latency of an
+  // addition.
   static ASGL_HOST_DEVICE void run(Args args) {
     for (int64 column = 0; column < args.columns; column += kColumns) {
       int64 row = 0;
@@ -199,13 +200,13 @@ struct GatheredProduct {
   int64 count;
 };
 
-// Computes a GatheredProduct.
 template <class Real, int kBytes>
 struct GatheredProductLoop {
   using Args = GatheredProduct<Real>;
   using Vector = typename VectorOf<Real, kBytes>::type;
   static constexpr int64 kLanes = kBytes / static_cast<int64>(sizeof(Real));
 
+  // Computes a GatheredProduct, eight or two vectors of columns at a time.
   static ASGL_HOST_DEVICE void run(Args args) {
     int64 column = 0;
     for (; column + 8 * kLanes <= args.product.columns; column += 8 * kLanes) compute_block<8>(args, column);

@@ -15,7 +15,6 @@
 namespace asgl::cpu {
 namespace {
 
-// Computes j[t] = x[t] + (product + bias) in place of the product, and the current i[t] from it.
 template <class Real>
 struct RecurrentCurrentLoop {
   struct Args {
@@ -25,6 +24,7 @@ struct RecurrentCurrentLoop {
     int64 length;
   };
 
+  // Computes j[t] = x[t] + (product + bias) in place of the product, and the current i[t] from it.
   static ASGL_HOST_DEVICE void run(Args args) {
     if (args.has_synapse) return run_loop<true>(args);
     run_loop<false>(args);
@@ -41,7 +41,6 @@ struct RecurrentCurrentLoop {
   }
 };
 
-// Computes v[t] again from h[t], s[t] and, for adaptive neurons, w[t].
 template <class Real, class Model>
 struct ResetLoop {
   struct Args {
@@ -52,6 +51,7 @@ struct ResetLoop {
     int64 length;
   };
 
+  // Computes v[t] again from h[t], s[t] and, for adaptive neurons, w[t].
   static ASGL_HOST_DEVICE void run(Args args) {
     const auto model = Model::from_options(args.options);
 #pragma GCC ivdep
@@ -177,7 +177,6 @@ class ChunkNoise {
   Rows<uint64> rows_;
 };
 
-// Finds whether all values are finite. Only then may a product skip zeros of the other factor.
 template <class Real>
 struct FiniteLoop {
   struct Args {
@@ -186,6 +185,7 @@ struct FiniteLoop {
     bool* all_finite;
   };
 
+  // Finds whether all values are finite. Only then may a product skip zeros of the other factor.
   static ASGL_HOST_DEVICE void run(Args args) {
     int others = 0;
     for (int64 i = 0; i < args.length; ++i) others |= !(args.values[i] - args.values[i] == Real(0));
@@ -327,7 +327,7 @@ class ChunkBackward {
   };
 
   // The row of sums of a parameter's gradient, [repeated_.length()].
-  Real* sums(int id) { return sums_ + id * parts_.stride(); }
+  Real* sums_row(int id) { return sums_ + id * parts_.stride(); }
 
   // Whether the gradient of syn_decay is wanted. Only then is i_seq not null.
   bool wants_syn_decay() const { return params_.grad_parameters != nullptr && params_.i_seq != nullptr; }
@@ -347,7 +347,7 @@ class ChunkBackward {
 
   // Adds factor * (a * (b - c)) to the sums of a parameter's gradient.
   void accumulate(int id, int64 length, Real factor, const Real* a, Operand<Real> b, Operand<Real> c = {nullptr, 0}) {
-    run<AccumulateLoop<Real>>({length, factor, a, b, c, sums(id)});
+    run<AccumulateLoop<Real>>({length, factor, a, b, c, sums_row(id)});
   }
 
   // Computes the gradients of step t from those of step t + 1, and adds to the sums of the parameters' gradients.
@@ -438,7 +438,7 @@ class ChunkBackward {
     double* totals = params_.grad_parameters + chunk_.index * kNumRecurrentSums * params_.neurons;
     for (int id = 0; id < kNumRecurrentSums; ++id) {
       for (int64 n = 0; n < repeated_.length(); ++n) {
-        totals[id * params_.neurons + n % params_.neurons] += static_cast<double>(sums(id)[n]);
+        totals[id * params_.neurons + n % params_.neurons] += static_cast<double>(sums_row(id)[n]);
       }
     }
     for (const int id : {kWidth, kDecay}) {

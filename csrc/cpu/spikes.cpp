@@ -118,13 +118,13 @@ struct ListedProduct {
   int64 out_stride;
 };
 
-// Computes a ListedProduct.
 template <class Real, int kBytes>
 struct ListedProductLoop {
   using Args = ListedProduct<Real>;
   using Vector = typename VectorOf<Real, kBytes>::type;
   static constexpr int64 kLanes = kBytes / static_cast<int64>(sizeof(Real));
 
+  // Computes a ListedProduct, eight, four or two vectors of columns at a time.
   static ASGL_HOST_DEVICE void run(Args args) {
     int64 column = 0;
     for (; column + 8 * kLanes <= args.columns; column += 8 * kLanes) compute_block<8>(args, column);

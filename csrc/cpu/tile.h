@@ -11,7 +11,6 @@
 
 namespace asgl::cpu {
 
-// Replaces a row of logarithms of widths by the widths.
 template <class Real>
 struct ExpLoop {
   struct Args {
@@ -19,16 +18,17 @@ struct ExpLoop {
     int64 length;
   };
 
+  // Replaces a row of logarithms of widths by the widths.
   static ASGL_HOST_DEVICE void run(Args args) {
     for (int64 i = 0; i < args.length; ++i) args.row[i] = exp_within_bound(args.row[i]);
   }
 };
 
-// Replaces a row of logits of decays by the decays.
 template <class Real>
 struct SigmoidLoop {
   using Args = typename ExpLoop<Real>::Args;
 
+  // Replaces a row of logits of decays by the decays.
   static ASGL_HOST_DEVICE void run(Args args) {
     for (int64 i = 0; i < args.length; ++i) args.row[i] = sigmoid_within_bound(args.row[i]);
   }
