@@ -102,7 +102,7 @@ void run_pass(const IntegratorParams<Scalar>& params, int64 begin, int64 end) {
 
 // Runs the pass that the params request on all tiles.
 template <class Scalar>
-void launch_on(Device, const IntegratorParams<Scalar>& params) {
+void launch_kernel(Device, const IntegratorParams<Scalar>& params) {
   for_each_tile_range(params.shape, [&](int64 begin, int64 end) {
     switch (params.requested_pass()) {
       case Pass::kForward:

@@ -110,19 +110,19 @@ template <class Real>
 void plan_tiles_on(Device, GradientSum<Real>&) {}
 
 template <class Scalar>
-void launch_on(Device, const ForwardParams<Scalar>& params) {
+void launch_kernel(Device, const ForwardParams<Scalar>& params) {
   if (params.zeros != nullptr) std::fill_n(params.zeros, 2, Real_t<Scalar>(0));
   run_kernel(params);
 }
 
 template <class Scalar>
-void launch_on(Device, const BackwardParams<Scalar>& params) {
+void launch_kernel(Device, const BackwardParams<Scalar>& params) {
   run_kernel(params);
 }
 
 // Sums the partial sums of each parameter's gradient.
 template <class Real>
-void launch_on(Device, const GradientSum<Real>& sum) {
+void launch_kernel(Device, const GradientSum<Real>& sum) {
   for (int id = 0; id < sum.count; ++id) {
     const GradientPart<Real>& part = sum.parts[id];
     if (is_interleaved(part.parameter)) {

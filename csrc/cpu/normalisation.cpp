@@ -119,7 +119,7 @@ void for_each_chunk(const ChannelTiles& tiles, const ChannelTask& task, F&& f) {
 
 // Calls f(channel, offset, length) for each contiguous stretch of a channel in a chunk of `chunk` elements.
 template <class F>
-void for_each_channel(const ChannelTiles& tiles, const ChannelTask& task, int64 chunk, F&& f) {
+void for_each_stretch(const ChannelTiles& tiles, const ChannelTask& task, int64 chunk, F&& f) {
   for (int64 offset = 0; offset < chunk;) {
     int64 channel = task.first_channel;
     for (int64 in_row = 0; in_row < task.units; ++channel) {
@@ -172,7 +172,7 @@ class TaskMoments {
   TaskMoments(const MomentsParams<Scalar>& params, const ChannelTask& task)
       : params_(params), tiles_(params.tiles), task_(task) {
     const int64 first = task.row * tiles_.shape.columns() + task.first_channel * tiles_.shape.inner + task.first_unit;
-    for_each_channel(tiles_, task_, task_.units, [&](int64, int64 offset, int64) {
+    for_each_stretch(tiles_, task_, task_.units, [&](int64, int64 offset, int64) {
       sums_.push_back({to_real(params.x_seq[first + offset]), 0, 0});
     });
   }
@@ -180,7 +180,7 @@ class TaskMoments {
   // Computes the moments of the task's channels, and stores them in the task's slot.
   void compute() {
     sums_over_stretches(tiles_) ? accumulate_stretches() : accumulate_columns();
-    for_each_channel(tiles_, task_, task_.units, [&](int64 channel, int64, int64 length) {
+    for_each_stretch(tiles_, task_, task_.units, [&](int64 channel, int64, int64 length) {
       const Sums& sums = channel_sums(channel);
       const double count = static_cast<double>((task_.end_row - task_.row) * length);
       params_.moments[task_.slot * tiles_.shape.channels + channel] =
@@ -202,7 +202,7 @@ class TaskMoments {
     Rows<Real> rows(1, kTile);
     Real* buffer = rows.allocate();
     for_each_chunk(tiles_, task_, [&](int64 element, int64 chunk) {
-      for_each_channel(tiles_, task_, chunk, [&](int64 channel, int64 offset, int64 stretch) {
+      for_each_stretch(tiles_, task_, chunk, [&](int64 channel, int64 offset, int64 stretch) {
         Sums& sums = channel_sums(channel);
         for_each_piece(stretch, [&](int64 begin, int64 length) {
           const Scalar* x_seq = params_.x_seq + element + offset + begin;
@@ -220,7 +220,7 @@ class TaskMoments {
     Rows<double> sums(2, most);
     Real *buffer = rows.allocate(), *shift = rows.allocate();
     double *sum = sums.allocate(), *squares = sums.allocate();
-    for_each_channel(tiles_, task_, Chunks(tiles_).rows * task_.units, [&](int64 channel, int64 offset, int64 length) {
+    for_each_stretch(tiles_, task_, Chunks(tiles_).rows * task_.units, [&](int64 channel, int64 offset, int64 length) {
       std::fill_n(shift + offset, length, channel_sums(channel).shift);
     });
     std::fill_n(sum, most, 0.0);
@@ -230,7 +230,7 @@ class TaskMoments {
       longest = std::max(longest, chunk);
       run<ColumnSumLoop<Real>>({read_elements(params_.x_seq + element, chunk, buffer), shift, sum, squares, chunk});
     });
-    for_each_channel(tiles_, task_, longest, [&](int64 channel, int64 offset, int64 length) {
+    for_each_stretch(tiles_, task_, longest, [&](int64 channel, int64 offset, int64 length) {
       Sums& sums = channel_sums(channel);
       for (int64 i = offset; i < offset + length; ++i) {
         sums.sum += sum[i];
@@ -262,15 +262,15 @@ void plan_tiles_on(Device, InputGradientParams<Scalar>& params) {
   params.tiles = plan_channels(params.tiles.shape);
 }
 
-// Computes partial moments, which launch_on(CoefficientsParams) merges.
+// Computes partial moments, which launch_kernel(CoefficientsParams) merges.
 template <class Scalar>
-void launch_on(Device, const MomentsParams<Scalar>& params) {
+void launch_kernel(Device, const MomentsParams<Scalar>& params) {
   for_each_task(params.tiles, [&](const ChannelTask& task) { TaskMoments<Scalar>(params, task).compute(); });
 }
 
 // Merges the partial moments of each channel, and stores the coefficients.
 template <class Real>
-void launch_on(Device, const CoefficientsParams<Real>& params) {
+void launch_kernel(Device, const CoefficientsParams<Real>& params) {
   for (int64 channel = 0; channel < params.channels; ++channel) {
     Moments found = {0, 0, 0};
     if (params.moments == nullptr) {
@@ -286,7 +286,7 @@ void launch_on(Device, const CoefficientsParams<Real>& params) {
 
 // Computes dx, and the gradients of the normalisation's weight and bias.
 template <class Scalar>
-void launch_on(Device, const InputGradientParams<Scalar>& params) {
+void launch_kernel(Device, const InputGradientParams<Scalar>& params) {
   using Real = Real_t<Scalar>;
   using Operands = std::array<Operand<Real>, 4>;  // mean, slope, offset, gain
   const ChannelTiles& tiles = params.tiles;
@@ -330,7 +330,7 @@ void launch_on(Device, const InputGradientParams<Scalar>& params) {
     if (loops_over_stretches(tiles)) {
       Rows<Real> rows(3, kTile);
       for_each_chunk(tiles, task, [&](int64 element, int64 chunk) {
-        for_each_channel(tiles, task, chunk, [&](int64 channel, int64 offset, int64 stretch) {
+        for_each_stretch(tiles, task, chunk, [&](int64 channel, int64 offset, int64 stretch) {
           Operands operands;
           for (int i = 0; i < 4; ++i) operands[i] = {nullptr, values[i][channel]};
           for_each_piece(stretch, [&](int64 begin, int64 length) {
@@ -344,7 +344,7 @@ void launch_on(Device, const InputGradientParams<Scalar>& params) {
     Rows<Real> rows(7, std::max(most, kTile));
     Operands operands;
     for (int i = 0; i < 4; ++i) operands[i] = {rows.row(3 + i), Real(0)};
-    for_each_channel(tiles, task, Chunks(tiles).rows * task.units, [&](int64 channel, int64 begin, int64 length) {
+    for_each_stretch(tiles, task, Chunks(tiles).rows * task.units, [&](int64 channel, int64 begin, int64 length) {
       for (int i = 0; i < 4; ++i) std::fill_n(rows.row(3 + i) + begin, length, values[i][channel]);
     });
     for_each_chunk(tiles, task, [&](int64 element, int64 chunk) { compute_dx(rows, element, chunk, operands); });

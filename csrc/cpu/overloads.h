@@ -1,6 +1,6 @@
 // Definitions of plan_tiles and launch (cpu/kernels.h), for the files that instantiate them: each calls the overload
-// of plan_tiles_on or launch_on for its params. The argument Device makes argument-dependent lookup find overloads that
-// are declared later.
+// of plan_tiles_on or launch_kernel for its params. The argument Device makes argument-dependent lookup find overloads
+// that are declared later.
 #pragma once
 
 #include "cpu/kernels.h"
@@ -16,7 +16,7 @@ void plan_tiles(Params& params) {
 
 template <class Params>
 void launch(const Params& params) {
-  launch_on(Device{}, params);
+  launch_kernel(Device{}, params);
 }
 
 }  // namespace asgl::cpu

@@ -27,7 +27,7 @@ struct AlignedDelete {
 template <class Element>
 using AlignedArray = std::unique_ptr<Element[], AlignedDelete>;
 template <class Element>
-AlignedArray<Element> aligned_array(int64 elements) {
+AlignedArray<Element> allocate_aligned(int64 elements) {
   const size_t bytes = static_cast<size_t>(elements) * sizeof(Element);
   return AlignedArray<Element>(static_cast<Element*>(::operator new(bytes, std::align_val_t(64))));
 }
@@ -46,7 +46,7 @@ class SpikeLists {
       }
     });
     for (size_t pixel = 1; pixel < offsets_.size(); ++pixel) offsets_[pixel] += offsets_[pixel - 1];
-    indices_ = aligned_array<int32_t>(count());
+    indices_ = allocate_aligned<int32_t>(count());
     at::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
       std::vector<int32_t> listed_in_row(static_cast<size_t>(length + kListSlack));
       for (int64 row = begin; row < end; ++row) {
@@ -299,7 +299,8 @@ void spike_product(const SpikeProductParams<Real>& params) {
   const int64 grain = 1 + static_cast<int64>(kProductsPerTask / (products + 1));
   at::parallel_for(0, groups * chunks, grain, [&](int64_t begin, int64_t end) {
     std::vector<Segment> segments(static_cast<size_t>(kPixelsPerBatch * shape.kernel_height));
-    const AlignedArray<Real> filled = params.panels == nullptr ? aligned_array<Real>(group * shape.depth()) : nullptr;
+    const AlignedArray<Real> filled =
+        params.panels == nullptr ? allocate_aligned<Real>(group * shape.depth()) : nullptr;
     for (int64 task = begin; task < end; ++task) {
       const int64 column = task / chunks * group, from = task % chunks * chunk;
       const Real* b = params.panels == nullptr ? filled.get() : params.panels + column * shape.depth();
@@ -399,11 +400,11 @@ class ChannelGradient {
     capacity_ = round_up(met, 32) + 32;
     const int64 listed = static_cast<int64>(phases_.size()) * channels_;
     sorted_.resize(static_cast<size_t>(listed));
-    indices_ = aligned_array<int32_t>(listed * capacity_);
-    if (lists_.values() != nullptr) values_ = aligned_array<Real>(listed * capacity_);
-    grad_ = aligned_array<Real>(tile_images_ * out_rows_ * pitch_ * kGroup);
-    sums_ =
-        aligned_array<Real>(shape_.kernel_height * shape_.kernel_width * channels_ * round_up(shape_.outputs, kGroup));
+    indices_ = allocate_aligned<int32_t>(listed * capacity_);
+    if (lists_.values() != nullptr) values_ = allocate_aligned<Real>(listed * capacity_);
+    grad_ = allocate_aligned<Real>(tile_images_ * out_rows_ * pitch_ * kGroup);
+    sums_ = allocate_aligned<Real>(shape_.kernel_height * shape_.kernel_width * channels_ *
+                                   round_up(shape_.outputs, kGroup));
   }
 
   // Computes the gradient and stores it in grad_weight.
