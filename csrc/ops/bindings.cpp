@@ -42,8 +42,8 @@ class __attribute__((visibility("hidden"))) PythonLauncher : public ops::Launche
 
   void launch(at::Device device, const cuda::Launch& launch, const void* params, size_t bytes) const override {
     const pybind11::gil_scoped_acquire gil;
-    launch_(device, cuda::name_of(launch.kernel), launch.blocks, launch.threads, reinterpret_cast<uintptr_t>(params),
-            bytes);
+    launch_(device, cuda::name_expression(launch.kernel), launch.blocks, launch.threads,
+            reinterpret_cast<uintptr_t>(params), bytes);
   }
 
  private:
@@ -117,7 +117,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("cpu_instruction_set", [] { return cpu::instruction_set_name(); });
   m.def("kernel_names", [] {
     std::vector<std::string> names;
-    for (const cuda::Kernel& kernel : cuda::every_kernel()) names.push_back(cuda::name_of(kernel));
+    for (const cuda::Kernel& kernel : cuda::all_kernels()) names.push_back(cuda::name_expression(kernel));
     return names;
   });
   m.def("implement", &implement);
