@@ -94,16 +94,6 @@ void sum_runs(const GradientSum<Real>& sum, const GradientPart<Real>& part, int6
 
 }  // namespace
 
-// For `python -m asgl_cuda info`: 1 where this was compiled without OpenMP, since at::parallel_for is then silently
-// serial.
-int num_threads() {
-#if defined(_OPENMP)
-  return at::get_num_threads();
-#else
-  return 1;
-#endif
-}
-
 template <class Real>
 void plan_on(Device, GradientSum<Real>&) {}
 

@@ -20,16 +20,17 @@
 namespace asgl {
 namespace {
 
-// Implements all operators with the kernels that `launcher` starts, or with the CPU kernels if it is null.
+// Implements the operators that every backend has, with the kernels that `launcher` starts, or with the CPU kernels if
+// it is null. `library` is a torch::Library or has its interface.
 template <class Library>
-void implement_all(Library& library, const ops::Launcher* launcher) {
+void implement_backend_operators(Library& library, const ops::Launcher* launcher) {
   ops::implement_neuron(library, launcher);
   ops::implement_integrator(library, launcher);
   ops::implement_batch_norm(library, launcher);
   ops::implement_recurrent(library, launcher);
 }
 
-// Starts kernels by functions of Python (asgl_cuda/backends/launcher.py); `params` is an address there.
+// Starts kernels by Python functions (asgl_cuda/backends/launcher.py), which get the address of `params` as an integer.
 class __attribute__((visibility("hidden"))) PythonLauncher : public ops::Launcher {  // as pybind11::object
  public:
   PythonLauncher(pybind11::object launch, pybind11::object resident_threads)
@@ -69,8 +70,8 @@ class CompiledLauncher : public ops::Launcher {
 const CompiledLauncher compiled_launcher;
 #endif
 
-// Registers the operators of a namespace that Python has defined, for tensors on 'CPU' or 'CUDA', with the kernels that
-// a launcher in Python starts. Returns them as functions (direct_calls.h).
+// Implements the operators of a namespace that Python has defined, for tensors on `device`, "CPU" or "CUDA", with the
+// kernels that two Python functions start. Returns an object with the operators as functions (direct_calls.h).
 pybind11::object implement(const std::string& name_space, const std::string& device, pybind11::object launch,
                            pybind11::object resident_threads) {
   // The launcher and the libraries are never deleted. The launcher holds Python objects, and when the process ends
@@ -79,41 +80,51 @@ pybind11::object implement(const std::string& name_space, const std::string& dev
   const auto library = [&](const std::string& key) {
     return new torch::Library(torch::Library::IMPL, name_space, c10::parseDispatchKey(key), __FILE__, __LINE__);
   };
-  implement_all(*library(device), launcher);
-  ops::AtAutograd at_autograd(*library("Autograd" + device));
-  implement_all(at_autograd, launcher);
+  implement_backend_operators(*library(device), launcher);
+  ops::AutogradLibrary autograd_library(*library("Autograd" + device));
+  implement_backend_operators(autograd_library, launcher);
   const pybind11::object functions = pybind11::module_::import("types").attr("SimpleNamespace")();
   ops::DirectCalls calls(functions, name_space);
-  implement_all(calls, launcher);
+  implement_backend_operators(calls, launcher);
   return functions;
+}
+
+// The number of threads that the CPU kernels run on. Without OpenMP at::parallel_for is silently serial.
+int num_cpu_threads() {
+#if defined(_OPENMP)
+  return at::get_num_threads();
+#else
+  return 1;
+#endif
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(asgl_cuda, CPU, m) {
-  implement_all(m, nullptr);
+  implement_backend_operators(m, nullptr);
   ops::implement_spikes(m);
 }
 
 TORCH_LIBRARY_IMPL(asgl_cuda, AutogradCPU, m) {
-  ops::AtAutograd at_autograd(m);
-  implement_all(at_autograd, nullptr);
-  ops::implement_spikes(at_autograd);
+  ops::AutogradLibrary autograd_library(m);
+  implement_backend_operators(autograd_library, nullptr);
+  ops::implement_spikes(autograd_library);
 }
 
 #if defined(ASGL_WITH_CUDA)
-TORCH_LIBRARY_IMPL(asgl_cuda, CUDA, m) { implement_all(m, &compiled_launcher); }
+TORCH_LIBRARY_IMPL(asgl_cuda, CUDA, m) { implement_backend_operators(m, &compiled_launcher); }
 
 TORCH_LIBRARY_IMPL(asgl_cuda, AutogradCUDA, m) {
-  ops::AtAutograd at_autograd(m);
-  implement_all(at_autograd, &compiled_launcher);
+  ops::AutogradLibrary autograd_library(m);
+  implement_backend_operators(autograd_library, &compiled_launcher);
 }
 #endif
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() =
-      "asgl_cuda's compiled part: importing it adds kernels to torch.ops.asgl_cuda. Its operators are the same ones.";
-  m.def("cpu_threads", &cpu::num_threads, "Threads that the kernels run on; 1 where they were built without OpenMP.");
+      "The compiled part of asgl_cuda. Importing it implements torch.ops.asgl_cuda; functions call these operators.";
+  m.def("cpu_threads", &num_cpu_threads,
+        "The number of threads of the CPU kernels; 1 if they were built without OpenMP.");
   m.def("cpu_instruction_set", [] { return cpu::instruction_set_name(); });
   m.def("kernel_names", [] {
     std::vector<std::string> names;
@@ -122,7 +133,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   });
   m.def("implement", &implement);
   ops::DirectCalls calls(m, "asgl_cuda");
-  implement_all(calls, nullptr);
+  implement_backend_operators(calls, nullptr);
   ops::implement_spikes(calls);
   m.def("spike_panels", &ops::spike_panels);
   m.def("pack_spikes", &ops::pack_spikes);
