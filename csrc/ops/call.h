@@ -142,7 +142,7 @@ class NeuronCall {
     v_init_ = layout.checked_state(v_init, "v_init", num_states);
     residual_ = layout.checked_sequence(residual, layout.type(), "residual");
     TORCH_CHECK_VALUE(0 <= rules_.levels && rules_.levels <= std::numeric_limits<uint16>::max(),
-                      "asgl_cuda: levels must have 16 bits, got ", rules_.levels);
+                      "asgl_cuda: levels must be in [0, 65535], got ", rules_.levels);
     check_noise(rules_, rng_state, x_seq.device());
     for (int id = 0; id < kNumParameters; ++id) {
       if (!parameters[id].has_value()) continue;
@@ -151,7 +151,8 @@ class NeuronCall {
     }
     for (const auto& [id, learned] : {std::pair(kWidth, rules_.log_width), std::pair(kDecay, rules_.logit_decay)}) {
       TORCH_CHECK_VALUE(learned == 0 || (parameters_[id].has_value() && !parameters_[id]->is_per_step()),
-                        "asgl_cuda: a logarithm of the width and a logit of the decay are tensors without steps");
+                        "asgl_cuda: a width given as its logarithm and a decay given as its logit must be tensors "
+                        "without time steps");
     }
     TORCH_CHECK_VALUE(rules_.adaptation == 0 || !has_residual(), "asgl_cuda: adaptive neurons have no residual");
   }

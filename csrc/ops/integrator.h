@@ -49,7 +49,7 @@ inline std::vector<Tensor> integrator_backward(const Launcher* launcher, const T
   const auto [wants_x_seq, wants_v_init, wants_decay, wants_input_gain] = wanted;
   const Layout& layout = call.layout;
   TORCH_CHECK_VALUE((v_seq.has_value() || !wants_decay) && (x_seq.has_value() || !wants_input_gain),
-                    "asgl_cuda: a gradient of decay needs v_seq and one of input_gain x_seq, like grad_v_seq");
+                    "asgl_cuda: the gradient of decay needs v_seq, and the gradient of input_gain needs x_seq");
   const Tensor potentials = layout.checked_sequence(v_seq, layout.type(), "v_seq");
   const Tensor inputs = layout.checked_sequence(x_seq, layout.type(), "x_seq");
   const Tensor grad_last = layout.checked_state(grad_v_last, "grad_v_last");

@@ -156,7 +156,8 @@ class ParameterTensor {
   ParameterTensor(const Tensor& tensor, const Layout& layout, int64_t trailing)
       : sizes_(tensor.sizes().begin(), tensor.sizes().end()) {
     const int64_t dims = static_cast<int64_t>(layout.sizes().size());
-    TORCH_CHECK_VALUE(tensor.dim() <= dims, "asgl_cuda: a parameter has more dimensions than x_seq");
+    TORCH_CHECK_VALUE(tensor.dim() <= dims, "asgl_cuda: a parameter must have at most ", dims,
+                      " dimensions, as x_seq, got ", tensor.dim());
     TORCH_CHECK_VALUE(0 <= trailing && trailing < dims, "asgl_cuda: trailing must be in [0, ", dims, "), got ",
                       trailing);
     Dims full_sizes(dims, 1);

@@ -62,7 +62,7 @@ inline std::vector<Tensor> neuron_backward(const Launcher* launcher, const Neuro
   layout.check_type_and_device(checkpoints, layout.real(), "checkpoints");
   TORCH_CHECK_VALUE(
       checkpoints.is_contiguous() && checkpoints.numel() == checkpoint_elements(layout.shape(), call.num_states),
-      "asgl_cuda: checkpoints do not belong to this x_seq");
+      "asgl_cuda: checkpoints must be those that forward returned for this x_seq");
   const Tensor grad_s_seq = layout.checked_sequence(grads.s_seq, layout.type(), "grad_s_seq");
   const Tensor grad_v_last = layout.checked_state(grads.v_last, "grad_v_last", call.num_states);
   const Tensor grad_v_seq = layout.checked_sequence(grads.v_seq, layout.real(), "grad_v_seq");

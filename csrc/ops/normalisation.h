@@ -87,7 +87,7 @@ struct RunningStatistics {
     TORCH_CHECK_VALUE(!num_batches_tracked.has_value() ||
                           (num_batches_tracked->scalar_type() == at::kLong && num_batches_tracked->numel() == 1 &&
                            num_batches_tracked->device() == device),
-                      "asgl_cuda: num_batches_tracked must be one int64 on ", device);
+                      "asgl_cuda: num_batches_tracked must be an int64 tensor of one element on ", device);
   }
 
   // Sets the fields of params for the running statistics.
@@ -113,7 +113,7 @@ inline std::tuple<Tensor, Tensor> batch_norm_coefficients(const Launcher* launch
                                                           double eps, double input_scale, int64_t time_dim) {
   const Layout layout(x_seq, time_dim);
   const ChannelShape shape = channel_shape(layout);
-  TORCH_CHECK_VALUE(mean.has_value() == variance.has_value(), "asgl_cuda: mean and variance come together");
+  TORCH_CHECK_VALUE(mean.has_value() == variance.has_value(), "asgl_cuda: mean and variance must be given together");
   running.check(shape.channels, layout);
   const Tensor coefficients = at::empty(coefficient_sizes(layout), layout.real_options());
   const at::TensorOptions wide = x_seq.options().dtype(at::kDouble);

@@ -32,8 +32,9 @@ class SpikeCall {
     const size_t spatial = static_cast<size_t>(dims_ - 2);
     TORCH_CHECK_VALUE(stride.size() == spatial && padding.size() == spatial, "asgl_cuda: stride and padding must have ",
                       spatial, " elements, got ", stride.size(), " and ", padding.size());
-    TORCH_CHECK_VALUE(spatial == 0 ? x.dim() >= 1 : x.dim() == dims_, "asgl_cuda: x has ", x.dim(),
-                      " dimensions, which do not fit a weight of ", dims_);
+    TORCH_CHECK_VALUE(spatial == 0 ? x.dim() >= 1 : x.dim() == dims_, "asgl_cuda: x must have ",
+                      spatial == 0 ? 1 : dims_, spatial == 0 ? " or more" : "", " dimensions for this weight, got ",
+                      x.dim());
     const int64_t channels = x.size(spatial == 0 ? -1 : 1);
     TORCH_CHECK_VALUE(channels == weight[1], "asgl_cuda: x must have ", weight[1], " channels, got ", channels);
     shape.channels = channels;
@@ -57,12 +58,13 @@ class SpikeCall {
                       "asgl_cuda: stride and kernel_size must be positive, and padding not negative");
     shape.out_height = out_size(shape.height, shape.kernel_height, shape.stride_height, shape.padding_height);
     shape.out_width = out_size(shape.width, shape.kernel_width, shape.stride_width, shape.padding_width);
-    TORCH_CHECK_VALUE(shape.out_height > 0 && shape.out_width > 0, "asgl_cuda: the kernel is larger than the image, ",
-                      x.sizes());
+    TORCH_CHECK_VALUE(shape.out_height > 0 && shape.out_width > 0,
+                      "asgl_cuda: the kernel is larger than the image with its padding, for x of shape ", x.sizes());
     const double row_length = (static_cast<double>(shape.width) + static_cast<double>(shape.padding_width) +
                                static_cast<double>(shape.kernel_height) * static_cast<double>(shape.kernel_width)) *
                               static_cast<double>(channels);
-    TORCH_CHECK_VALUE(row_length < std::numeric_limits<int32_t>::max(), "asgl_cuda: a row of an image is too long, ",
+    TORCH_CHECK_VALUE(row_length < std::numeric_limits<int32_t>::max(),
+                      "asgl_cuda: a row of the padded image must have fewer than 2^31 elements, got x of shape ",
                       x.sizes());
   }
 
@@ -181,11 +183,11 @@ PackedSpikes<Real> view_packed(const Tensor& packed, const Tensor& x) {
   const int64_t bytes = mask_bytes(x);
   TORCH_CHECK_VALUE(
       packed.scalar_type() == at::kByte && packed.is_cpu() && packed.is_contiguous() && packed.numel() >= bytes,
-      "asgl_cuda: packed must be those of x");
+      "asgl_cuda: packed must be the result of pack_spikes for x");
   const auto* mask = static_cast<const uint64*>(packed.const_data_ptr());
   if (packed.numel() == bytes) return {mask, nullptr};
   TORCH_CHECK_VALUE(packed.numel() == bytes + cpu::count_spikes(mask, x.numel()) * static_cast<int64_t>(sizeof(Real)),
-                    "asgl_cuda: packed must be those of x");
+                    "asgl_cuda: packed must be the result of pack_spikes for x");
   return {mask, reinterpret_cast<const Real*>(packed.const_data_ptr<uint8>() + bytes)};
 }
 
@@ -215,7 +217,7 @@ inline Tensor spike_product(const Tensor& x, const Tensor& weight, const Optiona
       if (panels.has_value()) {
         check_like(*panels, x, "panels");
         TORCH_CHECK_VALUE(panels->numel() == cpu::spike_panels_size<Real>(call.shape) && panels->is_contiguous(),
-                          "asgl_cuda: panels must be those of the weight");
+                          "asgl_cuda: panels must be the result of spike_panels for the weight");
       }
       const auto data = [](const OptionalTensor& tensor) {
         return tensor.has_value() ? data_ptr<const Real>(*tensor) : nullptr;
