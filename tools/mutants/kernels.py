@@ -5,9 +5,9 @@ from typing import NamedTuple
 
 
 class Mutant(NamedTuple):
-    """A mistake in a file of csrc: in a context that has @ for it, old is replaced by new.
+    """A mistake in a file of csrc. `context` is text of the file with @ in the place of `old`, which becomes `new`.
 
-    Both are expressions, or statements with their semicolons, of which one may be empty.
+    Both are expressions, or statements with their semicolons; one may be empty.
     """
 
     file: str
