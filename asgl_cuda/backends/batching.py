@@ -44,7 +44,7 @@ def batching_rules(library: Any) -> dict[str, Rule]:
 
 
 def _batch_in_one_call(operator: Any, info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
-    """Batching rule: one call of the operator for all samples, whose dimension becomes the first of the neurons'."""
+    """Batching rule: one call of the operator for all samples, which become the first dimension of the neurons."""
     names, count = [each.name for each in operator._schema.arguments], info.batch_size
     given, dims = dict(zip(names, arguments, strict=True)), dict(zip(names, in_dims, strict=True))
     rules = Rules(*given["rules"])

@@ -27,8 +27,8 @@ elements of x are not read.
 
 batch_norm_coefficients returns `coefficients`, [4, C, 1, ...], which broadcast against x_seq: input_mean, input_gain
 and input_bias of the neuron, and the unbiased variance; and `total`, [C, 3] in float64: count, mean and biased
-variance of each channel. Sources are mean and variance if given, else `statistics`, the totals of all processes,
-[processes, C, 3], else x_seq.
+variance of each channel. They follow from `statistics`, the totals of all processes, [processes, C, 3], or from mean
+and variance, or if neither is given from x_seq.
 
 batch_norm_update does the same, replaces a fraction of the running statistics, and counts the batch. Compiled graphs
 have batch_norm_coefficients, which changes nothing.

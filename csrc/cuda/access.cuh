@@ -1,6 +1,6 @@
 // The neurons of a thread, one or four adjacent ones for the whole sequence, and their memory accesses. In float32 four
-// neurons are one access of 16 bytes. plan.h decides how many. load_once and store_once are for data that a kernel
-// touches only once.
+// neurons are one access of 16 bytes. plan.h decides how many. Packed keeps elements as loaded; Access converts them at
+// once. Their functions load_once and store_once are for data that a kernel touches only once.
 #pragma once
 
 #include "params/neuron.h"
@@ -126,12 +126,13 @@ struct Access<4> {
   }
 };
 
-// Set or copy the values of a thread's neurons.
+// Sets the values of a thread's neurons to one value.
 template <int kLanes, class Real>
 __device__ __forceinline__ void fill(Real (&values)[kLanes], Real value) {
 #pragma unroll
   for (int j = 0; j < kLanes; ++j) values[j] = value;
 }
+// Copies the values of a thread's neurons.
 template <int kLanes, class Real>
 __device__ __forceinline__ void copy(const Real (&from)[kLanes], Real (&to)[kLanes]) {
 #pragma unroll

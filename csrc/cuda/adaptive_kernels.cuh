@@ -18,7 +18,7 @@ __device__ __forceinline__ void load_states(const Real* from, int64 n, int64 str
   v = from == nullptr ? v_rest : from[n];
   w = from == nullptr ? Real(0) : from[n + stride];
 }
-// Stores the states of neuron n in such an array.
+// Stores the states of neuron n in an array in which w is `stride` elements after v.
 template <class Real>
 __device__ __forceinline__ void store_states(Real v, Real w, Real* to, int64 n, int64 stride) {
   to[n] = v;

@@ -16,12 +16,12 @@ namespace asgl::cuda {
 
 // The kernels that nvcc compiles for this type.
 template <class Scalar>
-inline constexpr KernelList kCompiledKernels = kernels_of(kTypeOf<Scalar>);
+inline constexpr KernelList kKernelList = kernels_of(kTypeOf<Scalar>);
 
-// Starts the kernel with this index in kCompiledKernels, and returns the error of the launch.
+// Starts the kernel with this index in kKernelList, and returns the error of the launch.
 template <class Scalar, size_t kIndex>
 cudaError_t start_kernel(const KernelStarter& starter) {
-  constexpr Kernel kKernel = kCompiledKernels<Scalar>.all[kIndex];
+  constexpr Kernel kKernel = kKernelList<Scalar>.all[kIndex];
   constexpr int kLanes = kKernel.lanes, kSteps = kKernel.steps;
   constexpr Input kInput = kKernel.input;
   using Model =
@@ -51,16 +51,14 @@ cudaError_t start_kernel(const KernelStarter& starter) {
 
 // Maps the key of each kernel to the function that starts it.
 template <class Scalar, size_t... kIndices>
-std::unordered_map<uint32, cudaError_t (*)(const KernelStarter&)> start_functions_by_key(
-    std::index_sequence<kIndices...>) {
-  return {{kCompiledKernels<Scalar>.all[kIndices].key(), &start_kernel<Scalar, kIndices>}...};
+std::unordered_map<uint32, cudaError_t (*)(const KernelStarter&)> functions_by_key(std::index_sequence<kIndices...>) {
+  return {{kKernelList<Scalar>.all[kIndices].key(), &start_kernel<Scalar, kIndices>}...};
 }
 
 // Starts the kernel of the launch, and returns its error: cudaErrorInvalidValue if it was not compiled.
 template <class Scalar>
 cudaError_t start_compiled(const KernelStarter& starter) {
-  static const auto functions =
-      start_functions_by_key<Scalar>(std::make_index_sequence<kCompiledKernels<Scalar>.count>{});
+  static const auto functions = functions_by_key<Scalar>(std::make_index_sequence<kKernelList<Scalar>.count>{});
   const auto found = functions.find(starter.launch.kernel.key());
   return found == functions.end() ? cudaErrorInvalidValue : found->second(starter);
 }

@@ -10,7 +10,7 @@ namespace asgl {
 
 // ---- in a block ----
 
-// The terms of a parameter's gradient that the threads of a block have computed, one per neuron.
+// The terms of a parameter's gradient that the threads of a block have computed, one per thread.
 template <class Real>
 struct ThreadSums {
   Real values[kBlockThreads];

@@ -26,6 +26,7 @@ enum class Template {
   kInputGradient,
 };
 
+// The type of x_seq, or of gradient sums.
 enum class Type { kHalf, kBFloat16, kFloat, kDouble };
 
 template <class Scalar>

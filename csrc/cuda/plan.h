@@ -97,7 +97,7 @@ ParameterSummary summary_of(const LIFParams<Scalar>& params) {
   return summary;
 }
 
-// Sets the summary and the tiles, the neurons of a block: one per thread, or four if `grouped` and if that is faster.
+// Sets the summary and the tiles. A block computes a tile: one neuron per thread, or four if `grouped` and faster.
 template <class Params, class Resident>
 void plan_neuron_tiles(Params& params, bool grouped, const Resident& resident) {
   params.summary = summary_of(params);
@@ -107,7 +107,7 @@ void plan_neuron_tiles(Params& params, bool grouped, const Resident& resident) {
   params.tiles.count = ceil_div(params.shape.neurons(), params.tiles.tile);
 }
 
-// As plan_neuron_tiles, and sets which parameters want gradients.
+// Plans the tiles by plan_neuron_tiles, and sets which parameters want gradients.
 template <class Params, class Resident>
 void plan_tiles_and_gradients(Params& params, bool grouped, const Resident& resident) {
   plan_neuron_tiles(params, grouped, resident);

@@ -20,18 +20,18 @@
 namespace asgl {
 namespace {
 
-// Implements the operators that every backend has, with the kernels that `launcher` starts, or with the CPU kernels if
+// Registers the operators that every backend has, with the kernels that `launcher` starts, or with the CPU kernels if
 // it is null. `library` is a torch::Library or has its interface.
 template <class Library>
-void implement_backend_operators(Library& library, const ops::Launcher* launcher) {
-  ops::implement_neuron(library, launcher);
-  ops::implement_integrator(library, launcher);
-  ops::implement_batch_norm(library, launcher);
-  ops::implement_recurrent(library, launcher);
+void register_backend_operators(Library& library, const ops::Launcher* launcher) {
+  ops::register_neuron_operators(library, launcher);
+  ops::register_integrator_operators(library, launcher);
+  ops::register_batch_norm_operators(library, launcher);
+  ops::register_recurrent_operators(library, launcher);
 }
 
 // Starts kernels by Python functions (asgl_cuda/backends/launcher.py), which get the address of `params` as an integer.
-class __attribute__((visibility("hidden"))) PythonLauncher : public ops::Launcher {  // as pybind11::object
+class __attribute__((visibility("hidden"))) PythonLauncher : public ops::Launcher {  // as its fields are
  public:
   PythonLauncher(pybind11::object launch, pybind11::object resident_threads)
       : launch_(std::move(launch)), resident_threads_(std::move(resident_threads)) {}
@@ -70,7 +70,7 @@ class CompiledLauncher : public ops::Launcher {
 const CompiledLauncher compiled_launcher;
 #endif
 
-// Implements the operators of a namespace that Python has defined, for tensors on `device`, "CPU" or "CUDA", with the
+// Registers the operators of a namespace that Python has defined, for tensors on `device`, "CPU" or "CUDA", with the
 // kernels that two Python functions start. Returns an object with the operators as functions (direct_calls.h).
 pybind11::object implement(const std::string& name_space, const std::string& device, pybind11::object launch,
                            pybind11::object resident_threads) {
@@ -80,12 +80,12 @@ pybind11::object implement(const std::string& name_space, const std::string& dev
   const auto library = [&](const std::string& key) {
     return new torch::Library(torch::Library::IMPL, name_space, c10::parseDispatchKey(key), __FILE__, __LINE__);
   };
-  implement_backend_operators(*library(device), launcher);
+  register_backend_operators(*library(device), launcher);
   ops::AutogradLibrary autograd_library(*library("Autograd" + device));
-  implement_backend_operators(autograd_library, launcher);
+  register_backend_operators(autograd_library, launcher);
   const pybind11::object functions = pybind11::module_::import("types").attr("SimpleNamespace")();
   ops::DirectCalls calls(functions, name_space);
-  implement_backend_operators(calls, launcher);
+  register_backend_operators(calls, launcher);
   return functions;
 }
 
@@ -101,22 +101,22 @@ int num_cpu_threads() {
 }  // namespace
 
 TORCH_LIBRARY_IMPL(asgl_cuda, CPU, m) {
-  implement_backend_operators(m, nullptr);
-  ops::implement_spikes(m);
+  register_backend_operators(m, nullptr);
+  ops::register_spike_operators(m);
 }
 
 TORCH_LIBRARY_IMPL(asgl_cuda, AutogradCPU, m) {
   ops::AutogradLibrary autograd_library(m);
-  implement_backend_operators(autograd_library, nullptr);
-  ops::implement_spikes(autograd_library);
+  register_backend_operators(autograd_library, nullptr);
+  ops::register_spike_operators(autograd_library);
 }
 
 #if defined(ASGL_WITH_CUDA)
-TORCH_LIBRARY_IMPL(asgl_cuda, CUDA, m) { implement_backend_operators(m, &compiled_launcher); }
+TORCH_LIBRARY_IMPL(asgl_cuda, CUDA, m) { register_backend_operators(m, &compiled_launcher); }
 
 TORCH_LIBRARY_IMPL(asgl_cuda, AutogradCUDA, m) {
   ops::AutogradLibrary autograd_library(m);
-  implement_backend_operators(autograd_library, &compiled_launcher);
+  register_backend_operators(autograd_library, &compiled_launcher);
 }
 #endif
 
@@ -133,8 +133,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   });
   m.def("implement", &implement);
   ops::DirectCalls calls(m, "asgl_cuda");
-  implement_backend_operators(calls, nullptr);
-  ops::implement_spikes(calls);
+  register_backend_operators(calls, nullptr);
+  ops::register_spike_operators(calls);
   m.def("spike_panels", &ops::spike_panels);
   m.def("pack_spikes", &ops::pack_spikes);
 }

@@ -232,7 +232,7 @@ class ParameterGradients {
   // Launches a backward kernel, and then the kernel that adds up the partial sums, twice if runs are split. `params`
   // must be complete except for the partial sums.
   template <class Params>
-  void compute(const Kernels& kernels, Params& params) const {
+  void launch_backward(const Kernels& kernels, Params& params) const {
     using Real = typename Params::Real;
     const SequenceShape& shape = params.shape;
     Real placeholder{};  // a pointer that is not null tells plan_tiles() that the sums are wanted

@@ -29,7 +29,7 @@ struct FromPython<at::ArrayRef<Element>> {
 
 // Has the interface of torch::Library, but exports each operator of a namespace as a pybind11 function. Only the type
 // of the kernel that `impl` gets is used: the dispatcher chooses the kernel at each call.
-class __attribute__((visibility("hidden"))) DirectCalls {  // as pybind11::object
+class __attribute__((visibility("hidden"))) DirectCalls {  // as its fields are
  public:
   // The functions become attributes of `scope`.
   DirectCalls(pybind11::object scope, std::string name_space) : scope_(std::move(scope)), namespace_(name_space) {}

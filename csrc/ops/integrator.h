@@ -73,15 +73,16 @@ inline std::vector<Tensor> integrator_backward(const Launcher* launcher, const T
       params.grad_v_last = data_ptr<const Real>(grad_last);
       if (wants_x_seq) params.grad_x_seq = data_ptr<Scalar>(results.front());
       if (wants_v_init) params.grad_v_init = data_ptr<Real>(results.back());
-      gradients.compute(kernels, params);
+      gradients.launch_backward(kernels, params);
     });
   }
   gradients.append_to(results);
   return results;
 }
 
+// Registers the operators of this file. `m` is a torch::Library or has its interface.
 template <class Library>
-void implement_integrator(Library& m, const Launcher* launcher) {
+void register_integrator_operators(Library& m, const Launcher* launcher) {
   m.impl("integrator_forward", bind_launcher(launcher, &integrator_forward));
   m.impl("integrator_backward", bind_launcher(launcher, &integrator_backward));
 }

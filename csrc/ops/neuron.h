@@ -90,7 +90,7 @@ inline std::vector<Tensor> neuron_backward(const Launcher* launcher, const Neuro
       params.grad_x_seq = data_ptr<Scalar>(grad_x_seq);
       params.grad_v_init = data_ptr<Real>(grad_v_init);
       params.grad_residual = data_ptr<Scalar>(grad_residual);
-      gradients.compute(kernels, params);
+      gradients.launch_backward(kernels, params);
     });
   }
   gradients.append_to(results);
@@ -98,6 +98,7 @@ inline std::vector<Tensor> neuron_backward(const Launcher* launcher, const Neuro
   return results;
 }
 
+// The operators lif_forward and lif_backward. asgl_cuda/backends/ops.py has their schemas.
 inline std::vector<Tensor> lif_forward(const Launcher* launcher, const Tensor& x_seq, const OptionalTensor& v_init,
                                        const OptionalTensor& rng_state, const OptionalTensor& width,
                                        const OptionalTensor& decay, const OptionalTensor& v_threshold,
@@ -134,9 +135,9 @@ inline constexpr auto draw_rng_state = [](const Tensor& fresh) {
   return at::randint(std::numeric_limits<int64_t>::max(), {2}, fresh.options());
 };
 
-// The schemas are in asgl_cuda/backends/ops.py.
+// Registers the operators of this file. `m` is a torch::Library or has its interface.
 template <class Library>
-void implement_neuron(Library& m, const Launcher* launcher) {
+void register_neuron_operators(Library& m, const Launcher* launcher) {
   m.impl("draw_rng_state", draw_rng_state);
   m.impl("lif_forward", bind_launcher(launcher, &lif_forward));
   m.impl("lif_backward", bind_launcher(launcher, &lif_backward));

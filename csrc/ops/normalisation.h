@@ -53,7 +53,7 @@ class CheckedTensors {
     held_.push_back(tensor->contiguous());
     return held_.back().template const_data_ptr<Element>();
   }
-  // The same for a float64 tensor [..., 3], whose last dimension is count, mean and variance.
+  // Points to the moments in a float64 tensor [..., 3], after the checks. Null if there is no tensor.
   const Moments* checked_moments(const OptionalTensor& tensor, at::IntArrayRef shape, const char* name) {
     return reinterpret_cast<const Moments*>(checked_data<double>(tensor, shape, name));
   }
@@ -207,9 +207,9 @@ inline std::tuple<Tensor, Tensor> batch_norm_backward(const Launcher* launcher, 
 // Registers `run` as two operators: batch_norm_coefficients, and batch_norm_update, which also updates the running
 // statistics.
 template <class Library, class... Arguments>
-void implement_coefficients(Library& m, const Launcher* launcher,
-                            std::tuple<Tensor, Tensor> (*run)(const Launcher*, const RunningStatistics&,
-                                                              Arguments...)) {
+void register_coefficient_operators(Library& m, const Launcher* launcher,
+                                    std::tuple<Tensor, Tensor> (*run)(const Launcher*, const RunningStatistics&,
+                                                                      Arguments...)) {
   m.impl("batch_norm_coefficients", [=](Arguments... arguments) { return run(launcher, {}, arguments...); });
   m.impl("batch_norm_update", [=](const Tensor& running_mean, const Tensor& running_var,
                                   const OptionalTensor& num_batches_tracked, double momentum, Arguments... arguments) {
@@ -217,9 +217,10 @@ void implement_coefficients(Library& m, const Launcher* launcher,
   });
 }
 
+// Registers the operators of this file. `m` is a torch::Library or has its interface.
 template <class Library>
-void implement_batch_norm(Library& m, const Launcher* launcher) {
-  implement_coefficients(m, launcher, &batch_norm_coefficients);
+void register_batch_norm_operators(Library& m, const Launcher* launcher) {
+  register_coefficient_operators(m, launcher, &batch_norm_coefficients);
   m.impl("batch_norm_backward", bind_launcher(launcher, &batch_norm_backward));
 }
 

@@ -32,15 +32,15 @@ class RecurrentSteps {
     return {current.unsqueeze(0), v, states_[t], neuron_, std::nullopt, constants_};
   }
 
-  // The same for the input (fed + bias) + x, which the neuron's kernel adds up.
+  // The call of the neuron for step t, whose kernel computes the input (fed + bias) + x.
   NeuronCall forward_call(const Tensor& fed, const Tensor& x, const Tensor& v, int64_t t) const {
     Parameters neuron = neuron_;
     neuron[kInputBias] = parameters_[kRecurrentBias];
     return {fed.unsqueeze(0), v, states_[t], neuron, x.unsqueeze(0), constants_};
   }
 
-  // The call of the neuron whose backward is that of step t. The step is computed again from h as input of a neuron at
-  // rest, for which the decay does not matter. An adaptation matters only in the reset amount, `reset`.
+  // The call of the neuron for backward of step t. It recomputes the step with h as the input of a neuron at rest, so
+  // that the decay does not matter. `reset` is the reset amount if an adaptation changes it, else undefined.
   NeuronCall backward_call(const Tensor& h, const Tensor& reset, int64_t t) const {
     Constants constants = constants_;
     constants.numbers.constants[kInputGain] = 1;
@@ -124,7 +124,7 @@ inline std::vector<Tensor> backward_by_steps(const Launcher* launcher, const Rec
   };
   std::array<std::vector<Tensor>, 3> parameter_grads;  // of width, threshold and reset
   std::vector<Tensor> dh_seq(steps), dj_seq(steps), dw_seq;
-  Tensor dv = grads.v_last, di = grads.i_last, feedback = grads.s_last;  // dv: of v, then w
+  Tensor dv = grads.v_last, di = grads.i_last, feedback = grads.s_last;  // dv: gradient of all states
   for (int64_t t = steps - 1; t >= 0; --t) {
     const Tensor h = at_step(kept.h_seq, t), w = at_step(kept.w_seq, t), gv = at_step(grads.v_seq, t);
     Tensor g = at_step(g_seq, t), reset;
@@ -202,6 +202,7 @@ inline std::vector<Tensor> backward_by_steps(const Launcher* launcher, const Rec
   return results;
 }
 
+// The operators recurrent_forward and recurrent_backward. asgl_cuda/backends/ops.py has their schemas.
 inline std::vector<Tensor> recurrent_forward(const Launcher* launcher, const Tensor& x_seq, const Tensor& weight,
                                              const Tensor& parameters, const OptionalTensor& v_init,
                                              const OptionalTensor& s_init, const OptionalTensor& i_init,
@@ -242,8 +243,9 @@ inline std::vector<Tensor> recurrent_backward(
                              : backward_by_steps(launcher, call, grads, kept, wanted);
 }
 
+// Registers the operators of this file. `m` is a torch::Library or has its interface.
 template <class Library>
-void implement_recurrent(Library& m, const Launcher* launcher) {
+void register_recurrent_operators(Library& m, const Launcher* launcher) {
   m.impl("recurrent_forward", bind_launcher(launcher, &recurrent_forward));
   m.impl("recurrent_backward", bind_launcher(launcher, &recurrent_backward));
 }

@@ -229,7 +229,8 @@ inline Tensor spike_product(const Tensor& x, const Tensor& weight, const Optiona
   return call.in_torch_order(result, is_channels_last(x) || is_channels_last(weight));
 }
 
-// Returns the gradient of the weight of spike_product, for the gradient `grad` of its output. `packed` is as there.
+// Returns the gradient of the weight of spike_product, from the gradient of its output. `packed` is the result of
+// pack_spikes for x, or none.
 inline Tensor spike_weight_gradient(const Tensor& grad, const Tensor& x, at::IntArrayRef weight_sizes,
                                     at::IntArrayRef stride, at::IntArrayRef padding, bool channels_last,
                                     const OptionalTensor& packed) {
@@ -251,8 +252,9 @@ inline Tensor spike_weight_gradient(const Tensor& grad, const Tensor& x, at::Int
   return call.in_torch_order(result, channels_last);
 }
 
+// Registers the operators of this file. `m` is a torch::Library or has its interface.
 template <class Library>
-void implement_spikes(Library& m) {
+void register_spike_operators(Library& m) {
   m.impl("spike_product",
          [](const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& panels,
             at::IntArrayRef stride, at::IntArrayRef padding,

@@ -227,7 +227,7 @@ def neuron_calls() -> Iterator[Call]:
         kind = ("normalised", "by channel", "any", "by channel", "plain", "uniform")[number // 4 % 6]
         call = neuron_call(number, Shape(steps, dims, number % 5 == 0), kind, 0, number % 7 == 3)
         yield call._replace(backends=("cpu",))
-    for name in ("input_gain", "input_bias", "input_mean"):  # alone keep the input from being plain
+    for name in ("input_gain", "input_bias", "input_mean"):  # each alone makes the input not plain
         yield chosen_call((260,), {name: 0.3})
     yield chosen_call((260,), {"return_v_last": True}, given=("v_last",))
     yield chosen_call((260,), {"v_min": 0.0, "return_v_last": True}, given=("s_seq", "v_last"))  # and v_reset
@@ -469,7 +469,7 @@ def recurrent_calls() -> Iterator[Call]:
     shapes = (1, 1, 1), (3, 2, 5), (2, 17, 9), (6, 16, 4), (4, 33, 31), (2, 3, 66), (9, 40, 33)
     for number, shape in enumerate([each for each in shapes for _ in range(16)] + [(2, 2, 1040)] * 3):
         yield recurrent_call(number, shape)
-    # Few spikes, so that zeros are left out, among them one of height 2, and a gradient that is NaN.
+    # Few spikes, so that products skip zeros. One spike is 2, and a NaN in the input makes a gradient NaN.
     x_seq, s_init = torch.full((3, 4, 9), -1.0), torch.zeros(4, 9)
     x_seq[0, 0, 0], x_seq[2, 1, 3], s_init[2, 5] = 3.0, float("nan"), 2.0
     options = {"x_seq": x_seq, "s_init": s_init, "weight": torch.full((9, 9), 1 / 64), "surrogate": "sigmoid"}

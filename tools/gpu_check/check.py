@@ -44,7 +44,7 @@ class Outcome(NamedTuple):
 
     name: str
     passed: bool
-    ended: str  # in words
+    ended: str  # how the step ended, in words
     complete: bool  # a later run can skip it
     seconds: float
     tests: str | None  # the last line of pytest
@@ -327,7 +327,7 @@ def main() -> int:
         print(f"gpu-check: {problem}", file=sys.stderr)
         return 1
     wanted = [step for step in todo if step.name in (arguments.only or names)]
-    slower = 10 if arguments.dry_run else 1  # on few cores that others use
+    slower = 10 if arguments.dry_run else 1  # a dry run may have few cores, shared with others
     todo = [step for step in wanted if arguments.again or not findings.is_done(step.name)]
     builds = [step for step in todo if step.name == BUILD]
     todo = [step._replace(seconds=slower * step.seconds) for step in todo if step.name != BUILD]

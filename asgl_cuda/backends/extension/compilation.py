@@ -248,11 +248,11 @@ def plan_build(csrc: Path, wanted: str | None) -> BuildPlan:
     return BuildPlan(extension, f"CUDA {toolkit.version}, {built}", reason, sources)
 
 
-def print_to_terminal(words: str) -> None:
+def print_to_terminal(line: str) -> None:
     """Prints a line to the terminal itself, because pip captures the output of a build."""
     try:
         with Path("/dev/tty").open("w") as terminal:
-            terminal.write(f"asgl_cuda: {words}\n")
+            terminal.write(f"asgl_cuda: {line}\n")
     except OSError:  # there is no terminal
         pass
 

@@ -129,7 +129,7 @@ template <class Scalar, size_t... kIndices>
 cudaError_t start_one(const cuda::KernelStarter& start, std::index_sequence<kIndices...>) {
   cudaError_t error = cudaErrorInvalidValue;
   const auto try_kernel = [&](auto index) {
-    constexpr cuda::Kernel kKernel = cuda::kCompiledKernels<Scalar>.all[index()];
+    constexpr cuda::Kernel kKernel = cuda::kKernelList<Scalar>.all[index()];
     if constexpr (is_compiled<Scalar>(kKernel)) {
       if (kKernel.key() == start.launch.kernel.key()) error = cuda::start_kernel<Scalar, index()>(start);
     }
@@ -140,7 +140,7 @@ cudaError_t start_one(const cuda::KernelStarter& start, std::index_sequence<kInd
 
 template <template <class> class Params, class Scalar>
 cudaError_t start(const Params<Scalar>&, const cuda::KernelStarter& start) {
-  return start_one<Scalar>(start, std::make_index_sequence<cuda::kCompiledKernels<Scalar>.count>{});
+  return start_one<Scalar>(start, std::make_index_sequence<cuda::kKernelList<Scalar>.count>{});
 }
 
 template <class Params>
