@@ -22,7 +22,4 @@ void recurrent_forward(const RecurrentForwardParams<Scalar>& params);
 template <class Scalar>
 void recurrent_backward(const RecurrentBackwardParams<Scalar>& params);
 
-// The number of threads that kernels run on.
-int num_threads();
-
 }  // namespace asgl::cpu

@@ -96,16 +96,6 @@ void sum_runs(const GradientSum<Real>& sum, const GradientPart<Real>& part, int6
 
 }  // namespace
 
-// For `python -m asgl_cuda info`. Without OpenMP at::parallel_for is serial, without a warning.
-int num_threads() {
-#if defined(_OPENMP)
-  return at::get_num_threads();
-#else
-  return 1;
-#endif
-}
-
-// Does nothing: the sum uses the tiles of the kernel that stored the partial sums.
 template <class Real>
 void plan_tiles_on(Device, GradientSum<Real>&) {}
 

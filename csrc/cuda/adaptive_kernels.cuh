@@ -9,23 +9,25 @@ namespace asgl {
 
 // Blocks per multiprocessor: as many as fit without spills.
 template <class Real>
-constexpr int kAdaptiveBlocks = sizeof(Real) == 8 ? 3 : 4;
+constexpr int kAdaptiveBlocksPerSM = sizeof(Real) == 8 ? 3 : 4;
 
-// Reads the states of neuron n, v and w, from an array [2, N]. If the array is null, the neuron is at rest.
+// Loads the states of neuron n, v and w, from an array in which w is `stride` elements after v. If the array is null,
+// the neuron is at rest.
 template <class Real>
 __device__ __forceinline__ void load_states(const Real* from, int64 n, int64 stride, Real v_rest, Real& v, Real& w) {
   v = from == nullptr ? v_rest : from[n];
   w = from == nullptr ? Real(0) : from[n + stride];
 }
-// Stores the states of neuron n in an array [2, N].
+// Stores the states of neuron n in an array in which w is `stride` elements after v.
 template <class Real>
 __device__ __forceinline__ void store_states(Real v, Real w, Real* to, int64 n, int64 stride) {
   to[n] = v;
   to[n + stride] = w;
 }
 
+// Computes s_seq, and the wanted potentials, last states and checkpoints.
 template <class Scalar>
-__global__ void __launch_bounds__(kBlockThreads, kAdaptiveBlocks<Real_t<Scalar>>)
+__global__ void __launch_bounds__(kBlockThreads, kAdaptiveBlocksPerSM<Real_t<Scalar>>)
     adaptive_forward_kernel(const ForwardParams<Scalar> params) {
   using Real = Real_t<Scalar>;
   constexpr int kSteps = 8;  // steps loaded while as many others are computed
@@ -77,9 +79,10 @@ __global__ void __launch_bounds__(kBlockThreads, kAdaptiveBlocks<Real_t<Scalar>>
   if (params.zeros != nullptr && index.n == 0) params.zeros[0] = params.zeros[1] = Real(0);
 }
 
-// Potentials and adaptations of a segment are in shared memory, where a loop can index them.
+// Computes the wanted gradients. The potentials and adaptations of a segment are in shared memory, where a loop can
+// index them.
 template <class Scalar>
-__global__ void __launch_bounds__(kBlockThreads, kAdaptiveBlocks<Real_t<Scalar>>)
+__global__ void __launch_bounds__(kBlockThreads, kAdaptiveBlocksPerSM<Real_t<Scalar>>)
     adaptive_backward_kernel(const BackwardParams<Scalar> params) {
   using Real = Real_t<Scalar>;
   constexpr int kSteps = kCheckpointSteps, kTogether = 8;  // loads in flight
@@ -137,8 +140,8 @@ __global__ void __launch_bounds__(kBlockThreads, kAdaptiveBlocks<Real_t<Scalar>>
       const Real x = potentials[k][threadIdx.x];
       potentials[k][threadIdx.x] = model.step(x, noise.is_analog(k, 0), neuron.now(), firing, v, w, s);
     }
-    // Computes the potential after step k again, and the spike of that step.
-    const auto again = [&](int k, Real& s) {
+    // Recomputes the potential after step k, and the spike of that step.
+    const auto recompute = [&](int k, Real& s) {
       neuron.move_to(start + k);
       const Real h = potentials[k][threadIdx.x], w = adaptations[k][threadIdx.x];
       s = model.fire(model.compared_potential(h, w), noise.is_analog(k, 0), neuron.now(), firing);
@@ -154,8 +157,8 @@ __global__ void __launch_bounds__(kBlockThreads, kAdaptiveBlocks<Real_t<Scalar>>
         carried = true;
       }
       Real s, before = first_v;
-      if (has_bit(wanted, kDecay) && k > 0) before = again(k - 1, s);
-      const Real after = again(k, s), h = potentials[k][threadIdx.x], used_w = adaptations[k][threadIdx.x];
+      if (has_bit(wanted, kDecay) && k > 0) before = recompute(k - 1, s);
+      const Real after = recompute(k, s), h = potentials[k][threadIdx.x], used_w = adaptations[k][threadIdx.x];
       if (carried) {
         sums[kAdaptDecay] += dw * used_w;
         sums[kAdaptPotential] += dw * (after - v_rest);

@@ -1,6 +1,6 @@
 // The CUDA kernel of the leaky integrator. A thread computes one neuron, or four adjacent ones, over all steps, forward
-// or backward. Forward reads x and writes v, backward reads the gradient and writes dx: two elements a neuron and step
-// each, besides inputs of the parameters' gradients.
+// or backward. Forward reads x and writes v. Backward reads the gradient of v and writes dx, and for the parameters'
+// gradients also reads v or x.
 #pragma once
 
 #include "cuda/neuron_kernels.cuh"
@@ -10,12 +10,12 @@ namespace asgl {
 
 // Blocks per multiprocessor: as many as fit without spills.
 template <class Real, Pass kPass>
-constexpr int kIntegratorBlocks = sizeof(Real) == 8      ? (kPass == Pass::kSums ? 3 : 4)
-                                  : kPass == Pass::kSums ? 5
-                                                         : 7;
+constexpr int kIntegratorBlocksPerSM = sizeof(Real) == 8      ? (kPass == Pass::kSums ? 3 : 4)
+                                       : kPass == Pass::kSums ? 5
+                                                              : 7;
 
 template <class Scalar, int kLanes, Pass kPass>
-__global__ void __launch_bounds__(kBlockThreads, kIntegratorBlocks<Real_t<Scalar>, kPass>)
+__global__ void __launch_bounds__(kBlockThreads, kIntegratorBlocksPerSM<Real_t<Scalar>, kPass>)
     integrator_kernel(const IntegratorParams<Scalar> params) {
   using Real = Real_t<Scalar>;
   using Lanes = Access<kLanes>;

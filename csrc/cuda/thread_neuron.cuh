@@ -38,9 +38,9 @@ class ThreadNeuron {
     }
   }
 
-  // Parameters are the same at every step.
+  // Does nothing, because the parameters are the same at every step.
   __device__ __forceinline__ void move_to(int64) {}
-  // The thread's neuron j.
+  // The parameters of the thread's neuron j.
   __device__ __forceinline__ const Neuron<Real>& now(int j = 0) const { return neurons_[j % kNeurons]; }
 
  private:
@@ -65,7 +65,7 @@ class ThreadNeuron<Real, true> {
         per_step_ = per_step_ || parameter.step_stride != 0;
       }
     }
-    convert();
+    update_neuron();
   }
 
   // Reads the parameters of step t that change over time. They are never logarithms or logits (checked in ops/call.h),
@@ -77,14 +77,15 @@ class ThreadNeuron<Real, true> {
       const int64 stride = parameters_[id].step_stride;
       if (stride != 0) values_[id] = first_[id][t * stride];
     }
-    convert();
+    update_neuron();
   }
 
+  // The parameters at the step of the last move_to, for any of the thread's neurons.
   __device__ __forceinline__ const Neuron<Real>& now(int = 0) const { return neuron_; }
 
  private:
-  // Computes the neuron from the values, with the inverse of the width.
-  __device__ __forceinline__ void convert() {
+  // Sets neuron_ from the values, with the inverse of the width.
+  __device__ __forceinline__ void update_neuron() {
     neuron_ = make_neuron<Real>([&](ParameterId id) { return values_[id]; });
   }
 

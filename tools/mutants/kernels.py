@@ -5,9 +5,9 @@ from typing import NamedTuple
 
 
 class Mutant(NamedTuple):
-    """A mistake in a file of csrc: in a context that has @ for it, old is replaced by new.
+    """A mistake in a file of csrc. `context` is text of the file with @ in the place of `old`, which becomes `new`.
 
-    Both are expressions, or statements with their semicolons, of which one may be empty.
+    Both are expressions, or statements with their semicolons; one may be empty.
     """
 
     file: str
@@ -154,7 +154,7 @@ MUTANTS = {
         "no gain of the settled residual's gradient": kernels("++j) dr[j] = @ *", "params.residual_gain", "Real(1)"),
         "settled kernel for a general residual": plans("return @ ? Input::kGeneralResidual", "input == Input::kGeneral",
                                                        "false"),
-        "four neurons for any residual": plans("is_in_fours(params, @, params.s_seq", "params.residual",
+        "four neurons for any residual": plans("tensors_fit_four_lanes(params, @, params.s_seq", "params.residual",
                                                    "params.x_seq"),
         # ---- noise ----
         "lanes that have left exchange noise": kernels("if (@ && !index.live) return;", "kLanes > 1", "true"),
@@ -166,7 +166,7 @@ MUTANTS = {
         "noise of other few steps": noise("(4 * (@))};", "first % 8", "first % 4"),
         "noise of the first eight steps": noise("few = {(@ ? steps", "first < 8", "true"),
         "noise of another step of few": noise("bits >> (@ + j)", "4 * k", "4 * (k ^ 1)"),
-        "wrong step's noise": noise("eight_steps(source, n, @,", "start + 8", "start"),
+        "wrong step's noise": noise("draw_eight_steps(source, n, @,", "start + 8", "start"),
         "noise of too few steps": noise("pair < 4 && @;", "2 * pair < length", "2 * pair + 1 < length"),
         "noise of the first pair": noise("start / 2 + @);\n      uint32", "pair", "0"),
         "noise of the first of two pairs": noise("noise_block(group, first + @, key_)", "1", "0"),
@@ -175,7 +175,7 @@ MUTANTS = {
         "noise of the first 512 steps again for four": noise("first = static_cast<uint32>(@);", "step_pair",
                                                              "step_pair & 255"),
         "noise of two steps swapped": noise("two_.blocks[k / 2], @", "k % 2", "1 - k % 2"),
-        "always where never": noise("!drawn_ && @;", "limit_ > 0", "true"),
+        "always where never": noise("!needs_draws_ && @;", "limit_ > 0", "true"),
         "noise of a shorter segment": kernels("noise(source, index.n, start, @);\n      Real", "length", "length - 2"),
         "noise of a shorter segment in the general backward": kernels(
             "start, @);\n    const auto fire_lane = [&](Real h", "length", "length - 2"
@@ -220,16 +220,16 @@ MUTANTS = {
         "threshold's gradient is not learned": kernels("(wanted & (@ |", "1u << kThreshold", "0u"),
         "reset's gradient is not learned": kernels("| @)) != 0", "1u << kReset", "0u"),
         "decay's gradient beyond the last step": kernels("? @ : 0;", "followed", "left"),
-        "decay's gradient without the first step": kernels("sums[kDecay][j % kOwn] += @ * v_init", "dh[j]", "Real(0)"),
+        "decay's gradient without the first step": kernels("sums[kDecay][j % kSets] += @ * v_init", "dh[j]", "Real(0)"),
         "decay's gradient of another first state": kernels(
             "@", "load_v_init(params, index, v_init);",
-            "load_start_states(params, steps > kCheckpointSteps ? kCheckpointSteps : 0, index, v_init);",
+            "load_v_before(params, steps > kCheckpointSteps ? kCheckpointSteps : 0, index, v_init);",
         ),
-        "decay's gradient of another potential": kernels("add_decay(dh, h[@].values", "k", "k > 0 ? k - 1 : k"),
+        "decay's gradient of another potential": kernels("decay_gradient(dh, h[@].values", "k", "k > 0 ? k - 1 : k"),
         "decay's gradient of another spike": kernels("v_after = Model::reset(h[j], s[@]", "j", "0"),
         "threshold's gradient without a width": kernels("du[j] = step.dy * @;", "own.inverse_width", "Real(1)"),
         "reset's gradient only of what is given": kernels(
-            "if (@) sums[kReset][j % kOwn] += Model::reset_parameter_gradient(dv_after",
+            "if (@) sums[kReset][j % kSets] += Model::reset_parameter_gradient(dv_after",
             "k < carried_steps", "has_grad_last"
         ),
         "reset's gradient of the step before": kernels("reset_parameter_gradient(@, s[j])", "dv_after[j]", "dv[j]"),
@@ -237,16 +237,16 @@ MUTANTS = {
         "gain's and bias' sums swapped": kernels("params.shape, thread_sums[@]);\n  }", "id",
                                                  "id < kInputGain ? id : kInputGain + kInputBias - id"),
         "sums of one parameter a warp": kernels("left != 0; @, id +=", "left >>= kWarps", "left >>= 2 * kWarps"),
-        "no barrier before sums": kernels("if (!kInRegisters || kOwn > 1) @", BARRIER, ""),
+        "no barrier before sums": kernels("if (!kInRegisters || kSets > 1) @", BARRIER, ""),
         "own gradients of another lane": kernels("row.values[j] = sums[id][@];", "j", "j ^ 1"),
-        "own gradients as shared ones": kernels("if (@) {\n#pragma unroll\n      for (int j = 1; j < kOwn",
+        "own gradients as shared ones": kernels("if (@) {\n#pragma unroll\n      for (int j = 1; j < kSets",
                                                 "!has_bit(params.summary.by_neuron, id)", "true"),
         "gradients of the first lane for all": kernels("sums[id][0] += sums[id][@];", "j", "0"),
         "repeated values as single ones": kernels("if (@) {\n      if (index.live) Access",
                                                   "!params.parameters[id].is_interleaved_in(kTile)", "true"),
         "own gradients of another tile": kernels("first = static_cast<int64>(@) * kTile", "blockIdx.x",
                                                  "blockIdx.x + 1"),
-        "x is not loaded for the gain": kernels("loads_again = kOwn == 1 || @;", "has_bit(wanted, kInputGain)",
+        "x is not loaded for the gain": kernels("loads_again = kSets == 1 || @;", "has_bit(wanted, kInputGain)",
                                                 "false"),
         "own parameters of the first lane": thread_neuron("return neurons_[@];", "j % kNeurons", "0"),
         "own parameters as shared ones": thread_neuron("if (kNeurons > 1 && @)", "has_bit(summary.by_neuron, id)",
@@ -390,15 +390,15 @@ MUTANTS = {
         "a distance of counted spikes from the threshold": rules("return @ ? h :", "counts_spikes()", "false"),
         "more spikes than levels": rules("several > most ? @ : several;", "most", "several"),
         # ---- launchers ----
-        "x may be misaligned": plans("inner % 4 == 0 && @", "is_aligned(params.x_seq)", "true"),
-        "own parameters may be misaligned": plans("&& @;\n    fit", "is_aligned(parameter.data)", "true"),
+        "x may be misaligned": plans("inner % 4 == 0 && @", "is_aligned_for_four(params.x_seq)", "true"),
+        "own parameters may be misaligned": plans("&& @;\n    fit", "is_aligned_for_four(parameter.data)", "true"),
         "an odd number of own parameters": plans("inner == 1 && @ &&", "parameter.count % 4 == 0", "true"),
         "own parameters in general kernels": plans(
             "if (shared || (@)) return", "input != Input::kPlain && input != Input::kNormalised", "false"
         ),
-        "v_init may be misaligned": plans("&& @ &&", "is_aligned(params.v_init)", "true"),
-        "outputs may be misaligned": plans("(@)", "is_aligned(sequences_and_states) && ...", "true"),
-        "checkpoints may be misaligned": plans("@);\n  plan_neurons(", "params.checkpoints",
+        "v_init may be misaligned": plans("&& @ &&", "is_aligned_for_four(params.v_init)", "true"),
+        "outputs may be misaligned": plans("(@)", "is_aligned_for_four(sequences_and_states) && ...", "true"),
+        "checkpoints may be misaligned": plans("@);\n  plan_neuron_tiles(", "params.checkpoints",
                                                   "params.v_last"),
         "rows may be misaligned": plans("params.shape.inner % @ == 0", "4", "2"),
         "four need not share a parameter": plans("shared = shared && @;", "parameter.is_shared_by_four()", "true"),
@@ -412,7 +412,8 @@ MUTANTS = {
             "kernel.lanes == 4 && @) kernel.steps", "params.shape.steps == kShortSequence",
             "params.shape.steps <= kShortSequence",
         ),
-        "shared parameters where they are apart": plans("if (@) kernel.input", "!share_parameters(params)", "false"),
+        "shared parameters where they are apart": plans("if (@) kernel.input", "!fours_share_parameters(params)",
+                                                        "false"),
         "no residual with one neuron": plans("kernel.input = @ ? Input::kGeneralResidual", "params.residual != nullptr",
                                              "false"),
         "tensors as constants": plans("if (@) summary.tensors", "parameter.data != nullptr", "false"),
@@ -427,7 +428,7 @@ MUTANTS = {
                                          "id != kDecay && params.wants_gradient(id)"),
         "too few slots for a whole block": plans("if (@) {", "slots >= kManySlots", "slots > kManySlots"),
         "not the largest power": plans("while (@)", "2 * power <= most", "2 * power < most"),
-        "runs that there are not": plans("min({@, kMostRunsEach", "runs", "kMostRunsEach"),
+        "runs that there are not": plans("min({@, kMaxRunsEach", "runs", "kMaxRunsEach"),
         "several elements a thread in spite of steps": plans("inner == 1 && @;\n      if (single",
                                                              "part.parameter.step_stride == 0", "true"),
         "runs are never split": plans("part.splits = @ ?", "splits > 2", "false"),
@@ -520,7 +521,8 @@ MUTANTS = {
         "v_seq does not carry": adaptive_kernels("\n        @\n", "carried = true;", ""),
         "decay's gradient of another first potential": adaptive_kernels("before = @;\n      if", "first_v", "v"),
         "decay's gradient of the segment's first potential": adaptive_kernels("kDecay) && @) before", "k > 0", "k > 1"),
-        "decay's gradient of another step": adaptive_kernels("before = again(@, s)", "k - 1", "(k > 1 ? k - 2 : 0)"),
+        "decay's gradient of another step": adaptive_kernels("before = recompute(@, s)", "k - 1",
+                                                             "(k > 1 ? k - 2 : 0)"),
         "parameters of w though nothing is carried": adaptive_kernels("if (@) {\n        sums", "carried", "true"),
         "adapt_decay's gradient of another w": adaptive_kernels("sums[kAdaptDecay] += dw * @;", "used_w", "w"),
         "adapt_potential's gradient before reset": adaptive_kernels("sums[kAdaptPotential] += dw * (@ -", "after", "h"),
@@ -543,10 +545,9 @@ MUTANTS = {
         "sums in a row that is still needed": adaptive_kernels("store_sums(true, t, @)", "k", "(k > 0 ? k - 1 : k)"),
         "no barrier between segments": adaptive_kernels("@  // all threads have read the sums", BARRIER, ""),
         # ---- launchers ----
-        "four neurons a thread forward": plans("plan_neurons(params, grouped && fit_parameters(params) && @,",
-                                                   "params.options.num_states() == 1", "true"),
-        "four neurons a thread backward": plans("plan_with_sums(params, grouped && fit_parameters(params) && @,",
-                                                    "params.options.num_states() == 1", "true"),
+        "four neurons a thread forward": plans("(params) && @, resident)", "params.options.num_states() == 1",
+                                               "true"),
+        "four neurons a thread backward": plans("(params) && @,\n", "params.options.num_states() == 1", "true"),
     },
     "normalisation": {
         "no barrier before moments are joined": channels("= own;\n  @", BARRIER, ""),
@@ -596,8 +597,8 @@ MUTANTS = {
         "wrong mean": channels("params.mean()[@]", "index.channel", "index.task.first_channel"),
         "no barrier before adjoints are read": channels("@\n  const ChannelIndex<kLanes> index(tiles);\n  if", BARRIER,
                                                         ""),
-        "the adjoint of the tile's first channel": channels("slope = slopes[@],", "place", "0"),
-        "the adjoint of a unit": channels("offset = offsets[@];", "place", "index.unit"),
+        "the adjoint of the tile's first channel": channels("slope = slopes[@],", "in_tile", "0"),
+        "the adjoint of a unit": channels("offset = offsets[@];", "in_tile", "index.unit"),
         "sums of the second slot": channels("if (@) params.store_own_gradients", "task.slot == 0", "task.slot == 1"),
         "adjoints of no channel": channels("channels_per_tile && @) {", "own < tiles.shape.channels", "true"),
         "sums without rows": plans("splits = @;", "1", "0"),
@@ -605,8 +606,8 @@ MUTANTS = {
         "tile beyond the last channel": channel_params("left < tiles.channels_per_tile ? @ :", "left",
                                                        "tiles.channels_per_tile"),
         "too many splits": channel_params("rows_per_split = @;", "enough > needed ? enough : needed", "enough"),
-        "x of a channel may be misaligned": plans("&& @ &&", "is_aligned(x_seq)", "true"),
-        "dx of a channel may be misaligned": plans("(@ && ...);", "is_aligned(gradients)",
+        "x of a channel may be misaligned": plans("&& @ &&", "is_aligned_for_four(x_seq)", "true"),
+        "dx of a channel may be misaligned": plans("(@ && ...);", "is_aligned_for_four(gradients)",
                                                                   "(gradients != nullptr || true)"),
         "channels may share four": plans("tiles.shape.inner % @ == 0", "4", "2"),
     },
@@ -631,11 +632,11 @@ MUTANTS = {
         "the gain's sum for decay": integrator("thread_sums[@]);", "warp", "1 - warp"),
         "no barrier between two sums": integrator("if (stored == 0) return;\n    @", BARRIER, ""),
         "no barrier within a sum": integrator("}\n    @\n    const int warp", BARRIER, ""),
-        "v may be misaligned": plans("is_in_fours(params, @, params.v_last", "params.v_seq",
+        "v may be misaligned": plans("tensors_fit_four_lanes(params, @, params.v_last", "params.v_seq",
                                                     "params.x_seq"),
         "no kernel for sums": Mutant("params/integrator.h", ": @ ?",
                                      "wants_gradient(kDecay) || wants_gradient(kInputGain)", "false"),
-        "no kernel for four": plans("kHasFours<Scalar> && @ ? 4", "params.tiles.tile > kBlockThreads", "false"),
+        "no kernel for four": plans("kHasFourLanes<Scalar> && @ ? 4", "params.tiles.tile > kBlockThreads", "false"),
     },
 }  # fmt: skip
 
