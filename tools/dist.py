@@ -29,7 +29,7 @@ NOTHING_COMPILED = "only the reference works here"
 
 
 def run(*command: str | Path, cwd: Path = ROOT, **environment: str) -> str:
-    """A command's output; on failure, SystemExit with the output."""
+    """Runs a command and returns its output. If it fails, raises SystemExit with the output."""
     result = subprocess.run(
         [str(word) for word in command], cwd=cwd, env={**os.environ, **environment}, text=True, check=False,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -40,6 +40,7 @@ def run(*command: str | Path, cwd: Path = ROOT, **environment: str) -> str:
 
 
 def build_archive() -> Path:
+    """Builds the source archive, and checks that it has every tracked file except NOT_SHIPPED."""
     run(sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", DIST, ROOT)
     (archive,) = DIST.glob("*.tar.gz")
     with tarfile.open(archive) as opened:
@@ -52,6 +53,7 @@ def build_archive() -> Path:
 
 
 def build_wheel(archive: Path, pattern: str, **environment: str) -> Path:
+    """Builds a wheel from the archive; `pattern` is the pattern of its name."""
     command = (sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", DIST)
     run(*command, archive, **environment)
     (wheel,) = DIST.glob(pattern)
@@ -78,7 +80,7 @@ def check(artefact: Path, torch: str) -> None:
 
 
 def main() -> int:
-    """Builds and checks all three."""
+    """Builds and checks the archive and both wheels."""
     import torch
 
     shutil.rmtree(DIST, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Pages drawn from JSON files that programs read: `NAME.md` from `name.json`."""
+"""Pages that are drawn from JSON files: `NAME.md` from `name.json`."""
 
 from __future__ import annotations
 

@@ -55,8 +55,8 @@ class Backend(NamedTuple):
         """Why the backend does not work on this device, or None."""
         return self.problem() or self.misfit(device)
 
-    def device_problem(self) -> str | None:
-        """`problem_on` the current device; also reports a missing GPU, of which a tensor on the GPU leaves no doubt."""
+    def problem_on_current_device(self) -> str | None:
+        """Why the backend does not work on the current device, or None. Also reports a missing GPU."""
         problem = self.problem()
         if problem is not None or self.device_types != ("cuda",):
             return problem
@@ -72,7 +72,7 @@ def registered_operators(namespace: str) -> Operators:
 
 
 def direct_operators(functions: Any) -> Operators | None:
-    """The functions of csrc/ops/direct_calls.h in an object; None where the extension is missing or older."""
+    """The operators as functions (csrc/ops/direct_calls.h) in an object; None if the extension is missing or older."""
     found: list[Any] = [getattr(functions, name, None) for name in Operators._fields]
     return None if None in found else Operators(*found)
 
@@ -89,16 +89,16 @@ def _cuda_problem() -> str | None:
 
 
 def _cuda_misfit(device: torch.device) -> str | None:
-    """Why none of the code that nvcc made runs on this GPU. Computed once for each; initialises CUDA."""
-    return _misfit(device)
+    """Why no kernel that nvcc compiled runs on this GPU, or None. Computed once per GPU; initialises CUDA."""
+    return _compute_cuda_misfit(device)
 
 
 _cuda_misfit._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see cupy.problem
 
 
 @functools.cache
-def _misfit(device: torch.device) -> str | None:
-    """Why the kernels that were compiled ahead of time do not run on this GPU, or None."""
+def _compute_cuda_misfit(device: torch.device) -> str | None:
+    """As `_cuda_misfit`, but torch.compile would trace it."""
     info = extension.build_info
     if info is None or info.cuda is None or not torch.cuda.is_available():  # fake tensors need no GPU
         return None
@@ -113,7 +113,8 @@ def _misfit(device: torch.device) -> str | None:
     )
 
 
-BEST = "; None, the default, is the best for the device of x_seq"  # suffix of an error for an unknown name
+# End of the error for an unknown name.
+NONE_IS_BEST = "; None, the default, is the best for the device of x_seq"
 
 # The backends in order of preference: backend=None takes the first one that works.
 BACKENDS: dict[str, Backend] = {
@@ -141,7 +142,7 @@ def operators_of(backend: str, inputs: Sequence[torch.Tensor | None]) -> Operato
 
 
 def backend_of(operator: Any) -> str:
-    """The name of a backend with this operator; several may have it, as the dispatcher chooses by device."""
+    """The name of the first backend with this operator. Several may have it: the dispatcher chooses by device."""
     return next(name for name, each in BACKENDS.items() if each.operators is not None and operator in each.operators)
 
 
@@ -159,7 +160,7 @@ def available_backends() -> tuple[str, ...]:
 
         print(asgl_cuda.available_backends())  # ('cpu', 'reference') without a GPU
     """
-    return tuple(name for name, backend in BACKENDS.items() if backend.device_problem() is None)
+    return tuple(name for name, backend in BACKENDS.items() if backend.problem_on_current_device() is None)
 
 
 def unavailable_backends() -> dict[str, str]:
@@ -170,7 +171,7 @@ def unavailable_backends() -> dict[str, str]:
         for name, problem in asgl_cuda.unavailable_backends().items():
             print(f"{name}: {problem}")
     """
-    problems = {name: backend.device_problem() for name, backend in BACKENDS.items()}
+    problems = {name: backend.problem_on_current_device() for name, backend in BACKENDS.items()}
     return {name: problem for name, problem in problems.items() if problem is not None}
 
 
@@ -181,7 +182,7 @@ def choose_backend(name: str | None, device: torch.device, caller: str) -> str:
     """
     if name is not None:
         if not isinstance(name, str) or name not in BACKENDS:
-            check_name("backend", name, BACKENDS, caller, otherwise=BEST)
+            check_name("backend", name, BACKENDS, caller, otherwise=NONE_IS_BEST)
         backend = BACKENDS[name]
         problem = backend.problem()
         if problem is None and not backend.supports(device):

@@ -1,8 +1,9 @@
 """Batching rules of the operators, for torch.func.vmap, jacrev and ensembles of models.
 
-The mapped dimension joins the neurons: one call of an operator computes all samples, and parameters per sample are
-parameters per neuron. Samples are computed singly where one call would change results: with a given rng_state, which
-counts the neurons of each sample from 0, and in batch normalisation, with statistics per sample.
+The mapped dimension becomes a dimension of neurons: one call of an operator computes all samples, and parameters per
+sample are parameters per neuron. Samples are computed one by one if one call would change results: with a given
+rng_state, because the noise numbers the neurons of each sample from 0, and in batch normalisation, because each sample
+has its own statistics.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def batching_rules(library: Any) -> dict[str, Rule]:
 
 
 def _batch_in_one_call(operator: Any, info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
-    """Batching rule: one call of the operator for all samples, whose dimension becomes the first of the neurons'."""
+    """Batching rule: one call of the operator for all samples, which become the first dimension of the neurons."""
     names, count = [each.name for each in operator._schema.arguments], info.batch_size
     given, dims = dict(zip(names, arguments, strict=True)), dict(zip(names, in_dims, strict=True))
     rules = Rules(*given["rules"])
@@ -54,18 +55,18 @@ def _batch_in_one_call(operator: Any, info: Any, in_dims: tuple[Any, ...], *argu
         return _batch_one_by_one(operator, info, in_dims, *arguments, time_dim=rules.time_dim)
 
     def samples_first(value: Any, dim: int | None) -> Any:
-        """The value with the samples first, expanded where shared."""
+        """The value with the dimension of samples first. A value that samples share is expanded."""
         if value is None:
             return None
         return value.expand(count, *value.shape) if dim is None else value.movedim(dim, 0)
 
     def state_with_samples(value: Any, dim: int | None) -> Any:
-        """Initial or last states with the samples first; several states come before the samples."""
+        """Initial or last states with the samples first, or after the dimension of several states."""
         value = samples_first(value, dim)
         return value if value is None or len(rules.states()) == 1 else value.movedim(0, 1)
 
     def parameter_with_samples(value: Any, dim: int | None, apart: bool) -> Any:
-        """Reshaped to broadcast against the sequence; `apart` expands to every sample, for a gradient of each."""
+        """The parameter, reshaped to broadcast against the sequence; `apart` expands it, for a gradient per sample."""
         if value is None or (dim is None and not apart):
             return value
         sizes = _sample_shape(value, dim)
@@ -112,7 +113,7 @@ def _batch_in_one_call(operator: Any, info: Any, in_dims: tuple[Any, ...], *argu
 
 
 def _batch_spike_product(operator: Any, info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
-    """Batching rule of spike_product: one call if x alone is mapped, as each row or image is computed alone anyway."""
+    """Batching rule of spike_product: one call if only x is mapped, because rows and images are independent."""
     dim, *others = pytree.tree_leaves(in_dims, is_leaf=lambda each: each is None)
     x, weight, *given = arguments
     if dim is None or any(each is not None for each in others):
@@ -131,7 +132,7 @@ def _sample_shape(value: Tensor, dim: int | None) -> list[int]:
 def _batch_one_by_one(
     operator: Any, info: Any, in_dims: tuple[Any, ...], *arguments: Any, time_dim: int | None = None
 ) -> tuple[Any, Any]:
-    """Batching rule: a call for each sample. time_dim None: it is the last argument, as of batch normalisation."""
+    """Batching rule: one call of the operator per sample. If time_dim is None, it is the operator's last argument."""
     time_dim = arguments[-1] if time_dim is None else time_dim
     values, structure = pytree.tree_flatten(arguments)
     dims = pytree.tree_leaves(in_dims)
@@ -140,7 +141,7 @@ def _batch_one_by_one(
         """One sample of a value, in a memory layout that kernels accept."""
         if dim is None:
             return value
-        if info.batch_size == 0:  # called once, for the shapes
+        if info.batch_size == 0:  # the operator is called once, for the shapes of its results
             return value.new_zeros(_sample_shape(value, dim))
         return dense(value.select(dim, index), time_dim)
 
@@ -157,7 +158,7 @@ def _batch_one_by_one(
 def _batch_norm_backward_in_layout(
     operator: Any, grad_x_seq: Tensor, grad_residual: Tensor | None, x_seq: Tensor, *others: Any
 ) -> Any:
-    """batch_norm_backward for gradients in another memory layout than x_seq, whose time_dim is the last argument."""
+    """Calls batch_norm_backward with gradients in the memory layout of x_seq. The last argument is time_dim."""
     if grad_x_seq.numel() == 0:
         return operator(grad_x_seq, grad_residual, x_seq, *others)
     last = x_seq.dim() - 1

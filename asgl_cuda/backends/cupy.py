@@ -31,7 +31,7 @@ from .extension import missing_sources_message, source_directory
 from .extension.build_notes import digest_of_sources
 
 NAMESPACE = "asgl_cuda_cupy"
-# Each of these headers includes the neuron's kernels.
+# The program that NVRTC compiles. Each of these headers includes the neuron's kernels.
 SOURCE = "".join(f'#include "cuda/{name}_kernels.cuh"\n' for name in ("adaptive", "integrator", "normalisation"))
 # The options of nvcc in compilation.py. Without contraction to FMA all backends round alike.
 OPTIONS = ("--std=c++17", "--fmad=false")
@@ -65,10 +65,7 @@ def _nvrtc() -> Any:
 
 
 def target_architecture(capability: tuple[int, int]) -> str:
-    """The architecture to compile for: the device's own or, if NVRTC is too old, the latest before, as PTX.
-
-    The driver compiles the PTX.
-    """
+    """The architecture to compile for: the device's own or, if NVRTC is older, PTX of the latest one that it knows."""
     wanted = 10 * capability[0] + capability[1]
     known = [architecture for architecture in _nvrtc().getSupportedArchs() if architecture <= wanted]
     if not known:
@@ -82,7 +79,7 @@ def target_architecture(capability: tuple[int, int]) -> str:
 
 @contextmanager
 def compiled_program(kernels: list[str], architecture: str, *options: str) -> Iterator[Any]:
-    """NVRTC's handle of a program with these kernels, destroyed afterwards. Needs no GPU."""
+    """Compiles these kernels, and yields NVRTC's handle of the program, destroyed afterwards. Needs no GPU."""
     nvrtc = _nvrtc()
     directory = source_directory()
     program = nvrtc.createProgram(SOURCE, "asgl_cuda.cu", (), ())
@@ -103,7 +100,7 @@ def compiled_program(kernels: list[str], architecture: str, *options: str) -> It
 
 
 def compile_kernels(kernels: list[str], architecture: str, *options: str) -> tuple[list[Binary], str]:
-    """The kernels in one image, each with its own symbol, and NVRTC's log."""
+    """Compiles the kernels into one image. Returns a Binary for each, and NVRTC's log."""
     nvrtc = _nvrtc()
     with compiled_program(kernels, architecture, *options) as program:
         image = (
@@ -118,7 +115,8 @@ def compile_kernels(kernels: list[str], architecture: str, *options: str) -> tup
 def _restore_last_byte(cubin: bytes) -> bytes:
     """The cubin with its last byte, which CuPy drops at least up to 14.2, as if it were a string's NUL.
 
-    It is a 0: the upper byte of a size or an alignment in the last header. One more at the end changes nothing.
+    It is a 0: the upper byte of a size or an alignment in the last header. If CuPy drops nothing, one 0 more changes
+    nothing.
     """
     return cubin + b"\0"
 
@@ -129,7 +127,7 @@ def nvrtc_version() -> str:
 
 
 def nvrtc_problem() -> str | None:
-    """Why there is no NVRTC, or no CuPy to call it. None if both are there."""
+    """Why NVRTC or CuPy, which calls it, is missing. None if both are present."""
     try:
         nvrtc_version()
     except (ImportError, RuntimeError) as error:
@@ -138,7 +136,7 @@ def nvrtc_problem() -> str | None:
 
 
 def cache_directory() -> Path:
-    """Where CuPy stores compiled kernels."""
+    """The directory in which CuPy stores compiled kernels."""
     return Path(os.environ.get("CUPY_CACHE_DIR") or Path.home() / ".cupy" / "kernel_cache")
 
 
@@ -172,7 +170,7 @@ def _read_binary(path: Path) -> Binary | None:
 
 
 def _write_binary(path: Path, binary: Binary) -> None:
-    """Writes atomically, because other processes use the same directory."""
+    """Writes the binary to this file, atomically, because other processes use the same directory."""
     content = binary.symbol.encode() + b"\0" + binary.image
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -218,7 +216,7 @@ class CupyLauncher:
         driver.launchKernel(function, blocks, 1, 1, threads, 1, 1, 0, stream, addressof(arguments), 0)
 
     def load(self, device: torch.device, kernel: str) -> int:
-        """Loads the kernel on the device, which must be the current one, compiled if needed. Returns its handle."""
+        """Loads a kernel on the device, the current one, and returns its handle. Compiles the kernel if needed."""
         driver = _driver()
         binary = load_or_compile(kernel, target_architecture(torch.cuda.get_device_capability(device)))
         _make_context_current(driver, device.index)
@@ -237,6 +235,7 @@ def _make_context_current(driver: Any, device_index: int) -> None:
 
 
 LAUNCHER = CupyLauncher()
+# The operators as functions, or None without the extension.
 FUNCTIONS = launcher.define_with_kernels(NAMESPACE, "CUDA", LAUNCHER)
 if extension.build_info is not None and extension.build_info.cuda is None:
     # If nvcc compiled no kernels, the kernels of CuPy also serve the operators that exported programs and C++ call.
@@ -258,7 +257,7 @@ def describe_paths() -> str:
 
 
 def problem() -> str | None:
-    """Why the backend does not work here, and the remedy; None if it does. Computed once; initialises CUDA."""
+    """Why the backend 'cupy' does not work here, with a remedy, or None. Computed once; initialises CUDA."""
     return _problem()
 
 
@@ -269,7 +268,7 @@ problem._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 @functools.cache
 def _problem() -> str | None:
-    """Why the backend 'cupy' does not work here, or None."""
+    """As `problem`, but torch.compile would trace it."""
     return _problem_of_cupy() or extension.problem or _problem_of_device() or _problem_of_compilation()
 
 

@@ -1,4 +1,4 @@
-"""Autograd of bare operators. The derivatives are autograd functions in neurons/ and spikes/, registered there.
+"""Autograd of operators in exported graphs and torch.ops. Files in neurons/ and spikes/ register the derivatives.
 
 | who differentiates | by |
 |---|---|
@@ -43,14 +43,14 @@ def autograd_kernel(operator: Any, name: str) -> Callable[..., Any]:
 
         if not enabled or not any(each.requires_grad for each in tensors):
             return below(*arguments)
-        derivative: Derivative = DERIVATIVES.get(name, _refuse_derivative)
+        derivative: Derivative = DERIVATIVES.get(name, _call_without_derivative)
         return derivative(operator, below, *arguments)
 
     return kernel
 
 
-def _refuse_derivative(operator: Any, below: Callable[..., Any], *arguments: Any) -> Any:
-    """The results of an operator without a derivative: a backward through them raises an error."""
+def _call_without_derivative(operator: Any, below: Callable[..., Any], *arguments: Any) -> Any:
+    """Calls an operator that has no derivative. A backward pass through its results raises an error."""
     results = below(*arguments)
     if isinstance(results, Tensor):
         return once_differentiable((results,), tensors_in(arguments), apply_at_one_level)[0]

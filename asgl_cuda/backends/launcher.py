@@ -18,7 +18,7 @@ class Launcher(Protocol):
     """Starts kernels. Any thread may call it."""
 
     def resident_threads(self, device: torch.device) -> int:
-        """The most threads that the device holds at a time."""
+        """The largest number of threads that the device can hold at a time."""
 
     def launch(self, device: torch.device, kernel: str, blocks: int, threads: int, params: int, size: int) -> None:
         """Starts a kernel, named by a C++ expression, on the current stream of the device, which is the current one.
@@ -38,7 +38,7 @@ def define_with_kernels(namespace: str, device: str, launcher: Launcher) -> Any:
 
 
 def register_kernels(namespace: str, device: str, launcher: Launcher) -> Any:
-    """Registers a launcher's kernels for operators that are already defined."""
+    """Registers a launcher's kernels for operators that are already defined. Returns what define_with_kernels does."""
     with_kernels = getattr(extension.module, "implement", None)
     return None if with_kernels is None else with_kernels(namespace, device, launcher.launch, launcher.resident_threads)
 

@@ -5,19 +5,19 @@ Each backend has its own namespace; C++ and CUDA kernels share `torch.ops.asgl_c
 Parameters, from width to residual, are tensors, or None for a constant. `numbers` and `rules` are Numbers and Rules of
 reference/records.py, as lists: numbers one by one would cost each call 7 us. `wanted` selects the results: in forward
 v_last, v_seq, h_seq and checkpoints, which follow s_seq, and in backward the gradients of x_seq, v_init and each
-parameter that is a tensor. Gradients of results are None for zero. Several
-states are one tensor, `[states, ...]`, in the order of `Rules.states`: v, and of adaptive neurons w for the next step.
+parameter that is a tensor. A gradient of a result is None if it is zero. Several states are one tensor,
+`[states, ...]`, in the order of `Rules.states`: v, and for adaptive neurons w.
 
-integrator_forward returns v_seq, and v_last if wanted, integrator_backward the wanted gradients of x_seq, v_init, decay
-and input_gain. Used of numbers and rules: decay, input_gain, v_rest, logit_decay and time_dim. v_seq and v_init are
-needed for the gradient of decay, x_seq for the gradient of input_gain.
+integrator_forward returns v_seq, and v_last if wanted. integrator_backward returns the wanted gradients of x_seq,
+v_init, decay and input_gain. Both read decay, input_gain, v_rest, logit_decay and time_dim from numbers and rules.
+v_seq and v_init are needed for the gradient of decay, x_seq for the gradient of input_gain.
 
-recurrent_forward takes `parameters`, [9, N]: those of the neuron, from width to input_mean, stored as the rules say,
-bias and syn_decay, unused without a synapse; numbers and rules are the neuron's. It returns s_seq, and where wanted
-`emitted` (s in the type of the arithmetic, before scale_output), h_seq, v_seq, i_seq, w_seq, v_last, s_last and i_last;
-recurrent_backward the wanted gradients of x_seq (also in that type), weight, parameters, v_init, s_init and i_init.
-i_seq is for the gradient of syn_decay; w_seq, w before each step, for that of adapt_decay, and where w is not in the
-current.
+recurrent_forward takes `parameters`, [9, N]: the parameters of the neuron, from width to input_mean, stored as the
+rules say, then bias and syn_decay, which is unused without a synapse. Numbers and rules are those of the neuron. It
+returns s_seq, and if wanted `emitted` (s in the type of the arithmetic, before scale_output), h_seq, v_seq, i_seq,
+w_seq, v_last, s_last and i_last. recurrent_backward returns the wanted gradients of x_seq (in the type of the
+arithmetic), weight, parameters, v_init, s_init and i_init. It needs i_seq for the gradient of syn_decay, and w_seq, w
+before each step, for the gradient of adapt_decay and if w does not act on the current.
 
 spike_product, on the CPU alone, is torch's linear, conv1d or conv2d, for a weight of 2, 3 or 4 dimensions, as a sum
 over the elements of x that are not zero. `panels` is a copy of the weight in the kernel's order, or None.
@@ -27,8 +27,8 @@ elements of x are not read.
 
 batch_norm_coefficients returns `coefficients`, [4, C, 1, ...], which broadcast against x_seq: input_mean, input_gain
 and input_bias of the neuron, and the unbiased variance; and `total`, [C, 3] in float64: count, mean and biased
-variance of each channel. Sources are mean and variance if given, else `statistics`, the totals of all processes,
-[processes, C, 3], else x_seq.
+variance of each channel. They follow from `statistics`, the totals of all processes, [processes, C, 3], or from mean
+and variance, or if neither is given from x_seq.
 
 batch_norm_update does the same, replaces a fraction of the running statistics, and counts the batch. Compiled graphs
 have batch_norm_coefficients, which changes nothing.
@@ -92,7 +92,7 @@ def empty_gradients(
 
 
 def _with_device_check(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
-    """`fake` with a check of devices: torch calls it if any argument is on meta, even if other tensors have values."""
+    """`fake` with a check of devices. Torch calls it even if only one of several tensors is on the device meta."""
 
     def checked(*arguments: Any) -> Any:
         """The results of `fake`, after a check that all tensors are on one device."""
@@ -117,14 +117,14 @@ def _fake_draw_rng_state(fresh: Tensor) -> Tensor:
 
 
 def _fake_lif_forward(x_seq: Tensor, *others: Any) -> ForwardResult:
-    """Empty results of lif_forward."""
+    """Uninitialised results of lif_forward."""
     *_, rules, wanted = others
     rules = Rules(*rules)
     return empty_outputs(x_seq, rules.time_dim, wanted, len(rules.states()))
 
 
 def _fake_lif_backward(*arguments: Any) -> BackwardResult:
-    """Empty gradients of lif_backward, of the wanted ones."""
+    """Uninitialised results of lif_backward: the wanted gradients."""
     _, _, _, _, x_seq, _, _, _, *parameters, residual, _, rules, (*wanted, wants_residual) = arguments
     rules = Rules(*rules)
     results = empty_gradients(x_seq, rules.time_dim, parameters, wanted, len(rules.states()))
@@ -132,13 +132,13 @@ def _fake_lif_backward(*arguments: Any) -> BackwardResult:
 
 
 def _fake_integrator_forward(x_seq: Tensor, *others: Any) -> ForwardResult:
-    """Empty results of integrator_forward."""
+    """Uninitialised results of integrator_forward."""
     *_, rules, _, wants_v_last = others
     return empty_outputs(x_seq, Rules(*rules).time_dim, (wants_v_last, False, False, False))
 
 
 def _fake_integrator_backward(grad_v_seq: Tensor, *others: Any) -> BackwardResult:
-    """Empty gradients of integrator_backward, of the wanted ones."""
+    """Uninitialised results of integrator_backward: the wanted gradients."""
     *_, decay, input_gain, _, rules, _, wanted = others
     return empty_gradients(grad_v_seq, Rules(*rules).time_dim, (decay, input_gain), wanted)
 
@@ -151,7 +151,7 @@ def _state_shapes(x_seq: Tensor, rules: Rules) -> list[list[int]]:
 
 
 def _fake_recurrent_forward(x_seq: Tensor, weight: Tensor, *others: Any) -> ForwardResult:
-    """Empty results of recurrent_forward."""
+    """Uninitialised results of recurrent_forward."""
     *_, rules, _, _, wanted = others
     states = _state_shapes(x_seq, Rules(*rules))
     shapes = [x_seq.shape] * 5 + states
@@ -161,14 +161,14 @@ def _fake_recurrent_forward(x_seq: Tensor, weight: Tensor, *others: Any) -> Forw
 
 
 def _fake_recurrent_backward(*arguments: Any) -> BackwardResult:
-    """Empty gradients of recurrent_backward, of the wanted ones."""
+    """Uninitialised results of recurrent_backward: the wanted gradients."""
     *_, h_seq, _, _, _, weight, parameters, _, _, _, _, _, rules, _, _, wanted = arguments
     shapes = [h_seq.shape, weight.shape, parameters.shape, *_state_shapes(h_seq, Rules(*rules))]
     return [h_seq.new_empty(shape) for shape, asked in zip(shapes, wanted, strict=True) if asked]
 
 
-def _empty_in_layout(like: Sequence[Tensor], sizes: Sequence[Any]) -> Tensor:
-    """An empty tensor, in channels_last if one of the tensors is, as torch's convolutions choose."""
+def _empty_in_memory_format_of(like: Sequence[Tensor], sizes: Sequence[Any]) -> Tensor:
+    """An uninitialised tensor, channels_last if one of the tensors in `like` is, as in torch's convolutions."""
     formats = [suggest_memory_format(each) for each in like if each.dim() == 4]
     last = torch.channels_last if torch.channels_last in formats else torch.contiguous_format
     return torch.empty(sizes, dtype=like[0].dtype, device=like[0].device, memory_format=last)
@@ -177,16 +177,16 @@ def _empty_in_layout(like: Sequence[Tensor], sizes: Sequence[Any]) -> Tensor:
 def _fake_spike_product(
     x: Tensor, weight: Tensor, bias: Any, panels: Any, stride: Sequence[int], padding: Sequence[int], packed: Any
 ) -> Tensor:
-    """An empty product, in the memory format of the operator's result."""
+    """An uninitialised result of spike_product, in the memory format of the operator's."""
     if weight.dim() == 2:
         return x.new_empty((*x.shape[:-1], weight.shape[0]))
     windows = zip(x.shape[2:], weight.shape[2:], stride, padding, strict=True)
     sizes = [(size + 2 * pad - kernel) // step + 1 for size, kernel, step, pad in windows]
-    return _empty_in_layout((x, weight), (x.shape[0], weight.shape[0], *sizes))
+    return _empty_in_memory_format_of((x, weight), (x.shape[0], weight.shape[0], *sizes))
 
 
 def _fake_spike_weight_gradient(grad: Tensor, x: Tensor, weight_sizes: Sequence[int], *others: Any) -> Tensor:
-    """An empty gradient of the weight."""
+    """An uninitialised result of spike_weight_gradient."""
     _, _, channels_last, _ = others
     return torch.empty(
         weight_sizes, dtype=x.dtype, device=x.device,
@@ -195,7 +195,7 @@ def _fake_spike_weight_gradient(grad: Tensor, x: Tensor, weight_sizes: Sequence[
 
 
 def _fake_batch_norm_coefficients(x_seq: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-    """Empty coefficients and statistics."""
+    """Uninitialised results of batch_norm_coefficients."""
     *_, time_dim = others
     channel = channel_dim(time_dim)
     channels, *rest = x_seq.shape[channel:]
@@ -204,11 +204,12 @@ def _fake_batch_norm_coefficients(x_seq: Tensor, *others: Any) -> tuple[Tensor, 
 
 
 def _fake_batch_norm_backward(*arguments: Any) -> tuple[Tensor, Tensor]:
-    """Empty gradients of the normalisation's weight and bias."""
+    """Uninitialised results of batch_norm_backward: gradients of the normalisation's weight and bias."""
     _, _, _, _, _, grad_gain, grad_bias, *_ = arguments
     return grad_gain.new_empty(grad_gain.shape[:1]), grad_bias.new_empty(grad_bias.shape[:1])
 
 
+# Parts of schemas.
 _PARAMETERS = ", ".join(f"Tensor? {name}" for name in Parameters._fields)
 _CONSTANTS = "float[] numbers, int[] rules"
 _COEFFICIENTS = (

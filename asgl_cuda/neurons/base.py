@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from typing_extensions import Self
 
-from ..backends import BACKENDS, BEST
+from ..backends import BACKENDS, NONE_IS_BEST
 from ..checks import (
     FLOATING_TYPES,
     accept_none,
@@ -50,7 +50,7 @@ _LEAST_DECAY = 1 / (1 + math.exp(BOUND))
 
 def _check_backend(name: str, value: Any, caller: str) -> str:
     """Checks that the value is the name of a backend, and returns it."""
-    check_name(name, value, BACKENDS, caller, otherwise=BEST)
+    check_name(name, value, BACKENDS, caller, otherwise=NONE_IS_BEST)
     return value  # type: ignore[no-any-return]
 
 

@@ -30,7 +30,7 @@ Adaptive neurons have a second state w, and c = x[t]:
     v[t] = h[t] - (reset_amount + w[t]) * s                 in a soft reset: by default with the threshold, or alone
 
 Recurrent neurons, whose c is input_gain * i[t], adaptive ones with x[t] = i[t], take a step at a time, with rng_state
-[seed + SEED_OF_STEP * t, offset]:
+[seed + SEED_PER_STEP * t, offset]:
 
     j[t] = x[t] + (s[t-1] W^T + bias)
     i[t] = syn_decay * i[t-1] + j[t]                        with a synapse, else j[t]

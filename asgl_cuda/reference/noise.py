@@ -10,15 +10,15 @@ from torch import Tensor
 from ..layout import memory_order
 from .records import BELOW_IN_STATE, DRAWS
 
-SEED_OF_STEP = 0x61C8864680B583EB  # kSeedOfStep of csrc/params/recurrent.h
+SEED_PER_STEP = 0x61C8864680B583EB  # kSeedPerStep of csrc/params/recurrent.h
 
 
 def rng_states_of_steps(rng_state: Tensor | None, steps: int) -> Tensor | list[None]:
-    """The rng_state of each step of recurrent neurons: [seed + SEED_OF_STEP * t, offset]."""
+    """The rng_state of each step of recurrent neurons: [seed + SEED_PER_STEP * t, offset]."""
     if rng_state is None:
         return [None] * steps
     is_seed = torch.arange(rng_state.shape[0], device=rng_state.device) == 0
-    return rng_state + torch.arange(steps, device=rng_state.device)[:, None] * SEED_OF_STEP * is_seed
+    return rng_state + torch.arange(steps, device=rng_state.device)[:, None] * SEED_PER_STEP * is_seed
 
 
 def _philox4x32(counter: Sequence[Tensor], key: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -27,7 +27,7 @@ inline InstructionSet best_instruction_set() {
   return InstructionSet::kBaseline;
 }
 
-// The instruction set that clones are chosen for. The environment variable ASGL_CUDA_INSTRUCTION_SET may select a
+// The instruction set whose clones run. The environment variable ASGL_CUDA_INSTRUCTION_SET may select a
 // smaller instruction set, so that one machine can test every clone.
 inline InstructionSet instruction_set() {
   static const InstructionSet chosen = [] {
@@ -54,7 +54,7 @@ inline const char* instruction_set_name() {
   }
 }
 
-// The clones of a loop, one function for each instruction set.
+// The clones of a loop, a function for each instruction set.
 template <class Loop>
 void run_baseline(const typename Loop::Args& args) {
   Loop::run(args);
@@ -97,7 +97,7 @@ Clone<Loop> clone_for(InstructionSet set) {
   return &run_baseline<Loop>;
 }
 
-// Runs the loop on this processor's best clone.
+// Runs the clone of the loop for instruction_set().
 template <class Loop>
 void run(const typename Loop::Args& args) {
   static const Clone<Loop> clone = clone_for<Loop>(instruction_set());

@@ -4,7 +4,6 @@
 namespace asgl::cpu {
 namespace {
 
-// One step of the integrator, or its adjoint.
 template <class Real, class Neurons, Pass kPass>
 struct IntegratorLoop {
   struct Args {
@@ -14,13 +13,14 @@ struct IntegratorLoop {
     int64 length;
     const Real* in;          // x, or the gradient of v_seq
     Real *state, *out;       // the potential, or its gradient from later steps; v_seq, or dx
-    const Real *before, *x;  // for gradient sums
-    Real *decay, *gain;
-    Ahead ahead;
+    const Real *before, *x;  // the potential before the step, and x, for kSums
+    Real *decay, *gain;      // sums of the gradients of decay and input_gain
+    PrefetchRows ahead;
   };
 
+  // Computes one step of the integrator, or its adjoint.
   static ASGL_HOST_DEVICE void run(Args args) {
-    for_each_fetch(args.ahead, args.length, [=](int64 begin, int64 end) __attribute__((always_inline)) {
+    for_each_prefetch(args.ahead, args.length, [=](int64 begin, int64 end) __attribute__((always_inline)) {
 #pragma GCC ivdep
       for (int64 i = begin; i < end; ++i) {
         const Neuron<Real>& neuron = args.neurons[i];
@@ -41,7 +41,7 @@ struct IntegratorLoop {
   }
 };
 
-// Runs one pass over all steps for the tiles [begin, end).
+// Runs a pass over all steps, for the tiles [begin, end).
 template <Pass kPass, class Scalar>
 void run_pass(const IntegratorParams<Scalar>& params, int64 begin, int64 end) {
   using Real = Real_t<Scalar>;
@@ -50,19 +50,20 @@ void run_pass(const IntegratorParams<Scalar>& params, int64 begin, int64 end) {
   const Scalar* in_seq = kBack ? params.grad_v_seq : params.x_seq;
   Scalar* out_seq = kBack ? params.grad_x_seq : params.v_seq;
   Rows<Real> rows(8, kTile);
-  Real *in_buffer = rows.take(), *out_buffer = rows.take(), *v_buffer = rows.take(), *x_buffer = rows.take();
-  Real *v = rows.take(), *later = rows.take(), *state = kBack ? later : v;
-  Real *decay = rows.take(), *gain = rows.take();
+  Real *in_buffer = rows.allocate(), *out_buffer = rows.allocate(), *v_buffer = rows.allocate(),
+       *x_buffer = rows.allocate();
+  Real *v = rows.allocate(), *later = rows.allocate(), *state = kBack ? later : v;
+  Real *decay = rows.allocate(), *gain = rows.allocate();
   TileNeurons<Real> neurons(params.parameters, params.options, kNumParameters);
-  // The step that the pass computes after `row` others.
+  // The step that the pass computes after `row` other steps.
   const auto step_after = [&](int64 row) { return kBack ? steps - 1 - row : row; };
   for (int64 index = begin; index < end; ++index) {
     const Tile tile(params.shape, index);
     const auto begin_sums = [&](Real* sum) { std::fill_n(sum, tile.length, Real(0)); };
     const auto store_sums = [&](bool per_step, int64 t) {
       for (const auto& [id, sum] : {std::pair(kDecay, decay), std::pair(kInputGain, gain)}) {
-        if (!params.wants(id) || (params.parameters[id].step_stride != 0) != per_step) continue;
-        store_partials(params.partials[id], params.parameters[id], tile, t, sum);
+        if (!params.wants_gradient(id) || (params.parameters[id].step_stride != 0) != per_step) continue;
+        store_partial_sums(params.partials[id], params.parameters[id], tile, t, sum);
         begin_sums(sum);
       }
     };
@@ -74,17 +75,18 @@ void run_pass(const IntegratorParams<Scalar>& params, int64 begin, int64 end) {
       const int64 t = step_after(row), used = row + kRowsAhead;
       const Tile next(params.shape, index + used / steps);
       const int64 next_t = step_after(used % steps);
-      const Ahead ahead = {sizeof(Scalar),
-                           {recent_row_ahead(in_seq, next, next_t), recent_row_ahead(out_seq, next, next_t)}};
+      const PrefetchRows ahead = {
+          sizeof(Scalar),
+          {recent_row_to_prefetch(in_seq, next, next_t), recent_row_to_prefetch(out_seq, next, next_t)}};
       const Real* in = read_row(in_seq, tile, t, in_buffer);
       const Real *before = v, *x = v;  // before step 0; any row if the sum is unwanted
-      if (kBack && t > 0 && params.wants(kDecay)) {
+      if (kBack && t > 0 && params.wants_gradient(kDecay)) {
         before = read_row<Scalar>(params.v_seq, tile, params.delay ? t : t - 1, v_buffer);
       }
-      if (kBack && params.wants(kInputGain)) x = read_row(params.x_seq, tile, t, x_buffer);
+      if (kBack && params.wants_gradient(kInputGain)) x = read_row(params.x_seq, tile, t, x_buffer);
       Real* out = start_row(out_seq, tile, t, out_buffer);
       neurons.move_to(tile, t);
-      neurons.template visit<NeuronRows<Real>>([&](auto values) {
+      neurons.template with_neurons<NeuronRows<Real>>([&](auto values) {
         run<IntegratorLoop<Real, decltype(values), kPass>>(
             {values, params.options.v_rest, params.delay, tile.length, in, state, out, before, x, decay, gain, ahead});
       });
@@ -98,10 +100,11 @@ void run_pass(const IntegratorParams<Scalar>& params, int64 begin, int64 end) {
 
 }  // namespace
 
+// Runs the pass that the params request on all tiles.
 template <class Scalar>
-void launch_on(Device, const IntegratorParams<Scalar>& params) {
+void launch_kernel(Device, const IntegratorParams<Scalar>& params) {
   for_each_tile_range(params.shape, [&](int64 begin, int64 end) {
-    switch (params.pass()) {
+    switch (params.requested_pass()) {
       case Pass::kForward:
         return run_pass<Pass::kForward>(params, begin, end);
       case Pass::kBackward:

@@ -8,9 +8,9 @@
 
 namespace asgl::cpu {
 
-// plan_tiles(params) divides values into tiles; launch(params) runs the kernel. Both are instantiated for
-// ForwardParams, BackwardParams, GradientSum, IntegratorParams, MomentsParams and InputGradientParams; launch also for
-// CoefficientsParams.
+// plan_tiles(params) divides the neurons or channels into tiles, and launch(params) runs the kernel. Both are
+// instantiated for ForwardParams, BackwardParams, GradientSum, IntegratorParams, MomentsParams and InputGradientParams,
+// launch also for CoefficientsParams.
 template <class Params>
 void plan_tiles(Params& params);
 template <class Params>
@@ -21,8 +21,5 @@ template <class Scalar>
 void recurrent_forward(const RecurrentForwardParams<Scalar>& params);
 template <class Scalar>
 void recurrent_backward(const RecurrentBackwardParams<Scalar>& params);
-
-// The number of threads that kernels run on.
-int num_threads();
 
 }  // namespace asgl::cpu

@@ -14,15 +14,16 @@
 
 namespace asgl::cpu {
 
-constexpr int64 kTile = 1024;  // neurons, and the elements between rows
+constexpr int64 kTile = 1024;  // neurons of a tile, and elements between rows
 
-// The neuron's parameters in a tile: one value each, or a row each.
+// The neurons of a tile, which share one value of each parameter.
 template <class Real>
 struct UniformNeuron {
   Neuron<Real> values;
   ASGL_HOST_DEVICE const Neuron<Real>& operator[](int64) const { return values; }
 };
 
+// The neurons of a tile, with a row of values of each parameter.
 template <class Real>
 struct NeuronRows {
   Neuron<const Real*> row;
@@ -42,9 +43,9 @@ struct SettledRows {
   }
 };
 
-// The rows to prefetch, a few cache lines at a time while other rows are computed: hardware prefetchers stop at page
-// boundaries, and a row is about a page. A null pointer stands for no row.
-struct Ahead {
+// The rows that a loop prefetches, a few cache lines at a time while it computes other rows: hardware prefetchers stop
+// at page boundaries, and a row is about a page. A null pointer stands for no row.
+struct PrefetchRows {
   int64 element_size;
   const char* rows[4];  // read, then written
   int64 stride = 0;     // elements between steps, for loops over steps
@@ -52,8 +53,8 @@ struct Ahead {
   ASGL_HOST_DEVICE bool empty() const { return !rows[0] && !rows[1] && !rows[2] && !rows[3]; }
 };
 
-// Prefetches `count` elements of the rows of step k.
-ASGL_HOST_DEVICE void prefetch_block(const Ahead& ahead, int64 k, int64 first, int64 count) {
+// Prefetches `count` elements, from element `first` on, of the rows of step k.
+ASGL_HOST_DEVICE void prefetch_block(const PrefetchRows& ahead, int64 k, int64 first, int64 count) {
   constexpr int64 kCacheLine = 64;
   const int64 begin = (k * ahead.stride + first) * ahead.element_size, bytes = count * ahead.element_size;
   for (const char* row : ahead.rows) {
@@ -62,13 +63,13 @@ ASGL_HOST_DEVICE void prefetch_block(const Ahead& ahead, int64 k, int64 first, i
   }
 }
 
-constexpr int64 kNeuronsPerFetch = 128;
+constexpr int64 kNeuronsPerPrefetch = 128;
 
-// For every kNeuronsPerFetch neurons, prefetches a part of the rows ahead and calls f(begin, end). Calls f once for all
-// neurons if there is nothing to prefetch, because each call begins with some 40 instructions.
+// For every kNeuronsPerPrefetch neurons, prefetches a part of the rows ahead and calls f(begin, end). Calls f once for
+// all neurons if there is nothing to prefetch, because each call begins with some 40 instructions.
 template <class F>
-ASGL_HOST_DEVICE void for_each_fetch(const Ahead& ahead, int64 length, F&& f) {
-  const int64 each = ahead.empty() ? length : kNeuronsPerFetch;
+ASGL_HOST_DEVICE void for_each_prefetch(const PrefetchRows& ahead, int64 length, F&& f) {
+  const int64 each = ahead.empty() ? length : kNeuronsPerPrefetch;
   for (int64 begin = 0; begin < length; begin += each) {
     const int64 end = begin + each < length ? begin + each : length;
     prefetch_block(ahead, 0, begin, end - begin);
@@ -76,40 +77,41 @@ ASGL_HOST_DEVICE void for_each_fetch(const Ahead& ahead, int64 length, F&& f) {
   }
 }
 
-// Calls f(model). For adaptive neurons in float32 the rules in `model` are then constants instead of masks: with
-// AVX-512, 32 neurons take 71 to 88 instructions instead of 99 forward, and 96 to 128 instead of 155 backward.
+// Calls f(model). For adaptive neurons in float32, f is compiled for each combination of rules, so that they are
+// constants and not masks: with AVX-512, 32 neurons take 71 to 88 instructions instead of 99 forward, and 96 to 128
+// instead of 155 backward.
 template <class Model, class Real, class F>
-ASGL_HOST_DEVICE void with_rules(const LIFByOptions<Real>& options, F&& f) {
+ASGL_HOST_DEVICE void with_constant_rules(const LIFByOptions<Real>& options, F&& f) {
   if constexpr (Model::kHasAdaptation && sizeof(Real) == sizeof(float)) {
-    Model model = Model::of(options);
+    Model model = Model::from_options(options);
     const auto with_adaptation = [&](uint8 adaptation) __attribute__((always_inline)) {
       model.adaptation = adaptation;
-      model.hard_reset = !model.in_reset();
+      model.hard_reset = !model.adapts_reset();
       if (model.hard_reset && options.hard_reset) return f(model);
       model.hard_reset = false;
       f(model);
     };
-    if (model.in_current()) return with_adaptation(kInCurrent);
-    if (!model.in_reset()) return with_adaptation(kInThreshold);
-    model.in_threshold() ? with_adaptation(kInThreshold | kInReset) : with_adaptation(kInReset);
+    if (model.adapts_current()) return with_adaptation(kAdaptsCurrent);
+    if (!model.adapts_reset()) return with_adaptation(kAdaptsThreshold);
+    model.adapts_threshold() ? with_adaptation(kAdaptsThreshold | kAdaptsReset) : with_adaptation(kAdaptsReset);
   } else {
-    f(Model::of(options));
+    f(Model::from_options(options));
   }
 }
 
-// Compares signed integers, for which AVX2 and SSE2 have one instruction.
+// Whether an element with this draw is analog. Compares signed integers, for which AVX2 and SSE2 have one instruction.
 ASGL_HOST_DEVICE bool is_analog(uint16 draw, uint32 analog_below) { return draw < static_cast<int>(analog_below); }
 
-// One loop per surrogate for LIFByOptions: a loop with a branch is not vectorised. The last surrogate, kInteger, is not
-// available for adaptive neurons.
+// The number of loops that are compiled: one per surrogate if the model reads the surrogate at run time, since a loop
+// with a branch is not vectorised. The last surrogate, kInteger, is not available for adaptive neurons.
 static_assert(static_cast<int>(Surrogate::kInteger) == kNumSurrogates - 1);
 template <class Model>
 constexpr int kSurrogateLoops = Model::kHasAdaptation ? static_cast<int>(Surrogate::kInteger)
                                 : Model::kOnlyGeneral ? kNumSurrogates
                                                       : 1;
 
-// One step: from x and the states to h, s and the next states. A model with a second state has `step` and `adjoint`, as
-// AdaptiveLIF does.
+// Computes one step: h, s and the next states from x and the states. A model with a second state has `step` and
+// `adjoint`, as AdaptiveLIF does.
 template <class Real, class Model, class Neurons>
 struct StepLoop {
   struct Args {
@@ -120,33 +122,33 @@ struct StepLoop {
     const Real* x;
     const uint16* draws;
     Real *v, *next_v, *h, *s;
-    Ahead ahead;
+    PrefetchRows ahead;
     const Real* second;  // the second state, of models that have one
     Real* next_second;
-    bool compared;  // h is the potential that is compared with v_threshold
+    bool compared;  // whether to store compared_potential as h, for models with a second state
   };
 
-  // Without noise the surrogate matters only to kInteger. Adaptive neurons have no loop without noise: nothing is
-  // analog where analog_below is 0.
+  // Runs the loop that was compiled for the surrogate of the call. Without noise, only kInteger needs a loop of its
+  // own. Adaptive neurons have no loop without noise: with analog_below = 0 no element is analog.
   template <int kId = 0>
   static ASGL_HOST_DEVICE void run(Args args) {
     if constexpr (kId + 1 < kSurrogateLoops<Model>) {
-      const bool used = args.analog_below > 0 || args.options.counts();
+      const bool used = args.analog_below > 0 || args.options.counts_spikes();
       if (used && static_cast<int>(args.options.surrogate) != kId) return run<kId + 1>(args);
     }
     args.options.surrogate = static_cast<Surrogate>(kId);  // unused by LIF
     if constexpr (!Model::kHasAdaptation && (kId == 0 || static_cast<Surrogate>(kId) == Surrogate::kInteger)) {
-      if (args.analog_below == 0) return loop<false>(args);
+      if (args.analog_below == 0) return run_loop<false>(args);
     }
-    loop<true>(args);
+    run_loop<true>(args);
   }
 
-  // The loop over neurons. Without kNoise no element is analog.
+  // Computes all neurons. Without kNoise no element is analog.
   template <bool kNoise>
-  static ASGL_HOST_DEVICE void loop(Args args) {
+  static ASGL_HOST_DEVICE void run_loop(Args args) {
     const Firing<Real> firing(args.options);
-    with_rules<Model>(args.options, [&](const auto& model) __attribute__((always_inline)) {
-      for_each_fetch(args.ahead, args.length, [=](int64 begin, int64 end) __attribute__((always_inline)) {
+    with_constant_rules<Model>(args.options, [&](const auto& model) __attribute__((always_inline)) {
+      for_each_prefetch(args.ahead, args.length, [=](int64 begin, int64 end) __attribute__((always_inline)) {
 #pragma GCC ivdep
         for (int64 i = begin; i < end; ++i) {
           const Neuron<Real>& neuron = args.neurons[i];
@@ -157,7 +159,7 @@ struct StepLoop {
             const Real second = args.second[i];
             Real next_second = second;
             const Real charged = model.step(args.x[i], analog, neuron, firing, v, next_second, s);
-            h = choose(args.compared, model.compared(charged, second), charged);
+            h = choose(args.compared, model.compared_potential(charged, second), charged);
             args.next_second[i] = next_second;
           } else {
             const Real c = input_current<Input::kGeneral>(args.x[i], neuron);
@@ -174,23 +176,23 @@ struct StepLoop {
   }
 };
 
-// The gradients that the loop itself sums. kNone: none; their terms are stored as rows. kWidth: that of the width.
-// kAdaptation: also those of the adaptation. kAll: all. kRecurrent, for recurrent neurons: all but those of the
-// adaptation; h is there the potential that is compared with v_threshold.
+// The gradients of parameters that AdjointLoop itself sums. kNone: none, their terms are stored as rows. kWidth: the
+// width's. kAdaptation: also those of the adaptation's parameters. kAll: all. kRecurrent, for recurrent neurons: all
+// but the adaptation's; h is then the potential that is compared with v_threshold.
 enum class Sums { kNone, kWidth, kAdaptation, kAll, kRecurrent };
 
-// The adjoint of a step: from the gradients of s, h and the next states to the gradients of x and the states.
+// Computes the adjoint of a step: the gradients of x and the states from those of s, h and the next states.
 template <class Real, class Model, class Neurons, Sums kSums>
 struct AdjointLoop {
   struct Args {
     Neurons neurons;
     LIFByOptions<Real> options;
     int64 length;
-    bool carried;
-    const Real *g, *gh, *h, *s;
-    Real* dv;  // the gradient of v after the step on entry, before it on return
+    bool carried;                // whether v after the step has a gradient, see LIF::step_adjoint
+    const Real *g, *gh, *h, *s;  // g and gh: the gradients of s and h
+    Real* dv;                    // the gradient of v after the step on entry, before it on return
     Real *d_reset, *distance, *dy, *dh, *dx;
-    Ahead ahead;
+    PrefetchRows ahead;
     const Real *v, *second;  // the states before the step, the second of models that have one
     Real* d_second;          // the gradient of the second state, as dv
     Real* sums;              // [kNumParameters, sums_stride]
@@ -204,10 +206,10 @@ struct AdjointLoop {
       if (static_cast<int>(args.options.surrogate) != kId) return run<kId + 1>(args);
     }
     args.options.surrogate = static_cast<Surrogate>(kId);  // unused by LIF
-    // A constant saves registers.
+    // As a constant, the stride needs no register.
     const int64 stride = kSums == Sums::kRecurrent ? args.sums_stride : kTile;
-    with_rules<Model>(args.options, [&](const auto& model) __attribute__((always_inline)) {
-      for_each_fetch(args.ahead, args.length, [=](int64 begin, int64 end) __attribute__((always_inline)) {
+    with_constant_rules<Model>(args.options, [&](const auto& model) __attribute__((always_inline)) {
+      for_each_prefetch(args.ahead, args.length, [=](int64 begin, int64 end) __attribute__((always_inline)) {
 #pragma GCC ivdep
         for (int64 i = begin; i < end; ++i) {
           const auto sum = [&](ParameterId id)
@@ -221,10 +223,10 @@ struct AdjointLoop {
             constexpr bool kCompared = kSums == Sums::kRecurrent;
             const Real second = args.second[i];
             d_second = args.d_second[i];
-            const Real compared = kCompared ? h : model.compared(h, second);
-            const Real charged = kCompared ? model.charged(h, second) : h;
+            const Real compared = kCompared ? h : model.compared_potential(h, second);
+            const Real charged = kCompared ? model.charged_potential(h, second) : h;
             if constexpr (Model::kHasAdaptation && (kSums == Sums::kAdaptation || kSums == Sums::kAll)) {
-              const Real v = model.after_reset(h, s, model.adapted(neuron, second));
+              const Real v = model.potential_after_reset(h, s, model.with_adapted_reset(neuron, second));
               sum(kAdaptDecay) += keep_if(args.carried, d_second * second);
               sum(kAdaptPotential) += keep_if(args.carried, d_second * (v - args.options.v_rest));
               sum(kAdaptSpike) += keep_if(args.carried, d_second * s);
@@ -236,7 +238,7 @@ struct AdjointLoop {
             d_reset = gradient.reset;
           } else {
             dv = model.floor_adjoint(h, s, neuron, dv);
-            d_reset = model.gradient_of_reset(dv, s);
+            d_reset = model.reset_parameter_gradient(dv, s);
             distance = model.distance(h, neuron);
             const Real ds = model.spike_gradient(args.g[i], h, args.carried && !args.options.detach_reset, neuron, dv);
             step = model.step_adjoint(ds, args.gh[i], h, s, args.carried, neuron, args.options, dv);
@@ -263,13 +265,13 @@ struct AdjointLoop {
   }
 };
 
-// Neurons that a settled loop takes through all steps before it goes on to the next neurons, so that their state and
+// Neurons that a settled loop computes for all steps before it goes on to the next neurons, so that their state and
 // potentials stay in the L1 cache. 64 and 256 are slower.
 constexpr int64 kBlock = 128;
 
-// Adjacent steps of a tile: the row of step k begins at first + k * stride.
+// The rows of adjacent steps of a tile: the row of step k begins at first + k * stride.
 template <class Element>
-struct Steps {
+struct StepRows {
   Element* first;
   int64 stride;
 
@@ -286,13 +288,13 @@ ASGL_HOST_DEVICE void for_each_block(int64 length, int64 block, F&& f) {
   }
 }
 
-// Stores a block directly in memory if the cache would not keep it: its lines are then not read before they are
-// written. Stores whole cache lines where the processor can: with stores of parts of a line a layer takes up to 1.3
+// A function that stores a block in memory past the cache, so that the block's cache lines are not read before they are
+// written. It stores whole cache lines where the processor can: with stores of parts of a line a layer takes up to 1.3
 // times as long.
-using Stream = void (*)(float* to, const float* block, int64 count);
+using StreamingStore = void (*)(float* to, const float* block, int64 count);
 
 #if defined(__x86_64__)
-// The functions for each instruction set.
+// The streaming stores for each instruction set.
 inline void stream_baseline(float* to, const float* block, int64 count) {
   for (int64 i = 0; i < count; i += 4) _mm_stream_ps(to + i, _mm_load_ps(block + i));
 }
@@ -302,20 +304,20 @@ __attribute__((target("avx2"))) inline void stream_avx2(float* to, const float* 
 ASGL_TARGET_AVX512 inline void stream_avx512(float* to, const float* block, int64 count) {
   for (int64 i = 0; i < count; i += 16) _mm512_stream_ps(to + i, _mm512_load_ps(block + i));
 }
-// The function for this processor. Null if there is none.
-inline Stream stream() {
+// The streaming store for this processor, or null if there is none.
+inline StreamingStore streaming_store() {
   const InstructionSet set = instruction_set();
   return set == InstructionSet::kAvx512 ? stream_avx512 : set == InstructionSet::kAvx2 ? stream_avx2 : stream_baseline;
 }
-// Call it after the last store of a block and before another thread reads the block.
-inline void finish_stream() { _mm_sfence(); }
+// Makes streaming stores visible to other threads. Call it before another thread reads what was stored.
+inline void fence_streaming_stores() { _mm_sfence(); }
 #else
-inline Stream stream() { return nullptr; }
-inline void finish_stream() {}
+inline StreamingStore streaming_store() { return nullptr; }
+inline void fence_streaming_stores() {}
 #endif
 
-// The loops of the settled kernels (cpu/neuron_settled.cpp): for each block of a tile all given steps, with rows of the
-// input current as input. Forward computes only spikes; backward the gradients of the current and of the parameters.
+// The loop of the settled forward kernels (cpu/neuron_settled.cpp): computes the spikes of all given steps, block by
+// block of a tile, from rows of the input current.
 template <class Real, class Model, class Neurons>
 struct SettledStepLoop {
   struct Args {
@@ -323,18 +325,19 @@ struct SettledStepLoop {
     NeuronOptions<Real> options;
     uint32 analog_below;
     int64 length, block, steps;
-    Steps<const Real> current;
-    Steps<const uint16> draws;
+    StepRows<const Real> current;
+    StepRows<const uint16> draws;
     Real* v;
-    Steps<Real> s;
-    Stream stream;  // null: s is stored in the cache; else blocks have kBlock neurons
-    Ahead ahead;
+    StepRows<Real> s;
+    StreamingStore stream;  // null: s is stored in the cache; else blocks have kBlock neurons
+    PrefetchRows ahead;
   };
 
-  static ASGL_HOST_DEVICE void run(Args args) { args.analog_below > 0 ? loop<true>(args) : loop<false>(args); }
+  static ASGL_HOST_DEVICE void run(Args args) { args.analog_below > 0 ? run_loop<true>(args) : run_loop<false>(args); }
 
+  // Computes all blocks. Without kNoise no element is analog.
   template <bool kNoise>
-  static ASGL_HOST_DEVICE void loop(Args args) {
+  static ASGL_HOST_DEVICE void run_loop(Args args) {
     const Firing<Real> firing(args.options);
     alignas(64) Real streamed[kBlock];
     for_each_block(args.length, args.block, [&](int64 first, auto count) __attribute__((always_inline)) {
@@ -357,11 +360,11 @@ struct SettledStepLoop {
   }
 };
 
-// The parameters whose gradients the settled loop sums. kNone: none; kWidth: the width; kAll: width, decay, threshold
+// The parameters whose gradients SettledAdjointLoop sums. kNone: none; kWidth: the width; kAll: width, decay, threshold
 // and the amount of a soft reset.
 enum class SettledSums { kNone, kWidth, kAll };
 
-// The slope of each neuron of a block: those that the loop of the potentials kept, or none.
+// The stored slope of each neuron of a block, or NoSlope for all of them.
 template <class Real, bool kKept>
 struct KeptSlopes {
   const Real* row;
@@ -375,9 +378,9 @@ struct KeptSlopes {
   }
 };
 
-// Backward of a segment, for each block: the potentials, then the gradients. With noise the potentials' loop keeps for
-// the other the spikes and, of surrogates that have one, the slopes, which share their exp. The gradient of the current
-// may be stored in its place.
+// The loop of the settled backward kernels. For each block of a tile it computes the potentials of all steps of a
+// segment, then their gradients. With noise, compute_potentials also stores the spikes and, if the surrogate has one,
+// the slopes, because a sigmoid and its slope share an exp. The gradient of the current may overwrite the current.
 template <class Real, class Model, class Neurons, SettledSums kSums>
 struct SettledAdjointLoop {
   struct Args {
@@ -386,29 +389,30 @@ struct SettledAdjointLoop {
     uint32 analog_below;
     int64 length, steps;
     bool carried;
-    Steps<const Real> current;
-    Steps<const uint16> draws;
-    Steps<Real> v;        // before each step, and after the last
-    Real *h, *s, *slope;  // [steps, kBlock], of a block
-    Steps<const Real> g;
-    Real* dv;  // the gradient of v after the last step on entry, before the first on return
-    Real *width, *decay, *threshold, *reset;
-    Steps<Real> d_current;
-    Stream stream;  // null: d_current is stored in the cache; else blocks have kBlock neurons
-    Ahead input_ahead, gradients_ahead;
+    StepRows<const Real> current;
+    StepRows<const uint16> draws;
+    StepRows<Real> v;        // before each step, and after the last
+    Real *h, *s, *slope;     // [steps, kBlock], of a block
+    StepRows<const Real> g;  // the gradient of s
+    Real* dv;                // the gradient of v after the last step on entry, before the first on return
+    Real *width, *decay, *threshold, *reset;  // rows of the sums of the parameters' gradients
+    StepRows<Real> d_current;
+    StreamingStore stream;  // null: d_current is stored in the cache; else blocks have kBlock neurons
+    PrefetchRows input_ahead, gradients_ahead;
   };
 
-  static ASGL_HOST_DEVICE void run(Args args) { args.analog_below > 0 ? loop<true>(args) : loop<false>(args); }
+  static ASGL_HOST_DEVICE void run(Args args) { args.analog_below > 0 ? run_loop<true>(args) : run_loop<false>(args); }
 
+  // Computes all blocks. Without kNoise no element is analog.
   template <bool kNoise>
-  static ASGL_HOST_DEVICE void loop(Args args) {
+  static ASGL_HOST_DEVICE void run_loop(Args args) {
     for_each_block(args.length, kBlock, [&](int64 first, auto count) __attribute__((always_inline)) {
       compute_potentials<kNoise>(args, first, count);
-      walk_back<kNoise>(args, first, count);
+      compute_gradients<kNoise>(args, first, count);
     });
   }
 
-  // Computes the potentials of all steps, for `count` neurons.
+  // Computes the potentials of all steps, for `count` neurons from `first` on.
   template <bool kNoise, class Count>
   static ASGL_HOST_DEVICE void compute_potentials(const Args& args, int64 first, Count count) {
     const Firing<Real> firing(args.options);
@@ -431,9 +435,9 @@ struct SettledAdjointLoop {
     }
   }
 
-  // Computes the gradients of all steps, from the last to the first.
+  // Computes the gradients of all steps, from the last to the first, for `count` neurons from `first` on.
   template <bool kNoise, class Count>
-  static ASGL_HOST_DEVICE void walk_back(const Args& args, int64 first, Count count) {
+  static ASGL_HOST_DEVICE void compute_gradients(const Args& args, int64 first, Count count) {
     const Firing<Real> firing(args.options);
     alignas(64) Real streamed[kBlock];
     Real *gradient = args.dv + first, *width = args.width + first;
@@ -479,7 +483,7 @@ struct Operand {
   }
 };
 
-// The parameters of the input: values, or with kRows rows that repeat after `period` neurons.
+// The parameters of the input: one value each, or with kRows a row each, which repeats after `period` neurons.
 template <class Real, bool kRows>
 struct InputParameters {
   Operand<Real> gain, bias, mean;
@@ -500,7 +504,6 @@ struct InputParameters {
   }
 };
 
-// current[i] = input_gain * (x[i] - input_mean) + input_bias;   with kResidual + residual_gain * residual[i]
 template <class Real, bool kRows, bool kResidual>
 struct InputCurrentLoop {
   struct Args {
@@ -511,6 +514,7 @@ struct InputCurrentLoop {
     int64 length;
   };
 
+  // current[i] = input_gain * (x[i] - input_mean) + input_bias;   with kResidual + residual_gain * residual[i]
   static ASGL_HOST_DEVICE void run(Args args) {
     args.parameters.for_each_period(args.length, [=](int64 first, int64 length) __attribute__((always_inline)) {
       const Real *x = args.x + first, *residual = kResidual ? args.residual + first : nullptr;
@@ -524,7 +528,6 @@ struct InputCurrentLoop {
   }
 };
 
-// The current with a residual, for the general loops: Neurons is UniformNeuron or NeuronRows.
 template <class Real, class Neurons>
 struct ResidualCurrentLoop {
   struct Args {
@@ -535,6 +538,7 @@ struct ResidualCurrentLoop {
     int64 length;
   };
 
+  // Computes the current with a residual, for the general loops. Neurons is UniformNeuron or NeuronRows.
   static ASGL_HOST_DEVICE void run(Args args) {
 #pragma GCC ivdep
     for (int64 i = 0; i < args.length; ++i) {
@@ -544,11 +548,9 @@ struct ResidualCurrentLoop {
   }
 };
 
-// Number of interleaved partial sums, which vectorise without a change in the order of additions.
+// The number of interleaved partial sums, which vectorise without a change in the order of additions.
 constexpr int64 kInputSums = 64;
 
-// The adjoint of InputCurrentLoop: dx[i] = input_gain * dh[i], and the gradients of gain and bias as `period` sums
-// each.
 template <class Real, bool kRows>
 struct InputCurrentAdjointLoop {
   struct Args {
@@ -558,16 +560,18 @@ struct InputCurrentAdjointLoop {
     int64 length;
   };
 
+  // Computes the adjoint of InputCurrentLoop: dx[i] = input_gain * dh[i], and the gradients of gain and bias as
+  // `period` sums each.
   static ASGL_HOST_DEVICE void run(Args args) {
-    if constexpr (!kRows) return with_sums_in_registers(args);
+    if constexpr (!kRows) return accumulate_in_registers(args);
     args.parameters.for_each_period(args.length, [=](int64 first, int64 length) __attribute__((always_inline)) {
       accumulate(args, first, length, args.gain_sum, args.bias_sum);
     });
   }
 
  private:
-  // Keeps the sums in registers, for parameters that are values.
-  static ASGL_HOST_DEVICE void with_sums_in_registers(const Args& args) {
+  // Accumulates in registers, for parameters that have one value.
+  static ASGL_HOST_DEVICE void accumulate_in_registers(const Args& args) {
     int64 first = 0;
     if (args.length >= kInputSums) {
       Real gain_sum[kInputSums], bias_sum[kInputSums];
@@ -593,7 +597,6 @@ struct InputCurrentAdjointLoop {
   }
 };
 
-// sum[i] += factor * (a[i] * (b[i] - c[i]))
 template <class Real>
 struct AccumulateLoop {
   struct Args {
@@ -604,8 +607,9 @@ struct AccumulateLoop {
     Real* sum;
   };
 
+  // sum[i] += factor * (a[i] * (b[i] - c[i]))
   template <bool kRowB, bool kRowC>
-  static ASGL_HOST_DEVICE void loop(Args args) {
+  static ASGL_HOST_DEVICE void run_loop(Args args) {
 #pragma GCC ivdep
     for (int64 i = 0; i < args.length; ++i) {
       args.sum[i] += args.factor * (args.a[i] * (args.b.template at<kRowB>(i) - args.c.template at<kRowC>(i)));
@@ -614,16 +618,16 @@ struct AccumulateLoop {
 
   static ASGL_HOST_DEVICE void run(Args args) {
     if (args.b.row != nullptr) {
-      args.c.row != nullptr ? loop<true, true>(args) : loop<true, false>(args);
+      args.c.row != nullptr ? run_loop<true, true>(args) : run_loop<true, false>(args);
     } else {
-      args.c.row != nullptr ? loop<false, true>(args) : loop<false, false>(args);
+      args.c.row != nullptr ? run_loop<false, true>(args) : run_loop<false, false>(args);
     }
   }
 };
 
-// The sum of a row by eight interleaved partial sums, which vectorise and have a fixed order of additions.
+// The sum of a row, by eight interleaved partial sums, which vectorise and have a fixed order of additions.
 template <class Real>
-ASGL_HOST_DEVICE double sum_of(const Real* row, int64 length) {
+ASGL_HOST_DEVICE double row_sum(const Real* row, int64 length) {
   double lanes[8] = {};
   int64 i = 0;
   for (; i + 8 <= length; i += 8) {
@@ -633,7 +637,6 @@ ASGL_HOST_DEVICE double sum_of(const Real* row, int64 length) {
   return ((lanes[0] + lanes[1]) + (lanes[2] + lanes[3])) + ((lanes[4] + lanes[5]) + (lanes[6] + lanes[7]));
 }
 
-// sum = the sum of a row, by sum_of
 template <class Real>
 struct SumLoop {
   struct Args {
@@ -642,7 +645,8 @@ struct SumLoop {
     double* sum;
   };
 
-  static ASGL_HOST_DEVICE void run(Args args) { *args.sum = sum_of(args.row, args.length); }
+  // sum = row_sum of the row
+  static ASGL_HOST_DEVICE void run(Args args) { *args.sum = row_sum(args.row, args.length); }
 };
 
 // Runs of adjacent neurons that share a parameter's value, among the `length` neurons of a tile. The first run has
@@ -662,7 +666,6 @@ struct Runs {
   }
 };
 
-// sums[run] = sum of the values of the neurons of that run
 template <class Real>
 struct RunSumsLoop {
   struct Args {
@@ -671,14 +674,14 @@ struct RunSumsLoop {
     Real* sums;
   };
 
+  // sums[run] = sum of the values of the neurons of that run
   static ASGL_HOST_DEVICE void run(Args args) {
     args.runs.for_each([=](int64 run, int64 offset, int64 length) __attribute__((always_inline)) {
-      args.sums[run] = static_cast<Real>(sum_of(args.row + offset, length));
+      args.sums[run] = static_cast<Real>(row_sum(args.row + offset, length));
     });
   }
 };
 
-// Fills the neurons of each run with the run's value, or with its inverse. Values repeat after `count` runs.
 template <class Real>
 struct FillRunsLoop {
   struct Args {
@@ -689,6 +692,7 @@ struct FillRunsLoop {
     Real* row;
   };
 
+  // Fills the neurons of each run with the run's value, or with its inverse. Values repeat after `count` runs.
   static ASGL_HOST_DEVICE void run(Args args) {
     int64 index = args.index;
     args.runs.for_each([=, &index](int64, int64 offset, int64 length) __attribute__((always_inline)) {
@@ -700,7 +704,6 @@ struct FillRunsLoop {
   }
 };
 
-// total[i] += row[i]
 template <class Real>
 struct AddLoop {
   struct Args {
@@ -709,13 +712,13 @@ struct AddLoop {
     int64 length;
   };
 
+  // total[i] += row[i]
   static ASGL_HOST_DEVICE void run(Args args) {
 #pragma GCC ivdep
     for (int64 i = 0; i < args.length; ++i) args.total[i] += static_cast<double>(args.row[i]);
   }
 };
 
-// row[i] = 1 / row[i]
 template <class Real>
 struct InverseLoop {
   struct Args {
@@ -723,13 +726,13 @@ struct InverseLoop {
     int64 length;
   };
 
+  // row[i] = 1 / row[i]
   static ASGL_HOST_DEVICE void run(Args args) {
 #pragma GCC ivdep
     for (int64 i = 0; i < args.length; ++i) args.row[i] = inverse_of_width(args.row[i]);
   }
 };
 
-// to[i] = from[i], in another type
 template <class From, class To>
 struct ConvertLoop {
   struct Args {
@@ -738,13 +741,13 @@ struct ConvertLoop {
     int64 length;
   };
 
+  // to[i] = from[i], in another type
   static ASGL_HOST_DEVICE void run(Args args) {
 #pragma GCC ivdep
     for (int64 i = 0; i < args.length; ++i) args.to[i] = from_real<To>(to_real(args.from[i]));
   }
 };
 
-// to[i] = a[i] * b[i]
 template <class Real>
 struct MultiplyLoop {
   struct Args {
@@ -754,13 +757,14 @@ struct MultiplyLoop {
     int64 length;
   };
 
+  // to[i] = a[i] * b[i]
   template <bool kRow>
-  static ASGL_HOST_DEVICE void loop(Args args) {
+  static ASGL_HOST_DEVICE void run_loop(Args args) {
 #pragma GCC ivdep
     for (int64 i = 0; i < args.length; ++i) args.to[i] = args.a[i] * args.b.template at<kRow>(i);
   }
 
-  static ASGL_HOST_DEVICE void run(Args args) { args.b.row != nullptr ? loop<true>(args) : loop<false>(args); }
+  static ASGL_HOST_DEVICE void run(Args args) { args.b.row != nullptr ? run_loop<true>(args) : run_loop<false>(args); }
 };
 
 }  // namespace asgl::cpu

@@ -9,8 +9,8 @@
 
 namespace asgl {
 
-// Calls f(model) with the model that the options select, LIF<...> or LIFByOptions<Real>. The caller has checked that
-// the surrogate exists.
+// Calls f(model) with the LIF of the surrogate and the reset that the options select. The caller has checked that the
+// surrogate exists.
 template <class Real, class F, int... kIds>
 void with_model(const NeuronOptions<Real>& options, F&& f, std::integer_sequence<int, kIds...>) {
   const auto call = [&](auto id) {
@@ -23,6 +23,7 @@ void with_model(const NeuronOptions<Real>& options, F&& f, std::integer_sequence
   };
   (call(std::integral_constant<int, kIds>{}), ...);
 }
+// Calls f(model) with LIFByOptions if the options have rules that LIF does not have, else with the LIF for the options.
 template <class Real, class F>
 void with_model(const LIFByOptions<Real>& options, F&& f) {
   if (options.has_optional_rules()) return f(options);

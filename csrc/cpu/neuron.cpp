@@ -1,5 +1,5 @@
-// Chooses between the settled and the general kernels, sums the gradients of parameters over tiles, and instantiates
-// the general kernels for all neurons but adaptive ones. Also tells the number of threads.
+// Chooses between the settled and the general kernels (cpu/neuron.h), sums the gradients of parameters over tiles, and
+// instantiates the general kernels for all neurons but adaptive ones. Also tells the number of threads.
 #include "cpu/neuron.h"
 
 #include <vector>
@@ -9,8 +9,8 @@
 namespace asgl::cpu {
 namespace {
 
-// Whether the settled loops can compute all wanted outputs. Gradients of input_gain and input_bias are checked in
-// is_settled.
+// Whether the settled kernels can compute all wanted outputs, apart from gradients of input_gain and input_bias, which
+// is_settled checks.
 template <class Scalar>
 bool settled_suffices(const ForwardParams<Scalar>& params) {
   return params.v_seq == nullptr && params.h_seq == nullptr;
@@ -18,37 +18,39 @@ bool settled_suffices(const ForwardParams<Scalar>& params) {
 template <class Scalar>
 bool settled_suffices(const BackwardParams<Scalar>& params) {
   return params.grad_v_seq == nullptr && params.grad_h_seq == nullptr &&
-         !(params.wants(kReset) && params.options.hard_reset);
+         !(params.wants_gradient(kReset) && params.options.hard_reset);
 }
 
-// Whether the width, gain and bias are the only parameters that may want gradients.
+// Whether no parameter wants a gradient but the width, input_gain and input_bias. Always true of a forward pass.
 template <class Scalar>
-bool only_width(const BackwardParams<Scalar>& params) {
-  return !params.wants(kDecay) && !params.wants(kThreshold) && !params.wants(kReset) && !params.wants(kInputMean);
+bool wants_only_input_and_width(const BackwardParams<Scalar>& params) {
+  return !params.wants_gradient(kDecay) && !params.wants_gradient(kThreshold) && !params.wants_gradient(kReset) &&
+         !params.wants_gradient(kInputMean);
 }
-bool only_width(const auto&) { return true; }
+bool wants_only_input_and_width(const auto&) { return true; }
 
-// If the input has a gain, bias or mean, the other parameters must be uniform, and only width, gain and bias may want
-// gradients: the settled kernels sum the gradients of gain and bias in another order than the general kernels.
+// Whether the settled kernels compute the call. If the input has a gain, bias or mean, the other parameters must be
+// uniform, and only width, gain and bias may want gradients: the settled kernels sum the gradients of gain and bias in
+// another order than the general kernels.
 template <class Params>
 bool is_settled(const Params& params) {
   if (params.options.has_optional_rules()) return false;
   if (!params.is_input_plain()) {
-    return only_width(params) && settled_suffices(params) && !params.options.scale_output &&
-           params.input() == Input::kNormalised && all_uniform(params.parameters, kInputGain);
+    return wants_only_input_and_width(params) && settled_suffices(params) && !params.options.scale_output &&
+           params.input_assumption() == Input::kNormalised && all_uniform(params.parameters, kInputGain);
   }
   return !is_per_step(params) && settled_suffices(params) && params.options.v_rest == 0 && !params.options.scale_output;
 }
 
-// Runs the kernel that computes what is wanted, for the model that the options select.
+// Runs the fastest kernel that can compute the call, for the model that the options select.
 template <class Params>
-void run_model(Params params) {
+void run_kernel(Params params) {
   params.noise = params.noise.resolved();
-  if (params.options.has_adaptation()) return run_adaptive(params);
+  if (params.options.has_adaptation()) return run_adaptive_kernel(params);
   if constexpr (std::is_same_v<typename Params::Real, float>) {
-    if (is_settled(params)) return run_settled(params);
+    if (is_settled(params)) return run_settled_kernel(params);
   }
-  with_model(params.options, [&](auto model) { run_general<decltype(model)>(params); });
+  with_model(params.options, [&](auto model) { run_general_pass<decltype(model)>(params); });
 }
 
 // Sums the slots of a parameter whose values repeat within a tile (one value per channel in channels_last), in memory
@@ -94,39 +96,30 @@ void sum_runs(const GradientSum<Real>& sum, const GradientPart<Real>& part, int6
 
 }  // namespace
 
-// For `python -m asgl_cuda info`: 1 where this was compiled without OpenMP, since at::parallel_for is then silently
-// serial.
-int num_threads() {
-#if defined(_OPENMP)
-  return at::get_num_threads();
-#else
-  return 1;
-#endif
-}
-
 template <class Real>
-void plan_on(Device, GradientSum<Real>&) {}
+void plan_tiles_on(Device, GradientSum<Real>&) {}
 
 template <class Scalar>
-void launch_on(Device, const ForwardParams<Scalar>& params) {
+void launch_kernel(Device, const ForwardParams<Scalar>& params) {
   if (params.zeros != nullptr) std::fill_n(params.zeros, 2, Real_t<Scalar>(0));
-  run_model(params);
+  run_kernel(params);
 }
 
 template <class Scalar>
-void launch_on(Device, const BackwardParams<Scalar>& params) {
-  run_model(params);
+void launch_kernel(Device, const BackwardParams<Scalar>& params) {
+  run_kernel(params);
 }
 
+// Sums the partial sums of each parameter's gradient.
 template <class Real>
-void launch_on(Device, const GradientSum<Real>& sum) {
+void launch_kernel(Device, const GradientSum<Real>& sum) {
   for (int id = 0; id < sum.count; ++id) {
     const GradientPart<Real>& part = sum.parts[id];
     if (is_interleaved(part.parameter)) {
       sum_interleaved(sum, part);
       continue;
     }
-    at::parallel_for(0, part.elements(sum.shape), 2048, [&](int64_t begin, int64_t end) {
+    at::parallel_for(0, part.num_elements(sum.shape), 2048, [&](int64_t begin, int64_t end) {
       const int64 count = part.parameter.count;
       for (int64 element = begin; element < end;) {
         const int64 length = std::min({kTile, end - element, count - element % count});

@@ -5,17 +5,17 @@
 namespace asgl::cpu {
 
 template <class Params>
-void run_adaptive(const Params& params) {
-  run_general<AdaptiveLIF<typename Params::Real>>(params);
+void run_adaptive_kernel(const Params& params) {
+  run_general_pass<AdaptiveLIF<typename Params::Real>>(params);
 }
 
-template void run_adaptive(const ForwardParams<Half>&);
-template void run_adaptive(const ForwardParams<BFloat16>&);
-template void run_adaptive(const ForwardParams<float>&);
-template void run_adaptive(const ForwardParams<double>&);
-template void run_adaptive(const BackwardParams<Half>&);
-template void run_adaptive(const BackwardParams<BFloat16>&);
-template void run_adaptive(const BackwardParams<float>&);
-template void run_adaptive(const BackwardParams<double>&);
+template void run_adaptive_kernel(const ForwardParams<Half>&);
+template void run_adaptive_kernel(const ForwardParams<BFloat16>&);
+template void run_adaptive_kernel(const ForwardParams<float>&);
+template void run_adaptive_kernel(const ForwardParams<double>&);
+template void run_adaptive_kernel(const BackwardParams<Half>&);
+template void run_adaptive_kernel(const BackwardParams<BFloat16>&);
+template void run_adaptive_kernel(const BackwardParams<float>&);
+template void run_adaptive_kernel(const BackwardParams<double>&);
 
 }  // namespace asgl::cpu

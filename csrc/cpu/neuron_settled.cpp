@@ -1,34 +1,35 @@
-// The fast CPU kernels of the common case: parameters that are constant over time, and only spikes as output
-// (is_settled() in cpu/neuron.cpp has the exact conditions). All other calls take the general kernels of cpu/neuron.h.
+// The settled CPU kernels, fast ones for the common case: parameters that are constant over time, and only spikes as
+// output (is_settled() in cpu/neuron.cpp has the exact conditions). Other calls use the general kernels of
+// cpu/neuron.h.
 #include "cpu/models.h"
 #include "cpu/neuron.h"
 
 namespace asgl::cpu {
 namespace {
 
-// Steps whose input currents are computed before a loop that stores past the cache, for fewer and longer streams.
-constexpr int64 kStepsOfStream = 4;
+// Steps whose input currents are computed before a loop with streaming stores, so that it stores more at once.
+constexpr int64 kStreamedSteps = 4;
 
-// How far a loop prefetches in the rows that it uses.
-constexpr int64 kElementsAhead = 256, kElementsAheadOfStream = 512;
+// How far a loop prefetches in the rows that it uses, with ordinary stores and with streaming stores.
+constexpr int64 kElementsAhead = 256, kElementsAheadOfStores = 512;
 
-// Adjacent steps of a tile that one call of a loop takes.
+// Adjacent steps of a tile that one call of a loop computes.
 struct Chunk {
   Tile tile;
   int64 t, count;
 };
 
-// What a loop over a chunk prefetches of a sequence: what it uses itself some blocks later, or what is used of the next
-// chunk, where rows are copies or computed apart.
+// The address from which a loop over a chunk prefetches a sequence. If the loop itself uses the sequence, the elements
+// that it needs some blocks later; otherwise the first row of the next chunk.
 template <class Element>
-const char* ahead_of(const Element* sequence, const Chunk& chunk, const Chunk& next, bool used_by_loop,
-                     bool streams = false) {
-  if (!used_by_loop) return row_ahead(sequence, next.tile, next.t);
-  const char* row = row_ahead(sequence, chunk.tile, chunk.t);
-  return row == nullptr ? nullptr : row + (streams ? kElementsAheadOfStream : kElementsAhead) * sizeof(Element);
+const char* element_to_prefetch(const Element* sequence, const Chunk& chunk, const Chunk& next, bool used_by_loop,
+                                bool streams = false) {
+  if (!used_by_loop) return row_to_prefetch(sequence, next.tile, next.t);
+  const char* row = row_to_prefetch(sequence, chunk.tile, chunk.t);
+  return row == nullptr ? nullptr : row + (streams ? kElementsAheadOfStores : kElementsAhead) * sizeof(Element);
 }
 
-// The input current of a chunk: x in place, or rows in a buffer.
+// Computes the input current of a chunk: x in place, or rows in a buffer.
 template <class Scalar>
 class ChunkCurrents {
   using Real = Real_t<Scalar>;
@@ -37,19 +38,21 @@ class ChunkCurrents {
   ChunkCurrents(const LIFParams<Scalar>& params, int64 most_steps)
       : params_(params), input_(params), rows_(most_steps + 2, kTile) {}
 
-  // The parameters of the input, whether the chunk's current is x in place, and the rows for a current that is not.
+  // The input of the tile, with its parameters.
   TileInput<Real>& input() { return input_; }
-  bool in_place(const Tile& tile) const { return input_.plain() && is_in_place<Scalar>(tile); }
-  Steps<Real> buffer() { return {rows_.row(2), rows_.stride()}; }
+  // Whether the currents are the rows of x in place.
+  bool is_x_in_place(const Tile& tile) const { return input_.is_plain() && is_in_place<Scalar>(tile); }
+  // The rows for currents that are not x in place.
+  StepRows<Real> buffer_rows() { return {rows_.row(2), rows_.stride()}; }
 
   // Returns the current of each step of a chunk.
-  Steps<const Real> compute(const Chunk& chunk) {
+  StepRows<const Real> compute(const Chunk& chunk) {
     const Tile& tile = chunk.tile;
-    if (in_place(tile)) return read_steps(params_.x_seq, tile, chunk.t, rows_.row(0));
-    const Steps<Real> currents = buffer();
+    if (is_x_in_place(tile)) return read_steps(params_.x_seq, tile, chunk.t, rows_.row(0));
+    const StepRows<Real> currents = buffer_rows();
     for (int64 k = 0, t = chunk.t; k < chunk.count; ++k, ++t) {
-      const Real* x = read_row(params_.x_seq, tile, t, input_.plain() ? currents[k] : rows_.row(0));
-      if (input_.plain()) continue;
+      const Real* x = read_row(params_.x_seq, tile, t, input_.is_plain() ? currents[k] : rows_.row(0));
+      if (input_.is_plain()) continue;
       input_.compute_current(
           x, params_.residual == nullptr ? nullptr : read_row(params_.residual, tile, t, rows_.row(1)), currents[k]);
     }
@@ -66,24 +69,24 @@ class ChunkCurrents {
 
 // Runs the settled forward pass of all tiles.
 template <class Model, class Scalar>
-void run_settled_model(const ForwardParams<Scalar>& params) {
+void run_settled_pass(const ForwardParams<Scalar>& params) {
   using Real = Real_t<Scalar>;
   const int64 steps = params.shape.steps;
   for_each_tile_range(params.shape, [&](int64 begin, int64 end) {
-    ChunkCurrents<Scalar> currents(params, kStepsOfStream);
+    ChunkCurrents<Scalar> currents(params, kStreamedSteps);
     Rows<Real> rows(2, kTile);
-    Real *v = rows.take(), *s_buffer = rows.take();
+    Real *v = rows.allocate(), *s_buffer = rows.allocate();
     TileNoise noise(params.noise);
     TileNeurons<Real> neurons(params.parameters, params.options, kInputGain);
-    const Stream past_cache = stream_for(params.s_seq, params.shape);
+    const StreamingStore past_cache = streaming_store_for(params.s_seq, params.shape);
     for (int64 index = begin; index < end; ++index) {
       const Tile tile(params.shape, index);
-      const bool s_in_place = is_in_place<Scalar>(tile), all_in_place = s_in_place && currents.in_place(tile);
-      const bool in_cache = recent_row_ahead(params.x_seq, tile, 0) == nullptr;
-      const Stream stream = s_in_place ? past_cache : nullptr;
+      const bool s_in_place = is_in_place<Scalar>(tile), all_in_place = s_in_place && currents.is_x_in_place(tile);
+      const bool in_cache = recent_row_to_prefetch(params.x_seq, tile, 0) == nullptr;
+      const StreamingStore stream = s_in_place ? past_cache : nullptr;
       // If x fits in the L2 cache, single steps are faster: with several, the load of x at the next step waits for the
       // store of s just before it, if both have the same offset in their pages (4K aliasing).
-      const int64 most = all_in_place && !in_cache ? kCheckpointSteps : stream != nullptr ? kStepsOfStream : 1;
+      const int64 most = all_in_place && !in_cache ? kCheckpointSteps : stream != nullptr ? kStreamedSteps : 1;
       neurons.move_to(tile, 0);
       currents.input().move_to(tile);
       load_state(params.v_init, tile.first, params.options.v_rest, tile.length, v);
@@ -92,15 +95,15 @@ void run_settled_model(const ForwardParams<Scalar>& params) {
         const Chunk chunk = {tile, t, count};
         const int64 later = t + std::max(most, kRowsAhead);
         const Chunk next = {{params.shape, index + later / steps}, later % steps, count};
-        Ahead ahead = {.element_size = sizeof(Scalar), .stride = params.shape.inner};
+        PrefetchRows ahead = {.element_size = sizeof(Scalar), .stride = params.shape.inner};
         if (!in_cache) {
-          ahead.rows[0] = ahead_of(params.x_seq, chunk, next, all_in_place, stream != nullptr);
-          ahead.rows[1] = ahead_of(params.residual, chunk, next, false);
-          if (stream == nullptr) ahead.rows[2] = ahead_of(params.s_seq, chunk, next, s_in_place);
+          ahead.rows[0] = element_to_prefetch(params.x_seq, chunk, next, all_in_place, stream != nullptr);
+          ahead.rows[1] = element_to_prefetch(params.residual, chunk, next, false);
+          if (stream == nullptr) ahead.rows[2] = element_to_prefetch(params.s_seq, chunk, next, s_in_place);
         }
-        const Steps<const Real> current = currents.compute(chunk);
-        const Steps<Real> s = start_steps(params.s_seq, tile, t, s_buffer);
-        neurons.template visit<SettledRows<Real>>([&](auto values) {
+        const StepRows<const Real> current = currents.compute(chunk);
+        const StepRows<Real> s = start_steps(params.s_seq, tile, t, s_buffer);
+        neurons.template with_neurons<SettledRows<Real>>([&](auto values) {
           run<SettledStepLoop<Real, Model, decltype(values)>>(
               {.neurons = values,
                .options = params.options,
@@ -109,7 +112,7 @@ void run_settled_model(const ForwardParams<Scalar>& params) {
                .block = ahead.empty() && most == 1 ? std::max<int64>(1, tile.length) : kBlock,
                .steps = count,
                .current = current,
-               .draws = noise.rows(tile, t, count),
+               .draws = noise.draws_of_steps(tile, t, count),
                .v = v,
                .s = s,
                .stream = stream,
@@ -120,13 +123,13 @@ void run_settled_model(const ForwardParams<Scalar>& params) {
       }
       store_state(v, tile.length, params.v_last, tile.first);
     }
-    if (past_cache != nullptr) finish_stream();
+    if (past_cache != nullptr) fence_streaming_stores();
   });
 }
 
 // ---- backward ----
 
-// The settled backward pass of a tile, in segments from the last to the first.
+// Computes the settled backward pass, one tile at a time, in segments from the last to the first.
 template <class Model, class Scalar>
 class SettledBackward {
   using Real = Real_t<Scalar>;
@@ -136,40 +139,42 @@ class SettledBackward {
     std::fill_n(zeros_, kTile, Real(0));
   }
 
-  // Computes the gradients of the neurons of a tile, and stores the sums of their parameters' gradients.
-  void run(const Tile& tile) {
+  // Computes the gradients of a tile, and stores the tile's partial sums of the parameters' gradients.
+  void compute_tile(const Tile& tile) {
     neurons_.move_to(tile, 0);
     input().move_to(tile);
     input().clear_sums();
     load_state(params_.grad_v_last, tile.first, Real(0), tile.length, dv_);
-    for (int id = 0; id < (sums_all_ ? kInputGain : kDecay); ++id) std::fill_n(sums(id), tile.length, Real(0));
+    for (int id = 0; id < (sums_all_ ? kInputGain : kDecay); ++id) std::fill_n(sums_row(id), tile.length, Real(0));
     carried_ = params_.grad_v_last != nullptr;
     for (int64 start = last_start_; start >= 0; start -= segment_) {
-      load_start(params_, tile, start, StateRows<1, Real>{v_});
-      walk_back(segment(tile, start), start > 0 ? segment(tile, start - segment_)
-                                                : segment(Tile(params_.shape, tile.index + 1), last_start_));
+      load_start_states(params_, tile, start, StateRows<1, Real>{v_});
+      backward_segment(segment(tile, start), start > 0 ? segment(tile, start - segment_)
+                                                       : segment(Tile(params_.shape, tile.index + 1), last_start_));
       carried_ = true;
     }
     for (int id = 0; id < kInputGain; ++id) {
-      if (params_.wants(id)) store_partials(params_.partials[id], params_.parameters[id], tile, 0, sums(id));
+      if (!params_.wants_gradient(id)) continue;
+      store_partial_sums(params_.partials[id], params_.parameters[id], tile, 0, sums_row(id));
     }
     for (const ParameterId id : {kInputGain, kInputBias}) {
-      if (params_.wants(id)) input().store_gradient(id, params_.partials[id]);
+      if (params_.wants_gradient(id)) input().store_partial_sums(id, params_.partials[id]);
     }
     store_state(dv_, tile.length, params_.grad_v_init, tile.first);
-    if (past_cache_ != nullptr) finish_stream();
+    if (past_cache_ != nullptr) fence_streaming_stores();
   }
 
  private:
   TileInput<Real>& input() { return currents_.input(); }
-  Real* sums(int id) const { return sums_ + id * rows_.stride(); }
+  // The row of sums of a parameter's gradient.
+  Real* sums_row(int id) const { return sums_ + id * rows_.stride(); }
   // The segment of a tile that begins with step `start`.
   Chunk segment(const Tile& tile, int64 start) const {
     return {tile, start, std::min(segment_, params_.shape.steps - start)};
   }
 
-  // Returns the gradient of s of each step of a chunk.
-  Steps<const Real> gradients(const Chunk& chunk) {
+  // Returns the rows of the gradient of s for the steps of a chunk.
+  StepRows<const Real> spike_gradients(const Chunk& chunk) {
     if (params_.grad_s_seq == nullptr) return {zeros_, 0};
     if (is_in_place<Scalar>(chunk.tile)) return read_steps(params_.grad_s_seq, chunk.tile, chunk.t, g_);
     for (int64 k = 0; k < chunk.count; ++k) {
@@ -178,28 +183,32 @@ class SettledBackward {
     return {g_, rows_.stride()};
   }
 
-  // Computes the gradients of a chunk. `next` is the chunk after it, whose rows are prefetched.
-  void walk_back(const Chunk& chunk, const Chunk& next) {
+  // Computes the gradients of a chunk, which is a segment. `next` is the chunk computed next, whose rows are
+  // prefetched.
+  void backward_segment(const Chunk& chunk, const Chunk& next) {
     const Tile& tile = chunk.tile;
-    const bool in_place = is_in_place<Scalar>(tile), x_in_place = currents_.in_place(tile);
+    const bool in_place = is_in_place<Scalar>(tile), x_in_place = currents_.is_x_in_place(tile);
     Scalar* const grad_current = dx_is_dc_ && params_.grad_x_seq ? params_.grad_x_seq : params_.grad_residual;
     // If dc can't be stored in place, it overwrites the currents in their buffer.
     const bool dc_in_place = in_place && grad_current != nullptr;
-    const Steps<Real> dc = dc_in_place ? start_steps(grad_current, tile, chunk.t, zeros_) : currents_.buffer();
-    // Not past the cache if dc is read again for the residual's gradient.
+    const StepRows<Real> dc = dc_in_place ? start_steps(grad_current, tile, chunk.t, zeros_) : currents_.buffer_rows();
+    // No streaming stores if dc is read again for the residual's gradient.
     const bool streams = in_place && past_cache_ != nullptr && !(dx_is_dc_ && params_.grad_residual != nullptr);
-    Ahead input_ahead = {.element_size = sizeof(Scalar), .stride = params_.shape.inner}, gradients_ahead = input_ahead;
-    input_ahead.rows[0] = ahead_of(params_.x_seq, chunk, next, x_in_place, streams);
-    input_ahead.rows[1] = ahead_of(params_.residual, chunk, next, false);
+    PrefetchRows input_ahead = {.element_size = sizeof(Scalar), .stride = params_.shape.inner},
+                 gradients_ahead = input_ahead;
+    input_ahead.rows[0] = element_to_prefetch(params_.x_seq, chunk, next, x_in_place, streams);
+    input_ahead.rows[1] = element_to_prefetch(params_.residual, chunk, next, false);
     if (!in_cache_) {
-      gradients_ahead.rows[0] = ahead_of(params_.grad_s_seq, chunk, next, in_place, streams);
-      if (!streams) gradients_ahead.rows[1] = ahead_of(params_.grad_x_seq, chunk, next, dc_in_place && dx_is_dc_);
-      gradients_ahead.rows[2] = ahead_of(params_.grad_residual, chunk, next, dc_in_place && !dx_is_dc_);
+      gradients_ahead.rows[0] = element_to_prefetch(params_.grad_s_seq, chunk, next, in_place, streams);
+      if (!streams) {
+        gradients_ahead.rows[1] = element_to_prefetch(params_.grad_x_seq, chunk, next, dc_in_place && dx_is_dc_);
+      }
+      gradients_ahead.rows[2] = element_to_prefetch(params_.grad_residual, chunk, next, dc_in_place && !dx_is_dc_);
     }
-    const Steps<const Real> current = currents_.compute(chunk), g = gradients(chunk);
-    neurons_.template visit<SettledRows<Real>>([&](auto neurons) {
+    const StepRows<const Real> current = currents_.compute(chunk), g = spike_gradients(chunk);
+    neurons_.template with_neurons<SettledRows<Real>>([&](auto neurons) {
       const auto call = [&](auto kSums) {
-        cpu::run<SettledAdjointLoop<Real, Model, decltype(neurons), kSums()>>(
+        run<SettledAdjointLoop<Real, Model, decltype(neurons), kSums()>>(
             {.neurons = neurons,
              .options = params_.options,
              .analog_below = params_.noise.analog_below,
@@ -207,82 +216,84 @@ class SettledBackward {
              .steps = chunk.count,
              .carried = carried_,
              .current = current,
-             .draws = noise_.rows(tile, chunk.t, chunk.count),
+             .draws = noise_.draws_of_steps(tile, chunk.t, chunk.count),
              .v = {v_, v_rows_ > 1 ? rows_.stride() : 0},
              .h = h_,
              .s = s_,
              .slope = slope_,
              .g = g,
              .dv = dv_,
-             .width = sums(kWidth),
-             .decay = sums(kDecay),
-             .threshold = sums(kThreshold),
-             .reset = sums(kReset),
+             .width = sums_row(kWidth),
+             .decay = sums_row(kDecay),
+             .threshold = sums_row(kThreshold),
+             .reset = sums_row(kReset),
              .d_current = dc,
              .stream = streams && dx_is_dc_ ? past_cache_ : nullptr,
              .input_ahead = input_ahead,
              .gradients_ahead = gradients_ahead});
       };
       if (sums_all_) return call(std::integral_constant<SettledSums, SettledSums::kAll>{});
-      if (params_.wants(kWidth)) return call(std::integral_constant<SettledSums, SettledSums::kWidth>{});
+      if (params_.wants_gradient(kWidth)) return call(std::integral_constant<SettledSums, SettledSums::kWidth>{});
       call(std::integral_constant<SettledSums, SettledSums::kNone>{});
     });
-    for (int64 k = chunk.count - 1; k >= 0; --k) store_gradients(tile, chunk.t + k, dc[k], streams);
+    for (int64 k = chunk.count - 1; k >= 0; --k) store_input_gradients(tile, chunk.t + k, dc[k], streams);
   }
 
-  // Stores the gradients of x and the residual in step t, except for what the loop has stored in place already. If
-  // `streams`, dx is stored past the cache.
-  void store_gradients(const Tile& tile, int64 t, Real* dc, bool streams) {
+  // Computes the gradients of x and the residual at step t from dc, and stores what the loop did not store in place. If
+  // `streams`, dx is stored by streaming stores.
+  void store_input_gradients(const Tile& tile, int64 t, Real* dc, bool streams) {
     if (dx_is_dc_) {
       finish_row(dc, params_.grad_x_seq, tile, t);
     } else {
       Real* const stored = start_row(params_.grad_x_seq, tile, t, dx_buffer_);
       Real* const dx = streams ? dx_buffer_ : stored;
-      input().backward(read_row(params_.x_seq, tile, t, x_buffer_), dc, dx);
+      input().compute_input_gradient(read_row(params_.x_seq, tile, t, x_buffer_), dc, dx);
       streams ? past_cache_(reinterpret_cast<float*>(stored), reinterpret_cast<float*>(dx), tile.length)
               : finish_row(dx, params_.grad_x_seq, tile, t);
     }
-    finish_residual_row(dc, params_, tile, t, x_buffer_);
+    store_residual_gradient(dc, params_, tile, t, x_buffer_);
   }
 
   const BackwardParams<Scalar>& params_;
-  const int64 segment_ = segment_steps(params_.shape.steps), v_rows_ = rows_of_v(params_, segment_);
+  const int64 segment_ = segment_steps(params_.shape.steps), v_rows_ = num_v_rows(params_, segment_);
   const int64 last_start_ = (params_.shape.steps - 1) / segment_ * segment_;
-  const bool sums_all_ = params_.wants(kDecay) || params_.wants(kThreshold) || params_.wants(kReset);
+  const bool sums_all_ =
+      params_.wants_gradient(kDecay) || params_.wants_gradient(kThreshold) || params_.wants_gradient(kReset);
   const bool dx_is_dc_ = params_.is_input_plain();
-  const bool in_cache_ = recent_row_ahead(params_.x_seq, Tile(params_.shape, 0), 0) == nullptr;
-  const Stream past_cache_ = stream_for(params_.grad_x_seq, params_.shape);
+  const bool in_cache_ = recent_row_to_prefetch(params_.x_seq, Tile(params_.shape, 0), 0) == nullptr;
+  const StreamingStore past_cache_ = streaming_store_for(params_.grad_x_seq, params_.shape);
   ChunkCurrents<Scalar> currents_{params_, segment_};
   Rows<Real> rows_{segment_ + v_rows_ + 4 + kInputGain, kTile}, block_rows_{3 * segment_, kBlock};
-  Real *const g_ = rows_.take(segment_), *const v_ = rows_.take(v_rows_), *const dv_ = rows_.take();
-  Real *const sums_ = rows_.take(kInputGain), *const zeros_ = rows_.take();
-  Real *const x_buffer_ = rows_.take(), *const dx_buffer_ = rows_.take();
-  Real *const h_ = block_rows_.take(segment_), *const s_ = block_rows_.take(segment_);
-  Real* const slope_ = block_rows_.take(segment_);
+  Real *const g_ = rows_.allocate(segment_), *const v_ = rows_.allocate(v_rows_), *const dv_ = rows_.allocate();
+  Real *const sums_ = rows_.allocate(kInputGain), *const zeros_ = rows_.allocate();
+  Real *const x_buffer_ = rows_.allocate(), *const dx_buffer_ = rows_.allocate();
+  Real *const h_ = block_rows_.allocate(segment_), *const s_ = block_rows_.allocate(segment_);
+  Real* const slope_ = block_rows_.allocate(segment_);
   TileNoise noise_{params_.noise};
   TileNeurons<Real> neurons_{params_.parameters, params_.options, kInputGain};
   bool carried_ = false;
 };
 
+// Runs the settled backward pass of all tiles.
 template <class Model, class Scalar>
-void run_settled_model(const BackwardParams<Scalar>& params) {
-  run_backward<SettledBackward<Model, Scalar>>(params);
+void run_settled_pass(const BackwardParams<Scalar>& params) {
+  run_backward_pass<SettledBackward<Model, Scalar>>(params);
 }
 
 }  // namespace
 
 template <class Params>
-void run_settled(const Params& params) {
+void run_settled_kernel(const Params& params) {
   with_model(params.options, [&](auto model) {
-    if constexpr (!decltype(model)::kOnlyGeneral) run_settled_model<decltype(model)>(params);
+    if constexpr (!decltype(model)::kOnlyGeneral) run_settled_pass<decltype(model)>(params);
   });
 }
 
-template void run_settled(const ForwardParams<Half>&);
-template void run_settled(const ForwardParams<BFloat16>&);
-template void run_settled(const ForwardParams<float>&);
-template void run_settled(const BackwardParams<Half>&);
-template void run_settled(const BackwardParams<BFloat16>&);
-template void run_settled(const BackwardParams<float>&);
+template void run_settled_kernel(const ForwardParams<Half>&);
+template void run_settled_kernel(const ForwardParams<BFloat16>&);
+template void run_settled_kernel(const ForwardParams<float>&);
+template void run_settled_kernel(const BackwardParams<Half>&);
+template void run_settled_kernel(const BackwardParams<BFloat16>&);
+template void run_settled_kernel(const BackwardParams<float>&);
 
 }  // namespace asgl::cpu

@@ -1,5 +1,5 @@
-// Batch normalisation on the CPU. In long contiguous stretches of a channel, loops use the channel's mean, gain and so
-// on as scalars. Otherwise, for example in channels_last, loops read these values from rows with one value per column.
+// The CPU kernels of batch normalisation. In long contiguous stretches of a channel, loops use the channel's mean, gain
+// and so on as scalars. Otherwise, for example in channels_last, loops read them from rows with one value per column.
 #include <ATen/Parallel.h>
 
 #include <vector>
@@ -10,12 +10,10 @@
 namespace asgl::cpu {
 namespace {
 
-constexpr int64 kTaskColumns = 65536;  // long rows, so that memory is read in order
-constexpr int64 kRowsEach = 4;
-constexpr int64 kElementsAhead = 4 * kTile;  // to be prefetched
+constexpr int64 kTaskColumns = 65536;        // of a task at most, in long rows, so that memory is read in order
+constexpr int64 kRowsPerWay = 4;             // rows_each of ChannelTiles::plan
+constexpr int64 kElementsAhead = 4 * kTile;  // from the elements that a loop uses to those that it prefetches
 
-// Sums of x - shift and (x - shift)^2, in float64: a shift far from the other values, such as the first event of a
-// sparse sequence, causes no visible loss of precision. The order of additions is fixed.
 template <class Element>
 struct ShiftedSumLoop {
   struct Args {
@@ -23,9 +21,11 @@ struct ShiftedSumLoop {
     double shift;
     int64 length;
     double *sum, *squares;  // accumulated
-    const Element* ahead;   // prefetched here: between calls of for_each_fetch the sums would leave their registers
+    const Element* ahead;   // prefetched by the loop itself: for_each_prefetch would move the sums out of registers
   };
 
+  // Adds up x - shift and (x - shift)^2 in float64. A shift far from the other values, such as the first event of a
+  // sparse sequence, then causes no visible loss of precision. The order of additions is fixed.
   static ASGL_HOST_DEVICE void run(Args args) {
     constexpr int kSums = 32, kLine = 64 / sizeof(Element);
     double sums[kSums] = {}, squares[kSums] = {};
@@ -54,7 +54,6 @@ struct ShiftedSumLoop {
   }
 };
 
-// For each column i: sum[i] += x[i] - shift[i], squares[i] += (x[i] - shift[i])^2.
 template <class Real>
 struct ColumnSumLoop {
   struct Args {
@@ -63,6 +62,7 @@ struct ColumnSumLoop {
     int64 length;
   };
 
+  // For each column i: sum[i] += x[i] - shift[i], squares[i] += (x[i] - shift[i])^2.
   static ASGL_HOST_DEVICE void run(Args args) {
 #pragma GCC ivdep
     for (int64 i = 0; i < args.length; ++i) {
@@ -73,7 +73,6 @@ struct ColumnSumLoop {
   }
 };
 
-// Computes dx in place from gain * dh, or with kResidual from a separate dh.
 template <class Real, bool kResidual>
 struct InputGradientLoop {
   struct Args {
@@ -83,8 +82,9 @@ struct InputGradientLoop {
     int64 length;
   };
 
+  // Computes dx in place from gain * dh, or with kResidual from a separate dh.
   template <bool kRows>
-  static ASGL_HOST_DEVICE void loop(Args args) {
+  static ASGL_HOST_DEVICE void run_loop(Args args) {
 #pragma GCC ivdep
     for (int64 i = 0; i < args.length; ++i) {
       const Real gain_dh = kResidual ? args.gain.template at<kRows>(i) * args.dh[i] : args.dx[i];
@@ -93,11 +93,13 @@ struct InputGradientLoop {
     }
   }
 
-  static ASGL_HOST_DEVICE void run(Args args) { args.mean.row != nullptr ? loop<true>(args) : loop<false>(args); }
+  static ASGL_HOST_DEVICE void run(Args args) {
+    args.mean.row != nullptr ? run_loop<true>(args) : run_loop<false>(args);
+  }
 };
 
-// The chunks in which a task traverses the sequence, seen as rows x columns. A chunk is a part of one row, or `rows`
-// whole rows if rows are short and the tile has all columns, so that these rows are contiguous.
+// The chunks in which a task reads the sequence, [rows, columns]. A chunk is a part of one row, or `rows` whole rows if
+// rows are short and the tile has all columns, so that these rows are contiguous.
 struct Chunks {
   int64 width, rows;
 
@@ -105,7 +107,7 @@ struct Chunks {
       : width(tiles.width), rows(tiles.width == tiles.shape.columns() ? std::max<int64>(1, kTile / tiles.width) : 1) {}
 };
 
-// Calls f(element, length) for each chunk; length is a multiple of the task's units.
+// Calls f(offset, length) for each chunk of a task. The length is a multiple of the task's units.
 template <class F>
 void for_each_chunk(const ChannelTiles& tiles, const ChannelTask& task, F&& f) {
   const Chunks chunks(tiles);
@@ -115,9 +117,9 @@ void for_each_chunk(const ChannelTiles& tiles, const ChannelTask& task, F&& f) {
   }
 }
 
-// Calls f(channel, offset, length) for each stretch of a channel in a chunk.
+// Calls f(channel, offset, length) for each contiguous stretch of a channel in a chunk of `chunk` elements.
 template <class F>
-void for_each_channel(const ChannelTiles& tiles, const ChannelTask& task, int64 chunk, F&& f) {
+void for_each_stretch(const ChannelTiles& tiles, const ChannelTask& task, int64 chunk, F&& f) {
   for (int64 offset = 0; offset < chunk;) {
     int64 channel = task.first_channel;
     for (int64 in_row = 0; in_row < task.units; ++channel) {
@@ -129,7 +131,7 @@ void for_each_channel(const ChannelTiles& tiles, const ChannelTask& task, int64 
   }
 }
 
-// Calls f(offset, length) for pieces of `length` elements that are short enough to stay in the cache.
+// Calls f(offset, length) for each piece of `length` elements. Pieces are short enough to stay in the cache.
 template <class F>
 void for_each_piece(int64 length, F&& f) {
   for (int64 offset = 0; offset < length; offset += kTile) f(offset, std::min(kTile, length - offset));
@@ -138,7 +140,7 @@ void for_each_piece(int64 length, F&& f) {
 // Returns `length` elements in the arithmetic type: the elements themselves if they have this type, or a copy in
 // `buffer`.
 template <class Element>
-const Real_t<Element>* read(const Element* from, int64 length, Real_t<Element>* buffer) {
+const Real_t<Element>* read_elements(const Element* from, int64 length, Real_t<Element>* buffer) {
   if constexpr (std::is_same_v<Element, Real_t<Element>>) return from;
   run<ConvertLoop<Element, Real_t<Element>>>({from, buffer, length});
   return buffer;
@@ -147,7 +149,7 @@ const Real_t<Element>* read(const Element* from, int64 length, Real_t<Element>* 
 // Whether a channel's contiguous stretches are long enough to run a loop for each.
 bool loops_over_stretches(const ChannelTiles& tiles) { return tiles.shape.inner >= 32; }
 
-// Whether stretches are long enough for a loop of sums, which ends with a horizontal sum for each stretch: with
+// Whether stretches are long enough for ShiftedSumLoop, which ends with a horizontal sum for each stretch. With
 // stretches of 49 elements an element takes 0.57 ns, and 0.23 ns if columns are summed instead.
 bool sums_over_stretches(const ChannelTiles& tiles) { return tiles.shape.inner >= 128; }
 
@@ -155,33 +157,34 @@ bool sums_over_stretches(const ChannelTiles& tiles) { return tiles.shape.inner >
 template <class F>
 void for_each_task(const ChannelTiles& tiles, F&& run_task) {
   const int64 each = std::max<int64>(1, tiles.width * std::min(tiles.rows_per_split, tiles.shape.rows));
-  at::parallel_for(0, tiles.tasks(), std::max<int64>(1, kElementsPerTask / each), [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, tiles.num_tasks(), std::max<int64>(1, kElementsPerTask / each), [&](int64_t begin, int64_t end) {
     for (int64 task = begin; task < end; ++task) run_task(ChannelTask(tiles, task));
   });
 }
 
-// Adds up the moments of each channel in a task.
+// Computes the moments of each channel over the rows of a task.
 template <class Scalar>
 class TaskMoments {
  public:
   using Real = Real_t<Scalar>;
 
+  // Reads the shift of each channel, which is the channel's first value in the task.
   TaskMoments(const MomentsParams<Scalar>& params, const ChannelTask& task)
       : params_(params), tiles_(params.tiles), task_(task) {
     const int64 first = task.row * tiles_.shape.columns() + task.first_channel * tiles_.shape.inner + task.first_unit;
-    for_each_channel(tiles_, task_, task_.units, [&](int64, int64 offset, int64) {
+    for_each_stretch(tiles_, task_, task_.units, [&](int64, int64 offset, int64) {
       sums_.push_back({to_real(params.x_seq[first + offset]), 0, 0});
     });
   }
 
-  // Computes the moments of the task's channels, and stores them in its slot.
+  // Computes the moments of the task's channels, and stores them in the task's slot.
   void compute() {
     sums_over_stretches(tiles_) ? accumulate_stretches() : accumulate_columns();
-    for_each_channel(tiles_, task_, task_.units, [&](int64 channel, int64, int64 length) {
-      const Sums& sums = sums_of(channel);
+    for_each_stretch(tiles_, task_, task_.units, [&](int64 channel, int64, int64 length) {
+      const Sums& sums = channel_sums(channel);
       const double count = static_cast<double>((task_.end_row - task_.row) * length);
       params_.moments[task_.slot * tiles_.shape.channels + channel] =
-          shifted_moments(count, static_cast<double>(sums.shift), sums.sum, sums.squares);
+          moments_from_shifted_sums(count, static_cast<double>(sums.shift), sums.sum, sums.squares);
     });
   }
 
@@ -192,19 +195,19 @@ class TaskMoments {
   };
 
   // The sums of a channel.
-  Sums& sums_of(int64 channel) { return sums_[static_cast<size_t>(channel - task_.first_channel)]; }
+  Sums& channel_sums(int64 channel) { return sums_[static_cast<size_t>(channel - task_.first_channel)]; }
 
   // Accumulates the sums of each channel, one stretch of it at a time.
   void accumulate_stretches() {
     Rows<Real> rows(1, kTile);
-    Real* buffer = rows.take();
+    Real* buffer = rows.allocate();
     for_each_chunk(tiles_, task_, [&](int64 element, int64 chunk) {
-      for_each_channel(tiles_, task_, chunk, [&](int64 channel, int64 offset, int64 stretch) {
-        Sums& sums = sums_of(channel);
+      for_each_stretch(tiles_, task_, chunk, [&](int64 channel, int64 offset, int64 stretch) {
+        Sums& sums = channel_sums(channel);
         for_each_piece(stretch, [&](int64 begin, int64 length) {
           const Scalar* x_seq = params_.x_seq + element + offset + begin;
-          run<ShiftedSumLoop<Scalar>>({read(x_seq, length, buffer), static_cast<double>(sums.shift), length, &sums.sum,
-                                       &sums.squares, x_seq + kElementsAhead});
+          run<ShiftedSumLoop<Scalar>>({read_elements(x_seq, length, buffer), static_cast<double>(sums.shift), length,
+                                       &sums.sum, &sums.squares, x_seq + kElementsAhead});
         });
       });
     });
@@ -215,20 +218,20 @@ class TaskMoments {
     const int64 most = Chunks(tiles_).rows * tiles_.width;
     Rows<Real> rows(2, std::max(most, kTile));
     Rows<double> sums(2, most);
-    Real *buffer = rows.take(), *shift = rows.take();
-    double *sum = sums.take(), *squares = sums.take();
-    for_each_channel(tiles_, task_, Chunks(tiles_).rows * task_.units, [&](int64 channel, int64 offset, int64 length) {
-      std::fill_n(shift + offset, length, sums_of(channel).shift);
+    Real *buffer = rows.allocate(), *shift = rows.allocate();
+    double *sum = sums.allocate(), *squares = sums.allocate();
+    for_each_stretch(tiles_, task_, Chunks(tiles_).rows * task_.units, [&](int64 channel, int64 offset, int64 length) {
+      std::fill_n(shift + offset, length, channel_sums(channel).shift);
     });
     std::fill_n(sum, most, 0.0);
     std::fill_n(squares, most, 0.0);
     int64 longest = 0;
     for_each_chunk(tiles_, task_, [&](int64 element, int64 chunk) {
       longest = std::max(longest, chunk);
-      run<ColumnSumLoop<Real>>({read(params_.x_seq + element, chunk, buffer), shift, sum, squares, chunk});
+      run<ColumnSumLoop<Real>>({read_elements(params_.x_seq + element, chunk, buffer), shift, sum, squares, chunk});
     });
-    for_each_channel(tiles_, task_, longest, [&](int64 channel, int64 offset, int64 length) {
-      Sums& sums = sums_of(channel);
+    for_each_stretch(tiles_, task_, longest, [&](int64 channel, int64 offset, int64 length) {
+      Sums& sums = channel_sums(channel);
       for (int64 i = offset; i < offset + length; ++i) {
         sums.sum += sum[i];
         sums.squares += squares[i];
@@ -242,43 +245,48 @@ class TaskMoments {
   std::vector<Sums> sums_;
 };
 
-// The tiles of the CPU kernels.
-ChannelTiles plan_channels(const ChannelShape& shape) { return ChannelTiles::plan(shape, 1, kTaskColumns, kRowsEach); }
+// Plans the tiles of the CPU kernels.
+ChannelTiles plan_channels(const ChannelShape& shape) {
+  return ChannelTiles::plan(shape, 1, kTaskColumns, kRowsPerWay);
+}
 
 }  // namespace
 
 template <class Scalar>
-void plan_on(Device, MomentsParams<Scalar>& params) {
+void plan_tiles_on(Device, MomentsParams<Scalar>& params) {
   params.tiles = plan_channels(params.tiles.shape);
 }
 
 template <class Scalar>
-void plan_on(Device, InputGradientParams<Scalar>& params) {
+void plan_tiles_on(Device, InputGradientParams<Scalar>& params) {
   params.tiles = plan_channels(params.tiles.shape);
 }
 
+// Computes partial moments, which launch_kernel(CoefficientsParams) merges.
 template <class Scalar>
-void launch_on(Device, const MomentsParams<Scalar>& params) {
+void launch_kernel(Device, const MomentsParams<Scalar>& params) {
   for_each_task(params.tiles, [&](const ChannelTask& task) { TaskMoments<Scalar>(params, task).compute(); });
 }
 
+// Merges the partial moments of each channel, and stores the coefficients.
 template <class Real>
-void launch_on(Device, const CoefficientsParams<Real>& params) {
+void launch_kernel(Device, const CoefficientsParams<Real>& params) {
   for (int64 channel = 0; channel < params.channels; ++channel) {
     Moments found = {0, 0, 0};
     if (params.moments == nullptr) {
       found = params.given_moments(channel);
     } else {
       for (int64 slot = 0; slot < params.slots; ++slot) {
-        found = join(found, params.moments[slot * params.channels + channel]);
+        found = merge_moments(found, params.moments[slot * params.channels + channel]);
       }
     }
     params.store(channel, found);
   }
 }
 
+// Computes dx, and the gradients of the normalisation's weight and bias.
 template <class Scalar>
-void launch_on(Device, const InputGradientParams<Scalar>& params) {
+void launch_kernel(Device, const InputGradientParams<Scalar>& params) {
   using Real = Real_t<Scalar>;
   using Operands = std::array<Operand<Real>, 4>;  // mean, slope, offset, gain
   const ChannelTiles& tiles = params.tiles;
@@ -290,12 +298,12 @@ void launch_on(Device, const InputGradientParams<Scalar>& params) {
     params.store_own_gradients(channel);
   }
   const Real* const values[] = {params.mean(), slopes.data(), offsets.data(), params.gain()};
-  // The row that a loop reads or writes, in the arithmetic type: in place, or a copy in `buffer`.
+  // The row that a loop reads and writes, in the arithmetic type: in place, or `buffer`.
   const auto in_place = [](Scalar* sequence, Real* buffer) {
     if constexpr (std::is_same_v<Scalar, Real>) return sequence;
     return buffer;
   };
-  // Copies elements to the other type; does nothing if the arithmetic type is that of x, as rows are then in place.
+  // Converts elements between the types. Does nothing if x has the arithmetic type, because rows are then in place.
   const auto convert = [](auto* from, auto* to, int64 length) {
     if constexpr (!std::is_same_v<Scalar, Real>) {
       using Loop =
@@ -307,13 +315,13 @@ void launch_on(Device, const InputGradientParams<Scalar>& params) {
   const auto compute_dx = [&](Rows<Real>& rows, int64 element, int64 length, const Operands& operands) {
     const auto& [mean, slope, offset, gain] = operands;
     Scalar* gradient = params.grad_x_seq + element;
-    const Real* x = read(params.x_seq + element, length, rows.row(0));
+    const Real* x = read_elements(params.x_seq + element, length, rows.row(0));
     Real* dx = in_place(gradient, rows.row(1));
     if (params.grad_residual == nullptr) {
       convert(gradient, dx, length);
       run<InputGradientLoop<Real, false>>({x, nullptr, mean, slope, offset, gain, dx, length});
     } else {
-      const Real* dh = read(params.grad_residual + element, length, rows.row(2));
+      const Real* dh = read_elements(params.grad_residual + element, length, rows.row(2));
       run<InputGradientLoop<Real, true>>({x, dh, mean, slope, offset, gain, dx, length});
     }
     convert(dx, gradient, length);
@@ -322,7 +330,7 @@ void launch_on(Device, const InputGradientParams<Scalar>& params) {
     if (loops_over_stretches(tiles)) {
       Rows<Real> rows(3, kTile);
       for_each_chunk(tiles, task, [&](int64 element, int64 chunk) {
-        for_each_channel(tiles, task, chunk, [&](int64 channel, int64 offset, int64 stretch) {
+        for_each_stretch(tiles, task, chunk, [&](int64 channel, int64 offset, int64 stretch) {
           Operands operands;
           for (int i = 0; i < 4; ++i) operands[i] = {nullptr, values[i][channel]};
           for_each_piece(stretch, [&](int64 begin, int64 length) {
@@ -336,7 +344,7 @@ void launch_on(Device, const InputGradientParams<Scalar>& params) {
     Rows<Real> rows(7, std::max(most, kTile));
     Operands operands;
     for (int i = 0; i < 4; ++i) operands[i] = {rows.row(3 + i), Real(0)};
-    for_each_channel(tiles, task, Chunks(tiles).rows * task.units, [&](int64 channel, int64 begin, int64 length) {
+    for_each_stretch(tiles, task, Chunks(tiles).rows * task.units, [&](int64 channel, int64 begin, int64 length) {
       for (int i = 0; i < 4; ++i) std::fill_n(rows.row(3 + i) + begin, length, values[i][channel]);
     });
     for_each_chunk(tiles, task, [&](int64 element, int64 chunk) { compute_dx(rows, element, chunk, operands); });

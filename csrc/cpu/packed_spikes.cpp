@@ -11,12 +11,12 @@
 namespace asgl::cpu {
 namespace {
 
-// Elements that are packed together, whole words of the mask.
-constexpr int64 kChunk = 16384;
+// Elements that a task packs together, a multiple of the 64 bits of a word.
+constexpr int64 kChunkElements = 16384;
 
 // Packs up to 64 elements. Returns their bits, and clears `all_ones` if an element is neither 0 nor 1.
 template <class Real>
-uint64 mask_word(const Real* x, int64 length, bool& all_ones) {
+uint64 pack_word(const Real* x, int64 length, bool& all_ones) {
   using Bits = std::conditional_t<sizeof(Real) == 4, uint32, uint64>;
   uint64 word = 0;
   for (int64 i = 0; i < length; ++i) {
@@ -29,24 +29,24 @@ uint64 mask_word(const Real* x, int64 length, bool& all_ones) {
 }
 
 #if defined(__x86_64__)
-// A bit for each of eight elements, set if the element is 1.
-__attribute__((target("avx2"))) inline int which_one(const float* x) {
+// Returns a bit for each of eight elements, set if the element is 1.
+__attribute__((target("avx2"))) inline int one_bits(const float* x) {
   return _mm256_movemask_ps(_mm256_cmp_ps(_mm256_loadu_ps(x), _mm256_set1_ps(1), _CMP_EQ_OQ));
 }
-__attribute__((target("avx2"))) inline int which_one(const double* x) {
+__attribute__((target("avx2"))) inline int one_bits(const double* x) {
   const auto half = [](const double* from) __attribute__((target("avx2"), always_inline)) {
     return _mm256_movemask_pd(_mm256_cmp_pd(_mm256_loadu_pd(from), _mm256_set1_pd(1), _CMP_EQ_OQ));
   };
   return half(x) | half(x + 4) << 4;
 }
 
-// mask_word for 64 elements.
+// pack_word for 64 elements.
 template <class Real>
-__attribute__((target("avx2"))) uint64 mask_word_avx2(const Real* x, bool& all_ones) {
+__attribute__((target("avx2"))) uint64 pack_word_avx2(const Real* x, bool& all_ones) {
   uint64 word = 0, ones = 0;
   for (int i = 0; i < 64; i += 8) {
-    word |= static_cast<uint64>(which_nonzero(x + i)) << i;
-    ones |= static_cast<uint64>(which_one(x + i)) << i;
+    word |= static_cast<uint64>(nonzero_bits(x + i)) << i;
+    ones |= static_cast<uint64>(one_bits(x + i)) << i;
   }
   all_ones &= word == ones;
   return word;
@@ -56,23 +56,23 @@ __attribute__((target("avx2"))) uint64 mask_word_avx2(const Real* x, bool& all_o
 }  // namespace
 
 template <class Real>
-SpikeCount mask_spikes(const Real* x, int64 length, uint64* mask) {
-  const int64 chunks = (length + kChunk - 1) / kChunk;
+SpikeCount pack_spike_mask(const Real* x, int64 length, uint64* mask) {
+  const int64 chunks = (length + kChunkElements - 1) / kChunkElements;
   SpikeCount found = {true, std::vector<int64>(static_cast<size_t>(chunks + 1))};
   std::atomic<bool> all_ones = true;
   at::parallel_for(0, chunks, 4, [&](int64_t begin, int64_t end) {
     bool ones = true;
     for (int64 chunk = begin; chunk < end; ++chunk) {
-      const int64 first = chunk * kChunk, elements = std::min(kChunk, length - first);
+      const int64 first = chunk * kChunkElements, elements = std::min(kChunkElements, length - first);
       int64 whole = 0;
 #if defined(__x86_64__)
       if (instruction_set() != InstructionSet::kBaseline) {
         for (; whole + 64 <= elements; whole += 64)
-          mask[(first + whole) / 64] = mask_word_avx2(x + first + whole, ones);
+          mask[(first + whole) / 64] = pack_word_avx2(x + first + whole, ones);
       }
 #endif
       for (; whole < elements; whole += 64) {
-        mask[(first + whole) / 64] = mask_word(x + first + whole, std::min<int64>(64, elements - whole), ones);
+        mask[(first + whole) / 64] = pack_word(x + first + whole, std::min<int64>(64, elements - whole), ones);
       }
       found.before[chunk + 1] = count_bits(mask, first, elements);
     }
@@ -84,12 +84,12 @@ SpikeCount mask_spikes(const Real* x, int64 length, uint64* mask) {
 }
 
 template <class Real>
-void copy_spikes(const Real* x, int64 length, const SpikeCount& count, Real* values) {
-  at::parallel_for(0, (length + kChunk - 1) / kChunk, 4, [&](int64_t begin, int64_t end) {
-    int32_t indices[kChunk];
+void pack_spike_values(const Real* x, int64 length, const SpikeCount& count, Real* values) {
+  at::parallel_for(0, (length + kChunkElements - 1) / kChunkElements, 4, [&](int64_t begin, int64_t end) {
+    int32_t indices[kChunkElements];
     for (int64 chunk = begin; chunk < end; ++chunk) {
-      const Real* from = x + chunk * kChunk;
-      const int64 listed = list_nonzero(from, std::min(kChunk, length - chunk * kChunk), indices);
+      const Real* from = x + chunk * kChunkElements;
+      const int64 listed = list_nonzero(from, std::min(kChunkElements, length - chunk * kChunkElements), indices);
       for (int64 n = 0; n < listed; ++n) values[count.before[chunk] + n] = from[indices[n]];
     }
   });
@@ -97,9 +97,9 @@ void copy_spikes(const Real* x, int64 length, const SpikeCount& count, Real* val
 
 int64 count_spikes(const uint64* mask, int64 length) { return count_bits(mask, 0, length); }
 
-template SpikeCount mask_spikes(const float*, int64, uint64*);
-template SpikeCount mask_spikes(const double*, int64, uint64*);
-template void copy_spikes(const float*, int64, const SpikeCount&, float*);
-template void copy_spikes(const double*, int64, const SpikeCount&, double*);
+template SpikeCount pack_spike_mask(const float*, int64, uint64*);
+template SpikeCount pack_spike_mask(const double*, int64, uint64*);
+template void pack_spike_values(const float*, int64, const SpikeCount&, float*);
+template void pack_spike_values(const double*, int64, const SpikeCount&, double*);
 
 }  // namespace asgl::cpu

@@ -10,7 +10,6 @@
 
 namespace asgl::cpu {
 
-// Computes the random draws of adjacent groups of neurons for two steps.
 struct NoiseLoop {
   struct Args {
     NoiseKey key;
@@ -21,6 +20,7 @@ struct NoiseLoop {
     uint64* odd;
   };
 
+  // Computes the random draws of adjacent groups of neurons for two steps.
   static ASGL_HOST_DEVICE void run(Args args) {
 #pragma GCC ivdep
     for (int64 i = 0; i < args.groups; ++i) {
@@ -31,13 +31,13 @@ struct NoiseLoop {
   }
 };
 
-constexpr int64 kNoiseGroups = 32;  // a multiple of each vector loop's groups an iteration
+constexpr int64 kNoiseGroups = 32;  // a multiple of the groups that an iteration of each vector loop computes
 
 #if defined(__x86_64__)
 // NoiseLoop by vector products 32 x 32 -> 64 bits, which GCC does not generate from the loop above. Stores are whole
-// vectors, so the rows must have room for a multiple of kNoiseGroups. Four chains at a time hide the latency of the ten
-// dependent rounds. Rounds are unrolled, since a loop would move the words of a round to the registers of the next.
-// Args are read in each iteration, not before the loop: sixteen registers are too few.
+// vectors, so that rows must have room for a multiple of kNoiseGroups. Four chains at a time hide the latency of the
+// ten dependent rounds. Rounds are unrolled, since a loop would move the words of a round to the registers of the next
+// round. Args are read in each iteration, not before the loop, because sixteen registers are too few.
 template <>
 __attribute__((target("avx2"))) inline void run_avx2<NoiseLoop>(const NoiseLoop::Args& args) {
   constexpr int kChains = 4;
@@ -77,6 +77,7 @@ __attribute__((target("avx2"))) inline void run_avx2<NoiseLoop>(const NoiseLoop:
   }
 }
 
+// NoiseLoop with AVX-512, otherwise as with AVX2.
 template <>
 ASGL_TARGET_AVX512 inline void run_avx512<NoiseLoop>(const NoiseLoop::Args& args) {
   constexpr int kChains = 4, kXor3 = 0x96;

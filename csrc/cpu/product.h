@@ -18,6 +18,7 @@
 
 namespace asgl::cpu {
 
+// A vector of kBytes bytes, as an extension of the compiler.
 template <class Real, int kBytes>
 struct VectorOf {
   typedef Real type __attribute__((vector_size(kBytes)));
@@ -60,26 +61,26 @@ ASGL_HOST_DEVICE void multiply_add(const Vector& a, const Vector& b, Vector& c) 
 #pragma GCC diagnostic pop
 #endif
 
-// Loads a vector, from an address that need not be aligned.
+// Loads a vector from an address that need not be aligned.
 template <class Real, class Vector>
 ASGL_HOST_DEVICE void load(const Real* from, Vector& to) {
   std::memcpy(&to, from, sizeof(Vector));
 }
 
-// Columns of a panel, two of the widest vectors. A matrix [depth, columns] is stored as panels, [columns / kPanel,
-// depth, kPanel], padded, so that the rows of a panel are adjacent in memory.
+// The number of columns of a panel, two of the widest vectors. A matrix [depth, columns] is stored as panels, [columns
+// / kPanelColumns, depth, kPanelColumns], padded, so that the rows of a panel are adjacent in memory.
 template <class Real>
-constexpr int64 kPanel = 128 / static_cast<int64>(sizeof(Real));
+constexpr int64 kPanelColumns = 128 / static_cast<int64>(sizeof(Real));
 
-// The number of elements of a matrix that is stored as panels.
+// The number of elements of a matrix that is stored as panels, with padding.
 template <class Real>
 int64 panels_size(int64 depth, int64 columns) {
-  return (columns + kPanel<Real> - 1) / kPanel<Real> * kPanel<Real> * depth;
+  return (columns + kPanelColumns<Real> - 1) / kPanelColumns<Real> * kPanelColumns<Real> * depth;
 }
 
-// Copies `count` elements, but at most kMost.
+// Copies `count` elements, but at most kMost. A copy of kMost elements has a constant size and needs no call.
 template <int64 kMost, class Real>
-ASGL_HOST_DEVICE void copy(const void* from, void* to, int64 count) {
+ASGL_HOST_DEVICE void copy_at_most(const void* from, void* to, int64 count) {
   if (count >= kMost) {
     std::memcpy(to, from, kMost * sizeof(Real));
   } else {
@@ -91,14 +92,14 @@ ASGL_HOST_DEVICE void copy(const void* from, void* to, int64 count) {
 // written, and no result depends on it.
 template <class Real>
 void fill_panels(const Real* matrix, int64 row_stride, int64 column_stride, int64 depth, int64 columns, Real* panels) {
-  for (int64 first = 0; first < columns; first += kPanel<Real>) {
-    const int64 width = std::min(columns - first, kPanel<Real>);
+  for (int64 first = 0; first < columns; first += kPanelColumns<Real>) {
+    const int64 width = std::min(columns - first, kPanelColumns<Real>);
     Real* panel = panels + first * depth;
     for (int64 k = 0; k < depth; ++k) {
       const Real* row = matrix + k * row_stride + first * column_stride;
-      Real* to = panel + k * kPanel<Real>;
+      Real* to = panel + k * kPanelColumns<Real>;
       if (column_stride == 1) {
-        copy<kPanel<Real>, Real>(row, to, width);
+        copy_at_most<kPanelColumns<Real>, Real>(row, to, width);
       } else {
         for (int64 j = 0; j < width; ++j) to[j] = row[j * column_stride];
       }
@@ -106,51 +107,54 @@ void fill_panels(const Real* matrix, int64 row_stride, int64 column_stride, int6
   }
 }
 
-// The largest number of rows of a product.
-constexpr int64 kProductRows = 16;
+// The largest number of rows of `out` in a product.
+constexpr int64 kMaxProductRows = 16;
 
-// out[i, j] (+)= sum over k of a[i, k] * b[k, j]
+// Arguments of a product: out[i, j] (+)= sum over k of a[i, k] * b[k, j].
 template <class Real>
 struct Product {
   const Real* a;                         // [rows, depth]
   int64 a_stride, rows, depth, columns;  // a_stride: elements between rows of a
-  const Real* panels;                    // of b
+  const Real* panels;                    // b, stored as panels
   bool accumulate;
   Real* out;  // [rows, columns]
 };
 
-// Computes the product in tiles of six rows and two vectors: twelve sums in registers hide the latency of an addition.
 template <class Real, int kBytes>
 struct DenseProductLoop {
   using Args = Product<Real>;
   using Vector = typename VectorOf<Real, kBytes>::type;
   static constexpr int64 kLanes = kBytes / static_cast<int64>(sizeof(Real)), kColumns = 2 * kLanes;
-  static_assert(kPanel<Real> % kColumns == 0);
+  static_assert(kPanelColumns<Real> % kColumns == 0);
 
+  // Computes the product in tiles of six rows and two vectors. Twelve sums in registers hide the latency of an
+  // addition.
   static ASGL_HOST_DEVICE void run(Args args) {
     for (int64 column = 0; column < args.columns; column += kColumns) {
       int64 row = 0;
-      for (; row + 6 <= args.rows; row += 6) tile<6>(args, row, column);
-      if (row + 4 <= args.rows) tile<4>(args, row, column), row += 4;
-      if (row + 2 <= args.rows) tile<2>(args, row, column), row += 2;
-      if (row < args.rows) tile<1>(args, row, column);
+      for (; row + 6 <= args.rows; row += 6) compute_tile<6>(args, row, column);
+      if (row + 4 <= args.rows) compute_tile<4>(args, row, column), row += 4;
+      if (row + 2 <= args.rows) compute_tile<2>(args, row, column), row += 2;
+      if (row < args.rows) compute_tile<1>(args, row, column);
     }
   }
 
  private:
-  // Computes kRows rows of kColumns columns.
+  // Computes kRows rows of kColumns columns, from `row` and `column` on.
   template <int kRows>
-  static ASGL_HOST_DEVICE void tile(const Args& args, int64 row, int64 column) {
-    const int64 in_panel = column % kPanel<Real>, width = args.columns - column;
+  static ASGL_HOST_DEVICE void compute_tile(const Args& args, int64 row, int64 column) {
+    const int64 in_panel = column % kPanelColumns<Real>, width = args.columns - column;
     const Real* b = args.panels + (column - in_panel) * args.depth + in_panel;
     const Real* a = args.a + row * args.a_stride;
     Real* out = args.out + row * args.columns + column;
     Vector sums[kRows][2] = {};
-    for (int i = 0; i < kRows && args.accumulate; ++i) copy<kColumns, Real>(out + i * args.columns, &sums[i], width);
+    for (int i = 0; i < kRows && args.accumulate; ++i) {
+      copy_at_most<kColumns, Real>(out + i * args.columns, &sums[i], width);
+    }
     for (int64 k = 0; k < args.depth; ++k) {
       Vector b0, b1;
-      load(b + k * kPanel<Real>, b0);
-      load(b + k * kPanel<Real> + kLanes, b1);
+      load(b + k * kPanelColumns<Real>, b0);
+      load(b + k * kPanelColumns<Real> + kLanes, b1);
 #pragma GCC unroll 6
       for (int i = 0; i < kRows; ++i) {
         const Vector factor = a[i * args.a_stride + k] - Vector{};
@@ -159,18 +163,18 @@ struct DenseProductLoop {
       }
     }
 #pragma GCC unroll 6
-    for (int i = 0; i < kRows; ++i) copy<kColumns, Real>(&sums[i], out + i * args.columns, width);
+    for (int i = 0; i < kRows; ++i) copy_at_most<kColumns, Real>(&sums[i], out + i * args.columns, width);
   }
 };
 
-// Stands for factors that are all 1: rows of b are then added without a product, with bitwise the same result.
+// Stands for factors that are all 1. Rows of b are then added without a product, with bitwise the same result.
 struct AllOnes {};
 
-// sums += value(n, k) * b[k] for the listed k, in order; value(n, k) is the factor of the n-th listed k. b has one
-// pointer for each vector of sums, and `stride` elements between rows.
+// Adds the listed rows of b to the sums, in order: sums += value(n, k) * b[k] for k = indices[n]. b has one pointer for
+// each vector of sums, and `stride` elements between rows.
 template <int kVectors, class Index, class Value, class Real, class Vector>
-ASGL_HOST_DEVICE void add_listed(const Index* indices, int64 count, int64 stride, const Value& value,
-                                 const Real* const (&b)[kVectors], Vector (&sums)[kVectors]) {
+ASGL_HOST_DEVICE void add_listed_rows(const Index* indices, int64 count, int64 stride, const Value& value,
+                                      const Real* const (&b)[kVectors], Vector (&sums)[kVectors]) {
   for (int64 n = 0; n < count; ++n) {
     const int64 k = indices[n];
     Vector factor;
@@ -188,7 +192,7 @@ ASGL_HOST_DEVICE void add_listed(const Index* indices, int64 count, int64 stride
   }
 }
 
-// The product of a row with b, from the listed elements of the row alone.
+// Arguments of the product of one row of a with b, from the row's `count` elements with these indices alone.
 template <class Real>
 struct GatheredProduct {
   Product<Real> product;
@@ -202,43 +206,44 @@ struct GatheredProductLoop {
   using Vector = typename VectorOf<Real, kBytes>::type;
   static constexpr int64 kLanes = kBytes / static_cast<int64>(sizeof(Real));
 
+  // Computes a GatheredProduct, eight or two vectors of columns at a time.
   static ASGL_HOST_DEVICE void run(Args args) {
     int64 column = 0;
-    for (; column + 8 * kLanes <= args.product.columns; column += 8 * kLanes) block<8>(args, column);
-    for (; column < args.product.columns; column += 2 * kLanes) block<2>(args, column);
+    for (; column + 8 * kLanes <= args.product.columns; column += 8 * kLanes) compute_block<8>(args, column);
+    for (; column < args.product.columns; column += 2 * kLanes) compute_block<2>(args, column);
   }
 
  private:
-  // Computes kVectors vectors of columns.
+  // Computes kVectors vectors of columns, from `column` on.
   template <int kVectors>
-  static ASGL_HOST_DEVICE void block(const Args& args, int64 column) {
+  static ASGL_HOST_DEVICE void compute_block(const Args& args, int64 column) {
     const Product<Real>& product = args.product;
     const int64 width = product.columns - column;
     Vector sums[kVectors] = {};
-    if (product.accumulate) copy<kVectors * kLanes, Real>(product.out + column, &sums, width);
+    if (product.accumulate) copy_at_most<kVectors * kLanes, Real>(product.out + column, &sums, width);
     const Real* b[kVectors];
 #pragma GCC unroll 8
     for (int i = 0; i < kVectors; ++i) {
-      const int64 in_panel = (column + i * kLanes) % kPanel<Real>;
+      const int64 in_panel = (column + i * kLanes) % kPanelColumns<Real>;
       b[i] = product.panels + (column + i * kLanes - in_panel) * product.depth + in_panel;
     }
-    add_listed(
-        args.indices, args.count, kPanel<Real>,
+    add_listed_rows(
+        args.indices, args.count, kPanelColumns<Real>,
         [a = product.a](int64, int64 k) __attribute__((always_inline)) { return a[k]; }, b, sums);
-    copy<kVectors * kLanes, Real>(&sums, product.out + column, width);
+    copy_at_most<kVectors * kLanes, Real>(&sums, product.out + column, width);
   }
 };
 
 #if defined(__x86_64__)
-// The clone for AVX2 with FMA.
+// The clone of a loop for AVX2 with FMA.
 template <class Loop>
 __attribute__((target("avx2,fma"))) void run_fma(const typename Loop::Args& args) {
   Loop::run(args);
 }
 #endif
 
-// As `run`, for loops whose multiply-adds are explicitly fused, on the widest vectors of the instruction set. The int
-// of `Loop` is their size in bytes. If the processor has AVX2 without FMA, the baseline is used.
+// Runs a loop whose multiply-adds are fused, on the widest vectors of the instruction set. The int argument of `Loop`
+// is their size in bytes. A processor with AVX2 but without FMA runs the baseline.
 template <template <class, int> class Loop, class Real>
 void run_with_fma(const typename Loop<Real, 16>::Args& args) {
 #if defined(__x86_64__)
@@ -248,10 +253,10 @@ void run_with_fma(const typename Loop<Real, 16>::Args& args) {
   run_baseline<Loop<Real, 16>>(args);
 }
 
-// Appends the indices of the elements that are not zero, from `first` on, to a list of `count` indices; NaN is not
-// zero. Returns the length of the list.
+// Appends the indices of elements that are not zero, from `first` on, to a list of `count` indices. NaN is not zero.
+// Returns the new length of the list.
 template <class Real>
-int64 list_nonzero_after(int64 first, const Real* row, int64 length, int32_t* indices, int64 count) {
+int64 append_nonzero(int64 first, const Real* row, int64 length, int32_t* indices, int64 count) {
   using Bits = std::conditional_t<sizeof(Real) == 4, uint32, uint64>;
   for (int64 i = first; i < length; ++i) {
     indices[count] = static_cast<int32_t>(i);
@@ -262,7 +267,7 @@ int64 list_nonzero_after(int64 first, const Real* row, int64 length, int32_t* in
 
 #if defined(__x86_64__)
 // For each value of a byte, the positions of its set bits, one byte per position.
-constexpr auto kPositions = [] {
+constexpr auto kSetBitPositions = [] {
   std::array<uint64, 256> positions{};
   for (int byte = 0; byte < 256; ++byte) {
     for (int bit = 7; bit >= 0; --bit) {
@@ -272,14 +277,14 @@ constexpr auto kPositions = [] {
   return positions;
 }();
 
-// A bit for each of eight elements, set if the element is not zero. Compares the bits without the sign, not numbers: if
-// the processor flushes subnormals, it compares them as zero.
-__attribute__((target("avx2"))) inline int which_nonzero(const float* row) {
+// Returns a bit for each of eight elements, set if the element is not zero. Compares the bits without the sign, because
+// a processor that flushes subnormals would compare them as zero.
+__attribute__((target("avx2"))) inline int nonzero_bits(const float* row) {
   const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row));
   const __m256i zeros = _mm256_cmpeq_epi32(_mm256_add_epi32(bits, bits), _mm256_setzero_si256());
   return _mm256_movemask_ps(_mm256_castsi256_ps(zeros)) ^ 0xFF;
 }
-__attribute__((target("avx2"))) inline int which_nonzero(const double* row) {
+__attribute__((target("avx2"))) inline int nonzero_bits(const double* row) {
   const auto zeros = [](const double* from) __attribute__((target("avx2"), always_inline)) {
     const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
     return _mm256_movemask_pd(
@@ -288,18 +293,18 @@ __attribute__((target("avx2"))) inline int which_nonzero(const double* row) {
   return (zeros(row) | zeros(row + 4) << 4) ^ 0xFF;
 }
 
-// list_nonzero_after for eight elements at once, without a branch: 0.1 ns per element instead of 1 ns.
+// list_nonzero for eight elements at once, without a branch: 0.1 ns per element instead of 1 ns.
 template <class Real>
 __attribute__((target("avx2,popcnt"))) int64 list_nonzero_avx2(const Real* row, int64 length, int32_t* indices) {
   int64 count = 0, i = 0;
   for (; i + 8 <= length; i += 8) {
-    const int which = which_nonzero(row + i);
-    const __m256i positions = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<int64_t>(kPositions[which])));
+    const int which = nonzero_bits(row + i);
+    const __m256i positions = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<int64_t>(kSetBitPositions[which])));
     const __m256i elements = _mm256_add_epi32(positions, _mm256_set1_epi32(static_cast<int>(i)));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(indices + count), elements);
     count += __builtin_popcount(static_cast<unsigned>(which));
   }
-  return list_nonzero_after(i, row, length, indices, count);
+  return append_nonzero(i, row, length, indices, count);
 }
 #endif
 
@@ -310,14 +315,15 @@ int64 list_nonzero(const Real* row, int64 length, int32_t* indices) {
 #if defined(__x86_64__)
   if (instruction_set() != InstructionSet::kBaseline) return list_nonzero_avx2(row, length, indices);
 #endif
-  return list_nonzero_after(0, row, length, indices, 0);
+  return append_nonzero(0, row, length, indices, 0);
 }
 
-// A gathered element takes the time of four in a dense product: 10 and 40 GMAC/s in float32 on one core with AVX2.
-constexpr int64 kDenseShare = 4;
+// A listed element takes as long as four elements in a dense product: 10 and 40 GMAC/s in float32 on one core with
+// AVX2.
+constexpr int64 kGatherCost = 4;
 
-// Computes the product. With `skips_zeros`, rows of a with few elements that are not zero use those elements alone,
-// which is correct only if all of b is finite. `indices` must have room for all elements of a.
+// Computes the product. With `skips_zeros`, a product with few elements of a that are not zero uses those elements
+// alone, which is correct only if all of b is finite. `indices` must have room for all elements of a.
 template <class Real>
 void multiply(const Product<Real>& product, bool skips_zeros, int32_t* indices) {
   const auto row_of = [&](int64 row) {
@@ -327,13 +333,13 @@ void multiply(const Product<Real>& product, bool skips_zeros, int32_t* indices) 
     one.out += row * product.columns;
     return one;
   };
-  std::array<int64, kProductRows> counts;
+  std::array<int64, kMaxProductRows> counts;
   int64 total = 0;
   for (int64 row = 0; row < product.rows && skips_zeros; ++row) {
     counts[row] = list_nonzero(product.a + row * product.a_stride, product.depth, indices + row * product.depth);
     total += counts[row];
   }
-  if (!skips_zeros || total * kDenseShare > product.rows * product.depth) {
+  if (!skips_zeros || total * kGatherCost > product.rows * product.depth) {
     return run_with_fma<DenseProductLoop, Real>(product);
   }
   for (int64 row = 0; row < product.rows; ++row) {

@@ -1,6 +1,6 @@
 // The CPU kernels of recurrent neurons. A task computes a chunk of the batch through all steps: a product with the
-// weight, then the neuron's loops of cpu/loops.h. Products forward, and the weight's gradient, add up only the rows of
-// the spikes that there are, unless most elements spiked.
+// weight, then the neuron's loops of cpu/loops.h. Products forward, and the weight's gradient, add up only the rows
+// that spikes select, unless more than a quarter of the elements spiked.
 #include <ATen/Parallel.h>
 
 #include <algorithm>
@@ -15,7 +15,6 @@
 namespace asgl::cpu {
 namespace {
 
-// Computes j[t] = x[t] + (product + bias) in place of the product, and the current i[t] from it.
 template <class Real>
 struct RecurrentCurrentLoop {
   struct Args {
@@ -25,13 +24,14 @@ struct RecurrentCurrentLoop {
     int64 length;
   };
 
+  // Computes j[t] = x[t] + (product + bias) in place of the product, and the current i[t] from it.
   static ASGL_HOST_DEVICE void run(Args args) {
-    if (args.has_synapse) return loop<true>(args);
-    loop<false>(args);
+    if (args.has_synapse) return run_loop<true>(args);
+    run_loop<false>(args);
   }
 
   template <bool kSynapse>
-  static ASGL_HOST_DEVICE void loop(Args args) {
+  static ASGL_HOST_DEVICE void run_loop(Args args) {
 #pragma GCC ivdep
     for (int64 n = 0; n < args.length; ++n) {
       const Real j = args.x[n] + (args.product[n] + args.bias[n]);
@@ -41,7 +41,6 @@ struct RecurrentCurrentLoop {
   }
 };
 
-// Computes v[t] from h[t], s[t] and, for adaptive neurons, w[t].
 template <class Real, class Model>
 struct ResetLoop {
   struct Args {
@@ -52,13 +51,14 @@ struct ResetLoop {
     int64 length;
   };
 
+  // Computes v[t] again from h[t], s[t] and, for adaptive neurons, w[t].
   static ASGL_HOST_DEVICE void run(Args args) {
-    const auto model = Model::of(args.options);
+    const auto model = Model::from_options(args.options);
 #pragma GCC ivdep
     for (int64 n = 0; n < args.length; ++n) {
       if constexpr (Model::kHasAdaptation) {
-        const Real h = model.charged(args.h[n], args.w[n]);
-        args.v[n] = model.reset(h, args.s[n], model.adapted(args.neurons[n], args.w[n]));
+        const Real h = model.charged_potential(args.h[n], args.w[n]);
+        args.v[n] = model.reset(h, args.s[n], model.with_adapted_reset(args.neurons[n], args.w[n]));
       } else {
         args.v[n] = model.reset(args.h[n], args.s[n], args.neurons[n]);
       }
@@ -66,7 +66,7 @@ struct ResetLoop {
   }
 };
 
-// Some rows of the batch, as a tile of `count` * N neurons.
+// The rows of the batch that a task computes, as a tile of `count` * N neurons.
 struct Chunk : Tile {
   int64 count;
 
@@ -75,9 +75,9 @@ struct Chunk : Tile {
       : Tile(params.shape(), index, kRecurrentRows * params.neurons), count(length / params.neurons) {}
 };
 
-// The chunk's rows of a state [B, N]. If `state` is null, `buffer`, filled with `otherwise`.
+// Returns the chunk's rows of a state [B, N]. If `state` is null, fills `buffer` with `otherwise` and returns it.
 template <class Real>
-const Real* state_or(const Real* state, const Chunk& chunk, Real otherwise, Real* buffer) {
+const Real* state_or_filled(const Real* state, const Chunk& chunk, Real otherwise, Real* buffer) {
   if (state != nullptr) return state + chunk.first;
   std::fill_n(buffer, chunk.length, otherwise);
   return buffer;
@@ -90,20 +90,20 @@ Rows<Real> padded_rows(int64 count, int64 length) {
   return Rows<Real>(count, length + 16);
 }
 
-// The rows to prefetch: row t of each sequence, from element `offset` on.
+// The rows to prefetch: those of step t of each sequence, from element `offset` of the chunk on.
 template <class... Elements>
-Ahead ahead_of(const Chunk& chunk, int64 t, int64 offset, const Elements*... sequences) {
+PrefetchRows rows_to_prefetch(const Chunk& chunk, int64 t, int64 offset, const Elements*... sequences) {
   if (t < 0 || t >= chunk.shape.steps) return {};
   const auto part = [&](const auto* sequence) {
-    const char* row = row_ahead(sequence, chunk, t);
+    const char* row = row_to_prefetch(sequence, chunk, t);
     return row == nullptr ? row : row + offset * static_cast<int64>(sizeof(*sequence));
   };
   return {sizeof(float), {part(sequences)...}};
 }
 
-// About the number of elements that a loop computes at a time, so that its operands, some 16 rows, stay in the L1
+// The approximate number of elements that a loop computes at a time. Its operands, some 16 rows, then stay in the L1
 // cache.
-constexpr int64 kPart = 256;
+constexpr int64 kPartElements = 256;
 
 // The neurons' parameters, repeated for some adjacent rows of the batch, so that a loop computes these rows at once.
 template <class Scalar>
@@ -111,11 +111,12 @@ class RepeatedNeurons {
   using Real = Real_t<Scalar>;
 
  public:
+  // Copies the parameters, and converts a learned width and decay.
   explicit RepeatedNeurons(const RecurrentParams<Scalar>& params)
       : period_(params.neurons),
-        length_(std::clamp<int64>(kPart / params.neurons, 1, kRecurrentRows) * params.neurons),
-        rows_(padded_rows<Real>(kRecurrentParameters, length_)) {
-    for (int id = 0; id < kRecurrentParameters; ++id) {
+        length_(std::clamp<int64>(kPartElements / params.neurons, 1, kRecurrentRows) * params.neurons),
+        rows_(padded_rows<Real>(kNumRecurrentParameters, length_)) {
+    for (int id = 0; id < kNumRecurrentParameters; ++id) {
       const Real* values = params.parameters + id * period_;
       for (int64 n = 0; n < length_; n += period_) std::copy_n(values, period_, rows_.row(id) + n);
     }
@@ -125,14 +126,15 @@ class RepeatedNeurons {
   }
 
   int64 length() const { return length_; }
-  // The parameters of the neuron, as rows.
+  // The parameters that the neuron's loops read.
   NeuronRows<Real> neurons() {
     return {{(*this)[kDecay], (*this)[kThreshold], (*this)[kReset], (*this)[kWidth], (*this)[kInputGain],
              (*this)[kInputBias], (*this)[kInputMean]}};
   }
-  const Real* operator[](int id) { return rows_.row(id); }  // the inverse for kWidth
+  // The row of a parameter, which for kWidth is the inverse of the width.
+  const Real* operator[](int id) { return rows_.row(id); }
 
-  // Calls f(offset, length) for parts of a chunk: whole rows of the batch, about kPart elements.
+  // Calls f(offset, length) for each part of a chunk, of whole rows of the batch and about kPartElements elements.
   template <class F>
   void for_each_part(const Chunk& chunk, F&& f) const {
     for (int64 offset = 0; offset < chunk.length; offset += length_) {
@@ -150,18 +152,19 @@ template <class Scalar>
 class ChunkNoise {
  public:
   explicit ChunkNoise(const RecurrentParams<Scalar>& params)
-      : drawn_(params.noise.drawn()),
+      : drawn_(params.noise.needs_draws()),
         rng_state_(params.noise.rng_state),
         rows_(2, kRecurrentRows * params.neurons / 4 + 2 * kNoiseGroups) {
     std::fill_n(rows_.row(0), rows_.stride(), 0);
   }
 
-  // If analog_prob is 0 or 1 nothing is drawn, and draws are 0, which is below every analog_below but 0.
-  const uint16* row(const Chunk& chunk, int64 t) {
+  // Returns the draws of a chunk for step t, one per neuron. If analog_prob is 0 or 1 nothing is drawn, and draws are
+  // 0, which is below every analog_below but 0.
+  const uint16* draws(const Chunk& chunk, int64 t) {
     const auto* draws = reinterpret_cast<const uint16*>(rows_.row(0));
     if (!drawn_) return draws;
     const int64 group = chunk.first / 4 / kNoiseGroups * kNoiseGroups;
-    const uint64 seed = static_cast<uint64>(rng_state_[0]) + static_cast<uint64>(t) * kSeedOfStep;
+    const uint64 seed = static_cast<uint64>(rng_state_[0]) + static_cast<uint64>(t) * kSeedPerStep;
     const int64 state[2] = {static_cast<int64>(seed), rng_state_[1]};
     const int64 groups = (chunk.first + chunk.length + 3) / 4 - group;
     run<NoiseLoop>({noise_key(state), static_cast<uint64>(group), groups, 0, rows_.row(0), rows_.row(1)});
@@ -174,7 +177,6 @@ class ChunkNoise {
   Rows<uint64> rows_;
 };
 
-// Whether all values are finite. Only then may elements of the other factor that are 0 be left out of a product.
 template <class Real>
 struct FiniteLoop {
   struct Args {
@@ -183,6 +185,7 @@ struct FiniteLoop {
     bool* all_finite;
   };
 
+  // Finds whether all values are finite. Only then may a product skip zeros of the other factor.
   static ASGL_HOST_DEVICE void run(Args args) {
     int others = 0;
     for (int64 i = 0; i < args.length; ++i) others |= !(args.values[i] - args.values[i] == Real(0));
@@ -198,9 +201,10 @@ bool all_finite(const Real* values, int64 length) {
   return result;
 }
 
-static_assert(kRecurrentRows <= kProductRows);
+static_assert(kRecurrentRows <= kMaxProductRows);
 
-// out = s W^T in forward, out = dj W in backward, [rows, N]. Only spikes are sparse; gradients dj are not.
+// Computes products with the weight: out = s W^T in forward, out = dj W in backward, [rows, N]. Only forward skips
+// zeros, because spikes are sparse and gradients are not.
 template <class Scalar>
 class WeightProduct {
   using Real = Real_t<Scalar>;
@@ -234,23 +238,24 @@ class WeightProduct {
   std::vector<Real> panels_;
 };
 
-// Computes forward for one chunk.
+// Computes the forward pass of one chunk.
 template <class Model, class Scalar>
-void forward_chunk(const RecurrentForwardParams<Scalar>& params, const WeightProduct<Scalar>& product,
-                   const Chunk& chunk) {
+void compute_forward_chunk(const RecurrentForwardParams<Scalar>& params, const WeightProduct<Scalar>& product,
+                           const Chunk& chunk) {
   using Real = Real_t<Scalar>;
   Rows<Real> buffers = padded_rows<Real>(8, chunk.length);
-  Real *const x_buffer = buffers.take(), *const current_buffer = buffers.take(), *const h_buffer = buffers.take();
-  Real *const s_buffer = buffers.take(), *const out_buffer = buffers.take();
-  Real *const v = buffers.take(), *const w = buffers.take(), *const i = buffers.take();
+  Real *const x_buffer = buffers.allocate(), *const current_buffer = buffers.allocate(),
+              *const h_buffer = buffers.allocate();
+  Real *const s_buffer = buffers.allocate(), *const out_buffer = buffers.allocate();
+  Real *const v = buffers.allocate(), *const w = buffers.allocate(), *const i = buffers.allocate();
   const int64 all = chunk.shape.neurons();
   std::vector<int32_t> indices(static_cast<size_t>(chunk.length));
   RepeatedNeurons<Scalar> repeated(params);
   ChunkNoise<Scalar> noise(params);
-  const auto states = rows_of_states<Model>(v, w);
+  const auto states = state_rows<Model>(v, w);
   load_states(params.v_init, all, chunk.first, params.options.v_rest, chunk.length, states);
   load_state(params.i_init, chunk.first, Real(0), chunk.length, i);
-  const Real* s_before = state_or(params.s_init, chunk, Real(0), s_buffer);
+  const Real* s_before = state_or_filled(params.s_init, chunk, Real(0), s_buffer);
   const bool scales = params.options.scale_output;
   for (int64 t = 0; t < params.steps; ++t) {
     Real* const current = start_row(params.i_seq, chunk, t, current_buffer);
@@ -259,7 +264,7 @@ void forward_chunk(const RecurrentForwardParams<Scalar>& params, const WeightPro
     Real* const h = start_row(params.h_seq, chunk, t, h_buffer);
     Real* const out = start_row(params.s_seq, chunk, t, scales ? out_buffer : s_buffer);
     Real* const s = params.emitted != nullptr ? start_row(params.emitted, chunk, t, s_buffer) : scales ? s_buffer : out;
-    const uint16* draws = noise.row(chunk, t);
+    const uint16* draws = noise.draws(chunk, t);
     finish_row(w, params.w_seq, chunk, t);
     repeated.for_each_part(chunk, [&](int64 offset, int64 length) {
       run<RecurrentCurrentLoop<Real>>({x + offset, repeated[kRecurrentBias], repeated[kRecurrentSynDecay],
@@ -267,7 +272,7 @@ void forward_chunk(const RecurrentForwardParams<Scalar>& params, const WeightPro
       run<StepLoop<Real, Model, NeuronRows<Real>>>(
           {repeated.neurons(), params.options, params.noise.analog_below, length, current + offset, draws + offset,
            v + offset, v + offset, h + offset, s + offset,
-           ahead_of(chunk, t + 1, offset, params.x_seq, params.h_seq, params.s_seq), w + offset, w + offset,
+           rows_to_prefetch(chunk, t + 1, offset, params.x_seq, params.h_seq, params.s_seq), w + offset, w + offset,
            /*compared=*/true});
       if (scales) run<MultiplyLoop<Real>>({s + offset, {repeated[kThreshold], Real(0)}, out + offset, length});
     });
@@ -283,7 +288,7 @@ void forward_chunk(const RecurrentForwardParams<Scalar>& params, const WeightPro
   store_state(i, chunk.length, params.i_last, chunk.first);
 }
 
-// Computes backward for one chunk, and sums the gradients of the parameters over the chunk's rows.
+// Computes the backward pass of one chunk, and sums the gradients of the parameters over the chunk's rows.
 template <class Model, class Scalar>
 class ChunkBackward {
   using Real = Real_t<Scalar>;
@@ -292,15 +297,15 @@ class ChunkBackward {
   ChunkBackward(const RecurrentBackwardParams<Scalar>& params, const WeightProduct<Scalar>& product, const Chunk& chunk)
       : params_(params), product_(product), chunk_(chunk) {}
 
-  // Computes the gradients of all steps, from the last to the first.
-  void run() {
+  // Computes the gradients of all steps, from the last to the first, and stores them.
+  void compute() {
     const int64 all = chunk_.shape.neurons();
-    const auto gradients = rows_of_states<Model>(dv_, dw_);
+    const auto gradients = state_rows<Model>(dv_, dw_);
     load_states(params_.grad_v_last, all, chunk_.first, Real(0), chunk_.length, gradients);
     load_state(params_.grad_i_last, chunk_.first, Real(0), chunk_.length, di_);
     load_state(params_.grad_s_last, chunk_.first, Real(0), chunk_.length, feedback_);
     std::fill_n(zeros_, chunk_.length, Real(0));
-    std::fill_n(sums_, kRecurrentSums * parts_.stride(), Real(0));
+    std::fill_n(sums_, kNumRecurrentSums * parts_.stride(), Real(0));
     carried_ = params_.grad_v_last != nullptr;
     read_step_before(params_.steps);
     if (Model::kHasAdaptation && carried_ && params_.grad_parameters != nullptr) {
@@ -308,7 +313,7 @@ class ChunkBackward {
         add_gradients_of_adaptation(potential_before(offset, length), offset, length);
       });
     }
-    for (int64 t = params_.steps - 1; t >= 0; --t) walk_back(t);
+    for (int64 t = params_.steps - 1; t >= 0; --t) backward_step(t);
     store_states(gradients, chunk_.length, params_.grad_v_init, all, chunk_.first);
     store_state(di_, chunk_.length, params_.grad_i_init, chunk_.first);
     store_state(feedback_, chunk_.length, params_.grad_s_init, chunk_.first);
@@ -321,18 +326,18 @@ class ChunkBackward {
     const Real *h, *s, *v, *i, *w;
   };
 
-  // The sums of a parameter, [repeated_.length()].
-  Real* sums(int id) { return sums_ + id * parts_.stride(); }
+  // The row of sums of a parameter's gradient, [repeated_.length()].
+  Real* sums_row(int id) { return sums_ + id * parts_.stride(); }
 
-  // Whether the gradient of syn_decay is wanted: only then i_seq is given.
+  // Whether the gradient of syn_decay is wanted. Only then is i_seq not null.
   bool wants_syn_decay() const { return params_.grad_parameters != nullptr && params_.i_seq != nullptr; }
 
-  // Reads the state after the step before t, in place or into one of two buffers, which alternate with t.
+  // Reads the state after step t - 1 into before_: in place, or as a copy in one of two buffers, which alternate.
   void read_step_before(int64 t) {
     if (t == 0) {
-      before_ = {nullptr, state_or(params_.s_init, chunk_, Real(0), s_[0]),
-                 state_or(params_.v_init, chunk_, params_.options.v_rest, h_[0]),
-                 state_or(params_.i_init, chunk_, Real(0), i_), nullptr};
+      before_ = {nullptr, state_or_filled(params_.s_init, chunk_, Real(0), s_[0]),
+                 state_or_filled(params_.v_init, chunk_, params_.options.v_rest, h_[0]),
+                 state_or_filled(params_.i_init, chunk_, Real(0), i_), nullptr};
       return;
     }
     const Real* w = params_.w_seq == nullptr ? zeros_ : read_row(params_.w_seq, chunk_, t - 1, w_[t % 2]);
@@ -340,13 +345,13 @@ class ChunkBackward {
                nullptr, wants_syn_decay() ? read_row(params_.i_seq, chunk_, t - 1, i_) : nullptr, w};
   }
 
-  // Adds factor * (a * (b - c)) to the sums of a parameter.
+  // Adds factor * (a * (b - c)) to the sums of a parameter's gradient.
   void accumulate(int id, int64 length, Real factor, const Real* a, Operand<Real> b, Operand<Real> c = {nullptr, 0}) {
-    cpu::run<AccumulateLoop<Real>>({length, factor, a, b, c, sums(id)});
+    run<AccumulateLoop<Real>>({length, factor, a, b, c, sums_row(id)});
   }
 
-  // Walks back through step t.
-  void walk_back(int64 t) {
+  // Computes the gradients of step t from those of step t + 1, and adds to the sums of the parameters' gradients.
+  void backward_step(int64 t) {
     const Step now = before_;
     read_step_before(t);
     const bool scales = params_.options.scale_output;
@@ -354,7 +359,7 @@ class ChunkBackward {
     const Real* gh = params_.grad_h_seq == nullptr ? zeros_ : read_row(params_.grad_h_seq, chunk_, t, gh_);
     if (params_.grad_v_seq != nullptr) {
       const Real* gv = read_row(params_.grad_v_seq, chunk_, t, gv_);
-      cpu::run<AccumulateLoop<Real>>({chunk_.length, Real(1), gv, kOne, kZero, dv_});
+      run<AccumulateLoop<Real>>({chunk_.length, Real(1), gv, kOne, kZero, dv_});
       carried_ = true;
     }
     Real* const dj = start_row(params_.grad_j_seq, chunk_, t, dj_);
@@ -363,12 +368,12 @@ class ChunkBackward {
       const Real* v = params_.grad_parameters == nullptr ? zeros_ : potential_before(offset, length);
       if (g != nullptr) {
         const Operand<Real> scale = scales ? Operand<Real>{repeated_[kThreshold], Real(0)} : kOne;
-        cpu::run<AccumulateLoop<Real>>({length, Real(1), g + offset, scale, kZero, feedback_ + offset});
+        run<AccumulateLoop<Real>>({length, Real(1), g + offset, scale, kZero, feedback_ + offset});
         if (scales && params_.grad_parameters != nullptr) {
           accumulate(kThreshold, length, Real(1), g + offset, {now.s + offset, Real(0)});
         }
       }
-      cpu::run<AdjointLoop<Real, Model, NeuronRows<Real>, Sums::kRecurrent>>(
+      run<AdjointLoop<Real, Model, NeuronRows<Real>, Sums::kRecurrent>>(
           {.neurons = repeated_.neurons(),
            .options = params_.options,
            .length = length,
@@ -379,16 +384,16 @@ class ChunkBackward {
            .s = now.s + offset,
            .dv = dv_ + offset,
            .dx = dj + offset,
-           .ahead =
-               ahead_of(chunk_, t - 1, offset, params_.grad_s_seq, params_.h_seq, params_.emitted, params_.grad_j_seq),
+           .ahead = rows_to_prefetch(chunk_, t - 1, offset, params_.grad_s_seq, params_.h_seq, params_.emitted,
+                                     params_.grad_j_seq),
            .v = v,
            .second = now.w + offset,
            .d_second = dw_ + offset,
            .sums = sums_,
            .sums_stride = parts_.stride()});
       if (params_.has_synapse) {
-        cpu::run<AccumulateLoop<Real>>({length, Real(1), di_ + offset, kOne, kZero, dj + offset});
-        cpu::run<MultiplyLoop<Real>>({dj + offset, {repeated_[kRecurrentSynDecay], Real(0)}, di_ + offset, length});
+        run<AccumulateLoop<Real>>({length, Real(1), di_ + offset, kOne, kZero, dj + offset});
+        run<MultiplyLoop<Real>>({dj + offset, {repeated_[kRecurrentSynDecay], Real(0)}, di_ + offset, length});
       }
       if (params_.grad_parameters != nullptr) add_gradients(dj, v, offset, length);
     });
@@ -401,7 +406,7 @@ class ChunkBackward {
     }
   }
 
-  // Adds the gradients of parameters that the loop does not sum itself.
+  // Adds the terms of a step to the sums of those gradients that AdjointLoop does not sum.
   void add_gradients(const Real* dj, const Real* v, int64 offset, int64 length) {
     accumulate(kRecurrentBias, length, Real(1), dj + offset, kOne);
     if (Model::kHasAdaptation && before_.v == nullptr) add_gradients_of_adaptation(v, offset, length);
@@ -411,29 +416,29 @@ class ChunkBackward {
     }
   }
 
-  // The potential before the step that walk_back is in, for a part of the chunk. Computed in v_ unless it is v_init.
+  // Returns the potential before the current step, for a part of the chunk: v_init before step 0, else computed in v_.
   const Real* potential_before(int64 offset, int64 length) {
     if (before_.v != nullptr) return before_.v + offset;
-    cpu::run<ResetLoop<Real, Model>>(
+    run<ResetLoop<Real, Model>>(
         {repeated_.neurons(), params_.options, before_.h + offset, before_.s + offset, before_.w + offset, v_, length});
     return v_;
   }
 
-  // Adds the gradients of the adaptation's parameters, from the gradient of the w that the step before computed, and
-  // from the potential v of that step.
+  // Adds a step's terms to the sums for the adaptation's parameters, from the gradient of the w that the step computed
+  // and from the potential v after the step. The step is the one whose state is in before_.
   void add_gradients_of_adaptation(const Real* v, int64 offset, int64 length) {
     accumulate(kAdaptDecay, length, Real(1), dw_ + offset, {before_.w + offset, Real(0)});
     accumulate(kAdaptPotential, length, Real(1), dw_ + offset, {v, Real(0)}, {nullptr, params_.options.v_rest});
     accumulate(kAdaptSpike, length, Real(1), dw_ + offset, {before_.s + offset, Real(0)});
   }
 
-  // Adds the sums up over the repeated rows, and stores the gradients of the parameters in their stored form: width and
-  // decay may be a logarithm and a logit.
+  // Adds up the sums of the repeated rows, and stores the gradients of the parameters as these are stored: the width
+  // may be a logarithm and the decay a logit.
   void store_sums() {
-    double* totals = params_.grad_parameters + chunk_.index * kRecurrentSums * params_.neurons;
-    for (int id = 0; id < kRecurrentSums; ++id) {
+    double* totals = params_.grad_parameters + chunk_.index * kNumRecurrentSums * params_.neurons;
+    for (int id = 0; id < kNumRecurrentSums; ++id) {
       for (int64 n = 0; n < repeated_.length(); ++n) {
-        totals[id * params_.neurons + n % params_.neurons] += static_cast<double>(sums(id)[n]);
+        totals[id * params_.neurons + n % params_.neurons] += static_cast<double>(sums_row(id)[n]);
       }
     }
     for (const int id : {kWidth, kDecay}) {
@@ -452,26 +457,27 @@ class ChunkBackward {
   Chunk chunk_;
   RepeatedNeurons<Scalar> repeated_{params_};
   Rows<Real> rows_ = padded_rows<Real>(16, chunk_.length);
-  Real *const h_[2] = {rows_.take(), rows_.take()}, *const s_[2] = {rows_.take(), rows_.take()};
-  Real* const w_[2] = {rows_.take(), rows_.take()};
-  Real *const g_ = rows_.take(), *const gh_ = rows_.take(), *const gv_ = rows_.take(), *const i_ = rows_.take();
-  Real *const dj_ = rows_.take(), *const zeros_ = rows_.take();
-  Real *const dv_ = rows_.take(), *const dw_ = rows_.take(), *const di_ = rows_.take();
-  Real* const feedback_ = rows_.take();  // the gradient of the emitted spikes
-  Rows<Real> parts_ = padded_rows<Real>(1 + kRecurrentSums, repeated_.length());
-  Real *const v_ = parts_.take(), *const sums_ = parts_.take(kRecurrentSums);
+  Real *const h_[2] = {rows_.allocate(), rows_.allocate()}, *const s_[2] = {rows_.allocate(), rows_.allocate()};
+  Real* const w_[2] = {rows_.allocate(), rows_.allocate()};
+  Real *const g_ = rows_.allocate(), *const gh_ = rows_.allocate(), *const gv_ = rows_.allocate(),
+              *const i_ = rows_.allocate();
+  Real *const dj_ = rows_.allocate(), *const zeros_ = rows_.allocate();
+  Real *const dv_ = rows_.allocate(), *const dw_ = rows_.allocate(), *const di_ = rows_.allocate();
+  Real* const feedback_ = rows_.allocate();  // the gradient of the emitted spikes
+  Rows<Real> parts_ = padded_rows<Real>(1 + kNumRecurrentSums, repeated_.length());
+  Real *const v_ = parts_.allocate(), *const sums_ = parts_.allocate(kNumRecurrentSums);
   Step before_{};
   bool carried_ = false;
 };
 
-// The gradient of the weights from presynaptic neurons [first, last). It reads the sequence in memory order in blocks
-// of kBlock rows [N], so that dj of a block stays in the L2 cache: 256 KiB for 256 neurons.
+// Computes the gradient of the weights from presynaptic neurons [first, last). Reads the sequence in memory order, in
+// blocks of kBlock rows [N], so that dj of a block stays in the L2 cache: 256 KiB for 256 neurons.
 template <class Scalar>
-void weight_gradient(const RecurrentBackwardParams<Scalar>& params, int64 first, int64 last) {
+void compute_weight_gradient(const RecurrentBackwardParams<Scalar>& params, int64 first, int64 last) {
   using Real = Real_t<Scalar>;
   constexpr int64 kBlock = 256, kStride = kBlock + 16;  // no power of two: else rows share cache lines
   const int64 neurons = params.neurons, count = params.steps * params.batch;
-  const int64 lag = params.batch_first ? 1 : params.batch;  // s[t-1] is as many rows before dj[t]
+  const int64 lag = params.batch_first ? 1 : params.batch;  // rows between s[t-1] and dj[t]
   const std::vector<Real> zeros(static_cast<size_t>(neurons));
   const auto spikes_before = [&](int64 row) -> const Real* {
     if (row / lag % params.steps > 0) return params.emitted + (row - lag) * neurons;
@@ -480,16 +486,16 @@ void weight_gradient(const RecurrentBackwardParams<Scalar>& params, int64 first,
   };
   std::array<const Real*, kBlock> s;
   std::vector<Real> panels(static_cast<size_t>(panels_size<Real>(kBlock, neurons)));
-  std::vector<Real> spikes(kProductRows * kStride), transposed(static_cast<size_t>((last - first) * neurons));
-  std::vector<int32_t> indices(kProductRows * kBlock);
+  std::vector<Real> spikes(kMaxProductRows * kStride), transposed(static_cast<size_t>((last - first) * neurons));
+  std::vector<int32_t> indices(kMaxProductRows * kBlock);
   for (int64 begin = 0; begin < count; begin += kBlock) {
     const int64 rows = std::min(kBlock, count - begin);
     const Real* dj = params.grad_j_seq + begin * neurons;
     const bool skips_zeros = all_finite(dj, rows * neurons);
     fill_panels(dj, neurons, 1, rows, neurons, panels.data());
     for (int64 row = 0; row < rows; ++row) s[row] = spikes_before(begin + row);
-    for (int64 k = first; k < last; k += kProductRows) {
-      const int64 width = std::min(kProductRows, last - k);
+    for (int64 k = first; k < last; k += kMaxProductRows) {
+      const int64 width = std::min(kMaxProductRows, last - k);
       for (int64 row = 0; row < rows; ++row) {
         for (int64 i = 0; i < width; ++i) spikes[i * kStride + row] = s[row][k + i];
       }
@@ -503,11 +509,11 @@ void weight_gradient(const RecurrentBackwardParams<Scalar>& params, int64 first,
   }
 }
 
-// The gradient of the whole weight.
+// Computes the gradient of the whole weight.
 template <class Scalar>
-void weight_gradient(const RecurrentBackwardParams<Scalar>& params) {
-  at::parallel_for(0, (params.neurons + kProductRows - 1) / kProductRows, 1, [&](int64_t begin, int64_t end) {
-    weight_gradient(params, begin * kProductRows, std::min(params.neurons, end * kProductRows));
+void compute_weight_gradient(const RecurrentBackwardParams<Scalar>& params) {
+  at::parallel_for(0, (params.neurons + kMaxProductRows - 1) / kMaxProductRows, 1, [&](int64_t begin, int64_t end) {
+    compute_weight_gradient(params, begin * kMaxProductRows, std::min(params.neurons, end * kMaxProductRows));
   });
 }
 
@@ -517,12 +523,12 @@ void for_each_chunk(const Params& params, Task&& task) {
   using Real = typename Params::Real;
   const NeuronOptions<Real>& options = params.options;
   const auto run_all = [&](auto model) {
-    at::parallel_for(0, recurrent_chunks(params.batch), 1, [&](int64_t begin, int64_t end) {
+    at::parallel_for(0, num_recurrent_chunks(params.batch), 1, [&](int64_t begin, int64_t end) {
       for (int64 index = begin; index < end; ++index) task(model, Chunk(params, index));
     });
   };
   static_assert(static_cast<int>(Surrogate::kInteger) == kNumSurrogates - 1);
-  if (params.options.has_adaptation()) return run_all(AdaptiveLIF<Real>::of(params.options));
+  if (params.options.has_adaptation()) return run_all(AdaptiveLIF<Real>::from_options(params.options));
   with_model(options, run_all, std::make_integer_sequence<int, kNumSurrogates - 1>{});
 }
 
@@ -533,17 +539,17 @@ void recurrent_forward(const RecurrentForwardParams<Scalar>& given) {
   RecurrentForwardParams<Scalar> params = given;
   params.noise = params.noise.resolved();
   const WeightProduct<Scalar> product(params, /*forward=*/true);
-  for_each_chunk(params,
-                 [&](auto model, const Chunk& chunk) { forward_chunk<decltype(model)>(params, product, chunk); });
+  for_each_chunk(
+      params, [&](auto model, const Chunk& chunk) { compute_forward_chunk<decltype(model)>(params, product, chunk); });
 }
 
 template <class Scalar>
 void recurrent_backward(const RecurrentBackwardParams<Scalar>& params) {
   const WeightProduct<Scalar> product(params, /*forward=*/false);
   for_each_chunk(params, [&](auto model, const Chunk& chunk) {
-    ChunkBackward<decltype(model), Scalar>(params, product, chunk).run();
+    ChunkBackward<decltype(model), Scalar>(params, product, chunk).compute();
   });
-  if (params.grad_weight != nullptr) weight_gradient(params);
+  if (params.grad_weight != nullptr) compute_weight_gradient(params);
 }
 
 template void recurrent_forward(const RecurrentForwardParams<Half>&);

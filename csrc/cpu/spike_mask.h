@@ -7,8 +7,8 @@
 
 namespace asgl::cpu {
 
-// The bits [first, first + length) of a mask, at most 64, in the lowest bits of a word.
-inline uint64 bits_from(const uint64* mask, int64 first, int64 length) {
+// Returns the bits [first, first + length) of a mask, at most 64, in the lowest bits of a word.
+inline uint64 load_bits(const uint64* mask, int64 first, int64 length) {
   const int64 word = first / 64, shift = first % 64;
   uint64 bits = mask[word] >> shift;
   if (shift + length > 64) bits |= mask[word + 1] << (64 - shift);
@@ -19,22 +19,25 @@ inline uint64 bits_from(const uint64* mask, int64 first, int64 length) {
 constexpr int64 kListSlack = 8;
 
 #if defined(__x86_64__)
+// count_bits with the instruction that counts the bits of a word.
 __attribute__((target("popcnt"))) inline int64 count_bits_popcnt(const uint64* mask, int64 first, int64 length) {
   int64 count = 0;
   for (int64 i = 0; i < length; i += 64) {
-    count += __builtin_popcountll(bits_from(mask, first + i, std::min<int64>(64, length - i)));
+    count += __builtin_popcountll(load_bits(mask, first + i, std::min<int64>(64, length - i)));
   }
   return count;
 }
 
-// Writes eight positions for each byte of the mask and keeps those of set bits, without a branch that depends on bits.
+// list_bits without branches that depend on bits: stores eight positions for each byte of the mask, those of set bits
+// first, and advances by the number of set bits.
 __attribute__((target("avx2,popcnt"))) inline int64 list_bits_avx2(const uint64* mask, int64 first, int64 length,
                                                                    int32_t* indices) {
   int64 count = 0;
   for (int64 i = 0; i < length; i += 64) {
-    uint64 bits = bits_from(mask, first + i, std::min<int64>(64, length - i));
+    uint64 bits = load_bits(mask, first + i, std::min<int64>(64, length - i));
     for (int byte = 0; byte < 8; ++byte, bits >>= 8) {
-      const __m256i positions = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<int64_t>(kPositions[bits & 0xFF])));
+      const __m256i positions =
+          _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<int64_t>(kSetBitPositions[bits & 0xFF])));
       const __m256i elements = _mm256_add_epi32(positions, _mm256_set1_epi32(static_cast<int>(i + 8 * byte)));
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(indices + count), elements);
       count += __builtin_popcountll(bits & 0xFF);
@@ -51,20 +54,20 @@ inline int64 count_bits(const uint64* mask, int64 first, int64 length) {
 #endif
   int64 count = 0;
   for (int64 i = 0; i < length; i += 64) {
-    count += __builtin_popcountll(bits_from(mask, first + i, std::min<int64>(64, length - i)));
+    count += __builtin_popcountll(load_bits(mask, first + i, std::min<int64>(64, length - i)));
   }
   return count;
 }
 
 // Lists the positions, from `first` on, of the bits [first, first + length) that are set, and returns their number.
-// `indices` must have room for kListSlack more.
+// `indices` must have room for kListSlack more entries.
 inline int64 list_bits(const uint64* mask, int64 first, int64 length, int32_t* indices) {
 #if defined(__x86_64__)
   if (instruction_set() != InstructionSet::kBaseline) return list_bits_avx2(mask, first, length, indices);
 #endif
   int64 count = 0;
   for (int64 i = 0; i < length; i += 64) {
-    for (uint64 bits = bits_from(mask, first + i, std::min<int64>(64, length - i)); bits != 0; bits &= bits - 1) {
+    for (uint64 bits = load_bits(mask, first + i, std::min<int64>(64, length - i)); bits != 0; bits &= bits - 1) {
       indices[count++] = static_cast<int32_t>(i + __builtin_ctzll(bits));
     }
   }

@@ -18,21 +18,21 @@
 namespace asgl::cpu {
 namespace {
 
-constexpr int64 kElementsPerTask = 65536;
+constexpr int64 kElementsPerTask = 65536;  // about the fewest that are worth a thread
 
-// An array that is not initialised. It is aligned, because a vector that crosses a cache line takes two loads.
+// An array that is not initialised, and aligned to cache lines: a vector that crosses a line takes two loads.
 struct AlignedDelete {
   void operator()(void* memory) const { ::operator delete(memory, std::align_val_t(64)); }
 };
 template <class Element>
 using AlignedArray = std::unique_ptr<Element[], AlignedDelete>;
 template <class Element>
-AlignedArray<Element> aligned_array(int64 elements) {
+AlignedArray<Element> allocate_aligned(int64 elements) {
   const size_t bytes = static_cast<size_t>(elements) * sizeof(Element);
   return AlignedArray<Element>(static_cast<Element*>(::operator new(bytes, std::align_val_t(64))));
 }
 
-// The elements of x that are not zero, in order, each by its position in its row of an image, [width * channels].
+// Lists the elements of x that are not zero, in order, each by its index in its row of an image, [width * channels].
 template <class Real>
 class SpikeLists {
  public:
@@ -46,7 +46,7 @@ class SpikeLists {
       }
     });
     for (size_t pixel = 1; pixel < offsets_.size(); ++pixel) offsets_[pixel] += offsets_[pixel - 1];
-    indices_ = aligned_array<int32_t>(count());
+    indices_ = allocate_aligned<int32_t>(count());
     at::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
       std::vector<int32_t> listed_in_row(static_cast<size_t>(length + kListSlack));
       for (int64 row = begin; row < end; ++row) {
@@ -58,8 +58,8 @@ class SpikeLists {
 
   // The number of listed elements.
   int64 count() const { return offsets_.back(); }
-  // The list from pixel number `pixel` on, counted over all images.
-  const int32_t* from(int64 pixel) const { return indices_.get() + offsets_[pixel]; }
+  // The address of the entries from a pixel on. Pixels are counted over all images.
+  const int32_t* pixel_indices(int64 pixel) const { return indices_.get() + offsets_[pixel]; }
   const int32_t* indices() const { return indices_.get(); }
   const Real* values() const { return values_; }  // of the listed elements; null: all are 1
 
@@ -69,16 +69,17 @@ class SpikeLists {
   const Real* values_;
 };
 
-// Adjacent entries of a list of indices. The element of an entry is multiplied by row index + base of a matrix.
+// Adjacent entries of a list of indices. The element of each entry is multiplied by row `index + base` of a matrix.
 struct Segment {
   const int32_t* first;
   int32_t count, base;
 };
 
-// Finds the elements of x in the windows of the output's pixels [first, last): segments [pixels, kernel_height], one
-// for each row of a window. Rows of the matrix are then those of the transposed weight.
+// Finds the listed elements in the windows of the output's pixels [first, last), as segments [pixels, kernel_height],
+// one for each row of a window. The matrix of Segment is the transposed weight.
 template <class Real>
-void find_windows(const SpikeShape& shape, const SpikeLists<Real>& lists, int64 first, int64 last, Segment* segments) {
+void find_window_segments(const SpikeShape& shape, const SpikeLists<Real>& lists, int64 first, int64 last,
+                          Segment* segments) {
   int64 x = first % shape.out_width, y = first / shape.out_width % shape.out_height;
   int64 image = first / shape.out_width / shape.out_height;
   for (int64 pixel = first; pixel < last; ++pixel) {
@@ -90,8 +91,8 @@ void find_windows(const SpikeShape& shape, const SpikeLists<Real>& lists, int64 
       Segment& segment = *segments++ = {lists.indices(), 0, 0};
       if (row < 0 || row >= shape.height) continue;
       const int64 pixels = (image * shape.height + row) * shape.width;
-      segment.first = lists.from(pixels + begin);
-      segment.count = static_cast<int32_t>(lists.from(pixels + end) - segment.first);
+      segment.first = lists.pixel_indices(pixels + begin);
+      segment.count = static_cast<int32_t>(lists.pixel_indices(pixels + end) - segment.first);
       segment.base = static_cast<int32_t>((ky * shape.kernel_width - left) * shape.channels);
     }
     if (++x < shape.out_width) continue;
@@ -102,12 +103,12 @@ void find_windows(const SpikeShape& shape, const SpikeLists<Real>& lists, int64 
   }
 }
 
-// out[i, j] = start[i, j] + sum over the segments of row i of value * b[index + base, j]
+// Arguments of out[i, j] = start[i, j] + sum over the segments of row i of value * b[index + base, j].
 template <class Real>
 struct ListedProduct {
   const Segment* segments;  // [rows, segments_each]
   int64 rows, segments_each;
-  const int32_t* indices;  // the lists, which segments are parts of
+  const int32_t* indices;  // the lists whose parts the segments are
   const Real* values;      // of the listed elements; null: all are 1
   const Real* b;           // [depth, columns], padded to whole panels
   int64 b_stride, columns;
@@ -123,47 +124,48 @@ struct ListedProductLoop {
   using Vector = typename VectorOf<Real, kBytes>::type;
   static constexpr int64 kLanes = kBytes / static_cast<int64>(sizeof(Real));
 
+  // Computes a ListedProduct, eight, four or two vectors of columns at a time.
   static ASGL_HOST_DEVICE void run(Args args) {
     int64 column = 0;
-    for (; column + 8 * kLanes <= args.columns; column += 8 * kLanes) block<8>(args, column);
-    for (; column + 4 * kLanes <= args.columns; column += 4 * kLanes) block<4>(args, column);
-    for (; column < args.columns; column += 2 * kLanes) block<2>(args, column);
+    for (; column + 8 * kLanes <= args.columns; column += 8 * kLanes) compute_block<8>(args, column);
+    for (; column + 4 * kLanes <= args.columns; column += 4 * kLanes) compute_block<4>(args, column);
+    for (; column < args.columns; column += 2 * kLanes) compute_block<2>(args, column);
   }
 
  private:
-  // Computes kVectors vectors of columns.
+  // Computes kVectors vectors of columns, from `column` on.
   template <int kVectors>
-  static ASGL_HOST_DEVICE void block(const Args& args, int64 column) {
-    if (args.values == nullptr) return rows<kVectors>(args, column, [](const Segment&) { return AllOnes{}; });
-    rows<kVectors>(args, column, [&](const Segment& segment) __attribute__((always_inline)) {
+  static ASGL_HOST_DEVICE void compute_block(const Args& args, int64 column) {
+    if (args.values == nullptr) return compute_rows<kVectors>(args, column, [](const Segment&) { return AllOnes{}; });
+    compute_rows<kVectors>(args, column, [&](const Segment& segment) __attribute__((always_inline)) {
       const Real* values = args.values + (segment.first - args.indices);
       return [values](int64 n, int64) __attribute__((always_inline)) { return values[n]; };
     });
   }
 
-  // The same for factors values_of(segment).
+  // compute_block with the factors values_of(segment), which are functions as for add_listed_rows.
   template <int kVectors, class Values>
-  static ASGL_HOST_DEVICE void rows(const Args& args, int64 column, const Values& values_of) {
+  static ASGL_HOST_DEVICE void compute_rows(const Args& args, int64 column, const Values& values_of) {
     const int64 width = args.columns - column;
     const Segment* segment = args.segments;
     for (int64 row = 0; row < args.rows; ++row) {
       Vector sums[kVectors] = {};
       if (args.start != nullptr) {
-        copy<kVectors * kLanes, Real>(args.start + row * args.start_stride + column, &sums, width);
+        copy_at_most<kVectors * kLanes, Real>(args.start + row * args.start_stride + column, &sums, width);
       }
       for (const Segment* end = segment + args.segments_each; segment < end; ++segment) {
         const Real* b[kVectors];
 #pragma GCC unroll 8
         for (int i = 0; i < kVectors; ++i) b[i] = args.b + segment->base * args.b_stride + column + i * kLanes;
-        add_listed(segment->first, segment->count, args.b_stride, values_of(*segment), b, sums);
+        add_listed_rows(segment->first, segment->count, args.b_stride, values_of(*segment), b, sums);
       }
-      copy<kVectors * kLanes, Real>(&sums, args.out + row * args.out_stride + column, width);
+      copy_at_most<kVectors * kLanes, Real>(&sums, args.out + row * args.out_stride + column, width);
     }
   }
 };
 
 #if defined(__x86_64__)
-// to[j, i] = from[i, j] for 8 x 8 elements, by halves of 4.
+// Transposes 8 x 8 elements, to[j, i] = from[i, j], by halves of four.
 __attribute__((target("avx2"))) inline void transpose_block(const float* from, int64 from_stride, float* to,
                                                             int64 to_stride) {
   __m256 a[8], b[8];
@@ -204,7 +206,7 @@ __attribute__((target("avx2"))) inline void transpose_block(const double* from, 
 }
 #endif
 
-// to[j, i] = from[i, j]. Of the two tensors, the one with the larger stride between rows is accessed row by row,
+// Transposes a matrix, to[j, i] = from[i, j]. The matrix with the larger stride between rows is accessed row by row,
 // because its rows compete for the same lines of the L1 cache.
 template <class Real>
 void transpose(const Real* from, int64 from_stride, int64 rows, int64 columns, Real* to, int64 to_stride) {
@@ -238,19 +240,19 @@ void transpose(const Real* from, int64 from_stride, int64 rows, int64 columns, R
 // `count`, rounded up to a multiple of `multiple`.
 constexpr int64 round_up(int64 count, int64 multiple) { return (count + multiple - 1) / multiple * multiple; }
 
-// The number of columns of the transposed weight, [depth, columns], that are computed together, in whole panels. Few
-// columns stay in a cache: two panels of at most 64 KiB near L1, or else at most four panels, of 512 KiB, in L2.
+// The number of columns of the transposed weight, [depth, columns], that are computed together, in whole panels. They
+// stay in a cache: near L1 if two panels have at most 64 KiB, or else in L2, as up to four panels of 512 KiB in all.
 template <class Real>
-int64 group_of(int64 depth, int64 columns) {
+int64 columns_per_group(int64 depth, int64 columns) {
   constexpr int64 kNearL1 = (int64{1} << 16) / static_cast<int64>(sizeof(Real)), kInL2 = 8 * kNearL1;
-  int64 panels = 2 * kPanel<Real> * depth <= kNearL1 ? 2 : 4;
-  while (panels > 1 && panels * kPanel<Real> * depth > kInL2) panels /= 2;
-  return std::min(panels * kPanel<Real>, round_up(columns, kPanel<Real>));
+  int64 panels = 2 * kPanelColumns<Real> * depth <= kNearL1 ? 2 : 4;
+  while (panels > 1 && panels * kPanelColumns<Real> * depth > kInL2) panels /= 2;
+  return std::min(panels * kPanelColumns<Real>, round_up(columns, kPanelColumns<Real>));
 }
 
-// Writes the columns [first, first + group) of the transposed weight to b, [depth, group].
+// Stores the columns [first, first + group) of the transposed weight in b, [depth, group].
 template <class Real>
-void fill_group(const SpikeShape& shape, const Real* weight, int64 first, int64 group, Real* b) {
+void fill_column_group(const SpikeShape& shape, const Real* weight, int64 first, int64 group, Real* b) {
   const int64 depth = shape.depth();
   transpose(weight + first * depth, depth, std::min(group, shape.outputs - first), depth, b, group);
 }
@@ -272,14 +274,14 @@ void transpose_each(const Real* from, int64 count, int64 rows, int64 columns, Re
 
 template <class Real>
 int64 spike_panels_size(const SpikeShape& shape) {
-  return round_up(shape.outputs, group_of<Real>(shape.depth(), shape.outputs)) * shape.depth();
+  return round_up(shape.outputs, columns_per_group<Real>(shape.depth(), shape.outputs)) * shape.depth();
 }
 
 template <class Real>
 void fill_spike_panels(const SpikeShape& shape, const Real* weight, Real* panels) {
-  const int64 group = group_of<Real>(shape.depth(), shape.outputs);
+  const int64 group = columns_per_group<Real>(shape.depth(), shape.outputs);
   for (int64 first = 0; first < shape.outputs; first += group) {
-    fill_group(shape, weight, first, group, panels + first * shape.depth());
+    fill_column_group(shape, weight, first, group, panels + first * shape.depth());
   }
 }
 
@@ -287,7 +289,7 @@ template <class Real>
 void spike_product(const SpikeProductParams<Real>& params) {
   const SpikeShape& shape = params.shape;
   const SpikeLists<Real> lists(shape, params.x);
-  const int64 group = group_of<Real>(shape.depth(), shape.outputs), pixels = shape.out_pixels();
+  const int64 group = columns_per_group<Real>(shape.depth(), shape.outputs), pixels = shape.num_out_pixels();
   const int64 groups = (shape.outputs + group - 1) / group, threads = at::get_num_threads();
   const int64 most = (pixels + kPixelsPerBatch - 1) / kPixelsPerBatch,
               chunks = std::clamp<int64>((threads + groups - 1) / groups, 1, most);
@@ -297,16 +299,17 @@ void spike_product(const SpikeProductParams<Real>& params) {
   const int64 grain = 1 + static_cast<int64>(kProductsPerTask / (products + 1));
   at::parallel_for(0, groups * chunks, grain, [&](int64_t begin, int64_t end) {
     std::vector<Segment> segments(static_cast<size_t>(kPixelsPerBatch * shape.kernel_height));
-    const AlignedArray<Real> filled = params.panels == nullptr ? aligned_array<Real>(group * shape.depth()) : nullptr;
+    const AlignedArray<Real> filled =
+        params.panels == nullptr ? allocate_aligned<Real>(group * shape.depth()) : nullptr;
     for (int64 task = begin; task < end; ++task) {
       const int64 column = task / chunks * group, from = task % chunks * chunk;
       const Real* b = params.panels == nullptr ? filled.get() : params.panels + column * shape.depth();
       if (params.panels == nullptr && (task == begin || from == 0)) {
-        fill_group(shape, params.weight, column, group, filled.get());
+        fill_column_group(shape, params.weight, column, group, filled.get());
       }
       for (int64 first = from; first < std::min(from + chunk, pixels); first += kPixelsPerBatch) {
         const int64 last = std::min(first + kPixelsPerBatch, pixels);
-        find_windows(shape, lists, first, last, segments.data());
+        find_window_segments(shape, lists, first, last, segments.data());
         run_with_fma<ListedProductLoop, Real>({segments.data(), last - first, shape.kernel_height, lists.indices(),
                                                lists.values(), b, group, std::min(group, shape.outputs - column),
                                                params.bias == nullptr ? nullptr : params.bias + column, 0,
@@ -322,27 +325,29 @@ namespace {
 //
 // With stride 1, the spike at (iy, ix) of channel c adds, for each row ky of the kernel, the gradients of kernel_width
 // adjacent pixels of the output to the sums of (ky, kx, c), in reverse order of kx. These gradients are adjacent in
-// memory, so one list of the spikes of a channel serves all elements of the kernel: its spikes add long rows, which
-// overlap. Zeros around the gradient stand for pixels outside of the image. With a stride, the same holds for each
-// phase: the pixels of x with one remainder of coordinate + padding, and the elements of the kernel that meet these.
+// memory, so that one list of the spikes of a channel serves all elements of the kernel: its spikes add long rows,
+// which overlap. Zeros around the gradient stand for pixels outside of the image. With a larger stride, the same holds
+// for each phase, that is the pixels of x with one remainder of coordinate + padding by the stride, and the elements of
+// the kernel that multiply these pixels.
 
 // One dimension of images: sizes of x, of the kernel and of the output.
 struct Axis {
   int64 size, kernel, stride, padding, out;
 
   // The last coordinate of the output whose window begins at coordinate i of x or before it.
-  int64 last_out(int64 i) const { return (i + padding) / stride; }
-  // The largest number of outputs before last_out(i) whose windows contain i.
-  int64 margin() const { return (kernel - 1) / stride; }
+  int64 last_output(int64 i) const { return (i + padding) / stride; }
+  // The largest number of outputs before last_output(i) whose windows contain i.
+  int64 num_earlier_outputs() const { return (kernel - 1) / stride; }
 };
 
-// The elements first, first + stride, ... of the kernel in one dimension. All of them meet the same coordinates of x.
+// The elements first, first + stride, ... of the kernel in one dimension. All of them multiply the same coordinates of
+// x.
 struct Taps {
   int64 first, count;
 };
 
-// The elements of the kernel in one dimension by phase, or each by itself.
-inline std::vector<Taps> taps_of(const Axis& axis, bool by_phase) {
+// Lists the elements of the kernel in one dimension: together by phase, or each by itself.
+inline std::vector<Taps> list_taps(const Axis& axis, bool by_phase) {
   std::vector<Taps> result;
   for (int64 first = 0; first < (by_phase ? std::min(axis.kernel, axis.stride) : axis.kernel); ++first) {
     result.push_back({first, by_phase ? 1 + (axis.kernel - 1 - first) / axis.stride : 1});
@@ -350,10 +355,10 @@ inline std::vector<Taps> taps_of(const Axis& axis, bool by_phase) {
   return result;
 }
 
-// Calls f(i, o) for each coordinate i in [begin, end) of x that the taps meet. The first of the taps meets i in the
-// window of output o, the next one in that of output o - 1, and so on.
+// Calls f(i, o) for each coordinate i in [begin, end) of x that the taps multiply. The first of the taps multiplies i
+// in the window of output o, the next one in the window of output o - 1, and so on.
 template <class F>
-void for_each_met(const Axis& axis, const Taps& taps, int64 begin, int64 end, const F& f) {
+void for_each_tap_coordinate(const Axis& axis, const Taps& taps, int64 begin, int64 end, const F& f) {
   const int64 shift = axis.padding - taps.first, from = std::max<int64>(begin + shift, 0);
   for (int64 o = (from + axis.stride - 1) / axis.stride; o < axis.out + taps.count - 1; ++o) {
     const int64 i = o * axis.stride - shift;
@@ -362,106 +367,111 @@ void for_each_met(const Axis& axis, const Taps& taps, int64 begin, int64 end, co
   }
 }
 
-// Channels of a task: at most, so that their lists fit in the L2 cache, and at least, so that it is worth a thread.
-constexpr int64 kMostChannels = 1024, kLeastChannels = 8;
-// About the number of pixels of the output to which a tile of x contributes.
+// The largest number of channels of a task, whose lists fit in the L2 cache, and the smallest, worth a thread.
+constexpr int64 kMaxTaskChannels = 1024, kMinTaskChannels = 8;
+// The approximate number of pixels of the output to which a tile of x contributes.
 constexpr int64 kTilePixels = 512;
 
-// Computes the gradient of the weight for the channels [first, last): tile by tile of x, in order, sorts the spikes by
-// channel and adds them to sums. With `by_phase`, x must be finite, because elements at the border multiply zeros.
+// Computes the gradient of the weight for the channels [first, last). For each tile of x, in order, it sorts the spikes
+// by channel, and then adds the gradients that they select to sums. With `by_phase`, x must be finite, because elements
+// at the border multiply zeros.
 template <class Real>
 class ChannelGradient {
  public:
+  // Chooses the size of the tiles, and allocates the lists and sums of a tile.
   ChannelGradient(const SpikeGradientParams<Real>& params, const SpikeLists<Real>& lists, bool by_phase, int64 first,
                   int64 last)
       : params_(params), shape_(params.shape), lists_(lists), first_(first), channels_(last - first) {
-    for (const Taps& y : taps_of(rows_, by_phase)) {
-      for (const Taps& x : taps_of(columns_, by_phase)) phases_.push_back({y, x});
+    for (const Taps& y : list_taps(rows_, by_phase)) {
+      for (const Taps& x : list_taps(columns_, by_phase)) phases_.push_back({y, x});
     }
-    // Longer strides than the image meet one row and column, and their product might overflow.
+    // A stride beyond the image counts as the image's size: the product of two large strides might overflow.
     const int64 pixels =
         kTilePixels * std::min(shape_.stride_height, shape_.height) * std::min(shape_.stride_width, shape_.width);
     tile_columns_ = std::min(shape_.width, pixels);
     tile_rows_ = tile_columns_ < shape_.width ? 1 : std::clamp<int64>(pixels / shape_.width, 1, shape_.height);
     tile_images_ =
         tile_rows_ < shape_.height ? 1 : std::clamp<int64>(pixels / (shape_.width * shape_.height), 1, shape_.images);
-    pitch_ = (tile_columns_ - 1) / shape_.stride_width + 2 + columns_.margin();
-    out_rows_ = (tile_rows_ - 1) / shape_.stride_height + 2 + rows_.margin();
+    pitch_ = (tile_columns_ - 1) / shape_.stride_width + 2 + columns_.num_earlier_outputs();
+    out_rows_ = (tile_rows_ - 1) / shape_.stride_height + 2 + rows_.num_earlier_outputs();
     const int64 met = tile_images_ * ((tile_rows_ - 1) / shape_.stride_height + 1) *
                       ((tile_columns_ - 1) / shape_.stride_width + 1);  // pixels of a tile and a phase, at most
     // Not a power of two, since the ends of the lists would then compete for the same cache lines.
     capacity_ = round_up(met, 32) + 32;
     const int64 listed = static_cast<int64>(phases_.size()) * channels_;
     sorted_.resize(static_cast<size_t>(listed));
-    indices_ = aligned_array<int32_t>(listed * capacity_);
-    if (lists_.values() != nullptr) values_ = aligned_array<Real>(listed * capacity_);
-    grad_ = aligned_array<Real>(tile_images_ * out_rows_ * pitch_ * kGroup);
-    sums_ =
-        aligned_array<Real>(shape_.kernel_height * shape_.kernel_width * channels_ * round_up(shape_.outputs, kGroup));
+    indices_ = allocate_aligned<int32_t>(listed * capacity_);
+    if (lists_.values() != nullptr) values_ = allocate_aligned<Real>(listed * capacity_);
+    grad_ = allocate_aligned<Real>(tile_images_ * out_rows_ * pitch_ * kGroup);
+    sums_ = allocate_aligned<Real>(shape_.kernel_height * shape_.kernel_width * channels_ *
+                                   round_up(shape_.outputs, kGroup));
   }
 
-  void run() {
+  // Computes the gradient and stores it in grad_weight.
+  void compute() {
     for (int64 image = 0; image < shape_.images; image += tile_images_) {
       for (int64 row = 0; row < shape_.height; row += tile_rows_) {
         for (int64 column = 0; column < shape_.width; column += tile_columns_) {
           const Tile tile = {image,  std::min(image + tile_images_, shape_.images),
                              row,    std::min(row + tile_rows_, shape_.height),
                              column, std::min(column + tile_columns_, shape_.width)};
-          sort(tile);
-          for (int64 output = 0; output < shape_.outputs; output += kGroup) add(tile, output);
+          sort_spikes(tile);
+          for (int64 output = 0; output < shape_.outputs; output += kGroup) add_output_gradients(tile, output);
         }
       }
     }
-    store();
+    store_gradient();
   }
 
  private:
-  // Outputs that are computed together: so few that the gradients of a tile, 64 KiB, stay near the L1 cache.
-  static constexpr int64 kGroup = kPanel<Real>;
+  // The number of outputs that are computed together, small enough that a tile's gradients, 64 KiB, stay near the L1
+  // cache.
+  static constexpr int64 kGroup = kPanelColumns<Real>;
 
   struct Phase {
     Taps y, x;
-    int64 taps() const { return y.count * x.count; }
+    int64 num_taps() const { return y.count * x.count; }
   };
-  // A part of x: images, rows and columns, each [begin, end).
+  // A part of x: the images [image, end_image), and rows and columns likewise.
   struct Tile {
-    int64 image, images, row, rows, column, columns;
+    int64 image, end_image, row, end_row, column, end_column;
   };
 
-  // Lists the spikes of a tile by phase and channel, each by the first pixel of grad_ that it adds.
-  void sort(const Tile& tile) {
+  // Lists the spikes of a tile by phase and channel. The index of a spike is the first pixel of grad_ that it adds.
+  void sort_spikes(const Tile& tile) {
     for (size_t i = 0; i < sorted_.size(); ++i) sorted_[i] = {&indices_[static_cast<int64>(i) * capacity_], 0, 0};
     const bool part = channels_ < shape_.channels;
-    int64 list_of_first = 0;  // of the first channel
+    int64 first_list = 0;  // of the phase, for the first channel
     for (const Phase& phase : phases_) {
-      for (int64 image = tile.image; image < tile.images; ++image) {
-        for_each_met(rows_, phase.y, tile.row, tile.rows, [&](int64 row, int64 out_row) {
+      for (int64 image = tile.image; image < tile.end_image; ++image) {
+        for_each_tap_coordinate(rows_, phase.y, tile.row, tile.end_row, [&](int64 row, int64 out_row) {
           const int64 shift =
-              ((image - tile.image) * out_rows_ + out_row - (phase.y.count - 1) - first_row(tile)) * pitch_ -
-              (phase.x.count - 1) - first_column(tile);
+              ((image - tile.image) * out_rows_ + out_row - (phase.y.count - 1) - first_out_row(tile)) * pitch_ -
+              (phase.x.count - 1) - first_out_column(tile);
           const int64 pixels = (image * shape_.height + row) * shape_.width;
-          for_each_met(columns_, phase.x, tile.column, tile.columns, [&](int64 column, int64 out_column) {
-            const int32_t *from = lists_.from(pixels + column), *to = lists_.from(pixels + column + 1);
+          for_each_tap_coordinate(columns_, phase.x, tile.column, tile.end_column, [&](int64 column, int64 out_column) {
+            const int32_t *from = lists_.pixel_indices(pixels + column),
+                          *to = lists_.pixel_indices(pixels + column + 1);
             const int64 origin = column * shape_.channels + first_;
             if (part) {
               from = std::lower_bound(from, to, origin);
               to = std::lower_bound(from, to, origin + channels_);
             }
             for (const int32_t* element = from; element < to; ++element) {
-              const int64 list = list_of_first + *element - origin, place = list * capacity_ + sorted_[list].count++;
+              const int64 list = first_list + *element - origin, place = list * capacity_ + sorted_[list].count++;
               indices_[place] = static_cast<int32_t>(shift + out_column);
               if (values_ != nullptr) values_[place] = lists_.values()[element - lists_.indices()];
             }
           });
         });
       }
-      list_of_first += channels_;
+      first_list += channels_;
     }
   }
 
-  // Adds the gradients that the lists of a tile select to the sums of kGroup outputs, from `output` on.
-  void add(const Tile& tile, int64 output) {
-    copy_grad(tile, output);
+  // Adds the gradients that the tile's lists select to the sums of kGroup outputs, from `output` on.
+  void add_output_gradients(const Tile& tile, int64 output) {
+    copy_output_gradients(tile, output);
     Real* sums = &sums_[output * channels_ * shape_.kernel_height * shape_.kernel_width];
     const Segment* lists = sorted_.data();
     const bool first = tile.image == 0 && tile.row == 0 && tile.column == 0;
@@ -478,50 +488,54 @@ class ChannelGradient {
     }
   }
 
-  // Copies to grad_ the gradients of kGroup outputs, from `output` on, at the pixels to which the tile may contribute,
-  // with zeros for pixels outside of the image.
-  void copy_grad(const Tile& tile, int64 output) {
+  // Copies the gradients of kGroup outputs, from `output` on, to grad_, at the pixels to which the tile may contribute.
+  // Pixels outside of the image get zeros.
+  void copy_output_gradients(const Tile& tile, int64 output) {
     const int64 width = std::min(kGroup, shape_.outputs - output);
-    const int64 rows = rows_.last_out(tile.rows - 1) + 1 - first_row(tile);
-    const int64 columns = columns_.last_out(tile.columns - 1) + 1 - first_column(tile);
-    for (int64 image = tile.image; image < tile.images; ++image) {
+    const int64 rows = rows_.last_output(tile.end_row - 1) + 1 - first_out_row(tile);
+    const int64 columns = columns_.last_output(tile.end_column - 1) + 1 - first_out_column(tile);
+    for (int64 image = tile.image; image < tile.end_image; ++image) {
       for (int64 y = 0; y < rows; ++y) {
         Real* to = &grad_[((image - tile.image) * out_rows_ + y) * pitch_ * kGroup];
-        const int64 row = first_row(tile) + y, left = first_column(tile);
+        const int64 row = first_out_row(tile) + y, left = first_out_column(tile);
         const bool inside = 0 <= row && row < shape_.out_height;
         const int64 begin = inside ? std::clamp<int64>(-left, 0, columns) : columns;
         const int64 end = inside ? std::clamp<int64>(shape_.out_width - left, begin, columns) : columns;
         std::fill(to, to + begin * kGroup, Real(0));
         const Real* from =
             params_.grad + ((image * shape_.out_height + row) * shape_.out_width + left) * shape_.outputs + output;
-        for (int64 x = begin; x < end; ++x) copy<kGroup, Real>(from + x * shape_.outputs, to + x * kGroup, width);
+        for (int64 x = begin; x < end; ++x) {
+          copy_at_most<kGroup, Real>(from + x * shape_.outputs, to + x * kGroup, width);
+        }
         std::fill(to + end * kGroup, to + columns * kGroup, Real(0));
       }
     }
   }
 
-  // Writes the sums to grad_weight, transposed and with the elements of the kernel in its order.
-  void store() {
+  // Stores the sums in grad_weight: transposes them, and puts the elements of the kernel in their order.
+  void store_gradient() {
     const int64 depth = shape_.depth();
     const Real* sums = sums_.get();
     for (int64 output = 0; output < shape_.outputs; output += kGroup) {
       const int64 width = std::min(kGroup, shape_.outputs - output);
       for (const Phase& phase : phases_) {
-        for (int64 tap = 0; tap < phase.taps(); ++tap) {
+        for (int64 tap = 0; tap < phase.num_taps(); ++tap) {
           const int64 ky = phase.y.first + (phase.y.count - 1 - tap / phase.x.count) * shape_.stride_height;
           const int64 kx = phase.x.first + (phase.x.count - 1 - tap % phase.x.count) * shape_.stride_width;
-          transpose(sums + tap * kGroup, phase.taps() * kGroup, channels_, width,
+          transpose(sums + tap * kGroup, phase.num_taps() * kGroup, channels_, width,
                     params_.grad_weight + output * depth + (ky * shape_.kernel_width + kx) * shape_.channels + first_,
                     depth);
         }
-        sums += channels_ * phase.taps() * kGroup;
+        sums += channels_ * phase.num_taps() * kGroup;
       }
     }
   }
 
-  // The row and the column of the output with which grad_ begins for a tile; negative if they are outside of the image.
-  int64 first_row(const Tile& tile) const { return rows_.last_out(tile.row) - rows_.margin(); }
-  int64 first_column(const Tile& tile) const { return columns_.last_out(tile.column) - columns_.margin(); }
+  // The row and the column of the output at which grad_ begins for a tile. They may be negative.
+  int64 first_out_row(const Tile& tile) const { return rows_.last_output(tile.row) - rows_.num_earlier_outputs(); }
+  int64 first_out_column(const Tile& tile) const {
+    return columns_.last_output(tile.column) - columns_.num_earlier_outputs();
+  }
 
   const SpikeGradientParams<Real>& params_;
   const SpikeShape& shape_;
@@ -535,7 +549,7 @@ class ChannelGradient {
   std::vector<Phase> phases_;
   std::vector<Segment> sorted_;    // [phases, channels]
   AlignedArray<int32_t> indices_;  // [phases, channels, capacity]
-  AlignedArray<Real> values_;      // theirs
+  AlignedArray<Real> values_;      // [phases, channels, capacity], or null if all are 1
   AlignedArray<Real> grad_;        // [tile_images, out_rows, pitch, kGroup]
   AlignedArray<Real> sums_;        // [groups, phases, channels, taps, kGroup]
 };
@@ -545,16 +559,16 @@ class ChannelGradient {
 template <class Real>
 void spike_weight_gradient(const SpikeGradientParams<Real>& params) {
   const SpikeLists<Real> lists(params.shape, params.x);
-  // At the border by_phase multiplies zeros by x, which must not make a NaN of an infinite x.
+  // With by_phase, elements at the border multiply zeros, which would make a NaN of an infinite element.
   const bool by_phase = lists.values() == nullptr || std::all_of(lists.values(), lists.values() + lists.count(),
                                                                  [](Real value) { return std::isfinite(value); });
   const int64 channels = params.shape.channels, threads = at::get_num_threads();
-  const int64 tasks = std::max(std::min(threads, (channels + kLeastChannels - 1) / kLeastChannels),
-                               (channels + kMostChannels - 1) / kMostChannels);
+  const int64 tasks = std::max(std::min(threads, (channels + kMinTaskChannels - 1) / kMinTaskChannels),
+                               (channels + kMaxTaskChannels - 1) / kMaxTaskChannels);
   const int64 each = (channels + tasks - 1) / tasks;
   at::parallel_for(0, (channels + each - 1) / each, 1, [&](int64_t begin, int64_t end) {
     for (int64 task = begin; task < end; ++task) {
-      ChannelGradient<Real>(params, lists, by_phase, task * each, std::min((task + 1) * each, channels)).run();
+      ChannelGradient<Real>(params, lists, by_phase, task * each, std::min((task + 1) * each, channels)).compute();
     }
   });
 }

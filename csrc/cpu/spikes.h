@@ -7,14 +7,14 @@
 
 namespace asgl::cpu {
 
-// The product and the gradient of its weight, with the equations of params/spikes.h.
+// Compute the product and the gradient of its weight, with the equations of params/spikes.h.
 template <class Real>
 void spike_product(const SpikeProductParams<Real>& params);
 template <class Real>
 void spike_weight_gradient(const SpikeGradientParams<Real>& params);
 
-// A copy of the weight in the order in which spike_product reads it: the number of its elements, and a function that
-// fills it.
+// For a copy of the weight in the order in which spike_product reads it, padded: the number of elements, and a function
+// that fills it.
 template <class Real>
 int64 spike_panels_size(const SpikeShape& shape);
 template <class Real>
@@ -24,16 +24,16 @@ void fill_spike_panels(const SpikeShape& shape, const Real* weight, Real* panels
 template <class Real>
 void transpose_each(const Real* from, int64 count, int64 rows, int64 columns, Real* to);
 
-// What mask_spikes counts.
+// The counts that pack_spike_mask returns.
 struct SpikeCount {
   bool all_ones;              // whether all elements that are not zero are 1
   std::vector<int64> before;  // the number of elements that are not zero before each chunk of x, and of all
 };
-// Packs x as PackedSpikes: mask_spikes writes the bits, in whole words, and copy_spikes the values.
+// Pack x as PackedSpikes: pack_spike_mask writes the bits, in whole words, and pack_spike_values the values.
 template <class Real>
-SpikeCount mask_spikes(const Real* x, int64 length, uint64* mask);
+SpikeCount pack_spike_mask(const Real* x, int64 length, uint64* mask);
 template <class Real>
-void copy_spikes(const Real* x, int64 length, const SpikeCount& count, Real* values);
+void pack_spike_values(const Real* x, int64 length, const SpikeCount& count, Real* values);
 // The number of elements that are not zero, from the mask of `length` elements.
 int64 count_spikes(const uint64* mask, int64 length);
 

@@ -11,7 +11,6 @@
 
 namespace asgl::cpu {
 
-// Converts rows of learned parameters in place: logarithms to widths, logits to decays.
 template <class Real>
 struct ExpLoop {
   struct Args {
@@ -19,6 +18,7 @@ struct ExpLoop {
     int64 length;
   };
 
+  // Replaces a row of logarithms of widths by the widths.
   static ASGL_HOST_DEVICE void run(Args args) {
     for (int64 i = 0; i < args.length; ++i) args.row[i] = exp_within_bound(args.row[i]);
   }
@@ -28,6 +28,7 @@ template <class Real>
 struct SigmoidLoop {
   using Args = typename ExpLoop<Real>::Args;
 
+  // Replaces a row of logits of decays by the decays.
   static ASGL_HOST_DEVICE void run(Args args) {
     for (int64 i = 0; i < args.length; ++i) args.row[i] = sigmoid_within_bound(args.row[i]);
   }
@@ -40,9 +41,9 @@ void for_each_tile_range(const SequenceShape& shape, Task&& task) {
   at::parallel_for(0, num_tiles(shape), grain, [&](int64_t begin, int64_t end) { task(begin, end); });
 }
 
-// The tiles of a call.
+// Sets the size of tiles and their number.
 template <class Scalar>
-void plan_on(Device, LIFParams<Scalar>& params) {
+void plan_tiles_on(Device, LIFParams<Scalar>& params) {
   params.tiles = {kTile, num_tiles(params.shape)};
 }
 
@@ -61,8 +62,8 @@ void fill_parameter_row(const ParameterView<Real>& parameter, const Tile& tile, 
   const Real* values = parameter.data == nullptr ? &parameter.constant : parameter.data + t * parameter.step_stride;
   const bool one = parameter.is_same_for_all();
   run<FillRunsLoop<Real>>({values, one ? 0 : parameter.index(tile.first), parameter.count,
-                           one ? Runs{tile.length, tile.length, tile.length} : runs_of(tile, parameter.inner), inverse,
-                           row});
+                           one ? Runs{tile.length, tile.length, tile.length} : tile_runs(tile, parameter.inner),
+                           inverse, row});
 }
 
 // The random draws of a tile for the steps of a segment. If analog_prob is 0 or 1 nothing is drawn, and rows are 0,
@@ -70,14 +71,14 @@ void fill_parameter_row(const ParameterView<Real>& parameter, const Tile& tile, 
 class TileNoise {
  public:
   explicit TileNoise(const NoiseParams& noise)
-      : drawn_(noise.drawn()),
+      : drawn_(noise.needs_draws()),
         key_(drawn_ ? noise_key(noise.rng_state) : NoiseKey{}),
         rows_(kCheckpointSteps, kTile / 4) {
     if (!drawn_) std::fill_n(rows_.row(0), rows_.stride(), 0);
   }
 
-  // The draws of a tile for step t.
-  const uint16* row(const Tile& tile, int64 t) {
+  // Returns the draws of a tile for step t, one per neuron.
+  const uint16* draws(const Tile& tile, int64 t) {
     if (!drawn_) return reinterpret_cast<const uint16*>(rows_.row(0));
     if (tile.first != first_) {
       first_ = tile.first;
@@ -92,10 +93,10 @@ class TileNoise {
     return reinterpret_cast<const uint16*>(rows_.row(2 * slot + t % 2));
   }
 
-  // The rows of `count` steps of a segment, from row t on.
-  Steps<const uint16> rows(const Tile& tile, int64 t, int64 count) {
-    for (int64 step = t; step < t + count; ++step) row(tile, step);
-    return {row(tile, t), drawn_ ? 4 * rows_.stride() : 0};
+  // Returns the draws for the `count` steps of a segment from step t on.
+  StepRows<const uint16> draws_of_steps(const Tile& tile, int64 t, int64 count) {
+    for (int64 step = t; step < t + count; ++step) draws(tile, step);
+    return {draws(tile, t), drawn_ ? 4 * rows_.stride() : 0};
   }
 
  private:
@@ -109,8 +110,8 @@ class TileNoise {
   std::array<int64, kPairs> pairs_;
 };
 
-// The first `count` parameters of a tile: one value for all neurons, or rows. They are read again only if they differ
-// for the new tile or step.
+// The first `count` parameters for the neurons of a tile: one value of each for all neurons, or a row of each. They are
+// read again only if they may differ for the new tile or step.
 template <class Real>
 class TileNeurons {
  public:
@@ -123,7 +124,7 @@ class TileNeurons {
     patterns_.fill({-1, -1});
   }
 
-  // Reads the parameters for a tile and a step.
+  // Reads the parameters for tile `tile` at step t.
   void move_to(const Tile& tile, int64 t) {
     if (tile.first == first_ && (t == t_ || !per_step_)) return;
     first_ = tile.first;
@@ -135,16 +136,16 @@ class TileNeurons {
           shared_ && (parameter.is_same_for_all() || tile.first % parameter.inner + tile.length <= parameter.inner);
     }
     if (shared_) {
-      values_ =
-          neuron_of<Real>([&](ParameterId id) { return value_of(id, parameters_[id].at(tile.first, t), options_); });
+      values_ = make_neuron<Real>(
+          [&](ParameterId id) { return parameter_value(id, parameters_[id].at(tile.first, t), options_); });
     } else {
       for (int id = 0; id < count_; ++id) fill_row(id, tile, t);
     }
   }
 
-  // Calls f(neurons) with a UniformNeuron, or with `Neurons`, a type of rows.
+  // Calls f(neurons) with a UniformNeuron, or with `Neurons`, which is NeuronRows or SettledRows.
   template <class Neurons, class F>
-  void visit(F&& f) const {
+  void with_neurons(F&& f) const {
     if (shared_) return f(UniformNeuron<Real>{values_});
     if constexpr (std::is_same_v<Neurons, SettledRows<Real>>) {
       f(Neurons{row_[kDecay], row_[kThreshold], row_[kReset], row_[kWidth]});
@@ -153,7 +154,7 @@ class TileNeurons {
                  row_[kInputMean]}});
     }
   }
-  // Parameters of the tile for loops: a row, or one value.
+  // A parameter of the tile as an operand of loops: a row, or one value.
   Operand<Real> v_threshold() const { return operand(kThreshold, values_.v_threshold); }
   Operand<Real> inverse_width() const { return operand(kWidth, values_.inverse_width); }
   Operand<Real> input_mean() const { return operand(kInputMean, values_.input_mean); }
@@ -162,7 +163,7 @@ class TileNeurons {
   bool is_per_step(int id) const { return parameters_[id].data != nullptr && parameters_[id].step_stride != 0; }
   Operand<Real> operand(ParameterId id, Real value) const { return {shared_ ? nullptr : row_[id], value}; }
 
-  // Makes row_[id] a row of the parameter: in place where possible, otherwise filled.
+  // Lets row_[id] point to the parameter's values for the tile: in place where possible, otherwise in a filled row.
   void fill_row(int id, const Tile& tile, int64 t) {
     const ParameterView<Real>& parameter = parameters_[id];
     // Tiles that start at the same phase of a parameter's pattern have the same row: no tile is longer than an earlier
@@ -195,26 +196,27 @@ class TileNeurons {
   int64 first_ = -1, t_ = -1;
 };
 
-// Whether the values of the parameter repeat in a tile, so that a tile stores one sum for each value, in the first
-// `count` slots of its neurons.
+// Whether the values of the parameter repeat in a tile. A tile then stores one sum for each value, in the first `count`
+// slots of its neurons.
 template <class Real>
 bool is_interleaved(const ParameterView<Real>& parameter) {
-  return parameter.step_stride == 0 && parameter.repeats_in(kTile);
+  return parameter.step_stride == 0 && parameter.is_interleaved_in(kTile);
 }
 
-// The tile's first slot.
+// The address of the tile's first slot, for step t if the parameter changes over time.
 template <class Real>
-Real* slots_of(const GradientPartials<Real>& partials, const ParameterView<Real>& parameter, const Tile& tile,
-               int64 t) {
+Real* first_slot(const GradientPartials<Real>& partials, const ParameterView<Real>& parameter, const Tile& tile,
+                 int64 t) {
   return partials.data + (parameter.step_stride != 0 ? t * partials.slots : 0) +
-         partials.slot(parameter.inner, tile.first / parameter.inner, tile.index);
+         partials.slot_index(parameter.inner, tile.first / parameter.inner, tile.index);
 }
 
-// Adds up the tile's row of terms by run, and stores the sums in the slots of GradientPartials.
+// Sums the tile's row of gradient terms over each run of neurons that share a value, and stores the sums in the tile's
+// slots.
 template <class Real>
-void store_partials(const GradientPartials<Real>& partials, const ParameterView<Real>& parameter, const Tile& tile,
-                    int64 t, const Real* row) {
-  Real* slots = slots_of(partials, parameter, tile, t);
+void store_partial_sums(const GradientPartials<Real>& partials, const ParameterView<Real>& parameter, const Tile& tile,
+                        int64 t, const Real* row) {
+  Real* slots = first_slot(partials, parameter, tile, t);
   if (is_interleaved(parameter)) {
     std::array<double, kTile / 2> sums{};
     for (int64 i = 0; i < tile.length; i += parameter.count) {
@@ -228,12 +230,13 @@ void store_partials(const GradientPartials<Real>& partials, const ParameterView<
     std::copy_n(row, tile.length, slots);
     return;
   }
-  run<RunSumsLoop<Real>>({row, runs_of(tile, parameter.inner), slots});
+  run<RunSumsLoop<Real>>({row, tile_runs(tile, parameter.inner), slots});
 }
 
-// The input current of a tile, for parameters that do not change over time. It is x itself if gain, bias and mean
-// change nothing and there is no residual. For long stretches of neurons that share the parameters, loops use scalars;
-// otherwise they use rows, which are only as long as the period of the parameters, to save cache.
+// The input current of a tile, for parameters that do not change over time. It is x itself (a plain input)
+// if gain, bias and mean change nothing and there is no residual. For long stretches of neurons that share the
+// parameters, loops use scalars. Otherwise they use rows, which are only as long as the parameters' period, to save
+// cache.
 template <class Real>
 class TileInput {
  public:
@@ -245,7 +248,7 @@ class TileInput {
         rows_(plain_ ? 0 : 5, kTile),
         tile_(params.shape, 0) {
     if (plain_) return;
-    for (Real** row : {&gain_, &bias_, &mean_, &gain_sum_, &bias_sum_}) *row = rows_.take();
+    for (Real** row : {&gain_, &bias_, &mean_, &gain_sum_, &bias_sum_}) *row = rows_.allocate();
     bool alike = true;  // whether all non-uniform parameters have the same inner and count
     for (int id = kInputGain; id < kNumParameters; ++id) {
       const ParameterView<Real>& parameter = parameters_[id];
@@ -259,14 +262,15 @@ class TileInput {
     if (alike && inner_ == 1 && count_ <= kTile) period_ = std::max<int64>(1, kInputSums / count_) * count_;
   }
 
-  bool plain() const { return plain_; }
+  // Whether the current is x itself.
+  bool is_plain() const { return plain_; }
 
-  // Reads the parameters for a tile.
+  // Reads the parameters for a tile. Rows stay as they are if both tiles start at the same value of the period.
   void move_to(const Tile& tile) {
     if (plain_) return;
-    const bool known = filled_ && period_ < kTile && tile.first % count_ == tile_.first % count_;
+    const bool same_rows = filled_ && period_ < kTile && tile.first % count_ == tile_.first % count_;
     tile_ = tile;
-    if (in_rows_ && !known) {
+    if (in_rows_ && !same_rows) {
       filled_ = true;
       Tile period = tile;
       period.length = period_;
@@ -283,52 +287,54 @@ class TileInput {
     std::fill_n(bias_sum_, kTile, Real(0));
   }
 
-  // Computes a row of the current from a row of x, unless plain. `residual` is null if the call has none.
+  // Computes a row of the current from a row of x, if the input is not plain. `residual` is null if the call has none.
   void compute_current(const Real* x, const Real* residual, Real* current) {
-    residual == nullptr ? compute<false>(x, nullptr, current) : compute<true>(x, residual, current);
+    residual == nullptr ? compute_current_row<false>(x, nullptr, current)
+                        : compute_current_row<true>(x, residual, current);
   }
 
-  // Computes a row of dx, and adds to the sums, from a row of the gradient of the current.
-  void backward(const Real* x, const Real* dc, Real* dx) {
+  // Computes a row of dx from dc, a row of the gradient of the current, and adds dc's terms to the sums.
+  void compute_input_gradient(const Real* x, const Real* dc, Real* dx) {
     if (in_rows_) {
       run<InputCurrentAdjointLoop<Real, true>>({x, dc, rows(), gain_sum_, bias_sum_, dx, tile_.length});
     } else {
-      for_each_shared([&](int64 stretch, int64 i, int64 length, const InputParameters<Real, false>& parameters) {
-        const int64 sum = stretch * kInputSums;
-        run<InputCurrentAdjointLoop<Real, false>>(
-            {x + i, dc + i, parameters, gain_sum_ + sum, bias_sum_ + sum, dx + i, length});
-      });
+      for_each_shared_stretch(
+          [&](int64 stretch, int64 i, int64 length, const InputParameters<Real, false>& parameters) {
+            const int64 sum = stretch * kInputSums;
+            run<InputCurrentAdjointLoop<Real, false>>(
+                {x + i, dc + i, parameters, gain_sum_ + sum, bias_sum_ + sum, dx + i, length});
+          });
     }
   }
 
-  // Stores the gradient of kInputGain or kInputBias, a sum over the neurons that share a value.
-  void store_gradient(ParameterId id, const GradientPartials<Real>& partials) {
+  // Stores the tile's partial sums of the gradient of kInputGain or kInputBias, over the neurons that share a value.
+  void store_partial_sums(ParameterId id, const GradientPartials<Real>& partials) {
     const ParameterView<Real>& parameter = parameters_[id];
     const Real* sums = id == kInputGain ? gain_sum_ : bias_sum_;
     if (in_rows_) {
       Tile repeated = tile_;
       if (is_interleaved(parameter)) repeated.length = std::min(period_, tile_.length);
-      return store_partials(partials, parameter, repeated, 0, sums);
+      return cpu::store_partial_sums(partials, parameter, repeated, 0, sums);
     }
     const bool by_stretch = parameter.inner == inner_;
-    Real* slots = by_stretch ? slots_of(partials, parameter, tile_, 0) : gain_;
+    Real* slots = by_stretch ? first_slot(partials, parameter, tile_, 0) : gain_;
     if (!by_stretch) std::fill_n(gain_, kTile, Real(0));
-    for_each_shared([&](int64 stretch, int64 first, auto&&...) {
+    for_each_shared_stretch([&](int64 stretch, int64 first, auto&&...) {
       double sum;
       run<SumLoop<Real>>({sums + stretch * kInputSums, kInputSums, &sum});
       slots[by_stretch ? stretch : first] = static_cast<Real>(sum);
     });
-    if (!by_stretch) store_partials(partials, parameter, tile_, 0, gain_);
+    if (!by_stretch) cpu::store_partial_sums(partials, parameter, tile_, 0, gain_);
   }
 
  private:
-  // compute_current, compiled with and without a residual.
+  // compute_current with kResidual as a constant.
   template <bool kResidual>
-  void compute(const Real* x, const Real* residual, Real* current) {
+  void compute_current_row(const Real* x, const Real* residual, Real* current) {
     if (in_rows_) {
       run<InputCurrentLoop<Real, true, kResidual>>({x, residual, residual_gain_, rows(), current, tile_.length});
     } else {
-      for_each_shared([&](int64, int64 i, int64 length, const InputParameters<Real, false>& parameters) {
+      for_each_shared_stretch([&](int64, int64 i, int64 length, const InputParameters<Real, false>& parameters) {
         run<InputCurrentLoop<Real, false, kResidual>>(
             {x + i, kResidual ? residual + i : nullptr, residual_gain_, parameters, current + i, length});
       });
@@ -340,7 +346,7 @@ class TileInput {
 
   // Calls f(stretch, offset, length, parameters) for each stretch of neurons that share the parameters of the input.
   template <class F>
-  void for_each_shared(F&& f) {
+  void for_each_shared_stretch(F&& f) {
     int64 stretch = 0;
     for_each_stretch(tile_, inner_ == 0 ? kTile : inner_, [&](int64 n, int64 offset, int64 length) {
       const auto at = [&](ParameterId id) { return Operand<Real>{nullptr, parameters_[id].at(n, 0)}; };
@@ -362,8 +368,8 @@ class TileInput {
   bool filled_ = false;
 };
 
-// The input of the general loops: x itself, or if there is a residual, the current, together with neurons whose gain is
-// 1 and whose bias and mean are 0.
+// The input of the general loops: x itself, or if there is a residual, the current. The loops then get neurons whose
+// gain is 1 and whose bias and mean are 0.
 template <class Scalar>
 class GeneralInput {
   using Real = Real_t<Scalar>;
@@ -372,28 +378,28 @@ class GeneralInput {
   explicit GeneralInput(const LIFParams<Scalar>& params)
       : params_(params), rows_(params.residual == nullptr ? 0 : 4, kTile) {
     if (params.residual == nullptr) return;
-    for (Real** row : {&buffer_, &current_, &ones_, &zeros_}) *row = rows_.take();
+    for (Real** row : {&buffer_, &current_, &ones_, &zeros_}) *row = rows_.allocate();
     std::fill_n(ones_, kTile, Real(1));
     std::fill_n(zeros_, kTile, Real(0));
   }
 
-  // Calls f(neurons, row) with the row of the input and the neurons that fit it.
+  // Calls f(neurons, row): x and the neurons as they are, or the current and neurons with unit gain.
   template <class Neurons, class F>
-  void visit(const Tile& tile, int64 t, const Real* x, const Neurons& neurons, F&& f) {
+  void with_input(const Tile& tile, int64 t, const Real* x, const Neurons& neurons, F&& f) {
     if (params_.residual == nullptr) return f(neurons, x);
     const Real* residual = read_row(params_.residual, tile, t, buffer_);
     run<ResidualCurrentLoop<Real, Neurons>>({neurons, x, residual, params_.residual_gain, current_, tile.length});
-    f(taking_current(neurons), current_);
+    f(with_unit_gain(neurons), current_);
   }
 
  private:
-  // The neurons with gain 1, bias 0 and mean 0, for an input that already is the current.
-  UniformNeuron<Real> taking_current(UniformNeuron<Real> neuron) const {
+  // The neurons with gain 1, bias 0 and mean 0, for an input that is already the current.
+  UniformNeuron<Real> with_unit_gain(UniformNeuron<Real> neuron) const {
     neuron.values.input_gain = Real(1);
     neuron.values.input_bias = neuron.values.input_mean = Real(0);
     return neuron;
   }
-  NeuronRows<Real> taking_current(NeuronRows<Real> neurons) const {
+  NeuronRows<Real> with_unit_gain(NeuronRows<Real> neurons) const {
     neurons.row.input_gain = ones_;
     neurons.row.input_bias = neurons.row.input_mean = zeros_;
     return neurons;
@@ -404,30 +410,30 @@ class GeneralInput {
   Real *buffer_ = nullptr, *current_ = nullptr, *ones_ = nullptr, *zeros_ = nullptr;
 };
 
-// Reads a row of a state from `from`. If `from` is null, fills the row with `otherwise`.
+// Reads a row of a state from from[offset] on. If `from` is null, fills the row with `otherwise`.
 template <class Real>
 void load_state(const Real* from, int64 offset, Real otherwise, int64 length, Real* row) {
   from != nullptr ? std::copy_n(from + offset, length, row) : std::fill_n(row, length, otherwise);
 }
 
-// Stores a row of a state in `to`, unless `to` is null.
+// Stores a row of a state from to[offset] on, unless `to` is null.
 template <class Real>
 void store_state(const Real* row, int64 length, Real* to, int64 offset) {
   if (to != nullptr) std::copy_n(row, length, to + offset);
 }
 
-// The index of the tile's v after `steps` steps in the checkpoints.
-inline int64 checkpoint(const Tile& tile, int64 steps) {
+// The offset in the checkpoints of the tile's v after `steps` steps.
+inline int64 checkpoint_offset(const Tile& tile, int64 steps) {
   return (steps / kCheckpointSteps - 1) * tile.shape.neurons() + tile.first;
 }
 
-// A row for each state of a model, v first. At rest all but v are 0.
+// A row for each state of a model, v first. At rest v is v_rest, and other states are 0.
 template <size_t kNumStates, class Real>
 using StateRows = std::array<Real*, kNumStates>;
 
-// The rows of the states of a model that has `v`, or `v` and `second`.
+// Returns {v}, or for models with two states {v, second}.
 template <class Model, class Real>
-StateRows<Model::kNumStates, Real> rows_of_states(Real* v, Real* second) {
+StateRows<Model::kNumStates, Real> state_rows(Real* v, Real* second) {
   if constexpr (Model::kNumStates == 1) {
     return {v};
   } else {
@@ -454,12 +460,12 @@ void store_states(const StateRows<kNumStates, Real>& rows, int64 length, Real* t
 
 // Reads the states before step `start`, the first of a segment: from a checkpoint, or the initial states.
 template <size_t kNumStates, class Scalar>
-void load_start(const BackwardParams<Scalar>& params, const Tile& tile, int64 start,
-                const StateRows<kNumStates, Real_t<Scalar>>& rows) {
+void load_start_states(const BackwardParams<Scalar>& params, const Tile& tile, int64 start,
+                       const StateRows<kNumStates, Real_t<Scalar>>& rows) {
   const auto load = [&](const Real_t<Scalar>* from, int64 elements, int64 offset) {
     load_states(from, elements, offset, params.options.v_rest, tile.length, rows);
   };
-  start > 0 ? load(params.checkpoints, checkpoint_stride(tile.shape), checkpoint(tile, start))
+  start > 0 ? load(params.checkpoints, checkpoint_stride(tile.shape), checkpoint_offset(tile, start))
             : load(params.v_init, tile.shape.neurons(), tile.first);
 }
 

@@ -1,5 +1,6 @@
-// The neurons of a thread, one or four adjacent ones for the whole sequence, and their memory accesses: four are one
-// access of 16 bytes in float32. plan.h decides how many.
+// The neurons of a thread, one or four adjacent ones for the whole sequence, and their memory accesses. In float32 four
+// neurons are one access of 16 bytes. plan.h decides how many. Packed keeps elements as loaded; Access converts them at
+// once. Their functions load_once and store_once are for data that a kernel touches only once.
 #pragma once
 
 #include "params/neuron.h"
@@ -7,10 +8,9 @@
 namespace asgl {
 
 constexpr int kWarpThreads = 32;
-constexpr unsigned kWholeWarp = 0xFFFFFFFFu;
+constexpr unsigned kWholeWarp = 0xFFFFFFFFu;  // the mask of a shuffle among all lanes
 
-// Accesses whose cache lines are evicted from L2 first, for data that a kernel touches once (load_once and store_once
-// below).
+// Accesses whose cache lines are evicted first, so that they displace no data that is read again.
 template <class Word>
 __device__ __forceinline__ Word load_streaming(const Word* from) {
   return __ldcs(from);
@@ -65,6 +65,7 @@ struct Packed<4, Element> {
   }
 };
 
+// Accesses to the elements of a thread's neurons, with conversion to and from the arithmetic type.
 template <int kLanes>
 struct Access;
 
@@ -125,55 +126,57 @@ struct Access<4> {
   }
 };
 
-// Set or copy the values of a thread's neurons.
+// Sets the values of a thread's neurons to one value.
 template <int kLanes, class Real>
 __device__ __forceinline__ void fill(Real (&values)[kLanes], Real value) {
 #pragma unroll
   for (int j = 0; j < kLanes; ++j) values[j] = value;
 }
+// Copies the values of a thread's neurons.
 template <int kLanes, class Real>
 __device__ __forceinline__ void copy(const Real (&from)[kLanes], Real (&to)[kLanes]) {
 #pragma unroll
   for (int j = 0; j < kLanes; ++j) to[j] = from[j];
 }
 
-// Hides from the compiler how a value was computed.
-__device__ __forceinline__ void opaque(int64& element) {
+// Makes the compiler treat a value as unknown, so that it neither computes expressions of it ahead, which would occupy
+// registers, nor computes the value again where it is used. Emits no instruction.
+__device__ __forceinline__ void hide_from_compiler(int64& element) {
 #if defined(__CUDA_ARCH__)
   asm volatile("" : "+l"(element));
 #endif
 }
-__device__ __forceinline__ void opaque(uint32& bits) {
+__device__ __forceinline__ void hide_from_compiler(uint32& bits) {
 #if defined(__CUDA_ARCH__)
   asm volatile("" : "+r"(bits));
 #endif
 }
 template <class Element>
-__device__ __forceinline__ void opaque(Element*& pointer) {
+__device__ __forceinline__ void hide_from_compiler(Element*& pointer) {
 #if defined(__CUDA_ARCH__)
   asm volatile("" : "+l"(pointer));
 #endif
 }
 
-// Tells the compiler the address space of an opaque pointer.
+// Returns the pointer. Tells the compiler that it points to global memory, which hide_from_compiler has hidden.
 template <class Element>
-__device__ __forceinline__ Element* in_global_memory(Element* pointer) {
+__device__ __forceinline__ Element* assume_global(Element* pointer) {
 #if defined(__CUDA_ARCH__)
   __builtin_assume(__isGlobal(pointer));
 #endif
   return pointer;
 }
 
-// Moves an index or pointer to another step. Unless opaque, the compiler computes the addresses of all steps
+// Moves an index or pointer to another step. Unless it is hidden, the compiler computes the addresses of all steps
 // beforehand, which takes too many registers, or multiplies for each.
-template <bool kOpaque = true, class ElementOrPointer>
+template <bool kHide = true, class ElementOrPointer>
 __device__ __forceinline__ void advance(ElementOrPointer& at, int64 stride) {
   at += stride;
-  if (kOpaque) opaque(at);
+  if (kHide) hide_from_compiler(at);
 }
 
-// The neurons n, n + 1, ... of a thread. A thread beyond the last neuron computes neuron 0, to take part in shuffles
-// and barriers, and discards the result.
+// The neurons n, n + 1, ... of a thread. A thread beyond the last neuron is not live: it computes neuron 0, to take
+// part in shuffles and barriers, and discards the result.
 template <int kLanes>
 struct ThreadIndex {
   int64 n;
@@ -185,10 +188,10 @@ struct ThreadIndex {
       : n((static_cast<int64>(blockIdx.x) * kBlockThreads + threadIdx.x) * kLanes),
         live(n < shape.neurons()),
         read_n(live ? n : 0),
-        element(shape.outer == 1 ? read_n : shape.element(read_n, 0)) {}
+        element(shape.outer == 1 ? read_n : shape.offset(read_n, 0)) {}
 };
 
-// The potentials before the first step.
+// Loads the potentials before the first step.
 template <int kLanes, class Scalar>
 __device__ __forceinline__ void load_v_init(const LIFParams<Scalar>& params, const ThreadIndex<kLanes>& index,
                                             Real_t<Scalar> (&v)[kLanes]) {
@@ -199,10 +202,10 @@ __device__ __forceinline__ void load_v_init(const LIFParams<Scalar>& params, con
   }
 }
 
-// The potentials before step `start`, the first of a segment.
+// Loads the potentials before step `start`, the first of a segment, from the checkpoints or v_init.
 template <int kLanes, class Scalar>
-__device__ __forceinline__ void load_start(const BackwardParams<Scalar>& params, int64 start,
-                                           const ThreadIndex<kLanes>& index, Real_t<Scalar> (&v)[kLanes]) {
+__device__ __forceinline__ void load_v_before(const BackwardParams<Scalar>& params, int64 start,
+                                              const ThreadIndex<kLanes>& index, Real_t<Scalar> (&v)[kLanes]) {
   if (start > 0) {
     const int64 at = (start / kCheckpointSteps - 1) * params.shape.neurons() + index.read_n;
     Access<kLanes>::load(params.checkpoints + at, v);

@@ -9,23 +9,25 @@ namespace asgl {
 
 // Blocks per multiprocessor: as many as fit without spills.
 template <class Real>
-constexpr int kAdaptiveBlocks = sizeof(Real) == 8 ? 3 : 4;
+constexpr int kAdaptiveBlocksPerSM = sizeof(Real) == 8 ? 3 : 4;
 
-// Reads the states of neuron n, v and w, from an array [2, N]. If the array is null, the neuron is at rest.
+// Loads the states of neuron n, v and w, from an array in which w is `stride` elements after v. If the array is null,
+// the neuron is at rest.
 template <class Real>
 __device__ __forceinline__ void load_states(const Real* from, int64 n, int64 stride, Real v_rest, Real& v, Real& w) {
   v = from == nullptr ? v_rest : from[n];
   w = from == nullptr ? Real(0) : from[n + stride];
 }
-// Stores the states of neuron n in an array [2, N].
+// Stores the states of neuron n in an array in which w is `stride` elements after v.
 template <class Real>
 __device__ __forceinline__ void store_states(Real v, Real w, Real* to, int64 n, int64 stride) {
   to[n] = v;
   to[n + stride] = w;
 }
 
+// Computes s_seq, and the wanted potentials, last states and checkpoints.
 template <class Scalar>
-__global__ void __launch_bounds__(kBlockThreads, kAdaptiveBlocks<Real_t<Scalar>>)
+__global__ void __launch_bounds__(kBlockThreads, kAdaptiveBlocksPerSM<Real_t<Scalar>>)
     adaptive_forward_kernel(const ForwardParams<Scalar> params) {
   using Real = Real_t<Scalar>;
   constexpr int kSteps = 8;  // steps loaded while as many others are computed
@@ -42,7 +44,7 @@ __global__ void __launch_bounds__(kBlockThreads, kAdaptiveBlocks<Real_t<Scalar>>
   };
   load_steps(steps, now);
   const NoiseSource source(params.noise);
-  const auto model = AdaptiveLIF<Real>::of(params.options);
+  const auto model = AdaptiveLIF<Real>::from_options(params.options);
   const FiringFromLeast<Real> firing(model);
   ThreadNeuron<Real, true> neuron(params, index.read_n, model);
   Real v, w;
@@ -60,7 +62,7 @@ __global__ void __launch_bounds__(kBlockThreads, kAdaptiveBlocks<Real_t<Scalar>>
       const Real used_w = w, h = model.step(x[0], noise.is_analog(k, 0), neuron.now(), firing, v, w, s);
       if (index.live) {
         params.s_seq[element] = from_real<Scalar>(s);
-        if (params.h_seq != nullptr) params.h_seq[element] = model.compared(h, used_w);
+        if (params.h_seq != nullptr) params.h_seq[element] = model.compared_potential(h, used_w);
         if (params.v_seq != nullptr) params.v_seq[element] = v;
       }
       advance(element, stride);
@@ -77,9 +79,10 @@ __global__ void __launch_bounds__(kBlockThreads, kAdaptiveBlocks<Real_t<Scalar>>
   if (params.zeros != nullptr && index.n == 0) params.zeros[0] = params.zeros[1] = Real(0);
 }
 
-// Potentials and adaptations of a segment are in shared memory, where a loop can index them.
+// Computes the wanted gradients. The potentials and adaptations of a segment are in shared memory, where a loop can
+// index them.
 template <class Scalar>
-__global__ void __launch_bounds__(kBlockThreads, kAdaptiveBlocks<Real_t<Scalar>>)
+__global__ void __launch_bounds__(kBlockThreads, kAdaptiveBlocksPerSM<Real_t<Scalar>>)
     adaptive_backward_kernel(const BackwardParams<Scalar> params) {
   using Real = Real_t<Scalar>;
   constexpr int kSteps = kCheckpointSteps, kTogether = 8;  // loads in flight
@@ -87,7 +90,7 @@ __global__ void __launch_bounds__(kBlockThreads, kAdaptiveBlocks<Real_t<Scalar>>
   const int64 steps = params.shape.steps, stride = params.shape.inner, neurons = params.shape.neurons();
   const ThreadIndex<1> index(params.shape);
   const NoiseSource source(params.noise);
-  const auto model = AdaptiveLIF<Real>::of(params.options);
+  const auto model = AdaptiveLIF<Real>::from_options(params.options);
   const Real v_rest = model.v_rest;
   const FiringFromLeast<Real> firing(model);
   ThreadNeuron<Real, true> neuron(params, index.read_n, model);
@@ -97,7 +100,7 @@ __global__ void __launch_bounds__(kBlockThreads, kAdaptiveBlocks<Real_t<Scalar>>
   const auto store_sums = [&](bool per_step, int64 t, int row) {
 #pragma unroll
     for (int id = 0; id < kNumParameters; ++id) {
-      if (!has(wanted, id) || (params.parameters[id].step_stride != 0) != per_step) continue;
+      if (!has_bit(wanted, id) || (params.parameters[id].step_stride != 0) != per_step) continue;
       store_block_sum<1>(params, id, t, sums[id], reinterpret_cast<ThreadSums<Real>&>(potentials[row]));
       sums[id] = Real(0);
     }
@@ -137,12 +140,12 @@ __global__ void __launch_bounds__(kBlockThreads, kAdaptiveBlocks<Real_t<Scalar>>
       const Real x = potentials[k][threadIdx.x];
       potentials[k][threadIdx.x] = model.step(x, noise.is_analog(k, 0), neuron.now(), firing, v, w, s);
     }
-    // Computes the potential after step k again, and the spike of that step.
-    const auto again = [&](int k, Real& s) {
+    // Recomputes the potential after step k, and the spike of that step.
+    const auto recompute = [&](int k, Real& s) {
       neuron.move_to(start + k);
       const Real h = potentials[k][threadIdx.x], w = adaptations[k][threadIdx.x];
-      s = model.fire(model.compared(h, w), noise.is_analog(k, 0), neuron.now(), firing);
-      return model.after_reset(h, s, model.adapted(neuron.now(), w));
+      s = model.fire(model.compared_potential(h, w), noise.is_analog(k, 0), neuron.now(), firing);
+      return model.potential_after_reset(h, s, model.with_adapted_reset(neuron.now(), w));
     };
 #pragma unroll 1
     for (int k = length - 1; k >= 0; --k) {
@@ -154,15 +157,15 @@ __global__ void __launch_bounds__(kBlockThreads, kAdaptiveBlocks<Real_t<Scalar>>
         carried = true;
       }
       Real s, before = first_v;
-      if (has(wanted, kDecay) && k > 0) before = again(k - 1, s);
-      const Real after = again(k, s), h = potentials[k][threadIdx.x], used_w = adaptations[k][threadIdx.x];
+      if (has_bit(wanted, kDecay) && k > 0) before = recompute(k - 1, s);
+      const Real after = recompute(k, s), h = potentials[k][threadIdx.x], used_w = adaptations[k][threadIdx.x];
       if (carried) {
         sums[kAdaptDecay] += dw * used_w;
         sums[kAdaptPotential] += dw * (after - v_rest);
         sums[kAdaptSpike] += dw * s;
       }
       const auto gradient =
-          model.adjoint(g, gh, h, model.compared(h, used_w), s, used_w, carried, neuron.now(), dv, dw);
+          model.adjoint(g, gh, h, model.compared_potential(h, used_w), s, used_w, carried, neuron.now(), dv, dw);
       sums[kWidth] += gradient.step.dy * gradient.distance;
       sums[kThreshold] -= gradient.step.dy * neuron.now().inverse_width;
       sums[kReset] += gradient.reset;

@@ -1,3 +1,3 @@
 #include "cuda/compiled.cuh"
 
-template cudaError_t asgl::cuda::start_compiled<asgl::Half>(const Start&);
+template cudaError_t asgl::cuda::start_compiled<asgl::Half>(const KernelStarter&);

@@ -1,5 +1,6 @@
 // Sums of the parameters' gradients: of a block's threads into slots of GradientPartials, and of all slots, in one
-// launch for all parameters, or two if runs are split.
+// launch for all parameters, or two if runs are split. A run is a range of adjacent neurons that share a value of the
+// parameter.
 #pragma once
 
 #include "cuda/access.cuh"
@@ -9,17 +10,17 @@ namespace asgl {
 
 // ---- in a block ----
 
-// The terms of a parameter's gradient that the threads of a block have computed, one per neuron.
+// The terms of a parameter's gradient that the threads of a block have computed, one per thread.
 template <class Real>
 struct ThreadSums {
   Real values[kBlockThreads];
 };
 
-// For parameters whose values repeat in a tile: stores, for each value, the sum over the neurons of the tile that have
-// this value. `sums` has one term per neuron.
+// For parameters whose values repeat in a tile: stores, for each of the `count` values, the sum over the tile's neurons
+// that have this value. The tile begins at neuron `first`. `sums` has one term per neuron.
 template <class Real>
-__device__ __forceinline__ void store_repeated(Real* slots, int64 count, int64 first, int neurons, const Real* sums,
-                                               int thread, int threads) {
+__device__ __forceinline__ void store_sums_by_value(Real* slots, int64 count, int64 first, int neurons,
+                                                    const Real* sums, int thread, int threads) {
   const int each = static_cast<int>(count), turn = static_cast<int>(first % count);
 #pragma unroll 1
   for (int i = thread; i < each; i += threads) {
@@ -31,7 +32,7 @@ __device__ __forceinline__ void store_repeated(Real* slots, int64 count, int64 f
 }
 
 // Stores the sum over the threads of each run in the run's slot. One warp, converged, sums all runs of its block: a
-// long run by all lanes together, short runs each by one lane.
+// long run with all lanes together, short runs with one lane each.
 template <int kLanes, class Real>
 __device__ __forceinline__ void store_partials(Real* slots, const ParameterView<Real>& parameter,
                                                const SequenceShape& shape, const ThreadSums<Real>& sums) {
@@ -39,8 +40,8 @@ __device__ __forceinline__ void store_partials(Real* slots, const ParameterView<
   const int64 left = shape.neurons() - first;
   const int neurons = left < kBlockThreads * kLanes ? static_cast<int>(left) : kBlockThreads * kLanes;
   const uint32 lane = threadIdx.x % kWarpThreads;
-  if (kLanes == 1 && parameter.repeats_in(kBlockThreads)) {
-    store_repeated(slots, parameter.count, first, neurons, sums.values, static_cast<int>(lane), kWarpThreads);
+  if (kLanes == 1 && parameter.is_interleaved_in(kBlockThreads)) {
+    store_sums_by_value(slots, parameter.count, first, neurons, sums.values, static_cast<int>(lane), kWarpThreads);
     return;
   }
   const bool all_lanes = inner >= kWarpThreads * kLanes;
@@ -62,14 +63,14 @@ __device__ __forceinline__ void store_partials(Real* slots, const ParameterView<
         sum += __shfl_down_sync(kWholeWarp, sum, distance);
       }
     }
-    if (lane_of_run == 0) slots[GradientPartials<Real>::slot(kLanes == 1 ? inner : 0, run, blockIdx.x)] = sum;
+    if (lane_of_run == 0) slots[GradientPartials<Real>::slot_index(kLanes == 1 ? inner : 0, run, blockIdx.x)] = sum;
     run += runs_at_a_time;
   }
 }
 
 // ---- of all blocks ----
 
-// The number of tiles before neuron n's; `tile` is 1 or 4 times kBlockThreads.
+// The number of tiles before the one that contains neuron n, for tiles of kBlockThreads or 4 * kBlockThreads neurons.
 __device__ __forceinline__ int64 tiles_before(int64 n, int64 tile) {
   const uint64 tiles_of_single_neurons = static_cast<uint64>(n) / kBlockThreads;
   return static_cast<int64>(tile > kBlockThreads ? tiles_of_single_neurons / 4 : tiles_of_single_neurons);
@@ -86,29 +87,29 @@ __device__ __forceinline__ void add_strided(const Real* from, int64 left, int64 
   for (; left > 0; left -= stride, from += stride) total += static_cast<double>(*from);
 }
 
-// Computes kElementsEach elements of the gradient in one thread, for parameters with one value per neuron. They are
-// kSumThreads apart, so that loads overlap.
+// Computes kElementsPerThread elements of the gradient in one thread, for parameters whose runs are single neurons.
+// Adjacent threads load adjacent slots: the elements of a thread are kSumThreads apart.
 template <class Real>
 __device__ __forceinline__ void sum_elements_of_thread(const GradientPart<Real>& part, int64 first) {
   const int64 count = part.parameter.count;
-  double totals[kElementsEach] = {};
+  double totals[kElementsPerThread] = {};
 #pragma unroll 1
   for (int64 run = 0; run < part.neurons; run += count) {
 #pragma unroll
-    for (int k = 0; k < kElementsEach; ++k) {
+    for (int k = 0; k < kElementsPerThread; ++k) {
       const int64 element = first + k * kSumThreads;
       if (element < count) totals[k] += static_cast<double>(part.partials.data[run + element]);
     }
   }
 #pragma unroll
-  for (int k = 0; k < kElementsEach; ++k) {
+  for (int k = 0; k < kElementsPerThread; ++k) {
     const int64 element = first + k * kSumThreads;
     if (element < count) part.store(element, totals[k]);
   }
 }
 
-// The grid has the blocks of all parts (one part per parameter) in order. Adjacent threads sum adjacent elements, or if
-// a block has only one element, adjacent slots of it.
+// Adds up the partial sums of all parameters. The grid has the blocks of all parts (one part per parameter) in order.
+// Adjacent threads sum adjacent elements, or if a block has only one element, adjacent slots of it.
 template <class Real>
 __global__ void __launch_bounds__(kSumThreads, 2) gradient_sum_kernel(const GradientSum<Real> sum) {
   const int thread = static_cast<int>(threadIdx.x);
@@ -128,7 +129,7 @@ __global__ void __launch_bounds__(kSumThreads, 2) gradient_sum_kernel(const Grad
   const int64 first_run = turn * (part.elements_each * part.runs_each) / kSumThreads;
   const int64 first_slot = turn & (slots_each - 1);
   double total = 0;
-  if (element < part.elements(sum.shape)) {
+  if (element < part.num_elements(sum.shape)) {
     const int64 t = part.parameter.step_stride != 0 ? element / count : 0;
     const Real* const row = part.partials.data + t * part.partials.slots;
     const int64 stride = part.splits * part.runs_each * count;
@@ -149,9 +150,9 @@ __global__ void __launch_bounds__(kSumThreads, 2) gradient_sum_kernel(const Grad
     __syncthreads();
     if (thread < half) totals[thread] += totals[thread + half];
   }
-  if (thread >= part.elements_each || element >= part.elements(sum.shape)) return;
+  if (thread >= part.elements_each || element >= part.num_elements(sum.shape)) return;
   if (part.splits > 1) {
-    part.totals[split * part.elements(sum.shape) + element] = static_cast<Real>(totals[thread]);
+    part.totals[split * part.num_elements(sum.shape) + element] = static_cast<Real>(totals[thread]);
   } else {
     part.store(element, totals[thread]);
   }

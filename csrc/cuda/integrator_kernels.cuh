@@ -1,6 +1,6 @@
 // The CUDA kernel of the leaky integrator. A thread computes one neuron, or four adjacent ones, over all steps, forward
-// or backward. Forward reads x and writes v, backward reads the gradient and writes dx: two elements a neuron and step
-// each, besides inputs of the parameters' gradients.
+// or backward. Forward reads x and writes v. Backward reads the gradient of v and writes dx, and for the parameters'
+// gradients also reads v or x.
 #pragma once
 
 #include "cuda/neuron_kernels.cuh"
@@ -10,12 +10,12 @@ namespace asgl {
 
 // Blocks per multiprocessor: as many as fit without spills.
 template <class Real, Pass kPass>
-constexpr int kIntegratorBlocks = sizeof(Real) == 8      ? (kPass == Pass::kSums ? 3 : 4)
-                                  : kPass == Pass::kSums ? 5
-                                                         : 7;
+constexpr int kIntegratorBlocksPerSM = sizeof(Real) == 8      ? (kPass == Pass::kSums ? 3 : 4)
+                                       : kPass == Pass::kSums ? 5
+                                                              : 7;
 
 template <class Scalar, int kLanes, Pass kPass>
-__global__ void __launch_bounds__(kBlockThreads, kIntegratorBlocks<Real_t<Scalar>, kPass>)
+__global__ void __launch_bounds__(kBlockThreads, kIntegratorBlocksPerSM<Real_t<Scalar>, kPass>)
     integrator_kernel(const IntegratorParams<Scalar> params) {
   using Real = Real_t<Scalar>;
   using Lanes = Access<kLanes>;
@@ -34,10 +34,10 @@ __global__ void __launch_bounds__(kBlockThreads, kIntegratorBlocks<Real_t<Scalar
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) {
       if (k < left) to.in[k].load((kBack ? params.grad_v_seq : params.x_seq) + load_element);
-      if (kSums && k < left - 1 && has(wanted, kDecay)) {
+      if (kSums && k < left - 1 && has_bit(wanted, kDecay)) {
         to.before[k].load(params.v_seq + (params.delay ? load_element : load_element + stride));
       }
-      if (kSums && k < left && has(wanted, kInputGain)) to.x[k].load(params.x_seq + load_element);
+      if (kSums && k < left && has_bit(wanted, kInputGain)) to.x[k].load(params.x_seq + load_element);
       advance(load_element, stride);
     }
   };
@@ -58,19 +58,19 @@ __global__ void __launch_bounds__(kBlockThreads, kIntegratorBlocks<Real_t<Scalar
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const bool has_steps = params.parameters[kIds[i]].step_stride != 0;
-      if (has(wanted, kIds[i]) && has_steps == per_step) stored |= 1u << i;
+      if (has_bit(wanted, kIds[i]) && has_steps == per_step) stored |= 1u << i;
     }
     if (stored == 0) return;
     __syncthreads();  // all threads have read the earlier sums
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      if (!has(stored, i)) continue;
+      if (!has_bit(stored, i)) continue;
       thread_sums[i].values[threadIdx.x] = sums[i];
       sums[i] = Real(0);
     }
     __syncthreads();
     const int warp = static_cast<int>(threadIdx.x / kWarpThreads), id = warp == 0 ? kDecay : kInputGain;
-    if (!has(stored, warp)) return;
+    if (!has_bit(stored, warp)) return;
     Real* slots = params.partials[id].data + t * params.partials[id].slots;
     store_partials<kLanes>(slots, params.parameters[id], params.shape, thread_sums[warp]);
   };

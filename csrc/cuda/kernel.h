@@ -12,6 +12,7 @@
 
 namespace asgl::cuda {
 
+// The function templates of the kernels.
 enum class Template {
   kForward,          // lif_forward_kernel
   kSettledBackward,  // lif_backward_settled_kernel
@@ -25,6 +26,7 @@ enum class Template {
   kInputGradient,
 };
 
+// The type of x_seq, or of gradient sums.
 enum class Type { kHalf, kBFloat16, kFloat, kDouble };
 
 template <class Scalar>
@@ -36,46 +38,48 @@ inline constexpr Type kTypeOf<BFloat16> = Type::kBFloat16;
 template <>
 inline constexpr Type kTypeOf<double> = Type::kDouble;
 
-// Whether kernels with four neurons per thread exist for this type. Not for float64, which would need two accesses of
+// Whether kernels with four neurons per thread exist for this type: not for float64, which would need two accesses of
 // 16 bytes and gain nothing.
 template <class Scalar>
-constexpr bool kHasFours = kTypeOf<Scalar> != Type::kDouble;
+constexpr bool kHasFourLanes = kTypeOf<Scalar> != Type::kDouble;
 
 // A kernel: its template and the arguments of the template. Arguments that a template does not have keep the defaults
 // below.
 struct Kernel {
-  Template of = Template::kForward;
+  Template template_id = Template::kForward;
   Type type = Type::kFloat;
   int lanes = 1;  // neurons or columns per thread
   Input input = Input::kGeneral;
   int steps = 0;                                // 0 for any number
-  Surrogate surrogate = Surrogate::kRectangle;  // and the next: of the neuron, unless the input is general
+  Surrogate surrogate = Surrogate::kRectangle;  // this and hard_reset: of the model LIF, unless the input is general
   bool hard_reset = false;
   Pass pass = Pass::kForward;
   bool residual = false;  // of kernels for batch normalisation
 
+  // Whether the kernel supports every option at run time.
   constexpr bool is_general() const { return input == Input::kGeneral || input == Input::kGeneralResidual; }
 
   // One number that encodes all arguments but the type.
   uint32 key() const {
     uint32 key = 0;
-    for (const int each : {static_cast<int>(of), lanes, static_cast<int>(input), steps, static_cast<int>(surrogate),
-                           static_cast<int>(hard_reset), static_cast<int>(pass), static_cast<int>(residual)}) {
+    for (const int each :
+         {static_cast<int>(template_id), lanes, static_cast<int>(input), steps, static_cast<int>(surrogate),
+          static_cast<int>(hard_reset), static_cast<int>(pass), static_cast<int>(residual)}) {
       key = key << 4 | static_cast<uint32>(each);
     }
     return key;
   }
 };
 
-// What a launcher starts.
+// A kernel and its grid, which a launcher starts.
 struct Launch {
   Kernel kernel;
   int64 blocks;
   int threads = kBlockThreads;
 };
 
-// The C++ expression of a kernel, which NVRTC instantiates.
-inline std::string name_of(const Kernel& kernel) {
+// The C++ expression that names a kernel, such as asgl::gradient_sum_kernel<float>, for NVRTC to instantiate.
+inline std::string name_expression(const Kernel& kernel) {
   static const char* const kTypes[] = {"asgl::Half", "asgl::BFloat16", "float", "double"};
   const auto call = [&](const char* name, auto... arguments) {
     std::string text = std::string("asgl::") + name + "<" + kTypes[static_cast<int>(kernel.type)];
@@ -91,7 +95,7 @@ inline std::string name_of(const Kernel& kernel) {
     }
     return "asgl::LIF<(asgl::Surrogate)" + number(kernel.surrogate) + ", " + boolean(kernel.hard_reset) + ">";
   };
-  switch (kernel.of) {
+  switch (kernel.template_id) {
     case Template::kForward:
       return call("lif_forward_kernel", model(), lanes, input, number(kernel.steps));
     case Template::kSettledBackward:
@@ -116,22 +120,22 @@ inline std::string name_of(const Kernel& kernel) {
   return {};
 }
 
-constexpr size_t kMostKernels = 320;  // of one type
+constexpr size_t kMaxKernels = 320;  // of one type
 
-// A list that can be built in constant expressions.
-struct Kernels {
-  Kernel all[kMostKernels];
-  size_t count = 0;  // above kMostKernels if not all fit, which fails to compile below
+// A list of kernels that can be built in a constant expression.
+struct KernelList {
+  Kernel all[kMaxKernels];
+  size_t count = 0;  // above kMaxKernels if not all fit, which fails to compile below
 
   constexpr void add(const Kernel& kernel) {
-    if (count < kMostKernels) all[count] = kernel;
+    if (count < kMaxKernels) all[count] = kernel;
     ++count;
   }
 };
 
 // Every kernel that launch_of in plan.h may choose for an x_seq of this type, or for gradient sums in this type.
-constexpr Kernels kernels_of(Type type) {
-  Kernels kernels{};
+constexpr KernelList kernels_of(Type type) {
+  KernelList kernels{};
   if (type == Type::kFloat || type == Type::kDouble) {
     kernels.add({Template::kGradientSum, type});
     kernels.add({Template::kCoefficients, type});
@@ -172,15 +176,15 @@ constexpr Kernels kernels_of(Type type) {
   }
   return kernels;
 }
-static_assert(kernels_of(Type::kHalf).count <= kMostKernels && kernels_of(Type::kBFloat16).count <= kMostKernels &&
-                  kernels_of(Type::kFloat).count <= kMostKernels && kernels_of(Type::kDouble).count <= kMostKernels,
-              "kMostKernels is smaller than the number of kernels of a type");
+static_assert(kernels_of(Type::kHalf).count <= kMaxKernels && kernels_of(Type::kBFloat16).count <= kMaxKernels &&
+                  kernels_of(Type::kFloat).count <= kMaxKernels && kernels_of(Type::kDouble).count <= kMaxKernels,
+              "kMaxKernels is smaller than the number of kernels of a type");
 
-// The kernels of all types.
-inline std::vector<Kernel> every_kernel() {
+// The kernels of all types, in one list.
+inline std::vector<Kernel> all_kernels() {
   std::vector<Kernel> every;
   for (const Type type : {Type::kHalf, Type::kBFloat16, Type::kFloat, Type::kDouble}) {
-    const Kernels kernels = kernels_of(type);
+    const KernelList kernels = kernels_of(type);
     every.insert(every.end(), kernels.all, kernels.all + kernels.count);
   }
   return every;

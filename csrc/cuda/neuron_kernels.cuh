@@ -1,14 +1,15 @@
 // The CUDA kernels of the neuron, with the equations of math/neuron.h. A thread computes one neuron, or four adjacent
 // ones, for the whole sequence, with their state in registers.
 //
-// Forward reads x and writes s: two elements a neuron and step. Backward takes segments of at most kCheckpointSteps
-// steps from the last to the first: it recomputes their potentials from x and keeps them on chip, then walks back,
-// reading the gradient and writing dx: three elements. For the sums of gradients of gain and mean it reads x a second
-// time, from L2 if other data do not displace it. dx need not stay in L2: it is next read after the whole sequence is
-// written, when L2 still holds it only if all of it fits (docs/design/gpu.md).
+// Forward reads x and writes s: two elements per neuron and step. Backward computes segments of at most
+// kCheckpointSteps steps, from the last to the first. In each it recomputes the potentials from x and keeps them on
+// chip. Then it goes back in time, reads the gradient and writes dx: three elements per neuron and step. For the
+// gradient of input_gain it reads x a second time, from L2 if other data do not displace it. dx need not stay in L2: it
+// is next read after the whole sequence is written, when L2 still holds it only if all of it fits (docs/design/gpu.md).
 //
-// Settled kernels are nearly always enough, and skip unused outputs at almost no cost. The general kernels support
-// every option at run time: one kernel for all surrogates and resets, since few calls run it.
+// Settled kernels are for calls in which no parameter changes over time, v_rest is 0, no rare rule is selected and
+// neither potentials nor scaled spikes are wanted, as in nearly all calls. The general kernels support every option at
+// run time: one kernel for all surrogates and resets, since few calls run it.
 #pragma once
 
 #include "cuda/access.cuh"
@@ -21,37 +22,39 @@ namespace asgl {
 
 // ---- forward ----
 
-// The number of a thread's neurons that have parameters of their own.
+// The number of parameter sets of a thread: one per neuron, or one that its neurons share.
 template <Input kInput, int kLanes>
-constexpr int kOwnNeurons = kInput == Input::kApart ? kLanes : 1;
+constexpr int kParameterSets = kInput == Input::kApart ? kLanes : 1;
 
 // Blocks per multiprocessor: enough to keep memory busy without spills (tools/kernels/RESOURCES.md). With 7 blocks,
 // 65,536 registers leave 72 per thread.
 template <class Real, Input kInput>
-constexpr int kForwardBlocks = sizeof(Real) == 8                                         ? 3
-                               : kInput == Input::kGeneralResidual                       ? 4
-                               : kInput == Input::kNormalised || kInput == Input::kPlain ? 7
-                                                                                         : 5;
+constexpr int kForwardBlocksPerSM = sizeof(Real) == 8                                         ? 3
+                                    : kInput == Input::kGeneralResidual                       ? 4
+                                    : kInput == Input::kNormalised || kInput == Input::kPlain ? 7
+                                                                                              : 5;
+// Blocks per multiprocessor of the general backward kernel.
 template <class Real, int kLanes>
-constexpr int kBackwardBlocks = sizeof(Real) == 4 && kLanes == 1 ? 4 : 3;
+constexpr int kBackwardBlocksPerSM = sizeof(Real) == 4 && kLanes == 1 ? 4 : 3;
 // Whether settled backward kernels of a model spill registers at four blocks per multiprocessor: erf, compiled by
 // NVRTC.
 template <class Model>
 constexpr bool kSpillsAtFourBlocks = false;
 template <bool kHardReset>
 constexpr bool kSpillsAtFourBlocks<LIF<Surrogate::kErf, kHardReset>> = true;
-// At four blocks per multiprocessor, loads of float32 spill: they take twice as many registers as loads of half types.
+// Blocks per multiprocessor of the settled backward kernel: three where four would spill. Loads of float32 take twice
+// as many registers as loads of half types.
 template <class Scalar, class Model, int kLanes, Input kInput, int kExact>
-constexpr int kSettledBackwardBlocks = kExact > 0 || sizeof(Scalar) == 8 ||
-                                               (kLanes == 4 && (kInput != Input::kPlain || kSpillsAtFourBlocks<Model> ||
-                                                                sizeof(Scalar) == 4))
-                                           ? 3
-                                           : 4;
+constexpr int kSettledBackwardBlocksPerSM = kExact > 0 || sizeof(Scalar) == 8 ||
+                                                    (kLanes == 4 && (kInput != Input::kPlain ||
+                                                                     kSpillsAtFourBlocks<Model> || sizeof(Scalar) == 4))
+                                                ? 3
+                                                : 4;
 
-// For kInput = kGeneral Model is LIFByOptions<Real>; otherwise LIFParams::input() allows kInput, and
-// params.only_spikes() holds. The sequence has kExact steps, or any number if kExact is 0.
+// The forward pass. If kInput is general, Model is LIFByOptions<Real>. Otherwise LIFParams::input_assumption() allows
+// kInput, and params.outputs_only_spikes() holds. The sequence has kExact steps, or any number if kExact is 0.
 template <class Scalar, class Model, int kLanes, Input kInput, int kExact>
-__global__ void __launch_bounds__(kBlockThreads, kForwardBlocks<Real_t<Scalar>, kInput>)
+__global__ void __launch_bounds__(kBlockThreads, kForwardBlocksPerSM<Real_t<Scalar>, kInput>)
     lif_forward_kernel(const ForwardParams<Scalar> params) {
   using Real = Real_t<Scalar>;
   using Lanes = Access<kLanes>;
@@ -76,8 +79,8 @@ __global__ void __launch_bounds__(kBlockThreads, kForwardBlocks<Real_t<Scalar>, 
   const NoiseSource source(params.noise);
   const NeuronOptions<Real> options = params.options;
   const FiringFromLeast<Real> firing(options);
-  const auto& model = Model::of(params.options);
-  ThreadNeuron<Real, kIsGeneral<kInput>, kOwnNeurons<kInput, kLanes>> neuron(params, index.read_n, options);
+  const auto& model = Model::from_options(params.options);
+  ThreadNeuron<Real, kIsGeneral<kInput>, kParameterSets<kInput, kLanes>> neuron(params, index.read_n, options);
   Real v[kLanes];
   load_v_init(params, index, v);
   if (kExact == 0) load_first();
@@ -125,15 +128,15 @@ __global__ void __launch_bounds__(kBlockThreads, kForwardBlocks<Real_t<Scalar>, 
 
 // ---- backward ----
 
-// The parts of a step of the settled kernels, for the neurons of a thread.
+// The parts of a step of the settled backward kernel, for the neurons of a thread.
 template <class Model, Input kInput, class Real, int kLanes>
-struct SettledStep {
+struct SettledBackwardStep {
   using Row = Real[kLanes];
   static constexpr bool kNormalised = kInput != Input::kPlain;
-  static constexpr int kOwn = kOwnNeurons<kInput, kLanes>;
-  using Sums = Real[kNumParameters][kOwn];
+  static constexpr int kSets = kParameterSets<kInput, kLanes>;
+  using Sums = Real[kNumParameters][kSets];
 
-  const ThreadNeuron<Real, false, kOwn>& neuron;
+  const ThreadNeuron<Real, false, kSets>& neuron;
   const NeuronOptions<Real>& options;
   const FiringFromLeast<Real>& firing;
   Real residual_gain;
@@ -144,9 +147,10 @@ struct SettledStep {
     return Model::fire(h, noise.is_analog(k, j), neuron.now(j), firing);
   }
 
-  // Computes step k again: h, the spike and the reset. On entry v is the potential before the step, on return after it.
+  // Recomputes step k of forward. On entry v is the potential before the step, on return the one after it.
   template <class Noise>
-  __device__ __forceinline__ void advance(const Row& x, const Row& r, const Noise& noise, int k, Row& v, Row& h) const {
+  __device__ __forceinline__ void recompute(const Row& x, const Row& r, const Noise& noise, int k, Row& v,
+                                            Row& h) const {
 #pragma unroll
     for (int j = 0; j < kLanes; ++j) {
       const Real c = input_current<kInput>(x[j], neuron.now(j), residual_gain, r[j]);
@@ -156,10 +160,11 @@ struct SettledStep {
     }
   }
 
-  // Computes dx, and du and dh, the gradients of u and h, from ds, the gradient of s. Replaces dv, the gradient of v
-  // after the step, by the gradient of v before it.
-  __device__ __forceinline__ void walk_back(bool carried, const Row& x, const Row& h, const Row& s, Row& ds, Row& dv,
-                                            Row& du, Row& dh, Row& dx, Sums& sums) const {
+  // Computes dx, du and dh, the gradients of x, u and h, from ds, the gradient of s, and adds to the sums of width,
+  // gain and bias. Replaces dv, the gradient of v after the step, by the gradient of v before it. Unless `carried`, v
+  // after the step has no gradient.
+  __device__ __forceinline__ void backpropagate(bool carried, const Row& x, const Row& h, const Row& s, Row& ds,
+                                                Row& dv, Row& du, Row& dh, Row& dx, Sums& sums) const {
     if (carried && !options.detach_reset) {
 #pragma unroll
       for (int j = 0; j < kLanes; ++j) {
@@ -171,10 +176,10 @@ struct SettledStep {
       const Neuron<Real>& own = neuron.now(j);
       const StepGradient<Real> step =
           Model::step_adjoint(ds[j], NoGradient{}, h[j], s[j], carried, own, options, dv[j]);
-      sums[kWidth][j % kOwn] += step.dy * Model::distance(h[j], own);
+      sums[kWidth][j % kSets] += step.dy * Model::distance(h[j], own);
       if constexpr (kNormalised) {
-        sums[kInputGain][j % kOwn] += step.dc * (x[j] - own.input_mean);
-        sums[kInputBias][j % kOwn] += step.dc;
+        sums[kInputGain][j % kSets] += step.dc * (x[j] - own.input_mean);
+        sums[kInputBias][j % kSets] += step.dc;
       }
       dx[j] = kNormalised ? own.input_gain * step.dc : step.dc;
       du[j] = step.dy * own.inverse_width;
@@ -182,87 +187,88 @@ struct SettledStep {
     }
   }
 
-  // Adds the next step's gradient of the decay: the next step's dh times the potential after step k.
-  __device__ __forceinline__ void add_decay(const Row& dh, const Row& h, const Row& s, Sums& sums) const {
+  // Adds the gradient of the decay in the next step: dh of that step times v after this step.
+  __device__ __forceinline__ void add_decay_gradient(const Row& dh, const Row& h, const Row& s, Sums& sums) const {
 #pragma unroll
     for (int j = 0; j < kLanes; ++j) {
       const Real v_after = Model::reset(h[j], s[j], neuron.now(j));
-      sums[kDecay][j % kOwn] += dh[j] * v_after;
+      sums[kDecay][j % kSets] += dh[j] * v_after;
     }
   }
 };
 
-// Stores the sums of the parameters that differ between the thread's neurons. Adds the sums of all others up over these
-// neurons, and returns the bits of the others in `wanted`. All threads of the block must call this.
-template <class Scalar, class Real, int kOwn>
-__device__ __forceinline__ uint32 store_own_sums(const BackwardParams<Scalar>& params, uint32 wanted,
-                                                 const ThreadIndex<kOwn>& index, Real (&sums)[kNumParameters][kOwn],
-                                                 ThreadSums<Real>* thread_sums) {
-  constexpr int kTile = kOwn * kBlockThreads;
-  struct alignas(sizeof(Real) * kOwn) Row {
-    Real values[kOwn];
+// Stores the sums of the parameters whose values of adjacent neurons are adjacent. For all other parameters, adds the
+// sums of the thread's neurons up, and returns their bits of `wanted`. All threads of the block must call this.
+template <class Scalar, class Real, int kSets>
+__device__ __forceinline__ uint32 store_sums_by_neuron(const BackwardParams<Scalar>& params, uint32 wanted,
+                                                       const ThreadIndex<kSets>& index,
+                                                       Real (&sums)[kNumParameters][kSets],
+                                                       ThreadSums<Real>* thread_sums) {
+  constexpr int kTile = kSets * kBlockThreads;
+  struct alignas(sizeof(Real) * kSets) Row {
+    Real values[kSets];
   };
   uint32 others = wanted;
 #pragma unroll
   for (int id = 0; id < kInputMean; ++id) {
-    if (!has(wanted, id)) continue;
-    if (!has(params.summary.by_neuron, id)) {
+    if (!has_bit(wanted, id)) continue;
+    if (!has_bit(params.summary.by_neuron, id)) {
 #pragma unroll
-      for (int j = 1; j < kOwn; ++j) sums[id][0] += sums[id][j];
+      for (int j = 1; j < kSets; ++j) sums[id][0] += sums[id][j];
       continue;
     }
     others ^= 1u << id;
     Real* const slots = params.partials[id].data;
-    if (!params.parameters[id].repeats_in(kTile)) {
-      if (index.live) Access<kOwn>::store(sums[id], slots + index.n);
+    if (!params.parameters[id].is_interleaved_in(kTile)) {
+      if (index.live) Access<kSets>::store(sums[id], slots + index.n);
       continue;
     }
     Row row;
 #pragma unroll
-    for (int j = 0; j < kOwn; ++j) row.values[j] = sums[id][j];
+    for (int j = 0; j < kSets; ++j) row.values[j] = sums[id][j];
     __syncthreads();  // earlier values have been read
     reinterpret_cast<Row*>(thread_sums)[threadIdx.x] = row;
     __syncthreads();
     const int64 first = static_cast<int64>(blockIdx.x) * kTile, left = params.shape.neurons() - first;
-    store_repeated(slots, params.parameters[id].count, first, left < kTile ? static_cast<int>(left) : kTile,
-                   thread_sums->values, static_cast<int>(threadIdx.x), kBlockThreads);
+    store_sums_by_value(slots, params.parameters[id].count, first, left < kTile ? static_cast<int>(left) : kTile,
+                        thread_sums->values, static_cast<int>(threadIdx.x), kBlockThreads);
   }
   return others;
 }
 
-// Adds the threads' sums up and stores those of the block: a warp has every kWarps-th parameter. All threads of the
-// block must call this.
-template <int kLanes, int kNumSums, class Scalar, class Real, int kOwn>
+// Adds the sums of the threads up and stores the sums of the block. Each warp does this for every kWarps-th parameter.
+// All threads of the block must call this.
+template <int kLanes, int kNumSums, class Scalar, class Real, int kSets>
 __device__ __forceinline__ void store_block_sums(const BackwardParams<Scalar>& params, uint32 wanted,
-                                                 const Real (&sums)[kNumParameters][kOwn],
+                                                 const Real (&sums)[kNumParameters][kSets],
                                                  ThreadSums<Real>* thread_sums) {
 #pragma unroll
   for (int id = 0; id < kNumSums; ++id) {
-    if (has(wanted, id)) thread_sums[id].values[threadIdx.x] = sums[id][0];
+    if (has_bit(wanted, id)) thread_sums[id].values[threadIdx.x] = sums[id][0];
   }
   __syncthreads();
   constexpr int kWarps = kBlockThreads / kWarpThreads;
   const int warp = static_cast<int>(threadIdx.x / kWarpThreads);
 #pragma unroll 1
   for (uint32 left = wanted >> warp, id = warp; left != 0; left >>= kWarps, id += kWarps) {
-    if (!has(left, 0)) continue;
+    if (!has_bit(left, 0)) continue;
     store_partials<kLanes>(params.partials[id].data, params.parameters[id], params.shape, thread_sums[id]);
   }
 }
 
-// The settled backward pass, for params.only_spikes(), with kInput allowed by LIFParams::input(). A sequence of kExact
-// steps is one segment, kept in registers. If kExact is 0, the potentials of a segment are kept in shared memory, and a
-// loop computes a few steps at a time: unrolled, segments took most of the compilation time and had registers for loads
-// of only two steps ahead.
+// The settled backward pass, for params.outputs_only_spikes(), with kInput allowed by LIFParams::input_assumption(). A
+// sequence of kExact steps is one segment, kept in registers. If kExact is 0, the potentials of a segment are kept in
+// shared memory, and a loop computes a few steps at a time. An unrolled segment took most of the compilation time, and
+// left registers to load only two steps ahead.
 template <class Scalar, class Model, int kLanes, Input kInput, int kExact>
-__global__ void __launch_bounds__(kBlockThreads, kSettledBackwardBlocks<Scalar, Model, kLanes, kInput, kExact>)
+__global__ void __launch_bounds__(kBlockThreads, kSettledBackwardBlocksPerSM<Scalar, Model, kLanes, kInput, kExact>)
     lif_backward_settled_kernel(const BackwardParams<Scalar> params) {
   using Real = Real_t<Scalar>;
   constexpr bool kNormalised = kInput != Input::kPlain, kInRegisters = kExact > 0;
   constexpr bool kResidual = kHasResidual<kInput>;
-  constexpr int kOwn = kOwnNeurons<kInput, kLanes>;
+  constexpr int kSets = kParameterSets<kInput, kLanes>;
   // Steps loaded at a time. If the neurons of a thread have parameters of their own, four loads in float32 would spill.
-  constexpr int kSteps = kInRegisters ? kExact : kLanes == 1 ? 8 : kOwn > 1 && sizeof(Scalar) == 4 ? 2 : 4;
+  constexpr int kSteps = kInRegisters ? kExact : kLanes == 1 ? 8 : kSets > 1 && sizeof(Scalar) == 4 ? 2 : 4;
   constexpr int kSegment = kInRegisters ? kExact : kCheckpointSteps;
   static_assert(kSegment % kSteps == 0);
   constexpr int kNumSums = kNormalised ? kInputMean : kInputGain;
@@ -277,28 +283,28 @@ __global__ void __launch_bounds__(kBlockThreads, kSettledBackwardBlocks<Scalar, 
   const ThreadIndex<kLanes> index(params.shape);
   const uint32 wanted = params.summary.wanted;
 
-  Real sums[kNumParameters][kOwn] = {};
+  Real sums[kNumParameters][kSets] = {};
   if (kLanes == 1 || index.live) {
     // Each pointer advances with its loads or stores.
     Packed<kLanes, Scalar> x[kSteps], g[kSteps], x_again[kSteps], r[kSteps];
     const Scalar *x_seq, *grad_s_seq, *x_seq_again, *residual;
     Scalar* grad_x_seq;
     int64 stored;  // element, with a residual, where either gradient may be unwanted
-    const bool loads_again = kOwn == 1 || has(wanted, kInputGain);
+    const bool loads_again = kSets == 1 || has_bit(wanted, kInputGain);
     const auto load_x = [&](bool there, int k) {
-      if (there) x[k].load(in_global_memory(x_seq));
+      if (there) x[k].load(assume_global(x_seq));
       advance<!kInRegisters>(x_seq, stride);
       if constexpr (kResidual) {
-        if (there) r[k].load_once(in_global_memory(residual));
+        if (there) r[k].load_once(assume_global(residual));
         advance<!kInRegisters>(residual, stride);
       }
     };
     const auto load_gradient = [&](bool there, int k) {
-      if (there) g[k].load_once(in_global_memory(grad_s_seq));
+      if (there) g[k].load_once(assume_global(grad_s_seq));
       advance<!kInRegisters>(grad_s_seq, -stride);
       // Loads x again, mostly from the cache: no registers are left to keep it.
       if (kNormalised && !kInRegisters) {
-        if (there && loads_again) x_again[k].load(in_global_memory(x_seq_again));
+        if (there && loads_again) x_again[k].load(assume_global(x_seq_again));
         advance(x_seq_again, -stride);
       }
     };
@@ -326,8 +332,8 @@ __global__ void __launch_bounds__(kBlockThreads, kSettledBackwardBlocks<Scalar, 
     const NoiseSource source(params.noise);
     const NeuronOptions<Real> options = params.options;
     const FiringFromLeast<Real> firing(options);
-    const ThreadNeuron<Real, false, kOwn> neuron(params, index.read_n, options);
-    const SettledStep<Model, kInput, Real, kLanes> step = {neuron, options, firing, params.residual_gain};
+    const ThreadNeuron<Real, false, kSets> neuron(params, index.read_n, options);
+    const SettledBackwardStep<Model, kInput, Real, kLanes> step = {neuron, options, firing, params.residual_gain};
     const bool has_grad_last = params.grad_v_last != nullptr;
     Real dv[kLanes], dh[kLanes];
     fill(dv, Real(0));  // NVRTC would read {} from a variable in global memory
@@ -341,11 +347,11 @@ __global__ void __launch_bounds__(kBlockThreads, kSettledBackwardBlocks<Scalar, 
       if (!kInRegisters) load_ends(start, length);
       const SegmentNoise<kLanes, kSegment> noise(source, index.n, start, length);
       Real v[kLanes];
-      load_start(params, start, index, v);
+      load_v_before(params, start, index, v);
       Potentials h[kSteps];
 #pragma unroll 1
       for (int first = 0; first < length; first += kSteps) {
-        const auto few = noise.from(first);
+        const auto few = noise.starting_at(first);
         const int left = length - first;
 #pragma unroll
         for (int k = 0; k < kSteps; ++k) {
@@ -353,7 +359,7 @@ __global__ void __launch_bounds__(kBlockThreads, kSettledBackwardBlocks<Scalar, 
             Real x_k[kLanes], r_k[kLanes];
             x[k].unpack(x_k);
             if constexpr (kResidual) r[k].unpack(r_k);
-            step.advance(x_k, r_k, few, k, v, h[k].values);
+            step.recompute(x_k, r_k, few, k, v, h[k].values);
             if (!kInRegisters) potentials[first + k][threadIdx.x] = h[k];
           }
           if (!kInRegisters) load_x(k + kSteps < left, k);
@@ -361,9 +367,9 @@ __global__ void __launch_bounds__(kBlockThreads, kSettledBackwardBlocks<Scalar, 
       }
 #pragma unroll 1
       for (int first = last_load(length); first >= 0; first -= kSteps) {
-        const auto few = noise.from(first);
+        const auto few = noise.starting_at(first);
         const int left = length - first, followed = left - last_steps;
-        const int carried_steps = has_grad_last ? left : followed, decay_steps = has(wanted, kDecay) ? followed : 0;
+        const int carried_steps = has_grad_last ? left : followed, decay_steps = has_bit(wanted, kDecay) ? followed : 0;
 #pragma unroll
         for (int k = 0; k < kSteps; ++k) {
           if (!kInRegisters && k < left) h[k] = potentials[first + k][threadIdx.x];
@@ -377,16 +383,16 @@ __global__ void __launch_bounds__(kBlockThreads, kSettledBackwardBlocks<Scalar, 
             copy(dv, dv_after);
 #pragma unroll
             for (int j = 0; j < kLanes; ++j) s[j] = step.fire(h[k].values[j], few, k, j);
-            if (k < decay_steps) step.add_decay(dh, h[k].values, s, sums);
-            const auto walk_back = [&](bool carried) {
-              step.walk_back(carried, x_k, h[k].values, s, ds, dv, du, dh, dx, sums);
+            if (k < decay_steps) step.add_decay_gradient(dh, h[k].values, s, sums);
+            const auto go_back = [&](bool carried) {
+              step.backpropagate(carried, x_k, h[k].values, s, ds, dv, du, dh, dx, sums);
             };
-            k < carried_steps ? walk_back(true) : walk_back(false);  // usually true, and then without selections
+            k < carried_steps ? go_back(true) : go_back(false);  // usually true, and then without selections
             if ((wanted & (1u << kThreshold | 1u << kReset)) != 0) {
 #pragma unroll
               for (int j = 0; j < kLanes; ++j) {
-                sums[kThreshold][j % kOwn] -= du[j];
-                if (k < carried_steps) sums[kReset][j % kOwn] += Model::gradient_of_reset(dv_after[j], s[j]);
+                sums[kThreshold][j % kSets] -= du[j];
+                if (k < carried_steps) sums[kReset][j % kSets] += Model::reset_parameter_gradient(dv_after[j], s[j]);
               }
             }
             if constexpr (kResidual) {
@@ -399,7 +405,7 @@ __global__ void __launch_bounds__(kBlockThreads, kSettledBackwardBlocks<Scalar, 
                 Access<kLanes>::store_once(dr, params.grad_residual + stored);
               }
             } else if (index.live) {
-              Access<kLanes>::store_once(dx, in_global_memory(grad_x_seq));
+              Access<kLanes>::store_once(dx, assume_global(grad_x_seq));
             }
           }
           if constexpr (kResidual) {
@@ -411,23 +417,23 @@ __global__ void __launch_bounds__(kBlockThreads, kSettledBackwardBlocks<Scalar, 
         }
       }
     }
-    if (has(wanted, kDecay)) {
+    if (has_bit(wanted, kDecay)) {
       Real v_init[kLanes];
       load_v_init(params, index, v_init);
 #pragma unroll
-      for (int j = 0; j < kLanes; ++j) sums[kDecay][j % kOwn] += dh[j] * v_init[j];
+      for (int j = 0; j < kLanes; ++j) sums[kDecay][j % kSets] += dh[j] * v_init[j];
     }
     if (params.grad_v_init != nullptr && index.live) Access<kLanes>::store(dv, params.grad_v_init + index.n);
   }
   uint32 others = wanted;
-  if constexpr (kOwn > 1) others = store_own_sums(params, wanted, index, sums, thread_sums);
+  if constexpr (kSets > 1) others = store_sums_by_neuron(params, wanted, index, sums, thread_sums);
   if (others == 0) return;
-  if (!kInRegisters || kOwn > 1) __syncthreads();  // the sums overwrite potentials and repeated sums
+  if (!kInRegisters || kSets > 1) __syncthreads();  // the sums overwrite potentials and repeated sums
   store_block_sums<kLanes, kNumSums>(params, others, sums, thread_sums);
 }
 
-// Stores the block's sum of a parameter at step t, 0 for all steps, by way of shared memory. All threads of the block
-// must call this.
+// Adds the threads' sums of one parameter up by way of shared memory, and stores the sum of the block. t is the step of
+// the sum, 0 if it is over all steps. All threads of the block must call this.
 template <int kLanes, class Scalar, class Real>
 __device__ __forceinline__ void store_block_sum(const BackwardParams<Scalar>& params, int id, int64 t, Real sum,
                                                 ThreadSums<Real>& thread_sums) {
@@ -442,7 +448,7 @@ __device__ __forceinline__ void store_block_sum(const BackwardParams<Scalar>& pa
 // The backward pass that supports every option at run time. The potentials of a segment are stored in shared memory,
 // where a loop can index them.
 template <class Scalar, int kLanes, Input kInput>
-__global__ void __launch_bounds__(kBlockThreads, kBackwardBlocks<Real_t<Scalar>, kLanes>)
+__global__ void __launch_bounds__(kBlockThreads, kBackwardBlocksPerSM<Real_t<Scalar>, kLanes>)
     lif_backward_kernel(const BackwardParams<Scalar> params) {
   using Real = Real_t<Scalar>;
   using Model = LIFByOptions<Real>;
@@ -460,7 +466,7 @@ __global__ void __launch_bounds__(kBlockThreads, kBackwardBlocks<Real_t<Scalar>,
   const NoiseSource source(params.noise);
   const NeuronOptions<Real> options = params.options;
   const FiringFromLeast<Real> firing(options);
-  const auto& model = Model::of(params.options);
+  const auto& model = Model::from_options(params.options);
   ThreadNeuron<Real, true> neuron(params, index.read_n, options);
   const uint32 wanted = params.summary.wanted;
   Real sums[kNumParameters] = {};
@@ -487,7 +493,7 @@ __global__ void __launch_bounds__(kBlockThreads, kBackwardBlocks<Real_t<Scalar>,
       }
     }
     Real next_g[kLanes], first_v[kLanes], v[kLanes];
-    load_start(params, start, index, first_v);
+    load_v_before(params, start, index, first_v);
     copy(first_v, v);
     const SegmentNoise<kLanes, kSteps> noise(source, index.n, start, length);
     const auto fire_lane = [&](Real h, int k, int j) {
@@ -525,7 +531,7 @@ __global__ void __launch_bounds__(kBlockThreads, kBackwardBlocks<Real_t<Scalar>,
       fill(gh, Real(0));
       fill(x, Real(0));
       if (params.grad_h_seq != nullptr) Lanes::load_once(params.grad_h_seq + element, gh);
-      if (has(wanted, kInputGain)) Lanes::load(params.x_seq + element, x);
+      if (has_bit(wanted, kInputGain)) Lanes::load(params.x_seq + element, x);
       if (params.grad_v_seq != nullptr) {
         Real gv[kLanes];
         Lanes::load_once(params.grad_v_seq + element, gv);
@@ -533,7 +539,7 @@ __global__ void __launch_bounds__(kBlockThreads, kBackwardBlocks<Real_t<Scalar>,
         for (int j = 0; j < kLanes; ++j) dv[j] += gv[j];
         carried = true;
       }
-      if (has(wanted, kDecay) && k > 0) {
+      if (has_bit(wanted, kDecay) && k > 0) {
         const Potentials h_before = potentials[k - 1][threadIdx.x];
         neuron.move_to(t - 1);
 #pragma unroll
@@ -552,7 +558,7 @@ __global__ void __launch_bounds__(kBlockThreads, kBackwardBlocks<Real_t<Scalar>,
           g[j] = g[j] * neuron.now().v_threshold;
         }
         dv[j] = model.floor_adjoint(h.values[j], s, neuron.now(), dv[j]);
-        if (carried) sums[kReset] += model.gradient_of_reset(dv[j], s);
+        if (carried) sums[kReset] += model.reset_parameter_gradient(dv[j], s);
         const Real ds = model.spike_gradient(g[j], h.values[j], carried && !options.detach_reset, neuron.now(), dv[j]);
         const StepGradient<Real> step =
             model.step_adjoint(ds, gh[j], h.values[j], s, carried, neuron.now(), options, dv[j]);
@@ -568,17 +574,17 @@ __global__ void __launch_bounds__(kBlockThreads, kBackwardBlocks<Real_t<Scalar>,
       carried = true;
       if (params.grad_x_seq != nullptr && index.live) {
         int64 stored_element = element;
-        opaque(stored_element);  // otherwise the compiler splits the store for half types
+        hide_from_compiler(stored_element);  // otherwise the compiler splits the store for half types
         Lanes::store_once(dx, params.grad_x_seq + stored_element);
       }
       if (kHasResidual<kInput> && params.grad_residual != nullptr && index.live) {
         int64 stored_element = element;
-        opaque(stored_element);
+        hide_from_compiler(stored_element);
         Lanes::store_once(dr, params.grad_residual + stored_element);
       }
 #pragma unroll
       for (int id = 0; id < kNumParameters; ++id) {
-        if (has(wanted, id) && params.parameters[id].step_stride != 0) {
+        if (has_bit(wanted, id) && params.parameters[id].step_stride != 0) {
           store_sum(id, t, k);
           sums[id] = Real(0);
         }
@@ -588,7 +594,7 @@ __global__ void __launch_bounds__(kBlockThreads, kBackwardBlocks<Real_t<Scalar>,
   }
 #pragma unroll
   for (int id = 0; id < kNumParameters; ++id) {
-    if (has(wanted, id) && params.parameters[id].step_stride == 0) store_sum(id, 0, 0);
+    if (has_bit(wanted, id) && params.parameters[id].step_stride == 0) store_sum(id, 0, 0);
   }
   if (params.grad_v_init != nullptr && index.live) Lanes::store(dv, params.grad_v_init + index.n);
 }

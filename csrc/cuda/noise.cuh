@@ -7,53 +7,54 @@ namespace asgl {
 
 constexpr int kNoiseGroup = 4;  // neurons of a NoiseBlock, for two steps
 
-// The draws of a call, by neuron and pair of steps.
+// Draws the random numbers of a call, by neuron and pair of steps.
 class NoiseSource {
  public:
   __device__ __forceinline__ explicit NoiseSource(const NoiseParams& params) {
     const NoiseParams noise = params.resolved();
-    drawn_ = noise.drawn();
-    key_ = drawn_ ? noise_key(noise.rng_state) : NoiseKey{};
-    limit_ = drawn_ ? noise.analog_below << 16 : static_cast<uint32>(noise.analog_below > 0);
+    needs_draws_ = noise.needs_draws();
+    key_ = needs_draws_ ? noise_key(noise.rng_state) : NoiseKey{};
+    limit_ = needs_draws_ ? noise.analog_below << 16 : static_cast<uint32>(noise.analog_below > 0);
   }
 
   // Hides the key from the compiler, which would keep the keys of all ten rounds in registers.
-  __device__ __forceinline__ void opaque() {
+  __device__ __forceinline__ void hide_key_from_compiler() {
 #if defined(__CUDA_ARCH__)
     asm volatile("" : "+r"(key_.seed_low), "+r"(key_.seed_high));
 #endif
   }
-  // Whether draws are needed; whether all elements are analog without any.
-  __device__ __forceinline__ bool drawn() const { return drawn_; }
-  __device__ __forceinline__ bool always() const { return !drawn_ && limit_ > 0; }
+  // Whether random numbers decide which elements are analog; and if not, whether all elements are.
+  __device__ __forceinline__ bool needs_draws() const { return needs_draws_; }
+  __device__ __forceinline__ bool is_always_analog() const { return !needs_draws_ && limit_ > 0; }
 
-  // The draws of neuron n's group. If analog_prob is 0 or 1 nothing is drawn, and draws are 0, which is below a limit
-  // of 1.
+  // The draws of neuron n's group. If analog_prob is 0 or 1, all draws are 0 without any computation, and limit_ is 0
+  // or 1.
   __device__ __forceinline__ NoiseBlock draw(int64 n, int64 step_pair) const {
-    if (!drawn_) return {};
+    if (!needs_draws_) return {};
     return noise_block(static_cast<uint64>(n) / kNoiseGroup, static_cast<uint32>(step_pair), key_);
   }
 
-  // The blocks of two pairs of steps, drawn together, share their round keys, which saves a sixth of the instructions.
-  struct Two {
+  // The draws of two pairs of steps. Drawn together they share their round keys, which saves a sixth of the
+  // instructions.
+  struct TwoBlocks {
     NoiseBlock blocks[2];
   };
-  __device__ __forceinline__ Two draw_two(int64 n, int64 step_pair) const {
-    if (!drawn_) return {};
+  __device__ __forceinline__ TwoBlocks draw_two_blocks(int64 n, int64 step_pair) const {
+    if (!needs_draws_) return {};
     const uint64 group = static_cast<uint64>(n) / kNoiseGroup;
     const uint32 first = static_cast<uint32>(step_pair);
     return {{noise_block(group, first, key_), noise_block(group, first + 1, key_)}};
   }
 
-  // Whether neuron j of the group is analog in the first or second step of the block. Its draw is compared in the upper
-  // half of a word, where draws of odd neurons already are.
+  // Whether neuron j of the group is analog in the first (odd_step = 0) or second step of the block. Its draw of 16
+  // bits is compared in the upper half of a word, where the draws of odd neurons already are.
   __device__ __forceinline__ bool is_analog(const NoiseBlock& block, int odd_step, int j) const {
     const uint32 word = static_cast<uint32>(block.draws[odd_step] >> (32 * (j / 2)));
     return (j % 2 == 1 ? word : word << 16) < limit_;
   }
 
  private:
-  bool drawn_;
+  bool needs_draws_;
   NoiseKey key_;
   uint32 limit_;
 };
@@ -89,8 +90,8 @@ class SegmentNoise<1, kSteps> {
 
   __device__ __forceinline__ bool is_analog(int k, int) const { return bits_ >> k & 1u; }
 
-  // The bits for the steps from start + first on.
-  __device__ __forceinline__ SegmentNoise from(int first) const {
+  // The noise of the steps from start + first on.
+  __device__ __forceinline__ SegmentNoise starting_at(int first) const {
     SegmentNoise later = *this;
     later.bits_ >>= first;
     return later;
@@ -105,37 +106,38 @@ class SegmentNoise<4, kSteps> {
  public:
   __device__ __forceinline__ SegmentNoise(const NoiseSource& source, int64 n, int64 start, int length) {
     static_assert(kSteps == 16);
-    steps_0_to_7_ = eight_steps(source, n, start, length);
-    steps_8_to_15_ = eight_steps(source, n, start + 8, length - 8);
+    steps_0_to_7_ = draw_eight_steps(source, n, start, length);
+    steps_8_to_15_ = draw_eight_steps(source, n, start + 8, length - 8);
   }
 
   __device__ __forceinline__ bool is_analog(int k, int j) const {
     return (k < 8 ? steps_0_to_7_ : steps_8_to_15_) >> (4 * (k % 8) + j) & 1u;
   }
 
-  // The bits for the steps from start + first up to the next multiple of 8.
-  struct Few {
+  // The bits of the steps from start + first on, up to the next multiple of 8.
+  struct LaterSteps {
     uint32 bits;
 
     __device__ __forceinline__ bool is_analog(int k, int j) const { return bits >> (4 * k + j) & 1u; }
   };
-  // Opaque: the compiler would otherwise choose the word and shift it again in each of the unrolled steps.
-  __device__ __forceinline__ Few from(int first) const {
-    Few few = {(first < 8 ? steps_0_to_7_ : steps_8_to_15_) >> (4 * (first % 8))};
-    asgl::opaque(few.bits);
+  // Hidden, because the compiler would otherwise choose the word and shift it again in each of the unrolled steps.
+  __device__ __forceinline__ LaterSteps starting_at(int first) const {
+    LaterSteps few = {(first < 8 ? steps_0_to_7_ : steps_8_to_15_) >> (4 * (first % 8))};
+    hide_from_compiler(few.bits);
     return few;
   }
 
  private:
-  // The bits of eight steps from `start` on, four for each.
-  static __device__ __forceinline__ uint32 eight_steps(const NoiseSource& source, int64 n, int64 start, int length) {
-    if (!source.drawn()) return source.always() ? 0xFFFFFFFFu : 0u;
+  // Draws the bits of eight steps from `start` on, four for each, or those of `length` steps if there are fewer.
+  static __device__ __forceinline__ uint32 draw_eight_steps(const NoiseSource& source, int64 n, int64 start,
+                                                            int length) {
+    if (!source.needs_draws()) return source.is_always_analog() ? 0xFFFFFFFFu : 0u;
     NoiseSource local = source;
-    local.opaque();
+    local.hide_key_from_compiler();
     uint32 bits = 0;
 #pragma unroll 1
     for (int pair = 0; pair < 4 && 2 * pair < length; pair += 2) {
-      const auto two = local.draw_two(n, start / 2 + pair);
+      const auto two = local.draw_two_blocks(n, start / 2 + pair);
       uint32 drawn = 0;
 #pragma unroll
       for (int i = 0; i < 16; ++i) {
@@ -149,21 +151,21 @@ class SegmentNoise<4, kSteps> {
   uint32 steps_0_to_7_, steps_8_to_15_;
 };
 
-// Four steps need few enough draws to keep them unpacked.
+// Four steps need so few draws that a bit is extracted only when it is used.
 template <>
 class SegmentNoise<4, 4> {
  public:
   __device__ __forceinline__ SegmentNoise(const NoiseSource& source, int64 n, int64 start, int)
-      : source_(source), two_(source.draw_two(n, start / 2)) {}
+      : source_(source), two_(source.draw_two_blocks(n, start / 2)) {}
 
   __device__ __forceinline__ bool is_analog(int k, int j) const {
     return source_.is_analog(two_.blocks[k / 2], k % 2, j);
   }
-  __device__ __forceinline__ const SegmentNoise& from(int) const { return *this; }
+  __device__ __forceinline__ const SegmentNoise& starting_at(int) const { return *this; }
 
  private:
   const NoiseSource& source_;
-  NoiseSource::Two two_;
+  NoiseSource::TwoBlocks two_;
 };
 
 }  // namespace asgl

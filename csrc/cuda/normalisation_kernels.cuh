@@ -7,16 +7,16 @@
 
 namespace asgl {
 
-// The columns of a thread, and the rows of them that it reads.
+// The columns of a thread, and the rows that it reads of them.
 template <int kLanes>
 struct ChannelIndex {
   ChannelTask task;
   int unit, way;         // position in the tile
   int neighbours, rank;  // units of the channel in the tile; among these
   int64 channel;
-  bool live;
-  int64 row, end_row, step;  // the rows of the thread
-  int64 column;
+  bool live;                 // whether the thread has columns
+  int64 row, end_row, step;  // the rows of the thread: row, row + step, ... before end_row
+  int64 column;              // the first one
 
   __device__ __forceinline__ explicit ChannelIndex(const ChannelTiles& tiles)
       : task(tiles, blockIdx.x), row(task.row), end_row(task.end_row), step(tiles.ways) {
@@ -58,7 +58,7 @@ struct ShiftedSums {
 #pragma unroll
       for (int j = 0; j < kLanes; ++j) total[(k * kLanes + j) % kSums] += k < rows ? x[k][j] : x[0][j];
     }
-    const Real m = math::shortened(pairwise_sum(total) * Real(1.0 / (kRows * kLanes)));
+    const Real m = math::shortened_significand(pairwise_sum(total) * Real(1.0 / (kRows * kLanes)));
 #pragma unroll
     for (int k = 0; k < kRows; ++k) {
 #pragma unroll
@@ -75,13 +75,14 @@ struct ShiftedSums {
     squares = squares + (offset * (shifted + distance) + pairwise_sum(squared));
   }
 
+  // Adds the sums over other values, with the same shift.
   __device__ __forceinline__ void add(const ShiftedSums& other) {
     sum = sum + other.sum;
     squares = squares + other.squares;
   }
 
  private:
-  // The sum of the values, by halves.
+  // The sum of kSums values, a power of two, as a tree. Overwrites them.
   template <int kSums>
   static __device__ __forceinline__ Real pairwise_sum(Real (&sums)[kSums]) {
 #pragma unroll
@@ -96,8 +97,8 @@ struct ShiftedSums {
 // Adds up the sums of all threads of a channel. Only the first of them, with way 0 and rank 0, gets the result. All
 // threads of the block must call this.
 template <class Real, int kLanes>
-__device__ __forceinline__ ShiftedSums<Real> add_in_block(const ShiftedSums<Real>& own, const ChannelTiles& tiles,
-                                                          const ChannelIndex<kLanes>& index) {
+__device__ __forceinline__ ShiftedSums<Real> reduce_in_block(const ShiftedSums<Real>& own, const ChannelTiles& tiles,
+                                                             const ChannelIndex<kLanes>& index) {
   __shared__ ShiftedSums<Real> sums[kBlockThreads];
   const int thread = static_cast<int>(threadIdx.x);
   sums[thread] = own;
@@ -144,16 +145,16 @@ __global__ void __launch_bounds__(kBlockThreads, 6) batch_moments_kernel(const M
       left == kTogether ? sums.add(x, kTogether, shift) : sums.add(x, left, shift);  // usually all, without selections
     }
   }
-  sums = add_in_block(sums, tiles, index);
+  sums = reduce_in_block(sums, tiles, index);
   if (first) {
     const int64 units = tiles.tiles_per_channel > 1 ? task.units : tiles.units_per_channel;
     const double count = static_cast<double>((task.end_row - task.row) * units * kLanes);
     params.moments[task.slot * tiles.shape.channels + index.channel] =
-        shifted_moments(count, static_cast<double>(shift), as_double(sums.sum), as_double(sums.squares));
+        moments_from_shifted_sums(count, static_cast<double>(shift), as_double(sums.sum), as_double(sums.squares));
   }
 }
 
-// Each block computes one channel.
+// Each block computes the coefficients of one channel.
 template <class Real>
 __global__ void __launch_bounds__(kBlockThreads, 8)
     batch_norm_coefficients_kernel(const CoefficientsParams<Real> params) {
@@ -165,12 +166,12 @@ __global__ void __launch_bounds__(kBlockThreads, 8)
     found = params.given_moments(channel);
   } else {
     for (int64 slot = thread; slot < params.slots; slot += kBlockThreads) {
-      found = join(found, params.moments[slot * params.channels + channel]);
+      found = merge_moments(found, params.moments[slot * params.channels + channel]);
     }
     moments[thread] = found;
     __syncthreads();
     for (int half = kBlockThreads / 2; half > 0; half /= 2) {
-      if (thread < half) moments[thread] = join(moments[thread], moments[thread + half]);
+      if (thread < half) moments[thread] = merge_moments(moments[thread], moments[thread + half]);
       __syncthreads();
     }
     found = moments[0];
@@ -178,9 +179,9 @@ __global__ void __launch_bounds__(kBlockThreads, 8)
   if (thread == 0) params.store(channel, found);
 }
 
-// Each block first computes the adjoints of its channels and only then the position of its columns, which would
-// otherwise occupy registers meanwhile (54 to 61 instead of 43 to 48). Blocks of the first slot store the gradients of
-// weight and bias.
+// Computes the gradient of x_seq. Each block first computes the adjoints of its channels and only then the position of
+// its columns, which would otherwise occupy registers meanwhile (54 to 61 instead of 43 to 48). Blocks of the first
+// slot store the gradients of weight and bias.
 template <class Scalar, int kLanes, bool kResidual>
 __global__ void __launch_bounds__(kBlockThreads, 8)
     batch_norm_input_gradient_kernel(const InputGradientParams<Scalar> params) {
@@ -200,8 +201,8 @@ __global__ void __launch_bounds__(kBlockThreads, 8)
   __syncthreads();
   const ChannelIndex<kLanes> index(tiles);
   if (!index.live) return;
-  const int place = static_cast<int>(index.channel - task.first_channel);
-  const Real mean = params.mean()[index.channel], slope = slopes[place], offset = offsets[place];
+  const int in_tile = static_cast<int>(index.channel - task.first_channel);
+  const Real mean = params.mean()[index.channel], slope = slopes[in_tile], offset = offsets[in_tile];
   const Real gain = kResidual ? params.gain()[index.channel] : Real(1);
   const int64 stride = index.step * tiles.shape.columns();
   int64 element = index.row * tiles.shape.columns() + index.column;
@@ -219,7 +220,7 @@ __global__ void __launch_bounds__(kBlockThreads, 8)
     for (int k = 0; k < kTogether; ++k) {
       if (row + k * index.step < index.end_row) {
         int64 stored = element + k * stride;
-        opaque(stored);  // otherwise the compiler splits the stores for half types
+        hide_from_compiler(stored);  // otherwise the compiler splits the stores for half types
         if constexpr (kResidual) {
 #pragma unroll
           for (int j = 0; j < kLanes; ++j) dx[k][j] = gain * dx[k][j];

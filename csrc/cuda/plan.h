@@ -1,6 +1,6 @@
-// Plans every launch: how values are divided among threads, which kernel runs, and with how many blocks. Host code that
-// includes no CUDA header. `resident` returns the number of threads that the device can hold at a time, and is called
-// only if the plan depends on this number.
+// Plans every launch. plan_tiles divides values among threads, and launch_of chooses the kernel and the number of
+// blocks. Host code that includes no CUDA header. `resident` returns the number of threads that the device can hold at
+// a time, and is called only if the plan depends on this number.
 #pragma once
 
 #include <algorithm>
@@ -10,73 +10,75 @@
 
 namespace asgl::cuda {
 
-// work / per_block, rounded up.
-inline int64 blocks_for(int64 work, int64 per_block) { return (work + per_block - 1) / per_block; }
+// number / by, rounded up.
+inline int64 ceil_div(int64 number, int64 by) { return (number + by - 1) / by; }
 
-// Whether one access can read or write four elements; true for null.
+// Whether an array is aligned so that one access can read or write four elements; true for null.
 template <class Element>
-bool is_aligned(const Element* first) {
+bool is_aligned_for_four(const Element* first) {
   return reinterpret_cast<unsigned long>(first) % (4 * sizeof(Element)) == 0;
 }
 
 // ---- neurons and integrators ----
 
-// The assumption about the input with which the kernel is compiled.
+// The assumptions about the input current under which the kernel may be compiled.
 template <class Params>
 Input input_of(const Params& params) {
-  const bool indexed = params.shape.neurons() < kDivisible;
-  const Input input = params.only_spikes() && indexed ? params.input() : Input::kGeneral;
+  const bool indexed = params.shape.neurons() < kDividendLimit;
+  const Input input = params.outputs_only_spikes() && indexed ? params.input_assumption() : Input::kGeneral;
   if (params.residual == nullptr) return input;
   return input == Input::kGeneral ? Input::kGeneralResidual : Input::kNormalisedResidual;
 }
 
-// Whether four neurons, from any multiple of four on, share all parameters.
+// Whether each group of four neurons that begins at a multiple of four shares all parameters.
 template <class Scalar>
-bool share_parameters(const LIFParams<Scalar>& params) {
+bool fours_share_parameters(const LIFParams<Scalar>& params) {
   bool shared = true;
   for (const auto& parameter : params.parameters) shared = shared && parameter.is_shared_by_four();
   return shared;
 }
 
-// Whether four neurons share all parameters, or kernels for Input::kApart can run: the parameters that the neurons do
-// not share then have one value per neuron, adjacent and aligned in memory.
+// Whether the parameters allow a thread to compute four neurons: the four share all parameters, or kernels for
+// Input::kApart can run, because the other parameters have one value per neuron, adjacent and aligned in memory.
 template <class Params>
-bool fit_parameters(const Params& params) {
-  const bool shared = share_parameters(params);
+bool parameters_fit_four_lanes(const Params& params) {
+  const bool shared = fours_share_parameters(params);
   const Input input = input_of(params);
   if (shared || (input != Input::kPlain && input != Input::kNormalised)) return shared;
   bool fit = true;
   for (const auto& parameter : params.parameters) {
-    const bool adjacent = parameter.inner == 1 && parameter.count % 4 == 0 && is_aligned(parameter.data);
+    const bool adjacent = parameter.inner == 1 && parameter.count % 4 == 0 && is_aligned_for_four(parameter.data);
     fit = fit && (parameter.is_shared_by_four() || adjacent);
   }
   return fit;
 }
 
-// Whether the neurons form groups of four that are adjacent and aligned in memory, for accesses of four elements.
+// Whether x_seq, v_init and the given tensors allow a thread to compute four neurons: they are adjacent and aligned in
+// memory, so that one access reads or writes all four.
 template <class Scalar, class... Pointers>
-bool is_in_fours(const LIFParams<Scalar>& params, const Pointers&... sequences_and_states) {
-  return params.shape.inner % 4 == 0 && is_aligned(params.x_seq) && is_aligned(params.v_init) &&
-         (is_aligned(sequences_and_states) && ...);
+bool tensors_fit_four_lanes(const LIFParams<Scalar>& params, const Pointers&... sequences_and_states) {
+  return params.shape.inner % 4 == 0 && is_aligned_for_four(params.x_seq) && is_aligned_for_four(params.v_init) &&
+         (is_aligned_for_four(sequences_and_states) && ...);
 }
 
 // Whether a launch with four neurons per thread is faster than with one.
 template <class Params, class Resident>
-bool fours_are_faster(const Params& params, const Resident& resident) {
+bool four_lanes_are_faster(const Params& params, const Resident& resident) {
   const Input input = input_of(params);
   const bool general = input == Input::kGeneral || input == Input::kGeneralResidual;
   if (!general && params.shape.steps <= kCheckpointSteps) return true;
   const int64 threads = resident(), neurons = params.shape.neurons();
   // For general kernels a quarter of the resident threads is enough, because each thread has four times as many loads
   // in flight.
-  return general ? neurons / 4 >= threads / 4 : neurons > kFewSixteenths * threads / 16;
+  return general ? neurons / 4 >= threads / 4 : neurons > kOccupancySixteenths * threads / 16;
 }
 
-// The summary of the parameters, without `wanted`; zeros from kDivisible neurons on.
+// The summary of the parameters, apart from `wanted`. All zeros from kDividendLimit neurons on, where general kernels
+// run.
 template <class Scalar>
 ParameterSummary summary_of(const LIFParams<Scalar>& params) {
   ParameterSummary summary{};
-  if (params.shape.neurons() >= kDivisible) return summary;
+  if (params.shape.neurons() >= kDividendLimit) return summary;
   summary.alike = true;
   int64 inner = 1, count = 1;  // those of the first parameter that differs between neurons
   for (int id = 0; id < kNumParameters; ++id) {
@@ -88,7 +90,7 @@ ParameterSummary summary_of(const LIFParams<Scalar>& params) {
     summary.strides[id] = 1;
     if (parameter.inner == 1) summary.by_neuron |= static_cast<uint8>(1u << id);
   }
-  const auto index = [](int64 inner, int64 count) { return NeuronIndex{Divisor::of(inner), Divisor::of(count)}; };
+  const auto index = [](int64 inner, int64 count) { return NeuronIndex{Divisor::make(inner), Divisor::make(count)}; };
   summary.common = index(inner, count);
   for (int id = 0; id < kNumParameters && !summary.alike; ++id) {
     summary.own[id] = index(params.parameters[id].inner, params.parameters[id].count);
@@ -96,71 +98,74 @@ ParameterSummary summary_of(const LIFParams<Scalar>& params) {
   return summary;
 }
 
-// Sets the tile, the neurons of a block: one per thread, or four if `grouped` and if that is faster.
+// Sets the summary and the tiles. A block computes a tile: one neuron per thread, or four if `grouped` and faster.
 template <class Params, class Resident>
-void plan_neurons(Params& params, bool grouped, const Resident& resident) {
+void plan_neuron_tiles(Params& params, bool grouped, const Resident& resident) {
   params.summary = summary_of(params);
   using Scalar = std::remove_const_t<std::remove_pointer_t<decltype(params.x_seq)>>;
-  const bool fours = kHasFours<Scalar> && grouped && fours_are_faster(params, resident);
+  const bool fours = kHasFourLanes<Scalar> && grouped && four_lanes_are_faster(params, resident);
   params.tiles.tile = fours ? 4 * kBlockThreads : kBlockThreads;
-  params.tiles.count = blocks_for(params.shape.neurons(), params.tiles.tile);
+  params.tiles.count = ceil_div(params.shape.neurons(), params.tiles.tile);
 }
 
-// As plan_neurons, for passes in which parameters may want gradients.
+// Plans the tiles by plan_neuron_tiles, and sets which parameters want gradients.
 template <class Params, class Resident>
-void plan_with_sums(Params& params, bool grouped, const Resident& resident) {
-  plan_neurons(params, grouped, resident);
-  for (int id = 0; id < kNumParameters; ++id) params.summary.wanted |= static_cast<uint32>(params.wants(id)) << id;
+void plan_tiles_and_gradients(Params& params, bool grouped, const Resident& resident) {
+  plan_neuron_tiles(params, grouped, resident);
+  for (int id = 0; id < kNumParameters; ++id) {
+    params.summary.wanted |= static_cast<uint32>(params.wants_gradient(id)) << id;
+  }
 }
 
 template <class Scalar, class Resident>
 void plan_tiles(ForwardParams<Scalar>& params, const Resident& resident) {
-  const bool grouped =
-      is_in_fours(params, params.residual, params.s_seq, params.v_last, params.v_seq, params.h_seq, params.checkpoints);
-  plan_neurons(params, grouped && fit_parameters(params) && params.options.num_states() == 1, resident);
+  const bool grouped = tensors_fit_four_lanes(params, params.residual, params.s_seq, params.v_last, params.v_seq,
+                                              params.h_seq, params.checkpoints);
+  plan_neuron_tiles(params, grouped && parameters_fit_four_lanes(params) && params.options.num_states() == 1, resident);
 }
 
 template <class Scalar, class Resident>
 void plan_tiles(BackwardParams<Scalar>& params, const Resident& resident) {
-  const bool grouped =
-      is_in_fours(params, params.residual, params.grad_s_seq, params.grad_v_last, params.grad_v_seq, params.grad_h_seq,
-                  params.checkpoints, params.grad_x_seq, params.grad_v_init, params.grad_residual);
-  plan_with_sums(params, grouped && fit_parameters(params) && params.options.num_states() == 1, resident);
+  const bool grouped = tensors_fit_four_lanes(params, params.residual, params.grad_s_seq, params.grad_v_last,
+                                              params.grad_v_seq, params.grad_h_seq, params.checkpoints,
+                                              params.grad_x_seq, params.grad_v_init, params.grad_residual);
+  plan_tiles_and_gradients(params, grouped && parameters_fit_four_lanes(params) && params.options.num_states() == 1,
+                           resident);
 }
 
 template <class Scalar, class Resident>
 void plan_tiles(IntegratorParams<Scalar>& params, const Resident& resident) {
-  const bool grouped = is_in_fours(params, params.v_seq, params.v_last, params.grad_v_seq, params.grad_v_last,
-                                   params.grad_x_seq, params.grad_v_init);
-  plan_with_sums(params, grouped && share_parameters(params), resident);
+  const bool grouped = tensors_fit_four_lanes(params, params.v_seq, params.v_last, params.grad_v_seq,
+                                              params.grad_v_last, params.grad_x_seq, params.grad_v_init);
+  plan_tiles_and_gradients(params, grouped && fours_share_parameters(params), resident);
 }
 
-// The number of neurons per thread, which plan_tiles has chosen.
+// The number of neurons per thread that plan_tiles has chosen.
 template <class Scalar>
 int lanes_of(const LIFParams<Scalar>& params) {
-  return kHasFours<Scalar> && params.tiles.tile > kBlockThreads ? 4 : 1;
+  return kHasFourLanes<Scalar> && params.tiles.tile > kBlockThreads ? 4 : 1;
 }
 
-// The kernel of the neuron. With one neuron per thread, the normalised kernel also computes plain input, and the
-// general kernel any input with a residual.
+// The launch of a neuron's kernel, from the template for each sort of call. With one neuron per thread, the kernel for
+// kNormalised also computes kPlain, and the general kernel any input with a residual.
 template <class Scalar, template <class> class Params>
-Launch launch_neurons(const Params<Scalar>& params, Template settled, Template general, Template adaptive) {
+Launch neuron_launch(const Params<Scalar>& params, Template settled, Template general, Template adaptive) {
   Kernel kernel{settled, kTypeOf<Scalar>};
   if (params.options.has_adaptation()) {
-    kernel.of = adaptive;
+    kernel.template_id = adaptive;
     return {kernel, params.tiles.count};
   }
   kernel.lanes = lanes_of(params);
   kernel.input = input_of(params);
   if (!kernel.is_general()) {
     if (kernel.lanes == 4) {
-      if (!share_parameters(params)) kernel.input = Input::kApart;
+      if (!fours_share_parameters(params)) kernel.input = Input::kApart;
     } else {
       kernel.input = params.residual != nullptr ? Input::kGeneralResidual : Input::kNormalised;
     }
   }
   if (kernel.is_general()) {
-    kernel.of = general;
+    kernel.template_id = general;
     return {kernel, params.tiles.count};
   }
   if (kernel.lanes == 4 && params.shape.steps == kShortSequence) kernel.steps = kShortSequence;
@@ -171,35 +176,38 @@ Launch launch_neurons(const Params<Scalar>& params, Template settled, Template g
 
 template <class Scalar>
 Launch launch_of(const ForwardParams<Scalar>& params) {
-  return launch_neurons(params, Template::kForward, Template::kForward, Template::kAdaptiveForward);
+  return neuron_launch(params, Template::kForward, Template::kForward, Template::kAdaptiveForward);
 }
 
 template <class Scalar>
 Launch launch_of(const BackwardParams<Scalar>& params) {
-  return launch_neurons(params, Template::kSettledBackward, Template::kBackward, Template::kAdaptiveBackward);
+  return neuron_launch(params, Template::kSettledBackward, Template::kBackward, Template::kAdaptiveBackward);
 }
 
 template <class Scalar>
 Launch launch_of(const IntegratorParams<Scalar>& params) {
   Kernel kernel{Template::kIntegrator, kTypeOf<Scalar>, lanes_of(params)};
-  kernel.pass = params.pass();
+  kernel.pass = params.requested_pass();
   return {kernel, params.tiles.count};
 }
 
 // ---- sums of gradients ----
 
-// An element of a gradient is the sum of the slots of its runs; a run has one slot for each tile that it overlaps. If a
-// run has few slots, a block sums several elements. Runs are split among threads if the second launch that this needs
-// takes less time than one thread would need for all of its runs.
+// An element of a gradient is the sum of the slots of its runs, the ranges of adjacent neurons that share its value. A
+// run has one slot for each tile that it overlaps. If a run has few slots, a block sums several elements. Runs are
+// split among threads if the second launch that this needs takes less time than one thread would need for all of its
+// runs.
 template <class Real, class Resident>
 void plan_tiles(GradientSum<Real>& sum, const Resident&) {
   constexpr int64 kManySlots = 8;
-  constexpr int64 kMostRunsEach = 16, kFewRuns = 8, kManyThreads = 131072;
+  constexpr int64 kMaxRunsEach = 16, kFewRuns = 8, kManyThreads = 131072;
   constexpr int64 kRuns = 16, kSingleRuns = 128;  // runs of a thread if they are split; loads of single neurons overlap
-  constexpr int64 kMostSplits = 2048;
+  constexpr int64 kMaxSplits = 2048;
   for (int id = 0; id < sum.count; ++id) {
     GradientPart<Real>& part = sum.parts[id];
-    if (part.parameter.repeats_in(sum.tile)) part.neurons = blocks_for(part.neurons, sum.tile) * part.parameter.count;
+    if (part.parameter.is_interleaved_in(sum.tile)) {
+      part.neurons = ceil_div(part.neurons, sum.tile) * part.parameter.count;
+    }
     const int64 inner = part.parameter.inner, runs = part.neurons / (inner * part.parameter.count);
     const int64 slots = (inner + sum.tile - 2) / sum.tile + 1;  // the largest number of slots of a run
     const auto largest_power = [](int64 most) {
@@ -213,17 +221,17 @@ void plan_tiles(GradientSum<Real>& sum, const Resident&) {
       part.runs_each = kSumThreads / part.slots_each;
     } else {
       part.slots_each = 1;
-      const int64 enough = blocks_for(kManyThreads, part.elements(sum.shape));
-      part.runs_each = largest_power(std::min({runs, kMostRunsEach, enough}));
+      const int64 enough = ceil_div(kManyThreads, part.num_elements(sum.shape));
+      part.runs_each = largest_power(std::min({runs, kMaxRunsEach, enough}));
       part.elements_each = kSumThreads / part.runs_each;
       const bool single = inner == 1 && part.parameter.step_stride == 0;
-      if (single && runs <= kFewRuns && part.parameter.count >= kElementsEach * kManyThreads) {
-        part.elements_each = kElementsEach * kSumThreads;
+      if (single && runs <= kFewRuns && part.parameter.count >= kElementsPerThread * kManyThreads) {
+        part.elements_each = kElementsPerThread * kSumThreads;
       }
     }
-    part.blocks = blocks_for(part.elements(sum.shape), part.elements_each);
-    const int64 splits = blocks_for(runs, part.runs_each * (inner == 1 ? kSingleRuns : kRuns));
-    part.splits = splits > 2 ? static_cast<int>(std::min(splits, kMostSplits)) : 1;
+    part.blocks = ceil_div(part.num_elements(sum.shape), part.elements_each);
+    const int64 splits = ceil_div(runs, part.runs_each * (inner == 1 ? kSingleRuns : kRuns));
+    part.splits = splits > 2 ? static_cast<int>(std::min(splits, kMaxSplits)) : 1;
   }
 }
 
@@ -236,29 +244,29 @@ Launch launch_of(const GradientSum<Real>& sum) {
 
 // ---- batch normalisation ----
 
-// Divides the channels into tiles, with four columns per thread if they belong to one channel and are aligned.
+// Divides the channels into tiles. A thread has four columns if these belong to one channel and are aligned in memory.
 template <class Scalar, class... Gradients>
 void plan_channels(ChannelTiles& tiles, int64 rows_each, const Scalar* x_seq, const Gradients*... gradients) {
-  const bool fours =
-      kHasFours<Scalar> && tiles.shape.inner % 4 == 0 && is_aligned(x_seq) && (is_aligned(gradients) && ...);
+  const bool fours = kHasFourLanes<Scalar> && tiles.shape.inner % 4 == 0 && is_aligned_for_four(x_seq) &&
+                     (is_aligned_for_four(gradients) && ...);
   const int lanes = fours ? 4 : 1;
   tiles = ChannelTiles::plan(tiles.shape, lanes, kBlockThreads, rows_each / lanes);
 }
 
 template <class Scalar, class Resident>
 void plan_tiles(MomentsParams<Scalar>& params, const Resident&) {
-  plan_channels(params.tiles, kMomentsRowsEach, params.x_seq);
+  plan_channels(params.tiles, kMomentsRowsPerThread, params.x_seq);
 }
 
 template <class Scalar, class Resident>
 void plan_tiles(InputGradientParams<Scalar>& params, const Resident&) {
-  plan_channels(params.tiles, kChannelRowsEach, params.x_seq, params.grad_x_seq, params.grad_residual);
+  plan_channels(params.tiles, kGradientRowsPerThread, params.x_seq, params.grad_x_seq, params.grad_residual);
   if (params.tiles.shape.rows == 0) params.tiles.splits = 1;  // for the gradients of weight and bias
 }
 
 template <class Scalar>
 Launch launch_of(const MomentsParams<Scalar>& params) {
-  return {{Template::kMoments, kTypeOf<Scalar>, static_cast<int>(params.tiles.lanes)}, params.tiles.tasks()};
+  return {{Template::kMoments, kTypeOf<Scalar>, static_cast<int>(params.tiles.lanes)}, params.tiles.num_tasks()};
 }
 
 template <class Real>
@@ -270,7 +278,7 @@ template <class Scalar>
 Launch launch_of(const InputGradientParams<Scalar>& params) {
   Kernel kernel{Template::kInputGradient, kTypeOf<Scalar>, static_cast<int>(params.tiles.lanes)};
   kernel.residual = params.grad_residual != nullptr;
-  return {kernel, params.tiles.tasks()};
+  return {kernel, params.tiles.num_tasks()};
 }
 
 }  // namespace asgl::cuda

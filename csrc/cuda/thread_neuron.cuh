@@ -18,29 +18,29 @@ class ThreadNeuron {
     Real given[kNumParameters][kNeurons];
     const auto read = [&](int id, uint32 index) {
       const ParameterView<Real>& parameter = params.parameters[id];
-      if (kNeurons > 1 && has(summary.by_neuron, id)) {
+      if (kNeurons > 1 && has_bit(summary.by_neuron, id)) {
         Access<kNeurons>::load(parameter.data + index, given[id]);
       } else {
-        fill(given[id], has(summary.tensors, id) ? parameter.data[index] : parameter.constant);
+        fill(given[id], has_bit(summary.tensors, id) ? parameter.data[index] : parameter.constant);
       }
     };
     if (summary.alike) {
-      const uint32 index = summary.common.of(n);
+      const uint32 index = summary.common.index(n);
 #pragma unroll
       for (int id = 0; id < kNumParameters; ++id) read(id, index * summary.strides[id]);
     } else {
 #pragma unroll
-      for (int id = 0; id < kNumParameters; ++id) read(id, summary.own[id].of(n));
+      for (int id = 0; id < kNumParameters; ++id) read(id, summary.own[id].index(n));
     }
 #pragma unroll
     for (int j = 0; j < kNeurons; ++j) {
-      neurons_[j] = neuron_of<Real>([&](ParameterId id) { return value_of(id, given[id][j], options); });
+      neurons_[j] = make_neuron<Real>([&](ParameterId id) { return parameter_value(id, given[id][j], options); });
     }
   }
 
-  // Parameters are the same at every step.
+  // Does nothing, because the parameters are the same at every step.
   __device__ __forceinline__ void move_to(int64) {}
-  // The thread's neuron j.
+  // The parameters of the thread's neuron j.
   __device__ __forceinline__ const Neuron<Real>& now(int j = 0) const { return neurons_[j % kNeurons]; }
 
  private:
@@ -61,15 +61,15 @@ class ThreadNeuron<Real, true> {
       first_[id] = nullptr;
       if (parameter.data != nullptr) {
         first_[id] = parameter.data + parameter.index(n);
-        values_[id] = value_of(static_cast<ParameterId>(id), *first_[id], options);
+        values_[id] = parameter_value(static_cast<ParameterId>(id), *first_[id], options);
         per_step_ = per_step_ || parameter.step_stride != 0;
       }
     }
-    convert();
+    update_neuron();
   }
 
   // Reads the parameters of step t that change over time. They are never logarithms or logits (checked in ops/call.h),
-  // so value_of is not needed.
+  // so parameter_value is not needed.
   __device__ __forceinline__ void move_to(int64 t) {
     if (!per_step_) return;
 #pragma unroll
@@ -77,15 +77,16 @@ class ThreadNeuron<Real, true> {
       const int64 stride = parameters_[id].step_stride;
       if (stride != 0) values_[id] = first_[id][t * stride];
     }
-    convert();
+    update_neuron();
   }
 
+  // The parameters at the step of the last move_to, for any of the thread's neurons.
   __device__ __forceinline__ const Neuron<Real>& now(int = 0) const { return neuron_; }
 
  private:
-  // Computes the neuron from the values, with the inverse of the width.
-  __device__ __forceinline__ void convert() {
-    neuron_ = neuron_of<Real>([&](ParameterId id) { return values_[id]; });
+  // Sets neuron_ from the values, with the inverse of the width.
+  __device__ __forceinline__ void update_neuron() {
+    neuron_ = make_neuron<Real>([&](ParameterId id) { return values_[id]; });
   }
 
   const ParameterView<Real> (&parameters_)[kNumParameters];

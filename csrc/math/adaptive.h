@@ -12,8 +12,9 @@
 
 namespace asgl {
 
-// Where w is, as bits: subtracted from the current; added to the threshold, to the amount of a soft reset, or to both.
-constexpr uint8 kInCurrent = 1, kInThreshold = 2, kInReset = 4;
+// Where w acts, as bits of LIFByOptions::adaptation: w is subtracted from the current, or added to the threshold, to
+// the amount of a soft reset, or to both.
+constexpr uint8 kAdaptsCurrent = 1, kAdaptsThreshold = 2, kAdaptsReset = 4;
 
 template <class Real>
 struct AdaptiveLIF : LIFByOptions<Real> {
@@ -22,58 +23,61 @@ struct AdaptiveLIF : LIFByOptions<Real> {
   static constexpr bool kHasAdaptation = true;
 
   // Returns the model for these options.
-  static ASGL_HOST_DEVICE AdaptiveLIF of(const Base& options) {
+  static ASGL_HOST_DEVICE AdaptiveLIF from_options(const Base& options) {
     AdaptiveLIF model{options};
     model.multi_spike = model.periodic = model.floored = false;  // rules that adaptive neurons do not have
     return model;
   }
   // Whether w is subtracted from the current, added to the threshold, or added to the reset amount.
-  ASGL_HOST_DEVICE bool in_current() const { return (this->adaptation & kInCurrent) != 0; }
-  ASGL_HOST_DEVICE bool in_threshold() const { return (this->adaptation & kInThreshold) != 0; }
-  ASGL_HOST_DEVICE bool in_reset() const { return (this->adaptation & kInReset) != 0; }
+  ASGL_HOST_DEVICE bool adapts_current() const { return (this->adaptation & kAdaptsCurrent) != 0; }
+  ASGL_HOST_DEVICE bool adapts_threshold() const { return (this->adaptation & kAdaptsThreshold) != 0; }
+  ASGL_HOST_DEVICE bool adapts_reset() const { return (this->adaptation & kAdaptsReset) != 0; }
 
   // The potential that is compared with v_threshold: w may raise the threshold, which is as if it lowered h.
-  ASGL_HOST_DEVICE Real compared(Real h, Real w) const { return h - keep_if(in_threshold(), w); }
-  // The inverse of `compared`, up to a rounding: the potential h that is reset.
-  ASGL_HOST_DEVICE Real charged(Real compared_h, Real w) const { return compared_h + keep_if(in_threshold(), w); }
+  ASGL_HOST_DEVICE Real compared_potential(Real h, Real w) const { return h - keep_if(adapts_threshold(), w); }
+  // The inverse of compared_potential, up to rounding: h, the potential before reset.
+  ASGL_HOST_DEVICE Real charged_potential(Real compared_h, Real w) const {
+    return compared_h + keep_if(adapts_threshold(), w);
+  }
 
   // The neuron with w added to its reset amount, if w acts there.
-  ASGL_HOST_DEVICE Neuron<Real> adapted(Neuron<Real> neuron, Real w) const {
-    neuron.reset = neuron.reset + keep_if(in_reset(), w);
+  ASGL_HOST_DEVICE Neuron<Real> with_adapted_reset(Neuron<Real> neuron, Real w) const {
+    neuron.reset = neuron.reset + keep_if(adapts_reset(), w);
     return neuron;
   }
 
-  // Returns h, and moves v and w to the next step. The fields input_gain, input_bias and input_mean are adapt_decay,
-  // adapt_potential and adapt_spike.
+  // Computes one step: returns h, sets s, and replaces v and w by their next values. The fields input_gain, input_bias
+  // and input_mean are adapt_decay, adapt_potential and adapt_spike.
   template <class FiringRule>
   ASGL_HOST_DEVICE Real step(Real x, bool analog, const Neuron<Real>& neuron, const FiringRule& firing, Real& v,
                              Real& w, Real& s) const {
-    const Real c = x - keep_if(in_current(), w);
+    const Real c = x - keep_if(adapts_current(), w);
     const Real h = Base::template charge<Input::kGeneral>(c, v, neuron, *this);
-    s = this->fire(compared(h, w), analog, neuron, firing);
-    v = this->after_reset(h, s, adapted(neuron, w));
+    s = this->fire(compared_potential(h, w), analog, neuron, firing);
+    v = this->potential_after_reset(h, s, with_adapted_reset(neuron, w));
     w = neuron.input_gain * w + (neuron.input_bias * (v - this->v_rest) + neuron.input_mean * s);
     return h;
   }
 
   struct Gradient {
-    Real reset, distance;  // the amount of the reset, and the distance from the threshold
+    Real reset;     // the gradient of the reset amount
+    Real distance;  // the distance from the threshold, not a gradient
     StepGradient<Real> step;
   };
 
   // Replaces dv and dw, the gradients of v and w after the step, by the gradients before it. g and gh are the gradients
   // of s and of compared_h, the potential that is compared with v_threshold. Terms are added in the order of autograd;
-  // `carried` is as in LIF.
+  // `carried` is as in LIF::step_adjoint.
   ASGL_HOST_DEVICE Gradient adjoint(Real g, Real gh, Real h, Real compared_h, Real s, Real w, bool carried,
                                     const Neuron<Real>& neuron, Real& dv, Real& dw) const {
-    const Neuron<Real> now = adapted(neuron, w);
+    const Neuron<Real> now = with_adapted_reset(neuron, w);
     dv = dv + keep_if(carried, neuron.input_bias * dw);
-    const Real d_reset = keep_if(carried, this->gradient_of_reset(dv, s));
+    const Real d_reset = keep_if(carried, this->reset_parameter_gradient(dv, s));
     const Real ds =
         this->spike_gradient(g + keep_if(carried, neuron.input_mean * dw), h, carried && !this->detach_reset, now, dv);
     const StepGradient<Real> step = this->step_adjoint(ds, gh, compared_h, s, carried, now, *this, dv);
-    const Real d_compared = keep_if(in_threshold(), gh + step.dy * neuron.inverse_width);
-    dw = (neuron.input_gain * dw + keep_if(in_reset(), d_reset)) - choose(in_current(), step.dc, d_compared);
+    const Real d_compared = keep_if(adapts_threshold(), gh + step.dy * neuron.inverse_width);
+    dw = (neuron.input_gain * dw + keep_if(adapts_reset(), d_reset)) - choose(adapts_current(), step.dc, d_compared);
     return {d_reset, this->distance(compared_h, neuron), step};
   }
 };

@@ -6,8 +6,9 @@
 
 namespace asgl::float_math {
 
-// x = n ln2 + r with |r| <= ln2 / 2, n rounded by adding 1.5 * 2^23, ln2 in two parts; e^r = 1 + (r + r^2 q(r)).
-// Scaled by 2^n in two factors, so that overflow and subnormals round once. At most 0.97 ulp; exp(0) = 1.
+// e^x = 2^n e^r with x = n ln2 + r, |r| <= ln2 / 2 and e^r = 1 + (r + r^2 q(r)). Adding 1.5 * 2^23 rounds n, and n ln2
+// is subtracted in two parts. 2^n is applied as two factors, so that overflow and subnormals round once. The error is
+// at most 0.97 ulp; e^0 = 1.
 ASGL_HOST_DEVICE float exp(float x) {
   x = x > 89.0f ? 89.0f : x;      // already infinite
   x = x < -104.0f ? -104.0f : x;  // already 0
@@ -40,7 +41,8 @@ ASGL_HOST_DEVICE float exp_of_nonpositive(float x) {
   return power * bit_cast<float>((bit_cast<uint32>(shifted) << 23) + 0x3F800000u);
 }
 
-// With a = |x|: a + a q(a^2) below 293/256, else 1 - p(a - 293/256)^8, p approximating erfc^(1/8). At most 1.61 ulp.
+// erf(|x|) = a + a q(a^2) for a = |x| below 293/256, else 1 - p(a - 293/256)^8, where p approximates erfc^(1/8). The
+// error is at most 1.61 ulp.
 ASGL_HOST_DEVICE float erf(float x) {
   const uint32 sign = bit_cast<uint32>(x) & 0x80000000u;
   float a = bit_cast<float>(bit_cast<uint32>(x) & 0x7FFFFFFFu);
@@ -68,7 +70,8 @@ ASGL_HOST_DEVICE float erf(float x) {
   return bit_cast<float>(bit_cast<uint32>(value) | sign);
 }
 
-// With z = min(|x|, 1 / |x|): z + z^3 q(z^2) for |x| <= 1, else pi / 2 minus this. At most 1.40 ulp.
+// atan(|x|) = z + z^3 q(z^2) with z = |x| for |x| <= 1, else pi / 2 minus this with z = 1 / |x|. The error is at most
+// 1.40 ulp.
 ASGL_HOST_DEVICE float atan(float x) {
   const uint32 sign = bit_cast<uint32>(x) & 0x80000000u;
   const float a = bit_cast<float>(bit_cast<uint32>(x) & 0x7FFFFFFFu);

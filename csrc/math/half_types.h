@@ -1,4 +1,4 @@
-// 16-bit floating types as plain storage, and their conversion to and from the arithmetic type.
+// 16-bit floating types, which only store bits, and their conversion to and from the arithmetic type.
 #pragma once
 
 #include "math/host_device.h"
@@ -25,7 +25,7 @@ struct RealOf<double> {
 template <class Scalar>
 using Real_t = typename RealOf<Scalar>::type;
 
-// The value in the arithmetic type.
+// Converts a stored value to the arithmetic type.
 ASGL_HOST_DEVICE float to_real(float value) { return value; }
 ASGL_HOST_DEVICE double to_real(double value) { return value; }
 
@@ -47,7 +47,7 @@ ASGL_HOST_DEVICE float to_real(Half value) {
 #endif
 }
 
-// Rounds to nearest, ties to even; NaN stays NaN.
+// Converts to the stored type: rounds to nearest, ties to even. NaN stays NaN.
 template <class Scalar>
 ASGL_HOST_DEVICE Scalar from_real(Real_t<Scalar> value) {
   return value;
@@ -79,13 +79,14 @@ ASGL_HOST_DEVICE Half from_real<Half>(float value) {
 #endif
 }
 
-// Two adjacent elements as one word, the first in the low half.
+// Reads two adjacent elements from one word, the first from the low half.
 template <class Scalar>
 ASGL_HOST_DEVICE void unpack(uint32 word, float& first, float& second) {
   first = to_real(Scalar{static_cast<uint16>(word)});
   second = to_real(Scalar{static_cast<uint16>(word >> 16)});
 }
 
+// Packs two elements into one word, the first into the low half.
 template <class Scalar>
 ASGL_HOST_DEVICE uint32 pack(float first, float second) {
   return from_real<Scalar>(first).bits | static_cast<uint32>(from_real<Scalar>(second).bits) << 16;

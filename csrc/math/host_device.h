@@ -15,7 +15,7 @@ using uint32 = unsigned int;
 using uint64 = unsigned long long;
 using int64 = long long;
 
-// As std::bit_cast, without its header.
+// std::bit_cast, without its header.
 template <class To, class From>
 ASGL_HOST_DEVICE To bit_cast(From from) {
   static_assert(sizeof(To) == sizeof(From));

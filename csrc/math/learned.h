@@ -7,22 +7,23 @@
 
 namespace asgl {
 
-constexpr int kLearnedBound = 15;  // bound on the logarithm and the logit
+constexpr int kLearnedBound = 15;  // of the absolute value of the logarithm and the logit
 
-// Clamps a stored value, because a step of an optimizer may move it beyond the bound. NaN stays NaN.
+// Clamps a stored value to the bound, because a step of an optimizer may move it beyond. NaN stays NaN.
 template <class Real>
-ASGL_HOST_DEVICE Real within_bound(Real x) {
+ASGL_HOST_DEVICE Real clamp_to_bound(Real x) {
   const Real from_below = x < Real(-kLearnedBound) ? Real(-kLearnedBound) : x;
   return from_below > Real(kLearnedBound) ? Real(kLearnedBound) : from_below;
 }
 
 // e^x of the clamped x.
-ASGL_HOST_DEVICE float exp_within_bound(float x) { return float_math::exp(within_bound(x)); }
+ASGL_HOST_DEVICE float exp_within_bound(float x) { return float_math::exp(clamp_to_bound(x)); }
 
-// As float_math::exp, by the power series up to r^13 / 13!, with remainder below 5e-18; the scale can't overflow.
+// e^x of the clamped x, reduced as in float_math::exp. The power series ends with r^13 / 13!, its remainder is below
+// 5e-18, and the scale cannot overflow.
 ASGL_HOST_DEVICE double exp_within_bound(double given) {
   constexpr double kShift = 6755399441055744.0;  // 1.5 * 2^52
-  const double x = within_bound(given);
+  const double x = clamp_to_bound(given);
   const double shifted = x * 1.4426950408889634 + kShift;
   const double n = shifted - kShift;
   const double r = (x - n * 6.93147180369123816490e-01) - n * 1.90821492927058770002e-10;

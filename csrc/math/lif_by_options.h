@@ -18,9 +18,10 @@ ASGL_HOST_DEVICE double choose(bool condition, double a, double b) {
   return bit_cast<double>((bit_cast<uint64>(a) & mask) | (bit_cast<uint64>(b) & ~mask));
 }
 
-// All options, and the model that reads them. Kernels of other models copy only NeuronOptions.
+// All options, and the neuron model that reads them at run time. Kernels of other models copy only NeuronOptions.
 template <class Real>
 struct LIFByOptions : NeuronOptions<Real> {
+  // LIF with each reset, for functions that do not depend on the surrogate.
   using Hard = LIF<Surrogate::kRectangle, true>;
   using Soft = LIF<Surrogate::kRectangle, false>;
   static constexpr bool kOnlyGeneral = true, kHasAdaptation = false;
@@ -28,21 +29,21 @@ struct LIFByOptions : NeuronOptions<Real> {
 
   Real v_min;
   bool multi_spike;
-  bool periodic;     // whether the surrogate is a function of the distance below
+  bool periodic;     // whether `distance` is a sawtooth above the threshold
   bool floored;      // whether v_min bounds the potential
-  uint8 adaptation;  // bits of math/adaptive.h; in padding, as levels
+  uint8 adaptation;  // bits of math/adaptive.h, or 0; stored in padding, as levels
 
-  // Whether the parameters of the input are those of an adaptation (params/summary.h), whose state is w.
+  // Whether the neuron is adaptive, with a state w. The parameters of the input are then those of the adaptation.
   ASGL_HOST_DEVICE bool has_adaptation() const { return adaptation != 0; }
-  // The number of states of the model that the options select, its kNumStates: v, and w of adaptive neurons.
+  // The number of states: v, and for adaptive neurons w.
   ASGL_HOST_DEVICE int num_states() const { return has_adaptation() ? 2 : 1; }
   // Whether the neuron has a rule that LIF does not have.
   ASGL_HOST_DEVICE bool has_optional_rules() const { return multi_spike || floored || has_adaptation(); }
-  // Whether spikes are counted, as with levels.
-  ASGL_HOST_DEVICE bool counts() const { return this->surrogate == Surrogate::kInteger; }
+  // Whether the hard value is a number of spikes, F(h / width) rounded.
+  ASGL_HOST_DEVICE bool counts_spikes() const { return this->surrogate == Surrogate::kInteger; }
 
-  // The functions below are those of LIF in math/neuron.h. Those without an equation here have the equation there.
-  static ASGL_HOST_DEVICE const LIFByOptions& of(const LIFByOptions& options) { return options; }
+  // The functions below are those of LIF in math/neuron.h, where the equations are that are not repeated here.
+  static ASGL_HOST_DEVICE const LIFByOptions& from_options(const LIFByOptions& options) { return options; }
 
   template <Input kInput>
   static ASGL_HOST_DEVICE Real charge(Real c, const Real& v, const Neuron<Real>& neuron,
@@ -50,53 +51,55 @@ struct LIFByOptions : NeuronOptions<Real> {
     return Hard::charge<kInput>(c, v, neuron, options);
   }
 
-  // multi_spike: s = trunc(h / v_threshold) where h > 0, else 0 (a product, so that NaN stays NaN); at most levels,
-  // unless that is 0
+  // With multi_spike the hard value is trunc(h / v_threshold) where h > 0, else 0 (by a product, so that NaN stays
+  // NaN), and at most `levels`, unless that is 0.
   template <class FiringRule>
   ASGL_HOST_DEVICE Real fire(Real h, bool analog, const Neuron<Real>& neuron, const FiringRule& firing) const {
-    const Real u = from_threshold(h, neuron);
-    if (kBranches && analog) return smooth(u, neuron);
-    if (kBranches && !multi_spike) return counts() ? math::rounded(smooth(u, neuron)) : firing.spike(u);
+    const Real u = distance_from_threshold(h, neuron);
+    if (kBranches && analog) return analog_value(u, neuron);
+    if (kBranches && !multi_spike) {
+      return counts_spikes() ? math::round_half_even(analog_value(u, neuron)) : firing.spike(u);
+    }
     const Real several = (h > Real(0) ? Real(1) : Real(0)) * math::trunc(h / neuron.v_threshold);
     const Real most = static_cast<Real>(this->levels);
     const Real limited = most > Real(0) && several > most ? most : several;
     const Real z = choose(multi_spike, limited, firing.spike(u));
     if (kBranches) return z;
-    const Real a = smooth(u, neuron);
-    return analog ? a : counts() ? math::rounded(a) : z;
+    const Real a = analog_value(u, neuron);
+    return analog ? a : counts_spikes() ? math::round_half_even(a) : z;
   }
 
-  // F(u / width)
-  ASGL_HOST_DEVICE Real smooth(Real u, const Neuron<Real>& neuron) const {
+  // F(u / width), the value of an element that is analog.
+  ASGL_HOST_DEVICE Real analog_value(Real u, const Neuron<Real>& neuron) const {
     return any_surrogate_value(this->surrogate, static_cast<Real>(this->levels), u * neuron.inverse_width);
   }
 
-  // h - v_threshold, or h where spikes are counted
-  ASGL_HOST_DEVICE Real from_threshold(Real h, const Neuron<Real>& neuron) const {
-    return counts() ? h : h - neuron.v_threshold;
+  // u = h - v_threshold, or h if spikes are counted.
+  ASGL_HOST_DEVICE Real distance_from_threshold(Real h, const Neuron<Real>& neuron) const {
+    return counts_spikes() ? h : h - neuron.v_threshold;
   }
 
   // The potential after reset, before v_min bounds it from below.
-  ASGL_HOST_DEVICE Real after_reset(Real h, Real s, const Neuron<Real>& neuron) const {
+  ASGL_HOST_DEVICE Real potential_after_reset(Real h, Real s, const Neuron<Real>& neuron) const {
     return choose(this->hard_reset, Hard::reset(h, s, neuron), Soft::reset(h, s, neuron));
   }
 
-  // floored: v[t] = relu(v - v_min) + v_min,   v after reset
+  // v[t], which is the potential v after reset, or with `floored` relu(v - v_min) + v_min.
   ASGL_HOST_DEVICE Real reset(Real h, Real s, const Neuron<Real>& neuron) const {
-    const Real v = after_reset(h, s, neuron), above = v - v_min;
+    const Real v = potential_after_reset(h, s, neuron), above = v - v_min;
     if (kBranches && !floored) return v;
     return choose(floored, (above <= Real(0) ? Real(0) : above) + v_min, v);
   }
 
-  // The adjoint of the bound: dv = 0 where v <= v_min
+  // The adjoint of the bound v_min: the gradient dv is 0 where v <= v_min.
   ASGL_HOST_DEVICE Real floor_adjoint(Real h, Real s, const Neuron<Real>& neuron, Real dv) const {
     if (kBranches && !floored) return dv;
-    const Real above = after_reset(h, s, neuron) - v_min;
+    const Real above = potential_after_reset(h, s, neuron) - v_min;
     return choose(floored, above <= Real(0) ? Real(0) : dv, dv);
   }
 
-  ASGL_HOST_DEVICE Real gradient_of_reset(Real dv, Real s) const {
-    return choose(this->hard_reset, Hard::gradient_of_reset(dv, s), Soft::gradient_of_reset(dv, s));
+  ASGL_HOST_DEVICE Real reset_parameter_gradient(Real dv, Real s) const {
+    return choose(this->hard_reset, Hard::reset_parameter_gradient(dv, s), Soft::reset_parameter_gradient(dv, s));
   }
 
   ASGL_HOST_DEVICE Real spike_gradient(Real g, Real h, bool through_reset, const Neuron<Real>& neuron, Real dv) const {
@@ -104,10 +107,12 @@ struct LIFByOptions : NeuronOptions<Real> {
                   Soft::spike_gradient(g, h, through_reset, neuron, dv));
   }
 
-  // periodic: d = u                                                          where h < v_threshold
-  //             = v_threshold * (2 frac(h / v_threshold - 1/2) - 1)          else;   its derivative by h is taken as 1
+  // The distance that the width divides, a sawtooth above the threshold if `periodic`:
+  //   distance = u                                                  where h < v_threshold, or not periodic
+  //            = v_threshold * (2 frac(h / v_threshold - 1/2) - 1)  else
+  // Backward takes its derivative by h as 1.
   ASGL_HOST_DEVICE Real distance(Real h, const Neuron<Real>& neuron) const {
-    const Real u = from_threshold(h, neuron);
+    const Real u = distance_from_threshold(h, neuron);
     if (kBranches && !periodic) return u;
     const Real turns = h / neuron.v_threshold - Real(0.5);
     const Real whole = math::trunc(turns), floor = whole > turns ? whole - Real(1) : whole;

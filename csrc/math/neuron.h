@@ -1,6 +1,6 @@
 // One step of the neuron and its adjoint, for one element, in all backends. A new neuron model or firing rule is a type
 // beside LIF, chosen on the CPU by with_model in cpu/models.h, on a GPU by launch_of in cuda/plan.h, and named by
-// name_of in cuda/kernel.h; rare rules are in lif_by_options.h.
+// name_expression in cuda/kernel.h; rare rules are in lif_by_options.h.
 //
 // Kernels are settled if no parameter changes over time, plain if the input current is x, normalised if it has a gain,
 // bias or mean, and general if they support every option at run time.
@@ -29,7 +29,7 @@ struct NeuronOptions {
   bool log_width;    // the parameter kWidth is the logarithm of the width
   bool logit_decay;  // kDecay is the logit of the decay
   // The largest number of spikes per step of kInteger and multi_spike; 0 if not given, which with multi_spike means no
-  // limit. It lies in padding, so that no other kernel changes.
+  // limit. Stored in padding, so that no other field moves.
   uint16 levels;
 };
 
@@ -53,14 +53,14 @@ template <Input kInput, class Real>
 ASGL_HOST_DEVICE Real input_current(Real x, const Neuron<Real>& neuron) {
   return kInput == Input::kPlain ? x : neuron.input_gain * (x - neuron.input_mean) + neuron.input_bias;
 }
-// The input current plus residual_gain * residual[t]; the residual is read only if there is one.
+// The input current plus residual_gain * residual[t], which is read only if kInput has a residual.
 template <Input kInput, class Real>
 ASGL_HOST_DEVICE Real input_current(Real x, const Neuron<Real>& neuron, Real residual_gain, const Real& residual) {
   const Real c = input_current<kInput>(x, neuron);
   return kHasResidual<kInput> ? c + residual_gain * residual : c;
 }
 
-// The firing rule gives the hard spike z: 1 if u >= 0 (strict: u > 0), else 0.
+// The firing rule, which gives the hard spike: z = 1 if u >= 0 (strict: u > 0), else 0.
 template <class Real>
 struct Firing {
   bool strict;
@@ -76,7 +76,7 @@ struct Firing {
 // The firing rule in a single comparison, for processors that do not flush subnormals to zero.
 template <class Real>
 struct FiringFromLeast {
-  Real least_u;
+  Real least_u;  // the smallest u that spikes
   Real levels;
 
   ASGL_HOST_DEVICE explicit FiringFromLeast(const NeuronOptions<Real>& options)
@@ -107,9 +107,10 @@ struct NoGradient {};
 ASGL_HOST_DEVICE float operator+(NoGradient, float value) { return value; }
 ASGL_HOST_DEVICE double operator+(NoGradient, double value) { return value; }
 
-// A slope that no kernel kept, so that the adjoint computes it.
+// Stands for a slope that was not stored, so that the adjoint computes it.
 struct NoSlope {};
 
+// The results of step_adjoint.
 template <class Real>
 struct StepGradient {
   Real dy;  // the gradient of y = u / width
@@ -126,6 +127,7 @@ ASGL_HOST_DEVICE double gradient_of_width(double gradient_of_inverse, double wid
   return -gradient_of_inverse / (width * width);
 }
 
+// The leaky integrate-and-fire neuron, with surrogate and reset as constants.
 template <Surrogate kSurrogate, bool kHardReset>
 struct LIF {
   // kOnlyGeneral: only the general kernels run the model.
@@ -133,12 +135,11 @@ struct LIF {
   // The number of states, v first, and whether the second one is an adaptation, with parameters of its own.
   static constexpr int kNumStates = 1;
   static constexpr bool kHasAdaptation = false;
-  static constexpr bool kCounts = kSurrogate == Surrogate::kInteger, kHasSlope = asgl::kHasSlope<kSurrogate>;
+  static constexpr bool kCountsSpikes = kSurrogate == Surrogate::kInteger, kHasSlope = asgl::kHasSlope<kSurrogate>;
 
-  // Returns the object whose functions kernels call. LIF needs no options; the counterpart in LIFByOptions keeps them
-  // in the object.
+  // Returns the model whose functions kernels call. LIF ignores the options, LIFByOptions stores them.
   template <class Options>
-  static ASGL_HOST_DEVICE LIF of(const Options&) {
+  static ASGL_HOST_DEVICE LIF from_options(const Options&) {
     return {};
   }
 
@@ -150,12 +151,12 @@ struct LIF {
     return kIsGeneral<kInput> ? (v_rest + neuron.decay * (v - v_rest)) + c : neuron.decay * v + c;
   }
 
-  // s = F(u / width) where analog, else the hard spike,   u = h - v_threshold, or h where spikes are counted
+  // s = F(u / width) where analog, else the hard spike,   u = h - v_threshold, or h if spikes are counted
   template <class Real, class FiringRule>
   static ASGL_HOST_DEVICE Real fire(Real h, bool analog, const Neuron<Real>& neuron, const FiringRule& firing) {
     const Real u = distance(h, neuron);
     const Real a = surrogate_value<kSurrogate>(firing.levels, u * neuron.inverse_width);
-    const Real z = kCounts ? math::rounded(a) : firing.spike(u);
+    const Real z = kCountsSpikes ? math::round_half_even(a) : firing.spike(u);
     return analog ? a : z;
   }
 
@@ -172,16 +173,16 @@ struct LIF {
     return dv;
   }
 
-  // d v_reset += dv * s   hard,   d reset_amount -= dv * s   soft
+  // The term that is added to the gradient of neuron.reset: dv * s for v_reset, -dv * s for reset_amount.
   template <class Real>
-  static ASGL_HOST_DEVICE Real gradient_of_reset(Real dv, Real s) {
+  static ASGL_HOST_DEVICE Real reset_parameter_gradient(Real dv, Real s) {
     return kHardReset ? dv * s : -(dv * s);
   }
 
   // With dv the gradient of v[t], and g the gradient of s as an output:
   //   ds = g + dv * v_reset - dv * h   hard,   g - dv * reset_amount   soft,   g under detach_reset
-  // added in the order of autograd on the reference. Until v[t] has a gradient (at the last step, unless v is an
-  // output) `through_reset` is false: terms of dv are absent, not zero times a possibly infinite value.
+  // added in the order of autograd on the reference. `through_reset` is false under detach_reset, and while v[t] has no
+  // gradient (at the last step, unless v is an output): terms of dv are then absent, not zero times an infinite value.
   template <class Real>
   static ASGL_HOST_DEVICE Real spike_gradient(Real g, Real h, bool through_reset, const Neuron<Real>& neuron, Real dv) {
     return kHardReset ? (g + keep_if(through_reset, dv * neuron.reset)) - keep_if(through_reset, dv * h)
@@ -189,10 +190,10 @@ struct LIF {
   }
 
   // The distance of h from the threshold, which the width divides: y = distance / width,
-  //   distance = h - v_threshold, or h where spikes are counted
+  //   distance = h - v_threshold, or h if spikes are counted
   template <class Real>
   static ASGL_HOST_DEVICE Real distance(Real h, const Neuron<Real>& neuron) {
-    return kCounts ? h : h - neuron.v_threshold;
+    return kCountsSpikes ? h : h - neuron.v_threshold;
   }
 
   // F'(y), for surrogates with kHasSlope.
@@ -201,11 +202,12 @@ struct LIF {
     return SurrogateMath<kSurrogate>::slope(distance(h, neuron) * neuron.inverse_width);
   }
 
+  // The gradients of one step:
   //   dy = F'(y) * ds * surrogate_gain
   //   dh = gh + dv * (1 - s) + dy / width   hard,   gh + dv + dy / width   soft
   // with gh the gradient of h as an output, added in the order of autograd on the reference. If `carried` is false,
   // v[t] has no gradient, and terms of dv are absent. `v_gradient` is dv on entry and the gradient of v[t-1] on return.
-  // `kept_slope` is F'(y), if a kernel kept it.
+  // `kept_slope` is F'(y), if a kernel stored it.
   template <class Real, class GradientOfH, class Slope = NoSlope>
   static ASGL_HOST_DEVICE StepGradient<Real> step_adjoint(Real ds, GradientOfH gh, Real h, Real s, bool carried,
                                                           const Neuron<Real>& neuron,

@@ -23,7 +23,7 @@ struct Moments {
 };
 
 // The moments of the union of two subsets (Chan, Golub, LeVeque 1979).
-ASGL_HOST_DEVICE Moments join(const Moments& a, const Moments& b) {
+ASGL_HOST_DEVICE Moments merge_moments(const Moments& a, const Moments& b) {
   const double count = a.count + b.count;
   if (count == 0) return a;
   const double share = b.count / count, distance = b.mean - a.mean;
@@ -33,14 +33,15 @@ ASGL_HOST_DEVICE Moments join(const Moments& a, const Moments& b) {
 
 // Moments from the sums of x - shift and (x - shift)^2. With one of the values as shift, (mean - shift)^2 is at most
 // `count` times the variance: float64 tolerates this cancellation, float32 does not.
-ASGL_HOST_DEVICE Moments shifted_moments(double count, double shift, double sum, double squares) {
+ASGL_HOST_DEVICE Moments moments_from_shifted_sums(double count, double shift, double sum, double squares) {
   if (count == 0) return {0, 0, 0};
   const double offset = sum / count, variance = squares / count - offset * offset;
   return {count, shift + offset, variance < 0 ? 0 : variance};  // NaN stays NaN
 }
 
-struct Normalisation {
-  double eps, input_scale;
+struct NormalisationOptions {
+  double eps;
+  double input_scale;  // factor of the normalised input, see Coefficients
 
   // 1 / sqrt(variance + eps)
   ASGL_HOST_DEVICE double inverse_deviation(const Moments& moments) const {
@@ -60,7 +61,8 @@ struct Coefficients {
   Real mean, gain, bias;
   Real variance;  // unbiased
 
-  ASGL_HOST_DEVICE Coefficients(const Moments& moments, double weight, double shift, const Normalisation& options) {
+  ASGL_HOST_DEVICE Coefficients(const Moments& moments, double weight, double shift,
+                                const NormalisationOptions& options) {
     const double exact_gain = options.input_scale / math::sqrt(moments.variance + options.eps) * weight;
     mean = static_cast<Real>(moments.mean);
     gain = static_cast<Real>(exact_gain);
@@ -82,21 +84,21 @@ struct NormalisationAdjoint {
   Real slope, offset;
 
   ASGL_HOST_DEVICE NormalisationAdjoint(const Moments& moments, double rounded_mean, double gain,
-                                        const GradientSums& total, const Normalisation& options) {
+                                        const GradientSums& total, const NormalisationOptions& options) {
     const double exact_slope =
-        -gain * options.inverse_deviation(moments) * centred(moments, rounded_mean, total, options) / moments.count;
+        -gain * options.inverse_deviation(moments) * sum_dh_xhat(moments, rounded_mean, total, options) / moments.count;
     slope = static_cast<Real>(exact_slope);
     offset = static_cast<Real>(-gain * total.bias / moments.count - exact_slope * (moments.mean - rounded_mean));
   }
 
-  // S = sum dh xhat, from the sums over dh * (x - rounded_mean) and dh.
-  static ASGL_HOST_DEVICE double centred(const Moments& moments, double rounded_mean, const GradientSums& sums,
-                                         const Normalisation& options) {
+  // S = sum dh xhat, from the sums of dh * (x - rounded_mean) and of dh.
+  static ASGL_HOST_DEVICE double sum_dh_xhat(const Moments& moments, double rounded_mean, const GradientSums& sums,
+                                             const NormalisationOptions& options) {
     return (sums.gain - (moments.mean - rounded_mean) * sums.bias) * options.inverse_deviation(moments);
   }
 };
 
-// Computes dx from gain * dh and x.
+// dx, from gain * dh and x, with the channel's slope and offset of NormalisationAdjoint.
 template <class Real>
 ASGL_HOST_DEVICE Real normalisation_adjoint(Real gain_dh, Real x, Real mean, Real slope, Real offset) {
   return gain_dh + (slope * (x - mean) + offset);

@@ -16,9 +16,9 @@ ASGL_HOST_DEVICE float fma(float a, float b, float c) { return __builtin_fmaf(a,
 ASGL_HOST_DEVICE double fma(double a, double b, double c) { return __builtin_fma(a, b, c); }
 #endif
 
-// The value with the first 16 bits of its significand; other bits are 0. A double is returned as it is.
-ASGL_HOST_DEVICE float shortened(float x) { return bit_cast<float>(bit_cast<uint32>(x) & 0xFFFFFF00u); }
-ASGL_HOST_DEVICE double shortened(double x) { return x; }
+// The value with only the first 16 bits of its significand, the others being 0. A double is returned as it is.
+ASGL_HOST_DEVICE float shortened_significand(float x) { return bit_cast<float>(bit_cast<uint32>(x) & 0xFFFFFF00u); }
+ASGL_HOST_DEVICE double shortened_significand(double x) { return x; }
 
 }  // namespace math
 
@@ -27,36 +27,36 @@ struct Pair {
   float high, low;
 
   // a + b, exactly (Knuth 1969).
-  static ASGL_HOST_DEVICE Pair sum(float a, float b) {
+  static ASGL_HOST_DEVICE Pair two_sum(float a, float b) {
     const float high = a + b, rest = high - a;
     return {high, (a - (high - rest)) + (b - rest)};
   }
   // a + b, exactly, for |a| >= |b| (Dekker 1971).
-  static ASGL_HOST_DEVICE Pair ordered_sum(float a, float b) {
+  static ASGL_HOST_DEVICE Pair fast_two_sum(float a, float b) {
     const float high = a + b;
     return {high, b - (high - a)};
   }
 };
 
 ASGL_HOST_DEVICE Pair operator+(const Pair& a, float b) {
-  const Pair sum = Pair::sum(a.high, b);
-  return Pair::ordered_sum(sum.high, sum.low + a.low);
+  const Pair sum = Pair::two_sum(a.high, b);
+  return Pair::fast_two_sum(sum.high, sum.low + a.low);
 }
 ASGL_HOST_DEVICE Pair operator+(const Pair& a, const Pair& b) {
-  const Pair sum = Pair::sum(a.high, b.high);
-  return Pair::ordered_sum(sum.high, sum.low + (a.low + b.low));
+  const Pair sum = Pair::two_sum(a.high, b.high);
+  return Pair::fast_two_sum(sum.high, sum.low + (a.low + b.low));
 }
 ASGL_HOST_DEVICE Pair operator*(float a, const Pair& b) {
   const float high = a * b.high;
-  return Pair::ordered_sum(high, math::fma(a, b.high, -high) + a * b.low);
+  return Pair::fast_two_sum(high, math::fma(a, b.high, -high) + a * b.low);
 }
 ASGL_HOST_DEVICE Pair operator*(const Pair& a, const Pair& b) {
   const float high = a.high * b.high;
-  return Pair::ordered_sum(high, math::fma(a.high, b.high, -high) + (a.high * b.low + a.low * b.high));
+  return Pair::fast_two_sum(high, math::fma(a.high, b.high, -high) + (a.high * b.low + a.low * b.high));
 }
 
-// a - b, exactly for float.
-ASGL_HOST_DEVICE Pair difference(float a, float b) { return Pair::sum(a, -b); }
+// a - b, exact for float.
+ASGL_HOST_DEVICE Pair difference(float a, float b) { return Pair::two_sum(a, -b); }
 ASGL_HOST_DEVICE double difference(double a, double b) { return a - b; }
 
 ASGL_HOST_DEVICE double as_double(const Pair& a) { return static_cast<double>(a.high) + static_cast<double>(a.low); }

@@ -37,7 +37,7 @@ ASGL_HOST_DEVICE PhiloxWords philox4x32(PhiloxWords counter, uint32 key0, uint32
   return {{c0, c1, c2, c3}};
 }
 
-// A limit above every 16-bit draw: all elements are analog.
+// analog_below for analog_prob = 1: above every 16-bit draw, so that all elements are analog.
 constexpr uint32 kAlwaysAnalog = 65536;
 
 // The draws of 4 adjacent neurons: bits 16 j to 16 j + 15 of draws[t % 2] belong to neuron 4 group + j at step t.
@@ -45,11 +45,12 @@ struct NoiseBlock {
   uint64 draws[2];
 };
 
+// What distinguishes the draws of calls: the key of Philox, and one word of its counter.
 struct NoiseKey {
   uint32 seed_low, seed_high, offset;
 };
 
-// The key of the draws of a call, from its rng_state, (seed, offset).
+// Reads the key from rng_state, (seed, offset).
 ASGL_HOST_DEVICE NoiseKey noise_key(const int64* rng_state) {
   const uint64 seed = static_cast<uint64>(rng_state[0]);
   return {static_cast<uint32>(seed), static_cast<uint32>(seed >> 32), static_cast<uint32>(rng_state[1])};

@@ -19,19 +19,19 @@ ASGL_HOST_DEVICE double erf(double x) { return ::erf(x); }
 ASGL_HOST_DEVICE double atan(double x) { return ::atan(x); }
 ASGL_HOST_DEVICE double trunc(double x) { return ::trunc(x); }
 ASGL_HOST_DEVICE float trunc(float x) { return ::truncf(x); }
-ASGL_HOST_DEVICE double magnitude(double x) { return ::fabs(x); }
-ASGL_HOST_DEVICE float magnitude(float x) { return ::fabsf(x); }
+ASGL_HOST_DEVICE double abs(double x) { return ::fabs(x); }
+ASGL_HOST_DEVICE float abs(float x) { return ::fabsf(x); }
 #else
 ASGL_HOST_DEVICE double exp_of_nonpositive(double x) { return __builtin_exp(x); }
 ASGL_HOST_DEVICE double erf(double x) { return __builtin_erf(x); }
 ASGL_HOST_DEVICE double atan(double x) { return __builtin_atan(x); }
 ASGL_HOST_DEVICE double trunc(double x) { return __builtin_trunc(x); }
 ASGL_HOST_DEVICE float trunc(float x) { return __builtin_truncf(x); }
-ASGL_HOST_DEVICE double magnitude(double x) { return __builtin_fabs(x); }
-ASGL_HOST_DEVICE float magnitude(float x) { return __builtin_fabsf(x); }
+ASGL_HOST_DEVICE double abs(double x) { return __builtin_fabs(x); }
+ASGL_HOST_DEVICE float abs(float x) { return __builtin_fabsf(x); }
 #endif
 
-// ASGL_HOST_FUNCTIONS: the host's float32 functions on the device, to test that nothing else differs.
+// With ASGL_HOST_FUNCTIONS the device computes the host's float32 functions, to test that nothing else differs.
 #if defined(__CUDA_ARCH__) && !defined(ASGL_HOST_FUNCTIONS)
 #define ASGL_DEVICE_FUNCTIONS
 #endif
@@ -46,24 +46,25 @@ ASGL_HOST_DEVICE float erf(float x) { return float_math::erf(x); }
 ASGL_HOST_DEVICE float atan(float x) { return float_math::atan(x); }
 #endif
 
-// Comparisons, not fmin and fmax, which lose NaN.
+// Clamps to [0, 1] by comparisons, since fmin and fmax lose NaN.
 template <class Real>
-ASGL_HOST_DEVICE Real clamp_to_unit(Real x) {
+ASGL_HOST_DEVICE Real clamp_to_unit_interval(Real x) {
   const Real from_below = x < Real(0) ? Real(0) : x;
   return x > Real(1) ? Real(1) : from_below;
 }
 
+// Clamps to [0, most].
 template <class Real>
-ASGL_HOST_DEVICE Real clamp_to(Real x, Real most) {
+ASGL_HOST_DEVICE Real clamp_from_zero(Real x, Real most) {
   const Real from_below = x < Real(0) ? Real(0) : x;
   return x > most ? most : from_below;
 }
 
-// To the nearest integer, ties to even, for 0 <= x < 2^22: the sum has no bits for a fraction.
-ASGL_HOST_DEVICE float rounded(float x) { return (x + 0x1.8p23f) - 0x1.8p23f; }
-ASGL_HOST_DEVICE double rounded(double x) { return (x + 0x1.8p52) - 0x1.8p52; }
+// Rounds to the nearest integer, ties to even, for 0 <= x < 2^22: the sum has no bits for a fraction.
+ASGL_HOST_DEVICE float round_half_even(float x) { return (x + 0x1.8p23f) - 0x1.8p23f; }
+ASGL_HOST_DEVICE double round_half_even(double x) { return (x + 0x1.8p52) - 0x1.8p52; }
 
-// For x >= 1. In float32 on a GPU the error is up to 1 ulp.
+// 1 / x, for x >= 1. In float32 on a GPU the error is up to 1 ulp.
 template <class Real>
 ASGL_HOST_DEVICE Real reciprocal(Real x) {
   return Real(1) / x;
@@ -78,7 +79,7 @@ ASGL_HOST_DEVICE float reciprocal(float x) {
 #endif
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-ASGL_HOST_DEVICE float clamp_to_unit(float x) {
+ASGL_HOST_DEVICE float clamp_to_unit_interval(float x) {
   float from_below, clamped;
   asm("max.NaN.f32 %0, %1, 0f00000000;" : "=f"(from_below) : "f"(x));
   asm("min.NaN.f32 %0, %1, 0f3F800000;" : "=f"(clamped) : "f"(from_below));
@@ -86,11 +87,11 @@ ASGL_HOST_DEVICE float clamp_to_unit(float x) {
 }
 #endif
 
-// 0 <= x <= 1, false for NaN: one comparison on a GPU, two on a CPU, where to clamp takes four instructions.
+// Whether 0 <= x <= 1, false for NaN. A CPU compares twice, because clamping takes it four instructions.
 template <class Real>
-ASGL_HOST_DEVICE bool is_in_unit(Real x) {
+ASGL_HOST_DEVICE bool is_in_unit_interval(Real x) {
 #if defined(__CUDA_ARCH__)
-  return clamp_to_unit(x) == x;
+  return clamp_to_unit_interval(x) == x;
 #else
   return (x >= Real(0)) & (x <= Real(1));
 #endif
@@ -101,8 +102,9 @@ ASGL_HOST_DEVICE bool is_in_unit(Real x) {
 template <Surrogate kind>
 struct SurrogateMath;
 
-// value is F(y). With the gradient da of F(y), the gradient of y is da * slope(y), or adjoint(y, da) for surrogates
-// whose slope is hardly more than a comparison.
+// cumulative is F(y). With the gradient da of F(y), the gradient of y is da * slope(y), or adjoint(y, da) for
+// surrogates whose slope is hardly more than a comparison.
+//
 // Rectangle and triangle do the operations of PyTorch's autograd on the reference in the same order, for equal bits,
 // except that triangle computes one product where autograd adds two halves, which saves three operations: for gradients
 // under 1e-37 the halves are subnormal and round differently.
@@ -110,12 +112,12 @@ struct SurrogateMath;
 template <>
 struct SurrogateMath<Surrogate::kRectangle> {
   template <class Real>
-  static ASGL_HOST_DEVICE Real value(Real y) {
-    return math::clamp_to_unit(y + Real(0.5));
+  static ASGL_HOST_DEVICE Real cumulative(Real y) {
+    return math::clamp_to_unit_interval(y + Real(0.5));
   }
   template <class Real>
   static ASGL_HOST_DEVICE Real adjoint(Real y, Real da) {
-    return math::is_in_unit(y + Real(0.5)) ? da : Real(0);
+    return math::is_in_unit_interval(y + Real(0.5)) ? da : Real(0);
   }
 };
 
@@ -127,7 +129,7 @@ struct SurrogateMath<Surrogate::kTriangle> {
     return y < Real(0) ? y + Real(1) : Real(1) - y;
   }
   template <class Real>
-  static ASGL_HOST_DEVICE Real value(Real y) {
+  static ASGL_HOST_DEVICE Real cumulative(Real y) {
     const Real edge = distance_to_edge(y);
     const Real inside = edge < Real(0) ? Real(0) : edge;
     const Real tail = Real(0.5) * inside * inside;
@@ -145,13 +147,13 @@ struct SurrogateMath<Surrogate::kTriangle> {
 template <>
 struct SurrogateMath<Surrogate::kSigmoid> {
   template <class Real>
-  static ASGL_HOST_DEVICE Real value(Real y) {
-    const Real e = math::exp_of_nonpositive(-math::magnitude(y)), inverse = math::reciprocal(Real(1) + e);
+  static ASGL_HOST_DEVICE Real cumulative(Real y) {
+    const Real e = math::exp_of_nonpositive(-math::abs(y)), inverse = math::reciprocal(Real(1) + e);
     return y < Real(0) ? e * inverse : inverse;
   }
   template <class Real>
   static ASGL_HOST_DEVICE Real slope(Real y) {
-    const Real e = math::exp_of_nonpositive(-math::magnitude(y)), inverse = math::reciprocal(Real(1) + e);
+    const Real e = math::exp_of_nonpositive(-math::abs(y)), inverse = math::reciprocal(Real(1) + e);
     return e * inverse * inverse;
   }
 };
@@ -159,7 +161,7 @@ struct SurrogateMath<Surrogate::kSigmoid> {
 template <>
 struct SurrogateMath<Surrogate::kArctan> {
   template <class Real>
-  static ASGL_HOST_DEVICE Real value(Real y) {
+  static ASGL_HOST_DEVICE Real cumulative(Real y) {
     return math::atan(y * Real(1.57079632679489661923)) * Real(0.318309886183790671538) + Real(0.5);
   }
   template <class Real>
@@ -172,7 +174,7 @@ struct SurrogateMath<Surrogate::kArctan> {
 template <>
 struct SurrogateMath<Surrogate::kErf> {
   template <class Real>
-  static ASGL_HOST_DEVICE Real value(Real y) {
+  static ASGL_HOST_DEVICE Real cumulative(Real y) {
     return (Real(1) + math::erf(y)) * Real(0.5);
   }
   template <class Real>
@@ -184,13 +186,13 @@ struct SurrogateMath<Surrogate::kErf> {
 template <>
 struct SurrogateMath<Surrogate::kFastSigmoid> {
   template <class Real>
-  static ASGL_HOST_DEVICE Real value(Real y) {
-    const Real tail = Real(0.5) * math::reciprocal(Real(1) + math::magnitude(y));
+  static ASGL_HOST_DEVICE Real cumulative(Real y) {
+    const Real tail = Real(0.5) * math::reciprocal(Real(1) + math::abs(y));
     return y < Real(0) ? tail : Real(1) - tail;
   }
   template <class Real>
   static ASGL_HOST_DEVICE Real slope(Real y) {
-    const Real denominator = Real(1) + math::magnitude(y);
+    const Real denominator = Real(1) + math::abs(y);
     return Real(0.5) * math::reciprocal(denominator * denominator);
   }
 };
@@ -198,29 +200,29 @@ struct SurrogateMath<Surrogate::kFastSigmoid> {
 template <>
 struct SurrogateMath<Surrogate::kLaplace> {
   template <class Real>
-  static ASGL_HOST_DEVICE Real value(Real y) {
-    const Real tail = Real(0.5) * math::exp_of_nonpositive(-math::magnitude(y));
+  static ASGL_HOST_DEVICE Real cumulative(Real y) {
+    const Real tail = Real(0.5) * math::exp_of_nonpositive(-math::abs(y));
     return y < Real(0) ? tail : Real(1) - tail;
   }
   template <class Real>
   static ASGL_HOST_DEVICE Real slope(Real y) {
-    return Real(0.5) * math::exp_of_nonpositive(-math::magnitude(y));
+    return Real(0.5) * math::exp_of_nonpositive(-math::abs(y));
   }
 };
 
 template <>
 struct SurrogateMath<Surrogate::kInteger> {
   template <class Real>
-  static ASGL_HOST_DEVICE Real value(Real y, Real levels) {
-    return math::clamp_to(y, levels);
+  static ASGL_HOST_DEVICE Real cumulative(Real y, Real levels) {
+    return math::clamp_from_zero(y, levels);
   }
   template <class Real>
   static ASGL_HOST_DEVICE Real adjoint(Real y, Real da, Real levels) {
-    return math::clamp_to(y, levels) == y ? da : Real(0);  // edges included, NaN excluded
+    return math::clamp_from_zero(y, levels) == y ? da : Real(0);  // edges included, NaN excluded
   }
 };
 
-// Whether the gradient of y is a product with the slope, which takes long enough that a kernel may keep it.
+// Whether SurrogateMath has a slope. Slopes take long to compute, so that a kernel may store them.
 template <Surrogate kSurrogate>
 constexpr bool kHasSlope = kSurrogate >= Surrogate::kSigmoid && kSurrogate <= Surrogate::kLaplace;
 
@@ -228,9 +230,9 @@ constexpr bool kHasSlope = kSurrogate >= Surrogate::kSigmoid && kSurrogate <= Su
 template <Surrogate kSurrogate, class Real>
 ASGL_HOST_DEVICE Real surrogate_value(Real levels, Real y) {
   if constexpr (kSurrogate == Surrogate::kInteger) {
-    return SurrogateMath<kSurrogate>::value(y, levels);
+    return SurrogateMath<kSurrogate>::cumulative(y, levels);
   } else {
-    return SurrogateMath<kSurrogate>::value(y);
+    return SurrogateMath<kSurrogate>::cumulative(y);
   }
 }
 
@@ -246,7 +248,7 @@ ASGL_HOST_DEVICE Real surrogate_adjoint(Real levels, Real y, Real da) {
   }
 }
 
-// The same for a surrogate given at run time.
+// surrogate_value and surrogate_adjoint, for a surrogate that is known only at run time.
 template <int kId = 0, class Real>
 ASGL_HOST_DEVICE Real any_surrogate_value(Surrogate given, Real levels, Real y) {
   if constexpr (kId + 1 < kNumSurrogates) {

@@ -15,7 +15,7 @@ inline bool is_differentiated(const at::Tensor& tensor) {
   return (tensor.requires_grad() && at::GradMode::is_enabled()) || tensor._fw_grad(/*level=*/0).defined();
 }
 
-// The kernel of every operator at the autograd keys, see above.
+// Calls the Python kernel if autograd differentiates the call, else the kernel of the backend.
 inline void autograd_or_redispatch(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
   for (const c10::IValue& argument : torch::jit::last(*stack, op.schema().arguments().size())) {
     if (argument.isTensor() && is_differentiated(argument.toTensor())) {
@@ -26,10 +26,10 @@ inline void autograd_or_redispatch(const c10::OperatorHandle& op, c10::DispatchK
   op.redispatchBoxed(keys & c10::after_ADInplaceOrView_keyset, stack);
 }
 
-// Has the interface of torch::Library, but registers autograd_or_redispatch for each operator.
-class AtAutograd {
+// Has the interface of torch::Library, but registers autograd_or_redispatch instead of the given kernel.
+class AutogradLibrary {
  public:
-  explicit AtAutograd(torch::Library& m) : library_(m) {}
+  explicit AutogradLibrary(torch::Library& m) : library_(m) {}
 
   template <class Kernel>
   void impl(const char* name, Kernel&&) {

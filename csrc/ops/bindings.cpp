@@ -20,17 +20,18 @@
 namespace asgl {
 namespace {
 
-// Implements all operators with the kernels that `launcher` starts, or with the CPU kernels if it is null.
+// Registers the operators that every backend has, with the kernels that `launcher` starts, or with the CPU kernels if
+// it is null. `library` is a torch::Library or has its interface.
 template <class Library>
-void implement_all(Library& library, const ops::Launcher* launcher) {
-  ops::implement_neuron(library, launcher);
-  ops::implement_integrator(library, launcher);
-  ops::implement_batch_norm(library, launcher);
-  ops::implement_recurrent(library, launcher);
+void register_backend_operators(Library& library, const ops::Launcher* launcher) {
+  ops::register_neuron_operators(library, launcher);
+  ops::register_integrator_operators(library, launcher);
+  ops::register_batch_norm_operators(library, launcher);
+  ops::register_recurrent_operators(library, launcher);
 }
 
-// Starts kernels by functions of Python (asgl_cuda/backends/launcher.py); `params` is an address there.
-class __attribute__((visibility("hidden"))) PythonLauncher : public ops::Launcher {  // as pybind11::object
+// Starts kernels by Python functions (asgl_cuda/backends/launcher.py), which get the address of `params` as an integer.
+class __attribute__((visibility("hidden"))) PythonLauncher : public ops::Launcher {  // as its fields are
  public:
   PythonLauncher(pybind11::object launch, pybind11::object resident_threads)
       : launch_(std::move(launch)), resident_threads_(std::move(resident_threads)) {}
@@ -42,8 +43,8 @@ class __attribute__((visibility("hidden"))) PythonLauncher : public ops::Launche
 
   void launch(at::Device device, const cuda::Launch& launch, const void* params, size_t bytes) const override {
     const pybind11::gil_scoped_acquire gil;
-    launch_(device, cuda::name_of(launch.kernel), launch.blocks, launch.threads, reinterpret_cast<uintptr_t>(params),
-            bytes);
+    launch_(device, cuda::name_expression(launch.kernel), launch.blocks, launch.threads,
+            reinterpret_cast<uintptr_t>(params), bytes);
   }
 
  private:
@@ -69,8 +70,8 @@ class CompiledLauncher : public ops::Launcher {
 const CompiledLauncher compiled_launcher;
 #endif
 
-// Registers the operators of a namespace that Python has defined, for tensors on 'CPU' or 'CUDA', with the kernels that
-// a launcher in Python starts. Returns them as functions (direct_calls.h).
+// Registers the operators of a namespace that Python has defined, for tensors on `device`, "CPU" or "CUDA", with the
+// kernels that two Python functions start. Returns an object with the operators as functions (direct_calls.h).
 pybind11::object implement(const std::string& name_space, const std::string& device, pybind11::object launch,
                            pybind11::object resident_threads) {
   // The launcher and the libraries are never deleted. The launcher holds Python objects, and when the process ends
@@ -79,51 +80,61 @@ pybind11::object implement(const std::string& name_space, const std::string& dev
   const auto library = [&](const std::string& key) {
     return new torch::Library(torch::Library::IMPL, name_space, c10::parseDispatchKey(key), __FILE__, __LINE__);
   };
-  implement_all(*library(device), launcher);
-  ops::AtAutograd at_autograd(*library("Autograd" + device));
-  implement_all(at_autograd, launcher);
+  register_backend_operators(*library(device), launcher);
+  ops::AutogradLibrary autograd_library(*library("Autograd" + device));
+  register_backend_operators(autograd_library, launcher);
   const pybind11::object functions = pybind11::module_::import("types").attr("SimpleNamespace")();
   ops::DirectCalls calls(functions, name_space);
-  implement_all(calls, launcher);
+  register_backend_operators(calls, launcher);
   return functions;
+}
+
+// The number of threads that the CPU kernels run on. Without OpenMP at::parallel_for is silently serial.
+int num_cpu_threads() {
+#if defined(_OPENMP)
+  return at::get_num_threads();
+#else
+  return 1;
+#endif
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(asgl_cuda, CPU, m) {
-  implement_all(m, nullptr);
-  ops::implement_spikes(m);
+  register_backend_operators(m, nullptr);
+  ops::register_spike_operators(m);
 }
 
 TORCH_LIBRARY_IMPL(asgl_cuda, AutogradCPU, m) {
-  ops::AtAutograd at_autograd(m);
-  implement_all(at_autograd, nullptr);
-  ops::implement_spikes(at_autograd);
+  ops::AutogradLibrary autograd_library(m);
+  register_backend_operators(autograd_library, nullptr);
+  ops::register_spike_operators(autograd_library);
 }
 
 #if defined(ASGL_WITH_CUDA)
-TORCH_LIBRARY_IMPL(asgl_cuda, CUDA, m) { implement_all(m, &compiled_launcher); }
+TORCH_LIBRARY_IMPL(asgl_cuda, CUDA, m) { register_backend_operators(m, &compiled_launcher); }
 
 TORCH_LIBRARY_IMPL(asgl_cuda, AutogradCUDA, m) {
-  ops::AtAutograd at_autograd(m);
-  implement_all(at_autograd, &compiled_launcher);
+  ops::AutogradLibrary autograd_library(m);
+  register_backend_operators(autograd_library, &compiled_launcher);
 }
 #endif
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() =
-      "asgl_cuda's compiled part: importing it adds kernels to torch.ops.asgl_cuda. Its operators are the same ones.";
-  m.def("cpu_threads", &cpu::num_threads, "Threads that the kernels run on; 1 where they were built without OpenMP.");
+      "The compiled part of asgl_cuda. Importing it implements torch.ops.asgl_cuda; functions call these operators.";
+  m.def("cpu_threads", &num_cpu_threads,
+        "The number of threads of the CPU kernels; 1 if they were built without OpenMP.");
   m.def("cpu_instruction_set", [] { return cpu::instruction_set_name(); });
   m.def("kernel_names", [] {
     std::vector<std::string> names;
-    for (const cuda::Kernel& kernel : cuda::every_kernel()) names.push_back(cuda::name_of(kernel));
+    for (const cuda::Kernel& kernel : cuda::all_kernels()) names.push_back(cuda::name_expression(kernel));
     return names;
   });
   m.def("implement", &implement);
   ops::DirectCalls calls(m, "asgl_cuda");
-  implement_all(calls, nullptr);
-  ops::implement_spikes(calls);
+  register_backend_operators(calls, nullptr);
+  ops::register_spike_operators(calls);
   m.def("spike_panels", &ops::spike_panels);
   m.def("pack_spikes", &ops::pack_spikes);
 }

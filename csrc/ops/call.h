@@ -1,5 +1,5 @@
-// What the operators of the neuron and of the integrator share: layout, views of parameters, gradients of parameters.
-// Python has checked arguments with messages for users; the checks here keep kernels within bounds.
+// What the operators of the neuron and of the integrator share: checked arguments, and gradients of parameters. Python
+// has checked arguments with messages for users; the checks here keep kernels within bounds.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -18,9 +18,9 @@
 
 namespace asgl::ops {
 
-// The elements of a tensor. Null if there is no tensor, or an empty one.
+// Points to the elements of a tensor. Null if the tensor is undefined or empty.
 template <class Element>
-Element* pointer(const Tensor& tensor) {
+Element* data_ptr(const Tensor& tensor) {
   if (!tensor.defined() || tensor.numel() == 0) return nullptr;
   if constexpr (std::is_const_v<Element>) {
     return static_cast<Element*>(tensor.const_data_ptr());
@@ -29,8 +29,8 @@ Element* pointer(const Tensor& tensor) {
   }
 }
 
-// The number of elements of the checkpoints, at least 2, so that torch.compile does not specialise on the number of
-// steps.
+// The number of elements of the checkpoints of all states, and two more: torch.compile specialises on sizes of 0 and 1,
+// and would compile again for other numbers of steps.
 inline int64_t checkpoint_elements(const SequenceShape& shape, int64_t num_states) {
   return num_states * checkpoint_stride(shape) + 2;
 }
@@ -44,14 +44,15 @@ struct Rules {
   int64_t surrogate, hard_reset, strict_threshold, scale_output, detach_reset, multi_spike, periodic, floored,
       log_width, logit_decay, analog_below, levels, adaptation, time_dim, trailing;
 };
+// The arguments that are not tensors.
 struct Constants {
   Numbers numbers;
   Rules rules;
 };
 
-// The list as a struct of its elements; throws if it has another number of elements.
+// Converts a list to a struct whose fields are its elements. Throws if their numbers differ.
 template <class Fields, class Element>
-Fields fields_of(at::ArrayRef<Element> list, const char* name) {
+Fields to_struct(at::ArrayRef<Element> list, const char* name) {
   static_assert(std::is_trivially_copyable_v<Fields> && sizeof(Fields) % sizeof(Element) == 0);
   TORCH_CHECK_VALUE(list.size() == sizeof(Fields) / sizeof(Element), "asgl_cuda: expected ",
                     sizeof(Fields) / sizeof(Element), " ", name, ", got ", list.size());
@@ -60,12 +61,12 @@ Fields fields_of(at::ArrayRef<Element> list, const char* name) {
   return fields;
 }
 
-// Both lists of an operator as structs.
+// Converts the lists of an operator.
 inline Constants constants_of(at::ArrayRef<double> numbers, at::IntArrayRef rules) {
-  return {fields_of<Numbers>(numbers, "numbers"), fields_of<Rules>(rules, "rules")};
+  return {to_struct<Numbers>(numbers, "numbers"), to_struct<Rules>(rules, "rules")};
 }
 
-// Throws unless analog_below is in its range and rng_state is what it needs.
+// Throws unless analog_below is in its range, and rng_state is given if it is needed, with the right type and size.
 inline void check_noise(const Rules& rules, const OptionalTensor& rng_state, at::Device device) {
   const int64_t below = rules.analog_below;
   TORCH_CHECK_VALUE(0 <= below && below <= kAnalogBelowInState, "asgl_cuda: analog_below must be in [0, ",
@@ -78,15 +79,17 @@ inline void check_noise(const Rules& rules, const OptionalTensor& rng_state, at:
   }
 }
 
-// Throws unless w acts where neurons can have it. It is added to the reset amount only under a soft reset.
+// Throws unless rules.adaptation says that w, the adaptation, acts where it can: on the current, the threshold, the
+// amount of a soft reset, or the last two.
 inline void check_adaptation(const Rules& rules) {
-  const int64_t place = rules.adaptation;
-  const bool in_reset = place == kInReset || place == (kInThreshold | kInReset);
-  TORCH_CHECK_VALUE(place == 0 || place == kInCurrent || place == kInThreshold || (in_reset && !rules.hard_reset),
-                    "asgl_cuda: no adaptation has the number ", place, rules.hard_reset ? " with a hard reset" : "");
+  const int64_t target = rules.adaptation;
+  const bool in_reset = target == kAdaptsReset || target == (kAdaptsThreshold | kAdaptsReset);
+  TORCH_CHECK_VALUE(
+      target == 0 || target == kAdaptsCurrent || target == kAdaptsThreshold || (in_reset && !rules.hard_reset),
+      "asgl_cuda: no adaptation has the number ", target, rules.hard_reset ? " with a hard reset" : "");
 }
 
-// The noise, as kernels take it.
+// The noise, as kernels take it. rng_state must outlive it.
 inline NoiseParams noise_of(const Rules& rules, const OptionalTensor& rng_state) {
   return {rng_state.has_value() ? reinterpret_cast<const int64*>(rng_state->const_data_ptr<int64_t>()) : nullptr,
           static_cast<uint32>(rules.analog_below)};
@@ -114,18 +117,18 @@ LIFByOptions<Real> options_of(const Rules& rules, const Numbers& numbers) {
   return options;
 }
 
-// The number of states of the neurons, which are in one tensor: v_init and the like.
+// The number of states of a neuron. v_init and tensors like it contain all states.
 inline int64_t num_states(const Constants& constants) {
   return options_of<float>(constants.rules, constants.numbers).num_states();
 }
 
 using Parameters = std::array<OptionalTensor, kNumParameters>;  // by ParameterId; no tensor for a constant
 
-// The arguments that forward and backward share, checked.
-class Call {
+// The checked arguments that forward and backward of the neuron, or of the integrator, share.
+class NeuronCall {
  public:
-  Call(const Tensor& x_seq, const OptionalTensor& v_init, const OptionalTensor& rng_state, const Parameters& parameters,
-       const OptionalTensor& residual, const Constants& constants)
+  NeuronCall(const Tensor& x_seq, const OptionalTensor& v_init, const OptionalTensor& rng_state,
+             const Parameters& parameters, const OptionalTensor& residual, const Constants& constants)
       : x_seq(x_seq),
         layout(x_seq, constants.rules.time_dim),
         num_states(asgl::ops::num_states(constants)),
@@ -137,10 +140,10 @@ class Call {
     check_adaptation(rules_);
     TORCH_CHECK_VALUE(rules_.adaptation == 0 || rules_.surrogate != static_cast<int64_t>(Surrogate::kInteger),
                       "asgl_cuda: adaptive neurons have no integer spikes");
-    v_init_ = layout.state(v_init, "v_init", num_states);
-    residual_ = layout.sequence(residual, layout.type(), "residual");
+    v_init_ = layout.checked_state(v_init, "v_init", num_states);
+    residual_ = layout.checked_sequence(residual, layout.type(), "residual");
     TORCH_CHECK_VALUE(0 <= rules_.levels && rules_.levels <= std::numeric_limits<uint16>::max(),
-                      "asgl_cuda: levels must have 16 bits, got ", rules_.levels);
+                      "asgl_cuda: levels must be in [0, 65535], got ", rules_.levels);
     check_noise(rules_, rng_state, x_seq.device());
     for (int id = 0; id < kNumParameters; ++id) {
       if (!parameters[id].has_value()) continue;
@@ -148,18 +151,18 @@ class Call {
       parameters_[id].emplace(*parameters[id], layout, rules_.trailing);
     }
     for (const auto& [id, learned] : {std::pair(kWidth, rules_.log_width), std::pair(kDecay, rules_.logit_decay)}) {
-      TORCH_CHECK_VALUE(learned == 0 || (parameters_[id].has_value() && !parameters_[id]->per_step()),
-                        "asgl_cuda: a logarithm of the width and a logit of the decay are tensors without steps");
+      TORCH_CHECK_VALUE(learned == 0 || (parameters_[id].has_value() && !parameters_[id]->is_per_step()),
+                        "asgl_cuda: a width given as its logarithm and a decay given as its logit must be tensors "
+                        "without time steps");
     }
     TORCH_CHECK_VALUE(rules_.adaptation == 0 || !has_residual(), "asgl_cuda: adaptive neurons have no residual");
   }
 
-  // Whether the call has a residual.
   bool has_residual() const { return residual_.defined(); }
   // The tensor of a parameter, or null if the parameter is a constant.
   const ParameterTensor* parameter(int id) const { return parameters_[id].has_value() ? &*parameters_[id] : nullptr; }
 
-  // Returns Params<Scalar> with the arguments of this call.
+  // Returns Params<Scalar> with these arguments. They must outlive it.
   template <template <class> class Params, class Scalar>
   Params<Scalar> params() const {
     using Real = Real_t<Scalar>;
@@ -173,9 +176,9 @@ class Call {
     }
     params.options = options_of<Real>(rules_, numbers_);
     params.noise = noise_of(rules_, rng_state_);
-    params.x_seq = pointer<const Scalar>(x_seq);
-    params.v_init = pointer<const Real>(v_init_);
-    params.residual = pointer<const Scalar>(residual_);
+    params.x_seq = data_ptr<const Scalar>(x_seq);
+    params.v_init = data_ptr<const Real>(v_init_);
+    params.residual = data_ptr<const Scalar>(residual_);
     params.residual_gain = static_cast<Real>(numbers_.residual_gain);
     return params;
   }
@@ -185,7 +188,7 @@ class Call {
 
   const Tensor x_seq;
   const Layout layout;
-  const int64_t num_states;  // in v_init, and tensors like it
+  const int64_t num_states;  // of a neuron, in v_init and tensors like it
 
  private:
   const Rules rules_;
@@ -195,7 +198,7 @@ class Call {
   std::optional<ParameterTensor> parameters_[kNumParameters];
 };
 
-// Calls f(Scalar{}) with the element type of x_seq.
+// Calls f(Scalar{}) with the C++ type of the elements of x_seq.
 template <class F>
 void with_scalar(at::ScalarType type, F&& f) {
   switch (type) {
@@ -212,12 +215,13 @@ void with_scalar(at::ScalarType type, F&& f) {
   }
 }
 
+// By ParameterId, whether a gradient is wanted.
 using WantedParameters = std::array<bool, kNumParameters>;
 
 // The wanted gradients of parameter tensors, each [steps or 1, count].
 class ParameterGradients {
  public:
-  ParameterGradients(const Call& call, const WantedParameters& wanted) : call_(call) {
+  ParameterGradients(const NeuronCall& call, const WantedParameters& wanted) : call_(call) {
     for (int id = 0; id < kNumParameters; ++id) {
       if (!wanted[id] || call.parameter(id) == nullptr) continue;
       ids_.push_back(id);
@@ -226,10 +230,10 @@ class ParameterGradients {
     }
   }
 
-  // Launches a backward kernel, and then the kernel that adds up the partial sums. `params` must be complete except for
-  // the partial sums.
+  // Launches a backward kernel, and then the kernel that adds up the partial sums, twice if runs are split. `params`
+  // must be complete except for the partial sums.
   template <class Params>
-  void compute(const Kernels& kernels, Params& params) const {
+  void launch_backward(const Kernels& kernels, Params& params) const {
     using Real = typename Params::Real;
     const SequenceShape& shape = params.shape;
     Real placeholder{};  // a pointer that is not null tells plan_tiles() that the sums are wanted
@@ -241,24 +245,24 @@ class ParameterGradients {
     int64_t elements = 0;
     for (const int id : ids_) {
       auto& partials = params.partials[id];
-      partials.slots = partials.slots_for(params.parameters[id].inner, shape.neurons(), params.tiles.count);
+      partials.slots = partials.num_slots(params.parameters[id].inner, shape.neurons(), params.tiles.count);
       elements += elements_of(id);
     }
     const Tensor partials = empty(elements);
-    Real* free = pointer<Real>(partials);
+    Real* free = data_ptr<Real>(partials);
     GradientSum<Real> sum{shape, params.tiles.tile, 0, {}};
     for (const int id : ids_) {
       params.partials[id].data = free;
       free += elements_of(id);
       sum.parts[sum.count] = {params.partials[id], params.parameters[id], call_.derivative(id),
-                              pointer<Real>(sums_[sum.count]), shape.neurons()};
+                              data_ptr<Real>(sums_[sum.count]), shape.neurons()};
       ++sum.count;
     }
     kernels.launch(params);
     if (sum.count == 0) return;
     kernels.plan_tiles(sum);
     const Tensor totals = empty(sum.num_totals());
-    GradientSum<Real> second = sum.place_totals(pointer<Real>(totals));
+    GradientSum<Real> second = sum.place_totals(data_ptr<Real>(totals));
     kernels.launch(sum);
     if (second.count == 0) return;
     kernels.plan_tiles(second);
@@ -273,11 +277,12 @@ class ParameterGradients {
   }
 
  private:
+  // An uninitialised tensor in the arithmetic type; undefined for no elements.
   Tensor empty(int64_t elements) const {
-    return elements > 0 ? in_huge_pages(at::empty({elements}, call_.layout.real_options())) : Tensor();
+    return elements > 0 ? request_huge_pages(at::empty({elements}, call_.layout.real_options())) : Tensor();
   }
 
-  const Call& call_;
+  const NeuronCall& call_;
   std::vector<int> ids_;
   std::vector<Tensor> sums_;
 };

@@ -15,21 +15,21 @@
 
 namespace asgl::ops {
 
-// The type that pybind11 converts an argument to, and its conversion to the operator's type.
+// The type to which pybind11 converts a Python argument, and the conversion from there to the operator's type.
 template <class Argument>
 struct FromPython {
   using type = std::decay_t<Argument>;
-  static type& taken(type& given) { return given; }
+  static type& convert(type& given) { return given; }
 };
 template <class Element>
 struct FromPython<at::ArrayRef<Element>> {
   using type = std::vector<Element>;
-  static at::ArrayRef<Element> taken(const type& given) { return given; }
+  static at::ArrayRef<Element> convert(const type& given) { return given; }
 };
 
-// Has the interface of torch::Library, but exports each operator of a namespace as a pybind11 function. Of the kernel
-// that `impl` gets, only the types are used: the dispatcher chooses the kernel at each call.
-class __attribute__((visibility("hidden"))) DirectCalls {  // as pybind11::object
+// Has the interface of torch::Library, but exports each operator of a namespace as a pybind11 function. Only the type
+// of the kernel that `impl` gets is used: the dispatcher chooses the kernel at each call.
+class __attribute__((visibility("hidden"))) DirectCalls {  // as its fields are
  public:
   // The functions become attributes of `scope`.
   DirectCalls(pybind11::object scope, std::string name_space) : scope_(std::move(scope)), namespace_(name_space) {}
@@ -37,18 +37,18 @@ class __attribute__((visibility("hidden"))) DirectCalls {  // as pybind11::objec
   // Exports the operator of this name.
   template <class Kernel>
   void impl(const char* name, const Kernel&) {
-    add(name, &Kernel::operator());
+    export_operator(name, &Kernel::operator());
   }
 
  private:
-  // `impl`, with the types of result and arguments, which follow from the kernel.
+  // Exports the operator of this name, whose result and arguments have the types of the kernel's.
   template <class Kernel, class Result, class... Arguments>
-  void add(const char* name, Result (Kernel::*)(Arguments...) const) {
+  void export_operator(const char* name, Result (Kernel::*)(Arguments...) const) {
     const auto handle = c10::Dispatcher::singleton().findSchemaOrThrow((namespace_ + "::" + name).c_str(), "");
     const auto call = [typed = handle.typed<Result(Arguments...)>()](typename FromPython<Arguments>::type... given) {
       const at::AutoDispatchBelowADInplaceOrView below_autograd;
       try {
-        return typed.call(FromPython<Arguments>::taken(given)...);
+        return typed.call(FromPython<Arguments>::convert(given)...);
       } catch (const std::invalid_argument& error) {  // code without torch throws these
         TORCH_CHECK_VALUE(false, error.what());
       }

@@ -21,10 +21,11 @@ using at::Tensor;
 
 // The smallest size for which huge pages are requested. A smaller block contains a whole huge page of 2 MiB only by
 // chance.
-constexpr size_t kLeastHugeBytes = size_t{1} << 22;
+constexpr size_t kMinHugePageBytes = size_t{1} << 22;
 
-// Whether transparent huge pages are set to "madvise"; "always" and "never" need no request.
-inline bool huge_pages_on_request() {
+// Whether the system grants transparent huge pages on request, its setting "madvise". "always" and "never" need no
+// request.
+inline bool has_huge_pages_on_request() {
   static const bool on_request = [] {
     std::ifstream setting("/sys/kernel/mm/transparent_hugepage/enabled");
     std::string words;
@@ -33,10 +34,11 @@ inline bool huge_pages_on_request() {
   return on_request;
 }
 
-// Requests huge pages for an untouched tensor, pages at its ends included: blocks of malloc begin a few bytes after a
-// huge-page boundary. No more memory becomes resident, since the system uses only huge pages that are requested whole.
-inline Tensor in_huge_pages(Tensor tensor) {
-  if (tensor.is_cpu() && tensor.nbytes() >= kLeastHugeBytes && huge_pages_on_request()) {
+// Requests huge pages for an untouched tensor, and returns it. The pages at its ends are included, because blocks of
+// malloc begin a few bytes after the boundary of a huge page. No more memory becomes resident, since the system uses
+// only huge pages that are requested whole.
+inline Tensor request_huge_pages(Tensor tensor) {
+  if (tensor.is_cpu() && tensor.nbytes() >= kMinHugePageBytes && has_huge_pages_on_request()) {
     static const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
     const auto address = reinterpret_cast<uintptr_t>(tensor.mutable_data_ptr());
     const uintptr_t begin = address / page * page;
@@ -47,7 +49,7 @@ inline Tensor in_huge_pages(Tensor tensor) {
 
 #else
 
-inline Tensor in_huge_pages(Tensor tensor) { return tensor; }
+inline Tensor request_huge_pages(Tensor tensor) { return tensor; }
 
 #endif
 

@@ -5,9 +5,10 @@
 
 namespace asgl::ops {
 
-// The arguments that both operators share, checked.
-inline Call integrator_call(const Tensor& x_seq, const OptionalTensor& v_init, const OptionalTensor& decay,
-                            const OptionalTensor& input_gain, at::ArrayRef<double> numbers, at::IntArrayRef rules) {
+// The checked arguments that forward and backward share.
+inline NeuronCall integrator_call(const Tensor& x_seq, const OptionalTensor& v_init, const OptionalTensor& decay,
+                                  const OptionalTensor& input_gain, at::ArrayRef<double> numbers,
+                                  at::IntArrayRef rules) {
   Parameters parameters;
   parameters[kDecay] = decay;
   parameters[kInputGain] = input_gain;
@@ -19,7 +20,7 @@ inline std::vector<Tensor> integrator_forward(const Launcher* launcher, const Te
                                               const OptionalTensor& v_init, const OptionalTensor& decay,
                                               const OptionalTensor& input_gain, at::ArrayRef<double> numbers,
                                               at::IntArrayRef rules, bool delay, bool wants_v_last) {
-  const Call call = integrator_call(x_seq, v_init, decay, input_gain, numbers, rules);
+  const NeuronCall call = integrator_call(x_seq, v_init, decay, input_gain, numbers, rules);
   const Layout& layout = call.layout;
   const Kernels kernels(launcher, x_seq.device());
   std::vector<Tensor> results = {layout.empty_sequence(layout.type())};
@@ -29,29 +30,29 @@ inline std::vector<Tensor> integrator_forward(const Launcher* launcher, const Te
     using Scalar = decltype(scalar);
     auto params = call.params<IntegratorParams, Scalar>();
     params.delay = delay;
-    params.v_seq = pointer<Scalar>(results[0]);
-    if (wants_v_last) params.v_last = pointer<Real_t<Scalar>>(results[1]);
+    params.v_seq = data_ptr<Scalar>(results[0]);
+    if (wants_v_last) params.v_last = data_ptr<Real_t<Scalar>>(results[1]);
     kernels.plan_tiles(params);
     kernels.launch(params);
   });
   return results;
 }
 
-// Returns the wanted gradients; decay's needs v_seq, input_gain's x_seq, both brought to the layout of grad_v_seq.
+// Returns the wanted gradients. The gradient of decay needs v_seq, and the gradient of input_gain needs x_seq.
 inline std::vector<Tensor> integrator_backward(const Launcher* launcher, const Tensor& grad_v_seq,
                                                const OptionalTensor& grad_v_last, const OptionalTensor& v_seq,
                                                const OptionalTensor& x_seq, const OptionalTensor& v_init,
                                                const OptionalTensor& decay, const OptionalTensor& input_gain,
                                                at::ArrayRef<double> numbers, at::IntArrayRef rules, bool delay,
                                                std::array<bool, 4> wanted) {
-  const Call call = integrator_call(grad_v_seq, v_init, decay, input_gain, numbers, rules);
+  const NeuronCall call = integrator_call(grad_v_seq, v_init, decay, input_gain, numbers, rules);
   const auto [wants_x_seq, wants_v_init, wants_decay, wants_input_gain] = wanted;
   const Layout& layout = call.layout;
   TORCH_CHECK_VALUE((v_seq.has_value() || !wants_decay) && (x_seq.has_value() || !wants_input_gain),
-                    "asgl_cuda: a gradient of decay needs v_seq and one of input_gain x_seq, like grad_v_seq");
-  const Tensor potentials = layout.sequence(v_seq, layout.type(), "v_seq");
-  const Tensor inputs = layout.sequence(x_seq, layout.type(), "x_seq");
-  const Tensor grad_last = layout.state(grad_v_last, "grad_v_last");
+                    "asgl_cuda: the gradient of decay needs v_seq, and the gradient of input_gain needs x_seq");
+  const Tensor potentials = layout.checked_sequence(v_seq, layout.type(), "v_seq");
+  const Tensor inputs = layout.checked_sequence(x_seq, layout.type(), "x_seq");
+  const Tensor grad_last = layout.checked_state(grad_v_last, "grad_v_last");
   const Kernels kernels(launcher, grad_v_seq.device());
   std::vector<Tensor> results;
   if (wants_x_seq) results.push_back(layout.empty_sequence(layout.type()));
@@ -65,24 +66,25 @@ inline std::vector<Tensor> integrator_backward(const Launcher* launcher, const T
       using Scalar = decltype(scalar);
       using Real = Real_t<Scalar>;
       auto params = call.params<IntegratorParams, Scalar>();
-      params.x_seq = wants_input_gain ? pointer<const Scalar>(inputs) : nullptr;
+      params.x_seq = wants_input_gain ? data_ptr<const Scalar>(inputs) : nullptr;
       params.delay = delay;
-      params.v_seq = wants_decay ? const_cast<Scalar*>(pointer<const Scalar>(potentials)) : nullptr;  // only read
-      params.grad_v_seq = pointer<const Scalar>(grad_v_seq);
-      params.grad_v_last = pointer<const Real>(grad_last);
-      if (wants_x_seq) params.grad_x_seq = pointer<Scalar>(results.front());
-      if (wants_v_init) params.grad_v_init = pointer<Real>(results.back());
-      gradients.compute(kernels, params);
+      params.v_seq = wants_decay ? const_cast<Scalar*>(data_ptr<const Scalar>(potentials)) : nullptr;  // only read
+      params.grad_v_seq = data_ptr<const Scalar>(grad_v_seq);
+      params.grad_v_last = data_ptr<const Real>(grad_last);
+      if (wants_x_seq) params.grad_x_seq = data_ptr<Scalar>(results.front());
+      if (wants_v_init) params.grad_v_init = data_ptr<Real>(results.back());
+      gradients.launch_backward(kernels, params);
     });
   }
   gradients.append_to(results);
   return results;
 }
 
+// Registers the operators of this file. `m` is a torch::Library or has its interface.
 template <class Library>
-void implement_integrator(Library& m, const Launcher* launcher) {
-  m.impl("integrator_forward", on_kernels(launcher, &integrator_forward));
-  m.impl("integrator_backward", on_kernels(launcher, &integrator_backward));
+void register_integrator_operators(Library& m, const Launcher* launcher) {
+  m.impl("integrator_forward", bind_launcher(launcher, &integrator_forward));
+  m.impl("integrator_backward", bind_launcher(launcher, &integrator_backward));
 }
 
 }  // namespace asgl::ops

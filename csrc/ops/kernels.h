@@ -9,11 +9,11 @@
 
 namespace asgl::ops {
 
-// Starts CUDA kernels on a device, in the stream that is current there. Both may be called by any thread.
+// Starts CUDA kernels on a device, in the stream that is current there. Any thread may call it.
 class Launcher {
  public:
   virtual ~Launcher() = default;
-  // The most threads that the device holds at a time.
+  // The largest number of threads that the device can hold at a time.
   virtual int64_t resident_threads(at::Device device) const = 0;
   // Starts a kernel. `params` points to the params struct of the kernel, which is valid until this function returns.
   virtual void launch(at::Device device, const cuda::Launch& launch, const void* params, size_t bytes) const = 0;
@@ -25,7 +25,7 @@ class Kernels {
  public:
   Kernels(const Launcher* launcher, at::Device device) : launcher_(launcher), device_(device), guard_(device) {}
 
-  // Divides values into tiles.
+  // Divides the values of a call into tiles, and stores the division in params.
   template <class Params>
   void plan_tiles(Params& params) const {
     if (launcher_ == nullptr) return cpu::plan_tiles(params);
@@ -45,10 +45,10 @@ class Kernels {
   const c10::DeviceGuard guard_;
 };
 
-// Wraps an operator, a function of a launcher and arguments, as a function that torch can register. The launcher must
-// live as long as the process.
+// Returns `run` as a function of its other arguments, which torch can register. The launcher must live as long as the
+// process.
 template <class Result, class... Arguments>
-auto on_kernels(const Launcher* launcher, Result (*run)(const Launcher*, Arguments...)) {
+auto bind_launcher(const Launcher* launcher, Result (*run)(const Launcher*, Arguments...)) {
   return [=](Arguments... arguments) -> Result { return run(launcher, arguments...); };
 }
 

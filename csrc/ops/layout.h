@@ -1,4 +1,4 @@
-// Memory layouts of tensors as kernels see them: x_seq as (outer, steps, inner), a parameter as [steps or 1, count].
+// Memory layouts of tensors as kernels read them: x_seq as (outer, steps, inner), a parameter as [steps or 1, count].
 #pragma once
 
 #include <ATen/ATen.h>
@@ -54,36 +54,37 @@ class Layout {
     }
   }
 
-  // The shape of x_seq as (outer, steps, inner), its sizes, and its dimensions in memory order, outermost first, with
-  // and without time.
+  // The shape of x_seq as (outer, steps, inner); its sizes; its dimensions in memory order, outermost first; and these
+  // without time.
   const SequenceShape& shape() const { return shape_; }
   const Dims& sizes() const { return sizes_; }
   const Dims& order() const { return order_; }
   const Dims& neuron_order() const { return neuron_order_; }
   int64_t time_dim() const { return time_dim_; }
+  // The dimension of the channels, the second one apart from time.
   int64_t channel_dim() const { return time_dim_ <= 1 ? 2 : 1; }
-  // options() and type() are those of x_seq and tensors like it. real_options() and real() are those of states,
-  // parameters and their gradients.
+  // Options and type of x_seq and tensors like it; type and options of states, parameters and their gradients.
   const at::TensorOptions& options() const { return options_; }
   at::ScalarType type() const { return c10::typeMetaToScalarType(options_.dtype()); }
   at::ScalarType real() const { return real_type(type()); }
   at::TensorOptions real_options() const { return options_.dtype(real()); }
 
-  // A tensor in the memory order of x_seq.
+  // An uninitialised tensor with the shape and memory order of x_seq.
   Tensor empty_sequence(at::ScalarType type) const { return empty(sizes_, order_, options_.dtype(type)); }
-  // A tensor with the shape of x_seq without time, in the memory order of the neurons. Several
-  // states are in one tensor, [num_states, ...].
+  // An uninitialised tensor with the shape of x_seq without time, in the memory order of x_seq. Several states are in
+  // one tensor, [num_states, ...].
   Tensor empty_state(int64_t num_states = 1) const {
     return empty(state_sizes(num_states), state_order(num_states), real_options());
   }
 
-  // As above for a tensor that may be absent. If it is, the result is undefined.
-  Tensor sequence(const OptionalTensor& given, at::ScalarType type, const char* name) const {
-    return is_given(given) ? dense(*given, type, sizes_, order_, name) : Tensor();
+  // The given sequence or state in the memory order of x_seq, after checks of type, device and shape; copied only if
+  // needed. The result is undefined if no tensor is given.
+  Tensor checked_sequence(const OptionalTensor& given, at::ScalarType type, const char* name) const {
+    return is_given(given) ? in_memory_order(*given, type, sizes_, order_, name) : Tensor();
   }
-  Tensor state(const OptionalTensor& given, const char* name, int64_t num_states = 1) const {
+  Tensor checked_state(const OptionalTensor& given, const char* name, int64_t num_states = 1) const {
     if (!is_given(given)) return {};
-    return dense(*given, real(), state_sizes(num_states), state_order(num_states), name);
+    return in_memory_order(*given, real(), state_sizes(num_states), state_order(num_states), name);
   }
 
   // Throws unless the tensor has this type and is on the device of x_seq.
@@ -93,7 +94,7 @@ class Layout {
     TORCH_CHECK_VALUE(tensor.device() == options_.device(), "asgl_cuda: ", name, " must be on ", options_.device(),
                       ", got ", tensor.device());
   }
-  // The same, and throws unless the tensor has these sizes.
+  // Throws unless the tensor has this type and these sizes, and is on the device of x_seq.
   void check(const Tensor& tensor, at::ScalarType type, at::IntArrayRef sizes, const char* name) const {
     check_type_and_device(tensor, type, name);
     TORCH_CHECK_VALUE(tensor.sizes() == sizes, "asgl_cuda: ", name, " must have shape ", sizes, ", got ",
@@ -101,9 +102,8 @@ class Layout {
   }
 
  private:
-  // Whether there is a tensor.
   static bool is_given(const OptionalTensor& given) { return given.has_value() && given->defined(); }
-  // Sizes and memory order of a state.
+  // Sizes and memory order of a tensor of states.
   Dims state_sizes(int64_t num_states) const {
     Dims sizes = sizes_;
     sizes.erase(sizes.begin() + time_dim_);
@@ -116,13 +116,14 @@ class Layout {
     if (num_states > 1) order.insert(order.begin(), 0);
     return order;
   }
-  // A tensor whose dimensions are stored in `order`, outermost first. It is not a permuted view, since autograd refuses
-  // to change or detach a view in place.
+  // An uninitialised tensor whose dimensions are stored in `order`, outermost first. It is not a permuted view, since
+  // autograd refuses to change or detach a view in place.
   static Tensor empty(const Dims& sizes, const Dims& order, const at::TensorOptions& options) {
-    return in_huge_pages(at::empty_strided(sizes, strides_of(sizes, order), options));
+    return request_huge_pages(at::empty_strided(sizes, strides_of(sizes, order), options));
   }
-  // The tensor, after `check`, in this memory order; copied only if needed.
-  Tensor dense(const Tensor& given, at::ScalarType type, const Dims& sizes, const Dims& order, const char* name) const {
+  // The tensor in this memory order, after `check`; copied only if needed.
+  Tensor in_memory_order(const Tensor& given, at::ScalarType type, const Dims& sizes, const Dims& order,
+                         const char* name) const {
     check(given, type, sizes, name);
     if (given.strides() == at::IntArrayRef(strides_of(sizes, order))) return given;
     return given.permute(order).contiguous().permute(inverse_of(order));
@@ -146,15 +147,17 @@ class Layout {
   SequenceShape shape_;
 };
 
-// A parameter tensor laid out for ParameterView: [steps or 1, count], count running over a contiguous range of the
-// neurons' dimensions. Dimensions inside that range in which the parameter is broadcast are expanded. A parameter of
-// one dimension belongs to the dimension of x_seq that has `trailing` dimensions after it.
+// A parameter tensor in the layout of ParameterView, [steps or 1, count]. `count` covers the dimensions of the neurons,
+// in memory order, from the first to the last in which the parameter varies. Dimensions between these in which it is
+// broadcast are expanded. A parameter of one dimension belongs to the dimension of x_seq that has `trailing` dimensions
+// after it.
 class ParameterTensor {
  public:
   ParameterTensor(const Tensor& tensor, const Layout& layout, int64_t trailing)
       : sizes_(tensor.sizes().begin(), tensor.sizes().end()) {
     const int64_t dims = static_cast<int64_t>(layout.sizes().size());
-    TORCH_CHECK_VALUE(tensor.dim() <= dims, "asgl_cuda: a parameter has more dimensions than x_seq");
+    TORCH_CHECK_VALUE(tensor.dim() <= dims, "asgl_cuda: a parameter must have at most ", dims,
+                      " dimensions, as x_seq, got ", tensor.dim());
     TORCH_CHECK_VALUE(0 <= trailing && trailing < dims, "asgl_cuda: trailing must be in [0, ", dims, "), got ",
                       trailing);
     Dims full_sizes(dims, 1);
@@ -182,43 +185,43 @@ class ParameterTensor {
       }
     }
     if (begin == order.size()) inner_ = layout.shape().neurons();
-    per_step_ = full_sizes[layout.time_dim()] > 1;
+    is_per_step_ = full_sizes[layout.time_dim()] > 1;
     memory_order_.push_back(layout.time_dim());
     memory_order_.append(order);
-    as_it_is_ = expanded == full_sizes;
+    is_stored_as_given_ = expanded == full_sizes;
     int64_t last = -1;
     for (const int64_t dim : memory_order_) {
       if (expanded[dim] == 1) continue;
-      as_it_is_ = as_it_is_ && dim > last;
+      is_stored_as_given_ = is_stored_as_given_ && dim > last;
       last = dim;
     }
-    data_ = as_it_is_ ? tensor.contiguous()
-                      : tensor.reshape(full_sizes).expand(expanded).permute(memory_order_).contiguous();
+    data_ = is_stored_as_given_ ? tensor.contiguous()
+                                : tensor.reshape(full_sizes).expand(expanded).permute(memory_order_).contiguous();
   }
 
   // The parameter, as kernels take it.
   template <class Real>
   ParameterView<Real> view() const {
-    return {data_.const_data_ptr<Real>(), Real(0), per_step_ ? count_ : 0, inner_, count_};
+    return {data_.const_data_ptr<Real>(), Real(0), is_per_step_ ? count_ : 0, inner_, count_};
   }
 
   // Whether the parameter changes over time.
-  bool per_step() const { return per_step_; }
+  bool is_per_step() const { return is_per_step_; }
 
-  // A tensor [steps or 1, count] for the gradient.
+  // An uninitialised tensor [steps or 1, count] for the gradient.
   Tensor empty_gradient() const { return at::empty_like(data_); }
 
   // Converts a gradient [steps or 1, count] to the shape of the parameter.
   Tensor gradient_in_own_shape(const Tensor& gradient) const {
-    if (as_it_is_) return gradient;
+    if (is_stored_as_given_) return gradient;
     return gradient.permute(inverse_of(memory_order_)).sum_to_size(sizes_).contiguous();
   }
 
  private:
   Dims sizes_, memory_order_;
   int64_t inner_ = 1, count_ = 1;
-  bool per_step_ = false;
-  bool as_it_is_ = false;  // the tensor itself is [steps or 1, count], with no dimension expanded or permuted
+  bool is_per_step_ = false;
+  bool is_stored_as_given_ = false;  // the tensor itself is [steps or 1, count], with no dimension expanded or permuted
   Tensor data_;
 };
 

@@ -6,7 +6,8 @@
 namespace asgl::ops {
 
 // Returns s_seq and the other wanted outputs.
-inline std::vector<Tensor> neuron_forward(const Launcher* launcher, const Call& call, std::array<bool, 4> wanted) {
+inline std::vector<Tensor> neuron_forward(const Launcher* launcher, const NeuronCall& call,
+                                          std::array<bool, 4> wanted) {
   const auto [wants_v_last, wants_v_seq, wants_h_seq, wants_checkpoints] = wanted;
   const Kernels kernels(launcher, call.x_seq.device());
   const Layout& layout = call.layout;
@@ -21,7 +22,7 @@ inline std::vector<Tensor> neuron_forward(const Launcher* launcher, const Call& 
   const Tensor h_seq = wants_h_seq ? keep(layout.empty_sequence(layout.real())) : Tensor();
   const int64_t elements = checkpoint_elements(layout.shape(), call.num_states);
   const Tensor checkpoints =
-      wants_checkpoints ? keep(in_huge_pages(at::empty({elements}, layout.real_options()))) : Tensor();
+      wants_checkpoints ? keep(request_huge_pages(at::empty({elements}, layout.real_options()))) : Tensor();
   if (layout.shape().neurons() == 0) {
     if (wants_checkpoints) checkpoints.zero_();
     return results;
@@ -30,11 +31,11 @@ inline std::vector<Tensor> neuron_forward(const Launcher* launcher, const Call& 
     using Scalar = decltype(scalar);
     using Real = Real_t<Scalar>;
     auto params = call.params<ForwardParams, Scalar>();
-    params.s_seq = pointer<Scalar>(s_seq);
-    params.v_last = pointer<Real>(v_last);
-    params.v_seq = pointer<Real>(v_seq);
-    params.h_seq = pointer<Real>(h_seq);
-    params.checkpoints = pointer<Real>(checkpoints);
+    params.s_seq = data_ptr<Scalar>(s_seq);
+    params.v_last = data_ptr<Real>(v_last);
+    params.v_seq = data_ptr<Real>(v_seq);
+    params.h_seq = data_ptr<Real>(h_seq);
+    params.checkpoints = data_ptr<Real>(checkpoints);
     if (wants_checkpoints) params.zeros = params.checkpoints + elements - 2;
     kernels.plan_tiles(params);
     kernels.launch(params);
@@ -42,10 +43,11 @@ inline std::vector<Tensor> neuron_forward(const Launcher* launcher, const Call& 
   return results;
 }
 
-// The gradients of the results of lif_forward; no tensor means zero.
+// The gradients of the results of forward. A gradient without a tensor is zero.
 struct OutputGradients {
   OptionalTensor s_seq, v_last, v_seq, h_seq;
 };
+// Which gradients of the arguments of forward are wanted.
 struct WantedGradients {
   bool x_seq, v_init;
   WantedParameters parameters;
@@ -53,17 +55,18 @@ struct WantedGradients {
 };
 
 // Returns the wanted gradients in the order x_seq, v_init, parameters by ParameterId, residual.
-inline std::vector<Tensor> neuron_backward(const Launcher* launcher, const Call& call, const OutputGradients& grads,
-                                           const Tensor& checkpoints, const WantedGradients& wanted) {
+inline std::vector<Tensor> neuron_backward(const Launcher* launcher, const NeuronCall& call,
+                                           const OutputGradients& grads, const Tensor& checkpoints,
+                                           const WantedGradients& wanted) {
   const Layout& layout = call.layout;
   layout.check_type_and_device(checkpoints, layout.real(), "checkpoints");
   TORCH_CHECK_VALUE(
       checkpoints.is_contiguous() && checkpoints.numel() == checkpoint_elements(layout.shape(), call.num_states),
-      "asgl_cuda: checkpoints do not belong to this x_seq");
-  const Tensor grad_s_seq = layout.sequence(grads.s_seq, layout.type(), "grad_s_seq");
-  const Tensor grad_v_last = layout.state(grads.v_last, "grad_v_last", call.num_states);
-  const Tensor grad_v_seq = layout.sequence(grads.v_seq, layout.real(), "grad_v_seq");
-  const Tensor grad_h_seq = layout.sequence(grads.h_seq, layout.real(), "grad_h_seq");
+      "asgl_cuda: checkpoints must be those that forward returned for this x_seq");
+  const Tensor grad_s_seq = layout.checked_sequence(grads.s_seq, layout.type(), "grad_s_seq");
+  const Tensor grad_v_last = layout.checked_state(grads.v_last, "grad_v_last", call.num_states);
+  const Tensor grad_v_seq = layout.checked_sequence(grads.v_seq, layout.real(), "grad_v_seq");
+  const Tensor grad_h_seq = layout.checked_sequence(grads.h_seq, layout.real(), "grad_h_seq");
 
   const Kernels kernels(launcher, call.x_seq.device());
   const Tensor grad_x_seq = wanted.x_seq ? layout.empty_sequence(layout.type()) : Tensor();
@@ -79,15 +82,15 @@ inline std::vector<Tensor> neuron_backward(const Launcher* launcher, const Call&
       using Scalar = decltype(scalar);
       using Real = Real_t<Scalar>;
       auto params = call.params<BackwardParams, Scalar>();
-      params.grad_s_seq = pointer<const Scalar>(grad_s_seq);
-      params.grad_v_last = pointer<const Real>(grad_v_last);
-      params.grad_v_seq = pointer<const Real>(grad_v_seq);
-      params.grad_h_seq = pointer<const Real>(grad_h_seq);
-      params.checkpoints = pointer<const Real>(checkpoints);
-      params.grad_x_seq = pointer<Scalar>(grad_x_seq);
-      params.grad_v_init = pointer<Real>(grad_v_init);
-      params.grad_residual = pointer<Scalar>(grad_residual);
-      gradients.compute(kernels, params);
+      params.grad_s_seq = data_ptr<const Scalar>(grad_s_seq);
+      params.grad_v_last = data_ptr<const Real>(grad_v_last);
+      params.grad_v_seq = data_ptr<const Real>(grad_v_seq);
+      params.grad_h_seq = data_ptr<const Real>(grad_h_seq);
+      params.checkpoints = data_ptr<const Real>(checkpoints);
+      params.grad_x_seq = data_ptr<Scalar>(grad_x_seq);
+      params.grad_v_init = data_ptr<Real>(grad_v_init);
+      params.grad_residual = data_ptr<Scalar>(grad_residual);
+      gradients.launch_backward(kernels, params);
     });
   }
   gradients.append_to(results);
@@ -95,6 +98,7 @@ inline std::vector<Tensor> neuron_backward(const Launcher* launcher, const Call&
   return results;
 }
 
+// The operators lif_forward and lif_backward. asgl_cuda/backends/ops.py has their schemas.
 inline std::vector<Tensor> lif_forward(const Launcher* launcher, const Tensor& x_seq, const OptionalTensor& v_init,
                                        const OptionalTensor& rng_state, const OptionalTensor& width,
                                        const OptionalTensor& decay, const OptionalTensor& v_threshold,
@@ -103,8 +107,8 @@ inline std::vector<Tensor> lif_forward(const Launcher* launcher, const Tensor& x
                                        const OptionalTensor& residual, at::ArrayRef<double> numbers,
                                        at::IntArrayRef rules, std::array<bool, 4> wanted) {
   const Parameters parameters = {width, decay, v_threshold, reset, input_gain, input_bias, input_mean};
-  return neuron_forward(launcher, Call(x_seq, v_init, rng_state, parameters, residual, constants_of(numbers, rules)),
-                        wanted);
+  return neuron_forward(
+      launcher, NeuronCall(x_seq, v_init, rng_state, parameters, residual, constants_of(numbers, rules)), wanted);
 }
 
 inline std::vector<Tensor> lif_backward(const Launcher* launcher, const OptionalTensor& grad_s_seq,
@@ -118,25 +122,25 @@ inline std::vector<Tensor> lif_backward(const Launcher* launcher, const Optional
                                         const OptionalTensor& residual, at::ArrayRef<double> numbers,
                                         at::IntArrayRef rules, std::array<bool, 3 + kNumParameters> wanted) {
   const Parameters parameters = {width, decay, v_threshold, reset, input_gain, input_bias, input_mean};
-  const Call call(x_seq, v_init, rng_state, parameters, residual, constants_of(numbers, rules));
+  const NeuronCall call(x_seq, v_init, rng_state, parameters, residual, constants_of(numbers, rules));
   WantedGradients gradients{wanted[0], wanted[1], {}, wanted.back()};
   std::copy_n(wanted.begin() + 2, kNumParameters, gradients.parameters.begin());
   return neuron_backward(launcher, call, {grad_s_seq, grad_v_last, grad_v_seq, grad_h_seq}, checkpoints, gradients);
 }
 
 // Draws (seed, offset) from the default generator of the device. It is an operator, so that compiled graphs draw as
-// eager mode does. Only the options of `fresh` are used. Each call gets a newly allocated one, because a compiler would
-// merge two calls with equal arguments, but does not merge two allocations.
+// eager mode does. Only the options of `fresh` are used. Callers allocate a tensor for each call, because a compiler
+// would merge two calls with equal arguments, but does not merge two allocations.
 inline constexpr auto draw_rng_state = [](const Tensor& fresh) {
   return at::randint(std::numeric_limits<int64_t>::max(), {2}, fresh.options());
 };
 
-// The schemas are in asgl_cuda/backends/ops.py.
+// Registers the operators of this file. `m` is a torch::Library or has its interface.
 template <class Library>
-void implement_neuron(Library& m, const Launcher* launcher) {
+void register_neuron_operators(Library& m, const Launcher* launcher) {
   m.impl("draw_rng_state", draw_rng_state);
-  m.impl("lif_forward", on_kernels(launcher, &lif_forward));
-  m.impl("lif_backward", on_kernels(launcher, &lif_backward));
+  m.impl("lif_forward", bind_launcher(launcher, &lif_forward));
+  m.impl("lif_backward", bind_launcher(launcher, &lif_backward));
 }
 
 }  // namespace asgl::ops

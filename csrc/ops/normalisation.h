@@ -7,7 +7,7 @@ namespace asgl::ops {
 
 static_assert(sizeof(Moments) == 3 * sizeof(double));
 
-// x_seq as rows of channels * inner columns.
+// The shape of x_seq as rows of channels * inner columns.
 inline ChannelShape channel_shape(const Layout& layout) {
   const int64_t channel = layout.channel_dim();
   TORCH_CHECK_VALUE(channel < static_cast<int64_t>(layout.sizes().size()),
@@ -24,12 +24,13 @@ inline ChannelShape channel_shape(const Layout& layout) {
   return shape;
 }
 
-// The shapes of a tensor with one value a channel, and of the coefficients, which both broadcast against x_seq.
+// The sizes of a tensor with one value per channel, which broadcasts against x_seq.
 inline Dims channel_sizes(const Layout& layout) {
   Dims sizes(layout.sizes().size() - layout.channel_dim(), 1);
   sizes[0] = layout.sizes()[layout.channel_dim()];
   return sizes;
 }
+// The sizes of the coefficients, whose rows broadcast against x_seq.
 inline Dims coefficient_sizes(const Layout& layout) {
   Dims sizes = {kNumCoefficients};
   sizes.append(channel_sizes(layout));
@@ -37,13 +38,13 @@ inline Dims coefficient_sizes(const Layout& layout) {
 }
 
 // Checks tensors for shape, type and device, and keeps contiguous copies alive until the kernel is launched.
-class Given {
+class CheckedTensors {
  public:
-  explicit Given(at::Device device) : device_(device) {}
+  explicit CheckedTensors(at::Device device) : device_(device) {}
 
-  // The elements of a tensor, after the checks. Null if there is no tensor.
+  // Points to the elements of a tensor, after the checks. Null if there is no tensor.
   template <class Element>
-  const Element* checked(const OptionalTensor& tensor, at::IntArrayRef shape, const char* name) {
+  const Element* checked_data(const OptionalTensor& tensor, at::IntArrayRef shape, const char* name) {
     if (!tensor.has_value()) return nullptr;
     const auto type = c10::CppTypeToScalarType<Element>::value;
     TORCH_CHECK_VALUE(tensor->sizes() == shape && tensor->scalar_type() == type && tensor->device() == device_,
@@ -52,9 +53,9 @@ class Given {
     held_.push_back(tensor->contiguous());
     return held_.back().template const_data_ptr<Element>();
   }
-  // The same for a float64 tensor [..., 3], whose last dimension is count, mean and variance.
-  const Moments* moments(const OptionalTensor& tensor, at::IntArrayRef shape, const char* name) {
-    return reinterpret_cast<const Moments*>(checked<double>(tensor, shape, name));
+  // Points to the moments in a float64 tensor [..., 3], after the checks. Null if there is no tensor.
+  const Moments* checked_moments(const OptionalTensor& tensor, at::IntArrayRef shape, const char* name) {
+    return reinterpret_cast<const Moments*>(checked_data<double>(tensor, shape, name));
   }
 
  private:
@@ -62,13 +63,13 @@ class Given {
   std::vector<Tensor> held_;
 };
 
-// The elements of a float64 tensor [..., 3] of counts, means and variances.
+// Points to the elements of a float64 tensor [..., 3] of counts, means and variances.
 inline Moments* as_moments(const Tensor& tensor) {
   return reinterpret_cast<Moments*>(tensor.mutable_data_ptr<double>());
 }
 
-// The running statistics, which training updates; there are none if the mean is undefined.
-struct Running {
+// The running statistics, which training updates; there are none if `mean` has no tensor.
+struct RunningStatistics {
   OptionalTensor mean, variance, num_batches_tracked;
   double momentum;
 
@@ -86,12 +87,12 @@ struct Running {
     TORCH_CHECK_VALUE(!num_batches_tracked.has_value() ||
                           (num_batches_tracked->scalar_type() == at::kLong && num_batches_tracked->numel() == 1 &&
                            num_batches_tracked->device() == device),
-                      "asgl_cuda: num_batches_tracked must be one int64 on ", device);
+                      "asgl_cuda: num_batches_tracked must be an int64 tensor of one element on ", device);
   }
 
-  // Sets the fields of the running statistics.
+  // Sets the fields of params for the running statistics.
   template <class Real>
-  void fill(CoefficientsParams<Real>& params) const {
+  void set_params(CoefficientsParams<Real>& params) const {
     if (!mean.has_value()) return;
     params.running_mean = mean->mutable_data_ptr<Real>();
     params.running_var = variance->mutable_data_ptr<Real>();
@@ -102,16 +103,17 @@ struct Running {
   }
 };
 
-// Returns the coefficients, and the moments [channels, 3] of all values: of `statistics`, moments of several processes,
-// of mean and variance, or if neither is given of x_seq. Updates the running statistics.
-inline std::tuple<Tensor, Tensor> batch_norm_coefficients(const Launcher* launcher, const Running& running,
+// Returns the coefficients, and the moments [channels, 3] from which they follow: of all processes together if
+// `statistics` has the moments of each; else `mean` and `variance` if given; else of x_seq. Updates the running
+// statistics.
+inline std::tuple<Tensor, Tensor> batch_norm_coefficients(const Launcher* launcher, const RunningStatistics& running,
                                                           const Tensor& x_seq, const OptionalTensor& statistics,
                                                           const OptionalTensor& mean, const OptionalTensor& variance,
                                                           const OptionalTensor& weight, const OptionalTensor& bias,
                                                           double eps, double input_scale, int64_t time_dim) {
   const Layout layout(x_seq, time_dim);
   const ChannelShape shape = channel_shape(layout);
-  TORCH_CHECK_VALUE(mean.has_value() == variance.has_value(), "asgl_cuda: mean and variance come together");
+  TORCH_CHECK_VALUE(mean.has_value() == variance.has_value(), "asgl_cuda: mean and variance must be given together");
   running.check(shape.channels, layout);
   const Tensor coefficients = at::empty(coefficient_sizes(layout), layout.real_options());
   const at::TensorOptions wide = x_seq.options().dtype(at::kDouble);
@@ -123,25 +125,25 @@ inline std::tuple<Tensor, Tensor> batch_norm_coefficients(const Launcher* launch
     CoefficientsParams<Real> params{};
     params.channels = shape.channels;
     params.slots = statistics.has_value() && statistics->dim() > 0 ? std::max<int64_t>(statistics->size(0), 1) : 1;
-    Given given(x_seq.device());
-    params.moments = given.moments(statistics, {params.slots, shape.channels, 3}, "statistics");
-    params.mean = given.checked<Real>(mean, {shape.channels}, "mean");
-    params.variance = given.checked<Real>(variance, {shape.channels}, "variance");
-    params.weight = given.checked<Real>(weight, {shape.channels}, "weight");
-    params.bias = given.checked<Real>(bias, {shape.channels}, "bias");
+    CheckedTensors tensors(x_seq.device());
+    params.moments = tensors.checked_moments(statistics, {params.slots, shape.channels, 3}, "statistics");
+    params.mean = tensors.checked_data<Real>(mean, {shape.channels}, "mean");
+    params.variance = tensors.checked_data<Real>(variance, {shape.channels}, "variance");
+    params.weight = tensors.checked_data<Real>(weight, {shape.channels}, "weight");
+    params.bias = tensors.checked_data<Real>(bias, {shape.channels}, "bias");
     params.options = {eps, input_scale};
     params.coefficients = coefficients.mutable_data_ptr<Real>();
     params.total = as_moments(total);
-    running.fill(params);
+    running.set_params(params);
     const Kernels kernels(launcher, x_seq.device());
     Tensor found;
     if (!statistics.has_value() && !mean.has_value()) {
       const bool empty = shape.rows == 0 || shape.inner == 0;
       MomentsParams<Scalar> own{};
-      own.x_seq = pointer<const Scalar>(x_seq);
+      own.x_seq = data_ptr<const Scalar>(x_seq);
       own.tiles.shape = shape;
       if (!empty) kernels.plan_tiles(own);
-      params.slots = empty ? 1 : own.tiles.slots();
+      params.slots = empty ? 1 : own.tiles.num_slots();
       found = at::empty({params.slots, shape.channels, 3}, wide);
       params.moments = own.moments = as_moments(found);
       if (empty) {
@@ -155,7 +157,7 @@ inline std::tuple<Tensor, Tensor> batch_norm_coefficients(const Launcher* launch
   return {coefficients, total};
 }
 
-// Returns the gradients of weight and bias. Completes grad_x_seq in place, unless it is empty.
+// Returns the gradients of weight and bias. Writes the gradient of x_seq to grad_x_seq, unless that is empty.
 inline std::tuple<Tensor, Tensor> batch_norm_backward(const Launcher* launcher, const Tensor& grad_x_seq,
                                                       const OptionalTensor& grad_residual, const Tensor& x_seq,
                                                       const Tensor& coefficients, const Tensor& statistics,
@@ -180,21 +182,21 @@ inline std::tuple<Tensor, Tensor> batch_norm_backward(const Launcher* launcher, 
     using Real = Real_t<Scalar>;
     InputGradientParams<Scalar> params{};
     params.tiles.shape = wanted ? shape : ChannelShape{0, shape.channels, 1};
-    params.x_seq = pointer<const Scalar>(x_seq);
-    params.grad_x_seq = pointer<Scalar>(grad_x_seq);
-    params.grad_residual = has_residual ? pointer<const Scalar>(*grad_residual) : nullptr;
+    params.x_seq = data_ptr<const Scalar>(x_seq);
+    params.grad_x_seq = data_ptr<Scalar>(grad_x_seq);
+    params.grad_residual = has_residual ? data_ptr<const Scalar>(*grad_residual) : nullptr;
     const Dims by_channel = channel_sizes(layout);
-    Given given(x_seq.device());
-    params.coefficients = given.checked<Real>(coefficients, coefficient_sizes(layout), "coefficients");
-    params.moments = given.moments(statistics, {shape.channels, 3}, "statistics");
-    params.grad_gain = given.checked<Real>(grad_gain, by_channel, "grad_gain");
-    params.grad_bias = given.checked<Real>(grad_bias, by_channel, "grad_bias");
-    params.total_grad_gain = given.checked<Real>(total_grad_gain, by_channel, "total_grad_gain");
-    params.total_grad_bias = given.checked<Real>(total_grad_bias, by_channel, "total_grad_bias");
+    CheckedTensors tensors(x_seq.device());
+    params.coefficients = tensors.checked_data<Real>(coefficients, coefficient_sizes(layout), "coefficients");
+    params.moments = tensors.checked_moments(statistics, {shape.channels, 3}, "statistics");
+    params.grad_gain = tensors.checked_data<Real>(grad_gain, by_channel, "grad_gain");
+    params.grad_bias = tensors.checked_data<Real>(grad_bias, by_channel, "grad_bias");
+    params.total_grad_gain = tensors.checked_data<Real>(total_grad_gain, by_channel, "total_grad_gain");
+    params.total_grad_bias = tensors.checked_data<Real>(total_grad_bias, by_channel, "total_grad_bias");
     params.options = {eps, input_scale};
     params.grad_weight = grad_weight.mutable_data_ptr<Real>();
     params.grad_shift = grad_shift.mutable_data_ptr<Real>();
-    if (has_residual) in_huge_pages(grad_x_seq);  // still untouched
+    if (has_residual) request_huge_pages(grad_x_seq);  // still untouched
     const Kernels kernels(launcher, x_seq.device());
     kernels.plan_tiles(params);
     kernels.launch(params);
@@ -202,10 +204,12 @@ inline std::tuple<Tensor, Tensor> batch_norm_backward(const Launcher* launcher, 
   return {grad_weight, grad_shift};
 }
 
-// Registers both variants of an operator: without running statistics, and with running statistics, which it updates.
+// Registers `run` as two operators: batch_norm_coefficients, and batch_norm_update, which also updates the running
+// statistics.
 template <class Library, class... Arguments>
-void implement_coefficients(Library& m, const Launcher* launcher,
-                            std::tuple<Tensor, Tensor> (*run)(const Launcher*, const Running&, Arguments...)) {
+void register_coefficient_operators(Library& m, const Launcher* launcher,
+                                    std::tuple<Tensor, Tensor> (*run)(const Launcher*, const RunningStatistics&,
+                                                                      Arguments...)) {
   m.impl("batch_norm_coefficients", [=](Arguments... arguments) { return run(launcher, {}, arguments...); });
   m.impl("batch_norm_update", [=](const Tensor& running_mean, const Tensor& running_var,
                                   const OptionalTensor& num_batches_tracked, double momentum, Arguments... arguments) {
@@ -213,10 +217,11 @@ void implement_coefficients(Library& m, const Launcher* launcher,
   });
 }
 
+// Registers the operators of this file. `m` is a torch::Library or has its interface.
 template <class Library>
-void implement_batch_norm(Library& m, const Launcher* launcher) {
-  implement_coefficients(m, launcher, &batch_norm_coefficients);
-  m.impl("batch_norm_backward", on_kernels(launcher, &batch_norm_backward));
+void register_batch_norm_operators(Library& m, const Launcher* launcher) {
+  register_coefficient_operators(m, launcher, &batch_norm_coefficients);
+  m.impl("batch_norm_backward", bind_launcher(launcher, &batch_norm_backward));
 }
 
 }  // namespace asgl::ops

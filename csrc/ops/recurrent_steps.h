@@ -11,36 +11,37 @@ namespace asgl::ops {
 class RecurrentSteps {
  public:
   explicit RecurrentSteps(const RecurrentCall& call)
-      : row_(call.parameters.unbind()), constants_{call.numbers, call.rules}, states_(call.steps()) {
+      : parameters_(call.parameters.unbind()), constants_{call.numbers, call.rules}, states_(call.steps()) {
     constants_.rules.time_dim = constants_.rules.scale_output = 0;
     constants_.numbers.residual_gain = 1;
     const int count = call.has_adaptation() ? kNumParameters : kInputGain;  // otherwise the input's are constants
-    for (int id = 0; id < count; ++id) neuron_[id] = row_[id];
+    for (int id = 0; id < count; ++id) neuron_[id] = parameters_[id];
     if (!call.rng_state.has_value()) return;
     const Tensor is_seed = at::arange(call.rng_state->numel(), call.rng_state->options()).eq(0);
     const Tensor t = at::arange(call.steps(), call.rng_state->options()).unsqueeze(1);
-    const int64_t seed_of_step = static_cast<int64_t>(kSeedOfStep);
+    const int64_t seed_of_step = static_cast<int64_t>(kSeedPerStep);
     const std::vector<Tensor> states = (*call.rng_state + t * seed_of_step * is_seed).unbind();
     states_.assign(states.begin(), states.end());
   }
 
-  const Tensor& row(int id) const { return row_[id]; }
+  // The values of a parameter, [N], by RecurrentParameterId.
+  const Tensor& parameter(int id) const { return parameters_[id]; }
 
-  // The call of the neuron for step t, with this current and the potential before.
-  Call forward(const Tensor& current, const Tensor& v, int64_t t) const {
+  // The call of the neuron for step t, with this input and the states before the step.
+  NeuronCall forward_call(const Tensor& current, const Tensor& v, int64_t t) const {
     return {current.unsqueeze(0), v, states_[t], neuron_, std::nullopt, constants_};
   }
 
-  // The same with the current (fed + bias) + x.
-  Call forward(const Tensor& fed, const Tensor& x, const Tensor& v, int64_t t) const {
+  // The call of the neuron for step t, whose kernel computes the input (fed + bias) + x.
+  NeuronCall forward_call(const Tensor& fed, const Tensor& x, const Tensor& v, int64_t t) const {
     Parameters neuron = neuron_;
-    neuron[kInputBias] = row_[kRecurrentBias];
+    neuron[kInputBias] = parameters_[kRecurrentBias];
     return {fed.unsqueeze(0), v, states_[t], neuron, x.unsqueeze(0), constants_};
   }
 
-  // The call of the neuron whose backward is that of step t. The step is computed again from h as input of a neuron at
-  // rest, for which the decay does not matter. An adaptation matters only in the reset amount, `reset`.
-  Call backward(const Tensor& h, const Tensor& reset, int64_t t) const {
+  // The call of the neuron for backward of step t. It recomputes the step with h as the input of a neuron at rest, so
+  // that the decay does not matter. `reset` is the reset amount if an adaptation changes it, else undefined.
+  NeuronCall backward_call(const Tensor& h, const Tensor& reset, int64_t t) const {
     Constants constants = constants_;
     constants.numbers.constants[kInputGain] = 1;
     constants.numbers.v_rest = 0;
@@ -50,7 +51,7 @@ class RecurrentSteps {
   }
 
  private:
-  std::vector<Tensor> row_;
+  std::vector<Tensor> parameters_;
   Constants constants_;
   std::vector<OptionalTensor> states_;
   Parameters neuron_;
@@ -61,21 +62,22 @@ inline std::vector<Tensor> forward_by_steps(const Launcher* launcher, const Recu
                                             const WantedResults& wanted) {
   const RecurrentSteps step(call);
   const Tensor& x_seq = call.sequence;
-  // Where the current is j[t] itself, and not asked for, the neuron's kernel adds it up: two launches a step.
+  // If the current is j[t] itself, and is not a wanted result, the neuron's kernel adds it up: two launches per step.
   const bool wants_current = wanted[3] || wanted[7];
   const bool adds =
       !call.has_synapse && !call.has_adaptation() && call.numbers.constants[kInputGain] == 1 && !wants_current;
   const Tensor x_by_step = x_seq.movedim(call.rules.time_dim, 0);
   const auto x = (adds ? x_by_step.to(call.layout.real()).contiguous() : x_by_step).unbind();
-  Tensor v = call.v_init, s = call.or_zero(call.s_init), i = call.has_synapse ? call.or_zero(call.i_init) : Tensor();
-  std::array<std::vector<Tensor>, kStates> sequences;  // emitted, h, v, i and w
+  Tensor v = call.v_init, s = call.state_or_zeros(call.s_init),
+         i = call.has_synapse ? call.state_or_zeros(call.i_init) : Tensor();
+  std::array<std::vector<Tensor>, kFirstState> sequences;  // emitted, h, v, i and w
   for (size_t t = 0; t < x.size(); ++t) {
     const Tensor fed = call.is_elementwise() ? s * call.weight : at::mm(s, call.weight.t());
     if (!adds) {
-      const Tensor j = x[t] + (fed + step.row(kRecurrentBias));
-      i = call.has_synapse ? step.row(kRecurrentSynDecay) * i + j : j;
+      const Tensor j = x[t] + (fed + step.parameter(kRecurrentBias));
+      i = call.has_synapse ? step.parameter(kRecurrentSynDecay) * i + j : j;
     }
-    const Call neuron = adds ? step.forward(fed, x[t], v, t) : step.forward(i, v, t);
+    const NeuronCall neuron = adds ? step.forward_call(fed, x[t], v, t) : step.forward_call(i, v, t);
     const auto found = neuron_forward(launcher, neuron, {/*v_last=*/true, false, /*h_seq=*/true, false});
     const Tensor w = !call.has_adaptation() ? Tensor() : v.defined() ? v[1] : at::zeros_like(s);
     s = found[0].squeeze(0);
@@ -86,7 +88,7 @@ inline std::vector<Tensor> forward_by_steps(const Launcher* launcher, const Recu
     }
   }
   const Tensor emitted = at::stack(sequences[0], call.rules.time_dim);
-  const Tensor s_seq = call.rules.scale_output ? emitted * step.row(kThreshold) : emitted;
+  const Tensor s_seq = call.rules.scale_output ? emitted * step.parameter(kThreshold) : emitted;
   std::vector<Tensor> results = {s_seq.to(x_seq.scalar_type(), /*non_blocking=*/false, /*copy=*/wanted[0])};
   if (wanted[0]) results.push_back(emitted);
   for (size_t k = 1; k < sequences.size(); ++k) {
@@ -94,7 +96,7 @@ inline std::vector<Tensor> forward_by_steps(const Launcher* launcher, const Recu
   }
   const Tensor last[] = {v, s, i};
   for (size_t k = 0; k < 3; ++k) {
-    if (wanted[kStates + k]) results.push_back(last[k].clone());
+    if (wanted[kFirstState + k]) results.push_back(last[k].clone());
   }
   return results;
 }
@@ -107,7 +109,8 @@ inline std::vector<Tensor> backward_by_steps(const Launcher* launcher, const Rec
   const RecurrentSteps step(call);
   const Rules& rules = call.rules;
   const int64_t time_dim = rules.time_dim, steps = call.steps();
-  const bool in_threshold = (rules.adaptation & kInThreshold) != 0, in_reset = (rules.adaptation & kInReset) != 0;
+  const bool in_threshold = (rules.adaptation & kAdaptsThreshold) != 0,
+             in_reset = (rules.adaptation & kAdaptsReset) != 0;
   const double gain = call.has_adaptation() ? 1 : call.numbers.constants[kInputGain];
   WantedGradients wanted_of_step{/*x_seq=*/true, /*v_init=*/true};
   for (const int id : {kWidth, kThreshold, kReset}) wanted_of_step.parameters[id] = wants_parameters;
@@ -122,21 +125,21 @@ inline std::vector<Tensor> backward_by_steps(const Launcher* launcher, const Rec
   };
   std::array<std::vector<Tensor>, 3> parameter_grads;  // of width, threshold and reset
   std::vector<Tensor> dh_seq(steps), dj_seq(steps), dw_seq;
-  Tensor dv = grads.v_last, di = grads.i_last, feedback = grads.s_last;  // dv: of v, then w
+  Tensor dv = grads.v_last, di = grads.i_last, feedback = grads.s_last;  // dv: gradient of all states
   for (int64_t t = steps - 1; t >= 0; --t) {
     const Tensor h = at_step(kept.h_seq, t), w = at_step(kept.w_seq, t), gv = at_step(grads.v_seq, t);
     Tensor g = at_step(g_seq, t), reset;
-    if (g.defined() && rules.scale_output) g = g * step.row(kThreshold);
+    if (g.defined() && rules.scale_output) g = g * step.parameter(kThreshold);
     g = sum(g, feedback);
     if (call.has_adaptation() && dv.defined()) dw_seq.push_back(dv[1]);
-    if (in_reset) reset = step.row(kReset) + w;
+    if (in_reset) reset = step.parameter(kReset) + w;
     if (in_threshold && rules.hard_reset && !rules.detach_reset && (dv.defined() || gv.defined())) {
       // h is the potential that is compared, smaller by w than the potential that is reset.
-      const Tensor whole = dv.defined() ? sum(dv[0] + step.row(kAdaptPotential) * dv[1], gv) : gv;
+      const Tensor whole = dv.defined() ? sum(dv[0] + step.parameter(kAdaptPotential) * dv[1], gv) : gv;
       g = sum(g, -(whole * w));
     }
     if (g.defined()) g = g.view(h.sizes());
-    const Call backward = step.backward(h, reset, t);
+    const NeuronCall backward = step.backward_call(h, reset, t);
     const auto found =
         neuron_backward(launcher, backward, {g, dv, gv, at_step(grads.h_seq, t)}, no_checkpoints, wanted_of_step);
     dh_seq[t] = found[0].squeeze(0);
@@ -145,13 +148,13 @@ inline std::vector<Tensor> backward_by_steps(const Launcher* launcher, const Rec
     Tensor dj = gain == 1 ? dh_seq[t] : dh_seq[t] * gain;
     if (call.has_synapse) {
       if (di.defined()) dj = dj + di;
-      di = step.row(kRecurrentSynDecay) * dj;
+      di = step.parameter(kRecurrentSynDecay) * dj;
     }
     feedback = Tensor();
     if (!call.detach_recurrent) feedback = call.is_elementwise() ? dj * call.weight : at::mm(dj, call.weight);
     dj_seq[t] = dj;
   }
-  // The gradients of all steps, [T, B, N]. `before` shifts a sequence by one step, with the state before the first.
+  // The gradients of all steps, [T, B, N]. `before` shifts a sequence by one step; `first` is the state before step 0.
   const Tensor dh_all = at::stack(dh_seq), dj_all = at::stack(dj_seq);
   const auto before = [&](const Tensor& sequence, const Tensor& first, double otherwise) {
     const Tensor state = first.defined() ? first : at::full_like(dh_seq.front(), otherwise);
@@ -167,18 +170,18 @@ inline std::vector<Tensor> backward_by_steps(const Launcher* launcher, const Rec
   if (wants_parameters) {
     const Tensor w = kept.w_seq.defined() ? kept.w_seq.movedim(time_dim, 0) : at::zeros_like(s);
     const Tensor h = kept.h_seq.movedim(time_dim, 0) + (in_threshold ? w : at::zeros({}, w.options()));
-    const Tensor reset = in_reset ? step.row(kReset) + w : step.row(kReset);
+    const Tensor reset = in_reset ? step.parameter(kReset) + w : step.parameter(kReset);
     const Tensor v = rules.hard_reset ? h * (1 - s) + reset * s : h - reset * s;
     const double v_rest = call.numbers.v_rest;
     const Tensor v_init = call.has_adaptation() && call.v_init.defined() ? call.v_init[0] : call.v_init;
-    std::vector<Tensor> totals(kRecurrentParameters, at::zeros_like(step.row(kReset)));
+    std::vector<Tensor> totals(kNumRecurrentParameters, at::zeros_like(step.parameter(kReset)));
     totals[kWidth] = at::stack(parameter_grads[0]).sum(0);
     totals[kThreshold] = at::stack(parameter_grads[1]).sum(0);
     totals[kReset] = at::stack(parameter_grads[2]).flatten(0, -2).sum(0);
     if (g_seq.defined() && rules.scale_output) totals[kThreshold] += (g_seq * kept.emitted).sum({0, 1});
     totals[kDecay] = (dh_all * (before(v, v_init, v_rest) - v_rest)).sum({0, 1});
     if (rules.logit_decay) {
-      const Tensor decay = step.row(kDecay).clamp(-kLearnedBound, kLearnedBound).sigmoid();
+      const Tensor decay = step.parameter(kDecay).clamp(-kLearnedBound, kLearnedBound).sigmoid();
       totals[kDecay] = totals[kDecay] * (1 - decay) * decay;
     }
     totals[kRecurrentBias] = dj_all.sum({0, 1});
@@ -195,11 +198,12 @@ inline std::vector<Tensor> backward_by_steps(const Launcher* launcher, const Rec
     results.push_back(at::stack(totals));
   }
   if (wants_v_init) results.push_back(dv);
-  if (wants_s_init) results.push_back(call.or_zero(feedback).clone());
-  if (wants_i_init) results.push_back(call.or_zero(di).clone());
+  if (wants_s_init) results.push_back(call.state_or_zeros(feedback).clone());
+  if (wants_i_init) results.push_back(call.state_or_zeros(di).clone());
   return results;
 }
 
+// The operators recurrent_forward and recurrent_backward. asgl_cuda/backends/ops.py has their schemas.
 inline std::vector<Tensor> recurrent_forward(const Launcher* launcher, const Tensor& x_seq, const Tensor& weight,
                                              const Tensor& parameters, const OptionalTensor& v_init,
                                              const OptionalTensor& s_init, const OptionalTensor& i_init,
@@ -227,20 +231,24 @@ inline std::vector<Tensor> recurrent_backward(
   layout.check_type_and_device(h_seq, layout.real(), "h_seq");
   TORCH_CHECK_TYPE(emitted.defined(), "asgl_cuda: emitted must be a tensor");
   const at::ScalarType real = layout.real(), type = grad_s_seq.has_value() ? grad_s_seq->scalar_type() : real;
-  const RecurrentGradients grads{
-      layout.sequence(grad_s_seq, type, "grad_s_seq"), layout.sequence(grad_v_seq, real, "grad_v_seq"),
-      layout.sequence(grad_h_seq, real, "grad_h_seq"), layout.state(grad_v_last, "grad_v_last", call.num_states()),
-      layout.state(grad_s_last, "grad_s_last"),        layout.state(grad_i_last, "grad_i_last")};
-  const RecurrentResults kept{h_seq, layout.sequence(emitted, real, "emitted"), layout.sequence(i_seq, real, "i_seq"),
-                              layout.sequence(w_seq, real, "w_seq")};
+  const RecurrentGradients grads{layout.checked_sequence(grad_s_seq, type, "grad_s_seq"),
+                                 layout.checked_sequence(grad_v_seq, real, "grad_v_seq"),
+                                 layout.checked_sequence(grad_h_seq, real, "grad_h_seq"),
+                                 layout.checked_state(grad_v_last, "grad_v_last", call.num_states()),
+                                 layout.checked_state(grad_s_last, "grad_s_last"),
+                                 layout.checked_state(grad_i_last, "grad_i_last")};
+  const RecurrentResults kept{h_seq, layout.checked_sequence(emitted, real, "emitted"),
+                              layout.checked_sequence(i_seq, real, "i_seq"),
+                              layout.checked_sequence(w_seq, real, "w_seq")};
   return launcher == nullptr ? backward_on_cpu(call, grads, kept, wanted)
                              : backward_by_steps(launcher, call, grads, kept, wanted);
 }
 
+// Registers the operators of this file. `m` is a torch::Library or has its interface.
 template <class Library>
-void implement_recurrent(Library& m, const Launcher* launcher) {
-  m.impl("recurrent_forward", on_kernels(launcher, &recurrent_forward));
-  m.impl("recurrent_backward", on_kernels(launcher, &recurrent_backward));
+void register_recurrent_operators(Library& m, const Launcher* launcher) {
+  m.impl("recurrent_forward", bind_launcher(launcher, &recurrent_forward));
+  m.impl("recurrent_backward", bind_launcher(launcher, &recurrent_backward));
 }
 
 }  // namespace asgl::ops

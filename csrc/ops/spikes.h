@@ -12,16 +12,16 @@
 
 namespace asgl::ops {
 
-// Calls f(float{}), or f(double{}) for float64. Other types must have been refused.
+// Calls f(double{}) for float64, else f(float{}). Callers have refused other types.
 template <class F>
 void with_real(at::ScalarType type, F&& f) {
   if (type == at::kDouble) return f(double{});
   f(float{});
 }
 
-// A linear layer, x [..., channels], or a convolution, x [images, channels, (height,) width]. Both are computed as a
-// convolution of images in memory order [images, height, width, channels]. `weight` has the sizes of the weight, in
-// torch's order.
+// The checked arguments of a linear layer, x [..., channels], or a convolution, x [images, channels, (height,) width].
+// Both are computed as a convolution of images in memory order [images, height, width, channels]. `weight` has the
+// sizes of the weight, in torch's order.
 class SpikeCall {
  public:
   SpikeCall(const Tensor& x, at::IntArrayRef weight, at::IntArrayRef stride, at::IntArrayRef padding)
@@ -32,8 +32,9 @@ class SpikeCall {
     const size_t spatial = static_cast<size_t>(dims_ - 2);
     TORCH_CHECK_VALUE(stride.size() == spatial && padding.size() == spatial, "asgl_cuda: stride and padding must have ",
                       spatial, " elements, got ", stride.size(), " and ", padding.size());
-    TORCH_CHECK_VALUE(spatial == 0 ? x.dim() >= 1 : x.dim() == dims_, "asgl_cuda: x has ", x.dim(),
-                      " dimensions, which do not fit a weight of ", dims_);
+    TORCH_CHECK_VALUE(spatial == 0 ? x.dim() >= 1 : x.dim() == dims_, "asgl_cuda: x must have ",
+                      spatial == 0 ? 1 : dims_, spatial == 0 ? " or more" : "", " dimensions for this weight, got ",
+                      x.dim());
     const int64_t channels = x.size(spatial == 0 ? -1 : 1);
     TORCH_CHECK_VALUE(channels == weight[1], "asgl_cuda: x must have ", weight[1], " channels, got ", channels);
     shape.channels = channels;
@@ -57,19 +58,20 @@ class SpikeCall {
                       "asgl_cuda: stride and kernel_size must be positive, and padding not negative");
     shape.out_height = out_size(shape.height, shape.kernel_height, shape.stride_height, shape.padding_height);
     shape.out_width = out_size(shape.width, shape.kernel_width, shape.stride_width, shape.padding_width);
-    TORCH_CHECK_VALUE(shape.out_height > 0 && shape.out_width > 0, "asgl_cuda: the kernel is larger than the image, ",
-                      x.sizes());
+    TORCH_CHECK_VALUE(shape.out_height > 0 && shape.out_width > 0,
+                      "asgl_cuda: the kernel is larger than the image with its padding, for x of shape ", x.sizes());
     const double row_length = (static_cast<double>(shape.width) + static_cast<double>(shape.padding_width) +
                                static_cast<double>(shape.kernel_height) * static_cast<double>(shape.kernel_width)) *
                               static_cast<double>(channels);
-    TORCH_CHECK_VALUE(row_length < std::numeric_limits<int32_t>::max(), "asgl_cuda: a row of an image is too long, ",
+    TORCH_CHECK_VALUE(row_length < std::numeric_limits<int32_t>::max(),
+                      "asgl_cuda: a row of the padded image must have fewer than 2^31 elements, got x of shape ",
                       x.sizes());
   }
 
   bool is_linear() const { return dims_ == 2; }
 
-  // A tensor [*, *, (height,) width] in the memory order of the kernels.
-  Tensor in_order(const Tensor& tensor) const {
+  // The tensor, [*, *, (height,) width], in the memory order of the kernels.
+  Tensor in_kernel_order(const Tensor& tensor) const {
     if (is_linear()) return tensor.contiguous();
     const Tensor images = dims_ == 3 ? tensor.unsqueeze(2) : tensor;
     if (images.is_contiguous(at::MemoryFormat::ChannelsLast) || !images.is_contiguous()) {
@@ -80,19 +82,19 @@ class SpikeCall {
     return result;
   }
 
-  // An empty tensor with these sizes in the memory order of the kernels. `finished` converts such a tensor to torch's
-  // order, channels_last or contiguous.
+  // An uninitialised tensor with these sizes in the memory order of the kernels.
   Tensor empty(at::IntArrayRef sizes, const at::TensorOptions& options) const {
-    if (is_linear()) return in_huge_pages(at::empty(sizes, options));
+    if (is_linear()) return request_huge_pages(at::empty(sizes, options));
     const bool is_line = dims_ == 3;
-    return in_huge_pages(
+    return request_huge_pages(
         at::empty({sizes[0], sizes[1], is_line ? 1 : sizes[2], sizes.back()}, options, at::MemoryFormat::ChannelsLast));
   }
-  Tensor finished(const Tensor& result, bool channels_last) const {
+  // A tensor from `empty` in torch's order, channels_last or contiguous.
+  Tensor in_torch_order(const Tensor& result, bool channels_last) const {
     if (is_linear() || (channels_last && dims_ == 4)) return result;
     Tensor contiguous = result;
     if (!result.is_contiguous()) {
-      contiguous = in_huge_pages(at::empty(result.sizes(), result.options()));
+      contiguous = request_huge_pages(at::empty(result.sizes(), result.options()));
       transpose_each(result, contiguous, result.size(2) * result.size(3), result.size(1));
     }
     return dims_ == 3 ? contiguous.squeeze(2) : contiguous;
@@ -112,7 +114,7 @@ class SpikeCall {
   void transpose_each(const Tensor& from, const Tensor& to, int64_t rows, int64_t columns) const {
     with_real(type, [&](auto real) {
       using Real = decltype(real);
-      cpu::transpose_each(pointer<const Real>(from), from.size(0), rows, columns, pointer<Real>(to));
+      cpu::transpose_each(data_ptr<const Real>(from), from.size(0), rows, columns, data_ptr<Real>(to));
     });
   }
 
@@ -124,7 +126,7 @@ inline bool is_channels_last(const Tensor& tensor) {
   return tensor.dim() == 4 && tensor.suggest_memory_format() == at::MemoryFormat::ChannelsLast;
 }
 
-// The sizes of the product, in torch's order.
+// The sizes of the layer's output, in torch's order.
 inline Dims spike_result_sizes(const SpikeCall& call, const Tensor& x) {
   Dims sizes(x.sizes().begin(), x.sizes().end());
   if (call.is_linear()) {
@@ -144,24 +146,25 @@ inline void check_like(const Tensor& tensor, const Tensor& x, const char* name) 
                    " on ", tensor.device());
 }
 
-// The bytes of the mask of packed spikes.
+// The size in bytes of the mask of packed spikes: a bit per element of x, in whole words of 64 bits.
 inline int64_t mask_bytes(const Tensor& x) { return (x.numel() + 63) / 64 * 8; }
 
 // Packs x, which is not empty, in the memory order of the kernels: a mask of one bit per element in whole words of 64
 // bits, followed by the elements that are not zero, unless all of these are 1.
 inline Tensor pack(const SpikeCall& call, const Tensor& x) {
-  const Tensor x_in_order = call.in_order(x);
+  const Tensor x_in_order = call.in_kernel_order(x);
   Tensor result = at::empty({mask_bytes(x)}, x.options().dtype(at::kByte));
   with_real(call.type, [&](auto real) {
     using Real = decltype(real);
     const Tensor mask = result;
-    const Real* data = pointer<const Real>(x_in_order);
-    const cpu::SpikeCount count = cpu::mask_spikes(data, x.numel(), static_cast<uint64*>(mask.mutable_data_ptr()));
+    const Real* data = data_ptr<const Real>(x_in_order);
+    const cpu::SpikeCount count = cpu::pack_spike_mask(data, x.numel(), static_cast<uint64*>(mask.mutable_data_ptr()));
     if (count.all_ones) return;
     const int64_t bytes = count.before.back() * static_cast<int64_t>(sizeof(Real));
     result = at::empty({mask.numel() + bytes}, mask.options());
     std::memcpy(result.mutable_data_ptr(), mask.const_data_ptr(), mask.numel());
-    cpu::copy_spikes(data, x.numel(), count, reinterpret_cast<Real*>(result.mutable_data_ptr<uint8>() + mask.numel()));
+    cpu::pack_spike_values(data, x.numel(), count,
+                           reinterpret_cast<Real*>(result.mutable_data_ptr<uint8>() + mask.numel()));
   });
   return result;
 }
@@ -173,22 +176,22 @@ inline Tensor pack_spikes(const Tensor& x, at::IntArrayRef weight_sizes, at::Int
   return x.numel() == 0 || x.is_neg() ? Tensor() : pack(call, x);
 }
 
-// The elements of x as kernels read them, from the result of `pack` for x.
+// The packed elements of x as kernels read them. `packed` is the result of `pack` for x.
 template <class Real>
 PackedSpikes<Real> view_packed(const Tensor& packed, const Tensor& x) {
   const int64_t bytes = mask_bytes(x);
   TORCH_CHECK_VALUE(
       packed.scalar_type() == at::kByte && packed.is_cpu() && packed.is_contiguous() && packed.numel() >= bytes,
-      "asgl_cuda: packed must be those of x");
+      "asgl_cuda: packed must be the result of pack_spikes for x");
   const auto* mask = static_cast<const uint64*>(packed.const_data_ptr());
   if (packed.numel() == bytes) return {mask, nullptr};
   TORCH_CHECK_VALUE(packed.numel() == bytes + cpu::count_spikes(mask, x.numel()) * static_cast<int64_t>(sizeof(Real)),
-                    "asgl_cuda: packed must be those of x");
+                    "asgl_cuda: packed must be the result of pack_spikes for x");
   return {mask, reinterpret_cast<const Real*>(packed.const_data_ptr<uint8>() + bytes)};
 }
 
-// `panels` is the result of spike_panels for the weight, or none. `packed` is the result of pack_spikes for x, or none;
-// if it is given, the elements of x are not read.
+// Returns the layer's output. `panels` is the result of spike_panels for the weight, or none. `packed` is the result of
+// pack_spikes for x, or none; if it is given, the elements of x are not read.
 inline Tensor spike_product(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
                             const OptionalTensor& panels, at::IntArrayRef stride, at::IntArrayRef padding,
                             const OptionalTensor& packed) {
@@ -207,25 +210,26 @@ inline Tensor spike_product(const Tensor& x, const Tensor& weight, const Optiona
   } else if (result.numel() > 0) {
     const Tensor spikes = packed.has_value() ? *packed : pack(call, x);
     const Tensor kept_bias = bias.has_value() ? bias->contiguous() : Tensor();
-    const Tensor weight_in_order = panels.has_value() ? Tensor() : call.in_order(weight);
+    const Tensor weight_in_order = panels.has_value() ? Tensor() : call.in_kernel_order(weight);
     with_real(call.type, [&](auto real) {
       using Real = decltype(real);
       if (panels.has_value()) {
         check_like(*panels, x, "panels");
         TORCH_CHECK_VALUE(panels->numel() == cpu::spike_panels_size<Real>(call.shape) && panels->is_contiguous(),
-                          "asgl_cuda: panels must be those of the weight");
+                          "asgl_cuda: panels must be the result of spike_panels for the weight");
       }
       const auto data = [](const OptionalTensor& tensor) {
-        return tensor.has_value() ? pointer<const Real>(*tensor) : nullptr;
+        return tensor.has_value() ? data_ptr<const Real>(*tensor) : nullptr;
       };
-      cpu::spike_product<Real>({call.shape, view_packed<Real>(spikes, x), pointer<const Real>(weight_in_order),
-                                data(panels), pointer<const Real>(kept_bias), pointer<Real>(result)});
+      cpu::spike_product<Real>({call.shape, view_packed<Real>(spikes, x), data_ptr<const Real>(weight_in_order),
+                                data(panels), data_ptr<const Real>(kept_bias), data_ptr<Real>(result)});
     });
   }
-  return call.finished(result, is_channels_last(x) || is_channels_last(weight));
+  return call.in_torch_order(result, is_channels_last(x) || is_channels_last(weight));
 }
 
-// The gradient of the weight of spike_product. `weight_sizes` are the sizes of the weight; `packed` as there.
+// Returns the gradient of the weight of spike_product, from the gradient of its output. `packed` is the result of
+// pack_spikes for x, or none.
 inline Tensor spike_weight_gradient(const Tensor& grad, const Tensor& x, at::IntArrayRef weight_sizes,
                                     at::IntArrayRef stride, at::IntArrayRef padding, bool channels_last,
                                     const OptionalTensor& packed) {
@@ -237,18 +241,19 @@ inline Tensor spike_weight_gradient(const Tensor& grad, const Tensor& x, at::Int
   if (x.numel() == 0 || grad.numel() == 0) {
     result.zero_();
   } else {
-    const Tensor spikes = packed.has_value() ? *packed : pack(call, x), grad_in_order = call.in_order(grad);
+    const Tensor spikes = packed.has_value() ? *packed : pack(call, x), grad_in_order = call.in_kernel_order(grad);
     with_real(call.type, [&](auto real) {
       using Real = decltype(real);
       cpu::spike_weight_gradient<Real>(
-          {call.shape, view_packed<Real>(spikes, x), pointer<const Real>(grad_in_order), pointer<Real>(result)});
+          {call.shape, view_packed<Real>(spikes, x), data_ptr<const Real>(grad_in_order), data_ptr<Real>(result)});
     });
   }
-  return call.finished(result, channels_last);
+  return call.in_torch_order(result, channels_last);
 }
 
+// Registers the operators of this file. `m` is a torch::Library or has its interface.
 template <class Library>
-void implement_spikes(Library& m) {
+void register_spike_operators(Library& m) {
   m.impl("spike_product",
          [](const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& panels,
             at::IntArrayRef stride, at::IntArrayRef padding,
@@ -276,7 +281,7 @@ inline Tensor spike_panels(const Tensor& weight) {
     using Real = decltype(real);
     panels = at::empty({cpu::spike_panels_size<Real>(shape)}, weight.options());
     if (panels.numel() > 0) {
-      cpu::fill_spike_panels<Real>(shape, pointer<const Real>(in_order), pointer<Real>(panels));
+      cpu::fill_spike_panels<Real>(shape, data_ptr<const Real>(in_order), data_ptr<Real>(panels));
     }
   });
   return panels;

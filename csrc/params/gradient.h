@@ -5,28 +5,28 @@
 
 namespace asgl {
 
-constexpr int kSumThreads = 512;  // threads of a CUDA block
-constexpr int kElementsEach = 4;  // elements of a thread, if there are many elements and few runs
+constexpr int kSumThreads = 512;       // threads of a CUDA block
+constexpr int kElementsPerThread = 4;  // elements of a thread, if there are many elements and few runs
 
 // The chain-rule factor from the partial sums to the gradient of the parameter as it was given. The partial sums are
 // gradients of 1 / width and of the decay.
 enum class Derivative { kNone, kOfWidth, kOfLogWidth, kOfLogitDecay };
 
-// The factor for a parameter.
+// The chain-rule factor for parameter `id`, given how width and decay are stored.
 ASGL_HOST_DEVICE Derivative derivative_of(int id, bool log_width, bool logit_decay) {
   if (id == kWidth) return log_width ? Derivative::kOfLogWidth : Derivative::kOfWidth;
   return id == kDecay && logit_decay ? Derivative::kOfLogitDecay : Derivative::kNone;
 }
 
-// Multiplies the gradient of a parameter by the chain-rule factor at the value `given`, rounded as in autograd of exp
+// Multiplies the total of the partial sums by the chain-rule factor at the stored value, rounded as in autograd of exp
 // and sigmoid.
 template <class Real>
-ASGL_HOST_DEVICE Real apply_chain_rule(Derivative derivative, double total, Real given) {
+ASGL_HOST_DEVICE Real apply_chain_rule(Derivative derivative, double total, Real stored) {
   if (derivative == Derivative::kOfLogitDecay) {
-    const Real decay = sigmoid_within_bound(given);
+    const Real decay = sigmoid_within_bound(stored);
     return (static_cast<Real>(total) * (Real(1) - decay)) * decay;
   }
-  const Real width = derivative == Derivative::kOfLogWidth ? exp_within_bound(given) : given;
+  const Real width = derivative == Derivative::kOfLogWidth ? exp_within_bound(stored) : stored;
   const Real width_gradient = static_cast<Real>(gradient_of_width(total, static_cast<double>(width)));
   return derivative == Derivative::kOfLogWidth ? width_gradient * width : width_gradient;
 }
@@ -39,15 +39,15 @@ struct GradientPart {
   Derivative derivative;
   Real* gradient;  // [T or 1, count]
   int64 neurons;   // slots of a row, if a run is one neuron
-  // Set by plan_tiles() of CUDA. Powers of two: the elements, runs of each and slots of each run that a block sums in
-  // parallel.
+  // Set by plan_tiles() of CUDA, powers of two: the number of elements that a block sums in parallel, of runs of each
+  // element, and of slots of each run.
   int elements_each, runs_each, slots_each;
-  int splits;    // of the runs; if there are several, each stores a total, and a second launch adds the totals up
+  int splits;    // of the runs; if there are several, each stores a total, and a second launch sums the totals
   int64 blocks;  // blocks of a split
   Real* totals;  // [splits, T or 1, count], set by place_totals()
 
   // The number of elements of the gradient.
-  ASGL_HOST_DEVICE int64 elements(const SequenceShape& shape) const {
+  ASGL_HOST_DEVICE int64 num_elements(const SequenceShape& shape) const {
     return (parameter.step_stride != 0 ? shape.steps : 1) * parameter.count;
   }
 
@@ -59,13 +59,13 @@ struct GradientPart {
 
   // The number of totals that the first launch stores: none unless runs are split.
   ASGL_HOST_DEVICE int64 num_totals(const SequenceShape& shape) const {
-    return splits > 1 ? splits * elements(shape) : 0;
+    return splits > 1 ? splits * num_elements(shape) : 0;
   }
 
-  // The same gradient as a part of the second launch, whose slots are the totals of the first launch.
+  // The part of the second launch that computes this gradient. Its slots are the totals of the first launch.
   ASGL_HOST_DEVICE GradientPart second_launch_part(const SequenceShape& shape) const {
     const int64 number = num_totals(shape);
-    return {{totals, number}, {parameter.data, 0, 0, 1, elements(shape)}, derivative, gradient, number};
+    return {{totals, number}, {parameter.data, 0, 0, 1, num_elements(shape)}, derivative, gradient, number};
   }
 };
 
@@ -77,19 +77,21 @@ struct GradientSum {
   int count;   // the number of parts
   GradientPart<Real> parts[kNumParameters];
 
+  // The number of totals of all parts.
   ASGL_HOST_DEVICE int64 num_totals() const {
     int64 number = 0;
     for (int id = 0; id < count; ++id) number += parts[id].num_totals(shape);
     return number;
   }
 
-  // Places the totals of the first launch in `free`. Returns the second launch's sum, without parts if none is split.
-  ASGL_HOST_DEVICE GradientSum place_totals(Real* free) {
-    GradientSum second{shape, /*tile=*/1, /*count=*/0, {}};  // one total a tile, so that no value repeats in a tile
+  // Lets the first launch store its totals in `memory`. Returns the sum of the second launch, which has no parts if no
+  // runs are split.
+  ASGL_HOST_DEVICE GradientSum place_totals(Real* memory) {
+    GradientSum second{shape, /*tile=*/1, /*count=*/0, {}};  // one total per tile, so that no value repeats in a tile
     for (int id = 0; id < count; ++id) {
       if (parts[id].splits <= 1) continue;
-      parts[id].totals = free;
-      free += parts[id].num_totals(shape);
+      parts[id].totals = memory;
+      memory += parts[id].num_totals(shape);
       second.parts[second.count++] = parts[id].second_launch_part(shape);
     }
     return second;

@@ -23,13 +23,15 @@ struct IntegratorParams : LIFParams<Scalar> {
   Real* grad_v_init;         // [N]
   GradientPartials<Real> partials[kNumParameters];
 
-  // For plan.h, which asks whether outputs are wanted that need the general kernels.
-  ASGL_HOST_DEVICE bool only_spikes() const { return true; }
+  // Always true: cuda/plan.h asks all params whether other outputs need the general kernels.
+  ASGL_HOST_DEVICE bool outputs_only_spikes() const { return true; }
   // Whether a parameter wants a gradient.
-  ASGL_HOST_DEVICE bool wants(int id) const { return partials[id].data != nullptr; }
-  // The pass that these arguments ask for.
-  ASGL_HOST_DEVICE Pass pass() const {
-    return grad_v_seq == nullptr ? Pass::kForward : wants(kDecay) || wants(kInputGain) ? Pass::kSums : Pass::kBackward;
+  ASGL_HOST_DEVICE bool wants_gradient(int id) const { return partials[id].data != nullptr; }
+  // The pass that these arguments request.
+  ASGL_HOST_DEVICE Pass requested_pass() const {
+    return grad_v_seq == nullptr                                  ? Pass::kForward
+           : wants_gradient(kDecay) || wants_gradient(kInputGain) ? Pass::kSums
+                                                                  : Pass::kBackward;
   }
 };
 

@@ -1,4 +1,4 @@
-// Arguments of the neuron's kernels, plain structs passed by value.
+// Arguments of the neuron's kernels, structs that are passed by value.
 #pragma once
 
 #include "math/half_types.h"
@@ -16,8 +16,8 @@ struct SequenceShape {
 
   // The number of neurons.
   ASGL_HOST_DEVICE int64 neurons() const { return outer * inner; }
-  // The position of neuron n at step t in memory.
-  ASGL_HOST_DEVICE int64 element(int64 n, int64 t) const { return (n / inner * steps + t) * inner + n % inner; }
+  // The offset of the element of neuron n at step t.
+  ASGL_HOST_DEVICE int64 offset(int64 n, int64 t) const { return (n / inner * steps + t) * inner + n % inner; }
 };
 
 // Threads of a block of all CUDA kernels but the sum of gradients.
@@ -29,7 +29,7 @@ constexpr int kCheckpointSteps = 16;
 // The shortest sequence that is common in practice. Some CUDA kernels are compiled for this length as a constant.
 constexpr int kShortSequence = 4;
 
-// The number of elements of the checkpoints of v, and of those of w.
+// The offset of the checkpoints of w from those of v, which is the number of elements of each.
 ASGL_HOST_DEVICE int64 checkpoint_stride(const SequenceShape& shape) {
   return (shape.steps - 1) / kCheckpointSteps * shape.neurons();
 }
@@ -39,7 +39,7 @@ ASGL_HOST_DEVICE int64 checkpoint_stride(const SequenceShape& shape) {
 // cycles forward and 274 backward with one neuron per thread, 179 and 433 with four (docs/design/gpu.md). With one
 // neuron per thread, a warp issues 51 and 106 instructions per step. From 3.5 and 4.1 warps per scheduler on, these
 // take longer than a step of four neurons. A scheduler holds 16 warps, so that a warp is a sixteenth.
-constexpr int kFewSixteenths = 3;
+constexpr int kOccupancySixteenths = 3;
 
 // A parameter at neuron n and step t is data[t * step_stride + (n / inner) % count]. If data is null, it is `constant`,
 // with count = 1 and step_stride = 0.
@@ -49,8 +49,9 @@ struct ParameterView {
   Real constant;
   int64 step_stride, inner, count;
 
-  // The position in `data` of the value of neuron n, within a step.
+  // The index of neuron n's value among the `count` values of a step.
   ASGL_HOST_DEVICE int64 index(int64 n) const { return count == 1 ? 0 : n / inner % count; }
+  // The value of neuron n at step t.
   ASGL_HOST_DEVICE Real at(int64 n, int64 t) const {
     return data == nullptr ? constant : data[t * step_stride + index(n)];
   }
@@ -61,8 +62,8 @@ struct ParameterView {
   ASGL_HOST_DEVICE bool is_uniform() const { return count == 1 && step_stride == 0; }
   // Whether groups of four neurons, from multiples of four on, share a value.
   ASGL_HOST_DEVICE bool is_shared_by_four() const { return data == nullptr || inner % 4 == 0; }
-  // Whether a tile has several neurons of each value, none adjacent, as for one value a channel in channels_last.
-  ASGL_HOST_DEVICE bool repeats_in(int64 tile) const { return inner == 1 && 2 * count <= tile; }
+  // Whether a tile has several neurons of each value, none adjacent, as for one value per channel in channels_last.
+  ASGL_HOST_DEVICE bool is_interleaved_in(int64 tile) const { return inner == 1 && 2 * count <= tile; }
 };
 
 // Whether the first `count` parameters are uniform.
@@ -75,29 +76,30 @@ ASGL_HOST_DEVICE bool all_uniform(const ParameterView<Real> (&parameters)[kNumPa
 
 // The value of a parameter that may be stored as a logarithm or logit.
 template <class Real>
-ASGL_HOST_DEVICE Real value_of(ParameterId id, Real given, const NeuronOptions<Real>& options) {
-  if (id == kWidth && options.log_width) return exp_within_bound(given);
-  if (id == kDecay && options.logit_decay) return sigmoid_within_bound(given);
-  return given;
+ASGL_HOST_DEVICE Real parameter_value(ParameterId id, Real stored, const NeuronOptions<Real>& options) {
+  if (id == kWidth && options.log_width) return exp_within_bound(stored);
+  if (id == kDecay && options.logit_decay) return sigmoid_within_bound(stored);
+  return stored;
 }
 
-// The neuron with parameters value(id).
+// Makes a neuron whose parameters are value(id).
 template <class Real, class F>
-ASGL_HOST_DEVICE Neuron<Real> neuron_of(F&& value) {
+ASGL_HOST_DEVICE Neuron<Real> make_neuron(F&& value) {
   return {value(kDecay),     value(kThreshold), value(kReset),    inverse_of_width<Real>(value(kWidth)),
           value(kInputGain), value(kInputBias), value(kInputMean)};
 }
 
+// The value of analog_below which says that rng_state[2] contains it.
 constexpr uint32 kAnalogBelowInState = kAlwaysAnalog + 1;
 
 struct NoiseParams {
   const int64* rng_state;  // [2]: seed and offset; [3] with kAnalogBelowInState: analog_below as well
-  uint32 analog_below;     // round(analog_prob * kAlwaysAnalog)
+  uint32 analog_below;     // round(analog_prob * kAlwaysAnalog): an element is analog if its draw is below
 
-  // Whether random numbers are needed: not if elements are never analog (0) or always (kAlwaysAnalog).
-  ASGL_HOST_DEVICE bool drawn() const { return analog_below > 0 && analog_below < kAlwaysAnalog; }
+  // Whether random draws are needed, that is unless elements are never analog (0) or always (kAlwaysAnalog).
+  ASGL_HOST_DEVICE bool needs_draws() const { return analog_below > 0 && analog_below < kAlwaysAnalog; }
 
-  // Reads analog_below from rng_state if it is stored there, and clamps it.
+  // Returns these params with analog_below as a number, read from rng_state and clamped if it is stored there.
   ASGL_HOST_DEVICE NoiseParams resolved() const {
     if (analog_below <= kAlwaysAnalog) return *this;
     const int64 below = rng_state[2];
@@ -121,15 +123,14 @@ struct LIFParams {
   LIFByOptions<Real> options;
   NoiseParams noise;
   NeuronTiles tiles;
-  ParameterSummary summary;  // set by plan_tiles() of CUDA; from kDivisible neurons on only `wanted`
+  ParameterSummary summary;  // set by plan_tiles() of CUDA; from kDividendLimit neurons on only `wanted`
   const Scalar* x_seq;       // [outer, T, inner]
   const Real* v_init;        // [N]; null means at rest
   const Scalar* residual;    // [outer, T, inner]; null means none
   Real residual_gain;
 
-  // The assumption under which input_current and charge may be computed; kGeneral also if a parameter changes over
-  // time.
-  ASGL_HOST_DEVICE Input input() const {
+  // What input_current and charge may assume; kGeneral also if a parameter changes over time.
+  ASGL_HOST_DEVICE Input input_assumption() const {
     for (const auto& parameter : parameters) {
       if (parameter.data != nullptr && parameter.step_stride != 0) return Input::kGeneral;
     }
@@ -139,10 +140,10 @@ struct LIFParams {
 
   // Whether the input current is x itself, apart from the residual.
   ASGL_HOST_DEVICE bool is_input_plain() const {
-    const auto is = [&](ParameterId id, Real value) {
+    const auto is_constant = [&](ParameterId id, Real value) {
       return parameters[id].data == nullptr && parameters[id].constant == value;
     };
-    return is(kInputGain, Real(1)) && is(kInputBias, Real(0)) && is(kInputMean, Real(0));
+    return is_constant(kInputGain, Real(1)) && is_constant(kInputBias, Real(0)) && is_constant(kInputMean, Real(0));
   }
 };
 
@@ -157,14 +158,14 @@ struct ForwardParams : LIFParams<Scalar> {
   Real* checkpoints;  // [(T - 1) / kCheckpointSteps, N], after steps 16, 32, ...
   Real* zeros;        // [2], padding, zeroed so that no output is uninitialised
 
-  // Whether only unscaled spikes, the last state and checkpoints are wanted.
-  ASGL_HOST_DEVICE bool only_spikes() const {
+  // Whether no outputs are wanted but unscaled spikes, the last state and checkpoints.
+  ASGL_HOST_DEVICE bool outputs_only_spikes() const {
     return v_seq == nullptr && h_seq == nullptr && !this->options.scale_output;
   }
 };
 
-// Partial sums of one parameter's gradient, a row of `slots` values a step, or one row if step_stride is 0. Tile k sums
-// its part of each run of neurons that share a value, run = n / inner, into slot run + k, or run if a run is one
+// Partial sums of one parameter's gradient, a row of `slots` values per step, or one row if step_stride is 0. Tile k
+// sums its part of each run of neurons that share a value, run = n / inner, into slot run + k, or run if a run is one
 // neuron. If values repeat in a tile, CUDA's tile k sums the neurons of value i into slot k * count + i. No two tiles
 // share a slot, and no slot depends on the number of threads.
 template <class Real>
@@ -172,11 +173,11 @@ struct GradientPartials {
   Real* data;  // [T or 1, slots]; null if not wanted
   int64 slots;
 
-  // The slot of the part of a run that a tile sums.
-  ASGL_HOST_DEVICE static int64 slot(int64 inner, int64 run, int64 tile) { return inner == 1 ? run : run + tile; }
+  // The index of the slot for the part of a run that a tile sums.
+  ASGL_HOST_DEVICE static int64 slot_index(int64 inner, int64 run, int64 tile) { return inner == 1 ? run : run + tile; }
   // The number of slots of a step: a multiple of four, so that four adjacent slots are stored at once.
-  ASGL_HOST_DEVICE static int64 slots_for(int64 inner, int64 neurons, int64 tiles) {
-    return (slot(inner, neurons / inner, tiles) + 3) / 4 * 4;
+  ASGL_HOST_DEVICE static int64 num_slots(int64 inner, int64 neurons, int64 tiles) {
+    return (slot_index(inner, neurons / inner, tiles) + 3) / 4 * 4;
   }
 };
 
@@ -195,13 +196,13 @@ struct BackwardParams : LIFParams<Scalar> {
   GradientPartials<Real> partials[kNumParameters];
 
   // Whether a parameter wants a gradient.
-  ASGL_HOST_DEVICE bool wants(int id) const { return partials[id].data != nullptr; }
+  ASGL_HOST_DEVICE bool wants_gradient(int id) const { return partials[id].data != nullptr; }
 
-  // Whether unscaled s_seq has a gradient, and x_seq or the residual wants one; v_seq and h_seq have none, input_mean
-  // wants none.
-  ASGL_HOST_DEVICE bool only_spikes() const {
+  // Whether s_seq is unscaled and, besides v_last, the only output with a gradient, and x_seq or the residual wants a
+  // gradient, but input_mean does not.
+  ASGL_HOST_DEVICE bool outputs_only_spikes() const {
     return grad_s_seq != nullptr && (grad_x_seq != nullptr || grad_residual != nullptr) && grad_v_seq == nullptr &&
-           grad_h_seq == nullptr && !this->options.scale_output && !wants(kInputMean);
+           grad_h_seq == nullptr && !this->options.scale_output && !wants_gradient(kInputMean);
   }
 };
 

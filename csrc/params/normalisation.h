@@ -1,13 +1,13 @@
-// Arguments of batch normalisation's kernels, plain structs passed by value.
+// Arguments of batch normalisation's kernels, structs that are passed by value.
 #pragma once
 
 #include "math/normalisation.h"
 
 namespace asgl {
 
-// Rows that a CUDA thread reads of each of its columns, or more to limit splits.
-constexpr int64 kChannelRowsEach = 64;
-constexpr int64 kMomentsRowsEach = 128;
+// Rows that a CUDA thread reads of each of its columns, or more if there would be too many splits.
+constexpr int64 kGradientRowsPerThread = 64;
+constexpr int64 kMomentsRowsPerThread = 128;
 
 // A sequence as rows of channels * inner columns; column j belongs to channel j / inner.
 struct ChannelShape {
@@ -17,22 +17,24 @@ struct ChannelShape {
   ASGL_HOST_DEVICE int64 columns() const { return channels * inner; }
 };
 
-// Tiles of whole channels, or of a part of one. A task reads some rows of a tile of `width` units, `ways` rows at a
-// time; a unit is `lanes` adjacent columns of a channel. Nothing depends on the number of threads.
+// Tiles of whole channels, or of a part of one channel, whose rows are split between tasks. A task reads
+// rows_per_split rows of a tile of `width` units, `ways` rows at a time; a unit is `lanes` adjacent columns of a
+// channel. Nothing depends on the number of threads.
 struct ChannelTiles {
   ChannelShape shape;
   int64 lanes, width, ways;
   int64 units_per_channel, channels_per_tile, tiles_per_channel;
   int64 rows_per_split, splits;
 
-  // A task reads up to `most_units` units at a time, `rows_each` rows of each, or more for at most kMostSplits splits.
+  // Plans tasks that read up to `most_units` units at a time, and `rows_each` times as many in all, or more for at most
+  // kMostSplits splits.
   ASGL_HOST_DEVICE static ChannelTiles plan(const ChannelShape& shape, int64 lanes, int64 most_units, int64 rows_each) {
     constexpr int64 kMostSplits = 2048;
     ChannelTiles tiles{};
     tiles.shape = shape;
     tiles.lanes = lanes;
     tiles.units_per_channel = shape.inner / lanes;
-    tiles.tiles_per_channel = divided(tiles.units_per_channel, most_units);
+    tiles.tiles_per_channel = ceil_div(tiles.units_per_channel, most_units);
     if (tiles.tiles_per_channel > 1) {
       tiles.channels_per_tile = 1;
       tiles.width = most_units;
@@ -42,21 +44,21 @@ struct ChannelTiles {
       tiles.width = tiles.channels_per_tile * tiles.units_per_channel;
     }
     tiles.ways = most_units / tiles.width;
-    const int64 enough = tiles.ways * rows_each, needed = divided(shape.rows, kMostSplits);
+    const int64 enough = tiles.ways * rows_each, needed = ceil_div(shape.rows, kMostSplits);
     tiles.rows_per_split = enough > needed ? enough : needed;
-    tiles.splits = divided(shape.rows, tiles.rows_per_split);
+    tiles.splits = ceil_div(shape.rows, tiles.rows_per_split);
     return tiles;
   }
 
   // The number of groups of channels_per_tile channels.
-  ASGL_HOST_DEVICE int64 groups() const { return divided(shape.channels, channels_per_tile); }
+  ASGL_HOST_DEVICE int64 num_groups() const { return ceil_div(shape.channels, channels_per_tile); }
   // The number of tasks.
-  ASGL_HOST_DEVICE int64 tasks() const { return splits * tiles_per_channel * groups(); }
+  ASGL_HOST_DEVICE int64 num_tasks() const { return splits * tiles_per_channel * num_groups(); }
   // The number of partial moments of a channel: one for every split and every tile of the channel.
-  ASGL_HOST_DEVICE int64 slots() const { return splits * tiles_per_channel; }
+  ASGL_HOST_DEVICE int64 num_slots() const { return splits * tiles_per_channel; }
 
   // number / by, rounded up.
-  static ASGL_HOST_DEVICE int64 divided(int64 number, int64 by) { return (number + by - 1) / by; }
+  static ASGL_HOST_DEVICE int64 ceil_div(int64 number, int64 by) { return (number + by - 1) / by; }
 };
 
 // The part of a sequence that one task reads.
@@ -66,7 +68,8 @@ struct ChannelTask {
   int64 first_unit, units;  // in the first channel; number in the task
   int64 row, end_row;
 
-  // Number is an integer type that can hold the index of every task: kernels divide integers of 32 bits.
+  // The part of the task with index `task`. Number is an integer type that can hold every index, since 32-bit integers
+  // divide faster.
   template <class Number>
   ASGL_HOST_DEVICE ChannelTask(const ChannelTiles& tiles, Number task) {
     const Number splits = static_cast<Number>(tiles.splits);
@@ -97,7 +100,7 @@ struct CoefficientsParams {
   const Moments* moments;  // [slots, channels]
   int64 slots, channels;
   const Real *mean, *variance, *weight, *bias;  // [channels]
-  Normalisation options;
+  NormalisationOptions options;
   Real* coefficients;  // [kNumCoefficients, channels]
   Moments* total;      // [channels]
   // The running statistics of training, updated in place; null: none.
@@ -105,7 +108,7 @@ struct CoefficientsParams {
   int64* num_batches_tracked;        // null if not counted
   Real momentum;
 
-  // The moments of a channel whose mean and variance are given, as in evaluation.
+  // The moments of a channel whose mean and variance are arguments, as in evaluation.
   ASGL_HOST_DEVICE Moments given_moments(int64 channel) const {
     return {1, static_cast<double>(mean[channel]), static_cast<double>(variance[channel])};
   }
@@ -126,15 +129,15 @@ struct CoefficientsParams {
   }
 
  private:
-  // Moves a running statistic towards the value of this batch. Two cases as in torch.lerp, so that momentum 1 is exact.
+  // Moves a running statistic towards the value of this batch, in two cases as torch.lerp, so that momentum 1 is exact.
   ASGL_HOST_DEVICE void update_running(Real& running, Real value) const {
     const Real distance = value - running;
     running = momentum < Real(0.5) ? running + momentum * distance : value - distance * (Real(1) - momentum);
   }
 };
 
-// Arguments of the kernel for the gradients of the input and of the normalisation's weight and bias. If there are no
-// rows, only for the gradients of weight and bias.
+// Arguments of the kernel for the gradients of the input and of the normalisation's weight and bias. Without rows, it
+// computes only the gradients of weight and bias.
 template <class Scalar>
 struct InputGradientParams {
   using Real = Real_t<Scalar>;
@@ -146,10 +149,10 @@ struct InputGradientParams {
   const Real* coefficients;           // [kNumCoefficients, channels]
   const Real *grad_gain, *grad_bias;  // [channels], the sums of this process
   const Real *total_grad_gain, *total_grad_bias;  // [channels], the sums of all processes
-  Normalisation options;
+  NormalisationOptions options;
   Real *grad_weight, *grad_shift;  // [channels]
 
-  // Rows of the coefficients, by channel.
+  // The rows [channels] of `coefficients` that the adjoint reads.
   ASGL_HOST_DEVICE const Real* mean() const { return coefficients + kCoefficientMean * tiles.shape.channels; }
   ASGL_HOST_DEVICE const Real* gain() const { return coefficients + kCoefficientGain * tiles.shape.channels; }
 
@@ -165,7 +168,7 @@ struct InputGradientParams {
   ASGL_HOST_DEVICE void store_own_gradients(int64 channel) const {
     const GradientSums own = {static_cast<double>(grad_gain[channel]), static_cast<double>(grad_bias[channel])};
     const double centred =
-        NormalisationAdjoint<Real>::centred(moments[channel], static_cast<double>(mean()[channel]), own, options);
+        NormalisationAdjoint<Real>::sum_dh_xhat(moments[channel], static_cast<double>(mean()[channel]), own, options);
     grad_weight[channel] = static_cast<Real>(options.input_scale * centred);
     grad_shift[channel] = static_cast<Real>(options.input_scale * own.bias);
   }

@@ -13,20 +13,20 @@
 
 namespace asgl {
 
-// Rows of the parameters, [kRecurrentParameters, N], behind those of ParameterId.
+// Rows of the parameters, [kNumRecurrentParameters, N], after those of ParameterId.
 enum RecurrentParameterId : int {
   kRecurrentBias = kNumParameters,
   kRecurrentSynDecay,  // 0 without a synapse
-  kRecurrentParameters,
-  kRecurrentWeight = kRecurrentParameters,  // only in gradients, if the weight is [N]
-  kRecurrentSums
+  kNumRecurrentParameters,
+  kRecurrentWeight = kNumRecurrentParameters,  // only in gradients, if the weight is [N]
+  kNumRecurrentSums
 };
 
-// Added to the seed at each step, modulo 2^64. Steps differ by their key, because a kernel of one step draws at a fixed
-// position of the counter, and so do not use up offsets: calls with different offsets share no draws. The value is
-// 2^64 / phi^2, whose multiples are far apart. Calls with seeds less than 2^40 apart share no draws in up to 2^20
-// steps.
-constexpr uint64 kSeedOfStep = 0x61C8864680B583EB;
+// Added to the seed at each step, modulo 2^64. Steps differ in the key and not in the counter, because a kernel of one
+// step draws at a fixed counter. Steps therefore use up no offsets, and calls with different offsets share no draws.
+// The value is 2^64 / phi^2, whose multiples are far apart: calls with seeds less than 2^40 apart share no draws in up
+// to 2^20 steps.
+constexpr uint64 kSeedPerStep = 0x61C8864680B583EB;
 
 // Sequences are [T, B, N], or [B, T, N]; states and gradients of states [B, N], but v_init, v_last and their gradients
 // [2, B, N] for adaptive neurons, v then w. Their h is the potential that is compared with v_threshold.
@@ -36,7 +36,7 @@ struct RecurrentParams {
   int64 steps, batch, neurons;
   bool batch_first;
   LIFByOptions<Real> options;
-  NoiseParams noise;  // step t draws as a sequence of one step with rng_state [seed + t * kSeedOfStep, offset]
+  NoiseParams noise;  // step t draws as a sequence of one step with rng_state [seed + t * kSeedPerStep, offset]
   bool elementwise;   // the weight is [N], the diagonal of W; else [N, N]
   bool has_synapse;
   const Real* weight;
@@ -71,12 +71,12 @@ struct RecurrentBackwardParams : RecurrentParams<Scalar> {
   Real* grad_j_seq;                                                               // dj, the gradient of x
   Real* grad_weight;                                                              // [N, N] or null
   Real *grad_v_init, *grad_s_init, *grad_i_init;                                  // or null
-  double* grad_parameters;  // [chunks, kRecurrentSums, N], zero: sums over the rows of a chunk; or null
+  double* grad_parameters;  // [chunks, kNumRecurrentSums, N], zero: sums over the rows of a chunk; or null
 };
 
 // Rows of the batch that a task computes through all steps, whose state and weight then stay in the cache.
 constexpr int64 kRecurrentRows = 16;
-// The number of chunks of kRecurrentRows rows.
-inline int64 recurrent_chunks(int64 batch) { return (batch + kRecurrentRows - 1) / kRecurrentRows; }
+// The number of chunks of kRecurrentRows rows, of which the last may be smaller.
+inline int64 num_recurrent_chunks(int64 batch) { return (batch + kRecurrentRows - 1) / kRecurrentRows; }
 
 }  // namespace asgl

@@ -12,14 +12,15 @@
 
 namespace asgl {
 
+// The sizes of a convolution.
 struct SpikeShape {
   int64 images, channels, height, width;
   int64 outputs, kernel_height, kernel_width;
   int64 stride_height, stride_width, padding_height, padding_width;
   int64 out_height, out_width;
 
-  int64 out_pixels() const { return images * out_height * out_width; }
-  int64 depth() const { return kernel_height * kernel_width * channels; }  // the largest number of elements of a sum
+  int64 num_out_pixels() const { return images * out_height * out_width; }
+  int64 depth() const { return kernel_height * kernel_width * channels; }  // the largest number of terms of a sum
 };
 
 // A tensor of which only elements that are not zero are stored. Elements are in memory order.
@@ -34,7 +35,7 @@ struct SpikeProductParams {
   SpikeShape shape;
   PackedSpikes<Real> x;  // [images, height, width, channels]
   const Real* weight;    // [outputs, kernel_height, kernel_width, channels]
-  const Real* panels;    // the weight in the order of spike_panels, or null
+  const Real* panels;    // the weight as fill_spike_panels stores it, or null
   const Real* bias;      // [outputs], or null
   Real* out;             // [images, out_height, out_width, outputs]
 };

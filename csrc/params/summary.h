@@ -10,28 +10,29 @@ enum ParameterId { kWidth, kDecay, kThreshold, kReset, kInputGain, kInputBias, k
 // Adaptive neurons have no gain, bias and mean of the input; the parameters of the adaptation take their ids.
 constexpr ParameterId kAdaptDecay = kInputGain, kAdaptPotential = kInputBias, kAdaptSpike = kInputMean;
 
-// ParameterView::index without a division, for fewer than kDivisible neurons.
+// ParameterView::index without a division, for fewer than kDividendLimit neurons.
 struct NeuronIndex {
   Divisor inner, count;
 
-  // The position of neuron n's value.
-  ASGL_HOST_DEVICE uint32 of(int64 n) const {
+  // The index of neuron n's value.
+  ASGL_HOST_DEVICE uint32 index(int64 n) const {
     return count.by == 1 ? 0 : count.remainder(inner.quotient(static_cast<uint32>(n)));
   }
 };
 
 struct ParameterSummary {
-  uint32 tensors;  // a bit for each that is not constant
-  uint32 wanted;   // a bit for each that wants a gradient
-  // Whether all parameters that differ between neurons share inner and count: then the index is common.of(n) * stride.
+  uint32 tensors;  // a bit for each parameter that is not constant
+  uint32 wanted;   // a bit for each parameter that wants a gradient
+  // Whether all parameters that differ between neurons share inner and count. The index is then common.index(n) times
+  // the stride.
   bool alike;
-  uint8 by_neuron;  // a bit for each whose values of adjacent neurons are adjacent
+  uint8 by_neuron;  // a bit for each parameter whose values for adjacent neurons are adjacent
   NeuronIndex common;
   uint32 strides[kNumParameters];   // 1, or 0 if there is one value
   NeuronIndex own[kNumParameters];  // used if they are not alike
 };
 
 // Whether the bit of a parameter is set.
-ASGL_HOST_DEVICE bool has(uint32 bits, int id) { return bits >> id & 1u; }
+ASGL_HOST_DEVICE bool has_bit(uint32 bits, int id) { return bits >> id & 1u; }
 
 }  // namespace asgl

@@ -212,7 +212,7 @@ def test_notes_and_last_line(build, capsys, tmp_path, monkeypatch, cuda, minutes
 
     extension = cpp_extension.CppExtension("asgl_cuda._C", ["a.cpp", "b.cpp"])
     script(tmp_path / "bin" / "c++", "exit 1")
-    command = build.build_command_class(build.Plan(extension, cuda, "a reason", "0123"), tmp_path)(Distribution())
+    command = build.build_command_class(build.BuildPlan(extension, cuda, "a reason", "0123"), tmp_path)(Distribution())
     command.inplace, command.build_lib, command.build_temp = False, str(tmp_path), str(tmp_path / "objects")
     package = tmp_path / "asgl_cuda"
     package.mkdir()

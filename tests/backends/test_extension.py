@@ -188,10 +188,10 @@ def gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capabilities[device.index])
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: ("Tesla V100", "L40")[device.index])
     monkeypatch.setitem(backends.BACKENDS, "cuda", backends.BACKENDS["cuda"]._replace(problem=lambda: None))
-    for each in (backends._misfit.cache_clear, backends._best.clear):
+    for each in (backends._compute_cuda_misfit.cache_clear, backends._best.clear):
         each()
     yield [torch.device("cuda", index) for index in capabilities]
-    for each in (backends._misfit.cache_clear, backends._best.clear):
+    for each in (backends._compute_cuda_misfit.cache_clear, backends._best.clear):
         each()
 
 
@@ -225,7 +225,7 @@ def test_the_gpu_is_asked_about_under_torch_compile(monkeypatch):
         torch._dynamo.graph_break()
         return f"no kernels for {device}"
 
-    monkeypatch.setattr(backends, "_misfit", misfit)
+    monkeypatch.setattr(backends, "_compute_cuda_misfit", misfit)
 
     @torch.compile(fullgraph=True, backend="eager")
     def function(x):

@@ -454,7 +454,7 @@ def coefficients_arguments(x_seq, source, real):
     [
         ({5: torch.ones(4)}, "must have shape|expected shape"),
         ({4: torch.ones(3, dtype=torch.float64)}, "must have shape|expected shape"),
-        ({2: None}, "mean and variance come together"),
+        ({2: None}, "mean and variance must be given together"),
         ({8: 9}, "time_dim must be in"),
     ],
 )
@@ -489,7 +489,7 @@ def test_the_operator_that_updates_running_statistics(backend, device):
         for running in ((mean, wrong), (wrong, variance)):
             with pytest.raises((ValueError, RuntimeError), match="running statistics must be contiguous"):
                 operators.batch_norm_update(*running, None, 0.25, *given)
-    with pytest.raises((ValueError, RuntimeError), match="num_batches_tracked must be one int64"):
+    with pytest.raises((ValueError, RuntimeError), match="num_batches_tracked must be an int64 tensor of one element"):
         operators.batch_norm_update(mean, variance, count.float(), 0.25, *given)
     torch.testing.assert_close((mean, variance), before, rtol=0, atol=0)
 

@@ -252,7 +252,7 @@ def test_packed_spikes(length, values):
     rest = weight.shape, [], [], False
     assert torch.equal(gradient(grad, unread, *rest, packed), gradient(grad, x, *rest, None))
     for wrong in (packed[:-8], torch.cat([packed, packed[:8]]), packed.float()):
-        with pytest.raises(ValueError, match="packed must be those of x"):
+        with pytest.raises(ValueError, match="packed must be the result of pack_spikes for x"):
             product(unread, weight, None, None, [], [], wrong)
 
 

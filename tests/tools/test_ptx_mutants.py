@@ -132,7 +132,7 @@ MUTANTS = {
         "adaptive", old="float a, float b) {\n  if (kBranches) return condition ? a : b",
         new="float a, float b) {\n  if (kBranches) return condition ? b : a",
     ),
-    "no smooth values": options("adaptive", old="if (kBranches && analog) return smooth(u, neuron);", new=""),
+    "no smooth values": options("adaptive", old="if (kBranches && analog) return analog_value(u, neuron);", new=""),
     "options in another order": Mutant(
         "float", "math/neuron.h", "  Real v_rest;\n  Real surrogate_gain;", "  Real surrogate_gain;\n  Real v_rest;"
     ),

@@ -27,7 +27,7 @@ THREADS_EACH = 2048  # resident on a multiprocessor
 
 
 class Launch(NamedTuple):
-    """The driver's arguments."""
+    """The arguments of a launch, as a driver gets them."""
 
     kernel: str
     blocks: int
@@ -36,7 +36,7 @@ class Launch(NamedTuple):
 
 
 class Emulation:
-    """The loaded library: device, record of launches, and launcher."""
+    """The loaded library of emulated kernels: a launcher that records its launches."""
 
     def __init__(self, path: str) -> None:
         self.library = ctypes.CDLL(path)
@@ -45,10 +45,11 @@ class Emulation:
         self.set_multiprocessors(TINY)
 
     def set_multiprocessors(self, count: int) -> None:
+        """Sets the size of the emulated device, on which plans depend."""
         self._multiprocessors = count
 
     def take_launches(self) -> list[Launch]:
-        """Every launch since the last call."""
+        """Returns and forgets the launches since the last call."""
         launches, self._launches = self._launches, []
         return launches
 

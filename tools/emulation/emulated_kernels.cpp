@@ -9,7 +9,8 @@ namespace {
 const asgl::cuda::Kernel* find_kernel(const std::string& name) {
   static const std::map<std::string, asgl::cuda::Kernel> kernels = [] {
     std::map<std::string, asgl::cuda::Kernel> made;
-    for (const asgl::cuda::Kernel& kernel : asgl::cuda::every_kernel()) made[asgl::cuda::name_of(kernel)] = kernel;
+    for (const asgl::cuda::Kernel& kernel : asgl::cuda::all_kernels())
+      made[asgl::cuda::name_expression(kernel)] = kernel;
     return made;
   }();
   const auto found = kernels.find(name);

@@ -1,6 +1,7 @@
-"""Records the launches of calls whose results are the reference's, for tests/cuda/programs/replay.cpp.
+"""Records the launches of calls, for tests/cuda/programs/replay.cpp, which repeats them with mistakes or sanitizers.
 
-Calls are drawn at random from tables of shapes, on the CPU's kernels and on emulated CUDA kernels.
+Calls are drawn at random from tables of shapes. They run with the CPU's kernels and with emulated CUDA kernels, and
+their results must agree with the reference's.
 """
 
 from __future__ import annotations
@@ -37,19 +38,21 @@ BACKENDS = "cpu", "recorded"
 
 
 class Random(random.Random):
-    """Random choices and tensors."""
+    """A generator of random choices and tensors."""
 
     def once_in(self, times: int) -> bool:
+        """True with a probability of 1 / times."""
         return self.randrange(times) == 0
 
     def values(self, *shape: int, low: float = -1.0, high: float = 1.0, dtype: torch.dtype = torch.float32) -> Tensor:
+        """A tensor of uniformly distributed values."""
         generator = torch.Generator().manual_seed(self.getrandbits(32))
         uniform = torch.rand(shape, generator=generator, dtype=torch.float64)
         return (uniform * (high - low) + low).to(dtype)
 
 
 class Call(NamedTuple):
-    """A call of `function`, with the tensors that want gradients and the results that have one."""
+    """A call of `function`; `learned` names the tensors that want gradients, `given` the results that have one."""
 
     function: Callable[..., Any]
     options: dict[str, Any]
@@ -61,7 +64,7 @@ class Call(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """x_seq is [steps, *dims], or with batch_first [dims[0], steps, *dims[1:]]."""
+    """The shape of x_seq: [steps, *dims], or with batch_first [dims[0], steps, *dims[1:]]."""
 
     steps: int
     dims: tuple[int, ...]
@@ -74,11 +77,12 @@ class Shape(NamedTuple):
         return (dims[0], steps, *dims[1:]) if self.batch_first else (steps, *dims)
 
     def inner(self) -> int:
+        """The number of adjacent neurons of a step."""
         return torch.Size(self.dims[1:] if self.batch_first else self.dims).numel()
 
 
 def parameter_shape(random: Random, shape: Shape, kind: str, per_step: bool) -> tuple[int, ...]:
-    """One value, or a value for each index of adjacent dimensions."""
+    """The shape of a parameter with one value, or with a value for each index of some adjacent dimensions."""
     dims = shape.dims
     runs = [(i, j) for i in range(len(dims)) for j in range(i + 1, len(dims) + 1)]
     if kind == "fours":
@@ -91,7 +95,7 @@ def parameter_shape(random: Random, shape: Shape, kind: str, per_step: bool) -> 
 
 
 def infinite_at_last(shape: Shape, dtype: torch.dtype) -> Tensor:
-    """A v_reset: no term may come from the last potential where it has no gradient, not even 0 * inf."""
+    """A v_reset that is infinite at the last step, so that a product with 0 that must be left out gives NaN."""
     v_reset = torch.full(shape.with_time(shape.steps, [1] * len(shape.dims)), 0.1, dtype=dtype)
     v_reset.select(int(shape.batch_first), -1).fill_(float("inf"))
     return v_reset
@@ -109,7 +113,7 @@ KINDS = "plain", "normalised", "uniform", "fours", "any", "by neuron"
 
 
 def as_layers_store(function: Callable[..., Any], **options: Any) -> Any:
-    """The function's result, where width and decay may be stored as a logarithm and a logit."""
+    """Calls the function, with width and decay as a logarithm and a logit if they are so given, as by layers."""
     for name, (stored, kind, *_) in LEARNED.items():
         if stored in options:
             options[name] = kind(options.pop(stored))
@@ -122,7 +126,7 @@ neuron, recurrent, integrator = (
 
 
 def neuron_call(number: int, shape: Shape, kind: str, multiprocessors: int, by_options: bool) -> Call:
-    """With `by_options` several spikes a step, levels or a floor, which only general kernels have."""
+    """A random call of `lif`. With `by_options` it has an option that only general kernels support."""
     random = Random(number)
     toss, once_in = (lambda: random.once_in(2)), random.once_in
     settled = kind in ("plain", "normalised", "by neuron", "by channel") or toss()
@@ -205,6 +209,7 @@ def neuron_call(number: int, shape: Shape, kind: str, multiprocessors: int, by_o
 
 
 def neuron_calls() -> Iterator[Call]:
+    """The calls of `lif` that are recorded."""
     number, values = 0, partial(Random(2).values, low=0.5)
     for steps in (17, 4, 33, 1, 5, 8, 2, 16, 9):  # first those that find most mistakes
         for shape in (
@@ -222,7 +227,7 @@ def neuron_calls() -> Iterator[Call]:
         kind = ("normalised", "by channel", "any", "by channel", "plain", "uniform")[number // 4 % 6]
         call = neuron_call(number, Shape(steps, dims, number % 5 == 0), kind, 0, number % 7 == 3)
         yield call._replace(backends=("cpu",))
-    for name in ("input_gain", "input_bias", "input_mean"):  # alone keep the input from being plain
+    for name in ("input_gain", "input_bias", "input_mean"):  # each alone makes the input not plain
         yield chosen_call((260,), {name: 0.3})
     yield chosen_call((260,), {"return_v_last": True}, given=("v_last",))
     yield chosen_call((260,), {"v_min": 0.0, "return_v_last": True}, given=("s_seq", "v_last"))  # and v_reset
@@ -241,13 +246,14 @@ def neuron_calls() -> Iterator[Call]:
 def chosen_call(
     dims: tuple[int, ...], options: dict[str, Any], given: Sequence[str] = ("s_seq",), steps: int = 4
 ) -> Call:
+    """A call of `lif` with these options."""
     x_seq = Random(1).values(steps, *dims, low=-1.0, high=2.0)
     learned = [name for name, value in options.items() if isinstance(value, Tensor) and value.is_floating_point()]
     return Call(neuron, {"x_seq": x_seq, "surrogate": "rectangle", **options}, ["x_seq", *learned], given)
 
 
 def threshold_call(number: int) -> Call:
-    """Potentials at the threshold, or above it by subnormal numbers."""
+    """A call of `lif` with potentials at the threshold, or above it by subnormal numbers."""
     random = Random(number)
     above = torch.tensor((0.0, 0.0, 2.0**-140, 2.0**-149))[random.values(5, 4, 65, low=0, high=4).long()]
     options = {"x_seq": 2.0**-126 + above, "v_threshold": 2.0**-126, "v_reset": 0.0, "decay": 0.5}
@@ -268,6 +274,7 @@ SUMS = (
 
 
 def sum_call(dims: tuple[int, int, int], steps: int) -> Call:
+    """A call of `lif` whose parameters have gradients of long sums, for one row of SUMS."""
     random = Random(dims[0])
     options = {
         "x_seq": random.values(steps, *dims, high=2.0, dtype=torch.bfloat16),
@@ -282,7 +289,7 @@ def sum_call(dims: tuple[int, int, int], steps: int) -> Call:
 
 
 def results(call: Call, backend: str) -> dict[str, Tensor]:
-    """The results by name, and the gradients of what is learned."""
+    """The results of a call by name, and the gradients of the tensors that want some."""
     arguments = {
         name: value.detach().requires_grad_(name in call.learned) if isinstance(value, Tensor) else value
         for name, value in call.options.items()
@@ -302,7 +309,7 @@ def results(call: Call, backend: str) -> dict[str, Tensor]:
 
 
 def check(call: Call, name: str, actual: Tensor, expected: Tensor) -> None:
-    """Equal up to roundings: of exp, of half types, and of sums, whose terms are of size 1."""
+    """Compares a result up to roundings: of exp, of half types, and of sums, whose terms are of size 1."""
     x_seq = call.options["x_seq"]
     sums = name.startswith("grad_") and name[5:] not in ("x_seq", "residual", "v_init", "w_init")
     terms = x_seq.numel() / min(expected.numel(), x_seq.shape[-1]) if sums else 1
@@ -329,7 +336,7 @@ def adaptive(x_seq: Tensor, **options: Any) -> Any:
 
 
 def random_parameters(random: Random, shape: Shape, bounds: dict[str, tuple[float, float]], real: torch.dtype) -> Any:
-    """A number or a tensor for each, and the names of tensors that want gradients."""
+    """A random number or tensor for each parameter, and the names of the tensors that want gradients."""
     options: dict[str, Any] = {name: random.uniform(*each) for name, each in bounds.items()}
     tensors = [name for name in bounds if not random.once_in(3)]
     for name in tensors:
@@ -339,6 +346,7 @@ def random_parameters(random: Random, shape: Shape, bounds: dict[str, tuple[floa
 
 
 def adaptive_call(number: int, shape: Shape) -> Call:
+    """A random call of an adaptive neuron."""
     random = Random(number)
     dtype = torch.float64 if number % 5 == 4 else (torch.float32, torch.bfloat16)[number % 2]
     place = PLACES_OF_W[number // 2 % 4]
@@ -375,6 +383,7 @@ def adaptive_call(number: int, shape: Shape) -> Call:
 
 
 def integrator_call(number: int, shape: Shape) -> Call:
+    """A random call of the leaky integrator."""
     random = Random(number)
     dtype = torch.float64 if number % 5 == 4 else (torch.float32, torch.bfloat16)[number % 2]
     bounds = {"decay": (0.3, 0.95), "input_gain": (-1.5, 1.5)}
@@ -399,6 +408,7 @@ def integrator_call(number: int, shape: Shape) -> Call:
 
 
 def calls_of(call: Callable[[int, Shape], Call]) -> Iterator[Call]:
+    """The recorded calls of one sort, over steps, shapes and layouts."""
     lengths, all_dims = (17, 4, 1, 33, 5, 8, 40, 2), ((7,), (3, 172), (257,), (4, 128), (6, 10), (4, 25), (1,))
     for number, (steps, dims, _) in enumerate(itertools.product(lengths, all_dims, range(2))):
         yield call(number, Shape(steps, dims, len(dims) > 1 and number % 3 == 0))
@@ -408,7 +418,7 @@ def calls_of(call: Callable[[int, Shape], Call]) -> Iterator[Call]:
 
 
 def recurrent_call(number: int, shape: tuple[int, int, int]) -> Call:
-    """Weights are multiples of 1/64: sums of spikes are exact in any order."""
+    """A random call of recurrent neurons. Weights are multiples of 1/64: sums of spikes are exact in any order."""
     random = Random(number)
     steps, batch, count = shape
     time_dim = random.randrange(2)
@@ -455,10 +465,11 @@ def recurrent_call(number: int, shape: tuple[int, int, int]) -> Call:
 
 
 def recurrent_calls() -> Iterator[Call]:
+    """The recorded calls of recurrent neurons."""
     shapes = (1, 1, 1), (3, 2, 5), (2, 17, 9), (6, 16, 4), (4, 33, 31), (2, 3, 66), (9, 40, 33)
     for number, shape in enumerate([each for each in shapes for _ in range(16)] + [(2, 2, 1040)] * 3):
         yield recurrent_call(number, shape)
-    # Few spikes, so that zeros are left out, among them one of height 2, and a gradient that is NaN.
+    # Few spikes, so that products skip zeros. One spike is 2, and a NaN in the input makes a gradient NaN.
     x_seq, s_init = torch.full((3, 4, 9), -1.0), torch.zeros(4, 9)
     x_seq[0, 0, 0], x_seq[2, 1, 3], s_init[2, 5] = 3.0, float("nan"), 2.0
     options = {"x_seq": x_seq, "s_init": s_init, "weight": torch.full((9, 9), 1 / 64), "surrogate": "sigmoid"}
@@ -469,7 +480,7 @@ def recurrent_calls() -> Iterator[Call]:
 
 
 class Normalised(NamedTuple):
-    """Results of neurons behind a batch normalisation, and its statistics afterwards."""
+    """Results of neurons after a batch normalisation, and its statistics afterwards."""
 
     s_seq: Tensor
     h_seq: Tensor | None
@@ -479,6 +490,7 @@ class Normalised(NamedTuple):
 
 
 def normalised(x_seq: Tensor, norm: dict[str, Any], training: bool, *, backend: str, **options: Any) -> Normalised:
+    """Runs neurons after a batch normalisation."""
     module = torch.nn.BatchNorm1d(x_seq.shape[2], dtype=real_type(x_seq.dtype), **norm).train(training)
     weight, bias, scale = (options.pop(name, None) for name in ("weight", "bias", "input_scale"))
     given: Any = {**LIF_DEFAULTS, **options, "backend": backend}
@@ -491,7 +503,7 @@ def normalised(x_seq: Tensor, norm: dict[str, Any], training: bool, *, backend: 
 
 
 def batch_norm_call(number: int, shape: Shape) -> Call:
-    """Channels are the second dimension of dims."""
+    """A random call of neurons after a batch normalisation. Channels are the second dimension of dims."""
     random = Random(number)
     dtype = (torch.float32, torch.bfloat16, torch.float32, torch.float64)[number % 4]
     real, channels = real_type(dtype), shape.dims[1]
@@ -520,6 +532,7 @@ def batch_norm_call(number: int, shape: Shape) -> Call:
 
 
 def batch_norm_calls() -> Iterator[Call]:
+    """The recorded calls of neurons after a batch normalisation."""
     shapes = (
         (5, (2, 3, 7)), (4, (10, 3, 128)), (1, (5, 1, 600)), (2, (35, 100)), (1, (5, 200, 3)), (13, (10, 64, 4)),
         (4, (32, 1, 10)), (5, (13, 3, 49)), (1, (4099, 3, 4)), (1, (5, 3, 1024)), (2, (65, 200)), (3, (1366, 4)),
@@ -543,7 +556,7 @@ FAMILIES: dict[str, Callable[[], Iterator[Call]]] = {
 
 
 class Recording:
-    """A launcher that records: starts the emulated kernels."""
+    """A launcher that starts the emulated kernels and records their arguments."""
 
     def __init__(self, emulation: emulated.Emulation) -> None:
         self.library = ctypes.CDLL(os.environ["LD_PRELOAD"])
@@ -564,7 +577,7 @@ class Recording:
 
 
 def record(directory: Path) -> None:
-    """Writes cpu.calls and cuda.calls."""
+    """Writes the recorded calls of each family to `<family>.cpu` and `<family>.cuda` in the directory."""
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)  # fills what is uninitialised with NaN
     recording = Recording(emulated.register())
@@ -587,7 +600,7 @@ def record(directory: Path) -> None:
 
 
 def compared(call: Call, recording: Recording) -> bool:
-    """Runs a call unless roundings might flip a spike of it."""
+    """Compares a call's results with the reference's, unless roundings might flip a spike; returns whether it did."""
     expected = results(call, "reference")
     if not call.exact:
         h_seq = results(call._replace(options={**call.options, "return_h_seq": True}, learned=()), "reference")["h_seq"]

@@ -32,7 +32,7 @@ THREAD = ("-fsanitize=thread", "-DASGL_EMULATE_THREADS")
 
 
 class Kernels(NamedTuple):
-    """The kernels of a program; `own` are flags of their files alone."""
+    """The kernels of a program. `flags` are for all files, `own` for the files of the kernels alone."""
 
     name: str
     flags: tuple[str, ...]
@@ -49,7 +49,7 @@ MORE_JOBS = ((CUDA, THREAD, "small"), (CLONES, ADDRESS, ""))
 
 
 def few_instantiations(directory: Path) -> Path:
-    """A copy of csrc with only the recorded types and surrogates of CPU kernels, which compiles in seconds."""
+    """A copy of csrc whose CPU kernels have only the recorded types and surrogates; it compiles in seconds."""
     csrc = directory / "csrc"
     shutil.rmtree(csrc, ignore_errors=True)
     shutil.copytree(CSRC, csrc)
@@ -94,7 +94,7 @@ def build(kernels: Kernels, program: Path, flags: Sequence[str] = (), csrc: Path
 
 
 def recorded_calls() -> Path:
-    """The directory with recorded calls, of an interpreter of its own unless sources are as they were."""
+    """The directory with recorded calls. If sources have changed, another process records the calls again."""
     sources = [*CSRC.rglob("*.*"), *PROGRAMS.glob("record*"), *EMULATION.glob("*.*")]
     sources += (path for path in (ROOT / "asgl_cuda").rglob("*.py"))
     digest = hashlib.sha256()
@@ -121,11 +121,13 @@ def recorded_calls() -> Path:
 
 
 def calls_for(kernels: Kernels) -> list[Path]:
+    """The files with the recorded calls of these kernels."""
     paths = sorted(recorded_calls().glob("*.cuda" if kernels is CUDA else "*.cpu"))
     return [path for path in paths if kernels is not CLONES or path.stem != "recurrent"]
 
 
 def run(program: Path, *arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs a program; again, without random addresses, if ThreadSanitizer does not start with them."""
     command = [str(program), *map(str, arguments)]
     # A racing program may never end.
     variables = {"TSAN_OPTIONS": "halt_on_error=1", **os.environ, **environment}
@@ -138,11 +140,12 @@ def run(program: Path, *arguments: str | Path, **environment: str) -> subprocess
 
 
 def environment_of(kernels: Kernels) -> dict[str, str]:
-    """Variables of a run under a sanitizer: with fibres, the check of returned locals takes two thirds of the time."""
+    """Variables for a run under a sanitizer. With fibres, checking for returned locals takes two thirds of the time."""
     return {"ASAN_OPTIONS": "detect_stack_use_after_return=0"} if kernels is CUDA else {}
 
 
 def sanitize(kernels: Kernels, flags: Sequence[str], size: str) -> bool:
+    """Replays the recorded calls under a sanitizer; returns whether it found nothing."""
     title = f"{kernels.name} {flags[0]} {size}".strip()
     program = DIRECTORY / title.replace(" ", "_")
     build(kernels, program, ["-O1", "-g1", *flags], CSRC if kernels is CUDA else DIRECTORY / "csrc")
@@ -155,7 +158,7 @@ def sanitize(kernels: Kernels, flags: Sequence[str], size: str) -> bool:
 
 
 def sanitize_spikes(flags: Sequence[str]) -> bool:
-    """Products of spikes at random sizes, by every instruction set; they need no recording."""
+    """Runs products of spikes at random sizes with every instruction set; they need no recording."""
     title = f"spikes {flags[0]}"
     program = DIRECTORY / title.replace(" ", "_")
     sources = [PROGRAMS / "spike_products.cpp", CSRC / "cpu" / "spikes.cpp", CSRC / "cpu" / "packed_spikes.cpp"]

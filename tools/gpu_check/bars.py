@@ -1,4 +1,4 @@
-"""The bars for the speed on a GPU, and whether they are reached: multiples of another row's time in the same run.
+"""Bars for the speed on a GPU, as multiples of the time of another row in the same run, and whether they are reached.
 
 The floor of a kernel is an operation that moves as many bytes: a multiply, or copies.
 """
@@ -25,7 +25,7 @@ Seconds = dict[str, dict[str, float]]  # by row, by part
 
 
 class Bar(NamedTuple):
-    """The result of a goal; `measured` may be missing."""
+    """The result of a goal. `measured` is None if the row or the other row did not run."""
 
     what: str
     goal: str
@@ -34,7 +34,7 @@ class Bar(NamedTuple):
 
 
 class Goal(NamedTuple):
-    """Bounds on the time of a row, as a multiple of the time of another."""
+    """Bounds on the time of one row, in units of `times` times another row's."""
 
     what: str
     part: str
@@ -45,7 +45,7 @@ class Goal(NamedTuple):
     times: float = 1.0  # the other row's time
 
     def bar(self, size: Any, seconds: Seconds) -> Bar:
-        """The result at this size."""
+        """Compares the goal with the measured times at this size."""
         ratio = None
         if self.row in seconds and self.other in seconds:
             ratio = seconds[self.row][self.part] / (self.times * seconds[self.other][self.part])
@@ -57,7 +57,7 @@ class Goal(NamedTuple):
 
 
 def goals(size: Size | Block, with_cupy: bool) -> Iterator[Goal]:
-    """The goals of a judged size or block."""
+    """The goals for a judged size or block."""
     most = MOST if size.dtype == "float32" else dict.fromkeys(MOST, HALF_TYPES)
     if isinstance(size, Block):
         times = size.accesses / COPY_ACCESSES
@@ -83,7 +83,7 @@ def seconds_by_size(benchmark: dict[str, Any]) -> dict[str, Seconds]:
 
 
 def bars(judged: dict[str, Any] | None = None, compiled: dict[str, Any] | None = None) -> list[Bar]:
-    """Results by two runs of the micro-benchmark, the second with torch.compile, as far as they ran."""
+    """The results of all goals, from two runs of the micro-benchmark, the second one with torch.compile."""
     found = []
     if judged is not None:
         with_cupy = importlib.util.find_spec("cupy") is not None

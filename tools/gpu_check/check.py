@@ -44,7 +44,7 @@ class Outcome(NamedTuple):
 
     name: str
     passed: bool
-    ended: str  # in words
+    ended: str  # how the step ended, in words
     complete: bool  # a later run can skip it
     seconds: float
     tests: str | None  # the last line of pytest
@@ -53,7 +53,7 @@ class Outcome(NamedTuple):
 
 
 def run(step: Step, limit: float, log: TextIO, variables: dict[str, str]) -> Outcome:
-    """Prints and logs the output of the step; ends it and its children at the limit."""
+    """Runs a step, and prints and logs its output. Ends the step and its children at the limit, in seconds."""
     started = time.monotonic()
     lines: list[str] = []
 
@@ -130,7 +130,7 @@ def run_all(
     note: Callable[[Outcome], None],
     variables: dict[str, str],
 ) -> bool:
-    """Runs the steps until interrupted; each may take the time left, less the time of later steps.
+    """Runs the steps until interrupted. Each may take the time left of `whole`, less the time of later steps.
 
     Returns whether all have ended.
     """
@@ -148,13 +148,13 @@ def run_all(
 
 
 def last_of_pytest(lines: list[str]) -> str | None:
-    """The line in which pytest counts its tests; none where it was killed."""
+    """The line in which pytest counts its tests; None if pytest was killed before."""
     found = [line for line in lines if re.search(r"\b\d+ (passed|failed|error|skipped)\b.* in [\d.]+s", line)]
     return found[-1].strip("= ") if found else None
 
 
 def failures_in(lines: list[str]) -> list[str]:
-    """The failures in pytest's summary, or, where it was killed, the lines of the tests."""
+    """The failures in pytest's summary, or if pytest was killed, the lines of the tests that failed."""
     listed = [line for line in lines if line.startswith(("FAILED ", "ERROR "))]
     return listed or [line for line in lines if "::" in line and re.search(r"\b(FAILED|ERROR)\b", line)]
 
@@ -163,7 +163,7 @@ def failures_in(lines: list[str]) -> list[str]:
 
 
 class Findings:
-    """gpu_check.json: the steps of this and earlier runs."""
+    """The content of gpu_check.json: the steps of this and earlier runs."""
 
     def __init__(self, file: Path, origin: dict[str, str]) -> None:
         self._file, self._origin = file, origin
@@ -190,9 +190,11 @@ class Findings:
         return None
 
     def is_done(self, name: str) -> bool:
+        """Whether an earlier run completed this step."""
         return name != BUILD and name in self.outcomes and self.outcomes[name].complete
 
     def note(self, outcome: Outcome) -> None:
+        """Adds the outcome of a step, and writes the file."""
         self.outcomes[outcome.name] = outcome
         self.about = outcome.result.pop("machine", None) or self.about
         self.write()
@@ -239,7 +241,7 @@ class Findings:
         )
 
     def failed(self) -> list[str]:
-        """Steps and bars that did not pass."""
+        """The names of the steps and bars that did not pass."""
         return [
             *(outcome.name for outcome in self.outcomes.values() if not outcome.passed),
             *(bar.what for bar in self.bars() if not bar.passed),
@@ -247,7 +249,7 @@ class Findings:
 
 
 def digest() -> str:
-    """A digest of all files on which the results depend."""
+    """A hash of all files on which the results depend."""
     found = hashlib.sha256()
     for folder, kinds in (
         ("asgl_cuda", "*.py"), ("csrc", "*.[ch]*"), ("benchmarks", "*.py"), ("tools", "*.py"), ("tests", "*.py")
@@ -258,7 +260,7 @@ def digest() -> str:
 
 
 def why_not(dry_run: bool) -> str | None:
-    """The missing requirement."""
+    """Why this machine can not run the check, with a remedy, or None."""
     try:
         import torch
     except ImportError as error:
@@ -276,6 +278,7 @@ def why_not(dry_run: bool) -> str | None:
 
 
 def not_writable(out: Path) -> str | None:
+    """Why results can not be written to this folder, or None."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out):
@@ -285,7 +288,7 @@ def not_writable(out: Path) -> str | None:
 
 
 def origin(dry_run: bool) -> dict[str, str]:
-    """The properties that comparable results share."""
+    """The properties that results must share to be comparable."""
     import torch
 
     found = {"code": digest(), "torch": str(torch.__version__), "gpu": "none", "capability": ""}
@@ -298,11 +301,12 @@ def origin(dry_run: bool) -> dict[str, str]:
 
 
 def interrupt(*_: Any) -> None:
+    """Ends the current step as Ctrl-C does."""
     raise KeyboardInterrupt
 
 
 def main() -> int:
-    """Runs the incomplete steps."""
+    """Runs the steps that an earlier run has not completed, and prints the verdicts."""
     parser = argparse.ArgumentParser(prog="python3 -m tools.gpu_check.check", description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path, help="the folder for log.txt and gpu_check.json")
     parser.add_argument("--only", nargs="+", metavar="STEP", help="these steps, such as gpu-tests kernels")
@@ -323,7 +327,7 @@ def main() -> int:
         print(f"gpu-check: {problem}", file=sys.stderr)
         return 1
     wanted = [step for step in todo if step.name in (arguments.only or names)]
-    slower = 10 if arguments.dry_run else 1  # on few cores that others use
+    slower = 10 if arguments.dry_run else 1  # a dry run may have few cores, shared with others
     todo = [step for step in wanted if arguments.again or not findings.is_done(step.name)]
     builds = [step for step in todo if step.name == BUILD]
     todo = [step._replace(seconds=slower * step.seconds) for step in todo if step.name != BUILD]

@@ -1,8 +1,8 @@
 """The time of every kernel of the judged calls, by torch's profiler, and its counters, by Nsight Compute.
 
 The judged calls are the neuron and the block, forward and backward, in every backend of the device. For each kernel:
-launches a call, median microseconds, and necessary bytes a second as a share of the rate of a copy in the same run. On
-a CPU operators stand in for kernels, and small sizes for large ones.
+launches per call, median microseconds, and necessary bytes per second as a fraction of those of a copy in the same run.
+On a CPU, operators stand in for kernels, and small sizes for large ones.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ METRICS = {
 
 
 def fused_rows(size: Size | Block, device: torch.device) -> Iterator[Row]:
-    """The fused rows of every backend of the device."""
+    """The rows of the micro-benchmark for the fused backends of the device."""
     return (row for row in rows_of(size, device) if row.name.startswith("asgl_cuda "))
 
 
@@ -87,7 +87,7 @@ def copy_bandwidth(device: torch.device) -> float:
 
 
 def launches(work: Callable[[], object], device: torch.device) -> dict[str, list[float]]:
-    """Microseconds of the kernels that a function launches, by name, in order of their first launches."""
+    """The microseconds of each launch that a function makes, by kernel, in order of the first launches."""
     cuda = device.type == "cuda"
     with silence(), profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as profiler:
         work()
@@ -105,15 +105,15 @@ def launches(work: Callable[[], object], device: torch.device) -> dict[str, list
 
 
 def kind_of(name: str) -> tuple[str, str]:
-    """The kernel's kind, and its readable name."""
+    """The kernel's kind, as in MOVED, and its readable name."""
     kernel = Kernel.from_symbol(name)
     return STAND_INS.get(name, kernel.kind.split(",")[0].removesuffix(" plain")), str(kernel)
 
 
 def bytes_of(kind: str, size: Size | Block) -> int | None:
-    """The bytes that a kernel must move; None where they are not those of tensors of the layer's size.
+    """The bytes that a kernel must move; None if these are not tensors of the layer's size.
 
-    Sequences, and for neurons a potential at every CHECKPOINT_STEPS-th step but the last.
+    They are sequences, and for neurons a potential at every CHECKPOINT_STEPS-th step but the last.
     """
     if kind not in MOVED:
         return None
@@ -122,7 +122,7 @@ def bytes_of(kind: str, size: Size | Block) -> int | None:
 
 
 def measure(size: Size | Block, device: torch.device, bandwidth: float) -> list[dict[str, Any]]:
-    """One entry for each backend."""
+    """Measures the kernels of a call. Returns one entry for each backend."""
     torch.manual_seed(0)
     inputs = samples(size, device)
     found = []
@@ -168,7 +168,7 @@ def table(measured: dict[str, Any]) -> str:
 
 
 def profiled_once(device: torch.device) -> None:
-    """Makes each call once, warmed up, while Nsight Compute profiles."""
+    """Makes each call once to warm up, and once while Nsight Compute profiles."""
     for size in sweep("judged", device):
         sample = samples(size, device)[0]
         for row in fused_rows(size, device):
@@ -182,7 +182,7 @@ def profiled_once(device: torch.device) -> None:
 
 
 def ncu_command(ncu: str, log: Path) -> list[str]:
-    """The profiling command; leaves clocks alone, since other processes may use the card."""
+    """The command of Nsight Compute. It leaves the clocks alone, since other processes may use the card."""
     return [
         ncu, "--csv", "--log-file", str(log), "--print-units", "base", "--metrics", ",".join(METRICS),
         "--clock-control", "none", "--profile-from-start", "off", "--target-processes", "all",
@@ -210,7 +210,7 @@ def counters(lines: Iterable[str]) -> list[dict[str, Any]]:
 def counted_by(ncu: str) -> list[dict[str, Any]]:
     """The counters of every launch, in order, as far as they were written before a failure.
 
-    Raises PermissionError where this user may not count.
+    Raises PermissionError if this user may not read counters.
     """
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "ncu.csv"

@@ -31,6 +31,7 @@ REPEATS = 7
 
 
 def layers(device: torch.device, backend: str) -> dict[str, nn.Module]:
+    """The layers to measure, by name."""
     options: dict[str, Any] = {"analog_prob": ANALOG_PROB, "backend": backend}
     learns_all = asgl_cuda.LIF(SHAPE[2], granularity="channel", learn_decay=True, learn_threshold=True, **options)
     return {
@@ -49,13 +50,14 @@ def layers(device: torch.device, backend: str) -> dict[str, nn.Module]:
 
 
 def shape_for(layer: nn.Module) -> tuple[int, ...]:
+    """The shape of the input of a layer."""
     return RECURRENT_SHAPE if isinstance(layer, asgl_cuda.RecurrentLIF) else SHAPE
 
 
 def training_step(
     layer: nn.Module, device: torch.device, residual: bool = False, compiled: bool = False
 ) -> Callable[[], Any]:
-    """A function that computes spikes, and gradients of the inputs and parameters."""
+    """Returns a function that computes spikes, and the gradients of the inputs and parameters."""
     shape = shape_for(layer)
     inputs = [torch.randn(shape, device=device, requires_grad=True) for _ in range(1 + residual)]
     grad = torch.randn(shape, device=device)
@@ -98,6 +100,7 @@ def replayed(step: Callable[[], Any]) -> Callable[[], Any]:
 def variants(
     layer: nn.Module, device: torch.device, residual: bool, compiled: bool
 ) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """A compiled training step, or the step in eager mode and on a GPU as a CUDA graph, each with its name."""
     if compiled:
         yield COMPILED, training_step(layer, device, residual, compiled=True)
         return
@@ -107,7 +110,7 @@ def variants(
 
 
 def measure(step: Callable[[], Any], device: torch.device) -> dict[str, Any]:
-    """Median microseconds of a step among many in a row, and its launches."""
+    """The median microseconds of a step among many in succession, and its launches."""
     for _ in range(3):  # compiles, records
         step()
     timer = Timer("step()", globals={"step": step}, num_threads=torch.get_num_threads())

@@ -44,7 +44,7 @@ if device == "cpu" or torch.cuda.is_available():
 
 
 def extension_problem(device: str, architecture: str) -> str | None:
-    """Why the extension must be built; None where it works."""
+    """Why the extension must be built; None if it works."""
     result = subprocess.run(
         [sys.executable, "-c", PROBE, device, architecture], cwd=ROOT, capture_output=True, text=True, check=False
     )
@@ -52,7 +52,7 @@ def extension_problem(device: str, architecture: str) -> str | None:
 
 
 def build(architecture: str) -> bool:
-    """Builds in place, for this GPU alone; returns whether it succeeded."""
+    """Builds the extension in place, for one architecture; returns whether it succeeded."""
     environment = {**os.environ, "ASGL_CUDA_BUILD": "cuda", "TORCH_CUDA_ARCH_LIST": architecture}
     if importlib.util.find_spec("setuptools") is None:
         print(f"compilation needs setuptools, which {sys.executable} lacks", flush=True)
@@ -67,7 +67,7 @@ def build(architecture: str) -> bool:
 
 
 def ready(device: str, architecture: str) -> str | None:
-    """Builds the extension where necessary; returns its problem, if one remains."""
+    """Builds the extension if needed; returns its problem, if one remains."""
     problem = extension_problem(device, architecture)
     if problem is None or device == "cpu":
         return problem
@@ -78,7 +78,7 @@ def ready(device: str, architecture: str) -> str | None:
 
 
 def fill_cache(architecture: str) -> int:
-    """Compiles all kernels that the backend cupy can request; returns the count."""
+    """Compiles all kernels that the backend `cupy` can request, and returns their number."""
     major, minor = map(int, architecture.split("."))
     compiled = partial(cupy.load_or_compile, architecture=cupy.target_architecture((major, minor)))
     # Spawned: a fork would inherit torch's threads, CUDA context, and an extension from before `build`.
@@ -87,7 +87,7 @@ def fill_cache(architecture: str) -> int:
 
 
 def main() -> int:
-    """Builds where necessary, then fills the cache."""
+    """Builds the extension if needed, then fills the cache."""
     parser = parser_of("tools.gpu_check.prepare", __doc__)
     parser.add_argument("--architecture", metavar="X.Y", help="compute capability (default: this GPU's)")
     parser.add_argument("--device", default="cuda", help="cuda, or cpu to try the program (default cuda)")

@@ -1,6 +1,7 @@
-"""Small calls that launch each kind of kernel, for compute-sanitizer, which slows them down a hundredfold.
+"""Small calls that launch each kind of kernel, for compute-sanitizer, which makes calls a hundred times as slow.
 
-Both mappings of neurons to threads, with tails, checkpoints and sums of every kind. On a CPU it tries itself.
+They use one and four neurons per thread, with tails, checkpoints and sums of every kind. On a CPU they only test this
+program.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def inputs(device: torch.device) -> Iterator[Tensor]:
 
 
 def calls(x_seq: Tensor, backend: str) -> Iterator[tuple[str, Callable[[], Tensor], list[Tensor]]]:
-    """Each with a name and the tensors that get gradients."""
+    """The calls, each with a name and the tensors that get gradients."""
     steps, _, channels, length = x_seq.shape
     real = torch.float64 if x_seq.dtype == torch.float64 else torch.float32
 

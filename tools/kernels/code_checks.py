@@ -1,4 +1,4 @@
-"""Operations in the PTX of compiled kernels that are rounded unlike the reference's; ptxas changes none."""
+"""Finds operations in the PTX of compiled kernels that are rounded unlike the reference's; ptxas changes none."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .cuda_code import Kernel, kernel_of
 
 
 def ptx_problems(ptx: str) -> Iterator[str]:
-    """The faults of all kernels of a module."""
+    """The faults of all kernels of a PTX module."""
     opcode = re.compile(r"^\s*(?:@!?%\w+\s+)?([a-z]\w*(?:[.:]+\w+)*)\b[^;]*;", re.MULTILINE)
     _, *parts = re.split(r"\.entry\s+(\w+)", ptx)
     for symbol, body in zip(parts[::2], parts[1::2], strict=True):
@@ -35,7 +35,7 @@ ROUNDED = ("add", "sub", "mul", "div", "rcp", "sqrt")
 
 
 def arithmetic_fault(opcode: str, kernel: Kernel) -> str | None:
-    """The opcode's fault in the kernel, if any."""
+    """What is wrong with an opcode in this kernel, or None."""
     operation, _, kind = opcode.rpartition(".")
     name, *modifiers = operation.split(".")
     if operation in SURROGATE_OPERATIONS.get(kernel.surrogate, ()):
@@ -58,6 +58,7 @@ def arithmetic_fault(opcode: str, kernel: Kernel) -> str | None:
 
 
 def arithmetic_problems(kernel: Kernel, opcodes: Iterable[str]) -> Iterator[str]:
+    """What is wrong with the opcodes of a kernel, each with its number of occurrences."""
     for opcode, times in sorted(Counter(opcodes).items()):
         fault = arithmetic_fault(opcode, kernel)
         if fault is not None:

@@ -39,7 +39,7 @@ ALONE = {
 
 
 def kind_of(name: str, arguments: list[str]) -> str | None:
-    """The kind by the template arguments without type, surrogate and reset; None of an unknown kernel."""
+    """The kind of a kernel by its template arguments without type, surrogate and reset; None for an unknown kernel."""
 
     def several(count: str, what: str) -> str:
         return f"{count} {what}{'' if count == '1' else 's'}"
@@ -60,7 +60,7 @@ def kind_of(name: str, arguments: list[str]) -> str | None:
 
 
 class Kernel(NamedTuple):
-    """One instantiation; `surrogate` and `reset` are empty in kernels without a neuron."""
+    """An instantiation of a kernel template. `surrogate` and `reset` are empty in kernels without a neuron."""
 
     kind: str
     dtype: str
@@ -72,7 +72,7 @@ class Kernel(NamedTuple):
 
     @classmethod
     def from_symbol(cls, demangled: str) -> Kernel:
-        """Reads `void asgl::lif_forward_kernel<float, asgl::LIF<(asgl::Surrogate)0, true>, 4, (asgl::Input)2>(...)`."""
+        """Parses `void asgl::lif_forward_kernel<float, asgl::LIF<(asgl::Surrogate)0, true>, 4, (asgl::Input)2>(.)`."""
         match = re.match(r"void asgl::(\w+)<(.*?)>\(", demangled)
         if match is None:
             return cls(demangled, "")
@@ -89,7 +89,7 @@ class Kernel(NamedTuple):
 
 
 class Usage(NamedTuple):
-    """The report of ptxas on one kernel for one architecture: registers a thread, the rest in bytes."""
+    """The report of ptxas on a kernel for one architecture: registers per thread, and bytes of the rest."""
 
     registers: int
     shared: int
@@ -103,7 +103,7 @@ class Usage(NamedTuple):
 
 
 def run(command: Iterable[str | Path]) -> str:
-    """Standard output and error of a command that must succeed."""
+    """Runs a command that must succeed. Returns its output and errors."""
     words = [str(word) for word in command]
     result = subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
     if result.returncode != 0:
@@ -112,7 +112,7 @@ def run(command: Iterable[str | Path]) -> str:
 
 
 class Nvcc:
-    """The compiler; `Nvcc.find()` is None without one."""
+    """The compiler nvcc."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -123,6 +123,7 @@ class Nvcc:
 
     @classmethod
     def find(cls) -> Nvcc | None:
+        """The nvcc of the variable NVCC or on the PATH; None without one."""
         path = shutil.which(os.environ.get("NVCC", "nvcc"))
         return cls(path) if path else None
 
@@ -138,17 +139,18 @@ class Nvcc:
 
     @property
     def include(self) -> Path:
-        """The directory of cuda_runtime.h, which only the real nvcc behind a wrapper knows."""
+        """The directory of cuda_runtime.h. If nvcc is a wrapper script, only the nvcc that it calls knows it."""
         dry = run([self.path, "-v", "--dryrun", "-c", "-x", "cu", os.devnull, "-o", os.devnull])
         return Path(re.search(r'INCLUDES="-I([^"]+)"', dry)[1].strip())
 
     def _virtual_for(self, architecture: int) -> int:
+        """The architecture of the PTX from which an architecture is compiled."""
         return max(v for v in self._virtual if v <= architecture)
 
     def to_ptx(self, source: Path, directory: Path, architectures: Iterable[int]) -> list[Path]:
-        """Writes the host's `<name>.o`, and `<name>.compute_80.ptx` and others that the architectures need.
+        """Compiles a source to the object `<name>.o` for the host, and to `<name>.compute_80.ptx` and others as needed.
 
-        Returns the paths of the latter.
+        Returns the paths of the PTX files.
         """
         needed = sorted({self._virtual_for(each) for each in architectures})
         virtual = [f"-gencode=arch=compute_{v},code=compute_{v}" for v in needed]
@@ -169,10 +171,12 @@ class Nvcc:
 
 @lru_cache
 def _demangled(symbol: str) -> str:
+    """The C++ name of a symbol."""
     return run(["c++filt", symbol]).strip()
 
 
 def kernel_of(symbol: str) -> Kernel:
+    """The kernel with this symbol."""
     return Kernel.from_symbol(_demangled(symbol))
 
 
@@ -185,7 +189,7 @@ _REPORT = re.compile(
 
 
 def reported_usages(log: str) -> dict[str, Usage]:
-    """The report of ptxas, by symbol."""
+    """Parses the reports of ptxas in a log, by symbol."""
     return {
         match["symbol"]: Usage(
             *(int(match[key] or 0) for key in ("registers", "shared", "stack", "stores", "loads")),

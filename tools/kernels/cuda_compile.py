@@ -44,6 +44,7 @@ CHUNK = 24
 
 
 def file_problems(ptx: Path) -> list[str]:
+    """The faults of a PTX file."""
     return [f"{ptx.name}: {problem}" for problem in ptx_problems(ptx.read_text())]
 
 
@@ -65,7 +66,7 @@ def compile_ops(nvcc: Nvcc, directory: Path) -> None:
 
 
 def named_kernels(types: Sequence[str]) -> dict[Kernel, str]:
-    """The kernels that the operators may start, and their C++ expressions."""
+    """The kernels that the operators may start, with their C++ expressions."""
     named = {Kernel.from_symbol(f"void {name}("): name for name in launcher.kernel_names()}
     return {kernel: name for kernel, name in named.items() if kernel.dtype in types}
 
@@ -74,7 +75,7 @@ def named_kernels(types: Sequence[str]) -> dict[Kernel, str]:
 
 
 def compile_by_nvrtc(architecture: int, kernels: list[str]) -> tuple[dict[str, Usage], list[str]]:
-    """Usages by symbol, and the faults of the PTX."""
+    """Compiles kernels with NVRTC. Returns their usages by symbol, and the faults of their PTX."""
     with cupy.compiled_program(kernels, f"sm_{architecture}", "-Xptxas=-v") as program:
         log, ptx = cupy._nvrtc().getProgramLog(program), cupy._nvrtc().getPTX(program).decode()
     return reported_usages(log), [f"NVRTC, sm_{architecture}: {problem}" for problem in ptx_problems(ptx)]

@@ -24,18 +24,20 @@ Sections = dict[str, list[Row]]  # by heading
 
 
 def section_and_name(kernel: Kernel) -> tuple[str, str]:
-    """The row that counts the kernel."""
+    """The heading and the row under which the kernel is counted."""
     if kernel.dtype in LISTED_DTYPES and kernel.surrogate in LISTED_SURROGATES:
         return f"{kernel.dtype}, {kernel.surrogate}", f"{kernel.kind}, {kernel.reset}"
     return OTHERS, ", ".join((kernel.kind, *("any",) * (kernel.reset == "any reset"), kernel.dtype))
 
 
 def reading_order(kernel: Kernel) -> tuple[Any, ...]:
+    """The key by which kernels are sorted on the page."""
     numbers = [int(number) for number in re.findall(r"\d+", kernel.kind)]
     return kernel.dtype, kernel.surrogate, kernel.kind[0] == "b", re.sub(r"\d+", "", kernel.kind), numbers, kernel.reset
 
 
 def sections(resources: Resources) -> Sections:
+    """The rows of the page, by heading."""
     groups: dict[tuple[str, str], list[dict[int, Usage]]] = defaultdict(list)
     for kernel in sorted(resources, key=reading_order):
         groups[section_and_name(kernel)].append(resources[kernel])
@@ -77,12 +79,12 @@ class Findings(NamedTuple):
 
 
 def spills_in(rows: Iterable[Row]) -> set[tuple[str, str]]:
-    """Kernel and architecture of each spill or stack."""
+    """The kernel and architecture of each row with a spill or a stack."""
     return {(row[""], architecture) for row in rows for architecture in row["architectures"].split()}
 
 
 def compare(now: Sections, version: str, committed: dict[str, Any]) -> Findings:
-    """Compares this nvcc version's figures with the committed figures."""
+    """Compares the figures of this version of nvcc with the committed ones."""
     problems, notes = [], []
     before = {(section, row[""]): row for section, rows in committed["sections"].items() for row in rows}
     for section, row in ((section, row) for section, rows in now.items() if section != SPILLS for row in rows):
@@ -99,7 +101,7 @@ def compare(now: Sections, version: str, committed: dict[str, Any]) -> Findings:
 
 
 def same_code_problems(resources: Resources) -> Iterator[str]:
-    """Differences within SAME_CODE, of the compiled architectures."""
+    """Differences between architectures that SAME_CODE says are equal, as far as they were compiled."""
     for kernel, usages in resources.items():
         for architecture, other in compilation.SAME_CODE.items():
             if architecture in usages and other in usages and usages[architecture] != usages[other]:
@@ -134,6 +136,7 @@ On sm_120 all may have: NVRTC makes PTX for compute_120, nvcc for compute_80.
 
 
 def text(figures: dict[str, Any]) -> str:
+    """The page as Markdown."""
     parts = [INTRODUCTION.format(version=figures["nvcc"], flags=" ".join(figures["flags"]))]
     for section, rows in figures["sections"].items():
         body = table(rows[0], (map(str, row.values()) for row in rows), 1 + (section == SPILLS)) if rows else "None.\n"

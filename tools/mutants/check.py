@@ -1,7 +1,7 @@
 """Seeds the mistakes of table.py, one at a time, and runs their tests: `python -m tools.mutants.check [names]`.
 
-Without names, the mistakes in kernels and launchers follow, which tests/tools seeds. build/mutants.md then has what
-found each.
+Without names, the mistakes in kernels and launchers follow, which tests/tools seeds. build/mutants.md then lists the
+test that found each mistake.
 """
 
 import argparse
@@ -33,7 +33,7 @@ TABLE = ROOT / "build" / "mutants.md"
 
 
 class Notes:
-    """A plugin of pytest: writes down tests that fail, and properties of tests, mistakes and what shows them."""
+    """A plugin of pytest that writes down which tests fail, and the mistakes that tests report as properties."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
@@ -52,7 +52,7 @@ class Notes:
 
 
 def mutated(mutant: Mutant, root: Path) -> tuple[Path, str]:
-    """The file of asgl_cuda in `root` that has the text, and its content with the mistake."""
+    """The file of asgl_cuda in `root` that contains the text, and its content with the mistake."""
     texts = {path: path.read_text() for path in sorted((root / "asgl_cuda").rglob("*.py"))}
     times = {path: text.count(mutant.old) for path, text in texts.items() if mutant.old in text}
     if sum(times.values()) != 1:
@@ -63,9 +63,9 @@ def mutated(mutant: Mutant, root: Path) -> tuple[Path, str]:
 
 
 def run_tests(directory: Path, *arguments: str, root: Path | None = None, seconds: int = SECONDS) -> int:
-    """The status of pytest in a fork of this process: 0 where tests pass, 1 where one fails, or a negative signal.
+    """Runs pytest in a fork. Returns 0 if tests pass, 1 if one fails, or the negative number of a signal.
 
-    The tests are those in `root`, by default in the directory, which gets `output` and `notes`.
+    The tests are those in `root`, by default in the directory, which gets the files `output` and `notes`.
     """
     root = root or directory
     sys.stdout.flush()
@@ -85,12 +85,12 @@ def run_tests(directory: Path, *arguments: str, root: Path | None = None, second
 
 
 def selected(file: str, words: str) -> list[str]:
-    """Arguments of pytest, which ends at the first failure."""
+    """The arguments that select tests of a file; pytest ends at the first failure."""
     return ["-x", f"tests/{file}", *(["-k", words] if words else [])]
 
 
 def copied(directory: Path) -> Path:
-    """A copy of the repository, without what is built or downloaded."""
+    """Copies the repository, without built and downloaded files."""
     ignored = shutil.ignore_patterns(".*", "__pycache__", "build", "dist", "docs", "*.egg-info")
     copy = shutil.copytree(ROOT, directory / "repository", ignore=ignored)
     # By content, since files change within a second.
@@ -99,7 +99,7 @@ def copied(directory: Path) -> Path:
 
 
 def fails_without(directory: Path, mutants: Iterable[Mutant]) -> dict[str, int]:
-    """Status of pytest by test file, where tests of the mutants fail without any."""
+    """The status of pytest for each test file of the mutants that fails without any mistake."""
     words: dict[str, list[str]] = {}
     for mutant in mutants:
         file, _, expression = mutant.tests.partition(" ")
@@ -114,7 +114,7 @@ def fails_without(directory: Path, mutants: Iterable[Mutant]) -> dict[str, int]:
 
 
 def check(directory: Path, mutant: Mutant) -> str:
-    """What found it, `SURVIVED`, or why the tests say nothing."""
+    """Seeds a mistake. Returns the test that found it, `SURVIVED`, or why the tests say nothing."""
     try:
         file, text = mutated(mutant, directory)
     except ValueError as error:
@@ -135,7 +135,7 @@ def check(directory: Path, mutant: Mutant) -> str:
 
 
 def check_kernels(directory: Path) -> dict[str, str]:
-    """The same of each mistake in kernels and launchers; a test that fails is a row of its own."""
+    """The same for all mistakes in kernels and launchers. A test that fails otherwise has a row of its own."""
     os.environ.pop("ASGL_TEST_BACKENDS")
     status = run_tests(directory, *KERNELS, "-m", "slow", root=ROOT, seconds=6 * 3600)
     print((directory / "output").read_text())

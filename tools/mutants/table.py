@@ -19,7 +19,7 @@ MUTANTS = {
         'fed @ weight.T) + 0 * bias)', "neurons/test_recurrent_lif.py plain_loop"),
     "recurrent: detached spikes are not": Mutant('fed = detached(s) if detach_recurrent else s',
         'fed = s', "neurons/test_features.py equals and recurrent"),
-    "recurrent: all steps draw the same noise": Mutant('SEED_OF_STEP * is_seed',
+    "recurrent: all steps draw the same noise": Mutant('SEED_PER_STEP * is_seed',
         '0', "neurons/test_recurrent_lif.py steps_are"),
     "recurrent: autocast changes products": Mutant(
         'torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()',

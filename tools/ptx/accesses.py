@@ -34,7 +34,7 @@ BACKEND = "traced"
 
 
 class Sectors(NamedTuple):
-    """Sectors touched, and the fewest for as many bytes."""
+    """The number of sectors touched, and the smallest number for as many bytes."""
 
     touched: int = 0
     fewest: int = 0
@@ -46,7 +46,7 @@ class Sectors(NamedTuple):
 
 
 class Counts(NamedTuple):
-    """The sectors of a kernel's accesses to sequences, and to all else."""
+    """The sectors of a kernel's accesses to sequences, and to all other memory."""
 
     loads: Sectors = Sectors()
     stores: Sectors = Sectors()
@@ -55,7 +55,7 @@ class Counts(NamedTuple):
 
 
 def warp_accesses(accesses: Iterable[Access]) -> Iterator[list[Access]]:
-    """The accesses of a warp at once: the n-th execution of an instruction by each of its threads."""
+    """Groups the accesses of a warp: the n-th executions of an instruction by its threads are one access."""
     times: Counter[Any] = Counter()
     together: dict[Any, list[Access]] = defaultdict(list)
     for access in accesses:
@@ -66,14 +66,14 @@ def warp_accesses(accesses: Iterable[Access]) -> Iterator[list[Access]]:
 
 
 def sectors(at_once: Iterable[Access]) -> Sectors:
-    """Threads that read the same address need its bytes once."""
+    """Counts the sectors of one access of a warp. Threads that read the same address need its bytes once."""
     size = {access.address: access.bytes for access in at_once}
     touched = {byte // SECTOR_BYTES for first, count in size.items() for byte in (first, first + count - 1)}
     return Sectors(len(touched), -(-sum(size.values()) // SECTOR_BYTES))
 
 
 def count(accesses: Iterable[Access], sequences: Iterable[range]) -> Counts:
-    """`sequences`: address ranges."""
+    """Counts the sectors of all accesses; `sequences` are address ranges."""
     found = [Sectors()] * len(Counts._fields)
     for at_once in warp_accesses(accesses):
         first = at_once[0]
@@ -86,7 +86,7 @@ def count(accesses: Iterable[Access], sequences: Iterable[range]) -> Counts:
 
 
 class Case(NamedTuple):
-    """Kernels of a training step, by prefixes of their names; `one`: with one neuron a thread."""
+    """A training step, and the kernels of it, by prefixes of their names. `one`: with one neuron per thread."""
 
     kernels: tuple[str, ...]
     dtype: torch.dtype
@@ -161,6 +161,7 @@ def _decay(*shape: int) -> Callable[[Tensor, dict[str, Any]], Any]:
 
 
 def cases(dtypes: Iterable[torch.dtype] = TYPES) -> Iterator[Case]:
+    """The cases of the page."""
     for dtype in dtypes:
         if dtype != torch.float64:
             for steps in STEPS:
@@ -277,6 +278,7 @@ def figures(rows: Iterable[Row]) -> dict[str, list[dict[str, Any]]]:
 
 
 def text(found: dict[str, list[dict[str, Any]]]) -> str:
+    """The page as Markdown."""
     parts = [INTRODUCTION]
     for dtype, rows in found.items():
         cells = (

@@ -45,7 +45,7 @@ SOURCES = [HERE / "machine.h", HERE / "arithmetic.h", HERE / "run.cpp", *sorted(
 
 
 def missing() -> str | None:
-    """Why PTX can't be compiled or run here."""
+    """Why PTX can't be compiled or run here, or None."""
     if compiler() is None:
         return "no C++ compiler"
     if extension.problem is not None:
@@ -55,7 +55,7 @@ def missing() -> str | None:
 
 
 def compiled(cpp: Callable[[], str] | Path, *parts: str) -> Path:
-    """The shared library of C++ code, cached under a digest of `parts`, which identify the code, and of all sources."""
+    """The shared library of C++ code, cached by a digest of `parts`, which identify the code, and of all sources."""
     digest = hashlib.sha256("\0".join((*parts, *map(str, compiler() or ()), *FLAGS)).encode())
     for source in (*SOURCES, Path(__file__).with_name("to_cpp.py")):
         digest.update(source.read_bytes())
@@ -77,13 +77,13 @@ def compiled(cpp: Callable[[], str] | Path, *parts: str) -> Path:
 
 
 def by_nvrtc(kernel: str, architecture: str, *options: str) -> str:
-    """The PTX of one kernel, as the backend `cupy` compiles it."""
+    """The PTX of one kernel, compiled as in the backend `cupy`."""
     (binary,), _ = cupy.compile_kernels([kernel], architecture, *options)
     return binary.image.rstrip(b"\0").decode()
 
 
 class Range(ctypes.Structure):
-    """The addresses of a buffer."""
+    """The address range of a buffer."""
 
     _fields_ = (("begin", ctypes.c_uint64), ("end", ctypes.c_uint64))
 
@@ -105,7 +105,7 @@ _RECEIVER = ctypes.CFUNCTYPE(
 
 
 class Machine:
-    """The library of run.cpp, and its settings."""
+    """The library of run.cpp, which runs translated kernels, and its settings."""
 
     def __init__(self) -> None:
         self._library = ctypes.CDLL(str(compiled(HERE / "run.cpp", "run")))
@@ -122,7 +122,7 @@ class Machine:
         size: int,
         buffers: set[tuple[int, int]],
     ) -> str | None:
-        """Returns the problem, if any."""
+        """Runs a kernel. Returns the problem, if any."""
         if size != kernel.param_bytes:
             return f"its parameters take {kernel.param_bytes} bytes, got {size}"
         if threads > kernel.most_threads:
@@ -135,7 +135,7 @@ class Machine:
         return None if problem is None else problem.decode()
 
     def take_accesses(self) -> list[Access]:
-        """The traced accesses since the last call, in the order of each thread."""
+        """Returns and forgets the traced accesses, in the order of each thread."""
         accesses: list[Access] = []
 
         def receive(where, *values):
@@ -195,7 +195,7 @@ _EXACT_IDS = {SURROGATES[each].id for each in EXACT_SURROGATES}
 
 
 def is_chosen(kernel: str, surrogate: int | None) -> bool:
-    """Whether a launch is executed by default, in a call with this surrogate, if any."""
+    """Whether launches of this kernel are executed by default, in a call with this surrogate, if any."""
     if "asgl::LIF<" in kernel:
         return any(kinds in kernel for kinds in _CHOSEN_KINDS)
     return surrogate in {None, *_EXACT_IDS}

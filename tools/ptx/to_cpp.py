@@ -1,7 +1,7 @@
-"""Translates PTX, as NVRTC and nvcc compile it from the CUDA kernels, to portable C++.
+"""Translates the PTX that NVRTC and nvcc make of the CUDA kernels to portable C++.
 
-A register becomes a variable, a label a label, an instruction a call of the function of its name in arithmetic.h or
-machine.h. Unknown statements are errors.
+A register becomes a variable, a label a label, and an instruction a call of the function with its name in arithmetic.h
+or machine.h. Unknown statements are errors.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _KEYWORDS = frozenset(("and", "or", "xor", "not"))
 
 
 class UnknownPTXError(Exception):
-    """PTX unknown to the translator."""
+    """Raised for PTX that the translator does not know."""
 
 
 @dataclass
@@ -47,7 +47,7 @@ class Kernel:
 
 
 def kernels(ptx: str) -> dict[str, Kernel]:
-    """Every kernel of a module, by symbol."""
+    """The kernels of a PTX module, by symbol."""
     text = re.sub(r"//[^\n]*", "", ptx)
     found: dict[str, Kernel] = {}
     entries = list(_ENTRY.finditer(text))
@@ -81,6 +81,7 @@ def known_instructions() -> frozenset[str]:
 
 
 def to_cpp(kernel: Kernel) -> str:
+    """The C++ code of a kernel."""
     return _Translation(kernel).cpp()
 
 
@@ -264,7 +265,7 @@ def _same(register: str, wanted: str | None) -> bool:
 
 
 def _integer(value: int) -> str:
-    """A literal; C++ has none for -2^63."""
+    """A C++ literal; C++ has none for -2^63."""
     if not -(2**63) <= value < 2**64:
         raise UnknownPTXError(f"{value} has more than 64 bits")
     value = value - 2**64 if value >= 2**63 else value
@@ -283,5 +284,5 @@ def _name(text: str) -> str:
 
 
 def _split(operands: str) -> list[str]:
-    """Operands; a group in braces or brackets is one."""
+    """Splits operands; a group in braces or brackets is one operand."""
     return [each.strip() for each in re.findall(r"(?:\{[^}]*\}|\[[^\]]*\]|[^,{\[])+", operands) if each.strip()]

@@ -1,6 +1,6 @@
-"""The compiled extension that is installed with the package: loaded if it fits this process, else the reason.
+"""Loads the compiled extension that is installed with the package, if it fits this process.
 
-`compilation` builds it, for setup.py; `build_notes` are what it is compared with before it is mapped.
+`compilation` builds the extension, for setup.py. `build_notes` reads and writes what is checked before it is loaded.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ PACKAGE = Path(__file__).parents[2]
 
 
 def source_directory() -> Path | None:
-    """The folder of the sources, in the package or in a checkout beside it. None if they are gone."""
+    """The folder of the C++ sources, in the package or in a checkout beside it. None if they are missing."""
     folders = (PACKAGE / "csrc", PACKAGE.parent / "csrc")
     return next((path for path in folders if (path / "ops/bindings.cpp").is_file()), None)
 
@@ -39,7 +39,7 @@ def missing_sources_message() -> str:
 
 
 def _misfit(info: BuildInfo) -> str | None:
-    """Why the extension does not fit this torch or these sources, or None. Any torch of its release series fits."""
+    """Why the extension does not fit this torch or these sources, or None. Any torch of the same series fits."""
     if build_notes.release_series(info.torch_version) != build_notes.release_series(torch.__version__):
         name = f"asgl_cuda {__version__}+{build_notes.local_version(info.torch_version, info.cuda)}"
         return f"{name} was built for torch {info.torch_version}, and this is torch {torch.__version__}"
@@ -50,7 +50,7 @@ def _misfit(info: BuildInfo) -> str | None:
 
 
 def load_extension() -> tuple[ModuleType | None, BuildInfo | None, str | None]:
-    """The extension, its notes, and None; or None, None, and the reason with a remedy."""
+    """Loads the extension. Returns it, its notes and None; or None, None, and the problem with a remedy."""
     if not (PACKAGE / NOTES).exists():
         others = [path.name for path in PACKAGE.glob("_C.*")]
         why = f"{', '.join(others)} in {PACKAGE} has no {NOTES} beside it: its build did not end" if others else None
@@ -82,4 +82,5 @@ def _import_file(path: Path) -> ModuleType:
     return module
 
 
+# The extension and its notes, or None, and the problem with a remedy.
 module, build_info, problem = load_extension()

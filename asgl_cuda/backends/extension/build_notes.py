@@ -1,8 +1,9 @@
 """Notes beside a compiled extension: the torch that it fits, its sources, its size and checksum.
 
-They are compared before the extension is mapped, since some extensions end the process that maps them: a file that was
-cut off (SIGBUS), and one whose operators have other arguments than those of ops.py (SIGABRT). Notes are data, read
-without executing them. The module needs Python alone: setup.py loads it where the package can't be imported.
+They are checked before the extension is loaded, because some extensions end the process that loads them: a file that
+was cut off (SIGBUS), and one whose operators have other arguments than those of ops.py (SIGABRT). Notes are JSON, so
+that damaged ones execute nothing. This module imports only the standard library, because setup.py loads it where the
+package can't be imported.
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ SOURCES = ("*.cpp", "*.cu", "*.cuh", "*.h")
 
 
 class BuildInfo(NamedTuple):
-    """The notes."""
+    """The notes about an extension."""
 
     torch_version: str
     cuda: str | None  # the toolkit and the architectures that the CUDA kernels were compiled by and for
     reason: str  # why it was built with or without CUDA
     sources: str  # digest_of_build at build time
-    size: int
-    checksum: int
+    size: int  # bytes of the extension's file
+    checksum: int  # CRC-32 of this file
 
     def code_for(self, capability: tuple[int, int]) -> str | None:
         """The code for a GPU of this compute capability, such as sm_86 or compute_80; None if there is none.
@@ -50,7 +51,7 @@ def release_series(torch_version: str) -> str:
 
 
 def local_version(torch_version: str, cuda: str | None) -> str:
-    """The torch that an extension fits, in the version of its wheel: torch2.13.cpu, torch2.13.cu130."""
+    """The local version of a wheel, which names the torch that it fits: torch2.13.cpu, torch2.13.cu130."""
     build = (torch_version.partition("+")[2] or "cuda") if cuda else "cpu"
     return f"torch{release_series(torch_version)}.{build}"
 
@@ -65,20 +66,20 @@ def digest_of_sources(directory: Path) -> bytes:
 
 
 def digest_of_build(csrc: Path, backends: Path) -> str:
-    """Names the sources and how the extension is compiled from them; `backends` is the folder of that name."""
+    """A hash of the sources and of compilation.py, which compiles them; `backends` is the folder of that name."""
     how = (backends / "extension" / "compilation.py").read_bytes()
     return hashlib.sha256(digest_of_sources(csrc) + how).hexdigest()[:16]
 
 
 def write_notes(directory: Path, torch_version: str, cuda: str | None, reason: str, sources: str) -> None:
-    """Notes about the extension there."""
+    """Writes the notes about the extension in this directory."""
     content = (directory / EXTENSION).read_bytes()
     info = BuildInfo(torch_version, cuda, reason, sources, len(content), zlib.crc32(content))
     (directory / NOTES).write_text(json.dumps(info._asdict(), indent=2) + "\n", encoding="utf-8")
 
 
 def read_notes(directory: Path) -> BuildInfo:
-    """Reads the notes. Raises OSError if there are none, ValueError if notes or extension are damaged."""
+    """Reads the notes and checks the extension. Raises OSError without notes, ValueError if a file is damaged."""
     notes, extension = directory / NOTES, directory / EXTENSION
     try:
         info = BuildInfo(**json.loads(notes.read_text(encoding="utf-8")))

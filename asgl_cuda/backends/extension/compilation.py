@@ -1,10 +1,11 @@
-"""How setup.py compiles the extension. Imported where the package can't be: of it, build_notes.py alone.
+"""Compiles the extension, for setup.py, which can't import the package. Imports only build_notes.py of it.
 
-ASGL_CUDA_BUILD: cuda, the kernels for CPU and GPU; cpu, only those for the CPU. Without it, cuda where the installed
-torch and a toolkit allow that, a GPU or not; else cpu.
-TORCH_CUDA_ARCH_LIST, such as "8.0;9.0+PTX": the GPUs; without it, those that the installed torch was built for, from
-sm_75 on, as far as nvcc knows them. Newer GPUs have PTX. Architectures with the same code are compiled once.
-MAX_JOBS: files at a time; without it, one per core, as far as memory suffices.
+Environment variables:
+ASGL_CUDA_BUILD is cuda for the kernels for CPU and GPU, or cpu for only those for the CPU. Default: cuda if the
+installed torch and a toolkit allow it, even without a GPU; else cpu.
+TORCH_CUDA_ARCH_LIST, such as "8.0;9.0+PTX", names the GPUs. Default: those that the installed torch was built for, from
+sm_75 on, as far as nvcc knows them, and PTX for newer ones. Architectures with the same code are compiled once.
+MAX_JOBS is the number of files that are compiled at a time. Default: one per core, as far as memory suffices.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ COMPILER_BYTES, LARGEST_COMPILER_BYTES = 1000 * 2**20, 2200 * 2**20
 
 
 class Toolkit(NamedTuple):
-    """A CUDA toolkit, as far as it is needed."""
+    """The parts of a CUDA toolkit that are needed."""
 
     home: Path
     version: str  # version of nvcc, such as 13.0
@@ -60,7 +61,7 @@ class Toolkit(NamedTuple):
 
 
 def output_of(*command: str | Path) -> str:
-    """The output of a program; empty if it can't be started."""
+    """The output and errors of a program; empty if it can't be started."""
     try:
         return subprocess.run(
             command, check=False, text=True, errors="replace", stdout=subprocess.PIPE, stderr=subprocess.STDOUT
@@ -76,12 +77,12 @@ def wheel_homes(major: str) -> list[Path]:
 
 
 def home_from_environment() -> tuple[str, Path] | None:
-    """The variable that names a toolkit, and its folder."""
+    """The environment variable that names a toolkit, and its folder. None if no variable does."""
     return next(((name, Path(home)) for name in ("CUDA_HOME", "CUDA_PATH") if (home := os.environ.get(name))), None)
 
 
 def toolkit_homes(major: str) -> list[Path]:
-    """Folders that may have a toolkit, best first. A named toolkit may have the wrong version, so others follow."""
+    """Folders that may contain a toolkit, best first. The one that a variable names may have the wrong version."""
     named = home_from_environment()
     homes = [DEFAULT_TOOLKIT, *wheel_homes(major)]
     if nvcc := shutil.which("nvcc"):
@@ -146,13 +147,13 @@ def choose_toolkit(wanted: str | None) -> tuple[Toolkit | None, str]:
 
 
 def architectures_of_torch() -> set[int]:
-    """The architectures that the installed torch has code for. torch.cuda.get_arch_list says it only beside a GPU."""
+    """The architectures that torch has code for. torch.cuda.get_arch_list returns them only on a machine with a GPU."""
     flags = getattr(torch._C, "_cuda_getArchFlags", str)() or ""
     return {int(number) for number in re.findall(r"\bsm_(\d+)", flags)}
 
 
 def architecture_flags(known: list[int]) -> tuple[list[str], str]:
-    """Arguments for an nvcc that knows these architectures, and in words what they ask for."""
+    """The flags for an nvcc that knows these architectures, and a description of what they compile."""
     asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip()
     if asked:
         entries = [re.fullmatch(r"(\d+)\.(\d)[af]?(\+PTX)?", entry) for entry in re.split(r"[;,\s]+", asked)]
@@ -181,7 +182,7 @@ def architecture_flags(known: list[int]) -> tuple[list[str], str]:
 
 
 def parallel_jobs() -> int:
-    """The number of compilers at a time: MAX_JOBS, or one per core, as far as memory suffices."""
+    """The number of compilers that run at a time: MAX_JOBS, or one per core, as far as memory suffices."""
     asked = os.environ.get("MAX_JOBS", "")
     if asked.isdigit():
         return max(1, int(asked))
@@ -201,8 +202,8 @@ def requested_build() -> str | None:
     return wanted
 
 
-class Plan(NamedTuple):
-    """What is to be compiled."""
+class BuildPlan(NamedTuple):
+    """What is compiled, and why."""
 
     extension: Extension
     cuda: str | None  # what the CUDA kernels are compiled by and for
@@ -210,8 +211,8 @@ class Plan(NamedTuple):
     sources: str  # digest of the sources
 
 
-def plan_build(csrc: Path, wanted: str | None) -> Plan:
-    """How to compile the sources in `csrc`. Paths are relative if `csrc` is, as setuptools needs them in setup.py."""
+def plan_build(csrc: Path, wanted: str | None) -> BuildPlan:
+    """Plans how to compile the sources in `csrc`. Paths are relative if `csrc` is, as setup.py needs them."""
     for name in ("CC", "CXX"):  # an empty name, which torch and setuptools would try to start
         if not os.environ.get(name, "-").strip():
             del os.environ[name]
@@ -229,7 +230,7 @@ def plan_build(csrc: Path, wanted: str | None) -> Plan:
         extra_link_args=["-fopenmp"],
     )
     if toolkit is None:
-        return Plan(extension, None, reason, sources)
+        return BuildPlan(extension, None, reason, sources)
     nvcc = toolkit.home / "bin" / "nvcc"
     known = [int(number) for number in re.findall(r"\bsm_(\d+)\b", output_of(nvcc, "--list-gpu-code"))]
     flags, built = architecture_flags(known)
@@ -244,20 +245,20 @@ def plan_build(csrc: Path, wanted: str | None) -> Plan:
         extension.include_dirs.append(str(toolkit.include))
     extension.libraries.append("c10_cuda")
     extension.extra_link_args.append(str(toolkit.cudart))
-    return Plan(extension, f"CUDA {toolkit.version}, {built}", reason, sources)
+    return BuildPlan(extension, f"CUDA {toolkit.version}, {built}", reason, sources)
 
 
-def print_to_terminal(words: str) -> None:
+def print_to_terminal(line: str) -> None:
     """Prints a line to the terminal itself, because pip captures the output of a build."""
     try:
         with Path("/dev/tty").open("w") as terminal:
-            terminal.write(f"asgl_cuda: {words}\n")
+            terminal.write(f"asgl_cuda: {line}\n")
     except OSError:  # there is no terminal
         pass
 
 
 def require_compiler() -> None:
-    """Ends the build with a remedy if there is no C++ compiler."""
+    """Ends the build with an error and a remedy if there is no C++ compiler."""
     compiler = os.environ.get("CXX", "c++")
     if shutil.which(compiler) is None:
         raise SystemExit(
@@ -266,8 +267,8 @@ def require_compiler() -> None:
         )
 
 
-def build_command_class(planned: Plan, package: Path) -> type[cpp_extension.BuildExtension]:
-    """The command build_ext; `package` is where it builds in place."""
+def build_command_class(planned: BuildPlan, package: Path) -> type[cpp_extension.BuildExtension]:
+    """The class of the command build_ext; `package` is the folder for a build in place."""
     kernels = f"the CPU and CUDA kernels ({planned.cuda})" if planned.cuda else "only the CPU kernels"
     # Measured on two cores: g++ 5 minutes; nvcc 1 to 2 minutes for one architecture, 3 to 6 for six. Rounded up.
     minutes = 5 + (1 + len(re.findall(r"\bsm_", planned.cuda)) if planned.cuda else 0)

@@ -102,8 +102,8 @@ void for_each_array(GradientSum<Real>& sum, const Use& use) {
   for (int id = 0; id < sum.count; ++id) {
     GradientPart<Real>& part = sum.parts[id];
     arrays.partials(part.partials, part.parameter);
-    arrays(part.parameter.data, part.elements(sum.shape), false);
-    arrays(part.gradient, part.elements(sum.shape), false);
+    arrays(part.parameter.data, part.num_elements(sum.shape), false);
+    arrays(part.gradient, part.num_elements(sum.shape), false);
     arrays(part.totals, part.num_totals(sum.shape), false);
   }
 }
@@ -112,7 +112,7 @@ template <class Scalar, class Use>
 void for_each_array(MomentsParams<Scalar>& params, const Use& use) {
   const Arrays<Use> arrays{use, 1};
   arrays(params.x_seq, params.tiles.shape.rows * params.tiles.shape.columns());
-  arrays(params.moments, params.tiles.slots() * params.tiles.shape.channels, false);
+  arrays(params.moments, params.tiles.num_slots() * params.tiles.shape.channels, false);
 }
 
 template <class Real, class Use>
@@ -152,7 +152,7 @@ Arrays<Use> inputs_of(RecurrentParams<Scalar>& params, const Use& use) {
   const Arrays<Use> arrays{use, 1};
   const int64 neurons = params.neurons, states = params.batch * neurons;
   arrays(params.weight, params.elementwise ? neurons : neurons * neurons);
-  arrays(params.parameters, kRecurrentParameters * neurons);
+  arrays(params.parameters, kNumRecurrentParameters * neurons);
   arrays(params.v_init, potentials(params));
   for (auto* state : {&params.s_init, &params.i_init}) arrays(*state, states);
   arrays.noise(params.noise);
@@ -185,7 +185,7 @@ void for_each_array(RecurrentBackwardParams<Scalar>& params, const Use& use) {
   arrays(params.grad_weight, neurons * neurons);
   arrays(params.grad_v_init, potentials(params));
   for (auto* state : {&params.grad_s_init, &params.grad_i_init}) arrays(*state, states);
-  arrays(params.grad_parameters, recurrent_chunks(params.batch) * kRecurrentSums * neurons);
+  arrays(params.grad_parameters, num_recurrent_chunks(params.batch) * kNumRecurrentSums * neurons);
 }
 
 // ---- kernels ----

@@ -96,7 +96,7 @@ template <class Params>
 bool is_planned(Params& params, const Header& header) {
   const Params before = params;
   const cuda::Launch launch = planned(params, header.resident);
-  bool same = cuda::name_of(launch.kernel) == header.kernel && launch.blocks == header.blocks &&
+  bool same = cuda::name_expression(launch.kernel) == header.kernel && launch.blocks == header.blocks &&
               launch.threads == header.threads;
   if constexpr (requires { params.parts; }) {
     for (int id = 0; id < params.count; ++id) {
@@ -119,16 +119,17 @@ bool is_planned(Params& params, const Header& header) {
 // Settled kernels of two surrogates are compiled.
 template <class Scalar>
 constexpr bool is_compiled(const cuda::Kernel& kernel) {
-  if (kernel.of != cuda::Template::kForward && kernel.of != cuda::Template::kSettledBackward) return true;
+  if (kernel.template_id != cuda::Template::kForward && kernel.template_id != cuda::Template::kSettledBackward)
+    return true;
   if (kernel.is_general() || (kernel.surrogate == Surrogate::kSigmoid && !kernel.hard_reset)) return true;
   return !std::is_same_v<Scalar, double> && kernel.surrogate == Surrogate::kRectangle && kernel.hard_reset;
 }
 
 template <class Scalar, size_t... kIndices>
-cudaError_t start_one(const cuda::Start& start, std::index_sequence<kIndices...>) {
+cudaError_t start_one(const cuda::KernelStarter& start, std::index_sequence<kIndices...>) {
   cudaError_t error = cudaErrorInvalidValue;
   const auto try_kernel = [&](auto index) {
-    constexpr cuda::Kernel kKernel = cuda::kKernels<Scalar>.all[index()];
+    constexpr cuda::Kernel kKernel = cuda::kKernelList<Scalar>.all[index()];
     if constexpr (is_compiled<Scalar>(kKernel)) {
       if (kKernel.key() == start.launch.kernel.key()) error = cuda::start_kernel<Scalar, index()>(start);
     }
@@ -138,8 +139,8 @@ cudaError_t start_one(const cuda::Start& start, std::index_sequence<kIndices...>
 }
 
 template <template <class> class Params, class Scalar>
-cudaError_t start(const Params<Scalar>&, const cuda::Start& start) {
-  return start_one<Scalar>(start, std::make_index_sequence<cuda::kKernels<Scalar>.count>{});
+cudaError_t start(const Params<Scalar>&, const cuda::KernelStarter& start) {
+  return start_one<Scalar>(start, std::make_index_sequence<cuda::kKernelList<Scalar>.count>{});
 }
 
 template <class Params>
@@ -261,7 +262,7 @@ bool are_large_sizes_planned() {
 // The kernels of a type are found by keys.
 bool are_keys_different() {
   for (const cuda::Type type : {cuda::Type::kHalf, cuda::Type::kFloat, cuda::Type::kDouble}) {
-    const cuda::Kernels kernels = cuda::kernels_of(type);
+    const cuda::KernelList kernels = cuda::kernels_of(type);
     std::set<uint32> keys;
     for (size_t i = 0; i < kernels.count; ++i) keys.insert(kernels.all[i].key());
     if (keys.size() != kernels.count) return false;
@@ -344,7 +345,7 @@ bool is_product_right(int64 rows, int64 depth, int64 columns, bool transposed) {
     for (int64 i = 0; i < rows; ++i) {
       const std::vector<Real> row(a.begin() + i * depth, a.begin() + (i + 1) * depth);
       std::vector<int32_t> indices(depth);
-      int64 count = cpu::list_nonzero_after(0, row.data(), depth, indices.data(), 0);
+      int64 count = cpu::append_nonzero(0, row.data(), depth, indices.data(), 0);
 #if defined(__x86_64__)
       if (bytes() > 16) count = cpu::list_nonzero_avx2(row.data(), depth, indices.data());
 #endif

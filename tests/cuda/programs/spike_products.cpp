@@ -59,7 +59,7 @@ SpikeShape random_shape() {
 // f(place in x, in the kernel, in the output) for all that meet.
 template <class F>
 void for_each_product(const SpikeShape& s, const F& f) {
-  for (int64 pixel = 0; pixel < s.out_pixels(); ++pixel) {
+  for (int64 pixel = 0; pixel < s.num_out_pixels(); ++pixel) {
     const int64 x = pixel % s.out_width, y = pixel / s.out_width % s.out_height;
     const int64 image = pixel / s.out_width / s.out_height;
     for (int64 at = 0; at < s.kernel_height * s.kernel_width; ++at) {
@@ -78,7 +78,7 @@ void check(const SpikeShape& s) {
   std::vector<Real> x = integers<Real>(size, ones ? 0 : -2, ones ? 1 : 2);
   for (Real& value : x) value = between(0, 4) == 0 ? value : 0;
   const auto weight = integers<Real>(weights, -3, 3), bias = integers<Real>(s.outputs, -3, 3);
-  const auto grad = integers<Real>(s.out_pixels() * s.outputs, -3, 3);
+  const auto grad = integers<Real>(s.num_out_pixels() * s.outputs, -3, 3);
   std::vector<Real> out(grad.size()), grad_weight(weight.size());
   for (size_t i = 0; i < out.size() && has_bias; ++i) out[i] = bias[i % static_cast<size_t>(s.outputs)];
   for_each_product(s, [&](int64 from, int64 in_kernel, int64 to) {
@@ -91,9 +91,9 @@ void check(const SpikeShape& s) {
   });
 
   std::vector<uint64> mask(static_cast<size_t>((size + 63) / 64));
-  const cpu::SpikeCount count = cpu::mask_spikes(x.data(), size, mask.data());
+  const cpu::SpikeCount count = cpu::pack_spike_mask(x.data(), size, mask.data());
   std::vector<Real> values(static_cast<size_t>(count.before.back()));
-  cpu::copy_spikes(x.data(), size, count, values.data());
+  cpu::pack_spike_values(x.data(), size, count, values.data());
   const PackedSpikes<Real> spikes = {mask.data(), count.all_ones ? nullptr : values.data()};
   expect(cpu::count_spikes(mask.data(), size) == count.before.back() && (count.all_ones || !ones), "packed", s);
 
@@ -123,7 +123,7 @@ int main() {
   int calls = 0;
   while (calls < 400) {
     const SpikeShape shape = random_shape();
-    if (shape.out_pixels() == 0) continue;
+    if (shape.num_out_pixels() == 0) continue;
     ++calls % 2 == 0 ? check<float>(shape) : check<double>(shape);
   }
   std::printf("%d calls\n", calls);

@@ -114,7 +114,7 @@ void element_beyond_32_bits() {
       for (const int64 t : {int64{0}, int64{1}, shape.steps / 2, shape.steps - 1}) {
         for (const int64 i : {int64{0}, shape.inner / 2, shape.inner - 1}) {
           const __int128 expected = (static_cast<__int128>(o) * shape.steps + t) * shape.inner + i;
-          const int64 element = shape.element(o * shape.inner + i, t);
+          const int64 element = shape.offset(o * shape.inner + i, t);
           expect(element == expected, "(%lld, %lld, %lld) of (%lld, %lld, %lld): %lld", o, t, i, shape.outer,
                  shape.steps, shape.inner, element);
         }
@@ -214,14 +214,16 @@ void moments_of_equal_values() {
     double sum = 0, squares = 0;
     for (int count = 1; count <= 16; ++count) {
       sum += value, squares += value * value;
-      const asgl::Moments found = asgl::shifted_moments(count, 1, sum, squares);
+      const asgl::Moments found = asgl::moments_from_shifted_sums(count, 1, sum, squares);
       expect(found.variance >= 0 && found.variance < 1e-15, "variance of %d: %g", count, found.variance);
       expect(std::fabs(found.mean - (1 + value)) < 1e-15, "mean of %d: %.17g", count, found.mean);
     }
   }
   constexpr double nan = std::numeric_limits<double>::quiet_NaN();
-  expect(std::isnan(asgl::shifted_moments(2, 0, nan, nan).variance), "NaN");
-  expect(asgl::shifted_moments(0, 1, 0, 0).count == 0 && asgl::shifted_moments(0, 1, 0, 0).mean == 0, "no values");
+  expect(std::isnan(asgl::moments_from_shifted_sums(2, 0, nan, nan).variance), "NaN");
+  expect(
+      asgl::moments_from_shifted_sums(0, 1, 0, 0).count == 0 && asgl::moments_from_shifted_sums(0, 1, 0, 0).mean == 0,
+      "no values");
 }
 
 struct Check {
