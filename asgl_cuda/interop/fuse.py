@@ -20,7 +20,7 @@ from ..calls.arguments import Arguments
 from ..layout import channel_dim, real_type
 from ..neurons.batch_norm_lif import module_batch_norm_lif
 from ..neurons.deferred import (
-    Normal,
+    NormOutput,
     Pending,
     active_saved_tensor_hooks,
     backward_hook_of,
@@ -40,7 +40,7 @@ _CONVERTED = "_converted_by_fuse"  # attribute of layers that `fuse` has convert
 
 # The last call of each normalisation, by id(normalisation). A call keeps its normalisation alive, so no other object
 # can have that id while the entry exists.
-_calls: weakref.WeakValueDictionary[int, Normal] = weakref.WeakValueDictionary()
+_calls: weakref.WeakValueDictionary[int, NormOutput] = weakref.WeakValueDictionary()
 
 
 def fuse(model: nn.Module, *example: Any, inplace: bool = False) -> tuple[nn.Module, Report]:
@@ -212,7 +212,7 @@ class Fused(Overlay):
         has_time = getattr(type(self), "step_mode", None) is not None and self.step_mode == "m"
         has_time = has_time and hasattr(_normalisation_base(self.original), "step_mode")
         self._check_input_dim(input[0] if has_time else input)
-        call = Normal(self, input)
+        call = NormOutput(self, input)
         if not is_compiling and (self.training or self.outcome is not None):
             _calls[id(self)] = call
         return Pending(call, call, 1 + has_time, input, watched=with_version(input))

@@ -49,7 +49,7 @@ def _draws(neurons: int, steps: int, rng_state: Tensor) -> Tensor:
 
 
 def analog_mask_below(x_seq: Tensor, analog_below: int, rng_state: Tensor | None, time_dim: int) -> Tensor:
-    """Whether each element of x_seq is analog: its draw is below `analog_below`."""
+    """Which elements of x_seq are analog: those whose draw, an integer in [0, DRAWS), is below `analog_below`."""
     if analog_below in (0, DRAWS):
         return torch.full(x_seq.shape, analog_below > 0, dtype=torch.bool, device=x_seq.device)
     assert rng_state is not None
@@ -58,6 +58,6 @@ def analog_mask_below(x_seq: Tensor, analog_below: int, rng_state: Tensor | None
     sizes = [x_seq.shape[dim] for dim in order if dim != time_dim]
     steps = x_seq.shape[time_dim]
     mask = _draws(x_seq.numel() // steps, steps, rng_state) < below
-    # First from [time, neurons] to memory order, then to the order of the dimensions.
+    # From [time, neurons] to the memory order of x_seq, then to the order of its dimensions.
     mask = mask.unflatten(1, sizes).movedim(0, order.index(time_dim)) if sizes else mask[:, 0]
     return mask.permute([order.index(dim) for dim in range(x_seq.dim())])
