@@ -104,7 +104,7 @@ def format_value(value: Any) -> str:
         if isinstance(value, Tensor) and value.dim() > 0:
             return f"a tensor of shape {list(value.shape)}"
         text = " ".join((f"{value}" if isinstance(value, Tensor) else repr(value)).split())
-    except Exception:  # the repr of ints beyond 4300 digits, and of user classes
+    except Exception:  # repr raises for ints beyond 4300 digits, and may raise for a user's class
         text = type(value).__name__
     return text if len(text) <= 100 else f"{text[:97]}..."
 
@@ -240,7 +240,7 @@ MOST_LEVELS = 256  # bfloat16 represents all integers up to this
 
 
 def check_levels(name: str, value: Any, caller: str) -> int:
-    """The number of spikes per step as an int, in [1, MOST_LEVELS]."""
+    """The largest number of spikes per step as an int. Refuses values outside of [1, MOST_LEVELS]."""
     if isinstance(value, bool) or not isinstance(value, Integral) or not 1 <= int(value) <= MOST_LEVELS:
         raise ValueError(f"{caller}: {name} must be an int in [1, {MOST_LEVELS}], got {format_value(value)}")
     return int(value)
@@ -292,7 +292,7 @@ def has_readable_values(value: Tensor) -> bool:
 
 
 def check_number(name: str, value: Any, caller: str, expected: str = "a float") -> float:
-    """The value as a float, from numbers of Python and numpy."""
+    """The value as a float. Refuses all but numbers of Python and numpy."""
     if type(value) is float:
         return value
     if isinstance(value, bool) or not isinstance(value, (float, int, Real)):
@@ -378,14 +378,14 @@ def read_finite(name: str, value: Any, caller: str) -> float:
 
 
 def check_int(name: str, value: Any, caller: str) -> int:
-    """The value as an int, from ints of Python and numpy."""
+    """The value as an int. Refuses all but ints of Python and numpy."""
     if isinstance(value, bool) or not isinstance(value, (int, Integral)):
         raise TypeError(f"{caller}: {name} must be an int, got {type(value).__name__}")
     return int(value)
 
 
 def check_not_nan(name: str, value: Any, caller: str, expected: str = "a float") -> float:
-    """The value as a float, not NaN."""
+    """The value as a float. Refuses NaN."""
     number = value if type(value) is float else check_number(name, value, caller, expected)
     if number != number:  # torch.compile cannot trace math.isnan of a dynamic float
         raise ValueError(f"{caller}: {name} must be a number, got nan")
@@ -544,7 +544,7 @@ def check_generator(generator: Any, x_seq: Tensor, caller: str) -> None:
 
 
 def check_finite(name: str, value: Any, caller: str, expected: str = "a float") -> float:
-    """The value as a finite float."""
+    """The value as a float. Refuses NaN and infinite values."""
     number = check_number(name, value, caller, expected)
     if not -math.inf < number < math.inf:  # torch.compile cannot trace math.isfinite
         raise ValueError(f"{caller}: {name} must be finite, got {number}")
@@ -552,7 +552,7 @@ def check_finite(name: str, value: Any, caller: str, expected: str = "a float") 
 
 
 def check_bool(name: str, value: Any, caller: str) -> bool:
-    """The value as a bool, from bools of Python and numpy."""
+    """The value as a bool. Refuses all but bools of Python and numpy."""
     if isinstance(value, bool):
         return value
     numpy = sys.modules.get("numpy")
@@ -562,7 +562,7 @@ def check_bool(name: str, value: Any, caller: str) -> bool:
 
 
 def check_sizes(name: str, value: Any, caller: str) -> tuple[int, ...]:
-    """An int or a sequence of ints, all positive, as a tuple."""
+    """The value as a tuple of ints. Refuses all but a positive int or a sequence of positive ints."""
     sizes = value if isinstance(value, Sequence) and not isinstance(value, (str, bytes)) else (value,)
     if any(isinstance(size, bool) or not isinstance(size, (int, Integral)) for size in sizes):
         raise TypeError(f"{caller}: {name} must be an int or a sequence of ints, got {type(value).__name__}")

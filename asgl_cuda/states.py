@@ -26,7 +26,9 @@ class _SteppedModule:
 
     def __init__(self, model: nn.Module, module: nn.Module, streamed: Streamed, inside: bool, compiled: bool) -> None:
         self.model, self.module, self.streamed = model, module, streamed
-        self.inside = inside  # inside a module that takes steps, which determines time_dim
+        self.inside = (
+            inside  # inside another layer with time, or OverTime, so the model's input may have another time_dim
+        )
         self.compiled = compiled  # compiled code would ignore or compile hooks
         self.around = getattr(module, "_watch", None)  # set while `step` runs for a model around this one
         self.called = False

@@ -23,7 +23,7 @@ _CONSTANTS = (float, int, bool, str, type(None), Features)
 
 
 def cached_by_signature(names: Sequence[str]) -> Callable[[Check[Checked]], Check[Checked]]:
-    """Caches the result of `check(caller, x_seq, given)` for calls of the same signature.
+    """A decorator that caches the result of `check(caller, x_seq, given)` for calls of the same signature.
 
     The check may depend on the caller, on x_seq, and on the `given` arguments of these names. Of tensors, x_seq among
     them, it may use type, shape, dtype and device, but no values.

@@ -201,7 +201,8 @@ def _checked_plan(caller: str, x_seq: Any, given: Arguments) -> Plan:
     if residual is not None:
         check_residual(residual, x_seq, caller)
     elif options["residual_gain"] != 1:
-        raise ValueError(f"{caller}: residual_gain needs a residual, got {given['residual_gain']} without one")
+        gain = given["residual_gain"]
+        raise ValueError(f"{caller}: residual_gain needs a residual, got {gain} without one; leave out residual_gain")
     arguments, constants = _arguments_and_constants(caller, x_seq, given, options, counts)
     rules = Rules(
         surrogate=INTEGER if counts else SURROGATES["laplace" if surrogate == PERIODIC else surrogate].id,

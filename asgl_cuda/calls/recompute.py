@@ -111,7 +111,7 @@ class _SpikesOfCall:
         return self._storage.cdata  # type: ignore[no-any-return]
 
     def placeholder_for(self, tensor: Tensor) -> _Placeholder | None:
-        """What to save in place of a tensor in this storage; None if it is not just a view of the unmodified spikes."""
+        """What to save in place of a tensor in this storage; None if it does not view unmodified spikes of its type."""
         if self._storage.expired() or (tensor._version, tensor.dtype) != (self._version, self._dtype):
             return None
         if tensor.is_neg():
@@ -153,7 +153,7 @@ class _Placeholder:
         return self._spikes.spikes_for(self).as_strided(self.shape, self._stride, self._offset)
 
 
-# Names of autograd nodes whose result1 has positions in the last two dimensions of the input.
+# Names of autograd nodes that save, as `result1`, indices into the last two dimensions of their input.
 _MAX_POOLING = ("MaxPool2DWithIndicesBackward0", "AdaptiveMaxPool2DBackward0")
 
 
@@ -175,7 +175,7 @@ def _narrow_indices(tensor: Tensor) -> None:
 
 
 def _pack_saved_tensor(tensor: Tensor, name: str = "a tensor") -> _SavedTensor | _Placeholder:
-    """The hook that saves a tensor: a placeholder if these are spikes of a known call, otherwise the tensor."""
+    """The hook that saves a tensor: a placeholder if it has the spikes of a known call, otherwise the tensor."""
     _thread.packed = True
     if type(tensor) is Tensor and tensor.layout is torch.strided and _thread.depth:
         spikes = _thread.known.get(tensor.untyped_storage()._cdata)
@@ -260,8 +260,8 @@ def recompute_spikes(model: nn.Module | None = None) -> Any:
 
     Spikes are also stored as usual in functions that torch.func transforms, and if other hooks on saved tensors
     (torch.utils.checkpoint, save_on_cpu) are active inside or around the context. With torch.compile, the context may
-    be around or in the compiled code, which is compiled once with and once without it. With torch 2.6, compiled code
-    stores spikes as usual.
+    be around or in the compiled code. Code that is called both in the context and outside of it is compiled once for
+    each. With torch 2.6, compiled code stores spikes as usual.
 
     Returns:
         A context manager and decorator, or the model.

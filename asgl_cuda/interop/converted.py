@@ -515,7 +515,7 @@ def _wrapped_forward(forward: Callable[..., Any]) -> Callable[..., Any]:
             self.__prepare_scriptable__()  # raises
         if is_pending and (self.takes_one_step or not self.takes_input_directly):
             why = "which is called step by step" if self.takes_one_step else "whose input no neuron takes as it is"
-            args = args[0].tensor(f"{bare_class(self).__name__}, {why}"), *args[1:]
+            args = args[0].value_for(f"{bare_class(self).__name__}, {why}"), *args[1:]
         return forward(self, *args, **kwargs)
 
     return call

@@ -201,7 +201,7 @@ class Fused(Overlay):
             elif backward_hook_of(self):
                 reason = "it has a backward hook"
             # Running statistics must be updated in the order of the calls.
-            if self.training and last is not None and last.is_open():
+            if self.training and last is not None and last.is_unused():
                 reason = "it is called again before its output is used"
                 last.value_because(reason)
             if reason:
@@ -359,7 +359,7 @@ class _Outcome:
 
     def unused_outputs(self, reason: str) -> dict[str, str]:
         """The normalisations whose outputs nothing has used yet, with the reason."""
-        calls = (call for call in list(_calls.values()) if call.is_open() and call.of in self.paths)
+        calls = (call for call in list(_calls.values()) if call.is_unused() and call.of in self.paths)
         return {self.paths[call.of]: reason for call in calls}
 
 
@@ -394,7 +394,7 @@ def _try_example(model: nn.Module, paths: list[str], example: tuple[Any, ...]) -
                     raise
                 refused |= new
                 break
-            tree_map_only(Pending, lambda each: each.tensor("the caller of the model"), output)
+            tree_map_only(Pending, lambda each: each.value_for("the caller of the model"), output)
             left |= outcome.unused_outputs("its output stays in the model") | outcome.left
             joined |= outcome.joined
         else:

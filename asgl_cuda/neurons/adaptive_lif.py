@@ -39,8 +39,8 @@ class AdaptiveLIFOutput(NamedTuple):
     h_seq: Tensor | None
 
 
-def adaptation_place(v_reset: Any, reset_amount: Any, to_threshold: bool) -> int:
-    """`Rules.adaptation`, bits for where the adaptation w acts: IN_CURRENT, or IN_THRESHOLD, also with IN_RESET."""
+def adaptation_bits(v_reset: Any, reset_amount: Any, to_threshold: bool) -> int:
+    """The bits of `Rules.adaptation`, which say where the adaptation w acts."""
     if not to_threshold:
         return IN_CURRENT
     return IN_THRESHOLD | IN_RESET if v_reset is None and reset_amount is None else IN_THRESHOLD
@@ -104,7 +104,7 @@ def adaptive_lif(
         "adapt_spike": adapt_spike,
         "w_init": w_init,
     }
-    given["adaptation"] = adaptation_place(given["v_reset"], given["reset_amount"], to_threshold)
+    given["adaptation"] = adaptation_bits(given["v_reset"], given["reset_amount"], to_threshold)
     return run_adaptive(x_seq, given)
 
 
@@ -194,7 +194,7 @@ class Adapting(Neurons):
         if self.num_features:
             adaptation = self._match_meta_device(adaptation, x_seq)
         given["adapt_decay"], given["adapt_potential"], given["adapt_spike"] = adaptation
-        given["adaptation"] = adaptation_place(self.v_reset, self.reset_amount, self.to_threshold)
+        given["adaptation"] = adaptation_bits(self.v_reset, self.reset_amount, self.to_threshold)
         return given
 
     def extra_repr(self) -> str:

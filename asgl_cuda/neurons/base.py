@@ -171,8 +171,8 @@ class NeuronLayer(Settable):
     logit_decay: nn.Parameter | None
     store_v_seq = False
     v: Tensor | None
-    # Set by asgl_cuda.step while it runs, and called before and after each call. Hooks of torch would cost 10 us per
-    # module.
+    # An object that asgl_cuda.step sets while it runs. Its methods run before and after each call of the layer. Hooks
+    # of torch would cost 10 us per module.
     _watch: Any = None
 
     # Options of the constructor that become attributes, with their checks `check(name, value, caller)`.
@@ -282,7 +282,7 @@ class NeuronLayer(Settable):
         """The value as a property returns it: a scalar if it is one for the whole layer."""
         if isinstance(value, (Logarithm, Logit)):
             value = value.value()
-        # The sum of one element. reshape(()) would raise an error for tensors that fully_shard has sharded.
+        # The sum of one element: reshape(()) raises an error for tensors that fully_shard has sharded.
         return value.sum() if isinstance(value, Tensor) and not self.num_features else value
 
     def _inputs_of_call(self, x_seq: Tensor, residual: Tensor | None = None) -> tuple[Tensor, dict[str, Any]]:

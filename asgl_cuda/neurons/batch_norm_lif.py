@@ -295,7 +295,7 @@ def _check_shared_count(counts: Tensor, settings: _Settings, x_seq: Tensor) -> N
     if x_seq.numel() <= x_seq.shape[settings.channel] and bool((counts.sum(0) <= 1).any()):
         raise ValueError(
             f"{_CALLER}: training needs more than one value per channel, got one over all processes together and, in "
-            f"this process, x_seq of shape {list(x_seq.shape)}"
+            f"this process, x_seq of shape {list(x_seq.shape)}; use a larger batch"
         )
 
 
@@ -436,7 +436,8 @@ def _run_batch_norm_lif(x_seq: Tensor, norm: _Normalisation, given: Arguments) -
         channels = x_seq.shape[settings.channel]
         if group is None and x_seq.numel() <= channels:
             raise ValueError(
-                f"{_CALLER}: training needs more than one value per channel, got x_seq of shape {list(x_seq.shape)}"
+                f"{_CALLER}: training needs more than one value per channel, got x_seq of shape {list(x_seq.shape)}; "
+                "use a larger batch"
             )
         if scalar in HALF_TYPES and x_seq.numel() <= _FEW * channels:
             x_seq = x_seq.to(torch.float32)

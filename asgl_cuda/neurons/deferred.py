@@ -34,7 +34,7 @@ _QUERIES = frozenset(
 
 
 class DeferredTensor:
-    """A tensor that is computed only if needed: here the sum of `of` and another tensor, below a normalisation."""
+    """A tensor that is computed only if needed: the sum of `of` and another tensor, or in a subclass an output."""
 
     tensor: Tensor | None = None
     changes = 0  # how often the tensor, or a view of it, was changed in place
@@ -43,7 +43,7 @@ class DeferredTensor:
         self.of, self.other, self.has_graph = of, other, torch.is_grad_enabled()
 
     def compute(self, reason: str) -> Tensor:
-        """Computes the tensor."""
+        """Computes the sum. `reason` says in words why it is needed."""
         return self.of.value_because(reason) + self.other  # type: ignore[no-any-return]
 
     def value_because(self, reason: str) -> Tensor:
@@ -65,17 +65,17 @@ class NormOutput(DeferredTensor):
         self.training, self.checkpoint = norm.training, current_checkpoint()
 
     def compute(self, reason: str) -> Tensor:
-        """Computes the normalised value, and tells the normalisation that it was not merged."""
+        """Computes the output, and tells the normalisation the reason why it was not merged."""
         value: Tensor = self.of.compute_alone(self.other, self.training, not self.taken)
         self.of.note_left(reason)
         return value
 
-    def is_open(self) -> bool:
-        """Whether the output is not computed yet, neither by neurons nor for other code."""
+    def is_unused(self) -> bool:
+        """Whether nothing has used the output yet: neither neurons nor other code."""
         return self.tensor is None and not self.taken
 
     def __del__(self) -> None:
-        if self.is_open() and self.training:  # a normalisation that is not merged would have counted this batch
+        if self.is_unused() and self.training:  # a normalisation that is not merged would have counted this batch
             with suppress(Exception):  # for example if a channel has only one value
                 self.value_because("nothing uses it")
 
@@ -117,7 +117,7 @@ class Pending:
         values = (self.x, self.norm.weight, self.norm.bias, self.residual) if self.has_graph else (self.residual,)
         return self.views_have_graph and any(each is not None and each.requires_grad for each in values)
 
-    def tensor(self, use: str) -> Tensor:
+    def value_for(self, use: str) -> Tensor:
         """The value, for code that `use` names in words."""
         if torch.compiler.is_compiling():
             return self.value_because("")
@@ -169,7 +169,7 @@ class Pending:
 
     def _value_attribute(self, name: str) -> Any:
         """The attribute or method `name` of the value, which is computed for it."""
-        value = self.tensor(name)
+        value = self.value_for(name)
         self._count_change(name)
         return getattr(value, name)
 
@@ -192,7 +192,7 @@ class Pending:
         if name in _PRODUCTS and len(args) == 2:
             one, other = (first, args[1]) if isinstance(first, Pending) else (args[1], first)
             return one._multiply("mul", other, **kwargs)
-        args, kwargs = (tree_map_only(Pending, lambda each: each.tensor(name), each) for each in (args, kwargs))
+        args, kwargs = (tree_map_only(Pending, lambda each: each.value_for(name), each) for each in (args, kwargs))
         if isinstance(first, Pending):
             first._count_change(name)
         return function(*args, **kwargs)
@@ -219,12 +219,12 @@ class Pending:
                 if name in _BY_SHAPE:
                     channel = _channel_after_reshape(self.x.shape, x.shape, channel)
         if channel < 0:
-            return getattr(self.tensor(name), name)(*args, **kwargs)
+            return getattr(self.value_for(name), name)(*args, **kwargs)
         views = (*self.views, (name, args, kwargs))
         return self._pass_state_to(Pending(self.call, self.source, channel, x, residual, views, self.watched))
 
     def _pass_state_to(self, made: Pending) -> Pending:
-        """Passes the factor, and whether gradients were enabled, to a view or sum of this value; returns it."""
+        """Copies the factor, and whether gradients were enabled, to `made`, a view or sum of this value. Returns it."""
         made.has_graph = self.has_graph and torch.is_grad_enabled()
         made.factor = self.factor
         if made.source is self.source:
@@ -255,7 +255,7 @@ class Pending:
     def _add(self, name: str, other: Any, alpha: float = 1, **more: Any) -> Any:
         """The sum with another tensor: a `Pending` if neurons can add it, otherwise the sum with the value."""
         if isinstance(other, Pending):
-            other = other.tensor("add")
+            other = other.value_for("add")
         x, is_taken = self.x, self.is_computed() or self.call.taken or self.residual is not None
         kind = (other.shape, other.dtype, other.device) if isinstance(other, Tensor) else None
         if is_taken or kind != (x.shape, x.dtype, x.device) or more or alpha != 1:
@@ -291,7 +291,7 @@ class Pending:
         """
         name = _class_name(layer)
         if self.is_computed() or (update and self.call.taken):
-            return self.tensor(name)
+            return self.value_for(name)
         self.check_unchanged()
         if hook := self.norm.hook_before(layer):
             raise self.norm.refusal(
@@ -300,7 +300,7 @@ class Pending:
                 "register the hook before asgl_cuda.fuse(model, example)",
             )
         why = self._reason_against(given) or self.norm.reason_against(self, given)
-        return self.tensor(f"{name}, {why}") if why else None
+        return self.value_for(f"{name}, {why}") if why else None
 
     def run_merged(self, layer: Any, given: Arguments, update: bool) -> Any:
         """The output of the neurons `layer` for the arguments `given`, in one call with normalisation and sum.
@@ -368,11 +368,11 @@ def _channel_after_reshape(before: Any, after: Any, channel: int) -> int:
 
 def tensor_of(x: Any, use: str) -> Any:
     """The value of a `Pending`, for code that `use` names in words; anything else as it is."""
-    return x.tensor(use) if isinstance(x, Pending) else x
+    return x.value_for(use) if isinstance(x, Pending) else x
 
 
 def _class_name(layer: nn.Module) -> str:
-    """The name of the layer's class before it was converted."""
+    """The name of the layer's class, or for a converted layer of its original class."""
     return getattr(type(layer), "original", type(layer)).__name__
 
 

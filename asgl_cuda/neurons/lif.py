@@ -317,7 +317,7 @@ class LIFFunction(torch.autograd.Function):
         """The gradients of all inputs, by lif_backward; None for the operator, the backend and the plan."""
         checkpoints, *tensors = saved_tensors(ctx)
         inputs, plan, wanted = Inputs(*tensors), ctx.plan, Inputs(*ctx.needs_input_grad[3:])
-        # The gradients are input_gain * dh and residual_gain * dh: one tensor if the two are the same number.
+        # The gradients of x_seq and residual are input_gain * dh and residual_gain * dh: one tensor for equal numbers.
         shared = wanted.residual and wanted.x_seq and inputs.input_gain is None
         shared = shared and plan.numbers.input_gain == plan.numbers.residual_gain
         if shared:
@@ -380,7 +380,7 @@ def analog_mask(x_seq: Tensor, analog_prob: float, rng_state: Tensor, time_dim: 
 
 
 def unroll_levels(s_seq: Tensor, levels: int, time_dim: int = 0) -> Tensor:
-    """Turns integer spikes into binary spikes: a step with spike s becomes `levels` sub-steps, the first s of them 1.
+    """Turns integer spikes into binary ones. A step with s spikes becomes s sub-steps of 1, then levels - s of 0.
 
     A linear layer or a convolution without a bias has the same output for the integer spikes as for the binary ones, if
     it is summed over the sub-steps of each step. For binary spikes the layer only adds up weights, without products.
@@ -409,8 +409,6 @@ def unroll_levels(s_seq: Tensor, levels: int, time_dim: int = 0) -> Tensor:
     """
     caller = "asgl_cuda.unroll_levels"
     time_dim = check_input(s_seq, time_dim, caller, "s_seq")
-    if levels is None:
-        raise ValueError(f"{caller}: levels must be an int, got None")
     levels = check_levels("levels", levels, caller)
     with torch.no_grad():
         has_values = type(s_seq) in PLAIN_TENSORS and not s_seq.is_meta
@@ -452,8 +450,9 @@ class LIF(Neurons):
         scale_output: multiply the output by `v_threshold`. With levels and without multi_spike, divide it by `levels`
             instead.
         levels: emit a whole number of spikes per step, from 0 to `levels`: the potential divided by the threshold,
-            clamped to this range and rounded (I-LIF). `v_reset` must be None. No width is learned, because the
-            threshold takes its place. With multi_spike, levels only limits the number of spikes.
+            clamped to this range and rounded (I-LIF). Analog elements are not rounded. `v_reset` must be None. No width
+            is learned, because the threshold takes its place. With multi_spike, levels only limits the number of
+            spikes.
         multi_spike: emit as many spikes per step as thresholds fit into the potential. `v_reset` must be None, and
             `analog_prob` must always be 0.
         v_min: lower bound of the potential after the reset, in units of the input. None: no bound.
@@ -559,12 +558,12 @@ class LIF(Neurons):
         """The input and options of a call. A `Pending` that the neurons can compute becomes the option `pending`."""
         name = type(self).__name__
         if isinstance(residual, Pending):
-            residual = residual.tensor(name)
+            residual = residual.value_for(name)
         if not isinstance(x_seq, Pending):
             return x_seq, {} if residual is None else {"residual": residual}
         if residual is not None:
             if not isinstance(residual, Tensor) or (residual.shape, residual.dtype) != (x_seq.shape, x_seq.dtype):
-                return x_seq.tensor(name), {"residual": residual}
+                return x_seq.value_for(name), {"residual": residual}
             x_seq = x_seq + residual
         if (
             isinstance(x_seq, Pending)

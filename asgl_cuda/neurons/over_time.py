@@ -26,8 +26,8 @@ def _describe_neurons(module: nn.Module) -> tuple[str, str] | None:
     return (name, placement_advice(f"{name}(...)")) if isinstance(module, NeuronLayer) else None
 
 
-# Functions that return the name of the class, and the advice where to put it, for a module with state over time, and None
-# for other modules. `interop` adds functions for other libraries.
+# Functions that return the name of a module's class and the advice where to put it if it has state over time, otherwise
+# None. `interop` adds functions for other libraries.
 KNOWS_TIME: list[Callable[[nn.Module], tuple[str, str] | None]] = [_describe_neurons]
 
 
@@ -89,7 +89,7 @@ def _check_sequence(x_seq: Any, layer: nn.Module) -> None:
 
 
 def _describe_first_layer(layer: nn.Module) -> tuple[str, Sequence[str]]:
-    """The class of the first layer, and the sizes of its samples; no sizes if it refuses inputs without them itself."""
+    """The class of the first layer, and the sizes of its samples if it would take time or batch for one of them."""
     while type(layer).forward is nn.Sequential.forward and layer._modules:
         layer = next(layer.children())
     sizes: Sequence[str] = ()

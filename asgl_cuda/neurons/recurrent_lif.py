@@ -41,7 +41,7 @@ from ..torch_modes import (
     once_differentiable,
     saved_tensors,
 )
-from .adaptive_lif import Adapting, AdaptiveLIF, adaptation_place
+from .adaptive_lif import Adapting, AdaptiveLIF, adaptation_bits
 from .base import format_values
 from .deferred import tensor_of
 from .lif import LIF_DEFAULTS, lacking_options
@@ -212,7 +212,7 @@ def recurrent_lif(
     if adapt_decay is None:
         _check_no_adaptation(adaptation, recurrent_lif.__kwdefaults__, _CALLER)
     else:
-        place = adaptation_place(
+        place = adaptation_bits(
             given["v_reset"], given["reset_amount"], check_bool("to_threshold", to_threshold, _CALLER)
         )
         given |= {
@@ -273,7 +273,7 @@ def _check_recurrence(x_seq: Tensor, given: _Recurrence, neuron: Any) -> float:
     else:
         _check_no_adaptation({"w_init": neuron["w_init"]}, {"w_init": None}, _CALLER)
     if given.i_init is not None and given.syn_decay is None:
-        raise ValueError(f"{_CALLER}: i_init needs syn_decay, got i_init without a synapse")
+        raise ValueError(f"{_CALLER}: i_init needs syn_decay, got syn_decay=None, which means no synapse")
     for name, state in (("s_init", given.s_init), ("i_init", given.i_init)):
         if state is not None:
             check_initial_state(state, x_seq, time_dim, _CALLER, name)
@@ -444,7 +444,9 @@ class RecurrentLIF(Adapting):
         self.hidden_size = count
         self.autapses = check_bool("autapses", autapses, caller)
         if not autapses and recurrent == "elementwise":
-            raise ValueError(f"{caller}: recurrent='elementwise' needs autapses=True, got False")
+            raise ValueError(
+                f"{caller}: recurrent='elementwise' is made of autapses and needs autapses=True, got False"
+            )
         self.detach_recurrent = check_bool("detach_recurrent", detach_recurrent, caller)
         empty = partial(torch.empty, device=device, dtype=dtype)
         self.recurrent_weight = nn.Parameter(empty((count,) if recurrent == "elementwise" else (count, count)))
@@ -496,7 +498,7 @@ class RecurrentLIF(Adapting):
 
     @property
     def syn_decay(self) -> Tensor | float | None:
-        """The decay of the synapse per step: if learned, a tensor in the shape of the parameter; None without one."""
+        """The decay of the synapse per step, a tensor if learned; None without a synapse."""
         return self._syn_decay if self.logit_syn_decay is None else Logit(self.logit_syn_decay).value()
 
     def _call_function(

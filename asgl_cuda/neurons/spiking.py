@@ -146,7 +146,7 @@ class Neurons(NeuronLayer, Noisy):
         caller, v_rest = self._caller, self.v_rest
         for name in ("v_reset", "v_min"):
             after = getattr(self, name)
-            # For thresholds up to v_rest there is only a warning, below.
+            # A reset to v_rest or below only fires again if neurons at rest fire, of which the code below warns.
             fires_on = after is not None and (after > v_rest) & (after >= value)
             if fires_on.any() if isinstance(fires_on, Tensor) else fires_on:
                 raise ValueError(

@@ -27,7 +27,7 @@ def _philox4x32(counter: Sequence[Tensor], key: Sequence[Tensor]) -> tuple[Tenso
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):
-        # Products wrap modulo 2^64, so the bits are correct with either sign.
+        # Products of int64 wrap modulo 2^64, so they have the bits of unsigned products.
         product0, product1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
         c0, c1 = (product1 >> 32 & low) ^ c1 ^ k0, product1 & low
         c2, c3 = (product0 >> 32 & low) ^ c3 ^ k1, product0 & low

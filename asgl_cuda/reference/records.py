@@ -49,8 +49,8 @@ class Rules(NamedTuple):
     multi_spike: int
     periodic: int  # 1 if the surrogate is periodic_exponential, which has the id of laplace
     floored: int  # 1 if v_min is the lower limit of the potential
-    log_width: int  # 1: the width is given as its logarithm, within the bound of learned.py; 0 for the reference
-    logit_decay: int  # 1 if the decay is given as its logit
+    log_width: int  # 1 if operators get the logarithm of the width; the reference gets the width itself
+    logit_decay: int  # 1 if operators get the logit of the decay; the reference gets the decay itself
     analog_below: int  # round(analog_prob * DRAWS), or BELOW_IN_STATE
     # The largest number of spikes per step of INTEGER and multi_spike; 0 if not given, which with multi_spike means no
     # limit. If `surrogate` is INTEGER, width is the threshold, and v_threshold is the factor of scale_output.

@@ -237,7 +237,9 @@ def test_a_view_after_the_change():
     separate = network()
     separate.load_state_dict(fused.state_dict())
     fused.function = separate.function = partial(changing, late=False)
-    with pytest.raises(RuntimeError, match=f"{VIEW}; make that tensor after the change, call asgl_cuda.unfuse"):
+    with pytest.raises(
+        RuntimeError, match=f"{VIEW}; use the changed tensor or a view of it instead, call asgl_cuda.unfuse"
+    ):
         fused(x_seq)
     expected = separate(x_seq)
     fused.function = partial(changing, late=True)

@@ -319,7 +319,7 @@ def test_a_potential_after_a_spike_at_the_threshold_is_refused(learned, name):
         ({"v_threshold": 0.5, "v_rest": 0.75}, "v_threshold 0.5 is not above v_rest 0.75"),
         ({"v_threshold": -0.5, "v_rest": -1.0, "v_reset": None}, "a spike subtracts -0.5 from"),
         ({"v_reset": None, "reset_amount": 0.0}, "a spike subtracts 0 from"),
-        ({"surrogate_gain": 0}, "surrogate_gain 0"),
+        ({"surrogate_gain": 0}, "surrogate_gain is 0"),
     ],
 )
 def test_a_warning_once_with_the_users_line(kind, options, words):

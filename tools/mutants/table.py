@@ -827,7 +827,7 @@ MUTANTS = {
     "fuse: the example changes": Mutant("each.detach().clone().requires_grad_", "each.detach().requires_grad_",
         "interop/test_fuse_model.py trace"),
     "fuse: statistics in another order": Mutant(
-        "last is not None and last.is_open():",
+        "last is not None and last.is_unused():",
         "False:", "interop/test_fuse_left.py uses"),
     "fuse: statistics of a batch twice": Mutant("now[1] and update", "now[1]", "interop/test_fuse_left.py uses"),
     "fuse: a reentrant checkpoint": Mutant(
@@ -890,7 +890,7 @@ MUTANTS = {
         "v_init", "interop/test_fuse_model.py order"),
     "pending: neurons twice": Mutant("(update and self.call.taken)", "False", "interop/test_fuse_left.py uses"),
     "pending: a batch that nothing uses": Mutant(
-        "if self.is_open() and self.training:",
+        "if self.is_unused() and self.training:",
         "if False:", "interop/test_fuse_left.py uses"),
     "pending: views without gradients": Mutant(
         "self.has_graph and torch.is_grad_enabled()",
