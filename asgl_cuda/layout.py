@@ -44,7 +44,7 @@ def real_type(dtype: torch.dtype) -> torch.dtype:
 
 
 def state_shape(x_seq: Tensor, time_dim: int) -> list[int]:
-    """The shape of a potential: x_seq's without time."""
+    """The shape of a state: that of x_seq without time."""
     shape = list(x_seq.shape)
     del shape[time_dim]
     return shape

@@ -43,7 +43,7 @@ class Difference(NamedTuple):
 def differences(
     x_seq: Tensor, backend: str, band: float = 0.0, outputs: Sequence[str] = OUTPUTS, **options: Any
 ) -> dict[str, Difference]:
-    """Runs `lif` on both backends and compares `outputs` and the gradients of all tensors that require them.
+    """Compares `lif` on a backend with the reference: `outputs`, and the gradients of all tensors that require them.
 
     The gradients of the outputs are random. `options` are arguments of `lif`. Neurons whose potential comes within
     `band` of the threshold are left out.

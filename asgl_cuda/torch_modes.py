@@ -152,7 +152,7 @@ class _OnceDifferentiable(torch.autograd.Function):
 def once_differentiable(
     gradients: Sequence[Tensor | None], inputs: Sequence[Tensor | None], apply: Callable[..., Any] = apply
 ) -> Sequence[Any]:
-    """The gradients, with a graph in which a second derivative raises an error, instead of none."""
+    """Gives the gradients a graph in which a second derivative raises an error."""
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return gradients
     found = iter(apply(_OnceDifferentiable, len(gradients), *gradients, *inputs))

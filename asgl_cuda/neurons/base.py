@@ -252,7 +252,7 @@ class NeuronLayer(Settable):
         self._set_decay(value)
 
     def _set_decay(self, value: Any) -> None:
-        """Checks the decay, and writes it into the value or the parameter."""
+        """Checks the decay, and stores it as the constant, or in the parameter."""
         self._decay = self._store_decay(self.logit_decay, "decay", value, "learn_decay")
 
     def _store_decay(self, parameter: Tensor | None, name: str, given: Any, option: str) -> Tensor | float:
@@ -341,8 +341,8 @@ class NeuronLayer(Settable):
             if one_step:
                 remedy = "if the input is one time step without a time dimension, call step() instead of the layer"
             raise ValueError(
-                f"{self._caller}: the carried {'potential' if name == 'v' else name} must have the shape of the input "
-                f"without time, {shape}, got {carried}; {remedy}"
+                f"{self._caller}: the carried {'potential' if name == 'v' else f'state {name}'} must have the shape of the "
+                f"input without time, {shape}, got {carried}; {remedy}"
             )
         if len(carried) == 1 and x_seq.shape[time_dim] > 1 and not torch.compiler.is_compiling():
             _warn_of_time(self._caller, x_seq, time_dim)

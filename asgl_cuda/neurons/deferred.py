@@ -34,7 +34,7 @@ _QUERIES = frozenset(
 
 
 class DeferredTensor:
-    """A tensor that is computed only if needed: the sum of `of` and another tensor, or in a subclass an output."""
+    """A tensor that is computed only if needed. Here it is the sum of `of` and another tensor."""
 
     tensor: Tensor | None = None
     changes = 0  # how often the tensor, or a view of it, was changed in place
@@ -55,7 +55,7 @@ class DeferredTensor:
 
 
 class NormOutput(DeferredTensor):
-    """The output of a call of the normalisation `of` with the input `other`."""
+    """The output of a call of the normalisation `of` with the input `other`, computed only if needed."""
 
     taken = False  # whether neurons have computed the normalisation, and updated its running statistics
     training = False

@@ -146,7 +146,8 @@ class Neurons(NeuronLayer, Noisy):
         caller, v_rest = self._caller, self.v_rest
         for name in ("v_reset", "v_min"):
             after = getattr(self, name)
-            # A reset to v_rest or below only fires again if neurons at rest fire, of which the code below warns.
+            # After a reset to v_rest or below, a neuron fires again only if neurons at rest fire. Of that there is a
+            # warning, below.
             fires_on = after is not None and (after > v_rest) & (after >= value)
             if fires_on.any() if isinstance(fires_on, Tensor) else fires_on:
                 raise ValueError(

@@ -132,7 +132,7 @@ def detached(value: Tensor) -> Tensor:
 
 
 def periodic_distance(h: Tensor, v_threshold: Tensor) -> Tensor:
-    """Distance h - v_threshold; above the threshold twice that from its nearest multiple. The slope is always 1."""
+    """Below the threshold h - v_threshold, above it twice the distance from its nearest multiple, with slope 1."""
     u = h - v_threshold
     turns = h / v_threshold - 0.5
     above = v_threshold * (2 * (turns - turns.floor()) - 1)
