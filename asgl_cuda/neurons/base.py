@@ -340,9 +340,10 @@ class NeuronLayer(Settable):
             remedy = "call reset() before an input of another shape"
             if one_step:
                 remedy = "if the input is one time step without a time dimension, call step() instead of the layer"
+            carried_state = "potential" if name == "v" else f"state {name}"
             raise ValueError(
-                f"{self._caller}: the carried {'potential' if name == 'v' else f'state {name}'} must have the shape of the "
-                f"input without time, {shape}, got {carried}; {remedy}"
+                f"{self._caller}: the carried {carried_state} must have the shape of the input without time, {shape}, "
+                f"got {carried}; {remedy}"
             )
         if len(carried) == 1 and x_seq.shape[time_dim] > 1 and not torch.compiler.is_compiling():
             _warn_of_time(self._caller, x_seq, time_dim)

@@ -549,7 +549,7 @@ def _check_running_statistics(mean: Tensor, variance: Tensor, training: bool) ->
 
 
 def _operator_can_update(running: _Running, real: torch.dtype) -> bool:
-    """Whether batch_norm_update updates the running statistics, not torch's operations, which compilers fuse better."""
+    """Whether batch_norm_update updates these statistics. Otherwise torch's operations do, which compilers fuse."""
     mean, variance, _, momentum = running
     return (
         not isinstance(momentum, Tensor)
