@@ -158,11 +158,11 @@ class Adapting(Neurons):
         if learned:
             self.adapt_potential = nn.Parameter(empty())
             self.adapt_spike = nn.Parameter(empty())
-        self._fill_adaptation(adapt_decay, adapt_potential, adapt_spike)
+        self._store_adaptation(adapt_decay, adapt_potential, adapt_spike)
         if not learned:
             self.adapt_potential, self.adapt_spike = self._adapt_potential, self._adapt_spike
 
-    def _fill_adaptation(self, adapt_decay: Any, *factors: Any) -> None:
+    def _store_adaptation(self, adapt_decay: Any, *factors: Any) -> None:
         """Checks the decay and the `factors` of the adaptation, and stores them as constants and in the parameters."""
         learned, option = self.logit_adapt_decay, "learn_adaptation"
         self._adapt_decay = self._store_decay(learned, "adapt_decay", adapt_decay, option)
@@ -177,7 +177,7 @@ class Adapting(Neurons):
     def reset_parameters(self) -> None:
         """Resets parameters to the values last set, those of the adaptation to the initial ones; clears states."""
         if self._adapt_decay is not None:
-            self._fill_adaptation(self._adapt_decay, self._adapt_potential, self._adapt_spike)
+            self._store_adaptation(self._adapt_decay, self._adapt_potential, self._adapt_spike)
         super().reset_parameters()
 
     @property

@@ -455,7 +455,7 @@ class RecurrentLIF(Adapting):
         if learned and syn_decay is None:
             raise ValueError(f"{caller}: learn_syn_decay needs syn_decay as initial value, got None")
         self.logit_syn_decay = nn.Parameter(empty(self.num_features or 1)) if learned else None
-        self._fill_recurrence(syn_decay)
+        self._initialise_recurrence(syn_decay)
         adaptation: dict[str, Any] = {
             "adapt_potential": adapt_potential, "adapt_spike": adapt_spike, "to_threshold": to_threshold,
             "learn_adaptation": learn_adaptation,
@@ -468,7 +468,7 @@ class RecurrentLIF(Adapting):
         adaptation = {name: like[name] if value is None else value for name, value in adaptation.items()}
         self._set_up_adaptation(adapt_decay, **adaptation, device=device, dtype=dtype)
 
-    def _fill_recurrence(self, syn_decay: Any) -> None:
+    def _initialise_recurrence(self, syn_decay: Any) -> None:
         """Draws the recurrent weight and bias, and stores syn_decay as the constant, or in the parameter."""
         bound = 1 / math.sqrt(self.hidden_size)
         with torch.no_grad():
@@ -482,7 +482,7 @@ class RecurrentLIF(Adapting):
 
     def reset_parameters(self) -> None:
         """Draws weight and bias anew, resets the other parameters to the values last set, and clears states."""
-        self._fill_recurrence(self._syn_decay)
+        self._initialise_recurrence(self._syn_decay)
         super().reset_parameters()
 
     @property

@@ -342,7 +342,7 @@ MUTANTS = {
     "adaptive: w_init alone rests at 0": Mutant('rest.get(name, 0.0)',
         "0.0", "neurons/test_adaptive_lif.py begins_at_rest"),
     "adaptive: a reset of the parameters leaves the adaptation": Mutant(
-        "self._fill_adaptation(self._adapt_decay, self._adapt_potential, self._adapt_spike)", "pass",
+        "self._store_adaptation(self._adapt_decay, self._adapt_potential, self._adapt_spike)", "pass",
         "neurons/test_base.py come_back and Adaptive"),
     "adaptive: a reset leaves w": Mutant('return (*self._states, "v_seq") if', 'return ("v", "v_seq") if',
         "neurons/test_base.py one_sequence and Adaptive"),
