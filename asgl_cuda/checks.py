@@ -247,10 +247,7 @@ def check_levels(name: str, value: Any, caller: str) -> int:
 
 
 def check_positive_threshold(value: Any, option: str, caller: str) -> None:
-    """Refuses thresholds that are not positive, for neurons with `option`, which emit several spikes per step.
-
-    Checks a tensor only if it `has_readable_values`.
-    """
+    """Refuses thresholds <= 0, which `option` excludes. Reads a tensor only if it `has_readable_values`."""
     if isinstance(value, Tensor):
         if not has_readable_values(value) or bool((value.detach() > 0).all()):
             return

@@ -1,7 +1,4 @@
-"""Memory layouts, shapes and types of sequences, states and parameters.
-
-A dense layout here is contiguous, or channels_last with time outside of the channels.
-"""
+"""Memory layouts, shapes and types of tensors. Dense layouts are contiguous or channels_last, the rest in order."""
 
 from __future__ import annotations
 

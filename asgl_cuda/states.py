@@ -109,7 +109,6 @@ def _describe_module(model: nn.Module, module: nn.Module) -> str:
     return f"{name} at {path!r}" if path else name
 
 
-# How layers of asgl_cuda take steps, by time_dim.
 _streamed_by_time_dim = functools.cache(functools.partial(Streamed, state="v", has_switch=True))
 
 # For each class of modules, the function of its library that says how a module takes steps, or None if no library knows

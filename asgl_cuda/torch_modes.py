@@ -105,10 +105,7 @@ def apply_at_one_level(function: type[torch.autograd.Function], *arguments: Any)
 
 
 def saved_tensors(ctx: Any) -> tuple[Any, ...]:
-    """ctx.saved_tensors, with advice if the graph was freed.
-
-    Read it once per backward, because non-reentrant checkpointing refuses to unpack a tensor twice.
-    """
+    """ctx.saved_tensors. Read it once per backward: non-reentrant checkpointing refuses to unpack a tensor twice."""
     if torch.compiler.is_compiling():
         return ctx.saved_tensors  # type: ignore[no-any-return]
     try:

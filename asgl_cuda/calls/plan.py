@@ -79,10 +79,7 @@ def parameter_sources(
 
 
 class Inputs(NamedTuple):
-    """One value for each tensor that lif_forward takes, in its order: the tensor, its gradient, or if that is wanted.
-
-    The value of a constant parameter is None.
-    """
+    """For each tensor of lif_forward, in order: itself (None for a constant), its gradient, or if that is wanted."""
 
     x_seq: Any
     v_init: Any
