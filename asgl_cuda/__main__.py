@@ -1,4 +1,4 @@
-"""`python -m asgl_cuda`: info and check."""
+"""The commands `python -m asgl_cuda info` and `python -m asgl_cuda check`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .selfcheck import Row, check_backends
 
 
 def info() -> int:
-    """Prints which backends work here, and why the others do not."""
+    """Prints which backends work here, and why the others do not. Returns the exit status, 0."""
     print(
         f"asgl_cuda {__version__}, torch {torch.__version__}, Python {platform.python_version()}, {platform.machine()}"
     )
@@ -40,7 +40,7 @@ def info() -> int:
 
 
 def check() -> int:
-    """Compares every available backend with the reference and prints a line per case."""
+    """Compares every available backend with the reference and prints a line per case. Returns the exit status."""
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in check_backends():
         groups.setdefault((row.backend, row.what), []).append(row)
@@ -67,7 +67,7 @@ def check() -> int:
 
 
 def main() -> int:
-    """Runs the requested command."""
+    """Runs the command that the arguments name. Returns its exit status."""
     parser = argparse.ArgumentParser(prog="python -m asgl_cuda", description="What asgl_cuda can do on this machine.")
     parser.add_argument("--version", action="version", version=f"asgl_cuda {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)

@@ -26,7 +26,7 @@ FLOATING_TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def format_type(value: Any) -> str:
-    """The type of a value for errors; a class given instead of an instance is named, with advice."""
+    """The type of a value for errors. If the value is a class instead of an instance, the text says so, with advice."""
     return f"the class {value.__name__}; pass an instance" if isinstance(value, type) else type(value).__name__
 
 
@@ -60,7 +60,7 @@ def check_input(x_seq: Tensor, time_dim: int, caller: str, name: str = "x_seq") 
 
 
 def check_step(x_t: Any, time_dim: int, caller: str) -> None:
-    """Refuses all but inputs of one time step with room for time at `time_dim`."""
+    """Refuses all but tensors of one time step, without time, that have enough dimensions to add time at `time_dim`."""
     check_tensor("x_t", x_t, caller)
     check_dense("x_t", x_t, caller)
     if not -x_t.dim() - 1 <= time_dim <= x_t.dim():
@@ -72,7 +72,7 @@ def check_step(x_t: Any, time_dim: int, caller: str) -> None:
 
 
 def describe_shape_mismatch(x_seq: Tensor, time_dim: int, sizes: Sequence[int], by_channel: bool) -> str:
-    """The end of an error about the sizes of x_seq, after "must have": expected and given shape. time_dim is >= 0."""
+    """The end of an error, after "x_seq must have": the expected and the given shape. time_dim is not negative."""
     if by_channel:
         names, wanted = ["B", "C", "..."], f"with C = {sizes[0]}"
         names.insert(min(time_dim, len(names)), "T")
@@ -104,7 +104,7 @@ def format_value(value: Any) -> str:
         if isinstance(value, Tensor) and value.dim() > 0:
             return f"a tensor of shape {list(value.shape)}"
         text = " ".join((f"{value}" if isinstance(value, Tensor) else repr(value)).split())
-    except Exception:  # the repr of ints beyond 4300 digits, and of user classes
+    except Exception:  # repr raises for ints beyond 4300 digits, and may raise for a user's class
         text = type(value).__name__
     return text if len(text) <= 100 else f"{text[:97]}..."
 
@@ -119,15 +119,15 @@ def did_you_mean(given: Any, names: Iterable[str]) -> str:
 
 
 def check_name(name: str, value: Any, names: Iterable[str], caller: str, hint: str = "", otherwise: str = "") -> None:
-    """Refuses other names. The error ends with `hint`, else with the nearest name, else with `otherwise`."""
+    """Refuses a value that is none of `names`. The error ends with `hint`, or the nearest name, or `otherwise`."""
     names = tuple(names)
     if not isinstance(value, str) or value not in names:
         hint = hint or did_you_mean(value, names) or otherwise
         raise ValueError(f"{caller}: {name} must be one of {', '.join(names)}, got {format_value(value)}{hint}")
 
 
-# By argument of other libraries' neurons: the first argument here that replaces it, without which there is no hint, and
-# the hint, with all that replace it.
+# For each argument of other libraries' neurons: the argument of asgl_cuda that replaces it, and a hint. The hint is not
+# given by functions and layers that do not take this argument.
 _ELSEWHERE = {
     "tau": ("decay", "SpikingJelly's tau{value} is {decay} and divides the input by tau{gain}"),
     "init_tau": ("decay", "SpikingJelly's init_tau{value} is {decay} and divides the input by tau{gain}"),
@@ -161,11 +161,11 @@ _ELSEWHERE = {
 }  # fmt: skip
 
 
-_DECAYS = {"alpha", "beta"}  # their values are shown only if they can be decays
+_DECAYS = {"alpha", "beta"}  # the hint only repeats values in [0, 1], because others are no decays
 
 
 def _hint_for_other_library(name: str, given: Any, known: Collection[str]) -> str:
-    """Suffix of an error for an argument of another library: the name and value that asgl_cuda has for it, if any."""
+    """Suffix of an error for an argument of another library: what replaces it in asgl_cuda; "" if nothing does."""
     ours, text = _ELSEWHERE.get(name, ("", ""))
     if ours not in known:
         return ""
@@ -182,16 +182,16 @@ def _hint_for_other_library(name: str, given: Any, known: Collection[str]) -> st
 def check_keywords(
     given: Mapping[str, Any], known: Collection[str], caller: str, lacking: Collection[str] = ()
 ) -> None:
-    """Refuses unknown keyword arguments; the error says if other neurons have the option, which is in `lacking`."""
+    """Refuses unknown keyword arguments. Those in `lacking` are options of `lif` and `LIF`, as the error then says."""
     for name, value in given.items():
         if name not in known:
             hint = _hint_for_other_library(name, value, known) or did_you_mean(name, known)
-            hint = ", which these neurons do not have" if name in lacking else hint
+            hint = ", an option of asgl_cuda.lif or LIF that these neurons do not have" if name in lacking else hint
             raise TypeError(f"{caller}: got an unexpected keyword argument {name!r}{hint}")
 
 
-def check_rules(given: Mapping[str, Any], caller: str, levels: int | None, multi_spike: bool) -> None:
-    """Refuses resets and surrogates that exclude other options; levels and multi_spike are checked."""
+def check_reset_and_surrogate(given: Mapping[str, Any], caller: str, levels: int | None, multi_spike: bool) -> None:
+    """Refuses a reset or a surrogate that other options exclude. levels and multi_spike have been checked before."""
     v_reset, surrogate = given["v_reset"], given["surrogate"]
     if given["reset_amount"] is not None and v_reset is not None:
         raise ValueError(
@@ -224,7 +224,7 @@ def check_surrogate(surrogate: Any, caller: str, multi_spike: bool = False) -> N
 
 
 def check_multi_spike(v_reset: Any, analog_prob: Any, caller: str) -> None:
-    """Refuses what excludes multi_spike: a hard reset and noise."""
+    """Refuses a hard reset and noise, which multi_spike excludes."""
     if v_reset is not None:
         raise ValueError(
             f"{caller}: multi_spike is for the soft reset and needs v_reset=None, got v_reset {format_value(v_reset)}"
@@ -240,20 +240,20 @@ MOST_LEVELS = 256  # bfloat16 represents all integers up to this
 
 
 def check_levels(name: str, value: Any, caller: str) -> int:
-    """The number of spikes per step as an int, in [1, MOST_LEVELS]."""
+    """The largest number of spikes per step as an int. Refuses values outside of [1, MOST_LEVELS]."""
     if isinstance(value, bool) or not isinstance(value, Integral) or not 1 <= int(value) <= MOST_LEVELS:
         raise ValueError(f"{caller}: {name} must be an int in [1, {MOST_LEVELS}], got {format_value(value)}")
     return int(value)
 
 
-def check_threshold(value: Any, several: str, caller: str) -> None:
-    """Refuses thresholds that are not positive, as several spikes per step need; tensors as in `check_width_tensor`."""
+def check_positive_threshold(value: Any, option: str, caller: str) -> None:
+    """Refuses thresholds <= 0, which `option` excludes. Reads a tensor only if it `has_readable_values`."""
     if isinstance(value, Tensor):
         if not has_readable_values(value) or bool((value.detach() > 0).all()):
             return
         value = torch.aminmax(value.detach()).min.item()
     if not value > 0:
-        raise ValueError(f"{caller}: {several} needs v_threshold > 0, got {value}")
+        raise ValueError(f"{caller}: {option} needs v_threshold > 0, got {value}")
 
 
 _LEAST_WIDTH = {real: math.sqrt(torch.finfo(real).tiny) for real in (torch.float32, torch.float64)}
@@ -268,7 +268,7 @@ def check_width(width: float, caller: str, real: torch.dtype = torch.float32, na
 
 
 def check_width_tensor(width: Tensor, caller: str, name: str = "width") -> None:
-    """`check_width` for a tensor, if it `has_readable_values`."""
+    """`check_width` for all values of a tensor. Does nothing unless the tensor `has_readable_values`."""
     if has_readable_values(width):
         ends = (width,) if width.numel() == 1 else torch.aminmax(width.detach())
         for value in ends:
@@ -278,7 +278,7 @@ def check_width_tensor(width: Tensor, caller: str, name: str = "width") -> None:
 
 
 def has_readable_values(value: Tensor) -> bool:
-    """Whether values can be read without a device synchronisation and outside of traces."""
+    """Whether values can be read: without synchronising a GPU, not while compiling, not transformed by torch.func."""
     return (
         type(value) in PLAIN_TENSORS
         and value.is_cpu
@@ -289,7 +289,7 @@ def has_readable_values(value: Tensor) -> bool:
 
 
 def check_number(name: str, value: Any, caller: str, expected: str = "a float") -> float:
-    """The value as a float, from numbers of Python and numpy."""
+    """The value as a float. Refuses all but numbers of Python and numpy."""
     if type(value) is float:
         return value
     if isinstance(value, bool) or not isinstance(value, (float, int, Real)):
@@ -297,7 +297,7 @@ def check_number(name: str, value: Any, caller: str, expected: str = "a float") 
     try:
         return float(value)
     except OverflowError:
-        raise ValueError(f"{caller}: {name} must be {expected}, got a number beyond its range") from None
+        raise ValueError(f"{caller}: {name} must be {expected}, got a number beyond the range of a float") from None
 
 
 def read_number(name: str, value: Any, caller: str, learned: bool = False, option: str = "") -> float:
@@ -319,13 +319,13 @@ _GRANULARITIES = "granularity 'channel' or 'neuron' takes a value for each chann
 def read_values(
     name: str, value: Any, caller: str, shape: Sequence[int], learned: bool = False, option: str = ""
 ) -> Tensor | float:
-    """As `read_number`, or from a tensor of this shape, a value for each channel or neuron, a copy in `real_type`."""
+    """A layer's constant: a float as by `read_number`, or from a tensor of this shape a copy in `real_type`."""
     if not isinstance(value, Tensor):
         is_array = hasattr(value, "__array__") and isinstance(getattr(value, "size", None), int)
         if isinstance(value, (list, tuple)) or (is_array and value.size != 1):
             several = not shape and len(value) != 1
             hint = _GRANULARITIES if several else f"torch.as_tensor({name}) makes a tensor of it"
-            raise TypeError(f"{caller}: {name} must be {_one_value_or(shape)}, got {type(value).__name__}; {hint}")
+            raise TypeError(f"{caller}: {name} must be {_describe_constant(shape)}, got {type(value).__name__}; {hint}")
         return read_number(name, value, caller, learned, option)
     if value.numel() == 1:
         return read_number(name, value, caller, learned, option)
@@ -344,9 +344,9 @@ def min_and_max(value: Tensor | float) -> tuple[float, float]:
 def _checked_first_value(
     name: str, value: Tensor, caller: str, learned: bool, option: str, shape: Sequence[int] | None = None
 ) -> Any:
-    """Checks that a tensor has one value, or `shape`, and may be a layer's constant; returns its first value."""
+    """Checks that a tensor has one value or this shape and may be a layer's constant. Returns its first value."""
     check_dense(name, value, caller)
-    expected = f"{caller}: {name} must be {_one_value_or(shape)}"
+    expected = f"{caller}: {name} must be {_describe_constant(shape)}"
     if value.numel() != 1 and (not shape or value.shape != tuple(shape)):
         hint = "" if shape is None or shape else f"; {_GRANULARITIES}"
         raise ValueError(f"{expected}, got a tensor of shape {list(value.shape)}{hint}")
@@ -364,25 +364,25 @@ def _checked_first_value(
         raise ValueError(f"{expected}, got a tensor on {value.device} whose values can't be read") from None
 
 
-def _one_value_or(shape: Sequence[int] | None) -> str:
-    """What a layer's constant may be, for errors."""
+def _describe_constant(shape: Sequence[int] | None) -> str:
+    """What a layer's constant may be, in words for errors."""
     return f"a float or a tensor of one value{f', or of shape {list(shape)}' if shape else ''}"
 
 
 def read_finite(name: str, value: Any, caller: str) -> float:
-    """A finite constant of a layer."""
+    """A layer's constant as by `read_number`, which must be finite."""
     return check_finite(name, read_number(name, value, caller), caller)
 
 
 def check_int(name: str, value: Any, caller: str) -> int:
-    """The value as an int, from ints of Python and numpy."""
+    """The value as an int. Refuses all but ints of Python and numpy."""
     if isinstance(value, bool) or not isinstance(value, (int, Integral)):
         raise TypeError(f"{caller}: {name} must be an int, got {type(value).__name__}")
     return int(value)
 
 
 def check_not_nan(name: str, value: Any, caller: str, expected: str = "a float") -> float:
-    """The value as a float, not NaN."""
+    """The value as a float. Refuses NaN."""
     number = value if type(value) is float else check_number(name, value, caller, expected)
     if number != number:  # torch.compile cannot trace math.isnan of a dynamic float
         raise ValueError(f"{caller}: {name} must be a number, got nan")
@@ -410,7 +410,7 @@ def require_range(
 
 
 def check_options(given: Any, checks: Mapping[str, Callable[..., Any]], caller: str) -> dict[str, Any]:
-    """Checks the options that are in `checks`; returns them by name, as `check(name, value, caller)` does."""
+    """Checks the options that are in `checks`. Returns by name what each `check(name, value, caller)` returns."""
     return {name: check(name, given[name], caller) for name, check in checks.items()}
 
 
@@ -428,9 +428,9 @@ def check_features(features: Features, x_seq: Tensor, time_dim: int, caller: str
 def check_parameters(
     given: Any, names: Iterable[str], x_seq: Tensor, caller: str, features: Features | None = None
 ) -> dict[str, float | None]:
-    """Checks parameters of neurons, a float or a tensor each; returns the floats by name, None for a tensor.
+    """Checks parameters of neurons, floats or tensors. Returns the floats by name, and None for each tensor.
 
-    Tensors must broadcast against x_seq, or have the shape of `features`, which are checked before.
+    Tensors must broadcast against x_seq, or have the sizes of `features`, which `check_features` has checked.
     """
     constants: dict[str, float | None] = {}
     for name in names:
@@ -541,7 +541,7 @@ def check_generator(generator: Any, x_seq: Tensor, caller: str) -> None:
 
 
 def check_finite(name: str, value: Any, caller: str, expected: str = "a float") -> float:
-    """The value as a finite float."""
+    """The value as a float. Refuses NaN and infinite values."""
     number = check_number(name, value, caller, expected)
     if not -math.inf < number < math.inf:  # torch.compile cannot trace math.isfinite
         raise ValueError(f"{caller}: {name} must be finite, got {number}")
@@ -549,7 +549,7 @@ def check_finite(name: str, value: Any, caller: str, expected: str = "a float") 
 
 
 def check_bool(name: str, value: Any, caller: str) -> bool:
-    """The value as a bool, from bools of Python and numpy."""
+    """The value as a bool. Refuses all but bools of Python and numpy."""
     if isinstance(value, bool):
         return value
     numpy = sys.modules.get("numpy")
@@ -559,7 +559,7 @@ def check_bool(name: str, value: Any, caller: str) -> bool:
 
 
 def check_sizes(name: str, value: Any, caller: str) -> tuple[int, ...]:
-    """An int or a sequence of ints, all positive, as a tuple."""
+    """The value as a tuple of ints. Refuses all but a positive int or a sequence of positive ints."""
     sizes = value if isinstance(value, Sequence) and not isinstance(value, (str, bytes)) else (value,)
     if any(isinstance(size, bool) or not isinstance(size, (int, Integral)) for size in sizes):
         raise TypeError(f"{caller}: {name} must be an int or a sequence of ints, got {type(value).__name__}")
@@ -588,19 +588,19 @@ def check_device_and_dtype(device: Any, dtype: Any, caller: str) -> None:
 
 
 _warned: set[str] = set()
-# Packages that may be between the user's call and a warning.
+# Packages whose code may be between the user's line and the warning.
 _NOT_THE_USERS = ("asgl_cuda", "torch", "spikingjelly", "snntorch", "norse", "sinabs")
 
 
-def warn_once(kind: str, message: str) -> None:
-    """Warns once per `kind`, at the user's line."""
-    if kind not in _warned:
-        _warned.add(kind)
+def warn_once(key: str, message: str) -> None:
+    """Warns at the user's line, once per process for each `key`."""
+    if key not in _warned:
+        _warned.add(key)
         warnings.warn(message, stacklevel=user_stacklevel())
 
 
 def user_stacklevel() -> int:
-    """The `stacklevel` with which a warning of the calling function shows the user's line."""
+    """The `stacklevel` with which a warning by the calling function shows a line of the user's code."""
     frame, level = sys._getframe(1), 1
     while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in _NOT_THE_USERS:
         frame, level = frame.f_back, level + 1

@@ -1,4 +1,4 @@
-"""Compares a backend with the reference on this machine: forward, gradients, noise."""
+"""Compares each backend with the reference on this machine, for `python -m asgl_cuda check` and the tests."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from .neurons.lif import LIFOutput, lif
 from .neurons.recurrent_lif import recurrent_lif
 from .reference.surrogates import PERIODIC, SURROGATES
 
-OUTPUTS = "s_seq", *(name.removeprefix("return_") for name in RETURNS)  # of `lif`, which are compared
+# The outputs of `lif` that are compared.
+OUTPUTS = "s_seq", *(name.removeprefix("return_") for name in RETURNS)
 
 # Surrogates that are bit-identical in every backend. Most others call exp, erf or atan, whose rounding depends on the
 # math library.
@@ -29,10 +30,10 @@ THRESHOLD_BAND = 1e-5
 
 
 class Difference(NamedTuple):
-    """The largest difference of one tensor, absolute and relative to a size.
+    """The largest difference between two tensors, absolute and relative to a size.
 
-    The size is the reference's largest value; for the gradient of a parameter, the larger of the sum over elements and
-    the root of the sum of squares, since terms may cancel while their roundings do not.
+    The size is the largest value of the reference. For the gradient of a parameter, which is a sum, it is the larger of
+    the sum and the root of the sum of squares, because terms may cancel while their roundings do not.
     """
 
     absolute: float
@@ -42,14 +43,14 @@ class Difference(NamedTuple):
 def differences(
     x_seq: Tensor, backend: str, band: float = 0.0, outputs: Sequence[str] = OUTPUTS, **options: Any
 ) -> dict[str, Difference]:
-    """Runs `lif` on both backends and compares `outputs` and the gradients of all tensors that require them.
+    """Compares `lif` on a backend with the reference: `outputs`, and the gradients of all tensors that require them.
 
-    Incoming gradients are random; the backend returns only `outputs`. Options are the arguments of `lif`; `band`: see
-    THRESHOLD_BAND.
+    The gradients of the outputs are random. `options` are arguments of `lif`. Neurons whose potential comes within
+    `band` of the threshold are left out.
     """
     leaves = {"x_seq": x_seq, **{name: value for name, value in options.items() if isinstance(value, Tensor)}}
     leaves = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
-    # The gradient of a parameter is a sum. Expanded parameters have its terms as gradients, which `size` needs, below.
+    # The gradient of a parameter is a sum. That of an expanded parameter has the terms of this sum, which `size` needs.
     terms = {
         name: leaf.expand(x_seq.shape) for name, leaf in leaves.items() if name not in ("x_seq", "v_init", "residual")
     }
@@ -64,7 +65,7 @@ def differences(
     keep = {name: keep_seq.select(time_dim, 0) if name == "v_last" else keep_seq for name in expected}
 
     def zero_near_threshold(value: Tensor, name: str) -> Tensor:
-        """Zeros elements of neurons that came within `band` of the threshold."""
+        """The value with zeros for neurons whose potential came within `band` of the threshold."""
         return torch.where(keep[name], value, torch.zeros_like(value))
 
     generator = torch.Generator().manual_seed(0)
@@ -97,7 +98,7 @@ def _outputs(x_seq: Tensor, backend: str, names: Sequence[str], **options: Any) 
 
 
 def _difference(expected: Tensor, actual: Tensor, size: Tensor | None = None) -> Difference:
-    """The largest difference, and the largest in relation to the largest expected value, or to `size` by element."""
+    """The `Difference` relative to the largest expected value, or if `size` is given, to the size of each element."""
     assert expected.shape == actual.shape
     expected, actual = expected.detach().double(), actual.detach().double()
     same = (expected == actual) | (expected.isnan() & actual.isnan())
@@ -112,13 +113,13 @@ def _difference(expected: Tensor, actual: Tensor, size: Tensor | None = None) ->
 
 
 class Row(NamedTuple):
-    """One line of the table of `python -m asgl_cuda check`."""
+    """The difference of one quantity in one case; `python -m asgl_cuda check` prints the rows of a case in one line."""
 
     backend: str
     what: str
     quantity: str
     difference: Difference
-    allowed: float  # relative error; 0 means the same bits
+    allowed: float  # relative difference; 0 means the same bits
 
     @property
     def passed(self) -> bool:
@@ -145,7 +146,7 @@ _SPACING = {torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
 
 class _Random:
-    """Reproducible random leaves for an input of this type on this device."""
+    """Makes reproducible random leaf tensors on this device, in the type of the arithmetic for this type of input."""
 
     def __init__(self, device: str, dtype: torch.dtype) -> None:
         self._generator = torch.Generator().manual_seed(1)
@@ -159,7 +160,7 @@ class _Random:
 def _lif_rows(
     backend: str, device: str, dtype: torch.dtype, surrogate: str, v_reset: float | None, residual: bool = False
 ) -> Iterator[Row]:
-    """Rows for `lif` on this backend; for PERIODIC with several spikes per step and a floor."""
+    """Rows for `lif` on this backend. With PERIODIC, neurons have multi_spike and v_min."""
     random = _Random(device, dtype)
     x_seq = random(_STEPS, _BATCH, _CHANNELS, low=-1.0, high=2.0, dtype=dtype)
     exact, several = surrogate in EXACT_SURROGATES, surrogate == PERIODIC
@@ -184,7 +185,7 @@ def _lif_rows(
     for name, difference in rows.items():
         summed = name.startswith("grad_") and name not in ("grad_x_seq", "grad_residual")
         typed = name in ("s_seq", "grad_x_seq", "grad_residual")
-        # Gradients of parameters are sums over thousands of elements, which backends add in different orders.
+        # Gradients of parameters are sums over thousands of elements, which backends add up in different orders.
         allowed = 1e-5 if summed else 0.0 if exact else spacing if typed else 1e-6
         yield Row(backend, what, name, difference, allowed)
 
@@ -204,7 +205,7 @@ def _integrator_rows(backend: str, device: str, dtype: torch.dtype) -> Iterator[
 
 
 def _recurrent_rows(backend: str, device: str, dtype: torch.dtype) -> Iterator[Row]:
-    """Rows for `recurrent_lif`, with a weight of multiples of 1/64: its sums over spikes are exact in any order."""
+    """Rows for `recurrent_lif`. Weights are multiples of 1/64, so their sums over spikes are exact in any order."""
     random = _Random(device, dtype)
     inputs = {
         "x_seq": random(_STEPS, _BATCH, _CHANNELS, low=-1.0, high=2.0, dtype=dtype),
@@ -219,10 +220,10 @@ def _recurrent_rows(backend: str, device: str, dtype: torch.dtype) -> Iterator[R
 def _function_rows(
     backend: str, function: Callable[..., Any], inputs: dict[str, Tensor], allowed: dict[str, float], **options: bool
 ) -> Iterator[Row]:
-    """Rows for the outputs and gradients of a function; bits must be equal where `allowed` has no difference."""
+    """Rows for the outputs and gradients of a function. Bits must be equal unless `allowed` has the quantity."""
 
     def results(backend: str) -> dict[str, Tensor]:
-        """Outputs and gradients by name."""
+        """The outputs of the function, and the gradients of its inputs, by name."""
         outputs = function(**inputs, **options, backend=backend)._asdict()
         found = {name: value for name, value in outputs.items() if value is not None}
         loss = sum(each.double().square().sum() for each in found.values())

@@ -26,7 +26,9 @@ class _SteppedModule:
 
     def __init__(self, model: nn.Module, module: nn.Module, streamed: Streamed, inside: bool, compiled: bool) -> None:
         self.model, self.module, self.streamed = model, module, streamed
-        self.inside = inside  # another module around it determines time_dim
+        self.inside = (
+            inside  # inside another layer with time, or OverTime, so the model's input may have another time_dim
+        )
         self.compiled = compiled  # compiled code would ignore or compile hooks
         self.around = getattr(module, "_watch", None)  # set while `step` runs for a model around this one
         self.called = False
@@ -34,11 +36,11 @@ class _SteppedModule:
 
     @property
     def name(self) -> str:
-        """The module in errors."""
+        """The module in words for errors."""
         return _describe_module(self.model, self.module)
 
     def _state(self) -> Any:
-        """The state that the module carries, or None without a single one."""
+        """The state that the module carries; None if it carries none, or several."""
         return None if self.streamed.state is None else getattr(self.module, self.streamed.state)
 
     def check_state(self) -> None:
@@ -50,16 +52,17 @@ class _SteppedModule:
             same = state.shape == left.shape and state.data_ptr() == left.data_ptr()
         if not same:
             raise RuntimeError(
-                f"{_CALLER}: {self.name} is reset, or its state replaced, by the model's own forward; call "
-                "asgl_cuda.reset(model) outside of it instead, between sequences"
+                f"{_CALLER}: {self.name} must keep its state, but the model's own forward resets or replaces it; do "
+                "not do this in forward, and call asgl_cuda.reset(model) between sequences instead"
             )
 
     def before_call(self, x_seq: Any) -> None:
-        """Runs before each call of the module; refuses a second call, a replaced state, and more than one time step."""
+        """Runs before each call of the module. Refuses a second call, a replaced state, and several time steps."""
         if self.called:
             raise RuntimeError(
                 f"{_CALLER}: {self.name} is called twice in one step but carries only one state; use another layer "
-                "for the second call. If the model's forward has a loop over time, pass time_dim"
+                "for the second call. If the model's forward loops over time, pass the time dimension of its input as "
+                "time_dim"
             )
         self.called = True
         if self.around is not None:
@@ -70,21 +73,22 @@ class _SteppedModule:
             return  # a wrong time_dim or input, which the layer itself refuses
         if (steps := shape[time_dim]) != 1:
             raise RuntimeError(
-                f"{_CALLER}: {self.name} must get one time step, got {steps}, because the model's forward makes a "
-                "sequence of its input; do this outside of the model, and call asgl_cuda.step for each step"
+                f"{_CALLER}: {self.name} has time in dimension {time_dim} and must get one step, got {steps} in an "
+                f"input of shape {list(shape)}. Either the time_dim given to asgl_cuda.step is not that of the layer, "
+                "or the model's forward makes a sequence of its input, which must be done before asgl_cuda.step"
             )
 
     def after_call(self) -> None:
-        """Runs after each call of the module; keeps its state, to see whether the model replaces it."""
+        """Runs after each call of the module. Keeps its state, to see later whether the model has replaced it."""
         if self.around is not None:
             self.around.after_call()
         self.left = self._state()
 
     def register_hooks(self) -> Iterator[RemovableHandle]:
-        """Registers hooks on a layer of another library."""
+        """Registers hooks that run `before_call` and `after_call`, for a layer of another library."""
 
         def check_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            """Checks the call; a second tensor would be a state from the model's forward."""
+            """Checks the call. A second tensor is a state from the model's forward, which is refused."""
             inputs = [value for value in (*args, *kwargs.values()) if hasattr(value, "shape")]
             if len(inputs) > 1 and not self.called:
                 raise RuntimeError(
@@ -99,21 +103,21 @@ class _SteppedModule:
 
 
 def _describe_module(model: nn.Module, module: nn.Module) -> str:
-    """The module in errors: its class and its path."""
+    """The module in words for errors: its class, and its path in the model."""
     path = next(path for path, each in model.named_modules() if each is module)
     name = bare_class(module).__name__
     return f"{name} at {path!r}" if path else name
 
 
-_streamed_by_time_dim = functools.cache(functools.partial(Streamed, state="v", has_switch=True))  # one per time_dim
+_streamed_by_time_dim = functools.cache(functools.partial(Streamed, state="v", has_switch=True))
 
-# For each class of modules, the function of a library that says how they take steps, or None without one. Asking all
-# libraries takes 4 us, so it is done once per class.
+# For each class of modules, the function of its library that says how a module takes steps, or None if no library knows
+# the class. Asking all libraries takes 4 us, so it is done once per class.
 _streamed_by_class: dict[type[nn.Module], Callable[[nn.Module], InStream] | None] = {}
 
 
 def _how_stepped(module: nn.Module) -> InStream:
-    """How the module takes single steps, or why it can't; None if it has no time."""
+    """How the module takes single steps, or in words why it can't; None for a module without time."""
     if isinstance(module, NeuronLayer):
         return _streamed_by_time_dim(module.time_dim)
     if isinstance(module, InSequences):
@@ -129,7 +133,7 @@ def _how_stepped(module: nn.Module) -> InStream:
 
 
 def _stepped_modules(model: nn.Module) -> Iterator[_SteppedModule]:
-    """The modules of the model that take steps, each once; an error for a module that can't."""
+    """The modules of the model that have time, each once. Raises RuntimeError for one that can't take single steps."""
     found: set[nn.Module] = set()
     left: list[tuple[nn.Module, bool, bool]] = [(model, False, False)]  # modules to visit, with `inside` and `compiled`
     while left:  # no recursive closure: it would be a reference cycle, which keeps the model alive
@@ -151,29 +155,29 @@ def _stepped_modules(model: nn.Module) -> Iterator[_SteppedModule]:
         left += [(child, inside, compiled) for child in reversed(children.values()) if child is not None]
 
 
-def _time_dim_of(takers: Sequence[_SteppedModule]) -> int | None:
-    """The dimension of time in the model's input; None if each call of the layers is one step."""
+def _time_dim_of(stepped_modules: Sequence[_SteppedModule]) -> int | None:
+    """The dimension of time in the model's input; None if its layers take one step per call, without time."""
     first: dict[int | None, _SteppedModule] = {}
-    for taker in takers:
-        if not taker.inside:
-            first.setdefault(taker.streamed.time_dim, taker)
+    for stepped in stepped_modules:
+        if not stepped.inside:
+            first.setdefault(stepped.streamed.time_dim, stepped)
     if len(first) > 1:
         said = (
-            f"{taker.name} {'takes one step per call' if at is None else f'has time at {at}'}"
-            for at, taker in first.items()
+            f"{stepped.name} {'takes one step per call' if at is None else f'has time at {at}'}"
+            for at, stepped in first.items()
         )
         raise ValueError(
-            f"{_CALLER}: all layers must have the same time dimension, got {', '.join(said)}; otherwise pass time_dim, "
-            "the time dimension of the model's input"
+            f"{_CALLER}: all layers must have the same time dimension, got {', '.join(said)}; if this is meant, pass "
+            "the time dimension of the model's input as time_dim"
         )
     return next(iter(first), 0)
 
 
 def _remove_time_dim(output: Tensor, x_t: Tensor, time_dim: int) -> Tensor:
-    """The output of one step without its time dimension."""
+    """The output of one step without its time dimension. Raises ValueError if it has none."""
     if -output.dim() <= time_dim < output.dim() and output.shape[time_dim] == 1:
         without = output.squeeze(time_dim)
-        # The dimension of size 1 may be the batch instead of time, which the remaining batch size shows.
+        # If the batch has size 1, the squeezed dimension may have been the batch. Then the batch is no longer first.
         if x_t.dim() < 2 or x_t.shape[0] != 1 or tuple(without.shape[:1]) == (1,):
             return without
     raise ValueError(
@@ -203,10 +207,10 @@ def step(model: nn.Module, x_t: Tensor, *, time_dim: int | None = None) -> Any:
 
     Returns the model's output, with the time dimension removed from all tensors, also in tuples, lists and dicts.
 
-    Raises TypeError if an argument is not a module or not a tensor, ValueError if layers differ in time_dim or the
-    output has no time dimension, and RuntimeError if a layer can't carry its state from call to call, is called twice
-    in a step, gets its state from the model's forward, or is reset by it. After an error some layers may have taken the
-    step, so reset the model.
+    Raises TypeError if an argument has a wrong type, and ValueError if layers differ in time_dim, x_t has too few
+    dimensions for it, or the output has no time dimension. Raises RuntimeError if a layer can't carry its state from
+    call to call, gets several time steps, is called twice in a step, gets its state from the model's forward, or is
+    reset by it. After an error some layers may have taken the step, so reset the model.
 
     Example::
 
@@ -218,8 +222,8 @@ def step(model: nn.Module, x_t: Tensor, *, time_dim: int | None = None) -> Any:
     check_module(model, _CALLER)
     if time_dim is not None:
         check_int("time_dim", time_dim, _CALLER)
-    takers = list(_stepped_modules(model))
-    time_dim = _time_dim_of(takers) if time_dim is None else time_dim
+    stepped_modules = list(_stepped_modules(model))
+    time_dim = _time_dim_of(stepped_modules) if time_dim is None else time_dim
     check_step(x_t, time_dim or 0, _CALLER)
     handles: list[RemovableHandle] = []
     kept: list[tuple[Any, str, Any]] = []  # attributes to restore
@@ -230,19 +234,19 @@ def step(model: nn.Module, x_t: Tensor, *, time_dim: int | None = None) -> Any:
         set_plain_attribute(layer, name, value)
 
     try:
-        for taker in takers:
-            if taker.streamed.has_switch:
-                set_until_end(taker.module, "stateful", True)
-            if taker.compiled:
+        for stepped in stepped_modules:
+            if stepped.streamed.has_switch:
+                set_until_end(stepped.module, "stateful", True)
+            if stepped.compiled:
                 continue
-            if isinstance(taker.module, NeuronLayer):
-                set_until_end(taker.module, "_watch", taker)
+            if isinstance(stepped.module, NeuronLayer):
+                set_until_end(stepped.module, "_watch", stepped)
             else:
-                handles += taker.register_hooks()
+                handles += stepped.register_hooks()
         output = model(x_t if time_dim is None else x_t.unsqueeze(time_dim))
-        for taker in takers:
-            if taker.called:
-                taker.check_state()
+        for stepped in stepped_modules:
+            if stepped.called:
+                stepped.check_state()
     finally:
         for handle in handles:
             handle.remove()
@@ -256,7 +260,7 @@ def step(model: nn.Module, x_t: Tensor, *, time_dim: int | None = None) -> Any:
 
 
 def reset(model: nn.Module) -> None:
-    """Clears the potentials that the layers of a model carry, so that the next call of each starts at rest.
+    """Clears the states that the layers of a model carry, such as potentials, so that their next call starts at rest.
 
     It resets the layers of asgl_cuda, and those of SpikingJelly, snnTorch and sinabs, converted or not, by the methods
     of their library. Norse's layers carry no state.
@@ -274,10 +278,10 @@ def reset(model: nn.Module) -> None:
 
 
 def detach(model: nn.Module) -> None:
-    """Detaches the potentials carried by the model's layers, for truncated backpropagation through time.
+    """Detaches the states that the layers of a model carry, for truncated backpropagation through time.
 
-    The next call continues from the same potentials, and its backward stops at them. `detach` works for the same layers
-    as `asgl_cuda.reset`.
+    The next call continues from the same states, and its backward stops at them. `detach` works for the same layers as
+    `asgl_cuda.reset`.
 
     Raises TypeError if `model` is not a module.
 
@@ -291,7 +295,7 @@ def detach(model: nn.Module) -> None:
 
 
 def _call_on_all_layers(model: nn.Module, name: str, method: str) -> None:
-    """Calls `method` of each layer of asgl_cuda, and the function `name` of each library for each module."""
+    """Calls `method` of each layer of asgl_cuda, and for every module the functions `name` of the other libraries."""
     check_module(model, f"asgl_cuda.{name}")
     functions = [getattr(library, name) for library in libraries() if hasattr(library, name)]
     for module in model.modules():

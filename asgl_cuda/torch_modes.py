@@ -24,7 +24,7 @@ is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", torch
 
 
 def is_forward_mode_active() -> bool:
-    """Whether tensors may have tangents."""
+    """Whether forward-mode differentiation is active, so that tensors may have tangents."""
     return forward_ad._current_level >= 0
 
 
@@ -55,7 +55,7 @@ def is_differentiated(tensors: Sequence[Tensor | None], caller: str) -> bool:
 
 
 def refuse_tangents(tensors: Sequence[Tensor | None], caller: str) -> None:
-    """Raises RuntimeError where a tensor has a tangent, in forward mode."""
+    """Raises RuntimeError if a tensor has a tangent. Call it only if forward mode is active."""
     given = (tensor for tensor in tensors if tensor is not None)
     # The compiler does not see tangents of forward mode.
     if torch.compiler.is_compiling() or any(forward_ad.unpack_dual(each).tangent is not None for each in given):
@@ -93,19 +93,19 @@ def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
 
 @cache
 def _single_level(function: type[torch.autograd.Function]) -> Any:
-    """The function in a form that torch.func does not intercept, as torch 2.15 does with every autograd.Function."""
+    """The function as a `_SingleLevelFunction`. torch.func of torch 2.15 intercepts calls of any autograd.Function."""
     members = {name: staticmethod(getattr(function, name)) for name in ("forward", "setup_context", "backward")}
     return type(function.__name__, (_SingleLevelFunction,), members)
 
 
 def apply_at_one_level(function: type[torch.autograd.Function], *arguments: Any) -> Any:
-    """`apply` in an operator's autograd kernel, which runs once per level of differentiation."""
+    """`function.apply` for an operator's autograd kernel, which torch calls once per level of differentiation."""
     with enable_single_level_autograd_function():
         return _single_level(function).apply(*arguments)
 
 
 def saved_tensors(ctx: Any) -> tuple[Any, ...]:
-    """ctx.saved_tensors, to be read once: non-reentrant checkpointing recomputes at each read."""
+    """ctx.saved_tensors. Read it once per backward: non-reentrant checkpointing refuses to unpack a tensor twice."""
     if torch.compiler.is_compiling():
         return ctx.saved_tensors  # type: ignore[no-any-return]
     try:
@@ -114,14 +114,14 @@ def saved_tensors(ctx: Any) -> tuple[Any, ...]:
         if "second time" not in str(error):
             raise
         raise RuntimeError(
-            f"{error} In asgl_cuda: a layer that carries its potential continues the graph of an earlier call, whose "
-            "backward is done. Call asgl_cuda.reset(model) between sequences, or asgl_cuda.detach(model) to keep the "
-            "potentials without their graph, for truncated backpropagation through time."
+            f"{error} In asgl_cuda, a layer that carries its potential continues the graph of its earlier calls. If "
+            "their backward is done, call asgl_cuda.reset(model) between sequences, or asgl_cuda.detach(model) to keep "
+            "the potentials without their graph, for truncated backpropagation through time."
         ) from error
 
 
 class _OnceDifferentiable(torch.autograd.Function):
-    """The first `count` tensors unchanged, as non-differentiable functions of the others.
+    """Returns the first `count` tensors unchanged, as functions of all tensors whose derivative raises an error.
 
     torch's once_differentiable detaches gradients if only inputs, not incoming gradients, require grad: a gradient
     penalty would silently have no effect.
@@ -149,7 +149,7 @@ class _OnceDifferentiable(torch.autograd.Function):
 def once_differentiable(
     gradients: Sequence[Tensor | None], inputs: Sequence[Tensor | None], apply: Callable[..., Any] = apply
 ) -> Sequence[Any]:
-    """The gradients, in a graph whose second derivative raises an error."""
+    """Gives the gradients a graph in which a second derivative raises an error."""
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return gradients
     found = iter(apply(_OnceDifferentiable, len(gradients), *gradients, *inputs))

@@ -110,14 +110,15 @@ def with_another_state(model, x_seq):
 
 
 REFUSED = {
-    "reset behind": (Stack(with_reset_behind, lif=LIF()), RuntimeError, r"LIF at 'lif' is reset, .* by the model's"),
-    "reset inside": (Stack(with_reset, lif=LIF()), RuntimeError, r"LIF at 'lif' is reset, .* by the model's own"),
-    "state replaced": (Stack(with_another_state, lif=LIF()), RuntimeError, r"LIF at 'lif' is reset, or its state rep"),
+    "reset behind": (Stack(with_reset_behind, lif=LIF()), RuntimeError, r"LIF at 'lif' must keep its state, but"),
+    "reset inside": (Stack(with_reset, lif=LIF()), RuntimeError, r"LIF at 'lif' must keep its state, but the model's"),
+    "state replaced": (Stack(with_another_state, lif=LIF()), RuntimeError, r"LIF at 'lif' must keep its state"),
     "shared neurons": (
         Stack(lambda m, x: m.lif(m.lif(x)), lif=LIF()), RuntimeError, r"LIF at 'lif' is called twice in one step",
     ),
     "time of its own": (
-        Stack(lambda m, x: m.lif(x.expand(4, -1, -1)), lif=LIF()), RuntimeError, "must get one time step, got 4",
+        Stack(lambda m, x: m.lif(x.expand(4, -1, -1)), lif=LIF()), RuntimeError,
+        "must get one step, got 4 .* Either the time_dim",
     ),
     "recurrent": (nn.Sequential(LIF(), nn.LSTM(C, C)), RuntimeError, "LSTM at '1' can't be .* each call at rest"),
     "recurrent cell": (Stack(lambda m, x: x, cell=nn.LSTMCell(C, C)), RuntimeError, "LSTMCell at 'cell' can't be"),

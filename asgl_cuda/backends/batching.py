@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ..layout import channel_dim, dense
+from ..layout import channel_dim, to_dense_layout
 from ..reference.records import Parameters, Rules
 
 Rule = Callable[..., tuple[Any, Any]]  # takes info, in_dims and the operator's arguments; returns outputs and out_dims
@@ -87,7 +87,7 @@ def _batch_in_one_call(operator: Any, info: Any, in_dims: tuple[Any, ...], *argu
         for name in parameters
         if name not in _SEQUENCES
     }
-    taken["rules"] = rules.changed(time_dim=rules.time_dim + 1)
+    taken["rules"] = rules.with_values(time_dim=rules.time_dim + 1)
     if rng_state is not None:
         taken["rng_state"] = rng_state.narrow(rng_dim, 0, 1).squeeze(rng_dim) if count else rng_state.new_zeros((1, 2))
     if "checkpoints" in given:
@@ -143,7 +143,7 @@ def _batch_one_by_one(
             return value
         if info.batch_size == 0:  # the operator is called once, for the shapes of its results
             return value.new_zeros(_sample_shape(value, dim))
-        return dense(value.select(dim, index), time_dim)
+        return to_dense_layout(value.select(dim, index), time_dim)
 
     def results_of_sample(index: int) -> Any:
         """The results of the operator for one sample."""

@@ -14,7 +14,7 @@ from ..layout import Features
 
 
 class NeuronArguments(TypedDict, total=False):
-    """Common arguments of `lif` and `batch_norm_lif`, documented in `lif`."""
+    """The keyword arguments that the functions of spiking neurons have in common. `lif` documents them."""
 
     decay: Tensor | float
     v_threshold: Tensor | float
@@ -44,16 +44,16 @@ class NeuronArguments(TypedDict, total=False):
 
 
 class Arguments(NeuronArguments, total=False):
-    """All arguments of `lif` except x_seq, or of adaptive neurons: the record that a call is made of.
+    """The record of a call: all arguments of `lif` except x_seq, or those of adaptive neurons.
 
-    From layers, width and decay may be a Logarithm and a Logit.
+    Layers pass a learned width as a Logarithm, and a learned decay as a Logit.
     """
 
     input_gain: Tensor | float
     input_bias: Tensor | float
     input_mean: Tensor | float
-    # Only for adaptive neurons: to what w is added (bits IN_CURRENT and others), the parameters of the adaptation, and
-    # its first w.
+    # Only for adaptive neurons: where the adaptation w acts (bits IN_CURRENT, IN_THRESHOLD and IN_RESET), w in the
+    # first step, and the parameters of w.
     adaptation: int
     w_init: Tensor | None
     adapt_decay: Any
@@ -74,10 +74,11 @@ OPTIONS: dict[str, Callable[..., Any]] = {
     "levels": accept_none(check_levels),
 }
 OPTION_NAMES = "surrogate", "time_dim", *OPTIONS
-# The arguments that are parameters of operators, except `reset`. Instead of gain, bias and mean of the input, adaptive
-# neurons have the parameters of the adaptation.
+# The arguments that become the operators' parameters input_gain, input_bias and input_mean. In their places adaptive
+# neurons pass the parameters of the adaptation.
 INPUT = {"input_gain": "input_gain", "input_bias": "input_bias", "input_mean": "input_mean"}
 ADAPTATION = {"input_gain": "adapt_decay", "input_bias": "adapt_potential", "input_mean": "adapt_spike"}
+# All arguments that may be tensors: first the parameters of the operators.
 _COMMON = "width", "decay", "v_threshold", "v_reset", "reset_amount"
 VALUES = *_COMMON, *INPUT, "analog_prob", "residual"
 ADAPTIVE_VALUES = *_COMMON, *ADAPTATION.values(), "analog_prob", "residual"

@@ -23,16 +23,16 @@ _CONSTANTS = (float, int, bool, str, type(None), Features)
 
 
 def cached_by_signature(names: Sequence[str]) -> Callable[[Check[Checked]], Check[Checked]]:
-    """Caches the result of `check(caller, x_seq, given)` for calls of the same signature.
+    """A decorator that caches the result of `check(caller, x_seq, given)` for calls of the same signature.
 
-    The check may depend on the caller, on the `given` arguments of these names, of tensors only on type, shape, dtype
-    and device, never on values, and on x_seq likewise.
+    The check may depend on the caller, on x_seq, and on the `given` arguments of these names. Of tensors, x_seq among
+    them, it may use type, shape, dtype and device, but no values.
     """
     values_of = itemgetter(*names)
 
     @functools.lru_cache
     def split_by_type(types: tuple[type, ...]) -> tuple[list[int], Callable[[Any], Any]]:
-        """The positions of tensors, and a getter of all other arguments. TypeError for types that can't be keys."""
+        """The positions of tensors, and a getter of other arguments. Raises TypeError for types that can't be keys."""
         others = [index for index, kind in enumerate(types) if kind in _CONSTANTS]
         tensors = [index for index, kind in enumerate(types) if kind in (*PLAIN_TENSORS, *_LEARNED)]
         if len(others) + len(tensors) < len(types):
@@ -40,12 +40,12 @@ def cached_by_signature(names: Sequence[str]) -> Callable[[Check[Checked]], Chec
         return tensors, itemgetter(*others)
 
     def decorate(check: Check[Checked]) -> Check[Checked]:
-        """The check with a cache of its own."""
+        """Gives this check a cache of its own."""
         plans: dict[Any, Checked] = {}
 
         @functools.wraps(check)
         def cached(caller: str, x_seq: Any, given: Any) -> Checked:
-            """The plan of this signature; the check itself under a compiler, or for arguments that can't be a key."""
+            """The cached result; calls the check while compiling, and for arguments that can't be keys."""
             if is_compiling():
                 return check(caller, x_seq, given)
             try:
@@ -70,7 +70,7 @@ def cached_by_signature(names: Sequence[str]) -> Callable[[Check[Checked]], Chec
 
 
 def _tensor_signature(value: Any) -> Any:
-    """The signature of a tensor besides its type. Raises TypeError if a check may depend on more."""
+    """Shape, dtype and device. Raises TypeError for a value of which a check may use more, such as a sparse tensor."""
     tensor = value.stored if isinstance(value, _LEARNED) else value
     if type(tensor) not in PLAIN_TENSORS or tensor.layout is not torch.strided or tensor.is_nested:
         raise TypeError

@@ -19,18 +19,18 @@ from ..torch_modes import is_transform_active
 def rng_state_of_call(
     caller: str, x_seq: Tensor, analog_below: int, given: Any, backend: str, together: bool
 ) -> Tensor | None:
-    """The rng_state of the operators, drawn unless given; None where no element draws.
+    """The rng_state that the operators get: the given one, or a new one; None if no noise is needed.
 
-    If analog_prob is a tensor, its limit for draws is the third element of the result, as BELOW_IN_STATE in the rules
-    says: an additional tensor in the schemas would slow all calls. `together`: one call of an operator may compute all
-    samples of a vmap.
+    If analog_prob is a tensor, `Rules.analog_below` is BELOW_IN_STATE, and the limit for draws is the third element of
+    rng_state, because one more tensor in the schemas would slow all calls. With `together`, one call of an operator may
+    compute all samples of a vmap.
     """
     rng_state, generator, analog_prob = given["rng_state"], given["generator"], given["analog_prob"]
     below = check_analog_prob_tensor(analog_prob, x_seq, caller) if isinstance(analog_prob, Tensor) else None
     if rng_state is not None:
         check_rng_state(rng_state, x_seq, caller)
         if generator is not None:
-            raise ValueError(f"{caller}: rng_state and generator exclude each other, got both")
+            raise ValueError(f"{caller}: rng_state and generator exclude each other, got both; pass only one of them")
     if generator is not None:
         check_generator(generator, x_seq, caller)
     if analog_below in (0, DRAWS):
@@ -41,7 +41,7 @@ def rng_state_of_call(
 
 
 def _draw_rng_state(x_seq: Tensor, generator: torch.Generator | None, backend: str, together: bool) -> Tensor:
-    """A new (seed, offset), from the generator or the device's default one; see `rng_state_of_call`."""
+    """A new (seed, offset), drawn by the generator, or by the default generator of the device."""
     operators = BACKENDS[backend].operators
     if operators is not None:
         if torch.compiler.is_compiling():

@@ -17,13 +17,13 @@ from ..checks import (
     check_multi_spike,
     check_options,
     check_parameters,
+    check_positive_threshold,
+    check_reset_and_surrogate,
     check_residual,
-    check_rules,
-    check_threshold,
     check_width,
     check_width_tensor,
 )
-from ..layout import Features, dense, real_type, to_memory_order
+from ..layout import Features, real_type, to_dense_layout, to_memory_order
 from ..reference.learned import Logarithm, Logit
 from ..reference.records import BELOW_IN_STATE, Numbers, Parameters, Rules
 from ..reference.surrogates import INTEGER, PERIODIC, SURROGATES
@@ -32,12 +32,12 @@ from .cache import cached_by_signature
 from .noise import rng_state_of_call
 
 
-class Source(NamedTuple):
-    """Where a parameter that is a tensor comes from."""
+class ParameterSource(NamedTuple):
+    """The argument from which an operator's parameter comes, for a parameter that is a tensor."""
 
-    place: int  # index of the parameter among those of the operator
+    place: int  # index of the parameter among the operator's parameters
     argument: str
-    shape: tuple[int, ...] | None  # reshaped to this it broadcasts against x_seq; None: as it is
+    shape: tuple[int, ...] | None  # in this shape it broadcasts against x_seq; None: it need not be reshaped
 
 
 class Plan(NamedTuple):
@@ -48,23 +48,23 @@ class Plan(NamedTuple):
     numbers: Numbers
     wanted: tuple[bool, ...]  # results after the first: for `lif` v_last, v_seq and h_seq
     packed: tuple[Any, ...]  # the arguments of operators after the tensors: numbers, rules, and their own options
-    sources: Sequence[Source]
+    sources: Sequence[ParameterSource]
     states: tuple[str, ...]  # names of the states
 
 
 def make_plan(
-    x_seq: Tensor, rules: Rules, numbers: Numbers, wanted: Sequence[bool], sources: Sequence[Source] = (),
+    x_seq: Tensor, rules: Rules, numbers: Numbers, wanted: Sequence[bool], sources: Sequence[ParameterSource] = (),
     options: Sequence[bool] = (),
 ) -> Plan:  # fmt: skip
-    """A plan for the type of x_seq."""
+    """Makes the plan of a call with this x_seq: packs numbers, rules and `options` for the operator."""
     packed = tuple(numbers), tuple(rules), *options
     return Plan(real_type(x_seq.dtype), rules, numbers, tuple(wanted), packed, sources, rules.states())
 
 
 def parameter_sources(
     arguments: Iterable[str], constants: Mapping[str, float | None], given: Any, x_seq: Tensor, time_dim: int
-) -> list[Source]:
-    """The sources of the parameters, in the order of their `arguments`, that are no `constants`."""
+) -> list[ParameterSource]:
+    """The sources of the parameters that are tensors, whose `constants` are None, in the order of `arguments`."""
     features: Features | None = given.get("features")
     found = []
     for place, name in enumerate(arguments):
@@ -72,14 +72,14 @@ def parameter_sources(
             continue
         shape, stored = None, getattr(given[name], "stored", given[name])
         if features is not None and stored.shape == features.sizes:
-            shape = features.shape(x_seq, time_dim)
+            shape = features.broadcast_shape(x_seq, time_dim)
             shape = None if shape == features.sizes else shape
-        found.append(Source(place, name, shape))
+        found.append(ParameterSource(place, name, shape))
     return found
 
 
 class Inputs(NamedTuple):
-    """The tensors of lif_forward in their order, None for a constant; or their gradients, or which are wanted."""
+    """For each tensor of lif_forward, in order: itself (None for a constant), its gradient, or if that is wanted."""
 
     x_seq: Any
     v_init: Any
@@ -93,8 +93,8 @@ class Inputs(NamedTuple):
     input_mean: Any
     residual: Any
 
-    def with_input(self, gain: Any, bias: Any, mean: Any) -> Inputs:
-        """These inputs with other parameters of the input. Not by `_replace`, which torch 2.6 can't compile."""
+    def with_input_parameters(self, gain: Any, bias: Any, mean: Any) -> Inputs:
+        """A copy with other input_gain, input_bias and input_mean. Not by `_replace`, which torch 2.6 can't compile."""
         return Inputs(*self[:-4], gain, bias, mean, self.residual)
 
 
@@ -102,9 +102,10 @@ PARAMETERS = Parameters._fields[:-1]  # without the residual, which is never a c
 
 
 def parameter_tensors(plan: Plan, given: Any, count: int, fused: bool) -> list[Any]:
-    """A call's parameters in the type of the arithmetic, None for constants.
+    """A call's parameters, each in the type of the arithmetic, and None for constants.
 
-    Where `fused`, learned ones are as stored, and those of one dimension have the place that the rules say.
+    With `fused`, a learned parameter stays the stored logarithm or logit, and one of one dimension is not reshaped:
+    `Rules.trailing` tells the operators to which dimension of x_seq it belongs.
     """
     real, found = plan.real, [None] * count
     for place, name, shape in plan.sources:
@@ -118,7 +119,7 @@ def parameter_tensors(plan: Plan, given: Any, count: int, fused: bool) -> list[A
 
 
 def stack_of_states(caller: str, x_seq: Tensor, given: Arguments, plan: Plan) -> Tensor | None:
-    """The initial states, `{name}_init`, checked and stacked as operators take several; None if all are at rest."""
+    """Checks the initial states `{name}_init`, and stacks them for an operator; None if all states are at rest."""
     found: dict[str, Tensor | None] = {name: given.get(f"{name}_init") for name in plan.states}  # type: ignore[misc]
     time_dim, real = plan.rules.time_dim, plan.real
     for name, state in found.items():
@@ -136,14 +137,14 @@ def stack_of_states(caller: str, x_seq: Tensor, given: Arguments, plan: Plan) ->
 
 
 def last_states(plan: Plan, stack: Tensor | None) -> dict[str, Tensor | None]:
-    """The states after the last step by name, `{name}_last`, from the operators' stack of them, None if not wanted."""
+    """The states after the last step as `{name}_last`, from the operator's stack of them, None if not wanted."""
     if len(plan.states) == 1:
         return {"v_last": stack}
     return {f"{name}_last": None if stack is None else stack[k] for k, name in enumerate(plan.states)}
 
 
 class Call(NamedTuple):
-    """The arguments of `lif`, checked and converted."""
+    """A checked call: its backend, its plan, and the tensors of the operator."""
 
     backend: str
     plan: Plan
@@ -153,10 +154,10 @@ class Call(NamedTuple):
 def _arguments_and_constants(
     caller: str, x_seq: Tensor, given: Arguments, options: Mapping[str, Any], counts: bool
 ) -> tuple[dict[str, str], dict[str, float | None]]:
-    """Checks the parameters; returns the argument of each of the operators' parameters, and the value of each argument.
+    """Checks the parameters. Returns, by parameter of the operator, its argument, and by argument its constant value.
 
-    The value of a tensor is None. If the operators count spikes (`counts`: levels without multi_spike), their width is
-    the threshold, and their v_threshold 1 / levels, the height of a spike.
+    The value of a tensor is None. With `counts` (levels without multi_spike) an operator takes the threshold as its
+    width, and 1 / levels, the height of a spike, as its v_threshold.
     """
     soft = "v_threshold" if given["reset_amount"] is None else "reset_amount"
     reset = soft if given["v_reset"] is None else "v_reset"
@@ -168,7 +169,7 @@ def _arguments_and_constants(
         check_width(constants["width"], caller, real)
     threshold = constants["v_threshold"]
     if options["multi_spike"] and threshold is not None:
-        check_threshold(threshold, "multi_spike", caller)
+        check_positive_threshold(threshold, "multi_spike", caller)
     if counts:
         if constants["width"] != 1:
             got = "a tensor" if constants["width"] is None else constants["width"]
@@ -191,13 +192,14 @@ def _checked_plan(caller: str, x_seq: Any, given: Arguments) -> Plan:
     options = check_options(given, OPTIONS, caller)
     surrogate, analog_prob, residual = given["surrogate"], given["analog_prob"], given["residual"]
     counts = options["levels"] is not None and not options["multi_spike"]
-    check_rules(given, caller, options["levels"], options["multi_spike"])
+    check_reset_and_surrogate(given, caller, options["levels"], options["multi_spike"])
     if options["multi_spike"]:
         check_multi_spike(given["v_reset"], analog_prob, caller)
     if residual is not None:
         check_residual(residual, x_seq, caller)
     elif options["residual_gain"] != 1:
-        raise ValueError(f"{caller}: residual_gain needs a residual, got {given['residual_gain']} without one")
+        gain = given["residual_gain"]
+        raise ValueError(f"{caller}: residual_gain needs a residual, got {gain} without one; leave out residual_gain")
     arguments, constants = _arguments_and_constants(caller, x_seq, given, options, counts)
     rules = Rules(
         surrogate=INTEGER if counts else SURROGATES["laplace" if surrogate == PERIODIC else surrogate].id,
@@ -229,7 +231,7 @@ def _checked_plan(caller: str, x_seq: Any, given: Arguments) -> Plan:
 _THRESHOLD_OF_LEVELS = "v_threshold with levels"
 _HEIGHT = "height of a spike"  # the constant that replaces v_threshold with levels
 _NAMES = {False: (*VALUES, *OPTION_NAMES), True: (*ADAPTIVE_VALUES, *OPTION_NAMES, "adaptation")}
-# Functions that make plans, by whether an adaptation is given and by whether features are given.
+# `_checked_plan` with a cache, by whether an adaptation is given and whether features are given.
 _PLANS = {
     (adapts, differ): cached_by_signature((*names, "features") if differ else names)(_checked_plan)
     for adapts, names in _NAMES.items()
@@ -238,9 +240,9 @@ _PLANS = {
 
 
 def checked_call(caller: str, x_seq: Tensor, given: Arguments, together: bool = True) -> Call:
-    """Checks a call of `lif`, plans it, chooses its backend and draws its noise; errors name `caller`.
+    """Checks a call of `lif`, plans it, chooses its backend and draws its noise. Errors name `caller`.
 
-    `together`: one call of an operator may compute all samples of a vmap.
+    With `together`, one call of an operator may compute all samples of a vmap.
     """
     plan = _PLANS["adaptation" in given, "features" in given](caller, x_seq, given)
     backend = choose_backend(given["backend"], x_seq.device, caller)
@@ -252,7 +254,7 @@ def checked_call(caller: str, x_seq: Tensor, given: Arguments, together: bool = 
         check_initial_state(v_init, x_seq, rules.time_dim, caller)
         v_init = v_init.to(plan.real)
     if not x_seq.is_contiguous():
-        x_seq = dense(x_seq, rules.time_dim)
+        x_seq = to_dense_layout(x_seq, rules.time_dim)
     if residual is not None and residual.stride() != x_seq.stride():
         residual = to_memory_order(residual, x_seq, rules.time_dim)
     parameters = parameter_tensors(plan, given, len(PARAMETERS), BACKENDS[backend].operators is not None)
@@ -261,7 +263,7 @@ def checked_call(caller: str, x_seq: Tensor, given: Arguments, together: bool = 
         if width is not None and not rules.log_width:
             check_width_tensor(width, caller, _THRESHOLD_OF_LEVELS if rules.surrogate == INTEGER else "width")
         if rules.multi_spike and v_threshold is not None:
-            check_threshold(v_threshold, "multi_spike", caller)
+            check_positive_threshold(v_threshold, "multi_spike", caller)
     # Noise is drawn last, so that a call that raises an error does not advance the generator.
     if rules.analog_below or rng_state is not None or given["generator"] is not None:
         rng_state = rng_state_of_call(caller, x_seq, rules.analog_below, given, backend, together)

@@ -5,7 +5,7 @@ counter-based: one forward kernel computes the same spikes, analog values includ
 
 Backward of neurons also recomputes potentials from checkpoints; that is unrelated, and needs no context.
 
-Max pooling saves positions as int64, twice the bytes of its float32 result; `_SavedTensor` narrows these.
+Max pooling saves indices as int64, twice the bytes of its float32 result; `_SavedTensor` keeps them in a smaller type.
 
 Hooks on saved tensors put a `_Placeholder` in place of spikes and views of spikes, recognised by their storage; a weak
 reference keeps the address of a storage from being reused. Under such hooks autograd does not compare versions of
@@ -14,7 +14,8 @@ tensors, so `_SavedTensor` does.
 Where other hooks on saved tensors are active, such as those of activation checkpointing, nothing is recomputed.
 Checkpointing counts what it saves, and its memory is freed only if nothing else keeps the inputs of neurons.
 
-torch.compile traces no such hooks: there a tag on the neurons' call has AOTAutograd compute it again in backward.
+torch.compile does not trace such hooks. There `torch.utils.checkpoint` tells AOTAutograd to compute a call of neurons
+again in backward.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ _CALLER = "asgl_cuda.recompute_spikes"
 
 
 class _Thread(threading.local):
-    """Open contexts of a thread, and calls inside them by the storage of the spikes."""
+    """The open contexts of a thread, and the calls of neurons inside them by the storage of their spikes."""
 
     hooks: contextlib.AbstractContextManager[None]
     known: WeakValueDictionary[int, _SpikesOfCall]
@@ -52,13 +53,15 @@ class _Thread(threading.local):
 
 
 _thread = _Thread()
-open_contexts = 0  # in all threads; a call outside any context checks only two integers
-traced_contexts = 0  # entered in code that torch.compile traces, where neither locks nor hooks are known
+# Calls of neurons check only these two numbers. Contexts in code that torch.compile traces are counted apart, because
+# it traces neither locks nor hooks.
+open_contexts = 0  # in all threads
+traced_contexts = 0
 _count_lock = threading.Lock()
 
 
 class _SavedTensor:
-    """A tensor saved as is, which must not change; indices of max pooling in fewer bytes."""
+    """A tensor saved for backward. `unpack` refuses it if it has changed. Indices may be kept in a smaller type."""
 
     def __init__(self, tensor: Tensor, name: str) -> None:
         self._tensor, self._name, self._version = tensor, name, tensor._version
@@ -66,22 +69,22 @@ class _SavedTensor:
 
     @property
     def shape(self) -> torch.Size:
-        """The shape of the tensor, which `_narrow_indices` reads."""
+        """The shape of the tensor. `_narrow_indices` reads it of a `_SavedTensor` or a `_Placeholder`."""
         return self._tensor.shape
 
     def narrow(self, dtype: torch.dtype) -> None:
-        """Keeps the values in another type; `unpack` restores theirs."""
+        """Keeps the values in another type. `unpack` returns them in the original one."""
         if self._tensor._version == self._version:
             self._tensor = self._tensor.to(dtype)
             self._version = self._tensor._version
 
     def unpack(self) -> Tensor:
-        """The tensor for backward; an error if it was modified after it was saved."""
+        """The tensor for backward. Raises RuntimeError if it was modified after it was saved."""
         if self._tensor._version != self._version:
             raise RuntimeError(
                 f"{_CALLER}: {self._name} ({self._tensor.dtype}, shape {list(self._tensor.shape)}), which backward "
                 f"needs, has been modified by an inplace operation: expected version {self._version}, got "
-                f"{self._tensor._version}"
+                f"{self._tensor._version}; modify a copy of it instead"
             )
         return self._tensor.to(self._dtype)
 
@@ -96,38 +99,38 @@ class _SpikesOfCall:
         self._inputs = [
             None if each is None else _pack_saved_tensor(each.detach(), name) for name, each in inputs.items()
         ]
-        self._asking: WeakSet[_Placeholder] = WeakSet()
+        self._waiting: WeakSet[_Placeholder] = WeakSet()
         self._answered: WeakSet[_Placeholder] = WeakSet()
-        self._again: Tensor | None = None
+        self._recomputed: Tensor | None = None
         self._node = ref(spikes.grad_fn)  # the node of the call, which owns this object until a layer saves the spikes
         self._lock = threading.Lock()
 
     @property
     def key(self) -> int:
-        """The number by which the storage of the spikes is recognised."""
+        """The address that identifies the storage of the spikes."""
         return self._storage.cdata  # type: ignore[no-any-return]
 
     def placeholder_for(self, tensor: Tensor) -> _Placeholder | None:
-        """The substitute for a tensor in this storage; None unless shape, strides and offset describe it in full."""
+        """What to save in place of a tensor in this storage; None if it does not view unmodified spikes of its type."""
         if self._storage.expired() or (tensor._version, tensor.dtype) != (self._version, self._dtype):
             return None
         if tensor.is_neg():
             return None
-        recomputed = _Placeholder(self, tensor)
-        self._asking.add(recomputed)
+        placeholder = _Placeholder(self, tensor)
+        self._waiting.add(placeholder)
         if (node := self._node()) is not None:
             node.asgl_cuda_spikes = None  # type: ignore[attr-defined]
-        return recomputed
+        return placeholder
 
-    def spikes_for(self, asking: _Placeholder) -> Tensor:
-        """The spikes, computed at the first request and freed after the last."""
+    def spikes_for(self, placeholder: _Placeholder) -> Tensor:
+        """The spikes, computed again for the first placeholder that needs them, and freed after the last one."""
         with self._lock:
-            spikes = self._again
+            spikes = self._recomputed
             if spikes is None:
-                spikes = self._again = self._compute_again()
-            self._answered.add(asking)
-            if len(self._answered) >= len(self._asking):
-                self._again = None
+                spikes = self._recomputed = self._compute_again()
+            self._answered.add(placeholder)
+            if len(self._answered) >= len(self._waiting):
+                self._recomputed = None
                 self._answered.clear()
             return spikes
 
@@ -150,12 +153,12 @@ class _Placeholder:
         return self._spikes.spikes_for(self).as_strided(self.shape, self._stride, self._offset)
 
 
-# Names of autograd nodes whose result1 has positions in the last two dimensions of the input.
+# Names of autograd nodes that save, as `result1`, indices into the last two dimensions of their input.
 _MAX_POOLING = ("MaxPool2DWithIndicesBackward0", "AdaptiveMaxPool2DBackward0")
 
 
 def _narrow_indices(tensor: Tensor) -> None:
-    """If the tensor is a result of max pooling or a view of one: has its indices saved in 2 or 4 bytes instead of 8."""
+    """Keeps the saved indices of max pooling in 2 or 4 bytes instead of 8, if `tensor` is its result or a view."""
     node = (tensor if tensor._base is None else tensor._base).grad_fn
     if node is None or node.name() not in _MAX_POOLING:
         return
@@ -172,13 +175,13 @@ def _narrow_indices(tensor: Tensor) -> None:
 
 
 def _pack_saved_tensor(tensor: Tensor, name: str = "a tensor") -> _SavedTensor | _Placeholder:
-    """The hook that saves a tensor: a substitute for known spikes, otherwise the tensor."""
+    """The hook that saves a tensor: a placeholder if it has the spikes of a known call, otherwise the tensor."""
     _thread.packed = True
     if type(tensor) is Tensor and tensor.layout is torch.strided and _thread.depth:
         spikes = _thread.known.get(tensor.untyped_storage()._cdata)
-        recomputed = None if spikes is None else spikes.placeholder_for(tensor)
-        if recomputed is not None:
-            return recomputed
+        placeholder = None if spikes is None else spikes.placeholder_for(tensor)
+        if placeholder is not None:
+            return placeholder
         _narrow_indices(tensor)
     return _SavedTensor(tensor, name)
 
@@ -189,7 +192,7 @@ def _unpack_saved_tensor(packed: _SavedTensor | _Placeholder) -> Tensor:
 
 
 def _saved_tensor_hooks() -> contextlib.AbstractContextManager[None]:
-    """A context with the two hooks; an empty one where other hooks are active or torch.func refuses hooks."""
+    """A context with the two hooks; one without effect if other hooks are active, or torch.func refuses hooks."""
     if is_transform_active():
         return contextlib.nullcontext()
     try:
@@ -201,7 +204,7 @@ def _saved_tensor_hooks() -> contextlib.AbstractContextManager[None]:
 
 
 class _Context(contextlib.ContextDecorator):
-    """The context of `recompute_spikes`; the outermost one of a thread installs the hooks."""
+    """The context of `recompute_spikes`. The outermost one of a thread installs the hooks."""
 
     def __enter__(self) -> None:
         global open_contexts, traced_contexts
@@ -253,20 +256,21 @@ def recompute_spikes(model: nn.Module | None = None) -> Any:
     The following are stored as usual: outputs of dropout and pooling, concatenated or cast spikes, views of another
     type, and spikes modified in place before use. (Under autocast, spikes of neurons in the lower precision are not
     cast.) If spikes are modified without the knowledge of autograd, through ``.data`` or NumPy, backward computes with
-    the unmodified ones. Indices of max pooling are stored in 2 or 4 bytes instead of 8.
+    the unmodified ones. Indices of max pooling in one or two dimensions are stored in 2 or 4 bytes instead of 8.
 
     Spikes are also stored as usual in functions that torch.func transforms, and if other hooks on saved tensors
     (torch.utils.checkpoint, save_on_cpu) are active inside or around the context. With torch.compile, the context may
-    be around or in the compiled code, which is compiled once with and once without it. With torch 2.6, compiled code
-    stores spikes as usual.
+    be around or in the compiled code. Code that is called both in the context and outside of it is compiled once for
+    each. With torch 2.6, compiled code stores spikes as usual.
 
     Returns:
         A context manager and decorator, or the model.
 
     Raises:
         TypeError: model is not a module.
-        RuntimeError: in backward, if an input of neurons was modified in place after forward; and if torch.func.grad,
-            vjp, jacrev or hessian is called in the context, because they do not support hooks on saved tensors.
+        RuntimeError: in backward, if an input of neurons, or another tensor saved in the context, was modified in place
+            after forward; and if torch.func.grad, vjp, jacrev or hessian is called in the context, because they do not
+            support hooks on saved tensors.
 
     Example::
 
@@ -285,15 +289,15 @@ def recompute_spikes(model: nn.Module | None = None) -> Any:
 
 
 def _open_before_forward(model: nn.Module, *_: Any) -> None:
-    """Opens a context before the model's forward."""
+    """A forward pre-hook that opens a context."""
     _Context().__enter__()
     if not torch.compiler.is_compiling():
         _thread.models.append(model)
 
 
 def _close_after_forward(model: nn.Module, *_: Any) -> None:
-    """Closes the context after the model's forward, also after an error."""
-    # Also called if another hook raised an error before _open_before_forward.
+    """A forward hook that closes the context, also after an error in forward."""
+    # It is also called if another hook raised an error before _open_before_forward opened the context.
     if torch.compiler.is_compiling():
         _Context().__exit__()
     elif _thread.models and _thread.models[-1] is model:
@@ -307,14 +311,14 @@ def apply_and_remember(
     inputs: Sequence[Any],
     remember: Callable[[Any], None],
 ) -> Any:
-    """apply(function, *inputs), a call of neurons while a context is open; `remember` takes the results."""
+    """Calls apply(function, *inputs), a call of neurons in an open context, and `remember` with its results."""
     if torch.compiler.is_compiling():
         if is_exporting() or is_transform_active():
             return apply(function, *inputs)
         return checkpoint(lambda: apply(function, *inputs), use_reentrant=False)
     _thread.packed = False
     results = apply(function, *inputs)
-    if _thread.packed:  # otherwise other hooks save the tensors of the call
+    if _thread.packed:  # otherwise other hooks have saved the tensors of the call
         remember(results)
     return results
 
@@ -322,11 +326,11 @@ def apply_and_remember(
 def remember_spikes(spikes: Tensor, compute: Callable[..., Tensor], inputs: dict[str, Tensor | None]) -> None:
     """If this thread is inside a context, makes backward recompute the spikes of this call.
 
-    `compute` takes the inputs in their order.
+    `compute` gets the values of `inputs` in their order.
     """
     if not _thread.depth or type(spikes) is not Tensor or spikes.grad_fn is None:
         return
     found = _SpikesOfCall(spikes, compute, inputs)
     _thread.known[found.key] = found
-    # The node of the call owns the object, so that it is freed if the graph is dropped.
+    # The node of the call owns the object, so that both are freed together if the graph is freed without a backward.
     spikes.grad_fn.asgl_cuda_spikes = found  # type: ignore[attr-defined]

@@ -17,7 +17,7 @@ from ..checks import HALF_TYPES, PLAIN_TENSORS, format_value
 from ..neurons.base import Noisy
 from ..neurons.deferred import Pending, tensor_of
 from ..neurons.leaky_integrator import IntegratorOutput, leaky_integrator
-from ..neurons.lif import LIF_DEFAULTS, LIFOutput, lif, run_lif_after
+from ..neurons.lif import LIF_DEFAULTS, LIFOutput, lif, run_lif_after_norm
 from ..reference.learned import Logarithm
 from .identify import FLAT, SpikeFunction, closure_values
 from .recording import Recording, current_recording
@@ -359,7 +359,7 @@ class Converted(Overlay, Noisy):
             x_seq = x_seq.to(dtype)
         options = self._lif_options(x_seq, options)
         if isinstance(x_seq, Pending):  # a normalisation before this layer, which the layer computes as well
-            result = run_lif_after(x_seq, self, "asgl_cuda.lif", {**LIF_DEFAULTS, **options})  # type: ignore[typeddict-item]
+            result = run_lif_after_norm(x_seq, self, "asgl_cuda.lif", {**LIF_DEFAULTS, **options})  # type: ignore[typeddict-item]
         else:
             result = lif(x_seq, **options)
         assert isinstance(result, LIFOutput)
@@ -515,7 +515,7 @@ def _wrapped_forward(forward: Callable[..., Any]) -> Callable[..., Any]:
             self.__prepare_scriptable__()  # raises
         if is_pending and (self.takes_one_step or not self.takes_input_directly):
             why = "which is called step by step" if self.takes_one_step else "whose input no neuron takes as it is"
-            args = args[0].tensor(f"{bare_class(self).__name__}, {why}"), *args[1:]
+            args = args[0].value_for(f"{bare_class(self).__name__}, {why}"), *args[1:]
         return forward(self, *args, **kwargs)
 
     return call

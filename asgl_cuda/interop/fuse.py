@@ -20,7 +20,7 @@ from ..calls.arguments import Arguments
 from ..layout import channel_dim, real_type
 from ..neurons.batch_norm_lif import module_batch_norm_lif
 from ..neurons.deferred import (
-    Normal,
+    NormOutput,
     Pending,
     active_saved_tensor_hooks,
     backward_hook_of,
@@ -40,7 +40,7 @@ _CONVERTED = "_converted_by_fuse"  # attribute of layers that `fuse` has convert
 
 # The last call of each normalisation, by id(normalisation). A call keeps its normalisation alive, so no other object
 # can have that id while the entry exists.
-_calls: weakref.WeakValueDictionary[int, Normal] = weakref.WeakValueDictionary()
+_calls: weakref.WeakValueDictionary[int, NormOutput] = weakref.WeakValueDictionary()
 
 
 def fuse(model: nn.Module, *example: Any, inplace: bool = False) -> tuple[nn.Module, Report]:
@@ -201,7 +201,7 @@ class Fused(Overlay):
             elif backward_hook_of(self):
                 reason = "it has a backward hook"
             # Running statistics must be updated in the order of the calls.
-            if self.training and last is not None and last.is_open():
+            if self.training and last is not None and last.is_unused():
                 reason = "it is called again before its output is used"
                 last.value_because(reason)
             if reason:
@@ -212,7 +212,7 @@ class Fused(Overlay):
         has_time = getattr(type(self), "step_mode", None) is not None and self.step_mode == "m"
         has_time = has_time and hasattr(_normalisation_base(self.original), "step_mode")
         self._check_input_dim(input[0] if has_time else input)
-        call = Normal(self, input)
+        call = NormOutput(self, input)
         if not is_compiling and (self.training or self.outcome is not None):
             _calls[id(self)] = call
         return Pending(call, call, 1 + has_time, input, watched=with_version(input))
@@ -359,7 +359,7 @@ class _Outcome:
 
     def unused_outputs(self, reason: str) -> dict[str, str]:
         """The normalisations whose outputs nothing has used yet, with the reason."""
-        calls = (call for call in list(_calls.values()) if call.is_open() and call.of in self.paths)
+        calls = (call for call in list(_calls.values()) if call.is_unused() and call.of in self.paths)
         return {self.paths[call.of]: reason for call in calls}
 
 
@@ -394,7 +394,7 @@ def _try_example(model: nn.Module, paths: list[str], example: tuple[Any, ...]) -
                     raise
                 refused |= new
                 break
-            tree_map_only(Pending, lambda each: each.tensor("the caller of the model"), output)
+            tree_map_only(Pending, lambda each: each.value_for("the caller of the model"), output)
             left |= outcome.unused_outputs("its output stays in the model") | outcome.left
             joined |= outcome.joined
         else:

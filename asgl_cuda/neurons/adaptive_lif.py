@@ -1,4 +1,4 @@
-"""Adaptive neurons, with a second state, as a function and as a layer."""
+"""Adaptive neurons, with a second state w: the function `adaptive_lif` and the layer `AdaptiveLIF`."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ class AdaptiveLIFOutput(NamedTuple):
     h_seq: Tensor | None
 
 
-def adaptation_place(v_reset: Any, reset_amount: Any, to_threshold: bool) -> int:
-    """Where the adaptation w acts, as bits: IN_CURRENT, IN_THRESHOLD and IN_RESET."""
+def adaptation_bits(v_reset: Any, reset_amount: Any, to_threshold: bool) -> int:
+    """The bits of `Rules.adaptation`, which say where the adaptation w acts."""
     if not to_threshold:
         return IN_CURRENT
     return IN_THRESHOLD | IN_RESET if v_reset is None and reset_amount is None else IN_THRESHOLD
@@ -62,7 +62,7 @@ def adaptive_lif(
         x_seq: input current, as for `lif`.
         adapt_decay: fraction of the adaptation w that is left after a step. Like the next two arguments, it is a float
             or a tensor as in `lif`.
-        adapt_potential: factor on the potential after reset minus v_rest, which is added to w.
+        adapt_potential: factor on the potential after the reset minus v_rest. At each step the product is added to w.
         adapt_spike: amount that a spike adds to w, in units of x_seq.
         to_threshold: add w to the threshold, and to the amount of a soft reset without `reset_amount`, instead of
             subtracting it from the current.
@@ -104,7 +104,7 @@ def adaptive_lif(
         "adapt_spike": adapt_spike,
         "w_init": w_init,
     }
-    given["adaptation"] = adaptation_place(given["v_reset"], given["reset_amount"], to_threshold)
+    given["adaptation"] = adaptation_bits(given["v_reset"], given["reset_amount"], to_threshold)
     return run_adaptive(x_seq, given)
 
 
@@ -113,7 +113,7 @@ _KNOWN = *_NEURON, *(adaptive_lif.__kwdefaults__ or {})
 
 
 def run_adaptive(x_seq: Tensor, given: Arguments) -> Tensor | AdaptiveLIFOutput:
-    """`adaptive_lif` with w in any place: bits IN_CURRENT, IN_THRESHOLD and IN_RESET of `adaptation`."""
+    """The result of `adaptive_lif` from a record of its arguments, in which `adaptation` says where w acts."""
     return run_lif(_CALLER, tensor_of(x_seq, _CALLER), given, AdaptiveLIFOutput)
 
 
@@ -121,7 +121,7 @@ _FACTORS = "adapt_potential", "adapt_spike"
 
 
 class Adapting(Neurons):
-    """Neurons whose adaptation is constant or learned, or that have none."""
+    """Spiking neurons that may have an adaptation, with constant or learned values: adaptive and recurrent ones."""
 
     _constants = (*Neurons._constants, "_adapt_decay", "_adapt_potential", "_adapt_spike", *_FACTORS)
     w: Tensor | None
@@ -135,9 +135,9 @@ class Adapting(Neurons):
     def _set_up_lif(
         self, given: Mapping[str, Any], own: Callable[..., Any], lacking: Collection[str], **others: Any
     ) -> None:
-        """Sets up neurons without an adaptation, from the `given` options of `LIF` and from `others`.
+        """Sets up the neurons, at first without an adaptation, from the `given` options of `LIF` and from `others`.
 
-        Accepts the keyword arguments of the constructor `own`, and those of `LIF` that are not `lacking`.
+        Refuses keyword arguments that neither the constructor `own` takes, nor `LIF`, without those in `lacking`.
         """
         defaults = LIF.__init__.__kwdefaults__ or {}
         known = [name for name in defaults if name not in lacking]
@@ -150,7 +150,7 @@ class Adapting(Neurons):
         self, adapt_decay: Any, adapt_potential: Any, adapt_spike: Any, to_threshold: Any, learn_adaptation: Any,
         device: Any, dtype: Any,
     ) -> None:  # fmt: skip
-        """Checks the arguments of the adaptation, and makes its values or parameters."""
+        """Checks the arguments of the adaptation, and makes constants or parameters of them."""
         self.to_threshold = check_bool("to_threshold", to_threshold, self._caller)
         learned = check_bool("learn_adaptation", learn_adaptation, self._caller)
         empty = partial(torch.empty, self.num_features or 1, device=device, dtype=dtype)
@@ -158,12 +158,12 @@ class Adapting(Neurons):
         if learned:
             self.adapt_potential = nn.Parameter(empty())
             self.adapt_spike = nn.Parameter(empty())
-        self._fill_adaptation(adapt_decay, adapt_potential, adapt_spike)
+        self._store_adaptation(adapt_decay, adapt_potential, adapt_spike)
         if not learned:
             self.adapt_potential, self.adapt_spike = self._adapt_potential, self._adapt_spike
 
-    def _fill_adaptation(self, adapt_decay: Any, *factors: Any) -> None:
-        """Checks decay and factors of the adaptation, and writes them into values and parameters."""
+    def _store_adaptation(self, adapt_decay: Any, *factors: Any) -> None:
+        """Checks the decay and the `factors` of the adaptation, and stores them as constants and in the parameters."""
         learned, option = self.logit_adapt_decay, "learn_adaptation"
         self._adapt_decay = self._store_decay(learned, "adapt_decay", adapt_decay, option)
         for name, given in zip(_FACTORS, factors, strict=True):
@@ -175,26 +175,26 @@ class Adapting(Neurons):
                 fill_parameter(getattr(self, name), value)
 
     def reset_parameters(self) -> None:
-        """Resets learned parameters to the values last set, those of the adaptation to the first; clears states."""
+        """Resets parameters to the values last set, those of the adaptation to the initial ones; clears states."""
         if self._adapt_decay is not None:
-            self._fill_adaptation(self._adapt_decay, self._adapt_potential, self._adapt_spike)
+            self._store_adaptation(self._adapt_decay, self._adapt_potential, self._adapt_spike)
         super().reset_parameters()
 
     @property
     def adapt_decay(self) -> Tensor | float | None:
-        """The adaptation's decay per step: a tensor in the shape of the parameter if learned."""
+        """The decay of the adaptation per step, a tensor if learned; None without an adaptation."""
         return self._adapt_decay if self.logit_adapt_decay is None else Logit(self.logit_adapt_decay).value()
 
     def _arguments_of_call(self, x_seq: Tensor, *arguments: Any, **options: Any) -> Arguments:
-        """The record of a call, with the adaptation."""
+        """As in the base class, with the arguments of the adaptation."""
         given = super()._arguments_of_call(x_seq, *arguments, **options)
         if self._adapt_decay is None:
             return given
         adaptation: Sequence[Any] = (self.adapt_decay, self.adapt_potential, self.adapt_spike)
         if self.num_features:
-            adaptation = self._on_input_device(adaptation, x_seq)
+            adaptation = self._match_meta_device(adaptation, x_seq)
         given["adapt_decay"], given["adapt_potential"], given["adapt_spike"] = adaptation
-        given["adaptation"] = adaptation_place(self.v_reset, self.reset_amount, self.to_threshold)
+        given["adaptation"] = adaptation_bits(self.v_reset, self.reset_amount, self.to_threshold)
         return given
 
     def extra_repr(self) -> str:
@@ -210,11 +210,12 @@ class AdaptiveLIF(Adapting):
 
     Args:
         num_features: as for `LIF`.
-        adapt_decay: fraction of the adaptation that is left after a step, in [0, 1]. If learned it must be in (0, 1),
-            and is stored as a logit.
-        adapt_potential, adapt_spike: factors on the potential after reset and on the spike. Like adapt_decay, they are
-            floats or tensors, as the decay of `LIF` is.
-        to_threshold: add the adaptation to the threshold, instead of subtracting it from the input current.
+        adapt_decay: fraction of the adaptation that is left after a step, in [0, 1]. If learned it must be in
+            [3.1e-7, 1 - 3.1e-7], and is stored as a logit.
+        adapt_potential, adapt_spike: factors on the potential after the reset minus v_rest, and on the spike, which are
+            added to the adaptation. Like adapt_decay, they are floats or tensors, as the decay of `LIF` is.
+        to_threshold: add the adaptation to the threshold, and to the amount of a soft reset without `reset_amount`,
+            instead of subtracting it from the input current.
         learn_adaptation: whether adapt_decay, adapt_potential and adapt_spike are parameters, with one value per layer,
             channel or neuron as `granularity` says; else they stay constant.
         lif_options: arguments of `LIF` except `input_gain`, `scale_output`, `levels`, `multi_spike` and `v_min`.

@@ -1,4 +1,4 @@
-"""The base of layers of neurons: their values, a call, and the states carried from call to call (`_states`)."""
+"""The base classes of layers: constant and learned values, noise, and states carried from call to call."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ from .deferred import tensor_of
 Granularity = Literal["layer", "channel", "neuron"]
 _GRANULARITIES = ("layer", "channel", "neuron")
 
-Value = Tensor | float | Logarithm | Logit  # the forms of a neuron's parameter
+Value = Tensor | float | Logarithm | Logit  # a parameter of neurons, as a layer passes it to a call
 
 _LEAST_DECAY = 1 / (1 + math.exp(BOUND))
 
@@ -55,20 +55,20 @@ def _check_backend(name: str, value: Any, caller: str) -> str:
 
 
 def fill_parameter(parameter: Tensor | None, value: Tensor | float) -> None:
-    """Sets all elements to the value, or to one each, unless the parameter is None."""
+    """Sets a parameter or buffer to one value or to a tensor of values. Does nothing if it is None."""
     if parameter is not None:
         with torch.no_grad():
             parameter.copy_(value) if isinstance(value, Tensor) else parameter.fill_(value)
 
 
 def format_values(value: Tensor | float, parameter: Tensor | None = None) -> str:
-    """A value of neurons as text, the least and the largest of several, and whether it is learned."""
+    """A value of neurons as text for `repr`: the least and the largest of several, and whether it is learned."""
     least, most = (f"{each:g}" for each in min_and_max(value))
     return f"{least if least == most else f'{least} to {most}'}{'' if parameter is None else ' (learned)'}"
 
 
 def set_plain_attribute(layer: nn.Module, name: str, value: Any) -> None:
-    """Sets an attribute that is no parameter, buffer or module, for which nn.Module's own way takes 0.9 us."""
+    """Sets an attribute that is no parameter, buffer or module, without the 0.9 us of nn.Module.__setattr__."""
     if torch.compiler.is_compiling():
         setattr(layer, name, value)
     else:
@@ -76,12 +76,12 @@ def set_plain_attribute(layer: nn.Module, name: str, value: Any) -> None:
 
 
 class Settable(nn.Module):
-    """A module with properties that accept a Parameter, which nn.Module would register before their setters run."""
+    """A module whose properties can be set to a Parameter, which nn.Module would register instead."""
 
-    _weights: ClassVar[tuple[str, ...]] = ()  # parameters of connections and normalisations, not of neurons
+    _weights: ClassVar[tuple[str, ...]] = ()  # names of parameters that are not values of neurons
 
     def _neuron_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        """The parameters of neurons with their names, without weights."""
+        """Names and parameters of this module, without `_weights` and without those of modules inside."""
         return [each for each in self.named_parameters(recurse=False) if each[0] not in self._weights]
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
@@ -100,7 +100,7 @@ class Settable(nn.Module):
 
 
 class Noisy(Settable):
-    """A layer with noise. Compiled graphs read analog_prob from a tensor, so a schedule does not recompile them."""
+    """A layer with noise. Compiled graphs read analog_prob from a tensor, so they are not recompiled if it changes."""
 
     _analog_prob: float  # for eager calls: reading a tensor would synchronise with the GPU
     # The analog_prob of compiled graphs, of shape [1], or [0] if the layer has no noise. It is not a buffer, because
@@ -127,7 +127,7 @@ class Noisy(Settable):
         self._make_analog_prob_data(getattr(self, "_analog_prob_data", torch.empty(0, device="cpu")).device)
 
     def analog_prob_of_call(self, x_seq: Tensor) -> Tensor | float:
-        """`analog_prob` for a call of `lif`: 0 in evaluation, a tensor in compiled code with noise, else a float."""
+        """The analog_prob of a call: 0 in evaluation, otherwise a float, or in compiled code with noise a tensor."""
         if not self.training:
             return 0.0
         if not torch.compiler.is_compiling():
@@ -136,7 +136,7 @@ class Noisy(Settable):
 
     @property
     def _has_noise(self) -> bool:
-        """Whether there is noise, from the shape of the data, so that a compiled graph does not depend on its value."""
+        """Whether there is noise. Read from a shape, so that a compiled graph does not depend on the value."""
         return self._analog_prob_data.numel() > 0
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *arguments: Any, **options: Any) -> Any:
@@ -153,7 +153,7 @@ class Noisy(Settable):
             self._analog_prob_data = torch.full((size,), self._analog_prob, dtype=torch.float64, device=device)
 
     def remove_noise(self) -> None:
-        """Removes the attributes of the noise."""
+        """Removes the attributes of this class from a layer that gets its original class back."""
         for name in ("_analog_prob", "_analog_prob_data"):
             self.__dict__.pop(name, None)
 
@@ -171,8 +171,8 @@ class NeuronLayer(Settable):
     logit_decay: nn.Parameter | None
     store_v_seq = False
     v: Tensor | None
-    # Set by asgl_cuda.step while it runs, and called before and after each call. Hooks of torch would cost 10 us per
-    # module.
+    # An object that asgl_cuda.step sets while it runs. Its methods run before and after each call of the layer. Hooks
+    # of torch would cost 10 us per module.
     _watch: Any = None
 
     # Options of the constructor that become attributes, with their checks `check(name, value, caller)`.
@@ -194,7 +194,7 @@ class NeuronLayer(Settable):
         caller, granularity = self._caller, given["granularity"]
         check_name("granularity", granularity, _GRANULARITIES, caller)
         check_device_and_dtype(given["device"], given["dtype"], caller)
-        self.num_features = self._checked_features(given["num_features"], granularity)
+        self.num_features = self._checked_num_features(given["num_features"], granularity)
         self.granularity: Granularity = granularity
         self._features = Features(granularity == "channel", self.num_features, self._least_batch)
         self._place = torch.empty(0, device=given["device"])  # an empty tensor that records the layer's device
@@ -202,11 +202,11 @@ class NeuronLayer(Settable):
         self.reset()
 
     def _set_checked_options(self, given: Mapping[str, Any], checks: Mapping[str, Callable[..., Any]]) -> None:
-        """Checks these options and sets them as attributes."""
+        """Sets the options of which `checks` has the names as attributes, after these checks."""
         for name, value in check_options(given, checks, self._caller).items():
             setattr(self, name, value)
 
-    def _checked_features(self, num_features: Any, granularity: Granularity) -> tuple[int, ...]:
+    def _checked_num_features(self, num_features: Any, granularity: Granularity) -> tuple[int, ...]:
         """num_features as a tuple, empty if the granularity is "layer"."""
         sizes = () if num_features is None else check_sizes("num_features", num_features, self._caller)
         if granularity == "layer":
@@ -227,9 +227,9 @@ class NeuronLayer(Settable):
     def _checked_value(
         self, name: str, value: Any, parameter: Tensor | None = None, option: str = ""
     ) -> Tensor | float:
-        """Checks a value of neurons and returns a float, or a tensor with a value for each channel or neuron.
+        """Checks a value of neurons. Returns a float, or a tensor with a value for each channel or neuron.
 
-        If the value initialises a `parameter`, the argument `option` made it learned.
+        If the value initialises a `parameter`, `option` is the argument that made it learned.
         """
         learned = parameter is not None
         found = read_values(name, value, self._caller, self.num_features, learned, option)
@@ -252,11 +252,11 @@ class NeuronLayer(Settable):
         self._set_decay(value)
 
     def _set_decay(self, value: Any) -> None:
-        """Checks the decay, and writes it into the value or the parameter."""
+        """Checks the decay, and stores it as the constant, or in the parameter."""
         self._decay = self._store_decay(self.logit_decay, "decay", value, "learn_decay")
 
     def _store_decay(self, parameter: Tensor | None, name: str, given: Any, option: str) -> Tensor | float:
-        """Checks a decay and returns it as `_checked_value` does; writes its logit into `parameter`, if given."""
+        """Checks a decay and returns it as `_checked_value` does. Also writes its logit into `parameter`, if given."""
         found = self._checked_value(name, given, parameter, option)
         for value in min_and_max(found):
             if value < 0 or value > 1:
@@ -266,8 +266,8 @@ class NeuronLayer(Settable):
                 )
             if parameter is not None and not _LEAST_DECAY <= value <= 1 - _LEAST_DECAY:
                 raise ValueError(
-                    f"{self._caller}: a learned {name} must be in (0, 1), at least {_LEAST_DECAY:.3g} from the ends, "
-                    f"got {value}"
+                    f"{self._caller}: a learned {name} must be in (0, 1), and at least {_LEAST_DECAY:.3g} from both "
+                    f"ends, got {value}"
                 )
         if parameter is not None:
             logit = found.double().logit() if isinstance(found, Tensor) else math.log(found / (1 - found))
@@ -275,26 +275,26 @@ class NeuronLayer(Settable):
         return found
 
     def _decay_value(self) -> Value:
-        """The decay as a call takes it, as stored."""
+        """The decay that a call gets: the constant, or the stored logit of a learned one."""
         return self._decay if self.logit_decay is None else Logit(self.logit_decay)
 
     def _property_value(self, value: Value) -> Tensor | float:
         """The value as a property returns it: a scalar if it is one for the whole layer."""
         if isinstance(value, (Logarithm, Logit)):
             value = value.value()
-        # The sum of one element. reshape(()) would raise an error for tensors that fully_shard has sharded.
+        # The sum of one element: reshape(()) raises an error for tensors that fully_shard has sharded.
         return value.sum() if isinstance(value, Tensor) and not self.num_features else value
 
     def _inputs_of_call(self, x_seq: Tensor, residual: Tensor | None = None) -> tuple[Tensor, dict[str, Any]]:
-        """x_seq and the options for `_call_function` from the arguments of a call of the layer."""
+        """The arguments of a call of the layer, as x_seq and the options that `_call_function` takes."""
         if residual is not None:
             raise TypeError(f"{self._caller}: takes no residual; call layer(x_seq + residual)")
         return tensor_of(x_seq, type(self).__name__), {}
 
     def forward(self, x_seq: Tensor, residual: Tensor | None = None) -> Tensor:
-        """The layer's output for `x_seq` `[T, ...]`, of the same shape.
+        """The layer's output for `x_seq` `[T, ...]`, in the same shape.
 
-        `LIF` and `BatchNormLIF` add a `residual` of that shape to the input current; others take none.
+        `LIF` and `BatchNormLIF` add a `residual` of that shape to the input current. Other layers take none.
         """
         if isinstance(x_seq, fx.Proxy):
             return self._record_fx_call(x_seq, residual)
@@ -332,7 +332,7 @@ class NeuronLayer(Settable):
         return result[0]  # type: ignore[no-any-return]
 
     def _check_state(self, name: str, state: Any, x_seq: Tensor, time_dim: int) -> None:
-        """Refuses a carried state that does not fit x_seq."""
+        """Refuses a carried state that does not fit x_seq. Warns if x_seq seems to be a batch without time."""
         check_floating(name, state, x_seq, self._caller)
         shape, carried = state_shape(x_seq, time_dim), list(state.shape)
         if carried != shape:
@@ -340,9 +340,10 @@ class NeuronLayer(Settable):
             remedy = "call reset() before an input of another shape"
             if one_step:
                 remedy = "if the input is one time step without a time dimension, call step() instead of the layer"
+            carried_state = "potential" if name == "v" else f"state {name}"
             raise ValueError(
-                f"{self._caller}: the carried {'potential' if name == 'v' else name} must have the shape of the input "
-                f"without time, {shape}, got {carried}; {remedy}"
+                f"{self._caller}: the carried {carried_state} must have the shape of the input without time, {shape}, "
+                f"got {carried}; {remedy}"
             )
         if len(carried) == 1 and x_seq.shape[time_dim] > 1 and not torch.compiler.is_compiling():
             _warn_of_time(self._caller, x_seq, time_dim)
@@ -364,14 +365,15 @@ class NeuronLayer(Settable):
             set_plain_attribute(self, "stateful", stateful)
 
     def _call_function(self, x_seq: Tensor, **options: Any) -> Any:
-        """Calls `_function` with the layer's parameters.
+        """Calls the function of the layer with its parameters.
 
-        Returns its output: the sequence, or with potentials a tuple with `{name}_last` of each state, and v_seq.
+        Returns the output sequence, or if states are asked for, a tuple that begins with it, with `{name}_last` of each
+        state, and v_seq.
         """
         raise NotImplementedError
 
     def _record_fx_call(self, x_seq: Any, residual: Any) -> Any:
-        """A call of this layer in a graph of torch.fx, whose default leaves are torch's own layers."""
+        """Records the call as one node of a torch.fx graph. By default, fx only does so for torch's own layers."""
         tracer: Any = x_seq.tracer
         is_own = type(self).forward.__module__.partition(".")[0] == __name__.partition(".")[0]
         if not is_own or tracer.root is self:
@@ -385,22 +387,22 @@ class NeuronLayer(Settable):
         return tracer.create_proxy("call_module", tracer.path_of_module(self), (x_seq,), more)
 
     def __prepare_scriptable__(self) -> NoReturn:
-        """Refuses torch.jit.script, which calls this method first. Also called for torch.jit.trace."""
+        """Refuses torch.jit.script, which calls this method first, and torch.jit.trace, for which forward calls it."""
         raise RuntimeError(
             f"{self._caller}: torch.jit can neither trace nor script {type(self).__name__}; "
             "torch.compile and torch.export can"
         )
 
     def _carried_state(self, name: str) -> Tensor | None:
-        """The state of this name that the next call goes on from; None: at rest."""
+        """The state of this name with which the next call begins; None if it begins at rest."""
         state: Tensor | None = getattr(self, name)
         # Autograd does not accept inference tensors, but it accepts copies of them.
         if state is not None and not torch.compiler.is_compiling() and state.is_inference():
             return state if torch.is_inference_mode_enabled() else state.clone()
         return state
 
-    def _on_input_device(self, values: Sequence[Any], x_seq: Tensor) -> Sequence[Any]:
-        """Parameters for a call: as stored, but on the device "meta" if the input is there."""
+    def _match_meta_device(self, values: Sequence[Any], x_seq: Tensor) -> Sequence[Any]:
+        """The values themselves, or on the device "meta" if x_seq is there, so that shapes can be inferred."""
         if not x_seq.is_meta:
             return values
 
@@ -413,23 +415,23 @@ class NeuronLayer(Settable):
         return [on_meta(value) for value in values]
 
     def _broadcast(self, value: Any, x_seq: Tensor) -> Any:
-        """A value of the granularity's shape, reshaped to broadcast against x_seq; any other as it is."""
+        """A value reshaped to broadcast against x_seq, if it is a tensor of the granularity's shape."""
         if not isinstance(value, Tensor) or not self.num_features:
             return value
-        return value.reshape(self._features.shape(x_seq, self.time_dim % x_seq.dim()))
+        return value.reshape(self._features.broadcast_shape(x_seq, self.time_dim % x_seq.dim()))
 
     @property
     def _stored_names(self) -> tuple[str, ...]:
-        """The names of the attributes that a call sets: the states, and v_seq if the layer may store it."""
+        """Names of the attributes that a call sets: the states, and v_seq if the layer has the option store_v_seq."""
         return (*self._states, "v_seq") if "store_v_seq" in self._options else self._states
 
     def reset(self) -> None:
-        """Clears the states: the next call starts at rest."""
+        """Clears the states, so that the next call starts at rest."""
         for name in self._stored_names:
             setattr(self, name, None)
 
     def _map_stored(self, fn: Callable[[Tensor], Tensor]) -> None:
-        """Replaces each state, and v_seq, by `fn` of it."""
+        """Replaces each state, and v_seq, by the result of `fn` for it."""
         for name in self._stored_names:
             value = getattr(self, name)
             setattr(self, name, None if value is None else fn(value))
@@ -440,7 +442,7 @@ class NeuronLayer(Settable):
         return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """As in torch, for `to()`, `half()` and others; also changes states, and the device of constants."""
+        """As in torch, for `to()`, `half()` and others; also converts the states, and moves constants to the device."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._map_stored(fn)
         self._place = fn(self._place)
@@ -456,7 +458,7 @@ class NeuronLayer(Settable):
 
 
 def _warn_of_time(caller: str, x_seq: Tensor, time_dim: int) -> None:
-    """Warns once that an input `[B, N]` of a stateful layer is taken for a sequence `[T, N]`."""
+    """Warns once that a stateful layer takes its input of two dimensions for `[T, N]`, not for `[B, N]`."""
     warn_once(
         f"{caller}, time",
         f"{caller}: a stateful layer got an input of shape {list(x_seq.shape)}, of which dimension {time_dim} is taken "
@@ -487,7 +489,7 @@ def asgl_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def require_asgl_layers(model: nn.Module, caller: str) -> dict[str, Any]:
-    """The ASGL layers of a model by name; an error if it has none."""
+    """The ASGL layers of a model by name. Raises ValueError if it has none."""
     check_module(model, caller)
     layers = dict(asgl_layers(model))
     if not layers:

@@ -50,7 +50,7 @@ from ..checks import (
     require_range,
 )
 from ..layout import channel_dim, real_type, reshape_by_channel
-from ..reference.normalisation import batch_statistics, normalisation
+from ..reference.normalisation import batch_statistics, normalisation_coefficients
 from ..reference.surrogates import detached
 from ..torch_modes import (
     apply,
@@ -67,26 +67,26 @@ from .lif import LIF, LIF_DEFAULTS, LIFOutput, remember_call, requested_output, 
 
 _CALLER = "asgl_cuda.batch_norm_lif"
 
-# With at most this many values per channel, half types compute in float32, because dx is a small difference of large
-# terms.
+# Half types are computed in float32 if a channel has at most this many values, because dx is then a small difference of
+# large terms.
 _FEW = 4
 
 
 class _Settings(NamedTuple):
-    """Settings of the normalisation."""
+    """The arguments of the normalisation that are no tensors, checked."""
 
-    channel: int  # dimension of x_seq
+    channel: int  # the dimension of x_seq that has the channels
     eps: float
     input_scale: float
     group: Any  # processes that share the statistics; None for only this one
 
 
-# The arguments of the normalisation by name, with "count" (num_batches_tracked or None) and the neuron's "time_dim".
+# The arguments of the normalisation by name, also "count", which is num_batches_tracked or None, and "time_dim".
 _Normalisation = dict[str, Any]
 
 
 class _Running(NamedTuple):
-    """The running statistics that a call updates."""
+    """The running statistics that a call in training updates."""
 
     mean: Tensor
     variance: Tensor
@@ -94,16 +94,15 @@ class _Running(NamedTuple):
     momentum: float | Tensor
 
 
-# (mean, variance, weight, bias), each of shape [C]. mean and variance are None in training; weight and bias are None if
-# not given.
+# mean, variance, weight and bias, each of shape [C] or None. In training mean and variance are None.
 _ByChannel = Sequence[Tensor | None]
 
 
 class BatchNormLIFFunction(torch.autograd.Function):
     """The fused operators as a differentiable function of weight, bias, and the neuron's tensors.
 
-    Takes `_Settings`, `_Running` or None, what `LIFFunction` takes, and before its tensors those of `_ByChannel`.
-    Returns the results of `LIFFunction`, coefficients and statistics.
+    Takes `_Settings`, `_Running` or None, the backend, the plan, the tensors of `_ByChannel`, and the fields of
+    `Inputs`. Returns the results of `LIFFunction`, the coefficients and the statistics.
     """
 
     generate_vmap_rule = True
@@ -113,14 +112,14 @@ class BatchNormLIFFunction(torch.autograd.Function):
         settings: _Settings, running: _Running | None, backend: str, plan: Plan, mean: Any, variance: Any,
         weight: Any, bias: Any, *inputs: Any,
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        """The wanted outputs, checkpoints, coefficients and statistics."""
+        """The wanted outputs, then checkpoints, coefficients and statistics."""
         call = Call(backend, plan, Inputs(*inputs))
         outputs, *others = _run_fused(settings, running, call, (mean, variance, weight, bias), True)
         return *outputs, *others
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        """Saves checkpoints, coefficients and statistics, and the inputs except mean and variance."""
+        """Saves checkpoints, coefficients, statistics, and all tensors except mean and variance."""
         ctx.settings, _, ctx.backend, ctx.plan, *tensors = inputs
         mean, _, *kept = tensors  # weight and bias are only for once_differentiable; backward uses their coefficients
         ctx.training = mean is None
@@ -131,7 +130,7 @@ class BatchNormLIFFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        """The gradients of the neuron's inputs by lif_backward, then those of the normalisation from two sums."""
+        """The gradients of the neurons by lif_backward, then those of the normalisation by batch_norm_backward."""
         saved, settings, backend, plan = saved_tensors(ctx), ctx.settings, ctx.backend, ctx.plan
         checkpoints, coefficients, statistics, weight, bias, *tensors = saved
         inputs, x_seq = Inputs(*tensors), tensors[0]
@@ -143,7 +142,7 @@ class BatchNormLIFFunction(torch.autograd.Function):
         # Not in float16, whose range dh may exceed: there backward writes gain * dh for the input as well.
         shared = through_batch and needed.residual and x_seq.dtype != torch.float16
         shared = shared and plan.numbers.residual_gain == 1
-        wanted = needed.with_input(wants_sums, wants_sums, False)
+        wanted = needed.with_input_parameters(wants_sums, wants_sums, False)
         if shared:
             wanted = Inputs(False, *wanted[1:])
         found = run_backward(backend, plan, _normalised_inputs(inputs, coefficients), grads[:-3], checkpoints, wanted)
@@ -161,16 +160,17 @@ class BatchNormLIFFunction(torch.autograd.Function):
                 grad_input, found.residual if shared else None, x_seq, coefficients, statistics, *sums,
                 *_sum_over_processes(sums, settings.group), settings.eps, settings.input_scale, plan.rules.time_dim,
             )  # fmt: skip
-        _, *others = found.with_input(None, None, None)
+        _, *others = found.with_input_parameters(None, None, None)
         gradients = grad_weight if wants_weight else None, grad_bias if wants_bias else None, grad_x_seq, *others
         return *[None] * 6, *once_differentiable(gradients, (weight, bias, *tensors, *grads))
 
 
 class _CoefficientsFunction(torch.autograd.Function):
-    """The bare operator batch_norm_coefficients as a function of x_seq, weight and bias.
+    """The operator batch_norm_coefficients as a differentiable function of x_seq, weight and bias.
 
-    Gradients of gain and shift come from the neuron; the rounded mean is a constant, whose effects through shift and
-    the neuron cancel. The variance is only for running statistics.
+    Its coefficients are mean, gain, shift and variance. Backward uses the gradients of gain and shift. The rounded mean
+    counts as a constant, because its effects through the shift and through the neurons cancel. The variance is only for
+    running statistics.
     """
 
     @staticmethod
@@ -208,11 +208,10 @@ class _CoefficientsFunction(torch.autograd.Function):
         return None, None, grad_x_seq, None, None, None, grad_weight, grad_bias, None, None, None
 
 
-def _with_derivative(operator: Any, below: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
-    """Calls batch_norm_coefficients by `below`, the operator below autograd.
+def _coefficients_with_graph(operator: Any, below: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
+    """An entry of DERIVATIVES: batch_norm_coefficients, called by `below`, with the graph of _CoefficientsFunction.
 
-    The results have the graph of _CoefficientsFunction; see DERIVATIVES. `operator` only tells the backend. Raises
-    RuntimeError for statistics of several processes.
+    `operator` only tells the backend. Raises RuntimeError for statistics of several processes.
     """
     _, statistics, *_ = arguments
     if statistics is not None:
@@ -224,26 +223,26 @@ def _with_derivative(operator: Any, below: Any, *arguments: Any) -> tuple[Tensor
     return coefficients, total
 
 
-def _update_with_derivative(operator: Any, below: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
-    """The same for batch_norm_update, which takes the running statistics and momentum before the same arguments."""
-    return _with_derivative(operator, partial(below, *arguments[:4]), *arguments[4:])
+def _update_with_graph(operator: Any, below: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
+    """The same for batch_norm_update, whose arguments begin with the three running statistics and the momentum."""
+    return _coefficients_with_graph(operator, partial(below, *arguments[:4]), *arguments[4:])
 
 
-DERIVATIVES.update(batch_norm_coefficients=_with_derivative, batch_norm_update=_update_with_derivative)
+DERIVATIVES.update(batch_norm_coefficients=_coefficients_with_graph, batch_norm_update=_update_with_graph)
 
 
 def _run_fused(
     settings: _Settings, running: _Running | None, call: Call, norm: _ByChannel, keep_checkpoints: bool
 ) -> tuple[ForwardResult, Tensor, Tensor]:
-    """Runs the fused operators: the neuron's results, the coefficients, and count, mean and variance of each channel.
+    """Runs the fused operators. Returns the outputs, the coefficients, and count, mean and variance of each channel.
 
-    Updates running statistics before autograd saves a tensor, because a checkpoint may end its second run at that
-    point.
+    Updates running statistics before autograd saves a tensor, because activation checkpointing may end its second run
+    as soon as all tensors are saved.
     """
     backend, plan, inputs = call
 
     def coefficients_of(statistics: Tensor | None, updated: Sequence[Any] = ()) -> tuple[Tensor, Tensor]:
-        """Coefficients and statistics, of the batch or from given statistics; also updates running ones."""
+        """Coefficients and statistics, of x_seq or from those of all processes. Updates running ones if given."""
         operators = operators_of(backend, inputs)
         operator = operators.batch_norm_update if updated else operators.batch_norm_coefficients
         return operator(
@@ -280,28 +279,28 @@ def _run_fused(
 
 
 def _normalised_inputs(inputs: Inputs, coefficients: Tensor) -> Inputs:
-    """The inputs of neurons whose current is normalised."""
+    """The inputs with the coefficients as input_gain, input_bias and input_mean, so that neurons normalise x_seq."""
     mean, gain, shift, _ = coefficients.unbind()
-    return inputs.with_input(gain, shift, mean)
+    return inputs.with_input_parameters(gain, shift, mean)
 
 
-def _remember(call: Call, results: Sequence[Tensor]) -> None:
-    """Makes backward recompute the spikes of this call, see `remember_call` of lif.py."""
+def _remember_norm_call(call: Call, results: Sequence[Tensor]) -> None:
+    """`remember_call` for a call of BatchNormLIFFunction, from its results."""
     *outputs, coefficients, _ = results
     remember_call(call, _normalised_inputs(call.inputs, coefficients), outputs)
 
 
 def _check_shared_count(counts: Tensor, settings: _Settings, x_seq: Tensor) -> None:
-    """Raises for one value per channel over all processes; synchronises only if this process has at most one."""
+    """Refuses one value per channel over all processes. Reads `counts` only if this process has at most one."""
     if x_seq.numel() <= x_seq.shape[settings.channel] and bool((counts.sum(0) <= 1).any()):
         raise ValueError(
             f"{_CALLER}: training needs more than one value per channel, got one over all processes together and, in "
-            f"this process, x_seq of shape {list(x_seq.shape)}"
+            f"this process, x_seq of shape {list(x_seq.shape)}; use a larger batch"
         )
 
 
 def check_process_group(process_group: Any, caller: str) -> None:
-    """A group, "world" or None; processes outside the group may create its layers, but not call them."""
+    """Refuses all but a process group, "world" and None. Accepts torch's NON_GROUP_MEMBER, to create layers with it."""
     if process_group is None or (isinstance(process_group, str) and process_group == "world"):
         return
     if torch.distributed.is_available():
@@ -318,7 +317,7 @@ def _process_group_error(process_group: Any, caller: str) -> TypeError:
 
 
 def sharing_group(process_group: Any, caller: str) -> Any:
-    """The process group that shares statistics, or None if it has only one process."""
+    """The process group that shares statistics; None if it has only one process, or torch.distributed is not used."""
     if process_group is None:
         return None
     if isinstance(process_group, str) and process_group == "world":
@@ -355,8 +354,8 @@ def batch_norm_lif(
 ) -> Tensor | LIFOutput:
     """Batch normalisation over time, batch and space, then leaky integrate-and-fire neurons: two layers in one.
 
-    In a float32 training step this moves 36 bytes per element and keeps x_seq for backward; `torch.nn.BatchNorm2d` and
-    `asgl_cuda.lif` move 52 and keep two tensors.
+    In a float32 training step without a residual this moves 36 bytes per element, and keeps x_seq for backward.
+    `torch.nn.BatchNorm2d` and `asgl_cuda.lif` move 52, and keep their two inputs.
 
     Args:
         x_seq: `[T, B, C, ...]` (or time at `time_dim`), float16, bfloat16, float32 or float64; the channels are the
@@ -374,11 +373,12 @@ def batch_norm_lif(
             them must make the call. "world" means all processes, or only this one if torch.distributed is not
             initialised.
 
-    Other arguments, results and errors are as in `asgl_cuda.lif`. The result is differentiable once, also with respect
-    to weight and bias. Statistics are computed in float64 by sums that do not cancel, and the normalised value is not
-    rounded to the type of x_seq. A float16 input of mean 100 and standard deviation 0.1 is therefore normalised
-    accurately. Inputs may be up to 1e15 in magnitude, or 1e150 in float64. Larger inputs can give NaN or inaccurate
-    gradients. With `eps=0` the standard deviation of a channel must be at least 1e-15, or 1e-150 in float64.
+    The other arguments are those of `asgl_cuda.lif`, except `input_gain`, `input_bias` and `input_mean`. Results and
+    errors are also as there. The result is differentiable once, also with respect to weight and bias. Statistics are
+    computed in float64 by sums that do not cancel, and the normalised value is not rounded to the type of x_seq. A
+    float16 input of mean 100 and standard deviation 0.1 is therefore normalised accurately. Inputs may be up to 1e15 in
+    magnitude, or 1e150 in float64. Larger inputs can give NaN or inaccurate gradients. With `eps=0` the standard
+    deviation of a channel must be at least 1e-15, or 1e-150 in float64.
 
     Example::
 
@@ -406,14 +406,14 @@ def batch_norm_lif(
 
 
 def _check_momentum_value(momentum: Any) -> None:
-    """Checks that momentum is finite; a tensor is read only if this does not synchronise with a GPU."""
+    """Checks that momentum is finite. Reads a tensor only if it `has_readable_values`."""
     seen = isinstance(momentum, Tensor) and has_readable_values(momentum)
     if seen and momentum.numel() == 1 and momentum.is_floating_point():
         check_finite("momentum", momentum.item(), _CALLER, "a float or a tensor")
 
 
 def _run_batch_norm_lif(x_seq: Tensor, norm: _Normalisation, given: Arguments) -> Tensor | LIFOutput:
-    """The result of `batch_norm_lif` from a record of arguments; counts the batch if `count` is given."""
+    """The result of `batch_norm_lif` from records of its arguments. Counts the batch if `count` is given."""
     settings = _checked_settings(_CALLER, x_seq, norm)
     training, momentum, count = norm["training"], norm["momentum"], norm["count"]
     _check_momentum_value(momentum)
@@ -427,7 +427,7 @@ def _run_batch_norm_lif(x_seq: Tensor, norm: _Normalisation, given: Arguments) -
         if training:
             running = _Running(running_mean, running_var, count, momentum)
         _check_running_statistics(running_mean, running_var, training)
-    if training and group is None and x_seq.numel() == 0:  # counts as a batch, and leaves the statistics, as in torch
+    if training and group is None and x_seq.numel() == 0:  # as in torch, counted but without statistics
         training, running, running_mean = False, None, x_seq.new_zeros(x_seq.shape[settings.channel], dtype=real)
         running_var = torch.ones_like(running_mean)
         if count is not None:
@@ -436,7 +436,8 @@ def _run_batch_norm_lif(x_seq: Tensor, norm: _Normalisation, given: Arguments) -
         channels = x_seq.shape[settings.channel]
         if group is None and x_seq.numel() <= channels:
             raise ValueError(
-                f"{_CALLER}: training needs more than one value per channel, got x_seq of shape {list(x_seq.shape)}"
+                f"{_CALLER}: training needs more than one value per channel, got x_seq of shape {list(x_seq.shape)}; "
+                "use a larger batch"
             )
         if scalar in HALF_TYPES and x_seq.numel() <= _FEW * channels:
             x_seq = x_seq.to(torch.float32)
@@ -458,7 +459,9 @@ def _run_batch_norm_lif(x_seq: Tensor, norm: _Normalisation, given: Arguments) -
         if is_differentiated((*values, *call.inputs), _CALLER):
             arguments = settings, inside, call.backend, call.plan, *values, *call.inputs
             if recompute.open_contexts or recompute.traced_contexts:
-                found = recompute.apply_and_remember(apply, BatchNormLIFFunction, arguments, partial(_remember, call))
+                found = recompute.apply_and_remember(
+                    apply, BatchNormLIFFunction, arguments, partial(_remember_norm_call, call)
+                )
             else:
                 found = apply(BatchNormLIFFunction, *arguments)
             *outputs, coefficients, _ = found
@@ -476,7 +479,7 @@ def _run_batch_norm_lif(x_seq: Tensor, norm: _Normalisation, given: Arguments) -
     ("running_mean", "running_var", "weight", "bias", "momentum", "training", "eps", "input_scale", "time_dim")
 )
 def _checked_settings(caller: str, x_seq: Tensor, norm: _Normalisation) -> _Settings:
-    """Checks arguments of the normalisation; the settings of a single process."""
+    """Checks the arguments of the normalisation. Returns the settings, without a group."""
     time_dim, training, momentum = norm["time_dim"], norm["training"], norm["momentum"]
     time_dim = check_input(x_seq, time_dim, caller)
     check_bool("training", training, caller)
@@ -546,7 +549,7 @@ def _check_running_statistics(mean: Tensor, variance: Tensor, training: bool) ->
 
 
 def _operator_can_update(running: _Running, real: torch.dtype) -> bool:
-    """Whether the operator updates the running statistics. Compilers fuse torch's own operations better."""
+    """Whether batch_norm_update updates these statistics. Otherwise torch's operations do, which compilers fuse."""
     mean, variance, _, momentum = running
     return (
         not isinstance(momentum, Tensor)
@@ -560,7 +563,7 @@ def _operator_can_update(running: _Running, real: torch.dtype) -> bool:
 
 @torch.no_grad()
 def _update_running_statistics(running: _Running, *statistics: Tensor) -> None:
-    """Replaces a fraction of the running mean and variance by those of a batch, and counts the batch."""
+    """Replaces a fraction `momentum` of running mean and variance by those of a batch, and counts the batch."""
     mean, variance, batches, momentum = running
     in_inference = torch.compiler.is_compiling() or torch.is_inference_mode_enabled()
     if not in_inference and (mean.is_inference() or variance.is_inference()):
@@ -571,12 +574,12 @@ def _update_running_statistics(running: _Running, *statistics: Tensor) -> None:
     if isinstance(momentum, Tensor) and momentum.dim():
         momentum = momentum.reshape(())
     for each, value in zip((mean, variance), statistics, strict=True):
-        share = momentum.to(each.dtype) if isinstance(momentum, Tensor) else momentum
+        fraction = momentum.to(each.dtype) if isinstance(momentum, Tensor) else momentum
         value = detached(value).to(each.dtype).reshape(each.shape)
         if not is_transform_active():
-            each.lerp_(value, share)
+            each.lerp_(value, fraction)
             continue
-        new = each.lerp(value, share)  # vmap does not support lerp_
+        new = each.lerp(value, fraction)  # vmap does not support lerp_
         try:
             each.copy_(new)
         except RuntimeError as error:
@@ -590,7 +593,7 @@ def _update_running_statistics(running: _Running, *statistics: Tensor) -> None:
 
 
 def _run_reference(settings: _Settings, running: _Running | None, call: Call, norm: _ByChannel) -> Sequence[Tensor]:
-    """The outputs of the neuron after the normalisation, by the reference."""
+    """The outputs of normalisation and neurons, computed by the reference."""
     channel, x_seq = settings.channel, call.inputs.x_seq
     mean, variance, weight, bias = norm
     if mean is None or variance is None:
@@ -599,9 +602,9 @@ def _run_reference(settings: _Settings, running: _Running | None, call: Call, no
         if running is not None:
             _update_running_statistics(running, mean, variance * (count / (count - 1)))
     real, eps, input_scale = real_type(x_seq.dtype), settings.eps, settings.input_scale
-    coefficients = normalisation(mean, variance, weight, bias, eps, input_scale, real)
+    coefficients = normalisation_coefficients(mean, variance, weight, bias, eps, input_scale, real)
     gain, shift, rounded = (reshape_by_channel(value, channel, x_seq) for value in coefficients)
-    return run_reference(call.plan, call.inputs.with_input(gain, shift, rounded))
+    return run_reference(call.plan, call.inputs.with_input_parameters(gain, shift, rounded))
 
 
 def module_batch_norm_lif(
@@ -614,9 +617,10 @@ def module_batch_norm_lif(
     input_scale: float = 1.0,
     process_group: Any = None,
 ) -> Tensor | LIFOutput:
-    """`batch_norm_lif` for a module with the attributes and rules of `torch.nn.BatchNorm2d`.
+    """`batch_norm_lif` for the module `norm`, with the attributes and the rules of `torch.nn.BatchNorm2d`.
 
-    `weight` and `bias` are the module's, or derived. Without `update` the running statistics stay unchanged.
+    `weight` and `bias` are those of the module, or computed from them. Without `update` the running statistics stay
+    unchanged.
     """
     training, running_mean = norm.training, norm.running_mean
     uses_batch = training or running_mean is None
@@ -721,8 +725,8 @@ class BatchNormLIF(LIF):
             channels, *others = check_sizes("num_features", num_features, caller)
         except (TypeError, ValueError):
             raise ValueError(
-                f"{caller}: num_features must be a number of channels, or a sequence that begins with it, got "
-                f"{format_value(num_features)}"
+                f"{caller}: num_features must be the number of channels, or a sequence of positive ints that begins "
+                f"with it, got {format_value(num_features)}"
             ) from None
         granularity = lif_options.get("granularity", "layer")
         in_layer = isinstance(granularity, str) and granularity == "layer"
@@ -745,7 +749,7 @@ class BatchNormLIF(LIF):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Resets the parameters of the neurons and of the normalisation."""
+        """Resets parameters and running statistics, and clears potentials."""
         super().reset_parameters()
         self.reset_running_stats()
         fill_parameter(self.weight, 1.0)
@@ -760,7 +764,7 @@ class BatchNormLIF(LIF):
     def _call_function(
         self, x_seq: Tensor, update: bool = True, pending: Pending | None = None, **options: Any
     ) -> Tensor | LIFOutput:
-        """Calls `batch_norm_lif` with the layer's parameters."""
+        """Calls `asgl_cuda.batch_norm_lif`. Without `update` the running statistics stay unchanged."""
         if self.weight is None and self.running_mean is None:
             self._check_channels(x_seq)
         return module_batch_norm_lif(
@@ -769,7 +773,7 @@ class BatchNormLIF(LIF):
         )  # fmt: skip
 
     def _check_channels(self, x_seq: Tensor) -> None:
-        """Refuses an input with other channels, as `asgl_cuda.batch_norm_lif` does if it has tensors of that size."""
+        """Refuses another number of channels, which `batch_norm_lif` would accept without weight and statistics."""
         time_dim = check_input(x_seq, self.time_dim, self._caller)
         channel = channel_dim(time_dim)
         if x_seq.dim() > channel and x_seq.shape[channel] != self.num_channels:

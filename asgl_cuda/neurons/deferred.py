@@ -1,11 +1,11 @@
-"""`Pending`: a normalised value that is computed only if something else than neurons asks for it.
+"""`Pending`: the output of a normalisation that `fuse` merges, computed only if other code than neurons uses it.
 
-Neurons act on each element of a step alone, so that views in between commute with the normalisation:
+Neurons compute each element of a step on its own, so a view between the two may as well be before the normalisation:
 
     lif(view(norm(x)) + s) = batch_norm_lif(view(x), residual=s)    with the channels where the view puts them
     lif(a norm(x)) = batch_norm_lif(x, input_scale=a)               for a number a
 
-A plain object: a subclass of Tensor would enter a `torch.autograd.Function` without its gradient.
+`Pending` is no subclass of Tensor, because that would enter a `torch.autograd.Function` without its gradient.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ _QUERIES = frozenset(
 )  # fmt: skip
 
 
-class Source:
-    """A tensor that the layers would have computed, here a sum. `value_because` computes it, for a reason in words."""
+class DeferredTensor:
+    """A tensor that is computed only if needed. Here it is the sum of `of` and another tensor."""
 
     tensor: Tensor | None = None
-    changes = 0  # number of changes in place
+    changes = 0  # how often the tensor, or a view of it, was changed in place
 
     def __init__(self, of: Any, other: Tensor) -> None:
         self.of, self.other, self.has_graph = of, other, torch.is_grad_enabled()
 
     def compute(self, reason: str) -> Tensor:
-        """Computes the tensor."""
+        """Computes the sum. `reason` says in words why it is needed."""
         return self.of.value_because(reason) + self.other  # type: ignore[no-any-return]
 
     def value_because(self, reason: str) -> Tensor:
@@ -54,10 +54,10 @@ class Source:
         return self.tensor
 
 
-class Normal(Source):
-    """The output of a call of a normalisation."""
+class NormOutput(DeferredTensor):
+    """The output of a call of the normalisation `of` with the input `other`, computed only if needed."""
 
-    taken = False  # whether neurons have computed it, and updated the running statistics
+    taken = False  # whether neurons have computed the normalisation, and updated its running statistics
     training = False
 
     def __init__(self, norm: Any, x: Tensor) -> None:
@@ -65,49 +65,50 @@ class Normal(Source):
         self.training, self.checkpoint = norm.training, current_checkpoint()
 
     def compute(self, reason: str) -> Tensor:
-        """Computes the normalised value, and tells the normalisation that it was not merged."""
+        """Computes the output, and tells the normalisation the reason why it was not merged."""
         value: Tensor = self.of.compute_alone(self.other, self.training, not self.taken)
         self.of.note_left(reason)
         return value
 
-    def is_open(self) -> bool:
-        """Whether neither neurons nor others have used the output."""
+    def is_unused(self) -> bool:
+        """Whether nothing has used the output yet: neither neurons nor other code."""
         return self.tensor is None and not self.taken
 
     def __del__(self) -> None:
-        if self.is_open() and self.training:  # the layer itself would have counted the batch
-            with suppress(Exception):  # for example for a batch of one value
+        if self.is_unused() and self.training:  # a normalisation that is not merged would have counted this batch
+            with suppress(Exception):  # for example if a channel has only one value
                 self.value_because("nothing uses it")
 
 
 class Pending:
-    """Views of a normalised value times `factor`, or of its sum with one other tensor: `views(source)`.
+    """A stand-in for `views(source)`: `source` is a normalised value, or its sum with another tensor.
 
-    `x` and `residual`, the operands, have seen the views; the channels are dimension `channel`. Views, factors and one
-    addition make another; other functions, operators and methods of tensors get the value, as the layers computed it.
+    `x` is the input of the normalisation, and `residual` the other tensor, both after the views. Their dimension
+    `channel` has the channels. Views, factors and one addition return another `Pending`. Other functions, operators and
+    methods get the value that separate layers compute.
     """
 
     value: Tensor | None = None
-    factor = 1.0  # scales only the normalised value, not the other operand
+    factor = 1.0  # the product of factors on the normalised value; a sum with another tensor takes no factors
 
     def __init__(
         self,
-        call: Normal,
-        source: Source,
+        call: NormOutput,
+        source: DeferredTensor,
         channel: int,
         x: Tensor,
         residual: Tensor | None = None,
         views: tuple[Any, ...] = (),
-        watched: tuple[Any, ...] = (),  # tensors that must not change, with their versions
+        watched: tuple[Any, ...] = (),  # pairs of a tensor that must not change and its version
     ) -> None:
         self.call, self.source, self.channel, self.x, self.residual = call, source, channel, x, residual
         self.views, self.watched, self.changes = views, watched, source.changes
         self.views_have_graph = torch.is_grad_enabled()
-        self.has_graph = call.has_graph  # that of the call; views and sums inherit it
+        self.has_graph = call.has_graph  # whether gradients were enabled in the call, and since then
 
     @property
     def norm(self) -> Any:
-        """The normalisation."""
+        """The module of the normalisation."""
         return self.call.of
 
     @property
@@ -116,8 +117,8 @@ class Pending:
         values = (self.x, self.norm.weight, self.norm.bias, self.residual) if self.has_graph else (self.residual,)
         return self.views_have_graph and any(each is not None and each.requires_grad for each in values)
 
-    def tensor(self, use: str) -> Tensor:
-        """The value, which `use` needs."""
+    def value_for(self, use: str) -> Tensor:
+        """The value, for code that `use` names in words."""
         if torch.compiler.is_compiling():
             return self.value_because("")
         what = "its output" if self.residual is None else "the sum of its output and another"
@@ -135,16 +136,16 @@ class Pending:
         return self.value
 
     def is_computed(self) -> bool:
-        """Whether the value, or the tensor that it is a view of, is computed."""
+        """Whether the value is computed, or the tensor of which it is a view."""
         return self.value is not None or self.source.tensor is not None or self.call.tensor is not None
 
     def check_unchanged(self) -> None:
-        """Raises if a change in place would make the value differ from that of the separate layers."""
+        """Raises RuntimeError if a change in place, or a Function, would make results or gradients wrong."""
         if self.changes != self.source.changes:
             raise self.norm.refusal(
-                "its output, or a view of it, was changed in place after the tensor that is used here had been made "
-                "from it",
-                "make that tensor after the change, ",
+                "its output, or a view of it, was changed in place, and a tensor of the same memory, made before, is "
+                "used here",
+                "use the changed tensor or a view of it instead, ",
             )
         if any(version != _version(tensor) for tensor, version in self.watched):
             raise self.norm.refusal(
@@ -167,13 +168,13 @@ class Pending:
         return self._value_attribute(name)
 
     def _value_attribute(self, name: str) -> Any:
-        """The attribute or method `name` of the value."""
-        value = self.tensor(name)
+        """The attribute or method `name` of the value, which is computed for it."""
+        value = self.value_for(name)
         self._count_change(name)
         return getattr(value, name)
 
     def _count_change(self, name: str) -> None:
-        """Counts a change in place, so that `check_unchanged` refuses other views that are not computed yet."""
+        """If this method changes a tensor in place, counts it, so that `check_unchanged` refuses older views."""
         if name in _CHANGING:
             self.source.changes += 1
             self.changes = self.source.changes
@@ -191,7 +192,7 @@ class Pending:
         if name in _PRODUCTS and len(args) == 2:
             one, other = (first, args[1]) if isinstance(first, Pending) else (args[1], first)
             return one._multiply("mul", other, **kwargs)
-        args, kwargs = (tree_map_only(Pending, lambda each: each.tensor(name), each) for each in (args, kwargs))
+        args, kwargs = (tree_map_only(Pending, lambda each: each.value_for(name), each) for each in (args, kwargs))
         if isinstance(first, Pending):
             first._count_change(name)
         return function(*args, **kwargs)
@@ -199,7 +200,7 @@ class Pending:
     # ---- views and the sum ----
 
     def _view(self, name: str, *args: Any, **kwargs: Any) -> Any:
-        """A view: another `Pending` if the place of the channels is known, otherwise a view of the value."""
+        """A view: another `Pending` if it is known which dimension has the channels, otherwise a view of the value."""
         if name in ("view_as", "reshape_as"):
             name, args = "reshape", (args[0].shape,)
         if name == "to" and args == (self.x.dtype,) and not kwargs:
@@ -218,12 +219,12 @@ class Pending:
                 if name in _BY_SHAPE:
                     channel = _channel_after_reshape(self.x.shape, x.shape, channel)
         if channel < 0:
-            return getattr(self.tensor(name), name)(*args, **kwargs)
+            return getattr(self.value_for(name), name)(*args, **kwargs)
         views = (*self.views, (name, args, kwargs))
         return self._pass_state_to(Pending(self.call, self.source, channel, x, residual, views, self.watched))
 
     def _pass_state_to(self, made: Pending) -> Pending:
-        """Passes on what is known of a value to a view of it, or to a sum."""
+        """Copies the factor, and whether gradients were enabled, to `made`, a view or sum of this value. Returns it."""
         made.has_graph = self.has_graph and torch.is_grad_enabled()
         made.factor = self.factor
         if made.source is self.source:
@@ -231,7 +232,7 @@ class Pending:
         return made
 
     def _channel_after_view(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-        """The dimension of the channels after a permutation; the present one for a reshape; -1 for other views."""
+        """The dimension of the channels after a view that permutes; for one that reshapes, as before; -1 if unknown."""
         x = self.x
         if name in _BY_SHAPE:
             if name == "to":  # half types must not be rounded between normalisation and neurons
@@ -252,16 +253,16 @@ class Pending:
         return order.index(self.channel)
 
     def _add(self, name: str, other: Any, alpha: float = 1, **more: Any) -> Any:
-        """The sum with another tensor: another `Pending` if neurons can add it, otherwise of the value."""
+        """The sum with another tensor: a `Pending` if neurons can add it, otherwise the sum with the value."""
         if isinstance(other, Pending):
-            other = other.tensor("add")
+            other = other.value_for("add")
         x, is_taken = self.x, self.is_computed() or self.call.taken or self.residual is not None
         kind = (other.shape, other.dtype, other.device) if isinstance(other, Tensor) else None
         if is_taken or kind != (x.shape, x.dtype, x.device) or more or alpha != 1:
             return self._value_attribute(name)(other, **more, **({} if alpha == 1 else {"alpha": alpha}))
         self.check_unchanged()
         of = self._pass_state_to(Pending(self.call, self.source, self.channel, x, None, self.views, self.watched))
-        source, seen = Source(of, other), (*self.watched, *with_version(other))
+        source, seen = DeferredTensor(of, other), (*self.watched, *with_version(other))
         if name not in _CHANGING:
             return self._pass_state_to(Pending(self.call, source, self.channel, x, other, (), seen))
         self._count_change(name)
@@ -271,7 +272,7 @@ class Pending:
         return self
 
     def _multiply(self, name: str, other: Any, **more: Any) -> Any:
-        """The product with a constant: another `Pending` if possible, otherwise of the value."""
+        """The product with a constant: a `Pending` if neurons can compute it, otherwise the product with the value."""
         is_constant = type(other) in (int, float) and math.isfinite(other) and not more
         if not is_constant or self.is_computed() or self.residual is not None:
             return self._value_attribute(name)(tensor_of(other, name), **more)
@@ -284,13 +285,13 @@ class Pending:
     # ---- neurons ----
 
     def value_unless_merged(self, layer: Any, given: Arguments, update: bool) -> Tensor | None:
-        """The value, if `layer`, the neurons after it, can't take normalisation and sum into one call; None if it can.
+        """None if the neurons `layer` can compute normalisation and sum in their call; otherwise the value.
 
-        Arguments as in `run_merged`.
+        The arguments are those of `run_merged`.
         """
         name = _class_name(layer)
         if self.is_computed() or (update and self.call.taken):
-            return self.tensor(name)
+            return self.value_for(name)
         self.check_unchanged()
         if hook := self.norm.hook_before(layer):
             raise self.norm.refusal(
@@ -299,19 +300,17 @@ class Pending:
                 "register the hook before asgl_cuda.fuse(model, example)",
             )
         why = self._reason_against(given) or self.norm.reason_against(self, given)
-        return self.tensor(f"{name}, {why}") if why else None
+        return self.value_for(f"{name}, {why}") if why else None
 
     def run_merged(self, layer: Any, given: Arguments, update: bool) -> Any:
-        """The output of `layer` with the arguments `given`, in one call with normalisation and sum.
+        """The output of the neurons `layer` for the arguments `given`, in one call with normalisation and sum.
 
-        Without `update` nothing changes, for a call that is repeated.
+        Without `update` running statistics stay unchanged, for a call that is made again.
         """
         x: Any = self.x
         residual, v_init, time_dim = self.residual, given["v_init"], given["time_dim"] % x.dim()
-        here, there = dims = (
-            self.channel,
-            channel_dim(time_dim),
-        )  # the channels' dimension, and where the operator expects it
+        # The dimension that has the channels, and the one in which the operator expects them.
+        here, there = dims = self.channel, channel_dim(time_dim)
         here_of_state, there_of_state = (dim - (dim > time_dim) for dim in dims)
         if here != there:
             x, residual = (each if each is None else each.contiguous().movedim(here, there) for each in (x, residual))
@@ -337,7 +336,7 @@ class Pending:
         return type(output)(*found)
 
     def _reason_against(self, given: Arguments) -> str:
-        """Why the operator can't get the channels where it expects them; "" if it can."""
+        """Why the channels can't be moved to the dimension in which the operator expects them; "" if they can."""
         x, time_dim = self.x, given["time_dim"]
         if not -x.dim() <= time_dim < x.dim():
             return f"whose time_dim is {time_dim}"
@@ -357,7 +356,7 @@ class Pending:
 
 
 def _channel_after_reshape(before: Any, after: Any, channel: int) -> int:
-    """The dimension of the channels after a reshape: of their size, with as many elements before it; -1 without one."""
+    """The dimension that has the channels after a reshape: of their size, after as many elements; -1 without one."""
     front, found = math.prod(before[:channel]), -1
     for dim, size in enumerate(after):
         if size == before[channel] and math.prod(after[:dim]) == front:
@@ -368,34 +367,34 @@ def _channel_after_reshape(before: Any, after: Any, channel: int) -> int:
 
 
 def tensor_of(x: Any, use: str) -> Any:
-    """The value of a `Pending`; anything else as it is."""
-    return x.tensor(use) if isinstance(x, Pending) else x
+    """The value of a `Pending`, for code that `use` names in words; anything else as it is."""
+    return x.value_for(use) if isinstance(x, Pending) else x
 
 
 def _class_name(layer: nn.Module) -> str:
-    """The name of the layer's class before it was converted."""
+    """The name of the layer's class, or for a converted layer of its original class."""
     return getattr(type(layer), "original", type(layer)).__name__
 
 
 def _version(tensor: Tensor) -> int:
-    """The number of writes; not counted in inference mode and in compiled code."""
+    """The number of changes in place; 0 in compiled code and for inference tensors, which do not count them."""
     return 0 if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version
 
 
 def with_version(tensor: Tensor) -> tuple[Any, ...]:
-    """The tensor with its version, which shows later whether the tensor has changed."""
+    """An entry of `watched`: the tensor with its version, which shows later whether the tensor has changed."""
     return ((tensor, _version(tensor)),)
 
 
 def is_in_function_forward() -> bool:
-    """Whether the forward of a torch.autograd.Function runs, which, unlike torch.no_grad, disables forward mode too."""
+    """Whether forward of a torch.autograd.Function runs. Unlike torch.no_grad, it also disables forward mode."""
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.is_inference_mode_enabled():
         return False
     return not torch._C._is_fwd_grad_enabled()
 
 
 def backward_hook_of(module: nn.Module) -> str:
-    """A hook in backward of this module, or of every module, in words; "" if there is none. Hooks need tensors."""
+    """The backward hook of this module or of all modules, in words; "" if there is none. Such hooks need tensors."""
     every = nn.modules.module
     if every._global_backward_hooks or every._global_backward_pre_hooks:
         return "the backward hook of all modules"
@@ -404,27 +403,27 @@ def backward_hook_of(module: nn.Module) -> str:
 
 
 def is_in_backward() -> bool:
-    """Whether autograd computes gradients here, as where a checkpoint computes its forward again."""
+    """Whether backward is running, as when activation checkpointing computes forward again."""
     return torch._C._current_graph_task_id() != -1
 
 
 def active_saved_tensor_hooks() -> Any:
-    """The saved-tensor hooks of torch.autograd.graph on top, from torch 2.7 on; None: there are none."""
+    """The innermost hooks on saved tensors; None if there are none, and before torch 2.7, which does not tell."""
     top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
     return None if top is None or torch.compiler.is_compiling() else top(False)
 
 
 def current_checkpoint() -> Any:
-    """An object that identifies the checkpoint that is being computed, or None; reentrant checkpoints have none."""
+    """An object that identifies the activation checkpoint that is running; None without one, or if reentrant."""
     hooks = active_saved_tensor_hooks()
     return hooks[0] if hooks and hooks[0].__module__ == "torch.utils.checkpoint" else None
 
 
-def _operator(name: str) -> Any:
-    """The method `name` of tensors for `Pending`."""
+def _make_operator(name: str) -> Any:
+    """Makes the operator `name` of `Pending`, such as `__add__`."""
 
     def operator(self: Pending, *args: Any) -> Any:
-        """A sum or product that may stay pending, otherwise the value's operator."""
+        """The sum or product, which may be a `Pending`; for other operators, their result for the value."""
         if name in _SUMS:
             return self._add(name, *args)
         return self._multiply(name, *args) if name in _PRODUCTS else self._value_attribute(name)(*args)
@@ -438,4 +437,4 @@ _CHANGING = {name for name in dir(Tensor) if name.endswith("_") and not name.end
 _CHANGING |= {*(name for name in _OPERATORS if name[:3] == "__i" and f"__{name[3:]}" in _OPERATORS)}
 for _name in _OPERATORS - {"__torch_function__", "__torch_dispatch__", "__setstate__"}:
     if _name not in vars(Pending):
-        setattr(Pending, _name, _operator(_name))
+        setattr(Pending, _name, _make_operator(_name))

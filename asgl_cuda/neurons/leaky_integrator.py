@@ -24,7 +24,7 @@ from ..checks import (
     check_options,
     check_parameters,
 )
-from ..layout import dense
+from ..layout import to_dense_layout
 from ..reference.learned import Logit
 from ..reference.neurons import integrator_reference
 from ..reference.records import Numbers, Rules
@@ -54,7 +54,7 @@ class IntegratorOutput(NamedTuple):
     v_last: Tensor
 
 
-# All arguments of `leaky_integrator` except x_seq, by name; decay may be a Logit.
+# All arguments of `leaky_integrator` except x_seq, by name. A layer passes a learned decay as a Logit.
 _Arguments = dict[str, Any]
 
 
@@ -65,7 +65,7 @@ _OPTIONS: dict[str, Callable[..., Any]] = {"v_rest": check_not_nan, "delay": che
 class IntegratorFunction(torch.autograd.Function):
     """integrator_forward as a differentiable function of x_seq, v_init, decay and input_gain.
 
-    Takes an operator, or None for the backend's.
+    Takes an operator, or None for the operator of the backend, a plan, and these tensors.
     """
 
     generate_vmap_rule = True
@@ -96,24 +96,24 @@ class IntegratorFunction(torch.autograd.Function):
         grad_v_seq, grad_v_last = none_for_unwanted(grads, (True, *plan.wanted))
         if grad_v_seq is None:
             grad_v_seq = torch.zeros(ctx.shape, **ctx.like)
-        grad_v_seq = dense(grad_v_seq, plan.rules.time_dim)
+        grad_v_seq = to_dense_layout(grad_v_seq, plan.rules.time_dim)
         found = operators_of(ctx.backend, (*saved, *grads)).integrator_backward(
             grad_v_seq, grad_v_last, v_seq, x_seq, v_init, decay, input_gain, *plan.packed, wanted
         )
         return None, None, None, *once_differentiable(none_for_unwanted(found, wanted), (*saved, *grads))
 
 
-def _with_derivative(operator: Any, below: Any, *arguments: Any) -> ForwardResult:
-    """Calls integrator_forward by `below`, the operator below autograd, for results with IntegratorFunction's graph.
+def _integrator_forward_with_graph(operator: Any, below: Any, *arguments: Any) -> ForwardResult:
+    """An entry of DERIVATIVES: integrator_forward, called by `below`, with the graph of IntegratorFunction.
 
-    See DERIVATIVES. `operator` only tells the backend.
+    `operator` only tells the backend.
     """
     *tensors, numbers, rules, delay, wants_v_last = arguments
     plan = make_plan(tensors[0], Rules(*rules), Numbers(*numbers), (wants_v_last,), options=(delay,))
     return list(apply_at_one_level(IntegratorFunction, below, backend_of(operator), plan, *tensors))
 
 
-DERIVATIVES["integrator_forward"] = _with_derivative
+DERIVATIVES["integrator_forward"] = _integrator_forward_with_graph
 
 
 def _checked_plan(caller: str, x_seq: Tensor, given: _Arguments) -> Plan:
@@ -123,7 +123,7 @@ def _checked_plan(caller: str, x_seq: Tensor, given: _Arguments) -> Plan:
         check_features(features, x_seq, time_dim, caller)
     options = check_options(given, _OPTIONS, caller)
     constants = check_parameters(given, _VALUES, x_seq, caller, features)
-    rules = _RULES.changed(
+    rules = _RULES.with_values(
         logit_decay=int(isinstance(given["decay"], Logit)),
         time_dim=time_dim,
         trailing=0 if features is None else features.trailing(x_seq, time_dim),
@@ -135,7 +135,7 @@ def _checked_plan(caller: str, x_seq: Tensor, given: _Arguments) -> Plan:
 
 
 _NAMES = *_VALUES, "time_dim", *_OPTIONS
-# Functions that make plans, by whether features are given; layers whose decays differ between neurons give them.
+# `_checked_plan` with a cache, by whether features are given, as layers do whose decays differ between neurons.
 _PLANS = {
     False: cached_by_signature(_NAMES)(_checked_plan),
     True: cached_by_signature((*_NAMES, "features"))(_checked_plan),
@@ -159,7 +159,7 @@ def leaky_integrator(
 
     Args:
         x_seq: input, `[T, ...]`, or with time at `time_dim`; types and layouts are those of `lif`.
-        decay: fraction of the potential that is left after a step (no unit, per step). Any value is allowed; 1 sums up
+        decay: fraction of the potential that is left after a step (no unit, per step). Any number is allowed; 1 sums up
             the input.
         input_gain: factor on the input; like decay a float or a tensor that broadcasts against x_seq.
         v_rest: resting potential, in units of x_seq.
@@ -201,7 +201,7 @@ def leaky_integrator(
 
 
 def _run_integrator(caller: str, x_seq: Tensor, given: _Arguments) -> Tensor | IntegratorOutput:
-    """The result of `leaky_integrator`."""
+    """The result of `leaky_integrator` from a record of its arguments."""
     plan = _PLANS["features" in given](caller, x_seq, given)
     numbers, time_dim = plan.numbers, plan.rules.time_dim
     backend = choose_backend(given["backend"], x_seq.device, caller)
@@ -212,7 +212,7 @@ def _run_integrator(caller: str, x_seq: Tensor, given: _Arguments) -> Tensor | I
     fused = BACKENDS[backend].operators is not None
     decay, input_gain = parameter_tensors(plan, given, len(_VALUES), fused)
     if fused:
-        x_seq = dense(x_seq, time_dim)
+        x_seq = to_dense_layout(x_seq, time_dim)
         tensors = x_seq, v_init, decay, input_gain
         run = partial(apply, IntegratorFunction) if is_differentiated(tensors, caller) else IntegratorFunction.forward
         outputs = run(None, backend, plan, *tensors)
@@ -229,8 +229,8 @@ class LeakyIntegrator(NeuronLayer):
 
     Args:
         num_features, granularity, time_dim, backend, device, dtype: as for `LIF`.
-        decay: fraction of the potential that is left after a step, in [0, 1]. A learned decay must be in (0, 1), and is
-            stored as a logit.
+        decay: fraction of the potential that is left after a step, in [0, 1]. A learned decay must be in
+            [3.1e-7, 1 - 3.1e-7], and is stored as a logit.
         input_gain: factor on the input.
         v_rest: resting potential, in units of the input.
         delay: emit at each step the potential from before this step, without the step's leak and input.
@@ -239,8 +239,8 @@ class LeakyIntegrator(NeuronLayer):
             `step(x_t)`, one step without time, always carries `v`.
 
     A float may also be given as a tensor of one value. With granularity "channel" or "neuron", decay may also be a
-    tensor of shape `num_features`.
-    `decay` can be read and set at any time. A state dict contains only a learned decay, as `logit_decay`.
+    tensor of shape `num_features`. `decay` can be read and set at any time. A state dict contains only a learned decay,
+    as `logit_decay`.
 
     Neurons with a synaptic current are `nn.Sequential(LeakyIntegrator(decay=a), LIF(decay=b))`. Per neuron and step
     these two layers read and write 4 values in forward and 5 in backward, because the current and its gradient are
@@ -259,8 +259,8 @@ class LeakyIntegrator(NeuronLayer):
         )
         scores = model(torch.randn(100, 32, 64))[-1]  # [T, B, 64] to [B, 10]: its value after the last step
 
-    The layer computes `asgl_cuda.leaky_integrator(x_seq, logit_decay.sigmoid(), ...)`. The docstring of this function
-    has the same computation as a loop in PyTorch.
+    With a learned decay the layer computes `asgl_cuda.leaky_integrator(x_seq, logit_decay.sigmoid(), ...)`. The
+    docstring of this function has the same computation as a loop in PyTorch.
     """
 
     _caller = "asgl_cuda.LeakyIntegrator"
@@ -306,7 +306,7 @@ class LeakyIntegrator(NeuronLayer):
             **options,
         }  # fmt: skip
         if self.num_features:
-            (given["decay"],) = self._on_input_device([decay], x_seq)
+            (given["decay"],) = self._match_meta_device([decay], x_seq)
             given["features"] = self._features
         return _run_integrator(self._caller, x_seq, given)
 

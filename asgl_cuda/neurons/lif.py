@@ -103,25 +103,27 @@ def lif(
     Args:
         x_seq: input current, `[T, ...]`, or with time at `time_dim`; float16, bfloat16, float32 or float64. Contiguous
             and channels_last layouts are used as they are. An input of any other layout is copied once.
-        decay: fraction of the potential that is left after a step (no unit, per step). Any value is allowed, also
+        decay: fraction of the potential that is left after a step (no unit, per step). Any number is allowed, also
             outside of [0, 1].
         v_threshold, v_rest: threshold and resting potential, in units of x_seq.
         v_reset: potential after a spike (hard reset), or None for the soft reset.
         reset_amount: amount that a spike subtracts under the soft reset; default `v_threshold`.
         width: width of the surrogate, in units of x_seq. In float32 it must be at least 1.1e-19, so that 1 / width^2 is
             finite. A width that is a tensor is checked only if it is on the CPU, because checking it on a GPU would
-            synchronise the device. It is not checked under torch.compile and torch.func either. Where it is not
-            checked, a width < 0 gives gradients of the wrong sign, and a width of 0 gives NaN. The surrogates
-            fast_sigmoid and arctan compute the square of u / width, where u is the potential minus the threshold. Where
-            this square overflows, at abs(u) somewhat above 1e19 * width, they have no gradient.
-        surrogate: the name of F, a smooth step from 0 to 1. The derivative of F(u / width) replaces that of the spike.
-            rectangle, triangle, sigmoid, arctan, erf, fast_sigmoid or laplace; with `multi_spike` also
-            periodic_exponential, whose slope peaks at every multiple of the threshold. No effect with levels.
+            synchronise the device. It is not checked in compiled code either, nor if torch.func transforms it. Where it
+            is not checked, a width < 0 gives gradients of x_seq with the wrong sign, and a width of 0 gives gradients
+            that are NaN. The surrogates fast_sigmoid and arctan compute the square of u / width, where u is the
+            potential minus the threshold. In float32 this square overflows where abs(u) is somewhat above 1e19 * width.
+            Their gradient is 0 there.
+        surrogate: the name of F, a function that rises from 0 to 1. The derivative of F(u / width) replaces that of the
+            spike. rectangle, triangle, sigmoid, arctan, erf, fast_sigmoid or laplace; with `multi_spike` also
+            periodic_exponential, whose slope peaks at every multiple of the threshold. With levels and without
+            multi_spike, the surrogate has no effect, and must be sigmoid or rectangle.
         surrogate_gain: factor on the surrogate gradient.
         analog_prob: fraction of elements that emit the smooth value F(u / width) instead of a spike, in steps of
             1 / 65536. Default 0; the default of the layer `LIF` is 0.5. A tensor of one value on x_seq's device can
-            change without recompiling a compiled graph; it gets no gradient. Its range is checked only on the CPU; on a
-            GPU values are clamped to [0, 1], and NaN counts as 0.
+            change without recompiling a compiled graph; it gets no gradient. Its range is checked where that of a width
+            is. Elsewhere its value is clamped to [0, 1], and NaN counts as 0.
         rng_state: int64 tensor `[seed, offset]` on x_seq's device, which determines the noise. Neurons are numbered in
             memory order, so a channels_last x_seq gets other noise than its contiguous copy.
         generator: generator that draws rng_state if rng_state is not given; default the device's default generator.
@@ -131,7 +133,7 @@ def lif(
         residual: shortcut of a residual block, in shape and type of x_seq. `residual_gain * residual` is added to the
             input current, without a sum in memory. A residual whose memory order is not that of x_seq is copied once.
         residual_gain: factor on the residual, a number. To learn a factor, multiply the residual by it before the call.
-        strict_threshold: fire at u > 0 instead of u >= 0. No effect with levels and multi_spike.
+        strict_threshold: fire at u > 0 instead of u >= 0. No effect with levels or multi_spike.
         scale_output: multiply the output by `v_threshold`. With levels and without multi_spike, divide it by `levels`
             instead.
         detach_reset: stop the gradient that flows through the spike in the reset. Default False; the default of the
@@ -161,8 +163,8 @@ def lif(
     against x_seq: one value, `[C, 1, 1]`, `[C, H, W]`, `[T, 1, 1, 1, 1]`, and so on. Parameters and `v_init` are
     converted to the type of the arithmetic, which is float64 for a float64 x_seq and float32 otherwise.
 
-    A neuron whose potential is NaN emits no spike, or NaN with `levels` or `multi_spike`. The gradients of its
-    parameters are NaN.
+    A neuron whose potential is NaN emits no spike. It emits NaN with `levels` or `multi_spike`, and in analog elements.
+    Gradients of its parameters can be NaN.
 
     Returns:
         The spikes, in shape and type of x_seq, or a `LIFOutput` if a potential was asked for. All outputs are
@@ -170,7 +172,8 @@ def lif(
 
     Raises:
         TypeError, ValueError: an argument has a wrong type, shape, device or range. Nothing is computed then.
-        RuntimeError: the requested backend does not work here.
+        RuntimeError: the requested backend does not work here; or forward-mode differentiation, or in backward a second
+            derivative, was asked for of another backend than "reference".
 
     Example::
 
@@ -222,8 +225,8 @@ def lif(
 LIF_DEFAULTS: Arguments = lif.__kwdefaults__ or {}  # type: ignore[assignment]
 
 
-def run_lif(caller: str, x_seq: Tensor, given: Arguments, kind: Any = LIFOutput) -> Tensor | Any:
-    """The result of `lif`, or of neurons with other states: spikes, or a named tuple of this kind."""
+def run_lif(caller: str, x_seq: Tensor, given: Arguments, output_type: Any = LIFOutput) -> Tensor | Any:
+    """The result of `lif`, or of neurons with more states: the spikes, or an `output_type` with the potentials."""
     backend, plan, inputs = call = checked_call(caller, x_seq, given)
     if BACKENDS[backend].operators is None:
         outputs = run_reference(plan, inputs)
@@ -234,32 +237,32 @@ def run_lif(caller: str, x_seq: Tensor, given: Arguments, kind: Any = LIFOutput)
         outputs = recompute.apply_and_remember(apply, LIFFunction, (None, backend, plan, *inputs), take)
     else:
         outputs = apply(LIFFunction, None, backend, plan, *inputs)
-    return requested_output(plan, outputs, kind)
+    return requested_output(plan, outputs, output_type)
 
 
-def run_lif_after(
+def run_lif_after_norm(
     pending: Pending, layer: Any, caller: str, given: Arguments, update: bool = True
 ) -> Tensor | LIFOutput:
-    """Computes `lif` of `layer` after a normalisation: both in one call if possible, else from the normalised value."""
+    """Computes `lif` for `layer` after a normalisation: both in one call if possible, otherwise one after the other."""
     value = pending.value_unless_merged(layer, given, update)
     if value is None:
         return pending.run_merged(layer, given, update)  # type: ignore[no-any-return]
     return run_lif(caller, value, given)
 
 
-def requested_output(plan: Plan, outputs: Sequence[Tensor], kind: Any = LIFOutput) -> Tensor | Any:
-    """The spikes, or if other results are wanted, all by name in a tuple of this kind. They come first in `outputs`."""
+def requested_output(plan: Plan, outputs: Sequence[Tensor], output_type: Any = LIFOutput) -> Tensor | Any:
+    """The spikes, the first of `outputs`, or if others are wanted, an `output_type` with all of them by name."""
     if True not in plan.wanted:
         return outputs[0]
     found = none_for_unwanted(outputs, (True, *plan.wanted))
     if len(plan.states) == 1:  # by position, as names take 0.6 us
         return LIFOutput(*found)
     s_seq, last, v_seq, h_seq = found
-    return kind(s_seq=s_seq, v_seq=v_seq, h_seq=h_seq, **last_states(plan, last))
+    return output_type(s_seq=s_seq, v_seq=v_seq, h_seq=h_seq, **last_states(plan, last))
 
 
 def run_reference(plan: Plan, inputs: Inputs) -> list[Tensor]:
-    """Runs the reference; returns the wanted results."""
+    """Runs the reference. Returns the spikes and the wanted potentials."""
     x_seq, v_init, rng_state, *parameters = inputs
     s_seq, *potentials = lif_reference(x_seq, v_init, rng_state, Parameters(*parameters), plan.numbers, plan.rules)
     return [s_seq, *(each for each, asked in zip(potentials, plan.wanted, strict=True) if asked)]
@@ -268,7 +271,7 @@ def run_reference(plan: Plan, inputs: Inputs) -> list[Tensor]:
 def run_forward(
     backend: str, plan: Plan, inputs: Sequence[Any], keep_checkpoints: bool, operator: Any = None
 ) -> ForwardResult:
-    """Runs lif_forward of a fused backend, or `operator` if given."""
+    """Runs lif_forward of a fused backend, or `operator` in its place. Returns the wanted outputs."""
     if operator is None:
         operator = operators_of(backend, inputs).lif_forward
     return operator(*inputs, *plan.packed, (*plan.wanted, keep_checkpoints))  # type: ignore[no-any-return]
@@ -277,7 +280,7 @@ def run_forward(
 def run_backward(
     backend: str, plan: Plan, inputs: Inputs, grads: Sequence[Tensor | None], checkpoints: Tensor, wanted: Inputs
 ) -> Inputs:
-    """Runs lif_backward: the `wanted` gradients of the inputs, from `grads`, the gradients of forward's results."""
+    """Runs lif_backward: the `wanted` gradients of the inputs, from `grads`, those of the outputs of forward."""
     x_seq, v_init, rng_state, *parameters = inputs
     found = operators_of(backend, (*inputs, *grads)).lif_backward(
         *none_for_unwanted(grads, (True, *plan.wanted)), x_seq, v_init, rng_state, checkpoints, *parameters,
@@ -289,15 +292,15 @@ def run_backward(
 class LIFFunction(torch.autograd.Function):
     """lif_forward as a differentiable function of its tensors.
 
-    Takes an operator, or None for the backend's, a plan, and `Inputs` one by one, since autograd ignores tensors in
-    tuples. Returns the outputs and the checkpoints for backward.
+    Takes an operator, or None for the operator of the backend, a plan, and the fields of `Inputs` one by one, because
+    autograd does not see tensors in tuples. Returns the outputs, and the checkpoints for backward.
     """
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(operator: Any, backend: str, plan: Plan, *inputs: Any) -> tuple[Tensor, ...]:
-        """The wanted outputs and the checkpoints. If the operator is None, the one of the backend is called."""
+        """The wanted outputs, then the checkpoints."""
         return tuple(run_forward(backend, plan, inputs, True, operator))
 
     @staticmethod
@@ -314,7 +317,7 @@ class LIFFunction(torch.autograd.Function):
         """The gradients of all inputs, by lif_backward; None for the operator, the backend and the plan."""
         checkpoints, *tensors = saved_tensors(ctx)
         inputs, plan, wanted = Inputs(*tensors), ctx.plan, Inputs(*ctx.needs_input_grad[3:])
-        # The gradients are input_gain * dh and residual_gain * dh: one tensor if the two are the same number.
+        # The gradients of x_seq and residual are input_gain * dh and residual_gain * dh: one tensor for equal numbers.
         shared = wanted.residual and wanted.x_seq and inputs.input_gain is None
         shared = shared and plan.numbers.input_gain == plan.numbers.residual_gain
         if shared:
@@ -326,10 +329,10 @@ class LIFFunction(torch.autograd.Function):
         return None, None, None, *gradients[:-1], gradients[0] if shared else gradients[-1]
 
 
-def _with_derivative(operator: Any, below: Any, *arguments: Any) -> ForwardResult:
-    """Calls lif_forward by `below`, the operator below autograd, so that the results have LIFFunction's graph.
+def _lif_forward_with_graph(operator: Any, below: Any, *arguments: Any) -> ForwardResult:
+    """An entry of DERIVATIVES: lif_forward, called by `below`, with the graph of LIFFunction.
 
-    See DERIVATIVES. `operator` only tells the backend. Checkpoints are always computed, and returned if wanted.
+    `operator` only tells the backend. Checkpoints are always computed, and returned if wanted.
     """
     *inputs, numbers, rules, (*of_outputs, keeps_checkpoints) = arguments
     plan = make_plan(inputs[0], Rules(*rules), Numbers(*numbers), of_outputs)
@@ -337,19 +340,19 @@ def _with_derivative(operator: Any, below: Any, *arguments: Any) -> ForwardResul
     return [*outputs, checkpoints] if keeps_checkpoints else outputs
 
 
-DERIVATIVES["lif_forward"] = _with_derivative
+DERIVATIVES["lif_forward"] = _lif_forward_with_graph
 
 
 def remember_call(call: Call, inputs: Inputs, outputs: Sequence[Tensor]) -> None:
-    """Makes backward recompute the spikes of a call with these inputs, inside `recompute_spikes`."""
-    backend = call.backend  # so that compute_spikes holds the backend, not the call, which holds tensors
+    """Makes backward recompute the spikes of this call, which was made inside of `recompute_spikes`."""
+    backend = call.backend  # compute_spikes must not keep the call alive, which has tensors
     plan = make_plan(inputs.x_seq, call.plan.rules, call.plan.numbers, (False, False, False))
 
     def compute_spikes(*inputs: Tensor | None) -> Tensor:
         """The spikes, computed again from the inputs of the call."""
         return run_forward(backend, plan, inputs, keep_checkpoints=False)[0]
 
-    # Parameters are copied, because FSDP frees them before backward of the next layer needs the spikes.
+    # Parameters are copied, because FSDP frees them before backward of the next layer needs the spikes. They are small.
     sequences = "x_seq", "v_init", "rng_state", "residual"
     values = {
         name: value if value is None or name in sequences else value.detach().clone()
@@ -377,10 +380,10 @@ def analog_mask(x_seq: Tensor, analog_prob: float, rng_state: Tensor, time_dim: 
 
 
 def unroll_levels(s_seq: Tensor, levels: int, time_dim: int = 0) -> Tensor:
-    """Turns integer spikes into binary spikes: a step with spike s becomes `levels` sub-steps, the first s of them 1.
+    """Turns integer spikes into binary ones. A step with s spikes becomes s sub-steps of 1, then levels - s of 0.
 
-    If the outputs of a layer without a bias are summed over the sub-steps of each step, they are the same as for the
-    integer spikes. Inference of a network trained with `levels` then needs only additions, and no products.
+    A linear layer or a convolution without a bias has the same output for the integer spikes as for the binary ones, if
+    it is summed over the sub-steps of each step. For binary spikes the layer only adds up weights, without products.
 
     Args:
         s_seq: `[T, ...]`, or with time at `time_dim`; integers in [0, levels], as `asgl_cuda.lif` emits with levels and
@@ -391,8 +394,9 @@ def unroll_levels(s_seq: Tensor, levels: int, time_dim: int = 0) -> Tensor:
         `[T * levels, ...]` of zeros and ones, in the type of s_seq. Not differentiable.
 
     Raises:
-        ValueError: s_seq has a value that is not a whole number in [0, levels]. The check synchronises the device, and
-            is omitted in compiled code and for tensors without values.
+        TypeError, ValueError: an argument has a wrong type or range, or s_seq has a value that is not a whole number in
+            [0, levels]. The check of values synchronises the device. It is omitted in compiled code, under torch.func,
+            and for tensors without values.
 
     Example::
 
@@ -405,8 +409,6 @@ def unroll_levels(s_seq: Tensor, levels: int, time_dim: int = 0) -> Tensor:
     """
     caller = "asgl_cuda.unroll_levels"
     time_dim = check_input(s_seq, time_dim, caller, "s_seq")
-    if levels is None:
-        raise ValueError(f"{caller}: levels must be an int, got None")
     levels = check_levels("levels", levels, caller)
     with torch.no_grad():
         has_values = type(s_seq) in PLAIN_TENSORS and not s_seq.is_meta
@@ -427,13 +429,14 @@ class LIF(Neurons):
     Args:
         num_features: number of channels for granularity "channel"; number of neurons, or their shape `[C, H, W]`, for
             "neuron"; None for "layer".
-        decay: fraction of the potential that is left after a step, in [0, 1]. A learned decay must be in (0, 1), and is
-            stored as a logit.
+        decay: fraction of the potential that is left after a step, in [0, 1]. A learned decay must be in
+            [3.1e-7, 1 - 3.1e-7], and is stored as a logit.
         v_threshold, v_rest: threshold and resting potential, in units of the input.
         v_reset: potential after a spike, below the threshold; or None to subtract `reset_amount` instead (soft reset).
         reset_amount: amount that a spike subtracts under the soft reset; default the threshold.
         input_gain: factor on the input.
-        width: initial width of the surrogate, > 0. If learned, its logarithm is stored.
+        width: width of the surrogate, > 0, or its initial value if it is learned. A learned width must be in
+            [3.1e-7, 3.2e6], and its logarithm is stored.
         surrogate: the name of a surrogate, see `asgl_cuda.lif`.
         surrogate_gain: factor on the surrogate gradient.
         analog_prob: fraction of elements that emit the smooth value `F(u / width)` instead of a spike in training, see
@@ -447,8 +450,9 @@ class LIF(Neurons):
         scale_output: multiply the output by `v_threshold`. With levels and without multi_spike, divide it by `levels`
             instead.
         levels: emit a whole number of spikes per step, from 0 to `levels`: the potential divided by the threshold,
-            clamped to this range and rounded (I-LIF). `v_reset` must be None. No width is learned, because the
-            threshold takes its place. With multi_spike, levels only limits the number of spikes.
+            clamped to this range and rounded (I-LIF). Analog elements are not rounded. `v_reset` must be None. No width
+            is learned, because the threshold takes its place. With multi_spike, levels only limits the number of
+            spikes.
         multi_spike: emit as many spikes per step as thresholds fit into the potential. `v_reset` must be None, and
             `analog_prob` must always be 0.
         v_min: lower bound of the potential after the reset, in units of the input. None: no bound.
@@ -477,7 +481,8 @@ class LIF(Neurons):
     has no constants, flags, `analog_prob` or potentials. Therefore it also loads into a layer whose constant decay is
     different, without a warning. `AnalogProbSchedule.state_dict()` contains `analog_prob`.
 
-    `decay=1 - 1 / tau, input_gain=1 / tau` gives the neuron of SpikingJelly's `LIFNode(tau=tau)`.
+    With `decay=1 - 1 / tau, input_gain=1 / tau` the layer in evaluation computes the spikes of SpikingJelly's
+    `LIFNode(tau=tau)`, except where a rounding decides on a spike.
 
     Processes with the same seed draw the same noise. Call `torch.manual_seed(seed + rank)` after creating the model to
     give each process its own noise.
@@ -496,8 +501,8 @@ class LIF(Neurons):
         )
         s_seq = model(torch.randn(4, 32, 64))  # [T, B, 64] to [T, B, 128]
 
-    The layer computes `asgl_cuda.lif(x_seq, width=log_width.exp(), ...)`. The docstring of this function has the same
-    computation as a loop in PyTorch.
+    With a learned width the layer computes `asgl_cuda.lif(x_seq, width=log_width.exp(), ...)`. The docstring of this
+    function has the same computation as a loop in PyTorch.
 
     With torch's initial weights and without a normalisation, deeper layers are silent at first. With a rectangle they
     then learn nothing. With a sigmoid they learn late, or with SGD perhaps not at all.
@@ -550,15 +555,15 @@ class LIF(Neurons):
         self._set_up_neurons(locals())
 
     def _inputs_of_call(self, x_seq: Tensor, residual: Tensor | None = None) -> tuple[Tensor, dict[str, Any]]:
-        """The input and options of a call. A `Pending` becomes the option `pending` if the neurons can compute it."""
+        """The input and options of a call. A `Pending` that the neurons can compute becomes the option `pending`."""
         name = type(self).__name__
         if isinstance(residual, Pending):
-            residual = residual.tensor(name)
+            residual = residual.value_for(name)
         if not isinstance(x_seq, Pending):
             return x_seq, {} if residual is None else {"residual": residual}
         if residual is not None:
             if not isinstance(residual, Tensor) or (residual.shape, residual.dtype) != (x_seq.shape, x_seq.dtype):
-                return x_seq.tensor(name), {"residual": residual}
+                return x_seq.value_for(name), {"residual": residual}
             x_seq = x_seq + residual
         if (
             isinstance(x_seq, Pending)
@@ -571,26 +576,27 @@ class LIF(Neurons):
     def _call_function(
         self, x_seq: Tensor, update: bool = True, pending: Pending | None = None, **options: Any
     ) -> Tensor | LIFOutput:
-        """Calls `asgl_cuda.lif`; without `update` the layer's state stays unchanged."""
+        """Calls `asgl_cuda.lif`. Without `update` a normalisation that `pending` stands for keeps its statistics."""
         given = self._arguments_of_call(x_seq, self.input_gain, **options)
         if pending is None:
             return run_lif(self._caller, x_seq, given)
-        return run_lif_after(pending, self, self._caller, given, update)
+        return run_lif_after_norm(pending, self, self._caller, given, update)
 
 
 def lacking_options(layer: type[Neurons], *arguments: str) -> set[str]:
     """Names of the options of `lif` and `LIF` that another neuron does not have.
 
-    These are a residual, those missing from its `_options`, initial states missing from its `_states`, and `arguments`.
+    These are `arguments`, a residual, and those of the options and states of `LIF` that its `_options` and `_states` do
+    not have.
     """
     states = {f"{name}_init" for name in LIF._states if name not in layer._states}
     return {"residual", "residual_gain", *arguments, *(LIF._options.keys() - layer._options.keys()), *states}
 
 
 def unknown_options(layer: NeuronLayer, known: Collection[str]) -> str:
-    """The options in the layer's tables that are not `known` nor at their defaults, as `name=value`; "" without any.
+    """The options of the layer that are neither `known` nor at their defaults, as `name=value`; "" if there are none.
 
-    For all that represents a layer elsewhere, and would be silently wrong with an option of which it knows nothing.
+    `Monitor` and `to_nir` refuse these, because they would be silently wrong with an option that they do not know.
     """
     names = {*layer._options, *layer._norm_options} - {*known}
     if not names:

@@ -1,4 +1,4 @@
-"""Layers without time, applied to a sequence."""
+"""`OverTime`, which applies a layer without time to a sequence, and refuses layers that have state over time."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ _CALLER = "asgl_cuda.OverTime"
 
 
 def placement_advice(layer: str, in_place: bool = False) -> str:
-    """The end of an error: put the layer after OverTime; `in_place`: there put what computes it over sequences."""
+    """The end of an error: where to put `layer` instead. With `in_place`, `layer` is a form of it for sequences."""
     return f"{'in a form that takes [T, B, ...]:' if in_place else 'as in'} nn.Sequential(OverTime(...), {layer})"
 
 
 def _describe_neurons(module: nn.Module) -> tuple[str, str] | None:
-    """The class of a layer of asgl_cuda with state over time, and how to put it outside; None for other modules."""
+    """For a layer of neurons, the name of its class and the advice where to put it; None for other modules."""
     name = type(module).__name__
     return (name, placement_advice(f"{name}(...)")) if isinstance(module, NeuronLayer) else None
 
 
-# Functions that return, for a module with state over time, the name of its class and how to put it outside of OverTime;
-# None for other modules. `interop` adds functions for other libraries.
+# Functions that return the name of a module's class and the advice where to put it if it has state over time, otherwise
+# None. `interop` adds functions for other libraries.
 KNOWS_TIME: list[Callable[[nn.Module], tuple[str, str] | None]] = [_describe_neurons]
 
 
@@ -40,9 +40,10 @@ class OverTime(nn.Module):
 
     Shapes: `[T, B, ...]` to `[T, B, ...]`, or `[B, T, ...]` to `[B, T, ...]`. `layer` gets `[T * B, ...]`.
 
-    Raises TypeError if `layer` is not a module or contains a layer with state over time, even if added later, or if the
-    input is not a tensor. Raises ValueError for an input without time and batch, also for one that a convolution would
-    take for a sample without a batch.
+    Raises TypeError if `layer` is not a module, is one of torch's recurrent layers, or contains a layer with state over
+    time, of asgl_cuda or a library that `asgl_cuda.convert` knows, even one added later; and if the input is not a
+    tensor. Raises ValueError for an input without time and batch, or one in which a first layer of torch, such as a
+    convolution, would take time or batch for a dimension of its samples.
 
     Example::
 
@@ -71,12 +72,12 @@ class OverTime(nn.Module):
 
 
 def _check_sequence(x_seq: Any, layer: nn.Module) -> None:
-    """Refuses an input without time, batch or a dimension of the layer's samples."""
+    """Refuses an input without time and batch, or with fewer dimensions than the samples of the first layer have."""
     if isinstance(x_seq, (Pending, Tensor)):
         if x_seq.is_nested or x_seq.dim() < 2:
             got = "a nested tensor" if x_seq.is_nested else f"shape {list(x_seq.shape)}"
             raise ValueError(f"{_CALLER}: x_seq must have time and batch, [T, B, ...], got {got}")
-        name, sizes = _first_layer_sample(layer)
+        name, sizes = _describe_first_layer(layer)
         if x_seq.dim() < 2 + len(sizes):
             hint = "; x_seq.unsqueeze(1) has a batch of size 1, x_seq.unsqueeze(0) a single time step"
             raise ValueError(
@@ -87,8 +88,8 @@ def _check_sequence(x_seq: Any, layer: nn.Module) -> None:
         raise TypeError(f"{_CALLER}: x_seq must be a tensor, got {type(x_seq).__name__}")
 
 
-def _first_layer_sample(layer: nn.Module) -> tuple[str, Sequence[str]]:
-    """The first layer's name, and the dimensions of its samples if it would take time or batch for a missing one."""
+def _describe_first_layer(layer: nn.Module) -> tuple[str, Sequence[str]]:
+    """The class of the first layer, and the sizes of its samples if it would take time or batch for one of them."""
     while type(layer).forward is nn.Sequential.forward and layer._modules:
         layer = next(layer.children())
     sizes: Sequence[str] = ()
@@ -104,11 +105,11 @@ def _first_layer_sample(layer: nn.Module) -> tuple[str, Sequence[str]]:
     return type(layer).__name__, sizes
 
 
-_timeless: set[type[nn.Module]] = set()  # classes without time
+_timeless: set[type[nn.Module]] = set()  # classes that were found to have no state over time
 
 
 def _refuse_time_inside(layer: nn.Module) -> None:
-    """Refuses modules that use time. Each class is tested once. Takes 0.2 us per module; modules() would take 0.7."""
+    """Refuses a layer that contains one with state over time. Takes 0.2 us per module; modules() would take 0.7."""
     if isinstance(layer, (nn.RNNBase, nn.RNNCellBase)):  # inside another module it may not run over time
         raise TypeError(
             f"{_CALLER}: layer must not use time, got {type(layer).__name__}, which would get time and batch merged; "

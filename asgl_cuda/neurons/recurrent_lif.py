@@ -41,13 +41,14 @@ from ..torch_modes import (
     once_differentiable,
     saved_tensors,
 )
-from .adaptive_lif import Adapting, AdaptiveLIF, adaptation_place
+from .adaptive_lif import Adapting, AdaptiveLIF, adaptation_bits
 from .base import format_values
 from .deferred import tensor_of
 from .lif import LIF_DEFAULTS, lacking_options
 from .spiking import Neurons
 
 _CALLER = "asgl_cuda.recurrent_lif"
+# Arguments of which each neuron has a value in a row of the operators' `parameters`.
 _ROWS = "width", "decay", "v_threshold", "v_reset", "reset_amount", "adapt_decay", "adapt_potential", "adapt_spike"
 
 
@@ -72,14 +73,14 @@ class RecurrentLIFOutput(NamedTuple):
 class RecurrentFunction(torch.autograd.Function):
     """recurrent_forward as a differentiable function of all tensors but rng_state.
 
-    Takes an operator, or None for the backend's, a plan and the tensors of the operator.
+    Takes an operator, or None for the operator of the backend, a plan, and the tensors of the operator.
     """
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(operator: Any, backend: str, plan: Plan, *tensors: Any) -> tuple[Tensor, ...]:
-        """The spikes and the wanted outputs. None for the operator: the one that is called directly."""
+        """The spikes and the wanted outputs."""
         if operator is None:
             operator = operators_of(backend, tensors).recurrent_forward
         return tuple(operator(*tensors, *plan.packed, plan.wanted))
@@ -108,11 +109,10 @@ class RecurrentFunction(torch.autograd.Function):
         return None, None, None, None if grad_x_seq is None else grad_x_seq.to(ctx.dtype), *gradients, None
 
 
-def _with_derivative(operator: Any, below: Any, *arguments: Any) -> ForwardResult:
-    """Calls recurrent_forward by `below`, the operator below autograd, for results with RecurrentFunction's graph.
+def _recurrent_forward_with_graph(operator: Any, below: Any, *arguments: Any) -> ForwardResult:
+    """An entry of DERIVATIVES: recurrent_forward, called by `below`, with the graph of RecurrentFunction.
 
-    See DERIVATIVES. `operator` only tells the backend. What backward needs is always computed, and returned if wanted;
-    emitted, i_seq and w_seq have no gradients.
+    `operator` only tells the backend. The sequences that backward needs are always computed, and returned if wanted.
     """
     *tensors, numbers, rules, has_synapse, detach_recurrent, wanted = arguments
     _, _, wants_v_seq, _, _, *wants_last = wanted
@@ -124,7 +124,7 @@ def _with_derivative(operator: Any, below: Any, *arguments: Any) -> ForwardResul
     return [s_seq, *(each for each, asked in zip(named, wanted, strict=True) if asked)]
 
 
-DERIVATIVES["recurrent_forward"] = _with_derivative
+DERIVATIVES["recurrent_forward"] = _recurrent_forward_with_graph
 
 
 def recurrent_lif(
@@ -147,7 +147,7 @@ def recurrent_lif(
     """Recurrent leaky integrate-and-fire neurons over a whole sequence.
 
     Args:
-        x_seq: input current, `[T, B, N]`, or `[B, T, N]` with time_dim=1; types as for `lif`. A layout that is not
+        x_seq: input current, `[T, B, N]`, or `[B, T, N]` with time_dim=1; types as for `lif`. An input that is not
             contiguous is copied once.
         weight: `[N, N]`, from the neurons of one step (columns) to the neurons of the next step (rows), as in
             `torch.nn.Linear`; or `[N]`, from each neuron to itself. Samples in which few neurons spike take less time.
@@ -167,15 +167,16 @@ def recurrent_lif(
 
     Like all parameters, weight, bias and syn_decay are converted to the type of the arithmetic, also under autocast.
     Step t draws the noise of a sequence of one step with rng_state `[seed + 0x61C8864680B583EB * t, offset]`, modulo
-    2^64. `analog_mask` of that step tells which elements are analog. Their smooth values are fed back. Calls with
-    different offsets share no noise, whatever their lengths.
+    2^64. `analog_mask` of that step tells which elements are analog. Their smooth values are fed back. Calls whose
+    offsets differ modulo 2^32 share no noise, whatever their lengths.
 
-    For backward, 4 bytes per element are stored in addition to the spikes in float32. With scale_output and in half
-    types, the spikes are stored once more. With a learned syn_decay the current is stored, and with a learned
-    adapt_decay or with to_threshold the adaptation.
+    Backward needs the spikes and the potentials before the reset. For a float32 x_seq these potentials take 4 bytes per
+    element in addition to the output. With scale_output and in half types, the spikes are also stored once more. If
+    syn_decay is a tensor, the synaptic current is stored, and if adapt_decay is a tensor or with to_threshold, the
+    adaptation.
 
-    On the CPU one kernel computes all steps of 16 samples of the batch. On a GPU each step is a product and the kernel
-    of `lif`.
+    The backend "cpu" computes all steps of 16 samples of the batch in one kernel. On a GPU each step is a product and
+    the kernel of `lif`.
 
     Returns:
         The spikes, or a `RecurrentLIFOutput` if a state was asked for. They are differentiable once with respect to
@@ -211,7 +212,7 @@ def recurrent_lif(
     if adapt_decay is None:
         _check_no_adaptation(adaptation, recurrent_lif.__kwdefaults__, _CALLER)
     else:
-        place = adaptation_place(
+        place = adaptation_bits(
             given["v_reset"], given["reset_amount"], check_bool("to_threshold", to_threshold, _CALLER)
         )
         given |= {
@@ -233,21 +234,21 @@ class _Recurrence(NamedTuple):
 
 
 def _check_no_adaptation(given: Mapping[str, Any], defaults: Any, caller: str) -> None:
-    """Refuses options of an adaptation where there is none."""
+    """Refuses options of an adaptation that are not at their defaults, for neurons without an adaptation."""
     for name, value in given.items():
         is_number = isinstance(value, (int, float))  # arrays and tensors have no single truth value
         if value is not defaults[name] and not (is_number and value == defaults[name]):
             raise ValueError(f"{caller}: {name} needs adapt_decay, got {format_value(value)} without an adaptation")
 
 
-def _check_adaptation(input_gain: Any, caller: str) -> None:
-    """Refuses an input_gain where there is an adaptation."""
+def _check_gain_with_adaptation(input_gain: Any, caller: str) -> None:
+    """Refuses an input_gain other than 1, for neurons with an adaptation."""
     if input_gain != 1:
         raise ValueError(f"{caller}: input_gain must be 1 with an adaptation, got {format_value(input_gain)}")
 
 
 def _check_recurrence(x_seq: Tensor, given: _Recurrence, neuron: Any) -> float:
-    """Refuses arguments that do not fit x_seq, also if `lif` takes them. Returns a constant syn_decay, else 0."""
+    """Refuses arguments that do not fit x_seq. Returns syn_decay if it is a constant, otherwise 0."""
     time_dim = check_input(x_seq, neuron["time_dim"], _CALLER)
     if x_seq.dim() != 3 or time_dim > 1:
         raise ValueError(
@@ -268,11 +269,11 @@ def _check_recurrence(x_seq: Tensor, given: _Recurrence, neuron: Any) -> float:
     check_bool("detach_recurrent", given.detach_recurrent, _CALLER)
     check_finite("input_gain", neuron["input_gain"], _CALLER)
     if "adaptation" in neuron:
-        _check_adaptation(neuron["input_gain"], _CALLER)
+        _check_gain_with_adaptation(neuron["input_gain"], _CALLER)
     else:
         _check_no_adaptation({"w_init": neuron["w_init"]}, {"w_init": None}, _CALLER)
     if given.i_init is not None and given.syn_decay is None:
-        raise ValueError(f"{_CALLER}: i_init needs syn_decay, got i_init without a synapse")
+        raise ValueError(f"{_CALLER}: i_init needs syn_decay, got syn_decay=None, which means no synapse")
     for name, state in (("s_init", given.s_init), ("i_init", given.i_init)):
         if state is not None:
             check_initial_state(state, x_seq, time_dim, _CALLER, name)
@@ -282,14 +283,14 @@ def _check_recurrence(x_seq: Tensor, given: _Recurrence, neuron: Any) -> float:
 
 
 def _check_shape(name: str, value: Tensor, x_seq: Tensor, *shapes: list[int]) -> None:
-    """Refuses a tensor that has none of the shapes."""
+    """Refuses a tensor that has none of these shapes, or does not fit x_seq in type and device."""
     check_floating(name, value, x_seq, _CALLER)
     if not any(value.shape == torch.Size(shape) for shape in shapes):
         raise ValueError(f"{_CALLER}: {name} must have shape {' or '.join(map(str, shapes))}, got {list(value.shape)}")
 
 
 def _stacked_parameters(x_seq: Tensor, given: _Recurrence, call: Call, syn_decay: float) -> Tensor:
-    """The operators' parameters, `[9, N]`: a value for each neuron, of tensors or constants."""
+    """The argument `parameters` of the operators, `[9, N]`, which has a value for each neuron, also of constants."""
     count, real = x_seq.shape[2], call.plan.real
     _, _, _, *neuron_values, _ = call.inputs
     synapse_value = given.syn_decay.value() if isinstance(given.syn_decay, Logit) else given.syn_decay
@@ -305,7 +306,7 @@ def _stacked_parameters(x_seq: Tensor, given: _Recurrence, call: Call, syn_decay
 
 
 def _run_recurrent(x_seq: Tensor, given: _Recurrence, neuron: Arguments) -> Tensor | RecurrentLIFOutput:
-    """The result of `recurrent_lif`; width, decay and syn_decay may be a Logarithm and Logits."""
+    """The result of `recurrent_lif` from records of its arguments."""
     syn_decay = _check_recurrence(x_seq, given, neuron)
     call = checked_call(_CALLER, x_seq, neuron, together=False)
     real, has_synapse = call.plan.real, given.syn_decay is not None
@@ -320,8 +321,8 @@ def _run_recurrent(x_seq: Tensor, given: _Recurrence, neuron: Arguments) -> Tens
         outputs: Any = s_seq, None, h_seq, v_seq, None, None, *last
     else:
         differentiated = is_differentiated(tensors, _CALLER)
-        # The sequences for backward and for the caller: emitted if s_seq differs from it, h_seq, v_seq if asked for,
-        # i_seq for the gradient of syn_decay, and w_seq for gradients of an adaptation.
+        # Which sequences backward or the caller needs: emitted, the spikes in `real` and without scale_output; h_seq;
+        # v_seq; i_seq for the gradient of syn_decay; and w_seq for the gradients of an adaptation.
         keeps = (
             bool(rules.scale_output) or real != x_seq.dtype,
             True,
@@ -360,7 +361,8 @@ class RecurrentLIF(Adapting):
         bias: whether the recurrent current has a bias.
         autapses: whether neurons are connected to themselves; if not, the diagonal of the weight has no effect.
         syn_decay: fraction of the synaptic current that is left after a step, in [0, 1], a float or a tensor like
-            `decay` of `LIF`; None for no synapse. A learned syn_decay must be in (0, 1), and is stored as a logit.
+            `decay` of `LIF`; None for no synapse. A learned syn_decay must be in [3.1e-7, 1 - 3.1e-7], and is stored as
+            a logit.
         learn_syn_decay: whether syn_decay is a parameter, with one value per layer or neuron as `granularity` says.
         detach_recurrent: stop the gradient that flows through the weight to the spikes of the step before.
         adapt_decay, adapt_potential, adapt_spike, to_threshold, learn_adaptation: arguments of `AdaptiveLIF`, for
@@ -442,7 +444,9 @@ class RecurrentLIF(Adapting):
         self.hidden_size = count
         self.autapses = check_bool("autapses", autapses, caller)
         if not autapses and recurrent == "elementwise":
-            raise ValueError(f"{caller}: recurrent='elementwise' needs autapses=True, got False")
+            raise ValueError(
+                f"{caller}: recurrent='elementwise' is made of autapses and needs autapses=True, got False"
+            )
         self.detach_recurrent = check_bool("detach_recurrent", detach_recurrent, caller)
         empty = partial(torch.empty, device=device, dtype=dtype)
         self.recurrent_weight = nn.Parameter(empty((count,) if recurrent == "elementwise" else (count, count)))
@@ -451,7 +455,7 @@ class RecurrentLIF(Adapting):
         if learned and syn_decay is None:
             raise ValueError(f"{caller}: learn_syn_decay needs syn_decay as initial value, got None")
         self.logit_syn_decay = nn.Parameter(empty(self.num_features or 1)) if learned else None
-        self._fill_recurrence(syn_decay)
+        self._initialise_recurrence(syn_decay)
         adaptation: dict[str, Any] = {
             "adapt_potential": adapt_potential, "adapt_spike": adapt_spike, "to_threshold": to_threshold,
             "learn_adaptation": learn_adaptation,
@@ -459,13 +463,13 @@ class RecurrentLIF(Adapting):
         if adapt_decay is None:
             _check_no_adaptation(adaptation, RecurrentLIF.__init__.__kwdefaults__, caller)
             return
-        _check_adaptation(self.input_gain, caller)
+        _check_gain_with_adaptation(self.input_gain, caller)
         like = AdaptiveLIF.__init__.__kwdefaults__ or {}
         adaptation = {name: like[name] if value is None else value for name, value in adaptation.items()}
         self._set_up_adaptation(adapt_decay, **adaptation, device=device, dtype=dtype)
 
-    def _fill_recurrence(self, syn_decay: Any) -> None:
-        """Draws the recurrent weight and bias, and sets syn_decay."""
+    def _initialise_recurrence(self, syn_decay: Any) -> None:
+        """Draws the recurrent weight and bias, and stores syn_decay as the constant, or in the parameter."""
         bound = 1 / math.sqrt(self.hidden_size)
         with torch.no_grad():
             self.recurrent_weight.uniform_(-bound, bound)
@@ -478,12 +482,12 @@ class RecurrentLIF(Adapting):
 
     def reset_parameters(self) -> None:
         """Draws weight and bias anew, resets the other parameters to the values last set, and clears states."""
-        self._fill_recurrence(self._syn_decay)
+        self._initialise_recurrence(self._syn_decay)
         super().reset_parameters()
 
     @property
     def recurrent(self) -> str:
-        """The form of `recurrent_weight`, "dense" or "elementwise"."""
+        """The form of `recurrent_weight`: "dense" for `[N, N]`, "elementwise" for `[N]`."""
         return "dense" if self.recurrent_weight.dim() == 2 else "elementwise"
 
     @recurrent.setter
@@ -494,7 +498,7 @@ class RecurrentLIF(Adapting):
 
     @property
     def syn_decay(self) -> Tensor | float | None:
-        """The synapse's decay per step, a tensor in the shape of the parameter if learned; None without a synapse."""
+        """The decay of the synapse per step, a tensor if learned; None without a synapse."""
         return self._syn_decay if self.logit_syn_decay is None else Logit(self.logit_syn_decay).value()
 
     def _call_function(
@@ -516,7 +520,7 @@ class RecurrentLIF(Adapting):
             weight = weight.masked_fill(torch.eye(self.hidden_size, dtype=torch.bool, device=weight.device), 0.0)
         syn_decay: Any = self.syn_decay
         if self.num_features:
-            (syn_decay,) = self._on_input_device([syn_decay], x_seq)
+            (syn_decay,) = self._match_meta_device([syn_decay], x_seq)
         recurrence = _Recurrence(weight, self.recurrent_bias, syn_decay, s_init, i_init, self.detach_recurrent)
         given = self._arguments_of_call(x_seq, self.input_gain, **options)
         given["w_init"] = w_init

@@ -15,8 +15,8 @@ from ..checks import (
     check_bool,
     check_finite,
     check_options,
-    check_rules,
-    check_threshold,
+    check_positive_threshold,
+    check_reset_and_surrogate,
     check_width,
     format_value,
     min_and_max,
@@ -58,16 +58,16 @@ class Neurons(NeuronLayer, Noisy):
     v_min: float | None
 
     def _set_up_neurons(self, given: Mapping[str, Any]) -> None:
-        """Checks the constructor's arguments, keeps options and makes parameters."""
+        """Checks the arguments of the constructor, sets the options, and makes the parameters."""
         self.scale_output, self.multi_spike, self.levels, self.v_min = False, False, None, None
         self._set_options(given)
         for name in _RESET_VALUES:
             setattr(self, name, None if given[name] is None else self._checked_value(name, given[name]))
         self.surrogate: str = given["surrogate"]
-        check_rules(given, self._caller, self.levels, self.multi_spike)
+        check_reset_and_surrogate(given, self._caller, self.levels, self.multi_spike)
         self._set_analog_prob(given["analog_prob"])
         learns = check_options(given, _LEARNS, self._caller)
-        # A value for the whole layer has shape [1], because torch's fully_shard refuses parameters without a dimension.
+        # A value for the whole layer has shape [1], because torch's fully_shard refuses parameters of shape [].
         empty = partial(torch.empty, self.num_features or 1, device=given["device"], dtype=given["dtype"])
         self.log_width = nn.Parameter(empty()) if learns["learn_width"] and not self._emits_levels else None
         self.logit_decay = nn.Parameter(empty()) if learns["learn_decay"] else None
@@ -76,7 +76,8 @@ class Neurons(NeuronLayer, Noisy):
         self._set_decay(given["decay"])
         self._set_threshold(given["v_threshold"])
         if self.surrogate_gain == 0:
-            warn_once("surrogate_gain", f"{self._caller}: surrogate_gain 0 lets no gradient through the spikes")
+            message = "surrogate_gain is 0, so no gradient passes through the spikes; its default is 1"
+            warn_once("surrogate_gain", f"{self._caller}: {message}")
 
     def reset_parameters(self) -> None:
         """Resets the learned parameters to the values last set, and clears potentials.
@@ -105,7 +106,7 @@ class Neurons(NeuronLayer, Noisy):
         return self.levels is not None and not self.multi_spike
 
     def _set_width(self, value: Any) -> None:
-        """Checks the width, and writes it into the value or the parameter."""
+        """Checks the width, and stores it as the constant, or in the parameter."""
         learned = self.log_width is not None
         found = self._checked_value("width", value, self.log_width, "learn_width")
         for each in min_and_max(found):
@@ -132,7 +133,7 @@ class Neurons(NeuronLayer, Noisy):
         self._set_threshold(value)
 
     def _set_threshold(self, value: Any) -> None:
-        """Checks the threshold, and writes it into the value or the parameter."""
+        """Checks the threshold, and stores it as the constant, or in the parameter."""
         found = self._checked_value("v_threshold", value, self.threshold, "learn_threshold")
         for each in min_and_max(found):
             check_finite("v_threshold", each, self._caller)
@@ -141,11 +142,11 @@ class Neurons(NeuronLayer, Noisy):
         fill_parameter(self.threshold, found)
 
     def _check_threshold(self, value: Tensor | float) -> None:
-        """Refuses thresholds at which neurons fire forever, and warns of unusual ones."""
+        """Refuses thresholds at which neurons that have fired fire forever, and warns if neurons at rest fire."""
         caller, v_rest = self._caller, self.v_rest
         for name in ("v_reset", "v_min"):
             after = getattr(self, name)
-            # For thresholds up to v_rest there is only a warning, below.
+            # After a reset to v_rest or below, neurons only fire again if neurons at rest fire: see the warning below.
             fires_on = after is not None and (after > v_rest) & (after >= value)
             if fires_on.any() if isinstance(fires_on, Tensor) else fires_on:
                 raise ValueError(
@@ -155,18 +156,20 @@ class Neurons(NeuronLayer, Noisy):
         several = "multi_spike" if self.multi_spike else "levels" if self._emits_levels else ""
         least, _ = min_and_max(value)
         if several:
-            check_threshold(least, several, caller)
+            check_positive_threshold(least, several, caller)
         if fires(v_rest - least, self.strict_threshold):
             message = f"v_threshold {least:g} is not above v_rest {v_rest:g}: neurons at rest fire without any input"
             warn_once("v_threshold", f"{caller}: {message}")
         elif self.v_reset is None:
             amount, _ = min_and_max(value if self.reset_amount is None else self.reset_amount)
             if amount <= 0:
-                message = f"a spike subtracts {amount:g} from the potential, which then stays above v_threshold"
+                message = (
+                    f"a spike subtracts {amount:g} from the potential, so it does not lower it; use a reset_amount > 0"
+                )
                 warn_once("reset_amount", f"{caller}: {message}")
 
     def _current_values(self) -> tuple[Value, Value, Value]:
-        """Width, decay and threshold: constants, or learned, in the shape of the parameters."""
+        """Width, decay and threshold for a call: constants, or learned values as they are stored."""
         log_width, threshold = self.log_width, self.threshold  # read once, because each access takes 0.7 us
         return (
             self._width if log_width is None else Logarithm(log_width),
@@ -185,10 +188,10 @@ class Neurons(NeuronLayer, Noisy):
         return_h_seq: bool = False,
         residual: Tensor | None = None,
     ) -> Arguments:
-        """The arguments of `asgl_cuda.lif`: the layer's and the given ones."""
+        """The record of a call of `asgl_cuda.lif`, from the layer's options and values and from these arguments."""
         values: Sequence[Any] = *self._current_values(), self.v_reset, self.reset_amount
         if self.num_features:
-            values = self._on_input_device(values, x_seq)
+            values = self._match_meta_device(values, x_seq)
         width, decay, v_threshold, v_reset, reset_amount = values
         given: Arguments = {
             "decay": decay, "v_threshold": v_threshold, "v_reset": v_reset, "reset_amount": reset_amount,

@@ -1,7 +1,7 @@
 """Learned values as layers store them: a width as its logarithm, a decay as its logit.
 
 Kernels clamp and convert stored values at each read (csrc/math/learned.h), with this file's operations for equal bits.
-Derivatives are those of torch's exp and sigmoid, also beyond the bound.
+Derivatives are those of torch's exp and sigmoid; beyond the bound, they stay at their values there.
 """
 
 from __future__ import annotations
@@ -19,34 +19,34 @@ BOUND = 15.0  # kLearnedBound of csrc
 
 
 class Logarithm(NamedTuple):
-    """The logarithm of a width, as the argument `width`."""
+    """A learned width, passed as the argument `width`: its logarithm, as the layer stores it."""
 
     stored: Tensor
 
     def value(self) -> Tensor:
-        """The width."""
+        """The width itself, with a gradient for the stored logarithm."""
         log = to_real_type(self.stored)
         return with_gradient_of(_exp_within_bound(log.detach()), _bounded(log).exp())
 
 
 class Logit(NamedTuple):
-    """The logit of a decay, as the argument `decay`."""
+    """A learned decay, passed as the argument `decay`: its logit, as the layer stores it."""
 
     stored: Tensor
 
     def value(self) -> Tensor:
-        """The decay."""
+        """The decay itself, with a gradient for the stored logit."""
         logit = to_real_type(self.stored)
         return with_gradient_of(1 / (1 + _exp_within_bound(-logit.detach())), _bounded(logit).sigmoid())
 
 
 def to_real_type(value: Tensor) -> Tensor:
-    """The value in the type of the arithmetic."""
+    """The value in the type of the arithmetic, `real_type` of its own type."""
     return value.to(real_type(value.dtype))
 
 
 def _bounded(value: Tensor) -> Tensor:
-    """Clamps a stored value, so that exp is positive and finite and sigmoid inside (0, 1) after any optimizer step."""
+    """Clamps a stored value with slope 1, so that no optimizer step makes exp 0 or infinite, or sigmoid 0 or 1."""
     return with_gradient_of(value.detach().clamp(-BOUND, BOUND), value)
 
 
@@ -85,6 +85,6 @@ def _exp_within_bound(value: Tensor) -> Tensor:
 
 
 def _power_of_two(n: Tensor) -> Tensor:
-    """2^n for whole abs(n) < 32, exact by a shift: exp2 of a GPU approximates, and DTensor has no view of bits."""
+    """2^n for whole n in (-32, 32), by a shift: exp2 of a GPU is not exact, and DTensor can't view floats as ints."""
     power = torch.bitwise_left_shift(1, n.abs().to(torch.int64)).to(n.dtype)
     return torch.where(n < 0, 1 / power, power)

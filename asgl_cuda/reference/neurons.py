@@ -58,13 +58,13 @@ from .surrogates import INTEGER, SURROGATES, clamped, detached, periodic_distanc
 
 
 def _time_first(value: Any, x_seq: Tensor, time_dim: int) -> Tensor:
-    """A parameter that broadcasts against x_seq, with time in front."""
+    """A parameter that broadcasts against x_seq, with all dimensions of x_seq, time first."""
     tensor = torch.as_tensor(value, dtype=real_type(x_seq.dtype), device=x_seq.device)
     return tensor[(None,) * (x_seq.dim() - tensor.dim())].movedim(time_dim, 0)
 
 
 def fires(u: Any, strict_threshold: Any) -> Any:
-    """Whether neurons fire whose potential is `u` above the threshold."""
+    """Whether neurons fire, if `u` is their potential minus the threshold."""
     return u > 0 if strict_threshold else u >= 0
 
 
@@ -76,7 +76,7 @@ def lif_reference(
     numbers: Numbers,
     rules: Rules,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The loop over the steps: s_seq, v_last, v_seq and h_seq. A parameter None has its value in `numbers`."""
+    """The loop over the steps: s_seq, v_last, v_seq and h_seq. If a parameter is None, `numbers` has its value."""
     real = real_type(x_seq.dtype)
     time_dim, v_rest = rules.time_dim, numbers.v_rest
     counts = rules.surrogate == INTEGER
@@ -115,7 +115,8 @@ def lif_reference(
         if r is not None:
             c = c + numbers.residual_gain * r[t]
         charged = v_rest + at(decay, t) * (v - v_rest) + c
-        # h_seq gets a sum of its own, at the end of the step, so that autograd adds gradients in the kernels' order.
+        # h is computed once more for h_seq, at the end of the step, so that autograd adds up gradients in the order of
+        # the kernels.
         minus_w = -w if in_threshold else None
         h = charged if minus_w is None else charged + minus_w
         u = h if counts else h - at(v_threshold, t)
@@ -162,16 +163,16 @@ def recurrent_reference(
     has_synapse: bool,
     detach_recurrent: bool,
 ) -> tuple[Tensor, ...]:
-    """The loop over the steps: s_seq, h_seq, v_seq, v_last, s_last, i_last.
+    """The loop over the steps of recurrent neurons: s_seq, h_seq, v_seq, v_last, s_last, i_last.
 
-    `parameters`, [9, N]: those of Parameters but the residual, bias, syn_decay.
+    `parameters`, [9, N], are those of Parameters except the residual, then bias and syn_decay.
     """
     real, time_dim = real_type(x_seq.dtype), rules.time_dim
     width, decay, v_threshold, reset, *input_values, bias, syn_decay = parameters
     adapts = rules.adaptation != 0
     input_values = [*input_values, None] if adapts else [None] * 4
     neuron = Parameters(width, decay, v_threshold, reset, *input_values)
-    rules_of_step = rules.changed(time_dim=0, scale_output=0)
+    rules_of_step = rules.with_values(time_dim=0, scale_output=0)
     x = x_seq.to(real).movedim(time_dim, 0)
     states = rng_states_of_steps(rng_state, x.shape[0])
     v = v_init

@@ -27,7 +27,7 @@ def _philox4x32(counter: Sequence[Tensor], key: Sequence[Tensor]) -> tuple[Tenso
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):
-        # Products wrap modulo 2^64, so the bits are correct with either sign.
+        # Products of int64 wrap modulo 2^64, so they have the bits of unsigned products.
         product0, product1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
         c0, c1 = (product1 >> 32 & low) ^ c1 ^ k0, product1 & low
         c2, c3 = (product0 >> 32 & low) ^ c3 ^ k1, product0 & low
@@ -49,7 +49,7 @@ def _draws(neurons: int, steps: int, rng_state: Tensor) -> Tensor:
 
 
 def analog_mask_below(x_seq: Tensor, analog_below: int, rng_state: Tensor | None, time_dim: int) -> Tensor:
-    """Whether each element of x_seq is analog: its draw is below `analog_below`."""
+    """Which elements of x_seq are analog: those whose draw, an integer in [0, DRAWS), is below `analog_below`."""
     if analog_below in (0, DRAWS):
         return torch.full(x_seq.shape, analog_below > 0, dtype=torch.bool, device=x_seq.device)
     assert rng_state is not None
@@ -58,6 +58,6 @@ def analog_mask_below(x_seq: Tensor, analog_below: int, rng_state: Tensor | None
     sizes = [x_seq.shape[dim] for dim in order if dim != time_dim]
     steps = x_seq.shape[time_dim]
     mask = _draws(x_seq.numel() // steps, steps, rng_state) < below
-    # First from [time, neurons] to memory order, then to the order of the dimensions.
+    # From [time, neurons] to the memory order of x_seq, then to the order of its dimensions.
     mask = mask.unflatten(1, sizes).movedim(0, order.index(time_dim)) if sizes else mask[:, 0]
     return mask.permute([order.index(dim) for dim in range(x_seq.dim())])

@@ -13,7 +13,7 @@ from ..layout import reshape_by_channel
 def batch_statistics(x_seq: Tensor, channel: int, group: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Count, mean and variance (biased, both [C]) of each channel, over all processes of `group` if any.
 
-    In float64, whatever the type of x_seq.
+    All three are float64, whatever the type of x_seq.
     """
     dims = [dim for dim in range(x_seq.dim()) if dim != channel]
     x = x_seq.double()
@@ -30,7 +30,7 @@ def batch_statistics(x_seq: Tensor, channel: int, group: Any) -> tuple[Tensor, T
     return count, mean, all_reduce(squares, group=group) / count
 
 
-def normalisation(
+def normalisation_coefficients(
     mean: Tensor,
     variance: Tensor,
     weight: Tensor | None,
@@ -39,13 +39,13 @@ def normalisation(
     input_scale: float,
     real: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """input_gain, input_bias and input_mean, each [C] in the type of the arithmetic, of a normalised input.
+    """input_gain, input_bias and input_mean that normalise the input, each [C] in the type of the arithmetic.
 
         c = input_scale * (weight * (x - mean) / sqrt(variance + eps) + bias)
           = input_gain * (x - input_mean) + input_bias
 
-    input_mean is rounded; the rest of the mean is in the bias. With the whole mean in the bias, two large terms would
-    cancel for a mean large against the deviation.
+    input_mean is the rounded mean; input_bias has the rest of it. With the whole mean in input_bias, two large terms
+    would cancel where the mean is large compared to the standard deviation.
     """
     mean, variance = mean.double(), variance.double()
     gain = input_scale / (variance + eps).sqrt()

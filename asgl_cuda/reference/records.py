@@ -1,4 +1,4 @@
-"""What a call consists of besides sequences and states: parameters, constant numbers, and rules."""
+"""The records that the reference and the operators take: parameters, constant numbers, and rules."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ BELOW_IN_STATE = DRAWS + 1  # analog_prob is a tensor: rng_state[2] is round(ana
 
 
 class Parameters(NamedTuple):
-    """Values with gradients that may vary over neurons and steps, in the order of ParameterId in csrc."""
+    """Values that may have gradients, and may vary over neurons and steps, in the order of ParameterId in csrc."""
 
     width: Any
     decay: Any
@@ -23,7 +23,7 @@ class Parameters(NamedTuple):
 
 
 class Numbers(NamedTuple):
-    """The argument `numbers` of operators: constant parameters (0 for tensors), and other constants."""
+    """The argument `numbers` of operators: the parameters that are constants (0 for tensors), and other constants."""
 
     width: float
     decay: float
@@ -41,7 +41,7 @@ class Numbers(NamedTuple):
 class Rules(NamedTuple):
     """The argument `rules` of operators, in the order of struct Rules in csrc/ops/call.h."""
 
-    surrogate: int  # its id, or INTEGER with levels
+    surrogate: int  # its id, or INTEGER with levels and without multi_spike
     hard_reset: int  # 0 or 1, like all fields up to logit_decay
     strict_threshold: int
     scale_output: int
@@ -49,23 +49,24 @@ class Rules(NamedTuple):
     multi_spike: int
     periodic: int  # 1 if the surrogate is periodic_exponential, which has the id of laplace
     floored: int  # 1 if v_min is the lower limit of the potential
-    log_width: int  # 1: the width is given as its logarithm, within the bound of learned.py; 0 for the reference
-    logit_decay: int  # 1 if the decay is given as its logit
+    log_width: int  # 1 if operators get the logarithm of the width; the reference gets the width itself
+    logit_decay: int  # 1 if operators get the logit of the decay; the reference gets the decay itself
     analog_below: int  # round(analog_prob * DRAWS), or BELOW_IN_STATE
     # The largest number of spikes per step of INTEGER and multi_spike; 0 if not given, which with multi_spike means no
     # limit. If `surrogate` is INTEGER, width is the threshold, and v_threshold is the factor of scale_output.
     levels: int
-    # To what w is added; 0 without adaptation. Otherwise w is a state, and input_gain, input_bias and input_mean are
-    # the parameters of the adaptation.
+    # Where the adaptation w acts, as bits; 0 without an adaptation. With one, w is a state, and input_gain, input_bias
+    # and input_mean are the parameters of w.
     adaptation: int
     time_dim: int  # not negative
-    # The dimensions of x_seq after the one to which a parameter of one dimension belongs; 0 by torch's broadcasting.
+    # The number of dimensions of x_seq after the one to which a parameter of one dimension belongs; 0 if that is the
+    # last one, as in torch's broadcasting.
     trailing: int
 
     def states(self) -> tuple[str, ...]:
         """Names of the neurons' states, v first. Operators take and return several as one tensor, `[states, ...]`."""
         return ("v", "w") if self.adaptation else ("v",)
 
-    def changed(self, **values: int) -> Rules:
-        """These rules with other values. Not by `_replace`, which torch.compile can't trace in torch 2.6."""
+    def with_values(self, **values: int) -> Rules:
+        """A copy with these values. Not by `_replace`, which torch.compile can't trace in torch 2.6."""
         return Rules(*[values.get(name, value) for name, value in zip(Rules._fields, self, strict=True)])

@@ -28,7 +28,7 @@ class Surrogate(NamedTuple):
 
 
 def clamped(y: Tensor, most: float) -> Tensor:
-    """Clamps y to [0, most], with slope 1 inside, edges included: clamp's there differs between versions of torch."""
+    """Clamps y to [0, most]. The slope at both ends is 1; that of torch.clamp differs between versions of torch."""
     return torch.where((y >= 0) & (y <= most), y, y.detach().clamp(0, most))
 
 
@@ -39,7 +39,7 @@ def _triangle_tail(y: Tensor) -> Tensor:
 
 
 def _mirrored(tail: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """F = tail(|y|) below 0 and 1 - tail(|y|) above, without abs(), whose slope at 0 is 0 in autograd."""
+    """F(y) = tail(|y|) for y < 0, otherwise 1 - tail(|y|). Without abs(), whose slope at 0 is 0 in autograd."""
 
     def cumulative(y: Tensor) -> Tensor:
         """F for any y."""
@@ -67,7 +67,7 @@ SURROGATES: dict[str, Surrogate] = {
 # The surrogate of levels, F(y) = clamp(y, 0, levels), by its id: Surrogate::kInteger in csrc, which follows all others.
 INTEGER = len(SURROGATES)
 
-# Names that other libraries use, in lower case. Their alpha is 1 / width.
+# Names in other libraries, in lower case without underscores, and the same surrogates here. Their alpha is 1 / width.
 ELSEWHERE = {
     "atan": "arctan",
     "piecewiseexp": "laplace",
@@ -81,7 +81,7 @@ _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # integer types by
 
 
 class GradientOf(torch.autograd.Function):
-    """The value of `s` with the gradient of `a`, times `gain`: a + stop_gradient(s - a), but exact."""
+    """The value of `s` with the gradient of `a` times `gain`. For gain 1: a + stop_gradient(s - a) without rounding."""
 
     generate_vmap_rule = True
 
@@ -102,11 +102,11 @@ class GradientOf(torch.autograd.Function):
 
 
 class GradientAndTangentOf(GradientOf):
-    """Adds a forward-mode derivative, which torch.compile cannot trace."""
+    """`GradientOf` with a forward-mode derivative, which torch.compile can't trace."""
 
     @staticmethod
     def jvp(ctx: Any, s: Tensor | None, a: Tensor, gain: None) -> Any:
-        """The tangent, from the tangent `a`; that of s has no effect."""
+        """The tangent of the result from `a`, the tangent of a. That of s has no effect."""
         return a * ctx.gain
 
 
@@ -116,7 +116,7 @@ def with_gradient_of(s: Tensor, a: Tensor, gain: float = 1.0) -> Tensor:
     if compiling and (is_transform_active() or is_forward_mode_active()):  # both ignore the gradient of Functions
         scaled = a * gain
         return s.detach() + (scaled - scaled.detach())
-    if compiling and is_exporting():  # of a Function, exported graphs have only forward
+    if compiling and is_exporting():  # an exported graph has only forward of a Function
         scaled = a * gain
         nothing = scaled - detached(scaled)
         return detached(s) + torch.where(nothing == 0, nothing, 0.0)  # not NaN, if a is not finite
@@ -125,14 +125,14 @@ def with_gradient_of(s: Tensor, a: Tensor, gain: float = 1.0) -> Tensor:
 
 
 def detached(value: Tensor) -> Tensor:
-    """The value as a constant, also in decomposed exported graphs, which drop detach()."""
+    """The value without its gradient, as by detach(), also in exported graphs, whose decomposition drops detach()."""
     if not is_exporting():
         return value.detach()
     return value.view(_INTEGERS[value.element_size()]).view(value.dtype)
 
 
 def periodic_distance(h: Tensor, v_threshold: Tensor) -> Tensor:
-    """Distance from the threshold; above it, twice the distance from its nearest multiple, with slope 1."""
+    """Below the threshold h - v_threshold, above it twice the distance from its nearest multiple, with slope 1."""
     u = h - v_threshold
     turns = h / v_threshold - 0.5
     above = v_threshold * (2 * (turns - turns.floor()) - 1)

@@ -171,7 +171,7 @@ BAD = [
     ({"v_min": -INF}, ValueError, "v_min must be finite, got -inf"),
     ({"v_min": "0"}, TypeError, "v_min must be a float, got str"),
     # What some neurons lack.
-    *(({name: value}, TypeError, f"argument '{name}', which these neurons do not have", "adaptive_lif recurrent_lif")
+    *(({name: value}, TypeError, f"argument '{name}'|that these neurons do not have", "adaptive_lif recurrent_lif")
       for name, value in (("levels", 4), ("residual", X), ("v_min", 0.0))),
     ({"input_gain": 2.0}, TypeError, "'input_gain'", "batch_norm_lif"),
     # Normalised.
@@ -270,7 +270,7 @@ def test_bad_arguments_of_layers():
         layer(torch.randn(4, 2, 3, 6))
     assert int(layer.num_batches_tracked) == 0
     for wrong in (0, [], "3", True):
-        with pytest.raises(ValueError, match="num_features must be a number of channels, or a sequence"):
+        with pytest.raises(ValueError, match="num_features must be the number of channels, or a sequence"):
             asgl_cuda.BatchNormLIF(wrong)
 
 

@@ -281,7 +281,7 @@ def test_computed_once_for_all_who_ask(monkeypatch):
     model, x = pattern("two consumers")
     trained(model, x, recompute_spikes())
     assert len(calls) == 1
-    assert calls[0]._again is None
+    assert calls[0]._recomputed is None
 
 
 def pooled(side, context, around_pooling=usual):

@@ -207,7 +207,9 @@ def test_a_model_that_goes_over_time_itself():
     whole = model(x_seq)
     asgl_cuda.reset(model)
     assert torch.equal(torch.stack([asgl_cuda.step(model, x_t, time_dim=0) for x_t in x_seq]), whole)
-    with pytest.raises(RuntimeError, match=r"Leaky at 'lif' is called twice .* has a loop over time, pass time_dim"):
+    with pytest.raises(
+        RuntimeError, match=r"Leaky at 'lif' is called twice .* loops over time, pass the time dimension"
+    ):
         asgl_cuda.step(model, x_seq[0])
     with pytest.raises(RuntimeError, match=r"Leaky at 'lif' gets its state from the model's forward.*init_hidden=True"):
         asgl_cuda.step(Loop(False), x_seq[0], time_dim=0)

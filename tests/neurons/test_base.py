@@ -218,7 +218,8 @@ STATES = [(kind, name) for kind, case in CASES.items() if kind != "soft reset" f
 def test_a_state_that_does_not_fit_is_named(kind, name, state, error, words):
     layer = make(kind, stateful=True)
     setattr(layer, name, state)
-    wanted = words.format("potential" if name == "v" and "carried" in words else name)
+    in_words = "potential" if name == "v" else f"state {name}"
+    wanted = words.format(in_words if "carried" in words else name)
     kind = type(layer).__name__
     for call in (layer, lambda x_seq: layer.step(x_seq[0]), lambda x_seq: asgl_cuda.step(layer, x_seq[0])):
         if "step" not in words or call is layer:

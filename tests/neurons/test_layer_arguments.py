@@ -186,7 +186,7 @@ BAD = [
     ("LIF", {"width": 1e9}, r"a learned width must be in \[3.06e-07, 3.27e\+06\], got 1000000000.0"),
     ("LIF", {"decay": 0.0, "learn_decay": True}, r"a learned decay must be in \(0, 1\), .* 3.06e-07 .*, got 0.0"),
     ("LIF", {"decay": 1, "learn_decay": True}, r"a learned decay must be in \(0, 1\), .*, got 1"),
-    ("LIF", {"decay": 1e-9, "learn_decay": True}, "a learned decay must be .* 3.06e-07 from the ends, got 1e-09"),
+    ("LIF", {"decay": 1e-9, "learn_decay": True}, "a learned decay must be .* 3.06e-07 from both ends, got 1e-09"),
     ("LIF", {"decay": math.nan, "learn_decay": True}, r"a learned decay must be in \(0, 1\), .*, got nan"),
     ("LIF", {"time_dim": 1.0}, "time_dim must be an int, got float"),
     ("LIF", {"dtype": torch.int32}, "dtype must be .*float32.*torch.int32"),
@@ -207,7 +207,7 @@ BAD = [
     ),
     *(("LIF", {flag: "no"}, f"{flag} must be a bool, got str") for flag in FLAGS),
     *(
-        ("BatchNormLIF", {"num_features": given}, f"num_features must be a number of channels, or .*, got {given}")
+        ("BatchNormLIF", {"num_features": given}, f"num_features must be the number of channels, or .*, got {given}")
         for given in (3.0, None)
     ),
     ("BatchNormLIF", {"num_features": [3, 4]}, r"num_features must be one number for .* 'layer', got \[3, 4\]"),
@@ -253,7 +253,7 @@ BAD = [
     ),
     ("RecurrentLIF", {"num_features": 4}, ".*unexpected keyword argument 'num_features'"),
     *(
-        ("RecurrentLIF", {name: 1}, f".*keyword argument '{name}', which these neurons do not have")
+        ("RecurrentLIF", {name: 1}, f".*keyword argument '{name}', .* that these neurons do not have")
         for name in ("levels", "multi_spike", "v_min", "residual")
     ),
 ]  # fmt: skip
@@ -319,7 +319,7 @@ def test_a_potential_after_a_spike_at_the_threshold_is_refused(learned, name):
         ({"v_threshold": 0.5, "v_rest": 0.75}, "v_threshold 0.5 is not above v_rest 0.75"),
         ({"v_threshold": -0.5, "v_rest": -1.0, "v_reset": None}, "a spike subtracts -0.5 from"),
         ({"v_reset": None, "reset_amount": 0.0}, "a spike subtracts 0 from"),
-        ({"surrogate_gain": 0}, "surrogate_gain 0"),
+        ({"surrogate_gain": 0}, "surrogate_gain is 0"),
     ],
 )
 def test_a_warning_once_with_the_users_line(kind, options, words):

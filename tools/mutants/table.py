@@ -93,8 +93,8 @@ MUTANTS = {
         "ignore the gradient of Functions\n        scaled = a * gain",
         "ignore the gradient of Functions\n        scaled = a", "torch_modes/test_transforms.py compiled"),
     "reference: an exported model without the surrogate's gain": Mutant(
-        "exported graphs have only forward\n        scaled = a * gain",
-        "exported graphs have only forward\n        scaled = a",
+        "an exported graph has only forward of a Function\n        scaled = a * gain",
+        "an exported graph has only forward of a Function\n        scaled = a",
         "torch_modes/test_torch_features.py every_output"),
     "reference: NaN gradients of an exported model": Mutant("torch.where(nothing == 0, nothing, 0.0)", "nothing",
         "torch_modes/test_torch_features.py nan_in"),
@@ -159,7 +159,7 @@ MUTANTS = {
         "others_of(values), *kinds", "reference/test_learned.py"),
     "checks: plans are never dropped": Mutant("if len(plans) >= _MOST_PLANS:", "if False:",
         "calls/test_arguments.py no_others"),
-    "checks: warns each time": Mutant("        _warned.add(kind)\n", "",
+    "checks: warns each time": Mutant("        _warned.add(key)\n", "",
         "neurons/test_layer_arguments.py warning_once"),
     "checks: names in other cases": Mutant("get_close_matches(given.lower(), ", "get_close_matches(given, ",
         "neurons/test_layer_arguments.py another_spelling"),
@@ -228,7 +228,7 @@ MUTANTS = {
         "calls/test_arguments.py bad_arguments"),
     "call: a width of levels": Mutant('if constants["width"] != 1:', "if False:",
         "calls/test_arguments.py bad_arguments"),
-    "call: inputs of any layout": Mutant("        x_seq = dense(x_seq, rules.time_dim)\n", "        pass\n",
+    "call: inputs of any layout": Mutant("        x_seq = to_dense_layout(x_seq, rules.time_dim)\n", "        pass\n",
         "neurons/test_features.py layouts and plain"),
     "noise: rng_state and generator": Mutant("        if generator is not None:\n            raise",
         "        if False:\n            raise", "calls/test_arguments.py bad_arguments"),
@@ -269,7 +269,7 @@ MUTANTS = {
         "own = coefficients_of(None, running)", "training/test_distributed.py"),
     "batch_norm: values of each process": Mutant("counts.sum(0) <= 1", "counts <= 1",
         "training/test_distributed.py without_samples"),
-    "batch_norm: an update without a derivative": Mutant(", batch_norm_update=_update_with_derivative", "",
+    "batch_norm: an update without a derivative": Mutant(", batch_norm_update=_update_with_graph", "",
         "neurons/test_batch_norm_lif.py updates_running"),
     "batch_norm: the gain as the variance": Mutant(
         "if running is not None:\n            _update_running_statistics(running, coefficients[0], coefficients[3])",
@@ -342,7 +342,7 @@ MUTANTS = {
     "adaptive: w_init alone rests at 0": Mutant('rest.get(name, 0.0)',
         "0.0", "neurons/test_adaptive_lif.py begins_at_rest"),
     "adaptive: a reset of the parameters leaves the adaptation": Mutant(
-        "self._fill_adaptation(self._adapt_decay, self._adapt_potential, self._adapt_spike)", "pass",
+        "self._store_adaptation(self._adapt_decay, self._adapt_potential, self._adapt_spike)", "pass",
         "neurons/test_base.py come_back and Adaptive"),
     "adaptive: a reset leaves w": Mutant('return (*self._states, "v_seq") if', 'return ("v", "v_seq") if',
         "neurons/test_base.py one_sequence and Adaptive"),
@@ -356,7 +356,7 @@ MUTANTS = {
     "integrator: x is always kept": Mutant("x_seq if learns_gain else None, decay", "x_seq, decay",
         "neurons/test_leaky_integrator.py only"),
     "integrator: gradients of any layout": Mutant(
-        "grad_v_seq = dense(grad_v_seq, plan.rules.time_dim)", "pass",
+        "grad_v_seq = to_dense_layout(grad_v_seq, plan.rules.time_dim)", "pass",
         "neurons/test_features.py any_layout and integrator"),
     "integrator: a gradient of v_last alone": Mutant("        if grad_v_seq is None:\n", "        if False:\n",
         "neurons/test_features.py alone and integrator"),
@@ -365,15 +365,15 @@ MUTANTS = {
     "integrator: a state of another shape": Mutant("        check_initial_state(v_init, x_seq, time_dim, caller)\n", "",
         "calls/test_arguments.py bad_arguments and integrator"),
     "integrator: a logit as a decay": Mutant(
-        '_RULES.changed(\n        logit_decay=int(isinstance(given["decay"], Logit)),',
-        "_RULES.changed(\n        logit_decay=0,",
+        '_RULES.with_values(\n        logit_decay=int(isinstance(given["decay"], Logit)),',
+        "_RULES.with_values(\n        logit_decay=0,",
         "neurons/test_base.py function_of and Leaky"),
     "integrator: layers rest at 0": Mutant('"v_rest": self.v_rest, "delay"', '"v_rest": 0.0, "delay"',
         "neurons/test_base.py function_of and Leaky"),
     "integrator: a second derivative": Mutant(
         "once_differentiable(none_for_unwanted(found, wanted), (*saved, *grads))", "none_for_unwanted(found, wanted)",
         "neurons/test_features.py rules and integrator"),
-    "integrator: inputs of any layout": Mutant("x_seq = dense(x_seq, time_dim)",
+    "integrator: inputs of any layout": Mutant("x_seq = to_dense_layout(x_seq, time_dim)",
         "pass", "neurons/test_features.py layouts and integrator"),
     # ---- layers ----
     "layer: noise in evaluation": Mutant("        if not self.training:\n            return 0.0\n", "",
@@ -437,8 +437,9 @@ MUTANTS = {
         "self.levels is not None", "neurons/test_multi_spike.py layer"),
     "neuron: a reset to the threshold": Mutant("(after >= value)", "(after > value)",
         "neurons/test_layer_arguments.py at_the_threshold"),
-    "neuron: a threshold of 0 for several spikes": Mutant("            check_threshold(least, several, caller)\n",
-        "            pass\n", "neurons/test_layer_arguments.py bad_arguments"),
+    "neuron: a threshold of 0 for several spikes": Mutant(
+        "            check_positive_threshold(least, several, caller)\n", "            pass\n",
+        "neurons/test_layer_arguments.py bad_arguments"),
     "checks: a threshold of 0 for several spikes": Mutant("    if not value > 0:\n", "    if not value >= 0:\n",
         "calls/test_arguments.py bad_arguments"),
     "neuron: a spike that takes nothing off": Mutant("if amount <= 0:", "if amount < 0:",
@@ -474,8 +475,8 @@ MUTANTS = {
     "recompute: changed spikes are recomputed": Mutant(
         "self._storage.expired() or (tensor._version, tensor.dtype) != (self._version, self._dtype):",
         "self._storage.expired() or tensor.dtype != self._dtype:", "calls/test_recompute.py changed_before"),
-    "recompute: spikes are never freed": Mutant("if len(self._answered) >= len(self._asking):",
-        "if len(self._answered) > len(self._asking):", "calls/test_recompute.py once"),
+    "recompute: spikes are never freed": Mutant("if len(self._answered) >= len(self._waiting):",
+        "if len(self._answered) > len(self._waiting):", "calls/test_recompute.py once"),
     "recompute: positions beyond 16 bits": Mutant("if height * width <= torch.iinfo(dtype).max:",
         "if height * width // 2 <= torch.iinfo(dtype).max:", "calls/test_recompute.py indices"),
     "recompute: an exception leaves a context open": Mutant(
@@ -489,12 +490,12 @@ MUTANTS = {
         "same = state.shape == left.shape", "test_states.py errors"),
     "streaming: a layer is called twice": Mutant("        if self.called:\n", "        if False:\n",
         "test_states.py errors"),
-    "streaming: a reset behind": Mutant("                taker.check_state()\n", "                pass\n",
+    "streaming: a reset behind": Mutant("                stepped.check_state()\n", "                pass\n",
         "test_states.py errors"),
     "streaming: a reset inside": Mutant("        self.check_state()\n", "", "test_states.py errors"),
-    "streaming: states inside others": Mutant("            if taker.called:\n", "            if True:\n",
+    "streaming: states inside others": Mutant("            if stepped.called:\n", "            if True:\n",
         "interop/test_models.py one_sequence"),
-    "streaming: layers inside others": Mutant("        if not taker.inside:\n", "        if True:\n",
+    "streaming: layers inside others": Mutant("        if not stepped.inside:\n", "        if True:\n",
         "interop/test_models.py one_sequence or over_time"),
     "streaming: a batch of one": Mutant("if x_t.dim() < 2 or x_t.shape[0] != 1 or tuple(without.shape[:1]) == (1,):",
         "if True:", "test_states.py batch_of_one"),
@@ -502,7 +503,7 @@ MUTANTS = {
         "test_states.py errors"),
     "streaming: layers stay stateful": Mutant("            set_plain_attribute(layer, name, value)\n    if",
         "            pass\n    if", "test_states.py flags"),
-    "streaming: compiled layers are watched": Mutant("            if taker.compiled:\n                continue\n", "",
+    "streaming: compiled layers are watched": Mutant("            if stepped.compiled:\n                continue\n", "",
         "test_states.py compiles"),
     # ---- calibration ----
     "calibration: random numbers are drawn": Mutant(
@@ -826,7 +827,7 @@ MUTANTS = {
     "fuse: the example changes": Mutant("each.detach().clone().requires_grad_", "each.detach().requires_grad_",
         "interop/test_fuse_model.py trace"),
     "fuse: statistics in another order": Mutant(
-        "last is not None and last.is_open():",
+        "last is not None and last.is_unused():",
         "False:", "interop/test_fuse_left.py uses"),
     "fuse: statistics of a batch twice": Mutant("now[1] and update", "now[1]", "interop/test_fuse_left.py uses"),
     "fuse: a reentrant checkpoint": Mutant(
@@ -889,7 +890,7 @@ MUTANTS = {
         "v_init", "interop/test_fuse_model.py order"),
     "pending: neurons twice": Mutant("(update and self.call.taken)", "False", "interop/test_fuse_left.py uses"),
     "pending: a batch that nothing uses": Mutant(
-        "if self.is_open() and self.training:",
+        "if self.is_unused() and self.training:",
         "if False:", "interop/test_fuse_left.py uses"),
     "pending: views without gradients": Mutant(
         "self.has_graph and torch.is_grad_enabled()",

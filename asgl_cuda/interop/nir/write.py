@@ -17,7 +17,7 @@ from ...neurons.batch_norm_lif import BatchNormLIF
 from ...neurons.leaky_integrator import LeakyIntegrator
 from ...neurons.lif import LIF, unknown_options
 from ...neurons.recurrent_lif import RecurrentLIF
-from ...reference.normalisation import normalisation
+from ...reference.normalisation import normalisation_coefficients
 from ...spikes.layers import SPIKE_LAYERS
 from ..convert import convert, copy_model
 from ..converted import Converted, bare_class
@@ -419,7 +419,9 @@ class _Writer(fx.Interpreter):
             got = f"{len(sizes)} in {list(flow.shape)} after the batch"
             raise ValueError(f"must have at most 2 dimensions after the channels, got {got}")
         real = torch.float64
-        gain, shift, mean = normalisation(mean, norm.running_var, norm.weight, norm.bias, norm.eps, scale, real)
+        gain, shift, mean = normalisation_coefficients(
+            mean, norm.running_var, norm.weight, norm.bias, norm.eps, scale, real
+        )
         weight, bias = gain.diag().reshape(channels, channels, *[1] * len(sizes)).numpy(), (shift - gain * mean).numpy()
         if not sizes:
             node = self.nir.Affine(weight, bias)
