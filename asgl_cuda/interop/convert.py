@@ -16,8 +16,8 @@ from ..neurons.base import NeuronLayer, check_module
 from ..neurons.lif import LIF_DEFAULTS
 from ..neurons.over_time import KNOWS_TIME
 from .converted import HOOKS, Converted, Settings, bare_class, name_clash_reason, overlaid_class, replaced_method_reason
-from .identify import FLAT, SpikeFunction, dtype_of_spikes, fires_strictly, identify, is_spike_function
-from .libraries import LIBRARIES, libraries, vendored_spikingjelly_reason
+from .identify import FLAT, SpikeFunction, fires_strictly, identify_spike_function, is_spike_function, spike_dtype
+from .libraries import LIBRARIES, imported_adapters, vendored_spikingjelly_reason
 from .replaced import make_replacements, replace_module, replaced_module, restore_module
 from .sequences import InSequences, checked_sequences, overlay_model, refusal_reason
 
@@ -96,13 +96,16 @@ def _checked_asgl(asgl: Mapping[str, Any] | None) -> _ASGL | None:
     return _ASGL(surrogate, width, analog_prob, learn_width)
 
 
-def _name_and_placement(module: nn.Module) -> tuple[str, str] | None:
-    """For a module of a library that `OverTime` refuses: its class and where it belongs. None for other modules."""
-    outside = next((text for each in libraries() if (text := each.placement_outside_over_time(module))), None)
+def _class_and_placement(module: nn.Module) -> tuple[str, str] | None:
+    """For errors of `OverTime`: the class of a library's layer that it refuses, and how to use this layer outside.
+
+    None for other modules.
+    """
+    outside = next((text for each in imported_adapters() if (text := each.placement_outside_over_time(module))), None)
     return None if outside is None else (bare_class(module).__name__, outside)
 
 
-KNOWS_TIME.append(_name_and_placement)
+KNOWS_TIME.append(_class_and_placement)
 
 
 def convert(
@@ -213,7 +216,7 @@ def convert(
         _check_unconverted(model)
     made = make_replacements(model, layers, _CALLER)
     name_of_function = "conversion_in_loop" if kind else "conversion_of"
-    adapters = [getattr(library, name_of_function, library.conversion_of) for library in libraries()]
+    adapters = [getattr(library, name_of_function, library.conversion_of) for library in imported_adapters()]
     report = Report([], [])
     new: list[Converted] = []
     inside: list[str] = []  # path prefixes of replaced layers, whose submodules are not reported
@@ -246,7 +249,7 @@ def convert(
         layer.__class__ = overlaid_class(found[0], type(layer))
         assert isinstance(layer, Converted)
         analog_prob, learn_width = (0.0, False) if wanted is None else (wanted.analog_prob, wanted.learn_width)
-        settings = Settings(spike, backend, dtype_of_spikes(found[1]), wanted is not None)
+        settings = Settings(spike, backend, spike_dtype(found[1]), wanted is not None)
         layer.begin_conversion(settings, analog_prob, learn_width)
         new.append(layer)
         report.replaced.append(Replaced(path, name, layer.description()))
@@ -276,7 +279,7 @@ def _check_unconverted(model: nn.Module) -> None:
 
 
 def _report_notes(model: nn.Module, report: Report) -> list[str]:
-    """The notes of a report: advice on speed, hooks that are no longer called, or why nothing was replaced."""
+    """The notes of a report: advice on speed, hooks that are no longer called, or why `convert` changed nothing."""
     advice: dict[str, list[str]] = {}  # the paths of the layers for each advice
     for path, *_ in report.replaced:
         layer: Any = model.get_submodule(path)
@@ -301,11 +304,11 @@ def _report_notes(model: nn.Module, report: Report) -> list[str]:
     ]
 
 
-def _notes_on_layer(layer: Any, in_loop: bool) -> Iterator[str]:
-    """Advice on one replaced layer."""
-    uncalled = {"the module in its place": replaced_module(layer)}
+def _notes_on_layer(layer: Any, in_sequences: bool) -> Iterator[str]:
+    """The notes on one replaced layer: advice on speed, and parts whose hooks are no longer called."""
+    uncalled = {"the module that it replaces": replaced_module(layer)}
     if isinstance(layer, Converted):
-        if not in_loop and (text := layer.speed_advice()) is not None:
+        if not in_sequences and (text := layer.speed_advice()) is not None:
             yield text
         uncalled = layer.dependencies()
     for name, part in uncalled.items():
@@ -326,7 +329,7 @@ def model_or_copy(model: nn.Module, inplace: bool, caller: str) -> nn.Module:
             f"{caller}: the model can't be copied ({type(error).__name__}: {error}); inplace=True changes the model "
             "itself"
         ) from error
-    for library in libraries():
+    for library in imported_adapters():
         getattr(library, "register_with_library", lambda model: None)(made)
     return made
 
@@ -339,7 +342,7 @@ def copy_model(model: nn.Module, share: Iterable[Tensor] = ()) -> nn.Module:
         for values in (attributes, *(value for value in attributes.values() if isinstance(value, dict))):
             graphs = (value for value in values.values() if isinstance(value, Tensor) and not value.is_leaf)
             memo.update((id(value), value.detach().clone()) for value in graphs)
-    for library in libraries():
+    for library in imported_adapters():
         getattr(library, "copy_layers", lambda model, memo: None)(model, memo)
     made = copy.deepcopy(model, memo)
     _copy_hooks(memo)
@@ -362,18 +365,18 @@ def _spike_function(
     function: Callable[[Tensor], Tensor] | SpikeFunction | None,
     wanted: _ASGL | None,
 ) -> SpikeFunction | str | None:
-    """The spike function of a converted layer, or the reason to leave it; None if it does not fire."""
+    """The spike function with which a layer is converted; why it can't be, a str; None if the layer does not fire."""
     if wanted is not None and kind.multi_spike:
         return "it may spike several times per step, which ASGL layers can't; without asgl it can be converted"
     if function is None or isinstance(function, SpikeFunction):
         return function
     if wanted is None:
-        return identify(function)
+        return identify_spike_function(function)
     surrogate, width = wanted.surrogate, wanted.width
     if surrogate is None or width is None:
-        own = identify(function)
+        own = identify_spike_function(function)
         if isinstance(own, str) and not is_spike_function(function):
-            return f"{own}; asgl needs a surrogate and a width"
+            return f"{own}; to replace it, asgl needs both surrogate and width"
         if isinstance(own, str) or own.width == FLAT:
             own = SpikeFunction(LIF_DEFAULTS["surrogate"], float(LIF_DEFAULTS["width"]), 1.0, False)
         surrogate, width = surrogate or own.surrogate, width or own.width

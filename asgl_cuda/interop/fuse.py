@@ -33,7 +33,7 @@ from ..neurons.deferred import (
 from ..neurons.lif import LIFOutput
 from .convert import Left, Replaced, Report, convert, copy_model, model_or_copy
 from .converted import Converted, Overlay, bare_class, overlaid_class
-from .libraries import libraries
+from .libraries import imported_adapters
 
 _CALLER = "asgl_cuda.fuse"
 _CONVERTED = "_converted_by_fuse"  # attribute of layers that `fuse` has converted, so that `unfuse` restores them
@@ -125,7 +125,10 @@ def fuse(model: nn.Module, *example: Any, inplace: bool = False) -> tuple[nn.Mod
         if example:
             report.replaced.append(_fused_row(path, joined[path], model.get_submodule(joined[path])))
         else:
-            report.notes = ["the first calls of the model decide on the others; fuse(model, example) decides at once"]
+            report.notes = [
+                "the first calls of the model decide which other normalisations are merged; fuse(model, example) "
+                "decides at once"
+            ]
     return model, report
 
 
@@ -162,7 +165,7 @@ _FUSE_AGAIN = "fuse the original model again with an example that does this"
 
 
 class Fused(Overlay):
-    """The overlay of a normalisation whose output is a `Pending`, computed by the neurons after it."""
+    """The overlay of a normalisation. It returns a `Pending`, whose value the neurons after it compute."""
 
     prefix = "Fused"
 
@@ -171,7 +174,10 @@ class Fused(Overlay):
 
     @classmethod
     def bases_and_namespace(cls, original: type[nn.Module]) -> tuple[tuple[type, ...], dict[str, Any]]:
-        """As in the base class, but after a user's class with a forward of its own, which then calls the overlay's."""
+        """As in the base class, except for a user's class with a forward of its own.
+
+        There the overlay comes after the user's class, whose forward then calls the overlay's as that of its base.
+        """
         base = _normalisation_base(original)
         if base is None or base is original:
             return super().bases_and_namespace(original)
@@ -218,7 +224,7 @@ class Fused(Overlay):
         return Pending(call, call, 1 + has_time, input, watched=with_version(input))
 
     def compute_alone(self, x: Tensor, training: bool, update: bool) -> Tensor:
-        """Computes the output for code other than neurons. Running statistics change only with `update`."""
+        """Computes the output as a tensor, for code other than neurons. Only `update` changes running statistics."""
         now = self.training, self.track_running_stats
         self.training, self.track_running_stats = training, now[1] and update
         try:
@@ -227,7 +233,10 @@ class Fused(Overlay):
             self.training, self.track_running_stats = now
 
     def reason_against(self, pending: Pending, given: Arguments) -> str:
-        """Why the neurons can't compute this normalisation; "" if they can."""
+        """Why neurons called with the arguments `given` can't compute this normalisation; "" if they can.
+
+        Raises RuntimeError if a checkpoint would call only one of the two again in backward.
+        """
         here, there = current_checkpoint(), pending.call.checkpoint
         if here is not there and (here is not None or self.training):
             where = "inside of another torch.utils.checkpoint than its neurons"
@@ -250,7 +259,10 @@ class Fused(Overlay):
         return ""
 
     def hook_before(self, layer: nn.Module) -> str:
-        """The backward hook of the neurons `layer`, or of a module that the stand-in enters or leaves before them."""
+        """Describes a backward hook between the two: of the neurons `layer`, or of a module that contains one of them.
+
+        "" if there is none.
+        """
         if torch.compiler.is_compiling():
             return ""
         return backward_hook_of(layer) or ("" if self.outcome is None else self.outcome.hook_between(self, layer))
@@ -293,12 +305,12 @@ class Fused(Overlay):
         )
 
     def note_taken(self, layer: Any) -> None:
-        """Called by the neurons `layer` after they have computed this normalisation: notes it for the report."""
+        """Notes for the report that the neurons `layer` have computed this normalisation."""
         if self.outcome is not None and not torch.compiler.is_compiling():
             self.outcome.add_joined(self, layer)
 
     def note_left(self, reason: str) -> None:
-        """Notes, for the report, why this normalisation computed its value itself."""
+        """Notes for the report why this normalisation had to compute its value itself."""
         # Calls in backward do not count: a checkpoint may stop them before the neurons are called.
         if self.outcome is not None and not torch.compiler.is_compiling() and not is_in_backward():
             self.outcome.add_left(self, reason)
@@ -320,7 +332,7 @@ def make_fused(norm: Any, outcome: _Outcome | None = None) -> None:
 
 
 class _Outcome:
-    """Which normalisations neurons compute, and which are left, as calls of the model show. Updates the `report`."""
+    """Notes from calls of the model which normalisations neurons compute, and which not. Updates the `report`."""
 
     def __init__(self, model: nn.Module, report: Report | None = None) -> None:
         self.paths = weakref.WeakKeyDictionary({module: path for path, module in model.named_modules()})
@@ -332,14 +344,14 @@ class _Outcome:
         return type(None), ()  # in a copy of the model, calls change nothing more
 
     def add_joined(self, norm: nn.Module, layer: nn.Module) -> None:
-        """Notes that the neurons `layer` took the normalisation."""
-        path, of_layer = self.paths.get(norm, ""), self.paths.get(layer, "")
+        """Notes that the neurons `layer` have computed the normalisation."""
+        path, layer_path = self.paths.get(norm, ""), self.paths.get(layer, "")
         if path not in self.joined and self.report is not None:
-            self.report.replaced.append(_fused_row(path, of_layer, layer))
-        self.joined.setdefault(path, of_layer)
+            self.report.replaced.append(_fused_row(path, layer_path, layer))
+        self.joined.setdefault(path, layer_path)
 
     def add_left(self, norm: nn.Module, reason: str) -> None:
-        """Notes that the normalisation computed its value itself, and why."""
+        """Notes that the normalisation had to compute its value itself, and the reason."""
         path = self.paths.get(norm, "")
         if path not in self.left and self.report is not None:
             self.report.left.append(Left(path, bare_class(norm).__name__, reason))
@@ -347,25 +359,28 @@ class _Outcome:
         self.left.setdefault(path, reason)
 
     def is_left(self, norm: nn.Module) -> bool:
-        """Whether the normalisation is left: it computes its value itself from now on."""
+        """Whether the normalisation computes its value itself from now on."""
         return self.paths.get(norm, "") in self.left
 
     def hook_between(self, norm: nn.Module, layer: nn.Module) -> str:
-        """Before the two are joined: the backward hook of a module that contains only one of them."""
+        """Describes a backward hook of a module that contains only one of the two. "" without one.
+
+        Later hooks are not looked for, so it is "" once the two are joined.
+        """
         if self.paths.get(norm, "") in self.joined:
             return ""
         hooks = ((module, hook) for module in self.paths if (hook := backward_hook_of(module)))
         return next((hook for module, hook in hooks if len({norm, layer} & {*module.modules()}) == 1), "")
 
     def unused_outputs(self, reason: str) -> dict[str, str]:
-        """The normalisations whose outputs nothing has used yet, with the reason."""
+        """The paths of the normalisations whose outputs nothing has used yet, each with the given reason."""
         calls = (call for call in list(_calls.values()) if call.is_open() and call.of in self.paths)
         return {self.paths[call.of]: reason for call in calls}
 
 
-def _fused_row(path: str, of_layer: str, layer: nn.Module) -> Replaced:
-    """The report's line for neurons that compute the normalisation at `path`."""
-    return Replaced(of_layer, bare_class(layer).__name__, f"normalises as well, instead of {path}")
+def _fused_row(path: str, layer_path: str, layer: nn.Module) -> Replaced:
+    """The report's row for the neurons at `layer_path`, which compute the normalisation at `path`."""
+    return Replaced(layer_path, bare_class(layer).__name__, f"normalises as well, instead of {path}")
 
 
 def _try_example(model: nn.Module, paths: list[str], example: tuple[Any, ...]) -> tuple[dict[str, str], dict[str, str]]:
@@ -388,17 +403,17 @@ def _try_example(model: nn.Module, paths: list[str], example: tuple[Any, ...]) -
             except Exception as error:
                 line = (str(error).splitlines() or [""])[0]
                 new = {path: reason for path, reason in outcome.left.items() if path not in refused}
-                why = f"without its value the forward fails: {type(error).__name__}: {line}"
+                why = f"with the stand-in for its output the model's forward fails: {type(error).__name__}: {line}"
                 new = new or outcome.unused_outputs(why)
                 if not new:
                     raise
                 refused |= new
                 break
             tree_map_only(Pending, lambda each: each.tensor("the caller of the model"), output)
-            left |= outcome.unused_outputs("its output stays in the model") | outcome.left
+            left |= outcome.unused_outputs("nothing in the model uses its output") | outcome.left
             joined |= outcome.joined
         else:
-            left |= {path: "the example does not lead to it" for path in paths if path not in joined | left}
+            left |= {path: "the example does not reach it" for path in paths if path not in joined | left}
             return {path: layer for path, layer in joined.items() if path not in left}, left
 
 
@@ -411,7 +426,10 @@ def _call_with_example(model: nn.Module, example: tuple[Any, ...]) -> Any:
 
 
 def _hooked_part(model: nn.Module) -> str:
-    """The reason to leave all normalisations where, without an example, one may reach a part with a backward hook."""
+    """Why `fuse` without an example merges nothing: a part of the model has a backward hook. "" if none has.
+
+    Without a call it is not known whether the output of a normalisation reaches this part.
+    """
     for path, module in model.named_modules():
         if path and (module._backward_hooks or module._backward_pre_hooks):
             return (
@@ -437,13 +455,13 @@ def _reason_to_leave(norm: nn.Module) -> str:
 
 
 def _unknown_class_reason(kind: type[nn.Module]) -> str:
-    """The reason to leave a class that is no known normalisation."""
+    """Why a normalisation can't be merged: its class computes something else than torch's."""
     return f"{kind.__name__} computes something else than torch.nn's normalisations"
 
 
 def _normalisation_base(kind: type[nn.Module]) -> Any:
-    """The first class with a forward that the neurons can compute: the class itself, or the base of a user's."""
-    known = [known for library in libraries() for known in getattr(library, "NORMALISATIONS", ())]
+    """The class with a forward that neurons can compute: `kind`, or a base of a user's class; None without one."""
+    known = [known for library in imported_adapters() for known in getattr(library, "NORMALISATIONS", ())]
     forwards = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
     return next((each for each in kind.__mro__ if getattr(each, "forward", None) in forwards or each in known), None)
 
@@ -459,7 +477,7 @@ def _wrapped_forward(forward: Any) -> Any:
 
     @functools.wraps(forward)
     def call(self: Fused, input: Any) -> Any:
-        """Calls the user's forward. If it changes the stand-in to a tensor, the normalisation counts as left."""
+        """Calls the user's forward. If it does not return the stand-in, the normalisation computes its value itself."""
         if isinstance(input, fx.Proxy):
             return _leaf_call(self, input)
         output = forward(self, input)

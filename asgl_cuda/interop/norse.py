@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ..checks import HALF_TYPES
 from ..neurons.over_time import placement_advice
-from .converted import Conversion, Converted, InStream, bare_class, float_if_scalar, known_class_or_reason
+from .converted import Conversion, Converted, Streaming, bare_class, float_if_scalar, known_class_or_reason
 from .recording import SPIKES, Recording
 from .recurrent import Recurrent, synaptic_inputs
 
@@ -61,7 +61,7 @@ _NEURONS = (snn.SNN, snn.SNNCell, norse.ConstantCurrentLIFEncoder, ExpFilter, *_
 
 
 class ConvertedSNN(Converted):
-    """A sequence per call or, for a cell, one step per call, with Norse's states."""
+    """A layer of which a call takes a sequence, or a cell of which a call takes one step, with Norse's states."""
 
     @property
     def time_dim(self) -> int | None:  # type: ignore[override]
@@ -82,7 +82,7 @@ class ConvertedSNN(Converted):
         return found
 
     def prefers_original_step(self) -> bool:
-        """Whether to run Norse's own step: also if the layer does not fire, because its steps are fast."""
+        """Whether to run Norse's own step: also if the cell does not fire, because its few operations are fast."""
         return self.settings.spike is None or super().prefers_original_step()
 
     def record_step(self, recording: Recording, input_tensor: Any, state: Any = None) -> Any:
@@ -141,8 +141,8 @@ class ConvertedSNN(Converted):
 
     def state_at_rest(self, input_tensor: Tensor, a_step: bool) -> Any:
         """The state that Norse begins with for this input."""
-        of_step = self.time_dim is None and not a_step  # a cell's own state has no time dimension
-        return self.initial_state(input_tensor[0] if of_step else input_tensor)
+        is_sequence_of_cell = self.time_dim is None and not a_step  # a cell's own state has no time dimension
+        return self.initial_state(input_tensor[0] if is_sequence_of_cell else input_tensor)
 
     def _neuron_options(self) -> tuple[dict[str, Any], Any]:
         """The options of `lif` that follow from p, and the decay of the synaptic current, or None without one."""
@@ -198,7 +198,7 @@ class ConvertedRecurrent(Recurrent, ConvertedSNN):
 
 
 def _next_state(first: Any, found: dict[str, Any], input_tensor: Tensor) -> Any:
-    """The state after a call, with values in Norse's dtypes: for half types, they are float32 inside of the call."""
+    """The state after a call, with values in Norse's dtypes. For inputs of half types they are computed in float32."""
     if input_tensor.dtype in HALF_TYPES:
         found = {name: value.to(torch.result_type(input_tensor, getattr(first, name))) for name, value in found.items()}
     return type(first)(**found)
@@ -252,7 +252,7 @@ def reason_not_written(module: nn.Module) -> str | None:
 
 
 def placement_outside_over_time(module: nn.Module) -> str | None:
-    """Where a module that `OverTime` refuses belongs, see `libraries`; None for other modules."""
+    """How to use a module that `OverTime` refuses, see `imported_adapters`; None for other modules."""
     if not isinstance(module, _NEURONS):
         return None
     name = bare_class(module).__name__
@@ -261,8 +261,8 @@ def placement_outside_over_time(module: nn.Module) -> str | None:
     return f"as in norse.torch.SequentialState(OverTime(...), {name}(...))"
 
 
-def streaming_of(module: nn.Module) -> InStream:
-    """Why a module can't take the steps of a stream, see `InStream`: the caller of Norse's layers passes the state."""
+def streaming_of(module: nn.Module) -> Streaming:
+    """Why a module can't take one time step per call, see `Streaming`: callers of Norse's layers pass the state."""
     if not isinstance(module, _NEURONS):
         return None
     return (

@@ -15,7 +15,7 @@ from ..spikes.functional import has_kernel
 from ..spikes.layers import SPIKE_LAYERS, expected_speedup
 from .convert import Left, Replaced, Report, copy_model
 from .converted import Overlay, overlaid_class
-from .libraries import libraries
+from .libraries import imported_adapters
 from .recording import Recorded
 
 _DENSE = {ours: theirs for theirs, ours in SPIKE_LAYERS.items()}
@@ -23,10 +23,10 @@ _FEW = 32  # with fewer channels or outputs, lists of non-zero inputs cost more 
 _LEAST_GAIN = 1.3  # a layer is replaced if its evaluation is estimated to be this many times as fast
 
 
-class _OfLibrary(Overlay):
+class _SpikeOverlay(Overlay):
     """The overlay of SpikingJelly's Linear and convolutions, whose own forward handles time.
 
-    It calls the forward of its base class, which the overlay makes that of the spike layer.
+    This forward then calls that of its base class, which the overlay makes the spike layer's.
     """
 
     prefix = "Spike"
@@ -38,22 +38,26 @@ class _OfLibrary(Overlay):
 
 
 def _spike_class(kind: type[nn.Module]) -> Any:
-    """The spike layer's class that replaces `kind`; None if layers of `kind` may compute something else."""
+    """The class of spike layers that replaces the class `kind`; None if `kind` may compute something else."""
     if kind in SPIKE_LAYERS:
         return SPIKE_LAYERS[kind]
-    known = (library.PLAIN[kind] for library in libraries() if kind in getattr(library, "PLAIN", ()))
-    return overlaid_class(_OfLibrary, kind) if next(known, None) in SPIKE_LAYERS else None
+    known = (library.PLAIN[kind] for library in imported_adapters() if kind in getattr(library, "PLAIN", ()))
+    return overlaid_class(_SpikeOverlay, kind) if next(known, None) in SPIKE_LAYERS else None
 
 
 def _reason_to_leave(layer: Any, shares: list[tuple[int, int]], kernels: bool) -> str:
-    """Why a layer is left; "" if it becomes a spike layer."""
+    """Why a layer does not become a spike layer; "" if it does.
+
+    `shares` has, for each call with the example, the numbers of non-zero inputs and of all inputs; `kernels` says
+    whether kernels support these inputs.
+    """
     if _spike_class(type(layer)) is None:
         return "its class is a subclass of torch's layer, which may compute something else"
     if "forward" in vars(layer):
-        return "its forward is replaced"
+        return "its forward is an attribute of the layer, not the method of its class"
     outputs, inputs, *_ = layer.weight.shape
     if getattr(layer, "groups", 1) != 1 or any(each != 1 for each in getattr(layer, "dilation", ())):
-        return "groups and dilations have no kernel"
+        return "its groups or its dilation are not 1, for which spike layers have no kernel"
     if not shares:
         return "the example does not reach it"
     if not kernels:
@@ -73,7 +77,7 @@ def _weight_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def _nonzero_fraction(shares: list[tuple[int, int]]) -> float:
-    """The fraction of non-zero elements, from pairs of their number and the number of all elements."""
+    """The fraction of non-zero inputs, from pairs of their number and the number of all inputs."""
     nonzero, elements = map(sum, zip(*shares, strict=True))
     return nonzero / max(elements, 1)
 
@@ -149,8 +153,8 @@ def from_spike_layers(model: nn.Module) -> tuple[nn.Module, Report]:
     check_module(model, "asgl_cuda.from_spike_layers")
     report = Report([], [])
     for name, layer in model.named_modules():
-        if type(layer) in _DENSE or isinstance(layer, _OfLibrary):
-            kind = layer.original if isinstance(layer, _OfLibrary) else _DENSE[type(layer)]
+        if type(layer) in _DENSE or isinstance(layer, _SpikeOverlay):
+            kind = layer.original if isinstance(layer, _SpikeOverlay) else _DENSE[type(layer)]
             report.replaced.append(Replaced(name, type(layer).__name__, kind.__name__))
             vars(layer).pop("_copy", None)
             layer.__class__ = kind

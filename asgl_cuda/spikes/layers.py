@@ -24,7 +24,7 @@ def _parameter_of(layer: nn.Module, name: str) -> Any:
     return own[name] if name in own else getattr(layer, name)
 
 
-class _Copy:
+class _CachedPanels:
     """A weight in the kernels' order, as long as the weight has not changed."""
 
     def __init__(self, weight: Tensor) -> None:
@@ -51,7 +51,7 @@ class _SpikeLayer(nn.Module):
     """
 
     weight: Tensor
-    _copy: _Copy | None = None
+    _copy: _CachedPanels | None = None
 
     def _cached_panels(self, x: Tensor, weight: Tensor) -> Tensor | None:
         """The weight in the kernels' order, cached, for calls with few samples; None otherwise.
@@ -71,7 +71,7 @@ class _SpikeLayer(nn.Module):
             return None
         copy = self._copy  # read once: another thread may replace it
         if copy is None or not copy.is_current_for(weight):
-            copy = self._copy = _Copy(weight)
+            copy = self._copy = _CachedPanels(weight)
         return copy.panels
 
     def train(self, mode: bool = True) -> Any:

@@ -14,7 +14,7 @@ from torch import nn
 from ..checks import format_type, format_value
 from ..interop.converted import bare_class
 from ..interop.fuse import Fused, make_fused
-from ..interop.libraries import libraries
+from ..interop.libraries import imported_adapters
 from ..neurons.base import check_module, require_asgl_layers
 from ..neurons.batch_norm_lif import BatchNormLIF
 from .monitor import Monitor
@@ -138,7 +138,7 @@ def convert_sync_batchnorm(model: nn.Module, process_group: Any = None) -> nn.Mo
             f"{caller}: process_group must be a process group that this process is in, or None for all processes, "
             f"got {format_value(process_group)}"
         )
-    kinds = [kind for library in libraries() for kind in getattr(library, "NORMALISATIONS", ())]
+    kinds = [kind for library in imported_adapters() for kind in getattr(library, "NORMALISATIONS", ())]
     fused = [path for path, module in model.named_modules() if isinstance(module, Fused)]
     for path, module in model.named_modules():
         name = bare_class(module).__name__

@@ -52,13 +52,13 @@ class _Tally:
         self._shares: dict[str, tuple[Any, int]] = {}  # by quantity: sum and number of elements
         self._neurons: dict[torch.Size, tuple[Any, int]] = {}  # by shape of a sample: spikes and steps
 
-    def add_shares(self, shares: Mapping[str, Tensor]) -> None:
+    def add_values(self, shares: Mapping[str, Tensor]) -> None:
         """Adds shares with one value per element of the output, or per channel."""
         for key, values in shares.items():
             total, elements = self._shares.get(key, (0, 0))
             self._shares[key] = total + values.sum(dtype=torch.float64), elements + values.numel()
 
-    def add_neurons(self, spikes: Tensor, time_dim: int | None) -> None:
+    def add_spikes(self, spikes: Tensor, time_dim: int | None) -> None:
         """Adds spikes `[T, B, ...]`, or `[B, ...]` without time. If only one dimension remains, it has the neurons."""
         before = 0 if time_dim is None else 1
         spikes = spikes if time_dim is None else spikes.movedim(time_dim, 0)
@@ -76,7 +76,7 @@ class _Tally:
         return found
 
 
-def _shares_of_lif(
+def _quantities_of_lif(
     layer: Neurons, x_seq: Tensor, more: dict[str, Any], states: dict[str, Any], rng_state: Tensor | None, s_seq: Tensor
 ) -> dict[str, Tensor]:
     """The shares of a call, for `_Tally`. Repeats the call, with the same states and noise, for its potentials."""
@@ -361,7 +361,7 @@ class Monitor:
         """Counts the non-zero inputs of a spike layer."""
         x = args[0] if args else None
         if isinstance(x, Tensor) and x.numel() > 0 and not torch.compiler.is_compiling() and not is_transform_active():
-            self._tallies[layer].add_shares({"nonzero_inputs": x != 0})
+            self._tallies[layer].add_values({"nonzero_inputs": x != 0})
 
     @torch.no_grad()
     def _count_output(self, layer: Any, args: tuple[Any, ...], output: Any) -> None:
@@ -374,16 +374,16 @@ class Monitor:
         if traced or not isinstance(s_seq, Tensor) or s_seq.numel() == 0:
             return
         if before := self._before.pop(layer, None):
-            shares = _shares_of_lif(layer, *before, s_seq)
+            shares = _quantities_of_lif(layer, *before, s_seq)
             x_seq, more, *_ = before
             channel = more["pending"].channel if "pending" in more else channel_dim(layer.time_dim % x_seq.dim())
             shares |= _constant_channels(self._norms.get(layer), x_seq, channel)
         else:
             # H(0) = 1/2, so a smooth value also shows the hard spike.
             shares = {"firing_rate": s_seq >= 0.5, "analog_share": s_seq != s_seq.round()}
-        self._tallies[layer].add_shares(shares)
+        self._tallies[layer].add_values(shares)
         if hasattr(layer, "time_dim"):
-            self._tallies[layer].add_neurons(shares["firing_rate"], layer.time_dim)
+            self._tallies[layer].add_spikes(shares["firing_rate"], layer.time_dim)
 
     def result(self) -> dict[str, dict[str, float]]:
         """The measured quantities, by the layers' names."""

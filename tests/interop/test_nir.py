@@ -433,6 +433,7 @@ NOT_REPRESENTED = {
     "batch flattened": (lambda: nn.Sequential(nn.Flatten()), r"0 \(Flatten\): must not flatten time or batch.*got 1"),
     "time last": (lambda: nn.Sequential(LIF(time_dim=-1)), r"0 \(LIF\): time must be dimension 0 .*got time_dim -1"),
     "time elsewhere": (lambda: nn.Sequential(LIF(), LIF(time_dim=1)), "1 .*: time must be dimension 0, as in the"),
+    "time last and elsewhere": (lambda: nn.Sequential(LIF(), LIF(time_dim=2)), "time must be dimension 0, as in the"),
     "input gain": (lambda: nn.Sequential(LIF(input_gain=-1)), r"0 \(LIF\): input_gain must be > 0, got -1\.0"),
     "decay": (lambda: nn.Sequential(decaying(LIF(), 1.5)), r"0 \(LIF\): decay must be in \[0, 1\], got 1.5"),
     "leak of some": (

@@ -17,7 +17,7 @@ from ...neurons.leaky_integrator import LeakyIntegrator
 from ...neurons.lif import LIF
 from ...neurons.over_time import OverTime
 from . import neurons as units
-from .neurons import KEY, RECURRENCE, Delay, Scale, as_double, named_in_errors, range_of
+from .neurons import KEY, RECURRENCE, Delay, Scale, as_double, first_wrong, prefixed_errors
 
 if TYPE_CHECKING:
     import nir
@@ -73,7 +73,7 @@ def from_nir(graph: nir.NIRGraph, dt: float | None = None, *, dtype: torch.dtype
     values: dict[str, Any] = {}
     for name in order:
         node, before = nodes[name], sources[name]
-        with named_in_errors(f"{_CALLER}: node {name!r} ({type(node).__name__})"):
+        with prefixed_errors(f"{_CALLER}: node {name!r} ({type(node).__name__})"):
             if isinstance(node, nir.Input):
                 values[name] = result.placeholder("x_seq")
                 continue
@@ -117,7 +117,7 @@ def _first_difference(wanted: Tensor, given: Tensor) -> str:
 
 
 def _module_paths(names: Iterable[str]) -> dict[str, str]:
-    """A free path for the module of each node, by the name of the node."""
+    """A path for the module of each node, by the name of the node, which no other attribute of the result has."""
     empty = fx.GraphModule(nn.Module(), fx.Graph())
     paths: dict[str, str] = {}
     for name in sorted(names):
@@ -159,8 +159,9 @@ def _module_of_node(node: Any, dt: float | None) -> Any:
     if kind == "Delay":
         delay = as_double(node.delay)
         steps = (delay / dt).round()
-        if not ((delay >= 0) & ((delay - steps * dt).abs() < 1e-3 * dt)).all():
-            raise ValueError(f"delay must be a whole number of steps, dt = {dt}, got {range_of(delay)}")
+        if (is_wrong := ~((delay >= 0) & ((delay - steps * dt).abs() < 1e-3 * dt))).any():
+            got = first_wrong(delay, is_wrong)
+            raise ValueError(f"delay must be a multiple of dt = {dt}, at least 0, got {got}")
         return Delay(steps.long())
     if kind in ("CubaLIF", "CubaLI"):
         if kind == "CubaLIF":
@@ -200,5 +201,5 @@ def _weight_layer_of_node(node: Any, ours: Any) -> nn.Module:
 
 
 def _repeated_sizes(value: Any, dims: int) -> Any:
-    """A size for each dimension; a single one is repeated."""
+    """A list of one size per dimension; a single size is repeated."""
     return torch.as_tensor(value).expand(dims).tolist()
