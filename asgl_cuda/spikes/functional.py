@@ -44,7 +44,10 @@ _direct = None if None in _found else _Operators(*_found)
 
 
 def _operators_of(inputs: Sequence[Any]) -> _Operators:
-    """As `backends.operators_of`: compilers, function modes and subclasses of Tensor see torch.ops alone."""
+    """The operators of torch.ops if a compiler, function mode or subclass of Tensor must see them, else faster ones.
+
+    See `backends.operators_of`.
+    """
     if torch.compiler.is_compiling() or _direct is None or has_torch_function(inputs):
         return _operators
     return _direct
@@ -53,9 +56,10 @@ def _operators_of(inputs: Sequence[Any]) -> _Operators:
 def _pack_spikes(
     x: Tensor, weight_sizes: Sequence[int], stride: Sequence[int], padding: Sequence[int]
 ) -> Tensor | None:
-    """Packs x for kernels: a bit per element, then the values that are not zero, unless all of those are 1.
+    """Packs x for backward: one bit per element, then the non-zero values, unless all of these are 1.
 
-    None if x itself is to be saved: because it takes no more memory, or because sizes must not depend on values.
+    None if x itself is to be saved: because it takes no more memory, or because in compiled or transformed code sizes
+    must not depend on values.
     """
     if torch.compiler.is_compiling() or is_transform_active() or type(x) is not Tensor or not x.is_cpu:
         return None
@@ -117,9 +121,9 @@ class SpikeFunction(torch.autograd.Function):
 
 
 def _with_derivative(operator: Any, below: Any, *arguments: Any) -> Tensor:
-    """Calls spike_product by `below`, the operator below autograd, so that the result has SpikeFunction's graph.
+    """Computes spike_product by `below`, its kernel below autograd, with SpikeFunction as its derivative.
 
-    See DERIVATIVES. `operator` is not needed.
+    The signature is that of the functions in `DERIVATIVES`; `operator` is not needed.
     """
     return apply_at_one_level(SpikeFunction, below, *arguments)  # type: ignore[no-any-return]
 
@@ -128,7 +132,7 @@ DERIVATIVES["spike_product"] = _with_derivative
 
 
 def has_kernel(x: Tensor, weight: Tensor, caller: str) -> bool:
-    """Whether kernels compute the product, by the list of non-zeros; else torch's own operator does."""
+    """Whether the kernels, which skip zeros, can compute the product; otherwise torch's own operator must."""
     check_tensor("input", x, caller)
     check_tensor("weight", weight, caller)
     dtype = x.dtype
@@ -152,7 +156,10 @@ def product_by_kernel(
     padding: Sequence[int] = (),
     caller: str = "",
 ) -> Tensor:
-    """Computes a linear map, or if `weight` has more than two dimensions a convolution, by the kernels."""
+    """Computes a linear map or, if `weight` has more than two dimensions, a convolution by the kernels.
+
+    `panels` is the weight in the kernels' order, if the caller has it.
+    """
     arguments = x, weight, bias, panels, stride, padding
     if is_differentiated((x, weight, bias), caller):
         packed = _pack_spikes(x, weight.shape, stride, padding) if weight.requires_grad else None

@@ -13,19 +13,19 @@ from ..neurons.deferred import tensor_of
 from ..torch_modes import is_transform_active
 from .functional import convolution_by_kernel, has_kernel, linear_by_kernel
 
-# Up to this number of sums, a call uses the layer's copy of the weight: transposing the weight would take longer than
-# the product.
-_FEW_SUMS = 64
+# Up to this number of samples of a linear layer, or this number times the kernel's size of positions of a convolution, a
+# call uses the layer's copy of the weight, because transposing the weight would take longer than the product.
+_FEW_SAMPLES = 64
 
 
 def _parameter_of(layer: nn.Module, name: str) -> Any:
-    """The parameter of this name, without the 0.4 us that nn.Module takes."""
+    """The parameter of this name, without the 0.4 us that attribute access of nn.Module takes."""
     own = layer._parameters
     return own[name] if name in own else getattr(layer, name)
 
 
 class _CachedPanels:
-    """A weight in the kernels' order, as long as the weight has not changed."""
+    """A copy of a weight in the kernels' order, `panels`, and what shows whether the weight has changed since."""
 
     def __init__(self, weight: Tensor) -> None:
         self._key = self._key_of(weight)
@@ -45,9 +45,9 @@ class _CachedPanels:
 class _SpikeLayer(nn.Module):
     """Base of the layers: in evaluation it keeps a copy of the weight for calls with few samples, such as single steps.
 
-    The copy is not saved, copied or pickled. The weight's version shows changes in place, its address another storage.
-    Some optimizers, such as torch's fused ones, change the weight without a new version, so a call in training or with
-    a gradient of the weight drops the copy.
+    The copy is not part of state dicts, copies and pickles of the layer. A change of the weight is seen by its version,
+    another storage by its address. Some optimizers, such as torch's fused ones, do not change the version, so a call in
+    training or with a gradient of the weight drops the copy.
     """
 
     weight: Tensor
@@ -62,7 +62,7 @@ class _SpikeLayer(nn.Module):
             self._copy = None
             return None
         if (
-            x.numel() * weight.shape[0] > _FEW_SUMS * weight.numel()
+            x.numel() * weight.shape[0] > _FEW_SAMPLES * weight.numel()
             or torch.compiler.is_compiling()  # the copy would become a constant of the graph
             or is_transform_active()  # the weight may be a wrapper without memory of its own
             or type(weight) not in (nn.Parameter, Tensor)  # a subclass may have no memory either
@@ -127,7 +127,7 @@ class SpikeLinear(_SpikeLayer, nn.Linear):
 
 
 class _SpikeConv(_SpikeLayer):
-    """Base of the convolutions."""
+    """Base of the convolutions: their forward by the kernels, or by torch's operator where these do not apply."""
 
     def forward(self, input: Tensor) -> Tensor:
         """The convolution of `input`, `[N, in_channels, ...]` or `[in_channels, ...]`, with the weight."""

@@ -1,4 +1,4 @@
-"""Parameter groups of an optimizer, and the step of learned widths, Adam's whatever the optimizer of the weights is.
+"""Parameter groups of an optimizer, and Adam's step for learned widths, whatever the optimizer of the weights is.
 
 The gradient of a width is smaller by orders of magnitude if the width is large and the network deep. SGD's step is in
 proportion to it, so one learning rate is either too small for large widths or too large for others. Adam's step in
@@ -23,7 +23,7 @@ from ..neurons.lif import LIF
 from .calibration import NORMALISATIONS
 
 WIDTH_LR = 0.03
-NEURON_LR = 3e-3  # of decays, thresholds and adaptation: at 0.03 they leave their range
+NEURON_LR = 3e-3  # learning rate of decays, thresholds and adaptations, which leave their range at 0.03
 _BY_ADAM = "by_adam"  # the key of a group whose step is Adam's
 _ADAM = (torch.optim.Adam, torch.optim.AdamW, torch.optim.Adamax, torch.optim.NAdam, torch.optim.RAdam)
 
@@ -119,9 +119,10 @@ def parameter_groups(
 
 
 def _is_likely_silent(model: nn.Module) -> bool:
-    """Whether nothing normalises, and all weights are as torch draws them: uniform, up to 1 / sqrt(inputs).
+    """Whether the model has no normalisation, and all weights are as torch draws them: uniform, up to 1 / sqrt(inputs).
 
-    The largest of at least 256 uniform values is close to that bound. That of calibrated or trained weights is not.
+    The largest of at least 256 such values is close to this bound. That of calibrated or trained weights is usually
+    not.
     """
     weights = [each.weight for each in model.modules() if isinstance(each, nn.Linear | nn.modules.conv._ConvNd)]
     weights = [each for each in weights if type(each) is nn.Parameter and not each.is_meta and each.numel() >= 256]
@@ -132,7 +133,7 @@ def _is_likely_silent(model: nn.Module) -> bool:
 
 
 def _hook_before_step(optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
-    """Takes Adam's step for the groups that ask for it, before the optimizer's own or at the end of its closure."""
+    """A hook that takes Adam's step for the groups with `_BY_ADAM`, before the optimizer's or at its closure's end."""
     groups = [] if isinstance(optimizer, _ADAM) else [each for each in optimizer.param_groups if each.get(_BY_ADAM)]
     if not groups:
         return None
@@ -175,7 +176,7 @@ def _step_by_adam(optimizer: Any, groups: list[dict[str, Any]]) -> None:
 
 
 def _hook_after_step(optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Gives back the gradients that were hidden from the optimizer."""
+    """A hook that restores the gradients that `_step_by_adam` has hidden from the optimizer."""
     for value, grad in optimizer.__dict__.pop("_asgl_hidden", ()):
         value.grad = grad
 

@@ -1,4 +1,4 @@
-"""Helpers of a training: hard spikes, shared batch statistics, Lightning."""
+"""Helpers of training and evaluation: a Lightning callback, evaluation with hard spikes, shared batch statistics."""
 
 from __future__ import annotations
 

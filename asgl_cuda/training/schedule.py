@@ -97,7 +97,7 @@ class AnalogProbSchedule:
         )
 
     def _set_probs(self, starts: Mapping[str, float], epoch: int) -> None:
-        """Sets the layers to their values in this epoch, after checking all."""
+        """Sets `analog_prob` of all layers to the values of this epoch, after checking all values."""
         probs: dict[str, float] = {}
         for name, start in starts.items():
             probs[name] = _checked_fraction(
@@ -145,27 +145,27 @@ class AnalogProbSchedule:
 
 
 def _multi_step(start: float, epoch: int, epochs: Sequence[int], gamma: float) -> float:
-    """`start` times gamma for each of the epochs that has begun."""
+    """`start`, multiplied by gamma for each of the milestones `epochs` that `epoch` has reached."""
     return start * gamma ** bisect_right(epochs, epoch)
 
 
 def _cosine(start: float, epoch: int, epochs: int, final: float) -> float:
-    """Half a cosine from `start` to `final`."""
+    """The value at `epoch` of half a cosine from `start` to `final` at `epochs`."""
     return _interpolate(start, final, (1 + math.cos(math.pi * min(epoch / epochs, 1))) / 2)
 
 
 def _linear(start: float, epoch: int, epochs: int, final: float) -> float:
-    """A line from `start` to `final`."""
+    """The value at `epoch` of a line from `start` to `final` at `epochs`."""
     return _interpolate(start, final, 1 - min(epoch / epochs, 1))
 
 
-def _interpolate(start: float, final: float, share: float) -> float:
-    """The mean of `start`, with weight `share`, and `final`."""
-    return start * share + final * (1 - share)  # unlike final + (start - final) * share, exact at share 1
+def _interpolate(start: float, final: float, weight: float) -> float:
+    """The mean of `start`, with this weight, and `final`."""
+    return start * weight + final * (1 - weight)  # unlike final + (start - final) * weight, exact at weight 1
 
 
 def _checked_count(name: str, value: Any, least: int) -> int:
-    """A number of epochs in the range of a float."""
+    """Checks a number of epochs: an int from `least` to sys.maxsize."""
     count = check_int(name, value, _CALLER)
     if not least <= count <= sys.maxsize:
         raise ValueError(f"{_CALLER}: {name} must be in [{least}, {sys.maxsize}], got {format_value(count)}")

@@ -1073,8 +1073,9 @@ MUTANTS = {
         "if False:\n            hint", "interop/test_nir_read.py errors_name"),
     "nir: a gain by neuron without its Scale": Mutant("nn.Sequential(Scale(gain), layer) if scales else layer",
         "layer", "interop/test_nir_read.py currents"),
-    "nir: numbers against the metadata": Mutant("if (differs := ~torch.isclose(number, value, rtol=1e-5, atol=1e-6)).any():",
-        "if False:", "interop/test_nir_read.py agree"),
+    "nir: numbers against the metadata": Mutant(
+        "if (differs := ~torch.isclose(number, value, rtol=1e-5, atol=1e-6)).any():", "if False:",
+        "interop/test_nir_read.py agree"),
     "nir: a soft reset comes back hard": Mutant("if ours.get(\"reset\") == \"soft\" else {}",
         "if False else {}", "interop/test_nir.py comes_back"),
     "nir: a delay runs ahead": Mutant("[1] * (x_seq.dim() - 1)) - self.steps",
@@ -1083,8 +1084,9 @@ MUTANTS = {
         "", "interop/test_nir_read.py delays"),
     "nir: thresholds reached, not crossed": Mutant("(LIF, constants, strict_threshold=True)",
         "(LIF, constants)", "interop/test_nir_read.py thresholds"),
-    "nir: half a step of delay": Mutant("if (is_wrong := ~((delay >= 0) & ((delay - steps * dt).abs() < 1e-3 * dt))).any():",
-        "if False:", "interop/test_nir_read.py errors_name"),
+    "nir: half a step of delay": Mutant(
+        "if (is_wrong := ~((delay >= 0) & ((delay - steps * dt).abs() < 1e-3 * dt))).any():", "if False:",
+        "interop/test_nir_read.py errors_name"),
     "nir: tau_mem of a current twice": Mutant("units.integrator_of_node(node, dt, \"tau_syn\", \"w_in\"), neurons",
         "units.integrator_of_node(node, dt, \"tau_mem\", \"w_in\"), neurons", "interop/test_nir_read.py currents"),
     "nir: a scaled output twice": Mutant("            if scaled is not None:  #",
