@@ -121,45 +121,47 @@ def convert(
 
     Returns two values: the converted model, which is a copy unless `inplace=True`, and a report on its layers.
 
-    These layers are converted, and subclasses that override nothing that forward uses; `layers` adds others:
+    These layers are converted, and also subclasses that override no method of theirs except `__init__`, `train`,
+    `extra_repr` and the reset. `layers` adds others.
 
     - SpikingJelly's `IFNode` and `LIFNode` with their Simple and NonSpiking forms, `ParametricLIFNode`, `CUBALIFNode`,
       `ILIFNode`, the MultiStep forms of `clock_driven`, `LinearRecurrentContainer` and `ElementWiseRecurrentContainer`.
     - snnTorch's `Leaky`, `Lapicque`, `Synaptic`, `RLeaky` and `RSynaptic`.
-    - Norse's `LIF`, `IAF`, `LI` and `LIFRecurrent`, and `LIFCell`, `IAFCell`, `LIFBoxCell` and `LIFRecurrentCell`.
+    - Norse's `LIF`, `IAF`, `LI` and `LIFRecurrent`, and `LIFCell`, `IAFCell`, `LIFBoxCell` and `LIFRecurrentCell`; with
+      `sequences` also `LICell` and `LIBoxCell`.
     - sinabs' `LIF`, `IAF` and `ExpLeak` with their Squeeze forms, `LIFRecurrent` and `IAFRecurrent`.
     - `LIFLayer` of the code published by the authors of ASGL.
 
-    Recurrent layers are converted if their spikes return through a Linear or one weight per neuron, and are computed by
-    `recurrent_lif`. Synaptic currents and layers that do not fire are computed by `leaky_integrator`.
+    Recurrent layers are converted if their spikes return through a Linear or one weight per neuron; `recurrent_lif`
+    computes their sequences. In sequences, `leaky_integrator` computes synaptic currents and layers that do not fire.
 
-    Spikes, states and gradients stay the same up to rounding. If a potential differs from the threshold by rounding
-    only, as with quantised inputs, a neuron may fire where it did not before, or the other way round. The
-    parameters of a layer, their names, its state and its base classes also stay the same, so optimizers, state dicts
-    and functions such as SpikingJelly's `reset_net` still work. SpikingJelly's `backend` has no effect on converted
-    layers.
+    Without `asgl`, spikes, states and gradients stay the same up to rounding. If a potential differs from the threshold
+    by rounding only, as with quantised inputs, a neuron may fire where it did not before, or the other way round. The
+    parameters of a layer, their names, its state and its base classes also stay the same, so state dicts and functions
+    such as SpikingJelly's `reset_net` still work. SpikingJelly's `backend` has no effect on converted layers.
 
-    Decays and thresholds are read at each call. The surrogate, the methods, and in snnTorch, Norse and sinabs the kind
-    of reset are read once. If they change later, a call raises a RuntimeError that names the difference. With `asgl`,
-    the original surrogate is no longer used, and may change. A layer is left, with the reason in the report, if it has
-    no exact representation, a surrogate unknown to asgl_cuda (which `asgl` replaces) or a replaced method
-    (`layer.fire = ...`).
+    Decays and thresholds are read at each call. The surrogate, the methods, in snnTorch, Norse and sinabs the kind of
+    reset, and in sinabs a threshold on which the surrogate may depend are read once. If they change later, the next
+    call in eager mode raises a RuntimeError that names the difference. With `asgl`, the original surrogate is no longer
+    used, and may change. A layer is left, with the reason in the report, if it has no exact representation, a surrogate
+    unknown to asgl_cuda (which `asgl` replaces), a replaced method (`layer.fire = ...`), or an attribute with a name
+    that converted layers use.
 
-    Outputs have the dtypes of the library, under autocast as well. `torch.jit` rejects converted layers. In a copy,
-    hooks of tensors are registered again.
+    Outputs have the dtypes of the library, under autocast as well. `torch.jit.trace` and `torch.jit.script` raise a
+    RuntimeError for converted layers. If the model is copied, hooks of its tensors are registered on their copies.
 
     A converted layer is an instance of its original class, but has another type. Call `revert` before code that
     compares types, such as `sinabs.nir.to_nir`, `sinabs.conversion.replace_module` and some counters of SpikingJelly.
     Layers that can't be copied require `inplace=True`.
 
-    With `sequences` the model's own code runs once per step, on placeholders for values that are computed later. After
-    the last step each layer computes all steps in one call. So do other operations that every step repeats, such as a
-    linear layer or a convolution. Outputs, gradients and the states that layers keep are those of the loop, up to
-    rounding. Normalisations in training are computed step by step. Random numbers have the same distribution, but are
-    drawn in another order. `convert` refuses a model in which a neuron is not converted. A call raises RuntimeError if
-    spikes return to an earlier layer, if the code needs a value between two steps, as `if spikes.sum() > 0` does, or if
-    a torch.autograd.Function or a torch.utils.checkpoint inside of the model gets one of the placeholders. The messages
-    name the layer or function. `torch.compile` and `torch.export` get the loop itself.
+    With `sequences` the model's own code runs step by step, but on placeholders for values that are computed later.
+    After the last step each layer computes all steps in one call, and so does each other operation that every step
+    repeats, such as a linear layer or a convolution. Outputs, gradients and the states that layers keep are those of
+    the loop, up to rounding. Batch normalisations in training are computed step by step. Random numbers have the same
+    distribution, but are drawn in another order. `convert` refuses a model in which a neuron is not converted. A call
+    raises RuntimeError if spikes return to an earlier layer, if the code needs a value between two steps, as
+    `if spikes.sum() > 0` does, or if a torch.autograd.Function or a torch.utils.checkpoint inside of the model gets one
+    of the placeholders. The messages name the layer or function. `torch.compile` and `torch.export` trace the loop.
 
     Args:
         model: any module, or a neuron layer.
@@ -177,8 +179,8 @@ def convert(
             parameters of the new layer are new objects, also those whose values it takes over. Pass all of them to the
             optimizer, also with `inplace=True`. References outside of the module tree, for example in lists, still lead
             to the old module.
-        inplace: convert the model instead of a copy. Existing optimizers stay valid, except for layers replaced through
-            `layers`, and for learned widths added by `asgl`, which they do not have.
+        inplace: convert the model instead of a copy. Existing optimizers stay valid, but they lack the parameters of
+            layers that `layers` has added, and the learned widths that `asgl` adds.
         sequences: for a model whose layers take one step per call, compute all time steps at once, as described above.
             With True, a call of the result takes `x_seq` `[T, ...]`, starts at rest, and returns what the model returns
             for each step, stacked to `[T, ...]`. If `fast.stateful = True` is set, a call continues from the states of
@@ -386,20 +388,20 @@ def _spike_function(
 def revert(model: nn.Module, *, inplace: bool = False) -> tuple[nn.Module, Report]:
     """Restores a model's original neuron layers: ``original, report = asgl_cuda.revert(fast)``.
 
-    Parameters keep their trained values. For modules that `layers` has replaced, this holds for parameters with the
-    same names and shapes.
+    Parameters and buffers keep their values. For modules that `layers` has replaced, this holds for those with the same
+    names and shapes.
 
-    A learned width is lost, and so is `analog_prob`, because the libraries do not have them. Spikes in evaluation stay
-    the same, but later gradients differ. The report lists the widths.
+    A width that `asgl` made learned is lost, and so is `analog_prob`, because the libraries do not have them. Spikes in
+    evaluation stay the same, but later gradients differ. The report lists these widths.
 
     Args:
         model: a module returned by `convert`.
         inplace: revert the model instead of a copy.
 
     Returns:
-        The model, and a `Report` of the layers.
+        The model, and a `Report`: `replaced` has the layers that are restored, `left` the values that got lost.
 
-    Raises TypeError if `model` is not a module.
+    Raises TypeError if `model` is not a module, and RuntimeError if it can't be copied.
 
     Example::
 

@@ -515,7 +515,11 @@ def _wrapped_forward(forward: Callable[..., Any]) -> Callable[..., Any]:
         if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
             self.__prepare_scriptable__()  # raises
         if is_pending and (self.takes_one_step or not self.takes_input_directly):
-            why = "which is called step by step" if self.takes_one_step else "whose input no neuron takes as it is"
+            why = (
+                "which is called step by step"
+                if self.takes_one_step
+                else "which is recurrent, has a synaptic current or does not fire"
+            )
             args = args[0].tensor(f"{bare_class(self).__name__}, {why}"), *args[1:]
         return forward(self, *args, **kwargs)
 

@@ -48,13 +48,14 @@ def fuse(model: nn.Module, *example: Any, inplace: bool = False) -> tuple[nn.Mod
 
     Normalisations may be `torch.nn.BatchNorm1d`, `2d` and `3d`, `SyncBatchNorm`, SpikingJelly's equivalents, and
     subclasses of these whose forward calls the forward of their base, as many classes named tdBatchNorm do. The neurons
-    may be `asgl_cuda.LIF`, or layers that `convert` can convert, and `fuse` then converts them. Between the two, and
-    around the base's forward, there may be views (`reshape`, `transpose`, ...), factors that are numbers, and one sum
-    with a tensor of the same shape and type, as in a residual block: see `asgl_cuda.batch_norm_lif`. A normalisation is
-    left, with the reason in the report, if anything else uses its output or the sum, or if the neurons are called step
-    by step. In that case two layers are faster than one.
+    may be `asgl_cuda.LIF`, or layers that `convert` can convert and that fire, take sequences, and have neither a
+    synaptic current nor recurrent weights; `fuse` then converts them. Between the two, and around the base's forward,
+    there may be views (`reshape`, `transpose`, ...), factors that are numbers, and one sum with a tensor of the same
+    shape and type, as in a residual block: see `asgl_cuda.batch_norm_lif`. A normalisation is left, with the reason in
+    the report, if anything else uses its output or the sum. It is also left if the neurons are called step by step,
+    where two layers are faster than one.
 
-    Parameters, buffers and their names, state, optimizers and checkpoints stay valid. A merged normalisation returns a
+    Parameters and buffers keep their names and values, so checkpoints stay valid. A merged normalisation returns a
     stand-in, from which its neurons compute both. Anything else that meets the stand-in, such as other neurons or code
     that the example did not reach, gets the value that the normalisation alone would return. A RuntimeError is raised
     in these cases: a gradient would be lost, because the stand-in reaches a `torch.autograd.Function`, or the neurons
@@ -62,17 +63,18 @@ def fuse(model: nn.Module, *example: Any, inplace: bool = False) -> tuple[nn.Mod
     was changed in place before the neurons computed the stand-in, such as the input of the normalisation, the other
     operand of the sum, or the output after the neurons' view of it was taken. In inference mode and under
     `torch.compile`, changes in place are not noticed. Code between the two layers that tests
-    `isinstance(value, Tensor)` gets False, which is not noticed either. Backward hooks would see no gradient of the
-    stand-in, so a normalisation is not merged if it, its neurons, or a module that contains only one of the two has
-    such a hook. Without an example, all normalisations are left if any part of the model has one. If neurons get such a
-    hook later, their next call raises a RuntimeError. A hook that a module around one of the two gets after they were
-    merged is not noticed.
+    `isinstance(value, Tensor)` gets False, which is not noticed either.
+
+    Backward hooks would see no gradient of the stand-in, so a normalisation is not merged if it, its neurons, or a
+    module that contains only one of the two has such a hook. Without an example, all normalisations are left if any
+    part of the model has one. If neurons get such a hook later, their next call raises a RuntimeError. A hook that a
+    module around one of the two gets after they were merged is not noticed.
 
     Args:
         model: any module.
         example: arguments of a call. Copies of the model are called with them, in training and in evaluation mode.
             Without an example, the first calls of the model decide what is merged, and complete the report. In that
-            case all known neurons are converted.
+            case all neurons that `convert` can convert are converted.
         inplace: fuse the model instead of a copy; existing optimizers stay valid.
 
     Returns:
@@ -142,7 +144,7 @@ def unfuse(model: nn.Module, *, inplace: bool = False) -> tuple[nn.Module, Repor
     Returns:
         The model, and a `Report` of the normalisations, and of the neurons that `fuse` had converted.
 
-    Raises TypeError if `model` is not a module.
+    Raises TypeError if `model` is not a module, and RuntimeError if it can't be copied.
 
     Example::
 

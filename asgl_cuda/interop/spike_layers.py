@@ -87,17 +87,18 @@ def to_spike_layers(model: nn.Module, example: Any) -> tuple[nn.Module, Report]:
 
     Args:
         model: any module, with neurons of any library. The class of its Linear, Conv1d and Conv2d, torch's or
-            SpikingJelly's, is changed in place, so parameters, their names, hooks and optimizers stay. Compile a model
-            of torch.compile again.
+            SpikingJelly's, is changed in place, so parameters, their names, hooks and optimizers stay. If the model is
+            compiled, call torch.compile again.
         example: an input of the model, or a tuple of its positional arguments. A copy of the model is evaluated with
             it once, and the non-zero inputs of each layer are counted. Firing rates change during training, so use a
             trained network.
 
     Returns the model and a report. For each replaced layer the report has the fraction of non-zero inputs and an
     estimate of how many times as fast its evaluation is. A training step gains less, because the gradient of the input
-    is dense. Layers with dense inputs, such as first layers, small layers, other subclasses of torch's layers, and
-    convolutions with groups or dilations are not replaced. The choice depends only on this example. A spike layer
-    always uses the list of non-zero inputs, whatever its input is.
+    is dense. These layers are not replaced: layers with dense inputs, which first layers usually have, small layers,
+    other subclasses of torch's layers, convolutions with groups or dilations, and layers for whose inputs there is no
+    kernel, such as half types and GPUs. The choice depends only on the layers and this example. A spike layer uses the
+    list of non-zero inputs even if later inputs are dense.
 
     Raises TypeError if the model is not a module.
 
@@ -142,9 +143,9 @@ def to_spike_layers(model: nn.Module, example: Any) -> tuple[nn.Module, Report]:
 
 
 def from_spike_layers(model: nn.Module) -> tuple[nn.Module, Report]:
-    """Turns the spike layers of a model back into torch's layers, in place; the inverse of `to_spike_layers`.
+    """Turns the spike layers of a model back into torch's or SpikingJelly's layers, in place, after `to_spike_layers`.
 
-    Returns the model and a report. Raises TypeError if the model is not a module.
+    Returns the model and a report of these layers. Raises TypeError if the model is not a module.
 
     Example::
 

@@ -217,7 +217,8 @@ def spike_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
     `torch.nn.functional.linear` is used for other types, devices and layouts, under autocast, and in forward-mode
     differentiation.
 
-    For backward one bit per element is stored instead of the input, and the non-zero values if one of them is not 1.
+    For the gradient of the weight, one bit per element is stored instead of the input, and the non-zero values if one
+    of them is not 1. The input itself is stored if it takes no more memory, and in compiled code.
 
     Returns:
         `[..., out_features]`, differentiable once with respect to all arguments.

@@ -44,27 +44,30 @@ def parameter_groups(
     decays, thresholds and adaptations. Both scale the gradients of all layers before them, and get no weight decay.
 
     By default both groups take the step of Adam, with rates of 0.03 and 3e-3, whatever the optimizer of the weights and
-    its rate are. A width then changes by about 3 % per step at most. If the optimizer is not of Adam's family, hooks
-    around its `step` make these steps, and its momentum and other options do not apply to these groups. You may
-    accumulate gradients, call `unscale_` of a GradScaler, and clip, as usual. Adam's averages are in the state dict of
-    the optimizer. Schedulers scale the rates together with the others. `OneCycleLR` sets the rates itself, so give it a
-    `max_lr` for each group.
+    its rate are. A step then usually changes a width by at most about 3 %. `Adam`, `AdamW`, `Adamax`, `NAdam` and
+    `RAdam` of torch take their own step. For any other optimizer, hooks around its `step` take Adam's, and its options,
+    such as momentum, do not apply to these groups, except `maximize`. You may accumulate gradients, call `unscale_` of
+    a GradScaler, and clip, as usual. Adam's averages are in the state dict of the optimizer. Schedulers scale the rates
+    together with the others. `OneCycleLR` and `CyclicLR` set the rates themselves, so give them rates for each group.
 
     Give `width_lr` if the optimizer is not a `torch.optim.Optimizer`, if it calls its closure several times, or if a
     CUDA graph captures its step. Then all of these parameters are "neurons", and the optimizer treats them as any other
     group, with this rate. (The authors of ASGL train widths by Adam at 3e-4 for 117,000 steps.)
 
     With `norm_weight_decay`, usually 0, there is a group "norms" between "weights" and the others, with `lr` and this
-    decay. It has all parameters with at most one dimension, which are biases and the parameters of normalisations, and
-    those of `LayerNorm` and `RMSNorm`. With None these stay among the weights.
+    decay. It has the parameters with at most one dimension, such as biases and the parameters of normalisations, and
+    all parameters of `LayerNorm` and `RMSNorm`. With None these stay among the weights.
 
-    Parameters of modules inside of an ASGL layer do not belong to "neurons". Neither do those of the normalisation in
-    `BatchNormLIF`, nor the weights and biases of recurrences. Every parameter is in one group, once, even if it is
-    shared or frozen: optimizers skip frozen parameters. Empty groups are omitted.
+    Parameters of modules inside of an ASGL layer do not belong to "neurons", except those of the node in a converted
+    recurrent container. Neither do those of the normalisation in `BatchNormLIF`, nor the weights and biases of
+    recurrences. Every parameter is in one group, once, even if it is shared or frozen: optimizers skip frozen
+    parameters. Empty groups are omitted.
 
-    Raises ValueError for a negative rate or decay, and TypeError if `model` is not a module. Warns once per process if
-    a model has several layers of `LIF`, no normalisation and torch's initial weights: its deeper layers are likely
-    silent at first, and then learn late or not at all.
+    Returns the groups as a list of dicts, each with its "name".
+
+    Raises ValueError for a rate or decay that is not at least 0, and TypeError for arguments of another type. Warns
+    once per process if a model has several layers of `LIF`, no normalisation and torch's initial weights: its deeper
+    layers are likely silent at first, and then learn late or not at all.
 
     Example::
 

@@ -271,7 +271,7 @@ class Monitor:
       step of all samples. In an input `[T, B, ...]`, the dimensions after the batch have the neurons. If an input has
       only one dimension besides time, this dimension has the neurons.
     - `nonzero_inputs`: fraction of inputs that are not 0. Only for spike layers (`SpikeLinear` and others), which have
-      none of the other quantities. `problems()` names the spike layers for which torch's layers would be faster.
+      none of the other quantities. `problems()` names the spike layers that are likely slower than torch's layers.
 
     Watching changes no output, gradient, state or random number. `LIF`, `RecurrentLIF` and their subclasses
     compute each watched call twice, unless a subclass has a `forward` of its own. For such subclasses and all other

@@ -300,7 +300,7 @@ def jelly(made, mode="m"):
     return made
 
 
-FILTERS = "whose input no neuron takes as it is"
+FILTERS = "which is recurrent, has a synaptic current or does not fire"
 STEPS = "which is called step by step"
 NEURONS = {
     "of a subclass": (Slower(), "Slower"),

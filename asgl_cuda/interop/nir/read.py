@@ -33,8 +33,8 @@ def from_nir(graph: nir.NIRGraph, dt: float | None = None, *, dtype: torch.dtype
 
     Args:
         graph: one Input, one Output, between them LIF, IF, CubaLIF, LI, I, CubaLI, Affine, Linear, Conv1d, Conv2d,
-            AvgPool2d, SumPool2d, Flatten, Scale, Threshold and Delay, without cycles; edges into the same node are
-            added. Shapes that do not fit each other are refused by `nir.read`, or by the first call.
+            AvgPool2d, SumPool2d, Flatten, Scale, Threshold and Delay, without cycles. If several edges lead to a node,
+            their values are added. Shapes that do not fit each other are refused by `nir.read`, or by the first call.
         dt: length of a step, in seconds, or in the graph's unit of tau. It must be the step for which the graph was
             written. Nodes that `to_nir` wrote contain it, and it is their default; for other nodes the default is 1e-4.
         dtype: dtype of all weights and parameters; default `torch.get_default_dtype()`.
