@@ -13,8 +13,8 @@ from ..neurons.deferred import tensor_of
 from ..torch_modes import is_transform_active
 from .functional import convolution_by_kernel, has_kernel, linear_by_kernel
 
-# Up to this number of samples of a linear layer, or of positions of a convolution per element of its kernel, a call uses
-# a copy of the weight, because transposing the weight would take longer than the product.
+# Up to this number of samples of a linear layer, or of positions of a convolution per element of its kernel, a call
+# uses a copy of the weight, because transposing the weight would take longer than the product.
 _FEW_SAMPLES = 64
 
 
