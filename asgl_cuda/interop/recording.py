@@ -447,7 +447,7 @@ class Result(Group):
         """Whether the values of steps before the last one may be needed."""
         return self.is_used or any(each() is not None for each in self.given[:-1])
 
-    def make_meta(self) -> Any:
+    def make_meta(self) -> Any:  # spikes and states have the shape of the input
         return self.chain.inputs[0].group.meta()
 
     def device(self) -> torch.device:

@@ -185,7 +185,7 @@ def _input_gain(node: Any) -> Tensor | float:
     """The factor on the input, `input_gain` of `lif`."""
     if isinstance(node, _INTEGER):
         return 1.0
-    # Up to SpikingJelly 0.0.0.0.8 the input always decays.
+    # Up to SpikingJelly 0.0.0.0.8 nodes have no decay_input, and the input always decays.
     return _leak_per_step(node) if isinstance(node, _LEAKY) and getattr(node, "decay_input", True) else 1.0
 
 

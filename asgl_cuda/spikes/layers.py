@@ -190,7 +190,7 @@ class SpikeConv2d(_SpikeConv, nn.Conv2d):
     """
 
 
-# Spike layers by the torch layers that they replace.
+# The spike layer for each of torch's layers.
 SPIKE_LAYERS: dict[type[nn.Module], type[nn.Module]] = {
     nn.Linear: SpikeLinear, nn.Conv1d: SpikeConv1d, nn.Conv2d: SpikeConv2d,
 }  # fmt: skip

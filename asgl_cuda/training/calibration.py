@@ -313,9 +313,9 @@ class _Trial:
         got += [f"{each} ({self._problems[each]})" if each in self._problems else f"{each}" for each in paths - {None}]
         raise ValueError(
             f"{_CALLER}: {name or 'the model'}: its input must have one weight that can be scaled, got "
-            f"{'several paths: ' * (len(got) > 1)}{' and '.join(sorted(got)) or 'none'}; it must belong to a linear "
-            "layer, a convolution or a normalisation, not be parametrised, and be used in its graph. Put a "
-            "normalisation before these neurons, or use asgl_cuda.BatchNormLIF"
+            f"{'several paths: ' * (len(got) > 1)}{' and '.join(sorted(got)) or 'none'}; the weight must belong to a "
+            "linear layer, a convolution or a normalisation, must not be parametrised, and autograd must record its "
+            "use. Put a normalisation before these neurons, or use asgl_cuda.BatchNormLIF"
         )
 
     def _nearest_weights(self, x: Tensor) -> set[str | None]:

@@ -41,7 +41,10 @@ def lightning_callback(schedule: AnalogProbSchedule | None = None, monitor: Moni
     lightning = importlib.import_module("pytorch_lightning" if is_old else "lightning.pytorch")
 
     class ASGLCallback(lightning.Callback):  # type: ignore[misc, name-defined]
-        # A class that refers to the model in a closure would be a reference cycle and keep the model alive.
+        """The callback. Its methods are those of Lightning's base class."""
+
+        # Schedule and monitor refer to the model. Methods that had them in a closure would make a reference cycle,
+        # which would keep the model alive.
         def __init__(self, schedule: AnalogProbSchedule | None, monitor: Monitor | None) -> None:
             super().__init__()
             self._schedule, self._monitor = schedule, monitor

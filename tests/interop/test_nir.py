@@ -401,7 +401,7 @@ NOT_REPRESENTED = {
     "adaptation": (lambda: asgl_cuda.AdaptiveLIF(), r"0 \(AdaptiveLIF\): can't be represented in NIR"),
     "a volume": (
         lambda: OverTime(nn.BatchNorm3d(2)),
-        r"BatchNorm3d\): must have at most 2 dimensions after the channels, got 3 in \[2, 3, 4, 5\]",
+        r"BatchNorm3d\): its input must have at most 2 dimensions after the channels, got 3 in shape \[2, 3, 4, 5\]",
         (2, 2, 2, 3, 4, 5),
     ),
     "mean": (stack(lambda m, x: m.lif(x).mean(0)), "mean in the model itself: can't be represented"),

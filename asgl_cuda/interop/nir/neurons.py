@@ -193,7 +193,7 @@ def decay_and_gain_of_node(node: Any, dt: float, tau: str = "tau", r: str = "r")
         if (is_wrong := ~((decay >= 0) & (decay <= 1))).any():
             hint = "dt must be the step for which the graph was written"
             raise ValueError(f"{tau} must be at least dt = {dt}, got {first_wrong(as_double(time), is_wrong)}; {hint}")
-    # r = tau / dt may have been rounded, which would change the threshold.
+    # A file may have rounded r = tau / dt. A gain that is not exactly 1 would change the threshold.
     return decay, torch.where((gain - 1).abs() < 1e-6, 1.0, gain)
 
 

@@ -146,7 +146,7 @@ class _Writer(fx.Interpreter):
         self.time_and_batch = torch.Size()
         self.time_dim: int | None = None  # time dimension of the preceding neurons
         self.calls: list[dict[str, Any]] = []  # options of the calls of `lif` by the converted layer that runs
-        # By class of layer: a function that returns its nodes in order, by the suffix to add to the name of the layer.
+        # By class of layer, a function that returns the layer's nodes in order, each by the suffix of its name.
         self.layers: dict[Any, Any] = {
             **dict.fromkeys(_SILENT, lambda layer, flow: {}),
             **dict.fromkeys((LIF, LeakyIntegrator), self._neuron_nodes),
@@ -263,7 +263,7 @@ class _Writer(fx.Interpreter):
 
     def _add_node(self, name: str, node: Any, flow: _Flow, shape: Any) -> _Flow:
         """Adds a node after the flow's sources. `shape` is the shape of its output."""
-        # nir infers wrong types for grouped convolutions and non-square kernels, none for pooling.
+        # nir would infer wrong types for grouped convolutions and non-square kernels, and none for pooling.
         node.input_type, node.output_type = {"input": as_nir_shape(flow.shape)}, {"output": as_nir_shape(shape)}
         self.nodes[name] = node
         self.edges.extend((source, name) for source in flow.sources)
@@ -414,10 +414,11 @@ class _Writer(fx.Interpreter):
         if mean is None:
             raise ValueError("has no running statistics (track_running_stats=False), of which its weights are made")
         if len(mean) != channels:
-            raise ValueError(f"must get {len(mean)} channels, got {channels} in {list(flow.shape)} after the batch")
+            got = f"{channels} in shape {list(flow.shape)} (without time and batch)"
+            raise ValueError(f"its input must have {len(mean)} channels, got {got}")
         if len(sizes) > 2:
-            got = f"{len(sizes)} in {list(flow.shape)} after the batch"
-            raise ValueError(f"must have at most 2 dimensions after the channels, got {got}")
+            got = f"{len(sizes)} in shape {list(flow.shape)} (without time and batch)"
+            raise ValueError(f"its input must have at most 2 dimensions after the channels, got {got}")
         real = torch.float64
         gain, shift, mean = normalisation(mean, norm.running_var, norm.weight, norm.bias, norm.eps, scale, real)
         weight, bias = gain.diag().reshape(channels, channels, *[1] * len(sizes)).numpy(), (shift - gain * mean).numpy()
