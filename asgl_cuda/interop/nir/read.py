@@ -66,7 +66,7 @@ def from_nir(graph: nir.NIRGraph, dt: float | None = None, *, dtype: torch.dtype
         order = list(TopologicalSorter(sources).static_order())
     except CycleError as error:
         cycle = " -> ".join(error.args[1])
-        raise ValueError(f"{_CALLER}: can't read the cycle {cycle}; {RECURRENCE}; use RecurrentLIF") from None
+        raise ValueError(f"{_CALLER}: can't read the cycle {cycle}; {RECURRENCE}; use asgl_cuda.RecurrentLIF") from None
 
     paths, result = _module_paths(nodes), fx.Graph()
     modules: dict[str, Any] = {}
