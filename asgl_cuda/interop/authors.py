@@ -31,7 +31,7 @@ _SURROGATES = {"InvRectangle": "rectangle", "InvSigmoid": "sigmoid"}
 
 
 class ConvertedLIFLayer(Converted):
-    """A call takes all steps. Width and `analog_prob` are read from the attributes of the authors' layer."""
+    """A `LIFLayer`: a call takes all steps. Its width and `analog_prob` are read from the authors' attributes."""
 
     time_dim = 0
 

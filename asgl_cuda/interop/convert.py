@@ -33,7 +33,7 @@ class Replaced(NamedTuple):
 
 
 class Left(NamedTuple):
-    """A layer that was left as it is, or a value that got lost in it: path, class and reason."""
+    """A layer that was not changed, or a value that `revert` could not keep: path, class and reason."""
 
     path: str
     layer: str

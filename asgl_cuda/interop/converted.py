@@ -344,7 +344,7 @@ class Converted(Overlay, Noisy):
             )
 
     def can_run_original(self) -> bool:
-        """Whether the library's own forward computes the same: there is no noise, `asgl` or requested backend."""
+        """Whether the library's own forward computes the same, as without noise, `asgl` and a requested backend."""
         return self.settings.backend is None and not self.settings.asgl and not getattr(self, "_has_noise", False)
 
     def prefers_original_step(self) -> bool:

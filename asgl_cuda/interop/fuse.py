@@ -186,6 +186,7 @@ class Fused(Overlay):
         return (original, overlaid_class(cls, base)), {"forward": _wrapped_forward(original.forward)}
 
     def forward(self, input: Any) -> Any:
+        """The stand-in for the output, or the output itself if this call must return a tensor."""
         if isinstance(input, fx.Proxy):  # torch.fx traces the layer as one call, without its computation
             return _leaf_call(self, input)
         input = tensor_of(input, self.original.__name__)

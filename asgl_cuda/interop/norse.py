@@ -105,6 +105,7 @@ class ConvertedSNN(Converted):
         return {SPIKES: out, **last._asdict()}, {}
 
     def forward(self, input_tensor: Tensor, state: Any = None) -> tuple[Tensor, Any]:
+        """The output and the next state, as the layer returns them in Norse."""
         a_step = self.time_dim is None
         if input_tensor.is_sparse or (a_step and self.prefers_original_step()):
             return super().forward(input_tensor, state)  # type: ignore[no-any-return]
@@ -113,7 +114,7 @@ class ConvertedSNN(Converted):
     def compute_output_and_state(
         self, input_tensor: Tensor, state: Any, a_step: bool, records: bool
     ) -> tuple[Tensor, Any]:
-        """Output and state of a step or a sequence. With `records`, the state has those of all steps."""
+        """Output and state of a step or a sequence. With `records`, the state contains the values of all steps."""
         found: dict[str, Any] = {}
         first = self.state_at_rest(input_tensor, a_step) if state is None else state
         options, decay_of_current = self._neuron_options()
@@ -161,11 +162,12 @@ class ConvertedSNN(Converted):
 
 
 class ConvertedRecurrent(Recurrent, ConvertedSNN):
-    """A recurrent layer. Potentials are passed as differences from v_leak, which may be a tensor."""
+    """A recurrent layer. `recurrent_lif` gets potentials as differences from v_leak, which may be a tensor."""
 
     _weights = ("input_weights", "recurrent_weights")
 
     def forward(self, input_tensor: Tensor, state: Any = None) -> tuple[Tensor, Any]:
+        """The output and the next state, as the layer returns them in Norse."""
         if input_tensor.is_sparse or (self.time_dim is None and self.prefers_original_step()):
             return super(ConvertedSNN, self).forward(input_tensor, state)  # type: ignore[no-any-return]
         return super().forward(input_tensor, state)

@@ -79,7 +79,7 @@ class Recorded:
         self.shared: weakref.WeakSet[Recorded] | None = None  # all views of one memory, this value included
 
     def value(self, use: str) -> Any:
-        """Computes the value. `use` names the function that needs it, for errors."""
+        """Computes and returns the value. `use` names the function that needs it, for errors."""
         return self.recording.value_of(self, use)
 
     def call_after_recording(self, function: Callable[[Any], object]) -> None:
@@ -478,8 +478,8 @@ class Chain:
 
     def __init__(self, layer: Any, initial: dict[str, Any], modes: _Modes) -> None:
         self.layer, self.modes = layer, modes
-        self.initial = {name: _as_place(each) for name, each in initial.items()}
-        self.inputs: list[_Place] = []
+        self.initial = {name: _as_member(each) for name, each in initial.items()}
+        self.inputs: list[_Member] = []
         self.mark = self._values_beside_states()
         self.results = {name: Result(self, name) for name in (SPIKES, *initial)}
         self.final: dict[str, Any] = {}
@@ -504,7 +504,7 @@ class Chain:
 
     def required_groups(self) -> list[Group]:
         """The groups that must be computed before the chain runs."""
-        return [each.group for each in (*self.inputs, *self.initial.values()) if isinstance(each, _Place)]
+        return [each.group for each in (*self.inputs, *self.initial.values()) if isinstance(each, _Member)]
 
     def run(self) -> None:
         """Computes all steps of the layer at once."""
@@ -520,7 +520,7 @@ class Chain:
         else:
             x_seq = groups.pop().gather([each.at for each in self.inputs])
         initial = {
-            name: each.group.item(each.at) if isinstance(each, _Place) else each for name, each in self.initial.items()
+            name: each.group.item(each.at) if isinstance(each, _Member) else each for name, each in self.initial.items()
         }
         wanted = {name for name, each in self.results.items() if each.is_wanted()}
         layer, kept = self.layer, self.layer.carried_states()
@@ -549,16 +549,16 @@ _NUMBERS = (bool, int, float, str)
 SPIKES = "spikes"  # name of the only result of a chain that is not a state
 
 
-class _Place(NamedTuple):
+class _Member(NamedTuple):
     """A member of a group."""
 
     group: Group
     at: int
 
 
-def _as_place(value: Any) -> Any:
+def _as_member(value: Any) -> Any:
     """A recorded value as its group and index, marked as used; any other value as it is."""
-    return _Place(_mark_used(value.group), value.index) if type(value) is Recorded else value
+    return _Member(_mark_used(value.group), value.index) if type(value) is Recorded else value
 
 
 # ---- recording ----
@@ -705,7 +705,7 @@ class Recording:
                     )
                 self.earlier.append(chain)
             chain = self.chains[layer] = Chain(layer, states, modes)
-        chain.inputs.append(_as_place(x if type(x) is Recorded else self.as_operand(x)))
+        chain.inputs.append(_as_member(x if type(x) is Recorded else self.as_operand(x)))
         found = {}
         for name, result in chain.results.items():
             found[name] = Recorded(self, result, len(chain.inputs) - 1)

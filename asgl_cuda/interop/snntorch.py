@@ -102,7 +102,7 @@ class ConvertedLeaky(Converted):
         self._buffers[name] = value  # not setattr, which refuses a value that is still `Recorded`
 
     def record_step(self, recording: Recording, input_: Any, *given: Any, **named: Any) -> Any:
-        """Records a step, with the layer's arguments and results."""
+        """Records one step. Takes and returns what the layer's forward takes and returns."""
         states = self.carried_states()
         unknown = [*given[len(states) :], *(named.keys() - {*self._states[len(given) :]})]
         if unknown:

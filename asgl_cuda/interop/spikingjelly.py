@@ -122,7 +122,7 @@ class ConvertedNode(Converted):
         return {name: getattr(self, name) for name in ("v", "c") if name in self._memories}
 
     def record_step(self, recording: Recording, x: Any) -> Any:
-        """Records a step, with the node's arguments and results."""
+        """Records one step. Takes and returns what the node's forward takes and returns."""
         if self.step_mode == "m":
             return super().record_step(recording, x)
         results = recording.add_layer_step(self, x, states := self.carried_states())
@@ -249,7 +249,7 @@ class ConvertedContainer(Recurrent):
         setattr(self if name == "y" else _linear_and_node(self)[1], name, value)
 
     def record_step(self, recording: Recording, x: Any) -> Any:
-        """Records a step, with the container's arguments and results."""
+        """Records one step. Takes and returns what the container's forward takes and returns."""
         if self.step_mode == "m":
             return super().record_step(recording, x)
         results = recording.add_layer_step(self, x, states := self.carried_states())
@@ -365,14 +365,14 @@ class ConvertedClockDrivenNode(ConvertedNode):
         return "one step per call gains little; MultiStep nodes compute whole sequences, several times faster"
 
     def record_step(self, recording: Recording, x: Any) -> Any:
-        """Records a step, and stores its spikes if this version does."""
+        """Records one step, and stores its spikes if this version of SpikingJelly does."""
         spikes = super().record_step(recording, x)
         if "spike" in self._memories:
             self.spike = spikes
         return spikes
 
     def forward(self, x: Tensor) -> Tensor:
-        """The spikes of a step or a sequence, stored if this version does."""
+        """The spikes of a step or a sequence. Stores them if this version of SpikingJelly does."""
         whole = self.step_mode == "m"
         if not whole and self.prefers_original_step():
             return super().forward(x)  # type: ignore[no-any-return]

@@ -66,7 +66,7 @@ def _pack_spikes(
     return extension.module.pack_spikes(x, weight_sizes, stride, padding)  # type: ignore[union-attr,no-any-return]
 
 
-class SpikeFunction(torch.autograd.Function):
+class SpikeProductFunction(torch.autograd.Function):
     """spike_product as a differentiable function of x, weight and bias.
 
     Takes an operator, or None for the one that is called directly.
@@ -121,11 +121,11 @@ class SpikeFunction(torch.autograd.Function):
 
 
 def _with_derivative(operator: Any, below: Any, *arguments: Any) -> Tensor:
-    """Computes spike_product by `below`, its kernel below autograd, with SpikeFunction as its derivative.
+    """Computes spike_product by `below`, its kernel below autograd, with SpikeProductFunction as its derivative.
 
     The signature is that of the functions in `DERIVATIVES`; `operator` is not needed.
     """
-    return apply_at_one_level(SpikeFunction, below, *arguments)  # type: ignore[no-any-return]
+    return apply_at_one_level(SpikeProductFunction, below, *arguments)  # type: ignore[no-any-return]
 
 
 DERIVATIVES["spike_product"] = _with_derivative
@@ -163,7 +163,7 @@ def product_by_kernel(
     arguments = x, weight, bias, panels, stride, padding
     if is_differentiated((x, weight, bias), caller):
         packed = _pack_spikes(x, weight.shape, stride, padding) if weight.requires_grad else None
-        return apply(SpikeFunction, None, *arguments, packed)  # type: ignore[no-any-return]
+        return apply(SpikeProductFunction, None, *arguments, packed)  # type: ignore[no-any-return]
     return _operators_of((x, weight, bias)).spike_product(*arguments, None)
 
 

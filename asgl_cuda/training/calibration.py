@@ -352,7 +352,7 @@ def _search_factor(rate_at: Callable[[float], float], rate: float, tolerance: fl
 
 
 def _start_new_graph(value: Tensor) -> Tensor:
-    """The tensor detached, as the start of a new autograd graph; the same tensor if it has no gradient by its dtype."""
+    """The tensor detached, as the start of a new autograd graph. A tensor of integers is returned as it is."""
     is_number = value.is_floating_point() or value.is_complex()
     return value.clone().detach().requires_grad_().clone() if is_number else value  # leaves can't be changed in place
 

@@ -132,7 +132,7 @@ def _quantities_of_lif(
 
 
 def _gradient_growth(factors: Tensor, time_dim: int) -> Tensor:
-    """The largest product of adjacent factors of each neuron, without those of the last step, or 1.
+    """For each neuron the largest product of factors of consecutive steps, without the last step; at least 1.
 
     With the factors decay * dv[t]/dh[t], the gradient of the potentials
 
@@ -399,7 +399,7 @@ class Monitor:
             self._tallies[layer].add_spikes(quantities["firing_rate"], layer.time_dim)
 
     def result(self) -> dict[str, dict[str, float]]:
-        """The measured quantities, by the layers' names."""
+        """The quantities of each layer, by name of the layer and name of the quantity."""
         found = {name: self._tallies[layer].result() for name, layer in self._watched.items()}
         widths = {name: {"width": torch.as_tensor(each.width).mean().item()} for name, each in self._layers.items()}
         return {name: widths.get(name, {}) | values for name, values in found.items()}

@@ -67,7 +67,7 @@ class AnalogProbSchedule:
 
     @classmethod
     def multi_step(cls, model: nn.Module, milestones: Sequence[int], gamma: float = 0.1) -> AnalogProbSchedule:
-        """Multiplies by `gamma` (in [0, 1]) at each of the epochs `milestones`, as torch's MultiStepLR."""
+        """Multiplies `analog_prob` by `gamma`, in [0, 1], at each epoch in `milestones`, as torch's MultiStepLR."""
         if not isinstance(milestones, Sequence) or isinstance(milestones, (str, bytes)):
             raise TypeError(f"{_CALLER}: milestones must be a sequence of ints, got {type(milestones).__name__}")
         epochs, gamma = (
@@ -78,7 +78,10 @@ class AnalogProbSchedule:
 
     @classmethod
     def cosine(cls, model: nn.Module, epochs: int, final: float = 0.0) -> AnalogProbSchedule:
-        """Follows half a cosine to `final` at epoch `epochs`, and stays there, unlike CosineAnnealingLR."""
+        """Moves `analog_prob` along half a cosine to `final` at epoch `epochs`, and then keeps it.
+
+        torch's CosineAnnealingLR would rise again after that.
+        """
         return cls(
             model,
             partial(
@@ -88,7 +91,7 @@ class AnalogProbSchedule:
 
     @classmethod
     def linear(cls, model: nn.Module, epochs: int, final: float = 0.0) -> AnalogProbSchedule:
-        """Goes in equal steps to `final` at epoch `epochs`, and stays there."""
+        """Moves `analog_prob` in equal steps to `final` at epoch `epochs`, and then keeps it."""
         return cls(
             model,
             partial(
@@ -112,18 +115,19 @@ class AnalogProbSchedule:
         return {name: self._layers[name].analog_prob for name in self.starts}
 
     def step(self) -> None:
-        """Advances to the next epoch."""
+        """Advances to the next epoch, and sets the layers to its values."""
         self._set_probs(self.starts, self.epoch + 1)
         self.epoch += 1
 
     def state_dict(self) -> dict[str, Any]:
-        """The epoch and the layers' start values, without the constructor's arguments."""
+        """A dict with the epoch and the layers' initial values. It does not contain the constructor's arguments."""
         return {"epoch": self.epoch, "starts": dict(self.starts)}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Resumes a state, and sets the layers, whose `analog_prob` is not part of a model's state dict.
+        """Restores what `state_dict` returned, and sets the layers. A model's state dict does not have `analog_prob`.
 
-        Raises ValueError or TypeError for a state of other layers or objects; nothing has been changed then.
+        Raises ValueError or TypeError for a state of other layers or objects. The schedule and the layers are then
+        unchanged.
         """
         if not isinstance(state_dict, Mapping) or not {"epoch", "starts"} <= state_dict.keys():
             raise ValueError(

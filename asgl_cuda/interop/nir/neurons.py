@@ -220,7 +220,7 @@ def integrator_of_node(node: Any, dt: float, tau: str = "tau", r: str = "r") -> 
 
 
 def layer_with_constants(kind: Any, numbers: dict[str, Tensor], **options: Any) -> Any:
-    """A layer of class `kind` with these parameters. Those that differ between neurons become one value for each."""
+    """A layer of class `kind` with these parameters, each as one number if its values are equal, else as a tensor."""
     values: dict[str, Any] = {name: float(value.flatten()[0]) for name, value in numbers.items()}
     for name, value in numbers.items():
         if value.min() == value.max():

@@ -26,10 +26,11 @@ _CALLER = "asgl_cuda.from_nir"
 
 
 def from_nir(graph: nir.NIRGraph, dt: float | None = None, *, dtype: torch.dtype | None = None) -> fx.GraphModule:
-    """Makes a module `[T, B, ...]` to `[T, B, ...]`, in evaluation mode, from a graph; the nodes name its submodules.
+    """Makes a torch module from a graph of NIR, which maps `[T, B, ...]` to `[T, B, ...]`, in evaluation mode.
 
-    A dot in a name separates levels of modules, as in `get_submodule`. Characters other than letters, digits and `_`
-    become `_`, and `_` is appended to names that are not free, as in `forward_` for `forward` and `class_` for `class`.
+    Its submodules have the names of the nodes. A dot in a name separates levels of modules, as in `get_submodule`.
+    Characters other than letters, digits and `_` become `_`, and `_` is appended to names that are not free, as in
+    `forward_` for `forward` and `class_` for `class`.
 
     Args:
         graph: one Input, one Output, between them LIF, IF, CubaLIF, LI, I, CubaLI, Affine, Linear, Conv1d, Conv2d,
@@ -117,7 +118,7 @@ def _first_difference(wanted: Tensor, given: Tensor) -> str:
 
 
 def _module_paths(names: Iterable[str]) -> dict[str, str]:
-    """A path for the module of each node, by the name of the node, which no other attribute of the result has."""
+    """The path of each node's module in the result, by name of the node: valid names that are no attributes yet."""
     empty = fx.GraphModule(nn.Module(), fx.Graph())
     paths: dict[str, str] = {}
     for name in sorted(names):
