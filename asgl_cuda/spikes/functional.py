@@ -224,7 +224,8 @@ def spike_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
         `[..., out_features]`, differentiable once with respect to all arguments.
 
     Raises:
-        ValueError: sizes do not fit.
+        TypeError: input or weight is not a tensor.
+        ValueError: sizes do not fit. In the cases that torch's operator computes, it raises its own RuntimeError.
 
     Example::
 
@@ -264,7 +265,8 @@ def spike_conv2d(
         `[N, out_channels, H', W']` or `[out_channels, H', W']`, differentiable once with respect to all tensors.
 
     Raises:
-        ValueError: sizes do not fit.
+        TypeError: input or weight is not a tensor.
+        ValueError: sizes do not fit. In the cases that torch's operator computes, it raises its own RuntimeError.
 
     Example::
 

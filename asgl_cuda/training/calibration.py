@@ -60,11 +60,11 @@ class Calibration(NamedTuple):
 def calibrate(model: nn.Module, x_seq: Any, rate: float = 0.2) -> Calibration:
     """Scales the weights before the neurons, with one batch, until each layer fires at `rate`.
 
-    In networks without normalisation the deeper layers are otherwise silent at first, and then learn late or not at
-    all. Call `calibrate` once, after the model has been made or converted and before the first step of the optimizer.
-    It scales the weight of the linear layer or convolution before the neurons, also if views, pooling, dropout or
-    currents lie in between. If a normalisation lies in between, also in `BatchNormLIF`, it scales the weight of the
-    normalisation. Nothing else of the model changes.
+    In networks without normalisation the deeper layers are otherwise often silent at first, and then learn late or not
+    at all. Call `calibrate` once, after the model has been made or converted and before the first step of the
+    optimizer. It scales the weight of the linear layer or convolution before the neurons, also if views, pooling,
+    dropout or synaptic currents lie in between. If a normalisation lies in between, or belongs to a `BatchNormLIF`, it
+    scales the weight of the normalisation. Nothing else of the model changes.
 
     Rates are measured on a copy with hard spikes, without dropout, from rest. In training mode normalisations use the
     statistics of the batch. The factor of each layer is found from the input of that layer, and confirmed by another
@@ -84,7 +84,9 @@ def calibrate(model: nn.Module, x_seq: Any, rate: float = 0.2) -> Calibration:
 
     Raises ValueError if no factor can bring a layer to `rate`: because its input comes from several paths or from no
     weight, because the weight is shared, parametrised or frozen, because the rate is out of reach, or because it
-    depends on earlier calls. The message names the layer, and the model is unchanged.
+    depends on earlier calls. The message names the layer. Also raises ValueError for a rate outside of (0, 1), a model
+    without such layers, or an `x_seq` that the model does not take, and TypeError if `model` is not a module. After an
+    error the model is unchanged.
 
     Example::
 

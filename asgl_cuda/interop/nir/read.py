@@ -50,7 +50,8 @@ def from_nir(graph: nir.NIRGraph, dt: float | None = None, *, dtype: torch.dtype
     Raises:
         ImportError: nir is not installed.
         TypeError: an argument is of another type.
-        ValueError: a node can't be represented, or contradicts its metadata; the message names the node.
+        ValueError: a node can't be represented, or contradicts its metadata, and the message names the node; or the
+            graph has a cycle, or not one Input and one Output.
     """
     nir = units.import_and_check_dt("nir", units.DT if dt is None else dt, _CALLER)
     check_device_and_dtype(None, dtype, _CALLER)
