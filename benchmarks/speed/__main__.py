@@ -26,7 +26,9 @@ PROGRAMS = {
 def main() -> int:
     """Runs the measurements of a program, and writes the results after each part."""
     parser = parser_of("benchmarks.speed", str(__doc__), "device", "repeats", "seconds", "json")
-    parser.add_argument("program", choices=PROGRAMS, help="single layers: `python -m benchmarks.speed.microbench`")
+    parser.add_argument(
+        "program", choices=PROGRAMS, help="measurement; for single layers see benchmarks.speed.microbench"
+    )
     parts = (*NETWORKS, end_to_end.LONG_LOOP)
     parser.add_argument(
         "--networks", nargs="+", choices=parts, metavar="NAME",

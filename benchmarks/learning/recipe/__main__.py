@@ -42,7 +42,7 @@ def integer_from(least: int) -> Callable[[str], int]:
 
 def arguments_of() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     parser = parser_of("benchmarks.learning.recipe", str(__doc__), "device")
-    parser.add_argument("preset", choices=PRESETS, help=f"published by the authors: {' and '.join(PUBLISHED)}")
+    parser.add_argument("preset", choices=PRESETS, help=f"the authors' own commands: {' and '.join(PUBLISHED)}")
     data, start = parser.add_mutually_exclusive_group(), parser.add_mutually_exclusive_group()
     data.add_argument("--data-root", type=Path, metavar="DIR", help="folder that contains the data")
     data.add_argument(
