@@ -227,7 +227,7 @@ class Fused(Overlay):
         return Pending(call, call, 1 + has_time, input, watched=with_version(input))
 
     def compute_alone(self, x: Tensor, training: bool, update: bool) -> Tensor:
-        """Computes the output as a tensor, for code other than neurons. Only `update` changes running statistics."""
+        """Computes the output as a tensor, for code other than neurons. Updates running statistics only if `update`."""
         now = self.training, self.track_running_stats
         self.training, self.track_running_stats = training, now[1] and update
         try:

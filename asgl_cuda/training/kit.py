@@ -70,9 +70,11 @@ def lightning_callback(schedule: AnalogProbSchedule | None = None, monitor: Moni
                 self._schedule.step()
 
         def state_dict(self) -> dict[str, Any]:
+            """The state of the schedule, which Lightning saves in its checkpoints."""
             return {} if self._schedule is None else self._schedule.state_dict()
 
         def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+            """Restores the state of the schedule from a checkpoint of Lightning."""
             if self._schedule is not None:
                 self._schedule.load_state_dict(state_dict)
 
