@@ -41,7 +41,7 @@ class Overlay(nn.Module):
 
     prefix: str  # prefix of the names of classes that `overlaid_class` makes
 
-    # The two classes of which `overlaid_class` made this one.
+    # The two classes from which `overlaid_class` has made this one.
     overlay: type[Overlay]
     original: type[nn.Module]
 

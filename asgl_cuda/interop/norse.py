@@ -27,7 +27,7 @@ from .converted import Conversion, Converted, Streaming, bare_class, float_if_sc
 from .recording import SPIKES, Recording
 from .recurrent import Recurrent, synaptic_inputs
 
-# By class that can be converted: its own step function, the value of its attribute `activation`.
+# The step function of each class that can be converted. A layer has it as its attribute `activation`.
 _STEPS = {
     norse.LIF: norse.lif_feed_forward_step,
     norse.LIFCell: norse.lif_feed_forward_step,

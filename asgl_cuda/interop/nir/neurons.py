@@ -37,7 +37,7 @@ RECURRENCE = "NIR does not say when a spike that returns to its neuron arrives"
 
 # Arguments of layers that metadata leave out: those that the reader chooses, and `delay`, which is a node of its own.
 _ELSEWHERE = {"time_dim", "backend", "device", "dtype", "delay"}
-# By argument that makes a value learned: the parameter that it adds.
+# The parameter that each argument adds to make a value learned.
 _LEARNED = {"learn_width": "log_width", "learn_decay": "logit_decay", "learn_threshold": "threshold"}
 
 
