@@ -97,10 +97,7 @@ def _checked_asgl(asgl: Mapping[str, Any] | None) -> _ASGL | None:
 
 
 def _class_and_placement(module: nn.Module) -> tuple[str, str] | None:
-    """For errors of `OverTime`: the class of a library's layer that it refuses, and how to use this layer outside.
-
-    None for other modules.
-    """
+    """For errors of `OverTime`: the class of a library's layer that it refuses, and how to use this layer; or None."""
     outside = next((text for each in imported_adapters() if (text := each.placement_outside_over_time(module))), None)
     return None if outside is None else (bare_class(module).__name__, outside)
 

@@ -578,10 +578,7 @@ def known_class_or_reason(layer: nn.Module, known: Collection[Any], mixing: tupl
 
 
 def override_reason(kind: type[nn.Module], base: type[nn.Module]) -> str | None:
-    """Why a layer of `kind`, a user's subclass of `base`, can't be converted: an override may change its results.
-
-    None if nothing of this kind is overridden.
-    """
+    """Why a user's subclass `kind` of `base` can't be converted: it overrides what may change results. Or None."""
     for each in kind.__mro__:
         for name, value in vars(each).items():
             if name in _OVERRIDABLE or each in base.__mro__ or inspect.getattr_static(kind, name) is not value:

@@ -127,10 +127,7 @@ def fuse(model: nn.Module, *example: Any, inplace: bool = False) -> tuple[nn.Mod
         if example:
             report.replaced.append(_fused_row(path, joined[path], model.get_submodule(joined[path])))
         else:
-            report.notes = [
-                "the first calls of the model decide which other normalisations are merged; fuse(model, example) "
-                "decides at once"
-            ]
+            report.notes = ["the model's first calls decide what else is merged; fuse(model, example) decides at once"]
     return model, report
 
 
@@ -176,10 +173,7 @@ class Fused(Overlay):
 
     @classmethod
     def bases_and_namespace(cls, original: type[nn.Module]) -> tuple[tuple[type, ...], dict[str, Any]]:
-        """As in the base class, except for a user's class with a forward of its own.
-
-        There the overlay comes after the user's class, whose forward then calls the overlay's as that of its base.
-        """
+        """As in the base class, but after a user's class whose own forward then calls the overlay's as its base's."""
         base = _normalisation_base(original)
         if base is None or base is original:
             return super().bases_and_namespace(original)
@@ -236,10 +230,7 @@ class Fused(Overlay):
             self.training, self.track_running_stats = now
 
     def reason_against(self, pending: Pending, given: Arguments) -> str:
-        """Why neurons called with the arguments `given` can't compute this normalisation; "" if they can.
-
-        Raises RuntimeError if a checkpoint would call only one of the two again in backward.
-        """
+        """Why neurons called with the arguments `given` can't compute this normalisation; "" if they can."""
         here, there = current_checkpoint(), pending.call.checkpoint
         if here is not there and (here is not None or self.training):
             where = "inside of another torch.utils.checkpoint than its neurons"
@@ -262,10 +253,7 @@ class Fused(Overlay):
         return ""
 
     def hook_before(self, layer: nn.Module) -> str:
-        """Describes a backward hook between the two: of the neurons `layer`, or of a module that contains one of them.
-
-        "" if there is none.
-        """
+        """Describes a backward hook of the neurons `layer`, or of a module that contains only one of the two; or ""."""
         if torch.compiler.is_compiling():
             return ""
         return backward_hook_of(layer) or ("" if self.outcome is None else self.outcome.hook_between(self, layer))
@@ -366,10 +354,7 @@ class _Outcome:
         return self.paths.get(norm, "") in self.left
 
     def hook_between(self, norm: nn.Module, layer: nn.Module) -> str:
-        """Describes a backward hook of a module that contains only one of the two. "" without one.
-
-        Later hooks are not looked for, so it is "" once the two are joined.
-        """
+        """Describes a backward hook of a module that contains only one of the two; "" without one or once joined."""
         if self.paths.get(norm, "") in self.joined:
             return ""
         hooks = ((module, hook) for module in self.paths if (hook := backward_hook_of(module)))
@@ -429,10 +414,7 @@ def _call_with_example(model: nn.Module, example: tuple[Any, ...]) -> Any:
 
 
 def _hooked_part(model: nn.Module) -> str:
-    """Why `fuse` without an example merges nothing: a part of the model has a backward hook. "" if none has.
-
-    Without a call it is not known whether the output of a normalisation reaches this part.
-    """
+    """Why `fuse` without an example merges nothing: a part of the model has a backward hook. "" if none has."""
     for path, module in model.named_modules():
         if path and (module._backward_hooks or module._backward_pre_hooks):
             return (

@@ -49,10 +49,7 @@ def imported_adapters() -> Iterator[Any]:
 
 
 def vendored_spikingjelly_reason(layer: nn.Module) -> str | None:
-    """Why a layer can't be converted: it is a node of a vendored copy of SpikingJelly. None if it is not.
-
-    Does not import SpikingJelly, which need not be installed.
-    """
+    """Why a node of a vendored copy of SpikingJelly can't be converted; None for others. SpikingJelly may be missing."""
     for each in type(layer).__mro__:
         package, found, _ = each.__module__.partition(".spikingjelly.")
         if found and hasattr(layer, "neuronal_charge"):

@@ -68,10 +68,7 @@ def _checked_layers(layers: Any, caller: str) -> Mapping[type[nn.Module], Callab
 
 
 def _make_replacement(module: nn.Module, make: Callable[[Any], Any], where: str) -> tuple[nn.Module | None, str]:
-    """Calls the user's function `make` for a module.
-
-    Returns the new layer and its description; or, if the function returned None, None and a text that says so.
-    """
+    """Calls `make` for a module. Returns the new layer and its description, or None and a text that says so."""
     name = type(module).__name__
     try:
         layer = make(module)

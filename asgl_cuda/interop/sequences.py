@@ -110,10 +110,7 @@ def checked_sequences(sequences: Any) -> str | None:
 
 
 def refusal_reason(model: nn.Module, left: list[Any]) -> str:
-    """Why `convert` with `sequences` refuses a model whose layers it has converted; "" if it does not.
-
-    `left` are the layers that could not be converted.
-    """
+    """Why `sequences` refuses a model whose layers have been converted, except those in `left`; "" if it does not."""
     if left:
         path, layer, reason = left[0]
         return f"every neuron must be converted, but {path or '(the model)'} ({layer}) is left: {reason}"

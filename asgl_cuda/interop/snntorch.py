@@ -194,10 +194,7 @@ class ConvertedLeaky(Converted):
             setattr(self, name, value)
 
     def pack_results(self, input_: Tensor, spk: Tensor, *states: Tensor, time_dims: int = 0) -> Any:
-        """The return value of the layer: its spikes, or its spikes and states.
-
-        Raises ValueError if the spikes do not have the shape of the input.
-        """
+        """The return value of the layer, spikes or spikes and states, after a check of the spikes' shape."""
         if spk.shape != input_.shape:  # because snnTorch would reset its states in each step
             self._raise_for_parameter_shape(input_.shape[time_dims:])
             raise ValueError(

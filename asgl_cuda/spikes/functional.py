@@ -44,10 +44,7 @@ _direct = None if None in _found else _Operators(*_found)
 
 
 def _operators_of(inputs: Sequence[Any]) -> _Operators:
-    """The operators of torch.ops if a compiler, function mode or subclass of Tensor must see them, else faster ones.
-
-    See `backends.operators_of`.
-    """
+    """As `backends.operators_of`: those of torch.ops if a compiler, function mode or subclass must see the call."""
     if torch.compiler.is_compiling() or _direct is None or has_torch_function(inputs):
         return _operators
     return _direct

@@ -365,10 +365,7 @@ def _start_new_graphs(values: Any) -> Any:
 
 
 def _leaf_of_node(node: Any) -> Tensor | None:
-    """The leaf tensor at the end of a chain of autograd nodes with one input each, as for a transposed weight.
-
-    None if a node of the chain has no or several inputs.
-    """
+    """The leaf at the end of a chain of autograd nodes with one input each, as of a transposed weight; or None."""
     while not hasattr(node, "variable"):
         inputs = [each for each, _ in node.next_functions if each is not None]
         if len(inputs) != 1:

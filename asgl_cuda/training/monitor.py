@@ -59,10 +59,7 @@ class _Tally:
             self._sums[key] = total + values.sum(dtype=torch.float64), elements + values.numel()
 
     def add_spikes(self, spikes: Tensor, time_dim: int | None) -> None:
-        """Counts the spikes of each neuron. `spikes` is `[T, B, ...]`, or `[B, ...]` if `time_dim` is None.
-
-        The dimensions after the batch have the neurons. If there is only one dimension besides time, it has them.
-        """
+        """Counts the spikes of each neuron, `[T, B, ...]`, or `[B, ...]` without time. The batch may be missing."""
         before = 0 if time_dim is None else 1
         spikes = spikes if time_dim is None else spikes.movedim(time_dim, 0)
         shape = spikes.shape[before + (spikes.dim() > before + 1) :]
@@ -82,10 +79,7 @@ class _Tally:
 def _quantities_of_lif(
     layer: Neurons, x_seq: Tensor, more: dict[str, Any], states: dict[str, Any], rng_state: Tensor | None, s_seq: Tensor
 ) -> dict[str, Tensor]:
-    """The quantities of a call, each with one value per element, of which `_Tally` takes the mean.
-
-    Repeats the call with the same states and noise, to get its potentials.
-    """
+    """The quantities of a call, element by element. Repeats it, with the same states and noise, for its potentials."""
     generator = None if rng_state is None else torch.Generator(x_seq.device).set_state(rng_state)
     time_dim = layer.time_dim % x_seq.dim()
     if isinstance(layer, LIF):  # the repeated call must not update running statistics
@@ -154,10 +148,7 @@ def _uses_batch_statistics(norm: Any) -> bool:
 
 
 def _constant_channels(norm: Any, x_seq: Tensor, channel: int) -> dict[str, Tensor]:
-    """The quantity "constant": for each channel, whether it varies too little to be normalised by its own statistics.
-
-    Empty if the layer does not normalise, or not by the statistics of the batch.
-    """
+    """For each channel that batch statistics normalise, whether it varies too little, as the quantity "constant"."""
     if norm is None or not _uses_batch_statistics(norm):
         return {}
     group = getattr(norm, "process_group", None)
@@ -168,10 +159,7 @@ def _constant_channels(norm: Any, x_seq: Tensor, channel: int) -> dict[str, Tens
 
 
 def _scale_remedy(norm: Any, size: str, threshold: str) -> str:
-    """The advice to a layer whose potentials have the wrong scale. It must not name what the layer has already.
-
-    `size` and `threshold` are the adjectives, such as "larger" weights and a "lower" threshold.
-    """
+    """The advice for potentials of the wrong scale: `size` weights or a `threshold` threshold, as the layer allows."""
     if norm is None:
         return (
             f"{size} weights before the neurons, which asgl_cuda.calibrate(model, x_seq) sets if they are learned, or "

@@ -78,10 +78,7 @@ class AnalogProbSchedule:
 
     @classmethod
     def cosine(cls, model: nn.Module, epochs: int, final: float = 0.0) -> AnalogProbSchedule:
-        """Moves `analog_prob` along half a cosine to `final` at epoch `epochs`, and then keeps it.
-
-        torch's CosineAnnealingLR would rise again after that.
-        """
+        """Moves `analog_prob` along half a cosine to `final` at epoch `epochs`, and then keeps it."""
         return cls(
             model,
             partial(

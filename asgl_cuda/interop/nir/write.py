@@ -451,10 +451,7 @@ class _Writer(fx.Interpreter):
 
 
 def _check_batch_dims(layer: Any, flow: _Flow, dims: int) -> None:
-    """Raises ValueError if the layer would take time or channels of its input for the batch.
-
-    Its input must have `dims` dimensions after the batch.
-    """
+    """Raises ValueError unless the input has the leading dimensions that the layer takes, and `dims` more."""
     separate = getattr(layer, "step_mode", "s") == "m"
     leading = {True: "[T, B, ...] with time and batch separate", False: "[T·B, ...] with time and batch merged"}
     if flow.leading != 1 + separate or len(flow.shape) != dims:
