@@ -49,7 +49,7 @@ def imported_adapters() -> Iterator[Any]:
 
 
 def vendored_spikingjelly_reason(layer: nn.Module) -> str | None:
-    """Why a node of a vendored copy of SpikingJelly can't be converted; None for others. SpikingJelly may be missing."""
+    """Why a node of a vendored copy of SpikingJelly can't be converted; None for others. Imports nothing."""
     for each in type(layer).__mro__:
         package, found, _ = each.__module__.partition(".spikingjelly.")
         if found and hasattr(layer, "neuronal_charge"):

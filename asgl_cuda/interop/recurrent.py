@@ -69,7 +69,7 @@ def synaptic_inputs(
 
 
 def feedback_reason(feedback: nn.Module, known: tuple[type[nn.Module], ...] = (nn.Linear,)) -> str | None:
-    """Why spikes can't return through `feedback`: its forward is that of no class in `known`, or it has hooks. Or None."""
+    """Why spikes can't return through `feedback`: it computes more than classes in `known`, or has hooks. Or None."""
     name = bare_class(feedback).__name__
     if "forward" in vars(feedback) or type(feedback).forward not in [each.forward for each in known]:
         return f"its spikes return through a {name}; a Linear can be converted"
