@@ -28,7 +28,7 @@ from .monitor import table_lines
 
 _CALLER = "asgl_cuda.calibrate"
 _TOLERANCE = 0.01  # tolerance relative to the rate
-_MORE_RUNS = 5  # runs beyond one per layer, for weights shared with earlier layers and for nonlinear inputs
+_MORE_RUNS = 5  # runs beyond one per layer, for layers called several times and inputs not linear in the weight
 _WIDEST = 12  # factors from 2^-12 to 2^12 are tried; larger ones would scale rounding errors
 _NARROWEST = 2**-14  # width in log2(factor) at which bisection ends: the rate jumps there by more than the tolerance
 NORMALISATIONS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, BatchNormLIF)

@@ -117,7 +117,7 @@ def _is_leaf(module: nn.Module) -> bool:
 
 
 def _reason_not_written(module: nn.Module) -> str | None:
-    """Why `to_nir` can't write a module that is no neuron, or that `convert` made for sequences; None for others."""
+    """Why `to_nir` can't write a module, by the adapter of its library or because of `sequences`. None for others."""
     if isinstance(module, InSequences):
         return "it runs a loop over steps (convert with sequences); use asgl_cuda.LIF in place of its neurons"
     reasons = (getattr(library, "reason_not_written", lambda module: None)(module) for library in imported_adapters())
