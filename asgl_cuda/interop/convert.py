@@ -78,8 +78,8 @@ def _checked_asgl(asgl: Mapping[str, Any] | None) -> _ASGL | None:
         return None
     if not isinstance(asgl, Mapping):
         raise TypeError(
-            f'{_CALLER}: asgl must be None or a mapping such as {{"width": 1.0, "analog_prob": 0.2}}, {{}} for the '
-            f"defaults, got {format_value(asgl)}"
+            f'{_CALLER}: asgl must be None or a mapping such as {{"width": 1.0, "analog_prob": 0.2}} ({{}} for the '
+            f"defaults), got {format_value(asgl)}"
         )
     if unknown := set(asgl) - set(_ASGL._fields):
         known, got = ", ".join(_ASGL._fields), ", ".join(sorted(map(str, unknown)))

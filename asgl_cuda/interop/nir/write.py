@@ -412,7 +412,7 @@ class _Writer(fx.Interpreter):
         if not isinstance(norm, LIF):
             _check_batch_dims(norm, flow, len(flow.shape))
         if mean is None:
-            raise ValueError("has no running statistics (track_running_stats=False), of which its weights are made")
+            raise ValueError("must have running statistics, to be written as weights, got track_running_stats=False")
         if len(mean) != channels:
             got = f"{channels} in shape {list(flow.shape)} (without time and batch)"
             raise ValueError(f"its input must have {len(mean)} channels, got {got}")
