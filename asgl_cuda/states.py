@@ -11,8 +11,8 @@ from torch.utils import _pytree
 from torch.utils.hooks import RemovableHandle
 
 from .checks import check_int, check_step
-from .interop.converted import Converted, InStream, Streamed, bare_class
-from .interop.libraries import libraries
+from .interop.converted import Converted, Streamed, Streaming, bare_class
+from .interop.libraries import imported_adapters
 from .interop.nir.neurons import Delay
 from .interop.sequences import InSequences
 from .neurons.base import NeuronLayer, check_module, set_plain_attribute
@@ -113,10 +113,10 @@ _streamed_by_time_dim = functools.cache(functools.partial(Streamed, state="v", h
 
 # For each class of modules, the function of its library that says how a module takes steps, or None if no library knows
 # the class. Asking all libraries takes 4 us, so it is done once per class.
-_streamed_by_class: dict[type[nn.Module], Callable[[nn.Module], InStream] | None] = {}
+_streamed_by_class: dict[type[nn.Module], Callable[[nn.Module], Streaming] | None] = {}
 
 
-def _how_stepped(module: nn.Module) -> InStream:
+def _how_stepped(module: nn.Module) -> Streaming:
     """How the module takes single steps, or in words why it can't; None for a module without time."""
     if isinstance(module, NeuronLayer):
         return _streamed_by_time_dim(module.time_dim)
@@ -126,7 +126,7 @@ def _how_stepped(module: nn.Module) -> InStream:
     if kind not in _streamed_by_class:
         if isinstance(module, (nn.RNNBase, nn.RNNCellBase, Delay)):
             return "it starts each call at rest, unless its caller passes a state"
-        asked = (library.streaming_of for library in libraries())
+        asked = (library.streaming_of for library in imported_adapters())
         _streamed_by_class[kind] = next((streamed for streamed in asked if streamed(module) is not None), None)
     streamed = _streamed_by_class[kind]
     return None if streamed is None else streamed(module)
@@ -297,7 +297,7 @@ def detach(model: nn.Module) -> None:
 def _call_on_all_layers(model: nn.Module, name: str, method: str) -> None:
     """Calls `method` of each layer of asgl_cuda, and for every module the functions `name` of the other libraries."""
     check_module(model, f"asgl_cuda.{name}")
-    functions = [getattr(library, name) for library in libraries() if hasattr(library, name)]
+    functions = [getattr(library, name) for library in imported_adapters() if hasattr(library, name)]
     for module in model.modules():
         if isinstance(module, NeuronLayer):
             getattr(module, method)()

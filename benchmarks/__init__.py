@@ -1,4 +1,4 @@
-"""The measurements of asgl_cuda, each a module that `python -m` runs."""
+"""The benchmarks and studies of asgl_cuda, each a program that `python -m` runs."""
 
 import sys
 from pathlib import Path
@@ -10,7 +10,7 @@ _shown_by = sys.excepthook
 
 
 def _show(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """One line after Ctrl-C, also during imports: how to go on. Python then ends by the signal, 130 in shells."""
+    """After Ctrl-C, prints one line that says how to continue, even during imports. In shells the status is 130."""
     if issubclass(kind, KeyboardInterrupt):
         print(f"interrupted; {error if error.args else 'the same command begins anew'}", file=sys.stderr)
     else:

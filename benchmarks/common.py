@@ -1,4 +1,4 @@
-"""Shared by the benchmarks: arguments, a description of the machine, results as JSON and as tables."""
+"""Helpers of all benchmarks: arguments, a description of the machine, results as JSON and as tables."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ Work = TypeVar("Work")
 # ---- arguments ----
 
 ARGUMENTS: dict[str, dict[str, Any]] = {
-    "device": {"help": "default: cuda if a backend works there, else cpu"},
-    "repeats": {"type": int, "default": 11, "help": "rounds, whose median is reported (default: %(default)s)"},
-    "seconds": {"type": float, "default": math.inf, "help": "start nothing after this time"},
+    "device": {"help": "cpu, cuda or cuda:N (default: cuda if a fused backend works there, else cpu)"},
+    "repeats": {"type": int, "default": 11, "help": "number of times that each row is timed (default: %(default)s)"},
+    "seconds": {"type": float, "default": math.inf, "help": "start no measurement after this time (default: no limit)"},
     "json": {"type": Path, "metavar": "FILE", "help": "also write the results to FILE"},
 }
 
 
 def parser_of(module: str, description: str, *shared: str) -> argparse.ArgumentParser:
-    """The parser of `python -m <module>`, with some of ARGUMENTS."""
+    """The argument parser of `python -m <module>`, with the arguments of ARGUMENTS that are named."""
     parser = argparse.ArgumentParser(prog=f"python -m {module}", description=description.splitlines()[0])
     for name in shared:
         parser.add_argument(f"--{name}", **ARGUMENTS[name])
@@ -47,7 +47,7 @@ def fused_backends(device: torch.device) -> list[str]:
 
 
 def device_of(parser: argparse.ArgumentParser, asked: str | None) -> torch.device:
-    """The device asked for, else the GPU if a backend works on it, else the CPU."""
+    """The requested device, by default the GPU if a fused backend works on it, otherwise the CPU."""
     asked = asked or ("cuda" if fused_backends(torch.device("cuda")) else "cpu")
     if not re.fullmatch(r"cpu|cuda(:\d+)?", asked):
         parser.error(f"--device must be cpu, cuda, or cuda:1 and so on, got {asked}")
@@ -55,7 +55,7 @@ def device_of(parser: argparse.ArgumentParser, asked: str | None) -> torch.devic
     if device.type == "cuda" and not torch.cuda.is_available():
         parser.error(f"--device {device} needs a GPU that torch can use: torch.cuda.is_available() is False")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        parser.error(f"--device {device} is beyond the {torch.cuda.device_count()} GPUs that torch sees")
+        parser.error(f"--device {device} does not exist: torch finds {torch.cuda.device_count()} GPUs, from cuda:0 on")
     return device
 
 
@@ -78,12 +78,12 @@ def machine(device: torch.device) -> dict[str, Any]:
     }
 
 
-# Runnable processes per thread in the minute before a measurement, above which other work took its time.
+# Runnable processes per thread in the minute before a measurement. With more, other work slowed the measurement down.
 LOADED = 2.0
 
 
 def in_words(about: dict[str, Any]) -> str:
-    """The result of `machine` in short, for the head of a table."""
+    """A short description of the result of `machine`, for the head of a table."""
     shared = " shared with other work" if about.get("load", 0) > LOADED * about["threads"] else ""
     threads = "1 thread" if about["threads"] == 1 else f"{about['threads']} threads"
     on = about.get("gpu") or f"{processor_in_words(about)}, {threads}{shared}"
@@ -150,7 +150,7 @@ def write_json(file: Path | None, content: Any) -> None:
 
 
 def text_table(*rows: Sequence[str]) -> str:
-    """The rows, of which the first is the head, in columns."""
+    """The rows as text in aligned columns. The first row is the head."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         f"{name:<{widths[0]}}" + "".join(f"  {cell:>{width}}" for cell, width in zip(cells, widths[1:], strict=True))
@@ -159,7 +159,7 @@ def text_table(*rows: Sequence[str]) -> str:
 
 
 def in_time(work: Sequence[Work], started: float, seconds: float, report: dict[str, Any]) -> Iterator[Work]:
-    """Pieces of work until `seconds` after `started`; the others are printed and listed in the report."""
+    """Yields pieces of work until `seconds` after `started`, then prints and reports those that remain."""
     for number, each in enumerate(work):
         if time.monotonic() - started > seconds:
             report["not_measured"] = [str(left) for left in work[number:]]
@@ -169,7 +169,7 @@ def in_time(work: Sequence[Work], started: float, seconds: float, report: dict[s
 
 
 def minima(functions: Sequence[Callable[[], Any]], repeats: int) -> list[float]:
-    """Seconds of each, which take turns."""
+    """The least seconds of each function in `repeats` rounds, in which the functions take turns."""
     found = [float("inf")] * len(functions)
     for _ in range(repeats):
         for index, function in enumerate(functions):

@@ -1,4 +1,4 @@
-"""Writes the figures of benchmarks/results into README.md and docs: `python -m benchmarks.readme`."""
+"""Writes the measurements in benchmarks/results into README.md and docs: `python -m benchmarks.readme`."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list
 
 
 def folded(title: str, table: list[str]) -> list[str]:
-    """A table that a reader opens."""
+    """A table that is folded until the reader opens it."""
     return ["<details>", f"<summary>{title}</summary>", "", *table, "", "</details>"]
 
 
 def digest(header: Sequence[str], rows: Rows, shown: Collection[str], title: str = "More rows") -> list[str]:
-    """The rows whose first cells are those, versions left out, and the others folded."""
+    """A table of the rows whose first cells are in `shown`, without versions, and a folded table of all other rows."""
     first: Rows = []
     others: Rows = []
     for row in rows:
@@ -91,7 +91,7 @@ def elements(size: Report) -> int:
 
 
 def nanoseconds(size: Report, row: str) -> float | None:
-    """The time of an element, forward and backward."""
+    """The nanoseconds per element of forward and backward."""
     timing = size["seconds"].get(row)
     return None if timing is None else 1e9 * timing["both"] / elements(size)
 
@@ -102,7 +102,7 @@ def kept_bytes(size: Report, row: str) -> float | None:
 
 
 def compared(report: Report) -> tuple[list[Report], list[str]]:
-    """The sizes with rows of the ordinary neuron, and these rows, those of compiled peers left out."""
+    """The sizes with rows of the ordinary neuron, and the names of these rows without those of compiled peers."""
     sizes = [size for size in report["sizes"] if f"{PLAIN}{OURS}" in size["seconds"]]
     names = [name for name in sizes[0]["seconds"] if name.startswith(PLAIN) and not name.endswith(COMPILED)]
     return sizes, names
@@ -123,12 +123,12 @@ def pair_of(eager: float | None, compiled: float | None, digits: Callable[[float
 
 
 def name_alone(name: str) -> str:
-    """A library without its version, in a head whose caption has the versions."""
+    """The name of a library without its version, for a head whose caption has the versions."""
     return re.sub(r" \d[\d.]*$", "", "loop" if name == f"{PLAIN}{PLAIN_LOOP}" else name.removeprefix(PLAIN))
 
 
 def layers(report: Report) -> list[str]:
-    """Times of one layer by number of steps and library, eager and compiled; the last row has the bytes kept."""
+    """The table of one layer: times by steps and library, eager and compiled, and a last row of kept bytes."""
     sizes, peers = compared(report)
     ours = {"floor": FLOOR, NOISY: OURS, FIXED: f"{PLAIN}{OURS}"}
     others = [name for name in peers if "asgl_cuda" not in name and not name.endswith(REFERENCE)]
@@ -156,7 +156,7 @@ def layers_values(report: Report) -> Report:
 
 
 def microbench(report: Report) -> list[str]:
-    """ASGL over sizes, then the ordinary neuron of every library."""
+    """The tables of single layers: ASGL by size, then the ordinary neuron of every library."""
     rows = []
     for size in report["sizes"]:
         floor, mine, *others = (nanoseconds(size, name) for name in (FLOOR, OURS, COMPILED, LOOP, REFERENCE))
@@ -194,7 +194,7 @@ def microbench(report: Report) -> list[str]:
 
 
 def adaptive(report: Report) -> list[str]:
-    """Every adaptive neuron of every implementation, and as a multiple of LIF's time."""
+    """The table of adaptive neurons: the time of every implementation, also as a multiple of LIF's."""
     sizes = report["sizes"]
     rows = []
     for name in sizes[0]["seconds"]:
@@ -206,7 +206,7 @@ def adaptive(report: Report) -> list[str]:
 
 
 def block(report: Report) -> list[str]:
-    """Normalisation and neurons as one and as two layers, and the bytes kept for backward."""
+    """The table of blocks: normalisation and neurons as one layer and as two, and the bytes kept for backward."""
     names = (FLOOR, OURS, f"{PAIR}{OURS}", f"{PAIR}{COMPILED}", f"{PAIR}{REFERENCE}")
     rows = []
     for each in report["blocks"]:
@@ -243,7 +243,7 @@ def recurrent_values(report: Report) -> Report:
 
 
 def recurrent(report: Report) -> list[str]:
-    """Every recurrent layer: milliseconds by size and threads, and bytes kept for backward."""
+    """The table of recurrent layers: milliseconds by size and threads, and bytes kept for backward."""
     sizes = report["sizes"]
     head = ["", *(f"{size['steps']}, {size['batch']}, {size['neurons']}; {size['threads']}" for size in sizes), "kept"]
     count = sizes[-1]["steps"] * sizes[-1]["batch"] * sizes[-1]["neurons"]
@@ -264,7 +264,7 @@ def milliseconds(network: Report, variant: str, part: str = "seconds") -> float 
 
 
 def libraries(report: Report) -> list[str]:
-    """The rows of a loop and of the libraries, eager and unconverted."""
+    """The names of the rows of the loop and of the libraries, eager and not converted."""
     names = dict.fromkeys(name for each in report["networks"].values() for name in each["variants"])
     ends = (COMPILED, COMPILED_STEP, COMPILED_NETWORK)
     return [
@@ -274,7 +274,7 @@ def libraries(report: Report) -> list[str]:
 
 
 def compiled_milliseconds(network: Report, name: str) -> float | None:
-    """The least of what was compiled."""
+    """The least time of a training step among the compiled variants of a library."""
     variants = (compiled(name), f"{name}{COMPILED_STEP}", f"{name}{COMPILED_NETWORK}")
     times = [time for each in variants if (time := milliseconds(network, each)) is not None]
     return min(times, default=None)
@@ -290,7 +290,7 @@ def of_readme(report: Report) -> Report:
 
 
 def steps(report: Report) -> list[str]:
-    """Milliseconds of a training step, by network and library, eager and compiled."""
+    """The table of training steps: milliseconds by network and library, eager and compiled."""
     report = of_readme(report)
     ours = {NOISY: OURS, FIXED: f"{PLAIN}{OURS}"}
     names = libraries(report)
@@ -306,7 +306,7 @@ Time = Callable[[Report, str], float | None]  # of a network and the name of a l
 
 
 def times_faster(report: Report, slower: Time, faster: Time, rows: Collection[str]) -> list[float]:
-    """How many times as fast one variant of these libraries is as another, where a network has both."""
+    """How many times as fast the faster variant is as the slower one, for the networks that have both."""
     pairs = ((slower(network, name), faster(network, name)) for network in report["networks"].values() for name in rows)
     return [before / after for before, after in pairs if before and after]
 
@@ -350,7 +350,7 @@ def gain_values(report: Report) -> Report:
 
 
 def end_to_end(report: Report) -> list[str]:
-    """A folded table for each network: training step, evaluation, bytes, and the first step."""
+    """A folded table per network: times of a training step, an evaluation and the first step, and bytes."""
     lines: list[str] = []
     for name, network in report["networks"].items():
         rows = [
@@ -372,7 +372,7 @@ def end_to_end(report: Report) -> list[str]:
 
 
 def long_values(report: Report) -> Report:
-    """One compiled layer at many steps."""
+    """Values for the text about one compiled layer at many steps."""
     return {f"long_{name}": report["long_loop"][name] for name in ("layer", "steps", "first_seconds")}
 
 
@@ -383,12 +383,12 @@ def convert_values(report: Report) -> Report:
 
 
 def demo(report: Report) -> list[str]:
-    """What the demo printed at its end."""
+    """The lines that the demo printed at its end."""
     return ["```text", *report["printed"], f"({in_words(report['machine'])}, {report['machine']['date']})", "```"]
 
 
 def learned_values(report: Report) -> Report:
-    """The worst and the best mean accuracy over all initial widths and optimizers, by what happens to the width."""
+    """The lowest and highest mean accuracy over all initial widths and optimizers, for learned and fixed widths."""
     head, rows = widths.robustness_summary(report)
     found = {
         method: [float(cell) for name, *cells in rows for cell in cells if name.endswith(f"sigmoid, {arm}")]
@@ -405,7 +405,7 @@ def memory(report: Report) -> list[str]:
 
 
 def spike_layers(report: Report) -> list[str]:
-    """Milliseconds of torch's layers and of spike layers, and their ratios; first networks and the stream."""
+    """The table of spike layers: milliseconds of torch's and of spike layers, and ratios. Networks come first."""
     rows: Rows = []
     for name, found in report["rows"].items():
         cells = []
@@ -421,7 +421,7 @@ def spike_layers(report: Report) -> list[str]:
 
 
 def calibrated(report: Report) -> list[str]:
-    """Accuracies by the calibrated rate, and how far usual rates are apart."""
+    """The table of accuracies by calibrated rate, and the differences between usual rates."""
     head, rows = calibration_rows(report)
     usual = [column for column, name in enumerate(head) if name in ("0.05", "0.1", "0.2")]
     apart: dict[bool, list[float]] = {False: [], True: []}
@@ -438,7 +438,7 @@ def calibrated(report: Report) -> list[str]:
 
 
 def robustness(report: Report) -> list[str]:
-    """Mean accuracy over the sets by width; and, folded, each set with the deviations over the seeds."""
+    """The table of mean accuracies over the data sets by width, and a folded one of each set with its deviations."""
     every = folded("Each set, mean ± standard deviation of the seeds", markdown_table(*widths.robustness_rows(report)))
     shown = [f"{optimizer}, rectangle, {arm}" for optimizer in ("SGD", "Adam") for arm in ("SG", "learned")]
     return [*digest(*widths.robustness_summary(report), shown), "", *every]
@@ -454,7 +454,7 @@ def robustness_values(report: Report) -> Report:
 
 
 def width_step(report: Report) -> list[str]:
-    """Accuracies from width 1 and losses from wider starts, by rule."""
+    """The table of accuracies with the initial width 1, and of the losses with wider ones, by rule."""
     first, *others = widths.CELLS
     base, others = (list(widths.step_rows(report, cells)) for cells in ([first], others))
     rules = [(weights, rule) for weights in ("SGD 0.2", "Adam 0.003") for rule in ("fixed", "Adam 0.03")]
@@ -465,7 +465,7 @@ def width_step(report: Report) -> list[str]:
 
 
 def noisy(report: Report) -> list[str]:
-    """Accuracy of learned widths without noise and the gain of each share, by task, optimizer and surrogate."""
+    """The table of accuracies without noise and of the gain of each `analog_prob`, by task, optimizer and surrogate."""
     tasks = ("digits, T = 1, 60 steps", "digits, T = 4, 250 steps", "tones, 250 steps")
     shown = [f"{task}, width 1" for task in tasks]
     lines: list[str] = []
@@ -481,7 +481,7 @@ def nothing(report: Report) -> list[str]:
 
 
 def study(rows: Callable[[Report], tuple[list[str], Rows]], *shown: str) -> Callable[[Report], list[str]]:
-    """The table of a study, all of it or, of its rows, those that are shown first."""
+    """A function that makes the table of a study: all its rows, or only `shown` ones with the others folded."""
     return lambda report: digest(*rows(report), shown) if shown else markdown_table(*rows(report))
 
 
@@ -489,7 +489,7 @@ def study(rows: Callable[[Report], tuple[list[str], Rows]], *shown: str) -> Call
 
 
 class Section(NamedTuple):
-    """A part of a page: its result file, what it shows, and a line about that, with values of the report in braces."""
+    """A generated part of a page: its result file, its table, and its text, with values of the report in braces."""
 
     file: str
     body: Callable[[Report], list[str]]
@@ -640,7 +640,7 @@ def read_report(name: str) -> Report:
 
 
 def values(report: Report) -> Report:
-    """What words may name: the machine, the settings, and the number of trainings and their time."""
+    """Values that all texts may name: the machine, the settings, the number of training runs and their time."""
     about = report["machine"]
     found = {**about, "on": in_words(about), "processor": processor_in_words(about)}
     found |= {**report, **report.get("settings", {})}
@@ -675,7 +675,7 @@ def read() -> dict[Path, str]:
 
 
 def main() -> int:
-    """Writes the pages."""
+    """Writes the pages with all generated sections."""
     for page, text in pages(read()).items():
         page.write_text(text)
     return 0

@@ -1,8 +1,8 @@
 """Models of other libraries on the fused neuron.
 
-One adapter per library, imported only if the library is: spikingjelly, snntorch, norse, sinabs; authors for the code
-of ASGL's authors. Shared: convert (`libraries` documents the adapters), converted, recurrent, identify, replaced;
-fuse; nir. spike_layers converts torch's own layers.
+Each library has an adapter, a module with its name that is imported only if the library is: spikingjelly, snntorch,
+norse, sinabs. The adapter authors is for the code of ASGL's authors. `libraries.imported_adapters` says which functions
+an adapter has. spike_layers converts torch's own layers.
 """
 
 from .convert import Left, Replaced, Report, convert, revert

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from ..neurons.over_time import placement_advice
 from .converted import (
-    Basis,
     Conversion,
     Converted,
-    InStream,
     Settings,
+    Snapshot,
+    Streaming,
     bare_class,
     override_reason,
     replaced_method_reason,
@@ -31,14 +31,14 @@ _SURROGATES = {"InvRectangle": "rectangle", "InvSigmoid": "sigmoid"}
 
 
 class ConvertedLIFLayer(Converted):
-    """A call takes all steps. Width and `analog_prob` are read from the attributes of the authors' layer."""
+    """A `LIFLayer`: a call takes all steps. Its width and `analog_prob` are read from the authors' attributes."""
 
     time_dim = 0
 
     def begin_conversion(self, settings: Settings, analog_prob: float, learn_width: bool) -> None:
         """Stores the settings of a conversion. Width and noise stay those of the layer."""
         self.settings = settings
-        self._basis = Basis(self)
+        self._snapshot = Snapshot(self)
         self.log_width = None
 
     def dependencies(self) -> dict[str, Any]:
@@ -117,11 +117,11 @@ def conversion_of(layer: nn.Module) -> Conversion:
 
 
 def placement_outside_over_time(module: nn.Module) -> str | None:
-    """Where a layer that `OverTime` refuses belongs, see `libraries`; None for other modules."""
+    """How to use a layer that `OverTime` refuses, see `imported_adapters`; None for other modules."""
     return placement_advice(f"{bare_class(module).__name__}(...)") if streaming_of(module) else None
 
 
-def streaming_of(module: nn.Module) -> InStream:
-    """Why a layer of this code takes no single steps, see `InStream`; None for other modules."""
+def streaming_of(module: nn.Module) -> Streaming:
+    """Why a layer of this code can't take one time step per call, see `Streaming`; None for other modules."""
     is_one = isinstance(module, ConvertedLIFLayer) or conversion_of(module) is not None
     return "it starts each call at rest" if is_one else None

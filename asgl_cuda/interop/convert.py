@@ -16,8 +16,8 @@ from ..neurons.base import NeuronLayer, check_module
 from ..neurons.lif import LIF_DEFAULTS
 from ..neurons.over_time import KNOWS_TIME
 from .converted import HOOKS, Converted, Settings, bare_class, name_clash_reason, overlaid_class, replaced_method_reason
-from .identify import FLAT, SpikeFunction, dtype_of_spikes, fires_strictly, identify, is_spike_function
-from .libraries import LIBRARIES, libraries, vendored_spikingjelly_reason
+from .identify import FLAT, SpikeFunction, fires_strictly, identify_spike_function, is_spike_function, spike_dtype
+from .libraries import LIBRARIES, imported_adapters, vendored_spikingjelly_reason
 from .replaced import make_replacements, replace_module, replaced_module, restore_module
 from .sequences import InSequences, checked_sequences, overlay_model, refusal_reason
 
@@ -33,7 +33,7 @@ class Replaced(NamedTuple):
 
 
 class Left(NamedTuple):
-    """A layer that was left as it is, or a value that got lost in it: path, class and reason."""
+    """A layer that was not changed, or a value that `revert` could not keep: path, class and reason."""
 
     path: str
     layer: str
@@ -78,8 +78,8 @@ def _checked_asgl(asgl: Mapping[str, Any] | None) -> _ASGL | None:
         return None
     if not isinstance(asgl, Mapping):
         raise TypeError(
-            f'{_CALLER}: asgl must be None or a mapping such as {{"width": 1.0, "analog_prob": 0.2}}, {{}} for the '
-            f"defaults, got {format_value(asgl)}"
+            f'{_CALLER}: asgl must be None or a mapping such as {{"width": 1.0, "analog_prob": 0.2}} ({{}} for the '
+            f"defaults), got {format_value(asgl)}"
         )
     if unknown := set(asgl) - set(_ASGL._fields):
         known, got = ", ".join(_ASGL._fields), ", ".join(sorted(map(str, unknown)))
@@ -96,13 +96,13 @@ def _checked_asgl(asgl: Mapping[str, Any] | None) -> _ASGL | None:
     return _ASGL(surrogate, width, analog_prob, learn_width)
 
 
-def _name_and_placement(module: nn.Module) -> tuple[str, str] | None:
-    """For a module of a library that `OverTime` refuses: its class and where it belongs. None for other modules."""
-    outside = next((text for each in libraries() if (text := each.placement_outside_over_time(module))), None)
+def _class_and_placement(module: nn.Module) -> tuple[str, str] | None:
+    """For errors of `OverTime`: the class of a library's layer that it refuses, and how to use this layer; or None."""
+    outside = next((text for each in imported_adapters() if (text := each.placement_outside_over_time(module))), None)
     return None if outside is None else (bare_class(module).__name__, outside)
 
 
-KNOWS_TIME.append(_name_and_placement)
+KNOWS_TIME.append(_class_and_placement)
 
 
 def convert(
@@ -118,45 +118,47 @@ def convert(
 
     Returns two values: the converted model, which is a copy unless `inplace=True`, and a report on its layers.
 
-    These layers are converted, and subclasses that override nothing that forward uses; `layers` adds others:
+    These layers are converted, and also subclasses that override no method of theirs except `__init__`, `train`,
+    `extra_repr` and the reset. `layers` adds others.
 
     - SpikingJelly's `IFNode` and `LIFNode` with their Simple and NonSpiking forms, `ParametricLIFNode`, `CUBALIFNode`,
       `ILIFNode`, the MultiStep forms of `clock_driven`, `LinearRecurrentContainer` and `ElementWiseRecurrentContainer`.
     - snnTorch's `Leaky`, `Lapicque`, `Synaptic`, `RLeaky` and `RSynaptic`.
-    - Norse's `LIF`, `IAF`, `LI` and `LIFRecurrent`, and `LIFCell`, `IAFCell`, `LIFBoxCell` and `LIFRecurrentCell`.
+    - Norse's `LIF`, `IAF`, `LI` and `LIFRecurrent`, and `LIFCell`, `IAFCell`, `LIFBoxCell` and `LIFRecurrentCell`; with
+      `sequences` also `LICell` and `LIBoxCell`.
     - sinabs' `LIF`, `IAF` and `ExpLeak` with their Squeeze forms, `LIFRecurrent` and `IAFRecurrent`.
     - `LIFLayer` of the code published by the authors of ASGL.
 
-    Recurrent layers are converted if their spikes return through a Linear or one weight per neuron, and are computed by
-    `recurrent_lif`. Synaptic currents and layers that do not fire are computed by `leaky_integrator`.
+    Recurrent layers are converted if their spikes return through a Linear or one weight per neuron; `recurrent_lif`
+    computes their sequences. In sequences, `leaky_integrator` computes synaptic currents and layers that do not fire.
 
-    Spikes, states and gradients stay the same up to rounding. If a potential differs from the threshold by rounding
-    only, as with quantised inputs, a neuron may fire where it did not before, or the other way round. The
-    parameters of a layer, their names, its state and its base classes also stay the same, so optimizers, state dicts
-    and functions such as SpikingJelly's `reset_net` still work. SpikingJelly's `backend` has no effect on converted
-    layers.
+    Without `asgl`, spikes, states and gradients stay the same up to rounding. If a potential differs from the threshold
+    by rounding only, as with quantised inputs, a neuron may fire where it did not before, or the other way round. The
+    parameters of a layer, their names, its state and its base classes also stay the same, so state dicts and functions
+    such as SpikingJelly's `reset_net` still work. SpikingJelly's `backend` has no effect on converted layers.
 
-    Decays and thresholds are read at each call. The surrogate, the methods, and in snnTorch, Norse and sinabs the kind
-    of reset are read once. If they change later, a call raises a RuntimeError that names the difference. With `asgl`,
-    the original surrogate is no longer used, and may change. A layer is left, with the reason in the report, if it has
-    no exact representation, a surrogate unknown to asgl_cuda (which `asgl` replaces) or a replaced method
-    (`layer.fire = ...`).
+    Decays and thresholds are read at each call. The surrogate, the methods, in snnTorch, Norse and sinabs the kind of
+    reset, and in sinabs a threshold on which the surrogate may depend are read once. If they change later, the next
+    call in eager mode raises a RuntimeError that names the difference. With `asgl`, the original surrogate is no longer
+    used, and may change. A layer is left, with the reason in the report, if it has no exact representation, a surrogate
+    unknown to asgl_cuda (which `asgl` replaces), a replaced method (`layer.fire = ...`), or an attribute with a name
+    that converted layers use.
 
-    Outputs have the dtypes of the library, under autocast as well. `torch.jit` rejects converted layers. In a copy,
-    hooks of tensors are registered again.
+    Outputs have the dtypes of the library, under autocast as well. `torch.jit.trace` and `torch.jit.script` raise a
+    RuntimeError for converted layers. If the model is copied, hooks of its tensors are registered on their copies.
 
     A converted layer is an instance of its original class, but has another type. Call `revert` before code that
     compares types, such as `sinabs.nir.to_nir`, `sinabs.conversion.replace_module` and some counters of SpikingJelly.
     Layers that can't be copied require `inplace=True`.
 
-    With `sequences` the model's own code runs once per step, on placeholders for values that are computed later. After
-    the last step each layer computes all steps in one call. So do other operations that every step repeats, such as a
-    linear layer or a convolution. Outputs, gradients and the states that layers keep are those of the loop, up to
-    rounding. Normalisations in training are computed step by step. Random numbers have the same distribution, but are
-    drawn in another order. `convert` refuses a model in which a neuron is not converted. A call raises RuntimeError if
-    spikes return to an earlier layer, if the code needs a value between two steps, as `if spikes.sum() > 0` does, or if
-    a torch.autograd.Function or a torch.utils.checkpoint inside of the model gets one of the placeholders. The messages
-    name the layer or function. `torch.compile` and `torch.export` get the loop itself.
+    With `sequences` the model's own code runs step by step, but on placeholders for values that are computed later.
+    After the last step each layer computes all steps in one call, and so does each other operation that every step
+    repeats, such as a linear layer or a convolution. Outputs, gradients and the states that layers keep are those of
+    the loop, up to rounding. Batch normalisations in training are computed step by step. Random numbers have the same
+    distribution, but are drawn in another order. `convert` refuses a model in which a neuron is not converted. A call
+    raises RuntimeError if spikes return to an earlier layer, if the code needs a value between two steps, as
+    `if spikes.sum() > 0` does, or if a torch.autograd.Function or a torch.utils.checkpoint inside of the model gets one
+    of the placeholders. The messages name the layer or function. `torch.compile` and `torch.export` trace the loop.
 
     Args:
         model: any module, or a neuron layer.
@@ -174,8 +176,8 @@ def convert(
             parameters of the new layer are new objects, also those whose values it takes over. Pass all of them to the
             optimizer, also with `inplace=True`. References outside of the module tree, for example in lists, still lead
             to the old module.
-        inplace: convert the model instead of a copy. Existing optimizers stay valid, except for layers replaced through
-            `layers`, and for learned widths added by `asgl`, which they do not have.
+        inplace: convert the model instead of a copy. Existing optimizers stay valid, but they lack the parameters of
+            layers that `layers` has added, and the learned widths that `asgl` adds.
         sequences: for a model whose layers take one step per call, compute all time steps at once, as described above.
             With True, a call of the result takes `x_seq` `[T, ...]`, starts at rest, and returns what the model returns
             for each step, stacked to `[T, ...]`. If `fast.stateful = True` is set, a call continues from the states of
@@ -213,7 +215,7 @@ def convert(
         _check_unconverted(model)
     made = make_replacements(model, layers, _CALLER)
     name_of_function = "conversion_in_loop" if kind else "conversion_of"
-    adapters = [getattr(library, name_of_function, library.conversion_of) for library in libraries()]
+    adapters = [getattr(library, name_of_function, library.conversion_of) for library in imported_adapters()]
     report = Report([], [])
     new: list[Converted] = []
     inside: list[str] = []  # path prefixes of replaced layers, whose submodules are not reported
@@ -246,7 +248,7 @@ def convert(
         layer.__class__ = overlaid_class(found[0], type(layer))
         assert isinstance(layer, Converted)
         analog_prob, learn_width = (0.0, False) if wanted is None else (wanted.analog_prob, wanted.learn_width)
-        settings = Settings(spike, backend, dtype_of_spikes(found[1]), wanted is not None)
+        settings = Settings(spike, backend, spike_dtype(found[1]), wanted is not None)
         layer.begin_conversion(settings, analog_prob, learn_width)
         new.append(layer)
         report.replaced.append(Replaced(path, name, layer.description()))
@@ -276,7 +278,7 @@ def _check_unconverted(model: nn.Module) -> None:
 
 
 def _report_notes(model: nn.Module, report: Report) -> list[str]:
-    """The notes of a report: advice on speed, hooks that are no longer called, or why nothing was replaced."""
+    """The notes of a report: advice on speed, hooks that are no longer called, or why `convert` changed nothing."""
     advice: dict[str, list[str]] = {}  # the paths of the layers for each advice
     for path, *_ in report.replaced:
         layer: Any = model.get_submodule(path)
@@ -301,11 +303,11 @@ def _report_notes(model: nn.Module, report: Report) -> list[str]:
     ]
 
 
-def _notes_on_layer(layer: Any, in_loop: bool) -> Iterator[str]:
-    """Advice on one replaced layer."""
-    uncalled = {"the module in its place": replaced_module(layer)}
+def _notes_on_layer(layer: Any, in_sequences: bool) -> Iterator[str]:
+    """The notes on one replaced layer: advice on speed, and parts whose hooks are no longer called."""
+    uncalled = {"the module that it replaces": replaced_module(layer)}
     if isinstance(layer, Converted):
-        if not in_loop and (text := layer.speed_advice()) is not None:
+        if not in_sequences and (text := layer.speed_advice()) is not None:
             yield text
         uncalled = layer.dependencies()
     for name, part in uncalled.items():
@@ -326,7 +328,7 @@ def model_or_copy(model: nn.Module, inplace: bool, caller: str) -> nn.Module:
             f"{caller}: the model can't be copied ({type(error).__name__}: {error}); inplace=True changes the model "
             "itself"
         ) from error
-    for library in libraries():
+    for library in imported_adapters():
         getattr(library, "register_with_library", lambda model: None)(made)
     return made
 
@@ -339,7 +341,7 @@ def copy_model(model: nn.Module, share: Iterable[Tensor] = ()) -> nn.Module:
         for values in (attributes, *(value for value in attributes.values() if isinstance(value, dict))):
             graphs = (value for value in values.values() if isinstance(value, Tensor) and not value.is_leaf)
             memo.update((id(value), value.detach().clone()) for value in graphs)
-    for library in libraries():
+    for library in imported_adapters():
         getattr(library, "copy_layers", lambda model, memo: None)(model, memo)
     made = copy.deepcopy(model, memo)
     _copy_hooks(memo)
@@ -362,18 +364,18 @@ def _spike_function(
     function: Callable[[Tensor], Tensor] | SpikeFunction | None,
     wanted: _ASGL | None,
 ) -> SpikeFunction | str | None:
-    """The spike function of a converted layer, or the reason to leave it; None if it does not fire."""
+    """The spike function with which a layer is converted; why it can't be, a str; None if the layer does not fire."""
     if wanted is not None and kind.multi_spike:
         return "it may spike several times per step, which ASGL layers can't; without asgl it can be converted"
     if function is None or isinstance(function, SpikeFunction):
         return function
     if wanted is None:
-        return identify(function)
+        return identify_spike_function(function)
     surrogate, width = wanted.surrogate, wanted.width
     if surrogate is None or width is None:
-        own = identify(function)
+        own = identify_spike_function(function)
         if isinstance(own, str) and not is_spike_function(function):
-            return f"{own}; asgl needs a surrogate and a width"
+            return f"{own}; to replace it, asgl needs both surrogate and width"
         if isinstance(own, str) or own.width == FLAT:
             own = SpikeFunction(LIF_DEFAULTS["surrogate"], float(LIF_DEFAULTS["width"]), 1.0, False)
         surrogate, width = surrogate or own.surrogate, width or own.width
@@ -383,20 +385,20 @@ def _spike_function(
 def revert(model: nn.Module, *, inplace: bool = False) -> tuple[nn.Module, Report]:
     """Restores a model's original neuron layers: ``original, report = asgl_cuda.revert(fast)``.
 
-    Parameters keep their trained values. For modules that `layers` has replaced, this holds for parameters with the
-    same names and shapes.
+    Parameters and buffers keep their values. For modules that `layers` has replaced, this holds for those with the same
+    names and shapes.
 
-    A learned width is lost, and so is `analog_prob`, because the libraries do not have them. Spikes in evaluation stay
-    the same, but later gradients differ. The report lists the widths.
+    A width that `asgl` made learned is lost, and so is `analog_prob`, because the libraries do not have them. Spikes in
+    evaluation stay the same, but later gradients differ. The report lists these widths.
 
     Args:
         model: a module returned by `convert`.
         inplace: revert the model instead of a copy.
 
     Returns:
-        The model, and a `Report` of the layers.
+        The model, and a `Report`: `replaced` has the layers that are restored, `left` the values that got lost.
 
-    Raises TypeError if `model` is not a module.
+    Raises TypeError if `model` is not a module, and RuntimeError if it can't be copied.
 
     Example::
 

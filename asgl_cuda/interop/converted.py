@@ -24,7 +24,7 @@ from .recording import Recording, current_recording
 
 
 class Settings(NamedTuple):
-    """Settings of a conversion that are not settings of the layer."""
+    """Settings of a conversion that the layer's own attributes do not say."""
 
     spike: Any  # a SpikeFunction; None if the layer does not fire
     backend: str | None
@@ -41,7 +41,7 @@ class Overlay(nn.Module):
 
     prefix: str  # prefix of the names of classes that `overlaid_class` makes
 
-    # The two classes of which `overlaid_class` made this one.
+    # The two classes from which `overlaid_class` has made this one.
     overlay: type[Overlay]
     original: type[nn.Module]
 
@@ -69,7 +69,7 @@ _made: dict[tuple[type[Overlay], type[nn.Module]], Any] = {}
 
 
 def overlaid_class(overlay: type[Overlay], original: type[nn.Module]) -> Any:
-    """The class with `overlay` before `original`, made once."""
+    """A subclass of `original` whose methods `overlay` overrides, made once for each pair."""
     if (overlay, original) not in _made:
         bases, more = overlay.bases_and_namespace(original)
         names = {"overlay": overlay, "original": original, "__module__": overlay.__module__, **more}
@@ -105,19 +105,19 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 FEEDBACK = ("feedback", "rec_connect", "recurrent")
 
 
-class Basis:
-    """What a layer was at its conversion. Each call compares the layer with it.
+class Snapshot:
+    """The layer as it was at its conversion, with which each call compares the layer.
 
     It contains the values of `dependencies`, and the attributes, tensors and closure variables of the spike function.
     For all modules among these, whose forward the converted layer does not call, it also contains methods and hooks.
 
-    Tensors are compared by identity and version, and only if one of these has changed, by value. So loading equal
-    values, or copying the model, is not a change. Compiled code compares no tensors, classes, closures, methods and
-    hooks.
+    Tensors are compared by identity and version. If one of these has changed, they are compared by value, so that
+    loading equal values, or copying the model, is not a change. Compiled code compares no tensors, classes, closures,
+    methods and hooks.
     """
 
     def __init__(self, layer: Converted) -> None:
-        self.mark: list[Any] = []  # numbers of attributes, and ids of hooks, at the last check
+        self.mark: list[Any] = []  # number of attributes and ids of hooks of each object at the last check
         self.function = next(iter(layer.dependencies().values()))
         self.closure = _closure_variables(self.function)
         values, functions, replaced = self._objects_to_compare(layer)
@@ -127,7 +127,7 @@ class Basis:
         self._remember(self._values_to_compare(values, functions))
 
     def _objects_to_compare(self, layer: Converted) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-        """Three dicts: values of `dependencies`; the spike function, if it is used, and its modules; all modules."""
+        """By name: the values of `dependencies`; the spike function, if it is used, and its modules; all modules."""
         values = layer.dependencies()
         name, function = next(iter(values.items()))
         functions: dict[str, Any] = {}
@@ -236,7 +236,7 @@ def _hook_ids(function: Any) -> list[int]:
 
 
 def _is_equal(one: Any, other: Any) -> bool:
-    """Whether two values of a dependency are equal; for modules, whether they are of one class."""
+    """Whether two values of a dependency count as equal. Modules do if they are of one class."""
     if isinstance(one, Tensor) and isinstance(other, Tensor):
         return one.shape == other.shape and bool((one == other.to(one.device)).all())
     if isinstance(one, nn.Module):  # a replica is another object, and attributes are compared one by one
@@ -267,7 +267,7 @@ class Converted(Overlay, Noisy):
 
     settings: Settings
     log_width: nn.Parameter | None
-    _basis: Basis
+    _snapshot: Snapshot
     time_dim: int | None  # time dimension of the input, None if the input is one step
     multi_spike = False  # several spikes per step, for which noise is not defined
     takes_one_step = property(lambda self: self.time_dim is None)  # whether a call takes one step
@@ -282,10 +282,10 @@ class Converted(Overlay, Noisy):
     @property
     def width(self) -> Tensor | float:
         """The width of the surrogate, in units of the input: a tensor of one value if learned."""
-        return self._width_of_call()
+        return self._current_width()
 
-    def _width_of_call(self) -> Tensor | float:
-        """The width that `lif` gets, learned or from the settings."""
+    def _current_width(self) -> Tensor | float:
+        """The width of the next call: the learned one, or that of the settings."""
         return self.settings.spike.width if self.log_width is None else Logarithm(self.log_width).value()
 
     def description(self) -> str:
@@ -309,7 +309,7 @@ class Converted(Overlay, Noisy):
     def begin_conversion(self, settings: Settings, analog_prob: float, learn_width: bool) -> None:
         """Stores the settings of a conversion, and what is to be compared at each call; adds a learned width."""
         self.settings = settings
-        self._basis = Basis(self)
+        self._snapshot = Snapshot(self)
         if settings.spike is None:
             return
         self.analog_prob = analog_prob
@@ -324,19 +324,19 @@ class Converted(Overlay, Noisy):
         self.remove_noise()
         if self.settings.spike is not None:
             del self.log_width
-        del self.settings, self._basis
+        del self.settings, self._snapshot
         self.remove_overlay()
 
     def dependencies(self) -> dict[str, Any]:
-        """The values that must not change after the conversion, by name.
+        """The values that must not change after the conversion, by name, because they are read only once.
 
-        The first is the spike function, or None. A call with other values raises, see `Basis`.
+        The first is the spike function, or None. A call raises RuntimeError if one has changed, see `Snapshot`.
         """
         raise NotImplementedError
 
     def check_unchanged(self) -> None:
         """Raises RuntimeError if the layer has changed since its conversion."""
-        reason = self._basis.first_difference(self)
+        reason = self._snapshot.first_difference(self)
         if reason is not None:
             raise RuntimeError(
                 f"asgl_cuda.convert: {bare_class(self).__name__} was changed after its conversion: {reason}; convert "
@@ -344,7 +344,7 @@ class Converted(Overlay, Noisy):
             )
 
     def can_run_original(self) -> bool:
-        """Whether the library's own forward computes the same: there is no noise, `asgl` or requested backend."""
+        """Whether the library's own forward computes the same, as without noise, `asgl` and a requested backend."""
         return self.settings.backend is None and not self.settings.asgl and not getattr(self, "_has_noise", False)
 
     def prefers_original_step(self) -> bool:
@@ -380,7 +380,7 @@ class Converted(Overlay, Noisy):
         }
 
     def integrate(self, x_seq: Tensor, **options: Any) -> IntegratorOutput:
-        """`asgl_cuda.leaky_integrator` on the layer's backend."""
+        """`asgl_cuda.leaky_integrator` on the layer's backend, with the last potential."""
         x_seq = tensor_of(x_seq, bare_class(self).__name__)
         if self.settings.spike is None:  # layers that fire are checked in `lif`
             self.check_unchanged()
@@ -435,20 +435,20 @@ _ADVICE = (
 )
 
 # What an adapter's `conversion_of` returns for a layer: the subclass of `Converted` and the spike function (None if the
-# layer does not fire); or, as text, the reason why the layer is left; or None if it is no neuron of the library.
+# layer does not fire); or, as text, why the layer can't be converted; or None if it is no neuron of the library.
 Conversion: TypeAlias = tuple[type[Converted], Callable[[Tensor], Tensor] | SpikeFunction | None] | str | None
 
-# What an adapter's `streaming_of` returns for a module: how it takes the steps of a stream; or, as text, why it can't;
-# or None if it has no state.
-InStream: TypeAlias = "Streamed | str | None"
+# What an adapter's `streaming_of` returns for a module: how it takes a sequence one time step per call, as in
+# `asgl_cuda.step`; or, as text, why it can't; or None if it has no state.
+Streaming: TypeAlias = "Streamed | str | None"
 
 
 class Streamed(NamedTuple):
-    """How a module takes the steps of a stream.
+    """How a module takes a sequence one time step per call, as in `asgl_cuda.step`.
 
     `time_dim` is the time dimension of its input, or None if the input is one step. `state` is the name of the
     attribute with its state, or None if no single attribute has it, as in containers. If `has_switch`, the module
-    carries its state from call to call only while its attribute `stateful` is set.
+    carries its state from call to call only while its attribute `stateful` is True.
     """
 
     time_dim: int | None
@@ -467,9 +467,10 @@ def float_if_scalar(value: Any) -> Any:
 
 
 def _prepared_options(options: dict[str, Any], x_seq: Tensor) -> dict[str, Any]:
-    """The options, with integer tensors made floating point and scalars moved to the device of `x_seq`, as in PyTorch.
+    """The options with their tensors as `lif` takes them.
 
-    Raises ValueError for a tensor with more dimensions than a step of `x_seq`, as if it included time.
+    Integers become floating point, scalars move to the device of `x_seq`, both as in PyTorch, and tensors with as many
+    dimensions as a step get a time dimension. Raises ValueError for a tensor with more dimensions than a step.
     """
     time_dim, dims = options.get("time_dim", 0), x_seq.dim() - 1  # number of dimensions of a step
     for name, given in options.items():
@@ -491,7 +492,7 @@ def _prepared_options(options: dict[str, Any], x_seq: Tensor) -> dict[str, Any]:
 
 
 def as_floating(value: Tensor) -> Tensor:
-    """Integers in the default dtype, as by PyTorch's type promotion; other values unchanged."""
+    """A tensor of integers in the default dtype, as by PyTorch's type promotion; any other tensor unchanged."""
     return value if value.is_floating_point() or value.is_complex() else value.to(torch.get_default_dtype())
 
 
@@ -514,7 +515,11 @@ def _wrapped_forward(forward: Callable[..., Any]) -> Callable[..., Any]:
         if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
             self.__prepare_scriptable__()  # raises
         if is_pending and (self.takes_one_step or not self.takes_input_directly):
-            why = "which is called step by step" if self.takes_one_step else "whose input no neuron takes as it is"
+            why = (
+                "which is called step by step"
+                if self.takes_one_step
+                else "which is recurrent, has a synaptic current or does not fire"
+            )
             args = args[0].value_for(f"{bare_class(self).__name__}, {why}"), *args[1:]
         return forward(self, *args, **kwargs)
 
@@ -522,16 +527,16 @@ def _wrapped_forward(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def replaced_method_reason(layer: nn.Module) -> str | None:
-    """Why a layer is left: an attribute of the instance replaces one of its methods. None if none does."""
+    """Why a layer can't be converted: an attribute of the instance replaces one of its methods. None if none does."""
     kind = bare_class(layer)
     for name in vars(layer):
-        if name not in _FREE and inspect.isroutine(inspect.getattr_static(kind, name, None)):
+        if name not in _OVERRIDABLE and inspect.isroutine(inspect.getattr_static(kind, name, None)):
             return f"its {name} is an attribute of this layer, not the method of {kind.__name__}"
     return None
 
 
 def name_clash_reason(layer: nn.Module, overlay: type[Converted]) -> str | None:
-    """Why a layer is left: it, or a user's class, uses a name that `overlay` uses. None if it does not."""
+    """Why a layer can't be converted: it, or a user's class, has a name that `overlay` uses. None if it has not."""
     library = overlay.__module__.rpartition(".")[2]
     ours = [each for each in overlay.__mro__ if not issubclass(nn.Module, each)]
     taken = {*vars(Converted), *(name for each in (Converted, Overlay, Noisy) for name in each.__annotations__)}
@@ -543,12 +548,12 @@ def name_clash_reason(layer: nn.Module, overlay: type[Converted]) -> str | None:
     names = [*vars(layer), *layer._parameters, *layer._buffers, *layer._modules]
     for name in (*names, *(name for each in users for name in vars(each))):
         if name in taken:
-            return f"its attribute {name} has a name that converted layers use themselves"
+            return f"its attribute {name} has a name that converted layers use themselves; rename the attribute"
     return None
 
 
-# A subclass may override these: they do not change results, and those of the subclass are still called.
-_FREE = {
+# Names that a user's subclass may override: they do not change results, and the subclass's own are still called.
+_OVERRIDABLE = {
     "__init__", "__repr__", "__dict__", "__weakref__", "__annotate_func__", "_get_name", "extra_repr", "train", "reset",
     "reset_mem", "reset_states",
 }  # fmt: skip
@@ -573,10 +578,10 @@ def known_class_or_reason(layer: nn.Module, known: Collection[Any], mixing: tupl
 
 
 def override_reason(kind: type[nn.Module], base: type[nn.Module]) -> str | None:
-    """Why a layer of `kind`, a user's subclass of `base`, is left: an override that may change results. Or None."""
+    """Why a user's subclass `kind` of `base` can't be converted: it overrides what may change results. Or None."""
     for each in kind.__mro__:
         for name, value in vars(each).items():
-            if name in _FREE or each in base.__mro__ or inspect.getattr_static(kind, name) is not value:
+            if name in _OVERRIDABLE or each in base.__mro__ or inspect.getattr_static(kind, name) is not value:
                 continue
             # A property with a setter may replace an attribute that the base class sets on instances, which can't be
             # seen in the class.

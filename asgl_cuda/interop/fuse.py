@@ -33,7 +33,7 @@ from ..neurons.deferred import (
 from ..neurons.lif import LIFOutput
 from .convert import Left, Replaced, Report, convert, copy_model, model_or_copy
 from .converted import Converted, Overlay, bare_class, overlaid_class
-from .libraries import libraries
+from .libraries import imported_adapters
 
 _CALLER = "asgl_cuda.fuse"
 _CONVERTED = "_converted_by_fuse"  # attribute of layers that `fuse` has converted, so that `unfuse` restores them
@@ -48,13 +48,14 @@ def fuse(model: nn.Module, *example: Any, inplace: bool = False) -> tuple[nn.Mod
 
     Normalisations may be `torch.nn.BatchNorm1d`, `2d` and `3d`, `SyncBatchNorm`, SpikingJelly's equivalents, and
     subclasses of these whose forward calls the forward of their base, as many classes named tdBatchNorm do. The neurons
-    may be `asgl_cuda.LIF`, or layers that `convert` can convert, and `fuse` then converts them. Between the two, and
-    around the base's forward, there may be views (`reshape`, `transpose`, ...), factors that are numbers, and one sum
-    with a tensor of the same shape and type, as in a residual block: see `asgl_cuda.batch_norm_lif`. A normalisation is
-    left, with the reason in the report, if anything else uses its output or the sum, or if the neurons are called step
-    by step. In that case two layers are faster than one.
+    may be `asgl_cuda.LIF`, or layers that `convert` can convert and that fire, take sequences, and have neither a
+    synaptic current nor recurrent weights; `fuse` then converts them. Between the two, and around the base's forward,
+    there may be views (`reshape`, `transpose`, ...), factors that are numbers, and one sum with a tensor of the same
+    shape and type, as in a residual block: see `asgl_cuda.batch_norm_lif`. A normalisation is left, with the reason in
+    the report, if anything else uses its output or the sum. It is also left if the neurons are called step by step,
+    where two layers are faster than one.
 
-    Parameters, buffers and their names, state, optimizers and checkpoints stay valid. A merged normalisation returns a
+    Parameters and buffers keep their names and values, so checkpoints stay valid. A merged normalisation returns a
     stand-in, from which its neurons compute both. Anything else that meets the stand-in, such as other neurons or code
     that the example did not reach, gets the value that the normalisation alone would return. A RuntimeError is raised
     in these cases: a gradient would be lost, because the stand-in reaches a `torch.autograd.Function`, or the neurons
@@ -62,17 +63,18 @@ def fuse(model: nn.Module, *example: Any, inplace: bool = False) -> tuple[nn.Mod
     was changed in place before the neurons computed the stand-in, such as the input of the normalisation, the other
     operand of the sum, or the output after the neurons' view of it was taken. In inference mode and under
     `torch.compile`, changes in place are not noticed. Code between the two layers that tests
-    `isinstance(value, Tensor)` gets False, which is not noticed either. Backward hooks would see no gradient of the
-    stand-in, so a normalisation is not merged if it, its neurons, or a module that contains only one of the two has
-    such a hook. Without an example, all normalisations are left if any part of the model has one. If neurons get such a
-    hook later, their next call raises a RuntimeError. A hook that a module around one of the two gets after they were
-    merged is not noticed.
+    `isinstance(value, Tensor)` gets False, which is not noticed either.
+
+    Backward hooks would see no gradient of the stand-in, so a normalisation is not merged if it, its neurons, or a
+    module that contains only one of the two has such a hook. Without an example, all normalisations are left if any
+    part of the model has one. If neurons get such a hook later, their next call raises a RuntimeError. A hook that a
+    module around one of the two gets after they were merged is not noticed.
 
     Args:
         model: any module.
         example: arguments of a call. Copies of the model are called with them, in training and in evaluation mode.
             Without an example, the first calls of the model decide what is merged, and complete the report. In that
-            case all known neurons are converted.
+            case all neurons that `convert` can convert are converted.
         inplace: fuse the model instead of a copy; existing optimizers stay valid.
 
     Returns:
@@ -125,7 +127,7 @@ def fuse(model: nn.Module, *example: Any, inplace: bool = False) -> tuple[nn.Mod
         if example:
             report.replaced.append(_fused_row(path, joined[path], model.get_submodule(joined[path])))
         else:
-            report.notes = ["the first calls of the model decide on the others; fuse(model, example) decides at once"]
+            report.notes = ["the model's first calls decide what else is merged; fuse(model, example) decides at once"]
     return model, report
 
 
@@ -139,7 +141,7 @@ def unfuse(model: nn.Module, *, inplace: bool = False) -> tuple[nn.Module, Repor
     Returns:
         The model, and a `Report` of the normalisations, and of the neurons that `fuse` had converted.
 
-    Raises TypeError if `model` is not a module.
+    Raises TypeError if `model` is not a module, and RuntimeError if it can't be copied.
 
     Example::
 
@@ -162,7 +164,7 @@ _FUSE_AGAIN = "fuse the original model again with an example that does this"
 
 
 class Fused(Overlay):
-    """The overlay of a normalisation whose output is a `Pending`, computed by the neurons after it."""
+    """The overlay of a normalisation. It returns a `Pending`, whose value the neurons after it compute."""
 
     prefix = "Fused"
 
@@ -171,13 +173,14 @@ class Fused(Overlay):
 
     @classmethod
     def bases_and_namespace(cls, original: type[nn.Module]) -> tuple[tuple[type, ...], dict[str, Any]]:
-        """As in the base class, but after a user's class with a forward of its own, which then calls the overlay's."""
+        """As in the base class, but after a user's class whose own forward then calls the overlay's as its base's."""
         base = _normalisation_base(original)
         if base is None or base is original:
             return super().bases_and_namespace(original)
         return (original, overlaid_class(cls, base)), {"forward": _wrapped_forward(original.forward)}
 
     def forward(self, input: Any) -> Any:
+        """The stand-in for the output, or the output itself if this call must return a tensor."""
         if isinstance(input, fx.Proxy):  # torch.fx traces the layer as one call, without its computation
             return _leaf_call(self, input)
         input = tensor_of(input, self.original.__name__)
@@ -218,7 +221,7 @@ class Fused(Overlay):
         return Pending(call, call, 1 + has_time, input, watched=with_version(input))
 
     def compute_alone(self, x: Tensor, training: bool, update: bool) -> Tensor:
-        """Computes the output for code other than neurons. Running statistics change only with `update`."""
+        """Computes the output as a tensor, for code other than neurons. Updates running statistics only if `update`."""
         now = self.training, self.track_running_stats
         self.training, self.track_running_stats = training, now[1] and update
         try:
@@ -227,7 +230,7 @@ class Fused(Overlay):
             self.training, self.track_running_stats = now
 
     def reason_against(self, pending: Pending, given: Arguments) -> str:
-        """Why the neurons can't compute this normalisation; "" if they can."""
+        """Why neurons called with the arguments `given` can't compute this normalisation; "" if they can."""
         here, there = current_checkpoint(), pending.call.checkpoint
         if here is not there and (here is not None or self.training):
             where = "inside of another torch.utils.checkpoint than its neurons"
@@ -250,7 +253,7 @@ class Fused(Overlay):
         return ""
 
     def hook_before(self, layer: nn.Module) -> str:
-        """The backward hook of the neurons `layer`, or of a module that the stand-in enters or leaves before them."""
+        """Describes a backward hook of the neurons `layer`, or of a module that contains only one of the two; or ""."""
         if torch.compiler.is_compiling():
             return ""
         return backward_hook_of(layer) or ("" if self.outcome is None else self.outcome.hook_between(self, layer))
@@ -293,12 +296,12 @@ class Fused(Overlay):
         )
 
     def note_taken(self, layer: Any) -> None:
-        """Called by the neurons `layer` after they have computed this normalisation: notes it for the report."""
+        """Notes for the report that the neurons `layer` have computed this normalisation."""
         if self.outcome is not None and not torch.compiler.is_compiling():
             self.outcome.add_joined(self, layer)
 
     def note_left(self, reason: str) -> None:
-        """Notes, for the report, why this normalisation computed its value itself."""
+        """Notes for the report why this normalisation had to compute its value itself."""
         # Calls in backward do not count: a checkpoint may stop them before the neurons are called.
         if self.outcome is not None and not torch.compiler.is_compiling() and not is_in_backward():
             self.outcome.add_left(self, reason)
@@ -320,7 +323,7 @@ def make_fused(norm: Any, outcome: _Outcome | None = None) -> None:
 
 
 class _Outcome:
-    """Which normalisations neurons compute, and which are left, as calls of the model show. Updates the `report`."""
+    """Notes from calls of the model which normalisations neurons compute, and which not. Updates the `report`."""
 
     def __init__(self, model: nn.Module, report: Report | None = None) -> None:
         self.paths = weakref.WeakKeyDictionary({module: path for path, module in model.named_modules()})
@@ -332,14 +335,14 @@ class _Outcome:
         return type(None), ()  # in a copy of the model, calls change nothing more
 
     def add_joined(self, norm: nn.Module, layer: nn.Module) -> None:
-        """Notes that the neurons `layer` took the normalisation."""
-        path, of_layer = self.paths.get(norm, ""), self.paths.get(layer, "")
+        """Notes that the neurons `layer` have computed the normalisation."""
+        path, layer_path = self.paths.get(norm, ""), self.paths.get(layer, "")
         if path not in self.joined and self.report is not None:
-            self.report.replaced.append(_fused_row(path, of_layer, layer))
-        self.joined.setdefault(path, of_layer)
+            self.report.replaced.append(_fused_row(path, layer_path, layer))
+        self.joined.setdefault(path, layer_path)
 
     def add_left(self, norm: nn.Module, reason: str) -> None:
-        """Notes that the normalisation computed its value itself, and why."""
+        """Notes that the normalisation had to compute its value itself, and the reason."""
         path = self.paths.get(norm, "")
         if path not in self.left and self.report is not None:
             self.report.left.append(Left(path, bare_class(norm).__name__, reason))
@@ -347,25 +350,25 @@ class _Outcome:
         self.left.setdefault(path, reason)
 
     def is_left(self, norm: nn.Module) -> bool:
-        """Whether the normalisation is left: it computes its value itself from now on."""
+        """Whether the normalisation computes its value itself from now on."""
         return self.paths.get(norm, "") in self.left
 
     def hook_between(self, norm: nn.Module, layer: nn.Module) -> str:
-        """Before the two are joined: the backward hook of a module that contains only one of them."""
+        """Describes a backward hook of a module that contains only one of the two; "" without one or once joined."""
         if self.paths.get(norm, "") in self.joined:
             return ""
         hooks = ((module, hook) for module in self.paths if (hook := backward_hook_of(module)))
         return next((hook for module, hook in hooks if len({norm, layer} & {*module.modules()}) == 1), "")
 
     def unused_outputs(self, reason: str) -> dict[str, str]:
-        """The normalisations whose outputs nothing has used yet, with the reason."""
+        """The paths of the normalisations whose outputs nothing has used yet, each with the given reason."""
         calls = (call for call in list(_calls.values()) if call.is_unused() and call.of in self.paths)
         return {self.paths[call.of]: reason for call in calls}
 
 
-def _fused_row(path: str, of_layer: str, layer: nn.Module) -> Replaced:
-    """The report's line for neurons that compute the normalisation at `path`."""
-    return Replaced(of_layer, bare_class(layer).__name__, f"normalises as well, instead of {path}")
+def _fused_row(path: str, layer_path: str, layer: nn.Module) -> Replaced:
+    """The report's row for the neurons at `layer_path`, which compute the normalisation at `path`."""
+    return Replaced(layer_path, bare_class(layer).__name__, f"normalises as well, instead of {path}")
 
 
 def _try_example(model: nn.Module, paths: list[str], example: tuple[Any, ...]) -> tuple[dict[str, str], dict[str, str]]:
@@ -388,17 +391,17 @@ def _try_example(model: nn.Module, paths: list[str], example: tuple[Any, ...]) -
             except Exception as error:
                 line = (str(error).splitlines() or [""])[0]
                 new = {path: reason for path, reason in outcome.left.items() if path not in refused}
-                why = f"without its value the forward fails: {type(error).__name__}: {line}"
+                why = f"with the stand-in for its output the model's forward fails: {type(error).__name__}: {line}"
                 new = new or outcome.unused_outputs(why)
                 if not new:
                     raise
                 refused |= new
                 break
             tree_map_only(Pending, lambda each: each.value_for("the caller of the model"), output)
-            left |= outcome.unused_outputs("its output stays in the model") | outcome.left
+            left |= outcome.unused_outputs("nothing in the model uses its output") | outcome.left
             joined |= outcome.joined
         else:
-            left |= {path: "the example does not lead to it" for path in paths if path not in joined | left}
+            left |= {path: "the example does not reach it" for path in paths if path not in joined | left}
             return {path: layer for path, layer in joined.items() if path not in left}, left
 
 
@@ -411,7 +414,7 @@ def _call_with_example(model: nn.Module, example: tuple[Any, ...]) -> Any:
 
 
 def _hooked_part(model: nn.Module) -> str:
-    """The reason to leave all normalisations where, without an example, one may reach a part with a backward hook."""
+    """Why `fuse` without an example merges nothing: a part of the model has a backward hook. "" if none has."""
     for path, module in model.named_modules():
         if path and (module._backward_hooks or module._backward_pre_hooks):
             return (
@@ -437,13 +440,13 @@ def _reason_to_leave(norm: nn.Module) -> str:
 
 
 def _unknown_class_reason(kind: type[nn.Module]) -> str:
-    """The reason to leave a class that is no known normalisation."""
+    """Why a normalisation can't be merged: its class computes something else than torch's."""
     return f"{kind.__name__} computes something else than torch.nn's normalisations"
 
 
 def _normalisation_base(kind: type[nn.Module]) -> Any:
-    """The first class with a forward that the neurons can compute: the class itself, or the base of a user's."""
-    known = [known for library in libraries() for known in getattr(library, "NORMALISATIONS", ())]
+    """The class with a forward that neurons can compute: `kind`, or a base of a user's class; None without one."""
+    known = [known for library in imported_adapters() for known in getattr(library, "NORMALISATIONS", ())]
     forwards = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
     return next((each for each in kind.__mro__ if getattr(each, "forward", None) in forwards or each in known), None)
 
@@ -459,7 +462,7 @@ def _wrapped_forward(forward: Any) -> Any:
 
     @functools.wraps(forward)
     def call(self: Fused, input: Any) -> Any:
-        """Calls the user's forward. If it changes the stand-in to a tensor, the normalisation counts as left."""
+        """Calls the user's forward. If it does not return the stand-in, the normalisation computes its value itself."""
         if isinstance(input, fx.Proxy):
             return _leaf_call(self, input)
         output = forward(self, input)

@@ -1,4 +1,4 @@
-"""`identify` finds the surrogate of a library's spike function from its values and gradients."""
+"""`identify_spike_function` finds the surrogate of a library's spike function from its values and gradients."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from ..reference.surrogates import SURROGATES
 
 # Values of u / width at which slopes are compared.
 _PROBES = (0.05, 0.11, 0.23, 0.37, 0.61, 0.79, 0.93, 1.3, 1.9, 2.7, 4.1)
-_BY_DECADE = tuple(sign * 10.0**power for power in range(-9, 18) for sign in (-1, 1))  # values of u; FLAT is wider
-# Values far from the threshold, and many near it, so that no random function passes. Their mean is not 0, because a
-# function may compare with the mean.
+# Values of u at which the slope must be equal to count as constant. They are inside of a rectangle of width FLAT.
+_BY_DECADE = tuple(sign * 10.0**power for power in range(-9, 18) for sign in (-1, 1))
+# Values of u far from the threshold, and many near it, so that a function with random output does not pass by chance.
+# Their mean is not 0, because a function may compare with the mean.
 _AROUND = (-1e3, *(-1e-9, 1e-9) * 32, 1e3, 1e3)
 _FIRES = [float(u > 0) for u in _AROUND]
 # The width of the rectangle that replaces a surrogate of constant slope. It is a power of two, so that gain and 1 /
@@ -26,7 +27,7 @@ _NO_SPIKES = "its spike function emits something else than 0 below and 1 above t
 
 
 class SpikeFunction(NamedTuple):
-    """A spike and its gradient: `gain / width * f(u / width)`, the spike at u > 0 if `strict`, else at u >= 0."""
+    """A spike function: 1 at u > 0 if `strict`, else at u >= 0, with the gradient `gain / width * f(u / width)`."""
 
     surrogate: str
     width: float
@@ -34,10 +35,10 @@ class SpikeFunction(NamedTuple):
     strict: bool
 
 
-def identify(function: Callable[[Tensor], Tensor]) -> SpikeFunction | str:
-    """The known equivalent of `function(u)`, u = h - v_threshold, or the reason why none exists.
+def identify_spike_function(function: Callable[[Tensor], Tensor]) -> SpikeFunction | str:
+    """The surrogate of asgl_cuda with the gradient of `function(u)`, u = h - v_threshold; or why there is none, a str.
 
-    Width and gain follow from the peak and the half width of the slope; then slopes are compared with the surrogate's
+    Width and gain follow from the peak and the half width of the slope. Then slopes are compared with the surrogate's
     on both sides of the threshold, to 1e-6 of the peak.
     """
     if _has_learned_values(function):
@@ -67,8 +68,8 @@ def fires_strictly(function: Callable[[Tensor], Tensor]) -> bool:
     return not bool(function(torch.zeros(1, dtype=torch.float64)) > 0)
 
 
-def dtype_of_spikes(function: Any) -> torch.dtype | None:
-    """The dtype of the spikes, None if equal to the potential's."""
+def spike_dtype(function: Any) -> torch.dtype | None:
+    """The dtype of the spikes that the function returns; None if it is that of its argument, or if a call fails."""
     if not callable(function):
         return None
     try:
@@ -79,9 +80,9 @@ def dtype_of_spikes(function: Any) -> torch.dtype | None:
 
 
 def is_spike_function(function: Callable[[Tensor], Tensor]) -> bool:
-    """Whether the function emits 0 below the threshold and 1 above, and has nothing that learns.
+    """Whether the function emits 0 below the threshold and 1 above, and has no parameter that learns.
 
-    Its gradient does not matter, unlike in `identify`. False if the function raises an error.
+    Its gradient does not matter, unlike in `identify_spike_function`. False if the function raises an error.
     """
     try:
         return not _has_learned_values(function) and _is_unit_step(function)
@@ -90,23 +91,23 @@ def is_spike_function(function: Callable[[Tensor], Tensor]) -> bool:
 
 
 def _is_unit_step(function: Callable[[Tensor], Tensor]) -> bool:
-    """Whether the function is 0 below and 1 above 0."""
+    """Whether the function is 0 below the threshold and 1 above it, at all values in `_AROUND`."""
     return function(torch.tensor(_AROUND, dtype=torch.float64)).tolist() == _FIRES
 
 
 def _match_surrogate(function: Callable[[Tensor], Tensor]) -> SpikeFunction | str:
-    """The known surrogate with the same slope as the function's gradient, or why there is none."""
+    """The surrogate of asgl_cuda whose slope equals the function's gradient, or why there is none, a str."""
     leaf = torch.ones(1, dtype=torch.float64, requires_grad=True)
     if not function(leaf).requires_grad:
         return "its spike function has no gradient"
-    peak, half = _slope_shape(function)
+    peak, half = _peak_and_half_width(function)
     if not (math.isfinite(peak) and peak > 0):
-        return f"its surrogate has the slope {peak:g} at the threshold"
+        return f"its surrogate has the slope {peak:g} at the threshold, which must be finite and above 0"
     if math.isinf(half):
         if (_slopes(function, _BY_DECADE) == peak).all():
             return SpikeFunction("rectangle", FLAT, peak * FLAT, fires_strictly(function))
         return "the slope of its surrogate does not fall to 0"
-    for name, (unit_peak, unit_half) in _unit_slope_shapes().items():
+    for name, (unit_peak, unit_half) in _unit_peaks_and_half_widths().items():
         width = half / unit_half
         u = [sign * probe * width for probe in _PROBES for sign in (-1, 1)]
         expected = _slopes(SURROGATES[name].cumulative, [value / width for value in u])
@@ -118,9 +119,9 @@ def _match_surrogate(function: Callable[[Tensor], Tensor]) -> SpikeFunction | st
 
 
 @functools.cache
-def _unit_slope_shapes() -> dict[str, tuple[float, float]]:
-    """`_slope_shape` of each known surrogate of width 1."""
-    return {name: _slope_shape(surrogate.cumulative) for name, surrogate in SURROGATES.items()}
+def _unit_peaks_and_half_widths() -> dict[str, tuple[float, float]]:
+    """`_peak_and_half_width` of each surrogate of asgl_cuda with the width 1."""
+    return {name: _peak_and_half_width(surrogate.cumulative) for name, surrogate in SURROGATES.items()}
 
 
 def _slopes(function: Callable[[Tensor], Tensor], u: Sequence[float]) -> Tensor:
@@ -131,8 +132,8 @@ def _slopes(function: Callable[[Tensor], Tensor], u: Sequence[float]) -> Tensor:
     return slopes
 
 
-def _slope_shape(function: Callable[[Tensor], Tensor]) -> tuple[float, float]:
-    """The slope at the threshold, and the u at which it has fallen to half; infinity if that is beyond 10000."""
+def _peak_and_half_width(function: Callable[[Tensor], Tensor]) -> tuple[float, float]:
+    """The slope at the threshold, and the u at which it has fallen to half of that; infinity if none is below 1e4."""
     peak = float(_slopes(function, [1e-15]))  # at 0 itself some surrogates have another slope, or none
     grid: list[float] = [10 ** (power / 4) for power in range(-24, 17)]
     slopes = _slopes(function, grid).tolist()

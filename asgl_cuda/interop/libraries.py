@@ -21,14 +21,14 @@ LIBRARIES = {
 }
 
 
-def libraries() -> Iterator[Any]:
-    """The adapters of the imported libraries.
+def imported_adapters() -> Iterator[Any]:
+    """The adapters of the imported libraries: modules of this folder.
 
     Each adapter has these functions:
 
     - `conversion_of(layer)`: how to convert a layer, see `Conversion`.
-    - `streaming_of(module)`: how a module takes the steps of a stream, see `InStream`.
-    - `placement_outside_over_time(module)`: where to put a module that `OverTime` refuses, as the end of the error's
+    - `streaming_of(module)`: how a module takes a sequence one time step per call, see `Streaming`.
+    - `placement_outside_over_time(module)`: how to use a module that `OverTime` refuses, as the end of the error's
       sentence "put it outside, ..."; None for other modules.
 
     An adapter may have these as well:
@@ -49,7 +49,7 @@ def libraries() -> Iterator[Any]:
 
 
 def vendored_spikingjelly_reason(layer: nn.Module) -> str | None:
-    """Why a node of a vendored copy of SpikingJelly is left, or None. SpikingJelly itself need not be installed."""
+    """Why a node of a vendored copy of SpikingJelly can't be converted; None for others. Imports nothing."""
     for each in type(layer).__mro__:
         package, found, _ = each.__module__.partition(".spikingjelly.")
         if found and hasattr(layer, "neuronal_charge"):

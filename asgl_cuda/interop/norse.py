@@ -23,11 +23,11 @@ from torch import Tensor, nn
 
 from ..checks import HALF_TYPES
 from ..neurons.over_time import placement_advice
-from .converted import Conversion, Converted, InStream, bare_class, float_if_scalar, known_class_or_reason
+from .converted import Conversion, Converted, Streaming, bare_class, float_if_scalar, known_class_or_reason
 from .recording import SPIKES, Recording
 from .recurrent import Recurrent, synaptic_inputs
 
-# By class that can be converted: its own step function, the value of its attribute `activation`.
+# The step function of each class that can be converted. A layer has it as its attribute `activation`.
 _STEPS = {
     norse.LIF: norse.lif_feed_forward_step,
     norse.LIFCell: norse.lif_feed_forward_step,
@@ -61,7 +61,7 @@ _NEURONS = (snn.SNN, snn.SNNCell, norse.ConstantCurrentLIFEncoder, ExpFilter, *_
 
 
 class ConvertedSNN(Converted):
-    """A sequence per call or, for a cell, one step per call, with Norse's states."""
+    """A layer of which a call takes a sequence, or a cell of which a call takes one step, with Norse's states."""
 
     @property
     def time_dim(self) -> int | None:  # type: ignore[override]
@@ -82,7 +82,7 @@ class ConvertedSNN(Converted):
         return found
 
     def prefers_original_step(self) -> bool:
-        """Whether to run Norse's own step: also if the layer does not fire, because its steps are fast."""
+        """Whether to run Norse's own step: also if the cell does not fire, because its few operations are fast."""
         return self.settings.spike is None or super().prefers_original_step()
 
     def record_step(self, recording: Recording, input_tensor: Any, state: Any = None) -> Any:
@@ -105,6 +105,7 @@ class ConvertedSNN(Converted):
         return {SPIKES: out, **last._asdict()}, {}
 
     def forward(self, input_tensor: Tensor, state: Any = None) -> tuple[Tensor, Any]:
+        """The output and the next state, as the layer returns them in Norse."""
         a_step = self.time_dim is None
         if input_tensor.is_sparse or (a_step and self.prefers_original_step()):
             return super().forward(input_tensor, state)  # type: ignore[no-any-return]
@@ -113,7 +114,7 @@ class ConvertedSNN(Converted):
     def compute_output_and_state(
         self, input_tensor: Tensor, state: Any, a_step: bool, records: bool
     ) -> tuple[Tensor, Any]:
-        """Output and state of a step or a sequence. With `records`, the state has those of all steps."""
+        """Output and state of a step or a sequence. With `records`, the state contains the values of all steps."""
         found: dict[str, Any] = {}
         first = self.state_at_rest(input_tensor, a_step) if state is None else state
         options, decay_of_current = self._neuron_options()
@@ -141,8 +142,8 @@ class ConvertedSNN(Converted):
 
     def state_at_rest(self, input_tensor: Tensor, a_step: bool) -> Any:
         """The state that Norse begins with for this input."""
-        of_step = self.time_dim is None and not a_step  # a cell's own state has no time dimension
-        return self.initial_state(input_tensor[0] if of_step else input_tensor)
+        is_sequence_of_cell = self.time_dim is None and not a_step  # a cell's own state has no time dimension
+        return self.initial_state(input_tensor[0] if is_sequence_of_cell else input_tensor)
 
     def _neuron_options(self) -> tuple[dict[str, Any], Any]:
         """The options of `lif` that follow from p, and the decay of the synaptic current, or None without one."""
@@ -161,11 +162,12 @@ class ConvertedSNN(Converted):
 
 
 class ConvertedRecurrent(Recurrent, ConvertedSNN):
-    """A recurrent layer. Potentials are passed as differences from v_leak, which may be a tensor."""
+    """A recurrent layer. `recurrent_lif` gets potentials as differences from v_leak, which may be a tensor."""
 
     _weights = ("input_weights", "recurrent_weights")
 
     def forward(self, input_tensor: Tensor, state: Any = None) -> tuple[Tensor, Any]:
+        """The output and the next state, as the layer returns them in Norse."""
         if input_tensor.is_sparse or (self.time_dim is None and self.prefers_original_step()):
             return super(ConvertedSNN, self).forward(input_tensor, state)  # type: ignore[no-any-return]
         return super().forward(input_tensor, state)
@@ -198,7 +200,7 @@ class ConvertedRecurrent(Recurrent, ConvertedSNN):
 
 
 def _next_state(first: Any, found: dict[str, Any], input_tensor: Tensor) -> Any:
-    """The state after a call, with values in Norse's dtypes: for half types, they are float32 inside of the call."""
+    """The state after a call, with values in Norse's dtypes. For inputs of half types they are computed in float32."""
     if input_tensor.dtype in HALF_TYPES:
         found = {name: value.to(torch.result_type(input_tensor, getattr(first, name))) for name, value in found.items()}
     return type(first)(**found)
@@ -252,7 +254,7 @@ def reason_not_written(module: nn.Module) -> str | None:
 
 
 def placement_outside_over_time(module: nn.Module) -> str | None:
-    """Where a module that `OverTime` refuses belongs, see `libraries`; None for other modules."""
+    """How to use a module that `OverTime` refuses, see `imported_adapters`; None for other modules."""
     if not isinstance(module, _NEURONS):
         return None
     name = bare_class(module).__name__
@@ -261,8 +263,8 @@ def placement_outside_over_time(module: nn.Module) -> str | None:
     return f"as in norse.torch.SequentialState(OverTime(...), {name}(...))"
 
 
-def streaming_of(module: nn.Module) -> InStream:
-    """Why a module can't take the steps of a stream, see `InStream`: the caller of Norse's layers passes the state."""
+def streaming_of(module: nn.Module) -> Streaming:
+    """Why a module can't take one time step per call, see `Streaming`: callers of Norse's layers pass the state."""
     if not isinstance(module, _NEURONS):
         return None
     return (

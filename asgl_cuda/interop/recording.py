@@ -70,25 +70,25 @@ def _in_modes(modes: _Modes) -> Iterator[None]:
 
 
 class Recorded:
-    """A value of one step, not computed yet: member `index` of a group."""
+    """A placeholder for a value of one step that is computed later: member `index` of a group."""
 
-    __slots__ = ("__weakref__", "group", "index", "of", "shared")
+    __slots__ = ("__weakref__", "group", "index", "recording", "shared")
 
-    def __init__(self, of: Recording, group: Group, index: int) -> None:
-        self.of, self.group, self.index = of, group, index
+    def __init__(self, recording: Recording, group: Group, index: int) -> None:
+        self.recording, self.group, self.index = recording, group, index
         self.shared: weakref.WeakSet[Recorded] | None = None  # all views of one memory, this value included
 
     def value(self, use: str) -> Any:
-        """Computes the value. `use` names the function that needs it, for errors."""
-        return self.of.value_of(self, use)
+        """Computes and returns the value. `use` names the function that needs it, for errors."""
+        return self.recording.value_of(self, use)
 
     def call_after_recording(self, function: Callable[[Any], object]) -> None:
         """Calls the function with the value at the end of the recording, which computes it if nothing else does."""
         _mark_used(self.group)
-        self.of.waiting.append((self.group, self.index, function))
+        self.recording.waiting.append((self.group, self.index, function))
 
     def __getattr__(self, name: str) -> Any:
-        if name in _ABOUT:
+        if name in _METADATA:
             return getattr(self.group.meta(), name)
         if name == "device":
             return self.group.device()
@@ -96,18 +96,20 @@ class Recorded:
             return self.group.device().type == "cuda"
         if name == "requires_grad":
             return self.group.requires_grad
-        if name in _NEW:
+        if name in _FACTORIES:
             return getattr(torch.empty(0, dtype=self.dtype, device=self.device), name)
         found = getattr(Tensor, name)  # an AttributeError names Tensor
-        if name in _ASKING:
+        if name in _NEEDING_VALUE:
             return getattr(self.value(name), name)
         return (
-            partial(self.of.record_call, found, self) if callable(found) else self.of.record_call(found.__get__, self)
+            partial(self.recording.record_call, found, self)
+            if callable(found)
+            else self.recording.record_call(found.__get__, self)
         )
 
     def __iter__(self) -> Iterator[Any]:
         meta = self.group.meta()
-        return (self.of.record_call(Tensor.__getitem__, self, each) for each in range(len(meta)))
+        return (self.recording.record_call(Tensor.__getitem__, self, each) for each in range(len(meta)))
 
     def __len__(self) -> int:
         return len(self.group.meta())
@@ -117,35 +119,36 @@ class Recorded:
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Calls a function, after the loop, with the values."""
+        """Calls a function outside of the recorded code, where the values are computed first."""
         name = function.__name__
         args, kwargs = tree_map_only(cls, lambda each: each.value(name), (args, kwargs or {}))
         return function(*args, **kwargs)
 
 
 def _recorded_operator(name: str) -> Any:
-    """A method `name` for `Recorded`, which does what the method of tensors does."""
+    """Makes the method `name` of `Recorded`, which does what this method of tensors does."""
     function = getattr(Tensor, name)
 
     def method(self: Recorded, *args: Any) -> Any:
-        """Records the operator, or computes the value for one that asks for it."""
+        """Records the operator, or computes the value for an operator that needs it at once, such as `__bool__`."""
         if args == (None,) and name in ("__eq__", "__ne__"):
             return name == "__ne__"
-        if name in _ASKING:
+        if name in _NEEDING_VALUE:
             return getattr(self.value(name), name)(*args)
-        return self.of.record_call(function, self, *args)
+        return self.recording.record_call(function, self, *args)
 
     return method
 
 
-# By name. _ABOUT: answered by a tensor on the device "meta"; _NEW: make a tensor of the same dtype and device; _ASKING:
-# need the value itself, so that it is computed at once.
-_ABOUT = {"shape", "ndim", "dtype", "layout", "size", "dim", "numel", "is_sparse", "is_nested", "is_quantized",
+# Names of attributes of tensors. _METADATA is answered by a tensor on the device "meta". _FACTORIES make a tensor of
+# the same dtype and device. For _NEEDING_VALUE the value is computed at once.
+_METADATA = {"shape", "ndim", "dtype", "layout", "size", "dim", "numel", "is_sparse", "is_nested", "is_quantized",
           "is_floating_point", "is_complex", "stride", "nelement", "itemsize", "ndimension"}  # fmt: skip
-_NEW = {"new_zeros", "new_ones", "new_full", "new_empty", "new_tensor"}
+_FACTORIES = {"new_zeros", "new_ones", "new_full", "new_empty", "new_tensor"}
 _LIKE = {torch.zeros_like, torch.ones_like, torch.full_like, torch.empty_like}
-_ASKING = {"item", "tolist", "numpy", "__bool__", "__float__", "__int__", "__index__", "__complex__", "__format__",
-           "__array__", "__reduce_ex__", "__contains__", "backward", "data_ptr", "untyped_storage"}  # fmt: skip
+_NEEDING_VALUE = {"item", "tolist", "numpy", "__bool__", "__float__", "__int__", "__index__", "__complex__",
+                  "__format__", "__array__", "__reduce_ex__", "__contains__", "backward", "data_ptr",
+                  "untyped_storage"}  # fmt: skip
 _OPERATORS = {name for name in dir(Tensor) if name[:2] == "__" and callable(getattr(Tensor, name))} - {*dir(object)}
 _OPERATORS |= {"__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__", "__format__", "__reduce_ex__"}
 for _name in _OPERATORS - {"__torch_function__", "__torch_dispatch__", "__setstate__", "__deepcopy__", "__hash__"}:
@@ -208,14 +211,14 @@ class Group:
         return tree_map(lambda each: each.narrow(0, first, count), stack)
 
     def meta(self) -> Any:
-        """A member on the device "meta", for questions about its shape."""
+        """A member as a tensor on the device "meta", which has the shape and dtype but no memory."""
         if self._meta is None:
             with torch.no_grad():
                 self._meta = self.make_meta()
         return self._meta
 
     def make_meta(self) -> Any:
-        """A member on the device "meta", made for the first question."""
+        """Makes the tensor that `meta` returns."""
         raise NotImplementedError
 
     def device(self) -> torch.device:
@@ -259,7 +262,7 @@ class _Hole:
 
 
 class Operation(Group):
-    """A function of operands of several steps. Members have one index for each of the groups in `sources`."""
+    """The calls of one function in several steps. A call is a member: the index of its operand in each of `sources`."""
 
     def __init__(self, function: Any, args: Any, kwargs: Any, operands: Sequence[Recorded], modes: _Modes) -> None:
         super().__init__()
@@ -284,7 +287,7 @@ class Operation(Group):
         left = iter(indices)
 
         def fill(each: Any) -> Any:
-            """What stands in the place of a hole; any other argument as it is."""
+            """The value for a hole; any other argument as it is."""
             if not isinstance(each, _Hole):
                 return each
             return next(left) if each.number is None else values[each.number]
@@ -380,7 +383,7 @@ def _structure(value: Any) -> str:
 
 
 def _fill_holes(value: Any, fill: Callable[[Any], Any]) -> Any:
-    """The value with fill(hole) for each hole: as tree_map, but also in slices, and not in named tuples of torch."""
+    """The value with each hole replaced by fill(hole): as tree_map, but also in slices, not in torch's named tuples."""
     if isinstance(value, _Hole):
         return fill(value)
     if type(value) in (tuple, list):
@@ -393,7 +396,7 @@ def _fill_holes(value: Any, fill: Callable[[Any], Any]) -> Any:
 
 
 def _select_steps(base: Tensor, index: Any, indices: Sequence[tuple[int, ...]]) -> Tensor | None:
-    """`base[index]` for one integer per step, stacked; None where that is no selection along a dimension."""
+    """`base[index]` with the integer of each step, stacked; None if the index does more than select on a dimension."""
     index = index if isinstance(index, tuple) else (index,)
     rest: tuple[Any, ...] = ()
     if not isinstance(base, Tensor) or len(indices[0]) > 1:
@@ -417,7 +420,7 @@ def _select_steps(base: Tensor, index: Any, indices: Sequence[tuple[int, ...]]) 
 
 
 class _Purity(TorchDispatchMode):
-    """Notes whether the functions called in it are pure: draw no random numbers and change nothing."""
+    """A mode that notes whether all functions called in it are pure: they draw no random numbers and change nothing."""
 
     pure = True
 
@@ -428,7 +431,7 @@ class _Purity(TorchDispatchMode):
 
 
 class Result(Group):
-    """A named result of a chain in all of its steps."""
+    """One of the results of a chain, such as the spikes, in all of its steps."""
 
     def __init__(self, chain: Chain, name: str) -> None:
         super().__init__()
@@ -441,10 +444,10 @@ class Result(Group):
         return len(self.chain.inputs)
 
     def is_wanted(self) -> bool:
-        """Whether steps before the last one may be asked for."""
+        """Whether the values of steps before the last one may be needed."""
         return self.is_used or any(each() is not None for each in self.given[:-1])
 
-    def make_meta(self) -> Any:
+    def make_meta(self) -> Any:  # spikes and states have the shape of the input
         return self.chain.inputs[0].group.meta()
 
     def device(self) -> torch.device:
@@ -457,12 +460,12 @@ class Result(Group):
         return super().item(index)
 
     def is_computed(self) -> bool:
-        """Whether the chain has run; results that nothing asks for then have no values."""
+        """Whether the chain has run. It computes only results that are wanted; others then have no values."""
         return self.chain.is_done
 
 
 def _mark_used(group: Group) -> Group:
-    """Notes that a value of this group is used later, so that a `Result` keeps all its steps. Returns the group."""
+    """Notes that a value of this group is used later, so that a `Result` keeps all its steps, and returns the group."""
     if isinstance(group, Result):
         group.is_used = True
     return group
@@ -475,8 +478,8 @@ class Chain:
 
     def __init__(self, layer: Any, initial: dict[str, Any], modes: _Modes) -> None:
         self.layer, self.modes = layer, modes
-        self.initial = {name: _as_place(each) for name, each in initial.items()}
-        self.inputs: list[_Place] = []
+        self.initial = {name: _as_member(each) for name, each in initial.items()}
+        self.inputs: list[_Member] = []
         self.mark = self._values_beside_states()
         self.results = {name: Result(self, name) for name in (SPIKES, *initial)}
         self.final: dict[str, Any] = {}
@@ -490,7 +493,7 @@ class Chain:
         return True
 
     def _values_beside_states(self) -> list[Any]:
-        """What the layer computes with besides its states: ids and versions of its tensors, and numbers."""
+        """The values with which the layer computes besides its states: ids and versions of its tensors, and numbers."""
         mark: list[Any] = []
         for module in self.layer.modules():
             mark += [value for name, value in vars(module).items() if name[0] != "_" and type(value) in _NUMBERS]
@@ -501,7 +504,7 @@ class Chain:
 
     def required_groups(self) -> list[Group]:
         """The groups that must be computed before the chain runs."""
-        return [each.group for each in (*self.inputs, *self.initial.values()) if isinstance(each, _Place)]
+        return [each.group for each in (*self.inputs, *self.initial.values()) if isinstance(each, _Member)]
 
     def run(self) -> None:
         """Computes all steps of the layer at once."""
@@ -517,7 +520,7 @@ class Chain:
         else:
             x_seq = groups.pop().gather([each.at for each in self.inputs])
         initial = {
-            name: each.group.item(each.at) if isinstance(each, _Place) else each for name, each in self.initial.items()
+            name: each.group.item(each.at) if isinstance(each, _Member) else each for name, each in self.initial.items()
         }
         wanted = {name for name, each in self.results.items() if each.is_wanted()}
         layer, kept = self.layer, self.layer.carried_states()
@@ -535,7 +538,7 @@ class Chain:
         self.is_done = True
 
     def store_final_states(self) -> None:
-        """Gives the layer its states, as the loop left them."""
+        """Sets the layer's states to those after the loop."""
         for name, state in self.layer.carried_states().items():
             if type(state) is Recorded:
                 is_last = self.is_continued_by({name: state}) and name in self.final
@@ -543,26 +546,26 @@ class Chain:
 
 
 _NUMBERS = (bool, int, float, str)
-SPIKES = "spikes"  # name of the result of a chain that is no state
+SPIKES = "spikes"  # name of the only result of a chain that is not a state
 
 
-class _Place(NamedTuple):
+class _Member(NamedTuple):
     """A member of a group."""
 
     group: Group
     at: int
 
 
-def _as_place(value: Any) -> Any:
-    """A recorded value as group and index, to be used later; any other value as it is."""
-    return _Place(_mark_used(value.group), value.index) if type(value) is Recorded else value
+def _as_member(value: Any) -> Any:
+    """A recorded value as its group and index, marked as used; any other value as it is."""
+    return _Member(_mark_used(value.group), value.index) if type(value) is Recorded else value
 
 
 # ---- recording ----
 
 
 class Recording:
-    """Records what the code in ``with recording: ...`` calls, and computes it."""
+    """Records the calls of layers and of torch's functions inside ``with recording: ...``, and computes them."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -598,7 +601,7 @@ class Recording:
             chain.results.clear()
 
     def as_operand(self, value: Tensor) -> Recorded:
-        """A tensor that exists, as an operand."""
+        """Wraps an existing tensor, so that calls with it are recorded."""
         return Recorded(self, self.existing.setdefault(id(value), Existing(value)), 0)
 
     def record_call(self, function: Any, *args: Any, **kwargs: Any) -> Any:
@@ -629,7 +632,7 @@ class Recording:
         return target
 
     def _record_write(self, function: Any, args: Any, kwargs: Any) -> None:
-        """Records a change of an existing tensor. What was recorded before and reads the tensor is computed first."""
+        """Records a change in place of an existing tensor, after computing what was recorded before and reads it."""
         storage = _storage_id(args[0])
         if storage in self.read:
             self.compute_all(function.__name__)
@@ -637,7 +640,7 @@ class Recording:
         self._record_operation(function, args, kwargs, merge=False)
 
     def _record_operation(self, function: Any, args: Any, kwargs: Any, merge: bool = True) -> Recorded:
-        """Records a call. With `merge`, it joins the operation of the same call in other steps, if there is one."""
+        """Records a call. With `merge` it becomes a member of the operation of the same call in other steps, if any."""
         operands: list[Recorded] = []
         indices: list[int] = []
         modes = _current_modes()
@@ -702,7 +705,7 @@ class Recording:
                     )
                 self.earlier.append(chain)
             chain = self.chains[layer] = Chain(layer, states, modes)
-        chain.inputs.append(_as_place(x if type(x) is Recorded else self.as_operand(x)))
+        chain.inputs.append(_as_member(x if type(x) is Recorded else self.as_operand(x)))
         found = {}
         for name, result in chain.results.items():
             found[name] = Recorded(self, result, len(chain.inputs) - 1)
@@ -710,7 +713,7 @@ class Recording:
         return found
 
     def layer_name(self, layer: nn.Module) -> str:
-        """The layer in errors: its path and its class."""
+        """The name of the layer in errors: its path and its class."""
         path = next((path for path, module in self.model.named_modules() if module is layer), "")
         return f"{path or '(the model)'} ({getattr(type(layer), 'original', type(layer)).__name__})"
 
@@ -723,13 +726,13 @@ class Recording:
         return recorded.group.item(recorded.index)
 
     def compute_all(self, use: str) -> None:
-        """Computes all that is recorded. `use` names the function that needs it, for errors."""
+        """Computes all that is recorded. `use` names the function that requires this, for errors."""
         self.asked = use
         self._compute(*self.operations.values())
         self._run_effects_and_chains()
 
     def _run_effects_and_chains(self) -> None:
-        """Runs what changes tensors or layers: effects and chains."""
+        """Runs the recorded calls that change tensors or layers: effects, which are changes in place, and chains."""
         for effect in self.effects:
             self._compute(effect)
         self.effects.clear()
@@ -785,9 +788,9 @@ class Recording:
         return self.record_call(torch.stack, list(values)) if some else torch.stack(values)
 
     def pass_through(self, function: Any, args: Any, kwargs: Any) -> Any:
-        """Calls a function of tensors that exist, after what is recorded of the tensors that it reads or changes."""
+        """Calls a function of existing tensors, after computing what is recorded of those that it reads or changes."""
         name = function.__name__
-        if self.written and name not in _ABOUT and name != "__get__":
+        if self.written and name not in _METADATA and name != "__get__":
             tensors = (each for each in _leaves((args, kwargs)) if isinstance(each, Tensor))
             if any(_storage_id(each) in self.written for each in tensors):
                 self.compute_all(name)
@@ -807,8 +810,8 @@ class Recording:
             self.is_running = False
 
     def _compute_in_order(self, wanted: Any) -> None:
-        """Computes a group or chain after all that it needs, without recursion; a cycle is an error."""
-        todo, opened = [_computing_unit(wanted)], set()  # the path to the current unit, and units that wait
+        """Computes a group or chain after all that it needs, without recursion. Raises RuntimeError for a cycle."""
+        todo, opened = [_computing_unit(wanted)], set()  # a stack of units, and those of them that wait for others
         while todo:
             unit = todo[-1]
             missing = (
@@ -834,28 +837,28 @@ class Recording:
 
 
 def _computing_unit(group: Any) -> Any:
-    """The object that computes a group: the chain of a result, or the group itself."""
+    """The unit that computes a group: the chain of a result, or the group itself."""
     return group.chain if isinstance(group, Result) else group
 
 
 def _is_computed(unit: Any) -> bool:
-    """Whether a group or chain is computed."""
+    """Whether a unit, which is a group or a chain, is computed."""
     return unit.is_done if isinstance(unit, Chain) else unit.is_computed()
 
 
 class _Mode(TorchFunctionMode):
     """Passes all calls of torch's functions in a recording to it."""
 
-    def __init__(self, of: Recording) -> None:
+    def __init__(self, recording: Recording) -> None:
         super().__init__()
-        self.of = of
+        self.recording = recording
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if self.of.is_running:
+        if self.recording.is_running:
             return function(*args, **(kwargs or {}))
         if Recorded in types:
-            return self.of.record_call(function, *args, **(kwargs or {}))
-        return self.of.pass_through(function, args, kwargs or {})
+            return self.recording.record_call(function, *args, **(kwargs or {}))
+        return self.recording.pass_through(function, args, kwargs or {})
 
 
 def _scan_argument(value: Any, key: list[Any], operands: list[Recorded], indices: list[int] | None) -> None:
@@ -889,7 +892,7 @@ def _scan_argument(value: Any, key: list[Any], operands: list[Recorded], indices
 
 
 def _with_holes(value: Any, numbers: Iterator[int], takes_indices: bool, inside: bool = False) -> Any:
-    """An argument with holes in the places of operands, and of the indices of getitem if it `takes_indices`."""
+    """An argument with holes in place of operands and, if it `takes_indices`, of integers in the index of getitem."""
     kind = type(value)
     if kind is Recorded:
         return _Hole(next(numbers))
@@ -934,10 +937,11 @@ def _in_place_refusal(target: Recorded, name: str, has_plain: bool) -> str:
 
 @functools.cache
 def _in_place_form(function: Any) -> tuple[Any, str, int | None] | None:
-    """How a function changes its first argument: by its name or by an argument `inplace`. None if it changes nothing.
+    """How a function changes its first argument in place. None if it does not.
 
-    By its name, as `add_`: the function that computes the same out of place, the name, and None. The function is None
-    if there is none, as for `x[i] = value`. By an argument: the function itself, its name, and the argument's position.
+    If it always does, as `add_`: the function that computes the same out of place, or None without one, as for
+    `x[i] = value`; the name of the given function; and None. If an argument `inplace` decides: the function itself, its
+    name, and the position of this argument.
     """
     name = function.__name__
     if name == "__setitem__":

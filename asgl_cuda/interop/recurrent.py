@@ -61,7 +61,7 @@ class Recurrent(Converted):
 def synaptic_inputs(
     x_seq: Tensor, s_seq: Tensor, s_init: Tensor | None, weight: Tensor, bias: Tensor | None = None, time_dim: int = 0
 ) -> Tensor:
-    """The inputs of the synapses in all steps of `recurrent_lif`, to compute the currents that some layers return."""
+    """The inputs of the synapses in all steps, x[t] + bias + weight s[t-1], which `recurrent_lif` does not return."""
     first = torch.zeros_like(s_seq.select(time_dim, 0)) if s_init is None else s_init
     before = torch.cat([first.unsqueeze(time_dim), s_seq.narrow(time_dim, 0, s_seq.shape[time_dim] - 1)], time_dim)
     x_seq = x_seq if bias is None else x_seq + bias
@@ -69,7 +69,7 @@ def synaptic_inputs(
 
 
 def feedback_reason(feedback: nn.Module, known: tuple[type[nn.Module], ...] = (nn.Linear,)) -> str | None:
-    """Why spikes can't return through `feedback`: it does more than the classes in `known`, or has hooks. Or None."""
+    """Why spikes can't return through `feedback`: it computes more than classes in `known`, or has hooks. Or None."""
     name = bare_class(feedback).__name__
     if "forward" in vars(feedback) or type(feedback).forward not in [each.forward for each in known]:
         return f"its spikes return through a {name}; a Linear can be converted"

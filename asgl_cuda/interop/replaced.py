@@ -21,10 +21,10 @@ _KEPT = "_asgl_cuda_replaced"  # attribute of a layer that holds the module that
 def make_replacements(
     model: nn.Module, layers: Mapping[type[nn.Module], Callable[[Any], Any]] | None, caller: str
 ) -> dict[nn.Module, tuple[nn.Module | None, str]]:
-    """Makes the new layers, without changing the model.
+    """Makes the new layers by the functions in `layers`, without changing the model.
 
-    Returns a pair for each module whose class is in `layers`: the new layer and its description or, for a module that
-    is left, None and the reason.
+    Returns a pair for each module whose class is in `layers`: the new layer and its description; or, if the function
+    returned None, None and a text that says so.
     """
     layers = _checked_layers(layers, caller)
     if type(model) in layers:
@@ -41,15 +41,18 @@ def make_replacements(
         inside.append(f"{path}.")
         if module in found:
             continue
-        layer, text = _make_replacement(module, layers[type(module)], f"{caller}: layers, for {path}")
+        layer, text = _make_replacement(module, layers[type(module)], f"{caller}: the function in layers for {path}")
         if layer is not None and any(layer is each for each, _ in found.values()):
-            raise ValueError(f"{caller}: layers, for {path}: must return a new layer for each module, got one twice")
+            raise ValueError(
+                f"{caller}: the function in layers for {path} must return a new layer for each module, got one that it "
+                "had returned before"
+            )
         found[module] = layer, text
     return found
 
 
 def _checked_layers(layers: Any, caller: str) -> Mapping[type[nn.Module], Callable[[Any], Any]]:
-    """Checks the argument `layers` of `convert`; {} for None."""
+    """Checks the argument `layers` of `convert`. Returns {} for None."""
     if layers is None:
         return {}
     if not isinstance(layers, Mapping):
@@ -65,33 +68,34 @@ def _checked_layers(layers: Any, caller: str) -> Mapping[type[nn.Module], Callab
 
 
 def _make_replacement(module: nn.Module, make: Callable[[Any], Any], where: str) -> tuple[nn.Module | None, str]:
-    """The user's replacement for a module and its description; None and the reason to leave the module."""
+    """Calls `make` for a module. Returns the new layer and its description, or None and a text that says so."""
     name = type(module).__name__
     try:
         layer = make(module)
     except Exception as error:  # functions of users may raise anything
-        raise RuntimeError(f"{where} ({name}): its function raised {type(error).__name__}: {error}") from error
+        raise RuntimeError(f"{where} ({name}) raised {type(error).__name__}: {error}") from error
     if layer is None:
         return None, f"layers[{name}] returned None"
     if not isinstance(layer, nn.Module) or layer is module:
         given = "the module itself" if layer is module else format_value(layer)
-        raise TypeError(f"{where} ({name}): must return another torch.nn.Module or None, got {given}")
+        raise TypeError(f"{where} ({name}) must return another torch.nn.Module or None, got {given}")
     try:
         lacking = layer.load_state_dict(module.state_dict(), strict=False).unexpected_keys
     except RuntimeError as error:
         raise RuntimeError(
-            f"{where} ({name}): its state does not load into the {type(layer).__name__}: {error}"
+            f"{where} ({name}) returned a {type(layer).__name__} into which the module's state dict does not load: "
+            f"{error}"
         ) from error
     return layer, f"{type(layer).__name__}{', which has no ' if lacking else ''}{', '.join(lacking)}"
 
 
 def replace_module(model: nn.Module, module: nn.Module, layer: nn.Module) -> None:
     """Puts the layer in the module's place under all paths, and keeps the module for `revert`."""
-    _put_in_place_of(model, module, layer)
+    _replace_in_parents(model, module, layer)
     layer.__dict__[_KEPT] = module
 
 
-def _put_in_place_of(model: nn.Module, module: nn.Module, layer: nn.Module) -> None:
+def _replace_in_parents(model: nn.Module, module: nn.Module, layer: nn.Module) -> None:
     """Makes the layer a child of each parent of the module, instead of the module."""
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
@@ -101,17 +105,17 @@ def _put_in_place_of(model: nn.Module, module: nn.Module, layer: nn.Module) -> N
 
 
 def replaced_module(layer: nn.Module) -> nn.Module | None:
-    """The module that the layer has replaced, or None."""
+    """The module that the layer has replaced by `convert(model, layers=...)`, or None."""
     return layer.__dict__.get(_KEPT)
 
 
 def restore_module(model: nn.Module, layer: nn.Module) -> tuple[nn.Module, list[str]]:
-    """Puts the replaced module back, with the layer's values of the same names and shapes.
+    """Puts the module that `layer` has replaced back, with the layer's values of the same names and shapes.
 
-    Returns the module, and the names of the layer's parameters that it does not have.
+    Returns the module, and the names of those parameters of the layer that the module does not have.
     """
     module: nn.Module = layer.__dict__.pop(_KEPT)
-    _put_in_place_of(model, layer, module)
+    _replace_in_parents(model, layer, module)
     tensor = next(chain(layer.parameters(), layer.buffers()), None)
     if tensor is not None:
         module.to(tensor.device)

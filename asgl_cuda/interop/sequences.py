@@ -11,14 +11,14 @@ from torch.utils._pytree import tree_map, tree_map_only
 from ..checks import format_value
 from ..neurons.base import NeuronLayer
 from .converted import Converted, Overlay, Streamed, bare_class, overlaid_class
-from .libraries import libraries
+from .libraries import imported_adapters
 from .recording import Recording, current_recording
 
 _CALLER = "asgl_cuda.convert"
 
 
 class InSequences(Overlay):
-    """The overlay of a whole model. Its forward runs the model's own code on a `Recording`, and then computes that."""
+    """The overlay of a whole model. Its forward records the model's own code, and then computes whole sequences."""
 
     prefix = "Sequences"
     stateful = False  # whether a call continues from the states of the last one; read only if _sequences is "steps"
@@ -28,7 +28,7 @@ class InSequences(Overlay):
         """Records what the model's code does in each step, and then computes whole sequences."""
         if self._sequences == "steps":
             return self._run_steps(*args, **kwargs)
-        if _is_loop_run_directly():
+        if _runs_without_recording():
             return super().forward(*args, **kwargs)
         with Recording(self) as found:
             args, kwargs = tree_map_only(Tensor, found.as_operand, (args, kwargs))
@@ -48,7 +48,7 @@ class InSequences(Overlay):
             raise ValueError(f"{_CALLER}: x_seq must have at least one step, [T, ...], got shape {list(x_seq.shape)}")
         if not self.stateful:
             self._reset_states()
-        if _is_loop_run_directly():
+        if _runs_without_recording():
             return tree_map(lambda *each: torch.stack(each), *[super(InSequences, self).forward(x) for x in x_seq])
         with Recording(self) as found:
             outputs = []
@@ -59,13 +59,13 @@ class InSequences(Overlay):
 
     def _reset_states(self) -> None:
         """Resets the states of all layers."""
-        known = [library.reset for library in libraries() if hasattr(library, "reset")]
+        known = [library.reset for library in imported_adapters() if hasattr(library, "reset")]
         for module in self.modules():
             for reset in known:
                 reset(module)
 
     def _check_calls(self, found: Recording, steps: int) -> None:
-        """Raises RuntimeError if a layer was called more often than there were steps."""
+        """Raises RuntimeError if a layer was called more often than the model, which was called once in each step."""
         for layer, calls in found.calls.items():
             if calls > steps:
                 name = found.layer_name(layer)
@@ -76,19 +76,19 @@ class InSequences(Overlay):
                 )
 
     def streaming(self) -> Streamed | str:
-        """How the model takes the steps of a stream, see `InStream`."""
+        """How the model takes a sequence one time step per call, see `Streaming`."""
         if self._sequences == "steps":
             return Streamed(0, None, has_switch=True)
         return "its forward has a loop over the steps"
 
     def end_sequences(self) -> None:
-        """Restores the model."""
+        """Removes the overlay, so that calls of the model are its own again."""
         self.__dict__.pop("stateful", None)
         del self._sequences
         self.remove_overlay()
 
 
-def _is_loop_run_directly() -> bool:
+def _runs_without_recording() -> bool:
     """Whether to run the model's loop without a recording: for compilers and tracers, or inside of a recording."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing() or current_recording() is not None  # type: ignore
 
@@ -110,11 +110,11 @@ def checked_sequences(sequences: Any) -> str | None:
 
 
 def refusal_reason(model: nn.Module, left: list[Any]) -> str:
-    """Why `sequences` refuses a model whose layers are converted; "" if it does not."""
+    """Why `sequences` refuses a model whose layers have been converted, except those in `left`; "" if it does not."""
     if left:
         path, layer, reason = left[0]
         return f"every neuron must be converted, but {path or '(the model)'} ({layer}) is left: {reason}"
-    known = [library.streaming_of for library in libraries()]
+    known = [library.streaming_of for library in imported_adapters()]
     for path, layer in model.named_modules():
         answers = [answer for streaming_of in known if isinstance(answer := streaming_of(layer), Streamed)]
         takes_all = isinstance(layer, Converted) and not layer.takes_one_step
@@ -130,9 +130,9 @@ def refusal_reason(model: nn.Module, left: list[Any]) -> str:
     return f"the model has an attribute {taken[0]}, a name that converted models use; rename it" if taken else ""
 
 
-def overlay_model(model: nn.Module, kind: str) -> str:
-    """Gives the model the overlay `InSequences`, and returns its description for the report."""
+def overlay_model(model: nn.Module, sequences: str) -> str:
+    """Gives the model the overlay `InSequences`, for "steps" or "loop", and returns its description for the report."""
     if not isinstance(model, InSequences):
         model.__class__ = overlaid_class(InSequences, type(model))
-    model.__dict__["_sequences"] = kind
-    return _TEXT[kind]
+    model.__dict__["_sequences"] = sequences
+    return _TEXT[sequences]

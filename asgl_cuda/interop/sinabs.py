@@ -41,9 +41,9 @@ from ..reference.surrogates import PERIODIC
 from .converted import (
     Conversion,
     Converted,
-    InStream,
     Settings,
     Streamed,
+    Streaming,
     bare_class,
     float_if_scalar,
     known_class_or_reason,
@@ -53,7 +53,7 @@ from .recurrent import Recurrent, feedback_reason
 
 
 class ConvertedLayer(Converted):
-    """All steps per call. Stores `v_mem`, `recordings` and `firing_rate` as sinabs does."""
+    """A layer of which a call takes all steps. Stores `v_mem`, `recordings` and `firing_rate` as sinabs does."""
 
     v_mem: Any
     i_syn: Any
@@ -137,11 +137,11 @@ class ConvertedLayer(Converted):
             found["spike_threshold"] = self.spike_threshold
         return found
 
-    def _width_of_call(self) -> Tensor | float:
-        """The width that `lif` gets. A SingleExponential has it in units of the threshold."""
+    def _current_width(self) -> Tensor | float:
+        """The width of the next call. A SingleExponential has it in units of the threshold."""
         surrogate = self.surrogate_grad_fn
         if self.settings.asgl or type(surrogate) is not SingleExponential:
-            return super()._width_of_call()  # torch.compile can't trace a property of super()
+            return super()._current_width()  # torch.compile can't trace a property of super()
         return surrogate.grad_width * float_if_scalar(self.spike_threshold.detach())  # type: ignore[no-any-return]
 
     @property
@@ -182,7 +182,7 @@ class ConvertedExpLeak(ConvertedLayer):
         return {"function": None, "min_v_mem": self.min_v_mem}
 
     def _run_membrane(self, x_seq: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Computes all potentials, which are the output, and the last one."""
+        """Computes the output, the last potential and all potentials, which are the output."""
         v_seq, v_last = self.integrate(
             x_seq, input_gain=self._input_gain(), decay=self.alpha_mem_calculated, v_init=self.v_mem, time_dim=1
         )
@@ -259,14 +259,14 @@ def conversion_of(layer: nn.Module) -> Conversion:
     if node.min_v_mem is not None and math.isnan(_common_value(node.min_v_mem)):
         return "its lower limit of the potential (min_v_mem) differs between neurons"
     if type(node.reset_fn) not in (MembraneSubtract, MembraneReset):
-        return f"it resets by {type(node.reset_fn).__name__}"
+        return f"it resets by {type(node.reset_fn).__name__}; MembraneSubtract and MembraneReset can be converted"
     surrogate = node.surrogate_grad_fn
     thresholds = node.spike_threshold.detach().double().cpu()
     if isinstance(node.reset_fn, MembraneReset) and node.reset_fn.reset_value != 0:
         return "it resets to a value that is not 0, which sinabs also adds to neurons that did not spike"
     several = most > 1
     if several and isinstance(node.reset_fn, MembraneReset):
-        return "it resets to 0 after several spikes per step"
+        return "it resets to 0 after several spikes per step; with several spikes, MembraneSubtract can be converted"
     if most not in (math.inf, *range(1, MOST_LEVELS + 1)):
         return f"it emits at most {most} spikes per step, which must be an integer in [1, {MOST_LEVELS}] (MaxSpike)"
     if spike_fn is not SingleSpike and not (thresholds > 0).all():
@@ -299,7 +299,7 @@ def _spike_limit(spike_fn: Any) -> float | None:
 
 
 def _most_spikes(spike_fn: Any) -> float | None:
-    """The largest number of spikes per step; None for a function that convert does not know."""
+    """The largest number of spikes per step that a spike function emits; None for one that convert does not know."""
     limit = _spike_limit(spike_fn)
     if limit is not None:
         return limit
@@ -315,7 +315,7 @@ def _copy_layer(layer: Any, state: dict[str, Any], memo: dict[int, Any]) -> Any:
 
 
 def copy_layers(model: nn.Module, memo: dict[int, Any]) -> None:
-    """Copies layers completely, see `libraries`: their own __deepcopy__ detaches parameters of the original."""
+    """Copies layers completely, see `imported_adapters`. Their own __deepcopy__ detaches parameters of the original."""
     for layer in model.modules():
         if isinstance(layer, layers.StatefulLayer) and not isinstance(layer, Converted) and id(layer) not in memo:
             _copy_layer(layer, layer.__dict__, memo)
@@ -335,14 +335,14 @@ def detach(module: nn.Module) -> None:
 
 
 def placement_outside_over_time(module: nn.Module) -> str | None:
-    """Where a module that `OverTime` refuses belongs, see `libraries`; None for other modules."""
+    """How to use a module that `OverTime` refuses, see `imported_adapters`; None for other modules."""
     if not isinstance(module, layers.StatefulLayer) or isinstance(module, SqueezeMixin):
         return None
     return f"{placement_advice(f'{bare_class(module).__name__}(...)')}, which takes [B, T, ...]"
 
 
-def streaming_of(module: nn.Module) -> InStream:
-    """How a module takes the steps of a stream, see `InStream`."""
+def streaming_of(module: nn.Module) -> Streaming:
+    """How a module takes a sequence one time step per call, see `Streaming`."""
     if not isinstance(module, layers.StatefulLayer):
         return None
     if isinstance(module, _MIXING):

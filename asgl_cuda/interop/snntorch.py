@@ -32,9 +32,9 @@ from ..torch_modes import is_transform_active
 from .converted import (
     Conversion,
     Converted,
-    InStream,
     Settings,
     Streamed,
+    Streaming,
     bare_class,
     float_if_scalar,
     known_class_or_reason,
@@ -43,8 +43,8 @@ from .converted import (
 from .recording import SPIKES, Recording
 from .recurrent import Recurrent, feedback_reason, synaptic_inputs
 
-# The least beta with which a sequence is computed, because threshold / beta must be finite. For a beta of 0, it changes
-# the potential at the threshold by less than the resolution of float32.
+# The least beta with which a sequence is computed in one call, because threshold / beta must be finite. Smaller ones
+# occur there only if they can't be compared with `_SMALL_BETA`, as in compiled code.
 _LEAST_BETA = 1e-6
 # Below this beta, a sequence is computed step by step: threshold / beta would make rounding errors in the gradient of
 # beta too large, 6e-5 relative at 1e-3.
@@ -56,13 +56,13 @@ _NAMES = "a Leaky, Lapicque, Synaptic, RLeaky or RSynaptic"
 
 
 class ConvertedLeaky(Converted):
-    """One step per call, with arguments and results of `Leaky`, which are also those of `Lapicque`."""
+    """A `Leaky` or `Lapicque`: a call takes one step, with snnTorch's arguments and results."""
 
     time_dim = None
     reset_delay = True  # always True for Lapicque
     _states: tuple[str, ...] = ("mem",)
     _last: tuple[Tensor, int, Tensor] | None = None  # the last noisy step: potential, its version, spikes
-    _smallness: tuple[Any, bool] = (), False  # id and version of beta, and whether it is small
+    _smallness: tuple[Any, bool] = (), False  # id and version of beta when it was read, and whether it was small
 
     def dependencies(self) -> dict[str, Any]:
         """Values that must not change after the conversion, see `Converted.dependencies`."""
@@ -82,13 +82,13 @@ class ConvertedLeaky(Converted):
         register_with_library(self)
 
     def prefers_original_step(self) -> bool:
-        """Whether to run snnTorch's own step: also if beta learns, whose gradient costs what the kernel saves."""
+        """Whether to run snnTorch's own step: also if beta learns, whose gradient takes the time that kernels save."""
         if self.init_hidden and self.beta.requires_grad and torch.is_grad_enabled():
             return self.can_run_original()
         return super().prefers_original_step()
 
     def forward(self, input_: Tensor, *states: Tensor | None, **named: Tensor | None) -> Any:
-        """A step, with arguments and results of `Leaky`."""
+        """Computes one step, with the arguments and results of the layer in snnTorch."""
         if self.prefers_original_step():
             return super().forward(input_, *states, **named)
         return self.pack_results(input_, *self.compute_step(input_, *states, **named))
@@ -102,7 +102,7 @@ class ConvertedLeaky(Converted):
         self._buffers[name] = value  # not setattr, which refuses a value that is still `Recorded`
 
     def record_step(self, recording: Recording, input_: Any, *given: Any, **named: Any) -> Any:
-        """Records a step, with the layer's arguments and results."""
+        """Records one step. Takes and returns what the layer's forward takes and returns."""
         states = self.carried_states()
         unknown = [*given[len(states) :], *(named.keys() - {*self._states[len(given) :]})]
         if unknown:
@@ -134,13 +134,13 @@ class ConvertedLeaky(Converted):
         return self._charge_and_fire(input_.unsqueeze(0), mem)
 
     def _charge_and_fire(self, x_seq: Tensor, mem: Tensor | None) -> tuple[Tensor, ...]:
-        """Spikes and potentials after one step `x_seq`, `[1, ...]`, from which a pending reset is subtracted."""
+        """Spikes and potentials after one step `x_seq`, `[1, ...]`, before which the pending reset is applied."""
         mechanism, threshold, (decay, gain) = (
             self.reset_mechanism,
             float_if_scalar(self.threshold),
             self._decay_and_gain(),
         )
-        self._check_values(x_seq.shape[1:], threshold, decay)
+        self._check_parameter_shapes(x_seq.shape[1:], threshold, decay)
         v_init = self._state_before(x_seq, mem)
         if mechanism != "none":
             reset = self._pending_reset(v_init, threshold)
@@ -168,7 +168,7 @@ class ConvertedLeaky(Converted):
         options = self._sequence_options()
         if self._has_small_beta(options["decay"]):
             return self.loop_over_steps(x_seq, mem)
-        self._check_values(x_seq.shape[1:], options["v_threshold"], options["decay"])
+        self._check_parameter_shapes(x_seq.shape[1:], options["v_threshold"], options["decay"])
         options["return_h_seq"] = at_rest = self.reset_delay or self.reset_mechanism == "none"
         options |= {} if at_rest else {"detach_reset": False, "return_v_seq": True}
         output = self.lif(x_seq, v_init=self._initial_potential(x_seq, mem, options), **options)
@@ -194,23 +194,23 @@ class ConvertedLeaky(Converted):
             setattr(self, name, value)
 
     def pack_results(self, input_: Tensor, spk: Tensor, *states: Tensor, time_dims: int = 0) -> Any:
-        """What the layer returns of its spikes and states. Checks their shape."""
+        """The return value of the layer, spikes or spikes and states, after a check of the spikes' shape."""
         if spk.shape != input_.shape:  # because snnTorch would reset its states in each step
-            self._refuse_values(input_.shape[time_dims:])
+            self._raise_for_parameter_shape(input_.shape[time_dims:])
             raise ValueError(
                 f"asgl_cuda.convert: the recurrent weights of {bare_class(self).__name__} must keep the shape of the "
                 f"input, {list(input_.shape)}, but spikes get shape {list(spk.shape)}"
             )
         return spk if self.init_hidden and not self.output else (spk, *states)
 
-    def _check_values(self, shape: torch.Size, *used: Tensor | float) -> None:
-        """Refuses values that do not broadcast against a step of this shape, if a value in `used` has dimensions."""
+    def _check_parameter_shapes(self, shape: torch.Size, *used: Tensor | float) -> None:
+        """Raises ValueError if a parameter does not broadcast against a step, and one in `used` has dimensions."""
         for each in used:
             if isinstance(each, Tensor) and each.dim():
-                self._refuse_values(shape)
+                self._raise_for_parameter_shape(shape)
 
-    def _refuse_values(self, shape: torch.Size) -> None:
-        """Raises for the first value of the layer that does not broadcast against a step of this shape."""
+    def _raise_for_parameter_shape(self, shape: torch.Size) -> None:
+        """Raises ValueError for the first parameter of the layer that does not broadcast against a step, if any."""
         values = {name: getattr(self, name, None) for name in ("alpha", "beta", "R", "C", "threshold")}
         values["recurrent.V"] = getattr(getattr(self, "recurrent", None), "V", None)
         for name, value in values.items():
@@ -259,7 +259,7 @@ class ConvertedLeaky(Converted):
         )
 
     def _state_before(self, x_seq: Tensor, state: Tensor | None, name: str = "mem") -> Tensor:
-        """The state before a step or sequence: `state` if given, else the stored one, or 0 if shapes differ."""
+        """The state before a step or sequence: `state`, or the stored one for None. Zeros if its shape differs."""
         if state is None:
             state = getattr(self, name)
         else:
@@ -272,7 +272,7 @@ class ConvertedLeaky(Converted):
             raise TypeError(f"`{name}` should not be passed as an argument while `init_hidden=True`")
 
     def _has_small_beta(self, decay: Tensor | float) -> bool:
-        """Whether beta is so small that a sequence is computed step by step. Reads beta once after each change."""
+        """Whether beta is so small that a sequence is computed step by step. Reads a tensor once after each change."""
         if self.reset_mechanism != "subtract":
             return False
         if isinstance(decay, float):
@@ -286,7 +286,7 @@ class ConvertedLeaky(Converted):
         return self._smallness[1]
 
     def _pending_reset(self, mem: Tensor, threshold: Tensor | float) -> Tensor:
-        """The pending reset: the spikes of the last step if it had noise, else those of `mem` and the threshold."""
+        """The spikes of the last step, whose reset is pending: as emitted if it had noise, else `mem > threshold`."""
         last = self.__dict__.pop("_last", None)
         if last is not None and mem is last[0] and version_of(mem) == last[1]:
             return last[2]  # type: ignore[no-any-return]
@@ -305,7 +305,7 @@ class ConvertedLeaky(Converted):
 
 
 class ConvertedSynaptic(ConvertedLeaky):
-    """One step per call, with arguments and results of `Synaptic`."""
+    """A `Synaptic`: a call takes one step, with snnTorch's arguments and results."""
 
     takes_input_directly = False
     syn: Tensor
@@ -333,7 +333,7 @@ class ConvertedSynaptic(ConvertedLeaky):
 
 
 class ConvertedRLeaky(Recurrent, ConvertedLeaky):
-    """One step per call, with arguments and results of `RLeaky`. `recurrent` is a Linear or one weight per neuron."""
+    """An `RLeaky` whose `recurrent` is a Linear or one weight per neuron. A call takes one step, as in snnTorch."""
 
     _weights = ("V",)
     _states: tuple[str, ...] = ("spk", "mem")
@@ -369,7 +369,7 @@ class ConvertedRLeaky(Recurrent, ConvertedLeaky):
         return fits and not self._has_small_beta(_clamp_to_unit(self.beta))
 
     def _recurrent_sequence(self, x_seq: Tensor, spk: Any, mem: Any, **synapse: Any) -> Any:
-        """Spikes, potentials, and what `synaptic_inputs` needs: spikes before the first step, weight and bias."""
+        """Spikes, potentials, and the arguments s_init, weight and bias of `synaptic_inputs`."""
         self.check_unchanged()
         options, s_init = self._sequence_options(), self._state_before(x_seq, spk, "spk")
         v_init = self._initial_potential(x_seq, mem, options)
@@ -388,7 +388,7 @@ class ConvertedRLeaky(Recurrent, ConvertedLeaky):
 
 
 class ConvertedRSynaptic(ConvertedRLeaky, ConvertedSynaptic):  # type: ignore[misc]
-    """One step per call, with arguments and results of `RSynaptic`."""
+    """An `RSynaptic`: a call takes one step, with snnTorch's arguments and results."""
 
     _states = ("spk", "syn", "mem")
 
@@ -418,7 +418,7 @@ def _clamp_to_unit(value: Tensor) -> Tensor | float:
 
 
 def _raise_to_least(value: Tensor | float, least: float) -> Tensor | float:
-    """The value, values from 0 to `least` raised to it, with the gradient of the value. A negative decay stays."""
+    """The value, raised to `least` where it is in [0, least), with the gradient of the value. A negative one stays."""
     if isinstance(value, float):
         return least if 0 <= value < least else value
     return value + torch.where((value >= 0) & (value < least), least - value, 0.0).detach()
@@ -429,19 +429,19 @@ class MultiStep(nn.Module):
 
     Args:
         layer: a layer of snnTorch, converted in place if necessary.
-        stateful: a call goes on from the states that the last call left in the layer, until `asgl_cuda.reset(model)`.
+        stateful: a call continues from the states that the last call left in the layer, until `asgl_cuda.reset(model)`.
             By default each call starts at rest. May be set later, as an attribute.
 
-    A call takes `x_seq` `[T, ...]` and, unless the layer has init_hidden, optional initial states, and returns the
-    layer's results of all steps, stacked: spikes, or spikes and states. A state that is not given is at rest, or, if
-    stateful, the last call's. The layer keeps the last states, as `layer.mem`. State dicts have the layer's own keys,
-    without `layer.`, and load both.
+    A call takes `x_seq` `[T, ...]` and, unless the layer has init_hidden, optional initial states. It returns the
+    layer's results of all steps, stacked: spikes, or spikes and states. A state that is not given is at rest or, if
+    stateful, that of the last call. The layer keeps the last states, as `layer.mem`. A state dict has the keys of the
+    layer alone. State dicts whose keys begin with `layer.` load as well.
 
-    `snntorch.utils.reset(model)` looks only at the model's own children, and so does not find the layer; with
+    `snntorch.utils.reset(model)` looks only at the model's own children, and so does not find the layer. With
     `stateful=True` use `asgl_cuda.reset(model)`, which also resets other layers of snnTorch.
 
-    Raises TypeError for arguments of another type, ValueError for a layer that can't be represented, or with a reset by
-    subtraction without delay.
+    Raises TypeError for arguments of another type, ValueError for a layer that can't be converted or that resets by
+    subtraction without delay, and RuntimeError in a call if the layer has been reverted.
 
     The same with snnTorch::
 
@@ -524,18 +524,18 @@ def conversion_of(layer: nn.Module) -> Conversion:
             f"it is of snnTorch {importlib.metadata.version('snntorch')}, and convert knows only the reset of version 1"
         )
     if leaky.inhibition:
-        return "it has inhibition"
+        return "it has inhibition, which asgl_cuda does not support (inhibition=True)"
     if leaky.state_quant:
-        return "it quantises its state"
+        return "it quantises its state, which asgl_cuda does not support (state_quant)"
     if isinstance(leaky.graded_spikes_factor, nn.Parameter) or bool((leaky.graded_spikes_factor != 1).any()):
-        return "its spikes are graded"
+        return "its spikes are graded, which asgl_cuda does not support (graded_spikes_factor)"
     base = {"subtract": kind._base_sub, "zero": kind._base_zero, "none": kind._base_int}[leaky.reset_mechanism]
     if getattr(leaky.state_function, "__func__", None) is not base:
         return "its state_function is not that of its reset_mechanism"
     if leaky.reset_mechanism == "zero" and kind is not snntorch.Leaky:
-        return 'it resets the input of the next step to 0 as well (reset_mechanism="zero")'
+        return 'it resets the input of the next step to 0 as well, and lif only the potential (reset_mechanism="zero")'
     if kind is snntorch.Lapicque and (leaky.R * leaky.C).requires_grad:
-        return "it learns by a graph that ends with the first backward (learn_beta)"
+        return "its R and C come from the learned beta, once, by a graph that ends with the first backward (learn_beta)"
     if issubclass(_CONVERTED[kind], Recurrent) and (reason := feedback_reason(leaky.recurrent, _RETURNING)) is not None:
         return reason
     if kind is snntorch.RSynaptic and not leaky.reset_delay:
@@ -567,7 +567,7 @@ def detach(module: nn.Module) -> None:
 
 
 def placement_outside_over_time(module: nn.Module) -> str | None:
-    """Where a module that `OverTime` refuses belongs, see `libraries`; None for other modules."""
+    """How to use a module that `OverTime` refuses, see `imported_adapters`; None for other modules."""
     if isinstance(module, MultiStep):
         return placement_advice("MultiStep(...)")
     if isinstance(module, tuple(_CONVERTED)):
@@ -582,8 +582,8 @@ def reason_not_written(module: nn.Module) -> str | None:
     return None
 
 
-def streaming_of(module: nn.Module) -> InStream:
-    """How a module takes the steps of a stream, see `InStream`."""
+def streaming_of(module: nn.Module) -> Streaming:
+    """How a module takes a sequence one time step per call, see `Streaming`."""
     if isinstance(module, MultiStep):
         return Streamed(0, None, has_switch=True)
     if not isinstance(module, _NEURONS):

@@ -15,7 +15,7 @@ from ..spikes.functional import has_kernel
 from ..spikes.layers import SPIKE_LAYERS, expected_speedup
 from .convert import Left, Replaced, Report, copy_model
 from .converted import Overlay, overlaid_class
-from .libraries import libraries
+from .libraries import imported_adapters
 from .recording import Recorded
 
 _DENSE = {ours: theirs for theirs, ours in SPIKE_LAYERS.items()}
@@ -23,10 +23,10 @@ _FEW = 32  # with fewer channels or outputs, lists of non-zero inputs cost more 
 _LEAST_GAIN = 1.3  # a layer is replaced if its evaluation is estimated to be this many times as fast
 
 
-class _OfLibrary(Overlay):
+class _SpikeOverlay(Overlay):
     """The overlay of SpikingJelly's Linear and convolutions, whose own forward handles time.
 
-    It calls the forward of its base class, which the overlay makes that of the spike layer.
+    This forward then calls that of its base class, which the overlay makes the spike layer's.
     """
 
     prefix = "Spike"
@@ -38,22 +38,26 @@ class _OfLibrary(Overlay):
 
 
 def _spike_class(kind: type[nn.Module]) -> Any:
-    """The spike layer's class that replaces `kind`; None if layers of `kind` may compute something else."""
+    """The class of spike layers that replaces the class `kind`; None if `kind` may compute something else."""
     if kind in SPIKE_LAYERS:
         return SPIKE_LAYERS[kind]
-    known = (library.PLAIN[kind] for library in libraries() if kind in getattr(library, "PLAIN", ()))
-    return overlaid_class(_OfLibrary, kind) if next(known, None) in SPIKE_LAYERS else None
+    known = (library.PLAIN[kind] for library in imported_adapters() if kind in getattr(library, "PLAIN", ()))
+    return overlaid_class(_SpikeOverlay, kind) if next(known, None) in SPIKE_LAYERS else None
 
 
 def _reason_to_leave(layer: Any, shares: list[tuple[int, int]], kernels: bool) -> str:
-    """Why a layer is left; "" if it becomes a spike layer."""
+    """Why a layer does not become a spike layer; "" if it does.
+
+    `shares` has, for each call with the example, the numbers of non-zero inputs and of all inputs; `kernels` says
+    whether kernels support these inputs.
+    """
     if _spike_class(type(layer)) is None:
         return "its class is a subclass of torch's layer, which may compute something else"
     if "forward" in vars(layer):
-        return "its forward is replaced"
+        return "its forward is an attribute of the layer, not the method of its class"
     outputs, inputs, *_ = layer.weight.shape
     if getattr(layer, "groups", 1) != 1 or any(each != 1 for each in getattr(layer, "dilation", ())):
-        return "groups and dilations have no kernel"
+        return "its groups or its dilation are not 1, for which spike layers have no kernel"
     if not shares:
         return "the example does not reach it"
     if not kernels:
@@ -73,7 +77,7 @@ def _weight_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def _nonzero_fraction(shares: list[tuple[int, int]]) -> float:
-    """The fraction of non-zero elements, from pairs of their number and the number of all elements."""
+    """The fraction of non-zero inputs, from pairs of their number and the number of all inputs."""
     nonzero, elements = map(sum, zip(*shares, strict=True))
     return nonzero / max(elements, 1)
 
@@ -83,17 +87,18 @@ def to_spike_layers(model: nn.Module, example: Any) -> tuple[nn.Module, Report]:
 
     Args:
         model: any module, with neurons of any library. The class of its Linear, Conv1d and Conv2d, torch's or
-            SpikingJelly's, is changed in place, so parameters, their names, hooks and optimizers stay. Compile a model
-            of torch.compile again.
+            SpikingJelly's, is changed in place, so parameters, their names, hooks and optimizers stay. If the model is
+            compiled, call torch.compile again.
         example: an input of the model, or a tuple of its positional arguments. A copy of the model is evaluated with
             it once, and the non-zero inputs of each layer are counted. Firing rates change during training, so use a
             trained network.
 
     Returns the model and a report. For each replaced layer the report has the fraction of non-zero inputs and an
     estimate of how many times as fast its evaluation is. A training step gains less, because the gradient of the input
-    is dense. Layers with dense inputs, such as first layers, small layers, other subclasses of torch's layers, and
-    convolutions with groups or dilations are not replaced. The choice depends only on this example. A spike layer
-    always uses the list of non-zero inputs, whatever its input is.
+    is dense. These layers are not replaced: layers with dense inputs, which first layers usually have, small layers,
+    other subclasses of torch's layers, convolutions with groups or dilations, and layers for whose inputs there is no
+    kernel, such as half types and GPUs. The choice depends only on the layers and this example. A spike layer uses the
+    list of non-zero inputs even if later inputs are dense.
 
     Raises TypeError if the model is not a module.
 
@@ -138,9 +143,9 @@ def to_spike_layers(model: nn.Module, example: Any) -> tuple[nn.Module, Report]:
 
 
 def from_spike_layers(model: nn.Module) -> tuple[nn.Module, Report]:
-    """Turns the spike layers of a model back into torch's layers, in place; the inverse of `to_spike_layers`.
+    """Turns the spike layers of a model back into torch's or SpikingJelly's layers, in place, after `to_spike_layers`.
 
-    Returns the model and a report. Raises TypeError if the model is not a module.
+    Returns the model and a report of these layers. Raises TypeError if the model is not a module.
 
     Example::
 
@@ -149,8 +154,8 @@ def from_spike_layers(model: nn.Module) -> tuple[nn.Module, Report]:
     check_module(model, "asgl_cuda.from_spike_layers")
     report = Report([], [])
     for name, layer in model.named_modules():
-        if type(layer) in _DENSE or isinstance(layer, _OfLibrary):
-            kind = layer.original if isinstance(layer, _OfLibrary) else _DENSE[type(layer)]
+        if type(layer) in _DENSE or isinstance(layer, _SpikeOverlay):
+            kind = layer.original if isinstance(layer, _SpikeOverlay) else _DENSE[type(layer)]
             report.replaced.append(Replaced(name, type(layer).__name__, kind.__name__))
             vars(layer).pop("_copy", None)
             layer.__class__ = kind

@@ -31,8 +31,8 @@ from ..neurons.over_time import placement_advice
 from .converted import (
     Conversion,
     Converted,
-    InStream,
     Streamed,
+    Streaming,
     bare_class,
     known_class_or_reason,
     replaced_method_reason,
@@ -56,7 +56,7 @@ def _installed_classes(file: str, *names: str) -> tuple[Any, ...]:
 
 
 class ConvertedNode(Converted):
-    """All steps per call in step mode "m", one step in "s". Stores `v` and `v_seq` as SpikingJelly does."""
+    """A node: a call takes all steps in step mode "m", one in "s". Stores `v` and `v_seq` as SpikingJelly does."""
 
     v: Any
     surrogate_function: Any
@@ -81,7 +81,7 @@ class ConvertedNode(Converted):
         if self.step_mode != "s":
             return None
         whole = "spikingjelly.activation_based.functional.set_step_mode(model, 'm')"
-        return f"step mode 's' gains little; {whole} computes whole sequences, 3 to 12 times faster"
+        return f"step mode 's' gains little; {whole} computes whole sequences, which takes several times less time"
 
     def multi_step_forward(self, x_seq: Tensor) -> Tensor:
         """The spikes of a sequence `[T, ...]`."""
@@ -122,7 +122,7 @@ class ConvertedNode(Converted):
         return {name: getattr(self, name) for name in ("v", "c") if name in self._memories}
 
     def record_step(self, recording: Recording, x: Any) -> Any:
-        """Records a step, with the node's arguments and results."""
+        """Records one step. Takes and returns what the node's forward takes and returns."""
         if self.step_mode == "m":
             return super().record_step(recording, x)
         results = recording.add_layer_step(self, x, states := self.carried_states())
@@ -140,7 +140,7 @@ class ConvertedNode(Converted):
         return {name: each for name, each in found.items() if each is not None}, {}
 
     def _charging_current(self, x_seq: Tensor, whole: bool) -> Tensor:
-        """The current that charges the neurons: the input. In subclasses it depends on whether `x_seq` is `whole`."""
+        """The current that charges the neurons: here the input. `whole`: `x_seq` is a sequence, not a single step."""
         return x_seq
 
 
@@ -168,7 +168,7 @@ def _leak_per_step(node: Any) -> Tensor | float:
 
 
 def _node_options(node: Any, x_seq: Tensor) -> dict[str, Any]:
-    """The options of `lif` that follow from the node's attributes and state, except `input_gain`."""
+    """The options of `lif` that follow from the node's attributes and state, without `input_gain`."""
     v_reset = 0.0 if node.v_reset is None else node.v_reset
     v_rest = 0.0 if isinstance(node, _CUBA) else v_reset
     return {
@@ -185,18 +185,19 @@ def _input_gain(node: Any) -> Tensor | float:
     """The factor on the input, `input_gain` of `lif`."""
     if isinstance(node, _INTEGER):
         return 1.0
-    # Up to SpikingJelly 0.0.0.0.8 the input always decays.
+    # Up to SpikingJelly 0.0.0.0.8 nodes have no decay_input, and the input always decays.
     return _leak_per_step(node) if isinstance(node, _LEAKY) and getattr(node, "decay_input", True) else 1.0
 
 
 def _stored_state(node: Any, value: Any, x_seq: Tensor, at_start: float, at_rest: float | None) -> Any:
-    """The state `value` as a tensor for `v_init`: expanded if a number, `at_start` if it is of another shape.
+    """The node's state `value` as a tensor for `v_init`.
 
-    None if it is the number `at_rest`, with which `lif` starts by default.
+    A number is expanded. A tensor of another shape than a step is replaced by `at_start`, as in SpikingJelly. Returns
+    None if the state is the number `at_rest`, with which `lif` starts by default.
     """
     is_integer, simple = not x_seq.is_floating_point(), isinstance(node, (ConvertedClockDrivenNode, *_SIMPLE))
     if isinstance(value, Tensor) and value.shape != x_seq.shape[1:] and not simple:
-        value = at_start  # start at rest, as in SpikingJelly
+        value = at_start
     if not isinstance(value, Tensor):
         return None if value == at_rest and not is_integer else x_seq.new_full(x_seq.shape[1:], value)
     # Since version 2, SpikingJelly stores states in the input's dtype.
@@ -204,7 +205,7 @@ def _stored_state(node: Any, value: Any, x_seq: Tensor, at_start: float, at_rest
 
 
 class ConvertedContainer(Recurrent):
-    """A recurrent container of a node, or of a Linear and a node. These keep their parameters and states."""
+    """A recurrent container of a node, or of a Linear and a node, which keep their parameters and states."""
 
     y: Any
     _feedback_factor: float | str  # see the function of this name
@@ -248,7 +249,7 @@ class ConvertedContainer(Recurrent):
         setattr(self if name == "y" else _linear_and_node(self)[1], name, value)
 
     def record_step(self, recording: Recording, x: Any) -> Any:
-        """Records a step, with the container's arguments and results."""
+        """Records one step. Takes and returns what the container's forward takes and returns."""
         if self.step_mode == "m":
             return super().record_step(recording, x)
         results = recording.add_layer_step(self, x, states := self.carried_states())
@@ -257,7 +258,7 @@ class ConvertedContainer(Recurrent):
         return results["y"]
 
     def compute_steps(self, x_seq: Tensor, states: dict[str, Any], wanted: set[str]) -> tuple[Any, Any]:
-        """Computes all steps from the stored states, of which it returns the spikes of each step alone."""
+        """Computes all steps from the stored states. Returns the spikes of each step, but no states of the node."""
         if missing := wanted & {"v", "c"}:
             raise RuntimeError(
                 f"asgl_cuda.convert: with sequences, only the spikes of a {bare_class(self).__name__} are known in "
@@ -273,7 +274,7 @@ class ConvertedContainer(Recurrent):
         return self.multi_step_forward(x.unsqueeze(0)).squeeze(0)
 
     def multi_step_forward(self, x_seq: Tensor) -> Tensor:
-        """The spikes of a sequence `[T, ...]`, which are fed back."""
+        """The spikes of a sequence `[T, ...]`, each of which is fed back in the next step."""
         self.check_unchanged()  # before the parts of the container are used
         linear, node = _linear_and_node(self)
         if isinstance(self, _WITH_WEIGHTS):
@@ -364,14 +365,14 @@ class ConvertedClockDrivenNode(ConvertedNode):
         return "one step per call gains little; MultiStep nodes compute whole sequences, several times faster"
 
     def record_step(self, recording: Recording, x: Any) -> Any:
-        """Records a step, and stores its spikes if this version does."""
+        """Records one step, and stores its spikes if this version of SpikingJelly does."""
         spikes = super().record_step(recording, x)
         if "spike" in self._memories:
             self.spike = spikes
         return spikes
 
     def forward(self, x: Tensor) -> Tensor:
-        """The spikes of a step or a sequence, stored if this version does."""
+        """The spikes of a step or a sequence. Stores them if this version of SpikingJelly does."""
         whole = self.step_mode == "m"
         if not whole and self.prefers_original_step():
             return super().forward(x)  # type: ignore[no-any-return]
@@ -384,7 +385,7 @@ class ConvertedClockDrivenNode(ConvertedNode):
 
 
 class ConvertedNonSpikingNode(Converted):
-    """A node that does not fire. All steps per call, from 0, and decoded as SpikingJelly does."""
+    """A node that does not fire. A call takes all steps, starts at 0, and decodes potentials as SpikingJelly does."""
 
     takes_input_directly = False
     time_dim = 0
@@ -395,8 +396,8 @@ class ConvertedNonSpikingNode(Converted):
 
     def forward(self, x_seq: Tensor) -> Any:
         """The potentials of a sequence `[T, ...]`, decoded."""
-        share, gain = (1 / self.tau, 1 / self.tau) if isinstance(self, _READ_OUTS) else (0.0, 1.0)
-        v_seq, self.v = self.integrate(x_seq, decay=1 - share, input_gain=gain)
+        leak, gain = (1 / self.tau, 1 / self.tau) if isinstance(self, _READ_OUTS) else (0.0, 1.0)
+        v_seq, self.v = self.integrate(x_seq, decay=1 - leak, input_gain=gain)
         if self.decode == "max-mem":
             return v_seq.max(0).values
         if self.decode == "max-abs-mem":
@@ -456,7 +457,7 @@ _STATEFUL = "it is not a neuron that convert knows, but carries a state"
 
 
 def _is_neuron(layer: nn.Module) -> bool:
-    """Whether the layer is a neuron of SpikingJelly, or of a user who derived or copied one."""
+    """Whether the layer is a neuron of SpikingJelly, or a user's that is derived or copied from one."""
     files = tuple(f"{package}.neuron" for package in _PACKAGES)
     in_file = any(base.__module__.startswith(files) for base in type(layer).__mro__)
     return in_file or hasattr(layer, "neuronal_charge")
@@ -480,7 +481,7 @@ def conversion_of(layer: nn.Module) -> Conversion:
     if getattr(node, "backend", None) == "lava":
         return 'it is computed by Lava (backend="lava")'
     if isinstance(node.v_reset, Tensor):
-        return "its v_reset is a tensor"
+        return "its v_reset is a tensor; a number or None can be converted"
     if kind in _INTEGER:
         return _integer_node_conversion(node.surrogate_function)
     if not isinstance(layer, _WITH_STEP_MODE):
@@ -510,9 +511,9 @@ def _integer_node_conversion(function: Any) -> Conversion:
     """How to convert an ILIFNode with this surrogate, a MultiLevelSpikeCount; see `Conversion`."""
     levels, *window = function.max_spike_count, function.grad_min, function.grad_max
     if levels > MOST_LEVELS:
-        return f"it counts up to {levels} spikes, more than {MOST_LEVELS}"
+        return f"it counts up to {levels} spikes, more than {MOST_LEVELS}, the most that asgl_cuda supports"
     if window != [0, levels]:
-        return f"its gradient's window is {window}, not [0, {levels}]"
+        return f"its gradient's window is {window}, not [0, {levels}] (grad_window)"
     return ConvertedILIFNode, SpikeFunction("rectangle", 1.0, 1.0, False)
 
 
@@ -546,7 +547,7 @@ def _step_mode_of(module: Any) -> str:
 
 
 def placement_outside_over_time(module: nn.Module) -> str | None:
-    """Where a module that `OverTime` refuses belongs, see `libraries`; None for other modules."""
+    """How to use a module that `OverTime` refuses, see `imported_adapters`; None for other modules."""
     if not _is_refused_by_over_time(module):
         return None
     name = bare_class(module).__name__
@@ -558,8 +559,8 @@ def placement_outside_over_time(module: nn.Module) -> str | None:
     return placement_advice(layer, in_place=True)
 
 
-def streaming_of(module: nn.Module) -> InStream:
-    """How a module takes the steps of a stream, see `InStream`."""
+def streaming_of(module: nn.Module) -> Streaming:
+    """How a module takes a sequence one time step per call, see `Streaming`."""
     if type(module) in _CONTAINERS:
         return Streamed(_CONTAINERS[type(module)], None)
     if not _is_refused_by_over_time(module):

@@ -44,7 +44,7 @@ _direct = None if None in _found else _Operators(*_found)
 
 
 def _operators_of(inputs: Sequence[Any]) -> _Operators:
-    """As `backends.operators_of`: compilers, function modes and subclasses of Tensor see torch.ops alone."""
+    """As `backends.operators_of`: those of torch.ops if a compiler, function mode or subclass must see the call."""
     if torch.compiler.is_compiling() or _direct is None or has_torch_function(inputs):
         return _operators
     return _direct
@@ -53,16 +53,16 @@ def _operators_of(inputs: Sequence[Any]) -> _Operators:
 def _pack_spikes(
     x: Tensor, weight_sizes: Sequence[int], stride: Sequence[int], padding: Sequence[int]
 ) -> Tensor | None:
-    """Packs x for kernels: a bit per element, then the values that are not zero, unless all of those are 1.
+    """Packs x for backward: one bit per element, then the non-zero values, unless all of these are 1.
 
-    None if the operators are to pack x, because sizes must not depend on values.
+    None if the operators are to pack x, because in compiled or transformed code sizes must not depend on values.
     """
     if torch.compiler.is_compiling() or is_transform_active() or type(x) is not Tensor or not x.is_cpu:
         return None
     return extension.module.pack_spikes(x, weight_sizes, stride, padding)  # type: ignore[union-attr,no-any-return]
 
 
-class SpikeFunction(torch.autograd.Function):
+class SpikeProductFunction(torch.autograd.Function):
     """spike_product as a differentiable function of x, weight and bias.
 
     Takes an operator, or None for the one that is called directly.
@@ -118,18 +118,18 @@ class SpikeFunction(torch.autograd.Function):
 
 
 def _with_derivative(operator: Any, below: Any, *arguments: Any) -> Tensor:
-    """Calls spike_product by `below`, the operator below autograd, so that the result has SpikeFunction's graph.
+    """Computes spike_product by `below`, its kernel below autograd, with SpikeProductFunction as its derivative.
 
-    See DERIVATIVES. `operator` is not needed.
+    The signature is that of the functions in `DERIVATIVES`; `operator` is not needed.
     """
-    return apply_at_one_level(SpikeFunction, below, *arguments)  # type: ignore[no-any-return]
+    return apply_at_one_level(SpikeProductFunction, below, *arguments)  # type: ignore[no-any-return]
 
 
 DERIVATIVES["spike_product"] = _with_derivative
 
 
 def has_kernel(x: Tensor, weight: Tensor, caller: str) -> bool:
-    """Whether kernels compute the product, by the list of non-zeros; else torch's own operator does."""
+    """Whether the kernels, which skip zeros, can compute the product; otherwise torch's own operator must."""
     check_tensor("input", x, caller)
     check_tensor("weight", weight, caller)
     dtype = x.dtype
@@ -153,11 +153,14 @@ def product_by_kernel(
     padding: Sequence[int] = (),
     caller: str = "",
 ) -> Tensor:
-    """Computes a linear map, or if `weight` has more than two dimensions a convolution, by the kernels."""
+    """Computes a linear map or, if `weight` has more than two dimensions, a convolution by the kernels.
+
+    `panels` is the weight in the kernels' order, if the caller has it.
+    """
     arguments = x, weight, bias, panels, stride, padding
     if is_differentiated((x, weight, bias), caller):
         packed = _pack_spikes(x, weight.shape, stride, padding) if weight.requires_grad else None
-        return apply(SpikeFunction, None, *arguments, packed)  # type: ignore[no-any-return]
+        return apply(SpikeProductFunction, None, *arguments, packed)  # type: ignore[no-any-return]
     return _operators_of((x, weight, bias)).spike_product(*arguments, None)
 
 
@@ -211,13 +214,15 @@ def spike_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
     `torch.nn.functional.linear` is used for other types, devices and layouts, under autocast, and in forward-mode
     differentiation.
 
-    For backward one bit per element is stored instead of the input, and the non-zero values if one of them is not 1.
+    For the gradient of the weight, one bit per element is stored instead of the input, and the non-zero values if one
+    of them is not 1. The input itself is stored if it takes no more memory, and in compiled code.
 
     Returns:
         `[..., out_features]`, differentiable once with respect to all arguments.
 
     Raises:
-        ValueError: sizes do not fit.
+        TypeError: input or weight is not a tensor.
+        ValueError: sizes do not fit. In the cases that torch's operator computes, it raises its own RuntimeError.
 
     Example::
 
@@ -257,7 +262,8 @@ def spike_conv2d(
         `[N, out_channels, H', W']` or `[out_channels, H', W']`, differentiable once with respect to all tensors.
 
     Raises:
-        ValueError: sizes do not fit.
+        TypeError: input or weight is not a tensor.
+        ValueError: sizes do not fit. In the cases that torch's operator computes, it raises its own RuntimeError.
 
     Example::
 

@@ -28,14 +28,14 @@ from .monitor import table_lines
 
 _CALLER = "asgl_cuda.calibrate"
 _TOLERANCE = 0.01  # tolerance relative to the rate
-_MORE_RUNS = 5  # runs beyond one per layer, for weights shared with earlier layers and for nonlinear inputs
+_MORE_RUNS = 5  # runs beyond one per layer, for layers called several times and inputs not linear in the weight
 _WIDEST = 12  # factors from 2^-12 to 2^12 are tried; larger ones would scale rounding errors
-_NARROWEST = 2**-14  # an interval of log2(factor); a rate that changes in it by more than the tolerance jumps
+_NARROWEST = 2**-14  # width in log2(factor) at which bisection ends: the rate jumps there by more than the tolerance
 NORMALISATIONS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, BatchNormLIF)
 
 
 class CalibratedLayer(NamedTuple):
-    """A layer of neurons: its name, the scaled weight, the firing rate before and after, and the factor."""
+    """A calibrated layer of neurons: the names of the layer and of the scaled weight, its firing rates, the factor."""
 
     layer: str
     weight: str
@@ -60,11 +60,11 @@ class Calibration(NamedTuple):
 def calibrate(model: nn.Module, x_seq: Any, rate: float = 0.2) -> Calibration:
     """Scales the weights before the neurons, with one batch, until each layer fires at `rate`.
 
-    In networks without normalisation the deeper layers are otherwise silent at first, and then learn late or not at
-    all. Call `calibrate` once, after the model has been made or converted and before the first step of the optimizer.
-    It scales the weight of the linear layer or convolution before the neurons, also if views, pooling, dropout or
-    currents lie in between. If a normalisation lies in between, also in `BatchNormLIF`, it scales the weight of the
-    normalisation. Nothing else of the model changes.
+    In networks without normalisation the deeper layers are otherwise often silent at first, and then learn late or not
+    at all. Call `calibrate` once, after the model has been made or converted and before the first step of the
+    optimizer. It scales the weight of the linear layer or convolution before the neurons, also if views, pooling,
+    dropout or synaptic currents lie in between. If a normalisation lies in between, or belongs to a `BatchNormLIF`, it
+    scales the weight of the normalisation. Nothing else of the model changes.
 
     Rates are measured on a copy with hard spikes, without dropout, from rest. In training mode normalisations use the
     statistics of the batch. The factor of each layer is found from the input of that layer, and confirmed by another
@@ -84,7 +84,9 @@ def calibrate(model: nn.Module, x_seq: Any, rate: float = 0.2) -> Calibration:
 
     Raises ValueError if no factor can bring a layer to `rate`: because its input comes from several paths or from no
     weight, because the weight is shared, parametrised or frozen, because the rate is out of reach, or because it
-    depends on earlier calls. The message names the layer, and the model is unchanged.
+    depends on earlier calls. The message names the layer. Also raises ValueError for a rate outside of (0, 1), a model
+    without such layers, or an `x_seq` that the model does not take, and TypeError if `model` is not a module. After an
+    error the model is unchanged.
 
     Example::
 
@@ -143,14 +145,14 @@ def _explaining_model_errors(x_seq: Any) -> Iterator[None]:
 
 
 class _Site:
-    """A layer of neurons and the weight before it, by name. A layer that is called several times may have several."""
+    """A layer of neurons and the weight before it, by name. A layer called several times may have several weights."""
 
     def __init__(self, layer: str, weight: str, rate: float) -> None:
         self.layer, self.weight, self.factor = layer, weight, 1.0
         self.found, self.tolerance = rate, 0.0  # the nearest rate found, and its tolerance
         self.calls: list[Any] = []  # the calls of a run: layer, input, other arguments, output
         self.biases: list[Tensor] = []  # inputs of the neurons if the weight were 0
-        self.since = 0  # how many weights had been scaled before the first call
+        self.since = 0  # number of scalings in all runs before the first call of this run
 
 
 class _Trial:
@@ -200,7 +202,7 @@ class _Trial:
             self._parameters[site.weight].copy_(self._weights[site.weight] * factor)
 
     def run(self) -> dict[_Site, float]:
-        """Runs the model from rest, scales weights and returns the rates found, in order of execution."""
+        """Runs the model from rest, scales weights on the way, and returns the rates, in order of execution."""
         for site in self._sites.values():
             site.calls = []
         reset(self._model)
@@ -214,7 +216,7 @@ class _Trial:
         return {site: self._rate_of(site, [call[-1] for call in site.calls]) for site in sites}
 
     def measure_biases(self, before: dict[_Site, float]) -> None:
-        """Runs the model with all weights at 0, to find what biases alone give to the neurons."""
+        """Runs the model with all weights at 0, to find the inputs that the neurons get from biases alone."""
         for site in before:
             self._set_factor(site, 0.0)
         self.run()
@@ -223,9 +225,9 @@ class _Trial:
             site.biases = [x for _, x, *_ in site.calls]
 
     def _record_call(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """Records a call of neurons, as a forward hook.
+        """A forward hook of neurons that records the call. The output that it returns replaces that of the call.
 
-        The last call of the layer in a run also sets its weight, if no other weight was set since its first call.
+        The last call of the layer in a run also scales its weight, if no weight was scaled since its first call.
         """
         given = inspect.signature(layer.forward).bind(*args, **kwargs)
         x, residual = given.args[0], given.arguments.pop("residual", None)
@@ -238,7 +240,7 @@ class _Trial:
         return self._fit_weight(site) if is_fresh and is_last else site.calls[-1][-1]
 
     def _fit_weight(self, site: _Site) -> Any:
-        """Scales the weight for the rate, and returns the output of the last call with it."""
+        """Scales the weight until the neurons fire at the rate, and returns the last call's output for this weight."""
         outputs = [output for *_, output in site.calls]
         if self.is_reached(site, self._rate_of(site, outputs)):
             return outputs[-1]
@@ -274,7 +276,7 @@ class _Trial:
         return outputs
 
     def _rate_of(self, site: _Site, outputs: list[Any]) -> float:
-        """The fraction of spikes, over all processes."""
+        """The fraction of elements with a spike, over all processes. Also sets the site's tolerance."""
         spikes = [next(each for each in _pytree.tree_leaves(output) if isinstance(each, Tensor)) for output in outputs]
         elements = spikes[0].new_tensor(sum(each.numel() for each in spikes), dtype=torch.int64)
         counts = torch.stack([*(each.count_nonzero() for each in spikes), elements])
@@ -287,18 +289,18 @@ class _Trial:
         return sum(fired) / count  # type: ignore[no-any-return]
 
     def is_reached(self, site: _Site, measured: float) -> bool:
-        """Whether a rate is the wanted one, or the nearest that was found."""
+        """Whether a measured rate is the wanted one, or the nearest that was found, up to the site's tolerance."""
         return min(abs(measured - self._rate), abs(measured - site.found)) <= site.tolerance
 
     def unreachable_rate_error(self, site: _Site, seen: str) -> ValueError:
-        """The error that no factor leads to the rate. `seen` says which rates were measured."""
+        """Makes the error that no factor leads to the rate. `seen` says which rates were measured."""
         return ValueError(
             f"{_CALLER}: {site.layer or 'the model'}: no factor on {site.weight} makes it fire at {self._rate:g}; the "
             f"rate is {seen}. Another rate, more varied samples, or a normalisation before these neurons may help"
         )
 
     def _scaling_weight(self, layer: Any, x: Tensor, residual: Tensor | None) -> str:
-        """The name of the only weight that scales the input of these neurons, up to biases."""
+        """The name of the only weight that scales the input of these neurons. Raises ValueError if there is none."""
         normalises = isinstance(layer, BatchNormLIF)
         paths = (
             self._nearest_weights(x) if not normalises else {self._names[id(layer.weight)]} if layer.affine else set()
@@ -313,9 +315,9 @@ class _Trial:
         got += [f"{each} ({self._problems[each]})" if each in self._problems else f"{each}" for each in paths - {None}]
         raise ValueError(
             f"{_CALLER}: {name or 'the model'}: its input must have one weight that can be scaled, got "
-            f"{'several paths: ' * (len(got) > 1)}{' and '.join(sorted(got)) or 'none'}; it must belong to a linear "
-            "layer, a convolution or a normalisation, not be parametrised, and be used in its graph. Put a "
-            "normalisation before these neurons, or use asgl_cuda.BatchNormLIF"
+            f"{'several paths: ' * (len(got) > 1)}{' and '.join(sorted(got)) or 'none'}; the weight must belong to a "
+            "linear layer, a convolution or a normalisation, must not be parametrised, and autograd must record its "
+            "use. Put a normalisation before these neurons, or use asgl_cuda.BatchNormLIF"
         )
 
     def _nearest_weights(self, x: Tensor) -> set[str | None]:
@@ -352,18 +354,18 @@ def _search_factor(rate_at: Callable[[float], float], rate: float, tolerance: fl
 
 
 def _start_new_graph(value: Tensor) -> Tensor:
-    """The value detached, as the start of a new graph."""
+    """The tensor detached, as the start of a new autograd graph. A tensor of integers is returned as it is."""
     is_number = value.is_floating_point() or value.is_complex()
     return value.clone().detach().requires_grad_().clone() if is_number else value  # leaves can't be changed in place
 
 
 def _start_new_graphs(values: Any) -> Any:
-    """The values with detached tensors, which begin new graphs."""
+    """Nested values in which each tensor starts a new autograd graph."""
     return _pytree.tree_map_only(Tensor, _start_new_graph, values)
 
 
 def _leaf_of_node(node: Any) -> Tensor | None:
-    """The leaf to which a chain of nodes with one input leads, as from a transposed weight; None without one."""
+    """The leaf at the end of a chain of autograd nodes with one input each, as of a transposed weight; or None."""
     while not hasattr(node, "variable"):
         inputs = [each for each, _ in node.next_functions if each is not None]
         if len(inputs) != 1:

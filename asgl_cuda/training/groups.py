@@ -1,4 +1,4 @@
-"""Parameter groups of an optimizer, and the step of learned widths, Adam's whatever the optimizer of the weights is.
+"""Parameter groups of an optimizer, and Adam's step for learned widths, whatever the optimizer of the weights is.
 
 The gradient of a width is smaller by orders of magnitude if the width is large and the network deep. SGD's step is in
 proportion to it, so one learning rate is either too small for large widths or too large for others. Adam's step in
@@ -23,7 +23,7 @@ from ..neurons.lif import LIF
 from .calibration import NORMALISATIONS
 
 WIDTH_LR = 0.03
-NEURON_LR = 3e-3  # of decays, thresholds and adaptation: at 0.03 they leave their range
+NEURON_LR = 3e-3  # learning rate of decays, thresholds and adaptations, which leave their range at 0.03
 _BY_ADAM = "by_adam"  # the key of a group whose step is Adam's
 _ADAM = (torch.optim.Adam, torch.optim.AdamW, torch.optim.Adamax, torch.optim.NAdam, torch.optim.RAdam)
 
@@ -44,27 +44,30 @@ def parameter_groups(
     decays, thresholds and adaptations. Both scale the gradients of all layers before them, and get no weight decay.
 
     By default both groups take the step of Adam, with rates of 0.03 and 3e-3, whatever the optimizer of the weights and
-    its rate are. A width then changes by about 3 % per step at most. If the optimizer is not of Adam's family, hooks
-    around its `step` make these steps, and its momentum and other options do not apply to these groups. You may
-    accumulate gradients, call `unscale_` of a GradScaler, and clip, as usual. Adam's averages are in the state dict of
-    the optimizer. Schedulers scale the rates together with the others. `OneCycleLR` sets the rates itself, so give it a
-    `max_lr` for each group.
+    its rate are. A step then usually changes a width by at most about 3 %. `Adam`, `AdamW`, `Adamax`, `NAdam` and
+    `RAdam` of torch take their own step. For any other optimizer, hooks around its `step` take Adam's, and its options,
+    such as momentum, do not apply to these groups, except `maximize`. You may accumulate gradients, call `unscale_` of
+    a GradScaler, and clip, as usual. Adam's averages are in the state dict of the optimizer. Schedulers scale the rates
+    together with the others. `OneCycleLR` and `CyclicLR` set the rates themselves, so give them rates for each group.
 
     Give `width_lr` if the optimizer is not a `torch.optim.Optimizer`, if it calls its closure several times, or if a
     CUDA graph captures its step. Then all of these parameters are "neurons", and the optimizer treats them as any other
     group, with this rate. (The authors of ASGL train widths by Adam at 3e-4 for 117,000 steps.)
 
     With `norm_weight_decay`, usually 0, there is a group "norms" between "weights" and the others, with `lr` and this
-    decay. It has all parameters with at most one dimension, which are biases and the parameters of normalisations, and
-    those of `LayerNorm` and `RMSNorm`. With None these stay among the weights.
+    decay. It has the parameters with at most one dimension, such as biases and the parameters of normalisations, and
+    all parameters of `LayerNorm` and `RMSNorm`. With None these stay among the weights.
 
-    Parameters of modules inside of an ASGL layer do not belong to "neurons". Neither do those of the normalisation in
-    `BatchNormLIF`, nor the weights and biases of recurrences. Every parameter is in one group, once, even if it is
-    shared or frozen: optimizers skip frozen parameters. Empty groups are omitted.
+    Parameters of modules inside of an ASGL layer do not belong to "neurons", except those of the node in a converted
+    recurrent container. Neither do those of the normalisation in `BatchNormLIF`, nor the weights and biases of
+    recurrences. Every parameter is in one group, once, even if it is shared or frozen: optimizers skip frozen
+    parameters. Empty groups are omitted.
 
-    Raises ValueError for a negative rate or decay, and TypeError if `model` is not a module. Warns once per process if
-    a model has several layers of `LIF`, no normalisation and torch's initial weights: its deeper layers are likely
-    silent at first, and then learn late or not at all.
+    Returns the groups as a list of dicts, each with its "name".
+
+    Raises ValueError for a rate or decay that is not at least 0, and TypeError for arguments of another type. Warns
+    once per process if a model has several layers of `LIF`, no normalisation and torch's initial weights: its deeper
+    layers are likely silent at first, and then learn late or not at all.
 
     Example::
 
@@ -119,9 +122,10 @@ def parameter_groups(
 
 
 def _is_likely_silent(model: nn.Module) -> bool:
-    """Whether nothing normalises, and all weights are as torch draws them: uniform, up to 1 / sqrt(inputs).
+    """Whether the model has no normalisation, and all weights are as torch draws them: uniform, up to 1 / sqrt(inputs).
 
-    The largest of at least 256 uniform values is close to that bound. That of calibrated or trained weights is not.
+    The largest of at least 256 such values is close to this bound. That of calibrated or trained weights is usually
+    not.
     """
     weights = [each.weight for each in model.modules() if isinstance(each, nn.Linear | nn.modules.conv._ConvNd)]
     weights = [each for each in weights if type(each) is nn.Parameter and not each.is_meta and each.numel() >= 256]
@@ -132,7 +136,7 @@ def _is_likely_silent(model: nn.Module) -> bool:
 
 
 def _hook_before_step(optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
-    """Takes Adam's step for the groups that ask for it, before the optimizer's own or at the end of its closure."""
+    """A hook that takes Adam's step for the groups with `_BY_ADAM`, before the optimizer's or at its closure's end."""
     groups = [] if isinstance(optimizer, _ADAM) else [each for each in optimizer.param_groups if each.get(_BY_ADAM)]
     if not groups:
         return None
@@ -175,7 +179,7 @@ def _step_by_adam(optimizer: Any, groups: list[dict[str, Any]]) -> None:
 
 
 def _hook_after_step(optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Gives back the gradients that were hidden from the optimizer."""
+    """A hook that restores the gradients that `_step_by_adam` has hidden from the optimizer."""
     for value, grad in optimizer.__dict__.pop("_asgl_hidden", ()):
         value.grad = grad
 

@@ -1,4 +1,4 @@
-"""Helpers of a training: hard spikes, shared batch statistics, Lightning."""
+"""Helpers of training and evaluation: a Lightning callback, evaluation with hard spikes, shared batch statistics."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import nn
 from ..checks import format_type, format_value
 from ..interop.converted import bare_class
 from ..interop.fuse import Fused, make_fused
-from ..interop.libraries import libraries
+from ..interop.libraries import imported_adapters
 from ..neurons.base import check_module, require_asgl_layers
 from ..neurons.batch_norm_lif import BatchNormLIF
 from .monitor import Monitor
@@ -41,7 +41,10 @@ def lightning_callback(schedule: AnalogProbSchedule | None = None, monitor: Moni
     lightning = importlib.import_module("pytorch_lightning" if is_old else "lightning.pytorch")
 
     class ASGLCallback(lightning.Callback):  # type: ignore[misc, name-defined]
-        # A class that refers to the model in a closure would be a reference cycle and keep the model alive.
+        """The callback. Its methods are those of Lightning's base class."""
+
+        # Schedule and monitor refer to the model. Methods that had them in a closure would make a reference cycle,
+        # which would keep the model alive.
         def __init__(self, schedule: AnalogProbSchedule | None, monitor: Monitor | None) -> None:
             super().__init__()
             self._schedule, self._monitor = schedule, monitor
@@ -67,9 +70,11 @@ def lightning_callback(schedule: AnalogProbSchedule | None = None, monitor: Moni
                 self._schedule.step()
 
         def state_dict(self) -> dict[str, Any]:
+            """The state of the schedule, which Lightning saves in its checkpoints."""
             return {} if self._schedule is None else self._schedule.state_dict()
 
         def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+            """Restores the state of the schedule from a checkpoint of Lightning."""
             if self._schedule is not None:
                 self._schedule.load_state_dict(state_dict)
 
@@ -138,7 +143,7 @@ def convert_sync_batchnorm(model: nn.Module, process_group: Any = None) -> nn.Mo
             f"{caller}: process_group must be a process group that this process is in, or None for all processes, "
             f"got {format_value(process_group)}"
         )
-    kinds = [kind for library in libraries() for kind in getattr(library, "NORMALISATIONS", ())]
+    kinds = [kind for library in imported_adapters() for kind in getattr(library, "NORMALISATIONS", ())]
     fused = [path for path, module in model.named_modules() if isinstance(module, Fused)]
     for path, module in model.named_modules():
         name = bare_class(module).__name__

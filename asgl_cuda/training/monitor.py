@@ -1,4 +1,4 @@
-"""`Monitor` watches ASGL layers: widths, firing rates, shares of analog elements, dead neurons; and spike layers."""
+"""`Monitor` watches ASGL layers: widths, firing rates, fractions of analog elements, dead neurons; and spike layers."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ _QUANTITIES = (
 )  # fmt: skip
 
 # Limits by which `Monitor.problems` reports a layer or chooses the remedy.
-_MANY = 0.5  # fraction of neurons dead or saturated, or of channels constant
-_RARE = 0.05  # firing rate below which larger weights are the advice if most neurons are dead
-_FEW_INSIDE = 0.01  # fraction of potentials inside the window
-_EXPLODES = 1000.0  # growth of gradients; training runs with a growth of 30 are as accurate as runs without
+_MANY = 0.5  # fraction of dead or saturated neurons, or of constant channels, above which it is reported
+_RARE = 0.05  # firing rate below which the advice is larger weights if most neurons are dead
+_FEW_INSIDE = 0.01  # fraction of potentials inside the window below which it is reported
+_EXPLODES = 1000.0  # growth of gradients above which it is reported; a growth of 30 did not lower accuracies
 
 # Options of layers that Monitor supports; it refuses a layer with any other, as its spikes or outputs might mean
 # something else.
@@ -49,17 +49,17 @@ class _Tally:
     """Sums over the calls of a layer, on its device without synchronisation."""
 
     def __init__(self) -> None:
-        self._shares: dict[str, tuple[Any, int]] = {}  # by quantity: sum and number of elements
+        self._sums: dict[str, tuple[Any, int]] = {}  # by quantity: sum and number of elements
         self._neurons: dict[torch.Size, tuple[Any, int]] = {}  # by shape of a sample: spikes and steps
 
-    def add_shares(self, shares: Mapping[str, Tensor]) -> None:
-        """Adds shares with one value per element of the output, or per channel."""
-        for key, values in shares.items():
-            total, elements = self._shares.get(key, (0, 0))
-            self._shares[key] = total + values.sum(dtype=torch.float64), elements + values.numel()
+    def add_values(self, quantities: Mapping[str, Tensor]) -> None:
+        """Adds the quantities of a call, each a tensor with one value per element of the output, or per channel."""
+        for key, values in quantities.items():
+            total, elements = self._sums.get(key, (0, 0))
+            self._sums[key] = total + values.sum(dtype=torch.float64), elements + values.numel()
 
-    def add_neurons(self, spikes: Tensor, time_dim: int | None) -> None:
-        """Adds spikes `[T, B, ...]`, or `[B, ...]` without time. If only one dimension remains, it has the neurons."""
+    def add_spikes(self, spikes: Tensor, time_dim: int | None) -> None:
+        """Counts the spikes of each neuron, `[T, B, ...]`, or `[B, ...]` without time. The batch may be missing."""
         before = 0 if time_dim is None else 1
         spikes = spikes if time_dim is None else spikes.movedim(time_dim, 0)
         shape = spikes.shape[before + (spikes.dim() > before + 1) :]
@@ -68,7 +68,7 @@ class _Tally:
 
     def result(self) -> dict[str, float]:
         """Means over all calls, and the fractions of neurons that never or always fired."""
-        found = {key: total.item() / elements for key, (total, elements) in self._shares.items()}
+        found = {key: total.item() / elements for key, (total, elements) in self._sums.items()}
         if neurons := sum(shape.numel() for shape in self._neurons):
             dead = sum(int((counts == 0).sum()) for counts, _ in self._neurons.values())
             saturated = sum(int((counts == steps).sum()) for counts, steps in self._neurons.values())
@@ -76,10 +76,10 @@ class _Tally:
         return found
 
 
-def _shares_of_lif(
+def _quantities_of_lif(
     layer: Neurons, x_seq: Tensor, more: dict[str, Any], states: dict[str, Any], rng_state: Tensor | None, s_seq: Tensor
 ) -> dict[str, Tensor]:
-    """The shares of a call, for `_Tally`. Repeats the call, with the same states and noise, for its potentials."""
+    """The quantities of a call, element by element. Repeats it, with the same states and noise, for its potentials."""
     generator = None if rng_state is None else torch.Generator(x_seq.device).set_state(rng_state)
     time_dim = layer.time_dim % x_seq.dim()
     if isinstance(layer, LIF):  # the repeated call must not update running statistics
@@ -97,8 +97,8 @@ def _shares_of_lif(
         y = h_seq * (1 / threshold)
         smooth = y.clamp(0, layer.levels)
         hard = smooth.round()
-        shares = {"firing_rate": hard > 0, "inside": smooth == y}
-        slope = shares["inside"].to(h_seq) / threshold
+        quantities = {"firing_rate": hard > 0, "inside": smooth == y}
+        slope = quantities["inside"].to(h_seq) / threshold
         emitted = hard / layer.levels if layer.scale_output else hard
     else:
         periodic = layer.surrogate == PERIODIC
@@ -106,7 +106,7 @@ def _shares_of_lif(
         u = h_seq - threshold
         y = u * (1 / width)
         hard = fires(u, layer.strict_threshold)
-        shares = {"firing_rate": hard, "inside": y.abs() < 0.5}
+        quantities = {"firing_rate": hard, "inside": y.abs() < 0.5}
         distance = periodic_distance(h_seq, torch.as_tensor(threshold).to(h_seq)) if periodic else u
         slope = surrogate.slope(distance * (1 / width)) / width
         smooth = surrogate.cumulative(y)
@@ -119,14 +119,14 @@ def _shares_of_lif(
         else:
             passed = 1 - smooth.where(analog, hard.to(smooth)) + (v_reset - h_seq) * slope
         passed = passed if layer.v_min is None else passed * (again.v_seq > layer.v_min)
-        shares["growth"] = _gradient_growth(decay * passed, time_dim)
+        quantities["growth"] = _gradient_growth(decay * passed, time_dim)
     if not layer.multi_spike:
-        shares |= {"analog_share": analog, "smoothing_error": (smooth - hard.to(smooth)).abs()}
-    return shares
+        quantities |= {"analog_share": analog, "smoothing_error": (smooth - hard.to(smooth)).abs()}
+    return quantities
 
 
 def _gradient_growth(factors: Tensor, time_dim: int) -> Tensor:
-    """The largest product of adjacent factors of each neuron, without those of the last step, or 1.
+    """For each neuron the largest product of factors of consecutive steps, without the last step; at least 1.
 
     With the factors decay * dv[t]/dh[t], the gradient of the potentials
 
@@ -148,7 +148,7 @@ def _uses_batch_statistics(norm: Any) -> bool:
 
 
 def _constant_channels(norm: Any, x_seq: Tensor, channel: int) -> dict[str, Tensor]:
-    """Which channels vary too little to be normalised by their own statistics."""
+    """For each channel that batch statistics normalise, whether it varies too little, as the quantity "constant"."""
     if norm is None or not _uses_batch_statistics(norm):
         return {}
     group = getattr(norm, "process_group", None)
@@ -159,7 +159,7 @@ def _constant_channels(norm: Any, x_seq: Tensor, channel: int) -> dict[str, Tens
 
 
 def _scale_remedy(norm: Any, size: str, threshold: str) -> str:
-    """The remedy for potentials of the wrong scale; names nothing that the layer has already or `calibrate` refuses."""
+    """The advice for potentials of the wrong scale: `size` weights or a `threshold` threshold, as the layer allows."""
     if norm is None:
         return (
             f"{size} weights before the neurons, which asgl_cuda.calibrate(model, x_seq) sets if they are learned, or "
@@ -178,12 +178,12 @@ def _scale_remedy(norm: Any, size: str, threshold: str) -> str:
 def _problem_of_layer(values: Mapping[str, float], layer: Any, norm: Any, diverged: bool) -> str | None:
     """The problem of a layer with these quantities, and a remedy. None if it has no problem.
 
-    `diverged`: the model has a NaN weight.
+    `norm` is the normalisation that the layer computes, or None. `diverged`: the model has a NaN weight.
     """
     rate, inside, dead = values.get("firing_rate"), values.get("inside", 1.0), values.get("dead", 0.0)
-    if (share := values.get("nonzero_inputs")) is not None and (gain := expected_speedup(layer, share)) < 1:
+    if (fraction := values.get("nonzero_inputs")) is not None and (gain := expected_speedup(layer, fraction)) < 1:
         return (
-            f"{share:.0%} of its inputs are not zero, with which its evaluation takes about {1 / gain:.1f} times as "
+            f"{fraction:.0%} of its inputs are not zero, with which its evaluation takes about {1 / gain:.1f} times as "
             "long as that of torch's layer. What helps: asgl_cuda.from_spike_layers; or sparser spikes before it, by a "
             "penalty on firing rates (asgl_cuda.FiringRates)"
         )
@@ -259,7 +259,7 @@ class Monitor:
       step of all samples. In an input `[T, B, ...]`, the dimensions after the batch have the neurons. If an input has
       only one dimension besides time, this dimension has the neurons.
     - `nonzero_inputs`: fraction of inputs that are not 0. Only for spike layers (`SpikeLinear` and others), which have
-      none of the other quantities. `problems()` names the spike layers for which torch's layers would be faster.
+      none of the other quantities. `problems()` names the spike layers that are likely slower than torch's layers.
 
     Watching changes no output, gradient, state or random number. `LIF`, `RecurrentLIF` and their subclasses
     compute each watched call twice, unless a subclass has a `forward` of its own. For such subclasses and all other
@@ -286,7 +286,8 @@ class Monitor:
         self._layers = require_asgl_layers(model, _CALLER)
         self._model = model
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
-        # By layer, before a call: x_seq, other arguments, the carried states, and the generator's state if it draws.
+        # By layer, from before its current call: x_seq, the other arguments, the carried states, and the state of the
+        # random number generator, or None if the call draws no noise.
         self._before: dict[nn.Module, tuple[Tensor, dict[str, Any], dict[str, Any], Tensor | None]] = {}
         self._norms: dict[nn.Module, Any] = {}  # normalisations that the layers compute
         spiking = tuple(SPIKE_LAYERS.values())
@@ -361,7 +362,7 @@ class Monitor:
         """Counts the non-zero inputs of a spike layer."""
         x = args[0] if args else None
         if isinstance(x, Tensor) and x.numel() > 0 and not torch.compiler.is_compiling() and not is_transform_active():
-            self._tallies[layer].add_shares({"nonzero_inputs": x != 0})
+            self._tallies[layer].add_values({"nonzero_inputs": x != 0})
 
     @torch.no_grad()
     def _count_output(self, layer: Any, args: tuple[Any, ...], output: Any) -> None:
@@ -374,19 +375,19 @@ class Monitor:
         if traced or not isinstance(s_seq, Tensor) or s_seq.numel() == 0:
             return
         if before := self._before.pop(layer, None):
-            shares = _shares_of_lif(layer, *before, s_seq)
+            quantities = _quantities_of_lif(layer, *before, s_seq)
             x_seq, more, *_ = before
             channel = more["pending"].channel if "pending" in more else channel_dim(layer.time_dim % x_seq.dim())
-            shares |= _constant_channels(self._norms.get(layer), x_seq, channel)
+            quantities |= _constant_channels(self._norms.get(layer), x_seq, channel)
         else:
             # H(0) = 1/2, so a smooth value also shows the hard spike.
-            shares = {"firing_rate": s_seq >= 0.5, "analog_share": s_seq != s_seq.round()}
-        self._tallies[layer].add_shares(shares)
+            quantities = {"firing_rate": s_seq >= 0.5, "analog_share": s_seq != s_seq.round()}
+        self._tallies[layer].add_values(quantities)
         if hasattr(layer, "time_dim"):
-            self._tallies[layer].add_neurons(shares["firing_rate"], layer.time_dim)
+            self._tallies[layer].add_spikes(quantities["firing_rate"], layer.time_dim)
 
     def result(self) -> dict[str, dict[str, float]]:
-        """The measured quantities, by the layers' names."""
+        """The quantities of each layer, by name of the layer and name of the quantity."""
         found = {name: self._tallies[layer].result() for name, layer in self._watched.items()}
         widths = {name: {"width": torch.as_tensor(each.width).mean().item()} for name, each in self._layers.items()}
         return {name: widths.get(name, {}) | values for name, values in found.items()}
@@ -437,6 +438,6 @@ def _format_quantity(value: float) -> str:
 
 
 def table_lines(rows: Sequence[Sequence[str]], sides: str) -> list[str]:
-    """The lines of a table in text: its columns padded, aligned left (<) or right (>) as in `sides`."""
+    """The lines of a text table. `sides` has a character per column: "<" aligns it left, ">" right."""
     sizes = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(map("{:{}{}}".format, row, sides, sizes)) for row in rows]

@@ -115,7 +115,8 @@ class FiringRates:
     ) -> dict[str, Tensor]:
         """The rates over all processes.
 
-        Their gradients are those of this process, so that the mean over the processes is the gradient of the rates.
+        Their gradients contain only this process's calls, scaled so that the mean over the processes, which
+        DistributedDataParallel takes, is the gradient of the rates.
         """
         device = next((rate.device for rate in rates.values()), None)
         given = [sums.get(name, (torch.zeros(()), 0)) for name in self._layers]  # the same layers in all processes

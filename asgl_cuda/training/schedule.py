@@ -67,7 +67,7 @@ class AnalogProbSchedule:
 
     @classmethod
     def multi_step(cls, model: nn.Module, milestones: Sequence[int], gamma: float = 0.1) -> AnalogProbSchedule:
-        """Multiplies by `gamma` (in [0, 1]) at each of the epochs `milestones`, as torch's MultiStepLR."""
+        """Multiplies `analog_prob` by `gamma`, in [0, 1], at each epoch in `milestones`, as torch's MultiStepLR."""
         if not isinstance(milestones, Sequence) or isinstance(milestones, (str, bytes)):
             raise TypeError(f"{_CALLER}: milestones must be a sequence of ints, got {type(milestones).__name__}")
         epochs, gamma = (
@@ -78,7 +78,7 @@ class AnalogProbSchedule:
 
     @classmethod
     def cosine(cls, model: nn.Module, epochs: int, final: float = 0.0) -> AnalogProbSchedule:
-        """Follows half a cosine to `final` at epoch `epochs`, and stays there, unlike CosineAnnealingLR."""
+        """Moves `analog_prob` along half a cosine to `final` at epoch `epochs`, and then keeps it."""
         return cls(
             model,
             partial(
@@ -88,7 +88,7 @@ class AnalogProbSchedule:
 
     @classmethod
     def linear(cls, model: nn.Module, epochs: int, final: float = 0.0) -> AnalogProbSchedule:
-        """Goes in equal steps to `final` at epoch `epochs`, and stays there."""
+        """Moves `analog_prob` in equal steps to `final` at epoch `epochs`, and then keeps it."""
         return cls(
             model,
             partial(
@@ -97,7 +97,7 @@ class AnalogProbSchedule:
         )
 
     def _set_probs(self, starts: Mapping[str, float], epoch: int) -> None:
-        """Sets the layers to their values in this epoch, after checking all."""
+        """Sets `analog_prob` of all layers to the values of this epoch, after checking all values."""
         probs: dict[str, float] = {}
         for name, start in starts.items():
             probs[name] = _checked_fraction(
@@ -112,18 +112,19 @@ class AnalogProbSchedule:
         return {name: self._layers[name].analog_prob for name in self.starts}
 
     def step(self) -> None:
-        """Advances to the next epoch."""
+        """Advances to the next epoch, and sets the layers to its values."""
         self._set_probs(self.starts, self.epoch + 1)
         self.epoch += 1
 
     def state_dict(self) -> dict[str, Any]:
-        """The epoch and the layers' start values, without the constructor's arguments."""
+        """A dict with the epoch and the layers' initial values. It does not contain the constructor's arguments."""
         return {"epoch": self.epoch, "starts": dict(self.starts)}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Resumes a state, and sets the layers, whose `analog_prob` is not part of a model's state dict.
+        """Restores what `state_dict` returned, and sets the layers. A model's state dict does not have `analog_prob`.
 
-        Raises ValueError or TypeError for a state of other layers or objects; nothing has been changed then.
+        Raises ValueError or TypeError for a state of other layers or objects. The schedule and the layers are then
+        unchanged.
         """
         if not isinstance(state_dict, Mapping) or not {"epoch", "starts"} <= state_dict.keys():
             raise ValueError(
@@ -145,27 +146,27 @@ class AnalogProbSchedule:
 
 
 def _multi_step(start: float, epoch: int, epochs: Sequence[int], gamma: float) -> float:
-    """`start` times gamma for each of the epochs that has begun."""
+    """`start`, multiplied by gamma for each of the milestones `epochs` that `epoch` has reached."""
     return start * gamma ** bisect_right(epochs, epoch)
 
 
 def _cosine(start: float, epoch: int, epochs: int, final: float) -> float:
-    """Half a cosine from `start` to `final`."""
+    """The value at `epoch` of half a cosine from `start` to `final` at `epochs`."""
     return _interpolate(start, final, (1 + math.cos(math.pi * min(epoch / epochs, 1))) / 2)
 
 
 def _linear(start: float, epoch: int, epochs: int, final: float) -> float:
-    """A line from `start` to `final`."""
+    """The value at `epoch` of a line from `start` to `final` at `epochs`."""
     return _interpolate(start, final, 1 - min(epoch / epochs, 1))
 
 
-def _interpolate(start: float, final: float, share: float) -> float:
-    """The mean of `start`, with weight `share`, and `final`."""
-    return start * share + final * (1 - share)  # unlike final + (start - final) * share, exact at share 1
+def _interpolate(start: float, final: float, weight: float) -> float:
+    """The mean of `start`, with this weight, and `final`."""
+    return start * weight + final * (1 - weight)  # unlike final + (start - final) * weight, exact at weight 1
 
 
 def _checked_count(name: str, value: Any, least: int) -> int:
-    """A number of epochs in the range of a float."""
+    """Checks a number of epochs: an int from `least` to sys.maxsize."""
     count = check_int(name, value, _CALLER)
     if not least <= count <= sys.maxsize:
         raise ValueError(f"{_CALLER}: {name} must be in [{least}, {sys.maxsize}], got {format_value(count)}")

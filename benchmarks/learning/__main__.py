@@ -1,4 +1,4 @@
-"""Trains the networks of a study, prints its table: `python -m benchmarks.learning STUDY`."""
+"""Trains the networks of a study and prints its table: `python -m benchmarks.learning STUDY`."""
 
 from __future__ import annotations
 
@@ -24,12 +24,18 @@ STUDIES = {
 
 
 def main() -> int:
-    """Trains what the result file lacks."""
+    """Trains the runs of a study that its result file lacks."""
     parser = parser_of("benchmarks.learning", str(__doc__), "json")
     parser.add_argument("study", choices=STUDIES)
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="trainings at a time (default: cores)")
-    parser.add_argument("--only", default="", metavar="TEXT", help="only runs with this in their fields, as 'Adam 0.1'")
-    parser.add_argument("--data-root", type=Path, metavar="DIR", help="the folder of real sets, for width_robustness")
+    parser.add_argument(
+        "--jobs", type=int, default=os.cpu_count() or 1, help="training runs at a time (default: cores)"
+    )
+    parser.add_argument(
+        "--only", default="", metavar="TEXT", help="only runs whose fields contain this, such as 'Adam 0.1'"
+    )
+    parser.add_argument(
+        "--data-root", type=Path, metavar="DIR", help="folder with more data sets, for width_robustness"
+    )
     arguments = parser.parse_args()
     root, study = arguments.data_root, STUDIES[arguments.study]
     if root is not None:

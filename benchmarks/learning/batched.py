@@ -1,7 +1,8 @@
-"""Fully connected networks that differ in nothing but their seed, trained at once: a layer is a batched product.
+"""Trains fully connected networks that differ only in their seed at once; each layer is one batched product.
 
-A training of small networks is mostly overhead; ten at once take a fifth of the time of one after the other. The loss
-is the sum of the networks' losses and the optimisers work element by element, so each network learns as if alone.
+Training a small network is mostly overhead. Ten networks at once take a fifth of the time that they take one after the
+other. The loss is the sum of the networks' losses, and the optimisers work element by element, so each network learns
+as if it were alone.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ DECAY, THRESHOLD = 0.5, 1.0
 
 
 class Setting(NamedTuple):
-    """What the networks of a training have in common."""
+    """The settings that the networks of a training run share."""
 
     width: float
     learned: bool = True
@@ -50,7 +51,10 @@ class Setting(NamedTuple):
 
 
 class Networks(nn.Module):
-    """Layers each of a linear map, a normalisation over time and batch, and LIF neurons; means over time."""
+    """The networks. Each layer is linear, with a normalisation over time and batch and LIF neurons.
+
+    Scores are means over time.
+    """
 
     def __init__(self, features: int, classes: int, seeds: Sequence[int], setting: Setting) -> None:
         super().__init__()
@@ -79,7 +83,7 @@ class Networks(nn.Module):
         self.thresholds = values(THRESHOLD, 1, setting.decay_rate is not None)
 
     def forward(self, samples: Tensor, analog_prob: float = 0.0) -> Tensor:
-        """Scores `[S, classes, B]` of samples `[S, B, T, features]`, the same for each network where S = 1."""
+        """The scores `[S, classes, B]` of samples `[S, B, T, features]`. If S is 1, networks share the samples."""
         networks, batch = len(self.seeds), samples.shape[1]
         s_seq = samples.permute(0, 3, 2, 1).expand(networks, -1, -1, -1)  # [S, features, T, B]
         steps = self.setting.time_steps if s_seq.shape[2] == 1 else s_seq.shape[2]
@@ -98,7 +102,7 @@ class Networks(nn.Module):
         return torch.baddbmm(self.bias, self.weights[-1], s_seq.mean(2))
 
     def loss(self, samples: Tensor, labels: Tensor, analog_prob: float = 0.0) -> Tensor:
-        """The losses `[S]` on samples `[S, B, T, features]`, labels `[S, B]`."""
+        """The loss of each network, `[S]`, for samples `[S, B, T, features]` and labels `[S, B]`."""
         return functional.cross_entropy(self(samples, analog_prob), labels, reduction="none").mean(1)
 
     def optimizers(self) -> list[torch.optim.Optimizer]:
@@ -126,7 +130,7 @@ class Networks(nn.Module):
 
     @torch.no_grad()
     def accuracies(self, samples: Tensor, labels: Tensor) -> list[float]:
-        """Percent of samples `[N, T, features]` that each network recognises by hard spikes."""
+        """The percentage of the samples `[N, T, features]` that each network classifies correctly, with hard spikes."""
         self.eval()
         parts = zip(samples.split(256), labels.split(256), strict=True)
         right = sum((self(part[None]).argmax(1) == wanted).sum(1) for part, wanted in parts)
@@ -135,7 +139,7 @@ class Networks(nn.Module):
 
 
 def shortened(data: Data) -> Data:
-    """Frames averaged in pairs where there are more than eight, to halve the time."""
+    """The data with pairs of frames averaged, if a sample has more than eight, which halves the time of training."""
     if data.train.shape[1] <= 8:
         return data
     even = data.train.shape[1] // 2 * 2
@@ -145,7 +149,7 @@ def shortened(data: Data) -> Data:
 
 @cache
 def read(name: str, root: Path | None = None) -> Data:
-    """A data set in short, read once a process."""
+    """A data set, shortened, read once per process."""
     return shortened(SOURCES[name].read(root))
 
 
@@ -155,7 +159,7 @@ def flat(samples: Tensor) -> Tensor:
 
 
 def orders(count: int, setting: Setting, seeds: Sequence[int]) -> Tensor:
-    """Which samples each network sees `[steps, S, B]`: epoch after epoch in an order of its seed."""
+    """The indices of the samples that each network gets, `[steps, S, B]`: in each epoch in an order by its seed."""
     found = []
     for seed in seeds:
         generator = torch.Generator().manual_seed(seed)
@@ -168,7 +172,7 @@ def orders(count: int, setting: Setting, seeds: Sequence[int]) -> Tensor:
 def trained(
     data: Data, setting: Setting, seeds: Sequence[int], observe: Callable[[Networks, int], None] | None = None
 ) -> Networks:
-    """The networks after their training; `observe` is called with them before each step."""
+    """Trains networks and returns them. Before each step, `observe` is called with the networks and the step."""
     samples, labels = flat(data.train), data.train_labels
     networks = Networks(samples.shape[2], data.classes, seeds, setting)
     optimizers = networks.optimizers()

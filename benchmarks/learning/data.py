@@ -1,4 +1,4 @@
-"""For each of the paper's four kinds of data, a set without download, and real sets from a folder."""
+"""Data sets of the studies: one without a download for each of the paper's four kinds of data, others from a folder."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Data(NamedTuple):
 
 
 def in_parts(samples: Tensor, labels: Tensor) -> Data:
-    """A fifth of the samples for the test, stratified."""
+    """Splits the samples: a fifth is for the test, with the same fractions of classes."""
     split = train_test_split(samples, labels, test_size=0.2, stratify=labels, random_state=SPLIT_SEED)
     train, test, train_labels, test_labels = split
     return Data(train, train_labels, test, test_labels)
@@ -77,7 +77,7 @@ DARKEST = 0.1
 
 
 def saccade_events(images: Tensor) -> Tensor:
-    """Events of a camera before which `images` `[N, 1, H, W]`, 0 to 1, move in three saccades.
+    """The events of an event camera that sees `images` `[N, 1, H, W]`, from 0 to 1, move in three saccades.
 
     A pixel emits an event, ON for brighter, OFF for darker, for each change of its log intensity by `CONTRAST` since
     the last event. Counts `[N, T, 2, H, W]`, uint8, as N-MNIST was recorded (Orchard, Jayawant, Cohen, Thakor:
@@ -107,7 +107,7 @@ def saccade_events(images: Tensor) -> Tensor:
 
 
 def digit_saccades() -> Data:
-    """The digits, enlarged to 16 x 16 with a margin, before an event camera."""
+    """Events of a camera that sees the digits, enlarged to 16 x 16 with a margin."""
     data = digits()
 
     def events(samples: Tensor) -> Tensor:
@@ -321,7 +321,7 @@ SOURCES = {
 
 
 def available(root: Path | None) -> Iterator[str]:
-    """The sets that need no download, and those in `root`."""
+    """The names of the data sets that need no download, and of those found in `root`."""
     for name, source in SOURCES.items():
         if source.folder is None or (root is not None and (root / source.folder).is_dir()):
             yield name

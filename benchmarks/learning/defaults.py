@@ -48,7 +48,7 @@ DEFAULT = next(iter(LEARNED))  # of the layers
 
 
 class Task(NamedTuple):
-    """The circumstances under which arms are compared."""
+    """A task on which arms are compared: data set, layers, time steps, decay and training steps."""
 
     data: str = "digits"
     layers: int = 6
@@ -69,7 +69,7 @@ CELLS = [
 
 
 class Run(NamedTuple):
-    """The trainings of an arm, of all seeds; the first fields are those of a Task."""
+    """The training runs of an arm, for all seeds. The first fields are those of a Task."""
 
     data: str
     layers: int
@@ -84,7 +84,7 @@ RUNS = [Run(*task, optimizer, arm) for task, optimizer in CELLS for arm in ARMS]
 
 
 def train_run(run: Run, seeds: int = SEEDS, choosing: int = CHOOSING) -> dict[str, Any]:
-    """By rate the mean accuracies of the choosing seeds in validation and test; the accuracies of all at their rate."""
+    """Trains an arm: mean validation and test accuracies by learning rate, and all accuracies at the best rate."""
     data, validation, validation_labels = read_with_validation(run.data)
     setting = Setting(
         **ARMS[run.arm], layers=run.layers, time_steps=run.time_steps or data.train.shape[1], decay=run.decay,
@@ -114,7 +114,7 @@ def train_run(run: Run, seeds: int = SEEDS, choosing: int = CHOOSING) -> dict[st
 
 
 def accuracies(report: Report) -> Iterator[tuple[Task, str, dict[str, list[float]]]]:
-    """Of each cell whose arms are all there: task, optimizer and accuracies by arm."""
+    """For each cell whose arms have all been trained: the task, the optimizer and the accuracies by arm."""
     found = {Run(*(each[field] for field in Run._fields)): each["test"] for each in report["runs"]}
     for task, optimizer in CELLS:
         runs = {arm: found.get(Run(*task, optimizer, arm)) for arm in ARMS}
@@ -129,16 +129,16 @@ def named(task: Task) -> str:
 
 
 def gains(cell: dict[str, list[float]]) -> tuple[str, dict[str, tuple[float, float]]]:
-    """The best fixed arm of a cell by its mean in the test, and by learned arm the gain on it, +- half its interval."""
+    """The fixed arm with the best mean test accuracy, and each learned arm's gain over it, +- half its interval."""
     best = max(FIXED, key=lambda arm: statistics.fmean(cell[arm]))
     return best, {arm: paired(cell[arm], cell[best]) for arm in LEARNED}
 
 
 def lost(report: Report) -> dict[str, Any]:
-    """In how many cells each learned arm loses to the best fixed one by more than its interval.
+    """The number of cells in which each learned arm loses to the best fixed one by more than its interval.
 
-    Of arms without the defaults, the range of these numbers and the surrogate with the most. Also in how many cells the
-    best fixed arm has the highest of its rates.
+    For arms other than the default, the range of these numbers, and the surrogate with the largest. Also the number of
+    cells in which the best fixed arm has the highest of its learning rates.
     """
     found = [gains(cell)[1] for _, _, cell in accuracies(report)]
     by_arm = {arm: sum(gain[arm][0] < -gain[arm][1] for gain in found) for arm in LEARNED}
@@ -154,7 +154,7 @@ def lost(report: Report) -> dict[str, Any]:
 
 
 def rows(report: Report) -> tuple[list[str], list[list[str]]]:
-    """Head and rows: the best fixed arm of a cell, and what each learned arm gains on it, with 95 % intervals."""
+    """Head and rows of the table: each cell's best fixed arm, and the gains of learned arms with 95 % intervals."""
     table = []
     for task, optimizer, cell in accuracies(report):
         best, found = gains(cell)

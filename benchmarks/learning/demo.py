@@ -32,10 +32,10 @@ NEURON: dict[str, Any] = {"surrogate": "rectangle", "analog_prob": ANALOG_PROB, 
 
 
 def spiking_mlp(hidden: Sequence[int], **neuron: Any) -> nn.Sequential:
-    """A network from images `[T, B, 64]` to scores `[T, B, 10]`, of normalised layers of LIF neurons.
+    """A network of normalised layers of LIF neurons, from images `[T, B, 64]` to scores `[T, B, 10]`.
 
-    Statistics are over time and batch. Options are those of `asgl_cuda.LIF`. A rectangle has the same bits in every
-    backend.
+    Statistics are over time and batch. Options are those of `asgl_cuda.LIF`. The surrogate is a rectangle, with which
+    every backend computes the same bits.
     """
     layers: list[nn.Module] = []
     for inputs, outputs in pairwise((64, *hidden)):
@@ -45,7 +45,7 @@ def spiking_mlp(hidden: Sequence[int], **neuron: Any) -> nn.Sequential:
 
 
 def scores_of(model: nn.Module, images: Tensor) -> Tensor:
-    """The scores `[B, 10]` of images `[B, 64]` as a constant current, means over the time steps."""
+    """The scores `[B, 10]` of images `[B, 64]`, which are a constant input current, as means over the time steps."""
     scores: Tensor = model(images.expand(TIME_STEPS, -1, -1)).mean(0)
     return scores
 
@@ -119,7 +119,7 @@ def summary(reference: Run, fused: Run, test_images: int) -> str:
 
 
 def draw(reference: Run, fused: Run, path: Path) -> None:
-    """Accuracy and widths over the epochs of both runs, which nearly coincide: thin lines on broad pale ones."""
+    """Draws accuracy and widths over the epochs of both runs. They nearly coincide: thin lines on broad pale ones."""
     with palette.panels(path, 1, 2, (11, 4)) as ((accuracy, width),):
         for run in (reference, fused):
             broad = {"linewidth": 6, "alpha": 0.35, "linestyle": "-", "marker": ""} if run is reference else {}
@@ -138,8 +138,14 @@ def draw(reference: Run, fused: Run, path: Path) -> None:
 def main() -> None:
     """Runs both trainings, then prints the table and draws the figure."""
     parser = parser_of("benchmarks.learning.demo", __doc__, "json")
-    parser.add_argument("--epochs", type=int, default=30, help="of each training (default: %(default)s)")
-    parser.add_argument("--figure", type=Path, default=Path("demo.png"), metavar="FILE", help="default: %(default)s")
+    parser.add_argument("--epochs", type=int, default=30, help="epochs of each training run (default: %(default)s)")
+    parser.add_argument(
+        "--figure",
+        type=Path,
+        default=Path("demo.png"),
+        metavar="FILE",
+        help="the figure to write (default: %(default)s)",
+    )
     args = parser.parse_args()
     if args.epochs < 1:
         parser.error(f"--epochs must be at least 1, got {args.epochs}")

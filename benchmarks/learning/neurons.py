@@ -1,8 +1,8 @@
 """Studies of neurons in small networks: adaptation, calibration, and a convolutional residual network.
 
-`adaptation`, what it is good for: LIF against adLIF and ALIF, on delayed recall and on vowels. Recall: one of four
-groups of ten channels fires for ten steps, among noise; after a delay a cue asks which. Vowels are 29 steps of speech,
-centred and scaled. One and two layers of 64 neurons, decays and adaptations learned by neuron.
+`adaptation` compares LIF with adLIF and ALIF, on delayed recall and on vowels. In recall, one of four groups of ten
+channels fires for ten steps, among noise, and after a delay a cue asks which one it was. Vowels are 29 steps of speech,
+centred and scaled. Networks have one or two layers of 64 neurons, which learn a decay and an adaptation per neuron.
 
 `calibration`: test accuracy of networks without normalisation, by the rate of `asgl_cuda.calibrate`. Each network is
 trained by SGD with momentum and by Adam, from torch's default weights and from the same weights calibrated to a rate on
@@ -54,7 +54,7 @@ NEURONS: dict[str, tuple[float, dict[str, Any] | None]] = {
 
 
 class Adapted(NamedTuple):
-    """The trainings of one cell, of all seeds."""
+    """The training runs of one cell, for all seeds."""
 
     task: str
     neuron: str
@@ -62,7 +62,7 @@ class Adapted(NamedTuple):
 
 
 def recall(samples: int, delay: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Events `[T, samples, 41]`, the last channel the cue's, and the patterns to recall."""
+    """Events `[T, samples, 41]`, whose last channel is the cue, and the index of the group to recall in each sample."""
     labels = torch.randint(PATTERNS, (samples,), generator=generator)
     shape = PATTERN_STEPS + delay + CUE_STEPS, samples, 10 * PATTERNS + 1
     x_seq = (torch.rand(shape, generator=generator) < 0.02).float()
@@ -87,7 +87,7 @@ def adapted_network(features: int, classes: int, layers: int, neuron: str) -> nn
 
 
 def train_adapted(run: Adapted, seeds: int = ADAPTED_SEEDS) -> list[float]:
-    """Test accuracies in percent, by seed."""
+    """Trains one network per seed. Returns their test accuracies in percent."""
     return [_accuracy(run, seed) for seed in range(seeds)]
 
 
@@ -119,7 +119,7 @@ def _accuracy(run: Adapted, seed: int) -> float:
 
 
 def adaptation_rows(report: Report) -> tuple[list[str], list[list[str]]]:
-    """Head and rows of the table: mean accuracies, the least and the most."""
+    """Head and rows of the table: the mean, the lowest and the highest accuracies."""
     tasks = list(dict.fromkeys(name.partition(": ")[0] for name in report["runs"]))
     found = [[neuron, *(spread(report["runs"][f"{task}: {neuron}"]) for task in tasks)] for neuron in NEURONS]
     return ["", *tasks], found
@@ -146,7 +146,7 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 
 
 class OverSamples(nn.Sequential):
-    """A network from samples `[B, T, ...]` to scores `[B, classes]`, means over time."""
+    """A network from samples `[B, T, ...]` to scores `[B, classes]`, which are means over time."""
 
     def forward(self, samples: Tensor) -> Tensor:
         x_seq = samples.transpose(0, 1)
@@ -190,9 +190,9 @@ class Calibrated(NamedTuple):
 
 
 def train_calibrated(run: Calibrated, steps: int = STEPS) -> dict[str, Any]:
-    """Accuracy in percent on the test samples, and the last layer's rate before the first step.
+    """Trains a network. Returns its test accuracy in percent, and the last layer's firing rate before training.
 
-    Both are None where no weights reach the rate, as with mostly silent samples.
+    Both are None if no factor on the weights reaches the rate, as with mostly silent samples.
     """
     torch.manual_seed(run.seed)
     name, make = NETWORKS[run.network]
@@ -214,7 +214,7 @@ def train_calibrated(run: Calibrated, steps: int = STEPS) -> dict[str, Any]:
 
 
 def calibration_rows(report: Report) -> tuple[list[str], list[list[str]]]:
-    """Head and rows of the table: mean accuracies over the seeds by rate, and the last layer's rate as made."""
+    """Head and rows of the table: mean accuracies over seeds by rate, and the last layer's rate before calibration."""
     rates = list(dict.fromkeys(run["rate"] for run in report["runs"]))
     found: dict[str, dict[float | None, list[dict[str, Any]]]] = {}
     for run in report["runs"]:
@@ -262,7 +262,7 @@ class Residual(NamedTuple):
 
 
 def residual_network(channels: int = RESIDUAL["channels"], **neuron: Any) -> nn.Module:
-    """Scores `[T, B, 10]` of images `[T, B, 1, H, W]`, each normalisation fused with its neurons."""
+    """A network from images `[T, B, 1, H, W]` to scores `[T, B, 10]`. Normalisations are fused with the neurons."""
     make = partial(LIF, **NEURON | neuron)
     stages = (channels, 2 * channels, 4 * channels)
     fused, _ = asgl_cuda.fuse(ResNet(stages, (1, 2, 1), 0, 1, 10, make), torch.zeros(1, 2, 1, 28, 28), inplace=True)
@@ -275,7 +275,7 @@ def read_mnist() -> Data:
 
 
 def train_residual(run: Residual, epochs: int = EPOCHS, channels: int = RESIDUAL["channels"]) -> dict[str, Any]:
-    """Test accuracies in percent after each epoch, mean losses of training, and the final widths by layer."""
+    """Trains a network. Returns its test accuracies in percent and mean training losses by epoch, and final widths."""
     data = read_mnist()
     images, labels = data.train[:, 0], data.train_labels
     torch.manual_seed(run.seed)
@@ -305,7 +305,7 @@ def by_seed(report: Report, *run: Any) -> list[dict[str, Any]]:
 
 
 def residual_rows(report: Report) -> tuple[list[str], list[list[str]]]:
-    """Head and rows of the table: mean accuracies, least and most, after each epoch."""
+    """Head and rows of the table: the mean, the lowest and the highest accuracies after each epoch."""
     marks = range(EPOCHS)
     found = []
     for optimizer, width, arm in itertools.product(RATES, WIDTHS, ARMS):

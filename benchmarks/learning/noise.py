@@ -62,7 +62,7 @@ ARMS = SHARES | CONTROLS
 
 
 class Compared(NamedTuple):
-    """The trainings of all seeds with one rate; a cell is all fields but the last two, a task the first four."""
+    """The runs of all seeds with one learning rate. A cell is all fields but the last two, a task the first four."""
 
     data: str
     time_steps: int  # 0: those of the data
@@ -89,7 +89,7 @@ COMPARED = [
 
 @cache
 def read_with_validation(name: str) -> tuple[Data, Tensor, Tensor]:
-    """The set without its samples for validation, and these."""
+    """A data set without the samples for validation, and these samples with their labels."""
     data = read(name)
     train, validation, train_labels, validation_labels = train_test_split(
         data.train, data.train_labels, test_size=0.2, stratify=data.train_labels, random_state=0
@@ -98,7 +98,7 @@ def read_with_validation(name: str) -> tuple[Data, Tensor, Tensor]:
 
 
 def train_arm(run: Compared, seeds: int = SEEDS) -> dict[str, Any]:
-    """Mean accuracy in validation, accuracies in the test, and the final widths, means over the layers."""
+    """Trains networks: mean validation accuracy, test accuracies, and the final widths as means over the layers."""
     data, validation, validation_labels = read_with_validation(run.data)
     setting = Setting(
         run.width, steps=run.steps, time_steps=run.time_steps or data.train.shape[1], rate=run.rate,
@@ -113,7 +113,7 @@ def train_arm(run: Compared, seeds: int = SEEDS) -> dict[str, Any]:
 
 
 class Gain(NamedTuple):
-    """What an arm gains on the quiet one, each at the rate that validation chose, with +- half."""
+    """The gain of an arm over the arm without noise, each at the rate that validation chose, +- half its interval."""
 
     quiet: float  # mean accuracy of the quiet arm
     mean: float
@@ -145,7 +145,7 @@ def named(task: tuple[Any, ...]) -> str:
 
 
 def noise_rows(report: Report, arm: str) -> Iterator[list[str]]:
-    """A row a task: accuracy without noise, and the gain of an arm, by optimizer and surrogate."""
+    """A row per task: the accuracy without noise and the gain of an arm, by optimizer and surrogate."""
     for task in TASKS:
         gains = [(gain_of(report, cell, QUIET), gain_of(report, cell, arm)) for cell in CELLS if cell[:4] == task]
         if any(quiet for quiet, _ in gains):
@@ -153,7 +153,7 @@ def noise_rows(report: Report, arm: str) -> Iterator[list[str]]:
 
 
 def control_rows(report: Report) -> Iterator[list[str]]:
-    """A row an arm: its gain in each cell that has controls."""
+    """A row per arm: its gain in each cell that has controls."""
     for arm in ARMS:
         if arm != QUIET:
             yield [arm, *(str(gain_of(report, cell, arm) or "") for cell in CELLS if cell[:4] == CONTROLLED)]
@@ -174,7 +174,7 @@ FIDELITY_ARMS: dict[str, dict[str, Any]] = {"fixed": {"learned": False}, "learne
 
 
 class Followed(NamedTuple):
-    """The trainings of all arms and seeds."""
+    """The training runs of all arms and seeds."""
 
     optimizer: str
     surrogate: str
@@ -182,7 +182,10 @@ class Followed(NamedTuple):
 
 
 def fidelity(networks: Networks, samples: Tensor, labels: Tensor) -> dict[str, list[float]]:
-    """Measured by predicted change of the loss, with the same noise and with none, of each network, left as it is."""
+    """The measured change of the loss divided by the predicted one, with the same noise and without, of each network.
+
+    Weights are restored afterwards.
+    """
     seeds = len(networks.seeds)
     state = {key: value.clone() for key, value in networks.state_dict().items()}
     weights, generator = [*networks.weights], torch.get_rng_state()
@@ -226,7 +229,7 @@ def train_followed(run: Followed) -> dict[str, Any]:
 
 
 def gradient_rows(report: Report) -> tuple[list[str], list[list[str]]]:
-    """Head and rows: the share of the predicted change by arm, and what noise adds to its distance from 1."""
+    """Head and rows of the table: measured by predicted change by arm, and what noise adds to its distance from 1."""
     found = []
     for case, arms in report["runs"].items():
         for mark, quiet in arms["learned"].items():
@@ -255,7 +258,7 @@ SMOOTHED_ARMS = {"noise": ANALOG_PROB, "no noise": 0.0}
 
 
 class Smoothed(NamedTuple):
-    """The trainings of all seeds."""
+    """The training runs of all seeds."""
 
     optimizer: str
     surrogate: str
@@ -269,7 +272,7 @@ def loss_of(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
 
 @torch.no_grad()
 def observe(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, float]:
-    """Widths, shares and errors without noise, means over the layers; and both losses."""
+    """The quantities in OBSERVED without noise, as means over the layers, and the losses with and without noise."""
     model.eval()
     with asgl_cuda.Monitor(model) as monitor:
         spiking = loss_of(model, images, labels).item()
@@ -288,7 +291,7 @@ def observe(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, float
 
 
 def observations(run: Smoothed, seed: int, epochs: int) -> list[dict[str, float]]:
-    """Before the first epoch and after each."""
+    """Trains a network. Returns what `observe` measures before the first epoch and after each."""
     images, test_images, labels, test_labels = load_data(seed)
     torch.manual_seed(seed)
     neuron = {"width": run.width, "surrogate": run.surrogate, "analog_prob": SMOOTHED_ARMS[run.arm]}

@@ -1,4 +1,4 @@
-"""What trainings of one network share: optimizers with the groups of `asgl_cuda.parameter_groups`, steps, accuracy."""
+"""Helpers of studies that train one network: optimizers with `asgl_cuda.parameter_groups`, training steps, accuracy."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4  # of SGD
 
 
 def optimizer_of(model: nn.Module, name: str) -> torch.optim.Optimizer:
-    """SGD with momentum and weight decay, or Adam, at the rate of RATES."""
+    """SGD with momentum and weight decay, or Adam, with the learning rate in RATES."""
     if name == ADAM:
         return torch.optim.Adam(asgl_cuda.parameter_groups(model, RATES[name]))
     groups = asgl_cuda.parameter_groups(model, RATES[name], weight_decay=WEIGHT_DECAY)
@@ -24,7 +24,7 @@ def optimizer_of(model: nn.Module, name: str) -> torch.optim.Optimizer:
 
 
 def fit(loss_of: Callable[[Any], Tensor], batches: Iterable[Any], optimizer: Any, *schedules: Any) -> list[float]:
-    """Trains a step on each batch; returns the losses."""
+    """Takes a training step on each batch, and returns the losses."""
     losses = []
     for batch in batches:
         loss = loss_of(batch)
@@ -40,7 +40,7 @@ def fit(loss_of: Callable[[Any], Tensor], batches: Iterable[Any], optimizer: Any
 def accuracy_of(
     model: nn.Module, scores_of: Callable[[Tensor], Tensor], samples: Tensor, labels: Tensor, dim: int = 0
 ) -> float:
-    """Percent of the samples that a network recognises by hard spikes; samples are along `dim`."""
+    """The percentage of samples, along `dim`, that a network classifies correctly with hard spikes."""
     model.eval()
     parts = zip(samples.split(256, dim), labels.split(256), strict=True)
     right = torch.cat([scores_of(part).argmax(1) == wanted for part, wanted in parts])

@@ -1,7 +1,7 @@
-"""What a penalty on firing rates does to accuracies and rates, and so to the layers that only spikes cost.
+"""Study of a penalty on firing rates: accuracies, rates, and the layers that become spike layers.
 
-Networks with batch normalisation are trained with Adam, without and with a weight times the mean firing rate
-(`asgl_cuda.FiringRates`) in the loss, a weight that rises from 0 over the first steps.
+Networks with batch normalisation are trained with Adam, without and with a penalty in the loss. The penalty is the mean
+firing rate (`asgl_cuda.FiringRates`) times a weight that rises from 0 over the first steps.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def fully_connected(inputs: int, classes: int) -> nn.Module:
 
 
 def convolutional(pixels: int, classes: int) -> nn.Module:
-    """Five convolutions; from the third on, a quarter of the pixels is left."""
+    """A network of five convolutions, of which the third halves height and width."""
     layers: list[nn.Module] = []
     for number, (inputs, outputs) in enumerate(itertools.pairwise((1, 64, 64, 128, 128, 128))):
         convolution = nn.Conv2d(inputs, outputs, 3, padding=1, stride=2 if number == 2 else 1, bias=False)

@@ -2,9 +2,9 @@
 
 DIR/SHD has `shd_train.h5` and `shd_test.h5`, as published by Cramer, Stradmann, Schemmel, Zenke: The Heidelberg spiking
 data sets for the systematic evaluation of spiking neural networks, IEEE TNNLS 2022. One hidden layer of neurons,
-without recurrence, with it, and with an adaptation, too (RadLIF), is trained on the same samples in the same order; the
-loss is the cross-entropy of the mean of a leaky readout. After each epoch the accuracy on the test samples is printed:
-nothing is chosen by it.
+without recurrence, with it, and with recurrence and adaptation (RadLIF), is trained on the same samples in the same
+order. The loss is the cross-entropy of the mean of a leaky readout. After each epoch the accuracy on the test samples
+is printed; it chooses nothing.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ NEURONS = {
 
 
 def network(neurons: str, hidden: int, data: Data) -> nn.Sequential:
-    """The scores of each step, `[T, B, classes]`; the hidden neurons first fire at a tenth of the steps."""
+    """A network that returns scores `[T, B, classes]` of each step. Before training its neurons fire at 0.1."""
     torch.manual_seed(0)
     net = nn.Sequential(
         nn.Linear(data.train.shape[2], hidden, bias=False),
@@ -83,8 +83,8 @@ def train(neurons: str, data: Data, epochs: int, hidden: int) -> list[float]:
 def main() -> None:
     """Trains with each kind of neurons."""
     parser = parser_of("benchmarks.learning.spoken", str(__doc__))
-    parser.add_argument("--data-root", type=Path, required=True, metavar="DIR", help="the folder that has SHD")
-    parser.add_argument("--epochs", type=int, default=30, help="of each training (default: %(default)s)")
+    parser.add_argument("--data-root", type=Path, required=True, metavar="DIR", help="folder that contains SHD")
+    parser.add_argument("--epochs", type=int, default=30, help="epochs of each training run (default: %(default)s)")
     parser.add_argument("--hidden", type=int, default=256, help="hidden neurons (default: %(default)s)")
     arguments = parser.parse_args()
     for name in ("epochs", "hidden"):

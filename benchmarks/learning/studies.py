@@ -1,4 +1,4 @@
-"""Studies: many trainings, several at a time, written as they end and not repeated."""
+"""Studies: many training runs, several at a time. Each is written to a file when it ends, and is not repeated."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def text_of(run: tuple[Any, ...]) -> str:
 
 
 class Study(NamedTuple):
-    """Trainings that are compared.
+    """Training runs that are compared.
 
     A report has the settings, `seconds` of all trainings, one after the other, and under `runs` the result of each run,
     by its text or, where runs are `listed`, beside its fields.

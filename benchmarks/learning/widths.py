@@ -37,7 +37,7 @@ SETTINGS: dict[str, Any] = {"seeds": 5, "steps": 250, "analog_prob": 0.2, "width
 
 
 class Training(NamedTuple):
-    """The trainings of all seeds."""
+    """The training runs of all seeds."""
 
     data: str
     surrogate: str
@@ -85,7 +85,7 @@ def robustness_rows(report: Report) -> tuple[list[str], list[list[str]]]:
 
 
 def robustness_summary(report: Report) -> tuple[list[str], list[list[str]]]:
-    """Head and rows: the mean accuracy of all sets, by width."""
+    """Head and rows of the table: the mean accuracy over all data sets, by width."""
     table = []
     for optimizer, surrogate, method in itertools.product(RATES, SURROGATES, METHODS):
         how = [surrogate, optimizer, method]
@@ -127,7 +127,7 @@ FASTEST = ((SGD, 0.2), (ADAM, 3e-3))
 
 
 class Cell(NamedTuple):
-    """The circumstances under which rules are compared."""
+    """A network and a data set on which rules for the widths' step are compared."""
 
     data: str
     surrogate: str = "rectangle"
@@ -137,7 +137,7 @@ class Cell(NamedTuple):
 
 
 class Step(NamedTuple):
-    """The trainings of all seeds; the first fields are those of a Cell."""
+    """The training runs of all seeds. The first fields are those of a Cell."""
 
     data: str
     surrogate: str
@@ -199,7 +199,7 @@ def train_by_rule(run: Step, seeds: int = SEEDS) -> dict[str, Any]:
 
 
 def step_rows(report: Report, cells: Iterable[Cell] = CELLS) -> Iterator[list[str]]:
-    """A row for each cell, optimizer and rule: accuracy from width 1, and what other first widths lose."""
+    """A row per cell, optimizer and rule: the accuracy with the initial width 1, and the losses with others."""
     for cell in cells:
         for (optimizer, rate), rule in itertools.product(CELLS[cell], rules_of(cell)):
             found = {width: report["runs"].get(text_of((*cell, optimizer, rate, width, rule))) for width in WIDTHS}

@@ -1,4 +1,4 @@
-"""Measures layers or training steps and prints the table of the page: `python -m benchmarks.speed PROGRAM`."""
+"""Measures layers or training steps and prints the table of docs/measured.md: `python -m benchmarks.speed PROGRAM`."""
 
 from __future__ import annotations
 
@@ -24,13 +24,15 @@ PROGRAMS = {
 
 
 def main() -> int:
-    """Measures, and writes the results after each part."""
+    """Runs the measurements of a program, and writes the results after each part."""
     parser = parser_of("benchmarks.speed", str(__doc__), "device", "repeats", "seconds", "json")
-    parser.add_argument("program", choices=PROGRAMS, help="and `python -m benchmarks.speed.microbench`")
+    parser.add_argument(
+        "program", choices=PROGRAMS, help="measurement; for single layers see benchmarks.speed.microbench"
+    )
     parts = (*NETWORKS, end_to_end.LONG_LOOP)
     parser.add_argument(
         "--networks", nargs="+", choices=parts, metavar="NAME",
-        help=f"of end_to_end only these, beside those in the file: {', '.join(parts)}",
+        help=f"for end_to_end: measure only these, and keep the others that the JSON file has: {', '.join(parts)}",
     )  # fmt: skip
     arguments = parser.parse_args()
     started = time.monotonic()
@@ -45,7 +47,10 @@ def main() -> int:
         if arguments.json and arguments.json.exists():
             found = json.loads(arguments.json.read_text())
             if {**found["machine"], "load": report["machine"]["load"]} != report["machine"]:
-                parser.error(f"--json {arguments.json} is of another machine, commit or day: measure all networks anew")
+                parser.error(
+                    f"--json {arguments.json} was measured on another machine, commit or day: measure all networks "
+                    "again, without --networks"
+                )
             report = found
     for part in measurements(report, device, arguments.repeats):
         print(f"measured: {part}", flush=True)

@@ -1,4 +1,4 @@
-"""Seconds and bytes of forward and backward of one layer."""
+"""Measures seconds and bytes of forward and backward of one layer."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ MOST_SAMPLES = 16
 
 
 def keep_memory() -> None:
-    """Makes the C library keep freed memory, as torch does on a GPU, where it can.
+    """Makes the C library keep freed memory, if it has mallopt. On a GPU torch does the same.
 
-    By default, large blocks of some sizes return to the system: measurements would include page faults.
+    By default, the C library returns large blocks to the system, and measurements would include page faults.
     """
     trim_threshold, mmap_threshold, most = -1, -3, 2**31 - 1
     mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda parameter, value: None)
@@ -33,7 +33,10 @@ def keep_memory() -> None:
 
 
 class Sample(NamedTuple):
-    """An input, the gradient of its output, and the residual of some blocks; the leaves are those for autograd."""
+    """The tensors of a call: the input, the gradient of the output, and in some blocks a residual.
+
+    The leaves share the memory of input and residual, and require gradients.
+    """
 
     x: Tensor
     leaf: Tensor
@@ -52,21 +55,21 @@ def sample_of(x: Tensor, grad: Tensor, residual: Tensor | None = None) -> Sample
 
 
 class Row(NamedTuple):
-    """The timed functions; backward gets the result of forward."""
+    """A row of a table: its name and the timed functions. `backward` gets the result of `forward`."""
 
     name: str
     forward: Callable[[Sample], Tensor]
     backward: Callable[[Sample, Tensor], Any]
 
     def call(self, part: str, sample: Sample, out: Tensor | None = None) -> Any:
-        """Forward, backward or both; `out` is the result of forward for backward alone."""
+        """Calls forward, backward or both. For backward alone, `out` is the result of an earlier forward."""
         if part == "forward":
             return self.forward(sample)
         return self.backward(sample, self.forward(sample) if out is None else out)
 
 
 def row_of(name: str, function: Callable[..., Tensor], *parameters: Tensor) -> Row:
-    """A layer, with gradients of its inputs and parameters."""
+    """The row of a layer, whose backward computes the gradients of its inputs and parameters."""
 
     def backward(sample: Sample, out: Tensor) -> tuple[Tensor, ...]:
         return torch.autograd.grad(out, (*sample.leaves, *parameters), sample.grad, retain_graph=True)
@@ -75,7 +78,7 @@ def row_of(name: str, function: Callable[..., Tensor], *parameters: Tensor) -> R
 
 
 class CpuClock:
-    """Seconds of a call of forward, backward or both."""
+    """Measures the seconds of a call of forward, backward or both on a CPU."""
 
     def __init__(self, row: Row, part: str, inputs: list[Sample]) -> None:
         self._row, self._part, self._sample = row, part, inputs[0]
@@ -89,9 +92,10 @@ class CpuClock:
 
 
 class GpuClock:
-    """CpuClock for a GPU, over several calls in a row.
+    """Measures the seconds of a call on a GPU, as the mean over several calls in a row.
 
-    All are queued before the first starts, which hides the host's time; not `queued`, it counts where the host binds.
+    With `queued`, all calls are queued before the first one starts, which hides the time of the host. Without it, the
+    host's time counts if the host is slower than the GPU.
     """
 
     CYCLES_A_SECOND = 2e9  # an estimate: the wait need only be long enough
@@ -134,7 +138,7 @@ def clock_of(row: Row, part: str, inputs: list[Sample], queued: bool = True) -> 
 
 
 class Times(NamedTuple):
-    """Seconds of a call; half the interquartile range, as a share of the median."""
+    """The median seconds of a call, and half the interquartile range as a fraction of the median."""
 
     median: float
     spread: float
@@ -148,7 +152,7 @@ def times_of(values: list[float]) -> Times:
 
 
 def in_turns(clocks: Mapping[Name, Callable[[], float]], repeats: int) -> dict[Name, Times]:
-    """Times by each clock; the clocks take turns, so that a drift of the machine's speed affects all alike."""
+    """The times of each clock. The clocks take turns, so that a drift of the machine's speed affects all alike."""
     seconds: dict[Name, list[float]] = {name: [] for name in clocks}
     for _ in range(repeats):
         for name, clock in clocks.items():
@@ -186,9 +190,9 @@ def silence() -> Iterator[None]:
 
 
 def allocated_bytes(call: Callable[[], Any], device: torch.device) -> tuple[int, int]:
-    """The peak of a call's allocations beyond those before it, and the bytes that it leaves while its result lives.
+    """The peak of allocated bytes during a call, and the bytes that stay allocated while its result exists.
 
-    Freeing memory from before the call lowers both.
+    Both are relative to the bytes allocated before the call. If the call frees earlier memory, both are lower.
     """
     if device.type == "cuda":
         torch.cuda.synchronize()

@@ -1,7 +1,7 @@
-"""The time that `asgl_cuda.convert` saves: layers of other libraries before and after conversion, forward and backward.
+"""The time that `asgl_cuda.convert` saves: forward and backward of other libraries' layers before and after conversion.
 
-Both layers take turns within each repeat; the median is reported. Spikes, or potentials of layers that do not fire, are
-compared first.
+In each round both layers are timed once; the median over the rounds is reported. Before that, the spikes of both are
+compared, or the potentials of layers that do not fire.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ STEPS, ELEMENTS = (4, 16, 128), 2**22  # elements: steps times neurons
 
 
 class Case(NamedTuple):
-    """A layer, its call with a sequence `[T, N]` from rest, and its conversion."""
+    """A layer of a library, the function that applies it to a sequence `[T, N]` from rest, and its conversion."""
 
     library: str
     name: str
@@ -126,7 +126,7 @@ def measure(case: Case, sample: Sample, repeats: int) -> dict[str, Any]:
     layers = {"before": case.layer.to(device), "after": case.converted(case.layer).to(device)}
     with torch.no_grad():
         before, after = (case.spikes(layer, sample.x) for layer in layers.values())
-    # Spikes differ where a potential is within rounding of the threshold.
+    # Spikes may differ if a potential differs from the threshold by rounding only.
     if (~torch.isclose(before, after, rtol=1e-3, atol=1e-4)).float().mean() > 1e-4:
         raise RuntimeError(f"{case.library} {case.name} emits other spikes when it is converted")
     rows = {name: row_of(name, partial(case.spikes, layer)) for name, layer in layers.items()}
@@ -140,7 +140,7 @@ def measure(case: Case, sample: Sample, repeats: int) -> dict[str, Any]:
 
 
 def rows(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Head and rows: how many times faster each layer is, by number of steps."""
+    """Head and rows of the table: how many times as fast each layer becomes, by number of steps."""
     found: dict[str, list[str]] = {}
     for size in report["sizes"]:
         for each in size["layers"]:
@@ -152,7 +152,7 @@ def rows(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 
 def measurements(report: dict[str, Any], device: torch.device, repeats: int) -> Iterator[str]:
-    """Every layer at every number of steps."""
+    """Measures every layer at every number of steps."""
     report |= {"elements": ELEMENTS, "sizes": []}
     for steps in STEPS:
         torch.manual_seed(0)

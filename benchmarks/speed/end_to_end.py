@@ -6,11 +6,11 @@ ordinary LIF with decay 1/2, threshold 1, reset to 0 and the library's default s
 layers with default arguments, which also have noise and a learned width. snnTorch's recurrent neurons subtract at the
 reset.
 
-Each network is measured eager and with compiled neurons, with the seconds of the first call; one also as a compiled
-network. Loops over many time steps take long to compile: there one step of the cell is compiled instead, and
-`long_loop` measures one such layer.
-SpikingJelly's nodes are measured converted as well, and snnTorch's in `MultiStep`, which takes whole sequences.
-`asgl_cuda.fuse` joins batch normalisation and neurons. `asgl_cuda.to_spike_layers` replaces layers with sparse inputs.
+Each network is measured eager and with compiled neurons, together with the seconds of the first call. One network is
+also measured compiled as a whole. Loops over many time steps take long to compile, so for these one step of the cell is
+compiled, and `long_loop` measures one layer whose whole loop is compiled. SpikingJelly's nodes are also measured
+converted, and snnTorch's neurons in `MultiStep`, which takes whole sequences. `asgl_cuda.fuse` merges batch
+normalisation and neurons. `asgl_cuda.to_spike_layers` replaces layers with sparse inputs.
 """
 
 from __future__ import annotations
@@ -56,12 +56,13 @@ COMPARED_BATCH = 4
 # Losses are compared in float64: fusion changes roundings, and a single other spike changes all that follows. In
 # float32, other spikes occur within a few steps, in float64 none. Other noise changes a loss by at least 1e-4.
 LOSS_TOLERANCE = 1e-9
-# First losses of implementations of one neuron, in float32: roundings set single spikes apart.
+# Relative tolerance of first losses between implementations of one neuron in float32, where roundings change a few
+# spikes.
 SAME_NEURON = 1e-3
 
 
 class Variant(NamedTuple):
-    """The neurons of a network."""
+    """A variant of a network: its neurons, and what else is changed in the network."""
 
     name: str
     neuron: MakeNeuron
@@ -72,7 +73,7 @@ class Variant(NamedTuple):
 
 
 class Sequences(nn.Module):
-    """snnTorch's neurons in `MultiStep`, without their potentials."""
+    """snnTorch's neurons in `MultiStep`. Returns only their spikes."""
 
     def __init__(self, backend: str) -> None:
         super().__init__()
@@ -87,7 +88,7 @@ class Sequences(nn.Module):
 
 
 def ours(network: Network, backend: str, **options: Any) -> MakeNeuron:
-    """LIF, or RecurrentLIF after a product with the weight of the input."""
+    """A function that makes asgl_cuda's neurons: LIF, or in recurrent networks a linear layer and RecurrentLIF."""
     if network.kind == "LIF":
         return partial(LIF, backend=backend, **options)
 
@@ -102,7 +103,7 @@ def ours(network: Network, backend: str, **options: Any) -> MakeNeuron:
 
 
 def theirs(network: Network, make: Any) -> MakeNeuron:
-    """The layer of a peer; recurrent ones from both weights."""
+    """A function that makes the layer of a peer; for recurrent layers, from the weights of the input and of spikes."""
     if network.kind == "LIF":
         return lambda: make(torch.zeros(())).layer
     return lambda input_weight, weight: Recurrent(make(weight, input_weight), input_weight)
@@ -113,7 +114,7 @@ def compiled_layer(make: MakeNeuron, *weights: Tensor) -> nn.Module:
 
 
 def compiled_cells(make: MakeNeuron) -> MakeNeuron:
-    """The same with compiled steps."""
+    """A function that makes the same neurons with a compiled cell, which computes one step."""
 
     def made(*weights: Tensor) -> nn.Module:
         layer = make(*weights)
@@ -126,7 +127,7 @@ def compiled_cells(make: MakeNeuron) -> MakeNeuron:
 
 
 def variants(network: Network, device: torch.device) -> Iterator[Variant]:
-    """The neuron of ASGL; then the ordinary neuron in every implementation."""
+    """The variants of a network: first the neuron of ASGL, then the ordinary neuron in every implementation."""
     normalised = any(isinstance(layer, nn.BatchNorm2d) for layer in network.make(nn.Identity).modules())
     for backend in fused_backends(device):
         asgl = ours(network, backend)
@@ -190,18 +191,18 @@ def check_losses(network: Network, device: torch.device) -> list[str]:
     for name in names:
         ours, theirs = losses(found[name]), losses(found[name.removesuffix(FUSED_BLOCK)])
         if not torch.allclose(ours, theirs, rtol=LOSS_TOLERANCE, atol=0):
-            raise RuntimeError(f"{name} has losses of {ours.tolist()} where they are {theirs.tolist()} without fusing")
+            raise RuntimeError(f"{name}: the losses must be {theirs.tolist()}, as without fusing, got {ours.tolist()}")
     return names
 
 
 def check_first_losses(network: Network, losses: dict[str, float]) -> None:
-    """Refuses an ordinary neuron that computes something else than the others."""
+    """Raises RuntimeError if an implementation of the ordinary neuron has another first loss than the first one."""
     plain = {name: loss for name, loss in losses.items() if name.startswith(PLAIN)}
     expected = next(iter(plain.values()))
     for name, loss in plain.items():
         other = network.kind == "recurrent" and name.startswith(f"{PLAIN}{OTHER_RESET}")
         if not other and abs(loss / expected - 1) > SAME_NEURON:
-            raise RuntimeError(f"{name} has a first loss of {loss:.5f}, the first variant {expected:.5f}")
+            raise RuntimeError(f"{name}: the first loss must be {expected:.5f}, as of the others, got {loss:.5f}")
 
 
 # ---- measurement ----
@@ -220,7 +221,7 @@ def firing_rates(network: Network, device: torch.device) -> list[float]:
 
 
 def first_calls(training: Training) -> dict[str, Any]:
-    """The seconds of the first step and evaluation, which compile, and the loss before the step."""
+    """The seconds of the first step and of the first evaluation, both with compiling, and the loss of that step."""
     losses: list[float] = []
 
     def step(training: Training) -> Tensor:
@@ -232,7 +233,7 @@ def first_calls(training: Training) -> dict[str, Any]:
 
 
 def measure(network: Network, device: torch.device, repeats: int) -> dict[str, dict[str, Any]]:
-    """By variant the median seconds of a step and an evaluation, bytes, losses, and the seconds of first calls."""
+    """Measures each variant: median seconds of a step and of an evaluation, bytes, losses, seconds of first calls."""
     reset_compiler()
     found: dict[str, dict[str, Any]] = {}
     trainings: dict[str, Training] = {}
@@ -261,13 +262,14 @@ def measure(network: Network, device: torch.device, repeats: int) -> dict[str, d
         found[name]["spread"] = times[name, "seconds"].spread
         if not found[name]["last_loss"] < found[name]["first_loss"]:
             raise RuntimeError(
-                f"{name} does not train: losses of {found[name]['first_loss']}, then {found[name]['last_loss']}"
+                f"{name}: the loss must fall in training, got {found[name]['first_loss']} in the first step and "
+                f"{found[name]['last_loss']} in the last one"
             )
     return found
 
 
 def long_loop(device: torch.device) -> dict[str, Any]:
-    """One peer's layer at many steps: the seconds of the first call compiled, then of calls eager and compiled."""
+    """Measures one peer's layer at many steps: seconds of the first compiled call, and of eager and compiled calls."""
     reset_compiler()
     (sample,) = samples(LONG, device)
     name, peer = next(iter({**installed_peers("LIF", sample.x), PLAIN_LOOP: lif_loop(sample.x)}.items()))
@@ -281,7 +283,7 @@ def long_loop(device: torch.device) -> dict[str, Any]:
 def measurements(
     report: dict[str, Any], device: torch.device, repeats: int, chosen: Collection[str] = (*NETWORKS, LONG_LOOP)
 ) -> Iterator[str]:
-    """The chosen networks, once peers have our spikes and the losses of first steps are those without fusion."""
+    """Measures the chosen networks, after checking spikes of peers and losses of fused variants."""
     check_peers(device)
     recurrent.check_peers(device)
     report.setdefault("networks", {})

@@ -29,7 +29,7 @@ SPIKINGJELLY, OPTIMISED = "SpikingJelly", "SpikingJelly, memopt level 1"
 
 
 class Checkpointed(nn.Module):
-    """A block that keeps only its input."""
+    """A block under torch's activation checkpointing, which stores only the block's input for backward."""
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class Checkpointed(nn.Module):
 
 
 class Case:
-    """The variants of a network, made as they are measured."""
+    """The variants of a network. Each is made only when it is measured."""
 
     def __init__(self, shape: tuple[int, ...], ours: Callable[[], nn.Module]) -> None:
         self.shape = shape
@@ -78,7 +78,7 @@ def cases() -> dict[str, Case]:
 
 
 def measure(name: str, case: Case, device: torch.device, repeats: int) -> dict[str, dict[str, Any]]:
-    """Bytes kept, peak and median seconds of each variant."""
+    """Measures the bytes kept for backward, the peak and the median seconds of each variant."""
     trainings = {}
     for variant, make in case.makers.items():
         torch.manual_seed(0)
@@ -91,7 +91,7 @@ def measure(name: str, case: Case, device: torch.device, repeats: int) -> dict[s
 
 
 def rows(name: str, found: dict[str, dict[str, Any]]) -> list[list[str]]:
-    """What a variant keeps, its peak and its time, each with the share of the first variant's."""
+    """The rows of a network: kept bytes, peak and time of each variant, also as fractions of the first variant's."""
     base = found[KEPT]
     table = []
     for variant, each in found.items():
@@ -106,7 +106,7 @@ HEAD = ["", "kept", "peak", "step"]
 
 
 def measurements(report: dict[str, Any], device: torch.device, repeats: int) -> Iterator[str]:
-    """Every network."""
+    """Measures every network."""
     report |= {"batch": BATCH, "networks": {}}
     for name, case in cases().items():
         report["networks"][name] = measure(name, case, device, repeats)

@@ -80,7 +80,7 @@ REFERENCE_BYTES_AN_ELEMENT = 100
 
 
 class Pair(nn.Sequential):
-    """A normalisation and neurons apart, with a residual added between the two."""
+    """A normalisation and neurons as two layers; an optional residual is added between the two."""
 
     def forward(self, x_seq: Tensor, residual: Tensor | None = None) -> Tensor:
         norm, neurons = self
@@ -93,7 +93,7 @@ class Pair(nn.Sequential):
 
 
 def reset_compiler() -> None:
-    """For one size alone: after another size the compiler would make sizes dynamic. Nothing is kept on disk."""
+    """Resets the compiler before each size, because after another size it would make sizes dynamic."""
     torch._inductor.config.force_disable_caches = True
     torch._dynamo.config.cache_size_limit = 64  # layers of several libraries share code
     # Backward is timed alone, and repeated: it must keep its buffers.
@@ -102,7 +102,7 @@ def reset_compiler() -> None:
 
 
 def compiled_rows(size: Size | Block, name: str, function: Callable[..., Tensor], *parameters: Tensor) -> Iterator[Row]:
-    """The layer under torch.compile, where that does not take too long."""
+    """The row of the layer under torch.compile, unless compiling takes too long."""
     if size.compiled and size.steps <= MOST_STEPS_TO_COMPILE:
         yield row_of(name, torch.compile(function, fullgraph=True, dynamic=False), *parameters)
 
@@ -117,7 +117,7 @@ def floor_row() -> Row:
 
 
 def neuron_rows(size: Size, device: torch.device) -> Iterator[Row]:
-    """The floor; every implementation of ASGL; every implementation of the ordinary LIF neuron."""
+    """Rows of a layer: the floor, every implementation of ASGL, every implementation of the ordinary LIF neuron."""
     width = torch.ones((), device=device, requires_grad=True)
     asgl = {"width": width, "analog_prob": ANALOG_PROB}
 
@@ -150,7 +150,7 @@ def neuron_rows(size: Size, device: torch.device) -> Iterator[Row]:
 
 
 def adaptive_rows(size: Size, device: torch.device) -> Iterator[Row]:
-    """The floor; LIF; every implementation of adaptive neurons, in the current and in the threshold."""
+    """Rows of adaptive neurons: the floor, LIF, then every implementation of adLIF and of ALIF."""
     backends = {f"asgl_cuda {backend}": backend for backend in fused_backends(device)}
     if reference_fits(size, device):
         backends[REFERENCE] = REFERENCE
@@ -177,7 +177,7 @@ def adaptive_rows(size: Size, device: torch.device) -> Iterator[Row]:
 
 
 def block_rows(block: Block, device: torch.device) -> Iterator[Row]:
-    """The floor; copies; every implementation of the block, fused and as a pair."""
+    """Rows of a block: the floor, copies, then every implementation of the block, fused and as a pair."""
     channels = block.shape[2]
     neuron: dict[str, Any] = {
         "decay": DECAY, "analog_prob": ANALOG_PROB, "surrogate": SURROGATE, "detach_reset": False
@@ -221,7 +221,7 @@ def rows_of(size: Size | Block, device: torch.device) -> Iterator[Row]:
 
 
 def refuse_other_spikes(name: str, spikes: Tensor, expected: Any, than: str) -> None:
-    """Raises where spikes differ, except at potentials within rounding of the threshold."""
+    """Raises RuntimeError if spikes differ, except where a potential differs from the threshold by rounding only."""
     sure = ((expected.h_seq - 1).abs() > THRESHOLD_BAND).all(0)
     differ = ((spikes - expected.s_seq).abs() > THRESHOLD_BAND) & sure
     if differ.any():
@@ -230,7 +230,7 @@ def refuse_other_spikes(name: str, spikes: Tensor, expected: Any, than: str) -> 
 
 @torch.no_grad()
 def check_peers(device: torch.device) -> None:
-    """Checks that loops and peers do the same work: their spikes are ours."""
+    """Checks that loops and peers emit the spikes of asgl_cuda."""
     x_seq, width = torch.randn(20, 4096, device=device), torch.ones((), device=device)
     state = torch.tensor([1, 2], device=device)
     mask = asgl_cuda.analog_mask(x_seq, ANALOG_PROB, state)
@@ -250,9 +250,9 @@ def check_peers(device: torch.device) -> None:
 
 @torch.no_grad()
 def check_blocks(device: torch.device) -> None:
-    """Checks the rows of a block in float32; in half types the pair rounds between its layers.
+    """Checks that the rows of a block emit the same spikes, in float32, because in half types pairs round in between.
 
-    The compiler draws other noise, and is not compared.
+    Compiled rows draw other noise and are not compared.
     """
     for layout, with_residual in product(LAYOUTS, (False, True)):
         block = Block((4, 8, 16, 8, 8), "float32", layout, compiled=False, residual=with_residual)
@@ -274,14 +274,14 @@ def check_blocks(device: torch.device) -> None:
 
 
 def first_seconds(row: Row, sample: Sample) -> float:
-    """The seconds of a call for which a row may have to be compiled."""
+    """The seconds of a row's first call, which may include compiling."""
     started = time.perf_counter()
     row.call("both", sample)
     return time.perf_counter() - started
 
 
 def recompiled(row: Row, size: Size, device: torch.device) -> dict[str, float]:
-    """The seconds of the first call with another batch, with a third batch, and with one step more."""
+    """The seconds of the first calls with a second batch size, with a third one, and with one more time step."""
     others = {
         "batch": size._replace(neurons=size.neurons // 2),
         "third_batch": size._replace(neurons=size.neurons // 4),
@@ -291,9 +291,9 @@ def recompiled(row: Row, size: Size, device: torch.device) -> dict[str, float]:
 
 
 def measure(size: Size | Block, device: torch.device, repeats: int) -> dict[str, Any]:
-    """Median seconds of all rows, which take turns; of `both` the spread; the bytes that a row keeps for backward.
+    """Measures all rows of a size, which take turns: median seconds, the spread of `both`, and bytes kept for backward.
 
-    Of the first call the seconds, in which some rows compile; of compiled peers at few steps what recompiles.
+    Also the seconds of the first call, in which some rows compile, and of recompiling peers at few time steps.
     """
     torch.manual_seed(0)
     torch.cuda.empty_cache()  # the memory of the previous size; without effect on a CPU
@@ -329,7 +329,7 @@ def measure(size: Size | Block, device: torch.device, repeats: int) -> dict[str,
 
 
 def table(size: Size | Block, found: dict[str, Any]) -> str:
-    """The measurement as text; a row's reference is that of its kind, such as PLAIN."""
+    """The measurement as a text table. Each row is compared with the reference of its kind, such as PLAIN."""
     lines = [(str(size), *PARTS, "+-", "ns/el.", "multiplies", "faster", "saved")]
     seconds = found["seconds"]
     for name, by_part in seconds.items():
@@ -355,7 +355,7 @@ def main() -> int:
     """Measures the requested sizes and prints a table for each."""
     parser = parser_of("benchmarks.speed.microbench", __doc__, "device", "seconds", "repeats", "json")
     parser.set_defaults(repeats=15)
-    parser.add_argument("--sweep", nargs="+", choices=SWEEPS, help="what to vary")
+    parser.add_argument("--sweep", nargs="+", choices=SWEEPS, help="sizes to measure instead of the usual ones")
     arguments = parser.parse_args()
     started = time.monotonic()
     if arguments.repeats < 1:

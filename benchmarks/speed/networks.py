@@ -20,7 +20,7 @@ from ..learning.recipe.networks import VGG, ResNet
 from .clocks import allocated_bytes, in_turns
 
 CLASSES = 10
-# Of weights that multiply spikes: about one element in ten is a spike, and each layer fires as often as the one before.
+# Factor on weights that multiply spikes. With it about one element in ten is a spike in every layer.
 GAIN = 2.5
 ATTENTION_SCALE = 0.13  # 1 / 8, but for sums of spikes that would be the threshold, where neurons of libraries differ
 MakeNeuron = Callable[..., nn.Module]  # without arguments; of recurrent layers, with the weights of input and spikes
@@ -65,7 +65,7 @@ def convolutional(neuron: MakeNeuron) -> nn.Module:
 
 
 def residual(neuron: MakeNeuron) -> nn.Module:
-    """Three residual blocks on images of 32 x 32."""
+    """A network of three residual blocks, for images of 32 x 32."""
     return ResNet((32, 64, 128), (1, 1, 1), 0, 3, CLASSES, neuron)
 
 
@@ -81,7 +81,7 @@ def vgg(wrap: Callable[[nn.Module], nn.Module] = lambda block: block) -> nn.Modu
 
 
 def resnet18(neuron: MakeNeuron) -> nn.Module:
-    """SpikingJelly's, with these neurons."""
+    """SpikingJelly's spiking ResNet-18 with these neurons."""
     from spikingjelly.activation_based import functional as jelly
     from spikingjelly.activation_based.model import spiking_resnet
 
@@ -159,7 +159,7 @@ NETWORKS = {
 
 
 class Training:
-    """A network, its data and its optimiser; weights, data and noise are the same for all of a kind."""
+    """A network with its data and optimiser. Weights, data and noise depend only on the kind of network."""
 
     def __init__(
         self, model: nn.Module, input_shape: tuple[int, ...], device: torch.device, dtype: torch.dtype = torch.float32
@@ -171,7 +171,7 @@ class Training:
         self._optimizer = torch.optim.SGD(self.model.parameters(), lr=0.01, momentum=0.9)
 
     def clear(self) -> None:
-        """Frees what the last step left, gradients and states: freed inside, it would count as less."""
+        """Frees gradients and states of the last step, because freeing them in the next one would lower its bytes."""
         self._optimizer.zero_grad()
         asgl_cuda.reset(self.model)
 
@@ -180,7 +180,7 @@ class Training:
         return functional.cross_entropy(self.model(self.x_seq).mean(0), self._labels)
 
     def step(self) -> Tensor:
-        """Trains once; returns the prior loss."""
+        """Takes one training step, and returns the loss before it."""
         self.clear()
         loss = self.loss()
         loss.backward()
@@ -189,7 +189,7 @@ class Training:
 
     @torch.no_grad()
     def evaluate(self) -> Tensor:
-        """The scores `[B, classes]` in evaluation."""
+        """The scores `[B, classes]` in evaluation mode, without gradients."""
         self.model.eval()
         asgl_cuda.reset(self.model)
         scores: Tensor = self.model(self.x_seq).mean(0)
@@ -202,7 +202,7 @@ class Training:
         return [each.grad for each in self.model.parameters() if each.grad is not None]
 
     def allocated_bytes(self) -> dict[str, int]:
-        """The peak of a step, and what forward leaves for backward; states keep alive a graph without backward."""
+        """The peak of allocated bytes in a step, and the bytes that forward keeps for backward."""
         self.clear()
         peak, _ = allocated_bytes(self.step, self.device)
         self.clear()
@@ -210,7 +210,7 @@ class Training:
         return {"peak_bytes": peak, "kept_bytes": kept}
 
     def seconds(self, work: Callable[[Training], Tensor] | None = None) -> float:
-        """The seconds of a step or of other work."""
+        """The seconds of a training step, or of other `work`."""
         started = time.perf_counter()
         (work or Training.step)(self)
         if self.device.type == "cuda":
@@ -219,7 +219,7 @@ class Training:
 
 
 def measure_steps(trainings: dict[str, Training], repeats: int) -> dict[str, dict[str, Any]]:
-    """Median seconds of a step, their spread, peak and kept memory, of trainings that take turns."""
+    """Median seconds of a step, their spread, peak and kept bytes of each training. The trainings take turns."""
     for training in trainings.values():
         for _ in range(2):
             training.seconds()  # compiles, loads

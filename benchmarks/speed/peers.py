@@ -1,8 +1,9 @@
-"""Alternatives to asgl_cuda: the neurons of other libraries, and loops in plain PyTorch.
+"""The neurons of other libraries that are compared with asgl_cuda, here called peers.
 
-The libraries have no ASGL: each is an ordinary LIF neuron with decay 1/2, threshold 1 and reset to 0, in the fastest
-form that its documentation shows for a whole sequence, with its default surrogate. Those that have adaptive neurons add
-the adaptation to the threshold (ALIF). All have recurrent layers, here without a bias where that can be left out.
+The libraries have no ASGL. Each peer is an ordinary LIF neuron with decay 1/2, threshold 1 and reset to 0, in the
+fastest form that the library's documentation shows for a whole sequence, with the library's default surrogate. Norse
+and sinabs also have adaptive neurons, which add the adaptation to the threshold (ALIF). All have recurrent layers, here
+without a bias where that can be left out.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from ..common import in_words, machine
 DECAY = 0.5
 ADAPT_DECAY, ADAPT_SPIKE = 0.9, 0.2
 SURROGATE = "rectangle"  # of asgl_cuda in all rows that name no other
-# Options of asgl_cuda.adaptive_lif: the adaptation in the current follows the potential, too.
+# Options of asgl_cuda.adaptive_lif. In adLIF the adaptation also follows the potential.
 ADLIF: dict[str, Any] = {"adapt_decay": ADAPT_DECAY, "adapt_spike": ADAPT_SPIKE, "adapt_potential": 0.1}
 ALIF: dict[str, Any] = {"adapt_decay": ADAPT_DECAY, "adapt_spike": ADAPT_SPIKE, "to_threshold": True}
 NORSE_STEP = 0.001  # seconds
@@ -30,7 +31,7 @@ Spikes = Callable[[Tensor], Tensor]  # [T, N] to [T, N], of recurrent layers [T,
 
 
 class Peer(NamedTuple):
-    """Another implementation of a layer."""
+    """A layer of another library, and how it is compared with asgl_cuda."""
 
     layer: Spikes  # from the state of its last call, unless it starts at rest by itself
     same_neuron: dict[str, Any]  # options of lif, adaptive_lif or recurrent_lif for the same spikes
@@ -39,7 +40,7 @@ class Peer(NamedTuple):
     reset: Callable[[], object] = tuple  # outside of the layer, where no compiler has to follow it
 
     def spikes(self, x_seq: Tensor) -> Tensor:
-        """The layer from rest."""
+        """The layer's spikes for a sequence that starts at rest."""
         self.reset()
         return self.layer(x_seq)
 
@@ -60,7 +61,7 @@ def step_by_step(cell: Callable[..., Any], x_seq: Iterable[Tensor], state: Any =
 
 
 class OverSteps(nn.Module):
-    """A cell over a sequence, a step per call, from the state that `rest` gives."""
+    """Applies a cell to a sequence, one step per call, from the state that `rest` returns for the first step."""
 
     def __init__(self, cell: Callable[..., Any], rest: Callable[[Tensor], Any] = lambda x: None) -> None:
         super().__init__()
@@ -71,7 +72,7 @@ class OverSteps(nn.Module):
 
 
 class BatchFirst(nn.Module):
-    """A layer for `[B, T, ...]` in a network for `[T, B, ...]`, or for `[T, N]`."""
+    """Wraps a layer that takes `[B, T, ...]`, for inputs `[T, B, ...]` or `[T, N]`."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -93,13 +94,13 @@ def peer_of_sinabs(layer: Any, same_neuron: dict[str, Any], *about: Any) -> Peer
 
 
 def norse_parameters(kind: Callable[..., Any], like: Tensor, **more: float) -> Any:
-    """The current is scaled by 1 - DECAY."""
+    """Parameters of a Norse neuron with decay DECAY. Norse multiplies the input current by 1 - DECAY."""
     values = {"v_leak": 0.0, "v_th": 1.0, "v_reset": 0.0, "tau_mem_inv": (1 - DECAY) / NORSE_STEP, **more}
     return kind(**{name: like.new_tensor(value) for name, value in values.items()})
 
 
 def sinabs_neuron() -> dict[str, Any]:
-    """At most one spike a step, not the default."""
+    """Arguments of a sinabs neuron with decay DECAY and at most one spike per step, which is not the default."""
     from sinabs.activation import MembraneReset, SingleSpike
 
     reset = {"reset_fn": MembraneReset(), "norm_input": False}
@@ -121,7 +122,7 @@ def spikingjelly(like: Tensor) -> Peer:
 
 
 def snntorch(like: Tensor) -> Peer:
-    """Leaky, a step a call."""
+    """Leaky of snnTorch, which takes one step per call."""
     import snntorch
 
     leaky = snntorch.Leaky(beta=DECAY, threshold=1.0, reset_mechanism="zero").to(like)
@@ -129,7 +130,7 @@ def snntorch(like: Tensor) -> Peer:
 
 
 def norse(like: Tensor) -> Peer:
-    """LIFBoxCell, a step a call; its potentials are smaller by 1 - DECAY, and so is its threshold."""
+    """Norse's LIFBoxCell, which takes one step per call. Its potentials and threshold are scaled by 1 - DECAY."""
     from norse.torch import LIFBoxCell, LIFBoxParameters
 
     cell = LIFBoxCell(norse_parameters(LIFBoxParameters, like, v_th=1 - DECAY), dt=NORSE_STEP)
@@ -137,14 +138,14 @@ def norse(like: Tensor) -> Peer:
 
 
 def sinabs(like: Tensor) -> Peer:
-    """LIF over the sequence."""
+    """LIF of sinabs, which takes the whole sequence."""
     from sinabs import layers
 
     return peer_of_sinabs(layers.LIF(**sinabs_neuron()).to(like), {})
 
 
 def norse_alif(like: Tensor) -> Peer:
-    """LSNNCell, a step a call; its synapse passes the input on, a step later."""
+    """Norse's LSNNCell, which takes one step per call. Its synapse passes the input on one step later."""
     from norse.torch import LSNNCell, LSNNFeedForwardState, LSNNParameters
 
     rates = {"tau_syn_inv": 1 / NORSE_STEP, "tau_adapt_inv": (1 - ADAPT_DECAY) / NORSE_STEP}
@@ -161,7 +162,7 @@ def norse_alif(like: Tensor) -> Peer:
 
 
 def sinabs_alif(like: Tensor) -> Peer:
-    """ALIF over the sequence, with its default of several spikes a step."""
+    """ALIF of sinabs, which takes the whole sequence, with its default of several spikes per step."""
     from sinabs import layers
 
     neuron = {name: value for name, value in sinabs_neuron().items() if name != "spike_fn"}
@@ -178,7 +179,7 @@ def zeros(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def snntorch_recurrent(weight: Tensor, input_weight: Tensor) -> Peer:
-    """RLeaky, a step a call; by default it subtracts at the next step, after the decay."""
+    """RLeaky of snnTorch, which takes one step per call. It resets by subtraction in the next step, after the decay."""
     import snntorch
 
     leaky = snntorch.RLeaky(beta=DECAY, linear_features=len(weight)).to(weight)
@@ -195,7 +196,7 @@ def snntorch_recurrent(weight: Tensor, input_weight: Tensor) -> Peer:
 
 
 def sinabs_recurrent(weight: Tensor, input_weight: Tensor) -> Peer:
-    """LIFRecurrent over the sequence."""
+    """LIFRecurrent of sinabs, which takes the whole sequence."""
     from sinabs import layers
 
     connections = nn.Linear(*weight.shape, bias=False).to(weight)
@@ -205,7 +206,7 @@ def sinabs_recurrent(weight: Tensor, input_weight: Tensor) -> Peer:
 
 
 def norse_recurrent(weight: Tensor, input_weight: Tensor) -> Peer:
-    """LIFRecurrent over the sequence; its synapse lasts for a step."""
+    """Norse's LIFRecurrent, which takes the whole sequence. Its synaptic current lasts for one step."""
     from norse.torch import LIFParameters, LIFRecurrent
 
     parameters = norse_parameters(LIFParameters, weight, tau_syn_inv=1 / NORSE_STEP)
@@ -218,9 +219,9 @@ def norse_recurrent(weight: Tensor, input_weight: Tensor) -> Peer:
 
 
 def spikingjelly_recurrent(weight: Tensor, input_weight: Tensor) -> Peer:
-    """LIFNode in a LinearRecurrentContainer, which multiplies input and spikes with one weight.
+    """SpikingJelly's LIFNode in a LinearRecurrentContainer, which multiplies input and spikes by one weight.
 
-    The container has as many inputs as neurons: for another number it follows the product of the input.
+    The container must have as many inputs as neurons. For another number of inputs, it follows a product of the input.
     """
     from spikingjelly.activation_based import layer
 
@@ -232,7 +233,7 @@ def spikingjelly_recurrent(weight: Tensor, input_weight: Tensor) -> Peer:
 
 
 class Recurrent(nn.Module):
-    """A peer's recurrent layer, after a product of the whole sequence where it has no weight of the input."""
+    """A peer's recurrent layer. If it has no weight for the input, it follows a product of the whole sequence."""
 
     def __init__(self, peer: Peer, input_weight: Tensor) -> None:
         super().__init__()
@@ -255,7 +256,7 @@ PEERS: dict[str, dict[str, Callable[..., Peer]]] = {
 
 
 def installed(kind: str) -> dict[str, Callable[..., Peer]]:
-    """What makes the peers of a kind that are installed, by name and version."""
+    """The functions that make the peers of this kind, for the installed libraries, by name and version."""
     found = {}
     for name, make in PEERS[kind].items():
         if find_spec(name.lower()) is not None:

@@ -1,14 +1,15 @@
 """Time of one recurrent layer, forward and backward, measured against its matrix products alone in the same run.
 
-A layer over T steps has a product of the spikes with the weight at each step, backward one of the gradient at each
-step, and one over all steps for the weight's gradient. These products alone, by torch.mm into memory that is there, are
-the floor of a dense computation. Compared with it: recurrent LIF neurons in every fused backend, at the usual rate and
-where all neurons spike; a loop in PyTorch, and with its step compiled; the layers of the other libraries. Layers that
-multiply the input with a weight, too, stand beside ours behind a product of the whole sequence.
+Forward multiplies the spikes by the weight at each step. Backward multiplies the gradient by the weight at each step,
+and has one product over all steps for the gradient of the weight. These products alone, by torch.mm into allocated
+memory, are the floor of a dense computation. These rows are compared with it: recurrent LIF neurons in every fused
+backend, at the usual rate and with all neurons spiking; a loop in PyTorch, also with its step compiled; and the layers
+of the other libraries. Some of these also multiply the input by a weight. They are compared with asgl_cuda's layer
+after a product of the whole sequence.
 
-The spikes of all are compared with ours first. All rows take turns within each repeat; the median is
-reported. Gradients are those of input and weights. On a GPU the time includes the host's, which starts kernels at each
-step and may bind.
+First, the spikes of all rows are compared with those of asgl_cuda. All rows take turns in each round; the median over
+the rounds is reported. Gradients are those of input and weights. On a GPU the time includes that of the host, which
+starts kernels at each step and may be slower than the GPU.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ CHECKED = (8, 64, 33)
 
 
 class Size(NamedTuple):
-    """Steps, rows of the batch, neurons."""
+    """A measured size: the numbers of time steps, of samples in the batch, and of neurons."""
 
     steps: int
     batch: int
@@ -53,7 +54,7 @@ THREADS = (1, 2)  # of a CPU
 
 
 def weights(neurons: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The recurrent weight as RecurrentLIF draws it, and that of the input, which keeps the current's deviation."""
+    """The recurrent weight as RecurrentLIF draws it, and a weight of the input that keeps the current's deviation."""
     bound = 1 / math.sqrt(neurons)
     weight = torch.empty(neurons, neurons, device=device).uniform_(-bound, bound)
     return weight, torch.nn.init.orthogonal_(torch.empty_like(weight))
@@ -65,7 +66,7 @@ def sample_at(size: Size, device: torch.device) -> Sample:
 
 
 def layer(x_seq: Tensor, weight: Tensor, input_weight: Tensor | None = None, **options: Any) -> Tensor:
-    """Recurrent neurons, behind the product of the whole sequence where there is a weight of the input."""
+    """Recurrent neurons; if there is a weight of the input, after a product of the whole sequence with it."""
     current = x_seq if input_weight is None else linear(x_seq, input_weight)
     spikes = asgl_cuda.recurrent_lif(current, weight, decay=DECAY, **{"surrogate": SURROGATE, **options})
     assert isinstance(spikes, Tensor)
@@ -73,7 +74,7 @@ def layer(x_seq: Tensor, weight: Tensor, input_weight: Tensor | None = None, **o
 
 
 def products_row(weight: Tensor, s_seq: Tensor) -> Row:
-    """The products of a layer that emits these spikes."""
+    """The row of the matrix products alone, of a layer that emits the spikes `s_seq`."""
     out, total, transposed = torch.empty_like(s_seq[0]), torch.empty_like(weight), weight.T
     s_flat = s_seq.flatten(0, 1)
 
@@ -91,7 +92,7 @@ def products_row(weight: Tensor, s_seq: Tensor) -> Row:
 
 
 def rows_of(size: Size, device: torch.device, s_seq: Tensor) -> Iterator[Row]:
-    """The products; every implementation; then those with the product of the input."""
+    """The rows of a size: the products, every implementation, then those with the product of the input."""
     weight, input_weight = (each.requires_grad_() for each in weights(size.neurons, device))
     yield products_row(weight.detach(), s_seq)
     ours = {f"asgl_cuda {backend}": partial(layer, backend=backend) for backend in fused_backends(device)}
@@ -114,7 +115,10 @@ def rows_of(size: Size, device: torch.device, s_seq: Tensor) -> Iterator[Row]:
 
 @torch.no_grad()
 def check_peers(device: torch.device) -> None:
-    """Raises where the loop or a peer emits other spikes than ours, of few bits, whose sums are exact in any order."""
+    """Raises RuntimeError if the loop or a peer emits other spikes than asgl_cuda.
+
+    Inputs and weights have few bits, so that sums are exact in any order.
+    """
     size = Size(*CHECKED)
     x, *both = ((16 * each).round() / 16 for each in (sample_at(size, device).x, *weights(size.neurons, device)))
     x_seq = x + 1 / 32  # no potential is at the threshold, where the decay of `sinabs` rounds
@@ -127,7 +131,7 @@ def check_peers(device: torch.device) -> None:
 
 
 def measure(size: Size, device: torch.device, repeats: int) -> dict[str, Any]:
-    """Median seconds of all rows, which take turns; their spread; bytes kept for backward; the spikes' rate."""
+    """Measures all rows of a size, which take turns: median seconds, spread, bytes kept for backward, firing rate."""
     torch.manual_seed(0)
     sample = sample_at(size, device)
     with torch.no_grad():
@@ -146,7 +150,7 @@ def measure(size: Size, device: torch.device, repeats: int) -> dict[str, Any]:
 
 
 def measurements(report: dict[str, Any], device: torch.device, repeats: int) -> Iterator[str]:
-    """Every size with each number of threads; the spikes of the loop and of each peer are ours."""
+    """Measures every size with each number of threads, after checking the spikes of the loop and of each peer."""
     check_peers(device)
     report["sizes"] = []
     of_device = THREADS if device.type == "cpu" else (torch.get_num_threads(),)

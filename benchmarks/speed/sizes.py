@@ -22,7 +22,7 @@ def normal(device: torch.device, dtype: str, *shape: int) -> Tensor:
 
 
 class Size(NamedTuple):
-    """A measured shape [steps, neurons] and type."""
+    """A measured layer: the shape `[steps, neurons]` and dtype of its input, and which rows are measured."""
 
     steps: int
     neurons: int
@@ -47,7 +47,7 @@ class Size(NamedTuple):
 
 
 class Block(NamedTuple):
-    """A measured shape [T, B, C, H, W] and type of normalisation and neurons."""
+    """A measured normalisation with neurons: the shape `[T, B, C, H, W]`, dtype and layout of its input."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -117,12 +117,12 @@ COMPILED_SIZES = (*GPU_SIZES, *GPU_BLOCKS, *(Size(16, 2**22, dtype, peers=False)
 
 
 def description(size: Size | Block) -> dict[str, Any]:
-    """The fields of a size in a report."""
+    """The fields of a size, as they are written in a report."""
     return {name: value for name, value in size._asdict().items() if name not in ("compiled", "peers")}
 
 
 def small(size: Size | Block) -> Size | Block:
-    """A small size of the same kind, for a CPU in place of a GPU."""
+    """A small size of the same kind, to try a measurement for GPUs on a CPU."""
     if isinstance(size, Block):
         return size._replace(shape=(4, 2, 8, 8, 8))
     return size._replace(steps=min(size.steps, 8), neurons=min(size.neurons, 2**12))
@@ -133,7 +133,7 @@ def usual_sizes(device: torch.device) -> Sequence[Size | Block]:
 
 
 def sweep(name: str, device: torch.device) -> Sequence[Size | Block]:
-    """The sizes of a sweep, on a GPU with 16 times the neurons; a sweep for GPUs has small sizes on a CPU."""
+    """The sizes of a sweep. T, N and adaptive have 16 times the neurons on a GPU, and FOR_GPUS small sizes on a CPU."""
     more = 4 if device.type == "cuda" else 0
     if name in FOR_GPUS:
         sizes = FOR_GPUS[name]
@@ -150,7 +150,7 @@ SWEEPS = ("T", "N", "adaptive", *FOR_GPUS)
 
 
 def samples(size: Size | Block, device: torch.device) -> list[Sample]:
-    """Inputs that take turns; only one on a CPU, where users benefit from caches, too."""
+    """Inputs that take turns, so that none stays in the GPU's cache. One on a CPU, where users benefit from caches."""
     count = 1
     if device.type == "cuda":
         cache = torch.cuda.get_device_properties(device).L2_cache_size

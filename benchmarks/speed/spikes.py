@@ -1,10 +1,11 @@
-"""Time of spike layers beside torch's dense layers, one thread, in turns: `python -m benchmarks.speed.spikes`.
+"""Times spike layers and torch's dense layers, in turns, on one thread: `python -m benchmarks.speed.spikes`.
 
-Forward without gradients; a step is forward with gradients and backward, for a layer with the gradient of the input.
-Inputs are ones at random places. The network has 700-512-512-512-20 features over 64 steps of 32 samples, a tenth of
-its input is not zero, and its hidden rates are about --shares. Its neurons have no noise, because smooth values are not
-zero. A stream is `asgl_cuda.step` of 700-1024-1024-20 features with one sample, in evaluation. Trained networks are
-those of `benchmarks.learning.sparse`, with and without a penalty on firing rates. Minima of --repeats.
+Forward is without gradients. A step is forward with gradients and backward; for a single layer, with the gradient of
+the input. The inputs of layers are ones at random positions. The network has 700-512-512-512-20 features over 64 time
+steps of 32 samples, a tenth of its inputs is not zero, and its hidden firing rates are about --shares. Its neurons have
+no noise, because smooth values are not zero. A stream is one sample in evaluation, by `asgl_cuda.step`, through
+700-1024-1024-20 features. Trained networks are those of `benchmarks.learning.sparse`, with and without a penalty on
+firing rates. Times are the least of --repeats rounds.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ LAYERS: tuple[tuple[str, tuple[int, ...], dict[str, int], tuple[int, ...], Any],
 
 
 def compare(dense: nn.Module, ours: nn.Module, x: Tensor, repeats: int) -> dict[str, list[float]]:
-    """Seconds of forward and of a step, torch's and ours."""
+    """The seconds of forward and of a step, for torch's layers and for the spike layers."""
     grad = torch.randn_like(dense(x))
     inputs = (x,) if x.requires_grad else ()
 
@@ -62,7 +63,7 @@ def compare(dense: nn.Module, ours: nn.Module, x: Tensor, repeats: int) -> dict[
 
 
 def times(many: int, function: Callable[[], Any]) -> Callable[[], Any]:
-    """So many calls."""
+    """A function that calls `function` `many` times."""
 
     def called() -> None:
         for _ in range(many):
@@ -72,7 +73,7 @@ def times(many: int, function: Callable[[], Any]) -> Callable[[], Any]:
 
 
 def network(linear: type[nn.Linear], share: float) -> nn.Sequential:
-    """The threshold is set so that about this share of the neurons fires."""
+    """The network, whose thresholds are such that about the fraction `share` of the neurons fires at each step."""
     torch.manual_seed(0)
     layers: list[nn.Module] = []
     for inputs in (700, 512, 512):
@@ -83,7 +84,7 @@ def network(linear: type[nn.Linear], share: float) -> nn.Sequential:
 
 
 def stream(linear: type[nn.Linear], share: float, x_seq: Tensor) -> Callable[[], Any]:
-    """Steps of one sample through 700-1024-1024-20 features, whose hidden rates are about `share`."""
+    """A function that streams one sample through 700-1024-1024-20 features with hidden rates of about `share`."""
     torch.manual_seed(0)
     model = nn.Sequential(
         linear(700, 1024),
@@ -98,7 +99,7 @@ def stream(linear: type[nn.Linear], share: float, x_seq: Tensor) -> Callable[[],
 
 
 def rows(shares: Sequence[float], repeats: int) -> Iterator[tuple[str, dict[str, list[float]]]]:
-    """Name and seconds of each layer and share, then of networks and streams."""
+    """The name and the seconds of each row: of layers by fraction of non-zero inputs, then of networks and streams."""
     for name, sizes, options, shape, layout in LAYERS:
         dense: nn.Module = getattr(nn, name)(*sizes, **options)
         ours: nn.Module = getattr(asgl_cuda, f"Spike{name}")(*sizes, **options)
@@ -132,10 +133,12 @@ def trained_rows(repeats: int) -> Iterator[tuple[str, dict[str, list[float]]]]:
 
 
 def main() -> int:
-    """Prints a row for each layer and share."""
+    """Prints a row for each layer and each fraction of non-zero inputs."""
     parser = parser_of("benchmarks.speed.spikes", str(__doc__), "repeats", "json")
-    parser.add_argument("--shares", type=float, nargs="*", default=[0.05, 0.1, 0.2], help="of non-zero inputs")
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument(
+        "--shares", type=float, nargs="*", default=[0.05, 0.1, 0.2], help="fractions of non-zero inputs"
+    )
+    parser.add_argument("--threads", type=int, default=1, help="threads of torch (default: %(default)s)")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     keep_memory()

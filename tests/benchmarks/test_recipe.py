@@ -370,7 +370,9 @@ def test_checkpoints_that_cannot_be_read(tmp_path, monkeypatch):
                 call(monkeypatch, *common, *option)
     for other in ([1], {"state_dict": {}}):
         torch.save(other, file)
-        with pytest.raises(SystemExit, match=f"^{file} is a checkpoint neither of this program nor of the authors'$"):
+        with pytest.raises(
+            SystemExit, match=f"^{file} must be a checkpoint of this program or of the authors', and is neither$"
+        ):
             call(monkeypatch, *common, "--evaluate", file)
     torch.save({"best_net": training.network.state_dict()}, file)
     with pytest.raises(SystemExit, match=f"^{file} is of the authors' program, --resume goes on from this program's$"):

@@ -132,7 +132,7 @@ REFUSED = {
     "conversion": (another_conversion, measured(convert), "^spikingjelly IFNode emits other spikes when it is conv"),
     "fused block": (
         another_fusion, lambda: end_to_end.check_losses(BLOCK, CPU),
-        r"^asgl_cuda .*, fused block has losses of \[.*\] without fusing$",
+        r"^asgl_cuda .*, fused block: the losses must be \[.*\], as without fusing, got \[.*\]$",
     ),
     "recomputed": (other_noise, measured(memory), "^VGG, T = 2: asgl_cuda, recompute_spikes has other gradients$"),
 }  # fmt: skip
@@ -448,7 +448,10 @@ def no_learning(patch):
 @needs_kernels
 @pytest.mark.parametrize(
     ("change", "words"),
-    [(other_decay, r"^LIF: SpikingJelly \d.* has a first loss of"), (no_learning, "^asgl_cuda cpu does not train")],
+    [
+        (other_decay, r"^LIF: SpikingJelly \d.*: the first loss must be"),
+        (no_learning, "^asgl_cuda cpu: the loss must fall in training"),
+    ],
 )
 def test_networks_that_differ_are_refused(tiny, monkeypatch, change, words):
     monkeypatch.setattr(end_to_end, "check_peers", lambda device: None)

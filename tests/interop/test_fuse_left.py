@@ -182,10 +182,10 @@ USES = {
         lambda net, x: neurons_saved(net, saved(lambda x: norm(net, x), x)), ANOTHER, ANOTHER,
     ),
     "unused": (lambda net, x: (norm(net, x), net.lif(x))[1], "nothing uses it"),
-    "kept": (lambda net, x: (net.__dict__.update(kept=norm(net, x)), net.lif(x))[1], "its output stays in the model"),
+    "kept": (lambda net, x: (net.__dict__.update(kept=norm(net, x)), net.lif(x))[1], "nothing in the model uses its"),
     "out of order": (out_of_order, "it is called again before its output is used"),
     "frozen in between": (with_value(frozen_in_between), "its output goes to LIF, after a change between training"),
-    "not called": (lambda net, x: net.lif(net.conv(x.flatten(0, 1)).view_as(x)), "the example does not lead to it"),
+    "not called": (lambda net, x: net.lif(net.conv(x.flatten(0, 1)).view_as(x)), "the example does not reach it"),
 }  # fmt: skip
 
 
@@ -281,7 +281,7 @@ def test_code_that_takes_tensors_alone():
     model = network(strict, second=OverTime(nn.BatchNorm2d(C)))
     assert reasons(model, torch.randn(SHAPE)) == {
         "bn": "its output goes to BatchNorm2d",
-        "second.layer": "without its value the forward fails: TypeError: a tensor, please",
+        "second.layer": "with the stand-in for its output the model's forward fails: TypeError: a tensor, please",
     }
     with pytest.raises(ZeroDivisionError):  # of the model itself
         asgl_cuda.fuse(network(lambda net, x: plain(net, x) / (1 // 0)), torch.randn(SHAPE))
@@ -302,7 +302,7 @@ def jelly(made, mode="m"):
     return made
 
 
-FILTERS = "whose input no neuron takes as it is"
+FILTERS = "which is recurrent, has a synaptic current or does not fire"
 STEPS = "which is called step by step"
 NEURONS = {
     "of a subclass": (Slower(), "Slower"),

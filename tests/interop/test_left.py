@@ -489,4 +489,6 @@ def test_one_with_a_name_of_converted_layers(base, name):
     registered.register_module(name, nn.Linear(2, 2))
     for each in (set_, registered, subclass_of(base, **{name: do})(**options)):
         (row,) = asgl_cuda.convert(each, inplace=True)[1].left
-        assert row.reason == f"its attribute {name} has a name that converted layers use themselves"
+        assert (
+            row.reason == f"its attribute {name} has a name that converted layers use themselves; rename the attribute"
+        )

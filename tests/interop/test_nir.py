@@ -394,14 +394,14 @@ NOT_REPRESENTED = {
         r"\[T, B, 4\]",
     ),
     "statistics of the batch": (
-        lambda: OverTime(nn.BatchNorm1d(4, track_running_stats=False)), r"has no running statistics \(track_r",
+        lambda: OverTime(nn.BatchNorm1d(4, track_running_stats=False)), "must have running statistics, .* got track_r",
     ),
     "shapes that are not known": (lambda: nn.Sequential(nn.LazyLinear(3)), r"0 \(LazyLinear\): can't be represented"),
     "another layer": (lambda: nn.Sequential(nn.ReLU()), r"\(ReLU\): can't be .* in NIR; layers that can be: .*LIF"),
     "adaptation": (lambda: asgl_cuda.AdaptiveLIF(), r"0 \(AdaptiveLIF\): can't be represented in NIR"),
     "a volume": (
         lambda: OverTime(nn.BatchNorm3d(2)),
-        r"BatchNorm3d\): must have at most 2 dimensions after the channels, got 3 in \[2, 3, 4, 5\]",
+        r"BatchNorm3d\): its input must have at most 2 dimensions after the channels, got 3 in shape \[2, 3, 4, 5\]",
         (2, 2, 2, 3, 4, 5),
     ),
     "mean": (stack(lambda m, x: m.lif(x).mean(0)), "mean in the model itself: can't be represented"),
@@ -433,6 +433,7 @@ NOT_REPRESENTED = {
     "batch flattened": (lambda: nn.Sequential(nn.Flatten()), r"0 \(Flatten\): must not flatten time or batch.*got 1"),
     "time last": (lambda: nn.Sequential(LIF(time_dim=-1)), r"0 \(LIF\): time must be dimension 0 .*got time_dim -1"),
     "time elsewhere": (lambda: nn.Sequential(LIF(), LIF(time_dim=1)), "1 .*: time must be dimension 0, as in the"),
+    "time last and elsewhere": (lambda: nn.Sequential(LIF(), LIF(time_dim=2)), "time must be dimension 0, as in the"),
     "input gain": (lambda: nn.Sequential(LIF(input_gain=-1)), r"0 \(LIF\): input_gain must be > 0, got -1\.0"),
     "decay": (lambda: nn.Sequential(decaying(LIF(), 1.5)), r"0 \(LIF\): decay must be in \[0, 1\], got 1.5"),
     "leak of some": (

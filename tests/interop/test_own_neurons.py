@@ -197,12 +197,12 @@ ERRORS = {
     "no mapping": ([MemUpdate], TypeError, r"layers must be a mapping such as \{TheirLIF: make\}, got "),
     "no class": ({"MemUpdate": mem_update}, TypeError, "keys of layers must be subclasses of .*, got 'MemUpdate'"),
     "a number": ({MemUpdate: 3}, TypeError, r"layers\[MemUpdate\] must be a function of a module, got 3"),
-    "another result": ({MemUpdate: lambda module: 3}, TypeError, r"for 0 \(MemUpdate\): must return another .* got 3"),
+    "another result": ({MemUpdate: lambda module: 3}, TypeError, r"for 0 \(MemUpdate\) must return another .* got 3"),
     "the same": ({MemUpdate: lambda module: module}, TypeError, "got the module itself"),
-    "one again": ({MemUpdate: lambda module: ONE}, ValueError, "for 1: must return a new layer for each module"),
-    "raises": ({MemUpdate: failing}, RuntimeError, r"for 0 \(MemUpdate\): its function raised KeyError: 'tau'"),
+    "one again": ({MemUpdate: lambda module: ONE}, ValueError, "for 1 must return a new layer for each module"),
+    "raises": ({MemUpdate: failing}, RuntimeError, r"layers for 0 \(MemUpdate\) raised KeyError: 'tau'"),
     "other sizes": (
-        {nn.Linear: lambda module: nn.Linear(3, 3)}, RuntimeError, r"for 2 \(Linear\): its state does not load",
+        {nn.Linear: lambda module: nn.Linear(3, 3)}, RuntimeError, r"for 2 \(Linear\) returned a Linear into which",
     ),
     "the model": ({nn.Sequential: mem_update}, ValueError, "inside of model, got a Sequential as model"),
 }  # fmt: skip
@@ -221,4 +221,4 @@ def test_hooks_that_no_longer_fire():
     model = nn.Sequential(MemUpdate())
     model[0].register_forward_hook(lambda *given: None)
     _, report = asgl_cuda.convert(model, layers=LAYERS)
-    assert list(report.notes) == ["0: hooks of the module in its place are no longer called"]
+    assert list(report.notes) == ["0: hooks of the module that it replaces are no longer called"]

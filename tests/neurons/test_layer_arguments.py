@@ -695,7 +695,7 @@ def test_an_adaptation_that_is_not_there_has_no_values(value):
 def test_names_of_other_libraries_are_the_same_functions():
     """The hint is only for functions equal to ours with width 1 / alpha."""
     surrogate = pytest.importorskip("spikingjelly.activation_based.surrogate")
-    from asgl_cuda.interop.identify import identify
+    from asgl_cuda.interop.identify import identify_spike_function
 
     theirs = {
         "atan": surrogate.ATan, "softsign": surrogate.SoftSign, "piecewisequadratic": surrogate.PiecewiseQuadratic,
@@ -703,5 +703,5 @@ def test_names_of_other_libraries_are_the_same_functions():
     }  # fmt: skip
     assert theirs.keys() == ELSEWHERE.keys()
     for name, kind in theirs.items():
-        found = identify(kind(alpha=3.0))
+        found = identify_spike_function(kind(alpha=3.0))
         assert (found.surrogate, found.width, found.gain) == (ELSEWHERE[name], pytest.approx(1 / 3), pytest.approx(1))

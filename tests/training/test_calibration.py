@@ -198,7 +198,7 @@ def detached(model, x_seq):
 
 ONE = "its input must have one weight that can be scaled"
 REFUSED = {
-    "sum": (residual, rf"last: {ONE}, got several paths: a path without weight and inside\.weight; it must"),
+    "sum": (residual, rf"last: {ONE}, got several paths: a path without weight and inside\.weight; the weight must"),
     "residual given": (
         lambda: Stack(lambda m, x: m.lif(m.linear(x), x), linear=nn.Linear(16, 16), lif=LIF()),
         r"lif: .* got several paths: a path without weight and linear\.weight;",

@@ -37,7 +37,7 @@ RECURRENCE = "NIR does not say when a spike that returns to its neuron arrives"
 
 # Arguments of layers that metadata leave out: those that the reader chooses, and `delay`, which is a node of its own.
 _ELSEWHERE = {"time_dim", "backend", "device", "dtype", "delay"}
-# By argument that makes a value learned: the parameter that it adds.
+# The parameter that each argument adds to make a value learned.
 _LEARNED = {"learn_width": "log_width", "learn_decay": "logit_decay", "learn_threshold": "threshold"}
 
 
@@ -52,8 +52,8 @@ def import_and_check_dt(name: str, dt: Any, caller: str) -> Any:
 
 
 @contextmanager
-def named_in_errors(where: str) -> Iterator[None]:
-    """Turns errors inside, of a layer or of torch, into a ValueError of one line that begins with `where`."""
+def prefixed_errors(where: str) -> Iterator[None]:
+    """A context that turns errors of a layer or of torch into a ValueError of one line that begins with `where`."""
     try:
         yield
     except Exception as error:
@@ -81,6 +81,12 @@ def range_of(value: Tensor) -> str:
     return f"{low:g}" if low == high else f"{low:g} to {high:g}"
 
 
+def first_wrong(values: Tensor, is_wrong: Tensor) -> str:
+    """The first value that is wrong, and its neuron, for errors."""
+    index = is_wrong.expand(values.shape).nonzero()[0].tolist()
+    return f"{values[tuple(index)].item():g}{f' for neuron {index}' if index else ''}"
+
+
 class Scale(nn.Module):
     """NIR's Scale: the input times a constant of the shape of the neurons."""
 
@@ -105,7 +111,7 @@ class Delay(nn.Module):
         self.register_buffer("steps", steps)
 
     def forward(self, x_seq: Tensor) -> Tensor:
-        """The input of `steps` earlier, by neuron; 0 before the first step."""
+        """The input of `self.steps` time steps earlier, neuron by neuron; 0 before the first step."""
         time = torch.arange(len(x_seq), device=x_seq.device).reshape(-1, *[1] * (x_seq.dim() - 1)) - self.steps
         return x_seq.gather(0, time.clamp(min=0).expand(x_seq.shape)).masked_fill(time < 0, 0.0)
 
@@ -122,7 +128,7 @@ def per_neuron(layer: LIF | LeakyIntegrator, value: Tensor | float, shape: Seque
 
 
 def constants_of_layer(layer: Any, shape: Sequence[int]) -> dict[str, Tensor]:
-    """The constants of a layer, by name, one per neuron. Those of a LIF are scaled to input_gain 1 and v_rest 0."""
+    """A layer's parameters by name, one value per neuron. Those of a LIF are scaled to input_gain 1 and v_rest 0."""
     numbers = {"decay": layer.decay, "input_gain": layer.input_gain, "v_rest": layer.v_rest}
     if isinstance(layer, LIF):
         v_reset = layer.v_rest if layer.v_reset is None else layer.v_reset
@@ -157,8 +163,8 @@ def metadata_of(layer: LIF | LeakyIntegrator, dt: float) -> dict[str, Any]:
 
 
 def layer_from_metadata(ours: Any, kind: Any, said: dict[str, Tensor]) -> Any:
-    """Restores a layer from the metadata of its node, which must agree with `said`, the node's own numbers."""
-    with named_in_errors(f"metadata[{KEY!r}] can't be used; delete it to read the numbers of the node alone"):
+    """Restores a layer from the metadata of its node. They must agree with `said`, which follows from its numbers."""
+    with prefixed_errors(f"metadata[{KEY!r}] can't be used; delete it to read the numbers of the node alone"):
         # Graphs that were read from a file have numbers of numpy, and arrays for values that differ between neurons.
         options = {
             name: as_double(value) if getattr(value, "ndim", 0) else value.item() if hasattr(value, "item") else value
@@ -169,32 +175,33 @@ def layer_from_metadata(ours: Any, kind: Any, said: dict[str, Tensor]) -> Any:
         layer.load_state_dict({name: as_double(value) for name, value in ours["parameters"].items()})
         for name, number in said.items():
             value = constants_of_layer(layer, number.shape)[name]
-            if not torch.allclose(number, value, rtol=1e-5, atol=1e-6):
-                says = f"numbers say {name} {range_of(number)} and metadata say {range_of(value)}"
+            if (differs := ~torch.isclose(number, value, rtol=1e-5, atol=1e-6)).any():
+                one, other = (first_wrong(each, differs) for each in (number, value))
+                says = f"numbers say {name} {one}, and metadata say {other}"
                 raise ValueError(f"{says}, with the step dt = {ours['dt']} of the metadata")
     return layer
 
 
 def decay_and_gain_of_node(node: Any, dt: float, tau: str = "tau", r: str = "r") -> tuple[Tensor, Tensor]:
-    """Decay and gain, per step of length dt, of a node with time constant `tau`, if it has one, and resistance `r`."""
+    """Decay and gain per step of length dt. `tau` and `r` name the node's time constant, if any, and its resistance."""
     gain, time = as_double(getattr(node, r)), getattr(node, tau, None)
     if time is None:  # IF and I
         decay, gain = torch.ones_like(gain), gain * dt
     else:
         rate = dt / as_double(time)
         decay, gain = torch.where((rate - 1).abs() < 1e-6, 0.0, 1 - rate), gain * rate  # tau is dt, rounded
-        if not ((decay >= 0) & (decay <= 1)).all():
-            hint = "dt is the step that the graph was written for"
-            raise ValueError(f"{tau} must be at least dt = {dt}, got {range_of(as_double(time))}; {hint}")
-    # r = tau / dt may have been rounded, which would change the threshold.
+        if (is_wrong := ~((decay >= 0) & (decay <= 1))).any():
+            hint = "dt must be the step for which the graph was written"
+            raise ValueError(f"{tau} must be at least dt = {dt}, got {first_wrong(as_double(time), is_wrong)}; {hint}")
+    # A file may have rounded r = tau / dt. A gain that is not exactly 1 would change the threshold.
     return decay, torch.where((gain - 1).abs() < 1e-6, 1.0, gain)
 
 
 def constants_of_node(node: Any, dt: float, tau: str = "tau") -> dict[str, Tensor]:
-    """The constants of a node that fires, by name and of one shape, in the units of `constants_of_layer`."""
+    """The parameters of a node that fires, by name, of one shape and in the units of `constants_of_layer`."""
     decay, gain = decay_and_gain_of_node(node, dt, tau)
-    if not (gain > 0).all():
-        raise ValueError(f"r must be > 0, got {range_of(as_double(node.r))}")
+    if (is_wrong := ~(gain > 0)).any():
+        raise ValueError(f"r must be > 0, got {first_wrong(as_double(node.r).expand(gain.shape), is_wrong)}")
     v_reset = 0.0 if getattr(node, "v_reset", None) is None else node.v_reset
     v_threshold, v_reset, v_leak = map(as_double, (node.v_threshold, v_reset, getattr(node, "v_leak", 0.0)))
     found = torch.broadcast_tensors(decay, (v_threshold - v_leak) / gain, (v_reset - v_leak) / gain)
@@ -202,7 +209,7 @@ def constants_of_node(node: Any, dt: float, tau: str = "tau") -> dict[str, Tenso
 
 
 def integrator_of_node(node: Any, dt: float, tau: str = "tau", r: str = "r") -> nn.Module:
-    """The integrator of a node, after a Scale if the gain differs between neurons."""
+    """The LeakyIntegrator that computes a node, after a Scale if the gain differs between neurons."""
     decay, gain = decay_and_gain_of_node(node, dt, tau, r)
     scales = bool((gain != gain.max()).any())
     numbers = {"decay": decay, "input_gain": torch.ones(()) if scales else gain}
@@ -213,7 +220,7 @@ def integrator_of_node(node: Any, dt: float, tau: str = "tau", r: str = "r") -> 
 
 
 def layer_with_constants(kind: Any, numbers: dict[str, Tensor], **options: Any) -> Any:
-    """A layer with these constants, of which those that differ become values per neuron or channel."""
+    """A layer of class `kind` with these parameters, each as one number if its values are equal, else as a tensor."""
     values: dict[str, Any] = {name: float(value.flatten()[0]) for name, value in numbers.items()}
     for name, value in numbers.items():
         if value.min() == value.max():

@@ -17,7 +17,7 @@ from ...neurons.leaky_integrator import LeakyIntegrator
 from ...neurons.lif import LIF
 from ...neurons.over_time import OverTime
 from . import neurons as units
-from .neurons import KEY, RECURRENCE, Delay, Scale, as_double, named_in_errors, range_of
+from .neurons import KEY, RECURRENCE, Delay, Scale, as_double, first_wrong, prefixed_errors
 
 if TYPE_CHECKING:
     import nir
@@ -26,15 +26,16 @@ _CALLER = "asgl_cuda.from_nir"
 
 
 def from_nir(graph: nir.NIRGraph, dt: float | None = None, *, dtype: torch.dtype | None = None) -> fx.GraphModule:
-    """Makes a module `[T, B, ...]` to `[T, B, ...]`, in evaluation mode, from a graph; the nodes name its submodules.
+    """Makes a torch module from a graph of NIR, which maps `[T, B, ...]` to `[T, B, ...]`, in evaluation mode.
 
-    A dot in a name separates levels of modules, as in `get_submodule`. Characters other than letters, digits and `_`
-    become `_`, and `_` is appended to names that are not free, as in `forward_` for `forward` and `class_` for `class`.
+    Its submodules have the names of the nodes. A dot in a name separates levels of modules, as in `get_submodule`.
+    Characters other than letters, digits and `_` become `_`, and `_` is appended to names that are not free, as in
+    `forward_` for `forward` and `class_` for `class`.
 
     Args:
         graph: one Input, one Output, between them LIF, IF, CubaLIF, LI, I, CubaLI, Affine, Linear, Conv1d, Conv2d,
-            AvgPool2d, SumPool2d, Flatten, Scale, Threshold and Delay, without cycles; edges into the same node are
-            added. Shapes that do not fit each other are refused by `nir.read`, or by the first call.
+            AvgPool2d, SumPool2d, Flatten, Scale, Threshold and Delay, without cycles. If several edges lead to a node,
+            their values are added. Shapes that do not fit each other are refused by `nir.read`, or by the first call.
         dt: length of a step, in seconds, or in the graph's unit of tau. It must be the step for which the graph was
             written. Nodes that `to_nir` wrote contain it, and it is their default; for other nodes the default is 1e-4.
         dtype: dtype of all weights and parameters; default `torch.get_default_dtype()`.
@@ -49,7 +50,8 @@ def from_nir(graph: nir.NIRGraph, dt: float | None = None, *, dtype: torch.dtype
     Raises:
         ImportError: nir is not installed.
         TypeError: an argument is of another type.
-        ValueError: a node can't be represented, or contradicts its metadata; the message names the node.
+        ValueError: a node can't be represented, or contradicts its metadata, and the message names the node; or the
+            graph has a cycle, or not one Input and one Output.
     """
     nir = units.import_and_check_dt("nir", units.DT if dt is None else dt, _CALLER)
     check_device_and_dtype(None, dtype, _CALLER)
@@ -66,14 +68,14 @@ def from_nir(graph: nir.NIRGraph, dt: float | None = None, *, dtype: torch.dtype
         order = list(TopologicalSorter(sources).static_order())
     except CycleError as error:
         cycle = " -> ".join(error.args[1])
-        raise ValueError(f"{_CALLER}: can't read the cycle {cycle}; {RECURRENCE}; use RecurrentLIF") from None
+        raise ValueError(f"{_CALLER}: can't read the cycle {cycle}; {RECURRENCE}; use asgl_cuda.RecurrentLIF") from None
 
     paths, result = _module_paths(nodes), fx.Graph()
     modules: dict[str, Any] = {}
     values: dict[str, Any] = {}
     for name in order:
         node, before = nodes[name], sources[name]
-        with named_in_errors(f"{_CALLER}: node {name!r} ({type(node).__name__})"):
+        with prefixed_errors(f"{_CALLER}: node {name!r} ({type(node).__name__})"):
             if isinstance(node, nir.Input):
                 values[name] = result.placeholder("x_seq")
                 continue
@@ -117,7 +119,7 @@ def _first_difference(wanted: Tensor, given: Tensor) -> str:
 
 
 def _module_paths(names: Iterable[str]) -> dict[str, str]:
-    """A free path for the module of each node, by the name of the node."""
+    """The path of each node's module in the result, by name of the node: valid names that are no attributes yet."""
     empty = fx.GraphModule(nn.Module(), fx.Graph())
     paths: dict[str, str] = {}
     for name in sorted(names):
@@ -159,8 +161,9 @@ def _module_of_node(node: Any, dt: float | None) -> Any:
     if kind == "Delay":
         delay = as_double(node.delay)
         steps = (delay / dt).round()
-        if not ((delay >= 0) & ((delay - steps * dt).abs() < 1e-3 * dt)).all():
-            raise ValueError(f"delay must be a whole number of steps, dt = {dt}, got {range_of(delay)}")
+        if (is_wrong := ~((delay >= 0) & ((delay - steps * dt).abs() < 1e-3 * dt))).any():
+            got = first_wrong(delay, is_wrong)
+            raise ValueError(f"delay must be a multiple of dt = {dt}, at least 0, got {got}")
         return Delay(steps.long())
     if kind in ("CubaLIF", "CubaLI"):
         if kind == "CubaLIF":
@@ -200,5 +203,5 @@ def _weight_layer_of_node(node: Any, ours: Any) -> nn.Module:
 
 
 def _repeated_sizes(value: Any, dims: int) -> Any:
-    """A size for each dimension; a single one is repeated."""
+    """A list of one size per dimension; a single size is repeated."""
     return torch.as_tensor(value).expand(dims).tolist()

@@ -22,11 +22,11 @@ from ...spikes.layers import SPIKE_LAYERS
 from ..convert import convert, copy_model
 from ..converted import Converted, bare_class
 from ..fuse import unfuse
-from ..libraries import LIBRARIES, libraries
+from ..libraries import LIBRARIES, imported_adapters
 from ..recurrent import Recurrent
 from ..sequences import InSequences
 from . import neurons as units
-from .neurons import KEY, RECURRENCE, Delay, Scale, as_double, as_nir_shape, named_in_errors, range_of
+from .neurons import KEY, RECURRENCE, Delay, Scale, as_double, as_nir_shape, first_wrong, prefixed_errors, range_of
 
 if TYPE_CHECKING:
     import nir
@@ -87,7 +87,7 @@ def to_nir(
     if example_input.dim() < 3 or not example_input.numel():
         got = list(example_input.shape)
         raise ValueError(f"{_CALLER}: example_input must have time, batch and neurons, [T, B, ...], got shape {got}")
-    with named_in_errors(f"{_CALLER}: {type(model).__name__} can't be copied"):
+    with prefixed_errors(f"{_CALLER}: {type(model).__name__} can't be copied"):
         is_leaf = _is_leaf(model) or _reason_not_written(model) is not None
         root = nn.Sequential(copy_model(model)) if is_leaf else copy_model(model)  # fx always traces a root
     unfuse(root, inplace=True)
@@ -100,7 +100,7 @@ def to_nir(
         if isinstance(module, NeuronLayer):
             module.reset()
     tracer = tracer({type(module) for module in root.modules() if _is_leaf(module) or module in left})
-    with named_in_errors(f"{_CALLER}: {type(model).__name__} can't be traced by torch.fx, which to_nir needs"):
+    with prefixed_errors(f"{_CALLER}: {type(model).__name__} can't be traced by torch.fx, which to_nir needs"):
         traced = fx.GraphModule(root, tracer.trace(root))
     traced.graph.eliminate_dead_code()  # nir would add an Output to each node without a follower
     writer = _Writer(traced, float(dt), allow_soft_reset, real_type(example_input.dtype), left)
@@ -110,22 +110,22 @@ def to_nir(
 
 
 def _is_leaf(module: nn.Module) -> bool:
-    """Whether the module is a layer of torch, asgl_cuda or a library, and no container."""
+    """Whether torch.fx must not trace into the module: a layer of torch, asgl_cuda or a library, but no container."""
     if isinstance(module, (NeuronLayer, Scale, Delay, Converted, _BatchNorm, *SPIKE_LAYERS.values())):
         return True
     return type(module).__module__.split(".")[0] in ("torch", *LIBRARIES) and not module._modules
 
 
 def _reason_not_written(module: nn.Module) -> str | None:
-    """Why `to_nir` can't write a module that is no neuron, or that `convert` made for sequences; None for others."""
+    """Why `to_nir` can't write a module, by the adapter of its library or because of `sequences`. None for others."""
     if isinstance(module, InSequences):
         return "it runs a loop over steps (convert with sequences); use asgl_cuda.LIF in place of its neurons"
-    reasons = (getattr(library, "reason_not_written", lambda module: None)(module) for library in libraries())
+    reasons = (getattr(library, "reason_not_written", lambda module: None)(module) for library in imported_adapters())
     return next((reason for reason in reasons if reason is not None), None)
 
 
 class _Flow(NamedTuple):
-    """Where a tensor of the traced model is in the graph of NIR."""
+    """A tensor of the traced model, as a value in the graph of NIR."""
 
     sources: tuple[str, ...]  # names of the nodes to be summed
     shape: tuple[int, ...]  # the shape of the neurons
@@ -146,7 +146,7 @@ class _Writer(fx.Interpreter):
         self.time_and_batch = torch.Size()
         self.time_dim: int | None = None  # time dimension of the preceding neurons
         self.calls: list[dict[str, Any]] = []  # options of the calls of `lif` by the converted layer that runs
-        # By class of layer: a function that returns its nodes in order, by the suffix to add to the name of the layer.
+        # By class of layer, a function that returns the layer's nodes in order, each by the suffix of its name.
         self.layers: dict[Any, Any] = {
             **dict.fromkeys(_SILENT, lambda layer, flow: {}),
             **dict.fromkeys((LIF, LeakyIntegrator), self._neuron_nodes),
@@ -162,7 +162,7 @@ class _Writer(fx.Interpreter):
             nn.Flatten: self._flatten_nodes,
             **dict.fromkeys((_BatchNorm, nn.SyncBatchNorm), self._normalisation_nodes),
         }
-        for library in libraries():
+        for library in imported_adapters():
             self.layers |= dict.fromkeys(getattr(library, "NORMALISATIONS", ()), self._normalisation_nodes)
             self.layers |= {own: self.layers[plain] for own, plain in getattr(library, "PLAIN", {}).items()}
 
@@ -171,10 +171,10 @@ class _Writer(fx.Interpreter):
         inputs = [self.flows[source] for source in n.all_input_nodes if source in self.flows]
         if n.op == "call_module":
             module = self.module.get_submodule(str(n.target))
-            with named_in_errors(f"{_CALLER}: {n.target} ({bare_class(module).__name__})"):
+            with prefixed_errors(f"{_CALLER}: {n.target} ({bare_class(module).__name__})"):
                 return self._run_module(n, module, inputs)
         place = next(reversed(n.meta.get("nn_module_stack") or {"": None})) or "the model itself"
-        with named_in_errors(f"{_CALLER}: {getattr(n.target, '__name__', n.target)} in {place}"):
+        with prefixed_errors(f"{_CALLER}: {getattr(n.target, '__name__', n.target)} in {place}"):
             value = super().run_node(n)
             if n.op == "placeholder":
                 self.time_and_batch = value.shape[:2]
@@ -191,7 +191,7 @@ class _Writer(fx.Interpreter):
         return value
 
     def _flow_after_function(self, n: fx.Node, value: Tensor, inputs: list[_Flow]) -> _Flow:
-        """The flow of the output of a function between layers: an addition, flatten or unflatten."""
+        """The flow of the output of a function between layers. Raises ValueError for one that NIR can't represent."""
         name = n.target if isinstance(n.target, str) else getattr(n.target, "__name__", "")
         sizes, leading = (*n.args[1:], *n.kwargs.values()), inputs[0].leading if inputs else 0
         if n.target in (operator.add, torch.add, "add") and len(inputs) == 2 == len(n.args):
@@ -257,13 +257,13 @@ class _Writer(fx.Interpreter):
                 )
             raise ValueError(f"must take time and batch as two dimensions, [T, B, ...], got {got}")
         found, self.time_dim = self.time_dim, time_dim % (2 + len(flow.shape))
-        wanted = "0 or 1" if self.time_dim > 1 else f"{found}, as in the layers before"
+        wanted = "0 or 1" if found is None else f"{found}, as in the layers before"
         if self.time_dim > 1 or found not in (None, self.time_dim):
             raise ValueError(f"time must be dimension {wanted}, got time_dim {time_dim}")
 
     def _add_node(self, name: str, node: Any, flow: _Flow, shape: Any) -> _Flow:
         """Adds a node after the flow's sources. `shape` is the shape of its output."""
-        # nir infers wrong types for grouped convolutions and non-square kernels, none for pooling.
+        # nir would infer wrong types for grouped convolutions and non-square kernels, and none for pooling.
         node.input_type, node.output_type = {"input": as_nir_shape(flow.shape)}, {"output": as_nir_shape(shape)}
         self.nodes[name] = node
         self.edges.extend((source, name) for source in flow.sources)
@@ -275,13 +275,13 @@ class _Writer(fx.Interpreter):
         return value.to(self.real).contiguous().numpy()
 
     def _neuron_nodes(self, layer: Any, flow: _Flow) -> dict[str, Any]:
-        """The NIR nodes of a LIF or LeakyIntegrator."""
+        """The NIR nodes of a LIF or LeakyIntegrator, by suffix of their names."""
         if options := unknown_options(layer, _KNOWN):
             raise ValueError(f"has {options}, which can't be represented in NIR")
         fires, numbers = isinstance(layer, LIF), cast("dict[str, Any]", units.constants_of_layer(layer, flow.shape))
         decay = numbers.pop("decay")
-        if not ((decay >= 0) & (decay <= 1)).all():
-            raise ValueError(f"decay must be in [0, 1], got {range_of(decay)}")
+        if (is_wrong := ~((decay >= 0) & (decay <= 1))).any():
+            raise ValueError(f"decay must be in [0, 1], got {first_wrong(decay, is_wrong)}")
         leaks = not (decay == 1).all()
         if leaks and (decay == 1).any():  # their tau would be infinite
             raise ValueError(f"decay must be 1 for all neurons or for none, got {range_of(decay)}")
@@ -412,12 +412,13 @@ class _Writer(fx.Interpreter):
         if not isinstance(norm, LIF):
             _check_batch_dims(norm, flow, len(flow.shape))
         if mean is None:
-            raise ValueError("has no running statistics (track_running_stats=False), of which its weights are made")
+            raise ValueError("must have running statistics, to be written as weights, got track_running_stats=False")
         if len(mean) != channels:
-            raise ValueError(f"must get {len(mean)} channels, got {channels} in {list(flow.shape)} after the batch")
+            got = f"{channels} in shape {list(flow.shape)} (without time and batch)"
+            raise ValueError(f"its input must have {len(mean)} channels, got {got}")
         if len(sizes) > 2:
-            got = f"{len(sizes)} in {list(flow.shape)} after the batch"
-            raise ValueError(f"must have at most 2 dimensions after the channels, got {got}")
+            got = f"{len(sizes)} in shape {list(flow.shape)} (without time and batch)"
+            raise ValueError(f"its input must have at most 2 dimensions after the channels, got {got}")
         real = torch.float64
         gain, shift, mean = normalisation_coefficients(
             mean, norm.running_var, norm.weight, norm.bias, norm.eps, scale, real
@@ -432,7 +433,7 @@ class _Writer(fx.Interpreter):
         return {"": node}
 
     def finished_graph(self) -> Any:
-        """The graph, with each normalisation folded into the weights before it, if there are any."""
+        """The graph, after folding each normalisation into the weights before it, if there are any."""
         for name, node in list(self.nodes.items()):
             if "normalises" not in node.metadata.get(KEY, {}):
                 continue
@@ -452,7 +453,7 @@ class _Writer(fx.Interpreter):
 
 
 def _check_batch_dims(layer: Any, flow: _Flow, dims: int) -> None:
-    """Raises ValueError for an input without a batch, whose time or channels torch's layers would take for it."""
+    """Raises ValueError unless the input has the leading dimensions that the layer takes, and `dims` more."""
     separate = getattr(layer, "step_mode", "s") == "m"
     leading = {True: "[T, B, ...] with time and batch separate", False: "[T·B, ...] with time and batch merged"}
     if flow.leading != 1 + separate or len(flow.shape) != dims:

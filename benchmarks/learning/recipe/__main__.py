@@ -1,9 +1,9 @@
-"""Trains a network of the paper by the recipe of its authors, or a baseline beside it.
+"""Trains a network of the paper by the recipe of its authors, or a baseline to compare it with.
 
     python -m benchmarks.learning.recipe cifar100-resnet18 --data-root DIR
     torchrun --nproc-per-node 2 -m benchmarks.learning.recipe cifar100-resnet18 --data-root DIR
 
-`last.pt` and `best.pt` go to --out after each epoch.
+After each epoch, `last.pt` and, if it is the best so far, `best.pt` are written to the folder --out.
 """
 
 from __future__ import annotations
@@ -42,25 +42,33 @@ def integer_from(least: int) -> Callable[[str], int]:
 
 def arguments_of() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     parser = parser_of("benchmarks.learning.recipe", str(__doc__), "device")
-    parser.add_argument("preset", choices=PRESETS, help=f"published by the authors: {' and '.join(PUBLISHED)}")
+    parser.add_argument("preset", choices=PRESETS, help=f"the authors' own commands: {' and '.join(PUBLISHED)}")
     data, start = parser.add_mutually_exclusive_group(), parser.add_mutually_exclusive_group()
-    data.add_argument("--data-root", type=Path, metavar="DIR", help="where the data is")
+    data.add_argument("--data-root", type=Path, metavar="DIR", help="folder that contains the data")
     data.add_argument(
-        "--synthetic", type=integer_from(2), metavar="N", help="N generated samples of the same shapes instead"
+        "--synthetic", type=integer_from(2), metavar="N", help="train on N generated samples of the same shapes instead"
     )
     parser.add_argument("--baseline", choices=BASELINES, help="fixed width, learned without noise, and others")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="of checkpoints (default: runs/PRESET[-BASELINE])")
-    start.add_argument("--resume", action="store_true", help="go on from last.pt in --out, if it is there")
-    start.add_argument(
-        "--evaluate", type=Path, metavar="FILE", help="only test a checkpoint, ours or the authors', by its settings"
-    )
-    parser.add_argument("--amp", action="store_true", help="autocast to bfloat16")
-    parser.add_argument("--compile", action="store_true", help="torch.compile")
-    parser.add_argument("--recompute-spikes", action="store_true", help="less memory, see asgl_cuda.recompute_spikes")
     parser.add_argument(
-        "--workers", type=integer_from(0), default=min(8, os.cpu_count() or 1), help="(default: %(default)s)"
+        "--out", type=Path, metavar="DIR", help="folder for checkpoints (default: runs/PRESET[-BASELINE])"
     )
-    group = parser.add_argument_group("settings", "in place of those of the preset or of the checkpoint to test")
+    start.add_argument("--resume", action="store_true", help="continue from last.pt in --out, if it exists")
+    start.add_argument(
+        "--evaluate",
+        type=Path,
+        metavar="FILE",
+        help="only test a checkpoint, of this program or of the authors', with its settings",
+    )
+    parser.add_argument("--amp", action="store_true", help="compute under autocast to bfloat16")
+    parser.add_argument("--compile", action="store_true", help="compile the network by torch.compile")
+    parser.add_argument("--recompute-spikes", action="store_true", help="use less memory: asgl_cuda.recompute_spikes")
+    parser.add_argument(
+        "--workers",
+        type=integer_from(0),
+        default=min(8, os.cpu_count() or 1),
+        help="processes that read data (default: %(default)s)",
+    )
+    group = parser.add_argument_group("settings", "replace those of the preset, or of the checkpoint to test")
     for name, value in asdict(PRESETS[PUBLISHED[0]]).items():
         if name not in ("data", "network", "widths"):  # by preset and baseline
             kind: dict[str, Any] = {"choices": CHOICES[name]} if name in CHOICES else {"type": type(value)}
@@ -71,7 +79,7 @@ def arguments_of() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
 
 
 def settings_of(arguments: argparse.Namespace, base: Settings) -> Settings:
-    """`base` with what the baseline and the arguments change."""
+    """The settings `base` with the changes of the baseline and of the arguments."""
     given = {name: value for name, value in vars(arguments).items() if value is not None and name in asdict(base)}
     return replace(base, **{**BASELINES.get(arguments.baseline, {}), **given})
 
@@ -92,7 +100,7 @@ def run(training: Training, out: Path) -> None:
 
 
 def main() -> int:
-    """Trains, or tests a checkpoint."""
+    """Trains a network, or tests a checkpoint."""
     parser, arguments = arguments_of()
     device, base = device_of(parser, arguments.device), PRESETS[arguments.preset]
     tested = None if arguments.evaluate is None else checkpoint_of(arguments.evaluate, device)

@@ -31,7 +31,7 @@ _MOST_SHIFT = 5
 
 
 def in_a_line(error: Exception) -> str:
-    """An error's type and the first sentence of what it says."""
+    """The type of an error and the first sentence of its message."""
     return shorten(f"{type(error).__name__}: {' '.join(str(error).split()).split('. ')[0]}", 300)
 
 
@@ -67,7 +67,7 @@ def cifar(name: str, root: Path) -> tuple[Samples, Samples]:
 
 
 def augment_frames(frames: Tensor) -> Tensor:
-    """Mirrored at random, and rolled by up to 5 pixels."""
+    """Mirrors frames at random, and rolls them by up to 5 pixels."""
     if torch.rand(()) < 0.5:
         frames = frames.flip(-1)
     shifts = torch.randint(-_MOST_SHIFT, _MOST_SHIFT + 1, (2,)).tolist()
@@ -75,14 +75,14 @@ def augment_frames(frames: Tensor) -> Tensor:
 
 
 def resized(events: Tensor) -> Tensor:
-    """Frames of 0 and 1 `[T, 2, H, W]` in 48 x 48 pixels, each channel for itself."""
+    """Frames `[T, 2, H, W]` of 0 and 1, resized to 48 x 48 pixels, each channel by itself."""
     return functional.interpolate(events, (_SIDE, _SIDE), mode="bilinear", antialias=True)
 
 
 def resized_as_la(events: Tensor) -> Tensor:
     """The same as the authors do it, by Pillow: channel 0 as the grey of an image whose alpha is channel 1.
 
-    Pillow multiplies grey by alpha before it resizes and divides by alpha behind, so that events of channel 0 count
+    Pillow multiplies grey by alpha before it resizes, and divides by alpha after it. So events of channel 0 count only
     where channel 1 has events in the same pixel.
     """
     try:
@@ -111,7 +111,7 @@ class Frames(Samples):
         self.steps, self.classes, self.augment = steps, CLASSES[settings.data], augment
         self.resize = resized_as_la if settings.frames == "la" else resized
         try:
-            self._read(self.files[0])  # what is wrong with all of them is said before the training
+            self._read(self.files[0])  # an error that all files have is raised before training
         except ValueError as error:
             raise SystemExit(str(error)) from None
 
@@ -158,7 +158,7 @@ class Synthetic(Samples):
 
 
 def samples_of(settings: Settings, root: Path | None, synthetic: int | None) -> tuple[Any, Any]:
-    """The samples to train on and to test with; generated ones if `synthetic` says how many."""
+    """The samples for training and for the test; generated ones if their number is given as `synthetic`."""
     events = settings.data == "dvs-cifar10"
     if synthetic is not None:
         shape = (settings.steps, 2, _SIDE, _SIDE) if events else (3, 32, 32)

@@ -1,8 +1,8 @@
 """The networks of the paper, `[T, B, C, H, W]` to scores `[T, B, classes]`, with the module names of the authors' code.
 
-A state dict of theirs loads: `neurons_of` has layers that take `cell.decay` and `cell.spike_fn.inv_sg.alpha` for their
-decay and width. What they call tdBN is a batch normalisation over time and batch; `asgl_cuda.fuse` joins it with the
-neurons behind, shortcuts included.
+The authors' state dicts load, because the layers of `neurons_of` read decay and width from `cell.decay` and
+`cell.spike_fn.inv_sg.alpha`. The authors' tdBN is a batch normalisation over time and batch. `asgl_cuda.fuse` merges it
+into the neurons after it, also with a shortcut in between.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def normalised(inputs: int, outputs: int, kernel: int = 3, stride: int = 1) -> t
 
 
 class BasicBlock(nn.Module):
-    """Two convolutions and a shortcut, added before the second neurons."""
+    """Two convolutions and a shortcut, which is added before the second layer of neurons."""
 
     def __init__(self, inputs: int, outputs: int, stride: int, make: MakeNeurons) -> None:
         super().__init__()
@@ -102,7 +102,7 @@ class BasicBlock(nn.Module):
 
 
 class ResNet(nn.Module):
-    """Stages of blocks, halved in size from the second on; `hidden` neurons before the scores, if any."""
+    """Stages of blocks, of which all but the first halve the size. `hidden` neurons precede the scores, if any."""
 
     def __init__(
         self, channels: Sequence[int], blocks: Sequence[int], hidden: int, inputs: int, classes: int, make: MakeNeurons

@@ -1,6 +1,7 @@
-"""The settings of a training, and presets of them: the authors' two published commands, and the same for other sets.
+"""The settings of a training run, and presets: the authors' two published commands, and the same for other data sets.
 
-What a published command leaves out is the default of its program. The other presets take the settings for CIFAR-100.
+For options that a published command leaves out, presets have the default of the authors' program. The other presets
+take the settings for CIFAR-100.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ from asgl_cuda.reference.surrogates import SURROGATES
 
 @dataclass(frozen=True)
 class Settings:
-    """A training: all that its result depends on, apart from data, device and precision.
+    """The settings on which the result of a training run depends, besides data, device and precision.
 
-    A ValueError names the option of a value that makes no training.
+    Raises ValueError for a value out of range, and names its option.
     """
 
     data: str
@@ -82,5 +83,5 @@ BASELINES: dict[str, dict[str, Any]] = {
 
 
 def scheduled_width(settings: Settings, epoch: int) -> float:
-    """The width of the baseline "schedule": by equal factors to a tenth in the last epoch."""
+    """The width of the baseline "schedule", which falls by equal factors to a tenth in the last epoch."""
     return float(settings.width * 0.1 ** (epoch / max(settings.epochs - 1, 1)))

@@ -1,8 +1,8 @@
-"""A training: epochs and tests, in one process or several, from and to a checkpoint.
+"""A training run: epochs and tests, in one process or several, from and to checkpoints.
 
-SGD for the weights along a cosine, Adam at a constant rate for widths and decays, weight decay for neither
-normalisations, biases nor neurons. Every epoch seeds torch's generators anew, so that a resumed training continues
-with the same bits.
+Weights are trained by SGD with a rate that falls along a cosine, widths and decays by Adam with a constant rate.
+Normalisations, biases and neurons have no weight decay. Every epoch seeds torch's generators again, so that a resumed
+run continues with the same bits.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _NAMES = {"T": "steps", "thresh": "threshold", "decay": "decay"}  # of settings 
 
 
 def optimizers_of(model: nn.Module, settings: Settings) -> list[torch.optim.Optimizer]:
-    """SGD for the weights; Adam for the neurons, apart, since it is not on the cosine."""
+    """SGD for the weights, and a second optimizer, Adam, for the neurons, whose rate does not follow the cosine."""
     groups = asgl_cuda.parameter_groups(
         model, settings.rate, settings.width_rate, settings.weight_decay, norm_weight_decay=0.0
     )
@@ -58,19 +58,19 @@ def loss_of(scores: Tensor, labels: Tensor, kind: str) -> Tensor:
 
 
 def checkpoint_of(file: Path, device: torch.device) -> dict[str, Any]:
-    """What a checkpoint holds, of this program's or of the authors', who call the network `best_net`."""
+    """The content of a checkpoint of this program or of the authors', who call the network `best_net`."""
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # theirs may hold the arguments
             saved = torch.load(file, map_location=device, weights_only=True)
     except Exception as error:  # by files, pickle, zipfile and torch
         raise SystemExit(f"{file} is no checkpoint that can be read: {in_a_line(error)}") from None
     if not isinstance(saved, dict) or not ({"network", "settings"} <= saved.keys() or "best_net" in saved):
-        raise SystemExit(f"{file} is a checkpoint neither of this program nor of the authors'")
+        raise SystemExit(f"{file} must be a checkpoint of this program or of the authors', and is neither")
     return saved
 
 
 def settings_in(saved: dict[str, Any], preset: Settings) -> Settings:
-    """The settings of a checkpoint; of the authors', who save few, the preset's with what is known of theirs."""
+    """The settings of a checkpoint. The authors' have few settings, which replace those of the preset."""
     if "best_net" in saved:
         arguments = vars(saved.get("config", argparse.Namespace()))
         known = {_NAMES[name]: value for name, value in arguments.items() if name in _NAMES and value is not None}
@@ -88,7 +88,7 @@ def settings_in(saved: dict[str, Any], preset: Settings) -> Settings:
 
 
 class Options(NamedTuple):
-    """How a training is computed."""
+    """How a training run is computed."""
 
     device: torch.device
     amp: bool = False
@@ -98,7 +98,7 @@ class Options(NamedTuple):
 
 
 class Training:
-    """The state of a training, and its epochs."""
+    """The state of a training run, and its epochs."""
 
     def __init__(self, settings: Settings, samples: tuple[Any, Any], options: Options) -> None:
         self.settings, self.options = settings, options
@@ -138,7 +138,7 @@ class Training:
             return model(x_seq)  # type: ignore[no-any-return]
 
     def train_epoch(self, shown: Callable[[Any], Iterable[Any]] = iter) -> float:
-        """Trains an epoch, with `shown` around the batches; returns the mean loss."""
+        """Trains for one epoch, and returns the mean loss. `shown` wraps the batches, for example in a progress bar."""
         torch.manual_seed((self.settings.seed * 10_000 + self.epoch) * 1000 + self.rank)
         self.sampler.set_epoch(self.epoch)
         if self.settings.widths == "schedule":
@@ -182,7 +182,7 @@ class Training:
         return {"network": self.network, "cosine": self.cosine, **optimizers}
 
     def resume(self, file: Path) -> None:
-        """Goes on from a checkpoint of this program with the same settings."""
+        """Continues from a checkpoint of this program with the same settings."""
         saved = checkpoint_of(file, self.options.device)
         if "best_net" in saved:
             raise SystemExit(f"{file} is of the authors' program, --resume goes on from this program's")
