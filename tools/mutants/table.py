@@ -429,7 +429,7 @@ MUTANTS = {
         "for name in self._stored_names:\n            value = getattr",
         'for name in ("v",):\n            value = getattr', "neurons/test_base.py copies and Adaptive"),
     "layer: v is the only state that is carried": Mutant(
-        "for name in states:\n            setattr", 'for name in ("v",):\n            setattr',
+        "for name in states:\n            set_plain_attribute", 'for name in ("v",):\n            set_plain_attribute',
         "neurons/test_base.py one_sequence and Recurrent"),
     "neuron: the learned threshold is not reset": Mutant("        fill_parameter(self.threshold, self._v_threshold)\n",
         "", "neurons/test_layer_arguments.py as_new"),
@@ -499,11 +499,11 @@ MUTANTS = {
     "streaming: a batch of one": Mutant("if x_t.dim() < 2 or x_t.shape[0] != 1 or tuple(without.shape[:1]) == (1,):",
         "if True:", "test_states.py batch_of_one"),
     "streaming: hooks stay": Mutant("            handle.remove()\n        for", "            pass\n        for",
-        "test_states.py errors"),
+        "interop/test_models.py goes_over_time"),
     "streaming: layers stay stateful": Mutant("            set_plain_attribute(layer, name, value)\n    if",
         "            pass\n    if", "test_states.py flags"),
     "streaming: compiled layers are watched": Mutant("            if taker.compiled:\n                continue\n", "",
-        "test_states.py compiles"),
+        "interop/test_models.py not_checked"),
     # ---- calibration ----
     "calibration: random numbers are drawn": Mutant(
         "with ExitStack() as hooks, torch.random.fork_rng(devices):", "with ExitStack() as hooks:",
