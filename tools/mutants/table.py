@@ -884,6 +884,9 @@ MUTANTS = {
     "pending: parameters in another order": Mutant(
         "each.numel() > 1 for each in values",
         "False for each in values", "interop/test_fuse_left.py neurons"),
+    "pending: constants in another order": Mutant(
+        '"features" in given or any(isinstance(each, Tensor)', "any(isinstance(each, Tensor)",
+        "interop/test_fuse_left.py neurons"),
     "pending: potentials in another order": Mutant(
         "v_init.movedim(here_of_state, there_of_state)",
         "v_init", "interop/test_fuse_model.py order"),
@@ -976,6 +979,15 @@ MUTANTS = {
     "spikingjelly: the input always decays": Mutant(
         'isinstance(node, _LEAKY) and getattr(node, "decay_input", True)', "isinstance(node, _LEAKY)",
         "interop/test_layers.py equal and LIF"),
+    "spikingjelly: v is the only state of a recorded step": Mutant("for name in states:\n            setattr",
+        'for name in ("v",):\n            setattr', "interop/test_sequences.py steps"),
+    "spikingjelly: states of recorded neurons whose spikes return": Mutant(
+        'for name in states:\n            self.set_state(name, results[name])\n        return results["y"]',
+        'self.set_state("y", results["y"])\n        return results["y"]', "interop/test_sequences.py only_spikes"),
+    "spikingjelly: recorded spikes do not return": Mutant(
+        'for name in states:\n            self.set_state(name, results[name])\n        return results["y"]',
+        'for name in (*states,)[1:]:\n            self.set_state(name, results[name])\n        return results["y"]',
+        "interop/test_sequences.py steps"),
     "spikingjelly: a state of another shape": Mutant(
         "        value = at_start  # start at rest, as in SpikingJelly\n", "        pass\n",
         "interop/test_layers.py state_of_spikingjelly"),
