@@ -280,6 +280,18 @@ def test_running_statistics_of_one_memory(backend, device, dtype, in_columns):
     torch.testing.assert_close(running, expected, rtol=3 * 2**-24 if in_columns else 0.0, atol=0)
 
 
+@pytest.mark.parametrize("types", [(torch.float32, torch.float64), (torch.float64, torch.float32)], ids=str)
+def test_running_statistics_of_two_types(backend, device, types):
+    """Each keeps its type, and differs by some ten roundings."""
+    x_seq = torch.randn(4, 2, 3, 5, device=device)
+    expected = torch.zeros(3, device=device), torch.ones(3, device=device)
+    running = tuple(each.to(dtype, copy=True) for each, dtype in zip(expected, types, strict=True))
+    for each in (expected, running):
+        batch_norm_lif(x_seq, *each, training=True, backend=backend)
+    expected = tuple(each.to(dtype) for each, dtype in zip(expected, types, strict=True))
+    torch.testing.assert_close(running, expected, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize(
     ("dtype", "magnitude", "eps"),
     [

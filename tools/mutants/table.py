@@ -282,8 +282,10 @@ MUTANTS = {
         "neurons/test_batch_norm_lif.py running"),
     "batch_norm: strided running variances": Mutant("        and variance.is_contiguous()\n", "",
         "neurons/test_batch_norm_lif.py running"),
-    "batch_norm: running statistics of other types": Mutant("        and mean.dtype == variance.dtype == real\n",
-        "", "neurons/test_base.py half_types and BatchNorm"),
+    "batch_norm: running means of another type": Mutant("mean.dtype == variance.dtype == real",
+        "variance.dtype == real", "neurons/test_batch_norm_lif.py two_types"),
+    "batch_norm: running variances of another type": Mutant("mean.dtype == variance.dtype == real",
+        "mean.dtype == real", "neurons/test_batch_norm_lif.py two_types"),
     "batch_norm: biased running variances": Mutant("variance * (count / (count - 1))",
         "variance", "neurons/test_features.py equals and normalised"),
     "batch_norm: statistics that are not tracked": Mutant(
