@@ -454,6 +454,7 @@ def _run_batch_norm_lif(x_seq: Tensor, norm: _Normalisation, given: Arguments) -
     if BACKENDS[call.backend].operators is None:
         outputs = _run_reference(settings, running, call, values)
     else:
+        # Transforms must see the update, and compilers fuse torch's own operations better than the operator.
         traced = torch.compiler.is_compiling() or is_transform_active()
         inside = None if traced else running
         if is_differentiated((*values, *call.inputs), _CALLER):
@@ -549,12 +550,10 @@ def _check_running_statistics(mean: Tensor, variance: Tensor, training: bool) ->
 
 
 def _operator_can_update(running: _Running, real: torch.dtype) -> bool:
-    """Whether batch_norm_update updates these statistics. Otherwise torch's operations do, which compilers fuse."""
+    """Whether the operator batch_norm_update can update these statistics. Otherwise torch's operations do."""
     mean, variance, _, momentum = running
     return (
         not isinstance(momentum, Tensor)
-        and not torch.compiler.is_compiling()
-        and not is_transform_active()
         and mean.dtype == variance.dtype == real
         and mean.is_contiguous()
         and variance.is_contiguous()

@@ -302,6 +302,12 @@ def jelly(made, mode="m"):
     return made
 
 
+def elsewhere(lif):
+    """Neurons whose input has the channels in its last dimension."""
+    return nn.Sequential(nn.Flatten(3), Stack(lambda net, x: net.lif(x.transpose(2, 3)), lif=lif))
+
+
+ELSEWHERE = "whose parameters differ, for channels in dimension 2, not 3"
 FILTERS = "which is recurrent, has a synaptic current or does not fire"
 STEPS = "which is called step by step"
 NEURONS = {
@@ -309,9 +315,13 @@ NEURONS = {
     "with a normalisation": (asgl_cuda.BatchNormLIF(C), "BatchNormLIF"),
     "adaptive": (asgl_cuda.AdaptiveLIF(), "AdaptiveLIF"),
     "by channel elsewhere": (
-        nn.Sequential(nn.Flatten(3), Stack(
-            lambda net, x: net.lif(x.transpose(2, 3)), lif=asgl_cuda.LIF(16, granularity="channel", analog_prob=0.0)
-        )), "LIF, whose parameters differ, for channels in dimension 2, not 3",
+        elsewhere(asgl_cuda.LIF(16, granularity="channel", analog_prob=0.0)), f"LIF, {ELSEWHERE}",
+    ),
+    "by channel elsewhere, of constants": (
+        elsewhere(asgl_cuda.LIF(16, granularity="channel", learn_width=False, analog_prob=0.0)), f"LIF, {ELSEWHERE}",
+    ),
+    "by channel elsewhere, of sinabs": (
+        elsewhere(sinabs.layers.LIF(torch.linspace(2, 5, C), norm_input=False)), f"LIF, {ELSEWHERE}",
     ),
     "of a wrong time_dim": (asgl_cuda.LIF(time_dim=1), None),
     "unknown": (jelly(neuron.QIFNode()), "getitem"),

@@ -211,10 +211,28 @@ def test_a_model_that_goes_over_time_itself():
         RuntimeError, match=r"Leaky at 'lif' is called twice .* loops over time, pass the time dimension"
     ):
         asgl_cuda.step(model, x_seq[0])
+    other = Loop(False)
     with pytest.raises(RuntimeError, match=r"Leaky at 'lif' gets its state from the model's forward.*init_hidden=True"):
-        asgl_cuda.step(Loop(False), x_seq[0], time_dim=0)
+        asgl_cuda.step(other, x_seq[0], time_dim=0)
+    for each in (model, other):
+        assert not each.lif._forward_pre_hooks
+        assert not each.lif._forward_hooks
     with pytest.raises(ValueError, match=r"LIFNode at '0' takes one step per call, LIF at '1' has time at 0"):
         asgl_cuda.step(nn.Sequential(neuron.LIFNode(), LIF()), x_seq[0])
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: LIF(stateful=True), lambda: snntorch.Leaky(0.9, **HIDDEN)], ids=["LIF", "Leaky"]
+)
+def test_calls_in_compiled_code_are_not_checked(make):
+    """A layer that is called twice in a step goes on from its own state."""
+    torch._dynamo.reset()
+    model, other = (Stack(lambda m, x_seq: m.lif(m.lif(x_seq)), lif=make()).eval() for _ in range(2))
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    for x_t in torch.randint(2, 6, (T, B, 4)).float():
+        expected = other(x_t[None])[0]
+        assert expected.any()
+        assert torch.equal(asgl_cuda.step(compiled, x_t), expected)
 
 
 REFUSED = {

@@ -9,7 +9,7 @@ import norse.torch as norse
 import pytest
 import snntorch
 import torch
-from spikingjelly.activation_based import neuron
+from spikingjelly.activation_based import layer, neuron
 from torch import nn
 from torch.nn.functional import dropout, max_pool2d, relu
 from torch.utils.checkpoint import checkpoint
@@ -194,6 +194,10 @@ STEPS = {
     "SpikingJelly": lambda: sequential(
         neuron.CUBALIFNode(c_decay=0.5, v_decay=0.8), neuron.ParametricLIFNode(store_v_seq=True), nn.BatchNorm1d(10)
     ),
+    "SpikingJelly, spikes that return": lambda: sequential(
+        layer.LinearRecurrentContainer(neuron.CUBALIFNode(c_decay=0.5, v_decay=0.8), 10, 10),
+        layer.ElementWiseRecurrentContainer(neuron.LIFNode(), lambda y, x: x - y),
+    ),
     "Norse": lambda: norse.Lift(norse.SequentialState(nn.Linear(N, 10), norse.LIFCell(p=P), norse.LICell())),
 }
 
@@ -263,6 +267,22 @@ def test_steps(library):
         return tuple(map(torch.stack, zip(*found, strict=True)))
 
     compare(model, call, asgl_cuda.convert(model, sequences=True)[0])
+
+
+def test_only_spikes_are_known_where_these_return():
+    class Reading(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lif = layer.LinearRecurrentContainer(neuron.CUBALIFNode(0.5, 0.8), N, N)
+
+        def forward(self, x):
+            return self.lif(x) + getattr(self.lif.sub_module, self.read)
+
+    fast, _ = asgl_cuda.convert(Reading(), sequences=True)
+    for fast.read in "vc":
+        words = rf"only the spikes of a LinearRecurrentContainer are known .* reads its {fast.read}; use"
+        with pytest.raises(RuntimeError, match=words):
+            fast(input_of())
 
 
 def test_convolutions():

@@ -262,20 +262,34 @@ def test_running_statistics_that_cannot_be_kept(backend, kind):
         batch_norm_lif(torch.randn(4, 2, 3, 5), mean, variance, backend=backend)  # which only reads
 
 
-def test_running_statistics_of_one_memory(backend, device):
-    """Rows and columns of one tensor are written independently.
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("in_columns", [(), (0,), (1,), (0, 1)], ids=["rows", "mean", "variance", "columns"])
+def test_running_statistics_of_one_memory(backend, device, dtype, in_columns):
+    """Rows and columns of one tensor are written independently, and one of the two statistics may be a column.
 
     Columns are updated by torch.lerp, which may fuse the product with the sum. The product's rounding is at most
     2^-24 of the result, as are those of the two results.
     """
-    x_seq = torch.randn(4, 2, 3, 5, device=device)
+    x_seq = torch.randn(4, 2, 3, 5, device=device).to(dtype)
     expected = torch.zeros(3, device=device), torch.ones(3, device=device)
     batch_norm_lif(x_seq, *expected, training=True, backend=backend)
     rows = torch.tensor([[0.0] * 3, [1.0] * 3], device=device)
     columns = rows.T.contiguous()
-    for running, allowed in ((rows.unbind(), 0.0), (columns.unbind(1), 3 * 2**-24)):
-        batch_norm_lif(x_seq, *running, training=True, backend=backend)
-        torch.testing.assert_close(running, expected, rtol=allowed, atol=0)
+    running = tuple(columns[:, k] if k in in_columns else rows[k] for k in range(2))
+    batch_norm_lif(x_seq, *running, training=True, backend=backend)
+    torch.testing.assert_close(running, expected, rtol=3 * 2**-24 if in_columns else 0.0, atol=0)
+
+
+@pytest.mark.parametrize("types", [(torch.float32, torch.float64), (torch.float64, torch.float32)], ids=str)
+def test_running_statistics_of_two_types(backend, device, types):
+    """Each keeps its type, and differs by some ten roundings."""
+    x_seq = torch.randn(4, 2, 3, 5, device=device)
+    expected = torch.zeros(3, device=device), torch.ones(3, device=device)
+    running = tuple(each.to(dtype, copy=True) for each, dtype in zip(expected, types, strict=True))
+    for each in (expected, running):
+        batch_norm_lif(x_seq, *each, training=True, backend=backend)
+    expected = tuple(each.to(dtype) for each, dtype in zip(expected, types, strict=True))
+    torch.testing.assert_close(running, expected, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize(

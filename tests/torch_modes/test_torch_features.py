@@ -355,7 +355,7 @@ def test_every_output_and_every_input(name, device):
     given = {each: uniform(6, low=0.3, high=0.9, device=device) for each in names}
     given |= {"width": uniform(low=1.0, high=2.0, device=device), "x_seq": random_input(5, 3, 6, device=device)}
     given["v_init"] = uniform(3, 6, low=-1, high=1, device=device)
-    options = {"analog_prob": 0.5, "surrogate": "triangle", "backend": name}
+    options = {"analog_prob": 0.5, "surrogate": "triangle", "surrogate_gain": 0.5, "backend": name}
     options |= dict.fromkeys(("return_v_last", "return_v_seq", "return_h_seq"), True)
     model, state = Stack(lambda _, given: tuple(asgl_cuda.lif(**given, **options))), rng_state(device=device)
     module = torch.export.export(model, ({**given, "rng_state": state},)).module()

@@ -282,8 +282,10 @@ MUTANTS = {
         "neurons/test_batch_norm_lif.py running"),
     "batch_norm: strided running variances": Mutant("        and variance.is_contiguous()\n", "",
         "neurons/test_batch_norm_lif.py running"),
-    "batch_norm: running statistics of other types": Mutant("        and mean.dtype == variance.dtype == real\n",
-        "", "neurons/test_base.py half_types and BatchNorm"),
+    "batch_norm: running means of another type": Mutant("mean.dtype == variance.dtype == real",
+        "variance.dtype == real", "neurons/test_batch_norm_lif.py two_types"),
+    "batch_norm: running variances of another type": Mutant("mean.dtype == variance.dtype == real",
+        "mean.dtype == real", "neurons/test_batch_norm_lif.py two_types"),
     "batch_norm: biased running variances": Mutant("variance * (count / (count - 1))",
         "variance", "neurons/test_features.py equals and normalised"),
     "batch_norm: statistics that are not tracked": Mutant(
@@ -429,7 +431,7 @@ MUTANTS = {
         "for name in self._stored_names:\n            value = getattr",
         'for name in ("v",):\n            value = getattr', "neurons/test_base.py copies and Adaptive"),
     "layer: v is the only state that is carried": Mutant(
-        "for name in states:\n            setattr", 'for name in ("v",):\n            setattr',
+        "for name in states:\n            set_plain_attribute", 'for name in ("v",):\n            set_plain_attribute',
         "neurons/test_base.py one_sequence and Recurrent"),
     "neuron: the learned threshold is not reset": Mutant("        fill_parameter(self.threshold, self._v_threshold)\n",
         "", "neurons/test_layer_arguments.py as_new"),
@@ -500,11 +502,11 @@ MUTANTS = {
     "streaming: a batch of one": Mutant("if x_t.dim() < 2 or x_t.shape[0] != 1 or tuple(without.shape[:1]) == (1,):",
         "if True:", "test_states.py batch_of_one"),
     "streaming: hooks stay": Mutant("            handle.remove()\n        for", "            pass\n        for",
-        "test_states.py errors"),
+        "interop/test_models.py goes_over_time"),
     "streaming: layers stay stateful": Mutant("            set_plain_attribute(layer, name, value)\n    if",
         "            pass\n    if", "test_states.py flags"),
     "streaming: compiled layers are watched": Mutant("            if stepped.compiled:\n                continue\n", "",
-        "test_states.py compiles"),
+        "interop/test_models.py not_checked"),
     # ---- calibration ----
     "calibration: random numbers are drawn": Mutant(
         "with ExitStack() as hooks, torch.random.fork_rng(devices):", "with ExitStack() as hooks:",
@@ -885,6 +887,9 @@ MUTANTS = {
     "pending: parameters in another order": Mutant(
         "each.numel() > 1 for each in values",
         "False for each in values", "interop/test_fuse_left.py neurons"),
+    "pending: constants in another order": Mutant(
+        '"features" in given or any(isinstance(each, Tensor)', "any(isinstance(each, Tensor)",
+        "interop/test_fuse_left.py neurons"),
     "pending: potentials in another order": Mutant(
         "v_init.movedim(here_of_state, there_of_state)",
         "v_init", "interop/test_fuse_model.py order"),
@@ -977,6 +982,15 @@ MUTANTS = {
     "spikingjelly: the input always decays": Mutant(
         'isinstance(node, _LEAKY) and getattr(node, "decay_input", True)', "isinstance(node, _LEAKY)",
         "interop/test_layers.py equal and LIF"),
+    "spikingjelly: v is the only state of a recorded step": Mutant("for name in states:\n            setattr",
+        'for name in ("v",):\n            setattr', "interop/test_sequences.py steps"),
+    "spikingjelly: states of recorded neurons whose spikes return": Mutant(
+        'for name in states:\n            self.set_state(name, results[name])\n        return results["y"]',
+        'self.set_state("y", results["y"])\n        return results["y"]', "interop/test_sequences.py only_spikes"),
+    "spikingjelly: recorded spikes do not return": Mutant(
+        'for name in states:\n            self.set_state(name, results[name])\n        return results["y"]',
+        'for name in (*states,)[1:]:\n            self.set_state(name, results[name])\n        return results["y"]',
+        "interop/test_sequences.py steps"),
     "spikingjelly: a state of another shape": Mutant(
         "        value = at_start\n", "        pass\n",
         "interop/test_layers.py state_of_spikingjelly"),
