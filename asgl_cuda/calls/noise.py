@@ -1,4 +1,4 @@
-"""Draws the rng_state of a call (seed, offset), unless it is given.
+"""Draws the rng_state of a call (seed, offset), unless it is given. `checked_call` in plan.py asks for it.
 
 Kernels derive each element's bits from it (csrc/math/philox.h, reference/noise.py).
 """
@@ -41,7 +41,10 @@ def rng_state_of_call(
 
 
 def _draw_rng_state(x_seq: Tensor, generator: torch.Generator | None, backend: str, together: bool) -> Tensor:
-    """A new (seed, offset), drawn by the generator, or by the default generator of the device."""
+    """A new (seed, offset), drawn by the generator, or by the default generator of the device.
+
+    With `together`, noise under vmap follows its `randomness`: one draw for all samples, or one for each.
+    """
     operators = BACKENDS[backend].operators
     if operators is not None:
         if torch.compiler.is_compiling():

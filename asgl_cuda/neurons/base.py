@@ -1,4 +1,7 @@
-"""The base classes of layers: constant and learned values, noise, and states carried from call to call."""
+"""The base classes of layers: constant and learned values, noise, and states that `stateful` layers carry.
+
+A layer's `_states` names them: v, with an adaptation w, and in recurrent layers s and i. `reset` clears them.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-// The loop that draws a tile's noise, vectorised by hand where the compiler fails to.
+// The loop that draws a tile's random bits, which is_analog in loops.h compares. It is vectorised by hand where the
+// compiler fails to.
 #pragma once
 
 #if defined(__x86_64__)

@@ -83,8 +83,8 @@ const Real* state_or_filled(const Real* state, const Chunk& chunk, Real otherwis
   return buffer;
 }
 
-// Allocates rows with padding, so that their stride is not a power of two: at a stride of 4 or 8 KiB all rows would
-// share eight lines of the L1 cache.
+// Allocates rows with 16 more elements, so that rows of 1024 or 2048 elements, which are common, do not have a stride of
+// 4 or 8 KiB, at which all rows would share eight lines of the L1 cache.
 template <class Real>
 Rows<Real> padded_rows(int64 count, int64 length) {
   return Rows<Real>(count, length + 16);
@@ -204,7 +204,7 @@ bool all_finite(const Real* values, int64 length) {
 static_assert(kRecurrentRows <= kMaxProductRows);
 
 // Computes products with the weight: out = s W^T in forward, out = dj W in backward, [rows, N]. Only forward skips
-// zeros, because spikes are sparse and gradients are not.
+// zeros, because spikes are sparse and gradients are not, and only if the weight is finite: 0 times infinity is NaN.
 template <class Scalar>
 class WeightProduct {
   using Real = Real_t<Scalar>;
@@ -214,7 +214,7 @@ class WeightProduct {
       : neurons_(params.neurons),
         weight_(params.weight),
         elementwise_(params.elementwise),
-        skips_zeros_(forward && (elementwise_ || all_finite(params.weight, params.neurons * params.neurons))),
+        skips_zeros_(forward && !elementwise_ && all_finite(params.weight, params.neurons * params.neurons)),
         panels_(elementwise_ ? 0 : panels_size<Real>(neurons_, neurons_)) {
     if (elementwise_) return;
     fill_panels(weight_, forward ? 1 : neurons_, forward ? neurons_ : 1, neurons_, neurons_, panels_.data());

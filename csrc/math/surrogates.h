@@ -1,5 +1,5 @@
 // The surrogates as unit-width cumulative functions F and their slopes f = F' (F in PyTorch is in
-// asgl_cuda/reference/surrogates.py). docs/design/maintainers.md says what a new one needs.
+// asgl_cuda/reference/surrogates.py). docs/design/maintainers.md says what a new one needs. Kernels go through all ids.
 #pragma once
 
 #include "math/float_math.h"

@@ -1,4 +1,5 @@
-// Registers the operators of this folder for the backends of this build, and defines the Python module.
+// Registers the operators of this folder for the backends of this build, also for launchers written in Python, and
+// defines the Python module.
 #include <torch/extension.h>
 #if defined(ASGL_WITH_CUDA)
 #include <c10/cuda/CUDAException.h>

@@ -110,6 +110,7 @@ class Layout {
     if (num_states > 1) sizes.insert(sizes.begin(), num_states);
     return sizes;
   }
+  // The dimensions of a state, outermost first, by their numbers in the state: without time, after that of num_states.
   Dims state_order(int64_t num_states) const {
     Dims order = neuron_order_;
     for (int64_t& dim : order) dim += (num_states > 1) - (dim > time_dim_);

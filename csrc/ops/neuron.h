@@ -1,4 +1,4 @@
-// The operators of the neuron.
+// The operators of the neuron: lif_forward, lif_backward and draw_rng_state.
 #pragma once
 
 #include "ops/call.h"

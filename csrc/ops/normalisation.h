@@ -1,4 +1,4 @@
-// The operators of batch normalisation.
+// The operators of batch normalisation: batch_norm_coefficients, batch_norm_update and batch_norm_backward.
 #pragma once
 
 #include "ops/call.h"

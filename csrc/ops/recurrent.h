@@ -43,7 +43,7 @@ class RecurrentCall {
                       "asgl_cuda: recurrent neurons have no multi_spike, levels, v_min or periodic surrogate");
     check_adaptation(rules);
     TORCH_CHECK_VALUE(has_adaptation() || (numbers.constants[kInputBias] == 0 && numbers.constants[kInputMean] == 0),
-                      "asgl_cuda: recurrent neurons have no input_bias and input_mean");
+                      "asgl_cuda: recurrent neurons without an adaptation have no input_bias and input_mean");
     const Dims square = {neurons(), neurons()}, row = {neurons()};
     layout.check(weight, layout.real(), is_elementwise() ? row : square, "weight");
     layout.check(parameters, layout.real(), {kNumRecurrentParameters, neurons()}, "parameters");

@@ -164,7 +164,8 @@ struct InputGradientParams {
             options};
   }
 
-  // Stores the gradients of weight and bias of a channel, from the sums of this process.
+  // Stores the gradients of weight (grad_weight) and bias (grad_shift) of a channel, from the sums of this process, the
+  // gradients of input_gain and input_bias (grad_gain and grad_bias).
   ASGL_HOST_DEVICE void store_own_gradients(int64 channel) const {
     const GradientSums own = {static_cast<double>(grad_gain[channel]), static_cast<double>(grad_bias[channel])};
     const double centred =

@@ -221,10 +221,10 @@ BAD = [
     ("BatchNormLIF", {"track_running_stats": 1}, "track_running_stats must be a bool, got int"),
     *(
         (kind, {"surrogate": "periodic_exponential"}, "surrogate 'periodic_exponential' needs multi_spike=True, which "
-         "only LIF, BatchNormLIF and their functions take; the surrogates without it are rectangle, .*, laplace$")
+         "only LIF, BatchNormLIF and their functions take; the surrogates without it are rectangle, triangle, ")
         for kind in ("LIF", "AdaptiveLIF", "RecurrentLIF")
     ),
-    ("AdaptiveLIF", {"surrogate": "none"}, "surrogate must be one of .*, fast_sigmoid, laplace, got 'none'"),
+    ("AdaptiveLIF", {"surrogate": "none"}, "surrogate must be one of rectangle, triangle, .*, got 'none'"),
     ("LeakyIntegrator", {"granularity": "all"}, "granularity must be"),
     ("LeakyIntegrator", {"decay": 1.0, "learn_decay": True}, "a learned decay must be in"),
     ("LeakyIntegrator", {"decay": math.inf}, "decay must be finite"),

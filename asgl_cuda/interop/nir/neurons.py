@@ -209,7 +209,11 @@ def constants_of_node(node: Any, dt: float, tau: str = "tau") -> dict[str, Tenso
 
 
 def integrator_of_node(node: Any, dt: float, tau: str = "tau", r: str = "r") -> nn.Module:
-    """The LeakyIntegrator that computes a node, after a Scale if the gain differs between neurons."""
+    """The LeakyIntegrator that computes a node, after a Scale if the gain differs between neurons.
+
+    `tau` and `r` are the names of the node's attributes for time constant and gain. If the gain has another name than
+    "r", the result is the synaptic current of the node, which rests at 0.
+    """
     decay, gain = decay_and_gain_of_node(node, dt, tau, r)
     scales = bool((gain != gain.max()).any())
     numbers = {"decay": decay, "input_gain": torch.ones(()) if scales else gain}
