@@ -1,4 +1,4 @@
-"""step, reset and detach of a whole model. Each layer carries its own states (neurons/base.py)."""
+"""step, reset and detach of a whole model. Layers carry their own states (neurons/base.py, interop/converted.py)."""
 
 from __future__ import annotations
 

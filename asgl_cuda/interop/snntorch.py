@@ -84,7 +84,7 @@ class ConvertedLeaky(Converted):
     def prefers_original_step(self) -> bool:
         """Whether to run snnTorch's own step.
 
-        A layer that keeps its states also does so if beta learns: the gradient of beta takes the time that kernels save.
+        A layer that keeps its states also does so if beta learns, whose gradient takes the time that kernels save.
         """
         if self.init_hidden and self.beta.requires_grad and torch.is_grad_enabled():
             return self.can_run_original()

@@ -1,9 +1,9 @@
 """Batch normalisation and the neurons after it, in one: `batch_norm_lif`, its derivative, and the layer `BatchNormLIF`.
 
-Forward reads x for the statistics, then reads it once more and writes s; backward reads x and the gradient and writes
-dh (lif_backward), then reads dh and x and writes dx, in place (batch_norm_backward): 36 bytes per element in float32. Saved for backward: x, checkpoints,
-and 7 values per channel. With a residual both passes read one element more, and dx gets memory of its own where dh is
-the residual's gradient; else backward writes both, and the last pass works in place.
+Forward reads x for the statistics, then reads it once more and writes s. Backward reads x and the gradient and writes
+dh (lif_backward), then reads dh and x and writes dx, in place (batch_norm_backward): 36 bytes per element in float32.
+Saved for backward: x, checkpoints, and 7 values per channel. With a residual both passes read one element more, and dx
+gets memory of its own where dh is the residual's gradient; else backward writes both, and the last pass works in place.
 
 With dh the gradient of the normalised input c = gain (x - mean) + shift, sums over the M elements of a channel
 and xhat = (x - mean) / sqrt(variance + eps):

@@ -1,8 +1,8 @@
 """Leaky integrate-and-fire neurons: `lif`, its derivative, and the layer `LIF`.
 
-`lif` calls `run_lif`. `checked_call` (calls/plan.py) checks the arguments, makes a plan, chooses the backend and draws rng_state. Then
-`run_reference` computes under autograd, or `run_forward` calls the backend's operator, inside LIFFunction if a gradient
-is needed. Backward draws the same noise again from rng_state, so no mask is stored.
+`lif` calls `run_lif`. `checked_call` (calls/plan.py) checks the arguments, makes a plan, chooses the backend and draws
+rng_state. Then `run_reference` computes under autograd, or `run_forward` calls the backend's operator, inside
+LIFFunction if a gradient is needed. Backward draws the same noise again from rng_state, so no mask is stored.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Recurrent neurons, whose spikes enter the next step's current through a weight, as a function and as a layer."""
+"""Recurrent neurons, whose spikes enter the next step's current through a weight, as a function and as a layer.
+
+They carry v and s, with a synapse also i, and with an adaptation w.
+"""
 
 from __future__ import annotations
 

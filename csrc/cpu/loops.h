@@ -1,5 +1,6 @@
 // Vectorised loops of the CPU kernels over the neurons of a tile, as types that cpu/clones.h compiles for each
-// instruction set. Rows are contiguous and do not overlap, except where a loop updates a row in place.
+// instruction set. Rows are contiguous and do not overlap, except where a loop updates a row in place. `is_analog` says
+// by its random bits whether an element is analog.
 #pragma once
 
 #if defined(__x86_64__)

@@ -1,5 +1,6 @@
-// The CPU kernels of batch normalisation. In long contiguous stretches of a channel, loops use the channel's mean, gain
-// and so on as scalars. Otherwise, for example in channels_last, loops read them from rows with one value per column.
+// The CPU kernels of batch normalisation: moments, coefficients, and the gradients of the input, weight and bias. In
+// long contiguous stretches of a channel, loops use the channel's mean, gain and so on as scalars. Otherwise, for
+// example in channels_last, loops read them from rows with one value per column.
 #include <ATen/Parallel.h>
 
 #include <vector>

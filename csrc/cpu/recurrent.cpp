@@ -83,8 +83,8 @@ const Real* state_or_filled(const Real* state, const Chunk& chunk, Real otherwis
   return buffer;
 }
 
-// Allocates rows with 16 more elements, so that rows of 1024 or 2048 elements, which are common, do not have a stride of
-// 4 or 8 KiB, at which all rows would share eight lines of the L1 cache.
+// Allocates rows with 16 more elements, so that rows of 1024 or 2048 elements, which are common, do not have a stride
+// of 4 or 8 KiB, at which all rows would share eight lines of the L1 cache.
 template <class Real>
 Rows<Real> padded_rows(int64 count, int64 length) {
   return Rows<Real>(count, length + 16);

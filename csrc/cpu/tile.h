@@ -307,8 +307,8 @@ class TileInput {
     }
   }
 
-  // Stores the tile's partial sums of the gradient of kInputGain or kInputBias, over the neurons that share a value. The
-  // tile's steps are done, so gain_ serves as a buffer.
+  // Stores the tile's partial sums of the gradient of kInputGain or kInputBias, over the neurons that share a value.
+  // The tile's steps are done, so gain_ serves as a buffer.
   void store_partial_sums(ParameterId id, const GradientPartials<Real>& partials) {
     const ParameterView<Real>& parameter = parameters_[id];
     const Real* sums = id == kInputGain ? gain_sum_ : bias_sum_;

@@ -1,4 +1,4 @@
-// Arguments of batch normalisation's kernels, structs that are passed by value.
+// Arguments of batch normalisation's kernels, forward and backward, structs that are passed by value.
 #pragma once
 
 #include "math/normalisation.h"
