@@ -98,6 +98,15 @@ class Recorded:
             return self.group.requires_grad
         if name in _NEW:
             return getattr(torch.empty(0, dtype=self.dtype, device=self.device), name)
+        if name in _OF_GRAPH:
+            raise RuntimeError(
+                f"{_CALLER}: with sequences, {name} of a value in a step can't be recorded, because the value is "
+                "computed later; use asgl_cuda.convert(model) without sequences, which computes step by step"
+            )
+        if isinstance(self.group, Operation):  # a field of a named tuple, as x.max(1).values
+            made = getattr(torch.return_types, self.group.function.__name__, None)
+            if name in (fields := getattr(made, "__match_args__", ())):
+                return self.of.record_call(Tensor.__getitem__, self, fields.index(name))
         found = getattr(Tensor, name)  # an AttributeError names Tensor
         if name in _ASKING:
             return getattr(self.value(name), name)
@@ -139,10 +148,12 @@ def _recorded_operator(name: str) -> Any:
 
 
 # By name. _ABOUT: answered by a tensor on the device "meta"; _NEW: make a tensor of the same dtype and device; _ASKING:
-# need the value itself, so that it is computed at once.
+# need the value itself, so that it is computed at once. _OF_GRAPH: need its node in the graph of autograd.
 _ABOUT = {"shape", "ndim", "dtype", "layout", "size", "dim", "numel", "is_sparse", "is_nested", "is_quantized",
           "is_floating_point", "is_complex", "stride", "nelement", "itemsize", "ndimension"}  # fmt: skip
 _NEW = {"new_zeros", "new_ones", "new_full", "new_empty", "new_tensor"}
+_OF_GRAPH = {"requires_grad_", "register_hook", "register_post_accumulate_grad_hook", "retain_grad", "grad", "grad_fn",
+             "is_leaf", "output_nr"}  # fmt: skip
 _LIKE = {torch.zeros_like, torch.ones_like, torch.full_like, torch.empty_like}
 _ASKING = {"item", "tolist", "numpy", "__bool__", "__float__", "__int__", "__index__", "__complex__", "__format__",
            "__array__", "__reduce_ex__", "__contains__", "backward", "data_ptr", "untyped_storage"}  # fmt: skip
@@ -296,6 +307,12 @@ class Operation(Group):
         """Computes all members in the modes of the call."""
         with _in_modes(self.modes):
             self.compute()
+        computed = tree_flatten(self.stack)[0] if self.items is None else [self.items]
+        if any(len(each) != len(self) for each in computed):
+            raise RuntimeError(
+                f"{_CALLER}: with sequences, {self.function.__name__} has another number of results than of calls, a "
+                "mistake of asgl_cuda; use asgl_cuda.convert(model) without sequences, which computes step by step"
+            )
 
     def compute(self) -> None:
         """Computes all members: at once by vmap where possible, otherwise one by one."""
@@ -352,11 +369,14 @@ class Operation(Group):
 
 
 class Stacked(Operation):
-    """torch.stack of members of one group."""
+    """torch.stack of members of one group. A stack that only one call makes, as after the loop, is no copy of them."""
 
     def compute(self) -> None:
+        if len(self) > 1:  # a stack in each step, or of each window of steps
+            super().compute()
+            return
         dim: int = self.kwargs.get("dim", self.args[1] if len(self.args) > 1 else 0)
-        self.items = [self.sources[0].gather(self.members[0]).movedim(0, dim)]
+        self.items = [tree_map(lambda each: each.movedim(0, dim), self.sources[0].gather(self.members[0]))]
 
 
 def _leaves(value: Any) -> Iterator[Any]:
@@ -664,7 +684,8 @@ class Recording:
             takes_indices = bool(indices)
             args, kwargs = (_with_holes(each, numbers, takes_indices) for each in (args, kwargs))
             groups = {each.group for each in operands}
-            kind = Stacked if function is torch.stack and len(groups) == 1 and len(operands) > 1 else Operation
+            takes_list = bool(args) and isinstance(args[0], (list, tuple))  # not the recorded result of chunk
+            kind = Stacked if function is torch.stack and len(groups) == 1 and takes_list else Operation
             made = kind(function, args, kwargs, operands, modes)
             self.read |= {_storage_id(each) for each in made.given[not merge :]}  # not what an effect changes
             if merge:

@@ -389,7 +389,19 @@ def input_in_place(net, x_seq):
     return stacked(net, x_seq)
 
 
+def with_a_hook(net, x_seq):
+    for _, _, mem in steps_of(net, x_seq):
+        mem.register_hook(lambda gradient: 2 * gradient)
+    return mem
+
+
+def made_a_leaf(net, x_seq):
+    return torch.stack([mem.requires_grad_() for _, _, mem in steps_of(net, x_seq)])
+
+
 REFUSED = {
+    with_a_hook: "register_hook of a value in a step can't be recorded.* without sequences",
+    made_a_leaf: "requires_grad_ of a value in a step can't be recorded",
     changed: "all steps of a Leaky are computed at once, but the model's code changes its parameters",
     input_in_place: r"__iadd__ can't change the model's input, or .* as x \+ 1",
     fed_back: r"lif1 \(Leaky\) and lif2 \(Leaky\) emits in a step returns",
