@@ -72,11 +72,10 @@ def _in_modes(modes: _Modes) -> Iterator[None]:
 class Recorded:
     """A value of one step, not computed yet: member `index` of a group."""
 
-    __slots__ = ("__weakref__", "group", "index", "of", "shared")
+    __slots__ = ("__weakref__", "group", "index", "of")
 
     def __init__(self, of: Recording, group: Group, index: int) -> None:
         self.of, self.group, self.index = of, group, index
-        self.shared: weakref.WeakSet[Recorded] | None = None  # all views of one memory, this value included
 
     def value(self, use: str) -> Any:
         """Computes the value. `use` names the function that needs it, for errors."""
@@ -164,22 +163,24 @@ for _name in _OPERATORS - {"__torch_function__", "__torch_dispatch__", "__setsta
         setattr(Recorded, _name, _recorded_operator(_name))
 Recorded.__hash__ = object.__hash__  # type: ignore[method-assign]
 
-# Functions whose result may share memory with their first argument.
-_VIEWS = {"view", "view_as", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "transpose", "permute", "t",
-          "movedim", "select", "narrow", "__getitem__", "chunk", "split", "expand", "contiguous", "to",
-          "detach"}  # fmt: skip
+
+# Frequent functions whose result is never a view, which needs no question.
+_NEW_MEMORY = {"linear", "conv1d", "conv2d", "conv3d", "batch_norm", "relu", "max_pool2d", "avg_pool2d", "stack", "cat",
+               "__add__", "__radd__", "__sub__", "__mul__", "__rmul__", "add", "sub", "mul", "sum", "mean"}  # fmt: skip
 
 
 class Group:
     """Results of different steps that are computed together: `stack`, `[steps, ...]`, or `items`, one per step."""
 
+    sources: Sequence[Group] = ()
     stack: Any = None  # a tensor, or nested tuples of tensors
     items: Sequence[Any] | None = None
     requires_grad = False
-    _meta: Any = None
+    _meta: Any = NotImplemented  # None is a value
 
     def __init__(self) -> None:
         self.serial = next(_serials)
+        self.values: list[weakref.ref[Recorded]] = []  # those that the model's code got, by index
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -220,9 +221,15 @@ class Group:
 
     def meta(self) -> Any:
         """A member on the device "meta", for questions about its shape."""
-        if self._meta is None:
+        if self._meta is NotImplemented:
             with torch.no_grad():
-                self._meta = self.make_meta()
+                todo = [self]  # not by recursion: a sum over the steps is as deep as there are steps
+                while todo:
+                    group = todo[-1]
+                    unknown = [each for each in group.sources if each._meta is NotImplemented]
+                    if not unknown and group._meta is NotImplemented:
+                        group._meta = group.make_meta()
+                    todo[-1:] = [group, *unknown] if unknown else []
         return self._meta
 
     def make_meta(self) -> Any:
@@ -232,6 +239,18 @@ class Group:
     def device(self) -> torch.device:
         """The device of the members, before they are computed."""
         raise NotImplementedError
+
+    def is_tuple(self) -> bool:
+        """Whether members are tuples of tensors."""
+        return False
+
+    @functools.cached_property
+    def memory(self) -> set[int]:
+        """Ids of the memory of a member on the device "meta", which views share with their base."""
+        try:
+            return {_storage_id(each) for each in _leaves(self.meta()) if isinstance(each, Tensor)}
+        except Exception:  # results whose shape depends on values, as of nonzero: new memory
+            return set()
 
 
 class Existing(Group):
@@ -255,7 +274,9 @@ class Existing(Group):
 
 
 def _on_meta_device(value: Any) -> Any:
-    """A tensor of this shape and type on the device "meta"; any other value as it is."""
+    """A tensor of this shape and type on the device "meta", or that device for another; any other value as it is."""
+    if isinstance(value, torch.device):
+        return torch.device("meta")
     return torch.empty_like(value, device="meta") if isinstance(value, Tensor) else value
 
 
@@ -277,6 +298,7 @@ class Operation(Group):
         function = operator.getitem if function is Tensor.__getitem__ else function  # takes tuples as well
         self.function, self.args, self.kwargs, self.modes = function, args, kwargs, modes
         self.sources = [_mark_used(each.group) for each in operands]
+        self.is_new = function.__name__ in _NEW_MEMORY
         self.members: list[tuple[int, ...]] = []
         self.indices: list[tuple[int, ...]] = []  # for each member, the indices that getitem gets
         self.given = [each for each in _leaves((args, kwargs)) if isinstance(each, Tensor)]
@@ -285,6 +307,9 @@ class Operation(Group):
 
     def __len__(self) -> int:
         return len(self.members)
+
+    def is_tuple(self) -> bool:
+        return not self.is_new and bool(self.memory) and isinstance(self.meta(), (tuple, list))
 
     def required_groups(self) -> Sequence[Group]:
         """The groups that must be computed before this one."""
@@ -307,7 +332,7 @@ class Operation(Group):
         """Computes all members in the modes of the call."""
         with _in_modes(self.modes):
             self.compute()
-        computed = tree_flatten(self.stack)[0] if self.items is None else [self.items]
+        computed = (self.items,) if self.items is not None else _leaves(self.stack)
         if any(len(each) != len(self) for each in computed):
             raise RuntimeError(
                 f"{_CALLER}: with sequences, {self.function.__name__} has another number of results than of calls, a "
@@ -355,7 +380,11 @@ class Operation(Group):
 
     def make_meta(self) -> Any:
         metas = [source.meta() for source in self.sources]
+        if self.function in (Tensor.cpu, Tensor.cuda):
+            return metas[0]
         args, kwargs = tree_map(_on_meta_device, (self.args, self.kwargs))
+        if self.function is Tensor.to:
+            args, kwargs = tree_map_only(str, lambda device: "meta", (args, kwargs))
         whole = Operation(self.function, args, kwargs, (), self.modes)
         return whole.call_function(metas, self.indices[0])
 
@@ -363,6 +392,8 @@ class Operation(Group):
         for each in _leaves((self.args, self.kwargs)):
             if isinstance(each, (torch.device, str)) and self.function is Tensor.to:
                 return torch.device(each)
+        if self.function in (Tensor.cpu, Tensor.cuda):
+            return torch.device(self.function.__name__)
         if self.sources:
             return self.sources[0].device()
         return self.given[0].device
@@ -453,7 +484,6 @@ class Result(Group):
     def __init__(self, chain: Chain, name: str) -> None:
         super().__init__()
         self.chain, self.name = chain, name
-        self.given: list[weakref.ref[Recorded]] = []  # the values that the model's code got, by step
         self.is_used = False
         self.requires_grad = True
 
@@ -462,10 +492,10 @@ class Result(Group):
 
     def is_wanted(self) -> bool:
         """Whether steps before the last one may be asked for."""
-        return self.is_used or any(each() is not None for each in self.given[:-1])
+        return self.is_used or any(each() is not None for each in self.values[:-1])
 
     def make_meta(self) -> Any:
-        return self.chain.inputs[0].group.meta()
+        return self.sources[0].meta()
 
     def device(self) -> torch.device:
         return self.chain.inputs[0].group.device()
@@ -591,6 +621,7 @@ class Recording:
         self.earlier: list[Chain] = []  # those that are complete
         self.effects: list[Operation] = []  # changes of tensors that exist already, in order
         self.existing: dict[int, Existing] = {}
+        self.readers: dict[Group, list[Operation]] = {}  # the operations by the groups of their operands
         self.read: set[int] = set()  # storages of existing tensors that recorded operations read
         self.written: set[int] = set()  # those that effects will change
         self.is_running = False
@@ -633,6 +664,11 @@ class Recording:
                 f"in {function.__name__}, and would lose their gradients; if the function belongs to neurons of your "
                 "own, replace these neurons with the argument layers of asgl_cuda.convert"
             )
+        if kwargs.get("out") is not None:
+            raise RuntimeError(
+                f"{_CALLER}: with sequences, {function.__name__} can't be recorded with the argument out; use what the "
+                "function returns, or asgl_cuda.convert(model) without sequences"
+            )
         reads = function in (torch.stack, torch.Tensor.__getitem__)  # frequent, and never in place
         changed = None if reads else _out_of_place_call(function, args, kwargs)
         if not changed:
@@ -640,13 +676,57 @@ class Recording:
         target = args[0]
         if type(target) is Recorded:
             function, args, kwargs, name = changed
-            if refusal := _in_place_refusal(target, name, function is not None):
+            if refusal := self._in_place_refusal(target, name, function is not None):
                 raise RuntimeError(f"{_CALLER}: with sequences, {refusal}")
             made = self._record_operation(function, args, kwargs)
             target.group, target.index = made.group, made.index
+            target.group.values[target.index] = weakref.ref(target)
         else:
             self._record_write(function, args, kwargs)
         return target
+
+    def _in_place_refusal(self, target: Recorded, name: str, has_plain: bool) -> str:
+        """Why the function `name` can't change `target` in place, and what to do instead; "" if it can."""
+        if not has_plain:
+            called = "`tensor[...] = value`" if name == "__setitem__" else name
+            return (
+                f"{called} on a tensor that the model's forward gets or computes can't be recorded; use a function "
+                "that returns a new tensor, as torch.where or masked_fill, or asgl_cuda.convert(model) without "
+                "sequences"
+            )
+        sharing = self._sharing(target)
+        if any(isinstance(group, Existing) for group, _ in sharing):
+            plain = "an operator that does not assign, as x + 1" if name[:2] == "__" else name.removesuffix("_")
+            plain = plain if name[-1] == "_" else f"{name} with inplace=False"
+            return f"{name} can't change the model's input, or a part of it, in place; change x.clone(), or use {plain}"
+        for group, index in sharing:
+            other = group.values[index]()
+            if other is None or other is target or (other.group, other.index) != (group, index):
+                continue
+            return (
+                f"{name} can't change a value of a step in place, because it shares memory with a view (view, flatten, "
+                "indexing); change a clone() instead"
+            )
+        return ""
+
+    def _sharing(self, value: Recorded) -> set[tuple[Group, int]]:
+        """The members of groups that share memory with a value: it, its views, and those of which it is a view."""
+        found: set[tuple[Group, int]] = set()
+        todo = [(value.group, value.index)]
+        while todo:
+            group, index = place = todo.pop()
+            if place in found:
+                continue
+            found.add(place)
+            near: list[tuple[Group, int]] = []
+            if isinstance(group, Operation) and not group.is_new:
+                near += zip(group.sources, group.members[index], strict=True)
+            for reader in self.readers.get(group, ()):
+                if not reader.is_new:
+                    members = (zip(reader.sources, each, strict=True) for each in reader.members)
+                    near += [(reader, at) for at, member in enumerate(members) if place in member]
+            todo += [each for each in near if each[0].memory & value.group.memory]
+        return found
 
     def _record_write(self, function: Any, args: Any, kwargs: Any) -> None:
         """Records a change of an existing tensor. What was recorded before and reads the tensor is computed first."""
@@ -662,7 +742,8 @@ class Recording:
         indices: list[int] = []
         modes = _current_modes()
         key: list[Any] = [function, modes]
-        if function is Tensor.__getitem__ and type(args[0]) is Recorded:
+        is_item = function is Tensor.__getitem__ and type(args[0]) is Recorded
+        if is_item and not (type(args[1]) is int and args[0].group.is_tuple()):  # members of tuples differ in shape
             _scan_argument(args[0], key, operands, None)
             _scan_argument(args[1], key, operands, indices)
             steps = args[0].group
@@ -690,17 +771,14 @@ class Recording:
             self.read |= {_storage_id(each) for each in made.given[not merge :]}  # not what an effect changes
             if merge:
                 self.operations[place] = made
+                for group in groups:
+                    self.readers.setdefault(group, []).append(made)
             else:
                 self.effects.append(made)
         made.members.append(tuple(each.index for each in operands))
         made.indices.append(tuple(indices))
         found = Recorded(self, made, len(made) - 1)
-        if function.__name__ in _VIEWS and operands:
-            base = operands[0]
-            if base.shared is None:
-                base.shared = weakref.WeakSet((base,))
-            base.shared.add(found)
-            found.shared = base.shared
+        made.values.append(weakref.ref(found))
         return found
 
     def add_layer_step(self, layer: Any, x: Any, states: dict[str, Any]) -> dict[str, Recorded]:
@@ -727,7 +805,8 @@ class Recording:
         found = {}
         for name, result in chain.results.items():
             found[name] = Recorded(self, result, len(chain.inputs) - 1)
-            result.given.append(weakref.ref(found[name]))
+            result.values.append(weakref.ref(found[name]))
+            result.sources = [chain.inputs[0].group]  # of the same shape
         return found
 
     def layer_name(self, layer: nn.Module) -> str:
@@ -812,8 +891,11 @@ class Recording:
             tensors = (each for each in _leaves((args, kwargs)) if isinstance(each, Tensor))
             if any(_storage_id(each) in self.written for each in tensors):
                 self.compute_all(name)
-        if self.read and _out_of_place_call(function, args, kwargs) and _storage_id(args[0]) in self.read:
-            self.compute_all(name)
+        out = kwargs.get("out")
+        if self.read and (out is not None or _out_of_place_call(function, args, kwargs)):
+            changed = (each for each in _leaves((out, args[:1])) if isinstance(each, Tensor))
+            if any(_storage_id(each) in self.read for each in changed):
+                self.compute_all(name)
         return function(*args, **kwargs)
 
     def _compute(self, *wanted: Any) -> None:
@@ -906,7 +988,7 @@ def _scan_argument(value: Any, key: list[Any], operands: list[Recorded], indices
         indices.append(value)
         key.append(_Hole)
     else:
-        key.append((kind, id(value) if kind.__hash__ is None else value))
+        key.append((kind, id(value) if kind.__hash__ is None else value or str(value)))  # 0.0 equals -0.0
 
 
 def _with_holes(value: Any, numbers: Iterator[int], takes_indices: bool, inside: bool = False) -> Any:
@@ -932,27 +1014,6 @@ def _storage_id(tensor: Tensor) -> int:
         return id(tensor)
 
 
-def _in_place_refusal(target: Recorded, name: str, has_plain: bool) -> str:
-    """Why the function `name` can't change `target` in place, and what to do instead; "" if it can."""
-    views = target.shared or ()
-    if not has_plain:
-        called = "`tensor[...] = value`" if name == "__setitem__" else name
-        return (
-            f"{called} on a tensor that the model's forward gets or computes can't be recorded; use a function that "
-            "returns a new tensor, as torch.where or masked_fill, or asgl_cuda.convert(model) without sequences"
-        )
-    if any(isinstance(each.group, Existing) for each in (target, *views)):
-        plain = "an operator that does not assign, as x + 1" if name[:2] == "__" else name.removesuffix("_")
-        plain = plain if name[-1] == "_" else f"{name} with inplace=False"
-        return f"{name} can't change the model's input, or a part of it, in place; change x.clone(), or use {plain}"
-    if len(views) > 1:
-        return (
-            f"{name} can't change a value of a step in place, because it shares memory with a view (view, flatten, "
-            "indexing); change a clone() instead"
-        )
-    return ""
-
-
 @functools.cache
 def _in_place_form(function: Any) -> tuple[Any, str, int | None] | None:
     """How a function changes its first argument: by its name or by an argument `inplace`. None if it changes nothing.
@@ -970,12 +1031,23 @@ def _in_place_form(function: Any) -> tuple[Any, str, int | None] | None:
         plain = name[:-1]
     if plain:
         owner = next((each for each in (Tensor, torch, nn.functional) if getattr(each, name, None) is function), Tensor)
-        return getattr(owner, plain, getattr(Tensor, plain, None)), name, None
+        found = getattr(owner, plain, getattr(Tensor, plain, None))
+        return found and _keeping_dtype(found), name, None
     try:
         names = list(inspect.signature(function).parameters)
     except (TypeError, ValueError):
         return None
     return (function, name, names.index("inplace")) if "inplace" in names else None
+
+
+def _keeping_dtype(function: Any) -> Any:
+    """The function, whose result has the dtype of its first argument, as that of a change in place has."""
+
+    @functools.wraps(function)
+    def call(target: Any, *args: Any, **kwargs: Any) -> Any:
+        return function(target, *args, **kwargs).to(target.dtype)
+
+    return call
 
 
 def _out_of_place_call(function: Any, args: Any, kwargs: Any) -> Any:

@@ -29,6 +29,18 @@ def through_dict(a, b):
     return found["a"][1] * found["b"][0] + found["a"][0]
 
 
+def in_place_of_less_precision(a, b):
+    c = a.to(torch.float32)
+    c += b
+    return c.double()
+
+
+def sizes(a, b):
+    left, right = a.split([1, N - 1], 1)
+    places = b.max(1, keepdim=True).indices
+    return (right * right.shape[1]).sum(1, keepdim=True) + left.cpu().shape[1] + torch.zeros_like(places) / 2 + b
+
+
 def max_and_place(a, b):
     values, places = a.max(1, keepdim=True)
     return b * values + places
@@ -65,6 +77,9 @@ IN_STEP = {
     "step in a shift": lambda a, b, t: a.roll(t, 1) + b,
     "every other step": lambda a, b, t: a + b if t % 2 else a - b,
     "in place": lambda a, b, t: in_place(a, b),
+    "in place, of less precision": lambda a, b, t: in_place_of_less_precision(a, b),
+    "signed zero": lambda a, b, t: torch.atan2(a * 0, b * (-0.0 if t % 2 else 0.0) - 0.0) + b,
+    "sizes": lambda a, b, t: sizes(a, b),
     "a dict": lambda a, b, t: through_dict(a, b),
     "detached": lambda a, b, t: a.detach() + b,
     "transposed": lambda a, b, t: a.T.flip(0).T + b,

@@ -399,7 +399,16 @@ def made_a_leaf(net, x_seq):
     return torch.stack([mem.requires_grad_() for _, _, mem in steps_of(net, x_seq)])
 
 
+def with_out(net, x_seq):
+    rec = torch.zeros(B, 6)
+    with torch.no_grad():
+        for _, spikes, _ in steps_of(net, x_seq):
+            torch.add(rec, spikes, out=rec)
+    return rec
+
+
 REFUSED = {
+    with_out: "add can't be recorded with the argument out; use what the function returns, or .* without sequences",
     with_a_hook: "register_hook of a value in a step can't be recorded.* without sequences",
     made_a_leaf: "requires_grad_ of a value in a step can't be recorded",
     changed: "all steps of a Leaky are computed at once, but the model's code changes its parameters",
@@ -454,6 +463,75 @@ def test_what_changes_a_tensor_in_place_names_its_own_remedy(change, words):
     fast, _ = asgl_cuda.convert(Changing(), sequences=True)
     with pytest.raises(RuntimeError, match=f"asgl_cuda.convert: with sequences, {words}"):
         fast(input_of())
+
+
+VIEWS = {
+    "property": lambda x: x.T,
+    "data": lambda x: x.data,
+    "unbind": lambda x: x.unbind(1)[1],
+    "fields": lambda x: x.split([1, 9], 1)[1],
+    "diagonal": lambda x: torch.diagonal(x),
+    "dropout in evaluation": lambda x: dropout(x, 0.5, training=False),
+    "dtype as it is": lambda x: x.type(x.dtype),
+    "a view of a view": lambda x: x.swapaxes(0, 1)[None].mT,
+}
+
+
+@pytest.mark.parametrize("changes_view", [True, False])
+@pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
+def test_a_change_in_place_that_views_would_show_is_refused(view, changes_view):
+    class Changing(Net):
+        def forward(self, x):
+            current = self.fc1(x)
+            some = view(current)
+            (some if changes_view else current).mul_(2)
+            return self.lif1(current + some.sum())[0]
+
+    fast, _ = asgl_cuda.convert(Changing(), sequences=True)
+    with pytest.raises(RuntimeError, match="mul_ can't change a value of a step in place, because it shares memory"):
+        fast(input_of())
+
+
+def test_a_change_in_place_after_the_view_is_gone():
+    class Changing(Net):
+        def forward(self, x):
+            current = self.fc1(x).unflatten(1, (2, 5)).flatten(1)
+            current.mul_(2)
+            values, places = current.max(1, keepdim=True)
+            values += places
+            return self.lif1(current)[0] + values
+
+    model = Changing()
+    fast, _ = asgl_cuda.convert(model, sequences=True)
+    torch.testing.assert_close(fast(input_of()), torch.stack([*map(model, input_of())]))
+
+
+def test_the_shape_of_a_sum_over_many_steps():
+    """Without recursion, which ends at a depth of 1,000."""
+
+    class Counting(Net):
+        def forward(self, x_seq):
+            count = 0
+            for x in x_seq:
+                count = count + self.lif1(self.fc1(x))[0]
+            return count / count.shape[0]
+
+    model = Counting()
+    x_seq = input_of(1200)
+    fast, _ = asgl_cuda.convert(model, sequences="loop")
+    with torch.no_grad():
+        torch.testing.assert_close(fast(x_seq), model(x_seq))
+
+
+def test_a_tuple_of_each_step():
+    class Largest(Net):
+        def forward(self, x):
+            return self.lif1(self.fc1(x))[0].max(1)
+
+    fast, _ = asgl_cuda.convert(Largest(), sequences=True)
+    for steps in (1, T):
+        values, places = fast(input_of(steps))
+        assert values.shape == places.shape == (steps, B)
 
 
 class Switching(Net):
