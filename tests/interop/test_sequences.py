@@ -3,6 +3,7 @@
 import copy
 import gc
 import operator
+import warnings
 import weakref
 
 import norse.torch as norse
@@ -604,6 +605,29 @@ def test_arguments_refused(args):
     fast, _ = asgl_cuda.convert(STEPS["snnTorch"](), sequences=True)
     with pytest.raises((TypeError, ValueError), match=r"x_seq .*\[T, \.\.\.\]"):
         fast(*args)
+
+
+def test_one_step_of_a_batch_is_warned_of(monkeypatch):
+    """Once, since the batch would be taken for time."""
+    monkeypatch.setattr(asgl_cuda.checks, "_warned", set())
+    fast, _ = asgl_cuda.convert(STEPS["snnTorch"](), sequences=True)
+    with pytest.warns(UserWarning, match=r"sequences=True got .* \[3, 8\], of which dimension 0 .* asgl_cuda\.step"):
+        fast(input_of()[0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fast(input_of()[0])
+        fast(input_of())
+
+
+@pytest.mark.parametrize("library", ["snnTorch", "SpikingJelly"])
+def test_a_copy_after_a_step_of_training(library):
+    """As of the original model, whose states have the graph as well."""
+    fast, _ = asgl_cuda.convert(STEPS[library](), sequences=True)
+    loss = sum(each.sum() for each in tensors(fast(input_of())))
+    loss.backward()
+    asgl_cuda.reset(fast)
+    copied = tensors(copy.deepcopy(fast)(input_of()))
+    assert all(map(torch.equal, copied, tensors(fast(input_of()))))
 
 
 def test_states():
