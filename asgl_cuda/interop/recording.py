@@ -293,6 +293,8 @@ class _Hole:
 class Operation(Group):
     """A function of operands of several steps. Members have one index for each of the groups in `sources`."""
 
+    after: Operation | None = None  # an earlier one that updates the same running statistics
+
     def __init__(self, function: Any, args: Any, kwargs: Any, operands: Sequence[Recorded], modes: _Modes) -> None:
         super().__init__()
         function = operator.getitem if function is Tensor.__getitem__ else function  # takes tuples as well
@@ -313,7 +315,7 @@ class Operation(Group):
 
     def required_groups(self) -> Sequence[Group]:
         """The groups that must be computed before this one."""
-        return self.sources
+        return self.sources if self.after is None else [*self.sources, self.after]
 
     def call_function(self, values: Sequence[Any], indices: tuple[int, ...] = ()) -> Any:
         """Calls the function, with these values in the holes for operands and these indices in the other holes."""
@@ -377,6 +379,11 @@ class Operation(Group):
     def _updates_statistics(self) -> bool:
         """Whether each step updates running statistics."""
         return self.function is nn.functional.batch_norm and (self.args[5:6] or (self.kwargs.get("training"),))[0]
+
+    def updated_statistics(self) -> int | None:
+        """An id of the running statistics that each step updates, or None."""
+        running = self.args[1] if len(self.args) > 1 else self.kwargs.get("running_mean")
+        return _storage_id(running) if self._updates_statistics() and isinstance(running, Tensor) else None
 
     def make_meta(self) -> Any:
         metas = [source.meta() for source in self.sources]
@@ -621,6 +628,7 @@ class Recording:
         self.earlier: list[Chain] = []  # those that are complete
         self.effects: list[Operation] = []  # changes of tensors that exist already, in order
         self.existing: dict[int, Existing] = {}
+        self.updates: dict[int, Operation] = {}  # the last operation that updates these running statistics
         self.readers: dict[Group, list[Operation]] = {}  # the operations by the groups of their operands
         self.read: set[int] = set()  # storages of existing tensors that recorded operations read
         self.written: set[int] = set()  # those that effects will change
@@ -775,6 +783,16 @@ class Recording:
                     self.readers.setdefault(group, []).append(made)
             else:
                 self.effects.append(made)
+        if function is nn.functional.batch_norm and (statistics := made.updated_statistics()) is not None:
+            last = self.updates.setdefault(statistics, made)
+            if last is not made:
+                if len(made):
+                    raise RuntimeError(
+                        f"{_CALLER}: with sequences, batch_norm with the same running statistics can't be called "
+                        "several times per step, because these statistics depend on the order of the calls; use "
+                        "asgl_cuda.convert(model) without sequences, which computes step by step"
+                    )
+                made.after, self.updates[statistics] = last, made
         made.members.append(tuple(each.index for each in operands))
         made.indices.append(tuple(indices))
         found = Recorded(self, made, len(made) - 1)
@@ -829,10 +847,11 @@ class Recording:
         self._run_effects_and_chains()
 
     def _run_effects_and_chains(self) -> None:
-        """Runs what changes tensors or layers: effects and chains."""
+        """Runs what changes tensors or layers: effects, updates of running statistics, and chains."""
         for effect in self.effects:
             self._compute(effect)
         self.effects.clear()
+        self._compute(*self.updates.values())  # also of values that nothing uses
         for chain in (*self.earlier, *self.chains.values()):
             self._compute(chain)
         self.read.clear()

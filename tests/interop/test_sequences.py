@@ -408,7 +408,13 @@ def with_out(net, x_seq):
     return rec
 
 
+def normalised_twice(net, x_seq):
+    net.__dict__.setdefault("norm", nn.BatchNorm1d(6))
+    return torch.stack([net.norm(net.norm(mem) + 1) for _, _, mem in steps_of(net, x_seq)])
+
+
 REFUSED = {
+    normalised_twice: "batch_norm with the same running statistics can't be called several times per step",
     with_out: "add can't be recorded with the argument out; use what the function returns, or .* without sequences",
     with_a_hook: "register_hook of a value in a step can't be recorded.* without sequences",
     made_a_leaf: "requires_grad_ of a value in a step can't be recorded",
@@ -522,6 +528,29 @@ def test_the_shape_of_a_sum_over_many_steps():
     fast, _ = asgl_cuda.convert(model, sequences="loop")
     with torch.no_grad():
         torch.testing.assert_close(fast(x_seq), model(x_seq))
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("is_used", [True, False])
+def test_running_statistics(momentum, is_used):
+    """In the order of the steps, which counts if each has a momentum of its own; also of values that nothing uses."""
+
+    class Normalised(Net):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm1d(10, momentum=momentum)
+
+        def forward(self, x_seq):
+            rec, mem = [], self.lif1.reset_mem()
+            for x in x_seq:
+                current = self.fc1(x)
+                normal = self.norm(current)
+                spikes, mem = self.lif1(normal if is_used else current, mem)
+                rec.append(spikes)
+            return torch.stack(rec)
+
+    model = Normalised()
+    compare(model, model, asgl_cuda.convert(model, sequences="loop")[0])
 
 
 def test_a_tuple_of_each_step():
