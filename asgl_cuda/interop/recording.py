@@ -773,8 +773,8 @@ class Recording:
             takes_indices = bool(indices)
             args, kwargs = (_with_holes(each, numbers, takes_indices) for each in (args, kwargs))
             groups = {each.group for each in operands}
-            takes_list = bool(args) and isinstance(args[0], (list, tuple))  # not the recorded result of chunk
-            kind = Stacked if function is torch.stack and len(groups) == 1 and takes_list else Operation
+            are_all = bool(args) and isinstance(args[0], (list, tuple)) and len(args[0]) == len(operands)
+            kind = Stacked if function is torch.stack and len(groups) == 1 and are_all else Operation
             made = kind(function, args, kwargs, operands, modes)
             self.read |= {_storage_id(each) for each in made.given[not merge :]}  # not what an effect changes
             if merge:

@@ -128,6 +128,7 @@ class Program(nn.Module):
             (kind, draw.choice([*IN_STEP]), draw.choice([*OF_LIST]), draw.random(), draw.random())
             for kind in ("layer", *middle, "layer", *last)
         ]
+        self.begins_with_zeros = draw.random() < 0.3
         self.results = [(draw.choice([*OF_LIST]), draw.random()) for _ in range(2)]
 
     def step(self, x, t, mems, kept):
@@ -159,7 +160,7 @@ class Program(nn.Module):
         if not self.is_looped:
             return tuple(self.step(x_seq, 0, [], {"lists": {}, "sums": {}})[1:])
         mems = [] if self.lif[0].init_hidden else [each.reset_mem() for each in self.lif]
-        kept = {"lists": {"all": []}, "sums": {}}
+        kept = {"lists": {"all": [torch.zeros(B, N)] * self.begins_with_zeros}, "sums": {}}
         for t, x in enumerate(x_seq):
             kept["lists"]["all"].append(self.step(x, t, mems, kept)[-1])
         lists = [*kept["lists"].values()]
@@ -204,10 +205,11 @@ def test_programs():
     assert sum(is_equal(Program(seed), seed) for seed in range(150)) > 135
 
 
+@pytest.mark.parametrize("begins_with_zeros", [False, True])
 @pytest.mark.parametrize("name", [*IN_STEP, *OF_LIST])
-def test_operation(name):
+def test_operation(name, begins_with_zeros):
     model = Program(9)
-    model.steps = 5
+    model.steps, model.begins_with_zeros = 5, begins_with_zeros
     if name in IN_STEP:
         model.statements = [("layer", "", "", 0, 0), ("of step", name, "", 0.99, 0.5), ("of step", name, "", 0.99, 0.5)]
     else:
