@@ -513,6 +513,11 @@ class Result(Group):
             return self.chain.final[self.name]
         return super().item(index)
 
+    def gather(self, indices: Sequence[int]) -> Any:
+        if self.stack is None:  # the last step alone is left
+            return torch.stack([self.item(each) for each in indices])
+        return super().gather(indices)
+
     def is_computed(self) -> bool:
         """Whether the chain has run; results that nothing asks for then have no values."""
         return self.chain.is_done

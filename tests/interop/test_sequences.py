@@ -553,6 +553,24 @@ def test_running_statistics(momentum, is_used):
     compare(model, model, asgl_cuda.convert(model, sequences="loop")[0])
 
 
+def test_a_stack_of_the_last_state():
+    """Of which alone the layer keeps a value, if the layer was computed before."""
+
+    class Late(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lif = neuron.LIFNode()
+
+        def forward(self, x_seq):
+            for x in x_seq:
+                spikes = self.lif(x)
+            assert spikes.sum() < 1e9  # computes the layer
+            return torch.stack([self.lif.v, self.lif.v])
+
+    model = Late()
+    compare(model, model, asgl_cuda.convert(model, sequences="loop")[0])
+
+
 def test_a_tuple_of_each_step():
     class Largest(Net):
         def forward(self, x):
