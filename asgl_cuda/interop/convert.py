@@ -158,7 +158,8 @@ def convert(
     distribution, but are drawn in another order. `convert` refuses a model in which a neuron is not converted. A call
     raises RuntimeError if spikes return to an earlier layer, if the code needs a value between two steps, as
     `if spikes.sum() > 0` does, or if a torch.autograd.Function or a torch.utils.checkpoint inside of the model gets one
-    of the placeholders. The messages name the layer or function. `torch.compile` and `torch.export` trace the loop.
+    of the placeholders. The messages name the layer or function. For placeholders, `isinstance(x, torch.Tensor)` is
+    False. `torch.compile` and `torch.export` trace the loop.
 
     Args:
         model: any module, or a neuron layer.

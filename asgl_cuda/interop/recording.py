@@ -72,11 +72,10 @@ def _in_modes(modes: _Modes) -> Iterator[None]:
 class Recorded:
     """A placeholder for a value of one step that is computed later: member `index` of a group."""
 
-    __slots__ = ("__weakref__", "group", "index", "recording", "shared")
+    __slots__ = ("__weakref__", "group", "index", "recording")
 
     def __init__(self, recording: Recording, group: Group, index: int) -> None:
         self.recording, self.group, self.index = recording, group, index
-        self.shared: weakref.WeakSet[Recorded] | None = None  # all views of one memory, this value included
 
     def value(self, use: str) -> Any:
         """Computes and returns the value. `use` names the function that needs it, for errors."""
@@ -98,6 +97,15 @@ class Recorded:
             return self.group.requires_grad
         if name in _FACTORIES:
             return getattr(torch.empty(0, dtype=self.dtype, device=self.device), name)
+        if name in _OF_GRAPH:
+            raise RuntimeError(
+                f"{_CALLER}: with sequences, {name} of a value in a step can't be recorded, because the value is "
+                "computed later; use asgl_cuda.convert(model) without sequences, which computes step by step"
+            )
+        if isinstance(self.group, Operation):  # a field of a named tuple, as x.max(1).values
+            made = getattr(torch.return_types, self.group.function.__name__, None)
+            if name in (fields := getattr(made, "__match_args__", ())):
+                return self.recording.record_call(Tensor.__getitem__, self, fields.index(name))
         found = getattr(Tensor, name)  # an AttributeError names Tensor
         if name in _NEEDING_VALUE:
             return getattr(self.value(name), name)
@@ -141,10 +149,13 @@ def _recorded_operator(name: str) -> Any:
 
 
 # Names of attributes of tensors. _METADATA is answered by a tensor on the device "meta". _FACTORIES make a tensor of
-# the same dtype and device. For _NEEDING_VALUE the value is computed at once.
+# the same dtype and device. For _NEEDING_VALUE the value is computed at once. _OF_GRAPH need the value's node in the
+# graph of autograd, which does not exist yet.
 _METADATA = {"shape", "ndim", "dtype", "layout", "size", "dim", "numel", "is_sparse", "is_nested", "is_quantized",
-          "is_floating_point", "is_complex", "stride", "nelement", "itemsize", "ndimension"}  # fmt: skip
+             "is_floating_point", "is_complex", "stride", "nelement", "itemsize", "ndimension"}  # fmt: skip
 _FACTORIES = {"new_zeros", "new_ones", "new_full", "new_empty", "new_tensor"}
+_OF_GRAPH = {"requires_grad_", "register_hook", "register_post_accumulate_grad_hook", "retain_grad", "grad", "grad_fn",
+             "is_leaf", "output_nr"}  # fmt: skip
 _LIKE = {torch.zeros_like, torch.ones_like, torch.full_like, torch.empty_like}
 _NEEDING_VALUE = {"item", "tolist", "numpy", "__bool__", "__float__", "__int__", "__index__", "__complex__",
                   "__format__", "__array__", "__reduce_ex__", "__contains__", "backward", "data_ptr",
@@ -156,22 +167,24 @@ for _name in _OPERATORS - {"__torch_function__", "__torch_dispatch__", "__setsta
         setattr(Recorded, _name, _recorded_operator(_name))
 Recorded.__hash__ = object.__hash__  # type: ignore[method-assign]
 
-# Functions whose result may share memory with their first argument.
-_VIEWS = {"view", "view_as", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "transpose", "permute", "t",
-          "movedim", "select", "narrow", "__getitem__", "chunk", "split", "expand", "contiguous", "to",
-          "detach"}  # fmt: skip
+
+# Frequent functions whose result is never a view, which needs no question.
+_NEW_MEMORY = {"linear", "conv1d", "conv2d", "conv3d", "batch_norm", "relu", "max_pool2d", "avg_pool2d", "stack", "cat",
+               "__add__", "__radd__", "__sub__", "__mul__", "__rmul__", "add", "sub", "mul", "sum", "mean"}  # fmt: skip
 
 
 class Group:
     """Results of different steps that are computed together: `stack`, `[steps, ...]`, or `items`, one per step."""
 
+    sources: Sequence[Group] = ()
     stack: Any = None  # a tensor, or nested tuples of tensors
     items: Sequence[Any] | None = None
     requires_grad = False
-    _meta: Any = None
+    _meta: Any = NotImplemented  # None is a value
 
     def __init__(self) -> None:
         self.serial = next(_serials)
+        self.values: list[weakref.ref[Recorded]] = []  # those that the model's code got, by index
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -212,9 +225,15 @@ class Group:
 
     def meta(self) -> Any:
         """A member as a tensor on the device "meta", which has the shape and dtype but no memory."""
-        if self._meta is None:
+        if self._meta is NotImplemented:
             with torch.no_grad():
-                self._meta = self.make_meta()
+                todo = [self]  # not by recursion: a sum over the steps is as deep as there are steps
+                while todo:
+                    group = todo[-1]
+                    unknown = [each for each in group.sources if each._meta is NotImplemented]
+                    if not unknown and group._meta is NotImplemented:
+                        group._meta = group.make_meta()
+                    todo[-1:] = [group, *unknown] if unknown else []
         return self._meta
 
     def make_meta(self) -> Any:
@@ -224,6 +243,18 @@ class Group:
     def device(self) -> torch.device:
         """The device of the members, before they are computed."""
         raise NotImplementedError
+
+    def is_tuple(self) -> bool:
+        """Whether members are tuples of tensors."""
+        return False
+
+    @functools.cached_property
+    def memory(self) -> set[int]:
+        """Ids of the memory of a member on the device "meta", which views share with their base."""
+        try:
+            return {_storage_id(each) for each in _leaves(self.meta()) if isinstance(each, Tensor)}
+        except Exception:  # results whose shape depends on values, as of nonzero: new memory
+            return set()
 
 
 class Existing(Group):
@@ -247,7 +278,9 @@ class Existing(Group):
 
 
 def _on_meta_device(value: Any) -> Any:
-    """A tensor of this shape and type on the device "meta"; any other value as it is."""
+    """A tensor of this shape and type on the device "meta", or that device for another; any other value as it is."""
+    if isinstance(value, torch.device):
+        return torch.device("meta")
     return torch.empty_like(value, device="meta") if isinstance(value, Tensor) else value
 
 
@@ -264,11 +297,14 @@ class _Hole:
 class Operation(Group):
     """The calls of one function in several steps. A call is a member: the index of its operand in each of `sources`."""
 
+    after: Operation | None = None  # an earlier one that updates the same running statistics
+
     def __init__(self, function: Any, args: Any, kwargs: Any, operands: Sequence[Recorded], modes: _Modes) -> None:
         super().__init__()
         function = operator.getitem if function is Tensor.__getitem__ else function  # takes tuples as well
         self.function, self.args, self.kwargs, self.modes = function, args, kwargs, modes
         self.sources = [_mark_used(each.group) for each in operands]
+        self.is_new = function.__name__ in _NEW_MEMORY
         self.members: list[tuple[int, ...]] = []
         self.indices: list[tuple[int, ...]] = []  # for each member, the indices that getitem gets
         self.given = [each for each in _leaves((args, kwargs)) if isinstance(each, Tensor)]
@@ -278,9 +314,12 @@ class Operation(Group):
     def __len__(self) -> int:
         return len(self.members)
 
+    def is_tuple(self) -> bool:
+        return not self.is_new and bool(self.memory) and isinstance(self.meta(), (tuple, list))
+
     def required_groups(self) -> Sequence[Group]:
         """The groups that must be computed before this one."""
-        return self.sources
+        return self.sources if self.after is None else [*self.sources, self.after]
 
     def call_function(self, values: Sequence[Any], indices: tuple[int, ...] = ()) -> Any:
         """Calls the function, with these values in the holes for operands and these indices in the other holes."""
@@ -299,6 +338,12 @@ class Operation(Group):
         """Computes all members in the modes of the call."""
         with _in_modes(self.modes):
             self.compute()
+        computed = (self.items,) if self.items is not None else _leaves(self.stack)
+        if any(len(each) != len(self) for each in computed):
+            raise RuntimeError(
+                f"{_CALLER}: with sequences, {self.function.__name__} has another number of results than of calls, a "
+                "mistake of asgl_cuda; use asgl_cuda.convert(model) without sequences, which computes step by step"
+            )
 
     def compute(self) -> None:
         """Computes all members: at once by vmap where possible, otherwise one by one."""
@@ -339,9 +384,18 @@ class Operation(Group):
         """Whether each step updates running statistics."""
         return self.function is nn.functional.batch_norm and (self.args[5:6] or (self.kwargs.get("training"),))[0]
 
+    def updated_statistics(self) -> int | None:
+        """An id of the running statistics that each step updates, or None."""
+        running = self.args[1] if len(self.args) > 1 else self.kwargs.get("running_mean")
+        return _storage_id(running) if self._updates_statistics() and isinstance(running, Tensor) else None
+
     def make_meta(self) -> Any:
         metas = [source.meta() for source in self.sources]
+        if self.function in (Tensor.cpu, Tensor.cuda):
+            return metas[0]
         args, kwargs = tree_map(_on_meta_device, (self.args, self.kwargs))
+        if self.function is Tensor.to:
+            args, kwargs = tree_map_only(str, lambda device: "meta", (args, kwargs))
         whole = Operation(self.function, args, kwargs, (), self.modes)
         return whole.call_function(metas, self.indices[0])
 
@@ -349,17 +403,22 @@ class Operation(Group):
         for each in _leaves((self.args, self.kwargs)):
             if isinstance(each, (torch.device, str)) and self.function is Tensor.to:
                 return torch.device(each)
+        if self.function in (Tensor.cpu, Tensor.cuda):
+            return torch.device(self.function.__name__)
         if self.sources:
             return self.sources[0].device()
         return self.given[0].device
 
 
 class Stacked(Operation):
-    """torch.stack of members of one group."""
+    """torch.stack of members of one group. A stack that only one call makes, as after the loop, is no copy of them."""
 
     def compute(self) -> None:
+        if len(self) > 1:  # a stack in each step, or of each window of steps
+            super().compute()
+            return
         dim: int = self.kwargs.get("dim", self.args[1] if len(self.args) > 1 else 0)
-        self.items = [self.sources[0].gather(self.members[0]).movedim(0, dim)]
+        self.items = [tree_map(lambda each: each.movedim(0, dim), self.sources[0].gather(self.members[0]))]
 
 
 def _leaves(value: Any) -> Iterator[Any]:
@@ -436,7 +495,6 @@ class Result(Group):
     def __init__(self, chain: Chain, name: str) -> None:
         super().__init__()
         self.chain, self.name = chain, name
-        self.given: list[weakref.ref[Recorded]] = []  # the values that the model's code got, by step
         self.is_used = False
         self.requires_grad = True
 
@@ -445,10 +503,10 @@ class Result(Group):
 
     def is_wanted(self) -> bool:
         """Whether the values of steps before the last one may be needed."""
-        return self.is_used or any(each() is not None for each in self.given[:-1])
+        return self.is_used or any(each() is not None for each in self.values[:-1])
 
     def make_meta(self) -> Any:  # spikes and states have the shape of the input
-        return self.chain.inputs[0].group.meta()
+        return self.sources[0].meta()
 
     def device(self) -> torch.device:
         return self.chain.inputs[0].group.device()
@@ -458,6 +516,11 @@ class Result(Group):
         if self.stack is None and self.items is None and index == len(self) - 1:
             return self.chain.final[self.name]
         return super().item(index)
+
+    def gather(self, indices: Sequence[int]) -> Any:
+        if self.stack is None:  # the last step alone is left
+            return torch.stack([self.item(each) for each in indices])
+        return super().gather(indices)
 
     def is_computed(self) -> bool:
         """Whether the chain has run. It computes only results that are wanted; others then have no values."""
@@ -574,6 +637,8 @@ class Recording:
         self.earlier: list[Chain] = []  # those that are complete
         self.effects: list[Operation] = []  # changes of tensors that exist already, in order
         self.existing: dict[int, Existing] = {}
+        self.updates: dict[int, Operation] = {}  # the last operation that updates these running statistics
+        self.readers: dict[Group, list[Operation]] = {}  # the operations by the groups of their operands
         self.read: set[int] = set()  # storages of existing tensors that recorded operations read
         self.written: set[int] = set()  # those that effects will change
         self.is_running = False
@@ -616,6 +681,11 @@ class Recording:
                 f"in {function.__name__}, and would lose their gradients; if the function belongs to neurons of your "
                 "own, replace these neurons with the argument layers of asgl_cuda.convert"
             )
+        if kwargs.get("out") is not None:
+            raise RuntimeError(
+                f"{_CALLER}: with sequences, {function.__name__} can't be recorded with the argument out; use what the "
+                "function returns, or asgl_cuda.convert(model) without sequences"
+            )
         reads = function in (torch.stack, torch.Tensor.__getitem__)  # frequent, and never in place
         changed = None if reads else _out_of_place_call(function, args, kwargs)
         if not changed:
@@ -623,13 +693,57 @@ class Recording:
         target = args[0]
         if type(target) is Recorded:
             function, args, kwargs, name = changed
-            if refusal := _in_place_refusal(target, name, function is not None):
+            if refusal := self._in_place_refusal(target, name, function is not None):
                 raise RuntimeError(f"{_CALLER}: with sequences, {refusal}")
             made = self._record_operation(function, args, kwargs)
             target.group, target.index = made.group, made.index
+            target.group.values[target.index] = weakref.ref(target)
         else:
             self._record_write(function, args, kwargs)
         return target
+
+    def _in_place_refusal(self, target: Recorded, name: str, has_plain: bool) -> str:
+        """Why the function `name` can't change `target` in place, and what to do instead; "" if it can."""
+        if not has_plain:
+            called = "`tensor[...] = value`" if name == "__setitem__" else name
+            return (
+                f"{called} on a tensor that the model's forward gets or computes can't be recorded; use a function "
+                "that returns a new tensor, as torch.where or masked_fill, or asgl_cuda.convert(model) without "
+                "sequences"
+            )
+        sharing = self._sharing(target)
+        if any(isinstance(group, Existing) for group, _ in sharing):
+            plain = "an operator that does not assign, as x + 1" if name[:2] == "__" else name.removesuffix("_")
+            plain = plain if name[-1] == "_" else f"{name} with inplace=False"
+            return f"{name} can't change the model's input, or a part of it, in place; change x.clone(), or use {plain}"
+        for group, index in sharing:
+            other = group.values[index]()
+            if other is None or other is target or (other.group, other.index) != (group, index):
+                continue
+            return (
+                f"{name} can't change a value of a step in place, because it shares memory with a view (view, flatten, "
+                "indexing); change a clone() instead"
+            )
+        return ""
+
+    def _sharing(self, value: Recorded) -> set[tuple[Group, int]]:
+        """The members of groups that share memory with a value: it, its views, and those of which it is a view."""
+        found: set[tuple[Group, int]] = set()
+        todo = [(value.group, value.index)]
+        while todo:
+            group, index = place = todo.pop()
+            if place in found:
+                continue
+            found.add(place)
+            near: list[tuple[Group, int]] = []
+            if isinstance(group, Operation) and not group.is_new:
+                near += zip(group.sources, group.members[index], strict=True)
+            for reader in self.readers.get(group, ()):
+                if not reader.is_new:
+                    members = (zip(reader.sources, each, strict=True) for each in reader.members)
+                    near += [(reader, at) for at, member in enumerate(members) if place in member]
+            todo += [each for each in near if each[0].memory & value.group.memory]
+        return found
 
     def _record_write(self, function: Any, args: Any, kwargs: Any) -> None:
         """Records a change in place of an existing tensor, after computing what was recorded before and reads it."""
@@ -645,7 +759,8 @@ class Recording:
         indices: list[int] = []
         modes = _current_modes()
         key: list[Any] = [function, modes]
-        if function is Tensor.__getitem__ and type(args[0]) is Recorded:
+        is_item = function is Tensor.__getitem__ and type(args[0]) is Recorded
+        if is_item and not (type(args[1]) is int and args[0].group.is_tuple()):  # members of tuples differ in shape
             _scan_argument(args[0], key, operands, None)
             _scan_argument(args[1], key, operands, indices)
             steps = args[0].group
@@ -667,22 +782,30 @@ class Recording:
             takes_indices = bool(indices)
             args, kwargs = (_with_holes(each, numbers, takes_indices) for each in (args, kwargs))
             groups = {each.group for each in operands}
-            kind = Stacked if function is torch.stack and len(groups) == 1 and len(operands) > 1 else Operation
+            are_all = bool(args) and isinstance(args[0], (list, tuple)) and len(args[0]) == len(operands)
+            kind = Stacked if function is torch.stack and len(groups) == 1 and are_all else Operation
             made = kind(function, args, kwargs, operands, modes)
             self.read |= {_storage_id(each) for each in made.given[not merge :]}  # not what an effect changes
             if merge:
                 self.operations[place] = made
+                for group in groups:
+                    self.readers.setdefault(group, []).append(made)
             else:
                 self.effects.append(made)
+        if function is nn.functional.batch_norm and (statistics := made.updated_statistics()) is not None:
+            last = self.updates.setdefault(statistics, made)
+            if last is not made:
+                if len(made):
+                    raise RuntimeError(
+                        f"{_CALLER}: with sequences, batch_norm with the same running statistics can't be called "
+                        "several times per step, because these statistics depend on the order of the calls; use "
+                        "asgl_cuda.convert(model) without sequences, which computes step by step"
+                    )
+                made.after, self.updates[statistics] = last, made
         made.members.append(tuple(each.index for each in operands))
         made.indices.append(tuple(indices))
         found = Recorded(self, made, len(made) - 1)
-        if function.__name__ in _VIEWS and operands:
-            base = operands[0]
-            if base.shared is None:
-                base.shared = weakref.WeakSet((base,))
-            base.shared.add(found)
-            found.shared = base.shared
+        made.values.append(weakref.ref(found))
         return found
 
     def add_layer_step(self, layer: Any, x: Any, states: dict[str, Any]) -> dict[str, Recorded]:
@@ -709,7 +832,8 @@ class Recording:
         found = {}
         for name, result in chain.results.items():
             found[name] = Recorded(self, result, len(chain.inputs) - 1)
-            result.given.append(weakref.ref(found[name]))
+            result.values.append(weakref.ref(found[name]))
+            result.sources = [chain.inputs[0].group]  # of the same shape
         return found
 
     def layer_name(self, layer: nn.Module) -> str:
@@ -732,10 +856,11 @@ class Recording:
         self._run_effects_and_chains()
 
     def _run_effects_and_chains(self) -> None:
-        """Runs the recorded calls that change tensors or layers: effects, which are changes in place, and chains."""
+        """Runs what changes tensors or layers: changes in place, updates of running statistics, and chains."""
         for effect in self.effects:
             self._compute(effect)
         self.effects.clear()
+        self._compute(*self.updates.values())  # also of values that nothing uses
         for chain in (*self.earlier, *self.chains.values()):
             self._compute(chain)
         self.read.clear()
@@ -794,8 +919,11 @@ class Recording:
             tensors = (each for each in _leaves((args, kwargs)) if isinstance(each, Tensor))
             if any(_storage_id(each) in self.written for each in tensors):
                 self.compute_all(name)
-        if self.read and _out_of_place_call(function, args, kwargs) and _storage_id(args[0]) in self.read:
-            self.compute_all(name)
+        out = kwargs.get("out")
+        if self.read and (out is not None or _out_of_place_call(function, args, kwargs)):
+            changed = (each for each in _leaves((out, args[:1])) if isinstance(each, Tensor))
+            if any(_storage_id(each) in self.read for each in changed):
+                self.compute_all(name)
         return function(*args, **kwargs)
 
     def _compute(self, *wanted: Any) -> None:
@@ -888,7 +1016,7 @@ def _scan_argument(value: Any, key: list[Any], operands: list[Recorded], indices
         indices.append(value)
         key.append(_Hole)
     else:
-        key.append((kind, id(value) if kind.__hash__ is None else value))
+        key.append((kind, id(value) if kind.__hash__ is None else value or str(value)))  # 0.0 equals -0.0
 
 
 def _with_holes(value: Any, numbers: Iterator[int], takes_indices: bool, inside: bool = False) -> Any:
@@ -914,27 +1042,6 @@ def _storage_id(tensor: Tensor) -> int:
         return id(tensor)
 
 
-def _in_place_refusal(target: Recorded, name: str, has_plain: bool) -> str:
-    """Why the function `name` can't change `target` in place, and what to do instead; "" if it can."""
-    views = target.shared or ()
-    if not has_plain:
-        called = "`tensor[...] = value`" if name == "__setitem__" else name
-        return (
-            f"{called} on a tensor that the model's forward gets or computes can't be recorded; use a function that "
-            "returns a new tensor, as torch.where or masked_fill, or asgl_cuda.convert(model) without sequences"
-        )
-    if any(isinstance(each.group, Existing) for each in (target, *views)):
-        plain = "an operator that does not assign, as x + 1" if name[:2] == "__" else name.removesuffix("_")
-        plain = plain if name[-1] == "_" else f"{name} with inplace=False"
-        return f"{name} can't change the model's input, or a part of it, in place; change x.clone(), or use {plain}"
-    if len(views) > 1:
-        return (
-            f"{name} can't change a value of a step in place, because it shares memory with a view (view, flatten, "
-            "indexing); change a clone() instead"
-        )
-    return ""
-
-
 @functools.cache
 def _in_place_form(function: Any) -> tuple[Any, str, int | None] | None:
     """How a function changes its first argument in place. None if it does not.
@@ -953,12 +1060,23 @@ def _in_place_form(function: Any) -> tuple[Any, str, int | None] | None:
         plain = name[:-1]
     if plain:
         owner = next((each for each in (Tensor, torch, nn.functional) if getattr(each, name, None) is function), Tensor)
-        return getattr(owner, plain, getattr(Tensor, plain, None)), name, None
+        found = getattr(owner, plain, getattr(Tensor, plain, None))
+        return found and _keeping_dtype(found), name, None
     try:
         names = list(inspect.signature(function).parameters)
     except (TypeError, ValueError):
         return None
     return (function, name, names.index("inplace")) if "inplace" in names else None
+
+
+def _keeping_dtype(function: Any) -> Any:
+    """The function, whose result has the dtype of its first argument, as that of a change in place has."""
+
+    @functools.wraps(function)
+    def call(target: Any, *args: Any, **kwargs: Any) -> Any:
+        return function(target, *args, **kwargs).to(target.dtype)
+
+    return call
 
 
 def _out_of_place_call(function: Any, args: Any, kwargs: Any) -> Any:

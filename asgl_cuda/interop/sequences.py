@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map, tree_map_only
 
-from ..checks import format_value
+from ..checks import format_value, warn_once
 from ..neurons.base import NeuronLayer
 from .converted import Converted, Overlay, Streamed, bare_class, overlaid_class
 from .libraries import imported_adapters
@@ -46,6 +46,13 @@ class InSequences(Overlay):
             )
         if x_seq.dim() < 1 or not len(x_seq):
             raise ValueError(f"{_CALLER}: x_seq must have at least one step, [T, ...], got shape {list(x_seq.shape)}")
+        if x_seq.dim() == 2 and x_seq.is_floating_point() and not torch.compiler.is_compiling():
+            warn_once(
+                f"{_CALLER}, time",
+                f"{_CALLER}: a model converted with sequences=True got an input of shape {list(x_seq.shape)}, of which "
+                "dimension 0 is taken for time. If the input is one time step of a batch, call asgl_cuda.step(model, "
+                "x_t). If it is a sequence without a batch, add a batch dimension of size 1",
+            )
         if not self.stateful:
             self._reset_states()
         if _runs_without_recording():

@@ -3,6 +3,7 @@
 import copy
 import gc
 import operator
+import warnings
 import weakref
 
 import norse.torch as norse
@@ -409,7 +410,34 @@ def input_in_place(net, x_seq):
     return stacked(net, x_seq)
 
 
+def with_a_hook(net, x_seq):
+    for _, _, mem in steps_of(net, x_seq):
+        mem.register_hook(lambda gradient: 2 * gradient)
+    return mem
+
+
+def made_a_leaf(net, x_seq):
+    return torch.stack([mem.requires_grad_() for _, _, mem in steps_of(net, x_seq)])
+
+
+def with_out(net, x_seq):
+    rec = torch.zeros(B, 6)
+    with torch.no_grad():
+        for _, spikes, _ in steps_of(net, x_seq):
+            torch.add(rec, spikes, out=rec)
+    return rec
+
+
+def normalised_twice(net, x_seq):
+    net.__dict__.setdefault("norm", nn.BatchNorm1d(6))
+    return torch.stack([net.norm(net.norm(mem) + 1) for _, _, mem in steps_of(net, x_seq)])
+
+
 REFUSED = {
+    normalised_twice: "batch_norm with the same running statistics can't be called several times per step",
+    with_out: "add can't be recorded with the argument out; use what the function returns, or .* without sequences",
+    with_a_hook: "register_hook of a value in a step can't be recorded.* without sequences",
+    made_a_leaf: "requires_grad_ of a value in a step can't be recorded",
     changed: "all steps of a Leaky are computed at once, but the model's code changes its parameters",
     input_in_place: r"__iadd__ can't change the model's input, or .* as x \+ 1",
     fed_back: r"lif1 \(Leaky\) and lif2 \(Leaky\) emits in a step returns",
@@ -462,6 +490,116 @@ def test_what_changes_a_tensor_in_place_names_its_own_remedy(change, words):
     fast, _ = asgl_cuda.convert(Changing(), sequences=True)
     with pytest.raises(RuntimeError, match=f"asgl_cuda.convert: with sequences, {words}"):
         fast(input_of())
+
+
+VIEWS = {
+    "property": lambda x: x.T,
+    "data": lambda x: x.data,
+    "unbind": lambda x: x.unbind(1)[1],
+    "fields": lambda x: x.split([1, 9], 1)[1],
+    "diagonal": lambda x: torch.diagonal(x),
+    "dropout in evaluation": lambda x: dropout(x, 0.5, training=False),
+    "dtype as it is": lambda x: x.type(x.dtype),
+    "a view of a view": lambda x: x.swapaxes(0, 1)[None].mT,
+}
+
+
+@pytest.mark.parametrize("changes_view", [True, False])
+@pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
+def test_a_change_in_place_that_views_would_show_is_refused(view, changes_view):
+    class Changing(Net):
+        def forward(self, x):
+            current = self.fc1(x)
+            some = view(current)
+            (some if changes_view else current).mul_(2)
+            return self.lif1(current + some.sum())[0]
+
+    fast, _ = asgl_cuda.convert(Changing(), sequences=True)
+    with pytest.raises(RuntimeError, match="mul_ can't change a value of a step in place, because it shares memory"):
+        fast(input_of())
+
+
+def test_a_change_in_place_after_the_view_is_gone():
+    class Changing(Net):
+        def forward(self, x):
+            current = self.fc1(x).unflatten(1, (2, 5)).flatten(1)
+            current.mul_(2)
+            values, places = current.max(1, keepdim=True)
+            values += places
+            return self.lif1(current)[0] + values
+
+    model = Changing()
+    fast, _ = asgl_cuda.convert(model, sequences=True)
+    torch.testing.assert_close(fast(input_of()), torch.stack([*map(model, input_of())]))
+
+
+def test_the_shape_of_a_sum_over_many_steps():
+    """Without recursion, which ends at a depth of 1,000."""
+
+    class Counting(Net):
+        def forward(self, x_seq):
+            count = 0
+            for x in x_seq:
+                count = count + self.lif1(self.fc1(x))[0]
+            return count / count.shape[0]
+
+    model = Counting()
+    x_seq = input_of(1200)
+    fast, _ = asgl_cuda.convert(model, sequences="loop")
+    with torch.no_grad():
+        torch.testing.assert_close(fast(x_seq), model(x_seq))
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("is_used", [True, False])
+def test_running_statistics(momentum, is_used):
+    """In the order of the steps, which counts if each has a momentum of its own; also of values that nothing uses."""
+
+    class Normalised(Net):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm1d(10, momentum=momentum)
+
+        def forward(self, x_seq):
+            rec, mem = [], self.lif1.reset_mem()
+            for x in x_seq:
+                current = self.fc1(x)
+                normal = self.norm(current)
+                spikes, mem = self.lif1(normal if is_used else current, mem)
+                rec.append(spikes)
+            return torch.stack(rec)
+
+    model = Normalised()
+    compare(model, model, asgl_cuda.convert(model, sequences="loop")[0])
+
+
+def test_a_stack_of_the_last_state():
+    """Of which alone the layer keeps a value, if the layer was computed before."""
+
+    class Late(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lif = neuron.LIFNode()
+
+        def forward(self, x_seq):
+            for x in x_seq:
+                spikes = self.lif(x)
+            assert spikes.sum() < 1e9  # computes the layer
+            return torch.stack([self.lif.v, self.lif.v])
+
+    model = Late()
+    compare(model, model, asgl_cuda.convert(model, sequences="loop")[0])
+
+
+def test_a_tuple_of_each_step():
+    class Largest(Net):
+        def forward(self, x):
+            return self.lif1(self.fc1(x))[0].max(1)
+
+    fast, _ = asgl_cuda.convert(Largest(), sequences=True)
+    for steps in (1, T):
+        values, places = fast(input_of(steps))
+        assert values.shape == places.shape == (steps, B)
 
 
 class Switching(Net):
@@ -534,6 +672,29 @@ def test_arguments_refused(args):
     fast, _ = asgl_cuda.convert(STEPS["snnTorch"](), sequences=True)
     with pytest.raises((TypeError, ValueError), match=r"x_seq .*\[T, \.\.\.\]"):
         fast(*args)
+
+
+def test_one_step_of_a_batch_is_warned_of(monkeypatch):
+    """Once, since the batch would be taken for time."""
+    monkeypatch.setattr(asgl_cuda.checks, "_warned", set())
+    fast, _ = asgl_cuda.convert(STEPS["snnTorch"](), sequences=True)
+    with pytest.warns(UserWarning, match=r"sequences=True got .* \[3, 8\], of which dimension 0 .* asgl_cuda\.step"):
+        fast(input_of()[0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fast(input_of()[0])
+        fast(input_of())
+
+
+@pytest.mark.parametrize("library", ["snnTorch", "SpikingJelly"])
+def test_a_copy_after_a_step_of_training(library):
+    """As of the original model, whose states have the graph as well."""
+    fast, _ = asgl_cuda.convert(STEPS[library](), sequences=True)
+    loss = sum(each.sum() for each in tensors(fast(input_of())))
+    loss.backward()
+    asgl_cuda.reset(fast)
+    copied = tensors(copy.deepcopy(fast)(input_of()))
+    assert all(map(torch.equal, copied, tensors(fast(input_of()))))
 
 
 def test_states():
