@@ -658,7 +658,8 @@ class BatchNormLIF(LIF):
 
     The layer is not a subclass of torch's `_BatchNorm`, so functions for such layers skip it. Use
     `asgl_cuda.convert_sync_batchnorm` instead of `torch.nn.SyncBatchNorm.convert_sync_batchnorm`. Instead of
-    `torch.optim.swa_utils.update_bn`, run the following, and then the batches in training mode without gradients::
+    `torch.optim.swa_utils.update_bn`, run the following, and then the batches in training mode without gradients, or
+    if the model also has normalisations of torch, `update_bn`::
 
         for layer in model.modules():
             if isinstance(layer, asgl_cuda.BatchNormLIF):
