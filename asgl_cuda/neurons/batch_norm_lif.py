@@ -437,7 +437,7 @@ def _run_batch_norm_lif(x_seq: Tensor, norm: _Normalisation, given: Arguments) -
         if group is None and x_seq.numel() <= channels:
             raise ValueError(
                 f"{_CALLER}: training needs more than one value per channel, got x_seq of shape {list(x_seq.shape)}; "
-                "use a larger batch"
+                "use a larger batch, or call model.eval() for single samples or steps"
             )
         if scalar in HALF_TYPES and x_seq.numel() <= _FEW * channels:
             x_seq = x_seq.to(torch.float32)
@@ -487,7 +487,7 @@ def _checked_settings(caller: str, x_seq: Tensor, norm: _Normalisation) -> _Sett
     if channel >= x_seq.dim():
         raise ValueError(
             f"{caller}: x_seq must have a dimension of channels after time and batch, got shape {list(x_seq.shape)} "
-            f"with time_dim {time_dim}; is time missing?"
+            f"with time_dim {time_dim}; is time or the batch missing?"
         )
     channels = x_seq.shape[channel]
     if (norm["running_mean"] is None) != (norm["running_var"] is None):
@@ -504,7 +504,7 @@ def _checked_settings(caller: str, x_seq: Tensor, norm: _Normalisation) -> _Sett
             raise ValueError(
                 f"{caller}: {name} must have shape {[channels]}, with a value for each channel (dimension {channel}) "
                 f"of x_seq of shape {list(x_seq.shape)}, got {list(value.shape)}"
-                f"{'; is time missing?' if x_seq.shape[1:2] == value.shape else ''}"
+                f"{'; is time or the batch missing?' if x_seq.shape[1:2] == value.shape else ''}"
             )
     if isinstance(momentum, Tensor):
         check_floating("momentum", momentum, x_seq, caller)

@@ -506,8 +506,8 @@ class LIF(Neurons):
     function has the same computation as a loop in PyTorch.
 
     With torch's initial weights and without a normalisation, deeper layers are silent at first. With a rectangle they
-    then learn nothing. With a sigmoid they learn late, or with SGD perhaps not at all.
-    The tutorial "A network that does not learn" shows how `asgl_cuda.Monitor` finds them and `asgl_cuda.calibrate` helps.
+    then learn nothing. With a sigmoid they learn late, or with SGD perhaps not at all. The tutorial "A network that
+    does not learn" shows how `asgl_cuda.Monitor` finds them and `asgl_cuda.calibrate` helps.
     """
 
     _caller = "asgl_cuda.LIF"
