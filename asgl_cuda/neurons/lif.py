@@ -387,7 +387,7 @@ def unroll_levels(s_seq: Tensor, levels: int, time_dim: int = 0) -> Tensor:
 
     Args:
         s_seq: `[T, ...]`, or with time at `time_dim`; integers in [0, levels], as `asgl_cuda.lif` emits with levels and
-            without noise.
+            without noise. Of its output with scale_output, pass `(levels * s_seq).round()`.
         levels: number of sub-steps, as in `asgl_cuda.lif`.
 
     Returns:
