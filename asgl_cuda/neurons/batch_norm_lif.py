@@ -501,10 +501,12 @@ def _checked_settings(caller: str, x_seq: Tensor, norm: _Normalisation) -> _Sett
             continue
         check_floating(name, value, x_seq, caller)
         if list(value.shape) != [channels]:
+            hint = "; is time or the batch missing?" if x_seq.shape[1:2] == value.shape else ""
+            if x_seq.shape[time_dim] == 1 and x_seq.shape[channel + 1 : channel + 2] == value.shape:
+                hint = "; step takes one time step, [B, C, ...], so call the model itself for a sequence"
             raise ValueError(
                 f"{caller}: {name} must have shape {[channels]}, with a value for each channel (dimension {channel}) "
-                f"of x_seq of shape {list(x_seq.shape)}, got {list(value.shape)}"
-                f"{'; is time or the batch missing?' if x_seq.shape[1:2] == value.shape else ''}"
+                f"of x_seq of shape {list(x_seq.shape)}, got {list(value.shape)}{hint}"
             )
     if isinstance(momentum, Tensor):
         check_floating("momentum", momentum, x_seq, caller)

@@ -536,6 +536,7 @@ CHANNEL, NEURON = {"granularity": "channel"}, {"granularity": "neuron"}
         (BatchNormLIF(8), (4, 8, 5, 6), "running_mean must have shape [5], with a value for each channel (dimension 2) "
          "of x_seq of shape [4, 8, 5, 6], got [8]; is time or the batch missing?"),
         (BatchNormLIF(8), (4, 3, 5, 6), "of x_seq of shape [4, 3, 5, 6], got [8]"),
+        (BatchNormLIF(8).step, (4, 3, 8), "got [8]; step takes one time step, [B, C, ...], so call the model itself"),
         (BatchNormLIF(8), (4, 8), "time and batch, got shape [4, 8] with time_dim 0; is time or the batch missing?"),
         (LIF(time_dim=1), (4,), "got 1; is time or the batch missing?"),
         (LIF(time_dim=-3), (4, 5), "got -3; is time or the batch missing?"),
