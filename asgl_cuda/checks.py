@@ -36,12 +36,18 @@ def check_tensor(name: str, value: Any, caller: str) -> None:
         raise TypeError(f"{caller}: {name} must be a tensor, got {type(value).__name__}")
 
 
+def _conversion_hint(name: str, value: Tensor) -> str:
+    """Suffix of an error for a tensor of another type: how to convert it; "" for complex numbers."""
+    return "" if value.is_complex() else f"; convert it by {name}.float()"
+
+
 def check_input(x_seq: Tensor, time_dim: int, caller: str, name: str = "x_seq") -> int:
     """Refuses inputs of the wrong type or shape; returns time_dim, made non-negative."""
     check_tensor(name, x_seq, caller)
     check_dense(name, x_seq, caller)
     if x_seq.dtype not in FLOATING_TYPES:
-        raise TypeError(f"{caller}: {name} must be float16, bfloat16, float32 or float64, got {x_seq.dtype}")
+        hint = _conversion_hint(name, x_seq)
+        raise TypeError(f"{caller}: {name} must be float16, bfloat16, float32 or float64, got {x_seq.dtype}{hint}")
     dims = x_seq.dim()
     if dims < 1:
         raise ValueError(f"{caller}: {name} must have at least one dimension, got a scalar")
@@ -49,7 +55,7 @@ def check_input(x_seq: Tensor, time_dim: int, caller: str, name: str = "x_seq") 
     if not -dims <= time_dim < dims:
         raise ValueError(
             f"{caller}: time_dim must be in [{-dims}, {dims - 1}] for {name} of shape {list(x_seq.shape)}, "
-            f"got {format_value(time_dim)}{'; is time missing?' if time_dim in (dims, -dims - 1) else ''}"
+            f"got {format_value(time_dim)}{'; is time or the batch missing?' if time_dim in (dims, -dims - 1) else ''}"
         )
     time_dim %= dims
     if x_seq.shape[time_dim] == 0:
@@ -81,7 +87,7 @@ def describe_shape_mismatch(x_seq: Tensor, time_dim: int, sizes: Sequence[int], 
         names, wanted = ["B", *map(str, sizes)], "with the neurons last"
         names.insert(min(time_dim, len(names)), "T")
         without_time = list(x_seq.shape[-len(sizes) :]) == list(sizes)
-    question = "; is time missing?" if without_time else ""
+    question = "; is time or the batch missing?" if without_time else ""
     return f"shape [{', '.join(names)}] {wanted}, got {list(x_seq.shape)}{question}"
 
 
@@ -146,6 +152,10 @@ _ELSEWHERE = {
     "threshold": ("v_threshold", "snnTorch's threshold{value} is v_threshold{value}, strict_threshold=True"),
     "reset_mechanism": ("v_reset", "snnTorch's 'subtract' is v_reset=None, 'zero' is v_reset=0"),
     "spike_grad": ("surrogate", "snnTorch's atan(alpha) is surrogate='arctan', width=1 / alpha"),
+    "slope": (
+        "surrogate",
+        "snnTorch's fast_sigmoid(slope) is surrogate='fast_sigmoid', width=1 / slope, surrogate_gain=2 / slope",
+    ),
     "init_hidden": ("stateful", "asgl_cuda.step(model, x_t) carries states from step to step"),
     "tau_mem_inv": (
         "decay", "Norse's tau_mem_inv is decay=1 - dt * tau_mem_inv and multiplies the input by dt * tau_mem_inv",
@@ -215,6 +225,8 @@ def check_surrogate(surrogate: Any, caller: str, multi_spike: bool = False) -> N
     """Refuses all but the names in SURROGATES and, with multi_spike, PERIODIC."""
     ours = ELSEWHERE.get(surrogate.lower().replace("_", "")) if isinstance(surrogate, str) else None
     hint = f"; did you mean {ours}, with width=1 / alpha?" if ours else ""
+    if callable(surrogate):
+        hint = f"; pass a name: {_ELSEWHERE['slope'][1]}, and {_ELSEWHERE['surrogate_function'][1]}"
     if isinstance(surrogate, str) and surrogate == PERIODIC and not multi_spike:
         raise ValueError(
             f"{caller}: surrogate {PERIODIC!r} needs multi_spike=True, which only LIF, BatchNormLIF and their "
@@ -459,7 +471,8 @@ def check_floating(name: str, value: Any, x_seq: Tensor, caller: str) -> None:
     check_tensor(name, value, caller)
     check_dense(name, value, caller)
     if value.dtype not in FLOATING_TYPES:
-        raise TypeError(f"{caller}: {name} must be of a floating type, got {value.dtype}")
+        hint = _conversion_hint(name, value)
+        raise TypeError(f"{caller}: {name} must be of a floating type, got {value.dtype}{hint}")
     check_device(name, value, x_seq, caller)
 
 
@@ -474,7 +487,10 @@ def check_parameter(name: str, value: Tensor, x_seq: Tensor, caller: str) -> Non
 
 
 def check_initial_state(v_init: Tensor, x_seq: Tensor, time_dim: int, caller: str, name: str = "v_init") -> None:
-    """As `check_floating`; also refuses shapes other than that of x_seq without time."""
+    """As `check_floating`; also refuses shapes other than that of x_seq without time. time_dim is not negative."""
+    if isinstance(v_init, (int, float)):
+        value = f"torch.full_like(x_seq[{':, ' * time_dim}0], {format_value(v_init)})"
+        raise TypeError(f"{caller}: {name} must be a tensor, got {type(v_init).__name__}; use {value}")
     check_floating(name, v_init, x_seq, caller)
     shape = state_shape(x_seq, time_dim)
     if v_init.shape != torch.Size(shape):

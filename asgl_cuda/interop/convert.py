@@ -139,10 +139,10 @@ def convert(
 
     Decays and thresholds are read at each call. The surrogate, the methods, in snnTorch, Norse and sinabs the kind of
     reset, and in sinabs a threshold on which the surrogate may depend are read once. If they change later, the next
-    call in eager mode raises a RuntimeError that names the difference. With `asgl`, the original surrogate is no longer
-    used, and may change. A layer is left, with the reason in the report, if it has no exact representation, a surrogate
-    unknown to asgl_cuda (which `asgl` replaces), a replaced method (`layer.fire = ...`), or an attribute with a name
-    that converted layers use.
+    call in eager mode raises a RuntimeError that names the difference. With `asgl`, the library's surrogate is no
+    longer read, and raises such an error only in Norse. A layer is left, with the reason in the report, if it has no
+    exact representation, a surrogate unknown to asgl_cuda (which `asgl` replaces), a replaced method
+    (`layer.fire = ...`), or an attribute with a name that converted layers use.
 
     Outputs have the dtypes of the library, under autocast as well. `torch.jit.trace` and `torch.jit.script` raise a
     RuntimeError for converted layers. If the model is copied, hooks of its tensors are registered on their copies.

@@ -65,10 +65,10 @@ def fuse(model: nn.Module, *example: Any, inplace: bool = False) -> tuple[nn.Mod
     `torch.compile`, changes in place are not noticed. Code between the two layers that tests
     `isinstance(value, Tensor)` gets False, which is not noticed either.
 
-    Backward hooks would see no gradient of the stand-in, so a normalisation is not merged if it, its neurons, or a
-    module that contains only one of the two has such a hook. Without an example, all normalisations are left if any
-    part of the model has one. If neurons get such a hook later, their next call raises a RuntimeError. A hook that a
-    module around one of the two gets after they were merged is not noticed.
+    A normalisation is not merged if there is a backward hook on it, on its neurons, or on a module that contains only
+    one of the two. Such a hook would see no gradient of the stand-in. Without an example, all normalisations are left
+    if any part of the model has a backward hook. If neurons get such a hook later, their next call raises a
+    RuntimeError. A hook that a module around one of the two gets after they were merged is not noticed.
 
     Args:
         model: any module.

@@ -437,7 +437,7 @@ def _run_batch_norm_lif(x_seq: Tensor, norm: _Normalisation, given: Arguments) -
         if group is None and x_seq.numel() <= channels:
             raise ValueError(
                 f"{_CALLER}: training needs more than one value per channel, got x_seq of shape {list(x_seq.shape)}; "
-                "use a larger batch"
+                "use a larger batch, or call model.eval() for single samples or steps"
             )
         if scalar in HALF_TYPES and x_seq.numel() <= _FEW * channels:
             x_seq = x_seq.to(torch.float32)
@@ -488,7 +488,7 @@ def _checked_settings(caller: str, x_seq: Tensor, norm: _Normalisation) -> _Sett
     if channel >= x_seq.dim():
         raise ValueError(
             f"{caller}: x_seq must have a dimension of channels after time and batch, got shape {list(x_seq.shape)} "
-            f"with time_dim {time_dim}; is time missing?"
+            f"with time_dim {time_dim}; is time or the batch missing?"
         )
     channels = x_seq.shape[channel]
     if (norm["running_mean"] is None) != (norm["running_var"] is None):
@@ -502,10 +502,12 @@ def _checked_settings(caller: str, x_seq: Tensor, norm: _Normalisation) -> _Sett
             continue
         check_floating(name, value, x_seq, caller)
         if list(value.shape) != [channels]:
+            hint = "; is time or the batch missing?" if x_seq.shape[1:2] == value.shape else ""
+            if x_seq.shape[time_dim] == 1 and x_seq.shape[channel + 1 : channel + 2] == value.shape:
+                hint = "; step takes one time step, [B, C, ...], so call the model itself for a sequence"
             raise ValueError(
                 f"{caller}: {name} must have shape {[channels]}, with a value for each channel (dimension {channel}) "
-                f"of x_seq of shape {list(x_seq.shape)}, got {list(value.shape)}"
-                f"{'; is time missing?' if x_seq.shape[1:2] == value.shape else ''}"
+                f"of x_seq of shape {list(x_seq.shape)}, got {list(value.shape)}{hint}"
             )
     if isinstance(momentum, Tensor):
         check_floating("momentum", momentum, x_seq, caller)
@@ -657,7 +659,8 @@ class BatchNormLIF(LIF):
 
     The layer is not a subclass of torch's `_BatchNorm`, so functions for such layers skip it. Use
     `asgl_cuda.convert_sync_batchnorm` instead of `torch.nn.SyncBatchNorm.convert_sync_batchnorm`. Instead of
-    `torch.optim.swa_utils.update_bn`, run the following, and then the batches in training mode without gradients::
+    `torch.optim.swa_utils.update_bn`, run the following, and then the batches in training mode without gradients, or
+    if the model also has normalisations of torch, `update_bn`::
 
         for layer in model.modules():
             if isinstance(layer, asgl_cuda.BatchNormLIF):

@@ -387,7 +387,7 @@ def unroll_levels(s_seq: Tensor, levels: int, time_dim: int = 0) -> Tensor:
 
     Args:
         s_seq: `[T, ...]`, or with time at `time_dim`; integers in [0, levels], as `asgl_cuda.lif` emits with levels and
-            without noise.
+            without noise. Of its output with scale_output, pass `(levels * s_seq).round()`.
         levels: number of sub-steps, as in `asgl_cuda.lif`.
 
     Returns:
@@ -482,7 +482,8 @@ class LIF(Neurons):
     different, without a warning. `AnalogProbSchedule.state_dict()` contains `analog_prob`.
 
     With `decay=1 - 1 / tau, input_gain=1 / tau` the layer in evaluation computes the spikes of SpikingJelly's
-    `LIFNode(tau=tau)`, except where a rounding decides on a spike.
+    `LIFNode(tau=tau)`, except where a rounding decides on a spike. To train like it, add
+    `width=0.25, learn_width=False, analog_prob=0, detach_reset=False`.
 
     Processes with the same seed draw the same noise. Call `torch.manual_seed(seed + rank)` after creating the model to
     give each process its own noise.
@@ -505,8 +506,8 @@ class LIF(Neurons):
     function has the same computation as a loop in PyTorch.
 
     With torch's initial weights and without a normalisation, deeper layers are silent at first. With a rectangle they
-    then learn nothing. With a sigmoid they learn late, or with SGD perhaps not at all.
-    :doc:`/tutorials/stalled-network` shows how `asgl_cuda.Monitor` finds them and `asgl_cuda.calibrate` helps.
+    then learn nothing. With a sigmoid they learn late, or with SGD perhaps not at all. The tutorial "A network that
+    does not learn" shows how `asgl_cuda.Monitor` finds them and `asgl_cuda.calibrate` helps.
     """
 
     _caller = "asgl_cuda.LIF"

@@ -256,7 +256,7 @@ def _check_recurrence(x_seq: Tensor, given: _Recurrence, neuron: Any) -> float:
     if x_seq.dim() != 3 or time_dim > 1:
         raise ValueError(
             f"{_CALLER}: x_seq must have shape [T, B, N], or [B, T, N] with time_dim=1, got {list(x_seq.shape)} with "
-            f"time_dim={time_dim}{'; is time missing?' if x_seq.dim() == 2 else ''}"
+            f"time_dim={time_dim}{'; is time or the batch missing?' if x_seq.dim() == 2 else ''}"
         )
     count = x_seq.shape[2]
     _check_shape("weight", given.weight, x_seq, [count, count], [count])

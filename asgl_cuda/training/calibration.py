@@ -94,6 +94,10 @@ def calibrate(model: nn.Module, x_seq: Any, rate: float = 0.2) -> Calibration:
         print(asgl_cuda.calibrate(net, x_seq))
     """
     require_asgl_layers(model, _CALLER)
+    if isinstance(rate, Tensor) and rate.numel() != 1:
+        raise ValueError(
+            f"{_CALLER}: rate must be a float, got {format_value(rate)}; pass several inputs of the model as a tuple"
+        )
     rate = read_number("rate", rate, _CALLER)
     if not 0 < rate < 1:
         raise ValueError(f"{_CALLER}: rate must be in (0, 1), got {rate}")
@@ -181,7 +185,7 @@ class _Trial:
     def _read_parameters(self, model: nn.Module) -> None:
         """Collects the weights, and the reasons why some parameters can't be scaled, by name."""
         self._weights: dict[str, Tensor] = {}
-        self._problems: dict[str, str] = {}
+        self._problems: dict[str | None, str] = {}
         owners: dict[int, str] = {}
         for path, module in model.named_modules():
             for name, value in module.named_parameters(path, recurse=False):
@@ -284,7 +288,7 @@ class _Trial:
             torch.distributed.all_reduce(counts, group=self._group)
         *fired, count = counts.tolist()
         if not count:
-            raise ValueError(f"{_CALLER}: {site.layer or 'the model'}: x_seq must have samples, got an empty output")
+            raise ValueError(f"{_CALLER}: {self._describe(site.layer)}: x_seq must have samples, got an empty output")
         site.tolerance = max(_TOLERANCE * self._rate, 1 / count)
         return sum(fired) / count  # type: ignore[no-any-return]
 
@@ -295,33 +299,39 @@ class _Trial:
     def unreachable_rate_error(self, site: _Site, seen: str) -> ValueError:
         """Makes the error that no factor leads to the rate. `seen` says which rates were measured."""
         return ValueError(
-            f"{_CALLER}: {site.layer or 'the model'}: no factor on {site.weight} makes it fire at {self._rate:g}; the "
+            f"{_CALLER}: {self._describe(site.layer)}: no factor on {site.weight} makes it fire at {self._rate:g}; the "
             f"rate is {seen}. Another rate, more varied samples, or a normalisation before these neurons may help"
         )
+
+    def _describe(self, name: str) -> str:
+        """A layer in words for errors: its path in the model, and its class."""
+        return f"{name or 'the model'} ({bare_class(self._model.get_submodule(name)).__name__})"
 
     def _scaling_weight(self, layer: Any, x: Tensor, residual: Tensor | None) -> str:
         """The name of the only weight that scales the input of these neurons. Raises ValueError if there is none."""
         normalises = isinstance(layer, BatchNormLIF)
         paths = (
-            self._nearest_weights(x) if not normalises else {self._names[id(layer.weight)]} if layer.affine else set()
+            self._nearest_weights(x) if not normalises else {self._names[id(layer.weight)]} if layer.affine else {None}
         )
-        paths |= set() if residual is None else self._nearest_weights(residual) | {None}
+        added = set() if residual is None else self._nearest_weights(residual)
+        problems = self._problems | dict.fromkeys(paths & added, "also before the residual")
+        paths |= added
         weight, name = next(iter(paths), None), self.neurons[layer]
-        if weight is not None and len(paths) == 1 and weight not in self._problems:
+        if weight is not None and len(paths) == 1 and weight not in problems:
             if (other := self._layers.setdefault(weight, name)) == name:
                 return weight
-            self._problems[weight] = f"also before {other}"
+            problems[weight] = f"also before {other}"
         got = ["a path without weight"] if None in paths else []
-        got += [f"{each} ({self._problems[each]})" if each in self._problems else f"{each}" for each in paths - {None}]
+        got += [f"{each} ({problems[each]})" if each in problems else f"{each}" for each in paths - {None}]
         raise ValueError(
-            f"{_CALLER}: {name or 'the model'}: its input must have one weight that can be scaled, got "
-            f"{'several paths: ' * (len(got) > 1)}{' and '.join(sorted(got)) or 'none'}; the weight must belong to a "
+            f"{_CALLER}: {self._describe(name)}: its input must have one weight that can be scaled, got "
+            f"{'several paths: ' * (len(got) > 1)}{' and '.join(sorted(got))}; the weight must belong to a "
             "linear layer, a convolution or a normalisation, must not be parametrised, and autograd must record its "
             "use. Put a normalisation before these neurons, or use asgl_cuda.BatchNormLIF"
         )
 
     def _nearest_weights(self, x: Tensor) -> set[str | None]:
-        """The names of the nearest weights in the graph of x; None for a path that has no weight."""
+        """The names of the nearest weights in the graph of x; None for a path, or a graph, that has no weight."""
         found: set[str | None] = set()
         seen, waiting = set[Any](), [x.grad_fn]
         while waiting:
@@ -334,7 +344,7 @@ class _Trial:
             weights = names & self._weights.keys()
             found |= weights or names & {None}
             waiting += [] if weights else [each for each, leaf in leaves.items() if leaf is None]
-        return found
+        return found or {None}
 
 
 def _search_factor(rate_at: Callable[[float], float], rate: float, tolerance: float) -> dict[float, float]:

@@ -38,7 +38,7 @@ def parameter_groups(
     """Groups for a torch optimizer: "weights" take `lr` and `weight_decay`, "widths" and "neurons" steps of their own.
 
     Weights get the weight decay of the optimizer, as in `AdamW(parameter_groups(model, lr), weight_decay=0.05)`, unless
-    `weight_decay` gives them another.
+    `weight_decay` gives them another. The `lr` of the optimizer has no effect, because each group has its own.
 
     "widths" are the widths of ASGL layers. "neurons" are the other parameters of these layers and of `LeakyIntegrator`:
     decays, thresholds and adaptations. Both scale the gradients of all layers before them, and get no weight decay.

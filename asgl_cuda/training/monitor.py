@@ -393,7 +393,10 @@ class Monitor:
         return {name: widths.get(name, {}) | values for name, values in found.items()}
 
     def problems(self) -> list[str]:
-        """Problems of layers that may not learn, one line each with the layer, the observation and a remedy."""
+        """Problems of layers that may not learn, one line each with the layer, the observation and a remedy.
+
+        They do not matter if the network learns well.
+        """
         found = self.result()
         if all("firing_rate" not in values for values in found.values()):
             return [

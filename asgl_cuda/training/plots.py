@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..checks import format_value
+from .monitor import Monitor
 
 _Result = Mapping[str, Mapping[str, float]]
 
@@ -71,8 +72,10 @@ def plot_layers(results: _Result | Sequence[_Result], quantity: str = "firing_ra
     caller = "asgl_cuda.plot_layers"
     history = [results] if isinstance(results, Mapping) else results
     if not isinstance(history, Sequence) or not all(isinstance(each, Mapping) for each in history) or not history:
+        hint = "; call result() of the Monitor" if isinstance(results, Monitor) else ""
         raise TypeError(
-            f"{caller}: results must be what monitor.result() returns, or a list of these, got {format_value(results)}"
+            f"{caller}: results must be what monitor.result() returns, or a list of these, got "
+            f"{format_value(results)}{hint}"
         )
     layers = [name for name, values in history[0].items() if quantity in values]
     if not layers:

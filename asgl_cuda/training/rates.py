@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..checks import HALF_TYPES, read_finite
+from ..checks import HALF_TYPES, format_value, read_finite
 from ..neurons.base import require_asgl_layers
 from ..neurons.batch_norm_lif import check_process_group, sharing_group
 from ..neurons.deferred import is_in_backward
@@ -136,7 +137,7 @@ class FiringRates:
 
         Args:
             target: the rate that every layer should have, a dict from the names of some layers to the rates that these
-                should have, or None.
+                should have, or None. A rate is in [0, 1], unless the layer has `levels` or `multi_spike`.
 
         Returns a scalar tensor. With None it is the mean of the rates of all layers, which pushes towards silence. With
         a rate or a dict it is the mean of `(rate - target) ** 2` over the layers that have a target. Such a penalty
@@ -150,8 +151,14 @@ class FiringRates:
             if name not in self._layers:
                 names = ", ".join(map(repr, self._layers))
                 raise KeyError(f"{_CALLER}: no ASGL layer is named {name!r}; the layers are named {names}")
-            if target is not None and read_finite("target", value, _CALLER) < 0:
-                raise ValueError(f"{_CALLER}: target must be at least 0, got {value}")
+            if target is None:
+                continue
+            layer = self._layers[name]
+            several = getattr(layer, "levels", None) is not None or getattr(layer, "multi_spike", False)
+            if not 0 <= read_finite("target", value, _CALLER) <= (math.inf if several else 1):
+                limit = "at least 0" if several else "in [0, 1]"
+                kind = f"{name or 'the model'} ({type(layer).__name__})"
+                raise ValueError(f"{_CALLER}: target must be {limit} for {kind}, got {format_value(value)}")
         called = self.take()
         rates = {name: rate for name, rate in called.items() if name in targets}
         if not rates:

@@ -169,5 +169,6 @@ def _checked_count(name: str, value: Any, least: int) -> int:
     """Checks a number of epochs: an int from `least` to sys.maxsize."""
     count = check_int(name, value, _CALLER)
     if not least <= count <= sys.maxsize:
-        raise ValueError(f"{_CALLER}: {name} must be in [{least}, {sys.maxsize}], got {format_value(count)}")
+        limit = f"at least {least}" if count < least else f"at most {sys.maxsize}"
+        raise ValueError(f"{_CALLER}: {name} must be {limit}, got {format_value(count)}")
     return count

@@ -56,7 +56,7 @@ OF_THE_LAYER = {"levels", "multi_spike", "v_min", "surrogate", "v_reset", "analo
 
 BAD = [
     # Options, error, words of the message; and the functions, by default all that have the arguments.
-    ({"x_seq": torch.zeros(4, 6, 3, dtype=torch.int64)}, TypeError, "x_seq must be float16, bfloat16, float32"),
+    ({"x_seq": torch.zeros(4, 6, 3, dtype=torch.int64)}, TypeError, "x_seq must be float16|by x_seq.float()"),
     ({"x_seq": torch.zeros(4, 6, 3, dtype=torch.complex64)}, TypeError, "x_seq must be float16|torch.complex64"),
     ({"x_seq": [[1.0]]}, TypeError, "x_seq must be a tensor, got list"),
     ({"x_seq": torch.tensor(1.0)}, ValueError, "x_seq|at least one dimension"),
@@ -132,7 +132,7 @@ BAD = [
         for row in (
             ({name: torch.zeros(6, 4), **needs}, ValueError, f"{name} must have shape [6, 3], got [6, 4]"),
             ({name: torch.zeros(3), **needs}, ValueError, f"{name}|[6, 3]|[3]"),
-            ({name: 0.0, **needs}, TypeError, f"{name}|tensor|float"),
+            ({name: 0.0, **needs}, TypeError, f"{name}|tensor|float|torch.full_like(x_seq[0], 0.0)"),
             ({name: torch.zeros(6, 3, dtype=torch.int64), **needs}, TypeError, f"{name}|floating|int64"),
             ({name: torch.zeros(6, 3, device="meta"), **needs}, ValueError, f"{name}|cpu|meta"),
         )
@@ -185,7 +185,7 @@ BAD = [
     ({"training": False}, ValueError, "evaluation|needs running_mean and running_var", "batch_norm_lif"),
     ({"running_mean": torch.zeros(3)}, ValueError, "must both be given"),
     ({"x_seq": X[:, 0]}, ValueError, "must have a dimension of channels|got shape [4, 3]", "batch_norm_lif"),
-    ({"x_seq": X[:1, :1]}, ValueError, "one value per channel, got x_seq of shape [1, 1, 3]", "batch_norm_lif"),
+    ({"x_seq": X[:1, :1]}, ValueError, "per channel, got x_seq of shape [1, 1, 3]|model.eval()", "batch_norm_lif"),
     ({"eps": "small"}, TypeError, "eps must be a float, got str"),
     ({"eps": -1.0}, ValueError, "eps must be >= 0, got -1.0"),
     ({"eps": INF}, ValueError, "eps must be finite, got inf"),

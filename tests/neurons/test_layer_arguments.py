@@ -525,32 +525,33 @@ CHANNEL, NEURON = {"granularity": "channel"}, {"granularity": "neuron"}
     ("layer", "given", "words"),
     [
         # An input, or its shape, and words of the message.
-        (LIF(8, **CHANNEL), (4, 8, 5), "[T, B, C, ...] with C = 8, got [4, 8, 5]; is time missing?"),
-        (LIF(8, **CHANNEL), (4, 8), "[T, B, C, ...] with C = 8, got [4, 8]; is time missing?"),
+        (LIF(8, **CHANNEL), (4, 8, 5), "[T, B, C, ...] with C = 8, got [4, 8, 5]; is time or the batch missing?"),
+        (LIF(8, **CHANNEL), (4, 8), "[T, B, C, ...] with C = 8, got [4, 8]; is time or the batch missing?"),
         (LIF(8, **CHANNEL), (4, 6, 5), "[T, B, C, ...] with C = 8, got [4, 6, 5]"),
-        (LIF(8, **CHANNEL, time_dim=1), (4, 8, 5), "[B, T, C, ...] with C = 8, got [4, 8, 5]; is time missing?"),
+        (LIF(8, **CHANNEL, time_dim=1), (4, 8, 5), "C, ...] with C = 8, got [4, 8, 5]; is time or the batch missing?"),
         (LIF(8, **CHANNEL, time_dim=-1), (4, 6, 5, 7), "[B, C, ..., T] with C = 8, got [4, 6, 5, 7]"),
-        (LIF((4, 8), **NEURON), (4, 8), "[T, B, 4, 8] with the neurons last, got [4, 8]; is time missing?"),
+        (LIF((4, 8), **NEURON), (4, 8), "4, 8] with the neurons last, got [4, 8]; is time or the batch missing?"),
         (LIF((2, 3, 5, 1), **NEURON), (2, 3, 5), "[T, B, 2, 3, 5, 1] with the neurons last, got [2, 3, 5]"),
         (LeakyIntegrator((4, 8), **NEURON, learn_decay=True), (2, 3, 8), "4, 8] with the neurons last, got [2, 3, 8]"),
         (BatchNormLIF(8), (4, 8, 5, 6), "running_mean must have shape [5], with a value for each channel (dimension 2) "
-         "of x_seq of shape [4, 8, 5, 6], got [8]; is time missing?"),
+         "of x_seq of shape [4, 8, 5, 6], got [8]; is time or the batch missing?"),
         (BatchNormLIF(8), (4, 3, 5, 6), "of x_seq of shape [4, 3, 5, 6], got [8]"),
-        (BatchNormLIF(8), (4, 8), "after time and batch, got shape [4, 8] with time_dim 0; is time missing?"),
-        (LIF(time_dim=1), (4,), "got 1; is time missing?"),
-        (LIF(time_dim=-3), (4, 5), "got -3; is time missing?"),
-        (LIF((4, 8), **NEURON, learn_width=False), (4, 8), "[T, B, 4, 8] with the neurons last, got [4, 8]; is time m"
-         "issing?"),
-        (LeakyIntegrator(8, **NEURON), (8,), "[T, B, 8] with the neurons last, got [8]; is time missing?"),
-        (LeakyIntegrator(8, **CHANNEL), (4, 8), "[T, B, C, ...] with C = 8, got [4, 8]; is time missing?"),
-        (AdaptiveLIF(8, **CHANNEL, learn_width=False), (4, 8), "with C = 8, got [4, 8]; is time missing?"),
-        (LIF(8, **CHANNEL, levels=2, v_reset=None), (4, 8, 5), "C = 8, got [4, 8, 5]; is time missing?"),
+        (BatchNormLIF(8).step, (4, 3, 8), "got [8]; step takes one time step, [B, C, ...], so call the model itself"),
+        (BatchNormLIF(8), (4, 8), "time and batch, got shape [4, 8] with time_dim 0; is time or the batch missing?"),
+        (LIF(time_dim=1), (4,), "got 1; is time or the batch missing?"),
+        (LIF(time_dim=-3), (4, 5), "got -3; is time or the batch missing?"),
+        (LIF((4, 8), **NEURON, learn_width=False), (4, 8), "[T, B, 4, 8] with the neurons last, got [4, 8]; is time o"
+         "r the batch missing?"),
+        (LeakyIntegrator(8, **NEURON), (8,), "[T, B, 8] with the neurons last, got [8]; is time or the batch missing?"),
+        (LeakyIntegrator(8, **CHANNEL), (4, 8), "[T, B, C, ...] with C = 8, got [4, 8]; is time or the batch missing?"),
+        (AdaptiveLIF(8, **CHANNEL, learn_width=False), (4, 8), "with C = 8, got [4, 8]; is time or the batch missing?"),
+        (LIF(8, **CHANNEL, levels=2, v_reset=None), (4, 8, 5), "C = 8, got [4, 8, 5]; is time or the batch missing?"),
         (BatchNormLIF((8, 8, 8), **NEURON), (4, 8, 8, 8), "[T, B, 8, 8, 8] with the neurons last, got [4, 8, 8, 8]; is"
-         " time missing?"),
+         " time or the batch missing?"),
         (BatchNormLIF(8, affine=False, track_running_stats=False), (4, 8, 6, 6), "must have shape [T, "
-         "B, C, ...] with C = 8, got [4, 8, 6, 6]; is time missing?"),
+         "B, C, ...] with C = 8, got [4, 8, 6, 6]; is time or the batch missing?"),
         (RecurrentLIF(3), (2, 3), "must have shape [T, B, N], or [B, T, N] with time_dim=1, got [2, 3] with time_dim=0;"
-         " is time missing?"),
+         " is time or the batch missing?"),
         (LIF(), [[1.0]], "x_seq must be a tensor, got list"),
         (LIF(3, **CHANNEL), [[1.0]], "x_seq must be a tensor, got list"),
         (LIF(), torch.tensor(1.0), "x_seq must have at least one dimension"),
@@ -574,7 +575,7 @@ CHANNEL, NEURON = {"granularity": "channel"}, {"granularity": "neuron"}
 def test_inputs_that_do_not_fit(layer, given, words):
     with pytest.raises((TypeError, ValueError), match=r"^asgl_cuda\.\w+: .*" + re.escape(words)) as caught:
         layer(torch.rand(given) if isinstance(given, tuple) else given)
-    assert ("is time missing?" in str(caught.value)) == ("is time missing?" in words)
+    assert ("is time or the batch missing?" in str(caught.value)) == ("is time or the batch missing?" in words)
 
 
 def test_unsqueeze_is_advised_only_where_one_dimension_is_missing():
@@ -646,6 +647,8 @@ BY_GAIN = "divides the input by tau, as input_gain=0.5 does"
         (lambda: asgl_cuda.adaptive_lif(X, adapt_decay=0.9, beta=0.9), "snnTorch's beta=0.9 is decay=0.9"),
         (lambda: asgl_cuda.leaky_integrator(X, beta=0.9), "snnTorch's beta=0.9 is decay=0.9"),
         (lambda: LIF(threshold=1), "'threshold'; snnTorch's threshold=1 is v_threshold=1, strict_threshold=True"),
+        (lambda: LIF(slope=9), r"snnTorch's fast_sigmoid\(slope\) is .*, width=1 / slope, surrogate_gain=2 / slope"),
+        (lambda: LIF(surrogate=abs), r"pass a name: .*\(slope\) is .*\(alpha\) is surrogate='arctan', width=1 / alpha"),
         (lambda: LIF(v_th=1), "Norse's v_th=1 is v_threshold=1, strict_threshold=True"),
         (lambda: LIF(spike_threshold=0.5), "sinabs' spike_threshold=0.5 is v_threshold=0.5"),
         (lambda: LIF(batch_first=True), "'batch_first'; batch_first=True of torch.nn.RNN is time_dim=1"),

@@ -198,43 +198,59 @@ def detached(model, x_seq):
 
 ONE = "its input must have one weight that can be scaled"
 REFUSED = {
-    "sum": (residual, rf"last: {ONE}, got several paths: a path without weight and inside\.weight; the weight must"),
+    "sum": (residual, rf"last .* {ONE}, got several paths: a path without weight and inside\.weight; the weight must"),
     "residual given": (
         lambda: Stack(lambda m, x: m.lif(m.linear(x), x), linear=nn.Linear(16, 16), lif=LIF()),
-        r"lif: .* got several paths: a path without weight and linear\.weight;",
+        r"lif \(LIF\): .* got several paths: a path without weight and linear\.weight;",
+    ),
+    "residual by a weight": (
+        lambda: Stack(lambda m, x: m.lif(m.a(x), m.b(x)), a=nn.Linear(16, 4), b=nn.Linear(16, 4), lif=LIF()),
+        r"lif \(LIF\): .* got several paths: a\.weight and b\.weight;",
+    ),
+    "residual by the same weight": (
+        lambda: Stack(lambda m, x: m.lif(m.linear(x), m.linear(x)), linear=nn.Linear(16, 4), lif=LIF()),
+        r"lif \(LIF\): .* got linear\.weight \(also before the residual\);",
+    ),
+    "residual of a layer that is not affine": (
+        lambda: Stack(
+            lambda m, x: m.lif(x, m.linear(x)), linear=nn.Linear(16, 16), lif=BatchNormLIF(16, affine=False)
+        ), r"lif \(BatchNormLIF\): .* got several paths: a path without weight and linear\.weight;",
     ),
     "two branches": (
         lambda: Stack(lambda m, x: m.lif(m.a(x) + m.b(x)), a=nn.Linear(16, 4), b=nn.Linear(16, 4), lif=LIF()),
-        r"lif: .* got several paths: a\.weight and b\.weight;",
+        r"lif \(LIF\): .* got several paths: a\.weight and b\.weight;",
     ),
-    "no weight": (lambda: nn.Sequential(LIF(), nn.Linear(16, 4), LIF()), "0: .* got a path without weight;"),
-    "parametrised": (lambda: nn.Sequential(weight_norm(nn.Linear(16, 4)), LIF()), "1: .* got a path without weight;"),
-    "frozen": (lambda: nn.Sequential(nn.Linear(16, 4).requires_grad_(False), LIF()), r"1: .* 0\.weight \(frozen\);"),
-    "affine": (lambda: nn.Sequential(nn.Linear(16, 4), BatchNormLIF(4, affine=False)), "1: .* got none;"),
+    "no weight": (lambda: nn.Sequential(LIF(), nn.Linear(16, 4), LIF()), r"0 \(LIF\): .* got a path without weight;"),
+    "parametrised": (lambda: nn.Sequential(weight_norm(nn.Linear(16, 4)), LIF()), r"1 .* got a path without weight;"),
+    "frozen": (lambda: nn.Sequential(nn.Linear(16, 4).requires_grad_(False), LIF()), r"1 .* 0\.weight \(frozen\);"),
+    "affine": (
+        lambda: nn.Sequential(nn.Linear(16, 4), BatchNormLIF(4, affine=False)),
+        r"1 \(BatchNormLIF\): .* got a path without weight;",
+    ),
     "normalised again": (
         lambda: nn.Sequential(nn.Linear(16, 4), OverTime(nn.BatchNorm1d(4, affine=False)), LIF(v_threshold=9.0)),
-        "2: no factor on 0.weight makes it fire at 0.4; the rate is 0.0 at",
+        r"2 \(LIF\): no factor on 0.weight makes it fire at 0.4; the rate is 0.0 at",
     ),
     "used twice": (
         lambda: Stack(
             lambda m, x_seq: m.last(m.linear(m.lif(m.linear(x_seq)))), lif=LIF(), last=LIF(), linear=nn.Linear(16, 16)
-        ), r"last: .* got linear\.weight \(also before lif\)",
+        ), r"last \(LIF\): .* got linear\.weight \(also before lif\)",
     ),
-    "tied": (tied, r"1: .* got 0\.weight \(shared with 2\.weight\)"),
-    "one memory": (lambda: tied(memory=True), r"1: .* got 0\.weight \(shared with 2\.weight\)"),
-    "inference": (of_inference_mode, r"1: .* got 0\.weight \(made in inference mode\); "),
-    "remembering": (Remembering, r"lif: no factor on linear\.weight makes it fire at 0\.4; .* another one in other"),
-    "detached": (lambda: Stack(detached, linear=nn.Linear(16, 16), lif=LIF()), "lif: .* got none"),
+    "tied": (tied, r"1 \(LIF\): .* got 0\.weight \(shared with 2\.weight\)"),
+    "one memory": (lambda: tied(memory=True), r"1 \(LIF\): .* got 0\.weight \(shared with 2\.weight\)"),
+    "inference": (of_inference_mode, r"1 \(LIF\): .* got 0\.weight \(made in inference mode\); "),
+    "remembering": (Remembering, r"lif .* no factor on linear\.weight makes it fire at 0\.4; .* another one in other"),
+    "detached": (lambda: Stack(detached, linear=nn.Linear(16, 16), lif=LIF()), r"lif .* got a path without weight;"),
     "lazy": (lambda: nn.Sequential(nn.LazyLinear(4), LIF()), r"0\.weight has no shape yet: call the model once before"),
-    "biases": (loud, r"1: no factor on 0\.weight makes it fire at 0\.4; the rate is \S+ at the factor .* and \S+ at"),
+    "biases": (loud, r"1 .* no factor on 0\.weight makes it fire at 0\.4; the rate is \S+ at the factor .* and \S+ at"),
     "sparse": (
         lambda: Stack(
             lambda m, x: m.lif(m.linear(torch.cat([x[:1], 0 * x[1:]]))), linear=nn.Linear(16, 4, bias=False), lif=LIF()
-        ), r"lif: no factor .*; rates from 0\S* to 0\.1\S* were found\. Another rate, ",
+        ), r"lif \(LIF\): no factor .*; rates from 0\S* to 0\.1\S* were found\. Another rate, ",
     ),
     "silent": (
         lambda: Stack(lambda m, x: m.lif(m.linear(0 * x)), linear=nn.Linear(16, 4, bias=False), lif=LIF()),
-        r"lif: no factor .* the rate is 0 at the factor 1 and 0 at the factor \S+\. Another rate, ",
+        r"lif \(LIF\): no factor .* the rate is 0 at the factor 1 and 0 at the factor \S+\. Another rate, ",
     ),
 }  # fmt: skip
 
@@ -283,7 +299,9 @@ def test_rates_that_jump():
     for rate in (0.4, 0.3):
         (row,) = calibrate(model, torch.ones(2, 5, 1), rate).layers
         assert row.rate_after == pytest.approx(1 / 3)
-    with pytest.raises(ValueError, match=r"1: no factor on 0\.weight makes it fire at 0\.1; the rate is 0 at the f"):
+    with pytest.raises(
+        ValueError, match=r"1 \(LIF\): no factor on 0\.weight makes it fire at 0\.1; the rate is 0 at the f"
+    ):
         calibrate(model, torch.ones(2, 5, 1), 0.1)
 
 
@@ -304,6 +322,7 @@ def test_arguments(x_seq):
         ((model, x_seq, 1.0), ValueError, r"rate must be in \(0, 1\), got 1"),
         ((model, x_seq, 0.0), ValueError, r"rate must be in \(0, 1\), got 0"),
         ((model, x_seq, "0.2"), TypeError, "rate must be a float"),
+        ((model, x_seq, x_seq), ValueError, "rate must be a float, got a tensor of shape .* as a tuple"),
         ((1, x_seq), TypeError, r"model must be a torch\.nn\.Module, got int"),
         ((nn.Linear(16, 4), x_seq), ValueError, "model must have an ASGL layer, got a Linear without"),
         (
@@ -322,7 +341,7 @@ def test_arguments(x_seq):
             ValueError,
             r"x_seq must .*, got a tensor of shape \[4, 32, 3\], .* RuntimeError: mat1 ",
         ),
-        ((model, x_seq[:, :0]), ValueError, "1: x_seq must have samples, got an empty output"),
+        ((model, x_seq[:, :0]), ValueError, r"1 \(LIF\): x_seq must have samples, got an empty output"),
     ):
         with pytest.raises(error, match=rf"asgl_cuda\.calibrate: {message}"):
             calibrate(*given)
@@ -381,5 +400,7 @@ def test_recurrent_layers(backend, device):
     for part in (model[:2], model):
         assert part(x_seq).mean().item() == pytest.approx(0.2, rel=0.02)
     assert torch.equal(layer.recurrent_weight, before)
-    with pytest.raises(ValueError, match=r"asgl_cuda\.calibrate: 0: its input must .*, got a path without weight"):
+    with pytest.raises(
+        ValueError, match=r"asgl_cuda\.calibrate: 0 \(RecurrentLIF\): its input must .*, got a path without weight"
+    ):
         calibrate(nn.Sequential(layer, LIF().to(device)), model[0](x_seq), 0.2)

@@ -281,7 +281,7 @@ def test_channels_that_do_not_vary(make):
     assert "a larger batch" in problems
     assert "calibrate" not in problems
     assert "BatchNormLIF" not in problems
-    with pytest.raises(ValueError, match=f"{name}: no factor"):
+    with pytest.raises(ValueError, match=rf"{name} \(\w+\): no factor"):
         asgl_cuda.calibrate(model, image.expand(8, -1, -1))
     assert found_in(others)[0] == 0.0
     with torch.no_grad():

@@ -60,6 +60,7 @@ def test_gradient_norms(ax):
         (lambda: asgl_cuda.plot_gradient_norms(None), TypeError, "gradients must be a tensor"),
         (lambda: asgl_cuda.plot_gradient_norms({"x": torch.ones(2)}), ValueError, "x must have time"),
         (lambda: asgl_cuda.plot_layers([]), TypeError, "results must be"),
+        (lambda: asgl_cuda.plot_layers(asgl_cuda.Monitor(asgl_cuda.LIF())), TypeError, r"call result\(\) of the Mon"),
         (lambda: asgl_cuda.plot_layers(RESULTS, "rate"), ValueError, "results, firing_rate, width, got 'rate'"),
     ],
 )

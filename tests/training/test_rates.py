@@ -194,12 +194,19 @@ def test_copies_of_a_model_record_nothing():
         torch.testing.assert_close(rates.take()["3"], found["3"])
 
 
+COUNTING = LIF(levels=4, v_reset=None, analog_prob=0.0)
 ERRORS = {
     "no layer": (lambda: FiringRates(nn.Linear(2, 2)), ValueError, "model must have an ASGL layer"),
     "no module": (lambda: FiringRates(3), TypeError, "model must be a torch.nn.Module"),
     "scaled": (lambda: FiringRates(LIF(scale_output=True)), ValueError, r"the model \(LIF\) has scale_output=True"),
     "group": (lambda: FiringRates(LIF(), process_group="all"), TypeError, "process_group must be"),
-    "below 0": (lambda: FiringRates(LIF()).penalty(-0.1), ValueError, r"target must be at least 0, got -0\.1"),
+    "below 0": (lambda: FiringRates(LIF()).penalty(-0.1), ValueError, r"target must be in \[0, 1\] for .*, got -0\.1"),
+    "above 1": (
+        lambda: FiringRates(network()).penalty({"3": 5.0}),
+        ValueError,
+        r"target must .* for 3 \(\w+\), got 5\.0",
+    ),
+    "of levels": (lambda: FiringRates(COUNTING).penalty(-1.0), ValueError, r"target must be at least 0 for the model"),
     "no number": (lambda: FiringRates(LIF()).penalty("low"), TypeError, "target must be a float"),
     "NaN": (lambda: FiringRates(LIF()).penalty({"": float("nan")}), ValueError, "target must be finite"),
     "name": (

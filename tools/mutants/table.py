@@ -524,11 +524,11 @@ MUTANTS = {
     "calibration: casts of earlier weights": Mutant(
         "        torch.clear_autocast_cache()  # the cache holds casts of earlier weights\n", "",
         "training/test_calibration.py autocast"),
-    "calibration: frozen weights": Mutant("len(paths) == 1 and weight not in self._problems:",
+    "calibration: frozen weights": Mutant("len(paths) == 1 and weight not in problems:",
         "len(paths) == 1:", "training/test_calibration.py refused"),
     "calibration: a path without weight": Mutant("weight is not None and len(paths) == 1 and",
         "weight is not None and", "training/test_calibration.py refused"),
-    "calibration: the path of a residual": Mutant("else self._nearest_weights(residual) | {None}", "else set()",
+    "calibration: the path of a residual": Mutant("else self._nearest_weights(residual)", "else set()",
         "training/test_calibration.py refused"),
     "calibration: rates found where all are the same": Mutant("least < most and not least < self._rate < most",
         "not least < self._rate < most", "training/test_calibration.py refused and silent"),

@@ -58,9 +58,9 @@ def to_nir(
             `divisor_override=1`: SumPool2d), Flatten and BatchNorm, in sequence or connected by additions, in any
             modules that torch.fx can trace. A layer without time may be between `x_seq.flatten(0, 1)` and
             `unflatten(0, ...)`, as in `asgl_cuda.OverTime`, or be a layer of SpikingJelly in step mode "m". Dropout and
-            Identity are left out. Neurons of other libraries are converted as by `asgl_cuda.convert`. They must take a
-            sequence, return one tensor, which Norse's do not, and have no synaptic current. `from_nir` makes LIF layers
-            from them.
+            Identity are left out. Neurons of other libraries are converted as by `asgl_cuda.convert`. They must fire at
+            most once per step, take a sequence, return one tensor, which Norse's do not, and have no synaptic current,
+            recurrence or lower limit of the potential. `from_nir` makes LIF layers from them.
         example_input: `[T, B, ...]`, or `[B, T, ...]` if the LIF layers have `time_dim=1`; only shape and dtype matter.
         dt: length of a step, in seconds.
         allow_soft_reset: also write layers with soft reset, with several spikes per step and with v_min. NIR's LIF
