@@ -492,35 +492,38 @@ STUDIED = f"Each value is the mean of {{seeds}} seeds. {{trainings:,}} {COST}"
 FAST = (
     "We timed training steps of [five networks](#speed-and-memory) on {threads} threads of a CPU. With the default "
     "neurons of asgl_cuda, a step is {noisy} times as fast as with neurons of SpikingJelly, snnTorch, Norse or sinabs. "
-    "Where we compiled these neurons by `torch.compile`, a step is {noisy_compiled} times as fast as with the compiled "
-    "neurons."
+    "We also compiled most of these networks' neurons by `torch.compile`. Compared with compiled neurons, a step with "
+    "asgl_cuda is {noisy_compiled} times as fast."
 )
 LEARNED = (
-    "Layers learn the width of their surrogate gradient with the weights. In {cells} "
-    "[settings](docs/measured.md#the-defaults) of task, depth, number of time steps, decay and optimizer, we compared "
-    "the default arguments with five fixed surrogates. The best of the five was more accurate than the defaults, by "
-    "more than the 95 % interval, in {lost} of the {cells} settings. We chose the defaults by some of these settings."
+    "Layers learn the width of their surrogate gradient with the weights. We compared the default arguments with five "
+    "fixed surrogates in {cells} [settings](docs/measured.md#the-defaults), which differ in the task, the depth, the "
+    "number of time steps, the decay, the optimizer and the length of training. The defaults were less accurate than "
+    "the best of the five, by more than the 95 % interval, in {lost} of the {cells} settings. Results in some of the "
+    "settings were used to choose the defaults, so the comparison favours the defaults."
 )
 STEPS = (
     f"This table shows milliseconds per training step of five networks, in float32 {ON}. In a pair, the second figure "
-    "is with neurons compiled by `torch.compile`. A dash means that they were not compiled. The first two columns are "
-    "layers of asgl_cuda: *learned, noise* has the default arguments, and *fixed width* has no noise. *loop* is a loop "
-    "over time in plain PyTorch. [Measured](docs/measured.md#a-training-step) has the versions, the batch sizes, and "
-    "the seconds that compiling takes."
+    "is with `torch.compile`, and a dash means that nothing was compiled. The first two columns are layers of "
+    "asgl_cuda: *learned, noise* has the default arguments, and *fixed width* has no noise. *loop* is a loop over time "
+    "in plain PyTorch. [Measured](docs/measured.md#a-training-step) has the versions, the batch sizes, what was "
+    "compiled, and the seconds that compiling took."
 )
 LAYERS = (
     "This table shows nanoseconds per neuron and time step, for forward and backward of one layer with {elements} "
-    f"elements, in float32 {ON}. *floor* is the time of two element-wise multiplications. In this table, *learned, "
-    "noise* has noise in a fraction of {noise} of the outputs, and both columns of asgl_cuda have a rectangle as "
-    "surrogate. The last row shows the bytes per neuron and time step that are kept for backward at T = {first_steps}."
+    f"elements, in float32 {ON}. *floor* is the time of two element-wise multiplications. Both columns of asgl_cuda "
+    "have a rectangle as surrogate here. In the column *learned, noise*, a fraction {noise} of the outputs is noisy, "
+    "not one half as by default. The last row shows the bytes per neuron and time step that are kept for backward at "
+    "T = {first_steps}."
 )
 GAIN = (
-    "`convert` makes training steps of the SpikingJelly networks [below](#speed-and-memory) without recurrence {jelly} "
-    "times as fast. For snnTorch we did not time `sequences`. Networks whose layers we wrapped in asgl_cuda's "
-    "[`MultiStep`](docs/reference/neurons.md#multistep), which also takes whole sequences, became {snntorch} times as "
-    "fast. `fuse` makes converted SpikingJelly networks with normalisations another {fused} times as fast. In float32 "
-    "it also lowers the memory that a normalisation and its neurons keep for backward from {kept_apart:.0f} to "
-    "{kept:.0f} bytes per neuron and time step, if there is no residual addition between them."
+    "With `convert`, training steps of the SpikingJelly networks [below](#speed-and-memory) become {jelly} times as "
+    "fast; we did not convert the recurrent one. For snnTorch we did not time `sequences`. Instead we put each layer "
+    "of snnTorch into asgl_cuda's [`MultiStep`](docs/reference/neurons.md#multistep), which computes a whole sequence "
+    "per call. These networks became {snntorch} times as fast. `fuse` makes converted SpikingJelly networks with "
+    "normalisations another {fused} times as fast. `fuse` also saves memory: in float32 a normalisation and its "
+    "neurons then keep {kept:.0f} bytes per neuron and time step for backward, not {kept_apart:.0f}. With a residual "
+    "addition between them, no memory is saved."
 )
 ARMS = [(optimizer, surrogate) for optimizer in ("SGD", "Adam") for surrogate in ("rectangle", "sigmoid")]
 SECTIONS = {

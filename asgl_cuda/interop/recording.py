@@ -822,9 +822,9 @@ class Recording:
                     name = self.layer_name(layer)
                     raise RuntimeError(
                         f"{_CALLER}: with sequences, all steps of {name} are computed at once, after the model's code "
-                        "has run, but between two steps this code needs a value that depends on the layer's output "
-                        f"({self.asked}{example}); remove that, or use asgl_cuda.convert(model) without sequences, "
-                        "which computes step by step"
+                        "has run, but between two steps this code needs a computed value, or changes a tensor that "
+                        f"the steps use ({self.asked}{example}); remove that, or use asgl_cuda.convert(model) without "
+                        "sequences, which computes step by step"
                     )
                 self.earlier.append(chain)
             chain = self.chains[layer] = Chain(layer, states, modes)

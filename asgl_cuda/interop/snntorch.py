@@ -43,8 +43,8 @@ from .converted import (
 from .recording import SPIKES, Recording
 from .recurrent import Recurrent, feedback_reason, synaptic_inputs
 
-# The least beta with which a sequence is computed in one call, because threshold / beta must be finite. Smaller ones
-# occur there only if they can't be compared with `_SMALL_BETA`, as in compiled code.
+# In a sequence that is computed in one call, smaller betas are raised to this one, so that threshold / beta is finite.
+# They occur there only if they can't be compared with `_SMALL_BETA`, as in compiled code.
 _LEAST_BETA = 1e-6
 # Below this beta, a sequence is computed step by step: threshold / beta would make rounding errors in the gradient of
 # beta too large, 6e-5 relative at 1e-3.

@@ -294,8 +294,8 @@ def _check_shared_count(counts: Tensor, settings: _Settings, x_seq: Tensor) -> N
     """Refuses one value per channel over all processes. Reads `counts` only if this process has at most one."""
     if x_seq.numel() <= x_seq.shape[settings.channel] and bool((counts.sum(0) <= 1).any()):
         raise ValueError(
-            f"{_CALLER}: training needs more than one value per channel, got one over all processes together and, in "
-            f"this process, x_seq of shape {list(x_seq.shape)}; use a larger batch"
+            f"{_CALLER}: training needs more than one value per channel, got at most one over all processes together "
+            f"and, in this process, x_seq of shape {list(x_seq.shape)}; use a larger batch"
         )
 
 

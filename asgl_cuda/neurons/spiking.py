@@ -142,7 +142,7 @@ class Neurons(NeuronLayer, Noisy):
         fill_parameter(self.threshold, found)
 
     def _check_threshold(self, value: Tensor | float) -> None:
-        """Refuses thresholds at which neurons that have fired fire forever, and warns if neurons at rest fire."""
+        """Refuses thresholds that a reset does not leave, and warns if neurons at rest fire."""
         caller, v_rest = self._caller, self.v_rest
         for name in ("v_reset", "v_min"):
             after = getattr(self, name)
@@ -150,7 +150,7 @@ class Neurons(NeuronLayer, Noisy):
             fires_on = after is not None and (after > v_rest) & (after >= value)
             if fires_on.any() if isinstance(fires_on, Tensor) else fires_on:
                 raise ValueError(
-                    f"{caller}: {name} must be below v_threshold, or a neuron that has fired fires again without "
+                    f"{caller}: {name} must be below v_threshold, or a neuron that has fired may fire again without "
                     f"input, got {name} {format_value(after)} and v_threshold {format_value(value)}"
                 )
         several = "multi_spike" if self.multi_spike else "levels" if self._emits_levels else ""

@@ -20,7 +20,7 @@ struct Chunk {
 };
 
 // The address from which a loop over a chunk prefetches a sequence. If the loop itself uses the sequence, the elements
-// that it needs some blocks later; otherwise the first row of the next chunk.
+// that it needs some blocks later; otherwise the first row of `next`, a later chunk.
 template <class Element>
 const char* element_to_prefetch(const Element* sequence, const Chunk& chunk, const Chunk& next, bool used_by_loop,
                                 bool streams = false) {

@@ -34,9 +34,9 @@ inline bool has_huge_pages_on_request() {
   return on_request;
 }
 
-// Requests huge pages for an untouched tensor, and returns it. The pages at its ends are included, because blocks of
-// malloc begin a few bytes after the boundary of a huge page. No more memory becomes resident, since the system uses
-// only huge pages that are requested whole.
+// Requests huge pages for an untouched tensor, and returns it. The pages at its ends are included, because a block of
+// malloc begins 64 bytes after a page boundary, which may be that of a huge page. No more memory becomes resident,
+// since the system uses only huge pages that are requested whole.
 inline Tensor request_huge_pages(Tensor tensor) {
   if (tensor.is_cpu() && tensor.nbytes() >= kMinHugePageBytes && has_huge_pages_on_request()) {
     static const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));

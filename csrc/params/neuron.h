@@ -35,10 +35,10 @@ ASGL_HOST_DEVICE int64 checkpoint_stride(const SequenceShape& shape) {
 }
 
 // Settled CUDA kernels of longer sequences compute four neurons per thread if there are more neurons than this number
-// of sixteenths of the device's resident threads. With fewer neurons latency is the limit: a step of one warp takes 117
-// cycles forward and 274 backward with one neuron per thread, 179 and 433 with four (docs/design/gpu.md). With one
-// neuron per thread, a warp issues 51 and 106 instructions per step. From 3.5 and 4.1 warps per scheduler on, these
-// take longer than a step of four neurons. A scheduler holds 16 warps, so that a warp is a sixteenth.
+// of sixteenths of the device's resident threads. A scheduler holds 16 warps, so one sixteenth is one warp of each.
+// With few warps latency is the limit: a step of one warp takes 117 cycles forward and 274 backward with one neuron per
+// thread, 179 and 433 with four (docs/design/gpu.md). With one neuron per thread a warp issues 51 and 106 instructions
+// per step, so the fourth warp of a scheduler makes a step about as long as with four neurons per thread.
 constexpr int kOccupancySixteenths = 3;
 
 // A parameter at neuron n and step t is data[t * step_stride + (n / inner) % count]. If data is null, it is `constant`,

@@ -329,7 +329,7 @@ def test_an_option_that_is_not_known_is_refused(monkeypatch, kind):
 def test_an_option_of_a_converted_layer_that_is_not_known_is_refused(monkeypatch):
     neuron = pytest.importorskip("spikingjelly.activation_based.neuron")
     monkeypatch.setattr(write, "_KNOWN_OF_CALLS", write._KNOWN_OF_CALLS - {"decay"})
-    with pytest.raises(ValueError, match=r"0 \(LIFNode\): has decay, which can't be represented in NIR"):
+    with pytest.raises(ValueError, match=r"0 \(LIFNode\): has decay, which to_nir can't write"):
         to_nir(nn.Sequential(neuron.LIFNode(step_mode="m")), torch.rand(2, 1, 3))
 
 
@@ -537,10 +537,10 @@ def neurons_of_libraries():
         "MaxSpike(1) of sinabs": (layers.IAF(spike_fn=activation.MaxSpike(1)), None),
         "LIFLayer": (authors_code.LIFLayer(6, spike_fn=spike, thresh=0.8), None),
         "soft, not allowed": (jelly.LIFNode(v_reset=None, step_mode="m"), r"1 \(LIFNode\): has a soft reset"),
-        "floor": (layers.IAF(min_v_mem=-1.0, **single), r"1 \(IAF\): has a lower limit of the potential, which can't"),
-        "several": (layers.IAF(), r"1 \(IAF\): has several spikes per step, which can't"),
-        "current": (layers.IAF(tau_syn=3.0, **single), r"1 \(IAF\): has a synaptic current, which can't"),
-        "ExpLeak": (layers.ExpLeak(2.0), r"1 \(ExpLeak\): has no spikes, which can't"),
+        "floor": (layers.IAF(min_v_mem=-1.0, **single), r"1 \(IAF\): has a lower limit of the potential, which to_nir"),
+        "several": (layers.IAF(), r"1 \(IAF\): has several spikes per step, which to_nir"),
+        "current": (layers.IAF(tau_syn=3.0, **single), r"1 \(IAF\): has a synaptic current, which to_nir"),
+        "ExpLeak": (layers.ExpLeak(2.0), r"1 \(ExpLeak\): has no spikes, which to_nir"),
         "recurrent": (
             jelly_layer.LinearRecurrentContainer(jelly.LIFNode(), 5, 5, step_mode="m"),
             r"1 \(LinearRecurrentContainer\): can't be represented in NIR; NIR does not say when a spike that returns",

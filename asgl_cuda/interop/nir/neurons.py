@@ -177,8 +177,8 @@ def layer_from_metadata(ours: Any, kind: Any, said: dict[str, Tensor]) -> Any:
             value = constants_of_layer(layer, number.shape)[name]
             if (differs := ~torch.isclose(number, value, rtol=1e-5, atol=1e-6)).any():
                 one, other = (first_wrong(each, differs) for each in (number, value))
-                says = f"numbers say {name} {one}, and metadata say {other}"
-                raise ValueError(f"{says}, with the step dt = {ours['dt']} of the metadata")
+                gives = f"the numbers of the node give a layer with {name} {one}, and metadata one with {other}"
+                raise ValueError(f"{gives}, at the step dt = {ours['dt']} of the metadata")
     return layer
 
 

@@ -331,7 +331,7 @@ class _Writer(fx.Interpreter):
         }
         if any(other.values()):
             got = " and ".join(name for name, there in other.items() if there)
-            raise ValueError(f"has {got}, which can't be represented in NIR")
+            raise ValueError(f"has {got}, which to_nir can't write for converted layers")
 
         def per_neuron(name: str, default: float = 0.0) -> Tensor:
             """An option of the call, as float64 of the neurons' shape."""
