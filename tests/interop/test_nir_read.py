@@ -232,7 +232,7 @@ CHANGED = {
         lambda: changed(LIF(), tau=4e-4),
         r"a layer with decay 0.75 for neuron \[0\], and metadata one with 0.5 .*, at the step dt = 0.0001",
     ),
-    "another threshold": (lambda: changed(LIF(), v_threshold=2), "a layer with v_threshold 4 .*, and metadata one with 1"),
+    "another threshold": (lambda: changed(LIF(), v_threshold=2), "v_threshold 4 .*, and metadata one with 1"),
     "another reset": (lambda: changed(LIF(), v_reset=0.1), "a layer with v_reset 0.2 .*, and metadata one with 0"),
     "another gain": (lambda: changed(LeakyIntegrator(), r=4), "a layer with input_gain 2 .*, and metadata one with 1"),
     "another rest": (lambda: changed(LeakyIntegrator(), v_leak=4), "a layer with v_rest 4 .*, and metadata one with 0"),

@@ -441,7 +441,7 @@ REFUSED = {
     changed: "all steps of a Leaky are computed at once, but the model's code changes its parameters",
     input_in_place: r"__iadd__ can't change the model's input, or .* as x \+ 1",
     fed_back: r"lif1 \(Leaky\) and lif2 \(Leaky\) emits in a step returns",
-    asked: r"all steps of lif1 \(Leaky\) are .* needs a computed value.*\(__bool__, as in `if spk\.sum\(\) > 0`\); remove",
+    asked: r"all steps of lif1 \(Leaky\) are .*a computed value.*\(__bool__, as in `if spk\.sum\(\) > 0`\); remove",
     read_back: r"changes a tensor that the steps use \(__getitem__\); remove",
     twice: r"lif1 \(Leaky\) emits in a step returns",
     in_function: "a torch.autograd.Function gets values",
