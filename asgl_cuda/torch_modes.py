@@ -1,4 +1,4 @@
-"""The modes of torch in which a call may run: compiled, exported, under torch.func, differentiated forward or twice."""
+"""The modes of torch in which a call may run: compiled, exported, under torch.func, differentiated, in a checkpoint."""
 
 from __future__ import annotations
 
@@ -30,6 +30,30 @@ def is_forward_mode_active() -> bool:
 
 # Whether a transform of torch.func is active.
 is_transform_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
+
+
+def is_in_function_forward() -> bool:
+    """Whether forward of a torch.autograd.Function runs. Unlike torch.no_grad, it also disables forward mode."""
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+        return False
+    return not torch._C._is_fwd_grad_enabled()
+
+
+def is_in_backward() -> bool:
+    """Whether backward is running, as when activation checkpointing computes forward again."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def active_saved_tensor_hooks() -> Any:
+    """The innermost hooks on saved tensors; None if there are none, and before torch 2.7, which does not tell."""
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return None if top is None or torch.compiler.is_compiling() else top(False)
+
+
+def current_checkpoint() -> Any:
+    """An object that identifies the activation checkpoint that is running; None without one, or if reentrant."""
+    hooks = active_saved_tensor_hooks()
+    return hooks[0] if hooks and hooks[0].__module__ == "torch.utils.checkpoint" else None
 
 
 def needs_zero_gradients() -> bool:

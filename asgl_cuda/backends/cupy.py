@@ -216,7 +216,7 @@ class CupyLauncher:
         driver.launchKernel(function, blocks, 1, 1, threads, 1, 1, 0, stream, addressof(arguments), 0)
 
     def load(self, device: torch.device, kernel: str) -> int:
-        """Loads a kernel on the device, the current one, and returns its handle. Compiles the kernel if needed."""
+        """Loads a kernel, compiled if needed, on `device`, torch's current device, and returns its handle."""
         driver = _driver()
         binary = load_or_compile(kernel, target_architecture(torch.cuda.get_device_capability(device)))
         _make_context_current(driver, device.index)

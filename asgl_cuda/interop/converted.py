@@ -563,7 +563,7 @@ def known_class_or_reason(layer: nn.Module, known: Collection[Any], mixing: tupl
     """The class in `known` that computes the same as the layer, or the reason why there is none.
 
     It is the layer's own class, or the base of a user's subclass that overrides nothing on which results may depend.
-    Layers of a class in `mixing` are refused, because they have weights between neurons or time steps.
+    Subclasses of a class in `mixing` are refused, because they have weights between neurons or time steps.
     """
     kind = bare_class(layer)
     if kind in known:

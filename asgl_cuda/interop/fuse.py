@@ -19,18 +19,9 @@ from torch.utils._pytree import tree_map_only
 from ..calls.arguments import Arguments
 from ..layout import channel_dim, real_type
 from ..neurons.batch_norm_lif import module_batch_norm_lif
-from ..neurons.deferred import (
-    NormOutput,
-    Pending,
-    active_saved_tensor_hooks,
-    backward_hook_of,
-    current_checkpoint,
-    is_in_backward,
-    is_in_function_forward,
-    tensor_of,
-    with_version,
-)
+from ..neurons.deferred import NormOutput, Pending, backward_hook_of, tensor_of, with_version
 from ..neurons.lif import LIFOutput
+from ..torch_modes import active_saved_tensor_hooks, current_checkpoint, is_in_backward, is_in_function_forward
 from .convert import Left, Replaced, Report, convert, copy_model, model_or_copy
 from .converted import Converted, Overlay, bare_class, overlaid_class
 from .libraries import imported_adapters

@@ -1,4 +1,4 @@
-"""The libraries whose layers `convert` knows, and their adapters: the modules with a library's name."""
+"""The libraries whose layers `convert` knows, and their adapters: `authors`, and modules with a library's name."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ LIBRARIES = {
 
 
 def imported_adapters() -> Iterator[Any]:
-    """The adapters of the imported libraries: modules of this folder.
+    """The module `authors`, whose layers are recognised without an import, then the adapters of imported libraries.
 
-    Each adapter has these functions:
+    Adapters are modules of this folder. Each has these functions:
 
     - `conversion_of(layer)`: how to convert a layer, see `Conversion`.
     - `streaming_of(module)`: how a module takes a sequence one time step per call, see `Streaming`.

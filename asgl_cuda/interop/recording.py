@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_map_only, tree_unflatten
 
-from ..neurons.deferred import current_checkpoint, is_in_function_forward
+from ..torch_modes import current_checkpoint, is_in_function_forward
 
 _CALLER = "asgl_cuda.convert"
 _local = threading.local()
@@ -346,7 +346,12 @@ class Operation(Group):
             )
 
     def compute(self) -> None:
-        """Computes all members: at once by vmap where possible, otherwise one by one."""
+        """Computes all members together where possible, otherwise one by one.
+
+        If only the indices of getitem differ, one selection computes all. If nothing differs, a pure function is called
+        once, and its result expanded. If operands differ, vmap computes all, except where steps update running
+        statistics, in the order of the steps.
+        """
         count, columns = len(self), list(zip(*self.members, strict=True))
         varies = [len({*column}) > 1 for column in columns]
         if count == 1:

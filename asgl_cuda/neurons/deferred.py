@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_map_only
 
 from ..calls.arguments import VALUES, Arguments
 from ..layout import channel_dim
+from ..torch_modes import current_checkpoint, is_in_function_forward
 
 _SWAPS, _MOVES = ("transpose", "swapaxes", "swapdims"), ("movedim", "moveaxis")
 _BY_SHAPE = ("reshape", "view", "flatten", "unflatten", "squeeze", "unsqueeze", "to")
@@ -386,13 +387,6 @@ def with_version(tensor: Tensor) -> tuple[Any, ...]:
     return ((tensor, _version(tensor)),)
 
 
-def is_in_function_forward() -> bool:
-    """Whether forward of a torch.autograd.Function runs. Unlike torch.no_grad, it also disables forward mode."""
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.is_inference_mode_enabled():
-        return False
-    return not torch._C._is_fwd_grad_enabled()
-
-
 def backward_hook_of(module: nn.Module) -> str:
     """The backward hook of this module or of all modules, in words; "" if there is none. Such hooks need tensors."""
     every = nn.modules.module
@@ -400,23 +394,6 @@ def backward_hook_of(module: nn.Module) -> str:
         return "the backward hook of all modules"
     has_hook = module._backward_hooks or module._backward_pre_hooks
     return f"the backward hook of {_class_name(module)}" if has_hook else ""
-
-
-def is_in_backward() -> bool:
-    """Whether backward is running, as when activation checkpointing computes forward again."""
-    return torch._C._current_graph_task_id() != -1
-
-
-def active_saved_tensor_hooks() -> Any:
-    """The innermost hooks on saved tensors; None if there are none, and before torch 2.7, which does not tell."""
-    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-    return None if top is None or torch.compiler.is_compiling() else top(False)
-
-
-def current_checkpoint() -> Any:
-    """An object that identifies the activation checkpoint that is running; None without one, or if reentrant."""
-    hooks = active_saved_tensor_hooks()
-    return hooks[0] if hooks and hooks[0].__module__ == "torch.utils.checkpoint" else None
 
 
 def _make_operator(name: str) -> Any:

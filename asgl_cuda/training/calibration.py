@@ -206,7 +206,11 @@ class _Trial:
             self._parameters[site.weight].copy_(self._weights[site.weight] * factor)
 
     def run(self) -> dict[_Site, float]:
-        """Runs the model from rest, scales weights on the way, and returns the rates, in order of execution."""
+        """Runs the model from rest, and returns the firing rates by site, in order of execution.
+
+        After `measure_biases`, also scales weights on the way. The rate of a site whose weight this run scales is that
+        before scaling.
+        """
         for site in self._sites.values():
             site.calls = []
         reset(self._model)

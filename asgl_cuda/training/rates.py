@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from ..checks import HALF_TYPES, format_value, read_finite
 from ..neurons.base import require_asgl_layers
 from ..neurons.batch_norm_lif import check_process_group, sharing_group
-from ..neurons.deferred import is_in_backward
-from ..torch_modes import is_transform_active
+from ..torch_modes import is_in_backward, is_transform_active
 
 _CALLER = "asgl_cuda.FiringRates"
 

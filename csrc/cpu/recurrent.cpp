@@ -332,7 +332,8 @@ class ChunkBackward {
   // Whether the gradient of syn_decay is wanted. Only then is i_seq not null.
   bool wants_syn_decay() const { return params_.grad_parameters != nullptr && params_.i_seq != nullptr; }
 
-  // Reads the state after step t - 1 into before_: in place, or as a copy in one of two buffers, which alternate.
+  // Reads the state after step t - 1 into before_, in place or as copies. The copies of h, s and w alternate between
+  // two buffers, because backward_step still reads those of the state after step t; it does not read i of that state.
   void read_step_before(int64 t) {
     if (t == 0) {
       before_ = {nullptr, state_or_filled(params_.s_init, chunk_, Real(0), s_[0]),

@@ -169,7 +169,8 @@ inline Tensor pack(const SpikeCall& call, const Tensor& x) {
   return result;
 }
 
-// Packs x for spike_product and for spike_weight_gradient. Returns an undefined tensor if x has no elements in memory.
+// Packs x for spike_product and for spike_weight_gradient. Returns an undefined tensor if x is empty, or a view with
+// torch's negative bit, whose memory holds -x.
 inline Tensor pack_spikes(const Tensor& x, at::IntArrayRef weight_sizes, at::IntArrayRef stride,
                           at::IntArrayRef padding) {
   const SpikeCall call(x, weight_sizes, stride, padding);
