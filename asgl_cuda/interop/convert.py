@@ -132,7 +132,8 @@ def convert(
     Recurrent layers are converted if their spikes return through a Linear or one weight per neuron; `recurrent_lif`
     computes their sequences. In sequences, `leaky_integrator` computes synaptic currents and layers that do not fire.
 
-    Without `asgl`, spikes, states and gradients stay the same up to rounding. If a potential differs from the threshold
+    Without `asgl`, spikes, states and gradients stay the same up to rounding, but the noise of the authors' layers in
+    training is another draw. If a potential differs from the threshold
     by rounding only, as with quantised inputs, a neuron may fire where it did not before, or the other way round. The
     parameters of a layer, their names, its state and its base classes also stay the same, so state dicts and functions
     such as SpikingJelly's `reset_net` still work. SpikingJelly's `backend` has no effect on converted layers.
@@ -390,7 +391,7 @@ def revert(model: nn.Module, *, inplace: bool = False) -> tuple[nn.Module, Repor
     names and shapes.
 
     A width that `asgl` made learned is lost, and so is `analog_prob`, because the libraries do not have them. Spikes in
-    evaluation stay the same, but later gradients differ. The report lists these widths.
+    evaluation stay the same up to rounding, but later gradients differ. The report lists these widths.
 
     Args:
         model: a module returned by `convert`.

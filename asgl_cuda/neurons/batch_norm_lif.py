@@ -377,7 +377,7 @@ def batch_norm_lif(
     errors are also as there. The result is differentiable once, also with respect to weight and bias. Statistics are
     computed in float64 by sums that do not cancel, and the normalised value is not rounded to the type of x_seq. A
     float16 input of mean 100 and standard deviation 0.1 is therefore normalised accurately. Inputs may be up to 1e15 in
-    magnitude, or 1e150 in float64. Larger inputs can give NaN or inaccurate gradients. With `eps=0` the standard
+    magnitude, or 1e150 in float64. With larger inputs, gradients can be NaN or inaccurate. With `eps=0` the standard
     deviation of a channel must be at least 1e-15, or 1e-150 in float64.
 
     Example::
@@ -673,8 +673,9 @@ class BatchNormLIF(LIF):
     neurons get `input_scale * y + residual`, where y is the normalised input. This sum is not stored in memory.
     `residual` must have the shape and type of x_seq.
 
-    Inputs may be up to 1e15 in magnitude, or 1e150 in float64. Larger inputs can give NaN or inaccurate gradients. With
-    `eps=0` the standard deviation of a channel must be at least 1e-15, or 1e-150 in float64.
+    Inputs may be up to 1e15 in magnitude, or 1e150 in float64. With larger inputs, gradients can be NaN or inaccurate,
+    and the running variance infinite. With `eps=0` the standard deviation of a channel must be at least 1e-15, or
+    1e-150 in float64.
 
     Raises the errors of `LIF` and of `asgl_cuda.batch_norm_lif`. The docstring of `batch_norm_lif` shows how PyTorch
     computes the same.

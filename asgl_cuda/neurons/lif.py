@@ -140,8 +140,8 @@ def lif(
             layers is True. Under the hard reset, at a step that spikes with its potential exactly at the threshold,
             this path multiplies the gradient by a factor of magnitude `decay * (v_threshold - v_reset)` times the slope
             of the surrogate there, which is 1 / (4 * width) for a sigmoid and 1 / width for a rectangle. If this
-            magnitude is above 1, gradients can explode over many steps. A sigmoid also multiplies the gradient by up to
-            1.22 * decay at potentials below v_reset.
+            magnitude (plus decay / 2 for a rectangle) is above 1, gradients can explode over many steps. A sigmoid also
+            multiplies the gradient by up to 1.22 * decay at potentials below v_reset.
         levels: emit an integer number of spikes per step (I-LIF), `round(clamp(h / v_threshold, 0, levels))` with ties
             to even, where h is the potential before the reset; `levels` is at most 256. The quotient is computed as h
             times the rounded `1 / v_threshold`. Analog elements are not rounded. In backward the slope is
@@ -203,9 +203,10 @@ def lif(
 
     With the surrogate rectangle, `a = ((h - v_threshold) * slope + 0.5).clamp(0, 1)`, and spikes and input gradients
     are bit-identical to this loop. With levels, `a = (h * (1 / v_threshold)).clamp(0, levels)`, `z = a.round()`
-    and `v = h - reset_amount * s[t]`. With multi_spike, `z = (h > 0) * (h / v_threshold).trunc()`. periodic_exponential
-    is laplace, except that where h >= v_threshold, u is `v_threshold * (2 * (h / v_threshold - 0.5).remainder(1) - 1)`,
-    and the derivative of u by h is taken as 1.
+    and `v = h - reset_amount * s[t]`. With multi_spike, v is the same, and `z = (h > 0) * (h / v_threshold).trunc()`,
+    at most `levels` if given. periodic_exponential is laplace with another u. Below the threshold, u is
+    `h - v_threshold`, and from the threshold on `v_threshold * (2 * (h / v_threshold - 0.5).remainder(1) - 1)`. The
+    derivative of u by h is taken as 1 everywhere.
     """
     if unknown:
         check_keywords(unknown, LIF_DEFAULTS, _CALLER)
@@ -502,8 +503,8 @@ class LIF(Neurons):
         )
         s_seq = model(torch.randn(4, 32, 64))  # [T, B, 64] to [T, B, 128]
 
-    With a learned width the layer computes `asgl_cuda.lif(x_seq, width=log_width.exp(), ...)`. The docstring of this
-    function has the same computation as a loop in PyTorch.
+    With a learned width the layer computes `asgl_cuda.lif(x_seq, width=log_width.exp(), ...)`. The docstring of `lif`
+    shows this as a loop in PyTorch; for `detach_reset=True`, use `s[t].detach()` in its last line.
 
     With torch's initial weights and without a normalisation, deeper layers are silent at first. With a rectangle they
     then learn nothing. With a sigmoid they learn late, or with SGD perhaps not at all. The tutorial "A network that
