@@ -122,8 +122,8 @@ def lif(
         surrogate_gain: factor on the surrogate gradient.
         analog_prob: fraction of elements that emit the smooth value F(u / width) instead of a spike, in steps of
             1 / 65536. Default 0; the default of the layer `LIF` is 0.5. A tensor of one value on x_seq's device can
-            change without recompiling a compiled graph; it gets no gradient. Its range is checked where that of a width
-            is. Elsewhere its value is clamped to [0, 1], and NaN counts as 0.
+            change without recompiling a compiled graph; it gets no gradient. Its range is checked in the cases
+            in which the range of a width is checked. Otherwise its value is clamped to [0, 1], and NaN counts as 0.
         rng_state: int64 tensor `[seed, offset]` on x_seq's device, which determines the noise. Neurons are numbered in
             memory order, so a channels_last x_seq gets other noise than its contiguous copy.
         generator: generator that draws rng_state if rng_state is not given; default the device's default generator.
@@ -205,8 +205,8 @@ def lif(
     are bit-identical to this loop. With levels, `a = (h * (1 / v_threshold)).clamp(0, levels)`, `z = a.round()`
     and `v = h - reset_amount * s[t]`. With multi_spike, v is the same, and `z = (h > 0) * (h / v_threshold).trunc()`,
     at most `levels` if given. periodic_exponential is laplace with another u. Below the threshold, u is
-    `h - v_threshold`, and from the threshold on `v_threshold * (2 * (h / v_threshold - 0.5).remainder(1) - 1)`. The
-    derivative of u by h is taken as 1 everywhere.
+    `h - v_threshold`, and from the threshold on `v_threshold * (2 * (h / v_threshold - 0.5).remainder(1) - 1)`. Its
+    derivatives by h and v_threshold are taken as 1 and -1 everywhere.
     """
     if unknown:
         check_keywords(unknown, LIF_DEFAULTS, _CALLER)

@@ -52,7 +52,7 @@ def parameter_groups(
 
     Give `width_lr` if the optimizer is not a `torch.optim.Optimizer`, if it calls its closure several times, or if a
     CUDA graph captures its step. Then all of these parameters are "neurons", and the optimizer treats them as any other
-    group, with this rate. (The authors of ASGL train widths by Adam at 3e-4 for 117,000 steps.)
+    group, with this rate. (On CIFAR, the authors of ASGL train 1 / width by Adam at 3e-4 for 117,000 steps.)
 
     With `norm_weight_decay`, usually 0, there is a group "norms" between "weights" and the others, with `lr` and this
     decay. It has the parameters with at most one dimension, such as biases and the parameters of normalisations, and
