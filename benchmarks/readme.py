@@ -497,15 +497,15 @@ STUDIED = f"Each value is the mean of {{seeds}} seeds. {{trainings:,}} {COST}"
 FAST = (
     "We timed training steps of [five networks](#speed-and-memory) on {threads} threads of a CPU. With the default "
     "neurons of asgl_cuda, a step is {noisy} times as fast as with neurons of SpikingJelly, snnTorch, Norse or "
-    "sinabs. For most networks we also timed the neurons of these libraries after `torch.compile`. Compared with "
-    "them, a step with asgl_cuda is {noisy_compiled} times as fast."
+    "sinabs. For most pairs of a network and a library, we also timed the neurons of the library after "
+    "`torch.compile`. Compared with them, a step with asgl_cuda is {noisy_compiled} times as fast."
 )
 LEARNED = (
     "Layers learn the width of their surrogate gradient with the weights. We compared the default arguments with five"
     " fixed surrogates in {cells} [settings](docs/measured.md#the-defaults), which differ in the task, the depth, the"
-    " number of time steps, the decay, the optimizer and the length of training. In {none} of the {cells} settings "
-    "was the best of the five better than the defaults by more than the 95 % interval. Results in some of the "
-    "settings were used to choose the defaults, so the comparison favours the defaults."
+    " number of time steps, the decay, the optimizer and the length of training. The defaults were worse than the "
+    "best of the five in {none} of the {cells} settings, if differences within the 95 % interval do not count. "
+    "Results in some of the settings were used to choose the defaults, so the comparison favours the defaults."
 )
 STEPS = (
     f"This table shows milliseconds per training step of five networks, in float32 {ON}. In a pair, the second figure "
@@ -517,18 +517,19 @@ STEPS = (
 LAYERS = (
     "This table shows nanoseconds per neuron and time step, for forward and backward of one layer. In each row, the "
     f"number of neurons times T is {{elements}}. We measured in float32 {ON}. *floor* is the time of two element-wise "
-    "multiplications. Both columns of asgl_cuda have a rectangle as surrogate here. In the column *learned, noise*, a"
-    " fraction {noise} of the outputs is noisy, not one half as by default. The last row shows the bytes per neuron "
-    "and time step that are kept for backward at T = {first_steps}."
+    "multiplications. Both columns of asgl_cuda have a rectangle as surrogate here. The column *learned, noise* has "
+    "`analog_prob={noise}`, a fraction of noisy outputs, and not the default of 0.5 (see [The neuron](#the-neuron)). "
+    "The last row shows the bytes per neuron and time step that are kept for backward at T = {first_steps}."
 )
 GAIN = (
     "With `convert`, training steps of the SpikingJelly networks [below](#speed-and-memory) become {jelly} times as "
-    "fast; we did not convert the recurrent one. For snnTorch we did not time `sequences`. Instead we wrapped each "
-    "layer of snnTorch in asgl_cuda's [`MultiStep`](docs/reference/neurons.md#multistep), which converts the layer "
-    "and computes a whole sequence per call. These networks became {snntorch} times as fast. `fuse` makes converted "
-    "SpikingJelly networks with normalisations another {fused} times as fast. `fuse` also saves memory: in float32 a "
-    "normalisation and its neurons then keep {kept:.0f} bytes per neuron and time step for backward, not "
-    "{kept_apart:.0f}. With a residual addition between them, no memory is saved."
+    "fast. For snnTorch we did not time `sequences`. Instead we wrapped each layer of snnTorch in asgl_cuda's "
+    "[`MultiStep`](docs/reference/neurons.md#multistep), which converts the layer and computes a whole sequence per "
+    "call. The networks with layers of snnTorch became {snntorch} times as fast. These figures leave out the "
+    "recurrent network. `fuse` makes converted SpikingJelly networks with normalisations another {fused} times as "
+    "fast. `fuse` also saves memory: in float32 a normalisation and its neurons then keep {kept:.0f} bytes per neuron"
+    " and time step for backward, not {kept_apart:.0f}. If a residual is added between the normalisation and the "
+    "neurons, `fuse` saves no memory."
 )
 ARMS = [(optimizer, surrogate) for optimizer in ("SGD", "Adam") for surrogate in ("rectangle", "sigmoid")]
 SECTIONS = {
