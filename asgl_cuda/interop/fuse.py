@@ -279,7 +279,11 @@ class Fused(Overlay):
         )
 
     def refusal(self, text: str, remedy: str = "", last: str = _FUSE_AGAIN) -> RuntimeError:
-        """The error for a use of the output that a merged normalisation does not support, with remedies."""
+        """Notes for the report that this layer can't be merged, and returns the error that says so.
+
+        `text` is the use of the output that a merged normalisation does not support. `remedy` is a first remedy, which
+        ends in ", or ", and `last` the remedy named after `unfuse`.
+        """
         self.note_left(text)
         return RuntimeError(
             f"{_CALLER}: {self.original.__name__} is computed by the neurons after it, but {text}; {remedy}"

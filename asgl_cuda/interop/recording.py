@@ -1075,7 +1075,7 @@ def _in_place_form(function: Any) -> tuple[Any, str, int | None] | None:
 
 
 def _keeping_dtype(function: Any) -> Any:
-    """The function, whose result has the dtype of its first argument, as that of a change in place has."""
+    """Wraps a function so that its result keeps the dtype of the first argument, as a change in place does."""
 
     @functools.wraps(function)
     def call(target: Any, *args: Any, **kwargs: Any) -> Any:

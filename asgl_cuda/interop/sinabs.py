@@ -194,6 +194,7 @@ class ConvertedRecurrent(Recurrent, ConvertedLayer):
 
     def dependencies(self) -> dict[str, Any]:
         """Values that must not change after the conversion, see `Converted.dependencies`."""
+        # None while rec_connect can be converted; after a change that prevents it, the reason, which becomes the error.
         feedback = feedback_reason(self.rec_connect)
         return {**super().dependencies(), "record_states": self.record_states, "rec_connect": feedback}
 

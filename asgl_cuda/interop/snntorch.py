@@ -167,15 +167,16 @@ class ConvertedLeaky(Converted):
         return spk, mem
 
     def compute_sequence(self, x_seq: Tensor, mem: Tensor | None = None) -> tuple[Tensor, ...]:
-        """Spikes and states of all steps."""
+        """Spikes and states of all steps, from the given states or the stored ones. Stores the last states."""
         options = self._sequence_options()
         if self._has_small_beta(options["decay"]):
             return self.loop_over_steps(x_seq, mem)
         self._check_parameter_shapes(x_seq.shape[1:], options["v_threshold"], options["decay"])
-        options["return_h_seq"] = at_rest = self.reset_delay or self.reset_mechanism == "none"
-        options |= {} if at_rest else {"detach_reset": False, "return_v_seq": True}
+        # mem is the potential before the reset, unless reset_delay=False resets it in the same step.
+        options["return_h_seq"] = is_before_reset = self.reset_delay or self.reset_mechanism == "none"
+        options |= {} if is_before_reset else {"detach_reset": False, "return_v_seq": True}
         output = self.lif(x_seq, v_init=self._initial_potential(x_seq, mem, options), **options)
-        mem_seq = output.h_seq if at_rest else output.v_seq
+        mem_seq = output.h_seq if is_before_reset else output.v_seq
         assert mem_seq is not None
         mem_seq = self._in_snntorch_dtype(mem_seq, x_seq)
         self._store_state("mem", mem_seq[-1].clone())
@@ -207,7 +208,10 @@ class ConvertedLeaky(Converted):
         return spk if self.init_hidden and not self.output else (spk, *states)
 
     def _check_parameter_shapes(self, shape: torch.Size, *used: Tensor | float) -> None:
-        """Raises ValueError if a parameter does not broadcast against a step, and one in `used` has dimensions."""
+        """Raises ValueError for a parameter of the layer that does not broadcast against a step of this shape.
+
+        Looks for one only if a value in `used`, the parameters of this call, has dimensions: numbers always broadcast.
+        """
         for each in used:
             if isinstance(each, Tensor) and each.dim():
                 self._raise_for_parameter_shape(shape)

@@ -235,7 +235,7 @@ class ConvertedContainer(Recurrent):
             return found
         found |= ConvertedNode.dependencies(node)
         found["store_v_seq"] = getattr(node, "store_v_seq", False)
-        if isinstance(self, _WITH_WEIGHTS):
+        if isinstance(self, _WITH_WEIGHTS):  # the reason, which becomes the error, if rc can't be converted any more
             return {**found, "feedback": feedback_reason(self.rc)}
         return {**found, "element_wise_function": self.element_wise_function}
 

@@ -150,7 +150,7 @@ class Noisy(Settable):
         return self
 
     def _make_analog_prob_data(self, device: torch.device) -> None:
-        """Rebuilds `_analog_prob_data` on `device`: `[1]`, or `[0]` without noise."""
+        """Rebuilds `_analog_prob_data` on `device`: one element, the probability, or no element without noise."""
         size = int(self._analog_prob > 0)
         with torch.inference_mode(False):  # inference tensors can't be used in training
             self._analog_prob_data = torch.full((size,), self._analog_prob, dtype=torch.float64, device=device)

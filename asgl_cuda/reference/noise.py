@@ -14,7 +14,7 @@ SEED_PER_STEP = 0x61C8864680B583EB  # kSeedPerStep of csrc/params/recurrent.h
 
 
 def rng_states_of_steps(rng_state: Tensor | None, steps: int) -> Tensor | list[None]:
-    """The rng_state of each step of recurrent neurons: [seed + SEED_PER_STEP * t, offset]."""
+    """The rng_state of each step of recurrent neurons, in which SEED_PER_STEP * t is added to the seed."""
     if rng_state is None:
         return [None] * steps
     is_seed = torch.arange(rng_state.shape[0], device=rng_state.device) == 0

@@ -108,7 +108,7 @@ class AnalogProbSchedule:
 
     @property
     def probs(self) -> dict[str, float]:
-        """The current `analog_prob` of each layer."""
+        """The current `analog_prob` of each scheduled layer."""
         return {name: self._layers[name].analog_prob for name in self.starts}
 
     def step(self) -> None:

@@ -9,8 +9,8 @@
 namespace asgl::cpu {
 namespace {
 
-// Whether the settled kernels can compute all wanted outputs, apart from gradients of input_gain and input_bias, which
-// is_settled checks.
+// Whether a call wants nothing that no settled kernel has: in forward v_seq or h_seq, in backward their gradients or
+// the gradient of v_reset. is_settled has further conditions for an input with a gain, bias or mean.
 template <class Scalar>
 bool settled_suffices(const ForwardParams<Scalar>& params) {
   return params.v_seq == nullptr && params.h_seq == nullptr;

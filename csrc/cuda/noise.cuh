@@ -128,7 +128,8 @@ class SegmentNoise<4, kSteps> {
   }
 
  private:
-  // Draws the bits of eight steps from `start` on, four for each, or those of `length` steps if there are fewer.
+  // Draws the bits of eight steps from `start` on, or of `length` steps if there are fewer. Bit 4 k + j says whether
+  // neuron n + j is analog at step start + k.
   static __device__ __forceinline__ uint32 draw_eight_steps(const NoiseSource& source, int64 n, int64 start,
                                                             int length) {
     if (!source.needs_draws()) return source.is_always_analog() ? 0xFFFFFFFFu : 0u;
