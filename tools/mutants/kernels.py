@@ -114,7 +114,7 @@ BEYOND_AN_ARRAY = {
             "sums beyond the last column": products("&sums[i], @);\n    }\n    for", "width", "kColumns"),
             "spikes beyond the last neuron": recurrent("i < @; ++i) spikes[", "width", "kMaxProductRows"),
             "spikes beyond the last vector": products("i + @ <= length", "8", "1"),
-            "one more element of the weight": recurrent("all_finite(params.weight, @)))",
+            "one more element of the weight": recurrent("all_finite(params.weight, @)),",
                                                         "params.neurons * params.neurons",
                                                         "params.neurons * params.neurons + 1"),
         },
@@ -660,7 +660,7 @@ CPU_MUTANTS = {
         "noise of the first rows": recurrent("draws + (@)", "chunk.first - 4 * group", "int64(0)"),
         "noise of the chunk's first rows": recurrent("draws + @,", "offset", "int64(0)"),
         "zeros hide a NaN of the weight": recurrent(
-            "(elementwise_ || @)", "all_finite(params.weight, params.neurons * params.neurons)", "true"
+            "!elementwise_ && @),", "all_finite(params.weight, params.neurons * params.neurons)", "true"
         ),
         "zeros hide a NaN of dj": recurrent("skips_zeros = @;", "all_finite(dj, rows * neurons)", "true"),
         "a gradient through detached spikes": recurrent("if (@) {\n      std::fill_n(feedback_",
