@@ -190,11 +190,15 @@ def convert(
     Returns:
         The model, and a `Report` with the lists `replaced` and `left`. `print` shows both, with advice on speed.
 
-    Raises TypeError or ValueError for invalid arguments; TypeError if a function in `layers` returns neither another
-    module nor None; ValueError if `asgl` or `backend` is given and the model already contains a converted layer, or if
-    `sequences` refuses the model; and RuntimeError if the model can't be copied, if a function in `layers` raises an
-    error, which is then the `__cause__` of the RuntimeError, or if the state dict of a module does not load into its
-    replacement. Messages about `layers` name the module. After an error the model is unchanged.
+    Raises:
+        TypeError, ValueError: an argument is invalid.
+        TypeError: a function in `layers` returns neither another module nor None.
+        ValueError: `asgl` or `backend` is given and the model already contains a converted layer, or `sequences`
+            refuses the model.
+        RuntimeError: the model can't be copied; a function in `layers` raises an error, the `__cause__` of this one; or
+            a tensor in the state dict of a module has another shape than in its replacement.
+
+    Messages about `layers` name the module. After an error the model is unchanged.
 
     Example::
 

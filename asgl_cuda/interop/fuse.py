@@ -80,7 +80,7 @@ def fuse(model: nn.Module, *example: Any, inplace: bool = False) -> tuple[nn.Mod
         joined, report = asgl_cuda.fuse(torch.nn.Sequential(norm, asgl_cuda.LIF()), torch.rand(5, 2, 4))
         print(report)
 
-    The same in PyTorch: the model before `fuse`.
+    In PyTorch, the model before `fuse` computes the same.
     """
     model = model_or_copy(model, inplace, _CALLER)
     before = {module for module in model.modules() if isinstance(module, Converted)}
