@@ -389,7 +389,7 @@ def demo(report: Report) -> list[str]:
 
 def learned_values(report: Report) -> Report:
     found = defaults.lost(report)
-    return {**found, "none": found["lost"] or "none"}
+    return {**found, "lost_cells": f"{found['lost']} settings" if found["lost"] else "no setting"}
 
 
 def memory(report: Report) -> list[str]:
@@ -503,22 +503,22 @@ FAST = (
 LEARNED = (
     "Layers learn the width of their surrogate gradient with the weights. We compared the default arguments with five"
     " fixed surrogates in {cells} [settings](docs/measured.md#the-defaults), which differ in the task, the depth, the"
-    " number of time steps, the decay, the optimizer and the length of training. The defaults were worse than the "
-    "best of the five in {none} of the {cells} settings, if differences within the 95 % interval do not count. "
-    "Results in some of the settings were used to choose the defaults, so the comparison favours the defaults."
+    " number of time steps, the decay, the optimizer and the length of training. In {lost_cells} were the defaults "
+    "worse than the best of the five by more than the 95 % interval. Results in some of the settings were used to "
+    "choose the defaults, so the comparison favours the defaults."
 )
 STEPS = (
-    f"This table shows milliseconds per training step of five networks, in float32 {ON}. In a pair, the second figure "
-    "is with `torch.compile`, and a dash means that nothing was compiled. The first two columns are layers of "
-    "asgl_cuda: *learned, noise* has the default arguments, and *fixed width* has no noise. *loop* is a loop over time "
-    "in plain PyTorch. [Measured](docs/measured.md#a-training-step) has the versions, the batch sizes, what was "
-    "compiled, and the seconds that compiling took."
+    f"This table shows milliseconds per training step of five networks, in float32 {ON}. A cell with two figures has"
+    " the time without `torch.compile`, then the time with it. A dash means that nothing was compiled. The first two "
+    "columns are layers of asgl_cuda: *learned, noise* has the default arguments, and *fixed width* has no noise. "
+    "*loop* is a loop over time in plain PyTorch. [Measured](docs/measured.md#a-training-step) has the versions, the "
+    "batch sizes, what was compiled, and the seconds that compiling took."
 )
 LAYERS = (
     "This table shows nanoseconds per neuron and time step, for forward and backward of one layer. In each row, the "
     f"number of neurons times T is {{elements}}. We measured in float32 {ON}. *floor* is the time of two element-wise "
-    "multiplications. Both columns of asgl_cuda have a rectangle as surrogate here. The column *learned, noise* has "
-    "`analog_prob={noise}`, a fraction of noisy outputs, and not the default of 0.5 (see [The neuron](#the-neuron)). "
+    "multiplications. Both columns of asgl_cuda have a rectangle as surrogate here. In the column *learned, noise*, a"
+    " fraction {noise} of the outputs is noisy, while the default is 0.5. [The neuron](#the-neuron) explains noise. "
     "The last row shows the bytes per neuron and time step that are kept for backward at T = {first_steps}."
 )
 GAIN = (
