@@ -523,7 +523,10 @@ def check_analog_prob(analog_prob: float, caller: str) -> int:
 
 
 def check_analog_prob_tensor(analog_prob: Tensor, x_seq: Tensor, caller: str) -> Tensor:
-    """The limit for draws as an int64 tensor `[1]`, from a tensor of one value on the device of x_seq."""
+    """Checks analog_prob, a tensor of one value on the device of x_seq; returns the limit for draws, int64 `[1]`.
+
+    A value that can't be read (`has_readable_values`) is not checked but clamped to [0, 1].
+    """
     check_dense("analog_prob", analog_prob, caller)
     if analog_prob.dtype not in FLOATING_TYPES or analog_prob.numel() != 1:
         raise TypeError(

@@ -41,9 +41,10 @@ def rng_state_of_call(
 
 
 def _draw_rng_state(x_seq: Tensor, generator: torch.Generator | None, backend: str, together: bool) -> Tensor:
-    """A new (seed, offset), drawn by the generator, or by the default generator of the device.
+    """A new (seed, offset), `[2]`, drawn by the generator, or by the default generator of the device.
 
-    With `together`, noise under vmap follows its `randomness`: one draw for all samples, or one for each.
+    With `together`, the noise under vmap follows its `randomness`: the same for all samples, or different noise. The
+    result is then `[1, 2]`, see `_draw_under_transforms`.
     """
     operators = BACKENDS[backend].operators
     if operators is not None:

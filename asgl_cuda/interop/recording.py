@@ -224,7 +224,7 @@ class Group:
         return tree_map(lambda each: each.narrow(0, first, count), stack)
 
     def meta(self) -> Any:
-        """A member as a tensor on the device "meta", which has the shape and dtype but no memory."""
+        """A member, a tensor, a nested tuple of tensors or None, on the device "meta": shapes and dtypes alone."""
         if self._meta is NotImplemented:
             with torch.no_grad():
                 todo = [self]  # not by recursion: a sum over the steps is as deep as there are steps
@@ -237,7 +237,7 @@ class Group:
         return self._meta
 
     def make_meta(self) -> Any:
-        """Makes the tensor that `meta` returns."""
+        """Makes the value that `meta` returns. `meta` of `sources` is known."""
         raise NotImplementedError
 
     def device(self) -> torch.device:

@@ -279,7 +279,11 @@ class ConvertedLeaky(Converted):
             raise TypeError(f"`{name}` should not be passed as an argument while `init_hidden=True`")
 
     def _has_small_beta(self, decay: Tensor | float) -> bool:
-        """Whether beta is so small that a sequence is computed step by step. Reads a tensor once after each change."""
+        """Whether beta is known to be so small that a sequence must be computed step by step.
+
+        Reads a tensor once after each change. It can't be read while compiling, under transforms of torch.func, and
+        while a CUDA graph is captured.
+        """
         if self.reset_mechanism != "subtract":
             return False
         if isinstance(decay, float):

@@ -206,7 +206,7 @@ def integrator_reference(
 ) -> tuple[Tensor, Tensor]:
     """The loop over the steps of the leaky integrator: v_seq, in the type of x_seq, and v_last.
 
-    v[t] = v_rest + decay * (v[t-1] - v_rest) + input_gain * x[t];  out[t] = v[t], or v[t-1] with delay
+    v[t] = v_rest + decay * (v[t-1] - v_rest) + input_gain * x[t];  v_seq[t] = v[t], or v[t-1] with delay
     """
     real = real_type(x_seq.dtype)
     x = x_seq.to(real).movedim(time_dim, 0)

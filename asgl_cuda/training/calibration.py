@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
@@ -223,12 +223,15 @@ class _Trial:
         sites = [site for site in self._sites.values() if site.calls]
         return {site: self._rate_of(site, [call[-1] for call in site.calls]) for site in sites}
 
-    def measure_biases(self, before: dict[_Site, float]) -> None:
-        """Runs the model with all weights at 0, to find the inputs that the neurons get from biases alone."""
-        for site in before:
+    def measure_biases(self, sites: Iterable[_Site]) -> None:
+        """Runs the model with the weights of these sites at 0, and then restores the weights.
+
+        Stores in `site.biases` the inputs that the neurons got, which are those from biases alone.
+        """
+        for site in sites:
             self._set_factor(site, 0.0)
         self.run()
-        for site in before:
+        for site in sites:
             self._set_factor(site, 1.0)
             site.biases = [x for _, x, *_ in site.calls]
 

@@ -38,8 +38,9 @@ bool fours_share_parameters(const LIFParams<Scalar>& params) {
   return shared;
 }
 
-// Whether the parameters allow a thread to compute four neurons: the four share all parameters, or kernels for
-// Input::kApart can run, because the other parameters have one value per neuron, adjacent and aligned in memory.
+// Whether the parameters allow a thread to compute four neurons. Either the four share every parameter, or the input is
+// plain or normalised, for which there are kernels for Input::kApart, and each parameter that they do not share has one
+// value per neuron, adjacent and aligned in memory.
 template <class Params>
 bool parameters_fit_four_lanes(const Params& params) {
   const bool shared = fours_share_parameters(params);

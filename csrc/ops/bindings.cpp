@@ -71,8 +71,10 @@ class CompiledLauncher : public ops::Launcher {
 const CompiledLauncher compiled_launcher;
 #endif
 
-// Registers the operators of a namespace that Python has defined, for tensors on `device`, "CPU" or "CUDA", with the
-// kernels that two Python functions start. Returns an object with the operators as functions (direct_calls.h).
+// Registers implementations of the operators that Python has defined in a namespace, and their autograd kernels, for
+// tensors on `device`, "CPU" or "CUDA". Of the two Python functions (asgl_cuda/backends/launcher.py), `launch` starts a
+// kernel, and `resident_threads` returns the number of threads that a device can hold at a time. Returns an object with
+// the operators as functions (direct_calls.h).
 pybind11::object implement(const std::string& name_space, const std::string& device, pybind11::object launch,
                            pybind11::object resident_threads) {
   // The launcher and the libraries are never deleted. The launcher holds Python objects, and when the process ends

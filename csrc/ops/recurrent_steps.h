@@ -10,8 +10,11 @@ namespace asgl::ops {
 // The neurons of a call, computed one step at a time as sequences [1, B, N].
 class RecurrentSteps {
  public:
+  // Prepares the arguments that all steps share, and an rng_state for each step, in which t * kSeedPerStep is added to
+  // the seed. Spikes are fed back unscaled, so scale_output applies later, to the whole sequence. x may be passed as a
+  // residual, whose gain is then 1.
   explicit RecurrentSteps(const RecurrentCall& call)
-      : parameters_(call.parameters.unbind()), constants_{call.numbers, call.rules}, states_(call.steps()) {
+      : parameters_(call.parameters.unbind()), constants_{call.numbers, call.rules}, rng_states_(call.steps()) {
     constants_.rules.time_dim = constants_.rules.scale_output = 0;
     constants_.numbers.residual_gain = 1;
     const int count = call.has_adaptation() ? kNumParameters : kInputGain;  // otherwise the input's are constants
@@ -20,8 +23,8 @@ class RecurrentSteps {
     const Tensor is_seed = at::arange(call.rng_state->numel(), call.rng_state->options()).eq(0);
     const Tensor t = at::arange(call.steps(), call.rng_state->options()).unsqueeze(1);
     const int64_t seed_of_step = static_cast<int64_t>(kSeedPerStep);
-    const std::vector<Tensor> states = (*call.rng_state + t * seed_of_step * is_seed).unbind();
-    states_.assign(states.begin(), states.end());
+    const std::vector<Tensor> rng_states = (*call.rng_state + t * seed_of_step * is_seed).unbind();
+    rng_states_.assign(rng_states.begin(), rng_states.end());
   }
 
   // The values of a parameter, [N], by RecurrentParameterId.
@@ -29,14 +32,14 @@ class RecurrentSteps {
 
   // The call of the neuron for step t, with this input and the states before the step.
   NeuronCall forward_call(const Tensor& current, const Tensor& v, int64_t t) const {
-    return {current.unsqueeze(0), v, states_[t], neuron_, std::nullopt, constants_};
+    return {current.unsqueeze(0), v, rng_states_[t], neuron_, std::nullopt, constants_};
   }
 
   // The call of the neuron for step t, whose kernel computes the input (fed + bias) + x.
   NeuronCall forward_call(const Tensor& fed, const Tensor& x, const Tensor& v, int64_t t) const {
     Parameters neuron = neuron_;
     neuron[kInputBias] = parameters_[kRecurrentBias];
-    return {fed.unsqueeze(0), v, states_[t], neuron, x.unsqueeze(0), constants_};
+    return {fed.unsqueeze(0), v, rng_states_[t], neuron, x.unsqueeze(0), constants_};
   }
 
   // The call of the neuron for backward of step t. It recomputes the step with h as the input of a neuron at rest, so
@@ -47,13 +50,13 @@ class RecurrentSteps {
     constants.numbers.v_rest = 0;
     Parameters neuron = neuron_;
     if (reset.defined()) neuron[kReset] = reset;
-    return {h, std::nullopt, states_[t], neuron, std::nullopt, constants};
+    return {h, std::nullopt, rng_states_[t], neuron, std::nullopt, constants};
   }
 
  private:
   std::vector<Tensor> parameters_;
   Constants constants_;
-  std::vector<OptionalTensor> states_;
+  std::vector<OptionalTensor> rng_states_;
   Parameters neuron_;
 };
 
