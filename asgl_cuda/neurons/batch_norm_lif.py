@@ -376,7 +376,7 @@ def batch_norm_lif(
     The other arguments are those of `asgl_cuda.lif`, except `input_gain`, `input_bias` and `input_mean`. Results and
     errors are also as there. The result is differentiable once, also with respect to weight and bias. Statistics are
     computed in float64 by sums that do not cancel, and the normalised value is not rounded to the type of x_seq. A
-    float16 input of mean 100 and standard deviation 0.1 is therefore normalised accurately. Inputs may be up to 1e15 in
+    float16 input of mean 10 and standard deviation 0.1 is therefore normalised accurately. Inputs may be up to 1e15 in
     magnitude, or 1e150 in float64. With larger inputs, gradients can be NaN or inaccurate. With `eps=0` the standard
     deviation of a channel must be at least 1e-15, or 1e-150 in float64.
 
@@ -648,9 +648,9 @@ class BatchNormLIF(LIF):
         num_features: number of channels; for granularity "neuron" the shape of the neurons, channels first.
         eps, momentum, affine, track_running_stats: as in `torch.nn.BatchNorm2d`.
         input_scale: factor on the normalised input; `alpha * v_threshold` for tdBN.
-        process_group: the processes that share statistics in training, as in `torch.nn.SyncBatchNorm`; "world" means
-            all processes that exist at each call. A layer with a group can't be copied or pickled; a layer with "world"
-            can.
+        process_group: the processes that share statistics in training: a group as for `torch.nn.SyncBatchNorm`, "world"
+            for all processes that exist at each call, or None (default) for this process alone. A layer with a group
+            can't be copied or pickled; a layer with "world" can.
         device, dtype: of the parameters and the running statistics.
         lif_options: arguments of `LIF`, except `input_gain`.
 

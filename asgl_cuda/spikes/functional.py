@@ -182,6 +182,11 @@ def convolution_by_kernel(
             f"{list(x.shape)}"
         )
     if isinstance(padding, str):
+        if padding not in ("same", "valid") or (padding == "same" and any(each != 1 for each in stride)):
+            raise ValueError(
+                f"{caller}: padding must be numbers, 'valid' or, with stride 1, 'same', got {padding!r} with stride "
+                f"{list(stride)}"
+            )
         both = [size - 1 if padding == "same" else 0 for size in weight.shape[2:]]  # the sum of both sides
         padding = [each // 2 for each in both]
         x = functional.pad(x, [pad for each in reversed(both) for pad in (0, each % 2)])
@@ -222,7 +227,8 @@ def spike_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
 
     Raises:
         TypeError: input or weight is not a tensor.
-        ValueError: sizes do not fit. In the cases that torch's operator computes, it raises its own RuntimeError.
+        ValueError: sizes do not fit.
+        RuntimeError: the same, where torch's operator is used (see above).
 
     Example::
 
@@ -263,7 +269,8 @@ def spike_conv2d(
 
     Raises:
         TypeError: input or weight is not a tensor.
-        ValueError: sizes do not fit. In the cases that torch's operator computes, it raises its own RuntimeError.
+        ValueError: sizes do not fit.
+        RuntimeError: the same, where torch's operator is used (see above).
 
     Example::
 

@@ -35,7 +35,7 @@ def parameter_groups(
     weight_decay: float | None = None,
     norm_weight_decay: float | None = None,
 ) -> list[dict[str, Any]]:
-    """Groups for a torch optimizer: "weights" take `lr` and `weight_decay`, "widths" and "neurons" steps of their own.
+    """Groups for an optimizer: "weights" with `lr` and `weight_decay`, "widths" and "neurons" with rates of their own.
 
     Weights get the weight decay of the optimizer, as in `AdamW(parameter_groups(model, lr), weight_decay=0.05)`, unless
     `weight_decay` gives them another. The `lr` of the optimizer has no effect, because each group has its own.

@@ -298,6 +298,19 @@ def test_others_are_torchs():
             lambda x: asgl_cuda.spike_conv2d(x.reshape(2, 4, 1, 1), torch.rand(3, 4, 3, 3)),
             "the kernel is larger than the image",
         ),
+        *(
+            (
+                lambda x, options=options: asgl_cuda.spike_conv2d(
+                    x.reshape(2, 4, 1, 1), torch.rand(3, 4, 3, 3), **options
+                ),
+                "padding must be numbers, 'valid' or, with stride 1, 'same', got",
+            )
+            for options in (
+                {"padding": "full"},
+                {"padding": "same", "stride": 2},
+                {"padding": "same", "stride": (1, 2)},
+            )
+        ),
     ],
 )
 def test_errors(call, message):

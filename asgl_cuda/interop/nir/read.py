@@ -40,8 +40,9 @@ def from_nir(graph: nir.NIRGraph, dt: float | None = None, *, dtype: torch.dtype
             written. Nodes that `to_nir` wrote contain it, and it is their default; for other nodes the default is 1e-4.
         dtype: dtype of all weights and parameters; default `torch.get_default_dtype()`.
 
-    LIF and IF become asgl_cuda.LIF, and LI and I become asgl_cuda.LeakyIntegrator. CubaLIF and CubaLI become a
-    Sequential of two of these, with the current first. Threshold becomes a LIF with decay 0, and Delay a module that
+    LIF and IF become asgl_cuda.LIF, and LI and I become asgl_cuda.LeakyIntegrator. CubaLIF becomes a
+    Sequential of a LeakyIntegrator, which computes the synaptic current, and a LIF. CubaLI becomes a Sequential of two
+    LeakyIntegrators. Threshold becomes a LIF with decay 0, and Delay a module that
     takes whole sequences. If the gain of an integrator differs between neurons, a module before it multiplies by the
     gains. A node written by `to_nir` becomes the same layer again, with its parameters, but with time first. For other
     nodes, options that NIR does not have take the defaults of the layer. Decay, threshold and reset are then constants,
