@@ -147,8 +147,12 @@ def layers(report: Report) -> list[str]:
 
 
 def layers_values(report: Report) -> Report:
-    (count,) = {elements(size) for size in compared(report)[0]}
+    sizes = compared(report)[0]
+    (count,) = {elements(size) for size in sizes}
+    sigmoid = [nanoseconds(size, f"{PLAIN}{OURS}, sigmoid") for size in sizes]
     return {
+        **long_values(read_report("end_to_end")),
+        "sigmoid": between([each for each in sigmoid if each is not None]),
         "elements": power_of_two(count),
         "noise": ANALOG_PROB,
         "first_steps": compared(report)[0][0]["steps"],
@@ -324,18 +328,24 @@ def steps_values(report: Report) -> Report:
     def fused(network: Report, name: str) -> float | None:
         return milliseconds(network, f"{name}{CONVERTED} cpu{FUSED_BLOCK}")
 
-    def gain(library: str) -> str:
-        names = [name for name in peers if library in name]
-        return between(times_faster(report, milliseconds, converted, names), ".1f", ".1f")
+    def ranges(name: str, slower: Time, faster: Time, rows: Collection[str], form: str) -> Report:
+        """The ratios of networks with few time steps, and of those with many."""
+        found = {}
+        for end, is_long in (("short", False), ("long", True)):
+            networks = {
+                key: each for key, each in report["networks"].items() if (each["input_shape"][0] > 8) == is_long
+            }
+            found[f"{name}_{end}"] = between(times_faster({"networks": networks}, slower, faster, rows), form, form)
+        return found
 
-    rates = [100 * rate for network in report["networks"].values() for rate in network["rates"]]
+    def of(library: str) -> list[str]:
+        return [name for name in peers if library in name]
+
     return {
-        "noisy": between(times_faster(report, milliseconds, noisy, peers), ".1f", ".1f"),
-        "noisy_compiled": between(times_faster(report, compiled_milliseconds, noisy, peers), ".1f", ".1f"),
-        "peers_in_words": listed(report["machine"]["peers"]),
-        "firing": between(rates, ".0f", ".0f"),
-        "jelly": gain("SpikingJelly"),
-        "snntorch": gain("snnTorch"),
+        **ranges("noisy", milliseconds, noisy, peers, ".1f"),
+        **ranges("compiled", compiled_milliseconds, noisy, peers, ".2f"),
+        **ranges("jelly", milliseconds, converted, of("SpikingJelly"), ".1f"),
+        **ranges("snntorch", milliseconds, converted, of("snnTorch"), ".1f"),
         "fused": between(times_faster(report, converted, fused, peers)),
     }
 
@@ -373,7 +383,9 @@ def end_to_end(report: Report) -> list[str]:
 
 def long_values(report: Report) -> Report:
     """Values for the text about one compiled layer at many steps."""
-    return {f"long_{name}": report["long_loop"][name] for name in ("layer", "steps", "first_seconds")}
+    found = report["long_loop"]
+    times = {f"long_{name}": 1e9 * found[name] / elements(found) for name in ("eager", "compiled")}
+    return {**{f"long_{name}": found[name] for name in ("layer", "steps", "first_seconds")}, **times}
 
 
 def convert_values(report: Report) -> Report:
@@ -496,16 +508,17 @@ COST = "training runs took {minutes:.0f} minutes on one core:"
 STUDIED = f"Each value is the mean of {{seeds}} seeds. {{trainings:,}} {COST}"
 FAST = (
     "We timed training steps of [five networks](#speed-and-memory) on {threads} threads of a CPU. With the default "
-    "neurons of asgl_cuda, a step is {noisy} times as fast as with neurons of SpikingJelly, snnTorch, Norse or "
-    "sinabs. For most pairs of a network and a library, we also timed the neurons of the library after "
-    "`torch.compile`. Compared with them, a step with asgl_cuda is {noisy_compiled} times as fast."
+    "neurons of asgl_cuda, a step is {noisy_short} times as fast at T = 4 and 8, and {noisy_long} times at T = 100, "
+    "as with neurons of SpikingJelly, snnTorch, Norse or sinabs. For most pairs of a network and a library, we also "
+    "compiled the neurons of the library by `torch.compile`. Compared with them, a step with asgl_cuda is "
+    "{compiled_short} times as fast at T = 4 and 8, and {compiled_long} times at T = 100."
 )
 LEARNED = (
     "Layers learn the width of their surrogate gradient with the weights. We compared the default arguments with five"
-    " fixed surrogates in {cells} [settings](docs/measured.md#the-defaults), which differ in the task, the depth, the"
-    " number of time steps, the decay, the optimizer and the length of training. In {lost_cells} were the defaults "
-    "worse than the best of the five by more than the 95 % interval. Results in some of the settings were used to "
-    "choose the defaults, so the comparison favours the defaults."
+    " fixed surrogates in {cells} [settings](docs/measured.md#the-defaults) of small fully connected networks, which "
+    "differ in the task, the depth, the number of time steps, the decay, the optimizer and the length of training. In"
+    " {lost_cells} were the defaults worse than the best of the five by more than the 95 % interval. Results in some "
+    "of the settings were used to choose the defaults, so the comparison favours the defaults."
 )
 STEPS = (
     f"This table shows milliseconds per training step of five networks, in float32 {ON}. A cell with two figures has"
@@ -517,19 +530,22 @@ STEPS = (
 LAYERS = (
     "This table shows nanoseconds per neuron and time step, for forward and backward of one layer. In each row, the "
     f"number of neurons times T is {{elements}}. We measured in float32 {ON}. *floor* is the time of two element-wise "
-    "multiplications. Both columns of asgl_cuda have a rectangle as surrogate here. In the column *learned, noise*, a"
-    " fraction {noise} of the outputs is noisy, while the default is 0.5. [The neuron](#the-neuron) explains noise. "
-    "The last row shows the bytes per neuron and time step that are kept for backward at T = {first_steps}."
+    "multiplications. Both columns of asgl_cuda have a rectangle as surrogate here, and the libraries have their "
+    "default surrogates. A sigmoid takes {sigmoid} ns with a fixed width. In the column *learned, noise*, a fraction "
+    "{noise} of the outputs is noisy, while the default is 0.5. [The neuron](#the-neuron) explains noise. The "
+    "compiled layer of SpikingJelly at T = {long_steps} needs {long_compiled:.1f} ns, in another measurement. The "
+    "last row shows the bytes per neuron and time step that are kept for backward at T = {first_steps}."
 )
 GAIN = (
-    "With `convert`, training steps of the SpikingJelly networks [below](#speed-and-memory) become {jelly} times as "
-    "fast. For snnTorch we did not time `sequences`. Instead we wrapped each layer of snnTorch in asgl_cuda's "
-    "[`MultiStep`](docs/reference/neurons.md#multistep), which converts the layer and computes a whole sequence per "
-    "call. The networks with layers of snnTorch became {snntorch} times as fast. These figures leave out the "
-    "recurrent network. `fuse` makes converted SpikingJelly networks with normalisations another {fused} times as "
-    "fast. `fuse` also saves memory: in float32 a normalisation and its neurons then keep {kept:.0f} bytes per neuron"
-    " and time step for backward, not {kept_apart:.0f}. If a residual is added between the normalisation and the "
-    "neurons, `fuse` saves no memory."
+    "With `convert`, training steps of the SpikingJelly networks [below](#speed-and-memory) become {jelly_short} "
+    "times as fast at T = 4 and 8, and {jelly_long} times at T = 100. For snnTorch we did not time `sequences`. "
+    "Instead we wrapped each layer of snnTorch in asgl_cuda's [`MultiStep`](docs/reference/neurons.md#multistep), "
+    "which converts the layer and computes a whole sequence per call. The networks with layers of snnTorch became "
+    "{snntorch_short} times as fast at T = 4 and 8, and {snntorch_long} times at T = 100. These figures leave out the"
+    " recurrent network, and compare with neurons that are not compiled. `fuse` makes converted SpikingJelly networks"
+    " with normalisations another {fused} times as fast. `fuse` also saves memory: in float32 a normalisation and its"
+    " neurons then keep {kept:.0f} bytes per neuron and time step for backward, not {kept_apart:.0f}. If a residual "
+    "is added between the normalisation and the neurons, `fuse` saves no memory."
 )
 ARMS = [(optimizer, surrogate) for optimizer in ("SGD", "Adam") for surrogate in ("rectangle", "sigmoid")]
 SECTIONS = {
@@ -557,7 +573,8 @@ SECTIONS = {
     "end_to_end": Section(
         "end_to_end",
         end_to_end,
-        "Compiling one layer of {long_layer} at T = {long_steps} took {long_first_seconds:.0f} s. The times are "
+        "Compiling one layer of {long_layer} at T = {long_steps} took {long_first_seconds:.0f} s. The layer then took "
+        "{long_compiled:.1f} ns per element, and {long_eager:.1f} ns before. The times are "
         f"medians, in float32, {ON}:",
         long_values,
     ),
