@@ -33,6 +33,7 @@ class Network(NamedTuple):
     input_shape: tuple[int, ...]  # [T, B, ...]
     left: int = 0  # normalisations without neurons of their own
     kind: str = "LIF"  # of the neurons in PEERS
+    lr: float = 0.01  # at which the loss falls in a few steps
 
 
 def orthogonal(inputs: int, outputs: int, first: bool) -> Tensor:
@@ -154,7 +155,7 @@ NETWORKS = {
     "speech": SPEECH,
     "recurrent speech": Network(partial(recurrent, 700, (256,) * 3), SPEECH.input_shape, kind="recurrent"),
     "transformer": Network(partial(transformer, 48, 256, 8), (4, 16, 64, 48)),  # 8 x 8 patches of 4 x 4 pixels
-    **({"ResNet-18": Network(resnet18, (4, 32, 3, 32, 32), left=3)} if find_spec("spikingjelly") else {}),
+    **({"ResNet-18": Network(resnet18, (4, 32, 3, 32, 32), left=3, lr=1e-3)} if find_spec("spikingjelly") else {}),
 }
 
 
@@ -162,13 +163,18 @@ class Training:
     """A network with its data and optimiser. Weights, data and noise depend only on the kind of network."""
 
     def __init__(
-        self, model: nn.Module, input_shape: tuple[int, ...], device: torch.device, dtype: torch.dtype = torch.float32
+        self,
+        model: nn.Module,
+        input_shape: tuple[int, ...],
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        lr: float = 0.01,
     ) -> None:
         self.model, self.device = model.to(device, dtype), device
         generator = torch.Generator(device).manual_seed(0)
         self.x_seq = torch.rand(input_shape, device=device, dtype=dtype, generator=generator)
         self._labels = torch.randint(CLASSES, input_shape[1:2], device=device, generator=generator)
-        self._optimizer = torch.optim.SGD(self.model.parameters(), lr=0.01, momentum=0.9)
+        self._optimizer = torch.optim.SGD(self.model.parameters(), lr=lr, momentum=0.9)
 
     def clear(self) -> None:
         """Frees gradients and states of the last step, because freeing them in the next one would lower its bytes."""
