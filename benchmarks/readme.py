@@ -507,11 +507,11 @@ LAYER = f"Times of forward and backward together, in nanoseconds per element, {O
 COST = "training runs took {minutes:.0f} minutes on one core:"
 STUDIED = f"Each value is the mean of {{seeds}} seeds. {{trainings:,}} {COST}"
 FAST = (
-    "We timed training steps of [five networks](#speed-and-memory) on {threads} threads of a CPU. With the default "
-    "neurons of asgl_cuda, a step is {noisy_short} times as fast at T = 4 and 8, and {noisy_long} times at T = 100, "
-    "as with neurons of SpikingJelly, snnTorch, Norse or sinabs. For most pairs of a network and a library, we also "
-    "compiled the neurons of the library by `torch.compile`. Compared with them, a step with asgl_cuda is "
-    "{compiled_short} times as fast at T = 4 and 8, and {compiled_long} times at T = 100."
+    "We timed training steps of [five networks](#speed-and-memory) on {threads} threads of a CPU. We compared the "
+    "default neurons of asgl_cuda with the neurons of SpikingJelly, snnTorch, Norse and sinabs. With asgl_cuda, a "
+    "step is {noisy_short} times as fast at T = 4 and 8, and {noisy_long} times at T = 100. For most pairs of a "
+    "network and a library, we also compiled the neurons of the library by `torch.compile`. Compared with them, a "
+    "step with asgl_cuda is {compiled_short} times as fast at T = 4 and 8, and {compiled_long} times at T = 100."
 )
 LEARNED = (
     "Layers learn the width of their surrogate gradient with the weights. We compared the default arguments with five"
