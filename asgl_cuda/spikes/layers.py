@@ -99,7 +99,7 @@ class SpikeLinear(_SpikeLayer, nn.Linear):
     See `spike_linear` for the computation, and for the cases in which torch's operator is used. In all other cases the
     layer uses the list of non-zero inputs, even if the input is dense. It is faster than `torch.nn.Linear` if at most
     about 0.4 of the inputs are non-zero, and may be slower otherwise. With 0.2, evaluations of layers with 512 and
-    1,024 outputs were 3.4 to 3.7 times as fast. Layers with fewer than about 32 outputs gain nothing.
+    1,024 outputs were 3.4 to 3.6 times as fast. Layers with fewer than about 32 outputs gain nothing.
 
     In evaluation and without gradients, calls with a few samples, such as single time steps, use a transposed copy of
     the weight. The layer keeps the copy until the weight changes, until a call needs a gradient of the weight, or until
