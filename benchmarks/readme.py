@@ -630,8 +630,8 @@ SECTIONS = {
     "spikes": Section(
         "spikes",
         spike_layers,
-        "A cell has the least milliseconds of several rounds with torch's layers, those with spike layers, and how many "
-        f"times as fast spike layers are. Measured in float32 {ON}:",
+        "A cell has the least milliseconds of several rounds with torch's layers, those with spike layers, and how "
+        f"many times as fast spike layers are. Measured in float32 {ON}:",
     ),
     "sparse": Section("sparse", study(sparse_rows), f"Results after {{steps}} training steps. {{count}} {COST}"),
     "smoothing": Section(
