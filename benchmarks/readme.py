@@ -67,6 +67,8 @@ def number(value: float | None) -> str:
 
 
 def between(values: Collection[float], first: str = ".2f", last: str = ".2f") -> str:
+    if not values:
+        return "-"
     least, most = f"{min(values):{first}}", f"{max(values):{last}}"
     return least if least == most else f"{least} to {most}"
 
@@ -383,9 +385,14 @@ def end_to_end(report: Report) -> list[str]:
 
 def long_values(report: Report) -> Report:
     """Values for the text about one compiled layer at many steps."""
-    found = report["long_loop"]
+    if (found := report.get("long_loop")) is None:  # not measured
+        return {"long": ""}
     times = {f"long_{name}": 1e9 * found[name] / elements(found) for name in ("eager", "compiled")}
-    return {**{f"long_{name}": found[name] for name in ("layer", "steps", "first_seconds")}, **times}
+    sentence = (
+        f"Compiling one layer of {found['layer']} at T = {found['steps']} took {found['first_seconds']:.0f} s. The "
+        f"layer then took {times['long_compiled']:.1f} ns per element, and {times['long_eager']:.1f} ns before. "
+    )
+    return {"long": sentence, "long_steps": found["steps"], **times}
 
 
 def convert_values(report: Report) -> Report:
@@ -575,9 +582,7 @@ SECTIONS = {
     "end_to_end": Section(
         "end_to_end",
         end_to_end,
-        "Compiling one layer of {long_layer} at T = {long_steps} took {long_first_seconds:.0f} s. The layer then took "
-        "{long_compiled:.1f} ns per element, and {long_eager:.1f} ns before. The times are "
-        f"medians, in float32, {ON}:",
+        f"{{long}}The times are medians, in float32, {ON}:",
         long_values,
     ),
     "memory": Section(

@@ -165,7 +165,7 @@ def training_of(
     model = network.make(variant.neuron)
     if variant.converted:
         asgl_cuda.convert(model, inplace=True, backend=variant.converted)
-    training = Training(model, network.input_shape, device, dtype, network.lr)
+    training = Training(model, network.input_shape, device, dtype)
     if variant.fused:
         _, report = asgl_cuda.fuse(model, training.x_seq, inplace=True)
         if len(report.left) != network.left:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from importlib.util import find_spec
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -33,7 +32,6 @@ class Network(NamedTuple):
     input_shape: tuple[int, ...]  # [T, B, ...]
     left: int = 0  # normalisations without neurons of their own
     kind: str = "LIF"  # of the neurons in PEERS
-    lr: float = 0.01  # at which the loss falls in a few steps
 
 
 def orthogonal(inputs: int, outputs: int, first: bool) -> Tensor:
@@ -88,10 +86,6 @@ def resnet18(neuron: MakeNeuron) -> nn.Module:
 
     model: nn.Module = spiking_resnet.spiking_resnet18(spiking_neuron=neuron, num_classes=CLASSES)
     jelly.set_step_mode(model, "m")
-    torch.manual_seed(0)  # neurons of some libraries draw numbers of their own
-    for layer in model.modules():
-        if isinstance(layer, nn.Conv2d | nn.Linear):
-            layer.reset_parameters()
     return model
 
 
@@ -155,7 +149,6 @@ NETWORKS = {
     "speech": SPEECH,
     "recurrent speech": Network(partial(recurrent, 700, (256,) * 3), SPEECH.input_shape, kind="recurrent"),
     "transformer": Network(partial(transformer, 48, 256, 8), (4, 16, 64, 48)),  # 8 x 8 patches of 4 x 4 pixels
-    **({"ResNet-18": Network(resnet18, (4, 32, 3, 32, 32), left=3, lr=1e-3)} if find_spec("spikingjelly") else {}),
 }
 
 
@@ -163,18 +156,13 @@ class Training:
     """A network with its data and optimiser. Weights, data and noise depend only on the kind of network."""
 
     def __init__(
-        self,
-        model: nn.Module,
-        input_shape: tuple[int, ...],
-        device: torch.device,
-        dtype: torch.dtype = torch.float32,
-        lr: float = 0.01,
+        self, model: nn.Module, input_shape: tuple[int, ...], device: torch.device, dtype: torch.dtype = torch.float32
     ) -> None:
         self.model, self.device = model.to(device, dtype), device
         generator = torch.Generator(device).manual_seed(0)
         self.x_seq = torch.rand(input_shape, device=device, dtype=dtype, generator=generator)
         self._labels = torch.randint(CLASSES, input_shape[1:2], device=device, generator=generator)
-        self._optimizer = torch.optim.SGD(self.model.parameters(), lr=lr, momentum=0.9)
+        self._optimizer = torch.optim.SGD(self.model.parameters(), lr=0.01, momentum=0.9)
 
     def clear(self) -> None:
         """Frees gradients and states of the last step, because freeing them in the next one would lower its bytes."""

@@ -115,5 +115,5 @@ def test_kernels_of_recurrent_neurons_make_the_same_values(backend, device, dtyp
 def test_steps_are_refused(backend, device):
     x_seq, log = torch.randn(4, 3, device=device), torch.zeros(4, 1, device=device)
     for learned in ({"width": Logarithm(log)}, {"decay": Logit(log)}):
-        with pytest.raises((ValueError, RuntimeError), match="tensors without steps"):
+        with pytest.raises((ValueError, RuntimeError), match="tensors without time steps"):
             asgl_cuda.lif(x_seq, **learned, backend=backend)
