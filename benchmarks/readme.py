@@ -22,7 +22,18 @@ from .speed.end_to_end import COMPILED_NETWORK, COMPILED_STEP, CONVERTED, FUSED_
 from .speed.memory import HEAD as MEMORY_HEAD
 from .speed.memory import KEPT, RECOMPUTED
 from .speed.memory import rows as memory_rows
-from .speed.microbench import ANALOG_PROB, COMPILED, FLOOR, LOOP, PAIR, PLAIN, PLAIN_LOOP, REFERENCE
+from .speed.microbench import (
+    ANALOG_PROB,
+    COMPILED,
+    FLOOR,
+    LOOP,
+    MOST_STEPS_TO_COMPILE,
+    PAIR,
+    PLAIN,
+    PLAIN_LOOP,
+    REFERENCE,
+    SIGMOID,
+)
 from .speed.recurrent import ALL_SPIKE, PRODUCTS, WITH_INPUT
 from .speed.sizes import LAYOUTS
 
@@ -151,13 +162,13 @@ def layers(report: Report) -> list[str]:
 def layers_values(report: Report) -> Report:
     sizes = compared(report)[0]
     (count,) = {elements(size) for size in sizes}
-    sigmoid = [nanoseconds(size, f"{PLAIN}{OURS}, sigmoid") for size in sizes]
+    sigmoid = [nanoseconds(size, f"{PLAIN}{OURS}{SIGMOID}") for size in sizes]
     return {
         **long_values(read_report("end_to_end")),
         "sigmoid": between([each for each in sigmoid if each is not None]),
         "elements": power_of_two(count),
         "noise": ANALOG_PROB,
-        "first_steps": compared(report)[0][0]["steps"],
+        "first_steps": sizes[0]["steps"],
     }
 
 
@@ -331,14 +342,14 @@ def steps_values(report: Report) -> Report:
         return milliseconds(network, f"{name}{CONVERTED} cpu{FUSED_BLOCK}")
 
     def ranges(name: str, slower: Time, faster: Time, rows: Collection[str], form: str) -> Report:
-        """The ratios of networks with few time steps, and of those with many."""
-        found = {}
-        for end, is_long in (("short", False), ("long", True)):
-            networks = {
-                key: each for key, each in report["networks"].items() if (each["input_shape"][0] > 8) == is_long
-            }
-            found[f"{name}_{end}"] = between(times_faster({"networks": networks}, slower, faster, rows), form, form)
-        return found
+        """The ratios of networks with few time steps, in which whole layers were compiled, and of those with many."""
+        networks: dict[str, Report] = {"short": {}, "long": {}}
+        for key, each in report["networks"].items():
+            networks["short" if each["input_shape"][0] <= MOST_STEPS_TO_COMPILE else "long"][key] = each
+        return {
+            f"{name}_{end}": between(times_faster({"networks": some}, slower, faster, rows), form, form)
+            for end, some in networks.items()
+        }
 
     def of(library: str) -> list[str]:
         return [name for name in peers if library in name]

@@ -115,6 +115,13 @@ class Residual(nn.Module):
         return x_seq + self.branch(x_seq)  # type: ignore[no-any-return]
 
 
+class MeanOverTokens(nn.Module):
+    """The mean over tokens."""
+
+    def forward(self, x_seq: Tensor) -> Tensor:
+        return x_seq.mean(2)
+
+
 def spiking_linear(inputs: int, outputs: int, make_neuron: MakeNeuron) -> nn.Module:
     linear = nn.Linear(inputs, outputs, bias=False)
     linear.weight.data = orthogonal(inputs, outputs, first=False)
@@ -128,16 +135,9 @@ def transformer(inputs: int, features: int, heads: int, make_neuron: MakeNeuron)
         spiking_linear(inputs, features, make_neuron),
         Residual(Attention(features, heads, make_neuron)),
         Residual(nn.Sequential(*perceptron)),
-        Tokens(),
+        MeanOverTokens(),
         nn.Linear(features, CLASSES),
     )
-
-
-class Tokens(nn.Module):
-    """The mean over tokens."""
-
-    def forward(self, x_seq: Tensor) -> Tensor:
-        return x_seq.mean(2)
 
 
 MLP = Network(partial(fully_connected, 784, (512,) * 4), (8, 128, 784))
