@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <vector>
 
 #include "cpu/product.h"
 #include "cpu/spike_mask.h"
@@ -56,11 +57,9 @@ __attribute__((target("avx2"))) uint64 pack_word_avx2(const Real* x, bool& all_o
 }  // namespace
 
 template <class Real>
-SpikeCount pack_spike_mask(const Real* x, int64 length, uint64* mask) {
-  const int64 chunks = (length + kChunkElements - 1) / kChunkElements;
-  SpikeCount found = {true, std::vector<int64>(static_cast<size_t>(chunks + 1))};
+bool pack_spike_mask(const Real* x, int64 length, uint64* mask) {
   std::atomic<bool> all_ones = true;
-  at::parallel_for(0, chunks, 4, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, (length + kChunkElements - 1) / kChunkElements, 4, [&](int64_t begin, int64_t end) {
     bool ones = true;
     for (int64 chunk = begin; chunk < end; ++chunk) {
       const int64 first = chunk * kChunkElements, elements = std::min(kChunkElements, length - first);
@@ -74,32 +73,34 @@ SpikeCount pack_spike_mask(const Real* x, int64 length, uint64* mask) {
       for (; whole < elements; whole += 64) {
         mask[(first + whole) / 64] = pack_word(x + first + whole, std::min<int64>(64, elements - whole), ones);
       }
-      found.before[chunk + 1] = count_bits(mask, first, elements);
     }
     if (!ones) all_ones = false;
   });
-  found.all_ones = all_ones;
-  for (int64 chunk = 0; chunk < chunks; ++chunk) found.before[chunk + 1] += found.before[chunk];
-  return found;
+  return all_ones;
 }
 
 template <class Real>
-void pack_spike_values(const Real* x, int64 length, const SpikeCount& count, Real* values) {
-  at::parallel_for(0, (length + kChunkElements - 1) / kChunkElements, 4, [&](int64_t begin, int64_t end) {
+void pack_spike_values(const Real* x, int64 length, const uint64* mask, Real* values) {
+  std::vector<Real*> chunk_values;
+  for (int64 first = 0; first < length; first += kChunkElements) {
+    chunk_values.push_back(values);
+    values += count_bits(mask, first, std::min(kChunkElements, length - first));
+  }
+  at::parallel_for(0, static_cast<int64_t>(chunk_values.size()), 4, [&](int64_t begin, int64_t end) {
     int32_t indices[kChunkElements];
     for (int64 chunk = begin; chunk < end; ++chunk) {
       const Real* from = x + chunk * kChunkElements;
       const int64 listed = list_nonzero(from, std::min(kChunkElements, length - chunk * kChunkElements), indices);
-      for (int64 n = 0; n < listed; ++n) values[count.before[chunk] + n] = from[indices[n]];
+      for (int64 n = 0; n < listed; ++n) chunk_values[static_cast<size_t>(chunk)][n] = from[indices[n]];
     }
   });
 }
 
 int64 count_spikes(const uint64* mask, int64 length) { return count_bits(mask, 0, length); }
 
-template SpikeCount pack_spike_mask(const float*, int64, uint64*);
-template SpikeCount pack_spike_mask(const double*, int64, uint64*);
-template void pack_spike_values(const float*, int64, const SpikeCount&, float*);
-template void pack_spike_values(const double*, int64, const SpikeCount&, double*);
+template bool pack_spike_mask(const float*, int64, uint64*);
+template bool pack_spike_mask(const double*, int64, uint64*);
+template void pack_spike_values(const float*, int64, const uint64*, float*);
+template void pack_spike_values(const double*, int64, const uint64*, double*);
 
 }  // namespace asgl::cpu

@@ -30,20 +30,24 @@ __attribute__((target("popcnt"))) inline int64 count_bits_popcnt(const uint64* m
 
 // list_bits without branches that depend on bits: stores eight positions for each byte of the mask, those of set bits
 // first, and advances by the number of set bits.
-__attribute__((target("avx2,popcnt"))) inline int64 list_bits_avx2(const uint64* mask, int64 first, int64 length,
-                                                                   int32_t* indices) {
+__attribute__((target("avx2,popcnt"))) inline void list_bits_avx2(const uint64* mask, int64 first, int64 length,
+                                                                  int64 ranges, int64 base, int32_t* indices,
+                                                                  int64* offsets) {
   int64 count = 0;
-  for (int64 i = 0; i < length; i += 64) {
-    uint64 bits = load_bits(mask, first + i, std::min<int64>(64, length - i));
-    for (int byte = 0; byte < 8; ++byte, bits >>= 8) {
-      const __m256i positions =
-          _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<int64_t>(kSetBitPositions[bits & 0xFF])));
-      const __m256i elements = _mm256_add_epi32(positions, _mm256_set1_epi32(static_cast<int>(i + 8 * byte)));
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(indices + count), elements);
-      count += __builtin_popcountll(bits & 0xFF);
+  for (int64 range = 0; range < ranges; ++range) {
+    offsets[range] = base + count;
+    for (int64 i = 0; i < length; i += 64) {
+      const int64 start = range * length + i;
+      uint64 bits = load_bits(mask, first + start, std::min<int64>(64, length - i));
+      for (int byte = 0; byte < 8; ++byte, bits >>= 8) {
+        const __m256i positions =
+            _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<int64_t>(kSetBitPositions[bits & 0xFF])));
+        const __m256i elements = _mm256_add_epi32(positions, _mm256_set1_epi32(static_cast<int>(start + 8 * byte)));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(indices + count), elements);
+        count += __builtin_popcountll(bits & 0xFF);
+      }
     }
   }
-  return count;
 }
 #endif
 
@@ -59,19 +63,26 @@ inline int64 count_bits(const uint64* mask, int64 first, int64 length) {
   return count;
 }
 
-// Lists the positions, from `first` on, of the bits [first, first + length) that are set, and returns their number.
-// `indices` must have room for kListSlack more entries.
-inline int64 list_bits(const uint64* mask, int64 first, int64 length, int32_t* indices) {
+// Lists the positions, from `first` on, of the bits that are set in `ranges` adjacent ranges of `length` bits. Stores
+// `base` plus the number of positions before each range in `offsets`. `indices` must have room for kListSlack more
+// entries.
+inline void list_bits(const uint64* mask, int64 first, int64 length, int64 ranges, int64 base, int32_t* indices,
+                      int64* offsets) {
 #if defined(__x86_64__)
-  if (instruction_set() != InstructionSet::kBaseline) return list_bits_avx2(mask, first, length, indices);
+  if (instruction_set() != InstructionSet::kBaseline) {
+    return list_bits_avx2(mask, first, length, ranges, base, indices, offsets);
+  }
 #endif
   int64 count = 0;
-  for (int64 i = 0; i < length; i += 64) {
-    for (uint64 bits = load_bits(mask, first + i, std::min<int64>(64, length - i)); bits != 0; bits &= bits - 1) {
-      indices[count++] = static_cast<int32_t>(i + __builtin_ctzll(bits));
+  for (int64 range = 0; range < ranges; ++range) {
+    offsets[range] = base + count;
+    for (int64 i = 0; i < length; i += 64) {
+      const int64 start = range * length + i;
+      for (uint64 bits = load_bits(mask, first + start, std::min<int64>(64, length - i)); bits != 0; bits &= bits - 1) {
+        indices[count++] = static_cast<int32_t>(start + __builtin_ctzll(bits));
+      }
     }
   }
-  return count;
 }
 
 }  // namespace asgl::cpu

@@ -37,34 +37,40 @@ template <class Real>
 class SpikeLists {
  public:
   SpikeLists(const SpikeShape& shape, const PackedSpikes<Real>& x)
-      : offsets_(shape.images * shape.height * shape.width + 1), values_(x.values) {
+      : pixels_(shape.images * shape.height * shape.width),
+        offsets_(allocate_aligned<int64>(pixels_ + 1)),
+        values_(x.values) {
     const int64 length = shape.width * shape.channels, rows = shape.images * shape.height;
     const int64 grain = std::max<int64>(1, kElementsPerTask / length);
-    at::parallel_for(0, rows * shape.width, grain * shape.width, [&](int64_t begin, int64_t end) {
-      for (int64 pixel = begin; pixel < end; ++pixel) {
-        offsets_[pixel + 1] = count_bits(x.mask, pixel * shape.channels, shape.channels);
-      }
+    std::vector<int64> row_offsets(static_cast<size_t>(rows + 1));
+    at::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
+      for (int64 row = begin; row < end; ++row) row_offsets[row + 1] = count_bits(x.mask, row * length, length);
     });
-    for (size_t pixel = 1; pixel < offsets_.size(); ++pixel) offsets_[pixel] += offsets_[pixel - 1];
+    for (int64 row = 0; row < rows; ++row) row_offsets[row + 1] += row_offsets[row];
+    offsets_[pixels_] = row_offsets[rows];
     indices_ = allocate_aligned<int32_t>(count());
     at::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
-      std::vector<int32_t> listed_in_row(static_cast<size_t>(length + kListSlack));
+      std::vector<int32_t> listed(static_cast<size_t>(length + kListSlack));
       for (int64 row = begin; row < end; ++row) {
-        const int64 listed = list_bits(x.mask, row * length, length, listed_in_row.data());
-        std::copy_n(listed_in_row.data(), listed, &indices_[offsets_[row * shape.width]]);
+        const int64 first = row_offsets[row];
+        list_bits(x.mask, row * length, shape.channels, shape.width, first, listed.data(),
+                  &offsets_[row * shape.width]);
+        std::copy_n(listed.data(), row_offsets[row + 1] - first, &indices_[first]);
       }
     });
   }
 
   // The number of listed elements.
-  int64 count() const { return offsets_.back(); }
+  int64 count() const { return offsets_[pixels_]; }
+  int64 num_pixels() const { return pixels_; }
   // The address of the entries from a pixel on. Pixels are counted over all images.
   const int32_t* pixel_indices(int64 pixel) const { return indices_.get() + offsets_[pixel]; }
   const int32_t* indices() const { return indices_.get(); }
   const Real* values() const { return values_; }  // of the listed elements; null: all are 1
 
  private:
-  std::vector<int64> offsets_;  // [images * height * width + 1]
+  int64 pixels_;
+  AlignedArray<int64> offsets_;  // [pixels + 1]
   AlignedArray<int32_t> indices_;
   const Real* values_;
 };
@@ -75,27 +81,34 @@ struct Segment {
   int32_t count, base;
 };
 
-// Finds the listed elements in the windows of the output's pixels [first, last), as segments [pixels, kernel_height],
+// Finds the listed elements in the windows of the output's pixels [first, last), as segments [kernel_height, pixels],
 // one for each row of a window. The matrix of Segment is the transposed weight.
 template <class Real>
 void find_window_segments(const SpikeShape& shape, const SpikeLists<Real>& lists, int64 first, int64 last,
                           Segment* segments) {
+  const int64 pixels = last - first;
   int64 x = first % shape.out_width, y = first / shape.out_width % shape.out_height;
   int64 image = first / shape.out_width / shape.out_height;
-  for (int64 pixel = first; pixel < last; ++pixel) {
-    const int64 left = x * shape.stride_width - shape.padding_width;
-    const int64 begin = std::clamp<int64>(left, 0, shape.width);
-    const int64 end = std::clamp<int64>(left + shape.kernel_width, begin, shape.width);
+  for (int64 pixel = 0; pixel < pixels;) {  // the first of adjacent pixels
+    const int64 adjacent = std::min(shape.out_width - x, pixels - pixel);
     for (int64 ky = 0; ky < shape.kernel_height; ++ky) {
       const int64 row = y * shape.stride_height + ky - shape.padding_height;
-      Segment& segment = *segments++ = {lists.indices(), 0, 0};
-      if (row < 0 || row >= shape.height) continue;
-      const int64 pixels = (image * shape.height + row) * shape.width;
-      segment.first = lists.pixel_indices(pixels + begin);
-      segment.count = static_cast<int32_t>(lists.pixel_indices(pixels + end) - segment.first);
-      segment.base = static_cast<int32_t>((ky * shape.kernel_width - left) * shape.channels);
+      Segment* const found = &segments[ky * pixels + pixel];
+      if (row < 0 || row >= shape.height) {
+        std::fill_n(found, adjacent, Segment{lists.indices(), 0, 0});
+        continue;
+      }
+      const int64 row_start = (image * shape.height + row) * shape.width;
+      for (int64 i = 0; i < adjacent; ++i) {
+        const int64 left = (x + i) * shape.stride_width - shape.padding_width;
+        const int64 begin = std::clamp<int64>(left, 0, shape.width);
+        const int64 end = std::clamp<int64>(left + shape.kernel_width, begin, shape.width);
+        const int32_t* const listed = lists.pixel_indices(row_start + begin);
+        found[i] = {listed, static_cast<int32_t>(lists.pixel_indices(row_start + end) - listed),
+                    static_cast<int32_t>((ky * shape.kernel_width - left) * shape.channels)};
+      }
     }
-    if (++x < shape.out_width) continue;
+    pixel += adjacent;
     x = 0;
     if (++y < shape.out_height) continue;
     y = 0;
@@ -106,7 +119,7 @@ void find_window_segments(const SpikeShape& shape, const SpikeLists<Real>& lists
 // Arguments of out[i, j] = start[i, j] + sum over the segments of row i of value * b[index + base, j].
 template <class Real>
 struct ListedProduct {
-  const Segment* segments;  // [rows, segments_each]
+  const Segment* segments;  // [segments_each, rows]
   int64 rows, segments_each;
   const int32_t* indices;  // the lists whose parts the segments are
   const Real* values;      // of the listed elements; null: all are 1
@@ -147,17 +160,17 @@ struct ListedProductLoop {
   template <int kVectors, class Values>
   static ASGL_HOST_DEVICE void compute_rows(const Args& args, int64 column, const Values& values_of) {
     const int64 width = args.columns - column;
-    const Segment* segment = args.segments;
     for (int64 row = 0; row < args.rows; ++row) {
       Vector sums[kVectors] = {};
       if (args.start != nullptr) {
         copy_at_most<kVectors * kLanes, Real>(args.start + row * args.start_stride + column, &sums, width);
       }
-      for (const Segment* end = segment + args.segments_each; segment < end; ++segment) {
+      for (int64 n = 0; n < args.segments_each; ++n) {
+        const Segment& segment = args.segments[n * args.rows + row];
         const Real* b[kVectors];
 #pragma GCC unroll 8
-        for (int i = 0; i < kVectors; ++i) b[i] = args.b + segment->base * args.b_stride + column + i * kLanes;
-        add_listed_rows(segment->first, segment->count, args.b_stride, values_of(*segment), b, sums);
+        for (int i = 0; i < kVectors; ++i) b[i] = args.b + segment.base * args.b_stride + column + i * kLanes;
+        add_listed_rows(segment.first, segment.count, args.b_stride, values_of(segment), b, sums);
       }
       copy_at_most<kVectors * kLanes, Real>(&sums, args.out + row * args.out_stride + column, width);
     }
@@ -259,6 +272,10 @@ void fill_column_group(const SpikeShape& shape, const Real* weight, int64 first,
 
 // Pixels of the output whose windows are found together.
 constexpr int64 kPixelsPerBatch = 256;
+// The mean number of elements listed in a row of a window from which all windows are computed row by row of the kernel.
+// The part of the weight that a row of the kernel multiplies then stays in the L1 cache, or near it. With fewer
+// elements, loading and storing the sums for each row takes longer.
+constexpr int64 kElementsByRow = 14;
 // The number of multiplications from which a task is worth a thread.
 constexpr double kProductsPerTask = 1 << 18;
 
@@ -297,6 +314,8 @@ void spike_product(const SpikeProductParams<Real>& params) {
   const double products = static_cast<double>(lists.count()) * static_cast<double>(shape.depth() / shape.channels) *
                           static_cast<double>(shape.outputs) / static_cast<double>(groups * chunks);
   const int64 grain = 1 + static_cast<int64>(kProductsPerTask / (products + 1));
+  const bool by_row = lists.count() * shape.kernel_width > kElementsByRow * lists.num_pixels();
+  const int64 rows_together = by_row ? 1 : shape.kernel_height;  // rows of the kernel
   at::parallel_for(0, groups * chunks, grain, [&](int64_t begin, int64_t end) {
     std::vector<Segment> segments(static_cast<size_t>(kPixelsPerBatch * shape.kernel_height));
     const AlignedArray<Real> filled =
@@ -310,10 +329,14 @@ void spike_product(const SpikeProductParams<Real>& params) {
       for (int64 first = from; first < std::min(from + chunk, pixels); first += kPixelsPerBatch) {
         const int64 last = std::min(first + kPixelsPerBatch, pixels);
         find_window_segments(shape, lists, first, last, segments.data());
-        run_with_fma<ListedProductLoop, Real>({segments.data(), last - first, shape.kernel_height, lists.indices(),
-                                               lists.values(), b, group, std::min(group, shape.outputs - column),
-                                               params.bias == nullptr ? nullptr : params.bias + column, 0,
-                                               params.out + first * shape.outputs + column, shape.outputs});
+        Real* const out = params.out + first * shape.outputs + column;
+        const Real* start = params.bias == nullptr ? nullptr : params.bias + column;
+        for (int64 ky = 0; ky < shape.kernel_height; ky += rows_together) {
+          run_with_fma<ListedProductLoop, Real>(
+              {&segments[ky * (last - first)], last - first, rows_together, lists.indices(), lists.values(), b, group,
+               std::min(group, shape.outputs - column), start, start == out ? shape.outputs : 0, out, shape.outputs});
+          start = out;
+        }
       }
     }
   });

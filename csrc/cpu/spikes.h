@@ -1,8 +1,6 @@
 // The functions through which the operators of ops/spikes.h call the CPU kernels. Real is float or double.
 #pragma once
 
-#include <vector>
-
 #include "params/spikes.h"
 
 namespace asgl::cpu {
@@ -24,16 +22,12 @@ void fill_spike_panels(const SpikeShape& shape, const Real* weight, Real* panels
 template <class Real>
 void transpose_each(const Real* from, int64 count, int64 rows, int64 columns, Real* to);
 
-// The counts that pack_spike_mask returns.
-struct SpikeCount {
-  bool all_ones;              // whether all elements that are not zero are 1
-  std::vector<int64> before;  // the number of elements that are not zero before each chunk of x, and of all
-};
-// Pack x as PackedSpikes: pack_spike_mask writes the bits, in whole words, and pack_spike_values the values.
+// Pack x as PackedSpikes. pack_spike_mask writes the bits, in whole words, and returns whether all elements that are
+// not zero are 1. pack_spike_values writes these elements, in order.
 template <class Real>
-SpikeCount pack_spike_mask(const Real* x, int64 length, uint64* mask);
+bool pack_spike_mask(const Real* x, int64 length, uint64* mask);
 template <class Real>
-void pack_spike_values(const Real* x, int64 length, const SpikeCount& count, Real* values);
+void pack_spike_values(const Real* x, int64 length, const uint64* mask, Real* values);
 // The number of elements that are not zero, from the mask of `length` elements.
 int64 count_spikes(const uint64* mask, int64 length);
 

@@ -158,12 +158,12 @@ inline Tensor pack(const SpikeCall& call, const Tensor& x) {
     using Real = decltype(real);
     const Tensor mask = result;
     const Real* data = data_ptr<const Real>(x_in_order);
-    const cpu::SpikeCount count = cpu::pack_spike_mask(data, x.numel(), static_cast<uint64*>(mask.mutable_data_ptr()));
-    if (count.all_ones) return;
-    const int64_t bytes = count.before.back() * static_cast<int64_t>(sizeof(Real));
+    auto* const bits = static_cast<uint64*>(mask.mutable_data_ptr());
+    if (cpu::pack_spike_mask(data, x.numel(), bits)) return;
+    const int64_t bytes = cpu::count_spikes(bits, x.numel()) * static_cast<int64_t>(sizeof(Real));
     result = at::empty({mask.numel() + bytes}, mask.options());
-    std::memcpy(result.mutable_data_ptr(), mask.const_data_ptr(), mask.numel());
-    cpu::pack_spike_values(data, x.numel(), count,
+    std::memcpy(result.mutable_data_ptr(), bits, mask.numel());
+    cpu::pack_spike_values(data, x.numel(), bits,
                            reinterpret_cast<Real*>(result.mutable_data_ptr<uint8>() + mask.numel()));
   });
   return result;
