@@ -275,7 +275,7 @@ def check_width(width: float, caller: str, real: torch.dtype = torch.float32, na
     """Refuses all but positive widths for which 1 / width^2, a factor of the gradient, is finite in the type `real`."""
     least = _LEAST_WIDTH[real]
     if not least <= width < math.inf:
-        expected = "> 0" if not width > 0 else "finite" if width > 1 else f">= {least:.3g} in {real}"
+        expected = "> 0" if not width > 0 else "finite" if width > 1 else f">= {least} in {real}"
         raise ValueError(f"{caller}: {name} must be {expected}, got {width}")
 
 
@@ -530,7 +530,7 @@ def check_analog_prob_tensor(analog_prob: Tensor, x_seq: Tensor, caller: str) ->
     check_dense("analog_prob", analog_prob, caller)
     if analog_prob.dtype not in FLOATING_TYPES or analog_prob.numel() != 1:
         raise TypeError(
-            f"{caller}: analog_prob must be a float or a tensor of one value, got a tensor of shape "
+            f"{caller}: analog_prob must be a float or a floating-point tensor of one value, got a tensor of shape "
             f"{list(analog_prob.shape)} and type {analog_prob.dtype}"
         )
     check_device("analog_prob", analog_prob, x_seq, caller)
@@ -588,7 +588,7 @@ def check_sizes(name: str, value: Any, caller: str) -> tuple[int, ...]:
 
 
 def check_device_and_dtype(device: Any, dtype: Any, caller: str) -> None:
-    """Refuses all but a device or its name, and a floating type. None means the default."""
+    """Refuses all but a device, its name or its index, and a floating type. None means the default."""
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype in FLOATING_TYPES):
         raise TypeError(
             f"{caller}: dtype must be float16, bfloat16, float32, float64 or None, got {format_value(dtype)}"
@@ -596,13 +596,13 @@ def check_device_and_dtype(device: Any, dtype: Any, caller: str) -> None:
     if device is None or isinstance(device, torch.device):
         return
     if isinstance(device, bool) or not isinstance(device, (str, int)):
-        raise TypeError(f"{caller}: device must be a torch.device or the name of one, got {type(device).__name__}")
+        raise TypeError(f"{caller}: device must be a torch.device, its name or its index, got {type(device).__name__}")
     try:
         torch.device(device)
     except (RuntimeError, TypeError, ValueError) as error:
         said = str(error).splitlines()[0]
         raise ValueError(
-            f"{caller}: device must be a torch.device or the name of one, got {format_value(device)} ({said})"
+            f"{caller}: device must be a torch.device, its name or its index, got {format_value(device)} ({said})"
         ) from None
 
 

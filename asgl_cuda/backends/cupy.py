@@ -204,7 +204,7 @@ class CupyLauncher:
         return self._resident_threads[device.index]
 
     def launch(self, device: torch.device, kernel: str, blocks: int, threads: int, params: int, size: int) -> None:
-        """Starts a kernel by its name, on torch's current stream; `params` is the address of its struct."""
+        """Starts a kernel by its name, on torch's current stream, see `Launcher`. The driver needs no `size`."""
         try:
             driver = _driver()
         except ImportError as error:

@@ -8,16 +8,18 @@ v_last, v_seq, h_seq and checkpoints, which follow s_seq, and in backward the gr
 parameter that is a tensor. A gradient of a result is None if it is zero. Several states are one tensor,
 `[states, ...]`, in the order of `Rules.states`: v, and for adaptive neurons w.
 
-integrator_forward returns v_seq, and v_last if wanted. integrator_backward returns the wanted gradients of x_seq,
-v_init, decay and input_gain. Both read decay, input_gain, v_rest, logit_decay and time_dim from numbers and rules.
-v_seq and v_init are needed for the gradient of decay, x_seq for the gradient of input_gain.
+integrator_forward returns v_seq, the potentials after each step or with `delay` before it, and v_last if wanted.
+integrator_backward returns the wanted gradients of x_seq, v_init, decay and input_gain. Both read decay, input_gain,
+v_rest, logit_decay and time_dim from numbers and rules. v_seq and v_init are needed for the gradient of decay, x_seq
+for the gradient of input_gain.
 
 recurrent_forward takes `parameters`, [9, N]: the parameters of the neuron, from width to input_mean, stored as the
-rules say, then bias and syn_decay, which is unused without a synapse. Numbers and rules are those of the neuron. It
-returns s_seq, and if wanted `emitted` (s in the type of the arithmetic, before scale_output), h_seq, v_seq, i_seq,
-w_seq, v_last, s_last and i_last. recurrent_backward returns the wanted gradients of x_seq (in the type of the
-arithmetic), weight, parameters, v_init, s_init and i_init. It needs i_seq for the gradient of syn_decay, and w_seq, w
-before each step, for the gradient of adapt_decay and if w does not act on the current.
+rules say, then bias and syn_decay, which is unused without a synapse. With detach_recurrent no gradient flows through
+the weight to earlier spikes. Numbers and rules are those of the neuron. It returns s_seq, and if wanted `emitted` (s in
+the type of the arithmetic, before scale_output), h_seq, v_seq, i_seq, w_seq, v_last, s_last and i_last.
+recurrent_backward returns the wanted gradients of x_seq (in the type of the arithmetic), weight, parameters, v_init,
+s_init and i_init. It needs i_seq for the gradient of syn_decay, and w_seq, w before each step, for the gradient of
+adapt_decay and if w does not act on the current.
 
 spike_product, on the CPU alone, is torch's linear, conv1d or conv2d, for a weight of 2, 3 or 4 dimensions, as a sum
 over the elements of x that are not zero. `panels` is a copy of the weight in the kernel's order, or None.

@@ -36,7 +36,7 @@ class ConvertedLIFLayer(Converted):
     time_dim = 0
 
     def begin_conversion(self, settings: Settings, analog_prob: float, learn_width: bool) -> None:
-        """Stores the settings of a conversion. Width and noise stay those of the layer."""
+        """Stores the settings of a conversion. Width and noise stay those of the layer, whatever the arguments say."""
         self.settings = settings
         self._snapshot = Snapshot(self)
         self.log_width = None
@@ -58,7 +58,7 @@ class ConvertedLIFLayer(Converted):
         self.cell.spike_fn.p = value
 
     def analog_prob_of_call(self, x_seq: Tensor) -> float:
-        """The layer's own fraction of analog elements; 0 in evaluation."""
+        """The layer's own fraction of analog elements; 0 in evaluation. Unlike in other layers, x_seq is not needed."""
         return self.analog_prob if self.training else 0.0
 
     @property

@@ -160,7 +160,8 @@ def convert(
     raises RuntimeError if spikes return to an earlier layer, if the code needs a value between two steps, as
     `if spikes.sum() > 0` does, or if a torch.autograd.Function or a torch.utils.checkpoint inside of the model gets one
     of the placeholders. The messages name the layer or function. For placeholders, `isinstance(x, torch.Tensor)` is
-    False. `torch.compile` and `torch.export` trace the loop.
+    False. Under `torch.compile` and `torch.export` there are no placeholders. They trace the model's loop over the time
+    steps, one step after the other.
 
     Args:
         model: any module, or a neuron layer.

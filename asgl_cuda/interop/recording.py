@@ -956,11 +956,11 @@ class Recording:
                 opened.add(unit)
                 if again := next((each for each in missing if each in opened), None):
                     path = [each for each in todo[todo.index(again) :] if each in opened]
-                    names = " and ".join(self.layer_name(each.layer) for each in path if isinstance(each, Chain))
+                    names = [self.layer_name(each.layer) for each in path if isinstance(each, Chain)]
                     raise RuntimeError(
-                        f"{_CALLER}: with sequences, all steps of a layer are computed at once, but what {names} emits "
-                        "in a step returns to its input in a later step; use asgl_cuda.convert(model) without "
-                        "sequences, which computes step by step"
+                        f"{_CALLER}: with sequences, all steps of a layer are computed at once, but the output of "
+                        f"{' and '.join(names)} in a step returns to {'their' if len(names) > 1 else 'its'} input in a "
+                        "later one; use asgl_cuda.convert(model) without sequences, which computes step by step"
                     )
                 todo += dict.fromkeys(missing)
                 continue

@@ -123,7 +123,7 @@ class ConvertedLeaky(Converted):
         return spikes if self.init_hidden and not self.output else (spikes, *others)
 
     def compute_steps(self, x_seq: Tensor, states: dict[str, Any], wanted: set[str]) -> tuple[Any, Any]:
-        """Computes all steps from the stored states, see `Converted.compute_steps`."""
+        """Computes all steps from the stored states, see `Converted.compute_steps`. Returns all, wanted or not."""
         late = self.reset_delay or self.reset_mechanism != "subtract"
         steps = self.compute_sequence if late else self.loop_over_steps
         spikes, *others = steps(x_seq, *(None for _ in states))
@@ -505,8 +505,8 @@ class MultiStep(nn.Module):
                 raise TypeError(f"{_MULTI_STEP}: {name} must be a tensor, got {type(value).__name__}")
         if not isinstance(self.layer, ConvertedLeaky):
             raise RuntimeError(
-                f"{_MULTI_STEP}: layer must be converted, got one that was reverted: "
-                "asgl_cuda.convert(model, inplace=True) converts it again"
+                f"{_MULTI_STEP}: layer must be converted, got one of class {type(self.layer).__name__} that is "
+                "not, as after asgl_cuda.revert; asgl_cuda.convert(model, inplace=True) converts it"
             )
         if not self.stateful:
             self.layer.reset_mem()

@@ -140,7 +140,7 @@ class ConvertedNode(Converted):
         return {name: each for name, each in found.items() if each is not None}, {}
 
     def _charging_current(self, x_seq: Tensor, whole: bool) -> Tensor:
-        """The current that charges the neurons: here the input. `whole`: `x_seq` is a sequence, not a single step."""
+        """The current that charges the neurons: here the input. Subclasses use `whole`: whether x_seq is a sequence."""
         return x_seq
 
 
@@ -258,12 +258,15 @@ class ConvertedContainer(Recurrent):
         return results["y"]
 
     def compute_steps(self, x_seq: Tensor, states: dict[str, Any], wanted: set[str]) -> tuple[Any, Any]:
-        """Computes all steps from the stored states. Returns the spikes of each step, but no states of the node."""
+        """Computes all steps from the stored states, which the container and its node keep themselves.
+
+        Returns the spikes of each step, but no states of the node.
+        """
         if missing := wanted & {"v", "c"}:
             raise RuntimeError(
                 f"asgl_cuda.convert: with sequences, only the spikes of a {bare_class(self).__name__} are known in "
-                f"each step, but the model's code reads its {missing.pop()}; use asgl_cuda.convert(model) without "
-                "sequences"
+                f"each step, but the model's code reads the {missing.pop()} of its node; use asgl_cuda.convert(model) "
+                "without sequences"
             )
         return {"y": self.multi_step_forward(x_seq)}, {}
 

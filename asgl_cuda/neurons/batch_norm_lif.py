@@ -735,7 +735,8 @@ class BatchNormLIF(LIF):
         in_layer = isinstance(granularity, str) and granularity == "layer"
         if in_layer and others:
             raise ValueError(
-                f"{caller}: num_features must be one number for granularity 'layer', got {format_value(num_features)}"
+                f"{caller}: num_features must be one number for granularity 'layer', got {format_value(num_features)}; "
+                "granularity 'neuron' takes the sizes of all dimensions"
             )
         own = dict(locals())
         super().__init__(None if in_layer else num_features, device=device, dtype=dtype, **lif_options)
@@ -767,7 +768,10 @@ class BatchNormLIF(LIF):
     def _call_function(
         self, x_seq: Tensor, update: bool = True, pending: Pending | None = None, **options: Any
     ) -> Tensor | LIFOutput:
-        """Calls `asgl_cuda.batch_norm_lif`. Without `update` the running statistics stay unchanged."""
+        """Calls `asgl_cuda.batch_norm_lif`. Without `update` the running statistics stay unchanged.
+
+        `pending` is always None, because `_inputs_of_call` passes one only to LIF's own `_call_function`.
+        """
         if self.weight is None and self.running_mean is None:
             self._check_channels(x_seq)
         return module_batch_norm_lif(

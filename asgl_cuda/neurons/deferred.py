@@ -137,7 +137,10 @@ class Pending:
         return self.value
 
     def is_computed(self) -> bool:
-        """Whether the value is computed, or the tensor of which it is a view."""
+        """Whether the value exists already, or a tensor that it is made from: the sum, or the normalisation's output.
+
+        Neurons then no longer merge.
+        """
         return self.value is not None or self.source.tensor is not None or self.call.tensor is not None
 
     def check_unchanged(self) -> None:

@@ -260,7 +260,7 @@ class LeakyIntegrator(NeuronLayer):
         scores = model(torch.randn(100, 32, 64))[-1]  # [T, B, 64] to [B, 10]: its value after the last step
 
     With a learned decay the layer computes `asgl_cuda.leaky_integrator(x_seq, logit_decay.sigmoid(), ...)`. The
-    docstring of this function has the same computation as a loop in PyTorch.
+    docstring of `leaky_integrator` shows the computation as a loop in PyTorch.
     """
 
     _caller = "asgl_cuda.LeakyIntegrator"

@@ -143,12 +143,13 @@ def lif(
             magnitude (plus decay / 2 for a rectangle) is above 1, gradients can explode over many steps. A sigmoid also
             multiplies the gradient by up to 1.22 * decay at potentials below v_reset.
         levels: emit an integer number of spikes per step (I-LIF), `round(clamp(h / v_threshold, 0, levels))` with ties
-            to even, where h is the potential before the reset; `levels` is at most 256. The quotient is computed as h
-            times the rounded `1 / v_threshold`. Analog elements are not rounded. In backward the slope is
-            `1 / v_threshold` where `0 <= h <= levels * v_threshold`, both ends included, and 0 elsewhere; `width` must
-            be 1. Each spike subtracts `reset_amount`, so `v_reset` must be None. `v_threshold` must be > 0. A NaN
-            potential emits NaN. `unroll_levels` turns the output into binary spikes. With multi_spike, levels only
-            limits the number of spikes.
+            to even, where h is the potential before the reset; `levels` is at most 256. `h / v_threshold` is
+            computed as `h * (1 / v_threshold)`, where `1 / v_threshold` is first rounded to the type of the arithmetic.
+            Very close to a tie, the result can differ from that of a division. Analog elements are not rounded. In
+            backward the slope is `1 / v_threshold` where `0 <= h <= levels * v_threshold`, both ends included, and 0
+            elsewhere; `width` must be 1. Each spike subtracts `reset_amount`, so `v_reset` must be None. `v_threshold`
+            must be > 0. A NaN potential emits NaN. `unroll_levels` turns the output into binary spikes. With
+            multi_spike, levels only limits the number of spikes.
         multi_spike: emit `trunc(h / v_threshold)` spikes per step where h > 0. Each spike subtracts `reset_amount`, so
             `v_reset` must be None. `v_threshold` must be > 0; a tensor is checked where the width is. `analog_prob`
             must be 0, because none of these surrogates is the slope of a smooth function that counts spikes, which a

@@ -40,10 +40,11 @@ class OverTime(nn.Module):
 
     Shapes: `[T, B, ...]` to `[T, B, ...]`, or `[B, T, ...]` to `[B, T, ...]`. `layer` gets `[T * B, ...]`.
 
-    Raises TypeError if `layer` is not a module, is one of torch's recurrent layers, or contains a layer with state over
-    time, of asgl_cuda or a library that `asgl_cuda.convert` knows, even one added later; and if the input is not a
-    tensor. Raises ValueError for an input without time and batch, or one in which a first layer of torch, such as a
-    convolution, would take time or batch for a dimension of its samples.
+    Raises TypeError if `layer` is not a module, or is one of torch's recurrent layers. Raises TypeError also if `layer`
+    contains a layer with state over time, of asgl_cuda or of a library that `asgl_cuda.convert` knows. If such a layer
+    is added later, the next call raises the error. A call raises TypeError if its input is not a tensor. It raises
+    ValueError for an input without time and batch, or one in which a first layer of torch, such as a convolution, would
+    take time or batch for a dimension of its samples.
 
     Example::
 

@@ -398,8 +398,9 @@ class RecurrentLIF(Adapting):
         )
         scores = model(torch.randn(100, 32, 40)).mean(0)  # [T, B, 40] to [B, 12]
 
-    The layer computes `asgl_cuda.recurrent_lif(x_seq, layer.recurrent_weight, ...)`. The docstring of this function has
-    the same computation as a loop in PyTorch.
+    The layer computes `asgl_cuda.recurrent_lif(x_seq, layer.recurrent_weight, ...)`. The docstring of `recurrent_lif`
+    shows the computation as a loop in PyTorch, without noise and without an adaptation. For `detach_reset=True`, use
+    `s.detach()` in the last line of the loop.
     """
 
     _caller = "asgl_cuda.RecurrentLIF"

@@ -118,7 +118,7 @@ class Neurons(NeuronLayer, Noisy):
                 )
             if learned and not _LEAST_WIDTH <= each <= _LARGEST_WIDTH:
                 raise ValueError(
-                    f"{self._caller}: a learned width must be in [{_LEAST_WIDTH:.3g}, {_LARGEST_WIDTH:.3g}], got {each}"
+                    f"{self._caller}: a learned width must be in [{_LEAST_WIDTH}, {_LARGEST_WIDTH}], got {each}"
                 )
         self._width = found
         fill_parameter(self.log_width, found.double().log() if isinstance(found, Tensor) else math.log(found))

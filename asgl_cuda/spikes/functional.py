@@ -129,7 +129,10 @@ DERIVATIVES["spike_product"] = _with_derivative
 
 
 def has_kernel(x: Tensor, weight: Tensor, caller: str) -> bool:
-    """Whether the kernels, which skip zeros, can compute the product; otherwise torch's own operator must."""
+    """Whether the kernels, which skip zeros, can compute the product; otherwise torch's own operator must.
+
+    Raises TypeError if one of them is not a tensor. Does not check shapes.
+    """
     check_tensor("input", x, caller)
     check_tensor("weight", weight, caller)
     dtype = x.dtype

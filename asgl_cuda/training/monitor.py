@@ -412,7 +412,7 @@ class Monitor:
         return [f"{name or '(the model)'}: {problem}" for name, problem in problems.items() if problem is not None]
 
     def scalars(self) -> dict[str, float]:
-        """The quantities as one dict for loggers, as TensorBoard's `writer.add_scalar(name, value, step)`.
+        """The quantities as one dict for loggers, such as TensorBoard's `writer.add_scalar(name, value, step)`.
 
         A name has the quantity and the layer, as in `firing_rate/1`. If the model itself is the layer, it has only the
         quantity.

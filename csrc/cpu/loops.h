@@ -130,7 +130,7 @@ struct StepLoop {
   };
 
   // Runs the loop that was compiled for the surrogate of the call. Without noise, only kInteger needs a loop of its
-  // own. Adaptive neurons have no loop without noise: with analog_below = 0 no element is analog.
+  // own. Adaptive neurons always run the loop with noise, in which no element is analog if analog_below is 0.
   template <int kId = 0>
   static ASGL_HOST_DEVICE void run(Args args) {
     if constexpr (kId + 1 < kSurrogateLoops<Model>) {

@@ -94,7 +94,8 @@ int64 num_v_rows(const BackwardParams<Scalar>& params, int64 segment) {
   return params.wants_gradient(kDecay) ? segment + 1 : 1;
 }
 
-// Computes row t of the residual's gradient from dc, the gradient of the current, and stores it.
+// Computes row t of the residual's gradient from dc, the gradient of the current, and stores it, unless it is not
+// wanted.
 template <class Scalar>
 void store_residual_gradient(const Real_t<Scalar>* dc, const BackwardParams<Scalar>& params, const Tile& tile, int64 t,
                              Real_t<Scalar>* buffer) {

@@ -24,7 +24,8 @@ struct RecurrentCurrentLoop {
     int64 length;
   };
 
-  // Computes j[t] = x[t] + (product + bias) in place of the product, and the current i[t] from it.
+  // Replaces the product by the current of step t. With a synapse this is i[t] = syn_decay * i[t-1] + j[t], and the row
+  // `i` goes from i[t-1] to i[t]. Otherwise it is j[t]. Here j[t] = x[t] + (product + bias).
   static ASGL_HOST_DEVICE void run(Args args) {
     if (args.has_synapse) return run_loop<true>(args);
     run_loop<false>(args);

@@ -32,7 +32,8 @@ __device__ __forceinline__ void store_sums_by_value(Real* slots, int64 count, in
 }
 
 // Stores the sum over the threads of each run in the run's slot. One warp, converged, sums all runs of its block: a
-// long run with all lanes together, short runs with one lane each.
+// long run with all lanes together, short runs with one lane each. If a thread has one neuron and values repeat in a
+// tile, stores one sum per value instead, see store_sums_by_value.
 template <int kLanes, class Real>
 __device__ __forceinline__ void store_partials(Real* slots, const ParameterView<Real>& parameter,
                                                const SequenceShape& shape, const ThreadSums<Real>& sums) {

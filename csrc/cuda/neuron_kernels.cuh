@@ -36,8 +36,8 @@ constexpr int kForwardBlocksPerSM = sizeof(Real) == 8                           
 // Blocks per multiprocessor of the general backward kernel.
 template <class Real, int kLanes>
 constexpr int kBackwardBlocksPerSM = sizeof(Real) == 4 && kLanes == 1 ? 4 : 3;
-// Whether settled backward kernels of a model spill registers at four blocks per multiprocessor: erf, compiled by
-// NVRTC.
+// Whether a model's settled backward kernels spill registers at four blocks per multiprocessor. Those of erf do if
+// NVRTC compiles them; nvcc's are treated alike.
 template <class Model>
 constexpr bool kSpillsAtFourBlocks = false;
 template <bool kHardReset>
@@ -198,7 +198,8 @@ struct SettledBackwardStep {
 };
 
 // Stores the sums of the parameters whose values of adjacent neurons are adjacent. For all other parameters, adds the
-// sums of the thread's neurons up, and returns their bits of `wanted`. All threads of the block must call this.
+// sums of the thread's neurons up in sums[id][0], from which store_block_sums reads them, and returns their bits of
+// `wanted`. Overwrites `thread_sums`. All threads of the block must call this.
 template <class Scalar, class Real, int kSets>
 __device__ __forceinline__ uint32 store_sums_by_neuron(const BackwardParams<Scalar>& params, uint32 wanted,
                                                        const ThreadIndex<kSets>& index,
@@ -236,8 +237,9 @@ __device__ __forceinline__ uint32 store_sums_by_neuron(const BackwardParams<Scal
   return others;
 }
 
-// Adds the sums of the threads up and stores the sums of the block. Each warp does this for every kWarps-th parameter.
-// All threads of the block must call this.
+// Adds up the threads' sums[id][0] of each wanted parameter, separately for the neurons of each value, and stores the
+// results in the block's slots. Each warp does this for every kWarps-th parameter. Overwrites `thread_sums`. All
+// threads of the block must call this.
 template <int kLanes, int kNumSums, class Scalar, class Real, int kSets>
 __device__ __forceinline__ void store_block_sums(const BackwardParams<Scalar>& params, uint32 wanted,
                                                  const Real (&sums)[kNumParameters][kSets],
@@ -432,8 +434,9 @@ __global__ void __launch_bounds__(kBlockThreads, kSettledBackwardBlocksPerSM<Sca
   store_block_sums<kLanes, kNumSums>(params, others, sums, thread_sums);
 }
 
-// Adds the threads' sums of one parameter up by way of shared memory, and stores the sum of the block. t is the step of
-// the sum, 0 if it is over all steps. All threads of the block must call this.
+// Adds up the threads' sums of one parameter by way of shared memory, separately for the neurons of each value, and
+// stores the results in the block's slots. t is the step of the sums, 0 if they are over all steps. All threads of the
+// block must call this.
 template <int kLanes, class Scalar, class Real>
 __device__ __forceinline__ void store_block_sum(const BackwardParams<Scalar>& params, int id, int64 t, Real sum,
                                                 ThreadSums<Real>& thread_sums) {

@@ -168,9 +168,9 @@ struct LIF {
   }
 
   // Converts the gradient of v[t] into the gradient of the potential after reset. They differ only in models with a
-  // lower bound of the potential.
+  // lower bound of the potential, v_min (the floor).
   template <class Real>
-  static ASGL_HOST_DEVICE Real floor_adjoint(Real, Real, const Neuron<Real>&, Real dv) {
+  static ASGL_HOST_DEVICE Real floor_adjoint(Real /*h*/, Real /*s*/, const Neuron<Real>&, Real dv) {
     return dv;
   }
 

@@ -32,7 +32,8 @@ void register_backend_operators(Library& library, const ops::Launcher* launcher)
 }
 
 // Starts kernels by Python functions (asgl_cuda/backends/launcher.py), which get the address of `params` as an integer.
-class __attribute__((visibility("hidden"))) PythonLauncher : public ops::Launcher {  // as its fields are
+// Hidden, as pybind11's types are, which are the types of its fields.
+class __attribute__((visibility("hidden"))) PythonLauncher : public ops::Launcher {
  public:
   PythonLauncher(pybind11::object launch, pybind11::object resident_threads)
       : launch_(std::move(launch)), resident_threads_(std::move(resident_threads)) {}

@@ -79,8 +79,8 @@ inline void check_noise(const Rules& rules, const OptionalTensor& rng_state, at:
   }
 }
 
-// Throws unless rules.adaptation says that w, the adaptation, acts where it can: on the current, the threshold, the
-// amount of a soft reset, or the last two.
+// Throws unless rules.adaptation is 0, for no adaptation, or says where w acts: on the current, on the threshold, on
+// the amount of a soft reset, or on both of the last two.
 inline void check_adaptation(const Rules& rules) {
   const int64_t target = rules.adaptation;
   const bool in_reset = target == kAdaptsReset || target == (kAdaptsThreshold | kAdaptsReset);

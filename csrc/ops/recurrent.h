@@ -19,7 +19,8 @@ constexpr size_t kFirstState = 5;                      // index of v_last
 using WantedRecurrentGradients = std::array<bool, 6>;  // x_seq, weight, parameters, v_init, s_init and i_init
 
 // The checked arguments that forward and backward share. `sequence` is x_seq, or a sequence of its shape. `parameters`
-// has the rows of RecurrentParameterId. `constants` are those of the neuron.
+// has the rows of RecurrentParameterId. `constants` are those of the neuron. Without `has_synapse` the current is j[t]
+// itself, and syn_decay is unused. With `detach_recurrent` spikes get no gradient through the weight.
 class RecurrentCall {
  public:
   RecurrentCall(const Tensor& sequence, const Tensor& weight, const Tensor& parameters, const OptionalTensor& v_init,

@@ -229,8 +229,9 @@ inline Tensor spike_product(const Tensor& x, const Tensor& weight, const Optiona
   return call.in_torch_order(result, is_channels_last(x) || is_channels_last(weight));
 }
 
-// Returns the gradient of the weight of spike_product, from the gradient of its output. `packed` is the result of
-// pack_spikes for x, or none.
+// Returns the gradient of the weight of spike_product, from the gradient of its output, as channels_last if
+// `channels_last` and the weight has four dimensions. `packed` is the result of pack_spikes for x, or none; if it is
+// given, the elements of x are not read.
 inline Tensor spike_weight_gradient(const Tensor& grad, const Tensor& x, at::IntArrayRef weight_sizes,
                                     at::IntArrayRef stride, at::IntArrayRef padding, bool channels_last,
                                     const OptionalTensor& packed) {

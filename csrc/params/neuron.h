@@ -165,9 +165,9 @@ struct ForwardParams : LIFParams<Scalar> {
 };
 
 // Partial sums of one parameter's gradient, a row of `slots` values per step, or one row if step_stride is 0. Tile k
-// sums its part of each run of neurons that share a value, run = n / inner, into slot run + k, or run if a run is one
-// neuron. If values repeat in a tile, CUDA's tile k sums the neurons of value i into slot k * count + i. No two tiles
-// share a slot, and no slot depends on the number of threads.
+// sums its part of run r (the neurons with n / inner == r, which share a value) into slot r + k, or into slot r if a
+// run is one neuron. Where is_interleaved_in(tile), CUDA's tile k instead sums its neurons of value i into slot
+// k * count + i. No two tiles share a slot, and no slot depends on the number of threads.
 template <class Real>
 struct GradientPartials {
   Real* data;  // [T or 1, slots]; null if not wanted

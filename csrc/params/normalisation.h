@@ -26,8 +26,8 @@ struct ChannelTiles {
   int64 units_per_channel, channels_per_tile, tiles_per_channel;
   int64 rows_per_split, splits;
 
-  // Plans tasks that read up to `most_units` units at a time, and `rows_each` times as many in all, or more for at most
-  // kMostSplits splits.
+  // Plans tasks that read up to `most_units` units at a time, `rows_each` times. They read more rows where there would
+  // otherwise be more than kMostSplits splits.
   ASGL_HOST_DEVICE static ChannelTiles plan(const ChannelShape& shape, int64 lanes, int64 most_units, int64 rows_each) {
     constexpr int64 kMostSplits = 2048;
     ChannelTiles tiles{};

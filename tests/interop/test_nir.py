@@ -379,11 +379,22 @@ def over_time(layer, message):
 NOT_REPRESENTED = {
     "soft reset": (
         lambda: nn.Sequential(LIF(v_reset=None)),
-        r"0 \(LIF\): has a soft reset \(v_reset=None\).*allow_soft_reset=True.*, other readers reset to v_reset",
+        r"0 \(LIF\): has a soft reset \(v_reset=None\).*allow_soft_reset=True.*, other readers reset .* to v_rest$",
     ),
     "floor": (
         lambda: nn.Sequential(LIF(v_min=-1.0)),
-        r"0 \(LIF\): has v_min=-1\.0.*allow_soft_reset=True.*, other readers ignore it",
+        r"0 \(LIF\): has v_min=-1\.0.*allow_soft_reset=True.*, other readers ignore v_min=-1\.0$",
+    ),
+    "soft reset, floor and levels": (
+        lambda: nn.Sequential(LIF(v_reset=None, v_min=-0.1, levels=4)),
+        r"other readers reset the potential to v_rest, ignore v_min=-0\.1 and emit at most one spike per step$",
+    ),
+    "levels": (
+        lambda: nn.Sequential(LIF(v_reset=None, levels=2)),
+        r"other readers reset the potential to v_rest and emit at most one spike per step$",
+    ),
+    "one level": (
+        lambda: nn.Sequential(LIF(v_reset=None, levels=1)), r"other readers reset the potential to v_rest$",
     ),
     "delay": (lambda: LeakyIntegrator(delay=True, v_rest=0.1), r"LeakyIntegrator.: has v_rest and delay"),
     "states and delay": (lambda: LeakyIntegrator(delay=True, stateful=True), r"r.: has stateful and delay, which"),
@@ -537,10 +548,16 @@ def neurons_of_libraries():
         "MaxSpike(1) of sinabs": (layers.IAF(spike_fn=activation.MaxSpike(1)), None),
         "LIFLayer": (authors_code.LIFLayer(6, spike_fn=spike, thresh=0.8), None),
         "soft, not allowed": (jelly.LIFNode(v_reset=None, step_mode="m"), r"1 \(LIFNode\): has a soft reset"),
-        "floor": (layers.IAF(min_v_mem=-1.0, **single), r"1 \(IAF\): has a lower limit of the potential, which to_nir"),
-        "several": (layers.IAF(), r"1 \(IAF\): has several spikes per step, which to_nir"),
-        "current": (layers.IAF(tau_syn=3.0, **single), r"1 \(IAF\): has a synaptic current, which to_nir"),
-        "ExpLeak": (layers.ExpLeak(2.0), r"1 \(ExpLeak\): has no spikes, which to_nir"),
+        "floor": (
+            layers.IAF(min_v_mem=-1.0, **single),
+            r"1 \(IAF\): has a lower limit of the potential, which to_nir.* use asgl_cuda\.LIF in",
+        ),
+        "several": (layers.IAF(), r"1 \(IAF\): has several spikes per step, which to_nir.* use asgl_cuda\.LIF in its"),
+        "current": (
+            layers.IAF(tau_syn=3.0, **single),
+            r"1 \(IAF\): has a synaptic current; use asgl_cuda\.LeakyIntegrator before",
+        ),
+        "ExpLeak": (layers.ExpLeak(2.0), r"1 \(ExpLeak\): does not fire; use asgl_cuda\.LeakyIntegrator in its place"),
         "recurrent": (
             jelly_layer.LinearRecurrentContainer(jelly.LIFNode(), 5, 5, step_mode="m"),
             r"1 \(LinearRecurrentContainer\): can't be represented in NIR; NIR does not say when a spike that returns",
@@ -590,6 +607,17 @@ def test_models_of_snntorch_that_take_sequences_are_refused_with_a_remedy():
     ):
         with pytest.raises(ValueError, match=rf"^asgl_cuda\.to_nir: {where}: can't be .* asgl_cuda\.LIF in "):
             to_nir(model, torch.rand(5, 2, 4))
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "instead"),
+    [("Leaky", (0.9,), "LIF"), ("Synaptic", (0.5, 0.9), r"LeakyIntegrator before asgl_cuda\.LIF")],
+)
+def test_layers_that_return_a_tuple_are_refused_with_a_remedy(kind, arguments, instead):
+    layer = getattr(pytest.importorskip("snntorch"), kind)(*arguments)
+    words = rf"1 \({kind}\): must return one tensor, got tuple; use asgl_cuda\.{instead} in its place"
+    with pytest.raises(ValueError, match=rf"^asgl_cuda\.to_nir: {words}"):
+        to_nir(nn.Sequential(nn.Linear(4, 4), layer), torch.rand(5, 2, 4))
 
 
 def test_norses_layers_are_refused_by_name():

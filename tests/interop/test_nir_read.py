@@ -119,6 +119,16 @@ def test_thresholds(threshold):
     assert leaf.grad.any(), "a surrogate's gradient"
 
 
+def test_a_delay_may_be_rounded_to_float32():
+    steps = np.array([25001, 3_000_001, 1, 0])
+    node = nir.Delay((steps * 1e-4).astype(np.float32))
+    assert from_nir(graph_of(node)).get_submodule("0").steps.tolist() == steps.tolist()
+    with pytest.raises(ValueError, match=r"delay must be .* a multiple of dt = 0\.0001, got 1234\.57"):
+        from_nir(
+            graph_of(nir.Delay((np.array([12_345_678]) * 1e-4).astype(np.float32)))
+        )  # its neighbour is 1.2 dt away
+
+
 @pytest.mark.parametrize("steps", [0, 1, 3, 40, SOME - 2])
 def test_delays(steps, tmp_path):
     node = nir.Delay(np.full(6, steps) * 1e-4)
@@ -175,9 +185,13 @@ BAD_NODES = {
     "a graph inside": (graph_of(nir_lif()), "can't be read; the documentation"),
     "a delay by half a step": (
         nir.Delay(np.array([0.0, 1e-4, 1.5e-4, 2e-4, 2.5e-4, 0.0])),
-        r"delay must be a multiple of dt = 0.0001, at least 0, got 0.00015 for neuron \[2\]",
+        r"delay must be at least 0 and a multiple of dt = 0.0001, got 0.00015 for neuron \[2\]; pass the time step",
     ),
-    "a delay backwards": (nir.Delay(-ONES), "delay must be a multiple of dt = 0.0001, at least 0, got -1"),
+    "a delay at a known dt": (
+        with_(nir.Delay(np.array([1.5e-4])), metadata={"asgl_cuda": {"dt": 1e-4}}),
+        r"delay must be at least 0 and a multiple of dt = 0.0001, got 0.00015 for neuron \[0\]$",
+    ),
+    "a delay backwards": (nir.Delay(-ONES), "delay must be at least 0 and a multiple of dt = 0.0001, got -1"),
     "tau": (nir_lif(tau=5e-5), "tau must be at least dt = 0.0001, got 5e-05"),
     "tau of a current": (cuba(tau_syn=5e-5), "tau_syn must be at least dt = 0.0001"),
     "r": (nir_lif(r=SOME - 2), r"r must be > 0, got 0 for neuron \[0\]"),

@@ -281,7 +281,7 @@ def test_only_spikes_are_known_where_these_return():
 
     fast, _ = asgl_cuda.convert(Reading(), sequences=True)
     for fast.read in "vc":
-        words = rf"only the spikes of a LinearRecurrentContainer are known .* reads its {fast.read}; use"
+        words = rf"only the spikes of a LinearRecurrentContainer are known .* reads the {fast.read} of its node; use"
         with pytest.raises(RuntimeError, match=words):
             fast(input_of())
 
@@ -440,10 +440,10 @@ REFUSED = {
     made_a_leaf: "requires_grad_ of a value in a step can't be recorded",
     changed: "all steps of a Leaky are computed at once, but the model's code changes its parameters",
     input_in_place: r"__iadd__ can't change the model's input, or .* as x \+ 1",
-    fed_back: r"lif1 \(Leaky\) and lif2 \(Leaky\) emits in a step returns",
+    fed_back: r"the output of lif1 \(Leaky\) and lif2 \(Leaky\) in a step returns to their input",
     asked: r"all steps of lif1 \(Leaky\) are .*a computed value.*\(__bool__, as in `if spk\.sum\(\) > 0`\); remove",
     read_back: r"changes a tensor that the steps use \(__getitem__\); remove",
-    twice: r"lif1 \(Leaky\) emits in a step returns",
+    twice: r"the output of lif1 \(Leaky\) in a step returns to its input",
     in_function: "a torch.autograd.Function gets values",
     through_view: r"mul_ can't change a value of a step in place, because it shares memory with a view .* clone\(\)",
     checkpointed: "put the checkpoint around the model",

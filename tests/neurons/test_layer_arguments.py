@@ -183,12 +183,13 @@ BAD = [
     ("LIF", {"width": 0.0}, "width must be > 0.* 0.0"),
     ("LIF", {"width": math.nan}, "width must be > 0.* nan"),
     ("LIF", {"width": math.inf, "learn_width": False}, "width must be finite, got inf"),
-    ("LIF", {"width": 1e9}, r"a learned width must be in \[3.06e-07, 3.27e\+06\], got 1000000000.0"),
+    ("LIF", {"width": 1e9}, r"a learned width must be in \[3\.059\d+e-07, 32690\d+\.\d+\], got 1000000000.0"),
     ("LIF", {"decay": 0.0, "learn_decay": True}, r"a learned decay must be in \(0, 1\), .* 3.06e-07 .*, got 0.0"),
     ("LIF", {"decay": 1, "learn_decay": True}, r"a learned decay must be in \(0, 1\), .*, got 1"),
     ("LIF", {"decay": 1e-9, "learn_decay": True}, "a learned decay must be .* 3.06e-07 from both ends, got 1e-09"),
     ("LIF", {"decay": math.nan, "learn_decay": True}, r"a learned decay must be in \(0, 1\), .*, got nan"),
     ("LIF", {"time_dim": 1.0}, "time_dim must be an int, got float"),
+    ("LIF", {"device": "gpu"}, r"device must be a torch\.device, its name or its index, got 'gpu'"),
     ("LIF", {"dtype": torch.int32}, "dtype must be .*float32.*torch.int32"),
     ("LIF", {"v_reset": math.inf}, "v_reset must be finite, got inf"),
     ("LIF", {"v_rest": -math.inf}, "v_rest must be finite, got -inf"),
@@ -210,7 +211,7 @@ BAD = [
         ("BatchNormLIF", {"num_features": given}, f"num_features must be the number of channels, or .*, got {given}")
         for given in (3.0, None)
     ),
-    ("BatchNormLIF", {"num_features": [3, 4]}, r"num_features must be one number for .* 'layer', got \[3, 4\]"),
+    ("BatchNormLIF", {"num_features": [3, 4]}, r"num_features must be one number for .* 'layer', got \[3, 4\]; g"),
     ("BatchNormLIF", {"input_gain": 2.0}, "takes no input_gain; use input_scale, the factor on the normalised input"),
     ("BatchNormLIF", {"eps": math.nan}, "eps must be finite, got nan"),
     ("BatchNormLIF", {"eps": -1.0}, "eps must be >= 0, got -1.0"),
@@ -266,6 +267,17 @@ def test_bad_arguments(kind, arguments, words):
         getattr(asgl_cuda, kind)(**{**FIRST.get(kind, {}), **arguments})
     of_type = re.search("must be an? (int|bool|dtype).*, got|dtype|keyword|takes no input|have no", str(caught.value))
     assert caught.type is (TypeError if of_type else ValueError)
+
+
+@pytest.mark.parametrize(("width", "learned"), [(1e-40, False), (1e-9, True)])
+def test_a_width_that_an_error_names_is_accepted(width, learned):
+    """A bound that was rounded to the other side would be refused."""
+    with pytest.raises(ValueError, match="width must be") as caught:
+        asgl_cuda.LIF(width=width, learn_width=learned)
+    bounds = re.findall(r"\d+\.\d+(?:e[+-]\d+)?", str(caught.value).split("got")[0])
+    assert bounds
+    for bound in bounds:
+        asgl_cuda.LIF(width=float(bound), learn_width=learned)
 
 
 @pytest.mark.parametrize("kind", LAYERS)

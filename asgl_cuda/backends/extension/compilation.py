@@ -126,7 +126,10 @@ def find_toolkit(cuda: str) -> Toolkit | str:
 
 
 def choose_toolkit(wanted: str | None) -> tuple[Toolkit | None, str]:
-    """The toolkit to compile the CUDA kernels with, or None to compile none, and the reason."""
+    """The toolkit to compile the CUDA kernels with, or None to compile none, and the reason.
+
+    `wanted` is "cuda", "cpu" or None, see `requested_build`. Raises SystemExit if it is "cuda" and there is no toolkit.
+    """
     if wanted == "cpu":
         return None, "ASGL_CUDA_BUILD was cpu"
     if torch.version.hip is not None:
@@ -153,7 +156,10 @@ def architectures_of_torch() -> set[int]:
 
 
 def architecture_flags(known: list[int]) -> tuple[list[str], str]:
-    """The flags for an nvcc that knows these architectures, and a description of what they compile."""
+    """The flags for an nvcc that knows these architectures, and a description of what they compile.
+
+    TORCH_CUDA_ARCH_LIST selects architectures. Raises SystemExit if it has another form or names an unknown one.
+    """
     asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip()
     if asked:
         entries = [re.fullmatch(r"(\d+)\.(\d)[af]?(\+PTX)?", entry) for entry in re.split(r"[;,\s]+", asked)]
@@ -195,7 +201,7 @@ def parallel_jobs() -> int:
 
 
 def requested_build() -> str | None:
-    """The value of ASGL_CUDA_BUILD, checked."""
+    """The value of ASGL_CUDA_BUILD: "cuda", "cpu", "none", or None if it is not set. Raises SystemExit for others."""
     wanted = os.environ.get("ASGL_CUDA_BUILD")
     if wanted not in (None, "cuda", "cpu", "none"):
         raise SystemExit(f"asgl_cuda: ASGL_CUDA_BUILD must be cuda, cpu or none, got {wanted!r}")
@@ -212,7 +218,12 @@ class BuildPlan(NamedTuple):
 
 
 def plan_build(csrc: Path, wanted: str | None) -> BuildPlan:
-    """Plans how to compile the sources in `csrc`. Paths are relative if `csrc` is, as setup.py needs them."""
+    """Plans how to compile the sources in `csrc`, and prepares this process for it.
+
+    `wanted` is "cuda", "cpu" or None, see `requested_build`. Sets PATH and MAX_JOBS, removes an empty CC or CXX, and
+    sets CUDA_HOME of torch's cpp_extension. Paths of sources are relative if `csrc` is, as setup.py needs them. Raises
+    SystemExit if the CUDA kernels were asked for and can't be compiled, or TORCH_CUDA_ARCH_LIST is wrong.
+    """
     for name in ("CC", "CXX"):  # an empty name, which torch and setuptools would try to start
         if not os.environ.get(name, "-").strip():
             del os.environ[name]
@@ -258,7 +269,7 @@ def print_to_terminal(line: str) -> None:
 
 
 def require_compiler() -> None:
-    """Ends the build with an error and a remedy if there is no C++ compiler."""
+    """Raises SystemExit, with a remedy, if there is no C++ compiler."""
     compiler = os.environ.get("CXX", "c++")
     if shutil.which(compiler) is None:
         raise SystemExit(
@@ -306,7 +317,10 @@ def build_command_class(planned: BuildPlan, package: Path) -> type[cpp_extension
 
 
 def build(csrc: Path, directory: Path) -> None:
-    """Compiles the sources in `csrc` to `asgl_cuda` in the directory, and keeps the objects there for the next time."""
+    """Compiles the sources in `csrc` to `asgl_cuda` in the directory, and keeps the objects there for the next time.
+
+    Changes the environment of this process, as `plan_build` says. Raises SystemExit if the build is impossible.
+    """
     planned = plan_build(csrc, requested_build())
     command = build_command_class(planned, directory)(Distribution({"ext_modules": [planned.extension]}))
     command.build_lib, command.build_temp = str(directory), str(directory / "objects")

@@ -142,7 +142,7 @@ def _module_of_node(node: Any, dt: float | None) -> Any:
         type(node).__name__,
         (getattr(node, "metadata", None) or {}).get(KEY, {}),
     )
-    written = float(ours.get("dt", dt or units.DT))
+    written, is_dt_known = float(ours.get("dt", dt or units.DT)), "dt" in ours or dt is not None
     if dt is not None and abs(dt - written) > 1e-6 * written:
         raise ValueError(f"to_nir wrote it with dt = {written}, got dt = {dt}; leave out dt to use that of the node")
     dt = written
@@ -162,9 +162,13 @@ def _module_of_node(node: Any, dt: float | None) -> Any:
     if kind == "Delay":
         delay = as_double(node.delay)
         steps = (delay / dt).round()
-        if (is_wrong := ~((delay >= 0) & ((delay - steps * dt).abs() < 1e-3 * dt))).any():
-            got = first_wrong(delay, is_wrong)
-            raise ValueError(f"delay must be a multiple of dt = {dt}, at least 0, got {got}")
+        rounding = 2**-24 * delay  # a file may have rounded the delay to float32, unless that would change the step
+        tolerance = 1e-3 * dt + torch.where(rounding < dt / 4, rounding, 0.0)
+        if (is_wrong := ~((delay >= 0) & ((delay - steps * dt).abs() < tolerance))).any():
+            got, hint = first_wrong(delay, is_wrong), "pass the time step of the graph, from_nir(graph, dt=...)"
+            raise ValueError(
+                f"delay must be at least 0 and a multiple of dt = {dt}, got {got}{'' if is_dt_known else f'; {hint}'}"
+            )
         return Delay(steps.long())
     if kind in ("CubaLIF", "CubaLI"):
         if kind == "CubaLIF":

@@ -124,6 +124,13 @@ def _reason_not_written(module: nn.Module) -> str | None:
     return next((reason for reason in reasons if reason is not None), None)
 
 
+def _in_place_of(layer: Converted) -> str:
+    """Layers of asgl_cuda that compute the same as the converted layer, and that `to_nir` writes, for errors."""
+    if layer.settings.spike is None:
+        return "asgl_cuda.LeakyIntegrator"
+    return "asgl_cuda.LIF" if layer.takes_input_directly else "asgl_cuda.LeakyIntegrator before asgl_cuda.LIF"
+
+
 class _Flow(NamedTuple):
     """A tensor of the traced model, as a value in the graph of NIR."""
 
@@ -219,9 +226,10 @@ class _Writer(fx.Interpreter):
         """Runs a layer, and adds its NIR nodes to the graph."""
         kind = Converted if isinstance(module, Converted) and module not in self.left else type(module)
         kind = _BatchNorm if kind.forward is _BatchNorm.forward else kind  # also of a user's subclass
-        if kind not in self.layers:
+        if kind not in self.layers or isinstance(module, Recurrent):
             known = ", ".join(sorted({each.__name__.strip("_") for each in self.layers}))
-            reason = RECURRENCE if isinstance(module, RecurrentLIF) else f"layers that can be: {known}"
+            is_recurrent = isinstance(module, (RecurrentLIF, Recurrent))
+            reason = RECURRENCE if is_recurrent else f"layers that can be: {known}"
             raise ValueError(f"can't be represented in NIR; {self.left.get(module, reason)}")
         if len(inputs) != 1 or len(n.args) + len(n.kwargs) != 1:
             count = len(n.args) + len(n.kwargs)
@@ -232,7 +240,8 @@ class _Writer(fx.Interpreter):
             vars(module)["lif"] = partial(self._record_lif_call, module)
         flow, value = inputs[0], super().run_node(n)
         if not isinstance(value, Tensor):
-            raise ValueError(f"must return one tensor, got {type(value).__name__}")
+            hint = f"; use {_in_place_of(module)} in its place, whose output is one" if kind is Converted else ""
+            raise ValueError(f"must return one tensor, got {type(value).__name__}{hint}")
         if kind in (Converted, Delay) or isinstance(module, NeuronLayer):
             self._check_time(flow, getattr(module, "time_dim", 0))
         for suffix, node in self.layers[kind](module, flow).items():
@@ -275,7 +284,10 @@ class _Writer(fx.Interpreter):
         return value.to(self.real).contiguous().numpy()
 
     def _neuron_nodes(self, layer: Any, flow: _Flow) -> dict[str, Any]:
-        """The NIR nodes of a LIF or LeakyIntegrator, by suffix of their names."""
+        """The NIR nodes of a LIF or LeakyIntegrator, by suffix of their names.
+
+        Raises ValueError for an option or a value that NIR can't represent.
+        """
         if options := unknown_options(layer, _KNOWN):
             raise ValueError(f"has {options}, which can't be represented in NIR")
         fires, numbers = isinstance(layer, LIF), cast("dict[str, Any]", units.constants_of_layer(layer, flow.shape))
@@ -287,13 +299,19 @@ class _Writer(fx.Interpreter):
             raise ValueError(f"decay must be 1 for all neurons or for none, got {range_of(decay)}")
         unit, per_step = (1 - decay, 1.0) if leaks else (decay, self.dt)
         if fires:
-            hard = layer.v_reset is not None
-            if not (hard and layer.v_min is None) and not self.allow_soft_reset:
-                got, others = "v_min={layer.v_min}, which NIR's neurons do not have", "ignore it"
-                if not hard:
-                    got, others = "a soft reset (v_reset=None), but NIR's neurons reset to v_reset", "reset to v_reset"
-                got = f"has {got.format(layer=layer)}; to_nir(..., allow_soft_reset=True) writes the layer all the same"
-                raise ValueError(f"{got}: asgl_cuda.from_nir restores it from metadata, other readers {others}")
+            others = {  # what readers do instead that do not use the metadata
+                "reset the potential to v_rest": layer.v_reset is None,
+                f"ignore v_min={layer.v_min}": layer.v_min is not None,
+                "emit at most one spike per step": layer.levels != 1
+                and (layer.multi_spike or layer.levels is not None),
+            }
+            if not self.allow_soft_reset and (instead := [each for each, differs in others.items() if differs]):
+                got = "a soft reset (v_reset=None)" if layer.v_reset is None else f"v_min={layer.v_min}"
+                raise ValueError(
+                    f"has {got}, which NIR's neurons do not have. to_nir(..., allow_soft_reset=True) writes it all the "
+                    "same: asgl_cuda.from_nir restores the layer from metadata, other readers "
+                    + " and ".join(filter(None, (", ".join(instead[:-1]), instead[-1])))
+                )
             if not layer.input_gain > 0:
                 raise ValueError(f"input_gain must be > 0, got {layer.input_gain}")
             numbers = {name: value * unit for name, value in numbers.items()} | {"r": 1 / per_step}
@@ -319,19 +337,21 @@ class _Writer(fx.Interpreter):
     def _converted_nodes(self, layer: Converted, flow: _Flow) -> dict[str, Any]:
         """The NIR nodes of a converted layer, from the options of its call of `lif`."""
         call = self.calls[0] if len(self.calls) == 1 else {}
-        if isinstance(layer, Recurrent):
-            raise ValueError(f"can't be represented in NIR; {RECURRENCE}")
-        fires = layer.settings.spike is not None
-        other = {
-            "no spikes": not fires,
-            "a synaptic current": fires and (not layer.takes_input_directly or not call),
+        if layer.settings.spike is None:
+            raise ValueError(f"does not fire; use {_in_place_of(layer)} in its place")
+        if not layer.takes_input_directly or not call:
+            raise ValueError(f"has a synaptic current; use {_in_place_of(layer)} in its place")
+        only_ours = {
             "several spikes per step": layer.multi_spike or call.get("levels") is not None,
             "a lower limit of the potential": call.get("v_min") is not None,
-            ", ".join(sorted(call.keys() - _KNOWN_OF_CALLS)): not call.keys() <= _KNOWN_OF_CALLS,
         }
-        if any(other.values()):
-            got = " and ".join(name for name, there in other.items() if there)
-            raise ValueError(f"has {got}, which to_nir can't write for converted layers")
+        if got := " and ".join(name for name, there in only_ours.items() if there):
+            raise ValueError(
+                f"has {got}, which to_nir writes only for asgl_cuda's own layers; use {_in_place_of(layer)} in its "
+                "place, and to_nir(..., allow_soft_reset=True)"
+            )
+        if unknown := call.keys() - _KNOWN_OF_CALLS:
+            raise ValueError(f"has {', '.join(sorted(unknown))}, which to_nir can't write for converted layers")
 
         def per_neuron(name: str, default: float = 0.0) -> Tensor:
             """An option of the call, as float64 of the neurons' shape."""
