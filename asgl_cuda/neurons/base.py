@@ -255,7 +255,7 @@ class NeuronLayer(Settable):
         self._set_decay(value)
 
     def _set_decay(self, value: Any) -> None:
-        """Checks the decay, and stores it as the constant, or in the parameter."""
+        """Checks the decay and keeps it as the value last set. If it is learned, also stores it in the parameter."""
         self._decay = self._store_decay(self.logit_decay, "decay", value, "learn_decay")
 
     def _store_decay(self, parameter: Tensor | None, name: str, given: Any, option: str) -> Tensor | float:

@@ -106,7 +106,7 @@ class Neurons(NeuronLayer, Noisy):
         return self.levels is not None and not self.multi_spike
 
     def _set_width(self, value: Any) -> None:
-        """Checks the width, and stores it as the constant, or in the parameter."""
+        """Checks the width and keeps it as the value last set. If it is learned, also stores it in the parameter."""
         learned = self.log_width is not None
         found = self._checked_value("width", value, self.log_width, "learn_width")
         for each in min_and_max(found):
@@ -133,7 +133,7 @@ class Neurons(NeuronLayer, Noisy):
         self._set_threshold(value)
 
     def _set_threshold(self, value: Any) -> None:
-        """Checks the threshold, and stores it as the constant, or in the parameter."""
+        """Checks the threshold and keeps it as the value last set. If it is learned, also stores it in the parameter."""
         found = self._checked_value("v_threshold", value, self.threshold, "learn_threshold")
         for each in min_and_max(found):
             check_finite("v_threshold", each, self._caller)

@@ -53,8 +53,8 @@ void run_kernel(Params params) {
   with_model(params.options, [&](auto model) { run_general_pass<decltype(model)>(params); });
 }
 
-// Sums the slots of a parameter whose values repeat within a tile (one value per channel in channels_last), in memory
-// order.
+// Computes and stores the gradient of a parameter whose values repeat within a tile (one value per channel in
+// channels_last). Sums its slots in memory order.
 template <class Real>
 void sum_interleaved(const GradientSum<Real>& sum, const GradientPart<Real>& part) {
   const int64 count = part.parameter.count;
@@ -70,8 +70,9 @@ void sum_interleaved(const GradientSum<Real>& sum, const GradientPart<Real>& par
   for (int64 element = 0; element < count; ++element) part.store(element, totals[static_cast<size_t>(element)]);
 }
 
-// Sums the slots of `length` adjacent elements in memory order: for each element over its runs, and for each run over
-// the tiles that it overlaps.
+// Computes and stores `length` adjacent elements of a parameter's gradient, from `element` on: at most kTile, all of
+// one step. Sums the slots in memory order: for each element over its runs, and for each run over the tiles that it
+// overlaps.
 template <class Real>
 void sum_runs(const GradientSum<Real>& sum, const GradientPart<Real>& part, int64 element, int64 length) {
   const ParameterView<Real>& parameter = part.parameter;
@@ -110,7 +111,7 @@ void launch_kernel(Device, const BackwardParams<Scalar>& params) {
   run_kernel(params);
 }
 
-// Sums the partial sums of each parameter's gradient.
+// Computes and stores each parameter's gradient from its partial sums.
 template <class Real>
 void launch_kernel(Device, const GradientSum<Real>& sum) {
   for (int id = 0; id < sum.count; ++id) {

@@ -82,11 +82,11 @@ void run_settled_pass(const ForwardParams<Scalar>& params) {
     for (int64 index = begin; index < end; ++index) {
       const Tile tile(params.shape, index);
       const bool s_in_place = is_in_place<Scalar>(tile), all_in_place = s_in_place && currents.is_x_in_place(tile);
-      const bool in_cache = recent_row_to_prefetch(params.x_seq, tile, 0) == nullptr;
+      const bool prefetches = recent_row_to_prefetch(params.x_seq, tile, 0) != nullptr;
       const StreamingStore stream = s_in_place ? past_cache : nullptr;
       // If x fits in the L2 cache, single steps are faster: with several, the load of x at the next step waits for the
       // store of s just before it, if both have the same offset in their pages (4K aliasing).
-      const int64 most = all_in_place && !in_cache ? kCheckpointSteps : stream != nullptr ? kStreamedSteps : 1;
+      const int64 most = all_in_place && prefetches ? kCheckpointSteps : stream != nullptr ? kStreamedSteps : 1;
       neurons.move_to(tile, 0);
       currents.input().move_to(tile);
       load_state(params.v_init, tile.first, params.options.v_rest, tile.length, v);
@@ -96,7 +96,7 @@ void run_settled_pass(const ForwardParams<Scalar>& params) {
         const int64 later = t + std::max(most, kRowsAhead);
         const Chunk next = {{params.shape, index + later / steps}, later % steps, count};
         PrefetchRows ahead = {.element_size = sizeof(Scalar), .stride = params.shape.inner};
-        if (!in_cache) {
+        if (prefetches) {
           ahead.rows[0] = element_to_prefetch(params.x_seq, chunk, next, all_in_place, stream != nullptr);
           ahead.rows[1] = element_to_prefetch(params.residual, chunk, next, false);
           if (stream == nullptr) ahead.rows[2] = element_to_prefetch(params.s_seq, chunk, next, s_in_place);
@@ -198,7 +198,7 @@ class SettledBackward {
                  gradients_ahead = input_ahead;
     input_ahead.rows[0] = element_to_prefetch(params_.x_seq, chunk, next, x_in_place, streams);
     input_ahead.rows[1] = element_to_prefetch(params_.residual, chunk, next, false);
-    if (!in_cache_) {
+    if (prefetches_) {
       gradients_ahead.rows[0] = element_to_prefetch(params_.grad_s_seq, chunk, next, in_place, streams);
       if (!streams) {
         gradients_ahead.rows[1] = element_to_prefetch(params_.grad_x_seq, chunk, next, dc_in_place && dx_is_dc_);
@@ -260,7 +260,7 @@ class SettledBackward {
   const bool sums_all_ =
       params_.wants_gradient(kDecay) || params_.wants_gradient(kThreshold) || params_.wants_gradient(kReset);
   const bool dx_is_dc_ = params_.is_input_plain();
-  const bool in_cache_ = recent_row_to_prefetch(params_.x_seq, Tile(params_.shape, 0), 0) == nullptr;
+  const bool prefetches_ = recent_row_to_prefetch(params_.x_seq, Tile(params_.shape, 0), 0) != nullptr;
   const StreamingStore past_cache_ = streaming_store_for(params_.grad_x_seq, params_.shape);
   ChunkCurrents<Scalar> currents_{params_, segment_};
   Rows<Real> rows_{segment_ + v_rows_ + 4 + kInputGain, kTile}, block_rows_{3 * segment_, kBlock};

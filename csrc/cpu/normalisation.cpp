@@ -132,10 +132,10 @@ void for_each_stretch(const ChannelTiles& tiles, const ChannelTask& task, int64 
   }
 }
 
-// Calls f(offset, length) for each piece of `length` elements. Pieces are short enough to stay in the cache.
+// Splits `total` elements into pieces of at most kTile, which stay in the cache, and calls f(offset, length) for each.
 template <class F>
-void for_each_piece(int64 length, F&& f) {
-  for (int64 offset = 0; offset < length; offset += kTile) f(offset, std::min(kTile, length - offset));
+void for_each_piece(int64 total, F&& f) {
+  for (int64 offset = 0; offset < total; offset += kTile) f(offset, std::min(kTile, total - offset));
 }
 
 // Returns `length` elements in the arithmetic type: the elements themselves if they have this type, or a copy in
