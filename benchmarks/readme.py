@@ -380,16 +380,22 @@ def end_to_end(report: Report) -> list[str]:
             [
                 shown_as(variant) if variant.startswith(PLAIN) else variant,
                 *(f"{1e3 * each[part]:.0f}" for part in ("seconds", "evaluation_seconds")),
+                f"{1e6 * each['stream_seconds']:.0f}" if "stream_seconds" in each else "",
                 *(f"{each[part] / 1e6:.0f}" for part in ("kept_bytes", "peak_bytes")),
                 *(f"{seconds:.1f}" if "compile" in variant else ""
                   for seconds in each["first_seconds"].values()),
             ]
             for variant, each in network["variants"].items()
         ]  # fmt: skip
-        head = ["", "training step, ms", "evaluation, ms", "kept, MB", "peak, MB"]
+        head = ["", "training step, ms", "evaluation, ms", "streamed step, µs", "kept, MB", "peak, MB"]
         head += ["first step, s", "first evaluation, s"]
-        rates = between([100 * each for each in network["rates"]], ".0f", ".0f")
-        title = f"{name}, {network['input_shape']}; {rates} % of the neurons spike per step"
+        rates = (
+            f"{between([100 * each for each in found], '.0f', '.0f')} % in {mode}"
+            for mode, found in network["rates"].items()
+        )
+        spikes = next(each for each in network["variants"].values() if "replaced" in each)
+        layers = f"{spikes['replaced']} of {spikes['replaced'] + spikes['left']} layers are spike layers"
+        title = f"{name}, {network['input_shape']}: {' and '.join(rates)} of the neurons spike per time step; {layers}"
         lines += [*folded(title, markdown_table(head, rows)), ""]
     return lines[:-1]
 
