@@ -7,6 +7,7 @@ import math
 import re
 import sys
 from collections.abc import Callable, Collection, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ from .learning.neurons import adaptation_rows, calibration_rows, residual_rows
 from .learning.sparse import NETWORKS as SPARSE_NETWORKS
 from .learning.sparse import sparse_rows
 from .speed import convert
-from .speed.end_to_end import COMPILED_NETWORK, COMPILED_STEP, CONVERTED, FUSED_BLOCK
+from .speed.end_to_end import COMPILED_NETWORK, COMPILED_STEP, CONVERTED, FUSED_BLOCK, SPIKES
 from .speed.memory import HEAD as MEMORY_HEAD
 from .speed.memory import KEPT, RECOMPUTED
 from .speed.memory import rows as memory_rows
@@ -459,6 +460,24 @@ def spike_layers(report: Report) -> list[str]:
     return [*markdown_table(head, first), "", *folded("Other layers", markdown_table(head, others))]
 
 
+def spikes_values(report: Report) -> Report:
+    """How many times as fast spike layers make whole networks."""
+    networks = read_report("end_to_end")
+
+    def with_spikes(part: str) -> Time:
+        return lambda network, name: milliseconds(network, f"{name}{SPIKES}", part)
+
+    names = {"evaluations": "evaluation_seconds", "steps_by_spikes": "seconds"}
+    return {
+        name: between(
+            times_faster(networks, partial(milliseconds, part=part), with_spikes(part), [f"{PLAIN}{OURS}"]),
+            ".1f",
+            ".1f",
+        )
+        for name, part in names.items()
+    }
+
+
 def calibrated(report: Report) -> list[str]:
     """The table of accuracies by calibrated rate, and the differences between usual rates."""
     head, rows = calibration_rows(report)
@@ -669,8 +688,11 @@ SECTIONS = {
     "spikes": Section(
         "spikes",
         spike_layers,
-        "A cell has the least milliseconds of several rounds with torch's layers, those with spike layers, and how "
-        f"many times as fast spike layers are. Measured in float32 {ON}:",
+        "In the networks of [A training step](#a-training-step), spike layers made evaluations {evaluations} times as "
+        "fast, and training steps {steps_by_spikes} times. In the following table a cell has the least milliseconds of "
+        "several rounds with torch's layers, those with spike layers, and how many times as fast spike layers are. "
+        f"Measured in float32 {ON}:",
+        spikes_values,
     ),
     "sparse": Section("sparse", study(sparse_rows), f"Results after {{steps}} training steps. {{count}} {COST}"),
     "smoothing": Section(

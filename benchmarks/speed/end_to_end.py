@@ -38,7 +38,7 @@ from .microbench import (
     first_seconds,
     reset_compiler,
 )
-from .networks import NETWORKS, MakeNeuron, Network, Training
+from .networks import NETWORKS, STREAMED_STEPS, MakeNeuron, Network, Training
 from .peers import DECAY, OverSteps, Recurrent, installed, installed_peers, lif_loop, recurrent_loop
 from .sizes import Size, samples
 
@@ -284,7 +284,7 @@ def measure(network: Network, device: torch.device, repeats: int) -> dict[str, A
         found[name] |= {"last_loss": float(training.step()), **training.allocated_bytes()}
         found[name] |= {part: times[name, part].median for part in parts if (name, part) in times}
         if chosen[name].takes_steps:
-            found[name]["stream_seconds"] /= network.input_shape[0]
+            found[name]["stream_seconds"] /= STREAMED_STEPS
         found[name]["spread"] = times[name, "seconds"].spread
         if not found[name]["last_loss"] < found[name]["first_loss"]:
             raise RuntimeError(

@@ -22,6 +22,7 @@ CLASSES = 10
 # Factor on weights that multiply spikes. With it about one element in ten is a spike in every layer.
 GAIN = 2.5
 ATTENTION_SCALE = 0.13  # 1 / 8, but for sums of spikes that would be the threshold, where neurons of libraries differ
+STREAMED_STEPS = 100
 MakeNeuron = Callable[..., nn.Module]  # without arguments; of recurrent layers, with the weights of input and spikes
 
 
@@ -192,11 +193,12 @@ class Training:
         return scores
 
     @torch.no_grad()
-    def stream(self) -> Tensor:
-        """The scores of the first sample in evaluation mode, one time step per call."""
+    def stream(self, steps: int = STREAMED_STEPS) -> Tensor:
+        """The mean scores of the first sample in evaluation mode, whose time steps repeat, one time step per call."""
         self.model.eval()
         asgl_cuda.reset(self.model)
-        scores = [asgl_cuda.step(self.model, x_t) for x_t in self.x_seq[:, :1]]
+        sequence = self.x_seq[:, :1]
+        scores = [asgl_cuda.step(self.model, sequence[t % len(sequence)]) for t in range(steps)]
         self.model.train()
         return torch.stack(scores).mean(0)
 
