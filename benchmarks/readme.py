@@ -374,6 +374,10 @@ def steps_values(report: Report) -> Report:
     }
 
 
+def limits_values(report: Report) -> Report:
+    return {**steps_values(report), **convert_values(read_report("convert"))}
+
+
 def gain_values(report: Report) -> Report:
     (block,) = (
         each for each in read_report("microbench")["blocks"]
@@ -603,10 +607,13 @@ GAIN = (
     "kept instead of the sum. `fuse` then saves memory only if the residual is kept anyway, as are the spikes of an "
     "identity shortcut."
 )
-COMPILED_ALREADY = (
+LIMITS = (
     "If T is at most 8 and you already compile the neurons of SpikingJelly or snnTorch by `torch.compile`, conversion "
     "gains little in whole networks: training steps became {converted_short} times as fast, and evaluations "
-    "{evaluated_short} times. `fuse` can still gain, if it merges normalisations."
+    "{evaluated_short} times. `fuse` can still gain, if it merges normalisations. Without `sequences`, converted "
+    "layers that take one time step per call gain less than those that take whole sequences: small layers became "
+    "[1.0 to 1.6 times](docs/guides/convert.md#one-step-per-call) as fast, and large ones [{stepped} "
+    "times](docs/measured.md#converted-layers)."
 )
 ARMS = [(optimizer, surrogate) for optimizer in ("SGD", "Adam") for surrogate in ("rectangle", "sigmoid")]
 SECTIONS = {
@@ -614,7 +621,7 @@ SECTIONS = {
     "learned": Section("defaults", nothing, LEARNED, learned_values),
     "demo": Section("demo", demo, ""),
     "gain": Section("end_to_end", nothing, GAIN, gain_values),
-    "compiled": Section("end_to_end", nothing, COMPILED_ALREADY, steps_values),
+    "limits": Section("end_to_end", nothing, LIMITS, limits_values),
     "steps": Section("end_to_end", steps, STEPS, steps_values),
     "layers": Section("microbench", layers, LAYERS, layers_values),
     "microbench": Section("microbench", microbench, LAYER),
