@@ -404,13 +404,15 @@ def end_to_end(report: Report) -> list[str]:
         ]  # fmt: skip
         head = ["", "training step, ms", "evaluation, ms", "streamed step, µs", "kept, MB", "peak, MB"]
         head += ["first step, s", "first evaluation, s"]
-        rates = (
-            f"{between([100 * each for each in found], '.0f', '.0f')} % in {mode}"
-            for mode, found in network["rates"].items()
+        trained, evaluated = (
+            between([100 * each for each in found], ".0f", ".0f") for found in network["rates"].values()
         )
         spikes = next(each for each in network["variants"].values() if "replaced" in each)
         layers = f"{spikes['replaced']} of {spikes['replaced'] + spikes['left']} layers are spike layers"
-        title = f"{name}, {network['input_shape']}: {' and '.join(rates)} of the neurons spike per time step; {layers}"
+        title = (
+            f"{name}, {network['input_shape']}: per time step, {trained} % of the neurons spike in training and "
+            f"{evaluated} % in evaluation; {layers}"
+        )
         lines += [*folded(title, markdown_table(head, rows)), ""]
     return lines[:-1]
 
