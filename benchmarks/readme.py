@@ -7,6 +7,7 @@ import math
 import re
 import sys
 from collections.abc import Callable, Collection, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ from .learning.neurons import adaptation_rows, calibration_rows, residual_rows
 from .learning.sparse import NETWORKS as SPARSE_NETWORKS
 from .learning.sparse import sparse_rows
 from .speed import convert
-from .speed.end_to_end import COMPILED_NETWORK, COMPILED_STEP, CONVERTED, FUSED_BLOCK
+from .speed.end_to_end import COMPILED_NETWORK, COMPILED_STEP, CONVERTED, FUSED_BLOCK, SPIKES
 from .speed.memory import HEAD as MEMORY_HEAD
 from .speed.memory import KEPT, RECOMPUTED
 from .speed.memory import rows as memory_rows
@@ -290,10 +291,10 @@ def libraries(report: Report) -> list[str]:
     ]  # fmt: skip
 
 
-def compiled_milliseconds(network: Report, name: str) -> float | None:
-    """The least time of a training step among the compiled variants of a library."""
+def compiled_milliseconds(network: Report, name: str, part: str = "seconds") -> float | None:
+    """The least time of a training step, or of another part, among the compiled variants of a library."""
     variants = (compiled(name), f"{name}{COMPILED_STEP}", f"{name}{COMPILED_NETWORK}")
-    times = [time for each in variants if (time := milliseconds(network, each)) is not None]
+    times = [time for each in variants if (time := milliseconds(network, each, part)) is not None]
     return min(times, default=None)
 
 
@@ -338,6 +339,14 @@ def steps_values(report: Report) -> Report:
     def converted(network: Report, name: str) -> float | None:
         return milliseconds(network, f"{name}{CONVERTED} cpu")
 
+    evaluation = "evaluation_seconds"
+
+    def evaluated(network: Report, name: str) -> float | None:
+        return milliseconds(network, f"{name}{CONVERTED} cpu", evaluation)
+
+    def compiled_evaluated(network: Report, name: str) -> float | None:
+        return compiled_milliseconds(network, name, evaluation)
+
     def fused(network: Report, name: str) -> float | None:
         return milliseconds(network, f"{name}{CONVERTED} cpu{FUSED_BLOCK}")
 
@@ -359,8 +368,14 @@ def steps_values(report: Report) -> Report:
         **ranges("compiled", compiled_milliseconds, noisy, [name for name in peers if "sinabs" not in name], ".2f"),
         **ranges("jelly", milliseconds, converted, of("SpikingJelly"), ".1f"),
         **ranges("snntorch", milliseconds, converted, of("snnTorch"), ".1f"),
+        **ranges("converted", compiled_milliseconds, converted, peers, ".2f"),
+        **ranges("evaluated", compiled_evaluated, evaluated, peers, ".2f"),
         "fused": between(times_faster(report, converted, fused, peers)),
     }
+
+
+def limits_values(report: Report) -> Report:
+    return {**steps_values(report), **convert_values(read_report("convert"))}
 
 
 def gain_values(report: Report) -> Report:
@@ -380,16 +395,24 @@ def end_to_end(report: Report) -> list[str]:
             [
                 shown_as(variant) if variant.startswith(PLAIN) else variant,
                 *(f"{1e3 * each[part]:.0f}" for part in ("seconds", "evaluation_seconds")),
+                f"{1e6 * each['stream_seconds']:.0f}" if "stream_seconds" in each else "",
                 *(f"{each[part] / 1e6:.0f}" for part in ("kept_bytes", "peak_bytes")),
                 *(f"{seconds:.1f}" if "compile" in variant else ""
                   for seconds in each["first_seconds"].values()),
             ]
             for variant, each in network["variants"].items()
         ]  # fmt: skip
-        head = ["", "training step, ms", "evaluation, ms", "kept, MB", "peak, MB"]
+        head = ["", "training step, ms", "evaluation, ms", "streamed step, µs", "kept, MB", "peak, MB"]
         head += ["first step, s", "first evaluation, s"]
-        rates = between([100 * each for each in network["rates"]], ".0f", ".0f")
-        title = f"{name}, {network['input_shape']}; {rates} % of the neurons spike per step"
+        trained, evaluated = (
+            between([100 * each for each in found], ".0f", ".0f") for found in network["rates"].values()
+        )
+        spikes = next(each for each in network["variants"].values() if "replaced" in each)
+        layers = f"{spikes['replaced']} of {spikes['replaced'] + spikes['left']} layers are spike layers"
+        title = (
+            f"{name}, {network['input_shape']}: per time step, {trained} % of the neurons spike in training and "
+            f"{evaluated} % in evaluation; {layers}"
+        )
         lines += [*folded(title, markdown_table(head, rows)), ""]
     return lines[:-1]
 
@@ -441,6 +464,24 @@ def spike_layers(report: Report) -> list[str]:
     head = ["", "forward", "step"]
     others = [row for row in rows if row not in first]
     return [*markdown_table(head, first), "", *folded("Other layers", markdown_table(head, others))]
+
+
+def spikes_values(report: Report) -> Report:
+    """How many times as fast spike layers make whole networks."""
+    networks = read_report("end_to_end")
+
+    def with_spikes(part: str) -> Time:
+        return lambda network, name: milliseconds(network, f"{name}{SPIKES}", part)
+
+    names = {"evaluations": "evaluation_seconds", "steps_by_spikes": "seconds"}
+    return {
+        name: between(
+            times_faster(networks, partial(milliseconds, part=part), with_spikes(part), [f"{PLAIN}{OURS}"]),
+            ".1f",
+            ".1f",
+        )
+        for name, part in names.items()
+    }
 
 
 def calibrated(report: Report) -> list[str]:
@@ -564,8 +605,17 @@ GAIN = (
     " recurrent network, and compare with neurons that are not compiled. `fuse` makes training steps of converted "
     "SpikingJelly networks with normalisations another {fused} times as fast, but not evaluations. `fuse` also saves "
     "memory: in float32 a normalisation and its neurons then keep {kept:.0f} bytes per neuron and time step for "
-    "backward, not {kept_apart:.0f}. If a residual is added between the normalisation and the neurons, `fuse` saves "
-    "no memory."
+    "backward, not {kept_apart:.0f}. If a residual is added between the normalisation and the neurons, the residual is "
+    "kept instead of the sum. `fuse` then saves memory only if the residual is kept anyway, as are the spikes of an "
+    "identity shortcut."
+)
+LIMITS = (
+    "If T is at most 8 and you already compile the neurons of SpikingJelly or snnTorch by `torch.compile`, conversion "
+    "gains little in whole networks: training steps became {converted_short} times as fast, and evaluations "
+    "{evaluated_short} times. `fuse` can still gain, if it merges normalisations. Without `sequences`, converted "
+    "layers that take one time step per call gain less than those that take whole sequences: small layers became "
+    "[1.0 to 1.6 times](docs/guides/convert.md#one-step-per-call) as fast, and large ones [{stepped} "
+    "times](docs/measured.md#converted-layers)."
 )
 ARMS = [(optimizer, surrogate) for optimizer in ("SGD", "Adam") for surrogate in ("rectangle", "sigmoid")]
 SECTIONS = {
@@ -573,6 +623,7 @@ SECTIONS = {
     "learned": Section("defaults", nothing, LEARNED, learned_values),
     "demo": Section("demo", demo, ""),
     "gain": Section("end_to_end", nothing, GAIN, gain_values),
+    "limits": Section("end_to_end", nothing, LIMITS, limits_values),
     "steps": Section("end_to_end", steps, STEPS, steps_values),
     "layers": Section("microbench", layers, LAYERS, layers_values),
     "microbench": Section("microbench", microbench, LAYER),
@@ -646,8 +697,11 @@ SECTIONS = {
     "spikes": Section(
         "spikes",
         spike_layers,
-        "A cell has the least milliseconds of several rounds with torch's layers, those with spike layers, and how "
-        f"many times as fast spike layers are. Measured in float32 {ON}:",
+        "In the networks of [A training step](#a-training-step), spike layers made evaluations {evaluations} times as "
+        "fast, and training steps {steps_by_spikes} times. In the following table a cell has the least milliseconds of "
+        "several rounds with torch's layers, those with spike layers, and how many times as fast spike layers are. "
+        f"Measured in float32 {ON}:",
+        spikes_values,
     ),
     "sparse": Section("sparse", study(sparse_rows), f"Results after {{steps}} training steps. {{count}} {COST}"),
     "smoothing": Section(

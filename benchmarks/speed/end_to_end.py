@@ -10,7 +10,8 @@ Each network is measured eager and with compiled neurons, together with the seco
 also measured compiled as a whole. Loops over many time steps take long to compile, so for these one step of the cell is
 compiled, and `long_loop` measures one layer whose whole loop is compiled. SpikingJelly's nodes are also measured
 converted, and snnTorch's neurons in `MultiStep`, which takes whole sequences. `asgl_cuda.fuse` merges batch
-normalisation and neurons. `asgl_cuda.to_spike_layers` replaces layers with sparse inputs.
+normalisation and neurons. `asgl_cuda.to_spike_layers` replaces layers with sparse inputs, after some training steps.
+The networks of asgl_cuda's neurons are also measured as streams: one sample in evaluation, by `asgl_cuda.step`.
 """
 
 from __future__ import annotations
@@ -37,10 +38,11 @@ from .microbench import (
     first_seconds,
     reset_compiler,
 )
-from .networks import NETWORKS, MakeNeuron, Network, Training
+from .networks import NETWORKS, STREAMED_STEPS, MakeNeuron, Network, Training
 from .peers import DECAY, OverSteps, Recurrent, installed, installed_peers, lif_loop, recurrent_loop
 from .sizes import Size, samples
 
+OURS = "asgl_cuda"  # beginning of the name of a neuron of asgl_cuda
 FUSED_BLOCK = ", fused block"  # suffix of a variant whose neurons normalise
 CONVERTED = ", converted"  # suffix of a variant whose neurons of another library are replaced
 SPIKES = ", spike layers"  # suffix of a variant whose layers with sparse inputs are spike layers
@@ -51,6 +53,9 @@ BY_STEPS = {"LIF": (PLAIN_LOOP, "snnTorch", "Norse"), "recurrent": (PLAIN_LOOP, 
 OTHER_RESET = "snnTorch"  # whose recurrent neurons subtract at the next step
 LONG_LOOP = "long loop"  # one compiled layer at many steps
 LONG, LONG_REPEATS = Size(128, 2**15, "float32"), 5
+# Training steps before anything but first calls is measured. Running statistics of normalisations and firing rates are
+# then close to those of a trained network.
+TRAINED_STEPS = 20
 COMPARED_STEPS = 3
 COMPARED_BATCH = 4
 # Losses are compared in float64: fusion changes roundings, and a single other spike changes all that follows. In
@@ -71,11 +76,16 @@ class Variant(NamedTuple):
     spikes: bool = False  # spike layers where inputs are sparse
     compiled: bool = False  # the network
 
+    @property
+    def takes_steps(self) -> bool:
+        """Whether `asgl_cuda.step` knows all of the network's layers."""
+        return OURS in self.name or self.converted is not None
+
 
 class Sequences(nn.Module):
     """snnTorch's neurons in `MultiStep`. Returns only their spikes."""
 
-    def __init__(self, backend: str) -> None:
+    def __init__(self) -> None:
         super().__init__()
         import snntorch
 
@@ -131,13 +141,13 @@ def variants(network: Network, device: torch.device) -> Iterator[Variant]:
     normalised = any(isinstance(layer, nn.BatchNorm2d) for layer in network.make(nn.Identity).modules())
     for backend in fused_backends(device):
         asgl = ours(network, backend)
-        yield Variant(f"asgl_cuda {backend}", asgl)
+        yield Variant(f"{OURS} {backend}", asgl)
         if normalised:
-            yield Variant(f"asgl_cuda {backend}{FUSED_BLOCK}", asgl, fused=True)
+            yield Variant(f"{OURS} {backend}{FUSED_BLOCK}", asgl, fused=True)
         plain = ours(network, backend, learn_width=False, analog_prob=0.0, detach_reset=False)
-        yield Variant(f"{PLAIN}asgl_cuda {backend}", plain)
+        yield Variant(f"{PLAIN}{OURS} {backend}", plain)
         if backend == "cpu":
-            yield Variant(f"{PLAIN}asgl_cuda {backend}{SPIKES}", plain, spikes=True)
+            yield Variant(f"{PLAIN}{OURS} {backend}{SPIKES}", plain, spikes=True)
     makers = {PLAIN_LOOP: lif_loop if network.kind == "LIF" else recurrent_loop, **installed(network.kind)}
     for name, make in makers.items():
         neuron = theirs(network, make)
@@ -155,7 +165,7 @@ def variants(network: Network, device: torch.device) -> Iterator[Variant]:
                 if normalised:
                     yield Variant(f"{converted}{FUSED_BLOCK}", neuron, fused=True, converted=backend)
             if name.startswith("snnTorch"):
-                yield Variant(converted, partial(Sequences, backend))
+                yield Variant(converted, Sequences)
 
 
 def training_of(
@@ -170,8 +180,6 @@ def training_of(
         _, report = asgl_cuda.fuse(model, training.x_seq, inplace=True)
         if len(report.left) != network.left:
             raise RuntimeError(f"not all of the network is fused:\n{report}")
-    if variant.spikes:
-        asgl_cuda.to_spike_layers(model, training.x_seq)
     if variant.compiled:
         training.model = torch.compile(training.model)
     return training
@@ -209,15 +217,19 @@ def check_first_losses(network: Network, losses: dict[str, float]) -> None:
 
 
 @torch.no_grad()
-def firing_rates(network: Network, device: torch.device) -> list[float]:
-    """The spikes per neuron and step of each layer of ordinary LIF, before training."""
-    plain = next(each for each in variants(network, device) if each.name.startswith(f"{PLAIN}asgl_cuda"))
-    training, rates = training_of(network, plain, device), []
-    for layer in training.model.modules():
-        if isinstance(layer, LIF | RecurrentLIF):
-            layer.register_forward_hook(lambda layer, inputs, output: rates.append(float(output.mean())))
-    training.model(training.x_seq)
-    return rates
+def firing_rates(training: Training) -> dict[str, list[float]]:
+    """The spikes per neuron and step of each layer, in training and in evaluation."""
+    rates: list[float] = []
+    hooks = [
+        layer.register_forward_hook(lambda layer, inputs, output: rates.append(float(output.mean())))
+        for layer in training.model.modules()
+        if isinstance(layer, LIF | RecurrentLIF)
+    ]
+    training.loss()
+    training.evaluate()
+    for hook in hooks:
+        hook.remove()
+    return {"training": rates[: len(hooks)], "evaluation": rates[len(hooks) :]}
 
 
 def first_calls(training: Training) -> dict[str, Any]:
@@ -232,12 +244,16 @@ def first_calls(training: Training) -> dict[str, Any]:
     return {"first_seconds": seconds, "first_loss": losses[0]}
 
 
-def measure(network: Network, device: torch.device, repeats: int) -> dict[str, dict[str, Any]]:
-    """Measures each variant: median seconds of a step and of an evaluation, bytes, losses, seconds of first calls."""
+def measure(network: Network, device: torch.device, repeats: int) -> dict[str, Any]:
+    """Measures each variant: median seconds, bytes, losses and seconds of first calls; and firing rates of the neurons.
+
+    The seconds are those of a training step, of an evaluation, and of a time step of a stream.
+    """
     reset_compiler()
     found: dict[str, dict[str, Any]] = {}
     trainings: dict[str, Training] = {}
-    for variant in variants(network, device):
+    chosen = {variant.name: variant for variant in variants(network, device)}
+    for variant in chosen.values():
         try:
             training = training_of(network, variant, device)
             found[variant.name] = first_calls(training)
@@ -248,24 +264,35 @@ def measure(network: Network, device: torch.device, repeats: int) -> dict[str, d
             continue
         trainings[variant.name] = training
     check_first_losses(network, {name: each["first_loss"] for name, each in found.items()})
-    for training in trainings.values():
-        training.step()
+    for name, training in trainings.items():
+        for _ in range(TRAINED_STEPS):
+            training.step()
+        if chosen[name].spikes:
+            _, replacement = asgl_cuda.to_spike_layers(training.model, training.x_seq)
+            found[name]["replaced"] = len(replacement.replaced)
+            found[name]["left"] = len(replacement.left)
+            training.step()
+    parts = {"seconds": Training.step, "evaluation_seconds": Training.evaluate, "stream_seconds": Training.stream}
     clocks = {
         (name, part): partial(training.seconds, work)
-        for part, work in {"seconds": Training.step, "evaluation_seconds": Training.evaluate}.items()
+        for part, work in parts.items()
         for name, training in trainings.items()
+        if work is not Training.stream or chosen[name].takes_steps
     }
     times = in_turns(clocks, repeats)
     for name, training in trainings.items():
         found[name] |= {"last_loss": float(training.step()), **training.allocated_bytes()}
-        found[name] |= {part: times[name, part].median for part in ("seconds", "evaluation_seconds")}
+        found[name] |= {part: times[name, part].median for part in parts if (name, part) in times}
+        if chosen[name].takes_steps:
+            found[name]["stream_seconds"] /= STREAMED_STEPS
         found[name]["spread"] = times[name, "seconds"].spread
         if not found[name]["last_loss"] < found[name]["first_loss"]:
             raise RuntimeError(
                 f"{name}: the loss must fall in training, got {found[name]['first_loss']} in the first step and "
                 f"{found[name]['last_loss']} in the last one"
             )
-    return found
+    plain = next(name for name in trainings if name.startswith(f"{PLAIN}{OURS}"))
+    return {"rates": firing_rates(trainings[plain]), "variants": found}
 
 
 def long_loop(device: torch.device) -> dict[str, Any]:
@@ -294,10 +321,6 @@ def measurements(
         if name not in chosen:
             continue
         check_losses(network, device)
-        report["networks"][name] = {
-            "input_shape": list(network.input_shape),
-            "rates": firing_rates(network, device),
-            "variants": measure(network, device, repeats),
-        }
+        report["networks"][name] = {"input_shape": list(network.input_shape), **measure(network, device, repeats)}
         report["networks"] = {each: report["networks"][each] for each in NETWORKS if each in report["networks"]}
         yield name

@@ -22,6 +22,7 @@ CLASSES = 10
 # Factor on weights that multiply spikes. With it about one element in ten is a spike in every layer.
 GAIN = 2.5
 ATTENTION_SCALE = 0.13  # 1 / 8, but for sums of spikes that would be the threshold, where neurons of libraries differ
+STREAMED_STEPS = 100
 MakeNeuron = Callable[..., nn.Module]  # without arguments; of recurrent layers, with the weights of input and spikes
 
 
@@ -63,9 +64,9 @@ def convolutional(neuron: MakeNeuron) -> nn.Module:
     return VGG((32, 32, "A", 64, 64, "A", 128, 128, "AA"), 1, 3, CLASSES, neuron)
 
 
-def residual(neuron: MakeNeuron) -> nn.Module:
-    """A network of three residual blocks, for images of 32 x 32."""
-    return ResNet((32, 64, 128), (1, 1, 1), 0, 3, CLASSES, neuron)
+def residual(channels: Sequence[int], blocks: int, neuron: MakeNeuron) -> nn.Module:
+    """A network of stages of residual blocks, for images of 32 x 32."""
+    return ResNet(channels, (blocks,) * len(channels), 0, 3, CLASSES, neuron)
 
 
 def vgg(wrap: Callable[[nn.Module], nn.Module] = lambda block: block) -> nn.Module:
@@ -145,7 +146,8 @@ SPEECH = Network(partial(fully_connected, 700, (256,) * 3), (100, 64, 700))  # t
 NETWORKS = {
     "MLP": MLP,
     "convolutional": Network(convolutional, (4, 32, 3, 32, 32)),
-    "residual": Network(residual, (4, 32, 3, 32, 32), left=2),
+    "residual": Network(partial(residual, (32, 64, 128), 1), (4, 32, 3, 32, 32), left=2),
+    "ResNet-18": Network(partial(residual, (64, 128, 256, 512), 2), (4, 8, 3, 32, 32), left=3),
     "speech": SPEECH,
     "recurrent speech": Network(partial(recurrent, 700, (256,) * 3), SPEECH.input_shape, kind="recurrent"),
     "transformer": Network(partial(transformer, 48, 256, 8), (4, 16, 64, 48)),  # 8 x 8 patches of 4 x 4 pixels
@@ -189,6 +191,16 @@ class Training:
         scores: Tensor = self.model(self.x_seq).mean(0)
         self.model.train()
         return scores
+
+    @torch.no_grad()
+    def stream(self, steps: int = STREAMED_STEPS) -> Tensor:
+        """The mean scores of the first sample in evaluation mode, whose time steps repeat, one time step per call."""
+        self.model.eval()
+        asgl_cuda.reset(self.model)
+        sequence = self.x_seq[:, :1]
+        scores = [asgl_cuda.step(self.model, sequence[t % len(sequence)]) for t in range(steps)]
+        self.model.train()
+        return torch.stack(scores).mean(0)
 
     def gradients(self) -> list[Tensor]:
         self.clear()

@@ -156,7 +156,7 @@ def tiny(monkeypatch):
         end_to_end: {
             "NETWORKS": {name: each._replace(input_shape=(2 if "speech" in name else 1, 2, *each.input_shape[2:]))
                          for name, each in networks.NETWORKS.items() if name in FEW},
-            "MOST_STEPS_TO_COMPILE": 1, "LONG": Size(3, 64, "float32"), "LONG_REPEATS": 1,
+            "TRAINED_STEPS": 1, "MOST_STEPS_TO_COMPILE": 1, "LONG": Size(3, 64, "float32"), "LONG_REPEATS": 1,
         },
         host: {"CALLS": 2},
         sizes: {"CPU_SIZES": few, "CPU_BLOCKS": [Block((2, 3, 4, 5, 6), "float32", "channels_last", residual=True)]},
@@ -387,9 +387,15 @@ def test_variants_compute_the_same_network(name):
     scores = {}
     for variant in end_to_end.variants(SMALL[name], CPU):
         training = training_of(SMALL[name], variant, CPU)
+        if variant.spikes:
+            asgl_cuda.to_spike_layers(training.model, training.x_seq)
         training.model.eval()
         scores[variant.name] = training.evaluate()
         assert torch.equal(training.evaluate(), scores[variant.name]), variant.name
+        if variant.takes_steps:
+            torch.testing.assert_close(
+                training.stream(SMALL[name].input_shape[0]), scores[variant.name][:1], rtol=1e-3, atol=1e-3
+            )
         first = training.step()
         learned = [each for each in training.model.parameters() if each.requires_grad]  # sinabs has frozen thresholds
         assert all(each.grad is not None and each.grad.isfinite().all() for each in learned)
