@@ -202,5 +202,5 @@ def expected_speedup(layer: nn.Module, share: float) -> float:
     Fitted to times in float32 of layers with 32 to 1,024 channels and fractions of 0.05 to 0.5.
     """
     per_channel, each = (25, 1.5) if isinstance(layer, nn.Linear) else (14, 2.1)
-    fewest = min(layer.weight.shape[:2])  # type: ignore[index, arg-type]
+    fewest = min(layer.weight.shape[:2])  # type: ignore[index]
     return 1 / (per_channel / fewest + each * share)
