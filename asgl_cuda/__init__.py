@@ -6,7 +6,7 @@ Layers:
     AdaptiveLIF             LIF neurons that adapt: adLIF and ALIF
     RecurrentLIF            LIF neurons whose spikes are fed back through a weight: RLIF
     LeakyIntegrator         neurons that do not fire: a synaptic current, or a read-out
-    OverTime                a layer without time, over a sequence
+    OverTime                applies a layer without time to a whole sequence
     SpikeLinear, SpikeConv1d, SpikeConv2d
                             torch's layers for inputs that are mostly zero
 
@@ -33,7 +33,7 @@ Training:
     calibrate               scales weights to a target firing rate
     AnalogProbSchedule      lowers the noise over the epochs
     Monitor                 firing rates, widths, dead neurons
-    FiringRates             a differentiable penalty on firing rates
+    FiringRates             differentiable firing rates, and a penalty on them
     recompute_spikes        backward recomputes spikes instead of storing them
     spiking_eval            hard spikes with surrogate gradients
     lightning_callback      schedule and monitor in a Lightning Trainer

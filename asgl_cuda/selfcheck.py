@@ -45,8 +45,8 @@ def differences(
 ) -> dict[str, Difference]:
     """Compares `lif` on a backend with the reference: `outputs`, and the gradients of all tensors that require them.
 
-    The gradients of the outputs are random. `options` are arguments of `lif`. Neurons whose potential comes within
-    `band` of the threshold are left out.
+    Backward starts from random gradients of the outputs. `options` are arguments of `lif`. Neurons whose potential
+    comes within `band` of the threshold are left out.
     """
     leaves = {"x_seq": x_seq, **{name: value for name, value in options.items() if isinstance(value, Tensor)}}
     leaves = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
@@ -128,7 +128,10 @@ class Row(NamedTuple):
 
 
 def check_backends() -> Iterator[Row]:
-    """A row for each quantity of each available backend, device, type, surrogate and reset."""
+    """A row for each quantity that is compared, of all functions on each available backend, device and type.
+
+    The functions are `lif` with each surrogate and reset, `leaky_integrator` and `recurrent_lif`.
+    """
     dtypes = torch.float32, torch.float64, torch.bfloat16, torch.float16
     for backend in available_backends():  # the reference has no device_types
         for kind in product(BACKENDS[backend].device_types, dtypes):

@@ -262,8 +262,8 @@ def step(model: nn.Module, x_t: Tensor, *, time_dim: int | None = None) -> Any:
 def reset(model: nn.Module) -> None:
     """Clears the states that the layers of a model carry, such as potentials, so that their next call starts at rest.
 
-    It resets the layers of asgl_cuda, and those of SpikingJelly, snnTorch and sinabs, converted or not, by the methods
-    of their library. Norse's layers carry no state.
+    `reset` also resets the layers of SpikingJelly, snnTorch and sinabs, by the methods of these libraries, whether the
+    layers are converted or not. Norse's layers carry no state.
 
     Raises TypeError if `model` is not a module.
 

@@ -154,7 +154,7 @@ _best: dict[torch.device, tuple[str, tuple[Backend, ...]]] = {}
 def available_backends() -> tuple[str, ...]:
     """The names of the backends that work on this machine, preferred ones first.
 
-    See also `unavailable_backends`.
+    `unavailable_backends` returns the others, with the reasons.
 
     Example::
 

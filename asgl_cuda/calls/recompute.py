@@ -246,22 +246,24 @@ def recompute_spikes(model: nn.Module | None = None) -> Any:
     """Makes backward recompute spikes, bit for bit, instead of storing them.
 
     Layers after asgl_cuda's neurons, such as convolutions and linear layers, usually store their input for backward.
-    Recomputing the spikes takes one more forward kernel of the neurons, which serves all layers that need them.
+    Recomputing the spikes of a call takes one more forward kernel of the neurons, which serves all layers that need
+    these spikes.
 
     Args:
-        model: recompute spikes in every forward pass of this model from now on, for training loops of other libraries.
-            With None, the result is a context to enter around the forward pass. Loss and backward may be inside or
-            outside.
+        model: recompute the spikes of every forward pass of this model from now on, for training loops of other
+            libraries. With None, the result is a context to enter around the forward pass. Loss and backward may be
+            inside or outside of the context.
 
     The following are stored as usual: outputs of dropout and pooling, concatenated or cast spikes, views of another
-    type, and spikes modified in place before use. (Under autocast, spikes of neurons in the lower precision are not
-    cast.) If spikes are modified without the knowledge of autograd, through ``.data`` or NumPy, backward computes with
-    the unmodified ones. Indices of max pooling in one or two dimensions are stored in 2 or 4 bytes instead of 8.
+    type, and spikes modified in place before use. (Under autocast, neurons whose input has the lower precision emit
+    spikes of this precision, which need no cast.) If spikes are modified without the knowledge of autograd, through
+    ``.data`` or NumPy, backward computes with the unmodified ones. Indices of max pooling in one or two dimensions are
+    stored in 2 or 4 bytes instead of 8.
 
     Spikes are also stored as usual in functions that torch.func transforms, and if other hooks on saved tensors
     (torch.utils.checkpoint, save_on_cpu) are active inside or around the context. With torch.compile, the context may
-    be around or in the compiled code. Code that is called both in the context and outside of it is compiled once for
-    each. With torch 2.6, compiled code stores spikes as usual.
+    be around the compiled code or in it. Code that is called both in the context and outside of it is compiled twice.
+    With torch 2.6, compiled code stores spikes as usual.
 
     Returns:
         A context manager and decorator, or the model.

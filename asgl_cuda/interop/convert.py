@@ -48,9 +48,10 @@ class _Rows(NamedTuple):
 
 
 class Report(_Rows):
-    """The layers that `convert`, `fuse` and their inverses changed, and the others: `replaced, left = report`.
+    """The layers that `convert`, `fuse` and others changed, and those that they left: `replaced, left = report`.
 
-    `print` shows a table, then `notes`: advice on speed, or why nothing was found.
+    `to_spike_layers` and the inverses of the three functions return a report as well. `print(report)` shows both lists
+    as a table, and then `notes`, such as advice on speed, or why nothing was found.
     """
 
     notes: Sequence[str] = ()
@@ -138,15 +139,17 @@ def convert(
     parameters of a layer, their names, its state and its base classes also stay the same, so state dicts and functions
     such as SpikingJelly's `reset_net` still work. SpikingJelly's `backend` has no effect on converted layers.
 
-    Decays and thresholds are read at each call. The surrogate, the methods, in snnTorch, Norse and sinabs the kind of
-    reset, and in sinabs a threshold on which the surrogate may depend are read once. If they change later, the next
-    call in eager mode raises a RuntimeError that names the difference. With `asgl`, the library's surrogate is no
-    longer read, and raises such an error only in Norse. A layer is left, with the reason in the report, if it has no
-    exact representation, a surrogate unknown to asgl_cuda (which `asgl` replaces), a replaced method
-    (`layer.fire = ...`), or an attribute with a name that converted layers use.
+    Decays and thresholds are read at each call. The following are read only once, at the conversion: the surrogate, the
+    methods, in snnTorch, Norse and sinabs the kind of reset, and in sinabs a threshold on which the surrogate may
+    depend. If one of these changes later, the next call in eager mode raises a RuntimeError that names the difference.
+    With `asgl`, the library's surrogate is no longer read, and a change of it raises such an error only in Norse.
+
+    A layer is left, with the reason in the report, if it has no exact representation, a surrogate unknown to asgl_cuda
+    (which `asgl` replaces), a replaced method (`layer.fire = ...`), or an attribute with a name that converted layers
+    use.
 
     Outputs have the dtypes of the library, under autocast as well. `torch.jit.trace` and `torch.jit.script` raise a
-    RuntimeError for converted layers. If the model is copied, hooks of its tensors are registered on their copies.
+    RuntimeError for converted layers. If the model is copied, hooks of its tensors are registered on the copies.
 
     A converted layer is an instance of its original class, but has another type. Call `revert` before code that
     compares types, such as `sinabs.nir.to_nir`, `sinabs.conversion.replace_module` and some counters of SpikingJelly.
@@ -196,8 +199,8 @@ def convert(
         TypeError: a function in `layers` returns neither another module nor None.
         ValueError: `asgl` or `backend` is given and the model already contains a converted layer, or `sequences`
             refuses the model.
-        RuntimeError: the model can't be copied; a function in `layers` raises an error, the `__cause__` of this one; or
-            a tensor in the state dict of a module has another shape than in its replacement.
+        RuntimeError: the model can't be copied, or a tensor in the state dict of a module has another shape than in
+            that of its replacement. Also if a function in `layers` raises an error, which is then the `__cause__`.
 
     Messages about `layers` name the module. After an error the model is unchanged.
 
@@ -392,18 +395,20 @@ def _spike_function(
 def revert(model: nn.Module, *, inplace: bool = False) -> tuple[nn.Module, Report]:
     """Restores a model's original neuron layers: ``original, report = asgl_cuda.revert(fast)``.
 
-    Parameters and buffers keep their values. For modules that `layers` has replaced, this holds for those with the same
-    names and shapes.
+    Parameters and buffers keep their values. A module that the argument `layers` of `convert` has replaced gets the
+    values of those parameters and buffers of the new layer that have the same names and shapes.
 
-    A width that `asgl` made learned is lost, and so is `analog_prob`, because the libraries do not have them. Spikes in
-    evaluation stay the same up to rounding, but later gradients differ. The report lists these widths.
+    If `convert` was called with `asgl`, learned widths and `analog_prob` are lost, because the layers of the libraries
+    do not have them. Spikes in evaluation stay the same up to rounding, but later gradients differ. The report lists
+    the learned widths.
 
     Args:
         model: a module returned by `convert`.
         inplace: revert the model instead of a copy.
 
     Returns:
-        The model, and a `Report`: `replaced` has the layers that are restored, `left` the values that got lost.
+        The model, and a `Report`. Its `replaced` has the layers that are restored, and its `left` the values that are
+        lost.
 
     Raises TypeError if `model` is not a module, and RuntimeError if it can't be copied.
 

@@ -37,29 +37,34 @@ _calls: weakref.WeakValueDictionary[int, NormOutput] = weakref.WeakValueDictiona
 def fuse(model: nn.Module, *example: Any, inplace: bool = False) -> tuple[nn.Module, Report]:
     """Merges normalisations into the neurons after them: ``joined, report = asgl_cuda.fuse(model, x_seq)``.
 
-    Normalisations may be `torch.nn.BatchNorm1d`, `2d` and `3d`, `SyncBatchNorm`, SpikingJelly's equivalents, and
-    subclasses of these whose forward calls the forward of their base, as many classes named tdBatchNorm do. The neurons
-    may be `asgl_cuda.LIF`, or layers that `convert` can convert and that fire, take sequences, and have neither a
-    synaptic current nor recurrent weights; `fuse` then converts them. Between the two, and around the base's forward,
-    there may be views (`reshape`, `transpose`, ...), factors that are numbers, and one sum with a tensor of the same
-    shape and type, as in a residual block: see `asgl_cuda.batch_norm_lif`. A normalisation is left, with the reason in
-    the report, if anything else uses its output or the sum. It is also left if the neurons are called step by step,
-    where two layers are faster than one.
+    - Normalisations may be `torch.nn.BatchNorm1d`, `2d` and `3d`, `SyncBatchNorm`, SpikingJelly's equivalents, and
+      subclasses of these whose forward calls the forward of their base, as many classes named tdBatchNorm do.
+    - The neurons may be `asgl_cuda.LIF`, or layers that `convert` can convert and that fire, take sequences, and have
+      neither a synaptic current nor recurrent weights. `fuse` converts such layers.
+    - Between the two, and in a subclass around the call of the base's forward, there may be views (`reshape`,
+      `transpose`, ...), factors that are numbers, and one sum with a tensor of the same shape and type, as in a
+      residual block: see `asgl_cuda.batch_norm_lif`.
+
+    A normalisation is left, with the reason in the report, if anything else uses its output or the sum. It is also left
+    if the neurons are called step by step, where two layers are faster than one.
 
     Parameters and buffers keep their names and values, so checkpoints stay valid. A merged normalisation returns a
-    stand-in, from which its neurons compute both. Anything else that meets the stand-in, such as other neurons or code
-    that the example did not reach, gets the value that the normalisation alone would return. A RuntimeError is raised
-    in these cases: a gradient would be lost, because the stand-in reaches a `torch.autograd.Function`, or the neurons
-    have a backward hook; the normalisation and the neurons are not in the same `torch.utils.checkpoint`; or a tensor
-    was changed in place before the neurons computed the stand-in, such as the input of the normalisation, the other
-    operand of the sum, or the output after the neurons' view of it was taken. In inference mode and under
-    `torch.compile`, changes in place are not noticed. Code between the two layers that tests
-    `isinstance(value, Tensor)` gets False, which is not noticed either.
+    stand-in for its output, from which the neurons compute normalisation and spikes in one. Anything else that meets
+    the stand-in, such as other neurons or code that the example did not reach, gets the value that the normalisation
+    alone would return. A call raises RuntimeError in these cases:
+
+    - The stand-in reaches a `torch.autograd.Function`, or the neurons have a backward hook. A gradient would be lost.
+    - The normalisation and the neurons are not in the same `torch.utils.checkpoint`.
+    - A tensor that the neurons need for the stand-in was changed in place before: the input of the normalisation, the
+      other operand of the sum, or the output after the neurons' view of it was taken.
+
+    In inference mode and under `torch.compile`, changes in place are not noticed. Code between the two layers that
+    tests `isinstance(value, Tensor)` gets False, which is not noticed either.
 
     A normalisation is not merged if there is a backward hook on it, on its neurons, or on a module that contains only
     one of the two. Such a hook would see no gradient of the stand-in. Without an example, all normalisations are left
     if any part of the model has a backward hook. If neurons get such a hook later, their next call raises a
-    RuntimeError. A hook that a module around one of the two gets after they were merged is not noticed.
+    RuntimeError. If a module that contains only one of the two gets such a hook later, this is not noticed.
 
     Args:
         model: any module.

@@ -93,12 +93,18 @@ def to_spike_layers(model: nn.Module, example: Any) -> tuple[nn.Module, Report]:
             it once, and the non-zero inputs of each layer are counted. Firing rates change during training, so use a
             trained network.
 
-    Returns the model and a report. For each replaced layer the report has the fraction of non-zero inputs and an
-    estimate of how many times as fast its evaluation is. A training step gains less, because the gradient of the input
-    is dense. These layers are not replaced: layers with dense inputs, which first layers usually have, small layers,
-    other subclasses of torch's layers, convolutions with groups or dilations, and layers for whose inputs there is no
-    kernel, such as half types and GPUs. The choice depends only on the layers and this example. A spike layer uses the
-    list of non-zero inputs even if later inputs are dense.
+    Returns the model and a report. For each replaced layer the report has the fraction of non-zero inputs, and an
+    estimate of how many times as fast as torch's layer its evaluation is. A training step gains less, because the
+    gradient of the input is dense. The following are not replaced:
+
+    - layers with dense inputs, which first layers usually have, and layers that the example does not reach
+    - layers with fewer than 32 outputs, and convolutions with fewer than 32 input channels
+    - layers of other subclasses of torch's classes
+    - convolutions with groups or dilations
+    - layers for whose inputs there is no kernel, such as half types and GPUs
+
+    The choice depends only on the layers and this example. A spike layer uses the list of non-zero inputs even if later
+    inputs are dense.
 
     Raises TypeError if the model is not a module.
 

@@ -28,8 +28,8 @@ _NEURON = [name for name in LIF_DEFAULTS if name not in _WITHOUT]
 class AdaptiveLIFOutput(NamedTuple):
     """The result of `adaptive_lif` if potentials are asked for: the fields of `LIFOutput`, and `w_last`.
 
-    `h_seq` is the value that is compared with v_threshold. `w_last`, which comes with `v_last`, is the adaptation for
-    the step after the last one.
+    `h_seq` is the value that is compared with v_threshold, so with `to_threshold` the adaptation is subtracted from it.
+    `w_last`, the adaptation for the step after the last one, is returned if `v_last` is asked for.
     """
 
     s_seq: Tensor
@@ -64,8 +64,8 @@ def adaptive_lif(
             or a tensor as in `lif`.
         adapt_potential: factor on the potential after the reset minus v_rest. At each step the product is added to w.
         adapt_spike: amount that a spike adds to w, in units of x_seq.
-        to_threshold: add w to the threshold, and to the amount of a soft reset without `reset_amount`, instead of
-            subtracting it from the current.
+        to_threshold: add w to the threshold instead of subtracting it from the current. Under a soft reset without
+            `reset_amount`, w is also added to the amount that a spike subtracts.
         w_init: w in the first step, in the shape of x_seq without time; default 0.
         neuron: arguments of `lif` except `input_*`, `residual`, `residual_gain`, `scale_output`, `levels`,
             `multi_spike` and `v_min`.
@@ -175,7 +175,10 @@ class Adapting(Neurons):
                 fill_parameter(getattr(self, name), value)
 
     def reset_parameters(self) -> None:
-        """Resets parameters to the values last set, those of the adaptation to the initial ones; clears states."""
+        """Resets the learned parameters to the values that were set last, and clears states.
+
+        The parameters of the adaptation are reset to their initial values.
+        """
         if self._adapt_decay is not None:
             self._store_adaptation(self._adapt_decay, self._adapt_potential, self._adapt_spike)
         super().reset_parameters()
@@ -212,12 +215,14 @@ class AdaptiveLIF(Adapting):
         num_features: as for `LIF`.
         adapt_decay: fraction of the adaptation that is left after a step, in [0, 1]. If learned it must be in
             [3.1e-7, 1 - 3.1e-7], and is stored as a logit.
-        adapt_potential, adapt_spike: factors on the potential after the reset minus v_rest, and on the spike, which are
-            added to the adaptation. Like adapt_decay, they are floats or tensors, as the decay of `LIF` is.
-        to_threshold: add the adaptation to the threshold, and to the amount of a soft reset without `reset_amount`,
-            instead of subtracting it from the input current.
-        learn_adaptation: whether adapt_decay, adapt_potential and adapt_spike are parameters, with one value per layer,
-            channel or neuron as `granularity` says; else they stay constant.
+        adapt_potential: factor on the potential after the reset minus v_rest. At each step the product is added to the
+            adaptation.
+        adapt_spike: amount that a spike adds to the adaptation. Like adapt_decay, this and adapt_potential are floats
+            or tensors, as the decay of `LIF` is.
+        to_threshold: add the adaptation to the threshold instead of subtracting it from the input current. Under a soft
+            reset without `reset_amount`, the adaptation is also added to the amount that a spike subtracts.
+        learn_adaptation: whether adapt_decay, adapt_potential and adapt_spike are learned parameters, with one value
+            per layer, channel or neuron as `granularity` says. Otherwise they are constants.
         lif_options: arguments of `LIF` except `input_gain`, `scale_output`, `levels`, `multi_spike` and `v_min`.
 
     A stateful layer carries the adaptation as `w`, in addition to `v`. If the adaptation is learned, the state dict has

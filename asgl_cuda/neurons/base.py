@@ -247,7 +247,10 @@ class NeuronLayer(Settable):
 
     @property
     def decay(self) -> Tensor | float:
-        """The decay per step: a tensor of the granularity's shape, `[]` for "layer", if learned."""
+        """The decay per step.
+
+        A learned decay is a tensor: of shape `[]` for granularity "layer", else `num_features`.
+        """
         return self._property_value(self._decay_value())
 
     @decay.setter
@@ -295,9 +298,10 @@ class NeuronLayer(Settable):
         return tensor_of(x_seq, type(self).__name__), {}
 
     def forward(self, x_seq: Tensor, residual: Tensor | None = None) -> Tensor:
-        """The layer's output for `x_seq` `[T, ...]`, in the same shape.
+        """The layer's output for `x_seq` `[T, ...]`, or with time at `time_dim`, in the same shape.
 
-        `LIF` and `BatchNormLIF` add a `residual` of that shape to the input current. Other layers take none.
+        `LIF` adds a `residual` of that shape to its input, and `BatchNormLIF` to its normalised input. Other layers
+        take no residual.
         """
         if isinstance(x_seq, fx.Proxy):
             return self._record_fx_call(x_seq, residual)
@@ -352,11 +356,11 @@ class NeuronLayer(Settable):
             _warn_of_time(self._caller, x_seq, time_dim)
 
     def step(self, x_t: Tensor) -> Tensor:
-        """One time step: input and output are without time, and `v` is carried to the next step until `reset()`.
+        """Computes one time step, and carries the states, such as `v`, to the next step until `reset()`.
 
-        The layer need not be stateful. If it is not, calls with a whole sequence start at rest, and neither use nor
-        change the state of the steps. In training, `BatchNormLIF` normalises by the statistics of the step. Raises the
-        errors of a call.
+        Input and output have no time dimension. The layer need not be stateful. If it is not, calls with a whole
+        sequence start at rest, and neither use nor change the states that the steps carry. In training, `BatchNormLIF`
+        normalises by the statistics of the step. Raises the errors of a call of the layer.
         """
         x_t = tensor_of(x_t, f"a step of {type(self).__name__}")
         check_step(x_t, self.time_dim, self._caller)
@@ -440,7 +444,7 @@ class NeuronLayer(Settable):
             setattr(self, name, None if value is None else fn(value))
 
     def detach_(self) -> Self:
-        """Detaches the states from their graph, for truncated backpropagation through time."""
+        """Detaches the states, and `v_seq`, from their graph, for truncated backpropagation through time."""
         self._map_stored(Tensor.detach)
         return self
 

@@ -354,14 +354,16 @@ def batch_norm_lif(
 ) -> Tensor | LIFOutput:
     """Batch normalisation over time, batch and space, then leaky integrate-and-fire neurons: two layers in one.
 
-    In a float32 training step without a residual this moves 36 bytes per element, and keeps x_seq for backward.
-    `torch.nn.BatchNorm2d` and `asgl_cuda.lif` move 52, and keep their two inputs.
+    In a float32 training step without a residual, this function reads and writes 36 bytes of memory per element, and
+    stores x_seq for backward. `torch.nn.BatchNorm2d` followed by `asgl_cuda.lif` reads and writes 52 bytes, and stores
+    the inputs of both.
 
     Args:
         x_seq: `[T, B, C, ...]` (or time at `time_dim`), float16, bfloat16, float32 or float64; the channels are the
-            second dimension except time.
-        running_mean, running_var: `[C]`, in units of x_seq and of its square. They are used in evaluation. In training
-            they are updated if given, and must not share memory. They are not differentiable.
+            second dimension, not counting time.
+        running_mean, running_var: running statistics, `[C]`, in units of x_seq and of its square. Without `training`,
+            x_seq is normalised by them. With `training`, they are updated if given, and must not share memory. They are
+            not differentiable.
         weight, bias: `[C]`; default 1 and 0.
         training: normalise by mean and variance of x_seq, each over all dimensions except the channels, instead of
             running_mean and running_var.
@@ -374,7 +376,7 @@ def batch_norm_lif(
             initialised.
 
     The other arguments are those of `asgl_cuda.lif`, except `input_gain`, `input_bias` and `input_mean`. Results and
-    errors are also as there. The result is differentiable once, also with respect to weight and bias. Statistics are
+    errors are as in `lif`. The result is differentiable once, also with respect to weight and bias. Statistics are
     computed in float64 by sums that do not cancel, and the normalised value is not rounded to the type of x_seq. A
     float16 input of mean 10 and standard deviation 0.1 is therefore normalised accurately. Inputs may be up to 1e15 in
     magnitude, or 1e150 in float64. With larger inputs, gradients can be NaN or inaccurate. With `eps=0` the standard
@@ -658,14 +660,16 @@ class BatchNormLIF(LIF):
     `{**norm.state_dict(), **lif.state_dict()}` loads.
 
     The layer is not a subclass of torch's `_BatchNorm`, so functions for such layers skip it. Use
-    `asgl_cuda.convert_sync_batchnorm` instead of `torch.nn.SyncBatchNorm.convert_sync_batchnorm`. Instead of
-    `torch.optim.swa_utils.update_bn`, run the following, and then the batches in training mode without gradients, or
-    if the model also has normalisations of torch, `update_bn`::
+    `asgl_cuda.convert_sync_batchnorm` instead of `torch.nn.SyncBatchNorm.convert_sync_batchnorm`. To compute the
+    running statistics anew, as `torch.optim.swa_utils.update_bn` does, first run these lines::
 
         for layer in model.modules():
             if isinstance(layer, asgl_cuda.BatchNormLIF):
                 layer.reset_running_stats()
                 layer.momentum = None  # the average of all batches; restore it afterwards
+
+    Then call the model with all batches, in training mode and without gradients. If the model also has normalisations
+    of torch, call `update_bn` for this, which also computes their statistics anew.
 
     Shapes: input and output are `[T, B, C, ...]`, or have time at `time_dim`. The other dimensions keep this order.
 

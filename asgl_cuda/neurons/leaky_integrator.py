@@ -234,9 +234,9 @@ class LeakyIntegrator(NeuronLayer):
         input_gain: factor on the input.
         v_rest: resting potential, in units of the input.
         delay: emit at each step the potential from before this step, without the step's leak and input.
-        learn_decay: whether the decay is a parameter; else it stays constant.
+        learn_decay: whether the decay is a learned parameter. Otherwise it is a constant.
         stateful: carry the potential from call to call, as `v`, until `reset()` or `asgl_cuda.reset(model)`.
-            `step(x_t)`, one step without time, always carries `v`.
+            `step(x_t)`, which computes one step without the time dimension, always carries `v`.
 
     A float may also be given as a tensor of one value. With granularity "channel" or "neuron", decay may also be a
     tensor of shape `num_features`. `decay` can be read and set at any time. A state dict contains only a learned decay,

@@ -55,8 +55,9 @@ _CALLER = "asgl_cuda.lif"
 class LIFOutput(NamedTuple):
     """The result of `lif` if potentials are asked for. Fields that were not asked for are None.
 
-    `s_seq`, `v_seq` (potential after reset) and `h_seq` (before reset) have the shape of x_seq, and `v_last` the same
-    shape without time. Potentials are float64 for a float64 input, and float32 otherwise.
+    `s_seq` (spikes), `v_seq` (potential after the reset of each step) and `h_seq` (potential before it) have the shape
+    of x_seq. `v_last`, the potential after the last step, has this shape without time. Potentials are float64 for a
+    float64 input, and float32 otherwise.
     """
 
     s_seq: Tensor
@@ -108,40 +109,44 @@ def lif(
         v_threshold, v_rest: threshold and resting potential, in units of x_seq.
         v_reset: potential after a spike (hard reset), or None for the soft reset.
         reset_amount: amount that a spike subtracts under the soft reset; default `v_threshold`.
-        width: width of the surrogate, in units of x_seq. In float32 it must be at least 1.1e-19, so that 1 / width^2 is
-            finite. A width that is a tensor is checked only if it is on the CPU, because checking it on a GPU would
-            synchronise the device. It is not checked in compiled code either, nor if torch.func transforms it. Where it
-            is not checked, a width < 0 gives gradients of x_seq with the wrong sign, and a width of 0 gives gradients
-            that are NaN. The surrogates fast_sigmoid and arctan compute the square of u / width, where u is the
-            potential minus the threshold. In float32 this square overflows where abs(u) is somewhat above 1e19 * width.
-            Their gradient is 0 there.
-        surrogate: the name of F, a function that rises from 0 to 1. The derivative of F(u / width) replaces that of the
-            spike. rectangle, triangle, sigmoid, arctan, erf, fast_sigmoid or laplace; with `multi_spike` also
+        width: width of the surrogate, > 0, in units of x_seq. In float32 it must be at least 1.1e-19, so that
+            1 / width^2 is finite. A width that is a tensor is checked only if it is on the CPU, because checking it on
+            a GPU would synchronise the device. It is not checked in compiled code either, nor if torch.func transforms
+            it. Where it is not checked, a width < 0 gives gradients of x_seq with the wrong sign, and a width of 0
+            gives gradients that are NaN. The surrogates fast_sigmoid and arctan compute the square of u / width, where
+            u is the potential before the reset minus the threshold. In float32 this square overflows where abs(u) is
+            somewhat above 1e19 * width. The gradient of these two surrogates is 0 there.
+        surrogate: the name of the surrogate F, a function that rises from 0 to 1: rectangle, triangle, sigmoid, arctan,
+            erf, fast_sigmoid or laplace. In backward, the derivative of F(u / width) replaces that of the spike, where
+            u is the potential before the reset minus the threshold. With `multi_spike` the name may also be
             periodic_exponential, whose slope peaks at every multiple of the threshold. With levels and without
             multi_spike, the surrogate has no effect, and must be sigmoid or rectangle.
         surrogate_gain: factor on the surrogate gradient.
-        analog_prob: fraction of elements that emit the smooth value F(u / width) instead of a spike, in steps of
-            1 / 65536. Default 0; the default of the layer `LIF` is 0.5. A tensor of one value on x_seq's device can
-            change without recompiling a compiled graph; it gets no gradient. Its range is checked in the cases
-            in which the range of a width is checked. Otherwise its value is clamped to [0, 1], and NaN counts as 0.
-        rng_state: int64 tensor `[seed, offset]` on x_seq's device, which determines the noise. Neurons are numbered in
-            memory order, so a channels_last x_seq gets other noise than its contiguous copy.
+        analog_prob: fraction of elements that emit the smooth value F(u / width) instead of a spike, rounded to a
+            multiple of 1 / 65536. An element is one neuron at one time step. Default 0; the default of the layer `LIF`
+            is 0.5. analog_prob may also be a tensor of one value on x_seq's device. The value of a tensor can change
+            without recompiling a compiled graph, and gets no gradient. Its range is checked in the cases in which the
+            range of a width is checked. Otherwise the value is clamped to [0, 1], and NaN counts as 0.
+        rng_state: int64 tensor `[seed, offset]` on x_seq's device, which determines the noise. The noise of a neuron
+            depends on its place in memory, so a channels_last x_seq gets other noise than its contiguous copy.
         generator: generator that draws rng_state if rng_state is not given; default the device's default generator.
             With activation checkpointing give rng_state instead of a generator: checkpointing restores only the default
-            generator, and with another one the second forward pass would draw new noise.
+            generator, and with another generator the second forward pass would draw new noise.
         input_gain, input_bias, input_mean: the input current is `input_gain * (x_seq - input_mean) + input_bias`.
         residual: shortcut of a residual block, in shape and type of x_seq. `residual_gain * residual` is added to the
-            input current, without a sum in memory. A residual whose memory order is not that of x_seq is copied once.
+            input current. The sum is not stored in memory. A residual whose memory order is not that of x_seq is copied
+            once.
         residual_gain: factor on the residual, a number. To learn a factor, multiply the residual by it before the call.
         strict_threshold: fire at u > 0 instead of u >= 0. No effect with levels or multi_spike.
         scale_output: multiply the output by `v_threshold`. With levels and without multi_spike, divide it by `levels`
             instead.
         detach_reset: stop the gradient that flows through the spike in the reset. Default False; the default of the
-            layers is True. Under the hard reset, at a step that spikes with its potential exactly at the threshold,
-            this path multiplies the gradient by a factor of magnitude `decay * (v_threshold - v_reset)` times the slope
-            of the surrogate there, which is 1 / (4 * width) for a sigmoid and 1 / width for a rectangle. If this
-            magnitude (plus decay / 2 for a rectangle) is above 1, gradients can explode over many steps. A sigmoid also
-            multiplies the gradient by up to 1.22 * decay at potentials below v_reset.
+            layers is True. If this gradient is not stopped, gradients can explode over many steps. Under the hard
+            reset, a spike at a potential that is exactly the threshold multiplies the gradient by a factor of magnitude
+            `decay * (v_threshold - v_reset) * slope`. Here `slope` is that of the surrogate at the threshold,
+            1 / (4 * width) for a sigmoid and 1 / width for a rectangle. Gradients can explode if this magnitude is
+            above 1. For a rectangle, add decay / 2 to the magnitude first. A sigmoid also multiplies the gradient by up
+            to 1.22 * decay at potentials below v_reset.
         levels: emit an integer number of spikes per step (I-LIF), `round(clamp(h / v_threshold, 0, levels))` with ties
             to even, where h is the potential before the reset; `levels` is at most 256. `h / v_threshold` is
             computed as `h * (1 / v_threshold)`, where `1 / v_threshold` is first rounded to the type of the arithmetic.
@@ -151,11 +156,11 @@ def lif(
             must be > 0. A NaN potential emits NaN. `unroll_levels` turns the output into binary spikes. With
             multi_spike, levels only limits the number of spikes.
         multi_spike: emit `trunc(h / v_threshold)` spikes per step where h > 0. Each spike subtracts `reset_amount`, so
-            `v_reset` must be None. `v_threshold` must be > 0; a tensor is checked where the width is. `analog_prob`
-            must be 0, because none of these surrogates is the slope of a smooth function that counts spikes, which a
-            neuron could emit instead.
+            `v_reset` must be None. `v_threshold` must be > 0; a tensor is checked in the cases in which a width is
+            checked. `analog_prob` must be 0: no surrogate is the slope of a smooth function that counts spikes, so
+            there is no smooth value that a neuron could emit.
         v_min: lower bound of the potential after the reset, in units of x_seq, `v = relu(v - v_min) + v_min`. Where the
-            potential is at `v_min`, no gradient flows back through it. The bound does not apply to v_init.
+            potential is at `v_min`, no gradient flows back through v. The bound does not apply to v_init.
         v_init: potential before the first step, in the shape of x_seq without time; default `v_rest`.
         return_v_last, return_v_seq, return_h_seq: return potentials as well, see `LIFOutput`.
         backend: one of `available_backends()`; default the best for x_seq's device.
@@ -164,8 +169,8 @@ def lif(
     against x_seq: one value, `[C, 1, 1]`, `[C, H, W]`, `[T, 1, 1, 1, 1]`, and so on. Parameters and `v_init` are
     converted to the type of the arithmetic, which is float64 for a float64 x_seq and float32 otherwise.
 
-    A neuron whose potential is NaN emits no spike. It emits NaN with `levels` or `multi_spike`, and in analog elements.
-    Gradients of its parameters can be NaN.
+    If the potential of a neuron is NaN, its analog elements emit NaN, and so do all its elements with `levels` or
+    `multi_spike`. Otherwise the neuron emits no spike. Gradients of its parameters can be NaN.
 
     Returns:
         The spikes, in shape and type of x_seq, or a `LIFOutput` if a potential was asked for. All outputs are
@@ -173,8 +178,8 @@ def lif(
 
     Raises:
         TypeError, ValueError: an argument has a wrong type, shape, device or range. Nothing is computed then.
-        RuntimeError: the requested backend does not work here; or forward-mode differentiation, or in backward a second
-            derivative, was asked for of another backend than "reference".
+        RuntimeError: the requested backend does not work here, or a backend other than "reference" is asked for
+            forward-mode differentiation or, in backward, for a second derivative.
 
     Example::
 
@@ -206,8 +211,8 @@ def lif(
     are bit-identical to this loop. With levels, `a = (h * (1 / v_threshold)).clamp(0, levels)`, `z = a.round()`
     and `v = h - reset_amount * s[t]`. With multi_spike, v is the same, and `z = (h > 0) * (h / v_threshold).trunc()`,
     at most `levels` if given. periodic_exponential is laplace with another u. Below the threshold, u is
-    `h - v_threshold`, and from the threshold on `v_threshold * (2 * (h / v_threshold - 0.5).remainder(1) - 1)`. Its
-    derivatives by h and v_threshold are taken as 1 and -1 everywhere.
+    `h - v_threshold`, and from the threshold on `v_threshold * (2 * (h / v_threshold - 0.5).remainder(1) - 1)`. The
+    derivative of this u by h is taken as 1 everywhere, and that by v_threshold as -1.
     """
     if unknown:
         check_keywords(unknown, LIF_DEFAULTS, _CALLER)
@@ -366,8 +371,9 @@ def remember_call(call: Call, inputs: Inputs, outputs: Sequence[Tensor]) -> None
 def analog_mask(x_seq: Tensor, analog_prob: float, rng_state: Tensor, time_dim: int = 0) -> Tensor:
     """Which elements of `x_seq` are analog with the noise of `rng_state`, as a bool tensor in the shape of x_seq.
 
-    Only the shape, memory layout and device of x_seq matter. `analog_prob` is rounded to multiples of 1 / 65536. Raises
-    the errors of `lif`.
+    An analog element is one neuron at one time step that emits the smooth value instead of a spike. Only the shape,
+    memory layout and device of x_seq matter. `analog_prob` is rounded to a multiple of 1 / 65536. Raises the errors of
+    `lif`.
 
     Example::
 
@@ -384,12 +390,13 @@ def analog_mask(x_seq: Tensor, analog_prob: float, rng_state: Tensor, time_dim: 
 def unroll_levels(s_seq: Tensor, levels: int, time_dim: int = 0) -> Tensor:
     """Turns integer spikes into binary ones. A step with s spikes becomes s sub-steps of 1, then levels - s of 0.
 
-    A linear layer or a convolution without a bias has the same output for the integer spikes as for the binary ones, if
-    it is summed over the sub-steps of each step. For binary spikes the layer only adds up weights, without products.
+    A linear layer or a convolution without a bias gives the same for both forms: its output for the integer spikes of a
+    step is the sum of its outputs for the binary spikes over the sub-steps of this step. For binary spikes the layer
+    only adds up weights, without products.
 
     Args:
         s_seq: `[T, ...]`, or with time at `time_dim`; integers in [0, levels], as `asgl_cuda.lif` emits with levels and
-            without noise. Of its output with scale_output, pass `(levels * s_seq).round()`.
+            without noise. If `lif` was called with scale_output, pass `(levels * s_seq).round()`.
         levels: number of sub-steps, as in `asgl_cuda.lif`.
 
     Returns:
@@ -398,7 +405,7 @@ def unroll_levels(s_seq: Tensor, levels: int, time_dim: int = 0) -> Tensor:
     Raises:
         TypeError, ValueError: an argument has a wrong type or range, or s_seq has a value that is not a whole number in
             [0, levels]. The check of values synchronises the device. It is omitted in compiled code, under torch.func,
-            and for tensors without values.
+            on the device "meta", and for subclasses of Tensor.
 
     Example::
 
@@ -434,18 +441,20 @@ class LIF(Neurons):
         decay: fraction of the potential that is left after a step, in [0, 1]. A learned decay must be in
             [3.1e-7, 1 - 3.1e-7], and is stored as a logit.
         v_threshold, v_rest: threshold and resting potential, in units of the input.
-        v_reset: potential after a spike, below the threshold; or None to subtract `reset_amount` instead (soft reset).
+        v_reset: potential after a spike, below the threshold. If it is None, a spike subtracts `reset_amount` instead
+            (soft reset).
         reset_amount: amount that a spike subtracts under the soft reset; default the threshold.
         input_gain: factor on the input.
-        width: width of the surrogate, > 0, or its initial value if it is learned. A learned width must be in
-            [3.1e-7, 3.2e6], and its logarithm is stored.
+        width: width of the surrogate, > 0, in units of the input. If the width is learned, this is its initial value. A
+            learned width must be in [3.1e-7, 3.2e6], and its logarithm is stored.
         surrogate: the name of a surrogate, see `asgl_cuda.lif`.
         surrogate_gain: factor on the surrogate gradient.
         analog_prob: fraction of elements that emit the smooth value `F(u / width)` instead of a spike in training, see
             `asgl_cuda.lif`. An element is one neuron at one time step. In evaluation all elements emit spikes. The
             default is 0.5 here, 0 in `asgl_cuda.lif`, and 0.2 in the paper.
         granularity: whether a learned parameter has one value per layer, per channel or per neuron.
-        learn_width, learn_decay, learn_threshold: which of these are parameters; the others are constants.
+        learn_width, learn_decay, learn_threshold: whether width, decay and threshold are learned parameters; else they
+            are constants.
         strict_threshold: fire only if the potential is above the threshold, and not if the two are equal.
         detach_reset: stop the gradient that flows through the spike in the reset. If it is not stopped, gradients can
             explode over many steps, see `asgl_cuda.lif`, where the default is False. `Monitor` measures their growth.
@@ -484,7 +493,7 @@ class LIF(Neurons):
     different, without a warning. `AnalogProbSchedule.state_dict()` contains `analog_prob`.
 
     With `decay=1 - 1 / tau, input_gain=1 / tau` the layer in evaluation computes the spikes of SpikingJelly's
-    `LIFNode(tau=tau)`, except where a rounding decides on a spike. To train like it, add
+    `LIFNode(tau=tau)`, except where a rounding decides on a spike. To train like `LIFNode`, add
     `width=0.25, learn_width=False, analog_prob=0, detach_reset=False`.
 
     Processes with the same seed draw the same noise. Call `torch.manual_seed(seed + rank)` after creating the model to
@@ -507,9 +516,10 @@ class LIF(Neurons):
     With a learned width the layer computes `asgl_cuda.lif(x_seq, width=log_width.exp(), ...)`. The docstring of `lif`
     shows this as a loop in PyTorch; for `detach_reset=True`, use `s[t].detach()` in its last line.
 
-    With torch's initial weights and without a normalisation, deeper layers are silent at first. With a rectangle they
-    then learn nothing. With a sigmoid they learn late, or with SGD perhaps not at all. The tutorial "A network that
-    does not learn" shows how `asgl_cuda.Monitor` finds them and `asgl_cuda.calibrate` helps.
+    With torch's initial weights and without a normalisation, deeper layers are often silent at first. With the
+    surrogate rectangle, silent layers learn nothing. With a sigmoid they learn late, or with SGD perhaps not at all.
+    The tutorial "A network that does not learn" shows how `asgl_cuda.Monitor` finds silent layers and
+    `asgl_cuda.calibrate` helps.
     """
 
     _caller = "asgl_cuda.LIF"

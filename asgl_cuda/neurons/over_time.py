@@ -42,9 +42,10 @@ class OverTime(nn.Module):
 
     Raises TypeError if `layer` is not a module, or is one of torch's recurrent layers. Raises TypeError also if `layer`
     contains a layer with state over time, of asgl_cuda or of a library that `asgl_cuda.convert` knows. If such a layer
-    is added later, the next call raises the error. A call raises TypeError if its input is not a tensor. It raises
-    ValueError for an input without time and batch, or one in which a first layer of torch, such as a convolution, would
-    take time or batch for a dimension of its samples.
+    is added later, the next call raises the error. A call raises TypeError if its input is not a tensor, and ValueError
+    if its input has fewer than two dimensions. If the first layer inside is one of torch's, such as a convolution, a
+    call also raises ValueError for an input with so few dimensions that this layer would take time or batch for
+    channels or features.
 
     Example::
 

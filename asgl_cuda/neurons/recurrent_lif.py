@@ -58,10 +58,10 @@ _ROWS = "width", "decay", "v_threshold", "v_reset", "reset_amount", "adapt_decay
 class RecurrentLIFOutput(NamedTuple):
     """The result of `recurrent_lif` if states are asked for. Fields that were not asked for are None.
 
-    `s_seq`, `v_seq` and `h_seq` are those of `LIFOutput` or `AdaptiveLIFOutput`. With `return_v_last` there are also
-    the states after the last step, in the shape of x_seq without time: `v_last`, `s_last` (the spikes before
-    scale_output), with a synapse `i_last`, and with an adaptation `w_last`. States are float64 for a float64 input, and
-    float32 otherwise.
+    `s_seq`, `v_seq` and `h_seq` are those of `LIFOutput`, or of `AdaptiveLIFOutput` if there is an adaptation. With
+    `return_v_last` there are also the states after the last step, in the shape of x_seq without time: the potential
+    `v_last`; the spikes `s_last`, which scale_output does not multiply; the synaptic current `i_last` if there is a
+    synapse; and `w_last` if there is an adaptation. States are float64 for a float64 input, and float32 otherwise.
     """
 
     s_seq: Tensor
@@ -153,7 +153,8 @@ def recurrent_lif(
         x_seq: input current, `[T, B, N]`, or `[B, T, N]` with time_dim=1; types as for `lif`. An input that is not
             contiguous is copied once.
         weight: `[N, N]`, from the neurons of one step (columns) to the neurons of the next step (rows), as in
-            `torch.nn.Linear`; or `[N]`, from each neuron to itself. Samples in which few neurons spike take less time.
+            `torch.nn.Linear`; or `[N]`, from each neuron to itself. With the backend "cpu" and a weight `[N, N]`,
+            samples in which few neurons spike take less time.
         bias: `[N]`, added at each step, also at the first.
         syn_decay: fraction of the synaptic current that is left after a step: a float, or a tensor of one value or
             `[N]`; None for no synapse.
@@ -169,17 +170,18 @@ def recurrent_lif(
             `multi_spike` and `v_min`. Parameters have one value or `[N]`.
 
     Like all parameters, weight, bias and syn_decay are converted to the type of the arithmetic, also under autocast.
-    Step t draws the noise of a sequence of one step with rng_state `[seed + 0x61C8864680B583EB * t, offset]`, modulo
-    2^64. `analog_mask` of that step tells which elements are analog. Their smooth values are fed back. Calls whose
-    offsets differ modulo 2^32 share no noise, whatever their lengths.
+    Step t draws the noise that `lif` would draw for a sequence of this one step with the rng_state
+    `[seed + 0x61C8864680B583EB * t, offset]`, modulo 2^64. `analog_mask` of the step with this rng_state tells which
+    elements are analog. The smooth values of analog elements are fed back. Calls whose offsets differ modulo 2^32 share
+    no noise, whatever their lengths.
 
     Backward needs the spikes and the potentials before the reset. For a float32 x_seq these potentials take 4 bytes per
-    element in addition to the output. With scale_output and in half types, the spikes are also stored once more. If
-    syn_decay is a tensor, the synaptic current is stored, and if adapt_decay is a tensor or with to_threshold, the
-    adaptation.
+    element in addition to the output. With scale_output, and in half types, a second copy of the spikes is stored. The
+    synaptic current is stored if syn_decay is a tensor. The adaptation is stored if adapt_decay is a tensor, and with
+    to_threshold.
 
-    The backend "cpu" computes all steps of 16 samples of the batch in one kernel. On a GPU each step is a product and
-    the kernel of `lif`.
+    The backend "cpu" computes all steps of 16 samples of the batch in one kernel. On a GPU each step takes a matrix
+    product and the kernel of `lif`.
 
     Returns:
         The spikes, or a `RecurrentLIFOutput` if a state was asked for. They are differentiable once with respect to
@@ -485,7 +487,7 @@ class RecurrentLIF(Adapting):
         self._syn_decay: Tensor | float | None = syn_decay
 
     def reset_parameters(self) -> None:
-        """Draws weight and bias anew, resets the other parameters to the values last set, and clears states."""
+        """Draws weight and bias anew, resets other parameters to the values that were set last, and clears states."""
         self._initialise_recurrence(self._syn_decay)
         super().reset_parameters()
 

@@ -80,9 +80,9 @@ class Neurons(NeuronLayer, Noisy):
             warn_once("surrogate_gain", f"{self._caller}: {message}")
 
     def reset_parameters(self) -> None:
-        """Resets the learned parameters to the values last set, and clears potentials.
+        """Resets the learned parameters to the values that the constructor or a property set last. Clears states.
 
-        For layers created on the device "meta" and moved by `to_empty`.
+        Call it after `to_empty()`, which leaves the parameters of a layer made on the device "meta" without values.
         """
         self.width, self.decay = self._width, self._decay
         fill_parameter(self.threshold, self._v_threshold)
@@ -90,9 +90,9 @@ class Neurons(NeuronLayer, Noisy):
 
     @property
     def width(self) -> Tensor | float:
-        """The width, in units of the input: a tensor of the granularity's shape, `[]` for "layer", if learned.
+        """The width, in units of the input. With `levels` and without `multi_spike`, this is the threshold.
 
-        With levels, it is the threshold.
+        A learned width is a tensor: of shape `[]` for granularity "layer", else `num_features`.
         """
         return self._property_value(self._current_values()[2 if self._emits_levels else 0])
 
@@ -125,7 +125,10 @@ class Neurons(NeuronLayer, Noisy):
 
     @property
     def v_threshold(self) -> Tensor | float:
-        """The threshold, in units of the input: a tensor of the granularity's shape, `[]` for "layer", if learned."""
+        """The threshold, in units of the input.
+
+        A learned threshold is a tensor: of shape `[]` for granularity "layer", else `num_features`.
+        """
         return self._property_value(self._current_values()[2])
 
     @v_threshold.setter

@@ -98,13 +98,15 @@ class SpikeLinear(_SpikeLayer, nn.Linear):
 
     See `spike_linear` for the computation, and for the cases in which torch's operator is used. In all other cases the
     layer uses the list of non-zero inputs, even if the input is dense. It is faster than `torch.nn.Linear` if at most
-    about half of the inputs are non-zero, and may be slower otherwise. With 0.2, evaluations of layers with 512 and
-    1,024 outputs were 3.4 to 3.6 times as fast. Layers with fewer than about 32 outputs gain nothing.
+    about half of the inputs are non-zero, and may be slower otherwise. With 0.2 of them non-zero, evaluations of layers
+    with 512 and 1,024 outputs were 3.4 to 3.6 times as fast as `torch.nn.Linear`. Layers with fewer than about 32
+    outputs gain nothing.
 
     In evaluation and without gradients, calls with a few samples, such as single time steps, use a transposed copy of
     the weight. The layer keeps the copy until the weight changes, until a call needs a gradient of the weight, or until
     ``train()`` or ``eval()`` is called. Changes that torch does not count, through ``.data`` or NumPy, are not noticed
-    until then. In training, a call with a single sample transposes the weight first, and is slower than torch's.
+    until then. In training, a call with a single sample transposes the weight first, and is slower than that of
+    `torch.nn.Linear`.
 
     Raises the errors of `spike_linear`.
 
@@ -152,7 +154,7 @@ class SpikeConv1d(_SpikeConv, nn.Conv1d):
 
     Shapes: `[N, in_channels, L]` or `[in_channels, L]`, as `torch.nn.Conv1d`.
 
-    See `SpikeConv2d`. Raises the errors of `spike_conv2d`.
+    See `SpikeConv2d`, which computes in the same way. Raises the errors of `spike_conv2d`.
 
     Example::
 
@@ -172,7 +174,7 @@ class SpikeConv2d(_SpikeConv, nn.Conv2d):
     Shapes: `[N, in_channels, H, W]` or `[in_channels, H, W]`, as `torch.nn.Conv2d`. For sequences wrap the layer in
     `asgl_cuda.OverTime`.
 
-    See `spike_conv2d` for the computation, and for the cases in which torch's operator is used, and `SpikeLinear` for
+    See `spike_conv2d` for the computation, and for the cases in which torch's operator is used. See `SpikeLinear` for
     the copy of the weight. The layer is faster than `torch.nn.Conv2d` if at most about 0.4 of the inputs are non-zero,
     or 0.25 with only 32 channels. Layers with fewer than about 32 input or output channels gain nothing. The first
     layer of a network usually gains nothing either, because its input is dense.

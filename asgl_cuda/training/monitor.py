@@ -393,9 +393,10 @@ class Monitor:
         return {name: widths.get(name, {}) | values for name, values in found.items()}
 
     def problems(self) -> list[str]:
-        """Problems of layers that may not learn, one line each with the layer, the observation and a remedy.
+        """Problems of layers that may not learn, and of spike layers that are likely slower than torch's layers.
 
-        They do not matter if the network learns well.
+        Each is one line with the layer, the observation and a remedy. Problems of layers that may not learn do not
+        matter if the network learns well.
         """
         found = self.result()
         if all("firing_rate" not in values for values in found.values()):
@@ -414,8 +415,8 @@ class Monitor:
     def scalars(self) -> dict[str, float]:
         """The quantities as one dict for loggers, such as TensorBoard's `writer.add_scalar(name, value, step)`.
 
-        A name has the quantity and the layer, as in `firing_rate/1`. If the model itself is the layer, it has only the
-        quantity.
+        A name has the quantity and the layer, as in `firing_rate/1`. If the model itself is the layer, the name has
+        only the quantity. The quantity `constant` is not included.
         """
         found = self.result()
         return {

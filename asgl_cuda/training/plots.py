@@ -48,8 +48,8 @@ def plot_layers(results: _Result | Sequence[_Result], quantity: str = "firing_ra
 
     Args:
         results: what `monitor.result()` returned, or a list of such results, for example one per epoch.
-        quantity: the name of a quantity of `Monitor`, such as "firing_rate", "width" or "dead". Layers for which it was
-            not measured are left out.
+        quantity: the name of a quantity of `Monitor`, such as "firing_rate", "width" or "dead". Layers that do
+            not have it in the result, or in the first of several results, are left out.
         ax: the matplotlib axes to draw into; default: the current axes.
 
     Returns:

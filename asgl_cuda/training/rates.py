@@ -136,11 +136,12 @@ class FiringRates:
 
         Args:
             target: the rate that every layer should have, a dict from the names of some layers to the rates that these
-                should have, or None. A rate is in [0, 1], unless the layer has `levels` or `multi_spike`.
+                should have, or None. A rate is in [0, 1], or at least 0 if the layer has `levels` or `multi_spike`.
 
-        Returns a scalar tensor. With None it is the mean of the rates of all layers, which pushes towards silence. With
-        a rate or a dict it is the mean of `(rate - target) ** 2` over the layers that have a target. Such a penalty
-        also raises the rates of layers that fire too rarely, if their potentials reach the window of the surrogate.
+        Returns a scalar tensor. With None it is the mean of the rates of all layers that were called, which pushes
+        towards silence. With a rate or a dict it is the mean of `(rate - target) ** 2` over the called layers that have
+        a target. Such a penalty also raises the rates of layers that fire too rarely, if their potentials reach the
+        window of the surrogate.
 
         Raises the errors of `take`, TypeError or ValueError for invalid targets, and KeyError if the dict has a name
         that no layer has.

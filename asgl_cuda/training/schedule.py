@@ -112,7 +112,7 @@ class AnalogProbSchedule:
         return {name: self._layers[name].analog_prob for name in self.starts}
 
     def step(self) -> None:
-        """Advances to the next epoch, and sets the layers to its values."""
+        """Advances to the next epoch, and sets `analog_prob` of the layers to the values of this epoch."""
         self._set_probs(self.starts, self.epoch + 1)
         self.epoch += 1
 
@@ -121,10 +121,10 @@ class AnalogProbSchedule:
         return {"epoch": self.epoch, "starts": dict(self.starts)}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Restores what `state_dict` returned, and sets the layers. A model's state dict does not have `analog_prob`.
+        """Restores the epoch and the initial values that `state_dict` returned, and sets `analog_prob` of the layers.
 
-        Raises ValueError or TypeError for a state of other layers or objects. The schedule and the layers are then
-        unchanged.
+        A model's own state dict does not contain `analog_prob`. Raises ValueError or TypeError for a state of other
+        layers or objects. The schedule and the layers are then unchanged.
         """
         if not isinstance(state_dict, Mapping) or not {"epoch", "starts"} <= state_dict.keys():
             raise ValueError(

@@ -26,18 +26,20 @@ _CALLER = "asgl_cuda.from_nir"
 
 
 def from_nir(graph: nir.NIRGraph, dt: float | None = None, *, dtype: torch.dtype | None = None) -> fx.GraphModule:
-    """Makes a torch module from a graph of NIR, which maps `[T, B, ...]` to `[T, B, ...]`, in evaluation mode.
+    """Makes a torch module, which maps `[T, B, ...]` to `[T, B, ...]`, from a graph of NIR.
 
-    Its submodules have the names of the nodes. A dot in a name separates levels of modules, as in `get_submodule`.
-    Characters other than letters, digits and `_` become `_`, and `_` is appended to names that are not free, as in
-    `forward_` for `forward` and `class_` for `class`.
+    The module is in evaluation mode. Its submodules have the names of the nodes. A dot in a name separates levels of
+    modules, as in `get_submodule`. Characters other than letters, digits and `_` become `_`. An `_` is appended to
+    names that modules or Python use already, as in `forward_` for `forward` and `class_` for `class`.
 
     Args:
-        graph: one Input, one Output, between them LIF, IF, CubaLIF, LI, I, CubaLI, Affine, Linear, Conv1d, Conv2d,
-            AvgPool2d, SumPool2d, Flatten, Scale, Threshold and Delay, without cycles. If several edges lead to a node,
-            their values are added. Shapes that do not fit each other are refused by `nir.read`, or by the first call.
+        graph: a graph without cycles that has one Input and one Output. Between these there may be LIF, IF, CubaLIF,
+            LI, I, CubaLI, Affine, Linear, Conv1d, Conv2d, AvgPool2d, SumPool2d, Flatten, Scale, Threshold and Delay. If
+            several edges lead to a node, their values are added. Shapes that do not fit each other are refused by
+            `nir.read`, or by the first call.
         dt: length of a step, in seconds, or in the graph's unit of tau. It must be the step for which the graph was
-            written. Nodes that `to_nir` wrote contain it, and it is their default; for other nodes the default is 1e-4.
+            written. Nodes that `to_nir` wrote contain this step, which is their default. For other nodes the default is
+            1e-4.
         dtype: dtype of all weights and parameters; default `torch.get_default_dtype()`.
 
     LIF and IF become asgl_cuda.LIF, and LI and I become asgl_cuda.LeakyIntegrator. CubaLIF becomes a
@@ -51,8 +53,8 @@ def from_nir(graph: nir.NIRGraph, dt: float | None = None, *, dtype: torch.dtype
     Raises:
         ImportError: nir is not installed.
         TypeError: an argument is of another type.
-        ValueError: a node can't be represented, or contradicts its metadata, and the message names the node; or the
-            graph has a cycle, or not one Input and one Output.
+        ValueError: a node can't be represented, or contradicts its metadata. The message names the node. Also if the
+            graph has a cycle, or not exactly one Input and one Output.
     """
     nir = units.import_and_check_dt("nir", units.DT if dt is None else dt, _CALLER)
     check_device_and_dtype(None, dtype, _CALLER)
