@@ -207,10 +207,10 @@ def step(model: nn.Module, x_t: Tensor, *, time_dim: int | None = None) -> Any:
 
     Returns the model's output, with the time dimension removed from all tensors, also in tuples, lists and dicts.
 
-    Raises TypeError if an argument has a wrong type, and ValueError if layers differ in time_dim, x_t has too few
-    dimensions for it, or the output has no time dimension. Raises RuntimeError if a layer can't carry its state from
-    call to call, gets several time steps, is called twice in a step, gets its state from the model's forward, or is
-    reset by it. After an error some layers may have taken the step, so reset the model.
+    Raises TypeError if an argument has a wrong type, and ValueError if layers differ in time_dim and none is given, if
+    x_t has too few dimensions for time_dim, or if the output has no time dimension. Raises RuntimeError if a layer
+    can't carry its state from call to call, gets several time steps, is called twice in a step, gets its state from
+    the model's forward, or is reset by it. After an error some layers may have taken the step, so reset the model.
 
     Example::
 

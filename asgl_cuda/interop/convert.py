@@ -126,7 +126,7 @@ def convert(
       `ILIFNode`, the MultiStep forms of `clock_driven`, `LinearRecurrentContainer` and `ElementWiseRecurrentContainer`.
     - snnTorch's `Leaky`, `Lapicque`, `Synaptic`, `RLeaky` and `RSynaptic`.
     - Norse's `LIF`, `IAF`, `LI` and `LIFRecurrent`, and `LIFCell`, `IAFCell`, `LIFBoxCell` and `LIFRecurrentCell`; with
-      `sequences` also `LICell` and `LIBoxCell`.
+      `sequences="loop"` also `LICell` and `LIBoxCell`.
     - sinabs' `LIF`, `IAF` and `ExpLeak` with their Squeeze forms, `LIFRecurrent` and `IAFRecurrent`.
     - `LIFLayer` of the code published by the authors of ASGL.
 
@@ -187,8 +187,9 @@ def convert(
         sequences: for a model whose layers take one step per call, compute all time steps at once, as described above.
             With True, a call of the result takes `x_seq` `[T, ...]`, starts at rest, and returns what the model returns
             for each step, stacked to `[T, ...]`. If `fast.stateful = True` is set, a call continues from the states of
-            the last one. Give "loop" if the forward of the model contains the loop over the steps; the result is then
-            called as the model is. Default False: calls stay as they are.
+            the last one. Models with Norse's cells, which do not keep their states, are refused. Give "loop" if the
+            forward of the model contains the loop over the steps; the result is then called as the model is. Default
+            False: calls stay as they are.
         backend: backend of all layers, see `asgl_cuda.lif`.
 
     Returns:
@@ -264,7 +265,7 @@ def convert(
         report.replaced.append(Replaced(path, name, layer.description()))
         inside.append(f"{path}." if path else "")
     if kind is not None:
-        if reason := refusal_reason(model, report.left):
+        if reason := refusal_reason(model, report.left, kind):
             for layer in new:
                 layer.restore_original()
             for layer, _ in made.values():

@@ -85,6 +85,15 @@ class ConvertedSNN(Converted):
         """Whether to run Norse's own step: also if the cell does not fire, because its few operations are fast."""
         return self.settings.spike is None or super().prefers_original_step()
 
+    def speed_advice(self) -> str | None:
+        """Advice to convert a module with the loop over the steps, which passes the states; None for a sequence."""
+        if self.time_dim is not None:
+            return None
+        return (
+            'one step per call gains little; convert(model, sequences="loop") computes all steps at once if the '
+            "model's forward contains the loop over the steps, as that of norse.torch.Lift does"
+        )
+
     def record_step(self, recording: Recording, input_tensor: Any, state: Any = None) -> Any:
         """Records a step of a cell. Returns its spikes and its next state."""
         if self.time_dim is not None:

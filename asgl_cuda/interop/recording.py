@@ -14,6 +14,7 @@ import itertools
 import operator
 import threading
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -840,6 +841,11 @@ class Recording:
             result.values.append(weakref.ref(found[name]))
             result.sources = [chain.inputs[0].group]  # of the same shape
         return found
+
+    def count_resets(self) -> Counter[Any]:
+        """The number of steps of each layer whose states do not come from earlier steps."""
+        chains = (*self.earlier, *self.chains.values())
+        return Counter(each.layer for each in chains if not any(type(one) is _Member for one in each.initial.values()))
 
     def layer_name(self, layer: nn.Module) -> str:
         """The name of the layer in errors: its path and its class."""

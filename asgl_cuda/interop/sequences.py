@@ -41,8 +41,7 @@ class InSequences(Overlay):
             got = ", ".join(type(each).__name__ for each in (*args, *kwargs.values()))
             raise TypeError(
                 f"{_CALLER}: with sequences=True, a call takes x_seq [T, ...] alone, got {got or 'nothing'}; "
-                "if the model takes its states as arguments, put it into a module with the loop over the steps, and "
-                'convert that module with sequences="loop"'
+                f"{_STATES_AS_ARGUMENTS}"
             )
         if x_seq.dim() < 1 or not len(x_seq):
             raise ValueError(f"{_CALLER}: x_seq must have at least one step, [T, ...], got shape {list(x_seq.shape)}")
@@ -62,6 +61,7 @@ class InSequences(Overlay):
             for x in found.as_operand(x_seq):
                 outputs.append(super().forward(x))
                 self._check_calls(found, len(outputs))
+            self._check_states(found, len(outputs))
             return found.compute_output(found.stack_outputs(outputs))
 
     def _reset_states(self) -> None:
@@ -82,6 +82,15 @@ class InSequences(Overlay):
                     "has a loop over the steps; a layer that is used twice in one step can't be computed as a sequence"
                 )
 
+    def _check_states(self, found: Recording, steps: int) -> None:
+        """Raises RuntimeError if the model's code resets a layer in each of several steps, which start at rest then."""
+        for layer, resets in found.count_resets().items():
+            if resets == steps > 1:
+                raise RuntimeError(
+                    f"{_CALLER}: with sequences=True, layers must keep their states, but the model's code resets "
+                    f"{found.layer_name(layer)} in each step; remove the reset; {_STATES_AS_ARGUMENTS}"
+                )
+
     def streaming(self) -> Streamed | str:
         """How the model takes a sequence one time step per call, see `Streaming`."""
         if self._sequences == "steps":
@@ -100,6 +109,10 @@ def _runs_without_recording() -> bool:
     return torch.compiler.is_compiling() or torch.jit.is_tracing() or current_recording() is not None  # type: ignore
 
 
+_STATES_AS_ARGUMENTS = (
+    "if the model takes its states as arguments, put it into a module with the loop over the steps, and convert that "
+    'module with sequences="loop"'
+)
 # The report's description of the converted model.
 _TEXT = {
     "steps": "one call takes all steps, x_seq [T, ...]",
@@ -116,7 +129,7 @@ def checked_sequences(sequences: Any) -> str | None:
     return sequences
 
 
-def refusal_reason(model: nn.Module, left: list[Any]) -> str:
+def refusal_reason(model: nn.Module, left: list[Any], sequences: str) -> str:
     """Why `sequences` refuses a model whose layers have been converted, except those in `left`; "" if it does not."""
     if left:
         path, layer, reason = left[0]
@@ -128,6 +141,11 @@ def refusal_reason(model: nn.Module, left: list[Any]) -> str:
         if takes_all or isinstance(layer, NeuronLayer) or any(each.time_dim is not None for each in answers):
             name = f"{path or '(the model)'} ({bare_class(layer).__name__})"
             return f"layers must take one step per call, but {name} takes a sequence; convert without sequences"
+        if sequences == "steps" and isinstance(layer, Converted) and not layer.carried_states():
+            return (
+                f"layers must keep their states, but {path or '(the model)'} ({bare_class(layer).__name__}) gets its "
+                f"state from its caller; {_STATES_AS_ARGUMENTS}"
+            )
     if not any(isinstance(layer, Converted) for layer in model.modules()):
         return "a model must have neurons that take one step per call, got none"
     if "forward" in vars(model):

@@ -90,9 +90,10 @@ def adaptive_lif(
             w = adapt_decay * w + (adapt_potential * v + adapt_spike * s[t])
 
     Sources: Bittar, Garner: A surrogate gradient spiking baseline for speech command recognition, Frontiers in
-    Neuroscience 2022. There w follows the potential before a soft reset; to compute the same, add
-    `adapt_potential * reset_amount` to `adapt_spike`. For w on the threshold: Bellec, Salaj, Subramoney, Legenstein,
-    Maass: Long short-term memory and learning-to-learn in networks of spiking neurons, NeurIPS 2018.
+    Neuroscience 2022. In that paper, w is driven by the potential before the soft reset, and here by the potential
+    after it. To compute what the paper computes, add `adapt_potential * reset_amount` to `adapt_spike`. For w
+    on the threshold: Bellec, Salaj, Subramoney, Legenstein, Maass: Long short-term memory and learning-to-learn in
+    networks of spiking neurons, NeurIPS 2018.
     """
     check_keywords(neuron, _KNOWN, _CALLER, _WITHOUT)
     check_bool("to_threshold", to_threshold, _CALLER)

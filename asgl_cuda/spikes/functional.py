@@ -217,7 +217,8 @@ def spike_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
     On the CPU in float32 and float64, the sum of each output begins with the bias and adds the non-zero inputs in their
     order, by fused multiply-add if the processor has it. An output therefore has the same bits alone and in a batch,
     for any number of threads and, with AVX2 or AVX-512, on any processor. If a weight is not finite and its input is
-    zero, the weight has no effect, whereas torch's product gives NaN.
+    zero, the weight has no effect on the output, whereas torch's output is NaN. The gradient of this input is then
+    not finite in either function.
 
     `torch.nn.functional.linear` is used for other types, devices and layouts, under autocast, and in forward-mode
     differentiation.

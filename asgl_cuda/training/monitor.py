@@ -232,7 +232,7 @@ def _problem_of_layer(values: Mapping[str, float], layer: Any, norm: Any, diverg
 
 
 class Monitor:
-    """Watches the ASGL layers of a model, over all calls inside `with monitor:` or between `start()` and `stop()`.
+    """Measures the ASGL and spike layers of a model, over all calls in `with monitor:` or from `start()` to `stop()`.
 
     `result()` returns these quantities for each layer. All but the width and the growth are in [0, 1]. An element is
     one neuron at one time step, and u is its potential minus the threshold. In training, a fraction `analog_prob` of

@@ -649,6 +649,19 @@ def test_a_loop_is_no_step():
         fast(input_of())
 
 
+@pytest.mark.parametrize("rest", [lambda lif: lif.reset_mem(), lambda lif: torch.zeros(B, 10)], ids=["reset", "zeros"])
+def test_states_as_arguments(rest):
+    """A model whose caller passes the states; called without them, each step would start at rest."""
+
+    class Passing(Net):
+        def forward(self, x, mem=None):
+            return self.lif1(self.fc1(x), rest(self.lif1) if mem is None else mem)
+
+    fast, _ = asgl_cuda.convert(Passing(), sequences=True)
+    with pytest.raises(RuntimeError, match=r'resets lif1 \(Leaky\) in each step; .* sequences="loop"$'):
+        fast(input_of())
+
+
 def test_models_refused():
     hidden = snntorch.Leaky(beta=0.9, **HIDDEN)
     models = {
@@ -657,6 +670,10 @@ def test_models_refused():
         "0 .MultiStep. takes a sequence": nn.Sequential(asgl_cuda.interop.snntorch.MultiStep(snntorch.Leaky(0.9))),
         "0 .IFNode. takes a sequence": nn.Sequential(neuron.IFNode(step_mode="m")),
         "got none": nn.Linear(2, 2),
+        '1 .LIFCell. gets its state from its caller; .* sequences="loop"': norse.SequentialState(
+            nn.Linear(N, 10), norse.LIFCell()
+        ),
+        r"\(the model\) .LICell. gets its state": norse.LICell(),
     }
     for message, model in models.items():
         kinds = [type(each) for each in model.modules()]
