@@ -144,7 +144,8 @@ def refusal_reason(model: nn.Module, left: list[Any], sequences: str) -> str:
         if sequences == "steps" and isinstance(layer, Converted) and not layer.carried_states():
             return (
                 f"layers must keep their states, but {path or '(the model)'} ({bare_class(layer).__name__}) gets its "
-                f"state from its caller; {_STATES_AS_ARGUMENTS}"
+                "state from its caller; convert a module whose forward contains the loop over the steps, with "
+                'sequences="loop"'
             )
     if not any(isinstance(layer, Converted) for layer in model.modules()):
         return "a model must have neurons that take one step per call, got none"

@@ -927,6 +927,10 @@ MUTANTS = {
     "norse: a current that does not go on": Mutant("torch.cat([x_seq[:1] + i, x_seq[1:]])\n        weight",
         "x_seq\n        weight", RETURNS),
     "norse: potentials from v_leak": Mutant('found["v"] + leak', 'found["v"]', RETURNS),
+    "sequences: cells without states": Mutant(" and not layer.carried_states():", " and False:",
+        "interop/test_sequences.py models_refused"),
+    "sequences: a reset in each step": Mutant("if resets == steps > 1:", "if False:",
+        "interop/test_sequences.py states_as_arguments"),
     "sinabs: a bias in the first step": Mutant("torch.where(after_first, bias, 0.0)", "bias", RETURNS),
     "spikingjelly: the Linear behind": Mutant("linear.weight @ weight)", "weight)", RETURNS),
     "spikingjelly: a function that is no sum": Mutant(
