@@ -278,7 +278,7 @@ def recurrent(report: Report) -> list[str]:
 
 def milliseconds(network: Report, variant: str, part: str = "seconds") -> float | None:
     found = network["variants"].get(variant)
-    return None if found is None else 1e3 * found[part]
+    return None if found is None or part not in found else 1e3 * found[part]
 
 
 def libraries(report: Report) -> list[str]:
@@ -330,7 +330,6 @@ def times_faster(report: Report, slower: Time, faster: Time, rows: Collection[st
 
 
 def steps_values(report: Report) -> Report:
-    report = of_readme(report)
     peers = libraries(report)[1:]  # without the loop
 
     def noisy(network: Report, name: str) -> float | None:
@@ -346,6 +345,12 @@ def steps_values(report: Report) -> Report:
 
     def compiled_evaluated(network: Report, name: str) -> float | None:
         return compiled_milliseconds(network, name, evaluation)
+
+    def streamed(network: Report, name: str) -> float | None:
+        return milliseconds(network, f"{name}{CONVERTED} cpu", "stream_seconds")
+
+    def fused_streamed(network: Report, name: str) -> float | None:
+        return milliseconds(network, f"{name}{CONVERTED} cpu{FUSED_BLOCK}", "stream_seconds")
 
     def fused(network: Report, name: str) -> float | None:
         return milliseconds(network, f"{name}{CONVERTED} cpu{FUSED_BLOCK}")
@@ -371,6 +376,7 @@ def steps_values(report: Report) -> Report:
         **ranges("converted", compiled_milliseconds, converted, peers, ".2f"),
         **ranges("evaluated", compiled_evaluated, evaluated, peers, ".2f"),
         "fused": between(times_faster(report, converted, fused, peers)),
+        "fused_stream": between(times_faster(report, fused_streamed, streamed, peers), ".1f", ".1f"),
     }
 
 
@@ -473,7 +479,7 @@ def spikes_values(report: Report) -> Report:
     def with_spikes(part: str) -> Time:
         return lambda network, name: milliseconds(network, f"{name}{SPIKES}", part)
 
-    names = {"evaluations": "evaluation_seconds", "steps_by_spikes": "seconds"}
+    names = {"evaluations": "evaluation_seconds", "steps_by_spikes": "seconds", "streams_by_spikes": "stream_seconds"}
     return {
         name: between(
             times_faster(networks, partial(milliseconds, part=part), with_spikes(part), [f"{PLAIN}{OURS}"]),
@@ -566,12 +572,14 @@ LAYER = f"Times of forward and backward together, in nanoseconds per element, {O
 COST = "training runs took {minutes:.0f} minutes on one core:"
 STUDIED = f"Each value is the mean of {{seeds}} seeds. {{trainings:,}} {COST}"
 FAST = (
-    "We timed training steps of [five networks](#speed-and-memory) on {threads} threads of a CPU. We compared the "
+    "We timed training steps of seven networks ([five of them](#speed-and-memory) are below) on {threads} threads of a "
+    "CPU. We compared the "
     "default neurons of asgl_cuda with the neurons of SpikingJelly, snnTorch, Norse and sinabs. With asgl_cuda, a "
     "step is {noisy_short} times as fast at T = 4 and 8, and {noisy_long} times at T = 100. We also compiled the "
     "neurons of the libraries by `torch.compile`. Compared with compiled neurons of SpikingJelly, snnTorch and Norse,"
-    " a step with asgl_cuda is {compiled_short} times as fast at T = 4 and 8. At T = 100 we only compiled a single "
-    "time step, of snnTorch and Norse. Compared with them, a step with asgl_cuda is {compiled_long} times as fast."
+    " a step with asgl_cuda is {compiled_short} times as fast at T = 4 and 8. At T = 100 we did not compile the whole "
+    "sequence, but a single time step of the neurons of snnTorch and Norse. Compared with these, a training step with "
+    "asgl_cuda is {compiled_long} times as fast."
 )
 LEARNED = (
     "Layers learn the width of their surrogate gradient with the weights. We compared the default arguments with five"
@@ -597,17 +605,17 @@ LAYERS = (
     "last row shows the bytes per neuron and time step that are kept for backward at T = {first_steps}."
 )
 GAIN = (
-    "With `convert`, training steps of the SpikingJelly networks [below](#speed-and-memory) become {jelly_short} "
-    "times as fast at T = 4 and 8, and {jelly_long} times at T = 100. For snnTorch we did not time `sequences`. "
-    "Instead we wrapped each layer of snnTorch in asgl_cuda's [`MultiStep`](docs/reference/neurons.md#multistep), "
-    "which converts the layer and computes a whole sequence per call. The networks with layers of snnTorch became "
-    "{snntorch_short} times as fast at T = 4 and 8, and {snntorch_long} times at T = 100. These figures leave out the"
-    " recurrent network, and compare with neurons that are not compiled. `fuse` makes training steps of converted "
-    "SpikingJelly networks with normalisations another {fused} times as fast, but not evaluations. `fuse` also saves "
-    "memory: in float32 a normalisation and its neurons then keep {kept:.0f} bytes per neuron and time step for "
-    "backward, not {kept_apart:.0f}. If a residual is added between the normalisation and the neurons, the residual is "
-    "kept instead of the sum. `fuse` then saves memory only if the residual is kept anyway, as are the spikes of an "
-    "identity shortcut."
+    "With `convert`, training steps of networks with SpikingJelly's neurons became {jelly_short} times as fast at T ="
+    " 4 and 8, and {jelly_long} times at T = 100. For snnTorch we did not time `sequences`. Instead we wrapped each "
+    "layer of snnTorch in asgl_cuda's [`MultiStep`](docs/reference/neurons.md#multistep), which converts the layer "
+    "and computes a whole sequence per call. The networks with layers of snnTorch became {snntorch_short} times as "
+    "fast at T = 4 and 8, and {snntorch_long} times at T = 100. These figures leave out the recurrent network, and "
+    "compare with neurons that are not compiled. `fuse` makes training steps of converted SpikingJelly networks with "
+    "normalisations another {fused} times as fast, but not evaluations, and single time steps of one sample then took"
+    " {fused_stream} times as long. `fuse` also saves memory: in float32 a normalisation and its neurons then keep "
+    "{kept:.0f} bytes per neuron and time step for backward, not {kept_apart:.0f}. If a residual is added between the"
+    " normalisation and the neurons, the residual is kept instead of the sum. `fuse` then saves memory only if the "
+    "residual is kept anyway, as are the spikes of an identity shortcut."
 )
 LIMITS = (
     "If T is at most 8 and you already compile the neurons of SpikingJelly or snnTorch by `torch.compile`, conversion "
@@ -697,9 +705,10 @@ SECTIONS = {
     "spikes": Section(
         "spikes",
         spike_layers,
-        "In the networks of [A training step](#a-training-step), spike layers made evaluations {evaluations} times as "
-        "fast, and training steps {steps_by_spikes} times. In the following table a cell has the least milliseconds of "
-        "several rounds with torch's layers, those with spike layers, and how many times as fast spike layers are. "
+        "In the networks of [A training step](#a-training-step) (neurons without noise, two threads), spike layers "
+        "made evaluations {evaluations} times as fast, training steps {steps_by_spikes} times, and streamed steps "
+        "{streams_by_spikes} times. In the following table a cell has the least milliseconds of several rounds with "
+        "torch's layers, those with spike layers, and how many times as fast spike layers are. "
         f"Measured in float32 {ON}:",
         spikes_values,
     ),

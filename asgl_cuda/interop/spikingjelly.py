@@ -190,10 +190,11 @@ def _input_gain(node: Any) -> Tensor | float:
 
 
 def _stored_state(node: Any, value: Any, x_seq: Tensor, at_start: float, at_rest: float | None) -> Any:
-    """The node's state `value` as a tensor for `v_init`.
+    """The node's state `value` (v, or the current c) as a tensor of the shape of a step, for the first state of a call.
 
-    A number is expanded. A tensor of another shape than a step is replaced by `at_start`, as in SpikingJelly. Returns
-    None if the state is the number `at_rest`, with which `lif` starts by default.
+    A number is expanded. A tensor of another shape is replaced by `at_start`, as in SpikingJelly; simple nodes and
+    those of clock_driven keep it. Returns None for the number `at_rest`, with which the function starts by default,
+    unless the input has an integer type, which the state then takes. With `at_rest=None` the result is a tensor.
     """
     is_integer, simple = not x_seq.is_floating_point(), isinstance(node, (ConvertedClockDrivenNode, *_SIMPLE))
     if isinstance(value, Tensor) and value.shape != x_seq.shape[1:] and not simple:

@@ -84,7 +84,9 @@ StepRows<const Real_t<Element>> read_steps(const Element* sequence, const Tile& 
   return {read_row(sequence, tile, t, buffer), tile.shape.inner};
 }
 
-// Returns the rows to which a loop over adjacent steps writes from row t on: in place, or every row in `buffer`.
+// Returns the rows to which a loop over adjacent steps writes from row t on: in place, or the one row `buffer` for
+// every step, each overwriting the one before. A sequence that is not in place is thus written one step at a time, by
+// finish_row. Without a sequence the rows are discarded.
 template <class Element>
 StepRows<Real_t<Element>> start_steps(Element* sequence, const Tile& tile, int64 t, Real_t<Element>* buffer) {
   Real_t<Element>* row = start_row(sequence, tile, t, buffer);

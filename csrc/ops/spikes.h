@@ -70,7 +70,8 @@ class SpikeCall {
 
   bool is_linear() const { return dims_ == 2; }
 
-  // The tensor, [*, *, (height,) width], in the memory order of the kernels.
+  // The tensor in the memory order of the kernels: contiguous for a linear layer, and channels_last for a convolution.
+  // A line [*, *, width] becomes an image [*, *, 1, width].
   Tensor in_kernel_order(const Tensor& tensor) const {
     if (is_linear()) return tensor.contiguous();
     const Tensor images = dims_ == 3 ? tensor.unsqueeze(2) : tensor;
@@ -82,7 +83,8 @@ class SpikeCall {
     return result;
   }
 
-  // An uninitialised tensor with these sizes in the memory order of the kernels.
+  // An uninitialised tensor with these sizes in the memory order of the kernels. A line again becomes an image of
+  // height 1, whose height in_torch_order removes.
   Tensor empty(at::IntArrayRef sizes, const at::TensorOptions& options) const {
     if (is_linear()) return request_huge_pages(at::empty(sizes, options));
     const bool is_line = dims_ == 3;

@@ -42,13 +42,14 @@ def from_nir(graph: nir.NIRGraph, dt: float | None = None, *, dtype: torch.dtype
             1e-4.
         dtype: dtype of all weights and parameters; default `torch.get_default_dtype()`.
 
-    LIF and IF become asgl_cuda.LIF, and LI and I become asgl_cuda.LeakyIntegrator. CubaLIF becomes a
-    Sequential of a LeakyIntegrator, which computes the synaptic current, and a LIF. CubaLI becomes a Sequential of two
-    LeakyIntegrators. Threshold becomes a LIF with decay 0, and Delay a module that
-    takes whole sequences. If the gain of an integrator differs between neurons, a module before it multiplies by the
-    gains. A node written by `to_nir` becomes the same layer again, with its parameters, but with time first. For other
-    nodes, options that NIR does not have take the defaults of the layer. Decay, threshold and reset are then constants,
-    one per neuron if they differ.
+    LIF and IF become asgl_cuda.LIF, and LI and I become asgl_cuda.LeakyIntegrator. CubaLIF becomes a Sequential of a
+    LeakyIntegrator, which computes the synaptic current, and a LIF. CubaLI becomes a Sequential of two
+    LeakyIntegrators. Threshold becomes a LIF with decay 0, and Delay a module that takes whole sequences. If the gain
+    of an integrator differs between neurons, a module before it multiplies by the gains. A node written by `to_nir`
+    becomes the same layer again, with its parameters, but with time first. Spike layers become Linear or convolutions,
+    and a BatchNormLIF becomes a LIF after weights that contain its normalisation. For other nodes, options that NIR
+    does not have take the defaults of the layer. Decay, threshold and reset are then constants, one per neuron if they
+    differ.
 
     Raises:
         ImportError: nir is not installed.

@@ -245,7 +245,7 @@ class _Writer(fx.Interpreter):
             hint = f"; use {_in_place_of(module)} in its place, whose output is one" if kind is Converted else ""
             raise ValueError(f"must return one tensor, got {type(value).__name__}{hint}")
         if kind in (Converted, Delay) or isinstance(module, NeuronLayer):
-            self._check_time(flow, getattr(module, "time_dim", 0))
+            self._keep_time_dim(flow, getattr(module, "time_dim", 0))
         for suffix, node in self.layers[kind](module, flow).items():
             name = n.graph._graph_namespace.create_name(n.name + suffix, None) if suffix else n.name
             flow = self._add_node(name, node, flow, value.shape[flow.leading :])
@@ -257,8 +257,12 @@ class _Writer(fx.Interpreter):
         self.calls.append(options)
         return type(layer).lif(layer, x_seq, **options)
 
-    def _check_time(self, flow: _Flow, time_dim: int | None) -> None:
-        """Raises ValueError for an input without both time and batch, or with time elsewhere than the layers before."""
+    def _keep_time_dim(self, flow: _Flow, time_dim: int | None) -> None:
+        """Keeps the time dimension of a layer's input, with which that of later layers is compared.
+
+        Raises ValueError if the input does not have time and batch as two dimensions, if time is neither dimension 0
+        nor 1, or if it is elsewhere than in the layers before.
+        """
         if flow.leading != 2 or time_dim is None:
             got = "both merged by flatten(0, 1); put unflatten(0, x_seq.shape[:2]) before it"
             if time_dim is None:
