@@ -49,7 +49,7 @@ from ..checks import (
     read_number,
     require_range,
 )
-from ..layout import channel_dim, real_type, reshape_by_channel
+from ..layout import Features, channel_dim, real_type, reshape_by_channel
 from ..reference.normalisation import batch_statistics, normalisation_coefficients
 from ..reference.surrogates import detached
 from ..torch_modes import (
@@ -786,7 +786,7 @@ class BatchNormLIF(LIF):
         if x_seq.dim() > channel and x_seq.shape[channel] != self.num_channels:
             raise ValueError(
                 f"{self._caller}: x_seq must have "
-                + describe_shape_mismatch(x_seq, time_dim, (self.num_channels,), by_channel=True)
+                + describe_shape_mismatch(x_seq, time_dim, Features(True, (self.num_channels,)))
             )
 
     def extra_repr(self) -> str:
