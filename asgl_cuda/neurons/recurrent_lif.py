@@ -473,7 +473,7 @@ class RecurrentLIF(Adapting):
         self._set_up_adaptation(adapt_decay, **adaptation, device=device, dtype=dtype)
 
     def _initialise_recurrence(self, syn_decay: Any) -> None:
-        """Draws the recurrent weight and bias. Keeps syn_decay as the value last set, and if learned, also its logit."""
+        """Draws the recurrent weight and bias. Keeps syn_decay as the value last set and, if learned, its logit."""
         bound = 1 / math.sqrt(self.hidden_size)
         with torch.no_grad():
             self.recurrent_weight.uniform_(-bound, bound)

@@ -133,7 +133,7 @@ class Neurons(NeuronLayer, Noisy):
         self._set_threshold(value)
 
     def _set_threshold(self, value: Any) -> None:
-        """Checks the threshold and keeps it as the value last set. If it is learned, also stores it in the parameter."""
+        """Checks the threshold and keeps it as the value last set. If learned, it is also stored in the parameter."""
         found = self._checked_value("v_threshold", value, self.threshold, "learn_threshold")
         for each in min_and_max(found):
             check_finite("v_threshold", each, self._caller)
