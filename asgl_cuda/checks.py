@@ -77,18 +77,22 @@ def check_step(x_t: Any, time_dim: int, caller: str) -> None:
         )
 
 
-def describe_shape_mismatch(x_seq: Tensor, time_dim: int, sizes: Sequence[int], by_channel: bool) -> str:
+def describe_shape_mismatch(x_seq: Tensor, time_dim: int, features: Features) -> str:
     """The end of an error, after "x_seq must have": the expected and the given shape. time_dim is not negative."""
-    if by_channel:
-        names, wanted = ["B", "C", "..."], f"with C = {sizes[0]}"
-        names.insert(min(time_dim, len(names)), "T")
-        without_time = list(x_seq.shape[1:2]) == list(sizes)
+    sizes, missing = list(features.sizes), "time or the batch"
+    if features.by_channel:
+        names, note = ["B", "C", "..."], f" with C = {sizes[0]}"
+        without_time = list(x_seq.shape[1:2]) == sizes
     else:
-        names, wanted = ["B", *map(str, sizes)], "with the neurons last"
-        names.insert(min(time_dim, len(names)), "T")
-        without_time = list(x_seq.shape[-len(sizes) :]) == list(sizes)
-    question = "; is time or the batch missing?" if without_time else ""
-    return f"shape [{', '.join(names)}] {wanted}, got {list(x_seq.shape)}{question}"
+        names, note = ["B", *map(str, sizes)], ""
+        without_time = list(x_seq.shape[-len(sizes) :]) == sizes
+        if time_dim == 0:  # time stays there in batches of any number of dimensions
+            optional = features.least_batch == 0
+            note = f" (B may be {'missing or ' if optional else ''}several dimensions)"
+            missing = "time" if optional else missing
+    names.insert(min(time_dim, len(names)), "T")
+    question = f"; is {missing} missing?" if without_time else ""
+    return f"shape [{', '.join(names)}]{note}, got {list(x_seq.shape)}{question}"
 
 
 def check_dense(name: str, value: Tensor, caller: str) -> None:
@@ -132,43 +136,51 @@ def check_name(name: str, value: Any, names: Iterable[str], caller: str, hint: s
         raise ValueError(f"{caller}: {name} must be one of {', '.join(names)}, got {format_value(value)}{hint}")
 
 
-# For each argument of other libraries' neurons: the argument of asgl_cuda that replaces it, and a hint. The hint is not
-# given by functions and layers that do not take this argument.
+# Hints for arguments of other libraries' neurons, by the name there and an argument of asgl_cuda. An error has the
+# first hint whose argument of asgl_cuda the function or layer takes.
 _ELSEWHERE = {
-    "tau": ("decay", "SpikingJelly's tau{value} is {decay} and divides the input by tau{gain}"),
-    "init_tau": ("decay", "SpikingJelly's init_tau{value} is {decay} and divides the input by tau{gain}"),
-    "surrogate_function": ("surrogate", "SpikingJelly's ATan(alpha) is surrogate='arctan', width=1 / alpha"),
-    "beta": ("decay", "snnTorch's beta{value} is decay{value}"),
-    "alpha": (
-        "decay",
+    ("tau", "decay"): "SpikingJelly's tau{value} is {decay} and divides the input by tau{gain}",
+    ("init_tau", "decay"): "SpikingJelly's init_tau{value} is {decay} and divides the input by tau{gain}",
+    ("surrogate_function", "surrogate"): "SpikingJelly's ATan(alpha) is surrogate='arctan', width=1 / alpha",
+    ("beta", "decay"): "snnTorch's beta{value} is decay{value}",
+    ("alpha", "syn_decay"): "snnTorch's alpha{value} is syn_decay{value}, SpikingJelly's alpha is width=1 / alpha",
+    ("alpha", "width"): (
         "snnTorch's alpha{value} is the decay of a LeakyIntegrator before the layer, SpikingJelly's alpha is "
-        "width=1 / alpha",
+        "width=1 / alpha"
     ),
-    "input_size": (
-        "recurrent", "for inputs of another size put torch.nn.Linear(input_size, hidden_size) before the layer",
+    ("alpha", "decay"): "snnTorch's alpha{value} is decay{value}",
+    ("input_size", "recurrent"): (
+        "for inputs of another size put torch.nn.Linear(input_size, hidden_size) before the layer"
     ),
-    "num_layers": ("recurrent", "for several layers put several RecurrentLIF into a torch.nn.Sequential"),
-    "learn_beta": ("learn_decay", "snnTorch's learn_beta is learn_decay"),
-    "threshold": ("v_threshold", "snnTorch's threshold{value} is v_threshold{value}, strict_threshold=True"),
-    "reset_mechanism": ("v_reset", "snnTorch's 'subtract' is v_reset=None, 'zero' is v_reset=0"),
-    "spike_grad": ("surrogate", "snnTorch's atan(alpha) is surrogate='arctan', width=1 / alpha"),
-    "slope": (
-        "surrogate",
-        "snnTorch's fast_sigmoid(slope) is surrogate='fast_sigmoid', width=1 / slope, surrogate_gain=2 / slope",
+    ("num_layers", "recurrent"): "for several layers put several RecurrentLIF into a torch.nn.Sequential",
+    ("learn_beta", "learn_decay"): "snnTorch's learn_beta is learn_decay",
+    ("threshold", "v_threshold"): "snnTorch's threshold{value} is v_threshold{value}, strict_threshold=True",
+    ("reset_mechanism", "v_reset"): "snnTorch's 'subtract' is v_reset=None, 'zero' is v_reset=0",
+    ("spike_grad", "surrogate"): "snnTorch's atan(alpha) is surrogate='arctan', width=1 / alpha",
+    ("slope", "surrogate"): (
+        "snnTorch's fast_sigmoid(slope) is surrogate='fast_sigmoid', width=1 / slope, surrogate_gain=2 / slope"
     ),
-    "init_hidden": ("stateful", "asgl_cuda.step(model, x_t) carries states from step to step"),
-    "tau_mem_inv": (
-        "decay", "Norse's tau_mem_inv is decay=1 - dt * tau_mem_inv and multiplies the input by dt * tau_mem_inv",
+    ("init_hidden", "stateful"): "asgl_cuda.step(model, x_t) carries states from step to step",
+    ("tau_mem_inv", "decay"): (
+        "Norse's tau_mem_inv is decay=1 - dt * tau_mem_inv and multiplies the input by dt * tau_mem_inv"
     ),
-    "v_th": ("v_threshold", "Norse's v_th{value} is v_threshold{value}, strict_threshold=True"),
-    "tau_syn": ("decay", "sinabs' tau_syn is decay=exp(-1 / tau_syn) of a LeakyIntegrator before the layer"),
-    "v_leak": ("v_rest", "Norse's v_leak{value} is v_rest{value}"),
-    "tau_mem": ("decay", "sinabs' tau_mem is decay=exp(-1 / tau_mem) and multiplies the input by 1 - decay"),
-    "spike_threshold": ("v_threshold", "sinabs' spike_threshold{value} is v_threshold{value}"),
-    "min_v_mem": ("v_min", "sinabs' min_v_mem{value} is v_min{value}"),
-    "batch_first": ("time_dim", "batch_first=True of torch.nn.RNN is time_dim=1"),
-    "step_mode": ("time_dim", "layer(x_seq) computes as in SpikingJelly's step mode 'm', layer.step(x_t) as in 's'"),
-}  # fmt: skip
+    ("v_th", "v_threshold"): "Norse's v_th{value} is v_threshold{value}, strict_threshold=True",
+    ("tau_syn", "syn_decay"): (
+        "sinabs' tau_syn is syn_decay=exp(-1 / tau_syn) and multiplies input, weight and bias by syn_decay"
+    ),
+    ("tau_syn", "width"): (
+        "sinabs' tau_syn is decay=exp(-1 / tau_syn) of a LeakyIntegrator before the layer, and multiplies its input by "
+        "decay"
+    ),
+    ("tau_syn", "decay"): "sinabs' tau_syn is decay=exp(-1 / tau_syn) and multiplies the input by decay",
+    ("v_leak", "v_rest"): "Norse's v_leak{value} is v_rest{value}",
+    ("tau_mem", "decay"): "sinabs' tau_mem is decay=exp(-1 / tau_mem) and multiplies the input by 1 - decay",
+    ("spike_threshold", "v_threshold"): "sinabs' spike_threshold{value} is v_threshold{value}",
+    ("min_v_mem", "v_min"): "sinabs' min_v_mem{value} is v_min{value}",
+    ("batch_first", "time_dim"): "batch_first=True of torch.nn.RNN is time_dim=1",
+    ("step_mode", "stateful"): "layer(x_seq) computes as in SpikingJelly's step mode 'm', layer.step(x_t) as in 's'",
+    ("step_mode", "time_dim"): "x_seq has all time steps, as in SpikingJelly's step mode 'm'",
+}
 
 
 _DECAYS = {"alpha", "beta"}  # the hint only repeats values in [0, 1], because others are no decays
@@ -176,8 +188,8 @@ _DECAYS = {"alpha", "beta"}  # the hint only repeats values in [0, 1], because o
 
 def _hint_for_other_library(name: str, given: Any, known: Collection[str]) -> str:
     """Suffix of an error for an argument of another library: what replaces it in asgl_cuda; "" if nothing does."""
-    ours, text = _ELSEWHERE.get(name, ("", ""))
-    if ours not in known:
+    text = next((text for (theirs, ours), text in _ELSEWHERE.items() if theirs == name and ours in known), "")
+    if not text:
         return ""
     gain = next((f", as {each}=1 / tau does" for each in ("input_scale", "input_gain") if each in known), "")
     value, decay = "", "decay=1 - 1 / tau"
@@ -195,7 +207,8 @@ def check_keywords(
     """Refuses unknown keyword arguments. Those in `lacking` are options of `lif` and `LIF`, as the error then says."""
     for name, value in given.items():
         if name not in known:
-            hint = _hint_for_other_library(name, value, known) or did_you_mean(name, known)
+            is_theirs = any(theirs == name for theirs, _ in _ELSEWHERE)  # and so no misspelling
+            hint = _hint_for_other_library(name, value, known) if is_theirs else did_you_mean(name, known)
             hint = ", an option of asgl_cuda.lif or LIF that these neurons do not have" if name in lacking else hint
             raise TypeError(f"{caller}: got an unexpected keyword argument {name!r}{hint}")
 
@@ -226,7 +239,7 @@ def check_surrogate(surrogate: Any, caller: str, multi_spike: bool = False) -> N
     ours = ELSEWHERE.get(surrogate.lower().replace("_", "")) if isinstance(surrogate, str) else None
     hint = f"; did you mean {ours}, with width=1 / alpha?" if ours else ""
     if callable(surrogate):
-        hint = f"; pass a name: {_ELSEWHERE['slope'][1]}, and {_ELSEWHERE['surrogate_function'][1]}"
+        hint = f"; pass a name: {_ELSEWHERE['slope', 'surrogate']}, and {_ELSEWHERE['surrogate_function', 'surrogate']}"
     if isinstance(surrogate, str) and surrogate == PERIODIC and not multi_spike:
         raise ValueError(
             f"{caller}: surrogate {PERIODIC!r} needs multi_spike=True, which only LIF, BatchNormLIF and their "
@@ -433,7 +446,7 @@ def check_features(features: Features, x_seq: Tensor, time_dim: int, caller: str
         raise ValueError(
             f"{caller}: for granularity {'channel' if features.by_channel else 'neuron'!r}, num_features "
             f"{list(features.sizes)} and time_dim {time_dim}, x_seq must have "
-            + describe_shape_mismatch(x_seq, time_dim, features.sizes, features.by_channel)
+            + describe_shape_mismatch(x_seq, time_dim, features)
         )
 
 
@@ -577,11 +590,17 @@ def check_bool(name: str, value: Any, caller: str) -> bool:
     return bool(value)
 
 
+def describe_no_list(name: str, value: Any) -> str:
+    """An array or a tensor in words for errors that expect ints or a list of them, with advice; "" for other values."""
+    return f"{type(value).__name__}; {name}.tolist() converts it" if hasattr(value, "tolist") else ""
+
+
 def check_sizes(name: str, value: Any, caller: str) -> tuple[int, ...]:
     """The value as a tuple of ints. Refuses all but a positive int or a sequence of positive ints."""
     sizes = value if isinstance(value, Sequence) and not isinstance(value, (str, bytes)) else (value,)
     if any(isinstance(size, bool) or not isinstance(size, (int, Integral)) for size in sizes):
-        raise TypeError(f"{caller}: {name} must be an int or a sequence of ints, got {type(value).__name__}")
+        got = describe_no_list(name, value) or format_value(value)
+        raise TypeError(f"{caller}: {name} must be an int or a sequence of ints, got {got}")
     if not all(1 <= size < 2**63 for size in sizes):
         raise ValueError(f"{caller}: {name} must be positive and less than 2^63, got {format_value(value)}")
     return tuple(map(int, sizes))

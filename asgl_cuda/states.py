@@ -163,8 +163,7 @@ def _time_dim_of(stepped_modules: Sequence[_SteppedModule]) -> int | None:
             first.setdefault(stepped.streamed.time_dim, stepped)
     if len(first) > 1:
         said = (
-            f"{stepped.name} {'takes one step per call' if at is None else f'has time at {at}'}"
-            for at, stepped in first.items()
+            f"{'none (one step per call)' if at is None else at} for {stepped.name}" for at, stepped in first.items()
         )
         raise ValueError(
             f"{_CALLER}: all layers must have the same time dimension, got {', '.join(said)}; if this is meant, pass "

@@ -123,7 +123,7 @@ REFUSED = {
     "recurrent": (nn.Sequential(LIF(), nn.LSTM(C, C)), RuntimeError, "LSTM at '1' can't be .* each call at rest"),
     "recurrent cell": (Stack(lambda m, x: x, cell=nn.LSTMCell(C, C)), RuntimeError, "LSTMCell at 'cell' can't be"),
     "time in two places": (
-        nn.Sequential(LIF(), LIF(time_dim=1)), ValueError, r"LIF at '0' has time at 0, LIF at '1' has time at 1",
+        nn.Sequential(LIF(), LIF(time_dim=1)), ValueError, r"got 0 for LIF at '0', 1 for LIF at '1'",
     ),
     "sum over time": (Stack(lambda m, x: m.lif(x).sum(0), lif=LIF()), ValueError, r"time_dim 0, got shape \[3, 5\]"),
     "no module": (LIF, TypeError, "model must be a torch.nn.Module"),
@@ -335,6 +335,9 @@ def test_over_time_refuses_layers_with_a_state():
             words = rf"got {name} at '1\.1', .*nn\.Sequential\(OverTime\(\.\.\.\), {name}\("
             with pytest.raises(TypeError, match=words):
                 OverTime(inside)
+    for layer, remedy in ((nn.GRU(3, 3), "put it outside of OverTime"), (nn.GRUCell(3, 3), "call it in a loop over")):
+        with pytest.raises(TypeError, match=f"merged; {remedy}"):
+            OverTime(layer)
     layer, x_seq = OverTime(nn.Sequential(nn.Linear(3, 3))), torch.rand(T, B, 3)
     layer(x_seq)
     layer.layer.append(LIF())  # neurons that come later

@@ -71,8 +71,8 @@ def target_architecture(capability: tuple[int, int]) -> str:
     if not known:
         raise RuntimeError(
             f"asgl_cuda: the backend 'cupy' can't compile for this GPU, of compute capability {wanted / 10:.1f}, which "
-            f"is older than those that NVRTC {nvrtc_version()} supports; install CuPy and NVRTC for an older CUDA, "
-            "or name another backend"
+            f"is older than those that NVRTC {nvrtc_version()} supports; install torch, CuPy and NVRTC for an older "
+            "CUDA, all of the same major version, or name another backend"
         )
     return f"sm_{wanted}" if wanted in known else f"compute_{max(known)}"
 

@@ -85,7 +85,8 @@ class ConvertedLayer(Converted):
             self.init_state_with_shape((batch, *trailing))
         elif self.v_mem.shape[0] != batch:
             self.handle_state_batch_size_mismatch(batch)
-        # sinabs promotes input and potentials to the type of the state, which is float32.
+        # As sinabs does, computes in the common type of input and state. States begin in float32, so half types are
+        # computed in float32.
         x_seq = input_data.to(torch.promote_types(input_data.dtype, self.v_mem.dtype))
         alpha, i_last = self.alpha_syn_calculated, None
         if alpha is not None:

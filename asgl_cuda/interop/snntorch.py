@@ -499,10 +499,12 @@ class MultiStep(nn.Module):
 
     def forward(self, x_seq: Tensor, *states: Tensor | None, **named: Tensor | None) -> Any:
         """The results of all steps of `x_seq` `[T, ...]`, stacked."""
-        for name, value in (("x_seq", x_seq), *(("a state", state) for state in (*states, *named.values()))):
-            expected = (Pending, Tensor) if name == "x_seq" else (Tensor, NoneType)
-            if not isinstance(value, expected):
-                raise TypeError(f"{_MULTI_STEP}: {name} must be a tensor, got {type(value).__name__}")
+        if not isinstance(x_seq, (Pending, Tensor)):
+            raise TypeError(f"{_MULTI_STEP}: x_seq must be a tensor, got {type(x_seq).__name__}")
+        by_position = {f"state {index} after x_seq": state for index, state in enumerate(states, 1)}
+        for name, state in {**by_position, **named}.items():
+            if not isinstance(state, (Tensor, NoneType)):
+                raise TypeError(f"{_MULTI_STEP}: {name} must be a tensor or None, got {type(state).__name__}")
         if not isinstance(self.layer, ConvertedLeaky):
             raise RuntimeError(
                 f"{_MULTI_STEP}: layer must be converted, got one of class {type(self.layer).__name__} that is "

@@ -384,11 +384,12 @@ class NeuronLayer(Settable):
         tracer: Any = x_seq.tracer
         is_own = type(self).forward.__module__.partition(".")[0] == __name__.partition(".")[0]
         if not is_own or tracer.root is self:
-            remedy = "trace a module that contains the layer"
+            remedies = ["trace a module that contains the layer"] if tracer.root is self else []
             if not is_own:
-                remedy = f"override Tracer.is_leaf_module so that {type(self).__name__} is a leaf"
+                remedies.append(f"use a Tracer whose is_leaf_module says that {type(self).__name__} is a leaf")
             raise TypeError(
-                f"{self._caller}: torch.fx can record calls of {type(self).__name__} but not its forward; {remedy}"
+                f"{self._caller}: torch.fx can record calls of {type(self).__name__} but not its forward; "
+                + ", and ".join(remedies)
             )
         x_seq, more = self._inputs_of_call(x_seq, residual)
         return tracer.create_proxy("call_module", tracer.path_of_module(self), (x_seq,), more)

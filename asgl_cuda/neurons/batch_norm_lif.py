@@ -49,7 +49,7 @@ from ..checks import (
     read_number,
     require_range,
 )
-from ..layout import channel_dim, real_type, reshape_by_channel
+from ..layout import Features, channel_dim, real_type, reshape_by_channel
 from ..reference.normalisation import batch_statistics, normalisation_coefficients
 from ..reference.surrogates import detached
 from ..torch_modes import (
@@ -576,23 +576,25 @@ def _update_running_statistics(running: _Running, *statistics: Tensor) -> None:
         )
     if isinstance(momentum, Tensor) and momentum.dim():
         momentum = momentum.reshape(())
-    for each, value in zip((mean, variance), statistics, strict=True):
-        fraction = momentum.to(each.dtype) if isinstance(momentum, Tensor) else momentum
-        value = detached(value).to(each.dtype).reshape(each.shape)
+    try:
+        for each, value in zip((mean, variance), statistics, strict=True):
+            fraction = momentum.to(each.dtype) if isinstance(momentum, Tensor) else momentum
+            value = detached(value).to(each.dtype).reshape(each.shape)
+            if not is_transform_active():
+                each.lerp_(value, fraction)
+            else:
+                each.copy_(each.lerp(value, fraction))  # vmap does not support lerp_
+        if batches is not None:
+            batches.add_(1)
+    except RuntimeError as error:
         if not is_transform_active():
-            each.lerp_(value, fraction)
-            continue
-        new = each.lerp(value, fraction)  # vmap does not support lerp_
-        try:
-            each.copy_(new)
-        except RuntimeError as error:
-            raise RuntimeError(
-                f"{_CALLER}: running statistics are updated in training, so under torch.func they must be arguments of "
-                "the transformed function, and mapped if x_seq is. torch.func.functional_call passes those of a layer, "
-                "and torch.func.stack_module_state stacks those of several; or use track_running_stats=False"
-            ) from error
-    if batches is not None:
-        batches.add_(1)
+            raise
+        raise RuntimeError(
+            f"{_CALLER}: running statistics are updated in training, so under torch.func they must be arguments of "
+            "the transformed function, mapped if x_seq is, and not expanded (clone() expanded ones). "
+            "torch.func.functional_call passes those of a layer, and torch.func.stack_module_state stacks those of "
+            "several; or use track_running_stats=False"
+        ) from error
 
 
 def _run_reference(settings: _Settings, running: _Running | None, call: Call, norm: _ByChannel) -> Sequence[Tensor]:
@@ -790,7 +792,7 @@ class BatchNormLIF(LIF):
         if x_seq.dim() > channel and x_seq.shape[channel] != self.num_channels:
             raise ValueError(
                 f"{self._caller}: x_seq must have "
-                + describe_shape_mismatch(x_seq, time_dim, (self.num_channels,), by_channel=True)
+                + describe_shape_mismatch(x_seq, time_dim, Features(True, (self.num_channels,)))
             )
 
     def extra_repr(self) -> str:

@@ -70,8 +70,8 @@ def parameter_groups(
     Returns the groups as a list of dicts, each with its "name".
 
     Raises ValueError for a rate or decay that is not at least 0, and TypeError for arguments of another type. Warns
-    once per process if a model has several layers of `LIF`, no normalisation and torch's initial weights: its deeper
-    layers are likely silent at first, and then learn late or not at all.
+    once per process if a model has several layers of `LIF`, no normalisation of torch or asgl_cuda, and torch's initial
+    weights: its deeper layers are likely silent at first, and then learn late or not at all.
 
     Example::
 
@@ -89,9 +89,10 @@ def parameter_groups(
     if sum(isinstance(layer, LIF) for layer in layers) > 1 and _is_likely_silent(model):
         warn_once(
             "silent",
-            f"{caller}: the model has several layers of LIF, no normalisation, and torch's initial weights, so deeper "
-            "layers are likely silent at first, and then learn late or not at all. Use BatchNormLIF, or call "
-            "asgl_cuda.calibrate(model, x_seq) before training; asgl_cuda.Monitor shows the firing rates",
+            f"{caller}: the model has several layers of LIF, no normalisation of torch or asgl_cuda, and weights as "
+            "torch draws them, so deeper layers are likely silent at first, and then learn late or not at all. Use "
+            "BatchNormLIF, or call asgl_cuda.calibrate(model, x_seq) before training; asgl_cuda.Monitor shows the "
+            "firing rates. If another module normalises their input, ignore this warning",
         )
     layers += (module for module in model.modules() if isinstance(module, LeakyIntegrator))
     neurons: dict[int, tuple[str, nn.Parameter]] = {}
@@ -126,7 +127,7 @@ def parameter_groups(
 
 
 def _is_likely_silent(model: nn.Module) -> bool:
-    """Whether the model has no normalisation, and all weights are as torch draws them: uniform, up to 1 / sqrt(inputs).
+    """Whether all weights are as torch draws them, uniform, up to 1 / sqrt(inputs), and no layer is of NORMALISATIONS.
 
     The largest of at least 256 such values is close to this bound. That of calibrated or trained weights is usually
     not.

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from ..checks import check_int, format_value, read_number, require_range
+from ..checks import check_int, describe_no_list, format_value, read_number, require_range
 from ..neurons.base import require_asgl_layers
 
 _CALLER = "asgl_cuda.AnalogProbSchedule"
@@ -69,7 +69,8 @@ class AnalogProbSchedule:
     def multi_step(cls, model: nn.Module, milestones: Sequence[int], gamma: float = 0.1) -> AnalogProbSchedule:
         """Multiplies `analog_prob` by `gamma`, in [0, 1], at each epoch in `milestones`, as torch's MultiStepLR."""
         if not isinstance(milestones, Sequence) or isinstance(milestones, (str, bytes)):
-            raise TypeError(f"{_CALLER}: milestones must be a sequence of ints, got {type(milestones).__name__}")
+            got = describe_no_list("milestones", milestones) or type(milestones).__name__
+            raise TypeError(f"{_CALLER}: milestones must be a sequence of ints, got {got}")
         epochs, gamma = (
             sorted(_checked_count("milestones", epoch, 1) for epoch in milestones),
             _checked_fraction("gamma", gamma, _CALLER),

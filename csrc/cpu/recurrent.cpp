@@ -102,8 +102,8 @@ PrefetchRows rows_to_prefetch(const Chunk& chunk, int64 t, int64 offset, const E
   return {sizeof(float), {part(sequences)...}};
 }
 
-// The approximate number of elements that a loop computes at a time. Its operands, some 16 rows, then stay in the L1
-// cache.
+// The most elements that a loop computes at a time, in whole rows of the batch. Its operands, some 16 rows, then stay
+// in the L1 cache. A row with more neurons is computed at once.
 constexpr int64 kPartElements = 256;
 
 // The neurons' parameters, repeated for some adjacent rows of the batch, so that a loop computes these rows at once.
@@ -135,7 +135,7 @@ class RepeatedNeurons {
   // The row of a parameter, which for kWidth is the inverse of the width.
   const Real* operator[](int id) { return rows_.row(id); }
 
-  // Calls f(offset, length) for each part of a chunk, of whole rows of the batch and about kPartElements elements.
+  // Calls f(offset, length) for each part of a chunk: whole rows of the batch, one or at most kPartElements elements.
   template <class F>
   void for_each_part(const Chunk& chunk, F&& f) const {
     for (int64 offset = 0; offset < chunk.length; offset += length_) {

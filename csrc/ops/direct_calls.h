@@ -1,6 +1,7 @@
-// The operators as functions of the Python module. Unlike torch.ops they skip the check of each argument for
-// __torch_function__, a tenth of all instructions of a training step on a tiny input, and torch's autograd, which would
-// box all arguments only to find no derivative: callers have a torch.autograd.Function, or nothing to differentiate.
+// The operators as functions of the Python module. Unlike torch.ops they skip two things. One is the check of each
+// argument for __torch_function__, which takes a tenth of all instructions of a training step on a tiny input. The
+// other is torch's autograd, which would box all arguments only to find no derivative: callers have a
+// torch.autograd.Function, or nothing to differentiate.
 #pragma once
 
 #include <ATen/core/LegacyTypeDispatch.h>

@@ -9,8 +9,8 @@ namespace asgl {
 
 enum class Pass { kForward, kBackward, kSums };  // kSums: backward, and decay or input_gain wants a gradient
 
-// Null gradients are zero (inputs) or not computed (outputs). Backward reads v_seq only for the gradient of decay,
-// x_seq only for the gradient of input_gain.
+// Forward if grad_v_seq is null, else backward. In backward a null grad_v_last is zero, and gradients with null outputs
+// are not computed. Backward reads v_seq only for the gradient of decay, and x_seq only for that of input_gain.
 template <class Scalar>
 struct IntegratorParams : LIFParams<Scalar> {
   using typename LIFParams<Scalar>::Real;

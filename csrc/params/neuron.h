@@ -96,7 +96,8 @@ struct NoiseParams {
   const int64* rng_state;  // [2]: seed and offset; [3] with kAnalogBelowInState: analog_below as well
   uint32 analog_below;     // round(analog_prob * kAlwaysAnalog): an element is analog if its draw is below
 
-  // Whether random draws are needed, that is unless elements are never analog (0) or always (kAlwaysAnalog).
+  // Whether elements need random draws: not if none (0) or all (kAlwaysAnalog) are analog. Only for params that are
+  // `resolved()`.
   ASGL_HOST_DEVICE bool needs_draws() const { return analog_below > 0 && analog_below < kAlwaysAnalog; }
 
   // Returns these params with analog_below as a number, read from rng_state and clamped if it is stored there.

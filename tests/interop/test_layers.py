@@ -578,10 +578,15 @@ def test_errors_of_multi_step():
     ):
         with pytest.raises(error, match=rf"snntorch\.MultiStep: layer must be .*{words}"):
             MultiStep(layer)
-    multi = MultiStep(snntorch.Leaky(beta=0.5))
-    for arguments, name in ((([1.0],), "x_seq"), ((torch.ones(2, 3), 5), "a state")):
-        with pytest.raises(TypeError, match=rf"snntorch\.MultiStep: {name} must be a tensor, got (list|int)"):
-            multi(*arguments)
+    multi, synaptic = MultiStep(snntorch.Leaky(beta=0.5)), MultiStep(snntorch.Synaptic(alpha=0.5, beta=0.5))
+    for call, words in (
+        (lambda: multi([1.0]), "x_seq must be a tensor, got list"),
+        (lambda: multi(torch.ones(2, 3), 5), "state 1 after x_seq must be a tensor or None, got int"),
+        (lambda: synaptic(torch.ones(2, 3), None, 5), "state 2 after x_seq must be a tensor or None, got int"),
+        (lambda: multi(torch.ones(2, 3), mem=0.5), "mem must be a tensor or None, got float"),
+    ):
+        with pytest.raises(TypeError, match=rf"snntorch\.MultiStep: {words}$"):
+            call()
     reverted, _ = asgl_cuda.revert(multi)
     x_seq = torch.rand(3, 2)
     with pytest.raises(

@@ -195,7 +195,10 @@ BAD_NODES = {
     "tau": (nir_lif(tau=5e-5), "tau must be at least dt = 0.0001, got 5e-05"),
     "tau of a current": (cuba(tau_syn=5e-5), "tau_syn must be at least dt = 0.0001"),
     "r": (nir_lif(r=SOME - 2), r"r must be > 0, got 0 for neuron \[0\]"),
-    "rests": (cuba(nir.CubaLI, v_leak=SOME), "v_rest must be the same for all neurons, got 2 to 5"),
+    "rests": (cuba(nir.CubaLI, v_leak=SOME), "v_leak must be the same for all .* v_rest of .*; got 2 to 5"),
+    "no rest": (nir_lif(v_leak=np.nan), r"v_leak must be finite, got nan for neuron \[0\]"),
+    "no threshold": (nir.Threshold(0 * SOME + np.inf), r"threshold must be finite, got inf for neuron \[0\]"),
+    "no gain": (cuba(nir.CubaLI, w_in=SOME * np.nan), r"w_in must be finite, got nan for neuron \[0\]"),
 }
 
 

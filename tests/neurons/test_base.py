@@ -472,7 +472,12 @@ def test_torch_fx_takes_the_layer_for_a_leaf(kind):
             return super().forward(2 * x_seq)
 
     model[2].__class__ = Doubled
-    for each, remedy in ((make(kind), "trace a module that contains"), (model, "override .* Doubled is a leaf")):
+    leaf = "use a Tracer whose is_leaf_module says that Doubled is a leaf"
+    for each, remedy in (
+        (make(kind), "trace a module that contains the layer$"),
+        (model, leaf),
+        (model[2], f"trace a module that contains the layer, and {leaf}"),
+    ):
         with pytest.raises(TypeError, match=rf"asgl_cuda\.\w+: torch\.fx .* not its forward; {remedy}"):
             fx.symbolic_trace(each)
 

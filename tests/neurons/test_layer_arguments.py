@@ -172,12 +172,14 @@ BAD = [
     ("LIF", {"granularity": "channel"}, "granularity 'channel' needs num_features, the number of channels, got None"),
     ("LIF", {"granularity": "neuron"}, "granularity 'neuron' needs num_features, the shape of the neurons, got None"),
     ("LIF", {"num_features": [3, 4], "granularity": "channel"}, r".* needs num_features, .* channels, got \[3, 4\]"),
-    ("LIF", {"num_features": 3.0, "granularity": "channel"}, "num_features must be an int.*, got float"),
+    ("LIF", {"num_features": 3.0, "granularity": "channel"}, "num_features must be an int.*, got 3.0$"),
     ("LIF", {"num_features": -3, "granularity": "channel"}, "num_features must be .*positive.*-3"),
     ("LIF", {"num_features": 0, "granularity": "channel"}, "num_features must be .*positive.*0"),
-    ("LIF", {"num_features": "ab", "granularity": "neuron"}, "num_features must be an int.*, got str"),
-    ("LIF", {"num_features": True, "granularity": "channel"}, "num_features must be an int.*, got bool"),
-    ("LIF", {"num_features": [2, True], "granularity": "neuron"}, "num_features must be an int.*, got list"),
+    ("LIF", {"num_features": "ab", "granularity": "neuron"}, "num_features must be an int.*, got 'ab'"),
+    ("LIF", {"num_features": True, "granularity": "channel"}, "num_features must be an int.*, got True"),
+    ("LIF", {"num_features": [2, True], "granularity": "neuron"}, r"num_features must be an int.*, got \[2, True\]"),
+    ("LIF", {"num_features": [[64]], "granularity": "neuron"}, r"num_features must be an int.*, got \[\[64\]\]$"),
+    ("LIF", {"num_features": torch.tensor([3]), "granularity": "neuron"}, r"num_features .*; num_features.tolist\(\)"),
     ("LIF", {"num_features": 128}, "num_features needs granularity 'channel' or 'neuron', got 128 with .* 'layer'"),
     ("LIF", {"surrogate": "step"}, "surrogate must be one of .*, got 'step'$"),
     ("LIF", {"width": 0.0}, "width must be > 0.* 0.0"),
@@ -542,9 +544,13 @@ CHANNEL, NEURON = {"granularity": "channel"}, {"granularity": "neuron"}
         (LIF(8, **CHANNEL), (4, 6, 5), "[T, B, C, ...] with C = 8, got [4, 6, 5]"),
         (LIF(8, **CHANNEL, time_dim=1), (4, 8, 5), "C, ...] with C = 8, got [4, 8, 5]; is time or the batch missing?"),
         (LIF(8, **CHANNEL, time_dim=-1), (4, 6, 5, 7), "[B, C, ..., T] with C = 8, got [4, 6, 5, 7]"),
-        (LIF((4, 8), **NEURON), (4, 8), "4, 8] with the neurons last, got [4, 8]; is time or the batch missing?"),
-        (LIF((2, 3, 5, 1), **NEURON), (2, 3, 5), "[T, B, 2, 3, 5, 1] with the neurons last, got [2, 3, 5]"),
-        (LeakyIntegrator((4, 8), **NEURON, learn_decay=True), (2, 3, 8), "4, 8] with the neurons last, got [2, 3, 8]"),
+        (LIF((4, 8), **NEURON), (4, 8), "4, 8] (B may be missing or several dimensions), got [4, 8]; is time missing?"),
+        (LIF(64, **NEURON, time_dim=2), (2, 8, 4), "x_seq must have shape [B, 64, T], got [2, 8, 4]"),
+        (LIF(64, **NEURON, time_dim=1), (8, 64), "shape [B, T, 64], got [8, 64]; is time or the batch missing?"),
+        (LIF((2, 3, 5, 1), **NEURON), (2, 3, 5), "[T, B, 2, 3, 5, 1] (B may be missing or several dimensions), got "
+         "[2, 3, 5]"),
+        (LeakyIntegrator((4, 8), **NEURON, learn_decay=True), (2, 3, 8), "4, 8] (B may be missing or several dimensions"
+         "), got [2, 3, 8]"),
         (BatchNormLIF(8), (4, 8, 5, 6), "running_mean must have shape [5], with a value for each channel (dimension 2) "
          "of x_seq of shape [4, 8, 5, 6], got [8]; is time or the batch missing?"),
         (BatchNormLIF(8), (4, 3, 5, 6), "of x_seq of shape [4, 3, 5, 6], got [8]"),
@@ -552,14 +558,15 @@ CHANNEL, NEURON = {"granularity": "channel"}, {"granularity": "neuron"}
         (BatchNormLIF(8), (4, 8), "time and batch, got shape [4, 8] with time_dim 0; is time or the batch missing?"),
         (LIF(time_dim=1), (4,), "got 1; is time or the batch missing?"),
         (LIF(time_dim=-3), (4, 5), "got -3; is time or the batch missing?"),
-        (LIF((4, 8), **NEURON, learn_width=False), (4, 8), "[T, B, 4, 8] with the neurons last, got [4, 8]; is time o"
-         "r the batch missing?"),
-        (LeakyIntegrator(8, **NEURON), (8,), "[T, B, 8] with the neurons last, got [8]; is time or the batch missing?"),
+        (LIF((4, 8), **NEURON, learn_width=False), (4, 8), "[T, B, 4, 8] (B may be missing or several dimensions), go"
+         "t [4, 8]; is time missing?"),
+        (LeakyIntegrator(8, **NEURON), (8,), "[T, B, 8] (B may be missing or several dimensions), got [8]; is time mi"
+         "ssing?"),
         (LeakyIntegrator(8, **CHANNEL), (4, 8), "[T, B, C, ...] with C = 8, got [4, 8]; is time or the batch missing?"),
         (AdaptiveLIF(8, **CHANNEL, learn_width=False), (4, 8), "with C = 8, got [4, 8]; is time or the batch missing?"),
         (LIF(8, **CHANNEL, levels=2, v_reset=None), (4, 8, 5), "C = 8, got [4, 8, 5]; is time or the batch missing?"),
-        (BatchNormLIF((8, 8, 8), **NEURON), (4, 8, 8, 8), "[T, B, 8, 8, 8] with the neurons last, got [4, 8, 8, 8]; is"
-         " time or the batch missing?"),
+        (BatchNormLIF((8, 8, 8), **NEURON), (4, 8, 8, 8), "[T, B, 8, 8, 8] (B may be several dimensions), got [4, 8, 8"
+         ", 8]; is time or the batch missing?"),
         (BatchNormLIF(8, affine=False, track_running_stats=False), (4, 8, 6, 6), "must have shape [T, "
          "B, C, ...] with C = 8, got [4, 8, 6, 6]; is time or the batch missing?"),
         (RecurrentLIF(3), (2, 3), "must have shape [T, B, N], or [B, T, N] with time_dim=1, got [2, 3] with time_dim=0;"
@@ -634,6 +641,19 @@ BY_GAIN = "divides the input by tau, as input_gain=0.5 does"
         (lambda: RecurrentLIF(64, num_layers=3), "'num_layers'; for several layers put several RecurrentLIF .*"),
         (lambda: LIF(alpha=2.0), "snnTorch's alpha is the decay of a LeakyIntegrator .* alpha is width=1 / alpha"),
         (lambda: LIF(alpha=0.5), "snnTorch's alpha=0.5 is the decay of .*"),
+        (lambda: LeakyIntegrator(alpha=0.9), "'alpha'; snnTorch's alpha=0.9 is decay=0.9"),
+        (lambda: asgl_cuda.leaky_integrator(X, alpha=0.9), "'alpha'; snnTorch's alpha=0.9 is decay=0.9"),
+        (lambda: RecurrentLIF(3, alpha=0.9), "'alpha'; snnTorch's alpha=0.9 is syn_decay=0.9, SpikingJelly's alpha .*"),
+        (lambda: asgl_cuda.recurrent_lif(X, X, alpha=2), "snnTorch's alpha is syn_decay, SpikingJelly's alpha is .*"),
+        (lambda: LIF(tau_syn=5.0), "'tau_syn'; sinabs' tau_syn is .* of a LeakyIntegrator before the layer, and .*"),
+        (
+            lambda: LeakyIntegrator(tau_syn=5.0),
+            r"'tau_syn'; sinabs' tau_syn is decay=exp\(-1 / tau_syn\) and multiplies the input by decay",
+        ),
+        (lambda: RecurrentLIF(3, tau_syn=5.0), r"sinabs' tau_syn is syn_decay=exp\(-1 / tau_syn\) and .* by syn_decay"),
+        (lambda: BatchNormLIF(3, input_size=3), "'input_size'"),
+        (lambda: asgl_cuda.batch_norm_lif(X, input_size=3), "'input_size'"),
+        (lambda: asgl_cuda.lif(X, step_mode="m"), "x_seq has all time steps, as in SpikingJelly's step mode 'm'"),
         (lambda: LIF(beta=torch.nan), "snnTorch's beta is decay"),
         (lambda: LIF(beta=20), "snnTorch's beta is decay"),
         (lambda: LIF(size=3), "'size'"),

@@ -180,6 +180,10 @@ def test_a_custom_function():
         (lambda model: AnalogProbSchedule.multi_step(model, [0, 2]), ValueError, "milestones must be at least 1"),
         (lambda model: AnalogProbSchedule.multi_step(model, [1.5]), TypeError, "milestones must be an int, got float"),
         (lambda model: AnalogProbSchedule.multi_step(model, 2), TypeError, "milestones must be a sequence .*, got int"),
+        (
+            lambda model: AnalogProbSchedule.multi_step(model, torch.tensor([2])),
+            TypeError, r"milestones must be a sequence .*, got Tensor; milestones\.tolist\(\) converts it",
+        ),
         (lambda model: AnalogProbSchedule.multi_step(model, "12"), TypeError, "milestones must .*, got str"),
         (lambda model: AnalogProbSchedule(model, 0.5), TypeError, "prob_at must be a function .*, got float"),
         (

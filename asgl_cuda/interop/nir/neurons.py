@@ -87,6 +87,14 @@ def first_wrong(values: Tensor, is_wrong: Tensor) -> str:
     return f"{values[tuple(index)].item():g}{f' for neuron {index}' if index else ''}"
 
 
+def finite_value(node: Any, name: str) -> Tensor:
+    """The values of this name of a NIR node, as by `as_double`; 0 without any. Refuses infinite values and NaN."""
+    value = as_double(0.0 if getattr(node, name, None) is None else getattr(node, name))
+    if (is_wrong := ~value.isfinite()).any():
+        raise ValueError(f"{name} must be finite, got {first_wrong(value, is_wrong)}")
+    return value
+
+
 class Scale(nn.Module):
     """NIR's Scale: the input times a constant of the shape of the neurons."""
 
@@ -184,7 +192,7 @@ def layer_from_metadata(ours: Any, kind: Any, said: dict[str, Tensor]) -> Any:
 
 def decay_and_gain_of_node(node: Any, dt: float, tau: str = "tau", r: str = "r") -> tuple[Tensor, Tensor]:
     """Decay and gain per step of length dt. `tau` and `r` name the node's time constant, if any, and its resistance."""
-    gain, time = as_double(getattr(node, r)), getattr(node, tau, None)
+    gain, time = finite_value(node, r), getattr(node, tau, None)
     if time is None:  # IF and I
         decay, gain = torch.ones_like(gain), gain * dt
     else:
@@ -202,8 +210,7 @@ def constants_of_node(node: Any, dt: float, tau: str = "tau") -> dict[str, Tenso
     decay, gain = decay_and_gain_of_node(node, dt, tau)
     if (is_wrong := ~(gain > 0)).any():
         raise ValueError(f"r must be > 0, got {first_wrong(as_double(node.r).expand(gain.shape), is_wrong)}")
-    v_reset = 0.0 if getattr(node, "v_reset", None) is None else node.v_reset
-    v_threshold, v_reset, v_leak = map(as_double, (node.v_threshold, v_reset, getattr(node, "v_leak", 0.0)))
+    v_threshold, v_reset, v_leak = (finite_value(node, name) for name in ("v_threshold", "v_reset", "v_leak"))
     found = torch.broadcast_tensors(decay, (v_threshold - v_leak) / gain, (v_reset - v_leak) / gain)
     return dict(zip(("decay", "v_threshold", "v_reset"), found, strict=True))
 
@@ -216,10 +223,14 @@ def integrator_of_node(node: Any, dt: float, tau: str = "tau", r: str = "r") -> 
     """
     decay, gain = decay_and_gain_of_node(node, dt, tau, r)
     scales = bool((gain != gain.max()).any())
-    numbers = {"decay": decay, "input_gain": torch.ones(()) if scales else gain}
-    layer = layer_with_constants(
-        LeakyIntegrator, numbers | {"v_rest": as_double(getattr(node, "v_leak", 0.0) if r == "r" else 0.0)}
-    )
+    rest = finite_value(node, "v_leak") if r == "r" else torch.zeros(())
+    if rest.min() != rest.max():
+        raise ValueError(
+            "v_leak must be the same for all neurons, because it becomes v_rest of asgl_cuda.LeakyIntegrator, a single "
+            f"number; got {range_of(rest)}"
+        )
+    numbers = {"decay": decay, "input_gain": torch.ones(()) if scales else gain, "v_rest": rest}
+    layer = layer_with_constants(LeakyIntegrator, numbers)
     return nn.Sequential(Scale(gain), layer) if scales else layer
 
 
@@ -229,8 +240,6 @@ def layer_with_constants(kind: Any, numbers: dict[str, Tensor], **options: Any) 
     for name, value in numbers.items():
         if value.min() == value.max():
             continue
-        if name in ("input_gain", "v_rest"):
-            raise ValueError(f"{name} must be the same for all neurons, got {range_of(value)}")
         values[name] = value
         granularity = "channel" if value.dim() == 1 else "neuron"  # in a graph with images, one value per channel
         options |= {"granularity": granularity, "num_features": value.shape}

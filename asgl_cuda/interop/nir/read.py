@@ -159,7 +159,7 @@ def _module_of_node(node: Any, dt: float | None) -> Any:
     if kind == "Scale":
         return Scale(as_double(node.scale))
     if kind == "Threshold":
-        v_threshold = as_double(node.threshold)
+        v_threshold = units.finite_value(node, "threshold")
         constants = {"decay": 0 * v_threshold, "v_threshold": v_threshold}
         return units.layer_with_constants(LIF, constants, strict_threshold=True)
     if kind == "Delay":
