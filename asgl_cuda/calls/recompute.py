@@ -258,7 +258,7 @@ def recompute_spikes(model: nn.Module | None = None) -> Any:
     type, and spikes modified in place before use. (Under autocast, neurons whose input has the lower precision emit
     spikes of this precision, which need no cast.) If spikes are modified without the knowledge of autograd, through
     ``.data`` or NumPy, backward computes with the unmodified ones. Indices of max pooling in one or two dimensions are
-    stored in 2 or 4 bytes instead of 8.
+    stored in 2 or 4 bytes instead of 8 (torch 2.6: in 8).
 
     Spikes are also stored as usual in functions that torch.func transforms, and if other hooks on saved tensors
     (torch.utils.checkpoint, save_on_cpu) are active inside or around the context. With torch.compile, the context may

@@ -151,7 +151,7 @@ class BatchNormLIFFunction(torch.autograd.Function):
             grad_x_seq = torch.empty_like(found.residual)
         elif through_batch and is_transform_active():
             # Under transforms lif_backward's autograd kernel returns grad_x_seq through once_differentiable, as a view
-            # made in a Function. Autograd forbids to modify such a view in place, as batch_norm_backward does.
+            # made in a Function. batch_norm_backward modifies it in place, which autograd forbids for such a view.
             grad_x_seq = grad_x_seq.clone()
         if wants_sums:
             sums = found.input_gain, found.input_bias
@@ -671,7 +671,7 @@ class BatchNormLIF(LIF):
                 layer.momentum = None  # the average of all batches; restore it afterwards
 
     Then call the model with all batches, in training mode and without gradients. If the model also has normalisations
-    of torch, call `update_bn` for this, which also computes their statistics anew.
+    of torch, let `update_bn` make these calls. It then computes the statistics of those normalisations anew as well.
 
     Shapes: input and output are `[T, B, C, ...]`, or have time at `time_dim`. The other dimensions keep this order.
 

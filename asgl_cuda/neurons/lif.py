@@ -148,13 +148,14 @@ def lif(
             above 1. For a rectangle, add decay / 2 to the magnitude first. A sigmoid also multiplies the gradient by up
             to 1.22 * decay at potentials below v_reset.
         levels: emit an integer number of spikes per step (I-LIF), `round(clamp(h / v_threshold, 0, levels))` with ties
-            to even, where h is the potential before the reset; `levels` is at most 256. `h / v_threshold` is
-            computed as `h * (1 / v_threshold)`, where `1 / v_threshold` is first rounded to the type of the arithmetic.
-            Very close to a tie, the result can differ from that of a division. Analog elements are not rounded. In
-            backward the slope is `1 / v_threshold` where `0 <= h <= levels * v_threshold`, both ends included, and 0
-            elsewhere; `width` must be 1. Each spike subtracts `reset_amount`, so `v_reset` must be None. `v_threshold`
-            must be > 0. A NaN potential emits NaN. `unroll_levels` turns the output into binary spikes. With
-            multi_spike, levels only limits the number of spikes.
+            to even, where h is the potential before the reset; `levels` is at most 256. `h / v_threshold` is computed
+            as `h * (1 / v_threshold)`, where `1 / v_threshold` is first rounded to the type of the arithmetic. Very
+            close to a tie, the result can differ from that of a division. An analog element (see `analog_prob`) emits
+            `clamp(h / v_threshold, 0, levels)` without rounding. In backward the slope is `1 / v_threshold` where
+            `0 <= h <= levels * v_threshold`, both ends included, and 0 elsewhere; `width` must be 1. Each spike
+            subtracts `reset_amount`, so `v_reset` must be None. `v_threshold` must be > 0. A NaN potential emits NaN.
+            `unroll_levels` turns the output into binary spikes. With multi_spike, levels only limits the number of
+            spikes.
         multi_spike: emit `trunc(h / v_threshold)` spikes per step where h > 0. Each spike subtracts `reset_amount`, so
             `v_reset` must be None. `v_threshold` must be > 0; a tensor is checked in the cases in which a width is
             checked. `analog_prob` must be 0: no surrogate is the slope of a smooth function that counts spikes, so
@@ -461,9 +462,9 @@ class LIF(Neurons):
         scale_output: multiply the output by `v_threshold`. With levels and without multi_spike, divide it by `levels`
             instead.
         levels: emit a whole number of spikes per step, from 0 to `levels`: the potential divided by the threshold,
-            clamped to this range and rounded (I-LIF). Analog elements are not rounded. `v_reset` must be None. No width
-            is learned, because the threshold takes its place. With multi_spike, levels only limits the number of
-            spikes.
+            clamped to this range and rounded (I-LIF). Analog elements (see `analog_prob`) are not rounded. `v_reset`
+            must be None. No width is learned, because the threshold takes its place. With multi_spike, levels only
+            limits the number of spikes.
         multi_spike: emit as many spikes per step as thresholds fit into the potential. `v_reset` must be None, and
             `analog_prob` must always be 0.
         v_min: lower bound of the potential after the reset, in units of the input. None: no bound.

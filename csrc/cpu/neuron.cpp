@@ -9,8 +9,9 @@
 namespace asgl::cpu {
 namespace {
 
-// Whether a call wants nothing that no settled kernel has: in forward v_seq or h_seq, in backward their gradients or
-// the gradient of v_reset. is_settled has further conditions for an input with a gain, bias or mean.
+// False if a call needs what no settled kernel has: in forward the results v_seq or h_seq, in backward gradients that
+// come in through them, or the gradient of v_reset. is_settled has further conditions for an input with a gain, bias or
+// mean.
 template <class Scalar>
 bool settled_suffices(const ForwardParams<Scalar>& params) {
   return params.v_seq == nullptr && params.h_seq == nullptr;

@@ -242,8 +242,9 @@ __attribute__((target("avx2,fma"))) void run_fma(const typename Loop::Args& args
 }
 #endif
 
-// Runs a loop whose multiply-adds are fused, on the widest vectors of the instruction set. The int argument of `Loop`
-// is their size in bytes. A processor with AVX2 but without FMA runs the baseline.
+// Runs a loop of products (multiply_add) on the widest vectors of the instruction set. The int argument of `Loop` is
+// their size in bytes. The AVX-512 and AVX2 clones fuse multiply-adds. The baseline does not, and also runs on
+// processors with AVX2 but without FMA.
 template <template <class, int> class Loop, class Real>
 void run_with_fma(const typename Loop<Real, 16>::Args& args) {
 #if defined(__x86_64__)

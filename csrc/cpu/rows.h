@@ -26,7 +26,7 @@ struct Tile {
   Tile(const SequenceShape& shape, int64 index, int64 size = kTile)
       : shape(shape), index(index), first(index * size), length(std::min(size, shape.neurons() - first)) {}
 
-  // Whether the tile's elements of a step are contiguous in memory.
+  // Whether the tile lies in one run of `inner` elements, so that its elements of a step are contiguous in memory.
   bool is_contiguous() const { return first % shape.inner + length <= shape.inner; }
 };
 

@@ -384,7 +384,8 @@ class GeneralInput {
     std::fill_n(zeros_, kTile, Real(0));
   }
 
-  // Calls f(neurons, row): x and the neurons as they are, or the current and neurons with unit gain.
+  // Calls f(neurons, row): without a residual with the neurons as they are and x, and with one with neurons of gain 1,
+  // bias 0 and mean 0 and the current.
   template <class Neurons, class F>
   void with_input(const Tile& tile, int64 t, const Real* x, const Neurons& neurons, F&& f) {
     if (params_.residual == nullptr) return f(neurons, x);

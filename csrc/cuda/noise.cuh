@@ -1,4 +1,5 @@
-// Which elements are analog, for the neurons of a thread and the steps of a segment: the noise of math/philox.h.
+// Decides by the noise of math/philox.h which elements are analog, for the neurons of a thread and the steps of a
+// segment.
 #pragma once
 
 #include "cuda/access.cuh"

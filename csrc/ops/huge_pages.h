@@ -34,9 +34,10 @@ inline bool has_huge_pages_on_request() {
   return on_request;
 }
 
-// Requests huge pages for an untouched tensor, and returns it. The pages at its ends are included, because a block of
-// malloc begins 64 bytes after a page boundary, which may be that of a huge page. No more memory becomes resident,
-// since the system uses only huge pages that are requested whole.
+// Requests huge pages for an untouched tensor, and returns it. The request is rounded outward to whole pages: a
+// block of malloc begins 64 bytes after a page boundary, and if a huge page begins there too, it would otherwise be
+// lost. Neighbouring memory does not become resident, because the system uses a huge page only if all of it is
+// requested.
 inline Tensor request_huge_pages(Tensor tensor) {
   if (tensor.is_cpu() && tensor.nbytes() >= kMinHugePageBytes && has_huge_pages_on_request()) {
     static const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
