@@ -915,10 +915,11 @@ class Recording:
         if all(each is None for each in values):
             return None
         if not all(isinstance(each, (Recorded, Tensor)) for each in values):
-            names = sorted({type(each).__name__ for each in values})
+            kinds = ["Tensor" if isinstance(each, (Recorded, Tensor)) else type(each).__name__ for each in values]
+            other = next((f" and {kind} in step {step}" for step, kind in enumerate(kinds) if kind != kinds[0]), "")
             raise TypeError(
                 f"{_CALLER}: with sequences, a model must return tensors in each step, or None in every step, got "
-                f"{', '.join(names)}"
+                f"{kinds[0]} in step 0{other}"
             )
         some = any(type(each) is Recorded for each in values)
         return self.record_call(torch.stack, list(values)) if some else torch.stack(values)

@@ -38,10 +38,11 @@ class InSequences(Overlay):
         """Calls the model once for each step of x_seq, recorded, and returns the outputs of all steps, stacked."""
         x_seq = args[0] if args else None
         if len(args) != 1 or kwargs or not isinstance(x_seq, Tensor):
-            got = ", ".join(type(each).__name__ for each in (*args, *kwargs.values()))
+            got = [type(each).__name__ for each in args]
+            got += [f"{name}={type(each).__name__}" for name, each in kwargs.items()]
             raise TypeError(
-                f"{_CALLER}: with sequences=True, a call takes x_seq [T, ...] alone, got {got or 'nothing'}; "
-                f"{_STATES_AS_ARGUMENTS}"
+                f"{_CALLER}: with sequences=True, a call takes one tensor by position, x_seq [T, ...], got "
+                f"{', '.join(got) or 'nothing'}" + (f"; {_STATES_AS_ARGUMENTS}" if len(got) > 1 else "")
             )
         if x_seq.dim() < 1 or not len(x_seq):
             raise ValueError(f"{_CALLER}: x_seq must have at least one step, [T, ...], got shape {list(x_seq.shape)}")

@@ -49,7 +49,7 @@ def plot_layers(results: _Result | Sequence[_Result], quantity: str = "firing_ra
     Args:
         results: what `monitor.result()` returned, or a list of such results, for example one per epoch.
         quantity: the name of a quantity of `Monitor`, such as "firing_rate", "width" or "dead". Layers that do
-            not have it in the result, or in the first of several results, are left out.
+            not have it in any of the results are left out.
         ax: the matplotlib axes to draw into; default: the current axes.
 
     Returns:
@@ -77,14 +77,14 @@ def plot_layers(results: _Result | Sequence[_Result], quantity: str = "firing_ra
             f"{caller}: results must be what monitor.result() returns, or a list of these, got "
             f"{format_value(results)}{hint}"
         )
-    layers = [name for name, values in history[0].items() if quantity in values]
+    layers = list(dict.fromkeys(name for each in history for name, values in each.items() if quantity in values))
     if not layers:
-        known = sorted({key for values in history[0].values() for key in values})
+        known = sorted({key for each in history for values in each.values() for key in values})
         why = (
             "; it is missing if the Monitor saw no call of the model in eager mode" if quantity == "firing_rate" else ""
         )
         raise ValueError(
-            f"{caller}: quantity must be one of those in results, {', '.join(known) or 'none'}, got "
+            f"{caller}: quantity must be one that results has, {', '.join(known) or 'none'}, got "
             f"{format_value(quantity)}{why}"
         )
     ax = _axes(ax, caller)

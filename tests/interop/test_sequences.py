@@ -689,6 +689,27 @@ def test_arguments_refused(args):
     fast, _ = asgl_cuda.convert(STEPS["snnTorch"](), sequences=True)
     with pytest.raises((TypeError, ValueError), match=r"x_seq .*\[T, \.\.\.\]"):
         fast(*args)
+    with pytest.raises(TypeError, match=r"one tensor by position, x_seq \[T, \.\.\.\], got x=Tensor$"):
+        fast(x=torch.rand(2, 3, N))
+
+
+class EverySecond(nn.Module):
+    """Returns its spikes in every second step."""
+
+    def __init__(self):
+        super().__init__()
+        self.neurons, self.steps = snntorch.Leaky(0.9, init_hidden=True), 0
+
+    def forward(self, x):
+        self.steps += 1
+        spikes = self.neurons(x)
+        return spikes if self.steps % 2 else None
+
+
+def test_an_output_that_is_missing_in_a_step_is_refused():
+    fast, _ = asgl_cuda.convert(EverySecond(), sequences=True)
+    with pytest.raises(TypeError, match=r"got Tensor in step 0 and NoneType in step 1$"):
+        fast(torch.rand(2, 3, N))
 
 
 def test_one_step_of_a_batch_is_warned_of(monkeypatch):

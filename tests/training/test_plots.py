@@ -30,6 +30,11 @@ def test_layers(ax):
     asgl_cuda.plot_layers(RESULTS, "width", ax=ax)
     assert {line.get_label(): list(line.get_ydata()) for line in ax.lines} == {"0": [1, 3], "1": [2, 4]}
     ax.clear()
+    asgl_cuda.plot_layers([{"0": {}}, {"0": {"firing_rate": 0.1}}], ax=ax)  # not in the first result
+    before, after = ax.lines[0].get_ydata()
+    assert before != before
+    assert after == 0.1
+    ax.clear()
     asgl_cuda.plot_layers(RESULTS[0], ax=ax)
     assert [bar.get_height() for bar in ax.patches] == [0.1]
 
@@ -61,7 +66,7 @@ def test_gradient_norms(ax):
         (lambda: asgl_cuda.plot_gradient_norms({"x": torch.ones(2)}), ValueError, "x must have time"),
         (lambda: asgl_cuda.plot_layers([]), TypeError, "results must be"),
         (lambda: asgl_cuda.plot_layers(asgl_cuda.Monitor(asgl_cuda.LIF())), TypeError, r"call result\(\) of the Mon"),
-        (lambda: asgl_cuda.plot_layers(RESULTS, "rate"), ValueError, "results, firing_rate, width, got 'rate'"),
+        (lambda: asgl_cuda.plot_layers(RESULTS, "rate"), ValueError, "results has, firing_rate, width, got 'rate'"),
     ],
 )
 def test_refused(call, error, message):
