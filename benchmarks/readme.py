@@ -618,12 +618,12 @@ GAIN = (
     "residual is kept anyway, as are the spikes of an identity shortcut."
 )
 LIMITS = (
-    "If T is at most 8 and you already compile the neurons of SpikingJelly or snnTorch by `torch.compile`, conversion "
-    "gains little in whole networks: training steps became {converted_short} times as fast, and evaluations "
-    "{evaluated_short} times. `fuse` can still gain, if it merges normalisations. Without `sequences`, converted "
-    "layers that take one time step per call gain less than those that take whole sequences: small layers became "
-    "[1.0 to 1.6 times](docs/guides/convert.md#one-step-per-call) as fast, and large ones [{stepped} "
-    "times](docs/measured.md#converted-layers)."
+    "If T is at most 8 and you already compile the neurons of SpikingJelly or snnTorch by `torch.compile`, conversion"
+    " alone gains nothing in most whole networks, and often costs a little: training steps became {converted_short} "
+    "times as fast, and evaluations {evaluated_short} times. `fuse` can still gain, if it merges normalisations. "
+    "Without `sequences`, converted layers that take one time step per call gain less than those that take whole "
+    "sequences: small layers became [1.0 to 1.6 times](docs/guides/convert.md#one-step-per-call) as fast, and large "
+    "ones [{stepped} times](docs/measured.md#converted-layers)."
 )
 ARMS = [(optimizer, surrogate) for optimizer in ("SGD", "Adam") for surrogate in ("rectangle", "sigmoid")]
 SECTIONS = {
