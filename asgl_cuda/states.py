@@ -85,7 +85,11 @@ class _SteppedModule:
         self.left = self._state()
 
     def register_hooks(self) -> Iterator[RemovableHandle]:
-        """Registers hooks that run `before_call` and `after_call`, for a layer of another library."""
+        """Yields the handles of hooks that run `before_call` and `after_call`, for a layer of another library.
+
+        Each hook is registered when its handle is taken. A call with a second tensor, a state from the model's forward,
+        is refused.
+        """
 
         def check_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             """Checks the call. A second tensor is a state from the model's forward, which is refused."""

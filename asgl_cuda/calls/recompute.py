@@ -313,7 +313,11 @@ def apply_and_remember(
     inputs: Sequence[Any],
     remember: Callable[[Any], None],
 ) -> Any:
-    """Calls apply(function, *inputs), a call of neurons in an open context, and `remember` with its results."""
+    """Returns apply(function, *inputs), for a call of neurons in an open context, and lets backward recompute it.
+
+    In eager mode, calls `remember` with the results if the hooks of this context have saved tensors of the call. In
+    compiled code a checkpoint takes the place of `remember`, except in export and in transforms.
+    """
     if torch.compiler.is_compiling():
         if is_exporting() or is_transform_active():
             return apply(function, *inputs)

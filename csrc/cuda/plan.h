@@ -246,6 +246,7 @@ Launch launch_of(const GradientSum<Real>& sum) {
 // ---- batch normalisation ----
 
 // Divides the channels into tiles. A thread has four columns if these belong to one channel and are aligned in memory.
+// It reads `rows_each` rows of one column, or a quarter as many of each of four.
 template <class Scalar, class... Gradients>
 void plan_channels(ChannelTiles& tiles, int64 rows_each, const Scalar* x_seq, const Gradients*... gradients) {
   const bool fours = kHasFourLanes<Scalar> && tiles.shape.inner % 4 == 0 && is_aligned_for_four(x_seq) &&

@@ -5,7 +5,8 @@
 
 namespace asgl {
 
-// Rows that a CUDA thread reads of each of its columns, or more if there would be too many splits.
+// Elements that a CUDA thread reads: so many rows of one column, or a quarter as many of each of four columns. More if
+// there would be too many splits.
 constexpr int64 kGradientRowsPerThread = 64;
 constexpr int64 kMomentsRowsPerThread = 128;
 
