@@ -323,6 +323,11 @@ def steps(report: Report) -> list[str]:
 Time = Callable[[Report, str], float | None]  # of a network and the name of a library's row
 
 
+def time_of(suffix: str = "", part: str = "seconds") -> Time:
+    """The milliseconds of a training step, or of another part, of the row with this suffix after the name."""
+    return lambda network, name: milliseconds(network, f"{name}{suffix}", part)
+
+
 def times_faster(report: Report, slower: Time, faster: Time, rows: Collection[str]) -> list[float]:
     """How many times as fast the faster variant is as the slower one, for the networks that have both."""
     pairs = ((slower(network, name), faster(network, name)) for network in report["networks"].values() for name in rows)
@@ -335,25 +340,8 @@ def steps_values(report: Report) -> Report:
     def noisy(network: Report, name: str) -> float | None:
         return milliseconds(network, OURS)
 
-    def converted(network: Report, name: str) -> float | None:
-        return milliseconds(network, f"{name}{CONVERTED} cpu")
-
-    evaluation = "evaluation_seconds"
-
-    def evaluated(network: Report, name: str) -> float | None:
-        return milliseconds(network, f"{name}{CONVERTED} cpu", evaluation)
-
-    def compiled_evaluated(network: Report, name: str) -> float | None:
-        return compiled_milliseconds(network, name, evaluation)
-
-    def streamed(network: Report, name: str) -> float | None:
-        return milliseconds(network, f"{name}{CONVERTED} cpu", "stream_seconds")
-
-    def fused_streamed(network: Report, name: str) -> float | None:
-        return milliseconds(network, f"{name}{CONVERTED} cpu{FUSED_BLOCK}", "stream_seconds")
-
-    def fused(network: Report, name: str) -> float | None:
-        return milliseconds(network, f"{name}{CONVERTED} cpu{FUSED_BLOCK}")
+    converted, fused = f"{CONVERTED} cpu", f"{CONVERTED} cpu{FUSED_BLOCK}"
+    evaluation, stream = "evaluation_seconds", "stream_seconds"
 
     def ranges(name: str, slower: Time, faster: Time, rows: Collection[str], form: str) -> Report:
         """The ratios of networks with few time steps, in which whole layers were compiled, and of those with many."""
@@ -371,12 +359,16 @@ def steps_values(report: Report) -> Report:
     return {
         **ranges("noisy", milliseconds, noisy, peers, ".1f"),
         **ranges("compiled", compiled_milliseconds, noisy, [name for name in peers if "sinabs" not in name], ".2f"),
-        **ranges("jelly", milliseconds, converted, of("SpikingJelly"), ".1f"),
-        **ranges("snntorch", milliseconds, converted, of("snnTorch"), ".1f"),
-        **ranges("converted", compiled_milliseconds, converted, peers, ".2f"),
-        **ranges("evaluated", compiled_evaluated, evaluated, peers, ".2f"),
-        "fused": between(times_faster(report, converted, fused, peers)),
-        "fused_stream": between(times_faster(report, fused_streamed, streamed, peers), ".1f", ".1f"),
+        **ranges("jelly", milliseconds, time_of(converted), of("SpikingJelly"), ".1f"),
+        **ranges("snntorch", milliseconds, time_of(converted), of("snnTorch"), ".1f"),
+        **ranges("converted", compiled_milliseconds, time_of(converted), peers, ".2f"),
+        **ranges(
+            "evaluated", partial(compiled_milliseconds, part=evaluation), time_of(converted, evaluation), peers, ".2f"
+        ),
+        "fused": between(times_faster(report, time_of(converted), time_of(fused), peers)),
+        "fused_stream": between(
+            times_faster(report, time_of(fused, stream), time_of(converted, stream), peers), ".1f", ".1f"
+        ),
     }
 
 
@@ -476,13 +468,10 @@ def spikes_values(report: Report) -> Report:
     """How many times as fast spike layers make whole networks."""
     networks = read_report("end_to_end")
 
-    def with_spikes(part: str) -> Time:
-        return lambda network, name: milliseconds(network, f"{name}{SPIKES}", part)
-
     names = {"evaluations": "evaluation_seconds", "steps_by_spikes": "seconds", "streams_by_spikes": "stream_seconds"}
     return {
         name: between(
-            times_faster(networks, partial(milliseconds, part=part), with_spikes(part), [f"{PLAIN}{OURS}"]),
+            times_faster(networks, time_of(part=part), time_of(SPIKES, part), [f"{PLAIN}{OURS}"]),
             ".1f",
             ".1f",
         )
@@ -572,14 +561,13 @@ LAYER = f"Times of forward and backward together, in nanoseconds per element, {O
 COST = "training runs took {minutes:.0f} minutes on one core:"
 STUDIED = f"Each value is the mean of {{seeds}} seeds. {{trainings:,}} {COST}"
 FAST = (
-    "We timed training steps of seven networks ([five of them](#speed-and-memory) are below) on {threads} threads of a "
-    "CPU. We compared the "
-    "default neurons of asgl_cuda with the neurons of SpikingJelly, snnTorch, Norse and sinabs. With asgl_cuda, a "
-    "step is {noisy_short} times as fast at T = 4 and 8, and {noisy_long} times at T = 100. We also compiled the "
-    "neurons of the libraries by `torch.compile`. Compared with compiled neurons of SpikingJelly, snnTorch and Norse,"
-    " a step with asgl_cuda is {compiled_short} times as fast at T = 4 and 8. At T = 100 we did not compile the whole "
-    "sequence, but a single time step of the neurons of snnTorch and Norse. Compared with these, a training step with "
-    "asgl_cuda is {compiled_long} times as fast."
+    "We timed training steps of seven networks ([five of them](#speed-and-memory) are below) on {threads} threads of "
+    "a CPU. We compared the default neurons of asgl_cuda with the neurons of SpikingJelly, snnTorch, Norse and "
+    "sinabs. With asgl_cuda, a step is {noisy_short} times as fast at T = 4 and 8, and {noisy_long} times at T = 100."
+    " We also compiled the neurons of the libraries by `torch.compile`. Compared with compiled neurons of "
+    "SpikingJelly, snnTorch and Norse, a step with asgl_cuda is {compiled_short} times as fast at T = 4 and 8. At T ="
+    " 100 we did not compile the whole sequence, but a single time step of the neurons of snnTorch and Norse. "
+    "Compared with these, a training step with asgl_cuda is {compiled_long} times as fast."
 )
 LEARNED = (
     "Layers learn the width of their surrogate gradient with the weights. We compared the default arguments with five"

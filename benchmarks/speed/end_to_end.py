@@ -53,8 +53,8 @@ BY_STEPS = {"LIF": (PLAIN_LOOP, "snnTorch", "Norse"), "recurrent": (PLAIN_LOOP, 
 OTHER_RESET = "snnTorch"  # whose recurrent neurons subtract at the next step
 LONG_LOOP = "long loop"  # one compiled layer at many steps
 LONG, LONG_REPEATS = Size(128, 2**15, "float32"), 5
-# Training steps before anything but first calls is measured. Running statistics of normalisations and firing rates are
-# then close to those of a trained network.
+# Training steps before anything but first calls is measured, so that evaluations do not use the initial running
+# statistics. In deep networks these have not settled then.
 TRAINED_STEPS = 20
 COMPARED_STEPS = 3
 COMPARED_BATCH = 4

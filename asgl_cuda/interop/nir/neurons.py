@@ -89,7 +89,8 @@ def first_wrong(values: Tensor, is_wrong: Tensor) -> str:
 
 def finite_value(node: Any, name: str) -> Tensor:
     """The values of this name of a NIR node, as by `as_double`; 0 without any. Refuses infinite values and NaN."""
-    value = as_double(0.0 if getattr(node, name, None) is None else getattr(node, name))
+    given = getattr(node, name, None)
+    value = as_double(0.0 if given is None else given)
     if (is_wrong := ~value.isfinite()).any():
         raise ValueError(f"{name} must be finite, got {first_wrong(value, is_wrong)}")
     return value
