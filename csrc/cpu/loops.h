@@ -444,29 +444,33 @@ struct SettledAdjointLoop {
     Real *gradient = args.dv + first, *width = args.width + first;
     Real *decay = args.decay + first, *threshold = args.threshold + first, *reset = args.reset + first;
     for (int64 k = args.steps - 1; k >= 0; --k) {
-      const bool carried = args.carried || k + 1 < args.steps;
       const Real *g = args.g[k] + first, *v = args.v[k] + first;
       const Real *h = args.h + k * kBlock, *kept_s = args.s + k * kBlock;
       const KeptSlopes<Real, kNoise && Model::kHasSlope> slope = {args.slope + k * kBlock};
       Real* d_current = args.stream == nullptr ? args.d_current[k] + first : streamed;
       prefetch_block(args.gradients_ahead, k, first, count);
+      const auto compute_step = [&](auto carried, auto through_reset) __attribute__((always_inline)) {
 #pragma GCC ivdep
-      for (int64 i = 0, end = count; i < end; ++i) {
-        const Neuron<Real>& neuron = args.neurons[first + i];
-        const Real s = kNoise ? kept_s[i] : Model::fire(h[i], false, neuron, firing);
-        Real dv = gradient[i];
-        if constexpr (kSums == SettledSums::kAll && !Model::kResetsHard) reset[i] -= keep_if(carried, dv * s);
-        const Real ds = Model::spike_gradient(g[i], h[i], carried && !args.options.detach_reset, neuron, dv);
-        const StepGradient<Real> step =
-            Model::step_adjoint(ds, NoGradient{}, h[i], s, carried, neuron, args.options, dv, slope[i]);
-        if constexpr (kSums != SettledSums::kNone) width[i] += step.dy * Model::distance(h[i], neuron);
-        if constexpr (kSums == SettledSums::kAll) {
-          threshold[i] -= step.dy * neuron.inverse_width;
-          decay[i] += step.dh * v[i];
+        for (int64 i = 0, end = count; i < end; ++i) {
+          const Neuron<Real>& neuron = args.neurons[first + i];
+          const Real s = kNoise ? kept_s[i] : Model::fire(h[i], false, neuron, firing);
+          Real dv = gradient[i];
+          if constexpr (kSums == SettledSums::kAll && !Model::kResetsHard) reset[i] -= keep_if(carried, dv * s);
+          const Real ds = Model::spike_gradient(g[i], h[i], through_reset, neuron, dv);
+          const StepGradient<Real> step =
+              Model::step_adjoint(ds, NoGradient{}, h[i], s, carried, neuron, args.options, dv, slope[i]);
+          if constexpr (kSums != SettledSums::kNone) width[i] += step.dy * Model::distance(h[i], neuron);
+          if constexpr (kSums == SettledSums::kAll) {
+            threshold[i] -= step.dy * neuron.inverse_width;
+            decay[i] += step.dh * v[i];
+          }
+          d_current[i] = step.dc;
+          gradient[i] = dv;
         }
-        d_current[i] = step.dc;
-        gradient[i] = dv;
-      }
+      };
+      // As constants, the conditions need no masks. They hold at every step but the last, unless the reset is detached.
+      const bool carried = args.carried || k + 1 < args.steps, through_reset = carried && !args.options.detach_reset;
+      through_reset ? compute_step(std::true_type{}, std::true_type{}) : compute_step(carried, false);
       if (args.stream != nullptr) args.stream(args.d_current[k] + first, streamed, count);
     }
   }
@@ -680,6 +684,20 @@ struct RunSumsLoop {
     args.runs.for_each([=](int64 run, int64 offset, int64 length) __attribute__((always_inline)) {
       args.sums[run] = static_cast<Real>(row_sum(args.row + offset, length));
     });
+  }
+};
+
+template <class Real>
+struct FillLoop {
+  struct Args {
+    Real value;
+    Real* row;
+    int64 length;
+  };
+
+  // row[i] = value
+  static ASGL_HOST_DEVICE void run(Args args) {
+    for (int64 i = 0; i < args.length; ++i) args.row[i] = args.value;
   }
 };
 

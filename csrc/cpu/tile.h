@@ -415,7 +415,8 @@ class GeneralInput {
 // Reads a row of a state from from[offset] on. If `from` is null, fills the row with `otherwise`.
 template <class Real>
 void load_state(const Real* from, int64 offset, Real otherwise, int64 length, Real* row) {
-  from != nullptr ? std::copy_n(from + offset, length, row) : std::fill_n(row, length, otherwise);
+  if (from == nullptr) return run<FillLoop<Real>>({otherwise, row, length});
+  std::copy_n(from + offset, length, row);
 }
 
 // Stores a row of a state from to[offset] on, unless `to` is null.
