@@ -73,12 +73,14 @@ from .neurons.recurrent_lif import RecurrentLIF, RecurrentLIFOutput, recurrent_l
 from .spikes import SpikeConv1d, SpikeConv2d, SpikeLinear, spike_conv2d, spike_linear
 from .states import detach, reset, step
 from .training.calibration import calibrate
+from .training.evaluation import spiking_eval
 from .training.groups import parameter_groups
-from .training.kit import convert_sync_batchnorm, lightning_callback, spiking_eval
+from .training.lightning import lightning_callback
 from .training.monitor import Monitor
 from .training.plots import plot_gradient_norms, plot_layers, plot_spikes
 from .training.rates import FiringRates
 from .training.schedule import AnalogProbSchedule
+from .training.sync_batch_norm import convert_sync_batchnorm
 
 __all__ = [
     "LIF",

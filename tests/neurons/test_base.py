@@ -9,12 +9,21 @@ from functools import partial
 import pytest
 import torch
 from comparison import random_input
-from layer_cases import CASES, NEURONS, N, make
+from layer_cases import CASES, NEURONS, Foreign, N, make
 from torch import fx, nn
 from torch.utils.checkpoint import checkpoint
 
 import asgl_cuda
-from asgl_cuda import LIF, BatchNormLIF, RecurrentLIF
+from asgl_cuda import (
+    LIF,
+    AnalogProbSchedule,
+    BatchNormLIF,
+    Monitor,
+    RecurrentLIF,
+    asgl_layers,
+    parameter_groups,
+    spiking_eval,
+)
 
 T, B = 6, 3
 kinds = pytest.mark.parametrize("kind", CASES)
@@ -567,3 +576,37 @@ def test_statistics_of_averaged_weights():
             fused(batch)
     for key in ("running_mean", "running_var", "num_batches_tracked"):
         torch.testing.assert_close(getattr(fused, key), getattr(norm, key), rtol=1e-5, atol=1e-6)
+
+
+def test_each_asgl_layer_once():
+    """Also of another kind; not the wrapper of a compiled one."""
+    shared, foreign = LIF(), Foreign()
+    model = nn.Sequential(
+        shared, nn.Linear(2, 2), nn.Sequential(foreign, shared), LIF(analog_prob=0, learn_width=False)
+    )
+    assert list(asgl_layers(model)) == [("0", shared), ("2.0", foreign), ("3", model[3])]
+    wrapper = torch.compile(shared, backend="eager")
+    assert list(asgl_layers(wrapper)) == [("_orig_mod", shared)], "a wrapper of torch.compile is no layer"
+
+
+@pytest.mark.parametrize(
+    ("call", "name", "needs_neurons"),
+    [
+        (asgl_layers, "asgl_layers", False),
+        (lambda model: AnalogProbSchedule.cosine(model, 3), "AnalogProbSchedule", True),
+        (lambda model: parameter_groups(model, 0.1), "parameter_groups", False),
+        (Monitor, "Monitor", True),
+        (lambda model: spiking_eval(model).__enter__(), "spiking_eval", True),
+        (asgl_cuda.reset, "reset", False),
+        (asgl_cuda.detach, "detach", False),
+        (asgl_cuda.convert_sync_batchnorm, "convert_sync_batchnorm", False),
+    ],
+)
+def test_models_that_are_refused(call, name, needs_neurons):
+    with pytest.raises(TypeError, match=rf"asgl_cuda\.{name}: model must be a torch\.nn\.Module, got list"):
+        call([LIF()])
+    if needs_neurons:
+        with pytest.raises(ValueError, match=rf"asgl_cuda\.{name}: model must have an ASGL layer, got a Sequential"):
+            call(nn.Sequential(nn.Linear(2, 2)))
+        with pytest.raises(ValueError, match=r"add an asgl_cuda\.LIF, or turn neurons of other libraries"):
+            call(nn.Linear(2, 2))

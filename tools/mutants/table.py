@@ -424,7 +424,7 @@ MUTANTS = {
     "layer: a copy with a graph": Mutant("{name: value.detach() for name in self._stored_names",
         "{name: value for name in self._stored_names", "neurons/test_base.py copies"),
     "layer: a wrapper is a layer": Mutant('inspect.getattr_static(module, "analog_prob", None)',
-        'getattr(module, "analog_prob", None)', "training/test_kit.py each_asgl"),
+        'getattr(module, "analog_prob", None)', "neurons/test_base.py each_asgl"),
     "layer: noise of several spikes": Mutant('if getattr(self, "multi_spike", False):', "if False:",
         "training/test_schedule.py which_layers"),
     "layer: v is the only potential that is detached": Mutant(
@@ -654,11 +654,11 @@ MUTANTS = {
         "training/test_groups.py moves_widths_by_the_rate"),
     "groups: every group": Mutant("if each.get(_BY_ADAM)]", "if True]",
         "training/test_groups.py without_such"),
-    "kit: an exception leaves the monitor watching": Mutant("        on_exception = on_train_batch_end\n", "",
-        "training/test_kit.py lightning"),
-    "kit: epochs add up": Mutant("                self._monitor.reset()\n", "                pass\n",
-        "training/test_kit.py lightning"),
-    "kit: a refusal leaves other layers changed": Mutant("""    try:
+    "lightning: an exception leaves the monitor watching": Mutant("        on_exception = on_train_batch_end\n", "",
+        "training/test_lightning.py lightning"),
+    "lightning: epochs add up": Mutant("                self._monitor.reset()\n", "                pass\n",
+        "training/test_lightning.py lightning"),
+    "evaluation: a refusal leaves other layers changed": Mutant("""    try:
         for layer, _ in before:
             layer.analog_prob = 0.0
         yield
@@ -666,12 +666,12 @@ MUTANTS = {
         layer.analog_prob = 0.0
     try:
         yield
-""", "training/test_kit.py refuses"),
-    "kit: the layers of libraries are not detached": Mutant("            function(module)\n", "            pass\n",
+""", "training/test_evaluation.py refuses"),
+    "states: the layers of libraries are not detached": Mutant("            function(module)\n", "            pass\n",
         "interop/test_models.py detach"),
-    "kit: the pair is apart": Mutant("        make_fused(model.get_submodule(path))\n",
+    "sync_batch_norm: the pair is apart": Mutant("        make_fused(model.get_submodule(path))\n",
         "        pass\n", "interop/test_fuse_model.py sync"),
-    "kit: a step mode is lost": Mutant('getattr(module, "step_mode", "s") == "m"', "False",
+    "sync_batch_norm: a step mode is lost": Mutant('getattr(module, "step_mode", "s") == "m"', "False",
         "training/test_distributed.py step_mode"),
     # ---- cupy ----
     "cupy: a key without NVRTC's version": Mutant("(kernel, architecture, nvrtc_version(), *OPTIONS)",
