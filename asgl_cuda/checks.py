@@ -590,8 +590,8 @@ def check_bool(name: str, value: Any, caller: str) -> bool:
     return bool(value)
 
 
-def describe_no_list(name: str, value: Any) -> str:
-    """An array or a tensor in words for errors that expect ints or a list of them, with advice; "" for other values."""
+def describe_array(name: str, value: Any) -> str:
+    """The type of an array or tensor, with the advice to call tolist(), for errors that expect ints; "" for others."""
     return f"{type(value).__name__}; {name}.tolist() converts it" if hasattr(value, "tolist") else ""
 
 
@@ -599,7 +599,7 @@ def check_sizes(name: str, value: Any, caller: str) -> tuple[int, ...]:
     """The value as a tuple of ints. Refuses all but a positive int or a sequence of positive ints."""
     sizes = value if isinstance(value, Sequence) and not isinstance(value, (str, bytes)) else (value,)
     if any(isinstance(size, bool) or not isinstance(size, (int, Integral)) for size in sizes):
-        got = describe_no_list(name, value) or format_value(value)
+        got = describe_array(name, value) or format_value(value)
         raise TypeError(f"{caller}: {name} must be an int or a sequence of ints, got {got}")
     if not all(1 <= size < 2**63 for size in sizes):
         raise ValueError(f"{caller}: {name} must be positive and less than 2^63, got {format_value(value)}")

@@ -158,7 +158,11 @@ def _batch_one_by_one(
 def _batch_norm_backward_in_layout(
     operator: Any, grad_x_seq: Tensor, grad_residual: Tensor | None, x_seq: Tensor, *others: Any
 ) -> Any:
-    """Calls batch_norm_backward with gradients in the memory layout of x_seq. The last argument is time_dim."""
+    """Calls batch_norm_backward with gradients in the memory layout of x_seq, which the operator requires.
+
+    `_batch_one_by_one` makes each tensor dense on its own, so layouts may differ. The operator overwrites grad_x_seq,
+    so its result is copied back. The last argument is time_dim.
+    """
     if grad_x_seq.numel() == 0:
         return operator(grad_x_seq, grad_residual, x_seq, *others)
     last = x_seq.dim() - 1
@@ -168,7 +172,7 @@ def _batch_norm_backward_in_layout(
         """A copy of the gradient in the memory layout of x_seq."""
         return grad.movedim(channel, last).clone(memory_format=torch.contiguous_format).movedim(last, channel)
 
-    changed = in_layout_of_x(grad_x_seq)
-    result = operator(changed, None if grad_residual is None else in_layout_of_x(grad_residual), x_seq, *others)
-    grad_x_seq.copy_(changed)
+    grad_in_layout = in_layout_of_x(grad_x_seq)
+    result = operator(grad_in_layout, None if grad_residual is None else in_layout_of_x(grad_residual), x_seq, *others)
+    grad_x_seq.copy_(grad_in_layout)
     return result

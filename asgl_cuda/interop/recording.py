@@ -339,11 +339,12 @@ class Operation(Group):
         """Computes all members in the modes of the call."""
         with _in_modes(self.modes):
             self.compute()
-        computed = (self.items,) if self.items is not None else _leaves(self.stack)
+        computed = [self.items] if self.items is not None else [*_leaves(self.stack)]
         if any(len(each) != len(self) for each in computed):
             raise RuntimeError(
-                f"{_CALLER}: with sequences, {self.function.__name__} has another number of results than of calls, a "
-                "mistake of asgl_cuda; use asgl_cuda.convert(model) without sequences, which computes step by step"
+                f"{_CALLER}: with sequences, {len(self)} calls of {self.function.__name__} must give as many results, got "
+                f"{' and '.join(str(len(each)) for each in computed)}. This is a bug of asgl_cuda, please report it. Until "
+                "then, use asgl_cuda.convert(model) without sequences, which computes step by step"
             )
 
     def compute(self) -> None:

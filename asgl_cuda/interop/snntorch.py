@@ -242,6 +242,7 @@ class ConvertedLeaky(Converted):
         if not isinstance(self, snntorch.Lapicque):
             return _clamp_to_unit(self.beta), 1.0
         R, C, time_step = self.R, self.C, self.time_step  # noqa: N806
+        # The gain is time_step / C, in the order of snnTorch's operations, which determines its rounding.
         return float_if_scalar(1 - time_step / (R * C)), float_if_scalar(R * (1 / (R * C)) * time_step)
 
     def _sequence_options(self) -> dict[str, Any]:

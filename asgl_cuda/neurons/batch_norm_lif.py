@@ -42,6 +42,7 @@ from ..checks import (
     check_not_nan,
     check_options,
     check_sizes,
+    describe_array,
     describe_shape_mismatch,
     format_value,
     has_readable_values,
@@ -138,8 +139,9 @@ class BatchNormLIFFunction(torch.autograd.Function):
         needed = Inputs(*others)
         through_batch = needed.x_seq and ctx.training
         wants_sums = wants_weight or wants_bias or through_batch
-        # With residual_gain 1 the residual's gradient is dh: backward writes only dh, and dx is then computed from it.
-        # Not in float16, whose range dh may exceed: there backward writes gain * dh for the input as well.
+        # If residual_gain is 1, the residual's gradient is dh, the gradient of the potential before reset. lif_backward
+        # then writes only dh, from which batch_norm_backward computes gain * dh and dx. Not in float16: dh may overflow
+        # where gain * dh does not, so lif_backward writes both.
         shared = through_batch and needed.residual and x_seq.dtype != torch.float16
         shared = shared and plan.numbers.residual_gain == 1
         wanted = needed.with_input_parameters(wants_sums, wants_sums, False)
@@ -294,8 +296,8 @@ def _check_shared_count(counts: Tensor, settings: _Settings, x_seq: Tensor) -> N
     """Refuses one value per channel over all processes. Reads `counts` only if this process has at most one."""
     if x_seq.numel() <= x_seq.shape[settings.channel] and bool((counts.sum(0) <= 1).any()):
         raise ValueError(
-            f"{_CALLER}: training needs more than one value per channel, got at most one over all processes together "
-            f"and, in this process, x_seq of shape {list(x_seq.shape)}; use a larger batch"
+            f"{_CALLER}: the statistics of a batch need more than one value per channel, got at most one over all "
+            f"processes together and, in this process, x_seq of shape {list(x_seq.shape)}; use a larger batch"
         )
 
 
@@ -438,8 +440,9 @@ def _run_batch_norm_lif(x_seq: Tensor, norm: _Normalisation, given: Arguments) -
         channels = x_seq.shape[settings.channel]
         if group is None and x_seq.numel() <= channels:
             raise ValueError(
-                f"{_CALLER}: training needs more than one value per channel, got x_seq of shape {list(x_seq.shape)}; "
-                "use a larger batch, or call model.eval() for single samples or steps"
+                f"{_CALLER}: the statistics of a batch need more than one value per channel, got x_seq of shape "
+                f"{list(x_seq.shape)}; use a larger batch, or, if there are running statistics, model.eval() or "
+                "training=False for single samples or steps"
             )
         if scalar in HALF_TYPES and x_seq.numel() <= _FEW * channels:
             x_seq = x_seq.to(torch.float32)
@@ -733,9 +736,10 @@ class BatchNormLIF(LIF):
         try:
             channels, *others = check_sizes("num_features", num_features, caller)
         except (TypeError, ValueError):
+            got = describe_array("num_features", num_features) or format_value(num_features)
             raise ValueError(
-                f"{caller}: num_features must be the number of channels, or a sequence of positive ints that begins "
-                f"with it, got {format_value(num_features)}"
+                f"{caller}: num_features must be the number of channels, a positive int, or a sequence of positive ints "
+                f"that begins with it, got {got}"
             ) from None
         granularity = lif_options.get("granularity", "layer")
         in_layer = isinstance(granularity, str) and granularity == "layer"

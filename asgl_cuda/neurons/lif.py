@@ -389,7 +389,7 @@ def analog_mask(x_seq: Tensor, analog_prob: float, rng_state: Tensor, time_dim: 
 
 
 def unroll_levels(s_seq: Tensor, levels: int, time_dim: int = 0) -> Tensor:
-    """Turns integer spikes into binary ones. A step with s spikes becomes s sub-steps of 1, then levels - s of 0.
+    """Turns integer spikes into binary ones. A step with s spikes becomes `levels` sub-steps, the first s of them 1.
 
     A linear layer or a convolution without a bias gives the same for both forms: its output for the integer spikes of a
     step is the sum of its outputs for the binary spikes over the sub-steps of this step. For binary spikes the layer

@@ -10,7 +10,6 @@ from torch import Tensor, fx, nn
 
 from ..checks import format_type
 from .base import NeuronLayer
-from .deferred import Pending
 
 _CALLER = "asgl_cuda.OverTime"
 
@@ -75,19 +74,20 @@ class OverTime(nn.Module):
 
 def _check_sequence(x_seq: Any, layer: nn.Module) -> None:
     """Refuses an input without time and batch, or with fewer dimensions than the samples of the first layer have."""
-    if isinstance(x_seq, (Pending, Tensor)):
-        if x_seq.is_nested or x_seq.dim() < 2:
-            got = "a nested tensor" if x_seq.is_nested else f"shape {list(x_seq.shape)}"
-            raise ValueError(f"{_CALLER}: x_seq must have time and batch, [T, B, ...], got {got}")
-        name, sizes = _describe_first_layer(layer)
-        if x_seq.dim() < 2 + len(sizes):
-            hint = "; x_seq.unsqueeze(1) has a batch of size 1, x_seq.unsqueeze(0) a single time step"
-            raise ValueError(
-                f"{_CALLER}: x_seq must be [T, B, {', '.join(sizes)}] for {name}, got shape {list(x_seq.shape)}"
-                f"{hint if x_seq.dim() == 1 + len(sizes) else ''}"
-            )
-    elif not isinstance(x_seq, fx.Proxy):
+    if isinstance(x_seq, fx.Proxy):
+        return
+    if not hasattr(type(x_seq), "__torch_function__"):  # placeholders of tensors have it as well
         raise TypeError(f"{_CALLER}: x_seq must be a tensor, got {type(x_seq).__name__}")
+    if x_seq.is_nested or x_seq.dim() < 2:
+        got = "a nested tensor" if x_seq.is_nested else f"shape {list(x_seq.shape)}"
+        raise ValueError(f"{_CALLER}: x_seq must have time and batch, [T, B, ...], got {got}")
+    name, sizes = _describe_first_layer(layer)
+    if x_seq.dim() < 2 + len(sizes):
+        hint = "; x_seq.unsqueeze(1) has a batch of size 1, x_seq.unsqueeze(0) a single time step"
+        raise ValueError(
+            f"{_CALLER}: x_seq must be [T, B, {', '.join(sizes)}] for {name}, got shape {list(x_seq.shape)}"
+            f"{hint if x_seq.dim() == 1 + len(sizes) else ''}"
+        )
 
 
 def _describe_first_layer(layer: nn.Module) -> tuple[str, Sequence[str]]:

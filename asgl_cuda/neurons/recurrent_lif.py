@@ -51,7 +51,8 @@ from .lif import LIF_DEFAULTS, lacking_options
 from .spiking import Neurons
 
 _CALLER = "asgl_cuda.recurrent_lif"
-# Arguments of which each neuron has a value in a row of the operators' `parameters`.
+# Arguments of the neuron that may be a tensor of one value or of shape [N]. The operators take them as rows of
+# parameters, [9, N], in which v_reset and reset_amount share a row.
 _ROWS = "width", "decay", "v_threshold", "v_reset", "reset_amount", "adapt_decay", "adapt_potential", "adapt_spike"
 
 
@@ -291,7 +292,8 @@ def _check_shape(name: str, value: Tensor, x_seq: Tensor, *shapes: list[int]) ->
     """Refuses a tensor that has none of these shapes, or does not fit x_seq in type and device."""
     check_floating(name, value, x_seq, _CALLER)
     if not any(value.shape == torch.Size(shape) for shape in shapes):
-        raise ValueError(f"{_CALLER}: {name} must have shape {' or '.join(map(str, shapes))}, got {list(value.shape)}")
+        expected = f"shape {' or '.join(map(str, shapes))} for x_seq of shape {list(x_seq.shape)}"
+        raise ValueError(f"{_CALLER}: {name} must have {expected}, got {list(value.shape)}")
 
 
 def _stacked_parameters(x_seq: Tensor, given: _Recurrence, call: Call, syn_decay: float) -> Tensor:

@@ -296,7 +296,10 @@ class _Trial:
             torch.distributed.all_reduce(counts, group=self._group)
         *fired, count = counts.tolist()
         if not count:
-            raise ValueError(f"{_CALLER}: {self._describe(site.layer)}: x_seq must have samples, got an empty output")
+            raise ValueError(
+                f"{_CALLER}: {self._describe(site.layer)} must get samples, got an empty output of shape "
+                f"{list(spikes[0].shape)}; pass an x_seq with which every layer gets some"
+            )
         site.tolerance = max(_TOLERANCE * self._rate, 1 / count)
         return sum(fired) / count  # type: ignore[no-any-return]
 

@@ -59,8 +59,9 @@ def parameter_groups(
     117,000 steps.)
 
     With `norm_weight_decay`, usually 0, there is a group "norms" between "weights" and the others, with `lr` and this
-    decay. It has the parameters with at most one dimension, such as biases and the parameters of normalisations, and
-    all parameters of `LayerNorm` and `RMSNorm`. With None these stay among the weights.
+    decay. It has the parameters with at most one dimension, other than those of neurons, such as biases and the
+    parameters of normalisations, and all parameters of `LayerNorm` and `RMSNorm`. With None these stay among the
+    weights.
 
     Parameters of modules inside of an ASGL layer do not belong to "neurons", except those of the node in a converted
     recurrent container. The parameters of the normalisation in `BatchNormLIF` do not belong to "neurons" either, nor do

@@ -21,8 +21,9 @@ class FiringRates:
     """Differentiable firing rates of the ASGL layers of a model, for calls inside `with rates:` or after `start()`.
 
     The rate of a layer is the mean of its output over these calls, in spikes per neuron and time step. In training,
-    neurons with `analog_prob` emit smooth values instead of some spikes, and the mean includes these values. If a layer
-    has `levels`, all spikes that a neuron emits in a step count.
+    neurons with `analog_prob` emit smooth values instead of some spikes, and the mean includes these values. With
+    `levels` or `multi_spike` a neuron can emit several spikes per step. Each of them is counted, so such a rate can
+    exceed 1.
 
     Args:
         model: any module that contains ASGL layers (see `asgl_cuda.asgl_layers`). `asgl_cuda.convert` turns neurons of

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from ..checks import check_int, describe_no_list, format_value, read_number, require_range
+from ..checks import check_int, describe_array, format_value, read_number, require_range
 from ..neurons.base import require_asgl_layers
 
 _CALLER = "asgl_cuda.AnalogProbSchedule"
@@ -69,7 +69,7 @@ class AnalogProbSchedule:
     def multi_step(cls, model: nn.Module, milestones: Sequence[int], gamma: float = 0.1) -> AnalogProbSchedule:
         """Multiplies `analog_prob` by `gamma`, in [0, 1], at each epoch in `milestones`, as torch's MultiStepLR."""
         if not isinstance(milestones, Sequence) or isinstance(milestones, (str, bytes)):
-            got = describe_no_list("milestones", milestones) or type(milestones).__name__
+            got = describe_array("milestones", milestones) or type(milestones).__name__
             raise TypeError(f"{_CALLER}: milestones must be a sequence of ints, got {got}")
         epochs, gamma = (
             sorted(_checked_count("milestones", epoch, 1) for epoch in milestones),
@@ -135,9 +135,10 @@ class AnalogProbSchedule:
         # The state may have more layers than self.starts, which leaves out layers of constant width whose analog_prob
         # began at 0.
         if not isinstance(starts, Mapping) or not self.starts.keys() <= starts.keys() <= self._layers.keys():
+            got = list(starts) if isinstance(starts, Mapping) else format_value(starts)
             raise ValueError(
-                f"{_CALLER}: the state must be of layers {list(self.starts)}, got {format_value(starts)}; save it from "
-                "a schedule of the same model"
+                f"{_CALLER}: the state must be of layers {list(self.starts)}, got {got}; save it from a schedule of a model "
+                "with the same layers, in which the same layers have noise or a learned width"
             )
         starts = {
             name: _checked_fraction(f"the start of layer {name!r}", start, _CALLER) for name, start in starts.items()

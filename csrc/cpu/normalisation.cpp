@@ -246,7 +246,7 @@ class TaskMoments {
   std::vector<Sums> sums_;
 };
 
-// Plans the tiles of the CPU kernels.
+// The tiles of all kernels in this file: a unit is one column, and a task reads at most kTaskColumns columns at a time.
 ChannelTiles plan_channels(const ChannelShape& shape) {
   return ChannelTiles::plan(shape, 1, kTaskColumns, kRowsPerWay);
 }

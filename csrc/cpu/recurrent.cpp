@@ -408,7 +408,8 @@ class ChunkBackward {
     }
   }
 
-  // Adds the terms of a step to the sums of those gradients that AdjointLoop does not sum.
+  // Adds to the sums of those gradients that AdjointLoop does not sum: the terms of this step for the bias, syn_decay
+  // and an elementwise weight, and those of the step before, if there is one, for the adaptation.
   void add_gradients(const Real* dj, const Real* v, int64 offset, int64 length) {
     accumulate(kRecurrentBias, length, Real(1), dj + offset, kOne);
     if (Model::kHasAdaptation && before_.v == nullptr) add_gradients_of_adaptation(v, offset, length);

@@ -1,7 +1,7 @@
-// CPU kernels of linear layers and convolutions whose input is mostly zeros: only elements that are not zero cost time.
-// These elements are listed for each row of an image. For a pixel of the output, the product goes through the lists of
-// the pixels in its window, and adds up rows of the transposed weight in registers. The gradient of the weight uses the
-// same lists, sorted by channel, and adds up rows of the output's gradient.
+// CPU kernels of linear layers and convolutions whose input is mostly zeros. A zero takes part in no multiplication: it
+// only costs a bit in the mask that is read to list the other elements, row by row of an image. For a pixel of the
+// output, forward sums, over the elements listed in its window, the element times a row of the transposed weight. The
+// gradient of the weight uses the same lists, sorted by channel, and sums rows of the output's gradient likewise.
 #include "cpu/spikes.h"
 
 #include <ATen/Parallel.h>

@@ -60,7 +60,8 @@ class NoiseSource {
   uint32 limit_;
 };
 
-// Whether neuron n + j is analog at step start + k, for the neurons of a thread and the `length` steps of a segment.
+// The noise of a thread's neurons in a segment: is_analog(k, j) says whether neuron n + j, j < kLanes, is analog at
+// step start + k, k < length <= kSteps. n is the thread's first neuron.
 template <int kLanes, int kSteps>
 class SegmentNoise;
 

@@ -21,7 +21,8 @@ bool is_aligned_for_four(const Element* first) {
 
 // ---- neurons and integrators ----
 
-// The assumptions about the input current under which the kernel may be compiled.
+// The Input for which the kernel of this call is compiled, before launch_of may choose kApart. General kernels compute
+// calls with more outputs or gradients than those of spikes, and calls with kDividendLimit neurons or more.
 template <class Params>
 Input input_of(const Params& params) {
   const bool indexed = params.shape.neurons() < kDividendLimit;
@@ -69,8 +70,8 @@ bool four_lanes_are_faster(const Params& params, const Resident& resident) {
   const bool general = input == Input::kGeneral || input == Input::kGeneralResidual;
   if (!general && params.shape.steps <= kCheckpointSteps) return true;
   const int64 threads = resident(), neurons = params.shape.neurons();
-  // For general kernels a quarter of the resident threads is enough, because each thread has four times as many loads
-  // in flight.
+  // General kernels: if threads with four neurons each fill at least a quarter of the device, because such a thread has
+  // four times as many loads in flight. Other kernels: see kOccupancySixteenths.
   return general ? neurons / 4 >= threads / 4 : neurons > kOccupancySixteenths * threads / 16;
 }
 

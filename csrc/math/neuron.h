@@ -49,7 +49,7 @@ constexpr bool kIsGeneral = kInput == Input::kGeneral || kInput == Input::kGener
 template <Input kInput>
 constexpr bool kHasResidual = kInput == Input::kNormalisedResidual || kInput == Input::kGeneralResidual;
 
-// c[t] = input_gain * (x[t] - input_mean) + input_bias
+// The input current without the residual, c[t] = input_gain * (x[t] - input_mean) + input_bias. For kPlain it is x.
 template <Input kInput, class Real>
 ASGL_HOST_DEVICE Real input_current(Real x, const Neuron<Real>& neuron) {
   return kInput == Input::kPlain ? x : neuron.input_gain * (x - neuron.input_mean) + neuron.input_bias;
@@ -133,8 +133,9 @@ template <Surrogate kSurrogate, bool kHardReset>
 struct LIF {
   // kOnlyGeneral: only the general kernels run the model.
   static constexpr bool kResetsHard = kHardReset, kOnlyGeneral = false;
-  // The number of states, v first, and whether the second one is an adaptation, with parameters of its own.
+  // The number of states. Arrays of states begin with v.
   static constexpr int kNumStates = 1;
+  // Whether there is a second state, the adaptation w (math/adaptive.h), which has parameters of its own.
   static constexpr bool kHasAdaptation = false;
   static constexpr bool kCountsSpikes = kSurrogate == Surrogate::kInteger, kHasSlope = asgl::kHasSlope<kSurrogate>;
 

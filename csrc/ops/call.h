@@ -1,4 +1,5 @@
-// What the operators of the neuron and of the integrator share: checked arguments, and gradients of parameters. Python
+// What the operators of the neuron and of the integrator share, and the others use in part: checked arguments, and
+// gradients of parameters. Python
 // has checked arguments with messages for users; the checks here keep kernels within bounds.
 #pragma once
 

@@ -203,10 +203,10 @@ BAD = [
     *(({name: value, **needs}, error, words, "recurrent_lif") for name, value, needs, error, words in (
         ("x_seq", torch.zeros(2, 3, 4, 3), {}, ValueError, "x_seq must have shape [T, B, N]"),
         ("time_dim", 2, {}, ValueError, "got [4, 6, 3] with time_dim=2"),
-        ("weight", torch.zeros(3, 2), {}, ValueError, "weight must have shape [3, 3] or [3], got [3, 2]"),
+        ("weight", torch.zeros(3, 2), {}, ValueError, "weight must have shape [3, 3] or [3] for x_seq of shape "),
         ("weight", torch.zeros(3, 3).int(), {}, TypeError, "weight must be of a floating type, got torch.int32"),
         ("weight", torch.zeros(3, 3).to_sparse(), {}, TypeError, "weight must be a dense tensor"),
-        ("bias", torch.zeros(4), {}, ValueError, "bias must have shape [3], got [4]"),
+        ("bias", torch.zeros(4), {}, ValueError, "bias must have shape [3] for x_seq of shape [4, 6, 3], got [4]"),
         ("width", torch.ones(4, 1, 1), {}, ValueError, "width must have one value or shape [3], got [4, 1, 1]"),
         ("width", torch.ones(6, 1), {}, ValueError, "width must have one value or shape [3], got [6, 1]"),
         ("width", torch.ones(4, 1, 3), {}, ValueError, "width must have one value or shape [3], got [4, 1, 3]"),
@@ -270,7 +270,7 @@ def test_bad_arguments_of_layers():
         layer(torch.randn(4, 2, 3, 6))
     assert int(layer.num_batches_tracked) == 0
     for wrong in (0, [], "3", True):
-        with pytest.raises(ValueError, match="num_features must be the number of channels, or a sequence"):
+        with pytest.raises(ValueError, match="num_features must be the number of channels, a positive int, or a sequence"):
             asgl_cuda.BatchNormLIF(wrong)
 
 

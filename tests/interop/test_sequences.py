@@ -281,7 +281,7 @@ def test_only_spikes_are_known_where_these_return():
 
     fast, _ = asgl_cuda.convert(Reading(), sequences=True)
     for fast.read in "vc":
-        words = rf"only the spikes of a LinearRecurrentContainer are known .* reads the {fast.read} of its node; use"
+        words = rf"only the spikes of a LinearRecurrentContainer are known .* the {fast.read} of its node is needed .*; use"
         with pytest.raises(RuntimeError, match=words):
             fast(input_of())
 
@@ -308,6 +308,21 @@ def test_convolutions():
 
     model = Convolutional()
     compare(model, model, asgl_cuda.convert(model, sequences="loop")[0])
+
+
+def test_over_time_before_the_loop():
+    """Its checks are those of a call with a tensor."""
+
+    class Embedded(Net):
+        def forward(self, x_seq):
+            return stacked(self, asgl_cuda.OverTime(self.embedding)(x_seq))
+
+    model = Embedded()
+    model.embedding = nn.Linear(N, N)
+    fast, _ = asgl_cuda.convert(model, sequences="loop")
+    compare(model, model, fast)
+    with pytest.raises(ValueError, match=r"OverTime: x_seq must be \[T, B, .*got shape \[12, 8\]"):
+        fast(input_of()[:, 0])
 
 
 def test_random_numbers_differ_by_step():

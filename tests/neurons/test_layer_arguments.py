@@ -210,7 +210,7 @@ BAD = [
     ),
     *(("LIF", {flag: "no"}, f"{flag} must be a bool, got str") for flag in FLAGS),
     *(
-        ("BatchNormLIF", {"num_features": given}, f"num_features must be the number of channels, or .*, got {given}")
+        ("BatchNormLIF", {"num_features": given}, f"num_features must be the number of channels, .*, got {given}")
         for given in (3.0, None)
     ),
     ("BatchNormLIF", {"num_features": [3, 4]}, r"num_features must be one number for .* 'layer', got \[3, 4\]; g"),

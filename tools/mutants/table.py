@@ -329,7 +329,7 @@ MUTANTS = {
     "batching: states of adaptive neurons": Mutant(
         "if wants_state and len(rules.states()) > 1 else -1", "if False else -1",
         "neurons/test_features.py vmap and adaptive"),
-    "batching: gradients are not written back": Mutant("    grad_x_seq.copy_(changed)\n", "",
+    "batching: gradients are not written back": Mutant("    grad_x_seq.copy_(grad_in_layout)\n", "",
         "neurons/test_features.py (vmap or jacrev) and normalised"),
     "batching: no samples": Mutant("if info.batch_size == 0:", "if False:",
         "torch_modes/test_transforms.py no_samples"),

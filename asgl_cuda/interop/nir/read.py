@@ -90,19 +90,19 @@ def from_nir(graph: nir.NIRGraph, dt: float | None = None, *, dtype: torch.dtype
             scaled: Any = next((each for each in layers if getattr(each, "scale_output", False)), None)
             if scaled is not None:  # the Scale after a layer that scales its output itself: left out
                 lif = next(source for source, each in zip(before, layers, strict=True) if each is scaled)
-                if len(before) != 1:
-                    got = f"{len(before)}: {', '.join(map(repr, before))}"
-                    raise ValueError(f"must have one input, the LIF {lif!r} with scale_output=True, got {got}")
-                if not isinstance(node, nir.Scale):
-                    why = f"because the LIF {lif!r} before it has scale_output=True in its metadata"
-                    raise ValueError(f"must be a Scale, {why}, got {type(node).__name__}")
+                without = f"delete graph.nodes[{lif!r}].metadata[{KEY!r}] to read that LIF without its metadata"
+                if len(before) != 1 or not isinstance(node, nir.Scale):
+                    raise ValueError(
+                        f"must be a Scale with one input, because the LIF {lif!r} before it has scale_output=True in "
+                        f"its metadata, got {type(node).__name__} of {', '.join(map(repr, before))}; add the Scale, or "
+                        f"{without}"
+                    )
                 scale = as_double(node.scale)
                 if not torch.allclose(scale, wanted := units.spike_heights(scaled, scale.shape)):
                     raise ValueError(
                         f"scale must equal the spike heights of the LIF {lif!r} before it, neuron by neuron, because "
                         f"this LIF has scale_output=True in its metadata: expected {_first_difference(wanted, scale)}; "
-                        f"correct the scale, or delete graph.nodes[{lif!r}].metadata[{KEY!r}] to read that LIF without "
-                        "its metadata"
+                        f"correct the scale, or {without}"
                     )
             elif isinstance(node, nir.Output):
                 result.output(value)

@@ -68,14 +68,14 @@ def to_nir(
             does not have. These options are stored in the metadata of the node, which only `from_nir` reads. Other
             readers replace a soft reset by a reset to v_rest, emit at most one spike per step and ignore v_min.
 
-    A LIF is written with r = 1 and v_leak = 0. Threshold and reset, measured from v_rest, are multiplied by
-    `(1 - decay) / input_gain`, which changes no spike. A LIF without leak is written as an IF with r = 1 / dt. A
-    LeakyIntegrator becomes an LI with r = input_gain / (1 - decay), or, if its decay is 1, an I with
-    r = input_gain / dt. If the LeakyIntegrator has `delay`, a Delay follows. A normalisation, also in BatchNormLIF and
-    in pairs merged by `fuse`, is folded into the weights before it. If there are no such weights, or if their output is
-    used elsewhere, the normalisation becomes an Affine or a convolution. `scale_output` becomes a Scale. NIR's neurons
-    fire only above the threshold, whereas asgl_cuda.LIF without `strict_threshold` also fires if the potential equals
-    the threshold. Half types are written as float32.
+    A LIF is written with r = 1 and v_leak = 0. Threshold and reset, measured from v_rest, are multiplied by `(1 -
+    decay) / input_gain`, which changes no spike. A LIF without leak is written as an IF with r = 1 / dt, and threshold
+    and reset are only divided by input_gain. A LeakyIntegrator becomes an LI with r = input_gain / (1 - decay), or, if
+    its decay is 1, an I with r = input_gain / dt. If the LeakyIntegrator has `delay`, a Delay follows. A normalisation,
+    also in BatchNormLIF and in pairs merged by `fuse`, is folded into the weights before it. If there are no such
+    weights, or if their output is used elsewhere, the normalisation becomes an Affine or a convolution. `scale_output`
+    becomes a Scale. NIR's neurons fire only above the threshold, whereas asgl_cuda.LIF without `strict_threshold` also
+    fires if the potential equals the threshold. Half types are written as float32.
 
     Raises:
         ImportError: nir or nirtorch is not installed.
