@@ -342,9 +342,9 @@ class Operation(Group):
         computed = [self.items] if self.items is not None else [*_leaves(self.stack)]
         if any(len(each) != len(self) for each in computed):
             raise RuntimeError(
-                f"{_CALLER}: with sequences, {len(self)} calls of {self.function.__name__} must give as many results, got "
-                f"{' and '.join(str(len(each)) for each in computed)}. This is a bug of asgl_cuda, please report it. Until "
-                "then, use asgl_cuda.convert(model) without sequences, which computes step by step"
+                f"{_CALLER}: with sequences, {len(self)} calls of {self.function.__name__} must give as many results, "
+                f"got {' and '.join(str(len(each)) for each in computed)}. This is a bug of asgl_cuda; please report "
+                "it. Until then, use asgl_cuda.convert(model) without sequences, which computes step by step"
             )
 
     def compute(self) -> None:

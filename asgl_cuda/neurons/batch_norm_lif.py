@@ -28,8 +28,7 @@ from ..backends.derivatives import DERIVATIVES
 from ..backends.ops import ForwardResult
 from ..calls import recompute
 from ..calls.arguments import Arguments, NeuronArguments
-from ..calls.cache import cached_by_signature
-from ..calls.plan import Call, Inputs, Plan, checked_call
+from ..calls.plan import Call, Inputs, Plan, cached_by_signature, checked_call
 from ..checks import (
     HALF_TYPES,
     PLAIN_TENSORS,
@@ -738,8 +737,8 @@ class BatchNormLIF(LIF):
         except (TypeError, ValueError):
             got = describe_array("num_features", num_features) or format_value(num_features)
             raise ValueError(
-                f"{caller}: num_features must be the number of channels, a positive int, or a sequence of positive ints "
-                f"that begins with it, got {got}"
+                f"{caller}: num_features must be the number of channels, a positive int, or a sequence of positive "
+                f"ints that begins with it, got {got}"
             ) from None
         granularity = lif_options.get("granularity", "layer")
         in_layer = isinstance(granularity, str) and granularity == "layer"

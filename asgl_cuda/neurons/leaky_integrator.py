@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from ..backends import BACKENDS, backend_of, choose_backend, operators_of
 from ..backends.derivatives import DERIVATIVES
 from ..backends.ops import ForwardResult, none_for_unwanted
-from ..calls.cache import cached_by_signature
-from ..calls.plan import Plan, make_plan, parameter_sources, parameter_tensors
+from ..calls.plan import Plan, cached_by_signature, make_plan, parameter_sources, parameter_tensors
 from ..checks import (
     check_bool,
     check_features,

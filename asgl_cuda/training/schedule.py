@@ -137,8 +137,8 @@ class AnalogProbSchedule:
         if not isinstance(starts, Mapping) or not self.starts.keys() <= starts.keys() <= self._layers.keys():
             got = list(starts) if isinstance(starts, Mapping) else format_value(starts)
             raise ValueError(
-                f"{_CALLER}: the state must be of layers {list(self.starts)}, got {got}; save it from a schedule of a model "
-                "with the same layers, in which the same layers have noise or a learned width"
+                f"{_CALLER}: the state must be of layers {list(self.starts)}, got {got}; save it from a schedule of a "
+                "model with the same layers, in which the same layers have noise or a learned width"
             )
         starts = {
             name: _checked_fraction(f"the start of layer {name!r}", start, _CALLER) for name, start in starts.items()

@@ -234,7 +234,7 @@ def test_compiler(build, monkeypatch, tmp_path):
         for name in ("CC", "CXX"):
             monkeypatch.setenv(name, asked)
         build.plan_build(ROOT / "csrc", "cpu")  # as of a source archive, which needs no compiler
-        with pytest.raises(SystemExit, match="no C\\+\\+ compiler on the PATH: 'c\\+\\+'"):
+        with pytest.raises(SystemExit, match="no C\\+\\+ compiler on PATH: 'c\\+\\+'"):
             build.require_compiler()
     compiler = script(tmp_path / "bin" / "c++", "exit 1")
     build.require_compiler()

@@ -258,8 +258,9 @@ def test_errors_of_each_process(results):
     for rank, result in enumerate(results):
         for name in BACKENDS:
             assert result[name, "one value"] == (
-                "asgl_cuda.batch_norm_lif: the statistics of a batch need more than one value per channel, got at most one "
-                f"over all processes together and, in this process, x_seq of shape [1, {1 - rank}, 3]; use a larger batch",
+                "asgl_cuda.batch_norm_lif: the statistics of a batch need more than one value per channel, got at most "
+                f"one over all processes together and, in this process, x_seq of shape [1, {1 - rank}, 3]; "
+                "use a larger batch",
                 [1, 1, 1],
             )
         assert result["DTensor"] == (

@@ -272,7 +272,7 @@ def require_compiler() -> None:
     """Raises SystemExit, with a remedy, if there is no C++ compiler."""
     compiler = os.environ.get("CXX", "c++")
     if shutil.which(compiler) is None:
-        missing = "CXX must name one program without arguments, got" if " " in compiler else "no C++ compiler on the PATH:"
+        missing = "CXX must name one program without arguments, got" if " " in compiler else "no C++ compiler on PATH:"
         raise SystemExit(
             f"asgl_cuda: {missing} {compiler!r}. Install one (Debian, Ubuntu: apt install g++) or "
             "name another program in CXX; with ASGL_CUDA_BUILD=none, asgl_cuda is installed without the fast kernels"
