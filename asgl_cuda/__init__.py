@@ -64,7 +64,6 @@ from .backends import available_backends, unavailable_backends
 from .calls.recompute import recompute_spikes
 from .interop import convert, from_nir, from_spike_layers, fuse, revert, to_nir, to_spike_layers, unfuse
 from .neurons.adaptive_lif import AdaptiveLIF, AdaptiveLIFOutput, adaptive_lif
-from .neurons.base import asgl_layers
 from .neurons.batch_norm_lif import BatchNormLIF, batch_norm_lif
 from .neurons.leaky_integrator import IntegratorOutput, LeakyIntegrator, leaky_integrator
 from .neurons.lif import LIF, LIFOutput, analog_mask, lif, unroll_levels
@@ -75,6 +74,7 @@ from .states import detach, reset, step
 from .training.calibration import calibrate
 from .training.evaluation import spiking_eval
 from .training.groups import parameter_groups
+from .training.layers import asgl_layers
 from .training.lightning import lightning_callback
 from .training.monitor import Monitor
 from .training.plots import plot_gradient_norms, plot_layers, plot_spikes

@@ -255,9 +255,10 @@ def check_multi_spike(v_reset: Any, analog_prob: Any, caller: str) -> None:
             f"{caller}: multi_spike is for the soft reset and needs v_reset=None, got v_reset {format_value(v_reset)}"
         )
     if isinstance(analog_prob, Tensor) or check_number("analog_prob", analog_prob, caller) != 0:
+        got = " as a number, got a tensor" if isinstance(analog_prob, Tensor) else f", got {format_value(analog_prob)}"
         raise ValueError(
-            f"{caller}: multi_spike needs analog_prob=0, got {format_value(analog_prob)}, because a number of spikes "
-            "has no smooth value that analog elements could emit"
+            f"{caller}: multi_spike needs analog_prob=0{got}, because a number of spikes has no smooth value that "
+            "analog elements could emit"
         )
 
 
@@ -490,12 +491,12 @@ def check_floating(name: str, value: Any, x_seq: Tensor, caller: str) -> None:
 
 
 def check_parameter(name: str, value: Tensor, x_seq: Tensor, caller: str) -> None:
-    """As `check_floating`; also refuses shapes that do not broadcast against x_seq."""
+    """As `check_floating`; also refuses shapes that do not broadcast to the shape of x_seq."""
     check_floating(name, value, x_seq, caller)
     extra = x_seq.dim() - value.dim()
     if extra < 0 or any(size != 1 and size != x_seq.shape[extra + dim] for dim, size in enumerate(value.shape)):
         raise ValueError(
-            f"{caller}: {name} must broadcast against x_seq of shape {list(x_seq.shape)}, got shape {list(value.shape)}"
+            f"{caller}: {name} must broadcast to the shape of x_seq, {list(x_seq.shape)}, got shape {list(value.shape)}"
         )
 
 

@@ -183,6 +183,11 @@ def _remove_time_dim(output: Tensor, x_t: Tensor, time_dim: int) -> Tensor:
         # If the batch has size 1, the squeezed dimension may have been the batch. Then the batch is no longer first.
         if x_t.dim() < 2 or x_t.shape[0] != 1 or tuple(without.shape[:1]) == (1,):
             return without
+        raise ValueError(
+            f"{_CALLER}: without dimension {time_dim}, time, the model's output must begin with the batch of x_t, 1, "
+            f"got shape {list(output.shape)} for x_t of shape {list(x_t.shape)}; x_t must have a batch, and the model "
+            "must not sum or average over time"
+        )
     raise ValueError(
         f"{_CALLER}: the model's output must have the time dimension of its input, time_dim {time_dim}, got shape "
         f"{list(output.shape)} for an input with a single step of shape {list(x_t.shape)}; compute a sum or mean over "

@@ -594,8 +594,9 @@ LAYERS = (
 )
 GAIN = (
     "With `convert`, training steps of networks with SpikingJelly's neurons became {jelly_short} times as fast at T ="
-    " 4 and 8, and {jelly_long} times at T = 100. For snnTorch we did not time `sequences`. Instead we wrapped each "
-    "layer of snnTorch in asgl_cuda's [`MultiStep`](docs/reference/neurons.md#multistep), which converts the layer "
+    " 4 and 8, and {jelly_long} times at T = 100. For snnTorch we did not time `sequences` on these networks (the "
+    "[tutorial](docs/tutorials/convert-snntorch.md#the-times) times a small one). Instead we wrapped each layer of "
+    "snnTorch in asgl_cuda's [`MultiStep`](docs/reference/neurons.md#multistep), which converts the layer "
     "and computes a whole sequence per call. The networks with layers of snnTorch became {snntorch_short} times as "
     "fast at T = 4 and 8, and {snntorch_long} times at T = 100. These figures leave out the recurrent network, and "
     "compare with neurons that are not compiled. `fuse` makes training steps of converted SpikingJelly networks with "

@@ -305,7 +305,9 @@ _PLANS = {
 
 
 def checked_call(caller: str, x_seq: Tensor, given: Arguments, together: bool = True) -> Call:
-    """Checks a call of `lif`, plans it, chooses its backend and draws its noise. Errors name `caller`.
+    """Checks a call of spiking neurons, plans it, chooses its backend and draws its noise. Errors name `caller`.
+
+    The tensors of the result are in the layout that operators take.
 
     With `together`, one call of an operator may compute all samples of a vmap.
     """

@@ -17,6 +17,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.utils._pytree import tree_map_only
 
 from ..calls.arguments import Arguments
+from ..checks import format_value
 from ..layout import channel_dim, real_type
 from ..neurons.batch_norm_lif import module_batch_norm_lif
 from ..neurons.deferred import NormOutput, Pending, backward_hook_of, tensor_of, with_version
@@ -76,8 +77,8 @@ def fuse(model: nn.Module, *example: Any, inplace: bool = False) -> tuple[nn.Mod
     Returns:
         The model, and a `Report` that lists the neurons that now also normalise, and the normalisations that are left.
 
-    Raises TypeError if `model` is not a module, and RuntimeError if it can't be copied. Errors that the model raises
-    when it is called with `example` are passed on.
+    Raises TypeError if `model` is not a module, RuntimeError if it can't be copied, and ValueError if the model raises
+    an error when it is called with `example`.
 
     Example::
 
@@ -286,8 +287,8 @@ class Fused(Overlay):
     def refusal(self, text: str, remedy: str = "", last: str = _FUSE_AGAIN) -> RuntimeError:
         """Notes for the report that this layer can't be merged, and returns the error that says so.
 
-        `text` is the use of the output that a merged normalisation does not support. `remedy` is a first remedy, which
-        ends in ", or ", and `last` the remedy named after `unfuse`.
+        `text` says why, as a clause after "but": a use of the output, a change in place, a hook or a checkpoint.
+        `remedy` is a first remedy, which ends in ", or ", and `last` the remedy named after `unfuse`.
         """
         self.note_left(text)
         return RuntimeError(
@@ -394,7 +395,13 @@ def _try_example(model: nn.Module, paths: list[str], example: tuple[Any, ...]) -
                 why = f"with the stand-in for its output the model's forward fails: {type(error).__name__}: {line}"
                 new = new or outcome.unused_outputs(why)
                 if not new:
-                    raise
+                    if isinstance(error, torch.OutOfMemoryError) or line.startswith("asgl_cuda."):
+                        raise
+                    kinds = (format_value(x) if isinstance(x, Tensor) else f"a {type(x).__name__}" for x in example)
+                    raise ValueError(
+                        f"{_CALLER}: example must be the arguments of a call of the model, one by one, got "
+                        f"{', '.join(kinds)}, with which the model raises {type(error).__name__}: {line}"
+                    ) from error
                 refused |= new
                 break
             tree_map_only(Pending, lambda each: each.value_for("the caller of the model"), output)

@@ -316,6 +316,7 @@ class Operation(Group):
         return len(self.members)
 
     def is_tuple(self) -> bool:
+        """As in Group. `meta` is not asked for if it can't be computed (`memory` is then empty) or is a new tensor."""
         return not self.is_new and bool(self.memory) and isinstance(self.meta(), (tuple, list))
 
     def required_groups(self) -> Sequence[Group]:
@@ -580,9 +581,9 @@ class Chain:
         """Computes all steps of the layer at once."""
         if self.mark != self._values_beside_states():
             raise RuntimeError(
-                f"{_CALLER}: with sequences, all steps of a {type(self.layer).original.__name__} are "
-                "computed at once, but the model's code changes its parameters or attributes between steps; use "
-                "asgl_cuda.convert(model) without sequences, which computes step by step"
+                f"{_CALLER}: with sequences, all steps of a {type(self.layer).original.__name__} are computed at once, "
+                "after the model's code has run, but this code changes parameters or attributes of the layer after its "
+                "first step; use asgl_cuda.convert(model) without sequences, which computes step by step"
             )
         groups = {each.group for each in self.inputs}
         if len(groups) > 1:

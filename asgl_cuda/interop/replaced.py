@@ -44,8 +44,8 @@ def make_replacements(
         layer, text = _make_replacement(module, layers[type(module)], f"{caller}: the function in layers for {path}")
         if layer is not None and any(layer is each for each, _ in found.values()):
             raise ValueError(
-                f"{caller}: the function in layers for {path} must return a new layer for each module, got one that it "
-                "had returned before"
+                f"{caller}: layers[{type(module).__name__}] must return a new layer for each module, got for {path!r} "
+                "a layer that replaces another module already"
             )
         found[module] = layer, text
     return found
@@ -60,7 +60,7 @@ def _checked_layers(layers: Any, caller: str) -> Mapping[type[nn.Module], Callab
     for kind, make in layers.items():
         if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
             raise TypeError(f"{caller}: keys of layers must be subclasses of torch.nn.Module, got {format_value(kind)}")
-        if not callable(make):
+        if not callable(make) or isinstance(make, nn.Module):
             raise TypeError(
                 f"{caller}: layers[{kind.__name__}] must be a function of a module, got {format_value(make)}"
             )

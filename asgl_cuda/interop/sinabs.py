@@ -296,7 +296,10 @@ def _recurrence_reason(node: Any, most: float) -> str | None:
 
 
 def _spike_limit(spike_fn: Any) -> float | None:
-    """The limit of spikes per step of a MaxSpike; None for others, which compiled code can't compare."""
+    """The limit of spikes per step of a MaxSpike, which may be None; None for SingleSpike and MultiSpike.
+
+    These two are classes, and compiled code can't compare classes.
+    """
     return spike_fn.max_num_spikes_per_bin if type(spike_fn) is MaxSpike else None
 
 

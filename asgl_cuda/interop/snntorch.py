@@ -109,9 +109,14 @@ class ConvertedLeaky(Converted):
         states = self.carried_states()
         unknown = [*given[len(states) :], *(named.keys() - {*self._states[len(given) :]})]
         if unknown:
-            got = f"{1 + len(given)} positional arguments" if len(given) > len(states) else repr(unknown[0])
-            name = bare_class(self).__name__
-            raise TypeError(f"asgl_cuda.convert: {name} takes an input and {', '.join(states)}, got {got}")
+            expected = f"{bare_class(self).__name__} takes {' and '.join(['an input', *states])}"
+            if len(given) > len(states):
+                got = f"{1 + len(given)} positional arguments"
+            elif unknown[0] in states:
+                got = f"{unknown[0]} twice, by position and by name"
+            else:
+                got = f"an argument {unknown[0]!r}"
+            raise TypeError(f"asgl_cuda.convert: {expected}, got {got}")
         for name, value in (*zip(states, given, strict=False), *named.items()):
             if value is not None:
                 self._check_state_argument(name)

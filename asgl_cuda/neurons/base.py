@@ -5,9 +5,8 @@ A layer's `_states` names them: v, with an adaptation w, and in recurrent layers
 
 from __future__ import annotations
 
-import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, NoReturn
 
 import torch
@@ -65,9 +64,9 @@ def fill_parameter(parameter: Tensor | None, value: Tensor | float) -> None:
 
 
 def format_values(value: Tensor | float, parameter: Tensor | None = None) -> str:
-    """A value of neurons as text for `repr`: the least and the largest of several, and whether it is learned."""
+    """An initial value as text for `repr`: the least and the largest of several, and whether they are learned."""
     least, most = (f"{each:g}" for each in min_and_max(value))
-    return f"{least if least == most else f'{least} to {most}'}{'' if parameter is None else ' (learned)'}"
+    return f"{'' if parameter is None else 'learned from '}{least if least == most else f'{least} to {most}'}"
 
 
 def set_plain_attribute(layer: nn.Module, name: str, value: Any) -> None:
@@ -317,8 +316,9 @@ class NeuronLayer(Settable):
             watch.before_call(x_seq)
         if is_transform_active():
             raise RuntimeError(
-                f"{self._caller}: a layer with stateful or store_v_seq can't keep potentials after a transform of "
-                f"torch.func; use {self._function}, which takes v_init and returns potentials"
+                f"{self._caller}: a layer can't keep potentials inside a transform of torch.func, but it has stateful "
+                f"or store_v_seq, or asgl_cuda.step calls it; use {self._function}, which takes v_init and returns "
+                "potentials"
             )
         states = self._states if self.stateful else ()  # without stateful, only `step` uses states
         for name in states:
@@ -473,40 +473,6 @@ def _warn_of_time(caller: str, x_seq: Tensor, time_dim: int) -> None:
         "for time. If the input is one time step of a batch, call layer.step(x_t) or asgl_cuda.step(model, x_t). If it "
         "is a sequence without a batch, add a batch dimension of size 1",
     )
-
-
-def asgl_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """The ASGL layers of a model with their names, in the order of `named_modules`, each once.
-
-    An ASGL layer is a module with `analog_prob` (a float), `log_width` (a parameter or None) and `width`. Layers whose
-    `analog_prob` is 0 are included, even those with `multi_spike=True`, which can't have noise. Raises TypeError if
-    `model` is not a module.
-
-    Example::
-
-        model = nn.Sequential(nn.Linear(64, 128), asgl_cuda.LIF(width=2.0))
-        for name, layer in asgl_cuda.asgl_layers(model):
-            print(name, layer.width.item(), layer.analog_prob)  # 1 2.0 0.5
-    """
-    check_module(model, "asgl_cuda.asgl_layers")
-    # getattr_static, since torch.compile's wrapper forwards attributes and would count as a second layer.
-    return (
-        (name, module)
-        for name, module in model.named_modules()
-        if inspect.getattr_static(module, "analog_prob", None) is not None and hasattr(module, "log_width")
-    )
-
-
-def require_asgl_layers(model: nn.Module, caller: str) -> dict[str, Any]:
-    """The ASGL layers of a model by name. Raises ValueError if it has none."""
-    check_module(model, caller)
-    layers = dict(asgl_layers(model))
-    if not layers:
-        raise ValueError(
-            f"{caller}: model must have an ASGL layer, got a {type(model).__name__} without one; "
-            "add an asgl_cuda.LIF, or turn neurons of other libraries into such layers by asgl_cuda.convert"
-        )
-    return layers
 
 
 def check_module(model: Any, caller: str) -> None:

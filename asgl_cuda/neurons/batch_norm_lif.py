@@ -318,7 +318,11 @@ def _process_group_error(process_group: Any, caller: str) -> TypeError:
 
 
 def sharing_group(process_group: Any, caller: str) -> Any:
-    """The process group that shares statistics; None if it has only one process, or torch.distributed is not used."""
+    """The processes to share values with: a given group, or all processes for "world".
+
+    None if nothing is shared: for None, for a group of one process, and for "world" if torch.distributed is not
+    initialised. Raises TypeError for other values.
+    """
     if process_group is None:
         return None
     if isinstance(process_group, str) and process_group == "world":
@@ -698,6 +702,7 @@ class BatchNormLIF(LIF):
     """
 
     _caller = "asgl_cuda.BatchNormLIF"
+    _function = _CALLER
     _least_batch = 1
     _norm_options: ClassVar[dict[str, Callable[..., Any]]] = {
         "eps": require_range(read_finite, ">= 0", 0),

@@ -21,9 +21,9 @@ from ..checks import format_value, read_number
 from ..interop import convert, unfuse
 from ..interop.convert import Left, copy_model
 from ..interop.converted import bare_class
-from ..neurons.base import asgl_layers, require_asgl_layers
 from ..neurons.batch_norm_lif import BatchNormLIF
 from ..states import reset
+from .layers import asgl_layers, require_asgl_layers
 from .monitor import table_lines
 
 _CALLER = "asgl_cuda.calibrate"
@@ -239,7 +239,8 @@ class _Trial:
     def _record_call(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """A forward hook of neurons that records the call. The output that it returns replaces that of the call.
 
-        The last call of the layer in a run also scales its weight, if no weight was scaled since its first call.
+        After `measure_biases`, the last call of the layer in a run also scales its weight, if no weight was scaled
+        since its first call.
         """
         given = inspect.signature(layer.forward).bind(*args, **kwargs)
         x, residual = given.args[0], given.arguments.pop("residual", None)
@@ -248,6 +249,7 @@ class _Trial:
         site.since = site.since if site.calls else self.scaled
         site.calls.append((layer, x.detach().clone(), given.args[1:], given.kwargs, _start_new_graphs(output)))
         is_fresh = site.since == self.scaled
+        # As many calls as in measure_biases. Before it there are no biases, so nothing is scaled.
         is_last = [each.shape for _, each, *_ in site.calls] == [each.shape for each in site.biases]
         return self._fit_weight(site) if is_fresh and is_last else site.calls[-1][-1]
 
@@ -321,9 +323,12 @@ class _Trial:
     def _scaling_weight(self, layer: Any, x: Tensor, residual: Tensor | None) -> str:
         """The name of the only weight that scales the input of these neurons. Raises ValueError if there is none."""
         normalises = isinstance(layer, BatchNormLIF)
-        paths = (
-            self._nearest_weights(x) if not normalises else {self._names[id(layer.weight)]} if layer.affine else {None}
-        )
+        if normalises and not layer.affine:
+            raise ValueError(
+                f"{_CALLER}: {self._describe(self.neurons[layer])} must have a weight that can be scaled, got "
+                "affine=False; make it with affine=True"
+            )
+        paths = self._nearest_weights(x) if not normalises else {self._names[id(layer.weight)]}
         added = set() if residual is None else self._nearest_weights(residual)
         problems = self._problems | dict.fromkeys(paths & added, "also before the residual")
         paths |= added

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from ..neurons.base import require_asgl_layers
+from .layers import require_asgl_layers
 
 
 @contextmanager

@@ -17,10 +17,11 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from ..checks import accept_none, read_number, require_range, warn_once
-from ..neurons.base import Settable, asgl_layers, check_module
+from ..neurons.base import Settable, check_module
 from ..neurons.leaky_integrator import LeakyIntegrator
 from ..neurons.lif import LIF
 from .calibration import NORMALISATIONS
+from .layers import asgl_layers
 
 WIDTH_LR = 0.03
 NEURON_LR = 3e-3  # learning rate of decays, thresholds and adaptations, which leave their range at 0.03

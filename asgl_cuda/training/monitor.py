@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..interop.recording import Recorded
 from ..layout import channel_dim
-from ..neurons.base import NeuronLayer, require_asgl_layers
+from ..neurons.base import NeuronLayer
 from ..neurons.batch_norm_lif import BatchNormLIF, sharing_group
 from ..neurons.lif import LIF, unknown_options
 from ..neurons.recurrent_lif import RecurrentLIF
@@ -21,6 +21,7 @@ from ..reference.normalisation import batch_statistics
 from ..reference.surrogates import PERIODIC, SURROGATES, periodic_distance
 from ..spikes.layers import SPIKE_LAYERS, expected_speedup
 from ..torch_modes import is_transform_active
+from .layers import require_asgl_layers
 
 _CALLER = "asgl_cuda.Monitor"
 # The quantities, in the order of the table.

@@ -151,5 +151,5 @@ def _axes(ax: Any, caller: str) -> Any:
         return ax
     try:
         return importlib.import_module("matplotlib.pyplot").gca()
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         raise ImportError(f"{caller} draws with matplotlib: pip install matplotlib") from error

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import HALF_TYPES, format_value, read_finite
-from ..neurons.base import require_asgl_layers
 from ..neurons.batch_norm_lif import check_process_group, sharing_group
 from ..torch_modes import is_in_backward, is_transform_active
+from .layers import require_asgl_layers
 
 _CALLER = "asgl_cuda.FiringRates"
 

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from ..checks import check_int, describe_array, format_value, read_number, require_range
-from ..neurons.base import require_asgl_layers
+from .layers import require_asgl_layers
 
 _CALLER = "asgl_cuda.AnalogProbSchedule"
 

@@ -145,7 +145,8 @@ class SettledBackward {
     input().move_to(tile);
     input().clear_sums();
     load_state(params_.grad_v_last, tile.first, Real(0), tile.length, dv_);
-    for (int id = 0; id < (sums_all_ ? kInputGain : kDecay); ++id) std::fill_n(sums_row(id), tile.length, Real(0));
+    const int num_sums = sums_all_ ? kInputGain : params_.wants_gradient(kWidth) ? 1 : 0;
+    for (int id = 0; id < num_sums; ++id) std::fill_n(sums_row(id), tile.length, Real(0));
     carried_ = params_.grad_v_last != nullptr;
     for (int64 start = last_start_; start >= 0; start -= segment_) {
       load_start_states(params_, tile, start, StateRows<1, Real>{v_});
@@ -183,8 +184,8 @@ class SettledBackward {
     return {g_, rows_.stride()};
   }
 
-  // Computes the gradients of a chunk, which is a segment. `next` is the chunk computed next, whose rows are
-  // prefetched.
+  // Computes the gradients of a chunk, which is a segment. `next` is the chunk that is computed after it. Of sequences
+  // that the loop does not use in place, the first row of `next` is prefetched.
   void backward_segment(const Chunk& chunk, const Chunk& next) {
     const Tile& tile = chunk.tile;
     const bool in_place = is_in_place<Scalar>(tile), x_in_place = currents_.is_x_in_place(tile);
@@ -274,7 +275,7 @@ class SettledBackward {
   bool carried_ = false;
 };
 
-// Runs the settled backward pass of all tiles.
+// The overload for backward. The type of params selects one of the two.
 template <class Model, class Scalar>
 void run_settled_pass(const BackwardParams<Scalar>& params) {
   run_backward_pass<SettledBackward<Model, Scalar>>(params);

@@ -293,7 +293,8 @@ class TileInput {
                         : compute_current_row<true>(x, residual, current);
   }
 
-  // Computes a row of dx from dc, a row of the gradient of the current, and adds dc's terms to the sums.
+  // Computes a row of dx from dc, a row of the gradient of the current, if the input is not plain. Adds the row's terms
+  // to the sums for the gradients of gain and bias.
   void compute_input_gradient(const Real* x, const Real* dc, Real* dx) {
     if (in_rows_) {
       run<InputCurrentAdjointLoop<Real, true>>({x, dc, rows(), gain_sum_, bias_sum_, dx, tile_.length});

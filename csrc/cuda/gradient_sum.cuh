@@ -31,9 +31,10 @@ __device__ __forceinline__ void store_sums_by_value(Real* slots, int64 count, in
   }
 }
 
-// Stores the sum over the threads of each run in the run's slot. One warp, converged, sums all runs of its block: a
-// long run with all lanes together, short runs with one lane each. If a thread has one neuron and values repeat in a
-// tile, stores one sum per value instead, see store_sums_by_value.
+// Sums the values of the threads over each run, and stores the sum in the run's slot. To be called by all threads of
+// one warp of the block, together. The warp sums a run of at least kWarpThreads * kLanes neurons together, and each
+// thread of the warp sums some of the shorter runs. If a thread has one neuron and values repeat in a tile, stores one
+// sum per value instead, see store_sums_by_value.
 template <int kLanes, class Real>
 __device__ __forceinline__ void store_partials(Real* slots, const ParameterView<Real>& parameter,
                                                const SequenceShape& shape, const ThreadSums<Real>& sums) {

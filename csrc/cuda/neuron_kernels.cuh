@@ -448,8 +448,8 @@ __device__ __forceinline__ void store_block_sum(const BackwardParams<Scalar>& pa
   store_partials<kLanes>(slots, params.parameters[id], params.shape, thread_sums);
 }
 
-// The backward pass that supports every option at run time. The potentials of a segment are stored in shared memory,
-// where a loop can index them.
+// The general backward pass, for every option but adaptation. The potentials of a segment are in shared memory, because
+// the loops over steps are not unrolled, and registers can't be indexed at run time.
 template <class Scalar, int kLanes, Input kInput>
 __global__ void __launch_bounds__(kBlockThreads, kBackwardBlocksPerSM<Real_t<Scalar>, kLanes>)
     lif_backward_kernel(const BackwardParams<Scalar> params) {

@@ -74,7 +74,7 @@ struct LIFByOptions : NeuronOptions<Real> {
     return any_surrogate_value(this->surrogate, static_cast<Real>(this->levels), u * neuron.inverse_width);
   }
 
-  // u = h - v_threshold, or h if spikes are counted.
+  // The argument of the surrogate before the width divides it: u = h - v_threshold, or h for the surrogate kInteger.
   ASGL_HOST_DEVICE Real distance_from_threshold(Real h, const Neuron<Real>& neuron) const {
     return counts_spikes() ? h : h - neuron.v_threshold;
   }

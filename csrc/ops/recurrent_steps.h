@@ -157,8 +157,10 @@ inline std::vector<Tensor> backward_by_steps(const Launcher* launcher, const Rec
     if (!call.detach_recurrent) feedback = call.is_elementwise() ? dj * call.weight : at::mm(dj, call.weight);
     dj_seq[t] = dj;
   }
-  // The gradients of all steps, [T, B, N]. `before` shifts a sequence by one step; `first` is the state before step 0.
+  // The gradients of all steps, [T, B, N].
   const Tensor dh_all = at::stack(dh_seq), dj_all = at::stack(dj_seq);
+  // Returns the values before each step: the sequence moved one step later. Before step 0 the value is `first`, or
+  // `otherwise` if `first` is undefined.
   const auto before = [&](const Tensor& sequence, const Tensor& first, double otherwise) {
     const Tensor state = first.defined() ? first : at::full_like(dh_seq.front(), otherwise);
     return at::cat({state.unsqueeze(0), sequence.slice(0, 0, steps - 1)});

@@ -25,7 +25,7 @@ struct IntegratorParams : LIFParams<Scalar> {
 
   // Always true: cuda/plan.h asks all params whether other outputs need the general kernels.
   ASGL_HOST_DEVICE bool outputs_only_spikes() const { return true; }
-  // Whether a parameter wants a gradient.
+  // A parameter that wants no gradient has no buffer for partial sums.
   ASGL_HOST_DEVICE bool wants_gradient(int id) const { return partials[id].data != nullptr; }
   // The pass that these arguments request.
   ASGL_HOST_DEVICE Pass requested_pass() const {

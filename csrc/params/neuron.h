@@ -196,7 +196,7 @@ struct BackwardParams : LIFParams<Scalar> {
   Scalar* grad_residual;     // [outer, T, inner], residual_gain times the gradient of the input current
   GradientPartials<Real> partials[kNumParameters];
 
-  // Whether a parameter wants a gradient.
+  // A parameter that wants no gradient has no buffer for partial sums.
   ASGL_HOST_DEVICE bool wants_gradient(int id) const { return partials[id].data != nullptr; }
 
   // Whether s_seq is unscaled and, besides v_last, the only output with a gradient, and x_seq or the residual wants a

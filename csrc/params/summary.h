@@ -23,8 +23,8 @@ struct NeuronIndex {
 struct ParameterSummary {
   uint32 tensors;  // a bit for each parameter that is not constant
   uint32 wanted;   // a bit for each parameter that wants a gradient
-  // Whether all parameters that differ between neurons share inner and count. The index is then common.index(n) times
-  // the stride.
+  // Whether all parameters that differ between neurons share inner and count (ParameterView). The value of parameter id
+  // for neuron n is then at index common.index(n) * strides[id].
   bool alike;
   uint8 by_neuron;  // a bit for each parameter whose values for adjacent neurons are adjacent
   NeuronIndex common;

@@ -69,7 +69,7 @@ BAD = [
     ({"time_dim": 1.0}, TypeError, "time_dim|int|float"),
     ({"time_dim": 10**5000}, ValueError, "time_dim|[-3, 2]"),
     *(
-        ({name: torch.ones(5)}, ValueError, f"{name} must broadcast against x_seq of shape [4, 6, 3]|[5]", BROADCASTS)
+        ({name: torch.ones(5)}, ValueError, f"{name} must broadcast to the shape of x_seq, [4, 6, 3]|[5]", BROADCASTS)
         for name in ("width", "decay", "v_threshold", "v_reset", "input_gain", "input_bias", "input_mean",
                      "adapt_decay", "adapt_potential", "adapt_spike")
     ),
@@ -155,7 +155,7 @@ BAD = [
     ({"multi_spike": True}, ValueError, "needs v_reset=None, got v_reset 0.0"),
     ({"multi_spike": 1, **SOFT}, TypeError, "multi_spike must be a bool, got int"),
     ({**SEVERAL, "analog_prob": 0.2}, ValueError, "needs analog_prob=0, got 0.2, |no smooth value"),
-    ({**SEVERAL, "analog_prob": torch.zeros(())}, ValueError, "needs analog_prob=0, got 0", "lif batch_norm_lif"),
+    ({**SEVERAL, "analog_prob": torch.zeros(())}, ValueError, "as a number, got a tensor", "lif batch_norm_lif"),
     ({**SEVERAL, "analog_prob": [0.1]}, TypeError, "analog_prob|float|list"),
     *(({**SEVERAL, "v_threshold": value}, ValueError, "v_threshold > 0|multi_spike")
       for value in (0.0, -1, torch.tensor([1.0, 0.0, 1.0]), torch.tensor(NAN))),

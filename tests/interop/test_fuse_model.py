@@ -124,6 +124,17 @@ def test_the_example_leaves_no_trace():
     assert type(fused.leaky) is snntorch.Leaky
 
 
+def test_an_example_that_the_model_does_not_take():
+    """A tuple is one argument."""
+    model = nn.Sequential(nn.Linear(3, C), OverTime(nn.BatchNorm1d(C)), asgl_cuda.LIF())
+    for example, got in (((torch.rand(5, 2, 3),), "a tuple"), (torch.rand(5, 2, 7), r"a tensor of shape \[5, 2, 7\]")):
+        error = (
+            rf"asgl_cuda\.fuse: example must be the arguments of a call .*, got {got}.*, with which the model raises"
+        )
+        with pytest.raises(ValueError, match=error):
+            asgl_cuda.fuse(model, example)
+
+
 def test_without_an_example():
     """The first calls decide and complete the report; what is left gets its class back."""
     model = nn.Sequential(*net(), layer.BatchNorm1d(C, step_mode="m"), nn.Flatten(2))

@@ -197,9 +197,10 @@ ERRORS = {
     "no mapping": ([MemUpdate], TypeError, r"layers must be a mapping such as \{TheirLIF: make\}, got "),
     "no class": ({"MemUpdate": mem_update}, TypeError, "keys of layers must be subclasses of .*, got 'MemUpdate'"),
     "a number": ({MemUpdate: 3}, TypeError, r"layers\[MemUpdate\] must be a function of a module, got 3"),
+    "a layer": ({MemUpdate: LIF()}, TypeError, r"layers\[MemUpdate\] must be a function of a module, got LIF"),
     "another result": ({MemUpdate: lambda module: 3}, TypeError, r"for 0 \(MemUpdate\) must return another .* got 3"),
     "the same": ({MemUpdate: lambda module: module}, TypeError, "got the module itself"),
-    "one again": ({MemUpdate: lambda module: ONE}, ValueError, "for 1 must return a new layer for each module"),
+    "one again": ({MemUpdate: lambda module: ONE}, ValueError, "must return a new layer for each module, got for '1'"),
     "raises": ({MemUpdate: failing}, RuntimeError, r"layers for 0 \(MemUpdate\) raised KeyError: 'tau'"),
     "other sizes": (
         {nn.Linear: lambda module: nn.Linear(3, 3)}, RuntimeError, r"for 2 \(Linear\) returned a Linear into which",

@@ -387,7 +387,7 @@ def test_the_default_surrogate_is_a_sigmoid(backend, device, function):
 
 
 def test_repr_tells_what_was_set():
-    neuron = "width=1.3 (learned), decay=0.7 (learned), v_threshold=0.9 (learned), v_reset={}, surrogate={}, "
+    neuron = "width=learned from 1.3, decay=learned from 0.7, v_threshold=learned from 0.9, v_reset={}, surrogate={}, "
     neuron += "analog_prob=0.4, granularity={}"
     options = {"granularity": "neuron", "time_dim": 1, "stateful": True, "store_v_seq": True}
     assert repr(make("LIF", features=(N, 3), **options)) == (
@@ -398,18 +398,21 @@ def test_repr_tells_what_was_set():
         f"LIF({neuron.format(None, 'sigmoid', 'layer')}, reset_amount=0.7, v_min=-0.5, v_rest=0.25, "
         "strict_threshold=True)"
     )
-    learned = "adapt_decay=0.9 (learned), adapt_potential=0.1 (learned), adapt_spike=0.3 (learned), to_threshold=True"
+    learned = "adapt_decay=learned from 0.9, adapt_potential=learned from 0.1, adapt_spike=learned from 0.3"
+    learned += ", to_threshold=True"
     layer = make("AdaptiveLIF, threshold")
     assert repr(layer) == f"AdaptiveLIF({neuron.format(0.1, 'rectangle', 'layer')}, detach_reset=False, {learned})"
     others = "input_gain=0.5, v_rest=0.25, granularity=channel, delay=True, time_dim=1"
     layer = make("LeakyIntegrator", granularity="channel", time_dim=1)
-    assert repr(layer) == f"LeakyIntegrator([8], decay=0.7 (learned), {others})"
+    assert repr(layer) == f"LeakyIntegrator([8], decay=learned from 0.7, {others})"
     layer = RecurrentLIF(N, recurrent="elementwise", bias=False, syn_decay=0.5, detach_recurrent=True)
-    own = "recurrent=elementwise, bias=False, syn_decay=0.5, detach_recurrent=True, width=1 (learned), decay=0.5, "
+    own = "recurrent=elementwise, bias=False, syn_decay=0.5, detach_recurrent=True, width=learned from 1, decay=0.5, "
     assert repr(layer).startswith(f"RecurrentLIF({N}, {own}")
     layer = RecurrentLIF(N, autapses=False, syn_decay=0.5, learn_syn_decay=True)
-    assert "(8, recurrent=dense, autapses=False, syn_decay=0.5 (learned), " in repr(layer)
-    learned = "adapt_decay=0.9 (learned), adapt_potential=0 (learned), adapt_spike=0.1 (learned), to_threshold=True"
+    assert "(8, recurrent=dense, autapses=False, syn_decay=learned from 0.5, " in repr(layer)
+    learned = (
+        "adapt_decay=learned from 0.9, adapt_potential=learned from 0, adapt_spike=learned from 0.1, to_threshold=True"
+    )
     layer = RecurrentLIF(N, adapt_decay=0.9, learn_adaptation=True, to_threshold=True)
     assert repr(layer).endswith(f", {learned})")
 

@@ -433,7 +433,7 @@ def test_a_value_for_each_neuron(kind, name, learned, granularity):
     torch.manual_seed(0)
     layer = by_neuron(kind, name, learned, value, granularity)
     torch.testing.assert_close(torch.as_tensor(getattr(layer, name)).detach(), value)
-    assert f"{name}={low:g} to {high:g}{' (learned)' if learned else ''}" in repr(layer)
+    assert f"{name}={'learned from ' if learned else ''}{low:g} to {high:g}" in repr(layer)
     expected = layer(x_seq).detach()
     for n in range(N) if kind is not RecurrentLIF else ():
         alone = by_neuron(kind, name, learned, value[n].item(), granularity)

@@ -227,7 +227,7 @@ def test_compiled(backend, device, name, rules):
 def test_what_is_not_kept_under_transforms():
     for kind, option in (("LIF", "stateful"), ("LIF", "store_v_seq"), ("LeakyIntegrator", "stateful")):
         layer = getattr(asgl_cuda, kind)(**{option: True})
-        words = rf"asgl_cuda\.{kind}: a layer with stateful or store_v_seq can't keep potentials after a transform"
+        words = rf"asgl_cuda\.{kind}: a layer can't keep potentials inside a transform"
         with pytest.raises(RuntimeError, match=words):
             vmap(layer, randomness="same")(torch.rand(3, 4, 5))
         assert layer.v is None

@@ -780,7 +780,7 @@ CPU_MUTANTS = {
             "*kept_s = args.s + @;\n      const KeptSlopes", "k * kBlock", "0"
         ),
         "noise of a segment's first step": tiles("drawn_ ? @ : 0}", "4 * rows_.stride()", "0"),
-        "a gradient that no step carries": loops("args.carried || @;", "k + 1 < args.steps", "false"),
+        "a gradient that no step carries": loops("args.carried || @, through", "k + 1 < args.steps", "false"),
         "no sum of the width's gradient alone": settled("if (@) return call", "params_.wants_gradient(kWidth)",
                                                         "false"),
         "a segment's steps in the same row of dx": rows("row == buffer ? 0 : @}", "tile.shape.inner", "0"),

@@ -34,8 +34,8 @@ OLDEST_ARCHITECTURE = 75
 # For compute_80 to compute_90, nvcc (cicc) makes the same PTX. For compute_100 it makes other PTX, of which ptxas
 # spills more.
 SHARED_ARCHITECTURE = 80
-# For both architectures of a pair nvcc 13.0 makes the same machine code, and the first runs code of the second. `make
-# cuda-compile` compares them.
+# For both architectures of a pair nvcc 13.0 makes the same machine code, and the first runs code of the second.
+# `python -m tools.kernels.cuda_compile --update` fails if registers, shared memory or spills of a pair differ.
 SAME_CODE = {88: 86, 89: 86, 121: 120}
 
 # -ffp-contract=off: every backend rounds each operation as the reference does. The two options after it let the

@@ -1,0 +1,45 @@
+"""The ASGL layers of a model, also those of converted neurons."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from ..neurons.base import check_module
+
+
+def asgl_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """The ASGL layers of a model with their names, in the order of `named_modules`, each once.
+
+    An ASGL layer is a module with `analog_prob` (a float), `log_width` (a parameter or None) and `width`. Layers whose
+    `analog_prob` is 0 are included, even those with `multi_spike=True`, which can't have noise. Raises TypeError if
+    `model` is not a module.
+
+    Example::
+
+        model = nn.Sequential(nn.Linear(64, 128), asgl_cuda.LIF(width=2.0))
+        for name, layer in asgl_cuda.asgl_layers(model):
+            print(name, layer.width.item(), layer.analog_prob)  # 1 2.0 0.5
+    """
+    check_module(model, "asgl_cuda.asgl_layers")
+    # getattr_static, since torch.compile's wrapper forwards attributes and would count as a second layer.
+    return (
+        (name, module)
+        for name, module in model.named_modules()
+        if inspect.getattr_static(module, "analog_prob", None) is not None and hasattr(module, "log_width")
+    )
+
+
+def require_asgl_layers(model: nn.Module, caller: str) -> dict[str, Any]:
+    """The ASGL layers of a model by name. Raises ValueError if it has none."""
+    check_module(model, caller)
+    layers = dict(asgl_layers(model))
+    if not layers:
+        raise ValueError(
+            f"{caller}: model must have an ASGL layer, got a {type(model).__name__} without one; "
+            "add an asgl_cuda.LIF, or turn neurons of other libraries into such layers by asgl_cuda.convert"
+        )
+    return layers
