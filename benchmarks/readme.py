@@ -179,7 +179,7 @@ def microbench(report: Report) -> list[str]:
     for size in report["sizes"]:
         floor, mine, *others = (nanoseconds(size, name) for name in (FLOOR, OURS, COMPILED, LOOP, REFERENCE))
         rows.append([f"{named(size)}, {size['dtype']}", *map(number, (floor, mine, mine / floor, *others))])
-    head = ["", "two multiplies", "asgl_cuda", "times multiplies", "torch.compile", "author's loop", "reference"]
+    head = ["", "two multiplies", "asgl_cuda", "asgl_cuda / multiplies", "torch.compile", "author's loop", "reference"]
     sizes, peers = compared(report)
     plain = []
     for name in (each for peer in peers for each in (peer, compiled(peer))):
@@ -190,24 +190,25 @@ def microbench(report: Report) -> list[str]:
             seconds = [*first, *(again.get(key) for key in ("batch", "third_batch", "steps"))]
             plain.append([shown_as(name), *map(number, (*times, *seconds))])
     calls = report["call_microseconds"]
+    firsts = "first call, T = 4", "first call, T = 16", "second batch size", "third batch size", "T = 5"
     return [
         *markdown_table(head, rows),
         "",
-        "The next table has the ordinary LIF neuron, without noise and with a fixed width, which the other libraries "
-        "also have. The first three columns are again nanoseconds per element. The other libraries have their default "
-        "surrogates, and asgl_cuda a rectangle or, in one row, a sigmoid. *loop with all options* is the reference, "
-        "and *loop in PyTorch* the [short loop](design/equations.md#the-loop-in-pytorch) that computes this neuron "
-        "alone. The last five columns are the seconds that compiling takes: in the first call at T = 4, in the first "
-        "call at T = 16, and in later calls of the layer that was compiled at T = 4. These have another batch size "
-        "(*batch*), a third batch size (*third*) and one more time step (*T = 5*).",
+        "The next table compares implementations of the ordinary LIF neuron, which has a fixed width and no noise. "
+        "asgl_cuda has a rectangle or, in one row, a sigmoid. The other libraries have their default surrogates. *loop "
+        'with all options* is the backend `"reference"`. *loop in PyTorch* is the '
+        "[short loop](design/equations.md#the-loop-in-pytorch) that computes only this neuron. The first three "
+        "columns are again nanoseconds per element. The other columns are the seconds of first calls, which include "
+        "compiling. The columns *second batch size*, *third batch size* and *T = 5* are later calls of the layer that "
+        "was compiled at T = 4.",
         "",
         *markdown_table(
-            ["", *(f"T = {size['steps']}" for size in sizes), "first, T = 4", "T = 16", "batch", "third", "T = 5"],
+            ["", *(f"T = {size['steps']}" for size in sizes), *firsts],
             plain,
         ),
         "",
-        f"One call of `lif` with an input `[4, 64]` and without gradients takes {calls[OURS]:.1f} µs, and "
-        f"{calls[f'{OURS} with noise']:.1f} µs with noise. `x * 2` of this input takes {calls[FLOOR]:.1f} µs.",
+        f"One call of `lif` with an input `[4, 64]` and without gradients takes {calls[OURS]:.1f} µs without noise and "
+        f"{calls[f'{OURS} with noise']:.1f} µs with noise. `x * 2` takes {calls[FLOOR]:.1f} µs with the same input.",
     ]
 
 
@@ -234,7 +235,7 @@ def block(report: Report) -> list[str]:
         name = f"{each['dtype']}{layout}{', residual' if each['residual'] else ''}"
         rows.append([name, *map(number, (*times, fused / floor, pair / fused, reference / fused, *kept))])
     head = ["", "floor", "fused", "pair", "pair, torch.compile", "pair, reference"]
-    head += ["times floor", "faster than pair", "than reference", "kept, fused", "kept, pair"]
+    head += ["fused / floor", "pair / fused", "pair, reference / fused", "kept, fused", "kept, pair"]
     return markdown_table(head, rows)
 
 
@@ -422,7 +423,8 @@ def long_values(report: Report) -> Report:
     times = {f"long_{name}": 1e9 * found[name] / elements(found) for name in ("eager", "compiled")}
     sentence = (
         f"Compiling one layer of {found['layer']} at T = {found['steps']} took {found['first_seconds']:.0f} s. The "
-        f"layer then took {times['long_compiled']:.1f} ns per element, and {times['long_eager']:.1f} ns before. "
+        f"compiled layer took {times['long_compiled']:.1f} ns per element, and the same layer without compiling "
+        f"{times['long_eager']:.1f} ns. "
     )
     return {"long": sentence, "long_steps": found["steps"], **times}
 
@@ -491,8 +493,8 @@ def calibrated(report: Report) -> list[str]:
     return [
         *digest(head, rows, ("digits, 6 layers, SGD", "digits, 6 layers, Adam")),
         "",
-        f"The accuracies at firing rates of 0.05, 0.1 and 0.2 are {shallow} points apart in networks of up to six "
-        f"layers, and {deep} points in networks of twelve.",
+        f"The best and the worst accuracy at rates of 0.05, 0.1 and 0.2 are {shallow} points apart in networks of up "
+        f"to six layers, and {deep} points in networks of twelve layers.",
     ]
 
 
@@ -559,7 +561,7 @@ class Section(NamedTuple):
 ON = "on {on}, {date}"
 LAYER = f"Times of forward and backward together, in nanoseconds per element, {ON}:"
 COST = "training runs took {minutes:.0f} minutes on one core:"
-STUDIED = f"Each value is the mean of {{seeds}} seeds. {{trainings:,}} {COST}"
+STUDIED = f"Each value is the mean over {{seeds}} seeds. {{trainings:,}} {COST}"
 FAST = (
     "We timed training steps of seven networks ([five of them](#speed-and-memory) are below) on {threads} threads of "
     "a CPU. We compared the default neurons of asgl_cuda with the neurons of SpikingJelly, snnTorch, Norse and "
@@ -628,11 +630,11 @@ SECTIONS = {
     "recurrent": Section(
         "recurrent",
         recurrent,
-        "Times in milliseconds, float32, on {processor}, torch {torch}, {date}. If {rates} of the neurons spike per "
-        "time step, the recurrent layers of the other libraries take {faster} times as long as `RecurrentLIF`. "
-        "`RecurrentLIF` then takes {few_small} times as long as its matrix products alone with N = {fewest}, and "
-        "{few_large} times with more neurons. If all neurons spike (*all spike*), these figures are {all_small} and "
-        "{all_large}:",
+        "Times in milliseconds, float32, on {processor}, torch {torch}, {date}. In the row *asgl_cuda cpu*, {rates} "
+        "of the neurons spike per time step. The layers of the other libraries take {faster} times as long as the "
+        "layer of asgl_cuda, `RecurrentLIF`. With N = {fewest}, `RecurrentLIF` takes {few_small} times as long as its "
+        "matrix products alone, and {all_small} times as long if all neurons spike (*all spike*). With more neurons, "
+        "it takes {few_large} times as long as its products, and {all_large} times as long if all neurons spike:",
         recurrent_values,
     ),
     "block": Section(
@@ -650,9 +652,9 @@ SECTIONS = {
     "convert": Section(
         "convert",
         study(convert.rows, "spikingjelly LIFNode", "snntorch Leaky in MultiStep", "norse LIF", "sinabs LIF"),
-        "A layer that is called once for each time step (*a step a call*) becomes only {stepped} times as fast, "
-        "because no kernel can then compute all steps at once. Time before divided by time after conversion, for "
-        f"{{elements:,}} elements, {ON}:",
+        "The cells are the time before conversion divided by the time after it. A layer that is called once for each "
+        "time step (*a step a call*) becomes only {stepped} times as fast, because no kernel can then compute all "
+        f"steps at once. Measured with {{elements:,}} elements {ON}:",
         convert_values,
     ),
     "calibration": Section(
@@ -672,33 +674,34 @@ SECTIONS = {
         "residual_network",
         study(residual_rows, *(f"{each}, width 10, {arm}" for each in ("SGD", "Adam") for arm in ("SG", "learned"))),
         "The network has {parameters:,} parameters, T = {time_steps}, and a {surrogate} as surrogate. Each value is "
-        f"the mean of {{seeds}} seeds. {{count}} {COST}",
+        f"the mean over {{seeds}} seeds. {{count}} {COST}",
     ),
     "defaults": Section(
         "defaults",
         study(defaults.rows),
-        "Each value is the mean of {seeds} seeds. The first learned arm has the defaults of the layers. It is worse "
-        "than the best fixed arm by more than the interval in {lost} of {cells} rows. The other learned arms are "
-        "worse in {others} rows, the {most} most often. In {highest} rows the best fixed arm had the highest of its "
-        "three learning rates, so a higher one might suit it better. The defaults were chosen on rows of this table, "
-        "which favours them. All training runs took {minutes:.0f} minutes on one core:",
+        "Each value is the mean over {seeds} seeds. The first learned arm has the defaults of the layers. In {lost} "
+        "of {cells} rows it is worse than the best fixed arm by more than the interval. Each other learned arm is "
+        "worse by more than the interval in {others} rows, and the {most} is worse most often. In {highest} rows, the "
+        "best fixed arm had the highest of its three learning rates, so a still higher rate might be better for it. "
+        "The defaults were chosen by rows of this table, which favours them. All training runs took {minutes:.0f} "
+        "minutes on one core:",
         defaults.lost,
     ),
     "noise": Section("noise", noisy, STUDIED),
     "gradients": Section(
         "gradients",
         study(noise.gradient_rows, *(f"{', '.join(each)}, width 5, step 20" for each in ARMS)),
-        "The data set is {data}. Each value is the mean of {seeds} seeds:",
+        "The data set is {data}. Each value is the mean over {seeds} seeds:",
     ),
     "adaptation": Section("adaptation", study(adaptation_rows), STUDIED),
     "spikes": Section(
         "spikes",
         spike_layers,
-        "In the networks of [A training step](#a-training-step) (neurons without noise, two threads), spike layers "
-        "made evaluations {evaluations} times as fast, training steps {steps_by_spikes} times, and streamed steps "
-        "{streams_by_spikes} times. In the following table a cell has the least milliseconds of several rounds with "
-        "torch's layers, those with spike layers, and how many times as fast spike layers are. "
-        f"Measured in float32 {ON}:",
+        "In the networks of [A training step](#a-training-step), with two threads and without noise, evaluations with "
+        "spike layers are {evaluations} times as fast as with torch's layers. Training steps are {steps_by_spikes} "
+        "times as fast, and streamed steps {streams_by_spikes} times. In the following table, a cell contains the "
+        "milliseconds with torch's layers, those with spike layers, and the ratio of the two. Each time is the least "
+        f"of several rounds, in float32 {ON}:",
         spikes_values,
     ),
     "sparse": Section("sparse", study(sparse_rows), f"Results after {{steps}} training steps. {{count}} {COST}"),
@@ -708,7 +711,7 @@ SECTIONS = {
             noise.smoothing_rows,
             *(f"SGD, {each}, width 5, {arm}" for each in ("rectangle", "sigmoid") for arm in ("noise", "no noise")),
         ),
-        "Each value is the mean of {seeds} seeds, which were trained for {epochs} epochs:",
+        "Each value is the mean over {seeds} seeds, after {epochs} epochs of training:",
     ),
 }
 
