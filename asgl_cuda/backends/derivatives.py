@@ -19,8 +19,8 @@ from torch import Tensor
 from ..torch_modes import apply_at_one_level, is_forward_mode_active, once_differentiable, refuse_tangents
 
 Derivative = Callable[..., Any]
-# The derivatives by operator; other operators are not differentiable. A derivative takes the operator, the same
-# operator below autograd, and its arguments. It returns results with a graph.
+# By the name of an operator, a function that calls the operator so that autograd can differentiate the results. It is
+# called with the operator, the same operator below autograd, and the arguments. Other operators have no derivative.
 DERIVATIVES: dict[str, Derivative] = {}
 
 

@@ -321,7 +321,7 @@ class Converted(Overlay, Noisy):
 
     def restore_original(self) -> None:
         """Restores the original layer, with the current values of its parameters."""
-        self.remove_noise()
+        self._drop_noise_attributes()
         if self.settings.spike is not None:
             del self.log_width
         del self.settings, self._snapshot

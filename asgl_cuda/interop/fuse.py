@@ -400,7 +400,8 @@ def _try_example(model: nn.Module, paths: list[str], example: tuple[Any, ...]) -
                     kinds = (format_value(x) if isinstance(x, Tensor) else f"a {type(x).__name__}" for x in example)
                     raise ValueError(
                         f"{_CALLER}: example must be the arguments of a call of the model, one by one, got "
-                        f"{', '.join(kinds)}, with which the model raises {type(error).__name__}: {line}"
+                        f"{', '.join(kinds)}, with which the model raises, in "
+                        f"{'training' if training else 'evaluation'} mode, {type(error).__name__}: {line}"
                     ) from error
                 refused |= new
                 break

@@ -967,9 +967,10 @@ class Recording:
                     path = [each for each in todo[todo.index(again) :] if each in opened]
                     names = [self.layer_name(each.layer) for each in path if isinstance(each, Chain)]
                     raise RuntimeError(
-                        f"{_CALLER}: with sequences, all steps of a layer are computed at once, but the output of "
-                        f"{' and '.join(names)} in a step returns to {'their' if len(names) > 1 else 'its'} input in a "
-                        "later one; use asgl_cuda.convert(model) without sequences, which computes step by step"
+                        f"{_CALLER}: with sequences, all steps of a layer are computed at once, but the input of "
+                        f"{' and '.join(names)} depends on its own earlier output, by feedback or because the layer is "
+                        "used twice in a step; use asgl_cuda.convert(model) without sequences, which computes step by "
+                        "step"
                     )
                 todo += dict.fromkeys(missing)
                 continue

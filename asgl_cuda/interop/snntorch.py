@@ -43,8 +43,8 @@ from .converted import (
 from .recording import SPIKES, Recording
 from .recurrent import Recurrent, feedback_reason, synaptic_inputs
 
-# In a sequence that is computed in one call, smaller betas are raised to this one, so that threshold / beta is finite.
-# They occur there only if they can't be compared with `_SMALL_BETA`, as in compiled code.
+# If a sequence is computed in one call, betas from 0 to this one are raised to it, so that threshold / beta is finite.
+# Usually `_SMALL_BETA` lets such a sequence be computed step by step, but compiled code can't compare a beta with it.
 _LEAST_BETA = 1e-6
 # Below this beta, a sequence is computed step by step: threshold / beta would make rounding errors in the gradient of
 # beta too large, 6e-5 relative at 1e-3.
@@ -230,9 +230,8 @@ class ConvertedLeaky(Converted):
             fits = all(size in (1, wanted) for size, wanted in zip(reversed(sizes), reversed(shape), strict=False))
             if len(sizes) > len(shape) or not fits:
                 raise ValueError(
-                    f"asgl_cuda.convert: {name} of {bare_class(self).__name__} must broadcast against a step of the "
-                    f"input, of shape {list(shape)}, got shape {list(sizes)}; give it one value, or give the layer an "
-                    "input with a value for each neuron"
+                    f"asgl_cuda.convert: {name} of {bare_class(self).__name__} must have one value, or broadcast to "
+                    f"the shape of the input in a step, {list(shape)}, got shape {list(sizes)}"
                 )
 
     def _in_snntorch_dtype(self, mem_seq: Tensor, x_seq: Tensor) -> Tensor:

@@ -154,7 +154,7 @@ class Noisy(Settable):
         with torch.inference_mode(False):  # inference tensors can't be used in training
             self._analog_prob_data = torch.full((size,), self._analog_prob, dtype=torch.float64, device=device)
 
-    def remove_noise(self) -> None:
+    def _drop_noise_attributes(self) -> None:
         """Removes the attributes of this class from a layer that gets its original class back."""
         for name in ("_analog_prob", "_analog_prob_data"):
             self.__dict__.pop(name, None)

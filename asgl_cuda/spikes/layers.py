@@ -119,7 +119,7 @@ class SpikeLinear(_SpikeLayer, nn.Linear):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        """The product of `input` `[..., in_features]` with the weight, `[..., out_features]`."""
+        """The output `[..., out_features]` for `input` `[..., in_features]`, with the bias."""
         caller = "asgl_cuda.SpikeLinear"
         x = tensor_of(input, caller)
         weight, bias = _parameter_of(self, "weight"), _parameter_of(self, "bias")
@@ -132,7 +132,7 @@ class _SpikeConv(_SpikeLayer):
     """Base of the convolutions: their forward by the kernels, or by torch's operator where these do not apply."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """The convolution of `input`, `[N, in_channels, ...]` or `[in_channels, ...]`, with the weight."""
+        """The convolution of `input`, `[N, in_channels, ...]` or `[in_channels, ...]`, with the bias."""
         layer: Any = self
         weight, bias = layer.weight, layer.bias
         caller = f"asgl_cuda.{type(self).__name__}"

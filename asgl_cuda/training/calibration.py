@@ -321,7 +321,10 @@ class _Trial:
         return f"{name or 'the model'} ({bare_class(self._model.get_submodule(name)).__name__})"
 
     def _scaling_weight(self, layer: Any, x: Tensor, residual: Tensor | None) -> str:
-        """The name of the only weight that scales the input of these neurons. Raises ValueError if there is none."""
+        """The name of the only weight that scales the input of these neurons, which is theirs from now on.
+
+        Raises ValueError if there is not exactly one, if it can't be scaled, or if other neurons have it already.
+        """
         normalises = isinstance(layer, BatchNormLIF)
         if normalises and not layer.affine:
             raise ValueError(

@@ -60,7 +60,10 @@ class _Tally:
             self._sums[key] = total + values.sum(dtype=torch.float64), elements + values.numel()
 
     def add_spikes(self, spikes: Tensor, time_dim: int | None) -> None:
-        """Counts the spikes of each neuron, `[T, B, ...]`, or `[B, ...]` without time. The batch may be missing."""
+        """Counts the spikes of each neuron in a call. Time is at `time_dim`; None if the call is a single step.
+
+        The first other dimension is the batch, unless it is the only one.
+        """
         before = 0 if time_dim is None else 1
         spikes = spikes if time_dim is None else spikes.movedim(time_dim, 0)
         shape = spikes.shape[before + (spikes.dim() > before + 1) :]
@@ -396,8 +399,8 @@ class Monitor:
     def problems(self) -> list[str]:
         """Problems of layers that may not learn, and of spike layers that are likely slower than torch's layers.
 
-        Each is one line with the layer, the observation and a remedy. Problems of layers that may not learn do not
-        matter if the network learns well.
+        Each is one line with the layer, the observation and a remedy. If the monitor saw no call of a layer, the only
+        line says so. Problems of layers that may not learn do not matter if the network learns well.
         """
         found = self.result()
         if all("firing_rate" not in values for values in found.values()):

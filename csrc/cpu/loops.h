@@ -380,8 +380,9 @@ struct KeptSlopes {
 };
 
 // The loop of the settled backward kernels. For each block of a tile it computes the potentials of all steps of a
-// segment, then their gradients. With noise, compute_potentials also stores the spikes and, if the surrogate has one,
-// the slopes, because a sigmoid and its slope share an exp. The gradient of the current may overwrite the current.
+// segment, then their gradients. With noise, compute_potentials also stores the spikes, and for surrogates with
+// kHasSlope the slopes, because a sigmoid and its slope share an exp. The gradient of the current may overwrite the
+// current.
 template <class Real, class Model, class Neurons, SettledSums kSums>
 struct SettledAdjointLoop {
   struct Args {

@@ -194,7 +194,6 @@ struct FiniteLoop {
   }
 };
 
-// Whether all values are finite.
 template <class Real>
 bool all_finite(const Real* values, int64 length) {
   bool result;

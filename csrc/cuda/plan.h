@@ -119,6 +119,8 @@ void plan_tiles_and_gradients(Params& params, bool grouped, const Resident& resi
   }
 }
 
+// Sets the tiles and the summary of a call of the neuron or the integrator. Adaptive kernels, for two states, compute
+// one neuron per thread. The integrator has no kernels for kApart.
 template <class Scalar, class Resident>
 void plan_tiles(ForwardParams<Scalar>& params, const Resident& resident) {
   const bool grouped = tensors_fit_four_lanes(params, params.residual, params.s_seq, params.v_last, params.v_seq,

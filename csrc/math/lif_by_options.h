@@ -6,18 +6,6 @@
 
 namespace asgl {
 
-// `a` if the condition holds, else `b`, on a CPU without a branch.
-ASGL_HOST_DEVICE float choose(bool condition, float a, float b) {
-  if (kBranches) return condition ? a : b;
-  const uint32 mask = 0u - static_cast<uint32>(condition);
-  return bit_cast<float>((bit_cast<uint32>(a) & mask) | (bit_cast<uint32>(b) & ~mask));
-}
-ASGL_HOST_DEVICE double choose(bool condition, double a, double b) {
-  if (kBranches) return condition ? a : b;
-  const uint64 mask = 0ull - static_cast<uint64>(condition);
-  return bit_cast<double>((bit_cast<uint64>(a) & mask) | (bit_cast<uint64>(b) & ~mask));
-}
-
 // All options, and the neuron model that reads them at run time. Kernels of other models copy only NeuronOptions.
 template <class Real>
 struct LIFByOptions : NeuronOptions<Real> {
@@ -107,10 +95,10 @@ struct LIFByOptions : NeuronOptions<Real> {
                   Soft::spike_gradient(g, h, through_reset, neuron, dv));
   }
 
-  // The distance that the width divides, a sawtooth above the threshold if `periodic`:
+  // The distance of h from the threshold, which the width divides. It is a sawtooth above the threshold if `periodic`:
   //   distance = u                                                  where h < v_threshold, or not periodic
   //            = v_threshold * (2 frac(h / v_threshold - 1/2) - 1)  else
-  // Backward takes its derivative by h as 1.
+  // Backward takes the derivative of the distance by h as 1, also on the sawtooth, where it is 2.
   ASGL_HOST_DEVICE Real distance(Real h, const Neuron<Real>& neuron) const {
     const Real u = distance_from_threshold(h, neuron);
     if (kBranches && !periodic) return u;

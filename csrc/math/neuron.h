@@ -93,6 +93,18 @@ constexpr bool kBranches = true;
 constexpr bool kBranches = false;
 #endif
 
+// `a` if the condition holds, else `b`.
+ASGL_HOST_DEVICE float choose(bool condition, float a, float b) {
+  if (kBranches) return condition ? a : b;
+  const uint32 mask = 0u - static_cast<uint32>(condition);
+  return bit_cast<float>((bit_cast<uint32>(a) & mask) | (bit_cast<uint32>(b) & ~mask));
+}
+ASGL_HOST_DEVICE double choose(bool condition, double a, double b) {
+  if (kBranches) return condition ? a : b;
+  const uint64 mask = 0ull - static_cast<uint64>(condition);
+  return bit_cast<double>((bit_cast<uint64>(a) & mask) | (bit_cast<uint64>(b) & ~mask));
+}
+
 // `value` where the condition holds, else 0, even for NaN. The condition is the same for all elements.
 ASGL_HOST_DEVICE float keep_if(bool condition, float value) {
   if (kBranches) return condition ? value : 0.0f;
@@ -153,7 +165,9 @@ struct LIF {
     return kIsGeneral<kInput> ? (v_rest + neuron.decay * (v - v_rest)) + c : neuron.decay * v + c;
   }
 
-  // s = F(u / width) where analog, else the hard spike,   u = h - v_threshold, or h if spikes are counted
+  // s = F(u / width) where analog, else z
+  //   z the hard spike,          u = h - v_threshold
+  //   z = round(F(u / width)),   u = h                 with kCountsSpikes
   template <class Real, class FiringRule>
   static ASGL_HOST_DEVICE Real fire(Real h, bool analog, const Neuron<Real>& neuron, const FiringRule& firing) {
     const Real u = distance(h, neuron);

@@ -168,6 +168,8 @@ class ParameterTensor {
                         "asgl_cuda: a parameter of shape ", tensor.sizes(),
                         " does not broadcast against x_seq of shape ", at::IntArrayRef(layout.sizes()));
     }
+    // [begin, end): the neurons' dimensions, in memory order, from the first to the last along which the parameter
+    // varies. If there is none, all neurons are one run of inner_ neurons.
     const Dims& order = layout.neuron_order();
     size_t begin = order.size(), end = order.size();
     for (size_t i = 0; i < order.size(); ++i) {
@@ -189,6 +191,7 @@ class ParameterTensor {
     is_per_step_ = full_sizes[layout.time_dim()] > 1;
     memory_order_.push_back(layout.time_dim());
     memory_order_.append(order);
+    // The given tensor is used as it is if it is not expanded, and its dimensions are in memory order.
     is_stored_as_given_ = expanded == full_sizes;
     int64_t last = -1;
     for (const int64_t dim : memory_order_) {

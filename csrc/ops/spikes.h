@@ -91,7 +91,8 @@ class SpikeCall {
     return request_huge_pages(
         at::empty({sizes[0], sizes[1], is_line ? 1 : sizes[2], sizes.back()}, options, at::MemoryFormat::ChannelsLast));
   }
-  // A tensor from `empty` in torch's order, channels_last or contiguous.
+  // Returns `result`, which `empty` allocated, as torch's convolutions return it: channels_last if asked for and the
+  // convolution is 2-D, else contiguous, and without the height of a line.
   Tensor in_torch_order(const Tensor& result, bool channels_last) const {
     if (is_linear() || (channels_last && dims_ == 4)) return result;
     Tensor contiguous = result;

@@ -9,8 +9,9 @@ namespace asgl {
 
 enum class Pass { kForward, kBackward, kSums };  // kSums: backward, and decay or input_gain wants a gradient
 
-// Forward if grad_v_seq is null, else backward. In backward a null grad_v_last is zero, and gradients with null outputs
-// are not computed. Backward reads v_seq only for the gradient of decay, and x_seq only for that of input_gain.
+// The arguments of the integrator's forward pass if grad_v_seq is null, else of its backward pass. In backward a null
+// grad_v_last is zero, and a gradient whose pointer is null is not computed. Backward reads v_seq only for the gradient
+// of decay, and x_seq only for that of input_gain.
 template <class Scalar>
 struct IntegratorParams : LIFParams<Scalar> {
   using typename LIFParams<Scalar>::Real;

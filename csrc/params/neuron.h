@@ -35,10 +35,11 @@ ASGL_HOST_DEVICE int64 checkpoint_stride(const SequenceShape& shape) {
 }
 
 // Settled CUDA kernels of longer sequences compute four neurons per thread if there are more neurons than this number
-// of sixteenths of the device's resident threads. A scheduler holds 16 warps, so one sixteenth is one warp of each.
-// With few warps latency is the limit: a step of one warp takes 117 cycles forward and 274 backward with one neuron per
-// thread, 179 and 433 with four (docs/design/gpu.md). With one neuron per thread a warp issues 51 and 106 instructions
-// per step, so the fourth warp of a scheduler makes a step about as long as with four neurons per thread.
+// of sixteenths of the device's resident threads. If a scheduler holds 16 warps, as on sm_80 and sm_90, one sixteenth
+// is one warp per scheduler. With few warps latency is the limit: by prediction (docs/design/gpu.md), a step of one
+// warp takes 117 cycles forward and 274 backward with one neuron per thread, 179 and 433 with four. With one neuron per
+// thread a warp issues 51 and 106 instructions per step, so four warps of a scheduler make a step about as long as one
+// warp with four neurons per thread. Other GPUs hold fewer warps, and use the same number.
 constexpr int kOccupancySixteenths = 3;
 
 // A parameter at neuron n and step t is data[t * step_stride + (n / inner) % count]. If data is null, it is `constant`,

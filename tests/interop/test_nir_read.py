@@ -185,14 +185,15 @@ BAD_NODES = {
     "a graph inside": (graph_of(nir_lif()), "can't be read; the documentation"),
     "a delay by half a step": (
         nir.Delay(np.array([0.0, 1e-4, 1.5e-4, 2e-4, 2.5e-4, 0.0])),
-        r"delay must be at least 0 and a multiple of dt = 0.0001, got 0.00015 for neuron \[2\]; pass the time step",
+        r"delay must be a multiple of dt = 0.0001, got 0.00015 for neuron \[2\]; pass the time step",
     ),
     "a delay at a known dt": (
         with_(nir.Delay(np.array([1.5e-4])), metadata={"asgl_cuda": {"dt": 1e-4}}),
-        r"delay must be at least 0 and a multiple of dt = 0.0001, got 0.00015 for neuron \[0\]$",
+        r"delay must be a multiple of dt = 0.0001, got 0.00015 for neuron \[0\]$",
     ),
-    "a delay backwards": (nir.Delay(-ONES), "delay must be at least 0 and a multiple of dt = 0.0001, got -1"),
+    "a delay backwards": (nir.Delay(-ONES), "delay must be at least 0, got -1"),
     "tau": (nir_lif(tau=5e-5), "tau must be at least dt = 0.0001, got 5e-05"),
+    "no leak": (nir_lif(tau=np.inf), r"tau must be finite, got inf for neuron \[0\]"),
     "tau of a current": (cuba(tau_syn=5e-5), "tau_syn must be at least dt = 0.0001"),
     "r": (nir_lif(r=SOME - 2), r"r must be > 0, got 0 for neuron \[0\]"),
     "rests": (cuba(nir.CubaLI, v_leak=SOME), "v_leak must be the same for all .* v_rest of .*; got 2 to 5"),
@@ -247,12 +248,15 @@ CHANGED = {
     "a decay of text": (lambda: changed(LIF(), {"decay": "half"}), "decay must be a float, got str"),
     "another tau": (
         lambda: changed(LIF(), tau=4e-4),
-        r"a layer with decay 0.75 for neuron \[0\], and metadata one with 0.5 .*, at the step dt = 0.0001",
+        r"decay is 0.75 for neuron \[0\] by the node, and 0.5 .* by the metadata, for dt = 0.0001$",
     ),
-    "another threshold": (lambda: changed(LIF(), v_threshold=2), "v_threshold 4 .*, and metadata one with 1"),
-    "another reset": (lambda: changed(LIF(), v_reset=0.1), "a layer with v_reset 0.2 .*, and metadata one with 0"),
-    "another gain": (lambda: changed(LeakyIntegrator(), r=4), "a layer with input_gain 2 .*, and metadata one with 1"),
-    "another rest": (lambda: changed(LeakyIntegrator(), v_leak=4), "a layer with v_rest 4 .*, and metadata one with 0"),
+    "another threshold": (
+        lambda: changed(LIF(), v_threshold=2),
+        "v_threshold is 4 .* 1 .*, for dt = 0.0001 and input_gain 1",
+    ),
+    "another reset": (lambda: changed(LIF(), v_reset=0.1), "v_reset is 0.2 .* by the node, and 0 .* by the metadata"),
+    "another gain": (lambda: changed(LeakyIntegrator(), r=4), "input_gain is 2 .* by the node, and 1 "),
+    "another rest": (lambda: changed(LeakyIntegrator(), v_leak=4), "v_rest is 4 .* by the node, and 0 "),
 }
 
 

@@ -282,7 +282,7 @@ def require_compiler() -> None:
 def build_command_class(planned: BuildPlan, package: Path) -> type[cpp_extension.BuildExtension]:
     """The class of the command build_ext; `package` is the folder for a build in place."""
     kernels = f"the CPU and CUDA kernels ({planned.cuda})" if planned.cuda else "only the CPU kernels"
-    # Measured on two cores: g++ 5 minutes; nvcc 1 to 2 minutes for one architecture, 3 to 6 for six. Rounded up.
+    # At most, on two cores: 5 minutes for g++. nvcc took 1 to 2 minutes for one architecture, and 3 to 6 for six.
     minutes = 5 + (1 + len(re.findall(r"\bsm_", planned.cuda)) if planned.cuda else 0)
 
     class Build(cpp_extension.BuildExtension):

@@ -186,8 +186,11 @@ def layer_from_metadata(ours: Any, kind: Any, said: dict[str, Tensor]) -> Any:
             value = constants_of_layer(layer, number.shape)[name]
             if (differs := ~torch.isclose(number, value, rtol=1e-5, atol=1e-6)).any():
                 one, other = (first_wrong(each, differs) for each in (number, value))
-                gives = f"the numbers of the node give a layer with {name} {one}, and metadata one with {other}"
-                raise ValueError(f"{gives}, at the step dt = {ours['dt']} of the metadata")
+                scaled = " and input_gain 1, v_rest 0" * (kind is LIF and name != "decay")
+                raise ValueError(
+                    f"node and metadata contradict each other: {name} is {one} by the node, and {other} by the "
+                    f"metadata, for dt = {ours['dt']}{scaled}"
+                )
     return layer
 
 
@@ -197,7 +200,7 @@ def decay_and_gain_of_node(node: Any, dt: float, tau: str = "tau", r: str = "r")
     if time is None:  # IF and I
         decay, gain = torch.ones_like(gain), gain * dt
     else:
-        rate = dt / as_double(time)
+        rate = dt / finite_value(node, tau)
         decay, gain = torch.where((rate - 1).abs() < 1e-6, 0.0, 1 - rate), gain * rate  # tau is dt, rounded
         if (is_wrong := ~((decay >= 0) & (decay <= 1))).any():
             hint = "dt must be the step for which the graph was written"

@@ -167,11 +167,11 @@ def _module_of_node(node: Any, dt: float | None) -> Any:
         steps = (delay / dt).round()
         rounding = 2**-24 * delay  # a file may have rounded the delay to float32, unless that would change the step
         tolerance = 1e-3 * dt + torch.where(rounding < dt / 4, rounding, 0.0)
-        if (is_wrong := ~((delay >= 0) & ((delay - steps * dt).abs() < tolerance))).any():
+        if (is_wrong := ~(delay >= 0)).any():
+            raise ValueError(f"delay must be at least 0, got {first_wrong(delay, is_wrong)}")
+        if (is_wrong := ~((delay - steps * dt).abs() < tolerance)).any():
             got, hint = first_wrong(delay, is_wrong), "pass the time step of the graph, from_nir(graph, dt=...)"
-            raise ValueError(
-                f"delay must be at least 0 and a multiple of dt = {dt}, got {got}{'' if is_dt_known else f'; {hint}'}"
-            )
+            raise ValueError(f"delay must be a multiple of dt = {dt}, got {got}{'' if is_dt_known else f'; {hint}'}")
         return Delay(steps.long())
     if kind in ("CubaLIF", "CubaLI"):
         if kind == "CubaLIF":
