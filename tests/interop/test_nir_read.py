@@ -123,7 +123,7 @@ def test_a_delay_may_be_rounded_to_float32():
     steps = np.array([25001, 3_000_001, 1, 0])
     node = nir.Delay((steps * 1e-4).astype(np.float32))
     assert from_nir(graph_of(node)).get_submodule("0").steps.tolist() == steps.tolist()
-    with pytest.raises(ValueError, match=r"delay must be .* a multiple of dt = 0\.0001, got 1234\.57"):
+    with pytest.raises(ValueError, match=r"delay must be a multiple of dt = 0\.0001, got 1234\.57"):
         from_nir(
             graph_of(nir.Delay((np.array([12_345_678]) * 1e-4).astype(np.float32)))
         )  # its neighbour is 1.2 dt away
