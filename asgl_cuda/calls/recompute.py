@@ -255,15 +255,12 @@ def recompute_spikes(model: nn.Module | None = None) -> Any:
             inside or outside of the context.
 
     The following are stored as usual: outputs of dropout and pooling, concatenated or cast spikes, views of another
-    type, and spikes modified in place before use. (Under autocast, neurons whose input has the lower precision emit
-    spikes of this precision, which need no cast.) If spikes are modified without the knowledge of autograd, through
-    ``.data`` or NumPy, backward computes with the unmodified ones. Indices of max pooling in one or two dimensions are
-    stored in 2 or 4 bytes instead of 8 (torch 2.6: in 8).
+    type, and spikes modified in place before use. If spikes are modified through ``.data`` or NumPy, which autograd
+    does not notice, backward computes with the unmodified ones.
 
     Spikes are also stored as usual in functions that torch.func transforms, and if other hooks on saved tensors
     (torch.utils.checkpoint, save_on_cpu) are active inside or around the context. With torch.compile, the context may
-    be around the compiled code or in it. Code that is called both in the context and outside of it is compiled twice.
-    With torch 2.6, compiled code stores spikes as usual.
+    be around the compiled code or in it. The guide "Memory" lists what is stored after which layer.
 
     Returns:
         A context manager and decorator, or the model.

@@ -50,8 +50,7 @@ class _Rows(NamedTuple):
 class Report(_Rows):
     """The layers that `convert`, `fuse` and others changed, and those that they left: `replaced, left = report`.
 
-    `to_spike_layers` and the inverses of the three functions return a report as well. `print(report)` shows both lists
-    as a table, and then `notes`, such as advice on speed, or why nothing was found.
+    `print(report)` shows both lists as a table, and then `notes`, such as advice on speed, or why nothing was found.
     """
 
     notes: Sequence[str] = ()
@@ -117,10 +116,8 @@ def convert(
 ) -> tuple[nn.Module, Report]:
     """Replaces the neurons of a model by fused ones: ``fast, report = asgl_cuda.convert(model)``.
 
-    Returns two values: the converted model, which is a copy unless `inplace=True`, and a report on its layers.
-
     These layers are converted, and also subclasses that override no method of theirs except `__init__`, `train`,
-    `extra_repr` and the reset. `layers` adds others.
+    `extra_repr` and the reset.
 
     - SpikingJelly's `IFNode` and `LIFNode` with their Simple and NonSpiking forms, `ParametricLIFNode`, `CUBALIFNode`,
       `ILIFNode`, the MultiStep forms of `clock_driven`, `LinearRecurrentContainer` and `ElementWiseRecurrentContainer`.
@@ -130,41 +127,36 @@ def convert(
     - sinabs' `LIF`, `IAF` and `ExpLeak` with their Squeeze forms, `LIFRecurrent` and `IAFRecurrent`.
     - `LIFLayer` of the code published by the authors of ASGL.
 
-    Recurrent layers are converted if their spikes return through a Linear or one weight per neuron; `recurrent_lif`
-    computes their sequences. In sequences, `leaky_integrator` computes synaptic currents and layers that do not fire.
+    Recurrent layers are converted if their spikes return through a Linear or one weight per neuron. The guide "Models
+    of other libraries" lists what is not converted.
 
     Without `asgl`, spikes, states and gradients stay the same up to rounding, but the noise of the authors' layers in
-    training is another draw. If a potential differs from the threshold
-    by rounding only, as with quantised inputs, a neuron may fire where it did not before, or the other way round. The
-    parameters of a layer, their names, its state and its base classes also stay the same, so state dicts and functions
-    such as SpikingJelly's `reset_net` still work. SpikingJelly's `backend` has no effect on converted layers.
+    training is another draw. A spike can change only where the potential differs from the threshold by no more than
+    rounding. The parameters of a layer, their names, its state and its base classes also stay the same, so state dicts
+    and functions such as SpikingJelly's `reset_net` still work. SpikingJelly's `backend` has no effect on converted
+    layers.
 
     Decays and thresholds are read at each call. The following are read only once, at the conversion: the surrogate, the
     methods, in snnTorch, Norse and sinabs the kind of reset, and in sinabs a threshold on which the surrogate may
     depend. If one of these changes later, the next call in eager mode raises a RuntimeError that names the difference.
-    With `asgl`, the library's surrogate is no longer read, and a change of it raises such an error only in Norse.
 
     A layer is left, with the reason in the report, if it has no exact representation, a surrogate unknown to asgl_cuda
     (which `asgl` replaces), a replaced method (`layer.fire = ...`), or an attribute with a name that converted layers
     use.
 
     Outputs have the dtypes of the library, under autocast as well. `torch.jit.trace` and `torch.jit.script` raise a
-    RuntimeError for converted layers. If the model is copied, hooks of its tensors are registered on the copies.
+    RuntimeError for converted layers.
 
     A converted layer is an instance of its original class, but has another type. Call `revert` before code that
-    compares types, such as `sinabs.nir.to_nir`, `sinabs.conversion.replace_module` and some counters of SpikingJelly.
-    Layers that can't be copied require `inplace=True`.
+    compares types, such as `sinabs.nir.to_nir`.
 
     With `sequences` the model's own code runs step by step, but on placeholders for values that are computed later.
     After the last step each layer computes all steps in one call, and so does each other operation that every step
     repeats, such as a linear layer or a convolution. Outputs, gradients and the states that layers keep are those of
-    the loop, up to rounding. Batch normalisations in training are computed step by step. Random numbers have the same
-    distribution, but are drawn in another order. `convert` refuses a model in which a neuron is not converted. A call
-    raises RuntimeError if spikes return to an earlier layer, if the code needs a value between two steps, as
-    `if spikes.sum() > 0` does, or if a torch.autograd.Function or a torch.utils.checkpoint inside of the model gets one
-    of the placeholders. The messages name the layer or function. For placeholders, `isinstance(x, torch.Tensor)` is
-    False. Under `torch.compile` and `torch.export` there are no placeholders. They trace the model's loop over the time
-    steps, one step after the other.
+    the original model, up to rounding, but random numbers are drawn in another order. `convert` refuses a model in
+    which a neuron is not converted. A call raises a RuntimeError that names the layer or function if, for example,
+    spikes return to an earlier layer, or if the code needs a value between two steps, as `if spikes.sum() > 0` does.
+    The guide lists further cases.
 
     Args:
         model: any module, or a neuron layer.
@@ -172,28 +164,24 @@ def convert(
             of the layer, or of `LIF` if the layer has no surrogate that asgl_cuda knows), `analog_prob` (default 0.5)
             and `learn_width` (default True). A learned width is a new parameter `log_width` of each layer, which must
             be passed to the optimizer. Layers of the authors' code are ASGL layers already, with their own width and
-            `analog_prob`. Layers that do not fire are converted as without `asgl`. Layers with several spikes per step
-            are left.
+            `analog_prob`. Layers that do not fire get no width, and layers with several spikes per step are left.
         layers: for neurons of your own, functions by class, `{Class: make}`. `make(module)` returns a layer, such as
             `asgl_cuda.LIF`, that replaces the module under all its paths, or None to leave the module. Classes match
-            exactly, so a subclass needs a key of its own. The new layer takes over the state dict of the replaced
-            module, and can later load the checkpoints of that module. Entries are matched by name. If your layer uses
-            other names, register a hook on it with `register_load_state_dict_pre_hook` that renames the entries. The
-            parameters of the new layer are new objects, also those whose values it takes over. Pass all of them to the
-            optimizer, also with `inplace=True`. References outside of the module tree, for example in lists, still lead
-            to the old module.
+            exactly, so a subclass needs a key of its own. The new layer loads the state dict of the replaced module,
+            whose entries are matched by name. The guide shows how to rename them. The parameters of the new layer are
+            new objects. Pass all of them to the optimizer, also with `inplace=True`.
         inplace: convert the model instead of a copy. Existing optimizers stay valid, but they lack the parameters of
             layers that `layers` has added, and the learned widths that `asgl` adds.
         sequences: for a model whose layers take one step per call, compute all time steps at once, as described above.
             With True, a call of the result takes `x_seq` `[T, ...]`, starts at rest, and returns what the model returns
             for each step, stacked to `[T, ...]`. If `fast.stateful = True` is set, a call continues from the states of
-            the last one. Models with Norse's cells, which do not keep their states, are refused. Give "loop" if the
-            forward of the model contains the loop over the steps; the result is then called as the model is. Default
-            False: calls stay as they are.
+            the last one. Give "loop" if the forward of the model contains the loop over the steps; the result is then
+            called as the model is. Default False: calls stay as they are.
         backend: backend of all layers, see `asgl_cuda.lif`.
 
     Returns:
-        The model, and a `Report` with the lists `replaced` and `left`. `print` shows both, with advice on speed.
+        The model, which is a copy unless `inplace=True`, and a `Report` with the lists `replaced` and `left`. `print`
+        shows both, with advice on speed.
 
     Raises:
         TypeError, ValueError: an argument is invalid.
@@ -203,7 +191,7 @@ def convert(
         RuntimeError: the model can't be copied, or a tensor in the state dict of a module has another shape than in
             that of its replacement. Also if a function in `layers` raises an error, which is then the `__cause__`.
 
-    Messages about `layers` name the module. After an error the model is unchanged.
+    After an error the model is unchanged.
 
     Example::
 
@@ -397,11 +385,10 @@ def revert(model: nn.Module, *, inplace: bool = False) -> tuple[nn.Module, Repor
     """Restores a model's original neuron layers: ``original, report = asgl_cuda.revert(fast)``.
 
     Parameters and buffers keep their values. A module that the argument `layers` of `convert` has replaced gets the
-    values of those parameters and buffers of the new layer that have the same names and shapes.
+    values of parameters and buffers with the same names and shapes in the new layer.
 
     If `convert` was called with `asgl`, learned widths and `analog_prob` are lost, because the layers of the libraries
-    do not have them. Spikes in evaluation stay the same up to rounding, but later gradients differ. The report lists
-    the learned widths.
+    do not have them. Spikes in evaluation stay the same up to rounding, but later gradients differ.
 
     Args:
         model: a module returned by `convert`.
