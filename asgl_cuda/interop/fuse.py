@@ -50,28 +50,25 @@ def fuse(model: nn.Module, *example: Any, inplace: bool = False) -> tuple[nn.Mod
     if the neurons are called step by step, where two layers are faster than one.
 
     Parameters and buffers keep their names and values, so checkpoints stay valid. A merged normalisation returns a
-    stand-in for its output, from which the neurons compute normalisation and spikes in one. Anything else that meets
-    the stand-in, such as other neurons or code that the example did not reach, gets the value that the normalisation
-    alone would return. A call raises RuntimeError in these cases:
+    stand-in for its output, from which the neurons compute normalisation and spikes in one. Any other code that gets
+    the stand-in computes with the value that the normalisation alone would return. A call raises RuntimeError in these
+    cases:
 
     - The stand-in reaches a `torch.autograd.Function`, or the neurons have a backward hook. A gradient would be lost.
     - The normalisation and the neurons are not in the same `torch.utils.checkpoint`.
-    - A tensor that the neurons need for the stand-in was changed in place before: the input of the normalisation, the
-      other operand of the sum, or the output after the neurons' view of it was taken.
+    - A tensor that the neurons need for the stand-in was changed in place before, such as the input of the
+      normalisation.
 
-    In inference mode and under `torch.compile`, changes in place are not noticed. Code between the two layers that
-    tests `isinstance(value, Tensor)` gets False, which is not noticed either.
+    In inference mode and under `torch.compile`, changes in place are not noticed.
 
     A normalisation is not merged if there is a backward hook on it, on its neurons, or on a module that contains only
-    one of the two. Such a hook would see no gradient of the stand-in. Without an example, all normalisations are left
-    if any part of the model has a backward hook. If neurons get such a hook later, their next call raises a
-    RuntimeError. If a module that contains only one of the two gets such a hook later, this is not noticed.
+    one of the two. Without an example, all normalisations are left if any part of the model has a backward hook.
 
     Args:
         model: any module.
         example: arguments of a call. Copies of the model are called with them, in training and in evaluation mode.
-            Without an example, the first calls of the model decide what is merged, and complete the report. In that
-            case all neurons that `convert` can convert are converted.
+            Without an example, the first calls of the model decide what is merged, and complete the report, and all
+            neurons that `convert` can convert are converted.
         inplace: fuse the model instead of a copy; existing optimizers stay valid.
 
     Returns:
@@ -85,8 +82,6 @@ def fuse(model: nn.Module, *example: Any, inplace: bool = False) -> tuple[nn.Mod
         norm = asgl_cuda.OverTime(torch.nn.BatchNorm1d(4))
         joined, report = asgl_cuda.fuse(torch.nn.Sequential(norm, asgl_cuda.LIF()), torch.rand(5, 2, 4))
         print(report)
-
-    In PyTorch, the model before `fuse` computes the same.
     """
     model = model_or_copy(model, inplace, _CALLER)
     before = {module for module in model.modules() if isinstance(module, Converted)}

@@ -87,15 +87,14 @@ def to_spike_layers(model: nn.Module, example: Any) -> tuple[nn.Module, Report]:
 
     Args:
         model: any module, with neurons of any library. The class of its Linear, Conv1d and Conv2d, torch's or
-            SpikingJelly's, is changed in place, so parameters, their names, hooks and optimizers stay. If the model is
-            compiled, call torch.compile again.
+            SpikingJelly's, is changed in place, so parameters, hooks and optimizers stay. If the model is compiled,
+            call torch.compile again.
         example: an input of the model, or a tuple of its positional arguments. A copy of the model is evaluated with
             it once, and the non-zero inputs of each layer are counted. Firing rates change during training, so use a
             trained network.
 
     Returns the model and a report. For each replaced layer the report has the fraction of non-zero inputs, and an
-    estimate of how many times as fast as torch's layer its evaluation is. A training step gains less, because the
-    gradient of the input is dense. The following are not replaced:
+    estimate of how many times as fast as torch's layer its evaluation is. The following are not replaced:
 
     - layers with dense inputs, which first layers usually have, and layers that the example does not reach
     - layers with fewer than 32 outputs, and convolutions with fewer than 32 input channels
@@ -103,8 +102,7 @@ def to_spike_layers(model: nn.Module, example: Any) -> tuple[nn.Module, Report]:
     - convolutions with groups or dilations
     - layers for whose inputs there is no kernel, such as half types and GPUs
 
-    The choice depends only on the layers and this example. A spike layer uses the list of non-zero inputs even if later
-    inputs are dense.
+    A spike layer uses the list of non-zero inputs even if later inputs are dense.
 
     Raises TypeError if the model is not a module.
 
