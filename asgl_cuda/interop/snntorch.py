@@ -446,15 +446,14 @@ class MultiStep(nn.Module):
     Args:
         layer: a layer of snnTorch, converted in place if necessary.
         stateful: a call continues from the states that the last call left in the layer, until `asgl_cuda.reset(model)`.
-            By default each call starts at rest. `stateful` may be set later, as an attribute.
+            By default a state that is not passed starts at rest. `stateful` may be set later, as an attribute.
 
     A call takes `x_seq` `[T, ...]` and, unless the layer has init_hidden, optional initial states. It returns the
-    layer's results of all steps, stacked: spikes, or spikes and states. A state that is not given is at rest or, if
-    stateful, that of the last call. The layer keeps the last states, such as `layer.mem`. A state dict has the keys of
-    the layer alone. State dicts whose keys begin with `layer.` load as well.
+    layer's results of all steps, stacked: spikes, or spikes and states. The layer keeps the last states, such as
+    `layer.mem`. A state dict has the keys of the layer alone.
 
-    `snntorch.utils.reset(model)` looks only at the model's own children, and so does not find the layer. With
-    `stateful=True` use `asgl_cuda.reset(model)`, which also resets other layers of snnTorch.
+    `snntorch.utils.reset(model)` does not find the layer. With `stateful=True` use `asgl_cuda.reset(model)`, which also
+    resets other layers of snnTorch.
 
     Raises TypeError for arguments of another type, ValueError for a layer that can't be converted or that resets by
     subtraction without delay, and RuntimeError in a call if the layer has been reverted.

@@ -29,17 +29,15 @@ def from_nir(graph: nir.NIRGraph, dt: float | None = None, *, dtype: torch.dtype
     """Makes a torch module, which maps `[T, B, ...]` to `[T, B, ...]`, from a graph of NIR.
 
     The module is in evaluation mode. Its submodules have the names of the nodes. A dot in a name separates levels of
-    modules, as in `get_submodule`. Characters other than letters, digits and `_` become `_`. An `_` is appended to
-    names that modules or Python use already, as in `forward_` for `forward` and `class_` for `class`.
+    modules, as in `get_submodule`. Characters other than letters, digits and `_` become `_`, and names that modules or
+    Python use already get an `_` at the end.
 
     Args:
         graph: a graph without cycles that has one Input and one Output. Between these there may be LIF, IF, CubaLIF,
             LI, I, CubaLI, Affine, Linear, Conv1d, Conv2d, AvgPool2d, SumPool2d, Flatten, Scale, Threshold and Delay. If
-            several edges lead to a node, their values are added. Shapes that do not fit each other are refused by
-            `nir.read`, or by the first call.
-        dt: length of a step, in seconds, or in the graph's unit of tau. It must be the step for which the graph was
-            written. Nodes that `to_nir` wrote contain this step, which is their default. For other nodes the default is
-            1e-4.
+            several edges lead to a node, their values are added.
+        dt: length of the step for which the graph was written, in seconds, or in the graph's unit of tau. Nodes that
+            `to_nir` wrote contain this length, which is their default. For other nodes the default is 1e-4.
         dtype: dtype of all weights and parameters; default `torch.get_default_dtype()`.
 
     LIF and IF become asgl_cuda.LIF, and LI and I become asgl_cuda.LeakyIntegrator. CubaLIF becomes a Sequential of a
@@ -47,9 +45,9 @@ def from_nir(graph: nir.NIRGraph, dt: float | None = None, *, dtype: torch.dtype
     LeakyIntegrators. Threshold becomes a LIF with decay 0, and Delay a module that takes whole sequences. If the gain
     of an integrator differs between neurons, a module before it multiplies by the gains. A node written by `to_nir`
     becomes the same layer again, with its parameters, but with time first. Spike layers become Linear or convolutions,
-    and a BatchNormLIF becomes a LIF after weights that contain its normalisation. For other nodes, options that NIR
-    does not have take the defaults of the layer. Decay, threshold and reset are then constants, one per neuron if they
-    differ.
+    and a BatchNormLIF becomes a LIF after weights that contain its normalisation. For nodes of other programs, options
+    that NIR does not have take the defaults of the layer. Decay, threshold and reset are then constants, one per neuron
+    if they differ.
 
     Raises:
         ImportError: nir is not installed.

@@ -55,27 +55,24 @@ def to_nir(
 
     Args:
         model: layers of asgl_cuda.LIF and LeakyIntegrator, Linear, Conv1d, Conv2d, AvgPool2d, Flatten and BatchNorm, in
-            sequence or connected by additions, in any modules that torch.fx can trace. AvgPool2d with
-            `divisor_override=1` becomes a SumPool2d. A layer without time may be between `x_seq.flatten(0, 1)` and
-            `unflatten(0, ...)`, as in `asgl_cuda.OverTime`, or be a layer of SpikingJelly in step mode "m". Dropout and
-            Identity are left out. Neurons of other libraries are converted as by `asgl_cuda.convert`. These neurons
-            must fire at most once per step, take a sequence, return one tensor, and have no synaptic current,
-            recurrence or lower limit of the potential. Norse's neurons can't be written, because they also return a
-            state. `from_nir` makes LIF layers from neurons of other libraries.
+            sequence or connected by additions, in any modules that torch.fx can trace. A layer without time may be
+            between `x_seq.flatten(0, 1)` and `unflatten(0, ...)`, as in `asgl_cuda.OverTime`, or be a layer of
+            SpikingJelly in step mode "m". Dropout and Identity are left out. Neurons of other libraries are converted
+            as by `asgl_cuda.convert`. They must fire at most once per step, take a sequence, return one tensor, and
+            have no synaptic current, recurrence or lower limit of the potential.
         example_input: `[T, B, ...]`, or `[B, T, ...]` if the LIF layers have `time_dim=1`; only shape and dtype matter.
         dt: length of a step, in seconds.
         allow_soft_reset: also write layers that have a soft reset, several spikes per step or v_min, which NIR's LIF
             does not have. These options are stored in the metadata of the node, which only `from_nir` reads. Other
             readers replace a soft reset by a reset to v_rest, emit at most one spike per step and ignore v_min.
 
-    A LIF is written with r = 1 and v_leak = 0. Threshold and reset, measured from v_rest, are multiplied by `(1 -
-    decay) / input_gain`, which changes no spike. A LIF without leak is written as an IF with r = 1 / dt, and threshold
-    and reset are only divided by input_gain. A LeakyIntegrator becomes an LI with r = input_gain / (1 - decay), or, if
-    its decay is 1, an I with r = input_gain / dt. If the LeakyIntegrator has `delay`, a Delay follows. A normalisation,
-    also in BatchNormLIF and in pairs merged by `fuse`, is folded into the weights before it. If there are no such
-    weights, or if their output is used elsewhere, the normalisation becomes an Affine or a convolution. `scale_output`
-    becomes a Scale. NIR's neurons fire only above the threshold, whereas asgl_cuda.LIF without `strict_threshold` also
-    fires if the potential equals the threshold. Half types are written as float32.
+    A LIF is written with r = 1 and v_leak = 0. Threshold and reset, measured from v_rest, are multiplied by
+    `(1 - decay) / input_gain`, which changes no spike. A LIF with decay 1 becomes an IF, whose threshold and reset are
+    only divided by `input_gain`. A LeakyIntegrator becomes an LI or, with decay 1, an I. The guide "NIR and chips"
+    gives the r of these nodes. If the LeakyIntegrator has `delay`, a Delay follows. A normalisation, also in
+    BatchNormLIF and in pairs merged by `fuse`, is folded into the weights before it. If there are no such weights, or
+    if their output is used elsewhere, the normalisation becomes an Affine or a convolution. `scale_output` becomes a
+    Scale. Half types are written as float32.
 
     Raises:
         ImportError: nir or nirtorch is not installed.
