@@ -359,8 +359,8 @@ class NeuronLayer(Settable):
         """Computes one time step, and carries the states, such as `v`, to the next step until `reset()`.
 
         Input and output have no time dimension. The layer need not be stateful. If it is not, calls with a whole
-        sequence start at rest, and neither use nor change the states that the steps carry. In training, `BatchNormLIF`
-        normalises by the statistics of the step. Raises the errors of a call of the layer.
+        sequence neither use nor change the states that the steps carry. In training, `BatchNormLIF` normalises by the
+        statistics of the step. Raises the errors of a call of the layer.
         """
         x_t = tensor_of(x_t, f"a step of {type(self).__name__}")
         check_step(x_t, self.time_dim, self._caller)

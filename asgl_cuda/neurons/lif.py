@@ -102,64 +102,52 @@ def lif(
     """Leaky integrate-and-fire neurons over a whole sequence, with the noise and the learned width of ASGL.
 
     Args:
-        x_seq: input current, `[T, ...]`, or with time at `time_dim`; float16, bfloat16, float32 or float64. Contiguous
-            and channels_last layouts are used as they are. An input of any other layout is copied once.
-        decay: fraction of the potential that is left after a step (no unit, per step). Any number is allowed, also
-            outside of [0, 1].
+        x_seq: input current, `[T, ...]`, or with time at `time_dim`; float16, bfloat16, float32 or float64. An input
+            that is neither contiguous nor channels_last is copied once.
+        decay: fraction of the potential that is left after a step (no unit, per step). Any number is allowed.
         v_threshold, v_rest: threshold and resting potential, in units of x_seq.
         v_reset: potential after a spike (hard reset), or None for the soft reset.
         reset_amount: amount that a spike subtracts under the soft reset; default `v_threshold`.
-        width: width of the surrogate, > 0, in units of x_seq. In float32 it must be at least 1.1e-19, so that
-            1 / width^2 is finite. A width that is a tensor is checked only if it is on the CPU, because checking it on
-            a GPU would synchronise the device. It is not checked in compiled code either, nor if torch.func transforms
-            it. Where it is not checked, a width < 0 gives gradients of x_seq with the wrong sign, and a width of 0
-            gives gradients that are NaN. The surrogates fast_sigmoid and arctan compute the square of u / width, where
-            u is the potential before the reset minus the threshold. In float32 this square overflows where abs(u) is
-            somewhat above 1e19 * width. The gradient of these two surrogates is 0 there.
+        width: width of the surrogate, > 0 (in float32 at least 1.1e-19), in units of x_seq. A tensor is not checked on
+            a GPU, because this would synchronise the device, nor in compiled code, nor if torch.func transforms it.
+            Where a width is not checked, a width < 0 gives gradients of x_seq with the wrong sign, and a width of 0
+            gives gradients that are NaN.
         surrogate: the name of the surrogate F, a function that rises from 0 to 1: rectangle, triangle, sigmoid, arctan,
             erf, fast_sigmoid or laplace. In backward, the derivative of F(u / width) replaces that of the spike, where
             u is the potential before the reset minus the threshold. With `multi_spike` the name may also be
             periodic_exponential, whose slope peaks at every multiple of the threshold. With levels and without
-            multi_spike, the surrogate has no effect, and must be sigmoid or rectangle.
+            multi_spike, the surrogate must be sigmoid or rectangle, and has no effect.
         surrogate_gain: factor on the surrogate gradient.
         analog_prob: fraction of elements that emit the smooth value F(u / width) instead of a spike, rounded to a
             multiple of 1 / 65536. An element is one neuron at one time step. Default 0; the default of the layer `LIF`
-            is 0.5. analog_prob may also be a tensor of one value on x_seq's device. The value of a tensor can change
-            without recompiling a compiled graph, and gets no gradient. Its range is checked in the cases in which the
-            range of a width is checked. Otherwise the value is clamped to [0, 1], and NaN counts as 0.
-        rng_state: int64 tensor `[seed, offset]` on x_seq's device, which determines the noise. The noise of a neuron
-            depends on its place in memory, so a channels_last x_seq gets other noise than its contiguous copy.
+            is 0.5. analog_prob may also be a tensor of one value on x_seq's device, which can change without
+            recompiling a compiled graph, and gets no gradient. A tensor that is not checked (see width) is clamped to
+            [0, 1], and NaN counts as 0.
+        rng_state: int64 tensor `[seed, offset]` on x_seq's device, which determines the noise.
         generator: generator that draws rng_state if rng_state is not given; default the device's default generator.
-            With activation checkpointing give rng_state instead of a generator: checkpointing restores only the default
-            generator, and with another generator the second forward pass would draw new noise.
+            Activation checkpointing restores no other generator, so give it rng_state instead.
         input_gain, input_bias, input_mean: the input current is `input_gain * (x_seq - input_mean) + input_bias`.
         residual: shortcut of a residual block, in shape and type of x_seq. `residual_gain * residual` is added to the
-            input current. The sum is not stored in memory. A residual whose memory order is not that of x_seq is copied
-            once.
-        residual_gain: factor on the residual, a number. To learn a factor, multiply the residual by it before the call.
+            input current, and the sum is not stored in memory. A residual whose memory order is not that of x_seq is
+            copied once.
+        residual_gain: factor on the residual, a number.
         strict_threshold: fire at u > 0 instead of u >= 0. No effect with levels or multi_spike.
         scale_output: multiply the output by `v_threshold`. With levels and without multi_spike, divide it by `levels`
             instead.
         detach_reset: stop the gradient that flows through the spike in the reset. Default False; the default of the
-            layers is True. If this gradient is not stopped, gradients can explode over many steps. Under the hard
-            reset, a spike at a potential that is exactly the threshold multiplies the gradient by a factor of magnitude
-            `decay * (v_threshold - v_reset) * slope`. Here `slope` is that of the surrogate at the threshold,
-            1 / (4 * width) for a sigmoid and 1 / width for a rectangle. Gradients can explode if this magnitude is
-            above 1. For a rectangle, add decay / 2 to the magnitude first. A sigmoid also multiplies the gradient by up
-            to 1.22 * decay at potentials below v_reset.
+            layers is True. If this gradient is not stopped, gradients can explode over many steps: see the guide
+            "Choosing width, surrogate and noise".
         levels: emit an integer number of spikes per step (I-LIF), `round(clamp(h / v_threshold, 0, levels))` with ties
-            to even, where h is the potential before the reset; `levels` is at most 256. `h / v_threshold` is computed
-            as `h * (1 / v_threshold)`, where `1 / v_threshold` is first rounded to the type of the arithmetic. Very
-            close to a tie, the result can differ from that of a division. An analog element (see `analog_prob`) emits
-            `clamp(h / v_threshold, 0, levels)` without rounding. In backward the slope is `1 / v_threshold` where
-            `0 <= h <= levels * v_threshold`, both ends included, and 0 elsewhere; `width` must be 1. Each spike
-            subtracts `reset_amount`, so `v_reset` must be None. `v_threshold` must be > 0. A NaN potential emits NaN.
+            to even, where h is the potential before the reset; `levels` is at most 256. An analog element (see
+            `analog_prob`) emits `clamp(h / v_threshold, 0, levels)` without rounding. In backward the slope is
+            `1 / v_threshold` where `0 <= h <= levels * v_threshold`, both ends included, and 0 elsewhere; `width` must
+            be 1. Each spike subtracts `reset_amount`, so `v_reset` must be None. `v_threshold` must be > 0.
             `unroll_levels` turns the output into binary spikes. With multi_spike, levels only limits the number of
             spikes.
         multi_spike: emit `trunc(h / v_threshold)` spikes per step where h > 0. Each spike subtracts `reset_amount`, so
             `v_reset` must be None. `v_threshold` must be > 0; a tensor is checked in the cases in which a width is
-            checked. `analog_prob` must be 0: no surrogate is the slope of a smooth function that counts spikes, so
-            there is no smooth value that a neuron could emit.
+            checked. `analog_prob` must be 0, because no smooth function that counts spikes has a surrogate as its
+            slope.
         v_min: lower bound of the potential after the reset, in units of x_seq, `v = relu(v - v_min) + v_min`. Where the
             potential is at `v_min`, no gradient flows back through v. The bound does not apply to v_init.
         v_init: potential before the first step, in the shape of x_seq without time; default `v_rest`.
@@ -170,15 +158,15 @@ def lif(
     against x_seq: one value, `[C, 1, 1]`, `[C, H, W]`, `[T, 1, 1, 1, 1]`, and so on. Parameters and `v_init` are
     converted to the type of the arithmetic, which is float64 for a float64 x_seq and float32 otherwise.
 
-    If the potential of a neuron is NaN, its analog elements emit NaN, and so do all its elements with `levels` or
-    `multi_spike`. Otherwise the neuron emits no spike. Gradients of its parameters can be NaN.
+    An element whose potential is NaN emits NaN if it is analog, and with `levels` or `multi_spike`. Otherwise it emits
+    no spike.
 
     Returns:
         The spikes, in shape and type of x_seq, or a `LIFOutput` if a potential was asked for. All outputs are
         differentiable once with respect to x_seq, residual, v_init and every tensor parameter.
 
     Raises:
-        TypeError, ValueError: an argument has a wrong type, shape, device or range. Nothing is computed then.
+        TypeError, ValueError: an argument has a wrong type, shape, device or range.
         RuntimeError: the requested backend does not work here, or a backend other than "reference" is asked for
             forward-mode differentiation or, in backward, for a second derivative.
 
@@ -209,11 +197,11 @@ def lif(
             v = h * (1 - s[t]) + v_reset * s[t]
 
     With the surrogate rectangle, `a = ((h - v_threshold) * slope + 0.5).clamp(0, 1)`, and spikes and input gradients
-    are bit-identical to this loop. With levels, `a = (h * (1 / v_threshold)).clamp(0, levels)`, `z = a.round()`
-    and `v = h - reset_amount * s[t]`. With multi_spike, v is the same, and `z = (h > 0) * (h / v_threshold).trunc()`,
-    at most `levels` if given. periodic_exponential is laplace with another u. Below the threshold, u is
-    `h - v_threshold`, and from the threshold on `v_threshold * (2 * (h / v_threshold - 0.5).remainder(1) - 1)`. The
-    derivative of this u by h is taken as 1 everywhere, and that by v_threshold as -1.
+    are bit-identical to this loop. With levels, `a = (h * (1 / v_threshold)).clamp(0, levels)`, `z = a.round()` and
+    `v = h - reset_amount * s[t]`. With multi_spike, v is the same, and `z = (h > 0) * (h / v_threshold).trunc()`, at
+    most `levels` if given. periodic_exponential is laplace with another u: below the threshold `h - v_threshold`, and
+    from the threshold on `v_threshold * (2 * (h / v_threshold - 0.5).remainder(1) - 1)`. The derivative of this u by h
+    is taken as 1 everywhere, and that by v_threshold as -1.
     """
     if unknown:
         check_keywords(unknown, LIF_DEFAULTS, _CALLER)
@@ -373,8 +361,7 @@ def analog_mask(x_seq: Tensor, analog_prob: float, rng_state: Tensor, time_dim: 
     """Which elements of `x_seq` are analog with the noise of `rng_state`, as a bool tensor in the shape of x_seq.
 
     An analog element is one neuron at one time step that emits the smooth value instead of a spike. Only the shape,
-    memory layout and device of x_seq matter. `analog_prob` is rounded to a multiple of 1 / 65536. Raises the errors of
-    `lif`.
+    memory layout and device of x_seq matter. Raises the errors of `lif`.
 
     Example::
 
@@ -391,9 +378,8 @@ def analog_mask(x_seq: Tensor, analog_prob: float, rng_state: Tensor, time_dim: 
 def unroll_levels(s_seq: Tensor, levels: int, time_dim: int = 0) -> Tensor:
     """Turns integer spikes into binary ones. A step with s spikes becomes `levels` sub-steps, the first s of them 1.
 
-    A linear layer or a convolution without a bias gives the same for both forms: its output for the integer spikes of a
-    step is the sum of its outputs for the binary spikes over the sub-steps of this step. For binary spikes the layer
-    only adds up weights, without products.
+    The output of a linear layer or a convolution without a bias for the integer spikes of a step is the sum of its
+    outputs for the binary spikes of the sub-steps.
 
     Args:
         s_seq: `[T, ...]`, or with time at `time_dim`; integers in [0, levels], as `asgl_cuda.lif` emits with levels and
@@ -405,8 +391,8 @@ def unroll_levels(s_seq: Tensor, levels: int, time_dim: int = 0) -> Tensor:
 
     Raises:
         TypeError, ValueError: an argument has a wrong type or range, or s_seq has a value that is not a whole number in
-            [0, levels]. The check of values synchronises the device. It is omitted in compiled code, under torch.func,
-            on the device "meta", and for subclasses of Tensor.
+            [0, levels]. The check of values synchronises the device, and is omitted in compiled code and under
+            torch.func.
 
     Example::
 
@@ -415,7 +401,7 @@ def unroll_levels(s_seq: Tensor, levels: int, time_dim: int = 0) -> Tensor:
         sums = (asgl_cuda.unroll_levels(s_seq, 4) @ weight.T).unflatten(0, (2, 4)).sum(1)
         torch.testing.assert_close(sums, s_seq @ weight.T)
 
-    Source: Luo et al., ECCV 2024, as in `asgl_cuda.lif`.
+    Source: Luo et al., ECCV 2024, see `asgl_cuda.lif`.
     """
     caller = "asgl_cuda.unroll_levels"
     time_dim = check_input(s_seq, time_dim, caller, "s_seq")
@@ -452,25 +438,24 @@ class LIF(Neurons):
         surrogate_gain: factor on the surrogate gradient.
         analog_prob: fraction of elements that emit the smooth value `F(u / width)` instead of a spike in training, see
             `asgl_cuda.lif`. An element is one neuron at one time step. In evaluation all elements emit spikes. The
-            default is 0.5 here, 0 in `asgl_cuda.lif`, and 0.2 in the paper.
+            default is 0 in `asgl_cuda.lif`, and 0.2 in the paper.
         granularity: whether a learned parameter has one value per layer, per channel or per neuron.
-        learn_width, learn_decay, learn_threshold: whether width, decay and threshold are learned parameters; else they
-            are constants.
-        strict_threshold: fire only if the potential is above the threshold, and not if the two are equal.
+        learn_width, learn_decay, learn_threshold: whether width, decay and threshold are learned parameters or
+            constants.
+        strict_threshold: fire only if the potential is above the threshold, not if it is equal.
         detach_reset: stop the gradient that flows through the spike in the reset. If it is not stopped, gradients can
-            explode over many steps, see `asgl_cuda.lif`, where the default is False. `Monitor` measures their growth.
+            explode over many steps, which `Monitor` measures. The default is False in `asgl_cuda.lif`.
         scale_output: multiply the output by `v_threshold`. With levels and without multi_spike, divide it by `levels`
             instead.
         levels: emit a whole number of spikes per step, from 0 to `levels`: the potential divided by the threshold,
             clamped to this range and rounded (I-LIF). Analog elements (see `analog_prob`) are not rounded. `v_reset`
-            must be None. No width is learned, because the threshold takes its place. With multi_spike, levels only
-            limits the number of spikes.
+            must be None. The threshold takes the place of the width, which is not learned. With multi_spike, levels
+            only limits the number of spikes.
         multi_spike: emit as many spikes per step as thresholds fit into the potential. `v_reset` must be None, and
             `analog_prob` must always be 0.
-        v_min: lower bound of the potential after the reset, in units of the input. None: no bound.
-        stateful: carry the potential from call to call, as `v`, until `reset()` or `asgl_cuda.reset(model)`. Do not
-            use it with activation checkpointing, which calls the layer twice. `step(x_t)`, which computes one step
-            without the time dimension, always carries `v`.
+        v_min: lower bound of the potential after the reset, in units of the input, or None.
+        stateful: carry the potential from call to call, as `v`, until `reset()` or `asgl_cuda.reset(model)`. Do not use
+            it with activation checkpointing, which calls the layer twice. Calls of `step(x_t)` always carry `v`.
         store_v_seq: store the potentials of the last call, after the reset of each step, as the attribute `v_seq`, in
             the shape of the input.
         time_dim: time dimension of inputs.
@@ -480,8 +465,7 @@ class LIF(Neurons):
     A float may also be given as a tensor of one value. With granularity "channel" or "neuron", `width`, `decay`,
     `v_threshold`, `v_reset` and `reset_amount` may be tensors of shape `num_features`, learned or not. A tensor that
     requires a gradient, such as a Parameter, is accepted only for a learned parameter, as its initial value. `width`,
-    `decay` and `v_threshold` can be read and set at any time. All backends compute the same bits for a learned width or
-    decay. These may differ in the last bits from `torch.exp(log_width)` or `torch.sigmoid(logit_decay)`.
+    `decay` and `v_threshold` can be read and set at any time.
 
     Shapes: input and output are `[T, B, ...]`, or have time at `time_dim`. For granularity "channel", the dimension
     after the batch has the channels. For "neuron", the last dimensions have the neurons, in the shape `num_features`.
@@ -489,20 +473,14 @@ class LIF(Neurons):
     `layer(x_seq, residual)` computes `layer(x_seq + residual)` without storing the sum. `residual` must have the shape
     and type of x_seq.
 
-    A state dict has only the learned parameters, `log_width`, `logit_decay` and `threshold`. As in torch's layers, it
-    has no constants, flags, `analog_prob` or potentials. Therefore it also loads into a layer whose constant decay is
-    different, without a warning. `AnalogProbSchedule.state_dict()` contains `analog_prob`.
+    A state dict has only the learned parameters, `log_width`, `logit_decay` and `threshold`. It has no constants,
+    `analog_prob` or potentials, so it also loads into a layer whose constant decay is different, without a warning.
 
-    With `decay=1 - 1 / tau, input_gain=1 / tau` the layer in evaluation computes the spikes of SpikingJelly's
-    `LIFNode(tau=tau)`, except where a rounding decides on a spike. To train like `LIFNode`, add
-    `width=0.25, learn_width=False, analog_prob=0, detach_reset=False`.
+    Processes with the same seed draw the same noise, see the guide "Several GPUs".
 
-    Processes with the same seed draw the same noise. Call `torch.manual_seed(seed + rank)` after creating the model to
-    give each process its own noise.
-
-    Raises ValueError or TypeError for arguments out of range, and otherwise the errors of `asgl_cuda.lif`. Warns once
-    per process if neurons fire at rest (`v_threshold` at `v_rest` or below), if a soft reset does not lower the
-    potential, or if `surrogate_gain` is 0.
+    Raises ValueError or TypeError for wrong arguments, and the errors of `asgl_cuda.lif`. Warns once per process if
+    neurons fire at rest (`v_threshold` at `v_rest` or below), if a soft reset does not lower the potential, or if
+    `surrogate_gain` is 0.
 
     Example::
 
@@ -514,13 +492,12 @@ class LIF(Neurons):
         )
         s_seq = model(torch.randn(4, 32, 64))  # [T, B, 64] to [T, B, 128]
 
-    With a learned width the layer computes `asgl_cuda.lif(x_seq, width=log_width.exp(), ...)`. The docstring of `lif`
-    shows this as a loop in PyTorch; for `detach_reset=True`, use `s[t].detach()` in its last line.
+    The layer computes `asgl_cuda.lif(x_seq, width=width, ...)`, whose docstring shows the computation as a loop in
+    PyTorch. For `detach_reset=True`, use `s[t].detach()` in the last line of the loop.
 
-    With torch's initial weights and without a normalisation, deeper layers are often silent at first. With the
-    surrogate rectangle, silent layers learn nothing. With a sigmoid they learn late, or with SGD perhaps not at all.
-    The tutorial "A network that does not learn" shows how `asgl_cuda.Monitor` finds silent layers and
-    `asgl_cuda.calibrate` helps.
+    With torch's initial weights and without a normalisation, deeper layers are often silent at first, and then learn
+    late or not at all. The tutorial "A network that does not learn" shows how `asgl_cuda.Monitor` finds silent layers
+    and `asgl_cuda.calibrate` helps.
     """
 
     _caller = "asgl_cuda.LIF"

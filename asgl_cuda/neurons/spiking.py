@@ -82,7 +82,7 @@ class Neurons(NeuronLayer, Noisy):
     def reset_parameters(self) -> None:
         """Resets the learned parameters to the values that the constructor or a property set last. Clears states.
 
-        Call it after ``to_empty()``, which leaves the parameters of a layer made on the device "meta" without values.
+        Call it after ``to_empty()``, which leaves the parameters without values.
         """
         self.width, self.decay = self._width, self._decay
         fill_parameter(self.threshold, self._v_threshold)
