@@ -359,16 +359,13 @@ def batch_norm_lif(
 ) -> Tensor | LIFOutput:
     """Batch normalisation over time, batch and space, then leaky integrate-and-fire neurons: two layers in one.
 
-    In a float32 training step without a residual, this function reads and writes 36 bytes of memory per element, and
-    stores x_seq for backward. `torch.nn.BatchNorm2d` followed by `asgl_cuda.lif` reads and writes 52 bytes, and stores
-    the inputs of both.
+    The normalised input is not stored for backward, as it is by `torch.nn.BatchNorm2d` followed by `asgl_cuda.lif`.
 
     Args:
         x_seq: `[T, B, C, ...]` (or time at `time_dim`), float16, bfloat16, float32 or float64; the channels are the
             second dimension, not counting time.
         running_mean, running_var: running statistics, `[C]`, in units of x_seq and of its square. Without `training`,
-            x_seq is normalised by them. With `training`, they are updated if given, and must not share memory. They are
-            not differentiable.
+            x_seq is normalised by them. With `training`, they are updated if given. They are not differentiable.
         weight, bias: `[C]`; default 1 and 0.
         training: normalise by mean and variance of x_seq, each over all dimensions except the channels, instead of
             running_mean and running_var.
@@ -376,16 +373,14 @@ def batch_norm_lif(
             value.
         eps: added to the variance, >= 0.
         input_scale: factor on the normalised input; `alpha * v_threshold` for the tdBN of Zheng et al., AAAI 2021.
-        process_group: in training, share the statistics with these processes, as `torch.nn.SyncBatchNorm` does. Each of
-            them must make the call. "world" means all processes, or only this one if torch.distributed is not
-            initialised.
+        process_group: in training, share the statistics with these processes, each of which must make the call. "world"
+            means all processes, or only this one if torch.distributed is not initialised.
 
     The other arguments are those of `asgl_cuda.lif`, except `input_gain`, `input_bias` and `input_mean`. Results and
-    errors are as in `lif`. The result is differentiable once, also with respect to weight and bias. Statistics are
-    computed in float64 by sums that do not cancel, and the normalised value is not rounded to the type of x_seq. A
-    float16 input of mean 10 and standard deviation 0.1 is therefore normalised accurately. Inputs may be up to 1e15 in
-    magnitude, or 1e150 in float64. With larger inputs, gradients can be NaN or inaccurate. With `eps=0` the standard
-    deviation of a channel must be at least 1e-15, or 1e-150 in float64.
+    errors are as in `lif`, and the result is also differentiable with respect to weight and bias. Statistics are
+    computed in float64, and the normalised value is not rounded to the type of x_seq. Inputs may be up to 1e15 in
+    magnitude, or 1e150 in float64. With larger inputs, gradients can be NaN or inaccurate, and the running variance
+    infinite. With `eps=0` the standard deviation of a channel must be at least 1e-15, or 1e-150 in float64.
 
     Example::
 
@@ -658,39 +653,35 @@ class BatchNormLIF(LIF):
         num_features: number of channels; for granularity "neuron" the shape of the neurons, channels first.
         eps, momentum, affine, track_running_stats: as in `torch.nn.BatchNorm2d`.
         input_scale: factor on the normalised input; `alpha * v_threshold` for tdBN.
-        process_group: the processes that share statistics in training: a group as for `torch.nn.SyncBatchNorm`, "world"
-            for all processes that exist at each call, or None (default) for this process alone. A layer with a group
-            can't be copied or pickled; a layer with "world" can.
+        process_group: the processes that share statistics in training: a group, "world" for all processes that exist at
+            each call, or None (default) for this process alone. A layer with a group can't be copied or pickled; a
+            layer with "world" can.
         device, dtype: of the parameters and the running statistics.
         lif_options: arguments of `LIF`, except `input_gain`.
 
     Parameters and buffers have the names of `torch.nn.BatchNorm2d` and `LIF`, so that
     `{**norm.state_dict(), **lif.state_dict()}` loads.
 
-    The layer is not a subclass of torch's `_BatchNorm`, so functions for such layers skip it. Use
-    `asgl_cuda.convert_sync_batchnorm` instead of `torch.nn.SyncBatchNorm.convert_sync_batchnorm`. To compute the
-    running statistics anew, as `torch.optim.swa_utils.update_bn` does, first run these lines::
+    Functions for torch's `_BatchNorm` skip this layer. Instead of `torch.nn.SyncBatchNorm.convert_sync_batchnorm` use
+    `asgl_cuda.convert_sync_batchnorm`. To compute the running statistics anew, as `torch.optim.swa_utils.update_bn`
+    does, first run these lines::
 
         for layer in model.modules():
             if isinstance(layer, asgl_cuda.BatchNormLIF):
                 layer.reset_running_stats()
                 layer.momentum = None  # the average of all batches; restore it afterwards
 
-    Then call the model with all batches, in training mode and without gradients. If the model also has normalisations
-    of torch, let `update_bn` make these calls. It then computes the statistics of those normalisations anew as well.
+    Then call the model with all batches, in training mode and without gradients. `update_bn` makes these calls if the
+    model also has normalisations of torch.
 
-    Shapes: input and output are `[T, B, C, ...]`, or have time at `time_dim`. The other dimensions keep this order.
+    Shapes: input and output are `[T, B, C, ...]`, or have time at `time_dim`.
 
     `layer(x_seq, residual)` adds the shortcut of a residual block between the normalisation and the neurons: the
-    neurons get `input_scale * y + residual`, where y is the normalised input. This sum is not stored in memory.
-    `residual` must have the shape and type of x_seq.
+    neurons get `input_scale * y + residual`, where y is the normalised input. `residual` must have the shape and type
+    of x_seq.
 
-    Inputs may be up to 1e15 in magnitude, or 1e150 in float64. With larger inputs, gradients can be NaN or inaccurate,
-    and the running variance infinite. With `eps=0` the standard deviation of a channel must be at least 1e-15, or
-    1e-150 in float64.
-
-    Raises the errors of `LIF` and of `asgl_cuda.batch_norm_lif`. The docstring of `batch_norm_lif` shows how PyTorch
-    computes the same.
+    Raises the errors of `LIF` and of `asgl_cuda.batch_norm_lif`. The docstring of `batch_norm_lif` gives the range of
+    inputs, and shows how PyTorch computes the same.
 
     Example::
 

@@ -167,13 +167,12 @@ def leaky_integrator(
         return_v_last: return the potential after the last step as well, see `IntegratorOutput`.
         backend: one of `available_backends()`; default the best for x_seq's device.
 
-    If input_gain requires a gradient, x_seq is stored for backward. If decay requires a gradient, the output is stored.
-    In half types the stored output is rounded, and the gradient of decay is computed from these rounded potentials.
+    Backward needs x_seq only for the gradient of input_gain, and the output only for that of decay.
 
     Returns:
-        The potentials, in shape and type of x_seq; with return_v_last an `IntegratorOutput` of potentials and `v_last`.
-        The potentials and `v_last` are differentiable once with respect to x_seq and v_init, and with respect to decay
-        and input_gain if these are tensors. With the backend "reference" they have all derivatives.
+        The potentials, in shape and type of x_seq; with return_v_last an `IntegratorOutput`. All outputs are
+        differentiable once with respect to x_seq, v_init, and decay and input_gain if these are tensors. With the
+        backend "reference" they have all derivatives.
 
     Raises TypeError, ValueError and RuntimeError as `lif` does.
 
@@ -233,19 +232,14 @@ class LeakyIntegrator(NeuronLayer):
         input_gain: factor on the input.
         v_rest: resting potential, in units of the input.
         delay: emit at each step the potential from before this step, without the step's leak and input.
-        learn_decay: whether the decay is a learned parameter. Otherwise it is a constant.
-        stateful: carry the potential from call to call, as `v`, until `reset()` or `asgl_cuda.reset(model)`.
-            `step(x_t)`, which computes one step without the time dimension, always carries `v`.
+        learn_decay: whether the decay is a learned parameter or a constant.
+        stateful: carry the potential from call to call, as `v`, until `reset()` or `asgl_cuda.reset(model)`. Calls of
+            `step(x_t)` always carry it.
 
-    A float may also be given as a tensor of one value. With granularity "channel" or "neuron", decay may also be a
-    tensor of shape `num_features`. `decay` can be read and set at any time. A state dict contains only a learned decay,
-    as `logit_decay`.
+    With granularity "channel" or "neuron", decay may also be a tensor of shape `num_features`. `decay` can be read and
+    set at any time. A state dict contains only a learned decay, as `logit_decay`.
 
-    Neurons with a synaptic current are `nn.Sequential(LeakyIntegrator(decay=a), LIF(decay=b))`. Per neuron and step
-    these two layers read and write 4 values in forward and 5 in backward, because the current and its gradient are
-    stored in memory in between. A single kernel would read and write 2 values in forward and 3 in backward.
-
-    Raises ValueError or TypeError for arguments out of range, and otherwise the errors of `asgl_cuda.leaky_integrator`.
+    Raises ValueError or TypeError for wrong arguments, and the errors of `asgl_cuda.leaky_integrator`.
 
     Example::
 
@@ -258,8 +252,8 @@ class LeakyIntegrator(NeuronLayer):
         )
         scores = model(torch.randn(100, 32, 64))[-1]  # [T, B, 64] to [B, 10]: its value after the last step
 
-    With a learned decay the layer computes `asgl_cuda.leaky_integrator(x_seq, logit_decay.sigmoid(), ...)`. The
-    docstring of `leaky_integrator` shows the computation as a loop in PyTorch.
+    The layer computes `asgl_cuda.leaky_integrator(x_seq, decay, ...)`, whose docstring shows the computation as a loop
+    in PyTorch.
     """
 
     _caller = "asgl_cuda.LeakyIntegrator"
