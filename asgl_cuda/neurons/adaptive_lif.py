@@ -60,8 +60,8 @@ def adaptive_lif(
 
     Args:
         x_seq: input current, as for `lif`.
-        adapt_decay: fraction of the adaptation w that is left after a step. Like the next two arguments, it is a float
-            or a tensor as in `lif`.
+        adapt_decay: fraction of the adaptation w that is left after a step. Like the next two arguments, a float or a
+            tensor as in `lif`.
         adapt_potential: factor on the potential after the reset minus v_rest. At each step the product is added to w.
         adapt_spike: amount that a spike adds to w, in units of x_seq.
         to_threshold: add w to the threshold instead of subtracting it from the current. Under a soft reset without
@@ -90,10 +90,10 @@ def adaptive_lif(
             w = adapt_decay * w + (adapt_potential * v + adapt_spike * s[t])
 
     Sources: Bittar, Garner: A surrogate gradient spiking baseline for speech command recognition, Frontiers in
-    Neuroscience 2022. In that paper, w is driven by the potential before the soft reset, and here by the potential
-    after it. To compute what the paper computes, add `adapt_potential * reset_amount` to `adapt_spike`. For w
-    on the threshold: Bellec, Salaj, Subramoney, Legenstein, Maass: Long short-term memory and learning-to-learn in
-    networks of spiking neurons, NeurIPS 2018.
+    Neuroscience 2022. In that paper, the potential before the soft reset drives w, and not the potential after it. To
+    compute the same, add `adapt_potential * reset_amount` to `adapt_spike`. For w on the threshold: Bellec, Salaj,
+    Subramoney, Legenstein, Maass: Long short-term memory and learning-to-learn in networks of spiking neurons, NeurIPS
+    2018.
     """
     check_keywords(neuron, _KNOWN, _CALLER, _WITHOUT)
     check_bool("to_threshold", to_threshold, _CALLER)
@@ -216,14 +216,14 @@ class AdaptiveLIF(Adapting):
         num_features: as for `LIF`.
         adapt_decay: fraction of the adaptation that is left after a step, in [0, 1]. If learned it must be in
             [3.1e-7, 1 - 3.1e-7], and is stored as a logit.
-        adapt_potential: factor on the potential after the reset minus v_rest. At each step the product is added to the
+        adapt_potential: factor on the potential after the reset minus v_rest. Each step adds the product to the
             adaptation.
-        adapt_spike: amount that a spike adds to the adaptation. Like adapt_decay, this and adapt_potential are floats
-            or tensors, as the decay of `LIF` is.
-        to_threshold: add the adaptation to the threshold instead of subtracting it from the input current. Under a soft
-            reset without `reset_amount`, the adaptation is also added to the amount that a spike subtracts.
-        learn_adaptation: whether adapt_decay, adapt_potential and adapt_spike are learned parameters, with one value
-            per layer, channel or neuron as `granularity` says. Otherwise they are constants.
+        adapt_spike: amount that a spike adds to the adaptation. The three parameters are floats or tensors, as the
+            decay of `LIF` is.
+        to_threshold: add the adaptation to the threshold instead of subtracting it from the input current, see
+            `asgl_cuda.adaptive_lif`.
+        learn_adaptation: whether adapt_decay, adapt_potential and adapt_spike are constants, or learned with one value
+            per layer, channel or neuron as `granularity` says.
         lif_options: arguments of `LIF` except `input_gain`, `scale_output`, `levels`, `multi_spike` and `v_min`.
 
     A stateful layer carries the adaptation as `w`, in addition to `v`. If the adaptation is learned, the state dict has

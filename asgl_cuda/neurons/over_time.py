@@ -39,12 +39,10 @@ class OverTime(nn.Module):
 
     Shapes: `[T, B, ...]` to `[T, B, ...]`, or `[B, T, ...]` to `[B, T, ...]`. `layer` gets `[T * B, ...]`.
 
-    Raises TypeError if `layer` is not a module, or is one of torch's recurrent layers. Raises TypeError also if `layer`
-    contains a layer with state over time, of asgl_cuda or of a library that `asgl_cuda.convert` knows. If such a layer
-    is added later, the next call raises the error. A call raises TypeError if its input is not a tensor, and ValueError
-    if its input has fewer than two dimensions. If the first layer inside is one of torch's, such as a convolution, a
-    call also raises ValueError for an input with so few dimensions that this layer would take time or batch for
-    channels or features.
+    Raises TypeError if `layer` is not a module, is one of torch's recurrent layers, or contains a layer with state over
+    time, of asgl_cuda or of a library that `asgl_cuda.convert` knows. If such a layer is added later, the next call
+    raises the error. A call raises TypeError if its input is not a tensor, and ValueError if its input has fewer than
+    two dimensions, or so few that a layer of torch inside would take time or batch for channels or features.
 
     Example::
 

@@ -61,8 +61,8 @@ class RecurrentLIFOutput(NamedTuple):
 
     `s_seq`, `v_seq` and `h_seq` are those of `LIFOutput`, or of `AdaptiveLIFOutput` if there is an adaptation. With
     `return_v_last` there are also the states after the last step, in the shape of x_seq without time: the potential
-    `v_last`; the spikes `s_last`, which scale_output does not multiply; the synaptic current `i_last` if there is a
-    synapse; and `w_last` if there is an adaptation. States are float64 for a float64 input, and float32 otherwise.
+    `v_last`; the spikes `s_last`, without the factor of scale_output; with a synapse its current `i_last`; and with an
+    adaptation `w_last`. States are float64 for a float64 input, and float32 otherwise.
     """
 
     s_seq: Tensor
@@ -154,8 +154,7 @@ def recurrent_lif(
         x_seq: input current, `[T, B, N]`, or `[B, T, N]` with time_dim=1; types as for `lif`. An input that is not
             contiguous is copied once.
         weight: `[N, N]`, from the neurons of one step (columns) to the neurons of the next step (rows), as in
-            `torch.nn.Linear`; or `[N]`, from each neuron to itself. With the backend "cpu" and a weight `[N, N]`,
-            samples in which few neurons spike take less time.
+            `torch.nn.Linear`; or `[N]`, from each neuron to itself.
         bias: `[N]`, added at each step, also at the first.
         syn_decay: fraction of the synaptic current that is left after a step: a float, or a tensor of one value or
             `[N]`; None for no synapse.
@@ -166,23 +165,17 @@ def recurrent_lif(
         i_init: synaptic current before the first step, `[B, N]`, only with syn_decay; default 0.
         w_init: adaptation in the first step, `[B, N]`, only with adapt_decay; default 0.
         detach_recurrent: stop the gradient that flows through the weight to earlier spikes and s_init. The weight still
-            gets its gradient. detach_reset concerns only the reset.
+            gets its gradient.
         neuron: arguments of `lif` except `input_bias`, `input_mean`, `residual`, `residual_gain`, `levels`,
             `multi_spike` and `v_min`. Parameters have one value or `[N]`.
 
     Like all parameters, weight, bias and syn_decay are converted to the type of the arithmetic, also under autocast.
     Step t draws the noise that `lif` would draw for a sequence of this one step with the rng_state
-    `[seed + 0x61C8864680B583EB * t, offset]`, modulo 2^64. `analog_mask` of the step with this rng_state tells which
-    elements are analog. The smooth values of analog elements are fed back. Calls whose offsets differ modulo 2^32 share
-    no noise, whatever their lengths.
+    `[seed + 0x61C8864680B583EB * t, offset]`, modulo 2^64. Calls whose offsets differ modulo 2^32 share no noise. The
+    smooth values of analog elements are fed back.
 
-    Backward needs the spikes and the potentials before the reset. For a float32 x_seq these potentials take 4 bytes per
-    element in addition to the output. With scale_output, and in half types, a second copy of the spikes is stored. The
-    synaptic current is stored if syn_decay is a tensor. The adaptation is stored if adapt_decay is a tensor, and with
-    to_threshold.
-
-    The backend "cpu" computes all steps of 16 samples of the batch in one kernel. On a GPU each step takes a matrix
-    product and the kernel of `lif`.
+    Backward needs the spikes and the potentials before the reset, which take 4 bytes per element for a float32 x_seq.
+    The guide "Recurrent neurons" says what else is stored, and how the backends compute.
 
     Returns:
         The spikes, or a `RecurrentLIFOutput` if a state was asked for. They are differentiable once with respect to
@@ -368,29 +361,26 @@ class RecurrentLIF(Adapting):
         bias: whether the recurrent current has a bias.
         autapses: whether neurons are connected to themselves; if not, the diagonal of the weight has no effect.
         syn_decay: fraction of the synaptic current that is left after a step, in [0, 1], a float or a tensor like
-            `decay` of `LIF`; None for no synapse. A learned syn_decay must be in [3.1e-7, 1 - 3.1e-7], and is stored as
-            a logit.
+            `decay` of `LIF`; None for no synapse. If learned it must be in [3.1e-7, 1 - 3.1e-7], and is stored as a
+            logit.
         learn_syn_decay: whether syn_decay is a parameter, with one value per layer or neuron as `granularity` says.
         detach_recurrent: stop the gradient that flows through the weight to the spikes of the step before.
         adapt_decay, adapt_potential, adapt_spike, to_threshold, learn_adaptation: arguments of `AdaptiveLIF`, for
             recurrent neurons with an adaptation (RadLIF, LSNN). Without adapt_decay there is no adaptation. With
             adapt_decay, the others have the defaults of `AdaptiveLIF`, and input_gain must be 1.
         device, dtype: of the parameters.
-        lif_options: arguments of `LIF` except `num_features`, `levels`, `multi_spike` and `v_min`. The granularities
-            "channel" and "neuron" have the same effect here.
+        lif_options: arguments of `LIF` except `num_features`, `levels`, `multi_spike` and `v_min`. The granularity
+            "channel" is the same as "neuron" here.
 
     Shapes: input and output are `[T, B, N]`, or `[B, T, N]` with time_dim=1.
 
     Weight and bias are initialised as in `torch.nn.RNN`, uniformly from `[-1 / sqrt(N), 1 / sqrt(N)]`. In addition to
-    the parameters of `LIF`, a state dict has `recurrent_weight` and `recurrent_bias`. It also has `logit_syn_decay` if
-    syn_decay is learned, and the parameters of the adaptation if these are learned. A stateful layer carries the
-    potential `v` and the last spikes `s` from call to call. With a synapse it also carries the synaptic current `i`,
-    and with an adaptation the adaptation `w`.
+    the parameters of `LIF`, a state dict has `recurrent_weight` and `recurrent_bias`, and if these are learned
+    `logit_syn_decay` and the parameters of the adaptation. A stateful layer carries the potential `v` and the last
+    spikes `s`, with a synapse also its current `i`, and with an adaptation `w`.
 
-    `asgl_cuda.recompute_spikes` has no effect on this layer, because the backward pass of the layer itself needs the
-    spikes.
-
-    Raises the errors of `LIF`.
+    `asgl_cuda.recompute_spikes` has no effect on this layer, whose own backward needs the spikes. Raises the errors of
+    `LIF`.
 
     Example::
 
@@ -402,9 +392,9 @@ class RecurrentLIF(Adapting):
         )
         scores = model(torch.randn(100, 32, 40)).mean(0)  # [T, B, 40] to [B, 12]
 
-    The layer computes `asgl_cuda.recurrent_lif(x_seq, layer.recurrent_weight, ...)`. The docstring of `recurrent_lif`
-    shows the computation as a loop in PyTorch, without noise and without an adaptation. For `detach_reset=True`, use
-    `s.detach()` in the last line of the loop.
+    The layer computes `asgl_cuda.recurrent_lif(x_seq, layer.recurrent_weight, ...)`, whose docstring shows the
+    computation as a loop in PyTorch, without noise and adaptation. For `detach_reset=True`, use `s.detach()` in the
+    last line of the loop.
     """
 
     _caller = "asgl_cuda.RecurrentLIF"
