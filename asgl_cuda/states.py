@@ -198,18 +198,17 @@ def _remove_time_dim(output: Tensor, x_t: Tensor, time_dim: int) -> Tensor:
 def step(model: nn.Module, x_t: Tensor, *, time_dim: int | None = None) -> Any:
     """Calls a model for one time step. Input and output have no time dimension, and layers keep their states.
 
-    T calls compute the same as one call with a sequence of T steps, and in evaluation neurons give the same bits. In
-    training, each step draws new noise, and `BatchNormLIF` normalises by the statistics of that step. Layers of
-    asgl_cuda keep their states from step to step even if they are not `stateful`. After `asgl_cuda.reset(model)` they
-    start at rest again, and `asgl_cuda.detach(model)` cuts the graph for truncated backpropagation. Layers of
-    SpikingJelly, snnTorch and sinabs carry their states as usual, converted or not. If all layers take one step per
-    call, such as SpikingJelly's in step mode "s", the model gets x_t without a time dimension.
+    In evaluation, T calls compute the same as one call with a sequence of T steps, up to rounding. In training, each
+    step draws new noise, and `BatchNormLIF` normalises by the statistics of that step. Layers of asgl_cuda need not be
+    `stateful`. After `asgl_cuda.reset(model)` they start at rest again. Layers of SpikingJelly, snnTorch and sinabs
+    carry their states as usual, converted or not. If all layers take one step per call, such as SpikingJelly's in step
+    mode "s", the model gets x_t without a time dimension.
 
     Args:
-        model: any module whose output has the time dimension of its input. Compute sums over time after the steps,
-            outside of the model. If the model's own forward keeps a state or mixes time steps, for example by
-            `asgl_cuda.lif`, a shift or attention, results differ from those for a sequence, which is not detected. To
-            compile, call `asgl_cuda.step(torch.compile(model), x_t)`. The calls of layers are then not checked.
+        model: any module whose output has the time dimension of its input. If its own forward keeps a state or mixes
+            time steps, for example by `asgl_cuda.lif`, a shift or attention, results differ from those for a sequence,
+            which is not detected. To compile, call `asgl_cuda.step(torch.compile(model), x_t)`, which does not check
+            the calls of layers.
         x_t: the input of the step, `[B, ...]`.
         time_dim: dimension of time in the model's input and output; default the `time_dim` of the layers.
 
@@ -270,8 +269,8 @@ def step(model: nn.Module, x_t: Tensor, *, time_dim: int | None = None) -> Any:
 def reset(model: nn.Module) -> None:
     """Clears the states that the layers of a model carry, such as potentials, so that their next call starts at rest.
 
-    `reset` also resets the layers of SpikingJelly, snnTorch and sinabs, by the methods of these libraries, whether the
-    layers are converted or not. Norse's layers carry no state.
+    `reset` also resets the layers of SpikingJelly, snnTorch and sinabs, converted or not. Norse's layers carry no
+    state.
 
     Raises TypeError if `model` is not a module.
 

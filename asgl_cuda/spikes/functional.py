@@ -209,30 +209,27 @@ def spike_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
     """`torch.nn.functional.linear` for inputs that are mostly zero, such as spikes. It skips the zeros.
 
     Args:
-        input: `[..., in_features]`, with any values. Values other than 1 are multiplied by the weight as usual, also
-            NaN and infinity.
+        input: `[..., in_features]`, with any values, also NaN and infinity.
         weight: `[out_features, in_features]`.
         bias: `[out_features]`.
 
     On the CPU in float32 and float64, the sum of each output begins with the bias and adds the non-zero inputs in their
-    order, by fused multiply-add if the processor has it. An output therefore has the same bits alone and in a batch,
-    for any number of threads and, with AVX2 or AVX-512, on any processor. If a weight is not finite and its input is
-    zero, the weight has no effect on the output, whereas torch's output is NaN. The gradient of this input is then
-    not finite in either function.
+    order. An output therefore has the same bits alone and in a batch, for any number of threads and, with AVX2 or
+    AVX-512, on any processor. If a weight is not finite and its input is zero, the weight has no effect on the output,
+    whereas torch's output is NaN.
 
     `torch.nn.functional.linear` is used for other types, devices and layouts, under autocast, and in forward-mode
     differentiation.
 
     For the gradient of the weight, one bit per element is stored instead of the input, and the non-zero values if one
-    of them is not 1. The input itself is stored if it takes no more memory, and in compiled code.
+    of them is not 1. In compiled code the input itself is stored.
 
     Returns:
         `[..., out_features]`, differentiable once with respect to all arguments.
 
     Raises:
         TypeError: input or weight is not a tensor.
-        ValueError: sizes do not fit.
-        RuntimeError: the same, where torch's operator is used (see above).
+        ValueError: sizes do not fit; a RuntimeError where torch's operator is used.
 
     Example::
 
@@ -265,16 +262,14 @@ def spike_conv2d(
         bias: `[out_channels]`.
         stride, padding, dilation, groups: as in torch.
 
-    The computation is that of `spike_linear`. A sum adds the non-zero inputs in the order of the kernel's rows, then of
-    its columns, then of the channels. torch's operator is also used for dilations and groups other than 1.
+    The computation is that of `spike_linear`. torch's operator is also used for dilations and groups other than 1.
 
     Returns:
         `[N, out_channels, H', W']` or `[out_channels, H', W']`, differentiable once with respect to all tensors.
 
     Raises:
         TypeError: input or weight is not a tensor.
-        ValueError: sizes do not fit.
-        RuntimeError: the same, where torch's operator is used (see above).
+        ValueError: sizes do not fit; a RuntimeError where torch's operator is used.
 
     Example::
 

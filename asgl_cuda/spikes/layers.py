@@ -96,17 +96,14 @@ class SpikeLinear(_SpikeLayer, nn.Linear):
 
     Shapes: `[..., in_features]` to `[..., out_features]`.
 
-    See `spike_linear` for the computation, and for the cases in which torch's operator is used. In all other cases the
-    layer uses the list of non-zero inputs, even if the input is dense. With hundreds of features, we estimate that it
-    is faster than `torch.nn.Linear` if at most about half of the inputs are non-zero, and may be slower otherwise. With
-    0.2 of them non-zero, evaluations of large batches by layers with 512 and 1,024 outputs were 3.4 to 3.6 times as
-    fast as `torch.nn.Linear`. Layers with fewer than about 32 outputs gain little or nothing.
+    See `spike_linear` for the computation, and for the cases in which torch's operator is used. With hundreds of
+    features, we estimate that the layer is faster than `torch.nn.Linear` if at most about half of the inputs are
+    non-zero: see the guide "Layers that only spikes cost".
 
     In evaluation and without gradients, calls with a few samples, such as single time steps, use a transposed copy of
     the weight. The layer keeps the copy until the weight changes, until a call needs a gradient of the weight, or until
-    ``train()`` or ``eval()`` is called. Changes that torch does not count, through ``.data`` or NumPy, are not noticed
-    until then. In training, a call with a single sample transposes the weight first, and is slower than that of
-    `torch.nn.Linear`.
+    ``train()`` or ``eval()`` is called. Changes through ``.data`` or NumPy are not noticed until then. In training, a
+    call with a single sample is slower than that of `torch.nn.Linear`.
 
     Raises the errors of `spike_linear`.
 
@@ -114,8 +111,6 @@ class SpikeLinear(_SpikeLayer, nn.Linear):
 
         model = nn.Sequential(nn.Linear(40, 512), asgl_cuda.LIF(), asgl_cuda.SpikeLinear(512, 256), asgl_cuda.LIF())
         s_seq = model(torch.randn(100, 32, 40))  # [T, B, 40] to [T, B, 256]
-
-    The same in PyTorch: `torch.nn.Linear`.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -160,8 +155,6 @@ class SpikeConv1d(_SpikeConv, nn.Conv1d):
 
         layer = asgl_cuda.SpikeConv1d(64, 64, 5, padding=2)
         current = layer((torch.rand(32, 64, 100) < 0.1).float())  # [32, 64, 100]
-
-    The same in PyTorch: `torch.nn.Conv1d`.
     """
 
 
@@ -176,8 +169,7 @@ class SpikeConv2d(_SpikeConv, nn.Conv2d):
 
     See `spike_conv2d` for the computation, and for the cases in which torch's operator is used. See `SpikeLinear` for
     the copy of the weight. We estimate that the layer is faster than `torch.nn.Conv2d` if at most about 0.4 of the
-    inputs are non-zero, or 0.15 with only 32 channels. Layers with fewer than about 32 input or output channels gain
-    little or nothing. The first layer of a network usually gains nothing either, because its input is dense.
+    inputs are non-zero, or 0.15 with only 32 channels.
 
     Raises the errors of `spike_conv2d`.
 
@@ -187,8 +179,6 @@ class SpikeConv2d(_SpikeConv, nn.Conv2d):
             asgl_cuda.OverTime(asgl_cuda.SpikeConv2d(64, 64, 3, padding=1, bias=False)), asgl_cuda.BatchNormLIF(64)
         )
         s_seq = block((torch.rand(4, 8, 64, 16, 16) < 0.1).float())  # [T, B, C, H, W]
-
-    The same in PyTorch: `torch.nn.Conv2d`.
     """
 
 
