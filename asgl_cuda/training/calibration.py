@@ -61,33 +61,30 @@ def calibrate(model: nn.Module, x_seq: Any, rate: float = 0.2) -> Calibration:
     """Scales the weights before the neurons, with one batch, until each layer fires at `rate`.
 
     In networks without normalisation the deeper layers are otherwise often silent at first, and then learn late or not
-    at all. Call `calibrate` once, after the model has been made or converted and before the first step of the
-    optimizer. It scales the weight of the linear layer or convolution before the neurons, also if views, pooling,
-    dropout or synaptic currents lie in between. If a normalisation lies in between, or belongs to a `BatchNormLIF`,
-    `calibrate` instead scales the weight of the normalisation. Nothing else of the model changes.
+    at all. Call `calibrate` once, before the first step of the optimizer, and after `convert` if you use it. It scales
+    the weight of the linear layer or convolution before the neurons, also if views, pooling, dropout or synaptic
+    currents lie in between. If a normalisation lies in between, or belongs to a `BatchNormLIF`, `calibrate` instead
+    scales the weight of the normalisation. Nothing else of the model changes.
 
     Rates are measured on a copy of the model with hard spikes, without dropout, from rest. Normalisations that are in
-    training mode use the statistics of the batch. The factor of each weight is found from the input of the neurons
-    after it, and confirmed by another run of the copy.
+    training mode use the statistics of the batch.
 
     Args:
-        model: any module with firing layers of asgl_cuda or converted ones, which runs all time steps in one call. A
-            model in DistributedDataParallel is calibrated on the batches of all processes, so every process must call
-            `calibrate`.
+        model: any module with firing layers of asgl_cuda or converted ones, which runs all time steps in one call. With
+            a model in DistributedDataParallel every process must call `calibrate`, with its own batch.
         x_seq: a batch as the model takes it; a tuple contains the positional arguments.
         rate: fraction of elements with a spike, in (0, 1). An element is one neuron at one time step. The rate is
-            reached to within 1 % of `rate`, or to within one spike of the batch if that is more. If the input has few
-            distinct values, only some rates can be reached. Then the nearest of them is taken if it lies between half
-            of `rate` and twice `rate`.
+            reached to within 1 % of `rate`, or to within one spike of the batch if that is more. If an input with few
+            distinct values allows only some rates, the nearest of them is taken, between `rate / 2` and `2 * rate`.
 
     Returns the layers in order of execution, with their rates before and after and their factors, and the layers that
     did not run.
 
-    Raises ValueError if no factor can bring a layer to `rate`. This is so if the input of the layer comes from several
-    paths or from no weight, if the weight is shared, parametrised or frozen, or if the rate is out of reach or depends
-    on earlier calls. The message names the layer. Also raises ValueError for a rate outside of (0, 1), for a model
-    without such layers, and for an `x_seq` that the model does not take, and TypeError if `model` is not a module.
-    After an error the model is unchanged.
+    Raises ValueError, which names the layer, if no factor can bring a layer to `rate`: its input comes from several
+    paths or from no weight, the weight is shared, parametrised or frozen, or the rate is out of reach or depends on
+    earlier calls. Also raises ValueError for a rate outside of (0, 1), for a model without such layers, and for an
+    `x_seq` that the model does not take, and TypeError if `model` is not a module. After an error the model is
+    unchanged.
 
     Example::
 

@@ -15,11 +15,10 @@ def spiking_eval(model: nn.Module) -> Iterator[None]:
     """A context in which every ASGL layer emits hard spikes, with surrogate gradients, for attacks and fine-tuning.
 
     On entry `analog_prob` is set to 0. On exit each layer gets its own value back, also after an exception. Nothing
-    else changes: not the modes of batch norm and dropout, carried potentials or `requires_grad`. Attacks need
-    `model.eval()` as well, and fine-tuning does not. Do not step an `AnalogProbSchedule` inside, because its values are
-    lost on exit.
+    else changes, for example not the modes of batch norm and dropout. Attacks need `model.eval()` as well, and
+    fine-tuning does not. Do not step an `AnalogProbSchedule` inside, because its values are lost on exit.
 
-    The result is a context manager and a decorator of functions. A call without `with` does nothing.
+    The result is a context manager and a decorator of functions.
 
     Raises ValueError for a model without ASGL layers, and TypeError if `model` is not a module, both on entry.
 

@@ -38,42 +38,37 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Groups for an optimizer: "weights" with `lr` and `weight_decay`, "widths" and "neurons" with rates of their own.
 
-    Weights get the weight decay of the optimizer, as in `AdamW(parameter_groups(model, lr), weight_decay=0.05)`, unless
-    `weight_decay` gives them another. The `lr` of the optimizer has no effect, because each group has its own.
+    Weights get the weight decay of the optimizer unless `weight_decay` gives them another. The `lr` of the optimizer
+    has no effect, because each group has its own.
 
     "widths" are the widths of ASGL layers. "neurons" are the other parameters of these layers and of `LeakyIntegrator`:
     decays, thresholds and adaptations. The parameters of both groups scale the gradients of all layers before them, and
     get no weight decay.
 
-    By default both groups take the step of Adam or of a variant of Adam, whatever the optimizer of the weights and its
-    rate are. Their rates are 0.03 for "widths" and 3e-3 for "neurons". A step then usually changes a width by at most
-    about 3 %. If the optimizer is torch's `Adam`, `AdamW`, `Adamax`, `NAdam` or `RAdam`, both groups take its own step.
-    For any other optimizer, hooks around its `step` take Adam's step. The options of that optimizer, such as momentum,
-    then do not apply to the two groups, except `maximize`. You may accumulate gradients, call `unscale_` of a
-    GradScaler, and clip, as usual. Adam's averages are in the state dict of the optimizer. Most schedulers scale the
-    rates of all groups together. `OneCycleLR` and `CyclicLR` set the rates themselves, so give them rates for each
-    group.
+    By default the rates of these two groups are 0.03 for "widths" and 3e-3 for "neurons", so that a step usually
+    changes a width by at most about 3 %. If the optimizer is torch's `Adam`, `AdamW`, `Adamax`, `NAdam` or `RAdam`,
+    both groups take the step of that optimizer. For any other optimizer, hooks around its `step` take Adam's step. The
+    options of that optimizer, such as momentum, then do not apply to the two groups, except `maximize`. Most schedulers
+    scale the rates of all groups together. `OneCycleLR` and `CyclicLR` set the rates themselves, so give them rates for
+    each group.
 
     Give `width_lr` if the optimizer is not a `torch.optim.Optimizer`, if it calls its closure several times, or if a
     CUDA graph captures its step. Then the parameters of both groups are in "neurons", and the optimizer treats this
-    group as any other, with the rate `width_lr`. (On CIFAR, the authors of ASGL train 1 / width by Adam at 3e-4 for
-    117,000 steps.)
+    group as any other, with the rate `width_lr`.
 
     With `norm_weight_decay`, usually 0, there is a group "norms" between "weights" and the others, with `lr` and this
     decay. It has the parameters with at most one dimension, other than those of neurons, such as biases and the
     parameters of normalisations, and all parameters of `LayerNorm` and `RMSNorm`. With None these stay among the
     weights.
 
-    Parameters of modules inside of an ASGL layer do not belong to "neurons", except those of the node in a converted
-    recurrent container. The parameters of the normalisation in `BatchNormLIF` do not belong to "neurons" either, nor do
-    the weights and biases of recurrences. Every parameter is in one group, once, even if it is shared or frozen:
-    optimizers skip frozen parameters. Empty groups are omitted.
+    The normalisation in `BatchNormLIF` and the weights and biases of recurrences do not belong to "neurons". Every
+    parameter is in one group, once, even if it is shared or frozen. Empty groups are omitted.
 
     Returns the groups as a list of dicts, each with its "name".
 
     Raises ValueError for a rate or decay that is not at least 0, and TypeError for arguments of another type. Warns
     once per process if a model has several layers of `LIF`, no normalisation of torch or asgl_cuda, and torch's initial
-    weights: its deeper layers are likely silent at first, and then learn late or not at all.
+    weights, because its deeper layers are then likely silent at first.
 
     Example::
 
