@@ -15,8 +15,7 @@ def asgl_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """The ASGL layers of a model with their names, in the order of `named_modules`, each once.
 
     An ASGL layer is a module with `analog_prob` (a float), `log_width` (a parameter or None) and `width`. Layers whose
-    `analog_prob` is 0 are included, even those with `multi_spike=True`, which can't have noise. Raises TypeError if
-    `model` is not a module.
+    `analog_prob` is 0 are included. Raises TypeError if `model` is not a module.
 
     Example::
 

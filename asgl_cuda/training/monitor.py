@@ -246,31 +246,28 @@ class Monitor:
     - `firing_rate`: fraction of elements whose potential reached the threshold, even if they emitted a smooth value.
       With `levels`, fraction of elements that emitted at least one spike.
     - `analog_share`: fraction of elements whose output was a smooth value that differs from the spike of the element.
-      On average it is at most `analog_prob`.
     - `inside`: fraction of elements inside the window of the surrogate, abs(u / width) < 1/2. With `levels`, fraction
       of elements whose number of spikes was not limited by 0 or `levels`.
-    - `smoothing_error`: mean of abs(H(u) - spike) over all elements. The paper expects that it vanishes. With
-      `multi_spike`, `smoothing_error` and `analog_share` are missing.
+    - `smoothing_error`: mean of abs(H(u) - spike) over all elements. With `multi_spike`, `smoothing_error` and
+      `analog_share` are missing.
     - `growth`: the largest factor by which the gradient of a neuron's potential grows on its way back from any time
       step to any earlier one, 1 if the gradient never grows, as the mean over neurons and samples. The factor between
       two steps is the product of `decay * dv[t]/dh[t]` over the steps between them, where h is the potential before the
-      reset and v the potential after it. It is computed from the potentials of the call, without a backward pass.
-      Gradients through recurrent weights and from layer to layer are not included. Missing with an adaptation.
+      reset and v the potential after it. Gradients through recurrent weights and from layer to layer are not included.
+      Missing with an adaptation.
     - `constant`: fraction of channels whose variance is less than `eps / 100`, so that after normalisation little more
       than the bias is left. Only for layers that normalise by the statistics of each call, such as BatchNormLIF in
-      training. The printed table does not show this quantity.
+      training.
     - `dead`: fraction of neurons that never spiked in any sample. `saturated`: fraction of neurons that spiked at every
-      step of all samples. In an input `[T, B, ...]`, the dimensions after the batch have the neurons. If an input has
-      only one dimension besides time, this dimension has the neurons.
+      step of all samples. In an input `[T, B, ...]`, the dimensions after the batch have the neurons.
     - `nonzero_inputs`: fraction of inputs that are not 0. Only for spike layers (`SpikeLinear` and others), which have
       none of the other quantities. `problems()` names the spike layers that are likely slower than torch's layers.
 
-    Watching changes no output, gradient, state or random number. `LIF`, `RecurrentLIF` and their subclasses
-    compute each watched call twice, unless a subclass has a `forward` of its own. For such subclasses and all other
-    layers, the output, or its first element if it is a tuple, is taken for spikes of height 1, and `inside`,
-    `smoothing_error` and `growth` are missing. `dead` and `saturated` are then known only if the layer has an attribute
-    `time_dim`: the time dimension, or None if each call is a single step. Calls in compiled code and under transforms
-    of torch.func are not seen. A quantity that was never seen is missing.
+    Watching changes no output, gradient, state or random number. `LIF`, `RecurrentLIF` and their subclasses compute
+    each watched call twice, unless a subclass has a `forward` of its own. For such subclasses and all other layers, the
+    output is taken for spikes of height 1, and `inside`, `smoothing_error` and `growth` are missing. `dead` and
+    `saturated` are then known only if the layer has an attribute `time_dim`: the time dimension, or None if each call
+    is a single step. Calls in compiled code and under transforms of torch.func are not seen.
 
     `print(monitor)` prints a table of the quantities, and then the lines of `problems()`.
 
@@ -419,8 +416,7 @@ class Monitor:
     def scalars(self) -> dict[str, float]:
         """The quantities as one dict for loggers, such as TensorBoard's `writer.add_scalar(name, value, step)`.
 
-        A name has the quantity and the layer, as in `firing_rate/1`. If the model itself is the layer, the name has
-        only the quantity. The quantity `constant` is not included.
+        A name has the quantity and the layer, as in `firing_rate/1`. The quantity `constant` is not included.
         """
         found = self.result()
         return {

@@ -20,24 +20,22 @@ _CALLER = "asgl_cuda.FiringRates"
 class FiringRates:
     """Differentiable firing rates of the ASGL layers of a model, for calls inside `with rates:` or after `start()`.
 
-    The rate of a layer is the mean of its output over these calls, in spikes per neuron and time step. In training,
-    neurons with `analog_prob` emit smooth values instead of some spikes, and the mean includes these values. With
-    `levels` or `multi_spike` a neuron can emit several spikes per step. Each of them is counted, so such a rate can
-    exceed 1.
+    The rate of a layer is the mean of its output over these calls, in spikes per neuron and time step. In training, the
+    mean includes the smooth values of neurons with `analog_prob`. With `levels` or `multi_spike` all spikes of a step
+    are counted, so the rate can exceed 1.
 
     Args:
-        model: any module that contains ASGL layers (see `asgl_cuda.asgl_layers`). `asgl_cuda.convert` turns neurons of
-            other libraries into such layers.
-        process_group: the processes over which rates are averaged. This is a process group of torch.distributed,
-            "world" for all processes that exist when the rates are taken, or None for this process alone. Under
-            DistributedDataParallel, averaged rates give the gradients that one process with all samples would have.
-            All processes of the group must take the rates.
+        model: any module that contains ASGL layers (see `asgl_cuda.asgl_layers`), such as those that
+            `asgl_cuda.convert` makes.
+        process_group: the processes over which rates are averaged: a process group of torch.distributed, "world" for
+            all processes that exist when the rates are taken, or None for this process alone. All processes of the
+            group must take the rates.
 
     `take()` returns the rates over the calls since rates were last taken. `penalty()` takes the rates as well, and
     returns a penalty on them. Only calls that autograd records are counted, so an evaluation under `torch.no_grad()`
     between training steps changes nothing. The autograd graph of each call is kept until the rates are taken, so take
-    them once per training step. If the model is compiled by torch.compile, call `start()` before the first call of the
-    model. Calls under transforms of torch.func and under reentrant activation checkpointing are not counted.
+    them once per training step. Before the first call of a compiled model call `start()`. Calls under transforms of
+    torch.func and reentrant checkpoints are not counted.
 
     Example::
 
@@ -141,8 +139,7 @@ class FiringRates:
 
         Returns a scalar tensor. With None it is the mean of the rates of all layers that were called, which pushes
         towards silence. With a rate or a dict it is the mean of `(rate - target) ** 2` over the called layers that have
-        a target. Such a penalty also raises the rates of layers that fire too rarely, if their potentials reach the
-        window of the surrogate.
+        a target.
 
         Raises the errors of `take`, TypeError or ValueError for invalid targets, and KeyError if the dict has a name
         that no layer has.
