@@ -28,10 +28,10 @@ class AnalogProbSchedule:
         prob_at: a function `prob_at(start, epoch)` that returns the `analog_prob`, in [0, 1], at `epoch` of a layer
             whose initial value was `start`.
 
-    `multi_step`, `cosine` and `linear` make common schedules. Call `step()` after each epoch. `epoch` counts these
-    calls. `starts` has the initial values and `probs` the current values, by layer name.
+    `multi_step`, `cosine` and `linear` make common schedules. Call `step()` after each epoch, which `epoch` counts.
+    `starts` has the initial values and `probs` the current values, by layer name.
 
-    A new value does not recompile a model of torch.compile, except when it becomes 0 or stops being 0.
+    A model of torch.compile is compiled again only when a value becomes 0 or stops being 0.
 
     Raises ValueError if the model has no layer to schedule or if `prob_at` returns a value out of range, and TypeError
     if the arguments are not a module and a function.
@@ -124,8 +124,7 @@ class AnalogProbSchedule:
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restores the epoch and the initial values that `state_dict` returned, and sets `analog_prob` of the layers.
 
-        A model's own state dict does not contain `analog_prob`. Raises ValueError or TypeError for a state of other
-        layers or objects. The schedule and the layers are then unchanged.
+        Raises ValueError or TypeError, and changes nothing, for a state of other layers or objects.
         """
         if not isinstance(state_dict, Mapping) or not {"epoch", "starts"} <= state_dict.keys():
             raise ValueError(

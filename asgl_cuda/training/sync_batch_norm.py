@@ -19,8 +19,7 @@ def convert_sync_batchnorm(model: nn.Module, process_group: Any = None) -> nn.Mo
     """The model, with normalisations that share batch statistics between processes in training.
 
     Applies `torch.nn.SyncBatchNorm.convert_sync_batchnorm` in place, and also converts `BatchNormLIF`, which torch's
-    function skips. Layers that `asgl_cuda.fuse` has merged stay merged, whereas torch's function would separate them.
-    Parameters and buffers stay.
+    function skips. Layers that `asgl_cuda.fuse` has merged stay merged. Parameters and buffers stay.
 
     Args:
         model: any module, before it is wrapped in `DistributedDataParallel`.
