@@ -67,12 +67,12 @@ def to_nir(
             readers replace a soft reset by a reset to v_rest, emit at most one spike per step and ignore v_min.
 
     A LIF is written with r = 1 and v_leak = 0. Threshold and reset, measured from v_rest, are multiplied by
-    `(1 - decay) / input_gain`, which changes no spike. A LIF with decay 1 becomes an IF, whose threshold and reset are
-    only divided by `input_gain`. A LeakyIntegrator becomes an LI or, with decay 1, an I. The guide "NIR and chips"
-    gives the r of these nodes. If the LeakyIntegrator has `delay`, a Delay follows. A normalisation, also in
-    BatchNormLIF and in pairs merged by `fuse`, is folded into the weights before it. If there are no such weights, or
-    if their output is used elsewhere, the normalisation becomes an Affine or a convolution. `scale_output` becomes a
-    Scale. Half types are written as float32.
+    `(1 - decay) / input_gain`, which changes no spike. A LIF with decay 1 becomes an IF with r = 1 / dt, whose
+    threshold and reset are only divided by `input_gain`. A LeakyIntegrator becomes an LI with r = input_gain / (1 -
+    decay) or, with decay 1, an I with r = input_gain / dt. If the LeakyIntegrator has `delay`, a Delay follows. A
+    normalisation, also in BatchNormLIF and in pairs merged by `fuse`, is folded into the weights before it. If there
+    are no such weights, or if their output is used elsewhere, the normalisation becomes an Affine or a convolution.
+    `scale_output` becomes a Scale. Half types are written as float32.
 
     Raises:
         ImportError: nir or nirtorch is not installed.
