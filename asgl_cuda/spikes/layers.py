@@ -169,7 +169,7 @@ class SpikeConv2d(_SpikeConv, nn.Conv2d):
 
     See `spike_conv2d` for the computation, and for the cases in which torch's operator is used. See `SpikeLinear` for
     the copy of the weight. We estimate that the layer is faster than `torch.nn.Conv2d` if at most about 0.4 of the
-    inputs are non-zero, or 0.15 with only 32 channels.
+    inputs are non-zero, or 0.27 with only 32 channels.
 
     Raises the errors of `spike_conv2d`.
 
