@@ -205,10 +205,10 @@ def step(model: nn.Module, x_t: Tensor, *, time_dim: int | None = None) -> Any:
     mode "s", the model gets x_t without a time dimension.
 
     Args:
-        model: any module whose output has the time dimension of its input. If its own forward keeps a state or mixes
-            time steps, for example by `asgl_cuda.lif`, a shift or attention, results differ from those for a sequence,
-            which is not detected. To compile, call `asgl_cuda.step(torch.compile(model), x_t)`, which does not check
-            the calls of layers.
+        model: any module that takes a sequence and returns one, with time in the same dimension. If its own forward
+            keeps a state or mixes time steps, for example by `asgl_cuda.lif`, a shift or attention, results differ from
+            those for a sequence, which is not detected. To compile, call `asgl_cuda.step(torch.compile(model), x_t)`,
+            which does not check the calls of layers.
         x_t: the input of the step, `[B, ...]`.
         time_dim: dimension of time in the model's input and output; default the `time_dim` of the layers.
 

@@ -71,8 +71,8 @@ def adaptive_lif(
             `multi_spike` and `v_min`.
 
     Returns:
-        The spikes, or an `AdaptiveLIFOutput` if a potential was asked for. They are differentiable as in `lif`, and
-        also with respect to w_init and the parameters above.
+        The spikes, or an `AdaptiveLIFOutput` if a potential was asked for. They are differentiable as in `lif`, here
+        also with respect to w_init, adapt_decay, adapt_potential and adapt_spike.
 
     Raises TypeError, ValueError and RuntimeError as `lif` does.
 

@@ -250,7 +250,7 @@ class LeakyIntegrator(NeuronLayer):
             nn.Linear(128, 10),
             asgl_cuda.LeakyIntegrator(decay=0.95),  # the read-out
         )
-        scores = model(torch.randn(100, 32, 64))[-1]  # [T, B, 64] to [B, 10]: its value after the last step
+        scores = model(torch.randn(100, 32, 64))[-1]  # [T, B, 64] to [B, 10]: the read-out after the last step
 
     The layer computes `asgl_cuda.leaky_integrator(x_seq, decay, ...)`, whose docstring shows the computation as a loop
     in PyTorch.

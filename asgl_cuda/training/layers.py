@@ -12,10 +12,11 @@ from ..neurons.base import check_module
 
 
 def asgl_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """The ASGL layers of a model with their names, in the order of `named_modules`, each once.
+    """Yields the name and the layer for each ASGL layer of a model, in the order of `named_modules`.
 
-    An ASGL layer is a module with `analog_prob` (a float), `log_width` (a parameter or None) and `width`. Layers whose
-    `analog_prob` is 0 are included. Raises TypeError if `model` is not a module.
+    An ASGL layer is a layer of spiking neurons, of asgl_cuda or converted: a module with `analog_prob` (a float),
+    `log_width` (a parameter or None) and `width`. Layers whose `analog_prob` is 0 are included. Raises TypeError if
+    `model` is not a module.
 
     Example::
 

@@ -242,7 +242,7 @@ class Monitor:
     one neuron at one time step, and u is its potential minus the threshold. In training, a fraction `analog_prob` of
     the elements emits a smooth value H(u) instead of a spike.
 
-    - `width`: mean of the current widths, in units of the input.
+    - `width`: mean of the widths when the result is asked for, in units of the potential.
     - `firing_rate`: fraction of elements whose potential reached the threshold, even if they emitted a smooth value.
       With `levels`, fraction of elements that emitted at least one spike.
     - `analog_share`: fraction of elements whose output was a smooth value that differs from the spike of the element.
