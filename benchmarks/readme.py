@@ -602,9 +602,9 @@ GAIN = (
     "and computes a whole sequence per call. The networks with layers of snnTorch became {snntorch_short} times as "
     "fast at T = 4 and 8, and {snntorch_long} times at T = 100. These figures leave out the recurrent network, and "
     "compare with neurons that are not compiled. `fuse` makes training steps of converted SpikingJelly networks with "
-    "normalisations another {fused} times as fast, but not evaluations, and single time steps of one sample then took"
-    " {fused_stream} times as long. `fuse` also saves memory: in float32 a normalisation and its neurons then keep "
-    "{kept:.0f} bytes per neuron and time step for backward, not {kept_apart:.0f}. If a residual is added between the"
+    "normalisations another {fused} times as fast. It does not make evaluations faster, and evaluations of one sample "
+    "step by step took {fused_stream} times as long. `fuse` also saves memory: in float32 a normalisation and its "
+    "neurons then keep {kept:.0f} bytes per neuron and time step for backward, not {kept_apart:.0f}. If a residual is added between the"
     " normalisation and the neurons, the residual is kept instead of the sum. `fuse` then saves memory only if the "
     "residual is kept anyway, as are the spikes of an identity shortcut."
 )
@@ -683,7 +683,8 @@ SECTIONS = {
         "of {cells} rows it is worse than the best fixed arm by more than the interval. Each other learned arm is "
         "worse by more than the interval in {others} rows, and the {most} is worse most often. In {highest} rows, the "
         "best fixed arm had the highest of its three learning rates, so a still higher rate might be better for it. "
-        "The defaults were chosen by rows of this table, which favours them. All training runs took {minutes:.0f} "
+        "The results in some of these rows were used to choose the defaults, "
+        "so the comparison favours the defaults. All training runs took {minutes:.0f} "
         "minutes on one core:",
         defaults.lost,
     ),

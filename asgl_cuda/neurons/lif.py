@@ -198,10 +198,11 @@ def lif(
 
     With the surrogate rectangle, `a = ((h - v_threshold) * slope + 0.5).clamp(0, 1)`, and spikes and input gradients
     are bit-identical to this loop. With levels, `a = (h * (1 / v_threshold)).clamp(0, levels)`, `z = a.round()` and
-    `v = h - reset_amount * s[t]`. With multi_spike, v is the same, and `z = (h > 0) * (h / v_threshold).trunc()`, at
-    most `levels` if given. periodic_exponential is laplace with another u: below the threshold `h - v_threshold`, and
-    from the threshold on `v_threshold * (2 * (h / v_threshold - 0.5).remainder(1) - 1)`. The derivative of this u by h
-    is taken as 1 everywhere, and that by v_threshold as -1.
+    `v = h - reset_amount * s[t]`. With multi_spike, v is computed as with levels, and
+    `z = (h > 0) * (h / v_threshold).trunc()`, at most `levels` if given. The surrogate periodic_exponential is laplace,
+    applied to another u. Where `h < v_threshold`, this u is `h - v_threshold`, and elsewhere it is
+    `v_threshold * (2 * (h / v_threshold - 0.5).remainder(1) - 1)`. Its derivative by h is taken as 1 everywhere, and
+    that by v_threshold as -1.
     """
     if unknown:
         check_keywords(unknown, LIF_DEFAULTS, _CALLER)

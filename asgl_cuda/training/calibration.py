@@ -80,11 +80,11 @@ def calibrate(model: nn.Module, x_seq: Any, rate: float = 0.2) -> Calibration:
     Returns the layers in order of execution, with their rates before and after and their factors, and the layers that
     did not run.
 
-    Raises ValueError, which names the layer, if no factor can bring a layer to `rate`: its input comes from several
-    paths or from no weight, the weight is shared, parametrised or frozen, or the rate is out of reach or depends on
-    earlier calls. Also raises ValueError for a rate outside of (0, 1), for a model without such layers, and for an
-    `x_seq` that the model does not take, and TypeError if `model` is not a module. After an error the model is
-    unchanged.
+    Raises ValueError, which names the layer, if scaling one weight can't bring the layer to `rate`. This is so if no
+    single weight scales its input, if the weight is shared, parametrised or frozen, if no factor gives this rate, or if
+    the rate depends on earlier calls. Also raises ValueError for a rate outside of (0, 1), for a model without such
+    layers, and for an `x_seq` that the model does not take, and TypeError if `model` is not a module. After an error
+    the model is unchanged.
 
     Example::
 

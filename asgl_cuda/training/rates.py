@@ -28,8 +28,8 @@ class FiringRates:
         model: any module that contains ASGL layers (see `asgl_cuda.asgl_layers`), such as those that
             `asgl_cuda.convert` makes.
         process_group: the processes over which rates are averaged: a process group of torch.distributed, "world" for
-            all processes that exist when the rates are taken, or None for this process alone. All processes of the
-            group must take the rates.
+            all processes that exist when the rates are taken, or None for this process alone. Every process of the
+            group must then call `take()` and `penalty()` equally often.
 
     `take()` returns the rates over the calls since rates were last taken. `penalty()` takes the rates as well, and
     returns a penalty on them. Only calls that autograd records are counted, so an evaluation under `torch.no_grad()`
