@@ -78,7 +78,8 @@ OPTION_NAMES = "surrogate", "time_dim", *OPTIONS
 # neurons pass the parameters of the adaptation.
 INPUT = {"input_gain": "input_gain", "input_bias": "input_bias", "input_mean": "input_mean"}
 ADAPTATION = {"input_gain": "adapt_decay", "input_bias": "adapt_potential", "input_mean": "adapt_spike"}
-# The arguments of a plan that may be tensors: first those that become the operators' parameters.
+# Arguments that may be tensors, in the key of the cache of plans: VALUES of ordinary neurons, ADAPTIVE_VALUES of
+# adaptive ones.
 _COMMON = "width", "decay", "v_threshold", "v_reset", "reset_amount"
 VALUES = *_COMMON, *INPUT, "analog_prob", "residual"
 ADAPTIVE_VALUES = *_COMMON, *ADAPTATION.values(), "analog_prob", "residual"

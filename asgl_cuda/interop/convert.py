@@ -139,6 +139,7 @@ def convert(
     Decays and thresholds are read at each call. The following are read only once, at the conversion: the surrogate, the
     methods, in snnTorch, Norse and sinabs the kind of reset, and in sinabs a threshold on which the surrogate may
     depend. If one of these changes later, the next call in eager mode raises a RuntimeError that names the difference.
+    With `asgl`, a change of the surrogate has no effect, and raises this error only in Norse.
 
     A layer is left, with the reason in the report, if it has no exact representation, a surrogate unknown to asgl_cuda
     (which `asgl` replaces), a replaced method (`layer.fire = ...`), or an attribute with a name that converted layers

@@ -46,8 +46,9 @@ def fuse(model: nn.Module, *example: Any, inplace: bool = False) -> tuple[nn.Mod
       `transpose`, ...), factors that are numbers, and one sum with a tensor of the same shape and type, as in a
       residual block: see `asgl_cuda.batch_norm_lif`.
 
-    A normalisation is left, with the reason in the report, if anything else uses its output or the sum. It is also left
-    if the neurons are called step by step, where two layers are faster than one.
+    A normalisation stays a layer of its own, and the report says why, if anything except these neurons uses its output,
+    or its sum with the other tensor. It also stays if the neurons are called step by step, where two layers are faster
+    than one.
 
     Parameters and buffers keep their names and values, so checkpoints stay valid. A merged normalisation returns a
     stand-in for its output, from which the neurons compute normalisation and spikes in one. Any other code that gets
@@ -75,7 +76,7 @@ def fuse(model: nn.Module, *example: Any, inplace: bool = False) -> tuple[nn.Mod
         The model, and a `Report` that lists the neurons that now also normalise, and the normalisations that are left.
 
     Raises TypeError if `model` is not a module, RuntimeError if it can't be copied, and ValueError if the model raises
-    an error when it is called with `example`.
+    an error when it is called with `example`. Errors of asgl_cuda and OutOfMemoryError are passed on.
 
     Example::
 

@@ -378,9 +378,9 @@ def batch_norm_lif(
 
     The other arguments are those of `asgl_cuda.lif`, except `input_gain`, `input_bias` and `input_mean`. Results and
     errors are as in `lif`, and the result is also differentiable with respect to weight and bias. Statistics are
-    computed in float64, and the normalised value is not rounded to the type of x_seq. Inputs may be up to 1e15 in
-    magnitude, or 1e150 in float64. With larger inputs, gradients can be NaN or inaccurate, and the running variance
-    infinite. With `eps=0` the standard deviation of a channel must be at least 1e-15, or 1e-150 in float64.
+    computed by sums that do not cancel, and the normalised value is not rounded to the type of x_seq. Inputs may be up
+    to 1e15 in magnitude, or 1e150 in float64. With larger inputs, gradients can be NaN or inaccurate, and the running
+    variance infinite. With `eps=0` the standard deviation of a channel must be at least 1e-15, or 1e-150 in float64.
 
     Example::
 

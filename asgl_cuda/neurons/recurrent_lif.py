@@ -171,8 +171,8 @@ def recurrent_lif(
 
     Like all parameters, weight, bias and syn_decay are converted to the type of the arithmetic, also under autocast.
     Step t draws the noise that `lif` would draw for a sequence of this one step with the rng_state
-    `[seed + 0x61C8864680B583EB * t, offset]`, modulo 2^64. Calls share no noise, whatever their seeds, if their offsets are
-    different numbers modulo 2^32. The smooth values of analog elements are fed back.
+    `[seed + 0x61C8864680B583EB * t, offset]`, modulo 2^64. Calls share no noise, whatever their seeds, if their
+    offsets are different numbers modulo 2^32. The smooth values of analog elements are fed back.
 
     Backward needs the spikes and the potentials before the reset, which take 4 bytes per element for a float32 x_seq.
     The guide "Recurrent neurons" says what else is stored, and how the backends compute.

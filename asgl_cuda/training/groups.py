@@ -48,9 +48,10 @@ def parameter_groups(
     By default the rates of these two groups are 0.03 for "widths" and 3e-3 for "neurons", so that a step usually
     changes a width by at most about 3 %. If the optimizer is torch's `Adam`, `AdamW`, `Adamax`, `NAdam` or `RAdam`,
     both groups take the step of that optimizer. For any other optimizer, hooks around its `step` take Adam's step. The
-    options of that optimizer, such as momentum, then do not apply to the two groups, except `maximize`. Most schedulers
-    scale the rates of all groups together. `OneCycleLR` and `CyclicLR` set the rates themselves, so give them rates for
-    each group.
+    options of that optimizer, such as momentum, then do not apply to the two groups, except `maximize`. You may
+    accumulate gradients, unscale them by a GradScaler and clip them as usual. Adam's averages are in the state dict.
+    Most schedulers scale the rates of all groups together. `OneCycleLR` and `CyclicLR` set the rates themselves, so
+    give them rates for each group.
 
     Give `width_lr` if the optimizer is not a `torch.optim.Optimizer`, if it calls its closure several times, or if a
     CUDA graph captures its step. Then the parameters of both groups are in "neurons", and the optimizer treats this

@@ -656,7 +656,7 @@ struct SumLoop {
 };
 
 // Runs of adjacent neurons that share a parameter's value, among the `length` neurons of a tile. The first run has
-// `first` neurons, and every other run has `inner`, except that the last run may be cut off.
+// `first` neurons, and each later one `inner`. The last run may be cut off.
 struct Runs {
   int64 first, inner, length;
 

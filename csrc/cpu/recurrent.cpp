@@ -85,7 +85,7 @@ const Real* state_or_filled(const Real* state, const Chunk& chunk, Real otherwis
 }
 
 // Allocates rows with 16 more elements, so that rows of 1024 or 2048 elements, which are common, do not have a stride
-// of 4 or 8 KiB, at which all rows would share eight lines of the L1 cache.
+// of 4 or 8 KiB in float32, at which equal offsets in all rows would compete for one set of the L1 cache.
 template <class Real>
 Rows<Real> padded_rows(int64 count, int64 length) {
   return Rows<Real>(count, length + 16);
@@ -321,7 +321,8 @@ class ChunkBackward {
   }
 
  private:
-  // The state after a step. v is computed from h and s again, except before step 0, where it is v_init.
+  // What backward needs of one step: h, s, the w with which the step began, and, if syn_decay wants a gradient, the i
+  // after it. v is null, because potential_before computes it again. Before step 0: the initial s, v and i.
   struct Step {
     const Real *h, *s, *v, *i, *w;
   };
@@ -332,7 +333,7 @@ class ChunkBackward {
   // Whether the gradient of syn_decay is wanted. Only then is i_seq not null.
   bool wants_syn_decay() const { return params_.grad_parameters != nullptr && params_.i_seq != nullptr; }
 
-  // Reads the state after step t - 1 into before_, in place or as copies. The copies of h, s and w alternate between
+  // Reads what is needed of step t - 1 into before_, in place or as copies. The copies of h, s and w alternate between
   // two buffers, because backward_step still reads those of the state after step t; it does not read i of that state.
   void read_step_before(int64 t) {
     if (t == 0) {

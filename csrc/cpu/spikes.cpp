@@ -346,12 +346,12 @@ namespace {
 
 // The gradient of the weight
 //
-// With stride 1, the spike at (iy, ix) of channel c adds, for each row ky of the kernel, the gradients of kernel_width
-// adjacent pixels of the output to the sums of (ky, kx, c), in reverse order of kx. These gradients are adjacent in
-// memory, so that one list of the spikes of a channel serves all elements of the kernel: its spikes add long rows,
-// which overlap. Zeros around the gradient stand for pixels outside of the image. With a larger stride, the same holds
-// for each phase, that is the pixels of x with one remainder of coordinate + padding by the stride, and the elements of
-// the kernel that multiply these pixels.
+// With stride 1, the sum over the spikes at (iy, ix) of channel c:
+//   dweight[ky, kx, c] = sum of x * grad[iy + padding - ky, ix + padding - kx]
+// For one ky, the terms of a spike for all kx are adjacent in memory, in reverse order of kx. One list of a channel's
+// spikes therefore serves the whole kernel: for each ky, a spike adds one contiguous row. `grad` has zeros outside of
+// the image. With a larger stride, the same holds for each phase: the pixels of x with one value of
+// (coordinate + padding) % stride in each dimension, and the elements of the kernel that multiply them.
 
 // One dimension of images: sizes of x, of the kernel and of the output.
 struct Axis {

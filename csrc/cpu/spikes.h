@@ -11,8 +11,8 @@ void spike_product(const SpikeProductParams<Real>& params);
 template <class Real>
 void spike_weight_gradient(const SpikeGradientParams<Real>& params);
 
-// For a copy of the weight in the order in which spike_product reads it, padded: the number of elements, and a function
-// that fills it.
+// Panels are a copy of the weight in the order in which spike_product reads it, with outputs padded to whole groups of
+// columns. spike_panels_size returns the number of elements, and fill_spike_panels writes all but the padding.
 template <class Real>
 int64 spike_panels_size(const SpikeShape& shape);
 template <class Real>

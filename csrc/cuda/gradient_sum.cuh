@@ -125,7 +125,8 @@ __global__ void __launch_bounds__(kSumThreads, 2) gradient_sum_kernel(const Grad
   const int64 split = part.splits > 1 ? block / part.blocks : 0;
   block -= split * part.blocks;
   if (part.elements_each > kSumThreads) return sum_elements_of_thread(part, block * part.elements_each + thread);
-  // Position of the thread among elements, runs and slots. All three are powers of two, so that no division is needed.
+  // The thread's element, first run and first slot. elements_each, runs_each and slots_each are powers of two, whose
+  // product is kSumThreads, so that divisions by them become multiplications and shifts.
   const int slots_each = part.slots_each, turn = thread * (part.runs_each * slots_each) / kSumThreads;
   const int64 element = block * part.elements_each + (thread & (part.elements_each - 1));
   const int64 first_run = turn * (part.elements_each * part.runs_each) / kSumThreads;

@@ -36,8 +36,8 @@ constexpr int kForwardBlocksPerSM = sizeof(Real) == 8                           
 // Blocks per multiprocessor of the general backward kernel.
 template <class Real, int kLanes>
 constexpr int kBackwardBlocksPerSM = sizeof(Real) == 4 && kLanes == 1 ? 4 : 3;
-// Whether a model's settled backward kernels spill registers at four blocks per multiprocessor. Those of erf do if
-// NVRTC compiles them; nvcc's are treated alike.
+// Whether a model's plain backward kernels for half types spill registers at four blocks per multiprocessor. Those of
+// erf do if NVRTC compiles them. Builds by nvcc use the same limit.
 template <class Model>
 constexpr bool kSpillsAtFourBlocks = false;
 template <bool kHardReset>

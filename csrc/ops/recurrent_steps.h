@@ -7,7 +7,7 @@
 
 namespace asgl::ops {
 
-// The neurons of a call, computed one step at a time as sequences [1, B, N].
+// Makes the calls of the neurons that compute the steps of a recurrent call, one by one, as sequences [1, B, N].
 class RecurrentSteps {
  public:
   // Prepares the arguments that all steps share, and an rng_state for each step, in which t * kSeedPerStep is added to

@@ -131,7 +131,8 @@ struct LIFParams {
   const Scalar* residual;    // [outer, T, inner]; null means none
   Real residual_gain;
 
-  // What input_current and charge may assume; kGeneral also if a parameter changes over time.
+  // What input_current and charge may assume, apart from the residual. kGeneral also if a parameter changes over time,
+  // because settled kernels do not support that.
   ASGL_HOST_DEVICE Input input_assumption() const {
     for (const auto& parameter : parameters) {
       if (parameter.data != nullptr && parameter.step_stride != 0) return Input::kGeneral;

@@ -101,7 +101,7 @@ def read_toolkit(home: Path) -> Toolkit | None:
 
     version = re.search(r"release (\d+\.\d+)", output_of(home / "bin/nvcc", "--version"))
     header = first_match("include/cuda_runtime.h", "targets/*/include/cuda_runtime.h")
-    # The wheels contain it only under its full name, libcudart.so.13, which the option -lcudart does not find.
+    # Wheels have libcudart only as libcudart.so.13, which -lcudart does not find, so the linker gets its path.
     folders = ("lib64", "lib", "targets/*/lib", "lib/*-linux-gnu")
     cudart = first_match(*(f"{folder}/libcudart.so*" for folder in folders))
     if header is None or cudart is None or version is None:

@@ -43,11 +43,12 @@ def from_nir(graph: nir.NIRGraph, dt: float | None = None, *, dtype: torch.dtype
     LIF and IF become asgl_cuda.LIF, and LI and I become asgl_cuda.LeakyIntegrator. CubaLIF becomes a Sequential of a
     LeakyIntegrator, which computes the synaptic current, and a LIF. CubaLI becomes a Sequential of two
     LeakyIntegrators. Threshold becomes a LIF with decay 0, and Delay a module that takes whole sequences. If the gain
-    of an integrator differs between neurons, a module before it multiplies by the gains. A node written by `to_nir`
-    becomes the same layer again, with its parameters, but with time first. Spike layers become Linear or convolutions,
-    and a BatchNormLIF becomes a LIF after weights that contain its normalisation. For nodes of other programs, options
-    that NIR does not have take the defaults of the layer. Decay, threshold and reset are then constants, one per neuron
-    if they differ.
+    of an integrator differs between neurons, a module before it multiplies by the gains. A node that `to_nir` wrote for
+    a layer of asgl_cuda becomes the same layer again, with its parameters, but with time first. Written neurons of
+    another library become a LIF with the default surrogate and width. Spike layers become Linear or convolutions, and a
+    BatchNormLIF becomes a LIF after weights that contain its normalisation. For nodes of other programs, options that
+    NIR does not have take the defaults of the layer. Decay, threshold and reset are then constants, one per neuron if
+    they differ.
 
     Raises:
         ImportError: nir is not installed.
