@@ -593,7 +593,10 @@ def check_bool(name: str, value: Any, caller: str) -> bool:
 
 def describe_array(name: str, value: Any) -> str:
     """The type of an array or tensor, with the advice to call tolist(), for errors that expect ints; "" for others."""
-    return f"{type(value).__name__}; {name}.tolist() converts it" if hasattr(value, "tolist") else ""
+    if not hasattr(value, "tolist"):
+        return ""
+    is_integer = getattr(value, "ndim", 2) < 2 and "int" in str(getattr(value, "dtype", ""))
+    return f"{type(value).__name__}{f'; {name}.tolist() converts it' if is_integer else ' ' + format_value(value)}"
 
 
 def check_sizes(name: str, value: Any, caller: str) -> tuple[int, ...]:

@@ -129,7 +129,7 @@ def _how_stepped(module: nn.Module) -> Streaming:
     kind = type(module)
     if kind not in _streamed_by_class:
         if isinstance(module, (nn.RNNBase, nn.RNNCellBase, Delay)):
-            return "it starts each call at rest, unless its caller passes a state"
+            return "it keeps no state from call to call; call the model with whole sequences, or in a loop of your own"
         asked = (library.streaming_of for library in imported_adapters())
         _streamed_by_class[kind] = next((streamed for streamed in asked if streamed(module) is not None), None)
     streamed = _streamed_by_class[kind]

@@ -605,8 +605,8 @@ GAIN = (
     "normalisations another {fused} times as fast. It does not make evaluations faster, and evaluations of one sample "
     "step by step took {fused_stream} times as long. `fuse` also saves memory: in float32 a normalisation and its "
     "neurons then keep {kept:.0f} bytes per neuron and time step for backward, not {kept_apart:.0f}. If a residual is "
-    "added between the normalisation and the neurons, the residual is kept instead of the sum. `fuse` then saves memory "
-    "only if the residual is kept anyway, as are the spikes of an identity shortcut."
+    "added between the normalisation and the neurons, the residual is kept instead of the sum. `fuse` then saves "
+    "memory only if the residual is kept anyway, as are the spikes of an identity shortcut."
 )
 LIMITS = (
     "If T is at most 8 and you already compile the neurons of SpikingJelly or snnTorch by `torch.compile`, conversion"

@@ -480,8 +480,8 @@ def _prepared_options(options: dict[str, Any], x_seq: Tensor) -> dict[str, Any]:
             if given.dim() > dims:
                 shape = [*x_seq.shape[:time_dim], *x_seq.shape[time_dim + 1 :]]
                 raise ValueError(
-                    f"asgl_cuda.convert: {name} must broadcast against a step of the input, of shape {shape}, got "
-                    f"shape {list(given.shape)}"
+                    f"asgl_cuda.convert: {name} of a converted layer must broadcast to a step of the input, of shape "
+                    f"{shape}, got shape {list(given.shape)}"
                 )
             options[name] = given = given.unsqueeze(time_dim)
         if not (given.dim() and given.is_floating_point()):

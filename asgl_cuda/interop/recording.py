@@ -577,14 +577,12 @@ class Chain:
         """The groups that must be computed before the chain runs."""
         return [each.group for each in (*self.inputs, *self.initial.values()) if isinstance(each, _Member)]
 
+    def has_changed_layer(self) -> bool:
+        """Whether a value with which the layer computes, other than a state, has changed since the first step."""
+        return self.mark != self._values_beside_states()
+
     def run(self) -> None:
         """Computes all steps of the layer at once."""
-        if self.mark != self._values_beside_states():
-            raise RuntimeError(
-                f"{_CALLER}: with sequences, all steps of a {type(self.layer).original.__name__} are computed at once, "
-                "after the model's code has run, but this code changes parameters or attributes of the layer after its "
-                "first step; use asgl_cuda.convert(model) without sequences, which computes step by step"
-            )
         groups = {each.group for each in self.inputs}
         if len(groups) > 1:
             x_seq = torch.stack([each.group.item(each.at) for each in self.inputs])
@@ -976,6 +974,13 @@ class Recording:
                 continue
             todo.pop()
             if not _is_computed(unit):
+                if isinstance(unit, Chain) and unit.has_changed_layer():
+                    raise RuntimeError(
+                        f"{_CALLER}: with sequences, all steps of {self.layer_name(unit.layer)} are computed at once, "
+                        "after the model's code has run, but this code changes parameters or attributes of the layer "
+                        "after its first step; use asgl_cuda.convert(model) without sequences, which computes step by "
+                        "step"
+                    )
                 unit.run()
 
 

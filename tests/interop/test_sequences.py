@@ -453,7 +453,7 @@ REFUSED = {
     with_out: "add can't be recorded with the argument out; use what the function returns, or .* without sequences",
     with_a_hook: "register_hook of a value in a step can't be recorded.* without sequences",
     made_a_leaf: "requires_grad_ of a value in a step can't be recorded",
-    changed: "all steps of a Leaky are computed at once, .* this code changes parameters or attributes",
+    changed: r"all steps of lif1 \(Leaky\) are computed at once, .* this code changes parameters or attributes",
     input_in_place: r"__iadd__ can't change the model's input, or .* as x \+ 1",
     fed_back: r"the input of lif1 \(Leaky\) and lif2 \(Leaky\) depends on its own earlier output",
     asked: r"all steps of lif1 \(Leaky\) are .*a computed value.*\(__bool__, as in `if spk\.sum\(\) > 0`\); remove",

@@ -272,10 +272,14 @@ def require_compiler() -> None:
     """Raises SystemExit, with a remedy, if there is no C++ compiler."""
     compiler = os.environ.get("CXX", "c++")
     if shutil.which(compiler) is None:
-        missing = "CXX must name one program without arguments, got" if " " in compiler else "no C++ compiler on PATH:"
+        if " " in compiler:
+            problem = f"CXX must name one program, without arguments, got {compiler!r}"
+        elif "CXX" in os.environ:
+            problem = f"CXX names {compiler!r}, which is not on PATH"
+        else:
+            problem = "no C++ compiler 'c++' on PATH; install one (Debian, Ubuntu: apt install g++), or name one in CXX"
         raise SystemExit(
-            f"asgl_cuda: {missing} {compiler!r}. Install one (Debian, Ubuntu: apt install g++) or "
-            "name another program in CXX; with ASGL_CUDA_BUILD=none, asgl_cuda is installed without the fast kernels"
+            f"asgl_cuda: {problem}; with ASGL_CUDA_BUILD=none, asgl_cuda is installed without the fast kernels"
         )
 
 
