@@ -1,7 +1,7 @@
 // One step of the neuron and its adjoint, for one element, in all backends. A new neuron model or firing rule is a type
 // beside LIF, chosen on the CPU by with_model in cpu/models.h, on a GPU by launch_of in cuda/plan.h, and named by
 // name_expression in cuda/kernel.h; rare rules are in lif_by_options.h. A new surrogate
-// needs none of these, but surrogates.h.
+// is added to surrogates.h, and needs none of these.
 //
 // Kernels are settled if no parameter changes over time, plain if the input current is x, normalised if it has a gain,
 // bias or mean, and general if they support every option at run time.
