@@ -69,7 +69,9 @@ def test_a_batch_of_one_keeps_its_dimension():
     x_seq = inputs(T, 1, 1, 8, 8)
     steps = torch.stack([asgl_cuda.step(model, x_t) for x_t in x_seq])
     assert torch.equal(steps, model(x_seq))
-    with pytest.raises(ValueError, match=r"asgl_cuda\.step: the model's output must have the time .* \[1, 2\] for"):
+    with pytest.raises(
+        ValueError, match=r"asgl_cuda\.step: .* must begin with the batch of x_t, 1, got shape \[1, 2\] for"
+    ):
         asgl_cuda.step(Stack(lambda m, x: m.model(x).mean(0), model=model), x_seq[0])
 
 

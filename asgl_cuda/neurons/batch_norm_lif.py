@@ -377,10 +377,11 @@ def batch_norm_lif(
             means all processes, or only this one if torch.distributed is not initialised.
 
     The other arguments are those of `asgl_cuda.lif`, except `input_gain`, `input_bias` and `input_mean`. Results and
-    errors are as in `lif`, and the result is also differentiable with respect to weight and bias. Statistics are
-    computed by sums that do not cancel, and the normalised value is not rounded to the type of x_seq. Inputs may be up
-    to 1e15 in magnitude, or 1e150 in float64. With larger inputs, gradients can be NaN or inaccurate, and the running
-    variance infinite. With `eps=0` the standard deviation of a channel must be at least 1e-15, or 1e-150 in float64.
+    errors are as in `lif`, and the result is also differentiable with respect to weight and bias. Mean and variance are
+    accurate also if the mean is much larger than the standard deviation, and the normalised value is not rounded to the
+    type of x_seq. Inputs may be up to 1e15 in magnitude, or 1e150 in float64. With larger inputs, gradients can be NaN
+    or inaccurate, and the running variance infinite. With `eps=0` the standard deviation of a channel must be at least
+    1e-15, or 1e-150 in float64.
 
     Example::
 
@@ -662,9 +663,9 @@ class BatchNormLIF(LIF):
     Parameters and buffers have the names of `torch.nn.BatchNorm2d` and `LIF`, so that
     `{**norm.state_dict(), **lif.state_dict()}` loads.
 
-    Functions for torch's `_BatchNorm` skip this layer. Instead of `torch.nn.SyncBatchNorm.convert_sync_batchnorm` use
-    `asgl_cuda.convert_sync_batchnorm`. To compute the running statistics anew, as `torch.optim.swa_utils.update_bn`
-    does, first run these lines::
+    This layer is not a subclass of torch's `_BatchNorm`, so functions that look for that class skip it. Instead of
+    `torch.nn.SyncBatchNorm.convert_sync_batchnorm` use `asgl_cuda.convert_sync_batchnorm`. To compute the running
+    statistics anew, as `torch.optim.swa_utils.update_bn` does, first run these lines::
 
         for layer in model.modules():
             if isinstance(layer, asgl_cuda.BatchNormLIF):

@@ -392,9 +392,9 @@ class RecurrentLIF(Adapting):
         )
         scores = model(torch.randn(100, 32, 40)).mean(0)  # [T, B, 40] to [B, 12]
 
-    The layer computes `asgl_cuda.recurrent_lif(x_seq, layer.recurrent_weight, ...)`, whose docstring shows the
-    computation as a loop in PyTorch, without noise and adaptation. For `detach_reset=True`, use `s.detach()` in the
-    last line of the loop.
+    The layer computes `asgl_cuda.recurrent_lif(x_seq, layer.recurrent_weight, ...)`, whose docstring shows the forward
+    computation as a loop in PyTorch, without noise and adaptation. In a loop with gradients, s would be a surrogate
+    spike, and with `detach_reset=True` the last line would use `s.detach()`.
     """
 
     _caller = "asgl_cuda.RecurrentLIF"

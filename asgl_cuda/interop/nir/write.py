@@ -63,8 +63,9 @@ def to_nir(
         example_input: `[T, B, ...]`, or `[B, T, ...]` if the LIF layers have `time_dim=1`; only shape and dtype matter.
         dt: length of a step, in seconds.
         allow_soft_reset: also write layers that have a soft reset, several spikes per step or v_min, which NIR's LIF
-            does not have. These options are stored in the metadata of the node, which only `from_nir` reads. Other
-            readers replace a soft reset by a reset to v_rest, emit at most one spike per step and ignore v_min.
+            does not have. These options are stored in the metadata of the node, which only `from_nir` reads. The
+            readers of Norse, snnTorch and SpikingJelly reset to v_rest, emit at most one spike per step and ignore
+            v_min. The neurons of sinabs always subtract the threshold, and may emit several spikes per step.
 
     A LIF is written with r = 1 and v_leak = 0. Threshold and reset, measured from v_rest, are multiplied by
     `(1 - decay) / input_gain`, which changes no spike. A LIF with decay 1 becomes an IF with r = 1 / dt, whose
@@ -312,7 +313,7 @@ class _Writer(fx.Interpreter):
                 got = "a soft reset (v_reset=None)" if layer.v_reset is None else f"v_min={layer.v_min}"
                 raise ValueError(
                     f"has {got}, which NIR's neurons do not have. to_nir(..., allow_soft_reset=True) writes it all the "
-                    "same: asgl_cuda.from_nir restores the layer from metadata, other readers "
+                    "same: asgl_cuda.from_nir restores the layer from metadata, most other readers "
                     + " and ".join(filter(None, (", ".join(instead[:-1]), instead[-1])))
                 )
             if not layer.input_gain > 0:
