@@ -588,7 +588,8 @@ STEPS = (
 LAYERS = (
     "This table shows nanoseconds per neuron and time step, for forward and backward of one layer. In each row, the "
     f"number of neurons times T is {{elements}}. We measured in float32 {ON}. *floor* is the time of `x * 2` and "
-    "`x * g`, which move as many bytes as forward and backward must. Both columns of asgl_cuda have a rectangle as surrogate here, and the libraries have their "
+    "`x * g`, which move as many bytes as forward and backward must. Both columns of asgl_cuda have a rectangle as "
+    "surrogate here, and the libraries have their "
     "default surrogates. A sigmoid takes {sigmoid} ns with a fixed width. In the column *learned, noise*, a fraction "
     "{noise} of the outputs is noisy, while the default is 0.5. [The neuron](#the-neuron) explains noise. The "
     "compiled layer of SpikingJelly at T = {long_steps} needs {long_compiled:.1f} ns, in another measurement. The "

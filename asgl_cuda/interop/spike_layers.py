@@ -93,8 +93,8 @@ def to_spike_layers(model: nn.Module, example: Any) -> tuple[nn.Module, Report]:
             it once, and the non-zero inputs of each layer are counted. Firing rates change during training, so use a
             trained network.
 
-    Returns the model and a report. For each replaced layer the report has the fraction of non-zero inputs, and an
-    estimate of how many times as fast as torch's layer its evaluation is. The following are not replaced:
+    Returns the model and a report. For each replaced layer the report has the fraction of non-zero inputs, and the
+    estimated speedup of an evaluation over torch's layer. The following are not replaced:
 
     - layers with dense inputs, which first layers usually have, and layers that the example does not reach
     - layers with fewer than 32 outputs, and convolutions with fewer than 32 input channels

@@ -379,11 +379,11 @@ def over_time(layer, message):
 NOT_REPRESENTED = {
     "soft reset": (
         lambda: nn.Sequential(LIF(v_reset=None)),
-        r"0 \(LIF\): has a soft reset \(v_reset=None\).*allow_soft_reset=True.*, other readers reset .* to v_rest$",
+        r"0 \(LIF\): has a soft reset \(v_reset=None\).*allow_soft_reset.*, most other readers reset .* to v_rest$",
     ),
     "floor": (
         lambda: nn.Sequential(LIF(v_min=-1.0)),
-        r"0 \(LIF\): has v_min=-1\.0.*allow_soft_reset=True.*, other readers ignore v_min=-1\.0$",
+        r"0 \(LIF\): has v_min=-1\.0.*allow_soft_reset=True.*, most other readers ignore v_min=-1\.0$",
     ),
     "soft reset, floor and levels": (
         lambda: nn.Sequential(LIF(v_reset=None, v_min=-0.1, levels=4)),
