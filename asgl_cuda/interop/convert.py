@@ -116,8 +116,8 @@ def convert(
 ) -> tuple[nn.Module, Report]:
     """Replaces the neurons of a model by fused ones: ``fast, report = asgl_cuda.convert(model)``.
 
-    These layers are converted, and also subclasses that override no method of theirs except `__init__`, `train`,
-    `extra_repr` and the reset.
+    These layers are converted, and also subclasses of those without recurrent weights that override no method except
+    `__init__`, `train`, `extra_repr` and the reset.
 
     - SpikingJelly's `IFNode` and `LIFNode` with their Simple and NonSpiking forms, `ParametricLIFNode`, `CUBALIFNode`,
       `ILIFNode`, the MultiStep forms of `clock_driven`, `LinearRecurrentContainer` and `ElementWiseRecurrentContainer`.
@@ -131,10 +131,10 @@ def convert(
     of other libraries" lists what is not converted.
 
     Without `asgl`, spikes, states and gradients stay the same up to rounding, but the noise of the authors' layers in
-    training is another draw. A spike can change only where the potential differs from the threshold by no more than
-    rounding. The parameters of a layer, their names, its state and its base classes also stay the same, so state dicts
-    and functions such as SpikingJelly's `reset_net` still work. SpikingJelly's `backend` has no effect on converted
-    layers.
+    training is another draw. A spike can change where the potential differs from the threshold by no more than
+    rounding, and so can later spikes that depend on it. The parameters of a layer, their names, its state and its base
+    classes also stay the same, so state dicts and functions such as SpikingJelly's `reset_net` still work.
+    SpikingJelly's `backend` has no effect on converted layers.
 
     Decays and thresholds are read at each call. The following are read only once, at the conversion: the surrogate, the
     methods, in snnTorch, Norse and sinabs the kind of reset, and in sinabs a threshold on which the surrogate may
@@ -164,15 +164,16 @@ def convert(
         asgl: turns the replaced layers into ASGL layers. A mapping with `surrogate` and initial `width` (default: those
             of the layer, or of `LIF` if the layer has no surrogate that asgl_cuda knows), `analog_prob` (default 0.5)
             and `learn_width` (default True). A learned width is a new parameter `log_width` of each layer, which must
-            be passed to the optimizer. Layers of the authors' code are ASGL layers already, with their own width and
-            `analog_prob`. Layers that do not fire get no width, and layers with several spikes per step are left.
+            be passed to the optimizer. Layers of the authors' code are ASGL layers already. They keep their own
+            surrogate, width and `analog_prob`. Layers that do not fire get no width, and layers with several spikes per
+            step are left.
         layers: for neurons of your own, functions by class, `{Class: make}`. `make(module)` returns a layer, such as
             `asgl_cuda.LIF`, that replaces the module under all its paths, or None to leave the module. Classes match
             exactly, so a subclass needs a key of its own. The new layer loads the state dict of the replaced module,
             whose entries are matched by name. The guide shows how to rename them. The parameters of the new layer are
             new objects. Pass all of them to the optimizer, also with `inplace=True`.
-        inplace: convert the model instead of a copy. Existing optimizers stay valid, but they lack the parameters of
-            layers that `layers` has added, and the learned widths that `asgl` adds.
+        inplace: convert the model instead of a copy. Existing optimizers stay valid, but lack two kinds of new
+            parameters: those of layers made by the functions in `layers`, and the widths learned with `asgl`.
         sequences: for a model whose layers take one step per call, compute all time steps at once, as described above.
             With True, a call of the result takes `x_seq` `[T, ...]`, starts at rest, and returns what the model returns
             for each step, stacked to `[T, ...]`. If `fast.stateful = True` is set, a call continues from the states of

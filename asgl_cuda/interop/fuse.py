@@ -41,7 +41,7 @@ def fuse(model: nn.Module, *example: Any, inplace: bool = False) -> tuple[nn.Mod
     - Normalisations may be `torch.nn.BatchNorm1d`, `2d` and `3d`, `SyncBatchNorm`, SpikingJelly's equivalents, and
       subclasses of these whose forward calls the forward of their base, as many classes named tdBatchNorm do.
     - The neurons may be `asgl_cuda.LIF`, or layers that `convert` can convert and that fire, take sequences, and have
-      neither a synaptic current nor recurrent weights. `fuse` converts such layers.
+      neither a synaptic current nor recurrent weights. Of the latter, `fuse` converts those that it merges.
     - Between the two, and in a subclass around the call of the base's forward, there may be views (`reshape`,
       `transpose`, ...), factors that are numbers, and one sum with a tensor of the same shape and type, as in a
       residual block: see `asgl_cuda.batch_norm_lif`.

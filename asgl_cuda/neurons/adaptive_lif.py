@@ -222,8 +222,8 @@ class AdaptiveLIF(Adapting):
             decay of `LIF` is.
         to_threshold: add the adaptation to the threshold instead of subtracting it from the input current, see
             `asgl_cuda.adaptive_lif`.
-        learn_adaptation: whether adapt_decay, adapt_potential and adapt_spike are constants, or learned with one value
-            per layer, channel or neuron as `granularity` says.
+        learn_adaptation: whether adapt_decay, adapt_potential and adapt_spike are learned, with one value per layer,
+            channel or neuron as `granularity` says, instead of being constants.
         lif_options: arguments of `LIF` except `input_gain`, `scale_output`, `levels`, `multi_spike` and `v_min`.
 
     A stateful layer carries the adaptation as `w`, in addition to `v`. If the adaptation is learned, the state dict has

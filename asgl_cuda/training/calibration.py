@@ -66,8 +66,8 @@ def calibrate(model: nn.Module, x_seq: Any, rate: float = 0.2) -> Calibration:
     currents lie in between. If a normalisation lies in between, or belongs to a `BatchNormLIF`, `calibrate` instead
     scales the weight of the normalisation. Nothing else of the model changes.
 
-    Rates are measured on a copy of the model with hard spikes, without dropout, from rest. Normalisations that are in
-    training mode use the statistics of the batch.
+    Rates are measured on a copy of the model, whose neurons start at rest and emit spikes without noise, and whose
+    dropout is off. Normalisations that are in training mode use the statistics of the batch.
 
     Args:
         model: any module with firing layers of asgl_cuda or converted ones, which runs all time steps in one call. With

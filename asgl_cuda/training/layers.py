@@ -12,11 +12,11 @@ from ..neurons.base import check_module
 
 
 def asgl_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Yields the name and the layer for each ASGL layer of a model, in the order of `named_modules`.
+    """Yields name and layer of each ASGL layer: any spiking layer of asgl_cuda or converted, even without noise.
 
-    An ASGL layer is a layer of spiking neurons, of asgl_cuda or converted: a module with `analog_prob` (a float),
-    `log_width` (a parameter or None) and `width`. Layers whose `analog_prob` is 0 are included. Raises TypeError if
-    `model` is not a module.
+    The layers are in the order of `named_modules`. An ASGL layer is a module with `analog_prob` (a float), `log_width`
+    (a parameter or None) and `width`. Layers whose `analog_prob` is 0 are included. Raises TypeError if `model` is not
+    a module.
 
     Example::
 

@@ -53,8 +53,8 @@ def from_nir(graph: nir.NIRGraph, dt: float | None = None, *, dtype: torch.dtype
     Raises:
         ImportError: nir is not installed.
         TypeError: an argument is of another type.
-        ValueError: a node can't be represented, or contradicts its metadata. The message names the node. Also if the
-            graph has a cycle, or not exactly one Input and one Output, or if dt is not positive and finite.
+        ValueError: a node can't be represented, or contradicts its metadata. The message names the node. Also raised if
+            the graph has a cycle, or not exactly one Input and one Output, or if dt is not positive and finite.
     """
     nir = units.import_and_check_dt("nir", units.DT if dt is None else dt, _CALLER)
     check_device_and_dtype(None, dtype, _CALLER)
