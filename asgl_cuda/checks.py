@@ -8,7 +8,7 @@ import sys
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -589,6 +589,20 @@ def check_bool(name: str, value: Any, caller: str) -> bool:
     if numpy is None or not isinstance(value, numpy.bool_):
         raise TypeError(f"{caller}: {name} must be a bool, got {type(value).__name__}")
     return bool(value)
+
+
+def raise_explained(error: Exception, expected: str, given: Sequence[Any], when: str = "", hint: str = "") -> NoReturn:
+    """Raises a ValueError for an error of the user's model, which says what was `expected` and what was given.
+
+    Raises an error of asgl_cuda, which says that itself, or of memory again as it is.
+    """
+    first = (str(error).splitlines() or [type(error).__name__])[0]
+    if isinstance(error, torch.OutOfMemoryError) or first.startswith("asgl_cuda."):
+        raise error
+    got = ", ".join(format_value(each) if isinstance(each, Tensor) else f"a {type(each).__name__}" for each in given)
+    raise ValueError(
+        f"{expected}, got {got}, with which the model raises{when} {type(error).__name__}: {first}{hint}"
+    ) from error
 
 
 def describe_array(name: str, value: Any) -> str:

@@ -17,7 +17,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.utils._pytree import tree_map_only
 
 from ..calls.arguments import Arguments
-from ..checks import format_value
+from ..checks import raise_explained
 from ..layout import channel_dim, real_type
 from ..neurons.batch_norm_lif import module_batch_norm_lif
 from ..neurons.deferred import NormOutput, Pending, backward_hook_of, tensor_of, with_version
@@ -391,14 +391,9 @@ def _try_example(model: nn.Module, paths: list[str], example: tuple[Any, ...]) -
                 why = f"with the stand-in for its output the model's forward fails: {type(error).__name__}: {line}"
                 new = new or outcome.unused_outputs(why)
                 if not new:
-                    if isinstance(error, torch.OutOfMemoryError) or line.startswith("asgl_cuda."):
-                        raise
-                    kinds = (format_value(x) if isinstance(x, Tensor) else f"a {type(x).__name__}" for x in example)
-                    raise ValueError(
-                        f"{_CALLER}: example must be the arguments of a call of the model, one by one, got "
-                        f"{', '.join(kinds)}, with which the model raises, in "
-                        f"{'training' if training else 'evaluation'} mode, {type(error).__name__}: {line}"
-                    ) from error
+                    expected = f"{_CALLER}: example must be the arguments of a call of the model, one by one"
+                    mode = f", in {'training' if training else 'evaluation'} mode,"
+                    raise_explained(error, expected, example, mode)
                 refused |= new
                 break
             tree_map_only(Pending, lambda each: each.value_for("the caller of the model"), output)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils import _pytree
 
-from ..checks import format_value, read_number
+from ..checks import format_value, raise_explained, read_number
 from ..interop import convert, unfuse
 from ..interop.convert import Left, copy_model
 from ..interop.converted import bare_class
@@ -132,18 +132,10 @@ def _explaining_model_errors(x_seq: Any) -> Iterator[None]:
     """Turns an error of the model's first call into a ValueError that says what x_seq must be."""
     try:
         yield
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        if first.startswith("asgl_cuda."):
-            raise
         hint = "; of a batch (x, y) take x alone" if isinstance(x_seq, (list, tuple)) else ""
-        got = format_value(x_seq) if isinstance(x_seq, Tensor) else f"a {type(x_seq).__name__}"
-        raise ValueError(
-            f"{_CALLER}: x_seq must be what the model takes, a tuple for several arguments, got {got}, with "
-            f"which the model raises {type(error).__name__}: {first}{hint}"
-        ) from error
+        expected = f"{_CALLER}: x_seq must be what the model takes, a tuple for several arguments"
+        raise_explained(error, expected, [x_seq], hint=hint)
 
 
 class _Site:
