@@ -606,11 +606,10 @@ def raise_explained(error: Exception, expected: str, given: Sequence[Any], when:
 
 
 def describe_array(name: str, value: Any) -> str:
-    """The type of an array or tensor, with the advice to call tolist(), for errors that expect ints; "" for others."""
-    if not hasattr(value, "tolist"):
+    """For errors that expect ints, an array or tensor of them with the advice to call tolist(); "" for other values."""
+    if getattr(value, "ndim", 2) > 1 or "int" not in str(getattr(value, "dtype", "")):
         return ""
-    is_integer = getattr(value, "ndim", 2) < 2 and "int" in str(getattr(value, "dtype", ""))
-    return f"{type(value).__name__}{f'; {name}.tolist() converts it' if is_integer else ' ' + format_value(value)}"
+    return f"{type(value).__name__}; {name}.tolist() converts it"
 
 
 def check_sizes(name: str, value: Any, caller: str) -> tuple[int, ...]:
