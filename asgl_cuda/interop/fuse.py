@@ -35,7 +35,7 @@ _CONVERTED = "_converted_by_fuse"  # attribute of layers that `fuse` has convert
 _calls: weakref.WeakValueDictionary[int, NormOutput] = weakref.WeakValueDictionary()
 
 
-def fuse(model: nn.Module, *example: Any, inplace: bool = False) -> tuple[nn.Module, Report]:
+def fuse(model: nn.Module, example: Any = None, *, inplace: bool = False) -> tuple[nn.Module, Report]:
     """Merges normalisations into the neurons after them: ``joined, report = asgl_cuda.fuse(model, x_seq)``.
 
     - Normalisations may be `torch.nn.BatchNorm1d`, `2d` and `3d`, `SyncBatchNorm`, SpikingJelly's equivalents, and
@@ -67,9 +67,9 @@ def fuse(model: nn.Module, *example: Any, inplace: bool = False) -> tuple[nn.Mod
 
     Args:
         model: any module.
-        example: arguments of a call. Copies of the model are called with them, in training and in evaluation mode.
-            Without an example, the first calls of the model decide what is merged, and complete the report, and all
-            neurons that `convert` can convert are converted.
+        example: an input of the model, or a tuple of its positional arguments. Copies of the model are called with
+            it, in training and in evaluation mode. Without an example, the first calls of the model decide what is
+            merged, and complete the report, and all neurons that `convert` can convert are converted.
         inplace: fuse the model instead of a copy; existing optimizers stay valid.
 
     Returns:
@@ -97,27 +97,28 @@ def fuse(model: nn.Module, *example: Any, inplace: bool = False) -> tuple[nn.Mod
         for path, each in model.named_modules()
         if isinstance(each, _BatchNorm) and not isinstance(each, Fused)
     ]
-    hooked_part = "" if example else _hooked_part(model)
+    given = example if example is None or isinstance(example, tuple) else (example,)
+    hooked_part = _hooked_part(model) if given is None else ""
     left = {path: reason for path, norm in norms if (reason := _reason_to_leave(norm) or hooked_part)}
     joined: dict[str, str] = {}
     try:
-        if example:
-            joined, others = _try_example(model, [path for path, _ in norms if path not in left], example)
+        if given is not None:
+            joined, others = _try_example(model, [path for path, _ in norms if path not in left], given)
             left |= others
     finally:
-        kept = {model.get_submodule(path) for path in joined.values()} if example else {*converted}
+        kept = {model.get_submodule(path) for path in joined.values()} if given is not None else {*converted}
         for layer in converted:
             if layer in kept:
                 vars(layer)[_CONVERTED] = True
             else:
                 layer.restore_original()
-    outcome = None if example else _Outcome(model, report)
+    outcome = None if given is not None else _Outcome(model, report)
     for path, norm in norms:
         if path in left:
             report.left.append(Left(path, type(norm).__name__, left[path]))
             continue
         make_fused(norm, outcome)
-        if example:
+        if given is not None:
             report.replaced.append(_fused_row(path, joined[path], model.get_submodule(joined[path])))
         else:
             report.notes = ["the model's first calls decide what else is merged; fuse(model, example) decides at once"]
@@ -391,7 +392,7 @@ def _try_example(model: nn.Module, paths: list[str], example: tuple[Any, ...]) -
                 why = f"with the stand-in for its output the model's forward fails: {type(error).__name__}: {line}"
                 new = new or outcome.unused_outputs(why)
                 if not new:
-                    expected = f"{_CALLER}: example must be the arguments of a call of the model, one by one"
+                    expected = f"{_CALLER}: example must be an input of the model or a tuple of its arguments"
                     mode = f", in {'training' if training else 'evaluation'} mode,"
                     raise_explained(error, expected, example, mode)
                 refused |= new

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..checks import raise_explained
 from ..neurons.base import check_module
 from ..neurons.deferred import tensor_of
 from ..spikes.functional import has_kernel
@@ -104,7 +105,8 @@ def to_spike_layers(model: nn.Module, example: Any) -> tuple[nn.Module, Report]:
 
     A spike layer uses the list of non-zero inputs even if later inputs are dense.
 
-    Raises TypeError if the model is not a module.
+    Raises TypeError if the model is not a module, and ValueError if it raises an error when it is called with
+    `example`. Errors of asgl_cuda and OutOfMemoryError are passed on.
 
     Example::
 
@@ -129,8 +131,12 @@ def to_spike_layers(model: nn.Module, example: Any) -> tuple[nn.Module, Report]:
     trial = copy_model(model).eval()
     for name, layer in _weight_layers(trial):
         layer.register_forward_pre_hook(partial(count_nonzero_inputs, name))
-    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-        trial(*(example if isinstance(example, tuple) else (example,)))
+    given = example if isinstance(example, tuple) else (example,)
+    try:
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            trial(*given)
+    except Exception as error:
+        raise_explained(error, f"{caller}: example must be an input of the model or a tuple of its arguments", given)
     report = Report([], [])
     for name, layer in _weight_layers(model):
         shares, kernels = counted.get(name, ([], [True]))

@@ -86,9 +86,9 @@ def other_noise(patch):
 def another_fusion(patch):
     fuse = asgl_cuda.fuse
 
-    def fuse_wrongly(model, *example, inplace):
+    def fuse_wrongly(model, example, inplace):
         model[1].layer.eps = 2e-5
-        return fuse(model, *example, inplace=inplace)
+        return fuse(model, example, inplace=inplace)
 
     patch.setattr(asgl_cuda, "fuse", fuse_wrongly)
 

@@ -40,8 +40,8 @@ def network(forward=plain, **parts):
     return scattered(Stack(forward, **parts))
 
 
-def reasons(model, *example):
-    _, report = asgl_cuda.fuse(model, *example)
+def reasons(model, example=None):
+    _, report = asgl_cuda.fuse(model, example)
     return {row.path: row.reason for row in report.left}
 
 
@@ -413,8 +413,8 @@ def test_what_is_fused_already():
     """Is not fused again, and the report says so."""
     x_seq = torch.rand(3, 2, 4)
     joined, _ = asgl_cuda.fuse(nn.Sequential(OverTime(nn.BatchNorm1d(4)), asgl_cuda.LIF()), x_seq)
-    for example in ((), (x_seq,)):
-        again, report = asgl_cuda.fuse(joined, *example)
+    for example in (None, x_seq):
+        again, report = asgl_cuda.fuse(joined, example)
         assert [(row.path, row.reason) for row in report.left] == [("0.layer", "an earlier fuse has merged it already")]
         assert isinstance(again[0].layer, Fused)
 

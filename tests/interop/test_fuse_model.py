@@ -50,8 +50,8 @@ def net():
     return scattered(made)
 
 
-def joined(model, *example):
-    fused, report = asgl_cuda.fuse(model, *example)
+def joined(model, example=None):
+    fused, report = asgl_cuda.fuse(model, example)
     assert not report.left, report
     return fused
 
@@ -124,13 +124,13 @@ def test_the_example_leaves_no_trace():
     assert type(fused.leaky) is snntorch.Leaky
 
 
-def test_an_example_that_the_model_does_not_take():
-    """A tuple is one argument."""
+def test_a_tuple_is_the_arguments():
+    x_seq, wrong = torch.rand(5, 2, 3), torch.rand(5, 2, 7)
     model = nn.Sequential(nn.Linear(3, C), OverTime(nn.BatchNorm1d(C)), asgl_cuda.LIF())
-    for example, got in (((torch.rand(5, 2, 3),), "a tuple"), (torch.rand(5, 2, 7), r"a tensor of shape \[5, 2, 7\]")):
-        error = (
-            rf"asgl_cuda\.fuse: example must be the arguments of a call .*, got {got}.*, with which the model raises"
-        )
+    assert not asgl_cuda.fuse(model, (x_seq,))[1].left
+    for example, got in (((x_seq, 3), r"\[5, 2, 3\], a int"), (wrong, r"\[5, 2, 7\]")):
+        expected = r"asgl_cuda\.fuse: example must be an input of the model or a tuple of its arguments"
+        error = rf"{expected}, got a tensor of shape {got}.*, with which the model raises"
         with pytest.raises(ValueError, match=error):
             asgl_cuda.fuse(model, example)
 
@@ -177,8 +177,8 @@ def test_models_are_freed_without_the_collector():
     gc.collect()
     gc.disable()
     try:
-        for example in ((X,), ()):
-            model = asgl_cuda.fuse(net(), *example)[0]
+        for example in (X, None):
+            model = asgl_cuda.fuse(net(), example)[0]
             for _ in range(2):
                 model(X).sum().backward()
                 functional.reset_net(model)

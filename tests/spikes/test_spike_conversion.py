@@ -74,6 +74,11 @@ def test_layers_that_are_left():
     for example, kind in ((None, "NoneType"), ("x", "str")):
         with pytest.raises(TypeError, match=rf"to_spike_layers: input must be a tensor, got {kind}"):
             asgl_cuda.to_spike_layers(nn.Linear(64, 64), example)
+    error = (
+        r"to_spike_layers: example must be an input .*, got a tensor of shape \[3, 7\].*, with which the model raises"
+    )
+    with pytest.raises(ValueError, match=error):
+        asgl_cuda.to_spike_layers(nn.Linear(64, 64), torch.zeros(3, 7))
 
 
 MODELS = {
