@@ -18,7 +18,7 @@ from ..neurons.over_time import KNOWS_TIME
 from .converted import HOOKS, Converted, Settings, bare_class, name_clash_reason, overlaid_class, replaced_method_reason
 from .identify import FLAT, SpikeFunction, fires_strictly, identify_spike_function, is_spike_function, spike_dtype
 from .libraries import LIBRARIES, imported_adapters, vendored_spikingjelly_reason
-from .replaced import make_replacements, replace_module, replaced_module, restore_module
+from .replaced import make_replacements, notes_on_unused, replace_module, replaced_module, restore_module
 from .sequences import InSequences, checked_sequences, overlay_model, refusal_reason
 
 _CALLER = "asgl_cuda.convert"
@@ -215,6 +215,7 @@ def convert(
     if wanted is not None or backend is not None:
         _check_unconverted(model)
     made = make_replacements(model, layers, _CALLER)
+    unused = notes_on_unused(model, layers, made)
     name_of_function = "conversion_in_loop" if kind else "conversion_of"
     adapters = [getattr(library, name_of_function, library.conversion_of) for library in imported_adapters()]
     report = Report([], [])
@@ -263,7 +264,7 @@ def convert(
                     restore_module(model, layer)
             raise ValueError(f"{_CALLER}: with sequences, {reason}")
         report.replaced.insert(0, Replaced("", bare_class(model).__name__, overlay_model(model, kind)))
-    report.notes = _report_notes(model, report)
+    report.notes = _report_notes(model, report) + unused
     return model, report
 
 

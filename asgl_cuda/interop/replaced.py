@@ -6,7 +6,7 @@ layer maps them, and keeps the module for `revert`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import chain
 from typing import Any
 
@@ -49,6 +49,28 @@ def make_replacements(
             )
         found[module] = layer, text
     return found
+
+
+def notes_on_unused(
+    model: nn.Module, layers: Mapping[type[nn.Module], Any] | None, replaced: Iterable[nn.Module]
+) -> list[str]:
+    """A note for each class in `layers` that was applied to no module. It names a module that may have been meant."""
+    used = {type(module) for module in replaced}
+    notes = []
+    for kind in layers or {}:
+        if kind not in used:
+            hints = (_reason_unused(path, type(module), kind) for path, module in model.named_modules() if path)
+            notes.append(f"layers[{kind.__name__}] was applied to no module" + next(filter(None, hints), ""))
+    return notes
+
+
+def _reason_unused(path: str, found: type[nn.Module], kind: type[nn.Module]) -> str:
+    """Why the class `kind` was not applied to a module of the class `found`, or "" if the two are not alike."""
+    if found is kind:
+        return f"; {path} is inside of a module that is replaced as a whole"
+    if issubclass(found, kind):
+        return f"; {path} is a {found.__name__}, a subclass, which needs a key of its own"
+    return f"; {path} has another class of this name" if found.__name__ == kind.__name__ else ""
 
 
 def _checked_layers(layers: Any, caller: str) -> Mapping[type[nn.Module], Callable[[Any], Any]]:

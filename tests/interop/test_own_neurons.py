@@ -184,8 +184,13 @@ def test_what_is_left():
     fast, report = asgl_cuda.convert(model, layers={**LAYERS, SigmoidLIF: lambda module: None})
     assert [type(module).__name__ for module in fast] == ["LIF", "Mine", "SigmoidLIF"]
     assert report.left == [("2", "SigmoidLIF", "layers[SigmoidLIF] returned None")]
+    assert report.notes == []
     outer = {nn.Sequential: lambda module: nn.Identity(), **LAYERS}
-    assert [row.path for row in asgl_cuda.convert(nn.ModuleList([model]), layers=outer)[1].replaced] == ["0"]
+    _, report = asgl_cuda.convert(nn.ModuleList([model]), layers=outer)
+    assert [row.path for row in report.replaced] == ["0"]
+    inside = "; 0.{} is inside of a module that is replaced as a whole"
+    unused = (("MemUpdate", 0), ("SigmoidLIF", 2))
+    assert report.notes == [f"layers[{name}] was applied to no module{inside.format(path)}" for name, path in unused]
 
 
 def failing(module):
@@ -222,4 +227,14 @@ def test_hooks_that_no_longer_fire():
     model = nn.Sequential(MemUpdate())
     model[0].register_forward_hook(lambda *given: None)
     _, report = asgl_cuda.convert(model, layers=LAYERS)
-    assert list(report.notes) == ["0: hooks of the module that it replaces are no longer called"]
+    assert report.notes[0] == "0: hooks of the module that it replaces are no longer called"
+
+
+def test_classes_that_no_module_has():
+    """Another class of the same name, as a notebook's cell makes when it runs again; or only a subclass."""
+    again = type("MemUpdate", (nn.Module,), {})
+    _, report = asgl_cuda.convert(nn.Sequential(again(), type("Mine", (SigmoidLIF,), {})()), layers=LAYERS)
+    assert report.notes[1:] == [
+        "layers[MemUpdate] was applied to no module; 0 has another class of this name",
+        "layers[SigmoidLIF] was applied to no module; 1 is a Mine, a subclass, which needs a key of its own",
+    ]
