@@ -198,9 +198,10 @@ def microbench(report: Report) -> list[str]:
         "asgl_cuda has a rectangle or, in one row, a sigmoid. The other libraries have their default surrogates. *loop "
         'with all options* is the backend `"reference"`. *loop in PyTorch* is the '
         "[short loop](design/equations.md#the-loop-in-pytorch) that computes only this neuron. The first three "
-        "columns are again nanoseconds per element. The other columns are the seconds of first calls, which include "
-        "compiling. The columns *second batch size*, *third batch size* and *T = 5* are later calls of the layer that "
-        "was compiled at T = 4.",
+        "columns are again nanoseconds per element. The other columns are the seconds of single calls of compiled "
+        "layers. A *first call* includes compiling. The columns *second batch size*, *third batch size* and *T = 5* "
+        "are later calls of the layer that was compiled at T = 4. A call with a new size may compile the layer "
+        "again.",
         "",
         *markdown_table(
             ["", *(f"T = {size['steps']}" for size in sizes), *firsts],
@@ -510,7 +511,6 @@ def robustness_values(report: Report) -> Report:
     return {
         "sets": len(sets),
         "kinds": listed([f"{name} ({SOURCES[name].kind})" for name in sets]),
-        "optimizers": listed([f"{rate:g} with {name}" for name, rate in report["settings"]["rates"].items()]),
     }
 
 
@@ -668,7 +668,7 @@ SECTIONS = {
         "width_robustness",
         robustness,
         f"Accuracy after {{steps}} training steps, averaged over {{sets}} data sets and {{seeds}} seeds. The data sets "
-        f"are {{kinds}}. The learning rates are {{optimizers}}. {{trainings:,}} {COST}",
+        f"are {{kinds}}. {{trainings:,}} {COST}",
         robustness_values,
     ),
     "width_step": Section("width_step", width_step, STUDIED),
