@@ -48,7 +48,7 @@ class _Rows(NamedTuple):
 
 
 class Report(_Rows):
-    """The layers that `convert`, `fuse` and others changed, and those that they left: `replaced, left = report`.
+    """The layers that a function such as `convert` has changed, and those that it left: `replaced, left = report`.
 
     `print(report)` shows both lists as a table, and then `notes`, such as advice on speed, or why nothing was found.
     """
@@ -116,8 +116,7 @@ def convert(
 ) -> tuple[nn.Module, Report]:
     """Replaces the neurons of a model by fused ones: ``fast, report = asgl_cuda.convert(model)``.
 
-    These layers are converted, and also subclasses of those without recurrent weights that override no method except
-    `__init__`, `train`, `extra_repr` and the reset.
+    These layers are converted:
 
     - SpikingJelly's `IFNode` and `LIFNode` with their Simple and NonSpiking forms, `ParametricLIFNode`, `CUBALIFNode`,
       `ILIFNode`, the MultiStep forms of `clock_driven`, `LinearRecurrentContainer` and `ElementWiseRecurrentContainer`.
@@ -127,37 +126,40 @@ def convert(
     - sinabs' `LIF`, `IAF` and `ExpLeak` with their Squeeze forms, `LIFRecurrent` and `IAFRecurrent`.
     - `LIFLayer` of the code published by the authors of ASGL.
 
-    Recurrent layers are converted if their spikes return through a Linear or one weight per neuron. The guide "Models
-    of other libraries" lists what is not converted.
+    Recurrent layers are converted if their spikes return through a Linear, through one weight per neuron, or multiplied
+    by a number. A subclass of a layer without recurrent weights is also converted, if it overrides no method except
+    `__init__`, `train`, `extra_repr` and the reset. The guide "Models of other libraries" lists what is not converted.
 
-    Without `asgl`, spikes, states and gradients stay the same up to rounding, but the noise of the authors' layers in
-    training is another draw. A spike can change where the potential differs from the threshold by no more than
-    rounding, and so can later spikes that depend on it. The parameters of a layer, their names, its state and its base
-    classes also stay the same, so state dicts and functions such as SpikingJelly's `reset_net` still work.
-    SpikingJelly's `backend` has no effect on converted layers.
+    Without `asgl`, spikes, states and gradients stay the same up to rounding, but layers of the authors' code draw
+    other random numbers for their noise in training. A spike can change if the potential differs from the threshold by
+    no more than a rounding error, and then later spikes can change as well. The parameters of a layer, their names, its
+    state and its base classes also stay the same. State dicts and functions such as SpikingJelly's `reset_net`
+    therefore still work. With `asgl`, each learned width adds an entry `log_width` to the state dict. SpikingJelly's
+    `backend` has no effect on converted layers.
 
-    Decays and thresholds are read at each call. The following are read only once, at the conversion: the surrogate, the
-    methods, in snnTorch, Norse and sinabs the kind of reset, and in sinabs a threshold on which the surrogate may
-    depend. If one of these changes later, the next call in eager mode raises a RuntimeError that names the difference.
-    With `asgl`, a change of the surrogate has no effect, and raises this error only in Norse.
+    Decays and thresholds are read at each call. The following are read only once, at the conversion: the surrogate; the
+    methods that the layer's forward calls; in snnTorch, Norse and sinabs the kind of reset; and in sinabs a threshold
+    on which the surrogate may depend. If one of these changes later, the next call in eager mode that runs a kernel
+    raises a RuntimeError that names the difference. After a conversion with `asgl`, a change of the library's surrogate
+    has no effect, and raises this error only in Norse.
 
-    A layer is left, with the reason in the report, if it has no exact representation, a surrogate unknown to asgl_cuda
-    (which `asgl` replaces), a replaced method (`layer.fire = ...`), or an attribute with a name that converted layers
-    use.
+    A layer is left as it is, and the report gives the reason, if no fused layer computes the same, or if the layer has
+    one of these: a surrogate unknown to asgl_cuda (which `asgl` replaces), a replaced method (`layer.fire = ...`), or
+    an attribute with a name that converted layers use.
 
-    Outputs have the dtypes of the library, under autocast as well. `torch.jit.trace` and `torch.jit.script` raise a
-    RuntimeError for converted layers.
+    Outputs have the same dtypes as those of the original layers, also under autocast. `torch.jit.trace` and
+    `torch.jit.script` raise a RuntimeError for converted layers.
 
-    A converted layer is an instance of its original class, but has another type. Call `revert` before code that
-    compares types, such as `sinabs.nir.to_nir`.
+    The class of a converted layer is a subclass of its original class. Call `revert` before you use code that compares
+    types for equality, such as `sinabs.nir.to_nir`.
 
     With `sequences` the model's own code runs step by step, but on placeholders for values that are computed later.
     After the last step each layer computes all steps in one call, and so does each other operation that every step
     repeats, such as a linear layer or a convolution. Outputs, gradients and the states that layers keep are those of
-    the original model, up to rounding, but random numbers are drawn in another order. `convert` refuses a model in
-    which a neuron is not converted. A call raises a RuntimeError that names the layer or function if, for example,
-    spikes return to an earlier layer, or if the code needs a value between two steps, as `if spikes.sum() > 0` does.
-    The guide lists further cases.
+    the original model, up to rounding, but random numbers are drawn in another order. `convert` then refuses a model if
+    one of its neuron layers can't be converted. A call raises a RuntimeError that names the layer or function if, for
+    example, spikes return to an earlier layer, or if the code needs the value of spikes between two steps, as in
+    `if spikes.sum() > 0`. The guide lists further cases.
 
     Args:
         model: any module, or a neuron layer.
@@ -166,7 +168,7 @@ def convert(
             and `learn_width` (default True). A learned width is a new parameter `log_width` of each layer, which must
             be passed to the optimizer. Layers of the authors' code are ASGL layers already. They keep their own
             surrogate, width and `analog_prob`. Layers that do not fire get no width, and layers with several spikes per
-            step are left.
+            step are not converted.
         layers: for neurons of your own, functions by class, `{Class: make}`. `make(module)` returns a layer, such as
             `asgl_cuda.LIF`, that replaces the module under all its paths, or None to leave the module. Classes match
             exactly, so a subclass needs a key of its own. The new layer loads the state dict of the replaced module,
@@ -177,7 +179,7 @@ def convert(
         sequences: for a model whose layers take one step per call, compute all time steps at once, as described above.
             With True, a call of the result takes `x_seq` `[T, ...]`, starts at rest, and returns what the model returns
             for each step, stacked to `[T, ...]`. If `fast.stateful = True` is set, a call continues from the states of
-            the last one. Give "loop" if the forward of the model contains the loop over the steps; the result is then
+            the last call. Give "loop" if the forward of the model contains the loop over the steps; the result is then
             called as the model is. Default False: calls stay as they are.
         backend: backend of all layers, see `asgl_cuda.lif`.
 
@@ -190,8 +192,8 @@ def convert(
         TypeError: a function in `layers` returns neither another module nor None.
         ValueError: `asgl` or `backend` is given and the model already contains a converted layer, or `sequences`
             refuses the model.
-        RuntimeError: the model can't be copied, or a tensor in the state dict of a module has another shape than in
-            that of its replacement. Also if a function in `layers` raises an error, which is then the `__cause__`.
+        RuntimeError: the model can't be copied, or a tensor in the state dict of a module has another shape than in the
+            state dict of its replacement, or a function in `layers` raises an error, which becomes the `__cause__`.
 
     After an error the model is unchanged.
 
@@ -387,19 +389,21 @@ def _spike_function(
 def revert(model: nn.Module, *, inplace: bool = False) -> tuple[nn.Module, Report]:
     """Restores a model's original neuron layers: ``original, report = asgl_cuda.revert(fast)``.
 
-    Parameters and buffers keep their values. A module that the argument `layers` of `convert` has replaced gets the
-    values of parameters and buffers with the same names and shapes in the new layer.
+    Parameters and buffers keep their values. If a function in the argument `layers` of `convert` has replaced a module,
+    `revert` restores the module. The module then gets the new layer's values of those parameters and buffers that have
+    the same names and shapes in both.
 
     If `convert` was called with `asgl`, learned widths and `analog_prob` are lost, because the layers of the libraries
-    do not have them. Spikes in evaluation stay the same up to rounding, but later gradients differ.
+    do not have them. In evaluation, the restored layers emit the same spikes as the ASGL layers, up to rounding, but
+    have other gradients.
 
     Args:
         model: a module returned by `convert`.
         inplace: revert the model instead of a copy.
 
     Returns:
-        The model, and a `Report`. Its `replaced` has the layers that are restored, and its `left` the values that are
-        lost.
+        The model, and a `Report`. Its `replaced` lists the restored layers, and its `left` the learned widths and other
+        parameters that are lost.
 
     Raises TypeError if `model` is not a module, and RuntimeError if it can't be copied.
 
