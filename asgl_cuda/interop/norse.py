@@ -116,9 +116,20 @@ class ConvertedSNN(Converted):
     def forward(self, input_tensor: Tensor, state: Any = None) -> tuple[Tensor, Any]:
         """The output and the next state, as the layer returns them in Norse."""
         a_step = self.time_dim is None
-        if input_tensor.is_sparse or (a_step and self.prefers_original_step()):
+        if self.runs_original(input_tensor, a_step):
             return super().forward(input_tensor, state)  # type: ignore[no-any-return]
         return self.compute_output_and_state(input_tensor, state, a_step, not a_step and self.record_states)
+
+    def runs_original(self, input_tensor: Tensor, a_step: bool) -> bool:
+        """Whether Norse's own forward computes this call. Only it takes sparse inputs."""
+        if not input_tensor.is_sparse:
+            return a_step and self.prefers_original_step()
+        if self.settings.spike is not None and not self.can_run_original():
+            raise ValueError(
+                f"asgl_cuda.convert: {bare_class(self).__name__} converted with asgl or backend takes dense inputs, "
+                "got a sparse one; pass input.to_dense()"
+            )
+        return True
 
     def compute_output_and_state(
         self, input_tensor: Tensor, state: Any, a_step: bool, records: bool
@@ -177,7 +188,7 @@ class ConvertedRecurrent(Recurrent, ConvertedSNN):
 
     def forward(self, input_tensor: Tensor, state: Any = None) -> tuple[Tensor, Any]:
         """The output and the next state, as the layer returns them in Norse."""
-        if input_tensor.is_sparse or (self.time_dim is None and self.prefers_original_step()):
+        if self.runs_original(input_tensor, self.time_dim is None):
             return super(ConvertedSNN, self).forward(input_tensor, state)  # type: ignore[no-any-return]
         return super().forward(input_tensor, state)
 

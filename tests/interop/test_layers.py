@@ -495,6 +495,10 @@ def test_norse_lifted_and_sparse():
     out, _ = asgl_cuda.convert(norse.LIFCell())[0](x.to_sparse())
     assert out.is_sparse
     assert torch.equal(out.to_dense(), norse.LIFCell()(x)[0])
+    for layer in (norse.LIFCell(), norse.LIFRecurrent(4, 4)):
+        for options in ({"asgl": {}}, {"backend": "reference"}):
+            with pytest.raises(ValueError, match=r"takes dense inputs, got a sparse one; pass input\.to_dense"):
+                asgl_cuda.convert(layer, **options)[0](x.to_sparse())
 
 
 @pytest.mark.parametrize("options", [{"tau_syn": 2.0}, {"norm_input": False, **SINGLE}], ids=["current", "single"])

@@ -1004,6 +1004,8 @@ MUTANTS = {
         "number(p.v_leak), 1 - gain", "interop/test_layers.py equal and LIFBox"),
     "norse: a state of its own": Mutant('if getattr(layer.state_fallback, "__func__", None) is not kind.initial_state:',
         "if False:", "interop/test_left.py other_ways"),
+    "norse: sparse inputs lose noise": Mutant("if self.settings.spike is not None and not self.can_run_original():",
+        "if False:", "interop/test_layers.py sparse"),
     "sinabs: no least potential": Mutant("v_min=self._least,", "v_min=None,",
         "interop/test_layers.py equal and SingleSpike"),
     "sinabs: a gradient of the threshold": Mutant("v_threshold=self.spike_threshold.detach(),  #",
