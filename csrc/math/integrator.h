@@ -1,4 +1,4 @@
-// One step of the leaky integrator and its adjoint, for one element, in all backends.
+// One step of the leaky integrator and its adjoint, for one element, in CPU and CUDA kernels.
 //
 //   v[t] = v_rest + decay * (v[t-1] - v_rest) + input_gain * x[t];   out[t] = v[t], or v[t-1] with delay
 //
