@@ -40,8 +40,8 @@ struct LIFByOptions : NeuronOptions<Real> {
     return Hard::charge<kInput>(c, v, neuron, options);
   }
 
-  // With multi_spike the hard value is trunc(h / v_threshold) where h > 0, else 0. It is at most `levels`, unless
-  // `levels` is 0. The product with 1 or 0 keeps NaN as NaN.
+  // With multi_spike the hard value is (h > 0) * trunc(h / v_threshold), a product so that NaN stays NaN. It is at most
+  // `levels`, unless `levels` is 0.
   template <class FiringRule>
   ASGL_HOST_DEVICE Real fire(Real h, bool analog, const Neuron<Real>& neuron, const FiringRule& firing) const {
     const Real u = distance_from_threshold(h, neuron);
@@ -73,7 +73,7 @@ struct LIFByOptions : NeuronOptions<Real> {
     return choose(this->hard_reset, Hard::reset(h, s, neuron), Soft::reset(h, s, neuron));
   }
 
-  // v[t]. This is v, the potential after reset, or relu(v - v_min) + v_min if `floored`.
+  // v[t], which is the potential v after reset, or relu(v - v_min) + v_min if `floored`.
   ASGL_HOST_DEVICE Real reset(Real h, Real s, const Neuron<Real>& neuron) const {
     const Real v = potential_after_reset(h, s, neuron), above = v - v_min;
     if (kBranches && !floored) return v;

@@ -73,7 +73,7 @@ struct Firing {
   }
 };
 
-// The firing rule in a single comparison, for processors that do not flush subnormals to zero.
+// The firing rule in a single comparison, for CUDA kernels. It is wrong on a CPU that treats subnormals as zero.
 template <class Real>
 struct FiringFromLeast {
   Real least_u;  // the smallest u that spikes

@@ -195,7 +195,7 @@ PackedSpikes<Real> view_packed(const Tensor& packed, const Tensor& x) {
 }
 
 // Returns the layer's output. `panels` is the result of spike_panels for the weight, or none. `packed` is the result of
-// pack_spikes for x, or none; if it is given, the elements of x are not read.
+// pack_spikes for x, or none. If `packed` is given, the elements of x are not read.
 inline Tensor spike_product(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
                             const OptionalTensor& panels, at::IntArrayRef stride, at::IntArrayRef padding,
                             const OptionalTensor& packed) {
