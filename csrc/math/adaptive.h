@@ -1,19 +1,20 @@
-// One step of adaptive neurons and its adjoint, for one element, in all backends. The neurons are those of LIFByOptions
-// with a second state w, which is subtracted from the input current, or added to the threshold or to the reset amount.
+// One step of adaptive neurons and its adjoint, for one element, in CPU and CUDA kernels. The neurons are those of
+// LIFByOptions with a second state w, which is subtracted from the input current, or added to the threshold or to the
+// reset amount.
 //
 //   w[t+1] = adapt_decay * w[t] + (adapt_potential * (v[t] - v_rest) + adapt_spike * s[t])
 //
-// After step t the state is v[t] and w[t+1], so that a step updates both once. The input current is x itself, and the
-// fields of Neuron for its normalisation hold other parameters: input_gain is adapt_decay, input_bias is
-// adapt_potential, and input_mean is adapt_spike.
+// Step t computes v[t] and w[t+1], which are the state after the step. The input is not normalised. The fields of
+// Neuron for a normalisation hold other parameters instead: input_gain is adapt_decay, input_bias is adapt_potential,
+// and input_mean is adapt_spike.
 #pragma once
 
 #include "math/lif_by_options.h"
 
 namespace asgl {
 
-// Where w acts, as bits of LIFByOptions::adaptation: w is subtracted from the current, or added to the threshold, to
-// the amount of a soft reset, or to both.
+// Bits of LIFByOptions::adaptation, which say where w acts: it is subtracted from the current, added to the threshold,
+// or added to the amount of a soft reset. The last two bits may be combined.
 constexpr uint8 kAdaptsCurrent = 1, kAdaptsThreshold = 2, kAdaptsReset = 4;
 
 template <class Real>
@@ -33,7 +34,8 @@ struct AdaptiveLIF : LIFByOptions<Real> {
   ASGL_HOST_DEVICE bool adapts_threshold() const { return (this->adaptation & kAdaptsThreshold) != 0; }
   ASGL_HOST_DEVICE bool adapts_reset() const { return (this->adaptation & kAdaptsReset) != 0; }
 
-  // The potential that is compared with v_threshold: w may raise the threshold, which is as if it lowered h.
+  // The potential that is compared with v_threshold. If w is added to the threshold, this is h - w, and v_threshold
+  // stays as it is.
   ASGL_HOST_DEVICE Real compared_potential(Real h, Real w) const { return h - keep_if(adapts_threshold(), w); }
   // The inverse of compared_potential, up to rounding: h, the potential before reset.
   ASGL_HOST_DEVICE Real charged_potential(Real compared_h, Real w) const {
@@ -65,9 +67,9 @@ struct AdaptiveLIF : LIFByOptions<Real> {
     StepGradient<Real> step;
   };
 
-  // Replaces dv and dw, the gradients of v and w after the step, by the gradients before it. g and gh are the gradients
-  // of s and of compared_h, the potential that is compared with v_threshold. Terms are added in the order of autograd;
-  // `carried` is as in LIF::step_adjoint.
+  // On entry dv and dw are the gradients of v and w after the step, and on return those before the step. g and gh are
+  // the gradients of s and of compared_h, the potential that is compared with v_threshold. Terms are added in the order
+  // of autograd on the reference. `carried` is as in LIF::step_adjoint.
   ASGL_HOST_DEVICE Gradient adjoint(Real g, Real gh, Real h, Real compared_h, Real s, Real w, bool carried,
                                     const Neuron<Real>& neuron, Real& dv, Real& dw) const {
     const Neuron<Real> now = with_adapted_reset(neuron, w);

@@ -7,9 +7,9 @@ namespace asgl {
 
 constexpr int64 kDividendLimit = 1LL << 31;  // dividends and divisors are smaller
 
-// Divides by `by`: number / by and number % by, for 0 <= number < kDividendLimit = 2^31.
+// Computes number / by and number % by, for 0 <= number < kDividendLimit = 2^31.
 //
-// With 2^(s - 1) < by <= 2^s and factor = floor(2^(31 + s) / by) + 1, factor * by exceeds 2^(31 + s) by at most 2^s.
+// Let 2^(s - 1) < by <= 2^s and factor = floor(2^(31 + s) / by) + 1. Then factor * by - 2^(31 + s) is at most 2^s.
 // So number * factor / 2^(31 + s) is too large by less than 1 / by, and its integer part is the quotient.
 struct Divisor {
   uint32 by, factor;

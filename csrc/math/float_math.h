@@ -1,14 +1,15 @@
-// exp, erf and atan in float32, on CPUs and for math/learned.h: no branches, tables or FMA, so that loops vectorise.
-// Errors were measured over all 2^32 inputs. NaN stays NaN: comparisons clamp, not min and max.
+// exp, erf and atan in float32, for CPU kernels and for math/learned.h. They have no branches and tables, so that loops
+// vectorise, and no FMA, so that all processors compute the same bits. Errors were measured over all 2^32 floats. NaN
+// stays NaN, because values are clamped by comparisons instead of min and max.
 #pragma once
 
 #include "math/host_device.h"
 
 namespace asgl::float_math {
 
-// e^x = 2^n e^r with x = n ln2 + r, |r| <= ln2 / 2 and e^r = 1 + (r + r^2 q(r)). Adding 1.5 * 2^23 rounds n, and n ln2
-// is subtracted in two parts. 2^n is applied as two factors, so that overflow and subnormals round once. The error is
-// at most 0.97 ulp; e^0 = 1.
+// e^x = 2^n e^r with x = n ln2 + r, |r| <= ln2 / 2 and e^r = 1 + (r + r^2 q(r)). Adding 1.5 * 2^23 rounds x / ln2 to n,
+// and n ln2 is subtracted in two parts. e^r is multiplied by two factors of 2^n, because 2^n itself may overflow or be
+// subnormal. The error is at most 0.97 ulp, and e^0 is exactly 1.
 ASGL_HOST_DEVICE float exp(float x) {
   x = x > 89.0f ? 89.0f : x;      // already infinite
   x = x < -104.0f ? -104.0f : x;  // already 0
@@ -28,9 +29,10 @@ ASGL_HOST_DEVICE float exp(float x) {
   return (p * scale) * other_scale;
 }
 
-// e^x for x <= 0, in two thirds of exp's operations: x log2(e) = n + r with |r| <= 1/2, 2^r is a polynomial of r whose
-// parts are independent, and one factor 2^n suffices, as nothing overflows and results below 2^-126.5 are 0. The error
-// is at most 1.6e-7, and relative to the result at most 4e-6 (2.2e-7 for x > -0.5); e^0 = 1.
+// e^x for x <= 0, with two thirds of the operations of exp. x log2(e) = n + r with |r| <= 1/2, and 2^r is a polynomial
+// whose parts are computed independently. One factor 2^n suffices, because nothing overflows and results below 2^-126.5
+// are 0. The absolute error is at most 1.6e-7. The relative error of results above 2^-126.5 is at most 4e-6, and 2.2e-7
+// for x > -0.5. e^0 is exactly 1.
 ASGL_HOST_DEVICE float exp_of_nonpositive(float x) {
   x = x < -88.0f ? -88.0f : x;  // already 0
   const float scaled = x * 1.44269504f;

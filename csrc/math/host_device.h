@@ -1,4 +1,4 @@
-// For headers that nvcc, NVRTC and host compilers all compile: includes no standard header.
+// For headers that nvcc, NVRTC and host compilers all compile. Includes no standard header, because NVRTC has none.
 #pragma once
 
 #if defined(__CUDACC__)

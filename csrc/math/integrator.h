@@ -1,4 +1,4 @@
-// One step of the leaky integrator and its adjoint, for one element, in all backends.
+// One step of the leaky integrator and its adjoint, for one element, in CPU and CUDA kernels.
 //
 //   v[t] = v_rest + decay * (v[t-1] - v_rest) + input_gain * x[t];   out[t] = v[t], or v[t-1] with delay
 //
@@ -17,7 +17,7 @@ ASGL_HOST_DEVICE Real integrate(Real x, Real v, const Neuron<Real>& neuron, Real
   return (v_rest + neuron.decay * (v - v_rest)) + neuron.input_gain * x;
 }
 
-// Returns dv[t]. `later` is the gradient that later steps contribute to v[t] on entry, and to v[t-1] on return.
+// Returns dv[t]. On entry `later` is the part of dv[t] that comes from later steps, and on return that of dv[t-1].
 template <class Real>
 ASGL_HOST_DEVICE Real integrator_adjoint(Real g, bool delay, const Neuron<Real>& neuron, Real& later) {
   const Real dv = delay ? later : g + later;

@@ -1,6 +1,6 @@
 // A learned width is stored as its logarithm, a learned decay as its logit. Kernels convert stored values where they
-// read them and apply the derivatives where they sum gradients, so that neither costs a launch. All backends and
-// asgl_cuda/reference/learned.py do the same operations, for equal bits.
+// read them, so that the conversion needs no launch of its own. The operations are those of
+// asgl_cuda/reference/learned.py, for equal bits.
 #pragma once
 
 #include "math/float_math.h"
@@ -19,8 +19,8 @@ ASGL_HOST_DEVICE Real clamp_to_bound(Real x) {
 // e^x of the clamped x.
 ASGL_HOST_DEVICE float exp_within_bound(float x) { return float_math::exp(clamp_to_bound(x)); }
 
-// e^x of the clamped x, reduced as in float_math::exp. The power series ends with r^13 / 13!, its remainder is below
-// 5e-18, and the scale cannot overflow.
+// e^x of the clamped x, with the range reduction of float_math::exp. The power series ends with r^13 / 13!, and its
+// remainder is below 5e-18. One factor 2^n suffices, because x is bounded.
 ASGL_HOST_DEVICE double exp_within_bound(double given) {
   constexpr double kShift = 6755399441055744.0;  // 1.5 * 2^52
   const double x = clamp_to_bound(given);

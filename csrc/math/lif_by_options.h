@@ -21,16 +21,17 @@ struct LIFByOptions : NeuronOptions<Real> {
   bool floored;      // whether v_min bounds the potential
   uint8 adaptation;  // bits of math/adaptive.h, or 0; stored in padding, as levels
 
-  // Whether the neuron is adaptive, with a state w. The parameters of the input are then those of the adaptation.
+  // Whether the neuron is adaptive, with a state w. input_gain, input_bias and input_mean are then parameters of the
+  // adaptation.
   ASGL_HOST_DEVICE bool has_adaptation() const { return adaptation != 0; }
   // The number of states: v, and for adaptive neurons w.
   ASGL_HOST_DEVICE int num_states() const { return has_adaptation() ? 2 : 1; }
   // Whether the neuron has a rule that LIF does not have.
   ASGL_HOST_DEVICE bool has_optional_rules() const { return multi_spike || floored || has_adaptation(); }
-  // Whether the hard value is a number of spikes, F(h / width) rounded.
+  // Whether the hard value is F(h / width) rounded, which is a number of spikes.
   ASGL_HOST_DEVICE bool counts_spikes() const { return this->surrogate == Surrogate::kInteger; }
 
-  // The functions below are those of LIF in math/neuron.h, where the equations are that are not repeated here.
+  // The functions below are those of LIF in math/neuron.h. See there for equations that are not repeated here.
   static ASGL_HOST_DEVICE const LIFByOptions& from_options(const LIFByOptions& options) { return options; }
 
   template <Input kInput>
@@ -39,8 +40,8 @@ struct LIFByOptions : NeuronOptions<Real> {
     return Hard::charge<kInput>(c, v, neuron, options);
   }
 
-  // With multi_spike the hard value is trunc(h / v_threshold) where h > 0, else 0 (by a product, so that NaN stays
-  // NaN), and at most `levels`, unless that is 0.
+  // With multi_spike the hard value is (h > 0) * trunc(h / v_threshold), a product so that NaN stays NaN. It is at most
+  // `levels`, unless `levels` is 0.
   template <class FiringRule>
   ASGL_HOST_DEVICE Real fire(Real h, bool analog, const Neuron<Real>& neuron, const FiringRule& firing) const {
     const Real u = distance_from_threshold(h, neuron);
@@ -72,7 +73,7 @@ struct LIFByOptions : NeuronOptions<Real> {
     return choose(this->hard_reset, Hard::reset(h, s, neuron), Soft::reset(h, s, neuron));
   }
 
-  // v[t], which is the potential v after reset, or with `floored` relu(v - v_min) + v_min.
+  // v[t], which is the potential v after reset, or relu(v - v_min) + v_min if `floored`.
   ASGL_HOST_DEVICE Real reset(Real h, Real s, const Neuron<Real>& neuron) const {
     const Real v = potential_after_reset(h, s, neuron), above = v - v_min;
     if (kBranches && !floored) return v;

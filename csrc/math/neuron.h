@@ -1,10 +1,9 @@
-// One step of the neuron and its adjoint, for one element, in all backends. A new neuron model or firing rule is a type
-// beside LIF, chosen on the CPU by with_model in cpu/models.h, on a GPU by launch_of in cuda/plan.h, and named by
-// name_expression in cuda/kernel.h; rare rules are in lif_by_options.h. A new surrogate
-// is added to surrogates.h, and needs none of these.
+// One step of the neuron and its adjoint, for one element, in CPU and CUDA kernels. LIF below is a neuron model, and
+// lif_by_options.h has the model with rare firing rules. docs/design/maintainers.md says how to add a surrogate, a
+// firing rule or a neuron.
 //
-// Kernels are settled if no parameter changes over time, plain if the input current is x, normalised if it has a gain,
-// bias or mean, and general if they support every option at run time.
+// Settled kernels are for calls in which no parameter changes over time. They are plain if the input current is x, and
+// normalised if it has a gain, bias or mean. General kernels support every option at run time.
 #pragma once
 
 #include "math/surrogates.h"
@@ -29,13 +28,13 @@ struct NeuronOptions {
   bool detach_reset;
   bool log_width;    // the parameter kWidth is the logarithm of the width
   bool logit_decay;  // kDecay is the logit of the decay
-  // The largest number of spikes per step of kInteger and multi_spike; 0 if not given, which with multi_spike means no
-  // limit. Stored in padding, so that no other field moves.
+  // The largest number of spikes per step, for kInteger and multi_spike. With multi_spike, 0 means no limit. Stored in
+  // padding, so that the struct is no larger.
   uint16 levels;
 };
 
-// What input_current and charge may assume about the parameters. If an assumption holds, it changes at most the sign of
-// a zero.
+// What input_current and charge may assume about the parameters. If the assumption holds, the results are those of the
+// general case, except for the sign of a zero.
 enum class Input {
   kGeneral,
   kNormalised,          // v_rest = 0
@@ -74,7 +73,7 @@ struct Firing {
   }
 };
 
-// The firing rule in a single comparison, for processors that do not flush subnormals to zero.
+// The firing rule in a single comparison, for CUDA kernels. It is wrong on a CPU that treats subnormals as zero.
 template <class Real>
 struct FiringFromLeast {
   Real least_u;  // the smallest u that spikes
@@ -86,7 +85,8 @@ struct FiringFromLeast {
   ASGL_HOST_DEVICE Real spike(Real u) const { return u >= least_u ? Real(1) : Real(0); }
 };
 
-// On a CPU both sides are computed, and a mask selects one: a branch would prevent vectorisation.
+// Whether code branches on conditions. CPU code instead computes both values and selects one by a mask, because a
+// branch would prevent vectorisation.
 #if defined(__CUDA_ARCH__)
 constexpr bool kBranches = true;
 #else
@@ -105,7 +105,7 @@ ASGL_HOST_DEVICE double choose(bool condition, double a, double b) {
   return bit_cast<double>((bit_cast<uint64>(a) & mask) | (bit_cast<uint64>(b) & ~mask));
 }
 
-// `value` where the condition holds, else 0, even for NaN. The condition is the same for all elements.
+// `value` if the condition holds, else 0, even if `value` is NaN.
 ASGL_HOST_DEVICE float keep_if(bool condition, float value) {
   if (kBranches) return condition ? value : 0.0f;
   return bit_cast<float>(bit_cast<uint32>(value) & (0u - static_cast<uint32>(condition)));
@@ -197,8 +197,8 @@ struct LIF {
 
   // With dv the gradient of v[t], and g the gradient of s as an output:
   //   ds = g + dv * v_reset - dv * h   hard,   g - dv * reset_amount   soft,   g under detach_reset
-  // added in the order of autograd on the reference. `through_reset` is false under detach_reset, and while v[t] has no
-  // gradient (at the last step, unless v is an output): terms of dv are then absent, not zero times an infinite value.
+  // Terms are added in the order of autograd on the reference. `through_reset` is false under detach_reset, and while
+  // v[t] has no gradient. Terms of dv are then left out. Computed with dv = 0, they would be NaN for an infinite h.
   template <class Real>
   static ASGL_HOST_DEVICE Real spike_gradient(Real g, Real h, bool through_reset, const Neuron<Real>& neuron, Real dv) {
     return kHardReset ? (g + keep_if(through_reset, dv * neuron.reset)) - keep_if(through_reset, dv * h)
@@ -221,9 +221,9 @@ struct LIF {
   // The gradients of one step:
   //   dy = F'(y) * ds * surrogate_gain
   //   dh = gh + dv * (1 - s) + dy / width   hard,   gh + dv + dy / width   soft
-  // with gh the gradient of h as an output, added in the order of autograd on the reference. If `carried` is false,
-  // v[t] has no gradient, and terms of dv are absent. `v_gradient` is dv on entry and the gradient of v[t-1] on return.
-  // `kept_slope` is F'(y), if a kernel stored it.
+  // gh is the gradient of h as an output. Terms are added in the order of autograd on the reference. If `carried` is
+  // false, v[t] has no gradient, and terms of dv are left out. `v_gradient` is dv on entry, and the gradient of v[t-1]
+  // on return. `kept_slope` is F'(y), if a kernel stored it.
   template <class Real, class GradientOfH, class Slope = NoSlope>
   static ASGL_HOST_DEVICE StepGradient<Real> step_adjoint(Real ds, GradientOfH gh, Real h, Real s, bool carried,
                                                           const Neuron<Real>& neuron,

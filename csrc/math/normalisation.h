@@ -1,5 +1,5 @@
-// Batch normalisation by channel: moments, the neuron's input parameters derived from them, and the adjoint from the
-// normalised input to the input. Arithmetic by channel is in float64.
+// Batch normalisation: the moments of each channel, the neuron's input parameters derived from them, and the adjoint
+// from the normalised input to the input. Values per channel are computed in float64, and values per element in Real.
 #pragma once
 
 #include "math/half_types.h"
@@ -31,8 +31,9 @@ ASGL_HOST_DEVICE Moments merge_moments(const Moments& a, const Moments& b) {
           (1 - share) * a.variance + share * b.variance + share * (1 - share) * (distance * distance)};
 }
 
-// Moments from the sums of x - shift and (x - shift)^2. With one of the values as shift, (mean - shift)^2 is at most
-// `count` times the variance: float64 tolerates this cancellation, float32 does not.
+// Moments from the sums of x - shift and (x - shift)^2. If the shift is one of the values, offset^2 is at most `count`
+// times the variance. The subtraction then loses at most about as many digits as `count` has, which float64 can spare
+// and float32 cannot.
 ASGL_HOST_DEVICE Moments moments_from_shifted_sums(double count, double shift, double sum, double squares) {
   if (count == 0) return {0, 0, 0};
   const double offset = sum / count, variance = squares / count - offset * offset;
@@ -53,9 +54,10 @@ struct NormalisationOptions {
 enum Coefficient { kCoefficientMean, kCoefficientGain, kCoefficientBias, kCoefficientVariance };
 constexpr int kNumCoefficients = 4;
 
-// The neuron's input parameters of a channel: c = input_scale * (weight * (x - mean) / sqrt(variance + eps) + shift) is
-//   c = gain * (x - rounded_mean) + bias
-// where the bias corrects the rounding of the mean. A bias with the whole mean would cancel.
+// The neuron's input parameters of a channel. The neuron computes the normalised input
+//   c = input_scale * (weight * (x - mean) / sqrt(variance + eps) + shift)
+// as c = gain * (x - rounded_mean) + bias, where the bias corrects the rounding of the mean. gain * x + bias would lose
+// digits to cancellation.
 template <class Real>
 struct Coefficients {
   Real mean, gain, bias;

@@ -40,12 +40,13 @@ ASGL_HOST_DEVICE PhiloxWords philox4x32(PhiloxWords counter, uint32 key0, uint32
 // analog_below for analog_prob = 1: above every 16-bit draw, so that all elements are analog.
 constexpr uint32 kAlwaysAnalog = 65536;
 
-// The draws of 4 adjacent neurons: bits 16 j to 16 j + 15 of draws[t % 2] belong to neuron 4 group + j at step t.
+// The draws of 4 adjacent neurons for two steps. Bits 16 j to 16 j + 15 of draws[t % 2] belong to neuron 4 * group + j
+// at step t. `group` is an argument of noise_block.
 struct NoiseBlock {
   uint64 draws[2];
 };
 
-// What distinguishes the draws of calls: the key of Philox, and one word of its counter.
+// What distinguishes the draws of one call from those of another: the key of Philox, and one word of its counter.
 struct NoiseKey {
   uint32 seed_low, seed_high, offset;
 };

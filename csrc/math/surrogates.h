@@ -1,5 +1,5 @@
-// The surrogates as unit-width cumulative functions F and their slopes f = F' (F in PyTorch is in
-// asgl_cuda/reference/surrogates.py). docs/design/maintainers.md says what a new one needs. Kernels go through all ids.
+// The surrogates of width 1: cumulative functions F and their slopes f = F'. asgl_cuda/reference/surrogates.py defines
+// them in PyTorch. docs/design/maintainers.md says how to add a surrogate.
 #pragma once
 
 #include "math/float_math.h"
@@ -105,9 +105,9 @@ struct SurrogateMath;
 // cumulative is F(y). With the gradient da of F(y), the gradient of y is da * slope(y), or adjoint(y, da) for
 // surrogates whose slope is hardly more than a comparison.
 //
-// Rectangle and triangle do the operations of PyTorch's autograd on the reference in the same order, for equal bits,
-// except that triangle computes one product where autograd adds two halves, which saves three operations: for gradients
-// under 1e-37 the halves are subnormal and round differently.
+// Rectangle and triangle do the operations of PyTorch's autograd on the reference in the same order, for equal bits.
+// There is one exception, which saves three operations: triangle computes one product where autograd adds two halves.
+// In float32 the halves of gradients under 1e-37 may be subnormal, and then round differently.
 
 template <>
 struct SurrogateMath<Surrogate::kRectangle> {
@@ -142,8 +142,8 @@ struct SurrogateMath<Surrogate::kTriangle> {
   }
 };
 
-// With e = exp(-|y|): F = 1 / (1 + e) or e / (1 + e), slope = e / (1 + e)^2. Both share e and the quotient, and nothing
-// is lost to cancellation, as it would be in 1 - F.
+// With e = exp(-|y|): F = e / (1 + e) for y < 0, else 1 / (1 + e), and slope = e / (1 + e)^2. Unlike F * (1 - F), this
+// slope loses nothing to cancellation.
 template <>
 struct SurrogateMath<Surrogate::kSigmoid> {
   template <class Real>

@@ -1,5 +1,6 @@
-// Kernels for torch's autograd keys. A call without gradients redispatches to the backend; any other goes to the Python
-// kernel of asgl_cuda/backends/derivatives.py. The Python kernel alone would add 8 us to each call of a compiled graph.
+// Kernels for torch's autograd keys. A call without gradients is redispatched to the backend. Every other call goes to
+// the Python kernel of asgl_cuda/backends/derivatives.py. If all calls went there, each call of a compiled graph would
+// take 8 us more.
 #pragma once
 
 #include <ATen/core/LegacyTypeDispatch.h>

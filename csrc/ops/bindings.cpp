@@ -1,5 +1,5 @@
-// Registers the operators of this folder for the backends of this build, also for launchers written in Python, and
-// defines the Python module.
+// Registers the operators of this folder for the CPU, and for CUDA if the build has its kernels. Defines the Python
+// module, whose function `implement` registers the operators for kernels that Python starts.
 #include <torch/extension.h>
 #if defined(ASGL_WITH_CUDA)
 #include <c10/cuda/CUDAException.h>
@@ -31,8 +31,8 @@ void register_backend_operators(Library& library, const ops::Launcher* launcher)
   ops::register_recurrent_operators(library, launcher);
 }
 
-// Starts kernels by Python functions (asgl_cuda/backends/launcher.py), which get the address of `params` as an integer.
-// Hidden, as pybind11's types are, which are the types of its fields.
+// Starts kernels by the Python function `launch` (asgl_cuda/backends/launcher.py), which gets the address of `params`
+// as an integer. The class has hidden visibility, because its fields have a type of pybind11, which is hidden.
 class __attribute__((visibility("hidden"))) PythonLauncher : public ops::Launcher {
  public:
   PythonLauncher(pybind11::object launch, pybind11::object resident_threads)

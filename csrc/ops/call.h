@@ -1,6 +1,6 @@
-// What the operators of the neuron and of the integrator share, and the others use in part: checked arguments, and
-// gradients of parameters. Python
-// has checked arguments with messages for users; the checks here keep kernels within bounds.
+// Checked arguments and gradients of parameters, for the operators of the neuron and of the integrator. The other
+// operators use some of the functions. Python checks arguments first, with messages for users. The checks here keep
+// kernels from reading and writing out of bounds.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -30,8 +30,8 @@ Element* data_ptr(const Tensor& tensor) {
   }
 }
 
-// The number of elements of the checkpoints of all states, and two more: torch.compile specialises on sizes of 0 and 1,
-// and would compile again for other numbers of steps.
+// The number of elements of the checkpoints of all states, and two more. Short sequences have no checkpoints. Without
+// the two elements, torch.compile would specialise on the size 0 or 1, and compile again for longer sequences.
 inline int64_t checkpoint_elements(const SequenceShape& shape, int64_t num_states) {
   return num_states * checkpoint_stride(shape) + 2;
 }
@@ -51,7 +51,7 @@ struct Constants {
   Rules rules;
 };
 
-// Converts a list to a struct whose fields are its elements. Throws if their numbers differ.
+// Converts a list to a struct with one field per element. Throws if the numbers of elements and fields differ.
 template <class Fields, class Element>
 Fields to_struct(at::ArrayRef<Element> list, const char* name) {
   static_assert(std::is_trivially_copyable_v<Fields> && sizeof(Fields) % sizeof(Element) == 0);
@@ -62,7 +62,7 @@ Fields to_struct(at::ArrayRef<Element> list, const char* name) {
   return fields;
 }
 
-// Converts the lists of an operator.
+// Converts the arguments `numbers` and `rules` of an operator.
 inline Constants constants_of(at::ArrayRef<double> numbers, at::IntArrayRef rules) {
   return {to_struct<Numbers>(numbers, "numbers"), to_struct<Rules>(rules, "rules")};
 }
@@ -80,8 +80,8 @@ inline void check_noise(const Rules& rules, const OptionalTensor& rng_state, at:
   }
 }
 
-// Throws unless rules.adaptation is 0, for no adaptation, or says where w acts: on the current, on the threshold, on
-// the amount of a soft reset, or on both of the last two.
+// Throws unless rules.adaptation is valid. It is 0 for no adaptation, and otherwise says where the adaptation acts: on
+// the current, on the threshold, on the amount of a soft reset, or on the threshold and this amount.
 inline void check_adaptation(const Rules& rules) {
   const int64_t target = rules.adaptation;
   const bool in_reset = target == kAdaptsReset || target == (kAdaptsThreshold | kAdaptsReset);
@@ -90,7 +90,7 @@ inline void check_adaptation(const Rules& rules) {
       "asgl_cuda: no adaptation has the number ", target, rules.hard_reset ? " with a hard reset" : "");
 }
 
-// The noise, as kernels take it. rng_state must outlive it.
+// The noise, as kernels take it. The result points to the elements of rng_state, which must outlive it.
 inline NoiseParams noise_of(const Rules& rules, const OptionalTensor& rng_state) {
   return {rng_state.has_value() ? reinterpret_cast<const int64*>(rng_state->const_data_ptr<int64_t>()) : nullptr,
           static_cast<uint32>(rules.analog_below)};
@@ -163,7 +163,7 @@ class NeuronCall {
   // The tensor of a parameter, or null if the parameter is a constant.
   const ParameterTensor* parameter(int id) const { return parameters_[id].has_value() ? &*parameters_[id] : nullptr; }
 
-  // Returns Params<Scalar> with these arguments. They must outlive it.
+  // Returns Params<Scalar> with these arguments. The result points to tensors of this call, which must outlive it.
   template <template <class> class Params, class Scalar>
   Params<Scalar> params() const {
     using Real = Real_t<Scalar>;
@@ -184,7 +184,7 @@ class NeuronCall {
     return params;
   }
 
-  // Chain-rule factor from the partial sums to the gradient of a parameter.
+  // The chain-rule factor from the partial sums to the gradient of the parameter as it was given.
   Derivative derivative(int id) const { return derivative_of(id, rules_.log_width != 0, rules_.logit_decay != 0); }
 
   const Tensor x_seq;
@@ -231,8 +231,8 @@ class ParameterGradients {
     }
   }
 
-  // Launches a backward kernel, and then the kernel that adds up the partial sums, twice if runs are split. `params`
-  // must be complete except for the partial sums.
+  // Launches a backward kernel, and then the kernel that adds up the partial sums. If this kernel splits long sums, it
+  // is launched twice. `params` must be complete except for the partial sums.
   template <class Params>
   void launch_backward(const Kernels& kernels, Params& params) const {
     using Real = typename Params::Real;

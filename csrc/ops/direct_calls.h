@@ -16,7 +16,7 @@
 
 namespace asgl::ops {
 
-// The type to which pybind11 converts a Python argument, and the conversion from there to the operator's type.
+// The type to which pybind11 converts a Python argument, and the conversion from this type to that of the operator.
 template <class Argument>
 struct FromPython {
   using type = std::decay_t<Argument>;

@@ -1,5 +1,5 @@
-// Huge pages for large CPU tensors of the operators. Fresh memory is mapped at its first access, a page at a time: with
-// 4 KiB pages that takes longer than the kernel.
+// Huge pages for large CPU tensors of the operators. Fresh memory is mapped at its first access, a page at a time. With
+// pages of 4 KiB, this may take longer than the kernel that writes the tensor.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -23,8 +23,8 @@ using at::Tensor;
 // chance.
 constexpr size_t kMinHugePageBytes = size_t{1} << 22;
 
-// Whether the system grants transparent huge pages on request, its setting "madvise". "always" and "never" need no
-// request.
+// Whether the system grants transparent huge pages on request, which is its setting "madvise". With "always" or
+// "never", requests are pointless.
 inline bool has_huge_pages_on_request() {
   static const bool on_request = [] {
     std::ifstream setting("/sys/kernel/mm/transparent_hugepage/enabled");
@@ -34,10 +34,10 @@ inline bool has_huge_pages_on_request() {
   return on_request;
 }
 
-// Requests huge pages for an untouched tensor, and returns it. The request is rounded outward to whole pages: a
-// block of malloc begins 64 bytes after a page boundary, and if a huge page begins there too, it would otherwise be
-// lost. Neighbouring memory does not become resident, because the system uses a huge page only if all of it is
-// requested.
+// Requests huge pages for an untouched tensor, and returns the tensor. The request is rounded outward to whole pages. A
+// large block of malloc usually begins 64 bytes after a page boundary. If a huge page begins at this boundary, it is
+// lost unless the request includes the 64 bytes. Neighbouring memory does not become resident, because the system uses
+// a huge page only if the request covers all of it.
 inline Tensor request_huge_pages(Tensor tensor) {
   if (tensor.is_cpu() && tensor.nbytes() >= kMinHugePageBytes && has_huge_pages_on_request()) {
     static const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));

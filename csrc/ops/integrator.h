@@ -15,7 +15,7 @@ inline NeuronCall integrator_call(const Tensor& x_seq, const OptionalTensor& v_i
   return {x_seq, v_init, std::nullopt, parameters, std::nullopt, constants_of(numbers, rules)};
 }
 
-// Returns v_seq, the potentials after each step, or with `delay` before it, and v_last if wanted.
+// Returns v_seq, and v_last if wanted. v_seq has the potential after each step, or before each step with `delay`.
 inline std::vector<Tensor> integrator_forward(const Launcher* launcher, const Tensor& x_seq,
                                               const OptionalTensor& v_init, const OptionalTensor& decay,
                                               const OptionalTensor& input_gain, at::ArrayRef<double> numbers,
@@ -38,8 +38,8 @@ inline std::vector<Tensor> integrator_forward(const Launcher* launcher, const Te
   return results;
 }
 
-// Returns the wanted gradients, for the same `delay`. The gradient of decay needs v_seq, and the gradient of input_gain
-// needs x_seq.
+// Returns the wanted gradients. `delay` is that of forward. The gradient of decay needs v_seq, and the gradient of
+// input_gain needs x_seq.
 inline std::vector<Tensor> integrator_backward(const Launcher* launcher, const Tensor& grad_v_seq,
                                                const OptionalTensor& grad_v_last, const OptionalTensor& v_seq,
                                                const OptionalTensor& x_seq, const OptionalTensor& v_init,

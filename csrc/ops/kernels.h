@@ -45,8 +45,8 @@ class Kernels {
   const c10::DeviceGuard guard_;
 };
 
-// Returns `run` as a function of its other arguments, which torch can register. The launcher must live as long as the
-// process.
+// Binds the launcher as the first argument of `run`, and returns a function that torch can register. The launcher must
+// live as long as the process.
 template <class Result, class... Arguments>
 auto bind_launcher(const Launcher* launcher, Result (*run)(const Launcher*, Arguments...)) {
   return [=](Arguments... arguments) -> Result { return run(launcher, arguments...); };

@@ -25,8 +25,8 @@ inline Dims inverse_of(const Dims& order) {
   return inverse;
 }
 
-// The layout of x_seq, which is contiguous or channels_last (the channels, its second dimension without time, are
-// innermost). Other tensors are checked against x_seq and brought to its memory order.
+// The layout of x_seq, which is contiguous or channels_last. In channels_last the innermost dimension is that of the
+// channels, the second one apart from time. Other tensors are checked against x_seq and brought to its memory order.
 class Layout {
  public:
   Layout(const Tensor& x_seq, int64_t time_dim)
@@ -54,18 +54,20 @@ class Layout {
     }
   }
 
-  // The shape of x_seq as (outer, steps, inner); its sizes; its dimensions in memory order, outermost first; and these
-  // without time.
+  // The shape of x_seq as (outer, steps, inner).
   const SequenceShape& shape() const { return shape_; }
   const Dims& sizes() const { return sizes_; }
+  // The dimensions of x_seq in memory order, outermost first.
   const Dims& order() const { return order_; }
+  // The same without time.
   const Dims& neuron_order() const { return neuron_order_; }
   int64_t time_dim() const { return time_dim_; }
   // The dimension of the channels, the second one apart from time.
   int64_t channel_dim() const { return time_dim_ <= 1 ? 2 : 1; }
-  // Options and type of x_seq and tensors like it; type and options of states, parameters and their gradients.
+  // Options and type of x_seq.
   const at::TensorOptions& options() const { return options_; }
   at::ScalarType type() const { return c10::typeMetaToScalarType(options_.dtype()); }
+  // Type and options of states, parameters and their gradients.
   at::ScalarType real() const { return real_type(type()); }
   at::TensorOptions real_options() const { return options_.dtype(real()); }
 
@@ -77,8 +79,8 @@ class Layout {
     return empty(state_sizes(num_states), state_order(num_states), real_options());
   }
 
-  // The given sequence or state in the memory order of x_seq, after checks of type, device and shape; copied only if
-  // needed. The result is undefined if no tensor is given.
+  // Returns the given sequence or state in the memory order of x_seq, after checks of type, device and shape. Copies it
+  // only if needed. Returns an undefined tensor if none is given.
   Tensor checked_sequence(const OptionalTensor& given, at::ScalarType type, const char* name) const {
     return is_given(given) ? in_memory_order(*given, type, sizes_, order_, name) : Tensor();
   }
@@ -103,22 +105,22 @@ class Layout {
 
  private:
   static bool is_given(const OptionalTensor& given) { return given.has_value() && given->defined(); }
-  // Sizes and memory order of a tensor of states.
+  // The sizes of a tensor of states: those of x_seq without time, after num_states if there are several states.
   Dims state_sizes(int64_t num_states) const {
     Dims sizes = sizes_;
     sizes.erase(sizes.begin() + time_dim_);
     if (num_states > 1) sizes.insert(sizes.begin(), num_states);
     return sizes;
   }
-  // The dimensions of a state, outermost first, by their numbers in the state: without time, after that of num_states.
+  // The dimensions of a tensor of states in memory order, outermost first.
   Dims state_order(int64_t num_states) const {
     Dims order = neuron_order_;
     for (int64_t& dim : order) dim += (num_states > 1) - (dim > time_dim_);
     if (num_states > 1) order.insert(order.begin(), 0);
     return order;
   }
-  // An uninitialised tensor whose dimensions are stored in `order`, outermost first. It is not a permuted view, since
-  // autograd refuses to change or detach a view in place.
+  // An uninitialised tensor whose dimensions are stored in `order`, outermost first. It is not a permuted view, because
+  // autograd refuses detach_() and some other in-place operations on views.
   static Tensor empty(const Dims& sizes, const Dims& order, const at::TensorOptions& options) {
     return request_huge_pages(at::empty_strided(sizes, strides_of(sizes, order), options));
   }
@@ -149,9 +151,9 @@ class Layout {
 };
 
 // A parameter tensor in the layout of ParameterView, [steps or 1, count]. `count` covers the dimensions of the neurons,
-// in memory order, from the first to the last in which the parameter varies. Dimensions between these in which it is
-// broadcast are expanded. A parameter of one dimension belongs to the dimension of x_seq that has `trailing` dimensions
-// after it.
+// in memory order, from the first to the last along which the parameter varies. If the parameter is broadcast along a
+// dimension between these two, it is expanded there. A parameter of one dimension belongs to the dimension of x_seq
+// that has `trailing` dimensions after it.
 class ParameterTensor {
  public:
   ParameterTensor(const Tensor& tensor, const Layout& layout, int64_t trailing)
@@ -169,7 +171,7 @@ class ParameterTensor {
                         " does not broadcast against x_seq of shape ", at::IntArrayRef(layout.sizes()));
     }
     // [begin, end): the neurons' dimensions, in memory order, from the first to the last along which the parameter
-    // varies. If there is none, all neurons are one run of inner_ neurons.
+    // varies. If it varies along none of them, inner_ is the number of neurons.
     const Dims& order = layout.neuron_order();
     size_t begin = order.size(), end = order.size();
     for (size_t i = 0; i < order.size(); ++i) {
@@ -191,7 +193,7 @@ class ParameterTensor {
     is_per_step_ = full_sizes[layout.time_dim()] > 1;
     memory_order_.push_back(layout.time_dim());
     memory_order_.append(order);
-    // The given tensor is used as it is if it is not expanded, and its dimensions are in memory order.
+    // The tensor keeps its own shape if no dimension is expanded and the dimensions are in memory order.
     is_stored_as_given_ = expanded == full_sizes;
     int64_t last = -1;
     for (const int64_t dim : memory_order_) {

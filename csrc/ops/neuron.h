@@ -129,8 +129,8 @@ inline std::vector<Tensor> lif_backward(const Launcher* launcher, const Optional
 }
 
 // Draws (seed, offset) from the default generator of the device. It is an operator, so that compiled graphs draw as
-// eager mode does. Only the options of `fresh` are used. Callers allocate a tensor for each call, because a compiler
-// would merge two calls with equal arguments, but does not merge two allocations.
+// eager mode does. Only the options of `fresh` are used. Callers allocate `fresh` for each call, because a compiler
+// would merge two calls with the same tensor.
 inline constexpr auto draw_rng_state = [](const Tensor& fresh) {
   return at::randint(std::numeric_limits<int64_t>::max(), {2}, fresh.options());
 };

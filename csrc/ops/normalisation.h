@@ -103,9 +103,9 @@ struct RunningStatistics {
   }
 };
 
-// Returns the coefficients, and the moments [channels, 3] from which they follow: of all processes together if
-// `statistics` has the moments of each; else `mean` and `variance` if given; else of x_seq. Updates the running
-// statistics.
+// Returns the coefficients, and the moments [channels, 3] from which the coefficients are computed. These moments are
+// those of all processes together if `statistics` has the moments of each process. Otherwise they are `mean` and
+// `variance` if given, or else the moments of x_seq. Updates the running statistics, if there are any.
 inline std::tuple<Tensor, Tensor> batch_norm_coefficients(const Launcher* launcher, const RunningStatistics& running,
                                                           const Tensor& x_seq, const OptionalTensor& statistics,
                                                           const OptionalTensor& mean, const OptionalTensor& variance,
@@ -157,7 +157,9 @@ inline std::tuple<Tensor, Tensor> batch_norm_coefficients(const Launcher* launch
   return {coefficients, total};
 }
 
-// Returns the gradients of weight and bias. Writes the gradient of x_seq to grad_x_seq, unless that is empty.
+// Returns the gradients of weight and bias. Writes the gradient of x_seq to grad_x_seq, unless that is empty. On entry
+// grad_x_seq contains gain * dh, where dh is the gradient of the normalised input. If grad_residual is given, it
+// contains dh, and the contents of grad_x_seq are not read.
 inline std::tuple<Tensor, Tensor> batch_norm_backward(const Launcher* launcher, const Tensor& grad_x_seq,
                                                       const OptionalTensor& grad_residual, const Tensor& x_seq,
                                                       const Tensor& coefficients, const Tensor& statistics,

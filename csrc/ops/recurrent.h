@@ -1,5 +1,5 @@
-// The checked arguments of the operators of recurrent neurons, and their computation by the CPU kernels.
-// recurrent_steps.h has the operators, and their computation step by step with CUDA kernels.
+// The checked arguments of the operators of recurrent neurons, and forward and backward with CPU kernels.
+// recurrent_steps.h has the operators, and forward and backward step by step with CUDA kernels.
 #pragma once
 
 #include "ops/call.h"
@@ -18,9 +18,9 @@ using WantedResults = std::array<bool, 8>;             // emitted, h_seq, v_seq,
 constexpr size_t kFirstState = 5;                      // index of v_last
 using WantedRecurrentGradients = std::array<bool, 6>;  // x_seq, weight, parameters, v_init, s_init and i_init
 
-// The checked arguments that forward and backward share. `sequence` is x_seq, or a sequence of its shape. `parameters`
-// has the rows of RecurrentParameterId. `constants` are those of the neuron. Without `has_synapse` the current is j[t]
-// itself, and syn_decay is unused. With `detach_recurrent` spikes get no gradient through the weight.
+// The checked arguments that forward and backward share. `sequence` is x_seq in forward and h_seq in backward.
+// `parameters` has the rows of ParameterId and RecurrentParameterId. `constants` are those of the neuron. Without
+// `has_synapse` syn_decay is unused. With `detach_recurrent` spikes get no gradient through the weight.
 class RecurrentCall {
  public:
   RecurrentCall(const Tensor& sequence, const Tensor& weight, const Tensor& parameters, const OptionalTensor& v_init,

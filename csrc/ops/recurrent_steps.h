@@ -1,5 +1,6 @@
 // The operators of recurrent neurons. On the CPU they run a kernel for the whole sequence. On CUDA they loop over the
-// steps, and call the neuron's operators with a product in between. Nothing is read back to the host.
+// steps. A step of forward is a product with the weight and a kernel of the neuron. The host does not wait for the
+// device.
 #pragma once
 
 #include "ops/neuron.h"
@@ -7,7 +8,7 @@
 
 namespace asgl::ops {
 
-// Makes the calls of the neurons that compute the steps of a recurrent call, one by one, as sequences [1, B, N].
+// Makes the NeuronCalls that compute the steps of a recurrent call. Each has sequences of one step, [1, B, N].
 class RecurrentSteps {
  public:
   // Prepares the arguments that all steps share, and an rng_state for each step, in which t * kSeedPerStep is added to
@@ -65,7 +66,8 @@ inline std::vector<Tensor> forward_by_steps(const Launcher* launcher, const Recu
                                             const WantedResults& wanted) {
   const RecurrentSteps step(call);
   const Tensor& x_seq = call.sequence;
-  // If the current is j[t] itself, and is not a wanted result, the neuron's kernel adds it up: two launches per step.
+  // If there is no synapse, adaptation or input gain, and the current is not a wanted result, the neuron's kernel adds
+  // up the current. A step then takes two launches.
   const bool wants_current = wanted[3] || wanted[7];
   const bool adds =
       !call.has_synapse && !call.has_adaptation() && call.numbers.constants[kInputGain] == 1 && !wants_current;
@@ -137,7 +139,8 @@ inline std::vector<Tensor> backward_by_steps(const Launcher* launcher, const Rec
     if (call.has_adaptation() && dv.defined()) dw_seq.push_back(dv[1]);
     if (in_reset) reset = step.parameter(kReset) + w;
     if (in_threshold && rules.hard_reset && !rules.detach_reset && (dv.defined() || gv.defined())) {
-      // h is the potential that is compared, smaller by w than the potential that is reset.
+      // h is the potential that is compared with the threshold. The reset acts on h + w, which adds a term to the
+      // gradient of s.
       const Tensor whole = dv.defined() ? sum(dv[0] + step.parameter(kAdaptPotential) * dv[1], gv) : gv;
       g = sum(g, -(whole * w));
     }

@@ -1,5 +1,5 @@
-// The operators of spike layers: linear layers and convolutions in which only elements that are not zero cost time, and
-// packed spikes. For the CPU, in float32 and float64.
+// The operators of spike layers, which are linear layers and convolutions that skip zeros in their input, and the
+// packing of spikes. For the CPU, in float32 and float64.
 #pragma once
 
 #include <torch/library.h>
@@ -83,16 +83,16 @@ class SpikeCall {
     return result;
   }
 
-  // An uninitialised tensor with these sizes in the memory order of the kernels. A line again becomes an image of
-  // height 1, whose height in_torch_order removes.
+  // An uninitialised tensor with these sizes in the memory order of the kernels. For a 1-D convolution it has a height
+  // of 1, which in_torch_order removes.
   Tensor empty(at::IntArrayRef sizes, const at::TensorOptions& options) const {
     if (is_linear()) return request_huge_pages(at::empty(sizes, options));
     const bool is_line = dims_ == 3;
     return request_huge_pages(
         at::empty({sizes[0], sizes[1], is_line ? 1 : sizes[2], sizes.back()}, options, at::MemoryFormat::ChannelsLast));
   }
-  // Returns `result`, which `empty` allocated, as torch's convolutions return it: channels_last if asked for and the
-  // convolution is 2-D, else contiguous, and without the height of a line.
+  // Returns `result`, which `empty` allocated, as torch's layers return it. The result of a 2-D convolution stays
+  // channels_last if `channels_last` is set. Every other result is contiguous, without a height for a 1-D convolution.
   Tensor in_torch_order(const Tensor& result, bool channels_last) const {
     if (is_linear() || (channels_last && dims_ == 4)) return result;
     Tensor contiguous = result;
@@ -152,8 +152,8 @@ inline void check_like(const Tensor& tensor, const Tensor& x, const char* name) 
 // The size in bytes of the mask of packed spikes: a bit per element of x, in whole words of 64 bits.
 inline int64_t mask_bytes(const Tensor& x) { return (x.numel() + 63) / 64 * 8; }
 
-// Packs x, which is not empty, in the memory order of the kernels: a mask of one bit per element in whole words of 64
-// bits, followed by the elements that are not zero, unless all of these are 1.
+// Packs x, which must not be empty, in the memory order of the kernels. The result begins with a mask of one bit per
+// element, in whole words of 64 bits. The elements that are not zero follow, unless all of these are 1.
 inline Tensor pack(const SpikeCall& call, const Tensor& x) {
   const Tensor x_in_order = call.in_kernel_order(x);
   Tensor result = at::empty({mask_bytes(x)}, x.options().dtype(at::kByte));
@@ -172,8 +172,8 @@ inline Tensor pack(const SpikeCall& call, const Tensor& x) {
   return result;
 }
 
-// Packs x for spike_product and for spike_weight_gradient. Returns an undefined tensor if x is empty, or a view with
-// torch's negative bit, whose memory holds -x.
+// Packs x for spike_product and for spike_weight_gradient. Returns an undefined tensor if x is empty, or if it has
+// torch's negative bit, because its memory then holds -x.
 inline Tensor pack_spikes(const Tensor& x, at::IntArrayRef weight_sizes, at::IntArrayRef stride,
                           at::IntArrayRef padding) {
   const SpikeCall call(x, weight_sizes, stride, padding);
@@ -195,7 +195,7 @@ PackedSpikes<Real> view_packed(const Tensor& packed, const Tensor& x) {
 }
 
 // Returns the layer's output. `panels` is the result of spike_panels for the weight, or none. `packed` is the result of
-// pack_spikes for x, or none; if it is given, the elements of x are not read.
+// pack_spikes for x, or none. If `packed` is given, the elements of x are not read.
 inline Tensor spike_product(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
                             const OptionalTensor& panels, at::IntArrayRef stride, at::IntArrayRef padding,
                             const OptionalTensor& packed) {
@@ -232,9 +232,9 @@ inline Tensor spike_product(const Tensor& x, const Tensor& weight, const Optiona
   return call.in_torch_order(result, is_channels_last(x) || is_channels_last(weight));
 }
 
-// Returns the gradient of the weight of spike_product, from the gradient of its output, as channels_last if
-// `channels_last` and the weight has four dimensions. `packed` is the result of pack_spikes for x, or none; if it is
-// given, the elements of x are not read.
+// Returns the gradient of the weight of spike_product, from the gradient of its output. The result is channels_last if
+// `channels_last` is set and the weight has four dimensions. `packed` is the result of pack_spikes for x, or none. If
+// `packed` is given, the elements of x are not read.
 inline Tensor spike_weight_gradient(const Tensor& grad, const Tensor& x, at::IntArrayRef weight_sizes,
                                     at::IntArrayRef stride, at::IntArrayRef padding, bool channels_last,
                                     const OptionalTensor& packed) {
@@ -270,8 +270,8 @@ void register_spike_operators(Library& m) {
          });
 }
 
-// Copies the weight, in float32 or float64, to the order in which spike_product reads it. The copy fits inputs of any
-// batch size.
+// Copies the weight, in float32 or float64, to the order in which spike_product reads it. The copy can be used for
+// inputs of any batch size.
 inline Tensor spike_panels(const Tensor& weight) {
   SpikeShape shape{};
   shape.outputs = weight.size(0);
