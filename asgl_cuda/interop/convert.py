@@ -274,7 +274,7 @@ def _check_unconverted(model: nn.Module) -> None:
     """Raises ValueError if a layer is converted already, because it would keep the settings that it has."""
     paths = [path or "(the model)" for path, layer in model.named_modules() if isinstance(layer, Converted)]
     if paths:
-        names = ", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
+        names = ", ".join(map(repr, paths[:3])) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
         raise ValueError(
             f"{_CALLER}: asgl and backend can't be applied to layers that are converted already, got {names}; convert "
             "the original layers, with asgl_cuda.convert(asgl_cuda.revert(model)[0], ...)"
@@ -320,8 +320,13 @@ def _notes_on_layer(layer: Any, in_sequences: bool) -> Iterator[str]:
             yield f"hooks of {name} are no longer called"
 
 
-def model_or_copy(model: nn.Module, inplace: bool, caller: str) -> nn.Module:
-    """The model if `inplace`, otherwise a copy that is registered with its library. Checks both arguments."""
+def model_or_copy(
+    model: nn.Module, inplace: bool, caller: str, remedy: str = "pass inplace=True to change the model itself"
+) -> nn.Module:
+    """The model if `inplace`, otherwise a copy that is registered with its library. Checks both arguments.
+
+    `remedy` ends the error for a model that can't be copied.
+    """
     check_module(model, caller)
     if check_bool("inplace", inplace, caller):
         return model
@@ -329,8 +334,7 @@ def model_or_copy(model: nn.Module, inplace: bool, caller: str) -> nn.Module:
         made = copy_model(model)
     except Exception as error:  # raised by a user's __deepcopy__
         raise RuntimeError(
-            f"{caller}: the model can't be copied ({type(error).__name__}: {error}); inplace=True changes the model "
-            "itself"
+            f"{caller}: the model can't be copied ({type(error).__name__}: {error}); {remedy}"
         ) from error
     for library in imported_adapters():
         getattr(library, "register_with_library", lambda model: None)(made)

@@ -376,7 +376,7 @@ class Converted(Overlay, Noisy):
             "analog_prob": self.analog_prob_of_call(x_seq),
             "return_v_last": True,
             "backend": self.settings.backend,
-            **_prepared_options({"width": width, **options}, x_seq),
+            **_prepared_options({"width": width, **options}, x_seq, self),
         }
 
     def integrate(self, x_seq: Tensor, **options: Any) -> IntegratorOutput:
@@ -384,7 +384,7 @@ class Converted(Overlay, Noisy):
         x_seq = tensor_of(x_seq, bare_class(self).__name__)
         if self.settings.spike is None:  # layers that fire are checked in `lif`
             self.check_unchanged()
-        options = _prepared_options(options, x_seq)
+        options = _prepared_options(options, x_seq, self)
         result = leaky_integrator(as_floating(x_seq), return_v_last=True, backend=self.settings.backend, **options)
         assert isinstance(result, IntegratorOutput)
         return result
@@ -424,8 +424,8 @@ class Converted(Overlay, Noisy):
     def __prepare_scriptable__(self) -> NoReturn:
         """Refuses torch.jit.script, which calls this method first. Also called for torch.jit.trace."""
         raise RuntimeError(
-            f"asgl_cuda.convert: torch.jit can't take a converted {bare_class(self).__name__}; call asgl_cuda.revert "
-            "before, or use torch.compile or torch.export"
+            f"asgl_cuda.convert: torch.jit can't trace or script a converted {bare_class(self).__name__}; call "
+            "asgl_cuda.revert before, or use torch.compile or torch.export"
         )
 
 
@@ -466,7 +466,7 @@ def float_if_scalar(value: Any) -> Any:
     return value if value.requires_grad and torch.is_grad_enabled() else float(value)
 
 
-def _prepared_options(options: dict[str, Any], x_seq: Tensor) -> dict[str, Any]:
+def _prepared_options(options: dict[str, Any], x_seq: Tensor, layer: Converted) -> dict[str, Any]:
     """The options with their tensors as `lif` takes them.
 
     Integers become floating point, scalars move to the device of `x_seq`, both as in PyTorch, and tensors with as many
@@ -480,8 +480,8 @@ def _prepared_options(options: dict[str, Any], x_seq: Tensor) -> dict[str, Any]:
             if given.dim() > dims:
                 shape = [*x_seq.shape[:time_dim], *x_seq.shape[time_dim + 1 :]]
                 raise ValueError(
-                    f"asgl_cuda.convert: {name} of a converted layer must broadcast to a step of the input, of shape "
-                    f"{shape}, got shape {list(given.shape)}"
+                    f"asgl_cuda.convert: parameters of {bare_class(layer).__name__} must broadcast to a step of the "
+                    f"input, of shape {shape}, got shape {list(given.shape)} for what asgl_cuda takes as {name}"
                 )
             options[name] = given = given.unsqueeze(time_dim)
         if not (given.dim() and given.is_floating_point()):

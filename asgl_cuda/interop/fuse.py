@@ -84,7 +84,8 @@ def fuse(model: nn.Module, example: Any = None, *, inplace: bool = False) -> tup
         joined, report = asgl_cuda.fuse(torch.nn.Sequential(norm, asgl_cuda.LIF()), torch.rand(5, 2, 4))
         print(report)
     """
-    model = model_or_copy(model, inplace, _CALLER)
+    remedy = "call fuse(model, inplace=True) without an example to change the model itself"
+    model = model_or_copy(model, inplace, _CALLER, remedy)  # an example would need further copies
     before = {module for module in model.modules() if isinstance(module, Converted)}
     convert(model, inplace=True)
     converted = [each for each in model.modules() if isinstance(each, Converted) and each not in before]
@@ -154,7 +155,7 @@ def unfuse(model: nn.Module, *, inplace: bool = False) -> tuple[nn.Module, Repor
     return model, report
 
 
-_FUSE_AGAIN = "fuse the original model again with an example that does this"
+_FUSE_AGAIN = "fuse the original model again with an example for which this happens"
 
 
 class Fused(Overlay):

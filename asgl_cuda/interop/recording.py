@@ -101,7 +101,8 @@ class Recorded:
         if name in _OF_GRAPH:
             raise RuntimeError(
                 f"{_CALLER}: with sequences, {name} of a value in a step can't be recorded, because the value is "
-                "computed later; use asgl_cuda.convert(model) without sequences, which computes step by step"
+                "computed only after the model's code has run; use asgl_cuda.convert(model) without sequences, which "
+                "computes step by step"
             )
         if isinstance(self.group, Operation):  # a field of a named tuple, as x.max(1).values
             made = getattr(torch.return_types, self.group.function.__name__, None)
@@ -683,9 +684,9 @@ class Recording:
             return function(args[0].group.meta(), *args[1:], **{"device": args[0].device, **kwargs})
         if not torch.is_grad_enabled() and is_in_function_forward():
             raise RuntimeError(
-                f"{_CALLER}: with sequences, a torch.autograd.Function gets values of steps that are computed later, "
-                f"in {function.__name__}, and would lose their gradients; if the function belongs to neurons of your "
-                "own, replace these neurons with the argument layers of asgl_cuda.convert"
+                f"{_CALLER}: with sequences, a torch.autograd.Function gets values that are computed only after the "
+                f"model's code has run, and its call of {function.__name__} would lose their gradients; use "
+                "asgl_cuda.convert(model) without sequences, which computes step by step"
             )
         if kwargs.get("out") is not None:
             raise RuntimeError(
@@ -781,7 +782,7 @@ class Recording:
         if made is None or made.is_computed():
             if current_checkpoint() is not self.checkpoint:
                 raise RuntimeError(
-                    f"{_CALLER}: with sequences, steps are computed after the model's code has run, so that a "
+                    f"{_CALLER}: with sequences, steps are computed after the model's code has run, so a "
                     "torch.utils.checkpoint inside of the model saves no memory; put the checkpoint around the model"
                 )
             numbers = itertools.count()
@@ -803,9 +804,10 @@ class Recording:
             if last is not made:
                 if len(made):
                     raise RuntimeError(
-                        f"{_CALLER}: with sequences, batch_norm with the same running statistics can't be called "
-                        "several times per step, because these statistics depend on the order of the calls; use "
-                        "asgl_cuda.convert(model) without sequences, which computes step by step"
+                        f"{_CALLER}: with sequences, a batch_norm that updates running statistics must be called once "
+                        "per step, on the output of the same operation in each step, because the statistics depend on "
+                        "the order of the calls; use asgl_cuda.convert(model) without sequences, which computes step "
+                        "by step"
                     )
                 made.after, self.updates[statistics] = last, made
         made.members.append(tuple(each.index for each in operands))
@@ -824,13 +826,13 @@ class Recording:
         if chain is None or not chain.is_continued_by(states) or chain.modes != modes or chain.is_done:
             if chain is not None:
                 if chain.is_done and chain.is_continued_by(states):
-                    example = ", as in `if spk.sum() > 0`" if self.asked == "__bool__" else ""
+                    example = ", as in `if spk.sum() > 0`," if self.asked == "__bool__" else ""
                     name = self.layer_name(layer)
                     raise RuntimeError(
                         f"{_CALLER}: with sequences, all steps of {name} are computed at once, after the model's code "
-                        "has run, but between two steps this code needs a computed value, or changes a tensor that "
-                        f"the steps use ({self.asked}{example}); remove that, or use asgl_cuda.convert(model) without "
-                        "sequences, which computes step by step"
+                        f"has run, but between two steps this code calls {self.asked}{example} and so needs a computed "
+                        "value or changes a tensor that the steps use; remove this call, or use "
+                        "asgl_cuda.convert(model) without sequences, which computes step by step"
                     )
                 self.earlier.append(chain)
             chain = self.chains[layer] = Chain(layer, states, modes)
@@ -964,9 +966,10 @@ class Recording:
                 if again := next((each for each in missing if each in opened), None):
                     path = [each for each in todo[todo.index(again) :] if each in opened]
                     names = [self.layer_name(each.layer) for each in path if isinstance(each, Chain)]
+                    own = "this layer" if len(names) == 1 else "these layers"
                     raise RuntimeError(
                         f"{_CALLER}: with sequences, all steps of a layer are computed at once, but the input of "
-                        f"{' and '.join(names)} depends on its own earlier output, by feedback or because the layer is "
+                        f"{' and '.join(names)} depends on earlier outputs of {own}, by feedback or because a layer is "
                         "used twice in a step; use asgl_cuda.convert(model) without sequences, which computes step by "
                         "step"
                     )

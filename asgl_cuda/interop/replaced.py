@@ -78,13 +78,15 @@ def _checked_layers(layers: Any, caller: str) -> Mapping[type[nn.Module], Callab
     if layers is None:
         return {}
     if not isinstance(layers, Mapping):
-        raise TypeError(f"{caller}: layers must be a mapping such as {{TheirLIF: make}}, got {format_value(layers)}")
+        raise TypeError(
+            f"{caller}: layers must map classes to functions, such as {{TheirLIF: make}}, got {format_value(layers)}"
+        )
     for kind, make in layers.items():
         if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
             raise TypeError(f"{caller}: keys of layers must be subclasses of torch.nn.Module, got {format_value(kind)}")
         if not callable(make) or isinstance(make, nn.Module):
             raise TypeError(
-                f"{caller}: layers[{kind.__name__}] must be a function of a module, got {format_value(make)}"
+                f"{caller}: layers[{kind.__name__}] must be a function that takes a module, got {format_value(make)}"
             )
     return layers
 

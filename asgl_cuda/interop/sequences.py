@@ -80,7 +80,8 @@ class InSequences(Overlay):
                 raise RuntimeError(
                     f"{_CALLER}: with sequences=True, each call of the model must call each neuron layer once, but "
                     f'{name} has had {calls} calls after step {steps}; use sequences="loop" if the model\'s forward '
-                    "has a loop over the steps; a layer that is used twice in one step can't be computed as a sequence"
+                    "has a loop over the steps, or asgl_cuda.convert(model) without sequences if the layer is used "
+                    "twice in one step"
                 )
 
     def _check_states(self, found: Recording, steps: int) -> None:

@@ -484,7 +484,7 @@ class MultiStep(nn.Module):
             raise TypeError(f"{_MULTI_STEP}: layer must be {_NAMES} of snnTorch, got {format_type(layer)}")
         converted, report = convert(layer, inplace=True)
         if not isinstance(converted, ConvertedLeaky):
-            reason = report.left[0].reason if report.left else f"it is a {type(layer).__name__}"
+            reason = report.left[0].reason if report.left else f"it is a {bare_class(layer).__name__}"
             raise ValueError(f"{_MULTI_STEP}: layer must be {_NAMES} of snnTorch that can be converted, but {reason}")
         if not converted.reset_delay and converted.reset_mechanism == "subtract":
             raise ValueError(f"{_MULTI_STEP}: a reset by subtraction needs reset_delay=True, got False")
@@ -511,8 +511,8 @@ class MultiStep(nn.Module):
                 raise TypeError(f"{_MULTI_STEP}: {name} must be a tensor or None, got {type(state).__name__}")
         if not isinstance(self.layer, ConvertedLeaky):
             raise RuntimeError(
-                f"{_MULTI_STEP}: layer must be converted, got one of class {type(self.layer).__name__} that is "
-                "not, as after asgl_cuda.revert; asgl_cuda.convert(model, inplace=True) converts it"
+                f"{_MULTI_STEP}: layer must be converted, got a {type(self.layer).__name__} that is not, perhaps "
+                "because of asgl_cuda.revert; asgl_cuda.convert(model, inplace=True) converts it"
             )
         if not self.stateful:
             self.layer.reset_mem()

@@ -112,7 +112,7 @@ def test_arguments_and_copies_of_all_four(name):
         with pytest.raises(TypeError, match="positional"):
             function(nn.Linear(2, 2), True)
     model = nn.Sequential(sinabs.layers.IAF(**SINGLE), nn.Sequential(Single(4, 4)))
-    message = rf"asgl_cuda\.{name}: the model can't be copied \(ValueError: there is one\); inplace=True"
+    message = rf"asgl_cuda\.{name}: the model can't be copied \(ValueError: there is one\); .*inplace=True"
     with pytest.raises(RuntimeError, match=message):
         function(model)
     if name != "fuse":  # which calls copies
@@ -354,7 +354,7 @@ def test_settings_of_layers_that_are_converted_already_are_refused(by, options):
         made = asgl_cuda.convert(model)[0] if by == "convert" else asgl_cuda.fuse(model, torch.rand(3, 2, 4))[0]
     types = [type(module) for module in made.modules()]
     remedy = re.escape("asgl_cuda.convert(asgl_cuda.revert(model)[0], ...)")
-    with pytest.raises(ValueError, match=f"^asgl_cuda.convert: asgl and backend .* already, got 1.*; .*{remedy}$"):
+    with pytest.raises(ValueError, match=f"^asgl_cuda.convert: asgl and backend .* already, got '1.*; .*{remedy}$"):
         asgl_cuda.convert(made, **options)
     assert [type(module) for module in made.modules()] == types
     again, report = asgl_cuda.convert(asgl_cuda.revert(made)[0], **options)

@@ -480,7 +480,7 @@ BEYOND = {  # values, and the input
 def test_values_of_more_dimensions_than_a_step(name):
     """They would be taken for values of each time, where there are as many."""
     make, shape, what = BEYOND[name]
-    with pytest.raises(ValueError, match=rf"asgl_cuda\.convert: .*{what} .*must .*broadcast to "):
+    with pytest.raises(ValueError, match=rf"asgl_cuda\.convert: (?=.*{what}\b).*must .*broadcast to "):
         make()(torch.rand(shape))
 
 
@@ -594,7 +594,7 @@ def test_errors_of_multi_step():
     reverted, _ = asgl_cuda.revert(multi)
     x_seq = torch.rand(3, 2)
     with pytest.raises(
-        RuntimeError, match=r"got one of class Leaky that is not, as after asgl_cuda\.revert; asgl_cuda\.convert"
+        RuntimeError, match=r"got a Leaky that is not, perhaps because of asgl_cuda\.revert; asgl_cuda\.convert"
     ):
         reverted(x_seq)
     assert torch.equal(asgl_cuda.convert(reverted)[0](x_seq)[0], multi(x_seq)[0])

@@ -199,10 +199,10 @@ def failing(module):
 
 ONE = LIF()
 ERRORS = {
-    "no mapping": ([MemUpdate], TypeError, r"layers must be a mapping such as \{TheirLIF: make\}, got "),
+    "no mapping": ([MemUpdate], TypeError, r"layers must map classes to functions, such as \{TheirLIF: make\}, got "),
     "no class": ({"MemUpdate": mem_update}, TypeError, "keys of layers must be subclasses of .*, got 'MemUpdate'"),
-    "a number": ({MemUpdate: 3}, TypeError, r"layers\[MemUpdate\] must be a function of a module, got 3"),
-    "a layer": ({MemUpdate: LIF()}, TypeError, r"layers\[MemUpdate\] must be a function of a module, got LIF"),
+    "a number": ({MemUpdate: 3}, TypeError, r"layers\[MemUpdate\] must be a function that takes a module, got 3"),
+    "a layer": ({MemUpdate: LIF()}, TypeError, r"layers\[MemUpdate\] must be a function that takes a module, got LIF"),
     "another result": ({MemUpdate: lambda module: 3}, TypeError, r"for 0 \(MemUpdate\) must return another .* got 3"),
     "the same": ({MemUpdate: lambda module: module}, TypeError, "got the module itself"),
     "one again": ({MemUpdate: lambda module: ONE}, ValueError, "must return a new layer for each module, got for '1'"),

@@ -449,16 +449,16 @@ def normalised_twice(net, x_seq):
 
 
 REFUSED = {
-    normalised_twice: "batch_norm with the same running statistics can't be called several times per step",
+    normalised_twice: "a batch_norm that updates running statistics must be called once per step",
     with_out: "add can't be recorded with the argument out; use what the function returns, or .* without sequences",
     with_a_hook: "register_hook of a value in a step can't be recorded.* without sequences",
     made_a_leaf: "requires_grad_ of a value in a step can't be recorded",
     changed: r"all steps of lif1 \(Leaky\) are computed at once, .* this code changes parameters or attributes",
     input_in_place: r"__iadd__ can't change the model's input, or .* as x \+ 1",
-    fed_back: r"the input of lif1 \(Leaky\) and lif2 \(Leaky\) depends on its own earlier output",
-    asked: r"all steps of lif1 \(Leaky\) are .*a computed value.*\(__bool__, as in `if spk\.sum\(\) > 0`\); remove",
-    read_back: r"changes a tensor that the steps use \(__getitem__\); remove",
-    twice: r"the input of lif1 \(Leaky\) depends on its own earlier output, .* used twice in a step",
+    fed_back: r"the input of lif1 \(Leaky\) and lif2 \(Leaky\) depends on earlier outputs of these layers",
+    asked: r"all steps of lif1 \(Leaky\) are .* calls __bool__, as in `if spk\.sum\(\) > 0`, and so .*; remove",
+    read_back: r"calls __getitem__ and so .*changes a tensor that the steps use; remove",
+    twice: r"the input of lif1 \(Leaky\) depends on earlier outputs of this layer, .* used twice in a step",
     in_function: "a torch.autograd.Function gets values",
     through_view: r"mul_ can't change a value of a step in place, because it shares memory with a view .* clone\(\)",
     checkpointed: "put the checkpoint around the model",

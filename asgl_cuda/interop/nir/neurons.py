@@ -52,21 +52,21 @@ def import_and_check_dt(name: str, dt: Any, caller: str) -> Any:
 
 
 @contextmanager
-def prefixed_errors(where: str) -> Iterator[None]:
-    """A context that turns errors of a layer or of torch into a ValueError of one line that begins with `where`."""
+def prefixed_errors(where: str, remedy: str = "") -> Iterator[None]:
+    """A context that turns errors of a layer or of torch into a ValueError: one line from `where` to `remedy`."""
     try:
         yield
     except Exception as error:
         if str(error).startswith(where.partition(":")[0]):
             raise
         first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{where}: {first}") from error
+        raise ValueError(f"{where}: {first}{remedy}") from error
 
 
 def as_double(value: Any) -> Tensor:
     """A value of a NIR node or a layer as a float64 tensor on the CPU."""
     if torch.as_tensor(value).is_complex():  # torch would drop the imaginary part
-        raise ValueError("arrays must have real numbers, got complex ones")
+        raise ValueError("must have real numbers, got complex ones")
     return torch.as_tensor(value, dtype=torch.float64, device="cpu").detach()
 
 
@@ -173,7 +173,8 @@ def metadata_of(layer: LIF | LeakyIntegrator, dt: float) -> dict[str, Any]:
 
 def layer_from_metadata(ours: Any, kind: Any, said: dict[str, Tensor]) -> Any:
     """Restores a layer from the metadata of its node. They must agree with `said`, which follows from its numbers."""
-    with prefixed_errors(f"metadata[{KEY!r}] can't be used; delete it to read the numbers of the node alone"):
+    remedy = "; delete this entry of the metadata to read the numbers of the node alone"
+    with prefixed_errors(f"metadata[{KEY!r}] can't be used", remedy):
         # Graphs that were read from a file have numbers of numpy, and arrays for values that differ between neurons.
         options = {
             name: as_double(value) if getattr(value, "ndim", 0) else value.item() if hasattr(value, "item") else value
@@ -186,10 +187,9 @@ def layer_from_metadata(ours: Any, kind: Any, said: dict[str, Tensor]) -> Any:
             value = constants_of_layer(layer, number.shape)[name]
             if (differs := ~torch.isclose(number, value, rtol=1e-5, atol=1e-6)).any():
                 one, other = (first_wrong(each, differs) for each in (number, value))
-                scaled = " and input_gain 1, v_rest 0" * (kind is LIF and name != "decay")
+                scaled = ", input_gain = 1 and v_rest = 0" * (kind is LIF and name != "decay")
                 raise ValueError(
-                    f"node and metadata contradict each other: {name} is {one} by the node, and {other} by the "
-                    f"metadata, for dt = {ours['dt']}{scaled}"
+                    f"{name} is {one} in the node, but {other} in the metadata, for dt = {ours['dt']}{scaled}"
                 )
     return layer
 
@@ -203,7 +203,7 @@ def decay_and_gain_of_node(node: Any, dt: float, tau: str = "tau", r: str = "r")
         rate = dt / finite_value(node, tau)
         decay, gain = torch.where((rate - 1).abs() < 1e-6, 0.0, 1 - rate), gain * rate  # tau is dt, rounded
         if (is_wrong := ~((decay >= 0) & (decay <= 1))).any():
-            hint = "dt must be the step for which the graph was written"
+            hint = "if the graph was written for a shorter step, pass it as from_nir(graph, dt=...)"
             raise ValueError(f"{tau} must be at least dt = {dt}, got {first_wrong(as_double(time), is_wrong)}; {hint}")
     # A file may have rounded r = tau / dt. A gain that is not exactly 1 would change the threshold.
     return decay, torch.where((gain - 1).abs() < 1e-6, 1.0, gain)

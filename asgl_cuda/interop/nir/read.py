@@ -71,7 +71,8 @@ def from_nir(graph: nir.NIRGraph, dt: float | None = None, *, dtype: torch.dtype
         order = list(TopologicalSorter(sources).static_order())
     except CycleError as error:
         cycle = " -> ".join(error.args[1])
-        raise ValueError(f"{_CALLER}: can't read the cycle {cycle}; {RECURRENCE}; use asgl_cuda.RecurrentLIF") from None
+        remedy = "write the recurrent layer with asgl_cuda.RecurrentLIF"
+        raise ValueError(f"{_CALLER}: can't read the cycle {cycle}; {RECURRENCE}; {remedy}") from None
 
     paths, result = _module_paths(nodes), fx.Graph()
     modules: dict[str, Any] = {}
@@ -93,8 +94,8 @@ def from_nir(graph: nir.NIRGraph, dt: float | None = None, *, dtype: torch.dtype
                 if len(before) != 1 or not isinstance(node, nir.Scale):
                     raise ValueError(
                         f"must be a Scale with one input, because the LIF {lif!r} before it has scale_output=True in "
-                        f"its metadata, got {type(node).__name__} of {', '.join(map(repr, before))}; add the Scale, or "
-                        f"{without}"
+                        f"its metadata, got {type(node).__name__} with input {' and '.join(map(repr, before))}; insert "
+                        f"a Scale directly after this LIF, or {without}"
                     )
                 scale = as_double(node.scale)
                 if not torch.allclose(scale, wanted := units.spike_heights(scaled, scale.shape)):
@@ -146,7 +147,7 @@ def _module_of_node(node: Any, dt: float | None) -> Any:
     )
     written, is_dt_known = float(ours.get("dt", dt or units.DT)), "dt" in ours or dt is not None
     if dt is not None and abs(dt - written) > 1e-6 * written:
-        raise ValueError(f"to_nir wrote it with dt = {written}, got dt = {dt}; leave out dt to use that of the node")
+        raise ValueError(f"to_nir wrote this node with dt = {written}, got dt = {dt}; leave out the argument dt")
     dt = written
     if kind in ("Affine", "Linear", "Conv1d", "Conv2d"):
         return _weight_layer_of_node(node, ours)
@@ -185,7 +186,7 @@ def _module_of_node(node: Any, dt: float | None) -> Any:
         numbers = dict(zip(("decay", "input_gain"), units.decay_and_gain_of_node(node, dt), strict=True))
         numbers["v_rest"] = as_double(getattr(node, "v_leak", 0.0))
         return units.layer_from_metadata(ours, LeakyIntegrator, numbers) if ours else units.integrator_of_node(node, dt)
-    raise ValueError("can't be read; the documentation of asgl_cuda.from_nir lists the nodes that can")
+    raise ValueError("can't be read; the documentation of asgl_cuda.from_nir lists the nodes that can be read")
 
 
 def _weight_layer_of_node(node: Any, ours: Any) -> nn.Module:

@@ -86,13 +86,16 @@ def to_nir(
     check_input(example_input, 0, _CALLER, "example_input")
     if example_input.dim() < 3 or not example_input.numel():
         got = list(example_input.shape)
-        raise ValueError(f"{_CALLER}: example_input must have time, batch and neurons, [T, B, ...], got shape {got}")
+        raise ValueError(
+            f"{_CALLER}: example_input must have dimensions for time, batch and neurons, [T, B, ...], none of size 0, "
+            f"got shape {got}"
+        )
     with prefixed_errors(f"{_CALLER}: {type(model).__name__} can't be copied"):
         is_leaf = _is_leaf(model) or _reason_not_written(model) is not None
         root = nn.Sequential(copy_model(model)) if is_leaf else copy_model(model)  # fx always traces a root
     unfuse(root, inplace=True)
     _, report = convert(root, inplace=True)
-    left = {root.get_submodule(row.path): row.reason for row in report.left}
+    left = {root.get_submodule(row.path): f"asgl_cuda.convert leaves it, because {row.reason}" for row in report.left}
     left |= {
         module: reason for module in root.modules() if (reason := _reason_not_written(module)) and module not in left
     }
@@ -190,7 +193,8 @@ class _Writer(fx.Interpreter):
                 )
             elif n.op == "output":
                 if n.args[0] not in self.flows or inputs[0].leading != 2:
-                    got = "one with time and batch merged" if n.args[0] in self.flows else n.args[0]
+                    merged = "one with time and batch merged; unflatten(0, x_seq.shape[:2]) separates them"
+                    got = merged if n.args[0] in self.flows else n.args[0]
                     raise ValueError(f"the model must return one tensor [T, B, ...], got {got}")
                 self._add_node(n.name, self.nir.Output(None), inputs[0], inputs[0].shape)
             elif isinstance(value, Tensor):  # other values, such as sizes, are not part of the graph
@@ -217,9 +221,9 @@ class _Writer(fx.Interpreter):
         elif name == "unflatten" and leading == 1 and value.shape[:2] == self.time_and_batch:
             return inputs[0]._replace(leading=2)
         raise ValueError(
-            "can't be represented in NIR; between layers there may only be additions of two different layers' outputs, "
-            "and flatten(0, 1) and unflatten(0, ...) of time and batch; other functions must be layers that can be "
-            "represented, as nn.Flatten(2) for flatten(2)"
+            "can't be represented in NIR; between layers there may only be sums x + y of their outputs, each output "
+            "once, and flatten(0, 1) and unflatten(0, ...) of time and batch; in place of other functions use layers "
+            "that can be represented, such as nn.Flatten(2) for flatten(2)"
         )
 
     def _run_module(self, n: fx.Node, module: Any, inputs: list[_Flow]) -> Any:
@@ -227,10 +231,12 @@ class _Writer(fx.Interpreter):
         kind = Converted if isinstance(module, Converted) and module not in self.left else type(module)
         kind = _BatchNorm if kind.forward is _BatchNorm.forward else kind  # also of a user's subclass
         if kind not in self.layers or isinstance(module, Recurrent):
-            known = ", ".join(sorted({each.__name__.strip("_") for each in self.layers}))
+            if module in self.left:
+                raise ValueError(f"can't be written; {self.left[module]}")
+            known = ", ".join(sorted({each.__name__.strip("_") for each in self.layers if each is not Converted}))
             is_recurrent = isinstance(module, (RecurrentLIF, Recurrent))
-            reason = RECURRENCE if is_recurrent else f"layers that can be: {known}"
-            raise ValueError(f"can't be represented in NIR; {self.left.get(module, reason)}")
+            reason = RECURRENCE if is_recurrent else f"layers that can be: {known}, and some neurons of other libraries"
+            raise ValueError(f"can't be represented in NIR; {reason}")
         if len(inputs) != 1 or len(n.args) + len(n.kwargs) != 1:
             count = len(n.args) + len(n.kwargs)
             got = f"{count} arguments" if count != 1 else "a value that no layer computes"
@@ -240,7 +246,7 @@ class _Writer(fx.Interpreter):
             vars(module)["lif"] = partial(self._record_lif_call, module)
         flow, value = inputs[0], super().run_node(n)
         if not isinstance(value, Tensor):
-            hint = f"; use {_in_place_of(module)} in its place, whose output is one" if kind is Converted else ""
+            hint = f"; use {_in_place_of(module)} in its place, which returns one" if kind is Converted else ""
             raise ValueError(f"must return one tensor, got {type(value).__name__}{hint}")
         if kind in (Converted, Delay) or isinstance(module, NeuronLayer):
             self._keep_time_dim(flow, getattr(module, "time_dim", 0))
@@ -262,11 +268,12 @@ class _Writer(fx.Interpreter):
         nor 1, or if it is elsewhere than in the layers before.
         """
         if flow.leading != 2 or time_dim is None:
-            got = "both merged by flatten(0, 1); put unflatten(0, x_seq.shape[:2]) before it"
+            got = "both merged by flatten(0, 1); call unflatten(0, x_seq.shape[:2]) before this layer"
             if time_dim is None:
                 got = (
-                    "a layer that takes one step per call, or both merged; use asgl_cuda.LIF in its place, or the form "
-                    "of the layer that takes whole sequences, such as step mode 'm' of SpikingJelly"
+                    "a layer that takes one step per call, or time and batch as one dimension; use asgl_cuda.LIF in "
+                    "its place, or the form of the layer that takes whole sequences, such as step mode 'm' of "
+                    "SpikingJelly"
                 )
             raise ValueError(f"must take time and batch as two dimensions, [T, B, ...], got {got}")
         found, self.time_dim = self.time_dim, time_dim % (2 + len(flow.shape))
@@ -312,8 +319,8 @@ class _Writer(fx.Interpreter):
             if not self.allow_soft_reset and (instead := [each for each, differs in others.items() if differs]):
                 got = "a soft reset (v_reset=None)" if layer.v_reset is None else f"v_min={layer.v_min}"
                 raise ValueError(
-                    f"has {got}, which NIR's neurons do not have. to_nir(..., allow_soft_reset=True) writes it all the "
-                    "same: asgl_cuda.from_nir restores the layer from metadata, most other readers "
+                    f"has {got}, which NIR's neurons do not have; to_nir(..., allow_soft_reset=True) stores it in the "
+                    "metadata, which asgl_cuda.from_nir reads, but most other readers then "
                     + " and ".join(filter(None, (", ".join(instead[:-1]), instead[-1])))
                 )
             if not layer.input_gain > 0:
@@ -342,9 +349,15 @@ class _Writer(fx.Interpreter):
         """The NIR nodes of a converted layer, from the options of its call of `lif`."""
         call = self.calls[0] if len(self.calls) == 1 else {}
         if layer.settings.spike is None:
-            raise ValueError(f"does not fire; use {_in_place_of(layer)} in its place")
+            raise ValueError(
+                "does not fire, and to_nir writes neurons of other libraries only if they fire; use "
+                f"{_in_place_of(layer)} in its place"
+            )
         if not layer.takes_input_directly or not call:
-            raise ValueError(f"has a synaptic current; use {_in_place_of(layer)} in its place")
+            raise ValueError(
+                "has a synaptic current, which to_nir writes only for asgl_cuda's own layers; use "
+                f"{_in_place_of(layer)} in its place"
+            )
         only_ours = {
             "several spikes per step": layer.multi_spike or call.get("levels") is not None,
             "a lower limit of the potential": call.get("v_min") is not None,
@@ -396,7 +409,8 @@ class _Writer(fx.Interpreter):
             }
             sizes["groups"] = layer.groups
         elif len(flow.shape) != 1:
-            raise ValueError(f"NIR's Affine takes neurons in one dimension, got shape {list(flow.shape)}")
+            got = f"{len(flow.shape)} in shape {list(flow.shape)} (without time and batch)"
+            raise ValueError(f"its input must have one dimension of neurons, as NIR's Affine takes it, got {got}")
         bias = torch.zeros(len(layer.weight)) if layer.bias is None else layer.bias  # readers expect a bias
         node = kind(weight=self._as_array(layer.weight), bias=self._as_array(bias), **sizes)
         node.metadata = {KEY: {"bias": False}} if layer.bias is None else {}
@@ -479,11 +493,11 @@ class _Writer(fx.Interpreter):
 def _check_batch_dims(layer: Any, flow: _Flow, dims: int) -> None:
     """Raises ValueError unless the input has the leading dimensions that the layer takes, and `dims` more."""
     separate = getattr(layer, "step_mode", "s") == "m"
-    leading = {True: "[T, B, ...] with time and batch separate", False: "[T·B, ...] with time and batch merged"}
+    wanted = "time and batch separate, [T, B, ...]," if separate else "time and batch merged, [T·B, ...],"
     if flow.leading != 1 + separate or len(flow.shape) != dims:
         mode = "in step mode 'm' its" if separate else "its"
-        hint = " (wrap it in asgl_cuda.OverTime)" if flow.leading > 1 and not separate else ""
+        hint = "; wrap the layer in asgl_cuda.OverTime" if flow.leading > 1 and not separate else ""
         found, start = ("separate", "T, B") if flow.leading > 1 else ("merged", "T·B")
-        got = f"time and batch {found} and {len(flow.shape)} more: [{', '.join([start, *map(str, flow.shape)])}]"
+        got = f"them {found} and {len(flow.shape)} more, [{', '.join([start, *map(str, flow.shape)])}]"
         more = f"{dims} more dimension{'s' * (dims > 1)}"
-        raise ValueError(f"{mode} input must be {leading[separate]}{hint} and {more}, got {got}")
+        raise ValueError(f"{mode} input must have {wanted} and {more}, got {got}{hint}")
