@@ -323,26 +323,21 @@ def _notes_on_layer(layer: Any, in_sequences: bool) -> Iterator[str]:
 def model_or_copy(
     model: nn.Module, inplace: bool, caller: str, remedy: str = "pass inplace=True to change the model itself"
 ) -> nn.Module:
-    """The model if `inplace`, otherwise a copy that is registered with its library. Checks both arguments.
-
-    `remedy` ends the error for a model that can't be copied.
-    """
+    """The model if `inplace`, otherwise a copy that is registered with its library. Checks both arguments."""
     check_module(model, caller)
     if check_bool("inplace", inplace, caller):
         return model
-    try:
-        made = copy_model(model)
-    except Exception as error:  # raised by a user's __deepcopy__
-        raise RuntimeError(
-            f"{caller}: the model can't be copied ({type(error).__name__}: {error}); {remedy}"
-        ) from error
+    made = copy_model(model, caller, remedy)
     for library in imported_adapters():
         getattr(library, "register_with_library", lambda model: None)(made)
     return made
 
 
-def copy_model(model: nn.Module, share: Iterable[Tensor] = ()) -> nn.Module:
-    """A deep copy that shares the tensors in `share`. Non-leaf tensors, such as potentials, are detached."""
+def copy_model(model: nn.Module, caller: str, remedy: str = "", share: Iterable[Tensor] = ()) -> nn.Module:
+    """A deep copy that shares the tensors in `share`. Non-leaf tensors, such as potentials, are detached.
+
+    Raises RuntimeError, with `remedy` at its end, for a model that can't be copied.
+    """
     memo: dict[int, Any] = {id(value): value for value in share}
     for module in model.modules():
         attributes = vars(module)
@@ -351,7 +346,11 @@ def copy_model(model: nn.Module, share: Iterable[Tensor] = ()) -> nn.Module:
             memo.update((id(value), value.detach().clone()) for value in graphs)
     for library in imported_adapters():
         getattr(library, "copy_layers", lambda model, memo: None)(model, memo)
-    made = copy.deepcopy(model, memo)
+    try:
+        made = copy.deepcopy(model, memo)
+    except Exception as error:  # raised by a user's __deepcopy__, among others
+        end = remedy and f"; {remedy}"
+        raise RuntimeError(f"{caller}: the model can't be copied ({type(error).__name__}: {error}){end}") from error
     _copy_hooks(memo)
     return made
 

@@ -28,6 +28,7 @@ from .converted import Converted, Overlay, bare_class, overlaid_class
 from .libraries import imported_adapters
 
 _CALLER = "asgl_cuda.fuse"
+_UNCOPIED = "call fuse(model, inplace=True) without an example, which needs no copy"
 _CONVERTED = "_converted_by_fuse"  # attribute of layers that `fuse` has converted, so that `unfuse` restores them
 
 # The last call of each normalisation, by id(normalisation). A call keeps its normalisation alive, so no other object
@@ -84,8 +85,7 @@ def fuse(model: nn.Module, example: Any = None, *, inplace: bool = False) -> tup
         joined, report = asgl_cuda.fuse(torch.nn.Sequential(norm, asgl_cuda.LIF()), torch.rand(5, 2, 4))
         print(report)
     """
-    remedy = "call fuse(model, inplace=True) without an example to change the model itself"
-    model = model_or_copy(model, inplace, _CALLER, remedy)  # an example would need further copies
+    model = model_or_copy(model, inplace, _CALLER, _UNCOPIED)
     before = {module for module in model.modules() if isinstance(module, Converted)}
     convert(model, inplace=True)
     converted = [each for each in model.modules() if isinstance(each, Converted) and each not in before]
@@ -380,7 +380,7 @@ def _try_example(model: nn.Module, paths: list[str], example: tuple[Any, ...]) -
         joined: dict[str, str] = {}
         left = dict(refused)
         for training in (True, False):
-            made = copy_model(model, model.parameters()).train(training)
+            made = copy_model(model, _CALLER, _UNCOPIED, model.parameters()).train(training)
             outcome = _Outcome(made)
             for path in paths:
                 if path not in refused:

@@ -482,13 +482,15 @@ class MultiStep(nn.Module):
         self.stateful = check_bool("stateful", stateful, _MULTI_STEP)
         if not isinstance(layer, nn.Module):
             raise TypeError(f"{_MULTI_STEP}: layer must be {_NAMES} of snnTorch, got {format_type(layer)}")
-        converted, report = convert(layer, inplace=True)
-        if not isinstance(converted, ConvertedLeaky):
-            reason = report.left[0].reason if report.left else f"it is a {bare_class(layer).__name__}"
-            raise ValueError(f"{_MULTI_STEP}: layer must be {_NAMES} of snnTorch that can be converted, but {reason}")
-        if not converted.reset_delay and converted.reset_mechanism == "subtract":
+        if not isinstance(layer, tuple(_CONVERTED)):
+            raise ValueError(f"{_MULTI_STEP}: layer must be {_NAMES} of snnTorch, got {bare_class(layer).__name__}")
+        if not layer.reset_delay and layer.reset_mechanism == "subtract":
             raise ValueError(f"{_MULTI_STEP}: a reset by subtraction needs reset_delay=True, got False")
-        self.layer = converted
+        _, report = convert(layer, inplace=True)
+        if not isinstance(layer, ConvertedLeaky):
+            reason = report.left[0].reason
+            raise ValueError(f"{_MULTI_STEP}: layer must be {_NAMES} of snnTorch that can be converted, but {reason}")
+        self.layer = layer
 
     def state_dict(self, *args: Any, **options: Any) -> Any:
         """The state dict of the layer."""

@@ -128,7 +128,7 @@ def to_spike_layers(model: nn.Module, example: Any) -> tuple[nn.Module, Report]:
         kernels.append(has_kernel(x, layer.weight, caller))  # raises for an input that is not a tensor
         shares.append((int(x.count_nonzero()), x.numel()))
 
-    trial = copy_model(model).eval()
+    trial = copy_model(model, caller).eval()
     for name, layer in _weight_layers(trial):
         layer.register_forward_pre_hook(partial(count_nonzero_inputs, name))
     given = example if isinstance(example, tuple) else (example,)

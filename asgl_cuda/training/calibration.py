@@ -154,7 +154,7 @@ class _Trial:
 
     def __init__(self, model: nn.Module, inputs: tuple[Any, ...], rate: float, group: Any) -> None:
         self._read_parameters(model)
-        self._model, _ = unfuse(copy_model(model), inplace=True)
+        self._model, _ = unfuse(copy_model(model, _CALLER), inplace=True)
         for name in dict(asgl_layers(model)).keys() - dict(asgl_layers(self._model)).keys():
             convert(self._model.get_submodule(name), inplace=True)  # unfuse has reverted it
         for mine, other in zip(self._model.eval().modules(), model.modules(), strict=True):

@@ -115,11 +115,23 @@ def test_arguments_and_copies_of_all_four(name):
     message = rf"asgl_cuda\.{name}: the model can't be copied \(ValueError: there is one\); .*inplace=True"
     with pytest.raises(RuntimeError, match=message):
         function(model)
-    if name != "fuse":  # which calls copies
+    if name == "fuse":  # which calls copies
+        with pytest.raises(RuntimeError, match=message):
+            function(model, inplace=True)
+    else:
         assert function(model, inplace=True)[0] is model
         assert isinstance(model[0], Converted) == (name == "convert")
     assert f", report = asgl_cuda.{name}(" in text.splitlines()[0]
     assert "\nReturns:\n" in text
+
+
+@pytest.mark.parametrize("name", ["calibrate", "to_spike_layers", "to_nir"])
+def test_models_without_copies(name):
+    model = nn.Sequential(Single(4, 4), asgl_cuda.LIF())
+    with pytest.raises(
+        RuntimeError, match=rf"asgl_cuda\.{name}: the model can't be copied \(ValueError: there is one\)$"
+    ):
+        getattr(asgl_cuda, name)(model, torch.rand(2, 3, 4))
 
 
 def test_a_layer_that_its_library_can_not_copy():

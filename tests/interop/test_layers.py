@@ -36,6 +36,7 @@ from torch import nn
 
 import asgl_cuda
 from asgl_cuda.calls import recompute
+from asgl_cuda.interop.converted import Converted
 from asgl_cuda.interop.snntorch import MultiStep
 
 # ---- outputs, states and gradients, in float64 ----
@@ -575,13 +576,18 @@ def test_a_large_threshold():
 
 def test_errors_of_multi_step():
     for layer, error, words in (
-        (nn.Linear(2, 2), ValueError, "a Leaky, .* or RSynaptic of snnTorch .*, but it is a Linear"),
+        (nn.Linear(2, 2), ValueError, "a Leaky, .* or RSynaptic of snnTorch, got Linear"),
         (snntorch.Leaky(beta=0.5, state_quant=lambda mem: mem), ValueError, "of snnTorch .*, but it quantises its"),
         (5, TypeError, "a Leaky, .* or RSynaptic of snnTorch, got int"),
         (snntorch.Leaky, TypeError, "of snnTorch, got the class Leaky; pass an instance"),
     ):
         with pytest.raises(error, match=rf"snntorch\.MultiStep: layer must be .*{words}"):
             MultiStep(layer)
+    node, undelayed = neuron.LIFNode(), snntorch.Leaky(beta=0.5, reset_delay=False)
+    for layer, words in ((node, "got LIFNode"), (undelayed, "subtraction needs reset_delay=True, got False")):
+        with pytest.raises(ValueError, match=words):
+            MultiStep(layer)
+        assert not isinstance(layer, Converted)
     multi, synaptic = MultiStep(snntorch.Leaky(beta=0.5)), MultiStep(snntorch.Synaptic(alpha=0.5, beta=0.5))
     for call, words in (
         (lambda: multi([1.0]), "x_seq must be a tensor, got list"),

@@ -90,9 +90,9 @@ def to_nir(
             f"{_CALLER}: example_input must have dimensions for time, batch and neurons, [T, B, ...], none of size 0, "
             f"got shape {got}"
         )
-    with prefixed_errors(f"{_CALLER}: {type(model).__name__} can't be copied"):
-        is_leaf = _is_leaf(model) or _reason_not_written(model) is not None
-        root = nn.Sequential(copy_model(model)) if is_leaf else copy_model(model)  # fx always traces a root
+    root = copy_model(model, _CALLER)
+    if _is_leaf(model) or _reason_not_written(model) is not None:  # fx always traces a root
+        root = nn.Sequential(root)
     unfuse(root, inplace=True)
     _, report = convert(root, inplace=True)
     left = {root.get_submodule(row.path): f"asgl_cuda.convert leaves it, because {row.reason}" for row in report.left}
