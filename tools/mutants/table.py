@@ -821,7 +821,7 @@ MUTANTS = {
         "for training in (True, False):",
         "for training in (True,):", "interop/test_fuse_left.py uses"),
     "fuse: the model itself is tried": Mutant(
-        "made = copy_model(model, model.parameters())",
+        "made = copy_model(model, _CALLER, _UNCOPIED, model.parameters())",
         "made = model", "interop/test_fuse_model.py trace"),
     "fuse: random numbers are drawn": Mutant(
         "with torch.random.fork_rng(sorted(devices)), torch.enable_grad():",
@@ -1060,8 +1060,8 @@ MUTANTS = {
         "    pass", "interop/test_nir.py unused"),
     "nir: carried potentials at the start": Mutant("            module.reset()\n",
         "            pass\n", "interop/test_nir.py left_alone"),
-    "nir: the model itself, not a copy": Mutant("nn.Sequential(copy_model(model)) if is_leaf else copy_model(model)",
-        "nn.Sequential(model) if is_leaf else model", "interop/test_nir.py left_alone"),
+    "nir: the model itself, not a copy": Mutant("    root = copy_model(model, _CALLER)\n",
+        "    root = model\n", "interop/test_nir.py left_alone"),
     "nir: a normalisation without its scale": Mutant("getattr(norm, \"input_scale\", 1.0)",
         "1.0", "interop/test_nir.py normalised"),
     "nir: folded where others use the output": Mutant("len(before) == 1 and users == [name] and",

@@ -79,6 +79,7 @@ def to_nir(
         ImportError: nir or nirtorch is not installed.
         TypeError: an argument is of another type.
         ValueError: the model can't be traced or has a layer that NIR can't represent; the message names it.
+        RuntimeError: the model can't be copied.
     """
     tracer = units.import_and_check_dt("nirtorch.torch_tracer", dt, _CALLER).NIRTorchTracer
     check_module(model, _CALLER)
