@@ -28,8 +28,9 @@ _NEURON = [name for name in LIF_DEFAULTS if name not in _WITHOUT]
 class AdaptiveLIFOutput(NamedTuple):
     """The result of `adaptive_lif` if potentials are asked for: the fields of `LIFOutput`, and `w_last`.
 
-    `h_seq` is the value that is compared with v_threshold, so with `to_threshold` the adaptation is subtracted from it.
-    `w_last`, the adaptation for the step after the last one, is returned if `v_last` is asked for.
+    `h_seq` is the value that is compared with v_threshold. With `to_threshold`, it is the potential before the reset
+    minus the adaptation. `w_last` is the adaptation with which the next step would begin. `return_v_last` asks for
+    `v_last` and `w_last`.
     """
 
     s_seq: Tensor
@@ -60,19 +61,20 @@ def adaptive_lif(
 
     Args:
         x_seq: input current, as for `lif`.
-        adapt_decay: fraction of the adaptation w that is left after a step. Like the next two arguments, a float or a
-            tensor as in `lif`.
-        adapt_potential: factor on the potential after the reset minus v_rest. At each step the product is added to w.
+        adapt_decay: fraction of the adaptation w that is left after a step. adapt_decay, adapt_potential and
+            adapt_spike are floats or tensors, like `decay` of `lif`.
+        adapt_potential: at each step, `adapt_potential * (v - v_rest)` is added to w, where v is the potential after
+            the reset.
         adapt_spike: amount that a spike adds to w, in units of x_seq.
-        to_threshold: add w to the threshold instead of subtracting it from the current. Under a soft reset without
-            `reset_amount`, w is also added to the amount that a spike subtracts.
+        to_threshold: add w to the threshold instead of subtracting w from the current. Under a soft reset without
+            `reset_amount`, w is then also added to the amount that a spike subtracts.
         w_init: w in the first step, in the shape of x_seq without time; default 0.
         neuron: arguments of `lif` except `input_*`, `residual`, `residual_gain`, `scale_output`, `levels`,
             `multi_spike` and `v_min`.
 
     Returns:
-        The spikes, or an `AdaptiveLIFOutput` if a potential was asked for. They are differentiable as in `lif`, here
-        also with respect to w_init, adapt_decay, adapt_potential and adapt_spike.
+        The spikes, or an `AdaptiveLIFOutput` if a potential was asked for. All outputs are differentiable as in `lif`,
+        and also with respect to w_init, adapt_decay, adapt_potential and adapt_spike.
 
     Raises TypeError, ValueError and RuntimeError as `lif` does.
 
@@ -80,7 +82,7 @@ def adaptive_lif(
 
         s_seq = asgl_cuda.adaptive_lif(torch.randn(100, 32, 128), adapt_decay=0.97, adapt_spike=0.1, decay=0.9)
 
-    The same in PyTorch, for the defaults::
+    The same in PyTorch, for the defaults of `lif`::
 
         v, w = torch.zeros_like(x_seq[0]), torch.zeros_like(x_seq[0])
         for t in range(T):
@@ -90,10 +92,9 @@ def adaptive_lif(
             w = adapt_decay * w + (adapt_potential * v + adapt_spike * s[t])
 
     Sources: Bittar, Garner: A surrogate gradient spiking baseline for speech command recognition, Frontiers in
-    Neuroscience 2022. In that paper, the potential before the soft reset drives w, and not the potential after it. To
-    compute the same, add `adapt_potential * reset_amount` to `adapt_spike`. For w on the threshold: Bellec, Salaj,
-    Subramoney, Legenstein, Maass: Long short-term memory and learning-to-learn in networks of spiking neurons, NeurIPS
-    2018.
+    Neuroscience 2022. That paper multiplies adapt_potential by the potential before the soft reset. To compute the
+    same, add `adapt_potential * reset_amount` to `adapt_spike`. For w on the threshold: Bellec, Salaj, Subramoney,
+    Legenstein, Maass: Long short-term memory and learning-to-learn in networks of spiking neurons, NeurIPS 2018.
     """
     check_keywords(neuron, _KNOWN, _CALLER, _WITHOUT)
     check_bool("to_threshold", to_threshold, _CALLER)
@@ -214,13 +215,13 @@ class AdaptiveLIF(Adapting):
 
     Args:
         num_features: as for `LIF`.
-        adapt_decay: fraction of the adaptation that is left after a step, in [0, 1]. If learned it must be in
-            [3.1e-7, 1 - 3.1e-7], and is stored as a logit.
-        adapt_potential: factor on the potential after the reset minus v_rest. Each step adds the product to the
-            adaptation.
-        adapt_spike: amount that a spike adds to the adaptation. The three parameters are floats or tensors, as the
-            decay of `LIF` is.
-        to_threshold: add the adaptation to the threshold instead of subtracting it from the input current, see
+        adapt_decay: fraction of the adaptation w that is left after a step, in [0, 1]. If learned it must be in
+            [3.1e-7, 1 - 3.1e-7], and is stored as a logit. adapt_decay, adapt_potential and adapt_spike are floats or
+            tensors, like `decay` of `LIF`.
+        adapt_potential: at each step, `adapt_potential * (v - v_rest)` is added to w, where v is the potential after
+            the reset.
+        adapt_spike: amount that a spike adds to w, in units of the input.
+        to_threshold: add w to the threshold instead of subtracting w from the input current, see
             `asgl_cuda.adaptive_lif`.
         learn_adaptation: whether adapt_decay, adapt_potential and adapt_spike are learned, with one value per layer,
             channel or neuron as `granularity` says, instead of being constants.

@@ -59,10 +59,12 @@ _ROWS = "width", "decay", "v_threshold", "v_reset", "reset_amount", "adapt_decay
 class RecurrentLIFOutput(NamedTuple):
     """The result of `recurrent_lif` if states are asked for. Fields that were not asked for are None.
 
-    `s_seq`, `v_seq` and `h_seq` are those of `LIFOutput`, or of `AdaptiveLIFOutput` if there is an adaptation. With
-    `return_v_last` there are also the states after the last step, in the shape of x_seq without time: the potential
-    `v_last`; the spikes `s_last`, without the factor of scale_output; with a synapse its current `i_last`; and with an
-    adaptation `w_last`. States are float64 for a float64 input, and float32 otherwise.
+    `s_seq`, `v_seq` and `h_seq` are those of `LIFOutput`, or of `AdaptiveLIFOutput` if there is an adaptation.
+
+    `return_v_last` asks for all states after the last step: the potential `v_last`, the spikes `s_last`, the current
+    `i_last` of a synapse, and the adaptation `w_last`. `i_last` is None without a synapse, and `w_last` is None without
+    an adaptation. `s_last` is not multiplied by the threshold, even with scale_output. States have the shape of x_seq
+    without time. They are float64 for a float64 input, and float32 otherwise.
     """
 
     s_seq: Tensor
@@ -153,9 +155,9 @@ def recurrent_lif(
     Args:
         x_seq: input current, `[T, B, N]`, or `[B, T, N]` with time_dim=1; types as for `lif`. An input that is not
             contiguous is copied once.
-        weight: `[N, N]`, from the neurons of one step (columns) to the neurons of the next step (rows), as in
-            `torch.nn.Linear`; or `[N]`, from each neuron to itself.
-        bias: `[N]`, added at each step, also at the first.
+        weight: `[N, N]`, with a row for each receiving neuron, as in `torch.nn.Linear`; or `[N]`, from each neuron to
+            itself.
+        bias: `[N]`, added to x_seq at each step, also at the first.
         syn_decay: fraction of the synaptic current that is left after a step: a float, or a tensor of one value or
             `[N]`; None for no synapse.
         input_gain: a number, the factor on the current after the synapse; must be 1 with an adaptation.
@@ -167,19 +169,21 @@ def recurrent_lif(
         detach_recurrent: stop the gradient that flows through the weight to earlier spikes and s_init. The weight still
             gets its gradient.
         neuron: arguments of `lif` except `input_bias`, `input_mean`, `residual`, `residual_gain`, `levels`,
-            `multi_spike` and `v_min`. Parameters have one value or `[N]`.
+            `multi_spike` and `v_min`. A parameter that is a tensor has one value or the shape `[N]`.
 
-    Like all parameters, weight, bias and syn_decay are converted to the type of the arithmetic, also under autocast.
+    The weight, the bias and all tensor parameters are converted to the type of the arithmetic, also under autocast.
+    This type is float64 for a float64 x_seq and float32 otherwise.
+
     Step t draws the noise that `lif` would draw for a sequence of this one step with the rng_state
-    `[seed + 0x61C8864680B583EB * t, offset]`, modulo 2^64. Calls share no noise, whatever their seeds, if their
-    offsets are different numbers modulo 2^32. The smooth values of analog elements are fed back.
+    `[seed + 0x61C8864680B583EB * t, offset]`, where the sum is taken modulo 2^64. Calls whose offsets differ modulo
+    2^32 share no noise. The smooth values of analog elements (see `lif`) are fed back like spikes.
 
-    Backward needs the spikes and the potentials before the reset, which take 4 bytes per element for a float32 x_seq.
-    The guide "Recurrent neurons" says what else is stored, and how the backends compute.
+    For backward, the spikes and the potentials before the reset are stored. The potentials take 4 bytes per neuron and
+    time step, or 8 in float64. The guide "Recurrent neurons" says what else is stored, and how the backends compute.
 
     Returns:
-        The spikes, or a `RecurrentLIFOutput` if a state was asked for. They are differentiable once with respect to
-        x_seq, weight, bias, syn_decay, states and every tensor parameter.
+        The spikes, or a `RecurrentLIFOutput` if a state or potential was asked for. All outputs are differentiable once
+        with respect to x_seq, weight, bias, the initial states and every tensor parameter.
 
     Raises TypeError, ValueError and RuntimeError as `lif` does.
 
@@ -190,7 +194,7 @@ def recurrent_lif(
         s_seq = asgl_cuda.recurrent_lif(x_seq, weight, decay=0.9, syn_decay=0.8)
         s_seq.mean().backward()  # weight.grad [128, 128]
 
-    The same in PyTorch, for the defaults::
+    The same in PyTorch, for a dense weight and the defaults of `lif`, without an adaptation::
 
         s, i, v = (torch.zeros_like(x_seq[0]) for _ in range(3))
         for t in range(T):
@@ -367,7 +371,7 @@ class RecurrentLIF(Adapting):
         detach_recurrent: stop the gradient that flows through the weight to the spikes of the step before.
         adapt_decay, adapt_potential, adapt_spike, to_threshold, learn_adaptation: arguments of `AdaptiveLIF`, for
             recurrent neurons with an adaptation (RadLIF, LSNN). Without adapt_decay there is no adaptation. With
-            adapt_decay, the others have the defaults of `AdaptiveLIF`, and input_gain must be 1.
+            adapt_decay, the other arguments have the defaults of `AdaptiveLIF`, and input_gain must be 1.
         device, dtype: of the parameters.
         lif_options: arguments of `LIF` except `num_features`, `levels`, `multi_spike` and `v_min`. The granularity
             "channel" is the same as "neuron" here.
@@ -375,12 +379,13 @@ class RecurrentLIF(Adapting):
     Shapes: input and output are `[T, B, N]`, or `[B, T, N]` with time_dim=1.
 
     Weight and bias are initialised as in `torch.nn.RNN`, uniformly from `[-1 / sqrt(N), 1 / sqrt(N)]`. In addition to
-    the parameters of `LIF`, a state dict has `recurrent_weight` and `recurrent_bias`, and if these are learned
-    `logit_syn_decay` and the parameters of the adaptation. A stateful layer carries the potential `v` and the last
-    spikes `s`, with a synapse also its current `i`, and with an adaptation `w`.
+    the parameters of `LIF`, a state dict has `recurrent_weight` and `recurrent_bias`. A learned syn_decay adds
+    `logit_syn_decay`, and a learned adaptation adds the parameters of `AdaptiveLIF`. A stateful layer carries the
+    potential `v` and the last spikes `s` from call to call. It also carries the current `i` of a synapse and the
+    adaptation `w`.
 
-    `asgl_cuda.recompute_spikes` has no effect on this layer, whose own backward needs the spikes. Raises the errors of
-    `LIF`.
+    `asgl_cuda.recompute_spikes` has no effect on this layer, because the backward of this layer needs the spikes.
+    Raises the errors of `LIF`.
 
     Example::
 
@@ -393,8 +398,8 @@ class RecurrentLIF(Adapting):
         scores = model(torch.randn(100, 32, 40)).mean(0)  # [T, B, 40] to [B, 12]
 
     The layer computes `asgl_cuda.recurrent_lif(x_seq, layer.recurrent_weight, ...)`, whose docstring shows the forward
-    computation as a loop in PyTorch, without noise and adaptation. In a loop with gradients, s would be a surrogate
-    spike, and with `detach_reset=True` the last line would use `s.detach()`.
+    computation as a loop in PyTorch, without noise and adaptation. To train with such a loop, give s the gradient of a
+    surrogate, and for `detach_reset=True` use `s.detach()` in the last line.
     """
 
     _caller = "asgl_cuda.RecurrentLIF"
