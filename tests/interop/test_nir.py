@@ -670,7 +670,7 @@ def test_what_is_refused_of_spikingjelly():
     from spikingjelly.activation_based import layer, neuron
 
     for made, words in (
-        (layer.Conv2d(2, 3, 3), "0 (Conv2d): Expected 3D (unbatched) or 4D"),
+        (layer.Conv2d(2, 3, 3), "0 (Conv2d): its input must have time and batch merged"),
         (OverTime(layer.Conv2d(2, 3, 3, step_mode="m")), "layer (Conv2d): "),
         (layer.MaxPool2d(2), "0 (MaxPool2d): can't be represented in NIR; layers that can be:"),
         (layer.WSConv2d(2, 3, 3), "0 (WSConv2d): can't be represented in NIR"),

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 
 from ...checks import check_bool, check_input
 from ...layout import real_type
@@ -245,7 +246,10 @@ class _Writer(fx.Interpreter):
         if kind is Converted:
             self.calls = []
             vars(module)["lif"] = partial(self._record_lif_call, module)
-        flow, value = inputs[0], super().run_node(n)
+        flow = inputs[0]
+        if isinstance(module, (_ConvNd, nn.AvgPool2d, _BatchNorm)):
+            _check_batch_dims(module, flow)  # whose error, unlike torch's, has the remedy
+        value = super().run_node(n)
         if not isinstance(value, Tensor):
             hint = f"; use {_in_place_of(module)} in its place, which returns one" if kind is Converted else ""
             raise ValueError(f"must return one tensor, got {type(value).__name__}{hint}")
@@ -400,7 +404,6 @@ class _Writer(fx.Interpreter):
         dims, sizes = layer.weight.dim() - 2, {}
         kind = (self.nir.Affine, self.nir.Conv1d, self.nir.Conv2d)[dims]
         if dims:
-            _check_batch_dims(layer, flow, 1 + dims)
             if layer.padding_mode != "zeros":
                 raise ValueError(f"padding_mode must be zeros, got {layer.padding_mode}")
             sizes = {name: getattr(layer, name) for name in ("stride", "padding", "dilation")}
@@ -419,7 +422,6 @@ class _Writer(fx.Interpreter):
 
     def _pool_nodes(self, layer: nn.AvgPool2d, flow: _Flow) -> dict[str, Any]:
         """The NIR node of a pooling."""
-        _check_batch_dims(layer, flow, 3)
         sums = layer.divisor_override == 1
         sizes = [
             as_nir_shape(nn.modules.utils._pair(size)) for size in (layer.kernel_size, layer.stride, layer.padding)
@@ -448,8 +450,6 @@ class _Writer(fx.Interpreter):
     def _normalisation_nodes(self, norm: Any, flow: _Flow) -> dict[str, Any]:
         """The NIR node of a normalisation in evaluation mode. Its weights are float64 until `finished_graph`."""
         mean, (channels, *sizes), scale = norm.running_mean, flow.shape, getattr(norm, "input_scale", 1.0)
-        if not isinstance(norm, LIF):
-            _check_batch_dims(norm, flow, len(flow.shape))
         if mean is None:
             raise ValueError("must have running statistics, to be written as weights, got track_running_stats=False")
         if len(mean) != channels:
@@ -491,8 +491,10 @@ class _Writer(fx.Interpreter):
         return self.nir.NIRGraph(self.nodes, self.edges)
 
 
-def _check_batch_dims(layer: Any, flow: _Flow, dims: int) -> None:
-    """Raises ValueError unless the input has the leading dimensions that the layer takes, and `dims` more."""
+def _check_batch_dims(layer: Any, flow: _Flow) -> None:
+    """Raises ValueError unless the input has the leading dimensions that the layer takes, and as many more."""
+    is_norm = isinstance(layer, _BatchNorm)
+    dims = len(flow.shape) if is_norm else 3 if isinstance(layer, nn.AvgPool2d) else layer.weight.dim() - 1
     separate = getattr(layer, "step_mode", "s") == "m"
     wanted = "time and batch separate, [T, B, ...]," if separate else "time and batch merged, [T·B, ...],"
     if flow.leading != 1 + separate or len(flow.shape) != dims:
