@@ -23,6 +23,7 @@ from .reference.surrogates import ELSEWHERE, PERIODIC, SURROGATES
 HALF_TYPES = (torch.float16, torch.bfloat16)
 PLAIN_TENSORS = (Tensor, Parameter)
 FLOATING_TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_FLOATING = "float16, bfloat16, float32 or float64"
 
 
 def format_type(value: Any) -> str:
@@ -47,7 +48,7 @@ def check_input(x_seq: Tensor, time_dim: int, caller: str, name: str = "x_seq") 
     check_dense(name, x_seq, caller)
     if x_seq.dtype not in FLOATING_TYPES:
         hint = _conversion_hint(name, x_seq)
-        raise TypeError(f"{caller}: {name} must be float16, bfloat16, float32 or float64, got {x_seq.dtype}{hint}")
+        raise TypeError(f"{caller}: {name} must be {_FLOATING}, got {x_seq.dtype}{hint}")
     dims = x_seq.dim()
     if dims < 1:
         raise ValueError(f"{caller}: {name} must have at least one dimension, got a scalar")
@@ -98,13 +99,15 @@ def describe_shape_mismatch(x_seq: Tensor, time_dim: int, features: Features) ->
 def check_dense(name: str, value: Tensor, caller: str) -> None:
     """Refuses all but strided tensors in the memory of this process."""
     if value.is_nested or value.layout is not torch.strided:
-        kind = "a nested tensor" if value.is_nested else f"one of layout {value.layout}"
-        raise TypeError(f"{caller}: {name} must be a dense tensor, got {kind}; pad it, or convert it to a dense tensor")
+        kind, remedy = f"one of layout {value.layout}", f"{name}.to_dense() converts it"
+        if value.is_nested:
+            kind, remedy = "a nested tensor", f"torch.nested.to_padded_tensor({name}, 0.0) pads it"
+        raise TypeError(f"{caller}: {name} must be a dense tensor, got {kind}; {remedy}")
     if hasattr(value, "to_local"):
         raise TypeError(
-            f"{caller}: {name} must be a tensor of this process, got a {type(value).__name__}; pass "
-            f"{name}.full_tensor(), or {name}.to_local() if only the batch is sharded (a batch normalisation in "
-            "training then also needs process_group)"
+            f"{caller}: {name} must be a local tensor, got a {type(value).__name__}; pass {name}.full_tensor(), or "
+            f"{name}.to_local() if only the batch is sharded. With to_local(), a batch normalisation in training needs "
+            "process_group"
         )
 
 
@@ -229,7 +232,7 @@ def check_reset_and_surrogate(given: Mapping[str, Any], caller: str, levels: int
         )
     if surrogate not in ("sigmoid", "rectangle"):  # the default, and the surrogate that clamps
         raise ValueError(
-            f"{caller}: levels has the surrogate clamp(h / v_threshold, 0, levels) and takes no other, got "
+            f"{caller}: levels has its own surrogate, a clamp of potentials, and takes no other, got "
             f"{format_value(surrogate)}; leave out surrogate"
         )
 
@@ -243,7 +246,7 @@ def check_surrogate(surrogate: Any, caller: str, multi_spike: bool = False) -> N
     if isinstance(surrogate, str) and surrogate == PERIODIC and not multi_spike:
         raise ValueError(
             f"{caller}: surrogate {PERIODIC!r} needs multi_spike=True, which only LIF, BatchNormLIF and their "
-            f"functions take; the surrogates without it are {', '.join(SURROGATES)}"
+            f"functions take; the surrogates without multi_spike are {', '.join(SURROGATES)}"
         )
     check_name("surrogate", surrogate, (*SURROGATES, PERIODIC) if multi_spike else SURROGATES, caller, hint)
 
@@ -257,8 +260,7 @@ def check_multi_spike(v_reset: Any, analog_prob: Any, caller: str) -> None:
     if isinstance(analog_prob, Tensor) or check_number("analog_prob", analog_prob, caller) != 0:
         got = " as a number, got a tensor" if isinstance(analog_prob, Tensor) else f", got {format_value(analog_prob)}"
         raise ValueError(
-            f"{caller}: multi_spike needs analog_prob=0{got}, because a number of spikes has no smooth value that "
-            "analog elements could emit"
+            f"{caller}: multi_spike needs analog_prob=0{got}; no smooth value is defined for a number of spikes"
         )
 
 
@@ -381,7 +383,7 @@ def _checked_first_value(
     if value.requires_grad and not learned:
         remedy = f"set {option}=True to learn it, or " if option else ""
         raise ValueError(
-            f"{caller}: {name} is a constant of the layer and would not be trained, got a tensor that requires a "
+            f"{caller}: {name} is a constant and would not be trained, got a tensor that requires a "
             f"gradient; {remedy}pass {name}.{'item()' if value.numel() == 1 else 'detach()'} for a constant"
         )
     try:
@@ -486,7 +488,7 @@ def check_floating(name: str, value: Any, x_seq: Tensor, caller: str) -> None:
     check_dense(name, value, caller)
     if value.dtype not in FLOATING_TYPES:
         hint = _conversion_hint(name, value)
-        raise TypeError(f"{caller}: {name} must be of a floating type, got {value.dtype}{hint}")
+        raise TypeError(f"{caller}: {name} must be {_FLOATING}, got {value.dtype}{hint}")
     check_device(name, value, x_seq, caller)
 
 

@@ -74,8 +74,9 @@ class _SteppedModule:
         if (steps := shape[time_dim]) != 1:
             raise RuntimeError(
                 f"{_CALLER}: {self.name} has time in dimension {time_dim} and must get one step, got {steps} in an "
-                f"input of shape {list(shape)}. Either the time_dim given to asgl_cuda.step is not that of the layer, "
-                "or the model's forward makes a sequence of its input, which must be done before asgl_cuda.step"
+                f"input of shape {list(shape)}. Pass the time dimension of the model's input as time_dim. The model's "
+                "forward must neither merge time and batch nor encode its input as a sequence; encode it before "
+                "asgl_cuda.step"
             )
 
     def after_call(self) -> None:
@@ -96,8 +97,8 @@ class _SteppedModule:
             inputs = [value for value in (*args, *kwargs.values()) if hasattr(value, "shape")]
             if len(inputs) > 1 and not self.called:
                 raise RuntimeError(
-                    f"{_CALLER}: {self.name} gets its state from the model's forward, which starts anew at each "
-                    "call; it must keep the state itself, as snnTorch's layers do with init_hidden=True"
+                    f"{_CALLER}: {self.name} gets its state as an argument from the model's forward; the layer must "
+                    "keep the state itself, as snnTorch's layers do with init_hidden=True"
                 )
             if inputs:
                 self.before_call(inputs[0])
@@ -184,9 +185,9 @@ def _remove_time_dim(output: Tensor, x_t: Tensor, time_dim: int) -> Tensor:
         if x_t.dim() < 2 or x_t.shape[0] != 1 or tuple(without.shape[:1]) == (1,):
             return without
         raise ValueError(
-            f"{_CALLER}: without dimension {time_dim}, time, the model's output must begin with the batch of x_t, 1, "
-            f"got shape {list(output.shape)} for x_t of shape {list(x_t.shape)}; x_t must have a batch, and the model "
-            "must not sum or average over time"
+            f"{_CALLER}: the model's output must keep the time dimension, {time_dim}, and the batch of x_t, got shape "
+            f"{list(output.shape)} for x_t of shape {list(x_t.shape)}; x_t must have a batch, and the model must not "
+            "sum or average over time"
         )
     raise ValueError(
         f"{_CALLER}: the model's output must have the time dimension of its input, time_dim {time_dim}, got shape "

@@ -70,7 +70,8 @@ def test_a_batch_of_one_keeps_its_dimension():
     steps = torch.stack([asgl_cuda.step(model, x_t) for x_t in x_seq])
     assert torch.equal(steps, model(x_seq))
     with pytest.raises(
-        ValueError, match=r"asgl_cuda\.step: .* must begin with the batch of x_t, 1, got shape \[1, 2\]"
+        ValueError,
+        match=r"asgl_cuda\.step: .* must keep the time dimension, 0, and the batch of x_t, got shape \[1, 2\]",
     ):
         asgl_cuda.step(Stack(lambda m, x: m.model(x).mean(0), model=model), x_seq[0])
 
@@ -120,7 +121,7 @@ REFUSED = {
     ),
     "time of its own": (
         Stack(lambda m, x: m.lif(x.expand(4, -1, -1)), lif=LIF()), RuntimeError,
-        "must get one step, got 4 .* Either the time_dim",
+        "must get one step, got 4 .* Pass the time dimension",
     ),
     "recurrent": (nn.Sequential(LIF(), nn.LSTM(C, C)), RuntimeError, "LSTM at '1' can't be .* keeps no state"),
     "recurrent cell": (Stack(lambda m, x: x, cell=nn.LSTMCell(C, C)), RuntimeError, "LSTMCell at 'cell' can't be"),

@@ -71,8 +71,8 @@ def target_architecture(capability: tuple[int, int]) -> str:
     if not known:
         raise RuntimeError(
             f"asgl_cuda: the backend 'cupy' can't compile for this GPU, of compute capability {wanted / 10:.1f}, which "
-            f"is older than those that NVRTC {nvrtc_version()} supports; install torch, CuPy and NVRTC for an older "
-            "CUDA, all of the same major version, or name another backend"
+            f"is older than those that NVRTC {nvrtc_version()} supports; install torch, CuPy and NVRTC, all for "
+            "one older major version of CUDA, or pass another backend"
         )
     return f"sm_{wanted}" if wanted in known else f"compute_{max(known)}"
 
@@ -91,7 +91,7 @@ def compiled_program(kernels: list[str], architecture: str, *options: str) -> It
         except nvrtc.NVRTCError as error:
             raise RuntimeError(
                 f"asgl_cuda: NVRTC {nvrtc_version()} does not compile {', '.join(kernels)} for {architecture} "
-                f"({error}), from the headers in {directory}. Another NVRTC may: {install_command()}\n"
+                f"({error}), from the headers in {directory}. To try another NVRTC: {install_command()}\n"
                 f"{nvrtc.getProgramLog(program)}"
             ) from error
         yield program

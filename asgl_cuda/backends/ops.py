@@ -112,8 +112,8 @@ def _fake_draw_rng_state(fresh: Tensor) -> Tensor:
     if torch.is_grad_enabled() and functorch_config.activation_memory_budget < 1:
         raise RuntimeError(
             "asgl_cuda: torch._functorch.config.activation_memory_budget must be 1 if neurons draw noise, got "
-            f"{functorch_config.activation_memory_budget}, because backward would draw other noise than forward; use "
-            "asgl_cuda.recompute_spikes, which also saves memory in compiled models"
+            f"{functorch_config.activation_memory_budget}; with less, backward would draw other noise than forward. To "
+            "save memory, use asgl_cuda.recompute_spikes, which also works in compiled models"
         )
     return torch.empty_like(fresh)
 

@@ -184,8 +184,8 @@ def _arguments_and_constants(
         if constants["width"] != 1:
             got = "a tensor" if constants["width"] is None else constants["width"]
             raise ValueError(
-                f"{caller}: with levels the threshold acts as the width, so width must be 1.0, the default, got {got}; "
-                "leave out width"
+                f"{caller}: levels use v_threshold as the width, so width must keep its default, 1.0, got {got}; leave "
+                "out width"
             )
         if threshold is not None:
             check_width(threshold, caller, real, _THRESHOLD_OF_LEVELS)

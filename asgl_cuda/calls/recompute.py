@@ -84,7 +84,7 @@ class _SavedTensor:
             raise RuntimeError(
                 f"{_CALLER}: {self._name} ({self._tensor.dtype}, shape {list(self._tensor.shape)}), which backward "
                 f"needs, has been modified by an inplace operation: expected version {self._version}, got "
-                f"{self._tensor._version}; modify a copy of it instead"
+                f"{self._tensor._version}; modify a copy of it, or modify it after backward"
             )
         return self._tensor.to(self._dtype)
 
@@ -233,8 +233,7 @@ class _Context(contextlib.ContextDecorator):
             if error and "support saved tensor hooks" in str(error[1]):
                 raise RuntimeError(
                     f"{_CALLER}: torch.func.{{grad, vjp, jacrev, hessian}} can't be called inside of the context, "
-                    "because they do not support hooks on saved tensors; leave out the context (a context inside of "
-                    "the transformed function is allowed, but has no effect)"
+                    "because they do not support hooks on saved tensors; call them outside of the context"
                 ) from error[1]
 
 

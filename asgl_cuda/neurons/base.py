@@ -271,8 +271,8 @@ class NeuronLayer(Settable):
                 )
             if parameter is not None and not _LEAST_DECAY <= value <= 1 - _LEAST_DECAY:
                 raise ValueError(
-                    f"{self._caller}: a learned {name} must be in (0, 1), and at least {_LEAST_DECAY:.3g} from both "
-                    f"ends, got {value}"
+                    f"{self._caller}: a learned {name} must be in [{_LEAST_DECAY:.3g}, 1 - {_LEAST_DECAY:.3g}], got "
+                    f"{value}"
                 )
         if parameter is not None:
             logit = found.double().logit() if isinstance(found, Tensor) else math.log(found / (1 - found))
@@ -316,9 +316,8 @@ class NeuronLayer(Settable):
             watch.before_call(x_seq)
         if is_transform_active():
             raise RuntimeError(
-                f"{self._caller}: a layer can't keep potentials inside a transform of torch.func, but it has stateful "
-                f"or store_v_seq, or asgl_cuda.step calls it; use {self._function}, which takes v_init and returns "
-                "potentials"
+                f"{self._caller}: a layer can't keep potentials inside a transform of torch.func, as stateful, "
+                f"store_v_seq and step require; use {self._function}, which takes v_init and returns potentials"
             )
         states = self._states if self.stateful else ()  # without stateful, only `step` uses states
         for name in states:
@@ -397,8 +396,8 @@ class NeuronLayer(Settable):
     def __prepare_scriptable__(self) -> NoReturn:
         """Refuses torch.jit.script, which calls this method first, and torch.jit.trace, for which forward calls it."""
         raise RuntimeError(
-            f"{self._caller}: torch.jit can neither trace nor script {type(self).__name__}; "
-            "torch.compile and torch.export can"
+            f"{self._caller}: torch.jit can neither trace nor script {type(self).__name__}; use "
+            "torch.compile or torch.export"
         )
 
     def _carried_state(self, name: str) -> Tensor | None:

@@ -295,8 +295,8 @@ def _check_shared_count(counts: Tensor, settings: _Settings, x_seq: Tensor) -> N
     """Refuses one value per channel over all processes. Reads `counts` only if this process has at most one."""
     if x_seq.numel() <= x_seq.shape[settings.channel] and bool((counts.sum(0) <= 1).any()):
         raise ValueError(
-            f"{_CALLER}: the statistics of a batch need more than one value per channel, got at most one over all "
-            f"processes together and, in this process, x_seq of shape {list(x_seq.shape)}; use a larger batch"
+            f"{_CALLER}: the statistics of a batch need more than one value per channel over all processes, got x_seq "
+            f"of shape {list(x_seq.shape)} in this process; use a larger batch"
         )
 
 
@@ -440,8 +440,8 @@ def _run_batch_norm_lif(x_seq: Tensor, norm: _Normalisation, given: Arguments) -
         if group is None and x_seq.numel() <= channels:
             raise ValueError(
                 f"{_CALLER}: the statistics of a batch need more than one value per channel, got x_seq of shape "
-                f"{list(x_seq.shape)}; use a larger batch, or, if there are running statistics, model.eval() or "
-                "training=False for single samples or steps"
+                f"{list(x_seq.shape)}; use a larger batch. With running statistics, model.eval() or "
+                "training=False allows single samples and steps"
             )
         if scalar in HALF_TYPES and x_seq.numel() <= _FEW * channels:
             x_seq = x_seq.to(torch.float32)
@@ -508,7 +508,7 @@ def _checked_settings(caller: str, x_seq: Tensor, norm: _Normalisation) -> _Sett
         if list(value.shape) != [channels]:
             hint = "; is time or the batch missing?" if x_seq.shape[1:2] == value.shape else ""
             if x_seq.shape[time_dim] == 1 and x_seq.shape[channel + 1 : channel + 2] == value.shape:
-                hint = "; step takes one time step, [B, C, ...], so call the model itself for a sequence"
+                hint = "; if step got a sequence, call the model itself instead"
             raise ValueError(
                 f"{caller}: {name} must have shape {[channels]}, with a value for each channel (dimension {channel}) "
                 f"of x_seq of shape {list(x_seq.shape)}, got {list(value.shape)}{hint}"
@@ -593,9 +593,9 @@ def _update_running_statistics(running: _Running, *statistics: Tensor) -> None:
             raise
         raise RuntimeError(
             f"{_CALLER}: running statistics are updated in training, so under torch.func they must be arguments of "
-            "the transformed function, mapped if x_seq is, and not expanded (clone() expanded ones). "
-            "torch.func.functional_call passes those of a layer, and torch.func.stack_module_state stacks those of "
-            "several; or use track_running_stats=False"
+            "the transformed function. They must be mapped if x_seq is mapped. Clone statistics that are expanded "
+            "tensors. torch.func.functional_call passes those of a layer, and torch.func.stack_module_state stacks "
+            "those of several layers; or use track_running_stats=False"
         ) from error
 
 

@@ -147,13 +147,12 @@ class Pending:
         """Raises RuntimeError if a change in place, or a Function, would make results or gradients wrong."""
         if self.changes != self.source.changes:
             raise self.norm.refusal(
-                "its output, or a view of it, was changed in place, and a tensor of the same memory, made before, is "
-                "used here",
-                "use the changed tensor or a view of it instead, ",
+                "its output was changed in place, and is used here through a tensor made before the change",
+                "use the changed tensor or a new view of it, ",
             )
         if any(version != _version(tensor) for tensor, version in self.watched):
             raise self.norm.refusal(
-                "its input, or what is added to its output, has been modified by an inplace operation"
+                "its input, or the tensor added to its output, has been modified by an inplace operation"
             )
         if is_in_function_forward() and self.requires_grad:
             raise self.norm.refusal("its output goes to a torch.autograd.Function, which would lose its gradient")

@@ -413,8 +413,9 @@ def unroll_levels(s_seq: Tensor, levels: int, time_dim: int = 0) -> Tensor:
             others = s_seq[~((s_seq == s_seq.round()) & (s_seq >= 0) & (s_seq <= levels))]
             if others.numel():
                 raise ValueError(
-                    f"{caller}: s_seq must have whole numbers in [0, {levels}], got {others[0].item():g}; layers emit "
-                    "them in evaluation or with analog_prob=0, and without scale_output"
+                    f"{caller}: s_seq must have whole numbers in [0, {levels}], got {others[0].item():g}; "
+                    f"neurons with levels={levels} emit them in evaluation or with analog_prob=0, and without "
+                    "scale_output"
                 )
         below = torch.arange(levels, device=s_seq.device)[(slice(None), *(None,) * (s_seq.dim() - time_dim - 1))]
         return (s_seq.unsqueeze(time_dim + 1) > below).to(s_seq.dtype).flatten(time_dim, time_dim + 1)

@@ -81,7 +81,7 @@ def _check_sequence(x_seq: Any, layer: nn.Module) -> None:
         raise ValueError(f"{_CALLER}: x_seq must have time and batch, [T, B, ...], got {got}")
     name, sizes = _describe_first_layer(layer)
     if x_seq.dim() < 2 + len(sizes):
-        hint = "; x_seq.unsqueeze(1) has a batch of size 1, x_seq.unsqueeze(0) a single time step"
+        hint = "; x_seq.unsqueeze(1) adds a batch of size 1, x_seq.unsqueeze(0) a single time step"
         raise ValueError(
             f"{_CALLER}: x_seq must be [T, B, {', '.join(sizes)}] for {name}, got shape {list(x_seq.shape)}"
             f"{hint if x_seq.dim() == 1 + len(sizes) else ''}"

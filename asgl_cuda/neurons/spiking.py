@@ -18,7 +18,6 @@ from ..checks import (
     check_positive_threshold,
     check_reset_and_surrogate,
     check_width,
-    format_value,
     min_and_max,
     read_finite,
     warn_once,
@@ -113,8 +112,8 @@ class Neurons(NeuronLayer, Noisy):
             check_width(each, self._caller)
             if self._emits_levels and each != 1:
                 raise ValueError(
-                    f"{self._caller}: with levels the threshold acts as the width, so width must be 1.0, the default, "
-                    f"got {each}; leave out width"
+                    f"{self._caller}: levels use v_threshold as the width, so width must keep its default, 1.0, got "
+                    f"{each}; leave out width"
                 )
             if learned and not _LEAST_WIDTH <= each <= _LARGEST_WIDTH:
                 raise ValueError(
@@ -154,7 +153,7 @@ class Neurons(NeuronLayer, Noisy):
             if fires_on.any() if isinstance(fires_on, Tensor) else fires_on:
                 raise ValueError(
                     f"{caller}: {name} must be below v_threshold, or a neuron that has fired may fire again without "
-                    f"input, got {name} {format_value(after)} and v_threshold {format_value(value)}"
+                    f"input, got {name} {format_values(after)} and v_threshold {format_values(value)}"
                 )
         several = "multi_spike" if self.multi_spike else "levels" if self._emits_levels else ""
         least, _ = min_and_max(value)

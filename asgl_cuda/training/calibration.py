@@ -133,7 +133,7 @@ def _explaining_model_errors(x_seq: Any) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        hint = "; of a batch (x, y) take x alone" if isinstance(x_seq, (list, tuple)) else ""
+        hint = "; for a batch (x, y), pass x alone" if isinstance(x_seq, (list, tuple)) else ""
         expected = f"{_CALLER}: x_seq must be what the model takes, a tuple for several arguments"
         raise_explained(error, expected, [x_seq], hint=hint)
 
@@ -331,11 +331,12 @@ class _Trial:
             problems[weight] = f"also before {other}"
         got = ["a path without weight"] if None in paths else []
         got += [f"{each} ({problems[each]})" if each in problems else f"{each}" for each in paths - {None}]
+        remedy = "" if normalises else ". Put a normalisation before these neurons, or use asgl_cuda.BatchNormLIF"
         raise ValueError(
             f"{_CALLER}: {self._describe(name)}: its input must have one weight that can be scaled, got "
             f"{'several paths: ' * (len(got) > 1)}{' and '.join(sorted(got))}; the weight must belong to a "
             "linear layer, a convolution or a normalisation, must not be parametrised, and autograd must record its "
-            "use. Put a normalisation before these neurons, or use asgl_cuda.BatchNormLIF"
+            f"use{remedy}"
         )
 
     def _nearest_weights(self, x: Tensor) -> set[str | None]:

@@ -84,7 +84,7 @@ def plot_layers(results: _Result | Sequence[_Result], quantity: str = "firing_ra
             "; it is missing if the Monitor saw no call of the model in eager mode" if quantity == "firing_rate" else ""
         )
         raise ValueError(
-            f"{caller}: quantity must be one that results has, {', '.join(known) or 'none'}, got "
+            f"{caller}: quantity must be one of those in results ({', '.join(known) or 'none'}), got "
             f"{format_value(quantity)}{why}"
         )
     ax = _axes(ax, caller)
@@ -141,7 +141,7 @@ def _time_by_neuron(value: Any, name: str, caller: str) -> Tensor:
     if not isinstance(value, Tensor):
         raise TypeError(f"{caller}: {name} must be a tensor, got {format_value(value)}")
     if value.dim() < 2 or value.numel() == 0:
-        raise ValueError(f"{caller}: {name} must have time and neurons, [T, ...], got shape {list(value.shape)}")
+        raise ValueError(f"{caller}: {name} must have shape [T, N, ...], without a size 0, got {list(value.shape)}")
     return value.detach().flatten(1)
 
 

@@ -61,9 +61,10 @@ class FiringRates:
         self._layers = require_asgl_layers(model, _CALLER)
         for name, layer in self._layers.items():
             if getattr(layer, "scale_output", False):
+                height = "1 / levels" if getattr(layer, "_emits_levels", False) else "v_threshold"
                 raise ValueError(
                     f"{_CALLER}: {name or 'the model'} ({type(layer).__name__}) has scale_output=True, so that its "
-                    "mean output is not a firing rate; multiply the weights of the next layer by the threshold instead"
+                    f"mean output is not a firing rate; multiply the weights of the next layer by {height} instead"
                 )
         check_process_group(process_group, _CALLER)
         self._process_group = process_group
@@ -102,10 +103,10 @@ class FiringRates:
             rates = self._averaged_over_processes(rates, sums, group)
         if not rates:
             raise RuntimeError(
-                f"{_CALLER}: no call of a layer is recorded: call the model with gradients, inside `with rates:` or "
-                "after start(), and take the rates once per forward pass, before the `with` block ends or stop(); "
-                "start the rates of a compiled model before its first call; calls under transforms of torch.func or "
-                "reentrant checkpoints are never recorded"
+                f"{_CALLER}: no call of a layer is recorded. Call the model with gradients, inside `with rates:` or "
+                "after start(). Take the rates once per forward pass, before the `with` block or stop() ends the "
+                "recording. For a compiled model, call start() before its first call. Calls under transforms of "
+                "torch.func or reentrant checkpoints are never recorded"
             )
         return rates
 
@@ -162,7 +163,7 @@ class FiringRates:
         if not rates:
             raise RuntimeError(
                 f"{_CALLER}: no call of a layer with a target is recorded: got targets for "
-                f"{', '.join(targets) or 'no layer'}, and calls of {', '.join(called)}"
+                f"{', '.join(map(repr, targets)) or 'no layer'}, and calls of {', '.join(map(repr, called))}"
             )
         values = [rate if target is None else (rate - targets[name]) ** 2 for name, rate in rates.items()]
         return torch.stack([each.to(values[0].device) for each in values]).mean()

@@ -60,8 +60,8 @@ class AnalogProbSchedule:
         }
         if not self.starts:
             raise ValueError(
-                f"{_CALLER}: model must have a layer with noise or a learned width, got none in "
-                f"{', '.join(map(repr, layers))}; give a layer analog_prob > 0 or learn_width=True"
+                f"{_CALLER}: model must have a layer without multi_spike that has noise or a learned width, got none "
+                f"in {', '.join(map(repr, layers))}; give one analog_prob > 0 or learn_width=True"
             )
         self._set_probs(self.starts, 0)
 
@@ -137,7 +137,7 @@ class AnalogProbSchedule:
             got = list(starts) if isinstance(starts, Mapping) else format_value(starts)
             raise ValueError(
                 f"{_CALLER}: the state must be of layers {list(self.starts)}, got {got}; save it from a schedule of a "
-                "model with the same layers, in which the same layers have noise or a learned width"
+                "model whose layers have the same names and options"
             )
         starts = {
             name: _checked_fraction(f"the start of layer {name!r}", start, _CALLER) for name, start in starts.items()

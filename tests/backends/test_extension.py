@@ -93,7 +93,7 @@ DAMAGE = {
         "it was built from other sources than those in ",
     ),
     "not ended": (lambda package: (package / NOTES).unlink(), f"{EXTENSION} in "),
-    "cut off": (lambda package: os.truncate(package / EXTENSION, 5), "it has 5 bytes, and 12 were built"),
+    "cut off": (lambda package: os.truncate(package / EXTENSION, 5), "it has 5 bytes instead of 12"),
     "changed": (replaced(EXTENSION, b"An extension"), "its checksum is not the one"),
     "unreadable": (replaced(EXTENSION), "Is a directory"),
     "empty notes": (replaced(NOTES, b""), "is damaged (Expecting value"),

@@ -20,6 +20,7 @@ from asgl_cuda.neurons.lif import LIF_DEFAULTS
 from asgl_cuda.neurons.recurrent_lif import _NEURON as OF_RECURRENT
 
 X = torch.zeros(4, 6, 3)
+NESTED = torch.nested.nested_tensor([torch.zeros(2, 3)], layout=torch.jagged)
 STATE = torch.zeros(2, dtype=torch.int64)
 NAN, INF = float("nan"), float("inf")
 SOFT = {"v_reset": None}
@@ -76,8 +77,8 @@ BAD = [
     ({"reset_amount": torch.ones(5), **SOFT}, ValueError, "reset_amount|[4, 6, 3]|[5]", BROADCASTS),
     ({"decay": torch.ones(2, 4, 6, 3)}, ValueError, "decay|[4, 6, 3]|[2, 4, 6, 3]", BROADCASTS),
     ({"width": torch.ones(1, 4, 6, 3)}, ValueError, "width|[4, 6, 3]|[1, 4, 6, 3]", BROADCASTS),
-    ({"decay": torch.ones((), dtype=torch.bool)}, TypeError, "decay|floating|torch.bool"),
-    ({"v_threshold": torch.ones(3, dtype=torch.complex64)}, TypeError, "v_threshold|floating"),
+    ({"decay": torch.ones((), dtype=torch.bool)}, TypeError, "decay|float16|torch.bool"),
+    ({"v_threshold": torch.ones(3, dtype=torch.complex64)}, TypeError, "v_threshold|float16"),
     ({"width": torch.ones(3).to_sparse()}, TypeError, "width|dense|sparse"),
     ({"width": "1"}, TypeError, "width must be a float or a tensor, got str"),
     ({"decay": None}, TypeError, "decay must be a float or a tensor, got NoneType"),
@@ -91,7 +92,7 @@ BAD = [
     ),
     ({"width": torch.zeros(3), "analog_prob": 0.5}, ValueError, "width must be > 0|got 0.0"),
     # Beside the plans kept for widths of the same type and shape above.
-    ({"width": torch.ones(3, dtype=torch.int32)}, TypeError, "width must be of a floating type|torch.int32"),
+    ({"width": torch.ones(3, dtype=torch.int32)}, TypeError, "width must be float16|torch.int32"),
     ({"width": torch.ones(3, device="meta")}, ValueError, "width must be on cpu|meta"),
     ({"width": INF}, ValueError, "width|finite|inf"),
     ({"width": 1e-40}, ValueError, "width|1.0842021724855044e-19|1e-40"),
@@ -133,7 +134,7 @@ BAD = [
             ({name: torch.zeros(6, 4), **needs}, ValueError, f"{name} must have shape [6, 3], got [6, 4]"),
             ({name: torch.zeros(3), **needs}, ValueError, f"{name}|[6, 3]|[3]"),
             ({name: 0.0, **needs}, TypeError, f"{name}|tensor|float|torch.full_like(x_seq[0], 0.0)"),
-            ({name: torch.zeros(6, 3, dtype=torch.int64), **needs}, TypeError, f"{name}|floating|int64"),
+            ({name: torch.zeros(6, 3, dtype=torch.int64), **needs}, TypeError, f"{name}|float16|int64"),
             ({name: torch.zeros(6, 3, device="meta"), **needs}, ValueError, f"{name}|cpu|meta"),
         )
     ),
@@ -146,7 +147,8 @@ BAD = [
     ({"residual": X[:, :1]}, ValueError, "got [4, 1, 3]; residual.expand_as(x_seq)"),
     ({"residual": X.half()}, TypeError, "residual must have x_seq's type torch.float32, got torch.float16"),
     ({"residual": 1.0}, TypeError, "residual must be a tensor or None, got float"),
-    ({"residual": X.to_sparse()}, TypeError, "residual must be a dense tensor"),
+    ({"residual": X.to_sparse()}, TypeError, "residual must be a dense tensor|sparse_coo; residual.to_dense()"),
+    ({"residual": NESTED}, TypeError, "got a nested tensor; torch.nested.to_padded_tensor(residual, 0.0) pads it"),
     ({"residual": X.to("meta")}, ValueError, "residual must be on cpu as x_seq, got meta"),
     ({"residual": X, "residual_gain": "one"}, TypeError, "residual_gain must be a float"),
     ({"residual": X, "residual_gain": NAN}, ValueError, "residual_gain must be a number"),
@@ -154,7 +156,7 @@ BAD = [
     # Several spikes a step, levels, and a floor.
     ({"multi_spike": True}, ValueError, "needs v_reset=None, got v_reset 0.0"),
     ({"multi_spike": 1, **SOFT}, TypeError, "multi_spike must be a bool, got int"),
-    ({**SEVERAL, "analog_prob": 0.2}, ValueError, "needs analog_prob=0, got 0.2, |no smooth value"),
+    ({**SEVERAL, "analog_prob": 0.2}, ValueError, "needs analog_prob=0, got 0.2; |no smooth value"),
     ({**SEVERAL, "analog_prob": torch.zeros(())}, ValueError, "as a number, got a tensor", "lif batch_norm_lif"),
     ({**SEVERAL, "analog_prob": [0.1]}, TypeError, "analog_prob|float|list"),
     *(({**SEVERAL, "v_threshold": value}, ValueError, "v_threshold > 0|multi_spike")
@@ -165,7 +167,7 @@ BAD = [
     ({**SOFT, "levels": 4, "surrogate": "arctan"}, ValueError, "takes no other, got 'arctan'"),
     *(({**SOFT, "levels": 4, "v_threshold": value}, ValueError, "v_threshold|> 0")
       for value in (0.0, -1.0, torch.zeros(3))),
-    *(({**SOFT, "levels": 4, "width": width}, ValueError, f"must be 1.0, the default, got {got}", "lif batch_norm_lif")
+    *(({**SOFT, "levels": 4, "width": width}, ValueError, f"its default, 1.0, got {got}", "lif batch_norm_lif")
       for width, got in ((2.0, "2.0"), (torch.ones(()), "a tensor; leave out width"), (torch.ones(3), "a tensor"))),
     ({"v_min": NAN}, ValueError, "v_min must be finite, got nan"),
     ({"v_min": -INF}, ValueError, "v_min must be finite, got -inf"),
@@ -177,7 +179,7 @@ BAD = [
     # Normalised.
     *(({"weight": value}, error, words, "batch_norm_lif") for value, error, words in (
         (torch.ones(4), ValueError, "weight must have shape [3]|got [4]"),
-        (torch.ones(3).int(), TypeError, "weight must be of a floating type"),
+        (torch.ones(3).int(), TypeError, "weight must be float16, bfloat16, float32 or float64"),
         (1.0, TypeError, "weight must be a tensor, got float"),
         (torch.ones(3, device="meta"), ValueError, "weight must be on cpu|got meta"),
         (torch.ones(3).to_sparse(), TypeError, "weight must be a dense tensor"))),
@@ -196,7 +198,7 @@ BAD = [
     ({"momentum": torch.tensor([NAN])}, ValueError, "momentum must be finite, got nan"),
     ({"momentum": torch.ones(2)}, ValueError, "momentum|tensor of one value|shape [2]"),
     ({"momentum": torch.ones(())[None][:0]}, ValueError, "momentum|shape [0]"),
-    ({"momentum": torch.tensor(1j)}, TypeError, "momentum must be of a floating type"),
+    ({"momentum": torch.tensor(1j)}, TypeError, "momentum must be float16, bfloat16, float32 or float64"),
     ({"momentum": torch.ones((), device="meta")}, ValueError, "momentum must be on cpu|meta"),
     ({"process_group": [1, 2]}, TypeError, "process_group must be|got [1, 2]"),
     # Recurrent.
@@ -204,17 +206,17 @@ BAD = [
         ("x_seq", torch.zeros(2, 3, 4, 3), {}, ValueError, "x_seq must have shape [T, B, N]"),
         ("time_dim", 2, {}, ValueError, "got [4, 6, 3] with time_dim=2"),
         ("weight", torch.zeros(3, 2), {}, ValueError, "weight must have shape [3, 3] or [3] for x_seq of shape "),
-        ("weight", torch.zeros(3, 3).int(), {}, TypeError, "weight must be of a floating type, got torch.int32"),
+        ("weight", torch.zeros(3, 3).int(), {}, TypeError, "weight must be float16|float64, got torch.int32"),
         ("weight", torch.zeros(3, 3).to_sparse(), {}, TypeError, "weight must be a dense tensor"),
         ("bias", torch.zeros(4), {}, ValueError, "bias must have shape [3] for x_seq of shape [4, 6, 3], got [4]"),
         ("width", torch.ones(4, 1, 1), {}, ValueError, "width must have one value or shape [3], got [4, 1, 1]"),
         ("width", torch.ones(6, 1), {}, ValueError, "width must have one value or shape [3], got [6, 1]"),
         ("width", torch.ones(4, 1, 3), {}, ValueError, "width must have one value or shape [3], got [4, 1, 3]"),
         ("width", "wide", {}, TypeError, "width must be"),
-        ("width", torch.ones(3).long(), {}, TypeError, "width must be of a floating type"),
+        ("width", torch.ones(3).long(), {}, TypeError, "width must be float16, bfloat16, float32 or float64"),
         ("v_reset", torch.zeros(6, 1), {}, ValueError, "v_reset must have one value or shape [3], got [6, 1]"),
         ("syn_decay", torch.ones(4, 1, 1), {}, ValueError, "syn_decay must have one value or shape [3]"),
-        ("syn_decay", torch.ones(3).long(), {}, TypeError, "syn_decay must be of a floating type, got torch.int64"),
+        ("syn_decay", torch.ones(3).long(), {}, TypeError, "syn_decay must be float16|float64, got torch.int64"),
         ("syn_decay", NAN, {}, ValueError, "syn_decay must be a number, got nan"),
         ("i_init", torch.zeros(6, 3), {}, ValueError, "i_init needs syn_decay"),
         ("input_gain", NAN, {}, ValueError, "input_gain must be"),

@@ -544,7 +544,7 @@ def test_torch_func(transform):
     expected = result(model)
     assert torch.equal(result(inside(model)), expected)
     with pytest.raises(
-        RuntimeError, match=r"^asgl_cuda.recompute_spikes: torch.func.{grad, vjp,.* \(a context inside of"
+        RuntimeError, match=r"^asgl_cuda.recompute_spikes: torch.func.{grad, vjp,.* call them outside of the context"
     ):
         inside(lambda _: result(model))(x)
     assert is_closed()

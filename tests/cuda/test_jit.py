@@ -120,7 +120,7 @@ def test_target(monkeypatch, capability, expected):
     monkeypatch.setattr(jit, "_nvrtc", lambda: fake)
     assert jit.target_architecture(capability) == expected
     words = (
-        r"capability 6\.1, which is older than those that NVRTC 13\.0 supports; install torch, CuPy and NVRTC .* older"
+        r"capability 6\.1, which is older than those that NVRTC 13\.0 supports; install torch, CuPy and NVRTC, .* older"
     )
     with pytest.raises(RuntimeError, match=words):
         jit.target_architecture((6, 1))

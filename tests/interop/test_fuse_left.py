@@ -123,7 +123,7 @@ def neurons_saved(net, y):
 AGAIN, SUM = "its output is used again, by ", "the sum of its output and another "
 FUNCTION = "its output goes to a torch.autograd.Function, which would lose its gradient"
 REENTRANT = "it is called inside of a torch.autograd.Function, such as a reentrant checkpoint"
-VIEW = "its output, or a view of it, was changed in place, and a tensor of the same memory, made before, is used here"
+VIEW = "its output was changed in place, and is used here through a tensor made before the change"
 APART = "the normalisation is called {} of a torch.utils.checkpoint and its neurons {}, and a checkpoint calls"
 INSIDE, OUTSIDE = APART.format("inside", "outside"), APART.format("outside", "inside")
 ANOTHER = "the normalisation is called inside of another torch.utils.checkpoint than its neurons"
@@ -238,7 +238,7 @@ def test_a_view_after_the_change():
     separate.load_state_dict(fused.state_dict())
     fused.function = separate.function = partial(changing, late=False)
     with pytest.raises(
-        RuntimeError, match=f"{VIEW}; use the changed tensor or a view of it instead, call asgl_cuda.unfuse"
+        RuntimeError, match=f"{VIEW}; use the changed tensor or a new view of it, call asgl_cuda.unfuse"
     ):
         fused(x_seq)
     expected = separate(x_seq)

@@ -212,7 +212,9 @@ def test_a_model_that_goes_over_time_itself():
     ):
         asgl_cuda.step(model, x_seq[0])
     other = Loop(False)
-    with pytest.raises(RuntimeError, match=r"Leaky at 'lif' gets its state from the model's forward.*init_hidden=True"):
+    with pytest.raises(
+        RuntimeError, match=r"Leaky at 'lif' gets its state as an argument from the model's forward.*init_hidden=True"
+    ):
         asgl_cuda.step(other, x_seq[0], time_dim=0)
     for each in (model, other):
         assert not each.lif._forward_pre_hooks

@@ -218,7 +218,11 @@ STATES = [(kind, name) for kind, case in CASES.items() if kind != "soft reset" f
             ValueError,
             r"the carried {} must have .*, got \[6, 3, 8\]; if the input is one time step .*, call step\(\)",
         ),
-        (torch.zeros(B, N, dtype=torch.int64), TypeError, "{} must be of a floating type, got torch.int64"),
+        (
+            torch.zeros(B, N, dtype=torch.int64),
+            TypeError,
+            "{} must be float16, bfloat16, float32 or float64, got torch.int64",
+        ),
         (torch.zeros(B, N, device="meta"), ValueError, "{} must be on cpu as x_seq, got meta"),
         (0.0, TypeError, "{} must be a tensor, got float"),
     ],
@@ -497,7 +501,7 @@ def test_torch_fx_takes_the_layer_for_a_leaf(kind):
 @kinds
 def test_torch_jit_names_what_works_instead(kind):
     layer, x_seq = make(kind), inputs()
-    words = rf"asgl_cuda\.{type(layer).__name__}: torch\.jit can neither .*torch\.export can"
+    words = rf"asgl_cuda\.{type(layer).__name__}: torch\.jit can neither .*use torch\.compile or torch\.export"
     for model in (layer, nn.Sequential(nn.Identity(), layer)):
         for call in (torch.jit.script, lambda model: torch.jit.trace(model, x_seq, check_trace=False)):
             with pytest.raises(RuntimeError, match=words):

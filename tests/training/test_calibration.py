@@ -223,6 +223,10 @@ REFUSED = {
     "no weight": (lambda: nn.Sequential(LIF(), nn.Linear(16, 4), LIF()), r"0 \(LIF\): .* got a path without weight;"),
     "parametrised": (lambda: nn.Sequential(weight_norm(nn.Linear(16, 4)), LIF()), r"1 .* got a path without weight;"),
     "frozen": (lambda: nn.Sequential(nn.Linear(16, 4).requires_grad_(False), LIF()), r"1 .* 0\.weight \(frozen\);"),
+    "frozen normalisation": (
+        lambda: nn.Sequential(nn.Linear(16, 4), BatchNormLIF(4).requires_grad_(False)),
+        r"1 \(BatchNormLIF\): .* got 1\.weight \(frozen\); .* record its use$",
+    ),
     "affine": (
         lambda: nn.Sequential(nn.Linear(16, 4), BatchNormLIF(4, affine=False)),
         r"1 \(BatchNormLIF\) must have a weight that can be scaled, got affine=False;",
@@ -328,12 +332,12 @@ def test_arguments(x_seq):
         (
             (model, [(x_seq, 1)]),
             ValueError,
-            r"x_seq must be what .*, got a list, with which .* TypeError: .*take x alone",
+            r"x_seq must be what .*, got a list, with which .* TypeError: .*pass x alone",
         ),
         (
             (model, (x_seq, 1)),
             ValueError,
-            r"x_seq must be .*, got a tuple, with which .* TypeError: .*; of a batch \(x, y",
+            r"x_seq must be .*, got a tuple, with which .* TypeError: .*; for a batch \(x, y",
         ),
         ((model, "x"), ValueError, r"x_seq must be .*, got a str, with which the model raises TypeError: .*[^e]$"),
         (

@@ -258,15 +258,13 @@ def test_errors_of_each_process(results):
     for rank, result in enumerate(results):
         for name in BACKENDS:
             assert result[name, "one value"] == (
-                "asgl_cuda.batch_norm_lif: the statistics of a batch need more than one value per channel, got at most "
-                f"one over all processes together and, in this process, x_seq of shape [1, {1 - rank}, 3]; "
-                "use a larger batch",
+                "asgl_cuda.batch_norm_lif: the statistics of a batch need more than one value per channel over "
+                f"all processes, got x_seq of shape [1, {1 - rank}, 3] in this process; use a larger batch",
                 [1, 1, 1],
             )
         assert result["DTensor"] == (
-            "asgl_cuda.lif: x_seq must be a tensor of this process, got a DTensor; pass x_seq.full_tensor(), "
-            "or x_seq.to_local() if only the batch is sharded (a batch normalisation in training then also needs "
-            "process_group)"
+            "asgl_cuda.lif: x_seq must be a local tensor, got a DTensor; pass x_seq.full_tensor(), or x_seq.to_local() "
+            "if only the batch is sharded. With to_local(), a batch normalisation in training needs process_group"
         )
 
 

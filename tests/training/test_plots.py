@@ -60,13 +60,13 @@ def test_gradient_norms(ax):
     ("call", "error", "message"),
     [
         (lambda: asgl_cuda.plot_spikes([1]), TypeError, "s_seq must be a tensor"),
-        (lambda: asgl_cuda.plot_spikes(torch.ones(3)), ValueError, r"\[T, \.\.\.\], got shape \[3\]"),
-        (lambda: asgl_cuda.plot_spikes(torch.ones(0, 3)), ValueError, r"got shape \[0, 3\]"),
+        (lambda: asgl_cuda.plot_spikes(torch.ones(3)), ValueError, r"\[T, N, \.\.\.\], .* got \[3\]"),
+        (lambda: asgl_cuda.plot_spikes(torch.ones(0, 3)), ValueError, r"without a size 0, got \[0, 3\]"),
         (lambda: asgl_cuda.plot_gradient_norms(None), TypeError, "gradients must be a tensor"),
-        (lambda: asgl_cuda.plot_gradient_norms({"x": torch.ones(2)}), ValueError, "x must have time"),
+        (lambda: asgl_cuda.plot_gradient_norms({"x": torch.ones(2)}), ValueError, "x must have shape"),
         (lambda: asgl_cuda.plot_layers([]), TypeError, "results must be"),
         (lambda: asgl_cuda.plot_layers(asgl_cuda.Monitor(asgl_cuda.LIF())), TypeError, r"call result\(\) of the Mon"),
-        (lambda: asgl_cuda.plot_layers(RESULTS, "rate"), ValueError, "results has, firing_rate, width, got 'rate'"),
+        (lambda: asgl_cuda.plot_layers(RESULTS, "rate"), ValueError, r"in results \(firing_rate, width\), got 'rate'"),
     ],
 )
 def test_refused(call, error, message):

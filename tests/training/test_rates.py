@@ -157,17 +157,15 @@ def test_what_is_not_trained_does_not_count():
             rates.penalty()
         model(x_seq)
     assert 0 < first["1"] < 1
-    with pytest.raises(
-        RuntimeError, match=r"take the rates once per forward pass, before the `with` block ends or stop"
-    ):
+    with pytest.raises(RuntimeError, match=r"Take the rates once per forward pass, before the `with` block or stop"):
         rates.take()
     assert not any(layer._forward_hooks for layer in model.modules())
     with rates:
         model[:2](x_seq)
-        with pytest.raises(RuntimeError, match=r"with a target is recorded: got targets for 3, and calls of 1$"):
+        with pytest.raises(RuntimeError, match=r"with a target is recorded: got targets for '3', and calls of '1'$"):
             rates.penalty({"3": 0.1})
         model[:2](x_seq)
-        with pytest.raises(RuntimeError, match=r"got targets for no layer, and calls of 1$"):
+        with pytest.raises(RuntimeError, match=r"got targets for no layer, and calls of '1'$"):
             rates.penalty({})
 
 
@@ -198,7 +196,12 @@ COUNTING = LIF(levels=4, v_reset=None, analog_prob=0.0)
 ERRORS = {
     "no layer": (lambda: FiringRates(nn.Linear(2, 2)), ValueError, "model must have an ASGL layer"),
     "no module": (lambda: FiringRates(3), TypeError, "model must be a torch.nn.Module"),
-    "scaled": (lambda: FiringRates(LIF(scale_output=True)), ValueError, r"the model \(LIF\) has scale_output=True"),
+    "scaled": (lambda: FiringRates(LIF(scale_output=True)), ValueError, r"the model \(LIF\) .* by v_threshold instead"),
+    "scaled levels": (
+        lambda: FiringRates(LIF(v_reset=None, levels=4, scale_output=True)),
+        ValueError,
+        r"the model \(LIF\) .* by 1 / levels instead",
+    ),
     "group": (lambda: FiringRates(LIF(), process_group="all"), TypeError, "process_group must be"),
     "below 0": (lambda: FiringRates(LIF()).penalty(-0.1), ValueError, r"target must be in \[0, 1\] for .*, got -0\.1"),
     "above 1": (

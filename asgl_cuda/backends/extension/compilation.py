@@ -166,8 +166,8 @@ def architecture_flags(known: list[int]) -> tuple[list[str], str]:
         wanted = {int(entry[1] + entry[2]): entry[3] is not None for entry in entries if entry}
         if None in entries or not wanted.keys() <= set(known):
             raise SystemExit(
-                f"asgl_cuda: TORCH_CUDA_ARCH_LIST must be of the form 8.0;9.0+PTX, of architectures that this nvcc "
-                f"knows ({' '.join(f'{number / 10:.1f}' for number in sorted(known))}), got {asked!r}"
+                "asgl_cuda: TORCH_CUDA_ARCH_LIST must name architectures that this nvcc knows "
+                f"({' '.join(f'{number / 10:.1f}' for number in sorted(known))}) in the form 8.0;9.0+PTX, got {asked!r}"
             )
     else:
         supported = {number for number in known if number >= OLDEST_ARCHITECTURE}
