@@ -304,14 +304,14 @@ def rounded(value: float | None) -> str:
     return "" if value is None else f"{value:.0f}"
 
 
-def of_readme(report: Report) -> Report:
+def networks_of_readme(report: Report) -> Report:
     """The report with the networks of README alone."""
     return {**report, "networks": {name: report["networks"][name] for name in SHOWN}}
 
 
 def steps(report: Report) -> list[str]:
     """The table of training steps: milliseconds by network and library, eager and compiled."""
-    report = of_readme(report)
+    report = networks_of_readme(report)
     ours = {NOISY: OURS, FIXED: f"{PLAIN}{OURS}"}
     names = libraries(report)
     rows = []

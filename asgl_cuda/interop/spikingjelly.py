@@ -282,8 +282,8 @@ class ConvertedContainer(Recurrent):
         self.check_unchanged()  # before the parts of the container are used
         linear, node = _linear_and_node(self)
         if isinstance(self, _WITH_WEIGHTS):
-            of_x, weight = self.rc.weight.tensor_split([self.rc.out_features], 1)
-            x_seq = nn.functional.linear(x_seq, of_x, self.rc.bias)
+            grad_x, weight = self.rc.weight.tensor_split([self.rc.out_features], 1)
+            x_seq = nn.functional.linear(x_seq, grad_x, self.rc.bias)
             x_seq, weight = (x_seq, weight) if linear is None else (linear(x_seq), linear.weight @ weight)
         else:
             weight = x_seq.new_full(x_seq.shape[-1:] if x_seq.dim() > 1 else (1,), float(self._feedback_factor))
@@ -318,11 +318,11 @@ def _feedback_factor(container: Any) -> float | str:
     try:
         with torch.inference_mode(False), torch.enable_grad():
             value = function(y, x)
-            of_y, of_x = torch.autograd.grad(value.sum(), (y, x), materialize_grads=True)
+            grad_y, grad_x = torch.autograd.grad(value.sum(), (y, x), materialize_grads=True)
     except Exception:  # functions of users may raise anything
         return reason
-    expected = x + of_y[0] * y, of_y[:1].expand(y.shape), torch.ones_like(x)
-    return float(of_y[0]) if all(map(torch.allclose, (value, of_y, of_x), expected)) else reason
+    expected = x + grad_y[0] * y, grad_y[:1].expand(y.shape), torch.ones_like(x)
+    return float(grad_y[0]) if all(map(torch.allclose, (value, grad_y, grad_x), expected)) else reason
 
 
 _PROBES = ((0.0, 1.0, 0.0, 1.0, 0.5, -3.0), (0.0, 0.0, 1.5, -2.5, 40.0, 0.125))  # values of y and of x

@@ -331,8 +331,8 @@ def _lif_forward_with_graph(operator: Any, below: Any, *arguments: Any) -> Forwa
 
     `operator` only tells the backend. Checkpoints are always computed, and returned if wanted.
     """
-    *inputs, numbers, rules, (*of_outputs, keeps_checkpoints) = arguments
-    plan = make_plan(inputs[0], Rules(*rules), Numbers(*numbers), of_outputs)
+    *inputs, numbers, rules, (*output_options, keeps_checkpoints) = arguments
+    plan = make_plan(inputs[0], Rules(*rules), Numbers(*numbers), output_options)
     *outputs, checkpoints = apply_at_one_level(LIFFunction, below, backend_of(operator), plan, *inputs)
     return [*outputs, checkpoints] if keeps_checkpoints else outputs
 

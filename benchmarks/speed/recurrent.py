@@ -153,8 +153,8 @@ def measurements(report: dict[str, Any], device: torch.device, repeats: int) -> 
     """Measures every size with each number of threads, after checking the spikes of the loop and of each peer."""
     check_peers(device)
     report["sizes"] = []
-    of_device = THREADS if device.type == "cpu" else (torch.get_num_threads(),)
-    for threads, size in itertools.product(of_device, SIZES):
+    thread_counts = THREADS if device.type == "cpu" else (torch.get_num_threads(),)
+    for threads, size in itertools.product(thread_counts, SIZES):
         torch.set_num_threads(threads)
         report["sizes"].append(measure(size, device, repeats))
         yield f"{size}, {threads} threads"

@@ -38,7 +38,7 @@ def two_convs(*neurons):
     return nn.Sequential(conv(2, 8), *neurons, conv(), LIF(), nn.Flatten(2), nn.Linear(144, 5))
 
 
-def of_layers(function, **layers):
+def layered(function, **layers):
     """A function of the model and spikes of the first layers."""
     layers = {"first": conv(2, 8), "neuron": LIF(), "last": conv(), **layers}
     return Stack(lambda m, x: function(m, m.neuron(m.first(x))), **layers)
@@ -89,13 +89,13 @@ PATTERNS = {
         [False, True],
     ),
     "max pooling for two": lambda: (
-        of_layers(
+        layered(
             lambda m, s: m.last(p := m.pool(s)) + m.two(p), pool=OverTime(nn.AdaptiveMaxPool2d(2)), two=conv()
         ), images(), freed(1),
     ),
-    "two consumers": lambda: (of_layers(lambda m, s: m.last(s) + m.two(s) * s.mean(), two=conv()), images(), freed(1)),
+    "two consumers": lambda: (layered(lambda m, s: m.last(s) + m.two(s) * s.mean(), two=conv()), images(), freed(1)),
     "residual block": lambda: (
-        of_layers(
+        layered(
             lambda m, s: m.last(m.second(m.conv(s)) + s), neuron=BatchNormLIF(8), conv=conv(8, 8),
             second=BatchNormLIF(8),
         ), images(), freed(2),
@@ -115,10 +115,10 @@ PATTERNS = {
         freed(1),
     ),
     "dropout and concatenation": lambda: (
-        of_layers(lambda m, s: m.last(torch.cat([m.drop(s), s], 2)), first=conv(2, 4), drop=nn.Dropout(0.5)), images(),
+        layered(lambda m, s: m.last(torch.cat([m.drop(s), s], 2)), first=conv(2, 4), drop=nn.Dropout(0.5)), images(),
         freed(1),
     ),
-    "changed before use": lambda: (of_layers(lambda m, s: m.last(s.mul_(2))), images(), [True]),
+    "changed before use": lambda: (layered(lambda m, s: m.last(s.mul_(2))), images(), [True]),
     "part without gradient": lambda: (
         nn.Sequential(conv(2, 8).requires_grad_(False), LIF(learn_width=False), conv(), LIF(), conv(4, 4)), images(),
         [True, False],

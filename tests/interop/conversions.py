@@ -217,7 +217,7 @@ NORSE = {
 # ---- sinabs ----
 
 
-def of_sinabs(kind, **options):
+def sinabs_layer(kind, **options):
     return getattr(sinabs.layers, kind)(**{"record_states": True, "spike_threshold": torch.tensor(0.8), **options})
 
 
@@ -247,7 +247,7 @@ LEAKS = (
 SINABS = {
     **{
         f"{kind} {number}, {firing}": Case(
-            partial(of_sinabs, kind, **{**options, **more}, **({"spike_threshold": each(0.5, 1.2)} if own else {})),
+            partial(sinabs_layer, kind, **{**options, **more}, **({"spike_threshold": each(0.5, 1.2)} if own else {})),
             by, scale=4.0,
         )
         for row, (firing, (more, by)) in enumerate(FIRING.items())
@@ -256,7 +256,7 @@ SINABS = {
         for own in (number // 2 == row // 2 % 2,)
     },
     **{
-        f"{kind}, {list(options)}": Case(partial(of_sinabs, kind, batch_size=B, **options), scale=4.0)
+        f"{kind}, {list(options)}": Case(partial(sinabs_layer, kind, batch_size=B, **options), scale=4.0)
         for kind, options in (
             ("IAFSqueeze", {"min_v_mem": torch.full((N,), -1)}),
             ("LIFSqueeze", {"tau_mem": 3.0, "tau_syn": each(1, 4), "train_alphas": True}),
@@ -277,7 +277,7 @@ SINABS = {
 # ---- the authors' code ----
 
 
-def of_authors(kind=authors_code.InvSigmoid, p=0.0, steps=T, made=True, granularity="layer", **options):
+def authors_layer(kind=authors_code.InvSigmoid, p=0.0, steps=T, made=True, granularity="layer", **options):
     """All elements are hard or all are smooth where outputs are compared, since the libraries draw different noise."""
     function = authors_code.EfficientNoisySpikeII(kind(2.0, granularity=granularity), p=p)
     result = authors_code.LIFLayer(steps, spike_fn=function, **options)
@@ -288,7 +288,7 @@ def of_authors(kind=authors_code.InvSigmoid, p=0.0, steps=T, made=True, granular
 
 AUTHORS = {
     f"{kind.__name__}, {granularity}": Case(
-        partial(of_authors, kind, p, granularity=granularity, decay=0.6, thresh=0.7, vreset=v_reset),
+        partial(authors_layer, kind, p, granularity=granularity, decay=0.6, thresh=0.7, vreset=v_reset),
         shape=(B, N, 2, 2), fires=p == 0,
     )
     for (kind, granularity), p, v_reset in turns(
@@ -398,7 +398,7 @@ LAYERS = {
     "sinabs LIF, tau_syn": (lambda: sinabs.layers.LIF(2.0, tau_syn=2.0, record_states=True), WHOLE),
     "sinabs LIFSqueeze": (lambda: sinabs.layers.LIFSqueeze(tau_mem=2.0, batch_size=3), STEP),
     "sinabs ExpLeak": (lambda: sinabs.layers.ExpLeak(2.0), WHOLE),
-    "authors": (partial(of_authors, made=False), WHOLE),
+    "authors": (partial(authors_layer, made=False), WHOLE),
 }
 
 

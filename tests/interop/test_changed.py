@@ -10,7 +10,7 @@ import sinabs.activation
 import sinabs.layers
 import snntorch
 import torch
-from conversions import SINGLE, ElementWise, Linear, N, close, exchange, of_authors, reset, run, sinabs_recurrent
+from conversions import SINGLE, ElementWise, Linear, N, authors_layer, close, exchange, reset, run, sinabs_recurrent
 from snntorch import surrogate as snn_surrogate
 from spikingjelly.activation_based import neuron, surrogate
 from torch import nn
@@ -129,7 +129,7 @@ def closing_over_a_module():
     return lambda u: module(u)
 
 
-def of_a_user(v_mem, spike_threshold):
+def users_surrogate(v_mem, spike_threshold):
     return torch.exp(-torch.abs(v_mem - spike_threshold) / spike_threshold)
 
 
@@ -138,7 +138,7 @@ def quantised(mem):
 
 
 def authors():
-    return of_authors(steps=SHAPE[0], made=False)
+    return authors_layer(steps=SHAPE[0], made=False)
 
 
 def nodes(function, step_mode="m", kind="LIFNode"):
@@ -273,7 +273,9 @@ REFUSED = {
     "grad_width": (iaf, given("surrogate_grad_fn", grad_width=1.5), "surrogate_grad_fn.grad_width is 1.5, and was 0.5"),
     "sinabs, surrogate": (iaf, given(surrogate_grad_fn=sinabs.activation.Gaussian(0.0, 0.3)), "surrogate_grad_fn is "),
     "a threshold in a user's surrogate": (
-        lambda: iaf(surrogate_grad_fn=of_a_user, **own_threshold()), written("spike_threshold", 2.5), "threshold is ",
+        lambda: iaf(surrogate_grad_fn=users_surrogate, **own_threshold()),
+        written("spike_threshold", 2.5),
+        "threshold is ",
     ),
     "sinabs, reset": (iaf, given(reset_fn=sinabs.activation.MembraneReset()), "reset_fn is MembraneReset"),
     "sinabs, floor": (lambda: sinabs.layers.IAF(min_v_mem=-1.0), written("min_v_mem", -2.0), "min_v_mem is "),
@@ -402,7 +404,7 @@ def test_an_asgl_layer_keeps_its_own_surrogate():
     converted.surrogate_function = surrogate.ATan()
     converted(torch.rand(SHAPE))
     assert converted.settings.spike[:3] == ("rectangle", 2.0, 1.0)
-    made = sinabs.layers.LIF(3.0, **SINGLE, **own_threshold(), surrogate_grad_fn=of_a_user)
+    made = sinabs.layers.LIF(3.0, **SINGLE, **own_threshold(), surrogate_grad_fn=users_surrogate)
     converted, _ = asgl_cuda.convert(made, asgl={"width": 2.0, "learn_width": False})
     written("spike_threshold", 0.3)(converted)
     converted.eval()(torch.rand(SHAPE))

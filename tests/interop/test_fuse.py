@@ -13,7 +13,7 @@ import sinabs.layers
 import snntorch
 import torch
 from comparison import Stack
-from conversions import SINGLE, B, C, T, assert_alike, history, of_authors, on, scattered
+from conversions import SINGLE, B, C, T, assert_alike, authors_layer, history, on, scattered
 from spikingjelly.activation_based import base, functional, layer, neuron
 from spikingjelly.activation_based.model import spiking_resnet
 from torch import nn
@@ -80,7 +80,7 @@ NEURONS = {
         (T, B, C),
     ),
     "tdLayer": (
-        lambda: nn.Sequential(authors_code.tdLayer(nn.BatchNorm2d(C), T), of_authors(made=False, retain_v=False)),
+        lambda: nn.Sequential(authors_code.tdLayer(nn.BatchNorm2d(C), T), authors_layer(made=False, retain_v=False)),
         SHAPE,
     ),
     "sinabs' LIF by channel": (
@@ -280,7 +280,7 @@ SUMMING = {
     ),
     "ParametricLIFNode": lambda: block(lif=neuron.ParametricLIFNode(v_reset=0.1, step_mode="m")),
     "MultiStep": lambda: block(lif=MultiStep(snntorch.Leaky(beta=0.9, init_hidden=True))),
-    "tdLayer": lambda: block(lif=of_authors(made=False, retain_v=False), branch=authors_code.tdLayer(conv_bn(), T)),
+    "tdLayer": lambda: block(lif=authors_layer(made=False, retain_v=False), branch=authors_code.tdLayer(conv_bn(), T)),
     "SeqToANNContainer": lambda: block(
         lif=nn.Sequential(neuron.IFNode(step_mode="m")), branch=layer.SeqToANNContainer(*conv_bn())
     ),

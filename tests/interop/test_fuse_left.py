@@ -108,7 +108,7 @@ def frozen_in_between(net, y, x):
     return s_seq
 
 
-def of_two(form):
+def combined_by(form):
     return with_value(lambda net, y, x: net.lif(form(y, x)))
 
 
@@ -135,20 +135,20 @@ USES = {
     "the next shortcut": (
         with_value(lambda net, y, x: (lambda z: net.lif(z) + z)(y + x)), SUM + "is used again, by add"
     ),
-    "two summands": (of_two(lambda y, x: y + x + x), SUM + "goes to add"),
-    "itself": (of_two(lambda y, x: y + y), "its output goes to add"),
-    "a number": (of_two(lambda y, x: 1 + y), "its output goes to radd"),
-    "alpha": (of_two(lambda y, x: torch.add(y, x, alpha=2)), "its output goes to add"),
-    "one step": (of_two(lambda y, x: y + x[:1]), "its output goes to add"),
-    "a difference": (of_two(lambda y, x: x - y), "its output goes to sub"),
-    "a function": (of_two(lambda y, x: (y + x).relu()), SUM + "goes to relu"),
-    "in a list": (of_two(lambda y, x: torch.cat([y, x])), "its output goes to cat"),
-    "expanded": (of_two(lambda y, x: y.unsqueeze(1).expand(T, 2, B, C, 4, 4)), "its output goes to expand"),
-    "channels joined": (of_two(lambda y, x: y.flatten(2)), "its output goes to flatten"),
+    "two summands": (combined_by(lambda y, x: y + x + x), SUM + "goes to add"),
+    "itself": (combined_by(lambda y, x: y + y), "its output goes to add"),
+    "a number": (combined_by(lambda y, x: 1 + y), "its output goes to radd"),
+    "alpha": (combined_by(lambda y, x: torch.add(y, x, alpha=2)), "its output goes to add"),
+    "one step": (combined_by(lambda y, x: y + x[:1]), "its output goes to add"),
+    "a difference": (combined_by(lambda y, x: x - y), "its output goes to sub"),
+    "a function": (combined_by(lambda y, x: (y + x).relu()), SUM + "goes to relu"),
+    "in a list": (combined_by(lambda y, x: torch.cat([y, x])), "its output goes to cat"),
+    "expanded": (combined_by(lambda y, x: y.unsqueeze(1).expand(T, 2, B, C, 4, 4)), "its output goes to expand"),
+    "channels joined": (combined_by(lambda y, x: y.flatten(2)), "its output goes to flatten"),
     "channels joined behind others": (
-        of_two(lambda y, x: y.permute(0, 1, 3, 2, 4).flatten(2, 3)), "its output goes to flatten"
+        combined_by(lambda y, x: y.permute(0, 1, 3, 2, 4).flatten(2, 3)), "its output goes to flatten"
     ),
-    "channels for time": (of_two(lambda y, x: y.movedim(2, 0)), "its output goes to LIF, which has time in"),
+    "channels for time": (combined_by(lambda y, x: y.movedim(2, 0)), "its output goes to LIF, which has time in"),
     "in numpy": (with_value(lambda net, y, x: net.lif(y) * float(y.detach().numpy().sum())), AGAIN + "detach"),
     "functional": (with_value(lambda net, y, x: asgl_cuda.lif(y, surrogate="sigmoid")), "its output goes to asgl_cuda"),
     "the residual": (with_value(lambda net, y, x: net.lif(x, y)), "its output goes to LIF"),
@@ -164,7 +164,7 @@ USES = {
         "normalisation was called without"),
     "views without gradients": (views_without_gradients, SUM + "goes to LIF, which is called with gradients"),
     "logged": (with_value(logged), "its output goes to mean"),
-    "in a Function": (of_two(lambda y, x: Doubled.apply(y)), FUNCTION, FUNCTION),
+    "in a Function": (combined_by(lambda y, x: Doubled.apply(y)), FUNCTION, FUNCTION),
     "neurons in a reentrant checkpoint": (
         with_value(lambda net, y, x: checkpoint(net.lif, y, use_reentrant=True)), FUNCTION, FUNCTION,
     ),
@@ -357,7 +357,7 @@ def test_neurons(name):
 # ---- normalisations ----
 
 
-def of_a_user(use, **names):
+def norm_of_a_user(use, **names):
     """A normalisation whose forward does what `use` does with that of its base."""
     kind = type("Mine", (nn.BatchNorm2d,), names)
     kind.forward = lambda self, x: use(super(kind, self).forward, x, self)
@@ -386,15 +386,17 @@ def test_normalisations():
     cases = {
         Arithmetic(C): "Arithmetic computes something else than torch.nn's normalisations",
         Functional(C): "Functional computes something else than torch.nn's normalisations",
-        of_a_user(lambda norm, x, self: norm(x).relu()): "its output goes to relu",
-        of_a_user(lambda norm, x, self: norm(x) * self.weight[0]): "its output goes to mul",
-        of_a_user(lambda norm, x, self: norm(x) * torch.ones(())): "its output goes to mul",
-        of_a_user(lambda norm, x, self: norm(x) * math.inf): "its output goes to mul",
-        of_a_user(lambda norm, x, self: norm(x) + 1): "its output goes to add",
-        of_a_user(lambda norm, x, self: norm(x) / 2): "its output goes to truediv",
-        of_a_user(lambda norm, x, self: 2 * (norm(x) + x)): "the sum of its output and another goes to rmul",
-        of_a_user(lambda norm, x, self: norm(x) + norm(2 * x)): "its output goes to add",
-        of_a_user(lambda norm, x, self: norm(x), outcome=3): "its class defines outcome, a name that fused layers use",
+        norm_of_a_user(lambda norm, x, self: norm(x).relu()): "its output goes to relu",
+        norm_of_a_user(lambda norm, x, self: norm(x) * self.weight[0]): "its output goes to mul",
+        norm_of_a_user(lambda norm, x, self: norm(x) * torch.ones(())): "its output goes to mul",
+        norm_of_a_user(lambda norm, x, self: norm(x) * math.inf): "its output goes to mul",
+        norm_of_a_user(lambda norm, x, self: norm(x) + 1): "its output goes to add",
+        norm_of_a_user(lambda norm, x, self: norm(x) / 2): "its output goes to truediv",
+        norm_of_a_user(lambda norm, x, self: 2 * (norm(x) + x)): "the sum of its output and another goes to rmul",
+        norm_of_a_user(lambda norm, x, self: norm(x) + norm(2 * x)): "its output goes to add",
+        norm_of_a_user(
+            lambda norm, x, self: norm(x), outcome=3
+        ): "its class defines outcome, a name that fused layers use",
         replaced: "its forward is an attribute of the module, not the method of its class",
         nn.GroupNorm(1, C): None,
     }

@@ -21,12 +21,12 @@ from conversions import (
     B,
     N,
     T,
+    authors_layer,
     flat,
     gradients,
     leaky,
     norse_values,
     norses,
-    of_authors,
     run,
     same,
 )  # fmt: skip
@@ -178,7 +178,7 @@ def test_smooth_steps_are_the_smooth_sequence(name, other):
 @pytest.mark.parametrize("learnable", [False, True])
 def test_the_authors_widths_before_they_are_made(learnable):
     """The first call of either layer makes the parameter, with the authors' shape and name."""
-    layer = of_authors(made=False, steps=3, granularity="channel")
+    layer = authors_layer(made=False, steps=3, granularity="channel")
     layer.cell.spike_fn.inv_sg.learnable = learnable
     converted, _ = asgl_cuda.convert(layer)
     x_seq = torch.randn(5, 2, 6, 3, 3)
@@ -189,7 +189,7 @@ def test_the_authors_widths_before_they_are_made(learnable):
 
 
 def test_the_authors_noise():
-    layer = of_authors(steps=1, p=0.3, thresh=1.0)
+    layer = authors_layer(steps=1, p=0.3, thresh=1.0)
     converted, _ = asgl_cuda.convert(layer)
     x_seq = torch.full((1, 20000), 1.25)
     analog = torch.sigmoid(torch.tensor(0.5))
@@ -304,8 +304,8 @@ def test_integers(name, default, request):
         assert len(report.replaced) == 1
         theirs = outputs(layer, x)
         assert theirs[0].any()
-        of_default = all(each.dtype == default for each in theirs)
-        torch.testing.assert_close(outputs(converted, x), theirs, check_dtype=of_default or default == torch.float32)
+        is_default = all(each.dtype == default for each in theirs)
+        torch.testing.assert_close(outputs(converted, x), theirs, check_dtype=is_default or default == torch.float32)
         for state in {"v", "v_mem"} & set(dir(layer)):
             torch.testing.assert_close(getattr(converted, state), getattr(layer, state))
 

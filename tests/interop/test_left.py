@@ -17,12 +17,12 @@ from conversions import (
     ElementWise,
     Linear,
     N,
+    authors_layer,
     calling,
     exchange,
     flat,
     gradients,
     norse_values,
-    of_authors,
 )  # fmt: skip
 from norse.torch.module.exp_filter import ExpFilter
 from sinabs import activation, layers
@@ -174,7 +174,7 @@ LEFT = {
     "reset to a value": (lif(reset_fn=activation.MembraneReset(0.5), **SINGLE), "resets to a value that is not 0"),
     "ALIF": (lambda: layers.ALIF(3.0, 3.0), "asgl_cuda.AdaptiveLIF"),
     "ExpLeak with a floor": (lambda: layers.ExpLeak(2.0, min_v_mem=0.0), "which leaky_integrator does not have"),
-    "gate": (lambda: of_authors(made=False, use_gate=True), "use_gate=True"),
+    "gate": (lambda: authors_layer(made=False, use_gate=True), "use_gate=True"),
     "smooth evaluation": (
         lambda: authors_code.LIFLayer(
             2, spike_fn=authors_code.EfficientNoisySpikeII(authors_code.InvSigmoid(), spike=False)
@@ -184,7 +184,7 @@ LEFT = {
         lambda: authors_code.LIFLayer(2, spike_fn=nn.ReLU()), "its spike function is not EfficientNoisySpike but ReLU",
     ),
     "InvTanh": (
-        lambda: of_authors(authors_code.InvTanh, made=False),
+        lambda: authors_layer(authors_code.InvTanh, made=False),
         "its surrogate is InvTanh; convert knows InvRectangle and InvSigmoid",
     ),
     # ---- spikes that return ----
@@ -461,9 +461,9 @@ def test_one_that_overrides_in_other_ways():
     ):
         (row,) = asgl_cuda.convert(kind())[1].left
         assert row.reason == f"its {name} is defined by {where}, not by LIFNode, which convert knows"
-    made = of_authors(made=False)
+    made = authors_layer(made=False)
     made.__class__ = type("LIFLayer", (type(made),), {"forward": do})
-    inside = of_authors(made=False)
+    inside = authors_layer(made=False)
     exchange(inside.cell, "forward")
     functions = [snntorch.Leaky(0.5), norse.LIF()]
     for each, name in zip(functions, ("state_function", "state_fallback"), strict=True):

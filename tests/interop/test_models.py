@@ -6,7 +6,7 @@ import sinabs.layers
 import snntorch
 import torch
 from comparison import Stack
-from conversions import SINGLE, B, N, T, node, of_authors
+from conversions import SINGLE, B, N, T, authors_layer, node
 from sinabs.activation import MembraneReset
 from spikingjelly.activation_based import functional, layer, neuron, rnn
 from torch import nn
@@ -128,7 +128,7 @@ def nodes(step_mode, *more):
     return spikingjelly(*network(*made, *more, linear=layer.Linear), step_mode=step_mode)
 
 
-def of_sinabs():
+def sinabs_network():
     return network(
         sinabs.layers.LIF(2.0, tau_syn=3.0, **SINGLE), sinabs.layers.LIF(5.0, reset_fn=MembraneReset(), **SINGLE),
         sinabs.layers.ExpLeak(4.0),
@@ -161,7 +161,7 @@ STREAMED = {
     ),
     "snntorch over time": (lambda: network(LIF(), MultiStep(snntorch.Leaky(0.9))), 0),
     "snntorch, spikes that return": (lambda: network(snntorch.RLeaky(0.8, linear_features=N, **HIDDEN)), None),
-    "sinabs": (of_sinabs, 1),
+    "sinabs": (sinabs_network, 1),
     "sinabs with time and batch in one, over time": (
         lambda: network(OverTime(squeezed()), sinabs.layers.ExpLeak(4.0)), 1,
     ),
@@ -250,7 +250,7 @@ REFUSED = {
         lambda: sinabs.layers.ALIF(5.0, 5.0, 3.0, reset_fn=MembraneReset()), r"ALIF .* its current \(tau_syn\)",
     ),
     "fixed steps": (lambda: sinabs.layers.IAFSqueeze(num_timesteps=T), "IAFSqueeze .*num_timesteps=5; with batch_size"),
-    "authors": (lambda: of_authors(made=False), "LIFLayer can't be called step .* starts each call at rest"),
+    "authors": (lambda: authors_layer(made=False), "LIFLayer can't be called step .* starts each call at rest"),
 }  # fmt: skip
 
 
@@ -264,7 +264,7 @@ def test_errors_of_models_that_can_not_be_streamed(make, words, change):
 CARRYING = [
     lambda: node("LIFNode"), lambda: neuron.PSN(4), lambda: layer.SynapseFilter(2.0), lambda: snntorch.Leaky(0.9),
     lambda: snntorch.SLSTM(3, 3), norse.LIF, norse.LICell, lambda: norse.LIFRecurrentCell(3, 3),
-    lambda: sinabs.layers.LIF(2.0), lambda: sinabs.layers.ExpLeak(2.0), lambda: of_authors(made=False),
+    lambda: sinabs.layers.LIF(2.0), lambda: sinabs.layers.ExpLeak(2.0), lambda: authors_layer(made=False),
     lambda: MultiStep(snntorch.Leaky(0.9)), lambda: layer.MultiStepContainer(neuron.IFNode()),
     lambda: rnn.SpikingLSTM(3, 3, 1),
 ]  # fmt: skip
@@ -295,7 +295,7 @@ OUTSIDE = {
     "LIFCell": (norse.LIFCell, rf"{WHOLE}norse\.torch\.Lift\(LIFCell\(\.\.\.\)\)\), which also returns the state$"),
     "LI": (norse.LI, r"as in norse\.torch\.SequentialState\(OverTime\(\.\.\.\), LI\(\.\.\.\)\)$"),
     "LIF": (lambda: sinabs.layers.LIF(2.0), rf"as in {ROW}LIF\(\.\.\.\)\), which takes \[B, T, \.\.\.\]$"),
-    "LIFLayer": (lambda: of_authors(made=False), rf"as in {ROW}LIFLayer\(\.\.\.\)\)$"),
+    "LIFLayer": (lambda: authors_layer(made=False), rf"as in {ROW}LIFLayer\(\.\.\.\)\)$"),
 }  # fmt: skip
 
 
@@ -347,7 +347,7 @@ CUT = {
             snntorch.Leaky(0.5, **HIDDEN, reset_delay=False, learn_beta=True, learn_threshold=True),
         ), None,
     ),
-    "sinabs": (of_sinabs, 1),
+    "sinabs": (sinabs_network, 1),
 }  # fmt: skip
 
 

@@ -11,7 +11,7 @@ import sinabs.layers
 import snntorch
 import torch
 from authors_code import InvRectangle, InvSigmoid
-from conversions import SINGLE, WHOLE, norses, of_authors, run
+from conversions import SINGLE, WHOLE, authors_layer, norses, run
 from conversions import node as jelly
 from sinabs import activation
 from torch import nn
@@ -143,7 +143,7 @@ ROWS = {
     ),
     **{
         f"authors, {name}, {v_reset}": lambda kind=kind, name=name, v_reset=v_reset: (
-            of_authors(kind, made=False, steps=20, decay=0.7, thresh=0.5, vreset=v_reset).double(),
+            authors_layer(kind, made=False, steps=20, decay=0.7, thresh=0.5, vreset=v_reset).double(),
             plain(decay=0.7, v_threshold=0.5, v_reset=v_reset, scale_output=True, surrogate=name, width=1 / 2), 1.0,
         )
         for kind, name in ((InvRectangle, "rectangle"), (InvSigmoid, "sigmoid")) for v_reset in (None, 0.0)

@@ -387,7 +387,7 @@ def test_others_read_it(read, tmp_path):
     assert_same_spikes(model, x_seq, read(to_nir(model, x_seq), tmp_path / "model.nir", x_seq))
 
 
-def of_norse(cell, model, x_seq, **values):
+def outputs_of_norse(cell, model, x_seq, **values):
     """Norse writes dt / tau_mem_inv as tau; its cells have steps of 1e-3. Files take numbers by neuron alone."""
     norse = pytest.importorskip("norse.torch")
     kind = getattr(norse, cell.replace("Cell", "Parameters"))
@@ -411,7 +411,7 @@ def reset_subtract(*given):
 OF_NEURONS = {"v_leak", "tau_syn_inv", "tau_mem_inv", "v_reset"}
 
 
-def of_snntorch(kind, model, x_seq, mechanism="zero", delay=True):
+def outputs_of_snntorch(kind, model, x_seq, mechanism="zero", delay=True):
     snntorch, module = pytest.importorskip("snntorch"), pytest.importorskip("snntorch.export_nir")
 
     def neurons(size):
@@ -428,7 +428,7 @@ def of_snntorch(kind, model, x_seq, mechanism="zero", delay=True):
     return graph, torch.stack([other(x) for x in x_seq]), None
 
 
-def of_sinabs(model, x_seq, single=True, to_zero=True):
+def outputs_of_sinabs(model, x_seq, single=True, to_zero=True):
     """It writes r = 1, in steps."""
     layers, sinabs_nir = pytest.importorskip("sinabs.layers"), pytest.importorskip("sinabs.nir")
     activation = pytest.importorskip("sinabs.activation")
@@ -443,7 +443,7 @@ def of_sinabs(model, x_seq, single=True, to_zero=True):
     return graph, other(batch_first).unflatten(0, (5, 20)).transpose(0, 1), 1.0
 
 
-def of_spikingjelly(make, model, x_seq):
+def outputs_of_spikingjelly(make, model, x_seq):
     module = pytest.importorskip("spikingjelly.activation_based.nir_exchange")
     from spikingjelly.activation_based import functional, neuron
 
@@ -456,30 +456,34 @@ def of_spikingjelly(make, model, x_seq):
 
 # What docs/guides/nir.md says of the files that other libraries write: equal spikes, or others.
 WRITERS = {
-    "norse, LIFBoxCell": partial(of_norse, "LIFBoxCell", v_leak=0.05),
-    "norse, IAFCell": partial(of_norse, "IAFCell"),
-    "snntorch, Leaky": partial(of_snntorch, "Leaky"),
-    "snntorch, Leaky, at once": partial(of_snntorch, "Leaky", delay=False),
-    "snntorch, Synaptic, at once": partial(of_snntorch, "Synaptic", delay=False),
-    "sinabs, IAF": of_sinabs,
-    "spikingjelly, LIFNode": partial(of_spikingjelly, lambda neuron: neuron.LIFNode(3.0, v_reset=0.1, v_threshold=0.4)),
-    "spikingjelly, decay_input": partial(of_spikingjelly, lambda neuron: neuron.LIFNode(decay_input=False)),
-    "spikingjelly, IFNode": partial(of_spikingjelly, lambda neuron: neuron.IFNode()),
-    "spikingjelly, ParametricLIFNode": partial(
-        of_spikingjelly, lambda neuron: neuron.ParametricLIFNode(1.5, v_threshold=0.4)
+    "norse, LIFBoxCell": partial(outputs_of_norse, "LIFBoxCell", v_leak=0.05),
+    "norse, IAFCell": partial(outputs_of_norse, "IAFCell"),
+    "snntorch, Leaky": partial(outputs_of_snntorch, "Leaky"),
+    "snntorch, Leaky, at once": partial(outputs_of_snntorch, "Leaky", delay=False),
+    "snntorch, Synaptic, at once": partial(outputs_of_snntorch, "Synaptic", delay=False),
+    "sinabs, IAF": outputs_of_sinabs,
+    "spikingjelly, LIFNode": partial(
+        outputs_of_spikingjelly, lambda neuron: neuron.LIFNode(3.0, v_reset=0.1, v_threshold=0.4)
     ),
-    "spikingjelly, CUBALIFNode": partial(of_spikingjelly, lambda neuron: neuron.CUBALIFNode(0.6, 0.7)),
+    "spikingjelly, decay_input": partial(outputs_of_spikingjelly, lambda neuron: neuron.LIFNode(decay_input=False)),
+    "spikingjelly, IFNode": partial(outputs_of_spikingjelly, lambda neuron: neuron.IFNode()),
+    "spikingjelly, ParametricLIFNode": partial(
+        outputs_of_spikingjelly, lambda neuron: neuron.ParametricLIFNode(1.5, v_threshold=0.4)
+    ),
+    "spikingjelly, CUBALIFNode": partial(outputs_of_spikingjelly, lambda neuron: neuron.CUBALIFNode(0.6, 0.7)),
 }
 OTHERS = {
-    "norse, LIFCell": partial(of_norse, "LIFCell"),
-    "norse, a reset to another value": partial(of_norse, "LIFBoxCell", v_reset=-0.2),
-    "norse, a reset by subtraction": partial(of_norse, "LIFBoxCell", reset_method=reset_subtract),
-    "snntorch, Synaptic": partial(of_snntorch, "Synaptic"),
-    "snntorch, subtract": partial(of_snntorch, "Leaky", mechanism="subtract"),
-    "snntorch, none": partial(of_snntorch, "Leaky", mechanism="none"),
-    "sinabs, several spikes": partial(of_sinabs, single=False, to_zero=False),
-    "sinabs, a reset by subtraction": partial(of_sinabs, to_zero=False),
-    "spikingjelly, IFNode that starts at v_reset": partial(of_spikingjelly, lambda neuron: neuron.IFNode(v_reset=-0.2)),
+    "norse, LIFCell": partial(outputs_of_norse, "LIFCell"),
+    "norse, a reset to another value": partial(outputs_of_norse, "LIFBoxCell", v_reset=-0.2),
+    "norse, a reset by subtraction": partial(outputs_of_norse, "LIFBoxCell", reset_method=reset_subtract),
+    "snntorch, Synaptic": partial(outputs_of_snntorch, "Synaptic"),
+    "snntorch, subtract": partial(outputs_of_snntorch, "Leaky", mechanism="subtract"),
+    "snntorch, none": partial(outputs_of_snntorch, "Leaky", mechanism="none"),
+    "sinabs, several spikes": partial(outputs_of_sinabs, single=False, to_zero=False),
+    "sinabs, a reset by subtraction": partial(outputs_of_sinabs, to_zero=False),
+    "spikingjelly, IFNode that starts at v_reset": partial(
+        outputs_of_spikingjelly, lambda neuron: neuron.IFNode(v_reset=-0.2)
+    ),
 }
 
 

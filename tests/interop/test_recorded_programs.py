@@ -133,20 +133,20 @@ class Program(nn.Module):
 
     def step(self, x, t, mems, kept):
         values, layer = [x], 0
-        for n, (kind, of_step, of_list, *places) in enumerate(self.statements):
+        for n, (kind, step_function, list_function, *places) in enumerate(self.statements):
             a, b = (values[int(place * len(values))] for place in places)
             lists = [each for each in kept["lists"].values() if each]
             if kind == "layer":
                 values += self.lif[layer](self.fc[layer](a), *mems[layer : layer + 1])
                 mems[layer : layer + 1] = values[-1:] if mems else []
             elif kind == "of step":
-                values.append(IN_STEP[of_step](a, b, t))
+                values.append(IN_STEP[step_function](a, b, t))
             elif kind == "mix":
                 values.append(stack([self.mix(a), self.mix(b), self.mix(a)]).sum(0))
             elif kind == "record":
                 kept["lists"].setdefault(n, []).append(a)
             elif kind == "of list" and lists:
-                values.append(OF_LIST[of_list](lists[int(places[0] * len(lists))]))
+                values.append(OF_LIST[list_function](lists[int(places[0] * len(lists))]))
             elif kind == "add":
                 kept["sums"][n] = kept["sums"].get(n, 0) + a
             elif kind == "add in place":

@@ -512,12 +512,12 @@ def assert_equals_reference(feature: Feature, case: Case, backend: str, device: 
     errors = {name: error(without(actual[name], name), without(each, name)) for name, each in expected.items()}
     # What parameters' gradients are sums of, which may cancel; terms may have cancelled already.
     if "x_seq" in leaves:
-        of_currents = found[0][0]
+        grad_currents = found[0][0]
     else:
         x_leaf, copies = x_seq.detach().requires_grad_(), {name: each.clone() for name, each in running[0].items()}
         again = feature.run(x_leaf, {**options, **copies}, feature.outputs, "reference")
-        (of_currents,) = torch.autograd.grad([again[name] for name in depend], x_leaf, grads, **unused)
-    size_of_currents = float(of_currents.double().norm())
+        (grad_currents,) = torch.autograd.grad([again[name] for name in depend], x_leaf, grads, **unused)
+    size_of_currents = float(grad_currents.double().norm())
     # The reference's slope of a sigmoid, F (1 - F) / width, has the roundings of F, which are those of exp and of a
     # division, together up to one eps, however small 1 - F is.
     least_of_slopes = 1e-30

@@ -212,8 +212,8 @@ def test_vmap_is_a_loop(backend, device, feature):
         function = grad(loss, every)
         stacked = [torch.stack(each) for each in zip(*samples, strict=True)]
         inputs = [stacked[0], *(samples[0][1:] if shared else stacked[1:])]
-        of_samples = [function(x_seq, *(samples[0][1:] if shared else values)) for x_seq, *values in samples]
-        expected = [torch.stack(each) for each in zip(*of_samples, strict=True)]
+        by_sample = [function(x_seq, *(samples[0][1:] if shared else values)) for x_seq, *values in samples]
+        expected = [torch.stack(each) for each in zip(*by_sample, strict=True)]
         torch.testing.assert_close(list(vmap(function, mapped)(*inputs)), expected)
         pairs = vmap(vmap(function, mapped), (0, *[None] * len(names)))(torch.stack([inputs[0]] * 2), *inputs[1:])
         torch.testing.assert_close([each[1] for each in pairs], expected)

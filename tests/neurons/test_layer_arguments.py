@@ -267,8 +267,10 @@ FIRST = {"BatchNormLIF": {"num_features": 3}, "RecurrentLIF": {"hidden_size": 3,
 def test_bad_arguments(kind, arguments, words):
     with pytest.raises((TypeError, ValueError), match=rf"^asgl_cuda\.{kind}: {words}") as caught:
         getattr(asgl_cuda, kind)(**{**FIRST.get(kind, {}), **arguments})
-    of_type = re.search("must be an? (int|bool|dtype).*, got|dtype|keyword|takes no input|have no", str(caught.value))
-    assert caught.type is (TypeError if of_type else ValueError)
+    is_type_error = re.search(
+        "must be an? (int|bool|dtype).*, got|dtype|keyword|takes no input|have no", str(caught.value)
+    )
+    assert caught.type is (TypeError if is_type_error else ValueError)
 
 
 @pytest.mark.parametrize(("width", "learned"), [(1e-40, False), (1e-9, True)])

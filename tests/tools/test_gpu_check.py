@@ -198,8 +198,8 @@ def test_dry_run(tmp_path):
     results = {name: step["result"] for name, step in found["steps"].items()}
     assert results["judged"]["call_microseconds"]["launched in Python"] > 0
     kernels = [kernel for call in results["kernels"]["calls"] for kernel in call["kernels"]]
-    of_layers = {name for layer in results["layers"]["layers"] for name in layer["launched"]}
-    assert {kernel["kernel"] for kernel in kernels} < of_layers == set(kernel_times.STAND_INS)
+    launched_by_layers = {name for layer in results["layers"]["layers"] for name in layer["launched"]}
+    assert {kernel["kernel"] for kernel in kernels} < launched_by_layers == set(kernel_times.STAND_INS)
     assert all(kernel["share_of_copy"] > 0 for kernel in kernels)
     assert results["layers"]["layers"][0]["launches"] == 2
     assert all(each["peak_bytes"] > 0 for each in (*results["layers"]["layers"], *results["kernels"]["calls"]))

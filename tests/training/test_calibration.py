@@ -165,7 +165,7 @@ def tied(memory=False):
     return model
 
 
-def of_inference_mode():
+def made_in_inference_mode():
     with torch.inference_mode():
         return nn.Sequential(nn.Linear(16, 16), LIF())
 
@@ -242,7 +242,7 @@ REFUSED = {
     ),
     "tied": (tied, r"1 \(LIF\): .* got 0\.weight \(shared with 2\.weight\)"),
     "one memory": (lambda: tied(memory=True), r"1 \(LIF\): .* got 0\.weight \(shared with 2\.weight\)"),
-    "inference": (of_inference_mode, r"1 \(LIF\): .* got 0\.weight \(made in inference mode\); "),
+    "inference": (made_in_inference_mode, r"1 \(LIF\): .* got 0\.weight \(made in inference mode\); "),
     "remembering": (Remembering, r"lif .* no factor on linear\.weight makes it fire at 0\.4; .* another one in other"),
     "detached": (lambda: Stack(detached, linear=nn.Linear(16, 16), lif=LIF()), r"lif .* got a path without weight;"),
     "lazy": (lambda: nn.Sequential(nn.LazyLinear(4), LIF()), r"0\.weight has no shape yet: call the model once before"),

@@ -326,7 +326,7 @@ def calibrated():
     return model
 
 
-def of_another_initialisation():
+def with_another_initialisation():
     model = plain()
     for layer in model[::2]:
         nn.init.uniform_(layer.weight, -0.1, 0.1)
@@ -346,7 +346,7 @@ def test_a_model_that_is_likely_silent_is_named_once(monkeypatch):
 
 OTHERS = {
     "calibrated": calibrated,
-    "another initialisation": of_another_initialisation,
+    "another initialisation": with_another_initialisation,
     "one layer": lambda: plain(layers=1),
     "LayerNorm": lambda: plain(nn.LayerNorm(64)),
     "BatchNormLIF": lambda: nn.Sequential(plain(), asgl_cuda.BatchNormLIF(10)),

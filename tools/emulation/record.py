@@ -167,19 +167,19 @@ def neuron_call(number: int, shape: Shape, kind: str, multiprocessors: int, by_o
     for name in NEURON:
         if name == ("reset_amount" if hard else "v_reset"):
             continue
-        (low, high), of_input = NEURON[name], name.startswith("input")
-        if (plain and of_input and name != other) or (name == "width" and options.get("levels")):
+        (low, high), is_input = NEURON[name], name.startswith("input")
+        if (plain and is_input and name != other) or (name == "width" and options.get("levels")):
             continue
         options[name] = random.uniform(low, high)
-        constant = (of_input or toss()) if plain else toss() if kind == "normalised" and not of_input else once_in(8)
-        times = 4 if not settled or name == "width" or of_input else 2
+        constant = (is_input or toss()) if plain else toss() if kind == "normalised" and not is_input else once_in(8)
+        times = 4 if not settled or name == "width" or is_input else 2
         wanted = once_in(10 if settled else 2) if name == "input_mean" else not once_in(times)
         if constant:
             continue
         by_step = per_step and toss()
-        apart = "fours" if kind == "normalised" and of_input else kind
+        apart = "fours" if kind == "normalised" and is_input else kind
         sizes = parameter_shape(random, shape, apart, by_step)
-        if kind == "by channel" and of_input:
+        if kind == "by channel" and is_input:
             sizes = by_channel
         source = name
         if name in LEARNED and not by_step and once_in(3):

@@ -128,8 +128,8 @@ def check(nvcc: Nvcc, directory: Path, arguments: argparse.Namespace) -> int:
     found: Resources = defaultdict(dict)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         glue = pool.submit(compile_ops, nvcc, directory)
-        of_sources = pool.map(lambda source: nvcc.to_ptx(source, directory, architectures), sources)
-        ptx = [path for paths in of_sources for path in paths]
+        paths_by_source = pool.map(lambda source: nvcc.to_ptx(source, directory, architectures), sources)
+        ptx = [path for paths in paths_by_source for path in paths]
         work = list(product(sources, architectures))
         compiled = pool.map(lambda job: nvcc.report(directory, job[0].stem, job[1]), work)
         for (_, architecture), log in zip(work, compiled, strict=True):

@@ -934,7 +934,7 @@ MUTANTS = {
     "sinabs: a bias in the first step": Mutant("torch.where(after_first, bias, 0.0)", "bias", RETURNS),
     "spikingjelly: the Linear behind": Mutant("linear.weight @ weight)", "weight)", RETURNS),
     "spikingjelly: a function that is no sum": Mutant(
-        " if all(map(torch.allclose, (value, of_y, of_x), expected)) else reason", "",
+        " if all(map(torch.allclose, (value, grad_y, grad_x), expected)) else reason", "",
         "interop/test_left.py root"),
     "spikingjelly: spikes are views": Mutant("output.s_seq[-1].clone()", "output.s_seq[-1]",
         "interop/test_layers.py in_place"),

@@ -218,7 +218,7 @@ T fma_rm(T a, T b, T c) {
   static_assert(std::is_same_v<T, f32>);
   const f32 nearest = fused(a, b, c);
   const f64 product = f64(a) * f64(b), sum = product + f64(c);
-  const f64 of_c = sum - product, lost = (product - (sum - of_c)) + (f64(c) - of_c);
+  const f64 rounded_c = sum - product, lost = (product - (sum - rounded_c)) + (f64(c) - rounded_c);
   const bool above = nearest > sum || (nearest == sum && lost < 0);
   if (sum == 0 && lost == 0) return __builtin_signbit(product) == __builtin_signbit(c) ? c : -0.0f;
   return canonical(above ? __builtin_nextafterf(nearest, -__builtin_inff()) : nearest);
