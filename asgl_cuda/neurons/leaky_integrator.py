@@ -45,8 +45,8 @@ _NUMBERS = dict.fromkeys(Numbers._fields, 0.0)
 class IntegratorOutput(NamedTuple):
     """The result of `leaky_integrator` with return_v_last=True.
 
-    `v_seq` has the shape and type of x_seq. `v_last` is the potential after the last step, with the same shape without
-    time. Its type is float64 for a float64 input, and float32 otherwise.
+    `v_seq` has the shape and type of x_seq. `v_last` is the potential after the last step, in the shape of x_seq
+    without time. `v_last` is float64 for a float64 input, and float32 otherwise.
     """
 
     v_seq: Tensor
@@ -158,21 +158,22 @@ def leaky_integrator(
 
     Args:
         x_seq: input, `[T, ...]`, or with time at `time_dim`; types and layouts are those of `lif`.
-        decay: fraction of the potential that is left after a step (no unit, per step). Any number is allowed; 1 sums up
-            the input.
-        input_gain: factor on the input; like decay a float or a tensor that broadcasts against x_seq.
+        decay: fraction of the potential, measured from v_rest, that is left after a step (no unit, per step). Any
+            number is allowed; 1 sums up the input.
+        input_gain: factor on the input. input_gain and decay are floats or tensors that broadcast against x_seq.
         v_rest: resting potential, in units of x_seq.
         v_init: potential before the first step, in the shape of x_seq without time; default `v_rest`.
-        delay: emit at each step the potential from before this step, without the step's leak and input.
+        delay: return for each step the potential at the end of the step before. For the first step, return the initial
+            potential.
         return_v_last: return the potential after the last step as well, see `IntegratorOutput`.
         backend: one of `available_backends()`; default the best for x_seq's device.
 
-    Backward needs x_seq only for the gradient of input_gain, and the output only for that of decay.
+    For backward, x_seq is kept only if input_gain needs a gradient, and the output only if decay needs one.
 
     Returns:
         The potentials, in shape and type of x_seq; with return_v_last an `IntegratorOutput`. All outputs are
         differentiable once with respect to x_seq, v_init, and decay and input_gain if these are tensors. With the
-        backend "reference" they have all derivatives.
+        backend "reference", the outputs are differentiable any number of times.
 
     Raises TypeError, ValueError and RuntimeError as `lif` does.
 
@@ -227,17 +228,18 @@ class LeakyIntegrator(NeuronLayer):
 
     Args:
         num_features, granularity, time_dim, backend, device, dtype: as for `LIF`.
-        decay: fraction of the potential that is left after a step, in [0, 1]. A learned decay must be in
-            [3.1e-7, 1 - 3.1e-7], and is stored as a logit.
+        decay: fraction of the potential, measured from v_rest, that is left after a step, in [0, 1]. A learned decay
+            must be in [3.1e-7, 1 - 3.1e-7], and is stored as a logit.
         input_gain: factor on the input.
         v_rest: resting potential, in units of the input.
-        delay: emit at each step the potential from before this step, without the step's leak and input.
+        delay: return for each step the potential at the end of the step before. For the first step, return the initial
+            potential.
         learn_decay: whether the decay is a learned parameter or a constant.
-        stateful: carry the potential from call to call, as `v`, until `reset()` or `asgl_cuda.reset(model)`. Calls of
-            `step(x_t)` always carry it.
+        stateful: start each call from the potential `v` at the end of the call before, until `reset()` or
+            `asgl_cuda.reset(model)`. Calls of `step(x_t)` always start from `v`.
 
-    With granularity "channel" or "neuron", decay may also be a tensor of shape `num_features`. `decay` can be read and
-    set at any time. A state dict contains only a learned decay, as `logit_decay`.
+    With granularity "channel" or "neuron", decay may also be a tensor of shape `num_features`. `decay` can also be read
+    and set after construction. A state dict contains only a learned decay, as `logit_decay`.
 
     Raises ValueError or TypeError for wrong arguments, and the errors of `asgl_cuda.leaky_integrator`.
 

@@ -55,9 +55,9 @@ _CALLER = "asgl_cuda.lif"
 class LIFOutput(NamedTuple):
     """The result of `lif` if potentials are asked for. Fields that were not asked for are None.
 
-    `s_seq` (spikes), `v_seq` (potential after the reset of each step) and `h_seq` (potential before it) have the shape
-    of x_seq. `v_last`, the potential after the last step, has this shape without time. Potentials are float64 for a
-    float64 input, and float32 otherwise.
+    `s_seq` (spikes), `v_seq` (potential after the reset of each step) and `h_seq` (potential before the reset) have the
+    shape of x_seq. `v_last`, the potential after the last step, has the shape of x_seq without time. Potentials are
+    float64 for a float64 input, and float32 otherwise.
     """
 
     s_seq: Tensor
@@ -99,76 +99,77 @@ def lif(
     backend: str | None = None,
     **unknown: NoReturn,
 ) -> Tensor | LIFOutput:
-    """Leaky integrate-and-fire neurons over a whole sequence, with the noise and the learned width of ASGL.
+    """Leaky integrate-and-fire neurons with adaptive smoothing gradients (ASGL), over a whole sequence.
 
     Args:
-        x_seq: input current, `[T, ...]`, or with time at `time_dim`; float16, bfloat16, float32 or float64. An input
-            that is neither contiguous nor channels_last is copied once.
-        decay: fraction of the potential that is left after a step (no unit, per step). Any number is allowed.
+        x_seq: input, `[T, ...]`, or with time at `time_dim`; float16, bfloat16, float32 or float64. An input that is
+            neither contiguous nor channels_last is copied once.
+        decay: fraction of the potential, measured from v_rest, that is left after a step (no unit, per step). Any
+            number is allowed.
         v_threshold, v_rest: threshold and resting potential, in units of x_seq.
         v_reset: potential after a spike (hard reset), or None for the soft reset.
         reset_amount: amount that a spike subtracts under the soft reset; default `v_threshold`.
-        width: width of the surrogate, > 0 (in float32 at least 1.1e-19), in units of x_seq. A tensor is not checked on
-            a GPU, because this would synchronise the device, nor in compiled code, nor if torch.func transforms it.
-            Where a width is not checked, a width < 0 gives gradients of x_seq with the wrong sign, and a width of 0
-            gives gradients that are NaN.
+        width: width of the surrogate, > 0 (in float32 at least 1.1e-19), in units of x_seq. Values of a tensor are not
+            checked if the tensor is on a GPU, because a check would synchronise the device. Values are also not checked
+            in compiled code, or if torch.func transforms the tensor. A width < 0 that is not checked gives gradients of
+            x_seq with the wrong sign, and a width of 0 gives gradients that are NaN.
         surrogate: the name of the surrogate F, a function that rises from 0 to 1: rectangle, triangle, sigmoid, arctan,
-            erf, fast_sigmoid or laplace. In backward, the derivative of F(u / width) replaces that of the spike, where
-            u is the potential before the reset minus the threshold. With `multi_spike` the name may also be
-            periodic_exponential, whose slope peaks at every multiple of the threshold. With levels and without
-            multi_spike, the surrogate must be sigmoid or rectangle, and has no effect.
+            erf, fast_sigmoid or laplace. In backward, the derivative of F(u / width) replaces the derivative of the
+            spike. Here u is the potential before the reset minus the threshold. With `multi_spike` the name may also be
+            periodic_exponential, whose slope peaks at the threshold and at the multiples of the threshold above it.
+            With levels and without multi_spike, the surrogate must be sigmoid or rectangle, and has no effect.
         surrogate_gain: factor on the surrogate gradient.
-        analog_prob: fraction of elements that emit the smooth value F(u / width) instead of a spike, rounded to a
-            multiple of 1 / 65536. An element is one neuron at one time step. Default 0; the default of the layer `LIF`
-            is 0.5. analog_prob may also be a tensor of one value on x_seq's device, which can change without
-            recompiling a compiled graph, and gets no gradient. A tensor that is not checked (see width) is clamped to
-            [0, 1], and NaN counts as 0.
-        rng_state: int64 tensor `[seed, offset]` on x_seq's device, which determines the noise.
+        analog_prob: random fraction of elements that emit the smooth value F(u / width) instead of 0 or 1. These
+            elements are called analog. An element is one neuron at one time step. The fraction is rounded to a multiple
+            of 1 / 65536. Default 0; the default of the layer `LIF` is 0.5. analog_prob may also be a tensor of one
+            value on x_seq's device, which gets no gradient. A compiled graph is not compiled again if this value
+            changes. A tensor that is not checked (see width) is clamped to [0, 1], and NaN counts as 0.
+        rng_state: int64 tensor `[seed, offset]` on x_seq's device. It determines which elements are analog.
         generator: generator that draws rng_state if rng_state is not given; default the device's default generator.
-            Activation checkpointing restores no other generator, so give it rng_state instead.
+            With activation checkpointing, pass rng_state, because checkpointing restores only default generators.
         input_gain, input_bias, input_mean: the input current is `input_gain * (x_seq - input_mean) + input_bias`.
         residual: shortcut of a residual block, in shape and type of x_seq. `residual_gain * residual` is added to the
             input current, and the sum is not stored in memory. A residual whose memory order is not that of x_seq is
             copied once.
         residual_gain: factor on the residual, a number.
-        strict_threshold: fire at u > 0 instead of u >= 0. No effect with levels or multi_spike.
+        strict_threshold: fire at u > 0 instead of u >= 0. This has no effect with levels or multi_spike.
         scale_output: multiply the output by `v_threshold`. With levels and without multi_spike, divide it by `levels`
             instead.
         detach_reset: stop the gradient that flows through the spike in the reset. Default False; the default of the
             layers is True. If this gradient is not stopped, gradients can explode over many steps: see the guide
             "Choosing width, surrogate and noise".
         levels: emit an integer number of spikes per step (I-LIF), `round(clamp(h / v_threshold, 0, levels))` with ties
-            to even, where h is the potential before the reset; `levels` is at most 256. An analog element (see
+            to even, where h is the potential before the reset. `levels` is at most 256. An analog element (see
             `analog_prob`) emits `clamp(h / v_threshold, 0, levels)` without rounding. In backward the slope is
-            `1 / v_threshold` where `0 <= h <= levels * v_threshold`, both ends included, and 0 elsewhere; `width` must
-            be 1. Each spike subtracts `reset_amount`, so `v_reset` must be None. `v_threshold` must be > 0.
-            `unroll_levels` turns the output into binary spikes. With multi_spike, levels only limits the number of
-            spikes.
+            `1 / v_threshold` where `0 <= h <= levels * v_threshold`, and 0 elsewhere. `width` must be 1. Each spike
+            subtracts `reset_amount`, so `v_reset` must be None. `v_threshold` must be > 0. `unroll_levels` turns
+            integer spikes into binary spikes. With multi_spike, levels only limits the number of spikes.
         multi_spike: emit `trunc(h / v_threshold)` spikes per step where h > 0. Each spike subtracts `reset_amount`, so
-            `v_reset` must be None. `v_threshold` must be > 0; a tensor is checked in the cases in which a width is
-            checked. `analog_prob` must be 0, because no smooth function that counts spikes has a surrogate as its
-            slope.
-        v_min: lower bound of the potential after the reset, in units of x_seq, `v = relu(v - v_min) + v_min`. Where the
-            potential is at `v_min`, no gradient flows back through v. The bound does not apply to v_init.
+            `v_reset` must be None. `v_threshold` must be > 0; a tensor of thresholds is checked in the same cases as a
+            tensor of widths. `analog_prob` must be 0.
+        v_min: lower bound of the potential after the reset, in units of x_seq, `v = relu(v - v_min) + v_min`. If v is
+            at `v_min` after a step, no gradient flows back through this v. The bound does not apply to v_init.
         v_init: potential before the first step, in the shape of x_seq without time; default `v_rest`.
         return_v_last, return_v_seq, return_h_seq: return potentials as well, see `LIFOutput`.
         backend: one of `available_backends()`; default the best for x_seq's device.
 
     `width`, `decay`, `v_threshold`, `v_reset`, `reset_amount` and `input_*` are floats or tensors that broadcast
-    against x_seq: one value, `[C, 1, 1]`, `[C, H, W]`, `[T, 1, 1, 1, 1]`, and so on. Parameters and `v_init` are
-    converted to the type of the arithmetic, which is float64 for a float64 x_seq and float32 otherwise.
+    against x_seq. For an x_seq of shape `[T, B, C, H, W]`, such a tensor may have one value, or the shape `[C, 1, 1]`,
+    `[C, H, W]` or `[T, 1, 1, 1, 1]`, for example. These parameters and `v_init` are converted to the type of the
+    arithmetic, which is float64 for a float64 x_seq and float32 otherwise.
 
-    An element whose potential is NaN emits NaN if it is analog, and with `levels` or `multi_spike`. Otherwise it emits
-    no spike.
+    If the potential of an element is NaN, the element emits NaN with `levels` or `multi_spike`, or if it is analog.
+    Otherwise the element emits 0.
 
     Returns:
         The spikes, in shape and type of x_seq, or a `LIFOutput` if a potential was asked for. All outputs are
-        differentiable once with respect to x_seq, residual, v_init and every tensor parameter.
+        differentiable once with respect to x_seq, residual, v_init and every parameter that is a tensor, except
+        analog_prob.
 
     Raises:
         TypeError, ValueError: an argument has a wrong type, shape, device or range.
-        RuntimeError: the requested backend does not work here, or a backend other than "reference" is asked for
-            forward-mode differentiation or, in backward, for a second derivative.
+        RuntimeError: the requested backend does not work here. Also raised for forward-mode differentiation and, in
+            backward, for a second derivative, unless the backend is "reference".
 
     Example::
 
@@ -183,7 +184,7 @@ def lif(
     Source: Wang, Jiang, Lian, Yan, Tang: Adaptive Smoothing Gradient Learning for Spiking Neural Networks, ICML 2023.
     periodic_exponential: Weidel, Sheik: WaveSense, arXiv 2111.01456. levels: Luo, Yao, Chou, Xu, Li: Integer-Valued
     Training and Spike-Driven Inference Spiking Neural Network for High-performance and Energy-efficient Object
-    Detection, ECCV 2024; analog elements there as in Quant-Noise, Fan et al., ICLR 2021.
+    Detection, ECCV 2024. Analog elements with levels: Fan et al.: Quant-Noise, ICLR 2021.
 
     The same in PyTorch, for the defaults and a mask of analog elements::
 
@@ -196,13 +197,12 @@ def lif(
             s[t] = a + torch.where(mask[t], 0, z - a).detach()
             v = h * (1 - s[t]) + v_reset * s[t]
 
-    With the surrogate rectangle, `a = ((h - v_threshold) * slope + 0.5).clamp(0, 1)`, and spikes and input gradients
-    are bit-identical to this loop. With levels, `a = (h * (1 / v_threshold)).clamp(0, levels)`, `z = a.round()` and
-    `v = h - reset_amount * s[t]`. With multi_spike, v is computed as with levels, and
+    With the surrogate rectangle, `a = ((h - v_threshold) * slope + 0.5).clamp(0, 1)`. In float32, spikes and input
+    gradients are then bit-identical to this loop. With levels, `a = (h * (1 / v_threshold)).clamp(0, levels)`,
+    `z = a.round()` and `v = h - reset_amount * s[t]`. With multi_spike, v is computed as with levels, and
     `z = (h > 0) * (h / v_threshold).trunc()`, at most `levels` if given. The surrogate periodic_exponential is laplace,
-    applied to another u. Where `h < v_threshold`, this u is `h - v_threshold`, and elsewhere it is
-    `v_threshold * (2 * (h / v_threshold - 0.5).remainder(1) - 1)`. Its derivative by h is taken as 1 everywhere, and
-    that by v_threshold as -1.
+    but where `h >= v_threshold`, it is applied to `v_threshold * (2 * (h / v_threshold - 0.5).remainder(1) - 1)`
+    instead of `h - v_threshold`. In backward, both have the derivatives of `h - v_threshold`.
     """
     if unknown:
         check_keywords(unknown, LIF_DEFAULTS, _CALLER)
@@ -427,8 +427,8 @@ class LIF(Neurons):
     Args:
         num_features: number of channels for granularity "channel"; number of neurons, or their shape `[C, H, W]`, for
             "neuron"; None for "layer".
-        decay: fraction of the potential that is left after a step, in [0, 1]. A learned decay must be in
-            [3.1e-7, 1 - 3.1e-7], and is stored as a logit.
+        decay: fraction of the potential, measured from v_rest, that is left after a step, in [0, 1]. A learned decay
+            must be in [3.1e-7, 1 - 3.1e-7], and is stored as a logit.
         v_threshold, v_rest: threshold and resting potential, in units of the input.
         v_reset: potential after a spike, below the threshold. If it is None, a spike subtracts `reset_amount` instead
             (soft reset).
@@ -438,26 +438,28 @@ class LIF(Neurons):
             learned width must be in [3.1e-7, 3.2e6], and its logarithm is stored.
         surrogate: the name of a surrogate, see `asgl_cuda.lif`.
         surrogate_gain: factor on the surrogate gradient.
-        analog_prob: fraction of elements that emit the smooth value `F(u / width)` instead of a spike in training, see
-            `asgl_cuda.lif`. An element is one neuron at one time step. In evaluation all elements emit spikes. The
-            default is 0 in `asgl_cuda.lif`, and 0.2 in the paper.
+        analog_prob: random fraction of elements that in training emit a smooth value instead of 0 or 1. These elements
+            are called analog, see `asgl_cuda.lif`. An element is one neuron at one time step. In evaluation no element
+            is analog. The default is 0 in `asgl_cuda.lif`.
         granularity: whether a learned parameter has one value per layer, per channel or per neuron.
         learn_width, learn_decay, learn_threshold: whether width, decay and threshold are learned parameters or
             constants.
         strict_threshold: fire only if the potential is above the threshold, not if it is equal.
-        detach_reset: stop the gradient that flows through the spike in the reset. If it is not stopped, gradients can
-            explode over many steps, which `Monitor` measures. The default is False in `asgl_cuda.lif`.
+        detach_reset: stop the gradient that flows through the spike in the reset. If this gradient is not stopped,
+            gradients can explode over many steps. `Monitor` measures how much they grow. The default is False in
+            `asgl_cuda.lif`.
         scale_output: multiply the output by `v_threshold`. With levels and without multi_spike, divide it by `levels`
             instead.
         levels: emit a whole number of spikes per step, from 0 to `levels`: the potential divided by the threshold,
             clamped to this range and rounded (I-LIF). Analog elements (see `analog_prob`) are not rounded. `v_reset`
-            must be None. The threshold takes the place of the width, which is not learned. With multi_spike, levels
-            only limits the number of spikes.
+            must be None. The threshold acts as the width, so no width is learned, and `width` must be 1. With
+            multi_spike, levels only limits the number of spikes.
         multi_spike: emit as many spikes per step as thresholds fit into the potential. `v_reset` must be None, and
-            `analog_prob` must always be 0.
+            `analog_prob` must be 0.
         v_min: lower bound of the potential after the reset, in units of the input, or None.
-        stateful: carry the potential from call to call, as `v`, until `reset()` or `asgl_cuda.reset(model)`. Do not use
-            it with activation checkpointing, which calls the layer twice. Calls of `step(x_t)` always carry `v`.
+        stateful: start each call from the potential `v` at the end of the call before, until `reset()` or
+            `asgl_cuda.reset(model)`. Do not use stateful layers with activation checkpointing, which calls the layer
+            twice. Calls of `step(x_t)` always start from `v`.
         store_v_seq: store the potentials of the last call, after the reset of each step, as the attribute `v_seq`, in
             the shape of the input.
         time_dim: time dimension of inputs.
@@ -467,10 +469,11 @@ class LIF(Neurons):
     A float may also be given as a tensor of one value. With granularity "channel" or "neuron", `width`, `decay`,
     `v_threshold`, `v_reset` and `reset_amount` may be tensors of shape `num_features`, learned or not. A tensor that
     requires a gradient, such as a Parameter, is accepted only for a learned parameter, as its initial value. `width`,
-    `decay` and `v_threshold` can be read and set at any time.
+    `decay` and `v_threshold` can also be read and set after construction.
 
-    Shapes: input and output are `[T, B, ...]`, or have time at `time_dim`. For granularity "channel", the dimension
-    after the batch has the channels. For "neuron", the last dimensions have the neurons, in the shape `num_features`.
+    Shapes: input and output have the same shape, `[T, B, ...]`, or with time at `time_dim`. For granularity "channel",
+    the channels are the dimension after the batch. For "neuron", the last dimensions must have the sizes
+    `num_features`. The batch can be left out, except for "channel".
 
     `layer(x_seq, residual)` computes `layer(x_seq + residual)` without storing the sum. `residual` must have the shape
     and type of x_seq.
@@ -478,7 +481,7 @@ class LIF(Neurons):
     A state dict has only the learned parameters, `log_width`, `logit_decay` and `threshold`. It has no constants,
     `analog_prob` or potentials, so it also loads into a layer whose constant decay is different, without a warning.
 
-    Processes with the same seed draw the same noise, see the guide "Several GPUs".
+    In distributed training, processes with the same seed draw the same noise, see the guide "Several GPUs".
 
     Raises ValueError or TypeError for wrong arguments, and the errors of `asgl_cuda.lif`. Warns once per process if
     neurons fire at rest (`v_threshold` at `v_rest` or below), if a soft reset does not lower the potential, or if
@@ -497,9 +500,9 @@ class LIF(Neurons):
     The layer computes `asgl_cuda.lif(x_seq, width=width, ...)`, whose docstring shows the computation as a loop in
     PyTorch. For `detach_reset=True`, use `s[t].detach()` in the last line of the loop.
 
-    With torch's initial weights and without a normalisation, deeper layers are often silent at first, and then learn
-    late or not at all. The tutorial "A network that does not learn" shows how `asgl_cuda.Monitor` finds silent layers
-    and `asgl_cuda.calibrate` helps.
+    With torch's initial weights and without a normalisation, deeper layers often do not spike at first, and then learn
+    late or not at all. The tutorial "A network that does not learn" shows how to find such layers with
+    `asgl_cuda.Monitor`, and how to make them spike with `asgl_cuda.calibrate`.
     """
 
     _caller = "asgl_cuda.LIF"
