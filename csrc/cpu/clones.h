@@ -1,8 +1,9 @@
 // Compiles each loop once per instruction set (a clone), and runs the clone that fits the processor.
 //
-// A loop is a type with `struct Args` and `static void run(Args)`, forced inline into the clones. Args are passed by
-// value, so that they stay in registers: no store of the loop can change them. Clones do not use FMA, because every
-// backend rounds each operation; run_with_fma in cpu/product.h is for products with a matrix, which do.
+// A loop is a type with `struct Args` and `static void run(Args)`, which is inlined into the clones. Args are passed by
+// value: no store of the loop can then change them, so they stay in registers. Clones do not use FMA, because every
+// backend rounds the result of each operation. Products with a matrix may use FMA, through run_with_fma in
+// cpu/product.h.
 #pragma once
 
 #include <algorithm>
@@ -14,7 +15,7 @@ namespace asgl::cpu {
 
 enum class InstructionSet { kBaseline, kAvx2, kAvx512 };
 
-// The largest instruction set that the processor supports.
+// The largest of these instruction sets that the processor supports.
 inline InstructionSet best_instruction_set() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
@@ -27,8 +28,8 @@ inline InstructionSet best_instruction_set() {
   return InstructionSet::kBaseline;
 }
 
-// The instruction set whose clones run. The environment variable ASGL_CUDA_INSTRUCTION_SET may select a
-// smaller instruction set, so that one machine can test every clone.
+// The instruction set whose clones run. It is the largest that the processor supports, unless the environment variable
+// ASGL_CUDA_INSTRUCTION_SET names a smaller one, as in tests.
 inline InstructionSet instruction_set() {
   static const InstructionSet chosen = [] {
     const char* variable = std::getenv("ASGL_CUDA_INSTRUCTION_SET");

@@ -1,4 +1,4 @@
-// The CPU kernels of the leaky integrator, in tiles as in cpu/neuron.h.
+// The CPU kernels of the leaky integrator. Like those in cpu/neuron.h, they compute neurons in tiles.
 #include "cpu/tile.h"
 
 namespace asgl::cpu {
@@ -100,7 +100,7 @@ void run_pass(const IntegratorParams<Scalar>& params, int64 begin, int64 end) {
 
 }  // namespace
 
-// Runs the pass that the params request on all tiles.
+// Runs the requested pass on all tiles.
 template <class Scalar>
 void launch_kernel(Device, const IntegratorParams<Scalar>& params) {
   for_each_tile_range(params.shape, [&](int64 begin, int64 end) {

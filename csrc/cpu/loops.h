@@ -1,6 +1,6 @@
-// Vectorised loops of the CPU kernels over the neurons of a tile, as types that cpu/clones.h compiles for each
-// instruction set. Rows are contiguous and do not overlap, except where a loop updates a row in place. `is_analog` says
-// by its random bits whether an element is analog.
+// Vectorised loops of the CPU kernels, most of them over the neurons of a tile. Each loop is a type that cpu/clones.h
+// compiles for each instruction set. Rows are contiguous and do not overlap, except where a loop updates a row in
+// place.
 #pragma once
 
 #if defined(__x86_64__)
@@ -17,14 +17,14 @@ namespace asgl::cpu {
 
 constexpr int64 kTile = 1024;  // neurons of a tile, and elements between rows
 
-// The neurons of a tile, which share one value of each parameter.
+// The neurons of a tile that all have the same value of each parameter.
 template <class Real>
 struct UniformNeuron {
   Neuron<Real> values;
   ASGL_HOST_DEVICE const Neuron<Real>& operator[](int64) const { return values; }
 };
 
-// The neurons of a tile, with a row of values of each parameter.
+// The neurons of a tile, with a row of values for each parameter.
 template <class Real>
 struct NeuronRows {
   Neuron<const Real*> row;
@@ -34,7 +34,7 @@ struct NeuronRows {
   }
 };
 
-// As NeuronRows, but without rows for the parameters of the input, which loops for Input::kPlain do not read.
+// Like NeuronRows, but without rows for input_gain, input_bias and input_mean, which settled loops do not read.
 template <class Real>
 struct SettledRows {
   const Real *decay, *v_threshold, *reset, *inverse_width;
@@ -44,8 +44,8 @@ struct SettledRows {
   }
 };
 
-// The rows that a loop prefetches, a few cache lines at a time while it computes other rows: hardware prefetchers stop
-// at page boundaries, and a row is about a page. A null pointer stands for no row.
+// The rows that a loop prefetches, a few cache lines at a time, before they are needed. Hardware prefetchers stop at
+// page boundaries, and a row of kTile float32 values is as long as a page of 4 KiB. A null pointer stands for no row.
 struct PrefetchRows {
   int64 element_size;
   const char* rows[4];  // read, then written
@@ -54,7 +54,7 @@ struct PrefetchRows {
   ASGL_HOST_DEVICE bool empty() const { return !rows[0] && !rows[1] && !rows[2] && !rows[3]; }
 };
 
-// Prefetches `count` elements, from element `first` on, of the rows of step k.
+// Prefetches `count` elements of each row of step k, from element `first` on. Loops over a single step pass k = 0.
 ASGL_HOST_DEVICE void prefetch_block(const PrefetchRows& ahead, int64 k, int64 first, int64 count) {
   constexpr int64 kCacheLine = 64;
   const int64 begin = (k * ahead.stride + first) * ahead.element_size, bytes = count * ahead.element_size;
@@ -66,8 +66,9 @@ ASGL_HOST_DEVICE void prefetch_block(const PrefetchRows& ahead, int64 k, int64 f
 
 constexpr int64 kNeuronsPerPrefetch = 128;
 
-// For every kNeuronsPerPrefetch neurons, prefetches a part of the rows ahead and calls f(begin, end). Calls f once for
-// all neurons if there is nothing to prefetch, because each call begins with some 40 instructions.
+// Divides the neurons into blocks of kNeuronsPerPrefetch. For each block, prefetches the same range of the rows `ahead`
+// and calls f(begin, end). If there is nothing to prefetch, calls f once for all neurons, because each call of f begins
+// with some 40 instructions.
 template <class F>
 ASGL_HOST_DEVICE void for_each_prefetch(const PrefetchRows& ahead, int64 length, F&& f) {
   const int64 each = ahead.empty() ? length : kNeuronsPerPrefetch;
@@ -78,9 +79,9 @@ ASGL_HOST_DEVICE void for_each_prefetch(const PrefetchRows& ahead, int64 length,
   }
 }
 
-// Calls f(model). For adaptive neurons in float32, f is compiled for each combination of rules, so that they are
-// constants and not masks: with AVX-512, 32 neurons take 71 to 88 instructions instead of 99 forward, and 96 to 128
-// instead of 155 backward.
+// Calls f(model). For adaptive neurons computed in float32, f is compiled for each combination of the adaptation and
+// the reset, so that these rules are constants and need no masks. With AVX-512, 32 neurons then take 71 to 88
+// instructions in forward instead of 99, and 96 to 128 in backward instead of 155.
 template <class Model, class Real, class F>
 ASGL_HOST_DEVICE void with_constant_rules(const LIFByOptions<Real>& options, F&& f) {
   if constexpr (Model::kHasAdaptation && sizeof(Real) == sizeof(float)) {
@@ -100,19 +101,21 @@ ASGL_HOST_DEVICE void with_constant_rules(const LIFByOptions<Real>& options, F&&
   }
 }
 
-// Whether an element with this draw is analog. Compares signed integers, for which AVX2 and SSE2 have one instruction.
+// Whether an element is analog, given its draw of 16 random bits. The comparison is signed: SSE2 and AVX2 have no
+// less-than instruction for unsigned integers.
 ASGL_HOST_DEVICE bool is_analog(uint16 draw, uint32 analog_below) { return draw < static_cast<int>(analog_below); }
 
-// The number of loops that are compiled: one per surrogate if the model reads the surrogate at run time, since a loop
-// with a branch is not vectorised. The last surrogate, kInteger, is not available for adaptive neurons.
+// The number of versions of a loop that are compiled for a model. If the model reads the surrogate at run time, each
+// surrogate has its own version, because a loop with a branch is not vectorised. Adaptive neurons do not support the
+// last surrogate, kInteger.
 static_assert(static_cast<int>(Surrogate::kInteger) == kNumSurrogates - 1);
 template <class Model>
 constexpr int kSurrogateLoops = Model::kHasAdaptation ? static_cast<int>(Surrogate::kInteger)
                                 : Model::kOnlyGeneral ? kNumSurrogates
                                                       : 1;
 
-// Computes one step: h, s and the next states from x and the states. A model with a second state has `step` and
-// `adjoint`, as AdaptiveLIF does.
+// Computes one step: the potential h before reset, the output s and the next states, from x and the states. If the
+// model has two states, its function `step` computes all of these, as in AdaptiveLIF.
 template <class Real, class Model, class Neurons>
 struct StepLoop {
   struct Args {
@@ -129,8 +132,9 @@ struct StepLoop {
     bool compared;  // whether to store compared_potential as h, for models with a second state
   };
 
-  // Runs the loop that was compiled for the surrogate of the call. Without noise, only kInteger needs a loop of its
-  // own. Adaptive neurons always run the loop with noise, in which no element is analog if analog_below is 0.
+  // Runs the loop that was compiled for the surrogate of the call. Without noise (analog_below = 0), the surrogate
+  // matters only if it is kInteger. Adaptive neurons always run the loop with kNoise, in which no element is analog if
+  // analog_below is 0.
   template <int kId = 0>
   static ASGL_HOST_DEVICE void run(Args args) {
     if constexpr (kId + 1 < kSurrogateLoops<Model>) {
@@ -177,12 +181,16 @@ struct StepLoop {
   }
 };
 
-// The gradients of parameters that AdjointLoop itself sums. kNone: none, their terms are stored as rows. kWidth: the
-// width's. kAdaptation: also those of the adaptation's parameters. kAll: all. kRecurrent, for recurrent neurons: all
-// but the adaptation's; h is then the potential that is compared with v_threshold.
+// Which parameters' gradients AdjointLoop itself sums:
+//   kNone        none; AdjointLoop stores the terms of the sums as rows
+//   kWidth       the width
+//   kAdaptation  the width and the parameters of the adaptation
+//   kAll         all parameters of adaptive neurons
+//   kRecurrent   width, decay, threshold and reset of recurrent neurons
+// With kRecurrent, Args::h is the potential that is compared with v_threshold.
 enum class Sums { kNone, kWidth, kAdaptation, kAll, kRecurrent };
 
-// Computes the adjoint of a step: the gradients of x and the states from those of s, h and the next states.
+// Computes the adjoint of a step: the gradients of x and the states, from the gradients of s, h and the next states.
 template <class Real, class Model, class Neurons, Sums kSums>
 struct AdjointLoop {
   struct Args {
@@ -200,14 +208,14 @@ struct AdjointLoop {
     int64 sums_stride;
   };
 
-  // Runs the loop that was compiled for the surrogate of the call, as StepLoop::run does.
+  // Runs the loop that was compiled for the surrogate of the call.
   template <int kId = 0>
   static ASGL_HOST_DEVICE void run(Args args) {
     if constexpr (kId + 1 < kSurrogateLoops<Model>) {
       if (static_cast<int>(args.options.surrogate) != kId) return run<kId + 1>(args);
     }
     args.options.surrogate = static_cast<Surrogate>(kId);  // unused by LIF
-    // As a constant, the stride needs no register.
+    // A constant stride needs no register.
     const int64 stride = kSums == Sums::kRecurrent ? args.sums_stride : kTile;
     with_constant_rules<Model>(args.options, [&](const auto& model) __attribute__((always_inline)) {
       for_each_prefetch(args.ahead, args.length, [=](int64 begin, int64 end) __attribute__((always_inline)) {
@@ -266,8 +274,8 @@ struct AdjointLoop {
   }
 };
 
-// Neurons that a settled loop computes for all steps before it goes on to the next neurons, so that their state and
-// potentials stay in the L1 cache. 64 and 256 are slower.
+// The number of neurons of a block. A settled loop computes all its steps for one block before the next block, so that
+// the block's states and potentials stay in the L1 cache. Blocks of 64 or 256 neurons are slower.
 constexpr int64 kBlock = 128;
 
 // The rows of adjacent steps of a tile: the row of step k begins at first + k * stride.
@@ -279,8 +287,8 @@ struct StepRows {
   ASGL_HOST_DEVICE Element* operator[](int64 k) const { return first + k * stride; }
 };
 
-// Calls f(first, count) for each block of `block` neurons. For whole blocks `count` is the constant kBlock, so that the
-// compiler unrolls loops.
+// Calls f(first, count) for each block of `block` neurons. The last block may have fewer. If a block has kBlock
+// neurons, `count` is a compile-time constant, so that the compiler can unroll loops.
 template <class F>
 ASGL_HOST_DEVICE void for_each_block(int64 length, int64 block, F&& f) {
   for (int64 first = 0; first < length; first += block) {
@@ -289,8 +297,8 @@ ASGL_HOST_DEVICE void for_each_block(int64 length, int64 block, F&& f) {
   }
 }
 
-// A function that stores a block in memory past the cache, so that the block's cache lines are not read before they are
-// written. It stores whole cache lines where the processor can: with stores of parts of a line a layer takes up to 1.3
+// A function that writes a block to memory and bypasses the cache. Ordinary stores would first read each cache line.
+// With AVX-512, each streaming store writes a whole cache line. With stores of parts of a line, a layer takes up to 1.3
 // times as long.
 using StreamingStore = void (*)(float* to, const float* block, int64 count);
 
@@ -305,20 +313,20 @@ __attribute__((target("avx2"))) inline void stream_avx2(float* to, const float* 
 ASGL_TARGET_AVX512 inline void stream_avx512(float* to, const float* block, int64 count) {
   for (int64 i = 0; i < count; i += 16) _mm512_stream_ps(to + i, _mm512_load_ps(block + i));
 }
-// The streaming store for this processor, or null if there is none.
+// The streaming store for instruction_set(), or null on processors other than x86-64.
 inline StreamingStore streaming_store() {
   const InstructionSet set = instruction_set();
   return set == InstructionSet::kAvx512 ? stream_avx512 : set == InstructionSet::kAvx2 ? stream_avx2 : stream_baseline;
 }
-// Makes streaming stores visible to other threads. Call it before another thread reads what was stored.
+// Makes this thread's streaming stores visible to other threads. Call it before another thread reads what was stored.
 inline void fence_streaming_stores() { _mm_sfence(); }
 #else
 inline StreamingStore streaming_store() { return nullptr; }
 inline void fence_streaming_stores() {}
 #endif
 
-// The loop of the settled forward kernels (cpu/neuron_settled.cpp): computes the spikes of all given steps, block by
-// block of a tile, from rows of the input current.
+// The loop of the settled forward kernels (cpu/neuron_settled.cpp). For each block of a tile, it computes the spikes of
+// all given steps from rows of the input current.
 template <class Real, class Model, class Neurons>
 struct SettledStepLoop {
   struct Args {
@@ -365,7 +373,8 @@ struct SettledStepLoop {
 // and the amount of a soft reset.
 enum class SettledSums { kNone, kWidth, kAll };
 
-// The stored slope of each neuron of a block, or NoSlope for all of them.
+// The stored slopes of the neurons of a block. If they are not stored, each element is NoSlope, and the adjoint
+// computes the slope.
 template <class Real, bool kKept>
 struct KeptSlopes {
   const Real* row;
@@ -379,10 +388,10 @@ struct KeptSlopes {
   }
 };
 
-// The loop of the settled backward kernels. For each block of a tile it computes the potentials of all steps of a
-// segment, then their gradients. With noise, compute_potentials also stores the spikes, and for surrogates with
-// kHasSlope the slopes, because a sigmoid and its slope share an exp. The gradient of the current may overwrite the
-// current.
+// The loop of the settled backward kernels. For each block of a tile, it computes the potentials of all steps of a
+// segment, then the gradients. With noise, compute_potentials also stores the spikes, and for surrogates with kHasSlope
+// the slopes. This saves time: a sigmoid and its slope, for example, share an exp. `d_current` may be the same rows as
+// `current`.
 template <class Real, class Model, class Neurons, SettledSums kSums>
 struct SettledAdjointLoop {
   struct Args {
@@ -469,7 +478,8 @@ struct SettledAdjointLoop {
           gradient[i] = dv;
         }
       };
-      // As constants, the conditions need no masks. They hold at every step but the last, unless the reset is detached.
+      // Where both conditions hold, they are passed as constants, so that the loop needs no masks. They hold at every
+      // step, except under detach_reset and at the last step of a sequence whose v_last has no gradient.
       const bool carried = args.carried || k + 1 < args.steps, through_reset = carried && !args.options.detach_reset;
       through_reset ? compute_step(std::true_type{}, std::true_type{}) : compute_step(carried, false);
       if (args.stream != nullptr) args.stream(args.d_current[k] + first, streamed, count);
@@ -477,7 +487,7 @@ struct SettledAdjointLoop {
   }
 };
 
-// A row with one value per neuron, or if the row is null, one value for all neurons.
+// One value per neuron, in `row`. If `row` is null, all neurons have the one `value`.
 template <class Real>
 struct Operand {
   const Real* row;
@@ -489,7 +499,7 @@ struct Operand {
   }
 };
 
-// The parameters of the input: one value each, or with kRows a row each, which repeats after `period` neurons.
+// The gain, bias and mean of the input. Each is one value, or with kRows a row of `period` values that repeats.
 template <class Real, bool kRows>
 struct InputParameters {
   Operand<Real> gain, bias, mean;
@@ -520,7 +530,7 @@ struct InputCurrentLoop {
     int64 length;
   };
 
-  // current[i] = input_gain * (x[i] - input_mean) + input_bias;   with kResidual + residual_gain * residual[i]
+  // current[i] = input_gain * (x[i] - input_mean) + input_bias, plus residual_gain * residual[i] with kResidual
   static ASGL_HOST_DEVICE void run(Args args) {
     args.parameters.for_each_period(args.length, [=](int64 first, int64 length) __attribute__((always_inline)) {
       const Real *x = args.x + first, *residual = kResidual ? args.residual + first : nullptr;
@@ -554,7 +564,8 @@ struct ResidualCurrentLoop {
   }
 };
 
-// The number of interleaved partial sums, which vectorise without a change in the order of additions.
+// The number of partial sums for the gradient of a parameter that neurons share. Each partial sum adds every 64th term,
+// so that the additions are vectorised in a fixed order.
 constexpr int64 kInputSums = 64;
 
 template <class Real, bool kRows>
@@ -566,8 +577,8 @@ struct InputCurrentAdjointLoop {
     int64 length;
   };
 
-  // Computes the adjoint of InputCurrentLoop: dx[i] = input_gain * dh[i], and the gradients of gain and bias as
-  // `period` sums each.
+  // Computes the adjoint of InputCurrentLoop: dx[i] = input_gain * dh[i]. Also adds the terms of the gradients of gain
+  // and bias to `period` partial sums each.
   static ASGL_HOST_DEVICE void run(Args args) {
     if constexpr (!kRows) return accumulate_in_registers(args);
     args.parameters.for_each_period(args.length, [=](int64 first, int64 length) __attribute__((always_inline)) {
@@ -589,7 +600,7 @@ struct InputCurrentAdjointLoop {
     accumulate(args, first, args.length - first, args.gain_sum, args.bias_sum);
   }
 
-  // Computes dx of `length` neurons from `first` on, and accumulates their terms in the sums.
+  // Computes dx of `length` neurons from `first` on, and adds the neurons' terms to the sums.
   static ASGL_HOST_DEVICE void accumulate(const Args& args, int64 first, int64 length, Real* gain_sum, Real* bias_sum) {
     const Real *x = args.x + first, *dh = args.dh + first;
     Real* dx = args.dx + first;
@@ -631,7 +642,8 @@ struct AccumulateLoop {
   }
 };
 
-// The sum of a row, by eight interleaved partial sums, which vectorise and have a fixed order of additions.
+// The sum of a row. Eight partial sums each add every eighth element, so that the additions are vectorised in a fixed
+// order.
 template <class Real>
 ASGL_HOST_DEVICE double row_sum(const Real* row, int64 length) {
   double lanes[8] = {};
@@ -651,12 +663,12 @@ struct SumLoop {
     double* sum;
   };
 
-  // sum = row_sum of the row
+  // *sum = row_sum(row, length)
   static ASGL_HOST_DEVICE void run(Args args) { *args.sum = row_sum(args.row, args.length); }
 };
 
-// Runs of adjacent neurons that share a parameter's value, among the `length` neurons of a tile. The first run has
-// `first` neurons, and each later one `inner`. The last run may be cut off.
+// Divides the `length` neurons of a tile into runs of adjacent neurons, for example those that share a parameter's
+// value. The first run has `first` neurons, and each later run `inner`. The end of the tile may cut off the last run.
 struct Runs {
   int64 first, inner, length;
 

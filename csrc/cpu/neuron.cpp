@@ -1,5 +1,5 @@
 // Chooses between the settled and the general kernels (cpu/neuron.h), sums the gradients of parameters over tiles, and
-// instantiates the general kernels for all neurons but adaptive ones. Also tells the number of threads.
+// instantiates the general kernels for neurons without adaptation.
 #include "cpu/neuron.h"
 
 #include <vector>
@@ -9,9 +9,9 @@
 namespace asgl::cpu {
 namespace {
 
-// False if a call needs what no settled kernel has: in forward the results v_seq or h_seq, in backward gradients that
-// come in through them, or the gradient of v_reset. is_settled has further conditions for an input with a gain, bias or
-// mean.
+// Whether the settled kernels have all inputs and outputs that a call needs. In forward, they do not return v_seq or
+// h_seq. In backward, they do not take gradients of v_seq or h_seq, and do not compute the gradient of v_reset.
+// is_settled checks the other conditions.
 template <class Scalar>
 bool settled_suffices(const ForwardParams<Scalar>& params) {
   return params.v_seq == nullptr && params.h_seq == nullptr;
@@ -22,7 +22,7 @@ bool settled_suffices(const BackwardParams<Scalar>& params) {
          !(params.wants_gradient(kReset) && params.options.hard_reset);
 }
 
-// Whether no parameter wants a gradient but the width, input_gain and input_bias. Always true of a forward pass.
+// Whether no parameter wants a gradient, except the width, input_gain and input_bias. Always true in forward.
 template <class Scalar>
 bool wants_only_input_and_width(const BackwardParams<Scalar>& params) {
   return !params.wants_gradient(kDecay) && !params.wants_gradient(kThreshold) && !params.wants_gradient(kReset) &&
@@ -31,8 +31,8 @@ bool wants_only_input_and_width(const BackwardParams<Scalar>& params) {
 bool wants_only_input_and_width(const auto&) { return true; }
 
 // Whether the settled kernels compute the call. If the input has a gain, bias or mean, the other parameters must be
-// uniform, and only width, gain and bias may want gradients: the settled kernels sum the gradients of gain and bias in
-// another order than the general kernels.
+// uniform, and only width, gain and bias may want gradients. The settled and the general kernels add the terms of the
+// gradients of gain and bias in different orders, so the last bits of these gradients depend on the kernel.
 template <class Params>
 bool is_settled(const Params& params) {
   if (params.options.has_optional_rules()) return false;
@@ -54,8 +54,8 @@ void run_kernel(Params params) {
   with_model(params.options, [&](auto model) { run_general_pass<decltype(model)>(params); });
 }
 
-// Computes and stores the gradient of a parameter whose values repeat within a tile (one value per channel in
-// channels_last). Sums its slots in memory order.
+// Computes and stores the gradient of a parameter whose values repeat within a tile, as one value per channel does in
+// channels_last. Adds the partial sums in memory order.
 template <class Real>
 void sum_interleaved(const GradientSum<Real>& sum, const GradientPart<Real>& part) {
   const int64 count = part.parameter.count;
@@ -71,9 +71,9 @@ void sum_interleaved(const GradientSum<Real>& sum, const GradientPart<Real>& par
   for (int64 element = 0; element < count; ++element) part.store(element, totals[static_cast<size_t>(element)]);
 }
 
-// Computes and stores `length` adjacent elements of a parameter's gradient, from `element` on: at most kTile, all of
-// one step. Sums the slots in memory order: for each element over its runs, and for each run over the tiles that it
-// overlaps.
+// Computes and stores `length` adjacent elements of a parameter's gradient, from `element` on. These are at most kTile
+// elements, all of one step. For each element, adds the partial sums in memory order: run by run, and within a run tile
+// by tile.
 template <class Real>
 void sum_runs(const GradientSum<Real>& sum, const GradientPart<Real>& part, int64 element, int64 length) {
   const ParameterView<Real>& parameter = part.parameter;

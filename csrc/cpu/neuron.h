@@ -1,8 +1,8 @@
-// The CPU kernels of the neuron. The state of a tile of neurons stays in the cache, with steps as the outer loop and
-// neurons as the inner one (cpu/loops.h). Here are the general kernels, which support every option. The settled
+// The general CPU kernels of lif and adaptive_lif, which support every option. For each tile of neurons, steps are the
+// outer loop and neurons the inner loop (cpu/loops.h), so that the state of the tile stays in the cache. The settled
 // kernels, for parameters that do not change over time, are in cpu/neuron_settled.cpp.
 //
-// neuron*.cpp instantiate the kernels, each for some kernels or models, so that they compile in parallel.
+// The files neuron*.cpp each instantiate some of the kernels, so that they compile in parallel.
 #pragma once
 
 #include "cpu/tile.h"
@@ -12,15 +12,16 @@ namespace asgl::cpu {
 // The number of steps whose potentials backward computes together: 4, 8 or kCheckpointSteps.
 inline int64 segment_steps(int64 steps) { return steps <= 4 ? 4 : steps <= 8 ? 8 : kCheckpointSteps; }
 
-// Whether a parameter changes over time.
+// Whether any parameter changes over time.
 template <class Params>
 bool is_per_step(const Params& params) {
   return std::any_of(std::begin(params.parameters), std::end(params.parameters),
                      [](const auto& each) { return each.data != nullptr && each.step_stride != 0; });
 }
 
-// The number of parts in which a tile is computed. Two for models with two states whose parameters are rows: the L1
-// cache can hold the 14 rows of 2 KiB of half a tile.
+// The number of parts of a tile that are computed one after the other. It is 2 for models with two states if a
+// parameter differs between neurons and no parameter changes over time. The L1 cache can then hold the rows of half a
+// tile, 14 rows of 2 KiB in float32.
 template <class Model, class Params>
 int64 num_tile_parts(const Params& params) {
   return Model::kNumStates > 1 && !all_uniform(params.parameters) && !is_per_step(params) ? 2 : 1;
@@ -94,8 +95,8 @@ int64 num_v_rows(const BackwardParams<Scalar>& params, int64 segment) {
   return params.wants_gradient(kDecay) ? segment + 1 : 1;
 }
 
-// Computes row t of the residual's gradient from dc, the gradient of the current, and stores it, unless it is not
-// wanted.
+// Computes row t of the residual's gradient from dc, the gradient of the input current, and stores the row. Does
+// nothing if the residual's gradient is not wanted.
 template <class Scalar>
 void store_residual_gradient(const Real_t<Scalar>* dc, const BackwardParams<Scalar>& params, const Tile& tile, int64 t,
                              Real_t<Scalar>* buffer) {
@@ -159,12 +160,13 @@ class GeneralBackward {
     store_states(gradients, tile.length, params_.grad_v_init, all, tile.first);
   }
 
-  // The k-th of adjacent rows.
+  // The k-th row from `rows` on.
   Real* row(Real* rows, int64 k) const { return rows + k * rows_.stride(); }
-  // The row of the potential before step k of a segment.
+  // The row of v before step k of a segment.
   Real* v_row(int64 k) const { return row(v_, k % v_rows_); }
-  // The rows to prefetch at a position of a segment. Positions count the rows in the order of their use: first x of
-  // each step, then the gradients of each step in reverse order, then x of the segment that is computed next.
+  // The rows to prefetch while row `position` of the segment [start, stop) is computed. Positions count rows in the
+  // order of their use: first x of each step, then the gradients of each step from the last to the first, then x of the
+  // segment that is computed next.
   PrefetchRows rows_to_prefetch(int64 start, int64 stop, int64 position) const {
     Tile tile = tile_;
     int64 used = position + kRowsAhead;
@@ -193,7 +195,7 @@ class GeneralBackward {
   void store_sums(int id, int64 t) {
     store_partial_sums(params_.partials[id], params_.parameters[id], whole_, t, row(sums_, id));
   }
-  // Adds factor * (a * (b - c)) to the sums of a parameter's gradient, if it is wanted.
+  // Adds factor * (a * (b - c)) to the sums of a parameter's gradient, if that gradient is wanted.
   void accumulate(ParameterId id, Real factor, const Real* a, Operand<Real> b, Operand<Real> c) {
     if (params_.wants_gradient(id)) run<AccumulateLoop<Real>>({tile_.length, factor, a, b, c, sums_row(id)});
   }
@@ -287,7 +289,7 @@ class GeneralBackward {
     accumulate(kInputBias, Real(1), dh_, kOne, kZero);
   }
 
-  // Stores the sums of step t for parameters that change over time, and sets them to 0.
+  // Stores the sums of step t for parameters that change over time, and sets these sums to 0.
   void store_step_sums(int64 t) {
     for (int id = 0; id < kNumParameters; ++id) {
       if (params_.wants_gradient(id) && params_.parameters[id].step_stride != 0) {
@@ -301,8 +303,8 @@ class GeneralBackward {
 
   const BackwardParams<Scalar>& params_;
   const int64 segment_ = segment_steps(params_.shape.steps), v_rows_ = num_v_rows(params_, segment_);
-  // If w is subtracted only from the current, backward needs w only for the gradient of adapt_decay. Without that
-  // gradient one row is enough.
+  // If the adaptation w is subtracted from the current, backward needs w of every step only for the gradient of
+  // adapt_decay. Without that gradient, one row of w is enough.
   const bool needs_all_seconds_ = !Model::kHasAdaptation || params_.wants_gradient(kAdaptDecay) ||
                                   !AdaptiveLIF<Real>::from_options(params_.options).adapts_current();
   const int64 second_rows_ = Model::kNumStates == 1 ? 0 : needs_all_seconds_ ? segment_ + 1 : 1;
@@ -330,7 +332,8 @@ void run_general_pass(const BackwardParams<Scalar>& params) {
 
 // ---- kernels instantiated elsewhere ----
 
-// Runs the settled kernel, which only computes in float32, for the model that the options select.
+// Runs the settled kernel for the model that the options select. Settled kernels compute in float32, also for half
+// types.
 template <class Params>
 void run_settled_kernel(const Params& params);
 

@@ -1,16 +1,17 @@
-// The settled CPU kernels, fast ones for the common case: parameters that are constant over time, and only spikes as
-// output (is_settled() in cpu/neuron.cpp has the exact conditions). Other calls use the general kernels of
-// cpu/neuron.h.
+// The settled CPU kernels, which are faster than the general kernels of cpu/neuron.h. They compute only calls whose
+// parameters are constant over time and which need only spikes and the last state. is_settled() in cpu/neuron.cpp has
+// the exact conditions.
 #include "cpu/models.h"
 #include "cpu/neuron.h"
 
 namespace asgl::cpu {
 namespace {
 
-// Steps whose input currents are computed before a loop with streaming stores, so that it stores more at once.
+// The number of steps of a chunk if the loop uses streaming stores and reads the currents from a buffer. With fewer
+// steps, the loop would store less at once.
 constexpr int64 kStreamedSteps = 4;
 
-// How far a loop prefetches in the rows that it uses, with ordinary stores and with streaming stores.
+// How many elements ahead a loop prefetches from the rows that it uses, with ordinary stores and with streaming stores.
 constexpr int64 kElementsAhead = 256, kElementsAheadOfStores = 512;
 
 // Adjacent steps of a tile that one call of a loop computes.
@@ -19,8 +20,8 @@ struct Chunk {
   int64 t, count;
 };
 
-// The address from which a loop over a chunk prefetches a sequence. If the loop itself uses the sequence, the elements
-// that it needs some blocks later; otherwise the first row of `next`, a later chunk.
+// The address from which a loop over a chunk prefetches a sequence. If the loop itself uses the sequence, the address
+// is some blocks ahead in the first row of the chunk. Otherwise it is the first row of `next`, a later chunk.
 template <class Element>
 const char* element_to_prefetch(const Element* sequence, const Chunk& chunk, const Chunk& next, bool used_by_loop,
                                 bool streams = false) {
@@ -38,11 +39,10 @@ class ChunkCurrents {
   ChunkCurrents(const LIFParams<Scalar>& params, int64 most_steps)
       : params_(params), input_(params), rows_(most_steps + 2, kTile) {}
 
-  // The input of the tile, with its parameters.
   TileInput<Real>& input() { return input_; }
   // Whether the currents are the rows of x in place.
   bool is_x_in_place(const Tile& tile) const { return input_.is_plain() && is_in_place<Scalar>(tile); }
-  // The rows for currents that are not x in place.
+  // The buffer for currents that are not x in place.
   StepRows<Real> buffer_rows() { return {rows_.row(2), rows_.stride()}; }
 
   // Returns the current of each step of a chunk.
@@ -84,8 +84,8 @@ void run_settled_pass(const ForwardParams<Scalar>& params) {
       const bool s_in_place = is_in_place<Scalar>(tile), all_in_place = s_in_place && currents.is_x_in_place(tile);
       const bool prefetches = recent_row_to_prefetch(params.x_seq, tile, 0) != nullptr;
       const StreamingStore stream = s_in_place ? past_cache : nullptr;
-      // If x fits in the L2 cache, single steps are faster: with several, the load of x at the next step waits for the
-      // store of s just before it, if both have the same offset in their pages (4K aliasing).
+      // If x fits in the L2 cache, chunks of one step are faster. In a longer chunk, the load of x for a step waits for
+      // the store of s of the step before, if both have the same offset in their pages (4K aliasing).
       const int64 most = all_in_place && prefetches ? kCheckpointSteps : stream != nullptr ? kStreamedSteps : 1;
       neurons.move_to(tile, 0);
       currents.input().move_to(tile);
@@ -184,16 +184,15 @@ class SettledBackward {
     return {g_, rows_.stride()};
   }
 
-  // Computes the gradients of a chunk, which is a segment. `next` is the chunk that is computed after it. Of sequences
-  // that the loop does not use in place, the first row of `next` is prefetched.
+  // Computes the gradients of a chunk, which is a segment. `next` is the chunk that is computed after it.
   void backward_segment(const Chunk& chunk, const Chunk& next) {
     const Tile& tile = chunk.tile;
     const bool in_place = is_in_place<Scalar>(tile), x_in_place = currents_.is_x_in_place(tile);
     Scalar* const grad_current = dx_is_dc_ && params_.grad_x_seq ? params_.grad_x_seq : params_.grad_residual;
-    // If dc can't be stored in place, it overwrites the currents in their buffer.
+    // If dc, the gradient of the current, can't be stored in place, it overwrites the buffer for currents.
     const bool dc_in_place = in_place && grad_current != nullptr;
     const StepRows<Real> dc = dc_in_place ? start_steps(grad_current, tile, chunk.t, zeros_) : currents_.buffer_rows();
-    // No streaming stores if dc is read again for the residual's gradient.
+    // Streaming stores are not used if dc is read again for the residual's gradient.
     const bool streams = in_place && past_cache_ != nullptr && !(dx_is_dc_ && params_.grad_residual != nullptr);
     PrefetchRows input_ahead = {.element_size = sizeof(Scalar), .stride = params_.shape.inner},
                  gradients_ahead = input_ahead;
@@ -275,7 +274,7 @@ class SettledBackward {
   bool carried_ = false;
 };
 
-// The overload for backward. The type of params selects one of the two.
+// Runs the settled backward pass of all tiles.
 template <class Model, class Scalar>
 void run_settled_pass(const BackwardParams<Scalar>& params) {
   run_backward_pass<SettledBackward<Model, Scalar>>(params);
