@@ -1,6 +1,6 @@
-// Definitions of plan_tiles and launch (cpu/kernels.h), for the files that instantiate them: each calls the overload
-// of plan_tiles_on or launch_kernel for its params. The argument Device makes argument-dependent lookup find overloads
-// that are declared later.
+// Defines plan_tiles and launch (cpu/kernels.h) for the files that instantiate these templates. plan_tiles calls the
+// overload of plan_tiles_on for its params, and launch that of launch_kernel. The argument Device makes
+// argument-dependent lookup find overloads that are declared later.
 #pragma once
 
 #include "cpu/kernels.h"

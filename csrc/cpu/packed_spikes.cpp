@@ -1,4 +1,5 @@
-// Packs spikes into one bit per element, the form in which spike layers read them and keep them for backward.
+// Packs the input of spike layers into a mask of one bit per element, followed by the elements that are not zero,
+// unless all of these are 1. Spike layers read this form, and keep it for backward.
 #include <ATen/Parallel.h>
 
 #include <algorithm>
@@ -12,10 +13,12 @@
 namespace asgl::cpu {
 namespace {
 
-// Elements that a task packs together, a multiple of the 64 bits of a word.
+// The number of elements that a task packs at a time. It is a multiple of 64, so that no two chunks share a word of 64
+// bits.
 constexpr int64 kChunkElements = 16384;
 
-// Packs up to 64 elements. Returns their bits, and clears `all_ones` if an element is neither 0 nor 1.
+// Packs up to 64 elements. Returns a bit for each element, set if the element is not zero. Clears `all_ones` if an
+// element is neither 0 nor 1.
 template <class Real>
 uint64 pack_word(const Real* x, int64 length, bool& all_ones) {
   using Bits = std::conditional_t<sizeof(Real) == 4, uint32, uint64>;

@@ -1,5 +1,5 @@
-// The loop that draws a tile's random bits, which is_analog in loops.h compares. It is vectorised by hand where the
-// compiler fails to.
+// The loop that draws random bits for the neurons of a tile. is_analog in loops.h decides by these bits whether an
+// element is analog. The loop is vectorised by hand for AVX2 and AVX-512.
 #pragma once
 
 #if defined(__x86_64__)
@@ -21,7 +21,7 @@ struct NoiseLoop {
     uint64* odd;
   };
 
-  // Computes the random draws of adjacent groups of neurons for two steps.
+  // Computes the random draws of adjacent groups of four neurons, for an even step and the odd step after it.
   static ASGL_HOST_DEVICE void run(Args args) {
 #pragma GCC ivdep
     for (int64 i = 0; i < args.groups; ++i) {
@@ -35,10 +35,11 @@ struct NoiseLoop {
 constexpr int64 kNoiseGroups = 32;  // a multiple of the groups that an iteration of each vector loop computes
 
 #if defined(__x86_64__)
-// NoiseLoop by vector products 32 x 32 -> 64 bits, which GCC does not generate from the loop above. Stores are whole
-// vectors, so that rows must have room for a multiple of kNoiseGroups. Four chains at a time hide the latency of the
-// ten dependent rounds. Rounds are unrolled, since a loop would move the words of a round to the registers of the next
-// round. Args are read in each iteration, not before the loop, because sixteen registers are too few.
+// NoiseLoop with vector products 32 x 32 -> 64 bits, which GCC does not generate from the loop above. Whole vectors are
+// stored, so the rows must have room for `groups` rounded up to a multiple of kNoiseGroups. Each of the ten rounds
+// depends on the one before. To hide this latency, the loop computes four vectors (chains) at a time. Rounds are
+// unrolled, because a loop would copy the words of a round to the registers of the next round. Args are read in each
+// iteration, because they would not fit in the sixteen vector registers during the whole loop.
 template <>
 __attribute__((target("avx2"))) inline void run_avx2<NoiseLoop>(const NoiseLoop::Args& args) {
   constexpr int kChains = 4;

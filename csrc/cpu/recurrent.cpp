@@ -1,6 +1,6 @@
-// The CPU kernels of recurrent neurons. A task computes a chunk of the batch through all steps: a product with the
-// weight, then the neuron's loops of cpu/loops.h. Products forward, and the weight's gradient, add up only the rows
-// that spikes select, unless more than a quarter of the elements spiked.
+// The CPU kernels of recurrent neurons. A task computes all steps of a chunk of the batch: in each step a product with
+// the weight, and the neuron's loops of cpu/loops.h. In forward and for the gradient of a weight [N, N], products skip
+// spikes that are 0, if at most a quarter of the spikes are not 0 and the other factor is finite.
 #include <ATen/Parallel.h>
 
 #include <algorithm>
@@ -24,8 +24,8 @@ struct RecurrentCurrentLoop {
     int64 length;
   };
 
-  // Replaces the product by the current of step t. With a synapse this is i[t] = syn_decay * i[t-1] + j[t], and the row
-  // `i` goes from i[t-1] to i[t]. Otherwise it is j[t]. Here j[t] = x[t] + (product + bias).
+  // Replaces `product` by the current of step t. Without a synapse, the current is j[t] = x[t] + (product + bias). With
+  // a synapse, it is i[t] = syn_decay * i[t-1] + j[t], and the row `i` is updated from i[t-1] to i[t].
   static ASGL_HOST_DEVICE void run(Args args) {
     if (args.has_synapse) return run_loop<true>(args);
     run_loop<false>(args);
@@ -52,7 +52,7 @@ struct ResetLoop {
     int64 length;
   };
 
-  // Computes v[t] again from h[t], s[t] and, for adaptive neurons, w[t].
+  // Computes v[t] again from h[t], s[t] and, for adaptive neurons, from w[t], the adaptation before the step.
   static ASGL_HOST_DEVICE void run(Args args) {
     const auto model = Model::from_options(args.options);
 #pragma GCC ivdep
@@ -67,7 +67,7 @@ struct ResetLoop {
   }
 };
 
-// The rows of the batch that a task computes, as a tile of `count` * N neurons.
+// The `count` rows of the batch that a task computes, as a tile of count * N neurons.
 struct Chunk : Tile {
   int64 count;
 
@@ -76,7 +76,7 @@ struct Chunk : Tile {
       : Tile(params.shape(), index, kRecurrentRows * params.neurons), count(length / params.neurons) {}
 };
 
-// Returns the chunk's rows of a state [B, N]. If `state` is null, fills `buffer` with `otherwise` and returns it.
+// Returns the chunk's rows of a state [B, N]. If `state` is null, fills `buffer` with `otherwise` and returns `buffer`.
 template <class Real>
 const Real* state_or_filled(const Real* state, const Chunk& chunk, Real otherwise, Real* buffer) {
   if (state != nullptr) return state + chunk.first;
@@ -84,14 +84,16 @@ const Real* state_or_filled(const Real* state, const Chunk& chunk, Real otherwis
   return buffer;
 }
 
-// Allocates rows with 16 more elements, so that rows of 1024 or 2048 elements, which are common, do not have a stride
-// of 4 or 8 KiB in float32, at which equal offsets in all rows would compete for one set of the L1 cache.
+// Allocates rows with 16 additional elements. Without these, rows of 1024 or 2048 elements, which are common, would be
+// 4 or 8 KiB apart in float32. Elements with the same offset in all rows would then compete for one set of the L1
+// cache.
 template <class Real>
 Rows<Real> padded_rows(int64 count, int64 length) {
   return Rows<Real>(count, length + 16);
 }
 
-// The rows to prefetch: those of step t of each sequence, from element `offset` of the chunk on.
+// Returns the rows to prefetch, which are those of step t of each sequence, from element `offset` of the chunk on.
+// There are none if there is no step t.
 template <class... Elements>
 PrefetchRows rows_to_prefetch(const Chunk& chunk, int64 t, int64 offset, const Elements*... sequences) {
   if (t < 0 || t >= chunk.shape.steps) return {};
@@ -102,8 +104,8 @@ PrefetchRows rows_to_prefetch(const Chunk& chunk, int64 t, int64 offset, const E
   return {sizeof(float), {part(sequences)...}};
 }
 
-// The most elements that a loop computes at a time, in whole rows of the batch. Its operands, some 16 rows, then stay
-// in the L1 cache. A row with more neurons is computed at once.
+// A loop computes whole rows of the batch with at most this many elements in all, so that its operands, about 16
+// arrays, stay in the L1 cache. A longer row is computed at once.
 constexpr int64 kPartElements = 256;
 
 // The neurons' parameters, repeated for some adjacent rows of the batch, so that a loop computes these rows at once.
@@ -112,7 +114,7 @@ class RepeatedNeurons {
   using Real = Real_t<Scalar>;
 
  public:
-  // Copies the parameters, and converts a learned width and decay.
+  // Copies the parameters. Converts a width stored as a logarithm and a decay stored as a logit, and inverts the width.
   explicit RepeatedNeurons(const RecurrentParams<Scalar>& params)
       : period_(params.neurons),
         length_(std::clamp<int64>(kPartElements / params.neurons, 1, kRecurrentRows) * params.neurons),
@@ -135,7 +137,8 @@ class RepeatedNeurons {
   // The row of a parameter, which for kWidth is the inverse of the width.
   const Real* operator[](int id) { return rows_.row(id); }
 
-  // Calls f(offset, length) for each part of a chunk: whole rows of the batch, one or at most kPartElements elements.
+  // Calls f(offset, length) for each part of a chunk. A part is one row of the batch, or several whole rows with at
+  // most kPartElements elements in all.
   template <class F>
   void for_each_part(const Chunk& chunk, F&& f) const {
     for (int64 offset = 0; offset < chunk.length; offset += length_) {
@@ -159,8 +162,9 @@ class ChunkNoise {
     std::fill_n(rows_.row(0), rows_.stride(), 0);
   }
 
-  // Returns the draws of a chunk for step t, one per neuron. If analog_prob is 0 or 1 nothing is drawn, and draws are
-  // 0, which is below every analog_below but 0.
+  // Returns the draws of a chunk for step t, one per neuron. If analog_prob is 0 or 1, nothing is drawn, and all draws
+  // are 0. For analog_prob = 0, no element is then analog, because analog_below is 0. For analog_prob = 1, every
+  // element is.
   const uint16* draws(const Chunk& chunk, int64 t) {
     const auto* draws = reinterpret_cast<const uint16*>(rows_.row(0));
     if (!drawn_) return draws;
@@ -204,7 +208,7 @@ bool all_finite(const Real* values, int64 length) {
 static_assert(kRecurrentRows <= kMaxProductRows);
 
 // Computes products with the weight: out = s W^T in forward, out = dj W in backward, [rows, N]. Only forward skips
-// zeros, because spikes are sparse and gradients are not, and only if the weight is finite: 0 times infinity is NaN.
+// zeros, because gradients are rarely sparse. It does so only if the weight is finite, because 0 times infinity is NaN.
 template <class Scalar>
 class WeightProduct {
   using Real = Real_t<Scalar>;
@@ -220,7 +224,8 @@ class WeightProduct {
     fill_panels(weight_, forward ? 1 : neurons_, forward ? neurons_ : 1, neurons_, neurons_, panels_.data());
   }
 
-  // Computes `out` for these rows of the batch. In forward, `indices` must have room for as many elements as `a` has.
+  // Computes `rows` rows of `out` from those of `a`. In forward, `indices` must have room for as many elements as `a`
+  // has.
   void multiply(const Real* a, int64 rows, int32_t* indices, Real* out) const {
     if (!elementwise_) {
       return cpu::multiply<Real>({a, neurons_, rows, neurons_, neurons_, panels_.data(), /*accumulate=*/false, out},
@@ -321,8 +326,9 @@ class ChunkBackward {
   }
 
  private:
-  // What backward needs of one step: h, s, the w with which the step began, and, if syn_decay wants a gradient, the i
-  // after it. v is null, because potential_before computes it again. Before step 0: the initial s, v and i.
+  // What backward needs of one step: h, s and w, where w is the adaptation before the step. The i after the step is
+  // needed only for the gradient of syn_decay. v is null, because potential_before computes it again. Before step 0, s,
+  // v and i are the initial states, and h and w are null.
   struct Step {
     const Real *h, *s, *v, *i, *w;
   };
@@ -330,11 +336,12 @@ class ChunkBackward {
   // The row of sums of a parameter's gradient, [repeated_.length()].
   Real* sums_row(int id) { return sums_ + id * parts_.stride(); }
 
-  // Whether the gradient of syn_decay is wanted. Only then is i_seq not null.
+  // Whether to compute the gradient of syn_decay, for which forward keeps i_seq.
   bool wants_syn_decay() const { return params_.grad_parameters != nullptr && params_.i_seq != nullptr; }
 
-  // Reads what is needed of step t - 1 into before_, in place or as copies. The copies of h, s and w alternate between
-  // two buffers, because backward_step still reads those of the state after step t; it does not read i of that state.
+  // Sets before_ to the values of step t - 1, in place or as copies. The copies of h, s and w alternate between two
+  // buffers, because backward_step also reads those of step t. It does not read i of step t, so one buffer is enough
+  // for i.
   void read_step_before(int64 t) {
     if (t == 0) {
       before_ = {nullptr, state_or_filled(params_.s_init, chunk_, Real(0), s_[0]),
@@ -352,7 +359,7 @@ class ChunkBackward {
     run<AccumulateLoop<Real>>({length, factor, a, b, c, sums_row(id)});
   }
 
-  // Computes the gradients of step t from those of step t + 1, and adds to the sums of the parameters' gradients.
+  // Computes the gradients of step t from those of step t + 1, and adds terms to the sums of the parameters' gradients.
   void backward_step(int64 t) {
     const Step now = before_;
     read_step_before(t);
@@ -366,7 +373,7 @@ class ChunkBackward {
     }
     Real* const dj = start_row(params_.grad_j_seq, chunk_, t, dj_);
     repeated_.for_each_part(chunk_, [&](int64 offset, int64 length) {
-      // If no parameter wants a gradient, the loop's sums are not read, and any row may stand for v.
+      // If no parameter wants a gradient, the loop's sums are not read, so zeros_ may be passed as v.
       const Real* v = params_.grad_parameters == nullptr ? zeros_ : potential_before(offset, length);
       if (g != nullptr) {
         const Operand<Real> scale = scales ? Operand<Real>{repeated_[kThreshold], Real(0)} : kOne;
@@ -408,8 +415,9 @@ class ChunkBackward {
     }
   }
 
-  // Adds to the sums of those gradients that AdjointLoop does not sum: the terms of this step for the bias, syn_decay
-  // and an elementwise weight, and those of the step before, if there is one, for the adaptation.
+  // Adds the terms that AdjointLoop does not add to the sums of the parameters' gradients. For the bias, syn_decay and
+  // an elementwise weight, these are the terms of the current step. For the adaptation, they are the terms of the step
+  // before, if there is one.
   void add_gradients(const Real* dj, const Real* v, int64 offset, int64 length) {
     accumulate(kRecurrentBias, length, Real(1), dj + offset, kOne);
     if (Model::kHasAdaptation && before_.v == nullptr) add_gradients_of_adaptation(v, offset, length);
@@ -419,7 +427,8 @@ class ChunkBackward {
     }
   }
 
-  // Returns the potential before the current step, for a part of the chunk: v_init before step 0, else computed in v_.
+  // Returns the potential before the current step, for a part of the chunk. Before step 0, this is the initial
+  // potential. For later steps, it is computed in v_.
   const Real* potential_before(int64 offset, int64 length) {
     if (before_.v != nullptr) return before_.v + offset;
     run<ResetLoop<Real, Model>>(
@@ -427,16 +436,16 @@ class ChunkBackward {
     return v_;
   }
 
-  // Adds a step's terms to the sums for the adaptation's parameters, from the gradient of the w that the step computed
-  // and from the potential v after the step. The step is the one whose state is in before_.
+  // Adds the terms of the step in before_ to the sums for the adaptation's parameters. dw_ must be the gradient of w
+  // after that step, and `v` the potential after that step.
   void add_gradients_of_adaptation(const Real* v, int64 offset, int64 length) {
     accumulate(kAdaptDecay, length, Real(1), dw_ + offset, {before_.w + offset, Real(0)});
     accumulate(kAdaptPotential, length, Real(1), dw_ + offset, {v, Real(0)}, {nullptr, params_.options.v_rest});
     accumulate(kAdaptSpike, length, Real(1), dw_ + offset, {before_.s + offset, Real(0)});
   }
 
-  // Adds up the sums of the repeated rows, and stores the gradients of the parameters as these are stored: the width
-  // may be a logarithm and the decay a logit.
+  // Adds up the sums of the repeated rows, and stores the gradients of the parameters. If the width is stored as a
+  // logarithm or the decay as a logit, the gradient is that of the logarithm or logit.
   void store_sums() {
     double* totals = params_.grad_parameters + chunk_.index * kNumRecurrentSums * params_.neurons;
     for (int id = 0; id < kNumRecurrentSums; ++id) {
@@ -474,7 +483,7 @@ class ChunkBackward {
 };
 
 // Computes the gradient of the weights from presynaptic neurons [first, last). Reads the sequence in memory order, in
-// blocks of kBlock rows [N], so that dj of a block stays in the L2 cache: 256 KiB for 256 neurons.
+// blocks of kBlock rows [N]. dj of a block then stays in the L2 cache: in float32 it has 256 KiB for 256 neurons.
 template <class Scalar>
 void compute_weight_gradient(const RecurrentBackwardParams<Scalar>& params, int64 first, int64 last) {
   using Real = Real_t<Scalar>;

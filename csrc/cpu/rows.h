@@ -1,4 +1,5 @@
-// Access to the rows of a tile: in place in a sequence, or as copies in the arithmetic type, which stay in the cache.
+// Access to the rows of a tile, each of which has the tile's elements of one time step. Loops use a row in place in the
+// sequence, or a copy of it as Real_t (float for half types), which stays in the cache.
 #pragma once
 
 #include <algorithm>
@@ -26,26 +27,28 @@ struct Tile {
   Tile(const SequenceShape& shape, int64 index, int64 size = kTile)
       : shape(shape), index(index), first(index * size), length(std::min(size, shape.neurons() - first)) {}
 
-  // Whether the tile lies in one run of `inner` elements, so that its elements of a step are contiguous in memory.
+  // Whether the tile's elements of a step are contiguous in memory, in one run of shape.inner neurons.
   bool is_contiguous() const { return first % shape.inner + length <= shape.inner; }
 };
 
-// The runs of the tile's neurons that have the same n / inner.
+// The runs of the tile's neurons n with the same n / inner.
 inline Runs tile_runs(const Tile& tile, int64 inner) { return {inner - tile.first % inner, inner, tile.length}; }
 
-// Calls f(neuron, offset in the tile, length) for each stretch of the tile's neurons that have the same n / inner.
+// Calls f(neuron, offset, length) for each run of tile_runs(tile, inner), with the run's first neuron, its offset in
+// the tile and its length.
 template <class F>
 void for_each_stretch(const Tile& tile, int64 inner, F&& f) {
   tile_runs(tile, inner).for_each([&](int64, int64 offset, int64 length) { f(tile.first + offset, offset, length); });
 }
 
-// Whether loops use the rows of a sequence in place: they are contiguous, and in the arithmetic type.
+// Whether loops use the rows of a sequence in place. They do if the tile's rows are contiguous, and the elements are
+// not of a half type.
 template <class Element>
 bool is_in_place(const Tile& tile) {
   return std::is_same_v<Element, Real_t<Element>> && tile.is_contiguous();
 }
 
-// Returns row t of a sequence, contiguous and in the arithmetic type: in place, or a copy in `buffer`.
+// Returns row t of a sequence as contiguous elements of type Real_t<Element>: in place, or a copy in `buffer`.
 template <class Element>
 const Real_t<Element>* read_row(const Element* sequence, const Tile& tile, int64 t, Real_t<Element>* buffer) {
   if (is_in_place<Element>(tile)) {
@@ -57,7 +60,8 @@ const Real_t<Element>* read_row(const Element* sequence, const Tile& tile, int64
   return buffer;
 }
 
-// Returns the address to which a loop writes row t: in place, or `buffer`, which finish_row then stores.
+// Returns the address to which a loop writes row t: in place in the sequence, or `buffer`, which finish_row then copies
+// to the sequence.
 template <class Element>
 Real_t<Element>* start_row(Element* sequence, const Tile& tile, int64 t, Real_t<Element>* buffer) {
   if (sequence != nullptr && is_in_place<Element>(tile)) {
@@ -66,7 +70,7 @@ Real_t<Element>* start_row(Element* sequence, const Tile& tile, int64 t, Real_t<
   return buffer;
 }
 
-// Stores row t in the sequence, unless it was computed in place or there is no sequence.
+// Stores row t in the sequence. Does nothing if the row was computed in place, or without a sequence.
 template <class Element>
 void finish_row(const Real_t<Element>* row, Element* sequence, const Tile& tile, int64 t) {
   if (sequence == nullptr) return;
@@ -77,24 +81,25 @@ void finish_row(const Real_t<Element>* row, Element* sequence, const Tile& tile,
   });
 }
 
-// Returns the rows from row t on for a loop over adjacent steps: all of them in place, or only row t, as a copy.
+// Returns the rows from row t on for a loop over adjacent steps. If the rows are not in place, only row t is valid, as
+// a copy.
 template <class Element>
 StepRows<const Real_t<Element>> read_steps(const Element* sequence, const Tile& tile, int64 t,
                                            Real_t<Element>* buffer) {
   return {read_row(sequence, tile, t, buffer), tile.shape.inner};
 }
 
-// Returns the rows to which a loop over adjacent steps writes from row t on: in place, or the one row `buffer` for
-// every step, each overwriting the one before. A sequence that is not in place is thus written one step at a time, by
-// finish_row. Without a sequence the rows are discarded.
+// Returns the rows to which a loop over adjacent steps writes from row t on. If these are not in place, all steps write
+// to the same row, `buffer`. A sequence that is not in place is therefore computed one step at a time, and finish_row
+// stores each step. Without a sequence, the rows are discarded.
 template <class Element>
 StepRows<Real_t<Element>> start_steps(Element* sequence, const Tile& tile, int64 t, Real_t<Element>* buffer) {
   Real_t<Element>* row = start_row(sequence, tile, t, buffer);
   return {row, row == buffer ? 0 : tile.shape.inner};
 }
 
-// The address of row t (0 <= t < steps) of a tile for a prefetch. Null without a sequence, for a tile beyond the last,
-// or if the row is not contiguous. For sequences that are assumed not to be in the cache; for others see
+// Returns the address of row t (0 <= t < steps) of a tile for a prefetch. Returns null without a sequence, for a tile
+// beyond the last, or if the row is not contiguous. For a sequence that may be in the cache, see
 // recent_row_to_prefetch.
 template <class Element>
 const char* row_to_prefetch(const Element* sequence, const Tile& tile, int64 t) {
@@ -102,8 +107,8 @@ const char* row_to_prefetch(const Element* sequence, const Tile& tile, int64 t) 
   return reinterpret_cast<const char*>(sequence + tile.shape.offset(tile.first, t));
 }
 
-// row_to_prefetch for sequences that were written recently or will be written. Also null if the sequence fits in the L2
-// cache: without prefetches a layer then takes 4 to 8 % less time.
+// row_to_prefetch for sequences that were written recently or will be written. Also returns null if the sequence has
+// less than 1 MiB, and so fits in most L2 caches. Without prefetches, a layer of this size takes 4 to 8 % less time.
 template <class Element>
 const char* recent_row_to_prefetch(const Element* sequence, const Tile& tile, int64 t) {
   constexpr int64 kCacheBytes = int64{1} << 20;
@@ -111,9 +116,9 @@ const char* recent_row_to_prefetch(const Element* sequence, const Tile& tile, in
   return bytes < kCacheBytes ? nullptr : row_to_prefetch(sequence, tile, t);
 }
 
-// The streaming store for a result, or null if ordinary stores are faster. Timed together with a sum as the next layer,
-// streaming stores take 0.92 times as long for T = 4 and N = 2^20, 1.5 times for N = 2^18, and longer for any N at T
-// = 1.
+// Returns the streaming store for a result, or null if the result needs ordinary stores or if these are faster. Forward
+// and a sum over its result, timed together, take 0.92 times as long with streaming stores for T = 4 and N = 2^20. For
+// N = 2^18 they take 1.5 times as long, and for T = 1 they take longer at any N.
 template <class Element>
 StreamingStore streaming_store_for(const Element* sequence, const SequenceShape& shape) {
   constexpr int64 kSteps = 4, kBytes = int64{1} << 24;

@@ -15,11 +15,11 @@ inline uint64 load_bits(const uint64* mask, int64 first, int64 length) {
   return length < 64 ? bits & ((uint64{1} << length) - 1) : bits;
 }
 
-// Entries that list_bits may overwrite after the end of a list.
+// The number of entries after the end of a list that list_bits may overwrite.
 constexpr int64 kListSlack = 8;
 
 #if defined(__x86_64__)
-// count_bits with the instruction that counts the bits of a word.
+// count_bits with the instruction popcnt, which counts the bits of a word.
 __attribute__((target("popcnt"))) inline int64 count_bits_popcnt(const uint64* mask, int64 first, int64 length) {
   int64 count = 0;
   for (int64 i = 0; i < length; i += 64) {
@@ -28,8 +28,8 @@ __attribute__((target("popcnt"))) inline int64 count_bits_popcnt(const uint64* m
   return count;
 }
 
-// list_bits without branches that depend on bits: stores eight positions for each byte of the mask, those of set bits
-// first, and advances by the number of set bits.
+// list_bits without branches that depend on bits. For each byte of the mask, it stores eight positions, first those of
+// the set bits, and advances by the number of set bits.
 __attribute__((target("avx2,popcnt"))) inline void list_bits_avx2(const uint64* mask, int64 first, int64 length,
                                                                   int64 ranges, int64 base, int32_t* indices,
                                                                   int64* offsets) {
@@ -63,9 +63,9 @@ inline int64 count_bits(const uint64* mask, int64 first, int64 length) {
   return count;
 }
 
-// Lists the positions, from `first` on, of the bits that are set in `ranges` adjacent ranges of `length` bits. Stores
-// `base` plus the number of positions before each range in `offsets`. `indices` must have room for kListSlack more
-// entries.
+// Lists the set bits of `ranges` adjacent ranges of `length` bits. The first range begins at bit `first`, and positions
+// are counted from there. offsets[i] is `base` plus the number of positions listed before range i. `indices` must have
+// room for kListSlack more entries than there are set bits.
 inline void list_bits(const uint64* mask, int64 first, int64 length, int64 ranges, int64 base, int32_t* indices,
                       int64* offsets) {
 #if defined(__x86_64__)

@@ -1,7 +1,8 @@
-// CPU kernels of linear layers and convolutions whose input is mostly zeros. A zero takes part in no multiplication: it
-// only costs a bit in the mask that is read to list the other elements, row by row of an image. For a pixel of the
-// output, forward sums, over the elements listed in its window, the element times a row of the transposed weight. The
-// gradient of the weight uses the same lists, sorted by channel, and sums rows of the output's gradient likewise.
+// CPU kernels of linear layers and convolutions whose input is mostly zeros. Zeros are not multiplied. A mask has one
+// bit per element of the input. From the mask, the kernels list the elements that are not zero in each row of an image.
+// Forward multiplies each listed element in the window of an output pixel by a row of the transposed weight, and sums
+// these products. The gradient of the weight sorts the lists by channel, and sums rows of the output's gradient in the
+// same way.
 #include "cpu/spikes.h"
 
 #include <ATen/Parallel.h>
@@ -20,7 +21,7 @@ namespace {
 
 constexpr int64 kElementsPerTask = 65536;  // about the fewest that are worth a thread
 
-// An array that is not initialised, and aligned to cache lines: a vector that crosses a line takes two loads.
+// An uninitialised array that is aligned to cache lines. Loading a vector that crosses a line would access two lines.
 struct AlignedDelete {
   void operator()(void* memory) const { ::operator delete(memory, std::align_val_t(64)); }
 };
@@ -32,7 +33,8 @@ AlignedArray<Element> allocate_aligned(int64 elements) {
   return AlignedArray<Element>(static_cast<Element*>(::operator new(bytes, std::align_val_t(64))));
 }
 
-// Lists the elements of x that are not zero, in order, each by its index in its row of an image, [width * channels].
+// Lists the elements of x that are not zero, in memory order. The index of an element is its offset in its row of an
+// image, [width * channels].
 template <class Real>
 class SpikeLists {
  public:
@@ -63,7 +65,7 @@ class SpikeLists {
   // The number of listed elements.
   int64 count() const { return offsets_[pixels_]; }
   int64 num_pixels() const { return pixels_; }
-  // The address of the entries from a pixel on. Pixels are counted over all images.
+  // The address at which the list of a pixel begins. Pixels are numbered over all images.
   const int32_t* pixel_indices(int64 pixel) const { return indices_.get() + offsets_[pixel]; }
   const int32_t* indices() const { return indices_.get(); }
   const Real* values() const { return values_; }  // of the listed elements; null: all are 1
@@ -75,14 +77,14 @@ class SpikeLists {
   const Real* values_;
 };
 
-// Adjacent entries of a list of indices. The element of each entry is multiplied by row `index + base` of a matrix.
+// Adjacent indices of a list. The element of each index is multiplied by row `index + base` of a matrix.
 struct Segment {
   const int32_t* first;
   int32_t count, base;
 };
 
-// Finds the listed elements in the windows of the output's pixels [first, last), as segments [kernel_height, pixels],
-// one for each row of a window. The matrix of Segment is the transposed weight.
+// Finds the listed elements in the windows of the output's pixels [first, last). Stores them as segments
+// [kernel_height, pixels], one for each row of a window. In Segment, the matrix is the transposed weight.
 template <class Real>
 void find_window_segments(const SpikeShape& shape, const SpikeLists<Real>& lists, int64 first, int64 last,
                           Segment* segments) {
@@ -116,7 +118,7 @@ void find_window_segments(const SpikeShape& shape, const SpikeLists<Real>& lists
   }
 }
 
-// Arguments of out[i, j] = start[i, j] + sum over the segments of row i of value * b[index + base, j].
+// Arguments of out[i, j] = start[i, j] + sum of value * b[index + base, j] over the elements in the segments of row i.
 template <class Real>
 struct ListedProduct {
   const Segment* segments;  // [segments_each, rows]
@@ -156,7 +158,7 @@ struct ListedProductLoop {
     });
   }
 
-  // compute_block with the factors values_of(segment), which are functions as for add_listed_rows.
+  // Computes a block as compute_block does. values_of(segment) returns the `value` that add_listed_rows takes.
   template <int kVectors, class Values>
   static ASGL_HOST_DEVICE void compute_rows(const Args& args, int64 column, const Values& values_of) {
     const int64 width = args.columns - column;
@@ -178,7 +180,7 @@ struct ListedProductLoop {
 };
 
 #if defined(__x86_64__)
-// Transposes 8 x 8 elements, to[j, i] = from[i, j], by halves of four.
+// Transposes 8 x 8 elements, to[j, i] = from[i, j].
 __attribute__((target("avx2"))) inline void transpose_block(const float* from, int64 from_stride, float* to,
                                                             int64 to_stride) {
   __m256 a[8], b[8];
@@ -219,8 +221,8 @@ __attribute__((target("avx2"))) inline void transpose_block(const double* from, 
 }
 #endif
 
-// Transposes a matrix, to[j, i] = from[i, j]. The matrix with the larger stride between rows is accessed row by row,
-// because its rows compete for the same lines of the L1 cache.
+// Transposes a matrix, to[j, i] = from[i, j]. With AVX2, blocks of 8 x 8 elements follow the rows of the matrix with
+// the larger stride, because these rows compete for the same sets of the L1 cache.
 template <class Real>
 void transpose(const Real* from, int64 from_stride, int64 rows, int64 columns, Real* to, int64 to_stride) {
   int64 whole_rows = 0, whole_columns = 0;
@@ -253,8 +255,9 @@ void transpose(const Real* from, int64 from_stride, int64 rows, int64 columns, R
 // `count`, rounded up to a multiple of `multiple`.
 constexpr int64 round_up(int64 count, int64 multiple) { return (count + multiple - 1) / multiple * multiple; }
 
-// The number of columns of the transposed weight, [depth, columns], that are computed together, in whole panels. They
-// stay in a cache: near L1 if two panels have at most 64 KiB, or else in L2, as up to four panels of 512 KiB in all.
+// Returns how many columns of the transposed weight, [depth, columns], are computed together, so that they stay in a
+// cache. These columns are two panels if two panels have at most 64 KiB, and then stay in or near the L1 cache.
+// Otherwise they are four panels, or fewer if four have more than 512 KiB, and usually stay in the L2 cache.
 template <class Real>
 int64 columns_per_group(int64 depth, int64 columns) {
   constexpr int64 kNearL1 = (int64{1} << 16) / static_cast<int64>(sizeof(Real)), kInL2 = 8 * kNearL1;
@@ -270,13 +273,13 @@ void fill_column_group(const SpikeShape& shape, const Real* weight, int64 first,
   transpose(weight + first * depth, depth, std::min(group, shape.outputs - first), depth, b, group);
 }
 
-// Pixels of the output whose windows are found together.
+// The number of output pixels whose windows are found together.
 constexpr int64 kPixelsPerBatch = 256;
-// The mean number of elements listed in a row of a window from which all windows are computed row by row of the kernel.
-// The part of the weight that a row of the kernel multiplies then stays in the L1 cache, or near it. With fewer
-// elements, loading and storing the sums for each row takes longer.
+// If rows of windows have more listed elements than this on average, the kernel's first row is computed for all windows
+// found together, then its second row, and so on. The part of the weight that a row of the kernel uses then stays in or
+// near the L1 cache. With fewer elements, loading and storing the sums for each row takes longer than this saves.
 constexpr int64 kElementsByRow = 14;
-// The number of multiplications from which a task is worth a thread.
+// About the fewest multiplications that are worth a thread.
 constexpr double kProductsPerTask = 1 << 18;
 
 }  // namespace
@@ -346,18 +349,20 @@ namespace {
 
 // The gradient of the weight
 //
-// With stride 1, the sum over the spikes at (iy, ix) of channel c:
-//   dweight[ky, kx, c] = sum of x * grad[iy + padding - ky, ix + padding - kx]
-// For one ky, the terms of a spike for all kx are adjacent in memory, in reverse order of kx. One list of a channel's
-// spikes therefore serves the whole kernel: for each ky, a spike adds one contiguous row. `grad` has zeros outside of
-// the image. With a larger stride, the same holds for each phase: the pixels of x with one value of
-// (coordinate + padding) % stride in each dimension, and the elements of the kernel that multiply them.
+// With stride 1, the gradient of channel c is a sum over the channel's spikes, at (iy, ix):
+//   dweight[ky, kx, c] = sum of x[iy, ix, c] * grad[iy + padding - ky, ix + padding - kx]
+// Outside of the image, `grad` is zero. For one ky, a spike adds terms for all kx. These terms are adjacent in grad_, a
+// copy of `grad` for some output channels, in reverse order of kx. For each ky, a spike therefore adds one contiguous
+// row of grad_. One list of the channel's spikes serves the whole kernel.
+// With a larger stride, the same holds for each phase. A phase consists of the pixels of x with the same (coordinate +
+// padding) % stride in each dimension, and of the elements of the kernel that multiply these pixels.
 
-// One dimension of images: sizes of x, of the kernel and of the output.
+// The sizes of x, of the kernel and of the output in one dimension of the images.
 struct Axis {
   int64 size, kernel, stride, padding, out;
 
-  // The last coordinate of the output whose window begins at coordinate i of x or before it.
+  // The last coordinate of the output whose window begins at coordinate i of x or before it. It may be beyond the end
+  // of the output.
   int64 last_output(int64 i) const { return (i + padding) / stride; }
   // The largest number of outputs before last_output(i) whose windows contain i.
   int64 num_earlier_outputs() const { return (kernel - 1) / stride; }
@@ -369,7 +374,8 @@ struct Taps {
   int64 first, count;
 };
 
-// Lists the elements of the kernel in one dimension: together by phase, or each by itself.
+// Lists the elements of the kernel in one dimension. An entry is all elements of a phase, or one element without
+// `by_phase`.
 inline std::vector<Taps> list_taps(const Axis& axis, bool by_phase) {
   std::vector<Taps> result;
   for (int64 first = 0; first < (by_phase ? std::min(axis.kernel, axis.stride) : axis.kernel); ++first) {
@@ -379,7 +385,8 @@ inline std::vector<Taps> list_taps(const Axis& axis, bool by_phase) {
 }
 
 // Calls f(i, o) for each coordinate i in [begin, end) of x that the taps multiply. The first of the taps multiplies i
-// in the window of output o, the next one in the window of output o - 1, and so on.
+// in the window of output o, the next one in the window of output o - 1, and so on. Some of these outputs may be
+// outside of the image.
 template <class F>
 void for_each_tap_coordinate(const Axis& axis, const Taps& taps, int64 begin, int64 end, const F& f) {
   const int64 shift = axis.padding - taps.first, from = std::max<int64>(begin + shift, 0);
@@ -390,14 +397,15 @@ void for_each_tap_coordinate(const Axis& axis, const Taps& taps, int64 begin, in
   }
 }
 
-// The largest number of channels of a task, whose lists fit in the L2 cache, and the smallest, worth a thread.
+// A task has at most kMaxTaskChannels channels, whose lists then usually fit in the L2 cache. Each kMinTaskChannels
+// channels are worth a thread.
 constexpr int64 kMaxTaskChannels = 1024, kMinTaskChannels = 8;
 // The approximate number of pixels of the output to which a tile of x contributes.
 constexpr int64 kTilePixels = 512;
 
-// Computes the gradient of the weight for the channels [first, last). For each tile of x, in order, it sorts the spikes
-// by channel, and then adds the gradients that they select to sums. With `by_phase`, x must be finite, because elements
-// at the border multiply zeros.
+// Computes the gradient of the weight for the channels [first, last). For each tile of x, it sorts the tile's spikes by
+// channel, and then adds the products of the spikes and the output's gradients to sums. With `by_phase`, x must be
+// finite, because spikes at the border then multiply zeros outside of the image.
 template <class Real>
 class ChannelGradient {
  public:
@@ -408,7 +416,7 @@ class ChannelGradient {
     for (const Taps& y : list_taps(rows_, by_phase)) {
       for (const Taps& x : list_taps(columns_, by_phase)) phases_.push_back({y, x});
     }
-    // A stride beyond the image counts as the image's size: the product of two large strides might overflow.
+    // A stride beyond the image counts as the image's size, because the product of two large strides might overflow.
     const int64 pixels =
         kTilePixels * std::min(shape_.stride_height, shape_.height) * std::min(shape_.stride_width, shape_.width);
     tile_columns_ = std::min(shape_.width, pixels);
@@ -419,7 +427,8 @@ class ChannelGradient {
     out_rows_ = (tile_rows_ - 1) / shape_.stride_height + 2 + rows_.num_earlier_outputs();
     const int64 met = tile_images_ * ((tile_rows_ - 1) / shape_.stride_height + 1) *
                       ((tile_columns_ - 1) / shape_.stride_width + 1);  // pixels of a tile and a phase, at most
-    // Not a power of two, since the ends of the lists would then compete for the same cache lines.
+    // Adds 32 because the capacity would often be 512, a power of two, at which the ends of the lists compete for the
+    // same sets of the cache.
     capacity_ = round_up(met, 32) + 32;
     const int64 listed = static_cast<int64>(phases_.size()) * channels_;
     sorted_.resize(static_cast<size_t>(listed));
@@ -447,8 +456,8 @@ class ChannelGradient {
   }
 
  private:
-  // The number of outputs that are computed together, small enough that a tile's gradients, 64 KiB, stay near the L1
-  // cache.
+  // The number of output channels that are computed together. Their gradients for a tile take about 64 KiB, and so stay
+  // in or near the L1 cache.
   static constexpr int64 kGroup = kPanelColumns<Real>;
 
   struct Phase {
@@ -460,7 +469,8 @@ class ChannelGradient {
     int64 image, end_image, row, end_row, column, end_column;
   };
 
-  // Lists the spikes of a tile by phase and channel. The index of a spike is the first pixel of grad_ that it adds.
+  // Lists the spikes of a tile by phase and channel. The index that is stored for a spike is the first pixel of grad_
+  // that the spike multiplies.
   void sort_spikes(const Tile& tile) {
     for (size_t i = 0; i < sorted_.size(); ++i) sorted_[i] = {&indices_[static_cast<int64>(i) * capacity_], 0, 0};
     const bool part = channels_ < shape_.channels;
@@ -492,7 +502,8 @@ class ChannelGradient {
     }
   }
 
-  // Adds the gradients that the tile's lists select to the sums of kGroup outputs, from `output` on.
+  // Adds the products of the tile's spikes and the output's gradients to the sums of kGroup output channels, from
+  // `output` on.
   void add_output_gradients(const Tile& tile, int64 output) {
     copy_output_gradients(tile, output);
     Real* sums = &sums_[output * channels_ * shape_.kernel_height * shape_.kernel_width];
@@ -511,8 +522,8 @@ class ChannelGradient {
     }
   }
 
-  // Copies the gradients of kGroup outputs, from `output` on, to grad_, at the pixels to which the tile may contribute.
-  // Pixels outside of the image get zeros.
+  // Copies the gradients of kGroup output channels, from `output` on, to grad_. Copies those pixels of the output to
+  // which the tile may contribute. Pixels outside of the image get zeros.
   void copy_output_gradients(const Tile& tile, int64 output) {
     const int64 width = std::min(kGroup, shape_.outputs - output);
     const int64 rows = rows_.last_output(tile.end_row - 1) + 1 - first_out_row(tile);
@@ -535,7 +546,7 @@ class ChannelGradient {
     }
   }
 
-  // Stores the sums in grad_weight: transposes them, and puts the elements of the kernel in their order.
+  // Stores the sums in grad_weight, transposed, with the elements of the kernel in ascending order.
   void store_gradient() {
     const int64 depth = shape_.depth();
     const Real* sums = sums_.get();
@@ -582,7 +593,8 @@ class ChannelGradient {
 template <class Real>
 void spike_weight_gradient(const SpikeGradientParams<Real>& params) {
   const SpikeLists<Real> lists(params.shape, params.x);
-  // With by_phase, elements at the border multiply zeros, which would make a NaN of an infinite element.
+  // With by_phase, elements of x at the border multiply zeros outside of the image. The products of infinity and NaN
+  // with these zeros would wrongly be NaN.
   const bool by_phase = lists.values() == nullptr || std::all_of(lists.values(), lists.values() + lists.count(),
                                                                  [](Real value) { return std::isfinite(value); });
   const int64 channels = params.shape.channels, threads = at::get_num_threads();

@@ -11,8 +11,9 @@ void spike_product(const SpikeProductParams<Real>& params);
 template <class Real>
 void spike_weight_gradient(const SpikeGradientParams<Real>& params);
 
-// Panels are a copy of the weight in the order in which spike_product reads it, with outputs padded to whole groups of
-// columns. spike_panels_size returns the number of elements, and fill_spike_panels writes all but the padding.
+// Panels are a copy of the weight in the order in which spike_product reads it. The number of outputs is padded to
+// whole groups that are computed together. spike_panels_size returns the number of elements of the panels, and
+// fill_spike_panels writes all of these but the padding.
 template <class Real>
 int64 spike_panels_size(const SpikeShape& shape);
 template <class Real>
@@ -22,8 +23,8 @@ void fill_spike_panels(const SpikeShape& shape, const Real* weight, Real* panels
 template <class Real>
 void transpose_each(const Real* from, int64 count, int64 rows, int64 columns, Real* to);
 
-// Pack x as PackedSpikes. pack_spike_mask writes the bits, in whole words, and returns whether all elements that are
-// not zero are 1. pack_spike_values writes these elements, in order.
+// Pack x as PackedSpikes. pack_spike_mask writes the mask, in whole words, and returns whether all elements that are
+// not zero are 1. pack_spike_values writes the elements that are not zero, in order.
 template <class Real>
 bool pack_spike_mask(const Real* x, int64 length, uint64* mask);
 template <class Real>

@@ -41,13 +41,13 @@ void for_each_tile_range(const SequenceShape& shape, Task&& task) {
   at::parallel_for(0, num_tiles(shape), grain, [&](int64_t begin, int64_t end) { task(begin, end); });
 }
 
-// Sets the size of tiles and their number.
+// Sets the size and the number of the tiles.
 template <class Scalar>
 void plan_tiles_on(Device, LIFParams<Scalar>& params) {
   params.tiles = {kTile, num_tiles(params.shape)};
 }
 
-// Fills a row with a parameter, or with its inverse, for each neuron of a tile.
+// Fills a row with a parameter's value, or its inverse, for each neuron of a tile at step t.
 template <class Real>
 void fill_parameter_row(const ParameterView<Real>& parameter, const Tile& tile, int64 t, Real* row,
                         bool inverse = false) {
@@ -66,8 +66,8 @@ void fill_parameter_row(const ParameterView<Real>& parameter, const Tile& tile, 
                            inverse, row});
 }
 
-// The random draws of a tile for the steps of a segment. If analog_prob is 0 or 1 nothing is drawn, and rows are 0,
-// which is below every analog_below but 0.
+// The random draws of a tile for the steps of a segment. If analog_prob is 0 or 1, nothing is drawn, and all draws are
+// 0. For analog_prob = 0, no element is then analog, because analog_below is 0. For analog_prob = 1, every element is.
 class TileNoise {
  public:
   explicit TileNoise(const NoiseParams& noise)
@@ -110,8 +110,8 @@ class TileNoise {
   std::array<int64, kPairs> pairs_;
 };
 
-// The first `count` parameters for the neurons of a tile: one value of each for all neurons, or a row of each. They are
-// read again only if they may differ for the new tile or step.
+// The first `count` parameters for the neurons of a tile. Either all neurons share one value of each parameter, or each
+// parameter has a row of values. Parameters are read again only if they may differ for a new tile or step.
 template <class Real>
 class TileNeurons {
  public:
@@ -143,7 +143,8 @@ class TileNeurons {
     }
   }
 
-  // Calls f(neurons) with a UniformNeuron, or with `Neurons`, which is NeuronRows or SettledRows.
+  // Calls f(neurons). If the neurons share all parameters, `neurons` is a UniformNeuron. Otherwise its type is
+  // `Neurons`, which is NeuronRows or SettledRows.
   template <class Neurons, class F>
   void with_neurons(F&& f) const {
     if (shared_) return f(UniformNeuron<Real>{values_});
@@ -166,8 +167,8 @@ class TileNeurons {
   // Lets row_[id] point to the parameter's values for the tile: in place where possible, otherwise in a filled row.
   void fill_row(int id, const Tile& tile, int64 t) {
     const ParameterView<Real>& parameter = parameters_[id];
-    // Tiles that start at the same phase of a parameter's pattern have the same row: no tile is longer than an earlier
-    // tile, so that a row that was filled before is long enough.
+    // Tiles that start at the same phase of a parameter's pattern use the same row. A row that was filled for an
+    // earlier tile is long enough, because no tile is longer than the tiles before it.
     const int64 phase = parameter.is_same_for_all() ? 0 : tile.first % (parameter.inner * parameter.count);
     const std::array<int64, 2> pattern = {phase, is_per_step(id) ? t : 0};
     if (patterns_[id] == pattern) return;
@@ -196,14 +197,14 @@ class TileNeurons {
   int64 first_ = -1, t_ = -1;
 };
 
-// Whether the values of the parameter repeat in a tile. A tile then stores one sum for each value, in the first `count`
-// slots of its neurons.
+// Whether the parameter does not change over time, and its values repeat within a tile. A tile then stores one partial
+// sum for each value, in the first `count` slots of its neurons.
 template <class Real>
 bool is_interleaved(const ParameterView<Real>& parameter) {
   return parameter.step_stride == 0 && parameter.is_interleaved_in(kTile);
 }
 
-// The address of the tile's first slot, for step t if the parameter changes over time.
+// The address of the tile's first slot for partial sums, at step t if the parameter changes over time.
 template <class Real>
 Real* first_slot(const GradientPartials<Real>& partials, const ParameterView<Real>& parameter, const Tile& tile,
                  int64 t) {
@@ -211,8 +212,8 @@ Real* first_slot(const GradientPartials<Real>& partials, const ParameterView<Rea
          partials.slot_index(parameter.inner, tile.first / parameter.inner, tile.index);
 }
 
-// Sums the tile's row of gradient terms over each run of neurons that share a value, and stores the sums in the tile's
-// slots.
+// Sums the tile's row of gradient terms, and stores the sums in the tile's slots. An interleaved parameter has one sum
+// for each value. Any other parameter has one sum for each run of neurons that share a value.
 template <class Real>
 void store_partial_sums(const GradientPartials<Real>& partials, const ParameterView<Real>& parameter, const Tile& tile,
                         int64 t, const Real* row) {
@@ -233,10 +234,10 @@ void store_partial_sums(const GradientPartials<Real>& partials, const ParameterV
   run<RunSumsLoop<Real>>({row, tile_runs(tile, parameter.inner), slots});
 }
 
-// The input current of a tile, for parameters that do not change over time. It is x itself (a plain input)
-// if gain, bias and mean change nothing and there is no residual. For long stretches of neurons that share the
-// parameters, loops use scalars. Otherwise they use rows, which are only as long as the parameters' period, to save
-// cache.
+// The input current of a tile, for a gain, bias and mean that do not change over time. The current is x itself (a plain
+// input) if these parameters change nothing and there is no residual. If long stretches of neurons share the
+// parameters, loops use scalars. Otherwise loops use rows. If the parameters repeat within a tile, a row may contain
+// only one or a few periods, to save cache.
 template <class Real>
 class TileInput {
  public:
@@ -257,7 +258,7 @@ class TileInput {
       inner_ = parameter.inner;
       count_ = parameter.count;
     }
-    // Scalars need stretches of at least two blocks of kInputSums, otherwise rows are used.
+    // Rows are used if the parameters are not alike, or if stretches are shorter than two blocks of kInputSums neurons.
     in_rows_ = !alike || (inner_ > 0 && inner_ < 2 * kInputSums);
     if (alike && inner_ == 1 && count_ <= kTile) period_ = std::max<int64>(1, kInputSums / count_) * count_;
   }
@@ -265,7 +266,8 @@ class TileInput {
   // Whether the current is x itself.
   bool is_plain() const { return plain_; }
 
-  // Reads the parameters for a tile. Rows stay as they are if both tiles start at the same value of the period.
+  // Reads the parameters for a tile. Rows shorter than a tile are kept if the tile before started at the same position
+  // of the period.
   void move_to(const Tile& tile) {
     if (plain_) return;
     const bool same_rows = filled_ && period_ < kTile && tile.first % count_ == tile_.first % count_;
@@ -287,14 +289,15 @@ class TileInput {
     std::fill_n(bias_sum_, kTile, Real(0));
   }
 
-  // Computes a row of the current from a row of x, if the input is not plain. `residual` is null if the call has none.
+  // Computes a row of the current from a row of x, for an input that is not plain. `residual` is null without a
+  // residual.
   void compute_current(const Real* x, const Real* residual, Real* current) {
     residual == nullptr ? compute_current_row<false>(x, nullptr, current)
                         : compute_current_row<true>(x, residual, current);
   }
 
-  // Computes a row of dx from dc, a row of the gradient of the current, if the input is not plain. Adds the row's terms
-  // to the sums for the gradients of gain and bias.
+  // Computes a row of dx from dc, a row of the gradient of the current, for an input that is not plain. Adds the row's
+  // terms to the sums for the gradients of gain and bias.
   void compute_input_gradient(const Real* x, const Real* dc, Real* dx) {
     if (in_rows_) {
       run<InputCurrentAdjointLoop<Real, true>>({x, dc, rows(), gain_sum_, bias_sum_, dx, tile_.length});
@@ -308,8 +311,8 @@ class TileInput {
     }
   }
 
-  // Stores the tile's partial sums of the gradient of kInputGain or kInputBias, over the neurons that share a value.
-  // The tile's steps are done, so gain_ serves as a buffer.
+  // Stores the tile's partial sums of the gradient of kInputGain or kInputBias. If loops use scalars, gain_ is not a
+  // row of the gain, and serves as a buffer here.
   void store_partial_sums(ParameterId id, const GradientPartials<Real>& partials) {
     const ParameterView<Real>& parameter = parameters_[id];
     const Real* sums = id == kInputGain ? gain_sum_ : bias_sum_;
@@ -330,7 +333,7 @@ class TileInput {
   }
 
  private:
-  // compute_current with kResidual as a constant.
+  // compute_current, compiled with a residual and without.
   template <bool kResidual>
   void compute_current_row(const Real* x, const Real* residual, Real* current) {
     if (in_rows_) {
@@ -361,7 +364,8 @@ class TileInput {
   Real residual_gain_;
   bool plain_, in_rows_ = false;
   int64 inner_ = 0, count_ = 1;  // inner and count of the non-uniform parameters; inner is 0 if there are none
-  // The length of the rows. With few values, it is the largest multiple of count up to kInputSums, but at least count.
+  // The length of the rows: kTile, or less if all values repeat every count_ neurons of a tile. It is then the largest
+  // multiple of count_ up to kInputSums, but at least count_.
   int64 period_ = kTile;
   Rows<Real> rows_;
   Real *gain_ = nullptr, *bias_ = nullptr, *mean_ = nullptr;
@@ -370,8 +374,8 @@ class TileInput {
   bool filled_ = false;
 };
 
-// The input of the general loops: x itself, or if there is a residual, the current. The loops then get neurons whose
-// gain is 1 and whose bias and mean are 0.
+// The input of the general loops, which is x, or the current if there is a residual. For a current, loops need neurons
+// with gain 1, bias 0 and mean 0.
 template <class Scalar>
 class GeneralInput {
   using Real = Real_t<Scalar>;
@@ -385,8 +389,8 @@ class GeneralInput {
     std::fill_n(zeros_, kTile, Real(0));
   }
 
-  // Calls f(neurons, row): without a residual with the neurons as they are and x, and with one with neurons of gain 1,
-  // bias 0 and mean 0 and the current.
+  // Calls f(neurons, row). Without a residual, these are the given neurons and x. With a residual, they are the neurons
+  // with gain 1, bias 0 and mean 0, and the current.
   template <class Neurons, class F>
   void with_input(const Tile& tile, int64 t, const Real* x, const Neurons& neurons, F&& f) {
     if (params_.residual == nullptr) return f(neurons, x);
@@ -413,20 +417,20 @@ class GeneralInput {
   Real *buffer_ = nullptr, *current_ = nullptr, *ones_ = nullptr, *zeros_ = nullptr;
 };
 
-// Reads a row of a state from from[offset] on. If `from` is null, fills the row with `otherwise`.
+// Reads a row of a state, which begins at from[offset]. If `from` is null, fills the row with `otherwise`.
 template <class Real>
 void load_state(const Real* from, int64 offset, Real otherwise, int64 length, Real* row) {
   if (from == nullptr) return run<FillLoop<Real>>({otherwise, row, length});
   std::copy_n(from + offset, length, row);
 }
 
-// Stores a row of a state from to[offset] on, unless `to` is null.
+// Stores a row of a state at to[offset], unless `to` is null.
 template <class Real>
 void store_state(const Real* row, int64 length, Real* to, int64 offset) {
   if (to != nullptr) std::copy_n(row, length, to + offset);
 }
 
-// The offset in the checkpoints of the tile's v after `steps` steps.
+// The offset of the tile's v after `steps` steps in the checkpoints.
 inline int64 checkpoint_offset(const Tile& tile, int64 steps) {
   return (steps / kCheckpointSteps - 1) * tile.shape.neurons() + tile.first;
 }
@@ -462,7 +466,8 @@ void store_states(const StateRows<kNumStates, Real>& rows, int64 length, Real* t
   }
 }
 
-// Reads the states before step `start`, the first of a segment: from a checkpoint, or the initial states.
+// Reads the states before step `start`, the first step of a segment. They are in a checkpoint, or are the initial
+// states if `start` is 0.
 template <size_t kNumStates, class Scalar>
 void load_start_states(const BackwardParams<Scalar>& params, const Tile& tile, int64 start,
                        const StateRows<kNumStates, Real_t<Scalar>>& rows) {
