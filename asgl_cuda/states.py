@@ -199,26 +199,27 @@ def _remove_time_dim(output: Tensor, x_t: Tensor, time_dim: int) -> Tensor:
 def step(model: nn.Module, x_t: Tensor, *, time_dim: int | None = None) -> Any:
     """Calls a model for one time step. Input and output have no time dimension, and layers keep their states.
 
-    In evaluation, T calls compute the same as one call with a sequence of T steps, up to rounding. In training, each
-    step draws new noise, and `BatchNormLIF` normalises by the statistics of that step. Layers of asgl_cuda need not be
-    `stateful`. After `asgl_cuda.reset(model)` they start at rest again. Layers of SpikingJelly, snnTorch and sinabs
-    carry their states as usual, converted or not. If all layers take one step per call, such as SpikingJelly's in step
-    mode "s", the model gets x_t without a time dimension.
+    In evaluation, T calls compute the same as one call with a sequence of T steps, up to rounding (see `model` for an
+    exception). In training, each step draws new noise, and `BatchNormLIF` normalises by the statistics of that step.
+    Layers of asgl_cuda need not be `stateful`. After `asgl_cuda.reset(model)` they start at rest again. Layers of
+    SpikingJelly, snnTorch and sinabs carry their states as usual, also after `convert`. If all neurons take one step
+    per call, as SpikingJelly's do in step mode "s", the model gets x_t without a time dimension.
 
     Args:
-        model: any module that takes a sequence and returns one, with time in the same dimension. If its own forward
-            keeps a state or mixes time steps, for example by `asgl_cuda.lif`, a shift or attention, results differ from
-            those for a sequence, which is not detected. To compile, call `asgl_cuda.step(torch.compile(model), x_t)`,
-            which does not check the calls of layers.
+        model: any module that takes a sequence and returns one, with time in the same dimension. The results of T steps
+            differ from those for a sequence, without an error, if the model's own forward keeps a state or combines
+            several time steps, for example by `asgl_cuda.lif`, a shift in time or attention over time. To compile, call
+            `asgl_cuda.step(torch.compile(model), x_t)`. In compiled code, the calls of layers are not checked.
         x_t: the input of the step, `[B, ...]`.
         time_dim: dimension of time in the model's input and output; default the `time_dim` of the layers.
 
     Returns the model's output, with the time dimension removed from all tensors, also in tuples, lists and dicts.
 
-    Raises TypeError if an argument has a wrong type, and ValueError if layers differ in time_dim and none is given, if
-    x_t has too few dimensions for time_dim, or if the output has no time dimension. Raises RuntimeError if a layer
-    can't carry its state from call to call, gets several time steps, is called twice in a step, gets its state from
-    the model's forward, or is reset by it. After an error some layers may have taken the step, so reset the model.
+    Raises TypeError if an argument has a wrong type, and ValueError if layers differ in time_dim and the argument
+    `time_dim` is None, if x_t has too few dimensions for time_dim, or if the output has no time dimension. Raises
+    RuntimeError if a layer can't carry its state from call to call, gets several time steps, or is called twice in a
+    step. Also raises RuntimeError if the model's own forward passes a state to a layer or resets a layer. After an
+    error some layers may have taken the step, so reset the model.
 
     Example::
 
@@ -270,8 +271,8 @@ def step(model: nn.Module, x_t: Tensor, *, time_dim: int | None = None) -> Any:
 def reset(model: nn.Module) -> None:
     """Clears the states that the layers of a model carry, such as potentials, so that their next call starts at rest.
 
-    `reset` also resets the layers of SpikingJelly, snnTorch and sinabs, converted or not. Norse's layers carry no
-    state.
+    `reset` also resets the layers of SpikingJelly, snnTorch and sinabs, before and after `convert`. Norse's layers
+    carry no state.
 
     Raises TypeError if `model` is not a module.
 
@@ -288,8 +289,8 @@ def reset(model: nn.Module) -> None:
 def detach(model: nn.Module) -> None:
     """Detaches the states that the layers of a model carry, for truncated backpropagation through time.
 
-    The next call continues from the same states, and its backward stops at them. `detach` works for the same layers as
-    `asgl_cuda.reset`.
+    The next call continues from the same states, but no gradient passes back through them. `detach` works for the same
+    layers as `asgl_cuda.reset`.
 
     Raises TypeError if `model` is not a module.
 

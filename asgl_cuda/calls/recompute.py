@@ -245,30 +245,29 @@ def recompute_spikes(model: nn.Module | None = None) -> Any:
     """Makes backward recompute spikes, bit for bit, instead of storing them.
 
     Layers after asgl_cuda's neurons, such as convolutions and linear layers, usually store their input for backward.
-    Recomputing the spikes of a call takes one more forward kernel of the neurons, which serves all layers that need
-    these spikes.
+    Backward runs the forward kernel of a call of neurons once more, for all layers that need the spikes of this call.
 
     Args:
-        model: recompute the spikes of every forward pass of this model from now on, for training loops of other
-            libraries. With None, the result is a context to enter around the forward pass. Loss and backward may be
+        model: a model whose later forward passes all recompute spikes. Pass a model if a trainer calls it for you.
+            With None, the result is a context for a `with` statement around the forward pass. Loss and backward may be
             inside or outside of the context.
 
-    The following are stored as usual: outputs of dropout and pooling, concatenated or cast spikes, views of another
-    type, and spikes modified in place before use. If spikes are modified through ``.data`` or NumPy, which autograd
-    does not notice, backward computes with the unmodified ones.
+    The following are stored as usual: spikes of `RecurrentLIF` and of the backend "reference", outputs of dropout and
+    pooling, concatenated or cast spikes, views of another type, and spikes modified in place before use. If spikes are
+    modified through ``.data`` or NumPy, which autograd does not notice, backward computes with the unmodified spikes.
 
     Spikes are also stored as usual in functions that torch.func transforms, and if other hooks on saved tensors
     (torch.utils.checkpoint, save_on_cpu) are active inside or around the context. With torch.compile, the context may
     be around the compiled code or in it. The guide "Memory" lists what is stored after which layer.
 
     Returns:
-        A context manager and decorator, or the model.
+        `model` if it is given, otherwise a context manager, which is also a decorator.
 
     Raises:
         TypeError: model is not a module.
-        RuntimeError: in backward, if an input of neurons, or another tensor saved in the context, was modified in place
-            after forward; and if torch.func.grad, vjp, jacrev or hessian is called in the context, because they do not
-            support hooks on saved tensors.
+        RuntimeError: in backward, if a tensor saved in the context, such as the input of a `LIF`, was modified in place
+            after forward. Also if torch.func.grad, vjp, jacrev or hessian is called in the context, because these
+            functions do not support hooks on saved tensors.
 
     Example::
 

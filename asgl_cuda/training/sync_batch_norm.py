@@ -16,22 +16,23 @@ from ..neurons.batch_norm_lif import BatchNormLIF
 
 
 def convert_sync_batchnorm(model: nn.Module, process_group: Any = None) -> nn.Module:
-    """The model, with normalisations that share batch statistics between processes in training.
+    """Makes the batch normalisations of a model share their batch statistics between processes in training.
 
     Applies `torch.nn.SyncBatchNorm.convert_sync_batchnorm` in place, and also converts `BatchNormLIF`, which torch's
-    function skips. Layers that `asgl_cuda.fuse` has merged stay merged. Parameters and buffers stay.
+    function skips. Layers that `asgl_cuda.fuse` has merged stay merged. Parameters and buffers stay the
+    same tensors. In training, torch's `SyncBatchNorm` does not work on CPUs.
 
     Args:
         model: any module, before it is wrapped in `DistributedDataParallel`.
         process_group: the processes that share statistics; default all.
 
     Returns:
-        The model, or its replacement if the model itself is a normalisation.
+        The model itself, or a `SyncBatchNorm` if the model is a batch normalisation of torch.
 
     Raises:
         TypeError: model is not a module, or process_group is not a process group.
-        ValueError: a normalisation of SpikingJelly has step mode "m", which torch's layer would lose. Nothing is
-            changed then.
+        ValueError: a normalisation of SpikingJelly has step mode "m", but torch's `SyncBatchNorm` takes no time
+            dimension. Nothing is changed then.
 
     Example::
 
