@@ -65,6 +65,8 @@ def _reason_to_leave(layer: Any, shares: list[tuple[int, int]], kernels: bool) -
         return "there are kernels only for float32 and float64 on the CPU"
     if outputs < _FEW or (inputs < _FEW and not isinstance(layer, nn.Linear)):
         return f"too small to gain: it has fewer than {_FEW} {'outputs' if outputs < _FEW else 'channels'}"
+    if expected_speedup(layer, 0.0) < _LEAST_GAIN:
+        return f"too small to gain: it has {inputs} inputs and {outputs} outputs"
     share = _nonzero_fraction(shares)
     gains = expected_speedup(layer, share) >= _LEAST_GAIN
     return "" if gains else f"its input is too dense: {share:.2f} of it is not zero"
@@ -87,26 +89,28 @@ def to_spike_layers(model: nn.Module, example: Any) -> tuple[nn.Module, Report]:
     """Turns linear layers and convolutions whose inputs are mostly zero into spike layers.
 
     Args:
-        model: any module, with neurons of any library. The class of its Linear, Conv1d and Conv2d, torch's or
-            SpikingJelly's, is changed in place, so parameters, hooks and optimizers stay. If the model is compiled,
-            call torch.compile again.
-        example: an input of the model, or a tuple of its positional arguments. A copy of the model is evaluated with
-            it once, and the non-zero inputs of each layer are counted. Firing rates change during training, so use a
-            trained network.
+        model: any module, with neurons of any library. `to_spike_layers` changes the class of Linear, Conv1d and
+            Conv2d, of torch and of SpikingJelly, in place. Parameters, hooks and optimizers stay valid. If the model is
+            compiled, call torch.compile again.
+        example: an input of the model, or a tuple of its positional arguments. A copy of the model is called once with
+            the example, in evaluation mode, and the non-zero inputs of each layer are counted. Use a trained model,
+            because firing rates change during training.
 
-    Returns the model and a report. For each replaced layer the report has the fraction of non-zero inputs, and the
-    estimated speedup of an evaluation over torch's layer. The following are not replaced:
+    Returns the model and a report. For each replaced layer the report gives the fraction of non-zero inputs, and
+    estimates how many times as fast an evaluation of the layer becomes. The following layers are not replaced:
 
-    - layers with dense inputs, which first layers usually have, and layers that the example does not reach
+    - layers for which this estimate is less than 1.3, usually because their inputs are too dense, as in most first
+      layers
     - layers with fewer than 32 outputs, and convolutions with fewer than 32 input channels
-    - layers of other subclasses of torch's classes
-    - convolutions with groups or dilations
-    - layers for whose inputs there is no kernel, such as half types and GPUs
+    - layers that the example does not reach
+    - layers whose class is a subclass of Linear, Conv1d or Conv2d, except SpikingJelly's
+    - convolutions whose groups or dilation is not 1
+    - layers whose inputs are in a half type or on a GPU, for which there is no kernel
 
-    A spike layer uses the list of non-zero inputs even if later inputs are dense.
+    A replaced layer remains a spike layer if its inputs become dense later, and is then slower than torch's layer.
 
-    Raises TypeError if the model is not a module, and ValueError if it raises an error when it is called with
-    `example`. Errors of asgl_cuda and OutOfMemoryError are passed on.
+    Raises TypeError if the model is not a module, and ValueError if the model raises an error when it is called with
+    `example`. Errors of asgl_cuda and OutOfMemoryError are raised unchanged.
 
     Example::
 
@@ -153,9 +157,9 @@ def to_spike_layers(model: nn.Module, example: Any) -> tuple[nn.Module, Report]:
 
 
 def from_spike_layers(model: nn.Module) -> tuple[nn.Module, Report]:
-    """Turns the spike layers of a model back into torch's or SpikingJelly's layers, in place, after `to_spike_layers`.
+    """Turns the spike layers of a model back into torch's or SpikingJelly's layers, in place.
 
-    Returns the model and a report of these layers. Raises TypeError if the model is not a module.
+    Returns the model, and a report that lists these layers. Raises TypeError if the model is not a module.
 
     Example::
 

@@ -206,30 +206,31 @@ def linear_by_kernel(x: Tensor, weight: Tensor, bias: Tensor | None, panels: Ten
 
 
 def spike_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`torch.nn.functional.linear` for inputs that are mostly zero, such as spikes. It skips the zeros.
+    """`torch.nn.functional.linear` for inputs that are mostly zero, such as spikes.
 
     Args:
         input: `[..., in_features]`, with any values, also NaN and infinity.
         weight: `[out_features, in_features]`.
         bias: `[out_features]`.
 
-    On the CPU in float32 and float64, the sum of each output begins with the bias and adds the non-zero inputs in their
-    order. An output therefore has the same bits alone and in a batch, for any number of threads and, with AVX2 or
-    AVX-512, on any processor. If a weight is not finite and its input is zero, the weight has no effect on the output,
-    whereas torch's output is NaN.
+    On the CPU, in float32 and float64, zero inputs are skipped. Each output is then a sum that begins with the bias and
+    adds the products of non-zero inputs in their order. An output therefore has the same bits alone and in a batch, and
+    for any number of threads. It also has the same bits on all processors with AVX2 or AVX-512. If a weight is not
+    finite and its input is zero, the weight has no effect on the output, whereas torch's output is NaN.
 
-    `torch.nn.functional.linear` is used for other types, devices and layouts, under autocast, and in forward-mode
-    differentiation.
+    For other types, devices and layouts, under autocast, and in forward-mode differentiation,
+    `torch.nn.functional.linear` computes the output, and zeros are not skipped.
 
-    For the gradient of the weight, one bit per element is stored instead of the input, and the non-zero values if one
-    of them is not 1. In compiled code the input itself is stored.
+    For the gradient of the weight, one bit per element is stored instead of the input. If a non-zero value is not 1,
+    the non-zero values are also stored. The input itself is stored in compiled code, or if that takes less memory.
 
     Returns:
         `[..., out_features]`, differentiable once with respect to all arguments.
 
     Raises:
-        TypeError: input or weight is not a tensor.
-        ValueError: sizes do not fit; a RuntimeError where torch's operator is used.
+        TypeError: input or weight is not a tensor, or the bias has another dtype.
+        ValueError: sizes do not fit.
+        RuntimeError: sizes or dtypes do not fit, in the cases in which torch's operator computes the output.
 
     Example::
 
@@ -254,22 +255,25 @@ def spike_conv2d(
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
 ) -> Tensor:
-    """`torch.nn.functional.conv2d` for inputs that are mostly zero, such as spikes. It skips the zeros.
+    """`torch.nn.functional.conv2d` for inputs that are mostly zero, such as spikes.
 
     Args:
-        input: `[N, C, H, W]` or `[C, H, W]`, with any values, as in `spike_linear`. channels_last is fastest.
-        weight: `[out_channels, C, kernel_height, kernel_width]`.
+        input: `[N, C, H, W]` or `[C, H, W]`, with any values, as in `spike_linear`. The channels_last layout is
+            fastest.
+        weight: `[out_channels, C // groups, kernel_height, kernel_width]`.
         bias: `[out_channels]`.
         stride, padding, dilation, groups: as in torch.
 
-    The computation is that of `spike_linear`. torch's operator is also used for dilations and groups other than 1.
+    See `spike_linear` for the order of the sums, for what is stored for backward, and for the cases in which torch's
+    operator computes the output. torch's operator is also used if dilation or groups is not 1.
 
     Returns:
         `[N, out_channels, H', W']` or `[out_channels, H', W']`, differentiable once with respect to all tensors.
 
     Raises:
-        TypeError: input or weight is not a tensor.
-        ValueError: sizes do not fit; a RuntimeError where torch's operator is used.
+        TypeError: input or weight is not a tensor, or the bias has another dtype.
+        ValueError: sizes do not fit.
+        RuntimeError: sizes or dtypes do not fit, in the cases in which torch's operator computes the output.
 
     Example::
 

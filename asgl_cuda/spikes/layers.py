@@ -89,21 +89,23 @@ class _SpikeLayer(nn.Module):
 
 
 class SpikeLinear(_SpikeLayer, nn.Linear):
-    """`torch.nn.Linear` for inputs that are mostly zero, such as spikes. It skips the zeros.
+    """`torch.nn.Linear` for inputs that are mostly zero, such as spikes.
 
     Args:
-        in_features, out_features, bias, device, dtype: as in `torch.nn.Linear`. The state dict is also the same.
+        in_features, out_features, bias, device, dtype: as in `torch.nn.Linear`. The state dict is the same as that of
+            `torch.nn.Linear`.
 
     Shapes: `[..., in_features]` to `[..., out_features]`.
 
-    See `spike_linear` for the computation, and for the cases in which torch's operator is used. With hundreds of
-    features, we estimate that the layer is faster than `torch.nn.Linear` if at most about half of the inputs are
-    non-zero: see the guide "Layers that only spikes cost".
+    On the CPU, in float32 and float64, the layer skips zero inputs. See `spike_linear` for the computation, and for the
+    cases in which torch's operator is used. With hundreds of features, we estimate that the layer is faster on the CPU
+    than `torch.nn.Linear` if at most about half of the inputs are non-zero: see the guide "Layers that only spikes
+    cost".
 
-    In evaluation and without gradients, calls with a few samples, such as single time steps, use a transposed copy of
-    the weight. The layer keeps the copy until the weight changes, until a call needs a gradient of the weight, or until
-    ``train()`` or ``eval()`` is called. Changes through ``.data`` or NumPy are not noticed until then. In training, a
-    call with a single sample is slower than that of `torch.nn.Linear`.
+    In evaluation and without gradients, calls with small inputs, such as single time steps, use a transposed copy of
+    the weight. The layer keeps the copy until the weight changes, a call needs a gradient of the weight, or ``train()``
+    or ``eval()`` is called. The layer does not notice changes through ``.data`` or NumPy: call ``eval()`` after them.
+    In training, a call with a single vector is slower than with `torch.nn.Linear`.
 
     Raises the errors of `spike_linear`.
 
@@ -142,10 +144,11 @@ class _SpikeConv(_SpikeLayer):
 
 
 class SpikeConv1d(_SpikeConv, nn.Conv1d):
-    """`torch.nn.Conv1d` for inputs that are mostly zero, such as spikes. It skips the zeros.
+    """`torch.nn.Conv1d` for inputs that are mostly zero, such as spikes.
 
     Args:
-        in_channels, out_channels and so on: all arguments of `torch.nn.Conv1d`. The state dict is also the same.
+        in_channels, out_channels and so on: all arguments of `torch.nn.Conv1d`. The state dict is the same as that of
+            `torch.nn.Conv1d`.
 
     Shapes: `[N, in_channels, L]` or `[in_channels, L]`, as `torch.nn.Conv1d`.
 
@@ -159,17 +162,19 @@ class SpikeConv1d(_SpikeConv, nn.Conv1d):
 
 
 class SpikeConv2d(_SpikeConv, nn.Conv2d):
-    """`torch.nn.Conv2d` for inputs that are mostly zero, such as spikes. It skips the zeros.
+    """`torch.nn.Conv2d` for inputs that are mostly zero, such as spikes.
 
     Args:
-        in_channels, out_channels and so on: all arguments of `torch.nn.Conv2d`. The state dict is also the same.
+        in_channels, out_channels and so on: all arguments of `torch.nn.Conv2d`. The state dict is the same as that of
+            `torch.nn.Conv2d`.
 
     Shapes: `[N, in_channels, H, W]` or `[in_channels, H, W]`, as `torch.nn.Conv2d`. For sequences wrap the layer in
     `asgl_cuda.OverTime`.
 
-    See `spike_conv2d` for the computation, and for the cases in which torch's operator is used. See `SpikeLinear` for
-    the copy of the weight. We estimate that the layer is faster than `torch.nn.Conv2d` if at most about 0.4 of the
-    inputs are non-zero, or 0.27 with only 32 channels.
+    On the CPU, in float32 and float64, the layer skips zero inputs. See `spike_conv2d` for the computation, and for the
+    cases in which torch's operator is used. See `SpikeLinear` for the copy of the weight that calls with small inputs
+    use. With hundreds of channels, we estimate that the layer is faster on the CPU than `torch.nn.Conv2d` if at most
+    about 40 % of the inputs are non-zero. With only 32 channels, the limit is about 27 %.
 
     Raises the errors of `spike_conv2d`.
 

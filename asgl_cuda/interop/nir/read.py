@@ -26,35 +26,36 @@ _CALLER = "asgl_cuda.from_nir"
 
 
 def from_nir(graph: nir.NIRGraph, dt: float | None = None, *, dtype: torch.dtype | None = None) -> fx.GraphModule:
-    """Makes a torch module, which maps `[T, B, ...]` to `[T, B, ...]`, from a graph of NIR.
+    """Makes a torch module from a graph of NIR. The module maps `[T, B, ...]` to `[T, B, ...]`.
 
-    The module is in evaluation mode. Its submodules have the names of the nodes. A dot in a name separates levels of
-    modules, as in `get_submodule`. Characters other than letters, digits and `_` become `_`, and names that modules or
-    Python use already get an `_` at the end.
+    The module is in evaluation mode. Its submodules are named after the nodes. A dot in a name separates levels of
+    modules, as in `get_submodule`. Characters other than letters, digits and `_` become `_`. If a name is in use, such
+    as `forward` or `class`, an `_` is added at its end.
 
     Args:
         graph: a graph without cycles that has one Input and one Output. Between these there may be LIF, IF, CubaLIF,
             LI, I, CubaLI, Affine, Linear, Conv1d, Conv2d, AvgPool2d, SumPool2d, Flatten, Scale, Threshold and Delay. If
             several edges lead to a node, their values are added.
-        dt: length of the step for which the graph was written, in seconds, or in the graph's unit of tau. Nodes that
-            `to_nir` wrote contain this length, which is their default. For other nodes the default is 1e-4.
+        dt: length of a time step, in the unit of the graph's time constants, usually seconds. Neurons that `to_nir`
+            wrote contain their own `dt`, so leave this argument out for them. For other nodes the default is 1e-4.
         dtype: dtype of all weights and parameters; default `torch.get_default_dtype()`.
 
     LIF and IF become asgl_cuda.LIF, and LI and I become asgl_cuda.LeakyIntegrator. CubaLIF becomes a Sequential of a
     LeakyIntegrator, which computes the synaptic current, and a LIF. CubaLI becomes a Sequential of two
     LeakyIntegrators. Threshold becomes a LIF with decay 0, and Delay a module that takes whole sequences. If the gain
-    of an integrator differs between neurons, a module before it multiplies by the gains. A node that `to_nir` wrote for
-    a layer of asgl_cuda becomes the same layer again, with its parameters, but with time first. Written neurons of
-    another library become a LIF with the default surrogate and width. Spike layers become Linear or convolutions, and a
-    BatchNormLIF becomes a LIF after weights that contain its normalisation. For nodes of other programs, options that
-    NIR does not have take the defaults of the layer. Decay, threshold and reset are then constants, one per neuron if
-    they differ.
+    of an integrator differs between neurons, a module before it multiplies by the gains. If `to_nir` wrote a LIF or
+    LeakyIntegrator of asgl_cuda, `from_nir` restores its options and parameters, but time is the first dimension. A
+    BatchNormLIF becomes a LIF after weights that contain the normalisation. Spike layers become Linear or convolutions.
+    If `to_nir` wrote a neuron of another library, it becomes a LIF with the default surrogate and width. For neurons of
+    other programs, options that NIR does not have take their default values. Decay, threshold and reset are then
+    constants, which may differ between neurons.
 
     Raises:
         ImportError: nir is not installed.
         TypeError: an argument is of another type.
-        ValueError: a node can't be represented, or contradicts its metadata. The message names the node. Also raised if
-            the graph has a cycle, or not exactly one Input and one Output, or if dt is not positive and finite.
+        ValueError: a node can't be represented, or contradicts its metadata. The message names the node. The error is
+            also raised if the graph has a cycle, if it does not have exactly one Input and one Output, or if dt is not
+            positive and finite.
     """
     nir = units.import_and_check_dt("nir", units.DT if dt is None else dt, _CALLER)
     check_device_and_dtype(None, dtype, _CALLER)

@@ -52,34 +52,36 @@ _SILENT = (  # layers without effect in evaluation
 def to_nir(
     model: nn.Module, example_input: Tensor, dt: float = units.DT, *, allow_soft_reset: bool = False
 ) -> nir.NIRGraph:
-    """Makes a graph of NIR from a model. The graph computes what the model computes in evaluation mode.
+    """Makes a graph of NIR from a model. The graph describes the model in evaluation mode.
 
     Args:
-        model: layers of asgl_cuda.LIF and LeakyIntegrator, Linear, Conv1d, Conv2d, AvgPool2d, Flatten and BatchNorm, in
-            sequence or connected by additions, in any modules that torch.fx can trace. A layer without time may be
-            between `x_seq.flatten(0, 1)` and `unflatten(0, ...)`, as in `asgl_cuda.OverTime`, or be a layer of
-            SpikingJelly in step mode "m". Dropout and Identity are left out. Neurons of other libraries are converted
-            as by `asgl_cuda.convert`. They must fire at most once per step, take a sequence, return one tensor, and
-            have no synaptic current, recurrence or lower limit of the potential.
-        example_input: `[T, B, ...]`, or `[B, T, ...]` if the LIF layers have `time_dim=1`; only shape and dtype matter.
+        model: a module that torch.fx can trace. It may contain LIF, BatchNormLIF, LeakyIntegrator and spike layers of
+            asgl_cuda, and Linear, Conv1d, Conv2d, AvgPool2d, Flatten and BatchNorm of torch. The model may add outputs
+            of layers. Dropout and Identity are left out. Convolutions, poolings and BatchNorm need time and batch in
+            one dimension: wrap them in `asgl_cuda.OverTime`, or call `x_seq.flatten(0, 1)` before and
+            `unflatten(0, ...)` after them. SpikingJelly's layers in step mode "m" do not need this. Neurons of other
+            libraries are converted as by `asgl_cuda.convert`. They must fire at most once per step, take a sequence,
+            return one tensor, and have no synaptic current, no recurrence and no lower limit of the potential.
+        example_input: `[T, B, ...]`, or `[B, T, ...]` if the LIF layers have `time_dim=1`; its values do not matter.
         dt: length of a step, in seconds.
         allow_soft_reset: also write layers that have a soft reset, several spikes per step or v_min, which NIR's LIF
-            does not have. These options are stored in the metadata of the node, which only `from_nir` reads. The
+            does not have. The metadata of the node then contain these options, and only `from_nir` reads them. The
             readers of Norse, snnTorch and SpikingJelly reset to v_rest, emit at most one spike per step and ignore
             v_min. The neurons of sinabs always subtract the threshold, and may emit several spikes per step.
 
     A LIF is written with r = 1 and v_leak = 0. Threshold and reset, measured from v_rest, are multiplied by
-    `(1 - decay) / input_gain`, which changes no spike. A LIF with decay 1 becomes an IF with r = 1 / dt, whose
-    threshold and reset are only divided by `input_gain`. A LeakyIntegrator becomes an LI with r = input_gain / (1 -
-    decay) or, with decay 1, an I with r = input_gain / dt. If the LeakyIntegrator has `delay`, a Delay follows. A
-    normalisation, also in BatchNormLIF and in pairs merged by `fuse`, is folded into the weights before it. If there
-    are no such weights, or if their output is used elsewhere, the normalisation becomes an Affine or a convolution.
-    `scale_output` becomes a Scale. Half types are written as float32.
+    `(1 - decay) / input_gain`. Apart from rounding this changes no spike. A LIF with decay 1 becomes an IF with r = 1 /
+    dt, whose threshold and reset are only divided by `input_gain`. A LeakyIntegrator becomes an LI with r = input_gain
+    / (1 - decay) or, with decay 1, an I with r = input_gain / dt. If the LeakyIntegrator has `delay`, a Delay follows.
+    The normalisation of a BatchNorm or a BatchNormLIF, or one that `fuse` merged into neurons, is folded into the
+    weights of the linear layer or convolution before it. If there is none, or if the output of that layer is also used
+    elsewhere, the normalisation becomes an Affine or a convolution. If a LIF has `scale_output=True`, a Scale follows.
+    Half types are written as float32.
 
     Raises:
         ImportError: nir or nirtorch is not installed.
         TypeError: an argument is of another type.
-        ValueError: the model can't be traced or has a layer that NIR can't represent; the message names it.
+        ValueError: the model can't be traced or has a layer that NIR can't represent. The message names the layer.
         RuntimeError: the model can't be copied.
     """
     tracer = units.import_and_check_dt("nirtorch.torch_tracer", dt, _CALLER).NIRTorchTracer
