@@ -160,11 +160,23 @@ def product_by_kernel(
 
     `panels` is the weight in the kernels' order, if the caller has it.
     """
+    if bias is not None:
+        _check_bias(bias, x, weight, caller)
     arguments = x, weight, bias, panels, stride, padding
     if is_differentiated((x, weight, bias), caller):
         packed = _pack_spikes(x, weight.shape, stride, padding) if weight.requires_grad else None
         return apply(SpikeProductFunction, None, *arguments, packed)  # type: ignore[no-any-return]
     return _operators_of((x, weight, bias)).spike_product(*arguments, None)
+
+
+def _check_bias(bias: Any, x: Tensor, weight: Tensor, caller: str) -> None:
+    """Refuses all but a tensor of the input's dtype and device with one value for each output."""
+    check_tensor("bias", bias, caller)
+    if bias.dtype is not x.dtype or bias.device != x.device:
+        got = f"{bias.dtype} on {bias.device}"
+        raise TypeError(f"{caller}: bias must be {x.dtype} on {x.device} as input, got {got}")
+    if bias.shape != weight.shape[:1]:
+        raise ValueError(f"{caller}: bias must have shape {list(weight.shape[:1])}, got {list(bias.shape)}")
 
 
 def convolution_by_kernel(

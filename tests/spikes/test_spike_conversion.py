@@ -65,6 +65,8 @@ def test_layers_that_are_left():
         def forward(self, x):
             return self.own(x), self.normed(x), self.rounded(x.bfloat16()), self.grouped(x.t())
 
+    _, report = asgl_cuda.to_spike_layers(nn.Linear(32, 64), torch.zeros(64, 32))
+    assert report.left[0].reason == "too small to gain: it has 32 inputs and 64 outputs"
     replaced, left = asgl_cuda.to_spike_layers(OnZeros(), torch.zeros(64, 64))[1]
     assert replaced == []
     reasons = ["subclass", "subclass", "float32 and float64", "groups", "does not reach"]

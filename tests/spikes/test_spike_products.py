@@ -292,7 +292,11 @@ def test_others_are_torchs():
         ),
         (
             lambda x: asgl_cuda.spike_linear(x, torch.rand(3, 4), torch.rand(2)),
-            r"bias must have shape \[3\], got \[2\]",
+            r"spike_linear: bias must have shape \[3\], got \[2\]",
+        ),
+        (
+            lambda x: asgl_cuda.spike_conv2d(x.reshape(2, 4, 1, 1), torch.rand(3, 4, 1, 1), torch.rand(2)),
+            r"spike_conv2d: bias must have shape \[3\], got \[2\]",
         ),
         (
             lambda x: asgl_cuda.spike_conv2d(x.reshape(2, 4, 1, 1), torch.rand(3, 4, 3, 3)),
@@ -323,6 +327,7 @@ def test_errors(call, message):
     [
         lambda given: asgl_cuda.spike_linear(given, torch.rand(3, 4)),
         lambda given: asgl_cuda.spike_linear(torch.rand(2, 4), given),
+        lambda given: asgl_cuda.spike_linear(torch.rand(2, 4), torch.rand(3, 4), given or [0.0]),
         lambda given: asgl_cuda.spike_conv2d(given, torch.rand(3, 4, 1, 1)),
         lambda given: asgl_cuda.spike_conv2d(torch.rand(2, 4, 1, 1), given),
         lambda given: asgl_cuda.SpikeLinear(4, 3)(given),
@@ -332,8 +337,15 @@ def test_errors(call, message):
 )
 @pytest.mark.parametrize("given", ["x", None, [[1.0] * 4]], ids=str)
 def test_what_is_no_tensor(call, given):
-    with pytest.raises(TypeError, match=r"asgl_cuda\..* (input|weight) must be a tensor, got (str|NoneType|list)"):
+    with pytest.raises(TypeError, match=r"asgl_cuda\..* (input|weight|bias) must be a tensor, got (str|NoneType|list)"):
         call(given)
+
+
+def test_a_bias_of_another_type():
+    with pytest.raises(
+        TypeError, match=r"spike_linear: bias must be torch\.float32 on cpu as input, got torch\.float64"
+    ):
+        asgl_cuda.spike_linear(torch.rand(2, 4), torch.rand(3, 4), torch.rand(3).double())
 
 
 def test_second_derivatives_and_forward_mode():
