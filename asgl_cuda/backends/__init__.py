@@ -164,7 +164,7 @@ def available_backends() -> tuple[str, ...]:
 
 
 def unavailable_backends() -> dict[str, str]:
-    """The names of the backends that do not work on this machine, each with the reason and a remedy.
+    """The backends that do not work on this machine, as a dict from names to reasons, usually with a remedy.
 
     Example::
 

@@ -39,42 +39,43 @@ _calls: weakref.WeakValueDictionary[int, NormOutput] = weakref.WeakValueDictiona
 def fuse(model: nn.Module, example: Any = None, *, inplace: bool = False) -> tuple[nn.Module, Report]:
     """Merges normalisations into the neurons after them: ``joined, report = asgl_cuda.fuse(model, x_seq)``.
 
-    - Normalisations may be `torch.nn.BatchNorm1d`, `2d` and `3d`, `SyncBatchNorm`, SpikingJelly's equivalents, and
-      subclasses of these whose forward calls the forward of their base, as many classes named tdBatchNorm do.
-    - The neurons may be `asgl_cuda.LIF`, or layers that `convert` can convert and that fire, take sequences, and have
-      neither a synaptic current nor recurrent weights. Of the latter, `fuse` converts those that it merges.
-    - Between the two, and in a subclass around the call of the base's forward, there may be views (`reshape`,
-      `transpose`, ...), factors that are numbers, and one sum with a tensor of the same shape and type, as in a
-      residual block: see `asgl_cuda.batch_norm_lif`.
+    - Normalisations may be `torch.nn.BatchNorm1d`, `2d` and `3d`, `SyncBatchNorm`, and SpikingJelly's equivalents. They
+      may also be subclasses whose forward calls `super().forward`, as many classes named tdBatchNorm do.
+    - The neurons may be `asgl_cuda.LIF`, or neurons of another library that `convert` supports. The latter must emit
+      spikes, take whole sequences, and have no synaptic current and no recurrent weights. With an example, `fuse`
+      converts only those that it merges.
+    - Between a normalisation and its neurons there may be views (`reshape`, `transpose`, ...), multiplications by
+      numbers, and one addition of a tensor of the same shape and type, as in a residual block. The forward of a
+      subclass may contain the same operations.
 
-    A normalisation stays a layer of its own, and the report says why, if anything except these neurons uses its output,
-    or its sum with the other tensor. It also stays if the neurons are called step by step, where two layers are faster
+    A normalisation is not merged, and the report says why, if anything except these neurons uses its output or the
+    result of the addition. It is also not merged if the neurons are called step by step, where two layers are faster
     than one.
 
     Parameters and buffers keep their names and values, so checkpoints stay valid. A merged normalisation returns a
-    stand-in for its output, from which the neurons compute normalisation and spikes in one. Any other code that gets
-    the stand-in computes with the value that the normalisation alone would return. A call raises RuntimeError in these
-    cases:
+    stand-in for its output. From the stand-in, the neurons compute normalisation and spikes in one call. Any other code
+    that gets the stand-in computes with the value that the normalisation alone would return. A call of the fused model
+    can raise RuntimeError in these cases:
 
-    - The stand-in reaches a `torch.autograd.Function`, or the neurons have a backward hook. A gradient would be lost.
+    - The stand-in reaches a `torch.autograd.Function`, which would lose the gradient.
+    - The neurons have a backward hook that was registered after `fuse`.
     - The normalisation and the neurons are not in the same `torch.utils.checkpoint`.
-    - A tensor that the neurons need for the stand-in was changed in place before, such as the input of the
-      normalisation.
+    - The input or output of the normalisation, or the added tensor, was changed in place before the neurons are called.
 
     In inference mode and under `torch.compile`, changes in place are not noticed.
 
-    A normalisation is not merged if there is a backward hook on it, on its neurons, or on a module that contains only
-    one of the two. Without an example, all normalisations are left if any part of the model has a backward hook.
+    A normalisation is not merged if `fuse` finds a backward hook on it, on its neurons, or on a module that contains
+    only one of the two. Without an example, no normalisation is merged if any submodule has a backward hook.
 
     Args:
         model: any module.
         example: an input of the model, or a tuple of its positional arguments. Copies of the model are called with
             it, in training and in evaluation mode. Without an example, the first calls of the model decide what is
-            merged, and complete the report, and all neurons that `convert` can convert are converted.
+            merged, and complete the report. In that case, `fuse` converts all neurons that `convert` can convert.
         inplace: fuse the model instead of a copy; existing optimizers stay valid.
 
     Returns:
-        The model, and a `Report` that lists the neurons that now also normalise, and the normalisations that are left.
+        The model, and a `Report` of the neurons that now also normalise, and of the normalisations that are not merged.
 
     Raises TypeError if `model` is not a module, RuntimeError if it can't be copied, and ValueError if the model raises
     an error when it is called with `example`. Errors of asgl_cuda and OutOfMemoryError are passed on.
@@ -130,11 +131,11 @@ def unfuse(model: nn.Module, *, inplace: bool = False) -> tuple[nn.Module, Repor
     """Separates what `fuse` has merged: ``model, report = asgl_cuda.unfuse(joined)``. Trained values stay.
 
     Args:
-        model: a module returned by `fuse`, a module that contains one, or a part of one.
+        model: a module that `fuse` has returned, a part of it, or a module that contains it.
         inplace: change the model instead of a copy.
 
     Returns:
-        The model, and a `Report` of the normalisations, and of the neurons that `fuse` had converted.
+        The model, and a `Report` of the restored layers: normalisations, and neurons that `fuse` had converted.
 
     Raises TypeError if `model` is not a module, and RuntimeError if it can't be copied.
 

@@ -359,7 +359,8 @@ def batch_norm_lif(
 ) -> Tensor | LIFOutput:
     """Batch normalisation over time, batch and space, then leaky integrate-and-fire neurons: two layers in one.
 
-    The normalised input is not stored for backward, as it is by `torch.nn.BatchNorm2d` followed by `asgl_cuda.lif`.
+    `torch.nn.BatchNorm2d` followed by `asgl_cuda.lif` stores the normalised input for backward. This function does not,
+    except with the backend "reference".
 
     Args:
         x_seq: `[T, B, C, ...]` (or time at `time_dim`), float16, bfloat16, float32 or float64; the channels are the
@@ -373,15 +374,16 @@ def batch_norm_lif(
             value.
         eps: added to the variance, >= 0.
         input_scale: factor on the normalised input; `alpha * v_threshold` for the tdBN of Zheng et al., AAAI 2021.
-        process_group: in training, share the statistics with these processes, each of which must make the call. "world"
-            means all processes, or only this one if torch.distributed is not initialised.
+        process_group: the processes that share statistics in training. Each of them must make the call. "world" means
+            all processes, or only this one if torch.distributed is not initialised. None means only this one.
 
-    The other arguments are those of `asgl_cuda.lif`, except `input_gain`, `input_bias` and `input_mean`. Results and
-    errors are as in `lif`, and the result is also differentiable with respect to weight and bias. Mean and variance are
-    accurate also if the mean is much larger than the standard deviation, and the normalised value is not rounded to the
-    type of x_seq. Inputs may be up to 1e15 in magnitude, or 1e150 in float64. With larger inputs, gradients can be NaN
-    or inaccurate, and the running variance infinite. With `eps=0` the standard deviation of a channel must be at least
-    1e-15, or 1e-150 in float64.
+    The other arguments are those of `asgl_cuda.lif`, except `input_gain`, `input_bias` and `input_mean`. Returns what
+    `lif` returns, also differentiable with respect to weight and bias. Raises the errors of `lif`, and errors for wrong
+    arguments of the normalisation. In training, a batch with a single value per channel raises ValueError. Mean and
+    variance are accurate even if the mean is much larger than the standard deviation. The normalised value is not
+    rounded to the type of x_seq. Inputs may be up to 1e15 in magnitude, or 1e150 in float64. With larger inputs,
+    gradients can be NaN or inaccurate, and the running variance infinite. With `eps=0` the standard deviation of a
+    channel must be at least 1e-15, or 1e-150 in float64.
 
     Example::
 
@@ -654,14 +656,14 @@ class BatchNormLIF(LIF):
         num_features: number of channels; for granularity "neuron" the shape of the neurons, channels first.
         eps, momentum, affine, track_running_stats: as in `torch.nn.BatchNorm2d`.
         input_scale: factor on the normalised input; `alpha * v_threshold` for tdBN.
-        process_group: the processes that share statistics in training: a group, "world" for all processes that exist at
-            each call, or None (default) for this process alone. A layer with a group can't be copied or pickled; a
-            layer with "world" can.
+        process_group: the processes that share statistics in training. It is a process group of torch.distributed,
+            "world" for all processes that exist at each call, or None for this process alone. A layer with a process
+            group can't be copied or pickled; a layer with "world" can.
         device, dtype: of the parameters and the running statistics.
         lif_options: arguments of `LIF`, except `input_gain`.
 
-    Parameters and buffers have the names of `torch.nn.BatchNorm2d` and `LIF`, so that
-    `{**norm.state_dict(), **lif.state_dict()}` loads.
+    Parameters and buffers have the names that they have in `torch.nn.BatchNorm2d` and `LIF`, so the layer can load
+    `{**norm.state_dict(), **lif.state_dict()}`.
 
     This layer is not a subclass of torch's `_BatchNorm`, so functions that look for that class skip it. Instead of
     `torch.nn.SyncBatchNorm.convert_sync_batchnorm` use `asgl_cuda.convert_sync_batchnorm`. To compute the running
@@ -672,8 +674,8 @@ class BatchNormLIF(LIF):
                 layer.reset_running_stats()
                 layer.momentum = None  # the average of all batches; restore it afterwards
 
-    Then call the model with all batches, in training mode and without gradients. `update_bn` makes these calls if the
-    model also has normalisations of torch.
+    Then call the model with all batches, in training mode and without gradients. `update_bn` makes these calls, but
+    only if the model also has batch normalisations of torch.
 
     Shapes: input and output are `[T, B, C, ...]`, or have time at `time_dim`.
 

@@ -359,10 +359,11 @@ def remember_call(call: Call, inputs: Inputs, outputs: Sequence[Tensor]) -> None
 
 
 def analog_mask(x_seq: Tensor, analog_prob: float, rng_state: Tensor, time_dim: int = 0) -> Tensor:
-    """Which elements of `x_seq` are analog with the noise of `rng_state`, as a bool tensor in the shape of x_seq.
+    """Which elements are analog in a call of `lif` with these arguments, as a bool tensor in the shape of `x_seq`.
 
     An analog element is one neuron at one time step that emits the smooth value instead of a spike. Only the shape,
-    memory layout and device of x_seq matter. Raises the errors of `lif`.
+    memory layout and device of x_seq matter. The mask is not that of `recurrent_lif`, which draws other noise. Raises
+    the errors that `lif` raises for these arguments.
 
     Example::
 
@@ -377,22 +378,24 @@ def analog_mask(x_seq: Tensor, analog_prob: float, rng_state: Tensor, time_dim: 
 
 
 def unroll_levels(s_seq: Tensor, levels: int, time_dim: int = 0) -> Tensor:
-    """Turns integer spikes into binary ones. A step with s spikes becomes `levels` sub-steps, the first s of them 1.
+    """Turns integer spikes into binary ones, with `levels` sub-steps for each time step.
 
-    The output of a linear layer or a convolution without a bias for the integer spikes of a step is the sum of its
-    outputs for the binary spikes of the sub-steps.
+    A neuron with s spikes in a step emits 1 in the first s sub-steps, and 0 in the others. The outputs of a linear
+    layer for these sub-steps add up to its output for the integer spikes, if it has no bias. This also holds for a
+    convolution.
 
     Args:
         s_seq: `[T, ...]`, or with time at `time_dim`; integers in [0, levels], as `asgl_cuda.lif` emits with levels and
-            without noise. If `lif` was called with scale_output, pass `(levels * s_seq).round()`.
+            without noise. If `lif` was called with scale_output, but without multi_spike, pass
+            `(levels * s_seq).round()`.
         levels: number of sub-steps, as in `asgl_cuda.lif`.
 
     Returns:
-        `[T * levels, ...]` of zeros and ones, in the type of s_seq. Not differentiable.
+        `[T * levels, ...]`, or with time at `time_dim`, of zeros and ones, in the type of s_seq. Not differentiable.
 
     Raises:
         TypeError, ValueError: an argument has a wrong type or range, or s_seq has a value that is not a whole number in
-            [0, levels]. The check of values synchronises the device, and is omitted in compiled code and under
+            [0, levels]. The check of values synchronises the device. It is omitted in compiled code and under
             torch.func.
 
     Example::

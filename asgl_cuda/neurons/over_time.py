@@ -34,15 +34,16 @@ class OverTime(nn.Module):
     """Applies a layer that takes no time dimension, such as a convolution, to all steps of a sequence at once.
 
     Args:
-        layer: any module; pass several as an `nn.Sequential`. It gets time and batch merged into one dimension, so it
-            must not contain layers with a state over time, such as neurons.
+        layer: a module without a state over time, so without neurons. Pass several as an `nn.Sequential`. The module
+            gets time and batch merged into one dimension.
 
     Shapes: `[T, B, ...]` to `[T, B, ...]`, or `[B, T, ...]` to `[B, T, ...]`. `layer` gets `[T * B, ...]`.
 
     Raises TypeError if `layer` is not a module, is one of torch's recurrent layers, or contains a layer with state over
-    time, of asgl_cuda or of a library that `asgl_cuda.convert` knows. If such a layer is added later, the next call
-    raises the error. A call raises TypeError if its input is not a tensor, and ValueError if its input has fewer than
-    two dimensions, or so few that a layer of torch inside would take time or batch for channels or features.
+    time, of asgl_cuda or of a library that `asgl_cuda.convert` knows. If a layer with state is added later, the next
+    call in eager mode raises the error. A call raises TypeError if its input is not a tensor, and ValueError if its
+    input has fewer than two dimensions. If `layer` is or begins with a convolution, `Linear`, `LayerNorm` or `RMSNorm`
+    of torch, a call also raises ValueError for an input with fewer dimensions than this module needs.
 
     Example::
 

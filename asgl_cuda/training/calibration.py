@@ -35,7 +35,7 @@ NORMALISATIONS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn
 
 
 class CalibratedLayer(NamedTuple):
-    """A calibrated layer of neurons: its name, that of the scaled weight, its firing rates and the weight's factor."""
+    """A calibrated layer of neurons: its name, its firing rates, and the name and the factor of the scaled weight."""
 
     layer: str
     weight: str

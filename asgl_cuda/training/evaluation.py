@@ -15,8 +15,8 @@ def spiking_eval(model: nn.Module) -> Iterator[None]:
     """A context in which every ASGL layer emits hard spikes, with surrogate gradients, for attacks and fine-tuning.
 
     On entry `analog_prob` is set to 0. On exit each layer gets its own value back, also after an exception. Nothing
-    else changes, for example not the modes of batch norm and dropout. Attacks need `model.eval()` as well, and
-    fine-tuning does not. Do not step an `AnalogProbSchedule` inside, because its values are lost on exit.
+    else changes, for example not the modes of batch norm and dropout. Adversarial attacks need `model.eval()` as well,
+    and fine-tuning does not. Do not step an `AnalogProbSchedule` inside, because its values are lost on exit.
 
     The result is a context manager and a decorator of functions.
 

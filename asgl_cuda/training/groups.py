@@ -36,40 +36,40 @@ def parameter_groups(
     weight_decay: float | None = None,
     norm_weight_decay: float | None = None,
 ) -> list[dict[str, Any]]:
-    """Groups for an optimizer: "weights" with `lr` and `weight_decay`, "widths" and "neurons" with rates of their own.
+    """Parameter groups: "weights" with `lr` and `weight_decay`; "widths" and "neurons" with other learning rates.
 
     Weights get the weight decay of the optimizer unless `weight_decay` gives them another. The `lr` of the optimizer
     has no effect, because each group has its own.
 
-    "widths" are the widths of ASGL layers. "neurons" are the other parameters of these layers and of `LeakyIntegrator`:
-    decays, thresholds and adaptations. The parameters of both groups scale the gradients of all layers before them, and
-    get no weight decay.
+    "widths" are the learned widths of ASGL layers (see `asgl_cuda.asgl_layers`). "neurons" are the other parameters of
+    these layers and of `LeakyIntegrator`, such as decays, thresholds and adaptations. Neither group gets weight decay.
 
-    By default the rates of these two groups are 0.03 for "widths" and 3e-3 for "neurons", so that a step usually
-    changes a width by at most about 3 %. If the optimizer is torch's `Adam`, `AdamW`, `Adamax`, `NAdam` or `RAdam`,
-    both groups take the step of that optimizer. For any other optimizer, hooks around its `step` take Adam's step. The
-    options of that optimizer, such as momentum, then do not apply to the two groups, except `maximize`. You may
-    accumulate gradients, unscale them by a GradScaler and clip them as usual. Adam's averages are in the state dict.
-    Most schedulers scale the rates of all groups together. `OneCycleLR` and `CyclicLR` set the rates themselves, so
-    give them rates for each group.
+    The default learning rates are 0.03 for "widths" and 3e-3 for "neurons". At 0.03 a step of Adam usually changes a
+    width by at most about 3 %, because layers store the logarithm of the width. If the optimizer is torch's `Adam`,
+    `AdamW`, `Adamax`, `NAdam` or `RAdam`, it also updates these two groups. For any other `torch.optim.Optimizer`,
+    hooks around its `step` update them as Adam does. The options of that optimizer, such as momentum, then do not apply
+    to the two groups, except `maximize`. You may accumulate gradients, unscale them by a GradScaler and clip them as
+    usual. Adam's averages are in the state dict of the optimizer. Most schedulers scale the learning rates of all
+    groups together. `OneCycleLR` and `CyclicLR` set the learning rates themselves, so give them a list with one value
+    per group.
 
-    Give `width_lr` if the optimizer is not a `torch.optim.Optimizer`, if it calls its closure several times, or if a
-    CUDA graph captures its step. Then the parameters of both groups are in "neurons", and the optimizer treats this
-    group as any other, with the rate `width_lr`.
+    The hooks do not work if the optimizer is not a `torch.optim.Optimizer`, if it calls its closure several times, or
+    if a CUDA graph captures its step. In these cases give `width_lr`. The parameters of both groups are then in
+    "neurons", which the optimizer updates as any other group, with the learning rate `width_lr`.
 
-    With `norm_weight_decay`, usually 0, there is a group "norms" between "weights" and the others, with `lr` and this
-    decay. It has the parameters with at most one dimension, other than those of neurons, such as biases and the
-    parameters of normalisations, and all parameters of `LayerNorm` and `RMSNorm`. With None these stay among the
-    weights.
+    If `norm_weight_decay` is given, usually as 0, there is also a group "norms" with `lr` and this weight decay. It
+    contains all parameters of `LayerNorm` and `RMSNorm`, and other parameters with at most one dimension, such as
+    biases. It contains no parameter of "neurons" or "widths". Without `norm_weight_decay`, all these are in "weights".
 
-    The normalisation in `BatchNormLIF` and the weights and biases of recurrences do not belong to "neurons". Every
-    parameter is in one group, once, even if it is shared or frozen. Empty groups are omitted.
+    The weight and bias of the normalisation in `BatchNormLIF`, and those of recurrent connections, do not belong to
+    "neurons". Every parameter is in one group, once, even if it is shared or frozen.
 
-    Returns the groups as a list of dicts, each with its "name".
+    Returns a list of dicts, each with its "name", in the order "weights", "norms", "neurons", "widths". Empty groups
+    are omitted.
 
-    Raises ValueError for a rate or decay that is not at least 0, and TypeError for arguments of another type. Warns
-    once per process if a model has several layers of `LIF`, no normalisation of torch or asgl_cuda, and torch's initial
-    weights, because its deeper layers are then likely silent at first.
+    Raises ValueError for a learning rate or decay that is negative or NaN, and TypeError for arguments of a wrong type.
+    Warns once per process if a model has several layers of `LIF`, torch's initial weights, and no normalisation of
+    torch or asgl_cuda. The deeper layers of such a model are likely silent at first.
 
     Example::
 

@@ -12,11 +12,11 @@ from ..neurons.base import check_module
 
 
 def asgl_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Yields name and layer of each ASGL layer: any spiking layer of asgl_cuda or converted, even without noise.
+    """Yields the name and the module of each ASGL layer, in the order of `named_modules`.
 
-    The layers are in the order of `named_modules`. An ASGL layer is a module with `analog_prob` (a float), `log_width`
-    (a parameter or None) and `width`. Layers whose `analog_prob` is 0 are included. Raises TypeError if `model` is not
-    a module.
+    The ASGL layers are the spiking neurons of asgl_cuda, and the spiking neurons that `asgl_cuda.convert` has
+    converted, even if their `analog_prob` is 0. Such a layer has the attributes `analog_prob` (a float), `log_width` (a
+    parameter or None) and `width`. Raises TypeError if `model` is not a module.
 
     Example::
 

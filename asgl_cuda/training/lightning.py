@@ -14,9 +14,9 @@ from .schedule import AnalogProbSchedule
 def lightning_callback(schedule: AnalogProbSchedule | None = None, monitor: Monitor | None = None) -> Any:
     """A Lightning callback that steps `schedule` and logs the results of `monitor` at the end of each training epoch.
 
-    The monitor watches training steps, but not validation, and is reset at the start of each epoch. Its `scalars()` are
-    logged by name, as means over the processes. Checkpoints save and restore the state of the schedule. The callback
-    belongs to `lightning`, or to `pytorch_lightning` if only that is imported.
+    The monitor watches training steps, but not validation, and is reset at the start of each epoch. The values of
+    `monitor.scalars()` are logged by name, as means over the processes. Checkpoints save and restore the state of the
+    schedule. The callback is for the package `lightning`, or for `pytorch_lightning` if only that is imported.
 
     Raises ValueError if both are None, TypeError for other types, and ImportError if Lightning is not installed.
     """

@@ -106,7 +106,7 @@ def plot_gradient_norms(gradients: Tensor | Mapping[str, Tensor], *, ax: Any = N
     """Draws the norm of a gradient at each time step, on a logarithmic axis, to show whether it vanishes or explodes.
 
     Args:
-        gradients: the gradient of a sequence, `[T, ...]`, such as `x_seq.grad`; or a dict of several by their names.
+        gradients: the gradient of a sequence, `[T, ...]`, such as `x_seq.grad`; or a dict from names to such gradients.
         ax: the matplotlib axes to draw into; default: the current axes.
 
     Returns:

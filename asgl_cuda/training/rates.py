@@ -20,22 +20,22 @@ _CALLER = "asgl_cuda.FiringRates"
 class FiringRates:
     """Differentiable firing rates of the ASGL layers of a model, for calls inside `with rates:` or after `start()`.
 
-    The rate of a layer is the mean of its output over these calls, in spikes per neuron and time step. In training, the
-    mean includes the smooth values of neurons with `analog_prob`. With `levels` or `multi_spike` all spikes of a step
-    are counted, so the rate can exceed 1.
+    The rate of a layer is the mean of its output over these calls, in spikes per neuron and time step. In training with
+    `analog_prob` above 0, the mean includes smooth values. With `levels` or `multi_spike` all spikes of a step are
+    counted, so the rate can exceed 1.
 
     Args:
         model: any module that contains ASGL layers (see `asgl_cuda.asgl_layers`), such as those that
             `asgl_cuda.convert` makes.
-        process_group: the processes over which rates are averaged: a process group of torch.distributed, "world" for
-            all processes that exist when the rates are taken, or None for this process alone. Every process of the
+        process_group: the processes over which rates are averaged. It is a process group of torch.distributed, "world"
+            for all processes that exist when the rates are taken, or None for this process alone. Every process of the
             group must then call `take()` and `penalty()` equally often.
 
     `take()` returns the rates over the calls since rates were last taken. `penalty()` takes the rates as well, and
     returns a penalty on them. Only calls that autograd records are counted, so an evaluation under `torch.no_grad()`
     between training steps changes nothing. The autograd graph of each call is kept until the rates are taken, so take
-    them once per training step. Before the first call of a compiled model call `start()`. Calls under transforms of
-    torch.func and reentrant checkpoints are not counted.
+    them once per training step. Call `start()` before the first call of a compiled model. Calls under transforms of
+    torch.func, and calls inside reentrant checkpoints, are not counted.
 
     Example::
 
@@ -51,7 +51,7 @@ class FiringRates:
                 optimizer.step()
 
     Raises ValueError if the model has no ASGL layers, or if a layer has `scale_output`, so that the height of its
-    spikes is not 1. Raises TypeError if `model` is not a module, or if `process_group` is none of the values above.
+    spikes is not 1. Raises TypeError if `model` is not a module, or if `process_group` is not as described above.
 
     Source of penalties on rates: Zenke, Vogels: The remarkable robustness of surrogate gradient learning for instilling
     complex function in spiking neural networks, Neural Computation 33 (2021).

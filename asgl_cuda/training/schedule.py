@@ -20,18 +20,18 @@ _checked_fraction = require_range(read_number, "in [0, 1]", 0, 1)
 
 
 class AnalogProbSchedule:
-    """Sets `analog_prob` of every ASGL layer over the epochs, each from its own initial value.
+    """Changes `analog_prob` of ASGL layers from epoch to epoch, starting at the value that each layer has.
 
     Args:
-        model: its layers are set immediately, for epoch 0. Layers with neither noise nor a learned width, and layers
-            with `multi_spike`, are not changed.
-        prob_at: a function `prob_at(start, epoch)` that returns the `analog_prob`, in [0, 1], at `epoch` of a layer
-            whose initial value was `start`.
+        model: a module with ASGL layers (see `asgl_cuda.asgl_layers`). Their `analog_prob` is set immediately, for
+            epoch 0. Layers with `multi_spike`, and layers with `analog_prob=0` and a constant width, are not changed.
+        prob_at: a function `prob_at(start, epoch)` that returns `analog_prob`, in [0, 1]. `start` is the initial value
+            of a layer, and `epoch` counts from 0.
 
-    `multi_step`, `cosine` and `linear` make common schedules. Call `step()` after each epoch, which `epoch` counts.
-    `starts` has the initial values and `probs` the current values, by layer name.
+    `multi_step`, `cosine` and `linear` make common schedules. Call `step()` after each epoch. The attribute `epoch`
+    counts the steps. `starts` has the initial values and `probs` the current values, by layer name.
 
-    A model of torch.compile is compiled again only when a value becomes 0 or stops being 0.
+    A new value makes torch.compile compile the model again only if the value becomes 0 or stops being 0.
 
     Raises ValueError if the model has no layer to schedule or if `prob_at` returns a value out of range, and TypeError
     if the arguments are not a module and a function.
