@@ -58,33 +58,33 @@ class Calibration(NamedTuple):
 
 
 def calibrate(model: nn.Module, x_seq: Any, rate: float = 0.2) -> Calibration:
-    """Scales the weights before the neurons, with one batch, until each layer fires at `rate`.
+    """Scales weights until each layer of spiking neurons fires at `rate` on one batch.
 
-    In networks without normalisation the deeper layers are otherwise often silent at first, and then learn late or not
-    at all. Call `calibrate` once, before the first step of the optimizer, and after `convert` if you use it. It scales
-    the weight of the linear layer or convolution before the neurons, also if views, pooling, dropout or synaptic
-    currents lie in between. If a normalisation lies in between, or belongs to a `BatchNormLIF`, `calibrate` instead
-    scales the weight of the normalisation. Nothing else of the model changes.
+    Without `calibrate`, the deeper layers of a network that has no normalisation are often silent at first, and then
+    learn late or not at all. Call `calibrate` once, before the first step of the optimizer, and after `convert` if you
+    use it. `calibrate` scales the weight of the linear layer or convolution before the neurons, also if views, pooling,
+    dropout or synaptic currents lie in between. If a normalisation lies in between, or is part of a `BatchNormLIF`,
+    `calibrate` scales the weight of the normalisation instead. Nothing else of the model changes.
 
-    Rates are measured on a copy of the model, whose neurons start at rest and emit spikes without noise, and whose
-    dropout is off. Normalisations that are in training mode use the statistics of the batch.
+    Rates are measured on a copy of the model. In this copy neurons start at rest and emit spikes without noise, and
+    dropout is off. Normalisations in training mode use the statistics of the batch.
 
     Args:
-        model: any module with firing layers of asgl_cuda or converted ones, which runs all time steps in one call. With
-            a model in DistributedDataParallel every process must call `calibrate`, with its own batch.
-        x_seq: a batch as the model takes it; a tuple contains the positional arguments.
-        rate: fraction of elements with a spike, in (0, 1). An element is one neuron at one time step. The rate is
-            reached to within 1 % of `rate`, or to within one spike of the batch if that is more. If an input with few
-            distinct values allows only some rates, the nearest of them is taken, between `rate / 2` and `2 * rate`.
+        model: any module that runs all time steps in one call and has spiking layers of asgl_cuda, or converted ones.
+            If the model is in DistributedDataParallel, every process must call `calibrate`, with its own batch.
+        x_seq: a batch, as the model takes it. If the model takes several arguments, pass a tuple of them.
+        rate: fraction of elements with a spike, in (0, 1). An element is one neuron of one sample at one time step. The
+            rate is reached to within 1 % of `rate`, or to within one spike of the batch if that is more. If only some
+            rates are possible, for example because the input has few distinct values, `calibrate` takes the nearest of
+            them, which must lie between `rate / 2` and `2 * rate`.
 
-    Returns the layers in order of execution, with their rates before and after and their factors, and the layers that
-    did not run.
+    Returns the layers in order of execution, each with its rates before and after and the factor of its weight, and the
+    layers that did not run.
 
-    Raises ValueError, which names the layer, if scaling one weight can't bring the layer to `rate`. This is so if no
-    single weight scales its input, if the weight is shared, parametrised or frozen, if no factor gives this rate, or if
-    the rate depends on earlier calls. Also raises ValueError for a rate outside of (0, 1), for a model without such
-    layers, and for an `x_seq` that the model does not take, and TypeError if `model` is not a module. After an error
-    the model is unchanged.
+    Raises ValueError, which names the layer, if no single weight scales the input of the layer, if this weight is
+    shared, parametrised or frozen, if no factor of the weight gives this rate, or if the rate depends on earlier calls.
+    Also raises ValueError if `rate` is outside of (0, 1), if the model has no spiking layers, or if the model does not
+    take `x_seq`. Raises TypeError if `model` is not a module. After an error the model is unchanged.
 
     Example::
 
