@@ -1,6 +1,7 @@
-// The neurons of a thread, one or four adjacent ones for the whole sequence, and their memory accesses. In float32 four
-// neurons are one access of 16 bytes. plan.h decides how many. Packed keeps elements as loaded; Access converts them at
-// once. Their functions load_once and store_once are for data that a kernel touches only once.
+// A thread computes one neuron, or four adjacent ones, for the whole sequence. This file has the indices of a thread's
+// neurons and their memory accesses. plan.h decides how many neurons a thread computes. In float32, one access of 16
+// bytes reads or writes four neurons. Packed keeps elements as loaded, and Access converts them at once. The functions
+// load_once and store_once of both are for data that a kernel touches only once.
 #pragma once
 
 #include "params/neuron.h"
@@ -10,7 +11,7 @@ namespace asgl {
 constexpr int kWarpThreads = 32;
 constexpr unsigned kWholeWarp = 0xFFFFFFFFu;  // the mask of a shuffle among all lanes
 
-// Accesses whose cache lines are evicted first, so that they displace no data that is read again.
+// Accesses whose cache lines are evicted first, so that data that are read again stay in the cache longer.
 template <class Word>
 __device__ __forceinline__ Word load_streaming(const Word* from) {
   return __ldcs(from);
@@ -139,8 +140,8 @@ __device__ __forceinline__ void copy(const Real (&from)[kLanes], Real (&to)[kLan
   for (int j = 0; j < kLanes; ++j) to[j] = from[j];
 }
 
-// Makes the compiler treat a value as unknown, so that it neither computes expressions of it ahead, which would occupy
-// registers, nor computes the value again where it is used. Emits no instruction.
+// Makes the compiler treat a value as unknown. Otherwise the compiler might compute expressions of the value ahead,
+// which would occupy registers, or compute the value again where it is used. Emits no instruction.
 __device__ __forceinline__ void hide_from_compiler(int64& element) {
 #if defined(__CUDA_ARCH__)
   asm volatile("" : "+l"(element));
@@ -158,7 +159,8 @@ __device__ __forceinline__ void hide_from_compiler(Element*& pointer) {
 #endif
 }
 
-// Returns the pointer. Tells the compiler that it points to global memory, which hide_from_compiler has hidden.
+// Returns the pointer, and tells the compiler that it points to global memory. After hide_from_compiler, the compiler
+// no longer knows this.
 template <class Element>
 __device__ __forceinline__ Element* assume_global(Element* pointer) {
 #if defined(__CUDA_ARCH__)
@@ -167,16 +169,17 @@ __device__ __forceinline__ Element* assume_global(Element* pointer) {
   return pointer;
 }
 
-// Moves an index or pointer to another step. Unless it is hidden, the compiler computes the addresses of all steps
-// beforehand, which takes too many registers, or multiplies for each.
+// Moves an index or pointer by `stride` elements, to another step, and hides the result from the compiler if kHide is
+// true. In a loop, the compiler would otherwise compute the addresses of all steps beforehand, which takes too many
+// registers, or compute each address by a multiplication.
 template <bool kHide = true, class ElementOrPointer>
 __device__ __forceinline__ void advance(ElementOrPointer& at, int64 stride) {
   at += stride;
   if (kHide) hide_from_compiler(at);
 }
 
-// The neurons n, n + 1, ... of a thread. A thread beyond the last neuron is not live: it computes neuron 0, to take
-// part in shuffles and barriers, and discards the result.
+// The neurons n, n + 1, ... of a thread. A thread beyond the last neuron is not live. It returns at once, unless other
+// threads need it in shuffles or barriers. It then computes neuron 0, and discards the result.
 template <int kLanes>
 struct ThreadIndex {
   int64 n;

@@ -1,4 +1,4 @@
-// The CUDA kernels of adaptive neurons. They support every option at run time, as the general kernels of
+// The CUDA kernels of adaptive neurons. They read the options of the neuron at run time, as the general kernels of
 // cuda/neuron_kernels.cuh do. A thread computes one neuron.
 #pragma once
 
@@ -7,18 +7,18 @@
 
 namespace asgl {
 
-// Blocks per multiprocessor: as many as fit without spills.
+// Blocks per multiprocessor: few enough that no registers spill.
 template <class Real>
 constexpr int kAdaptiveBlocksPerSM = sizeof(Real) == 8 ? 3 : 4;
 
-// Loads the states of neuron n, v and w, from an array in which w is `stride` elements after v. If the array is null,
-// the neuron is at rest.
+// Loads v and w of neuron n from an array in which w is `stride` elements after v. If the array is null, v is v_rest
+// and w is 0.
 template <class Real>
 __device__ __forceinline__ void load_states(const Real* from, int64 n, int64 stride, Real v_rest, Real& v, Real& w) {
   v = from == nullptr ? v_rest : from[n];
   w = from == nullptr ? Real(0) : from[n + stride];
 }
-// Stores the states of neuron n in an array in which w is `stride` elements after v.
+// Stores v and w of neuron n in an array in which w is `stride` elements after v.
 template <class Real>
 __device__ __forceinline__ void store_states(Real v, Real w, Real* to, int64 n, int64 stride) {
   to[n] = v;
@@ -79,8 +79,8 @@ __global__ void __launch_bounds__(kBlockThreads, kAdaptiveBlocksPerSM<Real_t<Sca
   if (params.zeros != nullptr && index.n == 0) params.zeros[0] = params.zeros[1] = Real(0);
 }
 
-// Computes the wanted gradients. The potentials and adaptations of a segment are in shared memory, where a loop can
-// index them.
+// Computes the wanted gradients. The potentials and adaptations of a segment are in shared memory, because registers
+// can't be indexed at run time.
 template <class Scalar>
 __global__ void __launch_bounds__(kBlockThreads, kAdaptiveBlocksPerSM<Real_t<Scalar>>)
     adaptive_backward_kernel(const BackwardParams<Scalar> params) {
@@ -96,7 +96,8 @@ __global__ void __launch_bounds__(kBlockThreads, kAdaptiveBlocksPerSM<Real_t<Sca
   ThreadNeuron<Real, true> neuron(params, index.read_n, model);
   const uint32 wanted = params.summary.wanted;
   Real sums[kNumParameters] = {};
-  // Stores the sums of the parameters that change over time, or of the others. `row` of potentials is overwritten.
+  // Stores the sums of the parameters that change over time if `per_step`, else those of the other parameters. Then
+  // sets these sums to 0. Overwrites this row of `potentials`, which serves as the buffer of store_block_sum.
   const auto store_sums = [&](bool per_step, int64 t, int row) {
 #pragma unroll
     for (int id = 0; id < kNumParameters; ++id) {
@@ -140,7 +141,7 @@ __global__ void __launch_bounds__(kBlockThreads, kAdaptiveBlocksPerSM<Real_t<Sca
       const Real x = potentials[k][threadIdx.x];
       potentials[k][threadIdx.x] = model.step(x, noise.is_analog(k, 0), neuron.now(), firing, v, w, s);
     }
-    // Recomputes the potential after step k, and the spike of that step.
+    // Returns the potential after step k of the segment, and sets s to the spike of this step.
     const auto recompute = [&](int k, Real& s) {
       neuron.move_to(start + k);
       const Real h = potentials[k][threadIdx.x], w = adaptations[k][threadIdx.x];

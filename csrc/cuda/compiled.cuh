@@ -1,5 +1,5 @@
-// Compiles all kernels of a type with nvcc, and starts the one that a launch names. compiled_*.cu instantiate this, one
-// file for each type, so that they compile in parallel.
+// Compiles all kernels of a type with nvcc, and starts the one that a launch names. Each compiled_*.cu instantiates
+// start_compiled for one type, so that the types compile in parallel.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -55,7 +55,8 @@ std::unordered_map<uint32, cudaError_t (*)(const KernelStarter&)> functions_by_k
   return {{kKernelList<Scalar>.all[kIndices].key(), &start_kernel<Scalar, kIndices>}...};
 }
 
-// Starts the kernel of the launch, and returns its error: cudaErrorInvalidValue if it was not compiled.
+// Starts the kernel of `starter.launch`, and returns the error of the launch. Returns cudaErrorInvalidValue if the
+// kernel was not compiled.
 template <class Scalar>
 cudaError_t start_compiled(const KernelStarter& starter) {
   static const auto functions = functions_by_key<Scalar>(std::make_index_sequence<kKernelList<Scalar>.count>{});

@@ -1,6 +1,6 @@
-// Sums of the parameters' gradients: of a block's threads into slots of GradientPartials, and of all slots, in one
-// launch for all parameters, or two if runs are split. A run is a range of adjacent neurons that share a value of the
-// parameter.
+// Sums of the parameters' gradients. The backward kernels add up the terms of a block's threads, and store the sums in
+// slots of GradientPartials. gradient_sum_kernel then adds up the slots of all parameters, in one launch, or in two if
+// runs are split. A run is a range of adjacent neurons that share a value of the parameter.
 #pragma once
 
 #include "cuda/access.cuh"
@@ -8,7 +8,7 @@
 
 namespace asgl {
 
-// ---- in a block ----
+// ---- sums of a block ----
 
 // The terms of a parameter's gradient that the threads of a block have computed, one per thread.
 template <class Real>
@@ -16,8 +16,8 @@ struct ThreadSums {
   Real values[kBlockThreads];
 };
 
-// For parameters whose values repeat in a tile: stores, for each of the `count` values, the sum over the tile's neurons
-// that have this value. The tile begins at neuron `first`. `sums` has one term per neuron.
+// Stores one sum for each of the `count` values of a parameter whose values repeat in a tile: the sum over the tile's
+// neurons that have this value. The tile begins at neuron `first`, and `sums` has one term per neuron.
 template <class Real>
 __device__ __forceinline__ void store_sums_by_value(Real* slots, int64 count, int64 first, int neurons,
                                                     const Real* sums, int thread, int threads) {
@@ -31,10 +31,10 @@ __device__ __forceinline__ void store_sums_by_value(Real* slots, int64 count, in
   }
 }
 
-// Sums the values of the threads over each run, and stores the sum in the run's slot. To be called by all threads of
-// one warp of the block, together. The warp sums a run of at least kWarpThreads * kLanes neurons together, and each
-// thread of the warp sums some of the shorter runs. If a thread has one neuron and values repeat in a tile, stores one
-// sum per value instead, see store_sums_by_value.
+// Adds up the threads' terms over the tile's part of each run, and stores the results in the slots of these parts. All
+// threads of one warp of the block must call this together. They sum a run of at least kWarpThreads * kLanes neurons
+// together. Shorter runs are divided among the threads. If a thread has one neuron and the parameter's values repeat in
+// a tile, calls store_sums_by_value instead.
 template <int kLanes, class Real>
 __device__ __forceinline__ void store_partials(Real* slots, const ParameterView<Real>& parameter,
                                                const SequenceShape& shape, const ThreadSums<Real>& sums) {
@@ -70,7 +70,7 @@ __device__ __forceinline__ void store_partials(Real* slots, const ParameterView<
   }
 }
 
-// ---- of all blocks ----
+// ---- sums over all blocks ----
 
 // The number of tiles before the one that contains neuron n, for tiles of kBlockThreads or 4 * kBlockThreads neurons.
 __device__ __forceinline__ int64 tiles_before(int64 n, int64 tile) {
@@ -89,8 +89,8 @@ __device__ __forceinline__ void add_strided(const Real* from, int64 left, int64 
   for (; left > 0; left -= stride, from += stride) total += static_cast<double>(*from);
 }
 
-// Computes kElementsPerThread elements of the gradient in one thread, for parameters whose runs are single neurons.
-// Adjacent threads load adjacent slots: the elements of a thread are kSumThreads apart.
+// Computes kElementsPerThread elements of the gradient in one thread, for parameters whose runs are single neurons. The
+// elements of a thread are kSumThreads apart, so that adjacent threads load adjacent slots.
 template <class Real>
 __device__ __forceinline__ void sum_elements_of_thread(const GradientPart<Real>& part, int64 first) {
   const int64 count = part.parameter.count;
@@ -110,8 +110,9 @@ __device__ __forceinline__ void sum_elements_of_thread(const GradientPart<Real>&
   }
 }
 
-// Adds up the partial sums of all parameters. The grid has the blocks of all parts (one part per parameter) in order.
-// Adjacent threads sum adjacent elements, or if a block has only one element, adjacent slots of it.
+// Adds up the partial sums of all parameters. Each part is the gradient of one parameter. The blocks of the first part
+// come first in the grid, then those of the second, and so on. Adjacent threads sum adjacent elements. If a block
+// computes only one element, adjacent threads sum adjacent slots of a run instead.
 template <class Real>
 __global__ void __launch_bounds__(kSumThreads, 2) gradient_sum_kernel(const GradientSum<Real> sum) {
   const int thread = static_cast<int>(threadIdx.x);
@@ -125,8 +126,8 @@ __global__ void __launch_bounds__(kSumThreads, 2) gradient_sum_kernel(const Grad
   const int64 split = part.splits > 1 ? block / part.blocks : 0;
   block -= split * part.blocks;
   if (part.elements_each > kSumThreads) return sum_elements_of_thread(part, block * part.elements_each + thread);
-  // The thread's element, first run and first slot. elements_each, runs_each and slots_each are powers of two, whose
-  // product is kSumThreads, so that divisions by them become multiplications and shifts.
+  // The thread's element, first run and first slot. elements_each, runs_each and slots_each are powers of two, and
+  // their product is kSumThreads. A division by one of them is therefore a multiplication by the other two and a shift.
   const int slots_each = part.slots_each, turn = thread * (part.runs_each * slots_each) / kSumThreads;
   const int64 element = block * part.elements_each + (thread & (part.elements_each - 1));
   const int64 first_run = turn * (part.elements_each * part.runs_each) / kSumThreads;

@@ -1,6 +1,6 @@
 // The CUDA kernel of the leaky integrator. A thread computes one neuron, or four adjacent ones, over all steps, forward
-// or backward. Forward reads x and writes v. Backward reads the gradient of v and writes dx, and for the parameters'
-// gradients also reads v or x.
+// or backward. Forward reads x and writes v. Backward reads the gradient of v and writes dx. It also reads v for the
+// gradient of decay, and x for the gradient of input_gain.
 #pragma once
 
 #include "cuda/neuron_kernels.cuh"
@@ -8,7 +8,7 @@
 
 namespace asgl {
 
-// Blocks per multiprocessor: as many as fit without spills.
+// Blocks per multiprocessor: few enough that no registers spill.
 template <class Real, Pass kPass>
 constexpr int kIntegratorBlocksPerSM = sizeof(Real) == 8      ? (kPass == Pass::kSums ? 3 : 4)
                                        : kPass == Pass::kSums ? 5

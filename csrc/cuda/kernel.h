@@ -1,6 +1,6 @@
-// The CUDA kernels as values: a template and its arguments. nvcc compiles every kernel of kernels_of (compiled.cuh);
-// NVRTC compiles one kernel by its name. This file includes no CUDA header, so that builds without CUDA have it as
-// well.
+// The list of CUDA kernels. A Kernel names a template and the template's arguments. Builds with nvcc compile the whole
+// list (compiled.cuh). NVRTC instead compiles single kernels by their names. This file includes no CUDA header, so that
+// builds without CUDA can include it.
 #pragma once
 
 #include <string>
@@ -26,7 +26,8 @@ enum class Template {
   kInputGradient,
 };
 
-// The type of x_seq, or of gradient sums.
+// The type for which a kernel is compiled: the type of sequences such as x_seq, or the arithmetic type for kernels that
+// take no sequence.
 enum class Type { kHalf, kBFloat16, kFloat, kDouble };
 
 template <class Scalar>
@@ -38,8 +39,8 @@ inline constexpr Type kTypeOf<BFloat16> = Type::kBFloat16;
 template <>
 inline constexpr Type kTypeOf<double> = Type::kDouble;
 
-// Whether kernels with four neurons per thread exist for this type: not for float64, which would need two accesses of
-// 16 bytes and gain nothing.
+// Whether kernels with four neurons per thread exist for this type. Only float64 has none, because four of its values
+// would need two accesses of 16 bytes.
 template <class Scalar>
 constexpr bool kHasFourLanes = kTypeOf<Scalar> != Type::kDouble;
 
@@ -56,10 +57,10 @@ struct Kernel {
   Pass pass = Pass::kForward;
   bool residual = false;  // of kernels for batch normalisation
 
-  // Whether the kernel supports every option at run time.
+  // Whether the kernel of a neuron reads all options at run time.
   constexpr bool is_general() const { return input == Input::kGeneral || input == Input::kGeneralResidual; }
 
-  // One number that encodes all arguments but the type.
+  // One number that encodes the template and its arguments other than the type.
   uint32 key() const {
     uint32 key = 0;
     for (const int each :
@@ -133,7 +134,7 @@ struct KernelList {
   }
 };
 
-// Every kernel that launch_of in plan.h may choose for an x_seq of this type, or for gradient sums in this type.
+// Every kernel of this type that launch_of in plan.h may choose.
 constexpr KernelList kernels_of(Type type) {
   KernelList kernels{};
   if (type == Type::kFloat || type == Type::kDouble) {

@@ -1,15 +1,18 @@
 // The CUDA kernels of the neuron, with the equations of math/neuron.h. A thread computes one neuron, or four adjacent
 // ones, for the whole sequence, with their state in registers.
 //
-// Forward reads x and writes s: two elements per neuron and step. Backward computes segments of at most
-// kCheckpointSteps steps, from the last to the first. In each it recomputes the potentials from x and keeps them on
-// chip. Then it goes back in time, reads the gradient and writes dx: three elements per neuron and step. For the
-// gradient of input_gain it reads x a second time, from L2 if other data do not displace it. dx need not stay in L2: it
-// is next read after the whole sequence is written, when L2 still holds it only if all of it fits (docs/design/gpu.md).
+// If there is no residual and only spikes are wanted, forward reads x and writes s, two elements per neuron and step.
+// Backward computes segments of at most kCheckpointSteps steps, from the last to the first. In each segment, it
+// recomputes the potentials from x and keeps them in registers or shared memory. Then it goes back in time, reads the
+// gradient of s and writes dx. With x, backward then reads or writes three elements per neuron and step. For the
+// gradient of input_gain, kernels for any number of steps read x a second time, from L2 if other data have not
+// displaced it (docs/design/gpu.md). dx is stored with store_once, because nothing reads it before all of it is
+// written.
 //
-// Settled kernels are for calls in which no parameter changes over time, v_rest is 0, no rare rule is selected and
-// neither potentials nor scaled spikes are wanted, as in nearly all calls. The general kernels support every option at
-// run time: one kernel for all surrogates and resets, since few calls run it.
+// Settled kernels compute the most frequent calls, in which no parameter changes over time, v_rest is 0, multi_spike
+// and v_min are not used, and neither potentials nor scaled spikes are wanted. plan.h has the exact conditions. The
+// general kernels support every option at run time. One of them serves all surrogates and resets, because few calls
+// need a general kernel.
 #pragma once
 
 #include "cuda/access.cuh"
@@ -26,8 +29,8 @@ namespace asgl {
 template <Input kInput, int kLanes>
 constexpr int kParameterSets = kInput == Input::kApart ? kLanes : 1;
 
-// Blocks per multiprocessor: enough to keep memory busy without spills (tools/kernels/RESOURCES.md). With 7 blocks,
-// 65,536 registers leave 72 per thread.
+// Blocks per multiprocessor: enough to keep memory busy, but few enough that no registers spill
+// (tools/kernels/RESOURCES.md). With 7 blocks, a thread can have 72 of a multiprocessor's 65,536 registers.
 template <class Real, Input kInput>
 constexpr int kForwardBlocksPerSM = sizeof(Real) == 8                                         ? 3
                                     : kInput == Input::kGeneralResidual                       ? 4
@@ -37,13 +40,13 @@ constexpr int kForwardBlocksPerSM = sizeof(Real) == 8                           
 template <class Real, int kLanes>
 constexpr int kBackwardBlocksPerSM = sizeof(Real) == 4 && kLanes == 1 ? 4 : 3;
 // Whether a model's plain backward kernels for half types spill registers at four blocks per multiprocessor. Those of
-// erf do if NVRTC compiles them. Builds by nvcc use the same limit.
+// erf do when NVRTC compiles them. Builds with nvcc also limit them to three blocks.
 template <class Model>
 constexpr bool kSpillsAtFourBlocks = false;
 template <bool kHardReset>
 constexpr bool kSpillsAtFourBlocks<LIF<Surrogate::kErf, kHardReset>> = true;
-// Blocks per multiprocessor of the settled backward kernel: three where four would spill. Loads of float32 take twice
-// as many registers as loads of half types.
+// Blocks per multiprocessor of the settled backward kernel: four, or three for kernels that would spill at four. Loads
+// in float32 take twice as many registers as loads in half types, so that more of these kernels would spill.
 template <class Scalar, class Model, int kLanes, Input kInput, int kExact>
 constexpr int kSettledBackwardBlocksPerSM = kExact > 0 || sizeof(Scalar) == 8 ||
                                                     (kLanes == 4 && (kInput != Input::kPlain ||
@@ -141,7 +144,7 @@ struct SettledBackwardStep {
   const FiringFromLeast<Real>& firing;
   Real residual_gain;
 
-  // The spike of neuron j in step k, from its potential.
+  // The spike of neuron j in step k, from the potential h.
   template <class Noise>
   __device__ __forceinline__ Real fire(Real h, const Noise& noise, int k, int j) const {
     return Model::fire(h, noise.is_analog(k, j), neuron.now(j), firing);
@@ -160,9 +163,9 @@ struct SettledBackwardStep {
     }
   }
 
-  // Computes dx, du and dh, the gradients of x, u and h, from ds, the gradient of s, and adds to the sums of width,
-  // gain and bias. Replaces dv, the gradient of v after the step, by the gradient of v before it. Unless `carried`, v
-  // after the step has no gradient.
+  // Computes dx, du and dh, the gradients of x, u and h, from ds, the gradient of s. Adds their terms to the sums of
+  // width, input_gain and input_bias. Replaces dv, the gradient of v after the step, by the gradient of v before it.
+  // Unless `carried`, v after the step has no gradient. On return ds includes the gradient through the reset.
   __device__ __forceinline__ void backpropagate(bool carried, const Row& x, const Row& h, const Row& s, Row& ds,
                                                 Row& dv, Row& du, Row& dh, Row& dx, Sums& sums) const {
     if (carried && !options.detach_reset) {
@@ -187,7 +190,8 @@ struct SettledBackwardStep {
     }
   }
 
-  // Adds the gradient of the decay in the next step: dh of that step times v after this step.
+  // Adds a term to the gradient of the decay: dh of the next step times v after this step. h and s are those of this
+  // step.
   __device__ __forceinline__ void add_decay_gradient(const Row& dh, const Row& h, const Row& s, Sums& sums) const {
 #pragma unroll
     for (int j = 0; j < kLanes; ++j) {
@@ -197,9 +201,10 @@ struct SettledBackwardStep {
   }
 };
 
-// Stores the sums of the parameters whose values of adjacent neurons are adjacent. For all other parameters, adds the
-// sums of the thread's neurons up in sums[id][0], from which store_block_sums reads them, and returns their bits of
-// `wanted`. Overwrites `thread_sums`. All threads of the block must call this.
+// Stores the sums of the wanted parameters whose values for adjacent neurons are adjacent in memory. For each other
+// wanted parameter, adds up the sums of the thread's neurons in sums[id][0]. Returns the bits of these other
+// parameters, whose sums store_block_sums can then store. Overwrites `thread_sums`. All threads of the block must call
+// this.
 template <class Scalar, class Real, int kSets>
 __device__ __forceinline__ uint32 store_sums_by_neuron(const BackwardParams<Scalar>& params, uint32 wanted,
                                                        const ThreadIndex<kSets>& index,
@@ -237,9 +242,9 @@ __device__ __forceinline__ uint32 store_sums_by_neuron(const BackwardParams<Scal
   return others;
 }
 
-// Adds up the threads' sums[id][0] of each wanted parameter, separately for the neurons of each value, and stores the
-// results in the block's slots. Each warp does this for every kWarps-th parameter. Overwrites `thread_sums`. All
-// threads of the block must call this.
+// Adds up sums[id][0] of all threads, for each wanted parameter, and stores the results in the block's slots. Neurons
+// with different values of the parameter have separate results. Each warp handles every kWarps-th parameter. Overwrites
+// `thread_sums`. All threads of the block must call this.
 template <int kLanes, int kNumSums, class Scalar, class Real, int kSets>
 __device__ __forceinline__ void store_block_sums(const BackwardParams<Scalar>& params, uint32 wanted,
                                                  const Real (&sums)[kNumParameters][kSets],
@@ -258,10 +263,10 @@ __device__ __forceinline__ void store_block_sums(const BackwardParams<Scalar>& p
   }
 }
 
-// The settled backward pass, for params.outputs_only_spikes(), with kInput allowed by LIFParams::input_assumption(). A
+// The settled backward pass. LIFParams::input_assumption() allows kInput, and params.outputs_only_spikes() holds. A
 // sequence of kExact steps is one segment, kept in registers. If kExact is 0, the potentials of a segment are kept in
-// shared memory, and a loop computes a few steps at a time. An unrolled segment took most of the compilation time, and
-// left registers to load only two steps ahead.
+// shared memory, and a loop computes a few steps at a time. When the loop over a whole segment was unrolled instead, it
+// took most of the compilation time, and left only enough registers to load two steps ahead.
 template <class Scalar, class Model, int kLanes, Input kInput, int kExact>
 __global__ void __launch_bounds__(kBlockThreads, kSettledBackwardBlocksPerSM<Scalar, Model, kLanes, kInput, kExact>)
     lif_backward_settled_kernel(const BackwardParams<Scalar> params) {
@@ -277,7 +282,7 @@ __global__ void __launch_bounds__(kBlockThreads, kSettledBackwardBlocksPerSM<Sca
   struct alignas(sizeof(Real) * kLanes) Potentials {
     Real values[kLanes];
   };
-  // The potentials of a segment. At the end the threads' sums overwrite them.
+  // The potentials of a segment, unless they are in registers. At the end the array stores the threads' sums.
   __shared__ Potentials potentials[kInRegisters ? (kNumSums + kLanes - 1) / kLanes : kSegment][kBlockThreads];
   ThreadSums<Real>* const thread_sums = reinterpret_cast<ThreadSums<Real>*>(potentials);
   static_assert(sizeof(potentials) >= kNumSums * sizeof(ThreadSums<Real>));
@@ -304,15 +309,16 @@ __global__ void __launch_bounds__(kBlockThreads, kSettledBackwardBlocksPerSM<Sca
     const auto load_gradient = [&](bool there, int k) {
       if (there) g[k].load_once(assume_global(grad_s_seq));
       advance<!kInRegisters>(grad_s_seq, -stride);
-      // Loads x again, mostly from the cache: no registers are left to keep it.
+      // Loads x again, because no registers are left to keep it. Usually x is still in the L2 cache.
       if (kNormalised && !kInRegisters) {
         if (there && loads_again) x_again[k].load(assume_global(x_seq_again));
         advance(x_seq_again, -stride);
       }
     };
-    // The first of the last kSteps steps of a segment, which are loaded together.
+    // The first step of the last group of a segment. A group is up to kSteps steps that are loaded together, and the
+    // last group may be shorter.
     const auto last_load = [&](int length) { return (length - 1) / kSteps * kSteps; };
-    // Begins a segment: loads its first x, and the gradients of its last steps.
+    // Begins a segment: loads x of its first steps, and the gradients of its last steps.
     const auto load_ends = [&](int64 start, int length) {
       const int last = last_load(length);
       const int64 element = index.element + start * stride, last_element = element + (last + kSteps - 1) * stride;
@@ -434,9 +440,9 @@ __global__ void __launch_bounds__(kBlockThreads, kSettledBackwardBlocksPerSM<Sca
   store_block_sums<kLanes, kNumSums>(params, others, sums, thread_sums);
 }
 
-// Adds up the threads' sums of one parameter by way of shared memory, separately for the neurons of each value, and
-// stores the results in the block's slots. t is the step of the sums, 0 if they are over all steps. All threads of the
-// block must call this.
+// Adds up the threads' sums of one parameter, and stores the results in the block's slots. Neurons with different
+// values of the parameter have separate results. t is the step of the sums, or 0 if they are over all steps. Overwrites
+// `thread_sums`. All threads of the block must call this.
 template <int kLanes, class Scalar, class Real>
 __device__ __forceinline__ void store_block_sum(const BackwardParams<Scalar>& params, int id, int64 t, Real sum,
                                                 ThreadSums<Real>& thread_sums) {
@@ -461,8 +467,8 @@ __global__ void __launch_bounds__(kBlockThreads, kBackwardBlocksPerSM<Real_t<Sca
   struct alignas(sizeof(Real) * kLanes) Potentials {
     Real values[kLanes];
   };
-  // The threads' sums reuse the row of the step computed last: with four bytes more, two blocks would not fit on a
-  // multiprocessor of sm_75.
+  // The threads' sums reuse the row of the step computed last. In float32, with four neurons per thread, two blocks
+  // take all 64 KiB of shared memory of a multiprocessor of sm_75, so that a separate array for the sums would not fit.
   __shared__ Potentials potentials[kSteps][kBlockThreads];
   const int64 steps = params.shape.steps, stride = params.shape.inner;
   const ThreadIndex<kLanes> index(params.shape);

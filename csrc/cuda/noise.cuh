@@ -18,25 +18,27 @@ class NoiseSource {
     limit_ = needs_draws_ ? noise.analog_below << 16 : static_cast<uint32>(noise.analog_below > 0);
   }
 
-  // Hides the key from the compiler, which would keep the keys of all ten rounds in registers.
+  // Hides the key from the compiler, which would otherwise compute the keys of all ten rounds beforehand and keep them
+  // in registers.
   __device__ __forceinline__ void hide_key_from_compiler() {
 #if defined(__CUDA_ARCH__)
     asm volatile("" : "+r"(key_.seed_low), "+r"(key_.seed_high));
 #endif
   }
-  // Whether random numbers decide which elements are analog; and if not, whether all elements are.
+  // needs_draws() says whether random numbers decide which elements are analog. is_always_analog() says whether all
+  // elements are analog without random numbers.
   __device__ __forceinline__ bool needs_draws() const { return needs_draws_; }
   __device__ __forceinline__ bool is_always_analog() const { return !needs_draws_ && limit_ > 0; }
 
-  // The draws of neuron n's group. If analog_prob is 0 or 1, all draws are 0 without any computation, and limit_ is 0
-  // or 1.
+  // The draws of neuron n's group for a pair of steps. If no random numbers are needed, all draws are 0, and is_analog
+  // compares them with a limit_ of 1 if all elements are analog, or 0 if none is.
   __device__ __forceinline__ NoiseBlock draw(int64 n, int64 step_pair) const {
     if (!needs_draws_) return {};
     return noise_block(static_cast<uint64>(n) / kNoiseGroup, static_cast<uint32>(step_pair), key_);
   }
 
-  // The draws of two pairs of steps. Drawn together they share their round keys, which saves a sixth of the
-  // instructions.
+  // The draws of two adjacent pairs of steps. If both are computed together, they share the keys of the rounds of
+  // Philox, which saves a sixth of the instructions.
   struct TwoBlocks {
     NoiseBlock blocks[2];
   };
@@ -47,8 +49,9 @@ class NoiseSource {
     return {{noise_block(group, first, key_), noise_block(group, first + 1, key_)}};
   }
 
-  // Whether neuron j of the group is analog in the first (odd_step = 0) or second step of the block. Its draw of 16
-  // bits is compared in the upper half of a word, where the draws of odd neurons already are.
+  // Whether neuron j of the group is analog in the first (odd_step = 0) or second step of the block. The 16 bits of its
+  // draw are compared in the upper half of a word. The draw of an odd neuron is there already, and the lower half then
+  // does not change the result.
   __device__ __forceinline__ bool is_analog(const NoiseBlock& block, int odd_step, int j) const {
     const uint32 word = static_cast<uint32>(block.draws[odd_step] >> (32 * (j / 2)));
     return (j % 2 == 1 ? word : word << 16) < limit_;
@@ -60,15 +63,16 @@ class NoiseSource {
   uint32 limit_;
 };
 
-// The noise of a thread's neurons in a segment: is_analog(k, j) says whether neuron n + j, j < kLanes, is analog at
-// step start + k, k < length <= kSteps. n is the thread's first neuron.
+// The noise of a thread's neurons in a segment of `length` steps, at most kSteps. The neurons are n to n + kLanes - 1,
+// and the first step is `start`. is_analog(k, j) says whether neuron n + j is analog at step start + k.
 template <int kLanes, int kSteps>
 class SegmentNoise;
 
 template <int kSteps>
 class SegmentNoise<1, kSteps> {
  public:
-  // Four threads share a group: each draws every fourth pair of steps for all four, and shuffles exchange the draws.
+  // The four neurons of a group belong to four threads. Each thread draws every fourth pair of steps for the whole
+  // group. Then the threads exchange the results by shuffles.
   __device__ __forceinline__ SegmentNoise(const NoiseSource& source, int64 n, int64 start, int) {
     static_assert(kSteps == 8 || kSteps == 16);
     const int rank = static_cast<int>(threadIdx.x) % kNoiseGroup;
@@ -122,7 +126,8 @@ class SegmentNoise<4, kSteps> {
 
     __device__ __forceinline__ bool is_analog(int k, int j) const { return bits >> (4 * k + j) & 1u; }
   };
-  // Hidden, because the compiler would otherwise choose the word and shift it again in each of the unrolled steps.
+  // The bits are hidden from the compiler, which would otherwise choose the word and shift it again in each of the
+  // unrolled steps.
   __device__ __forceinline__ LaterSteps starting_at(int first) const {
     LaterSteps few = {(first < 8 ? steps_0_to_7_ : steps_8_to_15_) >> (4 * (first % 8))};
     hide_from_compiler(few.bits);
@@ -130,8 +135,8 @@ class SegmentNoise<4, kSteps> {
   }
 
  private:
-  // Draws the bits of eight steps from `start` on, or of `length` steps if there are fewer. Bit 4 k + j says whether
-  // neuron n + j is analog at step start + k.
+  // Returns the bits of eight steps from `start` on. If `length` is less than 8, the bits of later steps have no
+  // meaning. Bit 4 k + j says whether neuron n + j is analog at step start + k.
   static __device__ __forceinline__ uint32 draw_eight_steps(const NoiseSource& source, int64 n, int64 start,
                                                             int length) {
     if (!source.needs_draws()) return source.is_always_analog() ? 0xFFFFFFFFu : 0u;
@@ -154,7 +159,7 @@ class SegmentNoise<4, kSteps> {
   uint32 steps_0_to_7_, steps_8_to_15_;
 };
 
-// Four steps need so few draws that a bit is extracted only when it is used.
+// For four steps, the draws themselves are kept in registers. is_analog compares a draw only when it is called.
 template <>
 class SegmentNoise<4, 4> {
  public:

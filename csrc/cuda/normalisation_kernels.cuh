@@ -1,5 +1,5 @@
-// The CUDA kernels of batch normalisation. Moments and the gradient of the input traverse a sequence by ChannelTiles: a
-// thread owns one column, or four of one channel, for some rows.
+// The CUDA kernels of batch normalisation. Those that compute the moments and the gradient of the input divide a
+// sequence as ChannelTiles says. A thread reads one column, or four of one channel, in some of the rows.
 #pragma once
 
 #include "cuda/neuron_kernels.cuh"
@@ -41,11 +41,11 @@ struct ShiftedSums {
   using Sum = LongSum_t<Real>;
   Sum sum, squares;
 
-  // Adds the values of the first `rows` rows, at least one. With m close to their mean and d = x - m, n values have
+  // Adds the values of the first `rows` rows, at least one. m is close to the mean of these n values. With d = x - m,
   //   sum (x - shift) = n (m - shift) + sum d
   //   sum (x - shift)^2 = (m - shift) (n (m - shift) + 2 sum d) + sum d^2
-  // where only the sums of d, small if the values are alike, are rounded to Real. In float32 m has 16 bits. Then d is
-  // exact for values from m / 2 to 2^8 m, and if the values differ only in later bits, so are the sums of d.
+  // Only the sums of d and d^2 are rounded to Real. They are small if the values differ little. In float32 m has 16
+  // significant bits, so that d is exact for values from m / 2 to 2^8 m.
   template <int kRows, int kLanes>
   __device__ __forceinline__ void add(const Real (&x)[kRows][kLanes], int rows, Real shift) {
     constexpr int kSums = kRows * kLanes / 4;  // of four values each
@@ -82,7 +82,7 @@ struct ShiftedSums {
   }
 
  private:
-  // The sum of kSums values, a power of two, as a tree. Overwrites them.
+  // Adds up kSums values as a tree, and overwrites them. kSums is a power of two.
   template <int kSums>
   static __device__ __forceinline__ Real pairwise_sum(Real (&sums)[kSums]) {
 #pragma unroll
@@ -94,8 +94,8 @@ struct ShiftedSums {
   }
 };
 
-// Adds up the sums of all threads of a channel. Only the first of them, with way 0 and rank 0, gets the result. All
-// threads of the block must call this.
+// Adds up the sums of all threads of each channel. Only a channel's first thread, with way 0 and rank 0, gets the
+// result. All threads of the block must call this.
 template <class Real, int kLanes>
 __device__ __forceinline__ ShiftedSums<Real> reduce_in_block(const ShiftedSums<Real>& own, const ChannelTiles& tiles,
                                                              const ChannelIndex<kLanes>& index) {
@@ -116,7 +116,7 @@ __device__ __forceinline__ ShiftedSums<Real> reduce_in_block(const ShiftedSums<R
   return sums[thread];
 }
 
-// Each block computes the moments of the channels of one task.
+// Each block computes the moments of the values that one task reads, for each channel of the task.
 template <class Scalar, int kLanes>
 __global__ void __launch_bounds__(kBlockThreads, 6) batch_moments_kernel(const MomentsParams<Scalar> params) {
   using Real = Real_t<Scalar>;
@@ -129,7 +129,7 @@ __global__ void __launch_bounds__(kBlockThreads, 6) batch_moments_kernel(const M
   ShiftedSums<Real> sums = {};
   Real shift = Real(0);
   if (index.live) {
-    // The first value of the task's part of the channel.
+    // The shift is the first value of the task's part of the channel.
     const int64 first_column = index.channel * tiles.shape.inner + task.first_unit * kLanes;
     shift = to_real(params.x_seq[task.row * tiles.shape.columns() + first_column]);
     int64 element = index.row * tiles.shape.columns() + index.column;
@@ -179,9 +179,9 @@ __global__ void __launch_bounds__(kBlockThreads, 8)
   if (thread == 0) params.store(channel, found);
 }
 
-// Computes the gradient of x_seq. Each block first computes the adjoints of its channels and only then the position of
-// its columns, which would otherwise occupy registers meanwhile (54 to 61 instead of 43 to 48). Blocks of the first
-// slot store the gradients of weight and bias.
+// Computes the gradient of x_seq. Each block first computes the adjoints of its channels. Threads compute the positions
+// of their columns only after that, because the positions would otherwise occupy registers meanwhile. Blocks of tasks
+// with slot 0 store the gradients of weight and bias.
 template <class Scalar, int kLanes, bool kResidual>
 __global__ void __launch_bounds__(kBlockThreads, 8)
     batch_norm_input_gradient_kernel(const InputGradientParams<Scalar> params) {

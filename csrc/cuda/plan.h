@@ -1,6 +1,6 @@
 // Plans every launch. plan_tiles divides values among threads, and launch_of chooses the kernel and the number of
-// blocks. Host code that includes no CUDA header. `resident` returns the number of threads that the device can hold at
-// a time, and is called only if the plan depends on this number.
+// blocks. This is host code that includes no CUDA header. `resident` returns the number of threads that the device can
+// hold at a time. It is called only if the plan depends on this number.
 #pragma once
 
 #include <algorithm>
@@ -21,8 +21,8 @@ bool is_aligned_for_four(const Element* first) {
 
 // ---- neurons and integrators ----
 
-// The Input for which the kernel of this call is compiled, before launch_of may choose kApart. General kernels compute
-// calls with more outputs or gradients than those of spikes, and calls with kDividendLimit neurons or more.
+// What the kernel of this call may assume about the parameters. launch_of may still choose a kernel for another Input.
+// A general kernel computes the call if outputs_only_spikes() is false, or if there are kDividendLimit neurons or more.
 template <class Params>
 Input input_of(const Params& params) {
   const bool indexed = params.shape.neurons() < kDividendLimit;
@@ -39,9 +39,9 @@ bool fours_share_parameters(const LIFParams<Scalar>& params) {
   return shared;
 }
 
-// Whether the parameters allow a thread to compute four neurons. Either the four share every parameter, or the input is
-// plain or normalised, for which there are kernels for Input::kApart, and each parameter that they do not share has one
-// value per neuron, adjacent and aligned in memory.
+// Whether the parameters allow a thread to compute four neurons. They do if the four share every parameter. If the
+// input is plain or normalised, the four may also differ in parameters whose values for adjacent neurons are adjacent
+// and aligned in memory, because there are kernels for Input::kApart.
 template <class Params>
 bool parameters_fit_four_lanes(const Params& params) {
   const bool shared = fours_share_parameters(params);
@@ -55,28 +55,28 @@ bool parameters_fit_four_lanes(const Params& params) {
   return fit;
 }
 
-// Whether x_seq, v_init and the given tensors allow a thread to compute four neurons: they are adjacent and aligned in
-// memory, so that one access reads or writes all four.
+// Whether x_seq, v_init and the given tensors allow a thread to compute four neurons. In each of these tensors, the
+// elements of the four neurons must be adjacent and aligned, so that one access reads or writes all four.
 template <class Scalar, class... Pointers>
 bool tensors_fit_four_lanes(const LIFParams<Scalar>& params, const Pointers&... sequences_and_states) {
   return params.shape.inner % 4 == 0 && is_aligned_for_four(params.x_seq) && is_aligned_for_four(params.v_init) &&
          (is_aligned_for_four(sequences_and_states) && ...);
 }
 
-// Whether a launch with four neurons per thread is faster than with one.
+// Whether a launch with four neurons per thread should be faster than with one.
 template <class Params, class Resident>
 bool four_lanes_are_faster(const Params& params, const Resident& resident) {
   const Input input = input_of(params);
   const bool general = input == Input::kGeneral || input == Input::kGeneralResidual;
   if (!general && params.shape.steps <= kCheckpointSteps) return true;
   const int64 threads = resident(), neurons = params.shape.neurons();
-  // General kernels: if threads with four neurons each fill at least a quarter of the device, because such a thread has
-  // four times as many loads in flight. Other kernels: see kOccupancySixteenths.
+  // General kernels use four neurons per thread if such threads fill at least a quarter of the device. Fewer threads
+  // then suffice, because each has more bytes in flight. kOccupancySixteenths explains the rule for other kernels.
   return general ? neurons / 4 >= threads / 4 : neurons > kOccupancySixteenths * threads / 16;
 }
 
-// The summary of the parameters, apart from `wanted`. All zeros from kDividendLimit neurons on, where general kernels
-// run.
+// The summary of the parameters, apart from `wanted`. All its fields are zero for kDividendLimit neurons or more.
+// General kernels then run, and they read only `wanted`.
 template <class Scalar>
 ParameterSummary summary_of(const LIFParams<Scalar>& params) {
   ParameterSummary summary{};
@@ -100,7 +100,8 @@ ParameterSummary summary_of(const LIFParams<Scalar>& params) {
   return summary;
 }
 
-// Sets the summary and the tiles. A block computes a tile: one neuron per thread, or four if `grouped` and faster.
+// Sets the summary and the tiles. A block computes a tile, with one or four neurons per thread. `grouped` says whether
+// four are possible.
 template <class Params, class Resident>
 void plan_neuron_tiles(Params& params, bool grouped, const Resident& resident) {
   params.summary = summary_of(params);
@@ -119,8 +120,8 @@ void plan_tiles_and_gradients(Params& params, bool grouped, const Resident& resi
   }
 }
 
-// Sets the tiles and the summary of a call of the neuron or the integrator. Adaptive kernels, for two states, compute
-// one neuron per thread. The integrator has no kernels for kApart.
+// Sets the tiles and the summary of a call of the neuron or the integrator. The kernels of adaptive neurons have two
+// states, and compute one neuron per thread. The integrator has no kernels for kApart.
 template <class Scalar, class Resident>
 void plan_tiles(ForwardParams<Scalar>& params, const Resident& resident) {
   const bool grouped = tensors_fit_four_lanes(params, params.residual, params.s_seq, params.v_last, params.v_seq,
@@ -150,8 +151,9 @@ int lanes_of(const LIFParams<Scalar>& params) {
   return kHasFourLanes<Scalar> && params.tiles.tile > kBlockThreads ? 4 : 1;
 }
 
-// The launch of a neuron's kernel, from the template for each sort of call. With one neuron per thread, the kernel for
-// kNormalised also computes kPlain, and the general kernel any input with a residual.
+// The launch of a neuron's kernel. The arguments are the templates of the settled, general and adaptive kernels. With
+// one neuron per thread, the settled kernel for kNormalised also computes kPlain, and the general kernel computes all
+// calls with a residual.
 template <class Scalar, template <class> class Params>
 Launch neuron_launch(const Params<Scalar>& params, Template settled, Template general, Template adaptive) {
   Kernel kernel{settled, kTypeOf<Scalar>};
@@ -197,10 +199,10 @@ Launch launch_of(const IntegratorParams<Scalar>& params) {
 
 // ---- sums of gradients ----
 
-// An element of a gradient is the sum of the slots of its runs, the ranges of adjacent neurons that share its value. A
-// run has one slot for each tile that it overlaps. If a run has few slots, a block sums several elements. Runs are
-// split among threads if the second launch that this needs takes less time than one thread would need for all of its
-// runs.
+// An element of a gradient is the sum of the slots of its runs. A run is a range of adjacent neurons that share a value
+// of the parameter, and has one slot for each tile that it overlaps. If runs have few slots, a block sums several
+// elements. If an element has very many runs, they are split among blocks, and a second launch adds up the totals of
+// these blocks.
 template <class Real, class Resident>
 void plan_tiles(GradientSum<Real>& sum, const Resident&) {
   constexpr int64 kManySlots = 8;
@@ -248,8 +250,9 @@ Launch launch_of(const GradientSum<Real>& sum) {
 
 // ---- batch normalisation ----
 
-// Divides the channels into tiles. A thread has four columns if these belong to one channel and are aligned in memory.
-// It reads `rows_each` rows of one column, or a quarter as many of each of four.
+// Divides the channels into tiles. A thread has four columns if the type has kernels for four, and the columns belong
+// to one channel and are aligned in memory. It usually reads `rows_each` rows of one column, or a quarter as many rows
+// of four.
 template <class Scalar, class... Gradients>
 void plan_channels(ChannelTiles& tiles, int64 rows_each, const Scalar* x_seq, const Gradients*... gradients) {
   const bool fours = kHasFourLanes<Scalar> && tiles.shape.inner % 4 == 0 && is_aligned_for_four(x_seq) &&

@@ -28,8 +28,8 @@ struct KernelStarter {
   }
 };
 
-// Starts a kernel for one type. Only compiled_*.cu instantiate this function: without the declarations as extern, nvcc
-// would also instantiate it for the calls below.
+// Starts a kernel of one type. Each compiled_*.cu instantiates this function for its type. Without the extern
+// declarations, nvcc would also instantiate it there for the other types, because the function launch below calls it.
 template <class Scalar>
 cudaError_t start_compiled(const KernelStarter& starter);
 extern template cudaError_t start_compiled<Half>(const KernelStarter& starter);

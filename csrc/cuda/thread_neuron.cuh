@@ -6,8 +6,8 @@
 
 namespace asgl {
 
-// The parameters of the neurons of a thread: n and the neurons that follow it. This template is for parameters that do
-// not change over time. The neurons share all parameters (kNeurons = 1), or each has its own.
+// The parameters of the neurons of a thread, of which n is the first. This template is for parameters that do not
+// change over time. If kNeurons is 1, the neurons share all parameters. Otherwise each neuron has its own.
 template <class Real, bool kGeneral, int kNeurons = 1>
 class ThreadNeuron {
  public:
@@ -47,7 +47,7 @@ class ThreadNeuron {
   Neuron<Real> neurons_[kNeurons];
 };
 
-// For parameters that may change over time. The neurons of a thread share all of them.
+// The specialisation for parameters that may change over time. The neurons of a thread share all of them.
 template <class Real>
 class ThreadNeuron<Real, true> {
  public:

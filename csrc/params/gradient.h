@@ -8,18 +8,18 @@ namespace asgl {
 constexpr int kSumThreads = 512;       // threads of a CUDA block
 constexpr int kElementsPerThread = 4;  // elements of a thread, if there are many elements and few runs
 
-// The chain-rule factor from the partial sums to the gradient of the parameter as it was given. The partial sums are
-// gradients of 1 / width and of the decay.
+// How the sum of the partial sums becomes the gradient of a stored parameter. The partial sums are gradients of the
+// decay and of 1 / width. Stored are the decay or its logit, and the width or its logarithm.
 enum class Derivative { kNone, kOfWidth, kOfLogWidth, kOfLogitDecay };
 
-// The chain-rule factor for parameter `id`, given how width and decay are stored.
+// The Derivative for parameter `id`, given how width and decay are stored.
 ASGL_HOST_DEVICE Derivative derivative_of(int id, bool log_width, bool logit_decay) {
   if (id == kWidth) return log_width ? Derivative::kOfLogWidth : Derivative::kOfWidth;
   return id == kDecay && logit_decay ? Derivative::kOfLogitDecay : Derivative::kNone;
 }
 
-// Multiplies the total of the partial sums by the chain-rule factor at the stored value, rounded as in autograd of exp
-// and sigmoid.
+// Multiplies the total of the partial sums by the chain-rule factor. `stored` is the width or decay as stored. The
+// result is rounded as autograd of exp and sigmoid rounds it.
 template <class Real>
 ASGL_HOST_DEVICE Real apply_chain_rule(Derivative derivative, double total, Real stored) {
   if (derivative == Derivative::kOfLogitDecay) {
@@ -39,8 +39,8 @@ struct GradientPart {
   Derivative derivative;
   Real* gradient;  // [T or 1, count]
   int64 neurons;   // slots of a row, if a run is one neuron
-  // Set by plan_tiles() of CUDA, powers of two: the number of elements that a block sums in parallel, of runs of each
-  // element, and of slots of each run.
+  // plan_tiles() of CUDA sets these three powers of two: how many elements a block sums, how many runs of each element
+  // at a time, and how many slots of each run at a time.
   int elements_each, runs_each, slots_each;
   int splits;    // of the runs; if there are several, each stores a total, and a second launch sums the totals
   int64 blocks;  // blocks of a split
@@ -84,8 +84,8 @@ struct GradientSum {
     return number;
   }
 
-  // Lets the first launch store its totals in `memory`. Returns the sum of the second launch, which has no parts if no
-  // runs are split.
+  // Lets the first launch store its totals in `memory`. Returns the arguments of the second launch, which have no parts
+  // if no runs are split.
   ASGL_HOST_DEVICE GradientSum place_totals(Real* memory) {
     GradientSum second{shape, /*tile=*/1, /*count=*/0, {}};  // one total per tile, so that no value repeats in a tile
     for (int id = 0; id < count; ++id) {

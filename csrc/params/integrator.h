@@ -1,5 +1,5 @@
-// Arguments of the kernels of the leaky integrator. From the arguments of the neuron (params/neuron.h), its equations
-// use decay, input_gain, v_rest, logit_decay, x_seq and v_init.
+// Arguments of the kernels of the leaky integrator. Of the neuron's arguments (params/neuron.h), the integrator's
+// equations use decay, input_gain, v_rest, logit_decay, x_seq and v_init.
 #pragma once
 
 #include "math/integrator.h"
@@ -9,9 +9,9 @@ namespace asgl {
 
 enum class Pass { kForward, kBackward, kSums };  // kSums: backward, and decay or input_gain wants a gradient
 
-// The arguments of the integrator's forward pass if grad_v_seq is null, else of its backward pass. In backward a null
-// grad_v_last is zero, and a gradient whose pointer is null is not computed. Backward reads v_seq only for the gradient
-// of decay, and x_seq only for that of input_gain.
+// The arguments of the integrator's forward pass if grad_v_seq is null, or else of its backward pass. In backward, a
+// null grad_v_last means zero, and a gradient whose pointer is null is not computed. Backward reads v_seq only for the
+// gradient of decay, and x_seq only for the gradient of input_gain.
 template <class Scalar>
 struct IntegratorParams : LIFParams<Scalar> {
   using typename LIFParams<Scalar>::Real;
@@ -24,9 +24,10 @@ struct IntegratorParams : LIFParams<Scalar> {
   Real* grad_v_init;         // [N]
   GradientPartials<Real> partials[kNumParameters];
 
-  // Always true: cuda/plan.h asks all params whether other outputs need the general kernels.
+  // Always true. cuda/plan.h calls this function for neurons and integrators, and no output of an integrator needs a
+  // general kernel.
   ASGL_HOST_DEVICE bool outputs_only_spikes() const { return true; }
-  // A parameter that wants no gradient has no buffer for partial sums.
+  // Whether a parameter wants a gradient. Only then does it have a buffer for partial sums.
   ASGL_HOST_DEVICE bool wants_gradient(int id) const { return partials[id].data != nullptr; }
   // The pass that these arguments request.
   ASGL_HOST_DEVICE Pass requested_pass() const {

@@ -20,30 +20,33 @@ struct SequenceShape {
   ASGL_HOST_DEVICE int64 offset(int64 n, int64 t) const { return (n / inner * steps + t) * inner + n % inner; }
 };
 
-// Threads of a block of all CUDA kernels but the sum of gradients.
+// Threads per block of all CUDA kernels except the one that sums gradients.
 constexpr int kBlockThreads = 128;
 
 // Steps between checkpoints of the state for backward. Sequences up to this length have none.
 constexpr int kCheckpointSteps = 16;
 
-// The shortest sequence that is common in practice. Some CUDA kernels are compiled for this length as a constant.
+// A short sequence that is common in practice. Some CUDA kernels are compiled for this number of steps as a constant.
 constexpr int kShortSequence = 4;
 
-// The offset of the checkpoints of w from those of v, which is the number of elements of each.
+// The number of elements from v to w of a neuron in the checkpoints of adaptive neurons. All checkpoints of v are
+// stored before those of w.
 ASGL_HOST_DEVICE int64 checkpoint_stride(const SequenceShape& shape) {
   return (shape.steps - 1) / kCheckpointSteps * shape.neurons();
 }
 
-// Settled CUDA kernels of longer sequences compute four neurons per thread if there are more neurons than this number
-// of sixteenths of the device's resident threads. If a scheduler holds 16 warps, as on sm_80 and sm_90, one sixteenth
-// is one warp per scheduler. With few warps latency is the limit: by prediction (docs/design/gpu.md), a step of one
-// warp takes 117 cycles forward and 274 backward with one neuron per thread, 179 and 433 with four. With one neuron per
-// thread a warp issues 51 and 106 instructions per step, so four warps of a scheduler make a step about as long as one
-// warp with four neurons per thread. Other GPUs hold fewer warps, and use the same number.
+// For sequences of more than kCheckpointSteps steps, settled CUDA kernels compute four neurons per thread if there are
+// more neurons than this number of sixteenths of the threads that the device can hold. On sm_80 and sm_90 a scheduler
+// holds 16 warps, so one sixteenth is one warp per scheduler.
+//
+// If there are few warps, latency determines the time. By prediction (docs/design/gpu.md), a step of one warp takes 117
+// cycles forward and 274 backward with one neuron per thread, and 179 and 433 with four. A warp with one neuron per
+// thread issues 51 instructions per step forward and 106 backward. Four such warps on a scheduler therefore take about
+// as long as one warp with four neurons per thread. GPUs that hold fewer warps use the same number.
 constexpr int kOccupancySixteenths = 3;
 
-// A parameter at neuron n and step t is data[t * step_stride + (n / inner) % count]. If data is null, it is `constant`,
-// with count = 1 and step_stride = 0.
+// A parameter at neuron n and step t is data[t * step_stride + (n / inner) % count]. If data is null, the parameter is
+// `constant`, with count = 1 and step_stride = 0.
 template <class Real>
 struct ParameterView {
   const Real* data;
@@ -61,9 +64,10 @@ struct ParameterView {
   ASGL_HOST_DEVICE bool is_same_for_all() const { return count == 1; }
   // Whether all neurons and steps share one value.
   ASGL_HOST_DEVICE bool is_uniform() const { return count == 1 && step_stride == 0; }
-  // Whether groups of four neurons, from multiples of four on, share a value.
+  // Whether each group of four neurons that begins at a multiple of four shares a value.
   ASGL_HOST_DEVICE bool is_shared_by_four() const { return data == nullptr || inner % 4 == 0; }
-  // Whether a tile has several neurons of each value, none adjacent, as for one value per channel in channels_last.
+  // Whether each value belongs to several neurons of a tile that are not adjacent, as one value per channel does in
+  // channels_last.
   ASGL_HOST_DEVICE bool is_interleaved_in(int64 tile) const { return inner == 1 && 2 * count <= tile; }
 };
 
@@ -90,18 +94,19 @@ ASGL_HOST_DEVICE Neuron<Real> make_neuron(F&& value) {
           value(kInputGain), value(kInputBias), value(kInputMean)};
 }
 
-// The value of analog_below which says that rng_state[2] contains it.
+// If analog_below has this value, rng_state[2] contains the actual value.
 constexpr uint32 kAnalogBelowInState = kAlwaysAnalog + 1;
 
 struct NoiseParams {
   const int64* rng_state;  // [2]: seed and offset; [3] with kAnalogBelowInState: analog_below as well
   uint32 analog_below;     // round(analog_prob * kAlwaysAnalog): an element is analog if its draw is below
 
-  // Whether elements need random draws: not if none (0) or all (kAlwaysAnalog) are analog. Only for params that are
-  // `resolved()`.
+  // Whether elements need random draws. They need none if no element is analog (0), or all are (kAlwaysAnalog). Call
+  // this only on params that are `resolved()`.
   ASGL_HOST_DEVICE bool needs_draws() const { return analog_below > 0 && analog_below < kAlwaysAnalog; }
 
-  // Returns these params with analog_below as a number, read from rng_state and clamped if it is stored there.
+  // Returns these params. If rng_state[2] contains the actual analog_below, the returned params have this value,
+  // clamped to the allowed range.
   ASGL_HOST_DEVICE NoiseParams resolved() const {
     if (analog_below <= kAlwaysAnalog) return *this;
     const int64 below = rng_state[2];
@@ -131,8 +136,8 @@ struct LIFParams {
   const Scalar* residual;    // [outer, T, inner]; null means none
   Real residual_gain;
 
-  // What input_current and charge may assume, apart from the residual. kGeneral also if a parameter changes over time,
-  // because settled kernels do not support that.
+  // What input_current and charge may assume, apart from the residual. Returns kGeneral also if a parameter changes
+  // over time, because settled kernels do not support that.
   ASGL_HOST_DEVICE Input input_assumption() const {
     for (const auto& parameter : parameters) {
       if (parameter.data != nullptr && parameter.step_stride != 0) return Input::kGeneral;
@@ -161,16 +166,16 @@ struct ForwardParams : LIFParams<Scalar> {
   Real* checkpoints;  // [(T - 1) / kCheckpointSteps, N], after steps 16, 32, ...
   Real* zeros;        // [2], padding, zeroed so that no output is uninitialised
 
-  // Whether no outputs are wanted but unscaled spikes, the last state and checkpoints.
+  // Whether only unscaled spikes, the last state and checkpoints are wanted.
   ASGL_HOST_DEVICE bool outputs_only_spikes() const {
     return v_seq == nullptr && h_seq == nullptr && !this->options.scale_output;
   }
 };
 
-// Partial sums of one parameter's gradient, a row of `slots` values per step, or one row if step_stride is 0. Tile k
-// sums its part of run r (the neurons with n / inner == r, which share a value) into slot r + k, or into slot r if a
-// run is one neuron. Where is_interleaved_in(tile), CUDA's tile k instead sums its neurons of value i into slot
-// k * count + i. No two tiles share a slot, and no slot depends on the number of threads.
+// Partial sums of one parameter's gradient, with one row of `slots` values per step, or a single row if step_stride is
+// 0. Run r is the neurons with n / inner == r, which share a value. Tile k sums its part of run r into slot r + k, or
+// into slot r if a run is one neuron. If is_interleaved_in(tile), tile k of CUDA instead sums its neurons of value i
+// into slot k * count + i. No two tiles share a slot, and no slot depends on the number of threads.
 template <class Real>
 struct GradientPartials {
   Real* data;  // [T or 1, slots]; null if not wanted
@@ -178,13 +183,13 @@ struct GradientPartials {
 
   // The index of the slot for the part of a run that a tile sums.
   ASGL_HOST_DEVICE static int64 slot_index(int64 inner, int64 run, int64 tile) { return inner == 1 ? run : run + tile; }
-  // The number of slots of a step: a multiple of four, so that four adjacent slots are stored at once.
+  // The number of slots of a step: a multiple of four, so that four adjacent slots can be stored at once.
   ASGL_HOST_DEVICE static int64 num_slots(int64 inner, int64 neurons, int64 tiles) {
     return (slot_index(inner, neurons / inner, tiles) + 3) / 4 * 4;
   }
 };
 
-// Null gradients are zero (inputs) or not computed (outputs).
+// A null gradient of a result of forward means zero. A null gradient of an argument of forward is not computed.
 template <class Scalar>
 struct BackwardParams : LIFParams<Scalar> {
   using typename LIFParams<Scalar>::Real;
@@ -198,11 +203,12 @@ struct BackwardParams : LIFParams<Scalar> {
   Scalar* grad_residual;     // [outer, T, inner], residual_gain times the gradient of the input current
   GradientPartials<Real> partials[kNumParameters];
 
-  // A parameter that wants no gradient has no buffer for partial sums.
+  // Whether a parameter wants a gradient. Only then does it have a buffer for partial sums.
   ASGL_HOST_DEVICE bool wants_gradient(int id) const { return partials[id].data != nullptr; }
 
-  // Whether s_seq is unscaled and, besides v_last, the only output with a gradient, and x_seq or the residual wants a
-  // gradient, but input_mean does not.
+  // Whether settled kernels can compute the wanted gradients. They need a gradient of s_seq, which must be unscaled,
+  // and support no gradient of v_seq or h_seq. x_seq or the residual must want a gradient, and input_mean must want
+  // none.
   ASGL_HOST_DEVICE bool outputs_only_spikes() const {
     return grad_s_seq != nullptr && (grad_x_seq != nullptr || grad_residual != nullptr) && grad_v_seq == nullptr &&
            grad_h_seq == nullptr && !this->options.scale_output && !wants_gradient(kInputMean);

@@ -5,8 +5,8 @@
 
 namespace asgl {
 
-// Elements that a CUDA thread reads: so many rows of one column, or a quarter as many of each of four columns. More if
-// there would be too many splits.
+// The number of elements that a CUDA thread usually reads: this many rows of one column, or a quarter as many rows of
+// four columns. It reads more rows if there would otherwise be too many splits.
 constexpr int64 kGradientRowsPerThread = 64;
 constexpr int64 kMomentsRowsPerThread = 128;
 
@@ -18,16 +18,16 @@ struct ChannelShape {
   ASGL_HOST_DEVICE int64 columns() const { return channels * inner; }
 };
 
-// Tiles of whole channels, or of a part of one channel, whose rows are split between tasks. A task reads
-// rows_per_split rows of a tile of `width` units, `ways` rows at a time; a unit is `lanes` adjacent columns of a
-// channel. Nothing depends on the number of threads.
+// Divides a sequence among tasks. A unit is `lanes` adjacent columns of a channel. A tile is `width` units: whole
+// channels, or a part of one channel. The rows of a tile are split between tasks. A task reads rows_per_split rows of
+// one tile, `ways` rows at a time. Nothing depends on the number of threads.
 struct ChannelTiles {
   ChannelShape shape;
   int64 lanes, width, ways;
   int64 units_per_channel, channels_per_tile, tiles_per_channel;
   int64 rows_per_split, splits;
 
-  // Plans tasks that read up to `most_units` units at a time, `rows_each` times. They read more rows where there would
+  // Plans tasks that read up to `most_units` units at a time, `rows_each` times. Tasks read more rows if there would
   // otherwise be more than kMostSplits splits.
   ASGL_HOST_DEVICE static ChannelTiles plan(const ChannelShape& shape, int64 lanes, int64 most_units, int64 rows_each) {
     constexpr int64 kMostSplits = 2048;
@@ -69,8 +69,8 @@ struct ChannelTask {
   int64 first_unit, units;  // in the first channel; number in the task
   int64 row, end_row;
 
-  // The part of the task with index `task`. Number must hold every index. CUDA kernels pass 32-bit integers, which
-  // divide faster than 64-bit ones.
+  // The part of the task with index `task`. The type Number must be large enough for every index. CUDA kernels pass
+  // 32-bit integers, which divide faster than 64-bit ones.
   template <class Number>
   ASGL_HOST_DEVICE ChannelTask(const ChannelTiles& tiles, Number task) {
     const Number splits = static_cast<Number>(tiles.splits);
@@ -95,7 +95,8 @@ struct MomentsParams {
   Moments* moments;     // [slots, channels]
 };
 
-// Coefficients from moments, or from mean and variance if moments is null. A null weight is 1, a null bias 0.
+// Arguments of the kernel that computes coefficients from moments, or from mean and variance if moments is null. A null
+// weight means 1, and a null bias means 0.
 template <class Real>
 struct CoefficientsParams {
   const Moments* moments;  // [slots, channels]
@@ -104,7 +105,7 @@ struct CoefficientsParams {
   NormalisationOptions options;
   Real* coefficients;  // [kNumCoefficients, channels]
   Moments* total;      // [channels]
-  // The running statistics of training, updated in place; null: none.
+  // The running statistics of training, which are updated in place, or null if there are none.
   Real *running_mean, *running_var;  // [channels]
   int64* num_batches_tracked;        // null if not counted
   Real momentum;
@@ -130,7 +131,8 @@ struct CoefficientsParams {
   }
 
  private:
-  // Moves a running statistic towards the value of this batch, in two cases as torch.lerp, so that momentum 1 is exact.
+  // Moves a running statistic towards the value of this batch. The two formulas are those of torch.lerp, so that a
+  // momentum of 1 gives exactly this value.
   ASGL_HOST_DEVICE void update_running(Real& running, Real value) const {
     const Real distance = value - running;
     running = momentum < Real(0.5) ? running + momentum * distance : value - distance * (Real(1) - momentum);
@@ -165,8 +167,8 @@ struct InputGradientParams {
             options};
   }
 
-  // Stores the gradients of weight (grad_weight) and bias (grad_shift) of a channel, from the sums of this process, the
-  // gradients of input_gain and input_bias (grad_gain and grad_bias).
+  // Stores the gradients of weight (grad_weight) and bias (grad_shift) of a channel. They are computed from grad_gain
+  // and grad_bias, the gradients of input_gain and input_bias in this process.
   ASGL_HOST_DEVICE void store_own_gradients(int64 channel) const {
     const GradientSums own = {static_cast<double>(grad_gain[channel]), static_cast<double>(grad_bias[channel])};
     const double centred =

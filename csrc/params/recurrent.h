@@ -4,7 +4,9 @@
 //   i[t] = syn_decay * i[t-1] + j[t]                  with a synapse, i[-1] = i_init, or 0; else i[t] = j[t]
 //   h[t], s[t], v[t] of the neuron in math/neuron.h with the current input_gain * i[t], or of math/adaptive.h with i[t]
 //
-// The gradient of s[t] is that of the output, plus dj[t+1] W, plus that of the reset;
+// The gradient of s[t] is that of the output, plus dj[t+1] W, plus those of the reset and of the adaptation. In the
+// equations below, input_gain is 1 for adaptive neurons, and syn_decay is 0 without a synapse:
+//
 //   dj[t] = input_gain * dh[t] + syn_decay * dj[t+1]
 //   dW = sum over t of dj[t]^T s[t-1],   dbias = sum of dj,   dsyn_decay = sum of dj[t] * i[t-1]
 #pragma once
@@ -22,14 +24,15 @@ enum RecurrentParameterId : int {
   kNumRecurrentSums
 };
 
-// Added to the seed at each step, modulo 2^64. Steps differ in the key and not in the counter, because a kernel of one
-// step draws at a fixed counter. Steps therefore use up no offsets, and calls with different offsets share no draws.
-// The value is 2^64 / phi^2, whose multiples are far apart: calls with seeds less than 2^40 apart share no draws in up
-// to 2^20 steps.
+// This number is added to the seed at each step, modulo 2^64. Steps differ in the key and not in the counter, because a
+// kernel of one step draws at a fixed counter. Steps therefore use up no offsets, and calls with different offsets
+// share no draws. The number is 2^64 / phi^2, where phi is the golden ratio. Its multiples are far apart: calls with
+// seeds less than 2^40 apart share no draws in up to 2^20 steps.
 constexpr uint64 kSeedPerStep = 0x61C8864680B583EB;
 
-// Sequences are [T, B, N], or [B, T, N]; states and gradients of states [B, N], but v_init, v_last and their gradients
-// [2, B, N] for adaptive neurons, v then w. Their h is the potential that is compared with v_threshold.
+// Sequences are [T, B, N], or [B, T, N] if batch_first. States and their gradients are [B, N]. For adaptive neurons,
+// v_init, v_last and their gradients are [2, B, N], with v first and w second, and h_seq contains the potential that is
+// compared with v_threshold.
 template <class Scalar>
 struct RecurrentParams {
   using Real = Real_t<Scalar>;
@@ -74,7 +77,8 @@ struct RecurrentBackwardParams : RecurrentParams<Scalar> {
   double* grad_parameters;  // [chunks, kNumRecurrentSums, N], zero: sums over the rows of a chunk; or null
 };
 
-// Rows of the batch that a task computes through all steps, whose state and weight then stay in the cache.
+// Rows of the batch that a task computes through all steps. The state of these rows and the weight can then stay in the
+// cache.
 constexpr int64 kRecurrentRows = 16;
 // The number of chunks of kRecurrentRows rows, of which the last may be smaller.
 inline int64 num_recurrent_chunks(int64 batch) { return (batch + kRecurrentRows - 1) / kRecurrentRows; }

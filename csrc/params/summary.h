@@ -1,5 +1,5 @@
-// A summary of the parameters for the CUDA kernels. Without it, comparisons for each parameter would take a tenth of
-// the instructions for a short sequence.
+// A summary of the parameters for the CUDA kernels. Without this summary, a tenth of a kernel's instructions for a
+// short sequence would be comparisons for each parameter.
 #pragma once
 
 #include "math/divisor.h"
@@ -10,7 +10,7 @@ enum ParameterId { kWidth, kDecay, kThreshold, kReset, kInputGain, kInputBias, k
 // Adaptive neurons have no gain, bias and mean of the input; the parameters of the adaptation take their ids.
 constexpr ParameterId kAdaptDecay = kInputGain, kAdaptPotential = kInputBias, kAdaptSpike = kInputMean;
 
-// ParameterView::index without a division, for fewer than kDividendLimit neurons.
+// Computes ParameterView::index without a division, for fewer than kDividendLimit neurons.
 struct NeuronIndex {
   Divisor inner, count;
 
