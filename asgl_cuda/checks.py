@@ -139,8 +139,8 @@ def check_name(name: str, value: Any, names: Iterable[str], caller: str, hint: s
         raise ValueError(f"{caller}: {name} must be one of {', '.join(names)}, got {format_value(value)}{hint}")
 
 
-# Hints for arguments of other libraries' neurons, by the name there and an argument of asgl_cuda. An error has the
-# first hint whose argument of asgl_cuda the function or layer takes.
+# Hints for arguments of other libraries' neurons. A key has the argument's name there, and the argument of asgl_cuda
+# that takes its place. An error has the first hint whose argument of asgl_cuda the function or layer takes.
 _ELSEWHERE = {
     ("tau", "decay"): "SpikingJelly's tau{value} is {decay} and divides the input by tau{gain}",
     ("init_tau", "decay"): "SpikingJelly's init_tau{value} is {decay} and divides the input by tau{gain}",
@@ -645,7 +645,7 @@ def check_device_and_dtype(device: Any, dtype: Any, caller: str) -> None:
 
 
 _warned: set[str] = set()
-# Packages whose code may be between the user's line and the warning.
+# Packages whose frames are skipped in the search for the user's line that caused a warning.
 _NOT_THE_USERS = ("asgl_cuda", "torch", "spikingjelly", "snntorch", "norse", "sinabs")
 
 

@@ -28,7 +28,8 @@ class Features(NamedTuple):
         shape, dims = [1] * x_seq.dim(), self.dims(x_seq, time_dim)
         for dim, size in zip(dims, self.sizes, strict=True):
             shape[dim] = size
-        # Without leading ones, so that a parameter along the last dimension is not reshaped (calls/plan.py).
+        # If there is only one size, the shape has no leading ones, so that a parameter along the last dimension is not
+        # reshaped (calls/plan.py).
         return tuple(shape[dims[0] :] if len(dims) == 1 else shape)
 
     def trailing(self, x_seq: Tensor, time_dim: int) -> int:

@@ -24,8 +24,8 @@ OUTPUTS = "s_seq", *(name.removeprefix("return_") for name in RETURNS)
 # math library.
 EXACT_SURROGATES = ("rectangle", "triangle")
 
-# Computations that differ by roundings may disagree on spikes near the threshold. Neurons this close (tens of float32
-# roundings) are left out where bits may differ.
+# Computations that differ by roundings may disagree on spikes near the threshold. If bits may differ, neurons that come
+# closer to the threshold than this (tens of float32 roundings) are left out.
 THRESHOLD_BAND = 1e-5
 
 
@@ -50,7 +50,8 @@ def differences(
     """
     leaves = {"x_seq": x_seq, **{name: value for name, value in options.items() if isinstance(value, Tensor)}}
     leaves = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
-    # The gradient of a parameter is a sum. That of an expanded parameter has the terms of this sum, which `size` needs.
+    # The gradient of a parameter is a sum over elements. If the parameter is expanded first, its gradient contains the
+    # terms of this sum, from which `size` is computed.
     terms = {
         name: leaf.expand(x_seq.shape) for name, leaf in leaves.items() if name not in ("x_seq", "v_init", "residual")
     }
@@ -202,7 +203,7 @@ def _integrator_rows(backend: str, device: str, dtype: torch.dtype) -> Iterator[
         "decay": random(_CHANNELS, low=0.4, high=0.8),
         "input_gain": random(low=0.5, high=2.0),
     }
-    # The fused gradient of decay is computed from the rounded output.
+    # Fused backends compute the gradient of decay from the output, which is rounded to the type of x_seq.
     allowed = {"grad_input_gain": 1e-5, "grad_decay": _SPACING.get(dtype, 1e-5)}
     yield from _function_rows(backend, leaky_integrator, inputs, allowed, return_v_last=True)
 

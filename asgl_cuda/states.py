@@ -181,7 +181,8 @@ def _remove_time_dim(output: Tensor, x_t: Tensor, time_dim: int) -> Tensor:
     """The output of one step without its time dimension. Raises ValueError if it has none."""
     if -output.dim() <= time_dim < output.dim() and output.shape[time_dim] == 1:
         without = output.squeeze(time_dim)
-        # If the batch has size 1, the squeezed dimension may have been the batch. Then the batch is no longer first.
+        # If the batch has size 1, squeeze may have removed the batch instead of time. The output then no longer begins
+        # with the batch.
         if x_t.dim() < 2 or x_t.shape[0] != 1 or tuple(without.shape[:1]) == (1,):
             return without
         raise ValueError(

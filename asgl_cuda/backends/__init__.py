@@ -113,10 +113,10 @@ def _compute_cuda_misfit(device: torch.device) -> str | None:
     )
 
 
-# End of the error for an unknown name.
+# Ends the error for an unknown backend, unless a similar name is suggested.
 NONE_IS_BEST = "; None, the default, is the best for the device of x_seq"
 
-# The backends in order of preference: backend=None takes the first one that works.
+# The backends in order of preference. backend=None takes the first one that works for the device of x_seq.
 BACKENDS: dict[str, Backend] = {
     "cuda": Backend(
         ("cuda",), registered_operators("asgl_cuda"), _cuda_problem, direct_operators(extension.module), _cuda_misfit
@@ -147,7 +147,8 @@ def backend_of(operator: Any) -> str:
 
 
 _warned: set[str] = set()
-# For each device the best fused backend, and the table of backends from which it was chosen.
+# For each device, the fused backend that choose_backend took, and the values of BACKENDS at that time. If BACKENDS has
+# changed since, choose_backend chooses again.
 _best: dict[torch.device, tuple[str, tuple[Backend, ...]]] = {}
 
 

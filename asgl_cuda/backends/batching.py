@@ -22,7 +22,7 @@ from ..reference.records import Parameters, Rules
 Rule = Callable[..., tuple[Any, Any]]  # takes info, in_dims and the operator's arguments; returns outputs and out_dims
 
 
-# Names of the arguments of operators that are sequences, and names of those that are states.
+# Arguments of operators that are sequences, and arguments that are states, by name.
 _SEQUENCES = "x_seq", "v_seq", "residual", "grad_s_seq", "grad_v_seq", "grad_h_seq"
 _STATES = "v_init", "grad_v_last"
 
@@ -49,8 +49,9 @@ def _batch_in_one_call(operator: Any, info: Any, in_dims: tuple[Any, ...], *argu
     given, dims = dict(zip(names, arguments, strict=True)), dict(zip(names, in_dims, strict=True))
     rules = Rules(*given["rules"])
     rng_state, rng_dim = given.get("rng_state"), dims.get("rng_state")
-    # _draw_under_transforms (calls/noise.py) maps an rng_state of shape [1, 2], so it is 3-D here: neurons are then
-    # numbered across all samples. A given rng_state has shape [2] and counts from 0 in each sample.
+    # _draw_under_transforms (calls/noise.py) draws an rng_state of shape [1, 2]. If vmap maps it over the samples, it
+    # is 3-D here, and the neurons of all samples are numbered consecutively. With any other rng_state, neurons are
+    # numbered from 0 in each sample, so each sample needs a call of its own.
     if rng_state is not None and (rng_dim is None or rng_state.dim() != 3):
         return _batch_one_by_one(operator, info, in_dims, *arguments, time_dim=rules.time_dim)
 

@@ -31,11 +31,12 @@ from .extension import missing_sources_message, source_directory
 from .extension.build_notes import digest_of_sources
 
 NAMESPACE = "asgl_cuda_cupy"
-# The program that NVRTC compiles. Each of these headers includes the neuron's kernels.
+# The program that NVRTC compiles. Each of these headers includes neuron_kernels.cuh.
 SOURCE = "".join(f'#include "cuda/{name}_kernels.cuh"\n' for name in ("adaptive", "integrator", "normalisation"))
-# The options of nvcc in compilation.py. Without contraction to FMA all backends round alike.
+# As NVCC_FLAGS in compilation.py, without -O3. Without contraction to FMA, additions and multiplications round as on
+# the CPU.
 OPTIONS = ("--std=c++17", "--fmad=false")
-# The smallest kernel: if it compiles and loads, the backend works.
+# A small kernel as a test: the backend counts as working if this kernel can be compiled and loaded.
 PROBE = "asgl::gradient_sum_kernel<float>"
 
 logger = logging.getLogger("asgl_cuda")
@@ -43,8 +44,8 @@ logger = logging.getLogger("asgl_cuda")
 
 def install_command() -> str:
     """The command that installs CuPy and NVRTC for the CUDA of the installed torch."""
-    # The packages of the extras in pyproject.toml. Extras themselves need a package on an index, and this one is on
-    # none.
+    # The packages of the extras cupy and cupy12 in pyproject.toml. The command does not use the extras, because
+    # asgl_cuda is on no package index.
     if (torch.version.cuda or "").startswith("12."):
         return 'pip install "cupy-cuda12x>=13.6" "nvidia-cuda-nvrtc-cu12==12.*"'
     return 'pip install "cupy-cuda13x>=13.6" "nvidia-cuda-nvrtc==13.*"'
@@ -235,10 +236,11 @@ def _make_context_current(driver: Any, device_index: int) -> None:
 
 
 LAUNCHER = CupyLauncher()
-# The operators as functions, or None without the extension.
+# The operators of this backend as functions. None if the extension is missing or older.
 FUNCTIONS = launcher.define_with_kernels(NAMESPACE, "CUDA", LAUNCHER)
 if extension.build_info is not None and extension.build_info.cuda is None:
-    # If nvcc compiled no kernels, the kernels of CuPy also serve the operators that exported programs and C++ call.
+    # Exported programs and C++ call the operators in the namespace asgl_cuda. If nvcc compiled no kernels, CuPy's
+    # kernels are registered for these operators as well.
     launcher.register_kernels("asgl_cuda", "CUDA", LAUNCHER)
 
 
@@ -261,8 +263,8 @@ def problem() -> str | None:
     return _problem()
 
 
-# Called, not traced, under torch.compile. torch.compiler.assume_constant_result does only this, but imports the whole
-# compiler.
+# With this attribute, torch.compile calls the function instead of tracing it. torch.compiler.assume_constant_result
+# sets the same attribute, but imports the whole compiler.
 problem._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 

@@ -19,8 +19,9 @@ from torch import Tensor
 from ..torch_modes import apply_at_one_level, is_forward_mode_active, once_differentiable, refuse_tangents
 
 Derivative = Callable[..., Any]
-# By the name of an operator, a function that calls the operator so that autograd can differentiate the results. It is
-# called with the operator, the same operator below autograd, and the arguments. Other operators have no derivative.
+# By the name of an operator, a function that calls the operator so that autograd can differentiate the results. The
+# function takes the operator, a callable that runs the operator without its autograd kernel, and the arguments.
+# Operators that are not in this dict have no derivative.
 DERIVATIVES: dict[str, Derivative] = {}
 
 
@@ -37,7 +38,8 @@ def autograd_kernel(operator: Any, name: str) -> Callable[..., Any]:
 
         def below(*arguments: Any) -> Any:
             """The operator without its autograd kernel."""
-            # Function disables gradients, but the next level of differentiation needs the grad mode of the caller.
+            # A derivative calls this in forward of a torch.autograd.Function, which disables gradients. An outer
+            # transform of torch.func needs the grad mode of the caller.
             with torch.set_grad_enabled(enabled), torch._C._AutoDispatchBelowAutograd():
                 return operator.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
 

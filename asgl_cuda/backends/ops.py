@@ -108,7 +108,7 @@ def _with_device_check(name: str, fake: Callable[..., Any]) -> Callable[..., Any
 
 def _fake_draw_rng_state(fresh: Tensor) -> Tensor:
     """An rng_state without values; refuses compilers that would draw it again in backward."""
-    # With a smaller budget, backward would draw noise again, which differs from the noise of forward.
+    # With a budget below 1, backward would draw noise again, and get other noise than forward.
     if torch.is_grad_enabled() and functorch_config.activation_memory_budget < 1:
         raise RuntimeError(
             "asgl_cuda: torch._functorch.config.activation_memory_budget must be 1 if neurons draw noise, got "

@@ -52,8 +52,8 @@ class Arguments(NeuronArguments, total=False):
     input_gain: Tensor | float
     input_bias: Tensor | float
     input_mean: Tensor | float
-    # Only for adaptive neurons: where the adaptation w acts (bits IN_CURRENT, IN_THRESHOLD and IN_RESET), w in the
-    # first step, and the parameters of w.
+    # Only for neurons with an adaptation w: where w acts (bits IN_CURRENT, IN_THRESHOLD and IN_RESET), the initial w,
+    # and the parameters of w.
     adaptation: int
     w_init: Tensor | None
     adapt_decay: Any
@@ -65,8 +65,8 @@ class Arguments(NeuronArguments, total=False):
 # Options that become flags of Rules, and options that ask for an additional result.
 FLAGS = "multi_spike", "strict_threshold", "detach_reset", "scale_output"
 RETURNS = "return_v_last", "return_v_seq", "return_h_seq"
-# Options that are never tensors, with their checks. `surrogate` and time_dim are checked elsewhere, because they depend
-# on another option and on x_seq.
+# Options that are never tensors, with their checks. Two are checked elsewhere: `surrogate`, because it depends on
+# multi_spike, and time_dim, because it depends on x_seq.
 OPTIONS: dict[str, Callable[..., Any]] = {
     **dict.fromkeys((*FLAGS, *RETURNS), check_bool),
     **dict.fromkeys(("surrogate_gain", "v_rest", "residual_gain"), check_not_nan),
@@ -74,12 +74,12 @@ OPTIONS: dict[str, Callable[..., Any]] = {
     "levels": accept_none(check_levels),
 }
 OPTION_NAMES = "surrogate", "time_dim", *OPTIONS
-# The arguments that become the operators' parameters input_gain, input_bias and input_mean. In their places adaptive
-# neurons pass the parameters of the adaptation.
+# The operators' parameters input_gain, input_bias and input_mean, each with the argument that is passed for it: INPUT
+# without an adaptation, ADAPTATION with one.
 INPUT = {"input_gain": "input_gain", "input_bias": "input_bias", "input_mean": "input_mean"}
 ADAPTATION = {"input_gain": "adapt_decay", "input_bias": "adapt_potential", "input_mean": "adapt_spike"}
-# Arguments that may be tensors, in the key of the cache of plans: VALUES of ordinary neurons, ADAPTIVE_VALUES of
-# adaptive ones.
+# Arguments that may be tensors. The key of a cached plan contains VALUES for neurons without an adaptation, and
+# ADAPTIVE_VALUES for neurons with one.
 _COMMON = "width", "decay", "v_threshold", "v_reset", "reset_amount"
 VALUES = *_COMMON, *INPUT, "analog_prob", "residual"
 ADAPTIVE_VALUES = *_COMMON, *ADAPTATION.values(), "analog_prob", "residual"

@@ -296,7 +296,8 @@ def _tensor_signature(value: Any) -> Any:
 _THRESHOLD_OF_LEVELS = "v_threshold with levels"
 _HEIGHT = "height of a spike"  # the constant that replaces v_threshold with levels
 _NAMES = {False: (*VALUES, *OPTION_NAMES), True: (*ADAPTIVE_VALUES, *OPTION_NAMES, "adaptation")}
-# `_checked_plan` with a cache, by whether an adaptation is given and whether features are given.
+# `_checked_plan` with a cache of its own for each case: with or without an adaptation, and with or without `features`,
+# from layers whose parameters differ between channels or neurons.
 _PLANS = {
     (adapts, differ): cached_by_signature((*names, "features") if differ else names)(_checked_plan)
     for adapts, names in _NAMES.items()
@@ -331,7 +332,7 @@ def checked_call(caller: str, x_seq: Tensor, given: Arguments, together: bool = 
             check_width_tensor(width, caller, _THRESHOLD_OF_LEVELS if rules.surrogate == INTEGER else "width")
         if rules.multi_spike and v_threshold is not None:
             check_positive_threshold(v_threshold, "multi_spike", caller)
-    # Noise is drawn last, so that a call that raises an error does not advance the generator.
+    # Noise is drawn after all checks, so that a call that they refuse does not advance the generator.
     if rules.analog_below or rng_state is not None or given["generator"] is not None:
         rng_state = rng_state_of_call(caller, x_seq, rules.analog_below, given, backend, together)
     return Call(backend, plan, Inputs(*[x_seq, v_init, rng_state, *parameters, residual]))

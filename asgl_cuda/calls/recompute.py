@@ -53,8 +53,8 @@ class _Thread(threading.local):
 
 
 _thread = _Thread()
-# Calls of neurons check only these two numbers. Contexts in code that torch.compile traces are counted apart, because
-# it traces neither locks nor hooks.
+# The numbers of open contexts. If both are 0, calls of neurons remember nothing for recomputation. Contexts in code
+# that torch.compile traces are counted apart, because torch.compile traces neither locks nor hooks.
 open_contexts = 0  # in all threads
 traced_contexts = 0
 _count_lock = threading.Lock()
@@ -153,7 +153,7 @@ class _Placeholder:
         return self._spikes.spikes_for(self).as_strided(self.shape, self._stride, self._offset)
 
 
-# Names of autograd nodes that save, as `result1`, indices into the last two dimensions of their input.
+# Names of autograd nodes whose saved `result1` contains indices into the last two dimensions of the input.
 _MAX_POOLING = ("MaxPool2DWithIndicesBackward0", "AdaptiveMaxPool2DBackward0")
 
 
@@ -294,7 +294,8 @@ def _open_before_forward(model: nn.Module, *_: Any) -> None:
 
 def _close_after_forward(model: nn.Module, *_: Any) -> None:
     """A forward hook that closes the context, also after an error in forward."""
-    # It is also called if another hook raised an error before _open_before_forward opened the context.
+    # torch also calls this hook if an earlier hook raised an error, so that _open_before_forward did not run. Then
+    # there is no context to close.
     if torch.compiler.is_compiling():
         _Context().__exit__()
     elif _thread.models and _thread.models[-1] is model:
@@ -333,5 +334,6 @@ def remember_spikes(spikes: Tensor, compute: Callable[..., Tensor], inputs: dict
         return
     found = _SpikesOfCall(spikes, compute, inputs)
     _thread.known[found.key] = found
-    # The node of the call owns the object, so that both are freed together if the graph is freed without a backward.
+    # `known` has only a weak reference, so the autograd node keeps `found` alive. If the graph is freed without a
+    # backward, `found` is freed as well.
     spikes.grad_fn.asgl_cuda_spikes = found  # type: ignore[attr-defined]

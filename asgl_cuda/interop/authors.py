@@ -46,7 +46,8 @@ class ConvertedLIFLayer(Converted):
         spike, cell = self.cell.spike_fn, self.cell
         flags = {flag: getattr(cell, flag, False) for flag in ("use_gate", "return_noreset_v")}
         parts = {"cell": cell, "spike_fn": spike, "inv_sg": spike.inv_sg, "spike": getattr(spike, "spike", True)}
-        # No attributes of a spike function are compared: p, alpha and others are read at each call and may change.
+        # As `function` is None, the only attributes of the spike function that are compared are those in `parts`. p,
+        # alpha and others are read at each call and may change.
         return {"function": None, **parts, **flags}
 
     @property

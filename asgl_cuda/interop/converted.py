@@ -60,7 +60,7 @@ class Overlay(nn.Module):
         self.__class__ = self.original  # type: ignore[assignment]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        # pickle can't find a class by name that was made at run time, so `_new_module` makes it again.
+        # pickle can't find a class that was made at run time, so `_new_module` makes the class again.
         _, _, *rest = tuple(super().__reduce_ex__(protocol))
         return _new_module, _overlays_and_class(type(self)), *rest
 
@@ -100,8 +100,8 @@ def _new_module(*parts: Any) -> nn.Module:
 _MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
-# Entries of `dependencies` for the module through which spikes return. The value is the reason why spikes can't return
-# through this module, or None if they can.
+# Names in `dependencies` for the module that feeds spikes back to the neurons. The value of such an entry is the reason
+# why a layer with this module can't be converted, or None if it can.
 FEEDBACK = ("feedback", "rec_connect", "recurrent")
 
 
@@ -240,7 +240,8 @@ def _is_equal(one: Any, other: Any) -> bool:
     if isinstance(one, Tensor) and isinstance(other, Tensor):
         return one.shape == other.shape and bool((one == other.to(one.device)).all())
     if isinstance(one, nn.Module):  # a replica is another object, and attributes are compared one by one
-        # In compiled code a subclass is equal as well, because torch.export wraps shared modules in subclasses.
+        # In compiled code an instance of a subclass also counts as equal, because torch.export wraps shared modules in
+        # subclasses.
         return type(one) is type(other) or (torch.compiler.is_compiling() and isinstance(one, type(other)))
     return not isinstance(one, Tensor) and not isinstance(other, Tensor) and bool(one == other)
 
@@ -393,7 +394,7 @@ class Converted(Overlay, Noisy):
         """Advice to call with whole sequences, for a layer that is called step by step, or None."""
         return _ADVICE if self.takes_one_step else None
 
-    # ---- a layer in a recorded loop, see recording.py ----
+    # ---- recording of a loop over the steps, see recording.py ----
 
     def record_step(self, recording: Recording, *args: Any, **kwargs: Any) -> Any:
         """Records one step and returns the layer's recorded result.
@@ -434,12 +435,13 @@ _ADVICE = (
     '(sequences="loop" if the model\'s forward contains the loop over the steps)'
 )
 
-# What an adapter's `conversion_of` returns for a layer: the subclass of `Converted` and the spike function (None if the
-# layer does not fire); or, as text, why the layer can't be converted; or None if it is no neuron of the library.
+# What an adapter's `conversion_of` returns for a module. For a layer that can be converted, it is the subclass of
+# `Converted`, and the spike function or None if the layer does not fire. For another neuron layer of the library, it is
+# the reason as text. For any other module, it is None.
 Conversion: TypeAlias = tuple[type[Converted], Callable[[Tensor], Tensor] | SpikeFunction | None] | str | None
 
-# What an adapter's `streaming_of` returns for a module: how it takes a sequence one time step per call, as in
-# `asgl_cuda.step`; or, as text, why it can't; or None if it has no state.
+# What an adapter's `streaming_of` returns for a module. For a module with state over time, it says how `asgl_cuda.step`
+# calls the module, or as text why `step` can't. For any other module, it is None.
 Streaming: TypeAlias = "Streamed | str | None"
 
 
@@ -552,7 +554,8 @@ def name_clash_reason(layer: nn.Module, overlay: type[Converted]) -> str | None:
     return None
 
 
-# Names that a user's subclass may override: they do not change results, and the subclass's own are still called.
+# Names that a user's subclass may override, because they do not change what a call computes. A converted layer still
+# calls the overriding methods.
 _OVERRIDABLE = {
     "__init__", "__repr__", "__dict__", "__weakref__", "__annotate_func__", "_get_name", "extra_repr", "train", "reset",
     "reset_mem", "reset_states",
@@ -583,8 +586,8 @@ def override_reason(kind: type[nn.Module], base: type[nn.Module]) -> str | None:
         for name, value in vars(each).items():
             if name in _OVERRIDABLE or each in base.__mro__ or inspect.getattr_static(kind, name) is not value:
                 continue
-            # A property with a setter may replace an attribute that the base class sets on instances, which can't be
-            # seen in the class.
+            # The base class may set an attribute of this name on its instances, and then the class itself does not show
+            # the attribute. A property with a setter would replace that attribute, so it is always refused.
             sets = value.fset is not None if isinstance(value, property) else hasattr(type(value), "__set__")
             if sets or (hasattr(base, name) and (callable(value) or hasattr(value, "__get__"))):
                 return f"its {name} is defined by {each.__name__}, not by {base.__name__}, which convert knows"

@@ -183,8 +183,8 @@ class Fused(Overlay):
         is_compiling = torch.compiler.is_compiling()
         if not is_compiling:
             last = _calls.get(id(self)) if self.training or self.outcome is not None else None
-            # In backward a checkpoint must compute the same as in forward, so a decision that was made meanwhile is not
-            # applied.
+            # In backward, activation checkpointing calls the layer again and must get what forward computed. A decision
+            # that `outcome` has made since forward is then ignored.
             if self.outcome is not None and self.outcome.is_left(self) and not is_in_backward():
                 forward = super().forward
                 if last is None:  # otherwise its last call still needs the overlay
@@ -193,21 +193,22 @@ class Fused(Overlay):
             reason = ""  # why this call must return a tensor
             if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
                 reason = "it is called by torch.jit.trace"
-            # In backward a checkpoint calls the layer again; a reentrant checkpoint does so without hooks on saved
-            # tensors.
+            # Activation checkpointing calls the layer again in backward. If it is reentrant, no hooks on saved tensors
+            # are active then.
             elif is_in_function_forward() or (is_in_backward() and active_saved_tensor_hooks() is None):
                 reason = "it is called inside of a torch.autograd.Function, such as a reentrant checkpoint"
             elif backward_hook_of(self):
                 reason = "it has a backward hook"
-            # Running statistics must be updated in the order of the calls.
+            # If nothing has used the output of the last call, that call has not updated the running statistics yet. It
+            # must do so before this call.
             if self.training and last is not None and last.is_unused():
                 reason = "it is called again before its output is used"
                 last.value_because(reason)
             if reason:
                 self.note_left(reason)
                 return super().forward(input)
-        # In step mode "m", layers of SpikingJelly have separate dimensions for time and batch. A step_mode of a
-        # user's own class does not count.
+        # In step mode "m", the input of SpikingJelly's layers has separate dimensions for time and batch. A step_mode
+        # that only a user's own class has does not count.
         has_time = getattr(type(self), "step_mode", None) is not None and self.step_mode == "m"
         has_time = has_time and hasattr(_normalisation_base(self.original), "step_mode")
         self._check_input_dim(input[0] if has_time else input)
@@ -273,7 +274,8 @@ class Fused(Overlay):
             bias = shift if bias is None else gain * bias.to(gain.dtype) + shift
         if residual is not None and not isinstance(input_gain, float):
             residual, residual_gain = (residual * input_gain).to(x_seq.dtype), 1.0
-        # A process group of None would mean only this process.
+        # A SyncBatchNorm without process_group uses all processes, but `batch_norm_lif` takes None for only this
+        # process.
         group = (self.process_group or "world") if isinstance(self, nn.SyncBatchNorm) else None
         if residual is not None or weight is not self.weight or scale != 1:
             residual_gain = 1.0 if residual is None else residual_gain
@@ -302,7 +304,8 @@ class Fused(Overlay):
 
     def note_left(self, reason: str) -> None:
         """Notes for the report why this normalisation had to compute its value itself."""
-        # Calls in backward do not count: a checkpoint may stop them before the neurons are called.
+        # Calls in backward are those of activation checkpointing, which may stop them before the neurons are called.
+        # They say nothing about the layer.
         if self.outcome is not None and not torch.compiler.is_compiling() and not is_in_backward():
             self.outcome.add_left(self, reason)
 

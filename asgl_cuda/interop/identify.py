@@ -12,12 +12,14 @@ from torch import Tensor, nn
 
 from ..reference.surrogates import SURROGATES
 
-# Values of u / width at which slopes are compared.
+# Values of u / width at which the function's slope is compared with a surrogate's. u is the potential minus the
+# threshold.
 _PROBES = (0.05, 0.11, 0.23, 0.37, 0.61, 0.79, 0.93, 1.3, 1.9, 2.7, 4.1)
-# Values of u at which the slope must be equal to count as constant. They are inside of a rectangle of width FLAT.
+# If the slope is the same at all these values of u, it counts as constant. A rectangle of width FLAT contains all of
+# them.
 _BY_DECADE = tuple(sign * 10.0**power for power in range(-9, 18) for sign in (-1, 1))
-# Values of u far from the threshold, and many near it, so that a function with random output does not pass by chance.
-# Their mean is not 0, because a function may compare with the mean.
+# Values of u at which spikes are checked. There are many near the threshold, so that a function with random output does
+# not pass by chance. Their mean is not 0, so that a function that compares u with the mean of its input does not pass.
 _AROUND = (-1e3, *(-1e-9, 1e-9) * 32, 1e3, 1e3)
 _FIRES = [float(u > 0) for u in _AROUND]
 # The width of the rectangle that replaces a surrogate of constant slope. It is a power of two, so that gain and 1 /

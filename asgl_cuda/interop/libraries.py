@@ -11,8 +11,8 @@ from torch import nn
 
 from . import authors
 
-# By name of the adapter: the library's modules that define neuron layers, the current one first. A library counts as
-# imported if one of these modules is.
+# The modules that define a library's neuron layers, the newest first, by the name of the library's adapter. A library
+# counts as imported if one of these modules is imported.
 LIBRARIES = {
     "spikingjelly": ("spikingjelly.activation_based", "spikingjelly.clock_driven"),
     "snntorch": ("snntorch",),
@@ -40,7 +40,7 @@ def imported_adapters() -> Iterator[Any]:
       copies in deepcopy's memo.
     - `register_with_library(model)`: registers a copied model where the library looks for its layers.
     - NORMALISATIONS: the library's equivalents of torch.nn's normalisations.
-    - PLAIN: classes of torch.nn by the library's classes that compute the same.
+    - PLAIN: classes of torch.nn by the library's classes that compute the same in evaluation.
     """
     yield authors
     for name, modules in LIBRARIES.items():

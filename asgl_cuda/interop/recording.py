@@ -38,7 +38,7 @@ def current_recording() -> Recording | None:
     return getattr(_local, "recording", None)
 
 
-# ---- modes of gradients and autocast: an operation is computed in those of its call ----
+# ---- grad mode and autocast: each operation is computed in the modes in which it was recorded ----
 
 _DEVICES = ("cpu", "cuda")
 _NO_AUTOCAST = (None, None)
@@ -150,9 +150,9 @@ def _recorded_operator(name: str) -> Any:
     return method
 
 
-# Names of attributes of tensors. _METADATA is answered by a tensor on the device "meta". _FACTORIES make a tensor of
-# the same dtype and device. For _NEEDING_VALUE the value is computed at once. _OF_GRAPH need the value's node in the
-# graph of autograd, which does not exist yet.
+# Names of attributes of tensors, by what a `Recorded` does for them. It reads _METADATA from a tensor on the device
+# "meta". _FACTORIES make a tensor of the same dtype and device. _NEEDING_VALUE make it compute the value at once.
+# _OF_GRAPH raise an error, because they need the value's autograd node, which does not exist yet.
 _METADATA = {"shape", "ndim", "dtype", "layout", "size", "dim", "numel", "is_sparse", "is_nested", "is_quantized",
              "is_floating_point", "is_complex", "stride", "nelement", "itemsize", "ndimension"}  # fmt: skip
 _FACTORIES = {"new_zeros", "new_ones", "new_full", "new_empty", "new_tensor"}
@@ -170,7 +170,7 @@ for _name in _OPERATORS - {"__torch_function__", "__torch_dispatch__", "__setsta
 Recorded.__hash__ = object.__hash__  # type: ignore[method-assign]
 
 
-# Frequent functions whose result is never a view, which needs no question.
+# Frequent functions whose result is never a view, so no shared memory needs to be looked for.
 _NEW_MEMORY = {"linear", "conv1d", "conv2d", "conv3d", "batch_norm", "relu", "max_pool2d", "avg_pool2d", "stack", "cat",
                "__add__", "__radd__", "__sub__", "__mul__", "__rmul__", "add", "sub", "mul", "sum", "mean"}  # fmt: skip
 

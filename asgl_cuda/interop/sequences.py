@@ -115,7 +115,7 @@ _STATES_AS_ARGUMENTS = (
     "if the model takes its states as arguments, put it into a module with the loop over the steps, and convert that "
     'module with sequences="loop"'
 )
-# The report's description of the converted model.
+# How the report describes the converted model, by the value that `checked_sequences` returns.
 _TEXT = {
     "steps": "one call takes all steps, x_seq [T, ...]",
     "loop": "its loop over the steps is computed for all steps at once",

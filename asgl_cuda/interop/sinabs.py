@@ -85,8 +85,8 @@ class ConvertedLayer(Converted):
             self.init_state_with_shape((batch, *trailing))
         elif self.v_mem.shape[0] != batch:
             self.handle_state_batch_size_mismatch(batch)
-        # As sinabs does, computes in the common type of input and state. States begin in float32, so half types are
-        # computed in float32.
+        # As in sinabs, the computation has the common type of input and state. States usually begin in float32, so half
+        # inputs are then computed in float32.
         x_seq = input_data.to(torch.promote_types(input_data.dtype, self.v_mem.dtype))
         alpha, i_last = self.alpha_syn_calculated, None
         if alpha is not None:
@@ -195,7 +195,8 @@ class ConvertedRecurrent(Recurrent, ConvertedLayer):
 
     def dependencies(self) -> dict[str, Any]:
         """Values that must not change after the conversion, see `Converted.dependencies`."""
-        # None while rec_connect can be converted; after a change that prevents it, the reason, which becomes the error.
+        # `feedback` is None while rec_connect can be converted. After a change that prevents this, `feedback` is the
+        # reason, which the next call raises as an error.
         feedback = feedback_reason(self.rec_connect)
         return {**super().dependencies(), "record_states": self.record_states, "rec_connect": feedback}
 
@@ -229,7 +230,8 @@ def _common_value(value: Tensor) -> float:
     return float(low) if low == high else math.nan
 
 
-# Surrogates whose width is read at each call or does not depend on the threshold; other functions may depend on it.
+# Surrogates with which thresholds may differ between neurons: their width does not depend on the threshold, or is read
+# at each call.
 _OWN_WIDTHS = (SingleExponential, Gaussian, PeriodicExponential)
 
 _LEAKS = (layers.ExpLeak, layers.ExpLeakSqueeze)

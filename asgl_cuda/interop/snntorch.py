@@ -43,11 +43,12 @@ from .converted import (
 from .recording import SPIKES, Recording
 from .recurrent import Recurrent, feedback_reason, synaptic_inputs
 
-# If a sequence is computed in one call, betas from 0 to this one are raised to it, so that threshold / beta is finite.
-# Usually `_SMALL_BETA` lets such a sequence be computed step by step, but compiled code can't compare a beta with it.
+# If a sequence is computed in one call, a beta from 0 to this value is raised to it, so that threshold / beta is
+# finite. This happens only if beta is a tensor that can't be read, for example in compiled code. Otherwise
+# `_SMALL_BETA` lets the sequence be computed step by step.
 _LEAST_BETA = 1e-6
-# Below this beta, a sequence is computed step by step: threshold / beta would make rounding errors in the gradient of
-# beta too large, 6e-5 relative at 1e-3.
+# If beta is known to be below this value, a sequence is computed step by step, because threshold / beta would cause
+# large rounding errors in the gradient of beta. At beta = 1e-3 their relative size is 6e-5.
 _SMALL_BETA = 1e-3
 
 _RETURNING = (nn.Linear, rleaky.RecurrentOneToOne, rsynaptic.RecurrentOneToOne)
@@ -177,7 +178,8 @@ class ConvertedLeaky(Converted):
         if self._has_small_beta(options["decay"]):
             return self.loop_over_steps(x_seq, mem)
         self._check_parameter_shapes(x_seq.shape[1:], options["v_threshold"], options["decay"])
-        # mem is the potential before the reset, unless reset_delay=False resets it in the same step.
+        # snnTorch's mem is the potential before the reset. With reset_delay=False the reset happens in the same step,
+        # and mem is the potential after the reset.
         options["return_h_seq"] = is_before_reset = self.reset_delay or self.reset_mechanism == "none"
         options |= {} if is_before_reset else {"detach_reset": False, "return_v_seq": True}
         output = self.lif(x_seq, v_init=self._initial_potential(x_seq, mem, options), **options)
@@ -246,7 +248,8 @@ class ConvertedLeaky(Converted):
         if not isinstance(self, snntorch.Lapicque):
             return _clamp_to_unit(self.beta), 1.0
         R, C, time_step = self.R, self.C, self.time_step  # noqa: N806
-        # The gain is time_step / C, in the order of snnTorch's operations, which determines its rounding.
+        # The gain is time_step / C. The operations are in the order of snnTorch's, so that the gain has the same
+        # rounding.
         return float_if_scalar(1 - time_step / (R * C)), float_if_scalar(R * (1 / (R * C)) * time_step)
 
     def _sequence_options(self) -> dict[str, Any]:
@@ -306,7 +309,7 @@ class ConvertedLeaky(Converted):
         last = self.__dict__.pop("_last", None)
         if last is not None and mem is last[0] and version_of(mem) == last[1]:
             return last[2]  # type: ignore[no-any-return]
-        # snnTorch takes a difference, in which unsigned integers wrap around.
+        # snnTorch checks whether mem - threshold is above 0. For unsigned integers this difference wraps around.
         above = mem > threshold if mem.is_floating_point() else mem - self.threshold > 0
         return above.to(mem.dtype)
 

@@ -41,7 +41,7 @@ from .identify import SpikeFunction, closure_values
 from .recording import SPIKES, Recording
 from .recurrent import Recurrent, feedback_reason
 
-# SpikingJelly up to 0.0.0.0.14 has `clock_driven`; 0.0.0.0.14 has both packages.
+# SpikingJelly has `clock_driven` up to version 0.0.0.0.14, and `activation_based` from that version on.
 _PACKAGES = [
     package
     for package in ("spikingjelly.activation_based", "spikingjelly.clock_driven")
@@ -185,7 +185,7 @@ def _input_gain(node: Any) -> Tensor | float:
     """The factor on the input, `input_gain` of `lif`."""
     if isinstance(node, _INTEGER):
         return 1.0
-    # Up to SpikingJelly 0.0.0.0.8 nodes have no decay_input, and the input always decays.
+    # Up to SpikingJelly 0.0.0.0.8 leaky nodes have no decay_input, and always multiply the input by 1 / tau.
     return _leak_per_step(node) if isinstance(node, _LEAKY) and getattr(node, "decay_input", True) else 1.0
 
 
@@ -412,16 +412,17 @@ class ConvertedNonSpikingNode(Converted):
         return v_seq[-1] if self.decode == "last_mem" else list(v_seq)
 
 
-# Equivalents of torch.nn's normalisations; in step mode "m" their input has separate dimensions for time and batch. The
-# ThresholdDependent ones differ only in the initial weight. Those of versions before 2 are left out: their own forward
-# merges time and batch a second time.
+# Equivalents of torch.nn's normalisations. In step mode "m" their input has separate dimensions for time and batch.
+# ThresholdDependentBatchNorm differs from BatchNorm only in the initial weight. Before version 2 it has a forward of
+# its own, which merges time and batch twice, and is left out.
 _OF_THRESHOLD = tuple(f"ThresholdDependentBatchNorm{dims}d" for dims in (1, 2, 3))
 NORMALISATIONS = (
     *_installed_classes("layer", "BatchNorm1d", "BatchNorm2d", "BatchNorm3d"),
     *(found for found in _installed_classes("layer", *_OF_THRESHOLD) if "forward" not in vars(found)),
 )
 
-# Equivalents of torch.nn's layers; in step mode "m" their input has separate dimensions for time and batch.
+# Equivalents of torch.nn's layers in evaluation. In training, SpikingJelly's dropout keeps its mask over time. In step
+# mode "m" the input has separate dimensions for time and batch.
 PLAIN = {
     found: getattr(nn, found.__name__)
     for found in _installed_classes(

@@ -105,8 +105,8 @@ class Noisy(Settable):
     """A layer with noise. Compiled graphs read analog_prob from a tensor, so they are not recompiled if it changes."""
 
     _analog_prob: float  # for eager calls: reading a tensor would synchronise with the GPU
-    # The analog_prob of compiled graphs, of shape [1], or [0] if the layer has no noise. It is not a buffer, because
-    # DistributedDataParallel would broadcast it at each call.
+    # Compiled graphs read analog_prob from this tensor, of shape [1], or [0] if analog_prob is 0. It is not a buffer,
+    # because DistributedDataParallel would broadcast a buffer at each call.
     _analog_prob_data: Tensor
 
     @property
@@ -165,16 +165,16 @@ class NeuronLayer(Settable):
 
     _caller: ClassVar[str]  # the name of the layer in errors
     _function: ClassVar[str]  # the functional form, for errors
-    # Names of the states that are carried from call to call: arguments `{name}_init` and results `{name}_last` of the
-    # function. They are not buffers, because DistributedDataParallel would broadcast them.
+    # Names of the states that are carried from call to call. The function has an argument `{name}_init` and a result
+    # `{name}_last` for each. The states are not buffers, because DistributedDataParallel would broadcast buffers.
     _states: ClassVar[tuple[str, ...]] = ("v",)
     _least_batch: ClassVar[int] = 0  # dimensions of the batch that an input must have
     _constants: ClassVar[tuple[str, ...]] = ("_decay",)  # attributes that are floats or tensors, but not buffers
     logit_decay: nn.Parameter | None
     store_v_seq = False
     v: Tensor | None
-    # An object that asgl_cuda.step sets while it runs. Its methods run before and after each call of the layer. Hooks
-    # of torch would cost 10 us per module.
+    # While asgl_cuda.step runs, it sets this to an object whose methods the layer calls before and after each call.
+    # Hooks of torch would cost 10 us per module instead.
     _watch: Any = None
 
     # Options of the constructor that become attributes, with their checks `check(name, value, caller)`.
@@ -287,7 +287,8 @@ class NeuronLayer(Settable):
         """The value as a property returns it: a scalar if it is one for the whole layer."""
         if isinstance(value, (Logarithm, Logit)):
             value = value.value()
-        # The sum of one element: reshape(()) raises an error for tensors that fully_shard has sharded.
+        # The sum makes a scalar of the only element. reshape(()) would raise an error for a tensor that fully_shard has
+        # sharded.
         return value.sum() if isinstance(value, Tensor) and not self.num_features else value
 
     def _inputs_of_call(self, x_seq: Tensor, residual: Tensor | None = None) -> tuple[Tensor, dict[str, Any]]:
@@ -403,7 +404,7 @@ class NeuronLayer(Settable):
     def _carried_state(self, name: str) -> Tensor | None:
         """The state of this name with which the next call begins; None if it begins at rest."""
         state: Tensor | None = getattr(self, name)
-        # Autograd does not accept inference tensors, but it accepts copies of them.
+        # Autograd does not accept inference tensors, but it accepts copies that are made outside of inference mode.
         if state is not None and not torch.compiler.is_compiling() and state.is_inference():
             return state if torch.is_inference_mode_enabled() else state.clone()
         return state
@@ -459,7 +460,7 @@ class NeuronLayer(Settable):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        # Non-leaf tensors can neither be copied nor pickled.
+        # copy.deepcopy refuses tensors that are not leaves of the graph.
         kept = {name: value.detach() for name in self._stored_names if (value := getattr(self, name)) is not None}
         return self.__dict__ | kept
 

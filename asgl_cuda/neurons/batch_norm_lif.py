@@ -81,7 +81,7 @@ class _Settings(NamedTuple):
     group: Any  # processes that share the statistics; None for only this one
 
 
-# The arguments of the normalisation by name, also "count", which is num_batches_tracked or None, and "time_dim".
+# The arguments of the normalisation and time_dim, by name. "count" is num_batches_tracked or None.
 _Normalisation = dict[str, Any]
 
 
@@ -94,7 +94,7 @@ class _Running(NamedTuple):
     momentum: float | Tensor
 
 
-# mean, variance, weight and bias, each of shape [C] or None. In training mean and variance are None.
+# mean, variance, weight and bias, each of shape [C] or None. mean and variance are None if those of the batch are used.
 _ByChannel = Sequence[Tensor | None]
 
 
@@ -139,8 +139,8 @@ class BatchNormLIFFunction(torch.autograd.Function):
         through_batch = needed.x_seq and ctx.training
         wants_sums = wants_weight or wants_bias or through_batch
         # If residual_gain is 1, the residual's gradient is dh, the gradient of the potential before reset. lif_backward
-        # then writes only dh, from which batch_norm_backward computes gain * dh and dx. Not in float16: dh may overflow
-        # where gain * dh does not, so lif_backward writes both.
+        # then writes only dh, from which batch_norm_backward computes gain * dh and dx. In float16, dh may overflow
+        # where gain * dh does not, so lif_backward writes both gradients.
         shared = through_batch and needed.residual and x_seq.dtype != torch.float16
         shared = shared and plan.numbers.residual_gain == 1
         wanted = needed.with_input_parameters(wants_sums, wants_sums, False)
@@ -151,8 +151,8 @@ class BatchNormLIFFunction(torch.autograd.Function):
         if shared:
             grad_x_seq = torch.empty_like(found.residual)
         elif through_batch and is_transform_active():
-            # Under transforms lif_backward's autograd kernel returns grad_x_seq through once_differentiable, as a view
-            # made in a Function. batch_norm_backward modifies it in place, which autograd forbids for such a view.
+            # Under transforms, grad_x_seq is a view that a torch.autograd.Function has made (see
+            # `once_differentiable`). Autograd refuses to modify such a view in place, as batch_norm_backward does.
             grad_x_seq = grad_x_seq.clone()
         if wants_sums:
             sums = found.input_gain, found.input_bias
@@ -265,7 +265,7 @@ def _run_fused(
         kept: list[Tensor | None] = [mean, variance, batches]
         # torch's fallback for the negative bit does not support operators that change several arguments.
         dense = [each.resolve_neg() if each is not None and each.is_neg() else each for each in kept]
-        # Only torch's own operations increment version counters.
+        # The operator itself does not increment the version counters of the tensors that it changes.
         torch.autograd.graph.increment_version([each for each in kept if each is not None])
         coefficients, statistics = coefficients_of(all_statistics, (*dense, momentum))
         for each, changed in zip(kept, dense, strict=True):
@@ -460,7 +460,8 @@ def _run_batch_norm_lif(x_seq: Tensor, norm: _Normalisation, given: Arguments) -
     if BACKENDS[call.backend].operators is None:
         outputs = _run_reference(settings, running, call, values)
     else:
-        # Transforms must see the update, and compilers fuse torch's own operations better than the operator.
+        # Under transforms and compilers, torch's own operations update the running statistics below: transforms must
+        # see the update, and compilers fuse these operations better than the operator.
         traced = torch.compiler.is_compiling() or is_transform_active()
         inside = None if traced else running
         if is_differentiated((*values, *call.inputs), _CALLER):

@@ -200,7 +200,7 @@ class Pending:
             first._count_change(name)
         return function(*args, **kwargs)
 
-    # ---- views and the sum ----
+    # ---- views, and the sum with a residual ----
 
     def _view(self, name: str, *args: Any, **kwargs: Any) -> Any:
         """A view: another `Pending` if it is known which dimension has the channels, otherwise a view of the value."""

@@ -134,7 +134,8 @@ def _checked_plan(caller: str, x_seq: Tensor, given: _Arguments) -> Plan:
 
 
 _NAMES = *_VALUES, "time_dim", *_OPTIONS
-# `_checked_plan` with a cache, by whether features are given, as layers do whose decays differ between neurons.
+# `_checked_plan` with one cache for calls without `features`, and one for calls with them, from layers whose decays
+# differ between neurons.
 _PLANS = {
     False: cached_by_signature(_NAMES)(_checked_plan),
     True: cached_by_signature((*_NAMES, "features"))(_checked_plan),

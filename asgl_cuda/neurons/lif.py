@@ -314,7 +314,8 @@ class LIFFunction(torch.autograd.Function):
         """The gradients of all inputs, by lif_backward; None for the operator, the backend and the plan."""
         checkpoints, *tensors = saved_tensors(ctx)
         inputs, plan, wanted = Inputs(*tensors), ctx.plan, Inputs(*ctx.needs_input_grad[3:])
-        # The gradients of x_seq and residual are input_gain * dh and residual_gain * dh: one tensor for equal numbers.
+        # The gradients of x_seq and residual are input_gain * dh and residual_gain * dh. If both gains are the same
+        # number, one tensor is returned for both.
         shared = wanted.residual and wanted.x_seq and inputs.input_gain is None
         shared = shared and plan.numbers.input_gain == plan.numbers.residual_gain
         if shared:

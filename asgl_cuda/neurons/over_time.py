@@ -25,8 +25,8 @@ def _describe_neurons(module: nn.Module) -> tuple[str, str] | None:
     return (name, placement_advice(f"{name}(...)")) if isinstance(module, NeuronLayer) else None
 
 
-# Functions that return the name of a module's class and the advice where to put it if it has state over time, otherwise
-# None. `interop` adds functions for other libraries.
+# Functions of a module. For a module with state over time, they return the name of its class and advice where to put
+# it, and None for others. `interop` adds functions for other libraries.
 KNOWS_TIME: list[Callable[[nn.Module], tuple[str, str] | None]] = [_describe_neurons]
 
 

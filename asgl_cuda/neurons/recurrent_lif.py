@@ -51,8 +51,8 @@ from .lif import LIF_DEFAULTS, lacking_options
 from .spiking import Neurons
 
 _CALLER = "asgl_cuda.recurrent_lif"
-# Arguments of the neuron that may be a tensor of one value or of shape [N]. The operators take them as rows of
-# parameters, [9, N], in which v_reset and reset_amount share a row.
+# Arguments of the neuron that may be a tensor of one value or of shape [N]. The operators take them as rows of one
+# tensor, [9, N], in which v_reset and reset_amount share a row. bias and syn_decay are the last two rows.
 _ROWS = "width", "decay", "v_threshold", "v_reset", "reset_amount", "adapt_decay", "adapt_potential", "adapt_spike"
 
 
@@ -325,8 +325,9 @@ def _run_recurrent(x_seq: Tensor, given: _Recurrence, neuron: Arguments) -> Tens
         outputs: Any = s_seq, None, h_seq, v_seq, None, None, *last
     else:
         differentiated = is_differentiated(tensors, _CALLER)
-        # Which sequences backward or the caller needs: emitted, the spikes in `real` and without scale_output; h_seq;
-        # v_seq; i_seq for the gradient of syn_decay; and w_seq for the gradients of an adaptation.
+        # Whether an operator returns each of these sequences, if autograd records the call: the spikes in `real`
+        # without scale_output (emitted), h_seq, v_seq, i_seq for the gradient of syn_decay, and w_seq for the gradients
+        # of an adaptation.
         keeps = (
             bool(rules.scale_output) or real != x_seq.dtype,
             True,
@@ -480,7 +481,8 @@ class RecurrentLIF(Adapting):
                 self.recurrent_bias.uniform_(-bound, bound)
         if syn_decay is not None:
             syn_decay = self._store_decay(self.logit_syn_decay, "syn_decay", syn_decay, "learn_syn_decay")
-        # The checked value, not a given Parameter, which nn.Module would register as a second one.
+        # The checked value is no Parameter. nn.Module would register a Parameter that the user gave as one more
+        # parameter.
         self._syn_decay: Tensor | float | None = syn_decay
 
     def reset_parameters(self) -> None:

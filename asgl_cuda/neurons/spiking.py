@@ -148,7 +148,8 @@ class Neurons(NeuronLayer, Noisy):
         caller, v_rest = self._caller, self.v_rest
         for name in ("v_reset", "v_min"):
             after = getattr(self, name)
-            # After a reset to v_rest or below, neurons only fire again if neurons at rest fire: see the warning below.
+            # Without input, a neuron whose reset is to v_rest or below fires again only if neurons at rest fire: see
+            # the warning below.
             fires_on = after is not None and (after > v_rest) & (after >= value)
             if fires_on.any() if isinstance(fires_on, Tensor) else fires_on:
                 raise ValueError(

@@ -115,8 +115,8 @@ def lif_reference(
         if r is not None:
             c = c + numbers.residual_gain * r[t]
         charged = v_rest + at(decay, t) * (v - v_rest) + c
-        # h is computed once more for h_seq, at the end of the step, so that autograd adds up gradients in the order of
-        # the kernels.
+        # With an adaptation of the threshold, the h of h_seq is computed once more at the end of the step, so that
+        # autograd adds up gradients in the order of the kernels.
         minus_w = -w if in_threshold else None
         h = charged if minus_w is None else charged + minus_w
         u = h if counts else h - at(v_threshold, t)

@@ -58,6 +58,6 @@ def analog_mask_below(x_seq: Tensor, analog_below: int, rng_state: Tensor | None
     sizes = [x_seq.shape[dim] for dim in order if dim != time_dim]
     steps = x_seq.shape[time_dim]
     mask = _draws(x_seq.numel() // steps, steps, rng_state) < below
-    # From [time, neurons] to the memory order of x_seq, then to the order of its dimensions.
+    # Reorders the mask from [time, neurons] to the memory order of x_seq, then to the order of its dimensions.
     mask = mask.unflatten(1, sizes).movedim(0, order.index(time_dim)) if sizes else mask[:, 0]
     return mask.permute([order.index(dim) for dim in range(x_seq.dim())])

@@ -52,15 +52,15 @@ class Rules(NamedTuple):
     log_width: int  # 1 if operators get the logarithm of the width; the reference gets the width itself
     logit_decay: int  # 1 if operators get the logit of the decay; the reference gets the decay itself
     analog_below: int  # round(analog_prob * DRAWS), or BELOW_IN_STATE
-    # The largest number of spikes per step of INTEGER and multi_spike; 0 if not given, which with multi_spike means no
-    # limit. If `surrogate` is INTEGER, width is the threshold, and v_threshold is the factor of scale_output.
+    # The largest number of spikes per step, for the surrogate INTEGER and for multi_spike. 0 if not given, which for
+    # multi_spike means no limit. With INTEGER, width is the threshold, and v_threshold is the factor of scale_output.
     levels: int
-    # Where the adaptation w acts, as bits; 0 without an adaptation. With one, w is a state, and input_gain, input_bias
-    # and input_mean are the parameters of w.
+    # Where the adaptation w acts, as bits; 0 without an adaptation. If neurons have an adaptation, w is a state, and
+    # input_gain, input_bias and input_mean are the parameters of w.
     adaptation: int
     time_dim: int  # not negative
-    # The number of dimensions of x_seq after the one to which a parameter of one dimension belongs; 0 if that is the
-    # last one, as in torch's broadcasting.
+    # A one-dimensional parameter belongs to one dimension of x_seq. This is the number of dimensions after that one. 0
+    # means the last dimension, as in torch's broadcasting.
     trailing: int
 
     def states(self) -> tuple[str, ...]:

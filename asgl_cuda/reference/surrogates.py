@@ -64,10 +64,12 @@ SURROGATES: dict[str, Surrogate] = {
     "laplace": Surrogate(6, _mirrored(lambda y: 0.5 * torch.exp(-y)), lambda y: 0.5 * torch.exp(-y.abs())),
 }
 
-# The surrogate of levels, F(y) = clamp(y, 0, levels), by its id: Surrogate::kInteger in csrc, which follows all others.
+# The id of the surrogate of levels, F(y) = clamp(y, 0, levels). It is Surrogate::kInteger in csrc, which follows all
+# others.
 INTEGER = len(SURROGATES)
 
-# Names in other libraries, in lower case without underscores, and the same surrogates here. Their alpha is 1 / width.
+# Names of surrogates in other libraries, in lower case without underscores, with the names here. The parameter alpha of
+# these libraries is 1 / width.
 ELSEWHERE = {
     "atan": "arctan",
     "piecewiseexp": "laplace",

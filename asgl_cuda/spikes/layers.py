@@ -13,8 +13,9 @@ from ..neurons.deferred import tensor_of
 from ..torch_modes import is_transform_active
 from .functional import convolution_by_kernel, has_kernel, linear_by_kernel
 
-# Up to this number of samples of a linear layer, or of positions of a convolution per element of its kernel, a call
-# uses a copy of the weight, because transposing the weight would take longer than the product.
+# In evaluation without gradients, a linear layer uses a cached copy of its weight if it gets at most this number of
+# samples, because transposing the weight would take longer than the product. So does a convolution with at most this
+# number of positions per element of its kernel.
 _FEW_SAMPLES = 64
 
 
@@ -187,7 +188,7 @@ class SpikeConv2d(_SpikeConv, nn.Conv2d):
     """
 
 
-# The spike layer for each of torch's layers.
+# Layers of torch, each with the spike layer that replaces it.
 SPIKE_LAYERS: dict[type[nn.Module], type[nn.Module]] = {
     nn.Linear: SpikeLinear, nn.Conv1d: SpikeConv1d, nn.Conv2d: SpikeConv2d,
 }  # fmt: skip

@@ -238,7 +238,8 @@ class _Trial:
         site.since = site.since if site.calls else self.scaled
         site.calls.append((layer, x.detach().clone(), given.args[1:], given.kwargs, _start_new_graphs(output)))
         is_fresh = site.since == self.scaled
-        # As many calls as in measure_biases. Before it there are no biases, so nothing is scaled.
+        # A call is the last one of a run if there were as many calls, of the same shapes, in measure_biases. Before
+        # measure_biases there are no biases to compare with, so nothing is scaled.
         is_last = [each.shape for _, each, *_ in site.calls] == [each.shape for each in site.biases]
         return self._fit_weight(site) if is_fresh and is_last else site.calls[-1][-1]
 

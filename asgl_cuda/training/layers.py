@@ -25,7 +25,8 @@ def asgl_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
             print(name, layer.width.item(), layer.analog_prob)  # 1 2.0 0.5
     """
     check_module(model, "asgl_cuda.asgl_layers")
-    # getattr_static, since torch.compile's wrapper forwards attributes and would count as a second layer.
+    # torch.compile's wrapper forwards attributes. getattr_static does not see these, so that the wrapper does not count
+    # as a second layer.
     return (
         (name, module)
         for name, module in model.named_modules()

@@ -33,8 +33,8 @@ def lightning_callback(schedule: AnalogProbSchedule | None = None, monitor: Moni
     class ASGLCallback(lightning.Callback):  # type: ignore[misc, name-defined]
         """The callback. Its methods are those of Lightning's base class."""
 
-        # Attributes, not variables that the methods capture: a class is always in a reference cycle, so what its
-        # methods capture is only freed by a garbage collection, and schedule and monitor refer to the model.
+        # schedule and monitor refer to the model. If methods captured them as variables, the model would stay alive
+        # until a garbage collection, because a class is always in a reference cycle. So they are attributes.
         def __init__(self, schedule: AnalogProbSchedule | None, monitor: Monitor | None) -> None:
             super().__init__()
             self._schedule, self._monitor = schedule, monitor

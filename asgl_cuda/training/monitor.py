@@ -24,7 +24,7 @@ from ..torch_modes import is_transform_active
 from .layers import require_asgl_layers
 
 _CALLER = "asgl_cuda.Monitor"
-# The quantities, in the order of the table.
+# The quantities that Monitor measures, in the order of its table.
 _QUANTITIES = (
     "width", "firing_rate", "analog_share", "inside", "smoothing_error", "growth", "dead", "saturated", "nonzero_inputs"
 )  # fmt: skip
@@ -35,8 +35,8 @@ _RARE = 0.05  # firing rate below which the advice is larger weights if most neu
 _FEW_INSIDE = 0.01  # fraction of potentials inside the window below which it is reported
 _EXPLODES = 1000.0  # growth of gradients above which it is reported; a growth of 30 did not lower accuracies
 
-# Options of layers that Monitor supports; it refuses a layer with any other, as its spikes or outputs might mean
-# something else.
+# Options of layers that Monitor supports. Monitor refuses a layer with any other option, because spikes or outputs
+# might then mean something else.
 _KNOWN = {
     "v_rest", "input_gain", "v_reset", "reset_amount", "v_min", "strict_threshold", "scale_output", "levels",
     "multi_spike", "surrogate_gain", "detach_reset", "delay", "stateful", "store_v_seq", "time_dim", "backend",
@@ -93,7 +93,7 @@ def _quantities_of_lif(
     h_seq = again.h_seq
     given: Any = (layer.width, layer.v_threshold, layer.decay, layer.v_reset, layer.reset_amount)
     values: list[Any] = [layer._broadcast(each, x_seq) for each in given]
-    # In the dtype of the computation, so that spikes are equal to those of the layer.
+    # The values are converted to the dtype of the computation, so that spikes are equal to those of the layer.
     width, threshold, decay, v_reset, amount = (
         value.to(h_seq) if isinstance(value, Tensor) else value for value in values
     )
@@ -287,8 +287,8 @@ class Monitor:
         self._layers = require_asgl_layers(model, _CALLER)
         self._model = model
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
-        # By layer, from before its current call: x_seq, the other arguments, the carried states, and the state of the
-        # random number generator, or None if the call draws no noise.
+        # For each layer, what its current call began with: x_seq, the other arguments, the carried states, and the
+        # state of the random number generator, or None if the call draws no noise.
         self._before: dict[nn.Module, tuple[Tensor, dict[str, Any], dict[str, Any], Tensor | None]] = {}
         self._norms: dict[nn.Module, Any] = {}  # normalisations that the layers compute
         spiking = tuple(SPIKE_LAYERS.values())
@@ -320,7 +320,7 @@ class Monitor:
         for layer in self._layers.values():
             self._handles += [
                 layer.register_forward_pre_hook(self._save_inputs, with_kwargs=True),
-                # This hook must run first, to see the output of the layer itself.
+                # This hook must run before other forward hooks, which may replace the layer's output.
                 layer.register_forward_hook(self._count_output, prepend=True),
             ]
 
@@ -381,7 +381,7 @@ class Monitor:
             channel = more["pending"].channel if "pending" in more else channel_dim(layer.time_dim % x_seq.dim())
             quantities |= _constant_channels(self._norms.get(layer), x_seq, channel)
         else:
-            # H(0) = 1/2, so a smooth value also shows the hard spike.
+            # H(0) = 1/2, so a smooth value of at least 1/2 shows that the potential has reached the threshold.
             quantities = {"firing_rate": s_seq >= 0.5, "analog_share": s_seq != s_seq.round()}
         self._tallies[layer].add_values(quantities)
         if hasattr(layer, "time_dim"):

@@ -74,7 +74,7 @@ class FiringRates:
     def start(self) -> None:
         """Starts recording the outputs of the layers. It has no effect if recording has started already."""
         for name, layer in () if self._handles else self._layers.items():
-            # The hook must run first, to see the output of the layer itself.
+            # This hook must run before other forward hooks, which may replace the layer's output.
             self._handles.append(layer.register_forward_hook(_Hook(self._sums, name), prepend=True))
 
     def stop(self) -> None:

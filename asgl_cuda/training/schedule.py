@@ -131,8 +131,8 @@ class AnalogProbSchedule:
                 f"{_CALLER}: the state must be a dict of 'epoch' and 'starts', got {format_value(state_dict)}"
             )
         epoch, starts = _checked_count("epoch", state_dict["epoch"], 0), state_dict["starts"]
-        # The state may have more layers than self.starts, which leaves out layers of constant width whose analog_prob
-        # began at 0.
+        # self.starts leaves out layers of constant width whose analog_prob began at 0. In the model of the state, these
+        # layers may have begun with another analog_prob.
         if not isinstance(starts, Mapping) or not self.starts.keys() <= starts.keys() <= self._layers.keys():
             got = list(starts) if isinstance(starts, Mapping) else format_value(starts)
             raise ValueError(

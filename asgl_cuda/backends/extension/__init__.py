@@ -82,5 +82,5 @@ def _import_file(path: Path) -> ModuleType:
     return module
 
 
-# The extension and its notes, or None, and the problem with a remedy.
+# The extension, its notes and None; or None, None, and why the extension is missing, with a remedy.
 module, build_info, problem = load_extension()

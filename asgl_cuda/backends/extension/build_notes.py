@@ -88,7 +88,7 @@ def read_notes(directory: Path) -> BuildInfo:
     content = extension.read_bytes()
     if len(content) != info.size:
         raise ValueError(f"{extension} is damaged: it has {len(content)} bytes instead of {info.size}")
-    # A CRC is enough to find accidental damage. It takes 0.2 ms per MB, a cryptographic hash 0.5 ms or more.
+    # A CRC is enough to find accidental damage. It takes 0.2 ms per MB, and a cryptographic hash takes at least 0.5 ms.
     if zlib.crc32(content) != info.checksum:
         raise ValueError(f"{extension} is damaged: its checksum is not the one of the file that was built")
     return info

@@ -31,23 +31,25 @@ from . import build_notes
 DEFAULT_TOOLKIT = Path("/usr/local/cuda")
 FIRST_MAJOR_WITH_WHEELS = 13  # the wheel for CUDA 12 has no nvcc in it
 OLDEST_ARCHITECTURE = 75
-# For compute_80 to compute_90, nvcc (cicc) makes the same PTX. For compute_100 it makes other PTX, of which ptxas
-# spills more.
+# Architectures from 80 on are compiled from one PTX, that of compute_80. nvcc (cicc) makes the same PTX for compute_80
+# to compute_90. For compute_100 it makes other PTX, with which ptxas spills more registers.
 SHARED_ARCHITECTURE = 80
-# For both architectures of a pair nvcc 13.0 makes the same machine code, and the first runs code of the second.
-# `python -m tools.kernels.cuda_compile --update` fails if registers, shared memory or spills of a pair differ.
+# The first architecture of a pair runs machine code of the second, and nvcc 13.0 makes the same code for both. So by
+# default the first is not compiled if the second is. `python -m tools.kernels.cuda_compile --update` fails if
+# registers, shared memory or spills of a pair differ.
 SAME_CODE = {88: 86, 89: 86, 121: 120}
 
-# -ffp-contract=off: every backend rounds each operation as the reference does. The two options after it let the
-# compiler vectorise comparisons and calls, and change no value. Debug symbols would make the extension ten times as
-# large.
+# -ffp-contract=off: each operation is rounded by itself, as in the reference. -fno-math-errno and -fno-trapping-math
+# let the compiler vectorise math functions and comparisons, and change no value. -g0: debug symbols would make the
+# extension ten times as large.
 CXX_FLAGS = ["-O3", "-std=c++20", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-g0"]
 CPU_SOURCES = (
     "cpu/integrator.cpp", "cpu/neuron.cpp", "cpu/neuron_adaptive.cpp", "cpu/neuron_settled.cpp",
     "cpu/normalisation.cpp", "cpu/packed_spikes.cpp", "cpu/recurrent.cpp", "cpu/spikes.cpp", "ops/bindings.cpp",
 )  # fmt: skip
 NVCC_FLAGS = ["-O3", "-std=c++17", "--fmad=false"]
-# Measured: 746 MB per thread of nvcc; 760 to 840 MB for g++ with the CPU kernels, but 2,175 MB with ops/bindings.cpp.
+# Limits for the memory of a compiler. Measured: 746 MB per thread of nvcc, 760 to 840 MB for g++ with the files in cpu,
+# and 2,175 MB for g++ with ops/bindings.cpp.
 COMPILER_BYTES, LARGEST_COMPILER_BYTES = 1000 * 2**20, 2200 * 2**20
 
 
@@ -86,7 +88,7 @@ def toolkit_homes(major: str) -> list[Path]:
     named = home_from_environment()
     homes = [DEFAULT_TOOLKIT, *wheel_homes(major)]
     if nvcc := shutil.which("nvcc"):
-        # nvcc may be a wrapper script; the compiler that it calls knows its own folder.
+        # nvcc may be a wrapper script. With --dryrun, the nvcc that the script calls prints the folder of its toolkit.
         top = re.search(r"^#\$ TOP=(.+)$", output_of(nvcc, "--dryrun", "any.cu"), re.MULTILINE)
         homes = [*([Path(top[1].strip()).resolve()] if top else []), Path(nvcc).parent.parent, *homes]
     return [*([named[1]] if named else []), *homes]
@@ -101,7 +103,8 @@ def read_toolkit(home: Path) -> Toolkit | None:
 
     version = re.search(r"release (\d+\.\d+)", output_of(home / "bin/nvcc", "--version"))
     header = first_match("include/cuda_runtime.h", "targets/*/include/cuda_runtime.h")
-    # Wheels have libcudart only as libcudart.so.13, which -lcudart does not find, so the linker gets its path.
+    # In NVIDIA's wheels libcudart is only named libcudart.so.13, which -lcudart does not find. So the linker gets the
+    # path of the file.
     folders = ("lib64", "lib", "targets/*/lib", "lib/*-linux-gnu")
     cudart = first_match(*(f"{folder}/libcudart.so*" for folder in folders))
     if header is None or cudart is None or version is None:
@@ -227,7 +230,7 @@ def plan_build(csrc: Path, wanted: str | None) -> BuildPlan:
     for name in ("CC", "CXX"):  # an empty name, which torch and setuptools would try to start
         if not os.environ.get(name, "-").strip():
             del os.environ[name]
-    # The folder in which pip puts ninja, which may be missing from the PATH.
+    # pip installs ninja into this folder, which may be missing from the PATH.
     os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), sysconfig.get_path("scripts")])
     toolkit, reason = choose_toolkit(wanted)
     sources = build_notes.digest_of_build(csrc, Path(__file__).parents[1])
@@ -245,7 +248,7 @@ def plan_build(csrc: Path, wanted: str | None) -> BuildPlan:
     nvcc = toolkit.home / "bin" / "nvcc"
     known = [int(number) for number in re.findall(r"\bsm_(\d+)\b", output_of(nvcc, "--list-gpu-code"))]
     flags, built = architecture_flags(known)
-    # If the nvcc on the PATH is a wrapper script, torch derives a wrong folder from it.
+    # torch derives CUDA_HOME from the nvcc on the PATH, which gives a wrong folder if that nvcc is a wrapper script.
     cpp_extension.CUDA_HOME = str(toolkit.home)
     kernels = sorted(map(str, (csrc / "cuda").glob("*.cu")))
     extension.sources[:0] = kernels
@@ -286,7 +289,8 @@ def require_compiler() -> None:
 def build_command_class(planned: BuildPlan, package: Path) -> type[cpp_extension.BuildExtension]:
     """The class of the command build_ext; `package` is the folder for a build in place."""
     kernels = f"the CPU and CUDA kernels ({planned.cuda})" if planned.cuda else "only the CPU kernels"
-    # At most, on two cores: 5 minutes for g++. nvcc took 1 to 2 minutes for one architecture, and 3 to 6 for six.
+    # Times on two cores: g++ takes at most 5 minutes. nvcc took 1 to 2 minutes for one architecture, and 3 to 6 minutes
+    # for six.
     minutes = 5 + (1 + len(re.findall(r"\bsm_", planned.cuda)) if planned.cuda else 0)
 
     class Build(cpp_extension.BuildExtension):

@@ -35,9 +35,10 @@ KEY = "asgl_cuda"  # key in the metadata of nodes, for options that NIR does not
 DT = 1e-4  # seconds; other libraries assume the same step
 RECURRENCE = "NIR does not say when a spike that returns to its neuron arrives"
 
-# Arguments of layers that metadata leave out: those that the reader chooses, and `delay`, which is a node of its own.
+# Arguments of layers that are not written into metadata. `delay` is a node of its own, and the others do not belong to
+# the network.
 _ELSEWHERE = {"time_dim", "backend", "device", "dtype", "delay"}
-# The parameter that each argument adds to make a value learned.
+# Arguments that make a value learned, each with the parameter that it adds to the layer.
 _LEARNED = {"learn_width": "log_width", "learn_decay": "logit_decay", "learn_threshold": "threshold"}
 
 
@@ -175,7 +176,7 @@ def layer_from_metadata(ours: Any, kind: Any, said: dict[str, Tensor]) -> Any:
     """Restores a layer from the metadata of its node. They must agree with `said`, which follows from its numbers."""
     remedy = "; delete this entry of the metadata to read the numbers of the node alone"
     with prefixed_errors(f"metadata[{KEY!r}] can't be used", remedy):
-        # Graphs that were read from a file have numbers of numpy, and arrays for values that differ between neurons.
+        # A graph that was read from a file contains NumPy scalars, and arrays for values that differ between neurons.
         options = {
             name: as_double(value) if getattr(value, "ndim", 0) else value.item() if hasattr(value, "item") else value
             for name, value in ours["options"].items()
@@ -205,7 +206,8 @@ def decay_and_gain_of_node(node: Any, dt: float, tau: str = "tau", r: str = "r")
         if (is_wrong := ~((decay >= 0) & (decay <= 1))).any():
             hint = "if the graph was written for a shorter step, pass it as from_nir(graph, dt=...)"
             raise ValueError(f"{tau} must be at least dt = {dt}, got {first_wrong(as_double(time), is_wrong)}; {hint}")
-    # A file may have rounded r = tau / dt. A gain that is not exactly 1 would change the threshold.
+    # r may be tau / dt, rounded in the file. The gain is then meant to be 1, and any other value would change the
+    # threshold.
     return decay, torch.where((gain - 1).abs() < 1e-6, 1.0, gain)
 
 

@@ -133,7 +133,7 @@ def _module_paths(names: Iterable[str]) -> dict[str, str]:
             free = part and not keyword.iskeyword(part) and not hasattr(empty, part) and part.lower() != "self"
             path += f".{part}" if free else f".{part}_"
         path = path[1:]
-        # No module may be inside of another one.
+        # The module of one node must not contain that of another, as "a" would contain "a.b".
         while any(f"{path}.".startswith(f"{each}.") or f"{each}.".startswith(f"{path}.") for each in paths.values()):
             path = f"{path.replace('.', '_')}_"
         paths[name] = path

@@ -160,7 +160,7 @@ class _Writer(fx.Interpreter):
         self.time_and_batch = torch.Size()
         self.time_dim: int | None = None  # time dimension of the preceding neurons
         self.calls: list[dict[str, Any]] = []  # options of the calls of `lif` by the converted layer that runs
-        # By class of layer, a function that returns the layer's nodes in order, each by the suffix of its name.
+        # For each class of layers, a function that makes the layer's NIR nodes, in order, by the suffix of their names.
         self.layers: dict[Any, Any] = {
             **dict.fromkeys(_SILENT, lambda layer, flow: {}),
             **dict.fromkeys((LIF, LeakyIntegrator), self._neuron_nodes),
@@ -217,7 +217,7 @@ class _Writer(fx.Interpreter):
             one, other = (list(self.env[each].shape) for each in n.all_input_nodes)
             if one != other:
                 raise ValueError(f"can't be represented in NIR, which has no broadcasting; got {one} and {other}")
-            # NIR has no duplicate edges.
+            # NIR has no duplicate edges, so x + x can't be represented.
             if len(set(sources)) == len(sources) and inputs[0][1:] == inputs[1][1:]:
                 return inputs[0]._replace(sources=sources)
         elif name == "flatten" and leading == 2 and sizes == (0, 1):
