@@ -203,8 +203,9 @@ def step(model: nn.Module, x_t: Tensor, *, time_dim: int | None = None) -> Any:
     In evaluation, T calls compute the same as one call with a sequence of T steps, up to rounding (see `model` for an
     exception). In training, each step draws new noise, and `BatchNormLIF` normalises by the statistics of that step.
     Layers of asgl_cuda need not be `stateful`. After `asgl_cuda.reset(model)` they start at rest again. Layers of
-    SpikingJelly, snnTorch and sinabs carry their states as usual, also after `convert`. If all neurons take one step
-    per call, as SpikingJelly's do in step mode "s", the model gets x_t without a time dimension.
+    SpikingJelly, snnTorch and sinabs carry their states as usual, also after `convert`. The model itself gets x_t as a
+    sequence of one step. Only if all its neurons take one step per call, as SpikingJelly's do in step mode "s", does it
+    get x_t as it is.
 
     Args:
         model: any module that takes a sequence and returns one, with time in the same dimension. The results of T steps
