@@ -78,8 +78,8 @@ OPTION_NAMES = "surrogate", "time_dim", *OPTIONS
 # without an adaptation, ADAPTATION with one.
 INPUT = {"input_gain": "input_gain", "input_bias": "input_bias", "input_mean": "input_mean"}
 ADAPTATION = {"input_gain": "adapt_decay", "input_bias": "adapt_potential", "input_mean": "adapt_spike"}
-# Arguments that may be tensors. The key of a cached plan contains VALUES for neurons without an adaptation, and
-# ADAPTIVE_VALUES for neurons with one.
+# Names of arguments that may be tensors. The key of a cached plan contains the arguments named in VALUES, or with an
+# adaptation in ADAPTIVE_VALUES; of a tensor it contains shape, type and device.
 _COMMON = "width", "decay", "v_threshold", "v_reset", "reset_amount"
 VALUES = *_COMMON, *INPUT, "analog_prob", "residual"
 ADAPTIVE_VALUES = *_COMMON, *ADAPTATION.values(), "analog_prob", "residual"

@@ -482,8 +482,8 @@ def _prepared_options(options: dict[str, Any], x_seq: Tensor, layer: Converted) 
             if given.dim() > dims:
                 shape = [*x_seq.shape[:time_dim], *x_seq.shape[time_dim + 1 :]]
                 raise ValueError(
-                    f"asgl_cuda.convert: parameters of {bare_class(layer).__name__} must broadcast to a step of the "
-                    f"input, of shape {shape}, got shape {list(given.shape)} for what asgl_cuda takes as {name}"
+                    f"asgl_cuda.convert: a parameter of {bare_class(layer).__name__}, from which {name} is computed, "
+                    f"must broadcast to the shape of the input in a step, {shape}, got shape {list(given.shape)}"
                 )
             options[name] = given = given.unsqueeze(time_dim)
         if not (given.dim() and given.is_floating_point()):

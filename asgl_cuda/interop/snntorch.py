@@ -43,9 +43,9 @@ from .converted import (
 from .recording import SPIKES, Recording
 from .recurrent import Recurrent, feedback_reason, synaptic_inputs
 
-# If a sequence is computed in one call, a beta from 0 to this value is raised to it, so that threshold / beta is
-# finite. This happens only if beta is a tensor that can't be read, for example in compiled code. Otherwise
-# `_SMALL_BETA` lets the sequence be computed step by step.
+# The smallest beta with which a sequence is computed in one call. A beta between 0 and this value is replaced by it, so
+# that threshold / beta is finite. Only a tensor that can't be read, for example in compiled code, is replaced. If beta
+# can be read and is below `_SMALL_BETA`, the sequence is computed step by step.
 _LEAST_BETA = 1e-6
 # If beta is known to be below this value, a sequence is computed step by step, because threshold / beta would cause
 # large rounding errors in the gradient of beta. At beta = 1e-3 their relative size is 6e-5.

@@ -35,8 +35,8 @@ _RARE = 0.05  # firing rate below which the advice is larger weights if most neu
 _FEW_INSIDE = 0.01  # fraction of potentials inside the window below which it is reported
 _EXPLODES = 1000.0  # growth of gradients above which it is reported; a growth of 30 did not lower accuracies
 
-# Options of layers that Monitor supports. Monitor refuses a layer with any other option, because spikes or outputs
-# might then mean something else.
+# The options in `_options` and `_norm_options` of layers that Monitor supports. Monitor refuses a layer in which
+# another of these options is not at its default, because spikes or outputs might then mean something else.
 _KNOWN = {
     "v_rest", "input_gain", "v_reset", "reset_amount", "v_min", "strict_threshold", "scale_output", "levels",
     "multi_spike", "surrogate_gain", "detach_reset", "delay", "stateful", "store_v_seq", "time_dim", "backend",
@@ -247,7 +247,7 @@ class Monitor:
       With `levels`, fraction of elements that emitted at least one spike.
     - `analog_share`: fraction of elements whose output was a smooth value that differs from the spike of the element.
     - `inside`: fraction of elements inside the window of the surrogate, abs(u / width) < 1/2. With `levels`, fraction
-      of elements whose number of spikes was not limited by 0 or `levels`.
+      of elements whose potential is between 0 and `levels` times the threshold.
     - `smoothing_error`: mean of abs(H(u) - spike) over all elements. With `multi_spike`, `smoothing_error` and
       `analog_share` are missing.
     - `growth`: the largest factor by which the gradient of a neuron's potential grows on its way back from any time

@@ -251,8 +251,8 @@ Launch launch_of(const GradientSum<Real>& sum) {
 // ---- batch normalisation ----
 
 // Divides the channels into tiles. A thread has four columns if the type has kernels for four, and the columns belong
-// to one channel and are aligned in memory. It usually reads `rows_each` rows of one column, or a quarter as many rows
-// of four.
+// to one channel and are aligned in memory. A thread with one column reads `rows_each` rows, and a thread with four
+// columns a quarter as many. For very long sequences both read more (`ChannelTiles::plan`).
 template <class Scalar, class... Gradients>
 void plan_channels(ChannelTiles& tiles, int64 rows_each, const Scalar* x_seq, const Gradients*... gradients) {
   const bool fours = kHasFourLanes<Scalar> && tiles.shape.inner % 4 == 0 && is_aligned_for_four(x_seq) &&

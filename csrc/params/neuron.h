@@ -136,8 +136,8 @@ struct LIFParams {
   const Scalar* residual;    // [outer, T, inner]; null means none
   Real residual_gain;
 
-  // What input_current and charge may assume, apart from the residual. Returns kGeneral also if a parameter changes
-  // over time, because settled kernels do not support that.
+  // What input_current and charge may assume about the parameters, whether or not there is a residual. Returns kGeneral
+  // if v_rest is not 0, for optional rules, and if a parameter changes over time, which settled kernels do not support.
   ASGL_HOST_DEVICE Input input_assumption() const {
     for (const auto& parameter : parameters) {
       if (parameter.data != nullptr && parameter.step_stride != 0) return Input::kGeneral;

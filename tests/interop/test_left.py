@@ -260,7 +260,7 @@ LEFT = {
             ),
             "^its few operations .* there is asgl_cuda.LeakyIntegrator$": (norse.LIBoxCell,),
             "^it is of src.spikingjelly, a copy of SpikingJelly that convert does not": (
-                lambda: subclass(nn.Module, __module__="src.spikingjelly.neuron", neuronal_charge=None)(),
+                lambda: subclass(nn.Module, __module__="src.spikingjelly.activation_based.neuron.lif")(),
             ),
         }.items()
         for number, make in enumerate(makes)

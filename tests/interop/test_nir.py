@@ -454,7 +454,7 @@ NOT_REPRESENTED = {
         nn.Conv2d(2, 2, 3, padding=1, padding_mode="circular"), "padding_mode must be zeros, got circular"
     ),
     "ceil_mode": over_time(nn.AvgPool2d(2, ceil_mode=True), r"has ceil_mode=True, which"),
-    "divisor_override": over_time(nn.AvgPool2d(2, divisor_override=3), "has divisor_override=3 .*None and 1 can"),
+    "divisor_override": over_time(nn.AvgPool2d(2, divisor_override=3), "divisor_override must be None or 1, got 3"),
     "count_include_pad": over_time(nn.AvgPool2d(3, padding=1, count_include_pad=False), "count_include_pad=False"),
     "weights over some dimensions": over_time(nn.Linear(6, 3), r"one dimension .* got 3 in shape \[2, 5, 6\]"),
 }  # fmt: skip

@@ -48,8 +48,9 @@ CPU_SOURCES = (
     "cpu/normalisation.cpp", "cpu/packed_spikes.cpp", "cpu/recurrent.cpp", "cpu/spikes.cpp", "ops/bindings.cpp",
 )  # fmt: skip
 NVCC_FLAGS = ["-O3", "-std=c++17", "--fmad=false"]
-# Limits for the memory of a compiler. Measured: 746 MB per thread of nvcc, 760 to 840 MB for g++ with the files in cpu,
-# and 2,175 MB for g++ with ops/bindings.cpp.
+# Upper bounds of the memory that one compiler needs, from which `parallel_jobs` computes how many run at a time: for
+# most files, and for ops/bindings.cpp. Measured: 746 MB per thread of nvcc, 760 to 840 MB for g++ with the files in
+# cpu, and 2,175 MB for g++ with ops/bindings.cpp.
 COMPILER_BYTES, LARGEST_COMPILER_BYTES = 1000 * 2**20, 2200 * 2**20
 
 

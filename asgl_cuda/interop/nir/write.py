@@ -429,15 +429,12 @@ class _Writer(fx.Interpreter):
             as_nir_shape(nn.modules.utils._pair(size)) for size in (layer.kernel_size, layer.stride, layer.padding)
         ]
         counted = sums or layer.count_include_pad or not sizes[2].any()
-        options = {
-            "ceil_mode=True": layer.ceil_mode,
-            "count_include_pad=False with padding": not counted,
-            f"divisor_override={layer.divisor_override} (None and 1 can be written)": layer.divisor_override
-            not in (1, None),
-        }
+        if layer.divisor_override not in (1, None):
+            raise ValueError(f"divisor_override must be None or 1, got {layer.divisor_override}")
+        options = {"ceil_mode=True": layer.ceil_mode, "count_include_pad=False with padding": not counted}
         if any(options.values()):
             got = " and ".join(name for name, there in options.items() if there)
-            raise ValueError(f"has {got}, which can't be represented in NIR")
+            raise ValueError(f"has {got}, which NIR's poolings do not have")
         return {"": (self.nir.SumPool2d if sums else self.nir.AvgPool2d)(*sizes)}
 
     def _flatten_nodes(self, layer: nn.Flatten, flow: _Flow) -> dict[str, Any]:
