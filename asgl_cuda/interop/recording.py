@@ -684,8 +684,8 @@ class Recording:
             return function(args[0].group.meta(), *args[1:], **{"device": args[0].device, **kwargs})
         if not torch.is_grad_enabled() and is_in_function_forward():
             raise RuntimeError(
-                f"{_CALLER}: with sequences, a torch.autograd.Function gets values that are computed only after the "
-                f"model's code has run, and its call of {function.__name__} would lose their gradients; use "
+                f"{_CALLER}: with sequences, the model can't call {function.__name__} in the forward of a "
+                "torch.autograd.Function, because its arguments are computed only after the model's code has run; use "
                 "asgl_cuda.convert(model) without sequences, which computes step by step"
             )
         if kwargs.get("out") is not None:

@@ -59,9 +59,10 @@ class AnalogProbSchedule:
             if layer.analog_prob > 0 or layer.log_width is not None
         }
         if not self.starts:
+            got = ", ".join(repr(name) if name else "the model itself" for name in layers)
             raise ValueError(
-                f"{_CALLER}: model must have a layer without multi_spike that has noise or a learned width, got none "
-                f"in {', '.join(map(repr, layers))}; give one analog_prob > 0 or learn_width=True"
+                f"{_CALLER}: model must have a layer without multi_spike that has analog_prob > 0 or a learned width, "
+                f"got none in {got}; use, for example, asgl_cuda.LIF(analog_prob=0.5)"
             )
         self._set_probs(self.starts, 0)
 

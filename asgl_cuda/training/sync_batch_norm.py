@@ -54,7 +54,8 @@ def convert_sync_batchnorm(model: nn.Module, process_group: Any = None) -> nn.Mo
         if bare_class(module) in kinds and getattr(module, "step_mode", "s") == "m":
             raise ValueError(
                 f"{caller}: {path or 'the model'} ({name} of SpikingJelly) can't be in step mode 'm', because torch's "
-                "SyncBatchNorm takes no time dimension; use torch's layer in a SeqToANNContainer, or BatchNormLIF"
+                "SyncBatchNorm takes no time dimension; use a torch.nn.BatchNorm layer in SpikingJelly's "
+                "SeqToANNContainer, or asgl_cuda.BatchNormLIF in place of the normalisation and its neurons"
             )
     for module in model.modules():
         if isinstance(module, BatchNormLIF):

@@ -459,7 +459,7 @@ REFUSED = {
     asked: r"all steps of lif1 \(Leaky\) are .* calls __bool__, as in `if spk\.sum\(\) > 0`, and so .*; remove",
     read_back: r"calls __getitem__ and so .*changes a tensor that the steps use; remove",
     twice: r"the input of lif1 \(Leaky\) depends on earlier outputs of this layer, .* used twice in a step",
-    in_function: "a torch.autograd.Function gets values",
+    in_function: r"in the forward of a torch\.autograd\.Function, because",
     through_view: r"mul_ can't change a value of a step in place, because it shares memory with a view .* clone\(\)",
     checkpointed: "put the checkpoint around the model",
 }

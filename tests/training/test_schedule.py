@@ -147,9 +147,13 @@ def test_which_layers_are_scheduled():
     assert foreign.analog_prob == pytest.approx(0.4)
     with pytest.raises(ValueError, match="multi_spike needs analog_prob=0"):
         several.analog_prob = 0.1
-    with pytest.raises(ValueError, match=r"a layer without multi_spike that has noise or a learned width, .* in '0'"):
+    with pytest.raises(
+        ValueError, match=r"a layer without multi_spike that has analog_prob > 0 or a learned width, .* in '0'"
+    ):
         AnalogProbSchedule.linear(nn.Sequential(ordinary), 2)
-    with pytest.raises(ValueError, match=r"a layer without multi_spike that has noise or a learned width, .* in '0'"):
+    with pytest.raises(
+        ValueError, match=r"a layer without multi_spike that has analog_prob > 0 or a learned width, .* in '0'"
+    ):
         AnalogProbSchedule.linear(nn.Sequential(LIF(v_reset=None, multi_spike=True, analog_prob=0.0)), 2)
 
 
