@@ -22,6 +22,7 @@ class InSequences(Overlay):
 
     prefix = "Sequences"
     stateful = False  # whether a call continues from the states of the last one; read only if _sequences is "steps"
+    _carries = True  # whether the layers' states, if any, are of a stateful call, from which the next one continues
     _sequences: str  # "steps" or "loop"
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -53,8 +54,9 @@ class InSequences(Overlay):
                 "dimension 0 is taken for time. If the input is one time step of a batch, call asgl_cuda.step(model, "
                 "x_t). If it is a sequence without a batch, add a batch dimension of size 1",
             )
-        if not self.stateful:
+        if not (self.stateful and self._carries):
             self._reset_states()
+        self._carries = self.stateful
         if _runs_without_recording():
             return tree_map(lambda *each: torch.stack(each), *[super(InSequences, self).forward(x) for x in x_seq])
         with Recording(self) as found:
@@ -97,11 +99,12 @@ class InSequences(Overlay):
         """How the model takes a sequence one time step per call, see `Streaming`."""
         if self._sequences == "steps":
             return Streamed(0, None, has_switch=True)
-        return "its forward has a loop over the steps"
+        return "its forward has a loop over the steps; write a module for one step and convert it with sequences=True"
 
     def end_sequences(self) -> None:
         """Removes the overlay, so that calls of the model are its own again."""
-        self.__dict__.pop("stateful", None)
+        for name in ("stateful", "_carries"):
+            self.__dict__.pop(name, None)
         del self._sequences
         self.remove_overlay()
 
@@ -153,7 +156,9 @@ def refusal_reason(model: nn.Module, left: list[Any], sequences: str) -> str:
         return "a model must have neurons that take one step per call, got none"
     if "forward" in vars(model):
         return "the model's forward must be the method of its class, got an attribute of the model"
-    names = [name for name in ("stateful", "streaming", "_sequences", "end_sequences") if hasattr(model, name)]
+    names = [
+        name for name in ("stateful", "streaming", "_carries", "_sequences", "end_sequences") if hasattr(model, name)
+    ]
     taken = names if names and not isinstance(model, InSequences) else []
     return f"the model has an attribute {taken[0]}, a name that converted models use; rename it" if taken else ""
 

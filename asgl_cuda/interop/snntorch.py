@@ -448,8 +448,8 @@ class MultiStep(nn.Module):
 
     Args:
         layer: a layer of snnTorch, converted in place if necessary.
-        stateful: a call continues from the states that the last call left in the layer, until `asgl_cuda.reset(model)`.
-            By default a state that is not passed starts at rest. `stateful` may be set later, as an attribute.
+        stateful: a call continues from the states of the last stateful call, until `asgl_cuda.reset(model)`. By default
+            a state that is not passed starts at rest. `stateful` may be set later, as an attribute.
 
     A call takes `x_seq` `[T, ...]` and, unless the layer has init_hidden, optional initial states. It returns the
     layer's results of all steps, stacked: spikes, or spikes and states. The layer keeps the last states, such as
@@ -477,6 +477,8 @@ class MultiStep(nn.Module):
         neurons = MultiStep(snntorch.Leaky(beta=0.9))
         spk_seq, mem_seq = neurons(torch.rand(10, 2, 4))  # [T, B, 4] each
     """
+
+    _carries = True  # whether the layer's states, if any, are of a stateful call, from which the next one continues
 
     def __init__(self, layer: nn.Module, *, stateful: bool = False) -> None:
         from .convert import convert
@@ -519,8 +521,9 @@ class MultiStep(nn.Module):
                 f"{_MULTI_STEP}: layer must be converted, got a {type(self.layer).__name__} that is not, perhaps "
                 "because of asgl_cuda.revert; asgl_cuda.convert(model, inplace=True) converts it"
             )
-        if not self.stateful:
+        if not (self.stateful and self._carries):
             self.layer.reset_mem()
+        self._carries = self.stateful
         return self.layer.pack_results(x_seq, *self.layer.compute_sequence(x_seq, *states, **named), time_dims=1)
 
 

@@ -656,14 +656,17 @@ def test_multi_step_carries_states_if_asked_for(kind, hidden):
     x_seq = 2 * torch.rand(9, 3, 7)
     whole = multi(x_seq) if hidden else multi(x_seq)[0]
     multi.stateful = True
-    for _ in range(2):  # the second time from the states of whole sequences
-        asgl_cuda.reset(multi)
+    for again in (False, True):  # first after a call that is not stateful, then from the states of stateful ones
+        if again:
+            asgl_cuda.reset(multi)
         found = [out if hidden else out[0] for out in map(multi, x_seq.split(4))]
         assert torch.equal(torch.cat(found), whole)
     utils.reset(nn.Sequential(multi))  # finds children of its own classes alone
     assert not torch.equal(multi(x_seq) if hidden else multi(x_seq)[0], whole)
     multi.stateful = False
     assert torch.equal(multi(x_seq) if hidden else multi(x_seq)[0], whole)
+    found = [asgl_cuda.step(multi, x) for x in x_seq]  # also starts at rest
+    assert torch.equal(torch.stack(found if hidden else [out[0] for out in found]), whole)
     for value in (1, None):
         with pytest.raises(TypeError, match=r"snntorch\.MultiStep: stateful must be a bool"):
             MultiStep(snntorch.Leaky(0.5), stateful=value)
