@@ -34,7 +34,9 @@ def format_type(value: Any) -> str:
 def check_tensor(name: str, value: Any, caller: str) -> None:
     """Refuses all but tensors."""
     if not isinstance(value, Tensor):
-        raise TypeError(f"{caller}: {name} must be a tensor, got {type(value).__name__}")
+        hints = {"ndarray": f"; torch.from_numpy({name}) converts it", "list": f"; torch.stack({name}) joins tensors"}
+        kind = type(value).__name__
+        raise TypeError(f"{caller}: {name} must be a tensor, got {kind}{hints.get(kind, '')}")
 
 
 def _conversion_hint(name: str, value: Tensor) -> str:
@@ -521,9 +523,10 @@ def check_residual(residual: Any, x_seq: Tensor, caller: str) -> None:
     if residual.shape != x_seq.shape:
         extra = x_seq.dim() - residual.dim()
         fits = extra >= 0 and all(size in (1, x_seq.shape[extra + dim]) for dim, size in enumerate(residual.shape))
+        state = "; if it is a state, pass it to asgl_cuda.lif as v_init" if residual.shape == x_seq.shape[1:] else ""
         raise ValueError(
             f"{caller}: residual must have x_seq's shape {list(x_seq.shape)}, got {list(residual.shape)}"
-            f"{'; residual.expand_as(x_seq) broadcasts it' if fits else ''}"
+            f"{'; residual.expand_as(x_seq) broadcasts it' if fits else ''}{state}"
         )
     if residual.dtype != x_seq.dtype:
         raise TypeError(

@@ -139,8 +139,9 @@ def saved_tensors(ctx: Any) -> tuple[Any, ...]:
             raise
         raise RuntimeError(
             f"{error} In asgl_cuda, a layer that carries its potential continues the graph of its earlier calls. If "
-            "their backward is done, call asgl_cuda.reset(model) between sequences, or asgl_cuda.detach(model) to keep "
-            "the potentials without their graph, for truncated backpropagation through time."
+            "backward has already run for these, call asgl_cuda.reset(model) between sequences, or "
+            "asgl_cuda.detach(model) to keep the potentials without their graph, for truncated backpropagation through "
+            "time."
         ) from error
 
 

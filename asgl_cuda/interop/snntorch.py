@@ -17,6 +17,7 @@ comparison with the threshold.
 from __future__ import annotations
 
 import importlib.metadata
+from collections.abc import Mapping, Sequence
 from types import NoneType
 from typing import Any
 
@@ -101,6 +102,20 @@ class ConvertedLeaky(Converted):
         """The states that the layer keeps from step to step, by name."""
         return {name: self._buffers[name] for name in self._states}
 
+    def given_states(self, caller: str, given: Sequence[Any], named: Mapping[str, Any]) -> dict[str, Any]:
+        """The states that a call passes after the input, by name. Raises TypeError for other arguments."""
+        unknown = [*given[len(self._states) :], *(named.keys() - {*self._states[len(given) :]})]
+        if unknown:
+            expected = f"{bare_class(self).__name__} takes {' and '.join(['an input', *self._states])}"
+            if len(given) > len(self._states):
+                got = f"{1 + len(given)} positional arguments"
+            elif unknown[0] in self._states:
+                got = f"{unknown[0]} twice, by position and by name"
+            else:
+                got = f"an argument {unknown[0]!r}"
+            raise TypeError(f"{caller}: {expected}, got {got}")
+        return {**dict(zip(self._states, given, strict=False)), **named}
+
     def set_state(self, name: str, value: Any) -> None:
         """Sets a state that the layer keeps from step to step."""
         self._buffers[name] = value  # not setattr, which refuses a value that is still `Recorded`
@@ -108,17 +123,7 @@ class ConvertedLeaky(Converted):
     def record_step(self, recording: Recording, input_: Any, *given: Any, **named: Any) -> Any:
         """Records one step. Takes and returns what the layer's forward takes and returns."""
         states = self.carried_states()
-        unknown = [*given[len(states) :], *(named.keys() - {*self._states[len(given) :]})]
-        if unknown:
-            expected = f"{bare_class(self).__name__} takes {' and '.join(['an input', *states])}"
-            if len(given) > len(states):
-                got = f"{1 + len(given)} positional arguments"
-            elif unknown[0] in states:
-                got = f"{unknown[0]} twice, by position and by name"
-            else:
-                got = f"an argument {unknown[0]!r}"
-            raise TypeError(f"asgl_cuda.convert: {expected}, got {got}")
-        for name, value in (*zip(states, given, strict=False), *named.items()):
+        for name, value in self.given_states("asgl_cuda.convert", given, named).items():
             if value is not None:
                 self._check_state_argument(name)
                 states[name] = value
@@ -512,19 +517,19 @@ class MultiStep(nn.Module):
         """The results of all steps of `x_seq` `[T, ...]`, stacked."""
         if not isinstance(x_seq, (Pending, Tensor)):
             raise TypeError(f"{_MULTI_STEP}: x_seq must be a tensor, got {type(x_seq).__name__}")
-        by_position = {f"state {index} after x_seq": state for index, state in enumerate(states, 1)}
-        for name, state in {**by_position, **named}.items():
-            if not isinstance(state, (Tensor, NoneType)):
-                raise TypeError(f"{_MULTI_STEP}: {name} must be a tensor or None, got {type(state).__name__}")
         if not isinstance(self.layer, ConvertedLeaky):
             raise RuntimeError(
                 f"{_MULTI_STEP}: layer must be converted, got a {type(self.layer).__name__} that is not, perhaps "
                 "because of asgl_cuda.revert; asgl_cuda.convert(model, inplace=True) converts it"
             )
+        given = self.layer.given_states(_MULTI_STEP, states, named)
+        for name, state in given.items():
+            if not isinstance(state, (Tensor, NoneType)):
+                raise TypeError(f"{_MULTI_STEP}: {name} must be a tensor or None, got {type(state).__name__}")
         if not (self.stateful and self._carries):
             self.layer.reset_mem()
         self._carries = self.stateful
-        return self.layer.pack_results(x_seq, *self.layer.compute_sequence(x_seq, *states, **named), time_dims=1)
+        return self.layer.pack_results(x_seq, *self.layer.compute_sequence(x_seq, **given), time_dims=1)
 
 
 _CONVERTED = {

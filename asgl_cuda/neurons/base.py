@@ -6,7 +6,7 @@ A layer's `_states` names them: v, with an adaptation w, and in recurrent layers
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal, NoReturn
 
 import torch
@@ -210,12 +210,18 @@ class NeuronLayer(Settable):
 
     def _checked_num_features(self, num_features: Any, granularity: Granularity) -> tuple[int, ...]:
         """num_features as a tuple, empty if the granularity is "layer"."""
+        if isinstance(num_features, float) and granularity == "layer":
+            raise TypeError(
+                f"{self._caller}: num_features must be an int or a sequence of ints, got {num_features}; a decay is "
+                f"passed by name, decay={num_features}"
+            )
         sizes = () if num_features is None else check_sizes("num_features", num_features, self._caller)
         if granularity == "layer":
             if sizes:
                 raise ValueError(
                     f"{self._caller}: num_features needs granularity 'channel' or 'neuron', got "
-                    f"{format_value(num_features)} with granularity 'layer'"
+                    f"{format_value(num_features)} with granularity 'layer', which has one value for the whole layer; "
+                    "leave num_features out, or also pass granularity='neuron'"
                 )
             return ()
         if num_features is None or (granularity == "channel" and len(sizes) != 1):
@@ -265,10 +271,9 @@ class NeuronLayer(Settable):
         found = self._checked_value(name, given, parameter, option)
         for value in min_and_max(found):
             if value < 0 or value > 1:
-                tau = f"; SpikingJelly's tau={value:g} is decay={1 - 1 / value:g}" if value > 1 else ""
-                raise ValueError(
-                    f"{self._caller}: {name} must be in [0, 1], got {value:g}{tau if name == 'decay' else ''}"
-                )
+                is_tau = name == "decay" and value > 1.0001  # smaller ones are rather a decay of 1, rounded
+                hint = f"; SpikingJelly's tau={value:g} is decay={1 - 1 / value:g}" if is_tau else ""
+                raise ValueError(f"{self._caller}: {name} must be in [0, 1], got {value:.8g}{hint}")
             if parameter is not None and not _LEAST_DECAY <= value <= 1 - _LEAST_DECAY:
                 raise ValueError(
                     f"{self._caller}: a learned {name} must be in [{_LEAST_DECAY:.3g}, 1 - {_LEAST_DECAY:.3g}], got "
@@ -294,7 +299,10 @@ class NeuronLayer(Settable):
     def _inputs_of_call(self, x_seq: Tensor, residual: Tensor | None = None) -> tuple[Tensor, dict[str, Any]]:
         """The arguments of a call of the layer, as x_seq and the options that `_call_function` takes."""
         if residual is not None:
-            raise TypeError(f"{self._caller}: takes no residual; call layer(x_seq + residual)")
+            raise TypeError(
+                f"{self._caller}: takes no residual; call layer(x_seq + residual). If it is a state, leave it out: "
+                "with stateful=True and in asgl_cuda.step the layer carries its states"
+            )
         return tensor_of(x_seq, type(self).__name__), {}
 
     def forward(self, x_seq: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -317,8 +325,9 @@ class NeuronLayer(Settable):
             watch.before_call(x_seq)
         if is_transform_active():
             raise RuntimeError(
-                f"{self._caller}: a layer can't keep potentials inside a transform of torch.func, as stateful, "
-                f"store_v_seq and step require; use {self._function}, which takes v_init and returns potentials"
+                f"{self._caller}: with stateful, store_v_seq or asgl_cuda.step a layer keeps potentials, which it "
+                f"can't do inside a transform of torch.func; use {self._function}, which takes v_init and can return "
+                "potentials"
             )
         states = self._states if self.stateful else ()  # without stateful, only `step` uses states
         for name in states:
@@ -478,4 +487,5 @@ def _warn_of_time(caller: str, x_seq: Tensor, time_dim: int) -> None:
 def check_module(model: Any, caller: str) -> None:
     """Refuses anything but a module."""
     if not isinstance(model, nn.Module):
-        raise TypeError(f"{caller}: model must be a torch.nn.Module, got {format_type(model)}")
+        hint = "; pass the model, not its parameters" if isinstance(model, Iterator) else ""
+        raise TypeError(f"{caller}: model must be a torch.nn.Module, got {format_type(model)}{hint}")

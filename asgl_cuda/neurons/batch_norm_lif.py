@@ -67,8 +67,8 @@ from .lif import LIF, LIF_DEFAULTS, LIFOutput, remember_call, requested_output, 
 
 _CALLER = "asgl_cuda.batch_norm_lif"
 
-# Half types are computed in float32 if a channel has at most this many values, because dx is then a small difference of
-# large terms.
+# If a channel has at most this many values in training, half inputs are converted to float32. dx is then a small
+# difference of large terms, for which a dh rounded to the half type would be too inaccurate.
 _FEW = 4
 
 

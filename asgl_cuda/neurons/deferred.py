@@ -147,7 +147,7 @@ class Pending:
         """Raises RuntimeError if a change in place, or a Function, would make results or gradients wrong."""
         if self.changes != self.source.changes:
             raise self.norm.refusal(
-                "its output was changed in place, and is used here through a tensor made before the change",
+                "a view of its output, made before the output was changed in place, is used after the change",
                 "use the changed tensor or a new view of it, ",
             )
         if any(version != _version(tensor) for tensor, version in self.watched):

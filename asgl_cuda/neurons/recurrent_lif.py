@@ -250,13 +250,17 @@ def _check_gain_with_adaptation(input_gain: Any, caller: str) -> None:
         raise ValueError(f"{caller}: input_gain must be 1 with an adaptation, got {format_value(input_gain)}")
 
 
+# Suffixes of an error for an input with this number of dimensions.
+_DIMENSION_HINTS = {2: "; is time or the batch missing?", 4: "; if step got a sequence, call the model itself instead"}
+
+
 def _check_recurrence(x_seq: Tensor, given: _Recurrence, neuron: Any) -> float:
     """Refuses arguments that do not fit x_seq. Returns syn_decay if it is a constant, otherwise 0."""
     time_dim = check_input(x_seq, neuron["time_dim"], _CALLER)
     if x_seq.dim() != 3 or time_dim > 1:
         raise ValueError(
             f"{_CALLER}: x_seq must have shape [T, B, N], or [B, T, N] with time_dim=1, got {list(x_seq.shape)} with "
-            f"time_dim={time_dim}{'; is time or the batch missing?' if x_seq.dim() == 2 else ''}"
+            f"time_dim={time_dim}{_DIMENSION_HINTS.get(x_seq.dim(), '')}"
         )
     count = x_seq.shape[2]
     _check_shape("weight", given.weight, x_seq, [count, count], [count])

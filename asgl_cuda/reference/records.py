@@ -53,7 +53,8 @@ class Rules(NamedTuple):
     logit_decay: int  # 1 if operators get the logit of the decay; the reference gets the decay itself
     analog_below: int  # round(analog_prob * DRAWS), or BELOW_IN_STATE
     # The largest number of spikes per step, for the surrogate INTEGER and for multi_spike. 0 if not given, which for
-    # multi_spike means no limit. With INTEGER, width is the threshold, and v_threshold is the factor of scale_output.
+    # multi_spike means no limit. With INTEGER, operators take the threshold as the argument width, and the factor of
+    # scale_output, 1 / levels, as the argument v_threshold.
     levels: int
     # Where the adaptation w acts, as bits; 0 without an adaptation. If neurons have an adaptation, w is a state, and
     # input_gain, input_bias and input_mean are the parameters of w.

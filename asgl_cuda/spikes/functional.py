@@ -136,6 +136,8 @@ def has_kernel(x: Tensor, weight: Tensor, caller: str) -> bool:
     check_tensor("input", x, caller)
     check_tensor("weight", weight, caller)
     dtype = x.dtype
+    if weight.is_floating_point() and not (x.is_floating_point() or x.is_complex()):
+        raise TypeError(f"{caller}: input must be {weight.dtype} as weight, got {dtype}; convert it by input.float()")
     return (
         dtype in _TYPES
         and weight.dtype is dtype

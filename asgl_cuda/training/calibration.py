@@ -330,14 +330,13 @@ class _Trial:
             if (other := self._layers.setdefault(weight, name)) == name:
                 return weight
             problems[weight] = f"also before {other}"
-        got = ["a path without weight"] if None in paths else []
+        got = ["an input without one"] if None in paths else []
         got += [f"{each} ({problems[each]})" if each in problems else f"{each}" for each in paths - {None}]
         remedy = "" if normalises else ". Put a normalisation before these neurons, or use asgl_cuda.BatchNormLIF"
         raise ValueError(
-            f"{_CALLER}: {self._describe(name)}: its input must have one weight that can be scaled, got "
-            f"{'several paths: ' * (len(got) > 1)}{' and '.join(sorted(got))}; the weight must belong to a "
-            "linear layer, a convolution or a normalisation, must not be parametrised, and autograd must record its "
-            f"use{remedy}"
+            f"{_CALLER}: {self._describe(name)}: its input must come from one weight that calibrate can scale, got "
+            f"{' and '.join(sorted(got))}; this must be the weight of a linear layer, a convolution or a "
+            f"normalisation, not parametrised, and used where autograd records it{remedy}"
         )
 
     def _nearest_weights(self, x: Tensor) -> set[str | None]:

@@ -24,7 +24,7 @@ from ..torch_modes import is_transform_active
 from .layers import require_asgl_layers
 
 _CALLER = "asgl_cuda.Monitor"
-# The quantities that Monitor measures, in the order of its table.
+# The quantities of Monitor's table and of `scalars`, in order. Monitor also measures "constant", for `problems`.
 _QUANTITIES = (
     "width", "firing_rate", "analog_share", "inside", "smoothing_error", "growth", "dead", "saturated", "nonzero_inputs"
 )  # fmt: skip

@@ -49,7 +49,10 @@ class AnalogProbSchedule:
     def __init__(self, model: nn.Module, prob_at: Callable[[float, int], float]) -> None:
         layers = require_asgl_layers(model, _CALLER)
         if not callable(prob_at):
-            raise TypeError(f"{_CALLER}: prob_at must be a function of start and epoch, got {type(prob_at).__name__}")
+            raise TypeError(
+                f"{_CALLER}: prob_at must be a function of start and epoch, got {type(prob_at).__name__}; linear, "
+                "cosine and multi_step make a schedule from numbers, as in AnalogProbSchedule.linear(model, epochs=10)"
+            )
         self._layers = {name: layer for name, layer in layers.items() if not getattr(layer, "multi_spike", False)}
         self._prob_at = prob_at
         self.epoch = 0

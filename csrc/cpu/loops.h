@@ -478,8 +478,9 @@ struct SettledAdjointLoop {
           gradient[i] = dv;
         }
       };
-      // Where both conditions hold, they are passed as constants, so that the loop needs no masks. They hold at every
-      // step, except under detach_reset and at the last step of a sequence whose v_last has no gradient.
+      // If carried and through_reset are both true, they are passed as constants, so that the loop needs no masks. Both
+      // are true at every step, except under detach_reset and at the last step of a sequence whose v_last has no
+      // gradient.
       const bool carried = args.carried || k + 1 < args.steps, through_reset = carried && !args.options.detach_reset;
       through_reset ? compute_step(std::true_type{}, std::true_type{}) : compute_step(carried, false);
       if (args.stream != nullptr) args.stream(args.d_current[k] + first, streamed, count);

@@ -7,8 +7,7 @@
 namespace asgl::cpu {
 namespace {
 
-// The number of steps of a chunk if the loop uses streaming stores and reads the currents from a buffer. With fewer
-// steps, the loop would store less at once.
+// The number of steps of a chunk if the loop uses streaming stores and reads the currents from a buffer.
 constexpr int64 kStreamedSteps = 4;
 
 // How many elements ahead a loop prefetches from the rows that it uses, with ordinary stores and with streaming stores.

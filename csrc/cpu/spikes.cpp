@@ -593,8 +593,8 @@ class ChannelGradient {
 template <class Real>
 void spike_weight_gradient(const SpikeGradientParams<Real>& params) {
   const SpikeLists<Real> lists(params.shape, params.x);
-  // With by_phase, elements of x at the border multiply zeros outside of the image. The products of infinity and NaN
-  // with these zeros would wrongly be NaN.
+  // by_phase needs a finite x, because elements at the border multiply zeros outside of the image. The products of
+  // infinity and NaN with these zeros would wrongly be NaN.
   const bool by_phase = lists.values() == nullptr || std::all_of(lists.values(), lists.values() + lists.count(),
                                                                  [](Real value) { return std::isfinite(value); });
   const int64 channels = params.shape.channels, threads = at::get_num_threads();

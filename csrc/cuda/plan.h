@@ -21,8 +21,8 @@ bool is_aligned_for_four(const Element* first) {
 
 // ---- neurons and integrators ----
 
-// What the kernel of this call may assume about the parameters. launch_of may still choose a kernel for another Input.
-// A general kernel computes the call if outputs_only_spikes() is false, or if there are kDividendLimit neurons or more.
+// What this call allows its kernel to assume about the parameters. launch_of may choose a kernel that assumes less. The
+// result is general if input_assumption() is, if outputs beyond spikes are wanted, or from kDividendLimit neurons on.
 template <class Params>
 Input input_of(const Params& params) {
   const bool indexed = params.shape.neurons() < kDividendLimit;

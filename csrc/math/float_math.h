@@ -31,8 +31,8 @@ ASGL_HOST_DEVICE float exp(float x) {
 
 // e^x for x <= 0, with two thirds of the operations of exp. x log2(e) = n + r with |r| <= 1/2, and 2^r is a polynomial
 // whose parts are computed independently. One factor 2^n suffices, because nothing overflows and results below 2^-126.5
-// are 0. The absolute error is at most 1.6e-7. The relative error of results above 2^-126.5 is at most 4e-6, and 2.2e-7
-// for x > -0.5. e^0 is exactly 1.
+// are 0. The absolute error is at most 1.6e-7. The relative error of normal results is at most 4e-6, and 2.2e-7 for
+// x > -0.5. e^0 is exactly 1.
 ASGL_HOST_DEVICE float exp_of_nonpositive(float x) {
   x = x < -88.0f ? -88.0f : x;  // already 0
   const float scaled = x * 1.44269504f;

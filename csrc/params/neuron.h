@@ -29,8 +29,8 @@ constexpr int kCheckpointSteps = 16;
 // A short sequence that is common in practice. Some CUDA kernels are compiled for this number of steps as a constant.
 constexpr int kShortSequence = 4;
 
-// The number of elements from v to w of a neuron in the checkpoints of adaptive neurons. All checkpoints of v are
-// stored before those of w.
+// The distance, in elements, between v and w of a neuron in the checkpoints of adaptive neurons. All checkpoints of v
+// are stored before those of w.
 ASGL_HOST_DEVICE int64 checkpoint_stride(const SequenceShape& shape) {
   return (shape.steps - 1) / kCheckpointSteps * shape.neurons();
 }

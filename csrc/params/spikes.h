@@ -4,8 +4,8 @@
 //   iy = y * stride + ky - padding, and ix likewise; elements outside of the image are zero
 //   dweight[o, ky, kx, c] = sum over n, y, x of x[n, iy, ix, c] * grad[n, y, x, o]
 //
-// The terms of each sum are added in this order, by fused multiply-add where the processor has it. A linear layer is a
-// convolution of images of one pixel.
+// The terms of each sum are added in the order written. The clones for AVX2 and AVX-512 use fused multiply-adds. A
+// linear layer is a convolution of images of one pixel.
 #pragma once
 
 #include "math/host_device.h"

@@ -123,7 +123,7 @@ def neurons_saved(net, y):
 AGAIN, SUM = "its output is used again, by ", "the sum of its output and another "
 FUNCTION = "its output goes to a torch.autograd.Function, which would lose its gradient"
 REENTRANT = "it is called inside of a torch.autograd.Function, such as a reentrant checkpoint"
-VIEW = "its output was changed in place, and is used here through a tensor made before the change"
+VIEW = "a view of its output, made before the output was changed in place, is used after the change"
 APART = "the normalisation is called {} of a torch.utils.checkpoint and its neurons {}, and a checkpoint calls"
 INSIDE, OUTSIDE = APART.format("inside", "outside"), APART.format("outside", "inside")
 ANOTHER = "the normalisation is called inside of another torch.utils.checkpoint than its neurons"

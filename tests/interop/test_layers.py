@@ -591,8 +591,9 @@ def test_errors_of_multi_step():
     multi, synaptic = MultiStep(snntorch.Leaky(beta=0.5)), MultiStep(snntorch.Synaptic(alpha=0.5, beta=0.5))
     for call, words in (
         (lambda: multi([1.0]), "x_seq must be a tensor, got list"),
-        (lambda: multi(torch.ones(2, 3), 5), "state 1 after x_seq must be a tensor or None, got int"),
-        (lambda: synaptic(torch.ones(2, 3), None, 5), "state 2 after x_seq must be a tensor or None, got int"),
+        (lambda: multi(torch.ones(2, 3), 5), "mem must be a tensor or None, got int"),
+        (lambda: synaptic(torch.ones(2, 3), None, 5), "mem must be a tensor or None, got int"),
+        (lambda: multi(torch.ones(2, 3), memory=None), "Leaky takes an input and mem, got an argument 'memory'"),
         (lambda: multi(torch.ones(2, 3), mem=0.5), "mem must be a tensor or None, got float"),
     ):
         with pytest.raises(TypeError, match=rf"snntorch\.MultiStep: {words}$"):

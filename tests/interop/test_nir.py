@@ -562,10 +562,10 @@ def neurons_of_libraries():
             r"1 \(LinearRecurrentContainer\): can't be represented in NIR; NIR does not say when a spike that returns",
         ),
         "amount of sinabs": (layers.IAF(**amount, **single), None),
-        "a step a call": (jelly.LIFNode(), r"1 \(LIFNode\): must take .* got a layer that takes one step per call"),
+        "a step a call": (jelly.LIFNode(), r"1 \(LIFNode\): must take .* but takes one step per call"),
         "squeezed": (
             layers.IAFSqueeze(batch_size=3, **single),
-            r"1 \(IAFSqueeze\): must take time and batch as two dimensions",
+            r"1 \(IAFSqueeze\): must take whole sequences, .* but takes one step per call",
         ),
     }
 

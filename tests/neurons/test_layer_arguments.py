@@ -180,7 +180,9 @@ BAD = [
     ("LIF", {"num_features": [2, True], "granularity": "neuron"}, r"num_features must be an int.*, got \[2, True\]"),
     ("LIF", {"num_features": [[64]], "granularity": "neuron"}, r"num_features must be an int.*, got \[\[64\]\]$"),
     ("LIF", {"num_features": torch.tensor([3]), "granularity": "neuron"}, r"num_features .*; num_features.tolist\(\)"),
-    ("LIF", {"num_features": 128}, "num_features needs granularity 'channel' or 'neuron', got 128 with .* 'layer'"),
+    ("LIF", {"num_features": 128}, "num_features needs granularity 'channel' .*, got 128 with .* 'layer', .* leave"),
+    ("LIF", {"num_features": 0.9}, "num_features must be an int .*, got 0.9; a decay is passed by name, decay=0.9"),
+    ("LIF", {"decay": 1 + 1e-7}, r"decay must be in \[0, 1\], got 1.0000001$"),
     ("LIF", {"surrogate": "step"}, "surrogate must be one of .*, got 'step'$"),
     ("LIF", {"width": 0.0}, "width must be > 0.* 0.0"),
     ("LIF", {"width": math.nan}, "width must be > 0.* nan"),
@@ -573,13 +575,15 @@ CHANNEL, NEURON = {"granularity": "channel"}, {"granularity": "neuron"}
          "B, C, ...] with C = 8, got [4, 8, 6, 6]; is time or the batch missing?"),
         (RecurrentLIF(3), (2, 3), "must have shape [T, B, N], or [B, T, N] with time_dim=1, got [2, 3] with time_dim=0;"
          " is time or the batch missing?"),
-        (LIF(), [[1.0]], "x_seq must be a tensor, got list"),
+        (LIF(), [[1.0]], "x_seq must be a tensor, got list; torch.stack(x_seq) joins tensors"),
+        (LIF(), numpy.ones((2, 3)), "x_seq must be a tensor, got ndarray; torch.from_numpy(x_seq) converts it"),
         (LIF(3, **CHANNEL), [[1.0]], "x_seq must be a tensor, got list"),
         (LIF(), torch.tensor(1.0), "x_seq must have at least one dimension"),
         (LIF(3, **CHANNEL), torch.tensor(1.0), "x_seq must have at least one dimension"),
-        *((partial(layer, X), X, "takes no residual; call layer(x_seq + residual)")
+        *((partial(layer, X), X, "takes no residual; call layer(x_seq + residual). If it is a state, leave it out")
           for layer in (AdaptiveLIF(), LeakyIntegrator(), RecurrentLIF(3))),
-        (RecurrentLIF(3), (2, 4, 3, 3), "x_seq must have shape [T, B, N], "),
+        (RecurrentLIF(3).step, (2, 4, 3), "x_seq must have shape [T, B, N], or [B, T, N] with time_dim=1, got [1, 2, "
+         "4, 3] with time_dim=0; if step got a sequence, call the model itself instead"),
         (RecurrentLIF(4), X, "the last dimension of x_seq must be hidden_size, 4, got shape [2, 4, 3]"),
         (OverTime(nn.Conv2d(1, 8, 3)), (8, 1, 8, 8), "[T, B, 1, H, W] for Conv2d, got shape [8, 1, 8, 8]; x_seq.unsqu"),
         (OverTime(nn.Conv2d(1, 8, 3)), (8, 1, 8, 8), "a batch of size 1, x_seq.unsqueeze(0) a single time step"),

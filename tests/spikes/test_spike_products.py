@@ -341,7 +341,11 @@ def test_what_is_no_tensor(call, given):
         call(given)
 
 
-def test_a_bias_of_another_type():
+def test_operands_of_other_types():
+    with pytest.raises(
+        TypeError, match=r"spike_linear: input must be torch\.float32 as weight, got torch\.int64; convert"
+    ):
+        asgl_cuda.spike_linear(torch.ones(2, 4, dtype=torch.int64), torch.rand(3, 4))
     with pytest.raises(
         TypeError, match=r"spike_linear: bias must be torch\.float32 on cpu as input, got torch\.float64"
     ):

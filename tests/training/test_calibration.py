@@ -196,16 +196,16 @@ def detached(model, x_seq):
         return model.lif(model.linear(x_seq))
 
 
-ONE = "its input must have one weight that can be scaled"
+ONE = "its input must come from one weight that calibrate can scale"
 REFUSED = {
-    "sum": (residual, rf"last .* {ONE}, got several paths: a path without weight and inside\.weight; the weight must"),
+    "sum": (residual, rf"last .* {ONE}, got an input without one and inside\.weight; this must be"),
     "residual given": (
         lambda: Stack(lambda m, x: m.lif(m.linear(x), x), linear=nn.Linear(16, 16), lif=LIF()),
-        r"lif \(LIF\): .* got several paths: a path without weight and linear\.weight;",
+        r"lif \(LIF\): .* got an input without one and linear\.weight;",
     ),
     "residual by a weight": (
         lambda: Stack(lambda m, x: m.lif(m.a(x), m.b(x)), a=nn.Linear(16, 4), b=nn.Linear(16, 4), lif=LIF()),
-        r"lif \(LIF\): .* got several paths: a\.weight and b\.weight;",
+        r"lif \(LIF\): .* got a\.weight and b\.weight;",
     ),
     "residual by the same weight": (
         lambda: Stack(lambda m, x: m.lif(m.linear(x), m.linear(x)), linear=nn.Linear(16, 4), lif=LIF()),
@@ -218,14 +218,14 @@ REFUSED = {
     ),
     "two branches": (
         lambda: Stack(lambda m, x: m.lif(m.a(x) + m.b(x)), a=nn.Linear(16, 4), b=nn.Linear(16, 4), lif=LIF()),
-        r"lif \(LIF\): .* got several paths: a\.weight and b\.weight;",
+        r"lif \(LIF\): .* got a\.weight and b\.weight;",
     ),
-    "no weight": (lambda: nn.Sequential(LIF(), nn.Linear(16, 4), LIF()), r"0 \(LIF\): .* got a path without weight;"),
-    "parametrised": (lambda: nn.Sequential(weight_norm(nn.Linear(16, 4)), LIF()), r"1 .* got a path without weight;"),
+    "no weight": (lambda: nn.Sequential(LIF(), nn.Linear(16, 4), LIF()), r"0 \(LIF\): .* got an input without one;"),
+    "parametrised": (lambda: nn.Sequential(weight_norm(nn.Linear(16, 4)), LIF()), r"1 .* got an input without one;"),
     "frozen": (lambda: nn.Sequential(nn.Linear(16, 4).requires_grad_(False), LIF()), r"1 .* 0\.weight \(frozen\);"),
     "frozen normalisation": (
         lambda: nn.Sequential(nn.Linear(16, 4), BatchNormLIF(4).requires_grad_(False)),
-        r"1 \(BatchNormLIF\): .* got 1\.weight \(frozen\); .* record its use$",
+        r"1 \(BatchNormLIF\): .* got 1\.weight \(frozen\); .* autograd records it$",
     ),
     "affine": (
         lambda: nn.Sequential(nn.Linear(16, 4), BatchNormLIF(4, affine=False)),
@@ -244,7 +244,7 @@ REFUSED = {
     "one memory": (lambda: tied(memory=True), r"1 \(LIF\): .* got 0\.weight \(shared with 2\.weight\)"),
     "inference": (made_in_inference_mode, r"1 \(LIF\): .* got 0\.weight \(made in inference mode\); "),
     "remembering": (Remembering, r"lif .* no factor on linear\.weight makes it fire at 0\.4; .* another one in other"),
-    "detached": (lambda: Stack(detached, linear=nn.Linear(16, 16), lif=LIF()), r"lif .* got a path without weight;"),
+    "detached": (lambda: Stack(detached, linear=nn.Linear(16, 16), lif=LIF()), r"lif .* got an input without one;"),
     "lazy": (lambda: nn.Sequential(nn.LazyLinear(4), LIF()), r"0\.weight has no shape yet: call the model once before"),
     "biases": (loud, r"1 .* no factor on 0\.weight makes it fire at 0\.4; the rate is \S+ at the factor .* and \S+ at"),
     "sparse": (
@@ -405,6 +405,6 @@ def test_recurrent_layers(backend, device):
         assert part(x_seq).mean().item() == pytest.approx(0.2, rel=0.02)
     assert torch.equal(layer.recurrent_weight, before)
     with pytest.raises(
-        ValueError, match=r"asgl_cuda\.calibrate: 0 \(RecurrentLIF\): its input must .*, got a path without weight"
+        ValueError, match=r"asgl_cuda\.calibrate: 0 \(RecurrentLIF\): its input must .*, got an input without one"
     ):
         calibrate(nn.Sequential(layer, LIF().to(device)), model[0](x_seq), 0.2)

@@ -144,6 +144,11 @@ def test_group_errors(name, value):
         parameter_groups(network(), **{"lr": 0.1, name: value})
 
 
+def test_parameters_instead_of_a_model():
+    with pytest.raises(TypeError, match=r"model must be .*, got generator; pass the model, not its parameters"):
+        parameter_groups(network().parameters(), 0.1)
+
+
 # ---- the step ----
 
 

@@ -191,7 +191,7 @@ def test_a_custom_function():
             TypeError, r"milestones must be a sequence .*, got Tensor; milestones\.tolist\(\) converts it",
         ),
         (lambda model: AnalogProbSchedule.multi_step(model, "12"), TypeError, "milestones must .*, got str"),
-        (lambda model: AnalogProbSchedule(model, 0.5), TypeError, "prob_at must be a function .*, got float"),
+        (lambda model: AnalogProbSchedule(model, 0.5), TypeError, "prob_at must be a function .*, got float; linear, "),
         (
             lambda model: AnalogProbSchedule.linear(model, 2).load_state_dict({}), ValueError,
             "the state must be a dict of 'epoch' and 'starts', got {}",

@@ -279,7 +279,7 @@ def require_compiler() -> None:
         if " " in compiler:
             problem = f"CXX must name one program, without arguments, got {compiler!r}"
         elif "CXX" in os.environ:
-            problem = f"CXX names {compiler!r}, which is not on PATH"
+            problem = f"CXX must name a program that can be run, got {compiler!r}"
         else:
             problem = "no C++ compiler 'c++' on PATH; install one (Debian, Ubuntu: apt install g++), or name one in CXX"
         raise SystemExit(

@@ -275,14 +275,15 @@ class _Writer(fx.Interpreter):
         nor 1, or if it is elsewhere than in the layers before.
         """
         if flow.leading != 2 or time_dim is None:
-            got = "both merged by flatten(0, 1); call unflatten(0, x_seq.shape[:2]) before this layer"
             if time_dim is None:
-                got = (
-                    "a layer that takes one step per call, or time and batch as one dimension; use asgl_cuda.LIF in "
-                    "its place, or the form of the layer that takes whole sequences, such as step mode 'm' of "
-                    "SpikingJelly"
+                raise ValueError(
+                    "must take whole sequences, [T, B, ...], but takes one step per call, or time and batch merged; "
+                    "use asgl_cuda.LIF in its place, or for a layer of SpikingJelly step mode 'm'"
                 )
-            raise ValueError(f"must take time and batch as two dimensions, [T, B, ...], got {got}")
+            raise ValueError(
+                "must take time and batch as two dimensions, [T, B, ...], got both merged by flatten(0, 1); call "
+                "unflatten(0, x_seq.shape[:2]) before this layer"
+            )
         found, self.time_dim = self.time_dim, time_dim % (2 + len(flow.shape))
         wanted = "0 or 1" if found is None else f"{found}, as in the layers before"
         if self.time_dim > 1 or found not in (None, self.time_dim):
