@@ -296,8 +296,8 @@ def _tensor_signature(value: Any) -> Any:
 _THRESHOLD_OF_LEVELS = "v_threshold with levels"
 _HEIGHT = "height of a spike"  # the constant that replaces v_threshold with levels
 _NAMES = {False: (*VALUES, *OPTION_NAMES), True: (*ADAPTIVE_VALUES, *OPTION_NAMES, "adaptation")}
-# `_checked_plan` with a cache for each set of arguments: with or without an adaptation, and with or without `features`,
-# which only layers pass whose parameters differ between channels or neurons.
+# `_checked_plan` with four caches, by the names of the arguments: with or without an adaptation, and with or without
+# `features`. Only layers whose parameters differ between channels or neurons pass `features`.
 _PLANS = {
     (adapts, differ): cached_by_signature((*names, "features") if differ else names)(_checked_plan)
     for adapts, names in _NAMES.items()

@@ -13,9 +13,9 @@ from ..neurons.deferred import tensor_of
 from ..torch_modes import is_transform_active
 from .functional import convolution_by_kernel, has_kernel, linear_by_kernel
 
-# In evaluation without gradients, a linear layer uses a cached copy of its weight if it gets at most this number of
-# samples, because transposing the weight would take longer than the product. So does a convolution with at most this
-# number of positions per element of its kernel.
+# In evaluation without gradients, a linear layer uses a cached transposed copy of its weight if a call has at most this
+# number of samples, because transposing the weight in the call would take longer than the product. A convolution does
+# so if its input has at most this number of pixels, over all samples, for each element of its kernel.
 _FEW_SAMPLES = 64
 
 

@@ -35,9 +35,10 @@ inline bool has_huge_pages_on_request() {
 }
 
 // Requests huge pages for an untouched tensor, and returns the tensor. The request is rounded outward to whole pages. A
-// large block of malloc usually begins 64 bytes after a page boundary. If a huge page begins at this boundary, it is
-// lost unless the request includes the 64 bytes. Neighbouring memory does not become resident, because the system uses
-// a huge page only if the request covers all of it.
+// large tensor usually begins 64 bytes after a page boundary, because malloc stores a header there and torch aligns
+// tensors to 64 bytes. If a huge page begins at this boundary, it is lost unless the request includes the 64 bytes.
+// Neighbouring memory does not become resident, because the system uses a huge page only if the request covers all of
+// it.
 inline Tensor request_huge_pages(Tensor tensor) {
   if (tensor.is_cpu() && tensor.nbytes() >= kMinHugePageBytes && has_huge_pages_on_request()) {
     static const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
