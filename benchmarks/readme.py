@@ -637,10 +637,10 @@ SECTIONS = {
         recurrent,
         "Times in milliseconds, float32, on {processor}, torch {torch}, {date}. In the row *asgl_cuda cpu*, {rates} "
         "of the neurons spike per time step. The layers of the other libraries take {faster} times as long as the "
-        "layer of asgl_cuda, `RecurrentLIF`. The row *all spike* is `RecurrentLIF` if all neurons spike. With N = {fewest}, "
-        "it is then faster: it takes {all_small} times as long as its matrix products alone, and otherwise {few_small} "
-        "times. With more neurons it is slower: it takes {all_large} times as long as its products, and otherwise "
-        "{few_large} times:",
+        "layer of asgl_cuda, `RecurrentLIF`. The row *all spike* is `RecurrentLIF` if all neurons spike. With N = "
+        "{fewest}, it is then faster: it takes {all_small} times as long as its matrix products alone, and otherwise "
+        "{few_small} times. With more neurons it is slower: it takes {all_large} times as long as its products, and "
+        "otherwise {few_large} times:",
         recurrent_values,
     ),
     "block": Section(

@@ -140,8 +140,8 @@ def convert(
     Decays and thresholds are read at each call. The following are read only once, at the conversion: the surrogate; the
     methods that the layer's forward calls; in snnTorch, Norse and sinabs the kind of reset; and in sinabs a threshold
     on which the surrogate may depend. If one of these changes later, the next call in eager mode that runs a kernel
-    raises a RuntimeError that names the difference. After a conversion with `asgl`, a change of the library's surrogate
-    has no effect, and raises this error only in Norse.
+    raises a RuntimeError that names the difference. After a conversion with `asgl`, the library's surrogate is no
+    longer used. If you change it, only Norse's layers still raise this error.
 
     A layer is left as it is, and the report gives the reason, if no fused layer computes the same, or if the layer has
     one of these: a surrogate unknown to asgl_cuda (which `asgl` replaces), a replaced method (`layer.fire = ...`), or

@@ -314,7 +314,7 @@ class ConvertedLeaky(Converted):
         last = self.__dict__.pop("_last", None)
         if last is not None and mem is last[0] and version_of(mem) == last[1]:
             return last[2]  # type: ignore[no-any-return]
-        # snnTorch checks whether mem - threshold is above 0. For unsigned integers this difference wraps around.
+        # snnTorch checks whether mem - threshold is above 0, and this difference of unsigned integers wraps around.
         above = mem > threshold if mem.is_floating_point() else mem - self.threshold > 0
         return above.to(mem.dtype)
 

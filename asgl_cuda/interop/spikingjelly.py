@@ -266,8 +266,8 @@ class ConvertedContainer(Recurrent):
         if missing := wanted & {"v", "c"}:
             raise RuntimeError(
                 f"asgl_cuda.convert: with sequences, only the spikes of a {bare_class(self).__name__} are known in "
-                f"each step, but the {missing.pop()} of its node is needed as well, because the model's code reads it, "
-                "or changes a mode such as no_grad between two steps; use asgl_cuda.convert(model) without sequences"
+                f"each step, not the {missing.pop()} of its node; between two steps the model's code must neither read "
+                "it nor change a mode such as no_grad; use asgl_cuda.convert(model) without sequences"
             )
         return {"y": self.multi_step_forward(x_seq)}, {}
 

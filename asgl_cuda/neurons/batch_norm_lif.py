@@ -737,8 +737,8 @@ class BatchNormLIF(LIF):
         except (TypeError, ValueError):
             got = describe_array("num_features", num_features) or format_value(num_features)
             raise ValueError(
-                f"{caller}: num_features must be the number of channels, a positive int, or a sequence of positive "
-                f"ints that begins with it, got {got}"
+                f"{caller}: num_features must be a positive int, the number of channels C, or a sequence of positive "
+                f"ints such as [C, H, W], got {got}"
             ) from None
         granularity = lif_options.get("granularity", "layer")
         in_layer = isinstance(granularity, str) and granularity == "layer"

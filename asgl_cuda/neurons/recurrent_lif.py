@@ -329,9 +329,9 @@ def _run_recurrent(x_seq: Tensor, given: _Recurrence, neuron: Arguments) -> Tens
         outputs: Any = s_seq, None, h_seq, v_seq, None, None, *last
     else:
         differentiated = is_differentiated(tensors, _CALLER)
-        # Whether an operator returns each of these sequences, if autograd records the call: the spikes in `real`
-        # without scale_output (emitted), h_seq, v_seq, i_seq for the gradient of syn_decay, and w_seq for the gradients
-        # of an adaptation.
+        # If autograd records the call, whether the operator returns each of these sequences: emitted (the spikes of
+        # dtype `real`, before scale_output scales them), h_seq, v_seq, i_seq for the gradient of syn_decay, and w_seq
+        # for the gradients of an adaptation.
         keeps = (
             bool(rules.scale_output) or real != x_seq.dtype,
             True,

@@ -236,7 +236,8 @@ def spike_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
     `torch.nn.functional.linear` computes the output, and zeros are not skipped.
 
     For the gradient of the weight, one bit per element is stored instead of the input. If a non-zero value is not 1,
-    the non-zero values are also stored. The input itself is stored in compiled code, or if that takes less memory.
+    the non-zero values are also stored. The input itself is stored in compiled code, under torch.func, where torch's
+    operator computes the output, and if it takes less memory than its packed form.
 
     Returns:
         `[..., out_features]`, differentiable once with respect to all arguments.

@@ -35,10 +35,10 @@ _RARE = 0.05  # firing rate below which the advice is larger weights if most neu
 _FEW_INSIDE = 0.01  # fraction of potentials inside the window below which it is reported
 _EXPLODES = 1000.0  # growth of gradients above which it is reported; a growth of 30 did not lower accuracies
 
-# The options in `_options` and `_norm_options` of layers that Monitor supports. Monitor refuses a layer in which
-# another of these options is not at its default, because spikes or outputs might then mean something else.
+# The options that Monitor supports, of those that layers list in `_options` and `_norm_options`. Monitor refuses a
+# layer that has another option which is not at its default, because spikes or outputs might then mean something else.
 _KNOWN = {
-    "v_rest", "input_gain", "v_reset", "reset_amount", "v_min", "strict_threshold", "scale_output", "levels",
+    "v_rest", "input_gain", "v_min", "strict_threshold", "scale_output", "levels",
     "multi_spike", "surrogate_gain", "detach_reset", "delay", "stateful", "store_v_seq", "time_dim", "backend",
     "eps", "momentum", "input_scale", "affine", "track_running_stats",
 }  # fmt: skip

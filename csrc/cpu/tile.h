@@ -364,8 +364,8 @@ class TileInput {
   Real residual_gain_;
   bool plain_, in_rows_ = false;
   int64 inner_ = 0, count_ = 1;  // inner and count of the non-uniform parameters; inner is 0 if there are none
-  // The length of the rows: kTile, or less if all values repeat every count_ neurons of a tile. It is then the largest
-  // multiple of count_ up to kInputSums, but at least count_.
+  // The length of the rows. It is kTile, unless gain, bias and mean repeat every count_ neurons. In that case it is the
+  // largest multiple of count_ that is at most kInputSums, or count_ itself if count_ is larger.
   int64 period_ = kTile;
   Rows<Real> rows_;
   Real *gain_ = nullptr, *bias_ = nullptr, *mean_ = nullptr;

@@ -273,7 +273,7 @@ def test_bad_arguments_of_layers():
         layer(torch.randn(4, 2, 3, 6))
     assert int(layer.num_batches_tracked) == 0
     for wrong in (0, [], "3", True):
-        with pytest.raises(ValueError, match="num_features must be the number of channels, a positive int"):
+        with pytest.raises(ValueError, match="num_features must be a positive int, the number of channels C"):
             asgl_cuda.BatchNormLIF(wrong)
 
 

@@ -281,7 +281,7 @@ def test_only_spikes_are_known_where_these_return():
 
     fast, _ = asgl_cuda.convert(Reading(), sequences=True)
     for fast.read in "vc":
-        words = rf"only the spikes of a LinearRecurrentContainer are known .* the {fast.read} of its node is needed "
+        words = rf"only the spikes of a LinearRecurrentContainer are known .* not the {fast.read} of its node; "
         with pytest.raises(RuntimeError, match=words):
             fast(input_of())
 

@@ -256,7 +256,7 @@ class _Writer(fx.Interpreter):
             hint = f"; use {_in_place_of(module)} in its place, which returns one" if kind is Converted else ""
             raise ValueError(f"must return one tensor, got {type(value).__name__}{hint}")
         if kind in (Converted, Delay) or isinstance(module, NeuronLayer):
-            self._keep_time_dim(flow, getattr(module, "time_dim", 0))
+            self._keep_time_dim(module, flow)
         for suffix, node in self.layers[kind](module, flow).items():
             name = n.graph._graph_namespace.create_name(n.name + suffix, None) if suffix else n.name
             flow = self._add_node(name, node, flow, value.shape[flow.leading :])
@@ -268,18 +268,20 @@ class _Writer(fx.Interpreter):
         self.calls.append(options)
         return type(layer).lif(layer, x_seq, **options)
 
-    def _keep_time_dim(self, flow: _Flow, time_dim: int | None) -> None:
+    def _keep_time_dim(self, layer: Any, flow: _Flow) -> None:
         """Keeps the time dimension of a layer's input, with which that of later layers is compared.
 
         Raises ValueError if the input does not have time and batch as two dimensions, if time is neither dimension 0
         nor 1, or if it is elsewhere than in the layers before.
         """
-        if flow.leading != 2 or time_dim is None:
-            if time_dim is None:
-                raise ValueError(
-                    "must take whole sequences, [T, B, ...], but takes one step per call, or time and batch merged; "
-                    "use asgl_cuda.LIF in its place, or for a layer of SpikingJelly step mode 'm'"
-                )
+        time_dim = getattr(layer, "time_dim", 0)
+        if time_dim is None:
+            mode = ", or set its step_mode to 'm'" if hasattr(layer, "step_mode") else ""
+            raise ValueError(
+                "must take whole sequences, [T, B, ...], but takes one step per call, or an input with time and batch "
+                f"merged; use {_in_place_of(layer)} in its place{mode}"
+            )
+        if flow.leading != 2:
             raise ValueError(
                 "must take time and batch as two dimensions, [T, B, ...], got both merged by flatten(0, 1); call "
                 "unflatten(0, x_seq.shape[:2]) before this layer"
