@@ -142,7 +142,8 @@ def check_name(name: str, value: Any, names: Iterable[str], caller: str, hint: s
 
 
 # Hints for arguments of other libraries' neurons. A key has the argument's name there, and the argument of asgl_cuda
-# that takes its place. An error has the first hint whose argument of asgl_cuda the function or layer takes.
+# that takes its place. If a name has several hints, the error has the first one whose argument of asgl_cuda is accepted
+# by the function or layer that was called.
 _ELSEWHERE = {
     ("tau", "decay"): "SpikingJelly's tau{value} is {decay} and divides the input by tau{gain}",
     ("init_tau", "decay"): "SpikingJelly's init_tau{value} is {decay} and divides the input by tau{gain}",

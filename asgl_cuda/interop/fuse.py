@@ -183,8 +183,9 @@ class Fused(Overlay):
         is_compiling = torch.compiler.is_compiling()
         if not is_compiling:
             last = _calls.get(id(self)) if self.training or self.outcome is not None else None
-            # In backward, activation checkpointing calls the layer again and must get what forward computed. A decision
-            # that `outcome` has made since forward is then ignored.
+            # In backward, activation checkpointing calls the layer again and must get what forward computed. Decisions
+            # of `outcome` are then ignored, because they are usually made after this layer's forward. If one was made
+            # before, in the same checkpoint, torch raises CheckpointError in this step.
             if self.outcome is not None and self.outcome.is_left(self) and not is_in_backward():
                 forward = super().forward
                 if last is None:  # otherwise its last call still needs the overlay

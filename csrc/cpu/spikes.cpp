@@ -368,8 +368,8 @@ struct Axis {
   int64 num_earlier_outputs() const { return (kernel - 1) / stride; }
 };
 
-// The elements first, first + stride, ... of the kernel in one dimension. All of them multiply the same coordinates of
-// x.
+// `count` elements of the kernel in one dimension: first, first + stride, and so on. They multiply the coordinates of x
+// for which (coordinate + padding) % stride is first % stride.
 struct Taps {
   int64 first, count;
 };

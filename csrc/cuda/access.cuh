@@ -1,7 +1,7 @@
 // A thread computes one neuron, or four adjacent ones, for the whole sequence. This file has the indices of a thread's
 // neurons and their memory accesses. plan.h decides how many neurons a thread computes. In float32, one access of 16
-// bytes reads or writes four neurons. Packed keeps elements as loaded, and Access converts them at once. The functions
-// load_once and store_once of both are for data that a kernel touches only once.
+// bytes reads or writes four neurons. Packed keeps elements as loaded, and Access converts them when it loads or stores
+// them. load_once of both and store_once of Access are for data that a kernel touches only once.
 #pragma once
 
 #include "params/neuron.h"

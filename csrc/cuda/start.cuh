@@ -7,7 +7,8 @@
 
 namespace asgl::cuda {
 
-// Starts a kernel with these arguments. `params` points to the params struct that the kernel takes.
+// A function object that starts a compiled kernel. `launch` has the kernel's name and its grid, and `params` points to
+// the params struct that the kernel takes.
 struct KernelStarter {
   Launch launch;
   const void* params;

@@ -139,8 +139,8 @@ inline std::vector<Tensor> backward_by_steps(const Launcher* launcher, const Rec
     if (call.has_adaptation() && dv.defined()) dw_seq.push_back(dv[1]);
     if (in_reset) reset = step.parameter(kReset) + w;
     if (in_threshold && rules.hard_reset && !rules.detach_reset && (dv.defined() || gv.defined())) {
-      // h is the potential that is compared with the threshold. The reset acts on h + w, which adds a term to the
-      // gradient of s.
+      // Here h is the potential minus w (compared_potential() in math/adaptive.h). The hard reset acts on the potential
+      // itself, h + w, so the gradient of s has the additional term -w times the gradient of v.
       const Tensor whole = dv.defined() ? sum(dv[0] + step.parameter(kAdaptPotential) * dv[1], gv) : gv;
       g = sum(g, -(whole * w));
     }
