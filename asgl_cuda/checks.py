@@ -34,9 +34,11 @@ def format_type(value: Any) -> str:
 def check_tensor(name: str, value: Any, caller: str) -> None:
     """Refuses all but tensors."""
     if not isinstance(value, Tensor):
-        hints = {"ndarray": f"; torch.from_numpy({name}) converts it", "list": f"; torch.stack({name}) joins tensors"}
-        kind = type(value).__name__
-        raise TypeError(f"{caller}: {name} must be a tensor, got {kind}{hints.get(kind, '')}")
+        kind, hint = type(value).__name__, ""
+        if kind in ("list", "ndarray"):
+            is_joined = kind == "list" and value and all(isinstance(each, Tensor) for each in value)
+            hint = f"; torch.stack({name}) joins its tensors" if is_joined else f"; torch.tensor({name}) converts it"
+        raise TypeError(f"{caller}: {name} must be a tensor, got {kind}{hint}")
 
 
 def _conversion_hint(name: str, value: Tensor) -> str:
@@ -263,7 +265,8 @@ def check_multi_spike(v_reset: Any, analog_prob: Any, caller: str) -> None:
     if isinstance(analog_prob, Tensor) or check_number("analog_prob", analog_prob, caller) != 0:
         got = " as a number, got a tensor" if isinstance(analog_prob, Tensor) else f", got {format_value(analog_prob)}"
         raise ValueError(
-            f"{caller}: multi_spike needs analog_prob=0{got}; no smooth value is defined for a number of spikes"
+            f"{caller}: multi_spike needs analog_prob=0{got}; with noise some elements emit a smooth value instead of "
+            "spikes, and none is defined for several spikes"
         )
 
 
@@ -524,7 +527,7 @@ def check_residual(residual: Any, x_seq: Tensor, caller: str) -> None:
     if residual.shape != x_seq.shape:
         extra = x_seq.dim() - residual.dim()
         fits = extra >= 0 and all(size in (1, x_seq.shape[extra + dim]) for dim, size in enumerate(residual.shape))
-        state = "; if it is a state, pass it to asgl_cuda.lif as v_init" if residual.shape == x_seq.shape[1:] else ""
+        state = "; if it is a state, it is v_init of the function" if residual.dim() == x_seq.dim() - 1 else ""
         raise ValueError(
             f"{caller}: residual must have x_seq's shape {list(x_seq.shape)}, got {list(residual.shape)}"
             f"{'; residual.expand_as(x_seq) broadcasts it' if fits else ''}{state}"
@@ -606,6 +609,7 @@ def raise_explained(error: Exception, expected: str, given: Sequence[Any], when:
     if isinstance(error, torch.OutOfMemoryError) or first.startswith("asgl_cuda."):
         raise error
     got = ", ".join(format_value(each) if isinstance(each, Tensor) else f"a {type(each).__name__}" for each in given)
+    got = got or "no arguments"
     raise ValueError(
         f"{expected}, got {got}, with which the model raises{when} {type(error).__name__}: {first}{hint}"
     ) from error

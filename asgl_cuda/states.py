@@ -74,9 +74,9 @@ class _SteppedModule:
         if (steps := shape[time_dim]) != 1:
             raise RuntimeError(
                 f"{_CALLER}: {self.name} has time in dimension {time_dim} and must get one step, got {steps} in an "
-                f"input of shape {list(shape)}. Pass the time dimension of the model's input as time_dim. The model's "
-                "forward must neither merge time and batch nor encode its input as a sequence; encode it before "
-                "asgl_cuda.step"
+                f"input of shape {list(shape)}. Pass the time dimension of the model's input as time_dim. If the "
+                "model's forward merges time and batch, it must separate them before this layer. It must not encode "
+                "its input as a sequence; encode it before asgl_cuda.step"
             )
 
     def after_call(self) -> None:
@@ -286,6 +286,8 @@ def reset(model: nn.Module) -> None:
         asgl_cuda.reset(model)  # before the next sequence
     """
     _call_on_all_layers(model, "reset", "reset")
+    for module in model.modules():
+        vars(module).pop("_carries", None)  # of models converted with sequences, and of MultiStep: see there
 
 
 def detach(model: nn.Module) -> None:

@@ -179,8 +179,8 @@ def convert(
         sequences: for a model whose layers take one step per call, compute all time steps at once, as described above.
             With True, a call of the result takes `x_seq` `[T, ...]`, starts at rest, and returns what the model returns
             for each step, stacked to `[T, ...]`. If `fast.stateful = True` is set, a call continues from the states of
-            the last call. Give "loop" if the forward of the model contains the loop over the steps; the result is then
-            called as the model is. Default False: calls stay as they are.
+            the call before, if this was stateful too. Give "loop" if the forward of the model contains the loop over
+            the steps; the result is then called as the model is. Default False: calls stay as they are.
         backend: backend of all layers, see `asgl_cuda.lif`.
 
     Returns:

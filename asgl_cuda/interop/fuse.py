@@ -60,7 +60,8 @@ def fuse(model: nn.Module, example: Any = None, *, inplace: bool = False) -> tup
     - The stand-in reaches a `torch.autograd.Function`, which would lose the gradient.
     - The neurons have a backward hook that was registered after `fuse`.
     - The normalisation and the neurons are not in the same `torch.utils.checkpoint`.
-    - The input or output of the normalisation, or the added tensor, was changed in place before the neurons are called.
+    - The input of the normalisation or the added tensor was changed in place before the call of the neurons.
+    - The output of the normalisation was changed in place, and the neurons get a view of it from before the change.
 
     In inference mode and under `torch.compile`, changes in place are not noticed.
 
@@ -99,7 +100,7 @@ def fuse(model: nn.Module, example: Any = None, *, inplace: bool = False) -> tup
         for path, each in model.named_modules()
         if isinstance(each, _BatchNorm) and not isinstance(each, Fused)
     ]
-    given = example if example is None or isinstance(example, tuple) else (example,)
+    given = example if example is None or type(example) is tuple else (example,)
     hooked_part = _hooked_part(model) if given is None else ""
     left = {path: reason for path, norm in norms if (reason := _reason_to_leave(norm) or hooked_part)}
     joined: dict[str, str] = {}

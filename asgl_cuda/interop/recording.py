@@ -346,7 +346,7 @@ class Operation(Group):
             raise RuntimeError(
                 f"{_CALLER}: with sequences, {len(self)} calls of {self.function.__name__} must give as many results, "
                 f"got {' and '.join(str(len(each)) for each in computed)}. This is a bug of asgl_cuda; please report "
-                "it. Until then, use asgl_cuda.convert(model) without sequences, which computes step by step"
+                "it. Until it is fixed, use asgl_cuda.convert(model) without sequences, which computes step by step"
             )
 
     def compute(self) -> None:

@@ -59,7 +59,10 @@ def notes_on_unused(
     notes = []
     for kind in layers or {}:
         if kind not in used:
-            hints = (_reason_unused(path, type(module), kind) for path, module in model.named_modules() if path)
+            others = [
+                (path, type(module)) for path, module in model.named_modules() if path and type(module) not in used
+            ]
+            hints = (_reason_unused(path, found, kind) for path, found in others)
             notes.append(f"layers[{kind.__name__}] was applied to no module" + next(filter(None, hints), ""))
     return notes
 
@@ -67,9 +70,9 @@ def notes_on_unused(
 def _reason_unused(path: str, found: type[nn.Module], kind: type[nn.Module]) -> str:
     """Why the class `kind` was not applied to a module of the class `found`, or "" if the two are not alike."""
     if found is kind:
-        return f"; {path} is inside of a module that is replaced as a whole"
+        return f"; {path} is inside of a module of another class in layers"
     if issubclass(found, kind):
-        return f"; {path} is a {found.__name__}, a subclass, which needs a key of its own"
+        return f"; {path} is a {found.__name__}, a subclass, and classes must match exactly"
     return f"; {path} has another class of this name" if found.__name__ == kind.__name__ else ""
 
 

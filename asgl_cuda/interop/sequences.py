@@ -22,7 +22,8 @@ class InSequences(Overlay):
 
     prefix = "Sequences"
     stateful = False  # whether a call continues from the states of the last one; read only if _sequences is "steps"
-    _carries = True  # whether the layers' states, if any, are of a stateful call, from which the next one continues
+    # Whether a stateful call continues from the layers' states: not after a call that was not stateful, until a reset.
+    _carries = True
     _sequences: str  # "steps" or "loop"
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

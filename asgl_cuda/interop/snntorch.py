@@ -453,8 +453,9 @@ class MultiStep(nn.Module):
 
     Args:
         layer: a layer of snnTorch, converted in place if necessary.
-        stateful: a call continues from the states of the last stateful call, until `asgl_cuda.reset(model)`. By default
-            a state that is not passed starts at rest. `stateful` may be set later, as an attribute.
+        stateful: a call continues from the states of the call before, if this was stateful too, until
+            `asgl_cuda.reset(model)`. By default a state that is not passed starts at rest. `stateful` may be set later,
+            as an attribute.
 
     A call takes `x_seq` `[T, ...]` and, unless the layer has init_hidden, optional initial states. It returns the
     layer's results of all steps, stacked: spikes, or spikes and states. The layer keeps the last states, such as
@@ -483,7 +484,7 @@ class MultiStep(nn.Module):
         spk_seq, mem_seq = neurons(torch.rand(10, 2, 4))  # [T, B, 4] each
     """
 
-    _carries = True  # whether the layer's states, if any, are of a stateful call, from which the next one continues
+    _carries = True  # as in `sequences.InSequences`
 
     def __init__(self, layer: nn.Module, *, stateful: bool = False) -> None:
         from .convert import convert
@@ -494,11 +495,13 @@ class MultiStep(nn.Module):
             raise TypeError(f"{_MULTI_STEP}: layer must be {_NAMES} of snnTorch, got {format_type(layer)}")
         if not isinstance(layer, tuple(_CONVERTED)):
             raise ValueError(f"{_MULTI_STEP}: layer must be {_NAMES} of snnTorch, got {bare_class(layer).__name__}")
-        if not layer.reset_delay and layer.reset_mechanism == "subtract":
+        if not getattr(layer, "reset_delay", True) and layer.reset_mechanism == "subtract":
             raise ValueError(f"{_MULTI_STEP}: a reset by subtraction needs reset_delay=True, got False")
-        _, report = convert(layer, inplace=True)
-        if not isinstance(layer, ConvertedLeaky):
-            reason = report.left[0].reason
+        reason = None if isinstance(layer, ConvertedLeaky) else conversion_of(layer)
+        if not isinstance(reason, str):
+            _, report = convert(layer, inplace=True)
+            reason = None if isinstance(layer, ConvertedLeaky) else report.left[0].reason
+        if reason is not None:
             raise ValueError(f"{_MULTI_STEP}: layer must be {_NAMES} of snnTorch that can be converted, but {reason}")
         self.layer = layer
 

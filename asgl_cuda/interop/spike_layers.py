@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..checks import raise_explained
+from ..checks import check_tensor, raise_explained
 from ..neurons.base import check_module
 from ..neurons.deferred import tensor_of
 from ..spikes.functional import has_kernel
@@ -109,8 +109,8 @@ def to_spike_layers(model: nn.Module, example: Any) -> tuple[nn.Module, Report]:
 
     A replaced layer remains a spike layer if its inputs become dense later, and is then slower than torch's layer.
 
-    Raises TypeError if the model is not a module, and ValueError if the model raises an error when it is called with
-    `example`. Errors of asgl_cuda and OutOfMemoryError are raised unchanged.
+    Raises TypeError if the model is not a module, RuntimeError if it can't be copied, and ValueError if it raises an
+    error when it is called with `example`. Errors of asgl_cuda and OutOfMemoryError are raised unchanged.
 
     Example::
 
@@ -122,20 +122,22 @@ def to_spike_layers(model: nn.Module, example: Any) -> tuple[nn.Module, Report]:
     check_module(model, caller)
     counted: dict[str, tuple[list[tuple[int, int]], list[bool]]] = {}
 
-    def count_nonzero_inputs(name: str, layer: Any, inputs: tuple[Any, ...]) -> None:
+    def count_nonzero_inputs(name: str, layer: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
         """Counts the non-zero inputs of a call, and notes whether kernels compute it."""
-        if isinstance(inputs[0], Recorded):
-            inputs[0].call_after_recording(lambda x: count_nonzero_inputs(name, layer, (x,)))
+        given = inputs[0] if inputs else named.get("input")
+        if isinstance(given, Recorded):
+            given.call_after_recording(lambda x: count_nonzero_inputs(name, layer, (x,), {}))
             return
-        x = tensor_of(inputs[0], caller)
+        x = tensor_of(given, caller)
+        check_tensor("input", x, caller)
         shares, kernels = counted.setdefault(name, ([], []))
-        kernels.append(has_kernel(x, layer.weight, caller))  # raises for an input that is not a tensor
+        kernels.append(x.is_floating_point() and has_kernel(x, layer.weight, caller))
         shares.append((int(x.count_nonzero()), x.numel()))
 
     trial = copy_model(model, caller).eval()
     for name, layer in _weight_layers(trial):
-        layer.register_forward_pre_hook(partial(count_nonzero_inputs, name))
-    given = example if isinstance(example, tuple) else (example,)
+        layer.register_forward_pre_hook(partial(count_nonzero_inputs, name), with_kwargs=True)
+    given = example if type(example) is tuple else (example,)
     try:
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             trial(*given)

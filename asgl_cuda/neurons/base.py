@@ -210,10 +210,14 @@ class NeuronLayer(Settable):
 
     def _checked_num_features(self, num_features: Any, granularity: Granularity) -> tuple[int, ...]:
         """num_features as a tuple, empty if the granularity is "layer"."""
-        if isinstance(num_features, float) and granularity == "layer":
+        if isinstance(num_features, float):
+            hint = f"; a decay is passed by name, decay={num_features:g}" if 0 <= num_features <= 1 else ""
+            hint = (
+                f"; SpikingJelly's tau={num_features:g} is decay={1 - 1 / num_features:g}" if num_features > 1 else hint
+            )
             raise TypeError(
-                f"{self._caller}: num_features must be an int or a sequence of ints, got {num_features}; a decay is "
-                f"passed by name, decay={num_features}"
+                f"{self._caller}: num_features must be an int or a sequence of ints, got {format_value(num_features)}"
+                f"{hint if granularity == 'layer' else ''}"
             )
         sizes = () if num_features is None else check_sizes("num_features", num_features, self._caller)
         if granularity == "layer":
@@ -273,7 +277,8 @@ class NeuronLayer(Settable):
             if value < 0 or value > 1:
                 is_tau = name == "decay" and value > 1.0001  # smaller ones are rather a decay of 1, rounded
                 hint = f"; SpikingJelly's tau={value:g} is decay={1 - 1 / value:g}" if is_tau else ""
-                raise ValueError(f"{self._caller}: {name} must be in [0, 1], got {value:.8g}{hint}")
+                got = f"{value:g}" if f"{value:g}" not in ("0", "1") else repr(value)  # 1 + 1e-9 is not shown as 1
+                raise ValueError(f"{self._caller}: {name} must be in [0, 1], got {got}{hint}")
             if parameter is not None and not _LEAST_DECAY <= value <= 1 - _LEAST_DECAY:
                 raise ValueError(
                     f"{self._caller}: a learned {name} must be in [{_LEAST_DECAY:.3g}, 1 - {_LEAST_DECAY:.3g}], got "
@@ -487,5 +492,5 @@ def _warn_of_time(caller: str, x_seq: Tensor, time_dim: int) -> None:
 def check_module(model: Any, caller: str) -> None:
     """Refuses anything but a module."""
     if not isinstance(model, nn.Module):
-        hint = "; pass the model, not its parameters" if isinstance(model, Iterator) else ""
+        hint = "; pass the model itself" if isinstance(model, Iterator) else ""
         raise TypeError(f"{caller}: model must be a torch.nn.Module, got {format_type(model)}{hint}")

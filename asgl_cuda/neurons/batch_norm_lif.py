@@ -67,8 +67,8 @@ from .lif import LIF, LIF_DEFAULTS, LIFOutput, remember_call, requested_output, 
 
 _CALLER = "asgl_cuda.batch_norm_lif"
 
-# If a channel has at most this many values in training, half inputs are converted to float32. dx is then a small
-# difference of large terms, for which a dh rounded to the half type would be too inaccurate.
+# If a channel has at most this many values in training, half inputs are converted to float32. With so few values, dx is
+# a small difference of large terms, for which a dh rounded to the half type would be too inaccurate.
 _FEW = 4
 
 
@@ -379,9 +379,9 @@ def batch_norm_lif(
 
     The other arguments are those of `asgl_cuda.lif`, except `input_gain`, `input_bias` and `input_mean`. Returns what
     `lif` returns, also differentiable with respect to weight and bias. Raises the errors of `lif`, and errors for wrong
-    arguments of the normalisation. In training, a batch with a single value per channel raises ValueError. Mean and
-    variance are accurate even if the mean is much larger than the standard deviation. The normalised value is not
-    rounded to the type of x_seq. Inputs may be up to 1e15 in magnitude, or 1e150 in float64. With larger inputs,
+    arguments of the normalisation. If statistics of the batch are used, a single value per channel raises ValueError.
+    Mean and variance are accurate even if the mean is much larger than the standard deviation. The normalised value is
+    not rounded to the type of x_seq. Inputs may be up to 1e15 in magnitude, or 1e150 in float64. With larger inputs,
     gradients can be NaN or inaccurate, and the running variance infinite. With `eps=0` the standard deviation of a
     channel must be at least 1e-15, or 1e-150 in float64.
 

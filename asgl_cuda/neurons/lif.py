@@ -126,7 +126,8 @@ def lif(
             changes. A tensor that is not checked (see width) is clamped to [0, 1], and NaN counts as 0.
         rng_state: int64 tensor `[seed, offset]` on x_seq's device. It determines which elements are analog.
         generator: generator that draws rng_state if rng_state is not given; default the device's default generator.
-            With activation checkpointing, pass rng_state, because checkpointing restores only default generators.
+            With activation checkpointing, pass rng_state instead, because checkpointing restores only default
+            generators.
         input_gain, input_bias, input_mean: the input current is `input_gain * (x_seq - input_mean) + input_bias`.
         residual: shortcut of a residual block, in shape and type of x_seq. `residual_gain * residual` is added to the
             input current, and the sum is not stored in memory. A residual whose memory order is not that of x_seq is
@@ -444,7 +445,7 @@ class LIF(Neurons):
         surrogate_gain: factor on the surrogate gradient.
         analog_prob: random fraction of elements that in training emit a smooth value instead of 0 or 1. These elements
             are called analog, see `asgl_cuda.lif`. An element is one neuron at one time step. In evaluation no element
-            is analog. The default is 0 in `asgl_cuda.lif`.
+            is analog. The default is 0 in `asgl_cuda.lif`, and the paper uses 0.2.
         granularity: whether a learned parameter has one value per layer, per channel or per neuron.
         learn_width, learn_decay, learn_threshold: whether width, decay and threshold are learned parameters or
             constants.

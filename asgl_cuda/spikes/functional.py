@@ -16,7 +16,7 @@ from torch.overrides import has_torch_function
 
 from ..backends import choose_backend, extension
 from ..backends.derivatives import DERIVATIVES
-from ..checks import check_tensor
+from ..checks import check_dense, check_tensor
 from ..neurons.deferred import tensor_of
 from ..torch_modes import (
     apply,
@@ -131,13 +131,15 @@ DERIVATIVES["spike_product"] = _with_derivative
 def has_kernel(x: Tensor, weight: Tensor, caller: str) -> bool:
     """Whether the kernels, which skip zeros, can compute the product; otherwise torch's own operator must.
 
-    Raises TypeError if one of them is not a tensor. Does not check shapes.
+    Raises TypeError if one of them is not a tensor, or if only the weight is of a floating type. Does not check shapes.
     """
     check_tensor("input", x, caller)
     check_tensor("weight", weight, caller)
     dtype = x.dtype
     if weight.is_floating_point() and not (x.is_floating_point() or x.is_complex()):
-        raise TypeError(f"{caller}: input must be {weight.dtype} as weight, got {dtype}; convert it by input.float()")
+        raise TypeError(
+            f"{caller}: input must be {weight.dtype} as weight, got {dtype}; convert it by input.to(weight.dtype)"
+        )
     return (
         dtype in _TYPES
         and weight.dtype is dtype
@@ -174,6 +176,7 @@ def product_by_kernel(
 def _check_bias(bias: Any, x: Tensor, weight: Tensor, caller: str) -> None:
     """Refuses all but a tensor of the input's dtype and device with one value for each output."""
     check_tensor("bias", bias, caller)
+    check_dense("bias", bias, caller)
     if bias.dtype is not x.dtype or bias.device != x.device:
         got = f"{bias.dtype} on {bias.device}"
         raise TypeError(f"{caller}: bias must be {x.dtype} on {x.device} as input, got {got}")
@@ -243,7 +246,8 @@ def spike_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
         `[..., out_features]`, differentiable once with respect to all arguments.
 
     Raises:
-        TypeError: input or weight is not a tensor, or the bias has another dtype.
+        TypeError: input or weight is not a tensor, or the input is of an integer type or bool. Also, if the kernels
+            compute the output, if the bias is not a tensor or differs from the input in dtype or device.
         ValueError: sizes do not fit.
         RuntimeError: sizes or dtypes do not fit, in the cases in which torch's operator computes the output.
 
@@ -286,7 +290,8 @@ def spike_conv2d(
         `[N, out_channels, H', W']` or `[out_channels, H', W']`, differentiable once with respect to all tensors.
 
     Raises:
-        TypeError: input or weight is not a tensor, or the bias has another dtype.
+        TypeError: input or weight is not a tensor, or the input is of an integer type or bool. Also, if the kernels
+            compute the output, if the bias is not a tensor or differs from the input in dtype or device.
         ValueError: sizes do not fit.
         RuntimeError: sizes or dtypes do not fit, in the cases in which torch's operator computes the output.
 

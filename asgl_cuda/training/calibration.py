@@ -84,7 +84,8 @@ def calibrate(model: nn.Module, x_seq: Any, rate: float = 0.2) -> Calibration:
     Raises ValueError, which names the layer, if no single weight scales the input of the layer, if this weight is
     shared, parametrised or frozen, if no factor of the weight gives this rate, or if the rate depends on earlier calls.
     Also raises ValueError if `rate` is outside of (0, 1), if the model has no spiking layers, or if the model does not
-    take `x_seq`. Raises TypeError if `model` is not a module. After an error the model is unchanged.
+    take `x_seq`. Raises TypeError if `model` is not a module, and RuntimeError if it can't be copied. After an error
+    the model is unchanged.
 
     Example::
 
@@ -104,7 +105,7 @@ def calibrate(model: nn.Module, x_seq: Any, rate: float = 0.2) -> Calibration:
         group = model.process_group if is_shared else group
         model = model.get_submodule("module" if is_shared else "_orig_mod")
     with torch.inference_mode(False), torch.enable_grad(), torch.compiler.set_stance("force_eager"):
-        trial = _Trial(model, x_seq if isinstance(x_seq, tuple) else (x_seq,), rate, group)
+        trial = _Trial(model, x_seq if type(x_seq) is tuple else (x_seq,), rate, group)
         with _explaining_model_errors(x_seq):
             before = trial.run()
         trial.measure_biases(before)
@@ -334,9 +335,10 @@ class _Trial:
         got += [f"{each} ({problems[each]})" if each in problems else f"{each}" for each in paths - {None}]
         remedy = "" if normalises else ". Put a normalisation before these neurons, or use asgl_cuda.BatchNormLIF"
         raise ValueError(
-            f"{_CALLER}: {self._describe(name)}: its input must come from one weight that calibrate can scale, got "
-            f"{' and '.join(sorted(got))}; this must be the weight of a linear layer, a convolution or a "
-            f"normalisation, not parametrised, and used where autograd records it{remedy}"
+            f"{_CALLER}: {self._describe(name)}: one weight that calibrate can scale must determine its input, got "
+            f"{' and '.join(sorted(got))}; such a weight belongs to a linear layer, a convolution or a normalisation, "
+            "scales the input of these neurons alone, and is neither frozen, shared nor parametrised, and autograd "
+            f"records its use{remedy}"
         )
 
     def _nearest_weights(self, x: Tensor) -> set[str | None]:

@@ -59,7 +59,8 @@ def parameter_groups(
 
     If `norm_weight_decay` is given, usually as 0, there is also a group "norms" with `lr` and this weight decay. It
     contains all parameters of `LayerNorm` and `RMSNorm`, and other parameters with at most one dimension, such as
-    biases. It contains no parameter of "neurons" or "widths". Without `norm_weight_decay`, all these are in "weights".
+    biases and the weights of batch normalisations. It contains no parameter of "neurons" or "widths". Without
+    `norm_weight_decay`, the parameters of "norms" are in "weights".
 
     The weight and bias of the normalisation in `BatchNormLIF`, and those of recurrent connections, do not belong to
     "neurons". Every parameter is in one group, once, even if it is shared or frozen.

@@ -149,7 +149,8 @@ class FiringRates:
         for name, value in targets.items():
             if name not in self._layers:
                 names = ", ".join(map(repr, self._layers))
-                raise KeyError(f"{_CALLER}: no ASGL layer is named {name!r}; the layers are named {names}")
+                hint = "; '' is the model itself" if "" in self._layers else ""
+                raise KeyError(f"{_CALLER}: no ASGL layer is named {name!r}; the layers are named {names}{hint}")
             if target is None:
                 continue
             layer = self._layers[name]

@@ -19,15 +19,16 @@ def convert_sync_batchnorm(model: nn.Module, process_group: Any = None) -> nn.Mo
     """Makes the batch normalisations of a model share their batch statistics between processes in training.
 
     Applies `torch.nn.SyncBatchNorm.convert_sync_batchnorm` in place, and also converts `BatchNormLIF`, which torch's
-    function skips. Layers that `asgl_cuda.fuse` has merged stay merged. Parameters and buffers stay the
-    same tensors. In training, torch's `SyncBatchNorm` does not work on CPUs.
+    function skips. Layers that `asgl_cuda.fuse` has merged stay merged. Parameters and buffers stay the same tensors.
+    In training on CPUs, torch's `SyncBatchNorm` raises an error if `torch.distributed` is initialised.
 
     Args:
         model: any module, before it is wrapped in `DistributedDataParallel`.
         process_group: the processes that share statistics; default all.
 
     Returns:
-        The model itself, or a `SyncBatchNorm` if the model is a batch normalisation of torch.
+        The model itself, or a `SyncBatchNorm` in its place if the model is a batch normalisation of torch, of
+        SpikingJelly or of a subclass.
 
     Raises:
         TypeError: model is not a module, or process_group is not a process group.

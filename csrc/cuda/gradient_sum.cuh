@@ -32,9 +32,9 @@ __device__ __forceinline__ void store_sums_by_value(Real* slots, int64 count, in
 }
 
 // Adds up the threads' terms over the tile's part of each run, and stores the results in the slots of these parts. All
-// threads of one warp of the block must call this together. The whole warp sums a run of at
-// least kWarpThreads * kLanes neurons, and one thread sums each shorter run. If a thread has one neuron and the
-// parameter's values repeat in a tile, calls store_sums_by_value instead.
+// threads of one warp of the block must call this together. The whole warp sums a run of at least
+// kWarpThreads * kLanes neurons, and one thread sums each shorter run. If a thread has one neuron and the parameter's
+// values repeat in a tile, calls store_sums_by_value instead.
 template <int kLanes, class Real>
 __device__ __forceinline__ void store_partials(Real* slots, const ParameterView<Real>& parameter,
                                                const SequenceShape& shape, const ThreadSums<Real>& sums) {
@@ -111,8 +111,8 @@ __device__ __forceinline__ void sum_elements_of_thread(const GradientPart<Real>&
 }
 
 // Adds up the partial sums of all parameters. sum.parts has one GradientPart for each parameter. The blocks of parts[0]
-// come first in the grid, then those of parts[1], and so on. Adjacent threads sum adjacent elements. If a block computes
-// only one element, adjacent threads sum adjacent slots of a run instead.
+// come first in the grid, then those of parts[1], and so on. Adjacent threads sum adjacent elements. If a block
+// computes only one element, adjacent threads sum adjacent slots of a run instead.
 template <class Real>
 __global__ void __launch_bounds__(kSumThreads, 2) gradient_sum_kernel(const GradientSum<Real> sum) {
   const int thread = static_cast<int>(threadIdx.x);

@@ -1,6 +1,6 @@
 // The operators of recurrent neurons. On the CPU they run a kernel for the whole sequence. On CUDA they loop over the
-// steps. A step of forward is a product with the weight and a kernel of the neuron. The host does not wait for the
-// device.
+// steps. A step of forward is a product with the weight, in some cases the sum for the current, and a kernel of the
+// neuron. The host does not wait for the device.
 #pragma once
 
 #include "ops/neuron.h"

@@ -69,8 +69,8 @@ struct ChannelTask {
   int64 first_unit, units;  // in the first channel; number in the task
   int64 row, end_row;
 
-  // The values that the task with index `task` reads. The type Number must be large enough for every index. CUDA kernels pass
-  // 32-bit integers, which divide faster than 64-bit ones.
+  // The values that the task with index `task` reads. The type Number must be large enough for every index. CUDA
+  // kernels pass 32-bit integers, which divide faster than 64-bit ones.
   template <class Number>
   ASGL_HOST_DEVICE ChannelTask(const ChannelTiles& tiles, Number task) {
     const Number splits = static_cast<Number>(tiles.splits);

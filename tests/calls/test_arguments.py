@@ -144,7 +144,7 @@ BAD = [
     ({"v_treshold": 2.0}, TypeError, "'v_treshold'|did you mean v_threshold?", "lif"),
     # A residual.
     ({"residual": X[0]}, ValueError, "residual must have x_seq's shape [4, 6, 3], got [6, 3]"),
-    ({"residual": X[0]}, ValueError, "broadcasts it; if it is a state, pass it to asgl_cuda.lif as v_init"),
+    ({"residual": X[0]}, ValueError, "broadcasts it; if it is a state, it is v_init of the function"),
     ({"residual": X[:, :1]}, ValueError, "got [4, 1, 3]; residual.expand_as(x_seq)"),
     ({"residual": X.half()}, TypeError, "residual must have x_seq's type torch.float32, got torch.float16"),
     ({"residual": 1.0}, TypeError, "residual must be a tensor or None, got float"),
@@ -157,7 +157,7 @@ BAD = [
     # Several spikes a step, levels, and a floor.
     ({"multi_spike": True}, ValueError, "needs v_reset=None, got v_reset 0.0"),
     ({"multi_spike": 1, **SOFT}, TypeError, "multi_spike must be a bool, got int"),
-    ({**SEVERAL, "analog_prob": 0.2}, ValueError, "needs analog_prob=0, got 0.2; |no smooth value"),
+    ({**SEVERAL, "analog_prob": 0.2}, ValueError, "needs analog_prob=0, got 0.2; |emit a smooth value"),
     ({**SEVERAL, "analog_prob": torch.zeros(())}, ValueError, "as a number, got a tensor", "lif batch_norm_lif"),
     ({**SEVERAL, "analog_prob": [0.1]}, TypeError, "analog_prob|float|list"),
     *(({**SEVERAL, "v_threshold": value}, ValueError, "v_threshold > 0|multi_spike")

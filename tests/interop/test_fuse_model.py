@@ -354,7 +354,7 @@ def test_sync_batch_norm(monkeypatch):
 def test_calibrate_and_to_nir():
     """A sum is refused, or a node of its own."""
     x_seq = torch.randn(SHAPE)
-    with pytest.raises(ValueError, match="its input must come from one weight that calibrate can scale, got"):
+    with pytest.raises(ValueError, match="one weight that calibrate can scale must determine its input, got"):
         asgl_cuda.calibrate(joined(Block(), x_seq), x_seq)
     pytest.importorskip("nir")
     first = nn.Sequential(OverTime(nn.Conv2d(C, C, 1)), asgl_cuda.LIF())

@@ -583,6 +583,12 @@ def test_errors_of_multi_step():
     ):
         with pytest.raises(error, match=rf"snntorch\.MultiStep: layer must be .*{words}"):
             MultiStep(layer)
+    assert isinstance(MultiStep(snntorch.Lapicque(0.9)).layer, Converted)
+    mine = type("Mine", (snntorch.Leaky,), {"forward": lambda self, x: x})(beta=0.5)
+    mine.inner = snntorch.Leaky(beta=0.5)
+    with pytest.raises(ValueError, match="that can be converted, but"):
+        MultiStep(mine)
+    assert not isinstance(mine.inner, Converted)
     node, undelayed = neuron.LIFNode(), snntorch.Leaky(beta=0.5, reset_delay=False)
     for layer, words in ((node, "got LIFNode"), (undelayed, "subtraction needs reset_delay=True, got False")):
         with pytest.raises(ValueError, match=words):

@@ -188,7 +188,7 @@ def test_what_is_left():
     outer = {nn.Sequential: lambda module: nn.Identity(), **LAYERS}
     _, report = asgl_cuda.convert(nn.ModuleList([model]), layers=outer)
     assert [row.path for row in report.replaced] == ["0"]
-    inside = "; 0.{} is inside of a module that is replaced as a whole"
+    inside = "; 0.{} is inside of a module of another class in layers"
     unused = (("MemUpdate", 0), ("SigmoidLIF", 2))
     assert report.notes == [f"layers[{name}] was applied to no module{inside.format(path)}" for name, path in unused]
 
@@ -236,5 +236,5 @@ def test_classes_that_no_module_has():
     _, report = asgl_cuda.convert(nn.Sequential(again(), type("Mine", (SigmoidLIF,), {})()), layers=LAYERS)
     assert report.notes[1:] == [
         "layers[MemUpdate] was applied to no module; 0 has another class of this name",
-        "layers[SigmoidLIF] was applied to no module; 1 is a Mine, a subclass, which needs a key of its own",
+        "layers[SigmoidLIF] was applied to no module; 1 is a Mine, a subclass, and classes must match exactly",
     ]

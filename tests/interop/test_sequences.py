@@ -765,6 +765,18 @@ def test_states():
             fast(x_seq[..., 1:])
         fast.stateful = True
         assert torch.equal(torch.cat([fast(x_seq[:1])[0], fast(x_seq[1:])[0]]), spikes)
+        layers = [layer for layer in fast.modules() if isinstance(layer, Converted)]
+        kept = [layer.carried_states() for layer in layers]
+        expected = fast(x_seq)[0]
+        fast.stateful = False
+        fast(x_seq)
+        fast.stateful = True
+        asgl_cuda.reset(fast)  # states that are set after it are continued
+        for layer, states in zip(layers, kept, strict=True):
+            for name, state in states.items():
+                layer.set_state(name, state)
+        assert torch.equal(fast(x_seq)[0], expected)
+        fast.stateful = False
         loop, _ = asgl_cuda.convert(type("Looped", (Net,), {"forward": stacked})(), sequences="loop")
         with pytest.raises(RuntimeError, match="has a loop over the steps"):
             asgl_cuda.step(loop, x_seq[0])

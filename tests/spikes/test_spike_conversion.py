@@ -67,6 +67,15 @@ def test_layers_that_are_left():
 
     _, report = asgl_cuda.to_spike_layers(nn.Linear(32, 64), torch.zeros(64, 32))
     assert report.left[0].reason == "too small to gain: it has 32 inputs and 64 outputs"
+
+    class Casting(nn.Linear):
+        def forward(self, x):
+            return super().forward(x.float())
+
+    model = nn.Sequential(Casting(64, 64), nn.Linear(64, 64))
+    rows = asgl_cuda.to_spike_layers(model, torch.zeros(3, 64, dtype=torch.int32))[1].left
+    assert [row.path for row in rows] == ["0", "1"]
+    assert "subclass" in rows[0].reason
     replaced, left = asgl_cuda.to_spike_layers(OnZeros(), torch.zeros(64, 64))[1]
     assert replaced == []
     reasons = ["subclass", "subclass", "float32 and float64", "groups", "does not reach"]

@@ -196,9 +196,9 @@ def detached(model, x_seq):
         return model.lif(model.linear(x_seq))
 
 
-ONE = "its input must come from one weight that calibrate can scale"
+ONE = "one weight that calibrate can scale must determine its input"
 REFUSED = {
-    "sum": (residual, rf"last .* {ONE}, got an input without one and inside\.weight; this must be"),
+    "sum": (residual, rf"last .* {ONE}, got an input without one and inside\.weight; such a weight belongs"),
     "residual given": (
         lambda: Stack(lambda m, x: m.lif(m.linear(x), x), linear=nn.Linear(16, 16), lif=LIF()),
         r"lif \(LIF\): .* got an input without one and linear\.weight;",
@@ -225,7 +225,7 @@ REFUSED = {
     "frozen": (lambda: nn.Sequential(nn.Linear(16, 4).requires_grad_(False), LIF()), r"1 .* 0\.weight \(frozen\);"),
     "frozen normalisation": (
         lambda: nn.Sequential(nn.Linear(16, 4), BatchNormLIF(4).requires_grad_(False)),
-        r"1 \(BatchNormLIF\): .* got 1\.weight \(frozen\); .* autograd records it$",
+        r"1 \(BatchNormLIF\): .* got 1\.weight \(frozen\); .* autograd records its use$",
     ),
     "affine": (
         lambda: nn.Sequential(nn.Linear(16, 4), BatchNormLIF(4, affine=False)),
@@ -405,6 +405,6 @@ def test_recurrent_layers(backend, device):
         assert part(x_seq).mean().item() == pytest.approx(0.2, rel=0.02)
     assert torch.equal(layer.recurrent_weight, before)
     with pytest.raises(
-        ValueError, match=r"asgl_cuda\.calibrate: 0 \(RecurrentLIF\): its input must .*, got an input without one"
+        ValueError, match=r"asgl_cuda\.calibrate: 0 \(RecurrentLIF\): one weight .* must .*, got an input without one"
     ):
         calibrate(nn.Sequential(layer, LIF().to(device)), model[0](x_seq), 0.2)

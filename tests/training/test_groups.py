@@ -145,7 +145,7 @@ def test_group_errors(name, value):
 
 
 def test_parameters_instead_of_a_model():
-    with pytest.raises(TypeError, match=r"model must be .*, got generator; pass the model, not its parameters"):
+    with pytest.raises(TypeError, match=r"model must be .*, got generator; pass the model itself"):
         parameter_groups(network().parameters(), 0.1)
 
 

@@ -310,7 +310,7 @@ class _Writer(fx.Interpreter):
         Raises ValueError for an option or a value that NIR can't represent.
         """
         if options := unknown_options(layer, _KNOWN):
-            raise ValueError(f"has {options}, which can't be represented in NIR")
+            raise ValueError(f"has {options}, which to_nir can't write")
         fires, numbers = isinstance(layer, LIF), cast("dict[str, Any]", units.constants_of_layer(layer, flow.shape))
         decay = numbers.pop("decay")
         if (is_wrong := ~((decay >= 0) & (decay <= 1))).any():
