@@ -67,7 +67,8 @@ def is_differentiated(tensors: Sequence[Tensor | None], caller: str) -> bool:
     Raises RuntimeError in forward mode, which operators without a forward derivative would ignore silently.
     """
     if is_transform_active():
-        # Under vmap, requires_grad of an input does not show whether an outer transform differentiates.
+        # Under vmap, requires_grad of an input does not show whether an outer transform differentiates. So every call
+        # counts as differentiated, except for compiled calls under no_grad.
         return torch.is_grad_enabled() or not torch.compiler.is_compiling()
     if is_forward_mode_active():
         refuse_tangents(tensors, caller)

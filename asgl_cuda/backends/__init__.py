@@ -72,7 +72,7 @@ def registered_operators(namespace: str) -> Operators:
 
 
 def direct_operators(functions: Any) -> Operators | None:
-    """The operators as functions (csrc/ops/direct_calls.h) in an object; None if the extension is missing or older."""
+    """The operators as functions (csrc/ops/direct_calls.h) in an object; None without a fitting extension."""
     found: list[Any] = [getattr(functions, name, None) for name in Operators._fields]
     return None if None in found else Operators(*found)
 

@@ -236,7 +236,7 @@ def _make_context_current(driver: Any, device_index: int) -> None:
 
 
 LAUNCHER = CupyLauncher()
-# The operators of this backend as functions. None if the extension is missing or older.
+# The operators of this backend as functions. None without an extension that fits this version.
 FUNCTIONS = launcher.define_with_kernels(NAMESPACE, "CUDA", LAUNCHER)
 if extension.build_info is not None and extension.build_info.cuda is None:
     # Exported programs and C++ call the operators in the namespace asgl_cuda. If nvcc compiled no kernels, CuPy's

@@ -30,8 +30,8 @@ class Launcher(Protocol):
 def define_with_kernels(namespace: str, device: str, launcher: Launcher) -> Any:
     """Defines the operators in this namespace for tensors on `device`, "CPU" or "CUDA".
 
-    Returns an object with the operators as functions (csrc/ops/direct_calls.h). If the extension is missing or older,
-    the operators have no kernels, and None is returned.
+    Returns an object with the operators as functions (csrc/ops/direct_calls.h). Without a fitting extension, the
+    operators have no kernels, and None is returned.
     """
     define_operators(namespace)
     return register_kernels(namespace, device, launcher)

@@ -440,8 +440,8 @@ _ADVICE = (
 # the reason as text. For any other module, it is None.
 Conversion: TypeAlias = tuple[type[Converted], Callable[[Tensor], Tensor] | SpikeFunction | None] | str | None
 
-# What an adapter's `streaming_of` returns for a module. For a module with state over time, it says how `asgl_cuda.step`
-# calls the module, or as text why `step` can't. For any other module, it is None.
+# What an adapter's `streaming_of` returns for a module. For a module with a state over time or a time dimension, it is
+# how `asgl_cuda.step` calls the module, or the reason as text why `step` can't. For any other module, it is None.
 Streaming: TypeAlias = "Streamed | str | None"
 
 

@@ -197,8 +197,8 @@ class TileNeurons {
   int64 first_ = -1, t_ = -1;
 };
 
-// Whether the parameter does not change over time, and its values repeat within a tile. A tile then stores one partial
-// sum for each value, in the first `count` slots of its neurons.
+// Whether the parameter does not change over time, and its values repeat within a tile. Each neuron then has one slot
+// for partial sums. A tile stores one sum for each of the parameter.count values, in the slots of its first neurons.
 template <class Real>
 bool is_interleaved(const ParameterView<Real>& parameter) {
   return parameter.step_stride == 0 && parameter.is_interleaved_in(kTile);

@@ -165,9 +165,10 @@ struct LIF {
     return kIsGeneral<kInput> ? (v_rest + neuron.decay * (v - v_rest)) + c : neuron.decay * v + c;
   }
 
-  // s = F(u / width) where analog, else z
-  //   z the hard spike,          u = h - v_threshold
-  //   z = round(F(u / width)),   u = h                 with kCountsSpikes
+  // s = F(u / width) where analog, else z, with
+  //   u = h - v_threshold,   z = 1 if the firing rule lets u fire, else 0
+  // or, with kCountsSpikes, with
+  //   u = h,                 z = round(F(u / width))
   template <class Real, class FiringRule>
   static ASGL_HOST_DEVICE Real fire(Real h, bool analog, const Neuron<Real>& neuron, const FiringRule& firing) {
     const Real u = distance(h, neuron);

@@ -184,7 +184,7 @@ class NeuronCall {
     return params;
   }
 
-  // The chain-rule factor from the partial sums to the gradient of the parameter as it was given.
+  // How the partial sums become the gradient of what the caller passed: a width or its logarithm, a decay or its logit.
   Derivative derivative(int id) const { return derivative_of(id, rules_.log_width != 0, rules_.logit_decay != 0); }
 
   const Tensor x_seq;

@@ -46,7 +46,7 @@ struct RecurrentParams {
   const Real* parameters;
   const Real *v_init, *s_init, *i_init;  // null means v_rest, 0 and 0
 
-  // The shape of a sequence of batch * neurons neurons.
+  // The shape of the sequences, in which the neurons of all samples of the batch count as neurons of their own.
   SequenceShape shape() const {
     return batch_first ? SequenceShape{batch, steps, neurons} : SequenceShape{1, steps, batch * neurons};
   }
