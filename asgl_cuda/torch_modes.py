@@ -167,8 +167,8 @@ class _OnceDifferentiable(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> None:
         """Refuses a second derivative."""
         raise RuntimeError(
-            "asgl_cuda: a second derivative was asked for, and the fused backends have only the first; use "
-            "backend='reference', or torch's own layers instead of spike layers"
+            "asgl_cuda: a second derivative was asked for, but fused kernels compute only the first; make neurons with "
+            "backend='reference', and turn SpikeLinear and SpikeConv into torch's layers by asgl_cuda.from_spike_layers"
         )
 
 

@@ -296,7 +296,7 @@ class Fused(Overlay):
         self.note_left(text)
         return RuntimeError(
             f"{_CALLER}: {self.original.__name__} is computed by the neurons after it, but {text}; {remedy}"
-            f"call asgl_cuda.unfuse(model), or {last}, so that this layer is left as it is"
+            f"call asgl_cuda.unfuse(model, inplace=True), or {last}, so that this layer is left as it is"
         )
 
     def note_taken(self, layer: Any) -> None:

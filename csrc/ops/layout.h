@@ -26,8 +26,8 @@ inline Dims inverse_of(const Dims& order) {
 }
 
 // The layout of x_seq, which is contiguous or channels_last. The dimension of the channels is the second one, not
-// counting time. In channels_last it is the innermost one in memory. Other tensors are checked against x_seq and brought
-// to its memory order.
+// counting time. In channels_last it is the innermost one in memory. Other tensors are checked against x_seq and
+// brought to its memory order.
 class Layout {
  public:
   Layout(const Tensor& x_seq, int64_t time_dim)

@@ -340,7 +340,7 @@ class _Writer(fx.Interpreter):
             pairs = {
                 "v_rest and no leak (decay 1)": layer.v_rest and not leaks,
                 "v_rest and delay": layer.v_rest and layer.delay,
-                "stateful and delay": layer.stateful and layer.delay,
+                "stateful=True and delay=True": layer.stateful and layer.delay,
             }
             if pair := next((pair for pair, there in pairs.items() if there), None):
                 raise ValueError(f"has {pair}, which can't be represented together in NIR")
