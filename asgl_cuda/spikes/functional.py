@@ -138,7 +138,7 @@ def has_kernel(x: Tensor, weight: Tensor, caller: str) -> bool:
     dtype = x.dtype
     if weight.is_floating_point() and not (x.is_floating_point() or x.is_complex()):
         raise TypeError(
-            f"{caller}: input must be {weight.dtype} as weight, got {dtype}; convert it by input.to(weight.dtype)"
+            f"{caller}: input must have the dtype of weight, {weight.dtype}, got {dtype}; convert it by input.to(weight.dtype)"
         )
     return (
         dtype in _TYPES
@@ -178,8 +178,8 @@ def _check_bias(bias: Any, x: Tensor, weight: Tensor, caller: str) -> None:
     check_tensor("bias", bias, caller)
     check_dense("bias", bias, caller)
     if bias.dtype is not x.dtype or bias.device != x.device:
-        got = f"{bias.dtype} on {bias.device}"
-        raise TypeError(f"{caller}: bias must be {x.dtype} on {x.device} as input, got {got}")
+        wanted, got = f"{x.dtype} on {x.device}", f"{bias.dtype} on {bias.device}"
+        raise TypeError(f"{caller}: bias must have the dtype and device of input, {wanted}, got {got}")
     if bias.shape != weight.shape[:1]:
         raise ValueError(f"{caller}: bias must have shape {list(weight.shape[:1])}, got {list(bias.shape)}")
 

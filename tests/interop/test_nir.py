@@ -395,7 +395,7 @@ NOT_REPRESENTED = {
         lambda: nn.Sequential(LIF(v_reset=None, levels=1)), r"other readers then reset the potential to v_rest$",
     ),
     "delay": (lambda: LeakyIntegrator(delay=True, v_rest=0.1), r"LeakyIntegrator.: has v_rest and delay"),
-    "states and delay": (lambda: LeakyIntegrator(delay=True, stateful=True), r"r.: has stateful=True and delay=True, which"),
+    "states and delay": (lambda: LeakyIntegrator(delay=True, stateful=True), "has stateful=True and delay=True, which"),
     "a start that is not 0": (lambda: LeakyIntegrator(decay=1.0, v_rest=0.5), r"has v_rest and no leak \(decay 1\)"),
     "batch norm": (
         lambda: nn.Sequential(nn.Sequential(nn.BatchNorm1d(3))),

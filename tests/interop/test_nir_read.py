@@ -248,15 +248,15 @@ CHANGED = {
     "a decay of text": (lambda: changed(LIF(), {"decay": "half"}), "decay must be a float, got str"),
     "another tau": (
         lambda: changed(LIF(), tau=4e-4),
-        r"its decay is 0.5 for neuron \[0\], but 0.75 .* follows from the node, for dt = 0.0001; delete this entry",
+        r"decay is 0.5 for neuron \[0\] there, but 0.75 .* by the node, for dt = 0.0001; delete this entry",
     ),
     "another threshold": (
         lambda: changed(LIF(), v_threshold=2),
-        "v_threshold is 1 .* 4 .*, for dt = 0.0001, scaled to input_gain = 1 and v_rest = 0",
+        "v_threshold is 1 .* 4 .*, for dt = 0.0001, both scaled to input_gain = 1 and v_rest = 0",
     ),
-    "another reset": (lambda: changed(LIF(), v_reset=0.1), "its v_reset is 0 .*, but 0.2 .* follows from the node"),
-    "another gain": (lambda: changed(LeakyIntegrator(), r=4), "input_gain is 1 .*, but 2 "),
-    "another rest": (lambda: changed(LeakyIntegrator(), v_leak=4), "v_rest is 0 .*, but 4 "),
+    "another reset": (lambda: changed(LIF(), v_reset=0.1), "v_reset is 0 .* there, but 0.2 .* by the node"),
+    "another gain": (lambda: changed(LeakyIntegrator(), r=4), "input_gain is 1 .* there, but 2 "),
+    "another rest": (lambda: changed(LeakyIntegrator(), v_leak=4), "v_rest is 0 .* there, but 4 "),
 }
 
 

@@ -582,7 +582,7 @@ CHANNEL, NEURON = {"granularity": "channel"}, {"granularity": "neuron"}
         (LIF(3, **CHANNEL), [[1.0]], "x_seq must be a tensor, got list"),
         (LIF(), torch.tensor(1.0), "x_seq must have at least one dimension"),
         (LIF(3, **CHANNEL), torch.tensor(1.0), "x_seq must have at least one dimension"),
-        *((partial(layer, X), X, "takes no residual; call layer(x_seq + residual). If it is a state, leave it out")
+        *((partial(layer, X), X, "takes no residual; call layer(x_seq + residual). If the argument is a state")
           for layer in (AdaptiveLIF(), LeakyIntegrator(), RecurrentLIF(3))),
         (RecurrentLIF(3).step, (2, 4, 3), "x_seq must have shape [T, B, N], or [B, T, N] with time_dim=1, got [1, 2, "
          "4, 3] with time_dim=0; if step got a sequence, call the model itself instead"),

@@ -343,11 +343,11 @@ def test_what_is_no_tensor(call, given):
 
 def test_operands_of_other_types():
     with pytest.raises(
-        TypeError, match=r"spike_linear: input must be torch\.float32 as weight, got torch\.int64; convert"
+        TypeError, match=r"spike_linear: input must have the dtype of weight, torch\.float32, got torch\.int64"
     ):
         asgl_cuda.spike_linear(torch.ones(2, 4, dtype=torch.int64), torch.rand(3, 4))
     with pytest.raises(
-        TypeError, match=r"spike_linear: bias must be torch\.float32 on cpu as input, got torch\.float64"
+        TypeError, match=r"bias must have the dtype and device of input, torch\.float32 on cpu, got torch\.float64"
     ):
         asgl_cuda.spike_linear(torch.rand(2, 4), torch.rand(3, 4), torch.rand(3).double())
 

@@ -188,10 +188,8 @@ def layer_from_metadata(ours: Any, kind: Any, said: dict[str, Tensor]) -> Any:
             value = constants_of_layer(layer, number.shape)[name]
             if (differs := ~torch.isclose(number, value, rtol=1e-5, atol=1e-6)).any():
                 one, other = (first_wrong(each, differs) for each in (number, value))
-                scaled = ", scaled to input_gain = 1 and v_rest = 0" * (kind is LIF and name != "decay")
-                raise ValueError(
-                    f"its {name} is {other}, but {one} follows from the node, for dt = {ours['dt']}{scaled}"
-                )
+                scaled = ", both scaled to input_gain = 1 and v_rest = 0" * (kind is LIF and name != "decay")
+                raise ValueError(f"{name} is {other} there, but {one} by the node, for dt = {ours['dt']}{scaled}")
     return layer
 
 
