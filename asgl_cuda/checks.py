@@ -527,10 +527,10 @@ def check_residual(residual: Any, x_seq: Tensor, caller: str) -> None:
     if residual.shape != x_seq.shape:
         extra = x_seq.dim() - residual.dim()
         fits = extra >= 0 and all(size in (1, x_seq.shape[extra + dim]) for dim, size in enumerate(residual.shape))
-        state = "; if it is a state, it is v_init of the function" if residual.dim() == x_seq.dim() - 1 else ""
+        state = "; if it is a state, pass none to a layer, and v_init to a function" * (extra == 1)
         raise ValueError(
             f"{caller}: residual must have x_seq's shape {list(x_seq.shape)}, got {list(residual.shape)}"
-            f"{'; residual.expand_as(x_seq) broadcasts it' if fits else ''}{state}"
+            f"{state}{'; residual.expand_as(x_seq) broadcasts it' if fits else ''}"
         )
     if residual.dtype != x_seq.dtype:
         raise TypeError(

@@ -21,7 +21,7 @@ class InSequences(Overlay):
     """The overlay of a whole model. Its forward records the model's own code, and then computes whole sequences."""
 
     prefix = "Sequences"
-    stateful = False  # whether a call continues from the states of the last one; read only if _sequences is "steps"
+    stateful = False  # whether a call continues from the states of the last one; only if _sequences is "steps"
     # Whether a stateful call continues from the layers' states: not after a call that was not stateful, until a reset.
     _carries = True
     _sequences: str  # "steps" or "loop"
@@ -32,9 +32,22 @@ class InSequences(Overlay):
             return self._run_steps(*args, **kwargs)
         if _runs_without_recording():
             return super().forward(*args, **kwargs)
+        if self.stateful:
+            raise RuntimeError(
+                f'{_CALLER}: stateful=True is for models converted with sequences=True; with sequences="loop", the '
+                "model's own forward decides from which states it starts"
+            )
         with Recording(self) as found:
             args, kwargs = tree_map_only(Tensor, found.as_operand, (args, kwargs))
-            return found.compute_output(super().forward(*args, **kwargs))
+            output = super().forward(*args, **kwargs)
+            if max(found.calls.values(), default=0) == 1:
+                warn_once(
+                    f"{_CALLER}, loop",
+                    f'{_CALLER}: in a model converted with sequences="loop", forward called each neuron layer only '
+                    "once, so the input was taken for one time step. If forward has no loop over the steps, convert "
+                    "with sequences=True",
+                )
+            return found.compute_output(output)
 
     def _run_steps(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the model once for each step of x_seq, recorded, and returns the outputs of all steps, stacked."""
@@ -122,7 +135,7 @@ _STATES_AS_ARGUMENTS = (
 # How the report describes the converted model, by the value that `checked_sequences` returns.
 _TEXT = {
     "steps": "one call takes all steps, x_seq [T, ...]",
-    "loop": "its loop over the steps is computed for all steps at once",
+    "loop": "the loop over the steps in its forward is computed for all steps at once",
 }
 
 

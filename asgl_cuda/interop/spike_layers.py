@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..backends import available_backends
 from ..checks import check_tensor, raise_explained
 from ..neurons.base import check_module
 from ..neurons.deferred import tensor_of
@@ -61,6 +62,8 @@ def _reason_to_leave(layer: Any, shares: list[tuple[int, int]], kernels: bool) -
         return "its groups or its dilation are not 1, for which spike layers have no kernel"
     if not shares:
         return "the example does not reach it"
+    if not kernels and "cpu" not in available_backends():
+        return "spike layers need the backend cpu, which is not available here; `python -m asgl_cuda info` says why"
     if not kernels:
         return "there are kernels only for float32 and float64 on the CPU"
     if outputs < _FEW or (inputs < _FEW and not isinstance(layer, nn.Linear)):

@@ -305,8 +305,8 @@ class NeuronLayer(Settable):
         """The arguments of a call of the layer, as x_seq and the options that `_call_function` takes."""
         if residual is not None:
             raise TypeError(
-                f"{self._caller}: takes no residual; call layer(x_seq + residual). If the argument is a state, leave it out: "
-                "with stateful=True and in asgl_cuda.step the layer carries its states"
+                f"{self._caller}: takes no residual; call layer(x_seq + residual). If the argument is a state, leave "
+                "it out: with stateful=True and in asgl_cuda.step the layer carries its states"
             )
         return tensor_of(x_seq, type(self).__name__), {}
 

@@ -138,7 +138,8 @@ def has_kernel(x: Tensor, weight: Tensor, caller: str) -> bool:
     dtype = x.dtype
     if weight.is_floating_point() and not (x.is_floating_point() or x.is_complex()):
         raise TypeError(
-            f"{caller}: input must have the dtype of weight, {weight.dtype}, got {dtype}; convert it by input.to(weight.dtype)"
+            f"{caller}: input must have the dtype of weight, {weight.dtype}, got {dtype}; convert it by "
+            "input.to(weight.dtype)"
         )
     return (
         dtype in _TYPES

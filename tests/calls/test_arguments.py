@@ -144,7 +144,7 @@ BAD = [
     ({"v_treshold": 2.0}, TypeError, "'v_treshold'|did you mean v_threshold?", "lif"),
     # A residual.
     ({"residual": X[0]}, ValueError, "residual must have x_seq's shape [4, 6, 3], got [6, 3]"),
-    ({"residual": X[0]}, ValueError, "broadcasts it; if it is a state, it is v_init of the function"),
+    ({"residual": X[0]}, ValueError, "if it is a state, pass none to a layer, and v_init to a function; residual.ex"),
     ({"residual": X[:, :1]}, ValueError, "got [4, 1, 3]; residual.expand_as(x_seq)"),
     ({"residual": X.half()}, TypeError, "residual must have x_seq's type torch.float32, got torch.float16"),
     ({"residual": 1.0}, TypeError, "residual must be a tensor or None, got float"),

@@ -778,8 +778,17 @@ def test_states():
         assert torch.equal(fast(x_seq)[0], expected)
         fast.stateful = False
         loop, _ = asgl_cuda.convert(type("Looped", (Net,), {"forward": stacked})(), sequences="loop")
-        with pytest.raises(RuntimeError, match="has a loop over the steps"):
+        with pytest.raises(RuntimeError, match="has a loop over the steps; write a module for one step"):
             asgl_cuda.step(loop, x_seq[0])
+        loop.stateful = True
+        with pytest.raises(RuntimeError, match="stateful=True is for models converted with sequences=True"):
+            loop(x_seq)
+
+
+def test_a_loop_that_forward_does_not_have():
+    fast, _ = asgl_cuda.convert(STEPS["snnTorch"](), sequences="loop")
+    with pytest.warns(UserWarning, match="forward called each neuron layer only once, .* convert with sequences=True"):
+        fast(input_of())
 
 
 def test_nothing_is_kept():
