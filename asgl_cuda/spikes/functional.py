@@ -247,8 +247,9 @@ def spike_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
         `[..., out_features]`, differentiable once with respect to all arguments.
 
     Raises:
-        TypeError: input or weight is not a tensor, or the input is of an integer type or bool. Also, if the kernels
-            compute the output, if the bias is not a tensor or differs from the input in dtype or device.
+        TypeError: input or weight is not a tensor, or the weight is of a floating type and the input of an integer type
+            or bool. If the kernels compute the output, also if the bias is not a tensor or differs from the input in
+            dtype or device.
         ValueError: sizes do not fit.
         RuntimeError: sizes or dtypes do not fit, in the cases in which torch's operator computes the output.
 
@@ -291,8 +292,9 @@ def spike_conv2d(
         `[N, out_channels, H', W']` or `[out_channels, H', W']`, differentiable once with respect to all tensors.
 
     Raises:
-        TypeError: input or weight is not a tensor, or the input is of an integer type or bool. Also, if the kernels
-            compute the output, if the bias is not a tensor or differs from the input in dtype or device.
+        TypeError: input or weight is not a tensor, or the weight is of a floating type and the input of an integer type
+            or bool. If the kernels compute the output, also if the bias is not a tensor or differs from the input in
+            dtype or device.
         ValueError: sizes do not fit.
         RuntimeError: sizes or dtypes do not fit, in the cases in which torch's operator computes the output.
 

@@ -245,7 +245,7 @@ class Monitor:
     - `width`: mean of the widths when the result is asked for, in units of the potential.
     - `firing_rate`: fraction of elements whose potential reached the threshold, even if they emitted a smooth value.
       With `levels`, fraction of elements that emitted at least one spike.
-    - `analog_share`: fraction of elements whose output was a smooth value that differs from the spike of the element.
+    - `analog_share`: fraction of elements that emitted a smooth value other than the 0 or 1 of their hard spike.
     - `inside`: fraction of elements inside the window of the surrogate, abs(u / width) < 1/2. With `levels`, fraction
       of elements whose potential is between 0 and `levels` times the threshold.
     - `smoothing_error`: mean of abs(H(u) - spike) over all elements. With `multi_spike`, `smoothing_error` and

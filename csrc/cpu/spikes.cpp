@@ -275,9 +275,10 @@ void fill_column_group(const SpikeShape& shape, const Real* weight, int64 first,
 
 // The number of output pixels whose windows are found together.
 constexpr int64 kPixelsPerBatch = 256;
-// If rows of windows have more listed elements than this on average, the kernel's first row is computed for all windows
-// found together, then its second row, and so on. The part of the weight that a row of the kernel uses then stays in or
-// near the L1 cache. With fewer elements, loading and storing the sums for each row takes longer than this saves.
+// If a row of a window has more nonzero elements than this on average, the products with the first row of the
+// convolution's kernel are computed for all windows found together, then those with its second row, and so on. The part
+// of the weight that belongs to one row then stays in or near the L1 cache. With fewer elements, loading and storing
+// the sums for each row takes longer than this saves.
 constexpr int64 kElementsByRow = 14;
 // About the fewest multiplications that are worth a thread.
 constexpr double kProductsPerTask = 1 << 18;
