@@ -35,9 +35,10 @@ def check_tensor(name: str, value: Any, caller: str) -> None:
     """Refuses all but tensors."""
     if not isinstance(value, Tensor):
         kind, hint = type(value).__name__, ""
-        if kind in ("list", "ndarray"):
-            is_joined = kind == "list" and value and all(isinstance(each, Tensor) for each in value)
-            hint = f"; torch.stack({name}) joins its tensors" if is_joined else f"; torch.tensor({name}) converts it"
+        if kind == "list" and value and all(isinstance(each, Tensor) for each in value):
+            hint = f"; torch.stack({name}) joins its tensors"
+        elif kind == "ndarray":
+            hint = f"; torch.tensor({name}) converts it"
         raise TypeError(f"{caller}: {name} must be a tensor, got {kind}{hint}")
 
 

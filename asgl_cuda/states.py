@@ -287,7 +287,8 @@ def reset(model: nn.Module) -> None:
     """
     _call_on_all_layers(model, "reset", "reset")
     for module in model.modules():
-        vars(module).pop("_carries", None)  # of models converted with sequences, and of MultiStep: see there
+        if hasattr(type(module), "_carries"):  # of a model converted with sequences, or MultiStep: see there
+            vars(module).pop("_carries", None)
 
 
 def detach(model: nn.Module) -> None:

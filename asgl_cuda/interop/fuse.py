@@ -276,8 +276,8 @@ class Fused(Overlay):
             bias = shift if bias is None else gain * bias.to(gain.dtype) + shift
         if residual is not None and not isinstance(input_gain, float):
             residual, residual_gain = (residual * input_gain).to(x_seq.dtype), 1.0
-        # If process_group is None, a SyncBatchNorm uses all processes. For `batch_norm_lif`, None means only this process,
-        # and "world" means all.
+        # If process_group is None, a SyncBatchNorm uses all processes. For `batch_norm_lif`, None means only this
+        # process, and "world" means all.
         group = (self.process_group or "world") if isinstance(self, nn.SyncBatchNorm) else None
         if residual is not None or weight is not self.weight or scale != 1:
             residual_gain = 1.0 if residual is None else residual_gain

@@ -51,8 +51,8 @@ def imported_adapters() -> Iterator[Any]:
 def vendored_spikingjelly_reason(layer: nn.Module) -> str | None:
     """Why a node of a vendored copy of SpikingJelly can't be converted; None for others. Imports nothing."""
     for each in type(layer).__mro__:
-        package, _, inside = each.__module__.partition(".spikingjelly.")
-        if inside.partition(".")[2].split(".")[0] == "neuron":  # as in activation_based.neuron.lif, clock_driven.neuron
+        package, found, inside = each.__module__.rpartition(".spikingjelly.")
+        if found and inside.partition(".")[2].split(".")[0] == "neuron":  # as in activation_based.neuron.lif
             return (
                 f"it is of {package}.spikingjelly, a copy of SpikingJelly that convert does not know; import "
                 "spikingjelly itself instead, or pass its class in layers"

@@ -30,22 +30,22 @@ class InSequences(Overlay):
         """Records what the model's code does in each step, and then computes whole sequences."""
         if self._sequences == "steps":
             return self._run_steps(*args, **kwargs)
-        if _runs_without_recording():
-            return super().forward(*args, **kwargs)
         if self.stateful:
             raise RuntimeError(
                 f'{_CALLER}: stateful=True is for models converted with sequences=True; with sequences="loop", the '
                 "model's own forward decides from which states it starts"
             )
+        if _runs_without_recording():
+            return super().forward(*args, **kwargs)
         with Recording(self) as found:
             args, kwargs = tree_map_only(Tensor, found.as_operand, (args, kwargs))
             output = super().forward(*args, **kwargs)
             if max(found.calls.values(), default=0) == 1:
                 warn_once(
                     f"{_CALLER}, loop",
-                    f'{_CALLER}: in a model converted with sequences="loop", forward called each neuron layer only '
-                    "once, so the input was taken for one time step. If forward has no loop over the steps, convert "
-                    "with sequences=True",
+                    f'{_CALLER}: in a model converted with sequences="loop", forward called no neuron layer more than '
+                    "once, so the input was taken for one time step. If the input has several steps, forward has no "
+                    "loop over them: convert with sequences=True",
                 )
             return found.compute_output(output)
 

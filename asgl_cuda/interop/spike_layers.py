@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..backends import available_backends
 from ..checks import check_tensor, raise_explained
@@ -106,6 +106,7 @@ def to_spike_layers(model: nn.Module, example: Any) -> tuple[nn.Module, Report]:
       layers
     - layers with fewer than 32 outputs, and convolutions with fewer than 32 input channels
     - layers that the example does not reach
+    - all layers, if the backend `cpu` is not available
     - layers whose class is a subclass of Linear, Conv1d or Conv2d, except SpikingJelly's
     - convolutions whose groups or dilation is not 1
     - layers whose inputs are in a half type or on a GPU, for which there is no kernel
@@ -127,11 +128,13 @@ def to_spike_layers(model: nn.Module, example: Any) -> tuple[nn.Module, Report]:
 
     def count_nonzero_inputs(name: str, layer: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
         """Counts the non-zero inputs of a call, and notes whether kernels compute it."""
-        given = inputs[0] if inputs else named.get("input")
+        given = inputs[0] if inputs else next(iter(named.values()), None)
         if isinstance(given, Recorded):
             given.call_after_recording(lambda x: count_nonzero_inputs(name, layer, (x,), {}))
             return
         x = tensor_of(given, caller)
+        if _spike_class(type(layer)) is None and not isinstance(x, Tensor):
+            return  # of a subclass, which is left anyway
         check_tensor("input", x, caller)
         shares, kernels = counted.setdefault(name, ([], []))
         kernels.append(x.is_floating_point() and has_kernel(x, layer.weight, caller))

@@ -210,14 +210,10 @@ class NeuronLayer(Settable):
 
     def _checked_num_features(self, num_features: Any, granularity: Granularity) -> tuple[int, ...]:
         """num_features as a tuple, empty if the granularity is "layer"."""
-        if isinstance(num_features, float):
-            hint = f"; a decay is passed by name, decay={num_features:g}" if 0 <= num_features <= 1 else ""
-            hint = (
-                f"; SpikingJelly's tau={num_features:g} is decay={1 - 1 / num_features:g}" if num_features > 1 else hint
-            )
+        if isinstance(num_features, float) and granularity == "layer" and 0 <= num_features <= 1:
             raise TypeError(
-                f"{self._caller}: num_features must be an int or a sequence of ints, got {format_value(num_features)}"
-                f"{hint if granularity == 'layer' else ''}"
+                f"{self._caller}: num_features must be an int or a sequence of ints, got {num_features:g}; a decay is "
+                f"passed by name, decay={num_features:g}"
             )
         sizes = () if num_features is None else check_sizes("num_features", num_features, self._caller)
         if granularity == "layer":

@@ -445,7 +445,7 @@ class LIF(Neurons):
         surrogate_gain: factor on the surrogate gradient.
         analog_prob: random fraction of elements that in training emit a smooth value instead of 0 or 1. These elements
             are called analog, see `asgl_cuda.lif`. An element is one neuron at one time step. In evaluation no element
-            is analog. The default is 0 in `asgl_cuda.lif`, and the paper uses 0.2.
+            is analog. The default is 0 in `asgl_cuda.lif`. The authors' published commands use 0.1 and 0.2.
         granularity: whether a learned parameter has one value per layer, per channel or per neuron.
         learn_width, learn_decay, learn_threshold: whether width, decay and threshold are learned parameters or
             constants.

@@ -131,7 +131,8 @@ DERIVATIVES["spike_product"] = _with_derivative
 def has_kernel(x: Tensor, weight: Tensor, caller: str) -> bool:
     """Whether the kernels, which skip zeros, can compute the product; otherwise torch's own operator must.
 
-    Raises TypeError if one of them is not a tensor, or if only the weight is of a floating type. Does not check shapes.
+    Raises TypeError if one of them is not a tensor, or if the weight is of a floating type and x of an integer type or
+    bool. Does not check shapes.
     """
     check_tensor("input", x, caller)
     check_tensor("weight", weight, caller)

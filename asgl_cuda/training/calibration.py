@@ -337,8 +337,8 @@ class _Trial:
         raise ValueError(
             f"{_CALLER}: {self._describe(name)}: one weight that calibrate can scale must determine its input, got "
             f"{' and '.join(sorted(got))}; such a weight belongs to a linear layer, a convolution or a normalisation, "
-            "scales the input of these neurons alone, and is neither frozen, shared nor parametrised, and autograd "
-            f"records its use{remedy}"
+            "scales nothing but the input of these neurons, is not frozen, shared or parametrised, and is used where "
+            f"autograd records its use{remedy}"
         )
 
     def _nearest_weights(self, x: Tensor) -> set[str | None]:

@@ -27,8 +27,8 @@ def convert_sync_batchnorm(model: nn.Module, process_group: Any = None) -> nn.Mo
         process_group: the processes that share statistics; default all.
 
     Returns:
-        The model itself, or a `SyncBatchNorm` in its place if the model is a batch normalisation of torch, of
-        SpikingJelly or of a subclass.
+        The model itself, or a `SyncBatchNorm` in its place if the model is a batch normalisation of torch or
+        SpikingJelly, or of a subclass of these.
 
     Raises:
         TypeError: model is not a module, or process_group is not a process group.

@@ -191,7 +191,8 @@ class SettledBackward {
     // If dc, the gradient of the current, can't be stored in place, it overwrites the buffer for currents.
     const bool dc_in_place = in_place && grad_current != nullptr;
     const StepRows<Real> dc = dc_in_place ? start_steps(grad_current, tile, chunk.t, zeros_) : currents_.buffer_rows();
-    // dx is stored past the cache, unless it is dc itself and is read again for the residual's gradient.
+    // If possible, dx is stored past the cache, but not if it is dc itself and is read again for the residual's
+    // gradient.
     const bool streams = in_place && past_cache_ != nullptr && !(dx_is_dc_ && params_.grad_residual != nullptr);
     PrefetchRows input_ahead = {.element_size = sizeof(Scalar), .stride = params_.shape.inner},
                  gradients_ahead = input_ahead;

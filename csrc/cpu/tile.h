@@ -198,7 +198,7 @@ class TileNeurons {
 };
 
 // Whether the parameter does not change over time, and its values repeat within a tile. Each neuron then has one slot
-// for partial sums. A tile stores one sum for each of the parameter.count values, in the slots of its first neurons.
+// for partial sums. A tile stores one sum for each value, at most parameter.count, in the slots of its first neurons.
 template <class Real>
 bool is_interleaved(const ParameterView<Real>& parameter) {
   return parameter.step_stride == 0 && parameter.is_interleaved_in(kTile);

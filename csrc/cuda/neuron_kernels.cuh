@@ -163,7 +163,7 @@ struct SettledBackwardStep {
     }
   }
 
-  // Computes dx, du and dh, the gradients of x, of u (h minus the threshold) and of h, from ds, the gradient of s. Adds
+  // Computes dx, du and dh, the gradients of x, of u (Model::distance of h) and of h, from ds, the gradient of s. Adds
   // this step's terms of the gradients of width, input_gain and input_bias to `sums`. Replaces dv, the gradient of v
   // after the step, by the gradient of v before it. Unless `carried`, v after the step has no gradient. On return ds
   // includes the gradient through the reset.

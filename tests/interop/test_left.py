@@ -261,6 +261,10 @@ LEFT = {
             "^its few operations .* there is asgl_cuda.LeakyIntegrator$": (norse.LIBoxCell,),
             "^it is of src.spikingjelly, a copy of SpikingJelly that convert does not": (
                 lambda: subclass(nn.Module, __module__="src.spikingjelly.activation_based.neuron.lif")(),
+                lambda: subclass(nn.Module, __module__="src.spikingjelly.clock_driven.neuron")(),
+            ),
+            "^it is of src.spikingjelly.spikingjelly, a copy": (
+                lambda: subclass(nn.Module, __module__="src.spikingjelly.spikingjelly.activation_based.neuron.lif")(),
             ),
         }.items()
         for number, make in enumerate(makes)

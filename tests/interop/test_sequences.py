@@ -787,7 +787,9 @@ def test_states():
 
 def test_a_loop_that_forward_does_not_have():
     fast, _ = asgl_cuda.convert(STEPS["snnTorch"](), sequences="loop")
-    with pytest.warns(UserWarning, match="forward called each neuron layer only once, .* convert with sequences=True"):
+    with pytest.warns(
+        UserWarning, match="forward called no neuron layer more than once, .* convert with sequences=True"
+    ):
         fast(input_of())
 
 

@@ -76,6 +76,16 @@ def test_layers_that_are_left():
     rows = asgl_cuda.to_spike_layers(model, torch.zeros(3, 64, dtype=torch.int32))[1].left
     assert [row.path for row in rows] == ["0", "1"]
     assert "subclass" in rows[0].reason
+
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(64, 64)
+
+        def forward(self, x):
+            return self.layer(input=x)
+
+    assert asgl_cuda.to_spike_layers(Named(), torch.zeros(2, 64))[1].replaced
     replaced, left = asgl_cuda.to_spike_layers(OnZeros(), torch.zeros(64, 64))[1]
     assert replaced == []
     reasons = ["subclass", "subclass", "float32 and float64", "groups", "does not reach"]
