@@ -785,7 +785,8 @@ def test_states():
             loop(x_seq)
 
 
-def test_a_loop_that_forward_does_not_have():
+def test_a_loop_that_forward_does_not_have(monkeypatch):
+    monkeypatch.setattr(asgl_cuda.checks, "_warned", set())
     fast, _ = asgl_cuda.convert(STEPS["snnTorch"](), sequences="loop")
     with pytest.warns(
         UserWarning, match="forward called no neuron layer more than once, .* convert with sequences=True"
