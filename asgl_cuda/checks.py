@@ -601,6 +601,11 @@ def check_bool(name: str, value: Any, caller: str) -> bool:
     return bool(value)
 
 
+def arguments_of(example: Any) -> tuple[Any, ...]:
+    """The positional arguments of a call: a tuple has them, anything else, also a named tuple, is the only one."""
+    return example if type(example) is tuple else (example,)
+
+
 def raise_explained(error: Exception, expected: str, given: Sequence[Any], when: str = "", hint: str = "") -> NoReturn:
     """Raises a ValueError for an error of the user's model, which says what was `expected` and what was given.
 

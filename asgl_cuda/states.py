@@ -11,7 +11,7 @@ from torch.utils import _pytree
 from torch.utils.hooks import RemovableHandle
 
 from .checks import check_int, check_step
-from .interop.converted import Converted, Streamed, Streaming, bare_class
+from .interop.converted import CarriesStates, Converted, Streamed, Streaming, bare_class
 from .interop.libraries import imported_adapters
 from .interop.nir.neurons import Delay
 from .interop.sequences import InSequences
@@ -287,7 +287,7 @@ def reset(model: nn.Module) -> None:
     """
     _call_on_all_layers(model, "reset", "reset")
     for module in model.modules():
-        if hasattr(type(module), "_carries"):  # of a model converted with sequences, or MultiStep: see there
+        if isinstance(module, CarriesStates):
             vars(module).pop("_carries", None)
 
 

@@ -445,6 +445,23 @@ Conversion: TypeAlias = tuple[type[Converted], Callable[[Tensor], Tensor] | Spik
 Streaming: TypeAlias = "Streamed | str | None"
 
 
+class CarriesStates:
+    """Base of modules whose calls continue from the states of earlier ones only while `stateful` is True.
+
+    A stateful call after one that was not starts at rest as well. After `asgl_cuda.reset`, a stateful call continues
+    from the states that the layers have.
+    """
+
+    stateful = False
+    _carries = True  # whether a stateful call continues from the layers' states
+
+    def starts_at_rest(self) -> bool:
+        """Whether this call starts at rest. Also records for the next call whether this one is stateful."""
+        at_rest = not (self.stateful and self._carries)
+        self._carries = self.stateful
+        return at_rest
+
+
 class Streamed(NamedTuple):
     """How a module takes a sequence one time step per call, as in `asgl_cuda.step`.
 

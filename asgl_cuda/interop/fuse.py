@@ -17,7 +17,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.utils._pytree import tree_map_only
 
 from ..calls.arguments import Arguments
-from ..checks import raise_explained
+from ..checks import arguments_of, raise_explained
 from ..layout import channel_dim, real_type
 from ..neurons.batch_norm_lif import module_batch_norm_lif
 from ..neurons.deferred import NormOutput, Pending, backward_hook_of, tensor_of, with_version
@@ -100,7 +100,7 @@ def fuse(model: nn.Module, example: Any = None, *, inplace: bool = False) -> tup
         for path, each in model.named_modules()
         if isinstance(each, _BatchNorm) and not isinstance(each, Fused)
     ]
-    given = example if example is None or type(example) is tuple else (example,)
+    given = None if example is None else arguments_of(example)
     hooked_part = _hooked_part(model) if given is None else ""
     left = {path: reason for path, norm in norms if (reason := _reason_to_leave(norm) or hooked_part)}
     joined: dict[str, str] = {}

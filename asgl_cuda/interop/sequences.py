@@ -10,21 +10,18 @@ from torch.utils._pytree import tree_map, tree_map_only
 
 from ..checks import format_value, warn_once
 from ..neurons.base import NeuronLayer
-from .converted import Converted, Overlay, Streamed, bare_class, overlaid_class
+from .converted import CarriesStates, Converted, Overlay, Streamed, bare_class, overlaid_class
 from .libraries import imported_adapters
 from .recording import Recording, current_recording
 
 _CALLER = "asgl_cuda.convert"
 
 
-class InSequences(Overlay):
+class InSequences(CarriesStates, Overlay):
     """The overlay of a whole model. Its forward records the model's own code, and then computes whole sequences."""
 
     prefix = "Sequences"
-    stateful = False  # whether a call continues from the states of the last one; only if _sequences is "steps"
-    # Whether a stateful call continues from the layers' states: not after a call that was not stateful, until a reset.
-    _carries = True
-    _sequences: str  # "steps" or "loop"
+    _sequences: str  # "steps", or "loop", which refuses `stateful`
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Records what the model's code does in each step, and then computes whole sequences."""
@@ -68,9 +65,8 @@ class InSequences(Overlay):
                 "dimension 0 is taken for time. If the input is one time step of a batch, call asgl_cuda.step(model, "
                 "x_t). If it is a sequence without a batch, add a batch dimension of size 1",
             )
-        if not (self.stateful and self._carries):
+        if self.starts_at_rest():
             self._reset_states()
-        self._carries = self.stateful
         if _runs_without_recording():
             return tree_map(lambda *each: torch.stack(each), *[super(InSequences, self).forward(x) for x in x_seq])
         with Recording(self) as found:
@@ -170,9 +166,8 @@ def refusal_reason(model: nn.Module, left: list[Any], sequences: str) -> str:
         return "a model must have neurons that take one step per call, got none"
     if "forward" in vars(model):
         return "the model's forward must be the method of its class, got an attribute of the model"
-    names = [
-        name for name in ("stateful", "streaming", "_carries", "_sequences", "end_sequences") if hasattr(model, name)
-    ]
+    used = ("stateful", "streaming", "starts_at_rest", "_carries", "_sequences", "end_sequences")
+    names = [name for name in used if hasattr(model, name)]
     taken = names if names and not isinstance(model, InSequences) else []
     return f"the model has an attribute {taken[0]}, a name that converted models use; rename it" if taken else ""
 

@@ -31,6 +31,7 @@ from ..neurons.deferred import Pending
 from ..neurons.over_time import placement_advice
 from ..torch_modes import is_transform_active
 from .converted import (
+    CarriesStates,
     Conversion,
     Converted,
     Settings,
@@ -448,7 +449,7 @@ def _raise_to_least(value: Tensor | float, least: float) -> Tensor | float:
     return value + torch.where((value >= 0) & (value < least), least - value, 0.0).detach()
 
 
-class MultiStep(nn.Module):
+class MultiStep(CarriesStates, nn.Module):
     """Applies `Leaky`, `Lapicque`, `Synaptic`, `RLeaky` or `RSynaptic` of snnTorch to a whole sequence in one call.
 
     Args:
@@ -484,8 +485,6 @@ class MultiStep(nn.Module):
         spk_seq, mem_seq = neurons(torch.rand(10, 2, 4))  # [T, B, 4] each
     """
 
-    _carries = True  # as in `sequences.InSequences`
-
     def __init__(self, layer: nn.Module, *, stateful: bool = False) -> None:
         from .convert import convert
 
@@ -497,12 +496,15 @@ class MultiStep(nn.Module):
             raise ValueError(f"{_MULTI_STEP}: layer must be {_NAMES} of snnTorch, got {bare_class(layer).__name__}")
         if not getattr(layer, "reset_delay", True) and layer.reset_mechanism == "subtract":
             raise ValueError(f"{_MULTI_STEP}: a reset by subtraction needs reset_delay=True, got False")
-        reason = None if isinstance(layer, ConvertedLeaky) else conversion_of(layer)
-        if not isinstance(reason, str):
-            _, report = convert(layer, inplace=True)
-            reason = None if isinstance(layer, ConvertedLeaky) else report.left[0].reason
-        if reason is not None:
-            raise ValueError(f"{_MULTI_STEP}: layer must be {_NAMES} of snnTorch that can be converted, but {reason}")
+        if not isinstance(layer, ConvertedLeaky):
+            reason = conversion_of(layer)  # asked before `convert`, which also converts layers inside of a refused one
+            if not isinstance(reason, str):
+                _, report = convert(layer, inplace=True)
+                reason = report.left[0].reason if report.left else ""
+            if reason:
+                raise ValueError(
+                    f"{_MULTI_STEP}: layer must be {_NAMES} of snnTorch that can be converted, but {reason}"
+                )
         self.layer = layer
 
     def state_dict(self, *args: Any, **options: Any) -> Any:
@@ -529,9 +531,8 @@ class MultiStep(nn.Module):
         for name, state in given.items():
             if not isinstance(state, (Tensor, NoneType)):
                 raise TypeError(f"{_MULTI_STEP}: {name} must be a tensor or None, got {type(state).__name__}")
-        if not (self.stateful and self._carries):
+        if self.starts_at_rest():
             self.layer.reset_mem()
-        self._carries = self.stateful
         return self.layer.pack_results(x_seq, *self.layer.compute_sequence(x_seq, **given), time_dims=1)
 
 

@@ -7,10 +7,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..backends import available_backends
-from ..checks import check_tensor, raise_explained
+from ..checks import arguments_of, raise_explained
 from ..neurons.base import check_module
 from ..neurons.deferred import tensor_of
 from ..spikes.functional import has_kernel
@@ -47,16 +47,23 @@ def _spike_class(kind: type[nn.Module]) -> Any:
     return overlaid_class(_SpikeOverlay, kind) if next(known, None) in SPIKE_LAYERS else None
 
 
+def _reason_of_code(layer: Any) -> str:
+    """Why a layer may compute something else than torch's layer; "" if it does not."""
+    if _spike_class(type(layer)) is None:
+        return "its class is a subclass of torch's layer, which may compute something else"
+    if "forward" in vars(layer):
+        return "its forward is an attribute of the layer, not the method of its class"
+    return ""
+
+
 def _reason_to_leave(layer: Any, shares: list[tuple[int, int]], kernels: bool) -> str:
     """Why a layer does not become a spike layer; "" if it does.
 
     `shares` has, for each call with the example, the numbers of non-zero inputs and of all inputs; `kernels` says
     whether kernels support these inputs.
     """
-    if _spike_class(type(layer)) is None:
-        return "its class is a subclass of torch's layer, which may compute something else"
-    if "forward" in vars(layer):
-        return "its forward is an attribute of the layer, not the method of its class"
+    if reason := _reason_of_code(layer):
+        return reason
     outputs, inputs, *_ = layer.weight.shape
     if getattr(layer, "groups", 1) != 1 or any(each != 1 for each in getattr(layer, "dilation", ())):
         return "its groups or its dilation are not 1, for which spike layers have no kernel"
@@ -133,17 +140,15 @@ def to_spike_layers(model: nn.Module, example: Any) -> tuple[nn.Module, Report]:
             given.call_after_recording(lambda x: count_nonzero_inputs(name, layer, (x,), {}))
             return
         x = tensor_of(given, caller)
-        if _spike_class(type(layer)) is None and not isinstance(x, Tensor):
-            return  # of a subclass, which is left anyway
-        check_tensor("input", x, caller)
         shares, kernels = counted.setdefault(name, ([], []))
-        kernels.append(x.is_floating_point() and has_kernel(x, layer.weight, caller))
+        kernels.append(has_kernel(x, layer.weight, caller))  # raises for an input that is no tensor of a floating type
         shares.append((int(x.count_nonzero()), x.numel()))
 
     trial = copy_model(model, caller).eval()
     for name, layer in _weight_layers(trial):
-        layer.register_forward_pre_hook(partial(count_nonzero_inputs, name), with_kwargs=True)
-    given = example if type(example) is tuple else (example,)
+        if not _reason_of_code(layer):
+            layer.register_forward_pre_hook(partial(count_nonzero_inputs, name), with_kwargs=True)
+    given = arguments_of(example)
     try:
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             trial(*given)

@@ -282,8 +282,8 @@ class ConvertedContainer(Recurrent):
         self.check_unchanged()  # before the parts of the container are used
         linear, node = _linear_and_node(self)
         if isinstance(self, _WITH_WEIGHTS):
-            grad_x, weight = self.rc.weight.tensor_split([self.rc.out_features], 1)
-            x_seq = nn.functional.linear(x_seq, grad_x, self.rc.bias)
+            input_weight, weight = self.rc.weight.tensor_split([self.rc.out_features], 1)
+            x_seq = nn.functional.linear(x_seq, input_weight, self.rc.bias)
             x_seq, weight = (x_seq, weight) if linear is None else (linear(x_seq), linear.weight @ weight)
         else:
             weight = x_seq.new_full(x_seq.shape[-1:] if x_seq.dim() > 1 else (1,), float(self._feedback_factor))

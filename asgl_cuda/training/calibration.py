@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils import _pytree
 
-from ..checks import format_value, raise_explained, read_number
+from ..checks import arguments_of, format_value, raise_explained, read_number
 from ..interop import convert, unfuse
 from ..interop.convert import Left, copy_model
 from ..interop.converted import bare_class
@@ -105,7 +105,7 @@ def calibrate(model: nn.Module, x_seq: Any, rate: float = 0.2) -> Calibration:
         group = model.process_group if is_shared else group
         model = model.get_submodule("module" if is_shared else "_orig_mod")
     with torch.inference_mode(False), torch.enable_grad(), torch.compiler.set_stance("force_eager"):
-        trial = _Trial(model, x_seq if type(x_seq) is tuple else (x_seq,), rate, group)
+        trial = _Trial(model, arguments_of(x_seq), rate, group)
         with _explaining_model_errors(x_seq):
             before = trial.run()
         trial.measure_biases(before)

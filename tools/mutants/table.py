@@ -957,15 +957,12 @@ MUTANTS = {
         "interop/test_layers.py negative_decays"),
     "snntorch: spikes graded by what learns": Mutant("isinstance(leaky.graded_spikes_factor, nn.Parameter) or", "",
         "interop/test_left.py graded"),
-    "snntorch: a call goes on from the last": Mutant(
-        "if not (self.stateful and self._carries):\n            self.layer", "if False:\n            self.layer",
-        "interop/test_layers.py multi_step"),
-    "snntorch: a step goes on from a whole call": Mutant(
-        "if not (self.stateful and self._carries):\n            self.layer",
-        "if not self.stateful:\n            self.layer", "interop/test_layers.py multi_step"),
-    "sequences: a step goes on from a whole call": Mutant(
-        "if not (self.stateful and self._carries):\n            self._reset",
-        "if not self.stateful:\n            self._reset", "interop/test_sequences.py test_states"),
+    "snntorch: a call goes on from the last": Mutant("if self.starts_at_rest():\n            self.layer",
+        "if False:\n            self.layer", "interop/test_layers.py multi_step"),
+    "sequences: a call goes on from the last": Mutant("if self.starts_at_rest():\n            self._reset",
+        "if False:\n            self._reset", "interop/test_sequences.py test_states"),
+    "sequences: a step goes on from a whole call": Mutant("at_rest = not (self.stateful and self._carries)",
+        "at_rest = not self.stateful", "interop/test_sequences.py test_states"),
     "norse: a reset of a user": Mutant("not in (reset_value, reset_subtract):", "in ():",
         "interop/test_left.py test_left and reset"),
     "norse: states of a step are recorded": Mutant("a_step, not a_step and self.record_states)",

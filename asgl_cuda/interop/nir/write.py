@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 _CALLER = "asgl_cuda.to_nir"
 # Options of layers that a node can represent, or that change no spike in evaluation.
 _KNOWN = {
-    "v_rest", "input_gain", "v_reset", "reset_amount", "v_min", "strict_threshold", "scale_output", "levels",
+    "v_rest", "input_gain", "v_min", "strict_threshold", "scale_output", "levels",
     "multi_spike", "surrogate_gain", "detach_reset", "delay", "stateful", "store_v_seq", "time_dim", "backend",
     "eps", "momentum", "input_scale", "affine", "track_running_stats",
 }  # fmt: skip
